@@ -1,0 +1,244 @@
+"""The operations of a Frank-Wolfe iteration in plain torch: the specification of every kernel beside it.
+
+`--kernel torch` runs this file, the tests compare with it and the benchmarks race it. The Triton files define the
+same names with the same signatures. Words and symbols (`src` is any tensor named below):
+
+    W (rows, d)   weight, fp32 / bf16 / fp16        G (d, d)      Gram matrix X^T X of the inputs, fp32
+    M (rows, d)   relaxed mask in [0, 1], fp32       V (rows, d)   vertex, a binary mask, bool
+    E (rows, d)   what a mask removes, W * (1 - V)   diag (d,)     diagonal of G, fp32
+    R (rows, d)   (W * (1 - M)) G, fp32              U (rows, d)   (W * (1 - V)) G, fp32
+    fixed (rows, d)  bool, entries every vertex must keep
+    error(M) = sum(W * (1 - M) * R), one quadratic per row
+"""
+
+import torch
+from torch import Tensor
+
+PRECISIONS = ("ieee", "tf32", "bf16")
+
+
+def round_operand(X: Tensor, precision: str) -> Tensor:
+    """X in fp32, rounded to what the tensor cores read at `precision`.
+
+    Args:
+        X: any floating tensor.
+        precision: "ieee" (fp32, nothing lost), "tf32" (10 explicit mantissa bits) or "bf16" (7 bits).
+
+    Raises:
+        ValueError: for any other precision.
+    """
+    X = X.float()
+    if precision == "ieee":
+        return X
+    if precision == "bf16":
+        return X.bfloat16().float()
+    if precision == "tf32":
+        bits = X.view(torch.int32)
+        # Round to nearest even at bit 13, as an integer: the carry into the exponent is the right one.
+        return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+    raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None) -> Tensor:
+    """E G with fp32 accumulation, the one matrix product of an iteration.
+
+    Args:
+        E: (rows, d), fp32 / bf16 / fp16.
+        G: (d, d), symmetric, fp32 or bf16.
+        precision: of both operands, see `round_operand`.
+        out: (rows, d) fp32, written and returned; allocated when None.
+    """
+    return torch.mm(round_operand(E, precision), round_operand(G, precision), out=out)
+
+
+def gradient(W: Tensor, M: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None) -> Tensor:
+    """Gradient of error(M) with respect to M: -2 W * ((W * (1 - M)) G), (rows, d) fp32.
+
+    Args:
+        W: (rows, d), fp32 / bf16 / fp16.
+        M: (rows, d), fp32 in [0, 1].
+        G: (d, d), symmetric, fp32 or bf16.
+        precision: of both operands of the product, see `round_operand`.
+        out: (rows, d) fp32, written and returned; allocated when None.
+    """
+    W = W.float()
+    out = product(W * (1 - M), G, precision=precision, out=out)
+    return out.mul_(W).mul_(-2)
+
+
+def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
+    """G += X^T X in place, fp32 accumulation; G stays exactly symmetric.
+
+    Args:
+        G: (d, d) fp32, symmetric.
+        X: (tokens, d), fp32 / bf16 / fp16. bf16 and fp16 products are exact in fp32 whatever `precision`.
+        precision: of fp32 operands, "ieee" or "tf32".
+    """
+    X = round_operand(X, precision)
+    return G.addmm_(X.T, X)
+
+
+def lmo(
+    score: Tensor,
+    k: int | Tensor,
+    *,
+    group: int = 0,
+    fixed: Tensor | None = None,
+    positive: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Linear minimization oracle: the vertex that keeps the k best scores of every row, (rows, d) bool.
+
+    Exactly k are kept (fewer only under `positive`); equal scores go to the lower index.
+
+    Args:
+        score: (rows, d) fp32, the negative gradient. +inf and -inf are scores like others.
+        k: kept per row, one int or an int tensor (rows,); with `group`, kept per group, an int.
+        group: 0 for whole rows, else m of n:m: every m consecutive entries of a row keep k of their own.
+        fixed: (rows, d) bool, kept whatever their score; at most k in a row (or group).
+        positive: keep only scores above 0 (and the fixed entries): less than k where a row has fewer.
+        out: (rows, d) bool, written and returned; allocated when None.
+
+    Raises:
+        ValueError: k out of range, d not a multiple of `group`, or a NaN among the scores.
+    """
+    check_budget(score.shape, k, group)
+    if score.isnan().any():
+        raise ValueError("score: NaN is no choice")
+    V = _select(score, k, group, fixed, positive)
+    return V if out is None else out.copy_(V)
+
+
+def check_budget(shape: torch.Size, k: int | Tensor, group: int) -> None:
+    """Raise ValueError unless k of every row (or of every `group` consecutive entries) can be kept."""
+    rows, d = shape
+    if group < 0 or (group and d % group):
+        raise ValueError(f"group: expected a divisor of d = {d}, got {group}")
+    width = group or d
+    if isinstance(k, Tensor):
+        if group or k.shape != (rows,) or k.is_floating_point():
+            raise ValueError(f"k: expected an int, or {rows} integers where group is 0, got {tuple(k.shape)} {k.dtype}")
+    elif not 0 <= k <= width:
+        raise ValueError(f"k: expected 0 to {width}, got {k}")
+
+
+def _select(score: Tensor, k: int | Tensor, group: int, fixed: Tensor | None, positive: bool) -> Tensor:
+    if fixed is not None:
+        score = score.masked_fill(fixed, torch.inf)
+    V = _best_of_groups(score, k, group) if group else _best_of_rows(score, k)
+    return V & (score > 0) if positive else V
+
+
+def _best_of_groups(score: Tensor, n: int, m: int) -> Tensor:
+    S = score.reshape(-1, m)
+    index = torch.arange(m, device=score.device)
+    rank = torch.zeros(S.shape, dtype=torch.uint8, device=score.device)
+    for j in range(m):
+        S_j = S[:, j : j + 1]
+        rank += (S_j > S) | ((S_j == S) & (j < index))
+    return (rank < n).view(score.shape)
+
+
+def _best_of_rows(score: Tensor, k: int | Tensor) -> Tensor:
+    rows, d = score.shape
+    if rows == 0 or d == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    if isinstance(k, Tensor):
+        k = k.to(score.device, torch.int64)[:, None]
+        # The k-th largest of a row; for k = 0 the largest, which the surplus rule below takes away again.
+        threshold = score.sort(dim=1, descending=True).values.gather(1, (k - 1).clamp(min=0))
+    elif k == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    else:
+        threshold = score.kthvalue(d - k + 1, dim=1, keepdim=True).values
+    V = score >= threshold
+    surplus = (V.sum(1, keepdim=True) > k).squeeze(1).nonzero().squeeze(1)
+    if len(surplus):
+        # More than k reach the threshold: of those equal to it only the first few are kept.
+        S, T = score[surplus], threshold[surplus]
+        above, tie = S > T, S == T
+        room = (k[surplus] if isinstance(k, Tensor) else k) - above.sum(1, keepdim=True)
+        V[surplus] = above | (tie & (tie.cumsum(1) <= room))
+    return V
+
+
+def convex_update(M: Tensor, V: Tensor, R: Tensor, U: Tensor, eta: Tensor) -> None:
+    """M += eta (V - M) and R += eta (U - R), in place, with one step size per row.
+
+    Args:
+        M, R, U: (rows, d) fp32.
+        V: (rows, d) bool.
+        eta: (rows,) fp32 in [0, 1].
+    """
+    eta = eta[:, None]
+    M.lerp_(V.to(M.dtype), eta)
+    R.lerp_(U, eta)
+
+
+def row_step(
+    W: Tensor,
+    diag: Tensor,
+    M: Tensor,
+    R: Tensor,
+    U: Tensor,
+    V: Tensor,
+    E: Tensor,
+    k: int | Tensor,
+    *,
+    group: int = 0,
+    fixed: Tensor | None = None,
+    eta: float | None = None,
+    theta: float = 0.0,
+    next_theta: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """One Frank-Wolfe step of every row, in place: step size, convex update, next vertex, what it removes.
+
+        D    = V - M                                    q = W^2 diag
+        lin  = sum(D * (-2 W R + theta q (1 - 2 M)))    quad = sum(W D (R - U)) - theta sum(q D^2)
+        eta  = clip(-lin / (2 quad), 0, 1)              where quad <= 0: the better of 0 and 1
+        M   += eta D                                    R   += eta (U - R)
+        V    = lmo(2 W R - next_theta q (1 - 2 M))      E    = W * (1 - V)
+
+    Only positive scores are taken while next_theta < 1; from then on exactly k are.
+
+    Args:
+        W: (rows, d), fp32 / bf16 / fp16.
+        diag: (d,) fp32, the diagonal of G.
+        M, R: (rows, d) fp32, the state; updated.
+        U: (rows, d) fp32, the product of E; its content is undefined afterwards.
+        V: (rows, d) bool, the vertex that U belongs to; replaced by the next one.
+        E: (rows, d), dtype of the product's operand; replaced.
+        k, group, fixed: as in `lmo`.
+        eta: step size for all rows (open loop); None for the line search above.
+        theta: weight of the integrality penalty that V was chosen with, 0 to 1.
+        next_theta: the one that the next V is chosen with.
+
+    Returns:
+        eta (rows,) and the relaxed error (rows,) after the update, fp32. A NaN in the state shows in the error.
+    """
+    W = W.float()
+    q = W * W * diag if theta or next_theta else None
+    if eta is None:
+        step = _line_search(W, q, M, R, U, V, theta)
+    else:
+        step = torch.full((W.shape[0],), eta, dtype=torch.float32, device=W.device)
+    convex_update(M, V, R, U, step)
+    score = (2 * W).mul_(R)
+    if next_theta:
+        score.sub_(q.mul_(1 - 2 * M), alpha=next_theta)
+    V.copy_(_select(score, k, group, fixed, positive=next_theta < 1))
+    E.copy_(W.masked_fill(V, 0))
+    return step, (W * (1 - M)).mul_(R).sum(1)
+
+
+def _line_search(W: Tensor, q: Tensor | None, M: Tensor, R: Tensor, U: Tensor, V: Tensor, theta: float) -> Tensor:
+    D = V.float().sub_(M)
+    WD = W * D
+    lin = (WD * R).sum(1).mul_(-2)
+    quad = (R - U).mul_(WD).sum(1)
+    if theta:
+        qD = q * D
+        lin += theta * (qD * (1 - 2 * M)).sum(1)
+        quad -= theta * (qD * D).sum(1)
+    end = (lin + quad < 0).float()
+    return torch.where(quad > 0, (-lin / (2 * quad)).clamp(0, 1), end)
