@@ -1,0 +1,241 @@
+"""SparseFW: mask selection for one layer by Frank-Wolfe on its convex relaxation (arXiv 2510.13713).
+
+    minimise error(M) = ||W X - (M * W) X||_F^2 = sum(E * (E G)),  E = W * (1 - M),  G = X X^T
+
+over masks of a given budget per row or group. The iterate M moves towards the vertex V that the linear
+minimization oracle returns; R = E G is carried along, so a step costs one product, of a binary mask. An integrality
+penalty, ramped up over the steps, drives M to a vertex, so that rounding loses little.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from sparsefw.kernels import reference
+
+STEP_RULES = ("line-search", "open-loop")
+
+# The penalty's weight grows over this share of the steps and is held for the rest.
+RAMP = 0.8
+
+# Shares of the steps after which the lower bound is computed; each costs an LMO of its own. Without penalty the last
+# is the largest; with it the bound peaks early (measured at 0.3), before the penalty pulls M off the convex optimum.
+CERTIFIED = (0.2, 0.3, 0.4, 1.0)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer's mask-selection problem.
+
+    Attributes:
+        W: (rows, d) weight.
+        G: (d, d) fp32 Gram matrix.
+        saliency: (rows, d) fp32; the warm start keeps its highest entries, and it breaks ties when rounding.
+        k: kept per row, an int or an int tensor (rows,); with `group`, per group.
+        group: m of n:m, else 0.
+        fixed: (rows, d) bool, entries that every mask keeps, or None.
+    """
+
+    W: Tensor
+    G: Tensor
+    saliency: Tensor
+    k: int | Tensor
+    group: int = 0
+    fixed: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A binary mask and what is known about it; errors are one fp32 number per row.
+
+    Attributes:
+        mask: (rows, d) bool, True keeps a weight.
+        error: of the mask.
+        error_warm_start: of the warm start's mask.
+        bound: no mask that keeps the fixed entries has a lower error.
+    """
+
+    mask: Tensor
+    error: Tensor
+    error_warm_start: Tensor
+    bound: Tensor
+
+
+@dataclass
+class Iterate:
+    """The state after a step: M, R, U, E fp32 (E in the product's operand type) and V bool, all (rows, d).
+
+    `error` (rows,) is the relaxed error of M and `eta` (rows,) the step size that led to it.
+    """
+
+    M: Tensor
+    R: Tensor
+    U: Tensor
+    V: Tensor
+    E: Tensor
+    eta: Tensor
+    error: Tensor
+
+
+def solve(
+    problem: Problem,
+    *,
+    steps: int,
+    step_rule: str = "line-search",
+    penalty: float = 1.0,
+    best_of: bool = True,
+    whole: bool = False,
+    precision: str = "ieee",
+    ops: ModuleType = reference,
+) -> Solution:
+    """Choose a mask by Frank-Wolfe.
+
+    Args:
+        problem: the layer.
+        steps: Frank-Wolfe steps; 0 returns the warm start.
+        step_rule: "line-search" (exact, per row) or "open-loop" (2 / (t + 2), the paper's).
+        penalty: final weight theta of the integrality penalty, 0 to 1; 0 is the paper's convex problem.
+        best_of: per row, fall back on the warm start where the rounded mask is no better.
+        whole: one budget `problem.k`, one LMO and one step size over the whole matrix (the paper's C_k).
+        precision: of the products inside the iteration; errors are always taken from an "ieee" product.
+        ops: the operations, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
+
+    Raises:
+        ValueError: unknown step rule, or `whole` with a penalty or groups.
+        FloatingPointError: W or G hold NaN or Inf, or the errors overflow fp32.
+    """
+    if step_rule not in STEP_RULES:
+        raise ValueError(f"step_rule: expected one of {', '.join(STEP_RULES)}, got {step_rule!r}")
+    if whole and (penalty or problem.group):
+        raise ValueError("whole: one step size over the matrix has no penalty and no groups")
+    warm = _lmo(ops, problem.saliency, problem, whole=whole)
+    error_warm_start = mask_error(problem.W, warm, problem.G, ops=ops)
+    _check_finite(error_warm_start)
+    bound = torch.zeros_like(error_warm_start)
+    if whole:
+        bound = bound.sum(0, keepdim=True)
+    if steps == 0:
+        return Solution(warm, error_warm_start, error_warm_start, bound)
+
+    certified = {max(1, round(share * steps)) - 1 for share in CERTIFIED}
+    options = {"step_rule": step_rule, "penalty": penalty, "whole": whole, "precision": precision, "ops": ops}
+    for t, state in enumerate(iterate(problem, warm, steps=steps, **options)):
+        if t in certified:
+            bound = torch.maximum(bound, lower_bound(problem, state, whole=whole, ops=ops))
+    _check_finite(state.error)
+    mask = round_mask(state.M, problem, whole=whole, ops=ops)
+    del state
+    error = mask_error(problem.W, mask, problem.G, ops=ops)
+    if best_of:
+        better = (error.sum() < error_warm_start.sum()).expand_as(error) if whole else error < error_warm_start
+        mask = torch.where(better[:, None], mask, warm)
+        error = torch.where(better, error, error_warm_start)
+    return Solution(mask, error, error_warm_start, bound)
+
+
+def iterate(
+    problem: Problem,
+    warm: Tensor,
+    *,
+    steps: int,
+    step_rule: str,
+    penalty: float,
+    whole: bool,
+    precision: str,
+    ops: ModuleType,
+) -> Iterator[Iterate]:
+    """The Frank-Wolfe steps from the mask `warm` (rows, d); yields the same state, changed in place, after each."""
+    W, k, group, fixed = problem.W, problem.k, problem.group, problem.fixed
+    # The row step sees the whole matrix as one row, which no program on a GPU could hold: torch does it.
+    step, shape = (reference.row_step, (1, -1)) if whole else (ops.row_step, W.shape)
+    G = problem.G.bfloat16() if precision == "bf16" else problem.G
+    E = W.masked_fill(warm, 0)
+    E = E.bfloat16() if precision == "bf16" else E
+    R = ops.product(E, G, precision=precision)
+    state = Iterate(warm.float(), R, R.clone(), warm.clone(), E, torch.empty(0), torch.empty(0))
+    rows = [x.view(shape) for x in (state.M, state.R, state.U, state.V, state.E)]
+    fixed = None if fixed is None else fixed.view(shape)
+    diag = problem.G.diagonal().contiguous()
+
+    def theta(t: int) -> float:
+        return penalty * min(1.0, t / (RAMP * steps))
+
+    # A step of size 0 moves nothing and finds the first vertex.
+    step(W.view(shape), diag, *rows, k, group=group, fixed=fixed, eta=0.0, next_theta=theta(0))
+    for t in range(steps):
+        ops.product(state.E, G, precision=precision, out=state.U)
+        eta = None if step_rule == "line-search" else 2 / (t + 2)
+        thetas = {"theta": theta(t), "next_theta": theta(t + 1)}
+        state.eta, state.error = step(W.view(shape), diag, *rows, k, group=group, fixed=fixed, eta=eta, **thetas)
+        yield state
+
+
+def mask_error(W: Tensor, mask: Tensor, G: Tensor, *, ops: ModuleType = reference) -> Tensor:
+    """Error of a binary mask, one number per row: sum(E * (E G)) with E = W * (1 - mask), (rows,) fp32."""
+    E = W.masked_fill(mask, 0)
+    return ops.product(E, G, precision="ieee").mul_(E).sum(1)
+
+
+def lower_bound(problem: Problem, state: Iterate, *, whole: bool = False, ops: ModuleType = reference) -> Tensor:
+    """error(M) - <gradient, M - V>, V the vertex of the gradient without penalty: below the error of any mask.
+
+    Convexity of the error gives it per row (of the whole matrix as one row under `whole`), (rows,) fp32.
+    """
+    score = (2 * problem.W.float()).mul_(state.R)
+    V = _lmo(ops, score, problem, fixed=True, positive=True, whole=whole)
+    gap = score.mul_(V.float().sub_(state.M))
+    gap = gap.sum().view(1) if whole else gap.sum(1)
+    return state.error - gap
+
+
+def round_mask(M: Tensor, problem: Problem, *, whole: bool = False, ops: ModuleType = reference) -> Tensor:
+    """The binary mask of the highest M: exactly k per row (n per group), ties by saliency, then by index."""
+    first = _lmo(ops, M, problem, fixed=True, whole=whole)
+    blocks = (1, -1) if whole else (-1, problem.group or M.shape[1])
+    # The lowest M that got in; entries above it are certain, entries equal to it go by saliency.
+    lowest = M.masked_fill(~first, torch.inf).view(blocks).amin(1, keepdim=True)
+    certain = (M.view(blocks) > lowest).view(M.shape)
+    tied = (M.view(blocks) == lowest).view(M.shape)
+    if problem.fixed is not None:
+        certain |= problem.fixed
+    score = problem.saliency.masked_fill(~tied, -torch.inf)
+    return _lmo(ops, score.masked_fill_(certain, torch.inf), problem, whole=whole)
+
+
+def fixed_entries(saliency: Tensor, warm: Tensor, kept: int | Tensor, alpha: float, *, whole: bool) -> Tensor | None:
+    """alpha-fixing: the floor(alpha k) entries of the warm start with the highest saliency in each row.
+
+    Args:
+        saliency: (rows, d) fp32, at least 0.
+        warm: (rows, d) bool, the warm start's mask.
+        kept: kept per row, an int or an int tensor (rows,); of the whole matrix under `whole`.
+        alpha: fraction fixed, 0 to 1.
+        whole: the budget is the matrix's.
+
+    Returns:
+        (rows, d) bool, or None where alpha is 0.
+    """
+    if alpha == 0:
+        return None
+    # A tiny excess keeps products such as 0.1 * 30 = 3.0000000000000004 and 0.29 * 100 = 28.999999999999996 whole.
+    count = (kept.double() * alpha + 1e-9).long() if isinstance(kept, Tensor) else int(kept * alpha + 1e-9)
+    score = saliency.masked_fill(~warm, -1.0).view((1, -1) if whole else saliency.shape)
+    return reference.lmo(score, count).view(saliency.shape)
+
+
+def _lmo(
+    ops: ModuleType, score: Tensor, problem: Problem, *, fixed: bool = False, positive: bool = False, whole: bool
+) -> Tensor:
+    kept = problem.fixed if fixed else None
+    if not whole:
+        return ops.lmo(score, problem.k, group=problem.group, fixed=kept, positive=positive)
+    kept = None if kept is None else kept.view(1, -1)
+    return reference.lmo(score.view(1, -1), problem.k, fixed=kept, positive=positive).view(score.shape)
+
+
+def _check_finite(error: Tensor) -> None:
+    if not error.isfinite().all():
+        raise FloatingPointError("the layer's error is not finite: NaN or Inf in its weight or Gram matrix")

@@ -1,0 +1,31 @@
+"""Checkpoints on disk that several test files start from."""
+
+from pathlib import Path
+
+import pytest
+from checkpoints import TENSORS, write_index
+from safetensors.torch import save_file
+
+from sparsefw.checkpoint import SINGLE
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint of one file."""
+    path = tmp_path / "source"
+    path.mkdir()
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    save_file(TENSORS, path / SINGLE)
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """The same tensors in two shards."""
+    path = tmp_path / "shards"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    save_file({k: TENSORS[k] for k in "ab"}, path / "one.safetensors")
+    save_file({k: TENSORS[k] for k in "cn"}, path / "two.safetensors")
+    write_index(path, a="one.safetensors", b="one.safetensors", c="two.safetensors", n="two.safetensors")
+    return path
