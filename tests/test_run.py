@@ -1,0 +1,254 @@
+"""The command line from end to end on tiny models: what it writes, what it says, what it refuses."""
+
+import json
+
+import pytest
+import torch
+from families import FAMILIES, save_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparsefw import checkpoint
+from sparsefw.prune import METHODS
+from sparsefw.run import main
+
+TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(200))
+SMALL = ["--nsamples", "6", "--seqlen", "32", "--steps", "4", "--kernel", "torch"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def run(model, text, output, *flags):
+    return main(["--model", str(model), "--dataset", str(text), "--output", str(output), *SMALL, *flags])
+
+
+def tensors_of(folder):
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_end_to_end(family, tmp_path, text):
+    """Pruned, written, loaded back; the logits measured while streaming are those of the written checkpoint."""
+    source = save_model(tmp_path / "model", family, torch.bfloat16)
+    assert run(source, text, tmp_path / "out", "--sparsity", "2:4", "--eval", str(text), "--eval-windows", "3") == 0
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["layers"]) >= 3 * 4
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed
+    for name in changed:
+        kept = after[name] != 0
+        assert torch.equal(after[name][kept], before[name][kept])
+        assert (kept.view(-1, 4).sum(1) <= 2).all()
+    # Perplexity of the checkpoint that was written, by transformers alone.
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="auto", attn_implementation="eager" if "gemma" in family else None
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = torch.tensor(tokenizer(TEXT)["input_ids"][: 3 * 32]).view(3, 32)
+    with torch.no_grad():
+        loss = torch.stack([model(row[None], labels=row[None]).loss for row in ids]).mean()
+    assert report["evaluation"]["sparsefw"]["perplexity"] == pytest.approx(loss.exp().item(), rel=2e-2)
+
+
+@pytest.mark.parametrize(("sparsity", "method"), [("0.6", m) for m in METHODS] + [("layer:0.6", "sparsefw"), ("3:8", "ria")])
+def test_exact_sparsity(sparsity, method, tmp_path, text):
+    source = save_model(tmp_path / "model", "llama", torch.float32)
+    assert run(source, text, tmp_path / "out", "--sparsity", sparsity, "--method", method) == 0
+    after = tensors_of(tmp_path / "out")
+    for name, weight in after.items():
+        if "_proj" not in name:
+            continue
+        rows, d = weight.shape
+        kept = weight != 0
+        if sparsity == "0.6":
+            assert (kept.sum(1) == d - int(0.6 * d + 1e-9)).all()
+        elif sparsity == "3:8":
+            assert (kept.view(-1, 8).sum(1) == 3).all()
+        else:
+            assert kept.sum() == rows * d - int(0.6 * rows * d + 1e-9)
+            assert kept.sum(1).unique().numel() > 1
+
+
+def test_compare_prunes_each_method_as_if_alone(tmp_path, text):
+    source = save_model(tmp_path / "model", "llama", torch.bfloat16)
+    evaluation = ["--eval", str(text), "--eval-windows", "4"]
+    assert run(source, text, tmp_path / "both", "--compare", "wanda", "--compare", "magnitude", *evaluation) == 0
+    both = json.loads((tmp_path / "both" / "report.json").read_text())
+    for method in ("wanda", "magnitude", "sparsefw"):
+        assert run(source, text, tmp_path / method, "--method", method, *evaluation) == 0
+        alone = json.loads((tmp_path / method / "report.json").read_text())
+        assert both["evaluation"][method] == alone["evaluation"][method]
+    assert both["evaluation"]["dense"] == alone["evaluation"]["dense"]
+    first, second = (tensors_of(tmp_path / name) for name in ("both", "sparsefw"))
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_rerun_gives_the_same_bytes(tmp_path, text):
+    source = save_model(tmp_path / "model", "qwen3", torch.bfloat16)
+    for name in ("a", "b"):
+        assert run(source, text, tmp_path / name) == 0
+    shards = sorted(p.name for p in (tmp_path / "a").glob("*.safetensors"))
+    assert len(shards) == 4
+    assert all((tmp_path / "a" / s).read_bytes() == (tmp_path / "b" / s).read_bytes() for s in shards)
+
+
+def test_tied_embeddings_stay_tied(tmp_path, text):
+    source = save_model(tmp_path / "model", "llama", torch.float32)
+    assert run(source, text, tmp_path / "out") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert "lm_head.weight" not in checkpoint.inspect(tmp_path / "out").tensors
+
+
+def test_report_has_its_keys(tmp_path, text):
+    source = save_model(tmp_path / "model", "llama")
+    assert run(source, text, tmp_path / "out", "--compare", "wanda", "--eval", str(text)) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    expected = {"arguments", "versions", "device", "data", "evaluation", "layers", "seconds", "peak_memory"}
+    assert expected <= set(report)
+    assert set(report["evaluation"]) == {"dense", "wanda", "sparsefw"}
+    assert set(report["data"]) == {"source", "hash", "windows", "seqlen", "seed"}
+    assert {"perplexity", "windows", "seqlen"} <= set(report["evaluation"]["dense"])
+    assert {"host_bytes", "gpu_bytes"} == set(report["peak_memory"])
+    keys = {"name", "shape", "pattern", "method", "alpha", "steps", "error_warm_start", "error", "relative_error", "gap"}
+    assert keys | {"seconds"} <= set(report["layers"][0])
+    assert report["arguments"]["seqlen"] == 32
+    mine = [row for row in report["layers"] if row["method"] == "sparsefw"]
+    assert len(mine) == 3 * 7
+    assert all(row["error"] <= row["error_warm_start"] and row["gap"] >= 0 for row in mine)
+
+
+def test_paper_preset(tmp_path, text):
+    source = save_model(tmp_path / "model", "llama")
+    assert run(source, text, tmp_path / "out", "--preset", "paper", "--sparsity", "layer:0.5", "--steps", "20") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["arguments"]["step_rule"] == "open-loop"
+    assert report["layers"][0]["alpha"] == 0.9
+    weight = tensors_of(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"]
+    assert (weight != 0).sum() == weight.numel() / 2
+
+
+class TestSaid:
+    def test_kernel_and_why(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        run(source, text, tmp_path / "out")
+        out = capsys.readouterr().out
+        assert out.startswith("kernel: torch (as asked), precision ")
+        assert "6 windows of 32 tokens" in out
+        assert "model.layers.2.mlp.down_proj.weight" in out
+
+    def test_windows_of_the_evaluation(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        run(source, text, tmp_path / "out", "--eval", str(text), "--eval-windows", "3")
+        assert "perplexity: 3 windows of 32 tokens" in capsys.readouterr().out
+
+    def test_seqlen_capped_by_the_model(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        assert run(source, text, tmp_path / "out", "--seqlen", "1000") == 0
+        assert "seqlen: 64 tokens, the model's maximum (asked for 1000)" in capsys.readouterr().out
+
+    def test_help_names_every_flag(self, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main(["--help"])
+        assert stop.value.code == 0
+        out = capsys.readouterr().out
+        for flag in ("--model", "--dataset", "--nsamples", "--seqlen", "--seed", "--sparsity", "--kernel", "--output"):
+            assert flag in out
+
+
+class TestRefused:
+    """One line on stderr, an exit status that is not 0, and nothing left behind."""
+
+    def refused(self, capsys, tmp_path, code, *parts):
+        error = capsys.readouterr().err.strip().splitlines()
+        line = error[-1]
+        assert line.startswith("sparsefw: ")
+        for part in parts:
+            assert part in line
+        assert code == 2
+        assert not [p for p in tmp_path.iterdir() if p.name.startswith((".out", "out"))]
+
+    @pytest.mark.parametrize(
+        ("flags", "parts"),
+        [
+            (["--sparsity", "1.2"], ["--sparsity 1.2"]),
+            (["--sparsity", "4:2"], ["--sparsity 4:2"]),
+            (["--sparsity", "2:5"], ["32 inputs do not divide into groups of 5"]),
+            (["--alpha", "1.5"], ["--alpha 1.5: expected at least 0 and at most 1"]),
+            (["--alpha", "nan"], ["--alpha nan"]),
+            (["--steps", "-1"], ["--steps -1"]),
+            (["--nsamples", "0"], ["--nsamples 0"]),
+            (["--nsamples", "100000"], ["--nsamples"]),
+            (["--dataset", "./missing.txt"], ["missing.txt"]),
+            (["--dataset", "nosuchdataset"], ["nosuchdataset"]),
+            (["--eval", "./missing.txt"], ["missing.txt"]),
+            (["--model", "./nowhere"], ["nowhere"]),
+        ],
+    )
+    def test_bad_flags(self, flags, parts, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        capsys.readouterr()
+        self.refused(capsys, tmp_path, run(source, text, tmp_path / "out", *flags), *parts)
+
+    @pytest.mark.parametrize("flags", [["--kernel", "cuda"], ["--steps", "many"], ["--nonsense"], ["--spars", "0.5"]])
+    def test_flags_that_do_not_parse(self, flags, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main(flags)
+        assert stop.value.code == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+    def test_empty_text(self, tmp_path, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        (tmp_path / "empty.txt").write_text(" \n")
+        capsys.readouterr()
+        self.refused(capsys, tmp_path, run(source, tmp_path / "empty.txt", tmp_path / "out"), "empty.txt")
+
+    def test_truncated_shard(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        shard = sorted(source.glob("*.safetensors"))[1]
+        shard.write_bytes(shard.read_bytes()[:-100])
+        capsys.readouterr()
+        self.refused(capsys, tmp_path, run(source, text, tmp_path / "out"), shard.name)
+
+    def test_nan_in_a_late_block_leaves_nothing(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        model = AutoModelForCausalLM.from_pretrained(source)
+        model.model.layers[2].self_attn.o_proj.weight.data[1, 2] = torch.nan
+        model.save_pretrained(tmp_path / "bad")
+        AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "bad")
+        capsys.readouterr()
+        code = run(tmp_path / "bad", text, tmp_path / "out")
+        self.refused(capsys, tmp_path, code, "model.layers.2.self_attn.o_proj.weight", "NaN")
+
+    def test_output_that_is_not_empty_and_overwrite(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        assert run(source, text, tmp_path / "out") == 0
+        before = tensors_of(tmp_path / "out")
+        assert run(source, text, tmp_path / "out", "--sparsity", "0.3") == 2
+        assert "--overwrite" in capsys.readouterr().err
+        assert run(source, text, tmp_path / "out", "--sparsity", "0.3", "--overwrite") == 0
+        after = tensors_of(tmp_path / "out")
+        assert any(not torch.equal(before[n], after[n]) for n in before)
+
+    def test_output_that_is_the_input(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        assert run(source, text, source, "--overwrite") == 2
+        assert "input folder" in capsys.readouterr().err
+
+    def test_interrupted(self, tmp_path, text, capsys, monkeypatch):
+        source = save_model(tmp_path / "model", "llama")
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("sparsefw.report.layer_row", interrupt)
+        assert run(source, text, tmp_path / "out") == 130
+        assert "interrupted" in capsys.readouterr().err
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
