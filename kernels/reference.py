@@ -171,8 +171,8 @@ def convex_update(M: Tensor, V: Tensor, R: Tensor, U: Tensor, eta: Tensor) -> No
         eta: (rows,) fp32 in [0, 1].
     """
     eta = eta[:, None]
-    M.lerp_(V.to(M.dtype), eta)
-    R.lerp_(U, eta)
+    M.add_(eta * (V.to(M.dtype) - M))
+    R.add_(eta * (U - R))
 
 
 def row_step(

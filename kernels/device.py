@@ -1,0 +1,208 @@
+"""Device functions shared by the kernels: the dot product, the order of scores, exact selection, the step formulas.
+
+Selection works on 32-bit unsigned keys in the order of the scores, so that "the k best" is exact:
+
+    key(x) < key(y)  iff  x < y;    key(-0.0) = key(+0.0);    key(NaN) = NAN_KEY, above all;    0 = no entry
+
+The k-th best key of a row is found by bisection on the bits of the key: at most 32 counts of the row, fewer when a
+threshold separates exactly k entries earlier. Only a row with a tie at its k-th key needs the running count that
+gives the tie to the lower index.
+
+bfloat16 values are loaded, stored and multiplied by `dot`, never computed with: the interpreter would work on their
+bit patterns. Every kernel converts to fp32 right after a load.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+
+NAN_KEY = tl.constexpr(0xFFFFFFFF)
+INF_KEY = tl.constexpr(0xFF800000)
+ZERO_KEY = tl.constexpr(0x80000000)
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """x in DTYPE, rounded to nearest even."""
+    if INTERPRET and tl.bfloat16 == DTYPE and x.dtype != tl.bfloat16:
+        # The interpreter cuts the low bits off; rounded here, none are left to cut.
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def dot(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a b with operands in DTYPE and fp32 accumulation; PRECISION ("ieee", "tf32") is that of fp32 operands."""
+    a = cast(a, DTYPE)
+    b = cast(b, DTYPE)
+    if INTERPRET:
+        # numpy has no bfloat16, and fp32 holds 16-bit values exactly.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def order_key(x):
+    """The uint32 key of an fp32 score."""
+    bits = x.to(tl.uint32, bitcast=True)
+    # -0.0 differs from +0.0 in its sign bit only.
+    bits = tl.where(bits == 0x80000000, 0, bits)
+    # Positive floats go above all negative ones, whose order the flip of all bits reverses.
+    key = tl.where(bits < 0x80000000, bits ^ 0x80000000, bits ^ 0xFFFFFFFF)
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, NAN_KEY, key)
+
+
+@triton.jit
+def candidate_key(x, held, valid, POSITIVE: tl.constexpr):
+    """Key of score x for a selection: `held` (or None) entries come first; with POSITIVE scores <= 0 are no entry."""
+    key = order_key(x)
+    if held is not None:
+        # A NaN stays one where it is held: it is an error wherever it stands.
+        key = tl.where(held & (key != NAN_KEY), INF_KEY, key)
+    if POSITIVE:
+        key = tl.where(key > ZERO_KEY, key, 0)
+    return tl.where(valid, key, 0)
+
+
+@triton.jit
+def columns(start, d, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Columns of one chunk and which of them exist.
+
+    Groups of a size that is no power of two are laid out PADDED apart, so that a chunk reshapes into whole groups.
+    """
+    index = start + tl.arange(0, BLOCK_D)
+    if GROUP == PADDED:
+        column = index
+        valid = index < d
+    else:
+        column = index // PADDED * GROUP + index % PADDED
+        valid = (index % PADDED < GROUP) & (column < d)
+    return column, valid
+
+
+@triton.jit
+def load_keys(
+    score, fixed, start, d, valid_r, stride_sd, stride_fd,
+    POSITIVE: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Keys (BLOCK_R, BLOCK_D) of one chunk; `score` and `fixed` point at the first column of the tile's rows."""
+    column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D)
+    valid = valid_r[:, None] & valid_d[None, :]
+    column = column[None, :].to(tl.int64)
+    x = tl.load(score + column * stride_sd, mask=valid, other=0.0)
+    held = None
+    if fixed is not None:
+        held = tl.load(fixed + column * stride_fd, mask=valid, other=0).to(tl.int1)
+    return candidate_key(x, held, valid, POSITIVE)
+
+
+@triton.jit
+def load_budget(k, row, valid_r, stride_k, PER_ROW: tl.constexpr, BLOCK_R: tl.constexpr):
+    """k (BLOCK_R,) of the tile's rows: one number for all, or read at k + row * stride_k."""
+    if PER_ROW:
+        budget = tl.load(k + row * stride_k, mask=valid_r, other=0).to(tl.int32)
+    else:
+        budget = tl.zeros((BLOCK_R,), tl.int32) + k
+    return budget
+
+
+@triton.jit
+def count_reaching(
+    T, keys, score, fixed, d, valid_r, stride_sd, stride_fd,
+    POSITIVE: tl.constexpr, WHOLE: tl.constexpr, SEARCH_D: tl.constexpr,
+):  # fmt: skip
+    """Entries per row with a key >= T: those of `keys`, the first SEARCH_D columns, and unless WHOLE the others."""
+    n = tl.sum((keys >= T[:, None]).to(tl.int32), axis=1)
+    if not WHOLE:
+        for start in range(SEARCH_D, d, SEARCH_D):
+            others = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, POSITIVE, 0, 0, SEARCH_D)
+            n += tl.sum((others >= T[:, None]).to(tl.int32), axis=1)
+    return n
+
+
+@triton.jit
+def kth_key(
+    keys, k, score, fixed, d, valid_r, stride_sd, stride_fd,
+    POSITIVE: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, SEARCH_D: tl.constexpr,
+):  # fmt: skip
+    """A threshold T per row that at least k keys reach, and what to do about the surplus.
+
+    Returns:
+        T (BLOCK_R,) uint32: keep the keys >= T, but
+        room (BLOCK_R,) int32: of those equal to T only the first `room`;
+        tied: whether any row of the tile has such a surplus.
+    """
+    T = tl.full((BLOCK_R,), 1, tl.uint32)
+    n = count_reaching(T, keys, score, fixed, d, valid_r, stride_sd, stride_fd, POSITIVE, WHOLE, SEARCH_D)
+    k = tl.minimum(k, n)
+    step = tl.full((), 0x80000000, tl.uint32)
+    # n >= k always; a row is settled once n = k, and then its T must stay (with k = 0 it would climb past the top).
+    while (tl.max(n - k, axis=0) > 0) & (step > 0):
+        reach = T + step
+        m = count_reaching(reach, keys, score, fixed, d, valid_r, stride_sd, stride_fd, POSITIVE, WHOLE, SEARCH_D)
+        higher = (m >= k) & (n > k)
+        T = tl.where(higher, reach, T)
+        n = tl.where(higher, m, n)
+        step = step >> 1
+    tied = tl.max(n - k, axis=0) > 0
+    room = tl.full((BLOCK_R,), 0x7FFFFFFF, tl.int32)
+    if tied:
+        above = count_reaching(T + 1, keys, score, fixed, d, valid_r, stride_sd, stride_fd, POSITIVE, WHOLE, SEARCH_D)
+        room = tl.where(n > k, k - above, room)
+    return T, room, tied
+
+
+@triton.jit
+def take(keys, T, room, tied, passed):
+    """The entries of one chunk that are kept, and `passed`, the ties seen so far, for the next chunk."""
+    chosen = keys >= T[:, None]
+    if tied:
+        tie = (keys == T[:, None]).to(tl.int32)
+        chosen = chosen & ((tie == 0) | (passed[:, None] + tl.cumsum(tie, axis=1) <= room[:, None]))
+        passed += tl.sum(tie, axis=1)
+    return chosen, passed
+
+
+@triton.jit
+def take_of_groups(
+    keys, n, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """The n best of every group of a chunk laid out by `columns`: those that fewer than n others beat."""
+    keys = tl.reshape(keys, (BLOCK_R, BLOCK_D // PADDED, PADDED))
+    slot = tl.arange(0, PADDED)[None, None, :]
+    rank = tl.zeros((BLOCK_R, BLOCK_D // PADDED, PADDED), tl.int32)
+    for i in tl.static_range(GROUP):
+        other = tl.sum(tl.where(slot == i, keys, 0), axis=2)[:, :, None]
+        rank += ((other > keys) | ((other == keys) & (i < slot))).to(tl.int32)
+    return tl.reshape((rank < n) & (keys > 0), (BLOCK_R, BLOCK_D))
+
+
+@triton.jit
+def move(x, target, eta):
+    """x + eta (target - x)."""
+    return x + eta * (target - x)
+
+
+@triton.jit
+def line_terms(w, q, m, r, u, v, theta):
+    """Each entry's share of lin and quad, see `reference.row_step`."""
+    D = v - m
+    WD = w * D
+    qD = theta * q * D
+    return qD * (1 - 2 * m) - 2 * WD * r, WD * (r - u) - qD * D
+
+
+@triton.jit
+def line_search(lin, quad):
+    """The step size in [0, 1] that minimizes lin eta + quad eta^2; where quad <= 0, the better end."""
+    inner = tl.minimum(tl.maximum(-lin / (2 * tl.where(quad > 0, quad, 1.0)), 0.0), 1.0)
+    return tl.where(quad > 0, inner, tl.where(lin + quad < 0, 1.0, 0.0))
+
+
+@triton.jit
+def vertex_score(w, q, m, r, theta):
+    """Negative gradient, see `reference.row_step`."""
+    return 2 * w * r - theta * q * (1 - 2 * m)

@@ -1,0 +1,21 @@
+"""The Triton kernels under the names of reference.py: a solver takes either module."""
+
+from .gradient import gradient
+from .gram import gram_accumulate
+from .lmo import lmo
+from .product import product
+from .reference import PRECISIONS, check_budget, round_operand
+from .step import row_step
+from .update import convex_update
+
+__all__ = [
+    "PRECISIONS",
+    "check_budget",
+    "convex_update",
+    "gradient",
+    "gram_accumulate",
+    "lmo",
+    "product",
+    "round_operand",
+    "row_step",
+]

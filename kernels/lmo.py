@@ -1,0 +1,156 @@
+"""lmo: the vertex of the mask polytope that keeps the k best scores of every row, or n of every m.
+
+    score (rows, d) fp32     fixed (rows, d) bool or none     V (rows, d) bool
+
+    flops = none to speak of; at most 33 comparisons an entry
+    bytes = rows d (4 + 1 + 1 with fixed)         (the score once, the vertex once)
+
+Exactly k are kept, equal scores go to the lower index, -0.0 equals +0.0, fixed entries come before all others, NaN is
+an error. How the k-th best is found: device.py. A row of up to 32768 scores is read once and its keys stay in
+registers; of a longer one the first 16384 do, the others are read again (from the cache) for every bit of the search.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import NAN_KEY, columns, count_reaching, kth_key, load_budget, load_keys, take, take_of_groups
+from .launch import check, check_matrix, on_device, platform, warps
+from .reference import check_budget
+
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8)
+
+
+def configuration(rows: int, d: int, group: int) -> dict[str, int]:
+    """Tile sizes and launch options: BLOCK_R rows at once, chunks of BLOCK_D columns, SEARCH_D keys held."""
+    width = triton.next_power_of_2(span(d, group))
+    if platform() == "interpreter":
+        # Cost is per program and step there, hardly per entry.
+        BLOCK_D = min(width, 65536)
+        BLOCK_R = max(1, min(triton.next_power_of_2(rows), 262144 // BLOCK_D))
+        return dict(BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, SEARCH_D=BLOCK_D)
+    if width <= 4096 or group:
+        BLOCK_D = max(min(width, 1024 if group else 4096), triton.next_power_of_2(max(group, 1)))
+        return dict(BLOCK_R=max(1, 1024 // BLOCK_D), BLOCK_D=BLOCK_D, SEARCH_D=BLOCK_D, num_warps=warps(4))
+    SEARCH_D = width if width <= 32768 else 16384
+    return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=SEARCH_D, num_warps=warps(8 if width == 8192 else 16))
+
+
+def span(d: int, group: int) -> int:
+    """Length of a row once its groups are laid out a power of two apart, see `device.columns`."""
+    return d // group * triton.next_power_of_2(group) if group else d
+
+
+def selection_options(d: int, k: int | Tensor, group: int, config: dict[str, int]) -> dict:
+    """The compile-time facts of a selection that a kernel needs beside its tile sizes."""
+    return dict(
+        PER_ROW=isinstance(k, Tensor),
+        GROUP=group,
+        PADDED=triton.next_power_of_2(group) if group else 0,
+        ONE_CHUNK=span(d, group) <= config["BLOCK_D"] == config["SEARCH_D"],
+        WHOLE=d <= config["SEARCH_D"],
+    )
+
+
+@triton.jit(do_not_specialize=["k"])
+def _lmo_kernel(
+    SCORE, FIXED, V, NAN, k, rows, d, span, stride_sr, stride_sd, stride_fr, stride_fd, stride_vr, stride_vd, stride_k,
+    POSITIVE: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, SEARCH_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    valid_r = row < rows
+    row = row.to(tl.int64)
+    score = SCORE + row[:, None] * stride_sr
+    fixed = None
+    if FIXED is not None:
+        fixed = FIXED + row[:, None] * stride_fr
+    vertex = V + row[:, None] * stride_vr
+
+    if GROUP:
+        nan = tl.zeros((BLOCK_R,), tl.int1)
+        for start in range(0, span, BLOCK_D):
+            keys = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, POSITIVE, GROUP, PADDED, BLOCK_D)
+            nan = nan | (tl.max(keys, axis=1) == NAN_KEY)
+            chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
+            column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D)
+            valid = valid_r[:, None] & valid_d[None, :]
+            tl.store(vertex + column[None, :].to(tl.int64) * stride_vd, chosen, mask=valid)
+    else:
+        budget = load_budget(k, row, valid_r, stride_k, PER_ROW, BLOCK_R)
+        held = load_keys(score, fixed, 0, d, valid_r, stride_sd, stride_fd, POSITIVE, 0, 0, SEARCH_D)
+        top = tl.full((BLOCK_R,), NAN_KEY, tl.uint32)
+        nan = count_reaching(top, held, score, fixed, d, valid_r, stride_sd, stride_fd, POSITIVE, WHOLE, SEARCH_D) > 0
+        T, room, tied = kth_key(
+            held, budget, score, fixed, d, valid_r, stride_sd, stride_fd, POSITIVE, WHOLE, BLOCK_R, SEARCH_D
+        )
+        passed = tl.zeros((BLOCK_R,), tl.int32)
+        for start in range(0, d, BLOCK_D):
+            if ONE_CHUNK:
+                keys = held
+            else:
+                # Read again: the running count of ties would not fit in the registers beside all keys.
+                keys = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, POSITIVE, 0, 0, BLOCK_D)
+            chosen, passed = take(keys, T, room, tied, passed)
+            column, valid_d = columns(start, d, 0, 0, BLOCK_D)
+            valid = valid_r[:, None] & valid_d[None, :]
+            tl.store(vertex + column[None, :].to(tl.int64) * stride_vd, chosen, mask=valid)
+    tl.store(NAN + row, nan, mask=valid_r)
+
+
+def check_selection(rows: int, d: int, k: int | Tensor, group: int, fixed: Tensor | None, like: Tensor) -> None:
+    """Raise unless k, group and fixed describe a selection from (rows, d)."""
+    check_budget(torch.Size((rows, d)), k, group)
+    if group > 32:
+        raise ValueError(f"group: expected at most 32, got {group}")
+    if isinstance(k, Tensor):
+        check("k", k, (rows,), INTEGERS, like)
+    if fixed is not None:
+        check("fixed", fixed, (rows, d), (torch.bool,), like)
+
+
+def lmo(
+    score: Tensor,
+    k: int | Tensor,
+    *,
+    group: int = 0,
+    fixed: Tensor | None = None,
+    positive: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The vertex that keeps the k best scores of every row; see `reference.lmo`, which it equals.
+
+    Args:
+        score: (rows, d) fp32, any strides.
+        k: kept per row, one int or an int tensor (rows,); with `group`, kept per group, an int.
+        group: 0 for whole rows, else m of n:m, up to 32.
+        fixed: (rows, d) bool, kept whatever their score.
+        positive: keep only scores above 0 (and the fixed entries).
+        out: (rows, d) bool, written and returned; allocated when None.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit this description, or a NaN among the scores (`out` is
+            written by then). The check waits for the kernel.
+    """
+    rows, d = check_matrix("score", score, (torch.float32,))
+    check_selection(rows, d, k, group, fixed, score)
+    if out is None:
+        out = torch.empty(rows, d, dtype=torch.bool, device=score.device)
+    check("out", out, (rows, d), (torch.bool,), score)
+    if out.numel() == 0:
+        return out
+    nan = torch.empty(rows, dtype=torch.bool, device=score.device)
+    config = configuration(rows, d, group)
+    with on_device(score):
+        _lmo_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
+            SCORE=score, FIXED=fixed, V=out, NAN=nan, k=k, rows=rows, d=d, span=span(d, group),
+            stride_sr=score.stride(0), stride_sd=score.stride(1),
+            stride_fr=0 if fixed is None else fixed.stride(0), stride_fd=0 if fixed is None else fixed.stride(1),
+            stride_vr=out.stride(0), stride_vd=out.stride(1), stride_k=k.stride(0) if isinstance(k, Tensor) else 0,
+            POSITIVE=positive, **selection_options(d, k, group, config), enable_fp_fusion=True, **config,
+        )  # fmt: skip
+    if bool(nan.any()):
+        raise ValueError("score: NaN is no choice")
+    return out

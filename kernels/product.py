@@ -1,0 +1,154 @@
+"""product: U = E G, the one matrix product of a Frank-Wolfe iteration.
+
+    E (rows, d) fp32 / bf16 / fp16     G (d, d) symmetric, fp32 or bf16     U (rows, d) fp32
+
+    flops = 2 rows d^2
+    bytes = rows d size(E) + d^2 size(G) + 4 rows d       (each operand once)
+
+Accumulation is in fp32. `precision` is that of both operands: "ieee" multiplies in fp32 (no tensor cores for fp32
+operands), "tf32" lets the tensor cores read the upper 19 bits, "bf16" rounds each tile to bf16 as it is loaded.
+Operands that are both bf16 already multiply exactly whatever the precision.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import dot
+from .launch import FLOATS, check, check_matrix, on_device, platform
+from .reference import PRECISIONS
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def configuration(rows: int, d: int, size: int, wide: bool) -> dict[str, int]:
+    """Tile sizes and launch options.
+
+    Args:
+        rows, d: shape of the output.
+        size: bytes of an operand of the dot.
+        wide: whether the registers suffice for 256 columns; not where the left operand is computed from two tiles
+            (gradient), nor for dots without tensor cores.
+    """
+    where = platform()
+    if where == "interpreter":
+        # Cost is per program and step there, hardly per entry.
+        return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8)
+    tiles = triton.cdiv(rows, 128) * triton.cdiv(d, 128)
+    # 128 bytes of an operand per row and step; 64 KiB of shared memory on AMD take half of that.
+    BLOCK_K = 128 // size
+    if rows <= 64 or tiles < 128:
+        # Too few large tiles to fill a GPU.
+        stages = 2 if where == "hip" else 4
+        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=4, num_stages=stages)
+    if where == "hip":
+        return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K // 2, GROUP_M=8, num_warps=4, num_stages=2)
+    if where == "sm_90" and wide and tiles >= 256:
+        return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=4)
+    return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=3)
+
+
+@triton.jit
+def product_tile(
+    E, M, G, rows, d, stride_er, stride_ed, stride_mr, stride_md, stride_gr, stride_gd,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """This program's tile of E G, or of (E * (1 - M)) G unless M is None; and the tile's rows and columns."""
+    # Grouped order: programs that run together share rows of E and columns of G in the cache.
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(d, BLOCK_N)
+    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    within = pid % (GROUP_M * tiles_n)
+    offs_m = (first_m + within % group_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = within // group_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+
+    # Past the edge the last row is read again: it is never stored, and the loads need no mask for it.
+    row = tl.minimum(offs_m, rows - 1).to(tl.int64)[:, None]
+    column = tl.minimum(offs_n, d - 1).to(tl.int64)
+    k = offs_k.to(tl.int64)
+    e_ptrs = E + row * stride_er + k[None, :] * stride_ed
+    if M is not None:
+        m_ptrs = M + row * stride_mr + k[None, :] * stride_md
+    # G is symmetric, so column n is read as row n, contiguous along k like E. wgmma wants fp32 operands that way: read
+    # along n, the tiles are transposed through registers (206 instead of 182 of them for tf32 on sm_90).
+    g_ptrs = G + column[None, :] * stride_gr + k[:, None] * stride_gd
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, d, BLOCK_K):
+        valid_k = offs_k < d - start
+        e = tl.load(e_ptrs, mask=valid_k[None, :], other=0.0)
+        g = tl.load(g_ptrs, mask=valid_k[:, None], other=0.0)
+        if M is not None:
+            m = tl.load(m_ptrs, mask=valid_k[None, :], other=0.0)
+            e = e.to(tl.float32) * (1 - m)
+            m_ptrs += BLOCK_K * stride_md
+        acc = dot(e, g, acc, DTYPE, PRECISION)
+        e_ptrs += BLOCK_K * stride_ed
+        g_ptrs += BLOCK_K * stride_gd
+    return acc, offs_m, offs_n
+
+
+@triton.jit
+def _product_kernel(
+    E, G, U, rows, d, stride_er, stride_ed, stride_gr, stride_gd, stride_ur, stride_ud,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    acc, offs_m, offs_n = product_tile(
+        E, None, G, rows, d, stride_er, stride_ed, 0, 0, stride_gr, stride_gd,
+        DTYPE, PRECISION, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    valid = (offs_m < rows)[:, None] & (offs_n < d)[None, :]
+    row = offs_m.to(tl.int64)[:, None]
+    column = offs_n.to(tl.int64)[None, :]
+    tl.store(U + row * stride_ur + column * stride_ud, acc, mask=valid)
+
+
+def dot_options(operands: tuple[torch.dtype, ...], precision: str) -> dict:
+    """DTYPE and PRECISION of the dot of operands with these dtypes.
+
+    Raises:
+        ValueError: for an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "bf16" or all(dtype == torch.bfloat16 for dtype in operands):
+        return dict(DTYPE=tl.bfloat16, PRECISION="ieee")
+    return dict(DTYPE=tl.float32, PRECISION=precision)
+
+
+def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None) -> Tensor:
+    """E G with fp32 accumulation; see `reference.product`, which it equals up to rounding.
+
+    Args:
+        E: (rows, d), fp32 / bf16 / fp16, any strides.
+        G: (d, d), symmetric, fp32 or bf16.
+        precision: "ieee", "tf32" or "bf16", of both operands.
+        out: (rows, d) fp32, written and returned; allocated when None.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit this description.
+    """
+    rows, d = check_matrix("E", E, FLOATS)
+    check("G", G, (d, d), (torch.float32, torch.bfloat16), E)
+    options = dot_options((E.dtype, G.dtype), precision)
+    if out is None:
+        out = torch.empty(rows, d, dtype=torch.float32, device=E.device)
+    check("out", out, (rows, d), (torch.float32,), E)
+    if out.numel() == 0:
+        return out
+    low = options["DTYPE"] == tl.bfloat16
+    config = configuration(rows, d, 2 if low else 4, wide=low or precision != "ieee")
+    grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"]),)
+    with on_device(E):
+        _product_kernel[grid](
+            E=E, G=G, U=out, rows=rows, d=d,
+            stride_er=E.stride(0), stride_ed=E.stride(1), stride_gr=G.stride(0), stride_gd=G.stride(1),
+            stride_ur=out.stride(0), stride_ud=out.stride(1),
+            enable_fp_fusion=True, **options, **config,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,254 @@
+"""row_step: everything of a Frank-Wolfe iteration but the product, one program per few rows, in place.
+
+    D    = V - M                                    q = W^2 diag
+    lin  = sum(D * (-2 W R + theta q (1 - 2 M)))    quad = sum(W D (R - U)) - theta sum(q D^2)
+    eta  = clip(-lin / (2 quad), 0, 1)              where quad <= 0: the better of 0 and 1
+    M   += eta D                                    R   += eta (U - R)
+    V    = lmo(2 W R - next_theta q (1 - 2 M))      E    = W * (1 - V)
+
+    W, E (rows, d)     M, R, U (rows, d) fp32     V, fixed (rows, d) bool     diag (d,) fp32
+
+    flops = about 30 rows d, and at most 32 comparisons an entry
+    bytes = rows d (size(W) + 4 + 4 + 4 + 1 + 4 + 4 + 1 + size(E), + 1 with fixed)    (W M R U V once in, M R V E once out)
+
+A row that fits one chunk stays in registers from the first load to the last store. A longer one takes passes over its
+chunks, which find it in the cache: A adds up the line search, B updates M and R and writes the scores over U, C finds
+the k-th score (device.py), D writes V and E. With n:m the choice is made within pass B. Ties as in lmo.py; sums and
+state in fp32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import (
+    candidate_key,
+    cast,
+    columns,
+    kth_key,
+    line_search,
+    line_terms,
+    load_budget,
+    load_keys,
+    move,
+    take,
+    take_of_groups,
+    vertex_score,
+)
+from .launch import FLOATS, check, check_matrix, on_device, platform, warps
+from .lmo import check_selection, selection_options, span
+
+
+def configuration(rows: int, d: int, group: int) -> dict[str, int]:
+    """Tile sizes and launch options: BLOCK_R rows at once, chunks of BLOCK_D columns, SEARCH_D keys held."""
+    width = triton.next_power_of_2(span(d, group))
+    if platform() == "interpreter":
+        # Cost is per program and step there, hardly per entry.
+        BLOCK_D = min(width, 65536)
+        BLOCK_R = max(1, min(triton.next_power_of_2(rows), 262144 // BLOCK_D))
+        return dict(BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, SEARCH_D=BLOCK_D)
+    if group & (group - 1):
+        # Groups of no power of two: no two entries share an address computation, short chunks leave registers for it.
+        return dict(BLOCK_R=1, BLOCK_D=min(width, 1024), SEARCH_D=min(width, 1024), num_warps=warps(8))
+    if width <= 4096 or group:
+        # Up to 4096 the whole row stays in registers, 16 entries of it per thread.
+        BLOCK_D = width if width <= 4096 else 2048
+        BLOCK_R = max(1, 1024 // BLOCK_D)
+        return dict(BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, SEARCH_D=BLOCK_D, num_warps=warps(max(4, BLOCK_D // 512)))
+    # The keys of a whole row fit in the registers of 512 threads up to this width; of a longer one only the first do.
+    widest = 16384 if platform() == "sm_80" else 32768
+    SEARCH_D = width if width <= widest else 16384
+    return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=SEARCH_D, num_warps=warps(8 if width == 8192 else 16))
+
+
+@triton.jit
+def _load_state(W, M, R, U, V, column, valid):
+    """One chunk of w, m, r, u, v in fp32; the pointers stand at the first column of the tile's rows."""
+    w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
+    m = tl.load(M + column[None, :], mask=valid, other=0.0)
+    r = tl.load(R + column[None, :], mask=valid, other=0.0)
+    u = tl.load(U + column[None, :], mask=valid, other=0.0)
+    v = tl.load(V + column[None, :], mask=valid, other=0).to(tl.float32)
+    return w, m, r, u, v
+
+
+@triton.jit
+def _diagonal(DIAG, w, column, valid_d):
+    # Loaded where it is used: the cache has it, and the registers of a whole row are scarce.
+    return w * w * tl.load(DIAG + column, mask=valid_d, other=0.0)[None, :]
+
+
+@triton.jit
+def _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d):
+    """Moves one chunk of the state and stores it; returns the next score and the error of each entry."""
+    m = move(m, v, step[:, None])
+    r = move(r, u, step[:, None])
+    tl.store(M + column[None, :], m, mask=valid)
+    tl.store(R + column[None, :], r, mask=valid)
+    score = vertex_score(w, _diagonal(DIAG, w, column, valid_d), m, r, next_theta)
+    if FIXED is not None:
+        held = tl.load(FIXED + column[None, :], mask=valid, other=0).to(tl.int1)
+        score = tl.where(held, float("inf"), score)
+    return score, w * (1 - m) * r
+
+
+@triton.jit
+def _store_vertex(V, E, w, chosen, column, valid):
+    tl.store(V + column[None, :], chosen, mask=valid)
+    tl.store(E + column[None, :], cast(tl.where(chosen, 0.0, w), E.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["k", "eta", "theta", "next_theta"])
+def _step_kernel(
+    W, DIAG, M, R, U, V, E, FIXED, ETA, ERROR, k, eta, theta, next_theta, rows, d, span,
+    stride_w, stride_m, stride_r, stride_u, stride_v, stride_e, stride_f, stride_k,
+    LINE_SEARCH: tl.constexpr, POSITIVE: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr,
+    PADDED: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, SEARCH_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    valid_r = row < rows
+    row = row.to(tl.int64)
+    W += row[:, None] * stride_w
+    M += row[:, None] * stride_m
+    R += row[:, None] * stride_r
+    U += row[:, None] * stride_u
+    V += row[:, None] * stride_v
+    E += row[:, None] * stride_e
+    if FIXED is not None:
+        FIXED += row[:, None] * stride_f
+    budget = load_budget(k, row, valid_r, stride_k, PER_ROW, BLOCK_R)
+    step = tl.zeros((BLOCK_R,), tl.float32) + eta
+
+    if ONE_CHUNK:
+        column, valid_d = columns(0, d, GROUP, PADDED, BLOCK_D)
+        valid = valid_r[:, None] & valid_d[None, :]
+        w, m, r, u, v = _load_state(W, M, R, U, V, column, valid)
+        if LINE_SEARCH:
+            lin, quad = line_terms(w, _diagonal(DIAG, w, column, valid_d), m, r, u, v, theta)
+            step = line_search(tl.sum(lin, axis=1), tl.sum(quad, axis=1))
+        score, error_d = _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d)
+        error = tl.sum(error_d, axis=1)
+        keys = candidate_key(score, None, valid, POSITIVE)
+        if GROUP:
+            chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
+        else:
+            T, room, tied = kth_key(keys, budget, U, None, d, valid_r, 1, 0, POSITIVE, True, BLOCK_R, BLOCK_D)
+            chosen, passed = take(keys, T, room, tied, tl.zeros((BLOCK_R,), tl.int32))
+        _store_vertex(V, E, w, chosen, column, valid)
+    else:
+        # Pass A: the step size.
+        if LINE_SEARCH:
+            lin = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+            quad = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+            for start in range(0, span, BLOCK_D):
+                column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D)
+                valid = valid_r[:, None] & valid_d[None, :]
+                w, m, r, u, v = _load_state(W, M, R, U, V, column, valid)
+                lin_d, quad_d = line_terms(w, _diagonal(DIAG, w, column, valid_d), m, r, u, v, theta)
+                lin += lin_d
+                quad += quad_d
+            step = line_search(tl.sum(lin, axis=1), tl.sum(quad, axis=1))
+
+        # Pass B: the update and the next scores.
+        errors = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        for start in range(0, span, BLOCK_D):
+            column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D)
+            valid = valid_r[:, None] & valid_d[None, :]
+            w, m, r, u, v = _load_state(W, M, R, U, V, column, valid)
+            score, error_d = _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d)
+            errors += error_d
+            if GROUP:
+                keys = candidate_key(score, None, valid, POSITIVE)
+                chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
+                _store_vertex(V, E, w, chosen, column, valid)
+            else:
+                tl.store(U + column[None, :], score, mask=valid)
+        error = tl.sum(errors, axis=1)
+
+        if not GROUP:
+            # The scores go from pass to pass through global memory, and the thread that reads one is not always the
+            # one that wrote it: Triton adds no barrier for that by itself.
+            tl.debug_barrier()
+            # Pass C: the k-th score.
+            held = load_keys(U, None, 0, d, valid_r, 1, 0, POSITIVE, 0, 0, SEARCH_D)
+            T, room, tied = kth_key(held, budget, U, None, d, valid_r, 1, 0, POSITIVE, WHOLE, BLOCK_R, SEARCH_D)
+            # Pass D: the vertex.
+            passed = tl.zeros((BLOCK_R,), tl.int32)
+            for start in range(0, d, BLOCK_D):
+                column, valid_d = columns(start, d, 0, 0, BLOCK_D)
+                valid = valid_r[:, None] & valid_d[None, :]
+                keys = load_keys(U, None, start, d, valid_r, 1, 0, POSITIVE, 0, 0, BLOCK_D)
+                chosen, passed = take(keys, T, room, tied, passed)
+                w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
+                _store_vertex(V, E, w, chosen, column, valid)
+    tl.store(ETA + row, step, mask=valid_r)
+    tl.store(ERROR + row, error, mask=valid_r)
+
+
+def row_step(
+    W: Tensor,
+    diag: Tensor,
+    M: Tensor,
+    R: Tensor,
+    U: Tensor,
+    V: Tensor,
+    E: Tensor,
+    k: int | Tensor,
+    *,
+    group: int = 0,
+    fixed: Tensor | None = None,
+    eta: float | None = None,
+    theta: float = 0.0,
+    next_theta: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """One Frank-Wolfe step of every row, in place; see `reference.row_step`, which it equals up to rounding.
+
+    Args:
+        W: (rows, d), fp32 / bf16 / fp16. This and every matrix below has its rows contiguous (column stride 1).
+        diag: (d,) fp32, contiguous, the diagonal of G.
+        M, R: (rows, d) fp32, the state; updated.
+        U: (rows, d) fp32, the product of E; holds the scores, or nothing of use, afterwards.
+        V: (rows, d) bool, the vertex that U belongs to; replaced by the next one.
+        E: (rows, d), fp32 / bf16 / fp16; replaced.
+        k, group, fixed: as in `lmo`.
+        eta: step size for all rows (open loop); None for the line search.
+        theta: weight of the integrality penalty that V was chosen with, 0 to 1.
+        next_theta: the one that the next V is chosen with.
+
+    Returns:
+        eta (rows,) and the relaxed error (rows,) after the update, fp32. A NaN in the state shows in the error.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit this description.
+    """
+    rows, d = check_matrix("W", W, FLOATS)
+    check("diag", diag, (d,), (torch.float32,), W)
+    matrices = dict(W=W, M=M, R=R, U=U, V=V, E=E)
+    dtypes = dict(W=FLOATS, V=(torch.bool,), E=FLOATS)
+    for name, matrix in matrices.items():
+        check(name, matrix, (rows, d), dtypes.get(name, (torch.float32,)), W)
+    check_selection(rows, d, k, group, fixed, W)
+    if fixed is not None:
+        matrices["fixed"] = fixed
+    for name, tensor in (*matrices.items(), ("diag", diag)):
+        if d > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name}: expected contiguous rows, got strides {tensor.stride()}")
+    step = torch.empty(rows, dtype=torch.float32, device=W.device)
+    error = torch.empty_like(step)
+    if W.numel() == 0:
+        return step.zero_(), error.zero_()
+    config = configuration(rows, d, group)
+    with on_device(W):
+        _step_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
+            W=W, DIAG=diag, M=M, R=R, U=U, V=V, E=E, FIXED=fixed, ETA=step, ERROR=error, k=k,
+            eta=0.0 if eta is None else float(eta), theta=float(theta), next_theta=float(next_theta),
+            rows=rows, d=d, span=span(d, group),
+            stride_w=W.stride(0), stride_m=M.stride(0), stride_r=R.stride(0), stride_u=U.stride(0),
+            stride_v=V.stride(0), stride_e=E.stride(0), stride_f=fixed.stride(0) if fixed is not None else 0,
+            stride_k=k.stride(0) if isinstance(k, Tensor) else 0,
+            LINE_SEARCH=eta is None, POSITIVE=next_theta < 1, **selection_options(d, k, group, config),
+            enable_fp_fusion=True, **config,
+        )  # fmt: skip
+    return step, error

@@ -1,0 +1,67 @@
+"""Inputs and comparisons that the kernel tests share."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# One entry, one row, odd sizes, and more than one tile in every direction.
+SHAPES = ((1, 1), (1, 131), (37, 131), (150, 260))
+
+# Rounding of one product of two operands cut to a precision, relative, and of the sum of thousands in fp32: tensor
+# cores cut what they shift out.
+PRODUCT_ERROR = {"ieee": 2 * 2.0**-23, "tf32": 2 * 2.0**-10, "bf16": 2 * 2.0**-8}
+SUM_ERROR = 2.0**-15
+
+
+def needs_gpu(test: Callable) -> Callable:
+    """Marks a test of what only the hardware does, such as the rounding of tensor cores."""
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")(test))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed)).to(DEVICE, dtype)
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=generator(seed)).to(DEVICE)
+
+
+def gram(d: int, tokens: int = 300, seed: int = 0) -> Tensor:
+    """Gram matrix (d, d) of inputs with a common part, as activations have; exactly symmetric."""
+    X = torch.randn(tokens, d, generator=generator(seed), dtype=torch.float64)
+    X += torch.randn(tokens, 1, generator=generator(seed + 1), dtype=torch.float64)
+    G = (X.T @ X).float()
+    return (G.tril() + G.tril(-1).T).to(DEVICE)
+
+
+def garbage(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An output that shows an entry never written."""
+    return torch.full(shape, True if dtype == torch.bool else torch.nan, dtype=dtype, device=DEVICE)
+
+
+def strided(X: Tensor) -> Tensor:
+    """The same values, with neither dimension contiguous."""
+    wide = torch.zeros(X.shape[1] * 2, X.shape[0] * 3, dtype=X.dtype, device=X.device)
+    view = wide[::2, ::3].T
+    return view.copy_(X)
+
+
+def assert_near(got: Tensor, reference: Tensor, truth: Tensor) -> None:
+    """The error of `got` against the float64 truth is at most twice that of the fp32 reference, max and rms.
+
+    A few roundings of the largest value are granted on top: the reference may be exact by luck on tiny inputs.
+    """
+    assert got.shape == truth.shape
+    error, allowed = (got.double() - truth).abs(), (reference.double() - truth).abs()
+    slack = 4 * 2.0**-24 * truth.abs().max()
+    assert error.max() <= 2 * allowed.max() + slack, f"max {error.max():.3g}, the reference {allowed.max():.3g}"
+    rms, allowed_rms = error.square().mean().sqrt(), allowed.square().mean().sqrt()
+    assert rms <= 2 * allowed_rms + slack, f"rms {rms:.3g}, the reference {allowed_rms:.3g}"

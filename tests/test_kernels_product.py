@@ -1,0 +1,106 @@
+"""product against float64 and the reference."""
+
+import pytest
+import torch
+from kernel_inputs import (
+    DEVICE,
+    DTYPES,
+    PRODUCT_ERROR,
+    SHAPES,
+    SUM_ERROR,
+    assert_near,
+    garbage,
+    gram,
+    needs_gpu,
+    normal,
+    strided,
+)
+
+from sparsefw.kernels import reference
+from sparsefw.kernels.product import product
+
+
+@pytest.mark.parametrize("precision", reference.PRECISIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_product_is_as_close_to_float64_as_the_reference(shape, precision):
+    E, G = normal(*shape), gram(shape[1])
+    out = garbage(*shape)
+    assert product(E, G, precision=precision, out=out) is out
+    assert_near(out, reference.product(E, G, precision=precision), E.double() @ G.double())
+
+
+@pytest.mark.parametrize("precision", reference.PRECISIONS)
+@pytest.mark.parametrize("g_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("e_dtype", DTYPES)
+def test_product_of_every_dtype(e_dtype, g_dtype, precision):
+    E, G = normal(37, 131, dtype=e_dtype), gram(131).to(g_dtype)
+    got = product(E, G, precision=precision)
+    assert got.dtype == torch.float32
+    assert_near(got, reference.product(E, G, precision=precision), E.double() @ G.double())
+
+
+def test_bf16_operands_multiply_exactly_at_every_precision():
+    E, G = normal(37, 131, dtype=torch.bfloat16), gram(131).bfloat16()
+    truth = E.double() @ G.double()
+    for precision in reference.PRECISIONS:
+        assert_near(product(E, G, precision=precision), reference.product(E, G), truth)
+
+
+def test_bf16_precision_rounds_to_nearest():
+    # 1 + 3/512 lies between the bf16 numbers 1 and 1 + 1/128, nearer to the upper one.
+    E = torch.full((1, 1), 1 + 3 / 512, device=DEVICE)
+    assert product(E, torch.ones(1, 1, device=DEVICE), precision="bf16").item() == 1 + 1 / 128
+
+
+def test_product_of_strided_operands():
+    E, G = normal(37, 131), gram(131)
+    out = strided(garbage(37, 131))
+    product(strided(E), strided(G), out=out)
+    assert_near(out, reference.product(E, G), E.double() @ G.double())
+
+
+def test_product_repeats_bit_by_bit():
+    E, G = normal(150, 260), gram(260)
+    assert torch.equal(product(E, G, precision="tf32"), product(E, G, precision="tf32"))
+
+
+def test_product_does_not_depend_on_the_other_rows():
+    E, G = normal(150, 260), gram(260)
+    assert torch.equal(product(E, G)[:128], product(E[:128], G))
+
+
+def test_product_of_no_rows():
+    assert product(torch.empty(0, 131, device=DEVICE), gram(131)).shape == (0, 131)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (dict(E=torch.zeros(3, 4, dtype=torch.int32)), TypeError, "E: expected .*float32.*got torch.int32"),
+        (dict(E=torch.zeros(4)), ValueError, "E: expected two dimensions"),
+        (dict(E=None), TypeError, "E: expected a tensor, got NoneType"),
+        (dict(G=torch.zeros(4, 5)), ValueError, r"G: expected shape \(4, 4\), got \(4, 5\)"),
+        (dict(G=torch.zeros(4, 4, dtype=torch.float16)), TypeError, "G: expected"),
+        (dict(G=torch.zeros(4, 4, device="meta")), ValueError, "G: expected device"),
+        (dict(out=torch.zeros(3, 4, dtype=torch.bfloat16)), TypeError, "out: expected torch.float32"),
+        (dict(out=torch.zeros(4, 3)), ValueError, r"out: expected shape \(3, 4\)"),
+        (dict(precision="fp8"), ValueError, "precision: expected one of ieee, tf32, bf16, got 'fp8'"),
+    ],
+)
+def test_product_refuses_bad_input(change, error, match):
+    arguments = dict(E=torch.zeros(3, 4), G=torch.zeros(4, 4), out=None, precision="ieee") | change
+    moved = {
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) and value.device.type != "meta" else value
+        for name, value in arguments.items()
+    }
+    with pytest.raises(error, match=match):
+        product(moved.pop("E"), moved.pop("G"), **moved)
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", reference.PRECISIONS)
+def test_tensor_cores_keep_the_bits_of_their_precision(precision):
+    E, G = normal(512, 4096), gram(4096)
+    error = product(E, G, precision=precision).double() - E.double() @ G.double()
+    bound = (PRODUCT_ERROR[precision] + SUM_ERROR) * (E.double().abs() @ G.double().abs())
+    assert (error.abs() <= bound).all()

@@ -1,0 +1,156 @@
+"""The specification itself: against brute force, float64 and finite differences."""
+
+import itertools
+
+import pytest
+import torch
+from kernel_inputs import DEVICE, garbage, gram, normal, uniform
+
+from sparsefw.kernels import reference
+
+
+def relaxed_error(W, M, G, theta=0.0):
+    """error(M) + theta sum(q M (1 - M)), one number per row."""
+    E = W * (1 - M)
+    q = W * W * G.diagonal()
+    return (E * (E @ G)).sum(1) + theta * (q * M * (1 - M)).sum(1)
+
+
+def test_round_operand_to_bf16_and_not_at_all():
+    X = normal(37, 131)
+    assert torch.equal(reference.round_operand(X, "bf16"), X.bfloat16().float())
+    assert torch.equal(reference.round_operand(X, "ieee"), X)
+    assert reference.round_operand(X.half(), "ieee").dtype == torch.float32
+
+
+def test_round_operand_to_tf32_is_the_nearest_with_ties_to_even():
+    ulp = 2.0**-10
+    values = torch.tensor([1 + 0.4 * ulp, 1 + 0.5 * ulp, 1 + 0.6 * ulp, 1 + 1.5 * ulp, 2 - 0.1 * ulp, 0.0])
+    expected = torch.tensor([1.0, 1.0, 1 + ulp, 1 + 2 * ulp, 2.0, 0.0])
+    assert torch.equal(reference.round_operand(values, "tf32"), expected)
+    assert torch.equal(reference.round_operand(-values, "tf32"), -expected)
+    X = normal(37, 131)
+    assert ((reference.round_operand(X, "tf32") - X).abs() <= X.abs() * 2.0**-11).all()
+    infinite = torch.tensor([torch.inf, -torch.inf])
+    assert torch.equal(reference.round_operand(infinite, "tf32"), infinite)
+
+
+def test_round_operand_refuses_other_precisions():
+    with pytest.raises(ValueError, match="precision: expected one of ieee, tf32, bf16, got 'fp8'"):
+        reference.round_operand(torch.zeros(1), "fp8")
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("ieee", 20), ("tf32", 10), ("bf16", 7)])
+def test_product_and_gradient_against_float64(precision, bits):
+    W, M, G = normal(37, 131), uniform(37, 131), gram(131)
+    out = garbage(37, 131)
+    assert reference.product(W, G, precision=precision, out=out) is out
+    bound = 2.0**-bits * (W.double().abs() @ G.double().abs())
+    assert ((out - W.double() @ G.double()).abs() <= bound).all()
+    E = W.double() * (1 - M.double())
+    bound = 2.0**-bits * 2 * W.double().abs() * (E.abs() @ G.double().abs())
+    got = reference.gradient(W, M, G, precision=precision)
+    assert ((got + 2 * W.double() * (E @ G.double())).abs() <= 2 * bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gram_against_float64(dtype):
+    X, G = normal(200, 131, dtype=dtype), gram(131)
+    expected = G.double() + X.double().T @ X.double()
+    assert reference.gram_accumulate(G, X) is G
+    assert ((G - expected).abs() <= 1e-5 * expected.abs().max()).all()
+
+
+@pytest.mark.parametrize("group", [0, 7])
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("positive", [False, True])
+def test_lmo_is_the_best_of_all_vertices(positive, as_tensor, group):
+    for seed, k in itertools.product(range(3), range(8)):
+        score = (2 * normal(1, 7, seed=seed)).round()
+        # combinations come in lexicographic order: the first of the best has its ties at the lowest indices.
+        best = max(itertools.combinations(range(7), k), key=lambda chosen: sum(score[0, list(chosen)].tolist()))
+        best = [j for j in best if score[0, j] > 0 or not positive]
+        budget = torch.tensor([k], device=DEVICE) if as_tensor and not group else k
+        assert reference.lmo(score, budget, group=group, positive=positive)[0].nonzero().flatten().tolist() == best
+
+
+@pytest.mark.parametrize("group", [0, 4])
+def test_lmo_keeps_fixed_entries_and_ties_by_index(group):
+    score = torch.tensor([[1.0, 1.0, -0.0, 0.0, 3.0, 3.0, 3.0, -torch.inf]], device=DEVICE)
+    fixed = torch.tensor([[0, 0, 0, 1, 0, 0, 0, 1]], device=DEVICE, dtype=torch.bool)
+    V = reference.lmo(score, 2 if group else 4, group=group, fixed=fixed)
+    assert V[0].nonzero().flatten().tolist() == ([0, 3, 4, 7] if group else [3, 4, 5, 7])
+
+
+@pytest.mark.parametrize("k", [-1, 5])
+def test_lmo_refuses_impossible_budgets_and_nan(k):
+    with pytest.raises(ValueError, match="k: expected 0 to 4"):
+        reference.lmo(torch.zeros(1, 4), k)
+    with pytest.raises(ValueError, match="score: NaN"):
+        reference.lmo(torch.tensor([[0.0, torch.nan]]), 1)
+    with pytest.raises(ValueError, match="group: expected a divisor"):
+        reference.lmo(torch.zeros(1, 4), 1, group=3)
+
+
+def test_lmo_of_no_rows_and_into_out():
+    assert reference.lmo(torch.empty(0, 7, device=DEVICE), 3).shape == (0, 7)
+    score, out = normal(5, 7), garbage(5, 7, dtype=torch.bool)
+    assert reference.lmo(score, 3, out=out) is out
+    assert (out.sum(1) == 3).all()
+
+
+def test_update_reaches_the_vertex_exactly_and_stays_in_the_polytope():
+    M, V, R, U = uniform(37, 131), uniform(37, 131, seed=1) < 0.5, normal(37, 131), normal(37, 131, seed=1)
+    for eta in (0.3, 0.999, 1.0):
+        reference.convex_update(M, V, R, U, torch.full((37,), eta, device=DEVICE))
+        assert ((M >= 0) & (M <= 1)).all()
+    assert torch.equal(M, V.float())
+
+
+def step_state(rows=6, d=23, k=9):
+    W, G = normal(rows, d), gram(d)
+    M, V = 0.5 * reference.lmo(normal(rows, d, seed=2), k) + 0.25, reference.lmo(normal(rows, d, seed=3), k)
+    return W, G, dict(
+        W=W, diag=G.diagonal().clone(), M=M, R=(W * (1 - M)) @ G, U=(W * ~V) @ G, V=V, E=torch.empty_like(W)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.4, 1.0])
+def test_line_search_finds_the_best_step(theta):
+    W, G, state = step_state()
+    M, V = state["M"].double(), state["V"].double()
+    eta, error = reference.row_step(**state, k=9, theta=theta)
+
+    def at(step):
+        return relaxed_error(W.double(), M + step * (V - M), G.double(), theta)
+
+    grid = torch.stack([at(step) for step in torch.linspace(0, 1, 1001, dtype=torch.float64).tolist()])
+    reached = at(eta.double()[:, None])
+    assert (reached <= grid.min(0).values * (1 + 1e-6)).all()
+    plain = relaxed_error(W.double(), state["M"].double(), G.double())
+    assert torch.allclose(error.double(), plain, rtol=1e-4)
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.4, 1.0])
+def test_the_next_vertex_follows_the_slope_of_the_penalized_error(theta):
+    W, G, state = step_state()
+    reference.row_step(**state, k=9, next_theta=theta)
+    M, h = state["M"].double(), 1e-5
+    slope = torch.empty_like(M)
+    for j in range(M.shape[1]):
+        ahead, behind = M.clone(), M.clone()
+        ahead[:, j] += h
+        behind[:, j] -= h
+        slope[:, j] = relaxed_error(W.double(), ahead, G.double(), theta)
+        slope[:, j] -= relaxed_error(W.double(), behind, G.double(), theta)
+    assert torch.equal(state["V"], reference.lmo(-slope.float(), 9, positive=theta < 1))
+    assert torch.equal(state["E"], W.masked_fill(state["V"], 0))
+
+
+def test_open_loop_takes_the_step_it_is_given():
+    _, _, state = step_state()
+    M, V, R, U = (state[name].clone() for name in ("M", "V", "R", "U"))
+    eta, _ = reference.row_step(**state, k=9, eta=0.25)
+    assert (eta == 0.25).all()
+    assert torch.allclose(state["M"], 0.75 * M + 0.25 * V)
+    assert torch.allclose(state["R"], 0.75 * R + 0.25 * U)
