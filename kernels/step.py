@@ -9,7 +9,7 @@
     W, E (rows, d)     M, R, U (rows, d) fp32     V, fixed (rows, d) bool     diag (d,) fp32
 
     flops = about 30 rows d, and at most 32 comparisons an entry
-    bytes = rows d (size(W) + 4 + 4 + 4 + 1 + 4 + 4 + 1 + size(E), + 1 with fixed)    (W M R U V once in, M R V E once out)
+    bytes = rows d (size(W) + 13 + 9 + size(E), + 1 with fixed)    (W M R U V in, M R V E out)
 
 A row that fits one chunk stays in registers from the first load to the last store. A longer one takes passes over its
 chunks, which find it in the cache: A adds up the line search, B updates M and R and writes the scores over U, C finds

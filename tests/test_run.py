@@ -57,7 +57,9 @@ def test_every_family_end_to_end(family, tmp_path, text):
     assert report["evaluation"]["sparsefw"]["perplexity"] == pytest.approx(loss.exp().item(), rel=2e-2)
 
 
-@pytest.mark.parametrize(("sparsity", "method"), [("0.6", m) for m in METHODS] + [("layer:0.6", "sparsefw"), ("3:8", "ria")])
+@pytest.mark.parametrize(
+    ("sparsity", "method"), [*(("0.6", method) for method in METHODS), ("layer:0.6", "sparsefw"), ("3:8", "ria")]
+)
 def test_exact_sparsity(sparsity, method, tmp_path, text):
     source = save_model(tmp_path / "model", "llama", torch.float32)
     assert run(source, text, tmp_path / "out", "--sparsity", sparsity, "--method", method) == 0
@@ -111,14 +113,14 @@ def test_report_has_its_keys(tmp_path, text):
     source = save_model(tmp_path / "model", "llama")
     assert run(source, text, tmp_path / "out", "--compare", "wanda", "--eval", str(text)) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    expected = {"arguments", "versions", "device", "data", "evaluation", "layers", "seconds", "peak_memory"}
-    assert expected <= set(report)
+    parts = {"arguments", "versions", "device", "data", "evaluation", "layers", "seconds", "peak_memory"}
+    assert parts <= set(report)
     assert set(report["evaluation"]) == {"dense", "wanda", "sparsefw"}
     assert set(report["data"]) == {"source", "hash", "windows", "seqlen", "seed"}
     assert {"perplexity", "windows", "seqlen"} <= set(report["evaluation"]["dense"])
     assert {"host_bytes", "gpu_bytes"} == set(report["peak_memory"])
-    keys = {"name", "shape", "pattern", "method", "alpha", "steps", "error_warm_start", "error", "relative_error", "gap"}
-    assert keys | {"seconds"} <= set(report["layers"][0])
+    errors = {"error_warm_start", "error", "relative_error", "gap"}
+    assert {"name", "shape", "pattern", "method", "alpha", "steps", "seconds"} | errors <= set(report["layers"][0])
     assert report["arguments"]["seqlen"] == 32
     mine = [row for row in report["layers"] if row["method"] == "sparsefw"]
     assert len(mine) == 3 * 7

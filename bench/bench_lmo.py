@@ -1,0 +1,22 @@
+"""lmo: the k best scores of every row, or n of every m, reference against Triton."""
+
+import pytest
+import torch
+from operations import DEVICE, OPS, SHAPES, measure, normal
+
+from sparsefw.kernels import reference
+
+
+@pytest.mark.parametrize("pattern", ["rows", "2:4"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kernel", OPS)
+def test_lmo(benchmark, kernel, shape, pattern):
+    rows, d = shape
+    d -= d % 4
+    k, group = (int(0.4 * d), 0) if pattern == "rows" else (2, 4)
+    score = normal(rows, d)
+    out = torch.empty(rows, d, dtype=torch.bool, device=DEVICE)
+    lmo = OPS[kernel].lmo
+    assert torch.equal(lmo(score, k, group=group, out=out), reference.lmo(score, k, group=group))
+    # Comparisons, not flops.
+    measure(benchmark, lambda: lmo(score, k, group=group, out=out), flops=0, bytes=score.nbytes + out.nbytes)

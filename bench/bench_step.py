@@ -1,0 +1,38 @@
+"""row_step: all of an iteration but the product, reference against Triton."""
+
+import pytest
+import torch
+from operations import OPS, PRECISION, SHAPES, WEIGHT, assert_equal_enough, gram, measure, normal
+
+from sparsefw.kernels import reference
+
+
+@pytest.mark.parametrize("pattern", ["rows", "2:4"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kernel", OPS)
+def test_row_step(benchmark, kernel, shape, pattern):
+    rows, d = shape
+    d -= d % 4
+    k, group = (int(0.4 * d), 0) if pattern == "rows" else (2, 4)
+    W, G = normal(rows, d, dtype=WEIGHT), gram(d)
+    diag = G.diagonal().contiguous()
+    V = reference.lmo(normal(rows, d, seed=1), k, group=group)
+    M = reference.lmo(normal(rows, d, seed=2), k, group=group).float()
+    weight = W.float()
+    R = reference.product(weight * (1 - M), G, precision=PRECISION)
+    U = reference.product(weight * ~V, G, precision=PRECISION)
+
+    def fresh() -> tuple:
+        # The step is in place and leaves nothing of U: every call starts from the same state.
+        return W, diag, M.clone(), R.clone(), U.clone(), V.clone(), torch.empty_like(W), k
+
+    def step(*state: object) -> tuple:
+        return OPS[kernel].row_step(*state, group=group, theta=0.5, next_theta=0.6)
+
+    expected, got = fresh(), fresh()
+    _, error = reference.row_step(*expected, group=group, theta=0.5, next_theta=0.6)
+    assert_equal_enough(step(*got)[1], error, 1e-4)
+    assert (got[5] != expected[5]).float().mean() < 1e-4
+    # W, M, R, U, V in; M, R, V, E out.
+    moved = 2 * W.nbytes + 2 * (M.nbytes + R.nbytes) + U.nbytes + 2 * V.nbytes
+    measure(benchmark, step, flops=30 * rows * d, bytes=moved, setup=fresh)
