@@ -16,7 +16,9 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from sparsefw.checkpoint import check_finite
 from sparsefw.data import Windows
+from sparsefw.errors import InputError
 from sparsefw.layers import capture
 from sparsefw.prune import LayerResult, Settings, prune_layer
 from sparsefw.stream import Stream, StreamedModel
@@ -81,8 +83,8 @@ def prune_model(
     """
     outcome = Outcome()
     with outcome.clock("embed"):
-        calibrating = dict.fromkeys(methods, _start(model, calibration))
-        calibrating = {method: stream.fork() for method, stream in calibrating.items()}
+        start = _start(model, calibration)
+        calibrating = {method: start.fork() for method in methods}
         held_out: dict[str, Stream] = {}
         if evaluation is not None:
             start = _start(model, evaluation)
@@ -134,7 +136,10 @@ def _prune_block(
             model.blocks[i], lambda: model.forward(i, stream, advance=False), ops=ops, precision=precision
         )
     if not layers:
-        raise RuntimeError(f"{prefix}: no matrix of this block was seen in a product")
+        raise InputError(f"{prefix}: unsupported model: no matrix of this block was seen in a product")
+    for gram, G in grams.items():
+        # Off the diagonal G is bounded by it.
+        check_finite(f"inputs of {prefix}.{gram} (their squares, summed)", G.diagonal())
     outcome.dense += [n for n in (f"{prefix}.{name}" for name in dense) if n not in outcome.dense]
     last_use = {layer.gram: layer.name for layer in layers}
     with outcome.clock("solve"):

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sparsefw.errors import InputError
+
 # Small and decisive: the matrices that choose experts, and convolutions, stay dense.
 KEPT_DENSE = re.compile(r"(^|\.)(router|gate|shared_expert_gate)\.weight$|conv1d")
 
@@ -58,6 +60,9 @@ def capture(
     Returns:
         The layers in the order of use; Gram matrices (in, in) fp32 by layer name; and the names of matrices that
         were not seen or are kept dense (routers, convolutions, experts that no token reached).
+
+    Raises:
+        InputError: a layer shares its input with different layers from one micro-batch to the next.
     """
     watch = _Watch(block, ops, precision)
     # Before each micro-batch the inputs seen in the last one are forgotten.
@@ -110,7 +115,7 @@ class _Watch(TorchFunctionMode):
         gram = self.inputs[id(x)][1]
         layer = self.layers.setdefault(name, Layer(name, weight, gram))
         if layer.gram != gram:
-            raise RuntimeError(f"{name}: shared its input with {layer.gram} before and now with {gram}")
+            raise InputError(f"{name}: unsupported model: shared its input with {layer.gram}, later with {gram}")
 
     def _accumulate(self, name: str, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1])

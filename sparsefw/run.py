@@ -116,6 +116,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prune, evaluate, write, report."""
+    pattern = patterns.parse(arguments.sparsity)
+    paper = arguments.preset == "paper"
+    whole = paper and pattern.scope == "layer"
+    if whole and arguments.penalty:
+        raise InputError("--penalty: the paper's budget for a whole matrix (--preset paper, layer:) has no penalty")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     if arguments.kernel == "triton" and not cuda:
@@ -128,8 +133,6 @@ def run(arguments: argparse.Namespace) -> None:
     from sparsefw.driver import prune_model
     from sparsefw.stream import StreamedModel
 
-    pattern = patterns.parse(arguments.sparsity)
-    paper = arguments.preset == "paper"
     settings = Settings(
         pattern=pattern,
         warm_start=arguments.warm_start,
@@ -138,7 +141,7 @@ def run(arguments: argparse.Namespace) -> None:
         penalty=arguments.penalty,
         alpha=arguments.alpha,
         best_of=not paper,
-        whole=paper and pattern.scope == "layer",
+        whole=whole,
         precision=arguments.precision,
     )
     folder = DEFAULT_MODEL if arguments.model == DEFAULT else checkpoint.locate(arguments.model)

@@ -186,6 +186,7 @@ class TestRefused:
             (["--alpha", "1.5"], ["--alpha 1.5: expected at least 0 and at most 1"]),
             (["--alpha", "nan"], ["--alpha nan"]),
             (["--steps", "-1"], ["--steps -1"]),
+            (["--preset", "paper", "--penalty", "1", "--sparsity", "layer:0.5"], ["--penalty", "no penalty"]),
             (["--nsamples", "0"], ["--nsamples 0"]),
             (["--nsamples", "100000"], ["--nsamples"]),
             (["--dataset", "./missing.txt"], ["missing.txt"]),
