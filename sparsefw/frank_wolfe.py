@@ -192,15 +192,16 @@ def lower_bound(problem: Problem, state: Iterate, *, whole: bool = False, ops: M
 
 
 def round_mask(M: Tensor, problem: Problem, *, whole: bool = False, ops: ModuleType = reference) -> Tensor:
-    """The binary mask of the highest M: exactly k per row (n per group), ties by saliency, then by index."""
-    first = _lmo(ops, M, problem, fixed=True, whole=whole)
+    """The binary mask of the highest M: exactly k per row (n per group), ties by saliency, then by index.
+
+    Fixed entries are at M = 1, of which a feasible M holds k at most, so they are among the highest by themselves.
+    """
+    first = _lmo(ops, M, problem, whole=whole)
     blocks = (1, -1) if whole else (-1, problem.group or M.shape[1])
     # The lowest M that got in; entries above it are certain, entries equal to it go by saliency.
     lowest = M.masked_fill(~first, torch.inf).view(blocks).amin(1, keepdim=True)
     certain = (M.view(blocks) > lowest).view(M.shape)
     tied = (M.view(blocks) == lowest).view(M.shape)
-    if problem.fixed is not None:
-        certain |= problem.fixed
     score = problem.saliency.masked_fill(~tied, -torch.inf)
     return _lmo(ops, score.masked_fill_(certain, torch.inf), problem, whole=whole)
 

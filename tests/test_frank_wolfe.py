@@ -238,7 +238,7 @@ def papers_algorithm(W, G, saliency, k, unit, alpha, steps):
         V = top(torch.where(fixed.bool(), torch.inf, -gradient), unit, k, positive=True) - fixed
         eta = 2 / (t + 2)
         M = (1 - eta) * M + eta * V
-    return top(torch.where(fixed.bool(), torch.inf, M), unit, k).bool()
+    return M + fixed, top(torch.where(fixed.bool(), torch.inf, M), unit, k).bool()
 
 
 class TestPaper:
@@ -246,12 +246,58 @@ class TestPaper:
     @pytest.mark.parametrize("alpha", [0.0, 0.9])
     def test_preset_matches_a_transcription(self, sparsity, alpha):
         whole = sparsity.startswith("layer")
-        problem, _ = make_problem(6, 20, sparsity, alpha, whole=whole)
-        settings = {"step_rule": "open-loop", "penalty": 0.0, "best_of": False, "whole": whole}
-        solution = frank_wolfe.solve(problem, steps=300, **settings)
+        problem, warm = make_problem(6, 20, sparsity, alpha, whole=whole)
         unit = (1, -1) if whole else (-1, problem.group or 20)
-        expected = papers_algorithm(problem.W, problem.G, problem.saliency, problem.k, unit, alpha, 300)
+
+        def transcribed(steps):
+            return papers_algorithm(problem.W, problem.G, problem.saliency, problem.k, unit, alpha, steps)
+
+        settings = {"step_rule": "open-loop", "penalty": 0.0, "whole": whole}
+        *_, state = frank_wolfe.iterate(problem, warm, steps=12, precision="ieee", ops=reference, **settings)
+        torch.testing.assert_close(state.M.double(), transcribed(12)[0], rtol=0, atol=1e-6)
+        solution = frank_wolfe.solve(problem, steps=300, best_of=False, **settings)
         # fp32 against float64 over 300 steps: the errors agree; single entries may differ where M is nearly tied.
+        expected = transcribed(300)[1]
         truth = penalized_error(problem.W.double(), problem.G.double(), expected.double(), 0).sum()
         torch.testing.assert_close(solution.error.double().sum(), truth, rtol=1e-3, atol=0)
         assert (solution.mask != expected).sum() <= 2
+
+
+class TestRounding:
+    def test_highest_entries_then_saliency_then_index(self):
+        problem, _ = make_problem(1, 8, "0.5")
+        saliency = torch.tensor([[1.0, 2, 3, 4, 5, 6, 6, 8]])
+        problem = Problem(problem.W, problem.G, saliency, 4)
+        M = torch.tensor([[0.9, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.1]])
+        assert frank_wolfe.round_mask(M, problem).tolist() == [[True, False, False, False, True, True, True, False]]
+        M = torch.tensor([[0.9, 0.9, 0.9, 0.1, 0.1, 0.5, 0.5, 0.5]])
+        saliency[0, 7] = 6
+        assert frank_wolfe.round_mask(M, problem).tolist() == [[True, True, True, False, False, True, False, False]]
+
+    def test_by_groups(self):
+        saliency = torch.tensor([[1.0, 2, 3, 4, 8, 7, 6, 5]])
+        problem = Problem(torch.ones(1, 8), torch.eye(8), saliency, 2, group=4)
+        M = torch.tensor([[0.5, 0.5, 0.5, 0.5, 0.0, 1.0, 0.5, 0.5]])
+        assert frank_wolfe.round_mask(M, problem).tolist() == [[False, False, True, True, False, True, True, False]]
+
+    def test_nothing_and_everything(self):
+        problem, _ = make_problem(3, 8)
+        for k in (0, 8):
+            everything = Problem(problem.W, problem.G, problem.saliency, k)
+            assert frank_wolfe.round_mask(torch.rand(3, 8), everything).sum() == 3 * k
+
+
+class TestFixedEntries:
+    def test_the_most_salient_of_the_warm_start(self):
+        saliency = torch.tensor([[5.0, 4, 3, 2, 1, 0]])
+        warm = torch.tensor([[False, True, True, True, True, False]])
+        fixed = frank_wolfe.fixed_entries(saliency, warm, 4, 0.5, whole=False)
+        assert fixed.tolist() == [[False, True, True, False, False, False]]
+
+    @pytest.mark.parametrize(("alpha", "kept", "count"), [(0.29, 100, 29), (0.1, 30, 3), (0.5, 5, 2), (1.0, 7, 7)])
+    def test_count_is_the_floor_of_the_exact_product(self, alpha, kept, count):
+        """0.29 * 100 is 28.999... in floating point."""
+        saliency, warm = torch.rand(2, 200), torch.ones(2, 200, dtype=torch.bool)
+        for k in (kept, torch.tensor([kept, kept])):
+            assert frank_wolfe.fixed_entries(saliency, warm, k, alpha, whole=False).sum(1).tolist() == [count, count]
+        assert frank_wolfe.fixed_entries(saliency, warm, kept, alpha, whole=True).sum() == count

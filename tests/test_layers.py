@@ -1,5 +1,7 @@
 """Prunable matrices are found where they are used, with the Gram matrices of their inputs."""
 
+import weakref
+
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, save_model
@@ -101,6 +103,22 @@ def test_transposed_weights_are_seen_as_out_by_in():
     torch.testing.assert_close(grams["weight"], x.T @ x)
     layer.weight[3].zero_()
     assert not block.weight[:, 3].any()
+
+
+def test_inputs_are_let_go_after_their_micro_batch():
+    block = nn.Linear(8, 6).requires_grad_(False)
+    alive = []
+
+    def run():
+        for _ in range(3):
+            x = torch.randn(5, 8)
+            alive.append(weakref.ref(x))
+            block(x)
+            del x
+            assert sum(ref() is not None for ref in alive) <= 1
+
+    capture(block, run, ops=reference, precision="ieee")
+    assert not any(ref() is not None for ref in alive)
 
 
 def test_a_part_of_a_matrix_is_not_a_layer():
