@@ -16,6 +16,7 @@ from kernel_inputs import (
     strided,
 )
 
+from sparsefw.kernels import product as product_module
 from sparsefw.kernels import reference
 from sparsefw.kernels.product import product
 
@@ -57,6 +58,14 @@ def test_product_of_strided_operands():
     out = strided(garbage(37, 131))
     product(strided(E), strided(G), out=out)
     assert_near(out, reference.product(E, G), E.double() @ G.double())
+
+
+def test_the_grouped_order_meets_every_tile(monkeypatch):
+    # Several groups of row tiles, the last one short; the tests above have one group.
+    config = dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, GROUP_M=2)
+    monkeypatch.setattr(product_module, "configuration", lambda rows, d, size, wide: config)
+    E, G = normal(75, 131), gram(131)
+    assert_near(product(E, G, out=garbage(75, 131)), reference.product(E, G), E.double() @ G.double())
 
 
 def test_product_repeats_bit_by_bit():
