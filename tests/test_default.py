@@ -105,19 +105,21 @@ def test_tokenizer_writes_any_text(tokenizer):
 def test_has_learned_heldout_text(model, tokenizer, heldout):
     ids = train.encode(tokenizer, text.training_text())
     unigram = train.unigram_perplexity(ids, heldout, len(tokenizer))
-    # 375 against 24 on the text that it was trained with; that of other Python versions differs a little.
-    assert train.perplexity(model, heldout) < unigram / 8
+    # 375 against 26.9 on the text of CPython 3.11, which it was trained on; 378 against 27.6 on that of 3.13.
+    assert train.perplexity(model, heldout) < unigram / 10
 
 
 def test_pruning_hurts(heldout):
     model = AutoModelForCausalLM.from_pretrained(train.MODEL, dtype=torch.float32)
-    dense = train.perplexity(model, heldout)
+    rows = heldout[::3]
+    dense = train.perplexity(model, rows)
     for module in model.model.layers.modules():
         if isinstance(module, torch.nn.Linear):
             weight = module.weight.data
             removed = weight.abs().topk(int(0.6 * weight.shape[1]), dim=1, largest=False).indices
             weight.scatter_(1, removed, 0.0)
-    assert train.perplexity(model, heldout) > 1.3 * dense
+    # 1.9 times, by magnitude; a model with weights to spare would tell nothing about a method.
+    assert train.perplexity(model, rows) > 1.5 * dense
 
 
 def test_splits_tokens_without_overlap():

@@ -26,8 +26,8 @@ MODEL = Path(__file__).with_name("model")
 VOCABULARY = 1024
 END = "<|endoftext|>"
 SHAPE = {
-    "hidden_size": 96,
-    "intermediate_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 192,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -36,7 +36,7 @@ SHAPE = {
 }
 
 SEED = 0
-STEPS = 2000
+STEPS = 1500
 BATCH = 6
 SEQLEN = 256
 WARMUP = 100
@@ -44,8 +44,9 @@ LEARNING_RATE = 8e-3
 LAST_LEARNING_RATE = 0.02  # of LEARNING_RATE
 WEIGHT_DECAY = 0.1
 CLIP = 1.0
-# Of what each layer adds. The text is small and seen 28 times: with none the model overfits; with 0.1 and three times
-# the width it has weights to spare, and 60 % of them go at a cost of 6 % in perplexity.
+# The share dropped of what each layer adds. The text is small and seen 21 times: without, validation perplexity comes
+# no lower than 61 instead of 48. A wider model at 0.1 has weights to spare: three times the width lost 6 to 9 % by 60 %
+# pruning, after 700 of 1200 steps; this one loses 80 to 90 %.
 DROPOUT = 0.05
 # The training tokens are cut in pieces of which every sixteenth is for validation.
 PIECES = 32
