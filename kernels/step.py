@@ -56,10 +56,8 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
         BLOCK_D = width if width <= 4096 else 2048
         BLOCK_R = max(1, 1024 // BLOCK_D)
         return dict(BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, SEARCH_D=BLOCK_D, num_warps=warps(max(4, BLOCK_D // 512)))
-    # The keys of a whole row fit in the registers of 512 threads up to this width; of a longer one only the first do.
-    widest = 16384 if platform() == "sm_80" else 32768
-    SEARCH_D = width if width <= widest else 16384
-    return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=SEARCH_D, num_warps=warps(8 if width == 8192 else 16))
+    # 32 keys in each of 512 threads, and longer rows search the rest in the cache, see lmo.py.
+    return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=min(width, 16384), num_warps=warps(8 if width == 8192 else 16))
 
 
 @triton.jit
