@@ -8,7 +8,7 @@ penalty, ramped up over the steps, drives M to a vertex, so that rounding loses 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -34,17 +34,21 @@ class Problem:
         W: (rows, d) weight.
         G: (d, d) fp32 Gram matrix.
         saliency: (rows, d) fp32; the warm start keeps its highest entries, and it breaks ties when rounding.
-        k: kept per row, an int or an int tensor (rows,); with `group`, per group.
-        group: m of n:m, else 0.
+        k: kept per row, an int or an int tensor (rows,); with `group`, per group; with `whole`, in all.
+        warm: (rows, d) bool, the warm start's mask.
         fixed: (rows, d) bool, entries that every mask keeps, or None.
+        group: m of n:m, else 0.
+        whole: one budget, one LMO and one step size over the whole matrix (the paper's C_k).
     """
 
     W: Tensor
     G: Tensor
     saliency: Tensor
     k: int | Tensor
-    group: int = 0
+    warm: Tensor
     fixed: Tensor | None = None
+    group: int = 0
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,39 @@ class Iterate:
     error: Tensor
 
 
+def pose(
+    W: Tensor,
+    G: Tensor,
+    saliency: Tensor,
+    k: int | Tensor,
+    *,
+    group: int = 0,
+    whole: bool = False,
+    alpha: float = 0.0,
+    ops: ModuleType = reference,
+) -> Problem:
+    """A layer's problem with its warm start and, as the paper proposes, a part of it fixed (alpha-fixing).
+
+    Per row (of the whole matrix under `whole`) the floor(alpha k) entries of the warm start with the highest saliency
+    are fixed. With groups, k here is what a row keeps: fixed entries gather in the groups where saliency is high.
+
+    Args:
+        W, G, saliency, k, group, whole: see `Problem`.
+        alpha: fraction of the kept entries fixed, 0 to 1.
+        ops: as in `solve`.
+    """
+    problem = Problem(W, G, saliency, k, torch.empty(0), None, group, whole)
+    warm = _lmo(ops, problem, saliency)
+    fixed = None
+    if alpha:
+        kept = k * (W.shape[1] // group) if group else k
+        # The tiny excess keeps products whole that floating point puts just below: 0.29 * 100 = 28.999999999999996.
+        count = (kept.double() * alpha + 1e-9).long() if isinstance(kept, Tensor) else int(kept * alpha + 1e-9)
+        by_row = replace(problem, k=count, group=0)
+        fixed = _lmo(ops, by_row, saliency.masked_fill(~warm, -1.0))
+    return replace(problem, warm=warm, fixed=fixed)
+
+
 def solve(
     problem: Problem,
     *,
@@ -87,77 +124,65 @@ def solve(
     step_rule: str = "line-search",
     penalty: float = 1.0,
     best_of: bool = True,
-    whole: bool = False,
     precision: str = "ieee",
     ops: ModuleType = reference,
 ) -> Solution:
     """Choose a mask by Frank-Wolfe.
 
     Args:
-        problem: the layer.
+        problem: the layer, from `pose`.
         steps: Frank-Wolfe steps; 0 returns the warm start.
         step_rule: "line-search" (exact, per row) or "open-loop" (2 / (t + 2), the paper's).
         penalty: final weight theta of the integrality penalty, 0 to 1; 0 is the paper's convex problem.
         best_of: per row, fall back on the warm start where the rounded mask is no better.
-        whole: one budget `problem.k`, one LMO and one step size over the whole matrix (the paper's C_k).
         precision: of the products inside the iteration; errors are always taken from an "ieee" product.
         ops: the operations, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
 
     Raises:
-        ValueError: unknown step rule, or `whole` with a penalty or groups.
+        ValueError: unknown step rule, or a problem over the whole matrix with a penalty or groups.
         FloatingPointError: W or G hold NaN or Inf, or the errors overflow fp32.
     """
     if step_rule not in STEP_RULES:
         raise ValueError(f"step_rule: expected one of {', '.join(STEP_RULES)}, got {step_rule!r}")
-    if whole and (penalty or problem.group):
+    if problem.whole and (penalty or problem.group):
         raise ValueError("whole: one step size over the matrix has no penalty and no groups")
-    warm = _lmo(ops, problem.saliency, problem, whole=whole)
-    error_warm_start = mask_error(problem.W, warm, problem.G, ops=ops)
+    error_warm_start = mask_error(problem.W, problem.warm, problem.G, ops=ops)
     _check_finite(error_warm_start)
-    bound = torch.zeros_like(error_warm_start)
-    if whole:
-        bound = bound.sum(0, keepdim=True)
+    bound = error_warm_start.new_zeros(1 if problem.whole else len(error_warm_start))
     if steps == 0:
-        return Solution(warm, error_warm_start, error_warm_start, bound)
+        return Solution(problem.warm, error_warm_start, error_warm_start, bound)
 
     certified = {max(1, round(share * steps)) - 1 for share in CERTIFIED}
-    options = {"step_rule": step_rule, "penalty": penalty, "whole": whole, "precision": precision, "ops": ops}
-    for t, state in enumerate(iterate(problem, warm, steps=steps, **options)):
+    options = {"step_rule": step_rule, "penalty": penalty, "precision": precision, "ops": ops}
+    for t, state in enumerate(iterate(problem, steps=steps, **options)):
         if t in certified:
-            bound = torch.maximum(bound, lower_bound(problem, state, whole=whole, ops=ops))
+            bound = torch.maximum(bound, lower_bound(problem, state, ops=ops))
     _check_finite(state.error)
-    mask = round_mask(state.M, problem, whole=whole, ops=ops)
+    mask = round_mask(problem, state.M, ops=ops)
+    # Its memory is free for the last product.
     del state
     error = mask_error(problem.W, mask, problem.G, ops=ops)
     if best_of:
-        better = (error.sum() < error_warm_start.sum()).expand_as(error) if whole else error < error_warm_start
-        mask = torch.where(better[:, None], mask, warm)
+        better = (error.sum() < error_warm_start.sum()).expand_as(error) if problem.whole else error < error_warm_start
+        mask = torch.where(better[:, None], mask, problem.warm)
         error = torch.where(better, error, error_warm_start)
     return Solution(mask, error, error_warm_start, bound)
 
 
 def iterate(
-    problem: Problem,
-    warm: Tensor,
-    *,
-    steps: int,
-    step_rule: str,
-    penalty: float,
-    whole: bool,
-    precision: str,
-    ops: ModuleType,
+    problem: Problem, *, steps: int, step_rule: str, penalty: float, precision: str, ops: ModuleType
 ) -> Iterator[Iterate]:
-    """The Frank-Wolfe steps from the mask `warm` (rows, d); yields the same state, changed in place, after each."""
-    W, k, group, fixed = problem.W, problem.k, problem.group, problem.fixed
+    """The Frank-Wolfe steps from the warm start; yields the same state, changed in place, after each."""
+    W, k, group = problem.W, problem.k, problem.group
     # The row step sees the whole matrix as one row, which no program on a GPU could hold: torch does it.
-    step, shape = (reference.row_step, (1, -1)) if whole else (ops.row_step, W.shape)
+    step, shape = (reference.row_step, (1, -1)) if problem.whole else (ops.row_step, W.shape)
     G = problem.G.bfloat16() if precision == "bf16" else problem.G
-    E = W.masked_fill(warm, 0)
+    E = W.masked_fill(problem.warm, 0)
     E = E.bfloat16() if precision == "bf16" else E
     R = ops.product(E, G, precision=precision)
-    state = Iterate(warm.float(), R, R.clone(), warm.clone(), E, torch.empty(0), torch.empty(0))
+    state = Iterate(problem.warm.float(), R, R.clone(), problem.warm.clone(), E, torch.empty(0), torch.empty(0))
     rows = [x.view(shape) for x in (state.M, state.R, state.U, state.V, state.E)]
-    fixed = None if fixed is None else fixed.view(shape)
+    fixed = None if problem.fixed is None else problem.fixed.view(shape)
     diag = problem.G.diagonal().contiguous()
 
     def theta(t: int) -> float:
@@ -179,62 +204,40 @@ def mask_error(W: Tensor, mask: Tensor, G: Tensor, *, ops: ModuleType = referenc
     return ops.product(E, G, precision="ieee").mul_(E).sum(1)
 
 
-def lower_bound(problem: Problem, state: Iterate, *, whole: bool = False, ops: ModuleType = reference) -> Tensor:
+def lower_bound(problem: Problem, state: Iterate, *, ops: ModuleType = reference) -> Tensor:
     """error(M) - <gradient, M - V>, V the vertex of the gradient without penalty: below the error of any mask.
 
-    Convexity of the error gives it per row (of the whole matrix as one row under `whole`), (rows,) fp32.
+    Convexity of the error gives it per row, (rows,) fp32; of a problem over the whole matrix it is one number, (1,).
     """
     score = (2 * problem.W.float()).mul_(state.R)
-    V = _lmo(ops, score, problem, fixed=True, positive=True, whole=whole)
+    V = _lmo(ops, problem, score, fixed=problem.fixed, positive=True)
     gap = score.mul_(V.float().sub_(state.M))
-    gap = gap.sum().view(1) if whole else gap.sum(1)
-    return state.error - gap
+    return state.error - (gap.sum().view(1) if problem.whole else gap.sum(1))
 
 
-def round_mask(M: Tensor, problem: Problem, *, whole: bool = False, ops: ModuleType = reference) -> Tensor:
+def round_mask(problem: Problem, M: Tensor, *, ops: ModuleType = reference) -> Tensor:
     """The binary mask of the highest M: exactly k per row (n per group), ties by saliency, then by index.
 
     Fixed entries are at M = 1, of which a feasible M holds k at most, so they are among the highest by themselves.
     """
-    first = _lmo(ops, M, problem, whole=whole)
-    blocks = (1, -1) if whole else (-1, problem.group or M.shape[1])
+    units = (1, -1) if problem.whole else (-1, problem.group or M.shape[1])
+    first = _lmo(ops, problem, M)
     # The lowest M that got in; entries above it are certain, entries equal to it go by saliency.
-    lowest = M.masked_fill(~first, torch.inf).view(blocks).amin(1, keepdim=True)
-    certain = (M.view(blocks) > lowest).view(M.shape)
-    tied = (M.view(blocks) == lowest).view(M.shape)
-    score = problem.saliency.masked_fill(~tied, -torch.inf)
-    return _lmo(ops, score.masked_fill_(certain, torch.inf), problem, whole=whole)
-
-
-def fixed_entries(saliency: Tensor, warm: Tensor, kept: int | Tensor, alpha: float, *, whole: bool) -> Tensor | None:
-    """alpha-fixing: the floor(alpha k) entries of the warm start with the highest saliency in each row.
-
-    Args:
-        saliency: (rows, d) fp32, at least 0.
-        warm: (rows, d) bool, the warm start's mask.
-        kept: kept per row, an int or an int tensor (rows,); of the whole matrix under `whole`.
-        alpha: fraction fixed, 0 to 1.
-        whole: the budget is the matrix's.
-
-    Returns:
-        (rows, d) bool, or None where alpha is 0.
-    """
-    if alpha == 0:
-        return None
-    # A tiny excess keeps products such as 0.1 * 30 = 3.0000000000000004 and 0.29 * 100 = 28.999999999999996 whole.
-    count = (kept.double() * alpha + 1e-9).long() if isinstance(kept, Tensor) else int(kept * alpha + 1e-9)
-    score = saliency.masked_fill(~warm, -1.0).view((1, -1) if whole else saliency.shape)
-    return reference.lmo(score, count).view(saliency.shape)
+    lowest = M.masked_fill(~first, torch.inf).view(units).amin(1, keepdim=True)
+    certain = (M.view(units) > lowest).view(M.shape)
+    tied = (M.view(units) == lowest).view(M.shape)
+    score = problem.saliency.masked_fill(~tied, -torch.inf).masked_fill_(certain, torch.inf)
+    return _lmo(ops, problem, score)
 
 
 def _lmo(
-    ops: ModuleType, score: Tensor, problem: Problem, *, fixed: bool = False, positive: bool = False, whole: bool
+    ops: ModuleType, problem: Problem, score: Tensor, *, fixed: Tensor | None = None, positive: bool = False
 ) -> Tensor:
-    kept = problem.fixed if fixed else None
-    if not whole:
-        return ops.lmo(score, problem.k, group=problem.group, fixed=kept, positive=positive)
-    kept = None if kept is None else kept.view(1, -1)
-    return reference.lmo(score.view(1, -1), problem.k, fixed=kept, positive=positive).view(score.shape)
+    """The vertex of the problem's budget for a score (rows, d)."""
+    if not problem.whole:
+        return ops.lmo(score, problem.k, group=problem.group, fixed=fixed, positive=positive)
+    fixed = None if fixed is None else fixed.view(1, -1)
+    return reference.lmo(score.reshape(1, -1), problem.k, fixed=fixed, positive=positive).view(score.shape)
 
 
 def _check_finite(error: Tensor) -> None:

@@ -93,8 +93,3 @@ def budget(pattern: Pattern, saliency: Tensor) -> int | Tensor:
         return kept_in_row(pattern, d)
     highest = reference.lmo(saliency.reshape(1, -1), kept_in_layer(pattern, rows, d))
     return highest.view(rows, d).sum(1)
-
-
-def kept_by_row(k: int | Tensor, group: int, d: int) -> int | Tensor:
-    """The number of weights a row of d keeps under an LMO budget."""
-    return k * (d // group) if group else k

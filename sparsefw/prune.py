@@ -7,8 +7,6 @@ from types import ModuleType
 from torch import Tensor
 
 from sparsefw import frank_wolfe, patterns
-from sparsefw.frank_wolfe import Problem
-from sparsefw.kernels import reference
 from sparsefw.patterns import Pattern
 from sparsefw.saliency import SALIENCIES
 
@@ -22,8 +20,8 @@ class Settings:
     Attributes:
         pattern: sparsity pattern.
         warm_start: saliency that gives the warm start.
-        steps, step_rule, penalty, best_of, whole, precision: see `frank_wolfe.solve`.
-        alpha: fraction of the kept entries fixed by saliency, 0 to 1.
+        steps, step_rule, penalty, best_of, precision: see `frank_wolfe.solve`.
+        alpha, whole: see `frank_wolfe.pose`; `whole` makes a `layer:` budget one problem instead of one per row.
     """
 
     pattern: Pattern
@@ -98,14 +96,8 @@ def prune_layer(name: str, weight: Tensor, G: Tensor, method: str, settings: Set
     W = W.contiguous()
     saliency = SALIENCIES[saliency_name](W, G.diagonal())
     k = patterns.kept_in_layer(pattern, rows, d) if whole else patterns.budget(pattern, saliency)
-    fixed = None
-    if frank_wolfe_runs and settings.alpha:
-        warm = (
-            reference.lmo(saliency.view(1, -1), k).view(rows, d) if whole else ops.lmo(saliency, k, group=pattern.group)
-        )
-        kept = patterns.kept_by_row(k, pattern.group, d)
-        fixed = frank_wolfe.fixed_entries(saliency, warm, kept, settings.alpha, whole=whole)
-    problem = Problem(W, G, saliency, k, pattern.group, fixed)
+    alpha = settings.alpha if frank_wolfe_runs else 0.0
+    problem = frank_wolfe.pose(W, G, saliency, k, group=pattern.group, whole=whole, alpha=alpha, ops=ops)
     steps = settings.steps if frank_wolfe_runs else 0
     try:
         solution = frank_wolfe.solve(
@@ -114,7 +106,6 @@ def prune_layer(name: str, weight: Tensor, G: Tensor, method: str, settings: Set
             step_rule=settings.step_rule,
             penalty=settings.penalty if frank_wolfe_runs else 0.0,
             best_of=settings.best_of,
-            whole=whole,
             precision=settings.precision,
             ops=ops,
         )

@@ -58,8 +58,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--sparsity", default="0.6", metavar="PATTERN", help="0.6: that fraction of every row is removed; layer:0.6: "
         "of every matrix; 2:4: 2 of every 4 weights are kept (default: 0.6)")  # fmt: skip
     add("--method", choices=METHODS, default="sparsefw", help="how masks are chosen (default: sparsefw)")
-    add("--compare", choices=METHODS, action="append", metavar="METHOD", help="prune with this method too, for the "
-        "table; may be repeated (default: none; embedded model: wanda)")  # fmt: skip
+    add("--compare", choices=METHODS, action="append", metavar="METHOD", help="prune with this one of --method's "
+        "too, for the table; may be repeated (default: none; embedded model: wanda)")  # fmt: skip
     add("--preset", choices=PRESETS, default="sparsefw", help="sparsefw: line search, integrality penalty, 30 steps, "
         "alpha 0.5; paper: open loop, 2000 steps, no penalty, alpha 0.9, last iterate rounded (default: "
         "sparsefw)")  # fmt: skip

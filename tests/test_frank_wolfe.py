@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from sparsefw import frank_wolfe, patterns
-from sparsefw.frank_wolfe import Problem
 from sparsefw.kernels import reference
 from sparsefw.saliency import SALIENCIES
 
-LINE_SEARCH = {"step_rule": "line-search", "whole": False, "precision": "ieee", "ops": reference}
+LINE_SEARCH = {"step_rule": "line-search", "precision": "ieee", "ops": reference}
 
 
 def make_problem(rows, d, sparsity="0.6", alpha=0.0, seed=0, whole=False, warm_start="wanda", correlation=0.7):
-    """A random layer with correlated inputs, and its warm start's mask."""
+    """A random layer with correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(rows, d, generator=generator)
     X = torch.randn(4 * d, d, generator=generator)
@@ -24,13 +23,7 @@ def make_problem(rows, d, sparsity="0.6", alpha=0.0, seed=0, whole=False, warm_s
     saliency = SALIENCIES[warm_start](W, G.diagonal())
     pattern = patterns.parse(sparsity)
     k = patterns.kept_in_layer(pattern, rows, d) if whole else patterns.budget(pattern, saliency)
-    if whole:
-        warm = reference.lmo(saliency.view(1, -1), k).view(rows, d)
-    else:
-        warm = reference.lmo(saliency, k, group=pattern.group)
-    kept = patterns.kept_by_row(k, pattern.group, d)
-    fixed = frank_wolfe.fixed_entries(saliency, warm, kept, alpha, whole=whole)
-    return Problem(W, G, saliency, k, pattern.group, fixed), warm
+    return frank_wolfe.pose(W, G, saliency, k, group=pattern.group, whole=whole, alpha=alpha)
 
 
 def penalized_error(W, G, M, theta):
@@ -58,7 +51,7 @@ class TestGradient:
     @pytest.mark.parametrize("theta", [0.0, 0.4, 1.0])
     def test_score_is_the_negative_gradient_by_finite_differences(self, theta):
         """The vertex that the row step picks is the one of the numerical gradient."""
-        problem, _ = make_problem(5, 11)
+        problem = make_problem(5, 11)
         W, G = problem.W.double(), problem.G.double()
         M = torch.rand(5, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         numeric, h = torch.empty_like(M), 1e-6
@@ -78,9 +71,9 @@ class TestGradient:
 
     @pytest.mark.parametrize("theta", [0.0, 0.4, 1.0])
     def test_line_search_is_the_minimum_along_the_segment(self, theta):
-        problem, warm = make_problem(6, 20)
+        problem = make_problem(6, 20)
         W, G = problem.W, problem.G
-        M = (warm.float() + torch.rand(6, 20, generator=torch.Generator().manual_seed(2))) / 2
+        M = (problem.warm.float() + torch.rand(6, 20, generator=torch.Generator().manual_seed(2))) / 2
         V = reference.lmo(torch.randn(6, 20, generator=torch.Generator().manual_seed(3)), 8)
         R, U = (W * (1 - M)) @ G, (W * ~V) @ G
         start, direction = M.double(), V.double() - M.double()
@@ -98,9 +91,9 @@ class TestIterates:
     @pytest.mark.parametrize("alpha", [0.0, 0.5])
     @pytest.mark.parametrize("penalty", [0.0, 1.0])
     def test_every_iterate_is_feasible(self, sparsity, alpha, penalty):
-        problem, warm = make_problem(7, 20, sparsity, alpha)
+        problem = make_problem(7, 20, sparsity, alpha)
         width = problem.group or 20
-        for state in frank_wolfe.iterate(problem, warm, steps=12, penalty=penalty, **LINE_SEARCH):
+        for state in frank_wolfe.iterate(problem, steps=12, penalty=penalty, **LINE_SEARCH):
             assert state.M.min() >= 0
             assert state.M.max() <= 1
             sums = state.M.double().view(7, -1, width).sum(2)
@@ -111,16 +104,16 @@ class TestIterates:
 
     @pytest.mark.parametrize("sparsity", ["0.6", "2:4"])
     def test_line_search_never_raises_the_error_without_penalty(self, sparsity):
-        problem, warm = make_problem(9, 24, sparsity)
-        last = frank_wolfe.mask_error(problem.W, warm, problem.G)
-        for state in frank_wolfe.iterate(problem, warm, steps=40, penalty=0.0, **LINE_SEARCH):
+        problem = make_problem(9, 24, sparsity)
+        last = frank_wolfe.mask_error(problem.W, problem.warm, problem.G)
+        for state in frank_wolfe.iterate(problem, steps=40, penalty=0.0, **LINE_SEARCH):
             assert (state.error <= last * (1 + 1e-5)).all()
             last = state.error.clone()
 
     def test_residual_and_error_stay_true(self):
         """R and the error are carried along by recursion; after many steps they still match their definitions."""
-        problem, warm = make_problem(6, 33, "0.5", 0.5)
-        for _state in frank_wolfe.iterate(problem, warm, steps=60, penalty=1.0, **LINE_SEARCH):
+        problem = make_problem(6, 33, "0.5", 0.5)
+        for _state in frank_wolfe.iterate(problem, steps=60, penalty=1.0, **LINE_SEARCH):
             pass
         E = problem.W.double() * (1 - _state.M.double())
         R = E @ problem.G.double()
@@ -128,9 +121,9 @@ class TestIterates:
         torch.testing.assert_close(_state.error.double(), (E * R).sum(1), rtol=1e-4, atol=0)
 
     def test_gap_is_never_negative_and_closes(self):
-        problem, warm = make_problem(8, 16, "0.5")
+        problem = make_problem(8, 16, "0.5")
         gaps = []
-        for state in frank_wolfe.iterate(problem, warm, steps=200, penalty=0.0, **LINE_SEARCH):
+        for state in frank_wolfe.iterate(problem, steps=200, penalty=0.0, **LINE_SEARCH):
             gaps.append(state.error - frank_wolfe.lower_bound(problem, state))
             assert (gaps[-1] >= -1e-4 * state.error).all()
         assert gaps[-1].sum() < 0.1 * gaps[0].sum()
@@ -140,7 +133,7 @@ class TestSolve:
     @pytest.mark.parametrize("seed", range(4))
     def test_against_exhaustive_search(self, seed):
         """On rows of 12: the bound holds, the mask is feasible and never beats the optimum, and it comes close."""
-        problem, _ = make_problem(8, 12, "0.5", seed=seed)
+        problem = make_problem(8, 12, "0.5", seed=seed)
         optimum = exhaustive(problem)
         solution = frank_wolfe.solve(problem, steps=60)
         assert (solution.bound <= optimum * (1 + 1e-5)).all()
@@ -149,7 +142,7 @@ class TestSolve:
         assert (solution.error - optimum).sum() < 0.5 * warm
 
     def test_bound_holds_among_masks_with_the_fixed_entries(self):
-        problem, _ = make_problem(8, 12, "0.5", alpha=0.5)
+        problem = make_problem(8, 12, "0.5", alpha=0.5)
         solution = frank_wolfe.solve(problem, steps=60, penalty=0.0)
         W, G = problem.W.double(), problem.G.double()
         for r in range(8):
@@ -165,7 +158,7 @@ class TestSolve:
     @pytest.mark.parametrize("step_rule", frank_wolfe.STEP_RULES)
     @pytest.mark.parametrize("warm_start", SALIENCIES)
     def test_exact_budget_and_never_worse_than_the_warm_start(self, sparsity, step_rule, warm_start):
-        problem, _ = make_problem(7, 20, sparsity, 0.5, warm_start=warm_start)
+        problem = make_problem(7, 20, sparsity, 0.5, warm_start=warm_start)
         solution = frank_wolfe.solve(problem, steps=10, step_rule=step_rule)
         kept = solution.mask.view(7, -1, problem.group or 20).sum(2)
         assert (kept == (problem.k[:, None] if isinstance(problem.k, torch.Tensor) else problem.k)).all()
@@ -175,23 +168,23 @@ class TestSolve:
         torch.testing.assert_close(solution.error.double(), truth, rtol=1e-5, atol=0)
 
     def test_penalty_beats_the_plain_relaxation_after_rounding(self):
-        problem, _ = make_problem(64, 96, "0.6", correlation=0.3)
+        problem = make_problem(64, 96, "0.6", correlation=0.3)
         plain = frank_wolfe.solve(problem, steps=60, penalty=0.0)
         penalty = frank_wolfe.solve(problem, steps=60)
         assert penalty.error.sum() < plain.error.sum() < plain.error_warm_start.sum()
 
     def test_no_steps_give_the_warm_start(self):
-        problem, warm = make_problem(4, 10)
-        assert torch.equal(frank_wolfe.solve(problem, steps=0).mask, warm)
+        problem = make_problem(4, 10)
+        assert torch.equal(frank_wolfe.solve(problem, steps=0).mask, problem.warm)
 
     def test_rerun_is_bit_identical(self):
-        problem, _ = make_problem(16, 40)
+        problem = make_problem(16, 40)
         first, second = (frank_wolfe.solve(problem, steps=15) for _ in range(2))
         assert torch.equal(first.mask, second.mask)
         assert torch.equal(first.error, second.error)
 
     def test_dead_inputs_and_empty_rows(self):
-        problem, _ = make_problem(4, 10)
+        problem = make_problem(4, 10)
         problem.G[3] = problem.G[:, 3] = 0
         problem.W[2] = 0
         solution = frank_wolfe.solve(problem, steps=5)
@@ -200,17 +193,17 @@ class TestSolve:
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     def test_not_finite_is_an_error(self, value):
-        problem, _ = make_problem(4, 10)
+        problem = make_problem(4, 10)
         problem.G[0, 0] = value
         with pytest.raises(FloatingPointError, match="not finite"):
             frank_wolfe.solve(problem, steps=3)
 
     def test_bad_arguments(self):
-        problem, _ = make_problem(4, 10)
+        problem = make_problem(4, 10)
         with pytest.raises(ValueError, match="step_rule: expected one of line-search, open-loop, got 'newton'"):
             frank_wolfe.solve(problem, steps=3, step_rule="newton")
         with pytest.raises(ValueError, match="whole"):
-            frank_wolfe.solve(problem, steps=3, whole=True, penalty=1.0)
+            frank_wolfe.solve(make_problem(4, 10, "layer:0.5", whole=True), steps=3, penalty=1.0)
 
 
 def papers_algorithm(W, G, saliency, k, unit, alpha, steps):
@@ -246,14 +239,14 @@ class TestPaper:
     @pytest.mark.parametrize("alpha", [0.0, 0.9])
     def test_preset_matches_a_transcription(self, sparsity, alpha):
         whole = sparsity.startswith("layer")
-        problem, warm = make_problem(6, 20, sparsity, alpha, whole=whole)
+        problem = make_problem(6, 20, sparsity, alpha, whole=whole)
         unit = (1, -1) if whole else (-1, problem.group or 20)
 
         def transcribed(steps):
             return papers_algorithm(problem.W, problem.G, problem.saliency, problem.k, unit, alpha, steps)
 
-        settings = {"step_rule": "open-loop", "penalty": 0.0, "whole": whole}
-        *_, state = frank_wolfe.iterate(problem, warm, steps=12, precision="ieee", ops=reference, **settings)
+        settings = {"step_rule": "open-loop", "penalty": 0.0}
+        *_, state = frank_wolfe.iterate(problem, steps=12, precision="ieee", ops=reference, **settings)
         torch.testing.assert_close(state.M.double(), transcribed(12)[0], rtol=0, atol=1e-6)
         solution = frank_wolfe.solve(problem, steps=300, best_of=False, **settings)
         # fp32 against float64 over 300 steps: the errors agree; single entries may differ where M is nearly tied.
@@ -265,39 +258,44 @@ class TestPaper:
 
 class TestRounding:
     def test_highest_entries_then_saliency_then_index(self):
-        problem, _ = make_problem(1, 8, "0.5")
+        problem = make_problem(1, 8, "0.5")
         saliency = torch.tensor([[1.0, 2, 3, 4, 5, 6, 6, 8]])
-        problem = Problem(problem.W, problem.G, saliency, 4)
+        problem = frank_wolfe.pose(problem.W, problem.G, saliency, 4)
         M = torch.tensor([[0.9, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.1]])
-        assert frank_wolfe.round_mask(M, problem).tolist() == [[True, False, False, False, True, True, True, False]]
+        assert frank_wolfe.round_mask(problem, M).tolist() == [[True, False, False, False, True, True, True, False]]
         M = torch.tensor([[0.9, 0.9, 0.9, 0.1, 0.1, 0.5, 0.5, 0.5]])
         saliency[0, 7] = 6
-        assert frank_wolfe.round_mask(M, problem).tolist() == [[True, True, True, False, False, True, False, False]]
+        assert frank_wolfe.round_mask(problem, M).tolist() == [[True, True, True, False, False, True, False, False]]
 
     def test_by_groups(self):
         saliency = torch.tensor([[1.0, 2, 3, 4, 8, 7, 6, 5]])
-        problem = Problem(torch.ones(1, 8), torch.eye(8), saliency, 2, group=4)
+        problem = frank_wolfe.pose(torch.ones(1, 8), torch.eye(8), saliency, 2, group=4)
         M = torch.tensor([[0.5, 0.5, 0.5, 0.5, 0.0, 1.0, 0.5, 0.5]])
-        assert frank_wolfe.round_mask(M, problem).tolist() == [[False, False, True, True, False, True, True, False]]
+        assert frank_wolfe.round_mask(problem, M).tolist() == [[False, False, True, True, False, True, True, False]]
 
     def test_nothing_and_everything(self):
-        problem, _ = make_problem(3, 8)
+        problem = make_problem(3, 8)
         for k in (0, 8):
-            everything = Problem(problem.W, problem.G, problem.saliency, k)
-            assert frank_wolfe.round_mask(torch.rand(3, 8), everything).sum() == 3 * k
+            everything = frank_wolfe.pose(problem.W, problem.G, problem.saliency, k)
+            assert frank_wolfe.round_mask(everything, torch.rand(3, 8)).sum() == 3 * k
 
 
 class TestFixedEntries:
     def test_the_most_salient_of_the_warm_start(self):
-        saliency = torch.tensor([[5.0, 4, 3, 2, 1, 0]])
-        warm = torch.tensor([[False, True, True, True, True, False]])
-        fixed = frank_wolfe.fixed_entries(saliency, warm, 4, 0.5, whole=False)
-        assert fixed.tolist() == [[False, True, True, False, False, False]]
+        """In 2:4 the warm start lacks the third best of the row, whose group has two better ones."""
+        saliency = torch.tensor([[9.0, 8, 7, 1, 6, 5, 2, 1]])
+        for group, kept in ((0, 4), (4, 2)):
+            problem = frank_wolfe.pose(torch.ones(1, 8), torch.eye(8), saliency, kept, group=group, alpha=0.75)
+            expected = [0, 1, 2] if group == 0 else [0, 1, 4]
+            assert problem.fixed.nonzero()[:, 1].tolist() == expected
 
     @pytest.mark.parametrize(("alpha", "kept", "count"), [(0.29, 100, 29), (0.1, 30, 3), (0.5, 5, 2), (1.0, 7, 7)])
     def test_count_is_the_floor_of_the_exact_product(self, alpha, kept, count):
         """0.29 * 100 is 28.999... in floating point."""
-        saliency, warm = torch.rand(2, 200), torch.ones(2, 200, dtype=torch.bool)
+        W, G, saliency = torch.ones(2, 200), torch.eye(200), torch.rand(2, 200)
         for k in (kept, torch.tensor([kept, kept])):
-            assert frank_wolfe.fixed_entries(saliency, warm, k, alpha, whole=False).sum(1).tolist() == [count, count]
-        assert frank_wolfe.fixed_entries(saliency, warm, kept, alpha, whole=True).sum() == count
+            assert frank_wolfe.pose(W, G, saliency, k, alpha=alpha).fixed.sum(1).tolist() == [count, count]
+        assert frank_wolfe.pose(W, G, saliency, kept, alpha=alpha, whole=True).fixed.sum() == count
+
+    def test_none_without_alpha(self):
+        assert make_problem(3, 10, alpha=0.0).fixed is None
