@@ -83,12 +83,8 @@ def prune_model(
     """
     outcome = Outcome()
     with outcome.clock("embed"):
-        start = _start(model, calibration)
-        calibrating = {method: start.fork() for method in methods}
-        held_out: dict[str, Stream] = {}
-        if evaluation is not None:
-            start = _start(model, evaluation)
-            held_out = {name: start.fork() for name in ("dense", *methods)}
+        calibrating = _start(model, calibration, methods)
+        held_out = {} if evaluation is None else _start(model, evaluation, ["dense", *methods])
     for i in range(len(model.blocks)):
         with outcome.clock("read"):
             block = model.open(i)
@@ -167,8 +163,10 @@ def perplexity(model: StreamedModel, ids: Tensor, stream: Stream) -> float:
     return math.exp(losses / count)
 
 
-def _start(model: StreamedModel, windows: Windows) -> Stream:
-    return model.start(windows.ids, max(1, BATCH_TOKENS // windows.seqlen))
+def _start(model: StreamedModel, windows: Windows, names: list[str]) -> dict[str, Stream]:
+    """A stream of the same windows for each name, before the first block."""
+    stream = model.start(windows.ids, max(1, BATCH_TOKENS // windows.seqlen))
+    return {name: stream.fork() for name in names}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from sparsefw.checkpoint import Checkpoint, check_finite
@@ -78,28 +78,31 @@ class StreamedModel:
         stack = next(name for name, module in model.named_modules() if module is self.blocks)
         self.names = [f"{stack}.{i}" for i in range(len(self.blocks))]
         inside = {id(t) for t in itertools.chain(self.blocks.parameters(), self.blocks.buffers())}
-        for name, t in itertools.chain(model.named_parameters(), model.named_buffers()):
-            if id(t) not in inside:
-                check_finite(name, t)
-                t.data = t.data.to(device)
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in inside:
+                check_finite(name, parameter)
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            if id(tensor) not in inside:
+                tensor.data = tensor.data.to(device)
         self._returns_tuple: bool | None = None
 
     def _load(self, checkpoint: Checkpoint) -> nn.Module:
-        # Capped attention logits: some versions of the fused attention leave the cap out without a word.
-        text = checkpoint.config.get("text_config") or checkpoint.config
-        eager = {"attn_implementation": "eager"} if text.get("attn_logit_softcapping") else {}
+        safe = {"local_files_only": True, "trust_remote_code": False}
         try:
+            config = AutoConfig.from_pretrained(checkpoint.folder, **safe)
+            # Some versions of the fused attention leave a cap on attention logits out without a word.
+            capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
             model, info = AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder,
+                config=config,
                 dtype=checkpoint.dtype,
+                attn_implementation="eager" if capped else None,
                 # One product per expert, where its inputs can be seen.
                 experts_implementation="eager",
-                local_files_only=True,
                 use_safetensors=True,
-                trust_remote_code=False,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                **eager,
+                **safe,
             )
         except _LOADING as error:
             raise InputError(
@@ -163,10 +166,10 @@ class StreamedModel:
         return stream
 
     def open(self, i: int) -> nn.Module:
-        """Block i on the device, its tensors checked for NaN and Inf."""
+        """Block i on the device, its parameters checked for NaN and Inf."""
         block = self.blocks[i]
-        for name, tensor in block.state_dict().items():
-            check_finite(f"{self.names[i]}.{name}", tensor)
+        for name, parameter in block.named_parameters():
+            check_finite(f"{self.names[i]}.{name}", parameter)
         return block.to(self.device)
 
     @torch.no_grad()
