@@ -7,6 +7,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -100,6 +101,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line. Returns the exit status: 0, 1 (the run failed), 2 (bad input), 130 (interrupted)."""
+    # A polite kill ends like Ctrl-C: nothing half-written stays.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(parse_arguments(argv))
     except InputError as error:
@@ -111,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sparsefw: interrupted; nothing was written", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return 0
 
 
@@ -128,6 +133,8 @@ def run(arguments: argparse.Namespace) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     print(f"kernel: {arguments.kernel} ({_why(arguments, cuda)}), precision {arguments.precision}", flush=True)
     ops = importlib.import_module(f"sparsefw.kernels.{'fused' if arguments.kernel == 'triton' else 'reference'}")
+
+    from tqdm import tqdm
 
     from sparsefw import checkpoint, data, report, writer
     from sparsefw.driver import prune_model
@@ -147,15 +154,17 @@ def run(arguments: argparse.Namespace) -> None:
     folder = DEFAULT_MODEL if arguments.model == DEFAULT else checkpoint.locate(arguments.model)
     writer.check_output(arguments.output, folder, arguments.overwrite)
     source = checkpoint.inspect(folder)
-    seqlen = _seqlen(arguments.seqlen, source.config)
     tokenizer = _tokenizer(folder)
+    model = StreamedModel(source, device)
+    seqlen = min(arguments.seqlen, model.max_seqlen or arguments.seqlen)
+    if seqlen < arguments.seqlen:
+        print(f"seqlen: {seqlen} tokens, the model's maximum (asked for {arguments.seqlen})")
     calibration = data.calibration_windows(
         tokenizer, arguments.dataset, nsamples=arguments.nsamples, seqlen=seqlen, seed=arguments.seed
     )
     evaluation = None
     if arguments.eval:
         evaluation = data.evaluation_windows(tokenizer, arguments.eval, seqlen=seqlen, limit=arguments.eval_windows)
-    model = StreamedModel(source, device)
     for note in model.notes:
         print(f"note: {note}")
     methods = [*arguments.compare, arguments.method]
@@ -163,7 +172,6 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"calibration: {calibration.n} windows of {calibration.seqlen} tokens of {calibration.source}")
     print(report.layer_header(), flush=True)
 
-    tqdm = importlib.import_module("tqdm").tqdm
     with writer.Writer(arguments.output, arguments.overwrite) as output:
         with tqdm(total=len(model.blocks), unit="block", disable=None) as bar:
             outcome = prune_model(
@@ -196,15 +204,6 @@ def _why(arguments: argparse.Namespace, cuda: bool) -> str:
     if arguments.kernel_chosen:
         return "as asked"
     return "CUDA is available" if cuda else "no CUDA device"
-
-
-def _seqlen(asked: int, config: dict) -> int:
-    """The window length, capped by the model's maximum; says so when it caps."""
-    maximum = (config.get("text_config") or config).get("max_position_embeddings")
-    if maximum is None or asked <= maximum:
-        return asked
-    print(f"seqlen: {maximum} tokens, the model's maximum (asked for {asked})")
-    return maximum
 
 
 def _tokenizer(folder: Path):

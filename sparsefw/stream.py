@@ -64,6 +64,7 @@ class StreamedModel:
     Attributes:
         blocks: the decoder blocks, in order.
         names: their names in the model, e.g. "model.layers.0".
+        max_seqlen: longest window the model takes, or None where it says none.
         notes: one line each about what the user should know of the loading.
 
     Raises:
@@ -74,6 +75,7 @@ class StreamedModel:
         self.device = device
         self.notes: list[str] = []
         self.model = model = self._load(checkpoint)
+        self.max_seqlen: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.blocks = _find_blocks(model, checkpoint.folder)
         stack = next(name for name, module in model.named_modules() if module is self.blocks)
         self.names = [f"{stack}.{i}" for i in range(len(self.blocks))]
@@ -144,7 +146,13 @@ class StreamedModel:
         Args:
             ids: (windows, seqlen) tokens.
             batch_size: windows per micro-batch.
+
+        Raises:
+            InputError: a token that the model has no embedding for.
         """
+        known = self.model.get_input_embeddings().weight.shape[0]
+        if ids.max() >= known:
+            raise InputError(f"the tokenizer gives token {ids.max()}, but the model embeds {known}: not its tokenizer")
         stream = Stream([], [])
 
         def tap(i: int, hidden: Tensor, args: tuple, kwargs: dict) -> Any:

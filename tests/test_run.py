@@ -1,6 +1,8 @@
 """The command line from end to end on tiny models: what it writes, what it says, what it refuses."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -245,13 +247,11 @@ class TestRefused:
         assert run(source, text, source, "--overwrite") == 2
         assert "input folder" in capsys.readouterr().err
 
-    def test_interrupted(self, tmp_path, text, capsys, monkeypatch):
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_interrupted(self, number, tmp_path, text, capsys, monkeypatch):
         source = save_model(tmp_path / "model", "llama")
-
-        def interrupt(*_):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr("sparsefw.report.layer_row", interrupt)
+        monkeypatch.setattr("sparsefw.report.layer_row", lambda row: os.kill(os.getpid(), number))
         assert run(source, text, tmp_path / "out") == 130
         assert "interrupted" in capsys.readouterr().err
         assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

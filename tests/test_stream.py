@@ -117,6 +117,11 @@ class TestRefused:
         with pytest.raises(InputError, match=r"activations after model\.layers\.1"):
             model.forward(1, stream, advance=True)
 
+    def test_tokens_without_an_embedding(self, tmp_path):
+        model = open_model(save_model(tmp_path, "llama"))
+        with pytest.raises(InputError, match=f"token {VOCABULARY}, but the model embeds {VOCABULARY}"):
+            model.start(torch.tensor([[2, VOCABULARY]]), 1)
+
     def change_config(self, folder, **changes):
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
