@@ -25,6 +25,12 @@ def warps(n: int) -> int:
     return max(1, n // 2) if platform() == "hip" else n
 
 
+def interpreter_tile(rows: int, width: int) -> dict[str, int]:
+    """Tile of a row-wise kernel in the interpreter, where cost is per program and step, hardly per entry: large."""
+    BLOCK_D = min(triton.next_power_of_2(width), 65536)
+    return dict(BLOCK_R=max(1, min(triton.next_power_of_2(rows), 262144 // BLOCK_D)), BLOCK_D=BLOCK_D)
+
+
 def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
     """Raise unless `tensor` has this shape, one of these dtypes, and the device of `like`."""
     if not isinstance(tensor, Tensor):

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import NAN_KEY, columns, count_reaching, kth_key, load_budget, load_keys, take, take_of_groups
-from .launch import check, check_matrix, on_device, platform, warps
+from .launch import check, check_matrix, interpreter_tile, on_device, platform, warps
 from .reference import check_budget
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8)
@@ -26,10 +26,8 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
     """Tile sizes and launch options: BLOCK_R rows at once, chunks of BLOCK_D columns, SEARCH_D keys held."""
     width = triton.next_power_of_2(span(d, group))
     if platform() == "interpreter":
-        # Cost is per program and step there, hardly per entry.
-        BLOCK_D = min(width, 65536)
-        BLOCK_R = max(1, min(triton.next_power_of_2(rows), 262144 // BLOCK_D))
-        return dict(BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, SEARCH_D=BLOCK_D)
+        tile = interpreter_tile(rows, width)
+        return tile | dict(SEARCH_D=tile["BLOCK_D"])
     if width <= 4096 or group:
         BLOCK_D = max(min(width, 1024 if group else 4096), triton.next_power_of_2(max(group, 1)))
         return dict(BLOCK_R=max(1, 1024 // BLOCK_D), BLOCK_D=BLOCK_D, SEARCH_D=BLOCK_D, num_warps=warps(4))

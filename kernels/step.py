@@ -36,7 +36,7 @@ from .device import (
     take_of_groups,
     vertex_score,
 )
-from .launch import FLOATS, check, check_matrix, on_device, platform, warps
+from .launch import FLOATS, check, check_matrix, interpreter_tile, on_device, platform, warps
 from .lmo import check_selection, selection_options, span
 
 
@@ -44,10 +44,8 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
     """Tile sizes and launch options: BLOCK_R rows at once, chunks of BLOCK_D columns, SEARCH_D keys held."""
     width = triton.next_power_of_2(span(d, group))
     if platform() == "interpreter":
-        # Cost is per program and step there, hardly per entry.
-        BLOCK_D = min(width, 65536)
-        BLOCK_R = max(1, min(triton.next_power_of_2(rows), 262144 // BLOCK_D))
-        return dict(BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, SEARCH_D=BLOCK_D)
+        tile = interpreter_tile(rows, width)
+        return tile | dict(SEARCH_D=tile["BLOCK_D"])
     if group & (group - 1):
         # Groups of no power of two: no two entries share an address computation, short chunks leave registers for it.
         return dict(BLOCK_R=1, BLOCK_D=min(width, 1024), SEARCH_D=min(width, 1024), num_warps=warps(8))

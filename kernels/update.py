@@ -12,14 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import move
-from .launch import check, check_matrix, on_device, platform, warps
+from .launch import check, check_matrix, interpreter_tile, on_device, platform, warps
 
 
 def configuration(rows: int, d: int) -> dict[str, int]:
     """Tile sizes and launch options: one memory-bound pass, enough bytes in flight per program."""
     if platform() == "interpreter":
-        BLOCK_D = min(triton.next_power_of_2(d), 65536)
-        return dict(BLOCK_R=max(1, min(triton.next_power_of_2(rows), 262144 // BLOCK_D)), BLOCK_D=BLOCK_D)
+        return interpreter_tile(rows, d)
     BLOCK_D = min(triton.next_power_of_2(d), 1024)
     return dict(BLOCK_R=1024 // BLOCK_D, BLOCK_D=BLOCK_D, num_warps=warps(4))
 
