@@ -16,16 +16,24 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from sparsefw import allocation
 from sparsefw.checkpoint import check_finite
 from sparsefw.data import Windows
 from sparsefw.errors import InputError
-from sparsefw.layers import capture
-from sparsefw.prune import LayerResult, Settings, prune_layer
+from sparsefw.layers import Layer, capture
+from sparsefw.methods import Settings
+from sparsefw.prune import LayerResult, prune_layers
 from sparsefw.stream import Stream, StreamedModel
 from sparsefw.writer import Writer
 
 # Tokens in one micro-batch: enough to fill a GPU, little beside a block's weights.
 BATCH_TOKENS = 4096
+
+# Share of the micro-batches on which `--alpha auto` compares.
+HELD_OUT = 0.125
+
+# Per block, what each layer keeps by name: of every row, or in all; see `allocation.whole_budgets`.
+Budgets = list[dict[str, int | Tensor]]
 
 
 @dataclass
@@ -34,13 +42,13 @@ class Outcome:
 
     Attributes:
         layers: a row per layer and method.
-        perplexity: of the held-out windows, by "dense" and by method; empty without evaluation.
+        perplexity: by held-out text, then by "dense" and by method; empty without evaluation.
         dense: names of the matrices inside the blocks that were not pruned.
         seconds: per phase.
     """
 
     layers: list[LayerResult] = field(default_factory=list)
-    perplexity: dict[str, float] = field(default_factory=dict)
+    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
     dense: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -57,12 +65,13 @@ class Outcome:
 def prune_model(
     model: StreamedModel,
     calibration: Windows,
-    evaluation: Windows | None,
+    evaluation: list[Windows],
     methods: list[str],
     settings: Settings,
     ops: ModuleType,
     writer: Writer,
     *,
+    budgets: Budgets | None = None,
     on_layer: Callable[[LayerResult], None] = lambda row: None,
     on_block: Callable[[], None] = lambda: None,
 ) -> Outcome:
@@ -71,11 +80,12 @@ def prune_model(
     Args:
         model: the streamed model; its blocks are used up.
         calibration: windows whose activations define the layer problems.
-        evaluation: held-out windows for perplexity, or None.
+        evaluation: held-out windows for perplexity, of each text.
         methods: pruned apart from each other, each on its own activations; what the last one gives is written.
         settings: how masks are chosen.
         ops: the kernels, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
         writer: takes one shard per block and one for the rest.
+        budgets: what every layer keeps, from `allocate`; None is uniform.
         on_layer, on_block: called after every layer and every block.
 
     Raises:
@@ -84,34 +94,36 @@ def prune_model(
     outcome = Outcome()
     with outcome.clock("embed"):
         calibrating = _start(model, calibration, methods)
-        held_out = {} if evaluation is None else _start(model, evaluation, ["dense", *methods])
+        # By text and method.
+        held_out = [_start(model, windows, ["dense", *methods]) for windows in evaluation]
     for i in range(len(model.blocks)):
         with outcome.clock("read"):
             block = model.open(i)
         if held_out:
             with outcome.clock("evaluate"):
-                model.forward(i, held_out["dense"], advance=True)
+                _advance(model, i, held_out, "dense")
         # Only where several methods start from the same block.
         weights = {n: p.clone() for n, p in block.named_parameters()} if len(methods) > 1 else {}
         for method in methods:
             if method != methods[0]:
                 _restore(block, weights)
             stream = calibrating[method]
-            _prune_block(model, i, stream, method, settings, ops, outcome, on_layer)
+            kept = budgets[i] if budgets else {}
+            _prune_block(model, i, stream, method, settings, ops, kept, outcome, on_layer)
             with outcome.clock("forward"):
                 model.forward(i, stream, advance=True)
             if held_out:
                 with outcome.clock("evaluate"):
-                    model.forward(i, held_out[method], advance=True)
+                    _advance(model, i, held_out, method)
         with outcome.clock("write"):
             writer.write(model.block_tensors(i))
             model.close(i)
         on_block()
     with outcome.clock("write"):
         writer.write(model.other_tensors())
-    if evaluation is not None:
+    for windows, streams in zip(evaluation, held_out, strict=True):
         with outcome.clock("evaluate"):
-            outcome.perplexity = {n: perplexity(model, evaluation.ids, s) for n, s in held_out.items()}
+            outcome.perplexity[windows.source] = {n: perplexity(model, windows.ids, s) for n, s in streams.items()}
     return outcome
 
 
@@ -122,28 +134,98 @@ def _prune_block(
     method: str,
     settings: Settings,
     ops: ModuleType,
+    budgets: dict[str, int | Tensor],
     outcome: Outcome,
     on_layer: Callable[[LayerResult], None],
 ) -> None:
+    kept_out = None
+    if method == "sparsefw" and settings.alpha is None and len(stream.hidden) < 2:
+        raise InputError("--alpha auto: needs windows to hold out, and all calibration windows fill 1 micro-batch only")
+    if method == "sparsefw" and settings.alpha is None:
+        stream, kept_out = stream.part(HELD_OUT)
+    with outcome.clock("calibrate"):
+        layers, grams, dense = _capture(model, i, stream, settings, ops)
+        held_out = {}
+        if kept_out is not None:
+            layers_too, held_out, dense_too = _capture(model, i, kept_out, settings, ops)
+            layers = list({layer.name: layer for layer in [*layers, *layers_too]}.values())
+            dense = [name for name in dense if name in dense_too]
+            # An expert may have seen tokens in one part only: the other part's Gram matrix is zero.
+            for name in grams.keys() | held_out.keys():
+                present = grams.get(name, held_out.get(name))
+                grams.setdefault(name, torch.zeros_like(present))
+                held_out.setdefault(name, torch.zeros_like(present))
+    prefix = model.names[i]
+    outcome.dense += [n for n in (f"{prefix}.{name}" for name in dense) if n not in outcome.dense]
+    with outcome.clock("solve"):
+        for gram in dict.fromkeys(layer.gram for layer in layers):
+            alike = [layer for layer in layers if layer.gram == gram]
+            for row in prune_layers(
+                [(f"{prefix}.{layer.name}", layer.weight) for layer in alike],
+                grams.pop(gram),
+                method,
+                settings,
+                ops,
+                budgets=[budgets[layer.name] for layer in alike] if budgets else None,
+                held_out=held_out.pop(gram, None),
+            ):
+                outcome.layers.append(row)
+                on_layer(row)
+
+
+def _capture(
+    model: StreamedModel, i: int, stream: Stream, settings: Settings, ops: ModuleType
+) -> tuple[list[Layer], dict[str, Tensor], list[str]]:
+    """`layers.capture` of block i, its Gram matrices checked."""
     prefix = model.names[i]
     precision = "ieee" if settings.precision == "ieee" else "tf32"
-    with outcome.clock("calibrate"):
-        layers, grams, dense = capture(
-            model.blocks[i], lambda: model.forward(i, stream, advance=False), ops=ops, precision=precision
-        )
+    layers, grams, dense = capture(
+        model.blocks[i], lambda: model.forward(i, stream, advance=False), ops=ops, precision=precision
+    )
     if not layers:
         raise InputError(f"{prefix}: unsupported model: no matrix of this block was seen in a product")
     for gram, G in grams.items():
         # Off the diagonal G is bounded by it.
         check_finite(f"inputs of {prefix}.{gram} (their squares, summed)", G.diagonal())
-    outcome.dense += [n for n in (f"{prefix}.{name}" for name in dense) if n not in outcome.dense]
-    last_use = {layer.gram: layer.name for layer in layers}
-    with outcome.clock("solve"):
-        for layer in layers:
-            G = grams.pop(layer.gram) if last_use[layer.gram] == layer.name else grams[layer.gram]
-            row = prune_layer(f"{prefix}.{layer.name}", layer.weight, G, method, settings, ops)
-            outcome.layers.append(row)
-            on_layer(row)
+    return layers, grams, dense
+
+
+def allocate(
+    model: StreamedModel, calibration: Windows, how: str, settings: Settings, ops: ModuleType
+) -> tuple[list[float], Budgets]:
+    """Run the dense model once, and share out the sparsity between its blocks.
+
+    Args:
+        model: the streamed model; its blocks are used up.
+        calibration: the windows that blocks are measured on.
+        how: "owl" or "error", see `allocation`.
+        settings: the run's settings; the pattern has a budget per row or per layer.
+        ops: the kernels.
+
+    Returns:
+        The sparsity of every block, and what its layers keep.
+    """
+    pattern = settings.pattern
+    stream = _start(model, calibration, ["dense"])["dense"]
+    names, shapes, found = [], [], []
+    for i in range(len(model.blocks)):
+        model.open(i)
+        layers, grams, _ = _capture(model, i, stream, settings, ops)
+        names.append([layer.name for layer in layers])
+        shapes.append([tuple(layer.weight.shape) for layer in layers])
+        matrices = [(layer.weight, grams[layer.gram]) for layer in layers]
+        found.append(allocation.measure(how, matrices, pattern.sparsity, ops))
+        model.forward(i, stream, advance=True)
+        model.close(i)
+    sizes = [sum(rows * d for rows, d in block) for block in shapes]
+    sparsities = allocation.share_out(how, found, sizes, pattern.sparsity)
+    kept = allocation.whole_budgets(sparsities, shapes, pattern.sparsity, pattern.scope)
+    return [float(s) for s in sparsities], [dict(zip(n, k, strict=True)) for n, k in zip(names, kept, strict=True)]
+
+
+def _advance(model: StreamedModel, i: int, held_out: list[dict[str, Stream]], name: str) -> None:
+    for streams in held_out:
+        model.forward(i, streams[name], advance=True)
 
 
 def perplexity(model: StreamedModel, ids: Tensor, stream: Stream) -> float:

@@ -39,6 +39,8 @@ class Problem:
         fixed: (rows, d) bool, entries that every mask keeps, or None.
         group: m of n:m, else 0.
         whole: one budget, one LMO and one step size over the whole matrix (the paper's C_k).
+        offset: (rows, d) fp32, (W_0 - W) G where the mask applies to weights W that differ from the layer's own, W_0:
+            the iteration then minimises ||(W_0 - M * W) X||_F^2. None where they are the same.
     """
 
     W: Tensor
@@ -49,6 +51,7 @@ class Problem:
     fixed: Tensor | None = None
     group: int = 0
     whole: bool = False
+    offset: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -172,14 +175,17 @@ def solve(
 def iterate(
     problem: Problem, *, steps: int, step_rule: str, penalty: float, precision: str, ops: ModuleType
 ) -> Iterator[Iterate]:
-    """The Frank-Wolfe steps from the warm start; yields the same state, changed in place, after each."""
+    """The Frank-Wolfe steps from the warm start; yields the same state, changed in place, after each.
+
+    Arguments as in `solve`. Under an offset `Iterate.error` lacks the constant sum((W_0 - W) * R).
+    """
     W, k, group = problem.W, problem.k, problem.group
     # The row step sees the whole matrix as one row, which no program on a GPU could hold: torch does it.
     step, shape = (reference.row_step, (1, -1)) if problem.whole else (ops.row_step, W.shape)
     G = problem.G.bfloat16() if precision == "bf16" else problem.G
     E = W.masked_fill(problem.warm, 0)
     E = E.bfloat16() if precision == "bf16" else E
-    R = ops.product(E, G, precision=precision)
+    R = _vertex_product(problem, E, G, precision, ops)
     state = Iterate(problem.warm.float(), R, R.clone(), problem.warm.clone(), E, torch.empty(0), torch.empty(0))
     rows = [x.view(shape) for x in (state.M, state.R, state.U, state.V, state.E)]
     fixed = None if problem.fixed is None else problem.fixed.view(shape)
@@ -191,11 +197,18 @@ def iterate(
     # A step of size 0 moves nothing and finds the first vertex.
     step(W.view(shape), diag, *rows, k, group=group, fixed=fixed, eta=0.0, next_theta=theta(0))
     for t in range(steps):
-        ops.product(state.E, G, precision=precision, out=state.U)
+        _vertex_product(problem, state.E, G, precision, ops, out=state.U)
         eta = None if step_rule == "line-search" else 2 / (t + 2)
         thetas = {"theta": theta(t), "next_theta": theta(t + 1)}
         state.eta, state.error = step(W.view(shape), diag, *rows, k, group=group, fixed=fixed, eta=eta, **thetas)
         yield state
+
+
+def _vertex_product(
+    problem: Problem, E: Tensor, G: Tensor, precision: str, ops: ModuleType, out: Tensor | None = None
+) -> Tensor:
+    out = ops.product(E, G, precision=precision, out=out)
+    return out if problem.offset is None else out.add_(problem.offset)
 
 
 def mask_error(W: Tensor, mask: Tensor, G: Tensor, *, ops: ModuleType = reference) -> Tensor:

@@ -1,38 +1,33 @@
-"""Prune one layer by a named method, and say what came of it."""
+"""Prune the layers that share an input, and say what came of it.
+
+Their rows are stacked and solved as one problem, in chunks that fit a memory budget: rows are independent, so neither
+changes the result.
+"""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from sparsefw import frank_wolfe, patterns
-from sparsefw.patterns import Pattern
+from sparsefw import patterns
+from sparsefw.errors import InputError
+from sparsefw.methods import METHODS, Choice, Rows, Settings, weight_error
 from sparsefw.saliency import SALIENCIES
 
-METHODS = ("sparsefw", *SALIENCIES)
+# What `--alpha auto` chooses from, and on how many rows of the layers that share an input.
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9)
+SAMPLE_ROWS = 256
 
+# Stacks and chunks are multiples of this many rows. A matrix product treats the last few rows apart, with other
+# roundings: with none left over, a row's result does not depend on the rows beside it.
+ROW_UNIT = 64
 
-@dataclass(frozen=True)
-class Settings:
-    """How masks are chosen; the same for every layer of a run.
-
-    Attributes:
-        pattern: sparsity pattern.
-        warm_start: saliency that gives the warm start.
-        steps, step_rule, penalty, best_of, precision: see `frank_wolfe.solve`.
-        alpha, whole: see `frank_wolfe.pose`; `whole` makes a `layer:` budget one problem instead of one per row.
-    """
-
-    pattern: Pattern
-    warm_start: str = "wanda"
-    steps: int = 30
-    step_rule: str = "line-search"
-    penalty: float = 1.0
-    alpha: float = 0.5
-    best_of: bool = True
-    whole: bool = False
-    precision: str = "ieee"
+# Memory of a solve per entry of a chunk, at its peak: fp32 W, T, offset, M, R, U, E, the fit's Z and R, up to five
+# temporaries, and bool masks.
+BYTES_PER_ENTRY = 60
 
 
 @dataclass(frozen=True)
@@ -43,89 +38,186 @@ class LayerResult:
         name: the weight's name in the checkpoint's model.
         shape: (out, in).
         pattern: sparsity pattern, as the user wrote it.
+        kept: weights that the mask keeps.
         method: how the mask was chosen.
         warm_start: saliency of the warm start.
         alpha: fraction of kept entries fixed by saliency; None where nothing is fixed.
-        steps: Frank-Wolfe steps.
+        steps: Frank-Wolfe steps of the first solve.
         error_warm_start: ||W X - (M * W) X||_F^2 of the warm start's mask, over all calibration tokens.
-        error: the same of the mask chosen.
-        relative_error: error / error_warm_start; 1 where both are 0.
-        gap: error minus the largest lower bound; no mask that keeps the fixed entries is better by more. None where
-            no step was taken.
-        seconds: for choosing the mask, without the calibration forward.
+        error_mask: the same of the best mask found for unchanged weights.
+        error: ||W X - Z X||_F^2 of the weights written.
+        relative_mask, relative_error: error_mask and error / error_warm_start; 1 where both are 0.
+        gap: error_mask minus the largest lower bound; no mask of unchanged weights that keeps the fixed entries is
+            better by more. None where no step was taken.
+        seconds: for choosing mask and weights, without the calibration forward; of a stack, by its share of the rows.
     """
 
     name: str
     shape: tuple[int, int]
     pattern: str
+    kept: int
     method: str
     warm_start: str
     alpha: float | None
     steps: int
     error_warm_start: float
+    error_mask: float
     error: float
+    relative_mask: float
     relative_error: float
     gap: float | None
     seconds: float
 
 
-def prune_layer(name: str, weight: Tensor, G: Tensor, method: str, settings: Settings, ops: ModuleType) -> LayerResult:
-    """Choose the mask of one layer and zero what it removes, in place.
+def prune_layers(
+    layers: list[tuple[str, Tensor]],
+    G: Tensor,
+    method: str,
+    settings: Settings,
+    ops: ModuleType,
+    *,
+    budgets: list[int | Tensor] | None = None,
+    held_out: Tensor | None = None,
+) -> Iterator[LayerResult]:
+    """Choose masks and weights of layers that read the same input, write them in place, yield a row for each.
 
     Args:
-        name: for the result and for errors.
-        weight: (out, in) view into the block, fp32 / bf16 / fp16, any strides.
-        G: (in, in) fp32 Gram matrix of its inputs.
-        method: "sparsefw", or the saliency whose warm start is the answer.
+        layers: (name, weight) with weight a (out, in) view into the block, fp32 / bf16 / fp16, any strides.
+        G: (in, in) fp32 Gram matrix of their input; `held_out` is added to it.
+        method: one of METHODS.
         settings: the run's settings.
         ops: the kernels, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
+        budgets: what each layer keeps where that is not the pattern's share: per row, an int or int64 (out,); in
+            all, an int, under a `layer:` pattern.
+        held_out: (in, in) fp32 Gram matrix of other windows, for choosing alpha where the settings leave it open.
 
     Raises:
-        InputError: the rows do not divide into the pattern's groups.
-        FloatingPointError: the layer's error is not finite; the message names it.
+        InputError: the rows do not divide into the pattern's groups, or the memory is too little for any chunk.
+        FloatingPointError: an error is not finite, or G is not positive definite for a method that needs it; the
+            message names the layer.
     """
+    for name, weight in layers:
+        patterns.check_width(settings.pattern, weight.shape[1], name)
+    stack = [(name, weight, budgets[i] if budgets else None) for i, (name, weight) in enumerate(layers)]
+    together = METHODS[method].by_rows and not settings.whole
+    for part in [stack] if together else [[layer] for layer in stack]:
+        try:
+            yield from _prune_stack(part, G, method, settings, ops, held_out, together)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{', '.join(name for name, _, _ in part)}: {error}") from error
+
+
+def _prune_stack(
+    stack: list[tuple[str, Tensor, int | Tensor | None]],
+    G: Tensor,
+    method: str,
+    settings: Settings,
+    ops: ModuleType,
+    held_out: Tensor | None,
+    together: bool,
+) -> list[LayerResult]:
     started = time.perf_counter()
-    rows, d = weight.shape
-    pattern = settings.pattern
-    patterns.check_width(pattern, d, name)
-    frank_wolfe_runs = method == "sparsefw"
-    saliency_name = settings.warm_start if frank_wolfe_runs else method
-    whole = settings.whole and frank_wolfe_runs
-    # A CPU has no bf16 or fp16 arithmetic worth using; fp32 holds the same weights.
-    W = weight.float() if weight.device.type == "cpu" else weight
-    W = W.contiguous()
-    saliency = SALIENCIES[saliency_name](W, G.diagonal())
-    k = patterns.kept_in_layer(pattern, rows, d) if whole else patterns.budget(pattern, saliency)
-    alpha = settings.alpha if frank_wolfe_runs else 0.0
-    problem = frank_wolfe.pose(W, G, saliency, k, group=pattern.group, whole=whole, alpha=alpha, ops=ops)
-    steps = settings.steps if frank_wolfe_runs else 0
-    try:
-        solution = frank_wolfe.solve(
-            problem,
-            steps=steps,
-            step_rule=settings.step_rule,
-            penalty=settings.penalty if frank_wolfe_runs else 0.0,
-            best_of=settings.best_of,
-            precision=settings.precision,
-            ops=ops,
+    saliency = METHODS[method].saliency or settings.warm_start
+    rows = _stacked(stack, G, saliency, settings, together)
+    if held_out is not None:
+        settings = replace(settings, alpha=_choose_alpha(rows, held_out, settings, ops))
+        # Both sets of windows serve the solve.
+        G += held_out
+        rows = _stacked(stack, G, saliency, settings, together)
+    count, d = rows.W.shape
+    chunk = _chunk(d, settings.memory, stack[0][0]) if together else count
+    weights = [weight for _, weight, _ in stack]
+    errors, kept, bounded = [], [], False
+    for start in range(0, count, chunk):
+        choice = METHODS[method].choose(rows[start : start + chunk], settings, ops)
+        _write(weights, start, choice)
+        kept.append(choice.mask.sum(1))
+        bounded = choice.bound is not None
+        bound = choice.bound if bounded else torch.zeros_like(choice.error)
+        errors.append(torch.stack([choice.error_warm_start, choice.error_mask, choice.error, bound]).double())
+    lengths = [len(weight) for weight in weights]
+    # Without the rows that only fill up the stack.
+    sums = [x[..., : sum(lengths)].split(lengths, dim=-1) for x in (torch.cat(errors, 1), torch.cat(kept))]
+    share = (time.perf_counter() - started) / sum(lengths)
+    results = []
+    for (name, weight, _), layer_errors, layer_kept in zip(stack, *sums, strict=True):
+        warm, mask, error, bound = layer_errors.sum(1).tolist()
+        results.append(
+            LayerResult(
+                name=name,
+                shape=tuple(weight.shape),
+                pattern=settings.pattern.text,
+                kept=layer_kept.sum().item(),
+                method=method,
+                warm_start=saliency,
+                alpha=settings.alpha if method == "sparsefw" else None,
+                steps=settings.steps if method == "sparsefw" else 0,
+                error_warm_start=warm,
+                error_mask=mask,
+                error=error,
+                relative_mask=mask / warm if warm else 1.0,
+                relative_error=error / warm if warm else 1.0,
+                gap=mask - bound if bounded else None,
+                seconds=share * len(weight),
+            )
         )
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{name}: {error}") from error
-    weight.masked_fill_(~solution.mask, 0)
-    error = solution.error.double().sum().item()
-    error_warm_start = solution.error_warm_start.double().sum().item()
-    bound = solution.bound.double().sum().item()
-    return LayerResult(
-        name=name,
-        shape=(rows, d),
-        pattern=pattern.text,
-        method=method,
-        warm_start=saliency_name,
-        alpha=settings.alpha if frank_wolfe_runs else None,
-        steps=steps,
-        error_warm_start=error_warm_start,
-        error=error,
-        relative_error=error / error_warm_start if error_warm_start else 1.0,
-        gap=error - bound if steps else None,
-        seconds=time.perf_counter() - started,
-    )
+    return results
+
+
+def _chunk(d: int, memory: int, name: str) -> int:
+    """Rows of d entries that are solved at once."""
+    unit = BYTES_PER_ENTRY * d * ROW_UNIT
+    if memory < unit:
+        raise InputError(f"{name}: a solve needs {unit / 2**30:.3f} GiB, --solver-memory gives {memory / 2**30:.3f}")
+    return memory // unit * ROW_UNIT
+
+
+def _stacked(
+    stack: list[tuple[str, Tensor, int | Tensor | None]], G: Tensor, saliency: str, settings: Settings, together: bool
+) -> Rows:
+    """The layers' rows one below the other; `together`, filled up to a multiple of ROW_UNIT with rows of zeros."""
+    pattern = settings.pattern
+    # A CPU has no bf16 or fp16 arithmetic worth using; fp32 holds the same weights.
+    parts = [w.float() if w.device.type == "cpu" else w for _, w, _ in stack]
+    saliencies = [SALIENCIES[saliency](W, G.diagonal()) for W in parts]
+    W, S = torch.cat(parts), torch.cat(saliencies)
+    if settings.whole:
+        k = patterns.kept_in_layer(pattern, *W.shape)
+    else:
+        ks = [patterns.budget(pattern, s, kept) for s, (_, _, kept) in zip(saliencies, stack, strict=True)]
+        k = ks[0]
+        if any(isinstance(one, Tensor) or one != k for one in ks):
+            k = torch.cat(
+                [torch.as_tensor(one, device=W.device).expand(len(w)) for one, w in zip(ks, parts, strict=True)]
+            )
+    if missing := together and -len(W) % ROW_UNIT:
+        W, S = (torch.cat([X, X.new_zeros(missing, X.shape[1])]) for X in (W, S))
+        k = torch.cat([k, k.new_zeros(missing)]) if isinstance(k, Tensor) else k
+    return Rows(W, G, S, k, stack[0][1].dtype)
+
+
+def _choose_alpha(rows: Rows, held_out: Tensor, settings: Settings, ops: ModuleType) -> float:
+    """Of ALPHAS the one whose weights, chosen on the calibration windows, err least on the windows held out."""
+    # Every so many rows, so that each layer of the stack has its share.
+    sample = rows[:: max(1, len(rows.W) // SAMPLE_ROWS)]
+    W = sample.W.float()
+    errors = []
+    for alpha in ALPHAS:
+        choice = METHODS["sparsefw"].choose(sample, replace(settings, alpha=alpha), ops)
+        Z = W.masked_fill(~choice.mask, 0) if choice.weight is None else choice.weight
+        errors.append(weight_error(W, Z, held_out, ops).double().sum().item())
+    return ALPHAS[errors.index(min(errors))]
+
+
+def _write(weights: list[Tensor], start: int, choice: Choice) -> None:
+    """Write the rows of a chunk, which begin at row `start` of the stack, into the layers they belong to."""
+    first = 0
+    for weight in weights:
+        low, high = max(start, first), min(start + len(choice.mask), first + len(weight))
+        if low < high:
+            mask = choice.mask[low - start : high - start]
+            if choice.weight is None:
+                weight[low - first : high - first].masked_fill_(~mask, 0)
+            else:
+                weight[low - first : high - first] = choice.weight[low - start : high - start]
+        first += len(weight)

@@ -17,6 +17,7 @@ _COLUMNS = (
     ("method", ">9"),
     ("steps", ">5"),
     ("error", ">11"),
+    ("mask only", ">9"),
     ("relative", ">8"),
     ("gap", ">11"),
     ("seconds", ">7"),
@@ -46,6 +47,7 @@ def layer_row(row: LayerResult) -> str:
         row.method,
         str(row.steps),
         f"{row.error:.4e}",
+        f"{row.relative_mask:.4f}",
         f"{row.relative_error:.4f}",
         "-" if row.gap is None else f"{row.gap:.4e}",
         f"{row.seconds:.2f}",
@@ -54,30 +56,39 @@ def layer_row(row: LayerResult) -> str:
     return " ".join(f"{cell:{layout}}" for cell, (_, layout) in zip(cells, _COLUMNS, strict=True))
 
 
-def mean_relative_error(outcome: Outcome, method: str) -> float:
-    """Mean over the layers of error / error of the warm start."""
-    errors = [row.relative_error for row in outcome.layers if row.method == method]
+def mean_relative(outcome: Outcome, method: str, what: str = "relative_error") -> float:
+    """Mean over the layers of `relative_error` or `relative_mask`."""
+    errors = [getattr(row, what) for row in outcome.layers if row.method == method]
     return sum(errors) / len(errors)
 
 
-def summary(outcome: Outcome, methods: list[str], evaluation: Windows | None) -> str:
-    """The table at the end of a run: perplexity and mean relative error by method, seconds by phase."""
-    lines = [f"{'':12} {'perplexity':>11} {'relative error':>15}"]
-    if evaluation is not None:
-        lines.append(f"{'dense':12} {outcome.perplexity['dense']:11.3f} {'':>15}")
-    for method in methods:
-        ppl = f"{outcome.perplexity[method]:.3f}" if method in outcome.perplexity else "-"
-        lines.append(f"{method:12} {ppl:>11} {mean_relative_error(outcome, method):15.4f}")
+def summary(outcome: Outcome, methods: list[str], evaluation: list[Windows]) -> str:
+    """The table at the end of a run: perplexity and mean relative errors by method, seconds by phase."""
+    texts = [f"perplexity {n}" if len(evaluation) > 1 else "perplexity" for n, _ in enumerate(evaluation, 1)]
+    lines = ["".join(f"{name:>16}" for name in ("", *texts, "mask only", "relative error"))]
+    for name in (["dense"] if evaluation else []) + methods:
+        cells = [f"{outcome.perplexity[windows.source][name]:.3f}" for windows in evaluation]
+        if name != "dense":
+            cells += [f"{mean_relative(outcome, name, what):.4f}" for what in ("relative_mask", "relative_error")]
+        lines.append(f"{name:16}" + "".join(f"{cell:>16}" for cell in cells))
     lines.append("")
-    if evaluation is not None:
-        lines.append(f"perplexity: {evaluation.n} windows of {evaluation.seqlen} tokens of {evaluation.source}")
-    lines.append("relative error: error / error of the warm start's mask, mean over layers")
+    for text, windows in zip(texts, evaluation, strict=True):
+        lines.append(f"{text}: {windows.n} windows of {windows.seqlen} tokens of {windows.source}")
+    lines.append(
+        "relative error: error / error of the warm start's mask, mean over layers; mask only: before the refit"
+    )
     lines.append("seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in outcome.seconds.items()))
     return "\n".join(lines)
 
 
 def report(
-    arguments: dict, device: torch.device, calibration: Windows, seed: int, evaluation: Windows | None, outcome: Outcome
+    arguments: dict,
+    device: torch.device,
+    calibration: Windows,
+    seed: int,
+    evaluation: list[Windows],
+    outcome: Outcome,
+    sparsities: list[float] | None = None,
 ) -> dict:
     """The content of report.json.
 
@@ -86,12 +97,10 @@ def report(
         device: that it ran on.
         calibration: the windows it calibrated on.
         seed: that they were drawn with.
-        evaluation: the held-out windows, or None.
+        evaluation: the held-out windows of each text.
         outcome: what was measured.
+        sparsities: of the blocks, where they are not all the same.
     """
-    held_out = {} if evaluation is None else {"windows": evaluation.n, "seqlen": evaluation.seqlen}
-    if evaluation is not None:
-        held_out |= {"source": evaluation.source, "hash": evaluation.hash}
     return {
         "arguments": arguments,
         "versions": versions(),
@@ -103,7 +112,17 @@ def report(
             "seqlen": calibration.seqlen,
             "seed": seed,
         },
-        "evaluation": {name: {"perplexity": p, **held_out} for name, p in outcome.perplexity.items()},
+        "evaluation": [
+            {
+                "source": windows.source,
+                "hash": windows.hash,
+                "windows": windows.n,
+                "seqlen": windows.seqlen,
+                "perplexity": outcome.perplexity[windows.source],
+            }
+            for windows in evaluation
+        ],
+        "block_sparsities": sparsities,
         "layers": [asdict(row) for row in outcome.layers],
         "kept_dense": outcome.dense,
         "seconds": dict(outcome.seconds),

@@ -18,16 +18,34 @@ from sparsefw import patterns
 from sparsefw.errors import InputError, first_line
 from sparsefw.frank_wolfe import STEP_RULES
 from sparsefw.kernels.reference import PRECISIONS
-from sparsefw.prune import METHODS, Settings
+from sparsefw.methods import METHODS, Settings
 from sparsefw.saliency import SALIENCIES
 
 DEFAULT = "default"
+AUTO = "auto"
 DEFAULT_MODEL = Path(__file__).with_name("default") / "model"
 
 # What `--preset` stands for; a flag given beside it wins.
 PRESETS = {
-    "sparsefw": {"step_rule": "line-search", "steps": 30, "alpha": 0.5, "penalty": 1.0},
-    "paper": {"step_rule": "open-loop", "steps": 2000, "alpha": 0.9, "penalty": 0.0},
+    "sparsefw": {"step_rule": "line-search", "steps": 30, "alpha": 0.5, "penalty": 1.0, "refit": 4, "rounds": 3},
+    "paper": {"step_rule": "open-loop", "steps": 2000, "alpha": 0.9, "penalty": 0.0, "refit": 0, "rounds": 0},
+}
+
+# Flags that only Frank-Wolfe listens to.
+FRANK_WOLFE = ("warm_start", "steps", "step_rule", "alpha", "penalty", "refit", "rounds")
+
+# Least and greatest value of a flag.
+RANGES = {
+    "nsamples": (1, None),
+    "seqlen": (2, None),
+    "eval_windows": (1, None),
+    "steps": (0, None),
+    "alpha": (0, 1),
+    "penalty": (0, 1),
+    "refit": (0, None),
+    "rounds": (0, None),
+    "solver_memory": (0, None),
+    "seed": (0, 2**63 - 1),
 }
 
 # Calibration for a checkpoint, and for the embedded default.
@@ -38,6 +56,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line on stderr, exit 2; the usage is what --help is for."""
         self.exit(2, f"sparsefw: {message} (--help lists the options)\n")
+
+
+def _alpha(text: str) -> float | str:
+    try:
+        return AUTO if text == AUTO else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: expected a fraction or {AUTO}") from None
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -64,39 +89,96 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--preset", choices=PRESETS, default="sparsefw", help="sparsefw: line search, integrality penalty, 30 steps, "
         "alpha 0.5; paper: open loop, 2000 steps, no penalty, alpha 0.9, last iterate rounded (default: "
         "sparsefw)")  # fmt: skip
-    add("--warm-start", choices=SALIENCIES, default="wanda", help="saliency of the first mask (default: wanda)")
+    add("--warm-start", choices=SALIENCIES, help="saliency of the first mask (default: wanda)")
     add("--steps", type=int, metavar="N", help="Frank-Wolfe steps (default: the preset's)")
     add("--step-rule", choices=STEP_RULES, help="(default: the preset's)")
-    add("--alpha", type=float, metavar="A", help="fraction of kept weights fixed by saliency (default: the preset's)")
+    add("--alpha", type=_alpha, metavar="A", help="fraction of kept weights fixed by saliency; auto: chosen for every "
+        "input by the error on windows held out (default: the preset's)")  # fmt: skip
     add("--penalty", type=float, metavar="P", help="final weight of the integrality penalty, 0 to 1 (default: the "
         "preset's)")  # fmt: skip
+    add("--refit", type=int, metavar="STEPS", help="conjugate-gradient steps with which kept weights make up for "
+        "removed ones, in each refit; 0 leaves kept weights as they are (default: the preset's)")  # fmt: skip
+    add("--rounds", type=int, metavar="N", help="rounds of choosing the mask again for refitted weights; 0 only refits "
+        "(default: the preset's)")  # fmt: skip
+    add("--allocation", choices=("uniform", "owl", "error"), default="uniform", help="how blocks share the sparsity: "
+        "all alike, by outliers (OWL), or by measured errors (default: uniform)")  # fmt: skip
+    add("--solver-memory", type=float, default=4.0, metavar="GIB", help="the state of one solve takes at most this, in "
+        "chunks of rows where it must; the result is the same (default: 4)")  # fmt: skip
     add("--kernel", choices=("triton", "torch"), help="triton without a GPU runs in the interpreter: exact and slow "
         "(default: triton where CUDA is available, else torch)")  # fmt: skip
     add("--precision", choices=PRECISIONS, help="of the matrix products (default: tf32 on a GPU, else ieee)")
-    add("--eval", metavar="wikitext|PATH", help="held-out text for perplexity (default: none; embedded model: its own)")
+    add("--eval", action="append", metavar="wikitext|PATH", help="held-out text for perplexity; may be repeated "
+        "(default: none; embedded model: its own)")  # fmt: skip
     add("--eval-windows", type=int, metavar="N", help="at most this many windows of --seqlen tokens (default: all)")
     add("--output", type=Path, default=Path("pruned"), metavar="DIR", help="(default: pruned)")
     add("--overwrite", action="store_true", help="replace what is in the output folder")
     arguments = parser.parse_args(argv)
 
+    given = [name for name in FRANK_WOLFE if getattr(arguments, name) is not None]
     embedded = arguments.model == DEFAULT
     defaults = PRESETS[arguments.preset] | SAMPLES[DEFAULT if embedded else "checkpoint"]
-    defaults |= {"dataset": DEFAULT, "eval": DEFAULT, "compare": ["wanda"]} if embedded else {"dataset": "c4"}
-    defaults["compare"] = defaults.get("compare", [])
+    defaults |= {"dataset": DEFAULT, "eval": [DEFAULT], "compare": ["wanda"]} if embedded else {"dataset": "c4"}
+    defaults = {"compare": [], "eval": [], "warm_start": "wanda"} | defaults
     cuda = torch.cuda.is_available()
     defaults |= {"kernel": "triton", "precision": "tf32"} if cuda else {"kernel": "torch", "precision": "ieee"}
     arguments.kernel_chosen = arguments.kernel is not None
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    for name, low, high in (("nsamples", 1, None), ("seqlen", 2, None), ("eval_windows", 1, None), ("steps", 0, None),
-                            ("alpha", 0, 1), ("penalty", 0, 1), ("seed", 0, 2**63 - 1)):  # fmt: skip
+    for name, (low, high) in RANGES.items():
         value = getattr(arguments, name)
-        if value is not None and not (low <= value and (high is None or value <= high)):
+        if value not in (None, AUTO) and not (low <= value and (high is None or value <= high)):
             upper = "" if high is None else f" and at most {high}"
             raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {low}{upper}")
     arguments.compare = [m for m in dict.fromkeys(arguments.compare) if m != arguments.method]
+    if given and "sparsefw" not in (arguments.method, *arguments.compare):
+        raise InputError(
+            f"--{given[0].replace('_', '-')}: --method {arguments.method} does not use it, only sparsefw does"
+        )
+    if not arguments.refit:
+        if "rounds" in given and arguments.rounds:
+            raise InputError("--rounds: masks are chosen again for refitted weights, and --refit 0 refits none")
+        arguments.rounds = 0
     return arguments
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """How masks and weights are chosen.
+
+    Raises:
+        InputError: no such pattern, or flags that do not go together.
+    """
+    pattern = patterns.parse(arguments.sparsity)
+    paper = arguments.preset == "paper"
+    whole = paper and pattern.scope == "layer"
+    for flag in ("penalty", "refit"):
+        if whole and getattr(arguments, flag):
+            raise InputError(f"--{flag}: the paper's budget for a whole matrix (--preset paper, layer:) has none")
+    if whole and arguments.alpha == AUTO:
+        raise InputError("--alpha auto: not for the paper's budget for a whole matrix (--preset paper, layer:)")
+    if arguments.allocation != "uniform":
+        what = f"--allocation {arguments.allocation}"
+        if pattern.group:
+            raise InputError(f"{what}: every block has the same sparsity under --sparsity {pattern.text}")
+        if whole:
+            raise InputError(f"{what}: not for the paper's budget for a whole matrix (--preset paper, layer:)")
+        for method in (arguments.method, *arguments.compare):
+            if not METHODS[method].by_rows:
+                raise InputError(f"{what}: --method {method} as published has one sparsity for all blocks")
+    return Settings(
+        pattern=pattern,
+        warm_start=arguments.warm_start,
+        steps=arguments.steps,
+        step_rule=arguments.step_rule,
+        penalty=arguments.penalty,
+        alpha=None if arguments.alpha == AUTO else arguments.alpha,
+        best_of=not paper,
+        whole=whole,
+        precision=arguments.precision,
+        refit=arguments.refit,
+        rounds=arguments.rounds,
+        memory=int(arguments.solver_memory * 2**30),
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,11 +203,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prune, evaluate, write, report."""
-    pattern = patterns.parse(arguments.sparsity)
-    paper = arguments.preset == "paper"
-    whole = paper and pattern.scope == "layer"
-    if whole and arguments.penalty:
-        raise InputError("--penalty: the paper's budget for a whole matrix (--preset paper, layer:) has no penalty")
+    settings = settings_of(arguments)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     if arguments.kernel == "triton" and not cuda:
@@ -137,20 +215,9 @@ def run(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from sparsefw import checkpoint, data, report, writer
-    from sparsefw.driver import prune_model
+    from sparsefw.driver import allocate, prune_model
     from sparsefw.stream import StreamedModel
 
-    settings = Settings(
-        pattern=pattern,
-        warm_start=arguments.warm_start,
-        steps=arguments.steps,
-        step_rule=arguments.step_rule,
-        penalty=arguments.penalty,
-        alpha=arguments.alpha,
-        best_of=not paper,
-        whole=whole,
-        precision=arguments.precision,
-    )
     folder = DEFAULT_MODEL if arguments.model == DEFAULT else checkpoint.locate(arguments.model)
     writer.check_output(arguments.output, folder, arguments.overwrite)
     source = checkpoint.inspect(folder)
@@ -162,14 +229,21 @@ def run(arguments: argparse.Namespace) -> None:
     calibration = data.calibration_windows(
         tokenizer, arguments.dataset, nsamples=arguments.nsamples, seqlen=seqlen, seed=arguments.seed
     )
-    evaluation = None
-    if arguments.eval:
-        evaluation = data.evaluation_windows(tokenizer, arguments.eval, seqlen=seqlen, limit=arguments.eval_windows)
+    evaluation = [
+        data.evaluation_windows(tokenizer, text, seqlen=seqlen, limit=arguments.eval_windows)
+        for text in dict.fromkeys(arguments.eval)
+    ]
     for note in model.notes:
         print(f"note: {note}")
     methods = [*arguments.compare, arguments.method]
     print(f"model: {arguments.model}, {len(model.blocks)} blocks, {source.dtype}")
     print(f"calibration: {calibration.n} windows of {calibration.seqlen} tokens of {calibration.source}")
+    budgets, sparsities = None, None
+    if arguments.allocation != "uniform":
+        # A model of its own: this one's blocks are used up by the measurement.
+        measured = StreamedModel(source, device)
+        sparsities, budgets = allocate(measured, calibration, arguments.allocation, settings, ops)
+        print(f"sparsity of the blocks ({arguments.allocation}): {' '.join(f'{s:.3f}' for s in sparsities)}")
     print(report.layer_header(), flush=True)
 
     with writer.Writer(arguments.output, arguments.overwrite) as output:
@@ -182,12 +256,13 @@ def run(arguments: argparse.Namespace) -> None:
                 settings,
                 ops,
                 output,
+                budgets=budgets,
                 on_layer=lambda row: bar.write(report.layer_row(row)),
                 on_block=lambda: bar.update(),
             )
         said = {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()}
         said = {name: v for name, v in said.items() if name != "kernel_chosen"} | {"seqlen": seqlen}
-        content = report.report(said, device, calibration, arguments.seed, evaluation, outcome)
+        content = report.report(said, device, calibration, arguments.seed, evaluation, outcome, sparsities)
         (output.folder / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         output.finish(folder)
     if outcome.dense:

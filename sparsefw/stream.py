@@ -53,6 +53,11 @@ class Stream:
         """Another stream at the same point; the two then run apart."""
         return Stream(list(self.hidden), self.calls)
 
+    def part(self, share: float) -> tuple["Stream", "Stream"]:
+        """Two streams: all micro-batches but the last, and that share of them, the last (at least one of each)."""
+        first = len(self.hidden) - max(1, round(share * len(self.hidden)))
+        return Stream(self.hidden[:first], self.calls[:first]), Stream(self.hidden[first:], self.calls[first:])
+
 
 class StreamedModel:
     """A checkpoint's model: embeddings, final norm and head on `device`, blocks there only while they are used.

@@ -1,0 +1,101 @@
+"""Refit: the kept weights of a mask make up for the removed ones, by conjugate gradients on the same Gram matrix.
+
+    minimise ||(W - Z) X||_F^2 = sum((W - Z) * ((W - Z) G)) over Z, zero outside the mask
+
+Rows are independent least-squares problems. A step costs one product; the preconditioner is the diagonal of G. G comes
+damped (`damped`): G + damp diag(G) draws Z towards W, keeps weights that no input tells apart from growing against each
+other, and holds on text that was not calibrated on.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Fit:
+    """Weights under a mask, and how far they are from the layer's own.
+
+    Attributes:
+        mask: (rows, d) bool, True keeps a weight.
+        Z: (rows, d) fp32, 0 outside the mask.
+        R: (rows, d) fp32, (W - Z) G.
+        error: (rows,) fp32, sum((W - Z) * R) per row.
+    """
+
+    mask: Tensor
+    Z: Tensor
+    R: Tensor
+    error: Tensor
+
+    def take_better(self, other: "Fit") -> Tensor:
+        """Replace the rows in which the other's error is lower; returns them, (rows,) bool."""
+        better = other.error < self.error
+        rows = better[:, None]
+        self.mask = torch.where(rows, other.mask, self.mask)
+        self.Z = torch.where(rows, other.Z, self.Z)
+        self.R = torch.where(rows, other.R, self.R)
+        self.error = torch.where(better, other.error, self.error)
+        return better
+
+
+@contextmanager
+def damped(G: Tensor, damp: float) -> Iterator[None]:
+    """Inside, G is G + damp diag(G): scaled in place, since a copy can be the largest tensor of a layer."""
+    diagonal = G.diagonal().clone()
+    G.diagonal().mul_(1 + damp)
+    try:
+        yield
+    finally:
+        G.diagonal().copy_(diagonal)
+
+
+def inverse_diagonal(G: Tensor) -> Tensor:
+    """1 / diag(G), (d,) fp32; 0 for dead inputs."""
+    diagonal = G.diagonal()
+    return torch.where(diagonal > 0, 1 / diagonal, 0)
+
+
+def refit(
+    W: Tensor, G: Tensor, mask: Tensor, start: Tensor, steps: int, *, precision: str = "ieee", ops: ModuleType
+) -> Fit:
+    """Fit the kept weights by preconditioned conjugate gradients.
+
+        r = mask * R, z = r / diag(G), p = z; then per step and row
+        a = <r, z> / <p, p G>;  Z += a p;  R -= a p G;  r = mask * R;  p = z + (<r, z> / <r, z>_before) p
+
+    No step raises the error. Kept weights of dead inputs stay as they start, and rows without weights stay empty.
+
+    Args:
+        W: (rows, d) the layer's weight, fp32 / bf16 / fp16.
+        G: (d, d) fp32 Gram matrix, damped as it should be.
+        mask: (rows, d) bool.
+        start: (rows, d) fp32, where Z starts; what lies outside the mask is ignored.
+        steps: at least 0; each is one product, and the start is another one.
+        precision: of the products.
+        ops: the operations, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
+    """
+    operand = G.bfloat16() if precision == "bf16" else G
+    inverse = inverse_diagonal(G)
+    Z = start.masked_fill(~mask, 0)
+    R = ops.product(W - Z, operand, precision=precision)
+    P, U, rz = torch.zeros_like(Z), torch.empty_like(Z), None
+    for _ in range(steps):
+        r = R.masked_fill(~mask, 0)
+        z = r * inverse
+        before, rz = rz, (r * z).sum(1, keepdim=True)
+        P.mul_(0 if before is None else _ratio(rz, before)).add_(z)
+        ops.product(P, operand, precision=precision, out=U)
+        a = _ratio(rz, (P * U).sum(1, keepdim=True))
+        Z.addcmul_(P, a)
+        R.addcmul_(U, -a)
+    return Fit(mask, Z, R, ((W - Z) * R).sum(1))
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Their ratio; 0 where the denominator is not positive: nothing is left to gain in that row."""
+    return torch.where(denominator > 0, numerator / denominator, 0)
