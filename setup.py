@@ -19,6 +19,7 @@ setup(
         "torch>=2.9",
         "triton>=3.5; platform_system == 'Linux'",
         "transformers>=5.17",
+        "numpy",
         "datasets",
         "safetensors",
         "huggingface_hub",

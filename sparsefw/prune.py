@@ -25,6 +25,9 @@ SAMPLE_ROWS = 256
 # roundings: with none left over, a row's result does not depend on the rows beside it.
 ROW_UNIT = 64
 
+# Longest chunk on a CPU: the state of longer ones falls out of its caches (up to twice the time per row, measured).
+CPU_ROWS = 256
+
 # Memory of a solve per entry of a chunk, at its peak: fp32 W, T, offset, M, R, U, E, the fit's Z and R, up to five
 # temporaries, and bool masks.
 BYTES_PER_ENTRY = 60
@@ -125,7 +128,7 @@ def _prune_stack(
         G += held_out
         rows = _stacked(stack, G, saliency, settings, together)
     count, d = rows.W.shape
-    chunk = _chunk(d, settings.memory, stack[0][0]) if together else count
+    chunk = _chunk(rows.W, settings.memory, stack[0][0]) if together else count
     weights = [weight for _, weight, _ in stack]
     errors, kept, bounded = [], [], False
     for start in range(0, count, chunk):
@@ -164,12 +167,13 @@ def _prune_stack(
     return results
 
 
-def _chunk(d: int, memory: int, name: str) -> int:
-    """Rows of d entries that are solved at once."""
-    unit = BYTES_PER_ENTRY * d * ROW_UNIT
+def _chunk(W: Tensor, memory: int, name: str) -> int:
+    """How many rows are solved at once."""
+    unit = BYTES_PER_ENTRY * W.shape[1] * ROW_UNIT
     if memory < unit:
         raise InputError(f"{name}: a solve needs {unit / 2**30:.3f} GiB, --solver-memory gives {memory / 2**30:.3f}")
-    return memory // unit * ROW_UNIT
+    most = memory // unit * ROW_UNIT
+    return min(most, CPU_ROWS) if W.device.type == "cpu" else most
 
 
 def _stacked(
