@@ -127,7 +127,7 @@ def _prune_stack(
         # Both sets of windows serve the solve.
         G += held_out
         rows = _stacked(stack, G, saliency, settings, together)
-    count, d = rows.W.shape
+    count = len(rows.W)
     chunk = _chunk(rows.W, settings.memory, stack[0][0]) if together else count
     weights = [weight for _, weight, _ in stack]
     errors, kept, bounded = [], [], False
