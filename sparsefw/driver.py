@@ -166,7 +166,8 @@ def _prune_block(
                 method,
                 settings,
                 ops,
-                budgets=[budgets[layer.name] for layer in alike] if budgets else None,
+                # An expert that no token reached when budgets were measured has the pattern's share.
+                budgets=[budgets.get(layer.name) for layer in alike],
                 held_out=held_out.pop(gram, None),
             ):
                 outcome.layers.append(row)

@@ -177,7 +177,7 @@ def iterate(
 ) -> Iterator[Iterate]:
     """The Frank-Wolfe steps from the warm start; yields the same state, changed in place, after each.
 
-    Arguments as in `solve`. Under an offset `Iterate.error` lacks the constant sum((W_0 - W) * R).
+    Arguments as in `solve`. Under an offset `Iterate.error` lacks sum((W_0 - W) * R).
     """
     W, k, group = problem.W, problem.k, problem.group
     # The row step sees the whole matrix as one row, which no program on a GPU could hold: torch does it.
@@ -192,7 +192,7 @@ def iterate(
     diag = problem.G.diagonal().contiguous()
 
     def theta(t: int) -> float:
-        return penalty * min(1.0, t / (RAMP * steps))
+        return penalty * min(1.0, t / (RAMP * steps)) if steps else 0.0
 
     # A step of size 0 moves nothing and finds the first vertex.
     step(W.view(shape), diag, *rows, k, group=group, fixed=fixed, eta=0.0, next_theta=theta(0))

@@ -17,7 +17,7 @@ from sparsefw.errors import InputError
 from sparsefw.methods import METHODS, Choice, Rows, Settings, weight_error
 from sparsefw.saliency import SALIENCIES
 
-# What `--alpha auto` chooses from, and on how many rows of the layers that share an input.
+# What `--alpha auto` chooses from (ties go to the first), and on how many rows of the layers that share an input.
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9)
 SAMPLE_ROWS = 256
 
@@ -79,7 +79,7 @@ def prune_layers(
     settings: Settings,
     ops: ModuleType,
     *,
-    budgets: list[int | Tensor] | None = None,
+    budgets: list[int | Tensor | None] | None = None,
     held_out: Tensor | None = None,
 ) -> Iterator[LayerResult]:
     """Choose masks and weights of layers that read the same input, write them in place, yield a row for each.
@@ -92,7 +92,7 @@ def prune_layers(
         ops: the kernels, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
         budgets: what each layer keeps where that is not the pattern's share: per row, an int or int64 (out,); in
             all, an int, under a `layer:` pattern.
-        held_out: (in, in) fp32 Gram matrix of other windows, for choosing alpha where the settings leave it open.
+        held_out: (in, in) fp32 Gram matrix of other windows; with it alpha is chosen here, by the error on them.
 
     Raises:
         InputError: the rows do not divide into the pattern's groups, or the memory is too little for any chunk.
@@ -203,7 +203,7 @@ def _stacked(
 def _choose_alpha(rows: Rows, held_out: Tensor, settings: Settings, ops: ModuleType) -> float:
     """Of ALPHAS the one whose weights, chosen on the calibration windows, err least on the windows held out."""
     # Every so many rows, so that each layer of the stack has its share.
-    sample = rows[:: max(1, len(rows.W) // SAMPLE_ROWS)]
+    sample = rows[:: -(-len(rows.W) // SAMPLE_ROWS)]
     W = sample.W.float()
     errors = []
     for alpha in ALPHAS:

@@ -3,8 +3,8 @@
     minimise ||(W - Z) X||_F^2 = sum((W - Z) * ((W - Z) G)) over Z, zero outside the mask
 
 Rows are independent least-squares problems. A step costs one product; the preconditioner is the diagonal of G. G comes
-damped (`damped`): G + damp diag(G) draws Z towards W, keeps weights that no input tells apart from growing against each
-other, and holds on text that was not calibrated on.
+damped (`damped`): that draws Z towards W, keeps weights that no input tells apart from growing against each other, and
+holds on text that was not calibrated on.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,13 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+
+# An input is damped at least as if it had this share of the median input's diagonal entry. Else the weights of an input
+# that is all but dead could become huge, and ruin the first text in which it is alive.
+FLOOR = 0.01
+
+# A row is done once <r, z> has fallen to this share of its start: from there on its ratios are rounding errors.
+CONVERGED = 1e-12
 
 
 @dataclass
@@ -45,9 +52,12 @@ class Fit:
 
 @contextmanager
 def damped(G: Tensor, damp: float) -> Iterator[None]:
-    """Inside, G is G + damp diag(G): scaled in place, since a copy can be the largest tensor of a layer."""
+    """Inside, damp max(diag G, FLOOR median(diag G)) is added to the diagonal of G.
+
+    In place, since a copy can be the largest tensor of a layer; the diagonal comes back bit for bit.
+    """
     diagonal = G.diagonal().clone()
-    G.diagonal().mul_(1 + damp)
+    G.diagonal().add_(diagonal.clamp(min=FLOOR * diagonal.median().item()), alpha=damp)
     try:
         yield
     finally:
@@ -55,9 +65,9 @@ def damped(G: Tensor, damp: float) -> Iterator[None]:
 
 
 def inverse_diagonal(G: Tensor) -> Tensor:
-    """1 / diag(G), (d,) fp32; 0 for dead inputs."""
+    """1 / diag(G), (d,) fp32; 0 for dead inputs, and for those whose inverse overflows."""
     diagonal = G.diagonal()
-    return torch.where(diagonal > 0, 1 / diagonal, 0)
+    return torch.where(diagonal >= torch.finfo(diagonal.dtype).tiny, 1 / diagonal, 0)
 
 
 def refit(
@@ -83,14 +93,15 @@ def refit(
     inverse = inverse_diagonal(G)
     Z = start.masked_fill(~mask, 0)
     R = ops.product(W - Z, operand, precision=precision)
-    P, U, rz = torch.zeros_like(Z), torch.empty_like(Z), None
+    P, U, rz, enough = torch.zeros_like(Z), torch.empty_like(Z), None, None
     for _ in range(steps):
         r = R.masked_fill(~mask, 0)
         z = r * inverse
         before, rz = rz, (r * z).sum(1, keepdim=True)
+        enough = CONVERGED * rz if enough is None else enough
         P.mul_(0 if before is None else _ratio(rz, before)).add_(z)
         ops.product(P, operand, precision=precision, out=U)
-        a = _ratio(rz, (P * U).sum(1, keepdim=True))
+        a = _ratio(rz, (P * U).sum(1, keepdim=True)).masked_fill_(rz <= enough, 0)
         Z.addcmul_(P, a)
         R.addcmul_(U, -a)
     return Fit(mask, Z, R, ((W - Z) * R).sum(1))

@@ -1,0 +1,330 @@
+"""Layers that share an input: stacks and chunks, what is written and reported, budgets, alpha from held-out windows."""
+
+import pytest
+import torch
+from kernel_inputs import generator
+
+from sparsefw import joint, methods, patterns, prune
+from sparsefw.errors import InputError
+from sparsefw.kernels import reference
+from sparsefw.methods import METHODS, Method, Settings
+from sparsefw.prune import ALPHAS, BYTES_PER_ENTRY, ROW_UNIT, prune_layers
+
+D = 96
+# Of one row too: a product of one row takes another path through the library.
+ROWS = (37, 1, 64, 101)
+ERRORS = ("error", "error_mask", "error_warm_start", "gap")
+PATTERNS = ("0.6", "2:4", "layer:0.6")
+
+
+def make_gram(d=D, seed=0, tokens=200):
+    X = torch.randn(tokens, d // 3, generator=generator(seed)) @ torch.randn(d // 3, d, generator=generator(100))
+    X += 2 * torch.randn(tokens, d, generator=generator(seed + 1))
+    G = X.T @ X
+    return (G.tril() + G.tril(-1).T).contiguous()
+
+
+def make_layers(rows=ROWS, d=D, dtype=torch.bfloat16):
+    return [(f"layer{i}", torch.randn(n, d, generator=generator(i)).to(dtype)) for i, n in enumerate(rows)]
+
+
+def settings(text="0.6", **changes):
+    return Settings(patterns.parse(text), **(dict(steps=9, refit=3, rounds=2) | changes))
+
+
+def run(layers, G=None, method="sparsefw", how=None, **options):
+    """Copies of the layers, pruned, by name; and the results."""
+    pruned = [(name, W.clone()) for name, W in layers]
+    G = make_gram(layers[0][1].shape[1]) if G is None else G.clone()
+    return dict(pruned), list(prune_layers(pruned, G, method, how or settings(), reference, **options))
+
+
+def error(W, Z, G):
+    E = W.double() - Z.double()
+    return (E * (E @ G.double())).sum(1)
+
+
+def assert_same(one, two):
+    for name, W in one[0].items():
+        assert torch.equal(W, two[0][name]), name
+    for a, b in zip(one[1], two[1], strict=True):
+        assert (a.name, a.kept, a.alpha) == (b.name, b.kept, b.alpha)
+        assert all(getattr(a, e) == getattr(b, e) for e in ERRORS)
+
+
+class TestStack:
+    @pytest.mark.parametrize("text", PATTERNS)
+    @pytest.mark.parametrize("warm_start", ["wanda", "ria"])
+    def test_like_each_layer_alone(self, text, warm_start):
+        """RIA's saliency depends on the whole layer, and a `layer:` budget too."""
+        layers, how = make_layers(), settings(text, warm_start=warm_start)
+        together = run(layers, how=how)
+        alone = [run([layer], how=how) for layer in layers]
+        assert_same(
+            together, ({n: W for one, _ in alone for n, W in one.items()}, [r for _, one in alone for r in one])
+        )
+
+    @pytest.mark.parametrize("text", PATTERNS)
+    @pytest.mark.parametrize("refit_steps", [0, 3])
+    def test_chunks_change_nothing(self, text, refit_steps, monkeypatch):
+        unit, sizes, choose = BYTES_PER_ENTRY * D * ROW_UNIT, [], methods.choose_frank_wolfe
+
+        def spy(rows, *rest):
+            sizes[-1].append(len(rows.W))
+            return choose(rows, *rest)
+
+        monkeypatch.setitem(METHODS, "sparsefw", Method(spy))
+        results = []
+        for memory in (1 << 40, 3 * unit - 1, unit):
+            sizes.append([])
+            results.append(run(make_layers(), how=settings(text, memory=memory, refit=refit_steps)))
+        assert sizes == [[256], [128, 128], [64] * 4]
+        assert_same(results[0], results[1])
+        assert_same(results[0], results[2])
+
+    def test_too_little_memory(self):
+        with pytest.raises(InputError, match=r"layer0: a solve needs 0.000 GiB, --solver-memory gives 0.000"):
+            run(make_layers(), how=settings(memory=BYTES_PER_ENTRY * D * ROW_UNIT - 1))
+
+    def test_width(self):
+        with pytest.raises(InputError, match="layer1: 30 inputs do not divide into groups of 4"):
+            run([("layer0", torch.ones(2, 32)), ("layer1", torch.ones(2, 30))], torch.eye(32), how=settings("2:4"))
+
+    def test_writes_through_views(self):
+        """Weights stored (in, out), as some models do, and slices of a larger tensor."""
+        layers = make_layers((37, 20), 48)
+        expected = run(layers)
+        wide = torch.zeros(48, 40, dtype=torch.bfloat16)
+        block = torch.zeros(3, 20, 48, dtype=torch.bfloat16)
+        views = [("layer0", wide[:, 1:38].T), ("layer1", block[1])]
+        for (_, view), (_, W) in zip(views, layers, strict=True):
+            view.copy_(W)
+        list(prune_layers(views, make_gram(48), "sparsefw", settings(), reference))
+        for name, view in views:
+            assert torch.equal(view, expected[0][name])
+        assert wide[:, 0].abs().sum() + wide[:, 38:].abs().sum() + block[::2].abs().sum() == 0
+
+
+class TestWritten:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    @pytest.mark.parametrize("text", PATTERNS)
+    @pytest.mark.parametrize("method", ["sparsefw", "sparsegpt", "wanda", "ria", "magnitude"])
+    def test_errors_are_those_of_what_is_written(self, method, text, dtype):
+        layers, G = make_layers((37, 20), 48, dtype), make_gram(48)
+        pruned, results = run(layers, G, method, settings(text))
+        for (name, W), row in zip(layers, results, strict=True):
+            Z = pruned[name]
+            assert Z.dtype == dtype
+            assert row.name == name
+            assert row.shape == W.shape
+            # Weights before they are rounded to bf16 are off by 1e-4.
+            assert row.error == pytest.approx(error(W, Z, G).sum().item(), rel=1e-5)
+            pattern = patterns.parse(text)
+            assert row.kept == W.numel() - int(pattern.sparsity * W.numel()) or text == "0.6"
+            if text == "0.6" and method != "sparsegpt":
+                assert ((Z != 0).sum(1) == 48 - 28).all()
+            if text == "2:4":
+                assert ((Z != 0).view(-1, 4).sum(1) == 2).all()
+            assert row.kept == (Z != 0).sum()
+            unchanged = error(W, W * (Z != 0), G).sum().item()
+            if method in ("wanda", "ria", "magnitude"):
+                assert row.error == row.error_mask == row.error_warm_start == pytest.approx(unchanged, rel=1e-3)
+                assert row.relative_error == row.relative_mask == 1
+                assert torch.equal(Z, W * (Z != 0))
+                assert row.gap is None
+            if method == "sparsegpt":
+                assert row.error_mask == pytest.approx(unchanged, rel=1e-3)
+                assert row.error < row.error_mask
+            if method == "sparsefw":
+                assert 0 < row.error < row.error_mask < row.error_warm_start
+                assert 0 <= row.gap <= row.error_mask
+            assert row.relative_error == row.error / row.error_warm_start
+            assert row.relative_mask == row.error_mask / row.error_warm_start
+            assert row.pattern == text
+            assert row.alpha == (0.5 if method == "sparsefw" else None)
+            assert row.steps == (9 if method == "sparsefw" else 0)
+
+    def test_without_refit_kept_weights_stay(self):
+        layers = make_layers()
+        pruned, results = run(layers, how=settings(refit=0))
+        for (name, W), row in zip(layers, results, strict=True):
+            assert torch.equal(pruned[name], W * (pruned[name] != 0))
+            assert row.error == row.error_mask
+            assert row.error < row.error_warm_start or len(W) == 1
+
+    def test_gram_matrix_stays(self):
+        G = make_gram()
+        before = G.clone()
+        list(prune_layers(make_layers(), G, "sparsefw", settings(), reference))
+        assert torch.equal(G, before)
+
+    def test_damping_is_that_of_the_settings(self, monkeypatch):
+        """The refit sees the damped matrix, the errors the measured one."""
+        G, seen, refine = make_gram(), [], joint.refine
+
+        def spy(problem, *rest, **options):
+            seen.append(problem.G.diagonal() / G.diagonal())
+            return refine(problem, *rest, **options)
+
+        monkeypatch.setattr(joint, "refine", spy)
+        run(make_layers(), G, how=settings(damp=0.5))
+        torch.testing.assert_close(seen[0], torch.full((D,), 1.5))
+
+    def test_settings_arrive(self, monkeypatch):
+        seen = []
+        solve, refine = methods.frank_wolfe.solve, joint.refine
+        monkeypatch.setattr(methods.frank_wolfe, "solve", lambda *a, **o: seen.append(o) or solve(*a, **o))
+        monkeypatch.setattr(joint, "refine", lambda *a, **o: seen.append(o) or refine(*a, **o))
+        how = settings(steps=7, step_rule="open-loop", penalty=0.5, precision="tf32", refit=2, rounds=1)
+        run(make_layers((5,)), how=how)
+        common = {"steps": 7, "penalty": 0.5, "precision": "tf32", "ops": reference}
+        assert seen == [
+            common | {"step_rule": "open-loop", "best_of": True},
+            common | {"refit_steps": 2, "rounds": 1},
+        ]
+
+
+class TestNeverWorse:
+    def test_rows_that_a_refit_would_hurt_keep_their_weights(self, monkeypatch):
+        """Garbage, NaN and Inf in two rows of three; the third is refitted."""
+        layers, refine = make_layers(), joint.refine
+        mask_only, _ = run(layers, how=settings(refit=0))
+        good, _ = run(layers)
+
+        def garbage(*args, **options):
+            fit = refine(*args, **options)
+            fit.mask[::3] = ~fit.mask[::3]
+            fit.Z[::3] = torch.randn(fit.Z[::3].shape, generator=generator(3)) * 5
+            fit.Z[1::3] = torch.nan
+            fit.Z[1] = torch.inf
+            # Whatever it says of itself.
+            fit.error.zero_()
+            return fit
+
+        monkeypatch.setattr(joint, "refine", garbage)
+        G = make_gram()
+        pruned, results = run(layers, G)
+        bad = torch.arange(sum(ROWS)) % 3 < 2
+        stacked, before, refitted = (torch.cat(list(x.values())) for x in (pruned, mask_only, good))
+        assert torch.equal(stacked[bad], before[bad])
+        assert torch.equal(stacked[~bad], refitted[~bad])
+        for (name, W), row in zip(layers, results, strict=True):
+            assert row.error == pytest.approx(error(W, pruned[name], G).sum().item(), rel=1e-3)
+            assert row.kept == (pruned[name] != 0).sum()
+
+    def test_row_by_row(self):
+        """Hardly correlated inputs and weights of few bits: rounding eats what a refit gains in some rows."""
+        G = torch.eye(D) + 1e-3 * make_gram() / make_gram().diagonal().mean()
+        G = (G + G.T) / 2
+        layers = make_layers()
+        mask_only, _ = run(layers, G, how=settings(refit=0))
+        pruned, _ = run(layers, G)
+        untouched = 0
+        for name, W in layers:
+            old, new = error(W, mask_only[name], G), error(W, pruned[name], G)
+            assert (new <= old * (1 + 1e-5)).all()
+            same = (pruned[name] == mask_only[name]).all(1)
+            assert torch.equal(new[same], old[same])
+            untouched += int(same.sum())
+        assert 0 < untouched < sum(ROWS)
+
+
+class TestBudgets:
+    def test_per_row(self):
+        layers = make_layers()
+        tensor = torch.arange(64) % 5 + 20
+        pruned, results = run(layers, budgets=[30, 96, tensor, 50])
+        for (name, _), kept in zip(layers, [30, 96, tensor, 50], strict=True):
+            assert ((pruned[name] != 0).sum(1) == kept).all()
+        assert [row.kept for row in results] == [37 * 30, 96, tensor.sum().item(), 101 * 50]
+
+    @pytest.mark.parametrize("method", ["sparsefw", "wanda"])
+    def test_per_layer(self, method):
+        layers = make_layers()
+        totals = [37 * 30 + 5, 17, 64 * 40 - 1, 101 * 50]
+        pruned, results = run(layers, method=method, how=settings("layer:0.6"), budgets=totals)
+        assert [row.kept for row in results] == totals
+        assert [(W != 0).sum().item() for W in pruned.values()] == totals
+        assert (pruned["layer0"] != 0).sum(1).unique().numel() > 3
+
+
+class TestAlpha:
+    def brute(self, layers, G, held_out, how):
+        """Held-out error of the weights that each alpha gives."""
+        errors = []
+        for alpha in ALPHAS:
+            pruned, _ = run(layers, G, how=prune.replace(how, alpha=alpha))
+            errors.append(sum(error(W, pruned[name], held_out).sum().item() for name, W in layers))
+        return errors
+
+    @pytest.mark.parametrize("refit_steps", [0, 3])
+    def test_chosen_by_the_held_out_error(self, refit_steps):
+        """As trying all of them does; then both sets of windows serve the solve."""
+        layers, how, chosen = make_layers((37, 20), 48), settings(alpha=None, refit=refit_steps), set()
+        for tokens in (20, 60, 400):
+            G, held_out = make_gram(48, seed=tokens, tokens=tokens), make_gram(48, seed=7, tokens=100)
+            errors = self.brute(layers, G, held_out, how)
+            alpha = ALPHAS[errors.index(min(errors))]
+            chosen.add(alpha)
+            given = G.clone()
+            pruned = [(name, W.clone()) for name, W in layers]
+            results = list(prune_layers(pruned, given, "sparsefw", how, reference, held_out=held_out))
+            assert [row.alpha for row in results] == [alpha, alpha]
+            assert torch.equal(given, G + held_out)
+            assert_same((dict(pruned), results), run(layers, G + held_out, how=prune.replace(how, alpha=alpha)))
+        assert len(chosen) > 1
+
+    def test_sample_has_rows_of_every_layer(self, monkeypatch):
+        seen, choose = [], methods.choose_frank_wolfe
+
+        def spy(rows, *rest):
+            seen.append(rows.W.clone())
+            return choose(rows, *rest)
+
+        monkeypatch.setitem(METHODS, "sparsefw", Method(spy))
+        monkeypatch.setattr(prune, "SAMPLE_ROWS", 16)
+        layers = make_layers((40, 20, 60))
+        run(layers, how=settings(alpha=None, refit=0), held_out=make_gram(seed=9))
+        assert len(seen) == len(ALPHAS) + 1
+        for sample in seen[:-1]:
+            assert 16 <= len(sample) < 32
+            for _, W in layers:
+                assert (sample[:, None] == W.float()).all(2).any()
+
+
+class TestFailures:
+    @pytest.mark.parametrize("method", ["sparsefw", "sparsegpt"])
+    @pytest.mark.parametrize("where", ["W", "G"])
+    def test_not_finite_names_the_layers(self, where, method):
+        layers, G = make_layers((3, 4)), make_gram()
+        (layers[0][1] if where == "W" else G)[1, 2] = torch.inf
+        names = "layer0, layer1" if method == "sparsefw" else "layer0"
+        with pytest.raises(FloatingPointError, match=f"^{names}: .*(not finite|NaN or Inf)"):
+            run(layers, G, method)
+
+    def test_not_positive_definite_names_the_layer(self):
+        with pytest.raises(FloatingPointError, match="layer0: the Gram matrix is not positive definite"):
+            run(make_layers((3, 4)), -torch.eye(D) + 2 * torch.ones(D, D), method="sparsegpt")
+
+    def test_gram_matrix_comes_back_when_a_refit_fails(self, monkeypatch):
+        G = make_gram()
+        before = G.clone()
+
+        def fail(*args, **options):
+            raise FloatingPointError("no")
+
+        monkeypatch.setattr(joint, "refine", fail)
+        with pytest.raises(FloatingPointError, match="layer0, layer1: no"):
+            list(prune_layers(make_layers((3, 4)), G, "sparsefw", settings(), reference))
+        assert torch.equal(G, before)
+
+    # Squares below the smallest normal number: their reciprocals overflow.
+    @pytest.mark.parametrize("scale", [1e-12, 1e-21, 1e-22])
+    @pytest.mark.parametrize("text", ["0.6", "2:4"])
+    def test_nearly_dead_inputs(self, scale, text):
+        layers, unit = make_layers((37,), 48), torch.ones(48)
+        unit[4:7] = scale
+        G = make_gram(48) * unit * unit[:, None]
+        pruned, results = run(layers, G, how=settings(text))
+        assert pruned["layer0"].isfinite().all()
+        assert results[0].error < results[0].error_mask
