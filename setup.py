@@ -25,6 +25,6 @@ setup(
         "huggingface_hub",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "pytest-benchmark", "ruff"]},
+    extras_require={"test": ["pytest", "pytest-benchmark", "ruff", "matplotlib"]},
     entry_points={"console_scripts": ["sparsefw=sparsefw.run:main"]},
 )

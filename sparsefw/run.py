@@ -31,7 +31,8 @@ PRESETS = {
     "paper": {"step_rule": "open-loop", "steps": 2000, "alpha": 0.9, "penalty": 0.0, "refit": 0, "rounds": 0},
 }
 
-# Fixing half of the kept weights helps the perplexity of unchanged weights; refitted ones are better off free.
+# Fixing half of the kept weights helps the perplexity of unchanged ones; refitted ones are better off free, and so are
+# the groups of n:m, which fixed entries leave little choice.
 ALPHA_WITHOUT_REFIT = 0.5
 
 # Flags that only Frank-Wolfe listens to.
@@ -90,8 +91,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--compare", choices=METHODS, action="append", metavar="METHOD", help="prune with this one of --method's "
         "too, for the table; may be repeated (default: none; embedded model: wanda)")  # fmt: skip
     add("--preset", choices=PRESETS, default="sparsefw", help="sparsefw: line search, integrality penalty, 30 steps, "
-        "alpha 0 (0.5 with --refit 0), refit 4, 3 rounds; paper: open loop, 2000 steps, no penalty, alpha 0.9, last "
-        "iterate rounded, no refit (default: sparsefw)")  # fmt: skip
+        "alpha 0 (0.5 with --refit 0, but for n:m), refit 4, 3 rounds; paper: open loop, 2000 steps, no penalty, alpha "
+        "0.9, last iterate rounded, no refit (default: sparsefw)")  # fmt: skip
     add("--warm-start", choices=SALIENCIES, help="saliency of the first mask (default: wanda)")
     add("--steps", type=int, metavar="N", help="Frank-Wolfe steps (default: the preset's)")
     add("--step-rule", choices=STEP_RULES, help="(default: the preset's)")
@@ -125,7 +126,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     defaults |= {"kernel": "triton", "precision": "tf32"} if cuda else {"kernel": "torch", "precision": "ieee"}
     arguments.kernel_chosen = arguments.kernel is not None
-    if arguments.preset == "sparsefw" and arguments.refit == 0:
+    if arguments.preset == "sparsefw" and arguments.refit == 0 and not patterns.parse(arguments.sparsity).group:
         defaults["alpha"] = ALPHA_WITHOUT_REFIT
     for name, value in defaults.items():
         if getattr(arguments, name) is None:

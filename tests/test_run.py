@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefw import checkpoint
 from sparsefw.methods import METHODS
-from sparsefw.run import main
+from sparsefw.prune import ALPHAS
+from sparsefw.run import main, parse_arguments
 
 TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(200))
 SMALL = ["--nsamples", "6", "--seqlen", "32", "--kernel", "torch"]
@@ -148,6 +149,54 @@ def test_paper_preset(tmp_path, text):
     assert report["layers"][0]["alpha"] == 0.9
     weight = tensors_of(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"]
     assert (weight != 0).sum() == weight.numel() / 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "alpha"),
+    [
+        ([], 0),
+        (["--refit", "0"], 0.5),
+        (["--refit", "0", "--sparsity", "layer:0.5"], 0.5),
+        (["--refit", "0", "--sparsity", "2:4"], 0),
+        (["--refit", "0", "--alpha", "0.25"], 0.25),
+        (["--alpha", "auto"], "auto"),
+        (["--preset", "paper"], 0.9),
+    ],
+)
+def test_default_alpha(flags, alpha):
+    assert parse_arguments(flags).alpha == alpha
+
+
+@pytest.mark.parametrize("refit", ["4", "0"])
+def test_alpha_auto(refit, tmp_path, text):
+    """Windows enough for two micro-batches; alpha is one of those on offer, the same for layers of one input."""
+    source = save_model(tmp_path / "model", "llama")
+    flags = ["--alpha", "auto", "--refit", refit, "--nsamples", "130", "--dataset", str(tmp_path / "long.txt")]
+    (tmp_path / "long.txt").write_text(TEXT * 30)
+    assert run(source, text, tmp_path / "out", *flags) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    alphas = {row["name"]: row["alpha"] for row in report["layers"]}
+    assert set(alphas.values()) <= set(ALPHAS)
+    for i in range(3):
+        q, k, v = (alphas[f"model.layers.{i}.self_attn.{name}_proj.weight"] for name in "qkv")
+        assert q == k == v
+    assert report["arguments"]["alpha"] == "auto"
+
+
+def test_several_held_out_texts(tmp_path, text, capsys):
+    source = save_model(tmp_path / "model", "llama")
+    (tmp_path / "other.txt").write_text("Something else altogether, and more of it. " * 100)
+    evaluation = ["--eval", str(text), "--eval", str(tmp_path / "other.txt"), "--eval-windows", "3"]
+    assert run(source, text, tmp_path / "out", *evaluation) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [e["source"] for e in report["evaluation"]] == [str(text), str(tmp_path / "other.txt")]
+    assert perplexities(report, 0) != perplexities(report, 1)
+    out = capsys.readouterr().out
+    assert "perplexity 2: 3 windows of 32 tokens" in out
+    # Alone, a text has the same perplexity.
+    assert run(source, text, tmp_path / "alone", *evaluation[2:]) == 0
+    alone = json.loads((tmp_path / "alone" / "report.json").read_text())
+    assert perplexities(alone) == perplexities(report, 1)
 
 
 class TestSaid:
