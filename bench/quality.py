@@ -240,7 +240,10 @@ def missing(results: dict, cells: list[Cell]) -> list[Cell]:
     """The cells that the results lack, or have from other settings: a default may have changed since."""
     done = {key: entry["arguments"] for key, entry in results["cells"].items()}
     return [
-        cell for cell in cells if cell.key not in done or not resolved(cell.flags).items() <= done[cell.key].items()
+        cell
+        for cell in cells
+        if cell.key not in done
+        or not resolved([*cell.flags, "--sparsity", cell.pattern]).items() <= done[cell.key].items()
     ]
 
 

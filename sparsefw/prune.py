@@ -28,9 +28,9 @@ ROW_UNIT = 64
 # Longest chunk on a CPU: the state of longer ones falls out of its caches (up to twice the time per row, measured).
 CPU_ROWS = 256
 
-# Memory of a solve per entry of a chunk, at its peak: fp32 W, T, offset, M, R, U, E, the fit's Z and R, up to five
-# temporaries, and bool masks.
-BYTES_PER_ENTRY = 60
+# Memory of a solve per entry of a chunk at its peak, as measured on a CPU (88 with the stack's W and saliency): fp32 W,
+# T, offset, M, R, U, E, the fit's Z and R, temporaries of the row step, and bool masks.
+BYTES_PER_ENTRY = 80
 
 
 @dataclass(frozen=True)
