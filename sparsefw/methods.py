@@ -96,12 +96,11 @@ def choose_frank_wolfe(rows: Rows, settings: Settings, ops: ModuleType) -> Choic
     problem = frank_wolfe.pose(
         rows.W, rows.G, rows.saliency, rows.k, group=group, whole=whole, alpha=settings.alpha or 0.0, ops=ops
     )
-    penalty = settings.penalty
     solution = frank_wolfe.solve(
         problem,
         steps=settings.steps,
         step_rule=settings.step_rule,
-        penalty=penalty,
+        penalty=settings.penalty,
         best_of=settings.best_of,
         **options,
     )
@@ -115,7 +114,7 @@ def choose_frank_wolfe(rows: Rows, settings: Settings, ops: ModuleType) -> Choic
             problem,
             solution.mask,
             steps=settings.steps,
-            penalty=penalty,
+            penalty=settings.penalty,
             refit_steps=settings.refit,
             rounds=settings.rounds,
             **options,
