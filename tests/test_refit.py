@@ -175,9 +175,12 @@ class TestEdges:
         torch.testing.assert_close(fit.error[2].double(), error(W, torch.zeros_like(W), G)[2], rtol=1e-5, atol=0)
         assert torch.equal(fit.Z[5], W[5])
         assert fit.error[5] == 0
-        # The rows beside them are what they are alone.
+        # The rows beside them are what they are alone, up to the roundings of a product of fewer rows: close to the
+        # optimum the error feels only the square of a change of Z.
         others = torch.tensor([0, 1, 3, 4, 6, 7, 8], device=DEVICE)
-        torch.testing.assert_close(fit.Z[others], run(W[others], G, mask[others], 6).Z, rtol=1e-5, atol=1e-6)
+        alone = run(W[others], G, mask[others], 6)
+        torch.testing.assert_close(fit.error[others], alone.error, rtol=2e-6, atol=0)
+        torch.testing.assert_close(fit.Z[others], alone.Z, rtol=0, atol=1e-3)
 
     def test_dead_inputs_stay(self):
         W, G, mask = normal(ROWS, D), gram(D), random_mask()
