@@ -1,0 +1,43 @@
+"""What the tests of texts and windows share: a tokenizer of one token per byte, files, how a refusal is expected."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from sparsefw.errors import InputError
+
+BOS = 256
+
+
+def make_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
+    """One token per byte, of which no two merge; 256 at the start if `bos`, 257 at the end."""
+    vocabulary = {char: n for n, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {"<s>": BOS, "</s>": 257}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        specials = [("<s>", BOS), ("</s>", 257)]
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=specials)
+    # Far shorter than the texts, and a stored truncation: neither may matter.
+    tokenizer.enable_truncation(7)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=7,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def refused(match: str):
+    return pytest.raises(InputError, match=match)
+
+
+def records(path: Path, rows: list) -> str:
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return str(path)
