@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from operations import DEVICE, OPS, SHAPES, measure, normal
+from operations import DEVICE, OPS, SHAPES, budget, measure, normal
 
 from sparsefw.kernels import reference
 
@@ -12,8 +12,7 @@ from sparsefw.kernels import reference
 @pytest.mark.parametrize("kernel", OPS)
 def test_lmo(benchmark, kernel, shape, pattern):
     rows, d = shape
-    d -= d % 4
-    k, group = (int(0.4 * d), 0) if pattern == "rows" else (2, 4)
+    k, group, d = budget(pattern, d)
     score = normal(rows, d)
     out = torch.empty(rows, d, dtype=torch.bool, device=DEVICE)
     lmo = OPS[kernel].lmo

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from operations import OPS, PRECISION, SHAPES, WEIGHT, assert_equal_enough, gram, measure, normal
+from operations import OPS, PRECISION, SHAPES, WEIGHT, assert_equal_enough, budget, gram, measure, normal
 
 from sparsefw.kernels import reference
 
@@ -12,8 +12,7 @@ from sparsefw.kernels import reference
 @pytest.mark.parametrize("kernel", OPS)
 def test_row_step(benchmark, kernel, shape, pattern):
     rows, d = shape
-    d -= d % 4
-    k, group = (int(0.4 * d), 0) if pattern == "rows" else (2, 4)
+    k, group, d = budget(pattern, d)
     W, G = normal(rows, d, dtype=WEIGHT), gram(d)
     diag = G.diagonal().contiguous()
     V = reference.lmo(normal(rows, d, seed=1), k, group=group)
