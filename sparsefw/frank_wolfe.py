@@ -182,9 +182,8 @@ def iterate(
     W, k, group = problem.W, problem.k, problem.group
     # The row step sees the whole matrix as one row, which no program on a GPU could hold: torch does it.
     step, shape = (reference.row_step, (1, -1)) if problem.whole else (ops.row_step, W.shape)
-    G = problem.G.bfloat16() if precision == "bf16" else problem.G
-    E = W.masked_fill(problem.warm, 0)
-    E = E.bfloat16() if precision == "bf16" else E
+    G = operand(problem.G, precision)
+    E = operand(W.masked_fill(problem.warm, 0), precision)
     R = _vertex_product(problem, E, G, precision, ops)
     state = Iterate(problem.warm.float(), R, R.clone(), problem.warm.clone(), E, torch.empty(0), torch.empty(0))
     rows = [x.view(shape) for x in (state.M, state.R, state.U, state.V, state.E)]
@@ -209,6 +208,11 @@ def _vertex_product(
 ) -> Tensor:
     out = ops.product(E, G, precision=precision, out=out)
     return out if problem.offset is None else out.add_(problem.offset)
+
+
+def operand(X: Tensor, precision: str) -> Tensor:
+    """X as products at this precision read it often: in half the bytes where they round it to bf16 anyway."""
+    return X.bfloat16() if precision == "bf16" else X
 
 
 def mask_error(W: Tensor, mask: Tensor, G: Tensor, *, ops: ModuleType = reference) -> Tensor:

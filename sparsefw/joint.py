@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsefw import frank_wolfe
-from sparsefw.frank_wolfe import Problem
+from sparsefw.frank_wolfe import Problem, operand
 from sparsefw.refit import Fit, inverse_diagonal, refit
 
 # Steps of the second Frank-Wolfe per step of the first. Of 40 steps in all, 30 + 10 left the lowest error.
@@ -57,7 +57,7 @@ def refine(
     if rounds == 0:
         return best
     T = _candidates(best, inverse)
-    best.take_better(refit(W, G, _restart(problem, T, best.R, steps, penalty, options), T, refit_steps, **options))
+    best.take_better(refit(W, G, _restart(problem, T, steps, penalty, options), T, refit_steps, **options))
     margin = torch.zeros_like(best.error)
     for _ in range(rounds):
         T = _candidates(best, inverse)
@@ -68,11 +68,10 @@ def refine(
     return best
 
 
-def _restart(problem: Problem, T: Tensor, R: Tensor, steps: int, penalty: float, options: dict) -> Tensor:
+def _restart(problem: Problem, T: Tensor, steps: int, penalty: float, options: dict) -> Tensor:
     """The mask that Frank-Wolfe finds for the candidates T, (rows, d) bool."""
-    ops = options["ops"]
-    G = problem.G.bfloat16() if options["precision"] == "bf16" else problem.G
-    offset = ops.product(problem.W - T, G, precision=options["precision"])
+    ops, precision = options["ops"], options["precision"]
+    offset = ops.product(problem.W - T, operand(problem.G, precision), precision=precision)
     score = _score(T, problem.G)
     warm = ops.lmo(score, problem.k, group=problem.group)
     again = Problem(T, problem.G, score, problem.k, warm, None, problem.group, offset=offset)

@@ -94,7 +94,7 @@ def choose_frank_wolfe(rows: Rows, settings: Settings, ops: ModuleType) -> Choic
     group, whole = settings.pattern.group, settings.whole
     options = {"precision": settings.precision, "ops": ops}
     problem = frank_wolfe.pose(
-        rows.W, rows.G, rows.saliency, rows.k, group=group, whole=whole, alpha=settings.alpha or 0.0, ops=ops
+        rows.W, rows.G, rows.saliency, rows.k, group=group, whole=whole, alpha=settings.alpha, ops=ops
     )
     solution = frank_wolfe.solve(
         problem,

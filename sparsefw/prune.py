@@ -96,9 +96,12 @@ def prune_layers(
 
     Raises:
         InputError: the rows do not divide into the pattern's groups, or the memory is too little for any chunk.
+        ValueError: `held_out` without an open alpha, or the other way round.
         FloatingPointError: an error is not finite, or G is not positive definite for a method that needs it; the
             message names the layer.
     """
+    if method == "sparsefw" and (settings.alpha is None) != (held_out is not None):
+        raise ValueError("held_out: needed where the settings leave alpha open, and only there")
     for name, weight in layers:
         patterns.check_width(settings.pattern, weight.shape[1], name)
     stack = [(name, weight, budgets[i] if budgets else None) for i, (name, weight) in enumerate(layers)]

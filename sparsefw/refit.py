@@ -15,6 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from sparsefw.frank_wolfe import operand
+
 # An input is damped at least as if it had this share of the median input's diagonal entry. Else the weights of an input
 # that is all but dead could become huge, and ruin the first text in which it is alive.
 FLOOR = 0.01
@@ -89,10 +91,10 @@ def refit(
         precision: of the products.
         ops: the operations, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
     """
-    operand = G.bfloat16() if precision == "bf16" else G
+    G_operand = operand(G, precision)
     inverse = inverse_diagonal(G)
     Z = start.masked_fill(~mask, 0)
-    R = ops.product(W - Z, operand, precision=precision)
+    R = ops.product(W - Z, G_operand, precision=precision)
     P, U, rz, enough = torch.zeros_like(Z), torch.empty_like(Z), None, None
     for _ in range(steps):
         r = R.masked_fill(~mask, 0)
@@ -100,7 +102,7 @@ def refit(
         before, rz = rz, (r * z).sum(1, keepdim=True)
         enough = CONVERGED * rz if enough is None else enough
         P.mul_(0 if before is None else _ratio(rz, before)).add_(z)
-        ops.product(P, operand, precision=precision, out=U)
+        ops.product(P, G_operand, precision=precision, out=U)
         a = _ratio(rz, (P * U).sum(1, keepdim=True)).masked_fill_(rz <= enough, 0)
         Z.addcmul_(P, a)
         R.addcmul_(U, -a)

@@ -48,7 +48,7 @@ RANGES = {
     "penalty": (0, 1),
     "refit": (0, None),
     "rounds": (0, None),
-    "solver_memory": (0, None),
+    "solver_memory": (0, 2**20),
     "seed": (0, 2**63 - 1),
 }
 

@@ -328,3 +328,13 @@ class TestFailures:
         pruned, results = run(layers, G, how=settings(text))
         assert pruned["layer0"].isfinite().all()
         assert results[0].error < results[0].error_mask
+
+
+@pytest.mark.parametrize(("alpha", "given"), [(None, False), (0.5, True)])
+def test_open_alpha_and_held_out_windows_go_together(alpha, given):
+    """Neither is alpha chosen where it was said, nor silently 0 where there is nothing to choose it by."""
+    settings = Settings(patterns.parse("0.5"), alpha=alpha)
+    W, G = torch.ones(4, 8), torch.eye(8)
+    held_out = G if given else None
+    with pytest.raises(ValueError, match="held_out: needed where the settings leave alpha open"):
+        list(prune_layers([("a", W)], G, "sparsefw", settings, reference, held_out=held_out))

@@ -257,6 +257,7 @@ class TestRefused:
             (["--method", "wanda", "--refit", "3"], ["--refit", "--method wanda"]),
             (["--allocation", "owl", "--sparsity", "2:4"], ["--allocation owl", "2:4"]),
             (["--allocation", "error", "--method", "sparsegpt"], ["--allocation error", "sparsegpt"]),
+            (["--solver-memory", "inf"], ["--solver-memory inf: expected at least 0 and at most 1048576"]),
             (["--solver-memory", "0.00001"], ["self_attn.q_proj", "--solver-memory gives 0.000"]),
             (["--nsamples", "0"], ["--nsamples 0"]),
             (["--nsamples", "100000"], ["--nsamples"]),
