@@ -43,10 +43,10 @@ def measure_curves(
     stream = model.start(windows.ids, max(1, BATCH_TOKENS // seqlen))
     for i in range(block):
         model.open(i)
-        model.forward(i, stream, advance=True)
+        model.advance(i, stream)
         model.close(i)
-    run = partial(model.forward, block, stream, advance=False)
-    found, grams, _ = layers.capture(model.open(block), run, ops=reference, precision="ieee")
+    run, batches = partial(model.output, block, stream), range(len(stream.hidden))
+    found, grams, _ = layers.capture(model.open(block), run, batches, ops=reference, precision="ieee")
     chosen = {layer.name.split(".")[-2]: (layer.weight.float(), grams[layer.gram]) for layer in found}
     return {kind: curves(*chosen[kind]) for kind in LAYERS if kind in chosen}
 

@@ -1,5 +1,6 @@
 """The Triton kernels under the names of reference.py: a solver takes either module."""
 
+from .cross import cross_accumulate
 from .gradient import gradient
 from .gram import gram_accumulate
 from .lmo import lmo
@@ -12,6 +13,7 @@ __all__ = [
     "PRECISIONS",
     "check_budget",
     "convex_update",
+    "cross_accumulate",
     "gradient",
     "gram_accumulate",
     "lmo",

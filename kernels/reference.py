@@ -79,6 +79,18 @@ def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
     return G.addmm_(X.T, X)
 
 
+def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
+    """B += D^T X in place, fp32 accumulation: how what a layer's output lacks goes with its input.
+
+    Args:
+        B: (rows, d) fp32, the cross matrix.
+        D: (tokens, rows), dtype of X: the output that there should be, minus the one that there is.
+        X: (tokens, d), fp32 / bf16 / fp16, the input.
+        precision: as in `gram_accumulate`, of both operands.
+    """
+    return B.addmm_(round_operand(D, precision).T, round_operand(X, precision))
+
+
 def lmo(
     score: Tensor,
     k: int | Tensor,

@@ -3,8 +3,12 @@
 For every block: evaluate it dense; for every method run the calibration windows through the dense block (their input
 is what the blocks pruned by that method gave) and accumulate Gram matrices, prune its layers, run the windows again
 through the pruned block; write what the last method gave.
+
+Where layers approximate the dense model's outputs, the same windows also go through the dense model, and a block is
+pruned in stages: the inputs of later layers are measured after earlier ones are pruned.
 """
 
+import copy
 import math
 import time
 from collections import defaultdict
@@ -20,7 +24,7 @@ from sparsefw import allocation
 from sparsefw.checkpoint import check_finite
 from sparsefw.data import Windows
 from sparsefw.errors import InputError
-from sparsefw.layers import Layer, capture
+from sparsefw.layers import Layer, Stage, capture, not_pruned, stages
 from sparsefw.methods import Settings
 from sparsefw.prune import LayerResult, prune_layers
 from sparsefw.stream import Stream, StreamedModel
@@ -31,6 +35,9 @@ BATCH_TOKENS = 4096
 
 # Share of the micro-batches on which `--alpha auto` compares.
 HELD_OUT = 0.125
+
+# Name of the streams through the model as it was.
+DENSE = "dense"
 
 # Per block, what each layer keeps by name: of every row, or in all; see `allocation.whole_budgets`.
 Budgets = list[dict[str, int | Tensor]]
@@ -92,29 +99,34 @@ def prune_model(
         InputError: weights or activations hold NaN or Inf, or a layer does not fit the pattern.
     """
     outcome = Outcome()
+    followed = settings.target == "dense" and "sparsefw" in methods
     with outcome.clock("embed"):
-        calibrating = _start(model, calibration, methods)
+        calibrating = _start(model, calibration, [DENSE, *methods] if followed else methods)
         # By text and method.
-        held_out = [_start(model, windows, ["dense", *methods]) for windows in evaluation]
+        held_out = [_start(model, windows, [DENSE, *methods]) for windows in evaluation]
     for i in range(len(model.blocks)):
         with outcome.clock("read"):
             block = model.open(i)
+            # Only where it is needed after the block has been pruned.
+            dense = copy.deepcopy(block) if followed or len(methods) > 1 else None
         if held_out:
             with outcome.clock("evaluate"):
-                _advance(model, i, held_out, "dense")
-        # Only where several methods start from the same block.
-        weights = {n: p.clone() for n, p in block.named_parameters()} if len(methods) > 1 else {}
+                _advance(model, i, held_out, DENSE)
         for method in methods:
             if method != methods[0]:
-                _restore(block, weights)
+                _restore(block, dense)
             stream = calibrating[method]
+            follows = (dense, calibrating[DENSE]) if followed and method == "sparsefw" else None
             kept = budgets[i] if budgets else {}
-            _prune_block(model, i, stream, method, settings, ops, kept, outcome, on_layer)
+            _prune_block(model, i, stream, follows, method, settings, ops, kept, outcome, on_layer)
             with outcome.clock("forward"):
-                model.forward(i, stream, advance=True)
+                model.advance(i, stream)
             if held_out:
                 with outcome.clock("evaluate"):
                     _advance(model, i, held_out, method)
+        if followed:
+            with outcome.clock("forward"):
+                model.advance(i, calibrating[DENSE], dense)
         with outcome.clock("write"):
             writer.write(model.block_tensors(i))
             model.close(i)
@@ -131,6 +143,7 @@ def _prune_block(
     model: StreamedModel,
     i: int,
     stream: Stream,
+    follows: tuple[nn.Module, Stream] | None,
     method: str,
     settings: Settings,
     ops: ModuleType,
@@ -138,57 +151,83 @@ def _prune_block(
     outcome: Outcome,
     on_layer: Callable[[LayerResult], None],
 ) -> None:
-    kept_out = None
-    if method == "sparsefw" and settings.alpha is None and len(stream.hidden) < 2:
-        raise InputError("--alpha auto: needs windows to hold out, and all calibration windows fill 1 micro-batch only")
+    """Prune block i; `follows`: the block and the stream of the dense model, whose outputs are approximated."""
+    prefix, block = model.names[i], model.blocks[i]
+    batches = range(len(stream.hidden))
+    kept_out = batches[:0]
     if method == "sparsefw" and settings.alpha is None:
-        stream, kept_out = stream.part(HELD_OUT)
-    with outcome.clock("calibrate"):
-        layers, grams, dense = _capture(model, i, stream, settings, ops)
-        held_out = {}
-        if kept_out is not None:
-            layers_too, held_out, dense_too = _capture(model, i, kept_out, settings, ops)
-            layers = list({layer.name: layer for layer in [*layers, *layers_too]}.values())
-            dense = [name for name in dense if name in dense_too]
-            # An expert may have seen tokens in one part only: the other part's Gram matrix is zero.
-            for name in grams.keys() | held_out.keys():
-                present = grams.get(name, held_out.get(name))
-                grams.setdefault(name, torch.zeros_like(present))
-                held_out.setdefault(name, torch.zeros_like(present))
-    prefix = model.names[i]
-    outcome.dense += [n for n in (f"{prefix}.{name}" for name in dense) if n not in outcome.dense]
-    with outcome.clock("solve"):
-        for gram in dict.fromkeys(layer.gram for layer in layers):
-            alike = [layer for layer in layers if layer.gram == gram]
-            for row in prune_layers(
-                [(f"{prefix}.{layer.name}", layer.weight) for layer in alike],
-                grams.pop(gram),
-                method,
-                settings,
-                ops,
-                # An expert that no token reached when budgets were measured has the pattern's share.
-                budgets=[budgets.get(layer.name) for layer in alike],
-                held_out=held_out.pop(gram, None),
-            ):
-                outcome.layers.append(row)
-                on_layer(row)
+        if len(batches) < 2:
+            raise InputError(
+                "--alpha auto: needs windows to hold out, and all calibration windows fill 1 micro-batch only"
+            )
+        first = len(batches) - max(1, round(HELD_OUT * len(batches)))
+        batches, kept_out = batches[:first], batches[first:]
+    pruned = []
+    for stage in stages(block, lambda: model.output(i, stream, 0)) if follows else [None]:
+        with outcome.clock("calibrate"):
+            layers, grams, crosses = _capture(model, i, stream, batches, settings, ops, stage, follows)
+            held_out = {}
+            if kept_out:
+                layers_too, held_out, more = _capture(model, i, stream, kept_out, settings, ops, stage, follows)
+                layers = list({layer.name: layer for layer in [*layers, *layers_too]}.values())
+                # An expert may have seen tokens in one part only: the other part's Gram matrix is zero.
+                for name in grams.keys() | held_out.keys():
+                    present = grams.get(name, held_out.get(name))
+                    grams.setdefault(name, torch.zeros_like(present))
+                    held_out.setdefault(name, torch.zeros_like(present))
+                for name, cross in more.items():
+                    crosses[name] += cross
+        with outcome.clock("solve"):
+            for gram in dict.fromkeys(layer.gram for layer in layers):
+                alike = [layer for layer in layers if layer.gram == gram]
+                for row in prune_layers(
+                    [(f"{prefix}.{layer.name}", layer.weight) for layer in alike],
+                    grams.pop(gram),
+                    method,
+                    settings,
+                    ops,
+                    # An expert that no token reached when budgets were measured has the pattern's share.
+                    budgets=[budgets.get(layer.name) for layer in alike],
+                    crosses=[crosses.pop(layer.name, None) for layer in alike],
+                    held_out=held_out.pop(gram, None),
+                ):
+                    outcome.layers.append(row)
+                    on_layer(row)
+        pruned += [layer.name for layer in layers]
+    dense = [f"{prefix}.{name}" for name in not_pruned(block, pruned)]
+    outcome.dense += [name for name in dense if name not in outcome.dense]
 
 
 def _capture(
-    model: StreamedModel, i: int, stream: Stream, settings: Settings, ops: ModuleType
-) -> tuple[list[Layer], dict[str, Tensor], list[str]]:
+    model: StreamedModel,
+    i: int,
+    stream: Stream,
+    batches: range,
+    settings: Settings,
+    ops: ModuleType,
+    stage: Stage | None = None,
+    follows: tuple[nn.Module, Stream] | None = None,
+) -> tuple[list[Layer], dict[str, Tensor], dict[str, Tensor]]:
     """`layers.capture` of block i, its Gram matrices checked."""
-    prefix = model.names[i]
-    precision = "ieee" if settings.precision == "ieee" else "tf32"
-    layers, grams, dense = capture(
-        model.blocks[i], lambda: model.forward(i, stream, advance=False), ops=ops, precision=precision
+    prefix, dense = model.names[i], None
+    if follows:
+        block, undisturbed = follows
+        dense = (block, lambda j: model.output(i, undisturbed, j, block))
+    layers, grams, crosses = capture(
+        model.blocks[i],
+        lambda j: model.output(i, stream, j),
+        batches,
+        ops=ops,
+        precision="ieee" if settings.precision == "ieee" else "tf32",
+        stage=stage,
+        dense=dense,
     )
     if not layers:
         raise InputError(f"{prefix}: unsupported model: no matrix of this block was seen in a product")
     for gram, G in grams.items():
         # Off the diagonal G is bounded by it.
         check_finite(f"inputs of {prefix}.{gram} (their squares, summed)", G.diagonal())
-    return layers, grams, dense
+    return layers, grams, crosses
 
 
 def allocate(
@@ -207,16 +246,16 @@ def allocate(
         The sparsity of every block, and what its layers keep.
     """
     pattern = settings.pattern
-    stream = _start(model, calibration, ["dense"])["dense"]
+    stream = _start(model, calibration, [DENSE])[DENSE]
     names, shapes, found = [], [], []
     for i in range(len(model.blocks)):
         model.open(i)
-        layers, grams, _ = _capture(model, i, stream, settings, ops)
+        layers, grams, _ = _capture(model, i, stream, range(len(stream.hidden)), settings, ops)
         names.append([layer.name for layer in layers])
         shapes.append([tuple(layer.weight.shape) for layer in layers])
         matrices = [(layer.weight, grams[layer.gram]) for layer in layers]
         found.append(allocation.measure(how, matrices, pattern.sparsity, ops))
-        model.forward(i, stream, advance=True)
+        model.advance(i, stream)
         model.close(i)
     sizes = [sum(rows * d for rows, d in block) for block in shapes]
     sparsities = allocation.share_out(how, found, sizes, pattern.sparsity)
@@ -226,7 +265,7 @@ def allocate(
 
 def _advance(model: StreamedModel, i: int, held_out: list[dict[str, Stream]], name: str) -> None:
     for streams in held_out:
-        model.forward(i, streams[name], advance=True)
+        model.advance(i, streams[name])
 
 
 def perplexity(model: StreamedModel, ids: Tensor, stream: Stream) -> float:
@@ -253,6 +292,6 @@ def _start(model: StreamedModel, windows: Windows, names: list[str]) -> dict[str
 
 
 @torch.no_grad()
-def _restore(block: nn.Module, weights: dict[str, Tensor]) -> None:
-    for name, parameter in block.named_parameters():
-        parameter.copy_(weights[name])
+def _restore(block: nn.Module, dense: nn.Module) -> None:
+    for parameter, before in zip(block.parameters(), dense.parameters(), strict=True):
+        parameter.copy_(before)

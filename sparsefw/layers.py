@@ -6,7 +6,7 @@ that read the same input share its Gram matrix.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,9 @@ from sparsefw.errors import InputError
 # Small and decisive: the matrices that choose experts, and convolutions, stay dense.
 KEPT_DENSE = re.compile(r"(^|\.)(router|gate|shared_expert_gate)\.weight$|conv1d")
 
+# What sets an expert apart in a layer's name: the slice of a stacked parameter, or the place in a list of modules.
+_EXPERT = re.compile(r"\[\d+\]|(?<=\.)\d+(?=\.)")
+
 # Position of the input and of the weight among the arguments, and whether the weight is stored (in, out).
 _PRODUCTS: dict[Any, tuple[int, int, bool]] = {
     nn.functional.linear: (0, 1, False),
@@ -29,6 +32,23 @@ _PRODUCTS: dict[Any, tuple[int, int, bool]] = {
     torch.mm: (0, 1, True),
     torch.addmm: (1, 2, True),
 }
+
+# What a layer puts out may pass through these and is what it was, or a sum with what it was.
+_PASSED_ON = {
+    torch.add,
+    torch.Tensor.add,
+    torch.Tensor.add_,
+    torch.Tensor.__add__,
+    torch.Tensor.__iadd__,
+    torch.Tensor.__radd__,
+    torch.reshape,
+    torch.Tensor.reshape,
+    torch.Tensor.view,
+    nn.functional.dropout,
+}
+
+# Runs one micro-batch, by its number, through a block.
+Run = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -46,82 +66,202 @@ class Layer:
     gram: str
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Layers that are pruned before the inputs of later ones are measured: those of one input, or alike in all experts.
+
+    Attributes:
+        key: the name of their Gram matrix, without an expert's index.
+        last: the layer after which a micro-batch has no more of them; None where it may have.
+    """
+
+    key: str
+    last: str | None
+
+
+class _Enough(Exception):
+    """Ends a block's forward where the rest of it has nothing more to tell."""
+
+
+def stages(block: nn.Module, run: Callable[[], object]) -> list[Stage]:
+    """The stages of a block in the order of use, as `run`, one micro-batch through the block, shows them."""
+    watch = _Watch(block)
+    watch.through(run)
+    found: dict[str, list[Layer]] = {}
+    for layer in watch.layers.values():
+        found.setdefault(_key(layer.gram), []).append(layer)
+    return [Stage(key, alike[-1].name if key == alike[0].gram else None) for key, alike in found.items()]
+
+
 def capture(
-    block: nn.Module, run: Callable[[], None], *, ops: ModuleType, precision: str
-) -> tuple[list[Layer], dict[str, Tensor], list[str]]:
-    """Run a block over its calibration inputs; find its layers and accumulate their Gram matrices.
+    block: nn.Module,
+    run: Run,
+    batches: Iterable[int],
+    *,
+    ops: ModuleType,
+    precision: str,
+    stage: Stage | None = None,
+    dense: tuple[nn.Module, Run] | None = None,
+) -> tuple[list[Layer], dict[str, Tensor], dict[str, Tensor]]:
+    """Run a block over its calibration inputs; find its layers and accumulate the Gram matrices of their inputs.
 
     Args:
         block: the block, on its device.
-        run: runs all micro-batches through it.
-        ops: the operations; `ops.gram_accumulate` is used.
+        run: runs a micro-batch through it.
+        batches: the micro-batches.
+        ops: the operations; `ops.gram_accumulate` and `ops.cross_accumulate` are used.
         precision: of fp32 inputs, "ieee" or "tf32".
+        stage: only its layers, and no more of the block than they need.
+        dense: a copy of the block as it was before pruning, and what runs the same micro-batch of the dense model
+            through it: cross matrices are accumulated too.
 
     Returns:
-        The layers in the order of use; Gram matrices (in, in) fp32 by layer name; and the names of matrices that
-        were not seen or are kept dense (routers, convolutions, experts that no token reached).
+        The layers in the order of use; Gram matrices (in, in) fp32 by `Layer.gram`; and with `dense` cross matrices
+        (out, in) fp32 by layer, see `target`: of all but experts, which are sent other tokens than in the dense model.
 
     Raises:
         InputError: a layer shares its input with different layers from one micro-batch to the next.
     """
-    watch = _Watch(block, ops, precision)
-    # Before each micro-batch the inputs seen in the last one are forgotten.
-    handle = block.register_forward_pre_hook(lambda *_: watch.inputs.clear())
-    try:
-        with watch:
-            run()
-    finally:
-        handle.remove()
-        watch.inputs.clear()
-    dense = [name for name, p in block.named_parameters() if p.dim() >= 2 and name not in watch.parameters]
-    dense += [
-        f"{name}[{e}]"
-        for name, p in block.named_parameters()
-        if p.dim() == 3 and name in watch.parameters
-        for e in range(len(p))
-        if f"{name}[{e}]" not in watch.layers
-    ]
-    return list(watch.layers.values()), watch.grams, dense
+    grams: dict[str, Tensor] = {}
+    crosses: dict[str, Tensor] = {}
+
+    def accumulate(name: str, x: Tensor) -> None:
+        if name not in grams:
+            grams[name] = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+        ops.gram_accumulate(grams[name], x, precision=precision)
+
+    watch = _Watch(block, accumulate, stage, outputs=dense is not None)
+    watch_dense = _Watch(dense[0], stage=stage, outputs=True) if dense else None
+    for j in batches:
+        watch.through(lambda j=j: run(j))
+        if dense:
+            watch_dense.through(lambda j=j: dense[1](j))
+            for name, x, output in watch.put_out():
+                should = watch_dense.output_of(name)
+                if should is None or should.shape != output.shape:
+                    continue
+                if name not in crosses:
+                    crosses[name] = torch.zeros(output.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+                lacks = (should.float() - output.float()).to(x.dtype)
+                ops.cross_accumulate(crosses[name], lacks, x, precision=precision)
+    return list(watch.layers.values()), grams, crosses
+
+
+def not_pruned(block: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Names of the block's matrices that are not among the layers: routers, convolutions, experts without tokens."""
+    layers, names = set(layers), []
+    for name, parameter in block.named_parameters():
+        slices = [f"{name}[{e}]" for e in range(len(parameter))] if parameter.dim() == 3 else []
+        if layers.isdisjoint(slices) and parameter.dim() >= 2 and name not in layers:
+            names.append(name)
+        elif slices:
+            names += [one for one in slices if one not in layers]
+    return names
+
+
+def _key(name: str) -> str:
+    return _EXPERT.sub("*", name)
 
 
 class _Watch(TorchFunctionMode):
-    def __init__(self, block: nn.Module, ops: ModuleType, precision: str):
+    """Sees the layers of a block when they are used.
+
+    Args:
+        block: the block.
+        take: called as take(gram, input as a matrix), once for each input.
+        stage: watch its layers only, and end a micro-batch after them.
+        outputs: keep what layers put out: their product or, where that is only added to something, the sum. A layer
+            that writes to the residual stream puts out the stream.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        take: Callable[[str, Tensor], None] = lambda gram, x: None,
+        stage: Stage | None = None,
+        *,
+        outputs: bool = False,
+    ):
         super().__init__()
-        self.ops, self.precision = ops, precision
+        self.take, self.stage, self.keep = take, stage, outputs
         self.own = [(p.untyped_storage().data_ptr(), p.storage_offset(), p, n) for n, p in block.named_parameters()]
         self.layers: dict[str, Layer] = {}
-        self.grams: dict[str, Tensor] = {}
-        self.parameters: set[str] = set()
-        # By identity of the input tensor: the tensor itself (which keeps the identity taken) and its Gram's name.
+        # Of one micro-batch, by identity, with the tensor itself, which keeps the identity taken: the input of which
+        # Gram matrix, and the output of which layers.
         self.inputs: dict[int, tuple[Tensor, str]] = {}
+        self.origins: dict[int, tuple[Tensor, tuple[str, ...]]] = {}
+        # By layer: its input and output, and how often each had been written to.
+        self.products: dict[str, tuple[Tensor, int]] = {}
+        self.outputs: dict[str, tuple[Tensor, int]] = {}
+        self.complete = False
+
+    def through(self, run: Callable[[], object]) -> None:
+        """Watch one micro-batch on its way through the block, as far as the stage needs it."""
+        for kept in (self.inputs, self.origins, self.products, self.outputs):
+            kept.clear()
+        self.complete = False
+        try:
+            with self:
+                run()
+        except _Enough:
+            pass
+
+    def put_out(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Layer, input and output, both as matrices, of the last micro-batch."""
+        for name in self.outputs:
+            x, output = _unwritten(self.products[name]), self.output_of(name)
+            if x is not None and output is not None:
+                yield name, x, output
+
+    def output_of(self, name: str) -> Tensor | None:
+        """A layer's output of the last micro-batch, as a matrix."""
+        return _unwritten(self.outputs[name]) if name in self.outputs else None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, name = kwargs or {}, None
         if func in _PRODUCTS:
             i, w, transposed = _PRODUCTS[func]
             weight = args[w] if len(args) > w else kwargs.get("weight")
             if weight is not None and weight.dim() == 2:
-                self._see(args[i] if len(args) > i else kwargs["input"], weight.T if transposed else weight)
-        return func(*args, **kwargs)
+                name = self._see(args[i] if len(args) > i else kwargs["input"], weight.T if transposed else weight)
+        out = func(*args, **kwargs)
+        if self.keep and name:
+            self._put_out((name,), out)
+        elif self.keep and func in _PASSED_ON and "alpha" not in kwargs:
+            for operand, names in [self.origins[id(x)] for x in args[:2] if id(x) in self.origins]:
+                if out.numel() == operand.numel() and out.shape[-1] == operand.shape[-1]:
+                    self._put_out(names, out)
+        return out
 
-    def _see(self, x: Tensor, weight: Tensor) -> None:
+    def _see(self, x: Tensor, weight: Tensor) -> str | None:
+        """The name of the layer, where it is to be watched."""
         name = self._name(weight)
-        if name is None or KEPT_DENSE.search(name):
-            return
-        self.parameters.add(name.partition("[")[0])
-        if id(x) not in self.inputs:
+        if name is None:
+            return None
+        known = id(x) in self.inputs
+        if self.stage and not known and self.stage.key != _key(name):
+            if self.complete:
+                raise _Enough
+            return None
+        if KEPT_DENSE.search(name):
+            return None
+        if not known:
             self.inputs[id(x)] = (x, name)
-            self._accumulate(name, x)
+            self.take(name, x.reshape(-1, x.shape[-1]))
         gram = self.inputs[id(x)][1]
         layer = self.layers.setdefault(name, Layer(name, weight, gram))
         if layer.gram != gram:
             raise InputError(f"{name}: unsupported model: shared its input with {layer.gram}, later with {gram}")
+        self.products[name] = (x, x._version)
+        self.complete = self.complete or (self.stage is not None and self.stage.last == name)
+        return name
 
-    def _accumulate(self, name: str, x: Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1])
-        if name not in self.grams:
-            self.grams[name] = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
-        self.ops.gram_accumulate(self.grams[name], x, precision=self.precision)
+    def _put_out(self, names: tuple[str, ...], out: Tensor) -> None:
+        names = tuple(name for name in names if _key(name) == name)
+        _, others = self.origins.get(id(out), (out, ()))
+        self.origins[id(out)] = (out, tuple(dict.fromkeys((*others, *names))))
+        for name in names:
+            self.outputs[name] = (out, out._version)
 
     def _name(self, weight: Tensor) -> str | None:
         storage, offset = weight.untyped_storage().data_ptr(), weight.storage_offset()
@@ -133,3 +273,9 @@ class _Watch(TorchFunctionMode):
                     return None
                 return name if parameter.dim() == 2 else f"{name}[{(offset - start) // parameter.stride(0)}]"
         return None
+
+
+def _unwritten(kept: tuple[Tensor, int]) -> Tensor | None:
+    """The tensor as a matrix, unless it has been written to since: then it is no longer what it was kept for."""
+    tensor, version = kept
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor._version == version else None

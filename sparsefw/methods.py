@@ -14,6 +14,9 @@ from sparsefw.patterns import Pattern
 from sparsefw.refit import damped
 from sparsefw.saliency import SALIENCIES
 
+# See `Settings`.
+TARGETS = ("dense", "layer")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -26,7 +29,9 @@ class Settings:
         alpha, whole: see `frank_wolfe.pose`; `whole` makes a `layer:` budget one problem instead of one per row. alpha
             None: chosen for every input by the error on held-out windows.
         refit, rounds: see `joint.refine`; refit 0 leaves the kept weights as they are.
-        damp: added to the Gram matrix for refits, as a fraction of its diagonal.
+        target: what weights approximate: "dense", the dense model's outputs, see `target.target`; "layer", what the
+            layer itself makes of its input. Methods other than sparsefw know the second only.
+        damp: added to the Gram matrix for refits and targets, as a fraction of its diagonal.
         memory: bytes that the state of one solve may take; longer stacks are solved in chunks of rows.
     """
 
@@ -41,6 +46,7 @@ class Settings:
     precision: str = "ieee"
     refit: int = 0
     rounds: int = 3
+    target: str = "layer"
     damp: float = 0.1
     memory: int = 4 << 30
 
@@ -50,7 +56,7 @@ class Rows:
     """Stacked rows that read the same input, and what they may keep.
 
     Attributes:
-        W: (rows, d) weight: fp32, or on a GPU the checkpoint's dtype.
+        W: (rows, d) weight, or the target in its place: fp32, or on a GPU the checkpoint's dtype.
         G: (d, d) fp32 Gram matrix of the input.
         saliency: (rows, d) fp32, of the warm start.
         k: kept per row, an int or an int64 tensor (rows,); per group under n:m; in all under `whole`.

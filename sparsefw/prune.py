@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsefw import patterns
 from sparsefw.errors import InputError
 from sparsefw.methods import METHODS, Choice, Rows, Settings, weight_error
+from sparsefw.refit import damped
 from sparsefw.saliency import SALIENCIES
+from sparsefw.target import target
 
 # What `--alpha auto` chooses from (ties go to the first), and on how many rows of the layers that share an input.
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9)
@@ -46,6 +48,7 @@ class LayerResult:
         warm_start: saliency of the warm start.
         alpha: fraction of kept entries fixed by saliency; None where nothing is fixed.
         steps: Frank-Wolfe steps of the first solve.
+        target: "dense" or "layer", see `Settings`; below, W is the target where that is the dense model's output.
         error_warm_start: ||W X - (M * W) X||_F^2 of the warm start's mask, over all calibration tokens.
         error_mask: the same of the best mask found for unchanged weights.
         error: ||W X - Z X||_F^2 of the weights written.
@@ -63,6 +66,7 @@ class LayerResult:
     warm_start: str
     alpha: float | None
     steps: int
+    target: str
     error_warm_start: float
     error_mask: float
     error: float
@@ -70,6 +74,16 @@ class LayerResult:
     relative_error: float
     gap: float | None
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A layer in a stack, and what `prune_layers` was told of it."""
+
+    name: str
+    weight: Tensor
+    budget: int | Tensor | None
+    cross: Tensor | None
 
 
 def prune_layers(
@@ -80,6 +94,7 @@ def prune_layers(
     ops: ModuleType,
     *,
     budgets: list[int | Tensor | None] | None = None,
+    crosses: list[Tensor | None] | None = None,
     held_out: Tensor | None = None,
 ) -> Iterator[LayerResult]:
     """Choose masks and weights of layers that read the same input, write them in place, yield a row for each.
@@ -92,6 +107,8 @@ def prune_layers(
         ops: the kernels, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
         budgets: what each layer keeps where that is not the pattern's share: per row, an int or int64 (out,); in
             all, an int, under a `layer:` pattern.
+        crosses: (out, in) fp32 cross matrix of each layer, over all windows: its target is pruned in place of its
+            weight, see `target`. Used up.
         held_out: (in, in) fp32 Gram matrix of other windows; with it alpha is chosen here, by the error on them.
 
     Raises:
@@ -104,17 +121,20 @@ def prune_layers(
         raise ValueError("held_out: needed where the settings leave alpha open, and only there")
     for name, weight in layers:
         patterns.check_width(settings.pattern, weight.shape[1], name)
-    stack = [(name, weight, budgets[i] if budgets else None) for i, (name, weight) in enumerate(layers)]
+    nothing = [None] * len(layers)
+    stack = [
+        _Part(*one) for one in zip(*zip(*layers, strict=True), budgets or nothing, crosses or nothing, strict=True)
+    ]
     together = METHODS[method].by_rows and not settings.whole
     for part in [stack] if together else [[layer] for layer in stack]:
         try:
             yield from _prune_stack(part, G, method, settings, ops, held_out, together)
         except FloatingPointError as error:
-            raise FloatingPointError(f"{', '.join(name for name, _, _ in part)}: {error}") from error
+            raise FloatingPointError(f"{', '.join(one.name for one in part)}: {error}") from error
 
 
 def _prune_stack(
-    stack: list[tuple[str, Tensor, int | Tensor | None]],
+    stack: list[_Part],
     G: Tensor,
     method: str,
     settings: Settings,
@@ -124,15 +144,16 @@ def _prune_stack(
 ) -> list[LayerResult]:
     started = time.perf_counter()
     saliency = METHODS[method].saliency or settings.warm_start
-    rows = _stacked(stack, G, saliency, settings, together)
     if held_out is not None:
-        settings = replace(settings, alpha=_choose_alpha(rows, held_out, settings, ops))
+        # Of the weights as they are: the targets know the windows held out.
+        own = _stacked([replace(part, cross=None) for part in stack], G, saliency, settings, together, ops)
+        settings = replace(settings, alpha=_choose_alpha(own, held_out, settings, ops))
         # Both sets of windows serve the solve.
         G += held_out
-        rows = _stacked(stack, G, saliency, settings, together)
+    rows = _stacked(stack, G, saliency, settings, together, ops)
     count = len(rows.W)
-    chunk = _chunk(rows.W, settings.memory, stack[0][0]) if together else count
-    weights = [weight for _, weight, _ in stack]
+    chunk = _chunk(rows.W, settings.memory, stack[0].name) if together else count
+    weights = [part.weight for part in stack]
     errors, kept, bounded = [], [], False
     for start in range(0, count, chunk):
         choice = METHODS[method].choose(rows[start : start + chunk], settings, ops)
@@ -146,25 +167,26 @@ def _prune_stack(
     sums = [x[..., : sum(lengths)].split(lengths, dim=-1) for x in (torch.cat(errors, 1), torch.cat(kept))]
     share = (time.perf_counter() - started) / sum(lengths)
     results = []
-    for (name, weight, _), layer_errors, layer_kept in zip(stack, *sums, strict=True):
+    for part, layer_errors, layer_kept in zip(stack, *sums, strict=True):
         warm, mask, error, bound = layer_errors.sum(1).tolist()
         results.append(
             LayerResult(
-                name=name,
-                shape=tuple(weight.shape),
+                name=part.name,
+                shape=tuple(part.weight.shape),
                 pattern=settings.pattern.text,
                 kept=layer_kept.sum().item(),
                 method=method,
                 warm_start=saliency,
                 alpha=settings.alpha if method == "sparsefw" else None,
                 steps=settings.steps if method == "sparsefw" else 0,
+                target="layer" if part.cross is None else "dense",
                 error_warm_start=warm,
                 error_mask=mask,
                 error=error,
                 relative_mask=mask / warm if warm else 1.0,
                 relative_error=error / warm if warm else 1.0,
                 gap=mask - bound if bounded else None,
-                seconds=share * len(weight),
+                seconds=share * len(part.weight),
             )
         )
     return results
@@ -179,28 +201,32 @@ def _chunk(W: Tensor, memory: int, name: str) -> int:
     return min(most, CPU_ROWS) if W.device.type == "cpu" else most
 
 
-def _stacked(
-    stack: list[tuple[str, Tensor, int | Tensor | None]], G: Tensor, saliency: str, settings: Settings, together: bool
-) -> Rows:
+def _stacked(stack: list[_Part], G: Tensor, saliency: str, settings: Settings, together: bool, ops: ModuleType) -> Rows:
     """The layers' rows one below the other; `together`, filled up to a multiple of ROW_UNIT with rows of zeros."""
     pattern = settings.pattern
     # A CPU has no bf16 or fp16 arithmetic worth using; fp32 holds the same weights.
-    parts = [w.float() if w.device.type == "cpu" else w for _, w, _ in stack]
-    saliencies = [SALIENCIES[saliency](W, G.diagonal()) for W in parts]
-    W, S = torch.cat(parts), torch.cat(saliencies)
+    W = torch.cat([part.weight.float() if part.weight.device.type == "cpu" else part.weight for part in stack])
+    lengths = [len(part.weight) for part in stack]
+    missing = -len(W) % ROW_UNIT if together else 0
+    W = nn.functional.pad(W, (0, 0, 0, missing))
+    if any(part.cross is not None for part in stack):
+        B = [torch.zeros(part.weight.shape, device=W.device) if part.cross is None else part.cross for part in stack]
+        B = nn.functional.pad(torch.cat(B), (0, 0, 0, missing))
+        chunk = _chunk(W, settings.memory, stack[0].name) if together else len(W)
+        with damped(G, settings.damp):
+            for rows, b in zip(W.split(chunk), B.split(chunk), strict=True):
+                rows.copy_(target(rows, G, b, settings.refit, precision=settings.precision, ops=ops))
+    saliencies = [SALIENCIES[saliency](part, G.diagonal()) for part in W[: sum(lengths)].split(lengths)]
     if settings.whole:
         k = patterns.kept_in_layer(pattern, *W.shape)
     else:
-        ks = [patterns.budget(pattern, s, kept) for s, (_, _, kept) in zip(saliencies, stack, strict=True)]
+        ks = [patterns.budget(pattern, s, part.budget) for s, part in zip(saliencies, stack, strict=True)]
         k = ks[0]
         if any(isinstance(one, Tensor) or one != k for one in ks):
-            k = torch.cat(
-                [torch.as_tensor(one, device=W.device).expand(len(w)) for one, w in zip(ks, parts, strict=True)]
-            )
-    if missing := together and -len(W) % ROW_UNIT:
-        W, S = (torch.cat([X, X.new_zeros(missing, X.shape[1])]) for X in (W, S))
-        k = torch.cat([k, k.new_zeros(missing)]) if isinstance(k, Tensor) else k
-    return Rows(W, G, S, k, stack[0][1].dtype)
+            k = torch.cat([torch.as_tensor(one, device=W.device).expand(n) for one, n in zip(ks, lengths, strict=True)])
+            k = nn.functional.pad(k, (0, missing))
+    S = nn.functional.pad(torch.cat(saliencies), (0, 0, 0, missing))
+    return Rows(W, G, S, k, stack[0].weight.dtype)
 
 
 def _choose_alpha(rows: Rows, held_out: Tensor, settings: Settings, ops: ModuleType) -> float:

@@ -75,12 +75,9 @@ def inverse_diagonal(G: Tensor) -> Tensor:
 def refit(
     W: Tensor, G: Tensor, mask: Tensor, start: Tensor, steps: int, *, precision: str = "ieee", ops: ModuleType
 ) -> Fit:
-    """Fit the kept weights by preconditioned conjugate gradients.
+    """Fit the kept weights by `descend`.
 
-        r = mask * R, z = r / diag(G), p = z; then per step and row
-        a = <r, z> / <p, p G>;  Z += a p;  R -= a p G;  r = mask * R;  p = z + (<r, z> / <r, z>_before) p
-
-    No step raises the error. Kept weights of dead inputs stay as they start, and rows without weights stay empty.
+    Kept weights of dead inputs stay as they start, and rows without weights stay empty.
 
     Args:
         W: (rows, d) the layer's weight, fp32 / bf16 / fp16.
@@ -91,13 +88,33 @@ def refit(
         precision: of the products.
         ops: the operations, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
     """
+    Z = start.masked_fill(~mask, 0)
+    R = ops.product(W - Z, operand(G, precision), precision=precision)
+    descend(Z, R, G, mask, steps, precision=precision, ops=ops)
+    return Fit(mask, Z, R, ((W - Z) * R).sum(1))
+
+
+def descend(
+    Z: Tensor, R: Tensor, G: Tensor, mask: Tensor | None, steps: int, *, precision: str = "ieee", ops: ModuleType
+) -> None:
+    """Preconditioned conjugate gradients on `sum(Z * (Z G)) / 2 - sum(Z * B)` for R = B - Z G, in place.
+
+        r = mask * R, z = r / diag(G), p = z; then per step and row
+        a = <r, z> / <p, p G>;  Z += a p;  R -= a p G;  r = mask * R;  p = z + (<r, z> / <r, z>_before) p
+
+    No step raises the objective.
+
+    Args:
+        Z, R: (rows, d) fp32, the weights and their residual; both are moved.
+        G: (d, d) fp32, damped as it should be.
+        mask: (rows, d) bool, the weights that move; None moves all.
+        steps, precision, ops: as in `refit`.
+    """
     G_operand = operand(G, precision)
     inverse = inverse_diagonal(G)
-    Z = start.masked_fill(~mask, 0)
-    R = ops.product(W - Z, G_operand, precision=precision)
     P, U, rz, enough = torch.zeros_like(Z), torch.empty_like(Z), None, None
     for _ in range(steps):
-        r = R.masked_fill(~mask, 0)
+        r = R if mask is None else R.masked_fill(~mask, 0)
         z = r * inverse
         before, rz = rz, (r * z).sum(1, keepdim=True)
         enough = CONVERGED * rz if enough is None else enough
@@ -106,7 +123,6 @@ def refit(
         a = _ratio(rz, (P * U).sum(1, keepdim=True)).masked_fill_(rz <= enough, 0)
         Z.addcmul_(P, a)
         R.addcmul_(U, -a)
-    return Fit(mask, Z, R, ((W - Z) * R).sum(1))
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

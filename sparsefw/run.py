@@ -18,7 +18,7 @@ from sparsefw import patterns
 from sparsefw.errors import InputError, first_line
 from sparsefw.frank_wolfe import STEP_RULES
 from sparsefw.kernels.reference import PRECISIONS
-from sparsefw.methods import METHODS, Settings
+from sparsefw.methods import METHODS, TARGETS, Settings
 from sparsefw.saliency import SALIENCIES
 
 DEFAULT = "default"
@@ -30,13 +30,15 @@ PRESETS = {
     "sparsefw": {"step_rule": "line-search", "steps": 30, "alpha": 0.0, "penalty": 1.0, "refit": 4, "rounds": 3},
     "paper": {"step_rule": "open-loop", "steps": 2000, "alpha": 0.9, "penalty": 0.0, "refit": 0, "rounds": 0},
 }
+# With a refit, and without: kept weights that stay as they are cannot make up for anything.
+TARGET, TARGET_WITHOUT_REFIT = "dense", "layer"
 
 # Fixing half of the kept weights helps the perplexity of unchanged ones; refitted ones are better off free, and so are
 # the groups of n:m, which fixed entries leave little choice.
 ALPHA_WITHOUT_REFIT = 0.5
 
 # Flags that only Frank-Wolfe listens to.
-FRANK_WOLFE = ("warm_start", "steps", "step_rule", "alpha", "penalty", "refit", "rounds")
+FRANK_WOLFE = ("warm_start", "steps", "step_rule", "alpha", "penalty", "refit", "rounds", "target")
 
 # Least and greatest value of a flag.
 RANGES = {
@@ -104,6 +106,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "removed ones, in each refit; 0 leaves kept weights as they are (default: the preset's)")  # fmt: skip
     add("--rounds", type=int, metavar="N", help="rounds of choosing the mask again for refitted weights; 0 only refits "
         "(default: the preset's)")  # fmt: skip
+    add("--target", choices=TARGETS, help="what refitted weights approximate. dense: the dense model's outputs, so "
+        "that layers make up for pruned ones before them; layer: what the layer itself makes of its input, in half the "
+        "time for forward passes (default: dense; layer with --refit 0)")  # fmt: skip
     add("--allocation", choices=("uniform", "owl", "error"), default="uniform", help="how blocks share the sparsity: "
         "all alike, by outliers (OWL), or by measured errors (default: uniform)")  # fmt: skip
     add("--solver-memory", type=float, default=4.0, metavar="GIB", help="the state of one solve takes at most this, in "
@@ -144,7 +149,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if not arguments.refit:
         if "rounds" in given and arguments.rounds:
             raise InputError("--rounds: masks are chosen again for refitted weights, and --refit 0 refits none")
+        if arguments.target == "dense":
+            raise InputError("--target dense: only refitted weights can approximate it, and --refit 0 refits none")
         arguments.rounds = 0
+    arguments.target = arguments.target or (TARGET if arguments.refit else TARGET_WITHOUT_REFIT)
     return arguments
 
 
@@ -183,6 +191,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         precision=arguments.precision,
         refit=arguments.refit,
         rounds=arguments.rounds,
+        target=arguments.target,
         memory=int(arguments.solver_memory * 2**30),
     )
 

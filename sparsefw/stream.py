@@ -53,11 +53,6 @@ class Stream:
         """Another stream at the same point; the two then run apart."""
         return Stream(list(self.hidden), self.calls)
 
-    def part(self, share: float) -> tuple["Stream", "Stream"]:
-        """Two streams: all micro-batches but the last, and that share of them, the last (at least one of each)."""
-        first = len(self.hidden) - max(1, round(share * len(self.hidden)))
-        return Stream(self.hidden[:first], self.calls[:first]), Stream(self.hidden[first:], self.calls[first:])
-
 
 class StreamedModel:
     """A checkpoint's model: embeddings, final norm and head on `device`, blocks there only while they are used.
@@ -186,19 +181,22 @@ class StreamedModel:
         return block.to(self.device)
 
     @torch.no_grad()
-    def forward(self, i: int, stream: Stream, *, advance: bool) -> None:
-        """Run a stream through block i; with `advance` its output becomes the next block's input.
+    def output(self, i: int, stream: Stream, j: int, block: nn.Module | None = None) -> Tensor:
+        """Micro-batch j of a stream after block i, or after another module in its place; (batch, seqlen, d)."""
+        args, kwargs = stream.calls[j][i]
+        out = (block or self.blocks[i])(stream.hidden[j].to(self.device), *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def advance(self, i: int, stream: Stream, block: nn.Module | None = None) -> None:
+        """Run a stream through block i, or another module in its place: its output is the next block's input.
 
         Raises:
-            InputError: `advance`, and the output holds NaN or Inf.
+            InputError: the output holds NaN or Inf.
         """
-        for j, hidden in enumerate(stream.hidden):
-            args, kwargs = stream.calls[j][i]
-            out = self.blocks[i](hidden.to(self.device), *args, **kwargs)
-            if advance:
-                out = out[0] if isinstance(out, tuple) else out
-                check_finite(f"activations after {self.names[i]}", out)
-                stream.hidden[j] = out.cpu()
+        for j in range(len(stream.hidden)):
+            out = self.output(i, stream, j, block)
+            check_finite(f"activations after {self.names[i]}", out)
+            stream.hidden[j] = out.cpu()
 
     @torch.no_grad()
     def loss(self, ids: Tensor, hidden: Tensor) -> float:

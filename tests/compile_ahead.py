@@ -121,7 +121,7 @@ def step(rows: int, d: int, k: int | Tensor, fixed: bool = True, **options) -> o
 
 def cases() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
     """Name, targets and launch of every case: realistic shapes, each configuration at least once."""
-    from sparsefw.kernels.fused import convex_update, gradient, gram_accumulate, lmo, product
+    from sparsefw.kernels.fused import convex_update, cross_accumulate, gradient, gram_accumulate, lmo, product
 
     every, nvidia, hopper = tuple(TARGETS), ("sm_80", "sm_90"), ("sm_90",)
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -150,6 +150,16 @@ def cases() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
     yield "gram bf16 4096", every, lambda: gram_accumulate(empty(4096, 4096), empty(2048, 4096, bf16))
     yield "gram bf16 14336", hopper, lambda: gram_accumulate(empty(14336, 14336), empty(2048, 14336, bf16))
     yield "gram tf32 4096", nvidia, lambda: gram_accumulate(empty(4096, 4096), empty(2048, 4096), precision="tf32")
+
+    def cross(rows: int, d: int, dtype: torch.dtype, precision: str = "ieee") -> Callable[[], object]:
+        inputs = empty(2048, rows, dtype), empty(2048, d, dtype)
+        return lambda: cross_accumulate(empty(rows, d), *inputs, precision=precision)
+
+    yield "cross bf16 1536x576", hopper, cross(1536, 576, bf16)
+    yield "cross bf16 4096x4096", every, cross(4096, 4096, bf16)
+    yield "cross bf16 4096x14336", hopper, cross(4096, 14336, bf16)
+    yield "cross tf32 4096x4096", nvidia, cross(4096, 4096, fp32, "tf32")
+    yield "cross ieee 576x576", nvidia, cross(576, 576, fp32)
 
     for d, targets in ((576, hopper), (4096, every), (8192, hopper), (14336, every), (28672, every), (65536, every)):
         yield (

@@ -9,7 +9,10 @@ from families import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefw import data
+from sparsefw.kernels import reference
+from sparsefw.refit import damped
 from sparsefw.run import main
+from sparsefw.target import target as target_of
 
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
 
@@ -55,6 +58,64 @@ def test_blocks_are_calibrated_on_what_the_pruned_blocks_before_them_give(pruned
         block.load_state_dict(after)
         for name, error in truth.items():
             assert errors[f"model.layers.{i}.{name}.weight"] == pytest.approx(error, rel=1e-3)
+
+
+def linears_seen(model, ids):
+    """Inputs of all linear modules inside the blocks, by name, as matrices in double."""
+    seen = {}
+
+    def keep(module, x, name):
+        seen[name] = x[0].reshape(-1, x[0].shape[-1]).double()
+
+    handles = [
+        m.register_forward_pre_hook(functools.partial(keep, name=name))
+        for name, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and "layers" in name
+    ]
+    hidden = model(ids, output_hidden_states=True).hidden_states
+    for handle in handles:
+        handle.remove()
+    return seen, hidden
+
+
+@torch.no_grad()
+def test_layers_approximate_what_the_dense_model_puts_out(tmp_path):
+    """Errors against their definition: each input as the layers pruned before it leave it, even in the same block."""
+    source = save_model(tmp_path / "model", "llama")
+    (tmp_path / "text.txt").write_text(TEXT)
+    flags = ["--nsamples", "40", "--seqlen", "32", "--kernel", "torch", "--precision", "ieee", "--steps", "9"]
+    lost = {}
+    for target in ("dense", "layer"):
+        places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / target)]
+        assert main([*places, *flags, "--target", target]) == 0
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        ids = data.calibration_windows(tokenizer, str(tmp_path / "text.txt"), nsamples=40, seqlen=32, seed=0).ids
+        dense, sparse = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / target))
+        (X_dense, hidden_dense), (X, hidden) = linears_seen(dense, ids), linears_seen(sparse, ids)
+        lost[target] = [(a - b).square().sum().item() for a, b in zip(hidden_dense[1:], hidden[1:], strict=True)]
+        if target == "layer":
+            continue
+        report = json.loads((tmp_path / target / "report.json").read_text())
+        errors = {row["name"]: row["error"] for row in report["layers"]}
+        assert {row["target"] for row in report["layers"]} == {"dense"}
+        for i in range(3):
+            block = f"model.layers.{i}"
+            # The last of the hidden states has passed the final norm: what the last block put out is not among them.
+            stream = {"mlp.down_proj": hidden_dense[i + 1] - hidden[i + 1]} if i < 2 else {}
+            for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", *stream):
+                module = f"{block}.{name}"
+                W, Z = (m.get_submodule(module).weight.double() for m in (dense, sparse))
+                lacks = (X_dense[module] - X[module]) @ W.T
+                if name in stream:
+                    # What the stream lacks beside the layer's own pruning.
+                    lacks = stream[name].reshape(lacks.shape).double() - X[module] @ (W - Z).T
+                G, B = (X[module].T @ X[module]).float(), (lacks.T @ X[module]).float()
+                with damped(G, 0.1):
+                    T = target_of(W.float(), G, B, 4, ops=reference).double()
+                error = ((T - Z) @ X[module].T).square().sum().item()
+                assert errors[f"{module}.weight"] == pytest.approx(error, rel=1e-3), module
+    # It is what they are for: less is lost, by block.
+    assert all(a < b for a, b in zip(lost["dense"], lost["layer"], strict=True))
 
 
 def test_seconds_and_memory_are_reported(pruned):

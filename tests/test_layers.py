@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsefw import checkpoint
 from sparsefw.kernels import reference
-from sparsefw.layers import capture
+from sparsefw.layers import capture, not_pruned
 from sparsefw.stream import StreamedModel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,21 +27,25 @@ SHARED = {
 TOKENS = torch.randint(2, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))
 
 
-def capture_first_block(folder, ids=TOKENS):
+def first_block(folder, ids=TOKENS):
+    """The first block, what runs a micro-batch through it, and their numbers."""
     model = StreamedModel(checkpoint.inspect(folder), DEVICE)
     stream = model.start(ids, 2)
-    block = model.open(0)
+    return model.open(0), lambda j: model.output(0, stream, j), range(len(stream.hidden))
 
-    def run():
-        model.forward(0, stream, advance=False)
 
-    return block, run, capture(block, run, ops=reference, precision="ieee")
+def capture_first_block(folder, ids=TOKENS):
+    block, run, batches = first_block(folder, ids)
+    layers, grams, crosses = capture(block, run, batches, ops=reference, precision="ieee")
+    assert crosses == {}
+    return block, layers, grams, not_pruned(block, [layer.name for layer in layers])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gram_is_that_of_the_inputs(family, tmp_path):
     """Against forward hooks on the linear modules, for every family that has them."""
-    block, run, (layers, grams, _) = capture_first_block(save_model(tmp_path, family))
+    block, run, batches = first_block(save_model(tmp_path, family))
+    layers, grams, _ = capture(block, run, batches, ops=reference, precision="ieee")
     truth = {}
 
     def hook(name, args):
@@ -51,7 +55,8 @@ def test_gram_is_that_of_the_inputs(family, tmp_path):
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda _m, args, name=name: hook(f"{name}.weight", args))
-    run()
+    for j in batches:
+        run(j)
     found = {layer.name: layer for layer in layers}
     assert truth
     for name, G in truth.items():
@@ -62,7 +67,7 @@ def test_gram_is_that_of_the_inputs(family, tmp_path):
 
 @pytest.mark.parametrize("family", SHARED)
 def test_layers_that_read_the_same_input_share_one_gram(family, tmp_path):
-    _, _, (layers, grams, dense) = capture_first_block(save_model(tmp_path, family))
+    _, layers, grams, dense = capture_first_block(save_model(tmp_path, family))
     for first, count in SHARED[family].items():
         assert sum(layer.gram == f"{first}.weight" for layer in layers) == count
     assert set(grams) == {layer.gram for layer in layers}
@@ -71,7 +76,7 @@ def test_layers_that_read_the_same_input_share_one_gram(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_every_expert_is_a_layer_and_the_router_stays_dense(family, tmp_path):
-    block, _, (layers, _, dense) = capture_first_block(save_model(tmp_path, family))
+    block, layers, _, dense = capture_first_block(save_model(tmp_path, family))
     names = [layer.name for layer in layers]
     for e in range(4):
         assert f"mlp.experts.gate_up_proj[{e}]" in names
@@ -87,7 +92,7 @@ def test_every_expert_is_a_layer_and_the_router_stays_dense(family, tmp_path):
 def test_experts_without_tokens_are_named(tmp_path):
     folder = save_model(tmp_path, "mixtral")
     # One token reaches two of the four experts.
-    _, _, (layers, _, dense) = capture_first_block(folder, torch.tensor([[5]]))
+    _, layers, _, dense = capture_first_block(folder, torch.tensor([[5]]))
     used = {layer.name for layer in layers}
     idle = [e for e in range(4) if f"mlp.experts.gate_up_proj[{e}]" not in used]
     assert idle
@@ -98,7 +103,7 @@ def test_transposed_weights_are_seen_as_out_by_in():
     """Conv1D of GPT-2 stores (in, out) and calls addmm."""
     block = Conv1D(12, 8).requires_grad_(False)
     x = torch.randn(5, 8)
-    (layer,), grams, _ = capture(block, lambda: block(x), ops=reference, precision="ieee")
+    (layer,), grams, _ = capture(block, lambda j: block(x), [0], ops=reference, precision="ieee")
     assert layer.weight.shape == (12, 8)
     torch.testing.assert_close(grams["weight"], x.T @ x)
     layer.weight[3].zero_()
@@ -109,27 +114,24 @@ def test_inputs_are_let_go_after_their_micro_batch():
     block = nn.Linear(8, 6).requires_grad_(False)
     alive = []
 
-    def run():
-        for _ in range(3):
-            x = torch.randn(5, 8)
-            alive.append(weakref.ref(x))
-            block(x)
-            del x
-            assert sum(ref() is not None for ref in alive) <= 1
+    def run(j):
+        assert not any(ref() is not None for ref in alive)
+        x = torch.randn(5, 8)
+        alive.append(weakref.ref(x))
+        block(x)
 
-    capture(block, run, ops=reference, precision="ieee")
+    capture(block, run, range(3), ops=reference, precision="ieee")
     assert not any(ref() is not None for ref in alive)
 
 
 def test_a_part_of_a_matrix_is_not_a_layer():
     block = nn.Linear(8, 6, bias=False)
     x = torch.randn(5, 8)
-    layers, _, dense = capture(_Half(block), lambda: None, ops=reference, precision="ieee")
-    assert layers == []
     half = _Half(block)
-    layers, _, dense = capture(half, lambda: half(x), ops=reference, precision="ieee")
+    layers, grams, _ = capture(half, lambda j: half(x), [0], ops=reference, precision="ieee")
     assert layers == []
-    assert dense == ["inner.weight"]
+    assert grams == {}
+    assert not_pruned(half, []) == ["inner.weight"]
 
 
 class _Half(nn.Module):

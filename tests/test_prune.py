@@ -9,6 +9,8 @@ from sparsefw.errors import InputError
 from sparsefw.kernels import reference
 from sparsefw.methods import METHODS, Method, Settings
 from sparsefw.prune import ALPHAS, BYTES_PER_ENTRY, ROW_UNIT, prune_layers
+from sparsefw.refit import damped
+from sparsefw.target import target
 
 D = 96
 # Of one row too: a product of one row takes another path through the library.
@@ -103,6 +105,59 @@ class TestStack:
         for name, view in views:
             assert torch.equal(view, expected[0][name])
         assert wide[:, 0].abs().sum() + wide[:, 38:].abs().sum() + block[::2].abs().sum() == 0
+
+
+class TestTargets:
+    """Layers with a cross matrix: their targets are pruned in place of their weights."""
+
+    def crosses(self, layers=ROWS, d=D):
+        return [200 * torch.randn(n, d, generator=generator(50 + i)) for i, n in enumerate(layers)]
+
+    @pytest.mark.parametrize("text", PATTERNS)
+    def test_pruned_in_place_of_the_weights(self, text):
+        """As pruning the target by itself; a layer without a cross matrix in the same stack is its own target."""
+        layers, how, G = make_layers(dtype=torch.float32), settings(text), make_gram()
+        crosses = self.crosses()
+        with damped(G, how.damp):
+            targets = [
+                (name, target(W, G, B.clone(), how.refit, ops=reference))
+                for (name, W), B in zip(layers, crosses, strict=True)
+            ]
+        targets[2], crosses[2] = layers[2], None
+        assert all((T - W).abs().max() > 0.1 for (_, T), (_, W) in zip(targets, layers, strict=True) if T is not W)
+        found, expected = run(layers, G, how=how, crosses=crosses), run(targets, G, how=how)
+        assert [row.target for row in found[1]] == ["dense", "dense", "layer", "dense"]
+        for name, Z in expected[0].items():
+            assert torch.equal(found[0][name] != 0, Z != 0)
+            torch.testing.assert_close(found[0][name], Z, rtol=1e-4, atol=1e-4)
+        for a, b in zip(found[1], expected[1], strict=True):
+            assert [getattr(a, e) for e in ERRORS] == pytest.approx([getattr(b, e) for e in ERRORS], rel=1e-3)
+
+    @pytest.mark.parametrize("text", PATTERNS)
+    def test_stacks_and_chunks_change_nothing(self, text):
+        layers = make_layers()
+        unit = BYTES_PER_ENTRY * D * ROW_UNIT
+        together, small = (
+            run(layers, how=settings(text, memory=memory), crosses=self.crosses()) for memory in (1 << 40, unit)
+        )
+        assert_same(together, small)
+        alone = [run([layer], how=settings(text), crosses=[B]) for layer, B in zip(layers, self.crosses(), strict=True)]
+        assert_same(
+            together, ({n: W for one, _ in alone for n, W in one.items()}, [r for _, one in alone for r in one])
+        )
+
+    def test_gram_matrix_stays(self):
+        G = make_gram()
+        before = G.clone()
+        list(prune_layers(make_layers(), G, "sparsefw", settings(), reference, crosses=self.crosses()))
+        assert torch.equal(G, before)
+
+    def test_alpha_is_chosen_for_the_weights_themselves(self):
+        layers, G, held_out, how = make_layers(), make_gram(), make_gram(seed=9, tokens=50), settings(alpha=None)
+        with_targets = run(layers, G, how=how, held_out=held_out, crosses=self.crosses())
+        assert {row.alpha for row in with_targets[1]} == {run(layers, G, how=how, held_out=held_out)[1][0].alpha}
+        known = prune.replace(how, alpha=with_targets[1][0].alpha)
+        assert_same(with_targets, run(layers, G + held_out, how=known, crosses=self.crosses()))
 
 
 class TestWritten:

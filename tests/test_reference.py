@@ -61,6 +61,14 @@ def test_gram_against_float64(dtype):
     assert ((G - expected).abs() <= 1e-5 * expected.abs().max()).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cross_against_float64(dtype):
+    D, X, B = normal(200, 37, dtype=dtype), normal(200, 131, seed=1, dtype=dtype), normal(37, 131, seed=2)
+    expected = B.double() + D.double().T @ X.double()
+    assert reference.cross_accumulate(B, D, X) is B
+    assert ((B - expected).abs() <= 1e-5 * expected.abs().max()).all()
+
+
 @pytest.mark.parametrize("group", [0, 7])
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("positive", [False, True])

@@ -183,6 +183,31 @@ def test_alpha_auto(refit, tmp_path, text):
     assert report["arguments"]["alpha"] == "auto"
 
 
+@pytest.mark.parametrize(
+    ("flags", "target"),
+    [
+        ([], "dense"),
+        (["--refit", "2"], "dense"),
+        (["--refit", "0"], "layer"),
+        (["--preset", "paper"], "layer"),
+        (["--preset", "paper", "--refit", "2"], "dense"),
+        (["--target", "layer"], "layer"),
+    ],
+)
+def test_default_target(flags, target):
+    assert parse_arguments(flags).target == target
+
+
+def test_experts_are_their_own_targets(tmp_path, text):
+    """They are sent other tokens than in the dense model; the report says whose outputs were approximated."""
+    source = save_model(tmp_path / "model", "qwen3_moe")
+    assert run(source, text, tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    for row in report["layers"]:
+        assert row["target"] == ("layer" if "experts" in row["name"] else "dense")
+    assert report["kept_dense"] == [f"model.layers.{i}.mlp.gate.weight" for i in range(3)]
+
+
 def test_several_held_out_texts(tmp_path, text, capsys):
     source = save_model(tmp_path / "model", "llama")
     (tmp_path / "other.txt").write_text("Something else altogether, and more of it. " * 100)
@@ -254,6 +279,9 @@ class TestRefused:
             (["--alpha", "auto", "--nsamples", "1"], ["--alpha auto", "1 micro-batch"]),
             (["--refit", "-1"], ["--refit -1"]),
             (["--refit", "0", "--rounds", "2"], ["--rounds", "--refit 0"]),
+            (["--refit", "0", "--target", "dense"], ["--target dense", "--refit 0"]),
+            (["--preset", "paper", "--target", "dense"], ["--target dense", "--refit 0"]),
+            (["--method", "wanda", "--target", "layer"], ["--target", "--method wanda"]),
             (["--method", "wanda", "--refit", "3"], ["--refit", "--method wanda"]),
             (["--allocation", "owl", "--sparsity", "2:4"], ["--allocation owl", "2:4"]),
             (["--allocation", "error", "--method", "sparsegpt"], ["--allocation error", "sparsegpt"]),

@@ -27,7 +27,7 @@ def stream_through(model, ids, batch_size):
     stream = model.start(ids, batch_size)
     for i in range(len(model.blocks)):
         model.open(i)
-        model.forward(i, stream, advance=True)
+        model.advance(i, stream)
     return stream
 
 
@@ -75,9 +75,9 @@ def test_forked_streams_run_apart(tmp_path):
     model = open_model(save_model(tmp_path, "llama"))
     one = model.start(tokens(), 5)
     two = one.fork()
-    model.forward(0, one, advance=True)
+    model.advance(0, one)
     assert not torch.equal(one.hidden[0], two.hidden[0])
-    model.forward(0, two, advance=True)
+    model.advance(0, two)
     assert torch.equal(one.hidden[0], two.hidden[0])
 
 
@@ -113,9 +113,9 @@ class TestRefused:
         whole.save_pretrained(tmp_path / "b")
         model = open_model(tmp_path / "b")
         stream = model.start(tokens(), 5)
-        model.forward(0, stream, advance=True)
+        model.advance(0, stream)
         with pytest.raises(InputError, match=r"activations after model\.layers\.1"):
-            model.forward(1, stream, advance=True)
+            model.advance(1, stream)
 
     def test_tokens_without_an_embedding(self, tmp_path):
         model = open_model(save_model(tmp_path, "llama"))

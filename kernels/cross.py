@@ -1,0 +1,107 @@
+"""cross_accumulate: B += D^T X in place.
+
+    D (tokens, rows), X (tokens, d) fp32 / bf16 / fp16, of the same dtype     B (rows, d) fp32
+
+    flops = 2 tokens rows d
+    bytes = tokens (rows + d) size(X) + 8 rows d           (D and X once; B read and written)
+
+Each entry belongs to one program: no atomics, the same bits every time. Products of bf16 and fp16 inputs are exact,
+`precision` is that of fp32 inputs; accumulation is in fp32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import dot
+from .launch import FLOATS, check, check_matrix, on_device, platform
+from .product import DTYPES
+
+
+def configuration(rows: int, d: int, size: int) -> dict[str, int]:
+    """Tile sizes and launch options for (rows, d) and inputs of `size` bytes."""
+    where = platform()
+    if where == "interpreter":
+        return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8)
+    BLOCK_K, stages = 128 // size, dict(hip=2, sm_80=3, sm_90=4)[where]
+    if triton.cdiv(rows, 128) * triton.cdiv(d, 128) < 128:
+        # Too few large tiles to fill a GPU.
+        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=4, num_stages=stages)
+    # Larger tiles spill in the epilogue, which holds a tile of B beside the sums.
+    if where == "hip":
+        return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K // 2, GROUP_M=8, num_warps=4, num_stages=stages)
+    return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=stages)
+
+
+@triton.jit
+def _cross_kernel(
+    B, D, X, tokens, rows, d, stride_br, stride_bd, stride_dt, stride_dr, stride_xt, stride_xd,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Grouped order: programs that run together share columns of D and of X in the cache.
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(d, BLOCK_N)
+    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    within = pid % (GROUP_M * tiles_n)
+    offs_m = (first_m + within % group_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = within // group_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+
+    # A mask, not a clamp as in product.py: here these columns are the contiguous axis of the loads.
+    valid_m = offs_m < rows
+    valid_n = offs_n < d
+    token = offs_k.to(tl.int64)
+    # D is read as D^T: 16-bit tiles that are transposed after their load are not loaded ahead on sm_80.
+    d_ptrs = D + token[None, :] * stride_dt + offs_m.to(tl.int64)[:, None] * stride_dr
+    x_ptrs = X + token[:, None] * stride_xt + offs_n.to(tl.int64)[None, :] * stride_xd
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, tokens, BLOCK_K):
+        valid_k = offs_k < tokens - start
+        a = tl.load(d_ptrs, mask=valid_m[:, None] & valid_k[None, :], other=0.0)
+        b = tl.load(x_ptrs, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
+        acc = dot(a, b, acc, DTYPE, PRECISION)
+        d_ptrs += BLOCK_K * stride_dt
+        x_ptrs += BLOCK_K * stride_xt
+
+    valid = valid_m[:, None] & valid_n[None, :]
+    b_ptrs = B + offs_m.to(tl.int64)[:, None] * stride_br + offs_n.to(tl.int64)[None, :] * stride_bd
+    tl.store(b_ptrs, tl.load(b_ptrs, mask=valid, other=0.0) + acc, mask=valid)
+
+
+def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
+    """B += D^T X in place; see `reference.cross_accumulate`, which it equals up to rounding.
+
+    Args:
+        B: (rows, d) fp32, any strides.
+        D: (tokens, rows), dtype of X, any strides.
+        X: (tokens, d), fp32 / bf16 / fp16, any strides.
+        precision: "ieee" or "tf32", of fp32 inputs.
+
+    Returns:
+        B.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit this description.
+    """
+    tokens, d = check_matrix("X", X, FLOATS)
+    rows = check_matrix("D", D, (X.dtype,))[1]
+    check("D", D, (tokens, rows), (X.dtype,), X)
+    check("B", B, (rows, d), (torch.float32,), X)
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision: expected ieee or tf32, got {precision!r}")
+    if X.numel() == 0 or D.numel() == 0:
+        return B
+    config = configuration(rows, d, X.element_size())
+    grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"]),)
+    with on_device(X):
+        _cross_kernel[grid](
+            B=B, D=D, X=X, tokens=tokens, rows=rows, d=d,
+            stride_br=B.stride(0), stride_bd=B.stride(1), stride_dt=D.stride(0), stride_dr=D.stride(1),
+            stride_xt=X.stride(0), stride_xd=X.stride(1),
+            DTYPE=DTYPES[X.dtype], PRECISION=precision, enable_fp_fusion=True, **config,
+        )  # fmt: skip
+    return B
