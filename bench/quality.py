@@ -32,6 +32,7 @@ from sparsefw.refit import damped, refit
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 MASKS, DEFAULT, SPARSEGPT = "masks only (`--refit 0`)", "the default", "SparseGPT"
+LAYERWISE = "layer by layer (`--target layer`)"
 
 # Name in the table: flags of the run.
 METHODS_OF_TABLE = {
@@ -44,6 +45,7 @@ METHODS_OF_TABLE = {
     SPARSEGPT: ["--method", "sparsegpt"],
     "ADMM": ["--method", "admm"],
     "ADMM + refit": ["--method", "admm-refit"],
+    LAYERWISE: ["--target", "layer"],
     DEFAULT: [],
 }
 
@@ -88,9 +90,10 @@ class Study:
 
 
 def resolved(flags: Sequence[str]) -> dict:
-    """What flags of a method stand for, with defaults."""
+    """What flags of a method stand for, with defaults, as far as the method listens to them."""
     arguments = vars(sparsefw.run.parse_arguments(list(flags)))
-    return {name: arguments[name] for name in ("method", "allocation", *sparsefw.run.FRANK_WOLFE)}
+    names = sparsefw.run.FRANK_WOLFE if arguments["method"] == "sparsefw" else ()
+    return {name: arguments[name] for name in ("method", "allocation", *names)}
 
 
 def rows_of_table(settings: bool) -> list[tuple[str, list[str], tuple[str, ...]]]:

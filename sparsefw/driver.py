@@ -69,6 +69,21 @@ class Outcome:
         self.seconds[phase] += time.perf_counter() - started
 
 
+@dataclass
+class _Dense:
+    """The dense model before a block, for a method whose layers approximate its outputs.
+
+    Attributes:
+        block: the block as it was.
+        stream: the calibration windows in the dense model.
+        ahead: by micro-batch, the block's output, on the host, where a stage has run all of the block.
+    """
+
+    block: nn.Module
+    stream: Stream
+    ahead: dict[int, Tensor] = field(default_factory=dict)
+
+
 def prune_model(
     model: StreamedModel,
     calibration: Windows,
@@ -116,7 +131,7 @@ def prune_model(
             if method != methods[0]:
                 _restore(block, dense)
             stream = calibrating[method]
-            follows = (dense, calibrating[DENSE]) if followed and method == "sparsefw" else None
+            follows = _Dense(dense, calibrating[DENSE]) if followed and method == "sparsefw" else None
             kept = budgets[i] if budgets else {}
             _prune_block(model, i, stream, follows, method, settings, ops, kept, outcome, on_layer)
             with outcome.clock("forward"):
@@ -124,9 +139,9 @@ def prune_model(
             if held_out:
                 with outcome.clock("evaluate"):
                     _advance(model, i, held_out, method)
-        if followed:
-            with outcome.clock("forward"):
-                model.advance(i, calibrating[DENSE], dense)
+            if follows:
+                with outcome.clock("forward"):
+                    model.advance(i, follows.stream, dense, follows.ahead)
         with outcome.clock("write"):
             writer.write(model.block_tensors(i))
             model.close(i)
@@ -143,7 +158,7 @@ def _prune_block(
     model: StreamedModel,
     i: int,
     stream: Stream,
-    follows: tuple[nn.Module, Stream] | None,
+    follows: _Dense | None,
     method: str,
     settings: Settings,
     ops: ModuleType,
@@ -151,7 +166,7 @@ def _prune_block(
     outcome: Outcome,
     on_layer: Callable[[LayerResult], None],
 ) -> None:
-    """Prune block i; `follows`: the block and the stream of the dense model, whose outputs are approximated."""
+    """Prune block i; with `follows` its layers approximate the dense model's outputs."""
     prefix, block = model.names[i], model.blocks[i]
     batches = range(len(stream.hidden))
     kept_out = batches[:0]
@@ -206,13 +221,15 @@ def _capture(
     settings: Settings,
     ops: ModuleType,
     stage: Stage | None = None,
-    follows: tuple[nn.Module, Stream] | None = None,
+    follows: _Dense | None = None,
 ) -> tuple[list[Layer], dict[str, Tensor], dict[str, Tensor]]:
     """`layers.capture` of block i, its Gram matrices checked."""
-    prefix, dense = model.names[i], None
-    if follows:
-        block, undisturbed = follows
-        dense = (block, lambda j: model.output(i, undisturbed, j, block))
+    prefix = model.names[i]
+
+    def run_dense(j: int) -> None:
+        # Comes back only where the stage needs the whole block.
+        follows.ahead[j] = model.output(i, follows.stream, j, follows.block).cpu()
+
     layers, grams, crosses = capture(
         model.blocks[i],
         lambda j: model.output(i, stream, j),
@@ -220,7 +237,7 @@ def _capture(
         ops=ops,
         precision="ieee" if settings.precision == "ieee" else "tf32",
         stage=stage,
-        dense=dense,
+        dense=(follows.block, run_dense) if follows else None,
     )
     if not layers:
         raise InputError(f"{prefix}: unsupported model: no matrix of this block was seen in a product")

@@ -187,14 +187,22 @@ class StreamedModel:
         out = (block or self.blocks[i])(stream.hidden[j].to(self.device), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def advance(self, i: int, stream: Stream, block: nn.Module | None = None) -> None:
+    def advance(
+        self, i: int, stream: Stream, block: nn.Module | None = None, known: dict[int, Tensor] | None = None
+    ) -> None:
         """Run a stream through block i, or another module in its place: its output is the next block's input.
+
+        Args:
+            i: the block.
+            stream: moves on.
+            block: in its place.
+            known: outputs by micro-batch that need not be computed again.
 
         Raises:
             InputError: the output holds NaN or Inf.
         """
         for j in range(len(stream.hidden)):
-            out = self.output(i, stream, j, block)
+            out = known[j] if known and j in known else self.output(i, stream, j, block)
             check_finite(f"activations after {self.names[i]}", out)
             stream.hidden[j] = out.cpu()
 

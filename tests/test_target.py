@@ -196,6 +196,15 @@ class TestStages:
         for name, G in grams.items():
             assert torch.equal(staged_grams[name], G)
 
+    def test_branches_that_share_an_input_go_together(self):
+        """As in GPT-J: the second reads the input again after other layers have been used."""
+        block, x = _Parallel().requires_grad_(False), torch.randn(20, 8)
+        found = stages(block, lambda: block(x))
+        assert found == [Stage("one.weight", "three.weight"), Stage("two.weight", "two.weight")]
+        layers, grams, _ = capture(block, lambda j: block(x), [0], ops=reference, precision="ieee", stage=found[0])
+        assert [layer.name for layer in layers] == ["one.weight", "three.weight"]
+        assert list(grams) == ["one.weight"]
+
     def test_run_no_more_of_the_block_than_they_need(self, tmp_path):
         block, _, run, _, _ = damaged_pair(save_model(tmp_path, "llama"))
         used = set()
@@ -208,3 +217,12 @@ class TestStages:
             capture(block, run, [0], ops=reference, precision="ieee", stage=stage)
             reached.append(len(used))
         assert reached == [3, 4, 6, 7]
+
+
+class _Parallel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.two(self.one(x)) + self.three(x)
