@@ -76,12 +76,12 @@ class _Dense:
     Attributes:
         block: the block as it was.
         stream: the calibration windows in the dense model.
-        ahead: by micro-batch, the block's output, on the host, where a stage has run all of the block.
+        moved: the micro-batches that the final stage, which runs all of the block, has moved on to the next one.
     """
 
     block: nn.Module
     stream: Stream
-    ahead: dict[int, Tensor] = field(default_factory=dict)
+    moved: set[int] = field(default_factory=set)
 
 
 def prune_model(
@@ -141,7 +141,8 @@ def prune_model(
                     _advance(model, i, held_out, method)
             if follows:
                 with outcome.clock("forward"):
-                    model.advance(i, follows.stream, dense, follows.ahead)
+                    left = [j for j in range(len(follows.stream.hidden)) if j not in follows.moved]
+                    model.advance(i, follows.stream, left, dense)
         with outcome.clock("write"):
             writer.write(model.block_tensors(i))
             model.close(i)
@@ -168,17 +169,11 @@ def _prune_block(
 ) -> None:
     """Prune block i; with `follows` its layers approximate the dense model's outputs."""
     prefix, block = model.names[i], model.blocks[i]
-    batches = range(len(stream.hidden))
-    kept_out = batches[:0]
-    if method == "sparsefw" and settings.alpha is None:
-        if len(batches) < 2:
-            raise InputError(
-                "--alpha auto: needs windows to hold out, and all calibration windows fill 1 micro-batch only"
-            )
-        first = len(batches) - max(1, round(HELD_OUT * len(batches)))
-        batches, kept_out = batches[:first], batches[first:]
+    batches, kept_out = _parts(stream, method, settings)
+    with outcome.clock("calibrate"):
+        order = stages(block, lambda: model.output(i, stream, 0)) if follows else []
     pruned = []
-    for stage in stages(block, lambda: model.output(i, stream, 0)) if follows else [None]:
+    for stage in order or [None]:
         with outcome.clock("calibrate"):
             layers, grams, crosses = _capture(model, i, stream, batches, settings, ops, stage, follows)
             held_out = {}
@@ -213,6 +208,17 @@ def _prune_block(
     outcome.dense += [name for name in dense if name not in outcome.dense]
 
 
+def _parts(stream: Stream, method: str, settings: Settings) -> tuple[range, range]:
+    """The micro-batches that masks are chosen on, and those held out for the choice of alpha."""
+    batches = range(len(stream.hidden))
+    if method != "sparsefw" or settings.alpha is not None:
+        return batches, batches[:0]
+    if len(batches) < 2:
+        raise InputError("--alpha auto: needs windows to hold out, and all calibration windows fill 1 micro-batch only")
+    first = len(batches) - max(1, round(HELD_OUT * len(batches)))
+    return batches[:first], batches[first:]
+
+
 def _capture(
     model: StreamedModel,
     i: int,
@@ -227,8 +233,12 @@ def _capture(
     prefix = model.names[i]
 
     def run_dense(j: int) -> None:
-        # Comes back only where the stage needs the whole block.
-        follows.ahead[j] = model.output(i, follows.stream, j, follows.block).cpu()
+        if stage and stage.final:
+            # The input of this micro-batch is needed no more.
+            model.advance(i, follows.stream, [j], follows.block)
+            follows.moved.add(j)
+        else:
+            model.output(i, follows.stream, j, follows.block)
 
     layers, grams, crosses = capture(
         model.blocks[i],

@@ -73,10 +73,12 @@ class Stage:
     Attributes:
         key: the name of their Gram matrix, without an expert's index.
         last: the layer after which a micro-batch has no more of them; None where it may have.
+        final: whether no stage follows.
     """
 
     key: str
     last: str | None
+    final: bool = False
 
 
 class _Enough(Exception):
@@ -90,7 +92,8 @@ def stages(block: nn.Module, run: Callable[[], object]) -> list[Stage]:
     found: dict[str, list[Layer]] = {}
     for layer in watch.layers.values():
         found.setdefault(_key(layer.gram), []).append(layer)
-    return [Stage(key, alike[-1].name if key == alike[0].gram else None) for key, alike in found.items()]
+    final = list(found)[-1:]
+    return [Stage(k, alike[-1].name if k == alike[0].gram else None, [k] == final) for k, alike in found.items()]
 
 
 def capture(

@@ -6,6 +6,7 @@ windows), so no architecture is named here: the blocks are tapped, and later run
 """
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,21 +189,21 @@ class StreamedModel:
         return out[0] if isinstance(out, tuple) else out
 
     def advance(
-        self, i: int, stream: Stream, block: nn.Module | None = None, known: dict[int, Tensor] | None = None
+        self, i: int, stream: Stream, batches: Iterable[int] | None = None, block: nn.Module | None = None
     ) -> None:
-        """Run a stream through block i, or another module in its place: its output is the next block's input.
+        """Run a stream through block i: its output is the next block's input.
 
         Args:
             i: the block.
             stream: moves on.
-            block: in its place.
-            known: outputs by micro-batch that need not be computed again.
+            batches: only these micro-batches of it; None: all.
+            block: another module in the block's place.
 
         Raises:
             InputError: the output holds NaN or Inf.
         """
-        for j in range(len(stream.hidden)):
-            out = known[j] if known and j in known else self.output(i, stream, j, block)
+        for j in range(len(stream.hidden)) if batches is None else batches:
+            out = self.output(i, stream, j, block)
             check_finite(f"activations after {self.names[i]}", out)
             stream.hidden[j] = out.cpu()
 

@@ -313,6 +313,14 @@ class TestRefused:
         capsys.readouterr()
         self.refused(capsys, tmp_path, run(source, tmp_path / "empty.txt", tmp_path / "out"), "empty.txt")
 
+    @pytest.mark.parametrize("target", ["dense", "layer"])
+    def test_model_without_layers(self, target, tmp_path, text, capsys, monkeypatch):
+        source = save_model(tmp_path / "model", "llama")
+        monkeypatch.setattr("sparsefw.layers._PRODUCTS", {})
+        capsys.readouterr()
+        status = run(source, text, tmp_path / "out", "--target", target)
+        self.refused(capsys, tmp_path, status, "model.layers.0: unsupported model: no matrix")
+
     def test_truncated_shard(self, tmp_path, text, capsys):
         source = save_model(tmp_path / "model", "llama")
         shard = sorted(source.glob("*.safetensors"))[1]

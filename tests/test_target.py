@@ -174,13 +174,16 @@ class TestStages:
         block, _, run, _, _ = damaged_pair(save_model(tmp_path, family))
         names = [pair.partition(":")[::2] for pair in expected.split()]
         assert stages(block, functools.partial(run, 0)) == [
-            Stage(f"{key}.weight", f"{last or key}.weight") for key, last in names
+            Stage(f"{key}.weight", f"{last or key}.weight", final=(key, last) == names[-1]) for key, last in names
         ]
 
     def test_experts_go_together(self, tmp_path):
         block, _, run, _, _ = damaged_pair(save_model(tmp_path, "mixtral"))
         found = stages(block, functools.partial(run, 0))
-        assert found[2:] == [Stage("mlp.experts.gate_up_proj*", None), Stage("mlp.experts.down_proj*", None)]
+        assert found[2:] == [
+            Stage("mlp.experts.gate_up_proj*", None),
+            Stage("mlp.experts.down_proj*", None, final=True),
+        ]
 
     @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_neox"])
     def test_give_what_the_whole_block_gives(self, family, tmp_path):
@@ -200,7 +203,7 @@ class TestStages:
         """As in GPT-J: the second reads the input again after other layers have been used."""
         block, x = _Parallel().requires_grad_(False), torch.randn(20, 8)
         found = stages(block, lambda: block(x))
-        assert found == [Stage("one.weight", "three.weight"), Stage("two.weight", "two.weight")]
+        assert found == [Stage("one.weight", "three.weight"), Stage("two.weight", "two.weight", final=True)]
         layers, grams, _ = capture(block, lambda j: block(x), [0], ops=reference, precision="ieee", stage=found[0])
         assert [layer.name for layer in layers] == ["one.weight", "three.weight"]
         assert list(grams) == ["one.weight"]
