@@ -16,8 +16,9 @@ BY_LAYER = (
     ("masks only (`--refit 0`)", "error_mask", "masks only"),
     ("SparseGPT", "error", "SparseGPT"),
     ("ADMM + refit", "error", "ADMM + refit"),
-    ("the default", "error_mask", "the default, mask alone"),
-    ("the default", "error", "the default"),
+    ("layer by layer (`--target layer`)", "error_mask", "layer by layer, mask alone"),
+    ("layer by layer (`--target layer`)", "error", "layer by layer"),
+    ("the default", "error", "the default, of its targets"),
 )
 
 

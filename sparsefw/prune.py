@@ -121,9 +121,9 @@ def prune_layers(
         raise ValueError("held_out: needed where the settings leave alpha open, and only there")
     for name, weight in layers:
         patterns.check_width(settings.pattern, weight.shape[1], name)
-    nothing = [None] * len(layers)
     stack = [
-        _Part(*one) for one in zip(*zip(*layers, strict=True), budgets or nothing, crosses or nothing, strict=True)
+        _Part(name, weight, budgets[i] if budgets else None, crosses[i] if crosses else None)
+        for i, (name, weight) in enumerate(layers)
     ]
     together = METHODS[method].by_rows and not settings.whole
     for part in [stack] if together else [[layer] for layer in stack]:

@@ -107,8 +107,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, metavar="N", help="rounds of choosing the mask again for refitted weights; 0 only refits "
         "(default: the preset's)")  # fmt: skip
     add("--target", choices=TARGETS, help="what refitted weights approximate. dense: the dense model's outputs, so "
-        "that layers make up for pruned ones before them; layer: what the layer itself makes of its input, in half the "
-        "time for forward passes (default: dense; layer with --refit 0)")  # fmt: skip
+        "that layers make up for pruned ones before them; layer: what the layer itself makes of its input, with far "
+        "fewer forward passes (default: dense; layer with --refit 0)")  # fmt: skip
     add("--allocation", choices=("uniform", "owl", "error"), default="uniform", help="how blocks share the sparsity: "
         "all alike, by outliers (OWL), or by measured errors (default: uniform)")  # fmt: skip
     add("--solver-memory", type=float, default=4.0, metavar="GIB", help="the state of one solve takes at most this, in "
