@@ -138,14 +138,45 @@ class TestCrossMatrices:
             torch.testing.assert_close(found[f"{name}.weight"].double(), B, rtol=1e-3, atol=1e-5 * B.abs().max().item())
             assert B.abs().max() > 0
 
-    def test_nothing_is_lacking_where_nothing_was_lost(self, tmp_path):
-        model = StreamedModel(checkpoint.inspect(save_model(tmp_path, "llama")), DEVICE)
+    @pytest.mark.parametrize(("family", "layers"), [("llama", 7), ("qwen3_moe", 4)])
+    def test_nothing_is_lacking_where_nothing_was_lost(self, family, layers, tmp_path):
+        """Nor are experts, sent the same tokens here, among the layers that something could be lacking of."""
+        model = StreamedModel(checkpoint.inspect(save_model(tmp_path, family)), DEVICE)
         stream, block = model.start(TOKENS, 2), model.open(0)
         run, dense = functools.partial(model.output, 0, stream), copy.deepcopy(block)
         same = dense, lambda j: model.output(0, stream, j, dense)
         _, _, crosses = capture(block, run, range(3), ops=reference, precision="ieee", dense=same)
-        assert len(crosses) == 7
+        assert len(crosses) == layers
         assert not any(B.any() for B in crosses.values())
+
+    @pytest.mark.parametrize(
+        ("combine", "sums"),
+        [
+            (lambda x, a, b: x + a(x), {"a": lambda x, a, b: x + a(x)}),
+            (lambda x, a, b: x.add(a(x)), {"a": lambda x, a, b: x + a(x)}),
+            # Both write to the stream at once.
+            (lambda x, a, b: x + (a(x) + b(x)), dict.fromkeys("ab", lambda x, a, b: x + a(x) + b(x))),
+            (lambda x, a, b: x + a(x).view(4, 5, 8).view(20, 8), {"a": lambda x, a, b: x + a(x)}),
+            (lambda x, a, b: x + nn.functional.dropout(a(x), 0.5, False), {"a": lambda x, a, b: x + a(x)}),
+            # No longer what the layer put out: scaled, of another shape.
+            (lambda x, a, b: torch.add(x, a(x), alpha=3), {"a": lambda x, a, b: a(x)}),
+            (lambda x, a, b: x + 3 * a(x), {"a": lambda x, a, b: a(x)}),
+            (lambda x, a, b: torch.ones(3, 20, 8) + a(x), {"a": lambda x, a, b: a(x)}),
+            (lambda x, a, b: a(x).reshape(40, 4), {"a": lambda x, a, b: a(x)}),
+            # Only some tokens, more than in the dense model.
+            (lambda x, a, b: a(x[x[:, 1] > x[0, 1]]), {}),
+        ],
+    )
+    def test_of_sums_that_outputs_go_into(self, combine, sums):
+        block = nn.ModuleDict({name: nn.Linear(8, 8) for name in "ab"}).requires_grad_(False)
+        dense, x, lossy = copy.deepcopy(block), torch.randn(20, 8), torch.randn(20, 8)
+        x[0, 1], lossy[0, 1] = 0, -100
+        runs = (lambda j: combine(lossy, *block.values())), (lambda j: combine(x, *dense.values()))
+        _, _, crosses = capture(block, runs[0], [0], ops=reference, precision="ieee", dense=(dense, runs[1]))
+        assert set(crosses) == {f"{name}.weight" for name in sums}
+        for name, what in sums.items():
+            D = what(x, *dense.values()) - what(lossy, *block.values())
+            torch.testing.assert_close(crosses[f"{name}.weight"], D.T @ lossy, rtol=1e-4, atol=1e-3)
 
     def test_outputs_that_are_written_to_are_not_used(self):
         """An activation in place: what is left there is not what the layer put out."""
