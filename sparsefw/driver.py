@@ -75,13 +75,12 @@ class _Dense:
 
     Attributes:
         block: the block as it was.
-        stream: the calibration windows in the dense model.
-        moved: the micro-batches that the final stage, which runs all of the block, has moved on to the next one.
+        stream: the calibration windows in the dense model. The final stage, which runs all of the block, moves them
+            on to the next one.
     """
 
     block: nn.Module
     stream: Stream
-    moved: set[int] = field(default_factory=set)
 
 
 def prune_model(
@@ -139,10 +138,6 @@ def prune_model(
             if held_out:
                 with outcome.clock("evaluate"):
                     _advance(model, i, held_out, method)
-            if follows:
-                with outcome.clock("forward"):
-                    left = [j for j in range(len(follows.stream.hidden)) if j not in follows.moved]
-                    model.advance(i, follows.stream, left, dense)
         with outcome.clock("write"):
             writer.write(model.block_tensors(i))
             model.close(i)
@@ -234,9 +229,7 @@ def _capture(
 
     def run_dense(j: int) -> None:
         if stage and stage.final:
-            # The input of this micro-batch is needed no more.
             model.advance(i, follows.stream, [j], follows.block)
-            follows.moved.add(j)
         else:
             model.output(i, follows.stream, j, follows.block)
 

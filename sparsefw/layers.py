@@ -73,7 +73,7 @@ class Stage:
     Attributes:
         key: the name of their Gram matrix, without an expert's index.
         last: the layer after which a micro-batch has no more of them; None where it may have.
-        final: whether no stage follows.
+        final: whether no stage follows; its micro-batches run through to the end of the block.
     """
 
     key: str
@@ -243,7 +243,7 @@ class _Watch(TorchFunctionMode):
             return None
         known = id(x) in self.inputs
         if self.stage and not known and self.stage.key != _key(name):
-            if self.complete:
+            if self.complete and not self.stage.final:
                 raise _Enough
             return None
         if KEPT_DENSE.search(name):

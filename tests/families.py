@@ -36,6 +36,7 @@ FAMILIES = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
     "gpt_neox": {},
     "mixtral": _EXPERTS,
+    "qwen2_moe": {"decoder_sparse_step": 1, "shared_expert_intermediate_size": 40, **_EXPERTS},
     "qwen3_moe": {"decoder_sparse_step": 1, **_EXPERTS},
 }
 

@@ -138,7 +138,7 @@ class TestCrossMatrices:
             torch.testing.assert_close(found[f"{name}.weight"].double(), B, rtol=1e-3, atol=1e-5 * B.abs().max().item())
             assert B.abs().max() > 0
 
-    @pytest.mark.parametrize(("family", "layers"), [("llama", 7), ("qwen3_moe", 4)])
+    @pytest.mark.parametrize(("family", "layers"), [("llama", 7), ("qwen2_moe", 7), ("qwen3_moe", 4)])
     def test_nothing_is_lacking_where_nothing_was_lost(self, family, layers, tmp_path):
         """Nor are experts, sent the same tokens here, among the layers that something could be lacking of."""
         model = StreamedModel(checkpoint.inspect(save_model(tmp_path, family)), DEVICE)
