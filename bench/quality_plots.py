@@ -67,10 +67,11 @@ def _panels(
             axis.plot(*zip(*points, strict=True), "--" if dashed else "-", color=color, label=label, linewidth=1.2)
         axis.set(title=title, xlabel=x)
         axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=0, top=top)
         axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes.flat[len(lines) :]:
         axis.axis("off")
+    # Shared by all panels, so only once everything is drawn.
+    axes.flat[0].set_ylim(bottom=0, top=top)
     figure.suptitle(y)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
