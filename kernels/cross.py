@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import dot
-from .launch import FLOATS, check, check_matrix, on_device, platform
+from .device import dot, grouped_tile
+from .launch import FLOATS, check, check_fp32_precision, check_matrix, on_device, platform
 from .product import DTYPES
 
 
@@ -40,15 +40,7 @@ def _cross_kernel(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Grouped order: programs that run together share columns of D and of X in the cache.
-    pid = tl.program_id(0)
-    tiles_m = tl.cdiv(rows, BLOCK_M)
-    tiles_n = tl.cdiv(d, BLOCK_N)
-    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
-    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
-    offs_m = (first_m + within % group_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = within // group_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m, offs_n = grouped_tile(rows, d, GROUP_M, BLOCK_M, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
 
     # A mask, not a clamp as in product.py: here these columns are the contiguous axis of the loads.
@@ -91,8 +83,7 @@ def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee"
     rows = check_matrix("D", D, (X.dtype,))[1]
     check("D", D, (tokens, rows), (X.dtype,), X)
     check("B", B, (rows, d), (torch.float32,), X)
-    if precision not in ("ieee", "tf32"):
-        raise ValueError(f"precision: expected ieee or tf32, got {precision!r}")
+    check_fp32_precision(precision)
     if X.numel() == 0 or D.numel() == 0:
         return B
     config = configuration(rows, d, X.element_size())

@@ -1,4 +1,4 @@
-"""Device functions shared by the kernels: the dot product, the order of scores, exact selection, the step formulas.
+"""Device functions shared by the kernels: dot product, order of tiles, order of scores, selection, step formulas.
 
 Selection works on 32-bit unsigned keys in the order of the scores, so that "the k best" is exact:
 
@@ -42,6 +42,24 @@ def dot(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def grouped_tile(rows, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows (BLOCK_M,) and columns (BLOCK_N,) of this program's tile of a (rows, d) product.
+
+    In grouped order: programs that run together share rows of the left operand and columns of the right one in the
+    cache.
+    """
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(d, BLOCK_N)
+    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    within = pid % (GROUP_M * tiles_n)
+    offs_m = (first_m + within % group_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = within // group_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    return offs_m, offs_n
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import dot
-from .launch import FLOATS, check, check_matrix, on_device, platform
+from .launch import FLOATS, check, check_fp32_precision, check_matrix, on_device, platform
 from .product import DTYPES
 
 
@@ -101,8 +101,7 @@ def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
     """
     tokens, d = check_matrix("X", X, FLOATS)
     check("G", G, (d, d), (torch.float32,), X)
-    if precision not in ("ieee", "tf32"):
-        raise ValueError(f"precision: expected ieee or tf32, got {precision!r}")
+    check_fp32_precision(precision)
     if X.numel() == 0:
         return G
     config = configuration(d, X.element_size())

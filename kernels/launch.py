@@ -57,6 +57,12 @@ def check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> 
     return tensor.shape[0], tensor.shape[1]
 
 
+def check_fp32_precision(precision: str) -> None:
+    """Raise unless `precision` is one that fp32 inputs can be multiplied in as they are."""
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision: expected ieee or tf32, got {precision!r}")
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Makes the tensor's GPU the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import dot
+from .device import dot, grouped_tile
 from .launch import FLOATS, check, check_matrix, on_device, platform
 from .reference import PRECISIONS
 
@@ -56,15 +56,7 @@ def product_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """This program's tile of E G, or of (E * (1 - M)) G unless M is None; and the tile's rows and columns."""
-    # Grouped order: programs that run together share rows of E and columns of G in the cache.
-    pid = tl.program_id(0)
-    tiles_m = tl.cdiv(rows, BLOCK_M)
-    tiles_n = tl.cdiv(d, BLOCK_N)
-    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
-    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
-    offs_m = (first_m + within % group_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = within // group_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m, offs_n = grouped_tile(rows, d, GROUP_M, BLOCK_M, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
 
     # Past the edge the last row is read again: it is never stored, and the loads need no mask for it.
