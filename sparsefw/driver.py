@@ -226,9 +226,11 @@ def _capture(
 ) -> tuple[list[Layer], dict[str, Tensor], dict[str, Tensor]]:
     """`layers.capture` of block i, its Gram matrices checked."""
     prefix = model.names[i]
+    # Experts have no use for what the dense model puts out: for them it is run only to move on.
+    needed = follows and stage and (stage.last or stage.final)
 
     def run_dense(j: int) -> None:
-        if stage and stage.final:
+        if stage.final:
             model.advance(i, follows.stream, [j], follows.block)
         else:
             model.output(i, follows.stream, j, follows.block)
@@ -240,7 +242,7 @@ def _capture(
         ops=ops,
         precision="ieee" if settings.precision == "ieee" else "tf32",
         stage=stage,
-        dense=(follows.block, run_dense) if follows else None,
+        dense=(follows.block, run_dense) if needed else None,
     )
     if not layers:
         raise InputError(f"{prefix}: unsupported model: no matrix of this block was seen in a product")

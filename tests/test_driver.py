@@ -12,6 +12,7 @@ from sparsefw import data
 from sparsefw.kernels import reference
 from sparsefw.refit import damped
 from sparsefw.run import main
+from sparsefw.stream import StreamedModel
 from sparsefw.target import target as target_of
 
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
@@ -116,6 +117,24 @@ def test_layers_approximate_what_the_dense_model_puts_out(tmp_path):
                 assert errors[f"{module}.weight"] == pytest.approx(error, rel=1e-3), module
     # It is what they are for: less is lost, by block.
     assert all(a < b for a, b in zip(lost["dense"], lost["layer"], strict=True))
+
+
+@pytest.mark.parametrize(("family", "runs"), [("llama", 4), ("qwen3_moe", 3)])
+def test_dense_model_runs_once_a_stage(family, runs, tmp_path, monkeypatch):
+    """And moves on in the last; not for experts before it, which are compared with nothing."""
+    source, seen, output = save_model(tmp_path / "model", family), [], StreamedModel.output
+
+    def spy(self, i, stream, j, block=None):
+        if block is not None:
+            seen.append((i, j))
+        return output(self, i, stream, j, block)
+
+    monkeypatch.setattr(StreamedModel, "output", spy)
+    (tmp_path / "text.txt").write_text(TEXT)
+    places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
+    assert main([*places, "--nsamples", "160", "--seqlen", "32", "--kernel", "torch", "--steps", "2"]) == 0
+    # Two micro-batches.
+    assert {batch: seen.count(batch) for batch in seen} == {(i, j): runs for i in range(3) for j in range(2)}
 
 
 def test_seconds_and_memory_are_reported(pruned):
