@@ -86,6 +86,11 @@ class TestCells:
         monkeypatch.setitem(sparsefw.run.PRESETS["sparsefw"], "steps", 31)
         assert quality.missing(results, cells) == cells
 
+    def test_settings_of_frank_wolfe_are_nothing_to_other_methods(self):
+        """A new one of them does not have their cells run again."""
+        assert set(quality.resolved(["--method", "wanda"])) == {"method", "allocation"}
+        assert set(sparsefw.run.FRANK_WOLFE) <= set(quality.resolved([]))
+
 
 class TestTable:
     def test_rows(self):
