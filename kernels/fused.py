@@ -7,6 +7,7 @@ from .lmo import lmo
 from .product import product
 from .reference import PRECISIONS, check_budget, round_operand
 from .step import row_step
+from .swaps import row_swaps
 from .update import convex_update
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "product",
     "round_operand",
     "row_step",
+    "row_swaps",
 ]

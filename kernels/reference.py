@@ -17,6 +17,10 @@ from torch import Tensor
 
 PRECISIONS = ("ieee", "tf32", "bf16")
 
+# A swap counts only if it lowers the row's error by this fraction of the error at the start: less may be rounding, and
+# a search that follows rounding need not end.
+LEAST_GAIN = 1e-6
+
 
 def round_operand(X: Tensor, precision: str) -> Tensor:
     """X in fp32, rounded to what the tensor cores read at `precision`.
@@ -264,3 +268,76 @@ def _line_search(W: Tensor, q: Tensor | None, M: Tensor, R: Tensor, U: Tensor, V
         quad -= theta * (qD * D).sum(1)
     end = (lin + quad < 0).float()
     return torch.where(quad > 0, (-lin / (2 * quad)).clamp(0, 1), end)
+
+
+def row_swaps(
+    W: Tensor, G: Tensor, R: Tensor, V: Tensor, limit: int, *, group: int = 0, fixed: Tensor | None = None
+) -> None:
+    """Lower the error of every row's binary mask V by 1-swaps, in place, until none is left or `limit` are made.
+
+    Removing the kept i and keeping the removed p changes a row's error by exactly
+
+        a_i + b_p - 2 W_i W_p G_ip,     a = q + 2 W R,     b = q - 2 W R,     q = W^2 diag(G)
+
+    and R by W_i G_i - W_p G_p: no product. Of all pairs only those are searched that hold the best a (of every group)
+    or the best b; the best of these is swapped.
+
+    Args:
+        W: (rows, d), fp32 / bf16 / fp16.
+        G: (d, d) fp32, symmetric.
+        R: (rows, d) fp32, the product of what V removes; updated.
+        V: (rows, d) bool; updated. No row (or group) comes to keep more or less.
+        limit: swaps per row at most.
+        group: m of n:m, whose swaps stay within a group; else 0.
+        fixed: (rows, d) bool, kept whatever their a.
+    """
+    W = W.float()
+    blocks = _diagonal_blocks(G, group or G.shape[1])
+    q = W * W * G.diagonal()
+    least = (W.masked_fill(V, 0) * R).sum(1).mul_(-LEAST_GAIN)
+    rows, r, v = torch.arange(len(W), device=W.device), R.clone(), V.clone()
+    held = V.new_zeros(()) if fixed is None else fixed
+    for _ in range(limit):
+        lin = (2 * W).mul_(r)
+        a, b = (q + lin).masked_fill_(~v | held, torch.inf), (q - lin).masked_fill_(v, torch.inf)
+        i, p, change = _best_swap(W, a, b, blocks)
+        go = change < least
+        if not go.all():
+            # Rows without a swap are done.
+            R[rows], V[rows] = r, v
+            W, q, least, rows, r, v, i, p = (x[go] for x in (W, q, least, rows, r, v, i, p))
+            held = held if fixed is None else held[go]
+        if not len(rows):
+            return
+        at = torch.arange(len(rows), device=W.device)
+        v[at, i], v[at, p] = False, True
+        r += G[i] * W[at, i, None] - G[p] * W[at, p, None]
+    R[rows], V[rows] = r, v
+
+
+def _diagonal_blocks(G: Tensor, m: int) -> Tensor:
+    """The blocks of G within groups of m, (d / m, m, m); a view where there is one group."""
+    groups = len(G) // m if m else 1
+    return G.view(groups, m, groups, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _best_swap(W: Tensor, a: Tensor, b: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row the pair (i, p) to swap and what the swap changes; a and b (rows, d) are inf where there is none."""
+    groups, m, _ = blocks.shape
+    shape = (len(W), groups, m)
+    w, a, b = W.view(shape), a.view(shape), b.view(shape)
+    group = torch.arange(groups, device=W.device)
+
+    def partners(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # The best x of every group, and its best partner in y.
+        first = x.argmin(2, keepdim=True)
+        pairs = blocks[group, first.squeeze(2)].mul_(w).mul_(2 * w.gather(2, first))
+        change, second = (y - pairs).min(2, keepdim=True)
+        change += x.gather(2, first)
+        change, best = change.min(1, keepdim=True)
+        return *((z.gather(1, best) + m * best).view(-1) for z in (first, second)), change.view(-1)
+
+    i, p, change = partners(a, b)
+    p_too, i_too, change_too = partners(b, a)
+    better = change_too < change
+    return torch.where(better, i_too, i), torch.where(better, p_too, p), torch.minimum(change, change_too)

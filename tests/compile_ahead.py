@@ -121,7 +121,15 @@ def step(rows: int, d: int, k: int | Tensor, fixed: bool = True, **options) -> o
 
 def cases() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
     """Name, targets and launch of every case: realistic shapes, each configuration at least once."""
-    from sparsefw.kernels.fused import convex_update, cross_accumulate, gradient, gram_accumulate, lmo, product
+    from sparsefw.kernels.fused import (
+        convex_update,
+        cross_accumulate,
+        gradient,
+        gram_accumulate,
+        lmo,
+        product,
+        row_swaps,
+    )
 
     every, nvidia, hopper = tuple(TARGETS), ("sm_80", "sm_90"), ("sm_90",)
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -168,6 +176,15 @@ def cases() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
             lambda d=d: lmo(empty(512, d), d // 2, fixed=empty(512, d, torch.bool), positive=True),
         )
         yield f"step {d}", targets, lambda d=d: step(512, d, d // 2)
+
+    def swaps(d: int, group: int = 0, fixed: bool = True) -> Callable[[], object]:
+        W, V = empty(512, d, bf16), empty(512, d, torch.bool)
+        return lambda: row_swaps(W, empty(d, d), empty(512, d), V, 100, group=group, fixed=V if fixed else None)
+
+    for d, targets in ((576, hopper), (4096, every), (28672, every)):
+        yield f"swaps {d}", targets, swaps(d)
+    for m, d in ((4, 4096), (32, 14336), (5, 4095)):
+        yield f"swaps of {m} {d}", every, swaps(d, m, fixed=m == 4)
     for n, m in ((2, 4), (16, 32)):
         yield f"lmo {n}:{m} 4096", every, lambda n=n, m=m: lmo(empty(512, 4096), n, group=m)
         yield f"step {n}:{m} 4096", hopper, lambda n=n, m=m: step(512, 4096, n, group=m)

@@ -1,0 +1,37 @@
+"""row_swaps: the search for best 1-swaps after Frank-Wolfe, reference against Triton."""
+
+import pytest
+from operations import OPS, PRECISION, SHAPES, WEIGHT, assert_equal_enough, budget, gram, measure, normal
+
+from sparsefw.frank_wolfe import mask_error
+from sparsefw.kernels import reference
+
+SWAPS = 10
+
+
+@pytest.mark.parametrize("pattern", ["rows", "2:4"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kernel", OPS)
+def test_row_swaps(benchmark, kernel, shape, pattern):
+    rows, d = shape
+    k, group, d = budget(pattern, d)
+    W, G = normal(rows, d, dtype=WEIGHT), gram(d)
+    # Wanda's mask leaves every row enough to swap.
+    V = reference.lmo(W.float().abs() * G.diagonal().sqrt(), k, group=group)
+    R = reference.product(W.masked_fill(V, 0), G, precision=PRECISION)
+
+    def fresh() -> tuple:
+        return W, G, R.clone(), V.clone(), SWAPS
+
+    def swaps(*state: object) -> None:
+        OPS[kernel].row_swaps(*state, group=group)
+
+    expected, got = fresh(), fresh()
+    reference.row_swaps(*expected, group=group)
+    swaps(*got)
+    # Swaps that agree up to rounding may be taken in another order: the errors reached are compared.
+    errors = [mask_error(W.float(), state[3], G).double().sum() for state in (got, expected)]
+    assert_equal_enough(*errors, 1e-3)
+    # The state once in and out, and of every swap three rows of G; counted as if every row made all of them.
+    moved = W.nbytes + 2 * (R.nbytes + V.nbytes) + SWAPS * rows * 3 * d * 4
+    measure(benchmark, swaps, flops=SWAPS * 30 * rows * d, bytes=moved, setup=fresh)

@@ -1,0 +1,217 @@
+"""row_swaps: best 1-swaps of every row's mask, in place, until none is left; one program per few rows.
+
+    a = q + 2 W R where V keeps      b = q - 2 W R where it does not      q = W^2 diag(G)
+    swap i for p:  change = a_i + b_p - 2 W_i W_p G_ip      R += W_i G_i - W_p G_p      V_i = 0, V_p = 1
+
+    W (rows, d)     G (d, d) fp32     R (rows, d) fp32     V, fixed (rows, d) bool
+
+    flops = about 30 d a swap
+    bytes = rows d (size(W) + 4 + 1) in and rows d (4 + 1) out, and for every swap 3 rows of G, 12 d
+
+A swap is three passes over the row, which stays in the cache: the best a and the best b; the best partner of each; the
+update of R. With n:m the first two are one pass over whole groups. So a search costs as many bytes as a few products
+have operands, and not one product's flops. Sums and state in fp32; ties go to the lower index.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import columns
+from .launch import FLOATS, check, check_matrix, interpreter_tile, on_device, platform, warps
+from .lmo import check_selection, span
+from .reference import LEAST_GAIN
+
+
+def configuration(rows: int, d: int, group: int) -> dict[str, int]:
+    """Tile sizes and launch options: one row a program, whose search is as long as the row needs."""
+    width = triton.next_power_of_2(span(d, group))
+    if platform() == "interpreter":
+        return interpreter_tile(rows, width)
+    # Of the shapes tried those that compile without spills, whatever the version: 4 entries a thread, 8 of groups.
+    BLOCK_D, threads = (min(width, 512), 64) if group else (min(width, 1024), 256)
+    return dict(BLOCK_R=1, BLOCK_D=BLOCK_D, num_warps=warps(threads // 32))
+
+
+@triton.jit
+def _changes(W, DIAG, R, V, FIXED, column, valid, valid_d):
+    """w and what removing (a) or keeping (b) each entry of a chunk changes by itself; inf where that is no change."""
+    w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
+    r = tl.load(R + column[None, :], mask=valid, other=0.0)
+    v = tl.load(V + column[None, :], mask=valid, other=0).to(tl.int1)
+    q = w * w * tl.load(DIAG + column.to(tl.int64), mask=valid_d, other=0.0)[None, :]
+    lin = 2 * w * r
+    removable = v
+    if FIXED is not None:
+        removable = v & (tl.load(FIXED + column[None, :], mask=valid, other=0) == 0)
+    a = tl.where(removable & valid, q + lin, float("inf"))
+    b = tl.where(v | (valid == 0), float("inf"), q - lin)
+    return w, a, b
+
+
+@triton.jit
+def _best(x, start, best, at):
+    """The lowest entry per row so far and its column, after a chunk x that begins at column `start`."""
+    value, index = tl.min(x, axis=1, return_indices=True)
+    lower = value < best
+    return tl.where(lower, value, best), tl.where(lower, start + index, at)
+
+
+@triton.jit
+def _partners(w_rows, G, x, y, w, column, valid, stride_g, SHAPE: tl.constexpr):
+    """Of every group of a chunk: what the best x and its best partner in y change, and the columns of both."""
+    change_x, first = tl.min(tl.reshape(x, SHAPE), axis=2, return_indices=True)
+    members = tl.reshape(column, (1, SHAPE[1], SHAPE[2]))
+    begin = tl.min(members, axis=2)
+    first = begin + first
+    inside = tl.max(tl.reshape(valid.to(tl.int32), SHAPE), axis=2) > 0
+    w_first = tl.load(w_rows[:, None] + first, mask=inside, other=0.0).to(tl.float32)
+    ptrs = G + first.to(tl.int64)[:, :, None] * stride_g + members
+    g = tl.load(ptrs, mask=tl.reshape(valid, SHAPE), other=0.0)
+    pairs = 2 * w_first[:, :, None] * tl.reshape(w, SHAPE) * g
+    change_y, second = tl.min(tl.reshape(y, SHAPE) - pairs, axis=2, return_indices=True)
+    return change_x + change_y, first, begin + second
+
+
+@triton.jit
+def _best_of_groups(change, i, p, best, best_i, best_p):
+    """The best pair of every row so far, after those of a chunk's groups."""
+    value, group = tl.min(change, axis=1, return_indices=True)
+    here = tl.arange(0, change.shape[1])[None, :] == group[:, None]
+    lower = value < best
+    return (
+        tl.where(lower, value, best),
+        tl.where(lower, tl.sum(tl.where(here, i, 0), axis=1), best_i),
+        tl.where(lower, tl.sum(tl.where(here, p, 0), axis=1), best_p),
+    )
+
+
+@triton.jit(do_not_specialize=["limit", "least_gain"])
+def _swaps_kernel(
+    W, G, DIAG, R, V, FIXED, limit, least_gain, rows, d, span, stride_w, stride_g, stride_r, stride_v, stride_f,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    valid_r = row < rows
+    row = row.to(tl.int64)
+    w_rows, v_rows = W + row * stride_w, V + row * stride_v
+    W += row[:, None] * stride_w
+    R += row[:, None] * stride_r
+    V += row[:, None] * stride_v
+    if FIXED is not None:
+        FIXED += row[:, None] * stride_f
+
+    errors = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for start in range(0, d, BLOCK_D):
+        column, valid_d = columns(start, d, 0, 0, BLOCK_D)
+        valid = valid_r[:, None] & valid_d[None, :]
+        w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
+        r = tl.load(R + column[None, :], mask=valid, other=0.0)
+        v = tl.load(V + column[None, :], mask=valid, other=0).to(tl.int1)
+        errors += tl.where(v, 0.0, w * r)
+    least = -least_gain * tl.sum(errors, axis=1)
+
+    go = valid_r
+    made = 0
+    running = limit > 0
+    while running:
+        inf = tl.full((BLOCK_R,), float("inf"), tl.float32)
+        none = tl.zeros((BLOCK_R,), tl.int32)
+        change, i, p = inf, none, none
+        change_too, i_too, p_too = inf, none, none
+        if GROUP:
+            SHAPE: tl.constexpr = (BLOCK_R, BLOCK_D // PADDED, PADDED)
+            for start in range(0, span, BLOCK_D):
+                column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D)
+                valid = valid_r[:, None] & valid_d[None, :]
+                w, a, b = _changes(W, DIAG, R, V, FIXED, column, valid, valid_d)
+                pair, first, second = _partners(w_rows, G, a, b, w, column, valid, stride_g, SHAPE)
+                change, i, p = _best_of_groups(pair, first, second, change, i, p)
+                pair, first, second = _partners(w_rows, G, b, a, w, column, valid, stride_g, SHAPE)
+                change_too, p_too, i_too = _best_of_groups(pair, first, second, change_too, p_too, i_too)
+        else:
+            # The best a and the best b.
+            best_a, best_b = inf, inf
+            for start in range(0, d, BLOCK_D):
+                column, valid_d = columns(start, d, 0, 0, BLOCK_D)
+                valid = valid_r[:, None] & valid_d[None, :]
+                w, a, b = _changes(W, DIAG, R, V, FIXED, column, valid, valid_d)
+                best_a, i = _best(a, start, best_a, i)
+                best_b, p_too = _best(b, start, best_b, p_too)
+            # Their best partners.
+            w_i = 2 * tl.load(w_rows + i, mask=valid_r, other=0.0).to(tl.float32)
+            w_p = 2 * tl.load(w_rows + p_too, mask=valid_r, other=0.0).to(tl.float32)
+            g_i, g_p = G + i.to(tl.int64)[:, None] * stride_g, G + p_too.to(tl.int64)[:, None] * stride_g
+            for start in range(0, d, BLOCK_D):
+                column, valid_d = columns(start, d, 0, 0, BLOCK_D)
+                valid = valid_r[:, None] & valid_d[None, :]
+                w, a, b = _changes(W, DIAG, R, V, FIXED, column, valid, valid_d)
+                pairs = w_i[:, None] * w * tl.load(g_i + column[None, :], mask=valid, other=0.0)
+                change, p = _best(b - pairs, start, change, p)
+                pairs = w_p[:, None] * w * tl.load(g_p + column[None, :], mask=valid, other=0.0)
+                change_too, i_too = _best(a - pairs, start, change_too, i_too)
+            change += best_a
+            change_too += best_b
+        better = change_too < change
+        i, p = tl.where(better, i_too, i), tl.where(better, p_too, p)
+        go = go & (tl.minimum(change, change_too) < least)
+
+        w_i = tl.load(w_rows + i, mask=go, other=0.0).to(tl.float32)
+        w_p = tl.load(w_rows + p, mask=go, other=0.0).to(tl.float32)
+        g_i, g_p = G + i.to(tl.int64)[:, None] * stride_g, G + p.to(tl.int64)[:, None] * stride_g
+        # R and V go from pass to pass through global memory, and the thread that reads an entry is not always the one
+        # that wrote it: Triton adds no barrier for that by itself.
+        tl.debug_barrier()
+        for start in range(0, d, BLOCK_D):
+            column, valid_d = columns(start, d, 0, 0, BLOCK_D)
+            moved = go[:, None] & valid_d[None, :]
+            r = tl.load(R + column[None, :], mask=moved, other=0.0)
+            r += w_i[:, None] * tl.load(g_i + column[None, :], mask=moved, other=0.0)
+            r -= w_p[:, None] * tl.load(g_p + column[None, :], mask=moved, other=0.0)
+            tl.store(R + column[None, :], r, mask=moved)
+        tl.store(v_rows + i, tl.zeros((BLOCK_R,), tl.int1), mask=go)
+        tl.store(v_rows + p, tl.full((BLOCK_R,), 1, tl.int1), mask=go)
+        tl.debug_barrier()
+        made += 1
+        running = (made < limit) & (tl.max(go.to(tl.int32), axis=0) > 0)
+
+
+def row_swaps(
+    W: Tensor, G: Tensor, R: Tensor, V: Tensor, limit: int, *, group: int = 0, fixed: Tensor | None = None
+) -> None:
+    """Best 1-swaps of every row's mask, in place; see `reference.row_swaps`, which it equals up to rounding.
+
+    Args:
+        W: (rows, d), fp32 / bf16 / fp16. This and every matrix below has its rows contiguous (column stride 1).
+        G: (d, d) fp32, symmetric.
+        R: (rows, d) fp32, the product of what V removes, finite; updated.
+        V: (rows, d) bool; updated.
+        limit: swaps per row at most.
+        group: m of n:m, up to 32, whose swaps stay within a group; else 0.
+        fixed: (rows, d) bool, kept whatever their a.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit this description.
+    """
+    rows, d = check_matrix("W", W, FLOATS)
+    check("G", G, (d, d), (torch.float32,), W)
+    check("R", R, (rows, d), (torch.float32,), W)
+    check("V", V, (rows, d), (torch.bool,), W)
+    check_selection(rows, d, 0, group, fixed, W)
+    if limit < 0:
+        raise ValueError(f"limit: expected at least 0, got {limit}")
+    matrices = dict(W=W, G=G, R=R, V=V) | ({} if fixed is None else dict(fixed=fixed))
+    for name, matrix in matrices.items():
+        if d > 1 and matrix.stride(1) != 1:
+            raise ValueError(f"{name}: expected contiguous rows, got strides {matrix.stride()}")
+    if W.numel() == 0:
+        return
+    config = configuration(rows, d, group)
+    with on_device(W):
+        _swaps_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
+            W=W, G=G, DIAG=G.diagonal().contiguous(), R=R, V=V, FIXED=fixed, limit=limit, least_gain=LEAST_GAIN,
+            rows=rows, d=d, span=span(d, group), stride_w=W.stride(0), stride_g=G.stride(0), stride_r=R.stride(0),
+            stride_v=V.stride(0), stride_f=0 if fixed is None else fixed.stride(0),
+            GROUP=group, PADDED=triton.next_power_of_2(group) if group else 0, enable_fp_fusion=True, **config,
+        )  # fmt: skip
