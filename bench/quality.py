@@ -25,10 +25,11 @@ from torch import Tensor
 
 import sparsefw.run
 from sparsefw import frank_wolfe
+from sparsefw.damping import damped
 from sparsefw.errors import InputError
 from sparsefw.kernels import reference
 from sparsefw.methods import METHODS, Choice, Method, Rows, Settings, choose_weights
-from sparsefw.refit import damped, refit
+from sparsefw.refit import refit
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 MASKS, DEFAULT, SPARSEGPT = "masks only (`--refit 0`)", "the default", "SparseGPT"

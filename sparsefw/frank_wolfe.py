@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from sparsefw.damping import damped
 from sparsefw.kernels import reference
 
 STEP_RULES = ("line-search", "open-loop")
@@ -126,6 +127,8 @@ def solve(
     steps: int,
     step_rule: str = "line-search",
     penalty: float = 1.0,
+    swaps: int = 0,
+    damp: float = 0.0,
     best_of: bool = True,
     precision: str = "ieee",
     ops: ModuleType = reference,
@@ -137,18 +140,20 @@ def solve(
         steps: Frank-Wolfe steps; 0 returns the warm start.
         step_rule: "line-search" (exact, per row) or "open-loop" (2 / (t + 2), the paper's).
         penalty: final weight theta of the integrality penalty, 0 to 1; 0 is the paper's convex problem.
+        swaps: 1-swaps per row at most, after rounding, see `reference.row_swaps`.
+        damp: added to the diagonal of G where masks are chosen, as a fraction of it; errors and bounds are those of G.
         best_of: per row, fall back on the warm start where the rounded mask is no better.
         precision: of the products inside the iteration; errors are always taken from an "ieee" product.
         ops: the operations, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
 
     Raises:
-        ValueError: unknown step rule, or a problem over the whole matrix with a penalty or groups.
+        ValueError: unknown step rule, or a problem over the whole matrix with a penalty, swaps or groups.
         FloatingPointError: W or G hold NaN or Inf, or the errors overflow fp32.
     """
     if step_rule not in STEP_RULES:
         raise ValueError(f"step_rule: expected one of {', '.join(STEP_RULES)}, got {step_rule!r}")
-    if problem.whole and (penalty or problem.group):
-        raise ValueError("whole: one step size over the matrix has no penalty and no groups")
+    if problem.whole and (penalty or swaps or problem.group):
+        raise ValueError("whole: one step size over the matrix has no penalty, no swaps and no groups")
     error_warm_start = mask_error(problem.W, problem.warm, problem.G, ops=ops)
     _check_finite(error_warm_start)
     bound = error_warm_start.new_zeros(1 if problem.whole else len(error_warm_start))
@@ -157,13 +162,18 @@ def solve(
 
     certified = {max(1, round(share * steps)) - 1 for share in CERTIFIED}
     options = {"step_rule": step_rule, "penalty": penalty, "precision": precision, "ops": ops}
-    for t, state in enumerate(iterate(problem, steps=steps, **options)):
-        if t in certified:
-            bound = torch.maximum(bound, lower_bound(problem, state, ops=ops))
-    _check_finite(state.error)
-    mask = round_mask(problem, state.M, ops=ops)
-    # Its memory is free for the last product.
-    del state
+    with damped(problem.G, damp) as added:
+        for t, state in enumerate(iterate(problem, steps=steps, **options)):
+            if t in certified:
+                _check_finite(state.error)
+                bound = torch.maximum(bound, lower_bound(problem, state, added, ops=ops))
+        mask = round_mask(problem, state.M, ops=ops)
+        # Its memory is free for the last products.
+        del state
+        if swaps:
+            R = ops.product(problem.W.masked_fill(mask, 0), problem.G, precision="ieee")
+            ops.row_swaps(problem.W, problem.G, R, mask, swaps, group=problem.group, fixed=problem.fixed)
+            del R
     error = mask_error(problem.W, mask, problem.G, ops=ops)
     if best_of:
         better = (error.sum() < error_warm_start.sum()).expand_as(error) if problem.whole else error < error_warm_start
@@ -221,15 +231,21 @@ def mask_error(W: Tensor, mask: Tensor, G: Tensor, *, ops: ModuleType = referenc
     return ops.product(E, G, precision="ieee").mul_(E).sum(1)
 
 
-def lower_bound(problem: Problem, state: Iterate, *, ops: ModuleType = reference) -> Tensor:
+def lower_bound(
+    problem: Problem, state: Iterate, added: Tensor | float = 0.0, *, ops: ModuleType = reference
+) -> Tensor:
     """error(M) - <gradient, M - V>, V the vertex of the gradient without penalty: below the error of any mask.
 
     Convexity of the error gives it per row, (rows,) fp32; of a problem over the whole matrix it is one number, (1,).
+    `added` (d,) was added to the diagonal of the problem's G for the iteration; the bound is that of G without it.
     """
-    score = (2 * problem.W.float()).mul_(state.R)
+    E = (1 - state.M).mul_(problem.W)
+    R = state.R - E * added
+    error = E.mul_(R)
+    score = R.mul_(2 * problem.W.float())
     V = _lmo(ops, problem, score, fixed=problem.fixed, positive=True)
-    gap = score.mul_(V.float().sub_(state.M))
-    return state.error - (gap.sum().view(1) if problem.whole else gap.sum(1))
+    bound = error.sub_(score.mul_(V.float().sub_(state.M)))
+    return bound.sum().view(1) if problem.whole else bound.sum(1)
 
 
 def round_mask(problem: Problem, M: Tensor, *, ops: ModuleType = reference) -> Tensor:

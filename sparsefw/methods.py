@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sparsefw import frank_wolfe, joint, sparsegpt
+from sparsefw.damping import damped
 from sparsefw.frank_wolfe import mask_error
 from sparsefw.patterns import Pattern
-from sparsefw.refit import damped
 from sparsefw.saliency import SALIENCIES
 
 # See `Settings`.
@@ -25,13 +25,14 @@ class Settings:
     Attributes:
         pattern: sparsity pattern.
         warm_start: saliency that gives the warm start.
-        steps, step_rule, penalty, best_of, precision: see `frank_wolfe.solve`.
+        steps, step_rule, penalty, swaps, best_of, precision: see `frank_wolfe.solve`.
         alpha, whole: see `frank_wolfe.pose`; `whole` makes a `layer:` budget one problem instead of one per row. alpha
             None: chosen for every input by the error on held-out windows.
         refit, rounds: see `joint.refine`; refit 0 leaves the kept weights as they are.
         target: what weights approximate: "dense", the dense model's outputs, see `target.target`; "layer", what the
             layer itself makes of its input. Methods other than sparsefw know the second only.
-        damp: added to the Gram matrix for refits and targets, as a fraction of its diagonal.
+        damp: added to the Gram matrix for masks of unchanged weights, refits and targets, as a fraction of its
+            diagonal.
         memory: bytes that the state of one solve may take; longer stacks are solved in chunks of rows.
     """
 
@@ -40,7 +41,8 @@ class Settings:
     steps: int = 30
     step_rule: str = "line-search"
     penalty: float = 1.0
-    alpha: float | None = 0.5
+    alpha: float | None = 0.0
+    swaps: int = 0
     best_of: bool = True
     whole: bool = False
     precision: str = "ieee"
@@ -107,6 +109,9 @@ def choose_frank_wolfe(rows: Rows, settings: Settings, ops: ModuleType) -> Choic
         steps=settings.steps,
         step_rule=settings.step_rule,
         penalty=settings.penalty,
+        swaps=settings.swaps,
+        # To a mask that a refit starts from and chooses again, damping made no difference.
+        damp=0.0 if settings.refit else settings.damp,
         best_of=settings.best_of,
         **options,
     )

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw import patterns
+from sparsefw.damping import damped
 from sparsefw.errors import InputError
 from sparsefw.methods import METHODS, Choice, Rows, Settings, weight_error
-from sparsefw.refit import damped
 from sparsefw.saliency import SALIENCIES
 from sparsefw.target import target
 

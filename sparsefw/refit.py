@@ -3,12 +3,10 @@
     minimise ||(W - Z) X||_F^2 = sum((W - Z) * ((W - Z) G)) over Z, zero outside the mask
 
 Rows are independent least-squares problems. A step costs one product; the preconditioner is the diagonal of G. G comes
-damped (`damped`): that draws Z towards W, keeps weights that no input tells apart from growing against each other, and
-holds on text that was not calibrated on.
+damped, see `damping`: that draws Z towards W, and keeps weights that no input tells apart from growing against each
+other.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -16,10 +14,6 @@ import torch
 from torch import Tensor
 
 from sparsefw.frank_wolfe import operand
-
-# An input is damped at least as if it had this share of the median input's diagonal entry. Else the weights of an input
-# that is all but dead could become huge, and ruin the first text in which it is alive.
-FLOOR = 0.01
 
 # A row is done once <r, z> has fallen to this share of its start: from there on its ratios are rounding errors.
 CONVERGED = 1e-12
@@ -50,20 +44,6 @@ class Fit:
         self.R = torch.where(rows, other.R, self.R)
         self.error = torch.where(better, other.error, self.error)
         return better
-
-
-@contextmanager
-def damped(G: Tensor, damp: float) -> Iterator[None]:
-    """Inside, damp max(diag G, FLOOR median(diag G)) is added to the diagonal of G.
-
-    In place, since a copy can be the largest tensor of a layer; the diagonal comes back bit for bit.
-    """
-    diagonal = G.diagonal().clone()
-    G.diagonal().add_(diagonal.clamp(min=FLOOR * diagonal.median().item()), alpha=damp)
-    try:
-        yield
-    finally:
-        G.diagonal().copy_(diagonal)
 
 
 def inverse_diagonal(G: Tensor) -> Tensor:

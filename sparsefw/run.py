@@ -27,18 +27,18 @@ DEFAULT_MODEL = Path(__file__).with_name("default") / "model"
 
 # What `--preset` stands for; a flag given beside it wins.
 PRESETS = {
-    "sparsefw": {"step_rule": "line-search", "steps": 30, "alpha": 0.0, "penalty": 1.0, "refit": 4, "rounds": 3},
-    "paper": {"step_rule": "open-loop", "steps": 2000, "alpha": 0.9, "penalty": 0.0, "refit": 0, "rounds": 0},
+    "sparsefw": dict(step_rule="line-search", steps=30, alpha=0.0, penalty=1.0, refit=4, rounds=3),
+    "paper": dict(step_rule="open-loop", steps=2000, alpha=0.9, penalty=0.0, refit=0, rounds=0),
 }
-# With a refit, and without: kept weights that stay as they are cannot make up for anything.
-TARGET, TARGET_WITHOUT_REFIT = "dense", "layer"
-
-# Fixing half of the kept weights helps the perplexity of unchanged ones; refitted ones are better off free, and so are
-# the groups of n:m, which fixed entries leave little choice.
-ALPHA_WITHOUT_REFIT = 0.5
+# What goes with it where kept weights are refitted, and where they stay as they are and their masks are final.
+WITH_REFIT = dict(swaps=0, target="dense", damp=0.1)
+WITHOUT_REFIT = {
+    "sparsefw": dict(steps=40, swaps=100, target="layer", damp=0.2),
+    "paper": dict(swaps=0, target="layer", damp=0.0),
+}
 
 # Flags that only Frank-Wolfe listens to.
-FRANK_WOLFE = ("warm_start", "steps", "step_rule", "alpha", "penalty", "refit", "rounds", "target")
+FRANK_WOLFE = ("warm_start", "steps", "step_rule", "alpha", "penalty", "swaps", "refit", "rounds", "target", "damp")
 
 # Least and greatest value of a flag.
 RANGES = {
@@ -48,8 +48,10 @@ RANGES = {
     "steps": (0, None),
     "alpha": (0, 1),
     "penalty": (0, 1),
+    "swaps": (0, None),
     "refit": (0, None),
     "rounds": (0, None),
+    "damp": (0, 2**20),
     "solver_memory": (0, 2**20),
     "seed": (0, 2**63 - 1),
 }
@@ -93,15 +95,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--compare", choices=METHODS, action="append", metavar="METHOD", help="prune with this one of --method's "
         "too, for the table; may be repeated (default: none; embedded model: wanda)")  # fmt: skip
     add("--preset", choices=PRESETS, default="sparsefw", help="sparsefw: line search, integrality penalty, 30 steps, "
-        "alpha 0 (0.5 with --refit 0, but for n:m), refit 4, 3 rounds; paper: open loop, 2000 steps, no penalty, alpha "
-        "0.9, last iterate rounded, no refit (default: sparsefw)")  # fmt: skip
+        "alpha 0, refit 4, 3 rounds; with --refit 0, 40 steps and swaps; paper: open loop, 2000 steps, no penalty, "
+        "alpha 0.9, last iterate rounded, no refit (default: sparsefw)")  # fmt: skip
     add("--warm-start", choices=SALIENCIES, help="saliency of the first mask (default: wanda)")
-    add("--steps", type=int, metavar="N", help="Frank-Wolfe steps (default: the preset's)")
+    add("--steps", type=int, metavar="N", help="Frank-Wolfe steps (default: the preset's; 40 with --refit 0)")
     add("--step-rule", choices=STEP_RULES, help="(default: the preset's)")
     add("--alpha", type=_alpha, metavar="A", help="fraction of kept weights fixed by saliency; auto: chosen for every "
         "input by the error on windows held out (default: the preset's)")  # fmt: skip
     add("--penalty", type=float, metavar="P", help="final weight of the integrality penalty, 0 to 1 (default: the "
         "preset's)")  # fmt: skip
+    add("--swaps", type=int, metavar="N", help="1-swaps at most of every row's mask after Frank-Wolfe, each of which "
+        "lowers the row's error (default: 0; 100 with --refit 0, but for --preset paper)")  # fmt: skip
     add("--refit", type=int, metavar="STEPS", help="conjugate-gradient steps with which kept weights make up for "
         "removed ones, in each refit; 0 leaves kept weights as they are (default: the preset's)")  # fmt: skip
     add("--rounds", type=int, metavar="N", help="rounds of choosing the mask again for refitted weights; 0 only refits "
@@ -109,6 +113,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--target", choices=TARGETS, help="what refitted weights approximate. dense: the dense model's outputs, so "
         "that layers make up for pruned ones before them; layer: what the layer itself makes of its input, with far "
         "fewer forward passes (default: dense; layer with --refit 0)")  # fmt: skip
+    add("--damp", type=float, metavar="D", help="this share of the Gram matrix's diagonal is added to it where masks "
+        "and weights are chosen, so that they hold on other text (default: 0.1; 0.2 with --refit 0, but for --preset "
+        "paper: 0)")  # fmt: skip
     add("--allocation", choices=("uniform", "owl", "error"), default="uniform", help="how blocks share the sparsity: "
         "all alike, by outliers (OWL), or by measured errors (default: uniform)")  # fmt: skip
     add("--solver-memory", type=float, default=4.0, metavar="GIB", help="the state of one solve takes at most this, in "
@@ -131,8 +138,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     defaults |= {"kernel": "triton", "precision": "tf32"} if cuda else {"kernel": "torch", "precision": "ieee"}
     arguments.kernel_chosen = arguments.kernel is not None
-    if arguments.preset == "sparsefw" and arguments.refit == 0 and not patterns.parse(arguments.sparsity).group:
-        defaults["alpha"] = ALPHA_WITHOUT_REFIT
+    refits = defaults["refit"] if arguments.refit is None else arguments.refit
+    defaults |= WITH_REFIT if refits else WITHOUT_REFIT[arguments.preset]
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
@@ -152,7 +159,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if arguments.target == "dense":
             raise InputError("--target dense: only refitted weights can approximate it, and --refit 0 refits none")
         arguments.rounds = 0
-    arguments.target = arguments.target or (TARGET if arguments.refit else TARGET_WITHOUT_REFIT)
     return arguments
 
 
@@ -165,7 +171,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     pattern = patterns.parse(arguments.sparsity)
     paper = arguments.preset == "paper"
     whole = paper and pattern.scope == "layer"
-    for flag in ("penalty", "refit"):
+    for flag in ("penalty", "swaps", "refit"):
         if whole and getattr(arguments, flag):
             raise InputError(f"--{flag}: the paper's budget for a whole matrix (--preset paper, layer:) has none")
     if whole and arguments.alpha == AUTO:
@@ -185,6 +191,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         steps=arguments.steps,
         step_rule=arguments.step_rule,
         penalty=arguments.penalty,
+        swaps=arguments.swaps,
         alpha=None if arguments.alpha == AUTO else arguments.alpha,
         best_of=not paper,
         whole=whole,
@@ -192,6 +199,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         refit=arguments.refit,
         rounds=arguments.rounds,
         target=arguments.target,
+        damp=arguments.damp,
         memory=int(arguments.solver_memory * 2**30),
     )
 

@@ -9,8 +9,8 @@ from families import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefw import data
+from sparsefw.damping import damped
 from sparsefw.kernels import reference
-from sparsefw.refit import damped
 from sparsefw.run import main
 from sparsefw.stream import StreamedModel
 from sparsefw.target import target as target_of

@@ -1,11 +1,13 @@
 """The solver against brute force, finite differences, float64 transcriptions and its own invariants."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sparsefw import frank_wolfe, patterns
+from sparsefw.damping import damped
 from sparsefw.kernels import reference
 from sparsefw.saliency import SALIENCIES
 
@@ -204,6 +206,80 @@ class TestSolve:
             frank_wolfe.solve(problem, steps=3, step_rule="newton")
         with pytest.raises(ValueError, match="whole"):
             frank_wolfe.solve(make_problem(4, 10, "layer:0.5", whole=True), steps=3, penalty=1.0)
+        with pytest.raises(ValueError, match="no swaps"):
+            frank_wolfe.solve(make_problem(4, 10, "layer:0.5", whole=True), steps=3, penalty=0.0, swaps=1)
+
+
+class TestSwaps:
+    @pytest.mark.parametrize("sparsity", ["0.6", "layer:0.6", "2:4", "3:5"])
+    @pytest.mark.parametrize("alpha", [0.0, 0.5])
+    def test_no_row_is_worse_for_them(self, sparsity, alpha):
+        problem = make_problem(40, 20, sparsity, alpha)
+        plain, swapped = (frank_wolfe.solve(problem, steps=5, swaps=swaps) for swaps in (0, 100))
+        assert (swapped.error <= plain.error * (1 + 1e-5)).all()
+        assert swapped.error.sum() < 0.99 * plain.error.sum()
+        assert torch.equal(swapped.bound, plain.bound)
+        assert (swapped.bound <= swapped.error * (1 + 1e-5)).all()
+        units = (40, -1, problem.group or 20)
+        assert torch.equal(swapped.mask.view(units).sum(2), plain.mask.view(units).sum(2))
+        assert problem.fixed is None or swapped.mask[problem.fixed].all()
+        truth = penalized_error(problem.W.double(), problem.G.double(), swapped.mask.double(), 0)
+        torch.testing.assert_close(swapped.error.double(), truth, rtol=1e-5, atol=0)
+
+    def test_they_end_where_no_swap_of_their_pairs_is_left(self):
+        """On rows of 12 the mask is better than almost all of its neighbours one swap away."""
+        problem = make_problem(30, 12, "0.5")
+        solution = frank_wolfe.solve(problem, steps=3, swaps=100)
+        better, neighbours = 0, 0
+        for r in range(30):
+            kept = solution.mask[r].nonzero().flatten().tolist()
+            for i, p in itertools.product(kept, sorted(set(range(12)) - set(kept))):
+                e = problem.W[r].double().masked_fill(solution.mask[r], 0)
+                e[i], e[p] = problem.W[r, i], 0
+                better += (e @ problem.G.double() @ e) < solution.error[r] * (1 - 1e-5)
+                neighbours += 1
+        assert better < 0.02 * neighbours
+
+
+class TestDamping:
+    """Masks are chosen on the damped matrix; errors and bounds are those of the measured one."""
+
+    @pytest.mark.parametrize("swaps", [0, 50])
+    @pytest.mark.parametrize("penalty", [0.0, 1.0])
+    def test_masks_are_those_of_the_damped_matrix(self, penalty, swaps):
+        problem = make_problem(30, 16, "0.5")
+        solution = frank_wolfe.solve(problem, steps=40, penalty=penalty, swaps=swaps, damp=0.5, best_of=False)
+        G = problem.G.clone()
+        G.diagonal().mul_(1.5)
+        by_hand = frank_wolfe.solve(replace(problem, G=G), steps=40, penalty=penalty, swaps=swaps, best_of=False)
+        assert (solution.mask == by_hand.mask).all(1).double().mean() >= 0.9
+        undamped = frank_wolfe.solve(problem, steps=40, penalty=penalty, swaps=swaps, best_of=False)
+        assert (solution.mask == undamped.mask).all(1).double().mean() < 0.9
+
+    @pytest.mark.parametrize("alpha", [0.0, 0.5])
+    def test_errors_and_bounds_are_those_of_the_measured_matrix(self, alpha):
+        problem = make_problem(8, 12, "0.5", alpha)
+        G = problem.G.clone()
+        solution = frank_wolfe.solve(problem, steps=60, penalty=0.0, damp=0.2)
+        assert torch.equal(problem.G, G)
+        truth = penalized_error(problem.W.double(), G.double(), solution.mask.double(), 0)
+        torch.testing.assert_close(solution.error.double(), truth, rtol=1e-5, atol=0)
+        assert (solution.error <= solution.error_warm_start).all()
+        if not alpha:
+            optimum = exhaustive(problem)
+            assert (solution.bound <= optimum * (1 + 1e-5)).all()
+            # The iterate is the optimum of another matrix, which costs the bound most of its strength here.
+            assert solution.bound.sum() > 0.1 * optimum.sum()
+
+    def test_the_bound_of_a_damped_iterate(self):
+        """As of a state that was never damped."""
+        problem = make_problem(9, 20, "0.5", 0.5)
+        with damped(problem.G, 0.3) as added:
+            *_, state = frank_wolfe.iterate(problem, steps=10, penalty=1.0, **LINE_SEARCH)
+        bound = frank_wolfe.lower_bound(problem, state, added)
+        E = problem.W * (1 - state.M)
+        expected = frank_wolfe.lower_bound(problem, replace(state, R=E @ problem.G))
+        torch.testing.assert_close(bound, expected, rtol=1e-3, atol=1e-4 * state.error.max().item())
 
 
 def papers_algorithm(W, G, saliency, k, unit, alpha, steps):

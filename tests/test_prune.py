@@ -5,11 +5,11 @@ import torch
 from kernel_inputs import generator
 
 from sparsefw import joint, methods, patterns, prune
+from sparsefw.damping import damped
 from sparsefw.errors import InputError
 from sparsefw.kernels import reference
 from sparsefw.methods import METHODS, Method, Settings
 from sparsefw.prune import ALPHAS, BYTES_PER_ENTRY, ROW_UNIT, prune_layers
-from sparsefw.refit import damped
 from sparsefw.target import target
 
 D = 96
@@ -31,7 +31,7 @@ def make_layers(rows=ROWS, d=D, dtype=torch.bfloat16):
 
 
 def settings(text="0.6", **changes):
-    return Settings(patterns.parse(text), **(dict(steps=9, refit=3, rounds=2) | changes))
+    return Settings(patterns.parse(text), **(dict(steps=9, alpha=0.5, refit=3, rounds=2) | changes))
 
 
 def run(layers, G=None, method="sparsefw", how=None, **options):
@@ -79,7 +79,8 @@ class TestStack:
         results = []
         for memory in (1 << 40, 3 * unit - 1, unit):
             sizes.append([])
-            results.append(run(make_layers(), how=settings(text, memory=memory, refit=refit_steps)))
+            how = settings(text, memory=memory, refit=refit_steps, swaps=0 if refit_steps else 20)
+            results.append(run(make_layers(), how=how))
         assert sizes == [[256], [128, 128], [64] * 4]
         assert_same(results[0], results[1])
         assert_same(results[0], results[2])
@@ -230,20 +231,24 @@ class TestWritten:
         solve, refine = methods.frank_wolfe.solve, joint.refine
         monkeypatch.setattr(methods.frank_wolfe, "solve", lambda *a, **o: seen.append(o) or solve(*a, **o))
         monkeypatch.setattr(joint, "refine", lambda *a, **o: seen.append(o) or refine(*a, **o))
-        how = settings(steps=7, step_rule="open-loop", penalty=0.5, precision="tf32", refit=2, rounds=1)
+        how = settings(steps=7, step_rule="open-loop", penalty=0.5, precision="tf32", refit=2, rounds=1, swaps=6)
         run(make_layers((5,)), how=how)
         common = {"steps": 7, "penalty": 0.5, "precision": "tf32", "ops": reference}
         assert seen == [
-            common | {"step_rule": "open-loop", "best_of": True},
+            common | {"step_rule": "open-loop", "swaps": 6, "damp": 0.0, "best_of": True},
             common | {"refit_steps": 2, "rounds": 1},
         ]
+        # Masks that are final are chosen on the damped matrix.
+        run(make_layers((5,)), how=settings(refit=0, damp=0.3))
+        assert seen[2]["damp"] == 0.3
 
 
 class TestNeverWorse:
     def test_rows_that_a_refit_would_hurt_keep_their_weights(self, monkeypatch):
         """Garbage, NaN and Inf in two rows of three; the third is refitted."""
         layers, refine = make_layers(), joint.refine
-        mask_only, _ = run(layers, how=settings(refit=0))
+        # Without damping, as the mask that a refit starts from.
+        mask_only, _ = run(layers, how=settings(refit=0, damp=0.0))
         good, _ = run(layers)
 
         def garbage(*args, **options):

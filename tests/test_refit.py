@@ -5,7 +5,7 @@ import torch
 from kernel_inputs import DEVICE, gram, normal, uniform
 
 from sparsefw.kernels import fused, reference
-from sparsefw.refit import Fit, damped, inverse_diagonal, refit
+from sparsefw.refit import Fit, inverse_diagonal, refit
 
 ROWS, D = 9, 24
 
@@ -234,37 +234,6 @@ class TestPrecision:
         fit, other = run(W, G, mask, 2), run(W, G, mask, 2, ops=fused)
         torch.testing.assert_close(other.Z, fit.Z, rtol=0, atol=1e-5)
         torch.testing.assert_close(other.error, fit.error, rtol=1e-5, atol=0)
-
-
-class TestDamped:
-    def test_inside_and_after(self):
-        G = gram(D)
-        before = G.clone()
-        with damped(G, 0.1):
-            torch.testing.assert_close(G.double(), damp_by(before.double()), rtol=1e-7, atol=0)
-        assert torch.equal(G, before)
-
-    def test_inputs_that_are_all_but_dead(self):
-        """Their own scale would let their weights grow to 1e6 and more, to take a little error from the others."""
-        X = normal(200, D, seed=5)
-        X[:, :4] = (X[:, 4:8] + X[:, 8:12]) * 1e-7
-        G, W, mask = X.T @ X, normal(ROWS, D), random_mask()
-        mask[:, :4] = True
-        median = G.diagonal().median()
-        with damped(G, 0.1):
-            torch.testing.assert_close(G.diagonal()[:4], (0.1 * 0.01 * median).expand(4), rtol=1e-5, atol=0)
-            assert (run(W, G, mask, 10).Z - W)[:, :4].abs().max() < 1
-        own = G + (0.1 * G.diagonal()).diag()
-        assert (run(W, own, mask, 10).Z - W)[:, :4].abs().max() > 1e4
-
-    def test_restored_after_an_exception(self):
-        """Bit for bit: a diagonal divided by what it was multiplied with would not be."""
-        G = gram(131)
-        before = G.clone()
-        with pytest.raises(KeyError), damped(G, 0.7):
-            raise KeyError
-        assert torch.equal(G, before)
-        assert not torch.equal(G.diagonal() * 1.7 / 1.7, before.diagonal())
 
 
 class TestTakeBetter:

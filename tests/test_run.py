@@ -151,22 +151,6 @@ def test_paper_preset(tmp_path, text):
     assert (weight != 0).sum() == weight.numel() / 2
 
 
-@pytest.mark.parametrize(
-    ("flags", "alpha"),
-    [
-        ([], 0),
-        (["--refit", "0"], 0.5),
-        (["--refit", "0", "--sparsity", "layer:0.5"], 0.5),
-        (["--refit", "0", "--sparsity", "2:4"], 0),
-        (["--refit", "0", "--alpha", "0.25"], 0.25),
-        (["--alpha", "auto"], "auto"),
-        (["--preset", "paper"], 0.9),
-    ],
-)
-def test_default_alpha(flags, alpha):
-    assert parse_arguments(flags).alpha == alpha
-
-
 @pytest.mark.parametrize("refit", ["4", "0"])
 def test_alpha_auto(refit, tmp_path, text):
     """Windows enough for two micro-batches; alpha is one of those on offer, the same for layers of one input."""
@@ -184,18 +168,19 @@ def test_alpha_auto(refit, tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("flags", "target"),
+    ("flags", "expected"),
     [
-        ([], "dense"),
-        (["--refit", "2"], "dense"),
-        (["--refit", "0"], "layer"),
-        (["--preset", "paper"], "layer"),
-        (["--preset", "paper", "--refit", "2"], "dense"),
-        (["--target", "layer"], "layer"),
+        ([], dict(steps=30, alpha=0, swaps=0, refit=4, rounds=3, target="dense", damp=0.1)),
+        (["--refit", "2"], dict(alpha=0, swaps=0, refit=2, rounds=3, target="dense", damp=0.1)),
+        (["--refit", "0"], dict(steps=40, alpha=0, swaps=100, refit=0, rounds=0, target="layer", damp=0.2)),
+        (["--refit", "0", "--alpha", "0.25", "--swaps", "0", "--damp", "0"], dict(alpha=0.25, swaps=0, damp=0)),
+        (["--alpha", "auto", "--target", "layer"], dict(alpha="auto", target="layer")),
+        (["--preset", "paper"], dict(alpha=0.9, swaps=0, refit=0, rounds=0, target="layer", damp=0)),
+        (["--preset", "paper", "--refit", "2"], dict(alpha=0.9, swaps=0, rounds=0, target="dense", damp=0.1)),
     ],
 )
-def test_default_target(flags, target):
-    assert parse_arguments(flags).target == target
+def test_defaults_go_with_the_refit(flags, expected):
+    assert expected.items() <= vars(parse_arguments(flags)).items()
 
 
 def test_experts_are_their_own_targets(tmp_path, text):
@@ -275,6 +260,11 @@ class TestRefused:
             (["--steps", "-1"], ["--steps -1"]),
             (["--preset", "paper", "--penalty", "1", "--sparsity", "layer:0.5"], ["--penalty", "has none"]),
             (["--preset", "paper", "--refit", "1", "--sparsity", "layer:0.5"], ["--refit", "has none"]),
+            (["--preset", "paper", "--swaps", "5", "--sparsity", "layer:0.5"], ["--swaps", "has none"]),
+            (["--swaps", "-1"], ["--swaps -1"]),
+            (["--damp", "nan"], ["--damp nan"]),
+            (["--damp", "inf"], ["--damp inf"]),
+            (["--method", "ria", "--damp", "0.1"], ["--damp", "--method ria"]),
             (["--preset", "paper", "--alpha", "auto", "--sparsity", "layer:0.5"], ["--alpha auto"]),
             (["--alpha", "auto", "--nsamples", "1"], ["--alpha auto", "1 micro-batch"]),
             (["--refit", "-1"], ["--refit -1"]),

@@ -11,9 +11,9 @@ from test_layers import TOKENS
 from torch import nn
 
 from sparsefw import checkpoint
+from sparsefw.damping import damped
 from sparsefw.kernels import reference
 from sparsefw.layers import Stage, capture, stages
-from sparsefw.refit import damped
 from sparsefw.stream import StreamedModel
 from sparsefw.target import target
 
