@@ -21,6 +21,8 @@ from types import ModuleType
 import baselines
 from checkpoint_smollm2 import build_checkpoint
 from quality_curves import measure_curves
+from quality_settings import measure_settings
+from quality_settings import table as settings_table
 from torch import Tensor
 
 import sparsefw.run
@@ -225,8 +227,8 @@ def _short(value: float | int | str | None) -> float | int | str | None:
 
 def load(path: Path) -> dict:
     """The results so far."""
-    empty = {"study": {}, "cells": {}, "curves": {}}
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {"study": {}, "cells": {}, "curves": {}, "settings": {}} | found
 
 
 def save(path: Path, results: dict) -> None:
@@ -302,6 +304,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         add(f"--{name}", type=_numbers, default=default, metavar="N,N", help=f"(default: {default})")
     add("--curves", type=_numbers, default="8", metavar="N,N", help="blocks whose errors by step are measured, '' for "
         "none (default: 8)")  # fmt: skip
+    add("--settings", type=_numbers, default="", metavar="N,N", help="blocks on whose layers settings are compared by "
+        "their error on held-out text (default: none)")  # fmt: skip
     add("--seqlen", type=int, default=512)
     add("--eval-windows", type=int, default=20)
     arguments = parser.parse_args(argv)
@@ -348,7 +352,17 @@ def main(argv: list[str] | None = None, launch: Callable[[list[str]], int] = run
             options = {"nsamples": arguments.nsamples[0], "seqlen": study.seqlen}
             results["curves"][str(block)] = measure_curves(study.model, calibration, block, **options)
             save(arguments.results, results)
+        by_blocks = ",".join(map(str, arguments.settings))
+        if by_blocks and by_blocks not in results["settings"]:
+            options = {"nsamples": arguments.nsamples[0], "seqlen": study.seqlen, "limit": study.eval_windows}
+            results["settings"][by_blocks] = measure_settings(
+                study.model, calibration, held_out, arguments.settings, PATTERNS, **options
+            )
+            save(arguments.results, results)
     print(tables(results, cells))
+    for blocks, measured in results["settings"].items():
+        names = [name for text in results["study"]["held_out"] for name in text]
+        print(f"\nSettings, blocks {blocks}\n\n{settings_table(measured, names)}")
     if arguments.plots:
         # Only here: matplotlib is needed for nothing else.
         from quality_plots import plot

@@ -1,21 +1,17 @@
 """Errors of Frank-Wolfe by step, relaxed and rounded, with and without the penalty: the paper's figure 4."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
-import torch
+from dense_layers import dense_layers
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from sparsefw import checkpoint, data, frank_wolfe, layers, patterns
-from sparsefw.driver import BATCH_TOKENS
+from sparsefw import frank_wolfe, patterns
 from sparsefw.kernels import reference
 from sparsefw.saliency import wanda
-from sparsefw.stream import StreamedModel
 
-# Of these layers of a block, at this sparsity, without fixed entries.
-LAYERS, PATTERN = ("q_proj", "o_proj", "up_proj", "down_proj"), "0.6"
+# At this sparsity, without fixed entries and without damping.
+PATTERN = "0.6"
 WITHOUT_PENALTY = {"no penalty, line search": "line-search", "no penalty, open loop": "open-loop"}
 SEEN = (1, 2, 3, 5, 7, 10, 15, 20, 30, 45, 60, 80, 100, 130, 160, 200)
 # With the penalty each is a solve of its own: the ramp depends on the number of steps.
@@ -36,19 +32,8 @@ def measure_curves(
     Returns:
         By layer type and curve: [steps, relaxed error, error of the rounded mask], both relative to the warm start's.
     """
-    model = StreamedModel(checkpoint.inspect(folder), torch.device("cpu"))
-    seqlen = min(seqlen, model.max_seqlen or seqlen)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    windows = data.calibration_windows(tokenizer, str(calibration), nsamples=nsamples, seqlen=seqlen, seed=0)
-    stream = model.start(windows.ids, max(1, BATCH_TOKENS // seqlen))
-    for i in range(block):
-        model.open(i)
-        model.advance(i, stream)
-        model.close(i)
-    run, batches = partial(model.output, block, stream), range(len(stream.hidden))
-    found, grams, _ = layers.capture(model.open(block), run, batches, ops=reference, precision="ieee")
-    chosen = {layer.name.split(".")[-2]: (layer.weight.float(), grams[layer.gram]) for layer in found}
-    return {kind: curves(*chosen[kind]) for kind in LAYERS if kind in chosen}
+    found = dense_layers(folder, calibration, [], [block], nsamples=nsamples, seqlen=seqlen)
+    return {kind: curves(W, G) for _, kind, W, (G,) in found}
 
 
 def curves(W: Tensor, G: Tensor) -> dict[str, list[list[float]]]:

@@ -22,6 +22,7 @@ from sparsefw.prune import prune_layers
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 quality = importlib.import_module("quality")
 quality_curves = importlib.import_module("quality_curves")
+quality_settings = importlib.import_module("quality_settings")
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,8 @@ class TestCells:
             assert "alpha auto" in alphas
             assert {"penalty 0", "steps 20", "steps 60", "allocation owl", "allocation error", base} <= set(varied)
             assert "penalty 1" not in varied
-            assert "steps 30" not in varied
+            # Of refitted weights it is the default.
+            assert ("steps 30" in varied) == (base == quality.MASKS)
             assert [c.method for c in own if c.pattern == "layer:0.6"] == [base]
         assert [c.method for c in cells if "SparseGPT" in c.method] == ["SparseGPT"]
 
@@ -168,8 +170,8 @@ def test_curves_start_at_the_warm_start_and_fall():
     assert curves["no penalty, line search"][-1][0] == 200
 
 
-def test_end_to_end(tmp_path, capsys):
-    """A cell and the curves, run once; no place on the machine gets into the results."""
+def test_end_to_end(tmp_path, capsys, monkeypatch):
+    """A cell, the curves and the settings, run once; no place on the machine gets into the results."""
     model = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
     texts = [tmp_path / name for name in ("calibration.txt", "test.txt", "other.txt")]
     for n, path in enumerate(texts):
@@ -200,11 +202,41 @@ def test_end_to_end(tmp_path, capsys):
     assert error < warm
     assert 0 < cell["relative_error"] < cell["relative_mask"]
     assert "| ADMM + refit | " in capsys.readouterr().out
+    # Settings on the layers of a block, with the smallest sample.
+    monkeypatch.setattr(quality_settings, "SAMPLE_ROWS", 2)
+    monkeypatch.setattr(quality, "PATTERNS", ("0.5", "2:4"))
+    settings = run("--patterns", "2:4", "--curves", "", "--settings", "0,1")["settings"]
+    assert list(settings) == ["0,1"]
+    assert {len(rows) for rows in settings["0,1"].values()} == {len(quality_settings.settings_of_study())}
+    printed = capsys.readouterr().out
+    assert "| flags | 0.5, test.txt | 0.5, other.txt | 2:4, test.txt | 2:4, other.txt |" in printed
+    assert "| `--refit 0 --damp 0.4` | " in printed
     # Another pattern is another cell, a text with other content another study.
     assert len(run("--patterns", "2:4,0.6", "--curves", "")["cells"]) == len(ran) == 2
     texts[2].write_text("something else")
     with pytest.raises(SystemExit, match="another model, texts or windows"):
         run()
+
+
+class TestSettings:
+    def test_each_is_varied_alone(self):
+        """Against its default, which is the row of the base."""
+        for flags in quality_settings.settings_of_study():
+            base, changed = flags[:2], flags[2:]
+            before, after = (vars(sparsefw.run.parse_arguments(list(f))) for f in (base, flags))
+            different = {f"--{name}" for name in before if before[name] != after[name]}
+            assert different == set(changed[:1])
+
+    def test_errors_are_relative_to_wanda_s_mask_on_every_text(self, monkeypatch, tmp_path):
+        """With no steps, swaps or refit the mask is Wanda's: 1 on all texts; else less on the text calibrated on."""
+        W, grams = normal(8, 16).cpu(), [gram(16, seed=seed).cpu() for seed in (0, 1)]
+        monkeypatch.setattr(quality_settings, "dense_layers", lambda *a, **o: iter([(0, "q_proj", W, grams)] * 2))
+        nothing = ("--refit", "0", "--steps", "0", "--swaps", "0")
+        monkeypatch.setattr(quality_settings, "settings_of_study", lambda: [nothing, ("--refit", "0")])
+        options = {"nsamples": 1, "seqlen": 8, "limit": 1}
+        measured = quality_settings.measure_settings(tmp_path, tmp_path, [tmp_path], [0], ["0.5"], **options)
+        assert measured["0.5"][" ".join(nothing)] == [1.0, 1.0]
+        assert measured["0.5"]["--refit 0"][0] < 1
 
 
 def test_a_failed_cell_ends_the_study(tmp_path):
