@@ -9,8 +9,8 @@
     bytes = rows d (size(W) + 4 + 1) in and rows d (4 + 1) out, and for every swap 3 rows of G, 12 d
 
 A swap is three passes over the row, which stays in the cache: the best a and the best b; the best partner of each; the
-update of R. With n:m the first two are one pass over whole groups. So a search costs as many bytes as a few products
-have operands, and not one product's flops. Sums and state in fp32; ties go to the lower index.
+update of R. With n:m the first two are one pass over whole groups. A row ends its search by itself, so the launch takes
+as long as its rows need, not as the longest search times the rows. Sums and state in fp32; ties go to the lower index.
 """
 
 import torch
