@@ -17,8 +17,8 @@ from torch import Tensor
 
 PRECISIONS = ("ieee", "tf32", "bf16")
 
-# A swap counts only if it lowers the row's error by this fraction of the error at the start: less may be rounding, and
-# a search that follows rounding need not end.
+# A swap counts only if it lowers the row's error by this fraction of sum(q) over what is removed at the start: less may
+# be rounding, and a search that follows rounding need not end.
 LEAST_GAIN = 1e-6
 
 
@@ -285,7 +285,7 @@ def row_swaps(
     Args:
         W: (rows, d), fp32 / bf16 / fp16.
         G: (d, d) fp32, symmetric.
-        R: (rows, d) fp32, the product of what V removes; updated.
+        R: (rows, d) fp32, the product of what V removes and, where W approximates others, of what it lacks; updated.
         V: (rows, d) bool; updated. No row (or group) comes to keep more or less.
         limit: swaps per row at most.
         group: m of n:m, whose swaps stay within a group; else 0.
@@ -294,7 +294,7 @@ def row_swaps(
     W = W.float()
     blocks = _diagonal_blocks(G, group or G.shape[1])
     q = W * W * G.diagonal()
-    least = (W.masked_fill(V, 0) * R).sum(1).mul_(-LEAST_GAIN)
+    least = q.masked_fill(V, 0).sum(1).mul_(-LEAST_GAIN)
     rows, r, v = torch.arange(len(W), device=W.device), R.clone(), V.clone()
     held = V.new_zeros(()) if fixed is None else fixed
     for _ in range(limit):

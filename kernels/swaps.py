@@ -40,7 +40,7 @@ def _changes(W, DIAG, R, V, FIXED, column, valid, valid_d):
     w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
     r = tl.load(R + column[None, :], mask=valid, other=0.0)
     v = tl.load(V + column[None, :], mask=valid, other=0).to(tl.int1)
-    q = w * w * tl.load(DIAG + column.to(tl.int64), mask=valid_d, other=0.0)[None, :]
+    q = w * w * tl.load(DIAG + column, mask=valid_d, other=0.0)[None, :]
     lin = 2 * w * r
     removable = v
     if FIXED is not None:
@@ -102,15 +102,14 @@ def _swaps_kernel(
     if FIXED is not None:
         FIXED += row[:, None] * stride_f
 
-    errors = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    removed = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for start in range(0, d, BLOCK_D):
         column, valid_d = columns(start, d, 0, 0, BLOCK_D)
         valid = valid_r[:, None] & valid_d[None, :]
         w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
-        r = tl.load(R + column[None, :], mask=valid, other=0.0)
         v = tl.load(V + column[None, :], mask=valid, other=0).to(tl.int1)
-        errors += tl.where(v, 0.0, w * r)
-    least = -least_gain * tl.sum(errors, axis=1)
+        removed += tl.where(v, 0.0, w * w * tl.load(DIAG + column, mask=valid_d, other=0.0)[None, :])
+    least = -least_gain * tl.sum(removed, axis=1)
 
     go = valid_r
     made = 0
@@ -185,7 +184,7 @@ def row_swaps(
     Args:
         W: (rows, d), fp32 / bf16 / fp16. This and every matrix below has its rows contiguous (column stride 1).
         G: (d, d) fp32, symmetric.
-        R: (rows, d) fp32, the product of what V removes, finite; updated.
+        R: (rows, d) fp32, finite, the product of what V removes and, if anything, what W lacks; updated.
         V: (rows, d) bool; updated.
         limit: swaps per row at most.
         group: m of n:m, up to 32, whose swaps stay within a group; else 0.

@@ -40,8 +40,8 @@ class Problem:
         fixed: (rows, d) bool, entries that every mask keeps, or None.
         group: m of n:m, else 0.
         whole: one budget, one LMO and one step size over the whole matrix (the paper's C_k).
-        offset: (rows, d) fp32, (W_0 - W) G where the mask applies to weights W that differ from the layer's own, W_0:
-            the iteration then minimises ||(W_0 - M * W) X||_F^2. None where they are the same.
+        lacks: (rows, d) fp32, T - W where masked weights approximate others, T: the error then is that of
+            E = T - M * W. None where they are the same.
     """
 
     W: Tensor
@@ -52,7 +52,7 @@ class Problem:
     fixed: Tensor | None = None
     group: int = 0
     whole: bool = False
-    offset: Tensor | None = None
+    lacks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ def pose(
     group: int = 0,
     whole: bool = False,
     alpha: float = 0.0,
+    lacks: Tensor | None = None,
     ops: ModuleType = reference,
 ) -> Problem:
     """A layer's problem with its warm start and, as the paper proposes, a part of it fixed (alpha-fixing).
@@ -105,11 +106,11 @@ def pose(
     are fixed. With groups, k here is what a row keeps: fixed entries gather in the groups where saliency is high.
 
     Args:
-        W, G, saliency, k, group, whole: see `Problem`.
+        W, G, saliency, k, group, whole, lacks: see `Problem`.
         alpha: fraction of the kept entries fixed, 0 to 1.
         ops: as in `solve`.
     """
-    problem = Problem(W, G, saliency, k, torch.empty(0), None, group, whole)
+    problem = Problem(W, G, saliency, k, torch.empty(0), None, group, whole, lacks)
     warm = _lmo(ops, problem, saliency)
     fixed = None
     if alpha:
@@ -154,7 +155,7 @@ def solve(
         raise ValueError(f"step_rule: expected one of {', '.join(STEP_RULES)}, got {step_rule!r}")
     if problem.whole and (penalty or swaps or problem.group):
         raise ValueError("whole: one step size over the matrix has no penalty, no swaps and no groups")
-    error_warm_start = mask_error(problem.W, problem.warm, problem.G, ops=ops)
+    error_warm_start = mask_error(problem.W, problem.warm, problem.G, problem.lacks, ops=ops)
     _check_finite(error_warm_start)
     bound = error_warm_start.new_zeros(1 if problem.whole else len(error_warm_start))
     if steps == 0:
@@ -171,10 +172,10 @@ def solve(
         # Its memory is free for the last products.
         del state
         if swaps:
-            R = ops.product(problem.W.masked_fill(mask, 0), problem.G, precision="ieee")
+            R = ops.product(_removed(problem.W, mask, problem.lacks), problem.G, precision="ieee")
             ops.row_swaps(problem.W, problem.G, R, mask, swaps, group=problem.group, fixed=problem.fixed)
             del R
-    error = mask_error(problem.W, mask, problem.G, ops=ops)
+    error = mask_error(problem.W, mask, problem.G, problem.lacks, ops=ops)
     if best_of:
         better = (error.sum() < error_warm_start.sum()).expand_as(error) if problem.whole else error < error_warm_start
         mask = torch.where(better[:, None], mask, problem.warm)
@@ -187,14 +188,15 @@ def iterate(
 ) -> Iterator[Iterate]:
     """The Frank-Wolfe steps from the warm start; yields the same state, changed in place, after each.
 
-    Arguments as in `solve`. Under an offset `Iterate.error` lacks sum((W_0 - W) * R).
+    Arguments as in `solve`. `Iterate.error` has no part of what the weights lack, sum((T - W) * R).
     """
     W, k, group = problem.W, problem.k, problem.group
     # The row step sees the whole matrix as one row, which no program on a GPU could hold: torch does it.
     step, shape = (reference.row_step, (1, -1)) if problem.whole else (ops.row_step, W.shape)
     G = operand(problem.G, precision)
     E = operand(W.masked_fill(problem.warm, 0), precision)
-    R = _vertex_product(problem, E, G, precision, ops)
+    offset = None if problem.lacks is None else ops.product(problem.lacks, G, precision=precision)
+    R = _vertex_product(E, G, offset, precision, ops)
     state = Iterate(problem.warm.float(), R, R.clone(), problem.warm.clone(), E, torch.empty(0), torch.empty(0))
     rows = [x.view(shape) for x in (state.M, state.R, state.U, state.V, state.E)]
     fixed = None if problem.fixed is None else problem.fixed.view(shape)
@@ -206,7 +208,7 @@ def iterate(
     # A step of size 0 moves nothing and finds the first vertex.
     step(W.view(shape), diag, *rows, k, group=group, fixed=fixed, eta=0.0, next_theta=theta(0))
     for t in range(steps):
-        _vertex_product(problem, state.E, G, precision, ops, out=state.U)
+        _vertex_product(state.E, G, offset, precision, ops, out=state.U)
         eta = None if step_rule == "line-search" else 2 / (t + 2)
         thetas = {"theta": theta(t), "next_theta": theta(t + 1)}
         state.eta, state.error = step(W.view(shape), diag, *rows, k, group=group, fixed=fixed, eta=eta, **thetas)
@@ -214,10 +216,10 @@ def iterate(
 
 
 def _vertex_product(
-    problem: Problem, E: Tensor, G: Tensor, precision: str, ops: ModuleType, out: Tensor | None = None
+    E: Tensor, G: Tensor, offset: Tensor | None, precision: str, ops: ModuleType, out: Tensor | None = None
 ) -> Tensor:
     out = ops.product(E, G, precision=precision, out=out)
-    return out if problem.offset is None else out.add_(problem.offset)
+    return out if offset is None else out.add_(offset)
 
 
 def operand(X: Tensor, precision: str) -> Tensor:
@@ -225,10 +227,17 @@ def operand(X: Tensor, precision: str) -> Tensor:
     return X.bfloat16() if precision == "bf16" else X
 
 
-def mask_error(W: Tensor, mask: Tensor, G: Tensor, *, ops: ModuleType = reference) -> Tensor:
-    """Error of a binary mask, one number per row: sum(E * (E G)) with E = W * (1 - mask), (rows,) fp32."""
-    E = W.masked_fill(mask, 0)
+def mask_error(
+    W: Tensor, mask: Tensor, G: Tensor, lacks: Tensor | None = None, *, ops: ModuleType = reference
+) -> Tensor:
+    """Error of a binary mask, one number per row: sum(E * (E G)) with E = lacks + W * (1 - mask), (rows,) fp32."""
+    E = _removed(W, mask, lacks)
     return ops.product(E, G, precision="ieee").mul_(E).sum(1)
+
+
+def _removed(W: Tensor, mask: Tensor, lacks: Tensor | None) -> Tensor:
+    E = W.masked_fill(mask, 0)
+    return E if lacks is None else E + lacks
 
 
 def lower_bound(
@@ -240,6 +249,8 @@ def lower_bound(
     `added` (d,) was added to the diagonal of the problem's G for the iteration; the bound is that of G without it.
     """
     E = (1 - state.M).mul_(problem.W)
+    if problem.lacks is not None:
+        E += problem.lacks
     R = state.R - E * added
     error = E.mul_(R)
     score = R.mul_(2 * problem.W.float())

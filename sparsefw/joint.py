@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsefw import frank_wolfe
-from sparsefw.frank_wolfe import Problem, operand
+from sparsefw.frank_wolfe import Problem
 from sparsefw.refit import Fit, inverse_diagonal, refit
 
 # Steps of the second Frank-Wolfe per step of the first. Of 40 steps in all, 30 + 10 left the lowest error.
@@ -70,11 +70,10 @@ def refine(
 
 def _restart(problem: Problem, T: Tensor, steps: int, penalty: float, options: dict) -> Tensor:
     """The mask that Frank-Wolfe finds for the candidates T, (rows, d) bool."""
-    ops, precision = options["ops"], options["precision"]
-    offset = ops.product(problem.W - T, operand(problem.G, precision), precision=precision)
+    ops = options["ops"]
     score = _score(T, problem.G)
     warm = ops.lmo(score, problem.k, group=problem.group)
-    again = Problem(T, problem.G, score, problem.k, warm, None, problem.group, offset=offset)
+    again = Problem(T, problem.G, score, problem.k, warm, None, problem.group, lacks=problem.W - T)
     M = warm.float()
     for state in frank_wolfe.iterate(
         again, steps=round(RESTART * steps), step_rule="line-search", penalty=penalty, **options

@@ -58,11 +58,12 @@ class Rows:
     """Stacked rows that read the same input, and what they may keep.
 
     Attributes:
-        W: (rows, d) weight, or the target in its place: fp32, or on a GPU the checkpoint's dtype.
+        W: (rows, d) weight, or where it is refitted the target in its place: fp32, or on a GPU the checkpoint's dtype.
         G: (d, d) fp32 Gram matrix of the input.
         saliency: (rows, d) fp32, of the warm start.
         k: kept per row, an int or an int64 tensor (rows,); per group under n:m; in all under `whole`.
         dtype: of the checkpoint, to which weights are rounded in the end.
+        lacks: (rows, d) fp32, the target minus W where W stays as it is; None where they are the same.
     """
 
     W: Tensor
@@ -70,10 +71,12 @@ class Rows:
     saliency: Tensor
     k: int | Tensor
     dtype: torch.dtype
+    lacks: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> "Rows":
         k = self.k[rows] if isinstance(self.k, Tensor) else self.k
-        return replace(self, W=self.W[rows], saliency=self.saliency[rows], k=k)
+        lacks = None if self.lacks is None else self.lacks[rows]
+        return replace(self, W=self.W[rows], saliency=self.saliency[rows], k=k, lacks=lacks)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def choose_frank_wolfe(rows: Rows, settings: Settings, ops: ModuleType) -> Choic
     group, whole = settings.pattern.group, settings.whole
     options = {"precision": settings.precision, "ops": ops}
     problem = frank_wolfe.pose(
-        rows.W, rows.G, rows.saliency, rows.k, group=group, whole=whole, alpha=settings.alpha, ops=ops
+        rows.W, rows.G, rows.saliency, rows.k, group=group, whole=whole, alpha=settings.alpha, lacks=rows.lacks, ops=ops
     )
     solution = frank_wolfe.solve(
         problem,

@@ -23,6 +23,9 @@ from sparsefw.target import target
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9)
 SAMPLE_ROWS = 256
 
+# Conjugate-gradient steps from a layer's weight to its target.
+TARGET_STEPS = 4
+
 # Stacks and chunks are multiples of this many rows. A matrix product treats the last few rows apart, with other
 # roundings: with none left over, a row's result does not depend on the rows beside it.
 ROW_UNIT = 64
@@ -48,10 +51,12 @@ class LayerResult:
         warm_start: saliency of the warm start.
         alpha: fraction of kept entries fixed by saliency; None where nothing is fixed.
         steps: Frank-Wolfe steps of the first solve.
-        target: "dense" or "layer", see `Settings`; below, W is the target where that is the dense model's output.
-        error_warm_start: ||W X - (M * W) X||_F^2 of the warm start's mask, over all calibration tokens.
-        error_mask: the same of the best mask found for unchanged weights.
-        error: ||W X - Z X||_F^2 of the weights written.
+        target: "dense" or "layer", see `Settings`. Below, T is the target where that is the dense model's output, else
+            the layer's own weight W.
+        error_warm_start: ||T X - (M * W) X||_F^2 of the warm start's mask, over all calibration tokens; with a refit,
+            which starts from T, ||T X - (M * T) X||_F^2.
+        error_mask: the same of the best mask found before any refit.
+        error: ||T X - Z X||_F^2 of the weights written.
         relative_mask, relative_error: error_mask and error / error_warm_start; 1 where both are 0.
         gap: error_mask minus the largest lower bound; no mask of unchanged weights that keeps the fixed entries is
             better by more. None where no step was taken.
@@ -209,13 +214,11 @@ def _stacked(stack: list[_Part], G: Tensor, saliency: str, settings: Settings, t
     lengths = [len(part.weight) for part in stack]
     missing = -len(W) % ROW_UNIT if together else 0
     W = nn.functional.pad(W, (0, 0, 0, missing))
+    lacks = None
     if any(part.cross is not None for part in stack):
-        B = [torch.zeros(part.weight.shape, device=W.device) if part.cross is None else part.cross for part in stack]
-        B = nn.functional.pad(torch.cat(B), (0, 0, 0, missing))
-        chunk = _chunk(W, settings.memory, stack[0].name) if together else len(W)
-        with damped(G, settings.damp):
-            for rows, b in zip(W.split(chunk), B.split(chunk), strict=True):
-                rows.copy_(target(rows, G, b, settings.refit, precision=settings.precision, ops=ops))
+        T = _targets(stack, W, G, settings, together, ops)
+        # Refitted weights start from the target; those that stay as they are can only be chosen for it.
+        W, lacks = (T.to(W.dtype), None) if settings.refit else (W, T - W)
     saliencies = [SALIENCIES[saliency](part, G.diagonal()) for part in W[: sum(lengths)].split(lengths)]
     if settings.whole:
         k = patterns.kept_in_layer(pattern, *W.shape)
@@ -226,7 +229,18 @@ def _stacked(stack: list[_Part], G: Tensor, saliency: str, settings: Settings, t
             k = torch.cat([torch.as_tensor(one, device=W.device).expand(n) for one, n in zip(ks, lengths, strict=True)])
             k = nn.functional.pad(k, (0, missing))
     S = nn.functional.pad(torch.cat(saliencies), (0, 0, 0, missing))
-    return Rows(W, G, S, k, stack[0].weight.dtype)
+    return Rows(W, G, S, k, stack[0].weight.dtype, lacks)
+
+
+def _targets(stack: list[_Part], W: Tensor, G: Tensor, settings: Settings, together: bool, ops: ModuleType) -> Tensor:
+    """The targets of stacked rows W, (rows, d) fp32; layers without a cross matrix, and rows that fill up, keep W."""
+    B = [torch.zeros(part.weight.shape, device=W.device) if part.cross is None else part.cross for part in stack]
+    B = torch.cat(B)
+    B = nn.functional.pad(B, (0, 0, 0, len(W) - len(B)))
+    chunk = _chunk(W, settings.memory, stack[0].name) if together else len(W)
+    parts = zip(W.split(chunk), B.split(chunk), strict=True)
+    with damped(G, settings.damp):
+        return torch.cat([target(w, G, b, TARGET_STEPS, precision=settings.precision, ops=ops) for w, b in parts])
 
 
 def _choose_alpha(rows: Rows, held_out: Tensor, settings: Settings, ops: ModuleType) -> float:

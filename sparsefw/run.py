@@ -33,7 +33,7 @@ PRESETS = {
 # What goes with it where kept weights are refitted, and where they stay as they are and their masks are final.
 WITH_REFIT = dict(swaps=0, target="dense", damp=0.1)
 WITHOUT_REFIT = {
-    "sparsefw": dict(steps=40, swaps=100, target="layer", damp=0.2),
+    "sparsefw": dict(steps=40, swaps=100, target="dense", damp=0.2),
     "paper": dict(swaps=0, target="layer", damp=0.0),
 }
 
@@ -110,9 +110,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "removed ones, in each refit; 0 leaves kept weights as they are (default: the preset's)")  # fmt: skip
     add("--rounds", type=int, metavar="N", help="rounds of choosing the mask again for refitted weights; 0 only refits "
         "(default: the preset's)")  # fmt: skip
-    add("--target", choices=TARGETS, help="what refitted weights approximate. dense: the dense model's outputs, so "
-        "that layers make up for pruned ones before them; layer: what the layer itself makes of its input, with far "
-        "fewer forward passes (default: dense; layer with --refit 0)")  # fmt: skip
+    add("--target", choices=TARGETS, help="what layers approximate. dense: the dense model's outputs, so that "
+        "they make up for pruned ones before them; layer: what the layer itself makes of its input, with far fewer "
+        "forward passes (default: dense; layer with --preset paper, but for --refit)")  # fmt: skip
     add("--damp", type=float, metavar="D", help="this share of the Gram matrix's diagonal is added to it where masks "
         "and weights are chosen, so that they hold on other text (default: 0.1; 0.2 with --refit 0, but for --preset "
         "paper: 0)")  # fmt: skip
@@ -156,8 +156,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if not arguments.refit:
         if "rounds" in given and arguments.rounds:
             raise InputError("--rounds: masks are chosen again for refitted weights, and --refit 0 refits none")
-        if arguments.target == "dense":
-            raise InputError("--target dense: only refitted weights can approximate it, and --refit 0 refits none")
         arguments.rounds = 0
     return arguments
 

@@ -17,7 +17,7 @@ from sparsefw.refit import descend
 
 
 def target(W: Tensor, G: Tensor, B: Tensor, steps: int, *, precision: str = "ieee", ops: ModuleType) -> Tensor:
-    """T, by conjugate gradients from W; (rows, d) in W's dtype.
+    """T, by conjugate gradients from W; (rows, d) fp32.
 
     Few steps on a damped G: directions in which the input hardly varies say little about D, and T stays at W there.
 
@@ -31,4 +31,4 @@ def target(W: Tensor, G: Tensor, B: Tensor, steps: int, *, precision: str = "iee
     """
     T = W.to(B.dtype, copy=True)
     descend(T, B, G, None, steps, precision=precision, ops=ops)
-    return T.to(W.dtype)
+    return T

@@ -241,6 +241,47 @@ class TestSwaps:
         assert better < 0.02 * neighbours
 
 
+class TestLacks:
+    """Masks of weights W that approximate others, T = W + lacks."""
+
+    def make(self, alpha=0.0, sparsity="0.5", rows=8):
+        problem = make_problem(rows, 12, sparsity, alpha)
+        lacks = 0.3 * torch.randn(rows, 12, generator=torch.Generator().manual_seed(8))
+        return replace(problem, lacks=lacks)
+
+    def errors(self, problem, mask):
+        E = (problem.W + problem.lacks - problem.W * mask).double()
+        return (E * (E @ problem.G.double())).sum(1)
+
+    @pytest.mark.parametrize("swaps", [0, 50])
+    @pytest.mark.parametrize("damp", [0.0, 0.2])
+    def test_against_exhaustive_search(self, swaps, damp):
+        problem = self.make()
+        masks = [torch.zeros(12) for _ in range(924)]
+        for mask, kept in zip(masks, itertools.combinations(range(12), 6), strict=True):
+            mask[list(kept)] = 1
+        optimum = torch.stack([self.errors(problem, mask) for mask in masks]).amin(0)
+        solution = frank_wolfe.solve(problem, steps=60, swaps=swaps, damp=damp)
+        torch.testing.assert_close(solution.error.double(), self.errors(problem, solution.mask), rtol=1e-4, atol=1e-3)
+        warm = self.errors(problem, problem.warm)
+        torch.testing.assert_close(solution.error_warm_start.double(), warm, rtol=1e-4, atol=1e-3)
+        assert (solution.bound <= optimum + 1e-5 * warm).all()
+        assert (solution.error - optimum).sum() < 0.3 * (warm - optimum).sum()
+
+    @pytest.mark.parametrize("sparsity", ["0.6", "2:4"])
+    def test_swaps_help(self, sparsity):
+        problem = self.make(sparsity=sparsity, rows=40)
+        plain, swapped = (frank_wolfe.solve(problem, steps=5, swaps=swaps) for swaps in (0, 100))
+        assert (swapped.error <= plain.error * (1 + 1e-5)).all()
+        assert swapped.error.sum() < 0.99 * plain.error.sum()
+
+    def test_masks_repair_what_the_weights_lack(self):
+        problem = self.make(rows=40)
+        for_itself = frank_wolfe.solve(replace(problem, lacks=None), steps=40)
+        repairing = frank_wolfe.solve(problem, steps=40)
+        assert repairing.error.sum() < 0.9 * self.errors(problem, for_itself.mask).sum()
+
+
 class TestDamping:
     """Masks are chosen on the damped matrix; errors and bounds are those of the measured one."""
 

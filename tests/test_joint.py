@@ -1,4 +1,4 @@
-"""Masks and weights together: against exhaustive search, against a refit alone, and the offset of the iteration."""
+"""Masks and weights together: against exhaustive search, against a refit alone, and weights that lack something."""
 
 import itertools
 
@@ -223,24 +223,24 @@ class TestCandidates:
             torch.testing.assert_close(joint._score(T, G)[:, j].double() ** 2, error(T, removed, G), rtol=1e-5, atol=0)
 
 
-class TestOffset:
-    """(W_0 - M * T) G carried along, for weights T that are not the layer's own W_0."""
+class TestLacks:
+    """(W - M * T) G carried along, for masked weights T that approximate others, W."""
 
     def state(self, sparsity="0.6", penalty=0.0, steps=12, ops=reference):
         problem = make_problem(rows=7, sparsity=sparsity)
         W, G = problem.W, problem.G
         T = W + 0.3 * normal(*W.shape, seed=5)
-        offset = (W - T) @ G
-        kept = offset.clone()
-        again = frank_wolfe.Problem(T, G, T.abs(), problem.k, problem.warm, None, problem.group, offset=offset)
+        lacks = W - T
+        kept = lacks.clone()
+        again = frank_wolfe.Problem(T, G, T.abs(), problem.k, problem.warm, None, problem.group, lacks=lacks)
         options = {"step_rule": "line-search", "penalty": penalty, "precision": "ieee", "ops": ops}
         for state in frank_wolfe.iterate(again, steps=steps, **options):
             yield W, T, G, state
-        assert torch.equal(offset, kept)
+        assert torch.equal(lacks, kept)
 
     @pytest.mark.parametrize("ops", [reference, fused])
     @pytest.mark.parametrize("sparsity", ["0.6", "2:4"])
-    def test_residual_is_that_of_the_layers_own_weights(self, sparsity, ops):
+    def test_residual_is_that_of_the_weights_approximated(self, sparsity, ops):
         for W, T, G, state in self.state(sparsity, penalty=1.0, ops=ops):
             R = (W.double() - state.M.double() * T.double()) @ G.double()
             torch.testing.assert_close(state.R.double(), R, rtol=0, atol=1e-5 * R.abs().max().item())
@@ -265,10 +265,10 @@ class TestOffset:
             gradient = -2 * T.double() * ((W.double() - state.M.double() * T.double()) @ G.double())
             assert (reference.lmo(-gradient.float(), 16, positive=True) == state.V).double().mean() > 0.99
 
-    def test_zero_offset_changes_nothing(self):
+    def test_lacking_nothing_changes_nothing(self):
         problem = make_problem(rows=5)
         options = {"step_rule": "line-search", "penalty": 1.0, "precision": "ieee", "ops": reference, "steps": 9}
-        zero = frank_wolfe.replace(problem, offset=torch.zeros_like(problem.W))
+        zero = frank_wolfe.replace(problem, lacks=torch.zeros_like(problem.W))
         for one, two in zip(frank_wolfe.iterate(problem, **options), frank_wolfe.iterate(zero, **options), strict=True):
             assert torch.equal(one.M, two.M)
             assert torch.equal(one.R, two.R)

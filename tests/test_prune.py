@@ -121,7 +121,7 @@ class TestTargets:
         crosses = self.crosses()
         with damped(G, how.damp):
             targets = [
-                (name, target(W, G, B.clone(), how.refit, ops=reference))
+                (name, target(W, G, B.clone(), prune.TARGET_STEPS, ops=reference))
                 for (name, W), B in zip(layers, crosses, strict=True)
             ]
         targets[2], crosses[2] = layers[2], None
@@ -135,14 +135,37 @@ class TestTargets:
             assert [getattr(a, e) for e in ERRORS] == pytest.approx([getattr(b, e) for e in ERRORS], rel=1e-3)
 
     @pytest.mark.parametrize("text", PATTERNS)
-    def test_stacks_and_chunks_change_nothing(self, text):
-        layers = make_layers()
+    def test_masks_of_unchanged_weights_are_chosen_for_them(self, text):
+        how = settings(text, refit=0, swaps=20, alpha=0.0)
+        layers, G = make_layers(dtype=torch.float32), make_gram()
+        crosses = self.crosses()
+        crosses[2] = None
+        pruned, results = run(layers, G, how=how, crosses=[B if B is None else B.clone() for B in crosses])
+        for_itself, _ = run(layers, G, how=how)
+        for (name, W), B, row in zip(layers, crosses, results, strict=True):
+            T = W
+            if B is not None:
+                with damped(G, how.damp):
+                    T = target(W, G, B.clone(), prune.TARGET_STEPS, ops=reference)
+            Z = pruned[name]
+            assert torch.equal(Z, W * (Z != 0))
+            assert row.error == row.error_mask == pytest.approx(error(T, Z, G).sum().item(), rel=1e-4)
+            assert row.target == ("layer" if B is None else "dense")
+            if B is None:
+                assert torch.equal(Z, for_itself[name])
+            elif len(W) > 1:
+                assert row.error < error(T, for_itself[name], G).sum().item()
+
+    @pytest.mark.parametrize("refit_steps", [0, 3])
+    @pytest.mark.parametrize("text", PATTERNS)
+    def test_stacks_and_chunks_change_nothing(self, text, refit_steps):
+        layers, how = make_layers(), settings(text, refit=refit_steps, swaps=0 if refit_steps else 20)
         unit = BYTES_PER_ENTRY * D * ROW_UNIT
         together, small = (
-            run(layers, how=settings(text, memory=memory), crosses=self.crosses()) for memory in (1 << 40, unit)
+            run(layers, how=prune.replace(how, memory=memory), crosses=self.crosses()) for memory in (1 << 40, unit)
         )
         assert_same(together, small)
-        alone = [run([layer], how=settings(text), crosses=[B]) for layer, B in zip(layers, self.crosses(), strict=True)]
+        alone = [run([layer], how=how, crosses=[B]) for layer, B in zip(layers, self.crosses(), strict=True)]
         assert_same(
             together, ({n: W for one, _ in alone for n, W in one.items()}, [r for _, one in alone for r in one])
         )

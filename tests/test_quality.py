@@ -210,7 +210,7 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     assert {len(rows) for rows in settings["0,1"].values()} == {len(quality_settings.settings_of_study())}
     printed = capsys.readouterr().out
     assert "| flags | 0.5, test.txt | 0.5, other.txt | 2:4, test.txt | 2:4, other.txt |" in printed
-    assert "| `--refit 0 --damp 0.4` | " in printed
+    assert "| `--target layer --refit 0 --damp 0.4` | " in printed
     # Another pattern is another cell, a text with other content another study.
     assert len(run("--patterns", "2:4,0.6", "--curves", "")["cells"]) == len(ran) == 2
     texts[2].write_text("something else")
@@ -221,11 +221,13 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
 class TestSettings:
     def test_each_is_varied_alone(self):
         """Against its default, which is the row of the base."""
-        for flags in quality_settings.settings_of_study():
-            base, changed = flags[:2], flags[2:]
-            before, after = (vars(sparsefw.run.parse_arguments(list(f))) for f in (base, flags))
-            different = {f"--{name}" for name in before if before[name] != after[name]}
-            assert different == set(changed[:1])
+        rows = quality_settings.settings_of_study()
+        assert len(set(rows)) == len(rows)
+        for base in quality_settings.VARIED:
+            before = vars(sparsefw.run.parse_arguments(list(base)))
+            for flags in (row for row in rows if row[:-2] == base and row not in quality_settings.VARIED):
+                after = vars(sparsefw.run.parse_arguments(list(flags)))
+                assert [f"--{name}" for name in before if before[name] != after[name]] == [flags[-2]]
 
     def test_errors_are_relative_to_wanda_s_mask_on_every_text(self, monkeypatch, tmp_path):
         """With no steps, swaps or refit the mask is Wanda's: 1 on all texts; else less on the text calibrated on."""

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparsefw import checkpoint
 from sparsefw.methods import METHODS
 from sparsefw.prune import ALPHAS
-from sparsefw.run import main, parse_arguments
+from sparsefw.run import main, parse_arguments, settings_of
 
 TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(200))
 SMALL = ["--nsamples", "6", "--seqlen", "32", "--kernel", "torch"]
@@ -172,7 +172,7 @@ def test_alpha_auto(refit, tmp_path, text):
     [
         ([], dict(steps=30, alpha=0, swaps=0, refit=4, rounds=3, target="dense", damp=0.1)),
         (["--refit", "2"], dict(alpha=0, swaps=0, refit=2, rounds=3, target="dense", damp=0.1)),
-        (["--refit", "0"], dict(steps=40, alpha=0, swaps=100, refit=0, rounds=0, target="layer", damp=0.2)),
+        (["--refit", "0"], dict(steps=40, alpha=0, swaps=100, refit=0, rounds=0, target="dense", damp=0.2)),
         (["--refit", "0", "--alpha", "0.25", "--swaps", "0", "--damp", "0"], dict(alpha=0.25, swaps=0, damp=0)),
         (["--alpha", "auto", "--target", "layer"], dict(alpha="auto", target="layer")),
         (["--preset", "paper"], dict(alpha=0.9, swaps=0, refit=0, rounds=0, target="layer", damp=0)),
@@ -181,6 +181,16 @@ def test_alpha_auto(refit, tmp_path, text):
 )
 def test_defaults_go_with_the_refit(flags, expected):
     assert expected.items() <= vars(parse_arguments(flags)).items()
+
+
+def test_flags_arrive_in_the_settings():
+    values = dict(steps=7, alpha=0.3, penalty=0.4, swaps=5, refit=2, rounds=1, target="layer", damp=0.7)
+    flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    flags += ["--sparsity", "2:4", "--warm-start", "ria", "--step-rule", "open-loop", "--solver-memory", "0.5"]
+    settings = settings_of(parse_arguments([*flags, "--precision", "bf16"]))
+    assert values.items() <= vars(settings).items()
+    assert (settings.pattern.text, settings.warm_start, settings.step_rule) == ("2:4", "ria", "open-loop")
+    assert (settings.precision, settings.memory, settings.best_of) == ("bf16", 2**29, True)
 
 
 def test_experts_are_their_own_targets(tmp_path, text):
@@ -269,8 +279,6 @@ class TestRefused:
             (["--alpha", "auto", "--nsamples", "1"], ["--alpha auto", "1 micro-batch"]),
             (["--refit", "-1"], ["--refit -1"]),
             (["--refit", "0", "--rounds", "2"], ["--rounds", "--refit 0"]),
-            (["--refit", "0", "--target", "dense"], ["--target dense", "--refit 0"]),
-            (["--preset", "paper", "--target", "dense"], ["--target dense", "--refit 0"]),
             (["--method", "wanda", "--target", "layer"], ["--target", "--method wanda"]),
             (["--method", "wanda", "--refit", "3"], ["--refit", "--method wanda"]),
             (["--allocation", "owl", "--sparsity", "2:4"], ["--allocation owl", "2:4"]),
