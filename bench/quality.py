@@ -20,8 +20,9 @@ from types import ModuleType
 
 import baselines
 from checkpoint_smollm2 import build_checkpoint
+from dense_layers import dense_layers
 from quality_curves import measure_curves
-from quality_settings import measure_settings
+from quality_settings import measure_budgets, measure_settings
 from quality_settings import table as settings_table
 from torch import Tensor
 
@@ -230,7 +231,7 @@ def _short(value: float | int | str | None) -> float | int | str | None:
 def load(path: Path) -> dict:
     """The results so far."""
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {"study": {}, "cells": {}, "curves": {}, "settings": {}} | found
+    return {"study": {}, "cells": {}, "curves": {}, "settings": {}, "budgets": {}} | found
 
 
 def save(path: Path, results: dict) -> None:
@@ -357,14 +358,15 @@ def main(argv: list[str] | None = None, launch: Callable[[list[str]], int] = run
         by_blocks = ",".join(map(str, arguments.settings))
         if by_blocks and by_blocks not in results["settings"]:
             options = {"nsamples": arguments.nsamples[0], "seqlen": study.seqlen, "limit": study.eval_windows}
-            results["settings"][by_blocks] = measure_settings(
-                study.model, calibration, held_out, arguments.settings, PATTERNS, **options
-            )
+            layers = list(dense_layers(study.model, calibration, held_out, arguments.settings, **options))
+            results["settings"][by_blocks] = measure_settings(layers, PATTERNS)
+            results["budgets"][by_blocks] = measure_budgets(layers)
             save(arguments.results, results)
     print(tables(results, cells))
-    for blocks, measured in results["settings"].items():
-        names = [name for text in results["study"]["held_out"] for name in text]
-        print(f"\nSettings, blocks {blocks}\n\n{settings_table(measured, names)}")
+    for section in ("settings", "budgets"):
+        for blocks, measured in results[section].items():
+            names = [name for text in results["study"]["held_out"] for name in text]
+            print(f"\n{section.capitalize()}, blocks {blocks}\n\n{settings_table(measured, names)}")
     if arguments.plots:
         # Only here: matplotlib is needed for nothing else.
         from quality_plots import plot

@@ -5,9 +5,7 @@ setting sees the same ones, and weights approximate the layer's own.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from dense_layers import dense_layers
 from torch import Tensor
 
 import sparsefw.run
@@ -40,6 +38,17 @@ VARIED = {
 }
 
 
+# One budget for every row, and one for the whole matrix, as SparseGPT has for every block of columns.
+WARM_OF_BUDGETS = ("--method", "wanda", "--sparsity", "0.6")
+BUDGETS = (
+    (*MASKS, "--sparsity", "0.6"),
+    (*MASKS, "--sparsity", "layer:0.6"),
+    ("--method", "sparsegpt", "--sparsity", "0.6"),
+    (*REFITTED, "--sparsity", "0.6"),
+    (*REFITTED, "--sparsity", "layer:0.6"),
+)
+
+
 def settings_of_study() -> list[tuple[str, ...]]:
     """The flags of every row of the study: the two ways by themselves, then each with one setting changed."""
     rows = []
@@ -50,56 +59,62 @@ def settings_of_study() -> list[tuple[str, ...]]:
 
 
 def measure_settings(
-    folder: Path,
-    calibration: Path,
-    held_out: list[Path],
-    blocks: list[int],
-    every: Sequence[str],
-    *,
-    nsamples: int,
-    seqlen: int,
-    limit: int,
+    layers: list[tuple[int, str, Tensor, list[Tensor]]], every: Sequence[str]
 ) -> dict[str, dict[str, list[float]]]:
     """Errors by pattern and flags.
 
     Args:
-        folder, calibration, held_out, blocks, nsamples, seqlen, limit: see `dense_layers`.
+        layers: from `dense_layers`.
         every: patterns.
 
     Returns:
         By pattern, then by flags: on the calibration text and on each held-out one the error relative to Wanda's mask
         there, mean over the layers.
     """
-    sums: dict[str, dict[str, list[float]]] = {}
-    layers = list(dense_layers(folder, calibration, held_out, blocks, nsamples=nsamples, seqlen=seqlen, limit=limit))
-    for text in every:
-        pattern = patterns.parse(text)
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for pattern in every:
         for _, _, weight, grams in layers:
             W = weight[:: -(-len(weight) // SAMPLE_ROWS)].contiguous()
-            saliency = wanda(W, grams[0].diagonal())
-            k = patterns.budget(pattern, saliency)
-            warm = W.masked_fill(~reference.lmo(saliency, k, group=pattern.group), 0)
-            before = [_error(W, warm, G) for G in grams]
-            rows = Rows(W, grams[0], saliency, k, W.dtype)
+            warm = _errors(W, grams, ("--method", "wanda", "--sparsity", pattern))
             for flags in settings_of_study():
-                settings = sparsefw.run.settings_of(sparsefw.run.parse_arguments([*flags, "--sparsity", text]))
-                choice = METHODS["sparsefw"].choose(rows, settings, reference)
-                Z = W.masked_fill(~choice.mask, 0) if choice.weight is None else choice.weight
-                shares = [_error(W, Z, G) / e / len(layers) for G, e in zip(grams, before, strict=True)]
-                row = sums.setdefault(text, {}).setdefault(" ".join(flags), [0.0] * len(grams))
-                row[:] = [a + b for a, b in zip(row, shares, strict=True)]
-    return {text: {flags: [round(x, 5) for x in row] for flags, row in rows.items()} for text, rows in sums.items()}
+                errors = _errors(W, grams, (*flags, "--sparsity", pattern))
+                rows = found.setdefault(pattern, {}).setdefault(" ".join(flags), [])
+                rows.append([e / w for e, w in zip(errors, warm, strict=True)])
+    return {pattern: {flags: _mean(rows) for flags, rows in by_flags.items()} for pattern, by_flags in found.items()}
 
 
-def _error(W: Tensor, Z: Tensor, G: Tensor) -> float:
-    return weight_error(W, Z, G, reference).double().sum().item()
+def measure_budgets(layers: list[tuple[int, str, Tensor, list[Tensor]]]) -> dict[str, dict[str, list[float]]]:
+    """As `measure_settings`, of all rows: by kind of layer, then by the flags of BUDGETS."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for _, kind, W, grams in layers:
+        warm = _errors(W, grams, WARM_OF_BUDGETS)
+        for flags in BUDGETS:
+            errors = _errors(W, grams, flags)
+            rows = found.setdefault(kind, {}).setdefault(" ".join(flags), [])
+            rows.append([e / w for e, w in zip(errors, warm, strict=True)])
+    return {kind: {flags: _mean(rows) for flags, rows in by_flags.items()} for kind, by_flags in found.items()}
+
+
+def _errors(W: Tensor, grams: list[Tensor], flags: Sequence[str]) -> list[float]:
+    """What a run with these flags makes of a layer calibrated on the first Gram matrix: its errors on all of them."""
+    arguments = sparsefw.run.parse_arguments(list(flags))
+    settings = sparsefw.run.settings_of(arguments)
+    saliency = wanda(W, grams[0].diagonal())
+    rows = Rows(W, grams[0], saliency, patterns.budget(settings.pattern, saliency), W.dtype)
+    choice = METHODS[arguments.method].choose(rows, settings, reference)
+    Z = W.masked_fill(~choice.mask, 0) if choice.weight is None else choice.weight
+    return [weight_error(W, Z, G, reference).double().sum().item() for G in grams]
+
+
+def _mean(rows: list[list[float]]) -> list[float]:
+    return [round(sum(column) / len(column), 5) for column in zip(*rows, strict=True)]
 
 
 def table(measured: dict[str, dict[str, list[float]]], texts: list[str]) -> str:
-    """Markdown: a row for each setting, and for each pattern the error on every held-out text.
+    """Markdown: a row for each setting, and for each pattern (or kind of layer) the error on every held-out text.
 
     Args:
-        measured: from `measure_settings`.
+        measured: from `measure_settings` or `measure_budgets`.
         texts: names of the held-out texts.
     """
     head = ["flags", *(f"{text}, {name}" for text in measured for name in texts)]

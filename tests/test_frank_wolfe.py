@@ -275,6 +275,17 @@ class TestLacks:
         assert (swapped.error <= plain.error * (1 + 1e-5)).all()
         assert swapped.error.sum() < 0.99 * plain.error.sum()
 
+    def test_the_bound_is_the_tangent_s_minimum(self):
+        problem = self.make(alpha=0.5)
+        *_, state = frank_wolfe.iterate(problem, steps=9, penalty=0.0, **LINE_SEARCH)
+        W, M, G = problem.W.double(), state.M.double(), problem.G.double()
+        E = W + problem.lacks - W * M
+        gradient = -2 * W * (E @ G)
+        V = reference.lmo(-gradient.float(), 6, fixed=problem.fixed, positive=True)
+        expected = (E * (E @ G)).sum(1) - (gradient * (M - V.double())).sum(1)
+        bound = frank_wolfe.lower_bound(problem, state).double()
+        torch.testing.assert_close(bound, expected, rtol=1e-3, atol=1e-3 * state.error.max().item())
+
     def test_masks_repair_what_the_weights_lack(self):
         problem = self.make(rows=40)
         for_itself = frank_wolfe.solve(replace(problem, lacks=None), steps=40)

@@ -205,9 +205,10 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     # Settings on the layers of a block, with the smallest sample.
     monkeypatch.setattr(quality_settings, "SAMPLE_ROWS", 2)
     monkeypatch.setattr(quality, "PATTERNS", ("0.5", "2:4"))
+    monkeypatch.setattr(quality_settings, "VARIED", {quality_settings.MASKS: {"damp": (0.4,)}})
     settings = run("--patterns", "2:4", "--curves", "", "--settings", "0,1")["settings"]
     assert list(settings) == ["0,1"]
-    assert {len(rows) for rows in settings["0,1"].values()} == {len(quality_settings.settings_of_study())}
+    assert {len(rows) for rows in settings["0,1"].values()} == {2}
     printed = capsys.readouterr().out
     assert "| flags | 0.5, test.txt | 0.5, other.txt | 2:4, test.txt | 2:4, other.txt |" in printed
     assert "| `--target layer --refit 0 --damp 0.4` | " in printed
@@ -229,16 +230,24 @@ class TestSettings:
                 after = vars(sparsefw.run.parse_arguments(list(flags)))
                 assert [f"--{name}" for name in before if before[name] != after[name]] == [flags[-2]]
 
-    def test_errors_are_relative_to_wanda_s_mask_on_every_text(self, monkeypatch, tmp_path):
+    def layers(self):
+        """Rows of unequal size: a budget for the matrix has something to share out."""
+        W = normal(8, 16).cpu() * torch.logspace(-1, 1, 8)[:, None]
+        return [(i, "q_proj", W, [gram(16, seed=seed).cpu() for seed in (0, i)]) for i in (1, 2)]
+
+    def test_errors_are_relative_to_wanda_s_mask_on_every_text(self, monkeypatch):
         """With no steps, swaps or refit the mask is Wanda's: 1 on all texts; else less on the text calibrated on."""
-        W, grams = normal(8, 16).cpu(), [gram(16, seed=seed).cpu() for seed in (0, 1)]
-        monkeypatch.setattr(quality_settings, "dense_layers", lambda *a, **o: iter([(0, "q_proj", W, grams)] * 2))
         nothing = ("--refit", "0", "--steps", "0", "--swaps", "0")
         monkeypatch.setattr(quality_settings, "settings_of_study", lambda: [nothing, ("--refit", "0")])
-        options = {"nsamples": 1, "seqlen": 8, "limit": 1}
-        measured = quality_settings.measure_settings(tmp_path, tmp_path, [tmp_path], [0], ["0.5"], **options)
+        measured = quality_settings.measure_settings(self.layers(), ["0.5"])
         assert measured["0.5"][" ".join(nothing)] == [1.0, 1.0]
         assert measured["0.5"]["--refit 0"][0] < 1
+
+    def test_a_budget_for_the_matrix_errs_less(self):
+        budgets = quality_settings.measure_budgets(self.layers())["q_proj"]
+        assert len(budgets) == len(quality_settings.BUDGETS)
+        for way in ("--target layer --refit 0", "--target layer"):
+            assert budgets[f"{way} --sparsity layer:0.6"][0] < budgets[f"{way} --sparsity 0.6"][0] < 1
 
 
 def test_a_failed_cell_ends_the_study(tmp_path):
