@@ -37,7 +37,7 @@ from sparsefw.refit import refit
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 MASKS, DEFAULT, SPARSEGPT = "masks only (`--refit 0`)", "the default", "SparseGPT"
 LAYERWISE = "layer by layer (`--target layer`)"
-LAYERWISE_MASKS = "masks only, layer by layer (`--refit 0 --target layer`)"
+MASKS_OF_TARGETS = "masks only, of the dense model's outputs (`--refit 0 --target dense`)"
 
 # Name in the table: flags of the run.
 METHODS_OF_TABLE = {
@@ -46,8 +46,8 @@ METHODS_OF_TABLE = {
     "RIA": ["--method", "ria"],
     "best 1-swaps from Wanda": ["--method", "one-swaps"],
     "the paper's (`--preset paper --steps 100`)": ["--preset", "paper", "--steps", "100"],
-    LAYERWISE_MASKS: ["--refit", "0", "--target", "layer"],
     MASKS: ["--refit", "0"],
+    MASKS_OF_TARGETS: ["--refit", "0", "--target", "dense"],
     SPARSEGPT: ["--method", "sparsegpt"],
     "ADMM": ["--method", "admm"],
     "ADMM + refit": ["--method", "admm-refit"],

@@ -13,12 +13,11 @@ from matplotlib import pyplot
 BY_LAYER = (
     ("best 1-swaps from Wanda", "error_mask", "1-swaps"),
     ("the paper's (`--preset paper --steps 100`)", "error_mask", "the paper's, 100 steps"),
-    ("masks only, layer by layer (`--refit 0 --target layer`)", "error_mask", "masks only, layer by layer"),
+    ("masks only (`--refit 0`)", "error_mask", "masks only"),
     ("SparseGPT", "error", "SparseGPT"),
     ("ADMM + refit", "error", "ADMM + refit"),
     ("layer by layer (`--target layer`)", "error_mask", "layer by layer, mask alone"),
     ("layer by layer (`--target layer`)", "error", "layer by layer"),
-    ("masks only (`--refit 0`)", "error_mask", "masks only, of their targets"),
     ("the default", "error", "the default, of its targets"),
 )
 

@@ -29,7 +29,7 @@ class Settings:
         alpha, whole: see `frank_wolfe.pose`; `whole` makes a `layer:` budget one problem instead of one per row. alpha
             None: chosen for every input by the error on held-out windows.
         refit, rounds: see `joint.refine`; refit 0 leaves the kept weights as they are.
-        target: what weights approximate: "dense", the dense model's outputs, see `target.target`; "layer", what the
+        target: what layers approximate: "dense", the dense model's outputs, see `target.target`; "layer", what the
             layer itself makes of its input. Methods other than sparsefw know the second only.
         damp: added to the Gram matrix for masks of unchanged weights, refits and targets, as a fraction of its
             diagonal.

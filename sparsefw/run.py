@@ -33,7 +33,7 @@ PRESETS = {
 # What goes with it where kept weights are refitted, and where they stay as they are and their masks are final.
 WITH_REFIT = dict(swaps=0, target="dense", damp=0.1)
 WITHOUT_REFIT = {
-    "sparsefw": dict(steps=40, swaps=100, target="dense", damp=0.2),
+    "sparsefw": dict(steps=40, swaps=100, target="layer", damp=0.2),
     "paper": dict(swaps=0, target="layer", damp=0.0),
 }
 
@@ -112,7 +112,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "(default: the preset's)")  # fmt: skip
     add("--target", choices=TARGETS, help="what layers approximate. dense: the dense model's outputs, so that "
         "they make up for pruned ones before them; layer: what the layer itself makes of its input, with far fewer "
-        "forward passes (default: dense; layer with --preset paper, but for --refit)")  # fmt: skip
+        "forward passes (default: dense; layer with --refit 0)")  # fmt: skip
     add("--damp", type=float, metavar="D", help="this share of the Gram matrix's diagonal is added to it where masks "
         "and weights are chosen, so that they hold on other text (default: 0.1; 0.2 with --refit 0, but for --preset "
         "paper: 0)")  # fmt: skip

@@ -211,7 +211,7 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     assert {len(rows) for rows in settings["0,1"].values()} == {2}
     printed = capsys.readouterr().out
     assert "| flags | 0.5, test.txt | 0.5, other.txt | 2:4, test.txt | 2:4, other.txt |" in printed
-    assert "| `--target layer --refit 0 --damp 0.4` | " in printed
+    assert "| `--refit 0 --damp 0.4` | " in printed
     # Another pattern is another cell, a text with other content another study.
     assert len(run("--patterns", "2:4,0.6", "--curves", "")["cells"]) == len(ran) == 2
     texts[2].write_text("something else")
@@ -246,7 +246,7 @@ class TestSettings:
     def test_a_budget_for_the_matrix_errs_less(self):
         budgets = quality_settings.measure_budgets(self.layers())["q_proj"]
         assert len(budgets) == len(quality_settings.BUDGETS)
-        for way in ("--target layer --refit 0", "--target layer"):
+        for way in ("--refit 0", "--target layer"):
             assert budgets[f"{way} --sparsity layer:0.6"][0] < budgets[f"{way} --sparsity 0.6"][0] < 1
 
 

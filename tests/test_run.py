@@ -172,7 +172,7 @@ def test_alpha_auto(refit, tmp_path, text):
     [
         ([], dict(steps=30, alpha=0, swaps=0, refit=4, rounds=3, target="dense", damp=0.1)),
         (["--refit", "2"], dict(alpha=0, swaps=0, refit=2, rounds=3, target="dense", damp=0.1)),
-        (["--refit", "0"], dict(steps=40, alpha=0, swaps=100, refit=0, rounds=0, target="dense", damp=0.2)),
+        (["--refit", "0"], dict(steps=40, alpha=0, swaps=100, refit=0, rounds=0, target="layer", damp=0.2)),
         (["--refit", "0", "--alpha", "0.25", "--swaps", "0", "--damp", "0"], dict(alpha=0.25, swaps=0, damp=0)),
         (["--alpha", "auto", "--target", "layer"], dict(alpha="auto", target="layer")),
         (["--preset", "paper"], dict(alpha=0.9, swaps=0, refit=0, rounds=0, target="layer", damp=0)),
