@@ -29,9 +29,9 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
     width = triton.next_power_of_2(span(d, group))
     if platform() == "interpreter":
         return interpreter_tile(rows, width)
-    # Of the shapes tried those that compile without spills, whatever the version: 4 entries a thread, 8 of groups.
-    BLOCK_D, threads = (min(width, 512), 64) if group else (min(width, 1024), 256)
-    return dict(BLOCK_R=1, BLOCK_D=BLOCK_D, num_warps=warps(threads // 32))
+    # Of the shapes tried those that compile without spills, whatever the version.
+    BLOCK_D, threads = (512, 64) if group and not group & (group - 1) else (1024, 256)
+    return dict(BLOCK_R=1, BLOCK_D=min(width, BLOCK_D), num_warps=warps(threads // 32))
 
 
 @triton.jit

@@ -217,7 +217,9 @@ class TestPrecision:
     def test_low_precision_gains_nearly_as_much(self, precision, ops):
         W, G, mask = normal(ROWS, D), damp_by(gram(D)), random_mask()
         exactly, fit = run(W, G, mask, 4), run(W, G, mask, 4, ops=ops, precision=precision)
-        assert not torch.equal(fit.Z, exactly.Z)
+        if ops is reference or precision == "bf16" or DEVICE == "cuda":
+            # Triton's interpreter multiplies fp32 operands as they are.
+            assert not torch.equal(fit.Z, exactly.Z)
         gain = error(W, W * mask, G) - error(W, exactly.Z, G)
         assert (error(W, fit.Z, G) - error(W, exactly.Z, G)).sum() < {"tf32": 1e-4, "bf16": 1e-2}[
             precision
