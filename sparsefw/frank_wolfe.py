@@ -138,7 +138,7 @@ def solve(
 
     Args:
         problem: the layer, from `pose`.
-        steps: Frank-Wolfe steps; 0 returns the warm start.
+        steps: Frank-Wolfe steps; 0 leaves the warm start, from which swaps may go on.
         step_rule: "line-search" (exact, per row) or "open-loop" (2 / (t + 2), the paper's).
         penalty: final weight theta of the integrality penalty, 0 to 1; 0 is the paper's convex problem.
         swaps: 1-swaps per row at most, after rounding, see `reference.row_swaps`.
@@ -158,19 +158,18 @@ def solve(
     error_warm_start = mask_error(problem.W, problem.warm, problem.G, problem.lacks, ops=ops)
     _check_finite(error_warm_start)
     bound = error_warm_start.new_zeros(1 if problem.whole else len(error_warm_start))
-    if steps == 0:
-        return Solution(problem.warm, error_warm_start, error_warm_start, bound)
-
+    mask = problem.warm.clone()
     certified = {max(1, round(share * steps)) - 1 for share in CERTIFIED}
     options = {"step_rule": step_rule, "penalty": penalty, "precision": precision, "ops": ops}
     with damped(problem.G, damp) as added:
-        for t, state in enumerate(iterate(problem, steps=steps, **options)):
-            if t in certified:
-                _check_finite(state.error)
-                bound = torch.maximum(bound, lower_bound(problem, state, added, ops=ops))
-        mask = round_mask(problem, state.M, ops=ops)
-        # Its memory is free for the last products.
-        del state
+        if steps:
+            for t, state in enumerate(iterate(problem, steps=steps, **options)):
+                if t in certified:
+                    _check_finite(state.error)
+                    bound = torch.maximum(bound, lower_bound(problem, state, added, ops=ops))
+            mask = round_mask(problem, state.M, ops=ops)
+            # Its memory is free for the last products.
+            del state
         if swaps:
             R = ops.product(_removed(problem.W, mask, problem.lacks), problem.G, precision="ieee")
             ops.row_swaps(problem.W, problem.G, R, mask, swaps, group=problem.group, fixed=problem.fixed)

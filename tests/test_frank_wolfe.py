@@ -178,6 +178,10 @@ class TestSolve:
     def test_no_steps_give_the_warm_start(self):
         problem = make_problem(4, 10)
         assert torch.equal(frank_wolfe.solve(problem, steps=0).mask, problem.warm)
+        warm = problem.warm.clone()
+        swapped = frank_wolfe.solve(problem, steps=0, swaps=50)
+        assert swapped.error.sum() < swapped.error_warm_start.sum()
+        assert torch.equal(problem.warm, warm)
 
     def test_rerun_is_bit_identical(self):
         problem = make_problem(16, 40)
