@@ -28,7 +28,6 @@ from torch import Tensor
 
 import sparsefw.run
 from sparsefw import frank_wolfe
-from sparsefw.damping import damped
 from sparsefw.errors import InputError
 from sparsefw.kernels import reference
 from sparsefw.methods import METHODS, Choice, Method, Rows, Settings, choose_weights
@@ -152,8 +151,7 @@ def _admm(rows: Rows, settings: Settings, *, steps: int) -> tuple[Tensor, Tensor
     mask, Z = baselines.admm(rows.W, rows.G, _one_budget(rows, settings), group=settings.pattern.group)
     if not steps:
         return mask, Z
-    with damped(rows.G, settings.damp):
-        return mask, refit(rows.W, rows.G, mask, Z, steps, ops=reference).Z
+    return mask, refit(rows.W, rows.damped, mask, Z, steps, ops=reference).Z
 
 
 def _one_swaps(rows: Rows, settings: Settings, ops: ModuleType) -> Choice:
@@ -169,7 +167,9 @@ def _one_swaps(rows: Rows, settings: Settings, ops: ModuleType) -> Choice:
 BASELINES = {
     "one-swaps": Method(_one_swaps, saliency="wanda"),
     "admm": Method(partial(choose_weights, partial(_admm, steps=0)), saliency="wanda", by_rows=False),
-    "admm-refit": Method(partial(choose_weights, partial(_admm, steps=10)), saliency="wanda", by_rows=False),
+    "admm-refit": Method(
+        partial(choose_weights, partial(_admm, steps=10)), saliency="wanda", by_rows=False, damps=True
+    ),
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import sparsefw.run
 from sparsefw import patterns
+from sparsefw.damping import damped
 from sparsefw.kernels import reference
 from sparsefw.methods import METHODS, Rows, weight_error
 from sparsefw.saliency import wanda
@@ -100,7 +101,8 @@ def _errors(W: Tensor, grams: list[Tensor], flags: Sequence[str]) -> list[float]
     arguments = sparsefw.run.parse_arguments(list(flags))
     settings = sparsefw.run.settings_of(arguments)
     saliency = wanda(W, grams[0].diagonal())
-    rows = Rows(W, grams[0], saliency, patterns.budget(settings.pattern, saliency), W.dtype)
+    k, H = patterns.budget(settings.pattern, saliency), damped(grams[0], settings.damp)
+    rows = Rows(W, grams[0], saliency, k, W.dtype, damped=H)
     choice = METHODS[arguments.method].choose(rows, settings, reference)
     Z = W.masked_fill(~choice.mask, 0) if choice.weight is None else choice.weight
     return [weight_error(W, Z, G, reference).double().sum().item() for G in grams]

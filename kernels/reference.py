@@ -11,9 +11,10 @@ same names with the same signatures. Words and symbols (`src` is any tensor name
     error(M) = sum(W * (1 - M) * R), one quadratic per row
 """
 
-import numpy
 import torch
 from torch import Tensor
+
+from .selection import as_float, row_blocks, select
 
 PRECISIONS = ("ieee", "tf32", "bf16")
 
@@ -120,10 +121,11 @@ def lmo(
         ValueError: k out of range, d not a multiple of `group`, or a NaN among the scores.
     """
     check_budget(score.shape, k, group)
-    if score.isnan().any():
+    # The maximum of a row is NaN where one of its entries is.
+    if score.numel() and score.amax(1).isnan().any():
         raise ValueError("score: NaN is no choice")
-    V = _select(score, k, group, fixed, positive)
-    return V if out is None else out.copy_(V)
+    out = torch.empty(score.shape, dtype=torch.bool, device=score.device) if out is None else out
+    return select(score, k, group=group, fixed=fixed, positive=positive, out=out)
 
 
 def check_budget(shape: torch.Size, k: int | Tensor, group: int) -> None:
@@ -139,55 +141,6 @@ def check_budget(shape: torch.Size, k: int | Tensor, group: int) -> None:
         raise ValueError(f"k: expected 0 to {width}, got {k}")
 
 
-def _select(score: Tensor, k: int | Tensor, group: int, fixed: Tensor | None, positive: bool) -> Tensor:
-    if fixed is not None:
-        score = score.masked_fill(fixed, torch.inf)
-    V = _best_of_groups(score, k, group) if group else _best_of_rows(score, k)
-    return V & (score > 0) if positive else V
-
-
-def _best_of_groups(score: Tensor, n: int, m: int) -> Tensor:
-    S = score.reshape(-1, m)
-    index = torch.arange(m, device=score.device)
-    rank = torch.zeros(S.shape, dtype=torch.uint8, device=score.device)
-    for j in range(m):
-        S_j = S[:, j : j + 1]
-        rank += (S_j > S) | ((S_j == S) & (j < index))
-    return (rank < n).view(score.shape)
-
-
-def _best_of_rows(score: Tensor, k: int | Tensor) -> Tensor:
-    rows, d = score.shape
-    if rows == 0 or d == 0:
-        return torch.zeros_like(score, dtype=torch.bool)
-    if isinstance(k, Tensor):
-        k = k.to(score.device, torch.int64)[:, None]
-        # The k-th largest of a row; for k = 0 the largest, which the surplus rule below takes away again.
-        threshold = score.sort(dim=1, descending=True).values.gather(1, (k - 1).clamp(min=0))
-    elif k == 0:
-        return torch.zeros_like(score, dtype=torch.bool)
-    else:
-        threshold = _kth_largest(score, k)
-    V = score >= threshold
-    surplus = (V.sum(1, keepdim=True) > k).squeeze(1).nonzero().squeeze(1)
-    if len(surplus):
-        # More than k reach the threshold: of those equal to it only the first few are kept.
-        S, T = score[surplus], threshold[surplus]
-        above, tie = S > T, S == T
-        room = (k[surplus] if isinstance(k, Tensor) else k) - above.sum(1, keepdim=True)
-        V[surplus] = above | (tie & (tie.cumsum(1) <= room))
-    return V
-
-
-def _kth_largest(score: Tensor, k: int) -> Tensor:
-    """Of every row, (rows, 1)."""
-    at = score.shape[1] - k
-    if score.device.type != "cpu":
-        return score.kthvalue(at + 1, dim=1, keepdim=True).values
-    # numpy selects with vector instructions: ten times as fast as kthvalue on a CPU.
-    return torch.from_numpy(numpy.partition(score.detach().numpy(), at, axis=1)[:, at : at + 1])
-
-
 def convex_update(M: Tensor, V: Tensor, R: Tensor, U: Tensor, eta: Tensor) -> None:
     """M += eta (V - M) and R += eta (U - R), in place, with one step size per row.
 
@@ -197,8 +150,8 @@ def convex_update(M: Tensor, V: Tensor, R: Tensor, U: Tensor, eta: Tensor) -> No
         eta: (rows,) fp32 in [0, 1].
     """
     eta = eta[:, None]
-    M.add_(eta * (V.to(M.dtype) - M))
-    R.add_(eta * (U - R))
+    M.add_(as_float(V).sub_(M).mul_(eta))
+    R.add_((U - R).mul_(eta))
 
 
 def row_step(
@@ -242,30 +195,34 @@ def row_step(
     Returns:
         eta (rows,) and the relaxed error (rows,) after the update, fp32. A NaN in the state shows in the error.
     """
-    W = W.float()
-    q = W * W * diag if theta or next_theta else None
-    if eta is None:
-        step = _line_search(W, q, M, R, U, V, theta)
-    else:
-        step = torch.full((W.shape[0],), eta, dtype=torch.float32, device=W.device)
-    convex_update(M, V, R, U, step)
-    score = (2 * W).mul_(R)
-    if next_theta:
-        score.sub_(q.mul_(1 - 2 * M), alpha=next_theta)
-    V.copy_(_select(score, k, group, fixed, positive=next_theta < 1))
-    E.copy_(W.masked_fill(V, 0))
-    return step, (W * (1 - M)).mul_(R).sum(1)
+    step, error = W.new_empty(2, len(W), dtype=torch.float32)
+    for rows in row_blocks(W):
+        w, m, r, u, v = W[rows].float(), M[rows], R[rows], U[rows], V[rows]
+        D, B = as_float(v).sub_(m), u.sub_(r)
+        q = w.square().mul_(diag) if theta or next_theta else None
+        step[rows] = _line_search(w, q, m, r, D, B, theta) if eta is None else eta
+        m.add_(D.mul_(step[rows, None]))
+        r.add_(B.mul_(step[rows, None]))
+        # Half of the score, in the place of U: what is selected is the same.
+        score = torch.mul(w, r, out=u)
+        error[rows] = (score * (1 - m)).sum(1)
+        if next_theta:
+            score.add_((m - 0.5).mul_(q), alpha=next_theta)
+        budget = k[rows] if isinstance(k, Tensor) else k
+        held = None if fixed is None else fixed[rows]
+        select(score, budget, group=group, fixed=held, positive=next_theta < 1, out=v)
+        E[rows] = w - as_float(v).mul_(w)
+    return step, error
 
 
-def _line_search(W: Tensor, q: Tensor | None, M: Tensor, R: Tensor, U: Tensor, V: Tensor, theta: float) -> Tensor:
-    D = V.float().sub_(M)
-    WD = W * D
-    lin = (WD * R).sum(1).mul_(-2)
-    quad = (R - U).mul_(WD).sum(1)
+def _line_search(w: Tensor, q: Tensor | None, m: Tensor, r: Tensor, D: Tensor, B: Tensor, theta: float) -> Tensor:
+    """The step sizes (rows,), with D = V - M and B = U - R."""
+    wD = w * D
+    lin, quad = (wD * r).sum(1).mul_(-2), -wD.mul_(B).sum(1)
     if theta:
-        qD = q * D
-        lin += theta * (qD * (1 - 2 * M)).sum(1)
+        qD = torch.mul(q, D, out=wD)
         quad -= theta * (qD * D).sum(1)
+        lin -= 2 * theta * qD.mul_(m - 0.5).sum(1)
     end = (lin + quad < 0).float()
     return torch.where(quad > 0, (-lin / (2 * quad)).clamp(0, 1), end)
 

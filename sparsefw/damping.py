@@ -4,9 +4,6 @@ A Gram matrix with a part of its diagonal added counts every input a little as i
 draws refitted weights towards the layer's own, and masks towards what the weights are worth by themselves.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import Tensor
 
 # An input is damped at least as if it had this share of the median input's diagonal entry. Else the weights of an input
@@ -14,16 +11,11 @@ from torch import Tensor
 FLOOR = 0.01
 
 
-@contextmanager
-def damped(G: Tensor, damp: float) -> Iterator[Tensor]:
-    """Inside, damp max(diag G, FLOOR median(diag G)) is added to the diagonal of G; yields what is added, (d,) fp32.
-
-    In place, since a copy can be the largest tensor of a layer; the diagonal comes back bit for bit.
-    """
-    diagonal = G.diagonal().clone()
-    added = diagonal.clamp(min=FLOOR * diagonal.median().item()) * damp
-    G.diagonal().add_(added)
-    try:
-        yield added
-    finally:
-        G.diagonal().copy_(diagonal)
+def damped(G: Tensor, damp: float) -> Tensor:
+    """A copy of G (d, d) with damp max(diag G, FLOOR median(diag G)) added to its diagonal; G itself if damp is 0."""
+    if not damp:
+        return G
+    diagonal = G.diagonal()
+    H = G.clone()
+    H.diagonal().add_(diagonal.clamp(min=FLOOR * diagonal.median().item()) * damp)
+    return H

@@ -14,7 +14,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparsefw.damping import damped
 from sparsefw.kernels import reference
 
 STEP_RULES = ("line-search", "open-loop")
@@ -42,6 +41,7 @@ class Problem:
         whole: one budget, one LMO and one step size over the whole matrix (the paper's C_k).
         lacks: (rows, d) fp32, T - W where masked weights approximate others, T: the error then is that of
             E = T - M * W. None where they are the same.
+        damped: (d, d) fp32, G damped, on which masks are chosen; errors and bounds are those of G. None: G.
     """
 
     W: Tensor
@@ -53,6 +53,12 @@ class Problem:
     group: int = 0
     whole: bool = False
     lacks: Tensor | None = None
+    damped: Tensor | None = None
+
+    @property
+    def matrix(self) -> Tensor:
+        """The Gram matrix on which masks are chosen."""
+        return self.G if self.damped is None else self.damped
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,7 @@ def pose(
     whole: bool = False,
     alpha: float = 0.0,
     lacks: Tensor | None = None,
+    damped: Tensor | None = None,
     ops: ModuleType = reference,
 ) -> Problem:
     """A layer's problem with its warm start and, as the paper proposes, a part of it fixed (alpha-fixing).
@@ -106,11 +113,11 @@ def pose(
     are fixed. With groups, k here is what a row keeps: fixed entries gather in the groups where saliency is high.
 
     Args:
-        W, G, saliency, k, group, whole, lacks: see `Problem`.
+        W, G, saliency, k, group, whole, lacks, damped: see `Problem`.
         alpha: fraction of the kept entries fixed, 0 to 1.
         ops: as in `solve`.
     """
-    problem = Problem(W, G, saliency, k, torch.empty(0), None, group, whole, lacks)
+    problem = Problem(W, G, saliency, k, torch.empty(0), None, group, whole, lacks, damped)
     warm = _lmo(ops, problem, saliency)
     fixed = None
     if alpha:
@@ -129,7 +136,6 @@ def solve(
     step_rule: str = "line-search",
     penalty: float = 1.0,
     swaps: int = 0,
-    damp: float = 0.0,
     best_of: bool = True,
     precision: str = "ieee",
     ops: ModuleType = reference,
@@ -142,7 +148,6 @@ def solve(
         step_rule: "line-search" (exact, per row) or "open-loop" (2 / (t + 2), the paper's).
         penalty: final weight theta of the integrality penalty, 0 to 1; 0 is the paper's convex problem.
         swaps: 1-swaps per row at most, after rounding, see `reference.row_swaps`.
-        damp: added to the diagonal of G where masks are chosen, as a fraction of it; errors and bounds are those of G.
         best_of: per row, fall back on the warm start where the rounded mask is no better.
         precision: of the products inside the iteration; errors are always taken from an "ieee" product.
         ops: the operations, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
@@ -161,19 +166,18 @@ def solve(
     mask = problem.warm.clone()
     certified = {max(1, round(share * steps)) - 1 for share in CERTIFIED}
     options = {"step_rule": step_rule, "penalty": penalty, "precision": precision, "ops": ops}
-    with damped(problem.G, damp) as added:
-        if steps:
-            for t, state in enumerate(iterate(problem, steps=steps, **options)):
-                if t in certified:
-                    _check_finite(state.error)
-                    bound = torch.maximum(bound, lower_bound(problem, state, added, ops=ops))
-            mask = round_mask(problem, state.M, ops=ops)
-            # Its memory is free for the last products.
-            del state
-        if swaps:
-            R = ops.product(_removed(problem.W, mask, problem.lacks), problem.G, precision="ieee")
-            ops.row_swaps(problem.W, problem.G, R, mask, swaps, group=problem.group, fixed=problem.fixed)
-            del R
+    if steps:
+        for t, state in enumerate(iterate(problem, steps=steps, **options)):
+            if t in certified:
+                _check_finite(state.error)
+                bound = torch.maximum(bound, lower_bound(problem, state, ops=ops))
+        mask = round_mask(problem, state.M, ops=ops)
+        # Its memory is free for the last products.
+        del state
+    if swaps:
+        R = ops.product(_removed(problem.W, mask, problem.lacks), problem.matrix, precision="ieee")
+        ops.row_swaps(problem.W, problem.matrix, R, mask, swaps, group=problem.group, fixed=problem.fixed)
+        del R
     error = mask_error(problem.W, mask, problem.G, problem.lacks, ops=ops)
     if best_of:
         better = (error.sum() < error_warm_start.sum()).expand_as(error) if problem.whole else error < error_warm_start
@@ -192,14 +196,14 @@ def iterate(
     W, k, group = problem.W, problem.k, problem.group
     # The row step sees the whole matrix as one row, which no program on a GPU could hold: torch does it.
     step, shape = (reference.row_step, (1, -1)) if problem.whole else (ops.row_step, W.shape)
-    G = operand(problem.G, precision)
+    G = operand(problem.matrix, precision)
     E = operand(W.masked_fill(problem.warm, 0), precision)
     offset = None if problem.lacks is None else ops.product(problem.lacks, G, precision=precision)
     R = _vertex_product(E, G, offset, precision, ops)
     state = Iterate(problem.warm.float(), R, R.clone(), problem.warm.clone(), E, torch.empty(0), torch.empty(0))
     rows = [x.view(shape) for x in (state.M, state.R, state.U, state.V, state.E)]
     fixed = None if problem.fixed is None else problem.fixed.view(shape)
-    diag = problem.G.diagonal().contiguous()
+    diag = problem.matrix.diagonal().contiguous()
 
     def theta(t: int) -> float:
         return penalty * min(1.0, t / (RAMP * steps)) if steps else 0.0
@@ -239,18 +243,18 @@ def _removed(W: Tensor, mask: Tensor, lacks: Tensor | None) -> Tensor:
     return E if lacks is None else E + lacks
 
 
-def lower_bound(
-    problem: Problem, state: Iterate, added: Tensor | float = 0.0, *, ops: ModuleType = reference
-) -> Tensor:
+def lower_bound(problem: Problem, state: Iterate, *, ops: ModuleType = reference) -> Tensor:
     """error(M) - <gradient, M - V>, V the vertex of the gradient without penalty: below the error of any mask.
 
     Convexity of the error gives it per row, (rows,) fp32; of a problem over the whole matrix it is one number, (1,).
-    `added` (d,) was added to the diagonal of the problem's G for the iteration; the bound is that of G without it.
+    Where the iteration saw the damped matrix, what that adds is taken out of R first.
     """
     E = (1 - state.M).mul_(problem.W)
     if problem.lacks is not None:
         E += problem.lacks
-    R = state.R - E * added
+    R = state.R.clone()
+    if problem.damped is not None:
+        R -= E * (problem.damped.diagonal() - problem.G.diagonal())
     error = E.mul_(R)
     score = R.mul_(2 * problem.W.float())
     V = _lmo(ops, problem, score, fixed=problem.fixed, positive=True)

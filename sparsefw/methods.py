@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sparsefw import frank_wolfe, joint, sparsegpt
-from sparsefw.damping import damped
 from sparsefw.frank_wolfe import mask_error
 from sparsefw.patterns import Pattern
 from sparsefw.saliency import SALIENCIES
@@ -64,6 +63,7 @@ class Rows:
         k: kept per row, an int or an int64 tensor (rows,); per group under n:m; in all under `whole`.
         dtype: of the checkpoint, to which weights are rounded in the end.
         lacks: (rows, d) fp32, the target minus W where W stays as it is; None where they are the same.
+        damped: (d, d) fp32, G damped as the settings say (G itself where they do not), for methods that use it.
     """
 
     W: Tensor
@@ -72,6 +72,7 @@ class Rows:
     k: int | Tensor
     dtype: torch.dtype
     lacks: Tensor | None = None
+    damped: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> "Rows":
         k = self.k[rows] if isinstance(self.k, Tensor) else self.k
@@ -105,7 +106,17 @@ def choose_frank_wolfe(rows: Rows, settings: Settings, ops: ModuleType) -> Choic
     group, whole = settings.pattern.group, settings.whole
     options = {"precision": settings.precision, "ops": ops}
     problem = frank_wolfe.pose(
-        rows.W, rows.G, rows.saliency, rows.k, group=group, whole=whole, alpha=settings.alpha, lacks=rows.lacks, ops=ops
+        rows.W,
+        rows.G,
+        rows.saliency,
+        rows.k,
+        group=group,
+        whole=whole,
+        alpha=settings.alpha,
+        lacks=rows.lacks,
+        # To a mask that a refit starts from and chooses again, damping made no difference.
+        damped=None if settings.refit else rows.damped,
+        ops=ops,
     )
     solution = frank_wolfe.solve(
         problem,
@@ -113,8 +124,6 @@ def choose_frank_wolfe(rows: Rows, settings: Settings, ops: ModuleType) -> Choic
         step_rule=settings.step_rule,
         penalty=settings.penalty,
         swaps=settings.swaps,
-        # To a mask that a refit starts from and chooses again, damping made no difference.
-        damp=0.0 if settings.refit else settings.damp,
         best_of=settings.best_of,
         **options,
     )
@@ -123,16 +132,15 @@ def choose_frank_wolfe(rows: Rows, settings: Settings, ops: ModuleType) -> Choic
     known = {"error_warm_start": solution.error_warm_start, "bound": bound if settings.steps else None}
     if not settings.refit:
         return Choice(solution.mask, None, solution.error, solution.error, **known)
-    with damped(rows.G, settings.damp):
-        fit = joint.refine(
-            problem,
-            solution.mask,
-            steps=settings.steps,
-            penalty=settings.penalty,
-            refit_steps=settings.refit,
-            rounds=settings.rounds,
-            **options,
-        )
+    fit = joint.refine(
+        replace(problem, G=rows.damped),
+        solution.mask,
+        steps=settings.steps,
+        penalty=settings.penalty,
+        refit_steps=settings.refit,
+        rounds=settings.rounds,
+        **options,
+    )
     written = fit.Z.to(rows.dtype)
     error = weight_error(rows.W, written, rows.G, ops)
     # Per row, and of the weights as they are written: no refit ever makes a row worse.
@@ -178,15 +186,17 @@ class Method:
         saliency: of the warm start; None takes the settings'.
         by_rows: whether rows are independent, so that layers are stacked and solved in chunks, and a budget per row
             can be asked for.
+        damps: whether it uses `Rows.damped`.
     """
 
     choose: Callable[[Rows, Settings, ModuleType], Choice]
     saliency: str | None = None
     by_rows: bool = True
+    damps: bool = False
 
 
 METHODS: dict[str, Method] = {
-    "sparsefw": Method(choose_frank_wolfe),
+    "sparsefw": Method(choose_frank_wolfe, damps=True),
     "sparsegpt": Method(
         partial(choose_weights, lambda rows, settings: sparsegpt.prune(rows.W, rows.G, settings.pattern)),
         saliency="wanda",

@@ -1,13 +1,15 @@
 """Prune the layers that share an input, and say what came of it.
 
-Their rows are stacked and solved as one problem, in chunks that fit a memory budget: rows are independent, so neither
-changes the result.
+Their rows are stacked and solved as one problem, in chunks that fit a memory budget, on a CPU several at once: rows are
+independent, so none of it changes the result.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from sparsefw import patterns
 from sparsefw.damping import damped
 from sparsefw.errors import InputError
+from sparsefw.kernels import reference
 from sparsefw.methods import METHODS, Choice, Rows, Settings, weight_error
 from sparsefw.saliency import SALIENCIES
 from sparsefw.target import target
@@ -36,6 +39,9 @@ CPU_ROWS = 256
 # Memory of a solve per entry of a chunk at its peak, as measured on a CPU (88 with the stack's W and saliency): fp32 W,
 # T, offset, M, R, U, E, the fit's Z and R, temporaries of the row step, and bool masks.
 BYTES_PER_ENTRY = 80
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -151,18 +157,20 @@ def _prune_stack(
     saliency = METHODS[method].saliency or settings.warm_start
     if held_out is not None:
         # Of the weights as they are: the targets know the windows held out.
-        own = _stacked([replace(part, cross=None) for part in stack], G, saliency, settings, together, ops)
+        own = _stacked([replace(part, cross=None) for part in stack], G, saliency, settings, together, ops, True)
         settings = replace(settings, alpha=_choose_alpha(own, held_out, settings, ops))
         # Both sets of windows serve the solve.
         G += held_out
-    rows = _stacked(stack, G, saliency, settings, together, ops)
-    count = len(rows.W)
-    chunk = _chunk(rows.W, settings.memory, stack[0].name) if together else count
+    rows = _stacked(stack, G, saliency, settings, together, ops, METHODS[method].damps)
     weights = [part.weight for part in stack]
-    errors, kept, bounded = [], [], False
-    for start in range(0, count, chunk):
-        choice = METHODS[method].choose(rows[start : start + chunk], settings, ops)
+    errors, kept, bounded, start = [], [], False, 0
+
+    def choose(chunk: slice) -> Choice:
+        return METHODS[method].choose(rows[chunk], settings, ops)
+
+    for choice in _by_chunks(choose, rows.W, settings.memory if together else None, stack[0].name, ops):
         _write(weights, start, choice)
+        start += len(choice.mask)
         kept.append(choice.mask.sum(1))
         bounded = choice.bound is not None
         bound = choice.bound if bounded else torch.zeros_like(choice.error)
@@ -197,16 +205,53 @@ def _prune_stack(
     return results
 
 
-def _chunk(W: Tensor, memory: int, name: str) -> int:
-    """How many rows are solved at once."""
+def _by_chunks(
+    solve: Callable[[slice], Result], W: Tensor, memory: int | None, name: str, ops: ModuleType
+) -> Iterator[Result]:
+    """solve(rows) for chunks of the rows of W, in their order.
+
+    On a CPU as many are solved at once as torch has threads, each on one thread: the operations on a chunk are too
+    short to share out one by one, and numpy's selection knows one thread only.
+
+    Args:
+        solve: called with the rows of a chunk, on a CPU in another thread.
+        W: (rows, d).
+        memory: bytes that the state of the chunks may take; None solves all rows at once.
+        name: of the layer to blame.
+        ops: the kernels.
+
+    Raises:
+        InputError: no chunk fits the memory.
+    """
+    if memory is None:
+        yield solve(slice(None))
+        return
     unit = BYTES_PER_ENTRY * W.shape[1] * ROW_UNIT
-    if memory < unit:
+    units = memory // unit
+    if not units:
         raise InputError(f"{name}: a solve needs {unit / 2**30:.3f} GiB, --solver-memory gives {memory / 2**30:.3f}")
-    most = memory // unit * ROW_UNIT
-    return min(most, CPU_ROWS) if W.device.type == "cpu" else most
+    cpu, before = W.device.type == "cpu", torch.get_num_threads()
+    # Triton's interpreter is for one thread only.
+    threads = min(before, units) if cpu and ops is reference else 1
+    if cpu:
+        share = -(-len(W) // (threads * ROW_UNIT))
+        units = min(units // threads, CPU_ROWS // ROW_UNIT, share)
+    height = units * ROW_UNIT
+    chunks = [slice(start, start + height) for start in range(0, len(W), height)]
+    if not cpu or ops is not reference:
+        yield from map(solve, chunks)
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(solve, chunks)
+    finally:
+        torch.set_num_threads(before)
 
 
-def _stacked(stack: list[_Part], G: Tensor, saliency: str, settings: Settings, together: bool, ops: ModuleType) -> Rows:
+def _stacked(
+    stack: list[_Part], G: Tensor, saliency: str, settings: Settings, together: bool, ops: ModuleType, damps: bool
+) -> Rows:
     """The layers' rows one below the other; `together`, filled up to a multiple of ROW_UNIT with rows of zeros."""
     pattern = settings.pattern
     # A CPU has no bf16 or fp16 arithmetic worth using; fp32 holds the same weights.
@@ -214,9 +259,9 @@ def _stacked(stack: list[_Part], G: Tensor, saliency: str, settings: Settings, t
     lengths = [len(part.weight) for part in stack]
     missing = -len(W) % ROW_UNIT if together else 0
     W = nn.functional.pad(W, (0, 0, 0, missing))
-    lacks = None
+    lacks, H = None, damped(G, settings.damp) if damps else None
     if any(part.cross is not None for part in stack):
-        T = _targets(stack, W, G, settings, together, ops)
+        T = _targets(stack, W, H, settings, together, ops)
         # Refitted weights start from the target; those that stay as they are can only be chosen for it.
         W, lacks = (T.to(W.dtype), None) if settings.refit else (W, T - W)
     saliencies = [SALIENCIES[saliency](part, G.diagonal()) for part in W[: sum(lengths)].split(lengths)]
@@ -229,18 +274,19 @@ def _stacked(stack: list[_Part], G: Tensor, saliency: str, settings: Settings, t
             k = torch.cat([torch.as_tensor(one, device=W.device).expand(n) for one, n in zip(ks, lengths, strict=True)])
             k = nn.functional.pad(k, (0, missing))
     S = nn.functional.pad(torch.cat(saliencies), (0, 0, 0, missing))
-    return Rows(W, G, S, k, stack[0].weight.dtype, lacks)
+    return Rows(W, G, S, k, stack[0].weight.dtype, lacks, H)
 
 
-def _targets(stack: list[_Part], W: Tensor, G: Tensor, settings: Settings, together: bool, ops: ModuleType) -> Tensor:
+def _targets(stack: list[_Part], W: Tensor, H: Tensor, settings: Settings, together: bool, ops: ModuleType) -> Tensor:
     """The targets of stacked rows W, (rows, d) fp32; layers without a cross matrix, and rows that fill up, keep W."""
     B = [torch.zeros(part.weight.shape, device=W.device) if part.cross is None else part.cross for part in stack]
     B = torch.cat(B)
     B = nn.functional.pad(B, (0, 0, 0, len(W) - len(B)))
-    chunk = _chunk(W, settings.memory, stack[0].name) if together else len(W)
-    parts = zip(W.split(chunk), B.split(chunk), strict=True)
-    with damped(G, settings.damp):
-        return torch.cat([target(w, G, b, TARGET_STEPS, precision=settings.precision, ops=ops) for w, b in parts])
+
+    def find(rows: slice) -> Tensor:
+        return target(W[rows], H, B[rows], TARGET_STEPS, precision=settings.precision, ops=ops)
+
+    return torch.cat(list(_by_chunks(find, W, settings.memory if together else None, stack[0].name, ops)))
 
 
 def _choose_alpha(rows: Rows, held_out: Tensor, settings: Settings, ops: ModuleType) -> float:

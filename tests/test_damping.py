@@ -1,6 +1,5 @@
-"""Damping: what is added inside, what comes back after, and what it does to inputs that hardly vary."""
+"""Damping: what is added, and what it does to inputs that hardly vary."""
 
-import pytest
 import torch
 from kernel_inputs import gram, normal, uniform
 
@@ -11,22 +10,17 @@ from sparsefw.refit import refit
 ROWS, D = 9, 24
 
 
-def test_inside_and_after():
+def test_a_share_of_the_diagonal_is_added_to_a_copy():
     G = gram(D)
     before = G.clone()
-    with damped(G, 0.1) as added:
-        expected = before.double() + 0.1 * before.double().diagonal().diag()
-        torch.testing.assert_close(G.double(), expected, rtol=1e-7, atol=0)
-        torch.testing.assert_close(added, 0.1 * before.diagonal())
+    expected = G.double() + 0.1 * G.double().diagonal().diag()
+    torch.testing.assert_close(damped(G, 0.1).double(), expected, rtol=1e-7, atol=0)
     assert torch.equal(G, before)
 
 
-def test_without_damping_nothing_changes():
+def test_without_damping_there_is_no_copy():
     G = gram(D)
-    before = G.clone()
-    with damped(G, 0.0) as added:
-        assert torch.equal(G, before)
-        assert not added.any()
+    assert damped(G, 0.0) is G
 
 
 def test_inputs_that_are_all_but_dead():
@@ -40,17 +34,7 @@ def test_inputs_that_are_all_but_dead():
     def moved(G: torch.Tensor) -> torch.Tensor:
         return (refit(W, G, mask, W, 10, ops=reference).Z - W)[:, :4].abs().max()
 
-    with damped(G, 0.1):
-        torch.testing.assert_close(G.diagonal()[:4], (0.1 * 0.01 * median).expand(4), rtol=1e-5, atol=0)
-        assert moved(G) < 1
+    H = damped(G, 0.1)
+    torch.testing.assert_close(H.diagonal()[:4], (0.1 * 0.01 * median).expand(4), rtol=1e-5, atol=0)
+    assert moved(H) < 1
     assert moved(G + (0.1 * G.diagonal()).diag()) > 1e4
-
-
-def test_restored_after_an_exception():
-    """Bit for bit: a diagonal divided by what it was multiplied with would not be."""
-    G = gram(131)
-    before = G.clone()
-    with pytest.raises(KeyError), damped(G, 0.7):
-        raise KeyError
-    assert torch.equal(G, before)
-    assert not torch.equal(G.diagonal() * 1.7 / 1.7, before.diagonal())

@@ -111,8 +111,7 @@ def test_layers_approximate_what_the_dense_model_puts_out(tmp_path):
                     # What the stream lacks beside the layer's own pruning.
                     lacks = stream[name].reshape(lacks.shape).double() - X[module] @ (W - Z).T
                 G, B = (X[module].T @ X[module]).float(), (lacks.T @ X[module]).float()
-                with damped(G, 0.1):
-                    T = target_of(W.float(), G, B, 4, ops=reference).double()
+                T = target_of(W.float(), damped(G, 0.1), B, 4, ops=reference).double()
                 error = ((T - Z) @ X[module].T).square().sum().item()
                 assert errors[f"{module}.weight"] == pytest.approx(error, rel=1e-3), module
     # It is what they are for: less is lost, by block.

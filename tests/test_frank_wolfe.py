@@ -265,7 +265,7 @@ class TestLacks:
         for mask, kept in zip(masks, itertools.combinations(range(12), 6), strict=True):
             mask[list(kept)] = 1
         optimum = torch.stack([self.errors(problem, mask) for mask in masks]).amin(0)
-        solution = frank_wolfe.solve(problem, steps=60, swaps=swaps, damp=damp)
+        solution = frank_wolfe.solve(replace(problem, damped=damped(problem.G, damp)), steps=60, swaps=swaps)
         torch.testing.assert_close(solution.error.double(), self.errors(problem, solution.mask), rtol=1e-4, atol=1e-3)
         warm = self.errors(problem, problem.warm)
         torch.testing.assert_close(solution.error_warm_start.double(), warm, rtol=1e-4, atol=1e-3)
@@ -304,21 +304,20 @@ class TestDamping:
     @pytest.mark.parametrize("penalty", [0.0, 1.0])
     def test_masks_are_those_of_the_damped_matrix(self, penalty, swaps):
         problem = make_problem(30, 16, "0.5")
-        solution = frank_wolfe.solve(problem, steps=40, penalty=penalty, swaps=swaps, damp=0.5, best_of=False)
-        G = problem.G.clone()
-        G.diagonal().mul_(1.5)
-        by_hand = frank_wolfe.solve(replace(problem, G=G), steps=40, penalty=penalty, swaps=swaps, best_of=False)
+        H = damped(problem.G, 0.5)
+        options = {"steps": 40, "penalty": penalty, "swaps": swaps, "best_of": False}
+        solution = frank_wolfe.solve(replace(problem, damped=H), **options)
+        by_hand = frank_wolfe.solve(replace(problem, G=H), **options)
         assert (solution.mask == by_hand.mask).all(1).double().mean() >= 0.9
-        undamped = frank_wolfe.solve(problem, steps=40, penalty=penalty, swaps=swaps, best_of=False)
+        undamped = frank_wolfe.solve(problem, **options)
         assert (solution.mask == undamped.mask).all(1).double().mean() < 0.9
 
     @pytest.mark.parametrize("alpha", [0.0, 0.5])
     def test_errors_and_bounds_are_those_of_the_measured_matrix(self, alpha):
         problem = make_problem(8, 12, "0.5", alpha)
-        G = problem.G.clone()
-        solution = frank_wolfe.solve(problem, steps=60, penalty=0.0, damp=0.2)
-        assert torch.equal(problem.G, G)
-        truth = penalized_error(problem.W.double(), G.double(), solution.mask.double(), 0)
+        problem = replace(problem, damped=damped(problem.G, 0.2))
+        solution = frank_wolfe.solve(problem, steps=60, penalty=0.0)
+        truth = penalized_error(problem.W.double(), problem.G.double(), solution.mask.double(), 0)
         torch.testing.assert_close(solution.error.double(), truth, rtol=1e-5, atol=0)
         assert (solution.error <= solution.error_warm_start).all()
         if not alpha:
@@ -330,11 +329,11 @@ class TestDamping:
     def test_the_bound_of_a_damped_iterate(self):
         """As of a state that was never damped."""
         problem = make_problem(9, 20, "0.5", 0.5)
-        with damped(problem.G, 0.3) as added:
-            *_, state = frank_wolfe.iterate(problem, steps=10, penalty=1.0, **LINE_SEARCH)
-        bound = frank_wolfe.lower_bound(problem, state, added)
+        problem = replace(problem, damped=damped(problem.G, 0.3))
+        *_, state = frank_wolfe.iterate(problem, steps=10, penalty=1.0, **LINE_SEARCH)
+        bound = frank_wolfe.lower_bound(problem, state)
         E = problem.W * (1 - state.M)
-        expected = frank_wolfe.lower_bound(problem, replace(state, R=E @ problem.G))
+        expected = frank_wolfe.lower_bound(replace(problem, damped=None), replace(state, R=E @ problem.G))
         torch.testing.assert_close(bound, expected, rtol=1e-3, atol=1e-4 * state.error.max().item())
 
 

@@ -54,6 +54,14 @@ def assert_same(one, two):
         assert all(getattr(a, e) == getattr(b, e) for e in ERRORS)
 
 
+@pytest.fixture
+def set_threads():
+    """Sets the number of torch's threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 class TestStack:
     @pytest.mark.parametrize("text", PATTERNS)
     @pytest.mark.parametrize("warm_start", ["wanda", "ria"])
@@ -68,22 +76,37 @@ class TestStack:
 
     @pytest.mark.parametrize("text", PATTERNS)
     @pytest.mark.parametrize("refit_steps", [0, 3])
-    def test_chunks_change_nothing(self, text, refit_steps, monkeypatch):
+    def test_chunks_and_threads_change_nothing(self, text, refit_steps, set_threads, monkeypatch):
         unit, sizes, choose = BYTES_PER_ENTRY * D * ROW_UNIT, [], methods.choose_frank_wolfe
 
         def spy(rows, *rest):
             sizes[-1].append(len(rows.W))
+            assert torch.get_num_threads() == 1
             return choose(rows, *rest)
 
-        monkeypatch.setitem(METHODS, "sparsefw", Method(spy))
+        monkeypatch.setitem(METHODS, "sparsefw", Method(spy, damps=True))
         results = []
-        for memory in (1 << 40, 3 * unit - 1, unit):
-            sizes.append([])
-            how = settings(text, memory=memory, refit=refit_steps, swaps=0 if refit_steps else 20)
-            results.append(run(make_layers(), how=how))
-        assert sizes == [[256], [128, 128], [64] * 4]
-        assert_same(results[0], results[1])
-        assert_same(results[0], results[2])
+        for threads in (1, 3):
+            set_threads(threads)
+            for memory in (1 << 40, 3 * unit - 1, unit):
+                sizes.append([])
+                how = settings(text, memory=memory, refit=refit_steps, swaps=0 if refit_steps else 20)
+                results.append(run(make_layers(), how=how))
+                assert torch.get_num_threads() == threads
+        # Shared out over the threads, of which there are no more than the memory has room for.
+        assert sizes == [[256], [128, 128], [64] * 4, [128, 128], [64] * 4, [64] * 4]
+        for result in results[1:]:
+            assert_same(results[0], result)
+
+    def test_errors_of_threads_arrive(self, set_threads, monkeypatch):
+        def fail(rows, *rest):
+            raise FloatingPointError("no")
+
+        set_threads(3)
+        monkeypatch.setitem(METHODS, "sparsefw", Method(fail, damps=True))
+        with pytest.raises(FloatingPointError, match="layer0, layer1, layer2, layer3: no"):
+            run(make_layers())
+        assert torch.get_num_threads() == 3
 
     def test_too_little_memory(self):
         with pytest.raises(InputError, match=r"layer0: a solve needs 0.000 GiB, --solver-memory gives 0.000"):
@@ -119,11 +142,10 @@ class TestTargets:
         """As pruning the target by itself; a layer without a cross matrix in the same stack is its own target."""
         layers, how, G = make_layers(dtype=torch.float32), settings(text), make_gram()
         crosses = self.crosses()
-        with damped(G, how.damp):
-            targets = [
-                (name, target(W, G, B.clone(), prune.TARGET_STEPS, ops=reference))
-                for (name, W), B in zip(layers, crosses, strict=True)
-            ]
+        targets = [
+            (name, target(W, damped(G, how.damp), B.clone(), prune.TARGET_STEPS, ops=reference))
+            for (name, W), B in zip(layers, crosses, strict=True)
+        ]
         targets[2], crosses[2] = layers[2], None
         assert all((T - W).abs().max() > 0.1 for (_, T), (_, W) in zip(targets, layers, strict=True) if T is not W)
         found, expected = run(layers, G, how=how, crosses=crosses), run(targets, G, how=how)
@@ -145,8 +167,7 @@ class TestTargets:
         for (name, W), B, row in zip(layers, crosses, results, strict=True):
             T = W
             if B is not None:
-                with damped(G, how.damp):
-                    T = target(W, G, B.clone(), prune.TARGET_STEPS, ops=reference)
+                T = target(W, damped(G, how.damp), B.clone(), prune.TARGET_STEPS, ops=reference)
             Z = pruned[name]
             assert torch.equal(Z, W * (Z != 0))
             assert row.error == row.error_mask == pytest.approx(error(T, Z, G).sum().item(), rel=1e-4)
@@ -238,16 +259,25 @@ class TestWritten:
         assert torch.equal(G, before)
 
     def test_damping_is_that_of_the_settings(self, monkeypatch):
-        """The refit sees the damped matrix, the errors the measured one."""
-        G, seen, refine = make_gram(), [], joint.refine
+        """The refit sees the damped matrix, and so do masks that are final; the errors are on the measured one."""
+        G, seen = make_gram(), []
 
-        def spy(problem, *rest, **options):
-            seen.append(problem.G.diagonal() / G.diagonal())
-            return refine(problem, *rest, **options)
+        def spy(function):
+            def call(problem, *rest, **options):
+                seen.append([None if x is None else x.diagonal() / G.diagonal() for x in (problem.G, problem.damped)])
+                return function(problem, *rest, **options)
 
-        monkeypatch.setattr(joint, "refine", spy)
-        run(make_layers(), G, how=settings(damp=0.5))
-        torch.testing.assert_close(seen[0], torch.full((D,), 1.5))
+            return call
+
+        monkeypatch.setattr(joint, "refine", spy(joint.refine))
+        monkeypatch.setattr(methods.frank_wolfe, "solve", spy(methods.frank_wolfe.solve))
+        run(make_layers((5,)), G, how=settings(damp=0.5))
+        run(make_layers((5,)), G, how=settings(damp=0.3, refit=0))
+        (mask, no_damping), (refitted, _), (measured, chosen_on) = seen
+        assert no_damping is None
+        torch.testing.assert_close(torch.stack([mask, measured]), torch.ones(2, D))
+        torch.testing.assert_close(refitted, torch.full((D,), 1.5))
+        torch.testing.assert_close(chosen_on, torch.full((D,), 1.3))
 
     def test_settings_arrive(self, monkeypatch):
         seen = []
@@ -258,17 +288,16 @@ class TestWritten:
         run(make_layers((5,)), how=how)
         common = {"steps": 7, "penalty": 0.5, "precision": "tf32", "ops": reference}
         assert seen == [
-            common | {"step_rule": "open-loop", "swaps": 6, "damp": 0.0, "best_of": True},
+            common | {"step_rule": "open-loop", "swaps": 6, "best_of": True},
             common | {"refit_steps": 2, "rounds": 1},
         ]
-        # Masks that are final are chosen on the damped matrix.
-        run(make_layers((5,)), how=settings(refit=0, damp=0.3))
-        assert seen[2]["damp"] == 0.3
 
 
 class TestNeverWorse:
-    def test_rows_that_a_refit_would_hurt_keep_their_weights(self, monkeypatch):
+    def test_rows_that_a_refit_would_hurt_keep_their_weights(self, set_threads, monkeypatch):
         """Garbage, NaN and Inf in two rows of three; the third is refitted."""
+        # All rows in one chunk.
+        set_threads(1)
         layers, refine = make_layers(), joint.refine
         # Without damping, as the mask that a refit starts from.
         mask_only, _ = run(layers, how=settings(refit=0, damp=0.0))
@@ -357,14 +386,15 @@ class TestAlpha:
             assert_same((dict(pruned), results), run(layers, G + held_out, how=prune.replace(how, alpha=alpha)))
         assert len(chosen) > 1
 
-    def test_sample_has_rows_of_every_layer(self, monkeypatch):
+    def test_sample_has_rows_of_every_layer(self, set_threads, monkeypatch):
+        set_threads(1)
         seen, choose = [], methods.choose_frank_wolfe
 
         def spy(rows, *rest):
             seen.append(rows.W.clone())
             return choose(rows, *rest)
 
-        monkeypatch.setitem(METHODS, "sparsefw", Method(spy))
+        monkeypatch.setitem(METHODS, "sparsefw", Method(spy, damps=True))
         monkeypatch.setattr(prune, "SAMPLE_ROWS", 16)
         layers = make_layers((40, 20, 60))
         run(layers, how=settings(alpha=None, refit=0), held_out=make_gram(seed=9))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_inputs import DEVICE, garbage, gram, normal, uniform
 
-from sparsefw.kernels import reference
+from sparsefw.kernels import reference, selection
 
 
 def relaxed_error(W, M, G, theta=0.0):
@@ -121,6 +121,21 @@ def step_state(rows=6, d=23, k=9):
     return W, G, dict(
         W=W, diag=G.diagonal().clone(), M=M, R=(W * (1 - M)) @ G, U=(W * ~V) @ G, V=V, E=torch.empty_like(W)
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("group", [0, 4])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_blocks_of_rows_change_nothing(per_row, group, monkeypatch):
+    k = 2 if group else torch.arange(37, device=DEVICE) % 25 if per_row else 9
+    fixed = reference.lmo(normal(37, 24, seed=5), 0 if per_row else 1, group=group)
+    outcomes = []
+    for block in (1 << 20, 100):
+        monkeypatch.setattr(selection, "BLOCK", block)
+        _, _, state = step_state(37, 24)
+        found = reference.row_step(**state, k=k, group=group, fixed=fixed, theta=0.4, next_theta=1.0)
+        outcomes.append([*found, *(state[name] for name in "MRVE")])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+    assert DEVICE != "cpu" or len(selection.row_blocks(state["M"])) > 1
 
 
 @pytest.mark.parametrize("theta", [0.0, 0.4, 1.0])

@@ -28,9 +28,9 @@ class TestTarget:
 
     def test_many_steps_solve_the_normal_equations(self):
         W, G, B = normal(ROWS, D), gram(D), normal(ROWS, D, seed=1) * 50
-        with damped(G, 0.1):
-            T = target(W, G, B.clone(), 60, ops=reference)
-            best = W.double() + torch.linalg.solve(G.double(), B.double().T).T
+        H = damped(G, 0.1)
+        T = target(W, H, B.clone(), 60, ops=reference)
+        best = W.double() + torch.linalg.solve(H.double(), B.double().T).T
         torch.testing.assert_close(T.double(), best, rtol=0, atol=1e-5 * best.abs().max().item())
         assert (best - W).abs().max() > 0.1
 
