@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsefw.kernels import reference
+from sparsefw.kernels.selection import as_float
 
 STEP_RULES = ("line-search", "open-loop")
 
@@ -270,11 +271,9 @@ def round_mask(problem: Problem, M: Tensor, *, ops: ModuleType = reference) -> T
     units = (1, -1) if problem.whole else (-1, problem.group or M.shape[1])
     first = _lmo(ops, problem, M)
     # The lowest M that got in; entries above it are certain, entries equal to it go by saliency.
-    lowest = M.masked_fill(~first, torch.inf).view(units).amin(1, keepdim=True)
-    certain = (M.view(units) > lowest).view(M.shape)
-    tied = (M.view(units) == lowest).view(M.shape)
-    score = problem.saliency.masked_fill(~tied, -torch.inf).masked_fill_(certain, torch.inf)
-    return _lmo(ops, problem, score)
+    lowest = M.add(as_float(~first), alpha=2).view(units).amin(1, keepdim=True)
+    order = as_float(M.view(units) > lowest).sub_(as_float(M.view(units) < lowest)).view(M.shape)
+    return _lmo(ops, problem, order.mul_(torch.finfo(torch.float32).max).add_(problem.saliency))
 
 
 def _lmo(

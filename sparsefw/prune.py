@@ -33,8 +33,8 @@ TARGET_STEPS = 4
 # roundings: with none left over, a row's result does not depend on the rows beside it.
 ROW_UNIT = 64
 
-# Longest chunk on a CPU: the state of longer ones falls out of its caches (up to twice the time per row, measured).
-CPU_ROWS = 256
+# Longest chunk on a CPU: longer ones fall out of its caches.
+CPU_ROWS = 384
 
 # Memory of a solve per entry of a chunk at its peak, as measured on a CPU (88 with the stack's W and saliency): fp32 W,
 # T, offset, M, R, U, E, the fit's Z and R, temporaries of the row step, and bool masks.
@@ -234,8 +234,10 @@ def _by_chunks(
     # Triton's interpreter is for one thread only.
     threads = min(before, units) if cpu and ops is reference else 1
     if cpu:
-        share = -(-len(W) // (threads * ROW_UNIT))
-        units = min(units // threads, CPU_ROWS // ROW_UNIT, share)
+        # As many chunks for every thread.
+        units = min(units // threads, CPU_ROWS // ROW_UNIT)
+        turns = -(-len(W) // (threads * units * ROW_UNIT))
+        units = -(-len(W) // (threads * turns * ROW_UNIT))
     height = units * ROW_UNIT
     chunks = [slice(start, start + height) for start in range(0, len(W), height)]
     if not cpu or ops is not reference:
