@@ -4,7 +4,7 @@ import pytest
 import torch
 from operations import DEVICE, OPS, PRECISION, SHAPES, WEIGHT, assert_equal_enough, gram, measure, normal
 
-from sparsefw.kernels import reference
+from sparsefw.kernels import cost, reference
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -16,6 +16,5 @@ def test_gradient(benchmark, kernel, shape):
     gradient = OPS[kernel].gradient
     expected = reference.gradient(W, M, G, precision=PRECISION)
     assert_equal_enough(gradient(W, M, G, precision=PRECISION, out=out), expected, 2e-3)
-    moved = 2 * W.nbytes + M.nbytes + G.nbytes + out.nbytes
-    flops = 2 * rows * d * d + 4 * rows * d
-    measure(benchmark, lambda: gradient(W, M, G, precision=PRECISION, out=out), flops=flops, bytes=moved)
+    least = cost.gradient(rows, d, W=W.element_size(), G=G.element_size())
+    measure(benchmark, lambda: gradient(W, M, G, precision=PRECISION, out=out), least)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from operations import DEVICE, OPS, SHAPES, WEIGHT, assert_equal_enough, gram, measure, normal
 
-from sparsefw.kernels import reference
+from sparsefw.kernels import cost, reference
 
 PRECISIONS = {"ieee": 1e-5, "tf32": 2e-3, "bf16": 2e-2}
 
@@ -20,5 +20,5 @@ def test_product(benchmark, kernel, shape, precision):
     product = OPS[kernel].product
     expected = reference.product(E, G, precision=precision)
     assert_equal_enough(product(E, G, precision=precision, out=out), expected, PRECISIONS[precision])
-    moved = E.nbytes + G.nbytes + out.nbytes
-    measure(benchmark, lambda: product(E, G, precision=precision, out=out), flops=2 * rows * d * d, bytes=moved)
+    least = cost.product(rows, d, E=E.element_size(), G=G.element_size())
+    measure(benchmark, lambda: product(E, G, precision=precision, out=out), least)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from operations import OPS, PRECISION, SHAPES, WEIGHT, assert_equal_enough, budget, gram, measure, normal
 
-from sparsefw.kernels import reference
+from sparsefw.kernels import cost, reference
 
 
 @pytest.mark.parametrize("pattern", ["rows", "2:4"])
@@ -32,6 +32,4 @@ def test_row_step(benchmark, kernel, shape, pattern):
     _, error = reference.row_step(*expected, group=group, theta=0.5, next_theta=0.6)
     assert_equal_enough(step(*got)[1], error, 1e-4)
     assert (got[5] != expected[5]).float().mean() < 1e-4
-    # W, M, R, U, V in; M, R, V, E out.
-    moved = 2 * W.nbytes + 2 * (M.nbytes + R.nbytes) + U.nbytes + 2 * V.nbytes
-    measure(benchmark, step, flops=30 * rows * d, bytes=moved, setup=fresh)
+    measure(benchmark, step, cost.row_step(rows, d, W=W.element_size(), E=W.element_size()), setup=fresh)

@@ -4,7 +4,7 @@ import pytest
 from operations import OPS, PRECISION, SHAPES, WEIGHT, assert_equal_enough, budget, gram, measure, normal
 
 from sparsefw.frank_wolfe import mask_error
-from sparsefw.kernels import reference
+from sparsefw.kernels import cost, reference
 
 SWAPS = 10
 
@@ -32,6 +32,4 @@ def test_row_swaps(benchmark, kernel, shape, pattern):
     # Swaps that agree up to rounding may be taken in another order: the errors reached are compared.
     errors = [mask_error(W.float(), state[3], G).double().sum() for state in (got, expected)]
     assert_equal_enough(*errors, 1e-3)
-    # The state once in and out, and of every swap three rows of G; counted as if every row made all of them.
-    moved = W.nbytes + 2 * (R.nbytes + V.nbytes) + SWAPS * rows * 3 * d * 4
-    measure(benchmark, swaps, flops=SWAPS * 30 * rows * d, bytes=moved, setup=fresh)
+    measure(benchmark, swaps, cost.row_swaps(rows, d, SWAPS, W=W.element_size()), setup=fresh)

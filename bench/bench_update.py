@@ -4,7 +4,7 @@ import pytest
 import torch
 from operations import DEVICE, OPS, SHAPES, assert_equal_enough, measure, normal
 
-from sparsefw.kernels import reference
+from sparsefw.kernels import cost, reference
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -19,5 +19,4 @@ def test_convex_update(benchmark, kernel, shape):
     update(got[0], V, got[1], U, eta)
     for a, b in zip(got, expected, strict=True):
         assert_equal_enough(a, b, 1e-6)
-    moved = 2 * M.nbytes + 2 * R.nbytes + U.nbytes + V.nbytes
-    measure(benchmark, lambda: update(M, V, R, U, eta), flops=6 * rows * d, bytes=moved)
+    measure(benchmark, lambda: update(M, V, R, U, eta), cost.convex_update(rows, d))

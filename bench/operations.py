@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from sparsefw.kernels import fused, reference
+from sparsefw.kernels.cost import Cost
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -39,13 +40,13 @@ def budget(pattern: str, d: int) -> tuple[int, int, int]:
     return (int(0.4 * d), 0, d) if pattern == "rows" else (2, 4, d)
 
 
-def measure(benchmark, run: Callable, *, flops: int, bytes: int, setup: Callable[[], tuple] = tuple) -> None:
+def measure(benchmark, run: Callable, cost: Cost, *, setup: Callable[[], tuple] = tuple) -> None:
     """Time `run(*setup())`, and record what the operation has to do at least.
 
     Args:
         benchmark: pytest-benchmark's fixture.
         run: the operation.
-        flops, bytes: of one call.
+        cost: of one call.
         setup: gives fresh arguments before every call, untimed.
     """
 
@@ -55,8 +56,8 @@ def measure(benchmark, run: Callable, *, flops: int, bytes: int, setup: Callable
             torch.cuda.synchronize()
 
     benchmark.extra_info |= {
-        "flops": flops,
-        "bytes": bytes,
+        "flops": cost.flops,
+        "bytes": cost.bytes,
         "device": torch.cuda.get_device_name() if GPU else "cpu, Triton's interpreter",
         "torch": torch.__version__,
         "triton": triton.__version__,

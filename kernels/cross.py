@@ -40,7 +40,9 @@ def _cross_kernel(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    offs_m, offs_n = grouped_tile(rows, d, GROUP_M, BLOCK_M, BLOCK_N)
+    first_m, first_n = grouped_tile(tl.program_id(0), rows, d, GROUP_M, BLOCK_M, BLOCK_N)
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
 
     # A mask, not a clamp as in product.py: here these columns are the contiguous axis of the loads.

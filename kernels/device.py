@@ -45,21 +45,18 @@ def dot(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def grouped_tile(rows, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows (BLOCK_M,) and columns (BLOCK_N,) of this program's tile of a (rows, d) product.
+def grouped_tile(tile, rows, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First row and first column of a tile of a (rows, d) product.
 
     In grouped order: programs that run together share rows of the left operand and columns of the right one in the
     cache.
     """
-    pid = tl.program_id(0)
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(d, BLOCK_N)
-    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
+    first_m = tile // (GROUP_M * tiles_n) * GROUP_M
     group_m = tl.minimum(tiles_m - first_m, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
-    offs_m = (first_m + within % group_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = within // group_m * BLOCK_N + tl.arange(0, BLOCK_N)
-    return offs_m, offs_n
+    within = tile % (GROUP_M * tiles_n)
+    return (first_m + within % group_m) * BLOCK_M, within // group_m * BLOCK_N
 
 
 @triton.jit

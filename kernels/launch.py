@@ -25,6 +25,17 @@ def warps(n: int) -> int:
     return max(1, n // 2) if platform() == "hip" else n
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a persistent kernel run at once; two where no GPU is: more than one, fewer than tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def describable(matrix: Tensor) -> bool:
+    """Whether a tensor descriptor can stand for it, as the bulk copies ask: 16-byte aligned rows, one after another."""
+    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+    return aligned and matrix.stride(1) == 1
+
+
 def interpreter_tile(rows: int, width: int) -> dict[str, int]:
     """Tile of a row-wise kernel in the interpreter, where cost is per program and step, hardly per entry: large."""
     BLOCK_D = min(triton.next_power_of_2(width), 65536)

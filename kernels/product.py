@@ -5,6 +5,11 @@
     flops = 2 rows d^2
     bytes = rows d size(E) + d^2 size(G) + 4 rows d       (each operand once)
 
+Two forms. Where large tiles fill the GPU, tensor cores multiply and rows are 16-byte aligned, on sm_90 and later, as
+many programs as there are multiprocessors walk the tiles, and both operands come by bulk copies through tensor
+descriptors: no thread computes an address or masks an edge, and a tile's stores overlap with the next one's loads. Else
+every program computes one tile, and its threads load through pointers, ahead of the dot.
+
 Accumulation is in fp32. `precision` is that of both operands: "ieee" multiplies in fp32 (no tensor cores for fp32
 operands), "tf32" lets the tensor cores read the upper 19 bits, "bf16" rounds each tile to bf16 as it is loaded.
 Operands that are both bf16 already multiply exactly whatever the precision.
@@ -14,10 +19,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .device import dot, grouped_tile
-from .launch import FLOATS, check, check_matrix, on_device, platform
+from .launch import FLOATS, check, check_matrix, describable, multiprocessors, on_device, platform
 from .reference import PRECISIONS
+
+# Where tiles can be read by bulk copies.
+DESCRIPTORS = ("sm_90", "interpreter")
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -45,6 +54,7 @@ def configuration(rows: int, d: int, size: int, wide: bool) -> dict[str, int]:
     if where == "hip":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K // 2, GROUP_M=8, num_warps=4, num_stages=2)
     if where == "sm_90" and wide and tiles >= 256:
+        # Three quarters of the reads of 128 x 128 per flop. Four stages and a quarter of the output fill shared memory.
         return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=4)
     return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=3)
 
@@ -56,7 +66,9 @@ def product_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """This program's tile of E G, or of (E * (1 - M)) G unless M is None; and the tile's rows and columns."""
-    offs_m, offs_n = grouped_tile(rows, d, GROUP_M, BLOCK_M, BLOCK_N)
+    first_m, first_n = grouped_tile(tl.program_id(0), rows, d, GROUP_M, BLOCK_M, BLOCK_N)
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
 
     # Past the edge the last row is read again: it is never stored, and the loads need no mask for it.
@@ -85,6 +97,14 @@ def product_tile(
 
 
 @triton.jit
+def _store(U, acc, offs_m, offs_n, rows, d, stride_ur, stride_ud):
+    valid = (offs_m < rows)[:, None] & (offs_n < d)[None, :]
+    row = offs_m.to(tl.int64)[:, None]
+    column = offs_n.to(tl.int64)[None, :]
+    tl.store(U + row * stride_ur + column * stride_ud, acc, mask=valid)
+
+
+@triton.jit
 def _product_kernel(
     E, G, U, rows, d, stride_er, stride_ed, stride_gr, stride_gd, stride_ur, stride_ud,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
@@ -94,10 +114,41 @@ def _product_kernel(
         E, None, G, rows, d, stride_er, stride_ed, 0, 0, stride_gr, stride_gd,
         DTYPE, PRECISION, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    valid = (offs_m < rows)[:, None] & (offs_n < d)[None, :]
-    row = offs_m.to(tl.int64)[:, None]
-    column = offs_n.to(tl.int64)[None, :]
-    tl.store(U + row * stride_ur + column * stride_ud, acc, mask=valid)
+    _store(U, acc, offs_m, offs_n, rows, d, stride_ur, stride_ud)
+
+
+@triton.jit
+def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _descriptor_kernel(
+    E, G, U, rows, d, stride_ur, stride_ud,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(d, BLOCK_N)
+    # Flattened, the loads of a program's next tile start while it still stores this one.
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        first_m, first_n = grouped_tile(tile, rows, d, GROUP_M, BLOCK_M, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, d, BLOCK_K):
+            e = E.load([first_m, start])
+            # Row n of the symmetric G for column n, as in product_tile. What lies past the edges reads as 0.
+            g = G.load([first_n, start])
+            acc = dot(e, g.T, acc, DTYPE, PRECISION)
+        # In quarters: on its way to memory a tile passes through shared memory, which the next tile's operands fill.
+        offs_m = first_m + tl.arange(0, BLOCK_M)
+        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        first, second = _halves(left, BLOCK_M, BLOCK_N // 2)
+        third, fourth = _halves(right, BLOCK_M, BLOCK_N // 2)
+        offs_n = first_n + tl.arange(0, BLOCK_N // 4)
+        _store(U, first, offs_m, offs_n, rows, d, stride_ur, stride_ud)
+        _store(U, second, offs_m, offs_n + BLOCK_N // 4, rows, d, stride_ur, stride_ud)
+        _store(U, third, offs_m, offs_n + BLOCK_N // 2, rows, d, stride_ur, stride_ud)
+        _store(U, fourth, offs_m, offs_n + BLOCK_N // 2 + BLOCK_N // 4, rows, d, stride_ur, stride_ud)
 
 
 def dot_options(operands: tuple[torch.dtype, ...], precision: str) -> dict:
@@ -134,10 +185,20 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
     if out.numel() == 0:
         return out
     low = options["DTYPE"] == tl.bfloat16
-    config = configuration(rows, d, 2 if low else 4, wide=low or precision != "ieee")
-    grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"]),)
+    tensor_cores = low or precision != "ieee"
+    config = configuration(rows, d, 2 if low else 4, wide=tensor_cores)
+    descriptors = platform() in DESCRIPTORS and tensor_cores and config["BLOCK_N"] > 64
+    tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"])
     with on_device(E):
-        _product_kernel[grid](
+        if descriptors and describable(E) and describable(G):
+            _descriptor_kernel[(min(tiles, multiprocessors(E.device)),)](
+                E=TensorDescriptor.from_tensor(E, [config["BLOCK_M"], config["BLOCK_K"]]),
+                G=TensorDescriptor.from_tensor(G, [config["BLOCK_N"], config["BLOCK_K"]]),
+                U=out, rows=rows, d=d, stride_ur=out.stride(0), stride_ud=out.stride(1),
+                enable_fp_fusion=True, **options, **config,
+            )  # fmt: skip
+            return out
+        _product_kernel[(tiles,)](
             E=E, G=G, U=out, rows=rows, d=d,
             stride_er=E.stride(0), stride_ed=E.stride(1), stride_gr=G.stride(0), stride_gd=G.stride(1),
             stride_ur=out.stride(0), stride_ud=out.stride(1),

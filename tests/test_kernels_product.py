@@ -18,6 +18,7 @@ from kernel_inputs import (
 
 from sparsefw.kernels import product as product_module
 from sparsefw.kernels import reference
+from sparsefw.kernels.launch import platform
 from sparsefw.kernels.product import product
 
 
@@ -66,6 +67,39 @@ def test_the_grouped_order_meets_every_tile(monkeypatch):
     monkeypatch.setattr(product_module, "configuration", lambda rows, d, size, wide: config)
     E, G = normal(75, 131), gram(131)
     assert_near(product(E, G, out=garbage(75, 131)), reference.product(E, G), E.double() @ G.double())
+
+
+@pytest.mark.skipif(
+    platform() not in product_module.DESCRIPTORS, reason="bulk copies need an NVIDIA GPU, sm_90 or later"
+)
+@pytest.mark.parametrize(("rows", "d"), [(1, 8), (37, 136), (300, 392)])
+@pytest.mark.parametrize(
+    ("e_dtype", "g_dtype", "precision"),
+    [
+        (torch.bfloat16, torch.bfloat16, "bf16"),
+        (torch.float32, torch.float32, "tf32"),
+        (torch.bfloat16, torch.float32, "tf32"),
+        (torch.float16, torch.bfloat16, "bf16"),
+    ],
+)
+def test_product_through_descriptors(e_dtype, g_dtype, precision, rows, d, monkeypatch):
+    """Rows that are aligned, if not contiguous; more tiles than programs, and edges inside of tiles."""
+    config = dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=2)
+    monkeypatch.setattr(product_module, "configuration", lambda rows, d, size, wide: config)
+    monkeypatch.setattr(product_module, "_product_kernel", None)
+    E = torch.full((rows, d + 16), torch.nan, dtype=e_dtype, device=DEVICE)[:, 8:-8].copy_(normal(rows, d))
+    G = gram(d).to(g_dtype)
+    out = garbage(rows, d)
+    product(E, G, precision=precision, out=out)
+    assert_near(out, reference.product(E, G, precision=precision), E.double() @ G.double())
+
+
+def test_unaligned_operands_are_read_without_descriptors(monkeypatch):
+    monkeypatch.setattr(product_module, "_descriptor_kernel", None)
+    for E in (normal(37, 131), normal(38, 136)[1:, 1:-3], strided(normal(37, 132))):
+        G = gram(E.shape[1])
+        expected = reference.product(E, G, precision="tf32")
+        assert_near(product(E, G, precision="tf32"), expected, E.double() @ G.double())
 
 
 def test_product_repeats_bit_by_bit():
