@@ -1,16 +1,18 @@
-"""row_step: all of an iteration but the product, reference against Triton."""
+"""row_step: all of an iteration but the product; topk is a chain of torch's operations with `topk` and a scatter."""
 
 import pytest
 import torch
-from operations import OPS, PRECISION, SHAPES, WEIGHT, assert_equal_enough, budget, gram, measure, normal
+from bare import topk_step
+from operations import PRECISION, WEIGHT, assert_equal_enough, budget, cases, gram, measure, normal, ways
 
 from sparsefw.kernels import cost, reference
 
+WAYS = ways("row_step", topk=topk_step)
+
 
 @pytest.mark.parametrize("pattern", ["rows", "2:4"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kernel", OPS)
-def test_row_step(benchmark, kernel, shape, pattern):
+@pytest.mark.parametrize(("way", "shape"), cases(WAYS), ids=str)
+def test_row_step(benchmark, way, shape, pattern):
     rows, d = shape
     k, group, d = budget(pattern, d)
     W, G = normal(rows, d, dtype=WEIGHT), gram(d)
@@ -26,7 +28,7 @@ def test_row_step(benchmark, kernel, shape, pattern):
         return W, diag, M.clone(), R.clone(), U.clone(), V.clone(), torch.empty_like(W), k
 
     def step(*state: object) -> tuple:
-        return OPS[kernel].row_step(*state, group=group, theta=0.5, next_theta=0.6)
+        return WAYS[way](*state, group=group, theta=0.5, next_theta=0.6)
 
     expected, got = fresh(), fresh()
     _, error = reference.row_step(*expected, group=group, theta=0.5, next_theta=0.6)

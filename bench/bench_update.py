@@ -1,19 +1,20 @@
-"""convex_update: M += eta (V - M), R += eta (U - R), reference against Triton."""
+"""convex_update: M += eta (V - M), R += eta (U - R)."""
 
 import pytest
 import torch
-from operations import DEVICE, OPS, SHAPES, assert_equal_enough, measure, normal
+from operations import DEVICE, assert_equal_enough, cases, measure, normal, ways
 
 from sparsefw.kernels import cost, reference
 
+WAYS = ways("convex_update")
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kernel", OPS)
-def test_convex_update(benchmark, kernel, shape):
+
+@pytest.mark.parametrize(("way", "shape"), cases(WAYS), ids=str)
+def test_convex_update(benchmark, way, shape):
     rows, d = shape
     M, R, U = (normal(rows, d, seed=seed) for seed in range(3))
     V, eta = U > 0, torch.linspace(0, 1, rows, device=DEVICE)
-    update = OPS[kernel].convex_update
+    update = WAYS[way]
     expected, got = [M.clone(), R.clone()], [M.clone(), R.clone()]
     reference.convex_update(expected[0], V, expected[1], U, eta)
     update(got[0], V, got[1], U, eta)

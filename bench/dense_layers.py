@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from sparsefw import checkpoint, data, layers
-from sparsefw.data import Windows
 from sparsefw.driver import BATCH_TOKENS
 from sparsefw.kernels import reference
 from sparsefw.stream import StreamedModel
+from sparsefw.windows import Windows
 
 # Of every block these: one of each kind of input.
 KINDS = ("q_proj", "o_proj", "up_proj", "down_proj")

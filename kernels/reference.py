@@ -41,7 +41,8 @@ def round_operand(X: Tensor, precision: str) -> Tensor:
     if precision == "tf32":
         bits = X.view(torch.int32)
         # Round to nearest even at bit 13, as an integer: the carry into the exponent is the right one.
-        return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+        even = (bits >> 13).bitwise_and_(1)
+        return even.add_(bits).add_(0xFFF).bitwise_and_(~0x1FFF).view(torch.float32)
     raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsefw.errors import InputError, first_line
+from sparsefw.windows import Windows
 
 Part = Literal["calibration", "evaluation"]
 
@@ -66,31 +67,6 @@ READERS = {
 
 # What `datasets` raises for files and datasets it cannot read; a damaged .gz raises EOFError or zlib.error.
 _FAILURES = (OSError, ValueError, RuntimeError, EOFError, zlib.error, DatasetsError, HTTPError)
-
-
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """Windows of tokens.
-
-    Attributes:
-        ids: (n, seqlen) int64.
-        source: what was read.
-        hash: SHA-256 of the bytes of `ids`, in hex.
-    """
-
-    ids: Tensor
-    source: str
-    hash: str
-
-    @property
-    def n(self) -> int:
-        """Number of windows."""
-        return self.ids.shape[0]
-
-    @property
-    def seqlen(self) -> int:
-        """Tokens in a window."""
-        return self.ids.shape[1]
 
 
 @dataclass(frozen=True, eq=False)

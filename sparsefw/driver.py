@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from sparsefw import allocation
 from sparsefw.checkpoint import check_finite
-from sparsefw.data import Windows
 from sparsefw.errors import InputError
 from sparsefw.layers import Layer, Stage, capture, not_pruned, stages
 from sparsefw.methods import Settings
 from sparsefw.prune import LayerResult, prune_layers
 from sparsefw.stream import Stream, StreamedModel
+from sparsefw.windows import Windows
 from sparsefw.writer import Writer
 
 # Tokens in one micro-batch: enough to fill a GPU, little beside a block's weights.

@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 import torch
 
-from sparsefw.data import Windows
 from sparsefw.driver import Outcome
 from sparsefw.prune import LayerResult
+from sparsefw.windows import Windows
 
 _COLUMNS = (
     ("layer", "<44"),

@@ -1,0 +1,10 @@
+"""On a GPU, benchmarks are timed in its queue."""
+
+import pytest
+from operations import GPU, Moment
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if GPU:
+            item.add_marker(pytest.mark.benchmark(timer=Moment))
