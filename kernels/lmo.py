@@ -116,6 +116,7 @@ def lmo(
     group: int = 0,
     fixed: Tensor | None = None,
     positive: bool = False,
+    checked: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
     """The vertex that keeps the k best scores of every row; see `reference.lmo`, which it equals.
@@ -126,11 +127,12 @@ def lmo(
         group: 0 for whole rows, else m of n:m, up to 32.
         fixed: (rows, d) bool, kept whatever their score.
         positive: keep only scores above 0 (and the fixed entries).
+        checked: whether to look for NaN, which waits for the kernel.
         out: (rows, d) bool, written and returned; allocated when None.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description, or a NaN among the scores (`out` is
-            written by then). The check waits for the kernel.
+        ValueError, TypeError: for arguments that do not fit this description, or a NaN among the scores that are
+            checked (`out` is written by then).
     """
     rows, d = check_matrix("score", score, (torch.float32,))
     check_selection(rows, d, k, group, fixed, score)
@@ -149,6 +151,6 @@ def lmo(
             stride_vr=out.stride(0), stride_vd=out.stride(1), stride_k=k.stride(0) if isinstance(k, Tensor) else 0,
             POSITIVE=positive, **selection_options(d, k, group, config), enable_fp_fusion=True, **config,
         )  # fmt: skip
-    if bool(nan.any()):
+    if checked and bool(nan.any()):
         raise ValueError("score: NaN is no choice")
     return out

@@ -104,6 +104,7 @@ def lmo(
     group: int = 0,
     fixed: Tensor | None = None,
     positive: bool = False,
+    checked: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
     """Linear minimization oracle: the vertex that keeps the k best scores of every row, (rows, d) bool.
@@ -116,14 +117,16 @@ def lmo(
         group: 0 for whole rows, else m of n:m: every m consecutive entries of a row keep k of their own.
         fixed: (rows, d) bool, kept whatever their score; at most k in a row (or group).
         positive: keep only scores above 0 (and the fixed entries): less than k where a row has fewer.
+        checked: whether to look for NaN, which waits for the GPU. A caller who does not has to find it by other means:
+            the choice of a row that has one is undefined.
         out: (rows, d) bool, written and returned; allocated when None.
 
     Raises:
-        ValueError: k out of range, d not a multiple of `group`, or a NaN among the scores.
+        ValueError: k out of range, d not a multiple of `group`, or a NaN among the scores that are checked.
     """
     check_budget(score.shape, k, group)
     # The maximum of a row is NaN where one of its entries is.
-    if score.numel() and score.amax(1).isnan().any():
+    if checked and score.numel() and score.amax(1).isnan().any():
         raise ValueError("score: NaN is no choice")
     out = torch.empty(score.shape, dtype=torch.bool, device=score.device) if out is None else out
     return select(score, k, group=group, fixed=fixed, positive=positive, out=out)

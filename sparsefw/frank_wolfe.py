@@ -143,6 +143,8 @@ def solve(
 ) -> Solution:
     """Choose a mask by Frank-Wolfe.
 
+    Everything is launched before anything is waited for: errors are checked in the end.
+
     Args:
         problem: the layer, from `pose`.
         steps: Frank-Wolfe steps; 0 leaves the warm start, from which swaps may go on.
@@ -162,7 +164,7 @@ def solve(
     if problem.whole and (penalty or swaps or problem.group):
         raise ValueError("whole: one step size over the matrix has no penalty, no swaps and no groups")
     error_warm_start = mask_error(problem.W, problem.warm, problem.G, problem.lacks, ops=ops)
-    _check_finite(error_warm_start)
+    known = [error_warm_start]
     bound = error_warm_start.new_zeros(1 if problem.whole else len(error_warm_start))
     mask = problem.warm.clone()
     certified = {max(1, round(share * steps)) - 1 for share in CERTIFIED}
@@ -170,9 +172,10 @@ def solve(
     if steps:
         for t, state in enumerate(iterate(problem, steps=steps, **options)):
             if t in certified:
-                _check_finite(state.error)
                 bound = torch.maximum(bound, lower_bound(problem, state, ops=ops))
         mask = round_mask(problem, state.M, ops=ops)
+        # What is not finite stays so until the last step.
+        known.append(state.error)
         # Its memory is free for the last products.
         del state
     if swaps:
@@ -180,6 +183,7 @@ def solve(
         ops.row_swaps(problem.W, problem.matrix, R, mask, swaps, group=problem.group, fixed=problem.fixed)
         del R
     error = mask_error(problem.W, mask, problem.G, problem.lacks, ops=ops)
+    _check_finite(torch.cat([*known, error]))
     if best_of:
         better = (error.sum() < error_warm_start.sum()).expand_as(error) if problem.whole else error < error_warm_start
         mask = torch.where(better[:, None], mask, problem.warm)
@@ -279,11 +283,12 @@ def round_mask(problem: Problem, M: Tensor, *, ops: ModuleType = reference) -> T
 def _lmo(
     ops: ModuleType, problem: Problem, score: Tensor, *, fixed: Tensor | None = None, positive: bool = False
 ) -> Tensor:
-    """The vertex of the problem's budget for a score (rows, d)."""
+    """The vertex of the problem's budget for a score (rows, d); NaN shows in the errors of `solve`."""
     if not problem.whole:
-        return ops.lmo(score, problem.k, group=problem.group, fixed=fixed, positive=positive)
+        return ops.lmo(score, problem.k, group=problem.group, fixed=fixed, positive=positive, checked=False)
     fixed = None if fixed is None else fixed.view(1, -1)
-    return reference.lmo(score.reshape(1, -1), problem.k, fixed=fixed, positive=positive).view(score.shape)
+    V = reference.lmo(score.reshape(1, -1), problem.k, fixed=fixed, positive=positive, checked=False)
+    return V.view(score.shape)
 
 
 def _check_finite(error: Tensor) -> None:

@@ -5,11 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsefw import frank_wolfe, patterns
 from sparsefw.damping import damped
-from sparsefw.kernels import reference
+from sparsefw.kernels import fused, reference
 from sparsefw.saliency import SALIENCIES
+
+# Operations whose result the host has to see.
+WAITING = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.is_nonzero)
 
 LINE_SEARCH = {"step_rule": "line-search", "precision": "ieee", "ops": reference}
 
@@ -197,12 +201,41 @@ class TestSolve:
         assert torch.equal(solution.mask.sum(1), torch.full((4,), 4))
         assert solution.error[2] == 0
 
+    @pytest.mark.parametrize("ops", [reference, fused], ids=["torch", "triton"])
+    @pytest.mark.parametrize("text", ["0.5", "2:4"])
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-    def test_not_finite_is_an_error(self, value):
-        problem = make_problem(4, 10)
+    def test_not_finite_is_an_error(self, value, text, ops):
+        problem = make_problem(4, 12, text)
         problem.G[0, 0] = value
         with pytest.raises(FloatingPointError, match="not finite"):
-            frank_wolfe.solve(problem, steps=3)
+            frank_wolfe.solve(problem, steps=3, swaps=2, ops=ops)
+
+    @pytest.mark.parametrize("ops", [reference, fused], ids=["torch", "triton"])
+    def test_overflow_on_the_way_is_an_error(self, ops):
+        """The warm start's error is finite, the damped matrix is not."""
+        problem = make_problem(4, 12)
+        H = problem.G.clone()
+        H[:, 5] = H[5] = torch.inf
+        with pytest.raises(FloatingPointError, match="not finite"):
+            frank_wolfe.solve(replace(problem, damped=H), steps=3, ops=ops)
+
+    @pytest.mark.parametrize("text", ["0.5", "2:4"])
+    def test_waits_for_the_gpu_once(self, text):
+        """For the check of the errors; the copies that the interpreter makes are none of these."""
+        waits = []
+
+        class Waits(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                if function.overloadpacket in WAITING:
+                    waits.append(function)
+                return function(*args, **(kwargs or {}))
+
+        problem = make_problem(4, 12, text, 0.5)
+        with Waits():
+            posed = frank_wolfe.pose(problem.W, problem.G, problem.saliency, problem.k, group=problem.group, ops=fused)
+            assert not waits
+            frank_wolfe.solve(posed, steps=4, swaps=3, ops=fused)
+        assert waits == [torch.ops.aten._local_scalar_dense.default]
 
     def test_bad_arguments(self):
         problem = make_problem(4, 10)
