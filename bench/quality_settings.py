@@ -27,6 +27,7 @@ VARIED = {
         "steps": (20, 30, 60),
         "swaps": (0,),
         "damp": (0, 0.1, 0.4),
+        "precision": ("tf32", "bf16"),
     },
     REFITTED: {
         "alpha": (0.5, 0.9),
@@ -35,6 +36,7 @@ VARIED = {
         "refit": (2, 8),
         "rounds": (0, 6),
         "damp": (0.03, 0.2, 0.4),
+        "precision": ("tf32", "bf16"),
     },
 }
 
@@ -55,7 +57,8 @@ def settings_of_study() -> list[tuple[str, ...]]:
     rows = []
     for base, settings in VARIED.items():
         rows.append(base)
-        rows += [(*base, f"--{name}", f"{value:g}") for name, values in settings.items() for value in values]
+        values = [(f"--{name}", value) for name, values in settings.items() for value in values]
+        rows += [(*base, name, value if isinstance(value, str) else f"{value:g}") for name, value in values]
     return rows
 
 
