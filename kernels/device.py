@@ -4,8 +4,10 @@ Selection works on 32-bit unsigned keys in the order of the scores, so that "the
 
     key(x) < key(y)  iff  x < y;    key(-0.0) = key(+0.0);    key(NaN) = NAN_KEY, above all;    0 = no entry
 
-The k-th best key of a row is found by bisection on the bits of the key: at most 32 counts of the row, fewer when a
-threshold separates exactly k entries earlier. Only a row with a tie at its k-th key needs the running count that
+The k-th best key of a row is found by bisection on the bits of the key: at most 33 counts of the row, fewer when a
+threshold separates exactly k entries earlier: 15 to 18 on the scores of a solve (`bench/counts.py`). A count is one
+comparison an entry and one sum. Radix selection by 4 bits takes 8 passes, but each has 15 sums to find, or a histogram
+in shared memory with an atomic an entry. Only a row with a tie at its k-th key needs the running count that
 gives the tie to the lower index.
 
 bfloat16 values are loaded, stored and multiplied by `dot`, never computed with: the interpreter would work on their
