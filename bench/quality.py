@@ -113,7 +113,9 @@ def rows_of_table(settings: bool) -> list[tuple[str, list[str], tuple[str, ...]]
             # The value that the base has by itself is the row of the base.
             for value in (v for v in values if v != resolved(flags)[name]):
                 text = value if isinstance(value, str) else f"{value:g}"
-                rows.append((f"{base}, {name} {text}", [*flags, f"--{name}", text], ("0.6",)))
+                # What chooses by itself must choose well everywhere.
+                where = PATTERNS if value == "auto" else ("0.6",)
+                rows.append((f"{base}, {name} {text}", [*flags, f"--{name}", text], where))
         for name, where in ALLOCATIONS.items():
             rows.append((f"{base}, allocation {name}", [*flags, "--allocation", name], where))
     return rows
