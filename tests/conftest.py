@@ -1,8 +1,9 @@
-"""Checkpoints on disk that several test files start from."""
+"""Checkpoints on disk and settings of torch that several test files start from."""
 
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import TENSORS, write_index
 from safetensors.torch import save_file
 
@@ -29,3 +30,11 @@ def shards(tmp_path: Path) -> Path:
     save_file({k: TENSORS[k] for k in "cn"}, path / "two.safetensors")
     write_index(path, a="one.safetensors", b="one.safetensors", c="two.safetensors", n="two.safetensors")
     return path
+
+
+@pytest.fixture
+def set_threads():
+    """Sets the number of torch's threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
