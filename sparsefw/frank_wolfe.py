@@ -257,11 +257,11 @@ def lower_bound(problem: Problem, state: Iterate, *, ops: ModuleType = reference
     E = (1 - state.M).mul_(problem.W)
     if problem.lacks is not None:
         E += problem.lacks
-    R = state.R.clone()
+    R = state.R
     if problem.damped is not None:
-        R -= E * (problem.damped.diagonal() - problem.G.diagonal())
+        R = R - E * (problem.damped.diagonal() - problem.G.diagonal())
     error = E.mul_(R)
-    score = R.mul_(2 * problem.W.float())
+    score = (2 * problem.W.float()).mul_(R)
     V = _lmo(ops, problem, score, fixed=problem.fixed, positive=True)
     bound = error.sub_(score.mul_(V.float().sub_(state.M)))
     return bound.sum().view(1) if problem.whole else bound.sum(1)
