@@ -11,10 +11,12 @@ from operations import DEVICE, GPU, record
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import sparsefw.run
-from sparsefw import checkpoint, report
+from sparsefw import checkpoint
 from sparsefw.driver import prune_model
 from sparsefw.kernels import fused, reference
 from sparsefw.kernels.cost import Cost
+from sparsefw.memory import peak_memory
+from sparsefw.placement import BATCH_TOKENS, Placement
 from sparsefw.stream import StreamedModel
 from sparsefw.windows import Windows
 from sparsefw.writer import Writer
@@ -53,19 +55,20 @@ def test_block(benchmark, model, flags, tmp_path):
     outcomes = []
 
     def fresh() -> tuple[tuple, dict]:
-        if GPU:
-            torch.cuda.reset_peak_memory_stats()
         return (StreamedModel(source, torch.device(DEVICE)),), {}
 
     def prune(streamed: StreamedModel) -> None:
-        with Writer(tmp_path / "pruned", overwrite=True) as output:
+        with Writer(tmp_path / "pruned", len(streamed.blocks) + 1, overwrite=True) as output:
             windows = Windows(ids, "random", "")
             ops = fused if GPU else reference
-            outcomes.append(prune_model(streamed, windows, [], ["sparsefw"], settings, ops, output))
+            placement = Placement(max(1, BATCH_TOKENS // SEQLEN))
+            outcomes.append(
+                prune_model(streamed, windows, [], ["sparsefw"], settings, ops, output, placement=placement)
+            )
             output.finish(source.folder)
 
     benchmark.pedantic(prune, setup=fresh, rounds=1, warmup_rounds=1 if GPU else 0)
-    peak = report.peak_memory()
-    phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in outcomes[-1].seconds.items())
+    peak = peak_memory()
+    phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in outcomes[-1].timeline.seconds().items())
     record(benchmark, Cost(0, 0), note=f"peak {max(peak.values()) / 2**30:.2f} GiB; seconds: {phases}")
     assert all(0 < row.error < row.error_warm_start for row in outcomes[-1].layers)

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from sparsefw import checkpoint, data, layers
-from sparsefw.driver import BATCH_TOKENS
 from sparsefw.kernels import reference
+from sparsefw.placement import BATCH_TOKENS
 from sparsefw.stream import StreamedModel
 from sparsefw.windows import Windows
 

@@ -1,46 +1,36 @@
 """The block loop: read, calibrate, prune, evaluate and write a model one block at a time.
 
-For every block: evaluate it dense; for every method run the calibration windows through the dense block (their input
-is what the blocks pruned by that method gave) and accumulate Gram matrices, prune its layers, run the windows again
-through the pruned block; write what the last method gave.
-
-Where layers approximate the dense model's outputs, the same windows also go through the dense model, and a block is
-pruned in stages: the inputs of later layers are measured after earlier ones are pruned.
+For every block: evaluate it dense; for every method prune it on the calibration windows (their input is what the blocks
+pruned by that method gave), and run the windows again through the pruned block; write what the last method gave. The
+next block is read and the last one written meanwhile. Of blocks that a run before has finished only the weights are
+read, and the windows run through them.
 """
 
 import copy
 import math
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsefw import allocation
-from sparsefw.checkpoint import check_finite
-from sparsefw.errors import InputError
-from sparsefw.layers import Layer, Stage, capture, not_pruned, stages
+from sparsefw.block import Dense, kept_dense, prune_block
+from sparsefw.budgets import Budgets
+from sparsefw.memory import peak_memory
 from sparsefw.methods import Settings
-from sparsefw.prune import LayerResult, prune_layers
+from sparsefw.placement import Placement
+from sparsefw.prune import LayerResult
+from sparsefw.reader import read_shard
 from sparsefw.stream import Stream, StreamedModel
+from sparsefw.timeline import WRITE, Timeline
 from sparsefw.windows import Windows
 from sparsefw.writer import Writer
 
-# Tokens in one micro-batch: enough to fill a GPU, little beside a block's weights.
-BATCH_TOKENS = 4096
-
-# Share of the micro-batches on which `--alpha auto` compares.
-HELD_OUT = 0.125
-
 # Name of the streams through the model as it was.
 DENSE = "dense"
-
-# Per block, what each layer keeps by name: of every row, or in all; see `allocation.whole_budgets`.
-Budgets = list[dict[str, int | Tensor]]
 
 
 @dataclass
@@ -48,39 +38,36 @@ class Outcome:
     """What a run measured.
 
     Attributes:
+        timeline: what was done when; of blocks finished by a run before nothing but the reading.
         layers: a row per layer and method.
         perplexity: by held-out text, then by "dense" and by method; empty without evaluation.
         dense: names of the matrices inside the blocks that were not pruned.
-        seconds: per phase.
+        blocks: of each block its name, seconds by phase, peak memory; of finished ones as the run before had it.
     """
 
+    timeline: Timeline
     layers: list[LayerResult] = field(default_factory=list)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
     dense: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    blocks: list[dict[str, Any]] = field(default_factory=list)
 
-    @contextmanager
-    def clock(self, phase: str) -> Iterator[None]:
-        """Add the time spent inside to a phase."""
-        started = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[phase] += time.perf_counter() - started
+    def add(self, note: dict[str, Any]) -> None:
+        """Take in what was noted of a finished block."""
+        self.layers += [LayerResult(**row) for row in note["layers"]]
+        self.dense += note["dense"]
+        self.blocks.append(note["block"])
 
 
-@dataclass
-class _Dense:
-    """The dense model before a block, for a method whose layers approximate its outputs.
+@dataclass(frozen=True)
+class _Streams:
+    """The windows on their way: calibration by method (and "dense"), and of every held-out text the same."""
 
-    Attributes:
-        block: the block as it was.
-        stream: the calibration windows in the dense model. The final stage, which runs all of the block, moves them
-            on to the next one.
-    """
+    calibrating: dict[str, Stream]
+    held_out: list[dict[str, Stream]]
 
-    block: nn.Module
-    stream: Stream
+    def of(self, name: str) -> list[Stream]:
+        """Those of one name."""
+        return [streams[name] for streams in (self.calibrating, *self.held_out) if name in streams]
 
 
 def prune_model(
@@ -92,6 +79,7 @@ def prune_model(
     ops: ModuleType,
     writer: Writer,
     *,
+    placement: Placement,
     budgets: Budgets | None = None,
     on_layer: Callable[[LayerResult], None] = lambda row: None,
     on_block: Callable[[], None] = lambda: None,
@@ -99,195 +87,119 @@ def prune_model(
     """Prune every block of a model.
 
     Args:
-        model: the streamed model; its blocks are used up.
+        model: the streamed model.
         calibration: windows whose activations define the layer problems.
         evaluation: held-out windows for perplexity, of each text.
         methods: pruned apart from each other, each on its own activations; what the last one gives is written.
         settings: how masks are chosen.
         ops: the kernels, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
-        writer: takes one shard per block and one for the rest.
-        budgets: what every layer keeps, from `allocate`; None is uniform.
+        writer: takes one shard per block and one for the rest; goes on after those that it has.
+        placement: what is held at once, and where.
+        budgets: what every layer keeps, from `budgets.allocate`; None is uniform.
         on_layer, on_block: called after every layer and every block.
 
     Raises:
-        InputError: weights or activations hold NaN or Inf, or a layer does not fit the pattern.
+        InputError: weights or activations hold NaN or Inf, a layer does not fit the pattern, or writing failed.
     """
-    outcome = Outcome()
+    timeline, outcome = model.timeline, Outcome(model.timeline)
     followed = settings.target == "dense" and "sparsefw" in methods
-    with outcome.clock("embed"):
-        calibrating = _start(model, calibration, [DENSE, *methods] if followed else methods)
-        # By text and method.
-        held_out = [_start(model, windows, [DENSE, *methods]) for windows in evaluation]
-    for i in range(len(model.blocks)):
-        with outcome.clock("read"):
-            block = model.open(i)
-            # Only where it is needed after the block has been pruned.
-            dense = copy.deepcopy(block) if followed or len(methods) > 1 else None
-        if held_out:
-            with outcome.clock("evaluate"):
-                _advance(model, i, held_out, DENSE)
-        for method in methods:
-            if method != methods[0]:
-                _restore(block, dense)
-            stream = calibrating[method]
-            follows = _Dense(dense, calibrating[DENSE]) if followed and method == "sparsefw" else None
-            kept = budgets[i] if budgets else {}
-            _prune_block(model, i, stream, follows, method, settings, ops, kept, outcome, on_layer)
-            with outcome.clock("forward"):
-                model.advance(i, stream)
-            if held_out:
-                with outcome.clock("evaluate"):
-                    _advance(model, i, held_out, method)
-        with outcome.clock("write"):
-            writer.write(model.block_tensors(i))
-            model.close(i)
+    with timeline.span("embed"), model.outside():
+        streams = _Streams(
+            _start(model, calibration, [DENSE, *methods] if followed else methods, placement),
+            [_start(model, windows, [DENSE, *methods], placement) for windows in evaluation],
+        )
+    finished = writer.finished[: len(model.blocks)]
+    for i, note in enumerate(finished):
+        _replay(model, i, streams, methods, writer, placement)
+        outcome.add(note)
         on_block()
-    with outcome.clock("write"):
-        writer.write(model.other_tensors())
-    for windows, streams in zip(evaluation, held_out, strict=True):
-        with outcome.clock("evaluate"):
-            outcome.perplexity[windows.source] = {n: perplexity(model, windows.ids, s) for n, s in streams.items()}
+    with ThreadPoolExecutor(1) as background:
+        written: Future | None = None
+        for i in range(len(finished), len(model.blocks)):
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            block = model.open(i, placement.ahead)
+            with timeline.span("read", i):
+                # Only where it is needed after the block has been pruned.
+                dense = copy.deepcopy(block) if followed or len(methods) > 1 else None
+            _evaluate(model, i, streams, DENSE)
+            rows, unpruned, tensors = [], {}, {}
+            for method in methods:
+                if method != methods[0]:
+                    _restore(block, dense)
+                stream = streams.calibrating[method]
+                follows = Dense(dense, streams.calibrating[DENSE]) if followed and method == "sparsefw" else None
+                mine = []
+                for row in prune_block(model, i, stream, follows, method, settings, ops, budgets[i] if budgets else {}):
+                    mine.append(row)
+                    on_layer(row)
+                rows += mine
+                unpruned |= dict.fromkeys(kept_dense(model, i, mine))
+                with timeline.span("forward", i):
+                    model.advance(i, stream)
+                _evaluate(model, i, streams, method)
+                with timeline.span("write", i):
+                    tensors[method] = model.block_tensors(i)
+                    if method != methods[-1]:
+                        # The next method takes the block's memory.
+                        tensors[method] = {name: tensor.clone() for name, tensor in tensors[method].items()}
+            model.close(i)
+            del block, dense
+            with timeline.span("wait", i):
+                if written:
+                    written.result()
+            measured = {"block": i, "name": model.names[i], "seconds": timeline.seconds(i), **peak_memory()}
+            note = {"layers": [asdict(row) for row in rows], "dense": list(unpruned), "block": measured}
+            written = background.submit(_write, writer, i, tensors, methods, note, timeline)
+            del tensors
+            outcome.add(note)
+            on_block()
+        with timeline.span("wait"):
+            if written:
+                written.result()
+    if len(writer.finished) == len(model.blocks):
+        with timeline.span("write"):
+            writer.write(model.other_tensors())
+    with timeline.span("evaluate"), model.outside():
+        for windows, by_name in zip(evaluation, streams.held_out, strict=True):
+            outcome.perplexity[windows.source] = {n: perplexity(model, windows.ids, s) for n, s in by_name.items()}
     return outcome
 
 
-def _prune_block(
-    model: StreamedModel,
-    i: int,
-    stream: Stream,
-    follows: _Dense | None,
-    method: str,
-    settings: Settings,
-    ops: ModuleType,
-    budgets: dict[str, int | Tensor],
-    outcome: Outcome,
-    on_layer: Callable[[LayerResult], None],
+def _write(
+    writer: Writer, i: int, tensors: dict[str, dict[str, Tensor]], methods: list[str], note: dict, timeline: Timeline
 ) -> None:
-    """Prune block i; with `follows` its layers approximate the dense model's outputs."""
-    prefix, block = model.names[i], model.blocks[i]
-    batches, kept_out = _parts(stream, method, settings)
-    with outcome.clock("calibrate"):
-        order = stages(block, lambda: model.output(i, stream, 0)) if follows else []
-    pruned = []
-    for stage in order or [None]:
-        with outcome.clock("calibrate"):
-            layers, grams, crosses = _capture(model, i, stream, batches, settings, ops, stage, follows)
-            held_out = {}
-            if kept_out:
-                layers_too, held_out, more = _capture(model, i, stream, kept_out, settings, ops, stage, follows)
-                layers = list({layer.name: layer for layer in [*layers, *layers_too]}.values())
-                # An expert may have seen tokens in one part only: the other part's Gram matrix is zero.
-                for name in grams.keys() | held_out.keys():
-                    present = grams.get(name, held_out.get(name))
-                    grams.setdefault(name, torch.zeros_like(present))
-                    held_out.setdefault(name, torch.zeros_like(present))
-                for name, cross in more.items():
-                    crosses[name] += cross
-        with outcome.clock("solve"):
-            for gram in dict.fromkeys(layer.gram for layer in layers):
-                alike = [layer for layer in layers if layer.gram == gram]
-                for row in prune_layers(
-                    [(f"{prefix}.{layer.name}", layer.weight) for layer in alike],
-                    grams.pop(gram),
-                    method,
-                    settings,
-                    ops,
-                    # An expert that no token reached when budgets were measured has the pattern's share.
-                    budgets=[budgets.get(layer.name) for layer in alike],
-                    crosses=[crosses.pop(layer.name, None) for layer in alike],
-                    held_out=held_out.pop(gram, None),
-                ):
-                    outcome.layers.append(row)
-                    on_layer(row)
-        pruned += [layer.name for layer in layers]
-    dense = [f"{prefix}.{name}" for name in not_pruned(block, pruned)]
-    outcome.dense += [name for name in dense if name not in outcome.dense]
+    """Write block i of every method; the one of the last method is the checkpoint's."""
+    with timeline.span("write", i, WRITE):
+        for method in methods[:-1]:
+            writer.keep(f"{method}-{i:05d}", tensors[method])
+        writer.write(tensors[methods[-1]], note)
 
 
-def _parts(stream: Stream, method: str, settings: Settings) -> tuple[range, range]:
-    """The micro-batches that masks are chosen on, and those held out for the choice of alpha."""
-    batches = range(len(stream.hidden))
-    if method != "sparsefw" or settings.alpha is not None:
-        return batches, batches[:0]
-    if len(batches) < 2:
-        raise InputError("--alpha auto: needs windows to hold out, and all calibration windows fill 1 micro-batch only")
-    first = len(batches) - max(1, round(HELD_OUT * len(batches)))
-    return batches[:first], batches[first:]
+def _replay(
+    model: StreamedModel, i: int, streams: _Streams, methods: list[str], writer: Writer, placement: Placement
+) -> None:
+    """Run the streams through block i as a run before has pruned it."""
+    if of_dense := streams.of(DENSE):
+        model.open(i, placement.ahead)
+        with model.timeline.span("forward", i):
+            for stream in of_dense:
+                model.advance(i, stream)
+    for method in methods:
+        path = writer.path(i) if method == methods[-1] else writer.kept(f"{method}-{i:05d}")
+        with model.timeline.span("read", i):
+            model.open_as(i, read_shard(path))
+        with model.timeline.span("forward", i):
+            for stream in streams.of(method):
+                model.advance(i, stream)
+    model.close(i)
 
 
-def _capture(
-    model: StreamedModel,
-    i: int,
-    stream: Stream,
-    batches: range,
-    settings: Settings,
-    ops: ModuleType,
-    stage: Stage | None = None,
-    follows: _Dense | None = None,
-) -> tuple[list[Layer], dict[str, Tensor], dict[str, Tensor]]:
-    """`layers.capture` of block i, its Gram matrices checked."""
-    prefix = model.names[i]
-    # Experts have no use for what the dense model puts out: for them it is run only to move on.
-    needed = follows and stage and (stage.last or stage.final)
-
-    def run_dense(j: int) -> None:
-        if stage.final:
-            model.advance(i, follows.stream, [j], follows.block)
-        else:
-            model.output(i, follows.stream, j, follows.block)
-
-    layers, grams, crosses = capture(
-        model.blocks[i],
-        lambda j: model.output(i, stream, j),
-        batches,
-        ops=ops,
-        precision="ieee" if settings.precision == "ieee" else "tf32",
-        stage=stage,
-        dense=(follows.block, run_dense) if needed else None,
-    )
-    if not layers:
-        raise InputError(f"{prefix}: unsupported model: no matrix of this block was seen in a product")
-    for gram, G in grams.items():
-        # Off the diagonal G is bounded by it.
-        check_finite(f"inputs of {prefix}.{gram} (their squares, summed)", G.diagonal())
-    return layers, grams, crosses
-
-
-def allocate(
-    model: StreamedModel, calibration: Windows, how: str, settings: Settings, ops: ModuleType
-) -> tuple[list[float], Budgets]:
-    """Run the dense model once, and share out the sparsity between its blocks.
-
-    Args:
-        model: the streamed model; its blocks are used up.
-        calibration: the windows that blocks are measured on.
-        how: "owl" or "error", see `allocation`.
-        settings: the run's settings; the pattern has a budget per row or per layer.
-        ops: the kernels.
-
-    Returns:
-        The sparsity of every block, and what its layers keep.
-    """
-    pattern = settings.pattern
-    stream = _start(model, calibration, [DENSE])[DENSE]
-    names, shapes, found = [], [], []
-    for i in range(len(model.blocks)):
-        model.open(i)
-        layers, grams, _ = _capture(model, i, stream, range(len(stream.hidden)), settings, ops)
-        names.append([layer.name for layer in layers])
-        shapes.append([tuple(layer.weight.shape) for layer in layers])
-        matrices = [(layer.weight, grams[layer.gram]) for layer in layers]
-        found.append(allocation.measure(how, matrices, pattern.sparsity, ops))
-        model.advance(i, stream)
-        model.close(i)
-    sizes = [sum(rows * d for rows, d in block) for block in shapes]
-    sparsities = allocation.share_out(how, found, sizes, pattern.sparsity)
-    kept = allocation.whole_budgets(sparsities, shapes, pattern.sparsity, pattern.scope)
-    return [float(s) for s in sparsities], [dict(zip(n, k, strict=True)) for n, k in zip(names, kept, strict=True)]
-
-
-def _advance(model: StreamedModel, i: int, held_out: list[dict[str, Stream]], name: str) -> None:
-    for streams in held_out:
-        model.advance(i, streams[name])
+def _evaluate(model: StreamedModel, i: int, streams: _Streams, name: str) -> None:
+    if streams.held_out:
+        with model.timeline.span("evaluate", i):
+            for by_name in streams.held_out:
+                model.advance(i, by_name[name])
 
 
 def perplexity(model: StreamedModel, ids: Tensor, stream: Stream) -> float:
@@ -299,18 +211,20 @@ def perplexity(model: StreamedModel, ids: Tensor, stream: Stream) -> float:
         stream: the same windows after the last block.
     """
     losses, count = 0.0, 0
-    for hidden in stream.hidden:
-        batch = ids[count : count + len(hidden)]
-        # One window at a time: logits over a large vocabulary are the largest tensor of a run.
-        losses += sum(model.loss(batch[j : j + 1], hidden[j : j + 1]) for j in range(len(hidden)))
-        count += len(hidden)
+    with model.outside():
+        for j in range(len(stream.hidden)):
+            hidden = stream.hidden[j]
+            batch = ids[count : count + len(hidden)]
+            # One window at a time: logits over a large vocabulary are the largest tensor of a run.
+            losses += sum(model.loss(batch[n : n + 1], hidden[n : n + 1]) for n in range(len(hidden)))
+            count += len(hidden)
     return math.exp(losses / count)
 
 
-def _start(model: StreamedModel, windows: Windows, names: list[str]) -> dict[str, Stream]:
+def _start(model: StreamedModel, windows: Windows, names: list[str], placement: Placement) -> dict[str, Stream]:
     """A stream of the same windows for each name, before the first block."""
-    stream = model.start(windows.ids, max(1, BATCH_TOKENS // windows.seqlen))
-    return {name: stream.fork() for name in names}
+    stream = model.start(windows.ids, placement.batch, placement.room(model.device))
+    return {name: stream.fork() if n else stream for n, name in enumerate(names)}
 
 
 @torch.no_grad()

@@ -2,12 +2,12 @@
 
 import importlib.metadata
 import platform
-import resource
 from dataclasses import asdict
 
 import torch
 
 from sparsefw.driver import Outcome
+from sparsefw.memory import peak_memory
 from sparsefw.prune import LayerResult
 from sparsefw.windows import Windows
 
@@ -23,14 +23,6 @@ _COLUMNS = (
     ("seconds", ">7"),
     ("peak GiB", ">8"),
 )
-
-
-def peak_memory() -> dict[str, int]:
-    """Peak bytes of this process: resident on the host (file-backed pages counted), and allocated on the GPU."""
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if platform.system() == "Darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"host_bytes": host, "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
 
 
 def layer_header() -> str:
@@ -77,7 +69,9 @@ def summary(outcome: Outcome, methods: list[str], evaluation: list[Windows]) -> 
     lines.append(
         "relative error: error / error of the warm start's mask, mean over layers; mask only: before the refit"
     )
-    lines.append("seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in outcome.seconds.items()))
+    lines.append(
+        "seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in outcome.timeline.seconds().items())
+    )
     return "\n".join(lines)
 
 
@@ -104,7 +98,7 @@ def report(
     return {
         "arguments": arguments,
         "versions": versions(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "device": _name(device),
         "data": {
             "source": calibration.source,
             "hash": calibration.hash,
@@ -125,9 +119,21 @@ def report(
         "block_sparsities": sparsities,
         "layers": [asdict(row) for row in outcome.layers],
         "kept_dense": outcome.dense,
-        "seconds": dict(outcome.seconds),
+        "seconds": outcome.timeline.seconds(),
+        "blocks": outcome.blocks,
+        "timeline": [asdict(span) for span in outcome.timeline.spans],
         "peak_memory": peak_memory(),
     }
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What the last bits of a result depend on beside its input: versions, processor, threads."""
+    threads = {"threads": str(torch.get_num_threads())} if device.type == "cpu" else {}
+    return {"device": _name(device)} | threads | versions()
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
 
 
 def versions() -> dict[str, str]:

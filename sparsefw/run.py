@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,6 +20,7 @@ from sparsefw.frank_wolfe import STEP_RULES
 from sparsefw.kernels.reference import PRECISIONS
 from sparsefw.methods import METHODS, TARGETS, Settings
 from sparsefw.saliency import SALIENCIES
+from sparsefw.windows import Windows
 
 DEFAULT = "default"
 AUTO = "auto"
@@ -55,6 +56,9 @@ RANGES = {
     "solver_memory": (0, 2**20),
     "seed": (0, 2**63 - 1),
 }
+
+# What changes nothing in the result, or is compared by its content.
+WITHOUT_EFFECT = ("output", "overwrite", "restart", "kernel_chosen", "solver_memory", "model", "dataset", "eval")
 
 # Calibration for a checkpoint, and for the embedded default.
 SAMPLES = {"checkpoint": {"nsamples": 256, "seqlen": 2048}, DEFAULT: {"nsamples": 64, "seqlen": 128}}
@@ -128,6 +132,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--eval-windows", type=int, metavar="N", help="at most this many windows of --seqlen tokens (default: all)")
     add("--output", type=Path, default=Path("pruned"), metavar="DIR", help="(default: pruned)")
     add("--overwrite", action="store_true", help="replace what is in the output folder")
+    add("--restart", action="store_true", help="discard what an interrupted run has finished; without it the same "
+        "command goes on from there")  # fmt: skip
     arguments = parser.parse_args(argv)
 
     given = [name for name in FRANK_WOLFE if getattr(arguments, name) is not None]
@@ -209,17 +215,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(parse_arguments(argv))
     except InputError as error:
-        print(f"sparsefw: {error}", file=sys.stderr)
-        return 2
+        return _say(2, error, str(error))
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        print(f"sparsefw: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("sparsefw: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        return _say(1, error, " ".join(str(error).split()))
+    except KeyboardInterrupt as error:
+        return _say(130, error, "interrupted")
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0
+
+
+def _say(status: int, error: BaseException, message: str) -> int:
+    """One line for what ended the run, with what is left of it."""
+    left = getattr(error, "__notes__", ["nothing was written"] if isinstance(error, KeyboardInterrupt) else [])
+    print(f"sparsefw: {'; '.join([message, *left])}", file=sys.stderr)
+    return status
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -236,7 +246,11 @@ def run(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from sparsefw import checkpoint, data, report, writer
-    from sparsefw.driver import allocate, prune_model
+    from sparsefw.budgets import allocate
+    from sparsefw.driver import prune_model
+    from sparsefw.partial import durably
+    from sparsefw.placement import BATCH_TOKENS, Placement
+    from sparsefw.reader import fingerprint
     from sparsefw.stream import StreamedModel
 
     folder = DEFAULT_MODEL if arguments.model == DEFAULT else checkpoint.locate(arguments.model)
@@ -259,15 +273,19 @@ def run(arguments: argparse.Namespace) -> None:
     methods = [*arguments.compare, arguments.method]
     print(f"model: {arguments.model}, {len(model.blocks)} blocks, {source.dtype}")
     print(f"calibration: {calibration.n} windows of {calibration.seqlen} tokens of {calibration.source}")
-    budgets, sparsities = None, None
-    if arguments.allocation != "uniform":
-        # A model of its own: this one's blocks are used up by the measurement.
-        measured = StreamedModel(source, device)
-        sparsities, budgets = allocate(measured, calibration, arguments.allocation, settings, ops)
-        print(f"sparsity of the blocks ({arguments.allocation}): {' '.join(f'{s:.3f}' for s in sparsities)}")
-    print(report.layer_header(), flush=True)
-
-    with writer.Writer(arguments.output, arguments.overwrite) as output:
+    placement = Placement(max(1, BATCH_TOKENS // seqlen))
+    identity = _identity(arguments, fingerprint(source), calibration, evaluation, report.machine(device))
+    shards = len(model.blocks) + 1
+    with writer.Writer(
+        arguments.output, shards, identity, overwrite=arguments.overwrite, restart=arguments.restart
+    ) as output:
+        if output.finished:
+            print(f"going on with an unfinished run: {len(output.finished)} of {shards} parts are there")
+        budgets, sparsities = None, None
+        if arguments.allocation != "uniform":
+            sparsities, budgets = allocate(model, calibration, arguments.allocation, settings, ops, placement)
+            print(f"sparsity of the blocks ({arguments.allocation}): {' '.join(f'{s:.3f}' for s in sparsities)}")
+        print(report.layer_header(), flush=True)
         with tqdm(total=len(model.blocks), unit="block", disable=None) as bar:
             outcome = prune_model(
                 model,
@@ -277,6 +295,7 @@ def run(arguments: argparse.Namespace) -> None:
                 settings,
                 ops,
                 output,
+                placement=placement,
                 budgets=budgets,
                 on_layer=lambda row: bar.write(report.layer_row(row)),
                 on_block=lambda: bar.update(),
@@ -284,7 +303,8 @@ def run(arguments: argparse.Namespace) -> None:
         said = {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()}
         said = {name: v for name, v in said.items() if name != "kernel_chosen"} | {"seqlen": seqlen}
         content = report.report(said, device, calibration, arguments.seed, evaluation, outcome, sparsities)
-        (output.folder / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=2) + "\n"
+        durably(output.folder / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
         output.finish(folder)
     if outcome.dense:
         print(f"kept dense: {', '.join(outcome.dense)}")
@@ -292,6 +312,15 @@ def run(arguments: argparse.Namespace) -> None:
     print(report.summary(outcome, methods, evaluation))
     print(f"checkpoint: {arguments.output}")
     print(f"report: {arguments.output / 'report.json'}")
+
+
+def _identity(
+    arguments: argparse.Namespace, model: str, calibration: Windows, evaluation: list[Windows], machine: dict
+) -> dict[str, Any]:
+    """What has to be the same for a run to go on with what another has finished."""
+    said = {f"--{name.replace('_', '-')}": v for name, v in vars(arguments).items() if name not in WITHOUT_EFFECT}
+    texts = {f"the text of --eval {windows.source}": windows.hash for windows in evaluation}
+    return said | {"the model": model, "the calibration text": calibration.hash} | texts | machine
 
 
 def _why(arguments: argparse.Namespace, cuda: bool) -> str:

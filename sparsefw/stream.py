@@ -1,37 +1,26 @@
 """A causal language model whose blocks run one at a time.
 
-The model's own class stands there whole at no cost in memory: `from_pretrained` on CPU maps the safetensors files and
-reads nothing until it is used. Its own forward tells what every block receives (masks, rotary tables, per-layer
-windows), so no architecture is named here: the blocks are tapped, and later run one by one with what was recorded.
+Its own forward tells what every block receives (masks, rotary tables, per-layer windows), so no architecture is named
+here: the blocks are tapped, and later run one by one with what was recorded. Weights are in memory only while they are
+used: those of one block, or those outside of the blocks; the next block is read while one is worked on.
 """
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
 
-from sparsefw.checkpoint import Checkpoint, check_finite
-from sparsefw.errors import InputError, first_line
-
-# What loading a checkpoint whose config or tensors do not fit can raise.
-_LOADING = (
-    ValueError,
-    RuntimeError,
-    OSError,
-    KeyError,
-    AttributeError,
-    TypeError,
-    ImportError,
-    IndexError,
-    StrictDataclassError,
-)
+from sparsefw import skeleton
+from sparsefw.activations import Activations
+from sparsefw.checkpoint import Checkpoint, TensorInfo, check_finite
+from sparsefw.errors import InputError
+from sparsefw.reader import read_tensors
+from sparsefw.timeline import READ, Timeline
 
 
 class _Stop(Exception):
@@ -43,24 +32,26 @@ class Stream:
     """Micro-batches on their way through the blocks.
 
     Attributes:
-        hidden: per micro-batch, the input of the next block, (batch, seqlen, d) on the host.
+        hidden: per micro-batch, the input of the next block, (batch, seqlen, d); see `activations`.
         calls: per micro-batch and block, its other arguments (args, kwargs); equal tensors are stored once.
     """
 
-    hidden: list[Tensor]
+    hidden: Activations
     calls: list[list[tuple]]
 
     def fork(self) -> "Stream":
         """Another stream at the same point; the two then run apart."""
-        return Stream(list(self.hidden), self.calls)
+        return Stream(self.hidden.fork(), self.calls)
 
 
 class StreamedModel:
-    """A checkpoint's model: embeddings, final norm and head on `device`, blocks there only while they are used.
+    """A checkpoint's model, whose weights are on `device` only while they are used.
 
     Args:
         checkpoint: as `sparsefw.checkpoint.inspect` found it.
         device: where everything runs.
+        read: what gives tensors of the checkpoint.
+        timeline: takes the time of reading.
 
     Attributes:
         blocks: the decoder blocks, in order.
@@ -72,58 +63,40 @@ class StreamedModel:
         InputError: transformers cannot load it, tensors are missing or do not fit, or no stack of blocks is found.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device):
-        self.device = device
-        self.notes: list[str] = []
-        self.model = model = self._load(checkpoint)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        read: Callable[[dict[str, TensorInfo], bool], dict[str, Tensor]] = read_tensors,
+        timeline: Timeline | None = None,
+    ):
+        self.device, self._checkpoint, self._read_tensors = torch.device(device), checkpoint, read
+        self.timeline = timeline or Timeline()
+        self._skeleton = skeleton.build(checkpoint)
+        self.model = model = self._skeleton.model
         self.max_seqlen: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.blocks = _find_blocks(model, checkpoint.folder)
         stack = next(name for name, module in model.named_modules() if module is self.blocks)
         self.names = [f"{stack}.{i}" for i in range(len(self.blocks))]
-        inside = {id(t) for t in itertools.chain(self.blocks.parameters(), self.blocks.buffers())}
-        for name, parameter in model.named_parameters():
-            if id(parameter) not in inside:
-                check_finite(name, parameter)
-        for tensor in itertools.chain(model.parameters(), model.buffers()):
-            if id(tensor) not in inside:
-                tensor.data = tensor.data.to(device)
+        self.notes = _notes(checkpoint, self._skeleton)
+        # By block, and None for what lies outside of them: the checkpoint's tensors.
+        self._parts: dict[int | None, list[str]] = {i: [] for i in (*range(len(self.blocks)), None)}
+        for name, parameter in self._skeleton.goes_into.items():
+            i = parameter.removeprefix(f"{stack}.").partition(".")[0] if parameter.startswith(f"{stack}.") else None
+            self._parts[None if i is None else int(i)].append(name)
+        self._stored = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
+        for buffer in model.buffers():
+            if not buffer.is_meta:
+                buffer.data = buffer.data.to(self.device)
         self._returns_tuple: bool | None = None
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: tuple[int, Future] | None = None
+        self._inside = 0
 
-    def _load(self, checkpoint: Checkpoint) -> nn.Module:
-        safe = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            config = AutoConfig.from_pretrained(checkpoint.folder, **safe)
-            # Some versions of the fused attention leave a cap on attention logits out without a word.
-            capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-            model, info = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder,
-                config=config,
-                dtype=checkpoint.dtype,
-                attn_implementation="eager" if capped else None,
-                # One product per expert, where its inputs can be seen.
-                experts_implementation="eager",
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **safe,
-            )
-        except _LOADING as error:
-            raise InputError(
-                f"{checkpoint.folder}: transformers cannot load this model: {first_line(error)}"
-            ) from error
-        if wrong := sorted(info["mismatched_keys"]):
-            name, found, expected = wrong[0]
-            raise InputError(f"{name}: the checkpoint has shape {tuple(found)}, the config asks for {tuple(expected)}")
-        if missing := sorted(info["missing_keys"]):
-            raise InputError(f"{missing[0]}: this tensor is missing from the checkpoint ({len(missing)} in all)")
-        if unused := sorted(info["unexpected_keys"]):
-            self.notes.append(f"not part of the model, not written: {', '.join(unused)}")
-        other = sorted(n for n, t in checkpoint.tensors.items() if t.dtype.is_floating_point and t.dtype != model.dtype)
-        if other:
-            self.notes.append(
-                f"read and written as {model.dtype}: {len(other)} tensors of another dtype, {other[0]} first"
-            )
-        return model.eval().requires_grad_(False)
+    def _read(self, part: int | None) -> dict[str, Tensor]:
+        wanted = {name: self._checkpoint.tensors[name] for name in self._parts[part]}
+        with self.timeline.span("read", part, READ):
+            return self._read_tensors(wanted, self.device.type == "cuda")
 
     def _run(self, ids: Tensor, tap: Any, **kwargs: Any) -> Any:
         """The model's own forward, with every block replaced by tap(block index, hidden, args, kwargs)."""
@@ -140,29 +113,54 @@ class StreamedModel:
     def _as_block_output(self, hidden: Tensor) -> Any:
         return (hidden, None) if self._returns_tuple else hidden
 
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Inside, what lies outside of the blocks (embeddings, final norm, head) is on the device.
+
+        Raises:
+            InputError: it holds NaN or Inf.
+        """
+        self._inside += 1
+        try:
+            if self._inside == 1:
+                self._skeleton.load(self._read(None), self.device)
+                missing = self.model.state_dict().keys() - self._skeleton.goes_into.values()
+                self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+                for name, parameter in self.model.requires_grad_(False).named_parameters():
+                    if not parameter.is_meta:
+                        check_finite(name, parameter)
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                inside = set(self.blocks.modules())
+                self._release([(n, m) for n, m in self.model.named_modules() if m not in inside])
+
     @torch.no_grad()
-    def start(self, ids: Tensor, batch_size: int) -> Stream:
+    def start(self, ids: Tensor, batch_size: int, room: Callable[[], Activations] = Activations) -> Stream:
         """Embed windows of tokens and record what the model passes to every block.
 
         Args:
             ids: (windows, seqlen) tokens.
             batch_size: windows per micro-batch.
+            room: gives the place for their activations.
 
         Raises:
-            InputError: a token that the model has no embedding for.
+            InputError: a token that the model has no embedding for, or weights hold NaN or Inf.
         """
         known = self.model.get_input_embeddings().weight.shape[0]
         if ids.max() >= known:
             raise InputError(f"the tokenizer gives token {ids.max()}, but the model embeds {known}: not its tokenizer")
-        stream = Stream([], [])
+        stream = Stream(room(), [])
 
         def tap(i: int, hidden: Tensor, args: tuple, kwargs: dict) -> Any:
             if self._returns_tuple is None:
                 # A tensor or a tuple: annotations do not tell, so a real block is asked once.
-                block = self.blocks[0].to(self.device)
+                block = self._put(0, self._read(0))
                 self._returns_tuple = isinstance(type(block).forward(block, hidden, *args, **kwargs), tuple)
+                self.close(0)
             if i == 0:
-                stream.hidden.append(hidden.cpu())
+                stream.hidden.append(hidden)
                 stream.calls.append([])
             first = stream.calls[0][i] if len(stream.calls) > 1 else None
             stream.calls[-1].append(_shared((args, kwargs), first))
@@ -170,22 +168,40 @@ class StreamedModel:
                 raise _Stop
             return self._as_block_output(hidden)
 
-        for batch in ids.split(batch_size):
-            self._run(batch, tap)
+        with self.outside():
+            for batch in ids.split(batch_size):
+                self._run(batch, tap)
         return stream
 
-    def open(self, i: int) -> nn.Module:
-        """Block i on the device, its parameters checked for NaN and Inf."""
-        block = self.blocks[i]
-        for name, parameter in block.named_parameters():
-            check_finite(f"{self.names[i]}.{name}", parameter)
-        return block.to(self.device)
+    def open(self, i: int, ahead: bool = True) -> nn.Module:
+        """Block i on the device, its parameters checked for NaN and Inf; with `ahead` the next one is read meanwhile.
+
+        Raises:
+            InputError: they hold some.
+        """
+        with self.timeline.span("wait", i):
+            tensors = self._ahead[1].result() if self._ahead and self._ahead[0] == i else self._read(i)
+        with self.timeline.span("read", i):
+            block = self._put(i, tensors)
+            for name, parameter in block.named_parameters():
+                check_finite(f"{self.names[i]}.{name}", parameter)
+        more = ahead and i + 1 < len(self.blocks)
+        self._ahead = (i + 1, self._reader.submit(self._read, i + 1)) if more else None
+        return block
+
+    def open_as(self, i: int, tensors: dict[str, Tensor]) -> nn.Module:
+        """Block i on the device with other weights, under the checkpoint's names."""
+        return self._put(i, tensors)
+
+    def _put(self, i: int, tensors: dict[str, Tensor]) -> nn.Module:
+        self._skeleton.load(tensors, self.device)
+        return self.blocks[i].requires_grad_(False)
 
     @torch.no_grad()
     def output(self, i: int, stream: Stream, j: int, block: nn.Module | None = None) -> Tensor:
         """Micro-batch j of a stream after block i, or after another module in its place; (batch, seqlen, d)."""
         args, kwargs = stream.calls[j][i]
-        out = (block or self.blocks[i])(stream.hidden[j].to(self.device), *args, **kwargs)
+        out = (block or self.blocks[i])(stream.hidden[j], *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def advance(
@@ -205,7 +221,7 @@ class StreamedModel:
         for j in range(len(stream.hidden)) if batches is None else batches:
             out = self.output(i, stream, j, block)
             check_finite(f"activations after {self.names[i]}", out)
-            stream.hidden[j] = out.cpu()
+            stream.hidden[j] = out
 
     @torch.no_grad()
     def loss(self, ids: Tensor, hidden: Tensor) -> float:
@@ -221,29 +237,49 @@ class StreamedModel:
 
     @torch.no_grad()
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """(batch, seqlen, vocabulary), from the last block's output."""
+        """(batch, seqlen, vocabulary), from the last block's output; inside `outside` weights are not read anew."""
         last = len(self.blocks) - 1
         hidden = hidden.to(self.device)
-        return self._run(ids, lambda i, x, a, k: self._as_block_output(hidden if i == last else x)).logits
+        with self.outside():
+            return self._run(ids, lambda i, x, a, k: self._as_block_output(hidden if i == last else x)).logits
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
         """Block i's tensors under the checkpoint's names, on the host."""
-        return self._exported({f"{self.names[i]}.{name}": t for name, t in self.blocks[i].state_dict().items()})
+        state = self.blocks[i].state_dict()
+        return self._skeleton.exported({f"{self.names[i]}.{name}": tensor for name, tensor in state.items()})
 
     def other_tensors(self) -> dict[str, Tensor]:
         """All tensors outside the blocks (embeddings, norms, head); of tied ones only the first."""
         stack = self.names[0].rpartition(".")[0] + "."
-        tied = self.model.all_tied_weights_keys
-        state = self.model.state_dict()
-        return self._exported({name: t for name, t in state.items() if not name.startswith(stack) and name not in tied})
-
-    def _exported(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        # transformers renames and stacks tensors when it loads some architectures: this is the way back.
-        return {k: v.cpu().contiguous() for k, v in revert_weight_conversion(self.model, tensors).items()}
+        with self.outside():
+            tied = self.model.all_tied_weights_keys
+            state = {n: t for n, t in self.model.state_dict().items() if not n.startswith(stack) and n not in tied}
+            return self._skeleton.exported(state)
 
     def close(self, i: int) -> None:
-        """Drop block i; it cannot be used again."""
-        self.blocks[i].to("meta")
+        """Drop the weights of block i."""
+        self._release(self.blocks[i].named_modules(prefix=self.names[i]))
+
+    def _release(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        for path, module in modules:
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is None or f"{path}.{name}".removeprefix(".") not in self._stored:
+                    continue
+                empty = torch.empty_like(tensor, device="meta")
+                if name in module._parameters:
+                    module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+                else:
+                    module._buffers[name] = empty
+
+
+def _notes(checkpoint: Checkpoint, built: skeleton.Skeleton) -> list[str]:
+    notes = []
+    if built.unused:
+        notes.append(f"not part of the model, not written: {', '.join(built.unused)}")
+    other = sorted(n for n, t in checkpoint.tensors.items() if t.dtype.is_floating_point and t.dtype != built.dtype)
+    if other:
+        notes.append(f"read and written as {built.dtype}: {len(other)} tensors of another dtype, {other[0]} first")
+    return notes
 
 
 def _find_blocks(model: nn.Module, folder: Path) -> nn.ModuleList:

@@ -1,12 +1,12 @@
-"""Writing a checkpoint: shards go into a hidden folder beside the output, which is moved into place at the end."""
+"""Writing a checkpoint shard by shard, so that an interrupted run goes on where it was."""
 
 import contextlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsefw.checkpoint import CONFIG, INDEX, companions, root_of
 from sparsefw.errors import InputError, first_line
+from sparsefw.partial import Partial, durably
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
@@ -37,110 +38,183 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
 class Writer:
     """Writes a checkpoint shard by shard; use it in a `with` statement.
 
-    Everything goes into a hidden folder beside `output`, which `finish` moves into place. Whatever ends the `with`
-    block before that leaves nothing behind, and an older output as it was.
+    Everything goes into a hidden folder beside `output` (see `partial`), whose content `finish` moves into place.
+    Until then an older output stays as it was. Finished shards survive whatever ends the `with` block, and a writer of
+    the same identity goes on after them; without any, nothing is left behind.
+
+    Args:
+        output: where the checkpoint will be.
+        shards: how many `write` will be called for.
+        identity: what makes a run the same, see `partial.Partial`.
+        overwrite: an older checkpoint may be replaced.
+        restart: discard what an unfinished run left.
 
     Attributes:
         output: where the checkpoint will be (links resolved).
         folder: where it is until then; a file put here goes with it, and is not replaced by the source's.
+        finished: what `write` was told of the shards that are finished.
     """
 
-    def __init__(self, output: Path, overwrite: bool = False):
+    def __init__(
+        self,
+        output: Path,
+        shards: int,
+        identity: dict[str, Any] | None = None,
+        *,
+        overwrite: bool = False,
+        restart: bool = False,
+    ):
         self.output = output.resolve()
-        self.overwrite = overwrite
-        self.folder = self.output
-        self._shard_of: dict[str, int] = {}
-        self._shards = self._bytes = self._parameters = 0
-        self._finished = False
+        self.shards, self.overwrite = shards, overwrite
+        self._identity, self._restart = identity or {}, restart
+        self._scratch = self.output.with_name(f".{self.output.name}.partial")
+        self.folder = self._scratch / "new"
+        self._done = False
 
     def __enter__(self) -> "Writer":
-        _check_free(self.output, self.overwrite)
         parent = self.output.parent
         self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            self._scratch = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.partial-", dir=parent))
-            self.folder = self._scratch / "new"
-            # Not the scratch folder itself: that one is private, this one has the usual permissions.
-            self.folder.mkdir()
+            self._partial = Partial(self._scratch, self.output)
         except OSError as error:
             self._remove_parents()
             raise InputError(
                 f"{self.output}: cannot be written ({first_line(error)}); choose another --output"
             ) from error
+        except InputError:
+            self._remove_parents()
+            raise
+        try:
+            # After a kill while the older output was being replaced.
+            self._bring_back()
+            _check_free(self.output, self.overwrite)
+            self._partial.open(self._identity, self._restart)
+        except BaseException:
+            self._leave()
+            raise
         return self
 
-    def write(self, tensors: dict[str, Tensor]) -> None:
-        """Write one shard; an empty one is left out.
+    @property
+    def finished(self) -> list[Any]:
+        """See the class."""
+        return [record["note"] for record in self._partial.records]
+
+    def path(self, n: int) -> Path:
+        """Where the n-th shard is until `finish`, from 0."""
+        return self.folder / self._name(n)
+
+    def _name(self, n: int) -> str:
+        return f"model-{n + 1:05d}-of-{self.shards:05d}.safetensors"
+
+    def write(self, tensors: dict[str, Tensor], note: Any = None) -> None:
+        """Write the next shard; once this returns it is on disk.
 
         Args:
             tensors: by name, on any device; none of them may have been written before.
+            note: what a run that goes on has to know of it; as JSON has it.
 
         Raises:
             ValueError: a name was written before, or two of the tensors are the same memory.
             InputError: the disk is full or failed.
         """
-        if not tensors:
-            return
-        if repeated := sorted(self._shard_of.keys() & tensors.keys()):
+        records = self._partial.records
+        if repeated := sorted(tensors.keys() & {name for record in records for name in record["names"]}):
             raise ValueError(f"{repeated[0]}: this tensor was already written")
-        path = self.folder / _temporary(self._shards + 1)
+        self._save(self.path(len(records)), tensors)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        parameters = sum(tensor.numel() for tensor in tensors.values())
+        with self._on_disk():
+            self._partial.add({"names": [*tensors], "bytes": size, "parameters": parameters, "note": note})
+
+    def keep(self, name: str, tensors: dict[str, Tensor]) -> Path:
+        """Write a file of tensors that is there until `finish`; returns its path, which depends on the name alone."""
+        path = self.kept(name)
+        path.parent.mkdir(exist_ok=True)
+        self._save(path, tensors)
+        return path
+
+    def kept(self, name: str) -> Path:
+        """Where `keep` wrote."""
+        return self._scratch / "kept" / f"{name}.safetensors"
+
+    def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+        def save(temporary: Path) -> None:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            # safetensors makes files that only the owner can read.
+            temporary.chmod(self.folder.stat().st_mode & 0o666)
+
+        with self._on_disk():
+            try:
+                durably(path, save)
+            except RuntimeError as error:
+                raise ValueError(f"tensors that share memory cannot be written: {first_line(error)}") from error
+
+    @contextlib.contextmanager
+    def _on_disk(self):
         try:
-            save_file(tensors, path, metadata={"format": "pt"})
-        except RuntimeError as error:
-            raise ValueError(f"tensors that share memory cannot be written: {first_line(error)}") from error
+            yield
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.output}: writing a shard failed: {first_line(error)}") from error
-        # safetensors makes files that only the owner can read.
-        path.chmod(self.folder.stat().st_mode & 0o666)
-        self._shards += 1
-        self._shard_of |= dict.fromkeys(tensors, self._shards)
-        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        self._parameters += sum(tensor.numel() for tensor in tensors.values())
+            raise InputError(f"{self.output}: writing failed: {first_line(error)}") from error
 
     def finish(self, source: Path) -> None:
-        """Name the shards, write the index, copy the other files of the source and move all of it to `output`.
+        """Write the index, copy the other files of the source and move all of it to `output`.
 
         Args:
             source: folder of the checkpoint that was read. Its config, tokenizer, chat template and other small
                 files are copied; weights of any format, code and folders are not.
 
         Raises:
-            ValueError: no shard was written.
-            InputError: something else came to lie at `output` meanwhile.
+            ValueError: shards are missing.
+            InputError: something else came to lie at `output` meanwhile, or the disk is full or failed.
         """
-        if not self._shards:
-            raise ValueError("no shard was written")
-        final = {n: f"model-{n:05d}-of-{self._shards:05d}.safetensors" for n in range(1, self._shards + 1)}
-        for n, name in final.items():
-            (self.folder / _temporary(n)).rename(self.folder / name)
+        records = self._partial.records
+        if len(records) != self.shards:
+            raise ValueError(f"{len(records)} shards of {self.shards} were written")
+        sums = {what: sum(record[what] for record in records) for what in ("parameters", "bytes")}
         index = {
-            "metadata": {"total_parameters": self._parameters, "total_size": self._bytes},
-            "weight_map": {name: final[n] for name, n in self._shard_of.items()},
+            "metadata": {"total_parameters": sums["parameters"], "total_size": sums["bytes"]},
+            "weight_map": {name: self._name(n) for n, record in enumerate(records) for name in record["names"]},
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (self.folder / INDEX).write_text(text, encoding="utf-8")
-        for path in companions(source):
-            if not (self.folder / path.name).exists():
-                # Content only: the source's files may be read-only or links.
-                shutil.copyfile(path, self.folder / path.name)
+        with self._on_disk():
+            durably(self.folder / INDEX, lambda path: path.write_text(text, encoding="utf-8"))
+            for path in companions(source):
+                if not (self.folder / path.name).exists():
+                    # Content only: the source's files may be read-only or links.
+                    durably(self.folder / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
         _check_free(self.output, self.overwrite)
         if self.output.exists():
             self.output.rename(self._scratch / "old")
         self.folder.rename(self.output)
-        self._finished = True
+        self._done = True
+
+    def _bring_back(self) -> None:
+        old = self._scratch / "old"
+        if old.exists() and not self.output.exists():
+            old.rename(self.output)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        old = self._scratch / "old"
-        if old.exists() and not self.output.exists():
-            old.rename(self.output)
-        shutil.rmtree(self._scratch)
-        self._remove_parents()
-        if kind is None and not self._finished:
-            raise RuntimeError("finish() was not called, so nothing was written")
+        self._bring_back()
+        finished = self._leave()
+        if error and finished and not self._done:
+            error.add_note(f"{finished} of {self.shards} parts are finished: the same command goes on from there")
+        if kind is None and not self._done:
+            raise RuntimeError("finish() was not called, so the output is not there")
+
+    def _leave(self) -> int:
+        """Keep what is finished of an unfinished run, remove everything else; returns how many parts there are."""
+        finished = len(self._partial.records)
+        if self._done or not finished:
+            self._partial.remove()
+            self._remove_parents()
+        else:
+            self._partial.release()
+        return finished
 
     def _remove_parents(self) -> None:
         for folder in self._made:
@@ -162,7 +236,3 @@ def _check_free(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output}: exists and is not empty; choose another --output or add --overwrite")
     if not (output / CONFIG).is_file():
         raise InputError(f"{output}: not a checkpoint (no {CONFIG}), so --overwrite will not remove it")
-
-
-def _temporary(n: int) -> str:
-    return f"model-{n:05d}.safetensors"

@@ -9,9 +9,11 @@ import torch
 from families import save_model
 from safetensors.torch import load_file, save_file
 
-from sparsefw import checkpoint, driver, patterns
+from sparsefw import allocation, checkpoint, patterns
+from sparsefw import budgets as shared_out
 from sparsefw.kernels import reference
 from sparsefw.methods import Settings
+from sparsefw.placement import Placement
 from sparsefw.run import main
 from sparsefw.stream import StreamedModel
 
@@ -76,13 +78,13 @@ def allocate(source, how, text="0.6"):
     tokens = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
     windows = types.SimpleNamespace(ids=tokens, seqlen=32, n=8)
     model = StreamedModel(checkpoint.inspect(source), torch.device("cpu"))
-    return driver.allocate(model, windows, how, Settings(patterns.parse(text)), reference)
+    return shared_out.allocate(model, windows, how, Settings(patterns.parse(text)), reference, Placement(8))
 
 
 def test_blocks_with_the_larger_relative_error_keep_more(source, monkeypatch):
     """Two of the blocks are made to lose ten times and a tenth of what they lose."""
-    measure, factors = driver.allocation.measure, iter([10.0, 0.1, 1.0])
-    monkeypatch.setattr(driver.allocation, "measure", lambda *a: measure(*a) * next(factors))
+    measure, factors = allocation.measure, iter([10.0, 0.1, 1.0])
+    monkeypatch.setattr(allocation, "measure", lambda *a: measure(*a) * next(factors))
     sparsities, budgets = allocate(source, "error")
     assert sparsities[0] < sparsities[2] < sparsities[1]
     for name, k in budgets[0].items():
@@ -94,14 +96,14 @@ def test_blocks_are_measured_on_what_the_dense_model_feeds_them(source, how, mon
     """Their inputs' Gram matrices against hooks in the whole model."""
     from transformers import AutoModelForCausalLM
 
-    seen, measure = [], driver.allocation.measure
+    seen, measure = [], allocation.measure
 
     def spy(how, layers, sparsity, ops):
         seen.append([(tuple(W.shape), G.clone()) for W, G in layers])
         assert sparsity == patterns.parse("0.6").sparsity
         return measure(how, layers, sparsity, ops)
 
-    monkeypatch.setattr(driver.allocation, "measure", spy)
+    monkeypatch.setattr(allocation, "measure", spy)
     sparsities, budgets = allocate(source, how)
     whole, grams = AutoModelForCausalLM.from_pretrained(source), {}
     for name, module in whole.model.layers.named_modules():

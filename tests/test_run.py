@@ -327,15 +327,18 @@ class TestRefused:
         capsys.readouterr()
         self.refused(capsys, tmp_path, run(source, text, tmp_path / "out"), shard.name)
 
-    def test_nan_in_a_late_block_leaves_nothing(self, tmp_path, text, capsys):
+    def test_nan_in_a_late_block_keeps_what_is_finished(self, tmp_path, text, capsys):
         source = save_model(tmp_path / "model", "llama")
         model = AutoModelForCausalLM.from_pretrained(source)
         model.model.layers[2].self_attn.o_proj.weight.data[1, 2] = torch.nan
         model.save_pretrained(tmp_path / "bad")
         AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "bad")
         capsys.readouterr()
-        code = run(tmp_path / "bad", text, tmp_path / "out")
-        self.refused(capsys, tmp_path, code, "model.layers.2.self_attn.o_proj.weight", "NaN")
+        assert run(tmp_path / "bad", text, tmp_path / "out") == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("sparsefw: model.layers.2.self_attn.o_proj.weight: holds 1 NaN")
+        assert line.endswith("; 2 of 4 parts are finished: the same command goes on from there")
+        assert not (tmp_path / "out").exists()
 
     def test_output_that_is_not_empty_and_overwrite(self, tmp_path, text, capsys):
         source = save_model(tmp_path / "model", "llama")

@@ -54,7 +54,9 @@ def test_exported_tensors_are_the_checkpoints(family, tmp_path):
     model = open_model(folder)
     exported = model.other_tensors()
     for i in range(len(model.blocks)):
+        model.open(i)
         exported |= model.block_tensors(i)
+        model.close(i)
     assert set(exported) == set(source.tensors)
     for name, info in source.tensors.items():
         with safe_open(folder / info.file, "pt") as shard:
@@ -75,6 +77,7 @@ def test_forked_streams_run_apart(tmp_path):
     model = open_model(save_model(tmp_path, "llama"))
     one = model.start(tokens(), 5)
     two = one.fork()
+    model.open(0)
     model.advance(0, one)
     assert not torch.equal(one.hidden[0], two.hidden[0])
     model.advance(0, two)
@@ -83,6 +86,8 @@ def test_forked_streams_run_apart(tmp_path):
 
 def test_closing_a_block_frees_it(tmp_path):
     model = open_model(save_model(tmp_path, "llama"))
+    model.open(0)
+    assert not any(p.is_meta for p in model.blocks[0].parameters())
     model.close(0)
     assert all(p.is_meta for p in model.blocks[0].parameters())
 
@@ -104,7 +109,7 @@ class TestRefused:
         whole.model.embed_tokens.weight.data[0, 0] = torch.inf
         whole.save_pretrained(tmp_path / "b")
         with pytest.raises(InputError, match=r"model\.embed_tokens\.weight"):
-            open_model(tmp_path / "b")
+            open_model(tmp_path / "b").start(tokens(), 5)
 
     def test_overflowing_activations_are_named(self, tmp_path):
         folder = save_model(tmp_path / "a", "llama", torch.float16)
@@ -113,6 +118,8 @@ class TestRefused:
         whole.save_pretrained(tmp_path / "b")
         model = open_model(tmp_path / "b")
         stream = model.start(tokens(), 5)
+        for i in (0, 1):
+            model.open(i)
         model.advance(0, stream)
         with pytest.raises(InputError, match=r"activations after model\.layers\.1"):
             model.advance(1, stream)

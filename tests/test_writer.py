@@ -57,9 +57,8 @@ def test_output_that_is_a_mount_point(folder):
 
 
 def write(output: Path, source: Path, overwrite: bool = False) -> None:
-    with Writer(output, overwrite) as writer:
+    with Writer(output, 2, overwrite=overwrite) as writer:
         writer.write({"a": TENSORS["a"].T, "b": TENSORS["b"]})
-        writer.write({})
         writer.write({"c": TENSORS["c"]})
         writer.finish(source)
 
@@ -72,7 +71,7 @@ def test_written_shards_index_and_files(folder, tmp_path):
         (folder / name).write_text("x")
     (folder / "sub").mkdir()
     output = tmp_path / "deep" / "er" / "pruned"
-    with Writer(output) as writer:
+    with Writer(output, 2) as writer:
         writer.write({"a": TENSORS["a"].T, "b": TENSORS["b"]})
         writer.write({"c": TENSORS["c"]})
         (writer.folder / "report.json").write_text("new")
@@ -143,8 +142,7 @@ def test_nothing_is_left_behind(folder, tmp_path, error, old):
         before = contents(output)
 
     def interrupted():
-        with Writer(output, overwrite=True) as writer:
-            writer.write(TENSORS)
+        with Writer(output, 2, overwrite=True):
             assert len(os.listdir(output.parent)) == 1 + old
             raise error
 
@@ -173,41 +171,47 @@ def test_older_output_comes_back_when_the_move_fails(folder, tmp_path, monkeypat
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         write(output, folder, overwrite=True)
+    assert contents(output) == before
+    assert caught.value.__notes__ == ["2 of 2 parts are finished: the same command goes on from there"]
+    monkeypatch.undo()
+    with Writer(output, 2, overwrite=True) as writer:
+        assert writer.finished == [None, None]
+        writer.finish(folder)
     assert contents(output) == before
     assert sorted(os.listdir(tmp_path)) == ["pruned", "source"]
 
 
 def test_output_that_appears_meanwhile_is_kept(folder, tmp_path):
     output = tmp_path / "pruned"
-    with refused("exists and is not empty"), Writer(output) as writer:
+    with refused("exists and is not empty"), Writer(output, 1) as writer:
         writer.write(TENSORS)
-        write(output, folder)
+        write(tmp_path / "other", folder)
+        (tmp_path / "other").rename(output)
         before = contents(output)
         writer.finish(folder)
     assert contents(output) == before
-    assert sorted(os.listdir(tmp_path)) == ["pruned", "source"]
 
 
 def test_writer_refuses_misuse(folder, tmp_path):
-    with Writer(tmp_path / "x") as writer:
+    with Writer(tmp_path / "x", 1) as writer:
         writer.write({"b": TENSORS["b"]})
         with pytest.raises(ValueError, match="b: this tensor was already written"):
             writer.write({"c": TENSORS["c"], "b": TENSORS["b"]})
         writer.finish(folder)
     assert inspect(tmp_path / "x").tensors.keys() == {"b"}
-    with pytest.raises(ValueError, match="share memory"), Writer(tmp_path / "y") as writer:
+    with pytest.raises(ValueError, match="share memory"), Writer(tmp_path / "y", 1) as writer:
         writer.write({"a": TENSORS["a"], "b": TENSORS["a"]})
-    with pytest.raises(ValueError, match="no shard was written"), Writer(tmp_path / "y") as writer:
+    with pytest.raises(ValueError, match="0 shards of 1 were written"), Writer(tmp_path / "y", 1) as writer:
         writer.finish(folder)
-    with pytest.raises(RuntimeError, match=r"finish\(\) was not called"), Writer(tmp_path / "y") as writer:
-        writer.write(TENSORS)
+    with pytest.raises(RuntimeError, match=r"finish\(\) was not called"), Writer(tmp_path / "y", 1):
+        pass
     assert sorted(os.listdir(tmp_path)) == ["source", "x"]
 
 
 def test_output_that_cannot_be_written(folder):
-    with refused("cannot be written"), Writer(folder / "config.json" / "pruned"):
+    with refused("cannot be written"), Writer(folder / "config.json" / "pruned", 1):
         pass
 
 
@@ -216,7 +220,7 @@ def test_full_disk_is_one_line(folder, tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device\nmore")
 
     monkeypatch.setattr("sparsefw.writer.save_file", fail)
-    with refused("writing a shard failed: I/O error: No space left on device$"), Writer(tmp_path / "x") as writer:
+    with refused("writing failed: I/O error: No space left on device$"), Writer(tmp_path / "x", 1) as writer:
         writer.write(TENSORS)
     assert os.listdir(tmp_path) == ["source"]
 
@@ -238,7 +242,7 @@ def test_transformers_loads_what_is_written(tmp_path, tied):
     found = inspect(source)
     assert ("lm_head.weight" in found.tensors) != tied
     tensors = load_file(source / SINGLE)
-    with Writer(output) as writer:
+    with Writer(output, 3) as writer:
         for block in ("layers.0.", "layers.1."):
             writer.write({name: tensor for name, tensor in tensors.items() if block in name})
         writer.write({name: tensor for name, tensor in tensors.items() if "layers." not in name})

@@ -1,0 +1,157 @@
+"""Prune one block: accumulate the Gram matrices of its layers' inputs, choose masks and weights, write them in place.
+
+Where layers approximate the dense model's outputs, the same windows also go through the dense block, and the block is
+pruned in stages: the inputs of later layers are measured after earlier ones are pruned.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from sparsefw.checkpoint import check_finite
+from sparsefw.errors import InputError
+from sparsefw.layers import Layer, Stage, capture, not_pruned, stages
+from sparsefw.methods import Settings
+from sparsefw.prune import LayerResult, prune_layers
+from sparsefw.stream import Stream, StreamedModel
+
+# Share of the micro-batches on which `--alpha auto` compares.
+HELD_OUT = 0.125
+
+
+@dataclass
+class Dense:
+    """The dense model before a block, for a method whose layers approximate its outputs.
+
+    Attributes:
+        block: the block as it was.
+        stream: the calibration windows in the dense model. The final stage, which runs all of the block, moves them
+            on to the next one.
+    """
+
+    block: nn.Module
+    stream: Stream
+
+
+def prune_block(
+    model: StreamedModel,
+    i: int,
+    stream: Stream,
+    follows: Dense | None,
+    method: str,
+    settings: Settings,
+    ops: ModuleType,
+    budgets: dict[str, int | Tensor],
+) -> Iterator[LayerResult]:
+    """Prune block i, which is open, layer by layer.
+
+    Args:
+        model: the streamed model.
+        i: the block.
+        stream: the calibration windows before it.
+        follows: with it, layers approximate the dense model's outputs.
+        method: one of METHODS.
+        settings: the run's settings.
+        ops: the kernels, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
+        budgets: by layer what it keeps where that is not the pattern's share, see `prune.prune_layers`.
+
+    Yields:
+        A row for each layer.
+
+    Raises:
+        InputError: activations hold NaN or Inf, a layer does not fit the pattern, or the block has no layers.
+    """
+    prefix, block, timeline = model.names[i], model.blocks[i], model.timeline
+    batches, kept_out = _parts(stream, method, settings)
+    with timeline.span("calibrate", i):
+        order = stages(block, lambda: model.output(i, stream, 0)) if follows else []
+    for stage in order or [None]:
+        with timeline.span("calibrate", i):
+            layers, grams, crosses = capture_block(model, i, stream, batches, settings, ops, stage, follows)
+            held_out = {}
+            if kept_out:
+                layers_too, held_out, more = capture_block(model, i, stream, kept_out, settings, ops, stage, follows)
+                layers = list({layer.name: layer for layer in [*layers, *layers_too]}.values())
+                # An expert may have seen tokens in one part only: the other part's Gram matrix is zero.
+                for name in grams.keys() | held_out.keys():
+                    present = grams.get(name, held_out.get(name))
+                    grams.setdefault(name, torch.zeros_like(present))
+                    held_out.setdefault(name, torch.zeros_like(present))
+                for name, cross in more.items():
+                    crosses[name] += cross
+        for gram in dict.fromkeys(layer.gram for layer in layers):
+            alike = [layer for layer in layers if layer.gram == gram]
+            with timeline.span("solve", i):
+                rows = list(
+                    prune_layers(
+                        [(f"{prefix}.{layer.name}", layer.weight) for layer in alike],
+                        grams.pop(gram),
+                        method,
+                        settings,
+                        ops,
+                        # An expert that no token reached when budgets were measured has the pattern's share.
+                        budgets=[budgets.get(layer.name) for layer in alike],
+                        crosses=[crosses.pop(layer.name, None) for layer in alike],
+                        held_out=held_out.pop(gram, None),
+                    )
+                )
+            yield from rows
+
+
+def kept_dense(model: StreamedModel, i: int, pruned: list[LayerResult]) -> list[str]:
+    """Names of the matrices of block i that are not among the rows."""
+    prefix = f"{model.names[i]}."
+    names = [row.name.removeprefix(prefix) for row in pruned]
+    return [prefix + name for name in not_pruned(model.blocks[i], names)]
+
+
+def _parts(stream: Stream, method: str, settings: Settings) -> tuple[range, range]:
+    """The micro-batches that masks are chosen on, and those held out for the choice of alpha."""
+    batches = range(len(stream.hidden))
+    if method != "sparsefw" or settings.alpha is not None:
+        return batches, batches[:0]
+    if len(batches) < 2:
+        raise InputError("--alpha auto: needs windows to hold out, and all calibration windows fill 1 micro-batch only")
+    first = len(batches) - max(1, round(HELD_OUT * len(batches)))
+    return batches[:first], batches[first:]
+
+
+def capture_block(
+    model: StreamedModel,
+    i: int,
+    stream: Stream,
+    batches: range,
+    settings: Settings,
+    ops: ModuleType,
+    stage: Stage | None = None,
+    follows: Dense | None = None,
+) -> tuple[list[Layer], dict[str, Tensor], dict[str, Tensor]]:
+    """`layers.capture` of block i, its Gram matrices checked."""
+    prefix = model.names[i]
+    # Experts have no use for what the dense model puts out: for them it is run only to move on.
+    needed = follows and stage and (stage.last or stage.final)
+
+    def run_dense(j: int) -> None:
+        if stage.final:
+            model.advance(i, follows.stream, [j], follows.block)
+        else:
+            model.output(i, follows.stream, j, follows.block)
+
+    layers, grams, crosses = capture(
+        model.blocks[i],
+        lambda j: model.output(i, stream, j),
+        batches,
+        ops=ops,
+        precision="ieee" if settings.precision == "ieee" else "tf32",
+        stage=stage,
+        dense=(follows.block, run_dense) if needed else None,
+    )
+    if not layers:
+        raise InputError(f"{prefix}: unsupported model: no matrix of this block was seen in a product")
+    for gram, G in grams.items():
+        # Off the diagonal G is bounded by it.
+        check_finite(f"inputs of {prefix}.{gram} (their squares, summed)", G.diagonal())
+    return layers, grams, crosses

@@ -1,0 +1,54 @@
+"""What a run was doing when: spans of time on the main thread, and on those that read ahead and write behind."""
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+# The thread that everything waits for, and those beside it.
+MAIN, READ, WRITE = "main", "read", "write"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A phase of a block, or of the whole model (block None), in seconds since the run's start."""
+
+    block: int | None
+    lane: str
+    phase: str
+    start: float
+    end: float
+
+
+class Timeline:
+    """Collects spans; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._lock = threading.Lock()
+        self.spans: list[Span] = []
+
+    @contextmanager
+    def span(self, phase: str, block: int | None = None, lane: str = MAIN) -> Iterator[None]:
+        """Time what is done inside; on the main lane with the work that it leaves to a GPU."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if lane == MAIN and torch.cuda.is_available():
+                torch.cuda.synchronize()
+            end = time.perf_counter()
+            with self._lock:
+                self.spans.append(Span(block, lane, phase, start - self._started, end - self._started))
+
+    def seconds(self, block: int | None = None, lane: str = MAIN) -> dict[str, float]:
+        """Sums by phase of one lane, of one block or (None) of all."""
+        sums: dict[str, float] = defaultdict(float)
+        for span in list(self.spans):
+            if span.lane == lane and block in (None, span.block):
+                sums[span.phase] += span.end - span.start
+        return dict(sums)
