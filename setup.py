@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.11",
     packages=["sparsefw", "sparsefw.default", "sparsefw.kernels"],
     package_dir={"sparsefw": "sparsefw", "sparsefw.kernels": "kernels"},
-    package_data={"sparsefw.default": ["model/*"]},
+    package_data={"sparsefw": ["page.html"], "sparsefw.default": ["model/*"]},
     install_requires=[
         "torch>=2.9",
         "triton>=3.5; platform_system == 'Linux'",
@@ -23,6 +23,7 @@ setup(
         "datasets",
         "safetensors",
         "huggingface_hub",
+        "jinja2",
         "tqdm",
     ],
     extras_require={"test": ["pytest", "pytest-benchmark", "ruff", "matplotlib"]},

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsefw.block import Dense, kept_dense, prune_block
 from sparsefw.budgets import Budgets
-from sparsefw.memory import peak_memory
+from sparsefw.memory import give_back, peak_memory
 from sparsefw.methods import Settings
 from sparsefw.placement import Placement
 from sparsefw.prune import LayerResult
@@ -151,7 +151,10 @@ def prune_model(
             measured = {"block": i, "name": model.names[i], "seconds": timeline.seconds(i), **peak_memory()}
             note = {"layers": [asdict(row) for row in rows], "dense": list(unpruned), "block": measured}
             written = background.submit(_write, writer, i, tensors, methods, note, timeline)
+            if not placement.ahead:
+                written.result()
             del tensors
+            give_back()
             outcome.add(note)
             on_block()
         with timeline.span("wait"):

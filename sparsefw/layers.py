@@ -85,15 +85,20 @@ class _Enough(Exception):
     """Ends a block's forward where the rest of it has nothing more to tell."""
 
 
-def stages(block: nn.Module, run: Callable[[], object]) -> list[Stage]:
-    """The stages of a block in the order of use, as `run`, one micro-batch through the block, shows them."""
+def found(block: nn.Module, run: Callable[[], object]) -> list[Layer]:
+    """The layers of a block in the order of use, as `run`, one micro-batch through the block, shows them."""
     watch = _Watch(block)
     watch.through(run)
-    found: dict[str, list[Layer]] = {}
-    for layer in watch.layers.values():
-        found.setdefault(_key(layer.gram), []).append(layer)
-    final = list(found)[-1:]
-    return [Stage(k, alike[-1].name if k == alike[0].gram else None, [k] == final) for k, alike in found.items()]
+    return list(watch.layers.values())
+
+
+def stages(block: nn.Module, run: Callable[[], object]) -> list[Stage]:
+    """The stages of a block in the order of use, as `run`, one micro-batch through the block, shows them."""
+    by_key: dict[str, list[Layer]] = {}
+    for layer in found(block, run):
+        by_key.setdefault(kind_of(layer.gram), []).append(layer)
+    final = list(by_key)[-1:]
+    return [Stage(k, alike[-1].name if k == alike[0].gram else None, [k] == final) for k, alike in by_key.items()]
 
 
 def capture(
@@ -145,8 +150,8 @@ def capture(
                     continue
                 if name not in crosses:
                     crosses[name] = torch.zeros(output.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
-                lacks = (should.float() - output.float()).to(x.dtype)
-                ops.cross_accumulate(crosses[name], lacks, x, precision=precision)
+                # In one rounding, whatever the dtype: torch subtracts in fp32.
+                ops.cross_accumulate(crosses[name], (should - output).to(x.dtype), x, precision=precision)
     return list(watch.layers.values()), grams, crosses
 
 
@@ -162,7 +167,8 @@ def not_pruned(block: nn.Module, layers: Iterable[str]) -> list[str]:
     return names
 
 
-def _key(name: str) -> str:
+def kind_of(name: str) -> str:
+    """A layer's name without an expert's index: the same for all experts."""
     return _EXPERT.sub("*", name)
 
 
@@ -242,7 +248,7 @@ class _Watch(TorchFunctionMode):
         if name is None:
             return None
         known = id(x) in self.inputs
-        if self.stage and not known and self.stage.key != _key(name):
+        if self.stage and not known and self.stage.key != kind_of(name):
             if self.complete and not self.stage.final:
                 raise _Enough
             return None
@@ -260,7 +266,7 @@ class _Watch(TorchFunctionMode):
         return name
 
     def _put_out(self, names: tuple[str, ...], out: Tensor) -> None:
-        names = tuple(name for name in names if _key(name) == name)
+        names = tuple(name for name in names if kind_of(name) == name)
         _, others = self.origins.get(id(out), (out, ()))
         self.origins[id(out)] = (out, tuple(dict.fromkeys((*others, *names))))
         for name in names:

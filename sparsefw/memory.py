@@ -1,9 +1,14 @@
 """What memory a process has taken, and what is there."""
 
+import ctypes
+import ctypes.util
 import platform
 import resource
+from pathlib import Path
 
 import torch
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def peak_memory() -> dict[str, int]:
@@ -12,3 +17,32 @@ def peak_memory() -> dict[str, int]:
     unit = 1 if platform.system() == "Darwin" else 1024
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"host_bytes": host, "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
+
+
+def give_back() -> None:
+    """Return to the system what the C library keeps of freed memory; the text and its tokens were many small pieces."""
+    libc = ctypes.util.find_library("c")
+    trim = getattr(ctypes.CDLL(libc), "malloc_trim", None) if libc else None
+    if trim:
+        trim(0)
+
+
+def free_memory(device: torch.device) -> dict[str, int]:
+    """Bytes that this process may have in all: "host", with what it has already, and with a GPU "gpu"."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = {"host": next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))}
+    # In a container; its file cache makes room.
+    if CGROUP_LIMIT.exists() and (limit := CGROUP_LIMIT.read_text().strip()) != "max":
+        used = {
+            name: int(n) for name, n in map(str.split, CGROUP_LIMIT.with_name("memory.stat").read_text().splitlines())
+        }
+        free["host"] = min(free["host"], int(limit) - used["anon"])
+    free["host"] += resident()
+    if device.type == "cuda":
+        free["gpu"] = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return free
+
+
+def resident() -> int:
+    """Bytes of this process that are resident on the host now, file-backed pages counted."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

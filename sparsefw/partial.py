@@ -50,6 +50,7 @@ class Partial:
     Attributes:
         folder: where it is.
         records: of the parts that are finished, in their order.
+        chosen: what the run that began it chose by itself.
 
     Raises:
         InputError: another process is at work there, or nothing can be written there.
@@ -58,30 +59,34 @@ class Partial:
     def __init__(self, folder: Path, output: Path):
         self.folder, self._output, self._records = folder, output, folder / "records"
         self.records: list[dict] = []
+        self.chosen: dict[str, Any] = {}
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             self._lock = self._locked(output)
         except OSError as error:
             raise InputError(f"{output}: cannot be written ({first_line(error)}); choose another --output") from error
 
-    def open(self, identity: dict[str, Any], restart: bool = False) -> None:
+    def open(self, identity: dict[str, Any], chosen: dict[str, Any] | None = None, restart: bool = False) -> None:
         """Find what is finished, or begin.
 
         Args:
             identity: what the run is, by the words in which a difference is told; values as JSON has them.
+            chosen: what a run chooses by itself and a later one has to keep to.
             restart: discard what another run has finished.
 
         Raises:
             InputError: a run with another identity left it.
         """
-        path, identity = self.folder / "identity.json", json.loads(json.dumps(identity))
+        path, self.chosen = self.folder / "identity.json", chosen or {}
+        identity = json.loads(json.dumps(identity))
         if restart or not path.exists() or not (self.folder / "new").is_dir():
             self._clear()
             self._records.mkdir()
             (self.folder / "new").mkdir()
-            self._write(path, identity)
+            self._write(path, {"identity": identity, "chosen": self.chosen})
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        before, self.chosen = content["identity"], content["chosen"]
         self.records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(self._records.glob("*.json"))]
         for what in [*identity, *before]:
             if before.get(what) != identity.get(what):

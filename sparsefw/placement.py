@@ -12,6 +12,9 @@ from sparsefw.activations import Activations, activations
 # Tokens in one micro-batch: enough to fill a GPU, little beside a block's weights.
 BATCH_TOKENS = 4096
 
+# Bytes of a solve's state: more makes nothing faster.
+SOLVER = 4 << 30
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -21,13 +24,15 @@ class Placement:
         batch: windows in one micro-batch.
         place: of activations, one of `activations.PLACES`.
         folder: of activations in a file.
-        ahead: whether the next block is read while one is worked on.
+        ahead: whether the next block is read, and the last one written, while one is worked on.
+        solver: bytes that the state of a solve may take; its rows are solved in chunks.
     """
 
     batch: int
     place: str = "gpu"
     folder: Path | None = None
     ahead: bool = True
+    solver: int = SOLVER
 
     def room(self, device: torch.device) -> Callable[[], Activations]:
         """What gives each stream a place for its activations."""

@@ -67,6 +67,7 @@ class LayerResult:
         gap: error_mask minus the largest lower bound; no mask of unchanged weights that keeps the fixed entries is
             better by more. None where no step was taken.
         seconds: for choosing mask and weights, without the calibration forward; of a stack, by its share of the rows.
+        transposed: whether the checkpoint's model stores the weight as (in, out).
     """
 
     name: str
@@ -85,16 +86,18 @@ class LayerResult:
     relative_error: float
     gap: float | None
     seconds: float
+    transposed: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Part:
-    """A layer in a stack, and what `prune_layers` was told of it."""
+    """A layer in a stack, and what `prune_layers` was told of it; `cross` goes once the target is known."""
 
     name: str
     weight: Tensor
     budget: int | Tensor | None
     cross: Tensor | None
+    target: str
 
 
 def prune_layers(
@@ -132,10 +135,13 @@ def prune_layers(
         raise ValueError("held_out: needed where the settings leave alpha open, and only there")
     for name, weight in layers:
         patterns.check_width(settings.pattern, weight.shape[1], name)
+    nothing = [None] * len(layers)
     stack = [
-        _Part(name, weight, budgets[i] if budgets else None, crosses[i] if crosses else None)
-        for i, (name, weight) in enumerate(layers)
+        _Part(name, weight, budget, cross, "layer" if cross is None else "dense")
+        for (name, weight), budget, cross in zip(layers, budgets or nothing, crosses or nothing, strict=True)
     ]
+    # Cross matrices are as large as the weights: only the stack may keep them.
+    del crosses
     together = METHODS[method].by_rows and not settings.whole
     for part in [stack] if together else [[layer] for layer in stack]:
         try:
@@ -192,7 +198,7 @@ def _prune_stack(
                 warm_start=saliency,
                 alpha=settings.alpha if method == "sparsefw" else None,
                 steps=settings.steps if method == "sparsefw" else 0,
-                target="layer" if part.cross is None else "dense",
+                target=part.target,
                 error_warm_start=warm,
                 error_mask=mask,
                 error=error,
@@ -200,6 +206,8 @@ def _prune_stack(
                 relative_error=error / warm if warm else 1.0,
                 gap=mask - bound if bounded else None,
                 seconds=share * len(part.weight),
+                # A parameter is stored row by row, and the weight is a view of it.
+                transposed=part.weight.stride(0) < part.weight.stride(1),
             )
         )
     return results
@@ -229,7 +237,9 @@ def _by_chunks(
     unit = BYTES_PER_ENTRY * W.shape[1] * ROW_UNIT
     units = memory // unit
     if not units:
-        raise InputError(f"{name}: a solve needs {unit / 2**30:.3f} GiB, --solver-memory gives {memory / 2**30:.3f}")
+        raise InputError(
+            f"{name}: a solve needs {unit / 2**30:.3f} GiB at least, and {memory / 2**30:.3f} are set aside"
+        )
     cpu, before = W.device.type == "cpu", torch.get_num_threads()
     # Triton's interpreter is for one thread only.
     threads = min(before, units) if cpu and ops is reference else 1
@@ -256,16 +266,22 @@ def _stacked(
 ) -> Rows:
     """The layers' rows one below the other; `together`, filled up to a multiple of ROW_UNIT with rows of zeros."""
     pattern = settings.pattern
-    # A CPU has no bf16 or fp16 arithmetic worth using; fp32 holds the same weights.
-    W = torch.cat([part.weight.float() if part.weight.device.type == "cpu" else part.weight for part in stack])
     lengths = [len(part.weight) for part in stack]
-    missing = -len(W) % ROW_UNIT if together else 0
-    W = nn.functional.pad(W, (0, 0, 0, missing))
+    missing = -sum(lengths) % ROW_UNIT if together else 0
+    # A CPU has no bf16 or fp16 arithmetic worth using; fp32 holds the same weights.
+    dtype = torch.float32 if G.device.type == "cpu" else stack[0].weight.dtype
+    W = _below([part.weight for part in stack], sum(lengths) + missing, dtype)
     lacks, H = None, damped(G, settings.damp) if damps else None
     if any(part.cross is not None for part in stack):
-        T = _targets(stack, W, H, settings, together, ops)
-        # Refitted weights start from the target; those that stay as they are can only be chosen for it.
-        W, lacks = (T.to(W.dtype), None) if settings.refit else (W, T - W)
+        lacks, start = None if settings.refit else torch.empty_like(W, dtype=torch.float32), 0
+        for T in _targets(stack, W, H, settings, together, ops):
+            rows = slice(start, start + len(T))
+            # Refitted weights start from the target; those that stay as they are can only be chosen for it.
+            if settings.refit:
+                W[rows] = T
+            else:
+                lacks[rows] = T - W[rows]
+            start += len(T)
     saliencies = [SALIENCIES[saliency](part, G.diagonal()) for part in W[: sum(lengths)].split(lengths)]
     if settings.whole:
         k = patterns.kept_in_layer(pattern, *W.shape)
@@ -275,20 +291,38 @@ def _stacked(
         if any(isinstance(one, Tensor) or one != k for one in ks):
             k = torch.cat([torch.as_tensor(one, device=W.device).expand(n) for one, n in zip(ks, lengths, strict=True)])
             k = nn.functional.pad(k, (0, missing))
-    S = nn.functional.pad(torch.cat(saliencies), (0, 0, 0, missing))
+    S = _below(saliencies, len(W), torch.float32)
     return Rows(W, G, S, k, stack[0].weight.dtype, lacks, H)
 
 
-def _targets(stack: list[_Part], W: Tensor, H: Tensor, settings: Settings, together: bool, ops: ModuleType) -> Tensor:
-    """The targets of stacked rows W, (rows, d) fp32; layers without a cross matrix, and rows that fill up, keep W."""
-    B = [torch.zeros(part.weight.shape, device=W.device) if part.cross is None else part.cross for part in stack]
-    B = torch.cat(B)
-    B = nn.functional.pad(B, (0, 0, 0, len(W) - len(B)))
+def _below(parts: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
+    """Matrices one below the other, and zeros below them, (rows, d); each is gone from the list once it is copied."""
+    stacked, start = torch.empty(rows, parts[0].shape[1], dtype=dtype, device=parts[0].device), 0
+    while parts:
+        part = parts.pop(0)
+        stacked[start : start + len(part)] = part
+        start += len(part)
+        del part
+    stacked[start:] = 0
+    return stacked
+
+
+def _targets(
+    stack: list[_Part], W: Tensor, H: Tensor, settings: Settings, together: bool, ops: ModuleType
+) -> Iterator[Tensor]:
+    """The targets of stacked rows W, (rows, d) fp32 in chunks; layers without a cross matrix, and rows that fill up,
+    keep W."""
+    crosses = []
+    for part in stack:
+        none = torch.zeros((), device=W.device).expand(part.weight.shape)
+        crosses.append(none if part.cross is None else part.cross)
+        part.cross = None
+    B = crosses[0] if len(crosses) == 1 and len(crosses[0]) == len(W) else _below(crosses, len(W), torch.float32)
 
     def find(rows: slice) -> Tensor:
         return target(W[rows], H, B[rows], TARGET_STEPS, precision=settings.precision, ops=ops)
 
-    return torch.cat(list(_by_chunks(find, W, settings.memory if together else None, stack[0].name, ops)))
+    yield from _by_chunks(find, W, settings.memory if together else None, stack[0].name, ops)
 
 
 def _choose_alpha(rows: Rows, held_out: Tensor, settings: Settings, ops: ModuleType) -> float:

@@ -8,6 +8,8 @@ import torch
 
 from sparsefw.driver import Outcome
 from sparsefw.memory import peak_memory
+from sparsefw.needs import Needs
+from sparsefw.placement import Placement
 from sparsefw.prune import LayerResult
 from sparsefw.windows import Windows
 
@@ -124,6 +126,29 @@ def report(
         "timeline": [asdict(span) for span in outcome.timeline.spans],
         "peak_memory": peak_memory(),
     }
+
+
+def memory(placement: Placement, needed: Needs, budgets: dict[str, int]) -> dict:
+    """What the run was allowed and expected to take, and how it was arranged."""
+    return {
+        **{f"{what}_budget_bytes": n for what, n in budgets.items()},
+        **{f"{what}_expected_bytes": getattr(needed, what) for what in budgets},
+        "activations": placement.place,
+        "batch_windows": placement.batch,
+        "solver_bytes": placement.solver,
+        "read_ahead": placement.ahead,
+    }
+
+
+def placement_line(placement: Placement, needed: Needs, budgets: dict[str, int]) -> str:
+    """What a run says of its memory before it begins."""
+    peaks = [f"{getattr(needed, what) / 2**30:.2f} of {n / 2**30:.2f} GiB ({what})" for what, n in budgets.items()]
+    where = "" if "gpu" not in budgets and placement.place == "host" else f"; activations: {placement.place}"
+    ahead = "" if placement.ahead else "; nothing read ahead"
+    return (
+        f"memory: {', '.join(peaks)} expected at the peak; {placement.batch} windows at a time, solves in "
+        f"{placement.solver / 2**30:.3g} GiB{where}{ahead}"
+    )
 
 
 def machine(device: torch.device) -> dict[str, str]:

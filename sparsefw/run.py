@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,12 +55,17 @@ RANGES = {
     "refit": (0, None),
     "rounds": (0, None),
     "damp": (0, 2**20),
-    "solver_memory": (0, 2**20),
+    "gpu_memory": (0, 2**20),
+    "host_memory": (0, 2**20),
     "seed": (0, 2**63 - 1),
 }
 
-# What changes nothing in the result, or is compared by its content.
-WITHOUT_EFFECT = ("output", "overwrite", "restart", "kernel_chosen", "solver_memory", "model", "dataset", "eval")
+# Of free memory this share is left to others.
+MARGIN = 0.1
+
+# Of the flags those that change nothing in the result, and those whose content is compared.
+WITHOUT_EFFECT = {"output", "overwrite", "restart", "kernel_chosen", "gpu_memory", "host_memory"}
+BY_CONTENT = {"model", "dataset", "eval"}
 
 # Calibration for a checkpoint, and for the embedded default.
 SAMPLES = {"checkpoint": {"nsamples": 256, "seqlen": 2048}, DEFAULT: {"nsamples": 64, "seqlen": 128}}
@@ -122,8 +129,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "paper: 0)")  # fmt: skip
     add("--allocation", choices=("uniform", "owl", "error"), default="uniform", help="how blocks share the sparsity: "
         "all alike, by outliers (OWL), or by measured errors (default: uniform)")  # fmt: skip
-    add("--solver-memory", type=float, default=4.0, metavar="GIB", help="the state of one solve takes at most this, in "
-        "chunks of rows where it must; the result is the same (default: 4)")  # fmt: skip
+    add("--gpu-memory", type=float, metavar="GIB", help="the run takes at most this of the GPU's memory (default: "
+        "what is free, less a margin)")  # fmt: skip
+    add("--host-memory", type=float, metavar="GIB", help="and this of the host's, in all (default: what is free, "
+        "less a margin)")  # fmt: skip
     add("--kernel", choices=("triton", "torch"), help="triton without a GPU runs in the interpreter: exact and slow "
         "(default: triton where CUDA is available, else torch)")  # fmt: skip
     add("--precision", choices=PRECISIONS, help="of the matrix products (default: tf32 on a GPU, else ieee)")
@@ -204,7 +213,6 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         rounds=arguments.rounds,
         target=arguments.target,
         damp=arguments.damp,
-        memory=int(arguments.solver_memory * 2**30),
     )
 
 
@@ -245,12 +253,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from sparsefw import checkpoint, data, report, writer
+    from sparsefw import checkpoint, data, memory, needs, report, writer
     from sparsefw.budgets import allocate
     from sparsefw.driver import prune_model
+    from sparsefw.page import page
     from sparsefw.partial import durably
-    from sparsefw.placement import BATCH_TOKENS, Placement
     from sparsefw.reader import fingerprint
+    from sparsefw.shapes import shape_of
     from sparsefw.stream import StreamedModel
 
     folder = DEFAULT_MODEL if arguments.model == DEFAULT else checkpoint.locate(arguments.model)
@@ -268,22 +277,31 @@ def run(arguments: argparse.Namespace) -> None:
         data.evaluation_windows(tokenizer, text, seqlen=seqlen, limit=arguments.eval_windows)
         for text in dict.fromkeys(arguments.eval)
     ]
+    memory.give_back()
     for note in model.notes:
         print(f"note: {note}")
     methods = [*arguments.compare, arguments.method]
     print(f"model: {arguments.model}, {len(model.blocks)} blocks, {source.dtype}")
     print(f"calibration: {calibration.n} windows of {calibration.seqlen} tokens of {calibration.source}")
-    placement = Placement(max(1, BATCH_TOKENS // seqlen))
+    held_out = tuple(windows.n for windows in evaluation)
+    threads = torch.get_num_threads() if arguments.kernel == "torch" else 1
+    work = needs.Work(calibration.n, held_out, seqlen, tuple(methods), settings, cuda, threads, memory.resident())
+    shape, budgets = shape_of(source), _budgets(arguments, memory.free_memory(device))
+    place = partial(needs.place, shape, work, budgets, arguments.output.resolve().parent)
+    placement, _ = place()
     identity = _identity(arguments, fingerprint(source), calibration, evaluation, report.machine(device))
     shards = len(model.blocks) + 1
-    with writer.Writer(
-        arguments.output, shards, identity, overwrite=arguments.overwrite, restart=arguments.restart
-    ) as output:
+    chosen = {"batch": placement.batch, "solver": placement.solver}
+    replaces = {"overwrite": arguments.overwrite, "restart": arguments.restart}
+    with writer.Writer(arguments.output, shards, identity, chosen, **replaces) as output:
         if output.finished:
             print(f"going on with an unfinished run: {len(output.finished)} of {shards} parts are there")
-        budgets, sparsities = None, None
+        placement, needed = place(fixed=output.chosen)
+        settings = replace(settings, memory=placement.solver)
+        print(report.placement_line(placement, needed, budgets))
+        kept, sparsities = None, None
         if arguments.allocation != "uniform":
-            sparsities, budgets = allocate(model, calibration, arguments.allocation, settings, ops, placement)
+            sparsities, kept = allocate(model, calibration, arguments.allocation, settings, ops, placement)
             print(f"sparsity of the blocks ({arguments.allocation}): {' '.join(f'{s:.3f}' for s in sparsities)}")
         print(report.layer_header(), flush=True)
         with tqdm(total=len(model.blocks), unit="block", disable=None) as bar:
@@ -296,29 +314,39 @@ def run(arguments: argparse.Namespace) -> None:
                 ops,
                 output,
                 placement=placement,
-                budgets=budgets,
+                budgets=kept,
                 on_layer=lambda row: bar.write(report.layer_row(row)),
                 on_block=lambda: bar.update(),
             )
         said = {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()}
         said = {name: v for name, v in said.items() if name != "kernel_chosen"} | {"seqlen": seqlen}
         content = report.report(said, device, calibration, arguments.seed, evaluation, outcome, sparsities)
-        text = json.dumps(content, indent=2) + "\n"
-        durably(output.folder / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
+        content["memory"] = report.memory(placement, needed, budgets)
+        for name, text in (("report.json", json.dumps(content, indent=2) + "\n"), ("report.html", page(content))):
+            durably(output.folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
         output.finish(folder)
     if outcome.dense:
         print(f"kept dense: {', '.join(outcome.dense)}")
     print()
     print(report.summary(outcome, methods, evaluation))
     print(f"checkpoint: {arguments.output}")
-    print(f"report: {arguments.output / 'report.json'}")
+    print(f"report: {arguments.output / 'report.html'}, {arguments.output / 'report.json'}")
+
+
+def _budgets(arguments: argparse.Namespace, free: dict[str, int]) -> dict[str, int]:
+    """Bytes that the run may take."""
+    given = {"gpu": arguments.gpu_memory, "host": arguments.host_memory}
+    if given["gpu"] is not None and "gpu" not in free:
+        raise InputError("--gpu-memory: no CUDA device")
+    return {what: int(n * (1 - MARGIN) if given[what] is None else given[what] * 2**30) for what, n in free.items()}
 
 
 def _identity(
     arguments: argparse.Namespace, model: str, calibration: Windows, evaluation: list[Windows], machine: dict
 ) -> dict[str, Any]:
     """What has to be the same for a run to go on with what another has finished."""
-    said = {f"--{name.replace('_', '-')}": v for name, v in vars(arguments).items() if name not in WITHOUT_EFFECT}
+    flags = {name: value for name, value in vars(arguments).items() if name not in WITHOUT_EFFECT | BY_CONTENT}
+    said = {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
     texts = {f"the text of --eval {windows.source}": windows.hash for windows in evaluation}
     return said | {"the model": model, "the calibration text": calibration.hash} | texts | machine
 

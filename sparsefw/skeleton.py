@@ -103,6 +103,8 @@ def build(checkpoint: Checkpoint) -> Skeleton:
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
         return _build(checkpoint, config)
+    except InputError:
+        raise
     except _LOADING as error:
         raise InputError(f"{checkpoint.folder}: transformers cannot load this model: {first_line(error)}") from error
 

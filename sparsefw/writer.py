@@ -45,7 +45,7 @@ class Writer:
     Args:
         output: where the checkpoint will be.
         shards: how many `write` will be called for.
-        identity: what makes a run the same, see `partial.Partial`.
+        identity, chosen: what makes a run the same, and what it chose by itself, see `partial.Partial.open`.
         overwrite: an older checkpoint may be replaced.
         restart: discard what an unfinished run left.
 
@@ -60,13 +60,14 @@ class Writer:
         output: Path,
         shards: int,
         identity: dict[str, Any] | None = None,
+        chosen: dict[str, Any] | None = None,
         *,
         overwrite: bool = False,
         restart: bool = False,
     ):
         self.output = output.resolve()
         self.shards, self.overwrite = shards, overwrite
-        self._identity, self._restart = identity or {}, restart
+        self._identity, self._chosen, self._restart = identity or {}, chosen, restart
         self._scratch = self.output.with_name(f".{self.output.name}.partial")
         self.folder = self._scratch / "new"
         self._done = False
@@ -89,7 +90,7 @@ class Writer:
             # After a kill while the older output was being replaced.
             self._bring_back()
             _check_free(self.output, self.overwrite)
-            self._partial.open(self._identity, self._restart)
+            self._partial.open(self._identity, self._chosen, self._restart)
         except BaseException:
             self._leave()
             raise
@@ -99,6 +100,11 @@ class Writer:
     def finished(self) -> list[Any]:
         """See the class."""
         return [record["note"] for record in self._partial.records]
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What the run that began this output chose by itself."""
+        return self._partial.chosen
 
     def path(self, n: int) -> Path:
         """Where the n-th shard is until `finish`, from 0."""

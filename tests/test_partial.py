@@ -9,13 +9,14 @@ from checkpoints import contents, refused
 
 from sparsefw.partial import Partial, durably
 
+CHOSEN = {"batch": 8}
 IDENTITY = {"--sparsity": "0.6", "the model": "abc", "torch": "2.13"}
 
 
 def opened(tmp_path, identity=IDENTITY, restart=False):
     partial = Partial(tmp_path / ".out.partial", tmp_path / "out")
     try:
-        partial.open(identity, restart)
+        partial.open(identity, CHOSEN, restart)
     finally:
         partial.release()
     return partial
@@ -23,7 +24,7 @@ def opened(tmp_path, identity=IDENTITY, restart=False):
 
 def with_two_records(tmp_path):
     partial = Partial(tmp_path / ".out.partial", tmp_path / "out")
-    partial.open(IDENTITY)
+    partial.open(IDENTITY, {"batch": 4})
     for n in (1, 2):
         partial.add({"n": n})
     partial.release()
@@ -32,7 +33,9 @@ def with_two_records(tmp_path):
 
 def test_goes_on_with_what_is_finished(tmp_path):
     with_two_records(tmp_path)
-    assert opened(tmp_path).records == [{"n": 1}, {"n": 2}]
+    again = opened(tmp_path)
+    assert again.records == [{"n": 1}, {"n": 2}]
+    assert again.chosen == {"batch": 4}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +58,9 @@ def test_another_run_is_refused_and_told_what_differs(tmp_path, change, said):
 
 def test_restart_discards_it(tmp_path):
     with_two_records(tmp_path)
-    assert opened(tmp_path, {"--sparsity": "0.5"}, restart=True).records == []
+    again = opened(tmp_path, {"--sparsity": "0.5"}, restart=True)
+    assert again.records == []
+    assert again.chosen == CHOSEN
     assert opened(tmp_path, {"--sparsity": "0.5"}).records == []
 
 

@@ -59,7 +59,7 @@ class TestStack:
         assert torch.get_num_threads() == 3
 
     def test_too_little_memory(self):
-        with pytest.raises(InputError, match=r"layer0: a solve needs 0.000 GiB, --solver-memory gives 0.000"):
+        with pytest.raises(InputError, match=r"layer0: a solve needs 0.000 GiB at least, and 0.000 are set aside"):
             run(make_layers(), how=settings(memory=BYTES_PER_ENTRY * D * ROW_UNIT - 1))
 
     def test_width(self):

@@ -187,7 +187,7 @@ def test_defaults_go_with_the_refit(flags, expected):
 def test_flags_arrive_in_the_settings():
     values = dict(steps=7, alpha=0.3, penalty=0.4, swaps=5, refit=2, rounds=1, target="layer", damp=0.7)
     flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    flags += ["--sparsity", "2:4", "--warm-start", "ria", "--step-rule", "open-loop", "--solver-memory", "0.5"]
+    flags += ["--sparsity", "2:4", "--warm-start", "ria", "--step-rule", "open-loop", "--host-memory", "4"]
     settings = settings_of(parse_arguments([*flags, "--precision", "bf16"]))
     assert values.items() <= vars(settings).items()
     assert (settings.pattern.text, settings.warm_start, settings.step_rule) == ("2:4", "ria", "open-loop")
@@ -284,8 +284,9 @@ class TestRefused:
             (["--method", "wanda", "--refit", "3"], ["--refit", "--method wanda"]),
             (["--allocation", "owl", "--sparsity", "2:4"], ["--allocation owl", "2:4"]),
             (["--allocation", "error", "--method", "sparsegpt"], ["--allocation error", "sparsegpt"]),
-            (["--solver-memory", "inf"], ["--solver-memory inf: expected at least 0 and at most 1048576"]),
-            (["--solver-memory", "0.00001"], ["self_attn.q_proj", "--solver-memory gives 0.000"]),
+            (["--host-memory", "inf"], ["--host-memory inf: expected at least 0 and at most 1048576"]),
+            (["--host-memory", "0.1"], ["--host-memory 0.10: this run needs at least 0.6", " GiB of host memory"]),
+            (["--gpu-memory", "8"], ["--gpu-memory: no CUDA device"]),
             (["--nsamples", "0"], ["--nsamples 0"]),
             (["--nsamples", "100000"], ["--nsamples"]),
             (["--dataset", "./missing.txt"], ["missing.txt"]),

@@ -1,0 +1,126 @@
+"""A run as report.json tells it, and a page taken apart."""
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+from sparsefw.run import parse_arguments
+
+VOID = {"meta", "br"}
+TYPES = ("self_attn.q_proj", "mlp.down_proj")
+
+
+class Document(HTMLParser):
+    """The elements of a page in their order, with what was wrong in their nesting."""
+
+    def __init__(self, html: str):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.open, self.texts = [], [], []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        assert len(dict(attributes)) == len(attributes)
+        element = {"tag": tag, "text": "", **dict(attributes)}
+        self.elements.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()["tag"] == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        for element in self.open:
+            element["text"] += data
+
+    def all(self, tag: str, **attributes: str) -> list[dict]:
+        return [e for e in self.elements if e["tag"] == tag and attributes.items() <= e.items()]
+
+    def cells(self) -> list[list[str]]:
+        """The rows of all tables."""
+        rows = []
+        for element in self.elements:
+            if element["tag"] == "tr":
+                rows.append([])
+            elif element["tag"] in ("td", "th"):
+                rows[-1].append(element["text"])
+        return rows
+
+
+def layer(name: str, method: str, mask: float, error: float, shape=(4, 8)) -> dict:
+    warm = 1000.0
+    return {
+        "name": name,
+        "shape": list(shape),
+        "pattern": "0.5",
+        "kept": shape[0] * shape[1] // 2,
+        "method": method,
+        "warm_start": "wanda",
+        "alpha": 0.0,
+        "steps": 30,
+        "target": "layer",
+        "error_warm_start": warm,
+        "error_mask": warm * mask,
+        "error": warm * error,
+        "relative_mask": mask,
+        "relative_error": error,
+        "gap": None if method == "wanda" else warm * 0.1,
+        "seconds": 0.25,
+    }
+
+
+def parsed(arguments: list[str]) -> dict:
+    """What a report says of a command line."""
+    said = vars(parse_arguments(arguments))
+    return {name: str(v) if isinstance(v, Path) else v for name, v in said.items() if name != "kernel_chosen"}
+
+
+def content(blocks: int = 3, prefix: str = "model.layers", arguments: tuple[str, ...] = ()) -> dict:
+    """A run of wanda and sparsefw; block i is worked on from second 10 i + 2 to 10 i + 12, and read before."""
+    names = [f"{prefix}.{i}" for i in range(blocks)]
+    phases = (("calibrate", 2, 5), ("solve", 5, 11), ("forward", 11, 12))
+    timeline = [{"block": None, "lane": "main", "phase": "embed", "start": 0.0, "end": 1.5}]
+    for i in range(blocks):
+        timeline += [
+            {"block": i, "lane": "main", "phase": phase, "start": 10.0 * i + start, "end": 10.0 * i + end}
+            for phase, start, end in phases
+        ]
+        timeline.append({"block": i, "lane": "read", "phase": "read", "start": 10.0 * i - 5, "end": 10.0 * i})
+    return {
+        "arguments": parsed(["--sparsity", "0.5", "--output", "out", *arguments]),
+        "versions": {"python": "3", "torch": "2"},
+        "device": "a card",
+        "data": {"source": "a text", "hash": "abc123", "windows": 8, "seqlen": 128, "seed": 5},
+        "evaluation": [
+            {
+                "source": "held out",
+                "hash": "def456",
+                "windows": 4,
+                "seqlen": 128,
+                "perplexity": {"dense": 10.0, "wanda": 20.123456, "sparsefw": 15.5},
+            }
+        ],
+        "block_sparsities": None,
+        "layers": [
+            layer(f"{name}.{kind}.weight", method, *([1.0, 1.0] if method == "wanda" else [0.8, 0.5 + 0.1 * i]))
+            for i, name in enumerate(names)
+            for method in ("wanda", "sparsefw")
+            for kind in TYPES
+        ],
+        "kept_dense": [],
+        "seconds": {"calibrate": 9.0, "solve": 18.0},
+        "peak_memory": {"host_bytes": 3 << 30, "gpu_bytes": 0},
+        "blocks": [
+            {
+                "block": i,
+                "name": name,
+                "seconds": {"calibrate": 1.0, "solve": 2.0 + i},
+                "host_bytes": (i + 1) << 30,
+                "gpu_bytes": 0,
+            }
+            for i, name in enumerate(names)
+        ],
+        "timeline": timeline,
+        "memory": {"host_budget_bytes": 4 << 30, "gpu_budget_bytes": None, "activations": "host", "batch_windows": 2},
+    }
