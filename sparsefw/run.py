@@ -71,7 +71,9 @@ BY_CONTENT = {"model", "dataset", "eval"}
 SAMPLES = {"checkpoint": {"nsamples": 256, "seqlen": 2048}, DEFAULT: {"nsamples": 64, "seqlen": 128}}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
     def error(self, message: str) -> NoReturn:
         """One line on stderr, exit 2; the usage is what --help is for."""
         self.exit(2, f"sparsefw: {message} (--help lists the options)\n")
@@ -90,7 +92,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     Raises:
         InputError: a value out of range.
     """
-    parser = _Parser(prog="python -m sparsefw.run", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m sparsefw.run", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--model", default=DEFAULT, metavar="ID|PATH", help="checkpoint folder or Hub id (default: the embedded model)")

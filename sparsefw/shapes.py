@@ -103,7 +103,7 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
         outside=sum(p.nbytes for p in parameters) - inside,
         hidden=hidden,
         vocabulary=config.vocab_size,
-        heads=config.num_attention_heads if eager else 0,
+        heads=getattr(config, "num_attention_heads", 0) if eager else 0,
         itemsize=checkpoint.dtype.itemsize,
         parameters=sum(p.numel() for p in parameters),
     )

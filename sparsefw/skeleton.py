@@ -28,7 +28,7 @@ from sparsefw.checkpoint import CONFIG, Checkpoint, TensorInfo
 from sparsefw.errors import InputError, first_line
 
 # What loading a checkpoint whose config or tensors do not fit can raise.
-_LOADING = (
+LOADING = (
     ValueError,
     RuntimeError,
     OSError,
@@ -105,7 +105,7 @@ def build(checkpoint: Checkpoint) -> Skeleton:
         return _build(checkpoint, config)
     except InputError:
         raise
-    except _LOADING as error:
+    except LOADING as error:
         raise InputError(f"{checkpoint.folder}: transformers cannot load this model: {first_line(error)}") from error
 
 

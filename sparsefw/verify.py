@@ -13,7 +13,6 @@ import os
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +22,7 @@ from sparsefw import checkpoint
 from sparsefw.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint
 from sparsefw.claims import read_claims
 from sparsefw.errors import InputError
-from sparsefw.run import DEFAULT, DEFAULT_MODEL
+from sparsefw.run import DEFAULT, DEFAULT_MODEL, Parser
 from sparsefw.stream import StreamedModel
 from sparsefw.verdict import Check, Verdict, lines
 from sparsefw.weights import check_weights
@@ -168,19 +167,13 @@ def _check_shapes(check: Check, written: Checkpoint, source: Checkpoint, dtypes:
             check.fail(name, f"is {here.dtype}, in the source {there.dtype}")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line on stderr, exit 2; the usage is what --help is for."""
-        self.exit(2, f"sparsefw: {message} (--help lists the options)\n")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Verify from the command line.
 
     Returns:
         The exit status: 0 (all is well), 1 (a check failed), 2 (bad input), 130 (interrupted).
     """
-    parser = _Parser(prog="python -m sparsefw.verify", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m sparsefw.verify", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder that sparsefw.run wrote")
     parser.add_argument("--against", metavar="ID|PATH", help="the checkpoint that was pruned (default: what the report "

@@ -8,7 +8,7 @@ import torch
 from families import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsefw import data
+from sparsefw import data, needs
 from sparsefw.damping import damped
 from sparsefw.kernels import reference
 from sparsefw.run import main
@@ -134,6 +134,62 @@ def test_dense_model_runs_once_a_stage(family, runs, tmp_path, monkeypatch):
     assert main([*places, "--nsamples", "160", "--seqlen", "32", "--kernel", "torch", "--steps", "2"]) == 0
     # Two micro-batches.
     assert {batch: seen.count(batch) for batch in seen} == {(i, j): runs for i in range(3) for j in range(2)}
+
+
+def test_next_block_is_read_and_the_last_one_written_beside_the_work(pruned):
+    _, _, report, _ = pruned
+    spans = report["timeline"]
+
+    def of(lane, block, *phases):
+        found = [s for s in spans if s["lane"] == lane and s["block"] == block and (s["phase"] in phases or not phases)]
+        return min(s["start"] for s in found), max(s["end"] for s in found)
+
+    for i in range(2):
+        assert of("read", i + 1)[0] < of("main", i, "calibrate", "solve")[1]
+        assert of("write", i)[0] < of("main", i + 1, "calibrate", "solve")[1]
+    assert [block["name"] for block in report["blocks"]] == [f"model.layers.{i}" for i in range(3)]
+    for i, block in enumerate(report["blocks"]):
+        spent = sum(s["end"] - s["start"] for s in spans if s["lane"] == "main" and s["block"] == i)
+        assert sum(block["seconds"].values()) == pytest.approx(spent)
+        assert block["host_bytes"] > 2**26
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("place", ["host", "file"])
+def test_placement_does_not_change_the_result(place, ahead, tmp_path, monkeypatch):
+    source = save_model(tmp_path / "model", "qwen3_moe", torch.bfloat16)
+    (tmp_path / "text.txt").write_text(TEXT)
+    flags = [
+        "--nsamples",
+        "9",
+        "--seqlen",
+        "32",
+        "--kernel",
+        "torch",
+        "--steps",
+        "2",
+        "--eval",
+        str(tmp_path / "text.txt"),
+    ]
+    places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt")]
+    place_of, contents = needs.place, []
+
+    def placed(*args, fixed=None, **kwargs):
+        return place_of(*args, **kwargs, fixed={"batch": 4, "place": place, "ahead": ahead} | (fixed or {}))
+
+    for output in ("usual", "other"):
+        if output == "other":
+            monkeypatch.setattr(needs, "place", placed)
+        else:
+            monkeypatch.setattr(needs, "BATCH_TOKENS", 4 * 32)
+        assert main([*places, *flags, "--output", str(tmp_path / output), "--eval-windows", "3"]) == 0
+        report = json.loads((tmp_path / output / "report.json").read_text())
+        assert report["memory"]["batch_windows"] == 4
+        contents.append(
+            [report["evaluation"], *(p.read_bytes() for p in sorted((tmp_path / output).glob("*.safetensors")))]
+        )
+    assert (report["memory"]["activations"], report["memory"]["read_ahead"]) == (place, ahead)
+    assert contents[0] == contents[1]
 
 
 def test_seconds_and_memory_are_reported(pruned):

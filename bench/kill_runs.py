@@ -1,0 +1,66 @@
+"""Kill real runs at random moments until one comes through, and compare it with an undisturbed one.
+
+    python bench/kill_runs.py FOLDER --kills 50
+
+A run that is killed is started again with the same command; once it has come through, the next begins anew. The bytes
+of all outputs must be those of the undisturbed run. The embedded model is pruned, into FOLDER.
+"""
+
+import argparse
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    """All files of an output but the reports, which have times in them."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith("report.")}
+
+
+def main() -> None:
+    """Kill, and compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True)
+    drawn = random.Random(arguments.seed)
+
+    def start(output: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "sparsefw.run", "--output", str(output)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    began = time.perf_counter()
+    assert start(arguments.folder / "undisturbed").wait() == 0
+    length = time.perf_counter() - began
+    expected = outputs(arguments.folder / "undisturbed")
+    kills, finished, output = 0, [], arguments.folder / "killed"
+    while kills < arguments.kills:
+        run = start(output)
+        try:
+            # From the start of Python to a little beyond the end.
+            status = run.wait(drawn.uniform(0, 1.1 * length))
+        except subprocess.TimeoutExpired:
+            run.kill()
+            kills += run.wait() == -signal.SIGKILL
+            records = list(output.with_name(".killed.partial").glob("records/*.json"))
+            finished.append(len(records))
+            continue
+        assert status == 0
+        assert outputs(output) == expected
+        assert not output.with_name(".killed.partial").exists()
+        shutil.rmtree(output)
+    if output.with_name(".killed.partial").exists():
+        assert start(output).wait() == 0
+        assert outputs(output) == expected
+    counts = ", ".join(f"{finished.count(n)} with {n}" for n in sorted(set(finished)))
+    print(f"{kills} runs of {length:.1f} s were killed ({counts} parts finished); all outputs have the same bytes")
+
+
+if __name__ == "__main__":
+    main()
