@@ -26,6 +26,6 @@ setup(
         "jinja2",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "pytest-benchmark", "ruff", "matplotlib"]},
+    extras_require={"test": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "matplotlib"]},
     entry_points={"console_scripts": ["sparsefw=sparsefw.run:main"]},
 )

@@ -4,7 +4,6 @@ Only safetensors is read: no pickle, no code that a checkpoint brings along. `in
 tensor; everything it says about files and tensors it has checked.
 """
 
-import json
 import math
 import os
 from collections import Counter
@@ -17,11 +16,16 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparsefw import trust
 from sparsefw.errors import InputError, first_line
+from sparsefw.trust import shown
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# transformers reads what is in here beside the tokenizer.
+TEMPLATES = "additional_chat_templates"
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
 DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
@@ -29,13 +33,25 @@ DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
+# safetensors itself reads up to 100 MB, in many times the memory; real ones have 10 KB to 20 MB.
+MAX_HEADER_BYTES = 32 * 2**20
+# Real tensors have names of 100 characters, 5 dimensions and 2^36 elements at most.
+MAX_NAME = 512
+MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 2**48
+
+AGAIN = "download or copy it again"
+
 # Neither weights in any format nor code goes from the input to the output.
 NOT_COPIED = PICKLES | {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".py"}
 # The largest tokenizers have about 40 MB; what is larger than this is no part of a checkpoint.
 MAX_COPIED_BYTES = 256 * 2**20
 
+# Of these, transformers reads whole files.
+READ = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+
 # What is asked of the Hub. Folders hold other formats of the same weights, and so does consolidated.safetensors.
-WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+WANTED = ["*.safetensors", *sorted(f"*{suffix}" for suffix in READ)]
 UNWANTED = ["*/*", "consolidated*"]
 
 
@@ -104,7 +120,7 @@ def locate(model: str) -> Path:
     # HTTPError: a proxy that fails is passed on by the Hub's library as it is.
     except (OSError, HTTPError) as error:
         raise InputError(
-            f"{model}: no such folder, and it could not be downloaded from the Hub ({first_line(error)}); "
+            f"{model}: no such folder, and it could not be downloaded from the Hub ({shown(first_line(error))}); "
             "give the path of a local checkpoint"
         ) from error
 
@@ -119,25 +135,26 @@ def inspect(folder: Path) -> Checkpoint:
 
     Raises:
         InputError: files are missing, damaged, disagree, or lie outside of the folder; only pickle is there; a
-            tensor's dtype cannot be pruned; the model is quantized.
+            tensor's dtype cannot be pruned; the model is quantized; a file says what no real one does (see `trust`).
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: not a folder; give the folder of a checkpoint")
     if not os.path.lexists(folder / CONFIG):
         raise InputError(f"{folder}: no {CONFIG}; give the folder of a Hugging Face checkpoint")
-    config = _read_json(folder / CONFIG)
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and part.get("quantization_config"):
-            raise InputError(
-                f"{folder / CONFIG}: the model is quantized (quantization_config); give the unquantized checkpoint"
-            )
+    config = _read_json(folder / CONFIG, trust.MAX_CONFIG_BYTES)
+    trust.check_config(config, folder / CONFIG)
     if os.path.lexists(folder / SINGLE):
         tensors = _read_header(folder / SINGLE)
     elif os.path.lexists(folder / INDEX):
         tensors = _read_shards(folder)
     else:
         raise _without_safetensors(folder)
+    trust.check_sizes(config, folder / CONFIG, [tensor.shape for tensor in tensors.values()])
     companions(folder)
+    trust.check_tokenizer(config, folder / CONFIG)
+    if os.path.lexists(folder / TOKENIZER_CONFIG):
+        content = _read_json(folder / TOKENIZER_CONFIG, trust.MAX_TOKENIZER_CONFIG_BYTES)
+        trust.check_tokenizer(content, folder / TOKENIZER_CONFIG)
 
     held = Counter()
     for tensor in tensors.values():
@@ -175,53 +192,75 @@ def root_of(folder: Path) -> Path:
     return model if folder.parent.name == "snapshots" and (model / "blobs").is_dir() else folder
 
 
-def check_file(path: Path) -> None:
-    """Refuse a file that is missing or is a link out of its checkpoint."""
+def check_file(path: Path, folder: Path | None = None) -> None:
+    """Refuse a file that is missing, is a link out of its checkpoint, or is none: a pipe would block for ever.
+
+    Args:
+        path: of the file.
+        folder: of the checkpoint; None: the one that the file lies in.
+    """
     if not path.is_file():
-        raise InputError(f"{path}: missing, or not a file; download or copy the checkpoint again")
-    if not path.resolve().is_relative_to(root_of(path.parent)):
-        raise InputError(f"{path}: a link to {path.resolve()}, outside of the checkpoint; put the file itself there")
+        raise InputError(f"{path}: missing, or not a file; {AGAIN}")
+    if not path.resolve().is_relative_to(root_of(folder or path.parent)):
+        target = shown(path.resolve(), 4096)
+        raise InputError(f"{path}: a link to {target}, outside of the checkpoint; put the file itself there")
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path, limit: int) -> dict:
     check_file(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {first_line(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({first_line(error)}); download or copy it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}; download or copy it again")
-    return content
+        raise InputError(f"{path}: cannot be read: {shown(first_line(error))}") from error
+    if len(content) > limit:
+        raise InputError(f"{path}: more than {limit // 2**20} MiB, which no real one has; {AGAIN}")
+    return trust.parse_object(content, path)
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
     check_file(path)
-    tensors = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                view = file.get_slice(name)
-                tensors[name] = (view.get_dtype(), tuple(view.get_shape()))
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER_BYTES:
+                raise InputError(f"{path}: not a whole safetensors file (its header says {length} bytes); {AGAIN}")
+            content = file.read(length)
+        # The library compares offsets, shapes, dtypes and the size of the file; it lets a name stand twice.
+        with safe_open(path, framework="pt"):
+            header = trust.parse_object(content, path)
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: not a whole safetensors file ({first_line(error)}); download or copy it again"
-        ) from error
-    for name, (dtype, _) in tensors.items():
-        if dtype not in DTYPES:
-            raise InputError(f"{path}: tensor {name} has dtype {dtype}; give a checkpoint in fp32, fp16 or bf16")
-    return {name: TensorInfo(path, DTYPES[dtype], shape) for name, (dtype, shape) in tensors.items()}
+        raise InputError(f"{path}: not a whole safetensors file ({shown(first_line(error))}); {AGAIN}") from error
+    header.pop("__metadata__", None)
+    return {name: _tensor(path, name, entry) for name, entry in header.items()}
+
+
+def _tensor(path: Path, name: str, entry: object) -> TensorInfo:
+    """What one entry of a header says; the library has accepted it."""
+    if not name.isprintable() or len(name) > MAX_NAME:
+        raise InputError(f"{path}: a tensor is called {shown(name)}, which no tensor of a model is; {AGAIN}")
+    if not isinstance(entry, dict):
+        raise InputError(f"{path}: tensor {name} is described by a list, not by names; {AGAIN}")
+    if entry["dtype"] not in DTYPES:
+        raise InputError(f"{path}: tensor {name} has dtype {entry['dtype']}; give a checkpoint in fp32, fp16 or bf16")
+    tensor = TensorInfo(path, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    # Of an empty one any other dimension fits into the file.
+    if len(tensor.shape) > MAX_DIMENSIONS or math.prod(max(1, d) for d in tensor.shape) > MAX_ELEMENTS:
+        raise InputError(f"{path}: tensor {name} has the shape {shown(tensor.shape)}, which no tensor has; {AGAIN}")
+    return tensor
 
 
 def _read_shards(folder: Path) -> dict[str, TensorInfo]:
     index = folder / INDEX
-    shard_of = _read_json(index).get("weight_map")
+    shard_of = _read_json(index, trust.MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
-        raise InputError(f"{index}: no weight_map in it; download or copy it again")
+        raise InputError(f"{index}: no weight_map in it; {AGAIN}")
     for name, shard in shard_of.items():
-        if not _is_shard_name(shard):
-            raise InputError(f"{index}: tensor {name} is in {shard!r}, which is not the name of a .safetensors file")
+        if not (isinstance(shard, str) and shard.endswith(".safetensors") and trust.is_plain(shard)):
+            raise InputError(
+                f"{index}: tensor {shown(name)} is in {shown(repr(shard))}, "
+                "which is not the name of a .safetensors file beside it"
+            )
     tensors = {}
     for shard in sorted(set(shard_of.values())):
         for name, tensor in _read_header(folder / shard).items():
@@ -234,37 +273,42 @@ def _read_shards(folder: Path) -> dict[str, TensorInfo]:
             tensors[name] = tensor
     for name, shard in shard_of.items():
         if name not in tensors or tensors[name].file.name != shard:
-            raise InputError(f"{folder / shard}: tensor {name}, which {INDEX} says is here, is missing")
+            raise InputError(f"{folder / shard}: tensor {shown(name)}, which {INDEX} says is here, is missing")
     return tensors
-
-
-def _is_shard_name(shard: object) -> bool:
-    # Separators of either system, drive letters and control characters: anything that could lead elsewhere.
-    return (
-        isinstance(shard, str)
-        and shard.endswith(".safetensors")
-        and shard.isprintable()
-        and not set(shard) & set('/\\:*?"<>|')
-    )
 
 
 def _without_safetensors(folder: Path) -> InputError:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         return InputError(
-            f"{folder}: only pickle files ({pickles[0]}), which are never read because they can run code; if you trust "
-            "them, convert them with transformers: from_pretrained(...), then save_pretrained(NEW_FOLDER)"
+            f"{folder}: only pickle files ({shown(pickles[0])}), which are never read because they can run code; "
+            "if you trust them, convert them with transformers: from_pretrained(...), then save_pretrained(NEW_FOLDER)"
         )
     return InputError(f"{folder}: neither {SINGLE} nor {INDEX}; give a checkpoint in safetensors format")
 
 
 def companions(folder: Path) -> list[Path]:
-    """The small files that belong to a checkpoint beside its weights: config, tokenizer, chat template, license."""
+    """The small files that belong to a checkpoint beside its weights: config, tokenizer, chat template, license.
+
+    Raises:
+        InputError: one is a link out of the checkpoint, a pipe or a device, larger than any that transformers reads,
+            or has a name that cannot be printed.
+    """
+    files = _files(folder, folder)
+    templates = _files(folder / TEMPLATES, folder) if (folder / TEMPLATES).is_dir() else []
+    for path in (*files, *templates):
+        if path.suffix.lower() in READ and path.stat().st_size > MAX_COPIED_BYTES:
+            raise InputError(f"{path}: {path.stat().st_size // 2**20} MiB, more than any tokenizer has; remove it")
+    return [p for p in files if not p.name.endswith(".index.json") and p.stat().st_size <= MAX_COPIED_BYTES]
+
+
+def _files(folder: Path, checkpoint: Path) -> list[Path]:
     found = []
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in NOT_COPIED or path.name.endswith(".index.json") or not path.is_file():
+        if path.suffix.lower() in NOT_COPIED or path.is_dir() or not path.exists():
             continue
-        check_file(path)
-        if path.stat().st_size <= MAX_COPIED_BYTES:
-            found.append(path)
+        if not path.name.isprintable():
+            raise InputError(f"{folder}: a file is called {shown(path.name)}; remove it")
+        check_file(path, checkpoint)
+        found.append(path)
     return found

@@ -29,6 +29,8 @@ from sparsefw.errors import InputError, first_line
 
 # What loading a checkpoint whose config or tensors do not fit can raise.
 LOADING = (
+    ArithmeticError,
+    AssertionError,
     ValueError,
     RuntimeError,
     OSError,

@@ -288,7 +288,7 @@ def _find_blocks(model: nn.Module, folder: Path) -> nn.ModuleList:
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     stacks = {n: m for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
     outer = {n: m for n, m in stacks.items() if not any(n.startswith(f"{other}.") for other in stacks if other != n)}
-    if len(outer) != 1:
+    if len(outer) != 1 or not depth:
         found = f"{len(outer)} of them ({', '.join(outer)}) were found" if outer else "none was found"
         raise InputError(
             f"{folder}: unsupported model {type(model).__name__}: "

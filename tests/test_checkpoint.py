@@ -1,6 +1,7 @@
 """Checkpoints that are read: what is refused, and why."""
 
 import json
+import os
 from pathlib import Path
 
 import huggingface_hub
@@ -10,7 +11,8 @@ from checkpoints import TENSORS, make_hub_cache, refused, write_index
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from sparsefw.checkpoint import INDEX, SINGLE, check_finite, inspect, locate
+from sparsefw import checkpoint, trust
+from sparsefw.checkpoint import INDEX, SINGLE, check_finite, companions, inspect, locate
 
 # locate
 
@@ -130,7 +132,9 @@ def test_pickle_is_never_read(folder, name):
         inspect(folder)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"\xef\xbb\xbf{}", b'{"a": 1' + b"0" * 5000 + b"}"]
+)
 def test_config_must_be_json(folder, text):
     (folder / "config.json").write_bytes(text)
     with refused("config.json: not JSON"):
@@ -152,6 +156,23 @@ def test_quantized_is_refused(folder, inner):
     config = {"quantization_config": {"quant_method": "fp8"}}
     (folder / "config.json").write_text(json.dumps({"text_config": config} if inner else config))
     with refused("config.json: the model is quantized"):
+        inspect(folder)
+
+
+def test_files_larger_than_any_real_one(folder, shards, monkeypatch):
+    monkeypatch.setattr(trust, "MAX_INDEX_BYTES", 2**20)
+    with (shards / INDEX).open("ab") as file:
+        file.truncate(2**20 + 1)
+    with refused(f"{INDEX}: more than 1 MiB, which no real one has"):
+        inspect(shards)
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate(checkpoint.MAX_COPIED_BYTES + 1)
+    with refused("tokenizer.json: 256 MiB, more than any tokenizer has"):
+        inspect(folder)
+    (folder / "tokenizer.json").rename(folder / "notes.pdf")
+    assert [path.name for path in companions(folder)] == ["config.json"]
+    (folder / "config.json").write_bytes(b" " * 2**20 + b"{}")
+    with refused("config.json: more than 1 MiB"):
         inspect(folder)
 
 
@@ -189,12 +210,14 @@ def test_damaged_index(shards, text):
     [
         *("../source/model.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", "..\\x.safetensors"),
         *("C:x.safetensors", "x\0.safetensors", "x.bin", "..", "", None, 3, ["one.safetensors"]),
+        *("\x1b[31m.safetensors", "\ud800.safetensors", "x" * 300 + ".safetensors"),
     ],
 )
 def test_index_that_leads_elsewhere(shards, folder, shard):
     write_index(shards, a=shard)
-    with refused(rf"{INDEX}: tensor a is in .*not the name of a .safetensors file"):
+    with refused(rf"{INDEX}: tensor a is in .*not the name of a .safetensors file") as caught:
         inspect(shards)
+    assert str(caught.value).isprintable()
 
 
 def test_missing_shard(shards):
@@ -247,6 +270,78 @@ def test_links_to_elsewhere_are_refused(folder, tmp_path, name, cached):
     (folder / name).symlink_to(target)
     with refused(f"{name}: a link to .*elsewhere, outside of the checkpoint"):
         inspect(folder)
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [make_pipe, make_device, Path.mkdir])
+def test_what_is_no_file_is_not_opened(folder, shards, make):
+    for path in (folder / "config.json", folder / SINGLE, shards / INDEX, shards / "two.safetensors"):
+        kept = path.read_bytes()
+        path.unlink()
+        make(path)
+        with refused(f"{path.name}: missing, or not a file"):
+            inspect(path.parent)
+        path.rmdir() if path.is_dir() else path.unlink()
+        path.write_bytes(kept)
+    make(folder / "tokenizer.json")
+    if make == Path.mkdir:
+        assert [path.name for path in companions(folder)] == ["config.json"]
+    else:
+        with refused("tokenizer.json: missing, or not a file"):
+            inspect(folder)
+
+
+def test_chat_templates_in_their_folder(folder, tmp_path):
+    (tmp_path / "elsewhere").write_text("secret")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "a.jinja").symlink_to(tmp_path / "elsewhere")
+    with refused("a.jinja: a link to .*elsewhere, outside of the checkpoint"):
+        inspect(folder)
+    (folder / "additional_chat_templates" / "a.jinja").unlink()
+    (folder / "additional_chat_templates" / "a.jinja").symlink_to("../config.json")
+    inspect(folder)
+
+
+def test_a_file_whose_name_cannot_be_printed(folder):
+    (folder / "\x1b[31m.json").write_text("{}")
+    with refused(r"a file is called \\x1b\[31m.json; remove it"):
+        inspect(folder)
+
+
+@pytest.mark.parametrize("path", ["config.json", "tokenizer_config.json"])
+def test_what_is_read_as_a_tokenizer(folder, path):
+    (folder / path).write_text('{"tokenizer_class": "LlamaForCausalLM"}')
+    with refused(f"{path}: tokenizer_class LlamaForCausalLM is not the name of a tokenizer"):
+        inspect(folder)
+    (folder / path).write_text('{"fast_tokenizer_files": ["../tokenizer.4.0.json"]}')
+    with refused(f"{path}: fast_tokenizer_files .* are not names of files beside it"):
+        inspect(folder)
+    (folder / path).write_text('{"tokenizer_class": "LlamaTokenizerFast", "fast_tokenizer_files": ["tokenizer.json"]}')
+    inspect(folder)
+
+
+def test_a_config_is_held_against_the_tensors(folder):
+    (folder / "config.json").write_text('{"num_hidden_layers": 1000000}')
+    with refused("config.json: num_hidden_layers asks for 1000000 parts, but there are 4 tensors"):
+        inspect(folder)
+    (folder / "config.json").write_text('{"text_config": {"vocab_size": 1099511627776}}')
+    with refused("config.json: vocab_size is 1099511627776, but no tensor is larger than 5 in any way"):
+        inspect(folder)
+
+
+def test_a_link_says_nothing_to_the_terminal(folder, tmp_path):
+    (tmp_path / "\x1b[31m\n").write_text("{}")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "\x1b[31m\n")
+    with refused(r"tokenizer.json: a link to .*\\x1b\[31m\\n, outside") as caught:
+        inspect(folder)
+    assert str(caught.value).isprintable()
 
 
 def test_a_folder_called_snapshots_is_no_hub_cache(folder, tmp_path):
