@@ -7,6 +7,8 @@ tensor; everything it says about files and tensors it has checked.
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,10 +110,21 @@ def locate(model: str) -> Path:
         raise InputError(f"{model}: a file; give the folder of a checkpoint or a Hub id")
     if not model or model.startswith((".", "/", "~")):
         raise InputError(f"{model or '--model'}: no such folder; give the folder of a checkpoint or a Hub id")
-    try:
+    with from_hub(model):
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+
+
+@contextmanager
+def from_hub(model: str) -> Iterator[None]:
+    """Say in one line why what is downloaded inside could not be.
+
+    Raises:
+        InputError: no such id, no access to it, or no network and no cached copy.
+    """
+    try:
+        yield
     except HFValidationError as error:
-        raise InputError(f"{model}: neither a folder nor a valid Hub id (ORG/NAME)") from error
+        raise InputError(f"{model}: neither a local path nor a valid Hub id (ORG/NAME)") from error
     except RepositoryNotFoundError as error:
         raise InputError(
             f"{model}: no such folder and no such model on the Hub, or you have no access to it; "

@@ -8,7 +8,6 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -135,20 +134,8 @@ def _find(model: str) -> Path:
         return path / CONFIG
     if not model or path.exists() or model.startswith((".", "/", "~")):
         raise InputError(f"{model or '--model'}: no such folder or file; give one with a config, or a Hub id")
-    try:
+    with checkpoint.from_hub(model):
         return Path(huggingface_hub.hf_hub_download(model, CONFIG))
-    except HFValidationError as error:
-        raise InputError(f"{model}: neither a folder, nor a file, nor a valid Hub id (ORG/NAME)") from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"{model}: no such folder and no such model on the Hub, or you have no access to it; "
-            "check the name, and log in with `hf auth login` if it is gated"
-        ) from error
-    except (OSError, HTTPError) as error:
-        raise InputError(
-            f"{model}: no such folder, and its {CONFIG} could not be downloaded from the Hub ({first_line(error)}); "
-            "give the path of a local one"
-        ) from error
 
 
 def _check(path: Path) -> None:

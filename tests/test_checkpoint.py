@@ -65,7 +65,7 @@ def test_locate_refuses_an_invalid_id(monkeypatch):
         raise HFValidationError("Repo id must be in the form")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with refused("a/b/c: neither a folder nor a valid Hub id"):
+    with refused("a/b/c: neither a local path nor a valid Hub id"):
         locate("a/b/c")
 
 

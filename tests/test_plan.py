@@ -214,7 +214,7 @@ def test_no_model_there(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     line = refused(capsys, "--model", "org/name")
-    assert "org/name: no such folder, and its config.json could not be downloaded from the Hub (no network)" in line
+    assert "org/name: no such folder, and it could not be downloaded from the Hub (no network)" in line
     assert asked == [("org/name", "config.json")]
 
 
