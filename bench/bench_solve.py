@@ -33,7 +33,7 @@ def obvious(W: torch.Tensor, G: torch.Tensor) -> float:
 
 
 def products(W: torch.Tensor, G: torch.Tensor) -> None:
-    """No more than the products that `solve` needs: one a step, and three for the start and the errors."""
+    """The products of a solve from scratch: one a step, three for the start and the errors. A CPU follows changes."""
     for _ in range(STEPS + 3):
         W @ G
 

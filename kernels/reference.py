@@ -215,7 +215,7 @@ def row_step(
         budget = k[rows] if isinstance(k, Tensor) else k
         held = None if fixed is None else fixed[rows]
         select(score, budget, group=group, fixed=held, positive=next_theta < 1, out=v)
-        E[rows] = w - as_float(v).mul_(w)
+        torch.sub(w, as_float(v).mul_(w), out=E[rows])
     return step, error
 
 

@@ -30,7 +30,8 @@ def as_float(mask: Tensor) -> Tensor:
 def select(score: Tensor, k: int | Tensor, *, group: int, fixed: Tensor | None, positive: bool, out: Tensor) -> Tensor:
     """The selection that `reference.lmo` specifies, without its checks; written to `out` and returned."""
     if fixed is not None:
-        score = score.masked_fill(fixed, torch.inf)
+        # On a CPU in a sixth of the time of `masked_fill`: inf where an entry is fixed, else -inf.
+        score = torch.maximum(score, as_float(fixed).sub_(0.5).mul_(torch.inf))
     return _best_of_groups(score, k, group, positive, out) if group else _best_of_rows(score, k, positive, out)
 
 

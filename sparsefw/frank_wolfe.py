@@ -7,7 +7,7 @@ minimization oracle returns; R = E G is carried along, so a step costs one produ
 penalty, ramped up over the steps, drives M to a vertex, so that rounding loses little.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsefw.kernels import reference
+from sparsefw.kernels.changes import VertexProducts
 from sparsefw.kernels.selection import as_float
 
 STEP_RULES = ("line-search", "open-loop")
@@ -202,13 +203,14 @@ def iterate(
     # The row step sees the whole matrix as one row, which no program on a GPU could hold: torch does it.
     step, shape = (reference.row_step, (1, -1)) if problem.whole else (ops.row_step, W.shape)
     G = operand(problem.matrix, precision)
-    E = operand(W.masked_fill(problem.warm, 0), precision)
+    E = operand(W * ~problem.warm, precision)
     offset = None if problem.lacks is None else ops.product(problem.lacks, G, precision=precision)
     R = _vertex_product(E, G, offset, precision, ops)
     state = Iterate(problem.warm.float(), R, R.clone(), problem.warm.clone(), E, torch.empty(0), torch.empty(0))
     rows = [x.view(shape) for x in (state.M, state.R, state.U, state.V, state.E)]
     fixed = None if problem.fixed is None else problem.fixed.view(shape)
     diag = problem.matrix.diagonal().contiguous()
+    multiply = _multiplier(W, state, G, offset, precision, ops)
 
     def theta(t: int) -> float:
         return penalty * min(1.0, t / (RAMP * steps)) if steps else 0.0
@@ -216,11 +218,21 @@ def iterate(
     # A step of size 0 moves nothing and finds the first vertex.
     step(W.view(shape), diag, *rows, k, group=group, fixed=fixed, eta=0.0, next_theta=theta(0))
     for t in range(steps):
-        _vertex_product(state.E, G, offset, precision, ops, out=state.U)
+        multiply()
         eta = None if step_rule == "line-search" else 2 / (t + 2)
         thetas = {"theta": theta(t), "next_theta": theta(t + 1)}
         state.eta, state.error = step(W.view(shape), diag, *rows, k, group=group, fixed=fixed, eta=eta, **thetas)
         yield state
+
+
+def _multiplier(
+    W: Tensor, state: Iterate, G: Tensor, offset: Tensor | None, precision: str, ops: ModuleType
+) -> Callable[[], Tensor]:
+    """What writes the product of the state's vertex to its U."""
+    if ops is reference and W.device.type == "cpu":
+        products = VertexProducts(W, G, offset, precision=precision)
+        return lambda: products(state.V, out=state.U)
+    return lambda: _vertex_product(state.E, G, offset, precision, ops, out=state.U)
 
 
 def _vertex_product(
@@ -244,7 +256,7 @@ def mask_error(
 
 
 def _removed(W: Tensor, mask: Tensor, lacks: Tensor | None) -> Tensor:
-    E = W.masked_fill(mask, 0)
+    E = W * ~mask
     return E if lacks is None else E + lacks
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,25 @@ class TestIterates:
         R = E @ problem.G.double()
         torch.testing.assert_close(_state.R.double(), R, rtol=0, atol=1e-5 * R.abs().max().item())
         torch.testing.assert_close(_state.error.double(), (E * R).sum(1), rtol=1e-4, atol=0)
+
+    def test_torch_on_a_cpu_follows_the_changes(self, monkeypatch):
+        """The same steps up to rounding; every other product than those of the start is left to `VertexProducts`."""
+        problem, product = make_problem(6, 33, "0.5", 0.5), reference.product
+        scratch = LINE_SEARCH | {"ops": SimpleNamespace(**vars(reference))}
+        for lacks in (None, 0.1 * problem.W.roll(1, 1)):
+            posed, made = replace(problem, lacks=lacks), []
+
+            def count(*args, made=made, **options):
+                made.append(1)
+                return product(*args, **options)
+
+            *_, expected = frank_wolfe.iterate(posed, steps=20, penalty=1.0, **scratch)
+            with monkeypatch.context() as patch:
+                patch.setattr(reference, "product", count)
+                *_, state = frank_wolfe.iterate(posed, steps=20, penalty=1.0, **LINE_SEARCH)
+            assert len(made) == (1 if lacks is None else 2)
+            torch.testing.assert_close(state.M, expected.M, rtol=0, atol=1e-4)
+            torch.testing.assert_close(state.error, expected.error, rtol=1e-4, atol=0)
 
     def test_gap_is_never_negative_and_closes(self):
         problem = make_problem(8, 16, "0.5")
