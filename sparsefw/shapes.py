@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsefw.checkpoint import Checkpoint, TensorInfo
+from sparsefw.errors import InputError
 from sparsefw.layers import found, kind_of
 from sparsefw.stream import StreamedModel
 
@@ -119,4 +120,6 @@ def _block(model: StreamedModel, i: int, stream) -> BlockShape:
         name = kind_of(layer.name)
         gram = kind_of(layer.gram)
         layers.setdefault(name, LayerShape(name, *layer.weight.shape, gram, experts))
+    if not layers:
+        raise InputError(f"{model.names[i]}: unsupported model: no matrix of this block was seen in a product")
     return BlockShape(sum(p.nbytes for p in parameters.values()), tuple(layers.values()))

@@ -192,12 +192,15 @@ def _is_tokenizer(name: str) -> bool:
     # Slow to import, and most of what is refused is refused without it.
     import transformers
 
-    kind = transformers.PreTrainedTokenizerBase
     stem = re.sub("(Fast)+$", "", name)
     for candidate in {name, f"{name}Fast", stem, f"{stem}Fast"} & _names_of_transformers():
+        # To look at anything else would import it.
+        if not candidate.endswith(("Tokenizer", "TokenizerFast", "Backend")):
+            return False
         found = getattr(transformers, candidate)
         # A stand-in for a class whose library is missing says so when it is used.
-        if type(found).__name__ != "DummyObject" and not (isinstance(found, type) and issubclass(found, kind)):
+        stand_in = type(found).__name__ == "DummyObject"
+        if not stand_in and not issubclass(found, transformers.PreTrainedTokenizerBase):
             return False
     return True
 
