@@ -103,7 +103,8 @@ def locate(model: str) -> Path:
     Raises:
         InputError: there is no such folder, no such id, or no network and no cached copy.
     """
-    path = Path(model).expanduser() if model.startswith("~") else Path(model)
+    # Path.expanduser fails where there is no such user.
+    path = Path(os.path.expanduser(model))
     if model and path.is_dir():
         return path
     if model and path.exists():

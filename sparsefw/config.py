@@ -1,6 +1,7 @@
 """The model that a config.json describes, as a checkpoint without files: enough for its shapes."""
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ def _traits(config: Any, shape: ModelShape, path: Path, notes: list[str]) -> Tra
 
 
 def _find(model: str) -> Path:
-    path = Path(model).expanduser() if model.startswith("~") else Path(model)
+    path = Path(os.path.expanduser(model))
     if model and path.is_file():
         return path
     if model and path.is_dir():

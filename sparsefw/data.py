@@ -8,6 +8,7 @@ once, before the first document.
 import glob
 import hashlib
 import itertools
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsefw.errors import InputError, first_line
+from sparsefw.tokenizer import start_tokens, tokenize
 from sparsefw.windows import Windows
 
 Part = Literal["calibration", "evaluation"]
@@ -98,7 +100,7 @@ def read_text(dataset: str, *, part: Part) -> Text:
         detail = options.get("name") or options["data_files"][options["split"]]
         source = f"{name} {detail} {options['split']}"
         return Text(source, _texts(_load(dataset, part, name, **options), source))
-    path = Path(dataset).expanduser() if dataset.startswith("~") else Path(dataset)
+    path = Path(os.path.expanduser(dataset))
     suffix = next((s for s in sorted(READERS, key=len, reverse=True) if path.name.lower().endswith(s)), None)
     if dataset and path.is_dir():
         raise InputError(f"{dataset}: a folder; give one file ({', '.join(READERS)})")
@@ -200,7 +202,7 @@ def _cut(ids: list[int], seqlen: int) -> Tensor:
 
 def _leading_tokens(tokenizer: PreTrainedTokenizerBase, text: Text, wanted: int) -> list[int]:
     """The first `wanted` tokens, of documents that are tokenized one by one."""
-    ids = _start(tokenizer)
+    ids = start_tokens(tokenizer)
     empty = True
     before = ""
     while len(ids) < wanted and (batch := list(itertools.islice(text, DOCUMENTS_AT_ONCE))):
@@ -208,7 +210,7 @@ def _leading_tokens(tokenizer: PreTrainedTokenizerBase, text: Text, wanted: int)
         # The separator goes before a document, where most tokenizers give it the tokens of the joined text.
         separated = [before + batch[0], *(SEPARATOR + document for document in batch[1:])]
         before = SEPARATOR
-        ids.extend(itertools.chain.from_iterable(_tokenize(tokenizer, separated)))
+        ids.extend(itertools.chain.from_iterable(tokenize(tokenizer, separated)))
     if empty:
         raise InputError(f"{text.source}: empty, there is no text in it")
     return ids[:wanted]
@@ -230,21 +232,10 @@ def _joined_tokens(tokenizer: PreTrainedTokenizerBase, text: Text, wanted: int |
         joined = SEPARATOR.join(documents)
         if whole and not joined.strip():
             raise InputError(f"{text.source}: empty, there is no text in it")
-        ids = _start(tokenizer) + _tokenize(tokenizer, [joined])[0]
+        ids = start_tokens(tokenizer) + tokenize(tokenizer, [joined])[0]
         if whole or len(ids) >= wanted + UNSETTLED_TOKENS:
             return ids[:wanted]
         enough *= 2
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # Not verbose: a text longer than the model's maximum is no mistake here.
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that the tokenizer puts before a text on its own account, if it does."""
-    ids = tokenizer("a")["input_ids"]
-    return ids[:1] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else []
 
 
 def _embedded(part: Part) -> Text:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from sparsefw import patterns
-from sparsefw.errors import InputError, first_line
+from sparsefw.errors import InputError
 from sparsefw.frank_wolfe import STEP_RULES
 from sparsefw.kernels.reference import PRECISIONS
 from sparsefw.methods import METHODS, TARGETS, Settings
@@ -263,11 +263,12 @@ def run(arguments: argparse.Namespace) -> None:
     from sparsefw.reader import fingerprint
     from sparsefw.shapes import shape_of
     from sparsefw.stream import StreamedModel
+    from sparsefw.tokenizer import load_tokenizer
 
     folder = DEFAULT_MODEL if arguments.model == DEFAULT else checkpoint.locate(arguments.model)
     writer.check_output(arguments.output, folder, arguments.overwrite)
     source = checkpoint.inspect(folder)
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     model = StreamedModel(source, device)
     seqlen = min(arguments.seqlen, model.max_seqlen or arguments.seqlen)
     if seqlen < arguments.seqlen:
@@ -359,18 +360,6 @@ def _why(arguments: argparse.Namespace, cuda: bool) -> str:
     if arguments.kernel_chosen:
         return "as asked"
     return "CUDA is available" if cuda else "no CUDA device"
-
-
-def _tokenizer(folder: Path):
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        raise InputError(f"{folder}: no tokenizer could be loaded: {first_line(error)}") from error
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def test_locate_returns_a_local_folder_as_it_is(folder, offline, monkeypatch):
     assert offline == []
 
 
-@pytest.mark.parametrize("model", ["./no/where", "/no/where", "~/no-where", "../no-where", ""])
+@pytest.mark.parametrize("model", ["./no/where", "/no/where", "~/no-where", "~no-user/x", "../no-where", ""])
 def test_locate_never_looks_a_path_up(model, offline):
     with refused("no such folder; give the folder of a checkpoint or a Hub id"):
         locate(model)

@@ -23,13 +23,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save
+from texts import make_tokenizer
 
 from sparsefw import checkpoint
 from sparsefw.checkpoint import CONFIG, INDEX, SINGLE, TOKENIZER_CONFIG, inspect
 from sparsefw.errors import InputError
 from sparsefw.reader import read_tensors
 from sparsefw.stream import StreamedModel
+from sparsefw.tokenizer import load_tokenizer, tokenize
 
+TOKENIZER = "tokenizer"
 FAMILIES_LOADED = ("llama", "opt", "gemma3_text", "qwen3_moe")
 
 # Of a checkpoint of a few KB. CPU time, since other processes may have the machine.
@@ -44,7 +47,7 @@ Files = dict[str, bytes]
 
 @cache
 def whole(family: str | None = None) -> Files:
-    """A sound checkpoint: two shards of a few tensors, or a tiny model."""
+    """A sound checkpoint: two shards of a few tensors, a tiny model, or no more than a tokenizer."""
     if family is None:
         shard_of = {name: "one.safetensors" if name in "ab" else "two.safetensors" for name in TENSORS}
         shards = {s: save({n: TENSORS[n] for n in TENSORS if shard_of[n] == s}) for s in set(shard_of.values())}
@@ -54,7 +57,10 @@ def whole(family: str | None = None) -> Files:
         contents = {INDEX: index, CONFIG: config, TOKENIZER_CONFIG: tokenizer}
         return shards | {name: json.dumps(content).encode() for name, content in contents.items()}
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder), family)
+        if family == TOKENIZER:
+            make_tokenizer(bos=True).save_pretrained(folder)
+        else:
+            save_model(Path(folder), family)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
@@ -279,6 +285,15 @@ def load(changes: Files, family: str) -> None:
         assert model is None or len(model.blocks) == len(model.names) > 0
 
 
+def tokenized(changes: Files) -> None:
+    """A tokenizer gives tokens, or is refused in one line."""
+    with folder_of(whole(TOKENIZER) | changes) as folder, within_limits():
+        _, refusal = attempt(
+            lambda f: tokenize(load_tokenizer(f), ["What a tokenizer may see.", "", "\0\u202e"]), folder
+        )
+        assert refusal.isprintable()
+
+
 # By name: what is drawn, what must hold, and how many of them `pytest` draws.
 PROPERTIES = {
     "made-up header": (headers(), read, 150),
@@ -286,6 +301,11 @@ PROPERTIES = {
     "changed index": (changed(changed_json, INDEX), read, 100),
     "changed config": (changed(changed_json, CONFIG, TOKENIZER_CONFIG), read, 100),
     "changed bytes": (changed(changed_bytes), read, 150),
+    "changed tokenizer": (
+        changed(changed_json, "tokenizer.json", TOKENIZER_CONFIG, family=TOKENIZER),
+        tokenized,
+        100,
+    ),
 } | {
     f"loaded {family}": (changed(changed_json, CONFIG, family=family), partial(load, family=family), 30)
     for family in FAMILIES_LOADED

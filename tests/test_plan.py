@@ -205,6 +205,7 @@ def test_a_block_that_cannot_be_run_is_one_line(config, capsys, monkeypatch):
 def test_no_model_there(tmp_path, capsys, monkeypatch):
     assert "no config.json" in refused(capsys, "--model", tmp_path)
     assert "no such folder or file" in refused(capsys, "--model", tmp_path / "nothing")
+    assert "no such folder or file" in refused(capsys, "--model", "~no-user/nothing")
     assert "nor a valid Hub id" in refused(capsys, "--model", "a/b/c")
     asked = []
 

@@ -290,6 +290,7 @@ class TestRefused:
             (["--nsamples", "0"], ["--nsamples 0"]),
             (["--nsamples", "100000"], ["--nsamples"]),
             (["--dataset", "./missing.txt"], ["missing.txt"]),
+            (["--dataset", "~no-user/missing.txt"], ["~no-user/missing.txt: no such file"]),
             (["--dataset", "nosuchdataset"], ["nosuchdataset"]),
             (["--eval", "./missing.txt"], ["missing.txt"]),
             (["--model", "./nowhere"], ["nowhere"]),
