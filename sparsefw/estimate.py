@@ -1,11 +1,11 @@
-"""What a run takes in all: flops and bytes by phase, space and traffic on the disk, and seconds at given rates."""
+"""What a run takes in all: flops and bytes by phase, traffic on the disk, and seconds at given rates."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sparsefw import rates
-from sparsefw.needs import Work, activation_bytes
+from sparsefw.needs import Work
 from sparsefw.placement import Placement
 from sparsefw.rates import Rates
 from sparsefw.shapes import BlockShape, ModelShape
@@ -96,17 +96,6 @@ def _activations_moved(job: Job, block: BlockShape) -> Counter[str]:
             size = one.windows * job.work.seqlen * job.shape.hidden * job.shape.itemsize
             found[one.phase] += size * (1 + one.advances)
     return found
-
-
-def space(job: Job) -> dict[str, int]:
-    """Bytes on the disk: of the "output"; "kept" beside it by an unfinished run, blocks of compared methods; and of
-    "activations"."""
-    inside = sum(block.nbytes for block in job.shape.blocks)
-    return {
-        "output": inside + job.shape.outside,
-        "kept": (len(job.work.methods) - 1) * inside,
-        "activations": activation_bytes(job.shape, job.work) if job.placement.place == "file" else 0,
-    }
 
 
 def phase_seconds(job: Job, speed: Rates) -> dict[str, float]:

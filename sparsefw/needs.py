@@ -1,4 +1,4 @@
-"""How much memory a run takes at its peak, from the shapes alone: what `run` keeps to and `plan` tells.
+"""How much memory and disk a run takes at most, from the shapes alone: what `run` keeps to and `plan` tells.
 
 Weights are there a block at a time; Gram and cross matrices a stage at a time; the state of a solve a chunk of rows at
 a time; activations of a micro-batch at a time, of all windows where they are placed. On a machine without a GPU all of
@@ -87,6 +87,17 @@ def activation_bytes(shape: ModelShape, work: Work) -> int:
     streams = work.windows * (len(work.methods) + work.followed)
     streams += sum(work.held_out) * (len(work.methods) + 1)
     return streams * work.seqlen * shape.hidden * shape.itemsize
+
+
+def disk_space(shape: ModelShape, work: Work, placement: Placement) -> dict[str, int]:
+    """Bytes on the disk: of the "output"; "kept" beside it until the end, blocks of compared methods; and of
+    "activations"."""
+    inside = sum(block.nbytes for block in shape.blocks)
+    return {
+        "output": inside + shape.outside,
+        "kept": (len(work.methods) - 1) * inside,
+        "activations": activation_bytes(shape, work) if placement.place == "file" else 0,
+    }
 
 
 def needs(shape: ModelShape, work: Work, placement: Placement) -> Needs:

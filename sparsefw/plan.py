@@ -22,7 +22,7 @@ from sparsefw.config import Described, describe
 from sparsefw.errors import InputError, first_line
 from sparsefw.estimate import Job
 from sparsefw.memory import free_memory
-from sparsefw.needs import Work, place
+from sparsefw.needs import Work, disk_space, place
 from sparsefw.rates import CARDS, Rates
 from sparsefw.run import DEFAULT, DEFAULT_MODEL, MARGIN, Parser, parse_arguments, settings_of
 from sparsefw.work import calls
@@ -115,7 +115,7 @@ def plan(own: argparse.Namespace, arguments: argparse.Namespace) -> dict[str, An
         "phases": estimate.phases(job),
         "memory": {phase: {"gpu": gpu, "host": host} for phase, (gpu, host) in needs.phases.items()},
         "placement": asdict(placement) | {"folder": str(placement.folder)},
-        "disk": estimate.space(job),
+        "disk": disk_space(job.shape, job.work, job.placement),
         "rates": asdict(speed) if speed else None,
         "seconds": estimate.phase_seconds(job, speed) | {"all": estimate.seconds(job, speed)} if speed else None,
         "notes": [*described.notes, *_notes(described, arguments, job)],

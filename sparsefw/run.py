@@ -300,6 +300,8 @@ def run(arguments: argparse.Namespace) -> None:
         if output.finished:
             print(f"going on with an unfinished run: {len(output.finished)} of {shards} parts are there")
         placement, needed = place(fixed=output.chosen)
+        # Of a finished block the compared methods' weights are there, too.
+        output.check_space(sum(needs.disk_space(shape, work, placement).values()) - len(methods) * output.written)
         settings = replace(settings, memory=placement.solver)
         print(report.placement_line(placement, needed, budgets))
         kept, sparsities = None, None

@@ -102,9 +102,30 @@ class Writer:
         return [record["note"] for record in self._partial.records]
 
     @property
+    def written(self) -> int:
+        """Bytes of the tensors in the shards that are finished."""
+        return sum(record["bytes"] for record in self._partial.records)
+
+    @property
     def chosen(self) -> dict[str, Any]:
         """What the run that began this output chose by itself."""
         return self._partial.chosen
+
+    def check_space(self, size: int) -> None:
+        """Refuse to begin what cannot be ended.
+
+        Args:
+            size: bytes that are still to be written.
+
+        Raises:
+            InputError: the disk has less.
+        """
+        free = shutil.disk_usage(self._scratch).free
+        if size > free:
+            raise InputError(
+                f"{self.output}: {size / 1e9:.2f} GB are still to be written, and the disk has {free / 1e9:.2f} GB "
+                "free; make space or choose another --output"
+            )
 
     def path(self, n: int) -> Path:
         """Where the n-th shard is until `finish`, from 0."""

@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from families import save_model
+from safetensors.torch import load_file
 
 from sparsefw import partial
 from sparsefw.run import main
@@ -151,5 +153,15 @@ def test_full_disk_is_one_line_and_the_run_goes_on_with_space(place, monkeypatch
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "No space left on device; 2 of 4 parts are finished: the same command goes on from there" in error
+    # From now on it is known beforehand: the last block is to be written for both methods, and what lies outside.
+    shards = [load_file(place / "undisturbed" / f"model-0000{n}-of-00004.safetensors") for n in (3, 4)]
+    third, outside = (sum(tensor.nbytes for tensor in shard.values()) for shard in shards)
+    free = [2 * third + outside - 1]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    assert run(place, "full") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "GB free; make space or choose another --output; 2 of 4 parts are finished: the same command" in error
+    free[0] += 1
     assert run(place, "full") == 0
     assert content(place, "full") == content(place, "undisturbed")

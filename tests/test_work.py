@@ -19,7 +19,7 @@ from sparsefw.estimate import Job
 from sparsefw.kernels import reference
 from sparsefw.kernels.cost import Cost
 from sparsefw.methods import METHODS
-from sparsefw.needs import Work
+from sparsefw.needs import Work, disk_space
 from sparsefw.placement import Placement
 from sparsefw.prune import prune_layers
 from sparsefw.rates import Rates
@@ -198,7 +198,7 @@ def test_a_run_does_what_is_counted(family, methods, flags, tmp_path, monkeypatc
     traffic = estimate.disk_traffic(job)
     assert (seen["read"], seen["write"]) == (traffic["read"], traffic["write"])
     index = json.loads((tmp_path / "out" / checkpoint.INDEX).read_text())
-    assert estimate.space(job)["output"] == index["metadata"]["total_size"]
+    assert disk_space(job.shape, job.work, job.placement)["output"] == index["metadata"]["total_size"]
 
 
 class TestSeconds:
@@ -244,7 +244,7 @@ class TestSeconds:
         source = save_model(tmp_path / "model", "llama")
         job = planned(source, ("sparsefw",), settings("--refit", "0"), 6, place="file")
         size = 6 * SEQLEN * 32 * 4
-        assert estimate.space(job)["activations"] == size
+        assert disk_space(job.shape, job.work, job.placement)["activations"] == size
         traffic = estimate.disk_traffic(job)
         assert (traffic["calibrate"], traffic["forward"]) == (3 * size, 3 * 2 * size)
         speed = Rates(dict.fromkeys(rates.UNITS, math.inf), math.inf, 1.0, "")

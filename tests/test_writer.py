@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,6 +224,18 @@ def test_full_disk_is_one_line(folder, tmp_path, monkeypatch):
     with refused("writing failed: I/O error: No space left on device$"), Writer(tmp_path / "x", 1) as writer:
         writer.write(TENSORS)
     assert os.listdir(tmp_path) == ["source"]
+
+
+def test_what_the_disk_has_no_room_for_is_not_begun(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2 * 10**9))
+    with Writer(tmp_path / "x", 2) as writer:
+        writer.write({"a": TENSORS["a"]})
+        assert writer.written == TENSORS["a"].nbytes
+        writer.check_space(2 * 10**9)
+        with refused("x: 3.00 GB are still to be written, and the disk has 2.00 GB free; make space or choose"):
+            writer.check_space(3 * 10**9)
+        writer.write({"b": TENSORS["b"]})
+        writer.finish(folder)
 
 
 @pytest.mark.parametrize("tied", [False, True])
