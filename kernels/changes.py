@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from .reference import product, round_operand
-from .selection import as_float
+from .selection import as_float, keep
 
 # The first products are from scratch, and then one of every so many. Early vertices differ so much that this costs
 # little, and their products are many times the last ones: roundings of large numbers would stay in small ones.
@@ -46,7 +46,7 @@ class VertexProducts:
     def __call__(self, V: Tensor, *, out: Tensor) -> Tensor:
         """The product of V, (rows, d) bool, written to `out`, (rows, d) fp32, and returned."""
         if self._made < FIRST or self._made % REFRESH == 0:
-            U = product(self._W * ~V, self._G, precision=self._precision)
+            U = product(keep(self._W, ~V), self._G, precision=self._precision)
             if self._offset is not None:
                 U += self._offset
             self._kept = [(V.clone(), U), (V.clone(), U.clone())]

@@ -14,7 +14,7 @@ same names with the same signatures. Words and symbols (`src` is any tensor name
 import torch
 from torch import Tensor
 
-from .selection import as_float, row_blocks, select
+from .selection import as_float, infinite, keep, row_blocks, select
 
 PRECISIONS = ("ieee", "tf32", "bf16")
 
@@ -205,30 +205,32 @@ def row_step(
         D, B = as_float(v).sub_(m), u.sub_(r)
         q = w.square().mul_(diag) if theta or next_theta else None
         step[rows] = _line_search(w, q, m, r, D, B, theta) if eta is None else eta
-        m.add_(D.mul_(step[rows, None]))
-        r.add_(B.mul_(step[rows, None]))
+        eta_rows = step[rows, None]
+        m.addcmul_(D, eta_rows)
+        r.addcmul_(B, eta_rows)
         # Half of the score, in the place of U: what is selected is the same.
         score = torch.mul(w, r, out=u)
-        error[rows] = (score * (1 - m)).sum(1)
+        removed = 1 - m
+        error[rows] = (score * removed).sum(1)
         if next_theta:
-            score.add_((m - 0.5).mul_(q), alpha=next_theta)
+            score.addcmul_(removed.sub_(0.5), q, value=-next_theta)
         budget = k[rows] if isinstance(k, Tensor) else k
         held = None if fixed is None else fixed[rows]
         select(score, budget, group=group, fixed=held, positive=next_theta < 1, out=v)
-        torch.sub(w, as_float(v).mul_(w), out=E[rows])
+        torch.mul(w, as_float(~v), out=E[rows])
     return step, error
 
 
 def _line_search(w: Tensor, q: Tensor | None, m: Tensor, r: Tensor, D: Tensor, B: Tensor, theta: float) -> Tensor:
     """The step sizes (rows,), with D = V - M and B = U - R."""
     wD = w * D
-    lin, quad = (wD * r).sum(1).mul_(-2), -wD.mul_(B).sum(1)
+    # Half of -lin, in few calls: those on a number per row take as long as their arithmetic on a whole row.
+    half, quad = (wD * r).sum(1), wD.mul_(B).sum(1).neg_()
     if theta:
         qD = torch.mul(q, D, out=wD)
-        quad -= theta * (qD * D).sum(1)
-        lin -= 2 * theta * qD.mul_(m - 0.5).sum(1)
-    end = (lin + quad < 0).float()
-    return torch.where(quad > 0, (-lin / (2 * quad)).clamp(0, 1), end)
+        half.add_((m - 0.5).mul_(qD).sum(1), alpha=theta)
+        quad.sub_(qD.mul_(D).sum(1), alpha=theta)
+    return torch.where(quad > 0, (half / quad).clamp_(0, 1), quad < 2 * half)
 
 
 def row_swaps(
@@ -255,12 +257,12 @@ def row_swaps(
     W = W.float()
     blocks = _diagonal_blocks(G, group or G.shape[1])
     q = W * W * G.diagonal()
-    least = q.masked_fill(V, 0).sum(1).mul_(-LEAST_GAIN)
+    least = keep(q, ~V).sum(1).mul_(-LEAST_GAIN)
     rows, r, v = torch.arange(len(W), device=W.device), R.clone(), V.clone()
     held = V.new_zeros(()) if fixed is None else fixed
     for _ in range(limit):
         lin = (2 * W).mul_(r)
-        a, b = (q + lin).masked_fill_(~v | held, torch.inf), (q - lin).masked_fill_(v, torch.inf)
+        a, b = torch.maximum(q + lin, infinite(~v | held)), torch.maximum(q - lin, infinite(v))
         i, p, change = _best_swap(W, a, b, blocks)
         go = change < least
         if not go.all():

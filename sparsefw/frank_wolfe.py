@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsefw.kernels import reference
 from sparsefw.kernels.changes import VertexProducts
-from sparsefw.kernels.selection import as_float
+from sparsefw.kernels.selection import as_float, at_least, keep
 
 STEP_RULES = ("line-search", "open-loop")
 
@@ -203,10 +203,10 @@ def iterate(
     # The row step sees the whole matrix as one row, which no program on a GPU could hold: torch does it.
     step, shape = (reference.row_step, (1, -1)) if problem.whole else (ops.row_step, W.shape)
     G = operand(problem.matrix, precision)
-    E = operand(W * ~problem.warm, precision)
+    E = operand(keep(W, ~problem.warm), precision)
     offset = None if problem.lacks is None else ops.product(problem.lacks, G, precision=precision)
     R = _vertex_product(E, G, offset, precision, ops)
-    state = Iterate(problem.warm.float(), R, R.clone(), problem.warm.clone(), E, torch.empty(0), torch.empty(0))
+    state = Iterate(as_float(problem.warm), R, R.clone(), problem.warm.clone(), E, torch.empty(0), torch.empty(0))
     rows = [x.view(shape) for x in (state.M, state.R, state.U, state.V, state.E)]
     fixed = None if problem.fixed is None else problem.fixed.view(shape)
     diag = problem.matrix.diagonal().contiguous()
@@ -256,7 +256,7 @@ def mask_error(
 
 
 def _removed(W: Tensor, mask: Tensor, lacks: Tensor | None) -> Tensor:
-    E = W * ~mask
+    E = keep(W, ~mask)
     return E if lacks is None else E + lacks
 
 
@@ -275,7 +275,7 @@ def lower_bound(problem: Problem, state: Iterate, *, ops: ModuleType = reference
     error = E.mul_(R)
     score = (2 * problem.W.float()).mul_(R)
     V = _lmo(ops, problem, score, fixed=problem.fixed, positive=True)
-    bound = error.sub_(score.mul_(V.float().sub_(state.M)))
+    bound = error.sub_(score.mul_(as_float(V).sub_(state.M)))
     return bound.sum().view(1) if problem.whole else bound.sum(1)
 
 
@@ -288,7 +288,8 @@ def round_mask(problem: Problem, M: Tensor, *, ops: ModuleType = reference) -> T
     first = _lmo(ops, problem, M)
     # The lowest M that got in; entries above it are certain, entries equal to it go by saliency.
     lowest = M.add(as_float(~first), alpha=2).view(units).amin(1, keepdim=True)
-    order = as_float(M.view(units) > lowest).sub_(as_float(M.view(units) < lowest)).view(M.shape)
+    below, up_to = at_least(M.view(units), lowest).logical_not_(), at_least(lowest, M.view(units))
+    order = as_float(~up_to).sub_(as_float(below)).view(M.shape)
     return _lmo(ops, problem, order.mul_(torch.finfo(torch.float32).max).add_(problem.saliency))
 
 

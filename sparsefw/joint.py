@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparsefw import frank_wolfe
 from sparsefw.frank_wolfe import Problem
+from sparsefw.kernels.selection import as_float, keep
 from sparsefw.refit import Fit, inverse_diagonal, refit
 
 # Steps of the second Frank-Wolfe per step of the first. Of 40 steps in all, 30 + 10 left the lowest error.
@@ -61,7 +62,7 @@ def refine(
     margin = torch.zeros_like(best.error)
     for _ in range(rounds):
         T = _candidates(best, inverse)
-        score = _score(T, G).mul_(1 + margin[:, None] * best.mask)
+        score = _score(T, G).mul_(1 + margin[:, None] * as_float(best.mask))
         chosen = ops.lmo(score, problem.k, group=problem.group)
         better = best.take_better(refit(W, G, chosen, T, refit_steps, **options))
         margin = torch.where(better, NARROW * margin, WIDEN * margin + FIRST)
@@ -74,7 +75,7 @@ def _restart(problem: Problem, T: Tensor, steps: int, penalty: float, options: d
     score = _score(T, problem.G)
     warm = ops.lmo(score, problem.k, group=problem.group)
     again = Problem(T, problem.G, score, problem.k, warm, None, problem.group, lacks=problem.W - T)
-    M = warm.float()
+    M = as_float(warm)
     for state in frank_wolfe.iterate(
         again, steps=round(RESTART * steps), step_rule="line-search", penalty=penalty, **options
     ):
@@ -84,7 +85,7 @@ def _restart(problem: Problem, T: Tensor, steps: int, penalty: float, options: d
 
 def _candidates(fit: Fit, inverse: Tensor) -> Tensor:
     """T = Z + R / diag(G), the second term where the mask removes."""
-    return fit.Z + (fit.R * inverse).masked_fill_(fit.mask, 0)
+    return fit.Z + keep(fit.R * inverse, ~fit.mask)
 
 
 def _score(T: Tensor, G: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsefw import frank_wolfe, joint, sparsegpt
 from sparsefw.frank_wolfe import mask_error
+from sparsefw.kernels.selection import keep
 from sparsefw.patterns import Pattern
 from sparsefw.saliency import SALIENCIES
 
@@ -146,7 +147,7 @@ def choose_frank_wolfe(rows: Rows, settings: Settings, ops: ModuleType) -> Choic
     # Per row, and of the weights as they are written: no refit ever makes a row worse.
     better = error < solution.error
     mask = torch.where(better[:, None], fit.mask, solution.mask)
-    unchanged = rows.W.to(rows.dtype).masked_fill(~mask, 0)
+    unchanged = keep(rows.W.to(rows.dtype), mask)
     written = torch.where(better[:, None], written, unchanged)
     return Choice(mask, written, torch.where(better, error, solution.error), solution.error, **known)
 

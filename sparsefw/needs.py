@@ -15,7 +15,7 @@ from sparsefw.activations import PLACES
 from sparsefw.errors import InputError
 from sparsefw.methods import METHODS, Settings
 from sparsefw.placement import BATCH_TOKENS, SOLVER, Placement
-from sparsefw.prune import BYTES_PER_ENTRY, CPU_ROWS, ROW_UNIT
+from sparsefw.prune import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
 from sparsefw.shapes import BlockShape, LayerShape, ModelShape
 
 # Python with torch and transformers loaded and a text tokenized, as measured.
@@ -198,7 +198,7 @@ def _chunks(rows: int, d: int, work: Work, placement: Placement) -> int:
     """The state of the rows that are solved at once; the solver makes chunks as if every entry took the most."""
     rows = min(rows, max(ROW_UNIT, placement.solver // (BYTES_PER_ENTRY * d) // ROW_UNIT * ROW_UNIT))
     if not work.gpu:
-        rows = min(rows, work.threads * CPU_ROWS)
+        rows = min(rows, work.threads * cpu_rows(d))
     most = BYTES_PER_ENTRY if work.settings.refit and work.settings.rounds else BYTES_WITHOUT_ROUNDS
     return most * rows * d
 

@@ -18,6 +18,7 @@ from sparsefw import patterns
 from sparsefw.damping import damped
 from sparsefw.errors import InputError
 from sparsefw.kernels import reference
+from sparsefw.kernels.selection import keep
 from sparsefw.methods import METHODS, Choice, Rows, Settings, weight_error
 from sparsefw.saliency import SALIENCIES
 from sparsefw.target import target
@@ -33,8 +34,9 @@ TARGET_STEPS = 4
 # roundings: with none left over, a row's result does not depend on the rows beside it.
 ROW_UNIT = 64
 
-# Longest chunk on a CPU: longer ones fall out of its caches.
-CPU_ROWS = 384
+# Longest chunk on a CPU: longer ones fall out of its caches, and of short rows shorter ones are too little work between
+# two calls from Python, for which threads wait for each other.
+CPU_ROWS, CPU_ENTRIES = 384, 1 << 19
 
 # Memory of a solve per entry of a chunk at its peak, as measured on a CPU (88 with the stack's W and saliency): fp32 W,
 # T, offset, M, R, U, E, the fit's Z and R, temporaries of the row step, and bool masks.
@@ -245,7 +247,7 @@ def _by_chunks(
     threads = min(before, units) if cpu and ops is reference else 1
     if cpu:
         # As many chunks for every thread.
-        units = min(units // threads, CPU_ROWS // ROW_UNIT)
+        units = min(units // threads, cpu_rows(W.shape[1]) // ROW_UNIT)
         turns = -(-len(W) // (threads * units * ROW_UNIT))
         units = -(-len(W) // (threads * turns * ROW_UNIT))
     height = units * ROW_UNIT
@@ -259,6 +261,11 @@ def _by_chunks(
             yield from pool.map(solve, chunks)
     finally:
         torch.set_num_threads(before)
+
+
+def cpu_rows(d: int) -> int:
+    """Rows of d entries that a thread solves at a time on a CPU, at most."""
+    return max(CPU_ROWS, CPU_ENTRIES // d // ROW_UNIT * ROW_UNIT)
 
 
 def _stacked(
@@ -333,7 +340,7 @@ def _choose_alpha(rows: Rows, held_out: Tensor, settings: Settings, ops: ModuleT
     errors = []
     for alpha in ALPHAS:
         choice = METHODS["sparsefw"].choose(sample, replace(settings, alpha=alpha), ops)
-        Z = W.masked_fill(~choice.mask, 0) if choice.weight is None else choice.weight
+        Z = keep(W, choice.mask) if choice.weight is None else choice.weight
         errors.append(weight_error(W, Z, held_out, ops).double().sum().item())
     return ALPHAS[errors.index(min(errors))]
 
@@ -346,7 +353,7 @@ def _write(weights: list[Tensor], start: int, choice: Choice) -> None:
         if low < high:
             mask = choice.mask[low - start : high - start]
             if choice.weight is None:
-                weight[low - first : high - first].masked_fill_(~mask, 0)
+                weight[low - first : high - first] = keep(weight[low - first : high - first], mask)
             else:
                 weight[low - first : high - first] = choice.weight[low - start : high - start]
         first += len(weight)

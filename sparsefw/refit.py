@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsefw.frank_wolfe import operand
+from sparsefw.kernels.selection import keep
 
 # A row is done once <r, z> has fallen to this share of its start: from there on its ratios are rounding errors.
 CONVERGED = 1e-12
@@ -68,7 +69,7 @@ def refit(
         precision: of the products.
         ops: the operations, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
     """
-    Z = start.masked_fill(~mask, 0)
+    Z = keep(start, mask)
     R = ops.product(W - Z, operand(G, precision), precision=precision)
     descend(Z, R, G, mask, steps, precision=precision, ops=ops)
     return Fit(mask, Z, R, ((W - Z) * R).sum(1))
@@ -94,7 +95,7 @@ def descend(
     inverse = inverse_diagonal(G)
     P, U, rz, enough = torch.zeros_like(Z), torch.empty_like(Z), None, None
     for _ in range(steps):
-        r = R if mask is None else R.masked_fill(~mask, 0)
+        r = R if mask is None else keep(R, mask)
         z = r * inverse
         before, rz = rz, (r * z).sum(1, keepdim=True)
         enough = CONVERGED * rz if enough is None else enough

@@ -15,7 +15,7 @@ from sparsefw.kernels.cost import Cost
 from sparsefw.methods import METHODS, Settings
 from sparsefw.needs import Work, stages
 from sparsefw.placement import Placement
-from sparsefw.prune import ALPHAS, BYTES_PER_ENTRY, CPU_ROWS, ROW_UNIT, SAMPLE_ROWS, TARGET_STEPS
+from sparsefw.prune import ALPHAS, BYTES_PER_ENTRY, ROW_UNIT, SAMPLE_ROWS, TARGET_STEPS, cpu_rows
 from sparsefw.shapes import BlockShape, LayerShape, ModelShape
 
 # Products of a block whose error is measured to share out the sparsity: what it puts out, and three sparsities.
@@ -303,7 +303,7 @@ def _solve(
 def _chunk(d: int, work: Work, placement: Placement) -> int:
     """Rows of a chunk."""
     units = max(1, placement.solver // (BYTES_PER_ENTRY * d * ROW_UNIT))
-    return ROW_UNIT * (units if work.gpu else min(units, CPU_ROWS // ROW_UNIT))
+    return ROW_UNIT * (units if work.gpu else min(units, cpu_rows(d) // ROW_UNIT))
 
 
 def _of_solve(
