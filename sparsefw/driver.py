@@ -144,7 +144,7 @@ def prune_model(
                         # The next method takes the block's memory.
                         tensors[method] = {name: tensor.clone() for name, tensor in tensors[method].items()}
             model.close(i)
-            del block, dense
+            del block, dense, follows
             with timeline.span("wait", i):
                 if written:
                     written.result()

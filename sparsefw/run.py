@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from sparsefw import patterns
+from sparsefw import memory, patterns
 from sparsefw.errors import InputError
 from sparsefw.frank_wolfe import STEP_RULES
 from sparsefw.kernels.reference import PRECISIONS
@@ -245,6 +245,7 @@ def _say(status: int, error: BaseException, message: str) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Prune, evaluate, write, report."""
     settings = settings_of(arguments)
+    memory.share_freed()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     if arguments.kernel == "triton" and not cuda:
@@ -255,7 +256,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from sparsefw import checkpoint, data, memory, needs, report, writer
+    from sparsefw import checkpoint, data, needs, report, writer
     from sparsefw.budgets import allocate
     from sparsefw.driver import prune_model
     from sparsefw.page import page
