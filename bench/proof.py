@@ -43,7 +43,7 @@ CASES = {
         | {"num_local_experts": 64, "num_experts_per_tok": 2}
         | _HEADS
         | {"num_attention_heads": 8, "head_dim": 64},
-        ["--host-memory", "1.5", *_FEW],
+        ["--host-memory", "2", *_FEW],
     ),
 }
 

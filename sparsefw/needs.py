@@ -24,6 +24,9 @@ PROCESS = 570 * 2**20
 # Of a solve per entry of a chunk, where no mask is chosen again for refitted weights; measured on a CPU.
 BYTES_WITHOUT_ROUNDS = 56
 
+# Of the code that oneDNN makes for products of one shape in bf16 or fp16, measured, and for how many it keeps it.
+BYTES_PER_PRODUCT, PRODUCTS_KEPT = 560 * 2**10, 1024
+
 # What the allocators keep between the tensors, as a share of what is there at the peak.
 SLACK = 0.05
 
@@ -116,7 +119,7 @@ def needs(shape: ModelShape, work: Work, placement: Placement) -> Needs:
     block = max(b.nbytes for b in shape.blocks)
     copies = 1 + (work.followed or len(work.methods) > 1)
     # On the host: the next block, the last one (still being written), and those of compared methods.
-    beside = block * (placement.ahead + len(work.methods))
+    beside = block * (min(placement.ahead + 1, len(shape.blocks) - 1) + len(work.methods) - 1)
     weights = block * copies
     logits = work.seqlen * shape.vocabulary * (shape.itemsize + 8)
     work_of_block = max(_forward(b, shape, tokens, work) for b in shape.blocks)
@@ -130,11 +133,19 @@ def needs(shape: ModelShape, work: Work, placement: Placement) -> Needs:
         "end": shape.outside + (logits if work.held_out else 0),
     }
     on_host = {"start": through, "calibrate": beside, "solve": beside, "write": beside + through, "end": through}
-    phases = {}
+    phases, process = {}, work.process + _made_by_products(shape, tokens, work)
     for phase, gpu in on_gpu.items():
         gpu, host = (1 + SLACK) * (gpu + held[0]), (1 + SLACK) * (on_host[phase] + held[1])
-        phases[phase] = (int(gpu), int(host) + work.process) if work.gpu else (0, int(gpu + host) + work.process)
+        phases[phase] = (int(gpu), int(host) + process) if work.gpu else (0, int(gpu + host) + process)
     return Needs(phases)
+
+
+def _made_by_products(shape: ModelShape, tokens: int, work: Work) -> int:
+    """Of what a CPU's library makes for products in half precision, by the number of tokens: experts are sent any."""
+    if work.gpu or shape.itemsize != 2:
+        return 0
+    experts = {(layer.rows, layer.d) for block in shape.blocks for layer in block.layers if layer.experts}
+    return BYTES_PER_PRODUCT * min(PRODUCTS_KEPT, len(experts) * min(tokens, PRODUCTS_KEPT // 2))
 
 
 def _forward(block: BlockShape, shape: ModelShape, tokens: int, work: Work) -> int:

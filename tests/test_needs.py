@@ -55,6 +55,33 @@ def test_nothing_grows_with_depth():
         assert shallow == deep
 
 
+@pytest.mark.parametrize(("depth", "beside"), [(1, 0), (2, 1), (3, 2), (4, 2)])
+def test_blocks_beside_the_one_at_work(depth, beside):
+    """The one that is read and the one that is written, where there are so many."""
+    shape = llama(1024, 4096, depth, vocabulary=16)
+    alone = needs(llama(1024, 4096, 1, vocabulary=16), work(), Placement(2)).phases["solve"][1]
+    blocks = (needs(shape, work(), Placement(2)).phases["solve"][1] - alone) / shape.blocks[0].nbytes
+    assert blocks == pytest.approx(1.05 * beside, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "gpu", "windows", "products"),
+    [(2, False, 1, 2 * 64), (2, False, 99, 1024), (4, False, 9, 0), (2, True, 9, 0)],
+)
+def test_products_of_experts_in_half_precision(itemsize, gpu, windows, products):
+    """oneDNN makes code for every number of tokens that an expert is sent, up to so many."""
+    layers = (LayerShape("up", 64, 32, "up", 8), LayerShape("down", 32, 64, "down", 8), LayerShape("o", 32, 32, "o"))
+    shape = replace(llama(32, 64, 2), blocks=(BlockShape(10**6, layers),) * 2, itemsize=itemsize)
+    dense = replace(shape, blocks=(BlockShape(10**6, tuple(replace(layer, experts=0) for layer in layers)),) * 2)
+    process = [
+        needs(
+            one, work("--method", "wanda", windows=windows, seqlen=64, gpu=gpu, methods=("wanda",)), Placement(64)
+        ).phases["write"][1]
+        for one in (shape, dense)
+    ]
+    assert process[0] - process[1] == products * 560 * 1024
+
+
 def test_stages_of_a_block():
     assert [[layer.name for layer in stage] for stage in stages(LLAMA_70B.blocks[0])] == [
         ["q", "k", "v"],
