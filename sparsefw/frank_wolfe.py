@@ -288,8 +288,7 @@ def round_mask(problem: Problem, M: Tensor, *, ops: ModuleType = reference) -> T
     first = _lmo(ops, problem, M)
     # The lowest M that got in; entries above it are certain, entries equal to it go by saliency.
     lowest = M.add(as_float(~first), alpha=2).view(units).amin(1, keepdim=True)
-    below, up_to = at_least(M.view(units), lowest).logical_not_(), at_least(lowest, M.view(units))
-    order = as_float(~up_to).sub_(as_float(below)).view(M.shape)
+    order = as_float(at_least(M.view(units), lowest)).sub_(as_float(at_least(lowest, M.view(units)))).view(M.shape)
     return _lmo(ops, problem, order.mul_(torch.finfo(torch.float32).max).add_(problem.saliency))
 
 
