@@ -44,11 +44,12 @@ def infinite(mask: Tensor) -> Tensor:
     return as_float(mask).sub_(0.5).mul_(torch.inf)
 
 
-def at_least(X: Tensor, Y: Tensor, out: Tensor | None = None) -> Tensor:
+def at_least(X: Tensor, Y: Tensor | float, out: Tensor | None = None) -> Tensor:
     """X >= Y, bool, written to `out` and returned; allocated when None."""
     if X.device.type != "cpu":
         return torch.ge(X, Y, out=out)
-    return torch.from_numpy(np.greater_equal(X.numpy(), Y.numpy(), out=None if out is None else out.numpy()))
+    Y = Y.numpy() if isinstance(Y, Tensor) else Y
+    return torch.from_numpy(np.greater_equal(X.numpy(), Y, out=None if out is None else out.numpy()))
 
 
 def select(score: Tensor, k: int | Tensor, *, group: int, fixed: Tensor | None, positive: bool, out: Tensor) -> Tensor:
@@ -60,17 +61,17 @@ def select(score: Tensor, k: int | Tensor, *, group: int, fixed: Tensor | None, 
 
 def _best_of_groups(score: Tensor, n: int, m: int, positive: bool, V: Tensor) -> Tensor:
     # Members of a group side by side in rows: comparisons of neighbours in memory run on vector instructions.
-    S = score.reshape(-1, m).T.contiguous()
+    S = torch.stack(score.reshape(-1, m).unbind(1))
     rank = torch.zeros(S.shape, dtype=torch.uint8, device=score.device)
     for i in range(m - 1):
         # Of two that are equal the first wins.
         ahead = at_least(S[i], S[i + 1 :]).view(torch.uint8)
         rank[i + 1 :] += ahead
         rank[i] += (m - 1 - i) - ahead.sum(0, dtype=torch.uint8)
-    best = rank < n
+    best = ~at_least(rank, n)
     if positive:
-        best &= S > 0
-    return V.copy_(best.T.reshape(V.shape))
+        best &= at_least(S, LEAST)
+    return V.copy_(torch.stack(best.unbind(0), 1).view(V.shape))
 
 
 def _best_of_rows(score: Tensor, k: int | Tensor, positive: bool, V: Tensor) -> Tensor:

@@ -37,3 +37,5 @@ def test_at_least(shape):
     assert torch.equal(at_least(X, Y), X >= Y)
     at_least(X, Y, out=out)
     assert torch.equal(out, X >= Y)
+    at_least(X, 0.5, out=out)
+    assert torch.equal(out, X >= 0.5)
