@@ -1,7 +1,6 @@
 """What memory a process has taken, and what is there."""
 
 import ctypes
-import platform
 import resource
 from pathlib import Path
 
@@ -15,9 +14,9 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 def peak_memory() -> dict[str, int]:
     """Peak bytes of this process: resident on the host (file-backed pages counted), and allocated on the GPU."""
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if platform.system() == "Darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # Not getrusage: that counts the process that started this one, too.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    host = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     return {"host_bytes": host, "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
 
 
