@@ -1,4 +1,4 @@
-"""Checkpoints on disk and settings of torch that several test files start from."""
+"""Checkpoints on disk, outputs of runs and settings of torch that several test files start from."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from checkpoints import TENSORS, write_index
 from safetensors.torch import save_file
+from verifying import copies, outputs
 
 from sparsefw.checkpoint import SINGLE
 
@@ -30,6 +31,18 @@ def shards(tmp_path: Path) -> Path:
     save_file({k: TENSORS[k] for k in "cn"}, path / "two.safetensors")
     write_index(path, a="one.safetensors", b="one.safetensors", c="two.safetensors", n="two.safetensors")
     return path
+
+
+@pytest.fixture(scope="session")
+def pruned(tmp_path_factory):
+    """See `verifying.outputs`."""
+    return outputs(tmp_path_factory)
+
+
+@pytest.fixture
+def copied(pruned, tmp_path):
+    """See `verifying.copies`."""
+    return copies(pruned, tmp_path)
 
 
 @pytest.fixture

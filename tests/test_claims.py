@@ -10,9 +10,7 @@ from verifying import (
     WANDA,
     Q,
     change_report,
-    copies,
     only_failure,
-    outputs,
     refused,
     verdict,
 )
@@ -22,16 +20,6 @@ from sparsefw.errors import InputError
 from sparsefw.patterns import parse
 
 UP = "model.layers.0.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
-    return outputs(tmp_path_factory)
-
-
-@pytest.fixture
-def copied(pruned, tmp_path):
-    return copies(pruned, tmp_path)
 
 
 def test_fewer_layers_than_the_model(copied, capsys):

@@ -167,8 +167,8 @@ def test_bad_flags_are_one_line(config, flags, line, capsys):
         assert line in refused(capsys, *argv)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_flags_of_a_gpu_that_is_not_here(config, capsys):
+def test_flags_of_a_gpu_that_is_not_here(config, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device here; say which card" in refused(capsys, "--model", config, *SMALL, "--gpu-memory", "8")
     assert "no GPU is here" in refused(capsys, "--model", config, *SMALL, "--gpu", "h100", "--measure")
 

@@ -16,10 +16,8 @@ from verifying import (
     Q,
     change_report,
     change_tensor,
-    copies,
     flip_bit,
     only_failure,
-    outputs,
     prune,
     put,
     refused,
@@ -31,16 +29,6 @@ from verifying import (
 from sparsefw import checkpoint, run
 from sparsefw.checkpoint import CONFIG, SINGLE
 from sparsefw.verify import main
-
-
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
-    return outputs(tmp_path_factory)
-
-
-@pytest.fixture
-def copied(pruned, tmp_path):
-    return copies(pruned, tmp_path)
 
 
 class TestPasses:

@@ -14,26 +14,14 @@ from verifying import (
     Q,
     change_report,
     change_tensor,
-    copies,
     flip_bit,
     only_failure,
-    outputs,
     put,
     tensor_of,
     verdict,
 )
 
 from sparsefw.checkpoint import CONFIG, INDEX, SINGLE
-
-
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
-    return outputs(tmp_path_factory)
-
-
-@pytest.fixture
-def copied(pruned, tmp_path):
-    return copies(pruned, tmp_path)
 
 
 class TestPattern:

@@ -25,9 +25,6 @@ EMBEDDING = "model.embed_tokens.weight"
 
 WANDA = ("--method", "wanda")
 
-# Source and output of every run so far, by what was asked for; all test files share them.
-MADE: dict[tuple, tuple[Path, Path]] = {}
-
 
 def save_gpt2(folder: Path, dtype: torch.dtype) -> Path:
     """A model of two blocks whose layers are stored (in, out); one of each block's is square."""
@@ -51,18 +48,19 @@ def prune(source: Path, output: Path, *flags: str) -> None:
 
 def outputs(folders) -> Callable[..., tuple[Path, Path]]:
     """make(*flags, family, dtype) -> source and output of a run; each is made once, and must not be changed."""
+    made: dict[tuple, tuple[Path, Path]] = {}
 
     def make(*flags: str, family: str = "llama", dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
         key = flags, family, dtype
-        if key not in MADE:
+        if key not in made:
             folder = folders.mktemp("pruned")
             if family == "gpt2":
                 source = save_gpt2(folder / "model", dtype)
             else:
                 source = save_model(folder / "model", family, dtype, num_hidden_layers=2)
             prune(source, folder / "out", *flags)
-            MADE[key] = source, folder / "out"
-        return MADE[key]
+            made[key] = source, folder / "out"
+        return made[key]
 
     return make
 
