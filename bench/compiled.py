@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from sparsefw.kernels import cost
+from sparsefw.kernels.conjugate import conjugate_step
 from sparsefw.kernels.cost import Cost
 from sparsefw.kernels.cross import cross_accumulate
 from sparsefw.kernels.gradient import gradient
@@ -162,6 +163,12 @@ def cases() -> Iterator[Case]:
         yield _swaps(str(d), targets, d)
     for m, d in ((4, 4096), (32, 14336), (5, 4095)):
         yield _swaps(f"of {m} {d}", ALL, d, group=m, fixed=m == 4)
+    yield _conjugate("576", HOPPER, 576)
+    for d in (4096, 28672):
+        yield _conjugate(str(d), ALL, d)
+        for place in ("first", "last"):
+            yield _conjugate(f"{place} {d}", HOPPER, d, **{place: True})
+    yield _conjugate("target 4096", HOPPER, 4096, mask=False)
     x, v, eta = empty(ROWS, 4096), empty(ROWS, 4096, torch.bool), empty(ROWS, 1)[:, 0]
     yield Case("update 4096", ALL, lambda: convex_update(x, v, x, x, eta), cost.convex_update(ROWS, 4096))
 
@@ -248,6 +255,17 @@ def _swaps(text: str, targets: tuple[str, ...], d: int, *, group: int = 0, fixed
         targets,
         lambda: row_swaps(W, G, R, V, SWAPS, group=group, fixed=held),
         cost.row_swaps(ROWS, d, SWAPS, W=2),
+    )
+
+
+def _conjugate(text: str, targets: tuple[str, ...], d: int, *, mask: bool = True, **place: bool) -> Case:
+    state, (rz, inverse) = empty(ROWS, d), (empty(n, 1)[:, 0] for n in (ROWS, d))
+    held = empty(ROWS, d, torch.bool) if mask else None
+    return Case(
+        f"conjugate {text}",
+        targets,
+        lambda: conjugate_step(state, state, state, state, rz, rz, inverse, mask=held, **place),
+        cost.conjugate_step(ROWS, d, mask=mask, **place),
     )
 
 

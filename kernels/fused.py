@@ -1,5 +1,6 @@
 """The Triton kernels under the names of reference.py: a solver takes either module."""
 
+from .conjugate import conjugate_step
 from .cross import cross_accumulate
 from .gradient import gradient
 from .gram import gram_accumulate
@@ -13,6 +14,7 @@ from .update import convex_update
 __all__ = [
     "PRECISIONS",
     "check_budget",
+    "conjugate_step",
     "convex_update",
     "cross_accumulate",
     "gradient",

@@ -18,6 +18,10 @@ from .selection import as_float, infinite, keep, row_blocks, select
 
 PRECISIONS = ("ieee", "tf32", "bf16")
 
+# A row of conjugate gradients is done once <r, z> has fallen to this share of its start: from there on its ratios are
+# rounding errors.
+CONVERGED = 1e-12
+
 # A swap counts only if it lowers the row's error by this fraction of sum(q) over what is removed at the start: less may
 # be rounding, and a search that follows rounding need not end.
 LEAST_GAIN = 1e-6
@@ -231,6 +235,64 @@ def _line_search(w: Tensor, q: Tensor | None, m: Tensor, r: Tensor, D: Tensor, B
         half.add_((m - 0.5).mul_(qD).sum(1), alpha=theta)
         quad.sub_(qD.mul_(D).sum(1), alpha=theta)
     return torch.where(quad > 0, (half / quad).clamp_(0, 1), quad < 2 * half)
+
+
+def conjugate_step(
+    Z: Tensor,
+    R: Tensor,
+    P: Tensor,
+    U: Tensor,
+    rz: Tensor,
+    enough: Tensor,
+    inverse: Tensor,
+    *,
+    mask: Tensor | None = None,
+    first: bool = False,
+    last: bool = False,
+) -> None:
+    """One step of preconditioned conjugate gradients of every row, in place: the move along P, and the next P.
+
+        a  = rz / <P, U>                             0 where a row is done, rz <= enough
+        Z += a P                                     R -= a U
+        r  = mask * R     z = r inverse              rz' = <r, z>
+        P  = z + (rz' / rz) P
+
+    A ratio is 0 where its denominator is not positive: nothing is left to gain in that row.
+
+    Args:
+        Z: (rows, d) fp32, what moves.
+        R: (rows, d) fp32, its residual, B - Z G.
+        P: (rows, d) fp32, the direction; replaced by the next one.
+        U: (rows, d) fp32, the product P G.
+        rz: (rows,) fp32, <r, z> of the direction; replaced.
+        enough: (rows,) fp32, the <r, z> at which a row is done.
+        inverse: (d,) fp32, the preconditioner: 1 / diag(G).
+        mask: (rows, d) bool, the entries that move; None moves all.
+        first: nothing moves yet; P, rz and enough are only written, and U is not used.
+        last: P and rz are of no use afterwards, and left alone.
+    """
+    for rows in row_blocks(Z):
+        r, p = R[rows], P[rows]
+        if not first:
+            u, before = U[rows], rz[rows]
+            a = _ratio(before, (p * u).sum(1)).masked_fill_(before <= enough[rows], 0)[:, None]
+            Z[rows].addcmul_(p, a)
+            r.addcmul_(u, -a)
+        if last:
+            continue
+        r = r if mask is None else keep(r, mask[rows])
+        z = r * inverse
+        now = (r * z).sum(1)
+        if first:
+            p.copy_(z)
+            enough[rows] = CONVERGED * now
+        else:
+            p.mul_(_ratio(now, before)[:, None]).add_(z)
+        rz[rows] = now
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator > 0, numerator / denominator, 0)
 
 
 def row_swaps(

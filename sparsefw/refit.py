@@ -16,9 +16,6 @@ from torch import Tensor
 from sparsefw.frank_wolfe import operand
 from sparsefw.kernels.selection import keep
 
-# A row is done once <r, z> has fallen to this share of its start: from there on its ratios are rounding errors.
-CONVERGED = 1e-12
-
 
 @dataclass
 class Fit:
@@ -80,10 +77,7 @@ def descend(
 ) -> None:
     """Preconditioned conjugate gradients on `sum(Z * (Z G)) / 2 - sum(Z * B)` for R = B - Z G, in place.
 
-        r = mask * R, z = r / diag(G), p = z; then per step and row
-        a = <r, z> / <p, p G>;  Z += a p;  R -= a p G;  r = mask * R;  p = z + (<r, z> / <r, z>_before) p
-
-    No step raises the objective.
+    A step is one product, P G, and what `reference.conjugate_step` does with it. None raises the objective.
 
     Args:
         Z, R: (rows, d) fp32, the weights and their residual; both are moved.
@@ -91,21 +85,13 @@ def descend(
         mask: (rows, d) bool, the weights that move; None moves all.
         steps, precision, ops: as in `refit`.
     """
+    if not steps:
+        return
     G_operand = operand(G, precision)
-    inverse = inverse_diagonal(G)
-    P, U, rz, enough = torch.zeros_like(Z), torch.empty_like(Z), None, None
-    for _ in range(steps):
-        r = R if mask is None else keep(R, mask)
-        z = r * inverse
-        before, rz = rz, (r * z).sum(1, keepdim=True)
-        enough = CONVERGED * rz if enough is None else enough
-        P.mul_(0 if before is None else _ratio(rz, before)).add_(z)
+    P, U = torch.empty_like(Z), torch.empty_like(Z)
+    rz, enough = Z.new_empty(2, len(Z))
+    state = (Z, R, P, U, rz, enough, inverse_diagonal(G))
+    ops.conjugate_step(*state, mask=mask, first=True)
+    for step in range(1, steps + 1):
         ops.product(P, G_operand, precision=precision, out=U)
-        a = _ratio(rz, (P * U).sum(1, keepdim=True)).masked_fill_(rz <= enough, 0)
-        Z.addcmul_(P, a)
-        R.addcmul_(U, -a)
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Their ratio; 0 where the denominator is not positive: nothing is left to gain in that row."""
-    return torch.where(denominator > 0, numerator / denominator, 0)
+        ops.conjugate_step(*state, mask=mask, last=step == steps)

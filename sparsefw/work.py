@@ -6,6 +6,7 @@ every sum here is a floor.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 
 from sparsefw.frank_wolfe import CERTIFIED
@@ -80,6 +81,7 @@ class Calls:
         starts: those that give a Frank-Wolfe its first R.
         steps: those of Frank-Wolfe steps.
         refits: those of refits and rounds.
+        fits: refits.
         errors: those of errors and swaps, in fp32 whatever the precision.
         row_steps, lmos, row_swaps: calls of these kernels.
     """
@@ -88,6 +90,7 @@ class Calls:
     starts: int = 0
     steps: int = 0
     refits: int = 0
+    fits: int = 0
     errors: int = 0
     row_steps: int = 0
     lmos: int = 0
@@ -97,6 +100,12 @@ class Calls:
     def products(self) -> int:
         """In all."""
         return self.target + self.starts + self.steps + self.refits + self.errors
+
+    @property
+    def descents(self) -> list[tuple[int, int, bool]]:
+        """Conjugate gradients: how often, in how many steps, and whether under a mask."""
+        targets, fits = (1, self.target, False), (self.fits, self.refits // max(1, self.fits) - 1, True)
+        return [one for one in (targets, fits) if one[0] and one[1] > 0]
 
 
 def calls(method: str, settings: Settings, follows: bool) -> Calls:
@@ -121,6 +130,7 @@ def calls(method: str, settings: Settings, follows: bool) -> Calls:
         starts=(1 + bool(follows and not refit) if steps else 0) + 2 * restarts,
         steps=steps + again,
         refits=fits * (1 + refit) if refit else 0,
+        fits=fits if refit else 0,
         errors=2 + bool(settings.swaps) + bool(refit),
         row_steps=(1 + steps if steps else 0) + (1 + again if restarts else 0),
         lmos=1 + bool(settings.alpha) + (len(certified) + 2 if steps else 0) + (3 + settings.rounds) * restarts,
@@ -326,6 +336,11 @@ def _of_solve(
     yield from some("refit", unit, each.refits, lambda n: cost.product(n, d, E=4, G=G))
     yield from some("error", "ieee", each.errors, lambda n: cost.product(n, d, E=weight, G=4))
     yield from some("row_step", "ieee", each.row_steps, lambda n: cost.row_step(n, d, W=weight, E=E))
+    for count, steps, mask in each.descents:
+        for parts, place in ((1, {"first": True}), (steps - 1, {}), (1, {"last": True})):
+            yield from some(
+                "conjugate_step", "ieee", count * parts, partial(cost.conjugate_step, d=d, mask=mask, **place)
+            )
     yield from some("lmo", "ieee", each.lmos, lambda n: cost.lmo(n, d))
     # How many swaps lower the error, only the weights tell.
     yield from some("row_swaps", "ieee", each.row_swaps, lambda n: cost.row_swaps(n, d, 0, W=weight))

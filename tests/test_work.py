@@ -30,7 +30,7 @@ from sparsefw.windows import Windows
 from sparsefw.work import Operation, calls, passes
 from sparsefw.writer import Writer
 
-KERNELS = ("product", "row_step", "lmo", "row_swaps", "gram_accumulate", "cross_accumulate")
+KERNELS = ("product", "row_step", "lmo", "row_swaps", "conjugate_step", "gram_accumulate", "cross_accumulate")
 BATCH, SEQLEN = 2, 16
 
 
@@ -76,6 +76,7 @@ def test_calls_of_a_solve_are_those_that_are_made(flags):
     assert seen["row_step"] == solves * expected.row_steps
     assert seen["lmo"] == solves * expected.lmos
     assert seen["row_swaps"] == solves * expected.row_swaps
+    assert seen["conjugate_step"] == solves * sum(count * (steps + 1) for count, steps, _ in expected.descents)
 
 
 def test_what_the_readme_says_of_products():

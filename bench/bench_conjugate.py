@@ -1,0 +1,35 @@
+"""conjugate_step: a step of conjugate gradients but for its product."""
+
+import pytest
+import torch
+from operations import DEVICE, assert_equal_enough, cases, gram, measure, normal, ways
+
+from sparsefw.kernels import cost, reference
+
+WAYS = ways("conjugate_step")
+
+
+@pytest.mark.parametrize(("way", "shape"), cases(WAYS), ids=str)
+def test_conjugate_step(benchmark, way, shape):
+    rows, d = shape
+    G = gram(d)
+    inverse, mask = 1 / G.diagonal(), normal(rows, d, seed=3) > 0
+    Z, R, P = (normal(rows, d, seed=seed) for seed in range(3))
+    U = reference.product(P, G)
+    del G
+
+    def fresh() -> tuple:
+        # In place: every call starts from the same state.
+        rz = torch.ones(rows, device=DEVICE)
+        return Z.clone(), R.clone(), P.clone(), U, rz, 1e-12 * rz, inverse
+
+    def step(*state: object) -> None:
+        WAYS[way](*state, mask=mask)
+
+    expected, got = fresh(), fresh()
+    reference.conjugate_step(*expected, mask=mask)
+    step(*got)
+    for a, b in zip(got[:3], expected[:3], strict=True):
+        assert_equal_enough(a, b, 1e-4)
+    del expected, got
+    measure(benchmark, step, cost.conjugate_step(rows, d), setup=fresh)

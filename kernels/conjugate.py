@@ -1,0 +1,196 @@
+"""conjugate_step: everything of a step of conjugate gradients but the product, one program per few rows, in place.
+
+    a  = rz / <P, U>                             0 where a row is done, rz <= enough
+    Z += a P                                     R -= a U
+    r  = mask * R     z = r inverse              rz' = <r, z>
+    P  = z + (rz' / rz) P                        U is the product of P
+
+    Z, R, P, U (rows, d) fp32     mask (rows, d) bool     inverse (d,) fp32     rz, enough (rows,) fp32
+
+    flops = about 12 rows d
+    bytes = rows d (16 + 1 + 12)      (P U Z R and mask in, Z R P out)
+            the first step reads R and mask and writes P, the last one leaves mask and P alone
+
+A row that fits one chunk stays in registers from the first load to the last store. A longer one takes passes over its
+chunks, which find in the cache what fits there: A adds up <P, U>, B moves Z and R and adds up rz', C turns P.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import check, check_matrix, interpreter_tile, on_device, platform, warps
+from .reference import CONVERGED
+
+
+def configuration(rows: int, d: int) -> dict[str, int]:
+    """Tile sizes and launch options: up to 4096 entries of a row at once."""
+    width = triton.next_power_of_2(d)
+    if platform() == "interpreter":
+        return interpreter_tile(rows, width)
+    if width <= 4096:
+        # 16 entries of each matrix per thread.
+        return dict(BLOCK_R=max(1, 1024 // width), BLOCK_D=width, num_warps=warps(max(4, width // 512)))
+    # Of long rows one at a time on a multiprocessor: the fewer are under way, the more of them the cache holds.
+    return dict(BLOCK_R=1, BLOCK_D=4096, num_warps=warps(16))
+
+
+@triton.jit
+def _ratio(numerator, denominator):
+    """Their ratio; 0 where the denominator is not positive: nothing is left to gain in that row."""
+    return tl.where(denominator > 0, numerator / tl.where(denominator > 0, denominator, 1.0), 0.0)
+
+
+@triton.jit
+def _move(Z, R, column, valid, p, u, a):
+    """Moves one chunk of Z and R along p; returns its R."""
+    z = tl.load(Z + column[None, :], mask=valid, other=0.0)
+    r = tl.load(R + column[None, :], mask=valid, other=0.0)
+    r -= a[:, None] * u
+    tl.store(Z + column[None, :], z + a[:, None] * p, mask=valid)
+    tl.store(R + column[None, :], r, mask=valid)
+    return r
+
+
+@triton.jit
+def _pull(INVERSE, MASK, r, column, valid, valid_d):
+    """r under the mask, and what the preconditioner makes of it."""
+    if MASK is not None:
+        r = tl.where(tl.load(MASK + column[None, :], mask=valid, other=0).to(tl.int1), r, 0.0)
+    return r, r * tl.load(INVERSE + column, mask=valid_d, other=0.0)[None, :]
+
+
+@triton.jit
+def _conjugate_kernel(
+    Z, R, P, U, RZ, ENOUGH, INVERSE, MASK, converged, rows, d,
+    stride_z, stride_r, stride_p, stride_u, stride_m,
+    FIRST: tl.constexpr, LAST: tl.constexpr, ONE_CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    valid_r = row < rows
+    row = row.to(tl.int64)
+    Z += row[:, None] * stride_z
+    R += row[:, None] * stride_r
+    P += row[:, None] * stride_p
+    U += row[:, None] * stride_u
+    if MASK is not None:
+        MASK += row[:, None] * stride_m
+    before = tl.zeros((BLOCK_R,), tl.float32)
+    if not FIRST:
+        before = tl.load(RZ + row, mask=valid_r, other=0.0)
+        enough = tl.load(ENOUGH + row, mask=valid_r, other=0.0)
+
+    if ONE_CHUNK:
+        column = tl.arange(0, BLOCK_D)
+        valid_d = column < d
+        valid = valid_r[:, None] & valid_d[None, :]
+        if FIRST:
+            r = tl.load(R + column[None, :], mask=valid, other=0.0)
+        else:
+            p = tl.load(P + column[None, :], mask=valid, other=0.0)
+            u = tl.load(U + column[None, :], mask=valid, other=0.0)
+            a = tl.where(before <= enough, 0.0, _ratio(before, tl.sum(p * u, axis=1)))
+            r = _move(Z, R, column, valid, p, u, a)
+        if not LAST:
+            r, z = _pull(INVERSE, MASK, r, column, valid, valid_d)
+            rz = tl.sum(r * z, axis=1)
+            if not FIRST:
+                z += _ratio(rz, before)[:, None] * p
+            tl.store(P + column[None, :], z, mask=valid)
+    else:
+        if not FIRST:
+            # Pass A: the step size.
+            products = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+            for start in range(0, d, BLOCK_D):
+                column = start + tl.arange(0, BLOCK_D)
+                valid = valid_r[:, None] & (column < d)[None, :]
+                p = tl.load(P + column[None, :], mask=valid, other=0.0)
+                products += p * tl.load(U + column[None, :], mask=valid, other=0.0)
+            a = tl.where(before <= enough, 0.0, _ratio(before, tl.sum(products, axis=1)))
+
+        # Pass B: the move, and the pull of the next direction.
+        pulls = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        for start in range(0, d, BLOCK_D):
+            column = start + tl.arange(0, BLOCK_D)
+            valid_d = column < d
+            valid = valid_r[:, None] & valid_d[None, :]
+            if FIRST:
+                r = tl.load(R + column[None, :], mask=valid, other=0.0)
+            else:
+                p = tl.load(P + column[None, :], mask=valid, other=0.0)
+                u = tl.load(U + column[None, :], mask=valid, other=0.0)
+                r = _move(Z, R, column, valid, p, u, a)
+            if not LAST:
+                r, z = _pull(INVERSE, MASK, r, column, valid, valid_d)
+                pulls += r * z
+        rz = tl.sum(pulls, axis=1)
+
+        if not LAST:
+            # R goes from pass to pass through global memory, and the thread that reads an entry is not always the one
+            # that wrote it: Triton adds no barrier for that by itself.
+            tl.debug_barrier()
+            # Pass C: the direction.
+            for start in range(0, d, BLOCK_D):
+                column = start + tl.arange(0, BLOCK_D)
+                valid_d = column < d
+                valid = valid_r[:, None] & valid_d[None, :]
+                r = tl.load(R + column[None, :], mask=valid, other=0.0)
+                r, z = _pull(INVERSE, MASK, r, column, valid, valid_d)
+                if not FIRST:
+                    z += _ratio(rz, before)[:, None] * tl.load(P + column[None, :], mask=valid, other=0.0)
+                tl.store(P + column[None, :], z, mask=valid)
+
+    if not LAST:
+        tl.store(RZ + row, rz, mask=valid_r)
+        if FIRST:
+            tl.store(ENOUGH + row, converged * rz, mask=valid_r)
+
+
+def conjugate_step(
+    Z: Tensor,
+    R: Tensor,
+    P: Tensor,
+    U: Tensor,
+    rz: Tensor,
+    enough: Tensor,
+    inverse: Tensor,
+    *,
+    mask: Tensor | None = None,
+    first: bool = False,
+    last: bool = False,
+) -> None:
+    """A step of conjugate gradients, in place; see `reference.conjugate_step`, which it equals up to rounding.
+
+    Args:
+        Z, R, P, U: (rows, d) fp32 with contiguous rows (column stride 1).
+        rz, enough: (rows,) fp32, contiguous.
+        inverse: (d,) fp32, contiguous.
+        mask: (rows, d) bool with contiguous rows, or None.
+        first, last: as there.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit this description.
+    """
+    rows, d = check_matrix("Z", Z, (torch.float32,))
+    matrices = dict(Z=Z, R=R, P=P, U=U) | ({} if mask is None else dict(mask=mask))
+    vectors = dict(rz=rz, enough=enough, inverse=inverse)
+    for name, matrix in matrices.items():
+        check(name, matrix, (rows, d), (torch.bool if name == "mask" else torch.float32,), Z)
+        if d > 1 and matrix.stride(1) != 1:
+            raise ValueError(f"{name}: expected contiguous rows, got strides {matrix.stride()}")
+    for name, vector in vectors.items():
+        check(name, vector, (d if name == "inverse" else rows,), (torch.float32,), Z)
+        if len(vector) > 1 and vector.stride(0) != 1:
+            raise ValueError(f"{name}: expected contiguous entries, got strides {vector.stride()}")
+    if Z.numel() == 0:
+        return
+    config = configuration(rows, d)
+    with on_device(Z):
+        _conjugate_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
+            Z=Z, R=R, P=P, U=U, RZ=rz, ENOUGH=enough, INVERSE=inverse, MASK=mask, converged=CONVERGED,
+            rows=rows, d=d, stride_z=Z.stride(0), stride_r=R.stride(0), stride_p=P.stride(0), stride_u=U.stride(0),
+            stride_m=0 if mask is None else mask.stride(0),
+            FIRST=first, LAST=last, ONE_CHUNK=config["BLOCK_D"] >= d, enable_fp_fusion=True, **config,
+        )  # fmt: skip
