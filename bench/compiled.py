@@ -157,6 +157,8 @@ def cases() -> Iterator[Case]:
         yield _lmo(f"{n}:{m} 4096", ALL, 4096, n, group=m)
         yield _step(f"{n}:{m} 4096", HOPPER, 4096, n, group=m)
         yield _step(f"{n}:{m} 14336", ALL, 14336, n, group=m)
+    yield _step("of a target 4096", HOPPER, 4096, 2048, lacks=True)
+    yield _step("of a target 28672", HOPPER, 28672, 14336, lacks=True)
     yield _step("3:5 4095", HOPPER, 4095, 3, group=5)
     yield _step("open loop 4096", HOPPER, 4096, empty(ROWS, 1, torch.int32)[:, 0], fixed=False, eta=0.5)
     for d, targets in ((576, HOPPER), (4096, ALL), (28672, ALL)):
@@ -236,14 +238,18 @@ def _lmo(text: str, targets: tuple[str, ...], d: int, k: int, *, fixed: bool = F
     return Case(f"lmo {text}", targets, lambda: lmo(score, k, fixed=held, **options), cost.lmo(ROWS, d, fixed=fixed))
 
 
-def _step(text: str, targets: tuple[str, ...], d: int, k: int | Tensor, *, fixed: bool = True, **options) -> Case:
-    W, state, V = empty(ROWS, d, BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
-    held = V if fixed else None
+def _step(
+    text: str, targets: tuple[str, ...], d: int, k: int | Tensor, *, fixed: bool = True, lacks: bool = False, **options
+) -> Case:
+    """Of bf16 weights, or of candidates, which have no fixed entries and lack something."""
+    W, state, V = empty(ROWS, d, FP32 if lacks else BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
+    fixed = fixed and not lacks
+    options |= {"fixed": V if fixed else None, "lacks": state if lacks else None}
     return Case(
         f"step {text}",
         targets,
-        lambda: row_step(W, state[0], state, state, state, V, W, k, fixed=held, **options),
-        cost.row_step(ROWS, d, W=2, E=2, fixed=fixed),
+        lambda: row_step(W, state[0], state, state, state, V, W, k, **options),
+        cost.row_step(ROWS, d, W=W.itemsize, E=W.itemsize, fixed=fixed, lacks=lacks),
     )
 
 

@@ -1,8 +1,8 @@
 """The products of one vertex after another on a CPU, most of them from an earlier one and what changed since.
 
-    U = (W * (1 - V)) G = U' + (W * (V' - V)) G      U', V': the vertex before the last and its product
+    U = (lacks + W * (1 - V)) G = U' + (W * (V' - V)) G      U', V': the vertex before the last and its product
 
-    W (rows, d) floating     V (rows, d) bool     U (rows, d) fp32     G (d, d) symmetric
+    W (rows, d) floating     V (rows, d) bool     U, lacks (rows, d) fp32     G (d, d) symmetric
 
 Vertices settle, and until they do they zigzag: each is closer to the one before the last than to the last. In a solve
 of 30 steps on SmolLM2-135M's layers at 60 % they change 3 to 4 times d entries a row in all, where 30 products from
@@ -27,17 +27,17 @@ PANEL, NARROWEST = 1 << 18, 64
 
 
 class VertexProducts:
-    """U = (W * (1 - V)) G + offset for one V after another.
+    """U = (lacks + W * (1 - V)) G for one V after another.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16.
         G: (d, d), symmetric, fp32 or bf16.
-        offset: (rows, d) fp32, terms that V has no part in.
-        precision: of W and G, see `round_operand`.
+        lacks: (rows, d) fp32, what V has no part in; None: nothing.
+        precision: of both operands, see `round_operand`.
     """
 
-    def __init__(self, W: Tensor, G: Tensor, offset: Tensor | None = None, *, precision: str = "ieee"):
-        self._W, self._offset, self._precision = W, offset, precision
+    def __init__(self, W: Tensor, G: Tensor, lacks: Tensor | None = None, *, precision: str = "ieee"):
+        self._W, self._lacks, self._precision = W, lacks, precision
         self._G = round_operand(G, precision)
         self._made = 0
         # Two vertices with their products; the older one makes room for the next.
@@ -46,9 +46,8 @@ class VertexProducts:
     def __call__(self, V: Tensor, *, out: Tensor) -> Tensor:
         """The product of V, (rows, d) bool, written to `out`, (rows, d) fp32, and returned."""
         if self._made < FIRST or self._made % REFRESH == 0:
-            U = product(keep(self._W, ~V), self._G, precision=self._precision)
-            if self._offset is not None:
-                U += self._offset
+            E = keep(self._W, ~V)
+            U = product(E if self._lacks is None else E + self._lacks, self._G, precision=self._precision)
             self._kept = [(V.clone(), U), (V.clone(), U.clone())]
         else:
             self._kept.reverse()

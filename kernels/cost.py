@@ -44,9 +44,9 @@ def lmo(rows: int, d: int, *, fixed: bool = False) -> Cost:
     return Cost(0, rows * d * (4 + fixed + 1))
 
 
-def row_step(rows: int, d: int, *, W: int, E: int, fixed: bool = False) -> Cost:
-    """W, M, R, U, V and `fixed` in; M, R, V, E out."""
-    return Cost(30 * rows * d, rows * d * (W + 13 + fixed + 9 + E))
+def row_step(rows: int, d: int, *, W: int, E: int, fixed: bool = False, lacks: bool = False) -> Cost:
+    """W, M, R, U, V, `fixed` and `lacks` in; M, R, V, E out."""
+    return Cost(30 * rows * d, rows * d * (W + 13 + fixed + 4 * lacks + 9 + E))
 
 
 def row_swaps(rows: int, d: int, swaps: int, *, W: int) -> Cost:

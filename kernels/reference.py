@@ -6,6 +6,7 @@ same names with the same signatures. Words and symbols (`src` is any tensor name
     W (rows, d)   weight, fp32 / bf16 / fp16        G (d, d)      Gram matrix X^T X of the inputs, fp32
     M (rows, d)   relaxed mask in [0, 1], fp32       V (rows, d)   vertex, a binary mask, bool
     E (rows, d)   what a mask removes, W * (1 - V)   diag (d,)     diagonal of G, fp32
+    lacks (rows, d)  where masked weights approximate others, those minus W, fp32: E and the products have it too
     R (rows, d)   (W * (1 - M)) G, fp32              U (rows, d)   (W * (1 - V)) G, fp32
     fixed (rows, d)  bool, entries every vertex must keep
     error(M) = sum(W * (1 - M) * R), one quadratic per row
@@ -174,6 +175,7 @@ def row_step(
     *,
     group: int = 0,
     fixed: Tensor | None = None,
+    lacks: Tensor | None = None,
     eta: float | None = None,
     theta: float = 0.0,
     next_theta: float = 0.0,
@@ -184,7 +186,7 @@ def row_step(
         lin  = sum(D * (-2 W R + theta q (1 - 2 M)))    quad = sum(W D (R - U)) - theta sum(q D^2)
         eta  = clip(-lin / (2 quad), 0, 1)              where quad <= 0: the better of 0 and 1
         M   += eta D                                    R   += eta (U - R)
-        V    = lmo(2 W R - next_theta q (1 - 2 M))      E    = W * (1 - V)
+        V    = lmo(2 W R - next_theta q (1 - 2 M))      E    = lacks + W * (1 - V)
 
     Only positive scores are taken while next_theta < 1; from then on exactly k are.
 
@@ -196,6 +198,7 @@ def row_step(
         V: (rows, d) bool, the vertex that U belongs to; replaced by the next one.
         E: (rows, d), dtype of the product's operand; replaced.
         k, group, fixed: as in `lmo`.
+        lacks: (rows, d) fp32, added to what V removes; None adds nothing.
         eta: step size for all rows (open loop); None for the line search above.
         theta: weight of the integrality penalty that V was chosen with, 0 to 1.
         next_theta: the one that the next V is chosen with.
@@ -221,7 +224,8 @@ def row_step(
         budget = k[rows] if isinstance(k, Tensor) else k
         held = None if fixed is None else fixed[rows]
         select(score, budget, group=group, fixed=held, positive=next_theta < 1, out=v)
-        torch.mul(w, as_float(~v), out=E[rows])
+        removed = torch.mul(w, as_float(~v), out=removed)
+        E[rows] = removed if lacks is None else removed.add_(lacks[rows])
     return step, error
 
 

@@ -34,6 +34,8 @@ def as_float(mask: Tensor) -> Tensor:
 
 def keep(X: Tensor, mask: Tensor) -> Tensor:
     """X where the mask is True, else 0; (rows, d) in the dtype of X."""
+    if X.device.type != "cpu":
+        return torch.where(mask, X, 0)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[X.dtype.itemsize]
     # -1 has every bit, and 0 none.
     return mask.view(torch.int8).neg().to(bits).bitwise_and_(X.view(bits)).view(X.dtype)

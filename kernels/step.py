@@ -4,12 +4,12 @@
     lin  = sum(D * (-2 W R + theta q (1 - 2 M)))    quad = sum(W D (R - U)) - theta sum(q D^2)
     eta  = clip(-lin / (2 quad), 0, 1)              where quad <= 0: the better of 0 and 1
     M   += eta D                                    R   += eta (U - R)
-    V    = lmo(2 W R - next_theta q (1 - 2 M))      E    = W * (1 - V)
+    V    = lmo(2 W R - next_theta q (1 - 2 M))      E    = lacks + W * (1 - V)
 
-    W, E (rows, d)     M, R, U (rows, d) fp32     V, fixed (rows, d) bool     diag (d,) fp32
+    W, E (rows, d)     M, R, U, lacks (rows, d) fp32     V, fixed (rows, d) bool     diag (d,) fp32
 
     flops = about 30 rows d, and at most 32 comparisons an entry
-    bytes = rows d (size(W) + 13 + 9 + size(E), + 1 with fixed)    (W M R U V in, M R V E out)
+    bytes = rows d (size(W) + 13 + 9 + size(E), + 1 with fixed, + 4 with lacks)    (W M R U V in, M R V E out)
 
 A row that fits one chunk stays in registers from the first load to the last store. A longer one takes passes over its
 chunks, which find it in the cache: A adds up the line search, B updates M and R and writes the scores over U, C finds
@@ -90,15 +90,18 @@ def _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, 
 
 
 @triton.jit
-def _store_vertex(V, E, w, chosen, column, valid):
+def _store_vertex(V, E, LACKS, w, chosen, column, valid):
     tl.store(V + column[None, :], chosen, mask=valid)
-    tl.store(E + column[None, :], cast(tl.where(chosen, 0.0, w), E.dtype.element_ty), mask=valid)
+    e = tl.where(chosen, 0.0, w)
+    if LACKS is not None:
+        e += tl.load(LACKS + column[None, :], mask=valid, other=0.0)
+    tl.store(E + column[None, :], cast(e, E.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=["k", "eta", "theta", "next_theta"])
 def _step_kernel(
-    W, DIAG, M, R, U, V, E, FIXED, ETA, ERROR, k, eta, theta, next_theta, rows, d, span,
-    stride_w, stride_m, stride_r, stride_u, stride_v, stride_e, stride_f, stride_k,
+    W, DIAG, M, R, U, V, E, FIXED, LACKS, ETA, ERROR, k, eta, theta, next_theta, rows, d, span,
+    stride_w, stride_m, stride_r, stride_u, stride_v, stride_e, stride_f, stride_l, stride_k,
     LINE_SEARCH: tl.constexpr, POSITIVE: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr,
     PADDED: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, SEARCH_D: tl.constexpr,
@@ -114,6 +117,8 @@ def _step_kernel(
     E += row[:, None] * stride_e
     if FIXED is not None:
         FIXED += row[:, None] * stride_f
+    if LACKS is not None:
+        LACKS += row[:, None] * stride_l
     budget = load_budget(k, row, valid_r, stride_k, PER_ROW, BLOCK_R)
     step = tl.zeros((BLOCK_R,), tl.float32) + eta
 
@@ -132,7 +137,7 @@ def _step_kernel(
         else:
             T, room, tied = kth_key(keys, budget, U, None, d, valid_r, 1, 0, POSITIVE, True, BLOCK_R, BLOCK_D)
             chosen, passed = take(keys, T, room, tied, tl.zeros((BLOCK_R,), tl.int32))
-        _store_vertex(V, E, w, chosen, column, valid)
+        _store_vertex(V, E, LACKS, w, chosen, column, valid)
     else:
         # Pass A: the step size.
         if LINE_SEARCH:
@@ -158,7 +163,7 @@ def _step_kernel(
             if GROUP:
                 keys = candidate_key(score, None, valid, POSITIVE)
                 chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
-                _store_vertex(V, E, w, chosen, column, valid)
+                _store_vertex(V, E, LACKS, w, chosen, column, valid)
             else:
                 tl.store(U + column[None, :], score, mask=valid)
         error = tl.sum(errors, axis=1)
@@ -178,7 +183,7 @@ def _step_kernel(
                 keys = load_keys(U, None, start, d, valid_r, 1, 0, POSITIVE, 0, 0, BLOCK_D)
                 chosen, passed = take(keys, T, room, tied, passed)
                 w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
-                _store_vertex(V, E, w, chosen, column, valid)
+                _store_vertex(V, E, LACKS, w, chosen, column, valid)
     tl.store(ETA + row, step, mask=valid_r)
     tl.store(ERROR + row, error, mask=valid_r)
 
@@ -195,6 +200,7 @@ def row_step(
     *,
     group: int = 0,
     fixed: Tensor | None = None,
+    lacks: Tensor | None = None,
     eta: float | None = None,
     theta: float = 0.0,
     next_theta: float = 0.0,
@@ -209,6 +215,7 @@ def row_step(
         V: (rows, d) bool, the vertex that U belongs to; replaced by the next one.
         E: (rows, d), fp32 / bf16 / fp16; replaced.
         k, group, fixed: as in `lmo`.
+        lacks: (rows, d) fp32, added to what V removes; None adds nothing.
         eta: step size for all rows (open loop); None for the line search.
         theta: weight of the integrality penalty that V was chosen with, 0 to 1.
         next_theta: the one that the next V is chosen with.
@@ -228,6 +235,9 @@ def row_step(
     check_selection(rows, d, k, group, fixed, W)
     if fixed is not None:
         matrices["fixed"] = fixed
+    if lacks is not None:
+        check("lacks", lacks, (rows, d), (torch.float32,), W)
+        matrices["lacks"] = lacks
     for name, tensor in (*matrices.items(), ("diag", diag)):
         if d > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{name}: expected contiguous rows, got strides {tensor.stride()}")
@@ -238,11 +248,12 @@ def row_step(
     config = configuration(rows, d, group)
     with on_device(W):
         _step_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            W=W, DIAG=diag, M=M, R=R, U=U, V=V, E=E, FIXED=fixed, ETA=step, ERROR=error, k=k,
+            W=W, DIAG=diag, M=M, R=R, U=U, V=V, E=E, FIXED=fixed, LACKS=lacks, ETA=step, ERROR=error, k=k,
             eta=0.0 if eta is None else float(eta), theta=float(theta), next_theta=float(next_theta),
             rows=rows, d=d, span=span(d, group),
             stride_w=W.stride(0), stride_m=M.stride(0), stride_r=R.stride(0), stride_u=U.stride(0),
             stride_v=V.stride(0), stride_e=E.stride(0), stride_f=fixed.stride(0) if fixed is not None else 0,
+            stride_l=lacks.stride(0) if lacks is not None else 0,
             stride_k=k.stride(0) if isinstance(k, Tensor) else 0,
             LINE_SEARCH=eta is None, POSITIVE=next_theta < 1, **selection_options(d, k, group, config),
             enable_fp_fusion=True, **config,

@@ -84,7 +84,7 @@ class Solution:
 class Iterate:
     """The state after a step: M, R, U, E fp32 (E in the product's operand type) and V bool, all (rows, d).
 
-    `error` (rows,) is the relaxed error of M and `eta` (rows,) the step size that led to it.
+    `eta` (rows,) is the step size that led there and `error` (rows,) the relaxed error of M, sum(W * (1 - M) * R).
     """
 
     M: Tensor
@@ -197,49 +197,40 @@ def iterate(
 ) -> Iterator[Iterate]:
     """The Frank-Wolfe steps from the warm start; yields the same state, changed in place, after each.
 
-    Arguments as in `solve`. `Iterate.error` has no part of what the weights lack, sum((T - W) * R).
+    Arguments as in `solve`.
     """
     W, k, group = problem.W, problem.k, problem.group
     # The row step sees the whole matrix as one row, which no program on a GPU could hold: torch does it.
     step, shape = (reference.row_step, (1, -1)) if problem.whole else (ops.row_step, W.shape)
     G = operand(problem.matrix, precision)
-    E = operand(keep(W, ~problem.warm), precision)
-    offset = None if problem.lacks is None else ops.product(problem.lacks, G, precision=precision)
-    R = _vertex_product(E, G, offset, precision, ops)
+    E = operand(_removed(W, problem.warm, problem.lacks), precision)
+    R = ops.product(E, G, precision=precision)
     state = Iterate(as_float(problem.warm), R, R.clone(), problem.warm.clone(), E, torch.empty(0), torch.empty(0))
     rows = [x.view(shape) for x in (state.M, state.R, state.U, state.V, state.E)]
-    fixed = None if problem.fixed is None else problem.fixed.view(shape)
+    held = {"fixed": problem.fixed, "lacks": problem.lacks}
+    held = {name: None if x is None else x.view(shape) for name, x in held.items()}
     diag = problem.matrix.diagonal().contiguous()
-    multiply = _multiplier(W, state, G, offset, precision, ops)
+    multiply = _multiplier(problem, state, G, precision, ops)
 
     def theta(t: int) -> float:
         return penalty * min(1.0, t / (RAMP * steps)) if steps else 0.0
 
     # A step of size 0 moves nothing and finds the first vertex.
-    step(W.view(shape), diag, *rows, k, group=group, fixed=fixed, eta=0.0, next_theta=theta(0))
+    step(W.view(shape), diag, *rows, k, group=group, **held, eta=0.0, next_theta=theta(0))
     for t in range(steps):
         multiply()
         eta = None if step_rule == "line-search" else 2 / (t + 2)
         thetas = {"theta": theta(t), "next_theta": theta(t + 1)}
-        state.eta, state.error = step(W.view(shape), diag, *rows, k, group=group, fixed=fixed, eta=eta, **thetas)
+        state.eta, state.error = step(W.view(shape), diag, *rows, k, group=group, **held, eta=eta, **thetas)
         yield state
 
 
-def _multiplier(
-    W: Tensor, state: Iterate, G: Tensor, offset: Tensor | None, precision: str, ops: ModuleType
-) -> Callable[[], Tensor]:
+def _multiplier(problem: Problem, state: Iterate, G: Tensor, precision: str, ops: ModuleType) -> Callable[[], Tensor]:
     """What writes the product of the state's vertex to its U."""
-    if ops is reference and W.device.type == "cpu":
-        products = VertexProducts(W, G, offset, precision=precision)
+    if ops is reference and problem.W.device.type == "cpu":
+        products = VertexProducts(problem.W, G, problem.lacks, precision=precision)
         return lambda: products(state.V, out=state.U)
-    return lambda: _vertex_product(state.E, G, offset, precision, ops, out=state.U)
-
-
-def _vertex_product(
-    E: Tensor, G: Tensor, offset: Tensor | None, precision: str, ops: ModuleType, out: Tensor | None = None
-) -> Tensor:
-    out = ops.product(E, G, precision=precision, out=out)
-    return out if offset is None else out.add_(offset)
+    return lambda: ops.product(state.E, G, precision=precision, out=state.U)
 
 
 def operand(X: Tensor, precision: str) -> Tensor:
@@ -263,20 +254,23 @@ def _removed(W: Tensor, mask: Tensor, lacks: Tensor | None) -> Tensor:
 def lower_bound(problem: Problem, state: Iterate, *, ops: ModuleType = reference) -> Tensor:
     """error(M) - <gradient, M - V>, V the vertex of the gradient without penalty: below the error of any mask.
 
+        = sum(lacks * R) + sum(W * R * (1 + M - 2 V))        R = (lacks + W * (1 - M)) G
+
     Convexity of the error gives it per row, (rows,) fp32; of a problem over the whole matrix it is one number, (1,).
     Where the iteration saw the damped matrix, what that adds is taken out of R first.
     """
-    E = (1 - state.M).mul_(problem.W)
-    if problem.lacks is not None:
-        E += problem.lacks
-    R = state.R
+    W, R, lacks = problem.W, state.R, problem.lacks
     if problem.damped is not None:
-        R = R - E * (problem.damped.diagonal() - problem.G.diagonal())
-    error = E.mul_(R)
-    score = (2 * problem.W.float()).mul_(R)
+        E = (1 - state.M).mul_(W)
+        E = E if lacks is None else E.add_(lacks)
+        R = R - E.mul_(problem.damped.diagonal() - problem.G.diagonal())
+    score = W * R
     V = _lmo(ops, problem, score, fixed=problem.fixed, positive=True)
-    bound = error.sub_(score.mul_(as_float(V).sub_(state.M)))
-    return bound.sum().view(1) if problem.whole else bound.sum(1)
+    share = torch.add(state.M, as_float(V), alpha=-2).add_(1)
+    bound = score.mul_(share).sum(1)
+    if lacks is not None:
+        bound += (lacks * R).sum(1)
+    return bound.sum().view(1) if problem.whole else bound
 
 
 def round_mask(problem: Problem, M: Tensor, *, ops: ModuleType = reference) -> Tensor:

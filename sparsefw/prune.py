@@ -39,7 +39,7 @@ ROW_UNIT = 64
 CPU_ROWS, CPU_ENTRIES = 384, 1 << 19
 
 # Memory of a solve per entry of a chunk at its peak, as measured on a CPU (88 with the stack's W and saliency): fp32 W,
-# T, offset, M, R, U, E, the fit's Z and R, temporaries of the row step, and bool masks.
+# T, what W lacks of it, M, R, U, E, the fit's Z and R, temporaries of the row step, and bool masks.
 BYTES_PER_ENTRY = 80
 
 

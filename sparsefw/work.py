@@ -126,8 +126,7 @@ def calls(method: str, settings: Settings, follows: bool) -> Calls:
     fits = 1 + (1 + settings.rounds if restarts else 0)
     return Calls(
         target=TARGET_STEPS if follows else 0,
-        # What the weights lack of the target is multiplied apart; after a restart they always lack some.
-        starts=(1 + bool(follows and not refit) if steps else 0) + 2 * restarts,
+        starts=bool(steps) + restarts,
         steps=steps + again,
         refits=fits * (1 + refit) if refit else 0,
         fits=fits if refit else 0,

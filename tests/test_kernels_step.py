@@ -83,12 +83,13 @@ def check_step(state, k, **options):
     W, M = state["W"].double(), state["M"].double()
     score = 2 * W * state["R"].double() - next_theta * W * W * state["diag"].double() * (1 - 2 * M)
     selection = {name: options[name] for name in ("group", "fixed") if name in options}
+    lacks = options.get("lacks", torch.zeros_like(state["M"]))
     # Scores apart by less than their rounding may swap: the float64 choice is compared through its worst score.
     V = reference.lmo(score.float(), k, positive=next_theta < 1, **selection)
     swapped = state["V"] != V
     assert swapped.sum() <= 2 + V.numel() // 10000
     assert torch.equal(V.sum(1), state["V"].sum(1))
-    assert torch.equal(state["E"], start["W"].to(state["E"].dtype).masked_fill(state["V"], 0))
+    assert torch.equal(state["E"], (lacks + start["W"].masked_fill(state["V"], 0)).to(state["E"].dtype))
     return eta, error
 
 
@@ -115,6 +116,16 @@ def test_the_removed_weights_are_rounded_to_nearest():
     state = solver_state(20, 131, 50)
     state["E"] = garbage(20, 131, dtype=torch.bfloat16)
     check_step(state, 50)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [0, 4])
+@pytest.mark.usefixtures("chunks")
+def test_what_the_weights_lack_is_removed_too(group, dtype):
+    k = 2 if group else 50
+    state, lacks = solver_state(37, 132, k, group), normal(37, 132, seed=8)
+    state["E"] = garbage(37, 132, dtype=dtype)
+    check_step(state, k, group=group, lacks=lacks, theta=0.2, next_theta=0.4)
 
 
 @pytest.mark.parametrize("next_theta", [0.5, 1.0])
@@ -221,6 +232,8 @@ def test_step_of_no_rows():
         (dict(k=5), ValueError, "k: expected 0 to 4, got 5"),
         (dict(group=3), ValueError, "group: expected a divisor"),
         (dict(fixed=torch.zeros(3, 4)), TypeError, "fixed: expected torch.bool"),
+        (dict(lacks=torch.zeros(3, 4, dtype=torch.bfloat16)), TypeError, "lacks: expected torch.float32"),
+        (dict(lacks=torch.zeros(4, 3).T), ValueError, "lacks: expected contiguous rows"),
     ],
 )
 def test_step_refuses_bad_input(change, error, match):

@@ -81,7 +81,7 @@ def test_calls_of_a_solve_are_those_that_are_made(flags):
 
 def test_what_the_readme_says_of_products():
     default, masks = calls("sparsefw", settings(), True), calls("sparsefw", settings("--refit", "0"), False)
-    assert (default.steps, default.target, default.products) == (40, 4, 40 + 4 + 26 + 5)
+    assert (default.steps, default.target, default.products) == (40, 4, 40 + 4 + 25 + 5)
     assert (masks.steps, masks.products) == (40, 44)
 
 
