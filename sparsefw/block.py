@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsefw.checkpoint import check_finite
 from sparsefw.errors import InputError
-from sparsefw.layers import Layer, Stage, capture, not_pruned, stages
+from sparsefw.layers import Layer, Stage, capture, dense_outputs, not_pruned, stages
 from sparsefw.methods import Settings
 from sparsefw.prune import LayerResult, prune_layers
 from sparsefw.stream import Stream, StreamedModel
@@ -28,8 +28,7 @@ class Dense:
 
     Attributes:
         block: the block as it was.
-        stream: the calibration windows in the dense model. The final stage, which runs all of the block, moves them
-            on to the next one.
+        stream: the calibration windows in the dense model. A stage, see `layers.Stage`, moves them on to the next one.
     """
 
     block: nn.Module
@@ -130,15 +129,23 @@ def capture_block(
     follows: Dense | None = None,
 ) -> tuple[list[Layer], dict[str, Tensor], dict[str, Tensor]]:
     """`layers.capture` of block i, its Gram matrices checked."""
-    prefix = model.names[i]
-    # Experts have no use for what the dense model puts out: for them it is run only to move on.
-    needed = follows and stage and (stage.last or stage.final)
+    prefix, dense = model.names[i], None
 
     def run_dense(j: int) -> None:
-        if stage.final:
+        if stage.moves:
             model.advance(i, follows.stream, [j], follows.block)
         else:
             model.output(i, follows.stream, j, follows.block)
+
+    if follows and stage.final and not stage.moves:
+        # They have moved on: what the block has put out is what the stage's layers should.
+        def dense(j: int):
+            hidden = follows.stream.hidden[j]
+            return lambda name: hidden.reshape(-1, hidden.shape[-1])
+
+    elif follows and (stage.last or stage.moves):
+        # Experts have no use for what the dense model puts out: for them it is run only to move on.
+        dense = dense_outputs(follows.block, run_dense, stage)
 
     layers, grams, crosses = capture(
         model.blocks[i],
@@ -147,7 +154,7 @@ def capture_block(
         ops=ops,
         precision="ieee" if settings.precision == "ieee" else "tf32",
         stage=stage,
-        dense=(follows.block, run_dense) if needed else None,
+        dense=dense,
     )
     if not layers:
         raise InputError(f"{prefix}: unsupported model: no matrix of this block was seen in a product")

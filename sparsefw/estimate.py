@@ -95,6 +95,9 @@ def _activations_moved(job: Job, block: BlockShape) -> Counter[str]:
         for one in passes(block, job.work, job.placement, job.allocation):
             size = one.windows * job.work.seqlen * job.shape.hidden * job.shape.itemsize
             found[one.phase] += size * (1 + one.advances)
+        if job.work.followed and block.ahead:
+            # What the dense block has put out is read where the last stage's layers should.
+            found["calibrate"] += job.work.windows * job.work.seqlen * job.shape.hidden * job.shape.itemsize
     return found
 
 

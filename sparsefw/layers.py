@@ -74,11 +74,18 @@ class Stage:
         key: the name of their Gram matrix, without an expert's index.
         last: the layer after which a micro-batch has no more of them; None where it may have.
         final: whether no stage follows; its micro-batches run through to the end of the block.
+        moves: whether the dense model's micro-batches do, and move on to the next block. It is the final stage or,
+            where that one's layers put out what the block does, the one before: what they should put out is there then.
     """
 
     key: str
     last: str | None
     final: bool = False
+    moves: bool = False
+
+
+# What the dense model's layers put out for a micro-batch: by its number, and then by the layer's name.
+Dense = Callable[[int], Callable[[str], Tensor | None]]
 
 
 class _Enough(Exception):
@@ -87,18 +94,44 @@ class _Enough(Exception):
 
 def found(block: nn.Module, run: Callable[[], object]) -> list[Layer]:
     """The layers of a block in the order of use, as `run`, one micro-batch through the block, shows them."""
-    watch = _Watch(block)
+    return list(_watched(block, run).layers.values())
+
+
+def _watched(block: nn.Module, run: Callable[[], object], *, outputs: bool = False) -> "_Watch":
+    watch = _Watch(block, outputs=outputs)
     watch.through(run)
-    return list(watch.layers.values())
+    return watch
 
 
 def stages(block: nn.Module, run: Callable[[], object]) -> list[Stage]:
-    """The stages of a block in the order of use, as `run`, one micro-batch through the block, shows them."""
+    """The stages of a block in the order of use, as `run`, which gives a micro-batch after the block, shows them."""
+    out: list[object] = []
+    watch = _watched(block, lambda: out.append(run()), outputs=True)
     by_key: dict[str, list[Layer]] = {}
-    for layer in found(block, run):
+    for layer in watch.layers.values():
         by_key.setdefault(kind_of(layer.gram), []).append(layer)
-    final = list(by_key)[-1:]
-    return [Stage(k, alike[-1].name if k == alike[0].gram else None, [k] == final) for k, alike in by_key.items()]
+    final, ahead = len(by_key) - 1, 0
+    if final > 0:
+        put_out = [watch.outputs.get(layer.name, (None,))[0] for layer in list(by_key.values())[final]]
+        ahead = int(all(one is out[0] for one in put_out))
+    return [
+        Stage(key, alike[-1].name if key == alike[0].gram else None, n == final, n == final - ahead)
+        for n, (key, alike) in enumerate(by_key.items())
+    ]
+
+
+def dense_outputs(block: nn.Module, run: Run, stage: Stage | None = None) -> Dense:
+    """What a stage's layers put out in the dense model, whose block and micro-batches these are.
+
+    A micro-batch is run as far as the stage needs it; where the stage moves them on, to the end.
+    """
+    watch = _Watch(block, stage=stage, outputs=True, on=stage is not None and stage.moves)
+
+    def put_out(j: int) -> Callable[[str], Tensor | None]:
+        watch.through(lambda: run(j))
+        return watch.output_of
+
+    return put_out
 
 
 def capture(
@@ -109,7 +142,7 @@ def capture(
     ops: ModuleType,
     precision: str,
     stage: Stage | None = None,
-    dense: tuple[nn.Module, Run] | None = None,
+    dense: Dense | None = None,
 ) -> tuple[list[Layer], dict[str, Tensor], dict[str, Tensor]]:
     """Run a block over its calibration inputs; find its layers and accumulate the Gram matrices of their inputs.
 
@@ -120,8 +153,7 @@ def capture(
         ops: the operations; `ops.gram_accumulate` and `ops.cross_accumulate` are used.
         precision: of fp32 inputs, "ieee" or "tf32".
         stage: only its layers, and no more of the block than they need.
-        dense: a copy of the block as it was before pruning, and what runs the same micro-batch of the dense model
-            through it: cross matrices are accumulated too.
+        dense: what the layers of the dense model put out: cross matrices are accumulated too.
 
     Returns:
         The layers in the order of use; Gram matrices (in, in) fp32 by `Layer.gram`; and with `dense` cross matrices
@@ -139,13 +171,12 @@ def capture(
         ops.gram_accumulate(grams[name], x, precision=precision)
 
     watch = _Watch(block, accumulate, stage, outputs=dense is not None)
-    watch_dense = _Watch(dense[0], stage=stage, outputs=True) if dense else None
     for j in batches:
         watch.through(lambda j=j: run(j))
         if dense:
-            watch_dense.through(lambda j=j: dense[1](j))
+            should_of = dense(j)
             for name, x, output in watch.put_out():
-                should = watch_dense.output_of(name)
+                should = should_of(name)
                 if should is None or should.shape != output.shape:
                     continue
                 if name not in crosses:
@@ -181,6 +212,7 @@ class _Watch(TorchFunctionMode):
         stage: watch its layers only, and end a micro-batch after them.
         outputs: keep what layers put out: their product or, where that is only added to something, the sum. A layer
             that writes to the residual stream puts out the stream.
+        on: after the stage's layers let a micro-batch run on unseen instead.
     """
 
     def __init__(
@@ -190,9 +222,10 @@ class _Watch(TorchFunctionMode):
         stage: Stage | None = None,
         *,
         outputs: bool = False,
+        on: bool = False,
     ):
         super().__init__()
-        self.take, self.stage, self.keep = take, stage, outputs
+        self.take, self.stage, self.keep, self.on = take, stage, outputs, on
         self.own = [(p.untyped_storage().data_ptr(), p.storage_offset(), p, n) for n, p in block.named_parameters()]
         self.layers: dict[str, Layer] = {}
         # Of one micro-batch, by identity, with the tensor itself, which keeps the identity taken: the input of which
@@ -202,13 +235,14 @@ class _Watch(TorchFunctionMode):
         # By layer: its input and output, and how often each had been written to.
         self.products: dict[str, tuple[Tensor, int]] = {}
         self.outputs: dict[str, tuple[Tensor, int]] = {}
-        self.complete = False
+        # Whether a micro-batch has passed all layers of the stage, and has been seen as far as it should be.
+        self.complete = self.over = False
 
     def through(self, run: Callable[[], object]) -> None:
         """Watch one micro-batch on its way through the block, as far as the stage needs it."""
         for kept in (self.inputs, self.origins, self.products, self.outputs):
             kept.clear()
-        self.complete = False
+        self.complete = self.over = False
         try:
             with self:
                 run()
@@ -228,12 +262,14 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, name = kwargs or {}, None
-        if func in _PRODUCTS:
+        if func in _PRODUCTS and not self.over:
             i, w, transposed = _PRODUCTS[func]
             weight = args[w] if len(args) > w else kwargs.get("weight")
             if weight is not None and weight.dim() == 2:
                 name = self._see(args[i] if len(args) > i else kwargs["input"], weight.T if transposed else weight)
         out = func(*args, **kwargs)
+        if self.over:
+            return out
         if self.keep and name:
             self._put_out((name,), out)
         elif self.keep and func in _PASSED_ON and "alpha" not in kwargs:
@@ -250,7 +286,9 @@ class _Watch(TorchFunctionMode):
         known = id(x) in self.inputs
         if self.stage and not known and self.stage.key != kind_of(name):
             if self.complete and not self.stage.final:
-                raise _Enough
+                if not self.on:
+                    raise _Enough
+                self.over = True
             return None
         if KEPT_DENSE.search(name):
             return None

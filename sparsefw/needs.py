@@ -171,7 +171,11 @@ def _groups(block: BlockShape, work: Work) -> Iterator[list[list[LayerShape]]]:
 
 
 def _calibrate(block: BlockShape, shape: ModelShape, work: Work, tokens: int) -> int:
-    peak, running = 0, _forward(block, shape, tokens, work)
+    peak = running = _forward(block, shape, tokens, work)
+    if work.followed:
+        # To find the stages all of them are watched at once.
+        whole = sum(stage[0].d + sum(layer.rows for layer in stage) for stage in stages(block))
+        peak += tokens * whole * shape.itemsize
     for group in _groups(block, work):
         state = sum(_grams(stage, work) + _crosses(stage, work) for stage in group)
         d, rows = max(s[0].d for s in group), max(layer.rows for s in group for layer in s)

@@ -5,6 +5,7 @@ to are all the same page. So layers are found as the pruning finds them, whateve
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from sparsefw.checkpoint import Checkpoint, TensorInfo
 from sparsefw.errors import InputError
-from sparsefw.layers import found, kind_of
+from sparsefw.layers import found, kind_of, stages
 from sparsefw.stream import StreamedModel
 
 # Enough for every kind of attention, little beside a block.
@@ -39,10 +40,17 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """A block: bytes of its parameters, and its layers in the order of use."""
+    """A block.
+
+    Attributes:
+        nbytes: of its parameters.
+        layers: in the order of use.
+        ahead: whether the dense model's windows move on one stage before the last, see `layers.Stage`.
+    """
 
     nbytes: int
     layers: tuple[LayerShape, ...]
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,10 +119,10 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
 
 
 def _block(model: StreamedModel, i: int, stream) -> BlockShape:
-    block = model.blocks[i]
+    block, run = model.blocks[i], partial(model.output, i, stream, 0)
     parameters = dict(block.named_parameters())
     layers: dict[str, LayerShape] = {}
-    for layer in found(block, lambda: model.output(i, stream, 0)):
+    for layer in found(block, run):
         whole, _, slice_of = layer.name.partition("[")
         experts = len(parameters[whole]) if slice_of else 0
         name = kind_of(layer.name)
@@ -122,4 +130,5 @@ def _block(model: StreamedModel, i: int, stream) -> BlockShape:
         layers.setdefault(name, LayerShape(name, *layer.weight.shape, gram, experts))
     if not layers:
         raise InputError(f"{model.names[i]}: unsupported model: no matrix of this block was seen in a product")
-    return BlockShape(sum(p.nbytes for p in parameters.values()), tuple(layers.values()))
+    ahead = not stages(block, run)[-1].moves
+    return BlockShape(sum(p.nbytes for p in parameters.values()), tuple(layers.values()), ahead)

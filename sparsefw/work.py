@@ -153,8 +153,9 @@ def passes(block: BlockShape, work: Work, placement: Placement, allocation: str)
                 # Experts are seen anywhere, and have no use for what the dense model puts out.
                 whole = n == everything or bool(stage[0].experts)
                 yield Pass("calibrate", work.windows, everything if whole else n)
-                if n == everything or not whole:
-                    yield Pass("calibrate", work.windows, n, advances=n == everything)
+                moving = everything - block.ahead
+                if n == moving or (n < moving and not whole):
+                    yield Pass("calibrate", work.windows, everything if n == moving else n, advances=n == moving)
         else:
             yield Pass("calibrate", work.windows, everything)
         yield Pass("forward", work.windows, everything, advances=True)

@@ -13,7 +13,7 @@ from torch import nn
 from sparsefw import checkpoint
 from sparsefw.damping import damped
 from sparsefw.kernels import reference
-from sparsefw.layers import Stage, capture, stages
+from sparsefw.layers import Stage, capture, dense_outputs, stages
 from sparsefw.stream import StreamedModel
 from sparsefw.target import target
 
@@ -127,7 +127,13 @@ class TestCrossMatrices:
         found = {}
         for stage in stages(block, functools.partial(run, 0)):
             layers, _, crosses = capture(
-                block, run, batches, ops=reference, precision="ieee", stage=stage, dense=(dense, run_dense)
+                block,
+                run,
+                batches,
+                ops=reference,
+                precision="ieee",
+                stage=stage,
+                dense=dense_outputs(dense, run_dense, stage),
             )
             experts = {layer.name for layer in layers if "experts" in layer.name}
             assert set(crosses) == {layer.name for layer in layers} - experts
@@ -145,7 +151,7 @@ class TestCrossMatrices:
         model = StreamedModel(checkpoint.inspect(save_model(tmp_path, family)), DEVICE)
         stream, block = model.start(TOKENS, 2), model.open(0)
         run, dense = functools.partial(model.output, 0, stream), copy.deepcopy(block)
-        same = dense, lambda j: model.output(0, stream, j, dense)
+        same = dense_outputs(dense, lambda j: model.output(0, stream, j, dense))
         _, _, crosses = capture(block, run, range(3), ops=reference, precision="ieee", dense=same)
         assert len(crosses) == layers
         assert not any(B.any() for B in crosses.values())
@@ -173,7 +179,9 @@ class TestCrossMatrices:
         dense, x, lossy = copy.deepcopy(block), torch.randn(20, 8), torch.randn(20, 8)
         x[0, 1], lossy[0, 1] = 0, -100
         runs = (lambda j: combine(lossy, *block.values())), (lambda j: combine(x, *dense.values()))
-        _, _, crosses = capture(block, runs[0], [0], ops=reference, precision="ieee", dense=(dense, runs[1]))
+        _, _, crosses = capture(
+            block, runs[0], [0], ops=reference, precision="ieee", dense=dense_outputs(dense, runs[1])
+        )
         assert set(crosses) == {f"{name}.weight" for name in sums}
         for name, what in sums.items():
             D = what(x, *dense.values()) - what(lossy, *block.values())
@@ -185,7 +193,12 @@ class TestCrossMatrices:
         dense, x = copy.deepcopy(block), torch.randn(20, 8)
         block[0].weight[:, ::2] = 0
         layers, _, crosses = capture(
-            block, lambda j: block(x), [0], ops=reference, precision="ieee", dense=(dense, lambda j: dense(x))
+            block,
+            lambda j: block(x),
+            [0],
+            ops=reference,
+            precision="ieee",
+            dense=dense_outputs(dense, lambda j: dense(x)),
         )
         assert [layer.name for layer in layers] == ["0.weight", "2.weight"]
         assert set(crosses) == {"2.weight"}
@@ -203,10 +216,12 @@ class TestStages:
         ],
     )
     def test_in_the_order_of_use(self, family, expected, tmp_path):
+        """In all of these the last layer writes to the stream, which is what the block puts out."""
         block, _, run, _, _ = damaged_pair(save_model(tmp_path, family))
         names = [pair.partition(":")[::2] for pair in expected.split()]
         assert stages(block, functools.partial(run, 0)) == [
-            Stage(f"{key}.weight", f"{last or key}.weight", final=(key, last) == names[-1]) for key, last in names
+            Stage(f"{key}.weight", f"{last or key}.weight", (key, last) == names[-1], (key, last) == names[-2])
+            for key, last in names
         ]
 
     def test_experts_go_together(self, tmp_path):
@@ -214,8 +229,36 @@ class TestStages:
         found = stages(block, functools.partial(run, 0))
         assert found[2:] == [
             Stage("mlp.experts.gate_up_proj*", None),
-            Stage("mlp.experts.down_proj*", None, final=True),
+            Stage("mlp.experts.down_proj*", None, final=True, moves=True),
         ]
+
+    def test_the_dense_model_moves_on_last_where_the_block_puts_out_something_else(self, tmp_path):
+        """In gemma2 a norm follows the last layer."""
+        block, _, run, _, _ = damaged_pair(save_model(tmp_path, "gemma2"))
+        assert [stage.moves for stage in stages(block, functools.partial(run, 0))] == [False, False, False, True]
+        layer, x = nn.Linear(8, 8).requires_grad_(False), torch.randn(20, 8)
+        assert stages(layer, lambda: layer(x)) == [Stage("weight", "weight", final=True, moves=True)]
+        assert stages(nn.Identity(), lambda: x) == []
+
+    def test_the_stage_that_moves_on_sees_no_further_than_others(self):
+        """What its layers put out goes into a sum behind the next layer, which the pruned block does not reach."""
+
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+            def forward(self, x):
+                first = self.one(x)
+                return first + self.two(first.relu())
+
+        block, x = Block().requires_grad_(False), torch.randn(20, 8)
+        first, last = stages(block, lambda: block(x))
+        assert (first.moves, last.moves) == (True, False)
+        moved = []
+        put_out = dense_outputs(block, lambda j: moved.append(block(x)), first)
+        assert torch.equal(put_out(0)("one.weight"), block.one(x))
+        assert torch.equal(moved[0], block(x))
 
     @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_neox"])
     def test_give_what_the_whole_block_gives(self, family, tmp_path):
@@ -235,7 +278,7 @@ class TestStages:
         """As in GPT-J: the second reads the input again after other layers have been used."""
         block, x = _Parallel().requires_grad_(False), torch.randn(20, 8)
         found = stages(block, lambda: block(x))
-        assert found == [Stage("one.weight", "three.weight"), Stage("two.weight", "two.weight", final=True)]
+        assert found == [Stage("one.weight", "three.weight", moves=True), Stage("two.weight", "two.weight", final=True)]
         layers, grams, _ = capture(block, lambda j: block(x), [0], ops=reference, precision="ieee", stage=found[0])
         assert [layer.name for layer in layers] == ["one.weight", "three.weight"]
         assert list(grams) == ["one.weight"]
