@@ -45,6 +45,8 @@ class Activations:
 class PinnedActivations:
     """Micro-batches in page-locked host memory, copied to and from the GPU on a stream of their own.
 
+    Of what the host launches ahead of the GPU every micro-batch takes memory there: it waits for all but the last one.
+
     Args:
         device: the GPU.
     """
@@ -53,6 +55,8 @@ class PinnedActivations:
         self._device, self._copies = device, torch.cuda.Stream(device)
         self._host: list[Tensor] = []
         self._ahead: tuple[int, Tensor, torch.cuda.Event] | None = None
+        # What had been launched when a micro-batch was taken out last.
+        self._launched: torch.cuda.Event | None = None
 
     def __len__(self) -> int:
         return len(self._host)
@@ -63,9 +67,12 @@ class PinnedActivations:
         self[len(self) - 1] = hidden
 
     def __getitem__(self, j: int) -> Tensor:
+        work = torch.cuda.current_stream(self._device)
+        if self._launched:
+            self._launched.synchronize()
+        self._launched = work.record_event()
         _, hidden, arrived = self._ahead if self._ahead and self._ahead[0] == j else self._fetch(j)
         self._ahead = self._fetch(j + 1) if j + 1 < len(self) else None
-        work = torch.cuda.current_stream(self._device)
         work.wait_event(arrived)
         # Its memory belongs to the stream of copies, which must not use it again before the work is done.
         hidden.record_stream(work)

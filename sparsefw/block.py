@@ -133,7 +133,7 @@ def capture_block(
 
     def run_dense(j: int) -> None:
         if stage.moves:
-            model.advance(i, follows.stream, [j], follows.block)
+            model.move(i, follows.stream, j, follows.block)
         else:
             model.output(i, follows.stream, j, follows.block)
 
@@ -156,6 +156,8 @@ def capture_block(
         stage=stage,
         dense=dense,
     )
+    if follows:
+        model.settle(follows.stream)
     if not layers:
         raise InputError(f"{prefix}: unsupported model: no matrix of this block was seen in a product")
     for gram, G in grams.items():

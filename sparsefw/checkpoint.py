@@ -179,6 +179,13 @@ def inspect(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, tensors, held.most_common(1)[0][0])
 
 
+def all_finite(tensor: Tensor) -> Tensor:
+    """Whether a floating tensor that is not empty has neither NaN nor Inf: a bool on its device, not waited for."""
+    # Both ends are finite exactly if all is: NaN spreads to them. One pass, and no copy of a large tensor.
+    low, high = torch.aminmax(tensor)
+    return low.isfinite() & high.isfinite()
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Refuse a tensor with NaN or Inf.
 
@@ -191,9 +198,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
-    # Both ends are finite exactly if all is: NaN spreads to them. One pass, and no copy of a large tensor.
-    low, high = torch.aminmax(tensor)
-    if bool(torch.isfinite(low) & torch.isfinite(high)):
+    if bool(all_finite(tensor)):
         return
     nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
     raise InputError(f"{name}: holds {nan} NaN and {inf} Inf among {tensor.numel()} values; finite ones are needed")

@@ -113,8 +113,9 @@ def needs(shape: ModelShape, work: Work, placement: Placement) -> Needs:
     """
     kept = activation_bytes(shape, work)
     tokens = min(placement.batch, max(work.windows, *work.held_out, 0)) * work.seqlen
-    # Of what lies in a file one micro-batch of each kind is on its way in and out.
-    near = min(kept, 4 * tokens * shape.hidden * shape.itemsize)
+    # Of what lies elsewhere one micro-batch is on its way in; two are, and two out, where the next one is launched
+    # before the last one is looked at.
+    near = min(kept, 5 * tokens * shape.hidden * shape.itemsize)
     held = {"gpu": (kept, 0), "host": (near, kept), "file": (near, near)}[placement.place]
     block = max(b.nbytes for b in shape.blocks)
     copies = 1 + (work.followed or len(work.methods) > 1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsefw import skeleton
 from sparsefw.activations import Activations
-from sparsefw.checkpoint import Checkpoint, TensorInfo, check_finite
+from sparsefw.checkpoint import Checkpoint, TensorInfo, all_finite, check_finite
 from sparsefw.errors import InputError
 from sparsefw.reader import read_tensors
 from sparsefw.timeline import READ, Timeline
@@ -34,10 +34,13 @@ class Stream:
     Attributes:
         hidden: per micro-batch, the input of the next block, (batch, seqlen, d); see `activations`.
         calls: per micro-batch and block, its other arguments (args, kwargs); equal tensors are stored once.
+        unchecked: block and number of the micro-batch that moved on last, and whether what it is then is finite, a
+            bool on the device; None once that has been looked at.
     """
 
     hidden: Activations
     calls: list[list[tuple]]
+    unchecked: tuple[int, int, Tensor] | None = None
 
     def fork(self) -> "Stream":
         """Another stream at the same point; the two then run apart."""
@@ -204,24 +207,41 @@ class StreamedModel:
         out = (block or self.blocks[i])(stream.hidden[j], *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def advance(
-        self, i: int, stream: Stream, batches: Iterable[int] | None = None, block: nn.Module | None = None
-    ) -> None:
+    def advance(self, i: int, stream: Stream) -> None:
         """Run a stream through block i: its output is the next block's input.
-
-        Args:
-            i: the block.
-            stream: moves on.
-            batches: only these micro-batches of it; None: all.
-            block: another module in the block's place.
 
         Raises:
             InputError: the output holds NaN or Inf.
         """
-        for j in range(len(stream.hidden)) if batches is None else batches:
-            out = self.output(i, stream, j, block)
-            check_finite(f"activations after {self.names[i]}", out)
-            stream.hidden[j] = out
+        for j in range(len(stream.hidden)):
+            self.move(i, stream, j)
+        self.settle(stream)
+
+    def move(self, i: int, stream: Stream, j: int, block: nn.Module | None = None) -> None:
+        """Run micro-batch j of a stream through block i, or through another module in its place.
+
+        Its output is checked after the next one has been launched, or by `settle`: else a GPU would stand still while
+        the host prepares that. No more than one is, so that no more are in memory.
+
+        Raises:
+            InputError: the output before holds NaN or Inf.
+        """
+        out = self.output(i, stream, j, block)
+        stream.hidden[j] = out
+        finite = all_finite(out)
+        self.settle(stream)
+        stream.unchecked = (i, j, finite)
+
+    def settle(self, stream: Stream) -> None:
+        """Check the micro-batch that moved on last.
+
+        Raises:
+            InputError: it holds NaN or Inf.
+        """
+        if stream.unchecked:
+            (i, j, finite), stream.unchecked = stream.unchecked, None
+            if not finite:
+                check_finite(f"activations after {self.names[i]}", stream.hidden[j])
 
     @torch.no_grad()
     def loss(self, ids: Tensor, hidden: Tensor) -> float:
