@@ -183,6 +183,11 @@ def _products() -> Iterator[Case]:
         ("tf32", HOPPER, 576, 576, FP32, FP32, "tf32"),
         ("ieee", NVIDIA, 4096, 4096, FP32, FP32, "ieee"),
         ("bf16", HOPPER, 8192, 28672, BF16, BF16, "bf16"),
+        # A direction of conjugate gradients, and the removed weights of errors.
+        ("of a direction", ALL, 4096, 4096, FP32, BF16, "bf16"),
+        ("of fp32", HOPPER, 4096, 4096, FP32, FP32, "bf16"),
+        ("tf32x3", ALL, 4096, 4096, BF16, FP32, "tf32x3"),
+        ("tf32x3", HOPPER, 576, 576, FP32, FP32, "tf32x3"),
         # Operands of a bf16 weight and an fp32 Gram matrix.
         ("mixed", HOPPER, 4096, 14336, BF16, FP32, "tf32"),
     ):
@@ -193,7 +198,7 @@ def _products() -> Iterator[Case]:
             lambda operands=operands, precision=precision: product(*operands, precision=precision),
             cost.product(rows, d, E=E.itemsize, G=G.itemsize),
         )
-    for precision, dtype in (("bf16", BF16), ("tf32", FP32)):
+    for precision, dtype in (("bf16", BF16), ("tf32", FP32), ("tf32x3", FP32)):
         operands = empty(4096, 4096, BF16), empty(4096, 4096), empty(4096, 4096, dtype)
         yield Case(
             f"gradient {precision} 4096x4096",

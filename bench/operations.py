@@ -19,7 +19,7 @@ DEVICE = "cuda" if GPU else "cpu"
 LLAMA = [(4096, 4096), (4096, 14336), (8192, 8192), (4096, 28672), (4096, 16384), (2048, 53248)]
 SHAPES = LLAMA if GPU else [(48, 96), (40, 131)]
 TOKENS = 8192 if GPU else 100
-PRECISION = "tf32" if GPU else "ieee"
+PRECISION = "bf16" if GPU else "ieee"
 WEIGHT = torch.bfloat16 if GPU else torch.float32
 # What products of inputs, which are weights' type, run at.
 UNIT = "bf16" if GPU else "ieee"

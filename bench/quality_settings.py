@@ -108,7 +108,7 @@ def _errors(W: Tensor, grams: list[Tensor], flags: Sequence[str]) -> list[float]
     rows = Rows(W, grams[0], saliency, k, W.dtype, damped=H)
     choice = METHODS[arguments.method].choose(rows, settings, reference)
     Z = W.masked_fill(~choice.mask, 0) if choice.weight is None else choice.weight
-    return [weight_error(W, Z, G, reference).double().sum().item() for G in grams]
+    return [weight_error(W, Z, G, "ieee", reference).double().sum().item() for G in grams]
 
 
 def _mean(rows: list[list[float]]) -> list[float]:

@@ -42,7 +42,7 @@ def gradient(W: Tensor, M: Tensor, G: Tensor, *, precision: str = "ieee", out: T
         W: (rows, d), fp32 / bf16 / fp16, any strides.
         M: (rows, d), fp32 in [0, 1].
         G: (d, d), symmetric, fp32 or bf16.
-        precision: "ieee", "tf32" or "bf16", of both operands of the product.
+        precision: one of PRECISIONS, of both operands of the product.
         out: (rows, d) fp32, written and returned; allocated when None.
 
     Raises:
@@ -57,7 +57,8 @@ def gradient(W: Tensor, M: Tensor, G: Tensor, *, precision: str = "ieee", out: T
     check("out", out, (rows, d), (torch.float32,), W)
     if out.numel() == 0:
         return out
-    config = configuration(rows, d, 2 if options["DTYPE"] == tl.bfloat16 else 4, wide=False)
+    split = options["PRECISION"] == "tf32x3"
+    config = configuration(rows, d, 2 if options["DTYPE"] == tl.bfloat16 else 4, wide=False, split=split)
     grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"]),)
     with on_device(W):
         _gradient_kernel[grid](

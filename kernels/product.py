@@ -11,8 +11,9 @@ descriptors: no thread computes an address or masks an edge, and a tile's stores
 every program computes one tile, and its threads load through pointers, ahead of the dot.
 
 Accumulation is in fp32. `precision` is that of both operands: "ieee" multiplies in fp32 (no tensor cores for fp32
-operands), "tf32" lets the tensor cores read the upper 19 bits, "bf16" rounds each tile to bf16 as it is loaded.
-Operands that are both bf16 already multiply exactly whatever the precision.
+operands), "tf32x3" splits each of them into two tf32 numbers and multiplies three times, within 2^-21, "tf32" lets the
+tensor cores read the upper 19 bits, "bf16" rounds each tile to bf16 as it is loaded. Operands that are both bf16
+already multiply exactly whatever the precision.
 """
 
 import torch
@@ -28,10 +29,15 @@ from .reference import PRECISIONS
 # Where tiles can be read by bulk copies.
 DESCRIPTORS = ("sm_90", "interpreter")
 
+# Shared memory of sm_90 that the stages of large tiles may take, bytes.
+PIPELINE = 192 << 10
+
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def configuration(rows: int, d: int, size: int, wide: bool) -> dict[str, int]:
+def configuration(
+    rows: int, d: int, size: int, wide: bool, *, stored: tuple[int, int] = (4, 4), split: bool = False
+) -> dict[str, int]:
     """Tile sizes and launch options.
 
     Args:
@@ -39,6 +45,8 @@ def configuration(rows: int, d: int, size: int, wide: bool) -> dict[str, int]:
         size: bytes of an operand of the dot.
         wide: whether the registers suffice for 256 columns; not where the left operand is computed from two tiles
             (gradient), nor for dots without tensor cores.
+        stored: bytes of both operands as they lie in memory.
+        split: whether each operand is split in two, whose parts take registers.
     """
     where = platform()
     if where == "interpreter":
@@ -53,9 +61,13 @@ def configuration(rows: int, d: int, size: int, wide: bool) -> dict[str, int]:
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=4, num_stages=stages)
     if where == "hip":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K // 2, GROUP_M=8, num_warps=4, num_stages=2)
+    if split:
+        return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K // 2, GROUP_M=8, num_warps=8, num_stages=3)
     if where == "sm_90" and wide and tiles >= 256:
-        # Three quarters of the reads of 128 x 128 per flop. Four stages and a quarter of the output fill shared memory.
-        return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=4)
+        # Three quarters of the reads of 128 x 128 per flop. Four stages and a quarter of the output fill shared memory;
+        # fewer where operands lie in 4 bytes and are rounded to 2 only once they are there.
+        stages = min(4, PIPELINE // ((128 * stored[0] + 256 * stored[1]) * BLOCK_K))
+        return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=stages)
     return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=3)
 
 
@@ -161,6 +173,9 @@ def dot_options(operands: tuple[torch.dtype, ...], precision: str) -> dict:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "bf16" or all(dtype == torch.bfloat16 for dtype in operands):
         return dict(DTYPE=tl.bfloat16, PRECISION="ieee")
+    if precision == "tf32x3" and platform() == "hip":
+        # AMD's cores multiply fp32 as it is.
+        precision = "ieee"
     return dict(DTYPE=tl.float32, PRECISION=precision)
 
 
@@ -170,7 +185,7 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
     Args:
         E: (rows, d), fp32 / bf16 / fp16, any strides.
         G: (d, d), symmetric, fp32 or bf16.
-        precision: "ieee", "tf32" or "bf16", of both operands.
+        precision: one of PRECISIONS, of both operands.
         out: (rows, d) fp32, written and returned; allocated when None.
 
     Raises:
@@ -185,9 +200,12 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
     if out.numel() == 0:
         return out
     low = options["DTYPE"] == tl.bfloat16
-    tensor_cores = low or precision != "ieee"
-    config = configuration(rows, d, 2 if low else 4, wide=tensor_cores)
-    descriptors = platform() in DESCRIPTORS and tensor_cores and config["BLOCK_N"] > 64
+    split = options["PRECISION"] == "tf32x3"
+    whole = low or options["PRECISION"] == "tf32"
+    config = configuration(
+        rows, d, 2 if low else 4, wide=whole, stored=(E.element_size(), G.element_size()), split=split
+    )
+    descriptors = platform() in DESCRIPTORS and whole and config["BLOCK_N"] > 64
     tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"])
     with on_device(E):
         if descriptors and describable(E) and describable(G):

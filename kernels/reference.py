@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .selection import as_float, infinite, keep, row_blocks, select
 
-PRECISIONS = ("ieee", "tf32", "bf16")
+PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 
 # A row of conjugate gradients is done once <r, z> has fallen to this share of its start: from there on its ratios are
 # rounding errors.
@@ -33,13 +33,14 @@ def round_operand(X: Tensor, precision: str) -> Tensor:
 
     Args:
         X: any floating tensor.
-        precision: "ieee" (fp32, nothing lost), "tf32" (10 explicit mantissa bits) or "bf16" (7 bits).
+        precision: "ieee" (fp32, nothing lost), "tf32x3" (a sum of two tf32 numbers, which is fp32 here), "tf32" (10
+            explicit mantissa bits) or "bf16" (7 bits).
 
     Raises:
         ValueError: for any other precision.
     """
     X = X.float()
-    if precision == "ieee":
+    if precision in ("ieee", "tf32x3"):
         return X
     if precision == "bf16":
         return X.bfloat16().float()

@@ -152,7 +152,7 @@ def capture_block(
         lambda j: model.output(i, stream, j),
         batches,
         ops=ops,
-        precision="ieee" if settings.precision == "ieee" else "tf32",
+        precision="ieee" if settings.precision in ("ieee", "tf32x3") else "tf32",
         stage=stage,
         dense=dense,
     )

@@ -153,7 +153,7 @@ def solve(
         penalty: final weight theta of the integrality penalty, 0 to 1; 0 is the paper's convex problem.
         swaps: 1-swaps per row at most, after rounding, see `reference.row_swaps`.
         best_of: per row, fall back on the warm start where the rounded mask is no better.
-        precision: of the products inside the iteration; errors are always taken from an "ieee" product.
+        precision: of the products inside the iteration; errors are taken from products that are `exact`.
         ops: the operations, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
 
     Raises:
@@ -164,7 +164,8 @@ def solve(
         raise ValueError(f"step_rule: expected one of {', '.join(STEP_RULES)}, got {step_rule!r}")
     if problem.whole and (penalty or swaps or problem.group):
         raise ValueError("whole: one step size over the matrix has no penalty, no swaps and no groups")
-    error_warm_start = mask_error(problem.W, problem.warm, problem.G, problem.lacks, ops=ops)
+    known_well = {"precision": exact(precision), "ops": ops}
+    error_warm_start = mask_error(problem.W, problem.warm, problem.G, problem.lacks, **known_well)
     known = [error_warm_start]
     bound = error_warm_start.new_zeros(1 if problem.whole else len(error_warm_start))
     mask = problem.warm.clone()
@@ -180,10 +181,10 @@ def solve(
         # Its memory is free for the last products.
         del state
     if swaps:
-        R = ops.product(_removed(problem.W, mask, problem.lacks), problem.matrix, precision="ieee")
+        R = ops.product(_removed(problem.W, mask, problem.lacks), problem.matrix, precision=exact(precision))
         ops.row_swaps(problem.W, problem.matrix, R, mask, swaps, group=problem.group, fixed=problem.fixed)
         del R
-    error = mask_error(problem.W, mask, problem.G, problem.lacks, ops=ops)
+    error = mask_error(problem.W, mask, problem.G, problem.lacks, **known_well)
     _check_finite(torch.cat([*known, error]))
     if best_of:
         better = (error.sum() < error_warm_start.sum()).expand_as(error) if problem.whole else error < error_warm_start
@@ -238,12 +239,23 @@ def operand(X: Tensor, precision: str) -> Tensor:
     return X.bfloat16() if precision == "bf16" else X
 
 
+def exact(precision: str) -> str:
+    """The precision of products that are as good as fp32's: on the tensor cores, where the others are."""
+    return "ieee" if precision == "ieee" else "tf32x3"
+
+
 def mask_error(
-    W: Tensor, mask: Tensor, G: Tensor, lacks: Tensor | None = None, *, ops: ModuleType = reference
+    W: Tensor,
+    mask: Tensor,
+    G: Tensor,
+    lacks: Tensor | None = None,
+    *,
+    precision: str = "ieee",
+    ops: ModuleType = reference,
 ) -> Tensor:
     """Error of a binary mask, one number per row: sum(E * (E G)) with E = lacks + W * (1 - mask), (rows,) fp32."""
     E = _removed(W, mask, lacks)
-    return ops.product(E, G, precision="ieee").mul_(E).sum(1)
+    return ops.product(E, G, precision=precision).mul_(E).sum(1)
 
 
 def _removed(W: Tensor, mask: Tensor, lacks: Tensor | None) -> Tensor:

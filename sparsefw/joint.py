@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsefw import frank_wolfe
-from sparsefw.frank_wolfe import Problem
+from sparsefw.frank_wolfe import Problem, operand
 from sparsefw.kernels.selection import as_float, keep
 from sparsefw.refit import Fit, inverse_diagonal, refit
 
@@ -53,18 +53,19 @@ def refine(
         The fit of the lowest error, on the damped Gram matrix, in every row.
     """
     W, G, options = problem.W, problem.G, {"precision": precision, "ops": ops}
-    inverse = inverse_diagonal(G)
-    best = refit(W, G, mask, W.float(), refit_steps, **options)
+    # Converted once.
+    inverse, H = inverse_diagonal(G), operand(G, precision)
+    best = refit(W, H, mask, W.float(), refit_steps, **options)
     if rounds == 0:
         return best
     T = _candidates(best, inverse)
-    best.take_better(refit(W, G, _restart(problem, T, steps, penalty, options), T, refit_steps, **options))
+    best.take_better(refit(W, H, _restart(problem, T, steps, penalty, options), T, refit_steps, **options))
     margin = torch.zeros_like(best.error)
     for _ in range(rounds):
         T = _candidates(best, inverse)
         score = _score(T, G).mul_(1 + margin[:, None] * as_float(best.mask))
         chosen = ops.lmo(score, problem.k, group=problem.group)
-        better = best.take_better(refit(W, G, chosen, T, refit_steps, **options))
+        better = best.take_better(refit(W, H, chosen, T, refit_steps, **options))
         margin = torch.where(better, NARROW * margin, WIDEN * margin + FIRST)
     return best
 

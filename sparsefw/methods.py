@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsefw import frank_wolfe, joint, sparsegpt
-from sparsefw.frank_wolfe import mask_error
+from sparsefw.frank_wolfe import exact, mask_error
 from sparsefw.kernels.selection import keep
 from sparsefw.patterns import Pattern
 from sparsefw.saliency import SALIENCIES
@@ -143,7 +143,7 @@ def choose_frank_wolfe(rows: Rows, settings: Settings, ops: ModuleType) -> Choic
         **options,
     )
     written = fit.Z.to(rows.dtype)
-    error = weight_error(rows.W, written, rows.G, ops)
+    error = weight_error(rows.W, written, rows.G, exact(settings.precision), ops)
     # Per row, and of the weights as they are written: no refit ever makes a row worse.
     better = error < solution.error
     mask = torch.where(better[:, None], fit.mask, solution.mask)
@@ -155,7 +155,7 @@ def choose_frank_wolfe(rows: Rows, settings: Settings, ops: ModuleType) -> Choic
 def choose_saliency(rows: Rows, settings: Settings, ops: ModuleType) -> Choice:
     """The warm start's mask, as it is."""
     mask = ops.lmo(rows.saliency, rows.k, group=settings.pattern.group)
-    error = mask_error(rows.W, mask, rows.G, ops=ops)
+    error = mask_error(rows.W, mask, rows.G, precision=exact(settings.precision), ops=ops)
     return Choice(mask, None, error, error, error, None)
 
 
@@ -166,16 +166,16 @@ def choose_weights(
     warm = ops.lmo(rows.saliency, rows.k, group=settings.pattern.group)
     mask, Z = prune(rows, settings)
     written = Z.to(rows.dtype)
-    error = weight_error(rows.W, written, rows.G, ops)
-    return Choice(
-        mask, written, error, mask_error(rows.W, mask, rows.G, ops=ops), mask_error(rows.W, warm, rows.G, ops=ops), None
-    )
+    known_well = {"precision": exact(settings.precision), "ops": ops}
+    error = weight_error(rows.W, written, rows.G, **known_well)
+    error_mask, error_warm_start = (mask_error(rows.W, m, rows.G, **known_well) for m in (mask, warm))
+    return Choice(mask, written, error, error_mask, error_warm_start, None)
 
 
-def weight_error(W: Tensor, Z: Tensor, G: Tensor, ops: ModuleType) -> Tensor:
+def weight_error(W: Tensor, Z: Tensor, G: Tensor, precision: str, ops: ModuleType) -> Tensor:
     """sum((W - Z) * ((W - Z) G)) per row, (rows,) fp32."""
     E = W.float() - Z.float()
-    return ops.product(E, G, precision="ieee").mul_(E).sum(1)
+    return ops.product(E, G, precision=precision).mul_(E).sum(1)
 
 
 @dataclass(frozen=True)

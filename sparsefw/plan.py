@@ -65,7 +65,7 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Nam
     own, others = parser.parse_known_args(argv)
     own.on_gpu = own.gpu is not None or torch.cuda.is_available()
     # The defaults on a GPU, which need not be here. What the user says comes later and wins.
-    return own, parse_arguments([*(["--kernel", "triton", "--precision", "tf32"] if own.on_gpu else []), *others])
+    return own, parse_arguments([*(["--kernel", "triton", "--precision", "bf16"] if own.on_gpu else []), *others])
 
 
 def plan(own: argparse.Namespace, arguments: argparse.Namespace) -> dict[str, Any]:

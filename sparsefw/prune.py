@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparsefw import patterns
 from sparsefw.damping import damped
 from sparsefw.errors import InputError
+from sparsefw.frank_wolfe import exact
 from sparsefw.kernels import reference
 from sparsefw.kernels.selection import keep
 from sparsefw.methods import METHODS, Choice, Rows, Settings, weight_error
@@ -341,7 +342,7 @@ def _choose_alpha(rows: Rows, held_out: Tensor, settings: Settings, ops: ModuleT
     for alpha in ALPHAS:
         choice = METHODS["sparsefw"].choose(sample, replace(settings, alpha=alpha), ops)
         Z = keep(W, choice.mask) if choice.weight is None else choice.weight
-        errors.append(weight_error(W, Z, held_out, ops).double().sum().item())
+        errors.append(weight_error(W, Z, held_out, exact(settings.precision), ops).double().sum().item())
     return ALPHAS[errors.index(min(errors))]
 
 

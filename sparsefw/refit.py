@@ -46,7 +46,7 @@ class Fit:
 
 def inverse_diagonal(G: Tensor) -> Tensor:
     """1 / diag(G), (d,) fp32; 0 for dead inputs, and for those whose inverse overflows."""
-    diagonal = G.diagonal()
+    diagonal = G.diagonal().float()
     return torch.where(diagonal >= torch.finfo(diagonal.dtype).tiny, 1 / diagonal, 0)
 
 
@@ -59,7 +59,7 @@ def refit(
 
     Args:
         W: (rows, d) the layer's weight, fp32 / bf16 / fp16.
-        G: (d, d) fp32 Gram matrix, damped as it should be.
+        G: (d, d) Gram matrix, damped as it should be; fp32, or already as `operand` gives it.
         mask: (rows, d) bool.
         start: (rows, d) fp32, where Z starts; what lies outside the mask is ignored.
         steps: at least 0; each is one product, and the start is another one.
@@ -81,7 +81,7 @@ def descend(
 
     Args:
         Z, R: (rows, d) fp32, the weights and their residual; both are moved.
-        G: (d, d) fp32, damped as it should be.
+        G: (d, d), as in `refit`.
         mask: (rows, d) bool, the weights that move; None moves all.
         steps, precision, ops: as in `refit`.
     """

@@ -137,7 +137,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "less a margin)")  # fmt: skip
     add("--kernel", choices=("triton", "torch"), help="triton without a GPU runs in the interpreter: exact and slow "
         "(default: triton where CUDA is available, else torch)")  # fmt: skip
-    add("--precision", choices=PRECISIONS, help="of the matrix products (default: tf32 on a GPU, else ieee)")
+    add("--precision", choices=PRECISIONS, help="of the matrix products (default: bf16 on a GPU, else ieee)")
     add("--eval", action="append", metavar="wikitext|PATH", help="held-out text for perplexity; may be repeated "
         "(default: none; embedded model: its own)")  # fmt: skip
     add("--eval-windows", type=int, metavar="N", help="at most this many windows of --seqlen tokens (default: all)")
@@ -153,7 +153,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     defaults |= {"dataset": DEFAULT, "eval": [DEFAULT], "compare": ["wanda"]} if embedded else {"dataset": "c4"}
     defaults = {"compare": [], "eval": [], "warm_start": "wanda"} | defaults
     cuda = torch.cuda.is_available()
-    defaults |= {"kernel": "triton", "precision": "tf32"} if cuda else {"kernel": "torch", "precision": "ieee"}
+    defaults |= {"kernel": "triton", "precision": "bf16"} if cuda else {"kernel": "torch", "precision": "ieee"}
     arguments.kernel_chosen = arguments.kernel is not None
     refits = defaults["refit"] if arguments.refit is None else arguments.refit
     defaults |= WITH_REFIT if refits else WITHOUT_REFIT[arguments.preset]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
-from sparsefw.frank_wolfe import CERTIFIED
+from sparsefw.frank_wolfe import CERTIFIED, exact
 from sparsefw.joint import RESTART
 from sparsefw.kernels import cost
 from sparsefw.kernels.cost import Cost
@@ -82,7 +82,7 @@ class Calls:
         steps: those of Frank-Wolfe steps.
         refits: those of refits and rounds.
         fits: refits.
-        errors: those of errors and swaps, in fp32 whatever the precision.
+        errors: those of errors and swaps, as good as fp32's whatever the precision.
         row_steps, lmos, row_swaps: calls of these kernels.
     """
 
@@ -247,7 +247,7 @@ def _forward(
 
 def _products_of_inputs(shape: ModelShape, work: Work) -> str:
     """The unit of Gram and cross matrices."""
-    if not work.gpu or (shape.itemsize > 2 and work.settings.precision == "ieee"):
+    if not work.gpu or (shape.itemsize > 2 and work.settings.precision in ("ieee", "tf32x3")):
         return "ieee"
     return "bf16" if shape.itemsize == 2 else "tf32"
 
@@ -322,6 +322,9 @@ def _of_solve(
     """The operations of one stack of rows, solved in chunks."""
     half = work.settings.precision == "bf16"
     unit = work.settings.precision if work.gpu else "ieee"
+    # "tf32x3" is three products in tf32.
+    times, errors = (3, "tf32") if work.gpu and exact(unit) == "tf32x3" else (1, "ieee")
+    unit, steps = ("tf32", 3) if unit == "tf32x3" else (unit, 1)
     weight = shape.itemsize if work.gpu else 4
     E, G = (2, 2) if half else (weight, 4)
 
@@ -329,12 +332,19 @@ def _of_solve(
         if count:
             yield Operation("solve", name, unit, count * chunks, _times(_split(of, rows, chunks), count))
 
-    yield from some("target", unit, each.target, lambda n: cost.product(n, d, E=4, G=G))
-    yield from some("start", unit, each.starts, lambda n: cost.product(n, d, E=E, G=G))
+    def product(E: int, G: int, times: int) -> Callable[[int], Cost]:
+        def of(n: int) -> Cost:
+            one = cost.product(n, d, E=E, G=G)
+            return Cost(times * one.flops, one.bytes)
+
+        return of
+
+    yield from some("target", unit, each.target, product(4, G, steps))
+    yield from some("start", unit, each.starts, product(E, G, steps))
     if not by_changes:
-        yield from some("step", unit, each.steps, lambda n: cost.product(n, d, E=E, G=G))
-    yield from some("refit", unit, each.refits, lambda n: cost.product(n, d, E=4, G=G))
-    yield from some("error", "ieee", each.errors, lambda n: cost.product(n, d, E=weight, G=4))
+        yield from some("step", unit, each.steps, product(E, G, steps))
+    yield from some("refit", unit, each.refits, product(4, G, steps))
+    yield from some("error", errors, each.errors, product(weight, 4, times))
     yield from some("row_step", "ieee", each.row_steps, lambda n: cost.row_step(n, d, W=weight, E=E))
     for count, steps, mask in each.descents:
         for parts, place in ((1, {"first": True}), (steps - 1, {}), (1, {"last": True})):

@@ -56,6 +56,22 @@ class TestGradient:
         assert (along(eta.double()[:, None]) <= lowest * (1 + 1e-6)).all()
 
 
+@pytest.mark.parametrize(("precision", "errors"), [("ieee", "ieee"), ("tf32", "tf32x3"), ("bf16", "tf32x3")])
+def test_errors_are_those_of_fp32_whatever_the_precision(precision, errors, monkeypatch):
+    seen, product = [], reference.product
+
+    def spy(E, G, *, precision, out=None):
+        seen.append((precision, G.dtype))
+        return product(E, G, precision=precision, out=out)
+
+    monkeypatch.setattr(reference, "product", spy)
+    frank_wolfe.solve(make_problem(6, 30), steps=8, penalty=1.0, swaps=3, precision=precision)
+    exactly = (errors, torch.float32)
+    # The warm start, what the swaps start from, and the mask; in between the iteration.
+    assert [seen[0], *seen[-2:]] == 3 * [exactly]
+    assert {one for one, _ in seen[1:-2]} == {precision}
+
+
 class TestIterates:
     @pytest.mark.parametrize("sparsity", ["0.6", "layer:0.6", "2:4", "3:5"])
     @pytest.mark.parametrize("alpha", [0.0, 0.5])

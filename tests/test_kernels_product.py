@@ -64,7 +64,7 @@ def test_product_of_strided_operands():
 def test_the_grouped_order_meets_every_tile(monkeypatch):
     # Several groups of row tiles, the last one short; the tests above have one group.
     config = dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, GROUP_M=2)
-    monkeypatch.setattr(product_module, "configuration", lambda rows, d, size, wide: config)
+    monkeypatch.setattr(product_module, "configuration", lambda *_, **__: config)
     E, G = normal(75, 131), gram(131)
     assert_near(product(E, G, out=garbage(75, 131)), reference.product(E, G), E.double() @ G.double())
 
@@ -85,7 +85,7 @@ def test_the_grouped_order_meets_every_tile(monkeypatch):
 def test_product_through_descriptors(e_dtype, g_dtype, precision, rows, d, monkeypatch):
     """Rows that are aligned, if not contiguous; more tiles than programs, and edges inside of tiles."""
     config = dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=2)
-    monkeypatch.setattr(product_module, "configuration", lambda rows, d, size, wide: config)
+    monkeypatch.setattr(product_module, "configuration", lambda *_, **__: config)
     monkeypatch.setattr(product_module, "_product_kernel", None)
     E = torch.full((rows, d + 16), torch.nan, dtype=e_dtype, device=DEVICE)[:, 8:-8].copy_(normal(rows, d))
     G = gram(d).to(g_dtype)
@@ -127,7 +127,7 @@ def test_product_of_no_rows():
         (dict(G=torch.zeros(4, 4, device="meta")), ValueError, "G: expected device"),
         (dict(out=torch.zeros(3, 4, dtype=torch.bfloat16)), TypeError, "out: expected torch.float32"),
         (dict(out=torch.zeros(4, 3)), ValueError, r"out: expected shape \(3, 4\)"),
-        (dict(precision="fp8"), ValueError, "precision: expected one of ieee, tf32, bf16, got 'fp8'"),
+        (dict(precision="fp8"), ValueError, "precision: expected one of ieee, tf32x3, tf32, bf16, got 'fp8'"),
     ],
 )
 def test_product_refuses_bad_input(change, error, match):
@@ -138,6 +138,25 @@ def test_product_refuses_bad_input(change, error, match):
     }
     with pytest.raises(error, match=match):
         product(moved.pop("E"), moved.pop("G"), **moved)
+
+
+@pytest.mark.parametrize("stored", [(2, 2), (2, 4), (4, 2), (4, 4)])
+@pytest.mark.parametrize("size", [2, 4])
+def test_stages_of_large_tiles_fit_shared_memory(size, stored, monkeypatch):
+    """Also of operands that are rounded to fewer bytes only once they are there; beside a quarter of the output."""
+    monkeypatch.setattr(product_module, "platform", lambda: "sm_90")
+    config = product_module.configuration(8192, 8192, size, True, stored=stored)
+    m, n, k = (config[f"BLOCK_{x}"] for x in "MNK")
+    assert n == 256
+    stages = config["num_stages"] * (m * stored[0] + n * stored[1]) * k
+    assert config["num_stages"] >= 2
+    assert stages + m * n * 4 // 4 < 227 * 1024
+
+
+@pytest.mark.parametrize(("where", "precision"), [("hip", "ieee"), ("sm_80", "tf32x3"), ("sm_90", "tf32x3")])
+def test_amd_multiplies_fp32_as_it_is(where, precision, monkeypatch):
+    monkeypatch.setattr(product_module, "platform", lambda: where)
+    assert product_module.dot_options((torch.float32, torch.float32), "tf32x3")["PRECISION"] == precision
 
 
 @needs_gpu

@@ -36,7 +36,7 @@ def test_round_operand_to_tf32_is_the_nearest_with_ties_to_even():
 
 
 def test_round_operand_refuses_other_precisions():
-    with pytest.raises(ValueError, match="precision: expected one of ieee, tf32, bf16, got 'fp8'"):
+    with pytest.raises(ValueError, match="precision: expected one of ieee, tf32x3, tf32, bf16, got 'fp8'"):
         reference.round_operand(torch.zeros(1), "fp8")
 
 
