@@ -186,7 +186,8 @@ def _products() -> Iterator[Case]:
         # A direction of conjugate gradients, and the removed weights of errors.
         ("of a direction", ALL, 4096, 4096, FP32, BF16, "bf16"),
         ("of fp32", HOPPER, 4096, 4096, FP32, FP32, "bf16"),
-        ("tf32x3", ALL, 4096, 4096, BF16, FP32, "tf32x3"),
+        ("tf32x3", ALL, 4096, 4096, FP32, FP32, "tf32x3"),
+        ("tf32x3 of bf16", HOPPER, 4096, 14336, BF16, FP32, "tf32x3"),
         ("tf32x3", HOPPER, 576, 576, FP32, FP32, "tf32x3"),
         # Operands of a bf16 weight and an fp32 Gram matrix.
         ("mixed", HOPPER, 4096, 14336, BF16, FP32, "tf32"),
@@ -246,15 +247,16 @@ def _lmo(text: str, targets: tuple[str, ...], d: int, k: int, *, fixed: bool = F
 def _step(
     text: str, targets: tuple[str, ...], d: int, k: int | Tensor, *, fixed: bool = True, lacks: bool = False, **options
 ) -> Case:
-    """Of bf16 weights, or of candidates, which have no fixed entries and lack something."""
+    """Of bf16 weights, or of fp32 candidates, which have no fixed entries and lack something; for bf16 products."""
     W, state, V = empty(ROWS, d, FP32 if lacks else BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
+    E = empty(ROWS, d, BF16)
     fixed = fixed and not lacks
     options |= {"fixed": V if fixed else None, "lacks": state if lacks else None}
     return Case(
         f"step {text}",
         targets,
-        lambda: row_step(W, state[0], state, state, state, V, W, k, **options),
-        cost.row_step(ROWS, d, W=W.itemsize, E=W.itemsize, fixed=fixed, lacks=lacks),
+        lambda: row_step(W, state[0], state, state, state, V, E, k, **options),
+        cost.row_step(ROWS, d, W=W.itemsize, E=2, fixed=fixed, lacks=lacks),
     )
 
 
