@@ -4,7 +4,7 @@ Where layers approximate the dense model's outputs, the same windows also go thr
 pruned in stages: the inputs of later layers are measured after earlier ones are pruned.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsefw.checkpoint import check_finite
 from sparsefw.errors import InputError
-from sparsefw.layers import Layer, Stage, capture, dense_outputs, not_pruned, stages
+from sparsefw.layers import DenseOutputs, Layer, Stage, capture, dense_outputs, not_pruned, stages
 from sparsefw.methods import Settings
 from sparsefw.prune import LayerResult, prune_layers
 from sparsefw.stream import Stream, StreamedModel
@@ -129,24 +129,7 @@ def capture_block(
     follows: Dense | None = None,
 ) -> tuple[list[Layer], dict[str, Tensor], dict[str, Tensor]]:
     """`layers.capture` of block i, its Gram matrices checked."""
-    prefix, dense = model.names[i], None
-
-    def run_dense(j: int) -> None:
-        if stage.moves:
-            model.move(i, follows.stream, j, follows.block)
-        else:
-            model.output(i, follows.stream, j, follows.block)
-
-    if follows and stage.final and not stage.moves:
-        # They have moved on: what the block has put out is what the stage's layers should.
-        def dense(j: int):
-            hidden = follows.stream.hidden[j]
-            return lambda name: hidden.reshape(-1, hidden.shape[-1])
-
-    elif follows and (stage.last or stage.moves):
-        # Experts have no use for what the dense model puts out: for them it is run only to move on.
-        dense = dense_outputs(follows.block, run_dense, stage)
-
+    prefix = model.names[i]
     layers, grams, crosses = capture(
         model.blocks[i],
         lambda j: model.output(i, stream, j),
@@ -154,7 +137,7 @@ def capture_block(
         ops=ops,
         precision="ieee" if settings.precision in ("ieee", "tf32x3") else "tf32",
         stage=stage,
-        dense=dense,
+        dense=_dense_outputs(model, i, stage, follows) if follows and stage else None,
     )
     if follows:
         model.settle(follows.stream)
@@ -164,3 +147,23 @@ def capture_block(
         # Off the diagonal G is bounded by it.
         check_finite(f"inputs of {prefix}.{gram} (their squares, summed)", G.diagonal())
     return layers, grams, crosses
+
+
+def _dense_outputs(model: StreamedModel, i: int, stage: Stage, follows: Dense) -> DenseOutputs | None:
+    """What the layers of a stage put out in the dense model; None where nothing is compared with it."""
+
+    def moved_on(j: int) -> Callable[[str], Tensor]:
+        hidden = follows.stream.hidden[j]
+        return lambda name: hidden.reshape(-1, hidden.shape[-1])
+
+    def run(j: int) -> None:
+        if stage.moves:
+            model.move(i, follows.stream, j, follows.block)
+        else:
+            model.output(i, follows.stream, j, follows.block)
+
+    if stage.final and not stage.moves:
+        # The block has been run: what it has put out is what these layers should.
+        return moved_on
+    # Experts have no use for what the dense model puts out: for them it is run only to move on.
+    return dense_outputs(follows.block, run, stage) if stage.last or stage.moves else None

@@ -85,7 +85,7 @@ class Stage:
 
 
 # What the dense model's layers put out for a micro-batch: by its number, and then by the layer's name.
-Dense = Callable[[int], Callable[[str], Tensor | None]]
+DenseOutputs = Callable[[int], Callable[[str], Tensor | None]]
 
 
 class _Enough(Exception):
@@ -120,7 +120,7 @@ def stages(block: nn.Module, run: Callable[[], object]) -> list[Stage]:
     ]
 
 
-def dense_outputs(block: nn.Module, run: Run, stage: Stage | None = None) -> Dense:
+def dense_outputs(block: nn.Module, run: Run, stage: Stage | None = None) -> DenseOutputs:
     """What a stage's layers put out in the dense model, whose block and micro-batches these are.
 
     A micro-batch is run as far as the stage needs it; where the stage moves them on, to the end.
@@ -142,7 +142,7 @@ def capture(
     ops: ModuleType,
     precision: str,
     stage: Stage | None = None,
-    dense: Dense | None = None,
+    dense: DenseOutputs | None = None,
 ) -> tuple[list[Layer], dict[str, Tensor], dict[str, Tensor]]:
     """Run a block over its calibration inputs; find its layers and accumulate the Gram matrices of their inputs.
 
