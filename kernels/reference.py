@@ -33,15 +33,18 @@ def round_operand(X: Tensor, precision: str) -> Tensor:
 
     Args:
         X: any floating tensor.
-        precision: "ieee" (fp32, nothing lost), "tf32x3" (a sum of two tf32 numbers, which is fp32 here), "tf32" (10
-            explicit mantissa bits) or "bf16" (7 bits).
+        precision: "ieee" (fp32, nothing lost), "tf32x3" (the sum of two tf32 numbers), "tf32" (10 explicit mantissa
+            bits) or "bf16" (7 bits).
 
     Raises:
         ValueError: for any other precision.
     """
     X = X.float()
-    if precision in ("ieee", "tf32x3"):
+    if precision == "ieee":
         return X
+    if precision == "tf32x3":
+        high = round_operand(X, "tf32")
+        return round_operand(X - high, "tf32").add_(high)
     if precision == "bf16":
         return X.bfloat16().float()
     if precision == "tf32":

@@ -35,6 +35,15 @@ def test_round_operand_to_tf32_is_the_nearest_with_ties_to_even():
     assert torch.equal(reference.round_operand(infinite, "tf32"), infinite)
 
 
+def test_round_operand_to_two_tf32_numbers():
+    X = normal(1000) * 10.0 ** (60 * uniform(1000) - 30)
+    rounded = reference.round_operand(X, "tf32x3")
+    assert ((rounded - X).abs() <= X.abs() * 2.0**-22).all()
+    assert (rounded != X).any()
+    halves = X.bfloat16()
+    assert torch.equal(reference.round_operand(halves, "tf32x3"), halves.float())
+
+
 def test_round_operand_refuses_other_precisions():
     with pytest.raises(ValueError, match="precision: expected one of ieee, tf32x3, tf32, bf16, got 'fp8'"):
         reference.round_operand(torch.zeros(1), "fp8")
