@@ -158,9 +158,7 @@ class _Memory:
 
 
 class _Stream:
-    """A stream, and the event that is recorded on it: nothing is ever left to wait for."""
-
-    gpu: GPU
+    """A stream of the `gpu`, and the event that is recorded on it: nothing is ever left to wait for."""
 
     def __init__(self, device: Any = None):
         self.wait_stream = self.wait_event = lambda other: None
@@ -173,14 +171,12 @@ def _is_gpu(device: Any) -> bool:
 
 
 def _refuse_two_devices(packet: Any, args: tuple, given: list[Tensor]) -> None:
-    if packet in COPIES:
-        return
     if packet in INDEXING and isinstance(args[0], OnGPU):
         # Indices may be on the host.
         given = [x for x in given if not any(x is index for index in args[1])]
     # So may single numbers.
     found = [x for x in given if isinstance(x, OnGPU) or x.dim()]
-    if len({x.device for x in found}) > 1:
+    if len({x.device for x in found}) > 1 and packet not in COPIES:
         found = ", ".join(f"{x.device} {tuple(x.shape)}" for x in found)
         raise RuntimeError(f"{packet}: Expected all tensors to be on the same device, but found {found}")
 
