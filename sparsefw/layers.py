@@ -125,9 +125,10 @@ def dense_outputs(block: nn.Module, run: Run, stage: Stage | None = None) -> Den
 
     A micro-batch is run as far as the stage needs it; where the stage moves them on, to the end.
     """
-    watch = _Watch(block, stage=stage, outputs=True, on=stage is not None and stage.moves)
 
     def put_out(j: int) -> Callable[[str], Tensor | None]:
+        # A new one for each: what it keeps goes with it.
+        watch = _Watch(block, stage=stage, outputs=True, on=stage is not None and stage.moves)
         watch.through(lambda: run(j))
         return watch.output_of
 
@@ -170,19 +171,22 @@ def capture(
             grams[name] = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
         ops.gram_accumulate(grams[name], x, precision=precision)
 
+    def accumulate_lacks(should_of: Callable[[str], Tensor | None]) -> None:
+        for name, x, output in watch.put_out():
+            should = should_of(name)
+            if should is None or should.shape != output.shape:
+                continue
+            if name not in crosses:
+                crosses[name] = torch.zeros(output.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+            # In one rounding, whatever the dtype: torch subtracts in fp32.
+            ops.cross_accumulate(crosses[name], (should - output).to(x.dtype), x, precision=precision)
+
     watch = _Watch(block, accumulate, stage, outputs=dense is not None)
     for j in batches:
         watch.through(lambda j=j: run(j))
         if dense:
-            should_of = dense(j)
-            for name, x, output in watch.put_out():
-                should = should_of(name)
-                if should is None or should.shape != output.shape:
-                    continue
-                if name not in crosses:
-                    crosses[name] = torch.zeros(output.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
-                # In one rounding, whatever the dtype: torch subtracts in fp32.
-                ops.cross_accumulate(crosses[name], (should - output).to(x.dtype), x, precision=precision)
+            accumulate_lacks(dense(j))
+        watch.forget()
     return list(watch.layers.values()), grams, crosses
 
 
@@ -240,14 +244,18 @@ class _Watch(TorchFunctionMode):
 
     def through(self, run: Callable[[], object]) -> None:
         """Watch one micro-batch on its way through the block, as far as the stage needs it."""
-        for kept in (self.inputs, self.origins, self.products, self.outputs):
-            kept.clear()
+        self.forget()
         self.complete = self.over = False
         try:
             with self:
                 run()
         except _Enough:
             pass
+
+    def forget(self) -> None:
+        """Let go of the last micro-batch's tensors."""
+        for kept in (self.inputs, self.origins, self.products, self.outputs):
+            kept.clear()
 
     def put_out(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Layer, input and output, both as matrices, of the last micro-batch."""

@@ -187,9 +187,7 @@ def _calibrate(block: BlockShape, shape: ModelShape, work: Work, tokens: int) ->
         watched = (inputs + outputs) * shape.itemsize
         lacks = (outputs + rows) * shape.itemsize if work.followed else 0
         operands = 0 if work.gpu else 4 * (d + (rows if work.followed else 0))
-        # What the dense model's layers put out is there while the rest of its block runs.
-        running_on = running + (tokens * rows * shape.itemsize if work.followed else 0)
-        peak = max(peak, state + tokens * watched + max(running_on, tokens * (lacks + operands)))
+        peak = max(peak, state + tokens * watched + max(running, tokens * (lacks + operands)))
     return peak
 
 

@@ -124,7 +124,7 @@ def report(
         "seconds": outcome.timeline.seconds(),
         "blocks": outcome.blocks,
         "timeline": [asdict(span) for span in outcome.timeline.spans],
-        "peak_memory": peak_memory(),
+        "peak_memory": {what: max(n, *(b[what] for b in outcome.blocks)) for what, n in peak_memory().items()},
     }
 
 
