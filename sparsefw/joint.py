@@ -50,7 +50,8 @@ def refine(
         precision, ops: as in `frank_wolfe.solve`.
 
     Returns:
-        The fit of the lowest error, on the damped Gram matrix, in every row.
+        The fit of the lowest error, on the damped Gram matrix, in every row. What is not finite is never lower, so
+        that nothing is looked at, which a GPU would be waited for.
     """
     W, G, options = problem.W, problem.G, {"precision": precision, "ops": ops}
     # Converted once.
@@ -64,7 +65,7 @@ def refine(
     for _ in range(rounds):
         T = _candidates(best, inverse)
         score = _score(T, G).mul_(1 + margin[:, None] * as_float(best.mask))
-        chosen = ops.lmo(score, problem.k, group=problem.group)
+        chosen = ops.lmo(score, problem.k, group=problem.group, checked=False)
         better = best.take_better(refit(W, H, chosen, T, refit_steps, **options))
         margin = torch.where(better, NARROW * margin, WIDEN * margin + FIRST)
     return best
@@ -74,7 +75,7 @@ def _restart(problem: Problem, T: Tensor, steps: int, penalty: float, options: d
     """The mask that Frank-Wolfe finds for the candidates T, (rows, d) bool."""
     ops = options["ops"]
     score = _score(T, problem.G)
-    warm = ops.lmo(score, problem.k, group=problem.group)
+    warm = ops.lmo(score, problem.k, group=problem.group, checked=False)
     again = Problem(T, problem.G, score, problem.k, warm, None, problem.group, lacks=problem.W - T)
     M = as_float(warm)
     for state in frank_wolfe.iterate(

@@ -134,6 +134,18 @@ class TestRefine:
         assert_kept(problem, fit.mask)
         assert fit.error.sum() < refine(problem, steps=steps, rounds=0).error.sum()
 
+    @pytest.mark.parametrize("ops", [reference, fused], ids=["torch", "triton"])
+    def test_a_row_that_overflows_spoils_no_other(self, ops):
+        problem = make_problem(rows=8)
+        options = {"steps": 6, "penalty": 1.0, "refit_steps": 2, "rounds": 2, "precision": "ieee", "ops": ops}
+        expected = joint.refine(problem, problem.warm, **options)
+        problem.W[3, ~problem.warm[3]] = 1e30
+        found = joint.refine(problem, problem.warm, **options)
+        assert found.error.isfinite().tolist() == [n != 3 for n in range(8)]
+        others = torch.arange(8, device=DEVICE) != 3
+        assert torch.equal(found.error[others], expected.error[others])
+        assert torch.equal(found.mask[others], expected.mask[others])
+
     def test_rerun_is_bit_identical(self):
         problem = make_problem()
         one, two = refine(problem), refine(problem)

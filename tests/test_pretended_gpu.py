@@ -15,7 +15,7 @@ from pretended_gpu import NAME, pretended_gpu
 from problems import make_problem
 from torch import nn
 
-from sparsefw import frank_wolfe, needs, run
+from sparsefw import frank_wolfe, joint, needs, run
 from sparsefw.activations import PLACES
 from sparsefw.kernels import fused, reference
 
@@ -186,6 +186,15 @@ def test_a_solve_waits_once_in_the_end(sparsity, alpha, options, gpu, monkeypatc
     gpu.waits.clear()
     monkeypatch.setattr(frank_wolfe, "_check_finite", lambda error: None)
     frank_wolfe.solve(problem, swaps=2, **options)
+    assert not gpu.waits
+
+
+@pytest.mark.parametrize("sparsity", ["0.6", "2:4"])
+def test_refits_wait_for_nothing(sparsity, gpu):
+    problem = as_on_gpu(make_problem(5, 24, sparsity))
+    gpu.waits.clear()
+    options = {"steps": 3, "penalty": 1.0, "refit_steps": 2, "rounds": 2, "precision": "bf16", "ops": fused}
+    assert joint.refine(problem, problem.warm, **options).error.is_cuda
     assert not gpu.waits
 
 
