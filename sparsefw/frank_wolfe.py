@@ -164,8 +164,8 @@ def solve(
         raise ValueError(f"step_rule: expected one of {', '.join(STEP_RULES)}, got {step_rule!r}")
     if problem.whole and (penalty or swaps or problem.group):
         raise ValueError("whole: one step size over the matrix has no penalty, no swaps and no groups")
-    known_well = {"precision": exact(precision), "ops": ops}
-    error_warm_start = mask_error(problem.W, problem.warm, problem.G, problem.lacks, **known_well)
+    exactly = {"precision": exact(precision), "ops": ops}
+    error_warm_start = mask_error(problem.W, problem.warm, problem.G, problem.lacks, **exactly)
     known = [error_warm_start]
     bound = error_warm_start.new_zeros(1 if problem.whole else len(error_warm_start))
     mask = problem.warm.clone()
@@ -184,7 +184,7 @@ def solve(
         R = ops.product(_removed(problem.W, mask, problem.lacks), problem.matrix, precision=exact(precision))
         ops.row_swaps(problem.W, problem.matrix, R, mask, swaps, group=problem.group, fixed=problem.fixed)
         del R
-    error = mask_error(problem.W, mask, problem.G, problem.lacks, **known_well)
+    error = mask_error(problem.W, mask, problem.G, problem.lacks, **exactly)
     _check_finite(torch.cat([*known, error]))
     if best_of:
         better = (error.sum() < error_warm_start.sum()).expand_as(error) if problem.whole else error < error_warm_start

@@ -186,7 +186,6 @@ def capture(
         watch.through(lambda j=j: run(j))
         if dense:
             accumulate_lacks(dense(j))
-        watch.forget()
     return list(watch.layers.values()), grams, crosses
 
 
@@ -244,18 +243,14 @@ class _Watch(TorchFunctionMode):
 
     def through(self, run: Callable[[], object]) -> None:
         """Watch one micro-batch on its way through the block, as far as the stage needs it."""
-        self.forget()
+        for kept in (self.inputs, self.origins, self.products, self.outputs):
+            kept.clear()
         self.complete = self.over = False
         try:
             with self:
                 run()
         except _Enough:
             pass
-
-    def forget(self) -> None:
-        """Let go of the last micro-batch's tensors."""
-        for kept in (self.inputs, self.origins, self.products, self.outputs):
-            kept.clear()
 
     def put_out(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Layer, input and output, both as matrices, of the last micro-batch."""

@@ -166,9 +166,9 @@ def choose_weights(
     warm = ops.lmo(rows.saliency, rows.k, group=settings.pattern.group)
     mask, Z = prune(rows, settings)
     written = Z.to(rows.dtype)
-    known_well = {"precision": exact(settings.precision), "ops": ops}
-    error = weight_error(rows.W, written, rows.G, **known_well)
-    error_mask, error_warm_start = (mask_error(rows.W, m, rows.G, **known_well) for m in (mask, warm))
+    exactly = {"precision": exact(settings.precision), "ops": ops}
+    error = weight_error(rows.W, written, rows.G, **exactly)
+    error_mask, error_warm_start = (mask_error(rows.W, m, rows.G, **exactly) for m in (mask, warm))
     return Choice(mask, written, error, error_mask, error_warm_start, None)
 
 

@@ -16,7 +16,7 @@ from problems import make_problem
 from torch import nn
 
 from sparsefw import frank_wolfe, joint, needs, run
-from sparsefw.activations import PLACES
+from sparsefw.activations import PLACES, PinnedActivations
 from sparsefw.kernels import fused, reference
 
 # bench/ is no package.
@@ -283,6 +283,18 @@ def test_placement_does_not_change_the_result(tmp_path, monkeypatch):
     assert set(report["evaluation"][0]["perplexity"]) == {"dense", "sparsefw"}
     assert contents["host"] == contents["gpu"]
     assert contents["file"] == contents["gpu"]
+
+
+def test_the_host_is_no_more_than_one_micro_batch_ahead(gpu):
+    """Each takes memory on the GPU from when it is launched."""
+    room = PinnedActivations(torch.device("cuda"))
+    for n in range(4):
+        room.append(torch.full((1, 2, 3), float(n), device="cuda"))
+    gpu.waits.clear()
+    for n in range(4):
+        assert room[n].tolist() == [2 * [3 * [n]]]
+    waits = {where.split()[0].rpartition("/")[2].partition(":")[0]: times for where, times in gpu.waits.items()}
+    assert waits["activations.py"] == 3
 
 
 @pytest.fixture(scope="module")

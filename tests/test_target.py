@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import weakref
 
 import pytest
 import torch
@@ -202,6 +203,22 @@ class TestCrossMatrices:
         )
         assert [layer.name for layer in layers] == ["0.weight", "2.weight"]
         assert set(crosses) == {"2.weight"}
+
+    def test_nothing_of_a_micro_batch_outlives_it(self):
+        """The memory is the next one's."""
+        block, kept = nn.Linear(8, 8).requires_grad_(False), []
+        dense = copy.deepcopy(block)
+
+        def run(block, j):
+            assert not any(tensor() is not None for number, tensor in kept if number < j)
+            x = torch.randn(20, 8)
+            out = block(x)
+            kept.extend((j, weakref.ref(tensor)) for tensor in (x, out))
+
+        runs = functools.partial(run, block), functools.partial(run, dense)
+        put_out = dense_outputs(dense, runs[1])
+        _, _, crosses = capture(block, runs[0], range(3), ops=reference, precision="ieee", dense=put_out)
+        assert (len(kept), set(crosses)) == (12, {"weight"})
 
 
 class TestStages:
