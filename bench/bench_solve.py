@@ -1,7 +1,10 @@
 """A whole solve, 30 steps at 60 %: the product's way, the obvious one, and its matrix products alone, by shape.
 
-Without a GPU the shapes are those of SmolLM2-135M's layers, and the kernels are torch's.
+On a GPU also without a CUDA graph, every step launched by itself. Without one the shapes are those of SmolLM2-135M's
+layers only, and the kernels are torch's.
 """
+
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,14 +18,19 @@ from sparsefw.methods import Settings
 from sparsefw.prune import prune_layers
 
 STEPS, SPARSITY = 30, "0.6"
-LAYERS = SHAPES[:3] if GPU else [(1536, 576), (576, 1536)]
+LAYERS = SHAPES[:3] * GPU + [(1536, 576), (576, 1536)]
 SETTINGS = Settings(patterns.parse(SPARSITY), steps=STEPS, damp=0.0, precision=PRECISION)
 
 
-def solve(W: torch.Tensor, G: torch.Tensor) -> float:
+def solve(W: torch.Tensor, G: torch.Tensor, ops: ModuleType = fused if GPU else reference) -> float:
     """Prunes W in place; the error."""
-    (row,) = prune_layers([("layer", W)], G, "sparsefw", SETTINGS, fused if GPU else reference)
+    (row,) = prune_layers([("layer", W)], G, "sparsefw", SETTINGS, ops)
     return row.error
+
+
+def step_by_step(W: torch.Tensor, G: torch.Tensor) -> float:
+    """The same without a graph."""
+    return solve(W, G, SimpleNamespace(**vars(fused) | {"repeat": reference.repeat}))
 
 
 def obvious(W: torch.Tensor, G: torch.Tensor) -> float:
@@ -39,7 +47,7 @@ def products(W: torch.Tensor, G: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("shape", LAYERS, ids=str)
-@pytest.mark.parametrize("way", [obvious, solve, products], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [obvious, solve, *[step_by_step] * GPU, products], ids=lambda way: way.__name__)
 def test_solve(benchmark, way, shape):
     rows, d = shape
     W = 0.02 * normal(rows, d)

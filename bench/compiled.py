@@ -160,7 +160,7 @@ def cases() -> Iterator[Case]:
     yield _step("of a target 4096", HOPPER, 4096, 2048, lacks=True)
     yield _step("of a target 28672", HOPPER, 28672, 14336, lacks=True)
     yield _step("3:5 4095", HOPPER, 4095, 3, group=5)
-    yield _step("open loop 4096", HOPPER, 4096, empty(ROWS, 1, torch.int32)[:, 0], fixed=False, eta=0.5)
+    yield _step("open loop 4096", HOPPER, 4096, empty(ROWS, 1, torch.int32)[:, 0], fixed=False, open_loop=True)
     for d, targets in ((576, HOPPER), (4096, ALL), (28672, ALL)):
         yield _swaps(str(d), targets, d)
     for m, d in ((4, 4096), (32, 14336), (5, 4095)):
@@ -245,12 +245,14 @@ def _lmo(text: str, targets: tuple[str, ...], d: int, k: int, *, fixed: bool = F
 
 
 def _step(
-    text: str, targets: tuple[str, ...], d: int, k: int | Tensor, *, fixed: bool = True, lacks: bool = False, **options
-) -> Case:
+    text: str, targets: tuple[str, ...], d: int, k: int | Tensor, *, fixed: bool = True, lacks: bool = False,
+    open_loop: bool = False, **options
+) -> Case:  # fmt: skip
     """Of bf16 weights, or of fp32 candidates, which have no fixed entries and lack something; for bf16 products."""
     W, state, V = empty(ROWS, d, FP32 if lacks else BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
-    E = empty(ROWS, d, BF16)
+    E, number = empty(ROWS, d, BF16), empty(1, 1)[0, 0]
     fixed = fixed and not lacks
+    options |= {"theta": number, "next_theta": number} | ({"eta": number} if open_loop else {})
     options |= {"fixed": V if fixed else None, "lacks": state if lacks else None}
     return Case(
         f"step {text}",

@@ -73,15 +73,19 @@ def order_key(x):
 
 
 @triton.jit
-def candidate_key(x, held, valid, POSITIVE: tl.constexpr):
-    """Key of score x for a selection: `held` (or None) entries come first; with POSITIVE scores <= 0 are no entry."""
+def lowest_key(positive):
+    """The key that those of candidates are above: of 0 where only `positive` scores are, else of no entry."""
+    return tl.where(positive, ZERO_KEY, 0).to(tl.uint32)
+
+
+@triton.jit
+def candidate_key(x, held, valid, lowest):
+    """Key of score x for a selection: `held` (or None) entries come first; scores not above `lowest` are no entry."""
     key = order_key(x)
     if held is not None:
         # A NaN stays one where it is held: it is an error wherever it stands.
         key = tl.where(held & (key != NAN_KEY), INF_KEY, key)
-    if POSITIVE:
-        key = tl.where(key > ZERO_KEY, key, 0)
-    return tl.where(valid, key, 0)
+    return tl.where(valid & (key > lowest), key, 0)
 
 
 @triton.jit
@@ -102,8 +106,8 @@ def columns(start, d, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.con
 
 @triton.jit
 def load_keys(
-    score, fixed, start, d, valid_r, stride_sd, stride_fd,
-    POSITIVE: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr,
+    score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Keys (BLOCK_R, BLOCK_D) of one chunk; `score` and `fixed` point at the first column of the tile's rows."""
     column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D)
@@ -113,7 +117,7 @@ def load_keys(
     held = None
     if fixed is not None:
         held = tl.load(fixed + column * stride_fd, mask=valid, other=0).to(tl.int1)
-    return candidate_key(x, held, valid, POSITIVE)
+    return candidate_key(x, held, valid, lowest)
 
 
 @triton.jit
@@ -128,22 +132,22 @@ def load_budget(k, row, valid_r, stride_k, PER_ROW: tl.constexpr, BLOCK_R: tl.co
 
 @triton.jit
 def count_reaching(
-    T, keys, score, fixed, d, valid_r, stride_sd, stride_fd,
-    POSITIVE: tl.constexpr, WHOLE: tl.constexpr, SEARCH_D: tl.constexpr,
+    T, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
+    WHOLE: tl.constexpr, SEARCH_D: tl.constexpr,
 ):  # fmt: skip
     """Entries per row with a key >= T: those of `keys`, the first SEARCH_D columns, and unless WHOLE the others."""
     n = tl.sum((keys >= T[:, None]).to(tl.int32), axis=1)
     if not WHOLE:
         for start in range(SEARCH_D, d, SEARCH_D):
-            others = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, POSITIVE, 0, 0, SEARCH_D)
+            others = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, SEARCH_D)
             n += tl.sum((others >= T[:, None]).to(tl.int32), axis=1)
     return n
 
 
 @triton.jit
 def kth_key(
-    keys, k, score, fixed, d, valid_r, stride_sd, stride_fd,
-    POSITIVE: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, SEARCH_D: tl.constexpr,
+    keys, k, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, SEARCH_D: tl.constexpr,
 ):  # fmt: skip
     """A threshold T per row that at least k keys reach, and what to do about the surplus.
 
@@ -153,13 +157,13 @@ def kth_key(
         tied: whether any row of the tile has such a surplus.
     """
     T = tl.full((BLOCK_R,), 1, tl.uint32)
-    n = count_reaching(T, keys, score, fixed, d, valid_r, stride_sd, stride_fd, POSITIVE, WHOLE, SEARCH_D)
+    n = count_reaching(T, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D)
     k = tl.minimum(k, n)
     step = tl.full((), 0x80000000, tl.uint32)
     # n >= k always; a row is settled once n = k, and then its T must stay (with k = 0 it would climb past the top).
     while (tl.max(n - k, axis=0) > 0) & (step > 0):
         reach = T + step
-        m = count_reaching(reach, keys, score, fixed, d, valid_r, stride_sd, stride_fd, POSITIVE, WHOLE, SEARCH_D)
+        m = count_reaching(reach, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D)
         higher = (m >= k) & (n > k)
         T = tl.where(higher, reach, T)
         n = tl.where(higher, m, n)
@@ -167,7 +171,7 @@ def kth_key(
     tied = tl.max(n - k, axis=0) > 0
     room = tl.full((BLOCK_R,), 0x7FFFFFFF, tl.int32)
     if tied:
-        above = count_reaching(T + 1, keys, score, fixed, d, valid_r, stride_sd, stride_fd, POSITIVE, WHOLE, SEARCH_D)
+        above = count_reaching(T + 1, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D)
         room = tl.where(n > k, k - above, room)
     return T, room, tied
 

@@ -7,6 +7,7 @@ from .gram import gram_accumulate
 from .lmo import lmo
 from .product import product
 from .reference import PRECISIONS, check_budget, round_operand
+from .repeat import repeat
 from .step import row_step
 from .swaps import row_swaps
 from .update import convex_update
@@ -21,6 +22,7 @@ __all__ = [
     "gram_accumulate",
     "lmo",
     "product",
+    "repeat",
     "round_operand",
     "row_step",
     "row_swaps",

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import NAN_KEY, columns, count_reaching, kth_key, load_budget, load_keys, take, take_of_groups
+from .device import NAN_KEY, columns, count_reaching, kth_key, load_budget, load_keys, lowest_key, take, take_of_groups
 from .launch import check, check_matrix, interpreter_tile, on_device, platform, warps
 from .reference import check_budget
 
@@ -66,11 +66,12 @@ def _lmo_kernel(
     if FIXED is not None:
         fixed = FIXED + row[:, None] * stride_fr
     vertex = V + row[:, None] * stride_vr
+    lowest = lowest_key(POSITIVE)
 
     if GROUP:
         nan = tl.zeros((BLOCK_R,), tl.int1)
         for start in range(0, span, BLOCK_D):
-            keys = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, POSITIVE, GROUP, PADDED, BLOCK_D)
+            keys = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest, GROUP, PADDED, BLOCK_D)
             nan = nan | (tl.max(keys, axis=1) == NAN_KEY)
             chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
             column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D)
@@ -78,11 +79,11 @@ def _lmo_kernel(
             tl.store(vertex + column[None, :].to(tl.int64) * stride_vd, chosen, mask=valid)
     else:
         budget = load_budget(k, row, valid_r, stride_k, PER_ROW, BLOCK_R)
-        held = load_keys(score, fixed, 0, d, valid_r, stride_sd, stride_fd, POSITIVE, 0, 0, SEARCH_D)
+        held = load_keys(score, fixed, 0, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, SEARCH_D)
         top = tl.full((BLOCK_R,), NAN_KEY, tl.uint32)
-        nan = count_reaching(top, held, score, fixed, d, valid_r, stride_sd, stride_fd, POSITIVE, WHOLE, SEARCH_D) > 0
+        nan = count_reaching(top, held, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D) > 0
         T, room, tied = kth_key(
-            held, budget, score, fixed, d, valid_r, stride_sd, stride_fd, POSITIVE, WHOLE, BLOCK_R, SEARCH_D
+            held, budget, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, BLOCK_R, SEARCH_D
         )
         passed = tl.zeros((BLOCK_R,), tl.int32)
         for start in range(0, d, BLOCK_D):
@@ -90,7 +91,7 @@ def _lmo_kernel(
                 keys = held
             else:
                 # Read again: the running count of ties would not fit in the registers beside all keys.
-                keys = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, POSITIVE, 0, 0, BLOCK_D)
+                keys = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, BLOCK_D)
             chosen, passed = take(keys, T, room, tied, passed)
             column, valid_d = columns(start, d, 0, 0, BLOCK_D)
             valid = valid_r[:, None] & valid_d[None, :]

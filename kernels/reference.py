@@ -12,6 +12,8 @@ same names with the same signatures. Words and symbols (`src` is any tensor name
     error(M) = sum(W * (1 - M) * R), one quadratic per row
 """
 
+from collections.abc import Callable, Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -180,9 +182,10 @@ def row_step(
     group: int = 0,
     fixed: Tensor | None = None,
     lacks: Tensor | None = None,
-    eta: float | None = None,
-    theta: float = 0.0,
-    next_theta: float = 0.0,
+    eta: float | Tensor | None = None,
+    theta: float | Tensor = 0.0,
+    next_theta: float | Tensor = 0.0,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One Frank-Wolfe step of every row, in place: step size, convex update, next vertex, what it removes.
 
@@ -203,14 +206,17 @@ def row_step(
         E: (rows, d), dtype of the product's operand; replaced.
         k, group, fixed: as in `lmo`.
         lacks: (rows, d) fp32, added to what V removes; None adds nothing.
-        eta: step size for all rows (open loop); None for the line search above.
+        eta: step size for all rows (open loop); None for the line search above. This and the next two are numbers, or
+            tensors () fp32, read when the step runs: see `repeat`.
         theta: weight of the integrality penalty that V was chosen with, 0 to 1.
         next_theta: the one that the next V is chosen with.
+        out: two of (rows,) fp32, written and returned; allocated when None.
 
     Returns:
         eta (rows,) and the relaxed error (rows,) after the update, fp32. A NaN in the state shows in the error.
     """
-    step, error = W.new_empty(2, len(W), dtype=torch.float32)
+    step, error = out or W.new_empty(2, len(W), dtype=torch.float32).unbind()
+    theta, next_theta = float(theta), float(next_theta)
     for rows in row_blocks(W):
         w, m, r, u, v = W[rows].float(), M[rows], R[rows], U[rows], V[rows]
         D, B = as_float(v).sub_(m), u.sub_(r)
@@ -243,6 +249,19 @@ def _line_search(w: Tensor, q: Tensor | None, m: Tensor, r: Tensor, D: Tensor, B
         half.add_((m - 0.5).mul_(qD).sum(1), alpha=theta)
         quad.sub_(qD.mul_(D).sum(1), alpha=theta)
     return torch.where(quad > 0, (half / quad).clamp_(0, 1), quad < 2 * half)
+
+
+def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like: Tensor) -> Iterator[None]:
+    """Run step(*row) for every row of `numbers`; yields after each.
+
+    Args:
+        step: launches the same operations on the same tensors every time, whatever its numbers are.
+        numbers: (runs, n), what differs from run to run.
+        like: a tensor on the device where it all happens.
+    """
+    for row in numbers:
+        step(*row)
+        yield
 
 
 def conjugate_step(

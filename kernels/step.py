@@ -31,6 +31,7 @@ from .device import (
     line_terms,
     load_budget,
     load_keys,
+    lowest_key,
     move,
     take,
     take_of_groups,
@@ -102,7 +103,7 @@ def _store_vertex(V, E, LACKS, w, chosen, column, valid):
 def _step_kernel(
     W, DIAG, M, R, U, V, E, FIXED, LACKS, ETA, ERROR, k, eta, theta, next_theta, rows, d, span,
     stride_w, stride_m, stride_r, stride_u, stride_v, stride_e, stride_f, stride_l, stride_k,
-    LINE_SEARCH: tl.constexpr, POSITIVE: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr,
+    STORED: tl.constexpr, LINE_SEARCH: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr,
     PADDED: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, SEARCH_D: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +121,15 @@ def _step_kernel(
     if LACKS is not None:
         LACKS += row[:, None] * stride_l
     budget = load_budget(k, row, valid_r, stride_k, PER_ROW, BLOCK_R)
-    step = tl.zeros((BLOCK_R,), tl.float32) + eta
+    if STORED:
+        theta = tl.load(theta)
+        next_theta = tl.load(next_theta)
+        if not LINE_SEARCH:
+            eta = tl.load(eta)
+    step = tl.zeros((BLOCK_R,), tl.float32)
+    if not LINE_SEARCH:
+        step += eta
+    lowest = lowest_key(next_theta < 1)
 
     if ONE_CHUNK:
         column, valid_d = columns(0, d, GROUP, PADDED, BLOCK_D)
@@ -131,11 +140,11 @@ def _step_kernel(
             step = line_search(tl.sum(lin, axis=1), tl.sum(quad, axis=1))
         score, error_d = _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d)
         error = tl.sum(error_d, axis=1)
-        keys = candidate_key(score, None, valid, POSITIVE)
+        keys = candidate_key(score, None, valid, lowest)
         if GROUP:
             chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
         else:
-            T, room, tied = kth_key(keys, budget, U, None, d, valid_r, 1, 0, POSITIVE, True, BLOCK_R, BLOCK_D)
+            T, room, tied = kth_key(keys, budget, U, None, d, valid_r, 1, 0, lowest, True, BLOCK_R, BLOCK_D)
             chosen, passed = take(keys, T, room, tied, tl.zeros((BLOCK_R,), tl.int32))
         _store_vertex(V, E, LACKS, w, chosen, column, valid)
     else:
@@ -161,7 +170,7 @@ def _step_kernel(
             score, error_d = _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d)
             errors += error_d
             if GROUP:
-                keys = candidate_key(score, None, valid, POSITIVE)
+                keys = candidate_key(score, None, valid, lowest)
                 chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
                 _store_vertex(V, E, LACKS, w, chosen, column, valid)
             else:
@@ -173,14 +182,14 @@ def _step_kernel(
             # one that wrote it: Triton adds no barrier for that by itself.
             tl.debug_barrier()
             # Pass C: the k-th score.
-            held = load_keys(U, None, 0, d, valid_r, 1, 0, POSITIVE, 0, 0, SEARCH_D)
-            T, room, tied = kth_key(held, budget, U, None, d, valid_r, 1, 0, POSITIVE, WHOLE, BLOCK_R, SEARCH_D)
+            held = load_keys(U, None, 0, d, valid_r, 1, 0, lowest, 0, 0, SEARCH_D)
+            T, room, tied = kth_key(held, budget, U, None, d, valid_r, 1, 0, lowest, WHOLE, BLOCK_R, SEARCH_D)
             # Pass D: the vertex.
             passed = tl.zeros((BLOCK_R,), tl.int32)
             for start in range(0, d, BLOCK_D):
                 column, valid_d = columns(start, d, 0, 0, BLOCK_D)
                 valid = valid_r[:, None] & valid_d[None, :]
-                keys = load_keys(U, None, start, d, valid_r, 1, 0, POSITIVE, 0, 0, BLOCK_D)
+                keys = load_keys(U, None, start, d, valid_r, 1, 0, lowest, 0, 0, BLOCK_D)
                 chosen, passed = take(keys, T, room, tied, passed)
                 w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
                 _store_vertex(V, E, LACKS, w, chosen, column, valid)
@@ -201,9 +210,10 @@ def row_step(
     group: int = 0,
     fixed: Tensor | None = None,
     lacks: Tensor | None = None,
-    eta: float | None = None,
-    theta: float = 0.0,
-    next_theta: float = 0.0,
+    eta: float | Tensor | None = None,
+    theta: float | Tensor = 0.0,
+    next_theta: float | Tensor = 0.0,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One Frank-Wolfe step of every row, in place; see `reference.row_step`, which it equals up to rounding.
 
@@ -216,9 +226,11 @@ def row_step(
         E: (rows, d), fp32 / bf16 / fp16; replaced.
         k, group, fixed: as in `lmo`.
         lacks: (rows, d) fp32, added to what V removes; None adds nothing.
-        eta: step size for all rows (open loop); None for the line search.
+        eta: step size for all rows (open loop); None for the line search. This and the next two are numbers, or tensors
+            () fp32, all of them, read when the kernel runs.
         theta: weight of the integrality penalty that V was chosen with, 0 to 1.
         next_theta: the one that the next V is chosen with.
+        out: two of (rows,) fp32, contiguous, written and returned; allocated when None.
 
     Returns:
         eta (rows,) and the relaxed error (rows,) after the update, fp32. A NaN in the state shows in the error.
@@ -241,21 +253,30 @@ def row_step(
     for name, tensor in (*matrices.items(), ("diag", diag)):
         if d > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{name}: expected contiguous rows, got strides {tensor.stride()}")
-    step = torch.empty(rows, dtype=torch.float32, device=W.device)
-    error = torch.empty_like(step)
+    numbers = dict(theta=theta, next_theta=next_theta) | ({} if eta is None else dict(eta=eta))
+    stored = any(isinstance(number, Tensor) for number in numbers.values())
+    for name, number in numbers.items():
+        if stored:
+            check(name, number, (), (torch.float32,), W)
+        else:
+            numbers[name] = float(number)
+    step, error = out or W.new_empty(2, rows, dtype=torch.float32).unbind()
+    for vector in (step, error):
+        check("out", vector, (rows,), (torch.float32,), W)
+        if not vector.is_contiguous():
+            raise ValueError(f"out: expected contiguous entries, got strides {vector.stride()}")
     if W.numel() == 0:
         return step.zero_(), error.zero_()
     config = configuration(rows, d, group)
     with on_device(W):
         _step_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
             W=W, DIAG=diag, M=M, R=R, U=U, V=V, E=E, FIXED=fixed, LACKS=lacks, ETA=step, ERROR=error, k=k,
-            eta=0.0 if eta is None else float(eta), theta=float(theta), next_theta=float(next_theta),
-            rows=rows, d=d, span=span(d, group),
+            **{"eta": 0.0, **numbers}, rows=rows, d=d, span=span(d, group),
             stride_w=W.stride(0), stride_m=M.stride(0), stride_r=R.stride(0), stride_u=U.stride(0),
             stride_v=V.stride(0), stride_e=E.stride(0), stride_f=fixed.stride(0) if fixed is not None else 0,
             stride_l=lacks.stride(0) if lacks is not None else 0,
             stride_k=k.stride(0) if isinstance(k, Tensor) else 0,
-            LINE_SEARCH=eta is None, POSITIVE=next_theta < 1, **selection_options(d, k, group, config),
-            enable_fp_fusion=True, **config,
+            STORED=stored, LINE_SEARCH=eta is None, **selection_options(d, k, group, config), enable_fp_fusion=True,
+            **config,
         )  # fmt: skip
     return step, error

@@ -9,6 +9,7 @@ penalty, ramped up over the steps, drives M to a vertex, so that rounding loses 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -202,27 +203,33 @@ def iterate(
     """
     W, k, group = problem.W, problem.k, problem.group
     # The row step sees the whole matrix as one row, which no program on a GPU could hold: torch does it.
-    step, shape = (reference.row_step, (1, -1)) if problem.whole else (ops.row_step, W.shape)
+    by, shape = (reference, (1, -1)) if problem.whole else (ops, W.shape)
     G = operand(problem.matrix, precision)
     E = operand(_removed(W, problem.warm, problem.lacks), precision)
     R = ops.product(E, G, precision=precision)
-    state = Iterate(as_float(problem.warm), R, R.clone(), problem.warm.clone(), E, torch.empty(0), torch.empty(0))
+    # Half of the score without penalty, in what will be U.
+    score = W * R
+    V = _lmo(ops, problem, score, fixed=problem.fixed, positive=True)
+    E.copy_(_removed(W, V, problem.lacks))
+    out = W.new_empty(2, 1 if problem.whole else len(W), dtype=torch.float32).unbind()
+    state = Iterate(as_float(problem.warm), R, score, V, E, *out)
     rows = [x.view(shape) for x in (state.M, state.R, state.U, state.V, state.E)]
     held = {"fixed": problem.fixed, "lacks": problem.lacks}
     held = {name: None if x is None else x.view(shape) for name, x in held.items()}
     diag = problem.matrix.diagonal().contiguous()
     multiply = _multiplier(problem, state, G, precision, ops)
 
-    def theta(t: int) -> float:
-        return penalty * min(1.0, t / (RAMP * steps)) if steps else 0.0
+    thetas = [0.0] + [penalty * min(1.0, t / (RAMP * steps)) for t in range(1, steps + 1)]
+    numbers = list(pairwise(thetas))
+    if step_rule == "open-loop":
+        numbers = [(*pair, 2 / (t + 2)) for t, pair in enumerate(numbers)]
 
-    # A step of size 0 moves nothing and finds the first vertex.
-    step(W.view(shape), diag, *rows, k, group=group, **held, eta=0.0, next_theta=theta(0))
-    for t in range(steps):
+    def step(theta: float | Tensor, next_theta: float | Tensor, eta: float | Tensor | None = None) -> None:
         multiply()
-        eta = None if step_rule == "line-search" else 2 / (t + 2)
-        thetas = {"theta": theta(t), "next_theta": theta(t + 1)}
-        state.eta, state.error = step(W.view(shape), diag, *rows, k, group=group, **held, eta=eta, **thetas)
+        how = {"theta": theta, "next_theta": next_theta, "eta": eta, "out": out}
+        by.row_step(W.view(shape), diag, *rows, k, group=group, **held, **how)
+
+    for _ in by.repeat(step, numbers, W):
         yield state
 
 

@@ -131,8 +131,8 @@ def calls(method: str, settings: Settings, follows: bool) -> Calls:
         refits=fits * (1 + refit) if refit else 0,
         fits=fits if refit else 0,
         errors=2 + bool(settings.swaps) + bool(refit),
-        row_steps=(1 + steps if steps else 0) + (1 + again if restarts else 0),
-        lmos=1 + bool(settings.alpha) + (len(certified) + 2 if steps else 0) + (3 + settings.rounds) * restarts,
+        row_steps=steps + again,
+        lmos=1 + bool(settings.alpha) + (len(certified) + 3 if steps else 0) + (4 + settings.rounds) * restarts,
         row_swaps=int(bool(settings.swaps)),
     )
 

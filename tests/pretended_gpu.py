@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from triton.runtime.interpreter import GridExecutor
 
 DEVICE = torch.device("cuda", 0)
 NAME = "pretended GPU"
@@ -87,12 +88,16 @@ class GPU(TorchDispatchMode):
         peak: the most there have been.
         peak_since_reset: the same since `torch.cuda.reset_peak_memory_stats`.
         waits: how often the host would have waited, by "file:line operation": the innermost line of this repository.
+        graphs: how many launches each CUDA graph holds, and how often it was launched itself.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.allocated = self.peak = self.peak_since_reset = 0
         self.waits: Counter[str] = Counter()
+        self.graphs: list[Graph] = []
+        # The graph that launches of this thread go to.
+        self.capturing = threading.local()
         self._memories: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
         # A model's tensors are moved by several threads.
         self.lock = threading.RLock()
@@ -112,11 +117,16 @@ class GPU(TorchDispatchMode):
         asked, packet = kwargs.get("device"), getattr(func, "overloadpacket", func)
         stays = any(isinstance(x, OnGPU) for x in given) if asked is None else _is_gpu(asked)
         _refuse_two_devices(packet, args, given)
-        if _waits(packet, args, kwargs, stays):
+        waits, graph = _waits(packet, args, kwargs, stays), getattr(self.capturing, "graph", None)
+        if waits and graph:
+            raise RuntimeError(f"{packet}: operation not permitted when stream is capturing")
+        if waits:
             self.wait(str(packet))
         if _is_gpu(asked):
             kwargs = kwargs | {"device": torch.device("cpu")}
         args, kwargs = tree_map_only(OnGPU, lambda x: x.inner, (args, kwargs))
+        if graph and not getattr(func, "is_view", False):
+            return graph.record(func, args, kwargs, given)
         out = func(*args, **kwargs)
         # What was written in place is the same object as before.
         same = {id(x.inner if isinstance(x, OnGPU) else x): x for x in given}
@@ -155,6 +165,44 @@ class _Memory:
     def __del__(self) -> None:
         with self.gpu.lock:
             self.gpu.allocated -= self.size
+
+
+class Graph:
+    """A CUDA graph of the `gpu`. What is captured does not run before it is replayed; it may take no memory."""
+
+    gpu: GPU
+
+    def __init__(self) -> None:
+        self.launches: list[Callable[[], object]] = []
+        self.replays = 0
+
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+        # Otherwise no thread may ask for memory meanwhile.
+        assert capture_error_mode == "thread_local"
+        self.gpu.capturing.graph = self
+
+    def capture_end(self) -> None:
+        self.gpu.capturing.graph = None
+        self.gpu.graphs.append(self)
+
+    def record(self, func: Callable, args: tuple, kwargs: dict, given: list[Tensor]) -> Any:
+        """Keep func(*args, **kwargs) for later; what it would return, which has to be among those `given`."""
+        copies: dict[int, Tensor] = {}
+        inner = [x.inner if isinstance(x, OnGPU) else x for x in given]
+        for x in inner:
+            copies.setdefault(id(x), x.clone())
+        on_copies = tree_map_only(Tensor, lambda x: copies[id(x)], (args, kwargs))
+        out = func(*on_copies[0], **on_copies[1])
+        same = {id(copies[id(x)]): wrapped for x, wrapped in zip(inner, given, strict=True)}
+        if any(id(x) not in same for x in tree_leaves(out) if isinstance(x, Tensor)):
+            raise RuntimeError(f"{func}: takes memory while a graph is captured")
+        self.launches.append(lambda: func(*args, **kwargs))
+        return tree_map_only(Tensor, lambda x: same[id(x)], out)
+
+    def replay(self) -> None:
+        self.replays += 1
+        for launch in self.launches:
+            launch()
 
 
 class _Stream:
@@ -199,6 +247,7 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
     """Inside, torch has a GPU with so many bytes."""
     gpu = GPU()
     stream = type("Stream", (_Stream,), {"gpu": gpu})
+    launch = GridExecutor.__call__
     empty, to, data, lifts = torch.empty, Tensor.to, Tensor.data, torch._C._only_lift_cpu_tensors()
 
     def moved(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
@@ -219,11 +268,19 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
         else:
             torch.utils.swap_tensors(tensor, value.detach())
 
+    def launched(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        graph = getattr(gpu.capturing, "graph", None)
+        if graph:
+            graph.launches.append(lambda: launch(executor, *args, **kwargs))
+        else:
+            launch(executor, *args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch, gpu:
         for name, value in {
             "is_available": lambda: True,
             "_lazy_init": lambda: None,
             "Stream": stream,
+            "CUDAGraph": type("CUDAGraph", (Graph,), {"gpu": gpu}),
             "device": lambda device: nullcontext(),
             "stream": lambda stream: nullcontext(),
             "current_stream": stream,
@@ -236,6 +293,7 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
             "reset_peak_memory_stats": lambda device=None: setattr(gpu, "peak_since_reset", gpu.allocated),
         }.items():
             patch.setattr(torch.cuda, name, value)
+        patch.setattr(GridExecutor, "__call__", launched)
         patch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
         patch.setattr(Tensor, "to", moved)
         patch.setattr(Tensor, "data", property(data.__get__, replaced))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_inputs import DEVICE, DTYPES, assert_near, garbage, gram, normal
+from torch.utils._pytree import tree_map_only
 
 from sparsefw.kernels import reference
 from sparsefw.kernels import step as step_module
@@ -98,6 +99,21 @@ def check_step(state, k, **options):
 @pytest.mark.usefixtures("chunks")
 def test_step_by_rows(eta, theta, next_theta):
     check_step(solver_state(37, 262, 100), 100, eta=eta, theta=theta, next_theta=next_theta)
+
+
+@pytest.mark.parametrize("next_theta", [0.6, 1.0])
+@pytest.mark.parametrize("eta", [None, 0.25])
+@pytest.mark.usefixtures("chunks")
+def test_numbers_may_be_read_when_the_step_runs(eta, next_theta):
+    given, stored = (solver_state(37, 262, 100) for _ in range(2))
+    numbers = dict(theta=0.4, next_theta=next_theta) | ({} if eta is None else dict(eta=eta))
+    found = row_step(**given, k=100, **numbers)
+    tensors = {name: torch.tensor(number, device=DEVICE) for name, number in numbers.items()}
+    out = garbage(37), garbage(37)
+    written = row_step(**stored, k=100, **tensors, out=out)
+    assert all(a is b for a, b in zip(written, out, strict=True))
+    for a, b in zip((*found, *given.values()), (*out, *stored.values()), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("rows", "d", "k"), [(1, 1, 0), (1, 1, 1), (1, 131, 50), (5, 131, 0), (5, 131, 131)])
@@ -234,11 +250,15 @@ def test_step_of_no_rows():
         (dict(fixed=torch.zeros(3, 4)), TypeError, "fixed: expected torch.bool"),
         (dict(lacks=torch.zeros(3, 4, dtype=torch.bfloat16)), TypeError, "lacks: expected torch.float32"),
         (dict(lacks=torch.zeros(4, 3).T), ValueError, "lacks: expected contiguous rows"),
+        (dict(theta=torch.zeros(3), next_theta=torch.zeros(())), ValueError, r"theta: expected shape \(\)"),
+        (dict(next_theta=torch.zeros(())), TypeError, "theta: expected a tensor, got float"),
+        (dict(eta=torch.zeros(())), TypeError, "theta: expected a tensor, got float"),
+        (dict(out=(torch.zeros(3), torch.zeros(4))), ValueError, r"out: expected shape \(3,\)"),
+        (dict(out=torch.zeros(3, 2, device=DEVICE).unbind(1)), ValueError, "out: expected contiguous entries"),
     ],
 )
 def test_step_refuses_bad_input(change, error, match):
     zeros = torch.zeros(3, 4)
     arguments = dict(W=zeros, diag=zeros[0], M=zeros, R=zeros, U=zeros, V=zeros.bool(), E=zeros, k=2) | change
-    moved = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
     with pytest.raises(error, match=match):
-        row_step(**moved)
+        row_step(**tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), arguments))

@@ -1,0 +1,152 @@
+"""repeat: the same bits as step by step, launched as one graph; on a pretended GPU where there is none."""
+
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from kernel_inputs import needs_gpu
+from pretended_gpu import pretended_gpu
+from problems import make_problem
+
+from sparsefw import frank_wolfe
+from sparsefw.kernels import fused, reference
+from sparsefw.kernels.repeat import LEAST, repeat
+
+REAL = torch.cuda.is_available()
+STEP_BY_STEP = SimpleNamespace(**{name: getattr(fused, name) for name in fused.__all__} | {"repeat": reference.repeat})
+
+
+@pytest.fixture
+def gpu():
+    """The real GPU, of which nothing is seen, or a pretended one."""
+    with nullcontext() if REAL else pretended_gpu() as gpu:
+        yield gpu
+
+
+def as_on_gpu(problem):
+    moved = {f.name: getattr(problem, f.name) for f in fields(problem)}
+    return replace(problem, **{n: x.to("cuda") for n, x in moved.items() if isinstance(x, torch.Tensor)})
+
+
+def adding():
+    """A step that adds its two numbers' product to a sum, and the sum."""
+    total, product = torch.zeros(2, 3, device="cuda"), torch.empty((), device="cuda")
+
+    def step(x, y):
+        torch.mul(x, y, out=product)
+        total.add_(product)
+
+    return step, total
+
+
+@pytest.mark.parametrize("runs", [0, 1, 2, LEAST - 1, LEAST, 20])
+def test_every_run_has_its_own_numbers(runs, gpu):
+    step, total = adding()
+    seen = [total.tolist()[0][0] for _ in repeat(step, [(i, 0.5) for i in range(runs)], total)]
+    assert seen == [sum(range(i + 1)) / 2 for i in range(runs)]
+    if not REAL:
+        graphs = [(len(graph.launches), graph.replays) for graph in gpu.graphs]
+        assert graphs == ([(2, runs - 1)] if runs >= LEAST else [])
+
+
+def test_a_cpu_takes_the_numbers_as_they_are():
+    seen = []
+    for _ in repeat(lambda *numbers: seen.append(numbers), [(1, 2.5)] * LEAST, torch.empty(1)):
+        assert seen[-1] == (1, 2.5)
+    assert len(seen) == LEAST
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32x3"])
+@pytest.mark.parametrize("step_rule", frank_wolfe.STEP_RULES)
+@pytest.mark.parametrize(
+    ("sparsity", "alpha", "penalty"), [("0.6", 0.0, 1.0), ("0.6", 0.5, 0.3), ("2:4", 0.0, 1.0), ("3:5", 0.5, 0.0)]
+)
+def test_a_solve_has_the_bits_of_one_step_by_step(sparsity, alpha, penalty, step_rule, precision, gpu):
+    problem = as_on_gpu(make_problem(9, 40, sparsity, alpha))
+    problem = replace(problem, lacks=problem.W.roll(1, 0) / 8)
+    options = {"steps": 12, "penalty": penalty, "step_rule": step_rule, "precision": precision}
+    solved = [frank_wolfe.solve(problem, ops=ops, **options) for ops in (fused, STEP_BY_STEP)]
+    for field in fields(frank_wolfe.Solution):
+        one, other = (getattr(solution, field.name) for solution in solved)
+        assert torch.equal(one, other), field.name
+    if not REAL:
+        # The product and the row step, and nothing that takes memory: the graph refuses it.
+        assert [(len(graph.launches), graph.replays) for graph in gpu.graphs] == [(2, 11)]
+
+
+def test_nothing_is_waited_for(gpu):
+    if REAL:
+        pytest.skip("waits are counted on the pretended GPU")
+    step, total = adding()
+    gpu.waits.clear()
+    for _ in repeat(step, [(1.0, 2.0)] * LEAST, total):
+        pass
+    assert not gpu.waits
+
+
+def test_an_error_while_capturing_leaves_the_gpu_as_it_was(gpu):
+    step, total = adding()
+    runs = []
+
+    def failing(x, y):
+        runs.append(1)
+        if len(runs) == 2:
+            raise KeyError("captured")
+        step(x, y)
+
+    with pytest.raises(KeyError, match="captured"):
+        list(repeat(failing, [(1.0, 2.0)] * LEAST, total))
+    assert (total + 1).tolist() == [[3.0] * 3] * 2
+
+
+@pytest.mark.skipif(REAL, reason="of the pretended GPU")
+class TestPretence:
+    def test_a_captured_launch_runs_when_it_is_replayed(self, gpu):
+        x, graph = torch.ones(3, device="cuda"), torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        x[1:].mul_(2)
+        graph.capture_end()
+        assert x.tolist() == [1, 1, 1]
+        x += 1
+        graph.replay()
+        graph.replay()
+        assert x.tolist() == [2, 8, 8]
+
+    @pytest.mark.parametrize(
+        ("operate", "match"),
+        [
+            (lambda x: x.sum().item(), "takes memory"),
+            (lambda x: x[0].item(), "not permitted when stream is capturing"),
+            (lambda x: x + 1, "takes memory"),
+            (lambda x: torch.empty(3, device="cuda"), "takes memory"),
+        ],
+    )
+    def test_waits_and_memory_are_refused_while_capturing(self, operate, match, gpu):
+        x, graph = torch.ones(3, device="cuda"), torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        with pytest.raises(RuntimeError, match=match):
+            operate(x)
+        graph.capture_end()
+        assert operate(x) is not None
+
+
+@needs_gpu
+def test_a_graph_may_go_while_it_runs():
+    """Its memory and that of its tensors is taken again only after the last launch."""
+    X = torch.randn(8192, 8192, device="cuda")
+    U, last = torch.empty_like(X), []
+    for _ in range(20):
+        total = torch.zeros_like(X)
+
+        def step(x, total=total):
+            torch.mul(X, x, out=U)
+            total.add_(U)
+
+        for _ in repeat(step, [(1.0,)] * 8, X):
+            pass
+        last.append(total.clone())
+        del total, step
+        torch.full_like(X, torch.nan)
+    assert all(torch.equal(x, last[0]) for x in last)
