@@ -12,7 +12,8 @@
             the first step reads R and mask and writes P, the last one leaves mask and P alone
 
 A row that fits one chunk stays in registers from the first load to the last store. A longer one takes passes over its
-chunks, which find in the cache what fits there: A adds up <P, U>, B moves Z and R and adds up rz', C turns P.
+chunks, which find in the cache what fits there: A adds up <P, U>, B moves Z and R and adds up rz', C turns P. Every
+pass begins where the last one ended: what was read last is there for sure.
 """
 
 import torch
@@ -20,20 +21,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import columns
 from .launch import check, check_matrix, interpreter_tile, on_device, platform, warps
 from .reference import CONVERGED
 
 
 def configuration(rows: int, d: int) -> dict[str, int]:
-    """Tile sizes and launch options: up to 4096 entries of a row at once."""
+    """Tile sizes and launch options: up to 8192 entries of a row at once."""
     width = triton.next_power_of_2(d)
     if platform() == "interpreter":
         return interpreter_tile(rows, width)
-    if width <= 4096:
+    if width <= 8192:
         # 16 entries of each matrix per thread.
         return dict(BLOCK_R=max(1, 1024 // width), BLOCK_D=width, num_warps=warps(max(4, width // 512)))
     # Of long rows one at a time on a multiprocessor: the fewer are under way, the more of them the cache holds.
-    return dict(BLOCK_R=1, BLOCK_D=4096, num_warps=warps(16))
+    return dict(BLOCK_R=1, BLOCK_D=8192, num_warps=warps(32))
 
 
 @triton.jit
@@ -83,8 +85,7 @@ def _conjugate_kernel(
         enough = tl.load(ENOUGH + row, mask=valid_r, other=0.0)
 
     if ONE_CHUNK:
-        column = tl.arange(0, BLOCK_D)
-        valid_d = column < d
+        column, valid_d = columns(0, d, 0, 0, BLOCK_D)
         valid = valid_r[:, None] & valid_d[None, :]
         if FIRST:
             r = tl.load(R + column[None, :], mask=valid, other=0.0)
@@ -104,17 +105,16 @@ def _conjugate_kernel(
             # Pass A: the step size.
             products = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
             for start in range(0, d, BLOCK_D):
-                column = start + tl.arange(0, BLOCK_D)
-                valid = valid_r[:, None] & (column < d)[None, :]
+                column, valid_d = columns(start, d, 0, 0, BLOCK_D)
+                valid = valid_r[:, None] & valid_d[None, :]
                 p = tl.load(P + column[None, :], mask=valid, other=0.0)
                 products += p * tl.load(U + column[None, :], mask=valid, other=0.0)
             a = tl.where(before <= enough, 0.0, _ratio(before, tl.sum(products, axis=1)))
 
         # Pass B: the move, and the pull of the next direction.
         pulls = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-        for start in range(0, d, BLOCK_D):
-            column = start + tl.arange(0, BLOCK_D)
-            valid_d = column < d
+        for back in range(0, d, BLOCK_D):
+            column, valid_d = columns((d - 1) // BLOCK_D * BLOCK_D - back, d, 0, 0, BLOCK_D)
             valid = valid_r[:, None] & valid_d[None, :]
             if FIRST:
                 r = tl.load(R + column[None, :], mask=valid, other=0.0)
@@ -133,8 +133,7 @@ def _conjugate_kernel(
             tl.debug_barrier()
             # Pass C: the direction.
             for start in range(0, d, BLOCK_D):
-                column = start + tl.arange(0, BLOCK_D)
-                valid_d = column < d
+                column, valid_d = columns(start, d, 0, 0, BLOCK_D)
                 valid = valid_r[:, None] & valid_d[None, :]
                 r = tl.load(R + column[None, :], mask=valid, other=0.0)
                 r, z = _pull(INVERSE, MASK, r, column, valid, valid_d)

@@ -94,7 +94,9 @@ def columns(start, d, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.con
 
     Groups of a size that is no power of two are laid out PADDED apart, so that a chunk reshapes into whole groups.
     """
-    index = start + tl.arange(0, BLOCK_D)
+    # In fours: what is loaded for a column, of 1, 2 or 4 bytes, has one layout in the registers then. By 16 bytes a
+    # thread each, threads would load floats far apart, and pass them through shared memory to where the others are.
+    index = start + tl.max_contiguous(tl.arange(0, BLOCK_D), 4)
     if GROUP == PADDED:
         column = index
         valid = index < d
@@ -109,15 +111,22 @@ def load_keys(
     score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest,
     GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Keys (BLOCK_R, BLOCK_D) of one chunk; `score` and `fixed` point at the first column of the tile's rows."""
+    """Keys (BLOCK_R, BLOCK_D) of one chunk; `score` and `fixed` point at the first column of the tile's rows.
+
+    Without `lowest` what lies in the place of scores are their keys, bit for bit.
+    """
     column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D)
     valid = valid_r[:, None] & valid_d[None, :]
     column = column[None, :].to(tl.int64)
     x = tl.load(score + column * stride_sd, mask=valid, other=0.0)
-    held = None
-    if fixed is not None:
-        held = tl.load(fixed + column * stride_fd, mask=valid, other=0).to(tl.int1)
-    return candidate_key(x, held, valid, lowest)
+    if lowest is None:
+        keys = x.to(tl.uint32, bitcast=True)
+    else:
+        held = None
+        if fixed is not None:
+            held = tl.load(fixed + column * stride_fd, mask=valid, other=0).to(tl.int1)
+        keys = candidate_key(x, held, valid, lowest)
+    return keys
 
 
 @triton.jit

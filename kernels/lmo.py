@@ -6,7 +6,7 @@
     bytes = rows d (4 + 1 + 1 with fixed)         (the score once, the vertex once)
 
 Exactly k are kept, equal scores go to the lower index, -0.0 equals +0.0, fixed entries come before all others, NaN is
-an error. How the k-th best is found: device.py. A row of up to 16384 scores is read once and its keys stay in
+an error. How the k-th best is found: device.py. A row of up to 32768 scores is read once, and its keys stay in
 registers; of a longer one the first 16384 do, the others are read again (from the cache) for every bit of the search.
 """
 
@@ -30,9 +30,11 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
         return tile | dict(SEARCH_D=tile["BLOCK_D"])
     if width <= 4096 or group:
         BLOCK_D = max(min(width, 1024 if group else 4096), triton.next_power_of_2(max(group, 1)))
-        return dict(BLOCK_R=max(1, 1024 // BLOCK_D), BLOCK_D=BLOCK_D, SEARCH_D=BLOCK_D, num_warps=warps(4))
-    # 32 keys in each of 512 threads: with 64, of a row of 32768, some compiler versions spill.
-    return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=min(width, 16384), num_warps=warps(8 if width == 8192 else 16))
+        tile = dict(BLOCK_R=max(1, 1024 // BLOCK_D), BLOCK_D=BLOCK_D, SEARCH_D=BLOCK_D)
+        return tile | dict(num_warps=warps(max(4, BLOCK_D // 512)))
+    # At most 32 keys in each thread: with more some compiler versions spill.
+    search = min(width, 32768) if width <= 32768 else 16384
+    return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=search, num_warps=warps(min(32, width // 1024)))
 
 
 def span(d: int, group: int) -> int:

@@ -11,10 +11,12 @@
     flops = about 30 rows d, and at most 32 comparisons an entry
     bytes = rows d (size(W) + 13 + 9 + size(E), + 1 with fixed, + 4 with lacks)    (W M R U V in, M R V E out)
 
-A row that fits one chunk stays in registers from the first load to the last store. A longer one takes passes over its
-chunks, which find it in the cache: A adds up the line search, B updates M and R and writes the scores over U, C finds
-the k-th score (device.py), D writes V and E. With n:m the choice is made within pass B. Ties as in lmo.py; sums and
-state in fp32.
+A row that fits one chunk stays in registers, but for W and V, which the cache has when they are needed again. Two such
+rows, or a longer one, fill a multiprocessor: while one of them chooses, others are read and written. A longer one takes
+passes over its chunks, which find in the cache what fits there: A adds up the line search; B, from the end to the
+start, since what was read last is there for sure, updates M and R and writes the keys of the scores over U; C finds the
+k-th key (device.py); D writes V and E. With n:m the choice is made within pass B. Ties as in lmo.py; sums and state in
+fp32.
 """
 
 import torch
@@ -50,13 +52,14 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
     if group & (group - 1):
         # Groups of no power of two: no two entries share an address computation, short chunks leave registers for it.
         return dict(BLOCK_R=1, BLOCK_D=min(width, 1024), SEARCH_D=min(width, 1024), num_warps=warps(8))
-    if width <= 4096 or group:
-        # Up to 4096 the whole row stays in registers, 16 entries of it per thread.
-        BLOCK_D = width if width <= 4096 else 2048
-        BLOCK_R = max(1, 1024 // BLOCK_D)
-        return dict(BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, SEARCH_D=BLOCK_D, num_warps=warps(max(4, BLOCK_D // 512)))
-    # 32 keys in each of 512 threads, and longer rows search the rest in the cache, see lmo.py.
-    return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=min(width, 16384), num_warps=warps(8 if width == 8192 else 16))
+    if width <= (4096 if group else 8192):
+        # The whole row stays in registers, 16 entries of it per thread.
+        tile = dict(BLOCK_R=max(1, 1024 // width), BLOCK_D=width, SEARCH_D=width)
+        return tile | dict(num_warps=warps(max(4, width // 512)))
+    if group:
+        return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=4096, num_warps=warps(16))
+    # 16 keys in each of 1024 threads, and 4 entries of a chunk; longer rows search the rest in the cache.
+    return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=16384, num_warps=warps(32))
 
 
 @triton.jit
@@ -99,6 +102,13 @@ def _store_vertex(V, E, LACKS, w, chosen, column, valid):
     tl.store(E + column[None, :], cast(e, E.dtype.element_ty), mask=valid)
 
 
+@triton.jit
+def _store_numbers(ETA, ERROR, row, valid_r, step, errors):
+    # Before the choice of the vertex, which needs the registers.
+    tl.store(ETA + row, step, mask=valid_r)
+    tl.store(ERROR + row, tl.sum(errors, axis=1), mask=valid_r)
+
+
 @triton.jit(do_not_specialize=["k", "eta", "theta", "next_theta"])
 def _step_kernel(
     W, DIAG, M, R, U, V, E, FIXED, LACKS, ETA, ERROR, k, eta, theta, next_theta, rows, d, span,
@@ -138,8 +148,11 @@ def _step_kernel(
         if LINE_SEARCH:
             lin, quad = line_terms(w, _diagonal(DIAG, w, column, valid_d), m, r, u, v, theta)
             step = line_search(tl.sum(lin, axis=1), tl.sum(quad, axis=1))
-        score, error_d = _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d)
-        error = tl.sum(error_d, axis=1)
+            # Read again, from the cache: without them in registers twice as many rows are under way.
+            w = tl.load(W + column[None, :], mask=valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            v = tl.load(V + column[None, :], mask=valid, other=0, eviction_policy="evict_first").to(tl.float32)
+        score, errors = _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d)
+        _store_numbers(ETA, ERROR, row, valid_r, step, errors)
         keys = candidate_key(score, None, valid, lowest)
         if GROUP:
             chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
@@ -163,38 +176,36 @@ def _step_kernel(
 
         # Pass B: the update and the next scores.
         errors = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-        for start in range(0, span, BLOCK_D):
-            column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D)
+        for back in range(0, span, BLOCK_D):
+            column, valid_d = columns((span - 1) // BLOCK_D * BLOCK_D - back, d, GROUP, PADDED, BLOCK_D)
             valid = valid_r[:, None] & valid_d[None, :]
             w, m, r, u, v = _load_state(W, M, R, U, V, column, valid)
             score, error_d = _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d)
             errors += error_d
+            keys = candidate_key(score, None, valid, lowest)
             if GROUP:
-                keys = candidate_key(score, None, valid, lowest)
                 chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
                 _store_vertex(V, E, LACKS, w, chosen, column, valid)
             else:
-                tl.store(U + column[None, :], score, mask=valid)
-        error = tl.sum(errors, axis=1)
+                tl.store(U + column[None, :], keys.to(tl.float32, bitcast=True), mask=valid)
+        _store_numbers(ETA, ERROR, row, valid_r, step, errors)
 
         if not GROUP:
-            # The scores go from pass to pass through global memory, and the thread that reads one is not always the
+            # The keys go from pass to pass through global memory, and the thread that reads one is not always the
             # one that wrote it: Triton adds no barrier for that by itself.
             tl.debug_barrier()
             # Pass C: the k-th score.
-            held = load_keys(U, None, 0, d, valid_r, 1, 0, lowest, 0, 0, SEARCH_D)
-            T, room, tied = kth_key(held, budget, U, None, d, valid_r, 1, 0, lowest, WHOLE, BLOCK_R, SEARCH_D)
+            held = load_keys(U, None, 0, d, valid_r, 1, 0, None, 0, 0, SEARCH_D)
+            T, room, tied = kth_key(held, budget, U, None, d, valid_r, 1, 0, None, WHOLE, BLOCK_R, SEARCH_D)
             # Pass D: the vertex.
             passed = tl.zeros((BLOCK_R,), tl.int32)
             for start in range(0, d, BLOCK_D):
                 column, valid_d = columns(start, d, 0, 0, BLOCK_D)
                 valid = valid_r[:, None] & valid_d[None, :]
-                keys = load_keys(U, None, start, d, valid_r, 1, 0, lowest, 0, 0, BLOCK_D)
+                keys = load_keys(U, None, start, d, valid_r, 1, 0, None, 0, 0, BLOCK_D)
                 chosen, passed = take(keys, T, room, tied, passed)
                 w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
                 _store_vertex(V, E, LACKS, w, chosen, column, valid)
-    tl.store(ETA + row, step, mask=valid_r)
-    tl.store(ERROR + row, error, mask=valid_r)
 
 
 def row_step(
@@ -221,7 +232,7 @@ def row_step(
         W: (rows, d), fp32 / bf16 / fp16. This and every matrix below has its rows contiguous (column stride 1).
         diag: (d,) fp32, contiguous, the diagonal of G.
         M, R: (rows, d) fp32, the state; updated.
-        U: (rows, d) fp32, the product of E; holds the scores, or nothing of use, afterwards.
+        U: (rows, d) fp32, the product of E; its content is undefined afterwards.
         V: (rows, d) bool, the vertex that U belongs to; replaced by the next one.
         E: (rows, d), fp32 / bf16 / fp16; replaced.
         k, group, fixed: as in `lmo`.

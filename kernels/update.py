@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import move
+from .device import columns, move
 from .launch import check, check_matrix, interpreter_tile, on_device, platform, warps
 
 
@@ -31,9 +31,9 @@ def _update_kernel(
 ):  # fmt: skip
     tiles_d = tl.cdiv(d, BLOCK_D)
     offs_r = tl.program_id(0) // tiles_d * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_d, valid_d = columns(tl.program_id(0) % tiles_d * BLOCK_D, d, 0, 0, BLOCK_D)
     valid_r = offs_r < rows
-    valid = valid_r[:, None] & (offs_d < d)[None, :]
+    valid = valid_r[:, None] & valid_d[None, :]
     offs_r = offs_r.to(tl.int64)
     row = offs_r[:, None]
     column = offs_d.to(tl.int64)[None, :]
