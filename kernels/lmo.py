@@ -33,7 +33,7 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
         tile = dict(BLOCK_R=max(1, 1024 // BLOCK_D), BLOCK_D=BLOCK_D, SEARCH_D=BLOCK_D)
         return tile | dict(num_warps=warps(max(4, BLOCK_D // 512)))
     # At most 32 keys in each thread: with more some compiler versions spill.
-    search = min(width, 32768) if width <= 32768 else 16384
+    search = width if width <= 32768 else 16384
     return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=search, num_warps=warps(min(32, width // 1024)))
 
 
