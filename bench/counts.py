@@ -1,6 +1,7 @@
 """How many counts of a row its selection takes in the kernels: `python bench/counts.py`.
 
-The bisection of `kernels/device.py`, row by row, on the scores that a solve of 30 steps at 60 % chooses by.
+The search of `kernels/device.py`, row by row, and bisection on the bits of the key beside it, on the scores that a
+solve of 30 steps at 60 % chooses by.
 """
 
 from unittest import mock
@@ -14,17 +15,15 @@ from sparsefw.kernels import reference, selection
 ROWS, STEPS = 64, 30
 
 
-def order_key(score: Tensor) -> Tensor:
-    """`device.order_key`, in int64."""
+def order_key(score: Tensor, positive: bool) -> Tensor:
+    """`device.candidate_key`, in int64."""
     bits = score.view(torch.int32).long() & 0xFFFFFFFF
-    return torch.where(bits < 0x80000000, bits ^ 0x80000000, bits ^ 0xFFFFFFFF)
+    keys = torch.where(bits < 0x80000000, bits ^ 0x80000000, bits ^ 0xFFFFFFFF)
+    return keys.masked_fill(score <= 0, 0) if positive else keys
 
 
-def counts(score: Tensor, k: int, positive: bool) -> Tensor:
+def bisection(keys: Tensor, k: int) -> Tensor:
     """Counts per row until exactly k reach the threshold, or all bits are known; (rows,)."""
-    keys = order_key(score)
-    if positive:
-        keys = keys.masked_fill(score <= 0, 0)
     T = torch.ones(len(keys), dtype=torch.int64)
     n = (keys >= T[:, None]).sum(1)
     k, made, step = n.clamp(max=k), torch.ones_like(n), 1 << 31
@@ -37,22 +36,44 @@ def counts(score: Tensor, k: int, positive: bool) -> Tensor:
     return made
 
 
+def counts(keys: Tensor, k: int) -> Tensor:
+    """Counts per row of `device.kth_key`, and one for `device.key_range`; (rows,)."""
+    n, top = (keys > 0).sum(1), keys.amax(1) + 1
+    k, T = n.clamp(max=k), torch.where(keys > 0, keys, 0xFFFFFFFF).amin(1)
+    n_top, weight, rose, made = torch.zeros_like(n), torch.ones(len(n)), n < 0, torch.ones_like(n)
+    while (running := (n > k) & (top - T > 1)).any():
+        made += running
+        surplus, lack = (n - k) * torch.where(rose, 1, weight), (k - n_top) * torch.where(rose, weight, 1)
+        part = surplus / (surplus + lack).clamp(min=1e-30)
+        reach = T + ((top - T).float() * part).long()
+        reach = torch.minimum(torch.maximum(reach, T + 1), top - 1)
+        m = (keys >= reach[:, None]).sum(1)
+        rises = m >= k
+        weight, rose = torch.where(rises == rose, 0.5 * weight, 1), rises
+        up, down = running & rises, running & ~rises
+        T, n = torch.where(up, reach, T), torch.where(up, m, n)
+        top, n_top = torch.where(down, reach, top), torch.where(down, m, n_top)
+    return made
+
+
 def main() -> None:
     """Prints mean and maximum for rows of several lengths."""
     for d in (576, 1536, 4096):
         generator = torch.Generator().manual_seed(0)
         X = torch.randn(2 * d, d, generator=generator) @ torch.randn(d, d, generator=generator) / d**0.5
-        W, G, seen = torch.randn(ROWS, d, generator=generator), X.T @ X, []
+        W, G, seen = torch.randn(ROWS, d, generator=generator), X.T @ X, {counts: [], bisection: []}
 
         def spy(score, k, *, positive, seen=seen, **options):
-            seen.append(counts(score, k, positive))
+            for search, found in seen.items():
+                found.append(search(order_key(score, positive), k))
             return selection.select(score, k, positive=positive, **options)
 
         problem = frank_wolfe.pose(W, G, W.abs() * G.diagonal().sqrt(), int(0.4 * d))
         with mock.patch.object(reference, "select", spy):
             frank_wolfe.solve(problem, steps=STEPS)
-        made = torch.cat(seen).double()
-        print(f"d = {d}: {made.mean():.1f} counts a row, at most {int(made.max())}")
+        for search, found in seen.items():
+            made = torch.cat(found).double()
+            print(f"d = {d}: {made.mean():.1f} {search.__name__} a row, at most {int(made.max())}")
 
 
 if __name__ == "__main__":

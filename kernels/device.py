@@ -4,11 +4,12 @@ Selection works on 32-bit unsigned keys in the order of the scores, so that "the
 
     key(x) < key(y)  iff  x < y;    key(-0.0) = key(+0.0);    key(NaN) = NAN_KEY, above all;    0 = no entry
 
-The k-th best key of a row is found by bisection on the bits of the key: at most 33 counts of the row, fewer when a
-threshold separates exactly k entries earlier: 15 to 18 on the scores of a solve (`bench/counts.py`). A count is one
+The k-th best key of a row is found by regula falsi on the number of keys that reach a threshold, with the weights of
+the Illinois method, so that no end stays where it is. It ends once a threshold separates exactly k entries: after 9 to
+10 counts on the scores of a solve, where bisection on the bits takes 15 to 18 (`bench/counts.py`). A count is one
 comparison an entry and one sum. Radix selection by 4 bits takes 8 passes, but each has 15 sums to find, or a histogram
-in shared memory with an atomic an entry. Only a row with a tie at its k-th key needs the running count that
-gives the tie to the lower index.
+in shared memory with an atomic an entry. Only a row with a tie at its k-th key needs the running count that gives the
+tie to the lower index.
 
 bfloat16 values are loaded, stored and multiplied by `dot`, never computed with: the interpreter would work on their
 bit patterns. Every kernel converts to fp32 right after a load.
@@ -154,34 +155,65 @@ def count_reaching(
 
 
 @triton.jit
+def key_range(
+    keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE: tl.constexpr, SEARCH_D: tl.constexpr
+):  # fmt: skip
+    """Entries per row, and the lowest and the highest of their keys; arguments as in `count_reaching`."""
+    n = tl.sum((keys > 0).to(tl.int32), axis=1)
+    low = tl.min(tl.where(keys > 0, keys, NAN_KEY), axis=1)
+    high = tl.max(keys, axis=1)
+    if not WHOLE:
+        for start in range(SEARCH_D, d, SEARCH_D):
+            others = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, SEARCH_D)
+            n += tl.sum((others > 0).to(tl.int32), axis=1)
+            low = tl.minimum(low, tl.min(tl.where(others > 0, others, NAN_KEY), axis=1))
+            high = tl.maximum(high, tl.max(others, axis=1))
+    return n, low, high
+
+
+@triton.jit
 def kth_key(
-    keys, k, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
-    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, SEARCH_D: tl.constexpr,
+    n, low, high, keys, k, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
+    WHOLE: tl.constexpr, SEARCH_D: tl.constexpr,
 ):  # fmt: skip
     """A threshold T per row that at least k keys reach, and what to do about the surplus.
+
+    Args:
+        n, low, high: of `key_range`.
+        k: (BLOCK_R,) int32, how many to find; all where there are fewer.
 
     Returns:
         T (BLOCK_R,) uint32: keep the keys >= T, but
         room (BLOCK_R,) int32: of those equal to T only the first `room`;
         tied: whether any row of the tile has such a surplus.
     """
-    T = tl.full((BLOCK_R,), 1, tl.uint32)
-    n = count_reaching(T, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D)
     k = tl.minimum(k, n)
-    step = tl.full((), 0x80000000, tl.uint32)
-    # n >= k always; a row is settled once n = k, and then its T must stay (with k = 0 it would climb past the top).
-    while (tl.max(n - k, axis=0) > 0) & (step > 0):
-        reach = T + step
+    # At least k keys reach T, n of them; fewer than k reach `top`, n_top of them.
+    T = low
+    top = tl.minimum(high, NAN_KEY - 1) + 1
+    n_top = tl.zeros_like(n)
+    # Of the end that stayed where it was when the other one moved, halved every time.
+    weight = n_top.to(tl.float32) + 1.0
+    rose = n_top > 0
+    running = (n > k) & (top - T > 1)
+    while tl.max(running.to(tl.int32), axis=0) > 0:
+        surplus = (n - k).to(tl.float32) * tl.where(rose, 1.0, weight)
+        lack = (k - n_top).to(tl.float32) * tl.where(rose, weight, 1.0)
+        part = surplus / tl.maximum(surplus + lack, 1e-30)
+        reach = T + ((top - T).to(tl.float32) * part).to(tl.uint32)
+        reach = tl.minimum(tl.maximum(reach, T + 1), top - 1)
         m = count_reaching(reach, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D)
-        higher = (m >= k) & (n > k)
-        T = tl.where(higher, reach, T)
-        n = tl.where(higher, m, n)
-        step = step >> 1
+        rises = m >= k
+        weight = tl.where(rises == rose, 0.5 * weight, 1.0)
+        rose = rises
+        T = tl.where(running & rises, reach, T)
+        n = tl.where(running & rises, m, n)
+        top = tl.where(running & (rises == 0), reach, top)
+        n_top = tl.where(running & (rises == 0), m, n_top)
+        running = (n > k) & (top - T > 1)
+    # Between T and top is nothing now, where n > k: n - n_top keys are equal to T.
     tied = tl.max(n - k, axis=0) > 0
-    room = tl.full((BLOCK_R,), 0x7FFFFFFF, tl.int32)
-    if tied:
-        above = count_reaching(T + 1, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D)
-        room = tl.where(n > k, k - above, room)
+    room = tl.where(n > k, k - n_top, 0x7FFFFFFF)
     return T, room, tied
 
 

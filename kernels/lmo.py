@@ -2,7 +2,7 @@
 
     score (rows, d) fp32     fixed (rows, d) bool or none     V (rows, d) bool
 
-    flops = none to speak of; at most 33 comparisons an entry
+    flops = none to speak of; about 10 comparisons an entry
     bytes = rows d (4 + 1 + 1 with fixed)         (the score once, the vertex once)
 
 Exactly k are kept, equal scores go to the lower index, -0.0 equals +0.0, fixed entries come before all others, NaN is
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import NAN_KEY, columns, count_reaching, kth_key, load_budget, load_keys, lowest_key, take, take_of_groups
+from .device import NAN_KEY, columns, key_range, kth_key, load_budget, load_keys, lowest_key, take, take_of_groups
 from .launch import check, check_matrix, interpreter_tile, on_device, platform, warps
 from .reference import check_budget
 
@@ -32,9 +32,9 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
         BLOCK_D = max(min(width, 1024 if group else 4096), triton.next_power_of_2(max(group, 1)))
         tile = dict(BLOCK_R=max(1, 1024 // BLOCK_D), BLOCK_D=BLOCK_D, SEARCH_D=BLOCK_D)
         return tile | dict(num_warps=warps(max(4, BLOCK_D // 512)))
-    # At most 32 keys in each thread: with more some compiler versions spill.
+    # 16 keys in each thread, 32 of a row of 32768: with more some compiler versions spill.
     search = width if width <= 32768 else 16384
-    return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=search, num_warps=warps(min(32, width // 1024)))
+    return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=search, num_warps=warps(min(32, width // 512)))
 
 
 def span(d: int, group: int) -> int:
@@ -82,10 +82,10 @@ def _lmo_kernel(
     else:
         budget = load_budget(k, row, valid_r, stride_k, PER_ROW, BLOCK_R)
         held = load_keys(score, fixed, 0, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, SEARCH_D)
-        top = tl.full((BLOCK_R,), NAN_KEY, tl.uint32)
-        nan = count_reaching(top, held, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D) > 0
+        n, low, high = key_range(held, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D)
+        nan = high == NAN_KEY
         T, room, tied = kth_key(
-            held, budget, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, BLOCK_R, SEARCH_D
+            n, low, high, held, budget, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D
         )
         passed = tl.zeros((BLOCK_R,), tl.int32)
         for start in range(0, d, BLOCK_D):

@@ -8,7 +8,7 @@
 
     W, E (rows, d)     M, R, U, lacks (rows, d) fp32     V, fixed (rows, d) bool     diag (d,) fp32
 
-    flops = about 30 rows d, and at most 32 comparisons an entry
+    flops = about 30 rows d, and about 10 comparisons an entry
     bytes = rows d (size(W) + 13 + 9 + size(E), + 1 with fixed, + 4 with lacks)    (W M R U V in, M R V E out)
 
 A row that fits one chunk stays in registers, but for W and V, which the cache has when they are needed again. Two such
@@ -28,6 +28,7 @@ from .device import (
     candidate_key,
     cast,
     columns,
+    key_range,
     kth_key,
     line_search,
     line_terms,
@@ -157,7 +158,8 @@ def _step_kernel(
         if GROUP:
             chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
         else:
-            T, room, tied = kth_key(keys, budget, U, None, d, valid_r, 1, 0, lowest, True, BLOCK_R, BLOCK_D)
+            n, low, high = key_range(keys, U, None, d, valid_r, 1, 0, None, True, BLOCK_D)
+            T, room, tied = kth_key(n, low, high, keys, budget, U, None, d, valid_r, 1, 0, None, True, BLOCK_D)
             chosen, passed = take(keys, T, room, tied, tl.zeros((BLOCK_R,), tl.int32))
         _store_vertex(V, E, LACKS, w, chosen, column, valid)
     else:
@@ -196,7 +198,8 @@ def _step_kernel(
             tl.debug_barrier()
             # Pass C: the k-th score.
             held = load_keys(U, None, 0, d, valid_r, 1, 0, None, 0, 0, SEARCH_D)
-            T, room, tied = kth_key(held, budget, U, None, d, valid_r, 1, 0, None, WHOLE, BLOCK_R, SEARCH_D)
+            n, low, high = key_range(held, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D)
+            T, room, tied = kth_key(n, low, high, held, budget, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D)
             # Pass D: the vertex.
             passed = tl.zeros((BLOCK_R,), tl.int32)
             for start in range(0, d, BLOCK_D):

@@ -54,6 +54,28 @@ def test_lmo_equals_the_reference(score, k):
     assert (V.sum(1) == k).all()
 
 
+def hard(rows: int, d: int) -> dict[str, torch.Tensor]:
+    """Scores whose keys are anything but evenly spread, where interpolation is at its worst."""
+    x, few = normal(rows, d), uniform(rows, d, seed=1) < 0.05
+    return {
+        "outliers": torch.where(few, 1e30 * x, x),
+        "two far clusters": torch.where(x > 0, 1e30 + 1e28 * x, 1e-30 * x),
+        "around zero": torch.where(few, x, 1e-38 * x),
+        "any bits": torch.randint(-(2**31), 2**31, (rows, d), generator=torch.Generator().manual_seed(2))
+        .to(torch.int32).view(torch.float32).nan_to_num(1.0).to(DEVICE),
+        "one above equals": torch.where(uniform(rows, d, seed=3) < 0.01, 1.0 + 2**-23, 1.0),
+        "infinite": torch.where(few, torch.inf * x.sign(), x),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", hard(1, 1))
+@pytest.mark.usefixtures("chunks")
+def test_no_spread_of_the_scores_misleads_the_search(name):
+    score = hard(37, 200)[name]
+    for k, positive in itertools.product((1, 2, 10, 80, 199), (False, True)):
+        assert_equal_to_reference(score, k, positive=positive)
+
+
 @pytest.mark.parametrize(("dtype", "positive"), [(torch.int32, False), (torch.int64, True)])
 @pytest.mark.usefixtures("chunks")
 def test_k_may_differ_by_row(dtype, positive):
