@@ -172,6 +172,8 @@ def cases() -> Iterator[Case]:
         for place in ("first", "last"):
             yield _conjugate(f"{place} {d}", HOPPER, d, **{place: True})
     yield _conjugate("target 4096", HOPPER, 4096, mask=False)
+    for d in (4096, 28672):
+        yield _conjugate(f"fp32 {d}", HOPPER, d, P=FP32)
     x, v, eta = empty(ROWS, 4096), empty(ROWS, 4096, torch.bool), empty(ROWS, 1)[:, 0]
     yield Case("update 4096", ALL, lambda: convex_update(x, v, x, x, eta), cost.convex_update(ROWS, 4096))
 
@@ -184,8 +186,8 @@ def _products() -> Iterator[Case]:
         ("tf32", HOPPER, 576, 576, FP32, FP32, "tf32"),
         ("ieee", NVIDIA, 4096, 4096, FP32, FP32, "ieee"),
         ("bf16", HOPPER, 8192, 28672, BF16, BF16, "bf16"),
-        # A direction of conjugate gradients, and the removed weights of errors.
-        ("of a direction", ALL, 4096, 4096, FP32, BF16, "bf16"),
+        # As nothing in a solve is, but anybody may call it.
+        ("of fp32 and bf16", ALL, 4096, 4096, FP32, BF16, "bf16"),
         ("of fp32", HOPPER, 4096, 4096, FP32, FP32, "bf16"),
         ("tf32x3", ALL, 4096, 4096, FP32, FP32, "tf32x3"),
         ("tf32x3 of bf16", HOPPER, 4096, 14336, BF16, FP32, "tf32x3"),
@@ -274,14 +276,17 @@ def _swaps(text: str, targets: tuple[str, ...], d: int, *, group: int = 0, fixed
     )
 
 
-def _conjugate(text: str, targets: tuple[str, ...], d: int, *, mask: bool = True, **place: bool) -> Case:
+def _conjugate(
+    text: str, targets: tuple[str, ...], d: int, *, P: torch.dtype = BF16, mask: bool = True, **place: bool
+) -> Case:
     state, (rz, inverse) = empty(ROWS, d), (empty(n, 1)[:, 0] for n in (ROWS, d))
+    direction = empty(ROWS, d, P)
     held = empty(ROWS, d, torch.bool) if mask else None
     return Case(
         f"conjugate {text}",
         targets,
-        lambda: conjugate_step(state, state, state, state, rz, rz, inverse, mask=held, **place),
-        cost.conjugate_step(ROWS, d, mask=mask, **place),
+        lambda: conjugate_step(state, state, direction, state, rz, rz, inverse, mask=held, **place),
+        cost.conjugate_step(ROWS, d, P=P.itemsize, mask=mask, **place),
     )
 
 

@@ -5,10 +5,11 @@
     r  = mask * R     z = r inverse              rz' = <r, z>
     P  = z + (rz' / rz) P                        U is the product of P
 
-    Z, R, P, U (rows, d) fp32     mask (rows, d) bool     inverse (d,) fp32     rz, enough (rows,) fp32
+    Z, R, U (rows, d) fp32     P (rows, d) fp32 / bf16     mask (rows, d) bool
+    inverse (d,) fp32     rz, enough (rows,) fp32
 
     flops = about 12 rows d
-    bytes = rows d (16 + 1 + 12)      (P U Z R and mask in, Z R P out)
+    bytes = rows d (12 + 1 + 8 + 2 size(P))      (P U Z R and mask in, Z R P out)
             the first step reads R and mask and writes P, the last one leaves mask and P alone
 
 A row that fits one chunk stays in registers from the first load to the last store. A longer one takes passes over its
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import columns
+from .device import cast, columns
 from .launch import check, check_matrix, interpreter_tile, on_device, platform, warps
 from .reference import CONVERGED
 
@@ -90,7 +91,7 @@ def _conjugate_kernel(
         if FIRST:
             r = tl.load(R + column[None, :], mask=valid, other=0.0)
         else:
-            p = tl.load(P + column[None, :], mask=valid, other=0.0)
+            p = tl.load(P + column[None, :], mask=valid, other=0.0).to(tl.float32)
             u = tl.load(U + column[None, :], mask=valid, other=0.0)
             a = tl.where(before <= enough, 0.0, _ratio(before, tl.sum(p * u, axis=1)))
             r = _move(Z, R, column, valid, p, u, a)
@@ -99,7 +100,7 @@ def _conjugate_kernel(
             rz = tl.sum(r * z, axis=1)
             if not FIRST:
                 z += _ratio(rz, before)[:, None] * p
-            tl.store(P + column[None, :], z, mask=valid)
+            tl.store(P + column[None, :], cast(z, P.dtype.element_ty), mask=valid)
     else:
         if not FIRST:
             # Pass A: the step size.
@@ -107,7 +108,7 @@ def _conjugate_kernel(
             for start in range(0, d, BLOCK_D):
                 column, valid_d = columns(start, d, 0, 0, BLOCK_D)
                 valid = valid_r[:, None] & valid_d[None, :]
-                p = tl.load(P + column[None, :], mask=valid, other=0.0)
+                p = tl.load(P + column[None, :], mask=valid, other=0.0).to(tl.float32)
                 products += p * tl.load(U + column[None, :], mask=valid, other=0.0)
             a = tl.where(before <= enough, 0.0, _ratio(before, tl.sum(products, axis=1)))
 
@@ -119,7 +120,7 @@ def _conjugate_kernel(
             if FIRST:
                 r = tl.load(R + column[None, :], mask=valid, other=0.0)
             else:
-                p = tl.load(P + column[None, :], mask=valid, other=0.0)
+                p = tl.load(P + column[None, :], mask=valid, other=0.0).to(tl.float32)
                 u = tl.load(U + column[None, :], mask=valid, other=0.0)
                 r = _move(Z, R, column, valid, p, u, a)
             if not LAST:
@@ -138,8 +139,9 @@ def _conjugate_kernel(
                 r = tl.load(R + column[None, :], mask=valid, other=0.0)
                 r, z = _pull(INVERSE, MASK, r, column, valid, valid_d)
                 if not FIRST:
-                    z += _ratio(rz, before)[:, None] * tl.load(P + column[None, :], mask=valid, other=0.0)
-                tl.store(P + column[None, :], z, mask=valid)
+                    p = tl.load(P + column[None, :], mask=valid, other=0.0).to(tl.float32)
+                    z += _ratio(rz, before)[:, None] * p
+                tl.store(P + column[None, :], cast(z, P.dtype.element_ty), mask=valid)
 
     if not LAST:
         tl.store(RZ + row, rz, mask=valid_r)
@@ -163,7 +165,8 @@ def conjugate_step(
     """A step of conjugate gradients, in place; see `reference.conjugate_step`, which it equals up to rounding.
 
     Args:
-        Z, R, P, U: (rows, d) fp32 with contiguous rows (column stride 1).
+        Z, R, U: (rows, d) fp32 with contiguous rows (column stride 1).
+        P: (rows, d) fp32 or bf16 with contiguous rows.
         rz, enough: (rows,) fp32, contiguous.
         inverse: (d,) fp32, contiguous.
         mask: (rows, d) bool with contiguous rows, or None.
@@ -175,8 +178,9 @@ def conjugate_step(
     rows, d = check_matrix("Z", Z, (torch.float32,))
     matrices = dict(Z=Z, R=R, P=P, U=U) | ({} if mask is None else dict(mask=mask))
     vectors = dict(rz=rz, enough=enough, inverse=inverse)
+    dtypes = dict(P=(torch.float32, torch.bfloat16), mask=(torch.bool,))
     for name, matrix in matrices.items():
-        check(name, matrix, (rows, d), (torch.bool if name == "mask" else torch.float32,), Z)
+        check(name, matrix, (rows, d), dtypes.get(name, (torch.float32,)), Z)
         if d > 1 and matrix.stride(1) != 1:
             raise ValueError(f"{name}: expected contiguous rows, got strides {matrix.stride()}")
     for name, vector in vectors.items():

@@ -54,9 +54,11 @@ def row_swaps(rows: int, d: int, swaps: int, *, W: int) -> Cost:
     return Cost(30 * swaps * rows * d, rows * d * (W + 10) + 12 * swaps * rows * d)
 
 
-def conjugate_step(rows: int, d: int, *, mask: bool = True, first: bool = False, last: bool = False) -> Cost:
+def conjugate_step(
+    rows: int, d: int, *, P: int = 4, mask: bool = True, first: bool = False, last: bool = False
+) -> Cost:
     """P, U, Z, R and mask in, Z, R, P out; the first reads R and mask and writes P, the last has no next direction."""
-    moved, turned = 0 if first else 24, 0 if last else (8 if first else 4) + mask
+    moved, turned = 0 if first else 20 + P, 0 if last else (4 if first else 0) + P + mask
     return Cost((0 if first else 6) * rows * d + (0 if last else 6) * rows * d, rows * d * (moved + turned))
 
 

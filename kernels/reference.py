@@ -289,7 +289,7 @@ def conjugate_step(
     Args:
         Z: (rows, d) fp32, what moves.
         R: (rows, d) fp32, its residual, B - Z G.
-        P: (rows, d) fp32, the direction; replaced by the next one.
+        P: (rows, d), fp32 or the type that the product reads, the direction; replaced by the next one.
         U: (rows, d) fp32, the product P G.
         rz: (rows,) fp32, <r, z> of the direction; replaced.
         enough: (rows,) fp32, the <r, z> at which a row is done.
@@ -299,7 +299,7 @@ def conjugate_step(
         last: P and rz are of no use afterwards, and left alone.
     """
     for rows in row_blocks(Z):
-        r, p = R[rows], P[rows]
+        r, p = R[rows], P[rows].float()
         if not first:
             u, before = U[rows], rz[rows]
             a = _ratio(before, (p * u).sum(1)).masked_fill_(before <= enough[rows], 0)[:, None]
@@ -315,6 +315,8 @@ def conjugate_step(
             enough[rows] = CONVERGED * now
         else:
             p.mul_(_ratio(now, before)[:, None]).add_(z)
+        if p.dtype != P.dtype:
+            P[rows] = p
         rz[rows] = now
 
 

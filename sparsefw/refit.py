@@ -67,7 +67,7 @@ def refit(
         ops: the operations, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
     """
     Z = keep(start, mask)
-    R = ops.product(W - Z, operand(G, precision), precision=precision)
+    R = ops.product(operand(W - Z, precision), operand(G, precision), precision=precision)
     descend(Z, R, G, mask, steps, precision=precision, ops=ops)
     return Fit(mask, Z, R, ((W - Z) * R).sum(1))
 
@@ -87,8 +87,9 @@ def descend(
     """
     if not steps:
         return
-    G_operand = operand(G, precision)
-    P, U = torch.empty_like(Z), torch.empty_like(Z)
+    G_operand, U = operand(G, precision), torch.empty_like(Z)
+    # Z moves along what the product reads: so R stays its residual, however P is rounded.
+    P = torch.empty_like(Z, dtype=G_operand.dtype)
     rz, enough = Z.new_empty(2, len(Z))
     state = (Z, R, P, U, rz, enough, inverse_diagonal(G))
     ops.conjugate_step(*state, mask=mask, first=True)

@@ -326,7 +326,7 @@ def _of_solve(
     times, errors = (3, "tf32") if work.gpu and exact(unit) == "tf32x3" else (1, "ieee")
     unit, steps = ("tf32", 3) if unit == "tf32x3" else (unit, 1)
     weight = shape.itemsize if work.gpu else 4
-    E, G = (2, 2) if half else (weight, 4)
+    E, G, P = (2, 2, 2) if half else (weight, 4, 4)
 
     def some(name: str, unit: str, count: int, of: Callable[[int], Cost]) -> Iterator[Operation]:
         if count:
@@ -339,17 +339,17 @@ def _of_solve(
 
         return of
 
-    yield from some("target", unit, each.target, product(4, G, steps))
+    yield from some("target", unit, each.target, product(P, G, steps))
     yield from some("start", unit, each.starts, product(E, G, steps))
     if not by_changes:
         yield from some("step", unit, each.steps, product(E, G, steps))
-    yield from some("refit", unit, each.refits, product(4, G, steps))
+    yield from some("refit", unit, each.refits, product(P, G, steps))
     yield from some("error", errors, each.errors, product(weight, 4, times))
     yield from some("row_step", "ieee", each.row_steps, lambda n: cost.row_step(n, d, W=weight, E=E))
     for count, steps, mask in each.descents:
         for parts, place in ((1, {"first": True}), (steps - 1, {}), (1, {"last": True})):
             yield from some(
-                "conjugate_step", "ieee", count * parts, partial(cost.conjugate_step, d=d, mask=mask, **place)
+                "conjugate_step", "ieee", count * parts, partial(cost.conjugate_step, d=d, P=P, mask=mask, **place)
             )
     yield from some("lmo", "ieee", each.lmos, lambda n: cost.lmo(n, d))
     # How many swaps lower the error, only the weights tell.

@@ -23,7 +23,9 @@ def chunks(request, monkeypatch):
         monkeypatch.setattr(conjugate_module, "configuration", configuration)
 
 
-def arguments(rows: int, d: int, *, masked: bool = True) -> dict[str, torch.Tensor | None]:
+def arguments(
+    rows: int, d: int, *, masked: bool = True, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor | None]:
     """The middle of a descent: P and its product, rows with little and with nothing left among the others."""
     G, P = gram(d), normal(rows, d, seed=2)
     rz = uniform(rows, seed=3) + 0.5
@@ -32,7 +34,7 @@ def arguments(rows: int, d: int, *, masked: bool = True) -> dict[str, torch.Tens
         P[1], P[2], rz[2], enough[3] = 0, 0, 0, 2 * rz[3]
     mask = uniform(rows, d, seed=4) < 0.4 if masked else None
     return dict(
-        Z=normal(rows, d), R=normal(rows, d, seed=1), P=P, U=P @ G, rz=rz, enough=enough,
+        Z=normal(rows, d), R=normal(rows, d, seed=1), P=P.to(dtype), U=P.to(dtype).float() @ G, rz=rz, enough=enough,
         inverse=1 / G.diagonal().contiguous(), mask=mask,
     )  # fmt: skip
 
@@ -60,11 +62,12 @@ def float64_step(state, first=False, last=False):
     return dict(Z=Z, R=R, P=P, rz=rz, enough=enough)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.usefixtures("chunks")
-def test_step_is_as_close_to_float64_as_the_reference(place, masked):
-    state = arguments(37, 262, masked=masked)
+def test_step_is_as_close_to_float64_as_the_reference(place, masked, dtype):
+    state = arguments(37, 262, masked=masked, dtype=dtype)
     expected, truth = copy(state), float64_step(state, **PLACES[place])
     reference.conjugate_step(**expected, **PLACES[place])
     conjugate_step(**state, **PLACES[place])
@@ -181,6 +184,7 @@ def test_step_of_no_rows():
     ("change", "error", "match"),
     [
         (dict(Z=torch.zeros(3, 4, dtype=torch.bfloat16)), TypeError, "Z: expected torch.float32"),
+        (dict(P=torch.zeros(3, 4, dtype=torch.float16)), TypeError, "P: expected torch.float32 or torch.bfloat16"),
         (dict(R=torch.zeros(4, 3)), ValueError, r"R: expected shape \(3, 4\)"),
         (dict(P=torch.zeros(4, 3).T), ValueError, "P: expected contiguous rows"),
         (dict(U=torch.zeros(3, 4, device="meta")), ValueError, "U: expected device"),
