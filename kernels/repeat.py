@@ -31,7 +31,8 @@ def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like
     if like.device.type != "cuda" or len(numbers) < LEAST:
         yield from reference.repeat(step, numbers, like)
         return
-    host = torch.empty(len(numbers), len(numbers[0]), pin_memory=True)
+    # From pinned memory: a copy from other would be waited for.
+    host = torch.empty(len(numbers), len(numbers[0]), dtype=torch.float32, pin_memory=True)
     table = host.copy_(torch.tensor(numbers)).to(like.device, non_blocking=True)
     now = torch.empty_like(table[0])
     graph = None
