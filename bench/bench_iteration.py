@@ -1,4 +1,9 @@
-"""A whole Frank-Wolfe iteration, product and row step, by shape and precision; bare is the library's product alone."""
+"""A whole Frank-Wolfe iteration, product and row step, by shape and precision; bare is the library's product alone.
+
+Of a bf16 weight in bf16 products the row step has to read and write 26 bytes an entry, the product to do 2 d flops.
+Where a card does f flops in the time of a byte, the two one after the other take at least 1 + 13 f / d of the product's
+time.
+"""
 
 import pytest
 import torch
