@@ -10,20 +10,22 @@ import torch
 from torch import Tensor
 
 from sparsefw import frank_wolfe
-from sparsefw.kernels import reference, selection
+from sparsefw.kernels import device, reference, selection
 
 ROWS, STEPS = 64, 30
+PATIENCE = device.PATIENCE.value
 
 
 def order_key(score: Tensor, positive: bool) -> Tensor:
-    """`device.candidate_key`, in int64."""
-    bits = score.view(torch.int32).long() & 0xFFFFFFFF
+    """`device.candidate_key`, in int64, of anything but NaN."""
+    # 0 for -0, too.
+    bits = (score + 0.0).view(torch.int32).long() & 0xFFFFFFFF
     keys = torch.where(bits < 0x80000000, bits ^ 0x80000000, bits ^ 0xFFFFFFFF)
     return keys.masked_fill(score <= 0, 0) if positive else keys
 
 
-def bisection(keys: Tensor, k: int) -> Tensor:
-    """Counts per row until exactly k reach the threshold, or all bits are known; (rows,)."""
+def bisection(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Counts per row until exactly k reach a threshold, or all bits are known, and the threshold; (rows,)."""
     T = torch.ones(len(keys), dtype=torch.int64)
     n = (keys >= T[:, None]).sum(1)
     k, made, step = n.clamp(max=k), torch.ones_like(n), 1 << 31
@@ -33,18 +35,18 @@ def bisection(keys: Tensor, k: int) -> Tensor:
         m = (keys >= reach[:, None]).sum(1)
         higher = (m >= k) & (n > k)
         T, n, step = torch.where(higher, reach, T), torch.where(higher, m, n), step >> 1
-    return made
+    return made, T
 
 
-def counts(keys: Tensor, k: int) -> Tensor:
-    """Counts per row of `device.kth_key`, and one for `device.key_range`; (rows,)."""
+def counts(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Counts per row of `device.kth_key`, with one for `device.key_range`, and its threshold; (rows,)."""
     n, top = (keys > 0).sum(1), keys.amax(1) + 1
     k, T = n.clamp(max=k), torch.where(keys > 0, keys, 0xFFFFFFFF).amin(1)
     n_top, weight, rose, made = torch.zeros_like(n), torch.ones(len(n)), n < 0, torch.ones_like(n)
     while (running := (n > k) & (top - T > 1)).any():
-        made += running
         surplus, lack = (n - k) * torch.where(rose, 1, weight), (k - n_top) * torch.where(rose, weight, 1)
-        part = surplus / (surplus + lack).clamp(min=1e-30)
+        part = surplus / (surplus + lack).clamp(min=1e-30) if made.max() <= PATIENCE else torch.full_like(weight, 0.5)
+        made += running
         reach = T + ((top - T).float() * part).long()
         reach = torch.minimum(torch.maximum(reach, T + 1), top - 1)
         m = (keys >= reach[:, None]).sum(1)
@@ -53,7 +55,7 @@ def counts(keys: Tensor, k: int) -> Tensor:
         up, down = running & rises, running & ~rises
         T, n = torch.where(up, reach, T), torch.where(up, m, n)
         top, n_top = torch.where(down, reach, top), torch.where(down, m, n_top)
-    return made
+    return made, T
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def main() -> None:
 
         def spy(score, k, *, positive, seen=seen, **options):
             for search, found in seen.items():
-                found.append(search(order_key(score, positive), k))
+                found.append(search(order_key(score, positive), k)[0])
             return selection.select(score, k, positive=positive, **options)
 
         problem = frank_wolfe.pose(W, G, W.abs() * G.diagonal().sqrt(), int(0.4 * d))

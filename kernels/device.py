@@ -6,10 +6,10 @@ Selection works on 32-bit unsigned keys in the order of the scores, so that "the
 
 The k-th best key of a row is found by regula falsi on the number of keys that reach a threshold, with the weights of
 the Illinois method, so that no end stays where it is. It ends once a threshold separates exactly k entries: after 9 to
-10 counts on the scores of a solve, where bisection on the bits takes 15 to 18 (`bench/counts.py`). A count is one
-comparison an entry and one sum. Radix selection by 4 bits takes 8 passes, but each has 15 sums to find, or a histogram
-in shared memory with an atomic an entry. Only a row with a tie at its k-th key needs the running count that gives the
-tie to the lower index.
+10 counts on the scores of a solve, where bisection on the bits takes 15 to 18 (`bench/counts.py`). Where 16 were not
+enough it goes on by halves, so that there never are more than 50. A count is one comparison an entry and one sum. Radix
+selection by 4 bits takes 8 passes, but each has 15 sums to find, or a histogram in shared memory with an atomic an
+entry. Only a row with a tie at its k-th key needs the running count that gives the tie to the lower index.
 
 bfloat16 values are loaded, stored and multiplied by `dot`, never computed with: the interpreter would work on their
 bit patterns. Every kernel converts to fp32 right after a load.
@@ -23,6 +23,9 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 NAN_KEY = tl.constexpr(0xFFFFFFFF)
 INF_KEY = tl.constexpr(0xFF800000)
 ZERO_KEY = tl.constexpr(0x80000000)
+
+# Counts after which a search that is not done halves what is left.
+PATIENCE = tl.constexpr(16)
 
 
 @triton.jit
@@ -75,7 +78,7 @@ def order_key(x):
 
 @triton.jit
 def lowest_key(positive):
-    """The key that those of candidates are above: of 0 where only `positive` scores are, else of no entry."""
+    """Candidates have keys above this one: that of score 0 where only `positive` ones count, else 0, of no entry."""
     return tl.where(positive, ZERO_KEY, 0).to(tl.uint32)
 
 
@@ -90,14 +93,15 @@ def candidate_key(x, held, valid, lowest):
 
 
 @triton.jit
-def columns(start, d, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr):
+def columns(start, d, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr = 4):
     """Columns of one chunk and which of them exist.
 
-    Groups of a size that is no power of two are laid out PADDED apart, so that a chunk reshapes into whole groups.
+    Groups of a size that is no power of two are laid out PADDED apart, so that a chunk reshapes into whole groups. A
+    thread has at most so many columns TOGETHER.
     """
     # In fours: what is loaded for a column, of 1, 2 or 4 bytes, has one layout in the registers then. By 16 bytes a
     # thread each, threads would load floats far apart, and pass them through shared memory to where the others are.
-    index = start + tl.max_contiguous(tl.arange(0, BLOCK_D), 4)
+    index = start + tl.max_contiguous(tl.arange(0, BLOCK_D), TOGETHER)
     if GROUP == PADDED:
         column = index
         valid = index < d
@@ -116,7 +120,8 @@ def load_keys(
 
     Without `lowest` what lies in the place of scores are their keys, bit for bit.
     """
-    column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D)
+    # Members of a group are compared with each other: best within a thread.
+    column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D, 16 if GROUP else 4)
     valid = valid_r[:, None] & valid_d[None, :]
     column = column[None, :].to(tl.int64)
     x = tl.load(score + column * stride_sd, mask=valid, other=0.0)
@@ -195,11 +200,13 @@ def kth_key(
     # Of the end that stayed where it was when the other one moved, halved every time.
     weight = n_top.to(tl.float32) + 1.0
     rose = n_top > 0
+    made = 0
     running = (n > k) & (top - T > 1)
     while tl.max(running.to(tl.int32), axis=0) > 0:
         surplus = (n - k).to(tl.float32) * tl.where(rose, 1.0, weight)
         lack = (k - n_top).to(tl.float32) * tl.where(rose, weight, 1.0)
-        part = surplus / tl.maximum(surplus + lack, 1e-30)
+        part = tl.where(made < PATIENCE, surplus / tl.maximum(surplus + lack, 1e-30), 0.5)
+        made += 1
         reach = T + ((top - T).to(tl.float32) * part).to(tl.uint32)
         reach = tl.minimum(tl.maximum(reach, T + 1), top - 1)
         m = count_reaching(reach, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D)

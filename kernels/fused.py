@@ -1,4 +1,4 @@
-"""The Triton kernels under the names of reference.py: a solver takes either module."""
+"""The Triton kernels, and `repeat`, under the names of reference.py: a solver takes either module."""
 
 from .conjugate import conjugate_step
 from .cross import cross_accumulate

@@ -6,8 +6,9 @@
     bytes = rows d (4 + 1 + 1 with fixed)         (the score once, the vertex once)
 
 Exactly k are kept, equal scores go to the lower index, -0.0 equals +0.0, fixed entries come before all others, NaN is
-an error. How the k-th best is found: device.py. A row of up to 32768 scores is read once, and its keys stay in
-registers; of a longer one the first 16384 do, the others are read again (from the cache) for every bit of the search.
+an error. How the k-th best is found: device.py. The keys of up to 32768 scores stay in registers for the search; of a
+longer row the first 16384 do, the others are read again (from the cache) for every count. To be taken, those of more
+than 4096 are read once more.
 """
 
 import torch
@@ -76,7 +77,7 @@ def _lmo_kernel(
             keys = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest, GROUP, PADDED, BLOCK_D)
             nan = nan | (tl.max(keys, axis=1) == NAN_KEY)
             chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
-            column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D)
+            column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D, 16)
             valid = valid_r[:, None] & valid_d[None, :]
             tl.store(vertex + column[None, :].to(tl.int64) * stride_vd, chosen, mask=valid)
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 
-# Fewer runs are not worth a graph, whose making takes the host about as long as two of them.
+# Fewer runs are no graph: its making takes the host a while, how long is not measured.
 LEAST = 5
 
 
@@ -21,7 +21,7 @@ def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like
 
     On a GPU, unless the runs are few, the step gets its numbers as tensors () fp32. Its first run compiles and launches
     kernel by kernel, the second is captured, and it and all others are launches of the graph. So no run may wait for
-    the GPU, and what one allocates is overwritten by the next.
+    the GPU, and what one allocates is overwritten by the next. On AMD the end waits: torch does, where a graph goes.
 
     Args:
         step: launches the same operations on the same tensors every time, whatever its numbers are.

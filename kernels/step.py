@@ -11,12 +11,12 @@
     flops = about 30 rows d, and about 10 comparisons an entry
     bytes = rows d (size(W) + 13 + 9 + size(E), + 1 with fixed, + 4 with lacks)    (W M R U V in, M R V E out)
 
-A row that fits one chunk stays in registers, but for W and V, which the cache has when they are needed again. Two such
-rows, or a longer one, fill a multiprocessor: while one of them chooses, others are read and written. A longer one takes
-passes over its chunks, which find in the cache what fits there: A adds up the line search; B, from the end to the
-start, since what was read last is there for sure, updates M and R and writes the keys of the scores over U; C finds the
-k-th key (device.py); D writes V and E. With n:m the choice is made within pass B. Ties as in lmo.py; sums and state in
-fp32.
+A row that fits one chunk stays in registers, but for W and V, which the cache has when they are needed again. Of up to
+4096 columns two or more such rows are on a multiprocessor of sm_90, and while one of them chooses, others are read and
+written; of more columns one is. Rows that fit no chunk take passes over theirs, which find in the cache what fits
+there: A adds up the line search; B, from the end to the start, since what was read last is there for sure, updates M
+and R and writes the keys of the scores over U; C finds the k-th key (device.py); D writes V and E. With n:m the choice
+is made within pass B. Ties as in lmo.py; sums and state in fp32.
 """
 
 import torch
@@ -149,7 +149,8 @@ def _step_kernel(
         if LINE_SEARCH:
             lin, quad = line_terms(w, _diagonal(DIAG, w, column, valid_d), m, r, u, v, theta)
             step = line_search(tl.sum(lin, axis=1), tl.sum(quad, axis=1))
-            # Read again, from the cache: without them in registers twice as many rows are under way.
+            # Read again, from the cache: without them in registers twice as many rows are under way. The policy is
+            # there to differ from that of the first loads: the compiler would make one of both.
             w = tl.load(W + column[None, :], mask=valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
             v = tl.load(V + column[None, :], mask=valid, other=0, eviction_policy="evict_first").to(tl.float32)
         score, errors = _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d)

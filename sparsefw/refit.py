@@ -77,7 +77,7 @@ def descend(
 ) -> None:
     """Preconditioned conjugate gradients on `sum(Z * (Z G)) / 2 - sum(Z * B)` for R = B - Z G, in place.
 
-    A step is one product, P G, and what `reference.conjugate_step` does with it. None raises the objective.
+    A step is one product, P G, and what `reference.conjugate_step` does with it. In fp32 none raises the objective.
 
     Args:
         Z, R: (rows, d) fp32, the weights and their residual; both are moved.

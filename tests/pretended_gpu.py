@@ -4,8 +4,7 @@ So what is done only where there is a GPU runs without one. What CUDA refuses is
 on a GPU's memory. What its allocator would hold is counted, and so is every time that the host would wait.
 
 Not pretended is what runs beside what: all is done in the order of the program, so a wait that is missing between two
-streams goes unseen. Nor is it known what torch's kernels allocate for themselves, and how they round. Host memory
-counts as pinned wherever a copy says that it need not wait.
+streams goes unseen. Nor is it known what torch's kernels allocate for themselves, and how they round.
 """
 
 import sys
@@ -96,6 +95,8 @@ class GPU(TorchDispatchMode):
         self.allocated = self.peak = self.peak_since_reset = 0
         self.waits: Counter[str] = Counter()
         self.graphs: list[Graph] = []
+        # Where host memory is that a copy need not wait for.
+        self.pinned: set[int] = set()
         # The graph that launches of this thread go to.
         self.capturing = threading.local()
         self._memories: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
@@ -117,7 +118,7 @@ class GPU(TorchDispatchMode):
         asked, packet = kwargs.get("device"), getattr(func, "overloadpacket", func)
         stays = any(isinstance(x, OnGPU) for x in given) if asked is None else _is_gpu(asked)
         _refuse_two_devices(packet, args, given)
-        waits, graph = _waits(packet, args, kwargs, stays), getattr(self.capturing, "graph", None)
+        waits, graph = self._waits(packet, args, kwargs, stays), getattr(self.capturing, "graph", None)
         if waits and graph:
             raise RuntimeError(f"{packet}: operation not permitted when stream is capturing")
         if waits:
@@ -143,6 +144,21 @@ class GPU(TorchDispatchMode):
             memory = self._memories.get(storage._cdata) or _Memory(self, storage.nbytes())
             self._memories[storage._cdata] = memory
         return OnGPU(inner, memory)
+
+    def _waits(self, packet: Any, args: tuple, kwargs: dict, stays: bool) -> bool:
+        """Whether the host waits in packet(*args, **kwargs); the result `stays` on the GPU, or is the host's."""
+        if packet in COPIES:
+            source, stays = (args[1], isinstance(args[0], OnGPU)) if packet is aten.copy_ else (args[0], stays)
+            if isinstance(source, OnGPU) == stays:
+                return False
+            asynchronous = kwargs.get("non_blocking") or args[2:] == (True,)
+            return not asynchronous or (stays and source.untyped_storage().data_ptr() not in self.pinned)
+        if packet in INDEXING:
+            indices = [x for x in args[1] if x is not None]
+            # A number is filled in where a mask is true, and nobody asks how often that is.
+            counts = packet is aten.index or isinstance(args[2], OnGPU)
+            return any(not isinstance(x, OnGPU) or (counts and x.dtype == torch.bool) for x in indices)
+        return packet in NUMBERS
 
     def wait(self, what: str) -> None:
         """Count a wait of the host."""
@@ -229,19 +245,6 @@ def _refuse_two_devices(packet: Any, args: tuple, given: list[Tensor]) -> None:
         raise RuntimeError(f"{packet}: Expected all tensors to be on the same device, but found {found}")
 
 
-def _waits(packet: Any, args: tuple, kwargs: dict, stays: bool) -> bool:
-    """Whether the host waits for the GPU in packet(*args, **kwargs); the result `stays` there, or is the host's."""
-    if packet in COPIES:
-        source, stays = (args[1], isinstance(args[0], OnGPU)) if packet is aten.copy_ else (args[0], stays)
-        return isinstance(source, OnGPU) != stays and not (kwargs.get("non_blocking") or args[2:] == (True,))
-    if packet in INDEXING:
-        indices = [x for x in args[1] if x is not None]
-        # A number is filled in where a mask is true, and nobody asks how often that is.
-        counts = packet is aten.index or isinstance(args[2], OnGPU)
-        return any(not isinstance(x, OnGPU) or (counts and x.dtype == torch.bool) for x in indices)
-    return packet in NUMBERS
-
-
 @contextmanager
 def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
     """Inside, torch has a GPU with so many bytes."""
@@ -261,6 +264,12 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
         form = {"dtype": dtype or tensor.dtype, "device": DEVICE if there else device, "non_blocking": non_blocking}
         # Not through torch, which would ask for CUDA, and in another thread does not know of the mode.
         return gpu.compute(aten._to_copy.default, (tensor,), form)
+
+    def made(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        tensor = empty(*args, **kwargs)
+        if pin_memory:
+            gpu.pinned.add(tensor.untyped_storage().data_ptr())
+        return tensor
 
     def replaced(tensor: Tensor, value: Tensor) -> None:
         if isinstance(tensor, OnGPU) == isinstance(value, OnGPU):
@@ -294,7 +303,7 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
         }.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(GridExecutor, "__call__", launched)
-        patch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+        patch.setattr(torch, "empty", made)
         patch.setattr(Tensor, "to", moved)
         patch.setattr(Tensor, "data", property(data.__get__, replaced))
         # torch's own code makes it of several operations.

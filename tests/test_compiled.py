@@ -62,7 +62,7 @@ def test_shared_memory_fits(compiled):
 
 
 def test_rows_stay_in_the_registers_they_are_loaded_to(compiled):
-    """Shared memory is for sums over a row: no entry has to get to another thread, whatever the size of its type."""
+    """Shared memory is for sums over a row: no entry goes through it to another thread, whatever its type's size."""
     rows = [case for case in compiled if case["name"].split()[0] in ("lmo", "step", "conjugate", "update")]
     assert len(rows) > 50
     for case in rows:

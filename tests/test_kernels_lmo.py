@@ -1,6 +1,8 @@
 """lmo against brute force and the reference, entry by entry."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,10 @@ from kernel_inputs import DEVICE, garbage, normal, strided, uniform
 from sparsefw.kernels import lmo as lmo_module
 from sparsefw.kernels import reference
 from sparsefw.kernels.lmo import lmo
+
+# bench/ is no package.
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+counts = __import__("counts")
 
 GROUPS = [(2, 4), (1, 3), (3, 5), (4, 8), (16, 32), (31, 32), (0, 4), (3, 4), (1, 2), (5, 6)]
 
@@ -66,6 +72,20 @@ def hard(rows: int, d: int) -> dict[str, torch.Tensor]:
         "one above equals": torch.where(uniform(rows, d, seed=3) < 0.01, 1.0 + 2**-23, 1.0),
         "infinite": torch.where(few, torch.inf * x.sign(), x),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", hard(1, 1))
+def test_the_search_that_is_counted_chooses_the_same_and_ends_soon(name):
+    """bench/counts.py does in torch what the kernels do: what it tells is true of them as far as it chooses alike."""
+    score = hard(37, 4000)[name].cpu()
+    keys = counts.order_key(score, False)
+    for k in (1, 20, 1600, 3998):
+        made, T = counts.counts(keys, k)
+        assert made.max() <= 50
+        V, chosen = reference.lmo(score, k), keys >= T[:, None]
+        # All of them, and of entries that are equal too many.
+        assert not (V & ~chosen).any()
+        assert ((chosen.sum(1) == k) | (keys.masked_fill(~chosen, 1 << 32).amin(1) == T)).all()
 
 
 @pytest.mark.parametrize("name", hard(1, 1))
