@@ -8,7 +8,7 @@ time.
 import pytest
 import torch
 from bare import bare_product, operands, topk_step
-from operations import WEIGHT, assert_equal_enough, cases, gram, measure, normal
+from operations import WEIGHT, assert_equal_enough, cases, gram, measure, normal, numbers
 
 from sparsefw.frank_wolfe import operand
 from sparsefw.kernels import cost, fused, reference
@@ -37,17 +37,18 @@ def test_iteration(benchmark, way, shape, precision):
     if way == "bare":
         E, G = operands(E, G, precision)
     product, step = WAYS[way]
+    thetas = numbers(way, **THETAS)
 
     def fresh() -> tuple:
         # The step is in place: every call starts from the same state.
         return warm.float(), R.clone(), torch.empty_like(R), V.clone(), E.clone()
 
-    def iteration(M, R, U, V, E, product=product, step=step):
+    def iteration(M, R, U, V, E, product=product, step=step, thetas=thetas):
         U = product(E, G, precision=precision, out=U)
-        return step(W, diag, M, R, U, V, E, k, **THETAS)[1] if step else U
+        return step(W, diag, M, R, U, V, E, k, **thetas)[1] if step else U
 
     if step:
-        assert_equal_enough(iteration(*fresh()), iteration(*fresh(), *WAYS["torch"]), 1e-3)
+        assert_equal_enough(iteration(*fresh()), iteration(*fresh(), *WAYS["torch"], THETAS), 1e-3)
     parts = cost.product(rows, d, E=E.itemsize, G=G.itemsize), cost.row_step(rows, d, W=W.itemsize, E=E.itemsize)
     parts = parts if step else parts[:1]
     least = Cost(sum(part.flops for part in parts), sum(part.bytes for part in parts))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bare import topk_step
-from operations import PRECISION, WEIGHT, assert_equal_enough, budget, cases, gram, measure, normal, ways
+from operations import PRECISION, WEIGHT, assert_equal_enough, budget, cases, gram, measure, normal, numbers, ways
 
 from sparsefw.kernels import cost, reference
 
@@ -27,8 +27,10 @@ def test_row_step(benchmark, way, shape, pattern):
         # The step is in place and leaves nothing of U: every call starts from the same state.
         return W, diag, M.clone(), R.clone(), U.clone(), V.clone(), torch.empty_like(W), k
 
+    thetas = numbers(way, theta=0.5, next_theta=0.6)
+
     def step(*state: object) -> tuple:
-        return WAYS[way](*state, group=group, theta=0.5, next_theta=0.6)
+        return WAYS[way](*state, group=group, **thetas)
 
     expected, got = fresh(), fresh()
     _, error = reference.row_step(*expected, group=group, theta=0.5, next_theta=0.6)

@@ -55,6 +55,12 @@ def gram(d: int) -> Tensor:
     return reference.gram_accumulate(torch.zeros(d, d, device=DEVICE), X)
 
 
+def numbers(way: str, **values: float) -> dict[str, float | Tensor]:
+    """The numbers of a step as a way takes them: on a GPU ours are read when it runs, as in a solve."""
+    stored = GPU and way == "triton"
+    return {name: torch.tensor(value, device=DEVICE) if stored else value for name, value in values.items()}
+
+
 def budget(pattern: str, d: int) -> tuple[int, int, int]:
     """k, group and the width, at most d, that both patterns divide: "rows" keeps 0.4 of a row, "2:4" 2 of every 4."""
     d -= d % 4
