@@ -24,8 +24,8 @@ def order_key(score: Tensor, positive: bool) -> Tensor:
     return keys.masked_fill(score <= 0, 0) if positive else keys
 
 
-def bisection(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Counts per row until exactly k reach a threshold, or all bits are known, and the threshold; (rows,)."""
+def bisection(keys: Tensor, k: int) -> Tensor:
+    """Counts per row until exactly k reach a threshold, or all bits are known; (rows,)."""
     T = torch.ones(len(keys), dtype=torch.int64)
     n = (keys >= T[:, None]).sum(1)
     k, made, step = n.clamp(max=k), torch.ones_like(n), 1 << 31
@@ -35,11 +35,11 @@ def bisection(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
         m = (keys >= reach[:, None]).sum(1)
         higher = (m >= k) & (n > k)
         T, n, step = torch.where(higher, reach, T), torch.where(higher, m, n), step >> 1
-    return made, T
+    return made
 
 
-def counts(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Counts per row of `device.kth_key`, with one for `device.key_range`, and its threshold; (rows,)."""
+def counts(keys: Tensor, k: int) -> Tensor:
+    """Counts per row of `device.kth_key`, and one for `device.key_range`; (rows,)."""
     n, top = (keys > 0).sum(1), keys.amax(1) + 1
     k, T = n.clamp(max=k), torch.where(keys > 0, keys, 0xFFFFFFFF).amin(1)
     n_top, weight, rose, made = torch.zeros_like(n), torch.ones(len(n)), n < 0, torch.ones_like(n)
@@ -55,7 +55,7 @@ def counts(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
         up, down = running & rises, running & ~rises
         T, n = torch.where(up, reach, T), torch.where(up, m, n)
         top, n_top = torch.where(down, reach, top), torch.where(down, m, n_top)
-    return made, T
+    return made
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
 
         def spy(score, k, *, positive, seen=seen, **options):
             for search, found in seen.items():
-                found.append(search(order_key(score, positive), k)[0])
+                found.append(search(order_key(score, positive), k))
             return selection.select(score, k, positive=positive, **options)
 
         problem = frank_wolfe.pose(W, G, W.abs() * G.diagonal().sqrt(), int(0.4 * d))

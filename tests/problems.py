@@ -1,6 +1,7 @@
 """Random layer problems for the tests of the solver, and truths to hold its answers against."""
 
 import itertools
+from dataclasses import replace
 
 import torch
 
@@ -23,6 +24,12 @@ def make_problem(rows, d, sparsity="0.6", alpha=0.0, seed=0, whole=False, warm_s
     pattern = patterns.parse(sparsity)
     k = patterns.kept_in_layer(pattern, rows, d) if whole else patterns.budget(pattern, saliency)
     return frank_wolfe.pose(W, G, saliency, k, group=pattern.group, whole=whole, alpha=alpha)
+
+
+def on_gpu(problem):
+    """The problem with its tensors there."""
+    tensors = {name: x for name, x in vars(problem).items() if isinstance(x, torch.Tensor)}
+    return replace(problem, **{name: x.to("cuda") for name, x in tensors.items()})
 
 
 def penalized_error(W, G, M, theta):

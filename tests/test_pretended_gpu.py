@@ -3,7 +3,7 @@
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,13 @@ import verifying
 from families import save_model
 from pretended_gpu import NAME, pretended_gpu
 from problems import make_problem
+from problems import on_gpu as problem_on_gpu
 from torch import nn
 
 from sparsefw import frank_wolfe, joint, needs, run
 from sparsefw.activations import PLACES, PinnedActivations
 from sparsefw.kernels import fused, reference
+from sparsefw.kernels.repeat import LEAST, repeat
 
 # bench/ is no package.
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
@@ -145,6 +147,34 @@ class TestPretence:
         assert gpu.waits.total() == waits
         assert all(where.startswith(line) for where in gpu.waits)
 
+    def test_a_captured_launch_runs_when_it_is_replayed(self, gpu):
+        x, graph = on_gpu(3).fill_(1), torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        x[1:].mul_(2)
+        graph.capture_end()
+        assert x.tolist() == [1, 1, 1]
+        x += 1
+        graph.replay()
+        graph.replay()
+        assert x.tolist() == [2, 8, 8]
+
+    @pytest.mark.parametrize(
+        ("operate", "match"),
+        [
+            (lambda x: x.sum().item(), "takes memory"),
+            (lambda x: x[0].item(), "not permitted when stream is capturing"),
+            (lambda x: x + 1, "takes memory"),
+            (lambda x: torch.empty(3, device="cuda"), "takes memory"),
+        ],
+    )
+    def test_waits_and_memory_are_refused_while_capturing(self, operate, match, gpu):
+        x, graph = on_gpu(3).fill_(1), torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        with pytest.raises(RuntimeError, match=match):
+            operate(x)
+        graph.capture_end()
+        assert operate(x) is not None
+
     def test_nothing_is_left_of_it(self):
         def patched():
             of_tensors = {"to", "data"} & vars(torch.Tensor).keys()
@@ -160,12 +190,6 @@ class TestPretence:
         assert gpu.allocated == 0
 
 
-def as_on_gpu(problem):
-    """The problem with its tensors there."""
-    moved = {f.name: getattr(problem, f.name) for f in fields(problem)}
-    return replace(problem, **{n: x.to("cuda") for n, x in moved.items() if isinstance(x, torch.Tensor)})
-
-
 @pytest.mark.parametrize(
     ("sparsity", "alpha", "options"),
     [
@@ -176,7 +200,7 @@ def as_on_gpu(problem):
 )
 def test_a_solve_waits_once_in_the_end(sparsity, alpha, options, gpu, monkeypatch):
     """Everything is launched before the host looks whether the errors are finite: no step waits."""
-    problem = as_on_gpu(make_problem(5, 24, sparsity, alpha))
+    problem = problem_on_gpu(make_problem(5, 24, sparsity, alpha))
     problem = replace(problem, damped=problem.G * 1.5, lacks=problem.W / 2)
     options = {"steps": 3, "step_rule": "line-search", "penalty": 1.0, "ops": fused} | options
     gpu.waits.clear()
@@ -190,9 +214,17 @@ def test_a_solve_waits_once_in_the_end(sparsity, alpha, options, gpu, monkeypatc
     assert not gpu.waits
 
 
+def test_steps_that_are_repeated_wait_for_nothing(gpu):
+    total = on_gpu(2, 3)
+    gpu.waits.clear()
+    for _ in repeat(lambda x: total.add_(x), [(1.0,)] * LEAST, total):
+        pass
+    assert not gpu.waits
+
+
 @pytest.mark.parametrize("sparsity", ["0.6", "2:4"])
 def test_refits_wait_for_nothing(sparsity, gpu):
-    problem = as_on_gpu(make_problem(5, 24, sparsity))
+    problem = problem_on_gpu(make_problem(5, 24, sparsity))
     gpu.waits.clear()
     options = {"steps": 3, "penalty": 1.0, "refit_steps": 2, "rounds": 2, "precision": "bf16", "ops": fused}
     assert joint.refine(problem, problem.warm, **options).error.is_cuda
