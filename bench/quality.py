@@ -56,7 +56,6 @@ METHODS_OF_TABLE = {
 
 # Each varied alone, at 0.6, from masks only and from the default.
 SETTINGS = {"alpha": (0.0, 0.25, 0.5, 0.75, 0.9, "auto"), "penalty": (0.0, 1.0), "steps": (20, 30, 60)}
-ALLOCATIONS = {"owl": ("0.6", "0.7"), "error": ("0.6", "0.7")}
 
 KEPT_OF_LAYERS = ("name", "error_warm_start", "error_mask", "error", "alpha", "kept")
 
@@ -98,7 +97,7 @@ def resolved(flags: Sequence[str]) -> dict:
     """What flags of a method stand for, with defaults, as far as the method listens to them."""
     arguments = vars(sparsefw.run.parse_arguments(list(flags)))
     names = sparsefw.run.FRANK_WOLFE if arguments["method"] == "sparsefw" else ()
-    return {name: arguments[name] for name in ("method", "allocation", *names)}
+    return {name: arguments[name] for name in ("method", *names)}
 
 
 def rows_of_table(settings: bool) -> list[tuple[str, list[str], tuple[str, ...]]]:
@@ -108,7 +107,7 @@ def rows_of_table(settings: bool) -> list[tuple[str, list[str], tuple[str, ...]]
     rows = [(SPARSEGPT, METHODS_OF_TABLE[SPARSEGPT], ("layer:0.6",))]
     for base in (MASKS, DEFAULT):
         flags = METHODS_OF_TABLE[base]
-        rows.append((base, flags, ("0.6", "0.7", "layer:0.6")))
+        rows.append((base, flags, ("0.6", "layer:0.6")))
         for name, values in SETTINGS.items():
             # The value that the base has by itself is the row of the base.
             for value in (v for v in values if v != resolved(flags)[name]):
@@ -116,8 +115,6 @@ def rows_of_table(settings: bool) -> list[tuple[str, list[str], tuple[str, ...]]
                 # What chooses by itself must choose well everywhere.
                 where = PATTERNS if value == "auto" else ("0.6",)
                 rows.append((f"{base}, {name} {text}", [*flags, f"--{name}", text], where))
-        for name, where in ALLOCATIONS.items():
-            rows.append((f"{base}, allocation {name}", [*flags, "--allocation", name], where))
     return rows
 
 
@@ -221,7 +218,6 @@ def entry(cell: Cell, report: dict) -> dict:
         "versions": report["versions"],
         "device": report["device"],
         "data": report["data"] | {"source": Path(report["data"]["source"]).name},
-        "block_sparsities": report["block_sparsities"],
         "layers": columns,
     }
 

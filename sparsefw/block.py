@@ -43,7 +43,6 @@ def prune_block(
     method: str,
     settings: Settings,
     ops: ModuleType,
-    budgets: dict[str, int | Tensor],
 ) -> Iterator[LayerResult]:
     """Prune block i, which is open, layer by layer.
 
@@ -55,7 +54,6 @@ def prune_block(
         method: one of METHODS.
         settings: the run's settings.
         ops: the kernels, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
-        budgets: by layer what it keeps where that is not the pattern's share, see `prune.prune_layers`.
 
     Yields:
         A row for each layer.
@@ -69,10 +67,10 @@ def prune_block(
         order = stages(block, lambda: model.output(i, stream, 0)) if follows else []
     for stage in order or [None]:
         with timeline.span("calibrate", i):
-            layers, grams, crosses = capture_block(model, i, stream, batches, settings, ops, stage, follows)
+            layers, grams, crosses = _capture(model, i, stream, batches, settings, ops, stage, follows)
             held_out = {}
             if kept_out:
-                layers_too, held_out, more = capture_block(model, i, stream, kept_out, settings, ops, stage, follows)
+                layers_too, held_out, more = _capture(model, i, stream, kept_out, settings, ops, stage, follows)
                 layers = list({layer.name: layer for layer in [*layers, *layers_too]}.values())
                 # An expert may have seen tokens in one part only: the other part's Gram matrix is zero.
                 for name in grams.keys() | held_out.keys():
@@ -91,8 +89,6 @@ def prune_block(
                         method,
                         settings,
                         ops,
-                        # An expert that no token reached when budgets were measured has the pattern's share.
-                        budgets=[budgets.get(layer.name) for layer in alike],
                         crosses=[crosses.pop(layer.name, None) for layer in alike],
                         held_out=held_out.pop(gram, None),
                     )
@@ -118,15 +114,15 @@ def _parts(stream: Stream, method: str, settings: Settings) -> tuple[range, rang
     return batches[:first], batches[first:]
 
 
-def capture_block(
+def _capture(
     model: StreamedModel,
     i: int,
     stream: Stream,
     batches: range,
     settings: Settings,
     ops: ModuleType,
-    stage: Stage | None = None,
-    follows: Dense | None = None,
+    stage: Stage | None,
+    follows: Dense | None,
 ) -> tuple[list[Layer], dict[str, Tensor], dict[str, Tensor]]:
     """`layers.capture` of block i, its Gram matrices checked."""
     prefix = model.names[i]

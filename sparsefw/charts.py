@@ -172,14 +172,6 @@ def memory(blocks: list[dict], limits: dict) -> dict:
     return chart | {"used": [name for name, _ in used], "budgets": [(n, f"{budget:.2f}") for n, budget in budgets]}
 
 
-def sparsities(fractions: list[float], numbers: list[int]) -> dict:
-    """What is removed of every block."""
-    (scale, y), width = _axis([1.0]), 1000 / len(numbers)
-    path = "".join(_bar((i + 0.1) * width, 0.8 * width, 1000, 1000 - s * scale) for i, s in enumerate(fractions))
-    titles = [f"block {number}: {s:.4f} removed" for number, s in zip(numbers, fractions, strict=True)]
-    return _chart(numbers, y, [{"class": "fill", "colour": "sparsity", "path": path}], titles)
-
-
 def timeline(spans: list[dict], blocks: list[dict], phases: list[str]) -> dict | None:
     """Bars by block, in seconds and lanes, and of the run and of every block the part to show; None without spans.
 

@@ -33,7 +33,6 @@ class Claims:
         pattern: sparsity pattern.
         scope: what one budget covers: "row", "layer" or "group"; never "row" for a method whose rows share a budget.
         refits: whether kept weights were changed.
-        sparsities: of the blocks; None where all have the pattern's.
         layers: the pruned ones by name.
         dense: names of the matrices inside the blocks that were not pruned.
     """
@@ -43,12 +42,11 @@ class Claims:
     pattern: Pattern
     scope: str
     refits: bool
-    sparsities: list[float] | None
     layers: dict[str, Row]
     dense: set[str]
 
-    def uniform(self, row: Row) -> int:
-        """Weights that a layer keeps where all blocks have the pattern's sparsity."""
+    def kept(self, row: Row) -> int:
+        """Weights that a layer keeps under the pattern."""
         rows, d = row.shape
         if self.scope == "layer":
             return patterns.kept_in_layer(self.pattern, rows, d)
@@ -61,15 +59,12 @@ class Claims:
             Consecutive weights in a part, and what each part may keep, int64 (parts,).
         """
         rows, d = row.shape
-        kept = self.uniform(row) if self.sparsities is None else row.kept
         if self.scope == "layer":
-            return rows * d, torch.tensor([kept])
+            return rows * d, torch.tensor([self.kept(row)])
         if self.scope == "group":
             m = self.pattern.group
             return m, torch.tensor(patterns.kept_in_group(self.pattern)).expand(rows * d // m)
-        # Where an allocation does not come out even, the first rows of one layer keep one more.
-        each, more = divmod(kept, rows)
-        return d, each + (torch.arange(rows) < more).long()
+        return d, torch.tensor(patterns.kept_in_row(self.pattern, d)).expand(rows)
 
     def part(self, row: Row, n: int) -> str:
         """The n-th of these parts, in words."""
@@ -97,16 +92,13 @@ def read_claims(path: Path) -> Claims:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({first_line(error)}); prune again for a whole one") from error
     arguments, where = _of(content, "arguments", dict, path), f"{path}: arguments"
-    method, allocation = _of(arguments, "method", str, where), _of(arguments, "allocation", str, where)
+    method = _of(arguments, "method", str, where)
     if method not in METHODS:
         raise InputError(f"{where}: method: no such method: {method}")
     try:
         pattern = patterns.parse(_of(arguments, "sparsity", str, where))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-    sparsities = None if allocation == "uniform" else _of(content, "block_sparsities", list, path)
-    if not all(type(s) is float and 0 < s < 1 for s in sparsities or []):
-        raise InputError(f"{path}: block_sparsities: expected fractions between 0 and 1")
     dense = _of(content, "kept_dense", list, path)
     if not all(type(name) is str for name in dense):
         raise InputError(f"{path}: kept_dense: expected names")
@@ -129,7 +121,6 @@ def read_claims(path: Path) -> Claims:
         # One-shot masks leave weights as they are, SparseGPT never does.
         refits=method == "sparsegpt"
         or (method == "sparsefw" and _of(arguments, "refit", int, f"{path}: arguments") > 0),
-        sparsities=sparsities,
         layers=layers,
         dense=set(dense),
     )

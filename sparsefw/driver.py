@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.block import Dense, kept_dense, prune_block
-from sparsefw.budgets import Budgets
 from sparsefw.memory import give_back, peak_memory
 from sparsefw.methods import Settings
 from sparsefw.placement import Placement
@@ -80,7 +79,6 @@ def prune_model(
     writer: Writer,
     *,
     placement: Placement,
-    budgets: Budgets | None = None,
     on_layer: Callable[[LayerResult], None] = lambda row: None,
     on_block: Callable[[], None] = lambda: None,
 ) -> Outcome:
@@ -95,7 +93,6 @@ def prune_model(
         ops: the kernels, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
         writer: takes one shard per block and one for the rest; goes on after those that it has.
         placement: what is held at once, and where.
-        budgets: what every layer keeps, from `budgets.allocate`; None is uniform.
         on_layer, on_block: called after every layer and every block.
 
     Raises:
@@ -130,7 +127,7 @@ def prune_model(
                 stream = streams.calibrating[method]
                 follows = Dense(dense, streams.calibrating[DENSE]) if followed and method == "sparsefw" else None
                 mine = []
-                for row in prune_block(model, i, stream, follows, method, settings, ops, budgets[i] if budgets else {}):
+                for row in prune_block(model, i, stream, follows, method, settings, ops):
                     mine.append(row)
                     on_layer(row)
                 rows += mine

@@ -12,7 +12,7 @@ from sparsefw.shapes import BlockShape, ModelShape
 from sparsefw.work import Operation, Traits, head, operations, passes
 
 # "read" and "write" are of the disk alone; the others as in `work.Operation`, in the order of the driver.
-PHASES = ("read", "allocate", "calibrate", "solve", "forward", "evaluate", "write")
+PHASES = ("read", "calibrate", "solve", "forward", "evaluate", "write")
 
 # What lies outside of the blocks is read to embed the windows, to be written, and for the logits.
 READ_OUTSIDE = 3
@@ -26,7 +26,6 @@ class Job:
         shape, traits: of the model.
         work: to be done.
         placement: what is held at once, and where.
-        allocation: how the blocks share the sparsity.
         by_changes: see `work.operations`.
     """
 
@@ -34,13 +33,11 @@ class Job:
     traits: Traits
     work: Work
     placement: Placement
-    allocation: str = "uniform"
     by_changes: bool = False
 
     def of_block(self, block: BlockShape) -> list[Operation]:
         """All that is done to a block."""
-        options = {"allocation": self.allocation, "by_changes": self.by_changes}
-        return operations(block, self.shape, self.work, self.placement, self.traits, **options)
+        return operations(block, self.shape, self.work, self.placement, self.traits, by_changes=self.by_changes)
 
     def kinds(self) -> Counter[BlockShape]:
         """The different blocks, and how often each is there."""
@@ -78,10 +75,10 @@ def units(job: Job) -> set[str]:
 
 def disk_traffic(job: Job) -> Counter[str]:
     """Bytes read and written by phase; activations only where they lie in a file."""
-    shape, extra = job.shape, job.allocation != "uniform"
+    shape = job.shape
     inside = sum(block.nbytes for block in shape.blocks)
     # One block is asked for the form of its output before anything else.
-    read = (1 + extra) * inside + (READ_OUTSIDE + extra) * shape.outside + shape.blocks[0].nbytes
+    read = inside + READ_OUTSIDE * shape.outside + shape.blocks[0].nbytes
     found = Counter(read=read, write=len(job.work.methods) * inside + shape.outside)
     for block, count in job.kinds().items():
         for phase, amount in _activations_moved(job, block).items():
@@ -92,7 +89,7 @@ def disk_traffic(job: Job) -> Counter[str]:
 def _activations_moved(job: Job, block: BlockShape) -> Counter[str]:
     found: Counter[str] = Counter()
     if job.placement.place == "file":
-        for one in passes(block, job.work, job.placement, job.allocation):
+        for one in passes(block, job.work, job.placement):
             size = one.windows * job.work.seqlen * job.shape.hidden * job.shape.itemsize
             found[one.phase] += size * (1 + one.advances)
         if job.work.followed and block.ahead:

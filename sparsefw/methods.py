@@ -185,8 +185,7 @@ class Method:
     Attributes:
         choose: (rows, settings, ops) -> Choice.
         saliency: of the warm start; None takes the settings'.
-        by_rows: whether rows are independent, so that layers are stacked and solved in chunks, and a budget per row
-            can be asked for.
+        by_rows: whether rows are independent, so that layers are stacked and solved in chunks.
         damps: whether it uses `Rows.damped`.
     """
 

@@ -82,7 +82,6 @@ def page(content: dict) -> str:
         block_columns=["block", "name", *phases, "host GiB", "GPU GiB"],
         block_rows=[_block_cells(block, phases) for block in blocks],
         timeline=charts.timeline(content["timeline"], blocks, phases),
-        sparsities=charts.sparsities(content["block_sparsities"], numbers) if content["block_sparsities"] else None,
         kept_dense=_kept_dense(content["kept_dense"], [block["name"] for block in blocks]),
         command=_command(arguments, methods),
     )

@@ -78,19 +78,18 @@ def kept_in_layer(pattern: Pattern, rows: int, d: int) -> int:
     return rows * d - int(pattern.sparsity * rows * d)
 
 
-def budget(pattern: Pattern, saliency: Tensor, kept: int | Tensor | None = None) -> int | Tensor:
+def budget(pattern: Pattern, saliency: Tensor) -> int | Tensor:
     """What the LMO may keep: k per row (an int, or one per row where a layer's budget is split), or n per group.
 
     Args:
         pattern: the pattern; its `group` goes to the LMO beside the budget.
         saliency: (rows, d) fp32 of the warm start. A `layer:` budget goes to its highest entries in the whole
             matrix, and each row keeps the number it got.
-        kept: what the layer keeps where that is not the pattern's share: per row, or in all under `layer:`.
     """
     rows, d = saliency.shape
     if pattern.scope == "group":
         return kept_in_group(pattern)
     if pattern.scope == "row":
-        return kept_in_row(pattern, d) if kept is None else kept
-    highest = reference.lmo(saliency.reshape(1, -1), kept_in_layer(pattern, rows, d) if kept is None else kept)
+        return kept_in_row(pattern, d)
+    highest = reference.lmo(saliency.reshape(1, -1), kept_in_layer(pattern, rows, d))
     return highest.view(rows, d).sum(1)

@@ -90,7 +90,7 @@ def plan(own: argparse.Namespace, arguments: argparse.Namespace) -> dict[str, An
     budgets = _budgets(own, arguments)
     placement, needs = place(described.shape, work, budgets, arguments.output.resolve().parent)
     by_changes = not work.gpu and arguments.kernel == "torch"
-    job = Job(described.shape, described.traits, work, placement, arguments.allocation, by_changes)
+    job = Job(described.shape, described.traits, work, placement, by_changes)
     speed = _rates(own, job)
     return {
         "model": {

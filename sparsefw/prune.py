@@ -98,7 +98,6 @@ class _Part:
 
     name: str
     weight: Tensor
-    budget: int | Tensor | None
     cross: Tensor | None
     target: str
 
@@ -110,7 +109,6 @@ def prune_layers(
     settings: Settings,
     ops: ModuleType,
     *,
-    budgets: list[int | Tensor | None] | None = None,
     crosses: list[Tensor | None] | None = None,
     held_out: Tensor | None = None,
 ) -> Iterator[LayerResult]:
@@ -122,8 +120,6 @@ def prune_layers(
         method: one of METHODS.
         settings: the run's settings.
         ops: the kernels, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
-        budgets: what each layer keeps where that is not the pattern's share: per row, an int or int64 (out,); in
-            all, an int, under a `layer:` pattern.
         crosses: (out, in) fp32 cross matrix of each layer, over all windows: its target is pruned in place of its
             weight, see `target`. Used up.
         held_out: (in, in) fp32 Gram matrix of other windows; with it alpha is chosen here, by the error on them.
@@ -138,10 +134,9 @@ def prune_layers(
         raise ValueError("held_out: needed where the settings leave alpha open, and only there")
     for name, weight in layers:
         patterns.check_width(settings.pattern, weight.shape[1], name)
-    nothing = [None] * len(layers)
     stack = [
-        _Part(name, weight, budget, cross, "layer" if cross is None else "dense")
-        for (name, weight), budget, cross in zip(layers, budgets or nothing, crosses or nothing, strict=True)
+        _Part(name, weight, cross, "layer" if cross is None else "dense")
+        for (name, weight), cross in zip(layers, crosses or [None] * len(layers), strict=True)
     ]
     # Cross matrices are as large as the weights: only the stack may keep them.
     del crosses
@@ -294,11 +289,8 @@ def _stacked(
     if settings.whole:
         k = patterns.kept_in_layer(pattern, *W.shape)
     else:
-        ks = [patterns.budget(pattern, s, part.budget) for s, part in zip(saliencies, stack, strict=True)]
-        k = ks[0]
-        if any(isinstance(one, Tensor) or one != k for one in ks):
-            k = torch.cat([torch.as_tensor(one, device=W.device).expand(n) for one, n in zip(ks, lengths, strict=True)])
-            k = nn.functional.pad(k, (0, missing))
+        ks = [patterns.budget(pattern, s) for s in saliencies]
+        k = nn.functional.pad(torch.cat(ks), (0, missing)) if isinstance(ks[0], Tensor) else ks[0]
     S = _below(saliencies, len(W), torch.float32)
     return Rows(W, G, S, k, stack[0].weight.dtype, lacks, H)
 

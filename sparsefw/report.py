@@ -84,7 +84,6 @@ def report(
     seed: int,
     evaluation: list[Windows],
     outcome: Outcome,
-    sparsities: list[float] | None = None,
 ) -> dict:
     """The content of report.json.
 
@@ -95,7 +94,6 @@ def report(
         seed: that they were drawn with.
         evaluation: the held-out windows of each text.
         outcome: what was measured.
-        sparsities: of the blocks, where they are not all the same.
     """
     return {
         "arguments": arguments,
@@ -118,7 +116,6 @@ def report(
             }
             for windows in evaluation
         ],
-        "block_sparsities": sparsities,
         "layers": [asdict(row) for row in outcome.layers],
         "kept_dense": outcome.dense,
         "seconds": outcome.timeline.seconds(),

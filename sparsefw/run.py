@@ -129,8 +129,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--damp", type=float, metavar="D", help="this share of the Gram matrix's diagonal is added to it where masks "
         "and weights are chosen, so that they hold on other text (default: 0.1; 0.2 with --refit 0, but for --preset "
         "paper: 0)")  # fmt: skip
-    add("--allocation", choices=("uniform", "owl", "error"), default="uniform", help="how blocks share the sparsity: "
-        "all alike, by outliers (OWL), or by measured errors (default: uniform)")  # fmt: skip
     add("--gpu-memory", type=float, metavar="GIB", help="the run takes at most this of the GPU's memory (default: "
         "what is free, less a margin)")  # fmt: skip
     add("--host-memory", type=float, metavar="GIB", help="and this of the host's, in all (default: what is free, "
@@ -191,15 +189,6 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
             raise InputError(f"--{flag}: the paper's budget for a whole matrix (--preset paper, layer:) has none")
     if whole and arguments.alpha == AUTO:
         raise InputError("--alpha auto: not for the paper's budget for a whole matrix (--preset paper, layer:)")
-    if arguments.allocation != "uniform":
-        what = f"--allocation {arguments.allocation}"
-        if pattern.group:
-            raise InputError(f"{what}: every block has the same sparsity under --sparsity {pattern.text}")
-        if whole:
-            raise InputError(f"{what}: not for the paper's budget for a whole matrix (--preset paper, layer:)")
-        for method in (arguments.method, *arguments.compare):
-            if not METHODS[method].by_rows:
-                raise InputError(f"{what}: --method {method} as published has one sparsity for all blocks")
     return Settings(
         pattern=pattern,
         warm_start=arguments.warm_start,
@@ -257,7 +246,6 @@ def run(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from sparsefw import checkpoint, data, needs, report, writer
-    from sparsefw.budgets import allocate
     from sparsefw.driver import prune_model
     from sparsefw.page import page
     from sparsefw.partial import durably
@@ -305,10 +293,6 @@ def run(arguments: argparse.Namespace) -> None:
         output.check_space(sum(needs.disk_space(shape, work, placement).values()) - len(methods) * output.written)
         settings = replace(settings, memory=placement.solver)
         print(report.placement_line(placement, needed, budgets))
-        kept, sparsities = None, None
-        if arguments.allocation != "uniform":
-            sparsities, kept = allocate(model, calibration, arguments.allocation, settings, ops, placement)
-            print(f"sparsity of the blocks ({arguments.allocation}): {' '.join(f'{s:.3f}' for s in sparsities)}")
         print(report.layer_header(), flush=True)
         with tqdm(total=len(model.blocks), unit="block", disable=None) as bar:
             outcome = prune_model(
@@ -320,13 +304,12 @@ def run(arguments: argparse.Namespace) -> None:
                 ops,
                 output,
                 placement=placement,
-                budgets=kept,
                 on_layer=lambda row: bar.write(report.layer_row(row)),
                 on_block=lambda: bar.update(),
             )
         said = {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()}
         said = {name: v for name, v in said.items() if name != "kernel_chosen"} | {"seqlen": seqlen}
-        content = report.report(said, device, calibration, arguments.seed, evaluation, outcome, sparsities)
+        content = report.report(said, device, calibration, arguments.seed, evaluation, outcome)
         content["memory"] = report.memory(placement, needed, budgets)
         for name, text in (("report.json", json.dumps(content, indent=2) + "\n"), ("report.html", page(content))):
             durably(output.folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))

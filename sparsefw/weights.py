@@ -14,15 +14,12 @@ from tqdm import tqdm
 from sparsefw.checkpoint import Checkpoint
 from sparsefw.claims import Claims, Row
 from sparsefw.errors import InputError
-from sparsefw.layers import KEPT_DENSE, kind_of, not_pruned
+from sparsefw.layers import kind_of, not_pruned
 from sparsefw.stream import StreamedModel
 from sparsefw.verdict import Check, Verdict
 
 # Integers as wide as the values: as these a NaN equals itself, and -0.0 differs from 0.0.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-# An allocation's budgets are rounded down, then up by one at a time until the model's is reached: by two at most.
-ROUNDED = 2
 
 # An expert that is a slice of a stacked parameter.
 _SLICE = re.compile(r"(.+)\[\d+\]")
@@ -54,8 +51,6 @@ def check_weights(
         checks["model"].fail(model.names[-1], f"the last of the blocks, in the source it is {dense.names[-1]}")
         verdict.skip("the source has other blocks", "kept", "others")
         dense = None
-    if claims.sparsities is not None:
-        _check_allocation(verdict, claims, len(model.names))
     left = dict(claims.layers)
     for i, name in enumerate(tqdm(model.names, unit="block", disable=None)):
         rows = {layer: left.pop(layer) for layer in claims.layers if layer.startswith(f"{name}.")}
@@ -97,7 +92,7 @@ def _check_block(
         before = _tensors(_of_source(dense.open, i), name, rows)
         _compare(checks["others"], *({n: t for n, t in x.items() if n not in rows} for x in (after, before)))
     for layer, row in rows.items():
-        _check_layer(verdict, claims, i, layer, row, after.get(layer), before)
+        _check_layer(verdict, claims, layer, row, after.get(layer), before)
     model.close(i)
     if dense:
         dense.close(i)
@@ -124,25 +119,9 @@ def _tensors(block: nn.Module, prefix: str, pruned: Iterable[str]) -> dict[str, 
     return found
 
 
-def _check_allocation(verdict: Verdict, claims: Claims, blocks: int) -> None:
-    """Check that the report's budgets are as many as its sparsities, and add up to the pattern's."""
-    check = verdict.checks["pattern"]
-    if len(claims.sparsities) != blocks:
-        check.fail("block_sparsities", f"{len(claims.sparsities)} of them, the model has {blocks} blocks")
-    # An expert that tokens reached only when the blocks were measured has a share, and no row.
-    if unseen := [name for name in claims.dense if not KEPT_DENSE.search(name)]:
-        verdict.notes.append(f"what all layers keep was not added up: {min(unseen)} was kept dense")
-        return
-    kept = sum(row.kept for row in claims.layers.values())
-    uniform = sum(claims.uniform(row) for row in claims.layers.values())
-    if kept != uniform:
-        check.fail("kept", f"{kept} in all layers, {claims.pattern.text} of the model keeps {uniform}")
-
-
 def _check_layer(
     verdict: Verdict,
     claims: Claims,
-    i: int,
     name: str,
     row: Row,
     after: Tensor | None,
@@ -153,7 +132,6 @@ def _check_layer(
     Args:
         verdict: takes what is found.
         claims: what the report says.
-        i: the layer's block.
         name: of the layer.
         row: what the report says of it.
         after: the layer as it is stored; None if there is none of this name.
@@ -166,7 +144,7 @@ def _check_layer(
         report.fail(name, f"no such matrix of {stored[0]} x {stored[1]} in the model")
         return
     pattern.count += 1
-    if not _promised(claims, i, row):
+    if row.kept != claims.kept(row):
         pattern.fail(name, f"keeps {row.kept} of {after.numel()} by the report, which the pattern does not")
     width, budgets = claims.budgets(row)
     after = after.T if row.transposed else after
@@ -192,16 +170,6 @@ def _check_layer(
     if over := _first_over((changed & zero).reshape(-1, width).sum(1), width - budgets):
         part, count, budget, more = over
         kept.fail(name, f"{claims.part(row, part)} has {count} weights removed, {budget} are to be{more}")
-
-
-def _promised(claims: Claims, i: int, row: Row) -> bool:
-    """Whether the pattern has a layer of block i keep what the report says."""
-    uniform = claims.uniform(row)
-    # So it is, too, for experts that no token reached when the blocks were measured.
-    if row.kept == uniform or claims.sparsities is None or i >= len(claims.sparsities):
-        return row.kept == uniform
-    rows, d = row.shape if claims.scope == "row" else (1, row.shape[0] * row.shape[1])
-    return abs(row.kept / rows - (1 - claims.sparsities[i]) * d) <= ROUNDED
 
 
 def _first_over(counts: Tensor, limits: Tensor) -> tuple[int, int, int, str] | None:

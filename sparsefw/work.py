@@ -19,9 +19,6 @@ from sparsefw.placement import Placement
 from sparsefw.prune import ALPHAS, BYTES_PER_ENTRY, ROW_UNIT, SAMPLE_ROWS, TARGET_STEPS, cpu_rows
 from sparsefw.shapes import BlockShape, LayerShape, ModelShape
 
-# Products of a block whose error is measured to share out the sparsity: what it puts out, and three sparsities.
-MEASURED_PRODUCTS, MEASURED_MASKS = 4, 3
-
 
 @dataclass(frozen=True)
 class Traits:
@@ -41,7 +38,7 @@ class Operation:
     """An operation of a block, all its calls.
 
     Attributes:
-        phase: "allocate", "calibrate", "solve", "forward" or "evaluate".
+        phase: "calibrate", "solve", "forward" or "evaluate".
         name: of the operation.
         unit: what multiplies: "bf16", "tf32" or "ieee" (fp32).
         calls: how often.
@@ -137,13 +134,10 @@ def calls(method: str, settings: Settings, follows: bool) -> Calls:
     )
 
 
-def passes(block: BlockShape, work: Work, placement: Placement, allocation: str) -> Iterator[Pass]:
+def passes(block: BlockShape, work: Work, placement: Placement) -> Iterator[Pass]:
     """The windows that run through a block, in the order of the driver."""
     of_block = stages(block)
     everything = len(of_block)
-    if allocation != "uniform":
-        yield Pass("allocate", work.windows, everything)
-        yield Pass("allocate", work.windows, everything, advances=True)
     for windows in work.held_out:
         yield Pass("evaluate", windows, everything, advances=True)
     for method in work.methods:
@@ -170,7 +164,6 @@ def operations(
     placement: Placement,
     traits: Traits,
     *,
-    allocation: str = "uniform",
     by_changes: bool = False,
 ) -> list[Operation]:
     """All that is done to a block.
@@ -181,21 +174,17 @@ def operations(
         work: to be done.
         placement: what is held at once.
         traits: of the model.
-        allocation: "uniform", or how the sparsity is shared out.
         by_changes: products of vertices come from what changed since, see `kernels.changes`: how much that is, the
             shapes do not tell, and nothing is counted.
     """
     found = []
-    for one in passes(block, work, placement, allocation):
+    for one in passes(block, work, placement):
         found += _forward(block, shape, work, placement, traits, one)
-    for phase in ["allocate"] * (allocation != "uniform") + ["calibrate"] * len(work.methods):
-        found += _grams(block, shape, work, placement, traits, phase)
+    for _ in work.methods:
+        found += _grams(block, shape, work, placement, traits)
     if work.followed:
         found += _crosses(block, shape, work, placement)
     for stage in stages(block):
-        if allocation == "error":
-            for layer in stage:
-                found += _measure(layer, shape, work)
         for method in work.methods:
             found += _solve(stage, shape, work, placement, method, by_changes)
     return found
@@ -253,7 +242,7 @@ def _products_of_inputs(shape: ModelShape, work: Work) -> str:
 
 
 def _grams(
-    block: BlockShape, shape: ModelShape, work: Work, placement: Placement, traits: Traits, phase: str
+    block: BlockShape, shape: ModelShape, work: Work, placement: Placement, traits: Traits
 ) -> Iterator[Operation]:
     tokens, batches = work.windows * work.seqlen, -(-work.windows // placement.batch)
     for stage in stages(block):
@@ -261,7 +250,7 @@ def _grams(
         reached = tokens * (traits.chosen if experts else 1)
         calls = min(batches * max(1, experts), reached)
         least = _split(lambda t, d=d: cost.gram_accumulate(t, d, X=shape.itemsize), reached, calls)
-        yield Operation(phase, "gram_accumulate", _products_of_inputs(shape, work), calls, least)
+        yield Operation("calibrate", "gram_accumulate", _products_of_inputs(shape, work), calls, least)
 
 
 def _crosses(block: BlockShape, shape: ModelShape, work: Work, placement: Placement) -> Iterator[Operation]:
@@ -273,14 +262,6 @@ def _crosses(block: BlockShape, shape: ModelShape, work: Work, placement: Placem
                 lambda t, rows=rows, d=d: cost.cross_accumulate(t, rows, d, X=shape.itemsize), tokens, batches
             )
             yield Operation("calibrate", "cross_accumulate", _products_of_inputs(shape, work), batches, least)
-
-
-def _measure(layer: LayerShape, shape: ModelShape, work: Work) -> Iterator[Operation]:
-    """The errors that `--allocation error` shares out the sparsity by."""
-    count, rows, d = max(1, layer.experts), layer.rows, layer.d
-    products, masks = MEASURED_PRODUCTS * count, MEASURED_MASKS * count
-    yield Operation("allocate", "product", "ieee", products, _times(cost.product(rows, d, E=4, G=4), products))
-    yield Operation("allocate", "lmo", "ieee", masks, _times(cost.lmo(rows, d), masks))
 
 
 def _solve(

@@ -101,7 +101,6 @@ def content(blocks: int = 3, prefix: str = "model.layers", arguments: tuple[str,
                 "perplexity": {"dense": 10.0, "wanda": 20.123456, "sparsefw": 15.5},
             }
         ],
-        "block_sparsities": None,
         "layers": [
             layer(f"{name}.{kind}.weight", method, *([1.0, 1.0] if method == "wanda" else [0.8, 0.5 + 0.1 * i]))
             for i, name in enumerate(names)

@@ -114,13 +114,9 @@ def test_timeline_of_a_resumed_run():
     assert "Timeline" not in page(run)
 
 
-def test_sparsity_of_blocks_and_what_was_kept():
+def test_what_was_kept():
     run = content()
-    assert "Sparsity of the blocks" not in page(run)
     assert "Kept dense" not in page(run)
-    run["block_sparsities"] = [0.25, 0.5, 0.75]
     run["kept_dense"] = [f"model.layers.{i}.mlp.gate.weight" for i in (0, 2)]
     document = Document(page(run))
-    path = document.all("path", **{"class": "fill sparsity"})[0]["d"]
-    assert heights(path) == pytest.approx([s / 1.05 * 1000 for s in run["block_sparsities"]], rel=1e-3)
     assert "mlp.gate × 2" in [e["text"] for e in document.all("li")]

@@ -15,9 +15,8 @@ from verifying import (
     verdict,
 )
 
-from sparsefw.claims import Claims, Row, read_claims
+from sparsefw.claims import read_claims
 from sparsefw.errors import InputError
-from sparsefw.patterns import parse
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -80,7 +79,6 @@ def test_names_are_printed_harmless(copied, capsys):
         (lambda r: r.pop("arguments"), "arguments: missing"),
         (lambda r: r["arguments"].update(method="magic"), "arguments: method: no such method: magic"),
         (lambda r: r["arguments"].update(sparsity="most"), "arguments: --sparsity most: expected"),
-        (lambda r: r["arguments"].update(allocation="owl"), "block_sparsities: expected list, got NoneType"),
         (lambda r: r["arguments"].update(model=None), "arguments: model: expected str"),
         (lambda r: r.update(kept_dense=[1]), "kept_dense: expected names"),
     ],
@@ -104,14 +102,6 @@ def test_not_even_text(copied, capsys):
     refused(capsys, rf"{re.escape(str(output / 'report.json'))}: not JSON", output)
 
 
-def test_budgets_of_an_allocation_that_is_not_even():
-    """One layer of a model may keep one more in its first rows."""
-    claims = Claims("m", "ria", parse("0.5"), "row", False, [0.5], {}, set())
-    width, budgets = claims.budgets(Row((5, 10), False, 23))
-    assert width == 10
-    assert budgets.tolist() == [5, 5, 5, 4, 4]
-
-
 def test_groups_that_do_not_divide_the_shape(copied, capsys):
     _, output = copied("--method", "wanda", "--sparsity", "2:4")
     change_report(output, lambda report: report["layers"][0].update(shape=[32, 33]))
@@ -120,14 +110,14 @@ def test_groups_that_do_not_divide_the_shape(copied, capsys):
 
 def test_junk_anywhere(pruned, tmp_path):
     """In the place of every value that is read: one line about it, or it is taken for what it says."""
-    _, output = pruned("--allocation", "owl")
+    _, output = pruned()
     report, path = json.loads((output / "report.json").read_text()), tmp_path / "report.json"
     whole = json.dumps(report | {"layers": report["layers"][:4]})
     junk = [None, True, -1, 0, 10**40, 0.5, float("inf"), float("nan"), "", "x", "\ud800", [], [[]], [None], {}]
-    places = [("arguments", key) for key in ("method", "sparsity", "allocation", "refit", "model")]
-    places += [(key,) for key in ("arguments", "layers", "kept_dense", "block_sparsities")]
+    places = [("arguments", key) for key in ("method", "sparsity", "refit", "model")]
+    places += [(key,) for key in ("arguments", "layers", "kept_dense")]
     places += [("layers", 3, key) for key in ("name", "shape", "transposed", "pattern", "kept", "method")]
-    places += [("layers", 3), ("layers", 3, "shape", 1), ("block_sparsities", 0)]
+    places += [("layers", 3), ("layers", 3, "shape", 1)]
     lines = []
     for *way, last in places:
         for value in junk:
@@ -141,7 +131,7 @@ def test_junk_anywhere(pruned, tmp_path):
                 read_claims(path)
             except InputError as error:
                 lines.append(str(error))
-    # What is taken: three texts each for a model, an allocation, a layer and another method; three numbers of refit
-    # steps; a large shape, 0 kept and True transposed; nothing kept dense, no block, another sparsity of the first.
-    assert len(lines) == len(places) * len(junk) - 5 * 3 - 3 - 3
+    # What is taken: three texts each for a model, a layer and another method; three numbers of refit steps; a large
+    # shape, 0 kept and True transposed; nothing kept dense.
+    assert len(lines) == len(places) * len(junk) - 4 * 3 - 3 - 1
     assert all(line.startswith(f"{path}: ") and len(line.splitlines()) == 1 for line in lines)

@@ -266,7 +266,6 @@ def test_whole_run(flags, kernel, tmp_path, capsys):
 
 
 VARIANTS = {
-    "allocation": ("llama", ["--allocation", "owl"]),
     "alpha": ("llama", ["--nsamples", "136", "--alpha", "auto", "--refit", "1", "--rounds", "0"]),
     "refit 0": ("llama", ["--refit", "0"]),
     "groups": ("llama", ["--sparsity", "2:4"]),

@@ -64,7 +64,7 @@ class TestCells:
             # The base has one of the six by itself.
             assert len(alphas) == 5
             assert "alpha auto" in alphas
-            assert {"penalty 0", "steps 20", "steps 60", "allocation owl", "allocation error", base} <= set(varied)
+            assert {"penalty 0", "steps 20", "steps 60", base} <= set(varied)
             assert "penalty 1" not in varied
             # Of refitted weights it is the default.
             assert ("steps 30" in varied) == (base == quality.MASKS)
@@ -90,7 +90,7 @@ class TestCells:
 
     def test_settings_of_frank_wolfe_are_nothing_to_other_methods(self):
         """A new one of them does not have their cells run again."""
-        assert set(quality.resolved(["--method", "wanda"])) == {"method", "allocation"}
+        assert set(quality.resolved(["--method", "wanda"])) == {"method"}
         assert set(sparsefw.run.FRANK_WOLFE) <= set(quality.resolved([]))
 
 

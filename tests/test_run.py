@@ -282,8 +282,6 @@ class TestRefused:
             (["--refit", "0", "--rounds", "2"], ["--rounds", "--refit 0"]),
             (["--method", "wanda", "--target", "layer"], ["--target", "--method wanda"]),
             (["--method", "wanda", "--refit", "3"], ["--refit", "--method wanda"]),
-            (["--allocation", "owl", "--sparsity", "2:4"], ["--allocation owl", "2:4"]),
-            (["--allocation", "error", "--method", "sparsegpt"], ["--allocation error", "sparsegpt"]),
             (["--host-memory", "inf"], ["--host-memory inf: expected at least 0 and at most 1048576"]),
             (["--host-memory", "0.1"], ["--host-memory 0.10: this run needs at least ", " GiB of host memory"]),
             (["--gpu-memory", "8"], ["--gpu-memory: no CUDA device"]),

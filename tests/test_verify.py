@@ -50,12 +50,10 @@ class TestPasses:
             ("llama", torch.bfloat16, ["--method", "ria", "--sparsity", "3:8"]),
             ("llama", torch.float32, ["--method", "sparsegpt"]),
             ("llama", torch.bfloat16, ["--method", "sparsegpt", "--sparsity", "2:4"]),
-            ("llama", torch.float32, ["--allocation", "owl"]),
-            ("llama", torch.bfloat16, ["--allocation", "owl", "--refit", "0", "--sparsity", "layer:0.6"]),
-            ("llama", torch.float32, ["--allocation", "error", "--method", "magnitude"]),
+            ("llama", torch.float32, ["--method", "magnitude"]),
             ("llama", torch.float32, ["--preset", "paper", "--sparsity", "layer:0.5"]),
             ("opt", torch.bfloat16, ["--refit", "0"]),
-            ("qwen3_moe", torch.bfloat16, ["--refit", "0", "--allocation", "owl"]),
+            ("qwen3_moe", torch.bfloat16, ["--refit", "0"]),
             ("mixtral", torch.float32, ["--sparsity", "2:4"]),
             ("gpt2", torch.float32, ["--refit", "0"]),
             ("gpt2", torch.bfloat16, ["--sparsity", "2:4"]),
@@ -85,16 +83,9 @@ class TestPasses:
 
     def test_expert_without_tokens(self, tmp_path, capsys):
         source = save_model(tmp_path / "model", "qwen3_moe", num_hidden_layers=2, num_experts=24, num_local_experts=24)
-        flags = ["--nsamples", "1", "--seqlen", "8", "--refit", "0", "--allocation", "owl"]
-        prune(source, tmp_path / "out", *flags)
+        prune(source, tmp_path / "out", "--nsamples", "1", "--seqlen", "8", "--refit", "0")
         report = json.loads((tmp_path / "out" / "report.json").read_text())
-        # Some experts had tokens when the blocks were measured, and none when they were pruned.
-        kept = {32: 13, 24: 10, 48: 20}
-        rows = report["layers"]
-        assert sum(row["kept"] for row in rows) != sum(row["shape"][0] * kept[row["shape"][1]] for row in rows)
-        status, said, _ = verdict(capsys, tmp_path / "out")
-        assert status == 0
-        assert "\nnote: what all layers keep was not added up: model.layers." in said
+        assert verdict(capsys, tmp_path / "out")[0] == 0
         expert = next(name for name in report["kept_dense"] if "down_proj[" in name)
         number = re.search(r"\[(\d+)\]", expert)[1]
         stored = expert.replace(f"down_proj[{number}]", f"{number}.down_proj.weight")

@@ -33,7 +33,6 @@ class TestPattern:
             (["--method", "wanda", "--sparsity", "2:4"], r"row 5, columns (\d+) to \d+ has 3 non-zero weights, 2 may"),
             (["--sparsity", "layer:0.6", "--refit", "0"], "the matrix has 411 non-zero weights, 410 may be kept"),
             (["--method", "sparsegpt"], "the matrix has 411 non-zero weights, 410 may be kept"),
-            (["--allocation", "error", "--method", "magnitude"], r"row 5 has \d+ non-zero weights, \d+ may be kept"),
         ],
     )
     def test_one_weight_too_many(self, flags, says, copied, capsys):
@@ -75,23 +74,6 @@ class TestPattern:
         change_report(output, lambda report: report["layers"][0].update(kept=32 * 14))
         says = "keeps 448 of 1024 by the report, which the pattern does not"
         assert only_failure(capsys, output, "pattern") == f"{Q}: {says}"
-
-    def test_allocation_that_does_not_add_up(self, copied, capsys):
-        _, output = copied("--allocation", "owl")
-        change_report(output, lambda report: report["layers"][0].update(kept=report["layers"][0]["kept"] + 32))
-        says = "kept: 6304 in all layers, 0.6 of the model keeps 6272"
-        assert only_failure(capsys, output, "pattern") == says
-
-    def test_allocation_that_is_not_the_blocks(self, copied, capsys):
-        _, output = copied("--allocation", "owl")
-        change_report(output, lambda report: report["block_sparsities"].reverse())
-        failures = verdict(capsys, output)[2]
-        assert failures.keys() == {"pattern"}
-        assert all("by the report, which the pattern does not" in failure for failure in failures["pattern"][:10])
-        for count in (0, 3):
-            change_report(output, lambda report, count=count: report.update(block_sparsities=[0.6] * count))
-            says = f"block_sparsities: {count} of them, the model has 2 blocks"
-            assert says in verdict(capsys, output)[2]["pattern"]
 
 
 class TestKept:

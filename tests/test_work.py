@@ -168,7 +168,7 @@ def test_a_run_does_what_is_counted(family, methods, flags, tmp_path, monkeypatc
     job = planned(source, tuple(methods.split()), how, 7, (3, 4))
     seen, flops = prune(source, job, tmp_path, monkeypatch)
     blocks = job.shape.blocks
-    runs = [one for block in blocks for one in passes(block, job.work, job.placement, "uniform")]
+    runs = [one for block in blocks for one in passes(block, job.work, job.placement)]
     assert seen["outputs"] == sum(-(-one.windows // BATCH) for one in runs)
     done = [one for block in blocks for one in job.of_block(block)]
     layers = {layer.name for block in blocks for layer in block.layers}
