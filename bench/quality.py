@@ -55,7 +55,7 @@ METHODS_OF_TABLE = {
 }
 
 # Each varied alone, at 0.6, from masks only and from the default.
-SETTINGS = {"alpha": (0.0, 0.25, 0.5, 0.75, 0.9, "auto"), "penalty": (0.0, 1.0), "steps": (20, 30, 60)}
+SETTINGS = {"alpha": (0.0, 0.25, 0.5, 0.75, 0.9), "penalty": (0.0, 1.0), "steps": (20, 30, 60)}
 
 KEPT_OF_LAYERS = ("name", "error_warm_start", "error_mask", "error", "alpha", "kept")
 
@@ -111,10 +111,7 @@ def rows_of_table(settings: bool) -> list[tuple[str, list[str], tuple[str, ...]]
         for name, values in SETTINGS.items():
             # The value that the base has by itself is the row of the base.
             for value in (v for v in values if v != resolved(flags)[name]):
-                text = value if isinstance(value, str) else f"{value:g}"
-                # What chooses by itself must choose well everywhere.
-                where = PATTERNS if value == "auto" else ("0.6",)
-                rows.append((f"{base}, {name} {text}", [*flags, f"--{name}", text], where))
+                rows.append((f"{base}, {name} {value:g}", [*flags, f"--{name}", f"{value:g}"], ("0.6",)))
     return rows
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
-import torch
 from torch import Tensor, nn
 
 from sparsefw.checkpoint import check_finite
@@ -17,9 +16,6 @@ from sparsefw.layers import DenseOutputs, Layer, Stage, capture, dense_outputs, 
 from sparsefw.methods import Settings
 from sparsefw.prune import LayerResult, prune_layers
 from sparsefw.stream import Stream, StreamedModel
-
-# Share of the micro-batches on which `--alpha auto` compares.
-HELD_OUT = 0.125
 
 
 @dataclass
@@ -62,23 +58,11 @@ def prune_block(
         InputError: activations hold NaN or Inf, a layer does not fit the pattern, or the block has no layers.
     """
     prefix, block, timeline = model.names[i], model.blocks[i], model.timeline
-    batches, kept_out = _parts(stream, method, settings)
     with timeline.span("calibrate", i):
         order = stages(block, lambda: model.output(i, stream, 0)) if follows else []
     for stage in order or [None]:
         with timeline.span("calibrate", i):
-            layers, grams, crosses = _capture(model, i, stream, batches, settings, ops, stage, follows)
-            held_out = {}
-            if kept_out:
-                layers_too, held_out, more = _capture(model, i, stream, kept_out, settings, ops, stage, follows)
-                layers = list({layer.name: layer for layer in [*layers, *layers_too]}.values())
-                # An expert may have seen tokens in one part only: the other part's Gram matrix is zero.
-                for name in grams.keys() | held_out.keys():
-                    present = grams.get(name, held_out.get(name))
-                    grams.setdefault(name, torch.zeros_like(present))
-                    held_out.setdefault(name, torch.zeros_like(present))
-                for name, cross in more.items():
-                    crosses[name] += cross
+            layers, grams, crosses = _capture(model, i, stream, settings, ops, stage, follows)
         for gram in dict.fromkeys(layer.gram for layer in layers):
             alike = [layer for layer in layers if layer.gram == gram]
             with timeline.span("solve", i):
@@ -90,7 +74,6 @@ def prune_block(
                         settings,
                         ops,
                         crosses=[crosses.pop(layer.name, None) for layer in alike],
-                        held_out=held_out.pop(gram, None),
                     )
                 )
             yield from rows
@@ -103,22 +86,10 @@ def kept_dense(model: StreamedModel, i: int, pruned: list[LayerResult]) -> list[
     return [prefix + name for name in not_pruned(model.blocks[i], names)]
 
 
-def _parts(stream: Stream, method: str, settings: Settings) -> tuple[range, range]:
-    """The micro-batches that masks are chosen on, and those held out for the choice of alpha."""
-    batches = range(len(stream.hidden))
-    if method != "sparsefw" or settings.alpha is not None:
-        return batches, batches[:0]
-    if len(batches) < 2:
-        raise InputError("--alpha auto: needs windows to hold out, and all calibration windows fill 1 micro-batch only")
-    first = len(batches) - max(1, round(HELD_OUT * len(batches)))
-    return batches[:first], batches[first:]
-
-
 def _capture(
     model: StreamedModel,
     i: int,
     stream: Stream,
-    batches: range,
     settings: Settings,
     ops: ModuleType,
     stage: Stage | None,
@@ -129,7 +100,7 @@ def _capture(
     layers, grams, crosses = capture(
         model.blocks[i],
         lambda j: model.output(i, stream, j),
-        batches,
+        range(len(stream.hidden)),
         ops=ops,
         precision="ieee" if settings.precision in ("ieee", "tf32x3") else "tf32",
         stage=stage,

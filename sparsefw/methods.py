@@ -26,8 +26,7 @@ class Settings:
         pattern: sparsity pattern.
         warm_start: saliency that gives the warm start.
         steps, step_rule, penalty, swaps, best_of, precision: see `frank_wolfe.solve`.
-        alpha, whole: see `frank_wolfe.pose`; `whole` makes a `layer:` budget one problem instead of one per row. alpha
-            None: chosen for every input by the error on held-out windows.
+        alpha, whole: see `frank_wolfe.pose`; `whole` makes a `layer:` budget one problem instead of one per row.
         refit, rounds: see `joint.refine`; refit 0 leaves the kept weights as they are.
         target: what layers approximate: "dense", the dense model's outputs, see `target.target`; "layer", what the
             layer itself makes of its input. Methods other than sparsefw know the second only.
@@ -41,7 +40,7 @@ class Settings:
     steps: int = 30
     step_rule: str = "line-search"
     penalty: float = 1.0
-    alpha: float | None = 0.0
+    alpha: float = 0.0
     swaps: int = 0
     best_of: bool = True
     whole: bool = False

@@ -156,10 +156,9 @@ def _forward(block: BlockShape, shape: ModelShape, tokens: int, work: Work) -> i
     return tokens * shape.itemsize * (4 * shape.hidden + 3 * widest) + scores
 
 
-def _grams(stage: list[LayerShape], work: Work) -> int:
+def _grams(stage: list[LayerShape]) -> int:
     """Gram matrices of a stage: one, or one for each expert."""
-    twice = 2 if "sparsefw" in work.methods and work.settings.alpha is None else 1
-    return twice * 4 * stage[0].d ** 2 * max(1, stage[0].experts)
+    return 4 * stage[0].d ** 2 * max(1, stage[0].experts)
 
 
 def _crosses(stage: list[LayerShape], work: Work) -> int:
@@ -178,7 +177,7 @@ def _calibrate(block: BlockShape, shape: ModelShape, work: Work, tokens: int) ->
         whole = sum(stage[0].d + sum(layer.rows for layer in stage) for stage in stages(block))
         peak += tokens * whole * shape.itemsize
     for group in _groups(block, work):
-        state = sum(_grams(stage, work) + _crosses(stage, work) for stage in group)
+        state = sum(_grams(stage) + _crosses(stage, work) for stage in group)
         d, rows = max(s[0].d for s in group), max(layer.rows for s in group for layer in s)
         outputs = sum(layer.rows for stage in group for layer in stage if not layer.experts) if work.followed else 0
         inputs = sum(stage[0].d for stage in group)
@@ -194,7 +193,7 @@ def _calibrate(block: BlockShape, shape: ModelShape, work: Work, tokens: int) ->
 def _solve(block: BlockShape, work: Work, placement: Placement) -> int:
     peak = 0
     for group in _groups(block, work):
-        waiting = sum(_grams(stage, work) + _crosses(stage, work) for stage in group)
+        waiting = sum(_grams(stage) + _crosses(stage, work) for stage in group)
         for stage in group:
             d, rows = stage[0].d, sum(layer.rows for layer in stage)
             rows = -(-rows // ROW_UNIT) * ROW_UNIT

@@ -159,8 +159,6 @@ def _notes(described: Described, arguments: argparse.Namespace, job: Job) -> Ite
             yield "products of steps come from what changed since on a CPU, which depends on the weights: not counted"
         if work.settings.swaps:
             yield f"swaps, of which a row makes {work.settings.swaps} at most, depend on the weights: not counted"
-        if work.settings.alpha is None:
-            yield "alpha is chosen by the errors: counted as if nothing were fixed"
 
 
 def lines(content: dict[str, Any]) -> Iterator[str]:

@@ -7,7 +7,7 @@ independent, so none of it changes the result.
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TypeVar
 
@@ -17,16 +17,11 @@ from torch import Tensor, nn
 from sparsefw import patterns
 from sparsefw.damping import damped
 from sparsefw.errors import InputError
-from sparsefw.frank_wolfe import exact
 from sparsefw.kernels import reference
 from sparsefw.kernels.selection import keep
-from sparsefw.methods import METHODS, Choice, Rows, Settings, weight_error
+from sparsefw.methods import METHODS, Choice, Rows, Settings
 from sparsefw.saliency import SALIENCIES
 from sparsefw.target import target
-
-# What `--alpha auto` chooses from (ties go to the first), and on how many rows of the layers that share an input.
-ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9)
-SAMPLE_ROWS = 256
 
 # Conjugate-gradient steps from a layer's weight to its target.
 TARGET_STEPS = 4
@@ -110,28 +105,23 @@ def prune_layers(
     ops: ModuleType,
     *,
     crosses: list[Tensor | None] | None = None,
-    held_out: Tensor | None = None,
 ) -> Iterator[LayerResult]:
     """Choose masks and weights of layers that read the same input, write them in place, yield a row for each.
 
     Args:
         layers: (name, weight) with weight a (out, in) view into the block, fp32 / bf16 / fp16, any strides.
-        G: (in, in) fp32 Gram matrix of their input; `held_out` is added to it.
+        G: (in, in) fp32 Gram matrix of their input.
         method: one of METHODS.
         settings: the run's settings.
         ops: the kernels, `sparsefw.kernels.reference` or `sparsefw.kernels.fused`.
-        crosses: (out, in) fp32 cross matrix of each layer, over all windows: its target is pruned in place of its
-            weight, see `target`. Used up.
-        held_out: (in, in) fp32 Gram matrix of other windows; with it alpha is chosen here, by the error on them.
+        crosses: (out, in) fp32 cross matrix of each layer: its target is pruned in place of its weight, see `target`.
+            Used up.
 
     Raises:
         InputError: the rows do not divide into the pattern's groups, or the memory is too little for any chunk.
-        ValueError: `held_out` without an open alpha, or the other way round.
         FloatingPointError: an error is not finite, or G is not positive definite for a method that needs it; the
             message names the layer.
     """
-    if method == "sparsefw" and (settings.alpha is None) != (held_out is not None):
-        raise ValueError("held_out: needed where the settings leave alpha open, and only there")
     for name, weight in layers:
         patterns.check_width(settings.pattern, weight.shape[1], name)
     stack = [
@@ -143,28 +133,16 @@ def prune_layers(
     together = METHODS[method].by_rows and not settings.whole
     for part in [stack] if together else [[layer] for layer in stack]:
         try:
-            yield from _prune_stack(part, G, method, settings, ops, held_out, together)
+            yield from _prune_stack(part, G, method, settings, ops, together)
         except FloatingPointError as error:
             raise FloatingPointError(f"{', '.join(one.name for one in part)}: {error}") from error
 
 
 def _prune_stack(
-    stack: list[_Part],
-    G: Tensor,
-    method: str,
-    settings: Settings,
-    ops: ModuleType,
-    held_out: Tensor | None,
-    together: bool,
+    stack: list[_Part], G: Tensor, method: str, settings: Settings, ops: ModuleType, together: bool
 ) -> list[LayerResult]:
     started = time.perf_counter()
     saliency = METHODS[method].saliency or settings.warm_start
-    if held_out is not None:
-        # Of the weights as they are: the targets know the windows held out.
-        own = _stacked([replace(part, cross=None) for part in stack], G, saliency, settings, together, ops, True)
-        settings = replace(settings, alpha=_choose_alpha(own, held_out, settings, ops))
-        # Both sets of windows serve the solve.
-        G += held_out
     rows = _stacked(stack, G, saliency, settings, together, ops, METHODS[method].damps)
     weights = [part.weight for part in stack]
     errors, kept, bounded, start = [], [], False, 0
@@ -323,19 +301,6 @@ def _targets(
         return target(W[rows], H, B[rows], TARGET_STEPS, precision=settings.precision, ops=ops)
 
     yield from _by_chunks(find, W, settings.memory if together else None, stack[0].name, ops)
-
-
-def _choose_alpha(rows: Rows, held_out: Tensor, settings: Settings, ops: ModuleType) -> float:
-    """Of ALPHAS the one whose weights, chosen on the calibration windows, err least on the windows held out."""
-    # Every so many rows, so that each layer of the stack has its share.
-    sample = rows[:: -(-len(rows.W) // SAMPLE_ROWS)]
-    W = sample.W.float()
-    errors = []
-    for alpha in ALPHAS:
-        choice = METHODS["sparsefw"].choose(sample, replace(settings, alpha=alpha), ops)
-        Z = keep(W, choice.mask) if choice.weight is None else choice.weight
-        errors.append(weight_error(W, Z, held_out, exact(settings.precision), ops).double().sum().item())
-    return ALPHAS[errors.index(min(errors))]
 
 
 def _write(weights: list[Tensor], start: int, choice: Choice) -> None:

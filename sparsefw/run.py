@@ -25,7 +25,6 @@ from sparsefw.saliency import SALIENCIES
 from sparsefw.windows import Windows
 
 DEFAULT = "default"
-AUTO = "auto"
 DEFAULT_MODEL = Path(__file__).with_name("default") / "model"
 
 # What `--preset` stands for; a flag given beside it wins.
@@ -79,13 +78,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"sparsefw: {message} (--help lists the options)\n")
 
 
-def _alpha(text: str) -> float | str:
-    try:
-        return AUTO if text == AUTO else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: expected a fraction or {AUTO}") from None
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the command line; everything that needs no file is settled here.
 
@@ -113,8 +105,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--warm-start", choices=SALIENCIES, help="saliency of the first mask (default: wanda)")
     add("--steps", type=int, metavar="N", help="Frank-Wolfe steps (default: the preset's; 40 with --refit 0)")
     add("--step-rule", choices=STEP_RULES, help="(default: the preset's)")
-    add("--alpha", type=_alpha, metavar="A", help="fraction of kept weights fixed by saliency; auto: chosen for every "
-        "input by the error on windows held out (default: the preset's)")  # fmt: skip
+    add("--alpha", type=float, metavar="A", help="fraction of kept weights fixed by saliency (default: the preset's)")
     add("--penalty", type=float, metavar="P", help="final weight of the integrality penalty, 0 to 1 (default: the "
         "preset's)")  # fmt: skip
     add("--swaps", type=int, metavar="N", help="1-swaps at most of every row's mask after Frank-Wolfe, each of which "
@@ -160,7 +151,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             setattr(arguments, name, value)
     for name, (low, high) in RANGES.items():
         value = getattr(arguments, name)
-        if value not in (None, AUTO) and not (low <= value and (high is None or value <= high)):
+        if value is not None and not (low <= value and (high is None or value <= high)):
             upper = "" if high is None else f" and at most {high}"
             raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {low}{upper}")
     arguments.compare = [m for m in dict.fromkeys(arguments.compare) if m != arguments.method]
@@ -187,8 +178,6 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     for flag in ("penalty", "swaps", "refit"):
         if whole and getattr(arguments, flag):
             raise InputError(f"--{flag}: the paper's budget for a whole matrix (--preset paper, layer:) has none")
-    if whole and arguments.alpha == AUTO:
-        raise InputError("--alpha auto: not for the paper's budget for a whole matrix (--preset paper, layer:)")
     return Settings(
         pattern=pattern,
         warm_start=arguments.warm_start,
@@ -196,7 +185,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         step_rule=arguments.step_rule,
         penalty=arguments.penalty,
         swaps=arguments.swaps,
-        alpha=None if arguments.alpha == AUTO else arguments.alpha,
+        alpha=arguments.alpha,
         best_of=not paper,
         whole=whole,
         precision=arguments.precision,

@@ -16,7 +16,7 @@ from sparsefw.kernels.cost import Cost
 from sparsefw.methods import METHODS, Settings
 from sparsefw.needs import Work, stages
 from sparsefw.placement import Placement
-from sparsefw.prune import ALPHAS, BYTES_PER_ENTRY, ROW_UNIT, SAMPLE_ROWS, TARGET_STEPS, cpu_rows
+from sparsefw.prune import BYTES_PER_ENTRY, ROW_UNIT, TARGET_STEPS, cpu_rows
 from sparsefw.shapes import BlockShape, LayerShape, ModelShape
 
 
@@ -110,7 +110,7 @@ def calls(method: str, settings: Settings, follows: bool) -> Calls:
 
     Args:
         method: one of METHODS.
-        settings: the run's; an open alpha counts as 0, which fixes nothing.
+        settings: the run's.
         follows: whether the rows approximate the dense model's outputs.
     """
     if method != "sparsefw":
@@ -280,13 +280,6 @@ def _solve(
             # Decomposition and inverse of G, then every row's removals carried on to the columns behind them.
             sweep = Cost(2 * d**3 // 3 + height * d * d, 4 * (2 * height * d + 3 * d * d))
             found.append(Operation("solve", "sweep", "ieee", 1, sweep))
-        if method == "sparsefw" and settings.alpha is None:
-            sample = -(-padded // -(-padded // SAMPLE_ROWS))
-            for alpha in ALPHAS:
-                trial = calls(method, replace(settings, alpha=alpha), False)
-                # And the error on the windows held out.
-                trial = replace(trial, errors=trial.errors + 1)
-                found += _of_solve(trial, sample, d, 1, shape, work, by_changes)
         for one in found:
             yield replace(one, calls=one.calls * max(1, experts), cost=_times(one.cost, max(1, experts)))
 

@@ -101,7 +101,7 @@ def test_activations_of_every_stream():
 
 
 @pytest.mark.parametrize("gpu", [True, False])
-@pytest.mark.parametrize("flags", [(), ("--refit", "0"), ("--refit", "0", "--alpha", "auto")])
+@pytest.mark.parametrize("flags", [(), ("--refit", "0")])
 def test_smallest_budget_that_is_named_is_enough(gpu, flags, tmp_path):
     todo = work(*flags, gpu=gpu)
     budgets = {"gpu": GIB, "host": GIB} if gpu else {"host": GIB}

@@ -202,7 +202,7 @@ def test_a_run_without_evaluation():
     [
         (),
         ("--method", "wanda", "--compare", "ria", "--compare", "magnitude"),
-        ("--alpha", "auto", "--eval", "a b.txt", "--eval", "c'd.txt", "--overwrite", "--refit", "0"),
+        ("--alpha", "0.25", "--eval", "a b.txt", "--eval", "c'd.txt", "--overwrite", "--refit", "0"),
         ("--model", "$(x) `y`", "--preset", "paper", "--sparsity", "2:4", "--eval-windows", "3"),
     ],
 )

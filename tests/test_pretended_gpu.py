@@ -266,7 +266,7 @@ def test_whole_run(flags, kernel, tmp_path, capsys):
 
 
 VARIANTS = {
-    "alpha": ("llama", ["--nsamples", "136", "--alpha", "auto", "--refit", "1", "--rounds", "0"]),
+    "micro-batches": ("llama", ["--nsamples", "136", "--alpha", "0.5", "--refit", "1", "--rounds", "0"]),
     "refit 0": ("llama", ["--refit", "0"]),
     "groups": ("llama", ["--sparsity", "2:4"]),
     "bf16": ("llama", ["--precision", "bf16"]),
@@ -346,7 +346,6 @@ WORKINGS = {
     "default": ("llama", WINDOWS),
     "refit 0": ("llama", [*WINDOWS, "--refit", "0"]),
     "rounds 0": ("llama", [*WINDOWS, "--rounds", "0"]),
-    "alpha": ("llama", ["--nsamples", "9", "--seqlen", "512", "--alpha", "auto", "--refit", "0", "--swaps", "0"]),
     "sparsegpt": ("llama", [*WINDOWS, "--method", "sparsegpt"]),
     "compare": ("llama", [*WINDOWS, "--compare", "wanda", "--rounds", "0"]),
     "bf16": ("llama", [*WINDOWS, "--precision", "bf16", "--refit", "0"]),

@@ -1,15 +1,15 @@
-"""Layers that share an input: stacks and chunks, what is written and reported, alpha from held-out windows."""
+"""Layers that share an input: stacks and chunks, what is written and reported."""
 
 import pytest
 import torch
 from kernel_inputs import generator
 from layer_inputs import PATTERNS, ROWS, D, assert_same, error, make_gram, make_layers, run, settings
 
-from sparsefw import joint, methods, patterns, prune
+from sparsefw import joint, methods, patterns
 from sparsefw.errors import InputError
 from sparsefw.kernels import reference
-from sparsefw.methods import METHODS, Method, Settings
-from sparsefw.prune import ALPHAS, BYTES_PER_ENTRY, ROW_UNIT, prune_layers
+from sparsefw.methods import METHODS, Method
+from sparsefw.prune import BYTES_PER_ENTRY, ROW_UNIT, prune_layers
 
 
 class TestStack:
@@ -217,51 +217,6 @@ class TestNeverWorse:
         assert 0 < untouched < sum(ROWS)
 
 
-class TestAlpha:
-    def brute(self, layers, G, held_out, how):
-        """Held-out error of the weights that each alpha gives."""
-        errors = []
-        for alpha in ALPHAS:
-            pruned, _ = run(layers, G, how=prune.replace(how, alpha=alpha))
-            errors.append(sum(error(W, pruned[name], held_out).sum().item() for name, W in layers))
-        return errors
-
-    @pytest.mark.parametrize("refit_steps", [0, 3])
-    def test_chosen_by_the_held_out_error(self, refit_steps):
-        """As trying all of them does; then both sets of windows serve the solve."""
-        layers, how, chosen = make_layers((37, 20), 48), settings(alpha=None, refit=refit_steps), set()
-        for tokens in (20, 60, 400):
-            G, held_out = make_gram(48, seed=tokens, tokens=tokens), make_gram(48, seed=7, tokens=100)
-            errors = self.brute(layers, G, held_out, how)
-            alpha = ALPHAS[errors.index(min(errors))]
-            chosen.add(alpha)
-            given = G.clone()
-            pruned = [(name, W.clone()) for name, W in layers]
-            results = list(prune_layers(pruned, given, "sparsefw", how, reference, held_out=held_out))
-            assert [row.alpha for row in results] == [alpha, alpha]
-            assert torch.equal(given, G + held_out)
-            assert_same((dict(pruned), results), run(layers, G + held_out, how=prune.replace(how, alpha=alpha)))
-        assert len(chosen) > 1
-
-    def test_sample_has_rows_of_every_layer(self, set_threads, monkeypatch):
-        set_threads(1)
-        seen, choose = [], methods.choose_frank_wolfe
-
-        def spy(rows, *rest):
-            seen.append(rows.W.clone())
-            return choose(rows, *rest)
-
-        monkeypatch.setitem(METHODS, "sparsefw", Method(spy, damps=True))
-        monkeypatch.setattr(prune, "SAMPLE_ROWS", 16)
-        layers = make_layers((40, 20, 60))
-        run(layers, how=settings(alpha=None, refit=0), held_out=make_gram(seed=9))
-        assert len(seen) == len(ALPHAS) + 1
-        for sample in seen[:-1]:
-            assert 16 <= len(sample) < 32
-            for _, W in layers:
-                assert (sample[:, None] == W.float()).all(2).any()
-
-
 class TestFailures:
     @pytest.mark.parametrize("method", ["sparsefw", "sparsegpt"])
     @pytest.mark.parametrize("where", ["W", "G"])
@@ -298,13 +253,3 @@ class TestFailures:
         pruned, results = run(layers, G, how=settings(text))
         assert pruned["layer0"].isfinite().all()
         assert results[0].error < results[0].error_mask
-
-
-@pytest.mark.parametrize(("alpha", "given"), [(None, False), (0.5, True)])
-def test_open_alpha_and_held_out_windows_go_together(alpha, given):
-    """Neither is alpha chosen where it was said, nor silently 0 where there is nothing to choose it by."""
-    settings = Settings(patterns.parse("0.5"), alpha=alpha)
-    W, G = torch.ones(4, 8), torch.eye(8)
-    held_out = G if given else None
-    with pytest.raises(ValueError, match="held_out: needed where the settings leave alpha open"):
-        list(prune_layers([("a", W)], G, "sparsefw", settings, reference, held_out=held_out))

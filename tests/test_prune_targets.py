@@ -1,5 +1,7 @@
 """Layers with a cross matrix: their targets are pruned in place of their weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_inputs import generator
@@ -64,7 +66,7 @@ class TestTargets:
         layers, how = make_layers(), settings(text, refit=refit_steps, swaps=0 if refit_steps else 20)
         unit = BYTES_PER_ENTRY * D * ROW_UNIT
         together, small = (
-            run(layers, how=prune.replace(how, memory=memory), crosses=self.crosses()) for memory in (1 << 40, unit)
+            run(layers, how=replace(how, memory=memory), crosses=self.crosses()) for memory in (1 << 40, unit)
         )
         assert_same(together, small)
         alone = [run([layer], how=how, crosses=[B]) for layer, B in zip(layers, self.crosses(), strict=True)]
@@ -77,10 +79,3 @@ class TestTargets:
         before = G.clone()
         list(prune_layers(make_layers(), G, "sparsefw", settings(), reference, crosses=self.crosses()))
         assert torch.equal(G, before)
-
-    def test_alpha_is_chosen_for_the_weights_themselves(self):
-        layers, G, held_out, how = make_layers(), make_gram(), make_gram(seed=9, tokens=50), settings(alpha=None)
-        with_targets = run(layers, G, how=how, held_out=held_out, crosses=self.crosses())
-        assert {row.alpha for row in with_targets[1]} == {run(layers, G, how=how, held_out=held_out)[1][0].alpha}
-        known = prune.replace(how, alpha=with_targets[1][0].alpha)
-        assert_same(with_targets, run(layers, G + held_out, how=known, crosses=self.crosses()))

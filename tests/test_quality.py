@@ -61,9 +61,8 @@ class TestCells:
             own = [cell for cell in cells if cell.method.startswith(base)]
             varied = [cell.method.removeprefix(f"{base}, ") for cell in own if cell.pattern == "0.6"]
             alphas = {name for name in varied if name.startswith("alpha")}
-            # The base has one of the six by itself.
-            assert len(alphas) == 5
-            assert "alpha auto" in alphas
+            # The base has one of the five by itself.
+            assert len(alphas) == 4
             assert {"penalty 0", "steps 20", "steps 60", base} <= set(varied)
             assert "penalty 1" not in varied
             # Of refitted weights it is the default.

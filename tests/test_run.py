@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefw import checkpoint
 from sparsefw.methods import METHODS
-from sparsefw.prune import ALPHAS
 from sparsefw.run import main, parse_arguments, settings_of
 
 TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(200))
@@ -152,22 +151,6 @@ def test_paper_preset(tmp_path, text):
     assert (weight != 0).sum() == weight.numel() / 2
 
 
-@pytest.mark.parametrize("refit", ["4", "0"])
-def test_alpha_auto(refit, tmp_path, text):
-    """Windows enough for two micro-batches; alpha is one of those on offer, the same for layers of one input."""
-    source = save_model(tmp_path / "model", "llama")
-    flags = ["--alpha", "auto", "--refit", refit, "--nsamples", "130", "--dataset", str(tmp_path / "long.txt")]
-    (tmp_path / "long.txt").write_text(TEXT * 30)
-    assert run(source, text, tmp_path / "out", *flags) == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    alphas = {row["name"]: row["alpha"] for row in report["layers"]}
-    assert set(alphas.values()) <= set(ALPHAS)
-    for i in range(3):
-        q, k, v = (alphas[f"model.layers.{i}.self_attn.{name}_proj.weight"] for name in "qkv")
-        assert q == k == v
-    assert report["arguments"]["alpha"] == "auto"
-
-
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -175,7 +158,7 @@ def test_alpha_auto(refit, tmp_path, text):
         (["--refit", "2"], dict(alpha=0, swaps=0, refit=2, rounds=3, target="dense", damp=0.1)),
         (["--refit", "0"], dict(steps=40, alpha=0, swaps=100, refit=0, rounds=0, target="layer", damp=0.2)),
         (["--refit", "0", "--alpha", "0.25", "--swaps", "0", "--damp", "0"], dict(alpha=0.25, swaps=0, damp=0)),
-        (["--alpha", "auto", "--target", "layer"], dict(alpha="auto", target="layer")),
+        (["--alpha", "0.5", "--target", "layer"], dict(alpha=0.5, target="layer")),
         (["--preset", "paper"], dict(alpha=0.9, swaps=0, refit=0, rounds=0, target="layer", damp=0)),
         (["--preset", "paper", "--refit", "2"], dict(alpha=0.9, swaps=0, rounds=0, target="dense", damp=0.1)),
     ],
@@ -276,8 +259,6 @@ class TestRefused:
             (["--damp", "nan"], ["--damp nan"]),
             (["--damp", "inf"], ["--damp inf"]),
             (["--method", "ria", "--damp", "0.1"], ["--damp", "--method ria"]),
-            (["--preset", "paper", "--alpha", "auto", "--sparsity", "layer:0.5"], ["--alpha auto"]),
-            (["--alpha", "auto", "--nsamples", "1"], ["--alpha auto", "1 micro-batch"]),
             (["--refit", "-1"], ["--refit -1"]),
             (["--refit", "0", "--rounds", "2"], ["--rounds", "--refit 0"]),
             (["--method", "wanda", "--target", "layer"], ["--target", "--method wanda"]),

@@ -153,7 +153,6 @@ def prune(source, job, tmp_path, monkeypatch):
         ("llama", "sparsefw", ""),
         ("llama", "wanda sparsegpt sparsefw", ""),
         ("llama", "sparsefw", "--refit 0"),
-        ("llama", "wanda sparsefw", "--alpha auto"),
         ("llama", "magnitude", "--method magnitude"),
         ("gpt_neox", "sparsefw", ""),
         ("mixtral", "sparsefw", ""),
@@ -184,9 +183,6 @@ def test_a_run_does_what_is_counted(family, methods, flags, tmp_path, monkeypatc
     if family in ("llama", "gpt_neox"):
         assert flops == forward + asked
         assert seen["product"] == made
-        # Where alpha is open, what it fixes may take one more selection of each stack.
-        open_ended = len({layer.gram for layer in blocks[0].layers}) * len(blocks) if "auto" in flags else 0
-        assert by_name["lmo"] <= seen.pop("lmo") <= by_name.pop("lmo") + open_ended
         assert {name: seen[name] for name in KERNELS[1:]} == {name: by_name[name] for name in KERNELS[1:]}
         solved = {"target", "start", "step", "refit", "error"}
         assert seen["flops"] == sum(one.cost.flops for one in done if one.name in solved)
