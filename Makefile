@@ -16,8 +16,8 @@ test-gpu:
 	pytest -m "gpu or not gpu"
 
 bench:
-	pytest bench/bench_*.py
+	pytest bench/kernels/bench_*.py bench/runs/bench_*.py
 
 # Every benchmark once, timing off: its correctness gates still hold.
 bench-once:
-	pytest bench/bench_*.py --benchmark-disable
+	pytest bench/kernels/bench_*.py bench/runs/bench_*.py --benchmark-disable

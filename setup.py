@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import setup
 
+PACKAGES = ["checkpoint", "checks", "data", "default", "driver", "estimate", "kernels", "model", "report", "solver"]
+
 setup(
     name="sparsefw",
     version="0.1.0",
@@ -12,9 +14,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["sparsefw", "sparsefw.default", "sparsefw.kernels"],
+    packages=["sparsefw", *(f"sparsefw.{name}" for name in PACKAGES)],
     package_dir={"sparsefw": "sparsefw", "sparsefw.kernels": "kernels"},
-    package_data={"sparsefw": ["page.html"], "sparsefw.default": ["model/*"]},
+    package_data={"sparsefw.report": ["page.html"], "sparsefw.default": ["model/*"]},
     install_requires=[
         "torch>=2.9",
         "triton>=3.5; platform_system == 'Linux'",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparsefw.kernels import reference
+from sparsefw.kernels import cpu
 
 
 def bare_product(E: Tensor, G: Tensor, *, precision: str, out: Tensor | None = None) -> Tensor:
@@ -11,7 +11,7 @@ def bare_product(E: Tensor, G: Tensor, *, precision: str, out: Tensor | None = N
 
     Args:
         E, G: of the type that the tensor cores read at `precision`: bf16, or fp32 for the others.
-        precision: as in `reference.product`.
+        precision: as in `cpu.product`.
         out: written where the library can; it has to allocate an fp32 product of bf16 operands.
     """
     if E.dtype == torch.bfloat16:
@@ -32,7 +32,7 @@ def operands(E: Tensor, G: Tensor, precision: str) -> tuple[Tensor, Tensor]:
 
 
 def topk_lmo(score: Tensor, k: int, *, group: int = 0, out: Tensor | None = None) -> Tensor:
-    """`reference.lmo` by `torch.topk` and a scatter; ties go to any of the equal."""
+    """`cpu.lmo` by `torch.topk` and a scatter; ties go to any of the equal."""
     units = score.reshape(-1, group or score.shape[1])
     V = torch.zeros_like(units, dtype=torch.bool)
     V = V.scatter_(1, units.topk(k, dim=1).indices, True).view(score.shape)
@@ -53,13 +53,13 @@ def topk_step(
     theta: float = 0.0,
     next_theta: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.row_step` with line search as a chain of torch's operations, `topk` and a scatter among them."""
+    """`cpu.row_step` with line search as a chain of torch's operations, `topk` and a scatter among them."""
     W = W.float()
     q, D = W * W * diag, V.float() - M
     lin = (D * (-2 * W * R + theta * q * (1 - 2 * M))).sum(1)
     quad = (W * D * (R - U)).sum(1) - theta * (q * D * D).sum(1)
     eta = torch.where(quad > 0, (-lin / (2 * quad)).clamp(0, 1), (lin + quad < 0).float())
-    reference.convex_update(M, V, R, U, eta)
+    cpu.convex_update(M, V, R, U, eta)
     score = 2 * W * R - next_theta * q * (1 - 2 * M)
     V.copy_(topk_lmo(score, k, group=group))
     if next_theta < 1:

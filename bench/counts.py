@@ -1,4 +1,4 @@
-"""How many counts of a row its selection takes in the kernels: `python bench/counts.py`.
+"""How many counts of a row its topk_torch takes in the kernels: `python bench/counts.py`.
 
 The search of `kernels/device.py`, row by row, and bisection on the bits of the key beside it, on the scores that a
 solve of 30 steps at 60 % chooses by.
@@ -9,8 +9,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from sparsefw import frank_wolfe
-from sparsefw.kernels import device, reference, selection
+from sparsefw.kernels import cpu, device, topk_torch
+from sparsefw.solver import frank_wolfe
 
 ROWS, STEPS = 64, 30
 PATIENCE = device.PATIENCE.value
@@ -68,10 +68,10 @@ def main() -> None:
         def spy(score, k, *, positive, seen=seen, **options):
             for search, found in seen.items():
                 found.append(search(order_key(score, positive), k))
-            return selection.select(score, k, positive=positive, **options)
+            return topk_torch.select(score, k, positive=positive, **options)
 
         problem = frank_wolfe.pose(W, G, W.abs() * G.diagonal().sqrt(), int(0.4 * d))
-        with mock.patch.object(reference, "select", spy):
+        with mock.patch.object(cpu, "select", spy):
             frank_wolfe.solve(problem, steps=STEPS)
         for search, found in seen.items():
             made = torch.cat(found).double()

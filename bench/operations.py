@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsefw.kernels import fused, reference
+from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.cost import Cost
 
 GPU = torch.cuda.is_available()
@@ -34,9 +34,9 @@ FLUSH = 256 << 20
 
 def ways(operation: str, **others: Callable) -> dict[str, Callable]:
     """The ways to do an operation by name: plain torch, compiled by torch, ours, and others."""
-    plain = getattr(reference, operation)
+    plain = getattr(cpu, operation)
     compiled = {COMPILE: torch.compile(plain, dynamic=False)} if GPU else {}
-    return {"torch": plain} | compiled | others | {"triton": getattr(fused, operation)}
+    return {"torch": plain} | compiled | others | {"triton": getattr(triton_ops, operation)}
 
 
 def cases(ways: dict[str, Callable], shapes: list = SHAPES) -> list[tuple]:
@@ -52,7 +52,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 def gram(d: int) -> Tensor:
     """Gram matrix (d, d) of random inputs."""
     X = normal(TOKENS, d)
-    return reference.gram_accumulate(torch.zeros(d, d, device=DEVICE), X)
+    return cpu.gram_accumulate(torch.zeros(d, d, device=DEVICE), X)
 
 
 def numbers(way: str, **values: float) -> dict[str, float | Tensor]:

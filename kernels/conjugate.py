@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cpu import CONVERGED
 from .device import cast, columns
 from .launch import check, check_matrix, interpreter_tile, on_device, platform, warps
-from .reference import CONVERGED
 
 
 def configuration(rows: int, d: int) -> dict[str, int]:

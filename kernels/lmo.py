@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cpu import check_budget
 from .device import NAN_KEY, columns, key_range, kth_key, load_budget, load_keys, lowest_key, take, take_of_groups
 from .launch import check, check_matrix, interpreter_tile, on_device, platform, warps
-from .reference import check_budget
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8)
 

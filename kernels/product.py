@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .cpu import PRECISIONS
 from .device import dot, grouped_tile
 from .launch import FLOATS, check, check_matrix, describable, multiprocessors, on_device, platform
-from .reference import PRECISIONS
 
 # Where tiles can be read by bulk copies.
 DESCRIPTORS = ("sm_90", "interpreter")

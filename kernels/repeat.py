@@ -10,14 +10,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu
 
 # Fewer runs are no graph: its making takes the host a while, how long is not measured.
 LEAST = 5
 
 
 def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like: Tensor) -> Iterator[None]:
-    """Run step(*row) for every row of `numbers`; yields after each. See `reference.repeat`.
+    """Run step(*row) for every row of `numbers`; yields after each. See `cpu.repeat`.
 
     On a GPU, unless the runs are few, the step gets its numbers as tensors () fp32. Its first run compiles and launches
     kernel by kernel, the second is captured, and it and all others are launches of the graph. So no run may wait for
@@ -29,7 +29,7 @@ def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like
         like: a tensor on the device where it all happens.
     """
     if like.device.type != "cuda" or len(numbers) < LEAST:
-        yield from reference.repeat(step, numbers, like)
+        yield from cpu.repeat(step, numbers, like)
         return
     # From pinned memory: a copy from other would be waited for.
     host = torch.empty(len(numbers), len(numbers[0]), dtype=torch.float32, pin_memory=True)

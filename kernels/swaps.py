@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cpu import LEAST_GAIN
 from .device import columns
 from .launch import FLOATS, check, check_matrix, interpreter_tile, on_device, platform, warps
 from .lmo import check_selection, span
-from .reference import LEAST_GAIN
 
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:

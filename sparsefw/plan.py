@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from sparsefw import estimate, rates
-from sparsefw.config import Described, describe
 from sparsefw.errors import InputError, first_line
-from sparsefw.estimate import Job
-from sparsefw.memory import free_memory
-from sparsefw.needs import Work, disk_space, place
-from sparsefw.rates import CARDS, Rates
+from sparsefw.estimate import rates, totals
+from sparsefw.estimate.describe import Described, describe
+from sparsefw.estimate.flops import calls
+from sparsefw.estimate.memory import Work, disk_space, place
+from sparsefw.estimate.rates import CARDS, Rates
+from sparsefw.estimate.totals import Job
+from sparsefw.process import free_memory
 from sparsefw.run import DEFAULT, DEFAULT_MODEL, MARGIN, Parser, parse_arguments, settings_of
-from sparsefw.work import calls
 
 GIB = 2**30
 
@@ -112,12 +112,12 @@ def plan(own: argparse.Namespace, arguments: argparse.Namespace) -> dict[str, An
         "device": own.gpu or ("this machine's GPU" if own.on_gpu else "this machine's CPU"),
         "budgets": {name: None if size == UNLIMITED else size for name, size in budgets.items()},
         "products": {method: asdict(calls(method, settings, work.followed)) for method in work.methods},
-        "phases": estimate.phases(job),
+        "phases": totals.phases(job),
         "memory": {phase: {"gpu": gpu, "host": host} for phase, (gpu, host) in needs.phases.items()},
         "placement": asdict(placement) | {"folder": str(placement.folder)},
         "disk": disk_space(job.shape, job.work, job.placement),
         "rates": asdict(speed) if speed else None,
-        "seconds": estimate.phase_seconds(job, speed) | {"all": estimate.seconds(job, speed)} if speed else None,
+        "seconds": totals.phase_seconds(job, speed) | {"all": totals.seconds(job, speed)} if speed else None,
         "notes": [*described.notes, *_notes(described, arguments, job)],
     }
 
@@ -147,7 +147,7 @@ def _rates(own: argparse.Namespace, job: Job) -> Rates | None:
         raise InputError(f"--measure: the run is planned for {own.gpu}, and no GPU is here; run it on that machine")
     widest = max(layer.d for block in job.shape.blocks for layer in block.layers)
     device = torch.device("cuda" if own.on_gpu else "cpu")
-    return rates.measured(sorted(estimate.units(job)), widest, device, own.disk)
+    return rates.measured(sorted(totals.units(job)), widest, device, own.disk)
 
 
 def _notes(described: Described, arguments: argparse.Namespace, job: Job) -> Iterator[str]:

@@ -16,13 +16,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from sparsefw import memory, patterns
+from sparsefw import process
+from sparsefw.data.windows import Windows
 from sparsefw.errors import InputError
-from sparsefw.frank_wolfe import STEP_RULES
-from sparsefw.kernels.reference import PRECISIONS
-from sparsefw.methods import METHODS, TARGETS, Settings
-from sparsefw.saliency import SALIENCIES
-from sparsefw.windows import Windows
+from sparsefw.kernels.cpu import PRECISIONS
+from sparsefw.solver import patterns
+from sparsefw.solver.frank_wolfe import STEP_RULES
+from sparsefw.solver.methods import METHODS, TARGETS, Settings
+from sparsefw.solver.saliency import SALIENCIES
 
 DEFAULT = "default"
 DEFAULT_MODEL = Path(__file__).with_name("default") / "model"
@@ -223,25 +224,28 @@ def _say(status: int, error: BaseException, message: str) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Prune, evaluate, write, report."""
     settings = settings_of(arguments)
-    memory.share_freed()
+    process.share_freed()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     if arguments.kernel == "triton" and not cuda:
         # Read when triton is imported, which the imports below do.
         os.environ["TRITON_INTERPRET"] = "1"
     print(f"kernel: {arguments.kernel} ({_why(arguments, cuda)}), precision {arguments.precision}", flush=True)
-    ops = importlib.import_module(f"sparsefw.kernels.{'fused' if arguments.kernel == 'triton' else 'reference'}")
+    ops = importlib.import_module(f"sparsefw.kernels.{'triton_ops' if arguments.kernel == 'triton' else 'cpu'}")
 
     from tqdm import tqdm
 
-    from sparsefw import checkpoint, data, needs, report, writer
-    from sparsefw.driver import prune_model
-    from sparsefw.page import page
-    from sparsefw.partial import durably
-    from sparsefw.reader import fingerprint
-    from sparsefw.shapes import shape_of
-    from sparsefw.stream import StreamedModel
-    from sparsefw.tokenizer import load_tokenizer
+    from sparsefw import checkpoint, data
+    from sparsefw.checkpoint import writer
+    from sparsefw.checkpoint.reader import fingerprint
+    from sparsefw.checkpoint.resume import durably
+    from sparsefw.data.tokenizer import load_tokenizer
+    from sparsefw.driver.loop import prune_model
+    from sparsefw.estimate import memory
+    from sparsefw.model.shapes import shape_of
+    from sparsefw.model.streamed import StreamedModel
+    from sparsefw.report import content as report
+    from sparsefw.report.html import page
 
     folder = DEFAULT_MODEL if arguments.model == DEFAULT else checkpoint.locate(arguments.model)
     writer.check_output(arguments.output, folder, arguments.overwrite)
@@ -258,7 +262,7 @@ def run(arguments: argparse.Namespace) -> None:
         data.evaluation_windows(tokenizer, text, seqlen=seqlen, limit=arguments.eval_windows)
         for text in dict.fromkeys(arguments.eval)
     ]
-    memory.give_back()
+    process.give_back()
     for note in model.notes:
         print(f"note: {note}")
     methods = [*arguments.compare, arguments.method]
@@ -266,9 +270,9 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"calibration: {calibration.n} windows of {calibration.seqlen} tokens of {calibration.source}")
     held_out = tuple(windows.n for windows in evaluation)
     threads = torch.get_num_threads() if arguments.kernel == "torch" else 1
-    work = needs.Work(calibration.n, held_out, seqlen, tuple(methods), settings, cuda, threads, memory.resident())
-    shape, budgets = shape_of(source), _budgets(arguments, memory.free_memory(device))
-    place = partial(needs.place, shape, work, budgets, arguments.output.resolve().parent)
+    work = memory.Work(calibration.n, held_out, seqlen, tuple(methods), settings, cuda, threads, process.resident())
+    shape, budgets = shape_of(source), _budgets(arguments, process.free_memory(device))
+    place = partial(memory.place, shape, work, budgets, arguments.output.resolve().parent)
     placement, _ = place()
     identity = _identity(arguments, fingerprint(source), calibration, evaluation, report.machine(device))
     shards = len(model.blocks) + 1
@@ -279,7 +283,7 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"going on with an unfinished run: {len(output.finished)} of {shards} parts are there")
         placement, needed = place(fixed=output.chosen)
         # Of a finished block the compared methods' weights are there, too.
-        output.check_space(sum(needs.disk_space(shape, work, placement).values()) - len(methods) * output.written)
+        output.check_space(sum(memory.disk_space(shape, work, placement).values()) - len(methods) * output.written)
         settings = replace(settings, memory=placement.solver)
         print(report.placement_line(placement, needed, budgets))
         print(report.layer_header(), flush=True)

@@ -19,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from sparsefw import checkpoint
-from sparsefw.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint
-from sparsefw.claims import read_claims
+from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint
+from sparsefw.checks.claims import read_claims
+from sparsefw.checks.verdict import Check, Verdict, lines
+from sparsefw.checks.weights import check_weights
 from sparsefw.errors import InputError
+from sparsefw.model.streamed import StreamedModel
 from sparsefw.run import DEFAULT, DEFAULT_MODEL, Parser
-from sparsefw.stream import StreamedModel
-from sparsefw.verdict import Check, Verdict, lines
-from sparsefw.weights import check_weights
 
 REPORT = "report.json"
 # What a run puts beside the checkpoint, in the place of the source's where that is the output of a run, too.

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import TENSORS, write_index
+from helpers.checkpoints import TENSORS, write_index
+from helpers.verifying import copies, outputs
 from safetensors.torch import save_file
-from verifying import copies, outputs
 
-from sparsefw.checkpoint import SINGLE
+from sparsefw.checkpoint.source import SINGLE
 
 
 @pytest.fixture

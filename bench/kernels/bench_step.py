@@ -1,0 +1,39 @@
+"""row_step: all of an iteration but the product; topk is a chain of torch's operations with `topk` and a scatter."""
+
+import pytest
+import torch
+from bare import topk_step
+from operations import PRECISION, WEIGHT, assert_equal_enough, budget, cases, gram, measure, normal, numbers, ways
+
+from sparsefw.kernels import cost, cpu
+
+WAYS = ways("row_step", topk=topk_step)
+
+
+@pytest.mark.parametrize("pattern", ["rows", "2:4"])
+@pytest.mark.parametrize(("way", "shape"), cases(WAYS), ids=str)
+def test_row_step(benchmark, way, shape, pattern):
+    rows, d = shape
+    k, group, d = budget(pattern, d)
+    W, G = normal(rows, d, dtype=WEIGHT), gram(d)
+    diag = G.diagonal().contiguous()
+    V = cpu.lmo(normal(rows, d, seed=1), k, group=group)
+    M = cpu.lmo(normal(rows, d, seed=2), k, group=group).float()
+    weight = W.float()
+    R = cpu.product(weight * (1 - M), G, precision=PRECISION)
+    U = cpu.product(weight * ~V, G, precision=PRECISION)
+
+    def fresh() -> tuple:
+        # The step is in place and leaves nothing of U: every call starts from the same state.
+        return W, diag, M.clone(), R.clone(), U.clone(), V.clone(), torch.empty_like(W), k
+
+    thetas = numbers(way, theta=0.5, next_theta=0.6)
+
+    def step(*state: object) -> tuple:
+        return WAYS[way](*state, group=group, **thetas)
+
+    expected, got = fresh(), fresh()
+    _, error = cpu.row_step(*expected, group=group, theta=0.5, next_theta=0.6)
+    assert_equal_enough(step(*got)[1], error, 1e-4)
+    assert (got[5] != expected[5]).float().mean() < 1e-4
+    measure(benchmark, step, cost.row_step(rows, d, W=W.element_size(), E=W.element_size()), setup=fresh)

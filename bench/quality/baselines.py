@@ -1,0 +1,208 @@
+"""What the benchmarks compare with and the product does not offer.
+
+    admm                  gradual mask and weight update (Boza 2024, arXiv 2401.02938)
+    one_swaps             best-1-swap local search on a mask (SparseSwaps, arXiv 2512.10922)
+    obvious_frank_wolfe   the product's own mask selection, as one would write it down
+
+W (rows, d), the Gram matrix G (d, d) fp32 and the budget are those of `sparsefw.kernels.cpu`: k is kept per
+row or, with `group`, per group.
+"""
+
+from itertools import count, islice
+
+import torch
+from torch import Tensor
+
+from sparsefw.kernels import cpu
+from sparsefw.solver.frank_wolfe import RAMP, mask_error
+
+# A swap counts only if it lowers the row's error by this fraction of the first one; less may be rounding, and a search
+# that follows rounding need not end.
+TOLERANCE = 1e-6
+
+
+def admm(
+    W: Tensor, G: Tensor, k: int, *, group: int = 0, steps: int = 20, damp: float = 0.1, ramp: int = 15
+) -> tuple[Tensor, Tensor]:
+    """Weight update by the alternating direction method of multipliers, with gradual mask selection.
+
+    Inputs are scaled to norm 1, H = G / (n_i n_j) + damp, A = W n. Then, with a penalty rho of 1 and step t = 1, 2, ...
+
+        mask   the highest |B + U| of each row, for t <= ramp; what is removed rises to the budget as
+               1 - (1 - t / ramp)^3; under n:m the n highest of each group are never among it
+        Z = (B + U) * mask,   U += B - Z,   B = (A H + Z - U) (H + I)^-1
+
+    The published code does this with the option that gives each row the same budget.
+
+    Args:
+        W: (rows, d) weight, fp32 / bf16 / fp16.
+        G: (d, d) fp32 Gram matrix. Inputs whose diagonal entry is 0 are dead: their weights become 0.
+        k: kept per row; with `group`, per group.
+        group: m of n:m, else 0.
+        steps: iterations.
+        damp: added to the diagonal of the scaled G, as a fraction of its mean; the target A H includes it.
+        ramp: steps over which the mask is chosen; then it stays.
+
+    Returns:
+        mask (rows, d) bool, and the weights (rows, d) fp32, exactly 0 outside the mask.
+
+    Raises:
+        ValueError: the ramp does not end within the steps.
+    """
+    if not 1 <= ramp <= steps:
+        raise ValueError(f"ramp: expected 1 to steps = {steps}, got {ramp}")
+    d = W.shape[1]
+    dead = G.diagonal() == 0
+    norm = G.diagonal().sqrt().masked_fill(dead, 1)
+    A = (W.float() * norm).masked_fill(dead, 0)
+    H = G / norm / norm[:, None]
+    H.diagonal().add_(damp * H.diagonal().mean())
+    AH = A @ H
+    H.diagonal().add_(1)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
+    removed = d - (k * (d // group) if group else k)
+    B, U = A, torch.zeros_like(A)
+    for t in range(1, steps + 1):
+        if t <= ramp:
+            score = (B + U).abs()
+            kept = d - int(removed * (1 - (1 - t / ramp) ** 3))
+            best = cpu.lmo(score, k, group=group) if group else None
+            mask = cpu.lmo(score, kept, fixed=best)
+        Z = (B + U) * mask
+        U += B - Z
+        B = (AH + Z - U) @ inverse
+    return mask, (B + U).masked_fill(~mask, 0) / norm
+
+
+def one_swaps(W: Tensor, G: Tensor, mask: Tensor, *, group: int = 0, limit: int | None = None) -> Tensor:
+    """Best-1-swap local search: per row, make the swap that lowers the error most, until none does.
+
+    Removing the kept i and restoring the removed p changes a row's error, with R = (W * (1 - mask)) G, by exactly
+
+        a_i + b_p - 2 W_i W_p G_ip,   a = W^2 diag(G) + 2 W R,   b = W^2 diag(G) - 2 W R
+
+    Args:
+        W: (rows, d) weight, fp32 / bf16 / fp16.
+        G: (d, d) fp32 Gram matrix.
+        mask: (rows, d) bool, where the search starts.
+        group: m of n:m, else 0; swaps stay within a group.
+        limit: swaps per row at most; None goes on to the local optimum.
+
+    Returns:
+        mask (rows, d) bool; no row has a higher error than before.
+
+    Raises:
+        FloatingPointError: NaN or Inf in W or G.
+    """
+    if not (W.isfinite().all() and G.isfinite().all()):
+        raise FloatingPointError("NaN or Inf in the layer's weight or Gram matrix")
+    swapped = mask.clone()
+    for w, row in zip(W.float(), swapped, strict=True):
+        _swap_row(w, G, row, group, limit)
+    # The search adds up changes; what it reached is taken only where an evaluation from the start agrees.
+    better = mask_error(W, swapped, G) < mask_error(W, mask, G)
+    return torch.where(better[:, None], swapped, mask)
+
+
+def _swap_row(w: Tensor, G: Tensor, mask: Tensor, group: int, limit: int | None) -> None:
+    """The search in one row: w (d,) fp32, mask (d,) bool, in place."""
+    q = w * w * G.diagonal()
+    removed = w.masked_fill(mask, 0)
+    R = G @ removed
+    error = float(removed @ R)
+    least = TOLERANCE * error
+    if group:
+        pairs = _pairs_in_groups(w, G, group)
+    else:
+        pairs = (G * w).mul_(2 * w[:, None])
+        gain = pairs.masked_fill(mask, -torch.inf).amax(1)
+    for _ in islice(count(), limit):
+        lin = 2 * w * R
+        a, b = (q + lin).masked_fill_(~mask, torch.inf), (q - lin).masked_fill_(mask, torch.inf)
+        i, p, change = _best_in_groups(a, b, pairs) if group else _best_in_row(a, b, pairs, gain)
+        # Nothing is left to gain once the changes add up to the whole error; only rounding could go on.
+        if not change < -least or error <= 0:
+            return
+        error += change
+        mask[i], mask[p] = False, True
+        R.add_(G[i] * w[i]).sub_(G[p] * w[p])
+        if not group:
+            torch.maximum(gain, pairs[:, i], out=gain)
+
+
+def _best_in_row(a: Tensor, b: Tensor, pairs: Tensor, gain: Tensor) -> tuple[int, int, float]:
+    """The best pair of a row and its change: a search over all pairs, most of them excluded unseen.
+
+    The swaps of i change at least a_i + min(b) - gain_i; they are evaluated only where one might beat the best swap of
+    the i with the lowest a_i.
+
+    Args:
+        a, b: (d,) fp32, what a removal and a restoration change by themselves; inf where there is none.
+        pairs: (d, d) fp32, 2 W_i W_p G_ip.
+        gain: (d,) fp32, at least the maximum of a row of pairs over the removed p.
+    """
+    first = int(a.argmin())
+    possible = (a + b.min()).sub_(gain) <= (b - pairs[first]).min() + a[first]
+    # It is by its own bound, but for rounding; then none would be left.
+    possible[first] = True
+    rows = possible.nonzero().squeeze(1)
+    change = (b - pairs[rows]).amin(1) + a[rows]
+    best = int(change.argmin())
+    i = int(rows[best])
+    return i, int((b - pairs[i]).argmin()), float(change[best])
+
+
+def _pairs_in_groups(w: Tensor, G: Tensor, group: int) -> Tensor:
+    """2 W_i W_p G_ip of the pairs within every group, (d / group, group, group) fp32."""
+    index = torch.arange(len(w), device=w.device).view(-1, group)
+    return 2 * w[index][:, :, None] * w[index][:, None, :] * G[index[:, :, None], index[:, None, :]]
+
+
+def _best_in_groups(a: Tensor, b: Tensor, pairs: Tensor) -> tuple[int, int, float]:
+    """The best pair within one group and its change, from all `pairs`; a and b as in `_best_in_row`."""
+    groups, m, _ = pairs.shape
+    change = (a.view(groups, m, 1) + b.view(groups, 1, m)).sub_(pairs).view(-1)
+    best = int(change.argmin())
+    i, offset = divmod(best, m)
+    return i, i // m * m + offset, float(change[best])
+
+
+def obvious_frank_wolfe(W: Tensor, G: Tensor, k: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Frank-Wolfe with line search and integrality penalty on dense masks: what the product's solver is raced with.
+
+    Every step multiplies what the relaxed mask removes for the gradient and what the step removes for the curvature,
+    takes the vertex from `topk`, and makes new tensors of all of it.
+
+    Args:
+        W: (rows, d) fp32 weight.
+        G: (d, d) fp32 Gram matrix.
+        k: kept per row.
+        steps: as in `frank_wolfe.solve`.
+
+    Returns:
+        Mask (rows, d), 0 and 1 in fp32, and its error (rows,).
+    """
+
+    def best(score: Tensor) -> Tensor:
+        return torch.zeros_like(score).scatter_(1, score.topk(k, dim=1).indices, 1.0)
+
+    def error(mask: Tensor) -> Tensor:
+        E = W - W * mask
+        return (E * (E @ G)).sum(1)
+
+    q = W * W * G.diagonal()
+    M = warm = best(W.abs() * G.diagonal().sqrt())
+    for t in range(steps):
+        theta = min(1.0, t / (RAMP * steps))
+        gradient = -2 * W * ((W - W * M) @ G) + theta * q * (1 - 2 * M)
+        V = best(-gradient)
+        if theta < 1:
+            V = V * (gradient < 0)
+        D = V - M
+        lin = (gradient * D).sum(1)
+        quad = (W * D * ((W * D) @ G)).sum(1) - theta * (q * D * D).sum(1)
+        eta = torch.where(quad > 0, (-lin / (2 * quad)).clamp(0, 1), (lin + quad < 0).float())
+        M = M + eta[:, None] * D
+    mask = best(M)
+    before, after = error(warm), error(mask)
+    return torch.where((after < before)[:, None], mask, warm), torch.minimum(before, after)

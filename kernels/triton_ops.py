@@ -1,0 +1,29 @@
+"""The Triton kernels, and `repeat`, under the names of reference.py: a solver takes either module."""
+
+from .conjugate import conjugate_step
+from .cpu import PRECISIONS, check_budget, round_operand
+from .cross import cross_accumulate
+from .gradient import gradient
+from .gram import gram_accumulate
+from .lmo import lmo
+from .product import product
+from .repeat import repeat
+from .step import row_step
+from .swaps import row_swaps
+from .update import convex_update
+
+__all__ = [
+    "PRECISIONS",
+    "check_budget",
+    "conjugate_step",
+    "convex_update",
+    "cross_accumulate",
+    "gradient",
+    "gram_accumulate",
+    "lmo",
+    "product",
+    "repeat",
+    "round_operand",
+    "row_step",
+    "row_swaps",
+]

@@ -1,0 +1,94 @@
+"""Reading tensors of a checkpoint into memory of our own.
+
+A mapped file would do for small models, but its pages stay resident as long as any tensor of the file is in use, and
+products of memory that is aligned in another way may round differently: here every tensor starts where torch puts it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sparsefw.checkpoint.source import CONFIG, Checkpoint, TensorInfo
+from sparsefw.errors import InputError, first_line
+
+# Of each tensor this many bytes tell it from another model's.
+SAMPLED_BYTES = 2**16
+
+
+def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Tensor]:
+    """Read tensors of a checkpoint that `checkpoint.inspect` has found sound.
+
+    Args:
+        tensors: by name.
+        pin: into page-locked memory, from which copies to a GPU need not wait.
+
+    Returns:
+        The tensors by name, on the host, in the dtype of the file.
+
+    Raises:
+        InputError: a file was changed or removed since, or cannot be read.
+    """
+    found = {}
+    for name, file in _at(tensors):
+        tensor = torch.empty(tensors[name].shape, dtype=tensors[name].dtype, pin_memory=pin)
+        if tensor.numel():
+            _fill(file, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        found[name] = tensor
+    return {name: found[name] for name in tensors}
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file that a run has written, in memory of our own."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 of the config, and of names, shapes, dtypes and first bytes of all tensors, in hex.
+
+    Where files lie and how tensors are spread over them makes no difference.
+    """
+    sums = {}
+    for name, file in _at(checkpoint.tensors):
+        info = checkpoint.tensors[name]
+        sample = bytearray(min(info.nbytes, SAMPLED_BYTES))
+        _fill(file, memoryview(sample))
+        sums[name] = hashlib.sha256(repr((name, info.dtype, info.shape)).encode() + sample).hexdigest()
+    content = [(checkpoint.folder / CONFIG).read_bytes(), *(sums[name].encode() for name in sorted(sums))]
+    return hashlib.sha256(b"".join(content)).hexdigest()
+
+
+def _at(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, FileIO]]:
+    """Every tensor's name with its file, open at its first byte; in the order in which they lie there."""
+    of_file: dict[Path, list[str]] = {}
+    for name, info in tensors.items():
+        of_file.setdefault(info.file, []).append(name)
+    for path, names in of_file.items():
+        try:
+            with path.open("rb", buffering=0) as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+                for name in sorted(names, key=lambda name: header[name]["data_offsets"][0]):
+                    start, end = header[name]["data_offsets"]
+                    if end - start != tensors[name].nbytes:
+                        raise InputError(f"{path}: tensor {name} is not what it was when the run began")
+                    file.seek(8 + length + start)
+                    yield name, file
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path}: cannot be read any more: {first_line(error)}") from error
+
+
+def _fill(file: FileIO, left: memoryview) -> None:
+    while left:
+        # Linux reads 2 GiB at most at a time.
+        count = file.readinto(left)
+        if not count:
+            raise InputError(f"{file.name}: ends before its tensors do; it was changed since the run began")
+        left = left[count:]

@@ -1,0 +1,1 @@
+"""Checks of a pruned checkpoint against its report and its source."""

@@ -1,0 +1,147 @@
+"""How fast a device works: as the user says, as measured here, or as this project measured its card before."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from sparsefw.errors import InputError
+from sparsefw.estimate.flops import Operation
+
+# Memory of a card as it is sold, in 10^9 bytes. The chips hold a little more, which is left to the driver.
+CARDS = {
+    "a10": 24,
+    "a100-40gb": 40,
+    "a100-80gb": 80,
+    "a6000": 48,
+    "b200": 180,
+    "h100": 80,
+    "h200": 141,
+    "l4": 24,
+    "l40s": 48,
+    "rtx3090": 24,
+    "rtx4090": 24,
+    "rtx5090": 32,
+    "v100-32gb": 32,
+}
+
+# By card what `bench/tables.py` finds: "copy" in bytes per second, and by unit in flops per second.
+MEASURED_ROOFS: dict[str, dict[str, float]] = {}
+
+UNITS = ("bf16", "tf32", "ieee")
+
+# Rounds of a measurement, after one that is not timed; the fastest counts.
+ROUNDS = 3
+COPIED = 1 << 28
+# Rows of the measured product, its least and its greatest width: enough to fill the device, and done in seconds.
+SIZES = {"cuda": (8192, 4096, 16384), "cpu": (256, 1024, 4096)}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of a device.
+
+    Attributes:
+        flops: per second, by unit.
+        bandwidth: of its memory, bytes per second.
+        disk: bytes per second, read or written; None: a disk that costs no time.
+        source: where the others come from.
+    """
+
+    flops: dict[str, float]
+    bandwidth: float
+    disk: float | None
+    source: str
+
+    def on_disk(self, amount: int) -> float:
+        """Seconds to read or write so many bytes."""
+        return amount / self.disk if self.disk else 0.0
+
+
+def given(tflops: list[str], bandwidth: float | None, disk: float | None) -> Rates | None:
+    """Rates from the command line; None where nothing was said of the device.
+
+    Args:
+        tflops: "N", of all units, or "UNIT=N", in 10^12 flops per second.
+        bandwidth, disk: in bytes per second.
+
+    Raises:
+        InputError: not of this form, not positive, or one of the two without the other.
+    """
+    if not tflops and bandwidth is None:
+        return None
+    if not tflops or bandwidth is None:
+        raise InputError("--tflops and --bandwidth: hours need both of them")
+    flops: dict[str, float] = {}
+    for text in sorted(tflops, key=lambda text: "=" in text):
+        unit, _, number = text.rpartition("=")
+        try:
+            rate = float(number)
+        except ValueError:
+            rate = math.nan
+        if unit not in ("", *UNITS) or not 0 < rate < math.inf:
+            raise InputError(f"--tflops {text}: expected a positive number, or one of {', '.join(UNITS)} = a number")
+        flops |= dict.fromkeys([unit] if unit else UNITS, rate * 1e12)
+    return Rates(flops, bandwidth, disk, "as given")
+
+
+def measured(units: Iterable[str], d: int, device: torch.device, disk: float | None) -> Rates:
+    """Rates of this machine's device: the library's product in every unit, and a copy in its memory.
+
+    Args:
+        units: of UNITS.
+        d: width of the product; within what SIZES has for the device.
+        device: what is measured.
+        disk: in bytes per second, as the user says; it is not measured.
+    """
+    rows, least, greatest = SIZES[device.type]
+    d, flops, before = min(max(d, least), greatest), {}, torch.backends.cuda.matmul.allow_tf32
+    for unit in units:
+        dtype = torch.bfloat16 if unit == "bf16" else torch.float32
+        E, G = (torch.ones(n, d, dtype=dtype, device=device) for n in (rows, d))
+        torch.backends.cuda.matmul.allow_tf32 = unit == "tf32"
+        try:
+            flops[unit] = 2 * rows * d * d / _seconds(partial(torch.mm, E, G), device)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+    source = torch.ones(COPIED, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    seconds = _seconds(partial(target.copy_, source), device)
+    # Read once, written once.
+    return Rates(flops, 2 * COPIED / seconds, disk, "as measured here")
+
+
+def known(card: str | None, disk: float | None) -> Rates | None:
+    """Rates of a card that this project has measured; None of others."""
+    if card not in MEASURED_ROOFS:
+        return None
+    flops = dict(MEASURED_ROOFS[card])
+    return Rates(flops, flops.pop("copy"), disk, f"as measured on {card}")
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(1 + ROUNDS):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def seconds(operations: Iterable[Operation], rates: Rates) -> float:
+    """The floor of operations one after another.
+
+    Raises:
+        InputError: the rate of a unit is not known.
+    """
+    total = 0.0
+    for one in operations:
+        if one.unit not in rates.flops:
+            raise InputError(f"--tflops: the run multiplies in {one.unit} too; give {one.unit}=N as well")
+        total += one.cost.seconds(rates.flops[one.unit], rates.bandwidth)
+    return total

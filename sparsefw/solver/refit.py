@@ -1,0 +1,98 @@
+"""Refit: the kept weights of a mask make up for the removed ones, by conjugate gradients on the same Gram matrix.
+
+    minimise ||(W - Z) X||_F^2 = sum((W - Z) * ((W - Z) G)) over Z, zero outside the mask
+
+Rows are independent least-squares problems. A step costs one product; the preconditioner is the diagonal of G. G comes
+damped, see `damping`: that draws Z towards W, and keeps weights that no input tells apart from growing against each
+other.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from sparsefw.kernels.topk_torch import keep
+from sparsefw.solver.frank_wolfe import operand
+
+
+@dataclass
+class Fit:
+    """Weights under a mask, and how far they are from the layer's own.
+
+    Attributes:
+        mask: (rows, d) bool, True keeps a weight.
+        Z: (rows, d) fp32, 0 outside the mask.
+        R: (rows, d) fp32, (W - Z) G.
+        error: (rows,) fp32, sum((W - Z) * R) per row.
+    """
+
+    mask: Tensor
+    Z: Tensor
+    R: Tensor
+    error: Tensor
+
+    def take_better(self, other: "Fit") -> Tensor:
+        """Replace the rows in which the other's error is lower; returns them, (rows,) bool."""
+        better = other.error < self.error
+        rows = better[:, None]
+        self.mask = torch.where(rows, other.mask, self.mask)
+        self.Z = torch.where(rows, other.Z, self.Z)
+        self.R = torch.where(rows, other.R, self.R)
+        self.error = torch.where(better, other.error, self.error)
+        return better
+
+
+def inverse_diagonal(G: Tensor) -> Tensor:
+    """1 / diag(G), (d,) fp32; 0 for dead inputs, and for those whose inverse overflows."""
+    diagonal = G.diagonal().float()
+    return torch.where(diagonal >= torch.finfo(diagonal.dtype).tiny, 1 / diagonal, 0)
+
+
+def refit(
+    W: Tensor, G: Tensor, mask: Tensor, start: Tensor, steps: int, *, precision: str = "ieee", ops: ModuleType
+) -> Fit:
+    """Fit the kept weights by `descend`.
+
+    Kept weights of dead inputs stay as they start, and rows without weights stay empty.
+
+    Args:
+        W: (rows, d) the layer's weight, fp32 / bf16 / fp16.
+        G: (d, d) Gram matrix, damped as it should be; fp32, or already as `operand` gives it.
+        mask: (rows, d) bool.
+        start: (rows, d) fp32, where Z starts; what lies outside the mask is ignored.
+        steps: at least 0; each is one product, and the start is another one.
+        precision: of the products.
+        ops: the operations, `sparsefw.kernels.cpu` or `sparsefw.kernels.triton_ops`.
+    """
+    Z = keep(start, mask)
+    R = ops.product(operand(W - Z, precision), operand(G, precision), precision=precision)
+    descend(Z, R, G, mask, steps, precision=precision, ops=ops)
+    return Fit(mask, Z, R, ((W - Z) * R).sum(1))
+
+
+def descend(
+    Z: Tensor, R: Tensor, G: Tensor, mask: Tensor | None, steps: int, *, precision: str = "ieee", ops: ModuleType
+) -> None:
+    """Preconditioned conjugate gradients on `sum(Z * (Z G)) / 2 - sum(Z * B)` for R = B - Z G, in place.
+
+    A step is one product, P G, and what `reference.conjugate_step` does with it. In fp32 none raises the objective.
+
+    Args:
+        Z, R: (rows, d) fp32, the weights and their residual; both are moved.
+        G: (d, d), as in `refit`.
+        mask: (rows, d) bool, the weights that move; None moves all.
+        steps, precision, ops: as in `refit`.
+    """
+    if not steps:
+        return
+    G_operand, U = operand(G, precision), torch.empty_like(Z)
+    # Z moves along what the product reads: so R stays its residual, however P is rounded.
+    P = torch.empty_like(Z, dtype=G_operand.dtype)
+    rz, enough = Z.new_empty(2, len(Z))
+    state = (Z, R, P, U, rz, enough, inverse_diagonal(G))
+    ops.conjugate_step(*state, mask=mask, first=True)
+    for step in range(1, steps + 1):
+        ops.product(P, G_operand, precision=precision, out=U)
+        ops.conjugate_step(*state, mask=mask, last=step == steps)

@@ -1,0 +1,210 @@
+"""The benchmark's baselines: ADMM against its fixed point, 1-swaps against all swaps."""
+
+import baselines
+import pytest
+import torch
+from helpers.kernel_inputs import DEVICE, gram, normal
+
+from sparsefw.kernels import cpu
+from sparsefw.solver import frank_wolfe
+
+# k and group: per row, and n:m.
+BUDGETS = [(10, 0), (2, 4), (1, 3), (5, 8)]
+
+
+def wanda_mask(W, G, k, group=0):
+    return cpu.lmo(W.abs() * G.diagonal().sqrt(), k, group=group)
+
+
+def error(W, Z, G):
+    """||(W - Z) X||^2 of every row, in float64."""
+    E = W.double() - Z.double()
+    return (E * (E @ G.double())).sum(1)
+
+
+class TestAdmm:
+    @pytest.mark.parametrize(("k", "group"), BUDGETS)
+    def test_budget_is_exact(self, k, group):
+        W, G = normal(7, 24), gram(24)
+        before = W.clone(), G.clone()
+        mask, Z = baselines.admm(W, G, k, group=group)
+        assert (mask.view(7, -1, group or 24).sum(2) == k).all()
+        assert (Z[~mask] == 0).all()
+        assert torch.equal(W, before[0])
+        assert torch.equal(G, before[1])
+
+    @pytest.mark.parametrize(("k", "group"), BUDGETS)
+    def test_update_pays(self, k, group):
+        """Lower than its own mask without the update, and than Wanda's."""
+        W, G = normal(30, 24), gram(24)
+        mask, Z = baselines.admm(W, G, k, group=group)
+        assert (error(W, Z, G) < error(W, W * mask, G)).all()
+        assert error(W, Z, G).sum() < 0.8 * error(W, W * wanda_mask(W, G, k, group), G).sum()
+
+    @pytest.mark.parametrize(("k", "group"), [(10, 0), (2, 4)])
+    def test_fixed_point_is_the_damped_least_squares(self, k, group):
+        """Once the mask stays, the weights go to the minimum of ||(W - Z) X||^2 + damp ||(W - Z) n||^2 on it."""
+        W, G = normal(5, 24), gram(24)
+        scale = torch.logspace(-1, 1, 24, device=DEVICE)
+        G = G * (scale * scale[:, None])
+        mask, Z = baselines.admm(W, G, k, group=group, steps=300)
+        H = G.double() + 0.1 * G.double().diagonal().diag()
+        for w, z, kept in zip(W.double(), Z.double(), mask, strict=True):
+            best = torch.linalg.solve(H[kept][:, kept], H[kept] @ w)
+            torch.testing.assert_close(z[kept], best, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(("k", "group"), [(10, 0), (2, 4)])
+    def test_mask_is_chosen_up_to_the_ramp_and_never_after(self, k, group, monkeypatch):
+        """The kept numbers fall by the cubic rule; in n:m they end where every group holds its n."""
+        sizes = []
+
+        def spy(score, kept, **options):
+            if "fixed" in options:
+                sizes.append(kept)
+            return lmo(score, kept, **options)
+
+        lmo = cpu.lmo
+        monkeypatch.setattr(cpu, "lmo", spy)
+        baselines.admm(normal(3, 24), gram(24), k, group=group, steps=9, ramp=4)
+        removed = 24 - (k * 24 // group if group else k)
+        assert sizes == [24 - int(removed * share) for share in (37 / 64, 56 / 64, 63 / 64, 1)]
+
+    def test_without_ramp_and_correlation_it_is_magnitude(self):
+        """Uncorrelated inputs of norm 1: nothing to update, the largest weights stay as they are."""
+        W = normal(4, 12)
+        mask, Z = baselines.admm(W, torch.eye(12, device=DEVICE), 5, ramp=1)
+        assert torch.equal(mask, cpu.lmo(W.abs(), 5))
+        torch.testing.assert_close(Z, W * mask)
+
+    def test_dead_inputs(self):
+        W, G = normal(4, 24), gram(24)
+        G[[3, 8]], G[:, [3, 8]] = 0, 0
+        mask, Z = baselines.admm(W, G, 10)
+        assert (mask.sum(1) == 10).all()
+        assert (Z[:, [3, 8]] == 0).all()
+        assert (error(W, Z, G) < error(W, W * mask, G)).all()
+
+    @pytest.mark.parametrize("ramp", [0, 21])
+    def test_ramp_that_does_not_fit(self, ramp):
+        with pytest.raises(ValueError, match=f"ramp: expected 1 to steps = 20, got {ramp}"):
+            baselines.admm(normal(2, 4), gram(4), 2, ramp=ramp)
+
+
+def swap_changes(w, G, mask, group):
+    """The error change of every allowed swap of one row, from the errors of the masks themselves, float64."""
+    width = group or len(w)
+    changes = {}
+    for i in mask.nonzero().flatten().tolist():
+        for p in (~mask).nonzero().flatten().tolist():
+            if i // width == p // width:
+                swapped = mask.clone()
+                swapped[i], swapped[p] = False, True
+                changes[i, p] = float(error(w[None], (w * swapped)[None], G) - error(w[None], (w * mask)[None], G))
+    return changes
+
+
+class TestOneSwaps:
+    @pytest.mark.parametrize(("k", "group"), BUDGETS)
+    def test_every_swap_is_the_best_one_and_none_is_left(self, k, group, monkeypatch):
+        """Each row's search is followed swap by swap, with the change it reckons with, by trying all swaps."""
+        W, G = normal(8, 24, seed=3), gram(24, seed=5)
+        name = "_best_in_groups" if group else "_best_in_row"
+        choices, choose = [], getattr(baselines, name)
+
+        def spy(a, b, pairs, *gain):
+            # What excludes pairs is at least what any of them gains, whatever was swapped before.
+            assert all((bound >= pairs.masked_fill(b.isinf(), -torch.inf).amax(1)).all() for bound in gain)
+            choices.append(choose(a, b, pairs, *gain))
+            return choices[-1]
+
+        monkeypatch.setattr(baselines, name, spy)
+        mask = wanda_mask(W, G, k, group)
+        swapped = baselines.one_swaps(W, G, mask, group=group)
+        swaps = 0
+        for w, row, end in zip(W, mask.clone(), swapped, strict=True):
+            tiny = 1e-5 * float(error(w[None], (w * row)[None], G))
+            while True:
+                changes = swap_changes(w, G, row, group)
+                i, p, change = choices.pop(0)
+                assert change == pytest.approx(changes[i, p], abs=tiny)
+                assert changes[i, p] <= min(changes.values()) + tiny
+                if torch.equal(row, end):
+                    assert min(changes.values()) >= -tiny
+                    break
+                assert changes[i, p] < 0
+                row[i], row[p] = False, True
+                swaps += 1
+        assert not choices
+        assert swaps >= 8
+
+    def test_excluded_pairs_hold_no_better_one(self):
+        """Wide rows with outliers, where most pairs are never looked at: every swap is the best of all pairs."""
+        W, G = normal(6, 150, seed=1), gram(150, tokens=200, seed=2)
+        scale = normal(150, seed=4).exp()
+        G = G * (scale * scale[:, None])
+        mask = wanda_mask(W, G, 60)
+        w, gram64 = W.double(), G.double()
+        pairs = 2 * w[:, :, None] * w[:, None, :] * gram64
+        swapped = 0
+        for limit in range(15):
+            after = baselines.one_swaps(W, G, mask, limit=1)
+            lin, q = 2 * w * ((w * ~mask) @ gram64), w**2 * gram64.diagonal()
+            a, b = (q + lin).masked_fill(~mask, torch.inf), (q - lin).masked_fill(mask, torch.inf)
+            best = (a[:, :, None] + b[:, None, :] - pairs).flatten(1).amin(1)
+            change = error(W, W * after, G) - error(W, W * mask, G)
+            torch.testing.assert_close(change, best.clamp(max=0), rtol=1e-9, atol=1e-9)
+            mask = baselines.one_swaps(W, G, wanda_mask(W, G, 60), limit=limit + 1)
+            assert torch.equal(mask, after)
+            swapped += int((best < 0).sum())
+        assert swapped > 30
+
+    @pytest.mark.parametrize(("k", "group"), BUDGETS)
+    def test_budget_stays_and_error_falls(self, k, group):
+        W, G = normal(40, 24), gram(24)
+        mask = wanda_mask(W, G, k, group)
+        before = W.clone(), G.clone(), mask.clone()
+        swapped = baselines.one_swaps(W, G, mask, group=group)
+        assert (swapped.view(40, -1, group or 24).sum(2) == k).all()
+        old, new = frank_wolfe.mask_error(W, mask, G), frank_wolfe.mask_error(W, swapped, G)
+        assert (new <= old).all()
+        assert new.sum() < 0.9 * old.sum()
+        assert torch.equal(baselines.one_swaps(W, G, swapped, group=group), swapped)
+        for now, then in zip((W, G, mask), before, strict=True):
+            assert torch.equal(now, then)
+
+    def test_rounding_excludes_no_only_pair(self):
+        """With two entries the bound is the change itself, and rounding may put it on either side."""
+        W, G = normal(200, 2), gram(2)
+        mask = torch.tensor([[True, False]], device=DEVICE).repeat(200, 1)
+        swapped = baselines.one_swaps(W, G, mask)
+        assert torch.equal(swapped, torch.where((error(W, W * ~mask, G) < error(W, W * mask, G))[:, None], ~mask, mask))
+
+    def test_a_change_that_was_not_true_is_taken_back(self, monkeypatch):
+        W, G = normal(6, 40), gram(40)
+        mask = baselines.one_swaps(W, G, wanda_mask(W, G, 16))
+        monkeypatch.setattr(baselines, "_best_in_row", lambda a, b, *_: (int(a.argmin()), int(b.argmin()), -1e9))
+        assert torch.equal(baselines.one_swaps(W, G, mask), mask)
+
+    def test_limit_counts_the_swaps_of_a_row(self):
+        W, G = normal(6, 40), gram(40)
+        mask = wanda_mask(W, G, 16)
+        assert torch.equal(baselines.one_swaps(W, G, mask, limit=0), mask)
+        assert ((baselines.one_swaps(W, G, mask, limit=1) != mask).sum(1) == 2).all()
+
+    @pytest.mark.parametrize("kept", [False, True])
+    @pytest.mark.parametrize("group", [0, 4])
+    def test_nothing_to_swap(self, kept, group):
+        mask = torch.full((3, 8), kept, device=DEVICE)
+        assert torch.equal(baselines.one_swaps(normal(3, 8), gram(8), mask, group=group), mask)
+
+    def test_weight_in_half_precision(self):
+        W, G = normal(6, 40, dtype=torch.bfloat16), gram(40)
+        mask = wanda_mask(W.float(), G, 16)
+        assert torch.equal(baselines.one_swaps(W, G, mask), baselines.one_swaps(W.float(), G, mask))
+
+    @pytest.mark.parametrize("where", ["W", "G"])
+    def test_not_finite(self, where):
+        inputs = {"W": normal(3, 8), "G": gram(8)}
+        inputs[where][1, 2] = torch.nan
+        with pytest.raises(FloatingPointError, match="NaN or Inf in the layer's weight or Gram matrix"):
+            baselines.one_swaps(**inputs, mask=torch.ones(3, 8, dtype=torch.bool, device=DEVICE))

@@ -1,0 +1,106 @@
+"""The code that GPUs would run, compiled ahead of time: no spilled registers, and tensor cores where they belong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+# Shared memory that one program may ask for, bytes.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    """Every row of compiled.py. A process of its own: in this one the interpreter may be on."""
+    folder = tmp_path_factory.mktemp("triton")
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(folder / "cache"),
+        "PYTHONPATH": str(BENCH.parent),
+    }
+    command = [sys.executable, str(BENCH / "compiled.py"), "--json", str(folder / "compiled.json")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads((folder / "compiled.json").read_text())["rows"]
+
+
+def label(case: dict) -> str:
+    return f"{case['name']} on {case['target']}: {case}"
+
+
+def test_every_kernel_is_compiled_for_every_target(compiled):
+    kernels = {case["name"].split()[0] for case in compiled}
+    assert kernels == {"product", "gradient", "gram", "cross", "lmo", "step", "swaps", "conjugate", "update"}
+    for kernel in kernels:
+        assert {case["target"] for case in compiled if case["name"].startswith(kernel)} == set(INSTRUCTION)
+
+
+def test_the_committed_table_is_true(compiled):
+    committed = json.loads((BENCH / "results" / "compiled.json").read_text(encoding="utf-8"))
+    rows = committed["rows"]
+    if committed["triton"] != triton.__version__:
+        # Another compiler: the launches and what they cost are the same, the code need not be.
+        known = ("name", "target", "config", "flops", "bytes")
+        rows, compiled = ([{name: row[name] for name in known} for row in each] for each in (rows, compiled))
+    assert compiled == rows, "python bench/compiled.py --json bench/results/compiled.json makes it anew"
+
+
+def test_nothing_spills(compiled):
+    for case in compiled:
+        assert case["spills"] == case["stack"] == 0, label(case)
+
+
+def test_shared_memory_fits(compiled):
+    for case in compiled:
+        assert case["shared"] <= SHARED[case["target"]], label(case)
+
+
+def test_rows_stay_in_the_registers_they_are_loaded_to(compiled):
+    """Shared memory is for sums over a row: no entry goes through it to another thread, whatever its type's size."""
+    rows = [case for case in compiled if case["name"].split()[0] in ("lmo", "step", "conjugate", "update")]
+    assert len(rows) > 50
+    for case in rows:
+        assert case["shared"] <= 256, label(case)
+
+
+def test_other_rows_are_under_way_while_one_chooses(compiled):
+    """Of rows that fit in registers two are on a multiprocessor, or one that fills it."""
+    for case in compiled:
+        if case["name"] in ("step 576", "step 4096", "step of a target 4096", "step 2:4 4096", "step 8192"):
+            threads = 32 * case["warps"]
+            if case["target"].startswith("sm"):
+                assert threads * case["registers"] <= 65536 / (1 if "8192" in case["name"] else 2), label(case)
+
+
+def test_products_use_the_tensor_cores(compiled):
+    products = [case for case in compiled if case["name"].split()[0] in ("product", "gradient", "gram", "cross")]
+    assert len(products) > 10
+    for case in products:
+        expected = [] if "ieee" in case["name"] else [INSTRUCTION[case["target"]]]
+        assert case["tensor_cores"] == expected, label(case)
+
+
+def test_large_products_are_read_by_bulk_copies(compiled):
+    for case in compiled:
+        large = case["name"].startswith("product") and "BLOCK_N=256" in case["config"]
+        assert case["bulk_copies"] == large, label(case)
+    assert sum(case["bulk_copies"] for case in compiled) >= 6
+
+
+def test_tiles_are_loaded_ahead(compiled):
+    # Without the asynchronous pipeline only a fraction of these buffers is there.
+    for case in compiled:
+        if case["name"] in ("product bf16 4096x4096", "product tf32 4096x4096") and case["target"] == "sm_90":
+            # Barriers, and a quarter of the tile on its way to memory.
+            assert 4 * (128 + 256) * 128 + 128 * 64 * 4 < case["shared"] < 225 * 1024, label(case)
+        if case["name"] in ("gram bf16 4096", "cross bf16 4096x4096") and case["target"] == "sm_90":
+            assert case["shared"] == 4 * (128 + 128) * 128, label(case)
+        if case["name"] == "cross bf16 4096x4096" and case["target"] == "sm_80":
+            # mma.sync reads its operands to registers: one buffer less than stages.
+            assert case["shared"] == 2 * (128 + 128) * 128, label(case)

@@ -1,0 +1,70 @@
+"""Tensors that are read are the file's, and files that change under the run are noticed."""
+
+import pytest
+import torch
+from helpers.checkpoints import TENSORS, refused
+from helpers.families import save_model
+from safetensors.torch import load_file, save_file
+
+from sparsefw.checkpoint.reader import fingerprint, read_shard, read_tensors
+from sparsefw.checkpoint.source import SINGLE, inspect
+
+
+def test_tensors_are_the_files(shards):
+    found = read_tensors(inspect(shards).tensors)
+    assert found.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_empty_and_scalar_tensors(folder):
+    odd = {"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5), "w": torch.ones(2, 2)}
+    save_file(odd, folder / SINGLE)
+    found = read_tensors(inspect(folder).tensors)
+    assert all(torch.equal(found[name], tensor) for name, tensor in odd.items())
+
+
+def test_memory_is_aligned_as_torchs_own(folder):
+    """Behind a header of any length: products may round differently elsewhere."""
+    for length in range(1, 9):
+        save_file({"x" * length: torch.ones(3), "w": torch.ones(64, 64, dtype=torch.bfloat16)}, folder / SINGLE)
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in read_tensors(inspect(folder).tensors).values())
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in read_shard(folder / SINGLE).values())
+
+
+@pytest.mark.parametrize("how", ["shorter", "gone", "other"])
+def test_file_that_changed_since(folder, how):
+    tensors, path = inspect(folder).tensors, folder / SINGLE
+    if how == "shorter":
+        path.write_bytes(path.read_bytes()[:-4])
+    elif how == "gone":
+        path.unlink()
+    else:
+        save_file({"a": torch.ones(2)}, path)
+    with refused(r"model.safetensors: (ends before|cannot be read any more|tensor \w is not what it was)"):
+        read_tensors(tensors)
+
+
+class TestFingerprint:
+    def test_of_the_content_not_the_place(self, tmp_path):
+        one = save_model(tmp_path / "one", "llama")
+        tensors = {}
+        for path in one.glob("*.safetensors"):
+            tensors |= load_file(path)
+        two = tmp_path / "two"
+        two.mkdir()
+        (two / "config.json").write_bytes((one / "config.json").read_bytes())
+        save_file(tensors, two / SINGLE)
+        assert fingerprint(inspect(one)) == fingerprint(inspect(two))
+
+    def test_changes_with_a_weight_a_name_and_the_config(self, folder):
+        before = fingerprint(inspect(folder))
+        save_file(TENSORS | {"c": TENSORS["c"] + 1}, folder / SINGLE)
+        weight = fingerprint(inspect(folder))
+        save_file({("d" if name == "c" else name): tensor for name, tensor in TENSORS.items()}, folder / SINGLE)
+        name = fingerprint(inspect(folder))
+        save_file(TENSORS, folder / SINGLE)
+        assert fingerprint(inspect(folder)) == before
+        (folder / "config.json").write_text('{"model_type": "opt"}')
+        assert len({before, weight, name, fingerprint(inspect(folder))}) == 4

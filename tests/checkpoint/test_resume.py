@@ -1,0 +1,104 @@
+"""Unfinished runs on disk: one process at a time, and only the same run goes on."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers.checkpoints import contents, refused
+
+from sparsefw.checkpoint.resume import Partial, durably
+
+CHOSEN = {"batch": 8}
+IDENTITY = {"--sparsity": "0.6", "the model": "abc", "torch": "2.13"}
+
+
+def opened(tmp_path, identity=IDENTITY, restart=False):
+    partial = Partial(tmp_path / ".out.partial", tmp_path / "out")
+    try:
+        partial.open(identity, CHOSEN, restart)
+    finally:
+        partial.release()
+    return partial
+
+
+def with_two_records(tmp_path):
+    partial = Partial(tmp_path / ".out.partial", tmp_path / "out")
+    partial.open(IDENTITY, {"batch": 4})
+    for n in (1, 2):
+        partial.add({"n": n})
+    partial.release()
+    return partial
+
+
+def test_goes_on_with_what_is_finished(tmp_path):
+    with_two_records(tmp_path)
+    again = opened(tmp_path)
+    assert again.records == [{"n": 1}, {"n": 2}]
+    assert again.chosen == {"batch": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"--sparsity": "0.5"}, "--sparsity 0.6 then, 0.5 now"),
+        ({"the model": "abd"}, "the model abc then, abd now"),
+        ({"the text of --eval x": "hash"}, "the text of --eval x nothing then, hash now"),
+    ],
+)
+def test_another_run_is_refused_and_told_what_differs(tmp_path, change, said):
+    with_two_records(tmp_path)
+    with refused(rf"an unfinished run of other input is there \(2 parts finished\): {said}; .*--restart"):
+        opened(tmp_path, IDENTITY | change)
+    without = {k: v for k, v in IDENTITY.items() if k != "torch"}
+    with refused(r"torch 2\.13 then, nothing now"):
+        opened(tmp_path, without)
+    assert len(opened(tmp_path).records) == 2
+
+
+def test_restart_discards_it(tmp_path):
+    with_two_records(tmp_path)
+    again = opened(tmp_path, {"--sparsity": "0.5"}, restart=True)
+    assert again.records == []
+    assert again.chosen == CHOSEN
+    assert opened(tmp_path, {"--sparsity": "0.5"}).records == []
+
+
+def test_folder_without_an_output_to_be_begins_anew(tmp_path):
+    partial = with_two_records(tmp_path)
+    (partial.folder / "new").rmdir()
+    assert opened(tmp_path, {"--sparsity": "0.5"}).records == []
+
+
+def test_second_process_is_refused_and_the_first_ones_death_frees_it(tmp_path):
+    code = (
+        "import sys, pathlib; from sparsefw.checkpoint.resume import Partial; p = pathlib.Path(sys.argv[1]);"
+        "Partial(p / '.out.partial', p / 'out').open({}); print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        before = contents(tmp_path)
+        with refused("out: another run is writing it"):
+            opened(tmp_path)
+        assert contents(tmp_path) == before
+        other.kill()
+        other.wait()
+        assert opened(tmp_path, {}).records == []
+
+
+def test_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "file"
+    durably(path, lambda temporary: temporary.write_text("old"))
+
+    def fail(temporary):
+        temporary.write_text("ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        durably(path, fail)
+    assert path.read_text() == "old"
+    durably(path, lambda temporary: temporary.write_text("new"))
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]

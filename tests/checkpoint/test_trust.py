@@ -1,0 +1,250 @@
+"""What files of a checkpoint may say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.checkpoints import refused
+from helpers.families import FAMILIES, save_model
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from sparsefw.checkpoint import trust
+from sparsefw.checkpoint.source import inspect
+from sparsefw.errors import InputError
+
+CONFIG = Path("config.json")
+
+# shown, parse_object
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("model.layers.0", "model.layers.0"),
+        ("a\nb\r\x1b[31m\x07\x00", r"a\nb\r\x1b[31m\x07\x00"),
+        ("\u2028\u202e\ud800\x85", r"\u2028\u202e\ud800\x85"),
+        ("Übung 日本", "Übung 日本"),
+        ((1, 2), "(1, 2)"),
+        ("x" * 200, "x" * 200),
+        ("x" * 10**6, "x" * 200 + "... (1000000 characters)"),
+    ],
+)
+def test_shown(text, line):
+    assert trust.shown(text) == line
+    assert line.isprintable()
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 1}', '{"x": [{"a": 1, "b": 2, "a": 3}]}', '{"a": 1, "\\u0061": 2}'])
+def test_a_key_stands_once(text):
+    with refused("^config.json: a is in it twice; keep one$"):
+        trust.parse_object(text.encode(), CONFIG)
+
+
+@pytest.mark.parametrize("text", [b"\xff", b"\xef\xbb\xbf{}", '{"a": 1}'.encode("utf-16"), b"[" * 10**5, b"1" * 5000])
+def test_what_is_no_json(text):
+    with refused("^config.json: not JSON") as caught:
+        trust.parse_object(text, CONFIG)
+    assert str(caught.value).isprintable()
+
+
+# check_config
+
+
+def nested(depth: int) -> dict:
+    return {"a": nested(depth - 1)} if depth else {}
+
+
+@pytest.mark.parametrize("key", trust.REFUSED)
+@pytest.mark.parametrize("wrap", [lambda c: c, lambda c: {"text_config": c}, lambda c: {"x": [[{"y": c}]]}])
+def test_entries_that_lead_elsewhere(key, wrap):
+    with refused(rf"^config.json: .* \({key}\)$"):
+        trust.check_config(wrap({key: {"a": 1}}), CONFIG)
+    trust.check_config(wrap({key: None}), CONFIG)
+
+
+@pytest.mark.parametrize("config", [{"a": "\x1b[31m"}, {"\x07": 1}, {"x": [{"a": "\x9b"}]}])
+def test_control_characters(config):
+    with refused("^config.json: control characters in .*; remove them$") as caught:
+        trust.check_config(config, CONFIG)
+    assert str(caught.value).isprintable()
+    trust.check_config({"chat_template": "{% if a %}\n\tb\r\n{% endif %}\u3000"}, CONFIG)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_code_on_the_hub(key):
+    for value in ("org/kernel", {"text_config": "org/kernel@main"}):
+        with refused(f"^config.json: {key} .* is code on the Hub, which is never run"):
+            trust.check_config({"a": {key: value}}, CONFIG)
+    trust.check_config({key: "flash_attention_2"}, CONFIG)
+
+
+def test_depth():
+    trust.check_config(nested(trust.MAX_DEPTH - 1), CONFIG)
+    with refused("config.json: nested more than 32 deep"):
+        trust.check_config(nested(trust.MAX_DEPTH), CONFIG)
+    with refused("config.json: nested more than 32 deep"):
+        trust.check_config({"a": json.loads("[" * 500 + "]" * 500)}, CONFIG)
+
+
+def test_the_other_config_is_what_transformers_would_read(tmp_path):
+    # Why configuration_files is refused.
+    AutoConfig.for_model("llama").save_pretrained(tmp_path)
+    AutoConfig.for_model("gpt2").save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "config.json").rename(tmp_path / "config.4.0.0.json")
+    content = json.loads((tmp_path / "config.json").read_text()) | {"configuration_files": ["config.4.0.0.json"]}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "gpt2"
+
+
+# check_sizes
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"num_hidden_layers": 10**6},
+        {"n_layer": 1025},
+        {"decoder_layers": 1e5},
+        {"num_layers_per_stack": 2000},
+        {"audio_config": {"num_blocks": 10**5}},
+        {"layer_types": ["full_attention"] * 2000},
+        {"hybrid_override_pattern": "M" * 2000},
+    ],
+)
+def test_more_layers_than_tensors(entry):
+    with refused(r"^config.json: \w+ asks for \S+ parts, but there are 3 tensors$"):
+        trust.check_sizes({"x": entry}, CONFIG, [(2**30, 1)] * 3)
+    trust.check_sizes({"x": entry}, CONFIG, [(1,)] * 10**6)
+
+
+def test_layers_that_are_without_number():
+    with refused("^config.json: n_layers asks for inf parts"):
+        trust.check_sizes(json.loads('{"n_layers": 1e999}'), CONFIG, [(1,)])
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "head_dim", "num_attention_heads", "num_experts", "x"])
+def test_more_than_any_dimension(key):
+    with refused(rf"^config.json: {key} is 1099511627776, but no tensor is larger than 7 in any way$"):
+        trust.check_sizes({key: 2**40}, CONFIG, [(7, 2), (0, 2**47)])
+    trust.check_sizes({key: 2**40}, CONFIG, [(2**40, 1)])
+
+
+REAL = {
+    "Llama-3.1-405B": {"num_hidden_layers": 126, "vocab_size": 128256, "rope_theta": 500000.0, "hidden_size": 16384},
+    "Llama-4-Scout": {
+        "text_config": {
+            **{"max_position_embeddings": 10485760, "num_local_experts": 16, "attention_chunk_size": 8192},
+            **{"no_rope_layers": [1, 1, 1, 0] * 12, "rope_scaling": {"original_max_position_embeddings": 8192}},
+        }
+    },
+    "DeepSeek-V3": {"n_routed_experts": 256, "num_hidden_layers": 61, "vocab_size": 129280, "rope_theta": 10000},
+    "Qwen2.5-7B-1M": {"max_position_embeddings": 1010000, "rope_theta": 10000000, "max_window_layers": 28},
+    "Gemma-3-27B": {"text_config": {"vocab_size": 262208, "num_hidden_layers": 62}, "image_token_index": 262144},
+    "a long context": {"rope_theta": 500_000_000, "sliding_window": 2**22, "rope_local_base_freq": 10_000_000},
+    "Nemotron-H": {"hybrid_override_pattern": "M-M-M-M*-" * 12, "time_step_limit": [0.0, float("inf")]},
+    "saved by an old version": {"pretraining_tp": 1, "task_specific_params": {"x": {}}, "id2label": {"0": "L"}},
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_configs_pass(name):
+    trust.check_config(REAL[name], CONFIG)
+    trust.check_sizes(REAL[name], CONFIG, [(1000, 100)] * 100)
+    trust.check_tokenizer(REAL[name], CONFIG)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_pass(family, tmp_path):
+    assert inspect(save_model(tmp_path, family)).config["model_type"]
+
+
+def test_defaults_of_transformers_pass():
+    count = 0
+    for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            config = json.loads(CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
+        except StrictDataclassError:
+            # One has no valid default.
+            continue
+        trust.check_config(config, CONFIG)
+        trust.check_sizes(config, CONFIG, [(1,)])
+        trust.check_tokenizer(config, CONFIG)
+        count += 1
+    assert count > 100
+
+
+# check_tokenizer
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "LlamaForCausalLM",
+            "LlamaForCausalLMFast",
+            "LlamaForCausalLMFastFast",
+            "AutoModel",
+            "BertModel",
+            "AutoConfig",
+        ),
+        *("AutoTokenizer", "AutoTokenizerFast", "RagTokenizer", "AutoProcessor", "Trainer", "pipeline", "utils"),
+        *("LlavaImageProcessor", "LlavaImageProcessorFastFast", "__name__", 3, [], {}, True),
+    ],
+)
+def test_what_is_no_tokenizer(name):
+    with refused("^config.json: tokenizer_class .* is not the name of a tokenizer$"):
+        trust.check_tokenizer({"tokenizer_class": name}, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", "GPT2Tokenizer"),
+        *("Qwen2Tokenizer", "GemmaTokenizerFast", "MistralCommonBackend", "BloomTokenizerFast", "T5Tokenizer"),
+        *("SomebodysTokenizer", "TikTokenWrapper", "", None),
+    ],
+)
+def test_what_is_a_tokenizer(name):
+    trust.check_tokenizer({"tokenizer_class": name}, CONFIG)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "rag"}, {"encoder": {"model_type": "rag"}}])
+def test_models_whose_tokenizer_has_parts(config):
+    with refused("^config.json: models of type rag have no tokenizer that can be trusted$"):
+        trust.check_tokenizer(config, CONFIG)
+    trust.check_tokenizer({"model_type": "llama", "text_config": {"model_type": "nobody's"}}, CONFIG)
+
+
+@pytest.mark.parametrize("files", [["../x"], ["/x"], ["a\\b"], ["x\n"], [".."], [""], [3], 3, "tokenizer.json"])
+def test_tokenizer_files_elsewhere(files):
+    with refused("^config.json: fast_tokenizer_files .* are not names of files beside it$") as caught:
+        trust.check_tokenizer({"fast_tokenizer_files": files}, CONFIG)
+    assert str(caught.value).isprintable()
+    trust.check_tokenizer({"fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.0.0.json"]}, CONFIG)
+
+
+# bounded
+
+
+def build(layers: int, tensors: int) -> None:
+    config = AutoConfig.for_model("llama", num_hidden_layers=layers, hidden_size=32, vocab_size=8)
+    with torch.device("meta"), trust.bounded(tensors):
+        AutoModelForCausalLM.from_config(config)
+
+
+def test_a_model_far_larger_than_its_checkpoint_is_not_built():
+    with refused("^config.json asks for a model of more than 16384 parts for 3 tensors$"):
+        build(1100, 3)
+    build(2, 3)
+    # One layer has nine tensors.
+    build(1100, 9900)
+
+
+def test_what_is_built_later_is_not_counted():
+    with pytest.raises(InputError), trust.bounded(0):
+        torch.nn.ModuleList(torch.nn.Identity() for _ in range(20000))
+    assert len(torch.nn.ModuleList(torch.nn.Identity() for _ in range(20000))) == 20000

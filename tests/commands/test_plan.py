@@ -1,0 +1,249 @@
+"""The plan's command line: what a config says, what is printed, and bad input in one line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+import torch
+from helpers.families import FAMILIES, save_model
+from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import AutoConfig
+
+from sparsefw.errors import InputError
+from sparsefw.estimate import rates
+from sparsefw.estimate.describe import describe
+from sparsefw.plan import main
+
+LLAMA_70B = dict(
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+    model_type="llama",
+    torch_dtype="bfloat16",
+)
+
+
+def config_of(source, folder):
+    """The config alone, in another folder."""
+    folder.mkdir()
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_says_as_much_as_its_checkpoint(family, tmp_path):
+    source = save_model(tmp_path / "model", family, torch.bfloat16)
+    whole, alone = describe(str(source)), describe(str(config_of(source, tmp_path / "config")))
+    assert whole == alone
+    assert alone.dtype == torch.bfloat16
+    loaded = AutoConfig.from_pretrained(source)
+    (tmp_path / "other.json").write_text(json.dumps(loaded.to_dict()))
+    assert describe(str(tmp_path / "other.json")).shape == alone.shape
+
+
+def test_the_dtype(tmp_path):
+    """That of the weights where there are some, else what the config says, else bf16 and a note."""
+    source = save_model(tmp_path / "model", "llama", torch.float16)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    alone = config_of(source, tmp_path / "config")
+    assert (describe(str(source)).dtype, describe(str(alone)).dtype) == (torch.float16, torch.float32)
+    (alone / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
+    )
+    described = describe(str(alone))
+    assert described.dtype == torch.bfloat16
+    assert described.notes == [f"{alone / 'config.json'}: names no dtype: taken for torch.bfloat16"]
+    (alone / "config.json").write_text(json.dumps(config | {"dtype": "float64"}))
+    with pytest.raises(InputError, match=r"weights in torch\.float64 cannot be pruned"):
+        describe(str(alone))
+
+
+@pytest.fixture
+def config(tmp_path):
+    return config_of(save_model(tmp_path / "model", "llama"), tmp_path / "config")
+
+
+SMALL = ["--nsamples", "8", "--seqlen", "32"]
+
+
+def said(capsys, *argv):
+    """What a good command line prints."""
+    assert main([*map(str, argv)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def refused(capsys, *argv):
+    """The one line of a bad one."""
+    assert main([*map(str, argv)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("sparsefw: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_lines_and_json(config, tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    rate = ["--tflops", "2", "--tflops", "tf32=4", "--bandwidth", "3", "--disk", "5"]
+    out = said(capsys, "--model", config, "--gpu", "h100", *SMALL, *rate, "--json", path)
+    content = json.loads(path.read_text())
+    assert "products of a solve by sparsefw: 74 (steps 40, refits 25, target 4, starts 2, errors 3)" in out
+    assert content["work"]["precision"] == "bf16"
+    assert content["rates"]["flops"] == {"bf16": 2e12, "tf32": 4e12, "ieee": 2e12}
+    assert (content["rates"]["bandwidth"], content["rates"]["disk"]) == (3e9, 5e9)
+    assert list(content["phases"]) == ["read", "calibrate", "solve", "forward", "write", "all"]
+    every = content["phases"].pop("all")
+    assert every["run"]["flops"] == sum(row["run"].get("flops", 0) for row in content["phases"].values())
+    assert content["phases"]["solve"]["run"]["flops"] == 3 * content["phases"]["solve"]["block"]["flops"]
+    assert set(content["memory"]) >= {"start", "calibrate", "solve", "write", "end"}
+    assert content["budgets"]["host"] is None
+    assert f"hours: at least {content['seconds']['all'] / 3600:.3f}, at bf16 2 Tflop/s" in out
+
+
+def test_hours_need_rates(config, capsys):
+    out = said(capsys, "--model", config, "--gpu", "h100", *SMALL)
+    assert "hours: not known: no rates of this card were measured yet; give --tflops and --bandwidth, or" in out
+    assert "GB/s as measured here, the disk at no time" in said(capsys, "--model", config, *SMALL, "--measure")
+
+
+def test_rates_of_a_card_that_was_measured(config, capsys, monkeypatch):
+    monkeypatch.setitem(rates.MEASURED_ROOFS, "l4", {"copy": 1e9, "bf16": 1e12, "tf32": 2e12, "ieee": 3e12})
+    out = said(capsys, "--model", config, "--gpu", "l4", *SMALL)
+    assert "at bf16 1 Tflop/s, tf32 2 Tflop/s, ieee 3 Tflop/s, memory 1 GB/s as measured on l4, the disk at no" in out
+
+
+def test_defaults_are_those_of_a_run_on_that_device(config, tmp_path, capsys):
+    def work(*flags):
+        said(capsys, "--model", config, *SMALL, *flags, "--json", tmp_path / "plan.json")
+        return json.loads((tmp_path / "plan.json").read_text())["work"]
+
+    assert work("--gpu", "h100")["precision"] == "bf16"
+    assert work("--gpu", "h100", "--precision", "tf32")["precision"] == "tf32"
+    if not torch.cuda.is_available():
+        assert work()["precision"] == "ieee"
+    # The model's maximum, as in a run.
+    assert work("--seqlen", "2048")["seqlen"] == 64
+    assert work("--refit", "0")["target"] == "layer"
+    assert work("--eval", "a", "--eval", "b", "--eval-windows", "5")["held_out"] == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--gpu nothing", None),
+        ("--gpu h100 --gpu-memory 0", "--gpu-memory 0.00: this run needs at least"),
+        ("--host-memory 0.01", "--host-memory 0.01: this run needs at least"),
+        ("--gpu h100 --measure --tflops 1", "--measure: finds what --tflops and --bandwidth say"),
+        ("--tflops 1", "--tflops and --bandwidth: hours need both of them"),
+        ("--tflops fp8=1 --bandwidth 1", "--tflops fp8=1: expected a positive number"),
+        ("--tflops nan --bandwidth 1", "--tflops nan: expected a positive number"),
+        ("--tflops tf32=1 --bandwidth 1 --gpu h100", "the run multiplies in ieee too; give ieee=N as well"),
+        ("--disk 0", None),
+        ("--eval text.txt", "--eval text.txt: texts are not read here; say how long it is with --eval-windows"),
+        ("--sparsity 2", "--sparsity 2: the fraction removed lies between 0 and 1"),
+        ("--steps -1", "--steps -1: expected at least 0"),
+        ("--json /nowhere/plan.json", "--json /nowhere/plan.json: cannot be written"),
+        ("--unheard-of", None),
+    ],
+)
+def test_bad_flags_are_one_line(config, flags, line, capsys):
+    argv = ["--model", str(config), *SMALL, *flags.split()]
+    if line is None:
+        with pytest.raises(SystemExit) as stopped:
+            main(argv)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    else:
+        assert line in refused(capsys, *argv)
+
+
+def test_flags_of_a_gpu_that_is_not_here(config, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device here; say which card" in refused(capsys, "--model", config, *SMALL, "--gpu-memory", "8")
+    assert "no GPU is here" in refused(capsys, "--model", config, *SMALL, "--gpu", "h100", "--measure")
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("{", "config.json: not JSON"),
+        ("[]", "expected a JSON object, got list"),
+        ("{}", "transformers cannot build this model"),
+        ('{"model_type": "unheard_of"}', "transformers cannot build this model"),
+        ('{"model_type": "vit"}', "transformers cannot build this model"),
+        ('{"model_type": "llama", "quantization_config": {"bits": 4}}', "the model is quantized"),
+        ('{"model_type": "llama", "num_hidden_layers": 1000000000}', "num_hidden_layers is 1000000000, which no model"),
+        ('{"model_type": "llama", "vocab_size": 1000000000000}', "vocab_size is 1000000000000, which no model has"),
+        ('{"model_type": "llama", "hidden_size": 1000000, "num_attention_heads": 1000}', "asks for model."),
+        ('{"model_type": "llama", "hidden_size": -1}', "transformers cannot build this model"),
+        ('{"model_type": "llama", "num_hidden_layers": 0}', "num_hidden_layers is 0: there is nothing to prune"),
+    ],
+)
+def test_bad_configs_are_one_line(content, line, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(content)
+    assert line in refused(capsys, "--model", tmp_path, *SMALL, "--gpu", "h100")
+
+
+def test_a_block_that_cannot_be_run_is_one_line(config, capsys, monkeypatch):
+    def fails(model):
+        raise RuntimeError("no such kernel\nat all")
+
+    monkeypatch.setattr("sparsefw.estimate.describe.shape_of", fails)
+    assert "unsupported model: a block cannot be run: no such kernel\n" in refused(capsys, "--model", config, *SMALL)
+
+
+def test_no_model_there(tmp_path, capsys, monkeypatch):
+    assert "no config.json" in refused(capsys, "--model", tmp_path)
+    assert "no such folder or file" in refused(capsys, "--model", tmp_path / "nothing")
+    assert "no such folder or file" in refused(capsys, "--model", "~no-user/nothing")
+    assert "nor a valid Hub id" in refused(capsys, "--model", "a/b/c")
+    asked = []
+
+    def download(*what):
+        asked.append(what)
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    line = refused(capsys, "--model", "org/name")
+    assert "org/name: no such folder, and it could not be downloaded from the Hub (no network)" in line
+    assert asked == [("org/name", "config.json")]
+
+
+def test_a_hub_id_needs_its_config_only(config, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *what: str(config / "config.json"))
+    assert "org/name, LlamaForCausalLM" in said(capsys, "--model", "org/name", *SMALL)
+
+
+def test_llama_3_70b(tmp_path):
+    """In a process of its own, whose memory shows: 141 GB of weights are never there."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    code = (
+        "import resource, sys; from sparsefw.plan import main; status = main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr); sys.exit(status)"
+    )
+    flags = ["--model", str(tmp_path), "--gpu", "h100", "--json", str(tmp_path / "plan.json")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], capture_output=True, text=True, check=True, env=os.environ
+    )
+    assert int(done.stderr.splitlines()[-1]) < 2000
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content["model"]["parameters"] == 70_553_706_496
+    assert content["disk"]["output"] == 2 * 70_553_706_496
+    tokens, d, inner = 256 * 2048, 8192, 28672
+    matrices = {"qkv": (10240, d), "o": (d, d), "up": (2 * inner, d), "down": (d, inner)}
+    linear = sum(2 * tokens * rows * d for rows, d in matrices.values())
+    attention = 2 * tokens * 2049 * d
+    assert content["phases"]["forward"]["block"]["flops"] == linear + attention
+    # Each of the three for errors is three in tf32.
+    solves = sum((71 + 3 * 3) * 2 * rows * d * d for rows, d in matrices.values())
+    assert content["phases"]["solve"]["block"]["flops"] == pytest.approx(solves, rel=0.01)

@@ -1,0 +1,167 @@
+"""Runs that are killed anywhere go on where they were, and end with the bytes of an undisturbed one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.families import save_model
+from safetensors.torch import load_file
+
+from sparsefw.checkpoint import resume
+from sparsefw.run import main
+
+TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
+
+# A process that kills itself at the n-th time it makes something durable.
+KILLED = """
+import os, signal, sys
+from sparsefw.checkpoint import resume
+sync, left = resume._sync, [int(sys.argv[1])]
+def count(path):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(path)
+resume._sync = count
+from sparsefw.run import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, a text, and the output of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("resume")
+    save_model(folder / "model", "qwen3_moe", torch.bfloat16)
+    (folder / "text.txt").write_text(TEXT)
+    assert run(folder, "undisturbed") == 0
+    return folder
+
+
+def arguments(place, output, *more):
+    text = str(place / "text.txt")
+    flags = ["--nsamples", "4", "--seqlen", "32", "--steps", "2", "--kernel", "torch", "--sparsity", "0.5"]
+    flags += ["--compare", "sparsegpt", "--eval", text, "--eval-windows", "2"]
+    return ["--model", str(place / "model"), "--dataset", text, "--output", str(place / output), *flags, *more]
+
+
+def run(place, output, *more):
+    return main(arguments(place, output, *more))
+
+
+def content(place, output):
+    """All files but the report, which has times in it; and the report's results."""
+    folder = place / output
+    files = {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith("report.")}
+    report = json.loads((folder / "report.json").read_text())
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in report["layers"]]
+    return files, rows, report["kept_dense"], report["evaluation"], [block["name"] for block in report["blocks"]]
+
+
+def interrupted_at(monkeypatch, n):
+    """The n-th time that something is made durable from now on is Ctrl-C instead."""
+    left, sync = [n], resume._sync
+
+    def count(path):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        sync(path)
+
+    monkeypatch.setattr(resume, "_sync", count)
+
+
+def test_interrupted_anywhere_ends_with_the_same_bytes(place, monkeypatch, capsys):
+    for n in range(1, 200):
+        with monkeypatch.context() as patched:
+            interrupted_at(patched, n)
+            status = run(place, "interrupted")
+        if status == 0:
+            break
+        assert status == 130
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("sparsefw: interrupted; ")
+        left = (place / ".interrupted.partial").exists()
+        assert ("the same command goes on from there" in error) == left
+        assert not (place / "interrupted").exists()
+    assert n > 8
+    assert content(place, "interrupted") == content(place, "undisturbed")
+    assert not (place / ".interrupted.partial").exists()
+
+
+@pytest.mark.parametrize("n", [2, 9, 14, 31])
+def test_killed_ends_with_the_same_bytes(place, n, capsys):
+    output = f"killed-{n}"
+    command = [sys.executable, "-c", KILLED, str(n), *arguments(place, output)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    finished = len(list((place / f".{output}.partial" / "records").glob("*.json")))
+    assert run(place, output) == 0
+    said = f"going on with an unfinished run: {finished} of 4 parts are there"
+    assert (said in capsys.readouterr().out) == (finished > 0)
+    assert content(place, output) == content(place, "undisturbed")
+    assert not (place / f".{output}.partial").exists()
+
+
+def test_other_arguments_model_or_text_are_refused(place, tmp_path, monkeypatch, capsys):
+    def refused(*more, said):
+        assert run(place, "other", *more) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert said in error
+
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, 12)
+        assert run(place, "other") == 130
+    assert "1 of 4 parts are finished" in capsys.readouterr().err
+    (tmp_path / "text.txt").write_text(TEXT[100:])
+    another = str(save_model(tmp_path / "model", "qwen3_moe", torch.bfloat16, seed=1))
+    refused("--sparsity", "0.6", said="--sparsity 0.5 then, 0.6 now")
+    refused("--model", another, said="the model ")
+    refused("--dataset", str(tmp_path / "text.txt"), said="the calibration text ")
+    # Neither where the model lies nor what a solve may take changes the result.
+    os.rename(place / "model", place / "moved")
+    try:
+        assert run(place, "other", "--model", str(place / "moved"), "--host-memory", "2") == 0
+    finally:
+        os.rename(place / "moved", place / "model")
+    assert content(place, "other") == content(place, "undisturbed")
+
+
+def test_restart_discards_what_is_there(place, monkeypatch):
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, 12)
+        assert run(place, "restarted", "--sparsity", "0.3") == 130
+    assert run(place, "restarted", "--restart") == 0
+    assert content(place, "restarted") == content(place, "undisturbed")
+
+
+def test_full_disk_is_one_line_and_the_run_goes_on_with_space(place, monkeypatch, capsys):
+    def full(path, write):
+        if path.name.startswith("model-00003"):
+            raise OSError(28, "No space left on device")
+        return durably(path, write)
+
+    durably = resume.durably
+    with monkeypatch.context() as patched:
+        patched.setattr("sparsefw.checkpoint.writer.durably", full)
+        assert run(place, "full") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "No space left on device; 2 of 4 parts are finished: the same command goes on from there" in error
+    # From now on it is known beforehand: the last block is to be written for both methods, and what lies outside.
+    shards = [load_file(place / "undisturbed" / f"model-0000{n}-of-00004.safetensors") for n in (3, 4)]
+    third, outside = (sum(tensor.nbytes for tensor in shard.values()) for shard in shards)
+    free = [2 * third + outside - 1]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    assert run(place, "full") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "GB free; make space or choose another --output; 2 of 4 parts are finished: the same command" in error
+    free[0] += 1
+    assert run(place, "full") == 0
+    assert content(place, "full") == content(place, "undisturbed")

@@ -1,0 +1,357 @@
+"""The command line from end to end on tiny models: what it writes, what it says, what it refuses."""
+
+import json
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from helpers.families import FAMILIES, save_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparsefw import checkpoint
+from sparsefw.run import main, parse_arguments, settings_of
+from sparsefw.solver.methods import METHODS
+
+TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(200))
+SMALL = ["--nsamples", "6", "--seqlen", "32", "--kernel", "torch"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def run(model, text, output, *flags):
+    steps = [] if "--method" in flags else ["--steps", "4"]
+    return main(["--model", str(model), "--dataset", str(text), "--output", str(output), *SMALL, *steps, *flags])
+
+
+def perplexities(report, text=0):
+    return report["evaluation"][text]["perplexity"]
+
+
+def tensors_of(folder):
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("refit", ["4", "0"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_end_to_end(family, refit, tmp_path, text):
+    """Pruned, written, loaded back; the logits measured while streaming are those of the written checkpoint."""
+    source = save_model(tmp_path / "model", family, torch.bfloat16)
+    evaluation = ["--eval", str(text), "--eval-windows", "3"]
+    assert run(source, text, tmp_path / "out", "--sparsity", "2:4", "--refit", refit, *evaluation) == 0
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["layers"]) >= 3 * 4
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed
+    for name in changed:
+        kept = after[name] != 0
+        assert torch.equal(after[name][kept], before[name][kept]) == (refit == "0")
+        assert (kept.view(-1, 4).sum(1) <= 2).all()
+    # Perplexity of the checkpoint that was written, by transformers alone.
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="auto", attn_implementation="eager" if "gemma" in family else None
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = torch.tensor(tokenizer(TEXT)["input_ids"][: 3 * 32]).view(3, 32)
+    with torch.no_grad():
+        loss = torch.stack([model(row[None], labels=row[None]).loss for row in ids]).mean()
+    assert perplexities(report)["sparsefw"] == pytest.approx(loss.exp().item(), rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "method"), [*(("0.6", method) for method in METHODS), ("layer:0.6", "sparsefw"), ("3:8", "ria")]
+)
+def test_exact_sparsity(sparsity, method, tmp_path, text):
+    source = save_model(tmp_path / "model", "llama", torch.float32)
+    assert run(source, text, tmp_path / "out", "--sparsity", sparsity, "--method", method) == 0
+    after = tensors_of(tmp_path / "out")
+    for name, weight in after.items():
+        if "_proj" not in name:
+            continue
+        rows, d = weight.shape
+        kept = weight != 0
+        if method == "sparsegpt":
+            # One budget for a block of columns: rows differ in what they keep.
+            assert kept.sum() == rows * d - int(0.6 * rows * d + 1e-9)
+        elif sparsity == "0.6":
+            assert (kept.sum(1) == d - int(0.6 * d + 1e-9)).all()
+        elif sparsity == "3:8":
+            assert (kept.view(-1, 8).sum(1) == 3).all()
+        else:
+            assert kept.sum() == rows * d - int(0.6 * rows * d + 1e-9)
+            assert kept.sum(1).unique().numel() > 1
+
+
+def test_compare_prunes_each_method_as_if_alone(tmp_path, text):
+    source = save_model(tmp_path / "model", "llama", torch.bfloat16)
+    evaluation = ["--eval", str(text), "--eval-windows", "4"]
+    assert run(source, text, tmp_path / "both", "--compare", "wanda", "--compare", "magnitude", *evaluation) == 0
+    both = json.loads((tmp_path / "both" / "report.json").read_text())
+    for method in ("wanda", "magnitude", "sparsefw"):
+        steps = ["--steps", "4"] if method == "sparsefw" else []
+        assert run(source, text, tmp_path / method, "--method", method, *steps, *evaluation) == 0
+        alone = json.loads((tmp_path / method / "report.json").read_text())
+        assert perplexities(both)[method] == perplexities(alone)[method]
+    assert perplexities(both)["dense"] == perplexities(alone)["dense"]
+    first, second = (tensors_of(tmp_path / name) for name in ("both", "sparsefw"))
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_rerun_gives_the_same_bytes(tmp_path, text):
+    source = save_model(tmp_path / "model", "qwen3", torch.bfloat16)
+    for name in ("a", "b"):
+        assert run(source, text, tmp_path / name) == 0
+    shards = sorted(p.name for p in (tmp_path / "a").glob("*.safetensors"))
+    assert len(shards) == 4
+    assert all((tmp_path / "a" / s).read_bytes() == (tmp_path / "b" / s).read_bytes() for s in shards)
+
+
+def test_tied_embeddings_stay_tied(tmp_path, text):
+    source = save_model(tmp_path / "model", "llama", torch.float32)
+    assert run(source, text, tmp_path / "out") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert "lm_head.weight" not in checkpoint.inspect(tmp_path / "out").tensors
+
+
+def test_report_has_its_keys(tmp_path, text):
+    source = save_model(tmp_path / "model", "llama")
+    assert run(source, text, tmp_path / "out", "--compare", "wanda", "--eval", str(text)) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    parts = {"arguments", "versions", "device", "data", "evaluation", "layers", "seconds", "peak_memory"}
+    assert parts <= set(report)
+    assert set(perplexities(report)) == {"dense", "wanda", "sparsefw"}
+    assert set(report["data"]) == {"source", "hash", "windows", "seqlen", "seed"}
+    assert {"source", "hash", "windows", "seqlen", "perplexity"} == set(report["evaluation"][0])
+    assert {"host_bytes", "gpu_bytes"} == set(report["peak_memory"])
+    errors = {"error_warm_start", "error_mask", "error", "relative_mask", "relative_error", "gap"}
+    assert {"name", "shape", "pattern", "method", "alpha", "steps", "seconds"} | errors <= set(report["layers"][0])
+    assert report["arguments"]["seqlen"] == 32
+    mine = [row for row in report["layers"] if row["method"] == "sparsefw"]
+    assert len(mine) == 3 * 7
+    assert all(row["error"] < row["error_mask"] <= row["error_warm_start"] and row["gap"] >= 0 for row in mine)
+
+
+def test_paper_preset(tmp_path, text):
+    source = save_model(tmp_path / "model", "llama")
+    assert run(source, text, tmp_path / "out", "--preset", "paper", "--sparsity", "layer:0.5", "--steps", "20") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["arguments"]["step_rule"] == "open-loop"
+    assert report["layers"][0]["alpha"] == 0.9
+    weight = tensors_of(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"]
+    assert (weight != 0).sum() == weight.numel() / 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], dict(steps=30, alpha=0, swaps=0, refit=4, rounds=3, target="dense", damp=0.1)),
+        (["--refit", "2"], dict(alpha=0, swaps=0, refit=2, rounds=3, target="dense", damp=0.1)),
+        (["--refit", "0"], dict(steps=40, alpha=0, swaps=100, refit=0, rounds=0, target="layer", damp=0.2)),
+        (["--refit", "0", "--alpha", "0.25", "--swaps", "0", "--damp", "0"], dict(alpha=0.25, swaps=0, damp=0)),
+        (["--alpha", "0.5", "--target", "layer"], dict(alpha=0.5, target="layer")),
+        (["--preset", "paper"], dict(alpha=0.9, swaps=0, refit=0, rounds=0, target="layer", damp=0)),
+        (["--preset", "paper", "--refit", "2"], dict(alpha=0.9, swaps=0, rounds=0, target="dense", damp=0.1)),
+    ],
+)
+def test_defaults_go_with_the_refit(flags, expected):
+    assert expected.items() <= vars(parse_arguments(flags)).items()
+
+
+def test_flags_arrive_in_the_settings():
+    values = dict(steps=7, alpha=0.3, penalty=0.4, swaps=5, refit=2, rounds=1, target="layer", damp=0.7)
+    flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    flags += ["--sparsity", "2:4", "--warm-start", "ria", "--step-rule", "open-loop"]
+    settings = settings_of(parse_arguments([*flags, "--precision", "bf16"]))
+    assert values.items() <= vars(settings).items()
+    assert (settings.pattern.text, settings.warm_start, settings.step_rule) == ("2:4", "ria", "open-loop")
+    assert (settings.precision, settings.best_of) == ("bf16", True)
+
+
+def test_experts_are_their_own_targets(tmp_path, text):
+    """They are sent other tokens than in the dense model; the report says whose outputs were approximated."""
+    source = save_model(tmp_path / "model", "qwen3_moe")
+    assert run(source, text, tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    for row in report["layers"]:
+        assert row["target"] == ("layer" if "experts" in row["name"] else "dense")
+    assert report["kept_dense"] == [f"model.layers.{i}.mlp.gate.weight" for i in range(3)]
+
+
+def test_several_held_out_texts(tmp_path, text, capsys):
+    source = save_model(tmp_path / "model", "llama")
+    (tmp_path / "other.txt").write_text("Something else altogether, and more of it. " * 100)
+    evaluation = ["--eval", str(text), "--eval", str(tmp_path / "other.txt"), "--eval-windows", "3"]
+    assert run(source, text, tmp_path / "out", *evaluation) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [e["source"] for e in report["evaluation"]] == [str(text), str(tmp_path / "other.txt")]
+    assert perplexities(report, 0) != perplexities(report, 1)
+    out = capsys.readouterr().out
+    assert "perplexity 2: 3 windows of 32 tokens" in out
+    # Alone, a text has the same perplexity.
+    assert run(source, text, tmp_path / "alone", *evaluation[2:]) == 0
+    alone = json.loads((tmp_path / "alone" / "report.json").read_text())
+    assert perplexities(alone) == perplexities(report, 1)
+
+
+class TestSaid:
+    def test_kernel_and_why(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        run(source, text, tmp_path / "out")
+        out = capsys.readouterr().out
+        assert out.startswith("kernel: torch (as asked), precision ")
+        assert "6 windows of 32 tokens" in out
+        assert "model.layers.2.mlp.down_proj.weight" in out
+
+    def test_windows_of_the_evaluation(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        run(source, text, tmp_path / "out", "--eval", str(text), "--eval-windows", "3")
+        assert "perplexity: 3 windows of 32 tokens" in capsys.readouterr().out
+
+    def test_seqlen_capped_by_the_model(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        assert run(source, text, tmp_path / "out", "--seqlen", "1000") == 0
+        assert "seqlen: 64 tokens, the model's maximum (asked for 1000)" in capsys.readouterr().out
+
+    def test_help_names_every_flag(self, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main(["--help"])
+        assert stop.value.code == 0
+        out = capsys.readouterr().out
+        for flag in ("--model", "--dataset", "--nsamples", "--seqlen", "--seed", "--sparsity", "--kernel", "--output"):
+            assert flag in out
+
+
+class TestRefused:
+    """One line on stderr, an exit status that is not 0, and nothing left behind."""
+
+    def refused(self, capsys, tmp_path, code, *parts):
+        error = capsys.readouterr().err.strip().splitlines()
+        line = error[-1]
+        assert line.startswith("sparsefw: ")
+        for part in parts:
+            assert part in line
+        assert code == 2
+        assert not [p for p in tmp_path.iterdir() if p.name.startswith((".out", "out"))]
+
+    @pytest.mark.parametrize(
+        ("flags", "parts"),
+        [
+            (["--sparsity", "1.2"], ["--sparsity 1.2"]),
+            (["--sparsity", "4:2"], ["--sparsity 4:2"]),
+            (["--sparsity", "2:5"], ["32 inputs do not divide into groups of 5"]),
+            (["--alpha", "1.5"], ["--alpha 1.5: expected at least 0 and at most 1"]),
+            (["--alpha", "nan"], ["--alpha nan"]),
+            (["--steps", "-1"], ["--steps -1"]),
+            (["--preset", "paper", "--penalty", "1", "--sparsity", "layer:0.5"], ["--penalty", "has none"]),
+            (["--preset", "paper", "--refit", "1", "--sparsity", "layer:0.5"], ["--refit", "has none"]),
+            (["--preset", "paper", "--swaps", "5", "--sparsity", "layer:0.5"], ["--swaps", "has none"]),
+            (["--swaps", "-1"], ["--swaps -1"]),
+            (["--damp", "nan"], ["--damp nan"]),
+            (["--damp", "inf"], ["--damp inf"]),
+            (["--method", "ria", "--damp", "0.1"], ["--damp", "--method ria"]),
+            (["--refit", "-1"], ["--refit -1"]),
+            (["--refit", "0", "--rounds", "2"], ["--rounds", "--refit 0"]),
+            (["--method", "wanda", "--target", "layer"], ["--target", "--method wanda"]),
+            (["--method", "wanda", "--refit", "3"], ["--refit", "--method wanda"]),
+            (["--host-memory", "inf"], ["--host-memory inf: expected at least 0 and at most 1048576"]),
+            (["--host-memory", "0.1"], ["--host-memory 0.10: this run needs at least ", " GiB of host memory"]),
+            (["--gpu-memory", "8"], ["--gpu-memory: no CUDA device"]),
+            (["--nsamples", "0"], ["--nsamples 0"]),
+            (["--nsamples", "100000"], ["--nsamples"]),
+            (["--dataset", "./missing.txt"], ["missing.txt"]),
+            (["--dataset", "~no-user/missing.txt"], ["~no-user/missing.txt: no such file"]),
+            (["--dataset", "nosuchdataset"], ["nosuchdataset"]),
+            (["--eval", "./missing.txt"], ["missing.txt"]),
+            (["--model", "./nowhere"], ["nowhere"]),
+        ],
+    )
+    def test_bad_flags(self, flags, parts, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        capsys.readouterr()
+        self.refused(capsys, tmp_path, run(source, text, tmp_path / "out", *flags), *parts)
+
+    @pytest.mark.parametrize("flags", [["--kernel", "cuda"], ["--steps", "many"], ["--nonsense"], ["--spars", "0.5"]])
+    def test_flags_that_do_not_parse(self, flags, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main(flags)
+        assert stop.value.code == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+    def test_empty_text(self, tmp_path, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        (tmp_path / "empty.txt").write_text(" \n")
+        capsys.readouterr()
+        self.refused(capsys, tmp_path, run(source, tmp_path / "empty.txt", tmp_path / "out"), "empty.txt")
+
+    @pytest.mark.parametrize("target", ["dense", "layer"])
+    def test_model_without_layers(self, target, tmp_path, text, capsys, monkeypatch):
+        source = save_model(tmp_path / "model", "llama")
+        monkeypatch.setattr("sparsefw.model.layers._PRODUCTS", {})
+        capsys.readouterr()
+        status = run(source, text, tmp_path / "out", "--target", target)
+        self.refused(capsys, tmp_path, status, "model.layers.0: unsupported model: no matrix")
+
+    def test_truncated_shard(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        shard = sorted(source.glob("*.safetensors"))[1]
+        shard.write_bytes(shard.read_bytes()[:-100])
+        capsys.readouterr()
+        self.refused(capsys, tmp_path, run(source, text, tmp_path / "out"), shard.name)
+
+    def test_nan_in_a_late_block_keeps_what_is_finished(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        model = AutoModelForCausalLM.from_pretrained(source)
+        model.model.layers[2].self_attn.o_proj.weight.data[1, 2] = torch.nan
+        model.save_pretrained(tmp_path / "bad")
+        AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "bad")
+        capsys.readouterr()
+        assert run(tmp_path / "bad", text, tmp_path / "out") == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("sparsefw: model.layers.2.self_attn.o_proj.weight: holds 1 NaN")
+        assert line.endswith("; 2 of 4 parts are finished: the same command goes on from there")
+        assert not (tmp_path / "out").exists()
+
+    def test_output_that_is_not_empty_and_overwrite(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        assert run(source, text, tmp_path / "out") == 0
+        before = tensors_of(tmp_path / "out")
+        assert run(source, text, tmp_path / "out", "--sparsity", "0.3") == 2
+        assert "--overwrite" in capsys.readouterr().err
+        assert run(source, text, tmp_path / "out", "--sparsity", "0.3", "--overwrite") == 0
+        after = tensors_of(tmp_path / "out")
+        assert any(not torch.equal(before[n], after[n]) for n in before)
+
+    def test_output_that_is_the_input(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        assert run(source, text, source, "--overwrite") == 2
+        assert "input folder" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_interrupted(self, number, tmp_path, text, capsys, monkeypatch):
+        source = save_model(tmp_path / "model", "llama")
+
+        def interrupt(row):
+            # To this thread, which is there to be interrupted: another one would pass the signal on only later.
+            signal.pthread_kill(threading.get_ident(), number)
+            time.sleep(60)
+
+        monkeypatch.setattr("sparsefw.report.content.layer_row", interrupt)
+        # A shell starts what it leaves in the background with SIGINT ignored.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            assert run(source, text, tmp_path / "out") == 130
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert "interrupted" in capsys.readouterr().err
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

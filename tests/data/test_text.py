@@ -1,0 +1,238 @@
+"""Texts: what is read, from where, and what is refused. Nothing here needs a network."""
+
+import gzip
+import json
+import sys
+import types
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets.exceptions import DatasetNotFoundError
+from helpers.texts import make_tokenizer, records, refused
+from transformers import PreTrainedTokenizerFast
+
+from sparsefw.data import text
+from sparsefw.data.text import calibration_windows, evaluation_windows, read_text
+
+
+@pytest.fixture(scope="module")
+def plain() -> PreTrainedTokenizerFast:
+    return make_tokenizer(bos=False)
+
+
+# read_text
+
+
+def test_text_file_is_one_document(tmp_path):
+    path = tmp_path / "A [1] * file.TXT"
+    path.write_bytes(b"\xef\xbb\xbfone\n\ntwo \xc3\xa9\n")
+    text = read_text(str(path), part="calibration")
+    assert text.source == str(path)
+    assert list(text) == ["one\n\ntwo é\n"]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.json.gz", "x.jsonl.gz", "x [1] *.jsonl"])
+def test_records(tmp_path, name):
+    rows = [{"text": "one", "id": 1}, {"text": "", "id": 2}, {"text": "two\n", "id": 3}]
+    path = records(tmp_path / name, rows)
+    assert list(read_text(path, part="evaluation")) == ["one", "", "two\n"]
+
+
+def test_json_array(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=1))
+    assert list(read_text(str(tmp_path / "x.json"), part="calibration")) == ["one", "two"]
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2], "text": ["one", "two"]}), path)
+    assert list(read_text(str(path), part="calibration")) == ["one", "two"]
+
+
+def test_home_and_relative_paths(tmp_path, monkeypatch):
+    (tmp_path / "x.txt").write_text("mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert list(read_text("~/x.txt", part="calibration")) == ["mine"]
+    monkeypatch.chdir(tmp_path)
+    assert list(read_text("x.txt", part="calibration")) == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["gone.txt", "no/gone.jsonl", "./gone", "/gone", "~/gone.parquet"])
+def test_missing_file(name):
+    with refused(f"{name}: no such file; check the path after --eval"):
+        read_text(name, part="evaluation")
+
+
+def test_folder_and_unknown_kind(tmp_path):
+    with refused("a folder; give one file"):
+        read_text(str(tmp_path), part="calibration")
+    (tmp_path / "x.csv").write_text("text\none\n")
+    with refused(r"x.csv: unknown kind of file; give one of .txt, .json, .jsonl"):
+        read_text(str(tmp_path / "x.csv"), part="calibration")
+
+
+@pytest.mark.parametrize("name", ["c5", "text", "json", "", "a/b/c", "org/na me"])
+def test_unknown_dataset_is_not_looked_up(name, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("looked up"))
+    with refused("unknown dataset; give default, c4, wikitext, a file or a Hub id ORG/NAME"):
+        read_text(name, part="calibration")
+
+
+def test_no_text_column(tmp_path):
+    with refused("x.jsonl: no column `text`, only content, id"):
+        list(read_text(records(tmp_path / "x.jsonl", [{"content": "a", "id": 1}]), part="calibration"))
+
+
+@pytest.mark.parametrize(("value", "kind"), [(3, "int"), (None, "NoneType"), (["a"], "list")])
+def test_text_that_is_no_string(tmp_path, value, kind):
+    path = records(tmp_path / "x.jsonl", [{"text": "a"}, {"text": value}])
+    # Which record it is depends on how `datasets` brings values of two types together.
+    with refused(f"x.jsonl: record [12]: `text` is {kind}, expected a string|x.jsonl: cannot be read"):
+        list(read_text(path, part="calibration"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl", b'{"text": "a"}\n{"text":\n'),
+        ("x.jsonl", b"not json"),
+        ("x.jsonl", b'{"text": "\xff"}\n'),
+        ("x.jsonl", b"1\n2\n"),
+        ("x.json.gz", b'{"text": "a"}\n'),
+        # Cut short: EOFError; wrong in the middle: zlib.error.
+        ("x.jsonl.gz", gzip.compress(bytes(range(256)) * 100)[:-40]),
+        ("x.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 100),
+        ("x.parquet", b"no parquet at all"),
+    ],
+)
+def test_damaged_file(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with refused(f"{name}: cannot be read") as caught:
+        list(read_text(str(tmp_path / name), part="calibration"))
+    assert "\n" not in str(caught.value)
+
+
+def test_text_file_that_is_not_utf8(tmp_path):
+    (tmp_path / "x.txt").write_bytes("é".encode("latin-1"))
+    with refused("x.txt: not UTF-8 text"):
+        read_text(str(tmp_path / "x.txt"), part="calibration")
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\t\n"])
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.jsonl.gz", "x.parquet"])
+def test_empty_text(tmp_path, plain, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(content))
+    if name == "x.parquet" and content:
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["", " \n"]}), path)
+    with refused(f"{name}: empty, there is no text in it"):
+        calibration_windows(plain, str(path), nsamples=1, seqlen=1, seed=0)
+    with refused(f"{name}: empty, there is no text in it"):
+        evaluation_windows(plain, str(path), seqlen=1)
+
+
+# The Hub, replaced
+
+
+@pytest.fixture
+def hub(monkeypatch) -> list:
+    """Records what `load_dataset` is asked for and returns two records."""
+    asked = []
+
+    def load(*names, **options):
+        asked.append((names, options))
+        rows = [{"text": "one"}, {"text": "two"}]
+        return rows if "split" in options else {"train": rows, "validation": rows[1:]}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+def test_c4_streams_one_shard(hub):
+    assert list(read_text("c4", part="calibration")) == ["one", "two"]
+    assert "c4-validation.00000-of-00008" in read_text("c4", part="evaluation").source
+    file = {"train": "en/c4-train.00000-of-01024.json.gz"}
+    assert hub[0] == (("allenai/c4",), {"data_files": file, "split": "train", "streaming": True})
+    assert hub[1][1]["split"] == "validation"
+
+
+def test_wikitext(hub):
+    assert read_text("wikitext", part="calibration").source == "Salesforce/wikitext wikitext-2-raw-v1 train"
+    read_text("wikitext", part="evaluation")
+    assert [options["split"] for _, options in hub] == ["train", "test"]
+
+
+def test_other_dataset_chooses_its_split(hub):
+    train, held_out = (read_text("org/name", part=part) for part in ("calibration", "evaluation"))
+    assert (train.source, list(train)) == ("org/name train", ["one", "two"])
+    assert (held_out.source, list(held_out)) == ("org/name validation", ["two"])
+    assert hub[0] == (("org/name",), {"streaming": True})
+
+
+def test_other_dataset_without_a_split_to_use(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"dev": [], "extra": []})
+    with refused("org/name: no split train, only dev, extra"):
+        read_text("org/name", part="calibration")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ConnectionError("Couldn't reach\nmore"),
+            r"the Hub cannot be reached \(Couldn't reach\); give a local file with",
+        ),
+        (text.HTTPError("proxy"), "the Hub cannot be reached"),
+        (DatasetNotFoundError("no"), "neither a file nor a dataset of the Hub that you have access to"),
+        (RuntimeError("Dataset scripts are no longer supported"), "cannot be read: Dataset scripts"),
+        (ValueError("Config name is missing."), "cannot be read: Config name is missing."),
+    ],
+)
+@pytest.mark.parametrize(
+    ("dataset", "part", "flag"), [("c4", "calibration", "--dataset"), ("o/n", "evaluation", "--eval")]
+)
+def test_hub_failures_are_one_line(monkeypatch, error, message, dataset, part, flag):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with refused(f"^{dataset}: {message}") as caught:
+        read_text(dataset, part=part)
+    assert "\n" not in str(caught.value)
+    assert "local file" not in str(caught.value) or f"{flag} PATH" in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [ConnectionError, text.HTTPError, text.DatasetsError])
+def test_connection_lost_while_reading(monkeypatch, error):
+    def rows(*_, **__):
+        yield {"text": "one"}
+        raise error("gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    documents = iter(read_text("c4", part="calibration"))
+    assert next(documents) == "one"
+    with refused("cannot be read beyond record 1: gone"):
+        next(documents)
+
+
+def test_default_text(monkeypatch):
+    module = types.ModuleType("sparsefw.default.text")
+    module.training_text = lambda: "for training"
+    module.heldout_text = lambda: "held out"
+    monkeypatch.setitem(sys.modules, "sparsefw.default.text", module)
+    assert list(read_text("default", part="calibration")) == ["for training"]
+    assert list(read_text("default", part="evaluation")) == ["held out"]
+
+    def fail():
+        raise RuntimeError("this Python has no text")
+
+    module.training_text = fail
+    with refused("default: this Python has no text; give a file with --dataset PATH"):
+        read_text("default", part="calibration")
+
+
+# calibration_windows

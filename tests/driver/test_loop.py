@@ -1,0 +1,211 @@
+"""The block loop: which inputs a block is calibrated on, and what is measured on the way."""
+
+import functools
+import json
+
+import pytest
+import torch
+from helpers.families import save_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparsefw import data
+from sparsefw.estimate import memory
+from sparsefw.kernels import cpu
+from sparsefw.model.streamed import StreamedModel
+from sparsefw.run import main
+from sparsefw.solver.objective import damped
+from sparsefw.solver.target import target as target_of
+
+TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
+
+
+@pytest.fixture
+def pruned(tmp_path):
+    """A model pruned by magnitude; its dense and pruned forms, the report and the calibration windows."""
+    source = save_model(tmp_path / "model", "llama")
+    (tmp_path / "text.txt").write_text(TEXT)
+    flags = ["--nsamples", "40", "--seqlen", "32", "--method", "magnitude", "--kernel", "torch", "--precision", "ieee"]
+    places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
+    assert main([*places, *flags]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    windows = data.calibration_windows(tokenizer, str(tmp_path / "text.txt"), nsamples=40, seqlen=32, seed=0)
+    assert windows.hash == report["data"]["hash"]
+    dense, sparse = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "out"))
+    return dense, sparse, report, windows.ids
+
+
+def test_blocks_are_calibrated_on_what_the_pruned_blocks_before_them_give(pruned):
+    """The error of every layer against its definition, ||W X - (M * W) X||^2, with hooks in the whole model."""
+    dense, sparse, report, ids = pruned
+    errors = {row["name"]: row["error"] for row in report["layers"]}
+    assert len(errors) == 3 * 7
+    for i in range(3):
+        # Blocks before i pruned, block i dense: its inputs are those of the calibration.
+        block = sparse.model.layers[i]
+        after = {name: p.clone() for name, p in block.named_parameters()}
+        block.load_state_dict(dense.model.layers[i].state_dict())
+        truth = {}
+
+        def hook(module, x, name, after=after, truth=truth):
+            removed = (module.weight - after[f"{name}.weight"]).double()
+            truth[name] = (x[0].double() @ removed.T).square().sum().item()
+
+        linears = [(name, m) for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)]
+        handles = [m.register_forward_pre_hook(functools.partial(hook, name=name)) for name, m in linears]
+        with torch.no_grad():
+            sparse(ids)
+        for handle in handles:
+            handle.remove()
+        block.load_state_dict(after)
+        for name, error in truth.items():
+            assert errors[f"model.layers.{i}.{name}.weight"] == pytest.approx(error, rel=1e-3)
+
+
+def linears_seen(model, ids):
+    """Inputs of all linear modules inside the blocks, by name, as matrices in double."""
+    seen = {}
+
+    def keep(module, x, name):
+        seen[name] = x[0].reshape(-1, x[0].shape[-1]).double()
+
+    handles = [
+        m.register_forward_pre_hook(functools.partial(keep, name=name))
+        for name, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and "layers" in name
+    ]
+    hidden = model(ids, output_hidden_states=True).hidden_states
+    for handle in handles:
+        handle.remove()
+    return seen, hidden
+
+
+@torch.no_grad()
+def test_layers_approximate_what_the_dense_model_puts_out(tmp_path):
+    """Errors against their definition: each input as the layers pruned before it leave it, even in the same block."""
+    source = save_model(tmp_path / "model", "llama")
+    (tmp_path / "text.txt").write_text(TEXT)
+    flags = ["--nsamples", "40", "--seqlen", "32", "--kernel", "torch", "--precision", "ieee", "--steps", "9"]
+    lost = {}
+    for target in ("dense", "layer"):
+        places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / target)]
+        assert main([*places, *flags, "--target", target]) == 0
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        ids = data.calibration_windows(tokenizer, str(tmp_path / "text.txt"), nsamples=40, seqlen=32, seed=0).ids
+        dense, sparse = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / target))
+        (X_dense, hidden_dense), (X, hidden) = linears_seen(dense, ids), linears_seen(sparse, ids)
+        lost[target] = [(a - b).square().sum().item() for a, b in zip(hidden_dense[1:], hidden[1:], strict=True)]
+        if target == "layer":
+            continue
+        report = json.loads((tmp_path / target / "report.json").read_text())
+        errors = {row["name"]: row["error"] for row in report["layers"]}
+        assert {row["target"] for row in report["layers"]} == {"dense"}
+        for i in range(3):
+            block = f"model.layers.{i}"
+            # The last of the hidden states has passed the final norm: what the last block put out is not among them.
+            stream = {"mlp.down_proj": hidden_dense[i + 1] - hidden[i + 1]} if i < 2 else {}
+            for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", *stream):
+                module = f"{block}.{name}"
+                W, Z = (m.get_submodule(module).weight.double() for m in (dense, sparse))
+                lacks = (X_dense[module] - X[module]) @ W.T
+                if name in stream:
+                    # What the stream lacks beside the layer's own pruning.
+                    lacks = stream[name].reshape(lacks.shape).double() - X[module] @ (W - Z).T
+                G, B = (X[module].T @ X[module]).float(), (lacks.T @ X[module]).float()
+                T = target_of(W.float(), damped(G, 0.1), B, 4, ops=cpu).double()
+                error = ((T - Z) @ X[module].T).square().sum().item()
+                assert errors[f"{module}.weight"] == pytest.approx(error, rel=1e-3), module
+    # It is what they are for: less is lost, by block.
+    assert all(a < b for a, b in zip(lost["dense"], lost["layer"], strict=True))
+
+
+@pytest.mark.parametrize(("family", "runs"), [("llama", 3), ("gemma2", 4), ("qwen3_moe", 3)])
+def test_dense_model_runs_once_a_stage(family, runs, tmp_path, monkeypatch):
+    """But not in the last where it has moved on already; nor for experts before it, which are compared with nothing."""
+    source, seen, output = save_model(tmp_path / "model", family), [], StreamedModel.output
+
+    def spy(self, i, stream, j, block=None):
+        if block is not None:
+            seen.append((i, j))
+        return output(self, i, stream, j, block)
+
+    monkeypatch.setattr(StreamedModel, "output", spy)
+    (tmp_path / "text.txt").write_text(TEXT)
+    places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
+    assert main([*places, "--nsamples", "160", "--seqlen", "32", "--kernel", "torch", "--steps", "2"]) == 0
+    # Two micro-batches.
+    assert {batch: seen.count(batch) for batch in seen} == {(i, j): runs for i in range(3) for j in range(2)}
+
+
+def test_the_peak_of_a_run_is_that_of_its_highest_block(tmp_path, monkeypatch):
+    source = save_model(tmp_path / "model", "llama")
+    peaks = iter({"host_bytes": host, "gpu_bytes": gpu} for host, gpu in ((1 << 50, 5), (3, 7), (3, 6)))
+    monkeypatch.setattr("sparsefw.driver.loop.peak_memory", lambda: next(peaks))
+    (tmp_path / "text.txt").write_text(TEXT)
+    places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
+    assert main([*places, "--nsamples", "4", "--seqlen", "32", "--kernel", "torch", "--method", "wanda"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["peak_memory"] == {"host_bytes": 1 << 50, "gpu_bytes": 7}
+
+
+def test_next_block_is_read_and_the_last_one_written_beside_the_work(pruned):
+    _, _, report, _ = pruned
+    spans = report["timeline"]
+
+    def of(lane, block, *phases):
+        found = [s for s in spans if s["lane"] == lane and s["block"] == block and (s["phase"] in phases or not phases)]
+        return min(s["start"] for s in found), max(s["end"] for s in found)
+
+    for i in range(2):
+        assert of("read", i + 1)[0] < of("main", i, "calibrate", "solve")[1]
+        assert of("write", i)[0] < of("main", i + 1, "calibrate", "solve")[1]
+    assert [block["name"] for block in report["blocks"]] == [f"model.layers.{i}" for i in range(3)]
+    for i, block in enumerate(report["blocks"]):
+        spent = sum(s["end"] - s["start"] for s in spans if s["lane"] == "main" and s["block"] == i)
+        assert sum(block["seconds"].values()) == pytest.approx(spent)
+        assert block["host_bytes"] > 2**26
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("place", ["host", "file"])
+def test_placement_does_not_change_the_result(place, ahead, tmp_path, monkeypatch):
+    source = save_model(tmp_path / "model", "qwen3_moe", torch.bfloat16)
+    (tmp_path / "text.txt").write_text(TEXT)
+    flags = [
+        "--nsamples",
+        "9",
+        "--seqlen",
+        "32",
+        "--kernel",
+        "torch",
+        "--steps",
+        "2",
+        "--eval",
+        str(tmp_path / "text.txt"),
+    ]
+    places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt")]
+    place_of, contents = memory.place, []
+
+    def placed(*args, fixed=None, **kwargs):
+        return place_of(*args, **kwargs, fixed={"batch": 4, "place": place, "ahead": ahead} | (fixed or {}))
+
+    for output in ("usual", "other"):
+        if output == "other":
+            monkeypatch.setattr(memory, "place", placed)
+        else:
+            monkeypatch.setattr(memory, "BATCH_TOKENS", 4 * 32)
+        assert main([*places, *flags, "--output", str(tmp_path / output), "--eval-windows", "3"]) == 0
+        report = json.loads((tmp_path / output / "report.json").read_text())
+        assert report["memory"]["batch_windows"] == 4
+        contents.append(
+            [report["evaluation"], *(p.read_bytes() for p in sorted((tmp_path / output).glob("*.safetensors")))]
+        )
+    assert (report["memory"]["activations"], report["memory"]["read_ahead"]) == (place, ahead)
+    assert contents[0] == contents[1]
+
+
+def test_seconds_and_memory_are_reported(pruned):
+    _, _, report, _ = pruned
+    assert {"embed", "read", "calibrate", "solve", "forward", "write"} <= set(report["seconds"])
+    assert report["seconds"]["solve"] >= sum(row["seconds"] for row in report["layers"])
+    assert report["peak_memory"]["host_bytes"] > 2**26

@@ -1,0 +1,67 @@
+"""Tiny random models of every family that must work, and a tokenizer, as checkpoints on disk."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 256 + 2
+# Tokens for six windows.
+TOKENS = torch.randint(2, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+# model_type: what the tiny config adds to the common part.
+FAMILIES = {
+    "llama": {"tie_word_embeddings": True},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1, **_SLIDING},
+    "qwen3": {},
+    "mistral": {"sliding_window": 8},
+    "gemma2": {"query_pre_attn_scalar": 8, **_SLIDING},
+    "gemma3_text": {"query_pre_attn_scalar": 8, **_SLIDING},
+    "phi3": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
+    "gpt_neox": {},
+    "mixtral": _EXPERTS,
+    "qwen2_moe": {"decoder_sparse_step": 1, "shared_expert_intermediate_size": 40, **_EXPERTS},
+    "qwen3_moe": {"decoder_sparse_step": 1, **_EXPERTS},
+}
+
+
+def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Path:
+    """A random checkpoint of a family with a byte-level tokenizer; `changes` go into its config."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **(_COMMON | FAMILIES[family] | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for parameter in model.parameters():
+        # The usual initialisation is so small that all logits agree.
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, after <s> and </s>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")

@@ -1,0 +1,316 @@
+"""A GPU that there is not: tensors that say they are on it, and are computed on the CPU.
+
+So what is done only where there is a GPU runs without one. What CUDA refuses is refused: operands on two devices, numpy
+on a GPU's memory. What its allocator would hold is counted, and so is every time that the host would wait.
+
+Not pretended is what runs beside what: all is done in the order of the program, so a wait that is missing between two
+streams goes unseen. Nor is it known what torch's kernels allocate for themselves, and how they round.
+"""
+
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from triton.runtime.interpreter import GridExecutor
+
+DEVICE = torch.device("cuda", 0)
+NAME = "pretended GPU"
+
+# The allocator's memory comes in multiples of this many bytes.
+UNIT = 512
+ROOT = Path(__file__).resolve().parents[2]
+OURS = tuple(f"{ROOT / name}/" for name in ("sparsefw", "kernels", "tests", "bench"))
+
+aten = torch.ops.aten
+# The host goes on once it knows a value, or how many there are.
+NUMBERS = {aten._local_scalar_dense, aten._unique2, aten.bincount, aten.equal, aten.masked_select, aten.nonzero}
+COPIES = {aten._to_copy, aten.copy_}
+INDEXING = {aten.index, aten.index_put, aten.index_put_}
+
+
+class OnGPU(Tensor):
+    """A tensor on the pretended GPU: `inner`, on the CPU, is what it stands for, `memory` what it takes."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: Tensor, memory: "_Memory") -> "OnGPU":
+        form = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
+        # To torch's own code it is on the CPU: a build without CUDA refuses a device that it does not have.
+        self = Tensor._make_wrapper_subclass(cls, inner.size(), device="cpu", **form)
+        # In this order they go again: what a storage took is given back before another can be in its place.
+        self.memory, self.inner = memory, inner
+        return self
+
+    device, is_cuda = property(lambda self: DEVICE), property(lambda self: True)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        gpu = next(x.memory.gpu for x in tree_leaves((args, kwargs)) if isinstance(x, OnGPU))
+        return gpu.__torch_dispatch__(func, types, args, kwargs)
+
+    def __repr__(self) -> str:
+        return f"OnGPU({self.inner!r})"
+
+    def __deepcopy__(self, memo: dict) -> "OnGPU":
+        return memo.setdefault(id(self), self.detach().clone())
+
+    def cpu(self) -> Tensor:
+        return self.to("cpu")
+
+    def tolist(self) -> list:
+        return self.to("cpu").tolist()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner.untyped_storage()
+
+    def record_stream(self, stream: "_Stream") -> None:
+        pass
+
+
+class GPU(TorchDispatchMode):
+    """The pretended GPU, and what was seen of it.
+
+    Attributes:
+        allocated: bytes of the tensors that live on it; what they share counts once.
+        peak: the most there have been.
+        peak_since_reset: the same since `torch.cuda.reset_peak_memory_stats`.
+        waits: how often the host would have waited, by "file:line operation": the innermost line of this repository.
+        graphs: how many launches each CUDA graph holds, and how often it was launched itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated = self.peak = self.peak_since_reset = 0
+        self.waits: Counter[str] = Counter()
+        self.graphs: list[Graph] = []
+        # Where host memory is that a copy need not wait for.
+        self.pinned: set[int] = set()
+        # The graph that launches of this thread go to.
+        self.capturing = threading.local()
+        self._memories: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
+        # A model's tensors are moved by several threads.
+        self.lock = threading.RLock()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._to_copy.default and isinstance(args[0], OnGPU):
+            # A conversion by torch's own code, which names the device that it takes the tensor to be on: all that is
+            # really moved is moved by `to`, see below.
+            kwargs = kwargs | {"device": None}
+        here = any(isinstance(x, OnGPU) for x in tree_leaves((args, kwargs)))
+        return self.compute(func, args, kwargs) if here or _is_gpu(kwargs.get("device")) else func(*args, **kwargs)
+
+    def compute(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """func(*args, **kwargs), of which an operand or the result is on the GPU."""
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        asked, packet = kwargs.get("device"), getattr(func, "overloadpacket", func)
+        stays = any(isinstance(x, OnGPU) for x in given) if asked is None else _is_gpu(asked)
+        _refuse_two_devices(packet, args, given)
+        waits, graph = self._waits(packet, args, kwargs, stays), getattr(self.capturing, "graph", None)
+        if waits and graph:
+            raise RuntimeError(f"{packet}: operation not permitted when stream is capturing")
+        if waits:
+            self.wait(str(packet))
+        if _is_gpu(asked):
+            kwargs = kwargs | {"device": torch.device("cpu")}
+        args, kwargs = tree_map_only(OnGPU, lambda x: x.inner, (args, kwargs))
+        if graph and not getattr(func, "is_view", False):
+            return graph.record(func, args, kwargs, given)
+        out = func(*args, **kwargs)
+        # What was written in place is the same object as before.
+        same = {id(x.inner if isinstance(x, OnGPU) else x): x for x in given}
+        return tree_map_only(Tensor, lambda x: same[id(x)] if id(x) in same else self.put(x) if stays else x, out)
+
+    def as_kernel(self, function: Callable) -> Callable:
+        """The function as one kernel: of what it does on its way nothing is seen."""
+        return lambda *args, **kwargs: self.compute(function, args, kwargs)
+
+    def put(self, inner: Tensor) -> OnGPU:
+        """A tensor as one on the GPU; no other tensor of the CPU has its storage."""
+        storage = inner.untyped_storage()
+        with self.lock:
+            memory = self._memories.get(storage._cdata) or _Memory(self, storage.nbytes())
+            self._memories[storage._cdata] = memory
+        return OnGPU(inner, memory)
+
+    def _waits(self, packet: Any, args: tuple, kwargs: dict, stays: bool) -> bool:
+        """Whether the host waits in packet(*args, **kwargs); the result `stays` on the GPU, or is the host's."""
+        if packet in COPIES:
+            source, stays = (args[1], isinstance(args[0], OnGPU)) if packet is aten.copy_ else (args[0], stays)
+            if isinstance(source, OnGPU) == stays:
+                return False
+            asynchronous = kwargs.get("non_blocking") or args[2:] == (True,)
+            return not asynchronous or (stays and source.untyped_storage().data_ptr() not in self.pinned)
+        if packet in INDEXING:
+            indices = [x for x in args[1] if x is not None]
+            # A number is filled in where a mask is true, and nobody asks how often that is.
+            counts = packet is aten.index or isinstance(args[2], OnGPU)
+            return any(not isinstance(x, OnGPU) or (counts and x.dtype == torch.bool) for x in indices)
+        return packet in NUMBERS
+
+    def wait(self, what: str) -> None:
+        """Count a wait of the host."""
+        frame = sys._getframe(1)
+        while frame and (frame.f_code.co_filename == __file__ or not frame.f_code.co_filename.startswith(OURS)):
+            frame = frame.f_back
+        line = f"{frame.f_code.co_filename.removeprefix(f'{ROOT}/')}:{frame.f_lineno}" if frame else "a thread's"
+        self.waits[f"{line} {what}"] += 1
+
+
+class _Memory:
+    """What a storage takes, as long as a tensor on the GPU has it."""
+
+    def __init__(self, gpu: GPU, nbytes: int):
+        self.gpu, self.size = gpu, -(-nbytes // UNIT) * UNIT
+        with gpu.lock:
+            gpu.allocated += self.size
+            gpu.peak, gpu.peak_since_reset = (max(x, gpu.allocated) for x in (gpu.peak, gpu.peak_since_reset))
+
+    def __del__(self) -> None:
+        with self.gpu.lock:
+            self.gpu.allocated -= self.size
+
+
+class Graph:
+    """A CUDA graph of the `gpu`. What is captured does not run before it is replayed; it may take no memory."""
+
+    gpu: GPU
+
+    def __init__(self) -> None:
+        self.launches: list[Callable[[], object]] = []
+        self.replays = 0
+
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+        # Otherwise no thread may ask for memory meanwhile.
+        assert capture_error_mode == "thread_local"
+        self.gpu.capturing.graph = self
+
+    def capture_end(self) -> None:
+        self.gpu.capturing.graph = None
+        self.gpu.graphs.append(self)
+
+    def record(self, func: Callable, args: tuple, kwargs: dict, given: list[Tensor]) -> Any:
+        """Keep func(*args, **kwargs) for later; what it would return, which has to be among those `given`."""
+        copies: dict[int, Tensor] = {}
+        inner = [x.inner if isinstance(x, OnGPU) else x for x in given]
+        for x in inner:
+            copies.setdefault(id(x), x.clone())
+        on_copies = tree_map_only(Tensor, lambda x: copies[id(x)], (args, kwargs))
+        out = func(*on_copies[0], **on_copies[1])
+        same = {id(copies[id(x)]): wrapped for x, wrapped in zip(inner, given, strict=True)}
+        if any(id(x) not in same for x in tree_leaves(out) if isinstance(x, Tensor)):
+            raise RuntimeError(f"{func}: takes memory while a graph is captured")
+        self.launches.append(lambda: func(*args, **kwargs))
+        return tree_map_only(Tensor, lambda x: same[id(x)], out)
+
+    def replay(self) -> None:
+        self.replays += 1
+        for launch in self.launches:
+            launch()
+
+
+class _Stream:
+    """A stream of the `gpu`, and the event that is recorded on it: nothing is ever left to wait for."""
+
+    def __init__(self, device: Any = None):
+        self.wait_stream = self.wait_event = lambda other: None
+        self.record_event = lambda: self
+        self.synchronize = lambda: self.gpu.wait("synchronize")
+
+
+def _is_gpu(device: Any) -> bool:
+    return device is not None and torch.device(device).type == DEVICE.type
+
+
+def _refuse_two_devices(packet: Any, args: tuple, given: list[Tensor]) -> None:
+    if packet in INDEXING and isinstance(args[0], OnGPU):
+        # Indices may be on the host.
+        given = [x for x in given if not any(x is index for index in args[1])]
+    # So may single numbers.
+    found = [x for x in given if isinstance(x, OnGPU) or x.dim()]
+    if len({x.device for x in found}) > 1 and packet not in COPIES:
+        found = ", ".join(f"{x.device} {tuple(x.shape)}" for x in found)
+        raise RuntimeError(f"{packet}: Expected all tensors to be on the same device, but found {found}")
+
+
+@contextmanager
+def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
+    """Inside, torch has a GPU with so many bytes."""
+    gpu = GPU()
+    stream = type("Stream", (_Stream,), {"gpu": gpu})
+    launch = GridExecutor.__call__
+    empty, to, data, lifts = torch.empty, Tensor.to, Tensor.data, torch._C._only_lift_cpu_tensors()
+
+    def moved(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        here = isinstance(tensor, OnGPU)
+        there = here if device is None else _is_gpu(device)
+        if not here and not there:
+            return to(tensor, *args, copy=copy, **kwargs)
+        if here and there and not copy and dtype in (None, tensor.dtype):
+            return tensor
+        form = {"dtype": dtype or tensor.dtype, "device": DEVICE if there else device, "non_blocking": non_blocking}
+        # Not through torch, which would ask for CUDA, and in another thread does not know of the mode.
+        return gpu.compute(aten._to_copy.default, (tensor,), form)
+
+    def made(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        tensor = empty(*args, **kwargs)
+        if pin_memory:
+            gpu.pinned.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    def replaced(tensor: Tensor, value: Tensor) -> None:
+        if isinstance(tensor, OnGPU) == isinstance(value, OnGPU):
+            data.__set__(tensor, value)
+        else:
+            torch.utils.swap_tensors(tensor, value.detach())
+
+    def launched(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        graph = getattr(gpu.capturing, "graph", None)
+        if graph:
+            graph.launches.append(lambda: launch(executor, *args, **kwargs))
+        else:
+            launch(executor, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, gpu:
+        for name, value in {
+            "is_available": lambda: True,
+            "_lazy_init": lambda: None,
+            "Stream": stream,
+            "CUDAGraph": type("CUDAGraph", (Graph,), {"gpu": gpu}),
+            "device": lambda device: nullcontext(),
+            "stream": lambda stream: nullcontext(),
+            "current_stream": stream,
+            "synchronize": lambda device=None: gpu.wait("synchronize"),
+            "get_device_name": lambda device=None: NAME,
+            "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=132),
+            "mem_get_info": lambda device=None: (memory - gpu.allocated, memory),
+            "memory_reserved": lambda device=None: gpu.allocated,
+            "max_memory_allocated": lambda device=None: gpu.peak_since_reset,
+            "reset_peak_memory_stats": lambda device=None: setattr(gpu, "peak_since_reset", gpu.allocated),
+        }.items():
+            patch.setattr(torch.cuda, name, value)
+        patch.setattr(GridExecutor, "__call__", launched)
+        patch.setattr(torch, "empty", made)
+        patch.setattr(Tensor, "to", moved)
+        patch.setattr(Tensor, "data", property(data.__get__, replaced))
+        # torch's own code makes it of several operations.
+        patch.setattr(nn.functional, "one_hot", gpu.as_kernel(nn.functional.one_hot))
+        # Numbers become tensors on the host and are moved then.
+        torch._C._set_only_lift_cpu_tensors(True)
+        try:
+            yield gpu
+        finally:
+            torch._C._set_only_lift_cpu_tensors(lifts)

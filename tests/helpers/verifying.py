@@ -1,0 +1,156 @@
+"""Outputs of runs on tiny models, ways to change them, and what is then said of them."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from helpers.families import byte_tokenizer, save_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sparsefw import run
+from sparsefw.checkpoint.source import INDEX
+from sparsefw.verify import main
+
+TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(200))
+# Of two blocks of a Llama.
+Q = "model.layers.0.self_attn.q_proj.weight"
+DOWN = "model.layers.1.mlp.down_proj.weight"
+NORM = "model.layers.1.input_layernorm.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+WANDA = ("--method", "wanda")
+
+
+def save_gpt2(folder: Path, dtype: torch.dtype) -> Path:
+    """A model of two blocks whose layers are stored (in, out); one of each block's is square."""
+    torch.manual_seed(0)
+    sizes = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=48, vocab_size=258)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes), dtype=dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def prune(source: Path, output: Path, *flags: str) -> None:
+    text = output.parent / "text.txt"
+    text.write_text(TEXT)
+    places = ["--model", str(source), "--dataset", str(text), "--output", str(output)]
+    steps = [] if "--method" in flags else ["--steps", "2"]
+    assert run.main([*places, "--nsamples", "6", "--seqlen", "32", "--kernel", "torch", *steps, *flags]) == 0
+
+
+def outputs(folders) -> Callable[..., tuple[Path, Path]]:
+    """make(*flags, family, dtype) -> source and output of a run; each is made once, and must not be changed."""
+    made: dict[tuple, tuple[Path, Path]] = {}
+
+    def make(*flags: str, family: str = "llama", dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
+        key = flags, family, dtype
+        if key not in made:
+            folder = folders.mktemp("pruned")
+            if family == "gpt2":
+                source = save_gpt2(folder / "model", dtype)
+            else:
+                source = save_model(folder / "model", family, dtype, num_hidden_layers=2)
+            prune(source, folder / "out", *flags)
+            made[key] = source, folder / "out"
+        return made[key]
+
+    return make
+
+
+def copies(make: Callable[..., tuple[Path, Path]], folder: Path) -> Callable[..., tuple[Path, Path]]:
+    """The same with a copy of the output, which may be changed."""
+
+    def copy(*flags: str, **model) -> tuple[Path, Path]:
+        source, output = make(*flags, **model)
+        return source, shutil.copytree(output, folder / "out")
+
+    return copy
+
+
+def tensor_of(folder: Path, name: str) -> Tensor:
+    if not (folder / INDEX).exists():
+        return load_file(folder / "model.safetensors")[name]
+    return load_file(folder / json.loads((folder / INDEX).read_text())["weight_map"][name])[name]
+
+
+def change_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
+    """Replace a tensor by change(tensor), or leave it out where that is None; the index's sizes go with it."""
+    index = json.loads((folder / INDEX).read_text())
+    shard = folder / index["weight_map"][name]
+    tensors = load_file(shard)
+    old = tensors.pop(name)
+    new = change(old.clone())
+    if new is None:
+        del index["weight_map"][name]
+        new = old[:0]
+    else:
+        tensors[name] = new
+    save_file(tensors, shard, metadata={"format": "pt"})
+    index["metadata"]["total_size"] += new.nbytes - old.nbytes
+    index["metadata"]["total_parameters"] += new.numel() - old.numel()
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def put(at: int | tuple, value: float | Tensor | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A change of one entry, to a value or to what value(entry) gives."""
+
+    def change(tensor: Tensor) -> Tensor:
+        tensor[at] = value(tensor[at]) if callable(value) else value
+        return tensor
+
+    return change
+
+
+def flip_bit(x: Tensor) -> Tensor:
+    """The last bit."""
+    return (x.view(torch.int32 if x.element_size() == 4 else torch.int16) ^ 1).view(x.dtype)
+
+
+def change_report(folder: Path, change: Callable[[dict], object]) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    change(report)
+    (folder / "report.json").write_text(json.dumps(report))
+
+
+def verdict(capsys, folder: Path, *flags: str) -> tuple[int, str, dict[str, list[str]]]:
+    """Exit status, what was said, and the failures of the checks that failed."""
+    capsys.readouterr()
+    status = main([str(folder), *flags])
+    said = capsys.readouterr().out
+    failures, check = {}, None
+    for line in said.splitlines():
+        if match := re.match(r"(\w+) .* FAILED \(\d+\)$", line):
+            check = failures.setdefault(match[1], [])
+        elif line.startswith("  ") and check is not None:
+            check.append(line.strip())
+        else:
+            check = None
+    assert status == bool(failures)
+    assert said.splitlines()[-1].startswith(f"failed: {', '.join(failures)}" if failures else "all checks")
+    return status, said, failures
+
+
+def only_failure(capsys, folder: Path, check: str, *flags: str) -> str:
+    """The one failure that there is, of this check."""
+    _, said, failures = verdict(capsys, folder, *flags)
+    assert failures.keys() == {check}, said
+    assert len(failures[check]) == 1, said
+    return failures[check][0]
+
+
+def refused(capsys, says: str, *arguments: object) -> None:
+    """Exit status 2, and one line, which matches `says`."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    out, error = capsys.readouterr()
+    assert not out
+    assert len(error.splitlines()) == 1
+    assert re.match(f"sparsefw: {says}", error), error

@@ -1,0 +1,108 @@
+"""repeat: the same bits as step by step, launched as one graph; on a pretended GPU where there is none."""
+
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.kernel_inputs import needs_gpu
+from helpers.pretended_gpu import pretended_gpu
+from helpers.problems import make_problem, on_gpu
+
+from sparsefw.kernels import cpu, triton_ops
+from sparsefw.kernels.repeat import LEAST, repeat
+from sparsefw.solver import frank_wolfe
+
+REAL = torch.cuda.is_available()
+STEP_BY_STEP = SimpleNamespace(
+    **{name: getattr(triton_ops, name) for name in triton_ops.__all__} | {"repeat": cpu.repeat}
+)
+
+
+@pytest.fixture
+def gpu():
+    """The real GPU, of which nothing is seen, or a pretended one."""
+    with nullcontext() if REAL else pretended_gpu() as gpu:
+        yield gpu
+
+
+def adding():
+    """A step that adds its two numbers' product to a sum, and the sum."""
+    total, product = torch.zeros(2, 3, device="cuda"), torch.empty((), device="cuda")
+
+    def step(x, y):
+        torch.mul(x, y, out=product)
+        total.add_(product)
+
+    return step, total
+
+
+@pytest.mark.parametrize("runs", [0, 1, 2, LEAST - 1, LEAST, 20])
+def test_every_run_has_its_own_numbers(runs, gpu):
+    step, total = adding()
+    seen = [total.tolist()[0][0] for _ in repeat(step, [(i, 0.5) for i in range(runs)], total)]
+    assert seen == [sum(range(i + 1)) / 2 for i in range(runs)]
+    if not REAL:
+        graphs = [(len(graph.launches), graph.replays) for graph in gpu.graphs]
+        assert graphs == ([(2, runs - 1)] if runs >= LEAST else [])
+
+
+def test_a_cpu_takes_the_numbers_as_they_are():
+    seen = []
+    for _ in repeat(lambda *numbers: seen.append(numbers), [(1, 2.5)] * LEAST, torch.empty(1)):
+        assert seen[-1] == (1, 2.5)
+    assert len(seen) == LEAST
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32x3"])
+@pytest.mark.parametrize("step_rule", frank_wolfe.STEP_RULES)
+@pytest.mark.parametrize(
+    ("sparsity", "alpha", "penalty"), [("0.6", 0.0, 1.0), ("0.6", 0.5, 0.3), ("2:4", 0.0, 1.0), ("3:5", 0.5, 0.0)]
+)
+def test_a_solve_has_the_bits_of_one_step_by_step(sparsity, alpha, penalty, step_rule, precision, gpu):
+    problem = on_gpu(make_problem(9, 40, sparsity, alpha))
+    problem = replace(problem, lacks=problem.W.roll(1, 0) / 8)
+    options = {"steps": 12, "penalty": penalty, "step_rule": step_rule, "precision": precision}
+    solved = [frank_wolfe.solve(problem, ops=ops, **options) for ops in (triton_ops, STEP_BY_STEP)]
+    for field in fields(frank_wolfe.Solution):
+        one, other = (getattr(solution, field.name) for solution in solved)
+        assert torch.equal(one, other), field.name
+    if not REAL:
+        # The product and the row step, and nothing that takes memory: the graph refuses it.
+        assert [(len(graph.launches), graph.replays) for graph in gpu.graphs] == [(2, 11)]
+
+
+def test_an_error_while_capturing_leaves_the_gpu_as_it_was(gpu):
+    step, total = adding()
+    runs = []
+
+    def failing(x, y):
+        runs.append(1)
+        if len(runs) == 2:
+            raise KeyError("captured")
+        step(x, y)
+
+    with pytest.raises(KeyError, match="captured"):
+        list(repeat(failing, [(1.0, 2.0)] * LEAST, total))
+    assert (total + 1).tolist() == [[3.0] * 3] * 2
+
+
+@needs_gpu
+def test_a_graph_may_go_while_it_runs():
+    """Its memory and that of its tensors is taken again only after the last launch."""
+    X = torch.randn(8192, 8192, device="cuda")
+    U, last = torch.empty_like(X), []
+    for _ in range(20):
+        total = torch.zeros_like(X)
+
+        def step(x, total=total):
+            torch.mul(X, x, out=U)
+            total.add_(U)
+
+        for _ in repeat(step, [(1.0,)] * 8, X):
+            pass
+        last.append(total.clone())
+        del total, step
+        torch.full_like(X, torch.nan)
+    assert all(torch.equal(x, last[0]) for x in last)

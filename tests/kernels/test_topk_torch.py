@@ -1,0 +1,41 @@
+"""Masks through their bytes, against what torch does with them entry by entry."""
+
+import pytest
+import torch
+from helpers.kernel_inputs import DEVICE, normal
+
+from sparsefw.kernels.topk_torch import as_float, at_least, infinite, keep
+
+MASK = normal(7, 33, seed=1) > 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_keep_gives_the_very_entries_and_zeros(dtype):
+    X = normal(7, 33, dtype=dtype)
+    X[~MASK & (X > 1)] = torch.nan
+    X[~MASK & (X < -1)] = -torch.inf
+    for given, mask in ((X, MASK), (X.T.contiguous().T, MASK), (X, MASK.T.contiguous().T)):
+        kept = keep(given, mask)
+        assert kept.dtype == dtype
+        assert torch.equal(kept, X.masked_fill(~MASK, 0))
+        # No -0, which would be written.
+        assert not kept[~MASK].signbit().any()
+    assert torch.equal(MASK, normal(7, 33, seed=1) > 0.3)
+
+
+def test_masks_as_numbers():
+    assert torch.equal(as_float(MASK), MASK.float())
+    X = normal(7, 33)
+    assert torch.equal(torch.maximum(X, infinite(MASK)), X.masked_fill(MASK, torch.inf))
+
+
+@pytest.mark.parametrize("shape", [(7, 33), (7, 1), (1, 33)])
+def test_at_least(shape):
+    X, Y = normal(7, 33), normal(*shape, seed=2)
+    X[:, :3] = Y[:, :1]
+    out = torch.zeros(7, 66, dtype=torch.bool, device=DEVICE)[:, ::2]
+    assert torch.equal(at_least(X, Y), X >= Y)
+    at_least(X, Y, out=out)
+    assert torch.equal(out, X >= Y)
+    at_least(X, 0.5, out=out)
+    assert torch.equal(out, X >= 0.5)

@@ -1,0 +1,141 @@
+"""Prunable matrices are found where they are used, with the Gram matrices of their inputs."""
+
+import weakref
+
+import pytest
+import torch
+from helpers.families import FAMILIES, TOKENS, save_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sparsefw import checkpoint
+from sparsefw.kernels import cpu
+from sparsefw.model.layers import capture, not_pruned
+from sparsefw.model.streamed import StreamedModel
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# Matrices of one block that share an input, by family; all others have an input of their own.
+SHARED = {
+    "llama": {"self_attn.q_proj": 3, "mlp.gate_proj": 2},
+    "gpt_neox": {"attention.query_key_value": 1, "mlp.dense_h_to_4h": 1},
+    "opt": {"self_attn.q_proj": 3, "fc1": 1},
+    "phi3": {"self_attn.qkv_proj": 1, "mlp.gate_up_proj": 1},
+}
+
+
+def first_block(folder, ids=TOKENS):
+    """The first block, what runs a micro-batch through it, and their numbers."""
+    model = StreamedModel(checkpoint.inspect(folder), DEVICE)
+    stream = model.start(ids, 2)
+    return model.open(0), lambda j: model.output(0, stream, j), range(len(stream.hidden))
+
+
+def capture_first_block(folder, ids=TOKENS):
+    block, run, batches = first_block(folder, ids)
+    layers, grams, crosses = capture(block, run, batches, ops=cpu, precision="ieee")
+    assert crosses == {}
+    return block, layers, grams, not_pruned(block, [layer.name for layer in layers])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gram_is_that_of_the_inputs(family, tmp_path):
+    """Against forward hooks on the linear modules, for every family that has them."""
+    block, run, batches = first_block(save_model(tmp_path, family))
+    layers, grams, _ = capture(block, run, batches, ops=cpu, precision="ieee")
+    truth = {}
+
+    def hook(name, args):
+        x = args[0].reshape(-1, args[0].shape[-1]).double()
+        truth[name] = truth.get(name, 0) + x.T @ x
+
+    for name, module in block.named_modules():
+        # The gate of a shared expert is a linear module, and stays dense.
+        if isinstance(module, nn.Linear) and not name.endswith("expert_gate"):
+            module.register_forward_pre_hook(lambda _m, args, name=name: hook(f"{name}.weight", args))
+    for j in batches:
+        run(j)
+    found = {layer.name: layer for layer in layers}
+    assert truth
+    for name, G in truth.items():
+        torch.testing.assert_close(grams[found[name].gram].double(), G, rtol=1e-4, atol=1e-4 * G.max().item())
+    matrices = {name for name, p in block.named_parameters() if p.dim() == 2}
+    assert matrices - {"mlp.gate.weight", "mlp.shared_expert_gate.weight"} <= set(found)
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_layers_that_read_the_same_input_share_one_gram(family, tmp_path):
+    _, layers, grams, dense = capture_first_block(save_model(tmp_path, family))
+    for first, count in SHARED[family].items():
+        assert sum(layer.gram == f"{first}.weight" for layer in layers) == count
+    assert set(grams) == {layer.gram for layer in layers}
+    assert dense == []
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_every_expert_is_a_layer_and_the_router_stays_dense(family, tmp_path):
+    block, layers, _, dense = capture_first_block(save_model(tmp_path, family))
+    names = [layer.name for layer in layers]
+    for e in range(4):
+        assert f"mlp.experts.gate_up_proj[{e}]" in names
+        assert f"mlp.experts.down_proj[{e}]" in names
+    assert dense == ["mlp.gate.weight"]
+    # Weights are views: writing to a layer changes the block.
+    layer = layers[names.index("mlp.experts.down_proj[2]")]
+    layer.weight.zero_()
+    assert not block.mlp.experts.down_proj[2].any()
+    assert block.mlp.experts.down_proj[1].any()
+
+
+def test_experts_without_tokens_are_named(tmp_path):
+    folder = save_model(tmp_path, "mixtral")
+    # One token reaches two of the four experts.
+    _, layers, _, dense = capture_first_block(folder, torch.tensor([[5]]))
+    used = {layer.name for layer in layers}
+    idle = [e for e in range(4) if f"mlp.experts.gate_up_proj[{e}]" not in used]
+    assert idle
+    assert {f"mlp.experts.gate_up_proj[{e}]" for e in idle} <= set(dense)
+
+
+def test_transposed_weights_are_seen_as_out_by_in():
+    """Conv1D of GPT-2 stores (in, out) and calls addmm."""
+    block = Conv1D(12, 8).requires_grad_(False)
+    x = torch.randn(5, 8)
+    (layer,), grams, _ = capture(block, lambda j: block(x), [0], ops=cpu, precision="ieee")
+    assert layer.weight.shape == (12, 8)
+    torch.testing.assert_close(grams["weight"], x.T @ x)
+    layer.weight[3].zero_()
+    assert not block.weight[:, 3].any()
+
+
+def test_inputs_are_let_go_after_their_micro_batch():
+    block = nn.Linear(8, 6).requires_grad_(False)
+    alive = []
+
+    def run(j):
+        assert not any(ref() is not None for ref in alive)
+        x = torch.randn(5, 8)
+        alive.append(weakref.ref(x))
+        block(x)
+
+    capture(block, run, range(3), ops=cpu, precision="ieee")
+    assert not any(ref() is not None for ref in alive)
+
+
+def test_a_part_of_a_matrix_is_not_a_layer():
+    block = nn.Linear(8, 6, bias=False)
+    x = torch.randn(5, 8)
+    half = _Half(block)
+    layers, grams, _ = capture(half, lambda j: half(x), [0], ops=cpu, precision="ieee")
+    assert layers == []
+    assert grams == {}
+    assert not_pruned(half, []) == ["inner.weight"]
+
+
+class _Half(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.inner.weight[:3])

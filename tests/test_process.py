@@ -1,0 +1,40 @@
+"""Peaks of memory are those of the process itself."""
+
+import subprocess
+import sys
+
+import torch
+
+from sparsefw.process import peak_memory, resident
+
+SAY = "from sparsefw.process import peak_memory, resident; print(peak_memory()['host_bytes'], resident())"
+
+# The last piece keeps the heap from shrinking by itself.
+GIVE_BACK = """
+from sparsefw.process import give_back, resident, share_freed
+share_freed()
+before = resident()
+pieces = [bytearray(2**16) for _ in range(4000)]
+last = bytearray(2**16)
+held = resident()
+del pieces
+give_back()
+print(before, held, resident())
+"""
+
+
+def test_peak_is_not_that_of_the_process_that_started_this_one():
+    held = torch.ones(2**28)
+    assert resident() > 2**30
+    done = subprocess.run([sys.executable, "-c", SAY], capture_output=True, text=True, check=True)
+    peak, now = map(int, done.stdout.split())
+    assert now <= peak < 0.9 * 2**30
+    assert peak_memory()["host_bytes"] >= resident() > held.nbytes
+
+
+def test_what_is_given_back_is_not_resident():
+    # In a process of its own, whose heap has no room left from others.
+    done = subprocess.run([sys.executable, "-c", GIVE_BACK], capture_output=True, text=True, check=True)
+    before, held, after = map(int, done.stdout.split())
+    assert held - before > 200 * 2**20
+    assert after - before < 50 * 2**20
