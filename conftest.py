@@ -2,8 +2,13 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each core has a worker, so a worker gets one thread. Set before torch reads it, and for processes that tests
+    # start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():
-    # Before anything imports triton (the models of transformers do): its own library is decorated at import.
+    # Set before anything imports triton, as the models of transformers do: its own library is decorated at import.
     os.environ.setdefault("TRITON_INTERPRET", "1")

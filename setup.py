@@ -1,33 +1,44 @@
-"""Packaging: the top-level folder kernels/ is installed as the package sparsefw.kernels."""
+"""Packaging. The folder kernels/ is the package sparsefw.kernels, through the link sparsefw/kernels -> ../kernels."""
 
+import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-PACKAGES = ["checkpoint", "checks", "data", "default", "driver", "estimate", "kernels", "model", "report", "solver"]
+ROOT = Path(__file__).parent
+# Read as text: to import the package takes torch, which an isolated build does not have.
+INIT = (ROOT / "sparsefw/__init__.py").read_text(encoding="utf-8")
+
+TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "matplotlib"]
+# tests/test_packaging.py builds without isolation; older ones need the package wheel for it.
+TEST.append("setuptools>=70.1")
 
 setup(
     name="sparsefw",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1],
     description="Prune large language models on one card: Frank-Wolfe mask selection with Triton kernels",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["sparsefw", *(f"sparsefw.{name}" for name in PACKAGES)],
-    package_dir={"sparsefw": "sparsefw", "sparsefw.kernels": "kernels"},
-    package_data={"sparsefw.report": ["page.html"], "sparsefw.default": ["model/*"]},
+    # kernels/ has no __init__.py (why: tests/test_packaging.py), so find_packages passes over it.
+    packages=[*find_packages(include=["sparsefw", "sparsefw.*"]), "sparsefw.kernels"],
+    package_data={"sparsefw": ["py.typed"], "sparsefw.report": ["page.html"], "sparsefw.default": ["model/*"]},
+    # `make versions` reads the lower bounds from here and tests with exactly these.
     install_requires=[
-        "torch>=2.9",
-        "triton>=3.5; platform_system == 'Linux'",
-        "transformers>=5.17",
-        "numpy",
-        "datasets",
-        "safetensors",
-        "huggingface_hub",
-        "jinja2",
-        "tqdm",
+        "torch>=2.10",
+        # torch for the CPU brings no Triton; torch for CUDA pins its own (2.10 and 2.11: 3.6, 2.15: 3.9).
+        # The interpreter of 3.5 takes a tensor descriptor's strides for bytes and refuses half of the good ones.
+        "triton>=3.6; platform_system == 'Linux'",
+        # Private names of it are used (see sparsefw/model), which a new major version may move.
+        "transformers>=5.17,<6",
+        "numpy>=2.0",
+        "datasets>=4.0",
+        "safetensors>=0.8",
+        "huggingface_hub>=1.5",
+        "jinja2>=3.1",
+        "tqdm>=4.66.3",
     ],
-    extras_require={"test": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "matplotlib"]},
+    extras_require={"test": TEST, "dev": [*TEST, "ruff", "mypy", "pre-commit"]},
     entry_points={"console_scripts": ["sparsefw=sparsefw.run:main"]},
 )

@@ -1,4 +1,4 @@
-"""The obvious ways to do an operation with what torch offers, for the races: its library's product, its `topk`."""
+"""Rivals of the kernels, made of what torch offers: the product of its library, and `topk`."""
 
 import torch
 from torch import Tensor
@@ -7,15 +7,15 @@ from sparsefw.kernels import cpu
 
 
 def bare_product(E: Tensor, G: Tensor, *, precision: str, out: Tensor | None = None) -> Tensor:
-    """E G in fp32 by the library behind torch (cuBLAS on a GPU), and nothing else.
+    """E G in fp32, by the library behind torch (cuBLAS on a GPU) alone.
 
     Args:
-        E, G: of the type that the tensor cores read at `precision`: bf16, or fp32 for the others.
-        precision: as in `cpu.product`.
-        out: written where the library can; it has to allocate an fp32 product of bf16 operands.
+        E, G: (rows, d) and (d, d), in the dtype that tensor cores read at `precision`: bf16, or fp32 for the others.
+        precision: as in `naive.product`.
+        out: written for fp32 operands. The library allocates the fp32 product of bf16 operands.
     """
     if E.dtype == torch.bfloat16:
-        # No CPU has this; the product is rounded to bf16 there.
+        # On a CPU torch has no such product, and rounds the result to bf16.
         return torch.mm(E, G, out_dtype=torch.float32) if E.is_cuda else torch.mm(E, G).float()
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -26,13 +26,13 @@ def bare_product(E: Tensor, G: Tensor, *, precision: str, out: Tensor | None = N
 
 
 def operands(E: Tensor, G: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """Both as `bare_product` wants them."""
+    """E and G in the dtype that `bare_product` needs."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return E.to(dtype), G.to(dtype)
 
 
 def topk_lmo(score: Tensor, k: int, *, group: int = 0, out: Tensor | None = None) -> Tensor:
-    """`cpu.lmo` by `torch.topk` and a scatter; ties go to any of the equal."""
+    """`naive.lmo` by `torch.topk` and a scatter, except that ties go to any of the equal scores."""
     units = score.reshape(-1, group or score.shape[1])
     V = torch.zeros_like(units, dtype=torch.bool)
     V = V.scatter_(1, units.topk(k, dim=1).indices, True).view(score.shape)
@@ -53,7 +53,7 @@ def topk_step(
     theta: float = 0.0,
     next_theta: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """`cpu.row_step` with line search as a chain of torch's operations, `topk` and a scatter among them."""
+    """`naive.row_step` with line search as a chain of torch's operations, `topk` and a scatter among them."""
     W = W.float()
     q, D = W * W * diag, V.float() - M
     lin = (D * (-2 * W * R + theta * q * (1 - 2 * M))).sum(1)

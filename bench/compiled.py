@@ -1,10 +1,10 @@
-"""The code that GPUs would run, without one: `python bench/compiled.py` compiles every kernel for every target.
+"""Compile every kernel for every GPU target, without a GPU: `python bench/compiled.py`.
 
-A launcher is called with tensors on the meta device and a stub in place of the driver, so what is compiled is what a
-launch would compile: the configuration for the shape, and the specialisation of every argument. A row of the table
-says what came out: registers of a thread, bytes of stack and of shared memory, instructions that load or store spilled
-registers, tensor-core and bulk-copy instructions; and what the operation costs at least (`kernels/cost.py`). With
---tflops and --bandwidth, roofs that were measured on a card, it adds the time that they imply.
+Each launcher is called with tensors on the meta device and a stub in place of the driver. So it compiles what a launch
+would compile: the configuration for the shape, and the specialisation of every argument. A row of the table has the
+registers of a thread, bytes of stack and of shared memory, instructions that load or store spilled registers,
+tensor-core and bulk-copy instructions, and the least cost of the operation (`kernels/cost.py`). With --tflops and
+--bandwidth, the roofs of a card, a row also has the time that they imply.
 """
 
 import argparse
@@ -40,7 +40,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# None of the names is part of another: mma.sync, wgmma and tcgen05 are Ampere's, Hopper's and Blackwell's.
+# mma.sync is Ampere's, wgmma Hopper's and tcgen05 Blackwell's. No name contains another.
 TENSOR_CORES = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "v_mfma")
 BULK_COPY = "cp.async.bulk.tensor"
 
@@ -50,7 +50,7 @@ RESULTS = Path(__file__).with_name("results") / "compiled.json"
 
 @dataclass(frozen=True)
 class Case:
-    """One launch: its name, the targets it is compiled for, and what it costs."""
+    """One launch: its name, the targets it is compiled for, and its least cost."""
 
     name: str
     targets: tuple[str, ...]
@@ -59,7 +59,7 @@ class Case:
 
 
 class StubDriver:
-    """As much of a driver as compiling asks for."""
+    """The part of a driver that compiling needs."""
 
     def __init__(self, target: GPUTarget):
         self.target = target
@@ -75,7 +75,7 @@ class StubDriver:
 
 
 class Compiled(Exception):
-    """Leaves a launcher where it would launch, with the compiled kernel."""
+    """Raised in a launcher in place of the launch; carries the compiled kernel."""
 
     def __init__(self, kernel, options: dict):
         self.kernel = kernel
@@ -87,7 +87,7 @@ def compile_launch(target: str, launch: Callable[[], object]) -> dict:
     run = triton.JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        # Its keys know the device by number only: the binary of the last target would come back.
+        # The keys of this cache hold the device's number only, so it would return the binary of the last target.
         self.device_caches.clear()
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         raise Compiled(kernel, {k: v for k, v in kwargs.items() if k.startswith("BLOCK_") or k == "SEARCH_D"})
@@ -124,7 +124,7 @@ def _nvidia_usage(cubin: bytes) -> dict:
 
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage")))
         stack = int(usage["STACK"]) + int(usage["LOCAL"])
-        # ptxas may reserve a few bytes that no instruction touches: the loads and stores of local memory tell.
+        # ptxas may reserve bytes that no instruction touches, so loads and stores of local memory are counted.
         spills = len(re.findall(r"\b(?:STL|LDL)\b", dump("--dump-sass"))) if stack else 0
     return dict(registers=int(usage["REG"]), stack=stack, spills=spills)
 
@@ -133,7 +133,7 @@ def _amd_usage(code: str) -> dict:
     def read(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", code).group(1))
 
-    # Spilled scalar registers are not counted: they go to lanes of vector registers, not to memory.
+    # Spilled scalar registers do not count: they go to lanes of vector registers, not to memory.
     stack = read("private_segment_fixed_size")
     return dict(registers=read("vgpr_count"), stack=stack, spills=read("vgpr_spill_count"))
 
@@ -147,7 +147,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def cases() -> Iterator[Case]:
-    """Realistic shapes, each configuration of each kernel at least once."""
+    """Launches of realistic shapes, with each configuration of each kernel at least once."""
     yield from _products()
     yield from _accumulations()
     for d, targets in ((576, HOPPER), (4096, ALL), (8192, HOPPER), (14336, ALL), (28672, ALL), (65536, ALL)):
@@ -157,8 +157,8 @@ def cases() -> Iterator[Case]:
         yield _lmo(f"{n}:{m} 4096", ALL, 4096, n, group=m)
         yield _step(f"{n}:{m} 4096", HOPPER, 4096, n, group=m)
         yield _step(f"{n}:{m} 14336", ALL, 14336, n, group=m)
-    yield _step("of a target 4096", HOPPER, 4096, 2048, lacks=True)
-    yield _step("of a target 28672", HOPPER, 28672, 14336, lacks=True)
+    yield _step("of a target 4096", HOPPER, 4096, 2048, target_gap=True)
+    yield _step("of a target 28672", HOPPER, 28672, 14336, target_gap=True)
     yield _step("3:5 4095", HOPPER, 4095, 3, group=5)
     yield _step("open loop 4096", HOPPER, 4096, empty(ROWS, 1, torch.int32)[:, 0], fixed=False, open_loop=True)
     for d, targets in ((576, HOPPER), (4096, ALL), (28672, ALL)):
@@ -186,7 +186,7 @@ def _products() -> Iterator[Case]:
         ("tf32", HOPPER, 576, 576, FP32, FP32, "tf32"),
         ("ieee", NVIDIA, 4096, 4096, FP32, FP32, "ieee"),
         ("bf16", HOPPER, 8192, 28672, BF16, BF16, "bf16"),
-        # As nothing in a solve is, but anybody may call it.
+        # A solve has no such operands, but any caller may.
         ("of fp32 and bf16", ALL, 4096, 4096, FP32, BF16, "bf16"),
         ("of fp32", HOPPER, 4096, 4096, FP32, FP32, "bf16"),
         ("tf32x3", ALL, 4096, 4096, FP32, FP32, "tf32x3"),
@@ -243,35 +243,37 @@ def _accumulations() -> Iterator[Case]:
 
 
 def _lmo(text: str, targets: tuple[str, ...], d: int, k: int, *, fixed: bool = False, **options) -> Case:
-    score, held = empty(ROWS, d), empty(ROWS, d, torch.bool) if fixed else None
-    return Case(f"lmo {text}", targets, lambda: lmo(score, k, fixed=held, **options), cost.lmo(ROWS, d, fixed=fixed))
+    score, fixed_entries = empty(ROWS, d), empty(ROWS, d, torch.bool) if fixed else None
+    return Case(
+        f"lmo {text}", targets, lambda: lmo(score, k, fixed=fixed_entries, **options), cost.lmo(ROWS, d, fixed=fixed)
+    )
 
 
 def _step(
-    text: str, targets: tuple[str, ...], d: int, k: int | Tensor, *, fixed: bool = True, lacks: bool = False,
+    text: str, targets: tuple[str, ...], d: int, k: int | Tensor, *, fixed: bool = True, target_gap: bool = False,
     open_loop: bool = False, **options
 ) -> Case:  # fmt: skip
-    """Of bf16 weights, or of fp32 candidates, which have no fixed entries and lack something; for bf16 products."""
-    W, state, V = empty(ROWS, d, FP32 if lacks else BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
+    """A step of bf16 weights, or with `target_gap` of fp32 candidates without fixed entries; products are in bf16."""
+    W, state, V = empty(ROWS, d, FP32 if target_gap else BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
     E, number = empty(ROWS, d, BF16), empty(1, 1)[0, 0]
-    fixed = fixed and not lacks
+    fixed = fixed and not target_gap
     options |= {"theta": number, "next_theta": number} | ({"eta": number} if open_loop else {})
-    options |= {"fixed": V if fixed else None, "lacks": state if lacks else None}
+    options |= {"fixed": V if fixed else None, "target_gap": state if target_gap else None}
     return Case(
         f"step {text}",
         targets,
         lambda: row_step(W, state[0], state, state, state, V, E, k, **options),
-        cost.row_step(ROWS, d, W=W.itemsize, E=2, fixed=fixed, lacks=lacks),
+        cost.row_step(ROWS, d, W=W.itemsize, E=2, fixed=fixed, target_gap=target_gap),
     )
 
 
 def _swaps(text: str, targets: tuple[str, ...], d: int, *, group: int = 0, fixed: bool = True) -> Case:
     W, G, R, V = empty(ROWS, d, BF16), empty(d, d), empty(ROWS, d), empty(ROWS, d, torch.bool)
-    held = V if fixed else None
+    fixed_entries = V if fixed else None
     return Case(
         f"swaps {text}",
         targets,
-        lambda: row_swaps(W, G, R, V, SWAPS, group=group, fixed=held),
+        lambda: row_swaps(W, G, R, V, SWAPS, group=group, fixed=fixed_entries),
         cost.row_swaps(ROWS, d, SWAPS, W=2),
     )
 
@@ -281,11 +283,11 @@ def _conjugate(
 ) -> Case:
     state, (rz, inverse) = empty(ROWS, d), (empty(n, 1)[:, 0] for n in (ROWS, d))
     direction = empty(ROWS, d, P)
-    held = empty(ROWS, d, torch.bool) if mask else None
+    mask_entries = empty(ROWS, d, torch.bool) if mask else None
     return Case(
         f"conjugate {text}",
         targets,
-        lambda: conjugate_step(state, state, direction, state, rz, rz, inverse, mask=held, **place),
+        lambda: conjugate_step(state, state, direction, state, rz, rz, inverse, mask=mask_entries, **place),
         cost.conjugate_step(ROWS, d, P=P.itemsize, mask=mask, **place),
     )
 
@@ -300,7 +302,7 @@ def compile_all(pattern: str = "") -> Iterator[dict]:
 
 
 def table(rows: list[dict], roofs: tuple[float, float] | None = None) -> str:
-    """Markdown; `roofs` in flops and bytes per second add a column with the time that they imply."""
+    """The table in Markdown. `roofs`, in flops and bytes per second, add a column with the time that they imply."""
     head = ["launch", "target", "tile", "warps", "stages", "registers", "stack", "spills", "shared", "instructions"]
     head += ["Gflop", "MB"] + (["ms"] if roofs else [])
     lines = [head, ["---"] * len(head)]
@@ -314,7 +316,7 @@ def table(rows: list[dict], roofs: tuple[float, float] | None = None) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Compiles, or reads what was compiled, and prints the table."""
+    """Compile, or read the committed rows, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", default="", metavar="TEXT", help="launches whose name contains this")

@@ -1,4 +1,4 @@
-"""On a GPU, benchmarks are timed in its queue."""
+"""On a GPU, benchmarks are timed by events in the GPU's queue."""
 
 import pytest
 from operations import GPU, Moment

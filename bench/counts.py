@@ -1,7 +1,7 @@
-"""How many counts of a row its topk_torch takes in the kernels: `python bench/counts.py`.
+"""How often the kernels count a row's keys in a selection: `python bench/counts.py`.
 
-The search of `kernels/device.py`, row by row, and bisection on the bits of the key beside it, on the scores that a
-solve of 30 steps at 60 % chooses by.
+It compares the search of `kernels/topk.py`, row by row, with bisection on the bits of the key, on the scores of a solve
+of 30 steps at 60 %.
 """
 
 from unittest import mock
@@ -9,23 +9,23 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from sparsefw.kernels import cpu, device, topk_torch
+from sparsefw.kernels import cpu, topk, topk_torch
 from sparsefw.solver import frank_wolfe
 
 ROWS, STEPS = 64, 30
-PATIENCE = device.PATIENCE.value
+PATIENCE = topk.PATIENCE.value
 
 
 def order_key(score: Tensor, positive: bool) -> Tensor:
-    """`device.candidate_key`, in int64, of anything but NaN."""
-    # 0 for -0, too.
+    """`topk.candidate_key`, in int64, of scores without NaN."""
+    # Adding 0 turns -0 into +0.
     bits = (score + 0.0).view(torch.int32).long() & 0xFFFFFFFF
     keys = torch.where(bits < 0x80000000, bits ^ 0x80000000, bits ^ 0xFFFFFFFF)
     return keys.masked_fill(score <= 0, 0) if positive else keys
 
 
 def bisection(keys: Tensor, k: int) -> Tensor:
-    """Counts per row until exactly k reach a threshold, or all bits are known; (rows,)."""
+    """Counts per row (rows,) until exactly k keys reach a threshold, or all bits are known."""
     T = torch.ones(len(keys), dtype=torch.int64)
     n = (keys >= T[:, None]).sum(1)
     k, made, step = n.clamp(max=k), torch.ones_like(n), 1 << 31
@@ -39,15 +39,17 @@ def bisection(keys: Tensor, k: int) -> Tensor:
 
 
 def counts(keys: Tensor, k: int) -> Tensor:
-    """Counts per row of `device.kth_key`, and one for `device.key_range`; (rows,)."""
+    """Counts per row (rows,) of `topk.kth_key`, plus one for `topk.key_range`."""
     n, top = (keys > 0).sum(1), keys.amax(1) + 1
     k, T = n.clamp(max=k), torch.where(keys > 0, keys, 0xFFFFFFFF).amin(1)
     n_top, weight, rose, made = torch.zeros_like(n), torch.ones(len(n)), n < 0, torch.ones_like(n)
     while (running := (n > k) & (top - T > 1)).any():
-        surplus, lack = (n - k) * torch.where(rose, 1, weight), (k - n_top) * torch.where(rose, weight, 1)
-        part = surplus / (surplus + lack).clamp(min=1e-30) if made.max() <= PATIENCE else torch.full_like(weight, 0.5)
+        surplus, shortage = (n - k) * torch.where(rose, 1, weight), (k - n_top) * torch.where(rose, weight, 1)
+        share = (
+            surplus / (surplus + shortage).clamp(min=1e-30) if made.max() <= PATIENCE else torch.full_like(weight, 0.5)
+        )
         made += running
-        reach = T + ((top - T).float() * part).long()
+        reach = T + ((top - T).float() * share).long()
         reach = torch.minimum(torch.maximum(reach, T + 1), top - 1)
         m = (keys >= reach[:, None]).sum(1)
         rises = m >= k
@@ -59,23 +61,23 @@ def counts(keys: Tensor, k: int) -> Tensor:
 
 
 def main() -> None:
-    """Prints mean and maximum for rows of several lengths."""
+    """Print the mean and the maximum of counts per row, for rows of several lengths."""
     for d in (576, 1536, 4096):
         generator = torch.Generator().manual_seed(0)
         X = torch.randn(2 * d, d, generator=generator) @ torch.randn(d, d, generator=generator) / d**0.5
         W, G, seen = torch.randn(ROWS, d, generator=generator), X.T @ X, {counts: [], bisection: []}
 
         def spy(score, k, *, positive, seen=seen, **options):
-            for search, found in seen.items():
-                found.append(search(order_key(score, positive), k))
+            for search, made in seen.items():
+                made.append(search(order_key(score, positive), k))
             return topk_torch.select(score, k, positive=positive, **options)
 
-        problem = frank_wolfe.pose(W, G, W.abs() * G.diagonal().sqrt(), int(0.4 * d))
+        problem = frank_wolfe.make_problem(W, G, W.abs() * G.diagonal().sqrt(), int(0.4 * d))
         with mock.patch.object(cpu, "select", spy):
             frank_wolfe.solve(problem, steps=STEPS)
-        for search, found in seen.items():
-            made = torch.cat(found).double()
-            print(f"d = {d}: {made.mean():.1f} {search.__name__} a row, at most {int(made.max())}")
+        for search, made in seen.items():
+            counted = torch.cat(made).double()
+            print(f"d = {d}: {counted.mean():.1f} {search.__name__} a row, at most {int(counted.max())}")
 
 
 if __name__ == "__main__":

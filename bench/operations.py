@@ -1,7 +1,7 @@
-"""What the benchmarks share: shapes, inputs, ways to do an operation, the correctness gate and how a time is taken.
+"""Shared by the benchmarks: shapes, inputs, ways to do an operation, the correctness check, the measurement.
 
-On a GPU the shapes are those of Llama-3.1-8B, Llama-3-70B and Llama-3.1-405B, in as many rows as one solve takes;
-without one they are tiny, and the Triton kernels run in the interpreter, whose times say nothing about a GPU.
+On a GPU the shapes are those of Llama-3.1-8B, Llama-3-70B and Llama-3.1-405B, with as many rows as one solve takes.
+Without a GPU they are tiny, and the Triton kernels run in the interpreter, whose times say nothing about a GPU.
 """
 
 from collections.abc import Callable
@@ -21,26 +21,26 @@ SHAPES = LLAMA if GPU else [(48, 96), (40, 131)]
 TOKENS = 8192 if GPU else 100
 PRECISION = "bf16" if GPU else "ieee"
 WEIGHT = torch.bfloat16 if GPU else torch.float32
-# What products of inputs, which are weights' type, run at.
+# Precision of products of inputs, which have the dtype of the weights.
 UNIT = "bf16" if GPU else "ieee"
 
 COMPILE = "torch.compile"
 
-# Rounds of a timing: as many as fit in the seconds, but so many at least and at most.
+# A timing makes as many rounds as fit into SECONDS, within the bounds ROUNDS.
 SECONDS, ROUNDS = (0.3, (5, 50)) if GPU else (0.0, (3, 3))
-# A fill of this many bytes before every round drives the inputs out of the cache.
+# Bytes filled before every round, which drives the inputs out of the cache.
 FLUSH = 256 << 20
 
 
 def ways(operation: str, **others: Callable) -> dict[str, Callable]:
-    """The ways to do an operation by name: plain torch, compiled by torch, ours, and others."""
+    """The ways to do an operation, by name: cpu.py, cpu.py compiled by torch, `others`, and the Triton kernel."""
     plain = getattr(cpu, operation)
     compiled = {COMPILE: torch.compile(plain, dynamic=False)} if GPU else {}
     return {"torch": plain} | compiled | others | {"triton": getattr(triton_ops, operation)}
 
 
 def cases(ways: dict[str, Callable], shapes: list = SHAPES) -> list[tuple]:
-    """Way and shape of every benchmark. Compiling takes seconds a shape: torch.compile races at the first one only."""
+    """Way and shape of every benchmark. torch.compile takes seconds for each shape, so only the first shape has it."""
     return [(way, shape) for shape in shapes for way in ways if way != COMPILE or shape == shapes[0]]
 
 
@@ -56,19 +56,19 @@ def gram(d: int) -> Tensor:
 
 
 def numbers(way: str, **values: float) -> dict[str, float | Tensor]:
-    """The numbers of a step as a way takes them: on a GPU ours are read when it runs, as in a solve."""
+    """The scalars of a step: tensors for the Triton kernel on a GPU, as in a solve; floats for other ways."""
     stored = GPU and way == "triton"
     return {name: torch.tensor(value, device=DEVICE) if stored else value for name, value in values.items()}
 
 
 def budget(pattern: str, d: int) -> tuple[int, int, int]:
-    """k, group and the width, at most d, that both patterns divide: "rows" keeps 0.4 of a row, "2:4" 2 of every 4."""
+    """(k, group, d), with d rounded down to a multiple of 4. "rows" keeps 0.4 of a row, "2:4" keeps 2 of every 4."""
     d -= d % 4
     return (int(0.4 * d), 0, d) if pattern == "rows" else (2, 4, d)
 
 
 class Moment:
-    """A point in the GPU's queue; two subtract to the seconds between them."""
+    """A point in the GPU's queue. The difference of two is the seconds between them."""
 
     def __init__(self):
         self.event = torch.cuda.Event(enable_timing=True)
@@ -80,7 +80,7 @@ class Moment:
 
 
 def record(benchmark, cost: Cost, *, unit: str | None = None, note: str = "") -> None:
-    """Note beside a time what was done, and where."""
+    """Add the flops and bytes, the machine and the versions to a benchmark's time."""
     benchmark.extra_info |= {
         "flops": cost.flops,
         "bytes": cost.bytes,
@@ -95,17 +95,17 @@ def record(benchmark, cost: Cost, *, unit: str | None = None, note: str = "") ->
 def measure(
     benchmark, run: Callable, cost: Cost, *, unit: str | None = None, setup: Callable[[], tuple] = tuple
 ) -> None:
-    """Time `run(*setup())`, and record what the operation has to do at least.
+    """Time `run(*setup())`, and record its least flops and bytes.
 
-    On a GPU the timer is `Moment` (see conftest.py). The fill that empties the cache also keeps the GPU busy while the
-    first launches are prepared, so that no wait for the host is timed.
+    On a GPU the timer is `Moment` (see conftest.py). The fill that flushes the cache also keeps the GPU busy while the
+    host prepares the first launches, so the time has no wait for the host.
 
     Args:
         benchmark: pytest-benchmark's fixture.
         run: the operation.
-        cost: of one call.
-        unit: the precision whose products bound the flops; None where bytes alone are a bound worth a word.
-        setup: gives fresh arguments before every call, untimed.
+        cost: least work of one call.
+        unit: precision of the products whose roof bounds the flops; None for operations bound by bytes.
+        setup: returns fresh arguments before every call, untimed.
     """
     record(benchmark, cost, unit=unit)
     rounds, (least, most) = 0, ROUNDS
@@ -117,7 +117,7 @@ def measure(
         return arguments, {}
 
     if GPU:
-        # Compiles, and says how long a call takes.
+        # The first call compiles. The second says how long a call takes.
         run(*setup())
         arguments = setup()
         started = Moment()
@@ -127,8 +127,8 @@ def measure(
 
 
 def assert_equal_enough(got: Tensor, expected: Tensor, tolerance: float) -> None:
-    """The gate before a timing: no speed for a wrong kernel. Relative to the largest expected value."""
-    # By parts: float64 copies of the largest matrices would not fit.
+    """The check before a timing; the tolerance is relative to the largest expected value."""
+    # In parts, since float64 copies of the largest matrices would not fit.
     parts = list(zip(got.split(1024), expected.split(1024), strict=True))
     difference = max((a.double() - b.double()).abs().max().item() for a, b in parts)
     assert difference <= tolerance * expected.abs().max().item(), f"differs by {difference}"

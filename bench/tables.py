@@ -1,6 +1,6 @@
 """Tables and the roofline plot of one card: `python bench/tables.py FOLDER`, of the bench.json that pytest wrote there.
 
-Writes bench.md and roofline.png beside it. The roofs are those that bench_roofs.py measured in the same run. A row's
+It writes bench.md and roofline.png beside it. The roofs are those that bench_roofs.py measured in the same run. A row's
 share is the time that its flops and bytes imply at the roofs, over the time that was measured.
 """
 
@@ -29,19 +29,19 @@ def rows_of(results: dict) -> list[dict]:
 
 def roofs_of(rows: list[dict]) -> dict[str, float]:
     """Measured roofs: "copy" in bytes per second, and by precision in flops per second."""
-    found = {row["case"]: row["flops"] / row["median"] for row in rows if row["operation"] == "matmul"}
-    (found["copy"],) = (row["bytes"] / row["median"] for row in rows if row["operation"] == "copy")
-    return found
+    roofs = {row["case"]: row["flops"] / row["median"] for row in rows if row["operation"] == "matmul"}
+    (roofs["copy"],) = (row["bytes"] / row["median"] for row in rows if row["operation"] == "copy")
+    return roofs
 
 
 def share(row: dict, roofs: dict[str, float]) -> float:
-    """Of the roof: 1 is as fast as can be."""
+    """The share of the roof that a row reaches: 1 is as fast as can be."""
     flops = row["flops"] if row["unit"] else 0
     return Cost(flops, row["bytes"]).seconds(roofs.get(row["unit"], 1.0), roofs["copy"]) / row["median"]
 
 
 def tables(rows: list[dict], roofs: dict[str, float]) -> str:
-    """Markdown, a table for every operation; each row is compared with ours in the same case."""
+    """Markdown with a table for every operation; each row is compared with the Triton kernel in the same case."""
     known = rows[0]
     lines = [f"{known['device']}, torch {known['torch']}, triton {known['triton']}", ""]
     lines += [f"- copy: {roofs['copy'] / 1e9:.0f} GB/s"]
@@ -92,7 +92,7 @@ def plot(rows: list[dict], roofs: dict[str, float], path: Path) -> None:
 
 
 def main() -> None:
-    """Reads FOLDER/bench.json; writes and prints the tables, and draws the plot."""
+    """Read FOLDER/bench.json, write and print the tables, and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder

@@ -1,4 +1,4 @@
-"""conjugate_step: everything of a step of conjugate gradients but the product, one program per few rows, in place.
+"""conjugate_step: a step of conjugate gradients except for the product, in place. A program works on a few rows.
 
     a  = rz / <P, U>                             0 where a row is done, rz <= enough
     Z += a P                                     R -= a U
@@ -10,11 +10,11 @@
 
     flops = about 12 rows d
     bytes = rows d (12 + 1 + 8 + 2 size(P))      (P U Z R and mask in, Z R P out)
-            the first step reads R and mask and writes P, the last one leaves mask and P alone
+            the first step reads R and mask and writes P; the last step neither reads mask nor writes P
 
-A row that fits one chunk stays in registers from the first load to the last store. A longer one takes passes over its
-chunks, which find in the cache what fits there: A adds up <P, U>, B moves Z and R and adds up rz', C turns P. Every
-pass begins where the last one ended: what was read last is there for sure.
+A row that fits one chunk stays in registers from the first load to the last store. A longer row takes passes over its
+chunks, which come from the cache as far as they fit there: A adds up <P, U>, B moves Z and R and adds up rz', C writes
+the next P. Every pass begins where the last one ended, since the chunks that were read last are surely in the cache.
 """
 
 import torch
@@ -22,32 +22,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cpu import CONVERGED
 from .device import cast, columns
-from .launch import check, check_matrix, interpreter_tile, on_device, platform, warps
+from .launch import check, check_contiguous_rows, check_matrix, interpreter_tile, on_device, platform, warps
+from .naive import CONVERGED
 
 
 def configuration(rows: int, d: int) -> dict[str, int]:
-    """Tile sizes and launch options: up to 8192 entries of a row at once."""
+    """Tile sizes and launch options: chunks of up to 8192 columns."""
     width = triton.next_power_of_2(d)
     if platform() == "interpreter":
         return interpreter_tile(rows, width)
     if width <= 8192:
-        # 16 entries of each matrix per thread.
+        # 16 entries of each matrix a thread.
         return dict(BLOCK_R=max(1, 1024 // width), BLOCK_D=width, num_warps=warps(max(4, width // 512)))
-    # Of long rows one at a time on a multiprocessor: the fewer are under way, the more of them the cache holds.
+    # A multiprocessor has one long row at a time: the fewer rows are under way, the more of each the cache holds.
     return dict(BLOCK_R=1, BLOCK_D=8192, num_warps=warps(32))
 
 
 @triton.jit
 def _ratio(numerator, denominator):
-    """Their ratio; 0 where the denominator is not positive: nothing is left to gain in that row."""
+    """The ratio, or 0 where the denominator is not positive: nothing is left to gain in that row."""
     return tl.where(denominator > 0, numerator / tl.where(denominator > 0, denominator, 1.0), 0.0)
 
 
 @triton.jit
 def _move(Z, R, column, valid, p, u, a):
-    """Moves one chunk of Z and R along p; returns its R."""
+    """Move one chunk of Z and R along p; returns the new R."""
     z = tl.load(Z + column[None, :], mask=valid, other=0.0)
     r = tl.load(R + column[None, :], mask=valid, other=0.0)
     r -= a[:, None] * u
@@ -57,8 +57,8 @@ def _move(Z, R, column, valid, p, u, a):
 
 
 @triton.jit
-def _pull(INVERSE, MASK, r, column, valid, valid_d):
-    """r under the mask, and what the preconditioner makes of it."""
+def _preconditioned(INVERSE, MASK, r, column, valid, valid_d):
+    """The masked r, and z: r times the preconditioner."""
     if MASK is not None:
         r = tl.where(tl.load(MASK + column[None, :], mask=valid, other=0).to(tl.int1), r, 0.0)
     return r, r * tl.load(INVERSE + column, mask=valid_d, other=0.0)[None, :]
@@ -96,7 +96,7 @@ def _conjugate_kernel(
             a = tl.where(before <= enough, 0.0, _ratio(before, tl.sum(p * u, axis=1)))
             r = _move(Z, R, column, valid, p, u, a)
         if not LAST:
-            r, z = _pull(INVERSE, MASK, r, column, valid, valid_d)
+            r, z = _preconditioned(INVERSE, MASK, r, column, valid, valid_d)
             rz = tl.sum(r * z, axis=1)
             if not FIRST:
                 z += _ratio(rz, before)[:, None] * p
@@ -112,8 +112,8 @@ def _conjugate_kernel(
                 products += p * tl.load(U + column[None, :], mask=valid, other=0.0)
             a = tl.where(before <= enough, 0.0, _ratio(before, tl.sum(products, axis=1)))
 
-        # Pass B: the move, and the pull of the next direction.
-        pulls = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        # Pass B: the move, and <r, z> of the next direction.
+        products_rz = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for back in range(0, d, BLOCK_D):
             column, valid_d = columns((d - 1) // BLOCK_D * BLOCK_D - back, d, 0, 0, BLOCK_D)
             valid = valid_r[:, None] & valid_d[None, :]
@@ -124,20 +124,20 @@ def _conjugate_kernel(
                 u = tl.load(U + column[None, :], mask=valid, other=0.0)
                 r = _move(Z, R, column, valid, p, u, a)
             if not LAST:
-                r, z = _pull(INVERSE, MASK, r, column, valid, valid_d)
-                pulls += r * z
-        rz = tl.sum(pulls, axis=1)
+                r, z = _preconditioned(INVERSE, MASK, r, column, valid, valid_d)
+                products_rz += r * z
+        rz = tl.sum(products_rz, axis=1)
 
         if not LAST:
-            # R goes from pass to pass through global memory, and the thread that reads an entry is not always the one
-            # that wrote it: Triton adds no barrier for that by itself.
+            # R goes from pass to pass through global memory. The thread that reads an entry may not be the one that
+            # wrote it, and Triton adds no barrier for that.
             tl.debug_barrier()
             # Pass C: the direction.
             for start in range(0, d, BLOCK_D):
                 column, valid_d = columns(start, d, 0, 0, BLOCK_D)
                 valid = valid_r[:, None] & valid_d[None, :]
                 r = tl.load(R + column[None, :], mask=valid, other=0.0)
-                r, z = _pull(INVERSE, MASK, r, column, valid, valid_d)
+                r, z = _preconditioned(INVERSE, MASK, r, column, valid, valid_d)
                 if not FIRST:
                     p = tl.load(P + column[None, :], mask=valid, other=0.0).to(tl.float32)
                     z += _ratio(rz, before)[:, None] * p
@@ -162,7 +162,7 @@ def conjugate_step(
     first: bool = False,
     last: bool = False,
 ) -> None:
-    """A step of conjugate gradients, in place; see `reference.conjugate_step`, which it equals up to rounding.
+    """A step of conjugate gradients, in place: `naive.conjugate_step` up to rounding.
 
     Args:
         Z, R, U: (rows, d) fp32 with contiguous rows (column stride 1).
@@ -170,7 +170,7 @@ def conjugate_step(
         rz, enough: (rows,) fp32, contiguous.
         inverse: (d,) fp32, contiguous.
         mask: (rows, d) bool with contiguous rows, or None.
-        first, last: as there.
+        first, last: as in `naive.conjugate_step`.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit this description.
@@ -181,8 +181,7 @@ def conjugate_step(
     dtypes = dict(P=(torch.float32, torch.bfloat16), mask=(torch.bool,))
     for name, matrix in matrices.items():
         check(name, matrix, (rows, d), dtypes.get(name, (torch.float32,)), Z)
-        if d > 1 and matrix.stride(1) != 1:
-            raise ValueError(f"{name}: expected contiguous rows, got strides {matrix.stride()}")
+    check_contiguous_rows(matrices)
     for name, vector in vectors.items():
         check(name, vector, (d if name == "inverse" else rows,), (torch.float32,), Z)
         if len(vector) > 1 and vector.stride(0) != 1:

@@ -5,8 +5,8 @@
     flops = 2 tokens rows d
     bytes = tokens (rows + d) size(X) + 8 rows d           (D and X once; B read and written)
 
-Each entry belongs to one program: no atomics, the same bits every time. Products of bf16 and fp16 inputs are exact,
-`precision` is that of fp32 inputs; accumulation is in fp32.
+Each entry belongs to one program: there are no atomics, and every run gives the same bits. Products of bf16 and fp16
+inputs are exact; fp32 inputs are rounded to `precision`. Sums are accumulated in fp32.
 """
 
 import torch
@@ -28,7 +28,7 @@ def configuration(rows: int, d: int, size: int) -> dict[str, int]:
     if triton.cdiv(rows, 128) * triton.cdiv(d, 128) < 128:
         # Too few large tiles to fill a GPU.
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=4, num_stages=stages)
-    # Larger tiles spill in the epilogue, which holds a tile of B beside the sums.
+    # Larger tiles spill in the epilogue, where a tile of B lies beside the sums.
     if where == "hip":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K // 2, GROUP_M=8, num_warps=4, num_stages=stages)
     return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=stages)
@@ -45,11 +45,11 @@ def _cross_kernel(
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
 
-    # A mask, not a clamp as in product.py: here these columns are the contiguous axis of the loads.
+    # Masked, not clamped as in product.py: these columns are the contiguous axis of the loads.
     valid_m = offs_m < rows
     valid_n = offs_n < d
     token = offs_k.to(tl.int64)
-    # D is read as D^T: 16-bit tiles that are transposed after their load are not loaded ahead on sm_80.
+    # D is loaded as D^T: on sm_80, 16-bit tiles that are transposed after the load are not loaded ahead.
     d_ptrs = D + token[None, :] * stride_dt + offs_m.to(tl.int64)[:, None] * stride_dr
     x_ptrs = X + token[:, None] * stride_xt + offs_n.to(tl.int64)[None, :] * stride_xd
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -67,13 +67,13 @@ def _cross_kernel(
 
 
 def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """B += D^T X in place; see `reference.cross_accumulate`, which it equals up to rounding.
+    """B += D^T X in place: `naive.cross_accumulate` up to rounding.
 
     Args:
         B: (rows, d) fp32, any strides.
         D: (tokens, rows), dtype of X, any strides.
         X: (tokens, d), fp32 / bf16 / fp16, any strides.
-        precision: "ieee" or "tf32", of fp32 inputs.
+        precision: rounding of fp32 inputs, "ieee" or "tf32".
 
     Returns:
         B.

@@ -5,8 +5,8 @@
     flops = 2 rows d^2 + 4 rows d
     bytes = 2 rows d size(W) + 4 rows d + d^2 size(G) + 4 rows d
 
-W * (1 - M) is formed in fp32 while its tile is loaded and never stored; then it is rounded to `precision` like any
-operand of the product. Accumulation, tile order and precisions are those of product.py.
+W * (1 - M) is computed in fp32 as its tile is loaded, and never stored. It is rounded to `precision` like any operand
+of the product. Accumulation, order of tiles and precisions are those of product.py.
 """
 
 import torch
@@ -36,13 +36,13 @@ def _gradient_kernel(
 
 
 def gradient(W: Tensor, M: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None) -> Tensor:
-    """Gradient of error(M) with respect to M; see `reference.gradient`, which it equals up to rounding.
+    """Gradient of error(M) with respect to M: `naive.gradient` up to rounding.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16, any strides.
         M: (rows, d), fp32 in [0, 1].
         G: (d, d), symmetric, fp32 or bf16.
-        precision: one of PRECISIONS, of both operands of the product.
+        precision: rounding of both operands of the product, one of PRECISIONS.
         out: (rows, d) fp32, written and returned; allocated when None.
 
     Raises:

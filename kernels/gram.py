@@ -5,9 +5,9 @@
     flops = tokens d (d + 1)                               (half of the full square)
     bytes = tokens d size(X) + 4 d (d + 1) / 2 + 4 d^2     (X once; one triangle of G read, both written)
 
-Every entry of the lower triangle is computed once and stored twice, also within the tiles on the diagonal, so G is
-exactly symmetric. Each entry belongs to one program: no atomics, the same bits every time. Products of bf16 and fp16
-inputs are exact, `precision` is that of fp32 inputs; accumulation is in fp32.
+Every entry of the lower triangle is computed once and stored twice, also in the tiles on the diagonal, so G is exactly
+symmetric. Each entry belongs to one program: there are no atomics, and every run gives the same bits. Products of bf16
+and fp16 inputs are exact; fp32 inputs are rounded to `precision`. Sums are accumulated in fp32.
 """
 
 import torch
@@ -32,7 +32,7 @@ def configuration(d: int, size: int) -> dict[str, int]:
         )
     if where == "hip":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K // 2, SIDE=1024, num_warps=4, num_stages=2)
-    # Larger tiles spill in the epilogue, which holds a tile of G beside the sums.
+    # Larger tiles spill in the epilogue, where a tile of G lies beside the sums.
     if where == "sm_90":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K, SIDE=1024, num_warps=8, num_stages=4)
     return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=BLOCK_K, SIDE=1024, num_warps=8, num_stages=3)
@@ -44,13 +44,13 @@ def _gram_kernel(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, SIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # The triangle is walked in squares of SIDE x SIDE entries, so that programs that run together share columns of X
-    # in the cache. Square s of the triangle stands in row i with i (i + 1) / 2 <= s < (i + 1) (i + 2) / 2.
+    # Programs walk the triangle in squares of SIDE x SIDE entries, so that those that run together share columns of X
+    # in the cache. Square s of the triangle lies in row i, where i (i + 1) / 2 <= s < (i + 1) (i + 2) / 2.
     PER_SQUARE: tl.constexpr = (SIDE // BLOCK_M) * (SIDE // BLOCK_N)
     s = tl.program_id(0) // PER_SQUARE
     within = tl.program_id(0) % PER_SQUARE
     i = ((tl.sqrt(8.0 * s + 1.0) - 1.0) * 0.5).to(tl.int32)
-    # The root is rounded: one off at most.
+    # The root is rounded, so i may be off by one.
     i = i + (s >= (i + 1) * (i + 2) // 2).to(tl.int32) - (s < i * (i + 1) // 2).to(tl.int32)
     j = s - i * (i + 1) // 2
     first_m = i * SIDE + within % (SIDE // BLOCK_M) * BLOCK_M
@@ -59,7 +59,7 @@ def _gram_kernel(
         offs_m = first_m + tl.arange(0, BLOCK_M)
         offs_n = first_n + tl.arange(0, BLOCK_N)
         offs_k = tl.arange(0, BLOCK_K)
-        # A mask, not a clamp as in product.py: here these columns are the contiguous axis of the loads.
+        # Masked, not clamped as in product.py: these columns are the contiguous axis of the loads.
         valid_m = offs_m < d
         valid_n = offs_n < d
         token = offs_k.to(tl.int64)[:, None]
@@ -76,7 +76,7 @@ def _gram_kernel(
 
         row = offs_m.to(tl.int64)[:, None]
         column = offs_n.to(tl.int64)[None, :]
-        # Within a tile on the diagonal this keeps one of each mirrored pair; elsewhere it is always true.
+        # In a tile on the diagonal this keeps one of each mirrored pair. In other tiles it is always true.
         valid = valid_m[:, None] & valid_n[None, :] & (row >= column)
         g_ptrs = G + row * stride_gr + column * stride_gd
         g = tl.load(g_ptrs, mask=valid, other=0.0) + acc
@@ -86,12 +86,12 @@ def _gram_kernel(
 
 
 def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """G += X^T X in place; see `reference.gram_accumulate`, which it equals up to rounding.
+    """G += X^T X in place: `naive.gram_accumulate` up to rounding.
 
     Args:
-        G: (d, d) fp32, symmetric, any strides: its lower triangle is read, all of it is written.
+        G: (d, d) fp32, symmetric, any strides. Its lower triangle is read, all of it is written.
         X: (tokens, d), fp32 / bf16 / fp16, any strides.
-        precision: "ieee" or "tf32", of fp32 inputs.
+        precision: rounding of fp32 inputs, "ieee" or "tf32".
 
     Returns:
         G.

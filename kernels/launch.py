@@ -1,4 +1,4 @@
-"""What the launchers share on the host: checks of the arguments, where to launch, what it is compiled for."""
+"""Host functions shared by the launchers: checks of arguments, the current device, the target of compilation."""
 
 import contextlib
 
@@ -6,12 +6,15 @@ import torch
 import triton
 from torch import Tensor
 
+from .interpreter import repair_range
+
+repair_range()
 INTERPRET = triton.knobs.runtime.interpret
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def platform() -> str:
-    """What the next launch runs on: "interpreter", "hip", "sm_80" (and before) or "sm_90" (and later)."""
+    """Target of the next launch: "interpreter", "hip", "sm_80" (and earlier) or "sm_90" (and later)."""
     if INTERPRET:
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
@@ -21,29 +24,29 @@ def platform() -> str:
 
 
 def warps(n: int) -> int:
-    """Warps of n x 32 threads: half as many on AMD, where a warp has 64."""
+    """Number of warps for n x 32 threads: half of n on AMD, where a warp has 64 threads."""
     return max(1, n // 2) if platform() == "hip" else n
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs of a persistent kernel run at once; two where no GPU is: more than one, fewer than tiles."""
+    """Number of programs that a persistent kernel launches: one a multiprocessor, or 2 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def describable(matrix: Tensor) -> bool:
-    """Whether a tensor descriptor can stand for it, as the bulk copies ask: 16-byte aligned rows, one after another."""
+    """Whether a tensor descriptor can describe the matrix: contiguous rows that start at multiples of 16 bytes."""
     aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
     return aligned and matrix.stride(1) == 1
 
 
 def interpreter_tile(rows: int, width: int) -> dict[str, int]:
-    """Tile of a row-wise kernel in the interpreter, where cost is per program and step, hardly per entry: large."""
+    """A large tile for a row-wise kernel in the interpreter, whose cost is per program and step, hardly per entry."""
     BLOCK_D = min(triton.next_power_of_2(width), 65536)
     return dict(BLOCK_R=max(1, min(triton.next_power_of_2(rows), 262144 // BLOCK_D)), BLOCK_D=BLOCK_D)
 
 
-def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
-    """Raise unless `tensor` has this shape, one of these dtypes, and the device of `like`."""
+def check(name: str, tensor: object, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
+    """Raise unless `tensor` is a tensor with this shape, one of these dtypes, and the device of `like`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tuple(tensor.shape) != tuple(shape):
@@ -58,8 +61,8 @@ def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch
         )
 
 
-def check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> tuple[int, int]:
-    """Shape of `tensor`; raise unless it is a matrix of one of these dtypes."""
+def check_matrix(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> tuple[int, int]:
+    """The shape of `tensor`. Raise unless it is a matrix of one of these dtypes."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.ndim != 2:
@@ -68,12 +71,19 @@ def check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> 
     return tensor.shape[0], tensor.shape[1]
 
 
+def check_contiguous_rows(matrices: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the rows of every matrix are contiguous (column stride 1)."""
+    for name, matrix in matrices.items():
+        if matrix.shape[-1] > 1 and matrix.stride(-1) != 1:
+            raise ValueError(f"{name}: expected contiguous rows, got strides {matrix.stride()}")
+
+
 def check_fp32_precision(precision: str) -> None:
-    """Raise unless `precision` is one that fp32 inputs can be multiplied in as they are."""
+    """Raise unless `precision` is "ieee" or "tf32", in which tensor cores read fp32 inputs as they are."""
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"precision: expected ieee or tf32, got {precision!r}")
 
 
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Makes the tensor's GPU the current one, on which Triton launches."""
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context in which the tensor's GPU is the current one: Triton launches there."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()

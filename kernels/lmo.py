@@ -2,13 +2,13 @@
 
     score (rows, d) fp32     fixed (rows, d) bool or none     V (rows, d) bool
 
-    flops = none to speak of; about 10 comparisons an entry
+    flops = 0; about 10 comparisons an entry
     bytes = rows d (4 + 1 + 1 with fixed)         (the score once, the vertex once)
 
-Exactly k are kept, equal scores go to the lower index, -0.0 equals +0.0, fixed entries come before all others, NaN is
-an error. How the k-th best is found: device.py. The keys of up to 32768 scores stay in registers for the search; of a
-longer row the first 16384 do, the others are read again (from the cache) for every count. To be taken, those of more
-than 4096 are read once more.
+Exactly k entries are kept. Equal scores go to the lower index, -0.0 equals +0.0, a fixed entry counts as +inf, and NaN
+is an error. topk.py says how the k-th best is found. Up to 32768 keys of a row stay in registers for the search. Of a
+longer row the first 16384 do, and every count reads the others again, from the cache. A row of more than 4096 is read
+once more when its entries are chosen.
 """
 
 import torch
@@ -16,15 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cpu import check_budget
-from .device import NAN_KEY, columns, key_range, kth_key, load_budget, load_keys, lowest_key, take, take_of_groups
+from .device import columns
 from .launch import check, check_matrix, interpreter_tile, on_device, platform, warps
+from .naive import check_budget
+from .topk import NAN_KEY, key_range, kth_key, load_budget, load_keys, lowest_key, take, take_of_groups
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8)
 
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:
-    """Tile sizes and launch options: BLOCK_R rows at once, chunks of BLOCK_D columns, SEARCH_D keys held."""
+    """Tile sizes and launch options: BLOCK_R rows, chunks of BLOCK_D columns, SEARCH_D keys in registers."""
     width = triton.next_power_of_2(span(d, group))
     if platform() == "interpreter":
         tile = interpreter_tile(rows, width)
@@ -33,18 +34,18 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
         BLOCK_D = max(min(width, 1024 if group else 4096), triton.next_power_of_2(max(group, 1)))
         tile = dict(BLOCK_R=max(1, 1024 // BLOCK_D), BLOCK_D=BLOCK_D, SEARCH_D=BLOCK_D)
         return tile | dict(num_warps=warps(max(4, BLOCK_D // 512)))
-    # 16 keys in each thread, 32 of a row of 32768: with more some compiler versions spill.
+    # 16 keys a thread, or 32 for a row of 32768. With more, some versions of the compiler spill.
     search = width if width <= 32768 else 16384
     return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=search, num_warps=warps(min(32, width // 512)))
 
 
 def span(d: int, group: int) -> int:
-    """Length of a row once its groups are laid out a power of two apart, see `device.columns`."""
+    """Length of a row whose groups are laid out a power of two apart, see `device.columns`."""
     return d // group * triton.next_power_of_2(group) if group else d
 
 
-def selection_options(d: int, k: int | Tensor, group: int, config: dict[str, int]) -> dict:
-    """The compile-time facts of a selection that a kernel needs beside its tile sizes."""
+def selection_options(d: int, k: int | Tensor, group: int, config: dict[str, int]) -> dict[str, object]:
+    """Compile-time arguments of a selection beside the tile sizes."""
     return dict(
         PER_ROW=isinstance(k, Tensor),
         GROUP=group,
@@ -82,20 +83,20 @@ def _lmo_kernel(
             tl.store(vertex + column[None, :].to(tl.int64) * stride_vd, chosen, mask=valid)
     else:
         budget = load_budget(k, row, valid_r, stride_k, PER_ROW, BLOCK_R)
-        held = load_keys(score, fixed, 0, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, SEARCH_D)
-        n, low, high = key_range(held, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D)
+        first_keys = load_keys(score, fixed, 0, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, SEARCH_D)
+        n, low, high = key_range(first_keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D)
         nan = high == NAN_KEY
-        T, room, tied = kth_key(
-            n, low, high, held, budget, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D
+        T, ties_kept, tied = kth_key(
+            n, low, high, first_keys, budget, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D
         )
         passed = tl.zeros((BLOCK_R,), tl.int32)
         for start in range(0, d, BLOCK_D):
             if ONE_CHUNK:
-                keys = held
+                keys = first_keys
             else:
-                # Read again: the running count of ties would not fit in the registers beside all keys.
+                # Loaded again: the running count of ties would not fit into registers beside all keys.
                 keys = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, BLOCK_D)
-            chosen, passed = take(keys, T, room, tied, passed)
+            chosen, passed = take(keys, T, ties_kept, tied, passed)
             column, valid_d = columns(start, d, 0, 0, BLOCK_D)
             valid = valid_r[:, None] & valid_d[None, :]
             tl.store(vertex + column[None, :].to(tl.int64) * stride_vd, chosen, mask=valid)
@@ -123,14 +124,14 @@ def lmo(
     checked: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The vertex that keeps the k best scores of every row; see `reference.lmo`, which it equals.
+    """The vertex that keeps the k best scores of every row: equal to `naive.lmo`.
 
     Args:
         score: (rows, d) fp32, any strides.
-        k: kept per row, one int or an int tensor (rows,); with `group`, kept per group, an int.
+        k: entries kept per row, an int or an int tensor (rows,); with `group`, entries kept per group, an int.
         group: 0 for whole rows, else m of n:m, up to 32.
-        fixed: (rows, d) bool, kept whatever their score.
-        positive: keep only scores above 0 (and the fixed entries).
+        fixed: (rows, d) bool, entries whose score counts as +inf.
+        positive: keep only scores above 0.
         checked: whether to look for NaN, which waits for the kernel.
         out: (rows, d) bool, written and returned; allocated when None.
 

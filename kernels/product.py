@@ -5,15 +5,15 @@
     flops = 2 rows d^2
     bytes = rows d size(E) + d^2 size(G) + 4 rows d       (each operand once)
 
-Two forms. Where large tiles fill the GPU, tensor cores multiply and rows are 16-byte aligned, on sm_90 and later, as
-many programs as there are multiprocessors walk the tiles, and both operands come by bulk copies through tensor
-descriptors: no thread computes an address or masks an edge, and a tile's stores overlap with the next one's loads. Else
-every program computes one tile, and its threads load through pointers, ahead of the dot.
+There are two kernels. The first runs on sm_90 and later, if large tiles fill the GPU, tensor cores multiply and rows
+are 16-byte aligned: as many programs as multiprocessors walk the tiles, and bulk copies through tensor descriptors load
+both operands. No thread computes an address or masks an edge, and the stores of a tile overlap with the loads of the
+next. In all other cases every program computes one tile, and its threads load through pointers, ahead of the dot.
 
-Accumulation is in fp32. `precision` is that of both operands: "ieee" multiplies in fp32 (no tensor cores for fp32
-operands), "tf32x3" splits each of them into two tf32 numbers and multiplies three times, within 2^-21, "tf32" lets the
-tensor cores read the upper 19 bits, "bf16" rounds each tile to bf16 as it is loaded. Operands that are both bf16
-already multiply exactly whatever the precision.
+Sums are accumulated in fp32. Both operands are multiplied at `precision`: "ieee" multiplies in fp32 (no tensor cores
+for fp32 operands); "tf32x3" splits each operand into two tf32 numbers and multiplies three times, within 2^-21; "tf32"
+lets the tensor cores read the upper 19 bits; "bf16" rounds each tile to bf16 as it is loaded. Two bf16 operands
+multiply exactly at any precision.
 """
 
 import torch
@@ -22,14 +22,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .cpu import PRECISIONS
 from .device import dot, grouped_tile
 from .launch import FLOATS, check, check_matrix, describable, multiprocessors, on_device, platform
+from .naive import PRECISIONS
 
-# Where tiles can be read by bulk copies.
+# Targets on which bulk copies can load tiles.
 DESCRIPTORS = ("sm_90", "interpreter")
 
-# Shared memory of sm_90 that the stages of large tiles may take, bytes.
+# Bytes of shared memory that the stages of large tiles may take on sm_90.
 PIPELINE = 192 << 10
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -42,18 +42,18 @@ def configuration(
 
     Args:
         rows, d: shape of the output.
-        size: bytes of an operand of the dot.
-        wide: whether the registers suffice for 256 columns; not where the left operand is computed from two tiles
-            (gradient), nor for dots without tensor cores.
-        stored: bytes of both operands as they lie in memory.
-        split: whether each operand is split in two, whose parts take registers.
+        size: bytes of an entry of the dot's operands.
+        wide: whether registers suffice for tiles of 256 columns. They do not if the left operand is computed from two
+            tiles (gradient), nor for dots without tensor cores.
+        stored: bytes of an entry of each operand in memory.
+        split: whether each operand is split in two parts, which take registers.
     """
     where = platform()
     if where == "interpreter":
-        # Cost is per program and step there, hardly per entry.
+        # The interpreter's cost is per program and step, hardly per entry.
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8)
     tiles = triton.cdiv(rows, 128) * triton.cdiv(d, 128)
-    # 128 bytes of an operand per row and step; 64 KiB of shared memory on AMD take half of that.
+    # A step reads 128 bytes of each row. On AMD it reads half of that, to fit into 64 KiB of shared memory.
     BLOCK_K = 128 // size
     if rows <= 64 or tiles < 128:
         # Too few large tiles to fill a GPU.
@@ -64,8 +64,8 @@ def configuration(
     if split:
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K // 2, GROUP_M=8, num_warps=8, num_stages=3)
     if where == "sm_90" and wide and tiles >= 256:
-        # Three quarters of the reads of 128 x 128 per flop. Four stages and a quarter of the output fill shared memory;
-        # fewer where operands lie in 4 bytes and are rounded to 2 only once they are there.
+        # 128 x 256 tiles read three quarters of the bytes per flop of 128 x 128 tiles. Four stages and a quarter of the
+        # output fill shared memory. Operands of 4 bytes that are rounded to 2 after the load get fewer stages.
         stages = min(4, PIPELINE // ((128 * stored[0] + 256 * stored[1]) * BLOCK_K))
         return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=stages)
     return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=3)
@@ -77,21 +77,21 @@ def product_tile(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile of E G, or of (E * (1 - M)) G unless M is None; and the tile's rows and columns."""
+    """This program's tile of E G if M is None, else of (E * (1 - M)) G; and the tile's rows and columns."""
     first_m, first_n = grouped_tile(tl.program_id(0), rows, d, GROUP_M, BLOCK_M, BLOCK_N)
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
 
-    # Past the edge the last row is read again: it is never stored, and the loads need no mask for it.
+    # Rows past the edge read the last row again. They are never stored, and the loads need no mask for them.
     row = tl.minimum(offs_m, rows - 1).to(tl.int64)[:, None]
     column = tl.minimum(offs_n, d - 1).to(tl.int64)
     k = offs_k.to(tl.int64)
     e_ptrs = E + row * stride_er + k[None, :] * stride_ed
     if M is not None:
         m_ptrs = M + row * stride_mr + k[None, :] * stride_md
-    # G is symmetric, so column n is read as row n, contiguous along k like E. wgmma wants fp32 operands that way: read
-    # along n, the tiles are transposed through registers (206 instead of 182 of them for tf32 on sm_90).
+    # G is symmetric: column n is read as row n, contiguous along k like E. wgmma wants fp32 operands this way. Tiles
+    # read along n would be transposed through registers (206 of them instead of 182 for tf32 on sm_90).
     g_ptrs = G + column[None, :] * stride_gr + k[:, None] * stride_gd
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, d, BLOCK_K):
@@ -142,16 +142,17 @@ def _descriptor_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(d, BLOCK_N)
-    # Flattened, the loads of a program's next tile start while it still stores this one.
+    # In a flattened loop the loads of the next tile start while this one is stored.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         first_m, first_n = grouped_tile(tile, rows, d, GROUP_M, BLOCK_M, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, d, BLOCK_K):
             e = E.load([first_m, start])
-            # Row n of the symmetric G for column n, as in product_tile. What lies past the edges reads as 0.
+            # Row n of the symmetric G is read for column n, as in product_tile. Entries past the edges read as 0.
             g = G.load([first_n, start])
             acc = dot(e, g.T, acc, DTYPE, PRECISION)
-        # In quarters: on its way to memory a tile passes through shared memory, which the next tile's operands fill.
+        # A tile passes through shared memory on its way to memory. It goes in quarters, since the operands of the next
+        # tile fill the rest.
         offs_m = first_m + tl.arange(0, BLOCK_M)
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
         first, second = _halves(left, BLOCK_M, BLOCK_N // 2)
@@ -163,8 +164,8 @@ def _descriptor_kernel(
         _store(U, fourth, offs_m, offs_n + BLOCK_N // 2 + BLOCK_N // 4, rows, d, stride_ur, stride_ud)
 
 
-def dot_options(operands: tuple[torch.dtype, ...], precision: str) -> dict:
-    """DTYPE and PRECISION of the dot of operands with these dtypes.
+def dot_options(operands: tuple[torch.dtype, ...], precision: str) -> dict[str, object]:
+    """DTYPE and PRECISION of `device.dot` for operands of these dtypes.
 
     Raises:
         ValueError: for an unknown precision.
@@ -174,18 +175,18 @@ def dot_options(operands: tuple[torch.dtype, ...], precision: str) -> dict:
     if precision == "bf16" or all(dtype == torch.bfloat16 for dtype in operands):
         return dict(DTYPE=tl.bfloat16, PRECISION="ieee")
     if precision == "tf32x3" and platform() == "hip":
-        # AMD's cores multiply fp32 as it is.
+        # AMD's matrix cores multiply fp32 without rounding.
         precision = "ieee"
     return dict(DTYPE=tl.float32, PRECISION=precision)
 
 
 def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None) -> Tensor:
-    """E G with fp32 accumulation; see `reference.product`, which it equals up to rounding.
+    """E G, accumulated in fp32: `naive.product` up to rounding.
 
     Args:
         E: (rows, d), fp32 / bf16 / fp16, any strides.
         G: (d, d), symmetric, fp32 or bf16.
-        precision: one of PRECISIONS, of both operands.
+        precision: rounding of both operands, one of PRECISIONS.
         out: (rows, d) fp32, written and returned; allocated when None.
 
     Raises:

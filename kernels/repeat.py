@@ -1,7 +1,7 @@
-"""repeat: a step that is launched many times, on a GPU as one CUDA graph: no Python between its kernels.
+"""repeat: run a step many times. On a GPU the step is one CUDA graph, without Python between its kernels.
 
-A step of a few rows is over before Python has launched the next one. As a graph it costs the host a copy of the step's
-numbers and one launch; the numbers are tensors, which the graph's kernels read as they run.
+A step of a few rows ends before Python has launched the next one. As a graph it costs the host one launch and a copy of
+the step's numbers. The numbers are tensors, which the kernels of the graph read when they run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,28 +10,29 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import naive
 
-# Fewer runs are no graph: its making takes the host a while, how long is not measured.
+# Fewer runs are launched kernel by kernel: making a graph takes the host a while (not measured).
 LEAST = 5
 
 
 def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like: Tensor) -> Iterator[None]:
-    """Run step(*row) for every row of `numbers`; yields after each. See `cpu.repeat`.
+    """Run step(*row) for every row of `numbers`; yields after each. See `naive.repeat`.
 
-    On a GPU, unless the runs are few, the step gets its numbers as tensors () fp32. Its first run compiles and launches
-    kernel by kernel, the second is captured, and it and all others are launches of the graph. So no run may wait for
-    the GPU, and what one allocates is overwritten by the next. On AMD the end waits: torch does, where a graph goes.
+    On a GPU, with at least LEAST runs, the step gets its numbers as tensors () fp32. The first run compiles, and
+    launches kernel by kernel. The second run is captured in a graph, which is launched for this and all later runs. A
+    run must not wait for the GPU therefore, and it overwrites what the run before has allocated. On AMD the end waits
+    for the GPU, because torch does when it frees a graph.
 
     Args:
         step: launches the same operations on the same tensors every time, whatever its numbers are.
-        numbers: (runs, n), what differs from run to run.
-        like: a tensor on the device where it all happens.
+        numbers: (runs, n), the numbers of every run.
+        like: a tensor on the device where the step runs.
     """
     if like.device.type != "cuda" or len(numbers) < LEAST:
-        yield from cpu.repeat(step, numbers, like)
+        yield from naive.repeat(step, numbers, like)
         return
-    # From pinned memory: a copy from other would be waited for.
+    # A copy from memory that is not pinned would wait for the GPU.
     host = torch.empty(len(numbers), len(numbers[0]), dtype=torch.float32, pin_memory=True)
     table = host.copy_(torch.tensor(numbers)).to(like.device, non_blocking=True)
     now = torch.empty_like(table[0])
@@ -47,10 +48,10 @@ def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like
 
 
 def _capture(launch: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
-    """A graph of what is launched; nothing runs yet."""
+    """A graph of the launches in `launch`, none of which runs yet."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.cuda.stream(_stream(device)):
-        # Other threads may go on with what a capture has to do without. `torch.cuda.graph` would wait for the GPU.
+        # Other threads may go on with calls that a capture forbids. `torch.cuda.graph` would wait for the GPU.
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             launch()
@@ -61,5 +62,5 @@ def _capture(launch: Callable[[], object], device: torch.device) -> torch.cuda.C
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Where launches are captured: one stream for good, since torch has few and hands them out again."""
+    """The stream that captures use. One for the whole process, since torch has few streams and hands them out again."""
     return torch.cuda.Stream(device)

@@ -1,22 +1,29 @@
-"""row_step: everything of a Frank-Wolfe iteration but the product, one program per few rows, in place.
+"""row_step: a Frank-Wolfe iteration except for the product, in place. A program works on one or a few rows.
 
     D    = V - M                                    q = W^2 diag
     lin  = sum(D * (-2 W R + theta q (1 - 2 M)))    quad = sum(W D (R - U)) - theta sum(q D^2)
     eta  = clip(-lin / (2 quad), 0, 1)              where quad <= 0: the better of 0 and 1
     M   += eta D                                    R   += eta (U - R)
-    V    = lmo(2 W R - next_theta q (1 - 2 M))      E    = lacks + W * (1 - V)
+    V    = lmo(2 W R - next_theta q (1 - 2 M))      E    = target_gap + W * (1 - V)
 
-    W, E (rows, d)     M, R, U, lacks (rows, d) fp32     V, fixed (rows, d) bool     diag (d,) fp32
+    W, E (rows, d)     M, R, U, target_gap (rows, d) fp32     V, fixed (rows, d) bool     diag (d,) fp32
 
     flops = about 30 rows d, and about 10 comparisons an entry
-    bytes = rows d (size(W) + 13 + 9 + size(E), + 1 with fixed, + 4 with lacks)    (W M R U V in, M R V E out)
+    bytes = rows d (size(W) + 13 + 9 + size(E), + 1 with fixed, + 4 with target_gap)    (W M R U V in, M R V E out)
 
-A row that fits one chunk stays in registers, but for W and V, which the cache has when they are needed again. Of up to
-4096 columns two or more such rows are on a multiprocessor of sm_90, and while one of them chooses, others are read and
-written; of more columns one is. Rows that fit no chunk take passes over theirs, which find in the cache what fits
-there: A adds up the line search; B, from the end to the start, since what was read last is there for sure, updates M
-and R and writes the keys of the scores over U; C finds the k-th key (device.py); D writes V and E. With n:m the choice
-is made within pass B. Ties as in lmo.py; sums and state in fp32.
+A row that fits one chunk stays in registers, except for W and V, which are loaded again from the cache. Up to 4096
+columns, a multiprocessor of sm_90 has two or more such rows: while one chooses, others are loaded and stored. Of longer
+rows it has one.
+
+A row that fits no chunk takes passes over its chunks, which come from the cache as far as they fit there:
+
+    A    adds up the line search
+    B    updates M and R, and writes the keys of the scores over U; from the end to the start, since the chunks that
+         were read last are surely in the cache; with n:m it also chooses and writes V and E, and the row is done
+    C    finds the k-th key (topk.py)
+    D    writes V and E
+
+Ties are broken as in lmo.py. Sums and state are in fp32.
 """
 
 import torch
@@ -24,48 +31,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import (
-    candidate_key,
-    cast,
-    columns,
-    key_range,
-    kth_key,
-    line_search,
-    line_terms,
-    load_budget,
-    load_keys,
-    lowest_key,
-    move,
-    take,
-    take_of_groups,
-    vertex_score,
-)
-from .launch import FLOATS, check, check_matrix, interpreter_tile, on_device, platform, warps
+from .device import cast, columns, line_search, line_terms, move, vertex_score
+from .launch import FLOATS, check, check_contiguous_rows, check_matrix, interpreter_tile, on_device, platform, warps
 from .lmo import check_selection, selection_options, span
+from .topk import candidate_key, key_range, kth_key, load_budget, load_keys, lowest_key, take, take_of_groups
 
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:
-    """Tile sizes and launch options: BLOCK_R rows at once, chunks of BLOCK_D columns, SEARCH_D keys held."""
+    """Tile sizes and launch options: BLOCK_R rows, chunks of BLOCK_D columns, SEARCH_D keys in registers."""
     width = triton.next_power_of_2(span(d, group))
     if platform() == "interpreter":
         tile = interpreter_tile(rows, width)
         return tile | dict(SEARCH_D=tile["BLOCK_D"])
     if group & (group - 1):
-        # Groups of no power of two: no two entries share an address computation, short chunks leave registers for it.
+        # If the group size is not a power of two, every entry has its own address computation. Short chunks leave
+        # registers for them.
         return dict(BLOCK_R=1, BLOCK_D=min(width, 1024), SEARCH_D=min(width, 1024), num_warps=warps(8))
     if width <= (4096 if group else 8192):
-        # The whole row stays in registers, 16 entries of it per thread.
+        # The whole row stays in registers, 16 entries a thread.
         tile = dict(BLOCK_R=max(1, 1024 // width), BLOCK_D=width, SEARCH_D=width)
         return tile | dict(num_warps=warps(max(4, width // 512)))
     if group:
         return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=4096, num_warps=warps(16))
-    # 16 keys in each of 1024 threads, and 4 entries of a chunk; longer rows search the rest in the cache.
+    # Each of 1024 threads has 16 keys and 4 entries of a chunk. The search reads further keys from the cache.
     return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=16384, num_warps=warps(32))
 
 
 @triton.jit
 def _load_state(W, M, R, U, V, column, valid):
-    """One chunk of w, m, r, u, v in fp32; the pointers stand at the first column of the tile's rows."""
+    """One chunk of w, m, r, u, v in fp32; the pointers are those of the first column of the tile's rows."""
     w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
     m = tl.load(M + column[None, :], mask=valid, other=0.0)
     r = tl.load(R + column[None, :], mask=valid, other=0.0)
@@ -76,7 +70,7 @@ def _load_state(W, M, R, U, V, column, valid):
 
 @triton.jit
 def _diagonal(DIAG, w, column, valid_d):
-    # Loaded where it is used: the cache has it, and the registers of a whole row are scarce.
+    # Loaded from the cache wherever it is used: registers are scarce while they hold a whole row.
     return w * w * tl.load(DIAG + column, mask=valid_d, other=0.0)[None, :]
 
 
@@ -89,31 +83,31 @@ def _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, 
     tl.store(R + column[None, :], r, mask=valid)
     score = vertex_score(w, _diagonal(DIAG, w, column, valid_d), m, r, next_theta)
     if FIXED is not None:
-        held = tl.load(FIXED + column[None, :], mask=valid, other=0).to(tl.int1)
-        score = tl.where(held, float("inf"), score)
+        is_fixed = tl.load(FIXED + column[None, :], mask=valid, other=0).to(tl.int1)
+        score = tl.where(is_fixed, float("inf"), score)
     return score, w * (1 - m) * r
 
 
 @triton.jit
-def _store_vertex(V, E, LACKS, w, chosen, column, valid):
+def _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid):
     tl.store(V + column[None, :], chosen, mask=valid)
     e = tl.where(chosen, 0.0, w)
-    if LACKS is not None:
-        e += tl.load(LACKS + column[None, :], mask=valid, other=0.0)
+    if TARGET_GAP is not None:
+        e += tl.load(TARGET_GAP + column[None, :], mask=valid, other=0.0)
     tl.store(E + column[None, :], cast(e, E.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def _store_numbers(ETA, ERROR, row, valid_r, step, errors):
-    # Before the choice of the vertex, which needs the registers.
+    # Stored before the vertex is chosen, which needs the registers.
     tl.store(ETA + row, step, mask=valid_r)
     tl.store(ERROR + row, tl.sum(errors, axis=1), mask=valid_r)
 
 
 @triton.jit(do_not_specialize=["k", "eta", "theta", "next_theta"])
 def _step_kernel(
-    W, DIAG, M, R, U, V, E, FIXED, LACKS, ETA, ERROR, k, eta, theta, next_theta, rows, d, span,
-    stride_w, stride_m, stride_r, stride_u, stride_v, stride_e, stride_f, stride_l, stride_k,
+    W, DIAG, M, R, U, V, E, FIXED, TARGET_GAP, ETA, ERROR, k, eta, theta, next_theta, rows, d, span,
+    stride_w, stride_m, stride_r, stride_u, stride_v, stride_e, stride_f, stride_t, stride_k,
     STORED: tl.constexpr, LINE_SEARCH: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr,
     PADDED: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, SEARCH_D: tl.constexpr,
@@ -129,8 +123,8 @@ def _step_kernel(
     E += row[:, None] * stride_e
     if FIXED is not None:
         FIXED += row[:, None] * stride_f
-    if LACKS is not None:
-        LACKS += row[:, None] * stride_l
+    if TARGET_GAP is not None:
+        TARGET_GAP += row[:, None] * stride_t
     budget = load_budget(k, row, valid_r, stride_k, PER_ROW, BLOCK_R)
     if STORED:
         theta = tl.load(theta)
@@ -149,8 +143,8 @@ def _step_kernel(
         if LINE_SEARCH:
             lin, quad = line_terms(w, _diagonal(DIAG, w, column, valid_d), m, r, u, v, theta)
             step = line_search(tl.sum(lin, axis=1), tl.sum(quad, axis=1))
-            # Read again, from the cache: without them in registers twice as many rows are under way. The policy is
-            # there to differ from that of the first loads: the compiler would make one of both.
+            # Loaded again, from the cache: without w and v in registers twice as many rows are under way. The eviction
+            # policy keeps the compiler from merging these loads with the first ones.
             w = tl.load(W + column[None, :], mask=valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
             v = tl.load(V + column[None, :], mask=valid, other=0, eviction_policy="evict_first").to(tl.float32)
         score, errors = _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d)
@@ -160,9 +154,9 @@ def _step_kernel(
             chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
         else:
             n, low, high = key_range(keys, U, None, d, valid_r, 1, 0, None, True, BLOCK_D)
-            T, room, tied = kth_key(n, low, high, keys, budget, U, None, d, valid_r, 1, 0, None, True, BLOCK_D)
-            chosen, passed = take(keys, T, room, tied, tl.zeros((BLOCK_R,), tl.int32))
-        _store_vertex(V, E, LACKS, w, chosen, column, valid)
+            T, ties_kept, tied = kth_key(n, low, high, keys, budget, U, None, d, valid_r, 1, 0, None, True, BLOCK_D)
+            chosen, passed = take(keys, T, ties_kept, tied, tl.zeros((BLOCK_R,), tl.int32))
+        _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid)
     else:
         # Pass A: the step size.
         if LINE_SEARCH:
@@ -188,28 +182,30 @@ def _step_kernel(
             keys = candidate_key(score, None, valid, lowest)
             if GROUP:
                 chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
-                _store_vertex(V, E, LACKS, w, chosen, column, valid)
+                _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid)
             else:
                 tl.store(U + column[None, :], keys.to(tl.float32, bitcast=True), mask=valid)
         _store_numbers(ETA, ERROR, row, valid_r, step, errors)
 
         if not GROUP:
-            # The keys go from pass to pass through global memory, and the thread that reads one is not always the
-            # one that wrote it: Triton adds no barrier for that by itself.
+            # The keys go from pass to pass through global memory. The thread that reads a key may not be the one that
+            # wrote it, and Triton adds no barrier for that.
             tl.debug_barrier()
             # Pass C: the k-th score.
-            held = load_keys(U, None, 0, d, valid_r, 1, 0, None, 0, 0, SEARCH_D)
-            n, low, high = key_range(held, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D)
-            T, room, tied = kth_key(n, low, high, held, budget, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D)
+            first_keys = load_keys(U, None, 0, d, valid_r, 1, 0, None, 0, 0, SEARCH_D)
+            n, low, high = key_range(first_keys, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D)
+            T, ties_kept, tied = kth_key(
+                n, low, high, first_keys, budget, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D
+            )
             # Pass D: the vertex.
             passed = tl.zeros((BLOCK_R,), tl.int32)
             for start in range(0, d, BLOCK_D):
                 column, valid_d = columns(start, d, 0, 0, BLOCK_D)
                 valid = valid_r[:, None] & valid_d[None, :]
                 keys = load_keys(U, None, start, d, valid_r, 1, 0, None, 0, 0, BLOCK_D)
-                chosen, passed = take(keys, T, room, tied, passed)
+                chosen, passed = take(keys, T, ties_kept, tied, passed)
                 w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
-                _store_vertex(V, E, LACKS, w, chosen, column, valid)
+                _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid)
 
 
 def row_step(
@@ -224,13 +220,13 @@ def row_step(
     *,
     group: int = 0,
     fixed: Tensor | None = None,
-    lacks: Tensor | None = None,
+    target_gap: Tensor | None = None,
     eta: float | Tensor | None = None,
     theta: float | Tensor = 0.0,
     next_theta: float | Tensor = 0.0,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One Frank-Wolfe step of every row, in place; see `reference.row_step`, which it equals up to rounding.
+    """One Frank-Wolfe step of every row, in place: `naive.row_step` up to rounding.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16. This and every matrix below has its rows contiguous (column stride 1).
@@ -240,12 +236,12 @@ def row_step(
         V: (rows, d) bool, the vertex that U belongs to; replaced by the next one.
         E: (rows, d), fp32 / bf16 / fp16; replaced.
         k, group, fixed: as in `lmo`.
-        lacks: (rows, d) fp32, added to what V removes; None adds nothing.
-        eta: step size for all rows (open loop); None for the line search. This and the next two are numbers, or tensors
-            () fp32, all of them, read when the kernel runs.
+        target_gap: (rows, d) fp32, added to the removed weights; None adds nothing.
+        eta: step size for all rows (open loop); None for the line search. Either all of `eta`, `theta` and `next_theta`
+            are numbers, or all are tensors () fp32, which the kernel reads when it runs.
         theta: weight of the integrality penalty that V was chosen with, 0 to 1.
-        next_theta: the one that the next V is chosen with.
-        out: two of (rows,) fp32, contiguous, written and returned; allocated when None.
+        next_theta: weight of the penalty that the next V is chosen with.
+        out: two tensors (rows,) fp32, contiguous, written and returned; allocated when None.
 
     Returns:
         eta (rows,) and the relaxed error (rows,) after the update, fp32. A NaN in the state shows in the error.
@@ -262,12 +258,10 @@ def row_step(
     check_selection(rows, d, k, group, fixed, W)
     if fixed is not None:
         matrices["fixed"] = fixed
-    if lacks is not None:
-        check("lacks", lacks, (rows, d), (torch.float32,), W)
-        matrices["lacks"] = lacks
-    for name, tensor in (*matrices.items(), ("diag", diag)):
-        if d > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name}: expected contiguous rows, got strides {tensor.stride()}")
+    if target_gap is not None:
+        check("target_gap", target_gap, (rows, d), (torch.float32,), W)
+        matrices["target_gap"] = target_gap
+    check_contiguous_rows(matrices | dict(diag=diag))
     numbers = dict(theta=theta, next_theta=next_theta) | ({} if eta is None else dict(eta=eta))
     stored = any(isinstance(number, Tensor) for number in numbers.values())
     for name, number in numbers.items():
@@ -285,11 +279,11 @@ def row_step(
     config = configuration(rows, d, group)
     with on_device(W):
         _step_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            W=W, DIAG=diag, M=M, R=R, U=U, V=V, E=E, FIXED=fixed, LACKS=lacks, ETA=step, ERROR=error, k=k,
+            W=W, DIAG=diag, M=M, R=R, U=U, V=V, E=E, FIXED=fixed, TARGET_GAP=target_gap, ETA=step, ERROR=error, k=k,
             **{"eta": 0.0, **numbers}, rows=rows, d=d, span=span(d, group),
             stride_w=W.stride(0), stride_m=M.stride(0), stride_r=R.stride(0), stride_u=U.stride(0),
             stride_v=V.stride(0), stride_e=E.stride(0), stride_f=fixed.stride(0) if fixed is not None else 0,
-            stride_l=lacks.stride(0) if lacks is not None else 0,
+            stride_t=target_gap.stride(0) if target_gap is not None else 0,
             stride_k=k.stride(0) if isinstance(k, Tensor) else 0,
             STORED=stored, LINE_SEARCH=eta is None, **selection_options(d, k, group, config), enable_fp_fusion=True,
             **config,

@@ -1,6 +1,6 @@
-"""row_swaps: best 1-swaps of every row's mask, in place, until none is left; one program per few rows.
+"""row_swaps: best 1-swaps of every row's mask, in place, until none is left. A program works on one row.
 
-    a = q + 2 W R where V keeps      b = q - 2 W R where it does not      q = W^2 diag(G)
+    a = q + 2 W R of kept entries      b = q - 2 W R of removed entries      q = W^2 diag(G)
     swap i for p:  change = a_i + b_p - 2 W_i W_p G_ip      R += W_i G_i - W_p G_p      V_i = 0, V_p = 1
 
     W (rows, d)     G (d, d) fp32     R (rows, d) fp32     V, fixed (rows, d) bool
@@ -8,9 +8,9 @@
     flops = about 30 d a swap
     bytes = rows d (size(W) + 4 + 1) in and rows d (4 + 1) out, and for every swap 3 rows of G, 12 d
 
-A swap is three passes over the row, which stays in the cache: the best a and the best b; the best partner of each; the
-update of R. With n:m the first two are one pass over whole groups. A row ends its search by itself, so the launch takes
-as long as its rows need, not as the longest search times the rows. Sums and state in fp32; ties go to the lower index.
+A swap takes three passes over the row, which stays in the cache. The first finds the best a and the best b, the second
+the best partner of each, the third updates R. With n:m the first two are one pass over whole groups. Every row ends its
+search by itself, so no row waits for the longest search. Sums and state are in fp32. Ties go to the lower index.
 """
 
 import torch
@@ -18,25 +18,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cpu import LEAST_GAIN
 from .device import columns
-from .launch import FLOATS, check, check_matrix, interpreter_tile, on_device, platform, warps
+from .launch import FLOATS, check, check_contiguous_rows, check_matrix, interpreter_tile, on_device, platform, warps
 from .lmo import check_selection, span
+from .naive import LEAST_GAIN
 
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:
-    """Tile sizes and launch options: one row a program, whose search is as long as the row needs."""
+    """Tile sizes and launch options: a program has one row, and its search takes as long as this row needs."""
     width = triton.next_power_of_2(span(d, group))
     if platform() == "interpreter":
         return interpreter_tile(rows, width)
-    # Of the shapes tried those that compile without spills, whatever the version.
+    # These shapes compile without spills in all versions that were tried.
     BLOCK_D, threads = (512, 64) if group and not group & (group - 1) else (1024, 256)
     return dict(BLOCK_R=1, BLOCK_D=min(width, BLOCK_D), num_warps=warps(threads // 32))
 
 
 @triton.jit
 def _changes(W, DIAG, R, V, FIXED, column, valid, valid_d):
-    """w and what removing (a) or keeping (b) each entry of a chunk changes by itself; inf where that is no change."""
+    """w, and the change of the error if an entry alone is removed (a) or kept (b); inf where that is not possible."""
     w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
     r = tl.load(R + column[None, :], mask=valid, other=0.0)
     v = tl.load(V + column[None, :], mask=valid, other=0).to(tl.int1)
@@ -52,7 +52,7 @@ def _changes(W, DIAG, R, V, FIXED, column, valid, valid_d):
 
 @triton.jit
 def _best(x, start, best, at):
-    """The lowest entry per row so far and its column, after a chunk x that begins at column `start`."""
+    """The lowest entry of every row so far, and its column, with the chunk x that begins at column `start`."""
     value, index = tl.min(x, axis=1, return_indices=True)
     lower = value < best
     return tl.where(lower, value, best), tl.where(lower, start + index, at)
@@ -60,7 +60,7 @@ def _best(x, start, best, at):
 
 @triton.jit
 def _partners(w_rows, G, x, y, w, column, valid, stride_g, SHAPE: tl.constexpr):
-    """Of every group of a chunk: what the best x and its best partner in y change, and the columns of both."""
+    """The best x and its best partner in y, in every group of a chunk: the change of the error, and both columns."""
     change_x, first = tl.min(tl.reshape(x, SHAPE), axis=2, return_indices=True)
     members = tl.reshape(column, (1, SHAPE[1], SHAPE[2]))
     begin = tl.min(members, axis=2)
@@ -76,7 +76,7 @@ def _partners(w_rows, G, x, y, w, column, valid, stride_g, SHAPE: tl.constexpr):
 
 @triton.jit
 def _best_of_groups(change, i, p, best, best_i, best_p):
-    """The best pair of every row so far, after those of a chunk's groups."""
+    """The best pair of every row so far, with those of a chunk's groups."""
     value, group = tl.min(change, axis=1, return_indices=True)
     here = tl.arange(0, change.shape[1])[None, :] == group[:, None]
     lower = value < best
@@ -159,8 +159,8 @@ def _swaps_kernel(
         w_i = tl.load(w_rows + i, mask=go, other=0.0).to(tl.float32)
         w_p = tl.load(w_rows + p, mask=go, other=0.0).to(tl.float32)
         g_i, g_p = G + i.to(tl.int64)[:, None] * stride_g, G + p.to(tl.int64)[:, None] * stride_g
-        # R and V go from pass to pass through global memory, and the thread that reads an entry is not always the one
-        # that wrote it: Triton adds no barrier for that by itself.
+        # R and V go from pass to pass through global memory. The thread that reads an entry may not be the one that
+        # wrote it, and Triton adds no barrier for that.
         tl.debug_barrier()
         for start in range(0, d, BLOCK_D):
             column, valid_d = columns(start, d, 0, 0, BLOCK_D)
@@ -179,16 +179,16 @@ def _swaps_kernel(
 def row_swaps(
     W: Tensor, G: Tensor, R: Tensor, V: Tensor, limit: int, *, group: int = 0, fixed: Tensor | None = None
 ) -> None:
-    """Best 1-swaps of every row's mask, in place; see `reference.row_swaps`, which it equals up to rounding.
+    """Best 1-swaps of every row's mask, in place: `naive.row_swaps` up to rounding.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16. This and every matrix below has its rows contiguous (column stride 1).
         G: (d, d) fp32, symmetric.
-        R: (rows, d) fp32, finite, the product of what V removes and, if anything, what W lacks; updated.
+        R: (rows, d) fp32, finite, the product of the removed weights plus the target gap; updated.
         V: (rows, d) bool; updated.
         limit: swaps per row at most.
         group: m of n:m, up to 32, whose swaps stay within a group; else 0.
-        fixed: (rows, d) bool, kept whatever their a.
+        fixed: (rows, d) bool, entries that are never removed.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit this description.
@@ -200,10 +200,7 @@ def row_swaps(
     check_selection(rows, d, 0, group, fixed, W)
     if limit < 0:
         raise ValueError(f"limit: expected at least 0, got {limit}")
-    matrices = dict(W=W, G=G, R=R, V=V) | ({} if fixed is None else dict(fixed=fixed))
-    for name, matrix in matrices.items():
-        if d > 1 and matrix.stride(1) != 1:
-            raise ValueError(f"{name}: expected contiguous rows, got strides {matrix.stride()}")
+    check_contiguous_rows(dict(W=W, G=G, R=R, V=V) | ({} if fixed is None else dict(fixed=fixed)))
     if W.numel() == 0:
         return
     config = configuration(rows, d, group)

@@ -1,4 +1,4 @@
-"""The Triton kernels, and `repeat`, under the names of reference.py: a solver takes either module."""
+"""The Triton backend, which `--kernel triton` runs: the operations of naive.py under the same names, as in cpu.py."""
 
 from .conjugate import conjugate_step
 from .cpu import PRECISIONS, check_budget, round_operand

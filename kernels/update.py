@@ -16,7 +16,7 @@ from .launch import check, check_matrix, interpreter_tile, on_device, platform, 
 
 
 def configuration(rows: int, d: int) -> dict[str, int]:
-    """Tile sizes and launch options: one memory-bound pass, enough bytes in flight per program."""
+    """Tile sizes and launch options for one memory-bound pass, with enough bytes in flight per program."""
     if platform() == "interpreter":
         return interpreter_tile(rows, d)
     BLOCK_D = min(triton.next_power_of_2(d), 1024)
@@ -49,7 +49,7 @@ def _update_kernel(
 
 
 def convex_update(M: Tensor, V: Tensor, R: Tensor, U: Tensor, eta: Tensor) -> None:
-    """M += eta (V - M) and R += eta (U - R), in place; see `reference.convex_update`.
+    """M += eta (V - M) and R += eta (U - R), in place: `naive.convex_update` up to rounding.
 
     Args:
         M, R, U: (rows, d) fp32, any strides.

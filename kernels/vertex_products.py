@@ -1,12 +1,12 @@
-"""The products of one vertex after another on a CPU, most of them from an earlier one and what changed since.
+"""Products of successive vertices on a CPU, most of them computed from an earlier product and the changed entries.
 
-    U = (lacks + W * (1 - V)) G = U' + (W * (V' - V)) G      U', V': the vertex before the last and its product
+    U = (target_gap + W * (1 - V)) G = U' + (W * (V' - V)) G      U', V': the vertex before the last and its product
 
-    W (rows, d) floating     V (rows, d) bool     U, lacks (rows, d) fp32     G (d, d) symmetric
+    W (rows, d) floating     V (rows, d) bool     U, target_gap (rows, d) fp32     G (d, d) symmetric
 
-Vertices settle, and until they do they zigzag: each is closer to the one before the last than to the last. In a solve
-of 30 steps on SmolLM2-135M's layers at 60 % they change 3 to 4 times d entries a row in all, where 30 products from
-scratch read 30 d. A row's sum runs over its own changes, in their order: it does not depend on the rows beside it.
+Vertices settle, and until then they zigzag: each is closer to the vertex before the last than to the last. In a solve
+of 30 steps on SmolLM2-135M's layers at 60 % they change 3 to 4 times d entries a row in all, while 30 products from
+scratch read 30 d. A row's sum runs over its own changes in their order, so it does not depend on the rows beside it.
 """
 
 import numpy as np
@@ -15,39 +15,40 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from .cpu import product, round_operand
-from .topk_torch import as_float, keep
+from .topk_torch import as_float, masked
 
-# The first products are from scratch, and then one of every so many. Early vertices differ so much that this costs
-# little, and their products are many times the last ones: roundings of large numbers would stay in small ones.
+# The first FIRST products are computed from scratch, and then one of every REFRESH. Early vertices differ so much that
+# this costs little. Their products are also many times larger than the last ones, whose changes would keep the rounding
+# errors of large numbers.
 FIRST, REFRESH = 4, 8
 
-# Entries of G that are read at a time: columns of it that stay in a core's cache, however far the changed rows are
-# apart; and the fewest columns that are worth a pass over the changes.
+# PANEL: entries of G read at a time, a panel of its columns that stays in a core's cache however far apart the changed
+# rows are. NARROWEST: the fewest columns of a panel that are worth a pass over the changes.
 PANEL, NARROWEST = 1 << 18, 64
 
 
 class VertexProducts:
-    """U = (lacks + W * (1 - V)) G for one V after another.
+    """U = (target_gap + W * (1 - V)) G for one V after another.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16.
         G: (d, d), symmetric, fp32 or bf16.
-        lacks: (rows, d) fp32, what V has no part in; None: nothing.
-        precision: of both operands, see `round_operand`.
+        target_gap: (rows, d) fp32, the target minus W; None where the target is W.
+        precision: rounding of both operands, see `naive.round_operand`.
     """
 
-    def __init__(self, W: Tensor, G: Tensor, lacks: Tensor | None = None, *, precision: str = "ieee"):
-        self._W, self._lacks, self._precision = W, lacks, precision
+    def __init__(self, W: Tensor, G: Tensor, target_gap: Tensor | None = None, *, precision: str = "ieee"):
+        self._W, self._target_gap, self._precision = W, target_gap, precision
         self._G = round_operand(G, precision)
         self._made = 0
-        # Two vertices with their products; the older one makes room for the next.
+        # The last two vertices with their products. The next one replaces the older.
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, V: Tensor, *, out: Tensor) -> Tensor:
-        """The product of V, (rows, d) bool, written to `out`, (rows, d) fp32, and returned."""
+        """The product of V (rows, d) bool, written to `out` (rows, d) fp32 and returned."""
         if self._made < FIRST or self._made % REFRESH == 0:
-            E = keep(self._W, ~V)
-            U = product(E if self._lacks is None else E + self._lacks, self._G, precision=self._precision)
+            E = masked(self._W, ~V)
+            U = product(E if self._target_gap is None else E + self._target_gap, self._G, precision=self._precision)
             self._kept = [(V.clone(), U), (V.clone(), U.clone())]
         else:
             self._kept.reverse()
@@ -58,14 +59,14 @@ class VertexProducts:
         return out.copy_(U)
 
     def _follow(self, before: Tensor, V: Tensor, U: Tensor) -> None:
-        """Turn the product U of `before` into that of V."""
+        """Turn U, the product of `before`, into the product of V."""
         d = V.shape[1]
-        entries = np.flatnonzero((before ^ V).numpy())
-        # Where each row's entries start, and where the last one's end.
-        offsets = torch.from_numpy(entries.searchsorted(np.arange(len(V) + 1) * d))
-        columns, entries = torch.from_numpy(entries % d), torch.from_numpy(entries)
+        positions = np.flatnonzero((before ^ V).numpy())
+        # Where the entries of each row start, and where those of the last row end.
+        offsets = torch.from_numpy(positions.searchsorted(np.arange(len(V) + 1) * d))
+        columns, entries = torch.from_numpy(positions % d), torch.from_numpy(positions)
         change = round_operand(self._W.take(entries), self._precision)
-        # What V keeps is removed no more.
+        # An entry that V keeps is no longer removed.
         change *= 1 - 2 * as_float(V.take(entries))
         panels = max(1, min(round(d * d / PANEL), d // NARROWEST))
         for panel, part in zip(self._G.chunk(panels, 1), U.chunk(panels, 1), strict=True):

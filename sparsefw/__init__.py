@@ -1,1 +1,32 @@
 """Prune large language models by Frank-Wolfe on the convex relaxation of mask selection (arXiv 2510.13713)."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0"
+
+__all__ = ["InputError", "PruneConfig", "PruneResult", "__version__", "prune"]
+
+if TYPE_CHECKING:
+    from sparsefw.api import PruneResult, prune
+    from sparsefw.errors import InputError
+    from sparsefw.solver import PruneConfig
+
+# The module of each name. Names are imported on first use, because torch takes a second to import.
+_HOMES = {
+    "InputError": "sparsefw.errors",
+    "PruneConfig": "sparsefw.solver",
+    "PruneResult": "sparsefw.api",
+    "prune": "sparsefw.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

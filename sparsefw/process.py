@@ -1,4 +1,4 @@
-"""What memory a process has taken, and what is there."""
+"""The memory that this process has taken, and that it may take."""
 
 import ctypes
 import resource
@@ -6,42 +6,48 @@ from pathlib import Path
 
 import torch
 
-# Of mallopt, in glibc's malloc.h.
+# Number of this option of mallopt in glibc's malloc.h.
 M_ARENA_MAX = -8
+
+# The share of free memory that a run leaves to others.
+MARGIN = 0.1
+
+# The largest memory limit, GiB: more than any machine has.
+MOST_MEMORY = 2**20
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def peak_memory() -> dict[str, int]:
     """Peak bytes of this process: resident on the host (file-backed pages counted), and allocated on the GPU."""
-    # Not getrusage: that counts the process that started this one, too.
+    # getrusage would count the process that started this one, too.
     lines = Path("/proc/self/status").read_text().splitlines()
     host = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     return {"host_bytes": host, "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
 
 
 def share_freed() -> None:
-    """Have all threads allocate from one heap: each would keep up to 64 MiB of what it freed from all others."""
+    """Have all threads allocate from one heap; in heaps of their own they keep up to 64 MiB of freed memory each."""
     _c_library("mallopt", M_ARENA_MAX, 1)
 
 
 def give_back() -> None:
-    """Return to the system what the C library keeps of freed memory; the text and its tokens were many small pieces."""
+    """Return freed memory to the system. The C library keeps it otherwise; texts and tokens leave many small pieces."""
     _c_library("malloc_trim", 0)
 
 
 def _c_library(name: str, *numbers: int) -> None:
-    """Call a function of the C library, where it has it: memory is used a little better then, and nothing else."""
+    """Call a function of the C library if it is there. Results do not depend on it, only the memory used."""
     function = getattr(ctypes.CDLL(None), name, None)
     if function:
         function(*numbers)
 
 
 def free_memory(device: torch.device) -> dict[str, int]:
-    """Bytes that this process may have in all: "host", with what it has already, and with a GPU "gpu"."""
+    """Bytes that this process may take in all, with those that it has: "host", and with a GPU "gpu"."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = {"host": next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))}
-    # In a container; its file cache makes room.
+    # The limit of a container. Its file cache is not counted: the system drops it when memory is needed.
     if CGROUP_LIMIT.exists() and (limit := CGROUP_LIMIT.read_text().strip()) != "max":
         used = {
             name: int(n) for name, n in map(str.split, CGROUP_LIMIT.with_name("memory.stat").read_text().splitlines())

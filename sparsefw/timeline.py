@@ -1,4 +1,4 @@
-"""What a run was doing when: spans of time on the main thread, and on those that read ahead and write behind."""
+"""Spans of time of a run: on the main thread, and on the threads that read the next block and write the last one."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-# The thread that everything waits for, and those beside it.
+# Lanes: the main thread, and the threads that read and write beside it.
 MAIN, READ, WRITE = "main", "read", "write"
 
 
@@ -34,7 +34,7 @@ class Timeline:
 
     @contextmanager
     def span(self, phase: str, block: int | None = None, lane: str = MAIN) -> Iterator[None]:
-        """Time what is done inside; on the main lane with the work that it leaves to a GPU."""
+        """Time the work inside. On the main lane that includes the work that it launches on a GPU."""
         start = time.perf_counter()
         try:
             yield
@@ -46,7 +46,7 @@ class Timeline:
                 self.spans.append(Span(block, lane, phase, start - self._started, end - self._started))
 
     def seconds(self, block: int | None = None, lane: str = MAIN) -> dict[str, float]:
-        """Sums by phase of one lane, of one block or (None) of all."""
+        """Seconds by phase of one lane, of one block or (None) of all blocks."""
         sums: dict[str, float] = defaultdict(float)
         for span in list(self.spans):
             if span.lane == lane and block in (None, span.block):

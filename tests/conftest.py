@@ -35,13 +35,13 @@ def shards(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def pruned(tmp_path_factory):
-    """See `verifying.outputs`."""
+    """Source and output of a run, see `verifying.outputs`."""
     return outputs(tmp_path_factory)
 
 
 @pytest.fixture
 def copied(pruned, tmp_path):
-    """See `verifying.copies`."""
+    """Source and a copy of the output that may be changed, see `verifying.copies`."""
     return copies(pruned, tmp_path)
 
 

@@ -3,13 +3,16 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from sparsefw.process import peak_memory, resident
 
+pytestmark = pytest.mark.slow
+
 SAY = "from sparsefw.process import peak_memory, resident; print(peak_memory()['host_bytes'], resident())"
 
-# The last piece keeps the heap from shrinking by itself.
+# Holding the last piece keeps the heap from shrinking by itself.
 GIVE_BACK = """
 from sparsefw.process import give_back, resident, share_freed
 share_freed()
@@ -33,7 +36,7 @@ def test_peak_is_not_that_of_the_process_that_started_this_one():
 
 
 def test_what_is_given_back_is_not_resident():
-    # In a process of its own, whose heap has no room left from others.
+    # Run in a process of its own, whose heap has no free space from other tests.
     done = subprocess.run([sys.executable, "-c", GIVE_BACK], capture_output=True, text=True, check=True)
     before, held, after = map(int, done.stdout.split())
     assert held - before > 200 * 2**20

@@ -1,11 +1,11 @@
-"""conjugate_step: a step of conjugate gradients but for its product."""
+"""conjugate_step: a step of conjugate gradients without its product."""
 
 import pytest
 import torch
 from operations import DEVICE, PRECISION, assert_equal_enough, cases, gram, measure, normal, ways
 
 from sparsefw.kernels import cost, cpu
-from sparsefw.solver.frank_wolfe import operand
+from sparsefw.kernels.backend import Backend
 
 WAYS = ways("conjugate_step")
 
@@ -16,12 +16,12 @@ def test_conjugate_step(benchmark, way, shape):
     G = gram(d)
     inverse, mask = 1 / G.diagonal(), normal(rows, d, seed=3) > 0
     Z, R = (normal(rows, d, seed=seed) for seed in range(2))
-    P = operand(normal(rows, d, seed=2), PRECISION)
+    P = Backend(cpu, PRECISION).operand(normal(rows, d, seed=2))
     U = cpu.product(P, G, precision=PRECISION)
     del G
 
     def fresh() -> tuple:
-        # In place: every call starts from the same state.
+        # The step works in place: every call starts from the same state.
         rz = torch.ones(rows, device=DEVICE)
         return Z.clone(), R.clone(), P.clone(), U, rz, 1e-12 * rz, inverse
 

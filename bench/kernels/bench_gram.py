@@ -1,4 +1,4 @@
-"""gram_accumulate: G += X^T X, one triangle of it in Triton; bare is the library's product X^T X, the full square."""
+"""gram_accumulate: G += X^T X. Triton computes one triangle; bare is the library's product X^T X, the full square."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
-"""A whole Frank-Wolfe iteration, product and row step, by shape and precision; bare is the library's product alone.
+"""A whole Frank-Wolfe iteration (product and row step) by shape and precision; bare is the library's product alone.
 
-Of a bf16 weight in bf16 products the row step has to read and write 26 bytes an entry, the product to do 2 d flops.
-Where a card does f flops in the time of a byte, the two one after the other take at least 1 + 13 f / d of the product's
+For a bf16 weight and bf16 products the row step reads and writes 26 bytes an entry, and the product does 2 d flops. On
+a card that does f flops in the time of a byte, both one after the other take at least 1 + 13 f / d of the product's
 time.
 """
 
@@ -11,11 +11,11 @@ from bare import bare_product, operands, topk_step
 from operations import WEIGHT, assert_equal_enough, cases, gram, measure, normal, numbers
 
 from sparsefw.kernels import cost, cpu, triton_ops
+from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.cost import Cost
-from sparsefw.solver.frank_wolfe import operand
 
 THETAS = dict(theta=0.5, next_theta=0.6)
-# product and row step of each way; the gate is for those that do both.
+# Product and row step of each way. Only ways that do both are checked for correctness.
 WAYS = {
     "torch": (cpu.product, cpu.row_step),
     "topk": (cpu.product, topk_step),
@@ -30,17 +30,18 @@ def test_iteration(benchmark, way, shape, precision):
     rows, d = shape
     k, G = int(0.4 * d), gram(d)
     W, diag = normal(rows, d, dtype=WEIGHT), G.diagonal().contiguous()
-    G = operand(G, precision)
+    backend = Backend(cpu, precision)
+    G = backend.operand(G)
     V, warm = (cpu.lmo(normal(rows, d, seed=seed), k) for seed in (1, 2))
     R = cpu.product(W.masked_fill(warm, 0), G, precision=precision)
-    E = operand(W.masked_fill(V, 0), precision)
+    E = backend.operand(W.masked_fill(V, 0))
     if way == "bare":
         E, G = operands(E, G, precision)
     product, step = WAYS[way]
     thetas = numbers(way, **THETAS)
 
     def fresh() -> tuple:
-        # The step is in place: every call starts from the same state.
+        # The step works in place: every call starts from the same state.
         return warm.float(), R.clone(), torch.empty_like(R), V.clone(), E.clone()
 
     def iteration(M, R, U, V, E, product=product, step=step, thetas=thetas):

@@ -1,4 +1,4 @@
-"""product: U = E G, by shape and precision; bare is the library's product of operands of one type."""
+"""product: U = E G, by shape and precision; bare is the library's product of two operands of one type."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The roofs that everything else is held against: a device copy, and square matrix products of the library."""
+"""The roofs that other benchmarks are compared with: a device copy, and square matrix products of the library."""
 
 import pytest
 import torch

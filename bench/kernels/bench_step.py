@@ -1,4 +1,4 @@
-"""row_step: all of an iteration but the product; topk is a chain of torch's operations with `topk` and a scatter."""
+"""row_step: an iteration without its product; topk is a chain of torch's operations with `topk` and a scatter."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_row_step(benchmark, way, shape, pattern):
     U = cpu.product(weight * ~V, G, precision=PRECISION)
 
     def fresh() -> tuple:
-        # The step is in place and leaves nothing of U: every call starts from the same state.
+        # The step works in place and overwrites U: every call starts from the same state.
         return W, diag, M.clone(), R.clone(), U.clone(), V.clone(), torch.empty_like(W), k
 
     thetas = numbers(way, theta=0.5, next_theta=0.6)

@@ -1,10 +1,10 @@
-"""row_swaps: the search for best 1-swaps after Frank-Wolfe."""
+"""row_swaps: the search for the best 1-swaps that follows Frank-Wolfe."""
 
 import pytest
 from operations import PRECISION, SHAPES, WEIGHT, assert_equal_enough, budget, gram, measure, normal
 
 from sparsefw.kernels import cost, cpu, triton_ops
-from sparsefw.solver.frank_wolfe import mask_error
+from sparsefw.solver.objective import mask_error
 
 SWAPS = 10
 WAYS = {"torch": cpu.row_swaps, "triton": triton_ops.row_swaps}
@@ -17,7 +17,7 @@ def test_row_swaps(benchmark, way, shape, pattern):
     rows, d = shape
     k, group, d = budget(pattern, d)
     W, G = normal(rows, d, dtype=WEIGHT), gram(d)
-    # Wanda's mask leaves every row enough to swap.
+    # From Wanda's mask every row has enough swaps to make.
     V = cpu.lmo(W.float().abs() * G.diagonal().sqrt(), k, group=group)
     R = cpu.product(W.masked_fill(V, 0), G, precision=PRECISION)
 
@@ -30,7 +30,7 @@ def test_row_swaps(benchmark, way, shape, pattern):
     expected, got = fresh(), fresh()
     cpu.row_swaps(*expected, group=group)
     swaps(*got)
-    # Swaps that agree up to rounding may be taken in another order: the errors reached are compared.
+    # Swaps that are equal up to rounding may be made in either order, so the final errors are compared.
     errors = [mask_error(W.float(), state[3], G).double().sum(0, keepdim=True) for state in (got, expected)]
     assert_equal_enough(*errors, 1e-3)
     measure(benchmark, swaps, cost.row_swaps(rows, d, SWAPS, W=W.element_size()), setup=fresh)

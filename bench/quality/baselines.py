@@ -1,11 +1,11 @@
-"""What the benchmarks compare with and the product does not offer.
+"""Methods that the benchmarks compare with and the product does not offer.
 
     admm                  gradual mask and weight update (Boza 2024, arXiv 2401.02938)
     one_swaps             best-1-swap local search on a mask (SparseSwaps, arXiv 2512.10922)
     obvious_frank_wolfe   the product's own mask selection, as one would write it down
 
-W (rows, d), the Gram matrix G (d, d) fp32 and the budget are those of `sparsefw.kernels.cpu`: k is kept per
-row or, with `group`, per group.
+W (rows, d), the Gram matrix G (d, d) fp32 and the budget are those of `sparsefw.kernels.cpu`: k weights are kept
+per row or, with `group`, per group.
 """
 
 from itertools import count, islice
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from sparsefw.kernels import cpu
-from sparsefw.solver.frank_wolfe import RAMP, mask_error
+from sparsefw.solver.frank_wolfe import RAMP
+from sparsefw.solver.objective import mask_error
 
-# A swap counts only if it lowers the row's error by this fraction of the first one; less may be rounding, and a search
-# that follows rounding need not end.
+# A swap counts only if it lowers the row's error by this fraction of the first error. A smaller gain may be rounding,
+# and a search that follows rounding may never end.
 TOLERANCE = 1e-6
 
 
@@ -28,8 +29,8 @@ def admm(
 
     Inputs are scaled to norm 1, H = G / (n_i n_j) + damp, A = W n. Then, with a penalty rho of 1 and step t = 1, 2, ...
 
-        mask   the highest |B + U| of each row, for t <= ramp; what is removed rises to the budget as
-               1 - (1 - t / ramp)^3; under n:m the n highest of each group are never among it
+        mask   the highest |B + U| of each row, for t <= ramp; the number removed rises to the budget as
+               1 - (1 - t / ramp)^3; under n:m the n highest of each group are never removed
         Z = (B + U) * mask,   U += B - Z,   B = (A H + Z - U) (H + I)^-1
 
     The published code does this with the option that gives each row the same budget.
@@ -37,11 +38,11 @@ def admm(
     Args:
         W: (rows, d) weight, fp32 / bf16 / fp16.
         G: (d, d) fp32 Gram matrix. Inputs whose diagonal entry is 0 are dead: their weights become 0.
-        k: kept per row; with `group`, per group.
+        k: kept weights per row; with `group`, per group.
         group: m of n:m, else 0.
         steps: iterations.
-        damp: added to the diagonal of the scaled G, as a fraction of its mean; the target A H includes it.
-        ramp: steps over which the mask is chosen; then it stays.
+        damp: addition to the diagonal of the scaled G, as a fraction of its mean; the target A H includes it.
+        ramp: steps over which the mask is chosen; then the mask stays.
 
     Returns:
         mask (rows, d) bool, and the weights (rows, d) fp32, exactly 0 outside the mask.
@@ -86,7 +87,7 @@ def one_swaps(W: Tensor, G: Tensor, mask: Tensor, *, group: int = 0, limit: int 
         G: (d, d) fp32 Gram matrix.
         mask: (rows, d) bool, where the search starts.
         group: m of n:m, else 0; swaps stay within a group.
-        limit: swaps per row at most; None goes on to the local optimum.
+        limit: most swaps per row; None goes on to the local optimum.
 
     Returns:
         mask (rows, d) bool; no row has a higher error than before.
@@ -99,7 +100,7 @@ def one_swaps(W: Tensor, G: Tensor, mask: Tensor, *, group: int = 0, limit: int 
     swapped = mask.clone()
     for w, row in zip(W.float(), swapped, strict=True):
         _swap_row(w, G, row, group, limit)
-    # The search adds up changes; what it reached is taken only where an evaluation from the start agrees.
+    # The search adds up changes. Its mask is taken only where an error computed from scratch agrees.
     better = mask_error(W, swapped, G) < mask_error(W, mask, G)
     return torch.where(better[:, None], swapped, mask)
 
@@ -131,19 +132,19 @@ def _swap_row(w: Tensor, G: Tensor, mask: Tensor, group: int, limit: int | None)
 
 
 def _best_in_row(a: Tensor, b: Tensor, pairs: Tensor, gain: Tensor) -> tuple[int, int, float]:
-    """The best pair of a row and its change: a search over all pairs, most of them excluded unseen.
+    """The best pair of a row and its change. A bound excludes most pairs unseen.
 
     The swaps of i change at least a_i + min(b) - gain_i; they are evaluated only where one might beat the best swap of
     the i with the lowest a_i.
 
     Args:
-        a, b: (d,) fp32, what a removal and a restoration change by themselves; inf where there is none.
+        a, b: (d,) fp32, the change of a removal and of a restoration by itself; inf where there is none.
         pairs: (d, d) fp32, 2 W_i W_p G_ip.
         gain: (d,) fp32, at least the maximum of a row of pairs over the removed p.
     """
     first = int(a.argmin())
     possible = (a + b.min()).sub_(gain) <= (b - pairs[first]).min() + a[first]
-    # It is by its own bound, but for rounding; then none would be left.
+    # Its own bound holds for it, but for rounding. Without this line rounding could leave no row.
     possible[first] = True
     rows = possible.nonzero().squeeze(1)
     change = (b - pairs[rows]).amin(1) + a[rows]
@@ -170,14 +171,14 @@ def _best_in_groups(a: Tensor, b: Tensor, pairs: Tensor) -> tuple[int, int, floa
 def obvious_frank_wolfe(W: Tensor, G: Tensor, k: int, steps: int) -> tuple[Tensor, Tensor]:
     """Frank-Wolfe with line search and integrality penalty on dense masks: what the product's solver is raced with.
 
-    Every step multiplies what the relaxed mask removes for the gradient and what the step removes for the curvature,
-    takes the vertex from `topk`, and makes new tensors of all of it.
+    Every step takes one product for the gradient and one for the curvature, takes the vertex from `topk`, and makes new
+    tensors throughout.
 
     Args:
         W: (rows, d) fp32 weight.
         G: (d, d) fp32 Gram matrix.
-        k: kept per row.
-        steps: as in `frank_wolfe.solve`.
+        k: kept weights per row.
+        steps: number of steps, as in `frank_wolfe.solve`.
 
     Returns:
         Mask (rows, d), 0 and 1 in fp32, and its error (rows,).

@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from sparsefw import checkpoint, data
-from sparsefw.data.windows import Windows
-from sparsefw.kernels import cpu
-from sparsefw.model import layers
+from sparsefw.kernels.backend import TORCH
+from sparsefw.model import StreamedModel, embed
+from sparsefw.model.activations import DeviceActivations
+from sparsefw.model.layers import capture
 from sparsefw.model.placement import BATCH_TOKENS
-from sparsefw.model.streamed import StreamedModel
 
-# Of every block these: one of each kind of input.
+# The layers that are taken of every block: one for each kind of input.
 KINDS = ("q_proj", "o_proj", "up_proj", "down_proj")
 
 
@@ -33,35 +33,30 @@ def dense_layers(
 
     Args:
         folder: the checkpoint.
-        calibration: text to draw `nsamples` windows of.
+        calibration: text that `nsamples` windows are drawn from.
         held_out: other texts, of which the first `limit` windows are taken.
-        blocks: indices.
-        nsamples, seqlen: windows, and tokens in each (at most the model's maximum).
-        limit: None takes all windows.
+        blocks: numbers of the blocks.
+        nsamples, seqlen: number of windows, and tokens in each (at most the model's maximum).
+        limit: most windows of each held-out text; None takes all.
 
     Yields:
         Block, kind, weight (rows, d) fp32, and the Gram matrix (d, d) fp32 of each text, the calibration's first.
     """
-    model = StreamedModel(checkpoint.inspect(folder), torch.device("cpu"))
-    seqlen = min(seqlen, model.max_seqlen or seqlen)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    windows: list[Windows] = [
-        data.calibration_windows(tokenizer, str(calibration), nsamples=nsamples, seqlen=seqlen, seed=0)
-    ]
-    windows += [data.evaluation_windows(tokenizer, str(text), seqlen=seqlen, limit=limit) for text in held_out]
-    streams = [model.start(text.ids, max(1, BATCH_TOKENS // seqlen)) for text in windows]
-    for i in range(max(blocks) + 1):
-        block = model.open(i)
-        if i in blocks:
-            captured = [
-                layers.capture(block, partial(model.output, i, s), range(len(s.hidden)), ops=cpu, precision="ieee")
-                for s in streams
-            ]
-            for layer in captured[0][0]:
-                kind = layer.name.split(".")[-2]
-                if kind in KINDS:
-                    yield i, kind, layer.weight.float(), [grams[layer.gram] for _, grams, _ in captured]
-        if i < max(blocks):
-            for stream in streams:
-                model.advance(i, stream)
-        model.close(i)
+    with StreamedModel(checkpoint.inspect(folder), torch.device("cpu")) as model:
+        seqlen = min(seqlen, model.max_seqlen or seqlen)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        windows = [data.calibration_windows(tokenizer, str(calibration), nsamples=nsamples, seqlen=seqlen, seed=0)]
+        windows += [data.evaluation_windows(tokenizer, str(text), seqlen=seqlen, limit=limit) for text in held_out]
+        states = [embed(model, text.ids, max(1, BATCH_TOKENS // seqlen), DeviceActivations) for text in windows]
+        for i in range(max(blocks) + 1):
+            block = model.open(i)
+            if i in blocks:
+                captured = [capture(block, partial(s.output, i), range(len(s)), backend=TORCH) for s in states]
+                for layer in captured[0].layers:
+                    kind = layer.name.split(".")[-2]
+                    if kind in KINDS:
+                        yield i, kind, layer.weight.float(), [on_text.grams[layer.gram] for on_text in captured]
+            if i < max(blocks):
+                for hidden_states in states:
+                    hidden_states.advance(i)
+            model.close(i)

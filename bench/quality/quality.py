@@ -1,8 +1,8 @@
-"""Quality on a real model, SmolLM2-135M-Instruct: `python bench/quality.py CALIBRATION.txt TEST.txt [OTHER.txt ...]`.
+"""Quality on SmolLM2-135M-Instruct: `python bench/quality/quality.py CALIBRATION.txt TEST.txt [OTHER.txt ...]`.
 
 Every cell of the study (method, pattern, seed, calibration windows) is one run of the product in a process of its own,
-and one line of the results file; what is in the file is not run again, so an interrupted study goes on. The options
-that select cells select what is run and what is printed: without them the methods, with --study the settings.
+and one line of the results file. A cell in the file is not run again, so an interrupted study goes on. Options select
+the cells that are run and printed: by default the methods, with --study the settings.
 """
 
 import argparse
@@ -13,10 +13,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import baselines
 from checkpoint_smollm2 import build_checkpoint
@@ -27,10 +26,14 @@ from quality_settings import table as settings_table
 from torch import Tensor
 
 import sparsefw.run
+from sparsefw.cli import inputs_and_config, run_parser
 from sparsefw.errors import InputError
-from sparsefw.kernels import cpu
-from sparsefw.solver import frank_wolfe
-from sparsefw.solver.methods import METHODS, Choice, Method, Rows, Settings, choose_weights
+from sparsefw.kernels.backend import Backend
+from sparsefw.report import Report, read_report
+from sparsefw.solver import METHODS, PruneConfig
+from sparsefw.solver.choices import CHOOSE, Choice, Rows, choose_weights
+from sparsefw.solver.methods import Method
+from sparsefw.solver.objective import mask_error
 from sparsefw.solver.refit import refit
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
@@ -54,7 +57,7 @@ METHODS_OF_TABLE = {
     DEFAULT: [],
 }
 
-# Each varied alone, at 0.6, from masks only and from the default.
+# Settings that are varied alone, at 0.6, from masks only and from the default.
 SETTINGS = {"alpha": (0.0, 0.25, 0.5, 0.75, 0.9), "penalty": (0.0, 1.0), "steps": (20, 30, 60)}
 
 KEPT_OF_LAYERS = ("name", "error_warm_start", "error_mask", "error", "alpha", "kept")
@@ -87,21 +90,26 @@ class Study:
     eval_windows: int
 
     def header(self) -> dict:
-        """For the results file: no places, but the content of the texts by its hash."""
+        """What the results file says of the study: names without folders, and the texts by their hash."""
         hashes = [{p.name: hashlib.sha256(p.read_bytes()).hexdigest()} for p in (self.calibration, *self.held_out)]
         names = {"model": self.model.name, "calibration": hashes[0], "held_out": hashes[1:]}
         return names | {"seqlen": self.seqlen, "eval_windows": self.eval_windows}
 
 
+def config_of(flags: Sequence[str]) -> PruneConfig:
+    """The config of these flags of the run."""
+    return inputs_and_config(run_parser(None).parse_args(list(flags)))[1]
+
+
 def resolved(flags: Sequence[str]) -> dict:
-    """What flags of a method stand for, with defaults, as far as the method listens to them."""
-    arguments = vars(sparsefw.run.parse_arguments(list(flags)))
-    names = sparsefw.run.FRANK_WOLFE if arguments["method"] == "sparsefw" else ()
-    return {name: arguments[name] for name in ("method", *names)}
+    """The settings that a method's flags stand for, with defaults; only those that the method uses."""
+    config = config_of(flags)
+    names = [f.name for f in fields(config) if f.metadata.get("frank_wolfe")] if config.method == "sparsefw" else []
+    return {name: getattr(config, name) for name in ("method", *names)}
 
 
 def rows_of_table(settings: bool) -> list[tuple[str, list[str], tuple[str, ...]]]:
-    """Method, flags and patterns: of the methods, or of the study of settings."""
+    """Method, flags and patterns of each row: of the methods, or of the study of settings."""
     if not settings:
         return [(name, flags, PATTERNS) for name, flags in METHODS_OF_TABLE.items()]
     rows = [(SPARSEGPT, METHODS_OF_TABLE[SPARSEGPT], ("layer:0.6",))]
@@ -109,7 +117,7 @@ def rows_of_table(settings: bool) -> list[tuple[str, list[str], tuple[str, ...]]
         flags = METHODS_OF_TABLE[base]
         rows.append((base, flags, ("0.6", "layer:0.6")))
         for name, values in SETTINGS.items():
-            # The value that the base has by itself is the row of the base.
+            # The row of the base has the value that the base has by itself.
             for value in (v for v in values if v != resolved(flags)[name]):
                 rows.append((f"{base}, {name} {value:g}", [*flags, f"--{name}", f"{value:g}"], ("0.6",)))
     return rows
@@ -119,10 +127,10 @@ def select(*, settings: bool, only: str, wanted: list[str] | None, seeds: list[i
     """The cells of a selection, pattern by pattern.
 
     Args:
-        settings: the study of settings instead of the methods.
-        only: in the method's name.
-        wanted: patterns; None takes the study's own. Methods are run at any, settings at those of the study only.
-        seeds, nsamples: of the calibration.
+        settings: whether to select the study of settings instead of the methods.
+        only: text that the method's name contains.
+        wanted: patterns; None takes the study's own. Methods are run at any pattern, settings only at the study's.
+        seeds, nsamples: seeds of the calibration, and numbers of its windows.
     """
     rows = [row for row in rows_of_table(settings) if only in row[0]]
     known = list(dict.fromkeys(pattern for _, _, where in rows for pattern in where))
@@ -136,41 +144,44 @@ def select(*, settings: bool, only: str, wanted: list[str] | None, seeds: list[i
     ]
 
 
-def _one_budget(rows: Rows, settings: Settings) -> int:
+def _one_budget(rows: Rows, config: PruneConfig) -> int:
     if isinstance(rows.k, Tensor):
-        raise InputError(f"--sparsity {settings.pattern.text}: this method takes the same budget in every row only")
+        raise InputError(f"--sparsity {config.sparsity}: this method takes the same budget in every row only")
     return rows.k
 
 
-def _admm(rows: Rows, settings: Settings, *, steps: int) -> tuple[Tensor, Tensor]:
-    """ADMM, and with steps > 0 its weights refitted as the product's are."""
-    mask, Z = baselines.admm(rows.W, rows.G, _one_budget(rows, settings), group=settings.pattern.group)
+def _admm(rows: Rows, config: PruneConfig, *, steps: int) -> tuple[Tensor, Tensor]:
+    """ADMM; with steps > 0 its weights are refitted as the product's are."""
+    mask, Z = baselines.admm(rows.W, rows.G, _one_budget(rows, config), group=config.pattern.group)
     if not steps:
         return mask, Z
-    return mask, refit(rows.W, rows.damped, mask, Z, steps, ops=cpu).Z
+    return mask, refit(rows.W, rows.damped, mask, Z, steps).Z
 
 
-def _one_swaps(rows: Rows, settings: Settings, ops: ModuleType) -> Choice:
+def _one_swaps(rows: Rows, config: PruneConfig, backend: Backend) -> Choice:
     """Best 1-swaps from the warm start."""
-    group = settings.pattern.group
-    warm = ops.lmo(rows.saliency, _one_budget(rows, settings), group=group)
+    group = config.pattern.group
+    warm = backend.lmo(rows.saliency, _one_budget(rows, config), group=group)
     mask = baselines.one_swaps(rows.W, rows.G, warm, group=group)
-    error, before = (frank_wolfe.mask_error(rows.W, m, rows.G, ops=ops) for m in (mask, warm))
+    error, before = (mask_error(rows.W, m, rows.G, backend=backend) for m in (mask, warm))
     return Choice(mask, None, error, error, before, None)
 
 
-# For `--method`, in the processes of the benchmark. ADMM factors G once a call: no chunks of rows.
+# Added to `--method` in the processes of the benchmark. ADMM factors G in every call, so rows are not solved in chunks.
 BASELINES = {
-    "one-swaps": Method(_one_swaps, saliency="wanda"),
-    "admm": Method(partial(choose_weights, partial(_admm, steps=0)), saliency="wanda", by_rows=False),
-    "admm-refit": Method(
-        partial(choose_weights, partial(_admm, steps=10)), saliency="wanda", by_rows=False, damps=True
-    ),
+    "one-swaps": Method(saliency="wanda"),
+    "admm": Method(saliency="wanda", rows_independent=False),
+    "admm-refit": Method(saliency="wanda", rows_independent=False, uses_damping=True),
+}
+CHOOSE_BASELINES = {
+    "one-swaps": _one_swaps,
+    "admm": choose_weights(partial(_admm, steps=0)),
+    "admm-refit": choose_weights(partial(_admm, steps=10)),
 }
 
 
 def run_apart(flags: list[str]) -> int:
-    """The product's command line in a process of its own, where peak memory is its own; returns the exit status."""
+    """Run the product's command line in a process with a peak of memory of its own; returns the exit status."""
     return subprocess.run([sys.executable, __file__, "--cell", *flags], stdout=subprocess.DEVNULL).returncode
 
 
@@ -187,34 +198,34 @@ def run_cell(cell: Cell, study: Study, launch: Callable[[list[str]], int] = run_
         flags += ["--eval-windows", str(study.eval_windows), "--output", f"{scratch}/out", *cell.flags]
         if status := launch(flags):
             raise SystemExit(f"{cell.key}: exit status {status}")
-        return entry(cell, json.loads(Path(scratch, "out", "report.json").read_text(encoding="utf-8")))
+        return entry(cell, read_report(Path(scratch, "out", "report.json")))
 
 
-def entry(cell: Cell, report: dict) -> dict:
+def entry(cell: Cell, report: Report) -> dict:
     """What the study keeps of a report: texts by their file names, layers by column, six digits of an error."""
-    method, layers = report["arguments"]["method"], report["layers"]
-    said = {name: value for name, value in report["arguments"].items() if name != "output"}
-    said |= {name: Path(said[name]).name for name in ("model", "dataset")}
-    said["eval"] = [Path(text).name for text in said["eval"]]
-    texts = {Path(text["source"]).name: text["perplexity"] for text in report["evaluation"]}
-    columns = {name: [_short(layer[name]) for layer in layers] for name in KEPT_OF_LAYERS}
+    method, layers = report.arguments["method"], report.layers
+    arguments = {name: value for name, value in report.arguments.items() if name != "output"}
+    arguments |= {name: Path(arguments[name]).name for name in ("model", "dataset")}
+    arguments["evaluate"] = [Path(text).name for text in arguments["evaluate"]]
+    texts = {Path(text.source).name: text.perplexity for text in report.evaluation}
+    columns = {name: [_short(getattr(layer, name)) for layer in layers] for name in KEPT_OF_LAYERS}
     return {
         "method": cell.method,
         "pattern": cell.pattern,
         "seed": cell.seed,
         "nsamples": cell.nsamples,
         "flags": list(cell.flags),
-        "arguments": said,
+        "arguments": arguments,
         "perplexity": {name: perplexity[method] for name, perplexity in texts.items()},
         "dense": {name: perplexity["dense"] for name, perplexity in texts.items()},
-        "relative_mask": sum(layer["relative_mask"] for layer in layers) / len(layers),
-        "relative_error": sum(layer["relative_error"] for layer in layers) / len(layers),
-        "warm_start": layers[0]["warm_start"],
-        "seconds": report["seconds"],
-        "peak_memory": report["peak_memory"],
-        "versions": report["versions"],
-        "device": report["device"],
-        "data": report["data"] | {"source": Path(report["data"]["source"]).name},
+        "relative_mask": sum(layer.relative_mask for layer in layers) / len(layers),
+        "relative_error": sum(layer.relative_error for layer in layers) / len(layers),
+        "warm_start": layers[0].warm_start,
+        "seconds": report.seconds,
+        "peak_memory": report.peak_memory,
+        "versions": report.versions,
+        "device": report.device,
+        "data": asdict(report.data) | {"source": Path(report.data.source).name},
         "layers": columns,
     }
 
@@ -225,12 +236,12 @@ def _short(value: float | int | str | None) -> float | int | str | None:
 
 def load(path: Path) -> dict:
     """The results so far."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {"study": {}, "cells": {}, "curves": {}, "settings": {}, "budgets": {}} | found
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {"study": {}, "cells": {}, "curves": {}, "settings": {}, "budgets": {}} | stored
 
 
 def save(path: Path, results: dict) -> None:
-    """Write the results, one line a cell; the file is never there in part."""
+    """Write the results, one line for each cell; the file is never there in part."""
     sections = []
     for name, content in results.items():
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
@@ -241,7 +252,7 @@ def save(path: Path, results: dict) -> None:
 
 
 def missing(results: dict, cells: list[Cell]) -> list[Cell]:
-    """The cells that the results lack, or have from other settings: a default may have changed since."""
+    """The cells that the results lack, or have with other settings: a default may have changed since."""
     done = {key: entry["arguments"] for key, entry in results["cells"].items()}
     return [
         cell
@@ -252,7 +263,7 @@ def missing(results: dict, cells: list[Cell]) -> list[Cell]:
 
 
 def tables(results: dict, cells: list[Cell]) -> str:
-    """Markdown of those cells that are there: a table for each pattern and number of calibration windows."""
+    """Markdown of the cells in the results: a table for each pattern and number of calibration windows."""
     groups: dict[tuple[str, int], dict[str, list[dict]]] = {}
     for cell in (cell for cell in cells if cell.key in results["cells"]):
         rows = groups.setdefault((cell.pattern, cell.nsamples), {})
@@ -269,9 +280,9 @@ def _table(pattern: str, nsamples: int, rows: dict[str, list[dict]]) -> str:
     for name, runs in rows.items():
         cells = [mean_and_spread([run["perplexity"][text] for run in runs]) for text in texts]
         for what in ("relative_mask", "relative_error"):
-            # Of another saliency's own mask there is nothing to compare with Wanda's.
-            wanda_s = runs[0]["warm_start"] == "wanda"
-            cells.append(mean_and_spread([run[what] for run in runs], 3) if wanda_s else "")
+            # An error relative to another saliency's mask cannot be compared with those relative to Wanda's.
+            comparable = runs[0]["warm_start"] == "wanda"
+            cells.append(mean_and_spread([run[what] for run in runs], 3) if comparable else "")
         cells.append(mean_and_spread([run["seconds"]["solve"] for run in runs], 0))
         lines.append(_line([name, *cells]))
     return "\n".join(lines)
@@ -282,7 +293,7 @@ def _line(cells: list[str]) -> str:
 
 
 def mean_and_spread(values: list[float], digits: int = 2) -> str:
-    """The mean and, of several, in brackets maximum - minimum."""
+    """The mean; of several values also maximum - minimum, in brackets."""
     mean = f"{sum(values) / len(values):.{digits}f}"
     return f"{mean} ({max(values) - min(values):.{digits}f})" if len(values) > 1 else mean
 
@@ -322,6 +333,7 @@ def _numbers(text: str) -> list[int]:
 def main(argv: list[str] | None = None, launch: Callable[[list[str]], int] = run_apart) -> None:
     """Run what is missing, print the tables, draw the plots."""
     METHODS.update(BASELINES)
+    CHOOSE.update(CHOOSE_BASELINES)
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--cell"]:
         sys.exit(sparsefw.run.main(argv[1:]))
@@ -363,7 +375,7 @@ def main(argv: list[str] | None = None, launch: Callable[[list[str]], int] = run
             names = [name for text in results["study"]["held_out"] for name in text]
             print(f"\n{section.capitalize()}, blocks {blocks}\n\n{settings_table(measured, names)}")
     if arguments.plots:
-        # Only here: matplotlib is needed for nothing else.
+        # Imported only here: nothing else needs matplotlib.
         from quality_plots import plot
 
         plot(results, cells, arguments.plots)

@@ -9,7 +9,7 @@ from quality_curves import PATTERN
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-# Of the plot by layer: method, what of it, label.
+# Lines of the plot by layer: method, which of its errors, label.
 BY_LAYER = (
     ("best 1-swaps from Wanda", "error_mask", "1-swaps"),
     ("the paper's (`--preset paper --steps 100`)", "error_mask", "the paper's, 100 steps"),
@@ -26,9 +26,9 @@ def plot(results: dict, cells: list, folder: Path) -> None:
     """Relative errors by layer, a picture for each selected pattern; errors by Frank-Wolfe step, one for each block."""
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in dict.fromkeys(cell.pattern for cell in cells):
-        found = [results["cells"].get(cell.key) for cell in cells if cell.pattern == pattern]
-        # Of several seeds and sizes the first.
-        runs = {run["method"]: run["layers"] for run in reversed(found) if run}
+        entries = [results["cells"].get(cell.key) for cell in cells if cell.pattern == pattern]
+        # The first of several seeds and numbers of windows.
+        runs = {run["method"]: run["layers"] for run in reversed(entries) if run}
         lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
         for method, what, label in (row for row in BY_LAYER if row[0] in runs):
             columns = (runs[method][name] for name in ("name", what, "error_warm_start"))
@@ -53,7 +53,7 @@ def plot(results: dict, cells: list, folder: Path) -> None:
 def _panels(
     lines: dict[str, dict[str, list[tuple[float, float]]]], x: str, y: str, path: Path, top: float | None = None
 ) -> None:
-    """A panel for each key, in it a line for each label; of the labels in pairs, the relaxed one dashed."""
+    """A panel for each key, with a line for each label; lines of relaxed errors are dashed."""
     width = min(4, len(lines))
     height = -(-len(lines) // width)
     figure, axes = pyplot.subplots(

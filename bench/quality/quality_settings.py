@@ -8,17 +8,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-import sparsefw.run
-from sparsefw.kernels import cpu
+from sparsefw.cli import inputs_and_config, run_parser
 from sparsefw.solver import patterns
-from sparsefw.solver.methods import METHODS, Rows, weight_error
-from sparsefw.solver.objective import damped
+from sparsefw.solver.choices import CHOOSE, Rows
+from sparsefw.solver.objective import damped, weight_error
 from sparsefw.solver.saliency import wanda
 
 # Rows of a layer, spread over all of it.
 SAMPLE_ROWS = 96
 
-# Flags of the two ways to prune, and of each the values of a setting beside its default.
+# Flags of the two ways to prune, and for each way the values of a setting beside its default.
 MASKS, REFITTED = ("--refit", "0"), ("--target", "layer")
 VARIED = {
     MASKS: {
@@ -41,7 +40,7 @@ VARIED = {
 }
 
 
-# One budget for every row, and one for the whole matrix, as SparseGPT has for every block of columns.
+# Flags that compare a budget for every row with one for the whole matrix. SparseGPT has one for each block of columns.
 WARM_OF_BUDGETS = ("--method", "wanda", "--sparsity", "0.6")
 BUDGETS = (
     (*MASKS, "--sparsity", "0.6"),
@@ -53,7 +52,7 @@ BUDGETS = (
 
 
 def settings_of_study() -> list[tuple[str, ...]]:
-    """The flags of every row of the study: the two ways by themselves, then each with one setting changed."""
+    """The flags of every row of the study: each of the two ways by itself, then with one setting changed."""
     rows = []
     for base, settings in VARIED.items():
         rows.append(base)
@@ -69,46 +68,45 @@ def measure_settings(
 
     Args:
         layers: from `dense_layers`.
-        every: patterns.
+        every: the patterns.
 
     Returns:
         By pattern, then by flags: on the calibration text and on each held-out one the error relative to Wanda's mask
         there, mean over the layers.
     """
-    found: dict[str, dict[str, list[list[float]]]] = {}
+    ratios: dict[str, dict[str, list[list[float]]]] = {}
     for pattern in every:
         for _, _, weight, grams in layers:
             W = weight[:: -(-len(weight) // SAMPLE_ROWS)].contiguous()
             warm = _errors(W, grams, ("--method", "wanda", "--sparsity", pattern))
             for flags in settings_of_study():
                 errors = _errors(W, grams, (*flags, "--sparsity", pattern))
-                rows = found.setdefault(pattern, {}).setdefault(" ".join(flags), [])
+                rows = ratios.setdefault(pattern, {}).setdefault(" ".join(flags), [])
                 rows.append([e / w for e, w in zip(errors, warm, strict=True)])
-    return {pattern: {flags: _mean(rows) for flags, rows in by_flags.items()} for pattern, by_flags in found.items()}
+    return {pattern: {flags: _mean(rows) for flags, rows in by_flags.items()} for pattern, by_flags in ratios.items()}
 
 
 def measure_budgets(layers: list[tuple[int, str, Tensor, list[Tensor]]]) -> dict[str, dict[str, list[float]]]:
-    """As `measure_settings`, of all rows: by kind of layer, then by the flags of BUDGETS."""
-    found: dict[str, dict[str, list[list[float]]]] = {}
+    """Errors as in `measure_settings`, of all rows of the layers: by kind of layer, then by the flags of BUDGETS."""
+    ratios: dict[str, dict[str, list[list[float]]]] = {}
     for _, kind, W, grams in layers:
         warm = _errors(W, grams, WARM_OF_BUDGETS)
         for flags in BUDGETS:
             errors = _errors(W, grams, flags)
-            rows = found.setdefault(kind, {}).setdefault(" ".join(flags), [])
+            rows = ratios.setdefault(kind, {}).setdefault(" ".join(flags), [])
             rows.append([e / w for e, w in zip(errors, warm, strict=True)])
-    return {kind: {flags: _mean(rows) for flags, rows in by_flags.items()} for kind, by_flags in found.items()}
+    return {kind: {flags: _mean(rows) for flags, rows in by_flags.items()} for kind, by_flags in ratios.items()}
 
 
 def _errors(W: Tensor, grams: list[Tensor], flags: Sequence[str]) -> list[float]:
-    """What a run with these flags makes of a layer calibrated on the first Gram matrix: its errors on all of them."""
-    arguments = sparsefw.run.parse_arguments(list(flags))
-    settings = sparsefw.run.settings_of(arguments)
+    """Prune a layer with these flags on the first Gram matrix; returns the errors on all of them."""
+    _, config = inputs_and_config(run_parser(None).parse_args([*flags, "--kernel", "torch"]))
     saliency = wanda(W, grams[0].diagonal())
-    k, H = patterns.budget(settings.pattern, saliency), damped(grams[0], settings.damp)
+    k, H = patterns.kept(config.pattern, saliency), damped(grams[0], config.damp)
     rows = Rows(W, grams[0], saliency, k, W.dtype, damped=H)
-    choice = METHODS[arguments.method].choose(rows, settings, cpu)
+    choice = CHOOSE[config.method](rows, config, config.backend)
     Z = W.masked_fill(~choice.mask, 0) if choice.weight is None else choice.weight
-    return [weight_error(W, Z, G, "ieee", cpu).double().sum().item() for G in grams]
+    return [weight_error(W, Z, G).double().sum().item() for G in grams]
 
 
 def _mean(rows: list[list[float]]) -> list[float]:
@@ -116,7 +114,7 @@ def _mean(rows: list[list[float]]) -> list[float]:
 
 
 def table(measured: dict[str, dict[str, list[float]]], texts: list[str]) -> str:
-    """Markdown: a row for each setting, and for each pattern (or kind of layer) the error on every held-out text.
+    """Markdown with a row for each setting; its columns are the errors on every held-out text by pattern (or layer).
 
     Args:
         measured: from `measure_settings` or `measure_budgets`.

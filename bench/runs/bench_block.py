@@ -1,6 +1,6 @@
 """One whole block through the driver: random weights of Llama's shapes, calibrated, pruned and written.
 
-The note beside a time has the peak of memory, the one that was expected, and the seconds of each phase.
+The note beside a time has the measured and the expected peak of memory, and the seconds of each phase.
 """
 
 from pathlib import Path
@@ -10,24 +10,24 @@ import torch
 from operations import DEVICE, GPU, record
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import sparsefw.run
 from sparsefw import checkpoint
-from sparsefw.checkpoint.writer import Writer
-from sparsefw.data.windows import Windows
-from sparsefw.driver.loop import prune_model
-from sparsefw.estimate.memory import Work, needs
-from sparsefw.kernels import cpu, triton_ops
+from sparsefw.checkpoint import Writer
+from sparsefw.data import Windows
+from sparsefw.driver import prune_model
+from sparsefw.driver.block import Run
+from sparsefw.estimate import Workload
+from sparsefw.estimate.memory import memory_needs
 from sparsefw.kernels.cost import Cost
-from sparsefw.model.placement import BATCH_TOKENS, Placement
-from sparsefw.model.shapes import shape_of
-from sparsefw.model.streamed import StreamedModel
+from sparsefw.model import Placement, StreamedModel, shape_of
+from sparsefw.model.placement import BATCH_TOKENS
 from sparsefw.process import peak_memory, resident
+from sparsefw.solver import PruneConfig
 
 # Hidden and intermediate size, heads, heads of keys and values.
 LLAMA = {"Llama-3.1-8B": (4096, 14336, 32, 8), "Llama-3-70B": (8192, 28672, 64, 8)}
 MODELS = LLAMA if GPU else {"tiny": (64, 96, 4, 2)}
 NSAMPLES, SEQLEN = (128, 2048) if GPU else (4, 64)
-FLAGS = {"the default": [], "--refit 0": ["--refit", "0"]}
+CONFIGS = {"the default": {}, "--refit 0": {"refit": 0}}
 
 
 def save(folder: Path, model: str) -> Path:
@@ -48,27 +48,24 @@ def save(folder: Path, model: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("model", MODELS)
-def test_block(benchmark, model, flags, tmp_path):
+def test_block(benchmark, model, config, tmp_path):
     source = checkpoint.inspect(save(tmp_path / "model", model))
     ids = torch.randint(1024, (NSAMPLES, SEQLEN), generator=torch.Generator().manual_seed(0))
-    settings = sparsefw.run.settings_of(sparsefw.run.parse_arguments(FLAGS[flags]))
+    config = PruneConfig(**CONFIGS[config])
     outcomes, placement = [], Placement(max(1, BATCH_TOKENS // SEQLEN))
-    work = Work(NSAMPLES, (), SEQLEN, ("sparsefw",), settings, GPU, torch.get_num_threads(), resident())
-    expected = needs(shape_of(source), work, placement)
+    workload = Workload(NSAMPLES, (), SEQLEN, config, GPU, torch.get_num_threads(), resident())
+    expected = memory_needs(shape_of(source), workload, placement)
 
     def fresh() -> tuple[tuple, dict]:
         return (StreamedModel(source, torch.device(DEVICE)),), {}
 
     def prune(streamed: StreamedModel) -> None:
-        with Writer(tmp_path / "pruned", len(streamed.blocks) + 1, overwrite=True) as output:
-            windows = Windows(ids, "random", "")
-            ops = triton_ops if GPU else cpu
-            outcomes.append(
-                prune_model(streamed, windows, [], ["sparsefw"], settings, ops, output, placement=placement)
-            )
-            output.finish(source.folder)
+        with streamed, Writer(tmp_path / "pruned", len(streamed.blocks) + 1, overwrite=True) as writer:
+            run = Run(streamed, config, config.backend, placement.solver)
+            outcomes.append(prune_model(run, Windows(ids, "random", ""), [], writer, placement))
+            writer.finish(source.folder)
 
     benchmark.pedantic(prune, setup=fresh, rounds=1, warmup_rounds=1 if GPU else 0)
     peak, least = (peak_memory()["gpu_bytes"], expected.gpu) if GPU else (peak_memory()["host_bytes"], expected.host)

@@ -1,10 +1,10 @@
-"""A whole solve, 30 steps at 60 %: the product's way, the obvious one, and its matrix products alone, by shape.
+"""A whole solve, 30 steps at 60 %, by shape: the product's way, the obvious way, and the matrix products alone.
 
-On a GPU also without a CUDA graph, every step launched by itself. Without one the shapes are those of SmolLM2-135M's
-layers only, and the kernels are torch's.
+On a GPU there is also the product's way without a CUDA graph, every step launched by itself. Without a GPU the shapes
+are those of SmolLM2-135M's layers only, and the kernels are torch's.
 """
 
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,36 +12,37 @@ from baselines import obvious_frank_wolfe
 from operations import GPU, PRECISION, SHAPES, measure, normal
 
 from sparsefw.kernels import cost, cpu, triton_ops
+from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.cost import Cost
-from sparsefw.solver import patterns
-from sparsefw.solver.layer import prune_layers
-from sparsefw.solver.methods import Settings
+from sparsefw.solver import PruneConfig, prune_layers
 
-STEPS, SPARSITY = 30, "0.6"
+STEPS = 30
 LAYERS = SHAPES[:3] * GPU + [(1536, 576), (576, 1536)]
-SETTINGS = Settings(patterns.parse(SPARSITY), steps=STEPS, damp=0.0, precision=PRECISION)
+CONFIG = PruneConfig.masks_only(sparsity="0.6", steps=STEPS, swaps=0, damp=0.0, precision=PRECISION)
+OURS = Backend(triton_ops if GPU else cpu, PRECISION)
 
 
-def solve(W: torch.Tensor, G: torch.Tensor, ops: ModuleType = triton_ops if GPU else cpu) -> float:
-    """Prunes W in place; the error."""
-    (row,) = prune_layers([("layer", W)], G, "sparsefw", SETTINGS, ops)
-    return row.error
+def solve(W: torch.Tensor, G: torch.Tensor, backend: Backend = OURS) -> float:
+    """Prune W in place; returns the error."""
+    (result,) = prune_layers([("layer", W)], G, "sparsefw", CONFIG, backend)
+    return result.error
 
 
 def step_by_step(W: torch.Tensor, G: torch.Tensor) -> float:
     """The same without a graph."""
-    return solve(W, G, SimpleNamespace(**vars(triton_ops) | {"repeat": cpu.repeat}))
+    operations = SimpleNamespace(**vars(triton_ops) | {"repeat": cpu.repeat})
+    return solve(W, G, Backend(operations, PRECISION))
 
 
 def obvious(W: torch.Tensor, G: torch.Tensor) -> float:
-    """The same, as one would write it down."""
+    """The same, as one would write it down at first."""
     mask, error = obvious_frank_wolfe(W, G, W.shape[1] - int(0.6 * W.shape[1]), STEPS)
     W *= mask
     return error.double().sum().item()
 
 
 def products(W: torch.Tensor, G: torch.Tensor) -> None:
-    """The products of a solve from scratch: one a step, three for the start and the errors. A CPU follows changes."""
+    """The products of a solve, each from scratch: one a step, three for the start and the errors."""
     for _ in range(STEPS + 3):
         W @ G
 

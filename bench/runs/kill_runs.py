@@ -1,9 +1,9 @@
 """Kill real runs at random moments until one comes through, and compare it with an undisturbed one.
 
-    python bench/kill_runs.py FOLDER --kills 50
+    python bench/runs/kill_runs.py FOLDER --kills 50
 
-A run that is killed is started again with the same command; once it has come through, the next begins anew. The bytes
-of all outputs must be those of the undisturbed run. The embedded model is pruned, into FOLDER.
+A run that is killed is started again with the same command. Once it has come through, the next one begins anew. All
+outputs must have the bytes of the undisturbed run. The runs prune the embedded model, into FOLDER.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from pathlib import Path
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    """All files of an output but the reports, which have times in them."""
+    """The bytes of all files of an output but the reports, which hold times."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith("report.")}
 
 
 def main() -> None:
-    """Kill, and compare."""
+    """Kill runs, and compare their outputs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=50)
@@ -49,7 +49,7 @@ def main() -> None:
             run.kill()
             kills += run.wait() == -signal.SIGKILL
             finished.append(len(list(output.with_name(".killed.partial").glob("records/*.json"))))
-        # Also of a run that was killed once all was in place.
+        # A run that was killed may have put its output in place before.
         if output.exists():
             assert outputs(output) == expected
             shutil.rmtree(output)

@@ -1,6 +1,6 @@
-"""Where the time of a run goes, operation by operation: `python bench/profile_run.py` with the run's own flags.
+"""Where the time of a run goes, operation by operation: `python bench/runs/profile_run.py` with the run's own flags.
 
-All threads are counted together, and kernels on a GPU too.
+All threads are counted together, and so are kernels on a GPU.
 """
 
 import sys

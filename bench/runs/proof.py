@@ -1,9 +1,9 @@
-"""Large models on a small machine: random checkpoints are pruned, and what that takes is measured.
+"""Large models on a small machine: prune random checkpoints, and measure memory and time.
 
-    python bench/proof.py FOLDER [CASE ...]
+    python bench/runs/proof.py FOLDER [CASE ...]
 
 Each case writes a checkpoint into FOLDER (unless it is there), prunes it under `/usr/bin/time -v`, has the result
-verified, and prints a row. Calibration is small and steps are few: it is memory that is shown here, not quality.
+verified, and prints a row. Calibration is small and steps are few: this shows memory, not quality.
 """
 
 import argparse
@@ -28,7 +28,7 @@ CASES = {
         | _HEADS,
         ["--host-memory", "2.5", *_FEW],
     ),
-    # Two blocks of Llama-3-70B: one is all that is ever there.
+    # Two blocks of Llama-3-70B: no run holds more than one block at work.
     "70B": (
         "llama",
         {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 2, "vocab_size": 2048}
@@ -36,7 +36,7 @@ CASES = {
         | {"num_attention_heads": 64},
         ["--method", "wanda"],
     ),
-    # Experts of which a block has 64: transformers stacks them when it loads a model.
+    # A mixture with 64 experts in a block: transformers stacks them when it loads a model.
     "experts": (
         "mixtral",
         {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 16, "vocab_size": 2048}
@@ -49,7 +49,7 @@ CASES = {
 
 
 def prove(folder: Path, case: str) -> dict:
-    """Prune one case; returns its row."""
+    """Prune one case; returns its row of the table."""
     family, sizes, flags = CASES[case]
     model, output, text = folder / case, folder / f"{case}-pruned", folder / "text.txt"
     if not model.exists():
@@ -67,7 +67,7 @@ def prove(folder: Path, case: str) -> dict:
         "case": case,
         "GiB on disk": sum(path.stat().st_size for path in model.glob("*.safetensors")) / 2**30,
         "peak GiB": kib / 2**20,
-        "expected GiB": report["memory"]["host_expected_bytes"] / 2**30,
+        "expected GiB": report["memory"]["expected"]["host"] / 2**30,
         "minutes": sum(report["seconds"].values()) / 60,
         "flags": " ".join(flags),
     }

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from sparsefw.checkpoint.source import INDEX
-from sparsefw.run import DEFAULT_MODEL
+from sparsefw.checkpoint import INDEX
+from sparsefw.inputs import DEFAULT_MODEL
 
-# Of a weight: small enough that activations stay finite through many blocks.
+# Standard deviation of the weights: small enough that activations stay finite through many blocks.
 SCALE = 0.02
 
 
@@ -20,11 +20,11 @@ def generate(folder: Path, family: str, shard_bytes: int = 2**30, seed: int = 0,
     """Write a checkpoint in bf16, with the embedded model's tokenizer.
 
     Args:
-        folder: made; its parents too.
+        folder: folder of the checkpoint, made with its parents.
         family: transformers' model_type.
-        shard_bytes: a shard is closed once it has this many.
-        seed: of the weights.
-        sizes: of the config, such as `hidden_size`; the vocabulary must be at least the tokenizer's.
+        shard_bytes: a shard is closed once it has this many bytes.
+        seed: seed of the weights.
+        sizes: sizes of the config, such as `hidden_size`; the vocabulary must be at least the tokenizer's.
     """
     config = AutoConfig.for_model(family, **sizes)
     config.dtype = torch.bfloat16
@@ -44,7 +44,7 @@ def generate(folder: Path, family: str, shard_bytes: int = 2**30, seed: int = 0,
         shard.clear()
 
     for name, shape in shapes.items():
-        # Norms, which have one dimension, scale by about 1.
+        # The weights of norms have one dimension, and are about 1.
         center, scale = (1.0, 0.1) if len(shape) == 1 else (0.0, SCALE)
         shard[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(center, scale, generator=generator)
         if sum(tensor.nbytes for tensor in shard.values()) >= shard_bytes:

@@ -1,5 +1,6 @@
-"""Checkpoints on disk: what is read and trusted, what is written, and how an interrupted run goes on."""
+"""Checkpoints on disk: read only if they can be trusted, and written so that an interrupted run can go on."""
 
+from sparsefw.checkpoint.reader import fingerprint, read_shard, read_tensors
 from sparsefw.checkpoint.resume import durably
 from sparsefw.checkpoint.source import (
     CONFIG,
@@ -7,14 +8,11 @@ from sparsefw.checkpoint.source import (
     SINGLE,
     Checkpoint,
     TensorInfo,
-    all_finite,
     check_file,
-    check_finite,
     companions,
     from_hub,
     inspect,
     locate,
-    root_of,
 )
 from sparsefw.checkpoint.writer import Writer, check_output
 
@@ -25,14 +23,14 @@ __all__ = [
     "Checkpoint",
     "TensorInfo",
     "Writer",
-    "all_finite",
     "check_file",
-    "check_finite",
     "check_output",
     "companions",
     "durably",
+    "fingerprint",
     "from_hub",
     "inspect",
     "locate",
-    "root_of",
+    "read_shard",
+    "read_tensors",
 ]

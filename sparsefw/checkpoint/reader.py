@@ -1,7 +1,7 @@
-"""Reading tensors of a checkpoint into memory of our own.
+"""Read tensors of a checkpoint into memory of our own.
 
-A mapped file would do for small models, but its pages stay resident as long as any tensor of the file is in use, and
-products of memory that is aligned in another way may round differently: here every tensor starts where torch puts it.
+Mapping the files would be simpler. But pages of a mapped file stay resident as long as any of its tensors is in use,
+and products may round differently where memory is aligned differently. Here torch aligns every tensor.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsefw.checkpoint.source import CONFIG, Checkpoint, TensorInfo
 from sparsefw.errors import InputError, first_line
 
-# Of each tensor this many bytes tell it from another model's.
+# Bytes of each tensor that count in a fingerprint.
 SAMPLED_BYTES = 2**16
 
 
@@ -25,22 +25,22 @@ def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str,
     """Read tensors of a checkpoint that `checkpoint.inspect` has found sound.
 
     Args:
-        tensors: by name.
-        pin: into page-locked memory, from which copies to a GPU need not wait.
+        tensors: the tensors to read, by name.
+        pin: whether to read into page-locked memory, from which a GPU copies while the host goes on.
 
     Returns:
         The tensors by name, on the host, in the dtype of the file.
 
     Raises:
-        InputError: a file was changed or removed since, or cannot be read.
+        InputError: a file was changed or removed since then, or cannot be read.
     """
-    found = {}
-    for name, file in _at(tensors):
+    read = {}
+    for name, file in _opened_at(tensors):
         tensor = torch.empty(tensors[name].shape, dtype=tensors[name].dtype, pin_memory=pin)
         if tensor.numel():
-            _fill(file, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-        found[name] = tensor
-    return {name: found[name] for name in tensors}
+            _fill(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
+        read[name] = tensor
+    return {name: read[name] for name in tensors}
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
@@ -51,10 +51,10 @@ def read_shard(path: Path) -> dict[str, Tensor]:
 def fingerprint(checkpoint: Checkpoint) -> str:
     """SHA-256 of the config, and of names, shapes, dtypes and first bytes of all tensors, in hex.
 
-    Where files lie and how tensors are spread over them makes no difference.
+    It depends neither on where the files are nor on how tensors are spread over them.
     """
     sums = {}
-    for name, file in _at(checkpoint.tensors):
+    for name, file in _opened_at(checkpoint.tensors):
         info = checkpoint.tensors[name]
         sample = bytearray(min(info.nbytes, SAMPLED_BYTES))
         _fill(file, memoryview(sample))
@@ -63,12 +63,12 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(b"".join(content)).hexdigest()
 
 
-def _at(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, FileIO]]:
-    """Every tensor's name with its file, open at its first byte; in the order in which they lie there."""
-    of_file: dict[Path, list[str]] = {}
+def _opened_at(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, FileIO]]:
+    """The name of every tensor and its file, open at the tensor's first byte, in the order within the files."""
+    names_by_file: dict[Path, list[str]] = {}
     for name, info in tensors.items():
-        of_file.setdefault(info.file, []).append(name)
-    for path, names in of_file.items():
+        names_by_file.setdefault(info.file, []).append(name)
+    for path, names in names_by_file.items():
         try:
             with path.open("rb", buffering=0) as file:
                 length = int.from_bytes(file.read(8), "little")

@@ -1,7 +1,7 @@
-"""Checkpoints on disk: what is in one, and whether it can be trusted.
+"""Find a checkpoint, and check all that can be checked without loading a tensor.
 
-Only safetensors is read: no pickle, no code that a checkpoint brings along. `inspect` reads headers and loads no
-tensor; everything it says about files and tensors it has checked.
+Only safetensors is read: no pickle, and no code from the checkpoint. `inspect` reads the headers, and has checked
+everything that it returns about files and tensors.
 """
 
 import math
@@ -16,17 +16,15 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from sparsefw.checkpoint import trust
-from sparsefw.checkpoint.trust import shown
-from sparsefw.errors import InputError, first_line
+from sparsefw.errors import InputError, first_line, shown
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# transformers reads what is in here beside the tokenizer.
+# transformers reads the files of this folder with the tokenizer.
 TEMPLATES = "additional_chat_templates"
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
@@ -35,31 +33,31 @@ DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
-# safetensors itself reads up to 100 MB, in many times the memory; real ones have 10 KB to 20 MB.
+# Real headers have 10 KB to 20 MB. safetensors itself takes up to 100 MB, and many times that in memory.
 MAX_HEADER_BYTES = 32 * 2**20
-# Real tensors have names of 100 characters, 5 dimensions and 2^36 elements at most.
+# Real tensors have at most 100 characters in their names, 5 dimensions and 2^36 elements.
 MAX_NAME = 512
 MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 2**48
 
 AGAIN = "download or copy it again"
 
-# Neither weights in any format nor code goes from the input to the output.
+# Files that are not copied from the input to the output: weights in any format, and code.
 NOT_COPIED = PICKLES | {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".py"}
-# The largest tokenizers have about 40 MB; what is larger than this is no part of a checkpoint.
+# The largest tokenizers have about 40 MB; a larger file is no part of a checkpoint.
 MAX_COPIED_BYTES = 256 * 2**20
 
-# Of these, transformers reads whole files.
+# Files that transformers reads whole.
 READ = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 
-# What is asked of the Hub. Folders hold other formats of the same weights, and so does consolidated.safetensors.
+# Files that are downloaded from the Hub. Folders and consolidated.safetensors hold the same weights in other formats.
 WANTED = ["*.safetensors", *sorted(f"*{suffix}" for suffix in READ)]
 UNWANTED = ["*/*", "consolidated*"]
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies (path of its file), its torch dtype and its shape."""
+    """A tensor that is not read: its file, its torch dtype and its shape."""
 
     file: Path
     dtype: torch.dtype
@@ -76,7 +74,7 @@ class Checkpoint:
     """A checked checkpoint.
 
     Attributes:
-        folder: where it lies.
+        folder: the folder of its files.
         config: the content of config.json.
         tensors: every tensor, by its name in the files.
         dtype: the floating dtype that most bytes have.
@@ -97,8 +95,8 @@ def locate(model: str) -> Path:
     """The folder of a checkpoint, downloaded if it has to be.
 
     Args:
-        model: a local folder, or a Hub id such as "org/name". What starts with `.`, `/` or `~`, or exists, is local
-            and never looked up on the Hub.
+        model: a local folder, or a Hub id such as "org/name". A name that starts with `.`, `/` or `~`, or that
+            exists, is local and never looked up on the Hub.
 
     Raises:
         InputError: there is no such folder, no such id, or no network and no cached copy.
@@ -117,7 +115,7 @@ def locate(model: str) -> Path:
 
 @contextmanager
 def from_hub(model: str) -> Iterator[None]:
-    """Say in one line why what is downloaded inside could not be.
+    """Turn a failed download inside into an error of one line.
 
     Raises:
         InputError: no such id, no access to it, or no network and no cached copy.
@@ -131,7 +129,7 @@ def from_hub(model: str) -> Iterator[None]:
             f"{model}: no such folder and no such model on the Hub, or you have no access to it; "
             "check the name, and log in with `hf auth login` if it is gated"
         ) from error
-    # HTTPError: a proxy that fails is passed on by the Hub's library as it is.
+    # The Hub's library passes on the HTTPError of a proxy as it is.
     except (OSError, HTTPError) as error:
         raise InputError(
             f"{model}: no such folder, and it could not be downloaded from the Hub ({shown(first_line(error))}); "
@@ -142,7 +140,7 @@ def from_hub(model: str) -> Iterator[None]:
 def inspect(folder: Path) -> Checkpoint:
     """Read and check the headers of a checkpoint: one model.safetensors, or shards with an index.
 
-    As in transformers, model.safetensors is the one that counts where there are both.
+    If both are there, model.safetensors counts, as in transformers.
 
     Args:
         folder: a local folder, such as a snapshot in the Hub's cache.
@@ -170,38 +168,13 @@ def inspect(folder: Path) -> Checkpoint:
         content = _read_json(folder / TOKENIZER_CONFIG, trust.MAX_TOKENIZER_CONFIG_BYTES)
         trust.check_tokenizer(content, folder / TOKENIZER_CONFIG)
 
-    held = Counter()
+    bytes_of: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         if tensor.dtype.is_floating_point:
-            held[tensor.dtype] += tensor.nbytes
-    if not held:
+            bytes_of[tensor.dtype] += tensor.nbytes
+    if not bytes_of:
         raise InputError(f"{folder}: no floating-point tensor in it; give the checkpoint of a language model")
-    return Checkpoint(folder, config, tensors, held.most_common(1)[0][0])
-
-
-def all_finite(tensor: Tensor) -> Tensor:
-    """Whether a floating tensor that is not empty has neither NaN nor Inf: a bool on its device, not waited for."""
-    # Both ends are finite exactly if all is: NaN spreads to them. One pass, and no copy of a large tensor.
-    low, high = torch.aminmax(tensor)
-    return low.isfinite() & high.isfinite()
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor with NaN or Inf.
-
-    Args:
-        name: of the tensor, for the message.
-        tensor: any shape, dtype and device.
-
-    Raises:
-        InputError: it holds NaN or Inf; says how many.
-    """
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return
-    if bool(all_finite(tensor)):
-        return
-    nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
-    raise InputError(f"{name}: holds {nan} NaN and {inf} Inf among {tensor.numel()} values; finite ones are needed")
+    return Checkpoint(folder, config, tensors, bytes_of.most_common(1)[0][0])
 
 
 def root_of(folder: Path) -> Path:
@@ -212,11 +185,14 @@ def root_of(folder: Path) -> Path:
 
 
 def check_file(path: Path, folder: Path | None = None) -> None:
-    """Refuse a file that is missing, is a link out of its checkpoint, or is none: a pipe would block for ever.
+    """Refuse a path that is missing, a link out of its checkpoint, or no file: a pipe would block for ever.
 
     Args:
-        path: of the file.
-        folder: of the checkpoint; None: the one that the file lies in.
+        path: the file.
+        folder: the folder of the checkpoint; None: the folder of the file.
+
+    Raises:
+        InputError: it is one of these.
     """
     if not path.is_file():
         raise InputError(f"{path}: missing, or not a file; {AGAIN}")
@@ -245,7 +221,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             if length > MAX_HEADER_BYTES:
                 raise InputError(f"{path}: not a whole safetensors file (its header says {length} bytes); {AGAIN}")
             content = file.read(length)
-        # The library compares offsets, shapes, dtypes and the size of the file; it lets a name stand twice.
+        # The library compares offsets, shapes, dtypes and the size of the file, but accepts a name that occurs twice.
         with safe_open(path, framework="pt"):
             header = trust.parse_object(content, path)
     except (SafetensorError, OSError) as error:
@@ -255,7 +231,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _tensor(path: Path, name: str, entry: object) -> TensorInfo:
-    """What one entry of a header says; the library has accepted it."""
+    """The tensor that an entry of a header describes; the library has accepted the entry."""
     if not name.isprintable() or len(name) > MAX_NAME:
         raise InputError(f"{path}: a tensor is called {shown(name)}, which no tensor of a model is; {AGAIN}")
     if not isinstance(entry, dict):
@@ -263,7 +239,7 @@ def _tensor(path: Path, name: str, entry: object) -> TensorInfo:
     if entry["dtype"] not in DTYPES:
         raise InputError(f"{path}: tensor {name} has dtype {entry['dtype']}; give a checkpoint in fp32, fp16 or bf16")
     tensor = TensorInfo(path, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    # Of an empty one any other dimension fits into the file.
+    # An empty tensor may have other dimensions of any size and still fit into the file.
     if len(tensor.shape) > MAX_DIMENSIONS or math.prod(max(1, d) for d in tensor.shape) > MAX_ELEMENTS:
         raise InputError(f"{path}: tensor {name} has the shape {shown(tensor.shape)}, which no tensor has; {AGAIN}")
     return tensor
@@ -280,7 +256,7 @@ def _read_shards(folder: Path) -> dict[str, TensorInfo]:
                 f"{index}: tensor {shown(name)} is in {shown(repr(shard))}, "
                 "which is not the name of a .safetensors file beside it"
             )
-    tensors = {}
+    tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(shard_of.values())):
         for name, tensor in _read_header(folder / shard).items():
             if name in tensors:
@@ -322,12 +298,12 @@ def companions(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path, checkpoint: Path) -> list[Path]:
-    found = []
+    files = []
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in NOT_COPIED or path.is_dir() or not path.exists():
             continue
         if not path.name.isprintable():
             raise InputError(f"{folder}: a file is called {shown(path.name)}; remove it")
         check_file(path, checkpoint)
-        found.append(path)
-    return found
+        files.append(path)
+    return files

@@ -1,9 +1,11 @@
-"""Writing a checkpoint shard by shard, so that an interrupted run goes on where it was."""
+"""Write a checkpoint shard by shard, so that an interrupted run goes on after the last finished shard."""
 
 import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsefw.checkpoint.resume import Partial, durably
+from sparsefw.checkpoint.resume import PartialFolder, durably
 from sparsefw.checkpoint.source import CONFIG, INDEX, companions, root_of
 from sparsefw.errors import InputError, first_line
 
@@ -21,9 +23,9 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
     """Refuse an output folder that would harm something.
 
     Args:
-        output: where the pruned checkpoint is to go.
+        output: folder for the pruned checkpoint.
         source: folder of the checkpoint that is read.
-        overwrite: an older checkpoint may be replaced.
+        overwrite: whether an older checkpoint may be replaced.
 
     Raises:
         InputError: output and source are one folder or one lies in the other; output is a file, or a folder with
@@ -38,21 +40,21 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
 class Writer:
     """Writes a checkpoint shard by shard; use it in a `with` statement.
 
-    Everything goes into a hidden folder beside `output` (see `partial`), whose content `finish` moves into place.
+    Everything goes into a hidden folder beside `output` (see `resume`), whose content `finish` moves into place.
     Until then an older output stays as it was. Finished shards survive whatever ends the `with` block, and a writer of
-    the same identity goes on after them; without any, nothing is left behind.
+    the same identity goes on after them. If no shard is finished, nothing is left behind.
 
     Args:
-        output: where the checkpoint will be.
-        shards: how many `write` will be called for.
-        identity, chosen: what makes a run the same, and what it chose by itself, see `partial.Partial.open`.
-        overwrite: an older checkpoint may be replaced.
-        restart: discard what an unfinished run left.
+        output: folder for the checkpoint.
+        shards: number of shards, one for each call of `write`.
+        identity, chosen: what makes a run the same, and what it chose by itself, see `PartialFolder.open`.
+        overwrite: whether an older checkpoint may be replaced.
+        restart: whether to discard what an unfinished run left.
 
     Attributes:
-        output: where the checkpoint will be (links resolved).
-        folder: where it is until then; a file put here goes with it, and is not replaced by the source's.
-        finished: what `write` was told of the shards that are finished.
+        output: folder for the checkpoint, links resolved.
+        folder: where the checkpoint is until `finish`. A file put here moves with it, in place of the source's.
+        finished: the records that `write` was given with the finished shards.
     """
 
     def __init__(
@@ -64,12 +66,14 @@ class Writer:
         *,
         overwrite: bool = False,
         restart: bool = False,
-    ):
+    ) -> None:
         self.output = output.resolve()
         self.shards, self.overwrite = shards, overwrite
         self._identity, self._chosen, self._restart = identity or {}, chosen, restart
-        self._scratch = self.output.with_name(f".{self.output.name}.partial")
-        self.folder = self._scratch / "new"
+        self._partial = PartialFolder(self.output)
+        self.folder = self._partial.new
+        # Folders above the output that this writer made.
+        self._made: list[Path] = []
         self._done = False
 
     def __enter__(self) -> "Writer":
@@ -77,7 +81,7 @@ class Writer:
         self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            self._partial = Partial(self._scratch, self.output)
+            self._partial.lock()
         except OSError as error:
             self._remove_parents()
             raise InputError(
@@ -87,8 +91,8 @@ class Writer:
             self._remove_parents()
             raise
         try:
-            # After a kill while the older output was being replaced.
-            self._bring_back()
+            # A kill may have come while the older output was being replaced.
+            self._partial.restore_output()
             _check_free(self.output, self.overwrite)
             self._partial.open(self._identity, self._chosen, self._restart)
         except BaseException:
@@ -99,6 +103,7 @@ class Writer:
     @property
     def finished(self) -> list[Any]:
         """See the class."""
+        # The key is part of the format on disk.
         return [record["note"] for record in self._partial.records]
 
     @property
@@ -108,11 +113,11 @@ class Writer:
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """What the run that began this output chose by itself."""
+        """Values that the run which began this output chose by itself."""
         return self._partial.chosen
 
     def check_space(self, size: int) -> None:
-        """Refuse to begin what cannot be ended.
+        """Refuse to begin a run that the disk has too little space for.
 
         Args:
             size: bytes that are still to be written.
@@ -120,7 +125,7 @@ class Writer:
         Raises:
             InputError: the disk has less.
         """
-        free = shutil.disk_usage(self._scratch).free
+        free = shutil.disk_usage(self._partial.folder).free
         if size > free:
             raise InputError(
                 f"{self.output}: {size / 1e9:.2f} GB are still to be written, and the disk has {free / 1e9:.2f} GB "
@@ -128,31 +133,31 @@ class Writer:
             )
 
     def path(self, n: int) -> Path:
-        """Where the n-th shard is until `finish`, from 0."""
+        """Path of the n-th shard, from 0, until `finish`."""
         return self.folder / self._name(n)
 
     def _name(self, n: int) -> str:
         return f"model-{n + 1:05d}-of-{self.shards:05d}.safetensors"
 
-    def write(self, tensors: dict[str, Tensor], note: Any = None) -> None:
+    def write(self, tensors: dict[str, Tensor], record: Any = None) -> None:
         """Write the next shard; once this returns it is on disk.
 
         Args:
             tensors: by name, on any device; none of them may have been written before.
-            note: what a run that goes on has to know of it; as JSON has it.
+            record: what a later run has to know of the shard, as JSON values.
 
         Raises:
             ValueError: a name was written before, or two of the tensors are the same memory.
             InputError: the disk is full or failed.
         """
         records = self._partial.records
-        if repeated := sorted(tensors.keys() & {name for record in records for name in record["names"]}):
+        if repeated := sorted(tensors.keys() & {name for shard in records for name in shard["names"]}):
             raise ValueError(f"{repeated[0]}: this tensor was already written")
         self._save(self.path(len(records)), tensors)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         parameters = sum(tensor.numel() for tensor in tensors.values())
-        with self._on_disk():
-            self._partial.add({"names": [*tensors], "bytes": size, "parameters": parameters, "note": note})
+        with self._disk_errors():
+            self._partial.add({"names": [*tensors], "bytes": size, "parameters": parameters, "note": record})
 
     def keep(self, name: str, tensors: dict[str, Tensor]) -> Path:
         """Write a file of tensors that is there until `finish`; returns its path, which depends on the name alone."""
@@ -162,8 +167,8 @@ class Writer:
         return path
 
     def kept(self, name: str) -> Path:
-        """Where `keep` wrote."""
-        return self._scratch / "kept" / f"{name}.safetensors"
+        """Path of a file that `keep` writes."""
+        return self._partial.kept(name)
 
     def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -173,14 +178,15 @@ class Writer:
             # safetensors makes files that only the owner can read.
             temporary.chmod(self.folder.stat().st_mode & 0o666)
 
-        with self._on_disk():
+        with self._disk_errors():
             try:
                 durably(path, save)
             except RuntimeError as error:
                 raise ValueError(f"tensors that share memory cannot be written: {first_line(error)}") from error
 
     @contextlib.contextmanager
-    def _on_disk(self):
+    def _disk_errors(self) -> Iterator[None]:
+        """Turn a full or failed disk into an error of one line."""
         try:
             yield
         except (SafetensorError, OSError) as error:
@@ -200,33 +206,26 @@ class Writer:
         records = self._partial.records
         if len(records) != self.shards:
             raise ValueError(f"{len(records)} shards of {self.shards} were written")
-        sums = {what: sum(record[what] for record in records) for what in ("parameters", "bytes")}
+        sums = {key: sum(record[key] for record in records) for key in ("parameters", "bytes")}
         index = {
             "metadata": {"total_parameters": sums["parameters"], "total_size": sums["bytes"]},
             "weight_map": {name: self._name(n) for n, record in enumerate(records) for name in record["names"]},
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        with self._on_disk():
+        with self._disk_errors():
             durably(self.folder / INDEX, lambda path: path.write_text(text, encoding="utf-8"))
             for path in companions(source):
                 if not (self.folder / path.name).exists():
                     # Content only: the source's files may be read-only or links.
-                    durably(self.folder / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
+                    durably(self.folder / path.name, partial(shutil.copyfile, path))
         _check_free(self.output, self.overwrite)
-        if self.output.exists():
-            self.output.rename(self._scratch / "old")
-        self.folder.rename(self.output)
+        self._partial.move_into_place()
         self._done = True
-
-    def _bring_back(self) -> None:
-        old = self._scratch / "old"
-        if old.exists() and not self.output.exists():
-            old.rename(self.output)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bring_back()
+        self._partial.restore_output()
         finished = self._leave()
         if error and finished and not self._done:
             error.add_note(f"{finished} of {self.shards} parts are finished: the same command goes on from there")
@@ -234,7 +233,7 @@ class Writer:
             raise RuntimeError("finish() was not called, so the output is not there")
 
     def _leave(self) -> int:
-        """Keep what is finished of an unfinished run, remove everything else; returns how many parts there are."""
+        """Keep the finished parts of an unfinished run, remove everything else; returns the number of parts."""
         finished = len(self._partial.records)
         if self._done or not finished:
             self._partial.remove()
@@ -245,7 +244,7 @@ class Writer:
 
     def _remove_parents(self) -> None:
         for folder in self._made:
-            # One that is in use stays.
+            # A folder that is in use stays.
             with contextlib.suppress(OSError):
                 folder.rmdir()
 

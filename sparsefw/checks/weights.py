@@ -1,24 +1,26 @@
-"""Check the weights of a written model: no more than the pattern allows, and all else as it was, bit for bit.
+"""Check a written model: no more weights than the pattern allows, and all other tensors are the source's, bit for bit.
 
-One block of the written model and the same one of its source are in memory at a time, and the next ones being read.
+One block of the written model and the same block of the source are in memory at a time, while the next ones are read.
 """
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparsefw.checkpoint.source import Checkpoint
-from sparsefw.checks.claims import Claims, Row
-from sparsefw.checks.verdict import Check, Verdict
+from sparsefw.checkpoint import Checkpoint
+from sparsefw.checks.claims import Claims
+from sparsefw.checks.verdict import Check, Verdict, Zeros
 from sparsefw.errors import InputError
+from sparsefw.model import StreamedModel
 from sparsefw.model.layers import kind_of, not_pruned
-from sparsefw.model.streamed import StreamedModel
+from sparsefw.solver import LayerResult
 
-# Integers as wide as the values: as these a NaN equals itself, and -0.0 differs from 0.0.
+# Integers as wide as the values. Read as integers, a NaN equals itself, and -0.0 differs from 0.0.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # An expert that is a slice of a stacked parameter.
@@ -33,9 +35,10 @@ def check_weights(
     """Check all tensors of a model, a block at a time.
 
     Args:
-        verdict: its checks "model", "report", "pattern", "kept" and "others" are made, those that are not skipped.
-        claims: what the report says of the model.
-        model: the written one; its blocks are used up.
+        verdict: its checks "model", "report", "pattern", "zeros", "kept" and "others" receive the findings, unless they
+            are skipped.
+        claims: the report's claims about the model.
+        model: the written model; every block is opened and closed.
         source: the checkpoint that was pruned, if there is one to compare with.
 
     Returns:
@@ -44,26 +47,28 @@ def check_weights(
     Raises:
         InputError: the source cannot be used.
     """
-    checks, dtypes = verdict.checks, {}
-    dense = _of_source(StreamedModel, source, model.device) if source else None
-    verdict.notes += [f"the source: {note}" for note in dense.notes] if dense else model.notes
-    if dense and dense.names != model.names:
-        checks["model"].fail(model.names[-1], f"the last of the blocks, in the source it is {dense.names[-1]}")
-        verdict.skip("the source has other blocks", "kept", "others")
-        dense = None
-    left = dict(claims.layers)
-    for i, name in enumerate(tqdm(model.names, unit="block", disable=None)):
-        rows = {layer: left.pop(layer) for layer in claims.layers if layer.startswith(f"{name}.")}
-        dtypes |= _check_block(verdict, claims, i, rows, model, dense)
-    for layer in left:
-        checks["report"].fail(layer, "in none of the model's blocks")
-    if dense:
-        before = _of_source(dense.other_tensors)
-        dtypes |= {name: tensor.dtype for name, tensor in before.items()}
-        try:
-            _compare(checks["others"], model.other_tensors(), before)
-        except InputError as error:
-            checks["model"].failures.append(f"{error}; nothing outside of the blocks was checked")
+    checks = verdict.checks
+    dtypes: dict[str, torch.dtype] = {}
+    with ExitStack() as stack:
+        original = stack.enter_context(_from_source(StreamedModel, source, model.device)) if source else None
+        verdict.notes += [f"the source: {note}" for note in original.notes] if original else model.notes
+        if original and original.names != model.names:
+            checks["model"].fail(model.names[-1], f"the last of the blocks, in the source it is {original.names[-1]}")
+            verdict.skip("the source has other blocks", "zeros", "kept", "others")
+            original = None
+        unseen = dict(claims.layers)
+        for i, name in enumerate(tqdm(model.names, unit="block", disable=None)):
+            layers = {layer: unseen.pop(layer) for layer in claims.layers if layer.startswith(f"{name}.")}
+            dtypes |= _check_block(verdict, claims, i, layers, model, original)
+        for layer in unseen:
+            checks["report"].fail(layer, "in none of the model's blocks")
+        if original:
+            before = _from_source(original.other_tensors)
+            dtypes |= {name: tensor.dtype for name, tensor in before.items()}
+            try:
+                _compare(checks["others"], model.other_tensors(), before)
+            except InputError as error:
+                checks["model"].failures.append(f"{error}; nothing outside of the blocks was checked")
     return dtypes
 
 
@@ -71,11 +76,23 @@ def _check_block(
     verdict: Verdict,
     claims: Claims,
     i: int,
-    rows: dict[str, Row],
+    layers: dict[str, LayerResult],
     model: StreamedModel,
-    dense: StreamedModel | None,
+    original: StreamedModel | None,
 ) -> dict[str, torch.dtype]:
-    """Check block i, of which the report has these rows; returns the dtypes of the source's tensors."""
+    """Check block i.
+
+    Args:
+        verdict: receives the findings.
+        claims: the report's claims.
+        i: number of the block.
+        layers: the block's layers that the report calls pruned, by name.
+        model: the written model.
+        original: the source's model; None if there is none to compare with.
+
+    Returns:
+        The dtypes of the source's tensors, by name.
+    """
     name, checks = model.names[i], verdict.checks
     checks["model"].count += 1
     try:
@@ -84,103 +101,127 @@ def _check_block(
         checks["model"].failures.append(f"{error}; no more of {name} was checked")
         model.close(i)
         return {}
-    for matrix in not_pruned(block, [layer.removeprefix(f"{name}.") for layer in rows]):
-        if f"{name}.{matrix}" not in claims.dense:
+    for matrix in not_pruned(block, [layer.removeprefix(f"{name}.") for layer in layers]):
+        if f"{name}.{matrix}" not in claims.kept_dense:
             checks["report"].fail(f"{name}.{matrix}", "neither pruned nor kept dense by the report")
-    after, before = _tensors(block, name, rows), None
-    if dense:
-        before = _tensors(_of_source(dense.open, i), name, rows)
-        _compare(checks["others"], *({n: t for n, t in x.items() if n not in rows} for x in (after, before)))
-    for layer, row in rows.items():
-        _check_layer(verdict, claims, layer, row, after.get(layer), before)
+    after, before = _tensors(block, name, layers), None
+    if original:
+        before = _tensors(_from_source(original.open, i), name, layers)
+        others = ({name: t for name, t in tensors.items() if name not in layers} for tensors in (after, before))
+        _compare(checks["others"], *others)
+    for layer in layers.values():
+        _check_layer(verdict, claims, layer, after.get(layer.name), before)
     model.close(i)
-    if dense:
-        dense.close(i)
+    if original:
+        original.close(i)
     return {tensor: value.dtype for tensor, value in (before or {}).items()}
 
 
-def _of_source(use: Callable[..., Result], *arguments: object) -> Result:
-    """use(*arguments), with the source to blame for what is wrong."""
+def _from_source(read: Callable[..., Result], *arguments: object) -> Result:
+    """read(*arguments); its error names the source as the culprit."""
     try:
-        return use(*arguments)
+        return read(*arguments)
     except InputError as error:
         raise InputError(f"the source: {error}") from error
 
 
 def _tensors(block: nn.Module, prefix: str, pruned: Iterable[str]) -> dict[str, Tensor]:
-    """A block's tensors by name; those of which slices were pruned, slice by slice."""
+    """A block's tensors by name. Of a stacked parameter with a pruned slice, every slice is a tensor of its own."""
     sliced = {match[1] for name in pruned if (match := _SLICE.fullmatch(name))}
-    found = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in block.state_dict(prefix=f"{prefix}.").items():
         if name in sliced and tensor.dim() == 3:
-            found |= {f"{name}[{e}]": part for e, part in enumerate(tensor)}
+            tensors |= {f"{name}[{e}]": expert for e, expert in enumerate(tensor)}
         else:
-            found[name] = tensor
-    return found
+            tensors[name] = tensor
+    return tensors
 
 
 def _check_layer(
-    verdict: Verdict,
-    claims: Claims,
-    name: str,
-    row: Row,
-    after: Tensor | None,
-    sources: dict[str, Tensor] | None,
+    verdict: Verdict, claims: Claims, layer: LayerResult, after: Tensor | None, sources: dict[str, Tensor] | None
 ) -> None:
     """Check a pruned layer.
 
     Args:
-        verdict: takes what is found.
-        claims: what the report says.
-        name: of the layer.
-        row: what the report says of it.
+        verdict: receives the findings.
+        claims: the report's claims.
+        layer: the report's result of the layer.
         after: the layer as it is stored; None if there is none of this name.
         sources: the source's tensors of the block; None if there is no source.
     """
-    report, pattern, kept = (verdict.checks[check] for check in ("report", "pattern", "kept"))
+    report = verdict.checks["report"]
     report.count += 1
-    stored = row.shape[::-1] if row.transposed else row.shape
+    stored = layer.shape[::-1] if layer.transposed else layer.shape
     if after is None or after.shape != stored:
-        report.fail(name, f"no such matrix of {stored[0]} x {stored[1]} in the model")
+        report.fail(layer.name, f"no such matrix of {stored[0]} x {stored[1]} in the model")
         return
-    pattern.count += 1
-    if row.kept != claims.kept(row):
-        pattern.fail(name, f"keeps {row.kept} of {after.numel()} by the report, which the pattern does not")
-    width, budgets = claims.budgets(row)
-    after = after.T if row.transposed else after
-    zero = after == 0
-    zeros = zero.reshape(-1, width).sum(1)
-    if over := _first_over(width - zeros, budgets):
-        part, count, budget, more = over
-        pattern.fail(name, f"{claims.part(row, part)} has {count} non-zero weights, {budget} may be kept{more}")
-    tally = verdict.zeros[kind_of(name)]
-    for at, count in enumerate((1, after.numel(), zeros.sum().item())):
-        tally[at] += count
-    if kept.skipped:
-        return
-    kept.count += 1
-    before = sources.get(name)
-    if before is None or before.shape != stored or before.dtype != after.dtype:
-        kept.fail(name, "not of this shape and dtype in the source")
-        return
-    before = before.T if row.transposed else before
-    changed = _bits(after) != _bits(before)
-    if why := _first_of(changed & (_bits(after) != 0), after, before):
-        kept.fail(name, why)
-    if over := _first_over((changed & zero).reshape(-1, width).sum(1), width - budgets):
-        part, count, budget, more = over
-        kept.fail(name, f"{claims.part(row, part)} has {count} weights removed, {budget} are to be{more}")
+    W = after.T if layer.transposed else after
+    _check_pattern(verdict.checks["pattern"], claims, layer, W)
+    zeros = int((W == 0).sum().item())
+    verdict.zeros[kind_of(layer.name)].add(Zeros(layers=1, weights=W.numel(), zeros=zeros))
+    compared = [check for name in ("zeros", "kept") if not (check := verdict.checks[name]).skipped]
+    before = (sources or {}).get(layer.name)
+    for check in compared:
+        check.count += 1
+        if before is None or before.shape != stored or before.dtype != after.dtype:
+            check.fail(layer.name, "not of this shape and dtype in the source")
+        elif check is verdict.checks["zeros"]:
+            _check_zeros(check, layer, W, before.T if layer.transposed else before)
+        else:
+            _check_kept(check, claims, layer, W, before.T if layer.transposed else before)
+
+
+def _check_pattern(check: Check, claims: Claims, layer: LayerResult, W: Tensor) -> None:
+    """Check that no part of W (rows, d) has more nonzero weights than it may keep."""
+    check.count += 1
+    expected = claims.kept_in(layer)
+    # Of weights that were zero and stay zero, fewer may be left than the pattern keeps.
+    if layer.kept > expected or (layer.kept < expected and not claims.keeps_zeros):
+        check.fail(layer.name, f"keeps {layer.kept} of {W.numel()} by the report, which the pattern does not")
+    width, kept = claims.kept_in_parts(layer)
+    if over := _first_over((W != 0).reshape(-1, width).sum(1), kept):
+        n, count, limit, more = over
+        check.fail(layer.name, f"{claims.part_name(layer, n)} has {count} non-zero weights, {limit} may be kept{more}")
+
+
+def _check_zeros(check: Check, layer: LayerResult, W: Tensor, before: Tensor) -> None:
+    """Check that W (rows, d) is zero wherever the source's weight, `before` (rows, d), is."""
+    if difference := _first_difference((before == 0) & (W != 0), W, before, "are not zero any more"):
+        check.fail(layer.name, difference)
+
+
+def _check_kept(check: Check, claims: Claims, layer: LayerResult, W: Tensor, before: Tensor) -> None:
+    """Check that kept weights are the source's, and that no more were removed than had to be.
+
+    Args:
+        check: receives the failures.
+        claims: the report's claims.
+        layer: the report's result of the layer.
+        W: (rows, d) weight as it was written.
+        before: (rows, d) weight of the source.
+    """
+    changed = _bits(W) != _bits(before)
+    if difference := _first_difference(changed & (_bits(W) != 0), W, before):
+        check.fail(layer.name, difference)
+    width, kept = claims.kept_in_parts(layer)
+    if over := _first_over((changed & (W == 0)).reshape(-1, width).sum(1), width - kept):
+        n, count, limit, more = over
+        check.fail(layer.name, f"{claims.part_name(layer, n)} has {count} weights removed, {limit} are to be{more}")
 
 
 def _first_over(counts: Tensor, limits: Tensor) -> tuple[int, int, int, str] | None:
-    """The first count above its limit: its place, itself, the limit, and how many more there are, in words."""
+    """The first count above its limit, counts and limits (parts,); None if there is none.
+
+    Returns:
+        Its index, the count, the limit, and in words how many more there are.
+    """
     over = counts > limits
-    found = over.sum().item()
-    if not found:
+    total = int(over.sum().item())
+    if not total:
         return None
-    first = over.view(torch.uint8).argmax().item()
-    more = f", and {found - 1} more like it" if found > 1 else ""
-    return first, counts[first].item(), limits[first].item(), more
+    first = int(over.view(torch.uint8).argmax().item())
+    more = f", and {total - 1} more like it" if total > 1 else ""
+    return first, int(counts[first].item()), int(limits[first].item()), more
 
 
 def _compare(check: Check, after: dict[str, Tensor], before: dict[str, Tensor]) -> None:
@@ -190,23 +231,23 @@ def _compare(check: Check, after: dict[str, Tensor], before: dict[str, Tensor]) 
         if name not in after or name not in before:
             check.fail(name, f"only in the {'output' if name in after else 'source'}")
             continue
-        here, there = after[name], before[name]
-        if here.shape != there.shape or here.dtype != there.dtype:
-            check.fail(name, f"{here.dtype} {tuple(here.shape)}, in the source {there.dtype} {tuple(there.shape)}")
-        elif why := _first_of(_bits(here) != _bits(there), here, there):
-            check.fail(name, why)
+        new, old = after[name], before[name]
+        if new.shape != old.shape or new.dtype != old.dtype:
+            check.fail(name, f"{new.dtype} {tuple(new.shape)}, in the source {old.dtype} {tuple(old.shape)}")
+        elif difference := _first_difference(_bits(new) != _bits(old), new, old):
+            check.fail(name, difference)
 
 
-def _first_of(differ: Tensor, after: Tensor, before: Tensor) -> str | None:
-    """In words, how many values differ, and the first of them; None if none does."""
+def _first_difference(differ: Tensor, after: Tensor, before: Tensor, how: str = "differ") -> str | None:
+    """How many values differ, and the first of them, in words; None if none does."""
     count = differ.sum().item()
     if not count:
         return None
-    # Not `nonzero`, which takes 16 bytes for every one of them.
+    # Not `nonzero`, which takes 16 bytes for every value that differs.
     first = differ.reshape(-1).view(torch.uint8).argmax()
-    at = tuple(index.item() for index in torch.unravel_index(first, differ.shape))
-    values = f"{after[at].item()}, in the source {before[at].item()}"
-    return f"{count} of {differ.numel()} values differ, first at {list(at)}: {values}"
+    index = tuple(int(i.item()) for i in torch.unravel_index(first, differ.shape))
+    values = f"{after[index].item()}, in the source {before[index].item()}"
+    return f"{count} of {differ.numel()} values {how}, first at {list(index)}: {values}"
 
 
 def _bits(tensor: Tensor) -> Tensor:

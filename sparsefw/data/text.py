@@ -1,42 +1,23 @@
-"""Text, and the windows of tokens cut from it for calibration and evaluation.
+"""Texts: documents from the embedded text, a file, a dataset of the Hub, or a list.
 
-A text is `default` (the embedded one), `c4`, `wikitext`, a local file or another dataset of the Hub. Documents are
-separated by an empty line. The only special token is the one that the tokenizer itself puts at the start of a text,
-once, before the first document.
+`default` is the embedded text; `c4` and `wikitext` are datasets of the Hub.
 """
 
 import glob
-import hashlib
-import itertools
 import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
-import torch
-from datasets.exceptions import DatasetNotFoundError, DatasetsError
-from huggingface_hub.errors import HTTPError
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from sparsefw.data.tokenizer import start_tokens, tokenize
-from sparsefw.data.windows import Windows
-from sparsefw.errors import InputError, first_line
+from sparsefw.data.records import load_records, texts_of
+from sparsefw.errors import InputError, first_line, shown
 
 Part = Literal["calibration", "evaluation"]
 
-SEPARATOR = "\n\n"
-# Calibration windows are drawn from the first `nsamples * seqlen` times this many tokens of a dataset.
-TOKENS_READ = 4
-DOCUMENTS_AT_ONCE = 64
-# A first guess at how much text holds the tokens asked for; more is read when it proves too small.
-CHARS_PER_TOKEN = 8
-# The last tokens of a text that was cut differ from those of the whole text.
-UNSETTLED_TOKENS = 64
+# Bytes of a file's name: systems take no longer one.
+LONGEST_NAME = 255
 
 NAMED: dict[tuple[str, Part], tuple[str, dict[str, Any]]] = {
     ("c4", "calibration"): (
@@ -51,7 +32,7 @@ NAMED: dict[tuple[str, Part], tuple[str, dict[str, Any]]] = {
             "streaming": True,
         },
     ),
-    # Small, so it is kept in the cache of `datasets`, where it is found without a network too.
+    # Small enough to be kept in the cache of `datasets`, where it is found without a network.
     ("wikitext", "calibration"): ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "train"}),
     ("wikitext", "evaluation"): ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "test"}),
 }
@@ -67,13 +48,18 @@ READERS = {
     ".parquet": "parquet",
 }
 
-# What `datasets` raises for files and datasets it cannot read; a damaged .gz raises EOFError or zlib.error.
-_FAILURES = (OSError, ValueError, RuntimeError, EOFError, zlib.error, DatasetsError, HTTPError)
+# Source of a text that was given as a list of documents.
+TEXTS = "texts"
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Documents, read as they are asked for and only once, and a name for what they come from."""
+    """Documents, each read only once, when it is asked for.
+
+    Attributes:
+        source: name of the text, for the report and for messages.
+        documents: the documents that have not been read yet.
+    """
 
     source: str
     documents: Iterator[str]
@@ -82,24 +68,29 @@ class Text:
         return self.documents
 
 
-def read_text(dataset: str, *, part: Part) -> Text:
+def read_text(dataset: str | Sequence[str], *, part: Part) -> Text:
     """Open a text.
 
     Args:
         dataset: "default", "c4", "wikitext", the path of a .txt (one document), .jsonl, .json (also .gz) or
-            .parquet file (one document per record, in `text`), or a Hub id ORG/NAME of a dataset with such records.
-        part: which part of a named dataset. A file is read from its start for both.
+            .parquet file (one document per record, in `text`), or a Hub id ORG/NAME of a dataset with such records;
+            or the documents themselves.
+        part: the part of a named dataset. A file is read from its start for both parts.
 
     Raises:
         InputError: there is no such text, or it cannot be read; also while the documents are read.
     """
+    if not isinstance(dataset, str):
+        return Text(TEXTS, _checked(dataset))
     if dataset == "default":
         return _embedded(part)
     if (dataset, part) in NAMED:
         name, options = NAMED[dataset, part]
         detail = options.get("name") or options["data_files"][options["split"]]
         source = f"{name} {detail} {options['split']}"
-        return Text(source, _texts(_load(dataset, part, name, **options), source))
+        return Text(source, texts_of(load_records(dataset, FLAG[part], name, **options), source))
+    if not dataset.isprintable() or any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(dataset).parts):
+        raise InputError(f"{shown(dataset, 60)}: not the name of a text; from Python, give documents as a list")
     path = Path(os.path.expanduser(dataset))
     suffix = next((s for s in sorted(READERS, key=len, reverse=True) if path.name.lower().endswith(s)), None)
     if dataset and path.is_dir():
@@ -115,134 +106,21 @@ def read_text(dataset: str, *, part: Part) -> Text:
         raise InputError(
             f"{dataset or FLAG[part]}: unknown dataset; give default, c4, wikitext, a file or a Hub id ORG/NAME"
         )
-    splits = _load(dataset, part, dataset, streaming=True)
-    split = next((split for split in SPLITS[part] if split in splits), None)
-    if split is None:
-        raise InputError(f"{dataset}: no split {' or '.join(SPLITS[part])}, only {', '.join(splits)}; give another")
-    source = f"{dataset} {split}"
-    return Text(source, _texts(splits[split], source))
+    return _from_hub(dataset, part)
 
 
-def calibration_windows(
-    tokenizer: PreTrainedTokenizerBase, dataset: str, *, nsamples: int, seqlen: int, seed: int
-) -> Windows:
-    """Draw disjoint windows at random.
-
-    Documents are tokenized one by one and concatenated until there are `TOKENS_READ` times the tokens asked for, or
-    no more. From a random offset on, the tokens are cut into windows, and `nsamples` of these are drawn.
-
-    Args:
-        tokenizer: of the model.
-        dataset: see `read_text`.
-        nsamples: number of windows.
-        seqlen: tokens in a window.
-        seed: the draw depends on it and on the text, on nothing else.
-
-    Raises:
-        InputError: the text cannot be read or is too short, or an argument is out of range.
-    """
-    _check_positive("--nsamples", nsamples)
-    _check_positive("--seqlen", seqlen)
-    if not 0 <= seed < 2**63:
-        raise InputError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
-    text = read_text(dataset, part="calibration")
-    needed = nsamples * seqlen
-    ids = _leading_tokens(tokenizer, text, TOKENS_READ * needed)
-    if len(ids) < needed:
-        fits = [
-            f"--{name} {n}" for name, n in (("nsamples", len(ids) // seqlen), ("seqlen", len(ids) // nsamples)) if n
-        ]
-        raise InputError(
-            f"{text.source}: {len(ids)} tokens, but {nsamples} windows of {seqlen} need {needed}; "
-            f"use {' or '.join([*fits, 'a longer text'])}"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    offset = int(torch.randint(min(seqlen - 1, len(ids) - needed) + 1, (1,), generator=generator))
-    slots = _cut(ids[offset:], seqlen)
-    return _windows(slots[torch.randperm(len(slots), generator=generator)[:nsamples]], text.source)
-
-
-def evaluation_windows(
-    tokenizer: PreTrainedTokenizerBase, dataset: str, *, seqlen: int, limit: int | None = None
-) -> Windows:
-    """Cut a text into consecutive windows from its start, as it is done for the perplexity on WikiText-2.
-
-    The documents are joined by an empty line and tokenized in one piece; an incomplete last window is dropped.
-
-    Args:
-        tokenizer: of the model.
-        dataset: see `read_text`.
-        seqlen: tokens in a window.
-        limit: at most this many windows; then only as much text is read as they take. None: all.
-
-    Raises:
-        InputError: the text cannot be read or holds no window, or an argument is out of range.
-    """
-    _check_positive("--seqlen", seqlen)
-    if limit is not None:
-        _check_positive("--eval-windows", limit)
-    text = read_text(dataset, part="evaluation")
-    ids = _joined_tokens(tokenizer, text, None if limit is None else limit * seqlen)
-    if len(ids) < seqlen:
-        raise InputError(
-            f"{text.source}: {len(ids)} tokens, fewer than one window of {seqlen}; "
-            f"use --seqlen {len(ids)} or a longer text"
-        )
-    return _windows(_cut(ids, seqlen), text.source)
-
-
-def _windows(ids: Tensor, source: str) -> Windows:
-    return Windows(ids, source, hashlib.sha256(ids.numpy().tobytes()).hexdigest())
-
-
-def _cut(ids: list[int], seqlen: int) -> Tensor:
-    n = len(ids) // seqlen
-    return torch.tensor(ids[: n * seqlen]).view(n, seqlen)
-
-
-def _leading_tokens(tokenizer: PreTrainedTokenizerBase, text: Text, wanted: int) -> list[int]:
-    """The first `wanted` tokens, of documents that are tokenized one by one."""
-    ids = start_tokens(tokenizer)
-    empty = True
-    before = ""
-    while len(ids) < wanted and (batch := list(itertools.islice(text, DOCUMENTS_AT_ONCE))):
-        empty = empty and not any(document.strip() for document in batch)
-        # The separator goes before a document, where most tokenizers give it the tokens of the joined text.
-        separated = [before + batch[0], *(SEPARATOR + document for document in batch[1:])]
-        before = SEPARATOR
-        ids.extend(itertools.chain.from_iterable(tokenize(tokenizer, separated)))
-    if empty:
-        raise InputError(f"{text.source}: empty, there is no text in it")
-    return ids[:wanted]
-
-
-def _joined_tokens(tokenizer: PreTrainedTokenizerBase, text: Text, wanted: int | None) -> list[int]:
-    """The first `wanted` tokens (None: all) of the documents joined and tokenized in one piece."""
-    documents: list[str] = []
-    chars, enough = 0, None if wanted is None else wanted * CHARS_PER_TOKEN
-    while True:
-        # No more left to read: the loop over the rest of the text ends by itself.
-        whole = True
-        for document in text:
-            documents.append(document)
-            chars += len(document) + len(SEPARATOR)
-            if enough is not None and chars >= enough:
-                whole = False
-                break
-        joined = SEPARATOR.join(documents)
-        if whole and not joined.strip():
-            raise InputError(f"{text.source}: empty, there is no text in it")
-        ids = start_tokens(tokenizer) + tokenize(tokenizer, [joined])[0]
-        if whole or len(ids) >= wanted + UNSETTLED_TOKENS:
-            return ids[:wanted]
-        enough *= 2
+def _checked(documents: Sequence[str]) -> Iterator[str]:
+    for n, document in enumerate(documents, 1):
+        if not isinstance(document, str):
+            raise InputError(f"{TEXTS}: document {n} is {type(document).__name__}, expected a string")
+        yield document
 
 
 def _embedded(part: Part) -> Text:
-    from sparsefw.default.text import heldout_text, training_text
+    from sparsefw.default.text import evaluation_text, training_text
 
     try:
-        document = training_text() if part == "calibration" else heldout_text()
+        document = training_text() if part == "calibration" else evaluation_text()
     except RuntimeError as error:
         raise InputError(f"default: {first_line(error)}; give a file with {FLAG[part]} PATH") from error
     return Text(f"default, {'training' if part == 'calibration' else 'held-out'} text", iter([document]))
@@ -251,7 +129,7 @@ def _embedded(part: Part) -> Text:
 def _local(dataset: str, path: Path, reader: str, part: Part) -> Text:
     if reader == "text":
         try:
-            # With -sig a byte order mark is no part of the text.
+            # The -sig variant leaves out a byte order mark.
             return Text(dataset, iter([path.read_text(encoding="utf-8-sig")]))
         except UnicodeDecodeError as error:
             raise InputError(f"{dataset}: not UTF-8 text ({first_line(error)}); convert it") from error
@@ -261,45 +139,14 @@ def _local(dataset: str, path: Path, reader: str, part: Part) -> Text:
         raise InputError(f"{dataset}: empty, there is no text in it")
     # Escaped, since `datasets` takes a path for a pattern.
     files = glob.escape(str(path.absolute()))
-    return Text(dataset, _texts(_load(dataset, part, reader, data_files=files, split="train", streaming=True), dataset))
+    records = load_records(dataset, FLAG[part], reader, data_files=files, split="train", streaming=True)
+    return Text(dataset, texts_of(records, dataset))
 
 
-def _load(dataset: str, part: Part, *names: str, **options: Any) -> Any:
-    try:
-        return datasets.load_dataset(*names, **options)
-    except StopIteration as error:
-        # What it raises for a file without a record.
-        raise InputError(f"{dataset}: empty, there is no text in it") from error
-    except DatasetNotFoundError as error:
-        raise InputError(
-            f"{dataset}: neither a file nor a dataset of the Hub that you have access to; "
-            f"check the name, or give a local file with {FLAG[part]} PATH"
-        ) from error
-    except (ConnectionError, HTTPError) as error:
-        raise InputError(
-            f"{dataset}: the Hub cannot be reached ({first_line(error)}); give a local file with {FLAG[part]} PATH"
-        ) from error
-    except _FAILURES as error:
-        raise InputError(f"{dataset}: cannot be read: {first_line(error)}") from error
-
-
-def _texts(rows: Iterable[dict[str, Any]], source: str) -> Iterator[str]:
-    """The column `text` of records."""
-    rows = iter(rows)
-    for n in itertools.count(1):
-        try:
-            row = next(rows, None)
-        except _FAILURES as error:
-            raise InputError(f"{source}: cannot be read beyond record {n - 1}: {first_line(error)}") from error
-        if row is None:
-            return
-        if "text" not in row:
-            raise InputError(f"{source}: no column `text`, only {', '.join(row)}; rename the one with the text")
-        if not isinstance(row["text"], str):
-            raise InputError(f"{source}: record {n}: `text` is {type(row['text']).__name__}, expected a string")
-        yield row["text"]
-
-
-def _check_positive(flag: str, value: int) -> None:
-    if value < 1:
-        raise InputError(f"{flag} {value}: expected at least 1")
+def _from_hub(dataset: str, part: Part) -> Text:
+    splits = load_records(dataset, FLAG[part], dataset, streaming=True)
+    split = next((split for split in SPLITS[part] if split in splits), None)
+    if split is None:
+        raise InputError(f"{dataset}: no split {' or '.join(SPLITS[part])}, only {', '.join(splits)}; give another")
+    source = f"{dataset} {split}"
+    return Text(source, texts_of(splits[split], source))

@@ -1,49 +1,49 @@
-"""Training and held-out text out of `pydoc_data.topics`, the language reference that every CPython carries.
+"""Training and evaluation text out of `pydoc_data.topics`, the language reference that every CPython carries.
 
-The split is by topic name, so it is the same in every Python version, while the text itself differs a little. The
-topics repeat each other ('compound' holds all of 'try', 'execmodel' most of 'naming'), so the unit is the paragraph:
-none occurs twice, and no held-out paragraph stays in the training text.
+The text is split by names of topics, so that the split is the same in every Python version; the text itself differs a
+little between versions. Topics repeat each other ('compound' holds all of 'try', 'execmodel' most of 'naming').
+Therefore repeated paragraphs are left out, and no paragraph of the evaluation text is in the training text.
 """
 
 import re
 
 # About a tenth of the text in CPython 3.11 to 3.14, and of every kind: grammar, prose, lists and examples.
-HELDOUT_TOPICS = ("calls", "import", "naming", "numeric-types", "raise", "with")
+EVALUATION_TOPICS = ("calls", "import", "naming", "numeric-types", "raise", "with")
 
 MIN_TRAINING_CHARS = 200_000
-MIN_HELDOUT_CHARS = 20_000
+MIN_EVALUATION_CHARS = 20_000
 
 
 def training_text() -> str:
-    """Returns the text to train and to calibrate on: every topic but the held-out ones, in order of name.
+    """The text to train and to calibrate on: every topic but those of the evaluation text, in order of name.
 
     Raises:
-        RuntimeError: This Python's `pydoc_data.topics` is missing or holds too little.
+        RuntimeError: this Python's `pydoc_data.topics` is missing or holds too little.
     """
     topics = _topics()
-    seen = {paragraph_key(paragraph) for paragraph in split_paragraphs(heldout_text())}
-    names = [name for name in sorted(topics) if name not in HELDOUT_TOPICS]
+    seen = {paragraph_key(paragraph) for paragraph in split_paragraphs(evaluation_text())}
+    names = [name for name in sorted(topics) if name not in EVALUATION_TOPICS]
     return _join("training", _new_paragraphs(topics, names, seen), MIN_TRAINING_CHARS)
 
 
-def heldout_text() -> str:
-    """Returns the text to evaluate on, which shares no paragraph with `training_text`.
+def evaluation_text() -> str:
+    """The text to evaluate on, which shares no paragraph with `training_text`.
 
     Raises:
-        RuntimeError: This Python's `pydoc_data.topics` is missing or holds too little.
+        RuntimeError: this Python's `pydoc_data.topics` is missing or holds too little.
     """
     topics = _topics()
-    names = [name for name in HELDOUT_TOPICS if name in topics]
-    return _join("held-out", _new_paragraphs(topics, names, set()), MIN_HELDOUT_CHARS)
+    names = [name for name in EVALUATION_TOPICS if name in topics]
+    return _join("held-out", _new_paragraphs(topics, names, set()), MIN_EVALUATION_CHARS)
 
 
 def split_paragraphs(text: str) -> list[str]:
-    """Returns the paragraphs of `text`, which blank lines separate, with their indentation."""
+    """The paragraphs of a text, which blank lines separate, with their indentation."""
     return [paragraph for paragraph in re.split(r"\n[ \t]*\n", text) if paragraph.strip()]
 
 
 def paragraph_key(paragraph: str) -> str:
-    """Returns what two copies of a paragraph have in common: all but white space and the numbers of footnotes."""
+    """What two copies of a paragraph have in common: all but white space and the numbers of footnotes."""
     return re.sub(r"\[\d+\]", "[]", " ".join(paragraph.split()))
 
 
@@ -56,7 +56,7 @@ def _topics() -> dict[str, str]:
 
 
 def _new_paragraphs(topics: dict[str, str], names: list[str], seen: set[str]) -> list[str]:
-    """Returns the paragraphs of the topics `names` whose keys are not in `seen`, and adds their keys to it."""
+    """The paragraphs of the topics `names` whose keys are not in `seen`; adds their keys to it."""
     paragraphs = []
     for name in names:
         for paragraph in split_paragraphs(topics[name]):

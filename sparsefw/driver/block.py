@@ -6,131 +6,181 @@ pruned in stages: the inputs of later layers are measured after earlier ones are
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
+from functools import partial
 
 from torch import Tensor, nn
 
-from sparsefw.checkpoint.source import check_finite
 from sparsefw.errors import InputError
-from sparsefw.model.layers import DenseOutputs, Layer, Stage, capture, dense_outputs, not_pruned, stages
-from sparsefw.model.streamed import Stream, StreamedModel
-from sparsefw.solver.layer import LayerResult, prune_layers
-from sparsefw.solver.methods import Settings
+from sparsefw.finite import check_finite
+from sparsefw.kernels.backend import Backend
+from sparsefw.model import HiddenStates, StreamedModel
+from sparsefw.model.layers import (
+    KEPT_DENSE,
+    Captured,
+    DenseOutputs,
+    Stage,
+    capture,
+    dense_outputs,
+    kind_of,
+    not_pruned,
+    slices_of,
+    stages,
+)
+from sparsefw.solver import LayerResult, PruneConfig, prune_layers
+
+
+@dataclass(frozen=True)
+class Run:
+    """Model, config and backend that all blocks of a run share.
+
+    Attributes:
+        model: the streamed model.
+        config: how the model is pruned.
+        backend: the operations.
+        memory: bytes that the state of one solve may take.
+    """
+
+    model: StreamedModel
+    config: PruneConfig
+    backend: Backend
+    memory: int
 
 
 @dataclass
-class Dense:
-    """The dense model before a block, for a method whose layers approximate its outputs.
+class DenseReference:
+    """A block of the dense model and its input, for a method whose layers approximate the dense model's outputs.
 
     Attributes:
-        block: the block as it was.
-        stream: the calibration windows in the dense model. A stage, see `layers.Stage`, moves them on to the next one.
+        block: the block before it is pruned.
+        states: the calibration windows before the block in the dense model. One stage of the block moves them on to
+            the next block, see `layers.Stage`.
     """
 
     block: nn.Module
-    stream: Stream
+    states: HiddenStates
 
 
 def prune_block(
-    model: StreamedModel,
-    i: int,
-    stream: Stream,
-    follows: Dense | None,
-    method: str,
-    settings: Settings,
-    ops: ModuleType,
+    run: Run, i: int, states: HiddenStates, method: str, dense: DenseReference | None = None
 ) -> Iterator[LayerResult]:
     """Prune block i, which is open, layer by layer.
 
     Args:
-        model: the streamed model.
-        i: the block.
-        stream: the calibration windows before it.
-        follows: with it, layers approximate the dense model's outputs.
+        run: what all blocks share.
+        i: number of the block.
+        states: the calibration windows before the block.
         method: one of METHODS.
-        settings: the run's settings.
-        ops: the kernels, `sparsefw.kernels.cpu` or `sparsefw.kernels.triton_ops`.
+        dense: the dense model's block. With it, layers approximate the dense model's outputs.
 
     Yields:
-        A row for each layer.
+        A result for each layer that the config selects.
 
     Raises:
         InputError: activations hold NaN or Inf, a layer does not fit the pattern, or the block has no layers.
     """
-    prefix, block, timeline = model.names[i], model.blocks[i], model.timeline
-    with timeline.span("calibrate", i):
-        order = stages(block, lambda: model.output(i, stream, 0)) if follows else []
-    for stage in order or [None]:
+    prefix, timeline = run.model.names[i], run.model.timeline
+    kinds = {kind_of(layer) for layer in _selected_layers(run, i)}
+    if not kinds:
+        if dense:
+            # There is no stage to move the dense windows on.
+            with timeline.span("calibrate", i):
+                dense.states.advance(i, dense.block)
+        return
+    order: list[Stage] = []
+    if dense:
         with timeline.span("calibrate", i):
-            layers, grams, crosses = _capture(model, i, stream, settings, ops, stage, follows)
-        for gram in dict.fromkeys(layer.gram for layer in layers):
-            alike = [layer for layer in layers if layer.gram == gram]
+            # The first micro-batch may not reach the experts that are selected: others of their kind stand for them.
+            order = stages(run.model.blocks[i], lambda: states.output(i, 0), lambda name: kind_of(name) in kinds)
+    # Without stages all layers of the block are measured at once.
+    to_measure: list[Stage | None] = [*order] or [None]
+    for stage in to_measure:
+        with timeline.span("calibrate", i):
+            captured = _capture(run, i, states, stage, dense)
+        for gram in dict.fromkeys(layer.gram for layer in captured.layers):
+            layers = [layer for layer in captured.layers if layer.gram == gram]
             with timeline.span("solve", i):
-                rows = list(
+                results = list(
                     prune_layers(
-                        [(f"{prefix}.{layer.name}", layer.weight) for layer in alike],
-                        grams.pop(gram),
+                        [(f"{prefix}.{layer.name}", layer.weight) for layer in layers],
+                        captured.grams.pop(gram),
                         method,
-                        settings,
-                        ops,
-                        crosses=[crosses.pop(layer.name, None) for layer in alike],
+                        run.config,
+                        run.backend,
+                        memory=run.memory,
+                        crosses=[captured.crosses.pop(layer.name, None) for layer in layers],
                     )
                 )
-            yield from rows
+            yield from results
+    if dense and not order:
+        # The first micro-batch has reached no selected layer. So there was no stage to move the dense windows on.
+        with timeline.span("calibrate", i):
+            dense.states.advance(i, dense.block)
 
 
 def kept_dense(model: StreamedModel, i: int, pruned: list[LayerResult]) -> list[str]:
-    """Names of the matrices of block i that are not among the rows."""
+    """Names of the matrices of block i that were not pruned."""
     prefix = f"{model.names[i]}."
-    names = [row.name.removeprefix(prefix) for row in pruned]
+    names = [result.name.removeprefix(prefix) for result in pruned]
     return [prefix + name for name in not_pruned(model.blocks[i], names)]
 
 
-def _capture(
-    model: StreamedModel,
-    i: int,
-    stream: Stream,
-    settings: Settings,
-    ops: ModuleType,
-    stage: Stage | None,
-    follows: Dense | None,
-) -> tuple[list[Layer], dict[str, Tensor], dict[str, Tensor]]:
-    """`layers.capture` of block i, its Gram matrices checked."""
-    prefix = model.names[i]
-    layers, grams, crosses = capture(
-        model.blocks[i],
-        lambda j: model.output(i, stream, j),
-        range(len(stream.hidden)),
-        ops=ops,
-        precision="ieee" if settings.precision in ("ieee", "tf32x3") else "tf32",
+def _selector(run: Run, i: int) -> Callable[[str], bool]:
+    """A function that says by a layer's name inside block i whether the layer is to be pruned."""
+    prefix = run.model.names[i]
+    return lambda name: run.config.selects(f"{prefix}.{name}")
+
+
+def _selected_layers(run: Run, i: int) -> list[str]:
+    """Names of the matrices of block i that are to be pruned, if they are layers."""
+    selected = _selector(run, i)
+    return [
+        layer
+        for name, parameter in run.model.blocks[i].named_parameters()
+        if parameter.dim() >= 2 and not KEPT_DENSE.search(name)
+        for layer in slices_of(name, parameter) or [name]
+        if selected(layer)
+    ]
+
+
+def _capture(run: Run, i: int, states: HiddenStates, stage: Stage | None, dense: DenseReference | None) -> Captured:
+    """Run `layers.capture` on block i with all calibration windows, and check the Gram matrices."""
+    prefix = run.model.names[i]
+    captured = capture(
+        run.model.blocks[i],
+        partial(states.output, i),
+        range(len(states)),
+        backend=run.backend,
+        selected=_selector(run, i),
         stage=stage,
-        dense=_dense_outputs(model, i, stage, follows) if follows and stage else None,
+        dense=_dense_outputs(run, i, stage, dense) if dense and stage else None,
     )
-    if follows:
-        model.settle(follows.stream)
-    if not layers:
+    if dense:
+        dense.states.settle()
+    if not captured.layers and not captured.ignored:
         raise InputError(f"{prefix}: unsupported model: no matrix of this block was seen in a product")
-    for gram, G in grams.items():
-        # Off the diagonal G is bounded by it.
+    for gram, G in captured.grams.items():
+        # The diagonal bounds all other entries of G.
         check_finite(f"inputs of {prefix}.{gram} (their squares, summed)", G.diagonal())
-    return layers, grams, crosses
+    return captured
 
 
-def _dense_outputs(model: StreamedModel, i: int, stage: Stage, follows: Dense) -> DenseOutputs | None:
-    """What the layers of a stage put out in the dense model; None where nothing is compared with it."""
+def _dense_outputs(run: Run, i: int, stage: Stage, dense: DenseReference) -> DenseOutputs | None:
+    """Outputs of a stage's layers in the dense model; None if the stage compares nothing with them."""
 
-    def moved_on(j: int) -> Callable[[str], Tensor]:
-        hidden = follows.stream.hidden[j]
+    def block_outputs(j: int) -> Callable[[str], Tensor]:
+        hidden = dense.states.hidden[j]
         return lambda name: hidden.reshape(-1, hidden.shape[-1])
 
-    def run(j: int) -> None:
+    def run_dense(j: int) -> None:
         if stage.moves:
-            model.move(i, follows.stream, j, follows.block)
+            dense.states.move(i, j, dense.block)
         else:
-            model.output(i, follows.stream, j, follows.block)
+            dense.states.output(i, j, dense.block)
 
     if stage.final and not stage.moves:
-        # The block has been run: what it has put out is what these layers should.
-        return moved_on
-    # Experts have no use for what the dense model puts out: for them it is run only to move on.
-    return dense_outputs(follows.block, run, stage) if stage.last or stage.moves else None
+        # An earlier stage has run the dense block to its end. Its output is what these layers should put out.
+        return block_outputs
+    # Experts are not compared with the dense model. For them it runs only to move its windows on.
+    if not stage.last and not stage.moves:
+        return None
+    return dense_outputs(dense.block, run_dense, stage, _selector(run, i))

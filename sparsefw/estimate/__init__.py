@@ -1,10 +1,7 @@
-"""What a run takes, from the shapes of a model alone: memory, flops, bytes, time."""
+"""Memory, flops, bytes and time of a run, from the shapes of a model alone."""
 
 from sparsefw.estimate.describe import describe
-from sparsefw.estimate.memory import Work, place
+from sparsefw.estimate.memory import MemoryNeeds, disk_space, memory_needs, place
+from sparsefw.estimate.workload import Workload
 
-__all__ = [
-    "Work",
-    "describe",
-    "place",
-]
+__all__ = ["MemoryNeeds", "Workload", "describe", "disk_space", "memory_needs", "place"]

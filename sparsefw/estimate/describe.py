@@ -1,4 +1,4 @@
-"""The model that a config.json describes, as a checkpoint without files: enough for its shapes."""
+"""The model that a config.json describes: its shapes, without its weights."""
 
 import math
 import os
@@ -9,124 +9,86 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sparsefw import checkpoint
-from sparsefw.checkpoint import trust
-from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, TensorInfo
+from sparsefw.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, TensorInfo, trust
 from sparsefw.checkpoint.trust import shown
 from sparsefw.errors import InputError, first_line
-from sparsefw.estimate.flops import Traits
-from sparsefw.model.shapes import ModelShape, shape_of
+from sparsefw.estimate.workload import ModelTraits
+from sparsefw.model import shape_of
+from sparsefw.model.shapes import ModelShape
 from sparsefw.model.skeleton import LOADING
 
-# Weights are pruned in these; what a config that names none is taken for comes first.
+# Dtypes of weights that can be pruned. A model whose config names no dtype is taken to have the first.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Elements of a tensor: three times the experts of one layer of the largest models.
+# The most elements that a tensor may have: three times the experts of one layer of the largest models.
 MAX_ELEMENTS = 2**35
-# Tensors of a model: `trust.bounded` lets many times as many modules and parameters be made.
+# The most tensors that a model may have; `trust.bounded` lets many times as many modules and parameters be made.
 MAX_TENSORS = 4096
 
 
 @dataclass(frozen=True)
-class Described:
-    """What a config describes.
+class DescribedModel:
+    """A model as its config describes it.
 
     Attributes:
-        name: of the model's class.
-        shape: of the model.
-        traits: what its forward does beside the products of its layers.
-        dtype: of the weights.
-        max_seqlen: longest window it takes, or None where it says none.
-        notes: one line each about what was assumed.
+        name: name of the model's class.
+        shape: shape of the model.
+        traits: traits that the shapes of its layers do not tell.
+        dtype: dtype of the weights.
+        max_seqlen: tokens in the longest window that it takes; None if the config does not say.
+        notes: what was assumed, one line each.
     """
 
     name: str
     shape: ModelShape
-    traits: Traits
+    traits: ModelTraits
     dtype: torch.dtype
     max_seqlen: int | None
     notes: list[str]
 
 
-def describe(model: str) -> Described:
-    """The model of a config; of weights nothing is read, and nothing but the config is downloaded.
+def describe(model: str) -> DescribedModel:
+    """The model of a config. Nothing else is downloaded, and no weights are read.
 
     Args:
         model: a folder with a config.json, a config file, or a Hub id.
 
     Raises:
-        InputError: there is none, it is damaged, or asks for what no model has or transformers does not know.
+        InputError: there is no such model; its config is damaged, asks for what no model has, or describes one that
+            transformers does not know.
     """
-    path = _find(model)
-    _check(path)
+    path = _find_config(model)
+    _check_config(path)
     folder = path.parent if path.name == CONFIG else path
-    notes = []
-    # The headers say more of the dtype than the config, where there are any.
-    stored = any((path.parent / name).exists() for name in (SINGLE, INDEX)) and path.name == CONFIG
-    dtype = checkpoint.inspect(path.parent).dtype if stored else None
+    notes: list[str] = []
+    stored = _stored_dtype(path)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if dtype is None and config.dtype is None:
-            notes.append(f"{path}: names no dtype: taken for {DTYPES[0]}")
-        dtype = dtype or config.dtype or DTYPES[0]
-        if dtype not in DTYPES:
-            raise InputError(f"{path}: weights in {dtype} cannot be pruned; give a model in fp32, fp16 or bf16")
-        empty = _empty(config, dtype, path)
+        dtype = _dtype(stored, config, path, notes)
+        empty = _empty_model(config, dtype, path)
     except InputError:
         raise
     except LOADING as error:
         raise InputError(f"{path}: transformers cannot build this model: {shown(first_line(error))}") from error
-    tied = empty.all_tied_weights_keys
-    tensors = {n: TensorInfo(path, t.dtype, tuple(t.shape)) for n, t in empty.state_dict().items() if n not in tied}
-    for name, tensor in tensors.items():
-        if math.prod(tensor.shape) > MAX_ELEMENTS:
-            raise InputError(f"{path}: asks for {name} of shape {shown(tensor.shape)}, which no model has")
-    text = config.get_text_config()
-    if not getattr(text, "num_hidden_layers", 1):
+    tensors = _tensors(empty, path)
+    text_config = config.get_text_config()
+    if not getattr(text_config, "num_hidden_layers", 1):
         raise InputError(f"{path}: num_hidden_layers is 0: there is nothing to prune")
     shape = _shape(Checkpoint(folder, {}, tensors, dtype), path)
-    return Described(
+    return DescribedModel(
         name=type(empty).__name__,
         shape=shape,
-        traits=_traits(text, shape, path, notes),
+        traits=_traits(text_config, shape, path, notes),
         dtype=dtype,
-        max_seqlen=getattr(text, "max_position_embeddings", None),
+        max_seqlen=getattr(text_config, "max_position_embeddings", None),
         notes=notes,
     )
 
 
-def _empty(config: Any, dtype: torch.dtype, path: Path) -> nn.Module:
-    """The model on the meta device."""
-    try:
-        with torch.device("meta"), trust.bounded(MAX_TENSORS):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
-    except InputError as error:
-        raise InputError(f"{path}: asks for a model of more parts than any has") from error
-
-
-def _shape(model: Checkpoint, path: Path) -> ModelShape:
-    """Of a model, one block of which may do anything when it is run."""
-    try:
-        return shape_of(model)
-    except InputError:
-        raise
-    except (*LOADING, MemoryError) as error:
-        raise InputError(f"{path}: unsupported model: a block cannot be run: {shown(first_line(error))}") from error
-
-
-def _traits(config: Any, shape: ModelShape, path: Path, notes: list[str]) -> Traits:
-    heads = getattr(config, "num_attention_heads", None) or 0
-    width = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    if not isinstance(chosen, int) and any(layer.experts for block in shape.blocks for layer in block.layers):
-        notes.append(f"{path}: no num_experts_per_tok: one expert per token is counted")
-    return Traits(heads * width if heads and width else shape.hidden * bool(heads), chosen or 1)
-
-
-def _find(model: str) -> Path:
+def _find_config(model: str) -> Path:
     path = Path(os.path.expanduser(model))
     if model and path.is_file():
         return path
@@ -140,7 +102,7 @@ def _find(model: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(model, CONFIG))
 
 
-def _check(path: Path) -> None:
+def _check_config(path: Path) -> None:
     """Refuse a config that transformers should not see."""
     checkpoint.check_file(path)
     try:
@@ -159,8 +121,65 @@ def _check(path: Path) -> None:
 
 
 def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
+    """All numbers in a config, by their key."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _numbers(value)
         elif isinstance(value, int | float):
             yield key, value
+
+
+def _stored_dtype(path: Path) -> torch.dtype | None:
+    """The dtype of the weights beside a config, which counts more than the config's; None if there are no weights."""
+    if path.name == CONFIG and any((path.parent / name).exists() for name in (SINGLE, INDEX)):
+        return checkpoint.inspect(path.parent).dtype
+    return None
+
+
+def _dtype(stored: torch.dtype | None, config: PretrainedConfig, path: Path, notes: list[str]) -> torch.dtype:
+    """The dtype of the weights, else the config's, else the one that is assumed."""
+    if stored is None and config.dtype is None:
+        notes.append(f"{path}: names no dtype: taken for {DTYPES[0]}")
+    dtype = stored or config.dtype or DTYPES[0]
+    if dtype not in DTYPES:
+        raise InputError(f"{path}: weights in {dtype} cannot be pruned; give a model in fp32, fp16 or bf16")
+    return dtype
+
+
+def _empty_model(config: PretrainedConfig, dtype: torch.dtype, path: Path) -> PreTrainedModel:
+    """The model on the meta device."""
+    try:
+        with torch.device("meta"), trust.bounded(MAX_TENSORS):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+    except InputError as error:
+        raise InputError(f"{path}: asks for a model of more parts than any has") from error
+
+
+def _tensors(empty: PreTrainedModel, path: Path) -> dict[str, TensorInfo]:
+    """The tensors that a checkpoint of the model has, each tied tensor once."""
+    tied = empty.all_tied_weights_keys
+    tensors = {n: TensorInfo(path, t.dtype, tuple(t.shape)) for n, t in empty.state_dict().items() if n not in tied}
+    for name, tensor in tensors.items():
+        if math.prod(tensor.shape) > MAX_ELEMENTS:
+            raise InputError(f"{path}: asks for {name} of shape {shown(tensor.shape)}, which no model has")
+    return tensors
+
+
+def _shape(model: Checkpoint, path: Path) -> ModelShape:
+    try:
+        return shape_of(model)
+    except InputError:
+        raise
+    # A block runs the code of its architecture on sizes that the config chose.
+    except (*LOADING, MemoryError) as error:
+        raise InputError(f"{path}: unsupported model: a block cannot be run: {shown(first_line(error))}") from error
+
+
+def _traits(config: PretrainedConfig, shape: ModelShape, path: Path, notes: list[str]) -> ModelTraits:
+    heads = getattr(config, "num_attention_heads", None) or 0
+    width = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None)
+    experts_per_token = getattr(config, "num_experts_per_tok", None)
+    if not isinstance(experts_per_token, int) and any(x.experts for block in shape.blocks for x in block.all_layers):
+        notes.append(f"{path}: no num_experts_per_tok: one expert per token is counted")
+    attention = heads * width if heads and width else shape.hidden * bool(heads)
+    return ModelTraits(attention, experts_per_token or 1)

@@ -1,71 +1,46 @@
-"""How much memory and disk a run takes at most, from the shapes alone: what `run` keeps to and `plan` tells.
+"""How much memory and disk a run takes at most, from the shapes alone: the run keeps to it, and the plan prints it.
 
-Weights are there a block at a time; Gram and cross matrices a stage at a time; the state of a solve a chunk of rows at
-a time; activations of a micro-batch at a time, of all windows where they are placed. On a machine without a GPU all of
-it is on the host.
+Weights are held a block at a time, Gram and cross matrices a stage at a time, the state of a solve a chunk of rows at a
+time. Activations are held a micro-batch at a time where they are used, and of all windows where they are placed. On a
+machine without a GPU all of it is on the host.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from sparsefw.errors import InputError
+from sparsefw.estimate.passes import stages
+from sparsefw.estimate.workload import Workload
+from sparsefw.model import Placement
 from sparsefw.model.activations import PLACES
-from sparsefw.model.placement import BATCH_TOKENS, SOLVER, Placement
+from sparsefw.model.placement import BATCH_TOKENS, SOLVER
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
-from sparsefw.solver.layer import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
-from sparsefw.solver.methods import METHODS, Settings
+from sparsefw.solver import METHODS
+from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
 
-# Python with torch and transformers loaded and a text tokenized, as measured.
-PROCESS = 570 * 2**20
-
-# Of a solve per entry of a chunk, where no mask is chosen again for refitted weights; measured on a CPU.
+# Memory of a solve per entry of a chunk, where no mask is chosen again for refitted weights; measured on a CPU.
 BYTES_WITHOUT_ROUNDS = 56
 
-# Of the code that oneDNN makes for products of one shape in bf16 or fp16, measured, and for how many it keeps it.
+# oneDNN generates code for every shape of a product in bf16 or fp16: bytes of one, as measured, and how many it keeps.
 BYTES_PER_PRODUCT, PRODUCTS_KEPT = 560 * 2**10, 1024
 
-# What the allocators keep between the tensors, as a share of what is there at the peak.
+# Share of the tensors' bytes at the peak that allocators hold beside them.
 SLACK = 0.05
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a run is to do.
+class MemoryNeeds:
+    """Bytes at the peak.
 
     Attributes:
-        windows: of calibration.
-        held_out: windows of each held-out text.
-        seqlen: tokens in a window.
-        methods: compared ones, and the one that is written.
-        settings: how masks and weights are chosen.
-        gpu: whether there is a GPU.
-        threads: of torch, on a CPU.
-        process: bytes that the process has before it begins.
+        phases: (bytes on the GPU, bytes on the host) by phase; without a GPU the first is 0.
     """
-
-    windows: int
-    held_out: tuple[int, ...]
-    seqlen: int
-    methods: tuple[str, ...]
-    settings: Settings
-    gpu: bool
-    threads: int
-    process: int = PROCESS
-
-    @property
-    def followed(self) -> bool:
-        """Whether the calibration windows also go through the dense model."""
-        return self.settings.target == "dense" and "sparsefw" in self.methods
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Bytes at the peak, in all and by phase (GPU, host); without a GPU the first is 0."""
 
     phases: dict[str, tuple[int, int]]
 
@@ -80,189 +55,217 @@ class Needs:
         return max(host for _, host in self.phases.values())
 
 
-def stages(block: BlockShape) -> list[list[LayerShape]]:
-    """The layers of a block by stage, in the order of use."""
-    return [list(alike) for _, alike in groupby(block.layers, key=lambda layer: layer.gram)]
-
-
-def activation_bytes(shape: ModelShape, work: Work) -> int:
-    """Of all streams, between two blocks."""
-    streams = work.windows * (len(work.methods) + work.followed)
-    streams += sum(work.held_out) * (len(work.methods) + 1)
-    return streams * work.seqlen * shape.hidden * shape.itemsize
-
-
-def disk_space(shape: ModelShape, work: Work, placement: Placement) -> dict[str, int]:
-    """Bytes on the disk: of the "output"; "kept" beside it until the end, blocks of compared methods; and of
-    "activations"."""
-    inside = sum(block.nbytes for block in shape.blocks)
-    return {
-        "output": inside + shape.outside,
-        "kept": (len(work.methods) - 1) * inside,
-        "activations": activation_bytes(shape, work) if placement.place == "file" else 0,
-    }
-
-
-def needs(shape: ModelShape, work: Work, placement: Placement) -> Needs:
+def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) -> MemoryNeeds:
     """The peaks of a run.
 
     Args:
-        shape: of the model.
-        work: to be done.
+        shape: shape of the model.
+        workload: the work.
         placement: what is held at once, and where.
     """
-    kept = activation_bytes(shape, work)
-    tokens = min(placement.batch, max(work.windows, *work.held_out, 0)) * work.seqlen
-    # Of what lies elsewhere one micro-batch is on its way in; two are, and two out, where the next one is launched
-    # before the last one is looked at.
-    near = min(kept, 5 * tokens * shape.hidden * shape.itemsize)
-    held = {"gpu": (kept, 0), "host": (near, kept), "file": (near, near)}[placement.place]
-    block = max(b.nbytes for b in shape.blocks)
-    copies = 1 + (work.followed or len(work.methods) > 1)
-    # On the host: the next block, the last one (still being written), and those of compared methods.
-    beside = block * (min(placement.ahead + 1, len(shape.blocks) - 1) + len(work.methods) - 1)
-    weights = block * copies
-    logits = work.seqlen * shape.vocabulary * (shape.itemsize + 8)
-    work_of_block = max(_forward(b, shape, tokens, work) for b in shape.blocks)
-    # Read into host memory first.
-    through = shape.outside if work.gpu else 0
-    on_gpu = {
-        "start": shape.outside + shape.blocks[0].nbytes + work_of_block,
-        "calibrate": weights + max(_calibrate(b, shape, work, tokens) for b in shape.blocks),
-        "solve": weights + max(_solve(b, work, placement) for b in shape.blocks),
+    config, blocks = workload.config, shape.blocks
+    tokens = min(placement.batch, max(workload.windows, *workload.evaluation, 0)) * workload.seqlen
+    near, far = _activations(shape, workload, placement, tokens)
+    block = max(b.nbytes for b in blocks)
+    weights = block * (1 + (config.uses_dense_target or len(config.methods) > 1))
+    # The host holds the next block, the last one while it is being written, and the blocks of compared methods.
+    others = block * (min(placement.ahead + 1, len(blocks) - 1) + len(config.methods) - 1)
+    logits = workload.seqlen * shape.vocabulary * (shape.itemsize + 8)
+    forward = max(_forward_bytes(b, shape, workload, tokens) for b in blocks)
+    # Weights go to a GPU through host memory.
+    passing = shape.outside if workload.gpu else 0
+    on_device = {
+        "start": shape.outside + blocks[0].nbytes + forward,
+        "calibrate": weights + max(_calibration_bytes(b, shape, workload, tokens) for b in blocks),
+        "solve": weights + max(_solve_bytes(b, workload, placement) for b in blocks),
         "write": weights,
-        "end": shape.outside + (logits if work.held_out else 0),
+        "end": shape.outside + (logits if workload.evaluation else 0),
     }
-    on_host = {"start": through, "calibrate": beside, "solve": beside, "write": beside + through, "end": through}
-    phases, process = {}, work.process + _made_by_products(shape, tokens, work)
-    for phase, gpu in on_gpu.items():
-        gpu, host = (1 + SLACK) * (gpu + held[0]), (1 + SLACK) * (on_host[phase] + held[1])
-        phases[phase] = (int(gpu), int(host) + process) if work.gpu else (0, int(gpu + host) + process)
-    return Needs(phases)
+    on_host = {"start": passing, "calibrate": others, "solve": others, "write": others + passing, "end": passing}
+    process = workload.process + _generated_code(shape, workload, tokens)
+    phases = {}
+    for phase in on_device:
+        device, host = (1 + SLACK) * (on_device[phase] + near), (1 + SLACK) * (on_host[phase] + far)
+        phases[phase] = (int(device), int(host) + process) if workload.gpu else (0, int(device + host) + process)
+    return MemoryNeeds(phases)
 
 
-def _made_by_products(shape: ModelShape, tokens: int, work: Work) -> int:
-    """Of what a CPU's library makes for products in half precision, by the number of tokens: experts are sent any."""
-    if work.gpu or shape.itemsize != 2:
+def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> dict[str, int]:
+    """Bytes on the disk: "output"; "kept", the blocks of compared methods until the end; and "activations"."""
+    inside = sum(block.nbytes for block in shape.blocks)
+    return {
+        "output": inside + shape.outside,
+        "kept": (len(workload.config.methods) - 1) * inside,
+        "activations": activation_bytes(shape, workload) if placement.place == "file" else 0,
+    }
+
+
+def activation_bytes(shape: ModelShape, workload: Workload) -> int:
+    """The hidden states of all windows between two blocks, of every method and, where it is used, the dense model."""
+    methods = len(workload.config.methods)
+    windows = workload.windows * (methods + workload.config.uses_dense_target)
+    windows += sum(workload.evaluation) * (methods + 1)
+    return windows * workload.seqlen * shape.hidden * shape.itemsize
+
+
+def _activations(shape: ModelShape, workload: Workload, placement: Placement, tokens: int) -> tuple[int, int]:
+    """Bytes of hidden states on the device, and on the host beside it."""
+    everything = activation_bytes(shape, workload)
+    # Five micro-batches at most. One is on its way in. The next one is launched before the last one is checked, so two
+    # are inputs of the block, and two are on their way out.
+    moving = min(everything, 5 * tokens * shape.hidden * shape.itemsize)
+    return {"gpu": (everything, 0), "host": (moving, everything), "file": (moving, moving)}[placement.place]
+
+
+def _generated_code(shape: ModelShape, workload: Workload, tokens: int) -> int:
+    """Code that a CPU's library generates for products in half precision: experts are sent any number of tokens."""
+    if workload.gpu or shape.itemsize != 2:
         return 0
-    experts = {(layer.rows, layer.d) for block in shape.blocks for layer in block.layers if layer.experts}
+    experts = {(layer.rows, layer.d) for block in shape.blocks for layer in block.all_layers if layer.experts}
     return BYTES_PER_PRODUCT * min(PRODUCTS_KEPT, len(experts) * min(tokens, PRODUCTS_KEPT // 2))
 
 
-def _forward(block: BlockShape, shape: ModelShape, tokens: int, work: Work) -> int:
-    """Of one micro-batch inside a block: the residual stream and what is made of it, three times the widest output."""
-    widest = max(layer.rows for layer in block.layers)
-    scores = shape.heads * work.seqlen * tokens * (4 + shape.itemsize)
+def _forward_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
+    """One micro-batch inside a block: the residual stream and what is made of it, three times the widest output."""
+    widest = max((layer.rows for layer in block.all_layers), default=0)
+    scores = shape.heads * workload.seqlen * tokens * (4 + shape.itemsize)
     return tokens * shape.itemsize * (4 * shape.hidden + 3 * widest) + scores
 
 
-def _grams(stage: list[LayerShape]) -> int:
+def _gram_bytes(stage: list[LayerShape]) -> int:
     """Gram matrices of a stage: one, or one for each expert."""
     return 4 * stage[0].d ** 2 * max(1, stage[0].experts)
 
 
-def _crosses(stage: list[LayerShape], work: Work) -> int:
-    return sum(4 * layer.rows * layer.d for layer in stage if not layer.experts) if work.followed else 0
+def _cross_bytes(stage: list[LayerShape], workload: Workload) -> int:
+    """Cross matrices of a stage."""
+    if not workload.config.uses_dense_target:
+        return 0
+    return sum(4 * layer.rows * layer.d for layer in stage if not layer.experts)
 
 
-def _groups(block: BlockShape, work: Work) -> Iterator[list[list[LayerShape]]]:
-    """The stages that are measured at once: one by one, or all of a block."""
-    yield from ([stage] for stage in stages(block)) if work.followed else [stages(block)]
+def _groups(block: BlockShape, workload: Workload) -> Iterator[list[list[LayerShape]]]:
+    """The stages whose inputs are measured together: one by one, or all of a block. No group is empty."""
+    of_block = stages(block.layers)
+    if workload.config.uses_dense_target:
+        yield from ([stage] for stage in of_block)
+    elif of_block:
+        yield of_block
 
 
-def _calibrate(block: BlockShape, shape: ModelShape, work: Work, tokens: int) -> int:
-    peak = running = _forward(block, shape, tokens, work)
-    if work.followed:
-        # To find the stages all of them are watched at once.
-        whole = sum(stage[0].d + sum(layer.rows for layer in stage) for stage in stages(block))
-        peak += tokens * whole * shape.itemsize
-    for group in _groups(block, work):
-        state = sum(_grams(stage) + _crosses(stage, work) for stage in group)
-        d, rows = max(s[0].d for s in group), max(layer.rows for s in group for layer in s)
-        outputs = sum(layer.rows for stage in group for layer in stage if not layer.experts) if work.followed else 0
+def _calibration_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
+    """Gram and cross matrices, and the inputs and outputs that they are made of."""
+    dense = workload.config.uses_dense_target
+    peak = forward = _forward_bytes(block, shape, workload, tokens)
+    if dense:
+        # All stages are watched at once to find them.
+        watched = sum(stage[0].d + sum(layer.rows for layer in stage) for stage in stages(block.layers))
+        peak += tokens * watched * shape.itemsize
+    for group in _groups(block, workload):
+        matrices = sum(_gram_bytes(stage) + _cross_bytes(stage, workload) for stage in group)
+        d, rows = max(stage[0].d for stage in group), max(layer.rows for stage in group for layer in stage)
+        outputs = sum(layer.rows for stage in group for layer in stage if not layer.experts) if dense else 0
         inputs = sum(stage[0].d for stage in group)
-        # Kept while the rest of the block runs; then, or with the dense model's too, operands are made of them: what an
-        # output lacks, and on a CPU both operands in fp32.
-        watched = (inputs + outputs) * shape.itemsize
-        lacks = (outputs + rows) * shape.itemsize if work.followed else 0
-        operands = 0 if work.gpu else 4 * (d + (rows if work.followed else 0))
-        peak = max(peak, state + tokens * watched + max(running, tokens * (lacks + operands)))
+        # Inputs and outputs are held while the rest of the block runs. Operands are made of them afterwards, or while
+        # the dense model's outputs are held too: the gaps between outputs, and on a CPU both operands in fp32.
+        held = (inputs + outputs) * shape.itemsize
+        gaps = (outputs + rows) * shape.itemsize if dense else 0
+        operands = 0 if workload.gpu else 4 * (d + (rows if dense else 0))
+        peak = max(peak, matrices + tokens * held + max(forward, tokens * (gaps + operands)))
     return peak
 
 
-def _solve(block: BlockShape, work: Work, placement: Placement) -> int:
+def _solve_bytes(block: BlockShape, workload: Workload, placement: Placement) -> int:
+    """The matrices of the stages that were measured together, and the solve of one of these stages."""
     peak = 0
-    for group in _groups(block, work):
-        waiting = sum(_grams(stage) + _crosses(stage, work) for stage in group)
+    for group in _groups(block, workload):
+        waiting = sum(_gram_bytes(stage) + _cross_bytes(stage, workload) for stage in group)
         for stage in group:
-            d, rows = stage[0].d, sum(layer.rows for layer in stage)
-            rows = -(-rows // ROW_UNIT) * ROW_UNIT
-            weight = 4 if not work.gpu else 2
-            damped = 4 * d * d if any(METHODS[m].damps for m in work.methods) and work.settings.damp else 0
-            operand = 2 * d * d if work.gpu and work.settings.precision == "bf16" else 0
-            crosses = _crosses(stage, work)
-            # Weight and cross matrix while targets are found; then weight and saliency.
-            stacked = rows * d * (weight + 4) + (crosses if len(stage) > 1 else 0)
-            if work.settings.target == "dense" and not work.settings.refit:
-                stacked += 4 * rows * d
-            peak = max(peak, waiting - crosses + damped + operand + stacked + _chunks(rows, d, work, placement))
+            peak = max(peak, waiting - _cross_bytes(stage, workload) + _stage_bytes(stage, workload, placement))
     return peak
 
 
-def _chunks(rows: int, d: int, work: Work, placement: Placement) -> int:
-    """The state of the rows that are solved at once; the solver makes chunks as if every entry took the most."""
+def _stage_bytes(stage: list[LayerShape], workload: Workload, placement: Placement) -> int:
+    """The solve of a stage, beside its Gram matrix."""
+    config, d = workload.config, stage[0].d
+    rows = -(-sum(layer.rows for layer in stage) // ROW_UNIT) * ROW_UNIT
+    weight = 2 if workload.gpu else 4
+    damped = 4 * d * d if any(METHODS[method].uses_damping for method in config.methods) and config.damp else 0
+    operand = 2 * d * d if workload.gpu and config.precision == "bf16" else 0
+    # Weights and cross matrices while targets are found; then weights and saliencies.
+    stacked = rows * d * (weight + 4) + (_cross_bytes(stage, workload) if len(stage) > 1 else 0)
+    if config.target == "dense" and not config.refit:
+        # The gap between the weights and their targets.
+        stacked += 4 * rows * d
+    if config.keep_zeros:
+        # The mask of weights that may be nonzero.
+        stacked += rows * d
+    return damped + operand + stacked + _chunk_bytes(rows, d, workload, placement)
+
+
+def _chunk_bytes(rows: int, d: int, workload: Workload, placement: Placement) -> int:
+    """The state of the rows that are solved at once. The solver sizes its chunks by BYTES_PER_ENTRY in any case."""
     rows = min(rows, max(ROW_UNIT, placement.solver // (BYTES_PER_ENTRY * d) // ROW_UNIT * ROW_UNIT))
-    if not work.gpu:
-        rows = min(rows, work.threads * cpu_rows(d))
-    most = BYTES_PER_ENTRY if work.settings.refit and work.settings.rounds else BYTES_WITHOUT_ROUNDS
+    if not workload.gpu:
+        rows = min(rows, workload.threads * cpu_rows(d))
+    most = BYTES_PER_ENTRY if workload.config.refit and workload.config.rounds else BYTES_WITHOUT_ROUNDS
     return most * rows * d
 
 
 def place(
     shape: ModelShape,
-    work: Work,
-    budgets: dict[str, int],
+    workload: Workload,
+    limits: dict[str, int],
     folder: Path | None = None,
-    fixed: dict[str, int] | None = None,
-) -> tuple[Placement, Needs]:
+    fixed: dict[str, Any] | None = None,
+) -> tuple[Placement, MemoryNeeds]:
     """The placement that costs least time among those that fit.
 
     Args:
-        shape: of the model.
-        work: to be done.
-        budgets: bytes, "host" and with a GPU "gpu".
-        folder: for activations in a file.
-        fixed: fields of `Placement` that are settled.
+        shape: shape of the model.
+        workload: the work.
+        limits: memory limits in bytes: "host", and with a GPU "gpu".
+        folder: folder for activations in a file.
+        fixed: values of `Placement` that are settled, by field.
 
     Raises:
-        InputError: none fits; names the smallest budget that could.
+        InputError: none fits; the message names the smallest limit that could.
     """
-    batch = max(1, BATCH_TOKENS // work.seqlen)
-    least = BYTES_PER_ENTRY * ROW_UNIT * max(layer.d for block in shape.blocks for layer in block.layers)
-    choices = {
+    tried = []
+    for placement in _placements(shape, workload, folder, fixed or {}):
+        needs = memory_needs(shape, workload, placement)
+        if needs.gpu <= limits.get("gpu", 0) and needs.host <= limits["host"]:
+            return placement, needs
+        tried.append(needs)
+    for what in ("gpu", "host"):
+        limit = limits.get(what, 0)
+        least = min(getattr(needs, what) for needs in tried)
+        if least > limit:
+            # Rounded up, so that the limit that is named is enough.
+            enough = math.ceil(100 * least / GIB) / 100
+            raise InputError(
+                f"--{what}-memory {limit / GIB:.2f}: this run needs at least {enough:.2f} GiB of "
+                f"{what.replace('gpu', 'GPU')} memory; give more, or fewer or shorter windows (--nsamples, --seqlen)"
+            )
+        tried = [needs for needs in tried if getattr(needs, what) <= limit]
+    raise AssertionError("a placement fits each limit, and none fits both")
+
+
+def _placements(
+    shape: ModelShape, workload: Workload, folder: Path | None, fixed: dict[str, Any]
+) -> Iterator[Placement]:
+    """All placements, those that cost least time first."""
+    batch = max(1, BATCH_TOKENS // workload.seqlen)
+    widest = max((layer.d for block in shape.blocks for layer in block.layers), default=1)
+    least = BYTES_PER_ENTRY * ROW_UNIT * widest
+    choices: dict[str, Any] = {
         "batch": [batch >> n for n in range(batch.bit_length())],
-        "place": PLACES if work.gpu else PLACES[1:],
+        "place": PLACES if workload.gpu else PLACES[1:],
         "ahead": [True, False],
         "solver": sorted({max(least, SOLVER >> n) for n in range(8)}, reverse=True),
     }
-    choices |= {name: [value] for name, value in (fixed or {}).items()}
-    # What is named last is given up first.
-    order = ("ahead", "batch", "solver", "place") if work.gpu else ("batch", "place", "ahead", "solver")
-    found = []
+    choices |= {name: [value] for name, value in fixed.items()}
+    # The last of these is given up first.
+    order = ("ahead", "batch", "solver", "place") if workload.gpu else ("batch", "place", "ahead", "solver")
     for values in product(*(choices[name] for name in order)):
-        placement = Placement(folder=folder, **dict(zip(order, values, strict=True)))
-        needed = needs(shape, work, placement)
-        if needed.gpu <= budgets.get("gpu", 0) and needed.host <= budgets["host"]:
-            return placement, needed
-        found.append(needed)
-    for what in ("gpu", "host"):
-        least = min(getattr(needed, what) for needed in found)
-        if least > budgets.get(what, 0):
-            # Rounded up, so that what is named is enough.
-            enough = math.ceil(100 * least / GIB) / 100
-            raise InputError(
-                f"--{what}-memory {budgets.get(what, 0) / GIB:.2f}: this run needs at least {enough:.2f} GiB of "
-                f"{what.replace('gpu', 'GPU')} memory; give more, or fewer or shorter windows (--nsamples, --seqlen)"
-            )
-        found = [needed for needed in found if getattr(needed, what) <= budgets.get(what, 0)]
-    raise AssertionError("a placement fits each budget, and none fits both")
+        yield Placement(folder=folder, **dict(zip(order, values, strict=True)))

@@ -1,4 +1,4 @@
-"""How fast a device works: as the user says, as measured here, or as this project measured its card before."""
+"""Rates of a device: as the user gives them, as measured here, or as this project measured its card before."""
 
 import math
 import time
@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from sparsefw.errors import InputError
-from sparsefw.estimate.flops import Operation
+from sparsefw.estimate.operation import Operation
 
 # Memory of a card as it is sold, in 10^9 bytes. The chips hold a little more, which is left to the driver.
 CARDS = {
@@ -28,15 +28,16 @@ CARDS = {
     "v100-32gb": 32,
 }
 
-# By card what `bench/tables.py` finds: "copy" in bytes per second, and by unit in flops per second.
+# Roofs of cards as `bench/tables.py` finds them: "copy" in bytes per second, and by unit in flops per second.
 MEASURED_ROOFS: dict[str, dict[str, float]] = {}
 
 UNITS = ("bf16", "tf32", "ieee")
 
-# Rounds of a measurement, after one that is not timed; the fastest counts.
+# Timed repetitions of a measurement, after one that is not timed; the fastest counts.
 ROUNDS = 3
+# Bytes of the measured copy.
 COPIED = 1 << 28
-# Rows of the measured product, its least and its greatest width: enough to fill the device, and done in seconds.
+# Rows of the measured product, and its least and greatest width: enough to fill the device, and done in seconds.
 SIZES = {"cuda": (8192, 4096, 16384), "cpu": (256, 1024, 4096)}
 
 
@@ -45,10 +46,10 @@ class Rates:
     """Rates of a device.
 
     Attributes:
-        flops: per second, by unit.
-        bandwidth: of its memory, bytes per second.
-        disk: bytes per second, read or written; None: a disk that costs no time.
-        source: where the others come from.
+        flops: flops per second, by unit.
+        bandwidth: rate of its memory, bytes per second.
+        disk: bytes per second, read or written; None: the disk costs no time.
+        source: where flops and bandwidth come from.
     """
 
     flops: dict[str, float]
@@ -62,14 +63,14 @@ class Rates:
 
 
 def given(tflops: list[str], bandwidth: float | None, disk: float | None) -> Rates | None:
-    """Rates from the command line; None where nothing was said of the device.
+    """Rates from the command line; None if it names neither flops nor bandwidth.
 
     Args:
-        tflops: "N", of all units, or "UNIT=N", in 10^12 flops per second.
-        bandwidth, disk: in bytes per second.
+        tflops: "N" for all units, or "UNIT=N", in 10^12 flops per second.
+        bandwidth, disk: bytes per second.
 
     Raises:
-        InputError: not of this form, not positive, or one of the two without the other.
+        InputError: a rate is not of this form or not positive, or only one of flops and bandwidth is given.
     """
     if not tflops and bandwidth is None:
         return None
@@ -91,38 +92,42 @@ def given(tflops: list[str], bandwidth: float | None, disk: float | None) -> Rat
 def measured(units: Iterable[str], d: int, device: torch.device, disk: float | None) -> Rates:
     """Rates of this machine's device: the library's product in every unit, and a copy in its memory.
 
+    Operands are random: with constant operands a GPU draws less power, and its clock is higher than in a run.
+
     Args:
-        units: of UNITS.
-        d: width of the product; within what SIZES has for the device.
-        device: what is measured.
-        disk: in bytes per second, as the user says; it is not measured.
+        units: units to measure, of UNITS.
+        d: width of the product; SIZES bounds it.
+        device: device to measure.
+        disk: bytes per second, given by the user; it is not measured.
     """
     rows, least, greatest = SIZES[device.type]
     d, flops, before = min(max(d, least), greatest), {}, torch.backends.cuda.matmul.allow_tf32
+    generator = torch.Generator(device).manual_seed(0)
     for unit in units:
         dtype = torch.bfloat16 if unit == "bf16" else torch.float32
-        E, G = (torch.ones(n, d, dtype=dtype, device=device) for n in (rows, d))
+        E, G = (torch.randn(n, d, generator=generator, device=device).to(dtype) for n in (rows, d))
         torch.backends.cuda.matmul.allow_tf32 = unit == "tf32"
         try:
-            flops[unit] = 2 * rows * d * d / _seconds(partial(torch.mm, E, G), device)
+            flops[unit] = 2 * rows * d * d / _fastest(partial(torch.mm, E, G), device)
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
-    source = torch.ones(COPIED, dtype=torch.int8, device=device)
+    source = torch.rand(COPIED // torch.float32.itemsize, generator=generator, device=device)
     target = torch.empty_like(source)
-    seconds = _seconds(partial(target.copy_, source), device)
     # Read once, written once.
-    return Rates(flops, 2 * COPIED / seconds, disk, "as measured here")
+    bandwidth = 2 * COPIED / _fastest(partial(target.copy_, source), device)
+    return Rates(flops, bandwidth, disk, "as measured here")
 
 
 def known(card: str | None, disk: float | None) -> Rates | None:
-    """Rates of a card that this project has measured; None of others."""
+    """Rates of a card that this project has measured; None for others."""
     if card not in MEASURED_ROOFS:
         return None
     flops = dict(MEASURED_ROOFS[card])
     return Rates(flops, flops.pop("copy"), disk, f"as measured on {card}")
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def _fastest(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of several runs."""
     times = []
     for _ in range(1 + ROUNDS):
         start = time.perf_counter()
@@ -134,14 +139,15 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def seconds(operations: Iterable[Operation], rates: Rates) -> float:
-    """The floor of operations one after another.
+    """Least seconds of operations one after another.
 
     Raises:
         InputError: the rate of a unit is not known.
     """
     total = 0.0
-    for one in operations:
-        if one.unit not in rates.flops:
-            raise InputError(f"--tflops: the run multiplies in {one.unit} too; give {one.unit}=N as well")
-        total += one.cost.seconds(rates.flops[one.unit], rates.bandwidth)
+    for operation in operations:
+        unit = operation.unit
+        if unit not in rates.flops:
+            raise InputError(f"--tflops: the run multiplies in {unit} too; give {unit}=N as well")
+        total += operation.cost.seconds(rates.flops[unit], rates.bandwidth)
     return total

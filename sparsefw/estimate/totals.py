@@ -1,126 +1,103 @@
-"""What a run takes in all: flops and bytes by phase, traffic on the disk, and seconds at given rates."""
+"""Totals of a run: flops and bytes by phase, traffic on the disk, and seconds at given rates."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from sparsefw.estimate import rates
-from sparsefw.estimate.flops import Operation, Traits, head, operations, passes
-from sparsefw.estimate.memory import Work
+from sparsefw.estimate.flops import head, operations
+from sparsefw.estimate.operation import Operation
+from sparsefw.estimate.passes import passes
 from sparsefw.estimate.rates import Rates
-from sparsefw.model.placement import Placement
-from sparsefw.model.shapes import BlockShape, ModelShape
+from sparsefw.estimate.workload import PlannedRun
+from sparsefw.model.shapes import BlockShape
 
-# "read" and "write" are of the disk alone; the others as in `work.Operation`, in the order of the driver.
+# In the order of the driver. "read" and "write" use the disk alone; the others are those of `operation.Operation`.
 PHASES = ("read", "calibrate", "solve", "forward", "evaluate", "write")
 
-# What lies outside of the blocks is read to embed the windows, to be written, and for the logits.
+# Weights outside of the blocks are read three times: to embed the windows, to be written, and for the logits.
 READ_OUTSIDE = 3
 
 
-@dataclass(frozen=True)
-class Job:
-    """A run to be estimated.
-
-    Attributes:
-        shape, traits: of the model.
-        work: to be done.
-        placement: what is held at once, and where.
-        by_changes: see `work.operations`.
-    """
-
-    shape: ModelShape
-    traits: Traits
-    work: Work
-    placement: Placement
-    by_changes: bool = False
-
-    def of_block(self, block: BlockShape) -> list[Operation]:
-        """All that is done to a block."""
-        return operations(block, self.shape, self.work, self.placement, self.traits, by_changes=self.by_changes)
-
-    def kinds(self) -> Counter[BlockShape]:
-        """The different blocks, and how often each is there."""
-        return Counter(self.shape.blocks)
-
-
-def phases(job: Job) -> dict[str, dict[str, dict[str, int]]]:
+def phases(run: PlannedRun) -> dict[str, dict[str, Counter[str]]]:
     """Flops and bytes by phase and in "all": of the "block" with the most flops, of the whole "run", on the "disk"."""
-    kinds, traffic = job.kinds(), disk_traffic(job)
-    done = {block: job.of_block(block) for block in kinds}
-    largest = max(done.values(), key=lambda ops: sum(one.cost.flops for one in ops))
-    found = {}
+    counts, traffic = run.block_counts, disk_traffic(run)
+    by_block = {block: operations(run, block) for block in counts}
+    largest = max(by_block.values(), key=lambda listed: sum(operation.cost.flops for operation in listed))
+    rows: dict[str, dict[str, Counter[str]]] = {}
     for phase in PHASES:
-        run = _sum(head(job.shape, job.work), phase)
-        for block, count in kinds.items():
-            run += Counter({what: count * amount for what, amount in _sum(done[block], phase).items()})
-        if run or traffic[phase]:
-            found[phase] = {"block": _sum(largest, phase), "run": run, "disk": Counter(bytes=traffic[phase])}
-    found["all"] = {of: sum((row[of] for row in found.values()), Counter()) for of in ("block", "run", "disk")}
-    return found
+        whole = _sum(head(run), phase)
+        for block, count in counts.items():
+            whole += Counter({what: count * amount for what, amount in _sum(by_block[block], phase).items()})
+        if whole or traffic[phase]:
+            rows[phase] = {"block": _sum(largest, phase), "run": whole, "disk": Counter(bytes=traffic[phase])}
+    rows["all"] = {part: sum((row[part] for row in rows.values()), Counter()) for part in ("block", "run", "disk")}
+    return rows
 
 
-def _sum(ops: Iterable[Operation], phase: str) -> Counter[str]:
-    found: Counter[str] = Counter()
-    for one in ops:
-        if one.phase == phase:
-            found.update(flops=one.cost.flops, bytes=one.cost.bytes)
-    return found
+def _sum(listed: Iterable[Operation], phase: str) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for operation in listed:
+        if operation.phase == phase:
+            total.update(flops=operation.cost.flops, bytes=operation.cost.bytes)
+    return total
 
 
-def units(job: Job) -> set[str]:
+def units(run: PlannedRun) -> set[str]:
     """The units that multiply something."""
-    return {one.unit for block in job.kinds() for one in [*job.of_block(block), *head(job.shape, job.work)]}
+    in_blocks = {operation.unit for block in run.block_counts for operation in operations(run, block)}
+    return in_blocks | {operation.unit for operation in head(run)}
 
 
-def disk_traffic(job: Job) -> Counter[str]:
-    """Bytes read and written by phase; activations only where they lie in a file."""
-    shape = job.shape
+def disk_traffic(run: PlannedRun) -> Counter[str]:
+    """Bytes read and written by phase; activations only where they are in a file."""
+    shape = run.shape
     inside = sum(block.nbytes for block in shape.blocks)
-    # One block is asked for the form of its output before anything else.
+    # The first block is read once more, before anything else: its output shows the form of the hidden states.
     read = inside + READ_OUTSIDE * shape.outside + shape.blocks[0].nbytes
-    found = Counter(read=read, write=len(job.work.methods) * inside + shape.outside)
-    for block, count in job.kinds().items():
-        for phase, amount in _activations_moved(job, block).items():
-            found[phase] += count * amount
-    return found
+    traffic = Counter(read=read, write=len(run.workload.config.methods) * inside + shape.outside)
+    for block, count in run.block_counts.items():
+        for phase, amount in _activation_traffic(run, block).items():
+            traffic[phase] += count * amount
+    return traffic
 
 
-def _activations_moved(job: Job, block: BlockShape) -> Counter[str]:
-    found: Counter[str] = Counter()
-    if job.placement.place == "file":
-        for one in passes(block, job.work, job.placement):
-            size = one.windows * job.work.seqlen * job.shape.hidden * job.shape.itemsize
-            found[one.phase] += size * (1 + one.advances)
-        if job.work.followed and block.ahead:
-            # What the dense block has put out is read where the last stage's layers should.
-            found["calibrate"] += job.work.windows * job.work.seqlen * job.shape.hidden * job.shape.itemsize
-    return found
+def _activation_traffic(run: PlannedRun, block: BlockShape) -> Counter[str]:
+    traffic: Counter[str] = Counter()
+    if run.placement.place != "file":
+        return traffic
+    window = run.workload.seqlen * run.shape.hidden * run.shape.itemsize
+    for windows_pass in passes(block, run.workload, run.placement):
+        # Windows that advance are written, too.
+        traffic[windows_pass.phase] += windows_pass.windows * window * (1 + windows_pass.advances)
+    if run.workload.config.uses_dense_target and block.ahead:
+        # The last stage's outputs are compared with the dense block's output, which is read.
+        traffic["calibrate"] += run.workload.windows * window
+    return traffic
 
 
-def phase_seconds(job: Job, speed: Rates) -> dict[str, float]:
-    """The floor of each phase by itself."""
-    traffic = disk_traffic(job)
-    found: dict[str, float] = defaultdict(float, {name: speed.on_disk(traffic[name]) for name in ("read", "write")})
-    for block, count in job.kinds().items():
-        for one in job.of_block(block):
-            found[one.phase] += count * rates.seconds([one], speed)
-    for one in head(job.shape, job.work):
-        found[one.phase] += rates.seconds([one], speed)
-    return dict(found)
+def phase_seconds(run: PlannedRun, speed: Rates) -> dict[str, float]:
+    """Least seconds of each phase by itself."""
+    traffic = disk_traffic(run)
+    total: dict[str, float] = defaultdict(float, {name: speed.on_disk(traffic[name]) for name in ("read", "write")})
+    for block, count in run.block_counts.items():
+        for operation in operations(run, block):
+            total[operation.phase] += count * rates.seconds([operation], speed)
+    for operation in head(run):
+        total[operation.phase] += rates.seconds([operation], speed)
+    return dict(total)
 
 
-def seconds(job: Job, speed: Rates) -> float:
-    """The floor of the run: a block's work, and beside it the next one is read and the last one written."""
-    shape, methods, ahead = job.shape, len(job.work.methods), job.placement.ahead
-    work = {block: rates.seconds(job.of_block(block), speed) for block in job.kinds()}
-    files = {block: speed.on_disk(_activations_moved(job, block).total()) for block in job.kinds()}
+def seconds(run: PlannedRun, speed: Rates) -> float:
+    """Least seconds of the run. While a block is worked on, the next one is read and the last one written."""
+    shape, methods, ahead = run.shape, len(run.workload.config.methods), run.placement.ahead
+    work = {block: rates.seconds(operations(run, block), speed) for block in run.block_counts}
+    files = {block: speed.on_disk(_activation_traffic(run, block).total()) for block in run.block_counts}
     sizes = [block.nbytes for block in shape.blocks]
-    traffic = disk_traffic(job)
-    # What is not beside a block's work: all but the blocks from the second on, and the written ones but the last.
+    traffic = disk_traffic(run)
+    # Bytes that are read or written beside the work: all blocks but the first are read, all but the last are written.
     beside = (sum(sizes[1:]) + methods * sum(sizes[:-1])) if ahead else 0
     total = speed.on_disk(traffic["read"] + traffic["write"] - beside)
     for block, read, written in zip(shape.blocks, [*sizes[1:], 0], [0, *sizes[:-1]], strict=True):
         on_disk = files[block] + (speed.on_disk(read + methods * written) if ahead else 0)
         total += max(work[block], on_disk)
-    return total + rates.seconds(head(shape, job.work), speed)
+    return total + rates.seconds(head(run), speed)

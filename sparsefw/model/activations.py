@@ -1,22 +1,48 @@
-"""Where hidden states lie between two blocks: on the GPU, in host memory, or in a file.
+"""Storage of hidden states between two blocks: on the GPU, in host memory, or in a file.
 
-All three are used like a list of micro-batches. What is taken out is on the device; the next micro-batch is already on
-its way there while this one is worked on, and what is put in is written behind the work.
+All three are used like a list of micro-batches. A micro-batch that is read is on the device. The next one is copied
+there meanwhile. A micro-batch that is replaced is written in the background.
 """
 
 import os
 import tempfile
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import IO, Protocol
 
 import torch
 from torch import Tensor
 
-# Where activations may lie, the nearest to the work first.
+# Places for activations, the nearest to the work first.
 PLACES = ("gpu", "host", "file")
 
 
-class Activations:
+class Activations(Protocol):
+    """Micro-batches of hidden states, each (batch, seqlen, d)."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+    def append(self, hidden: Tensor) -> None:
+        """Add a micro-batch."""
+
+    def __getitem__(self, j: int) -> Tensor:
+        """Micro-batch j, on the device."""
+
+    def __setitem__(self, j: int, hidden: Tensor) -> None:
+        """Replace micro-batch j by one of the same shape and dtype."""
+
+    def fork(self) -> "Activations":
+        """A copy that changes independently."""
+
+    def close(self) -> None:
+        """Release threads and files; the micro-batches are gone."""
+
+
+class DeviceActivations:
     """Micro-batches that stay where the work is: on the GPU, or on a machine without one in host memory."""
 
     def __init__(self) -> None:
@@ -29,23 +55,31 @@ class Activations:
         """Add a micro-batch, (batch, seqlen, d)."""
         self._kept.append(hidden)
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._kept)
+
     def __getitem__(self, j: int) -> Tensor:
         return self._kept[j]
 
     def __setitem__(self, j: int, hidden: Tensor) -> None:
         self._kept[j] = hidden
 
-    def fork(self) -> "Activations":
-        """A copy; the two then change apart."""
-        copy = Activations()
+    def fork(self) -> "DeviceActivations":
+        """A copy that changes independently."""
+        copy = DeviceActivations()
         copy._kept = list(self._kept)
         return copy
 
+    def close(self) -> None:
+        """Let the micro-batches go."""
+        self._kept = []
+
 
 class PinnedActivations:
-    """Micro-batches in page-locked host memory, copied to and from the GPU on a stream of their own.
+    """Micro-batches in page-locked host memory, copied to and from the GPU on a CUDA stream of their own.
 
-    Of what the host launches ahead of the GPU every micro-batch takes memory there: it waits for all but the last one.
+    The host launches work before the GPU gets to it, and every micro-batch at work takes memory there. So the host
+    waits until the GPU has finished all micro-batches but the last one.
 
     Args:
         device: the GPU.
@@ -54,8 +88,9 @@ class PinnedActivations:
     def __init__(self, device: torch.device) -> None:
         self._device, self._copies = device, torch.cuda.Stream(device)
         self._host: list[Tensor] = []
-        self._ahead: tuple[int, Tensor, torch.cuda.Event] | None = None
-        # What had been launched when a micro-batch was taken out last.
+        # The micro-batch that is being copied to the GPU before it is asked for: number, tensor, end of the copy.
+        self._next: tuple[int, Tensor, torch.cuda.Event] | None = None
+        # The end of the work that had been launched when a micro-batch was read last.
         self._launched: torch.cuda.Event | None = None
 
     def __len__(self) -> int:
@@ -66,21 +101,24 @@ class PinnedActivations:
         self._host.append(torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True))
         self[len(self) - 1] = hidden
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[j] for j in range(len(self)))
+
     def __getitem__(self, j: int) -> Tensor:
         work = torch.cuda.current_stream(self._device)
         if self._launched:
             self._launched.synchronize()
         self._launched = work.record_event()
-        _, hidden, arrived = self._ahead if self._ahead and self._ahead[0] == j else self._fetch(j)
-        self._ahead = self._fetch(j + 1) if j + 1 < len(self) else None
+        _, hidden, arrived = self._next if self._next and self._next[0] == j else self._fetch(j)
+        self._next = self._fetch(j + 1) if j + 1 < len(self) else None
         work.wait_event(arrived)
-        # Its memory belongs to the stream of copies, which must not use it again before the work is done.
+        # The memory belongs to the stream of the copies, which must not use it again before the work is done.
         hidden.record_stream(work)
         return hidden
 
     def __setitem__(self, j: int, hidden: Tensor) -> None:
-        if self._ahead and self._ahead[0] == j:
-            self._ahead = None
+        if self._next and self._next[0] == j:
+            self._next = None
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
             self._host[j].copy_(hidden, non_blocking=True)
@@ -92,29 +130,38 @@ class PinnedActivations:
         return j, hidden, self._copies.record_event()
 
     def fork(self) -> "PinnedActivations":
-        """A copy; the two then change apart."""
+        """A copy that changes independently."""
         copy = PinnedActivations(self._device)
         for j in range(len(self)):
             copy.append(self[j])
         return copy
+
+    def close(self) -> None:
+        """Finish the copies under way, and let the micro-batches go."""
+        self._copies.synchronize()
+        self._host, self._next = [], None
 
 
 class FiledActivations:
     """Micro-batches in a file that has no name, so that nothing is left of it however the run ends.
 
     Args:
-        device: where the work is.
-        folder: on a disk with room for them.
+        device: device that the model runs on.
+        folder: folder on a disk with enough free space; None is the system's folder for temporary files.
     """
 
-    def __init__(self, device: torch.device, folder: Path) -> None:
+    def __init__(self, device: torch.device, folder: Path | None) -> None:
         self._device, self._folder = device, folder
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as this object)
-        # One thread: what is read was written before.
+        # A single thread reads a micro-batch only after it has been written.
         self._worker = ThreadPoolExecutor(1)
+        # Offset in the file, shape and dtype of each micro-batch.
         self._forms: list[tuple[int, torch.Size, torch.dtype]] = []
-        self._ahead: tuple[int, Future] | None = None
-        self._written: Future | None = None
+        # The micro-batch that is being read before it is asked for.
+        self._next: tuple[int, Future[Tensor]] | None = None
+        self._written: Future[None] | None = None
+        # For an object that nobody closes. Pending reads and writes hold a reference to it, so none is left by then.
+        self._release = weakref.finalize(self, _release, self._worker, self._file)
 
     def __len__(self) -> int:
         return len(self._forms)
@@ -128,18 +175,21 @@ class FiledActivations:
         self._forms.append((end, hidden.shape, hidden.dtype))
         self[len(self) - 1] = hidden
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[j] for j in range(len(self)))
+
     def __getitem__(self, j: int) -> Tensor:
         if j >= len(self):
             raise IndexError(j)
-        ahead = self._ahead[1] if self._ahead and self._ahead[0] == j else self._worker.submit(self._read, j)
-        self._ahead = (j + 1, self._worker.submit(self._read, j + 1)) if j + 1 < len(self) else None
-        return ahead.result().to(self._device, non_blocking=True)
+        read = self._next[1] if self._next and self._next[0] == j else self._worker.submit(self._read, j)
+        self._next = (j + 1, self._worker.submit(self._read, j + 1)) if j + 1 < len(self) else None
+        return read.result().to(self._device, non_blocking=True)
 
     def __setitem__(self, j: int, hidden: Tensor) -> None:
-        if self._ahead and self._ahead[0] == j:
-            self._ahead = None
+        if self._next and self._next[0] == j:
+            self._next = None
         if self._written:
-            # One write at a time waits for the disk; and an error of the last one shows here.
+            # No more than one write waits for the disk. An error of the last one shows here.
             self._written.result()
         self._written = self._worker.submit(self._write, j, hidden.cpu().contiguous())
 
@@ -161,27 +211,37 @@ class FiledActivations:
             left, offset = left[count:], offset + count
 
     def fork(self) -> "FiledActivations":
-        """A copy; the two then change apart."""
+        """A copy that changes independently."""
         copy = FiledActivations(self._device, self._folder)
         for j in range(len(self)):
             copy.append(self[j])
         return copy
 
+    def close(self) -> None:
+        """Wait for pending reads and writes; then end the thread and close the file, which deletes it."""
+        self._worker.shutdown()
+        self._next = None
+        self._release()
+
+
+def _release(worker: ThreadPoolExecutor, file: IO[bytes]) -> None:
+    # Not waited for: the last reference may be dropped on the worker's own thread.
+    worker.shutdown(wait=False)
+    file.close()
+
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def activations(
-    place: str, device: torch.device, folder: Path | None = None
-) -> Activations | PinnedActivations | FiledActivations:
-    """Room for the micro-batches of one stream.
+def make_activations(place: str, device: torch.device, folder: Path | None = None) -> Activations:
+    """An empty list of micro-batches.
 
     Args:
         place: one of PLACES; "gpu" and "host" are the same without a GPU.
-        device: where the work is.
-        folder: for "file".
+        device: device that the model runs on.
+        folder: folder of the file, for "file" only.
     """
     if place == "file":
         return FiledActivations(device, folder)
-    return PinnedActivations(device) if place == "host" and device.type == "cuda" else Activations()
+    return PinnedActivations(device) if place == "host" and device.type == "cuda" else DeviceActivations()

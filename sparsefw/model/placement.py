@@ -1,4 +1,4 @@
-"""Where things are while a model is pruned, and how much of them at once."""
+"""The sizes and places that fit a run into memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,23 +7,23 @@ from pathlib import Path
 
 import torch
 
-from sparsefw.model.activations import Activations, activations
+from sparsefw.model.activations import Activations, make_activations
 
 # Tokens in one micro-batch: enough to fill a GPU, little beside a block's weights.
 BATCH_TOKENS = 4096
 
-# Bytes of a solve's state: more makes nothing faster.
+# Most bytes for the state of a solve: more make nothing faster.
 SOLVER = 4 << 30
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What a run holds at once.
+    """How much a run holds at once, and in which memory.
 
     Attributes:
         batch: windows in one micro-batch.
-        place: of activations, one of `activations.PLACES`.
-        folder: of activations in a file.
+        place: where activations are held, one of `activations.PLACES`.
+        folder: folder of the file of activations, for "file" only.
         ahead: whether the next block is read, and the last one written, while one is worked on.
         solver: bytes that the state of a solve may take; its rows are solved in chunks.
     """
@@ -34,6 +34,6 @@ class Placement:
     ahead: bool = True
     solver: int = SOLVER
 
-    def room(self, device: torch.device) -> Callable[[], Activations]:
-        """What gives each stream a place for its activations."""
-        return partial(activations, self.place, device, self.folder)
+    def new_activations(self, device: torch.device) -> Callable[[], Activations]:
+        """A function that makes an empty list of micro-batches at this place, for work on `device`."""
+        return partial(make_activations, self.place, device, self.folder)

@@ -1,34 +1,39 @@
 """The shapes of a model's layers, without its weights.
 
-One block of each kind is run on a few tokens with weights of zero, which take no memory: pages that nobody has written
-to are all the same page. So layers are found as the pruning finds them, whatever the architecture.
+One block of each kind is run on a few tokens, so that layers are found as the pruning finds them, whatever the
+architecture. All its weights are zero, and take no memory: pages that nobody has written to are all the same page.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsefw.checkpoint.source import Checkpoint, TensorInfo
 from sparsefw.errors import InputError
-from sparsefw.model.layers import found, kind_of, stages
+from sparsefw.model.hidden_states import HiddenStates, embed
+from sparsefw.model.layers import dense_moves_early, kind_of, slices_of, survey
 from sparsefw.model.streamed import StreamedModel
+from sparsefw.model.transformers_private import attention_implementation
 
-# Enough for every kind of attention, little beside a block.
+# Tokens that the blocks are run on: enough for every kind of attention, little beside a block.
 TOKENS = 8
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A prunable matrix, or as many alike as a mixture has experts.
+    """A prunable matrix; in a mixture, the same matrix of all experts.
 
     Attributes:
-        name: inside the block.
-        rows, d: its shape, (out, in).
-        gram: name of the layer whose Gram matrix it shares. The layers of one are a stage of the pruning.
-        experts: how many of them there are, each with a Gram matrix of its own; 0 for a layer that is no expert.
+        name: inside the block; without an expert's index.
+        rows, d: shape of the matrix, (out, in).
+        gram: name of its Gram matrix, see `layers.Layer`. The layers of one Gram matrix are a stage of the pruning.
+        experts: number of these matrices, each with a Gram matrix of its own; 0 for a layer that is no expert.
+        ends_block: whether the layer's output is the block's.
     """
 
     name: str
@@ -36,6 +41,7 @@ class LayerShape:
     d: int
     gram: str
     experts: int = 0
+    ends_block: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,14 +49,20 @@ class BlockShape:
     """A block.
 
     Attributes:
-        nbytes: of its parameters.
-        layers: in the order of use.
+        nbytes: bytes of the parameters.
+        layers: the layers that are pruned, in the order of use; `experts` counts the pruned ones only.
         ahead: whether the dense model's windows move on one stage before the last, see `layers.Stage`.
+        all_layers: all layers that the windows run through, with those that stay dense. By default `layers`.
     """
 
     nbytes: int
     layers: tuple[LayerShape, ...]
     ahead: bool = False
+    all_layers: tuple[LayerShape, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.all_layers:
+            object.__setattr__(self, "all_layers", self.layers)
 
 
 @dataclass(frozen=True)
@@ -62,9 +74,10 @@ class ModelShape:
         outside: bytes of the parameters outside of the blocks.
         hidden: width of the residual stream.
         vocabulary: entries of a logit vector.
-        heads: of attention, where its scores are held whole; else 0.
-        itemsize: bytes of an activation.
-        parameters: in all.
+        heads: attention heads, if attention holds all scores at once; else 0.
+        itemsize: bytes of an entry of an activation.
+        parameters: number of parameters.
+        names_by_block: the name of each block, and the names of its layers inside the block, every expert by itself.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -74,10 +87,32 @@ class ModelShape:
     heads: int
     itemsize: int
     parameters: int
+    names_by_block: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Full names of all prunable layers, as a run reports them."""
+        return [f"{block}.{layer}" for block, layers in self.names_by_block for layer in layers]
+
+    def selected(self, selects: Callable[[str], bool]) -> "ModelShape":
+        """The same model with fewer layers; blocks stay even if they have none.
+
+        Args:
+            selects: called with the full name of a layer; each expert has a name of its own.
+        """
+        names = tuple(
+            (block, tuple(layer for layer in layers if selects(f"{block}.{layer}")))
+            for block, layers in self.names_by_block
+        )
+        blocks = tuple(
+            _with_layers(shape, Counter(kind_of(layer) for layer in layers))
+            for shape, (_, layers) in zip(self.blocks, names, strict=True)
+        )
+        return replace(self, blocks=blocks, names_by_block=names)
 
 
 def zeros(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Tensor]:
-    """Tensors of zeros that take no memory as long as they are only read; as `reader.read_tensors` gives them."""
+    """Stands for `checkpoint.read_tensors`: tensors of zeros that take no memory as long as they are only read."""
     return {
         name: torch.from_numpy(np.zeros(info.nbytes, np.uint8)).view(info.dtype).view(info.shape)
         for name, info in tensors.items()
@@ -85,50 +120,89 @@ def zeros(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Tensor
 
 
 def shape_of(checkpoint: Checkpoint) -> ModelShape:
-    """The shape of a checkpoint's model; of its files nothing is read.
+    """The shape of a checkpoint's model; its tensors are not read.
 
     Raises:
         InputError: as `StreamedModel`.
     """
-    model = StreamedModel(checkpoint, torch.device("cpu"), zeros)
-    # Tied ones once.
-    parameters = list(model.model.parameters())
-    stream = model.start(torch.zeros(1, TOKENS, dtype=torch.int64), 1)
-    hidden = stream.hidden[0].shape[-1]
-    known: dict[tuple, BlockShape] = {}
-    blocks = []
-    for i, block in enumerate(model.blocks):
-        kind = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
-        if kind not in known:
-            model.open(i, ahead=False)
-            known[kind] = _block(model, i, stream)
-            model.close(i)
-        blocks.append(known[kind])
+    with StreamedModel(checkpoint, torch.device("cpu"), zeros) as model:
+        # Each tied parameter is in it once.
+        parameters = list(model.model.parameters())
+        states = embed(model, torch.zeros(1, TOKENS, dtype=torch.int64), 1)
+        known: dict[tuple, tuple[BlockShape, tuple[str, ...]]] = {}
+        blocks = []
+        for i, block in enumerate(model.blocks):
+            kind = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+            if kind not in known:
+                model.open(i, ahead=False)
+                known[kind] = _shape_of_block(states, i)
+                model.close(i)
+            blocks.append(known[kind])
     config = model.model.config.get_text_config()
-    eager = model.model.config._attn_implementation == "eager"
-    inside = sum(block.nbytes for block in blocks)
+    eager = attention_implementation(model.model) == "eager"
+    inside = sum(shape.nbytes for shape, _ in blocks)
     return ModelShape(
-        blocks=tuple(blocks),
+        blocks=tuple(shape for shape, _ in blocks),
         outside=sum(p.nbytes for p in parameters) - inside,
-        hidden=hidden,
+        hidden=states.hidden[0].shape[-1],
         vocabulary=config.vocab_size,
         heads=getattr(config, "num_attention_heads", 0) if eager else 0,
         itemsize=checkpoint.dtype.itemsize,
         parameters=sum(p.numel() for p in parameters),
+        names_by_block=tuple((name, layers) for name, (_, layers) in zip(model.names, blocks, strict=True)),
     )
 
 
-def _block(model: StreamedModel, i: int, stream) -> BlockShape:
-    block, run = model.blocks[i], partial(model.output, i, stream, 0)
+def _shape_of_block(states: HiddenStates, i: int) -> tuple[BlockShape, tuple[str, ...]]:
+    """The shape of block i, and the names of its layers, every expert by itself."""
+    block = states.model.blocks[i]
     parameters = dict(block.named_parameters())
+    surveyed = survey(block, partial(states.output, i, 0))
     layers: dict[str, LayerShape] = {}
-    for layer in found(block, run):
-        whole, _, slice_of = layer.name.partition("[")
-        experts = len(parameters[whole]) if slice_of else 0
+    for layer in surveyed.layers:
+        rows, d = layer.weight.shape
+        stacked, _, index = layer.name.partition("[")
         name = kind_of(layer.name)
-        gram = kind_of(layer.gram)
-        layers.setdefault(name, LayerShape(name, *layer.weight.shape, gram, experts))
+        shape = LayerShape(
+            name=name,
+            rows=rows,
+            d=d,
+            gram=kind_of(layer.gram),
+            experts=len(parameters[stacked]) if index else 0,
+            ends_block=layer.name in surveyed.ending,
+        )
+        layers.setdefault(name, shape)
     if not layers:
-        raise InputError(f"{model.names[i]}: unsupported model: no matrix of this block was seen in a product")
-    ahead = not stages(block, run)[-1].moves
-    return BlockShape(sum(p.nbytes for p in parameters.values()), tuple(layers.values()), ahead)
+        raise InputError(f"{states.model.names[i]}: unsupported model: no matrix of this block was seen in a product")
+    nbytes, shapes = sum(p.nbytes for p in parameters.values()), tuple(layers.values())
+    return BlockShape(nbytes, shapes, _moves_early(shapes)), _names_of_layers(block, layers)
+
+
+def _names_of_layers(block: nn.Module, kinds: dict[str, LayerShape]) -> tuple[str, ...]:
+    """Names of all layers of these kinds, with the experts that no token has reached."""
+    by_kind: dict[str, list[str]] = {kind: [] for kind in kinds}
+    for name, parameter in block.named_parameters():
+        for layer in slices_of(name, parameter) or [name]:
+            if kind_of(layer) in by_kind:
+                by_kind[kind_of(layer)].append(layer)
+    return tuple(layer for layers in by_kind.values() for layer in layers)
+
+
+def _with_layers(shape: BlockShape, counts: Counter[str]) -> BlockShape:
+    """The shape of a block with `counts` matrices of each kind left to prune."""
+    layers = tuple(
+        replace(layer, experts=counts[layer.name] if layer.experts else 0)
+        for layer in shape.layers
+        if counts[layer.name]
+    )
+    # As in the run: if layers that stay dense come last, no layer's output is the block's.
+    ends = bool(layers) and layers[-1].name == shape.all_layers[-1].name
+    return replace(shape, layers=layers, ahead=ends and _moves_early(layers))
+
+
+def _moves_early(layers: Iterable[LayerShape]) -> bool:
+    by_stage: dict[str, list[str]] = {}
+    for layer in layers:
+        by_stage.setdefault(layer.gram, []).append(layer.name)
+    ending = frozenset(layer.name for layer in layers if layer.ends_block)
+    return dense_moves_early(list(by_stage.values()), ending)

@@ -1,1 +1,26 @@
-"""What a run says: the rows of the log, report.json and report.html."""
+"""The report of a run: the lines of its log, report.json and report.html."""
+
+from sparsefw.report import html, log
+from sparsefw.report.content import (
+    BlockRecord,
+    CalibrationText,
+    EvaluationText,
+    MemoryRecord,
+    Report,
+    read_report,
+)
+from sparsefw.report.environment import device_name, machine, versions
+
+__all__ = [
+    "BlockRecord",
+    "CalibrationText",
+    "EvaluationText",
+    "MemoryRecord",
+    "Report",
+    "device_name",
+    "html",
+    "log",
+    "machine",
+    "read_report",
+    "versions",
+]

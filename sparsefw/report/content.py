@@ -1,169 +1,207 @@
-"""What a run says: a fixed-width row per layer, the table at the end, report.json."""
+"""`Report`: all that a run reports. It is written to report.json and read from there."""
 
-import importlib.metadata
-import platform
-from dataclasses import asdict
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
 
-import torch
+from sparsefw.errors import InputError, first_line
+from sparsefw.report import typed_json
+from sparsefw.report.typed_json import NAMES
+from sparsefw.solver import LayerResult
+from sparsefw.timeline import Span
 
-from sparsefw.data.windows import Windows
-from sparsefw.driver.loop import Outcome
-from sparsefw.estimate.memory import Needs
-from sparsefw.model.placement import Placement
-from sparsefw.process import peak_memory
-from sparsefw.solver.layer import LayerResult
+# 200,000 layers, as the largest mixtures have with their experts, take about 110 MiB.
+MAX_REPORT_BYTES = 256 * 2**20
 
-_COLUMNS = (
-    ("layer", "<44"),
-    ("shape", ">13"),
-    ("method", ">9"),
-    ("steps", ">5"),
-    ("error", ">11"),
-    ("mask only", ">9"),
-    ("relative", ">8"),
-    ("gap", ">11"),
-    ("seconds", ">7"),
-    ("peak GiB", ">8"),
-)
+# A value of a flag.
+Argument = str | int | float | bool | tuple[str, ...] | None
+
+T = TypeVar("T", bound=Argument)
 
 
-def layer_header() -> str:
-    """Column names of the rows of `layer_row`."""
-    return " ".join(f"{name:{layout}}" for name, layout in _COLUMNS)
+def mean(values: Sequence[float]) -> float:
+    """The mean of at least one value."""
+    return sum(values) / len(values)
 
 
-def layer_row(row: LayerResult) -> str:
-    """One layer's result; the peak is the GPU's where there is one, else the host's."""
-    peak = peak_memory()
-    cells = (
-        row.name,
-        "x".join(map(str, row.shape)),
-        row.method,
-        str(row.steps),
-        f"{row.error:.4e}",
-        f"{row.relative_mask:.4f}",
-        f"{row.relative_error:.4f}",
-        "-" if row.gap is None else f"{row.gap:.4e}",
-        f"{row.seconds:.2f}",
-        f"{(peak['gpu_bytes'] or peak['host_bytes']) / 2**30:.2f}",
-    )
-    return " ".join(f"{cell:{layout}}" for cell, (_, layout) in zip(cells, _COLUMNS, strict=True))
+@dataclass(frozen=True)
+class BlockRecord:
+    """A block of the model.
 
-
-def mean_relative(outcome: Outcome, method: str, what: str = "relative_error") -> float:
-    """Mean over the layers of `relative_error` or `relative_mask`."""
-    errors = [getattr(row, what) for row in outcome.layers if row.method == method]
-    return sum(errors) / len(errors)
-
-
-def summary(outcome: Outcome, methods: list[str], evaluation: list[Windows]) -> str:
-    """The table at the end of a run: perplexity and mean relative errors by method, seconds by phase."""
-    texts = [f"perplexity {n}" if len(evaluation) > 1 else "perplexity" for n, _ in enumerate(evaluation, 1)]
-    lines = ["".join(f"{name:>16}" for name in ("", *texts, "mask only", "relative error"))]
-    for name in (["dense"] if evaluation else []) + methods:
-        cells = [f"{outcome.perplexity[windows.source][name]:.3f}" for windows in evaluation]
-        if name != "dense":
-            cells += [f"{mean_relative(outcome, name, what):.4f}" for what in ("relative_mask", "relative_error")]
-        lines.append(f"{name:16}" + "".join(f"{cell:>16}" for cell in cells))
-    lines.append("")
-    for text, windows in zip(texts, evaluation, strict=True):
-        lines.append(f"{text}: {windows.n} windows of {windows.seqlen} tokens of {windows.source}")
-    lines.append(
-        "relative error: error / error of the warm start's mask, mean over layers; mask only: before the refit"
-    )
-    lines.append(
-        "seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in outcome.timeline.seconds().items())
-    )
-    return "\n".join(lines)
-
-
-def report(
-    arguments: dict,
-    device: torch.device,
-    calibration: Windows,
-    seed: int,
-    evaluation: list[Windows],
-    outcome: Outcome,
-) -> dict:
-    """The content of report.json.
-
-    Args:
-        arguments: of the run, with defaults resolved.
-        device: that it ran on.
-        calibration: the windows it calibrated on.
-        seed: that they were drawn with.
-        evaluation: the held-out windows of each text.
-        outcome: what was measured.
+    Attributes:
+        block: its number, from 0.
+        name: its name in the model, "model.layers.0".
+        seconds: by phase, on the main lane.
+        host_bytes: peak memory of the process on the host, up to the end of this block.
+        gpu_bytes: peak memory of this block on the GPU; 0 without one.
     """
-    return {
-        "arguments": arguments,
-        "versions": versions(),
-        "device": _name(device),
-        "data": {
-            "source": calibration.source,
-            "hash": calibration.hash,
-            "windows": calibration.n,
-            "seqlen": calibration.seqlen,
-            "seed": seed,
-        },
-        "evaluation": [
-            {
-                "source": windows.source,
-                "hash": windows.hash,
-                "windows": windows.n,
-                "seqlen": windows.seqlen,
-                "perplexity": outcome.perplexity[windows.source],
-            }
-            for windows in evaluation
-        ],
-        "layers": [asdict(row) for row in outcome.layers],
-        "kept_dense": outcome.dense,
-        "seconds": outcome.timeline.seconds(),
-        "blocks": outcome.blocks,
-        "timeline": [asdict(span) for span in outcome.timeline.spans],
-        "peak_memory": {what: max(n, *(b[what] for b in outcome.blocks)) for what, n in peak_memory().items()},
-    }
+
+    block: int
+    name: str
+    seconds: dict[str, float]
+    host_bytes: int
+    gpu_bytes: int
 
 
-def memory(placement: Placement, needed: Needs, budgets: dict[str, int]) -> dict:
-    """What the run was allowed and expected to take, and how it was arranged."""
-    return {
-        **{f"{what}_budget_bytes": n for what, n in budgets.items()},
-        **{f"{what}_expected_bytes": getattr(needed, what) for what in budgets},
-        "activations": placement.place,
-        "batch_windows": placement.batch,
-        "solver_bytes": placement.solver,
-        "read_ahead": placement.ahead,
-    }
+@dataclass(frozen=True)
+class CalibrationText:
+    """The windows that define the layer problems.
+
+    Attributes:
+        source: the text, as `--dataset` named it.
+        hash: SHA-256 of the tokens, in hex.
+        windows: number of windows.
+        seqlen: tokens in a window.
+        seed: seed of the draw of the windows.
+    """
+
+    source: str
+    hash: str
+    windows: int
+    seqlen: int
+    seed: int
 
 
-def placement_line(placement: Placement, needed: Needs, budgets: dict[str, int]) -> str:
-    """What a run says of its memory before it begins."""
-    peaks = [f"{getattr(needed, what) / 2**30:.2f} of {n / 2**30:.2f} GiB ({what})" for what, n in budgets.items()]
-    where = "" if "gpu" not in budgets and placement.place == "host" else f"; activations: {placement.place}"
-    ahead = "" if placement.ahead else "; nothing read ahead"
-    return (
-        f"memory: {', '.join(peaks)} expected at the peak; {placement.batch} windows at a time, solves in "
-        f"{placement.solver / 2**30:.3g} GiB{where}{ahead}"
-    )
+@dataclass(frozen=True)
+class EvaluationText:
+    """A text that perplexity was measured on.
+
+    Attributes:
+        source: the text, as `--eval` named it.
+        hash: SHA-256 of the tokens, in hex.
+        windows: number of windows.
+        seqlen: tokens in a window.
+        perplexity: perplexity of the dense model ("dense"), and by method.
+    """
+
+    source: str
+    hash: str
+    windows: int
+    seqlen: int
+    perplexity: dict[str, float]
 
 
-def machine(device: torch.device) -> dict[str, str]:
-    """What the last bits of a result depend on beside its input: versions, processor, threads."""
-    threads = {"threads": str(torch.get_num_threads())} if device.type == "cpu" else {}
-    return {"device": _name(device)} | threads | versions()
+@dataclass(frozen=True)
+class MemoryRecord:
+    """The memory limits of a run, and the placement that keeps to them.
+
+    Attributes:
+        limits: memory limits in bytes: "host", and with a GPU "gpu".
+        expected: bytes expected at the peak, in the same places.
+        activations: where activations are held.
+        batch_windows: windows in a micro-batch.
+        solver_bytes: bytes that the state of one solve may take.
+        read_ahead: whether the next block is read while one is worked on.
+    """
+
+    limits: dict[str, int]
+    expected: dict[str, int]
+    activations: str
+    batch_windows: int
+    solver_bytes: int
+    read_ahead: bool
 
 
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+@dataclass(frozen=True)
+class Report:
+    """All that a run reports.
+
+    Attributes:
+        arguments: values of Inputs, PruneConfig and the output's flags, by name, with defaults resolved.
+        versions: versions of this package, Python and the libraries that numbers depend on, by name.
+        device: name of the GPU or processor.
+        data: the calibration windows.
+        evaluation: the texts that perplexity was measured on.
+        layers: a result for each layer and method.
+        kept_dense: names of the matrices inside the blocks that were not pruned.
+        seconds: by phase, on the main lane.
+        blocks: the blocks in their order.
+        timeline: what was done when.
+        peak_memory: measured peaks of the whole run, "host_bytes" and "gpu_bytes".
+        memory: limits, expected peaks and placement.
+    """
+
+    arguments: dict[str, Argument]
+    versions: dict[str, str]
+    device: str
+    data: CalibrationText
+    evaluation: list[EvaluationText]
+    layers: list[LayerResult]
+    kept_dense: list[str]
+    seconds: dict[str, float]
+    blocks: list[BlockRecord]
+    timeline: list[Span]
+    peak_memory: dict[str, int]
+    memory: MemoryRecord
+
+    def argument(self, name: str, kind: type[T]) -> T:
+        """The value of a flag.
+
+        Raises:
+            InputError: the report was read from a file, and has no such flag or a value of another kind.
+        """
+        if name not in self.arguments:
+            raise InputError(f"arguments.{name}: missing; prune again with this version of sparsefw")
+        value = self.arguments[name]
+        if not isinstance(value, kind) or type(value) is not kind:
+            raise InputError(f"arguments.{name}: expected {NAMES[kind]}, got {NAMES[type(value)]}")
+        return value
+
+    @property
+    def method(self) -> str:
+        """The method whose weights were written."""
+        return self.argument("method", str)
+
+    @property
+    def compared(self) -> list[str]:
+        """The methods that it was compared with."""
+        return list(self.argument("compare", tuple))
+
+    @property
+    def methods(self) -> list[str]:
+        """All methods; the last one's weights were written."""
+        return [*self.compared, self.method]
+
+    def layers_of(self, method: str) -> list[LayerResult]:
+        """The results of one method."""
+        return [layer for layer in self.layers if layer.method == method]
+
+    def to_json(self) -> str:
+        """The content of report.json."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> "Report":
+        """Read the content of report.json.
+
+        Args:
+            text: content of the file.
+            path: the file's path, for the message.
+
+        Raises:
+            InputError: it is not JSON, or not a report; one line that names the place.
+        """
+        return typed_json.parse(cls, text.encode("utf-8", "surrogatepass"), path)
 
 
-def versions() -> dict[str, str]:
-    """Versions of this package, Python and what the numbers depend on; of what is installed."""
-    found = {"python": platform.python_version()}
-    for name in ("sparsefw", "torch", "triton", "transformers", "datasets", "safetensors"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+def read_report(path: Path) -> Report:
+    """Read report.json.
+
+    Raises:
+        InputError: it is missing, too large, not JSON, or not what `sparsefw.run` writes.
+    """
+    try:
+        if not path.is_file():
+            # Opening a pipe would block for ever.
+            raise InputError(f"{path}: not readable (missing, or not a file); give a folder that sparsefw.run wrote")
+        with path.open("rb") as file:
+            content = file.read(MAX_REPORT_BYTES + 1)
+    except OSError as error:
+        raise InputError(
+            f"{path}: not readable ({first_line(error)}); give a folder that sparsefw.run wrote"
+        ) from error
+    if len(content) > MAX_REPORT_BYTES:
+        raise InputError(f"{path}: more than {MAX_REPORT_BYTES >> 20} MiB; no report of a run is that large")
+    return typed_json.parse(Report, content, path)

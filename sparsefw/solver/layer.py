@@ -1,45 +1,24 @@
-"""Prune the layers that share an input, and say what came of it.
+"""Prune the layers that share an input, and report their errors.
 
-Their rows are stacked and solved as one problem, in chunks that fit a memory budget, on a CPU several at once: rows are
-independent, so none of it changes the result.
+Their rows are stacked and solved in chunks that fit a memory limit, on a CPU several chunks at once. Rows are
+independent, so neither stacks nor chunks change the result.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparsefw.errors import InputError
-from sparsefw.kernels import cpu
-from sparsefw.kernels.topk_torch import keep
+from sparsefw.kernels.backend import Backend
+from sparsefw.kernels.topk_torch import masked
 from sparsefw.solver import patterns
-from sparsefw.solver.methods import METHODS, Choice, Rows, Settings
-from sparsefw.solver.objective import damped
-from sparsefw.solver.saliency import SALIENCIES
-from sparsefw.solver.target import target
-
-# Conjugate-gradient steps from a layer's weight to its target.
-TARGET_STEPS = 4
-
-# Stacks and chunks are multiples of this many rows. A matrix product treats the last few rows apart, with other
-# roundings: with none left over, a row's result does not depend on the rows beside it.
-ROW_UNIT = 64
-
-# Longest chunk on a CPU: longer ones fall out of its caches, and of short rows shorter ones are too little work between
-# two calls from Python, for which threads wait for each other.
-CPU_ROWS, CPU_ENTRIES = 384, 1 << 19
-
-# Memory of a solve per entry of a chunk at its peak, as measured on a CPU (88 with the stack's W and saliency): fp32 W,
-# T, what W lacks of it, M, R, U, E, the fit's Z and R, temporaries of the row step, and bool masks.
-BYTES_PER_ENTRY = 80
-
-
-Result = TypeVar("Result")
+from sparsefw.solver.choices import CHOOSE, Choice
+from sparsefw.solver.chunks import by_chunks
+from sparsefw.solver.config import PruneConfig
+from sparsefw.solver.methods import METHODS
+from sparsefw.solver.stack import Member, stack_rows
 
 
 @dataclass(frozen=True)
@@ -50,13 +29,13 @@ class LayerResult:
         name: the weight's name in the checkpoint's model.
         shape: (out, in).
         pattern: sparsity pattern, as the user wrote it.
-        kept: weights that the mask keeps.
+        kept: weights that the mask keeps; fewer than the pattern allows only where zeros stay zero (`keep_zeros`).
         method: how the mask was chosen.
         warm_start: saliency of the warm start.
         alpha: fraction of kept entries fixed by saliency; None where nothing is fixed.
         steps: Frank-Wolfe steps of the first solve.
-        target: "dense" or "layer", see `Settings`. Below, T is the target where that is the dense model's output, else
-            the layer's own weight W.
+        target: "dense" or "layer", see `PruneConfig`. Below, T is the target weight under "dense", and the layer's own
+            weight W under "layer".
         error_warm_start: ||T X - (M * W) X||_F^2 of the warm start's mask, over all calibration tokens; with a refit,
             which starts from T, ||T X - (M * T) X||_F^2.
         error_mask: the same of the best mask found before any refit.
@@ -64,7 +43,7 @@ class LayerResult:
         relative_mask, relative_error: error_mask and error / error_warm_start; 1 where both are 0.
         gap: error_mask minus the largest lower bound; no mask of unchanged weights that keeps the fixed entries is
             better by more. None where no step was taken.
-        seconds: for choosing mask and weights, without the calibration forward; of a stack, by its share of the rows.
+        seconds: time of choosing mask and weights, without the calibration; a stack's time is split by rows.
         transposed: whether the checkpoint's model stores the weight as (in, out).
     """
 
@@ -87,220 +66,155 @@ class LayerResult:
     transposed: bool = False
 
 
-@dataclass
-class _Part:
-    """A layer in a stack, and what `prune_layers` was told of it; `cross` goes once the target is known."""
+@torch.no_grad()
+def solve_layer(
+    W: Tensor, G: Tensor, config: PruneConfig | None = None, *, name: str = "layer", B: Tensor | None = None
+) -> tuple[Tensor, Tensor, LayerResult]:
+    """Prune one layer, for callers with a loop of their own.
 
-    name: str
-    weight: Tensor
-    cross: Tensor | None
-    target: str
+    Args:
+        W: (rows, d) weight, fp32 / bf16 / fp16; left as it is.
+        G: (d, d) fp32 Gram matrix X X^T of its inputs X (d, tokens).
+        config: how to prune; None is the default. Its fields about a whole model (compare, target,
+            include, ignore) play no part.
+        name: the layer's name, for messages.
+        B: (rows, d) fp32 cross matrix D X^T, where D (rows, tokens) is the wanted output minus W X. With it the layer's
+            target is pruned in place of W, see `target`. Overwritten.
+
+    Returns:
+        mask (rows, d) bool, True keeps a weight; the pruned weight (rows, d) in the dtype of W; and its errors.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: shapes do not go together.
+        InputError: d does not divide into the pattern's groups.
+        FloatingPointError: W or G hold NaN or Inf.
+    """
+    if W.ndim != 2 or not W.numel():
+        raise ValueError(f"W: expected a matrix (rows, d) that is not empty, got shape {tuple(W.shape)}")
+    if W.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"W: expected fp32, bf16 or fp16, got {W.dtype}")
+    for argument, matrix, shape in (("G", G, (W.shape[1], W.shape[1])), ("B", B, W.shape)):
+        if matrix is None:
+            continue
+        if matrix.shape != shape:
+            raise ValueError(f"{argument}: expected shape {tuple(shape)}, got {tuple(matrix.shape)}")
+        if matrix.dtype != torch.float32:
+            raise TypeError(f"{argument}: expected fp32, got {matrix.dtype}")
+    config = PruneConfig() if config is None else config
+    pruned = W.detach().clone()
+    masks: list[Tensor] = []
+    (result,) = prune_layers([(name, pruned)], G, config.method, config, config.backend, crosses=[B], masks=masks)
+    return masks[0], pruned, result
 
 
 def prune_layers(
     layers: list[tuple[str, Tensor]],
     G: Tensor,
     method: str,
-    settings: Settings,
-    ops: ModuleType,
+    config: PruneConfig,
+    backend: Backend,
     *,
+    memory: int = 4 << 30,
     crosses: list[Tensor | None] | None = None,
+    masks: list[Tensor] | None = None,
 ) -> Iterator[LayerResult]:
-    """Choose masks and weights of layers that read the same input, write them in place, yield a row for each.
+    """Choose masks and weights of layers that read the same input, write them in place, yield a result for each.
 
     Args:
         layers: (name, weight) with weight a (out, in) view into the block, fp32 / bf16 / fp16, any strides.
         G: (in, in) fp32 Gram matrix of their input.
         method: one of METHODS.
-        settings: the run's settings.
-        ops: the kernels, `sparsefw.kernels.cpu` or `sparsefw.kernels.triton_ops`.
-        crosses: (out, in) fp32 cross matrix of each layer: its target is pruned in place of its weight, see `target`.
-            Used up.
+        config: the config of the run.
+        backend: the operations.
+        memory: bytes that the state of one solve may take; longer stacks are solved in chunks of rows.
+        crosses: (out, in) fp32 cross matrix of each layer, or None. With one, the layer's target is pruned in place of
+            its weight, see `target`. Overwritten.
+        masks: a list to which the mask of every layer, (out, in) bool, is appended.
 
     Raises:
         InputError: the rows do not divide into the pattern's groups, or the memory is too little for any chunk.
+        ValueError: there is a cross matrix, and the method approximates only the layer itself.
         FloatingPointError: an error is not finite, or G is not positive definite for a method that needs it; the
             message names the layer.
     """
+    if any(cross is not None for cross in crosses or []) and not METHODS[method].uses_target:
+        raise ValueError(f"crosses: {method} approximates what the layers themselves put out")
     for name, weight in layers:
-        patterns.check_width(settings.pattern, weight.shape[1], name)
-    stack = [
-        _Part(name, weight, cross, "layer" if cross is None else "dense")
+        patterns.check_width(config.pattern, weight.shape[1], name)
+    members = [
+        Member(name, weight, cross, "layer" if cross is None else "dense")
         for (name, weight), cross in zip(layers, crosses or [None] * len(layers), strict=True)
     ]
-    # Cross matrices are as large as the weights: only the stack may keep them.
+    # Cross matrices are as large as the weights: only the members may keep them.
     del crosses
-    together = METHODS[method].by_rows and not settings.whole
-    for part in [stack] if together else [[layer] for layer in stack]:
+    independent = config.rows_independent(method)
+    for stack in [members] if independent else [[member] for member in members]:
         try:
-            yield from _prune_stack(part, G, method, settings, ops, together)
+            results = _prune_stack(stack, G, method, config, backend, memory if independent else None, masks)
         except FloatingPointError as error:
-            raise FloatingPointError(f"{', '.join(one.name for one in part)}: {error}") from error
+            raise FloatingPointError(f"{', '.join(member.name for member in stack)}: {error}") from error
+        yield from results
 
 
 def _prune_stack(
-    stack: list[_Part], G: Tensor, method: str, settings: Settings, ops: ModuleType, together: bool
+    stack: list[Member],
+    G: Tensor,
+    method: str,
+    config: PruneConfig,
+    backend: Backend,
+    memory: int | None,
+    masks: list[Tensor] | None,
 ) -> list[LayerResult]:
     started = time.perf_counter()
-    saliency = METHODS[method].saliency or settings.warm_start
-    rows = _stacked(stack, G, saliency, settings, together, ops, METHODS[method].damps)
-    weights = [part.weight for part in stack]
-    errors, kept, bounded, start = [], [], False, 0
+    rows = stack_rows(stack, G, method, config, backend, memory)
+    weights = [member.weight for member in stack]
+    errors, kept, chosen, bounded, start = [], [], [], False, 0
 
     def choose(chunk: slice) -> Choice:
-        return METHODS[method].choose(rows[chunk], settings, ops)
+        return CHOOSE[method](rows[chunk], config, backend)
 
-    for choice in _by_chunks(choose, rows.W, settings.memory if together else None, stack[0].name, ops):
+    for choice in by_chunks(choose, rows.W, memory, stack[0].name, backend):
         _write(weights, start, choice)
         start += len(choice.mask)
         kept.append(choice.mask.sum(1))
+        if masks is not None:
+            chosen.append(choice.mask)
         bounded = choice.bound is not None
-        bound = choice.bound if bounded else torch.zeros_like(choice.error)
+        bound = torch.zeros_like(choice.error) if choice.bound is None else choice.bound
         errors.append(torch.stack([choice.error_warm_start, choice.error_mask, choice.error, bound]).double())
     lengths = [len(weight) for weight in weights]
-    # Without the rows that only fill up the stack.
-    sums = [x[..., : sum(lengths)].split(lengths, dim=-1) for x in (torch.cat(errors, 1), torch.cat(kept))]
-    share = (time.perf_counter() - started) / sum(lengths)
+    # The padding below the last layer is cut off.
+    by_layer = [part[..., : sum(lengths)].split(lengths, dim=-1) for part in (torch.cat(errors, 1), torch.cat(kept))]
+    if masks is not None:
+        masks += torch.cat(chosen)[: sum(lengths)].split(lengths)
+    seconds = (time.perf_counter() - started) / sum(lengths)
     results = []
-    for part, layer_errors, layer_kept in zip(stack, *sums, strict=True):
+    for member, layer_errors, layer_kept in zip(stack, *by_layer, strict=True):
         warm, mask, error, bound = layer_errors.sum(1).tolist()
         results.append(
             LayerResult(
-                name=part.name,
-                shape=tuple(part.weight.shape),
-                pattern=settings.pattern.text,
-                kept=layer_kept.sum().item(),
+                name=member.name,
+                shape=(member.weight.shape[0], member.weight.shape[1]),
+                pattern=config.pattern.text,
+                kept=int(layer_kept.sum().item()),
                 method=method,
-                warm_start=saliency,
-                alpha=settings.alpha if method == "sparsefw" else None,
-                steps=settings.steps if method == "sparsefw" else 0,
-                target=part.target,
+                warm_start=METHODS[method].saliency or config.warm_start,
+                alpha=config.alpha if method == "sparsefw" else None,
+                steps=config.steps if method == "sparsefw" else 0,
+                target=member.target,
                 error_warm_start=warm,
                 error_mask=mask,
                 error=error,
                 relative_mask=mask / warm if warm else 1.0,
                 relative_error=error / warm if warm else 1.0,
                 gap=mask - bound if bounded else None,
-                seconds=share * len(part.weight),
-                # A parameter is stored row by row, and the weight is a view of it.
-                transposed=part.weight.stride(0) < part.weight.stride(1),
+                seconds=seconds * len(member.weight),
+                # Parameters are stored row by row, and the weight is a view of one.
+                transposed=member.weight.stride(0) < member.weight.stride(1),
             )
         )
     return results
-
-
-def _by_chunks(
-    solve: Callable[[slice], Result], W: Tensor, memory: int | None, name: str, ops: ModuleType
-) -> Iterator[Result]:
-    """solve(rows) for chunks of the rows of W, in their order.
-
-    On a CPU as many are solved at once as torch has threads, each on one thread: the operations on a chunk are too
-    short to share out one by one, and numpy's selection knows one thread only.
-
-    Args:
-        solve: called with the rows of a chunk, on a CPU in another thread.
-        W: (rows, d).
-        memory: bytes that the state of the chunks may take; None solves all rows at once.
-        name: of the layer to blame.
-        ops: the kernels.
-
-    Raises:
-        InputError: no chunk fits the memory.
-    """
-    if memory is None:
-        yield solve(slice(None))
-        return
-    unit = BYTES_PER_ENTRY * W.shape[1] * ROW_UNIT
-    units = memory // unit
-    if not units:
-        raise InputError(
-            f"{name}: a solve needs {unit / 2**30:.3f} GiB at least, and {memory / 2**30:.3f} are set aside"
-        )
-    on_cpu, before = W.device.type == "cpu", torch.get_num_threads()
-    # Triton's interpreter is for one thread only.
-    threads = min(before, units) if on_cpu and ops is cpu else 1
-    if on_cpu:
-        # As many chunks for every thread.
-        units = min(units // threads, cpu_rows(W.shape[1]) // ROW_UNIT)
-        turns = -(-len(W) // (threads * units * ROW_UNIT))
-        units = -(-len(W) // (threads * turns * ROW_UNIT))
-    height = units * ROW_UNIT
-    chunks = [slice(start, start + height) for start in range(0, len(W), height)]
-    if not on_cpu or ops is not cpu:
-        yield from map(solve, chunks)
-        return
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(solve, chunks)
-    finally:
-        torch.set_num_threads(before)
-
-
-def cpu_rows(d: int) -> int:
-    """Rows of d entries that a thread solves at a time on a CPU, at most."""
-    return max(CPU_ROWS, CPU_ENTRIES // d // ROW_UNIT * ROW_UNIT)
-
-
-def _stacked(
-    stack: list[_Part], G: Tensor, saliency: str, settings: Settings, together: bool, ops: ModuleType, damps: bool
-) -> Rows:
-    """The layers' rows one below the other; `together`, filled up to a multiple of ROW_UNIT with rows of zeros."""
-    pattern = settings.pattern
-    lengths = [len(part.weight) for part in stack]
-    missing = -sum(lengths) % ROW_UNIT if together else 0
-    # A CPU has no bf16 or fp16 arithmetic worth using; fp32 holds the same weights.
-    dtype = torch.float32 if G.device.type == "cpu" else stack[0].weight.dtype
-    W = _below([part.weight for part in stack], sum(lengths) + missing, dtype)
-    lacks, H = None, damped(G, settings.damp) if damps else None
-    if any(part.cross is not None for part in stack):
-        lacks, start = None if settings.refit else torch.empty_like(W, dtype=torch.float32), 0
-        for T in _targets(stack, W, H, settings, together, ops):
-            rows = slice(start, start + len(T))
-            # Refitted weights start from the target; those that stay as they are can only be chosen for it.
-            if settings.refit:
-                W[rows] = T
-            else:
-                lacks[rows] = T - W[rows]
-            start += len(T)
-    saliencies = [SALIENCIES[saliency](part, G.diagonal()) for part in W[: sum(lengths)].split(lengths)]
-    if settings.whole:
-        k = patterns.kept_in_layer(pattern, *W.shape)
-    else:
-        ks = [patterns.budget(pattern, s) for s in saliencies]
-        k = nn.functional.pad(torch.cat(ks), (0, missing)) if isinstance(ks[0], Tensor) else ks[0]
-    S = _below(saliencies, len(W), torch.float32)
-    return Rows(W, G, S, k, stack[0].weight.dtype, lacks, H)
-
-
-def _below(parts: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
-    """Matrices one below the other, and zeros below them, (rows, d); each is gone from the list once it is copied."""
-    stacked, start = torch.empty(rows, parts[0].shape[1], dtype=dtype, device=parts[0].device), 0
-    while parts:
-        part = parts.pop(0)
-        stacked[start : start + len(part)] = part
-        start += len(part)
-        del part
-    stacked[start:] = 0
-    return stacked
-
-
-def _targets(
-    stack: list[_Part], W: Tensor, H: Tensor, settings: Settings, together: bool, ops: ModuleType
-) -> Iterator[Tensor]:
-    """The targets of stacked rows W, (rows, d) fp32 in chunks; layers without a cross matrix, and rows that fill up,
-    keep W."""
-    crosses = []
-    for part in stack:
-        none = torch.zeros((), device=W.device).expand(part.weight.shape)
-        crosses.append(none if part.cross is None else part.cross)
-        part.cross = None
-    B = crosses[0] if len(crosses) == 1 and len(crosses[0]) == len(W) else _below(crosses, len(W), torch.float32)
-
-    def find(rows: slice) -> Tensor:
-        return target(W[rows], H, B[rows], TARGET_STEPS, precision=settings.precision, ops=ops)
-
-    yield from _by_chunks(find, W, settings.memory if together else None, stack[0].name, ops)
 
 
 def _write(weights: list[Tensor], start: int, choice: Choice) -> None:
@@ -309,9 +223,9 @@ def _write(weights: list[Tensor], start: int, choice: Choice) -> None:
     for weight in weights:
         low, high = max(start, first), min(start + len(choice.mask), first + len(weight))
         if low < high:
-            mask = choice.mask[low - start : high - start]
+            rows, chosen = slice(low - first, high - first), slice(low - start, high - start)
             if choice.weight is None:
-                weight[low - first : high - first] = keep(weight[low - first : high - first], mask)
+                weight[rows] = masked(weight[rows], choice.mask[chosen])
             else:
-                weight[low - first : high - first] = choice.weight[low - start : high - start]
+                weight[rows] = choice.weight[chosen]
         first += len(weight)

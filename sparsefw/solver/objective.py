@@ -1,21 +1,45 @@
-"""Damping: what is chosen on the inputs of a calibration text must hold on other text.
+"""The objective of a layer, and the damping that makes what is chosen on one text hold on others.
 
-A Gram matrix with a part of its diagonal added counts every input a little as if it were independent of the others. It
-draws refitted weights towards the layer's own, and masks towards what the weights are worth by themselves.
+error = ||(T - Z) X||_F^2 = sum(E * (E G)),   E = T - Z,   G = X X^T        Z = M * W for a mask of unchanged weights
 """
 
 from torch import Tensor
 
-# An input is damped at least as if it had this share of the median input's diagonal entry. Else the weights of an input
-# that is all but dead could become huge, and ruin the first text in which it is alive.
+from sparsefw.kernels.backend import TORCH, Backend
+from sparsefw.kernels.topk_torch import masked
+
+# The damping of an input counts its diagonal entry as at least this share of the median entry. Without it, the weights
+# of a nearly dead input could become huge and ruin the first text in which the input is alive.
 FLOOR = 0.01
 
 
 def damped(G: Tensor, damp: float) -> Tensor:
-    """A copy of G (d, d) with damp max(diag G, FLOOR median(diag G)) added to its diagonal; G itself if damp is 0."""
+    """A copy of G (d, d) with damp max(diag G, FLOOR median(diag G)) added to its diagonal; G itself if damp is 0.
+
+    Damping treats every input as slightly more independent of the others. It draws refitted weights towards the layer's
+    own, and masks towards the weights that matter most by themselves.
+    """
     if not damp:
         return G
     diagonal = G.diagonal()
     H = G.clone()
     H.diagonal().add_(diagonal.clamp(min=FLOOR * diagonal.median().item()) * damp)
     return H
+
+
+def removed(W: Tensor, mask: Tensor, target_gap: Tensor | None) -> Tensor:
+    """E = target_gap + W * (1 - mask), the target minus the masked weight; (rows, d)."""
+    E = masked(W, ~mask)
+    return E if target_gap is None else E + target_gap
+
+
+def mask_error(
+    W: Tensor, mask: Tensor, G: Tensor, target_gap: Tensor | None = None, *, backend: Backend = TORCH
+) -> Tensor:
+    """Error of a binary mask of unchanged weights, one number per row, (rows,) fp32."""
+    return backend.errors(removed(W, mask, target_gap), G)
+
+
+def weight_error(T: Tensor, Z: Tensor, G: Tensor, *, backend: Backend = TORCH) -> Tensor:
+    """Error of weights Z that approximate T, one number per row, (rows,) fp32."""
+    return backend.errors(T.float() - Z.float(), G)

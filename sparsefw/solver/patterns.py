@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from torch import Tensor
 
-from sparsefw.errors import InputError
+from sparsefw.errors import InputError, shown
 from sparsefw.kernels import cpu
 
 LARGEST_GROUP = 32
@@ -43,7 +43,9 @@ def parse(text: str) -> Pattern:
     if match := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text):
         n, m = int(match[1]), int(match[2])
         if not 0 < n < m <= LARGEST_GROUP:
-            raise InputError(f"--sparsity {text}: n:m keeps n of every m weights, with 0 < n < m <= {LARGEST_GROUP}")
+            raise InputError(
+                f"--sparsity {shown(text)}: n:m keeps n of every m weights, with 0 < n < m <= {LARGEST_GROUP}"
+            )
         return Pattern(text, 1 - Fraction(n, m), "group", m)
     if match := re.fullmatch(r"(layer:)?([0-9]{0,9}(?:\.[0-9]{0,30})?)", text):
         try:
@@ -54,7 +56,7 @@ def parse(text: str) -> Pattern:
             if not 0 < sparsity < 1:
                 raise InputError(f"--sparsity {text}: the fraction removed lies between 0 and 1, both excluded")
             return Pattern(text, sparsity, "layer" if match[1] else "row")
-    raise InputError(f"--sparsity {text}: expected a fraction (0.6), layer:0.6 or n:m (2:4)")
+    raise InputError(f"--sparsity {shown(text)}: expected a fraction (0.6), layer:0.6 or n:m (2:4)")
 
 
 def check_width(pattern: Pattern, d: int, name: str) -> None:
@@ -78,11 +80,11 @@ def kept_in_layer(pattern: Pattern, rows: int, d: int) -> int:
     return rows * d - int(pattern.sparsity * rows * d)
 
 
-def budget(pattern: Pattern, saliency: Tensor) -> int | Tensor:
-    """What the LMO may keep: k per row (an int, or one per row where a layer's budget is split), or n per group.
+def kept(pattern: Pattern, saliency: Tensor) -> int | Tensor:
+    """How many weights the LMO keeps: k per row (an int, or a tensor if a layer's budget is split), or n per group.
 
     Args:
-        pattern: the pattern; its `group` goes to the LMO beside the budget.
+        pattern: the pattern. Callers also pass its `group` to the LMO.
         saliency: (rows, d) fp32 of the warm start. A `layer:` budget goes to its highest entries in the whole
             matrix, and each row keeps the number it got.
     """

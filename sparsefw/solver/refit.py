@@ -2,24 +2,23 @@
 
     minimise ||(W - Z) X||_F^2 = sum((W - Z) * ((W - Z) G)) over Z, zero outside the mask
 
-Rows are independent least-squares problems. A step costs one product; the preconditioner is the diagonal of G. G comes
-damped, see `damping`: that draws Z towards W, and keeps weights that no input tells apart from growing against each
-other.
+Rows are independent least-squares problems. A step costs one product; the preconditioner is the diagonal of G. Callers
+damp G, see `objective.damped`: damping draws Z towards W, and stops weights whose inputs are nearly the same from
+growing with opposite signs.
 """
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from sparsefw.kernels.topk_torch import keep
-from sparsefw.solver.frank_wolfe import operand
+from sparsefw.kernels.backend import TORCH, Backend
+from sparsefw.kernels.topk_torch import masked
 
 
 @dataclass
 class Fit:
-    """Weights under a mask, and how far they are from the layer's own.
+    """Weights under a mask, and their error.
 
     Attributes:
         mask: (rows, d) bool, True keeps a weight.
@@ -50,49 +49,44 @@ def inverse_diagonal(G: Tensor) -> Tensor:
     return torch.where(diagonal >= torch.finfo(diagonal.dtype).tiny, 1 / diagonal, 0)
 
 
-def refit(
-    W: Tensor, G: Tensor, mask: Tensor, start: Tensor, steps: int, *, precision: str = "ieee", ops: ModuleType
-) -> Fit:
+def refit(W: Tensor, G: Tensor, mask: Tensor, start: Tensor, steps: int, *, backend: Backend = TORCH) -> Fit:
     """Fit the kept weights by `descend`.
 
     Kept weights of dead inputs stay as they start, and rows without weights stay empty.
 
     Args:
         W: (rows, d) the layer's weight, fp32 / bf16 / fp16.
-        G: (d, d) Gram matrix, damped as it should be; fp32, or already as `operand` gives it.
+        G: (d, d) Gram matrix, already damped; fp32, or from `Backend.operand`.
         mask: (rows, d) bool.
-        start: (rows, d) fp32, where Z starts; what lies outside the mask is ignored.
-        steps: at least 0; each is one product, and the start is another one.
-        precision: of the products.
-        ops: the operations, `sparsefw.kernels.cpu` or `sparsefw.kernels.triton_ops`.
+        start: (rows, d) fp32, where Z starts; entries outside the mask are ignored.
+        steps: at least 0. Each is one product, and so is the start.
+        backend: the operations.
     """
-    Z = keep(start, mask)
-    R = ops.product(operand(W - Z, precision), operand(G, precision), precision=precision)
-    descend(Z, R, G, mask, steps, precision=precision, ops=ops)
+    Z = masked(start, mask)
+    R = backend.product(backend.operand(W - Z), backend.operand(G))
+    descend(Z, R, G, mask, steps, backend=backend)
     return Fit(mask, Z, R, ((W - Z) * R).sum(1))
 
 
-def descend(
-    Z: Tensor, R: Tensor, G: Tensor, mask: Tensor | None, steps: int, *, precision: str = "ieee", ops: ModuleType
-) -> None:
+def descend(Z: Tensor, R: Tensor, G: Tensor, mask: Tensor | None, steps: int, *, backend: Backend = TORCH) -> None:
     """Preconditioned conjugate gradients on `sum(Z * (Z G)) / 2 - sum(Z * B)` for R = B - Z G, in place.
 
-    A step is one product, P G, and what `reference.conjugate_step` does with it. In fp32 none raises the objective.
+    A step is one product, P G, and what `naive.conjugate_step` does with it. In fp32 none raises the objective.
 
     Args:
         Z, R: (rows, d) fp32, the weights and their residual; both are moved.
         G: (d, d), as in `refit`.
         mask: (rows, d) bool, the weights that move; None moves all.
-        steps, precision, ops: as in `refit`.
+        steps, backend: as in `refit`.
     """
     if not steps:
         return
-    G_operand, U = operand(G, precision), torch.empty_like(Z)
-    # Z moves along what the product reads: so R stays its residual, however P is rounded.
+    G_operand, U = backend.operand(G), torch.empty_like(Z)
+    # Z moves along the P that the product reads, rounded or not, so that R stays the residual of Z.
     P = torch.empty_like(Z, dtype=G_operand.dtype)
     rz, enough = Z.new_empty(2, len(Z))
     state = (Z, R, P, U, rz, enough, inverse_diagonal(G))
-    ops.conjugate_step(*state, mask=mask, first=True)
+    backend.conjugate_step(*state, mask=mask, first=True)
     for step in range(1, steps + 1):
-        ops.product(P, G_operand, precision=precision, out=U)
-        ops.conjugate_step(*state, mask=mask, last=step == steps)
+        backend.product(P, G_operand, out=U)
+        backend.conjugate_step(*state, mask=mask, last=step == steps)

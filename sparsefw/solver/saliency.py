@@ -1,4 +1,4 @@
-"""Saliencies: how much a weight matters by itself. They give the warm start, the fixed entries and the ties."""
+"""Saliencies: how much a weight matters by itself. They choose the warm start and the fixed entries, and break ties."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def wanda(W: Tensor, diag: Tensor) -> Tensor:
 def ria(W: Tensor, diag: Tensor) -> Tensor:
     """|W_ij| (1 / sum_k |W_ik| + 1 / sum_k |W_kj|) ||X_j||_2^0.5 (Zhang et al., ICLR 2024).
 
-    A row or column of zeros has no relative importance to share; its entries stay 0.
+    The entries of a row or column of zeros are 0.
     """
     A = W.float().abs()
     tiny = torch.finfo(torch.float32).tiny

@@ -2,8 +2,8 @@
 
     minimise ||(W - Z) X||_F^2 = sum((W - Z) * ((W - Z) G)),  G = X X^T,  Z = 0 where the mask is False
 
-Columns are decided from left to right. What the removal of W_ij costs once the columns before j are settled, and how
-the weights behind it make up for it best, stands in the upper Cholesky factor C of the inverse, G^-1 = C^T C:
+Columns are decided from left to right. The upper Cholesky factor C of the inverse, G^-1 = C^T C, gives the cost of
+removing W_ij once the columns before j are settled, and the best update of the weights behind it:
 
     cost   = W_ij^2 / C_jj^2
     update   W_i,j: -= W_ij / C_jj * C_j,j:
@@ -17,7 +17,15 @@ from sparsefw.solver import patterns
 from sparsefw.solver.patterns import Pattern
 
 
-def prune(W: Tensor, G: Tensor, pattern: Pattern, *, damp: float = 0.01, blocksize: int = 128) -> tuple[Tensor, Tensor]:
+def prune(
+    W: Tensor,
+    G: Tensor,
+    pattern: Pattern,
+    *,
+    support: Tensor | None = None,
+    damp: float = 0.01,
+    blocksize: int = 128,
+) -> tuple[Tensor, Tensor]:
     """Prune one layer and update its kept weights.
 
     As published: the mask of a block of columns is chosen once, when the sweep reaches the block, under one budget over
@@ -29,7 +37,8 @@ def prune(W: Tensor, G: Tensor, pattern: Pattern, *, damp: float = 0.01, blocksi
         W: (rows, d) weight, fp32 / bf16 / fp16.
         G: (d, d) fp32 Gram matrix. Inputs whose diagonal entry is 0 are dead: their weights become 0.
         pattern: what is kept; d is a multiple of its group.
-        damp: added to the diagonal of G, as a fraction of its mean.
+        support: (rows, d) bool, weights that may be nonzero; None: all.
+        damp: addition to the diagonal of G, as a fraction of its mean.
         blocksize: columns of a block.
 
     Returns:
@@ -49,13 +58,14 @@ def prune(W: Tensor, G: Tensor, pattern: Pattern, *, damp: float = 0.01, blocksi
     mask = torch.empty_like(Z, dtype=torch.bool)
     for start in range(0, d, width):
         end = min(start + width, d)
-        kept, factor = mask[:, start:end], C[start:end, start:end]
+        chosen, factor = mask[:, start:end], C[start:end, start:end]
+        allowed = None if support is None else support[:, start:end]
         if not group:
-            # What the columns up to here keep in all, so that the roundings of the blocks do not add up.
+            # The difference of two totals, so that the roundings of the blocks do not add up.
             budget = patterns.kept_in_layer(pattern, rows, end) - patterns.kept_in_layer(pattern, rows, start)
-            cost = _cost(Z[:, start:end], factor)
-            kept.copy_(cpu.lmo(cost.view(1, -1), budget).view(cost.shape))
-        errors = _sweep(Z[:, start:end], kept, factor, pattern)
+            cost = _cost(Z[:, start:end], factor, allowed)
+            chosen.copy_(_allowed(cpu.lmo(cost.view(1, -1), budget).view(cost.shape), allowed))
+        errors = _sweep(Z[:, start:end], chosen, factor, pattern, allowed)
         Z[:, end:].addmm_(errors, C[start:end, end:], alpha=-1)
     return mask, Z
 
@@ -63,12 +73,12 @@ def prune(W: Tensor, G: Tensor, pattern: Pattern, *, damp: float = 0.01, blocksi
 def inverse_factor(G: Tensor, damp: float) -> Tensor:
     """The upper Cholesky factor C of the damped inverse, C^T C = (G + damp mean(diag G) I)^-1, (d, d) fp32.
 
-    Read backwards, rows and columns, the lower factor of a matrix is an upper one: G = P P^T, hence C = P^-1. This
-    takes one decomposition, where the published code decomposes, inverts and decomposes again.
+    With rows and columns reversed, the lower factor of a matrix is an upper one: G = P P^T, hence C = P^-1. This takes
+    one decomposition; the published code decomposes, inverts and decomposes again.
 
     Args:
         G: (d, d) fp32; a diagonal entry of 0 counts as 1.
-        damp: added to the diagonal, as a fraction of its mean.
+        damp: addition to the diagonal, as a fraction of its mean.
 
     Raises:
         FloatingPointError: the damped matrix is not positive definite.
@@ -85,7 +95,7 @@ def inverse_factor(G: Tensor, damp: float) -> Tensor:
     return torch.linalg.solve_triangular(lower, identity, upper=False).flip((0, 1))
 
 
-def _sweep(Z: Tensor, mask: Tensor, factor: Tensor, pattern: Pattern) -> Tensor:
+def _sweep(Z: Tensor, mask: Tensor, factor: Tensor, pattern: Pattern, allowed: Tensor | None) -> Tensor:
     """Settle the columns of one block, in place.
 
     Args:
@@ -93,24 +103,32 @@ def _sweep(Z: Tensor, mask: Tensor, factor: Tensor, pattern: Pattern) -> Tensor:
         mask: (rows, width) bool; given, or under n:m chosen here.
         factor: (width, width) fp32, the block's part of the Cholesky factor.
         pattern: what is kept.
+        allowed: (rows, width) bool, weights that may be nonzero; None: all.
 
     Returns:
-        errors (rows, width) fp32: what each column removed, over C_jj; the columns behind the block move by
+        errors (rows, width) fp32: the removed weights of each column over C_jj; the columns behind the block move by
         -errors C.
     """
     errors = torch.empty_like(Z)
     group = pattern.group
     for j in range(Z.shape[1]):
         if group and j % group == 0:
-            ahead = slice(j, j + group)
-            cost = _cost(Z[:, ahead], factor[ahead, ahead])
-            mask[:, ahead] = cpu.lmo(cost, patterns.kept_in_group(pattern), group=group)
+            columns = slice(j, j + group)
+            allowed_here = None if allowed is None else allowed[:, columns]
+            cost = _cost(Z[:, columns], factor[columns, columns], allowed_here)
+            mask[:, columns] = _allowed(cpu.lmo(cost, patterns.kept_in_group(pattern), group=group), allowed_here)
         errors[:, j] = Z[:, j].masked_fill(mask[:, j], 0) / factor[j, j]
         Z[:, j].masked_fill_(~mask[:, j], 0)
         Z[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
     return errors
 
 
-def _cost(Z: Tensor, factor: Tensor) -> Tensor:
-    """The square root of what each removal costs: the same order, and nothing overflows."""
-    return (Z / factor.diagonal()).abs_()
+def _cost(Z: Tensor, factor: Tensor, allowed: Tensor | None) -> Tensor:
+    """The square root of the cost of each removal, which has the same order and does not overflow."""
+    cost = (Z / factor.diagonal()).abs_()
+    # Weights that must stay zero are removed first.
+    return cost if allowed is None else cost.masked_fill_(~allowed, -1)
+
+
+def _allowed(mask: Tensor, allowed: Tensor | None) -> Tensor:
+    return mask if allowed is None else mask & allowed

@@ -1,34 +1,35 @@
-"""Targets: the weights that would make up for what the layers before have become.
+"""Targets: the weights with which a layer would make up for the pruning of the layers before it.
 
-Earlier layers are pruned, so a layer reads X and puts out Y where the dense model puts out Y + D. Its own weight W
-passes the difference on; its target makes up for it where the input allows:
+Earlier layers are pruned, so a layer outputs Y = W X for its input X, and the same layer of the dense model outputs
+Y + D. The target makes up for the difference D as far as the input allows:
 
     T minimises ||D - (T - W) X||_F^2,    so that    (T - W) G = B,    G = X X^T,  B = D X^T
 
-and pruning then approximates T instead of W: each layer repairs what the layers before it broke. What a layer puts out
-includes the residual stream that it writes to.
+Pruning then approximates T instead of W, so that each layer repairs the errors of the layers before it. The output of a
+layer that writes to the residual stream includes that stream.
 """
-
-from types import ModuleType
 
 from torch import Tensor
 
+from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.solver.refit import descend
 
 
-def target(W: Tensor, G: Tensor, B: Tensor, steps: int, *, precision: str = "ieee", ops: ModuleType) -> Tensor:
+def find_target(
+    W: Tensor, G: Tensor, B: Tensor, steps: int, *, support: Tensor | None = None, backend: Backend = TORCH
+) -> Tensor:
     """T, by conjugate gradients from W; (rows, d) fp32.
 
-    Few steps on a damped G: directions in which the input hardly varies say little about D, and T stays at W there.
+    Few steps on a damped G leave T close to W in directions in which the input hardly varies and says little about D.
 
     Args:
         W: (rows, d) the layer's weight, fp32 / bf16 / fp16.
-        G: (d, d) fp32 Gram matrix, damped as it should be.
-        B: (rows, d) fp32 cross matrix; used up.
-        steps: each is one product.
-        precision: of the products.
-        ops: the operations, `sparsefw.kernels.cpu` or `sparsefw.kernels.triton_ops`.
+        G: (d, d) fp32 Gram matrix, already damped.
+        B: (rows, d) fp32 cross matrix; overwritten.
+        steps: number of conjugate-gradient steps; each is one product.
+        support: (rows, d) bool, weights that may change; None: all.
+        backend: the operations.
     """
     T = W.to(B.dtype, copy=True)
-    descend(T, B, G, None, steps, precision=precision, ops=ops)
+    descend(T, B, G, support, steps, backend=backend)
     return T

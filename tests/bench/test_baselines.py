@@ -6,7 +6,7 @@ import torch
 from helpers.kernel_inputs import DEVICE, gram, normal
 
 from sparsefw.kernels import cpu
-from sparsefw.solver import frank_wolfe
+from sparsefw.solver.objective import mask_error
 
 # k and group: per row, and n:m.
 BUDGETS = [(10, 0), (2, 4), (1, 3), (5, 8)]
@@ -35,7 +35,7 @@ class TestAdmm:
 
     @pytest.mark.parametrize(("k", "group"), BUDGETS)
     def test_update_pays(self, k, group):
-        """Lower than its own mask without the update, and than Wanda's."""
+        """The error is lower than that of its own mask without the update, and than that of Wanda's mask."""
         W, G = normal(30, 24), gram(24)
         mask, Z = baselines.admm(W, G, k, group=group)
         assert (error(W, Z, G) < error(W, W * mask, G)).all()
@@ -55,7 +55,7 @@ class TestAdmm:
 
     @pytest.mark.parametrize(("k", "group"), [(10, 0), (2, 4)])
     def test_mask_is_chosen_up_to_the_ramp_and_never_after(self, k, group, monkeypatch):
-        """The kept numbers fall by the cubic rule; in n:m they end where every group holds its n."""
+        """The number of kept weights falls by the cubic rule; under n:m it ends where every group holds its n."""
         sizes = []
 
         def spy(score, kept, **options):
@@ -70,7 +70,7 @@ class TestAdmm:
         assert sizes == [24 - int(removed * share) for share in (37 / 64, 56 / 64, 63 / 64, 1)]
 
     def test_without_ramp_and_correlation_it_is_magnitude(self):
-        """Uncorrelated inputs of norm 1: nothing to update, the largest weights stay as they are."""
+        """With uncorrelated inputs of norm 1 there is nothing to update: the largest weights stay as they are."""
         W = normal(4, 12)
         mask, Z = baselines.admm(W, torch.eye(12, device=DEVICE), 5, ramp=1)
         assert torch.equal(mask, cpu.lmo(W.abs(), 5))
@@ -106,13 +106,13 @@ def swap_changes(w, G, mask, group):
 class TestOneSwaps:
     @pytest.mark.parametrize(("k", "group"), BUDGETS)
     def test_every_swap_is_the_best_one_and_none_is_left(self, k, group, monkeypatch):
-        """Each row's search is followed swap by swap, with the change it reckons with, by trying all swaps."""
+        """Every swap of each row's search, and its change of the error, is compared with all swaps."""
         W, G = normal(8, 24, seed=3), gram(24, seed=5)
         name = "_best_in_groups" if group else "_best_in_row"
         choices, choose = [], getattr(baselines, name)
 
         def spy(a, b, pairs, *gain):
-            # What excludes pairs is at least what any of them gains, whatever was swapped before.
+            # The bound that excludes pairs is at least the gain of any of them, whatever was swapped before.
             assert all((bound >= pairs.masked_fill(b.isinf(), -torch.inf).amax(1)).all() for bound in gain)
             choices.append(choose(a, b, pairs, *gain))
             return choices[-1]
@@ -138,7 +138,7 @@ class TestOneSwaps:
         assert swaps >= 8
 
     def test_excluded_pairs_hold_no_better_one(self):
-        """Wide rows with outliers, where most pairs are never looked at: every swap is the best of all pairs."""
+        """In wide rows with outliers most pairs are never looked at, and yet every swap is the best of all pairs."""
         W, G = normal(6, 150, seed=1), gram(150, tokens=200, seed=2)
         scale = normal(150, seed=4).exp()
         G = G * (scale * scale[:, None])
@@ -165,7 +165,7 @@ class TestOneSwaps:
         before = W.clone(), G.clone(), mask.clone()
         swapped = baselines.one_swaps(W, G, mask, group=group)
         assert (swapped.view(40, -1, group or 24).sum(2) == k).all()
-        old, new = frank_wolfe.mask_error(W, mask, G), frank_wolfe.mask_error(W, swapped, G)
+        old, new = mask_error(W, mask, G), mask_error(W, swapped, G)
         assert (new <= old).all()
         assert new.sum() < 0.9 * old.sum()
         assert torch.equal(baselines.one_swaps(W, G, swapped, group=group), swapped)

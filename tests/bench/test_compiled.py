@@ -1,4 +1,4 @@
-"""The code that GPUs would run, compiled ahead of time: no spilled registers, and tensor cores where they belong."""
+"""Kernels compiled for GPUs ahead of time: no spilled registers, and tensor cores where they belong."""
 
 import json
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import triton
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 # Shared memory that one program may ask for, bytes.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -17,7 +19,7 @@ INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list[dict]:
-    """Every row of compiled.py. A process of its own: in this one the interpreter may be on."""
+    """Every row of compiled.py, from a process of its own: in this one the interpreter may be on."""
     folder = tmp_path_factory.mktemp("triton")
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
@@ -45,7 +47,7 @@ def test_the_committed_table_is_true(compiled):
     committed = json.loads((BENCH / "results" / "compiled.json").read_text(encoding="utf-8"))
     rows = committed["rows"]
     if committed["triton"] != triton.__version__:
-        # Another compiler: the launches and what they cost are the same, the code need not be.
+        # With another compiler the launches and their cost are the same; the code need not be.
         known = ("name", "target", "config", "flops", "bytes")
         rows, compiled = ([{name: row[name] for name in known} for row in each] for each in (rows, compiled))
     assert compiled == rows, "python bench/compiled.py --json bench/results/compiled.json makes it anew"
@@ -70,7 +72,7 @@ def test_rows_stay_in_the_registers_they_are_loaded_to(compiled):
 
 
 def test_other_rows_are_under_way_while_one_chooses(compiled):
-    """Of rows that fit in registers two are on a multiprocessor, or one that fills it."""
+    """A multiprocessor holds two rows that fit in registers, or one row that fills it."""
     for case in compiled:
         if case["name"] in ("step 576", "step 4096", "step of a target 4096", "step 2:4 4096", "step 8192"):
             threads = 32 * case["warps"]

@@ -1,4 +1,4 @@
-"""The profile of a run holds what all of its threads did."""
+"""The profile of a run covers all of its threads."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor

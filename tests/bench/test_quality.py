@@ -1,24 +1,24 @@
 """The quality study: which cells it runs, what it keeps and prints of them, the methods that only it has."""
 
-import importlib
 import json
 import re
+from dataclasses import asdict
 
 import pytest
+import quality
+import quality_curves
+import quality_plots
+import quality_settings
 import torch
 from helpers.families import save_model
 from helpers.kernel_inputs import DEVICE, gram, normal
 
 import sparsefw.run
 from sparsefw.errors import InputError
-from sparsefw.kernels import cpu
-from sparsefw.solver import patterns
-from sparsefw.solver.layer import prune_layers
-from sparsefw.solver.methods import METHODS, Settings
-
-quality = importlib.import_module("quality")
-quality_curves = importlib.import_module("quality_curves")
-quality_settings = importlib.import_module("quality_settings")
+from sparsefw.kernels.backend import TORCH
+from sparsefw.solver import METHODS, PruneConfig, patterns, prune_layers
+from sparsefw.solver.choices import CHOOSE
+from sparsefw.solver.config import WITH_REFIT
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,7 @@ def registered(monkeypatch):
     """The benchmark's methods, for the time of a test."""
     for name, method in quality.BASELINES.items():
         monkeypatch.setitem(METHODS, name, method)
+        monkeypatch.setitem(CHOOSE, name, quality.CHOOSE_BASELINES[name])
 
 
 def cells_of(settings=False, only="", wanted=None, seeds=(0,), nsamples=(64,)):
@@ -57,11 +58,11 @@ class TestCells:
             own = [cell for cell in cells if cell.method.startswith(base)]
             varied = [cell.method.removeprefix(f"{base}, ") for cell in own if cell.pattern == "0.6"]
             alphas = {name for name in varied if name.startswith("alpha")}
-            # The base has one of the five by itself.
+            # One of the five values is the base's own.
             assert len(alphas) == 4
             assert {"penalty 0", "steps 20", "steps 60", base} <= set(varied)
             assert "penalty 1" not in varied
-            # Of refitted weights it is the default.
+            # 30 is the default where weights are refitted.
             assert ("steps 30" in varied) == (base == quality.MASKS)
             assert [c.method for c in own if c.pattern == "layer:0.6"] == [base]
         assert [c.method for c in cells if "SparseGPT" in c.method] == ["SparseGPT"]
@@ -69,24 +70,24 @@ class TestCells:
     @pytest.mark.parametrize("settings", [False, True])
     def test_flags_are_those_of_the_command_line(self, settings):
         for cell in cells_of(settings):
-            arguments = sparsefw.run.parse_arguments([*cell.flags, "--sparsity", cell.pattern])
-            sparsefw.run.settings_of(arguments)
+            config = quality.config_of([*cell.flags, "--sparsity", cell.pattern])
+            assert config.sparsity == cell.pattern
             if cell.method.startswith(quality.MASKS):
-                assert arguments.refit == 0
+                assert config.refit == 0
             if "alpha 0.9" in cell.method:
-                assert arguments.alpha == 0.9
+                assert config.alpha == 0.9
 
     def test_a_changed_default_is_run_again(self, monkeypatch):
         cells = cells_of(only=quality.DEFAULT, wanted=["0.5", "0.6"])
         results = {"cells": {cells[0].key: {"arguments": quality.resolved(cells[0].flags)}}}
         assert quality.missing(results, cells) == cells[1:]
-        monkeypatch.setitem(sparsefw.run.PRESETS["sparsefw"], "steps", 31)
+        monkeypatch.setitem(WITH_REFIT["sparsefw"], "steps", 31)
         assert quality.missing(results, cells) == cells
 
     def test_settings_of_frank_wolfe_are_nothing_to_other_methods(self):
-        """A new one of them does not have their cells run again."""
+        """A new setting of Frank-Wolfe does not make cells of other methods run again."""
         assert set(quality.resolved(["--method", "wanda"])) == {"method"}
-        assert set(sparsefw.run.FRANK_WOLFE) <= set(quality.resolved([]))
+        assert {"steps", "alpha", "refit", "damp"} <= set(quality.resolved([]))
 
 
 class TestTable:
@@ -122,11 +123,11 @@ class TestBaselines:
     @pytest.mark.parametrize("method", ["one-swaps", "admm", "admm-refit"])
     @pytest.mark.parametrize("sparsity", ["0.6", "2:4", "4:8"])
     def test_pattern_is_exact(self, method, sparsity):
-        """Through the product, with layers stacked and filled up with rows of zeros."""
+        """The product runs them, with layers stacked and padded with rows of zeros."""
         pattern, G = patterns.parse(sparsity), gram(24)
         layers = [("q", normal(7, 24)), ("k", normal(5, 24, seed=1))]
         before = [weight.clone() for _, weight in layers]
-        rows = list(prune_layers(layers, G, method, Settings(pattern=pattern), cpu))
+        rows = list(prune_layers(layers, G, method, PruneConfig(sparsity=sparsity), TORCH))
         for row, (_, weight), dense in zip(rows, layers, before, strict=True):
             group = pattern.group or 24
             kept = 24 - int(0.6 * 24) if not pattern.group else pattern.group // 2
@@ -140,16 +141,16 @@ class TestBaselines:
         error = {}
         for method in ("admm", "admm-refit"):
             layer, G = normal(30, 24), gram(24)
-            (row,) = prune_layers([("q", layer)], G, method, Settings(pattern=patterns.parse("0.6")), cpu)
+            (row,) = prune_layers([("q", layer)], G, method, PruneConfig(refit=0, damp=0.1), TORCH)
             error[method] = row.error
             assert torch.equal(G, gram(24))
         assert error["admm-refit"] < error["admm"]
 
     @pytest.mark.parametrize("method", ["one-swaps", "admm", "admm-refit"])
     def test_budget_of_a_layer_is_refused(self, method):
-        settings = Settings(pattern=patterns.parse("layer:0.6"))
+        config = PruneConfig(sparsity="layer:0.6")
         with pytest.raises(InputError, match="same budget in every row"):
-            list(prune_layers([("q", normal(7, 24))], gram(24), method, settings, cpu))
+            list(prune_layers([("q", normal(7, 24))], gram(24), method, config, TORCH))
 
 
 def test_curves_start_at_the_warm_start_and_fall():
@@ -165,8 +166,9 @@ def test_curves_start_at_the_warm_start_and_fall():
     assert curves["no penalty, line search"][-1][0] == 200
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path, capsys, monkeypatch):
-    """A cell, the curves and the settings, run once; no place on the machine gets into the results."""
+    """A cell, the curves and the settings run once; no path of the machine gets into the results."""
     model = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
     texts = [tmp_path / name for name in ("calibration.txt", "test.txt", "other.txt")]
     for n, path in enumerate(texts):
@@ -216,13 +218,13 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
 
 class TestSettings:
     def test_each_is_varied_alone(self):
-        """Against its default, which is the row of the base."""
+        """Its default is the row of the base."""
         rows = quality_settings.settings_of_study()
         assert len(set(rows)) == len(rows)
         for base in quality_settings.VARIED:
-            before = vars(sparsefw.run.parse_arguments(list(base)))
+            before = asdict(quality.config_of(base))
             for flags in (row for row in rows if row[:-2] == base and row not in quality_settings.VARIED):
-                after = vars(sparsefw.run.parse_arguments(list(flags)))
+                after = asdict(quality.config_of(flags))
                 assert [f"--{name}" for name in before if before[name] != after[name]] == [flags[-2]]
 
     def layers(self):
@@ -231,7 +233,8 @@ class TestSettings:
         return [(i, "q_proj", W, [gram(16, seed=seed).cpu() for seed in (0, i)]) for i in (1, 2)]
 
     def test_errors_are_relative_to_wanda_s_mask_on_every_text(self, monkeypatch):
-        """With no steps, swaps or refit the mask is Wanda's: 1 on all texts; else less on the text calibrated on."""
+        """With no steps, swaps or refit the mask is Wanda's, and the error 1 on all texts; else it is less on the text
+        calibrated on."""
         nothing = ("--refit", "0", "--steps", "0", "--swaps", "0")
         monkeypatch.setattr(quality_settings, "settings_of_study", lambda: [nothing, ("--refit", "0")])
         measured = quality_settings.measure_settings(self.layers(), ["0.5"])
@@ -257,7 +260,7 @@ def test_plots(tmp_path):
     columns = {"name": names} | dict.fromkeys(("error", "error_mask", "error_warm_start"), [1.0] * 6)
     found = {cell.key: {"method": cell.method, "layers": columns} for cell in cells}
     curves = {"8": {"q_proj": {"penalty": [[0, 1.0, 1.0], [5, 0.8, 0.9]]}}}
-    importlib.import_module("quality_plots").plot({"cells": found, "curves": curves}, cells, tmp_path / "plots")
+    quality_plots.plot({"cells": found, "curves": curves}, cells, tmp_path / "plots")
     written = {path.name: path.stat().st_size for path in (tmp_path / "plots").iterdir()}
     assert set(written) == {"layers-2-4.png", "steps-block-8.png"}
     assert min(written.values()) > 5000

@@ -24,7 +24,7 @@ def test_rows_and_shares_of_measured_roofs():
     rows = tables.rows_of(RESULTS)
     roofs = tables.roofs_of(rows)
     assert roofs == {"bf16": 8000.0, "copy": 1000.0}
-    # A step's flops are no bound worth a word: its bytes are.
+    # A step is bound by its bytes, not by its flops.
     assert [tables.share(row, roofs) for row in rows[2:]] == [0.5, 1.0, 0.25]
     assert [row["case"] for row in rows[2:]] == ["3 x 4, bf16", "3 x 4, bf16", "3 x 4"]
 

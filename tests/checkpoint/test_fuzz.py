@@ -1,6 +1,6 @@
-"""Checkpoints that are broken at random: each is read right or refused in one line, and nothing else is opened.
+"""Checkpoints broken at random: each is read correctly or refused in one line, and nothing else is opened.
 
-`pytest` runs a few, always the same ones. `python tests/test_fuzz.py 10000` runs so many of every kind, drawn anew.
+`pytest` runs a few, always the same ones. `python tests/checkpoint/test_fuzz.py 10000` draws that many of every kind.
 """
 
 import contextlib
@@ -32,17 +32,19 @@ from sparsefw.data.tokenizer import load_tokenizer, tokenize
 from sparsefw.errors import InputError
 from sparsefw.model.streamed import StreamedModel
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = "tokenizer"
 FAMILIES_LOADED = ("llama", "opt", "gemma3_text", "qwen3_moe")
 
-# Of a checkpoint of a few KB. CPU time, since other processes may have the machine.
+# Limits for a checkpoint of a few KB. The seconds are CPU time, since other processes may use the machine.
 SECONDS, BYTES = 1.0, 200 * 2**20
 
-# Files by name: of a checkpoint, or those of it that are changed.
+# Files by name: all of a checkpoint, or those that are changed.
 Files = dict[str, bytes]
 
 
-# What is broken
+# How files are broken
 
 
 @cache
@@ -112,7 +114,7 @@ def changed_json(draw: st.DrawFn, text: bytes, spare: str = "") -> bytes:
         if not list(places(content)):
             break
     text = json.dumps(content, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
-    # An entry again: the text of an object, twice in a row.
+    # Doubles an entry: the text of the object, twice in a row.
     return text[:-1] + b", " + text[1:] if len(text) > 2 and draw(st.integers(0, 9)) == 7 else text
 
 
@@ -186,12 +188,12 @@ def changed_header(draw: st.DrawFn) -> Files:
 
 @st.composite
 def changed(draw: st.DrawFn, how: Callable, *names: str, family: str | None = None) -> Files:
-    """One of these files, changed; without names any of the checkpoint."""
+    """One of the named files, changed; without names any file of the checkpoint."""
     name = draw(st.sampled_from(sorted(names or whole(family))))
     return {name: draw(how(whole(family)[name]))}
 
 
-# What must hold
+# Properties that must hold
 
 
 OPENED: list[str] = []
@@ -216,17 +218,17 @@ def folder_of(files: Files) -> Iterator[Path]:
 
 
 def peak() -> int:
-    """Most memory that this process had since it was asked for the last time, bytes."""
-    found = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    """Peak memory of this process since the last call, bytes."""
+    high_water = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     Path("/proc/self/clear_refs").write_text("5")
-    return int(found.split()[1]) * 1024
+    return int(high_water.split()[1]) * 1024
 
 
 @contextlib.contextmanager
 def within_limits() -> Iterator[None]:
     peak()
     before = peak()
-    # What it collects is that of all examples so far.
+    # A collection would take in the garbage of all examples so far.
     gc.disable()
     started = time.process_time()
     try:
@@ -239,33 +241,33 @@ def within_limits() -> Iterator[None]:
 
 
 def read(changes: Files) -> None:
-    """What `inspect` accepts it reads right; else it says why in one line, and it opens nothing else."""
+    """`inspect` reads a checkpoint correctly or says in one line why not, and opens nothing else."""
     watch()
     with folder_of(whole() | changes) as folder, within_limits():
         OPENED.clear()
-        found, refusal = attempt(inspect, folder)
-        # Modules are imported on the way.
+        inspected, refusal = attempt(inspect, folder)
+        # Files of modules that are imported meanwhile do not count.
         opened = [path for path in OPENED if not path.startswith((sys.prefix, sys.base_prefix))]
         assert all(Path(path).resolve().is_relative_to(folder) for path in opened), opened
         assert refusal.isprintable()
         assert len(refusal) < 2000
-        if found is not None:
-            check(found, folder)
+        if inspected is not None:
+            check(inspected, folder)
 
 
 def attempt(what: Callable[[Path], Any], folder: Path) -> tuple[Any, str]:
-    """What comes out and "", or None and why it was refused."""
+    """The result and "", or None and the reason of the refusal."""
     try:
         return what(folder), ""
     except InputError as error:
         return None, str(error)
 
 
-def check(found: checkpoint.Checkpoint, folder: Path) -> None:
-    """What `inspect` says is what the library reads, and what is read from the file here."""
-    own = read_tensors(found.tensors)
-    assert found.config == json.loads((folder / CONFIG).read_bytes())
-    for name, info in found.tensors.items():
+def check(inspected: checkpoint.Checkpoint, folder: Path) -> None:
+    """`inspect` agrees with what the library reads, and with what this package reads from the file."""
+    own = read_tensors(inspected.tensors)
+    assert inspected.config == json.loads((folder / CONFIG).read_bytes())
+    for name, info in inspected.tensors.items():
         assert name.isprintable()
         assert info.file.parent == folder
         with safe_open(info.file, framework="pt") as file:
@@ -274,11 +276,11 @@ def check(found: checkpoint.Checkpoint, folder: Path) -> None:
         assert own[name].shape == tensor.shape
         # NaN is not equal to itself, its bytes are.
         assert torch.equal(own[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
-    assert found.dtype.is_floating_point
+    assert inspected.dtype.is_floating_point
 
 
 def load(changes: Files, family: str) -> None:
-    """What `inspect` accepts becomes a model, or is refused in one line."""
+    """A checkpoint that `inspect` accepts becomes a model, or is refused in one line."""
     with folder_of(whole(family) | changes) as folder, within_limits():
         model, refusal = attempt(lambda f: StreamedModel(inspect(f), torch.device("cpu")), folder)
         assert len(refusal.splitlines()) == (model is None)
@@ -294,7 +296,7 @@ def tokenized(changes: Files) -> None:
         assert refusal.isprintable()
 
 
-# By name: what is drawn, what must hold, and how many of them `pytest` draws.
+# By name: what is drawn, the property that must hold, and how many examples `pytest` draws.
 PROPERTIES = {
     "made-up header": (headers(), read, 150),
     "changed header": (changed_header(), read, 100),

@@ -64,7 +64,7 @@ def test_tensors_may_lie_in_any_order(folder):
 
 
 def test_a_name_stands_once(folder, shards):
-    # safetensors takes the last one.
+    # safetensors takes the last entry.
     write_header(folder / SINGLE, f'{{"a": {entry()}, "a": {entry("[2, 1]")}}}')
     with refused("model.safetensors: a is in it twice; keep one"):
         inspect(folder)
@@ -74,7 +74,7 @@ def test_a_name_stands_once(folder, shards):
 
 
 def test_an_entry_has_names(folder):
-    # safetensors takes this for an entry, but nothing else does.
+    # safetensors takes a list for an entry; other readers do not.
     write_header(folder / SINGLE, '{"a": ["F32", [2], [0, 8]]}')
     with refused("model.safetensors: tensor a is described by a list"):
         inspect(folder)

@@ -26,7 +26,7 @@ def test_empty_and_scalar_tensors(folder):
 
 
 def test_memory_is_aligned_as_torchs_own(folder):
-    """Behind a header of any length: products may round differently elsewhere."""
+    """Whatever the length of the header: products may round differently with another alignment."""
     for length in range(1, 9):
         save_file({"x" * length: torch.ones(3), "w": torch.ones(64, 64, dtype=torch.bfloat16)}, folder / SINGLE)
         assert all(tensor.data_ptr() % 64 == 0 for tensor in read_tensors(inspect(folder).tensors).values())

@@ -1,5 +1,6 @@
 """Unfinished runs on disk: one process at a time, and only the same run goes on."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,14 +8,15 @@ import sys
 import pytest
 from helpers.checkpoints import contents, refused
 
-from sparsefw.checkpoint.resume import Partial, durably
+from sparsefw.checkpoint.resume import PartialFolder, durably
 
 CHOSEN = {"batch": 8}
 IDENTITY = {"--sparsity": "0.6", "the model": "abc", "torch": "2.13"}
 
 
 def opened(tmp_path, identity=IDENTITY, restart=False):
-    partial = Partial(tmp_path / ".out.partial", tmp_path / "out")
+    partial = PartialFolder(tmp_path / "out")
+    partial.lock()
     try:
         partial.open(identity, CHOSEN, restart)
     finally:
@@ -23,7 +25,8 @@ def opened(tmp_path, identity=IDENTITY, restart=False):
 
 
 def with_two_records(tmp_path):
-    partial = Partial(tmp_path / ".out.partial", tmp_path / "out")
+    partial = PartialFolder(tmp_path / "out")
+    partial.lock()
     partial.open(IDENTITY, {"batch": 4})
     for n in (1, 2):
         partial.add({"n": n})
@@ -66,14 +69,16 @@ def test_restart_discards_it(tmp_path):
 
 def test_folder_without_an_output_to_be_begins_anew(tmp_path):
     partial = with_two_records(tmp_path)
-    (partial.folder / "new").rmdir()
+    partial.new.rmdir()
     assert opened(tmp_path, {"--sparsity": "0.5"}).records == []
 
 
+@pytest.mark.slow
 def test_second_process_is_refused_and_the_first_ones_death_frees_it(tmp_path):
     code = (
-        "import sys, pathlib; from sparsefw.checkpoint.resume import Partial; p = pathlib.Path(sys.argv[1]);"
-        "Partial(p / '.out.partial', p / 'out').open({}); print('held', flush=True); sys.stdin.read()"
+        "import sys, pathlib; from sparsefw.checkpoint.resume import PartialFolder;"
+        "partial = PartialFolder(pathlib.Path(sys.argv[1]) / 'out'); partial.lock(); partial.open({});"
+        "print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -102,3 +107,17 @@ def test_file_is_whole_or_not_there(tmp_path):
     durably(path, lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_layout_on_disk(tmp_path):
+    """All versions have the same layout, so that one can finish the run of another."""
+    partial = with_two_records(tmp_path)
+    kept = partial.kept("wanda-00000")
+    kept.parent.mkdir()
+    kept.touch()
+    names = ["identity.json", "kept", "kept/wanda-00000.safetensors", "lock", "new", "records"]
+    names += ["records/00001.json", "records/00002.json"]
+    folder = tmp_path / ".out.partial"
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == sorted(names)
+    assert json.loads((folder / "identity.json").read_text()) == {"identity": IDENTITY, "chosen": {"batch": 4}}
+    assert json.loads((folder / "records" / "00002.json").read_text()) == {"n": 2}

@@ -166,7 +166,7 @@ def test_older_output_comes_back_when_the_move_fails(folder, tmp_path, monkeypat
     def fail(self, target):
         if self == output or Path(target) == output:
             moves.append(self)
-            # The move away (0) or the move into place (1) fails, the one that restores does not.
+            # The move away (0) or the move into place (1) fails; the move that restores does not.
             if len(moves) == moves_before + 1:
                 raise KeyboardInterrupt
         return rename(self, target)
@@ -252,8 +252,8 @@ def test_transformers_loads_what_is_written(tmp_path, tied):
     )
     source, output = tmp_path / "source", tmp_path / "pruned"
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
-    found = inspect(source)
-    assert ("lm_head.weight" in found.tensors) != tied
+    inspected = inspect(source)
+    assert ("lm_head.weight" in inspected.tensors) != tied
     tensors = load_file(source / SINGLE)
     with Writer(output, 3) as writer:
         for block in ("layers.0.", "layers.1."):
@@ -269,5 +269,5 @@ def test_transformers_loads_what_is_written(tmp_path, tied):
     for name, tensor in expected.items():
         assert torch.equal(state[name].view(torch.int16), tensor.view(torch.int16)), name
     again = inspect(output)
-    assert again.nbytes == found.nbytes
-    assert again.tensors.keys() == found.tensors.keys()
+    assert again.nbytes == inspected.nbytes
+    assert again.tensors.keys() == inspected.tensors.keys()

@@ -1,4 +1,4 @@
-"""Checking what was written: the outputs of runs pass, whatever was asked for, and sources are found or asked for."""
+"""Unchanged outputs pass all checks, whatever the flags. The source is found, or has to be named."""
 
 import json
 import re
@@ -31,16 +31,18 @@ from sparsefw.checkpoint.source import CONFIG, SINGLE
 from sparsefw.verify import main
 
 
+@pytest.mark.slow
 class TestPasses:
     @pytest.mark.parametrize("sparsity", ["0.6", "layer:0.6", "2:4"])
     @pytest.mark.parametrize("refit", ["4", "0"])
     def test_patterns(self, sparsity, refit, pruned, capsys):
         _, output = pruned("--sparsity", sparsity, "--refit", refit)
-        status, said, _ = verdict(capsys, output)
+        status, printed, _ = verdict(capsys, output)
         assert status == 0
-        assert said.endswith("\nall checks passed\n")
-        assert ("not checked: kept weights were refitted" in said) == (refit == "4")
-        assert said.count("not checked") == (refit == "4")
+        assert printed.endswith("\nall checks passed\n")
+        assert ("not checked: kept weights were refitted" in printed) == (refit == "4")
+        assert "not checked: --keep-zeros was not given" in printed
+        assert printed.count("not checked") == 1 + (refit == "4")
 
     @pytest.mark.parametrize(
         ("family", "dtype", "flags"),
@@ -61,19 +63,42 @@ class TestPasses:
     )
     def test_families_and_methods(self, family, dtype, flags, pruned, capsys):
         _, output = pruned(*flags, family=family, dtype=dtype)
-        status, said, _ = verdict(capsys, output)
-        assert status == 0, said
+        status, printed, _ = verdict(capsys, output)
+        assert status == 0, printed
+
+    @pytest.mark.parametrize(
+        ("family", "flags", "pruned_layers", "other_tensors"),
+        [
+            # Other tensors: two norms in each of two blocks, the last norm, the embedding; and layers that are not
+            # selected.
+            ("llama", ["--ignore", "down_proj", "--refit", "0"], 12, 6 + 2),
+            ("llama", ["--include", "mlp", "--ignore", "layers.0", "--keep-zeros"], 3, 6 + 7 + 4),
+            ("llama", ["--ignore", r"re:.*\.[qkv]_proj", "--method", "sparsegpt", "--compare", "wanda"], 8, 6 + 6),
+            ("gpt2", ["--include", "mlp.c_proj"], 2, None),
+            ("qwen3_moe", ["--ignore", "experts"], 8, None),
+            ("qwen3_moe", ["--ignore", "experts.down_proj[0]", "--refit", "0"], None, None),
+        ],
+    )
+    def test_selected_layers(self, family, flags, pruned_layers, other_tensors, pruned, capsys):
+        """Layers that are not selected are compared with the source, like all tensors that stay as they are."""
+        _, output = pruned(*flags, family=family)
+        status, printed, _ = verdict(capsys, output)
+        assert status == 0, printed
+        if pruned_layers:
+            assert re.search(rf"^pattern .* {pruned_layers} layers +ok$", printed, re.MULTILINE)
+        if other_tensors:
+            assert re.search(rf"^others .* {other_tensors} tensors +ok$", printed, re.MULTILINE)
 
     def test_what_is_said(self, pruned, capsys):
         _, output = pruned("--sparsity", "2:4", "--refit", "0")
-        _, said, _ = verdict(capsys, output)
+        _, printed, _ = verdict(capsys, output)
         # Two norms in each of two blocks, the last norm, the embedding.
-        assert re.search(r"^others .* 6 tensors +ok$", said, re.MULTILINE)
-        assert re.search(r"^report .* 14 layers +ok$", said, re.MULTILINE)
-        assert re.search(r"^pattern .* 14 layers +ok$", said, re.MULTILINE)
-        assert re.search(r"^kept .* 14 layers +ok$", said, re.MULTILINE)
-        assert re.search(r"^model.layers.\*.mlp.down_proj.weight +2 +3072 +1536 +50.00 %$", said, re.MULTILINE)
-        assert re.search(r"^all +14 +15360 +7680 +50.00 %$", said, re.MULTILINE)
+        assert re.search(r"^others .* 6 tensors +ok$", printed, re.MULTILINE)
+        assert re.search(r"^report .* 14 layers +ok$", printed, re.MULTILINE)
+        assert re.search(r"^pattern .* 14 layers +ok$", printed, re.MULTILINE)
+        assert re.search(r"^kept .* 14 layers +ok$", printed, re.MULTILINE)
+        assert re.search(r"^model.layers.\*.mlp.down_proj.weight +2 +3072 +1536 +50.00 %$", printed, re.MULTILINE)
+        assert re.search(r"^all +14 +15360 +7680 +50.00 %$", printed, re.MULTILINE)
 
     def test_embedded_model(self, tmp_path, capsys):
         flags = ["--nsamples", "2", "--steps", "2", "--eval-windows", "1", "--output", str(tmp_path / "out")]
@@ -93,20 +118,20 @@ class TestPasses:
         assert only_failure(capsys, tmp_path / "out", "others").startswith(f"{expert}: 1 of 768 values differ")
 
     def test_weights_that_are_zero_in_the_source(self, tmp_path, capsys):
-        """Kept or removed they are zeros, and rows may have fewer weights than they may keep."""
+        """Such weights are zero whether kept or removed, so a row may have fewer nonzero weights than its budget."""
         source = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
         shard = next(path for path in source.glob("*.safetensors") if Q in load_file(path))
         tensors = load_file(shard)
         tensors[Q][:4, :28] = 0
         save_file(tensors, shard, metadata={"format": "pt"})
         prune(source, tmp_path / "out", "--refit", "0")
-        status, said, _ = verdict(capsys, tmp_path / "out")
+        status, printed, _ = verdict(capsys, tmp_path / "out")
         assert status == 0
-        # Four rows keep 4 of 32, and 13 all others, of two blocks.
-        assert re.search(rf"q_proj.weight +2 +2048 +{2048 - 4 * 4 - 60 * 13} ", said)
+        # In two blocks of 32 rows, four rows keep 4 weights, all others 13.
+        assert re.search(rf"q_proj.weight +2 +2048 +{2048 - 4 * 4 - 60 * 13} ", printed)
 
     def test_tensors_of_another_dtype(self, tmp_path, capsys):
-        """They are written in the model's dtype, but for routers that transformers keeps in fp32."""
+        """Tensors are written in the model's dtype, except routers, which transformers keeps in fp32."""
         config = AutoConfig.for_model(
             "deepseek_v3",
             **dict(vocab_size=258, hidden_size=32, intermediate_size=48, max_position_embeddings=64),
@@ -126,25 +151,25 @@ class TestPasses:
         prune(source, output, "--refit", "0")
         assert tensor_of(output, router).dtype == torch.float32
         assert tensor_of(output, NORM).dtype == torch.bfloat16
-        status, said, _ = verdict(capsys, output)
-        assert status == 0, said
-        assert "note: the source: read and written as torch.bfloat16" in said
+        status, printed, _ = verdict(capsys, output)
+        assert status == 0, printed
+        assert "note: the source: read and written as torch.bfloat16" in printed
         change_tensor(output, router, lambda tensor: tensor.half())
         failure = f"{router}: is torch.float16, in the source torch.bfloat16"
         assert verdict(capsys, output)[2]["shapes"] == [failure]
 
     def test_names_that_the_model_has_not(self, tmp_path, capsys):
-        """Those of a model without its head, as GPT-2 has them on the Hub: others are written."""
+        """GPT-2 on the Hub has the names of a model without its head. The output has those of the whole model."""
         source = save_gpt2(tmp_path / "model", torch.float32)
         tensors = {name.removeprefix("transformer."): t for name, t in load_file(source / SINGLE).items()}
         save_file(tensors, source / SINGLE, metadata={"format": "pt"})
         prune(source, tmp_path / "out", "--refit", "0")
         assert not checkpoint.inspect(tmp_path / "out").tensors.keys() & tensors.keys()
-        status, said, _ = verdict(capsys, tmp_path / "out")
-        assert status == 0, said
+        status, printed, _ = verdict(capsys, tmp_path / "out")
+        assert status == 0, printed
 
     def test_output_of_a_run_as_source(self, copied, tmp_path, capsys):
-        """It has a report, too, in whose place the new one is."""
+        """The source has a report, too, which the new report replaces."""
         _, first = copied(*WANDA)
         prune(first, tmp_path / "again", "--method", "magnitude", "--sparsity", "0.7")
         assert verdict(capsys, tmp_path / "again")[0] == 0
@@ -155,12 +180,13 @@ class TestSource:
     def test_not_there(self, model, copied, capsys):
         source, output = copied(*WANDA)
         change_report(output, lambda report: report["arguments"].update(model=model))
-        status, said, _ = verdict(capsys, output)
+        status, printed, _ = verdict(capsys, output)
         assert status == 0
-        assert re.search(r"^not compared with the source: .*; name the source with --against$", said, re.MULTILINE)
-        assert said.count("not checked: no source") == 4
-        assert said.endswith("\nall checks that could be made passed\n")
-        # Named, it is compared with.
+        assert re.search(r"^not compared with the source: .*; name the source with --against$", printed, re.MULTILINE)
+        assert printed.count("not checked: no source") == 4
+        assert "not checked: --keep-zeros was not given" in printed
+        assert printed.endswith("\nall checks that could be made passed\n")
+        # With --against the source is compared.
         column = tensor_of(output, Q)[5].nonzero()[0].item()
         change_tensor(output, Q, put((5, column), flip_bit))
         assert verdict(capsys, output)[0] == 0
@@ -170,25 +196,25 @@ class TestSource:
         _, output = copied(*WANDA)
         (tmp_path / "empty").mkdir()
         change_report(output, lambda report: report["arguments"].update(model=str(tmp_path / "empty")))
-        status, said, _ = verdict(capsys, output)
+        status, printed, _ = verdict(capsys, output)
         assert status == 0
-        assert f"\nnot compared with the source: {tmp_path / 'empty'}: no config.json" in said
+        assert f"\nnot compared with the source: {tmp_path / 'empty'}: no config.json" in printed
 
     def test_another_model(self, pruned, tmp_path, capsys):
         _, output = pruned(*WANDA)
         other = save_model(tmp_path / "other", "llama", seed=1, num_hidden_layers=2)
         failures = verdict(capsys, output, "--against", str(other))[2]
         assert failures.keys() == {"kept", "others"}
-        # Of 14 layers.
+        # There are 14 layers.
         assert len(failures["kept"]) == 11
         assert failures["kept"][-1] == "and 4 more"
 
     def test_deeper_model(self, pruned, tmp_path, capsys):
         _, output = pruned(*WANDA)
         other = save_model(tmp_path / "other", "llama")
-        _, said, failures = verdict(capsys, output, "--against", str(other))
+        _, printed, failures = verdict(capsys, output, "--against", str(other))
         assert failures["model"] == ["model.layers.1: the last of the blocks, in the source it is model.layers.2"]
-        assert said.count("not checked: the source has other blocks") == 2
+        assert printed.count("not checked: the source has other blocks") == 2
 
     def test_wider_model(self, pruned, tmp_path, capsys):
         _, output = pruned(*WANDA)
@@ -199,14 +225,14 @@ class TestSource:
         assert f"{NORM}: torch.float32 (32,), in the source torch.float32 (64,)" in failures["others"]
 
     @pytest.mark.parametrize(
-        ("against", "says"),
+        ("against", "message"),
         [("./nowhere", "no such folder"), ("out", "the output itself"), ("empty", "no config.json")],
     )
-    def test_that_cannot_be_used(self, against, says, copied, tmp_path, capsys, monkeypatch):
+    def test_that_cannot_be_used(self, against, message, copied, tmp_path, capsys, monkeypatch):
         copied(*WANDA)
         (tmp_path / "empty").mkdir()
         monkeypatch.chdir(tmp_path)
-        refused(capsys, f"{against}: {says}", "out", "--against", against)
+        refused(capsys, f"{against}: {message}", "out", "--against", against)
 
     @pytest.mark.parametrize("name", [DOWN, NORM, "model.norm.weight"])
     def test_with_nan(self, name, copied, tmp_path, capsys):

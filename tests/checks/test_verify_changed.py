@@ -1,10 +1,11 @@
-"""Checking what was written: whatever is changed in it afterwards is found and named."""
+"""Checks of outputs that were changed after they were written: every change is found, and its place is named."""
 
 import json
 import re
 
 import pytest
 import torch
+from helpers.families import save_model
 from helpers.verifying import (
     DOWN,
     EMBEDDING,
@@ -15,18 +16,22 @@ from helpers.verifying import (
     change_tensor,
     flip_bit,
     only_failure,
+    prune,
     put,
+    save_gpt2,
     tensor_of,
     verdict,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE
+
+pytestmark = pytest.mark.slow
 
 
 class TestPattern:
     @pytest.mark.parametrize(
-        ("flags", "says"),
+        ("flags", "message"),
         [
             (["--method", "wanda"], "row 5 has 14 non-zero weights, 13 may be kept"),
             (["--sparsity", "0.6", "--refit", "4"], "row 5 has 14 non-zero weights, 13 may be kept"),
@@ -35,12 +40,12 @@ class TestPattern:
             (["--method", "sparsegpt"], "the matrix has 411 non-zero weights, 410 may be kept"),
         ],
     )
-    def test_one_weight_too_many(self, flags, says, copied, capsys):
-        """The source's own, so that nothing else is wrong."""
+    def test_one_weight_too_many(self, flags, message, copied, capsys):
+        """The extra weight is the source's own, so that nothing else is wrong."""
         source, output = copied(*flags)
         column = (tensor_of(output, Q)[5] == 0).nonzero()[-1].item()
         change_tensor(output, Q, put((5, column), tensor_of(source, Q)[5, column]))
-        match = re.match(rf"{Q}: {says}", only_failure(capsys, output, "pattern"))
+        match = re.match(rf"{Q}: {message}", only_failure(capsys, output, "pattern"))
         assert match
         if match.groups():
             assert int(match[1]) == column // 4 * 4
@@ -56,7 +61,7 @@ class TestPattern:
         _, output = copied(*WANDA, family="gpt2")
         change_report(output, lambda report: [row.update(transposed=False) for row in report["layers"]])
         failures = verdict(capsys, output)[2]
-        # The square ones fit, but not their rows.
+        # Square layers have this shape both ways, but their rows keep other numbers of weights.
         assert len(failures["report"]) == 6
         assert {failure.partition(":")[0] for failure in failures["pattern"]} == {
             f"transformer.h.{i}.attn.c_proj.weight" for i in range(2)
@@ -65,15 +70,15 @@ class TestPattern:
     def test_expert(self, copied, capsys):
         _, output = copied(*WANDA, family="qwen3_moe")
         change_tensor(output, "model.layers.1.mlp.experts.3.up_proj.weight", put(slice(4, 7), 0.5))
-        # Below the 24 rows of the gate.
-        says = "row 28 has 32 non-zero weights, 13 may be kept, and 2 more like it"
-        assert verdict(capsys, output)[2]["pattern"] == [f"model.layers.1.mlp.experts.gate_up_proj[3]: {says}"]
+        # The gate has the first 24 rows.
+        message = "row 28 has 32 non-zero weights, 13 may be kept, and 2 more like it"
+        assert verdict(capsys, output)[2]["pattern"] == [f"model.layers.1.mlp.experts.gate_up_proj[3]: {message}"]
 
     def test_report_that_claims_more(self, copied, capsys):
         _, output = copied(*WANDA)
         change_report(output, lambda report: report["layers"][0].update(kept=32 * 14))
-        says = "keeps 448 of 1024 by the report, which the pattern does not"
-        assert only_failure(capsys, output, "pattern") == f"{Q}: {says}"
+        message = "keeps 448 of 1024 by the report, which the pattern does not"
+        assert only_failure(capsys, output, "pattern") == f"{Q}: {message}"
 
 
 class TestKept:
@@ -84,8 +89,8 @@ class TestKept:
         column = tensor_of(output, Q)[5].nonzero()[0].item()
         change_tensor(output, Q, put((5, column), flip_bit))
         values = f"{tensor_of(output, Q)[5, column].item()}, in the source {tensor_of(source, Q)[5, column].item()}"
-        says = f"1 of 1024 values differ, first at [5, {column}]: {values}"
-        assert only_failure(capsys, output, "kept") == f"{Q}: {says}"
+        message = f"1 of 1024 values differ, first at [5, {column}]: {values}"
+        assert only_failure(capsys, output, "kept") == f"{Q}: {message}"
 
     def test_one_weight_too_few(self, copied, capsys):
         _, output = copied(*WANDA)
@@ -107,16 +112,108 @@ class TestKept:
         assert f"first at [5, {column}]: -0.0, in the source" in only_failure(capsys, output, "kept")
 
     def test_another_dtype_than_the_source(self, copied, capsys):
-        """The same in all tensors, of which only the first failures are listed."""
+        """All tensors have the other dtype, and only the first failures are listed."""
         _, output = copied(*WANDA, dtype=torch.bfloat16)
         for name in json.loads((output / INDEX).read_text())["weight_map"]:
             change_tensor(output, name, lambda tensor: tensor.float())
         failures = verdict(capsys, output)[2]
-        assert {check: len(said) for check, said in failures.items()} == {"shapes": 11, "kept": 11, "others": 6}
+        assert {check: len(printed) for check, printed in failures.items()} == {"shapes": 11, "kept": 11, "others": 6}
         assert failures["shapes"][-1] == "and 10 more"
         assert failures["kept"][-1] == "and 4 more"
         assert failures["kept"][0] == f"{Q}: not of this shape and dtype in the source"
         assert f"{NORM}: torch.float32 (32,), in the source torch.bfloat16 (32,)" in failures["others"]
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def zeros_kept(request, tmp_path):
+    """A run with --keep-zeros: its source, its output, the name of a layer whose first four rows are mostly zero, and
+    whether that layer is stored (in, out)."""
+    source, output, transposed = tmp_path / "model", tmp_path / "out", request.param == "gpt2"
+    if transposed:
+        save_gpt2(source, torch.float32)
+    else:
+        save_model(source, "llama", num_hidden_layers=2)
+    name = "transformer.h.1.mlp.c_fc.weight" if transposed else Q
+    shard = next(path for path in source.glob("*.safetensors") if name in load_file(path))
+    tensors = load_file(shard)
+    (tensors[name].T if transposed else tensors[name])[:4, :28] = 0
+    save_file(tensors, shard, metadata={"format": "pt"})
+    prune(source, output, "--keep-zeros")
+    return source, output, name, transposed
+
+
+class TestZeros:
+    def test_that_are_kept(self, zeros_kept, capsys):
+        _, output, _, transposed = zeros_kept
+        status, printed, _ = verdict(capsys, output)
+        assert status == 0, printed
+        assert re.search(rf"^zeros .* {8 if transposed else 14} layers +ok$", printed, re.MULTILINE)
+
+    def test_that_are_revived(self, zeros_kept, capsys):
+        """Only this check finds them: the pattern allows them, and refitted weights may have any value."""
+        source, output, name, transposed = zeros_kept
+        for column in (3, 9):
+            change_tensor(output, name, put((column, 2) if transposed else (2, column), 0.5))
+        failure = only_failure(capsys, output, "zeros")
+        assert failure.startswith(f"{name}: 2 of {tensor_of(output, name).numel()} values are not zero any more, ")
+        assert failure.endswith("first at [2, 3]: 0.5, in the source 0.0")
+        # Without the flag a refit may revive them, and without a source nobody can tell.
+        change_report(output, lambda report: report["arguments"].update(keep_zeros=False))
+        assert verdict(capsys, output)[0] == 0
+        change_report(output, lambda report: report["arguments"].update(keep_zeros=True, model="gone"))
+        assert re.search(r"^zeros .* not checked: no source$", verdict(capsys, output)[1], re.MULTILINE)
+        assert only_failure(capsys, output, "zeros", "--against", str(source)).startswith(name)
+
+    def test_of_a_source_of_another_shape(self, copied, tmp_path, capsys):
+        _, output = copied("--keep-zeros")
+        other = save_model(tmp_path / "other", "llama", num_hidden_layers=2, hidden_size=64)
+        failures = verdict(capsys, output, "--against", str(other))[2]["zeros"]
+        assert failures[0] == f"{Q}: not of this shape and dtype in the source"
+
+
+class TestSelection:
+    IGNORED = (*WANDA, "--ignore", "down_proj")
+
+    def test_ignored_layer_that_was_changed(self, copied, capsys):
+        _, output = copied(*self.IGNORED)
+        change_tensor(output, DOWN, put((3, 5), flip_bit))
+        failure = only_failure(capsys, output, "others")
+        assert failure.startswith(f"{DOWN}: 1 of {tensor_of(output, DOWN).numel()} values differ, first at [3, 5]: ")
+
+    def test_ignored_layer_that_was_pruned(self, copied, capsys):
+        _, output = copied(*self.IGNORED)
+        change_tensor(output, DOWN, put((slice(None), slice(0, 30)), 0.0))
+        assert only_failure(capsys, output, "others").startswith(f"{DOWN}: 960 of 1536 values differ")
+
+    def test_ignored_expert_that_was_changed(self, copied, capsys):
+        _, output = copied(*WANDA, "--ignore", "experts.down_proj[1]", family="qwen3_moe")
+        change_tensor(output, "model.layers.1.mlp.experts.1.down_proj.weight", put((3, 2), flip_bit))
+        message = "model.layers.1.mlp.experts.down_proj[1]: 1 of 768 values differ"
+        assert only_failure(capsys, output, "others").startswith(message)
+
+    def test_report_that_hides_an_ignored_layer(self, copied, capsys):
+        _, output = copied(*self.IGNORED)
+        change_report(output, lambda report: report["kept_dense"].remove(DOWN))
+        assert only_failure(capsys, output, "report") == f"{DOWN}: neither pruned nor kept dense by the report"
+
+    def test_report_that_claims_an_ignored_layer(self, copied, capsys):
+        """The report says that the layer was pruned, which it was not."""
+        _, output = copied(*self.IGNORED)
+        row = {"name": DOWN, "shape": [32, 48], "kept": 32 * 20}
+        change_report(output, lambda report: report["layers"].append(report["layers"][0] | row))
+        message = "row 0 has 48 non-zero weights, 20 may be kept, and 31 more like it"
+        assert only_failure(capsys, output, "pattern") == f"{DOWN}: {message}"
+
+    def test_report_that_hides_a_pruned_layer(self, copied, capsys):
+        """The report lists the layer as kept dense, but its weights are not the source's."""
+        _, output = copied(*self.IGNORED)
+
+        def hide(report: dict) -> None:
+            report["layers"] = [layer for layer in report["layers"] if layer["name"] != Q]
+            report["kept_dense"].append(Q)
+
+        change_report(output, hide)
+        assert only_failure(capsys, output, "others").startswith(f"{Q}: 608 of 1024 values differ")
 
 
 class TestOthers:
@@ -189,8 +286,8 @@ class TestFiles:
     def test_missing_tensor(self, copied, capsys):
         _, output = copied(*WANDA)
         change_tensor(output, NORM, lambda tensor: None)
-        says = "this tensor is missing from the checkpoint (1 in all)"
-        assert only_failure(capsys, output, "model").endswith(f"{NORM}: {says}")
+        message = "this tensor is missing from the checkpoint (1 in all)"
+        assert only_failure(capsys, output, "model").endswith(f"{NORM}: {message}")
 
     def test_tensor_too_many(self, copied, capsys):
         _, output = copied(*WANDA)
@@ -211,24 +308,24 @@ class TestFiles:
         assert failures["model"][0].endswith(f"{NORM}: the checkpoint has shape (31,), the config asks for (32,)")
 
     def test_other_dtype(self, copied, capsys):
-        """Of a tensor of ones, so that the model has the same values."""
+        """The tensor holds ones, so that its values in the model are the same."""
         _, output = copied(*WANDA)
         change_tensor(output, NORM, lambda tensor: tensor.half())
-        says = "is torch.float16, in the source torch.float32"
-        assert only_failure(capsys, output, "shapes") == f"{NORM}: {says}"
+        message = "is torch.float16, in the source torch.float32"
+        assert only_failure(capsys, output, "shapes") == f"{NORM}: {message}"
 
     @pytest.mark.parametrize(("name", "value"), [(DOWN, torch.nan), (NORM, torch.inf), (EMBEDDING, -torch.inf)])
     def test_not_finite(self, name, value, copied, capsys):
         _, output = copied(*WANDA)
         change_tensor(output, name, put((1,) * tensor_of(output, name).dim(), value))
-        _, said, failures = verdict(capsys, output)
+        _, printed, failures = verdict(capsys, output)
         holds = "1 NaN and 0 Inf" if value != value else "0 NaN and 1 Inf"
         assert failures["finite"][0].startswith(f"{name}: holds {holds} among ")
         assert failures["model"][0].startswith(f"{name}: holds {holds} among ")
         assert failures.keys() == {"finite", "model"}
         if name != EMBEDDING:
             # The other block is checked all the same.
-            assert re.search(r"^pattern .* 7 layers +ok$", said, re.MULTILINE)
+            assert re.search(r"^pattern .* 7 layers +ok$", printed, re.MULTILINE)
 
     def test_all_that_are_not_finite(self, copied, capsys):
         _, output = copied(*WANDA)

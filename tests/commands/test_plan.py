@@ -8,13 +8,10 @@ import sys
 import huggingface_hub
 import pytest
 import torch
-from helpers.families import FAMILIES, save_model
+from helpers.families import config_of, save_model
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import AutoConfig
 
-from sparsefw.errors import InputError
 from sparsefw.estimate import rates
-from sparsefw.estimate.describe import describe
 from sparsefw.plan import main
 
 LLAMA_70B = dict(
@@ -30,42 +27,6 @@ LLAMA_70B = dict(
 )
 
 
-def config_of(source, folder):
-    """The config alone, in another folder."""
-    folder.mkdir()
-    (folder / "config.json").write_text((source / "config.json").read_text())
-    return folder
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_config_says_as_much_as_its_checkpoint(family, tmp_path):
-    source = save_model(tmp_path / "model", family, torch.bfloat16)
-    whole, alone = describe(str(source)), describe(str(config_of(source, tmp_path / "config")))
-    assert whole == alone
-    assert alone.dtype == torch.bfloat16
-    loaded = AutoConfig.from_pretrained(source)
-    (tmp_path / "other.json").write_text(json.dumps(loaded.to_dict()))
-    assert describe(str(tmp_path / "other.json")).shape == alone.shape
-
-
-def test_the_dtype(tmp_path):
-    """That of the weights where there are some, else what the config says, else bf16 and a note."""
-    source = save_model(tmp_path / "model", "llama", torch.float16)
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
-    alone = config_of(source, tmp_path / "config")
-    assert (describe(str(source)).dtype, describe(str(alone)).dtype) == (torch.float16, torch.float32)
-    (alone / "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
-    )
-    described = describe(str(alone))
-    assert described.dtype == torch.bfloat16
-    assert described.notes == [f"{alone / 'config.json'}: names no dtype: taken for torch.bfloat16"]
-    (alone / "config.json").write_text(json.dumps(config | {"dtype": "float64"}))
-    with pytest.raises(InputError, match=r"weights in torch\.float64 cannot be pruned"):
-        describe(str(alone))
-
-
 @pytest.fixture
 def config(tmp_path):
     return config_of(save_model(tmp_path / "model", "llama"), tmp_path / "config")
@@ -75,7 +36,7 @@ SMALL = ["--nsamples", "8", "--seqlen", "32"]
 
 
 def said(capsys, *argv):
-    """What a good command line prints."""
+    """The output of a good command line."""
     assert main([*map(str, argv)]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -83,7 +44,7 @@ def said(capsys, *argv):
 
 
 def refused(capsys, *argv):
-    """The one line of a bad one."""
+    """The error line of a bad command line."""
     assert main([*map(str, argv)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -98,7 +59,7 @@ def test_lines_and_json(config, tmp_path, capsys):
     out = said(capsys, "--model", config, "--gpu", "h100", *SMALL, *rate, "--json", path)
     content = json.loads(path.read_text())
     assert "products of a solve by sparsefw: 74 (steps 40, refits 25, target 4, starts 2, errors 3)" in out
-    assert content["work"]["precision"] == "bf16"
+    assert content["workload"]["precision"] == "bf16"
     assert content["rates"]["flops"] == {"bf16": 2e12, "tf32": 4e12, "ieee": 2e12}
     assert (content["rates"]["bandwidth"], content["rates"]["disk"]) == (3e9, 5e9)
     assert list(content["phases"]) == ["read", "calibrate", "solve", "forward", "write", "all"]
@@ -106,7 +67,7 @@ def test_lines_and_json(config, tmp_path, capsys):
     assert every["run"]["flops"] == sum(row["run"].get("flops", 0) for row in content["phases"].values())
     assert content["phases"]["solve"]["run"]["flops"] == 3 * content["phases"]["solve"]["block"]["flops"]
     assert set(content["memory"]) >= {"start", "calibrate", "solve", "write", "end"}
-    assert content["budgets"]["host"] is None
+    assert content["limits"]["host"] is None
     assert f"hours: at least {content['seconds']['all'] / 3600:.3f}, at bf16 2 Tflop/s" in out
 
 
@@ -123,18 +84,30 @@ def test_rates_of_a_card_that_was_measured(config, capsys, monkeypatch):
 
 
 def test_defaults_are_those_of_a_run_on_that_device(config, tmp_path, capsys):
-    def work(*flags):
+    def workload(*flags):
         said(capsys, "--model", config, *SMALL, *flags, "--json", tmp_path / "plan.json")
-        return json.loads((tmp_path / "plan.json").read_text())["work"]
+        return json.loads((tmp_path / "plan.json").read_text())["workload"]
 
-    assert work("--gpu", "h100")["precision"] == "bf16"
-    assert work("--gpu", "h100", "--precision", "tf32")["precision"] == "tf32"
+    assert workload("--gpu", "h100")["precision"] == "bf16"
+    assert workload("--gpu", "h100", "--precision", "tf32")["precision"] == "tf32"
     if not torch.cuda.is_available():
-        assert work()["precision"] == "ieee"
-    # The model's maximum, as in a run.
-    assert work("--seqlen", "2048")["seqlen"] == 64
-    assert work("--refit", "0")["target"] == "layer"
-    assert work("--eval", "a", "--eval", "b", "--eval-windows", "5")["held_out"] == [5, 5]
+        assert workload()["precision"] == "ieee"
+    # The model's maximum counts, as in a run.
+    assert workload("--seqlen", "2048")["seqlen"] == 64
+    assert workload("--refit", "0")["target"] == "layer"
+    assert workload("--eval", "a", "--eval", "b", "--eval-windows", "5")["evaluation"] == [5, 5]
+
+
+def test_layers_that_stay_dense(config, tmp_path, capsys):
+    def phases(*flags):
+        said(capsys, "--model", config, *SMALL, *flags, "--json", tmp_path / "plan.json")
+        return json.loads((tmp_path / "plan.json").read_text())["phases"]
+
+    every, some, one = phases(), phases("--ignore", "layers.1"), phases("--include", "layers.2")
+    assert every["forward"] == some["forward"] == one["forward"]
+    for kind in ("flops", "bytes"):
+        assert every["solve"]["run"][kind] * 2 == some["solve"]["run"][kind] * 3 == one["solve"]["run"][kind] * 6
+    said(capsys, "--model", config, *SMALL, "--ignore", "self_attn", "--ignore", r"re:.*\.0\.", "--keep-zeros")
 
 
 @pytest.mark.parametrize(
@@ -152,6 +125,11 @@ def test_defaults_are_those_of_a_run_on_that_device(config, tmp_path, capsys):
         ("--eval text.txt", "--eval text.txt: texts are not read here; say how long it is with --eval-windows"),
         ("--sparsity 2", "--sparsity 2: the fraction removed lies between 0 and 1"),
         ("--steps -1", "--steps -1: expected at least 0"),
+        ("--host-memory -1", "--host-memory -1.0: expected at least 0"),
+        ("--host-memory 1e7", "--host-memory 10000000.0: expected at least 0 and at most 1048576"),
+        ("--gpu h100 --gpu-memory nan", "--gpu-memory nan: expected at least 0"),
+        ("--ignore lm_head", "--ignore lm_head: no layer of the model has this name; one is model.layers.0."),
+        ("--include up_proj --ignore mlp", "--include, --ignore: no layer is left to prune"),
         ("--json /nowhere/plan.json", "--json /nowhere/plan.json: cannot be written"),
         ("--unheard-of", None),
     ],
@@ -198,7 +176,8 @@ def test_a_block_that_cannot_be_run_is_one_line(config, capsys, monkeypatch):
     def fails(model):
         raise RuntimeError("no such kernel\nat all")
 
-    monkeypatch.setattr("sparsefw.estimate.describe.shape_of", fails)
+    # The package exports a function of the module's name.
+    monkeypatch.setattr(sys.modules["sparsefw.estimate.describe"], "shape_of", fails)
     assert "unsupported model: a block cannot be run: no such kernel\n" in refused(capsys, "--model", config, *SMALL)
 
 
@@ -224,8 +203,9 @@ def test_a_hub_id_needs_its_config_only(config, capsys, monkeypatch):
     assert "org/name, LlamaForCausalLM" in said(capsys, "--model", "org/name", *SMALL)
 
 
+@pytest.mark.slow
 def test_llama_3_70b(tmp_path):
-    """In a process of its own, whose memory shows: 141 GB of weights are never there."""
+    """A process of its own shows by its memory that the 141 GB of weights are never there."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
     code = (
         "import resource, sys; from sparsefw.plan import main; status = main(sys.argv[1:]); "
@@ -244,6 +224,6 @@ def test_llama_3_70b(tmp_path):
     linear = sum(2 * tokens * rows * d for rows, d in matrices.values())
     attention = 2 * tokens * 2049 * d
     assert content["phases"]["forward"]["block"]["flops"] == linear + attention
-    # Each of the three for errors is three in tf32.
+    # Each of the three products for errors is three products in tf32.
     solves = sum((71 + 3 * 3) * 2 * rows * d * d for rows, d in matrices.values())
     assert content["phases"]["solve"]["block"]["flops"] == pytest.approx(solves, rel=0.01)

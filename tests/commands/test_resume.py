@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from sparsefw.checkpoint import resume
 from sparsefw.run import main
 
+pytestmark = pytest.mark.slow
+
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
 
 # A process that kills itself at the n-th time it makes something durable.
@@ -55,7 +57,7 @@ def run(place, output, *more):
 
 
 def content(place, output):
-    """All files but the report, which has times in it; and the report's results."""
+    """All files but the report, which holds times, and the report's results."""
     folder = place / output
     files = {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith("report.")}
     report = json.loads((folder / "report.json").read_text())
@@ -64,7 +66,7 @@ def content(place, output):
 
 
 def interrupted_at(monkeypatch, n):
-    """The n-th time that something is made durable from now on is Ctrl-C instead."""
+    """From now on, the n-th call that makes a file durable is interrupted as by Ctrl-C."""
     left, sync = [n], resume._sync
 
     def count(path):
@@ -153,7 +155,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_with_space(place, monkeypatch
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "No space left on device; 2 of 4 parts are finished: the same command goes on from there" in error
-    # From now on it is known beforehand: the last block is to be written for both methods, and what lies outside.
+    # A run that goes on knows what it has to write: the last block by both methods, and the other tensors.
     shards = [load_file(place / "undisturbed" / f"model-0000{n}-of-00004.safetensors") for n in (3, 4)]
     third, outside = (sum(tensor.nbytes for tensor in shard.values()) for shard in shards)
     free = [2 * third + outside - 1]

@@ -1,4 +1,4 @@
-"""The command line from end to end on tiny models: what it writes, what it says, what it refuses."""
+"""The command line from end to end on tiny models: what it writes, prints and refuses."""
 
 import json
 import signal
@@ -8,12 +8,14 @@ import time
 import pytest
 import torch
 from helpers.families import FAMILIES, save_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefw import checkpoint
-from sparsefw.run import main, parse_arguments, settings_of
+from sparsefw.cli import inputs_and_config, run_parser
+from sparsefw.run import main
 from sparsefw.solver.methods import METHODS
+from sparsefw.verify import main as verify_main
 
 TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(200))
 SMALL = ["--nsamples", "6", "--seqlen", "32", "--kernel", "torch"]
@@ -39,10 +41,11 @@ def tensors_of(folder):
     return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refit", ["4", "0"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_end_to_end(family, refit, tmp_path, text):
-    """Pruned, written, loaded back; the logits measured while streaming are those of the written checkpoint."""
+    """Logits and perplexity measured while streaming are those of the written checkpoint."""
     source = save_model(tmp_path / "model", family, torch.bfloat16)
     evaluation = ["--eval", str(text), "--eval-windows", "3"]
     assert run(source, text, tmp_path / "out", "--sparsity", "2:4", "--refit", refit, *evaluation) == 0
@@ -67,6 +70,7 @@ def test_every_family_end_to_end(family, refit, tmp_path, text):
     assert perplexities(report)["sparsefw"] == pytest.approx(loss.exp().item(), rel=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sparsity", "method"), [*(("0.6", method) for method in METHODS), ("layer:0.6", "sparsefw"), ("3:8", "ria")]
 )
@@ -80,7 +84,7 @@ def test_exact_sparsity(sparsity, method, tmp_path, text):
         rows, d = weight.shape
         kept = weight != 0
         if method == "sparsegpt":
-            # One budget for a block of columns: rows differ in what they keep.
+            # One budget covers a block of columns, so rows differ in what they keep.
             assert kept.sum() == rows * d - int(0.6 * rows * d + 1e-9)
         elif sparsity == "0.6":
             assert (kept.sum(1) == d - int(0.6 * d + 1e-9)).all()
@@ -91,6 +95,7 @@ def test_exact_sparsity(sparsity, method, tmp_path, text):
             assert kept.sum(1).unique().numel() > 1
 
 
+@pytest.mark.slow
 def test_compare_prunes_each_method_as_if_alone(tmp_path, text):
     source = save_model(tmp_path / "model", "llama", torch.bfloat16)
     evaluation = ["--eval", str(text), "--eval-windows", "4"]
@@ -151,6 +156,10 @@ def test_paper_preset(tmp_path, text):
     assert (weight != 0).sum() == weight.numel() / 2
 
 
+def config_of(flags):
+    return inputs_and_config(run_parser(None).parse_args(flags))[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -164,21 +173,104 @@ def test_paper_preset(tmp_path, text):
     ],
 )
 def test_defaults_go_with_the_refit(flags, expected):
-    assert expected.items() <= vars(parse_arguments(flags)).items()
+    assert expected.items() <= vars(config_of(flags)).items()
 
 
-def test_flags_arrive_in_the_settings():
+def test_flags_arrive_in_the_config():
     values = dict(steps=7, alpha=0.3, penalty=0.4, swaps=5, refit=2, rounds=1, target="layer", damp=0.7)
     flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    flags += ["--sparsity", "2:4", "--warm-start", "ria", "--step-rule", "open-loop"]
-    settings = settings_of(parse_arguments([*flags, "--precision", "bf16"]))
-    assert values.items() <= vars(settings).items()
-    assert (settings.pattern.text, settings.warm_start, settings.step_rule) == ("2:4", "ria", "open-loop")
-    assert (settings.precision, settings.best_of) == ("bf16", True)
+    flags += ["--sparsity", "2:4", "--warm-start", "ria", "--step-rule", "open-loop", "--keep-zeros"]
+    flags += ["--ignore", "down_proj", "--ignore", "re:.*q_proj", "--include", "layers.1", "--compare", "wanda"]
+    config = config_of([*flags, "--precision", "bf16"])
+    assert values.items() <= vars(config).items()
+    assert (config.pattern.text, config.warm_start, config.step_rule) == ("2:4", "ria", "open-loop")
+    assert (config.precision, config.fallback_to_warm_start, config.keep_zeros) == ("bf16", True, True)
+    assert (config.ignore, config.include) == (("down_proj", "re:.*q_proj"), ("layers.1",))
+    assert config.methods == ("wanda", "sparsefw")
+
+
+def test_the_embedded_model_has_defaults_of_its_own():
+    inputs, config = inputs_and_config(run_parser(None).parse_args([]))
+    assert (inputs.dataset, inputs.evaluate, config.compare) == ("default", ("default",), ("wanda",))
+    inputs, config = inputs_and_config(run_parser(None).parse_args(["--model", "org/name"]))
+    assert (inputs.dataset, inputs.evaluate, config.compare) == ("c4", (), ())
+    assert (inputs.nsamples, inputs.seqlen) == (256, 2048)
+
+
+def test_paper_preset_beside_a_method_of_rows(tmp_path, text):
+    """The paper's preset has one budget for the whole matrix; the compared method splits it over the rows."""
+    source = save_model(tmp_path / "model", "llama")
+    flags = ["--preset", "paper", "--sparsity", "layer:0.5", "--compare", "wanda"]
+    assert run(source, text, tmp_path / "out", *flags) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {row["method"]: row["kept"] / (row["shape"][0] * row["shape"][1]) for row in report["layers"]} == {
+        "wanda": 0.5,
+        "sparsefw": 0.5,
+    }
+
+
+class TestSelection:
+    def test_what_is_ignored_stays_as_it_was(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama", torch.bfloat16)
+        flags = ["--ignore", "down_proj", "--ignore", "re:model.layers.1.self_attn", "--sparsity", "2:4"]
+        assert run(source, text, tmp_path / "out", *flags) == 0
+        before, after = tensors_of(source), tensors_of(tmp_path / "out")
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        ignored = {name for name in before if "down_proj" in name or "layers.1.self_attn" in name}
+        pruned = {name for name in before if "_proj" in name} - ignored
+        assert {row["name"] for row in report["layers"]} == pruned
+        assert set(report["kept_dense"]) == ignored
+        assert all(torch.equal(before[name], after[name]) == (name not in pruned) for name in before)
+        assert verify_main([str(tmp_path / "out")]) == 0
+        out = capsys.readouterr().out
+        assert "kept dense: " in out
+
+    @pytest.mark.parametrize("target", ["dense", "layer"])
+    def test_one_block_alone(self, target, tmp_path, text):
+        """Other blocks stay as they were; the errors are those of a model whose other blocks are dense."""
+        source = save_model(tmp_path / "model", "llama")
+        assert run(source, text, tmp_path / "out", "--include", "layers.1", "--target", target) == 0
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert len(report["layers"]) == 7
+        assert all(".layers.1." in row["name"] for row in report["layers"])
+        before, after = tensors_of(source), tensors_of(tmp_path / "out")
+        assert {n for n in before if not torch.equal(before[n], after[n])} == {row["name"] for row in report["layers"]}
+
+    @pytest.mark.parametrize(
+        "flags", [["--sparsity", "2:4"], ["--method", "sparsegpt", "--sparsity", "0.1"]], ids=" ".join
+    )
+    def test_fewer_weights_than_the_pattern_keeps_are_as_they_should_be(self, flags, tmp_path, text):
+        """Where a group has more zeros than the pattern removes, fewer weights are left than it keeps."""
+        source = save_model(tmp_path / "model", "llama")
+        for path in source.glob("*.safetensors"):
+            tensors = load_file(path)
+            for name, weight in tensors.items():
+                if "_proj" in name:
+                    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.3] = 0
+            save_file(tensors, path, metadata={"format": "pt"})
+        assert run(source, text, tmp_path / "out", "--keep-zeros", *flags) == 0
+        assert verify_main([str(tmp_path / "out")]) == 0
+
+    @pytest.mark.slow
+    def test_zeros_stay(self, tmp_path, text):
+        source = save_model(tmp_path / "model", "llama")
+        assert run(source, text, tmp_path / "half", "--sparsity", "2:4", "--refit", "0") == 0
+        half = tensors_of(tmp_path / "half")
+        zeros = {name: weight == 0 for name, weight in half.items() if "_proj" in name}
+        revived = {}
+        for flags in ([], ["--keep-zeros"]):
+            output = tmp_path / f"out{len(flags)}"
+            assert run(tmp_path / "half", text, output, "--sparsity", "0.6", *flags) == 0
+            after = tensors_of(output)
+            revived[len(flags)] = sum((after[name][zero] != 0).sum().item() for name, zero in zeros.items())
+            assert all((after[n] != 0).sum() <= after[n].numel() * 0.42 for n in zeros)
+            assert verify_main([str(output)]) == 0
+        assert revived[0] > 0
+        assert revived[1] == 0
 
 
 def test_experts_are_their_own_targets(tmp_path, text):
-    """They are sent other tokens than in the dense model; the report says whose outputs were approximated."""
+    """Experts are sent other tokens than in the dense model. The report says which target each layer had."""
     source = save_model(tmp_path / "model", "qwen3_moe")
     assert run(source, text, tmp_path / "out") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -187,6 +279,7 @@ def test_experts_are_their_own_targets(tmp_path, text):
     assert report["kept_dense"] == [f"model.layers.{i}.mlp.gate.weight" for i in range(3)]
 
 
+@pytest.mark.slow
 def test_several_held_out_texts(tmp_path, text, capsys):
     source = save_model(tmp_path / "model", "llama")
     (tmp_path / "other.txt").write_text("Something else altogether, and more of it. " * 100)
@@ -197,7 +290,7 @@ def test_several_held_out_texts(tmp_path, text, capsys):
     assert perplexities(report, 0) != perplexities(report, 1)
     out = capsys.readouterr().out
     assert "perplexity 2: 3 windows of 32 tokens" in out
-    # Alone, a text has the same perplexity.
+    # A text has the same perplexity when it is evaluated alone.
     assert run(source, text, tmp_path / "alone", *evaluation[2:]) == 0
     alone = json.loads((tmp_path / "alone" / "report.json").read_text())
     assert perplexities(alone) == perplexities(report, 1)
@@ -210,6 +303,7 @@ class TestSaid:
         out = capsys.readouterr().out
         assert out.startswith("kernel: torch (as asked), precision ")
         assert "6 windows of 32 tokens" in out
+        assert "sparsity: 0.6 of every row: " in out
         assert "model.layers.2.mlp.down_proj.weight" in out
 
     def test_windows_of_the_evaluation(self, tmp_path, text, capsys):
@@ -252,9 +346,21 @@ class TestRefused:
             (["--alpha", "1.5"], ["--alpha 1.5: expected at least 0 and at most 1"]),
             (["--alpha", "nan"], ["--alpha nan"]),
             (["--steps", "-1"], ["--steps -1"]),
-            (["--preset", "paper", "--penalty", "1", "--sparsity", "layer:0.5"], ["--penalty", "has none"]),
-            (["--preset", "paper", "--refit", "1", "--sparsity", "layer:0.5"], ["--refit", "has none"]),
-            (["--preset", "paper", "--swaps", "5", "--sparsity", "layer:0.5"], ["--swaps", "has none"]),
+            (["--ignore", "no_such_layer"], ["--ignore no_such_layer: no layer of the model"]),
+            (["--include", "re:("], ["--include re:(: not a regular expression"]),
+            (["--ignore", "re:.*"], ["--include, --ignore: no layer is left to prune"]),
+            (
+                ["--preset", "paper", "--penalty", "1", "--sparsity", "layer:0.5"],
+                ["--penalty: not available"],
+            ),
+            (
+                ["--preset", "paper", "--refit", "1", "--sparsity", "layer:0.5"],
+                ["--refit: not available"],
+            ),
+            (
+                ["--preset", "paper", "--swaps", "5", "--sparsity", "layer:0.5"],
+                ["--swaps: not available"],
+            ),
             (["--swaps", "-1"], ["--swaps -1"]),
             (["--damp", "nan"], ["--damp nan"]),
             (["--damp", "inf"], ["--damp inf"]),
@@ -296,7 +402,7 @@ class TestRefused:
     @pytest.mark.parametrize("target", ["dense", "layer"])
     def test_model_without_layers(self, target, tmp_path, text, capsys, monkeypatch):
         source = save_model(tmp_path / "model", "llama")
-        monkeypatch.setattr("sparsefw.model.layers._PRODUCTS", {})
+        monkeypatch.setattr("sparsefw.model.layers.watch.PRODUCTS", {})
         capsys.readouterr()
         status = run(source, text, tmp_path / "out", "--target", target)
         self.refused(capsys, tmp_path, status, "model.layers.0: unsupported model: no matrix")
@@ -341,11 +447,11 @@ class TestRefused:
         source = save_model(tmp_path / "model", "llama")
 
         def interrupt(row):
-            # To this thread, which is there to be interrupted: another one would pass the signal on only later.
+            # Sent to this thread, which can be interrupted at once: another thread would pass the signal on later.
             signal.pthread_kill(threading.get_ident(), number)
             time.sleep(60)
 
-        monkeypatch.setattr("sparsefw.report.content.layer_row", interrupt)
+        monkeypatch.setattr("sparsefw.report.log.layer_row", interrupt)
         # A shell starts what it leaves in the background with SIGINT ignored.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 import sys
 import types
 
@@ -9,12 +10,12 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from helpers.texts import make_tokenizer, records, refused
+from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedTokenizerFast
 
-from sparsefw.data import text
-from sparsefw.data.text import calibration_windows, evaluation_windows, read_text
+from sparsefw.data import calibration_windows, evaluation_windows, read_text
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_no_text_column(tmp_path):
 @pytest.mark.parametrize(("value", "kind"), [(3, "int"), (None, "NoneType"), (["a"], "list")])
 def test_text_that_is_no_string(tmp_path, value, kind):
     path = records(tmp_path / "x.jsonl", [{"text": "a"}, {"text": value}])
-    # Which record it is depends on how `datasets` brings values of two types together.
+    # The number of the record depends on how `datasets` merges values of two types.
     with refused(f"x.jsonl: record [12]: `text` is {kind}, expected a string|x.jsonl: cannot be read"):
         list(read_text(path, part="calibration"))
 
@@ -167,9 +168,9 @@ def test_wikitext(hub):
 
 
 def test_other_dataset_chooses_its_split(hub):
-    train, held_out = (read_text("org/name", part=part) for part in ("calibration", "evaluation"))
+    train, evaluation = (read_text("org/name", part=part) for part in ("calibration", "evaluation"))
     assert (train.source, list(train)) == ("org/name train", ["one", "two"])
-    assert (held_out.source, list(held_out)) == ("org/name validation", ["two"])
+    assert (evaluation.source, list(evaluation)) == ("org/name validation", ["two"])
     assert hub[0] == (("org/name",), {"streaming": True})
 
 
@@ -186,7 +187,7 @@ def test_other_dataset_without_a_split_to_use(monkeypatch):
             ConnectionError("Couldn't reach\nmore"),
             r"the Hub cannot be reached \(Couldn't reach\); give a local file with",
         ),
-        (text.HTTPError("proxy"), "the Hub cannot be reached"),
+        (HTTPError("proxy"), "the Hub cannot be reached"),
         (DatasetNotFoundError("no"), "neither a file nor a dataset of the Hub that you have access to"),
         (RuntimeError("Dataset scripts are no longer supported"), "cannot be read: Dataset scripts"),
         (ValueError("Config name is missing."), "cannot be read: Config name is missing."),
@@ -206,7 +207,7 @@ def test_hub_failures_are_one_line(monkeypatch, error, message, dataset, part, f
     assert "local file" not in str(caught.value) or f"{flag} PATH" in str(caught.value)
 
 
-@pytest.mark.parametrize("error", [ConnectionError, text.HTTPError, text.DatasetsError])
+@pytest.mark.parametrize("error", [ConnectionError, HTTPError, DatasetsError])
 def test_connection_lost_while_reading(monkeypatch, error):
     def rows(*_, **__):
         yield {"text": "one"}
@@ -222,7 +223,7 @@ def test_connection_lost_while_reading(monkeypatch, error):
 def test_default_text(monkeypatch):
     module = types.ModuleType("sparsefw.default.text")
     module.training_text = lambda: "for training"
-    module.heldout_text = lambda: "held out"
+    module.evaluation_text = lambda: "held out"
     monkeypatch.setitem(sys.modules, "sparsefw.default.text", module)
     assert list(read_text("default", part="calibration")) == ["for training"]
     assert list(read_text("default", part="evaluation")) == ["held out"]
@@ -235,4 +236,40 @@ def test_default_text(monkeypatch):
         read_text("default", part="calibration")
 
 
-# calibration_windows
+# Lists of documents
+
+
+def test_documents_are_a_text():
+    text = read_text(["one", "", "two\n"], part="calibration")
+    assert (text.source, list(text)) == ("texts", ["one", "", "two\n"])
+    assert list(read_text(("one",), part="evaluation")) == ["one"]
+
+
+@pytest.mark.parametrize("document", [3, None, b"bytes", ["a"]])
+def test_documents_that_are_no_strings(document):
+    with refused(f"^texts: document 2 is {type(document).__name__}, expected a string$"):
+        list(read_text(["one", document], part="calibration"))
+
+
+# Without `datasets`
+
+
+@pytest.mark.parametrize("name", ["c4", "wikitext", "org/name", "x.jsonl", "x.parquet"])
+def test_datasets_is_needed_for_records_alone(name, tmp_path, monkeypatch, plain):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name.replace("/", "-")).write_text("not empty")
+    (tmp_path / "x.txt").write_text("some text")
+    with refused(f"^{name}: the package `datasets` is needed to read it .*--eval PATH$") as caught:
+        read_text(name, part="evaluation")
+    assert "\n" not in str(caught.value)
+    assert calibration_windows(plain, "x.txt", nsamples=1, seqlen=4, seed=0).n == 1
+    assert evaluation_windows(plain, "default", seqlen=100, limit=1).n == 1
+
+
+@pytest.mark.slow
+def test_datasets_is_not_imported_without_need():
+    code = "import sys; from sparsefw import data; data.read_text('default', part='evaluation')"
+    code += "; print('datasets' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

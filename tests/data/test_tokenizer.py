@@ -8,7 +8,7 @@ from helpers.texts import make_tokenizer, refused
 
 from sparsefw.data import tokenizer
 from sparsefw.data.tokenizer import load_tokenizer, start_tokens, tokenize
-from sparsefw.run import DEFAULT_MODEL
+from sparsefw.inputs import DEFAULT_MODEL
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(file, entries, folder):
 
 
 class PanicException(BaseException):
-    """As the tokenizers' one, which cannot be imported."""
+    """Stands for the class in tokenizers, which cannot be imported."""
 
 
 @pytest.mark.parametrize("error", [PanicException, Exception, OverflowError])

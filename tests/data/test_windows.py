@@ -11,8 +11,9 @@ import torch
 from helpers.texts import BOS, make_tokenizer, records, refused
 from transformers import PreTrainedTokenizerFast
 
-from sparsefw.data import text as texts
-from sparsefw.data.text import calibration_windows, evaluation_windows
+from sparsefw.data import Text, windows_of
+from sparsefw.data import windows as cutting
+from sparsefw.data.windows import calibration_windows, evaluation_windows
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def with_bos() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def text(tmp_path: Path) -> str:
-    """1000 bytes, every window of 4 of which is another one."""
+    """1000 bytes in which no window of 4 bytes occurs twice."""
     path = tmp_path / "text.txt"
     path.write_text("".join(f"{n:03d}." for n in range(250)))
     return str(path)
@@ -39,7 +40,7 @@ def test_windows_are_pieces_of_the_text(plain, text):
     assert (windows.n, windows.seqlen, windows.source) == (10, 20, text)
     assert windows.ids.dtype == torch.int64
     for row in plain.batch_decode(windows.ids):
-        assert row in content[: 20 * 10 * texts.TOKENS_READ]
+        assert row in content[: 20 * 10 * cutting.TOKENS_READ]
 
 
 @pytest.mark.parametrize(("nsamples", "seqlen"), [(10, 20), (50, 20), (49, 20), (1, 1000), (1, 999), (1, 1), (250, 4)])
@@ -84,7 +85,7 @@ def test_only_as_much_is_read_as_needed(plain, monkeypatch):
     windows = calibration_windows(plain, "c4", nsamples=4, seqlen=64, seed=0)
     assert windows.n == 4
     # 8 tokens a document, the separator among them, and whole batches.
-    assert len(read) <= 4 * 64 * texts.TOKENS_READ / 8 + texts.DOCUMENTS_AT_ONCE
+    assert len(read) <= 4 * 64 * cutting.TOKENS_READ / 8 + cutting.DOCUMENTS_AT_ONCE
     read.clear()
     assert evaluation_windows(plain, "c4", seqlen=64, limit=3).n == 3
     assert len(read) < 1000
@@ -93,7 +94,7 @@ def test_only_as_much_is_read_as_needed(plain, monkeypatch):
 def test_reading_in_other_batches_draws_the_same(plain, tmp_path, monkeypatch):
     path = records(tmp_path / "x.jsonl", [{"text": f"{n:06d}"} for n in range(500)])
     first = calibration_windows(plain, path, nsamples=4, seqlen=64, seed=0)
-    monkeypatch.setattr(texts, "DOCUMENTS_AT_ONCE", 7)
+    monkeypatch.setattr(cutting, "DOCUMENTS_AT_ONCE", 7)
     assert calibration_windows(plain, path, nsamples=4, seqlen=64, seed=0).hash == first.hash
 
 
@@ -130,6 +131,20 @@ def test_arguments_out_of_range(plain, text, change, message):
         calibration_windows(plain, text, **({"nsamples": 1, "seqlen": 4, "seed": 0} | change))
 
 
+def test_a_text_is_as_good_as_its_name(plain, text):
+    def documents():
+        return Text("mine", iter([Path(text).read_text()]))
+
+    named = calibration_windows(plain, text, nsamples=8, seqlen=16, seed=0)
+    opened = calibration_windows(plain, documents(), nsamples=8, seqlen=16, seed=0)
+    listed = calibration_windows(plain, list(documents()), nsamples=8, seqlen=16, seed=0)
+    assert named.hash == opened.hash == listed.hash
+    assert (opened.source, listed.source) == ("mine", "texts")
+    assert evaluation_windows(plain, documents(), seqlen=16).hash == evaluation_windows(plain, text, seqlen=16).hash
+    with refused("^texts: empty, there is no text in it$"):
+        calibration_windows(plain, [], nsamples=1, seqlen=4, seed=0)
+
+
 # evaluation_windows
 
 
@@ -146,7 +161,7 @@ def test_limit_takes_the_first_windows(plain, tmp_path, monkeypatch):
     whole = evaluation_windows(plain, path, seqlen=32)
     assert whole.n == 500 * 8 // 32 - 1
     for guess in (1, 8, 1000):
-        monkeypatch.setattr(texts, "CHARS_PER_TOKEN", guess)
+        monkeypatch.setattr(cutting, "CHARS_PER_TOKEN", guess)
         assert torch.equal(evaluation_windows(plain, path, seqlen=32, limit=7).ids, whole.ids[:7])
     assert torch.equal(evaluation_windows(plain, path, seqlen=32, limit=10_000).ids, whole.ids)
 
@@ -163,10 +178,10 @@ def test_too_short_for_evaluation(plain, text):
 
 def test_only_the_start_token_of_the_tokenizer_and_once(plain, with_bos, tmp_path):
     path = records(tmp_path / "x.jsonl", [{"text": "abc"}, {"text": "defgh"}])
-    held_out = evaluation_windows(with_bos, path, seqlen=11)
-    assert held_out.ids.flatten().tolist() == [BOS, *plain("abc\n\ndefgh", truncation=False).input_ids]
+    evaluation = evaluation_windows(with_bos, path, seqlen=11)
+    assert evaluation.ids.flatten().tolist() == [BOS, *plain("abc\n\ndefgh", truncation=False).input_ids]
     drawn = calibration_windows(with_bos, path, nsamples=1, seqlen=11, seed=0)
-    assert torch.equal(drawn.ids, held_out.ids)
+    assert torch.equal(drawn.ids, evaluation.ids)
 
 
 def test_no_warning_about_long_texts(text, caplog):
@@ -180,3 +195,34 @@ def test_no_warning_about_long_texts(text, caplog):
     finally:
         logger.removeHandler(caplog.handler)
     assert caplog.text == ""
+
+
+# windows_of
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.uint16])
+def test_windows_of_tokens(dtype):
+    ids = torch.arange(12).view(4, 3).T.to(dtype)
+    windows = windows_of(ids, "mine")
+    assert (windows.n, windows.seqlen, windows.source) == (3, 4, "mine")
+    assert windows.ids.dtype == torch.int64
+    assert windows.ids.tolist() == ids.tolist()
+    assert windows.hash == hashlib.sha256(ids.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.arange(6), r"tokens of shape \(6,\); give a tensor \(windows, seqlen\)"),
+        (torch.zeros(1, 2, 3, dtype=torch.int64), r"tokens of shape \(1, 2, 3\)"),
+        (torch.zeros(2, 3), "tokens of dtype torch.float32; give integers"),
+        (torch.zeros(2, 3, dtype=torch.bool), "tokens of dtype torch.bool; give integers"),
+        (torch.zeros(0, 3, dtype=torch.int64), "0 windows of 3 tokens; give at least one window, of at least 2"),
+        (torch.zeros(3, 1, dtype=torch.int64), "3 windows of 1 tokens; give at least one window, of at least 2"),
+        (torch.tensor([[5, 3], [-100, 2]]), "token -100; no token is negative"),
+    ],
+)
+def test_what_are_no_windows(ids, message):
+    with refused(f"^mine: {message}") as caught:
+        windows_of(ids, "mine")
+    assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The embedded model and its text: what ships must be small, must load and must have learned held-out text."""
+"""The embedded model is small, loads, and predicts evaluation text."""
 
 import json
 
@@ -22,8 +22,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def heldout(tokenizer):
-    return train.windows(train.encode(tokenizer, text.heldout_text()), train.EVAL_SEQLEN)
+def evaluation(tokenizer):
+    return train.windows(train.encode(tokenizer, text.evaluation_text()), train.EVAL_SEQLEN)
 
 
 def keys(content: str) -> list[str]:
@@ -33,24 +33,24 @@ def keys(content: str) -> list[str]:
 def topics_of(monkeypatch, topics: dict[str, str]) -> None:
     monkeypatch.setattr("pydoc_data.topics.topics", topics)
     monkeypatch.setattr(text, "MIN_TRAINING_CHARS", 1)
-    monkeypatch.setattr(text, "MIN_HELDOUT_CHARS", 1)
+    monkeypatch.setattr(text, "MIN_EVALUATION_CHARS", 1)
 
 
 def test_text_is_deterministic():
     assert text.training_text() == text.training_text()
-    assert text.heldout_text() == text.heldout_text()
+    assert text.evaluation_text() == text.evaluation_text()
 
 
 def test_no_paragraph_twice_and_none_in_both():
-    training, heldout = keys(text.training_text()), keys(text.heldout_text())
+    training, evaluation = keys(text.training_text()), keys(text.evaluation_text())
     assert len(set(training)) == len(training)
-    assert len(set(heldout)) == len(heldout)
-    assert not set(training) & set(heldout)
+    assert len(set(evaluation)) == len(evaluation)
+    assert not set(training) & set(evaluation)
 
 
-def test_heldout_is_a_tenth():
-    training, heldout = len(text.training_text()), len(text.heldout_text())
-    assert 0.08 < heldout / (training + heldout) < 0.12
+def test_evaluation_text_is_a_tenth():
+    training, evaluation = len(text.training_text()), len(text.evaluation_text())
+    assert 0.08 < evaluation / (training + evaluation) < 0.12
 
 
 def test_split_is_by_name_and_paragraph(monkeypatch):
@@ -60,15 +60,15 @@ def test_split_is_by_name_and_paragraph(monkeypatch):
         "compound": "First.\n\nLast.\n\n   code\n",
     }
     topics_of(monkeypatch, topics)
-    assert text.heldout_text() == "Held out.\n\nSee [1].\n"
+    assert text.evaluation_text() == "Held out.\n\nSee [1].\n"
     assert text.training_text() == "First.\n\nLast.\n\n   code\n"
 
 
 def test_too_little_text_is_an_error(monkeypatch):
     monkeypatch.setattr("pydoc_data.topics.topics", {"with": "Held out.", "compound": "First."})
     with pytest.raises(RuntimeError, match="10 characters of held-out text, expected at least 20000"):
-        text.heldout_text()
-    monkeypatch.setattr(text, "MIN_HELDOUT_CHARS", 1)
+        text.evaluation_text()
+    monkeypatch.setattr(text, "MIN_EVALUATION_CHARS", 1)
     with pytest.raises(RuntimeError, match="7 characters of training text, expected at least 200000"):
         text.training_text()
 
@@ -102,16 +102,16 @@ def test_tokenizer_writes_any_text(tokenizer):
     assert tokenizer("a")["input_ids"] == tokenizer("a", add_special_tokens=False)["input_ids"]
 
 
-def test_has_learned_heldout_text(model, tokenizer, heldout):
+def test_has_learned_the_evaluation_text(model, tokenizer, evaluation):
     ids = train.encode(tokenizer, text.training_text())
-    unigram = train.unigram_perplexity(ids, heldout, len(tokenizer))
+    unigram = train.unigram_perplexity(ids, evaluation, len(tokenizer))
     # 375 against 26.9 on the text of CPython 3.11, which it was trained on; 378 against 27.6 on that of 3.13.
-    assert train.perplexity(model, heldout) < unigram / 10
+    assert train.perplexity(model, evaluation) < unigram / 10
 
 
-def test_pruning_hurts(heldout):
+def test_pruning_hurts(evaluation):
     model = AutoModelForCausalLM.from_pretrained(train.MODEL, dtype=torch.float32)
-    rows = heldout[::3]
+    rows = evaluation[::3]
     dense = train.perplexity(model, rows)
     for module in model.model.layers.modules():
         if isinstance(module, torch.nn.Linear):

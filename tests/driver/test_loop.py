@@ -1,4 +1,4 @@
-"""The block loop: which inputs a block is calibrated on, and what is measured on the way."""
+"""The block loop: the inputs that a block is calibrated on, and the errors and times that are measured."""
 
 import functools
 import json
@@ -9,12 +9,11 @@ from helpers.families import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefw import data
-from sparsefw.estimate import memory
-from sparsefw.kernels import cpu
-from sparsefw.model.streamed import StreamedModel
+from sparsefw.driver import run as driver_run
+from sparsefw.model import HiddenStates
 from sparsefw.run import main
 from sparsefw.solver.objective import damped
-from sparsefw.solver.target import target as target_of
+from sparsefw.solver.target import find_target
 
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
 
@@ -36,12 +35,12 @@ def pruned(tmp_path):
 
 
 def test_blocks_are_calibrated_on_what_the_pruned_blocks_before_them_give(pruned):
-    """The error of every layer against its definition, ||W X - (M * W) X||^2, with hooks in the whole model."""
+    """The error of every layer is that of its definition, ||W X - (M * W) X||^2, with hooks in the whole model."""
     dense, sparse, report, ids = pruned
     errors = {row["name"]: row["error"] for row in report["layers"]}
     assert len(errors) == 3 * 7
     for i in range(3):
-        # Blocks before i pruned, block i dense: its inputs are those of the calibration.
+        # With the blocks before i pruned and block i dense, its inputs are those of the calibration.
         block = sparse.model.layers[i]
         after = {name: p.clone() for name, p in block.named_parameters()}
         block.load_state_dict(dense.model.layers[i].state_dict())
@@ -82,7 +81,7 @@ def linears_seen(model, ids):
 
 @torch.no_grad()
 def test_layers_approximate_what_the_dense_model_puts_out(tmp_path):
-    """Errors against their definition: each input as the layers pruned before it leave it, even in the same block."""
+    """Errors are those of their definition, with inputs behind all layers pruned before, even in the same block."""
     source = save_model(tmp_path / "model", "llama")
     (tmp_path / "text.txt").write_text(TEXT)
     flags = ["--nsamples", "40", "--seqlen", "32", "--kernel", "torch", "--precision", "ieee", "--steps", "9"]
@@ -102,38 +101,83 @@ def test_layers_approximate_what_the_dense_model_puts_out(tmp_path):
         assert {row["target"] for row in report["layers"]} == {"dense"}
         for i in range(3):
             block = f"model.layers.{i}"
-            # The last of the hidden states has passed the final norm: what the last block put out is not among them.
+            # The last of the hidden states has passed the final norm, so the last block's output is not among them.
             stream = {"mlp.down_proj": hidden_dense[i + 1] - hidden[i + 1]} if i < 2 else {}
             for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", *stream):
                 module = f"{block}.{name}"
                 W, Z = (m.get_submodule(module).weight.double() for m in (dense, sparse))
-                lacks = (X_dense[module] - X[module]) @ W.T
+                gap = (X_dense[module] - X[module]) @ W.T
                 if name in stream:
-                    # What the stream lacks beside the layer's own pruning.
-                    lacks = stream[name].reshape(lacks.shape).double() - X[module] @ (W - Z).T
-                G, B = (X[module].T @ X[module]).float(), (lacks.T @ X[module]).float()
-                T = target_of(W.float(), damped(G, 0.1), B, 4, ops=cpu).double()
+                    # The gap of the stream without the layer's own pruning.
+                    gap = stream[name].reshape(gap.shape).double() - X[module] @ (W - Z).T
+                G, B = (X[module].T @ X[module]).float(), (gap.T @ X[module]).float()
+                T = find_target(W.float(), damped(G, 0.1), B, 4).double()
                 error = ((T - Z) @ X[module].T).square().sum().item()
                 assert errors[f"{module}.weight"] == pytest.approx(error, rel=1e-3), module
-    # It is what they are for: less is lost, by block.
+    # Dense targets serve this purpose: less is lost in every block.
     assert all(a < b for a, b in zip(lost["dense"], lost["layer"], strict=True))
 
 
+def stream_behind_attention(model, ids):
+    """The residual stream between the two halves of every block, as matrices in double."""
+    seen = {}
+
+    def keep(module, x, name):
+        seen[name] = x[0].reshape(-1, x[0].shape[-1]).double()
+
+    handles = [
+        block.post_attention_layernorm.register_forward_pre_hook(functools.partial(keep, name=i))
+        for i, block in enumerate(model.model.layers)
+    ]
+    model(ids)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("selection", [["--ignore", "mlp"], ["--include", "o_proj"]], ids=" ".join)
+def test_a_layer_makes_up_for_its_own_output_only(selection, tmp_path):
+    """The MLP behind it stays dense, and what that adds to the stream is not the layer's to repair."""
+    source = save_model(tmp_path / "model", "llama")
+    (tmp_path / "text.txt").write_text(TEXT)
+    flags = ["--nsamples", "40", "--seqlen", "32", "--kernel", "torch", "--precision", "ieee", "--steps", "9"]
+    places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
+    assert main([*places, *flags, *selection]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    errors = {row["name"]: row["error"] for row in report["layers"]}
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = data.calibration_windows(tokenizer, str(tmp_path / "text.txt"), nsamples=40, seqlen=32, seed=0).ids
+    dense, sparse = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "out"))
+    streams = [stream_behind_attention(model, ids) for model in (dense, sparse)]
+    inputs, _ = linears_seen(sparse, ids)
+    for i in range(3):
+        module = f"model.layers.{i}.self_attn.o_proj"
+        W, Z = (model.get_submodule(module).weight.double() for model in (dense, sparse))
+        X = inputs[module]
+        gap = streams[0][i] - streams[1][i] - X @ (W - Z).T
+        G, B = (X.T @ X).float(), (gap.T @ X).float()
+        T = find_target(W.float(), damped(G, 0.1), B, 4).double()
+        error = ((T - Z) @ X.T).square().sum().item()
+        assert errors[f"{module}.weight"] == pytest.approx(error, rel=1e-3), module
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "runs"), [("llama", 3), ("gemma2", 4), ("qwen3_moe", 3)])
 def test_dense_model_runs_once_a_stage(family, runs, tmp_path, monkeypatch):
-    """But not in the last where it has moved on already; nor for experts before it, which are compared with nothing."""
-    source, seen, output = save_model(tmp_path / "model", family), [], StreamedModel.output
+    """It does not run in the last stage if it has moved on already, nor for experts, which are not compared with it."""
+    source, seen, output = save_model(tmp_path / "model", family), [], HiddenStates.output
 
-    def spy(self, i, stream, j, block=None):
+    def spy(self, i, j, block=None):
         if block is not None:
             seen.append((i, j))
-        return output(self, i, stream, j, block)
+        return output(self, i, j, block)
 
-    monkeypatch.setattr(StreamedModel, "output", spy)
+    monkeypatch.setattr(HiddenStates, "output", spy)
     (tmp_path / "text.txt").write_text(TEXT)
     places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
     assert main([*places, "--nsamples", "160", "--seqlen", "32", "--kernel", "torch", "--steps", "2"]) == 0
-    # Two micro-batches.
+    # There are two micro-batches.
     assert {batch: seen.count(batch) for batch in seen} == {(i, j): runs for i in range(3) for j in range(2)}
 
 
@@ -166,6 +210,7 @@ def test_next_block_is_read_and_the_last_one_written_beside_the_work(pruned):
         assert block["host_bytes"] > 2**26
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("place", ["host", "file"])
 def test_placement_does_not_change_the_result(place, ahead, tmp_path, monkeypatch):
@@ -184,16 +229,16 @@ def test_placement_does_not_change_the_result(place, ahead, tmp_path, monkeypatc
         str(tmp_path / "text.txt"),
     ]
     places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt")]
-    place_of, contents = memory.place, []
+    place_of, contents = driver_run.place, []
 
     def placed(*args, fixed=None, **kwargs):
         return place_of(*args, **kwargs, fixed={"batch": 4, "place": place, "ahead": ahead} | (fixed or {}))
 
     for output in ("usual", "other"):
         if output == "other":
-            monkeypatch.setattr(memory, "place", placed)
+            monkeypatch.setattr(driver_run, "place", placed)
         else:
-            monkeypatch.setattr(memory, "BATCH_TOKENS", 4 * 32)
+            monkeypatch.setattr("sparsefw.estimate.memory.BATCH_TOKENS", 4 * 32)
         assert main([*places, *flags, "--output", str(tmp_path / output), "--eval-windows", "3"]) == 0
         report = json.loads((tmp_path / output / "report.json").read_text())
         assert report["memory"]["batch_windows"] == 4

@@ -1,4 +1,4 @@
-"""Runs on a GPU, as far as a pretended one shows them; and that the pretence refuses and counts as CUDA would."""
+"""Runs on a pretended GPU; and that the pretended GPU refuses and counts as CUDA would."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import random_checkpoint
 import torch
 from helpers import verifying
 from helpers.families import save_model
@@ -16,15 +17,18 @@ from helpers.problems import on_gpu as problem_on_gpu
 from torch import nn
 
 from sparsefw import run
-from sparsefw.estimate import memory
+from sparsefw.driver import run as driver_run
 from sparsefw.kernels import cpu, triton_ops
+from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.repeat import LEAST, repeat
 from sparsefw.model.activations import PLACES, PinnedActivations
-from sparsefw.solver import frank_wolfe, reselect
+from sparsefw.solver import frank_wolfe
+from sparsefw.solver.reselect import reselect
 
-random_checkpoint = __import__("random_checkpoint")
-
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: no need to pretend one")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: no need to pretend one"),
+]
 
 
 @pytest.fixture
@@ -142,7 +146,7 @@ class TestPretence:
     def test_waits_of_the_host_are_counted_by_line(self, operate, waits, gpu):
         x = on_gpu(3, 4)
         operate(x)
-        line = f"tests/{Path(__file__).name}:{operate.__code__.co_firstlineno} "
+        line = f"tests/driver/{Path(__file__).name}:{operate.__code__.co_firstlineno} "
         assert gpu.waits.total() == waits
         assert all(where.startswith(line) for where in gpu.waits)
 
@@ -190,18 +194,19 @@ class TestPretence:
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "alpha", "options"),
+    ("sparsity", "alpha", "precision", "options"),
     [
-        ("0.6", 0.0, {"precision": "tf32"}),
-        ("layer:0.6", 0.5, {"precision": "bf16", "step_rule": "open-loop"}),
-        ("2:4", 0.0, {"precision": "ieee", "penalty": 0.0}),
+        ("0.6", 0.0, "tf32", {}),
+        ("layer:0.6", 0.5, "bf16", {"step_rule": "open-loop"}),
+        ("2:4", 0.0, "ieee", {"penalty": 0.0}),
     ],
 )
-def test_a_solve_waits_once_in_the_end(sparsity, alpha, options, gpu, monkeypatch):
-    """Everything is launched before the host looks whether the errors are finite: no step waits."""
+def test_a_solve_waits_once_in_the_end(sparsity, alpha, precision, options, gpu, monkeypatch):
+    """Everything is launched before the host checks that the errors are finite: no step waits."""
     problem = problem_on_gpu(make_problem(5, 24, sparsity, alpha))
-    problem = replace(problem, damped=problem.G * 1.5, lacks=problem.W / 2)
-    options = {"steps": 3, "step_rule": "line-search", "penalty": 1.0, "ops": triton_ops} | options
+    problem = replace(problem, damped=problem.G * 1.5, target_gap=problem.W / 2)
+    backend = Backend(triton_ops, precision)
+    options = {"steps": 3, "step_rule": "line-search", "penalty": 1.0, "backend": backend} | options
     gpu.waits.clear()
     assert len([state.error for state in frank_wolfe.iterate(problem, **options)]) == 3
     assert not gpu.waits
@@ -225,13 +230,13 @@ def test_steps_that_are_repeated_wait_for_nothing(gpu):
 def test_refits_wait_for_nothing(sparsity, gpu):
     problem = problem_on_gpu(make_problem(5, 24, sparsity))
     gpu.waits.clear()
-    options = {"steps": 3, "penalty": 1.0, "refit_steps": 2, "rounds": 2, "precision": "bf16", "ops": triton_ops}
-    assert reselect.refine(problem, problem.warm, **options).error.is_cuda
+    options = {"steps": 3, "penalty": 1.0, "refit_steps": 2, "rounds": 2, "backend": Backend(triton_ops, "bf16")}
+    assert reselect(problem, problem.warm, **options).error.is_cuda
     assert not gpu.waits
 
 
 def prune(source, output, *flags, stand_ins=False):
-    """Prunes on a pretended GPU, which it gives with the report; the kernels' stand-ins take no interpreter."""
+    """Prune on a pretended GPU; returns it with the report. Stand-ins for the kernels need no interpreter."""
     text = output.parent / "text.txt"
     text.write_text(5 * verifying.TEXT)
     places = ["--model", str(source), "--dataset", str(text), "--output", str(output)]
@@ -249,13 +254,13 @@ def prune(source, output, *flags, stand_ins=False):
     ids=["default", "torch"],
 )
 def test_whole_run(flags, kernel, tmp_path, capsys):
-    # Little, for Triton's interpreter.
+    # A small model, since Triton's interpreter is slow.
     source = save_model(tmp_path / "model", "llama", torch.bfloat16, num_hidden_layers=1)
     little = ["--nsamples", "2", "--seqlen", "16", "--steps", "1", "--refit", "1", "--rounds", "1"]
     gpu, report = prune(source, tmp_path / "out", *little, *flags)
     assert f"kernel: {kernel}, precision " in capsys.readouterr().out
     assert report["device"] == NAME
-    assert report["memory"]["gpu_budget_bytes"] == int(0.9 * (80 << 30))
+    assert report["memory"]["limits"]["gpu"] == int(0.9 * (80 << 30))
     assert report["memory"]["activations"] == "gpu"
     assert 0 < report["blocks"][0]["gpu_bytes"] <= gpu.peak
     assert 0 < report["peak_memory"]["gpu_bytes"] <= gpu.peak
@@ -291,21 +296,21 @@ def test_as_on_a_cpu(variant, pruned, tmp_path, capsys):
             assert row[key] == expected[key]
         for key in ("error_warm_start", "error_mask", "error"):
             assert row[key] == pytest.approx(expected[key], rel=1e-2), (key, row["name"])
-    _, said, failures = verifying.verdict(capsys, output)
-    assert not failures, said
+    _, printed, failures = verifying.verdict(capsys, output)
+    assert not failures, printed
 
 
 def test_placement_does_not_change_the_result(tmp_path, monkeypatch):
     source = save_model(tmp_path / "model", "llama", torch.bfloat16)
     flags = ["--nsamples", "5", "--seqlen", "32", "--steps", "1", "--refit", "1", "--rounds", "0"]
     flags += ["--eval", str(tmp_path / "text.txt"), "--eval-windows", "3"]
-    place_of, contents = memory.place, {}
+    place_of, contents = driver_run.place, {}
     for place in PLACES:
 
         def placed(*args, fixed=None, place=place, **kwargs):
             return place_of(*args, **kwargs, fixed={"batch": 2, "place": place} | (fixed or {}))
 
-        monkeypatch.setattr(memory, "place", placed)
+        monkeypatch.setattr(driver_run, "place", placed)
         output = tmp_path / place
         gpu, report = prune(source, output, *flags, stand_ins=True)
         assert (report["memory"]["activations"], report["memory"]["batch_windows"]) == (place, 2)
@@ -317,20 +322,20 @@ def test_placement_does_not_change_the_result(tmp_path, monkeypatch):
 
 
 def test_the_host_is_no_more_than_one_micro_batch_ahead(gpu):
-    """Each takes memory on the GPU from when it is launched."""
-    room = PinnedActivations(torch.device("cuda"))
+    """A micro-batch takes memory on the GPU as soon as it is launched."""
+    activations = PinnedActivations(torch.device("cuda"))
     for n in range(4):
-        room.append(torch.full((1, 2, 3), float(n), device="cuda"))
+        activations.append(torch.full((1, 2, 3), float(n), device="cuda"))
     gpu.waits.clear()
     for n in range(4):
-        assert room[n].tolist() == [2 * [3 * [n]]]
+        assert activations[n].tolist() == [2 * [3 * [n]]]
     waits = {where.split()[0].rpartition("/")[2].partition(":")[0]: times for where, times in gpu.waits.items()}
     assert waits["activations.py"] == 3
 
 
 @pytest.fixture(scope="module")
 def random_models(tmp_path_factory):
-    """Large enough that no single tensor is most of what is held."""
+    """Models large enough that no single tensor is most of what is held."""
     folder = tmp_path_factory.mktemp("random")
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 1024}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
@@ -366,5 +371,5 @@ def test_expected_memory_is_enough_and_not_much_more(working, random_models, tmp
     if "--eval-windows" in flags:
         flags = [*flags, "--eval", str(tmp_path / "text.txt")]
     gpu, report = prune(random_models / family, tmp_path / "out", *flags, stand_ins=True)
-    expected = report["memory"]["gpu_expected_bytes"]
+    expected = report["memory"]["expected"]["gpu"]
     assert expected / 3 <= gpu.peak <= expected

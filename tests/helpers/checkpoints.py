@@ -30,7 +30,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def make_hub_cache(folder: Path, root: Path) -> Path:
-    """`folder` as the Hub's cache holds it: links to blobs."""
+    """A copy of `folder` as the Hub's cache holds it: links to blobs."""
     snapshot = root / "models--org--name" / "snapshots" / "abc"
     blobs = snapshot.parent.parent / "blobs"
     snapshot.mkdir(parents=True)

@@ -26,7 +26,7 @@ _COMMON = {
 _SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
-# model_type: what the tiny config adds to the common part.
+# By model_type: what the tiny config adds to the common part.
 FAMILIES = {
     "llama": {"tie_word_embeddings": True},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1, **_SLIDING},
@@ -49,11 +49,18 @@ def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, se
     config = AutoConfig.for_model(family, **(_COMMON | FAMILIES[family] | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for parameter in model.parameters():
-        # The usual initialisation is so small that all logits agree.
+        # With the usual initialisation, all logits would be nearly equal.
         if parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder, max_shard_size="40KB")
     byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def config_of(source: Path, folder: Path) -> Path:
+    """A copy of a model's config alone, in another folder."""
+    folder.mkdir()
+    (folder / "config.json").write_text((source / "config.json").read_text())
     return folder
 
 

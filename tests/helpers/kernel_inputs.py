@@ -11,14 +11,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One entry, one row, odd sizes, and more than one tile in every direction.
 SHAPES = ((1, 1), (1, 131), (37, 131), (150, 260))
 
-# Rounding of one product of two operands cut to a precision, relative, and of the sum of thousands in fp32: tensor
-# cores cut what they shift out.
+# Relative rounding of one product of two operands at a precision, with the sum of thousands of products in fp32: tensor
+# cores truncate the bits that they shift out.
 PRODUCT_ERROR = {"ieee": 2 * 2.0**-23, "tf32x3": 2 * 2.0**-20, "tf32": 2 * 2.0**-10, "bf16": 2 * 2.0**-8}
 SUM_ERROR = 2.0**-15
 
 
 def needs_gpu(test: Callable) -> Callable:
-    """Marks a test of what only the hardware does, such as the rounding of tensor cores."""
+    """Mark a test of what only the hardware does, such as the rounding of tensor cores."""
     return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")(test))
 
 
@@ -43,25 +43,32 @@ def gram(d: int, tokens: int = 300, seed: int = 0) -> Tensor:
 
 
 def garbage(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """An output that shows an entry never written."""
+    """An output in which an entry that was never written shows."""
     return torch.full(shape, True if dtype == torch.bool else torch.nan, dtype=dtype, device=DEVICE)
 
 
 def strided(X: Tensor) -> Tensor:
-    """The same values, with neither dimension contiguous."""
+    """A view of the same values in which neither dimension is contiguous."""
     wide = torch.zeros(X.shape[1] * 2, X.shape[0] * 3, dtype=X.dtype, device=X.device)
     view = wide[::2, ::3].T
     return view.copy_(X)
 
 
-def assert_near(got: Tensor, reference: Tensor, truth: Tensor) -> None:
-    """The error of `got` against the float64 truth is at most twice that of the fp32 reference, max and rms.
+def in_float64(state: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Copies of arguments by name; floating tensors become float64, in which naive.py computes the truth."""
+    return {
+        name: x if x is None else x.clone() if not x.is_floating_point() else x.double() for name, x in state.items()
+    }
 
-    A few roundings of the largest value are granted on top: the reference may be exact by luck on tiny inputs.
+
+def assert_near(got: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """The error of `got` against the float64 truth is at most twice that of plain fp32 (naive.py), max and rms.
+
+    A few roundings of the largest value are allowed on top: on tiny inputs plain fp32 may be exact by luck.
     """
     assert got.shape == truth.shape
-    error, allowed = (got.double() - truth).abs(), (reference.double() - truth).abs()
+    error, allowed = (got.double() - truth).abs(), (plain.double() - truth).abs()
     slack = 4 * 2.0**-24 * truth.abs().max()
-    assert error.max() <= 2 * allowed.max() + slack, f"max {error.max():.3g}, the reference {allowed.max():.3g}"
+    assert error.max() <= 2 * allowed.max() + slack, f"max {error.max():.3g}, plain fp32 {allowed.max():.3g}"
     rms, allowed_rms = error.square().mean().sqrt(), allowed.square().mean().sqrt()
-    assert rms <= 2 * allowed_rms + slack, f"rms {rms:.3g}, the reference {allowed_rms:.3g}"
+    assert rms <= 2 * allowed_rms + slack, f"rms {rms:.3g}, plain fp32 {allowed_rms:.3g}"

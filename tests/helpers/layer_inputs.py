@@ -3,13 +3,12 @@
 import torch
 from helpers.kernel_inputs import generator
 
-from sparsefw.kernels import cpu
-from sparsefw.solver import patterns
+from sparsefw.kernels.backend import TORCH
+from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.layer import prune_layers
-from sparsefw.solver.methods import Settings
 
 D = 96
-# Of one row too: a product of one row takes another path through the library.
+# One of them has one row: its product takes another path through the library.
 ROWS = (37, 1, 64, 101)
 ERRORS = ("error", "error_mask", "error_warm_start", "gap")
 PATTERNS = ("0.6", "2:4", "layer:0.6")
@@ -26,15 +25,25 @@ def make_layers(rows=ROWS, d=D, dtype=torch.bfloat16):
     return [(f"layer{i}", torch.randn(n, d, generator=generator(i)).to(dtype)) for i, n in enumerate(rows)]
 
 
-def settings(text="0.6", **changes):
-    return Settings(patterns.parse(text), **(dict(steps=9, alpha=0.5, refit=3, rounds=2) | changes))
+def make_config(sparsity="0.6", **options):
+    """A config with few steps, half of the kept weights fixed and, without a refit, no swaps."""
+    refit = options.get("refit", 3)
+    few = dict(steps=9, alpha=0.5, refit=refit, rounds=2 if refit else 0, swaps=0, damp=0.1)
+    return PruneConfig(sparsity=sparsity, **(few | dict(kernel="torch", precision="ieee") | options))
 
 
-def run(layers, G=None, method="sparsefw", how=None, **options):
-    """Copies of the layers, pruned, by name; and the results."""
+def run(layers, G=None, method="sparsefw", config=None, backend=TORCH, **options):
+    """Prune copies of the layers; returns them by name, and the results."""
     pruned = [(name, W.clone()) for name, W in layers]
     G = make_gram(layers[0][1].shape[1]) if G is None else G.clone()
-    return dict(pruned), list(prune_layers(pruned, G, method, how or settings(), cpu, **options))
+    return dict(pruned), list(prune_layers(pruned, G, method, config or make_config(), backend, **options))
+
+
+def run_alone(layers, config, crosses=None):
+    """`run` with each layer in a stack of its own."""
+    crosses = crosses or [None] * len(layers)
+    runs = [run([layer], config=config, crosses=[B]) for layer, B in zip(layers, crosses, strict=True)]
+    return {name: W for pruned, _ in runs for name, W in pruned.items()}, [row for _, rows in runs for row in rows]
 
 
 def error(W, Z, G):
@@ -42,9 +51,9 @@ def error(W, Z, G):
     return (E * (E @ G.double())).sum(1)
 
 
-def assert_same(one, two):
-    for name, W in one[0].items():
-        assert torch.equal(W, two[0][name]), name
-    for a, b in zip(one[1], two[1], strict=True):
+def assert_same(first, second):
+    for name, W in first[0].items():
+        assert torch.equal(W, second[0][name]), name
+    for a, b in zip(first[1], second[1], strict=True):
         assert (a.name, a.kept, a.alpha) == (b.name, b.kept, b.alpha)
         assert all(getattr(a, e) == getattr(b, e) for e in ERRORS)

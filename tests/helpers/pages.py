@@ -1,9 +1,12 @@
-"""A run as report.json tells it, and a page taken apart."""
+"""The report of a run, and a page taken apart."""
 
+from dataclasses import asdict
 from html.parser import HTMLParser
-from pathlib import Path
 
-from sparsefw.run import parse_arguments
+from sparsefw.cli import inputs_and_config, run_parser
+from sparsefw.report import BlockRecord, CalibrationText, EvaluationText, MemoryRecord, Report
+from sparsefw.solver import LayerResult
+from sparsefw.timeline import Span
 
 VOID = {"meta", "br"}
 TYPES = ("self_attn.q_proj", "mlp.down_proj")
@@ -48,78 +51,72 @@ class Document(HTMLParser):
         return rows
 
 
-def layer(name: str, method: str, mask: float, error: float, shape=(4, 8)) -> dict:
+def layer(name: str, method: str, mask: float, error: float, shape: tuple[int, int] = (4, 8)) -> LayerResult:
+    """A layer with these relative errors."""
     warm = 1000.0
-    return {
-        "name": name,
-        "shape": list(shape),
-        "pattern": "0.5",
-        "kept": shape[0] * shape[1] // 2,
-        "method": method,
-        "warm_start": "wanda",
-        "alpha": 0.0,
-        "steps": 30,
-        "target": "layer",
-        "error_warm_start": warm,
-        "error_mask": warm * mask,
-        "error": warm * error,
-        "relative_mask": mask,
-        "relative_error": error,
-        "gap": None if method == "wanda" else warm * 0.1,
-        "seconds": 0.25,
-    }
+    return LayerResult(
+        name=name,
+        shape=shape,
+        pattern="0.5",
+        kept=shape[0] * shape[1] // 2,
+        method=method,
+        warm_start="wanda",
+        alpha=0.0,
+        steps=30,
+        target="layer",
+        error_warm_start=warm,
+        error_mask=warm * mask,
+        error=warm * error,
+        relative_mask=mask,
+        relative_error=error,
+        gap=None if method == "wanda" else warm * 0.1,
+        seconds=0.25,
+    )
 
 
 def parsed(arguments: list[str]) -> dict:
-    """What a report says of a command line."""
-    said = vars(parse_arguments(arguments))
-    return {name: str(v) if isinstance(v, Path) else v for name, v in said.items() if name != "kernel_chosen"}
+    """The arguments of a report, from a command line."""
+    namespace = run_parser(None).parse_args(arguments)
+    inputs, config = inputs_and_config(namespace)
+    output = {name: getattr(namespace, name) for name in ("overwrite", "restart", "gpu_memory", "host_memory")}
+    return asdict(inputs) | asdict(config) | output | {"output": str(namespace.output)}
 
 
-def content(blocks: int = 3, prefix: str = "model.layers", arguments: tuple[str, ...] = ()) -> dict:
-    """A run of wanda and sparsefw; block i is worked on from second 10 i + 2 to 10 i + 12, and read before."""
+def report_of_run(blocks: int = 3, prefix: str = "model.layers", arguments: tuple[str, ...] = ()) -> Report:
+    """The report of a run of wanda and sparsefw. Block i is read, then at work from second 10 i + 2 to 10 i + 12."""
     names = [f"{prefix}.{i}" for i in range(blocks)]
     phases = (("calibrate", 2, 5), ("solve", 5, 11), ("forward", 11, 12))
-    timeline = [{"block": None, "lane": "main", "phase": "embed", "start": 0.0, "end": 1.5}]
+    timeline = [Span(None, "main", "embed", 0.0, 1.5)]
     for i in range(blocks):
-        timeline += [
-            {"block": i, "lane": "main", "phase": phase, "start": 10.0 * i + start, "end": 10.0 * i + end}
-            for phase, start, end in phases
-        ]
-        timeline.append({"block": i, "lane": "read", "phase": "read", "start": 10.0 * i - 5, "end": 10.0 * i})
-    return {
-        "arguments": parsed(["--sparsity", "0.5", "--output", "out", *arguments]),
-        "versions": {"python": "3", "torch": "2"},
-        "device": "a card",
-        "data": {"source": "a text", "hash": "abc123", "windows": 8, "seqlen": 128, "seed": 5},
-        "evaluation": [
-            {
-                "source": "held out",
-                "hash": "def456",
-                "windows": 4,
-                "seqlen": 128,
-                "perplexity": {"dense": 10.0, "wanda": 20.123456, "sparsefw": 15.5},
-            }
-        ],
-        "layers": [
+        timeline += [Span(i, "main", phase, 10.0 * i + start, 10.0 * i + end) for phase, start, end in phases]
+        timeline.append(Span(i, "read", "read", 10.0 * i - 5, 10.0 * i))
+    perplexity = {"dense": 10.0, "wanda": 20.123456, "sparsefw": 15.5}
+    return Report(
+        arguments=parsed(["--sparsity", "0.5", "--output", "out", *arguments]),
+        versions={"python": "3", "torch": "2"},
+        device="a card",
+        data=CalibrationText("a text", "abc123", windows=8, seqlen=128, seed=5),
+        evaluation=[EvaluationText("evaluation text", "def456", windows=4, seqlen=128, perplexity=perplexity)],
+        layers=[
             layer(f"{name}.{kind}.weight", method, *([1.0, 1.0] if method == "wanda" else [0.8, 0.5 + 0.1 * i]))
             for i, name in enumerate(names)
             for method in ("wanda", "sparsefw")
             for kind in TYPES
         ],
-        "kept_dense": [],
-        "seconds": {"calibrate": 9.0, "solve": 18.0},
-        "peak_memory": {"host_bytes": 3 << 30, "gpu_bytes": 0},
-        "blocks": [
-            {
-                "block": i,
-                "name": name,
-                "seconds": {"calibrate": 1.0, "solve": 2.0 + i},
-                "host_bytes": (i + 1) << 30,
-                "gpu_bytes": 0,
-            }
+        kept_dense=[],
+        seconds={"calibrate": 9.0, "solve": 18.0},
+        blocks=[
+            BlockRecord(i, name, {"calibrate": 1.0, "solve": 2.0 + i}, host_bytes=(i + 1) << 30, gpu_bytes=0)
             for i, name in enumerate(names)
         ],
-        "timeline": timeline,
-        "memory": {"host_budget_bytes": 4 << 30, "gpu_budget_bytes": None, "activations": "host", "batch_windows": 2},
-    }
+        timeline=timeline,
+        peak_memory={"host_bytes": 3 << 30, "gpu_bytes": 0},
+        memory=MemoryRecord(
+            limits={"host": 4 << 30},
+            expected={"host": 2 << 30},
+            activations="host",
+            batch_windows=2,
+            solver_bytes=1 << 30,
+            read_ahead=True,
+        ),
+    )

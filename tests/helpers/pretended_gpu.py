@@ -1,10 +1,10 @@
-"""A GPU that there is not: tensors that say they are on it, and are computed on the CPU.
+"""A pretended GPU: tensors say that they are on it, and are computed on the CPU.
 
-So what is done only where there is a GPU runs without one. What CUDA refuses is refused: operands on two devices, numpy
-on a GPU's memory. What its allocator would hold is counted, and so is every time that the host would wait.
+So code that needs a GPU runs without one. What CUDA refuses is refused: operands on two devices, numpy on a GPU's
+memory. Bytes that CUDA's allocator would hold are counted, and so are the waits of the host.
 
-Not pretended is what runs beside what: all is done in the order of the program, so a wait that is missing between two
-streams goes unseen. Nor is it known what torch's kernels allocate for themselves, and how they round.
+Concurrency is not pretended: all work is done in the order of the program, so a missing wait between two streams goes
+unseen. Memory that torch's kernels allocate for themselves, and their rounding, are not known either.
 """
 
 import sys
@@ -33,23 +33,23 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = tuple(f"{ROOT / name}/" for name in ("sparsefw", "kernels", "tests", "bench"))
 
 aten = torch.ops.aten
-# The host goes on once it knows a value, or how many there are.
+# Operations that the host waits for: it needs a value, or the number of results.
 NUMBERS = {aten._local_scalar_dense, aten._unique2, aten.bincount, aten.equal, aten.masked_select, aten.nonzero}
 COPIES = {aten._to_copy, aten.copy_}
 INDEXING = {aten.index, aten.index_put, aten.index_put_}
 
 
 class OnGPU(Tensor):
-    """A tensor on the pretended GPU: `inner`, on the CPU, is what it stands for, `memory` what it takes."""
+    """A tensor on the pretended GPU: `inner` holds its values on the CPU, and `memory` counts its bytes."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, inner: Tensor, memory: "_Memory") -> "OnGPU":
         form = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
-        # To torch's own code it is on the CPU: a build without CUDA refuses a device that it does not have.
+        # For torch's own code the tensor is on the CPU: a build without CUDA refuses a device that it does not have.
         self = Tensor._make_wrapper_subclass(cls, inner.size(), device="cpu", **form)
-        # In this order they go again: what a storage took is given back before another can be in its place.
+        # They are freed in this order, so that a storage's bytes are given back before another storage takes its place.
         self.memory, self.inner = memory, inner
         return self
 
@@ -80,14 +80,14 @@ class OnGPU(Tensor):
 
 
 class GPU(TorchDispatchMode):
-    """The pretended GPU, and what was seen of it.
+    """The pretended GPU, with counts of its memory, waits and graphs.
 
     Attributes:
-        allocated: bytes of the tensors that live on it; what they share counts once.
-        peak: the most there have been.
+        allocated: bytes of the tensors that live on it; shared memory counts once.
+        peak: the most bytes that were allocated at once.
         peak_since_reset: the same since `torch.cuda.reset_peak_memory_stats`.
-        waits: how often the host would have waited, by "file:line operation": the innermost line of this repository.
-        graphs: how many launches each CUDA graph holds, and how often it was launched itself.
+        waits: how often the host would have waited, by "file:line operation" of the innermost line of this repository.
+        graphs: CUDA graphs, each with its launches and the number of its replays.
     """
 
     def __init__(self) -> None:
@@ -95,9 +95,9 @@ class GPU(TorchDispatchMode):
         self.allocated = self.peak = self.peak_since_reset = 0
         self.waits: Counter[str] = Counter()
         self.graphs: list[Graph] = []
-        # Where host memory is that a copy need not wait for.
+        # Addresses of page-locked host memory, which a copy need not wait for.
         self.pinned: set[int] = set()
-        # The graph that launches of this thread go to.
+        # The graph that captures this thread's launches.
         self.capturing = threading.local()
         self._memories: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
         # A model's tensors are moved by several threads.
@@ -106,39 +106,39 @@ class GPU(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is aten._to_copy.default and isinstance(args[0], OnGPU):
-            # A conversion by torch's own code, which names the device that it takes the tensor to be on: all that is
-            # really moved is moved by `to`, see below.
+            # A conversion by torch's own code, which names the device that it believes the tensor to be on. Real moves
+            # are made by `to`, see below.
             kwargs = kwargs | {"device": None}
         here = any(isinstance(x, OnGPU) for x in tree_leaves((args, kwargs)))
         return self.compute(func, args, kwargs) if here or _is_gpu(kwargs.get("device")) else func(*args, **kwargs)
 
     def compute(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """func(*args, **kwargs), of which an operand or the result is on the GPU."""
+        """func(*args, **kwargs), with an operand or the result on the GPU."""
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        asked, packet = kwargs.get("device"), getattr(func, "overloadpacket", func)
-        stays = any(isinstance(x, OnGPU) for x in given) if asked is None else _is_gpu(asked)
+        device, packet = kwargs.get("device"), getattr(func, "overloadpacket", func)
+        stays = any(isinstance(x, OnGPU) for x in given) if device is None else _is_gpu(device)
         _refuse_two_devices(packet, args, given)
         waits, graph = self._waits(packet, args, kwargs, stays), getattr(self.capturing, "graph", None)
         if waits and graph:
             raise RuntimeError(f"{packet}: operation not permitted when stream is capturing")
         if waits:
             self.wait(str(packet))
-        if _is_gpu(asked):
+        if _is_gpu(device):
             kwargs = kwargs | {"device": torch.device("cpu")}
         args, kwargs = tree_map_only(OnGPU, lambda x: x.inner, (args, kwargs))
         if graph and not getattr(func, "is_view", False):
             return graph.record(func, args, kwargs, given)
         out = func(*args, **kwargs)
-        # What was written in place is the same object as before.
+        # An operand that was written in place is returned as the same object.
         same = {id(x.inner if isinstance(x, OnGPU) else x): x for x in given}
         return tree_map_only(Tensor, lambda x: same[id(x)] if id(x) in same else self.put(x) if stays else x, out)
 
     def as_kernel(self, function: Callable) -> Callable:
-        """The function as one kernel: of what it does on its way nothing is seen."""
+        """The function as one kernel: its own operations are not counted."""
         return lambda *args, **kwargs: self.compute(function, args, kwargs)
 
     def put(self, inner: Tensor) -> OnGPU:
-        """A tensor as one on the GPU; no other tensor of the CPU has its storage."""
+        """A CPU tensor made one on the GPU; no other tensor of the CPU has its storage."""
         storage = inner.untyped_storage()
         with self.lock:
             memory = self._memories.get(storage._cdata) or _Memory(self, storage.nbytes())
@@ -146,7 +146,7 @@ class GPU(TorchDispatchMode):
         return OnGPU(inner, memory)
 
     def _waits(self, packet: Any, args: tuple, kwargs: dict, stays: bool) -> bool:
-        """Whether the host waits in packet(*args, **kwargs); the result `stays` on the GPU, or is the host's."""
+        """Whether the host waits in packet(*args, **kwargs); `stays` says whether the result stays on the GPU."""
         if packet in COPIES:
             source, stays = (args[1], isinstance(args[0], OnGPU)) if packet is aten.copy_ else (args[0], stays)
             if isinstance(source, OnGPU) == stays:
@@ -155,7 +155,7 @@ class GPU(TorchDispatchMode):
             return not asynchronous or (stays and source.untyped_storage().data_ptr() not in self.pinned)
         if packet in INDEXING:
             indices = [x for x in args[1] if x is not None]
-            # A number is filled in where a mask is true, and nobody asks how often that is.
+            # To fill a number in where a mask is true, the host need not know how often it is.
             counts = packet is aten.index or isinstance(args[2], OnGPU)
             return any(not isinstance(x, OnGPU) or (counts and x.dtype == torch.bool) for x in indices)
         return packet in NUMBERS
@@ -170,7 +170,7 @@ class GPU(TorchDispatchMode):
 
 
 class _Memory:
-    """What a storage takes, as long as a tensor on the GPU has it."""
+    """The bytes of a storage, counted as long as a tensor on the GPU has it."""
 
     def __init__(self, gpu: GPU, nbytes: int):
         self.gpu, self.size = gpu, -(-nbytes // UNIT) * UNIT
@@ -184,7 +184,7 @@ class _Memory:
 
 
 class Graph:
-    """A CUDA graph of the `gpu`. What is captured does not run before it is replayed; it may take no memory."""
+    """A CUDA graph of the `gpu`. Captured operations run only when the graph is replayed, and may take no memory."""
 
     gpu: GPU
 
@@ -193,7 +193,7 @@ class Graph:
         self.replays = 0
 
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
-        # Otherwise no thread may ask for memory meanwhile.
+        # With other modes no thread may ask for memory meanwhile.
         assert capture_error_mode == "thread_local"
         self.gpu.capturing.graph = self
 
@@ -202,7 +202,7 @@ class Graph:
         self.gpu.graphs.append(self)
 
     def record(self, func: Callable, args: tuple, kwargs: dict, given: list[Tensor]) -> Any:
-        """Keep func(*args, **kwargs) for later; what it would return, which has to be among those `given`."""
+        """Record func(*args, **kwargs) for later; returns its result, which must be one of the tensors `given`."""
         copies: dict[int, Tensor] = {}
         inner = [x.inner if isinstance(x, OnGPU) else x for x in given]
         for x in inner:
@@ -222,7 +222,7 @@ class Graph:
 
 
 class _Stream:
-    """A stream of the `gpu`, and the event that is recorded on it: nothing is ever left to wait for."""
+    """A stream of the `gpu`, and its own event: there is never anything left to wait for."""
 
     def __init__(self, device: Any = None):
         self.wait_stream = self.wait_event = lambda other: None
@@ -238,16 +238,16 @@ def _refuse_two_devices(packet: Any, args: tuple, given: list[Tensor]) -> None:
     if packet in INDEXING and isinstance(args[0], OnGPU):
         # Indices may be on the host.
         given = [x for x in given if not any(x is index for index in args[1])]
-    # So may single numbers.
-    found = [x for x in given if isinstance(x, OnGPU) or x.dim()]
-    if len({x.device for x in found}) > 1 and packet not in COPIES:
-        found = ", ".join(f"{x.device} {tuple(x.shape)}" for x in found)
-        raise RuntimeError(f"{packet}: Expected all tensors to be on the same device, but found {found}")
+    # Single numbers may be on the host, too.
+    operands = [x for x in given if isinstance(x, OnGPU) or x.dim()]
+    if len({x.device for x in operands}) > 1 and packet not in COPIES:
+        operands = ", ".join(f"{x.device} {tuple(x.shape)}" for x in operands)
+        raise RuntimeError(f"{packet}: Expected all tensors to be on the same device, but found {operands}")
 
 
 @contextmanager
 def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
-    """Inside, torch has a GPU with so many bytes."""
+    """Inside the `with` block, torch has a GPU with `memory` bytes."""
     gpu = GPU()
     stream = type("Stream", (_Stream,), {"gpu": gpu})
     launch = GridExecutor.__call__
@@ -262,7 +262,7 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
         if here and there and not copy and dtype in (None, tensor.dtype):
             return tensor
         form = {"dtype": dtype or tensor.dtype, "device": DEVICE if there else device, "non_blocking": non_blocking}
-        # Not through torch, which would ask for CUDA, and in another thread does not know of the mode.
+        # Not through torch, which would ask for CUDA, and knows nothing of the mode in another thread.
         return gpu.compute(aten._to_copy.default, (tensor,), form)
 
     def made(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
@@ -306,9 +306,9 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
         patch.setattr(torch, "empty", made)
         patch.setattr(Tensor, "to", moved)
         patch.setattr(Tensor, "data", property(data.__get__, replaced))
-        # torch's own code makes it of several operations.
+        # torch's own code makes `one_hot` of several operations.
         patch.setattr(nn.functional, "one_hot", gpu.as_kernel(nn.functional.one_hot))
-        # Numbers become tensors on the host and are moved then.
+        # Numbers become tensors on the host first, and are then moved.
         torch._C._set_only_lift_cpu_tensors(True)
         try:
             yield gpu

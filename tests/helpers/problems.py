@@ -1,18 +1,20 @@
-"""Random layer problems for the tests of the solver, and truths to hold its answers against."""
+"""Random layer problems for the tests of the solver, and the true values to compare with."""
 
 import itertools
 from dataclasses import replace
 
 import torch
 
-from sparsefw.kernels import cpu
+from sparsefw.kernels import triton_ops
+from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.solver import frank_wolfe, patterns
 from sparsefw.solver.saliency import SALIENCIES
 
-LINE_SEARCH = {"step_rule": "line-search", "precision": "ieee", "ops": cpu}
+TRITON = Backend(triton_ops)
+LINE_SEARCH = {"step_rule": "line-search", "backend": TORCH}
 
 
-def make_problem(rows, d, sparsity="0.6", alpha=0.0, seed=0, whole=False, warm_start="wanda", correlation=0.7):
+def make_problem(rows, d, sparsity="0.6", alpha=0.0, seed=0, whole_matrix=False, warm_start="wanda", correlation=0.7):
     """A random layer with correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(rows, d, generator=generator)
@@ -22,12 +24,12 @@ def make_problem(rows, d, sparsity="0.6", alpha=0.0, seed=0, whole=False, warm_s
     G = (G + G.T) / 2
     saliency = SALIENCIES[warm_start](W, G.diagonal())
     pattern = patterns.parse(sparsity)
-    k = patterns.kept_in_layer(pattern, rows, d) if whole else patterns.budget(pattern, saliency)
-    return frank_wolfe.pose(W, G, saliency, k, group=pattern.group, whole=whole, alpha=alpha)
+    k = patterns.kept_in_layer(pattern, rows, d) if whole_matrix else patterns.kept(pattern, saliency)
+    return frank_wolfe.make_problem(W, G, saliency, k, group=pattern.group, whole_matrix=whole_matrix, alpha=alpha)
 
 
 def on_gpu(problem):
-    """The problem with its tensors there."""
+    """The problem with its tensors on the GPU."""
     tensors = {name: x for name, x in vars(problem).items() if isinstance(x, torch.Tensor)}
     return replace(problem, **{name: x.to("cuda") for name, x in tensors.items()})
 

@@ -1,4 +1,4 @@
-"""Truths for refits: the error and the exact solution of a damped least-squares problem."""
+"""True values for refits: the error, and the exact solution of a least-squares problem."""
 
 import torch
 from helpers.kernel_inputs import DEVICE
@@ -9,7 +9,7 @@ def damp_by(G, damp=0.1):
 
 
 def error(W, Z, G):
-    """From the definition, (rows,) float64."""
+    """The error of weights from its definition, (rows,) float64."""
     E = W.double() - Z.double()
     return (E * (E @ G.double())).sum(1)
 
@@ -19,7 +19,7 @@ def exact(W, G, mask):
     W, G, Z = W.double().cpu(), G.double().cpu(), torch.zeros(W.shape, dtype=torch.float64)
     for w, kept, z in zip(W, mask.cpu(), Z, strict=True):
         if kept.any():
-            # gelsd takes the least correction where inputs do not tell weights apart.
+            # gelsd returns the smallest correction where several are equally good.
             removed = (G[kept][:, ~kept] @ w[~kept])[:, None]
             z[kept] = w[kept] + torch.linalg.lstsq(G[kept][:, kept], removed, driver="gelsd").solution[:, 0]
     return Z.to(DEVICE)

@@ -1,4 +1,4 @@
-"""What the tests of texts and windows share: a tokenizer of one token per byte, files, how a refusal is expected."""
+"""Shared by the tests of texts and windows: a tokenizer of one token per byte, files of records, expected refusals."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ def make_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
     if bos:
         specials = [("<s>", BOS), ("</s>", 257)]
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=specials)
-    # Far shorter than the texts, and a stored truncation: neither may matter.
+    # A maximum far below the length of the texts, and a stored truncation: neither may matter.
     tokenizer.enable_truncation(7)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

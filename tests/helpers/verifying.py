@@ -1,4 +1,4 @@
-"""Outputs of runs on tiny models, ways to change them, and what is then said of them."""
+"""Outputs of runs on tiny models, ways to change them, and the verdict on them."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from sparsefw.checkpoint.source import INDEX
 from sparsefw.verify import main
 
 TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(200))
-# Of two blocks of a Llama.
+# Tensors of a Llama with two blocks.
 Q = "model.layers.0.self_attn.q_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 NORM = "model.layers.1.input_layernorm.weight"
@@ -27,7 +27,7 @@ WANDA = ("--method", "wanda")
 
 
 def save_gpt2(folder: Path, dtype: torch.dtype) -> Path:
-    """A model of two blocks whose layers are stored (in, out); one of each block's is square."""
+    """A model of two blocks whose layers are stored (in, out); each block has a square one."""
     torch.manual_seed(0)
     sizes = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=48, vocab_size=258)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes), dtype=dtype)
@@ -48,25 +48,25 @@ def prune(source: Path, output: Path, *flags: str) -> None:
 
 def outputs(folders) -> Callable[..., tuple[Path, Path]]:
     """make(*flags, family, dtype) -> source and output of a run; each is made once, and must not be changed."""
-    made: dict[tuple, tuple[Path, Path]] = {}
+    runs: dict[tuple, tuple[Path, Path]] = {}
 
     def make(*flags: str, family: str = "llama", dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
         key = flags, family, dtype
-        if key not in made:
+        if key not in runs:
             folder = folders.mktemp("pruned")
             if family == "gpt2":
                 source = save_gpt2(folder / "model", dtype)
             else:
                 source = save_model(folder / "model", family, dtype, num_hidden_layers=2)
             prune(source, folder / "out", *flags)
-            made[key] = source, folder / "out"
-        return made[key]
+            runs[key] = source, folder / "out"
+        return runs[key]
 
     return make
 
 
 def copies(make: Callable[..., tuple[Path, Path]], folder: Path) -> Callable[..., tuple[Path, Path]]:
-    """The same with a copy of the output, which may be changed."""
+    """Like `outputs`, with a copy of the output that may be changed."""
 
     def copy(*flags: str, **model) -> tuple[Path, Path]:
         source, output = make(*flags, **model)
@@ -82,7 +82,7 @@ def tensor_of(folder: Path, name: str) -> Tensor:
 
 
 def change_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
-    """Replace a tensor by change(tensor), or leave it out where that is None; the index's sizes go with it."""
+    """Replace a tensor by change(tensor), or leave it out if that is None; the sizes in the index follow."""
     index = json.loads((folder / INDEX).read_text())
     shard = folder / index["weight_map"][name]
     tensors = load_file(shard)
@@ -100,7 +100,7 @@ def change_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor | N
 
 
 def put(at: int | tuple, value: float | Tensor | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A change of one entry, to a value or to what value(entry) gives."""
+    """A change of one entry, to a value or to value(entry)."""
 
     def change(tensor: Tensor) -> Tensor:
         tensor[at] = value(tensor[at]) if callable(value) else value
@@ -110,7 +110,7 @@ def put(at: int | tuple, value: float | Tensor | Callable[[Tensor], Tensor]) -> 
 
 
 def flip_bit(x: Tensor) -> Tensor:
-    """The last bit."""
+    """The value with its last bit changed."""
     return (x.view(torch.int32 if x.element_size() == 4 else torch.int16) ^ 1).view(x.dtype)
 
 
@@ -121,12 +121,12 @@ def change_report(folder: Path, change: Callable[[dict], object]) -> None:
 
 
 def verdict(capsys, folder: Path, *flags: str) -> tuple[int, str, dict[str, list[str]]]:
-    """Exit status, what was said, and the failures of the checks that failed."""
+    """Exit status, what was printed, and the failures of the checks that failed."""
     capsys.readouterr()
     status = main([str(folder), *flags])
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     failures, check = {}, None
-    for line in said.splitlines():
+    for line in printed.splitlines():
         if match := re.match(r"(\w+) .* FAILED \(\d+\)$", line):
             check = failures.setdefault(match[1], [])
         elif line.startswith("  ") and check is not None:
@@ -134,23 +134,23 @@ def verdict(capsys, folder: Path, *flags: str) -> tuple[int, str, dict[str, list
         else:
             check = None
     assert status == bool(failures)
-    assert said.splitlines()[-1].startswith(f"failed: {', '.join(failures)}" if failures else "all checks")
-    return status, said, failures
+    assert printed.splitlines()[-1].startswith(f"failed: {', '.join(failures)}" if failures else "all checks")
+    return status, printed, failures
 
 
 def only_failure(capsys, folder: Path, check: str, *flags: str) -> str:
-    """The one failure that there is, of this check."""
-    _, said, failures = verdict(capsys, folder, *flags)
-    assert failures.keys() == {check}, said
-    assert len(failures[check]) == 1, said
+    """The failure of this check, which must be the only failure."""
+    _, printed, failures = verdict(capsys, folder, *flags)
+    assert failures.keys() == {check}, printed
+    assert len(failures[check]) == 1, printed
     return failures[check][0]
 
 
-def refused(capsys, says: str, *arguments: object) -> None:
-    """Exit status 2, and one line, which matches `says`."""
+def refused(capsys, message: str, *arguments: object) -> None:
+    """Assert exit status 2, and one line that matches `message`."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
     out, error = capsys.readouterr()
     assert not out
     assert len(error.splitlines()) == 1
-    assert re.match(f"sparsefw: {says}", error), error
+    assert re.match(f"sparsefw: {message}", error), error

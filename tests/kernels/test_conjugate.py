@@ -1,32 +1,32 @@
-"""conjugate_step against float64, the cpu, and what conjugate gradients are."""
+"""conjugate_step against the specification in float64, and the properties of conjugate gradients."""
 
 import pytest
 import torch
-from helpers.kernel_inputs import DEVICE, SHAPES, assert_near, garbage, gram, normal, uniform
+from helpers.kernel_inputs import DEVICE, SHAPES, assert_near, garbage, gram, in_float64, normal, uniform
 
 from sparsefw.kernels import conjugate as conjugate_module
-from sparsefw.kernels import cpu
+from sparsefw.kernels import cpu, naive, triton_ops
 from sparsefw.kernels.conjugate import conjugate_step
 
-STEPS = {"reference": cpu.conjugate_step, "triton": conjugate_step}
 PLACES = {"first": dict(first=True), "between": {}, "last": dict(last=True), "only": dict(first=True, last=True)}
 
 
-@pytest.fixture(params=["one chunk", "chunks"])
-def chunks(request, monkeypatch):
-    """Rows in one chunk, and in chunks of 64 columns."""
+@pytest.fixture(params=["cpu", "one chunk", "chunks"])
+def backend(request, monkeypatch):
+    """cpu.py; the Triton kernel with rows in one chunk, and in chunks of 64 columns."""
     if request.param == "chunks":
 
         def configuration(rows: int, d: int) -> dict[str, int]:
             return dict(BLOCK_R=32, BLOCK_D=64)
 
         monkeypatch.setattr(conjugate_module, "configuration", configuration)
+    return cpu if request.param == "cpu" else triton_ops
 
 
 def arguments(
     rows: int, d: int, *, masked: bool = True, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor | None]:
-    """The middle of a descent: P and its product, rows with little and with nothing left among the others."""
+    """The middle of a descent: P and its product; some rows have little or nothing left to gain."""
     G, P = gram(d), normal(rows, d, seed=2)
     rz = uniform(rows, seed=3) + 0.5
     enough = 1e-12 * rz
@@ -43,92 +43,67 @@ def copy(state: dict) -> dict:
     return {name: tensor if tensor is None else tensor.clone() for name, tensor in state.items()}
 
 
-def float64_step(state, first=False, last=False):
-    """Z, R, P, rz and enough by the formulas, in float64."""
-    Z, R, P, U, rz, enough, inverse = (state[n].double() for n in ("Z", "R", "P", "U", "rz", "enough", "inverse"))
-
-    def ratio(a, b):
-        return torch.where(b > 0, a / b, 0)
-
-    if not first:
-        a = torch.where(rz > enough, ratio(rz, (P * U).sum(1)), 0)[:, None]
-        Z, R = Z + a * P, R - a * U
-    if not last:
-        r = R if state["mask"] is None else R * state["mask"]
-        z = r * inverse
-        before, rz = rz, (r * z).sum(1)
-        P = z if first else z + ratio(rz, before)[:, None] * P
-        enough = cpu.CONVERGED * rz if first else enough
-    return dict(Z=Z, R=R, P=P, rz=rz, enough=enough)
+def check(backend, state: dict, place: dict) -> None:
+    plain, truth = copy(state), in_float64(state)
+    naive.conjugate_step(**truth, **place)
+    naive.conjugate_step(**plain, **place)
+    backend.conjugate_step(**state, **place)
+    for name in ("Z", "R", "P", "rz", "enough"):
+        assert_near(state[name], plain[name], truth[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.usefixtures("chunks")
-def test_step_is_as_close_to_float64_as_the_reference(place, masked, dtype):
+def test_step_is_as_close_to_float64_as_naive(backend, place, masked, dtype):
     state = arguments(37, 262, masked=masked, dtype=dtype)
-    expected, truth = copy(state), float64_step(state, **PLACES[place])
-    cpu.conjugate_step(**expected, **PLACES[place])
-    conjugate_step(**state, **PLACES[place])
-    for name, true in truth.items():
-        assert_near(state[name], expected[name], true)
+    check(backend, state, PLACES[place])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 5000)])
 @pytest.mark.parametrize("place", PLACES)
-def test_step_of_odd_shapes(place, shape):
+def test_step_of_odd_shapes(backend, place, shape):
     state = arguments(*shape)
-    expected, truth = copy(state), float64_step(state, **PLACES[place])
-    cpu.conjugate_step(**expected, **PLACES[place])
-    conjugate_step(**state, **PLACES[place])
-    for name, true in truth.items():
-        assert_near(state[name], expected[name], true)
+    check(backend, state, PLACES[place])
 
 
-@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.usefixtures("chunks")
-def test_what_a_step_leaves_alone(step, place):
+def test_what_a_step_leaves_alone(backend, place):
     state = arguments(37, 262)
     start = copy(state)
-    step(**state, **PLACES[place])
+    backend.conjugate_step(**state, **PLACES[place])
     written = {"first": {"P", "rz", "enough"}, "between": {"Z", "R", "P", "rz"}, "last": {"Z", "R"}, "only": set()}
     for name, before in start.items():
         assert torch.equal(state[name], before) == (name not in written[place]), name
 
 
-@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
-@pytest.mark.usefixtures("chunks")
-def test_the_first_step_reads_nothing_of_what_it_writes(step):
+def test_the_first_step_reads_nothing_of_what_it_writes(backend):
     state = arguments(37, 262)
     blank = state | dict(P=garbage(37, 262), U=garbage(37, 262), rz=garbage(37), enough=garbage(37))
-    step(**state, first=True)
-    step(**blank, first=True)
+    backend.conjugate_step(**state, first=True)
+    backend.conjugate_step(**blank, first=True)
     for name in ("Z", "R", "P", "rz", "enough"):
         assert torch.equal(state[name], blank[name]), name
 
 
-@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
-@pytest.mark.usefixtures("chunks")
-def test_rows_that_are_done_stay(step):
+def test_rows_that_are_done_stay(backend):
     state = arguments(37, 262)
     start = copy(state)
-    step(**state)
-    # A direction of zeros, nothing to gain along it, and as little as is enough.
+    backend.conjugate_step(**state)
+    # A direction of zeros, a direction without gain, and a gain at the limit.
     for row in (1, 2, 3):
         assert torch.equal(state["Z"][row], start["Z"][row])
         assert torch.equal(state["R"][row], start["R"][row])
     assert not torch.equal(state["Z"][0], start["Z"][0])
-    # Where there was nothing, the direction begins anew.
+    # Rows that had nothing left to gain begin a new direction.
     anew = copy(state)
-    step(**anew, first=True)
+    backend.conjugate_step(**anew, first=True)
     assert torch.equal(state["P"][2], anew["P"][2])
 
 
-@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
-@pytest.mark.usefixtures("chunks")
-def test_as_many_steps_as_weights_end_at_the_solution(step):
+def test_as_many_steps_as_weights_end_at_the_solution(backend):
     rows, d, kept = 7, 96, 6
     G, B = gram(d).double() / 300, normal(rows, d, seed=1).double()
     mask = torch.zeros(rows, d, dtype=torch.bool, device=DEVICE)
@@ -136,18 +111,17 @@ def test_as_many_steps_as_weights_end_at_the_solution(step):
     Z, P, U = torch.zeros(rows, d, device=DEVICE), garbage(rows, d), garbage(rows, d)
     state = dict(Z=Z, R=B.float(), P=P, U=U, rz=garbage(rows), enough=garbage(rows))
     state |= dict(inverse=1 / G.diagonal().float(), mask=mask)
-    step(**state, first=True)
+    backend.conjugate_step(**state, first=True)
     for _ in range(2 * kept):
         U.copy_((P.double() @ G).float())
-        step(**state)
+        backend.conjugate_step(**state)
     chosen = mask[0].nonzero().squeeze(1)
     solution = torch.linalg.solve(G[chosen][:, chosen], B[:, chosen].T).T
     torch.testing.assert_close(Z[:, chosen].double(), solution, rtol=1e-4, atol=1e-5)
     assert not Z[~mask].any()
 
 
-@pytest.mark.usefixtures("chunks")
-def test_rows_of_a_wider_matrix_and_bit_identical_reruns():
+def test_rows_of_a_wider_matrix_and_bit_identical_reruns(backend):
     state = arguments(37, 131)
     wide = copy(state)
     for name in ("Z", "R", "P", "U", "mask"):
@@ -156,28 +130,27 @@ def test_rows_of_a_wider_matrix_and_bit_identical_reruns():
         wide[name] = around[:, 9:140]
     again = copy(state)
     for each in (state, wide, again):
-        conjugate_step(**each)
+        backend.conjugate_step(**each)
     for name in ("Z", "R", "P", "rz"):
         assert torch.equal(state[name], wide[name]), name
         assert torch.equal(state[name], again[name]), name
 
 
-@pytest.mark.usefixtures("chunks")
-def test_a_nan_stays_in_its_row_and_shows():
+def test_a_nan_stays_in_its_row_and_shows(backend):
     state = arguments(37, 131)
     state["U"][5, 7] = torch.nan
     expected = copy(state)
     expected["U"][5, 7] = 0
-    conjugate_step(**state)
-    conjugate_step(**expected)
+    backend.conjugate_step(**state)
+    backend.conjugate_step(**expected)
     others = torch.arange(37, device=DEVICE) != 5
     assert state["R"][5].isnan().any()
     for name in ("Z", "R", "P", "rz"):
         assert torch.equal(state[name][others], expected[name][others]), name
 
 
-def test_step_of_no_rows():
-    conjugate_step(**arguments(0, 131))
+def test_step_of_no_rows(backend):
+    backend.conjugate_step(**arguments(0, 131))
 
 
 @pytest.mark.parametrize(

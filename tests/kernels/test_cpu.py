@@ -1,12 +1,12 @@
-"""The specification itself: against brute force, float64 and finite differences."""
+"""The CPU backend against brute force, float64, finite differences, and the rounding of the specification."""
 
 import itertools
 
 import pytest
 import torch
-from helpers.kernel_inputs import DEVICE, garbage, gram, normal, uniform
+from helpers.kernel_inputs import DEVICE, DTYPES, garbage, gram, normal, uniform
 
-from sparsefw.kernels import cpu, topk_torch
+from sparsefw.kernels import cpu, naive, topk_torch
 
 
 def relaxed_error(W, M, G, theta=0.0):
@@ -42,6 +42,17 @@ def test_round_operand_to_two_tf32_numbers():
     assert (rounded != X).any()
     halves = X.bfloat16()
     assert torch.equal(cpu.round_operand(halves, "tf32x3"), halves.float())
+
+
+@pytest.mark.parametrize("precision", cpu.PRECISIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_round_operand_gives_the_bits_of_naive(dtype, precision):
+    X = normal(1000) * 10.0 ** (76 * uniform(1000) - 38)
+    X[:5] = torch.tensor([0.0, 3.4e38, 1e-40, -3e-42, 2.0**-126])
+    X = X.to(dtype)
+    got, expected = (module.round_operand(X, precision) for module in (cpu, naive))
+    # tf32x3 subtracts an infinity from itself.
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_round_operand_refuses_other_precisions():
@@ -141,8 +152,8 @@ def test_blocks_of_rows_change_nothing(per_row, group, monkeypatch):
     for block in (1 << 20, 100):
         monkeypatch.setattr(topk_torch, "BLOCK", block)
         _, _, state = step_state(37, 24)
-        found = cpu.row_step(**state, k=k, group=group, fixed=fixed, theta=0.4, next_theta=1.0)
-        outcomes.append([*found, *(state[name] for name in "MRVE")])
+        numbers = cpu.row_step(**state, k=k, group=group, fixed=fixed, theta=0.4, next_theta=1.0)
+        outcomes.append([*numbers, *(state[name] for name in "MRVE")])
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
     assert DEVICE != "cpu" or len(topk_torch.row_blocks(state["M"])) > 1
 

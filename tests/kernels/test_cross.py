@@ -1,73 +1,73 @@
-"""cross_accumulate against float64 and the cpu."""
+"""cross_accumulate against the specification in float64."""
 
 import pytest
 import torch
 from helpers.kernel_inputs import DEVICE, DTYPES, PRODUCT_ERROR, SUM_ERROR, assert_near, needs_gpu, normal, strided
 
-from sparsefw.kernels import cpu
 from sparsefw.kernels import cross as cross_module
+from sparsefw.kernels import naive, triton_ops
 from sparsefw.kernels.cross import cross_accumulate
 
 
 def inputs(tokens, rows, d, dtype=torch.float32):
-    """D and X."""
+    """D (tokens, rows) and X (tokens, d)."""
     return normal(tokens, rows, dtype=dtype), normal(tokens, d, seed=1, dtype=dtype)
 
 
-def assert_accumulates(B, D, X, **options):
-    start = B.double()
-    expected = cpu.cross_accumulate(B.clone(), D, X, **options)
-    assert cross_accumulate(B, D, X, **options) is B
-    assert_near(B, expected, start + D.double().T @ X.double())
+def assert_accumulates(backend, B, D, X, **options):
+    plain = naive.cross_accumulate(B.clone(), D, X, **options)
+    truth = naive.cross_accumulate(B.double(), D.double(), X.double())
+    assert backend.cross_accumulate(B, D, X, **options) is B
+    assert_near(B, plain, truth)
 
 
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (1, 3, 131), (300, 37, 37), (37, 131, 50), (200, 260, 131), (150, 64, 600)]
 )
-def test_cross_is_as_close_to_float64_as_the_reference(shape):
-    assert_accumulates(normal(*shape[1:], seed=2), *inputs(*shape))
+def test_cross_is_as_close_to_float64_as_naive(backend, shape):
+    assert_accumulates(backend, normal(*shape[1:], seed=2), *inputs(*shape))
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cross_of_every_dtype(dtype, precision):
-    assert_accumulates(normal(37, 131, seed=2), *inputs(200, 37, 131, dtype), precision=precision)
+def test_cross_of_every_dtype(backend, dtype, precision):
+    assert_accumulates(backend, normal(37, 131, seed=2), *inputs(200, 37, 131, dtype), precision=precision)
 
 
 @pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (16, 64), (64, 16)])
 def test_the_grouped_order_meets_every_tile(monkeypatch, block_m, block_n):
-    # Several groups of row tiles, the last one short; the tests above have one group.
+    # There are several groups of row tiles, and the last one is short; the tests above have one group.
     config = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64, GROUP_M=2)
     monkeypatch.setattr(cross_module, "configuration", lambda rows, d, size: config)
-    assert_accumulates(normal(150, 90, seed=2), *inputs(20, 150, 90))
+    assert_accumulates(triton_ops, normal(150, 90, seed=2), *inputs(20, 150, 90))
 
 
-def test_cross_accumulates_over_batches():
+def test_cross_accumulates_over_batches(backend):
     D, X = inputs(200, 37, 131)
     whole, parts = torch.zeros(37, 131, device=DEVICE), torch.zeros(37, 131, device=DEVICE)
-    cross_accumulate(whole, D, X)
+    backend.cross_accumulate(whole, D, X)
     for batches in zip(D.split(70), X.split(70), strict=True):
-        cross_accumulate(parts, *batches)
+        backend.cross_accumulate(parts, *batches)
     assert_near(parts, whole, D.double().T @ X.double())
 
 
-def test_cross_of_strided_operands():
+def test_cross_of_strided_operands(backend):
     B, (D, X) = normal(37, 131, seed=2), inputs(200, 37, 131)
-    assert_accumulates(strided(B), strided(D), strided(X))
-    # Strides of their own each: one operand's must not be taken for the other's.
+    assert_accumulates(backend, strided(B), strided(D), strided(X))
+    # Each operand has strides of its own, so that mixing them up shows.
     for which in range(3):
-        assert_accumulates(*(strided(Y) if i == which else Y.clone() for i, Y in enumerate((B, D, X))))
+        assert_accumulates(backend, *(strided(Y) if i == which else Y.clone() for i, Y in enumerate((B, D, X))))
 
 
-def test_cross_repeats_bit_by_bit():
-    once, again = (cross_accumulate(normal(140, 260, seed=2), *inputs(200, 140, 260)) for _ in range(2))
+def test_cross_repeats_bit_by_bit(backend):
+    once, again = (backend.cross_accumulate(normal(140, 260, seed=2), *inputs(200, 140, 260)) for _ in range(2))
     assert torch.equal(once, again)
 
 
 @pytest.mark.parametrize("shape", [(0, 37, 131), (5, 0, 131), (5, 37, 0)])
-def test_no_entries_leave_the_cross_matrix_as_it_is(shape):
+def test_no_entries_leave_the_cross_matrix_as_it_is(backend, shape):
     B = normal(*shape[1:], seed=2)
-    assert torch.equal(cross_accumulate(B.clone(), *inputs(*shape)), B)
+    assert torch.equal(backend.cross_accumulate(B.clone(), *inputs(*shape)), B)
 
 
 @pytest.mark.parametrize(

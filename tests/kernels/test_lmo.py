@@ -1,34 +1,42 @@
-"""lmo against brute force and the cpu, entry by entry."""
+"""lmo against brute force and the specification, entry by entry."""
 
 import itertools
 
+import counts
 import pytest
 import torch
 from helpers.kernel_inputs import DEVICE, garbage, normal, strided, uniform
 
-from sparsefw.kernels import cpu, device
+from sparsefw.kernels import cpu, naive, topk, triton_ops
 from sparsefw.kernels import lmo as lmo_module
 from sparsefw.kernels.launch import INTERPRET
 from sparsefw.kernels.lmo import lmo
 
-counts = __import__("counts")
-
 GROUPS = [(2, 4), (1, 3), (3, 5), (4, 8), (16, 32), (31, 32), (0, 4), (3, 4), (1, 2), (5, 6)]
 
 
-@pytest.fixture(params=["one chunk", "chunks", "all keys held"])
-def chunks(request, monkeypatch):
-    """Rows in one chunk, in chunks of 32 of which the first 64 keys are held, and with all keys held."""
-    if request.param != "one chunk":
-        search = 64 if request.param == "chunks" else 256
-        config = dict(BLOCK_R=32, BLOCK_D=32, SEARCH_D=search)
-        monkeypatch.setattr(lmo_module, "configuration", lambda rows, d, group: config)
+# Tiles of the Triton kernel; None: its own choice.
+TILES = {
+    "one chunk": None,
+    "chunks": dict(BLOCK_R=32, BLOCK_D=32, SEARCH_D=64),
+    "all keys in registers": dict(BLOCK_R=32, BLOCK_D=32, SEARCH_D=256),
+}
 
 
-def assert_equal_to_reference(score, k, **options):
-    expected = cpu.lmo(score, k, **options)
+@pytest.fixture(params=["cpu", *TILES])
+def backend(request, monkeypatch):
+    """cpu.py; and the Triton kernel with rows in one chunk, and in chunks of 32 columns."""
+    if request.param == "cpu":
+        return cpu
+    if TILES[request.param]:
+        monkeypatch.setattr(lmo_module, "configuration", lambda rows, d, group: TILES[request.param])
+    return triton_ops
+
+
+def assert_equal_to_naive(backend, score, k, **options):
+    expected = naive.lmo(score, k, **options)
     out = garbage(*score.shape, dtype=torch.bool)
-    assert lmo(score, k, out=out, **options) is out
+    assert backend.lmo(score, k, out=out, **options) is out
     assert torch.equal(out, expected)
     return out
 
@@ -38,27 +46,27 @@ def tied(rows: int, d: int, seed: int = 0) -> torch.Tensor:
     return (2 * normal(rows, d, seed=seed)).round()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [1, 2, 7])
-def test_lmo_is_the_best_of_all_vertices(d):
+def test_lmo_is_the_best_of_all_vertices(backend, d):
     for seed, k in itertools.product(range(3), range(d + 1)):
         score = tied(1, d, seed)
         # combinations come in lexicographic order: the first of the best has its ties at the lowest indices.
         best = max(itertools.combinations(range(d), k), key=lambda chosen: sum(score[0, list(chosen)].tolist()))
         expected = torch.zeros(1, d, dtype=torch.bool, device=DEVICE)
         expected[0, list(best)] = True
-        assert torch.equal(lmo(score, k), expected)
+        assert torch.equal(backend.lmo(score, k), expected)
 
 
 @pytest.mark.parametrize("score", [normal(37, 131), tied(37, 131), torch.zeros(37, 131, device=DEVICE)])
 @pytest.mark.parametrize("k", [0, 1, 64, 130, 131])
-@pytest.mark.usefixtures("chunks")
-def test_lmo_equals_the_reference(score, k):
-    V = assert_equal_to_reference(score, k)
+def test_lmo_equals_naive(backend, score, k):
+    V = assert_equal_to_naive(backend, score, k)
     assert (V.sum(1) == k).all()
 
 
 def hard(rows: int, d: int) -> dict[str, torch.Tensor]:
-    """Scores whose keys are anything but evenly spread, where interpolation is at its worst."""
+    """Scores whose keys are far from evenly spread, the worst case for interpolation."""
     x, few = normal(rows, d), uniform(rows, d, seed=1) < 0.05
     return {
         "outliers": torch.where(few, 1e30 * x, x),
@@ -73,12 +81,13 @@ def hard(rows: int, d: int) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not INTERPRET, reason="calls are counted in the interpreter, which runs where no GPU is")
 @pytest.mark.parametrize("name", hard(1, 1))
 def test_the_search_takes_as_many_counts_as_are_said_and_never_many(name, monkeypatch):
-    """Those of bench/counts.py, which looks at each row alone."""
-    score, calls, count_reaching = hard(1, 4000)[name], [], device.count_reaching
-    monkeypatch.setattr(device, "count_reaching", lambda *args: calls.append(1) or count_reaching(*args))
+    """The counts are those of bench/counts.py, which searches each row alone."""
+    score, calls, count_reaching = hard(1, 4000)[name], [], topk.count_reaching
+    monkeypatch.setattr(topk, "count_reaching", lambda *args: calls.append(1) or count_reaching(*args))
     for k in (1, 20, 1600, 3998):
         calls.clear()
         lmo(score, k)
@@ -87,133 +96,136 @@ def test_the_search_takes_as_many_counts_as_are_said_and_never_many(name, monkey
         assert len(calls) < 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", hard(1, 1))
-@pytest.mark.usefixtures("chunks")
-def test_no_spread_of_the_scores_misleads_the_search(name):
+def test_no_spread_of_the_scores_misleads_the_search(backend, name):
     score = hard(37, 200)[name]
     for k, positive in itertools.product((1, 2, 10, 80, 199), (False, True)):
-        assert_equal_to_reference(score, k, positive=positive)
+        assert_equal_to_naive(backend, score, k, positive=positive)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "positive"), [(torch.int32, False), (torch.int64, True)])
-@pytest.mark.usefixtures("chunks")
-def test_k_may_differ_by_row(dtype, positive):
+def test_k_may_differ_by_row(backend, dtype, positive):
     k = torch.randint(0, 132, (37,), generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     k[:2] = torch.tensor([0, 131])
-    V = assert_equal_to_reference(tied(37, 131), k, positive=positive)
+    V = assert_equal_to_naive(backend, tied(37, 131), k, positive=positive)
     assert (V.sum(1) <= k).all()
-    assert_equal_to_reference(tied(37, 131), k.repeat_interleave(2)[::2], positive=positive)
+    assert_equal_to_naive(backend, tied(37, 131), k.repeat_interleave(2)[::2], positive=positive)
 
 
 @pytest.mark.parametrize("k", [20, 60, 131])
-@pytest.mark.usefixtures("chunks")
-def test_positive_takes_nothing_else(k):
+def test_positive_takes_nothing_else(backend, k):
     score = tied(37, 131) - 1
-    V = assert_equal_to_reference(score, k, positive=True)
+    V = assert_equal_to_naive(backend, score, k, positive=True)
     assert torch.equal(V.sum(1), (score > 0).sum(1).clamp(max=k))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize("k", [20, 60])
-@pytest.mark.usefixtures("chunks")
-def test_fixed_entries_are_kept(k, positive):
+def test_fixed_entries_are_kept(backend, k, positive):
     fixed = uniform(37, 131) < 0.1
-    V = assert_equal_to_reference(tied(37, 131) - 1, k, fixed=fixed, positive=positive)
+    V = assert_equal_to_naive(backend, tied(37, 131) - 1, k, fixed=fixed, positive=positive)
     assert (V | ~fixed)[fixed.sum(1) <= k].all()
 
 
-@pytest.mark.usefixtures("chunks")
-def test_ties_go_to_the_lower_index_across_chunks():
+def test_ties_go_to_the_lower_index_across_chunks(backend):
     score = torch.ones(3, 131, device=DEVICE)
     score[1, :40] = 2
     score[2, 100:] = 2
-    V = assert_equal_to_reference(score, 70)
+    V = assert_equal_to_naive(backend, score, 70)
     assert V[0].nonzero().flatten().tolist() == list(range(70))
     assert V[1].nonzero().flatten().tolist() == list(range(70))
     assert V[2].nonzero().flatten().tolist() == [*range(39), *range(100, 131)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positive", [False, True])
-@pytest.mark.usefixtures("chunks")
-def test_signed_zeros_tie_and_infinities_are_scores(positive):
+def test_signed_zeros_tie_and_infinities_are_scores(backend, positive):
     values = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-45, -1e-45, 3.4e38, -3.4e38], device=DEVICE)
     score = values.repeat(17)[:131].repeat(2, 1)
     score[1] = score[1].flip(0)
     for k in (1, 20, 60, 100, 131):
-        assert_equal_to_reference(score, k, positive=positive)
+        assert_equal_to_naive(backend, score, k, positive=positive)
 
 
-def test_zeros_of_either_sign_tie():
-    assert lmo(torch.tensor([[-0.0, 0.0, -0.0, 0.0]], device=DEVICE), 2).tolist() == [[True, True, False, False]]
+def test_zeros_of_either_sign_tie(backend):
+    assert backend.lmo(torch.tensor([[-0.0, 0.0, -0.0, 0.0]], device=DEVICE), 2).tolist() == [
+        [True, True, False, False]
+    ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize(("n", "m"), GROUPS)
-def test_n_of_m_equals_the_reference(n, m, positive):
+def test_n_of_m_equals_naive(backend, n, m, positive):
     for score in (normal(37, 6 * m), tied(37, 6 * m)):
-        V = assert_equal_to_reference(score, n, group=m, positive=positive)
+        V = assert_equal_to_naive(backend, score, n, group=m, positive=positive)
         if not positive:
             assert (V.view(37, 6, m).sum(2) == n).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), GROUPS)
 def test_n_of_m_in_chunks_with_fixed_entries(monkeypatch, n, m):
     config = dict(BLOCK_R=8, BLOCK_D=64, SEARCH_D=64)
     monkeypatch.setattr(lmo_module, "configuration", lambda rows, d, group: config)
-    fixed = cpu.lmo(normal(9, 10 * m, seed=7), n // 2, group=m)
-    V = assert_equal_to_reference(tied(9, 10 * m), n, group=m, fixed=fixed)
+    fixed = naive.lmo(normal(9, 10 * m, seed=7), n // 2, group=m)
+    V = assert_equal_to_naive(triton_ops, tied(9, 10 * m), n, group=m, fixed=fixed)
     assert (V | ~fixed).all()
 
 
-def test_n_of_m_is_the_best_of_every_group():
+def test_n_of_m_is_the_best_of_every_group(backend):
     score = tied(1, 5)
     for n in range(6):
         best = max(itertools.combinations(range(5), n), key=lambda chosen: sum(score[0, list(chosen)].tolist()))
-        assert lmo(score, n, group=5)[0].nonzero().flatten().tolist() == list(best)
+        assert backend.lmo(score, n, group=5)[0].nonzero().flatten().tolist() == list(best)
 
 
 @pytest.mark.parametrize("score", [normal(2, 65536), tied(2, 65536)])
 def test_lmo_of_the_longest_row(score):
-    assert_equal_to_reference(score, 30000)
+    assert_equal_to_naive(triton_ops, score, 30000)
 
 
+@pytest.mark.slow
 def test_lmo_of_the_longest_row_in_chunks(monkeypatch):
     config = dict(BLOCK_R=2, BLOCK_D=4096, SEARCH_D=16384)
     monkeypatch.setattr(lmo_module, "configuration", lambda rows, d, group: config)
-    assert_equal_to_reference(tied(2, 65536), 30000)
+    assert_equal_to_naive(triton_ops, tied(2, 65536), 30000)
 
 
-@pytest.mark.usefixtures("chunks")
-def test_lmo_of_strided_scores():
+@pytest.mark.slow
+def test_lmo_of_strided_scores(backend):
     score, fixed, out = tied(37, 131), uniform(37, 131) < 0.1, strided(garbage(37, 131, dtype=torch.bool))
-    lmo(strided(score), 60, fixed=strided(fixed), out=out)
-    assert torch.equal(out, cpu.lmo(score, 60, fixed=fixed))
+    backend.lmo(strided(score), 60, fixed=strided(fixed), out=out)
+    assert torch.equal(out, naive.lmo(score, 60, fixed=fixed))
 
 
 @pytest.mark.parametrize("group", [0, 3])
-def test_lmo_of_no_rows(group):
-    assert lmo(torch.empty(0, 132, device=DEVICE), 2, group=group).shape == (0, 132)
+def test_lmo_of_no_rows(backend, group):
+    assert backend.lmo(torch.empty(0, 132, device=DEVICE), 2, group=group).shape == (0, 132)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("options", [dict(), dict(positive=True), dict(fixed=True)])
 @pytest.mark.parametrize("d", [1, 60, 99, 131])
-@pytest.mark.usefixtures("chunks")
-def test_nan_is_an_error(d, options, sign):
+def test_nan_is_an_error(backend, d, options, sign):
     score = normal(20, 132)
     score[17, d] = torch.nan
     score[17, d] *= sign
     if "fixed" in options:
         options = dict(fixed=torch.ones_like(score, dtype=torch.bool))
     with pytest.raises(ValueError, match="score: NaN is no choice"):
-        lmo(score, 60, **options)
+        backend.lmo(score, 60, **options)
 
 
-def test_nan_in_a_group_is_an_error():
+def test_nan_in_a_group_is_an_error(backend):
     score = normal(20, 132)
     score[17, 70] = torch.nan
     with pytest.raises(ValueError, match="score: NaN is no choice"):
-        lmo(score, 1, group=3)
+        backend.lmo(score, 1, group=3)
 
 
 @pytest.mark.parametrize(

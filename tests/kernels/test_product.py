@@ -1,4 +1,4 @@
-"""product against float64 and the cpu."""
+"""product against the specification in float64."""
 
 import pytest
 import torch
@@ -16,59 +16,60 @@ from helpers.kernel_inputs import (
     strided,
 )
 
-from sparsefw.kernels import cpu
+from sparsefw.kernels import naive
 from sparsefw.kernels import product as product_module
 from sparsefw.kernels.launch import platform
 from sparsefw.kernels.product import product
 
 
-@pytest.mark.parametrize("precision", cpu.PRECISIONS)
+@pytest.mark.parametrize("precision", naive.PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_product_is_as_close_to_float64_as_the_reference(shape, precision):
+def test_product_is_as_close_to_float64_as_naive(backend, shape, precision):
     E, G = normal(*shape), gram(shape[1])
     out = garbage(*shape)
-    assert product(E, G, precision=precision, out=out) is out
-    assert_near(out, cpu.product(E, G, precision=precision), E.double() @ G.double())
+    assert backend.product(E, G, precision=precision, out=out) is out
+    assert_near(out, naive.product(E, G, precision=precision), naive.product(E.double(), G.double()))
 
 
-@pytest.mark.parametrize("precision", cpu.PRECISIONS)
+@pytest.mark.parametrize("precision", naive.PRECISIONS)
 @pytest.mark.parametrize("g_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("e_dtype", DTYPES)
-def test_product_of_every_dtype(e_dtype, g_dtype, precision):
+def test_product_of_every_dtype(backend, e_dtype, g_dtype, precision):
     E, G = normal(37, 131, dtype=e_dtype), gram(131).to(g_dtype)
-    got = product(E, G, precision=precision)
+    got = backend.product(E, G, precision=precision)
     assert got.dtype == torch.float32
-    assert_near(got, cpu.product(E, G, precision=precision), E.double() @ G.double())
+    assert_near(got, naive.product(E, G, precision=precision), naive.product(E.double(), G.double()))
 
 
-def test_bf16_operands_multiply_exactly_at_every_precision():
+def test_bf16_operands_multiply_exactly_at_every_precision(backend):
     E, G = normal(37, 131, dtype=torch.bfloat16), gram(131).bfloat16()
-    truth = E.double() @ G.double()
-    for precision in cpu.PRECISIONS:
-        assert_near(product(E, G, precision=precision), cpu.product(E, G), truth)
+    truth = naive.product(E.double(), G.double())
+    for precision in naive.PRECISIONS:
+        assert_near(backend.product(E, G, precision=precision), naive.product(E, G), truth)
 
 
-def test_bf16_precision_rounds_to_nearest():
+def test_bf16_precision_rounds_to_nearest(backend):
     # 1 + 3/512 lies between the bf16 numbers 1 and 1 + 1/128, nearer to the upper one.
     E = torch.full((1, 1), 1 + 3 / 512, device=DEVICE)
-    assert product(E, torch.ones(1, 1, device=DEVICE), precision="bf16").item() == 1 + 1 / 128
+    assert backend.product(E, torch.ones(1, 1, device=DEVICE), precision="bf16").item() == 1 + 1 / 128
 
 
-def test_product_of_strided_operands():
+def test_product_of_strided_operands(backend):
     E, G = normal(37, 131), gram(131)
     out = strided(garbage(37, 131))
-    product(strided(E), strided(G), out=out)
-    assert_near(out, cpu.product(E, G), E.double() @ G.double())
+    backend.product(strided(E), strided(G), out=out)
+    assert_near(out, naive.product(E, G), naive.product(E.double(), G.double()))
 
 
 def test_the_grouped_order_meets_every_tile(monkeypatch):
-    # Several groups of row tiles, the last one short; the tests above have one group.
+    # There are several groups of row tiles, and the last one is short; the tests above have one group.
     config = dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, GROUP_M=2)
     monkeypatch.setattr(product_module, "configuration", lambda *_, **__: config)
     E, G = normal(75, 131), gram(131)
-    assert_near(product(E, G, out=garbage(75, 131)), cpu.product(E, G), E.double() @ G.double())
+    assert_near(product(E, G, out=garbage(75, 131)), naive.product(E, G), naive.product(E.double(), G.double()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     platform() not in product_module.DESCRIPTORS, reason="bulk copies need an NVIDIA GPU, sm_90 or later"
 )
@@ -83,7 +84,7 @@ def test_the_grouped_order_meets_every_tile(monkeypatch):
     ],
 )
 def test_product_through_descriptors(e_dtype, g_dtype, precision, rows, d, monkeypatch):
-    """Rows that are aligned, if not contiguous; more tiles than programs, and edges inside of tiles."""
+    """Rows are aligned, though not contiguous; there are more tiles than programs, and edges inside of tiles."""
     config = dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=2)
     monkeypatch.setattr(product_module, "configuration", lambda *_, **__: config)
     monkeypatch.setattr(product_module, "_product_kernel", None)
@@ -91,20 +92,20 @@ def test_product_through_descriptors(e_dtype, g_dtype, precision, rows, d, monke
     G = gram(d).to(g_dtype)
     out = garbage(rows, d)
     product(E, G, precision=precision, out=out)
-    assert_near(out, cpu.product(E, G, precision=precision), E.double() @ G.double())
+    assert_near(out, naive.product(E, G, precision=precision), naive.product(E.double(), G.double()))
 
 
 def test_unaligned_operands_are_read_without_descriptors(monkeypatch):
     monkeypatch.setattr(product_module, "_descriptor_kernel", None)
     for E in (normal(37, 131), normal(38, 136)[1:, 1:-3], strided(normal(37, 132))):
         G = gram(E.shape[1])
-        expected = cpu.product(E, G, precision="tf32")
-        assert_near(product(E, G, precision="tf32"), expected, E.double() @ G.double())
+        expected = naive.product(E, G, precision="tf32")
+        assert_near(product(E, G, precision="tf32"), expected, naive.product(E.double(), G.double()))
 
 
-def test_product_repeats_bit_by_bit():
+def test_product_repeats_bit_by_bit(backend):
     E, G = normal(150, 260), gram(260)
-    assert torch.equal(product(E, G, precision="tf32"), product(E, G, precision="tf32"))
+    assert torch.equal(backend.product(E, G, precision="tf32"), backend.product(E, G, precision="tf32"))
 
 
 def test_product_does_not_depend_on_the_other_rows():
@@ -112,8 +113,8 @@ def test_product_does_not_depend_on_the_other_rows():
     assert torch.equal(product(E, G)[:128], product(E[:128], G))
 
 
-def test_product_of_no_rows():
-    assert product(torch.empty(0, 131, device=DEVICE), gram(131)).shape == (0, 131)
+def test_product_of_no_rows(backend):
+    assert backend.product(torch.empty(0, 131, device=DEVICE), gram(131)).shape == (0, 131)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_product_refuses_bad_input(change, error, match):
 @pytest.mark.parametrize("stored", [(2, 2), (2, 4), (4, 2), (4, 4)])
 @pytest.mark.parametrize("size", [2, 4])
 def test_stages_of_large_tiles_fit_shared_memory(size, stored, monkeypatch):
-    """Also of operands that are rounded to fewer bytes only once they are there; beside a quarter of the output."""
+    """The stages fit beside a quarter of the output, also for operands that are rounded after they are loaded."""
     monkeypatch.setattr(product_module, "platform", lambda: "sm_90")
     config = product_module.configuration(8192, 8192, size, True, stored=stored)
     m, n, k = (config[f"BLOCK_{x}"] for x in "MNK")
@@ -160,9 +161,9 @@ def test_amd_multiplies_fp32_as_it_is(where, precision, monkeypatch):
 
 
 @needs_gpu
-@pytest.mark.parametrize("precision", cpu.PRECISIONS)
+@pytest.mark.parametrize("precision", naive.PRECISIONS)
 def test_tensor_cores_keep_the_bits_of_their_precision(precision):
     E, G = normal(512, 4096), gram(4096)
-    error = product(E, G, precision=precision).double() - E.double() @ G.double()
+    error = product(E, G, precision=precision).double() - naive.product(E.double(), G.double())
     bound = (PRODUCT_ERROR[precision] + SUM_ERROR) * (E.double().abs() @ G.double().abs())
     assert (error.abs() <= bound).all()

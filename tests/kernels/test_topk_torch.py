@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.kernel_inputs import DEVICE, normal
 
-from sparsefw.kernels.topk_torch import as_float, at_least, infinite, keep
+from sparsefw.kernels.topk_torch import as_float, at_least, infinite, masked
 
 MASK = normal(7, 33, seed=1) > 0.3
 
@@ -15,10 +15,10 @@ def test_keep_gives_the_very_entries_and_zeros(dtype):
     X[~MASK & (X > 1)] = torch.nan
     X[~MASK & (X < -1)] = -torch.inf
     for given, mask in ((X, MASK), (X.T.contiguous().T, MASK), (X, MASK.T.contiguous().T)):
-        kept = keep(given, mask)
+        kept = masked(given, mask)
         assert kept.dtype == dtype
         assert torch.equal(kept, X.masked_fill(~MASK, 0))
-        # No -0, which would be written.
+        # No -0, which would get into the checkpoint.
         assert not kept[~MASK].signbit().any()
     assert torch.equal(MASK, normal(7, 33, seed=1) > 0.3)
 

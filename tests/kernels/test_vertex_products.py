@@ -4,44 +4,44 @@ import pytest
 import torch
 from helpers.kernel_inputs import PRODUCT_ERROR, garbage, gram, normal, uniform
 
-from sparsefw.kernels import cpu, vertex_products
+from sparsefw.kernels import naive, vertex_products
 from sparsefw.kernels.vertex_products import FIRST, REFRESH, VertexProducts
 
 ROWS, D = 37, 131
 
 
 def inputs(rows=ROWS, d=D, dtype=torch.float32):
-    """W, G, and vertices: of a row some, all, one or none of the entries change, and for long enough for a refresh."""
+    """W, G, and vertices in which some, all, one or none of a row's entries change, so many that a refresh is due."""
     W, G, V = normal(rows, d, dtype=dtype).cpu(), gram(d).cpu(), uniform(rows, d).cpu() < 0.4
-    one = torch.zeros_like(V)
-    one[:, d // 2] = True
+    single = torch.zeros_like(V)
+    single[:, d // 2] = True
     shares = (*FIRST * [0.3], 0.1, 1.1, 0.05, 0.0, 0.01, *2 * REFRESH * [0.1])
     vertices = []
-    for flip in (*(uniform(rows, d, seed=seed).cpu() < share for seed, share in enumerate(shares)), one, one):
+    for flip in (*(uniform(rows, d, seed=seed).cpu() < share for seed, share in enumerate(shares)), single, single):
         V = V ^ flip
         vertices.append(V)
     return W, G, vertices
 
 
-def follow(W, G, vertices, lacks=None, precision="ieee"):
-    """Their products; what the caller does to V and `out` in between is no concern of the next one."""
-    products = VertexProducts(W, G, lacks, precision=precision)
-    found, out = [], garbage(*W.shape).cpu()
+def follow(W, G, vertices, target_gap=None, precision="ieee"):
+    """The products of the vertices. V and `out` are overwritten in between, which must not matter."""
+    follower = VertexProducts(W, G, target_gap, precision=precision)
+    products, out = [], garbage(*W.shape).cpu()
     for vertex in vertices:
         given = vertex.clone()
-        assert products(given, out=out) is out
+        assert follower(given, out=out) is out
         assert torch.equal(given, vertex)
-        found.append(out.clone())
+        products.append(out.clone())
         out.fill_(torch.nan)
         given.fill_(True)
-    return found
+    return products
 
 
-def assert_near(found, W, G, vertices, lacks=0.0):
-    """Within 16 roundings of what float64 adds up, where one product from scratch takes 3 of them."""
-    operands = [lacks + W.double() * ~V for V in vertices]
+def assert_near(products, W, G, vertices, target_gap=0.0):
+    """Assert products within 16 roundings of the float64 sums; one product from scratch takes 3 roundings."""
+    operands = [target_gap + W.double() * ~V for V in vertices]
     bound = 2.0**-20 * torch.stack([E.abs() @ G.double().abs() for E in operands]).amax(0)
-    for U, E in zip(found, operands, strict=True):
+    for U, E in zip(products, operands, strict=True):
         assert ((U - E @ G.double()).abs() <= bound).all()
 
 
@@ -55,22 +55,24 @@ def test_against_float64(shape, dtype):
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_operands_are_rounded(precision):
     W, G, vertices = inputs()
-    found = follow(W, G, vertices, precision=precision)
-    assert_near(found, *(cpu.round_operand(X, precision) for X in (W, G)), vertices)
+    products = follow(W, G, vertices, precision=precision)
+    assert_near(products, *(naive.round_operand(X, precision) for X in (W, G)), vertices)
     exact = follow(W, G, vertices)
-    assert all((a - b).abs().max() > PRODUCT_ERROR["ieee"] * b.abs().max() for a, b in zip(found, exact, strict=True))
+    assert all(
+        (a - b).abs().max() > PRODUCT_ERROR["ieee"] * b.abs().max() for a, b in zip(products, exact, strict=True)
+    )
 
 
 def test_what_vertices_have_no_part_in():
     W, G, vertices = inputs()
-    lacks = normal(ROWS, D, seed=9).cpu()
-    before = lacks.clone()
-    assert_near(follow(W, G, vertices, lacks), W, G, vertices, lacks)
-    assert torch.equal(lacks, before)
+    target_gap = normal(ROWS, D, seed=9).cpu()
+    before = target_gap.clone()
+    assert_near(follow(W, G, vertices, target_gap), W, G, vertices, target_gap)
+    assert torch.equal(target_gap, before)
 
 
 def test_roundings_do_not_add_up():
-    """After a thousand vertices as after ten."""
+    """The error after a thousand vertices is that after ten."""
     W, G, _ = inputs()
     vertices = [uniform(ROWS, D, seed=seed).cpu() < 0.4 for seed in range(1000)]
     assert_near(follow(W, G, vertices)[-1:], W, G, vertices[-1:])
@@ -87,7 +89,7 @@ def test_most_products_are_made_of_changes(monkeypatch):
 
 
 def test_the_way_back_costs_nothing(monkeypatch):
-    """Vertices that zigzag between two change once."""
+    """Vertices that alternate between two cost one change."""
     W, G, vertices = inputs()
     first, second = vertices[FIRST - 1 : FIRST + 1]
     read, bag = [], vertex_products.embedding_bag
@@ -100,7 +102,7 @@ def test_the_way_back_costs_nothing(monkeypatch):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_rows_panels_and_threads_change_nothing(threads, set_threads, monkeypatch):
-    """Not a bit of a row depends on the rows beside it; products from scratch want multiples of 64 for that."""
+    """No bit of a row depends on the rows beside it; for products from scratch that takes multiples of 64 rows."""
     W, G, vertices = inputs(192, 260)
 
     def run(rows):
@@ -118,7 +120,7 @@ def test_no_rows():
 
 
 def test_not_finite_stays():
-    """Until the entry that is not finite is kept, and the next product from scratch."""
+    """A product is not finite until the entry is kept and the next product is made from scratch."""
     W, G, _ = inputs()
     G[5, 7] = torch.inf
     kept = torch.ones(ROWS, D, dtype=torch.bool)

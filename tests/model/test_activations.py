@@ -1,73 +1,96 @@
-"""Activations give back what was put in, wherever they lie."""
+"""Activations give back what was put in, from every place."""
 
 import pytest
 import torch
 
-from sparsefw.model.activations import Activations, FiledActivations, PinnedActivations, activations
+from sparsefw.model.activations import DeviceActivations, FiledActivations, PinnedActivations, make_activations
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = [pytest.param("host", marks=pytest.mark.gpu)]
 
 
 def filled(place, tmp_path, dtype=torch.bfloat16):
-    room = activations(place, DEVICE, tmp_path)
+    activations = make_activations(place, DEVICE, tmp_path)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(n, 5, 3, generator=generator).to(DEVICE, dtype) for n in (2, 2, 1)]
     for batch in batches:
-        room.append(batch)
-    return room, batches
+        activations.append(batch)
+    return activations, batches
 
 
-def same(room, batches):
-    assert len(room) == len(batches)
-    for found, batch in zip(room, batches, strict=True):
-        assert found.device.type == DEVICE.type
-        assert found.dtype == batch.dtype
-        assert torch.equal(found, batch)
+def same(activations, batches):
+    assert len(activations) == len(batches)
+    for hidden, batch in zip(activations, batches, strict=True):
+        assert hidden.device.type == DEVICE.type
+        assert hidden.dtype == batch.dtype
+        assert torch.equal(hidden, batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("place", ["gpu", "file", *GPU])
 def test_what_is_put_in_comes_out(place, dtype, tmp_path):
-    room, batches = filled(place, tmp_path, dtype)
-    same(room, batches)
+    activations, batches = filled(place, tmp_path, dtype)
+    same(activations, batches)
     for order in ([0, 1, 2], [2, 0, 1], [1, 1, 0]):
         for j in order:
-            assert torch.equal(room[j], batches[j])
+            assert torch.equal(activations[j], batches[j])
 
 
 @pytest.mark.parametrize("place", ["gpu", "file", *GPU])
 def test_what_is_replaced_is_replaced_at_once(place, tmp_path):
-    """Also where the old one was already on its way."""
-    room, batches = filled(place, tmp_path)
+    """The old micro-batch may already be on its way to the device."""
+    activations, batches = filled(place, tmp_path)
     for _ in range(3):
-        for j in range(len(room)):
-            assert torch.equal(room[j], batches[j])
-            for later in range(j, len(room)):
+        for j in range(len(activations)):
+            assert torch.equal(activations[j], batches[j])
+            for later in range(j, len(activations)):
                 batches[later] = batches[later] + 1
-                room[later] = batches[later]
-    same(room, batches)
+                activations[later] = batches[later]
+    same(activations, batches)
 
 
 @pytest.mark.parametrize("place", ["gpu", "file", *GPU])
 def test_forks_change_apart(place, tmp_path):
-    room, batches = filled(place, tmp_path)
-    fork = room.fork()
-    room[1] = batches[1] + 1
+    activations, batches = filled(place, tmp_path)
+    fork = activations.fork()
+    activations[1] = batches[1] + 1
     fork[2] = batches[2] - 1
-    same(room, [batches[0], batches[1] + 1, batches[2]])
+    same(activations, [batches[0], batches[1] + 1, batches[2]])
     same(fork, [batches[0], batches[1], batches[2] - 1])
 
 
 def test_file_leaves_nothing_behind(tmp_path):
-    room, _ = filled("file", tmp_path)
+    activations, _ = filled("file", tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(IndexError):
-        room[3]
+        activations[3]
 
 
 def test_places():
-    kinds = {"gpu": Activations, "host": PinnedActivations if DEVICE.type == "cuda" else Activations}
+    kinds = {"gpu": DeviceActivations, "host": PinnedActivations if DEVICE.type == "cuda" else DeviceActivations}
     for place, kind in kinds.items():
-        assert type(activations(place, DEVICE)) is kind
-    assert type(activations("file", DEVICE)) is FiledActivations
+        assert type(make_activations(place, DEVICE)) is kind
+    assert type(make_activations("file", DEVICE)) is FiledActivations
+
+
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_thread_and_file_end_with_the_activations(end, tmp_path):
+    activations, _ = filled("file", tmp_path)
+    worker, file = activations._worker, activations._file
+    (thread,) = worker._threads
+    assert thread.is_alive()
+    if end == "close":
+        activations.close()
+    del activations
+    thread.join(10)
+    assert not thread.is_alive()
+    assert file.closed
+
+
+@pytest.mark.parametrize("place", ["gpu", "file", *GPU])
+def test_forks_close_apart(place, tmp_path):
+    activations, batches = filled(place, tmp_path)
+    fork = activations.fork()
+    activations.close()
+    same(fork, batches)
+    fork.close()

@@ -9,9 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsefw import checkpoint
-from sparsefw.kernels import cpu
+from sparsefw.kernels.backend import TORCH
+from sparsefw.model import StreamedModel, embed
 from sparsefw.model.layers import capture, not_pruned
-from sparsefw.model.streamed import StreamedModel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -25,24 +25,25 @@ SHARED = {
 
 
 def first_block(folder, ids=TOKENS):
-    """The first block, what runs a micro-batch through it, and their numbers."""
+    """The first block, a function that runs a micro-batch through it, and the micro-batches' numbers."""
     model = StreamedModel(checkpoint.inspect(folder), DEVICE)
-    stream = model.start(ids, 2)
-    return model.open(0), lambda j: model.output(0, stream, j), range(len(stream.hidden))
+    states = embed(model, ids, 2)
+    return model.open(0), lambda j: states.output(0, j), range(len(states))
 
 
 def capture_first_block(folder, ids=TOKENS):
     block, run, batches = first_block(folder, ids)
-    layers, grams, crosses = capture(block, run, batches, ops=cpu, precision="ieee")
-    assert crosses == {}
-    return block, layers, grams, not_pruned(block, [layer.name for layer in layers])
+    captured = capture(block, run, batches, backend=TORCH)
+    assert captured.crosses == {}
+    assert captured.ignored == []
+    return block, captured.layers, captured.grams, not_pruned(block, [layer.name for layer in captured.layers])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gram_is_that_of_the_inputs(family, tmp_path):
-    """Against forward hooks on the linear modules, for every family that has them."""
+    """Gram matrices are those of forward hooks on the linear modules, for every family that has them."""
     block, run, batches = first_block(save_model(tmp_path, family))
-    layers, grams, _ = capture(block, run, batches, ops=cpu, precision="ieee")
+    captured = capture(block, run, batches, backend=TORCH)
     truth = {}
 
     def hook(name, args):
@@ -55,12 +56,13 @@ def test_gram_is_that_of_the_inputs(family, tmp_path):
             module.register_forward_pre_hook(lambda _m, args, name=name: hook(f"{name}.weight", args))
     for j in batches:
         run(j)
-    found = {layer.name: layer for layer in layers}
+    layers = {layer.name: layer for layer in captured.layers}
     assert truth
     for name, G in truth.items():
-        torch.testing.assert_close(grams[found[name].gram].double(), G, rtol=1e-4, atol=1e-4 * G.max().item())
+        gram = captured.grams[layers[name].gram]
+        torch.testing.assert_close(gram.double(), G, rtol=1e-4, atol=1e-4 * G.max().item())
     matrices = {name for name, p in block.named_parameters() if p.dim() == 2}
-    assert matrices - {"mlp.gate.weight", "mlp.shared_expert_gate.weight"} <= set(found)
+    assert matrices - {"mlp.gate.weight", "mlp.shared_expert_gate.weight"} <= set(layers)
 
 
 @pytest.mark.parametrize("family", SHARED)
@@ -80,7 +82,7 @@ def test_every_expert_is_a_layer_and_the_router_stays_dense(family, tmp_path):
         assert f"mlp.experts.gate_up_proj[{e}]" in names
         assert f"mlp.experts.down_proj[{e}]" in names
     assert dense == ["mlp.gate.weight"]
-    # Weights are views: writing to a layer changes the block.
+    # A layer's weight is a view: writing to it changes the block.
     layer = layers[names.index("mlp.experts.down_proj[2]")]
     layer.weight.zero_()
     assert not block.mlp.experts.down_proj[2].any()
@@ -101,9 +103,10 @@ def test_transposed_weights_are_seen_as_out_by_in():
     """Conv1D of GPT-2 stores (in, out) and calls addmm."""
     block = Conv1D(12, 8).requires_grad_(False)
     x = torch.randn(5, 8)
-    (layer,), grams, _ = capture(block, lambda j: block(x), [0], ops=cpu, precision="ieee")
+    captured = capture(block, lambda j: block(x), [0], backend=TORCH)
+    (layer,) = captured.layers
     assert layer.weight.shape == (12, 8)
-    torch.testing.assert_close(grams["weight"], x.T @ x)
+    torch.testing.assert_close(captured.grams["weight"], x.T @ x)
     layer.weight[3].zero_()
     assert not block.weight[:, 3].any()
 
@@ -118,7 +121,7 @@ def test_inputs_are_let_go_after_their_micro_batch():
         alive.append(weakref.ref(x))
         block(x)
 
-    capture(block, run, range(3), ops=cpu, precision="ieee")
+    capture(block, run, range(3), backend=TORCH)
     assert not any(ref() is not None for ref in alive)
 
 
@@ -126,9 +129,9 @@ def test_a_part_of_a_matrix_is_not_a_layer():
     block = nn.Linear(8, 6, bias=False)
     x = torch.randn(5, 8)
     half = _Half(block)
-    layers, grams, _ = capture(half, lambda j: half(x), [0], ops=cpu, precision="ieee")
-    assert layers == []
-    assert grams == {}
+    captured = capture(half, lambda j: half(x), [0], backend=TORCH)
+    assert captured.layers == captured.ignored == []
+    assert captured.grams == {}
     assert not_pruned(half, []) == ["inner.weight"]
 
 

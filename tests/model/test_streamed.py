@@ -1,6 +1,8 @@
-"""Blocks run one at a time give what the whole model gives, for every family."""
+"""Blocks that run one at a time give the whole model's results, for every family."""
 
+import copy
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from transformers import AutoModelForCausalLM, XLMConfig, XLMWithLMHeadModel
 
 from sparsefw import checkpoint
 from sparsefw.errors import InputError
-from sparsefw.model.streamed import StreamedModel
+from sparsefw.model import StreamedModel, embed, logits, loss, perplexity
+from sparsefw.model.transformers_private import attention_implementation
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -23,30 +26,32 @@ def open_model(folder):
     return StreamedModel(checkpoint.inspect(folder), DEVICE)
 
 
-def stream_through(model, ids, batch_size):
-    stream = model.start(ids, batch_size)
+def run_through(model, ids, batch_size):
+    states = embed(model, ids, batch_size)
     for i in range(len(model.blocks)):
         model.open(i)
-        model.advance(i, stream)
-    return stream
+        states.advance(i)
+    return states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_logits_equal_the_whole_models(family, dtype, tmp_path):
     folder = save_model(tmp_path, family, dtype)
     model, ids = open_model(folder), tokens()
-    stream = stream_through(model, ids, batch_size=2)
-    # The same implementations of attention and experts: others sum in another order.
-    same = {"attn_implementation": model.model.config._attn_implementation, "experts_implementation": "eager"}
+    states = run_through(model, ids, batch_size=2)
+    # The same implementations of attention and experts, since others sum in another order.
+    same = {"attn_implementation": attention_implementation(model.model), "experts_implementation": "eager"}
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **same).to(DEVICE).eval()
-    for hidden, batch in zip(stream.hidden, ids.split(2), strict=True):
+    for hidden, batch in zip(states.hidden, ids.split(2), strict=True):
         with torch.no_grad():
             expected = whole(batch.to(DEVICE), use_cache=False).logits
         assert expected.std() > 0.1
-        assert torch.equal(model.logits(batch, hidden), expected)
+        assert torch.equal(logits(model, batch, hidden), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exported_tensors_are_the_checkpoints(family, tmp_path):
     folder = save_model(tmp_path, family, torch.bfloat16)
@@ -66,22 +71,53 @@ def test_exported_tensors_are_the_checkpoints(family, tmp_path):
 def test_loss_is_the_models_own(tmp_path):
     folder = save_model(tmp_path, "gemma2")
     model, ids = open_model(folder), tokens(2)
-    stream = stream_through(model, ids, batch_size=2)
+    states = run_through(model, ids, batch_size=2)
     whole = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").to(DEVICE).eval()
     with torch.no_grad():
         expected = whole(ids.to(DEVICE), labels=ids.to(DEVICE)).loss.item()
-    assert model.loss(ids, stream.hidden[0]) == pytest.approx(expected, rel=1e-6)
+    assert loss(model, ids, states.hidden[0]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_forked_streams_run_apart(tmp_path):
+def test_perplexity_is_that_of_all_windows(tmp_path):
+    """The size of micro-batches does not matter; 5 windows make two and a half."""
+    model, ids = open_model(save_model(tmp_path, "gemma2")), tokens(5)
+    states = run_through(model, ids, batch_size=2)
+    losses = [loss(model, ids[n : n + 1], states.hidden[n // 2][n % 2 : n % 2 + 1]) for n in range(5)]
+    assert perplexity(states, ids) == pytest.approx(math.exp(sum(losses) / 5), rel=1e-12)
+
+
+def test_another_module_in_the_place_of_a_block(tmp_path):
     model = open_model(save_model(tmp_path, "llama"))
-    one = model.start(tokens(), 5)
-    two = one.fork()
+    states = embed(model, tokens(), 2)
+    other, own = copy.deepcopy(model.open(0)), states.fork()
+    other.mlp.down_proj.weight.data.zero_()
+    expected = [states.output(0, j, other) for j in range(len(states))]
+    states.advance(0, other)
+    own.advance(0)
+    for hidden, after_other, after_own in zip(states.hidden, expected, own.hidden, strict=True):
+        assert torch.equal(hidden, after_other)
+        assert not torch.equal(hidden, after_own)
+
+
+def test_reader_ends_with_the_model(tmp_path):
+    with open_model(save_model(tmp_path, "llama")) as model:
+        model.open(0)
+        (thread,) = model._reader._threads
+        assert thread.is_alive()
+    assert not thread.is_alive()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        model.open(1)
+
+
+def test_forked_hidden_states_run_apart(tmp_path):
+    model = open_model(save_model(tmp_path, "llama"))
+    states = embed(model, tokens(), 5)
+    forked = states.fork()
     model.open(0)
-    model.advance(0, one)
-    assert not torch.equal(one.hidden[0], two.hidden[0])
-    model.advance(0, two)
-    assert torch.equal(one.hidden[0], two.hidden[0])
+    states.advance(0)
+    assert not torch.equal(states.hidden[0], forked.hidden[0])
+    forked.advance(0)
+    assert torch.equal(states.hidden[0], forked.hidden[0])
 
 
 def test_closing_a_block_frees_it(tmp_path):
@@ -109,7 +145,7 @@ class TestRefused:
         whole.model.embed_tokens.weight.data[0, 0] = torch.inf
         whole.save_pretrained(tmp_path / "b")
         with pytest.raises(InputError, match=r"model\.embed_tokens\.weight"):
-            open_model(tmp_path / "b").start(tokens(), 5)
+            embed(open_model(tmp_path / "b"), tokens(), 5)
 
     def test_overflowing_activations_are_named(self, tmp_path):
         folder = save_model(tmp_path / "a", "llama", torch.float16)
@@ -117,17 +153,17 @@ class TestRefused:
         whole.model.layers[1].mlp.down_proj.weight.data.fill_(60000)
         whole.save_pretrained(tmp_path / "b")
         model = open_model(tmp_path / "b")
-        stream = model.start(tokens(), 5)
+        states = embed(model, tokens(), 5)
         for i in (0, 1):
             model.open(i)
-        model.advance(0, stream)
+        states.advance(0)
         with pytest.raises(InputError, match=r"activations after model\.layers\.1"):
-            model.advance(1, stream)
+            states.advance(1)
 
     def test_tokens_without_an_embedding(self, tmp_path):
         model = open_model(save_model(tmp_path, "llama"))
-        with pytest.raises(InputError, match=f"token {VOCABULARY}, but the model embeds {VOCABULARY}"):
-            model.start(torch.tensor([[2, VOCABULARY]]), 1)
+        with pytest.raises(InputError, match=f"token {VOCABULARY}: the model embeds {VOCABULARY} tokens"):
+            embed(model, torch.tensor([[2, VOCABULARY]]), 1)
 
     def change_config(self, folder, **changes):
         path = folder / "config.json"

@@ -6,21 +6,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.problems import LINE_SEARCH, exhaustive, make_problem, penalized_error
+from helpers.problems import LINE_SEARCH, TRITON, exhaustive, make_problem, penalized_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsefw.kernels import cpu, triton_ops
+from sparsefw.kernels import cpu
+from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.solver import frank_wolfe
+from sparsefw.solver.objective import mask_error
 from sparsefw.solver.saliency import SALIENCIES
 
-# Operations whose result the host has to see.
+# Operations that make the host wait for their result.
 WAITING = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.is_nonzero)
 
 
 class TestGradient:
     @pytest.mark.parametrize("theta", [0.0, 0.4, 1.0])
     def test_score_is_the_negative_gradient_by_finite_differences(self, theta):
-        """The vertex that the row step picks is the one of the numerical gradient."""
+        """The vertex that the row step picks is that of the numerical gradient."""
         problem = make_problem(5, 11)
         W, G = problem.W.double(), problem.G.double()
         M = torch.rand(5, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -65,9 +67,9 @@ def test_errors_are_those_of_fp32_whatever_the_precision(precision, errors, monk
         return product(E, G, precision=precision, out=out)
 
     monkeypatch.setattr(cpu, "product", spy)
-    frank_wolfe.solve(make_problem(6, 30), steps=8, penalty=1.0, swaps=3, precision=precision)
+    frank_wolfe.solve(make_problem(6, 30), steps=8, penalty=1.0, swaps=3, backend=Backend(cpu, precision))
     exactly = (errors, torch.float32)
-    # The warm start, what the swaps start from, and the mask; in between the iteration.
+    # The products of the warm start, of the start of the swaps, and of the mask; those of the iteration are in between.
     assert [seen[0], *seen[-2:]] == 3 * [exactly]
     assert {one for one, _ in seen[1:-2]} == {precision}
 
@@ -91,7 +93,7 @@ class TestIterates:
     @pytest.mark.parametrize("sparsity", ["0.6", "2:4"])
     def test_line_search_never_raises_the_error_without_penalty(self, sparsity):
         problem = make_problem(9, 24, sparsity)
-        last = frank_wolfe.mask_error(problem.W, problem.warm, problem.G)
+        last = mask_error(problem.W, problem.warm, problem.G)
         for state in frank_wolfe.iterate(problem, steps=40, penalty=0.0, **LINE_SEARCH):
             assert (state.error <= last * (1 + 1e-5)).all()
             last = state.error.clone()
@@ -107,20 +109,20 @@ class TestIterates:
         torch.testing.assert_close(_state.error.double(), (E * R).sum(1), rtol=1e-4, atol=0)
 
     def test_torch_on_a_cpu_follows_the_changes(self, monkeypatch):
-        """The same steps up to rounding; every other product than those of the start is left to `VertexProducts`."""
+        """The steps are the same up to rounding. `VertexProducts` makes all products but those of the start."""
         problem, product = make_problem(6, 33, "0.5", 0.5), cpu.product
-        scratch = LINE_SEARCH | {"ops": SimpleNamespace(**vars(cpu))}
-        for lacks in (None, 0.1 * problem.W.roll(1, 1)):
-            posed, made = replace(problem, lacks=lacks), []
+        scratch = LINE_SEARCH | {"backend": Backend(SimpleNamespace(**vars(cpu)))}
+        for target_gap in (None, 0.1 * problem.W.roll(1, 1)):
+            problem, made = replace(problem, target_gap=target_gap), []
 
             def count(*args, made=made, **options):
                 made.append(1)
                 return product(*args, **options)
 
-            *_, expected = frank_wolfe.iterate(posed, steps=20, penalty=1.0, **scratch)
+            *_, expected = frank_wolfe.iterate(problem, steps=20, penalty=1.0, **scratch)
             with monkeypatch.context() as patch:
                 patch.setattr(cpu, "product", count)
-                *_, state = frank_wolfe.iterate(posed, steps=20, penalty=1.0, **LINE_SEARCH)
+                *_, state = frank_wolfe.iterate(problem, steps=20, penalty=1.0, **LINE_SEARCH)
             assert len(made) == 1
             torch.testing.assert_close(state.M, expected.M, rtol=0, atol=1e-4)
             torch.testing.assert_close(state.error, expected.error, rtol=1e-4, atol=0)
@@ -137,7 +139,7 @@ class TestIterates:
 class TestSolve:
     @pytest.mark.parametrize("seed", range(4))
     def test_against_exhaustive_search(self, seed):
-        """On rows of 12: the bound holds, the mask is feasible and never beats the optimum, and it comes close."""
+        """On rows of 12 the bound holds, and the mask is feasible, never beats the optimum and comes close to it."""
         problem = make_problem(8, 12, "0.5", seed=seed)
         optimum = exhaustive(problem)
         solution = frank_wolfe.solve(problem, steps=60)
@@ -200,27 +202,28 @@ class TestSolve:
         assert torch.equal(solution.mask.sum(1), torch.full((4,), 4))
         assert solution.error[2] == 0
 
-    @pytest.mark.parametrize("ops", [cpu, triton_ops], ids=["torch", "triton"])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("backend", [TORCH, TRITON], ids=["torch", "triton"])
     @pytest.mark.parametrize("text", ["0.5", "2:4"])
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-    def test_not_finite_is_an_error(self, value, text, ops):
+    def test_not_finite_is_an_error(self, value, text, backend):
         problem = make_problem(4, 12, text)
         problem.G[0, 0] = value
         with pytest.raises(FloatingPointError, match="not finite"):
-            frank_wolfe.solve(problem, steps=3, swaps=2, ops=ops)
+            frank_wolfe.solve(problem, steps=3, swaps=2, backend=backend)
 
-    @pytest.mark.parametrize("ops", [cpu, triton_ops], ids=["torch", "triton"])
-    def test_overflow_on_the_way_is_an_error(self, ops):
+    @pytest.mark.parametrize("backend", [TORCH, TRITON], ids=["torch", "triton"])
+    def test_overflow_on_the_way_is_an_error(self, backend):
         """The warm start's error is finite, the damped matrix is not."""
         problem = make_problem(4, 12)
         H = problem.G.clone()
         H[:, 5] = H[5] = torch.inf
         with pytest.raises(FloatingPointError, match="not finite"):
-            frank_wolfe.solve(replace(problem, damped=H), steps=3, ops=ops)
+            frank_wolfe.solve(replace(problem, damped=H), steps=3, backend=backend)
 
     @pytest.mark.parametrize("text", ["0.5", "2:4"])
     def test_waits_for_the_gpu_once(self, text):
-        """For the check of the errors; the copies that the interpreter makes are none of these."""
+        """The host waits for the check of the errors. Copies that the interpreter makes do not count."""
         waits = []
 
         class Waits(TorchDispatchMode):
@@ -231,11 +234,11 @@ class TestSolve:
 
         problem = make_problem(4, 12, text, 0.5)
         with Waits():
-            posed = frank_wolfe.pose(
-                problem.W, problem.G, problem.saliency, problem.k, group=problem.group, ops=triton_ops
+            problem = frank_wolfe.make_problem(
+                problem.W, problem.G, problem.saliency, problem.k, group=problem.group, backend=TRITON
             )
             assert not waits
-            frank_wolfe.solve(posed, steps=4, swaps=3, ops=triton_ops)
+            frank_wolfe.solve(problem, steps=4, swaps=3, backend=TRITON)
         assert waits == [torch.ops.aten._local_scalar_dense.default]
 
     def test_bad_arguments(self):
@@ -243,9 +246,9 @@ class TestSolve:
         with pytest.raises(ValueError, match="step_rule: expected one of line-search, open-loop, got 'newton'"):
             frank_wolfe.solve(problem, steps=3, step_rule="newton")
         with pytest.raises(ValueError, match="whole"):
-            frank_wolfe.solve(make_problem(4, 10, "layer:0.5", whole=True), steps=3, penalty=1.0)
+            frank_wolfe.solve(make_problem(4, 10, "layer:0.5", whole_matrix=True), steps=3, penalty=1.0)
         with pytest.raises(ValueError, match="no swaps"):
-            frank_wolfe.solve(make_problem(4, 10, "layer:0.5", whole=True), steps=3, penalty=0.0, swaps=1)
+            frank_wolfe.solve(make_problem(4, 10, "layer:0.5", whole_matrix=True), steps=3, penalty=0.0, swaps=1)
 
 
 def papers_algorithm(W, G, saliency, k, unit, alpha, steps):
@@ -277,21 +280,22 @@ def papers_algorithm(W, G, saliency, k, unit, alpha, steps):
 
 
 class TestPaper:
+    @pytest.mark.slow
     @pytest.mark.parametrize("sparsity", ["layer:0.6", "0.6", "2:4"])
     @pytest.mark.parametrize("alpha", [0.0, 0.9])
     def test_preset_matches_a_transcription(self, sparsity, alpha):
         whole = sparsity.startswith("layer")
-        problem = make_problem(6, 20, sparsity, alpha, whole=whole)
+        problem = make_problem(6, 20, sparsity, alpha, whole_matrix=whole)
         unit = (1, -1) if whole else (-1, problem.group or 20)
 
         def transcribed(steps):
             return papers_algorithm(problem.W, problem.G, problem.saliency, problem.k, unit, alpha, steps)
 
         settings = {"step_rule": "open-loop", "penalty": 0.0}
-        *_, state = frank_wolfe.iterate(problem, steps=12, precision="ieee", ops=cpu, **settings)
+        *_, state = frank_wolfe.iterate(problem, steps=12, backend=TORCH, **settings)
         torch.testing.assert_close(state.M.double(), transcribed(12)[0], rtol=0, atol=1e-6)
-        solution = frank_wolfe.solve(problem, steps=300, best_of=False, **settings)
-        # fp32 against float64 over 300 steps: the errors agree; single entries may differ where M is nearly tied.
+        solution = frank_wolfe.solve(problem, steps=300, fallback_to_warm_start=False, **settings)
+        # After 300 steps in fp32 and float64 the errors agree; single entries may differ where M is nearly tied.
         expected = transcribed(300)[1]
         truth = penalized_error(problem.W.double(), problem.G.double(), expected.double(), 0).sum()
         torch.testing.assert_close(solution.error.double().sum(), truth, rtol=1e-3, atol=0)
@@ -302,7 +306,7 @@ class TestRounding:
     def test_highest_entries_then_saliency_then_index(self):
         problem = make_problem(1, 8, "0.5")
         saliency = torch.tensor([[1.0, 2, 3, 4, 5, 6, 6, 8]])
-        problem = frank_wolfe.pose(problem.W, problem.G, saliency, 4)
+        problem = frank_wolfe.make_problem(problem.W, problem.G, saliency, 4)
         M = torch.tensor([[0.9, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.1]])
         assert frank_wolfe.round_mask(problem, M).tolist() == [[True, False, False, False, True, True, True, False]]
         M = torch.tensor([[0.9, 0.9, 0.9, 0.1, 0.1, 0.5, 0.5, 0.5]])
@@ -311,23 +315,23 @@ class TestRounding:
 
     def test_by_groups(self):
         saliency = torch.tensor([[1.0, 2, 3, 4, 8, 7, 6, 5]])
-        problem = frank_wolfe.pose(torch.ones(1, 8), torch.eye(8), saliency, 2, group=4)
+        problem = frank_wolfe.make_problem(torch.ones(1, 8), torch.eye(8), saliency, 2, group=4)
         M = torch.tensor([[0.5, 0.5, 0.5, 0.5, 0.0, 1.0, 0.5, 0.5]])
         assert frank_wolfe.round_mask(problem, M).tolist() == [[False, False, True, True, False, True, True, False]]
 
     def test_nothing_and_everything(self):
         problem = make_problem(3, 8)
         for k in (0, 8):
-            everything = frank_wolfe.pose(problem.W, problem.G, problem.saliency, k)
+            everything = frank_wolfe.make_problem(problem.W, problem.G, problem.saliency, k)
             assert frank_wolfe.round_mask(everything, torch.rand(3, 8)).sum() == 3 * k
 
 
 class TestFixedEntries:
     def test_the_most_salient_of_the_warm_start(self):
-        """In 2:4 the warm start lacks the third best of the row, whose group has two better ones."""
+        """Under 2:4 the warm start lacks the third best entry of the row, whose group has two better ones."""
         saliency = torch.tensor([[9.0, 8, 7, 1, 6, 5, 2, 1]])
         for group, kept in ((0, 4), (4, 2)):
-            problem = frank_wolfe.pose(torch.ones(1, 8), torch.eye(8), saliency, kept, group=group, alpha=0.75)
+            problem = frank_wolfe.make_problem(torch.ones(1, 8), torch.eye(8), saliency, kept, group=group, alpha=0.75)
             expected = [0, 1, 2] if group == 0 else [0, 1, 4]
             assert problem.fixed.nonzero()[:, 1].tolist() == expected
 
@@ -336,8 +340,8 @@ class TestFixedEntries:
         """0.29 * 100 is 28.999... in floating point."""
         W, G, saliency = torch.ones(2, 200), torch.eye(200), torch.rand(2, 200)
         for k in (kept, torch.tensor([kept, kept])):
-            assert frank_wolfe.pose(W, G, saliency, k, alpha=alpha).fixed.sum(1).tolist() == [count, count]
-        assert frank_wolfe.pose(W, G, saliency, kept, alpha=alpha, whole=True).fixed.sum() == count
+            assert frank_wolfe.make_problem(W, G, saliency, k, alpha=alpha).fixed.sum(1).tolist() == [count, count]
+        assert frank_wolfe.make_problem(W, G, saliency, kept, alpha=alpha, whole_matrix=True).fixed.sum() == count
 
     def test_none_without_alpha(self):
         assert make_problem(3, 10, alpha=0.0).fixed is None

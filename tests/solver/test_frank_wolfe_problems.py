@@ -1,4 +1,4 @@
-"""What a problem may have beside its layer: swaps after the solve, weights that lack something, a damped matrix."""
+"""Options of a problem: swaps after the solve, a target gap, a damped matrix."""
 
 import itertools
 from dataclasses import replace
@@ -43,16 +43,16 @@ class TestSwaps:
         assert better < 0.02 * neighbours
 
 
-class TestLacks:
-    """Masks of weights W that approximate others, T = W + lacks."""
+class TestTargetGap:
+    """Masked weights W that approximate a target, T = W + target_gap."""
 
     def make(self, alpha=0.0, sparsity="0.5", rows=8):
         problem = make_problem(rows, 12, sparsity, alpha)
-        lacks = 0.3 * torch.randn(rows, 12, generator=torch.Generator().manual_seed(8))
-        return replace(problem, lacks=lacks)
+        target_gap = 0.3 * torch.randn(rows, 12, generator=torch.Generator().manual_seed(8))
+        return replace(problem, target_gap=target_gap)
 
     def errors(self, problem, mask):
-        E = (problem.W + problem.lacks - problem.W * mask).double()
+        E = (problem.W + problem.target_gap - problem.W * mask).double()
         return (E * (E @ problem.G.double())).sum(1)
 
     @pytest.mark.parametrize("swaps", [0, 50])
@@ -81,29 +81,29 @@ class TestLacks:
         problem = self.make(alpha=0.5)
         *_, state = frank_wolfe.iterate(problem, steps=9, penalty=0.0, **LINE_SEARCH)
         W, M, G = problem.W.double(), state.M.double(), problem.G.double()
-        E = W + problem.lacks - W * M
+        E = W + problem.target_gap - W * M
         gradient = -2 * W * (E @ G)
         V = cpu.lmo(-gradient.float(), 6, fixed=problem.fixed, positive=True)
         expected = (E * (E @ G)).sum(1) - (gradient * (M - V.double())).sum(1)
         bound = frank_wolfe.lower_bound(problem, state).double()
         torch.testing.assert_close(bound, expected, rtol=1e-3, atol=1e-3 * state.error.max().item())
 
-    def test_masks_repair_what_the_weights_lack(self):
+    def test_masks_repair_the_target_gap(self):
         problem = self.make(rows=40)
-        for_itself = frank_wolfe.solve(replace(problem, lacks=None), steps=40)
+        for_itself = frank_wolfe.solve(replace(problem, target_gap=None), steps=40)
         repairing = frank_wolfe.solve(problem, steps=40)
         assert repairing.error.sum() < 0.9 * self.errors(problem, for_itself.mask).sum()
 
 
 class TestDamping:
-    """Masks are chosen on the damped matrix; errors and bounds are those of the measured one."""
+    """Masks are chosen on the damped matrix; errors and bounds are on the one without damping."""
 
     @pytest.mark.parametrize("swaps", [0, 50])
     @pytest.mark.parametrize("penalty", [0.0, 1.0])
     def test_masks_are_those_of_the_damped_matrix(self, penalty, swaps):
         problem = make_problem(30, 16, "0.5")
         H = damped(problem.G, 0.5)
-        options = {"steps": 40, "penalty": penalty, "swaps": swaps, "best_of": False}
+        options = {"steps": 40, "penalty": penalty, "swaps": swaps, "fallback_to_warm_start": False}
         solution = frank_wolfe.solve(replace(problem, damped=H), **options)
         by_hand = frank_wolfe.solve(replace(problem, G=H), **options)
         assert (solution.mask == by_hand.mask).all(1).double().mean() >= 0.9
@@ -121,11 +121,11 @@ class TestDamping:
         if not alpha:
             optimum = exhaustive(problem)
             assert (solution.bound <= optimum * (1 + 1e-5)).all()
-            # The iterate is the optimum of another matrix, which costs the bound most of its strength here.
+            # The iterate is an optimum for another matrix, which makes the bound much weaker here.
             assert solution.bound.sum() > 0.1 * optimum.sum()
 
     def test_the_bound_of_a_damped_iterate(self):
-        """As of a state that was never damped."""
+        """The bound is that of a state that was never damped."""
         problem = make_problem(9, 20, "0.5", 0.5)
         problem = replace(problem, damped=damped(problem.G, 0.3))
         *_, state = frank_wolfe.iterate(problem, steps=10, penalty=1.0, **LINE_SEARCH)

@@ -1,70 +1,28 @@
-"""Layers that share an input: stacks and chunks, what is written and reported."""
+"""Layers that share an input: the weights written, the results reported, and the failures."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.kernel_inputs import generator
-from helpers.layer_inputs import PATTERNS, ROWS, D, assert_same, error, make_gram, make_layers, run, settings
+from helpers.layer_inputs import PATTERNS, ROWS, D, assert_same, error, make_config, make_gram, make_layers, run
 
 from sparsefw.errors import InputError
 from sparsefw.kernels import cpu
-from sparsefw.solver import methods, patterns, reselect
-from sparsefw.solver.layer import BYTES_PER_ENTRY, ROW_UNIT, prune_layers
-from sparsefw.solver.methods import METHODS, Method
+from sparsefw.kernels.backend import TORCH, Backend
+from sparsefw.solver import METHODS, PruneConfig, choices, patterns, prune_layers, solve_layer
+from sparsefw.solver.objective import damped
+from sparsefw.solver.saliency import SALIENCIES
+from sparsefw.solver.stack import TARGET_STEPS
+from sparsefw.solver.target import find_target
 
 
-class TestStack:
-    @pytest.mark.parametrize("text", PATTERNS)
-    @pytest.mark.parametrize("warm_start", ["wanda", "ria"])
-    def test_like_each_layer_alone(self, text, warm_start):
-        """RIA's saliency depends on the whole layer, and a `layer:` budget too."""
-        layers, how = make_layers(), settings(text, warm_start=warm_start)
-        together = run(layers, how=how)
-        alone = [run([layer], how=how) for layer in layers]
-        assert_same(
-            together, ({n: W for one, _ in alone for n, W in one.items()}, [r for _, one in alone for r in one])
-        )
-
-    @pytest.mark.parametrize("text", PATTERNS)
-    @pytest.mark.parametrize("refit_steps", [0, 3])
-    def test_chunks_and_threads_change_nothing(self, text, refit_steps, set_threads, monkeypatch):
-        unit, sizes, choose = BYTES_PER_ENTRY * D * ROW_UNIT, [], methods.choose_frank_wolfe
-
-        def spy(rows, *rest):
-            sizes[-1].append(len(rows.W))
-            assert torch.get_num_threads() == 1
-            return choose(rows, *rest)
-
-        monkeypatch.setitem(METHODS, "sparsefw", Method(spy, damps=True))
-        results = []
-        for threads in (1, 3):
-            set_threads(threads)
-            for memory in (1 << 40, 3 * unit - 1, unit):
-                sizes.append([])
-                how = settings(text, memory=memory, refit=refit_steps, swaps=0 if refit_steps else 20)
-                results.append(run(make_layers(), how=how))
-                assert torch.get_num_threads() == threads
-        # Shared out over the threads, of which there are no more than the memory has room for.
-        assert sizes == [[256], [128, 128], [64] * 4, [128, 128], [64] * 4, [64] * 4]
-        for result in results[1:]:
-            assert_same(results[0], result)
-
-    def test_errors_of_threads_arrive(self, set_threads, monkeypatch):
-        def fail(rows, *rest):
-            raise FloatingPointError("no")
-
-        set_threads(3)
-        monkeypatch.setitem(METHODS, "sparsefw", Method(fail, damps=True))
-        with pytest.raises(FloatingPointError, match="layer0, layer1, layer2, layer3: no"):
-            run(make_layers())
-        assert torch.get_num_threads() == 3
-
-    def test_too_little_memory(self):
-        with pytest.raises(InputError, match=r"layer0: a solve needs 0.000 GiB at least, and 0.000 are set aside"):
-            run(make_layers(), how=settings(memory=BYTES_PER_ENTRY * D * ROW_UNIT - 1))
-
+class TestLayers:
     def test_width(self):
         with pytest.raises(InputError, match="layer1: 30 inputs do not divide into groups of 4"):
-            run([("layer0", torch.ones(2, 32)), ("layer1", torch.ones(2, 30))], torch.eye(32), how=settings("2:4"))
+            run(
+                [("layer0", torch.ones(2, 32)), ("layer1", torch.ones(2, 30))], torch.eye(32), config=make_config("2:4")
+            )
 
     def test_writes_through_views(self):
         """Weights stored (in, out), as some models do, and slices of a larger tensor."""
@@ -75,7 +33,7 @@ class TestStack:
         views = [("layer0", wide[:, 1:38].T), ("layer1", block[1])]
         for (_, view), (_, W) in zip(views, layers, strict=True):
             view.copy_(W)
-        list(prune_layers(views, make_gram(48), "sparsefw", settings(), cpu))
+        list(prune_layers(views, make_gram(48), "sparsefw", make_config(), TORCH))
         for name, view in views:
             assert torch.equal(view, expected[0][name])
         assert wide[:, 0].abs().sum() + wide[:, 38:].abs().sum() + block[::2].abs().sum() == 0
@@ -87,7 +45,7 @@ class TestWritten:
     @pytest.mark.parametrize("method", ["sparsefw", "sparsegpt", "wanda", "ria", "magnitude"])
     def test_errors_are_those_of_what_is_written(self, method, text, dtype):
         layers, G = make_layers((37, 20), 48, dtype), make_gram(48)
-        pruned, results = run(layers, G, method, settings(text))
+        pruned, results = run(layers, G, method, make_config(text))
         for (name, W), row in zip(layers, results, strict=True):
             Z = pruned[name]
             assert Z.dtype == dtype
@@ -122,7 +80,7 @@ class TestWritten:
 
     def test_without_refit_kept_weights_stay(self):
         layers = make_layers()
-        pruned, results = run(layers, how=settings(refit=0))
+        pruned, results = run(layers, config=make_config(refit=0))
         for (name, W), row in zip(layers, results, strict=True):
             assert torch.equal(pruned[name], W * (pruned[name] != 0))
             assert row.error == row.error_mask
@@ -131,65 +89,45 @@ class TestWritten:
     def test_gram_matrix_stays(self):
         G = make_gram()
         before = G.clone()
-        list(prune_layers(make_layers(), G, "sparsefw", settings(), cpu))
+        list(prune_layers(make_layers(), G, "sparsefw", make_config(), TORCH))
         assert torch.equal(G, before)
 
-    def test_damping_is_that_of_the_settings(self, monkeypatch):
-        """The refit sees the damped matrix, and so do masks that are final; the errors are on the measured one."""
-        G, seen = make_gram(), []
-
-        def spy(function):
-            def call(problem, *rest, **options):
-                seen.append([None if x is None else x.diagonal() / G.diagonal() for x in (problem.G, problem.damped)])
-                return function(problem, *rest, **options)
-
-            return call
-
-        monkeypatch.setattr(reselect, "refine", spy(reselect.refine))
-        monkeypatch.setattr(methods.frank_wolfe, "solve", spy(methods.frank_wolfe.solve))
-        run(make_layers((5,)), G, how=settings(damp=0.5))
-        run(make_layers((5,)), G, how=settings(damp=0.3, refit=0))
-        (mask, no_damping), (refitted, _), (measured, chosen_on) = seen
-        assert no_damping is None
-        torch.testing.assert_close(torch.stack([mask, measured]), torch.ones(2, D))
-        torch.testing.assert_close(refitted, torch.full((D,), 1.5))
-        torch.testing.assert_close(chosen_on, torch.full((D,), 1.3))
-
-    def test_settings_arrive(self, monkeypatch):
+    def test_options_of_the_config_arrive(self, monkeypatch):
         seen = []
-        solve, refine = methods.frank_wolfe.solve, reselect.refine
-        monkeypatch.setattr(methods.frank_wolfe, "solve", lambda *a, **o: seen.append(o) or solve(*a, **o))
-        monkeypatch.setattr(reselect, "refine", lambda *a, **o: seen.append(o) or refine(*a, **o))
-        how = settings(steps=7, step_rule="open-loop", penalty=0.5, precision="tf32", refit=2, rounds=1, swaps=6)
-        run(make_layers((5,)), how=how)
-        common = {"steps": 7, "penalty": 0.5, "precision": "tf32", "ops": cpu}
+        solve, reselect = choices.frank_wolfe.solve, choices.reselect
+        monkeypatch.setattr(choices.frank_wolfe, "solve", lambda *a, **o: seen.append(o) or solve(*a, **o))
+        monkeypatch.setattr(choices, "reselect", lambda *a, **o: seen.append(o) or reselect(*a, **o))
+        config = make_config(steps=7, step_rule="open-loop", penalty=0.5, refit=2, rounds=1, swaps=6)
+        backend = Backend(cpu, "tf32")
+        run(make_layers((5,)), config=config, backend=backend)
+        common = {"steps": 7, "penalty": 0.5, "backend": backend}
         assert seen == [
-            common | {"step_rule": "open-loop", "swaps": 6, "best_of": True},
-            common | {"refit_steps": 2, "rounds": 1},
+            common | {"step_rule": "open-loop", "swaps": 6, "fallback_to_warm_start": True},
+            common | {"refit_steps": 2, "rounds": 1, "support": None},
         ]
 
 
 class TestNeverWorse:
     def test_rows_that_a_refit_would_hurt_keep_their_weights(self, set_threads, monkeypatch):
-        """Garbage, NaN and Inf in two rows of three; the third is refitted."""
+        """Two rows of three get garbage, NaN and Inf; every third row is refitted."""
         # All rows in one chunk.
         set_threads(1)
-        layers, refine = make_layers(), reselect.refine
-        # Without damping, as the mask that a refit starts from.
-        mask_only, _ = run(layers, how=settings(refit=0, damp=0.0))
+        layers, reselect = make_layers(), choices.reselect
+        # Without damping, like the mask that a refit starts from.
+        mask_only, _ = run(layers, config=make_config(refit=0, damp=0.0))
         good, _ = run(layers)
 
         def garbage(*args, **options):
-            fit = refine(*args, **options)
+            fit = reselect(*args, **options)
             fit.mask[::3] = ~fit.mask[::3]
             fit.Z[::3] = torch.randn(fit.Z[::3].shape, generator=generator(3)) * 5
             fit.Z[1::3] = torch.nan
             fit.Z[1] = torch.inf
-            # Whatever it says of itself.
+            # The fit's own error does not count.
             fit.error.zero_()
             return fit
 
-        monkeypatch.setattr(reselect, "refine", garbage)
+        monkeypatch.setattr(choices, "reselect", garbage)
         G = make_gram()
         pruned, results = run(layers, G)
         bad = torch.arange(sum(ROWS)) % 3 < 2
@@ -201,11 +139,11 @@ class TestNeverWorse:
             assert row.kept == (pruned[name] != 0).sum()
 
     def test_row_by_row(self):
-        """Hardly correlated inputs and weights of few bits: rounding eats what a refit gains in some rows."""
+        """With hardly correlated inputs and weights of few bits, rounding undoes the gain of a refit in some rows."""
         G = torch.eye(D) + 1e-3 * make_gram() / make_gram().diagonal().mean()
         G = (G + G.T) / 2
         layers = make_layers()
-        mask_only, _ = run(layers, G, how=settings(refit=0))
+        mask_only, _ = run(layers, G, config=make_config(refit=0))
         pruned, _ = run(layers, G)
         untouched = 0
         for name, W in layers:
@@ -238,18 +176,125 @@ class TestFailures:
         def fail(*args, **options):
             raise FloatingPointError("no")
 
-        monkeypatch.setattr(reselect, "refine", fail)
+        monkeypatch.setattr(choices, "reselect", fail)
         with pytest.raises(FloatingPointError, match="layer0, layer1: no"):
-            list(prune_layers(make_layers((3, 4)), G, "sparsefw", settings(), cpu))
+            list(prune_layers(make_layers((3, 4)), G, "sparsefw", make_config(), TORCH))
         assert torch.equal(G, before)
 
-    # Squares below the smallest normal number: their reciprocals overflow.
+    # Some squares are below the smallest normal number, so that their reciprocals overflow.
     @pytest.mark.parametrize("scale", [1e-12, 1e-21, 1e-22])
     @pytest.mark.parametrize("text", ["0.6", "2:4"])
     def test_nearly_dead_inputs(self, scale, text):
         layers, unit = make_layers((37,), 48), torch.ones(48)
         unit[4:7] = scale
         G = make_gram(48) * unit * unit[:, None]
-        pruned, results = run(layers, G, how=settings(text))
+        pruned, results = run(layers, G, config=make_config(text))
         assert pruned["layer0"].isfinite().all()
         assert results[0].error < results[0].error_mask
+
+
+class TestSolveLayer:
+    """One layer, for callers with a loop of their own."""
+
+    @pytest.mark.parametrize("text", PATTERNS)
+    @pytest.mark.parametrize("options", [{}, {"refit": 0}, {"method": "sparsegpt"}, {"method": "ria"}], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_as_prune_layers(self, dtype, options, text):
+        config = make_config(text, **options) if "method" not in options else PruneConfig(text, **options)
+        W, G = make_layers((37,), dtype=dtype)[0][1], make_gram()
+        before = W.clone(), G.clone()
+        mask, Z, result = solve_layer(W, G, config, name="mine")
+        masks = []
+        pruned, (row,) = run([("mine", W)], G, config.method, config, masks=masks)
+        assert torch.equal(Z, pruned["mine"])
+        assert torch.equal(mask, masks[0])
+        assert replace(result, seconds=0) == replace(row, seconds=0)
+        assert torch.equal(W, before[0])
+        assert torch.equal(G, before[1])
+        assert (Z.dtype, Z.shape, mask.dtype, mask.shape) == (dtype, W.shape, torch.bool, W.shape)
+
+    @pytest.mark.parametrize("options", [{}, {"refit": 0}], ids=str)
+    def test_mask_weight_and_errors_by_definition(self, options):
+        W, G = make_layers((37,))[0][1], make_gram()
+        mask, Z, result = solve_layer(W, G, make_config("0.6", **options))
+        assert (mask.sum(1) == D - int(0.6 * D)).all()
+        assert torch.equal(Z != 0, mask)
+        assert torch.equal(Z, W * mask) == (options == {"refit": 0})
+        warm = torch.zeros_like(mask).scatter_(
+            1, (W.float().abs() * G.diagonal().sqrt()).topk(D - int(0.6 * D)).indices, True
+        )
+        assert result.name == "layer"
+        assert result.kept == mask.sum()
+        assert result.error == pytest.approx(error(W, Z, G).sum().item(), rel=1e-5)
+        assert result.error_warm_start == pytest.approx(error(W, W * warm, G).sum().item(), rel=1e-5)
+        assert result.error <= result.error_mask <= result.error_warm_start
+        if options == {"refit": 0}:
+            assert result.error_mask == pytest.approx(error(W, W * mask, G).sum().item(), rel=1e-5)
+
+    def test_default(self):
+        W, G = make_layers((5,), dtype=torch.float32)[0][1], make_gram()
+        mask, Z, result = solve_layer(W, G)
+        same_mask, same, _ = solve_layer(W, G, PruneConfig())
+        assert torch.equal(mask, same_mask)
+        assert torch.equal(Z, same)
+        assert (result.pattern, result.method, result.steps) == ("0.6", "sparsefw", 30)
+
+    @pytest.mark.parametrize("refit", [0, 3])
+    def test_target(self, refit):
+        """B is the cross matrix of the wanted output minus the actual output."""
+        W, G = make_layers((37,), dtype=torch.float32)[0][1], make_gram()
+        B = 200 * torch.randn(37, D, generator=generator(50))
+        config = make_config(refit=refit)
+        T = find_target(W, damped(G, config.damp), B.clone(), TARGET_STEPS)
+        mask, Z, result = solve_layer(W, G, config, B=B.clone())
+        masks = []
+        pruned, (row,) = run([("layer", W)], G, config=config, crosses=[B], masks=masks)
+        assert torch.equal(Z, pruned["layer"])
+        assert torch.equal(mask, masks[0])
+        assert result.target == row.target == "dense"
+        assert result.error == row.error == pytest.approx(error(T, Z, G).sum().item(), rel=1e-4)
+        _, for_itself, _ = solve_layer(W, G, config)
+        assert result.error < error(T, for_itself, G).sum()
+
+    def test_methods_without_targets_refuse_one(self):
+        with pytest.raises(ValueError, match="crosses: wanda approximates what the layers themselves put out"):
+            solve_layer(torch.ones(3, D), make_gram(), PruneConfig(method="wanda"), B=torch.ones(3, D))
+
+    def test_width(self):
+        with pytest.raises(InputError, match="mine: 30 inputs do not divide into groups of 4"):
+            solve_layer(torch.ones(2, 30), torch.eye(30), PruneConfig("2:4"), name="mine")
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("where", ["W", "G"])
+    @pytest.mark.parametrize("method", METHODS)
+    def test_not_finite(self, method, where, value):
+        inputs = {"W": make_layers((3,))[0][1], "G": make_gram()}
+        inputs[where][1, 2] = value
+        with pytest.raises(FloatingPointError, match=r"mine: .*(not finite|NaN or Inf)"):
+            solve_layer(**inputs, config=PruneConfig(method=method), name="mine")
+
+
+class TestCompared:
+    """A method compared with the paper's, whose budget covers the whole matrix."""
+
+    @pytest.mark.parametrize("method", ["wanda", "ria", "magnitude"])
+    def test_rows_share_the_budget_as_ever(self, method):
+        config = PruneConfig.paper(sparsity="layer:0.6", compare=(method,), steps=5)
+        plain = PruneConfig(sparsity="layer:0.6", method=method)
+        layers = make_layers()
+        by_method = {name: run(layers, method=name, config=config) for name in config.methods}
+        assert_same(by_method[method], run(layers, method=method, config=plain))
+        for pruned, rows in by_method.values():
+            for (name, W), row in zip(layers, rows, strict=True):
+                assert (pruned[name] != 0).sum() == row.kept == W.numel() - int(config.pattern.sparsity * W.numel())
+        saliency = SALIENCIES[method](layers[3][1], make_gram().diagonal())
+        kept = (by_method[method][0]["layer3"] != 0).sum(1)
+        assert torch.equal(kept, patterns.kept(config.pattern, saliency))
+        assert kept.unique().numel() > 3
+
+    def test_the_paper_s_errors_are_of_the_matrix(self):
+        """The paper's method solves each layer by itself, and its gap is that of all rows together."""
+        config = PruneConfig.paper(sparsity="layer:0.6", steps=50)
+        _, rows = run(make_layers(), config=config)
+        assert all(0 <= row.gap <= row.error for row in rows)
+        assert [row.error_mask for row in rows] == [row.error for row in rows]

@@ -1,4 +1,4 @@
-"""Sparsity patterns: what is accepted, and the exact budgets that follow."""
+"""Sparsity patterns: what is accepted, and the exact numbers of kept weights that follow."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from sparsefw.solver import patterns
     [("0.6", 576, 231), ("0.6", 10, 4), ("0.29", 100, 71), ("0.7", 10, 3), (".5", 7, 4), ("0.999", 5, 1)],
 )
 def test_kept_in_a_row_is_exact(text, d, kept):
-    """0.29 * 100 is 28.999... in floating point; 29 are removed all the same."""
+    """0.29 * 100 is 28.999... in floating point, and yet 29 are removed."""
     assert patterns.kept_in_row(patterns.parse(text), d) == kept
 
 
@@ -26,7 +26,7 @@ def test_groups(text):
 
 def test_a_layers_budget_goes_to_its_most_salient_entries():
     saliency = torch.tensor([[9.0, 8, 7, 6, 5], [4, 3, 2, 1, 0]])
-    assert patterns.budget(patterns.parse("layer:0.4"), saliency).tolist() == [5, 1]
+    assert patterns.kept(patterns.parse("layer:0.4"), saliency).tolist() == [5, 1]
     assert patterns.kept_in_layer(patterns.parse("layer:0.29"), 10, 10) == 71
 
 

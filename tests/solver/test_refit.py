@@ -1,11 +1,13 @@
-"""The refit against float64 least squares of every row, its invariances and what it must leave alone."""
+"""The refit against float64 least squares of every row, its invariances, and the weights that it must not change."""
 
 import pytest
 import torch
 from helpers.kernel_inputs import DEVICE, gram, normal, uniform
+from helpers.problems import TRITON
 from helpers.refits import damp_by, error, exact
 
 from sparsefw.kernels import cpu, triton_ops
+from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.solver.refit import Fit, inverse_diagonal, refit
 
 ROWS, D = 9, 24
@@ -16,21 +18,21 @@ def random_mask(rows=ROWS, d=D, share=0.4, seed=7):
 
 
 def scaled_gram(d=D):
-    """Inputs of very different size."""
+    """A Gram matrix of inputs of very different size."""
     scale = torch.logspace(-2, 2, d, device=DEVICE)
     return gram(d) * (scale * scale[:, None])
 
 
 def rank_deficient_gram(d=D):
-    """Fewer tokens than inputs, of which two are the same and two nearly so."""
+    """A Gram matrix of fewer tokens than inputs, with two equal inputs and two nearly equal ones."""
     X = normal(10, d, seed=3)
     X[:, 1] = X[:, 0]
     X[:, 3] = X[:, 2] * (1 + 1e-4)
     return X.T @ X
 
 
-def run(W, G, mask, steps, start=None, ops=cpu, **options):
-    return refit(W, G, mask, W.float() if start is None else start, steps, ops=ops, **options)
+def run(W, G, mask, steps, start=None, backend=TORCH):
+    return refit(W, G, mask, W.float() if start is None else start, steps, backend=backend)
 
 
 class TestLeastSquares:
@@ -45,7 +47,7 @@ class TestLeastSquares:
         assert error(W, W * mask, G).sum() > 1.3 * error(W, best, G).sum()
 
     def test_rank_deficient(self):
-        """The solution is one where G is damped; without damping only its error is."""
+        """With damping the solution is unique; without it, only its error is."""
         W, mask = normal(ROWS, D), random_mask()
         mask[:, :4] = True
         for damp in (0.1, 0.0):
@@ -59,7 +61,7 @@ class TestLeastSquares:
     @pytest.mark.parametrize("exponent", [-40, 0, 40])
     @pytest.mark.parametrize("make", [gram, rank_deficient_gram])
     def test_more_steps_than_there_is_to_gain(self, make, exponent):
-        """What a row gains falls below the smallest number long before the last step."""
+        """A row's gain falls below the smallest number long before the last step."""
         W, G, mask = normal(200, D), damp_by(make(D)) * 2.0**exponent, random_mask(200)
         few, many = (error(W, run(W, G, mask, steps).Z, G) for steps in (20, 200))
         assert (many <= few * (1 + 1e-6)).all()
@@ -83,7 +85,7 @@ class TestLeastSquares:
         last = start
         for steps in range(1, 30):
             now = error(W, run(W, G, mask, steps).Z, G)
-            # What is left of an error far below the start's is rounding of the start's.
+            # An error far below the start's is rounding of the start's.
             assert (now <= last * (1 + 1e-6) + 1e-6 * start).all(), steps
             last = now
 
@@ -98,7 +100,7 @@ class TestLeastSquares:
 
     def test_starts_where_it_is_told(self):
         W, G, mask = normal(ROWS, D), gram(D), random_mask()
-        # What lies outside the mask is not looked at.
+        # Entries outside of the mask are not read.
         start = normal(ROWS, D, seed=1).masked_fill(~mask, torch.nan)
         before = start.clone()
         fit = run(W, G, mask, 0, start)
@@ -109,10 +111,10 @@ class TestLeastSquares:
 
 
 class TestInvariance:
-    """Powers of two move exponents only, so that these hold bit for bit."""
+    """Powers of two change exponents only, so that these invariances hold bit for bit."""
 
     def test_scale_of_the_inputs(self):
-        """The preconditioner is the diagonal: inputs may have any units."""
+        """The preconditioner is the diagonal, so inputs may have any units."""
         W, G, mask = normal(ROWS, D), gram(D), random_mask()
         units = 2.0 ** torch.arange(-12, 12, device=DEVICE)
         fit, other = run(W, G, mask, 5), run(W / units, G * (units * units[:, None]), mask, 5)
@@ -155,7 +157,7 @@ class TestEdges:
         torch.testing.assert_close(fit.error[2].double(), error(W, torch.zeros_like(W), G)[2], rtol=1e-5, atol=0)
         assert torch.equal(fit.Z[5], W[5])
         assert fit.error[5] == 0
-        # The rows beside them are what they are alone, up to the roundings of a product of fewer rows: close to the
+        # The other rows are the same as alone, up to the roundings of a product of fewer rows: close to the
         # optimum the error feels only the square of a change of Z.
         others = torch.tensor([0, 1, 3, 4, 6, 7, 8], device=DEVICE)
         alone = run(W[others], G, mask[others], 6)
@@ -193,11 +195,11 @@ class TestEdges:
 
 class TestPrecision:
     @pytest.mark.parametrize("precision", ["tf32", "bf16"])
-    @pytest.mark.parametrize("ops", [cpu, triton_ops])
-    def test_low_precision_gains_nearly_as_much(self, precision, ops):
+    @pytest.mark.parametrize("operations", [cpu, triton_ops])
+    def test_low_precision_gains_nearly_as_much(self, precision, operations):
         W, G, mask = normal(ROWS, D), damp_by(gram(D)), random_mask()
-        exactly, fit = run(W, G, mask, 4), run(W, G, mask, 4, ops=ops, precision=precision)
-        if ops is cpu or precision == "bf16" or DEVICE == "cuda":
+        exactly, fit = run(W, G, mask, 4), run(W, G, mask, 4, backend=Backend(operations, precision))
+        if operations is cpu or precision == "bf16" or DEVICE == "cuda":
             # Triton's interpreter multiplies fp32 operands as they are.
             assert not torch.equal(fit.Z, exactly.Z)
         gain = error(W, W * mask, G) - error(W, exactly.Z, G)
@@ -208,19 +210,19 @@ class TestPrecision:
     def test_of_every_product(self, monkeypatch):
         seen, product = [], cpu.product
         monkeypatch.setattr(cpu, "product", lambda *a, **o: seen.append(o["precision"]) or product(*a, **o))
-        run(normal(ROWS, D), gram(D), random_mask(), 2, precision="tf32")
+        run(normal(ROWS, D), gram(D), random_mask(), 2, backend=Backend(cpu, "tf32"))
         assert seen == ["tf32"] * 3
 
     def test_kernels_agree(self):
         W, G, mask = normal(37, 40), damp_by(gram(40)), random_mask(37, 40)
-        fit, other = run(W, G, mask, 2), run(W, G, mask, 2, ops=triton_ops)
+        fit, other = run(W, G, mask, 2), run(W, G, mask, 2, backend=TRITON)
         torch.testing.assert_close(other.Z, fit.Z, rtol=0, atol=1e-5)
         torch.testing.assert_close(other.error, fit.error, rtol=1e-5, atol=0)
 
 
 class TestTakeBetter:
     def test_rows_with_the_lower_error(self):
-        """Equal keeps what is there; NaN is never better."""
+        """A row with an equal error stays; NaN is never better."""
 
         def fit(value, errors):
             full = torch.full((4, 3), float(value))

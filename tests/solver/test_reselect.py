@@ -1,13 +1,16 @@
-"""Masks and weights together: against exhaustive search, against a refit alone, and weights that lack something."""
+"""Masks and weights together, against exhaustive search and against a refit alone; masked weights with a target gap."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from helpers.kernel_inputs import DEVICE, generator, gram, normal, uniform
+from helpers.problems import TRITON
 from helpers.refits import damp_by, error, exact
 
-from sparsefw.kernels import cpu, triton_ops
+from sparsefw.kernels import cpu
+from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.solver import frank_wolfe, patterns, reselect
 from sparsefw.solver.refit import inverse_diagonal, refit
 from sparsefw.solver.saliency import wanda
@@ -16,24 +19,25 @@ PATTERNS = ("0.6", "layer:0.6", "2:4", "3:8")
 
 
 def mixed_gram(d, seed):
-    """Inputs that mix the same few sources, so that kept weights have much to make up for."""
+    """A Gram matrix of inputs that mix the same few sources, so that kept weights can make up for much."""
     X = torch.randn(4 * d, d // 2, generator=generator(seed)) @ torch.randn(d // 2, d, generator=generator(seed + 1))
     X += torch.randn(4 * d, d, generator=generator(seed + 2))
     return damp_by(X.T @ X).to(DEVICE)
 
 
-def make_problem(rows=48, d=40, sparsity="0.6", seed=0, k=None, ops=cpu):
+def make_problem(rows=48, d=40, sparsity="0.6", seed=0, k=None, backend=TORCH):
     W, G = normal(rows, d, seed=seed), mixed_gram(d, seed + 10)
     saliency = wanda(W, G.diagonal())
     pattern = patterns.parse(sparsity)
-    k = patterns.budget(pattern, saliency) if k is None else k
-    return frank_wolfe.pose(W, G, saliency, k, group=pattern.group, ops=ops)
+    k = patterns.kept(pattern, saliency) if k is None else k
+    return frank_wolfe.make_problem(W, G, saliency, k, group=pattern.group, backend=backend)
 
 
-def refine(problem, *, steps=24, rounds=3, refit_steps=6, precision="ieee", ops=cpu):
-    options = {"precision": precision, "ops": ops}
-    mask = frank_wolfe.solve(problem, steps=steps, **options).mask
-    return reselect.refine(problem, mask, steps=steps, penalty=1.0, refit_steps=refit_steps, rounds=rounds, **options)
+def solve(problem, *, steps=24, rounds=3, refit_steps=6, support=None, backend=TORCH):
+    """Frank-Wolfe, then re-selection from its mask."""
+    mask = frank_wolfe.solve(problem, steps=steps, backend=backend).mask
+    options = {"steps": steps, "penalty": 1.0, "refit_steps": refit_steps, "rounds": rounds, "support": support}
+    return reselect.reselect(problem, mask, **options, backend=backend)
 
 
 def assert_kept(problem, mask):
@@ -42,14 +46,14 @@ def assert_kept(problem, mask):
     assert (kept == k).all()
 
 
-class TestRefine:
+class TestReselect:
     @pytest.mark.parametrize("sparsity", PATTERNS)
     def test_budget_error_and_never_worse_than_a_refit(self, sparsity):
         problem = make_problem(sparsity=sparsity)
         if sparsity == "layer:0.6":
             assert problem.k.unique().numel() > 3
         before = [X.clone() for X in (problem.W, problem.G, problem.saliency)]
-        alone, fit = refine(problem, rounds=0), refine(problem)
+        alone, fit = solve(problem, rounds=0), solve(problem)
         assert_kept(problem, fit.mask)
         assert (fit.Z[~fit.mask] == 0).all()
         truth, refitted = error(problem.W, fit.Z, problem.G), error(problem.W, alone.Z, problem.G)
@@ -62,19 +66,19 @@ class TestRefine:
     def test_no_rounds_keep_the_mask(self):
         problem = make_problem()
         mask = frank_wolfe.solve(problem, steps=24).mask
-        fit = refine(problem, rounds=0)
+        fit = solve(problem, rounds=0)
         assert torch.equal(fit.mask, mask)
-        assert torch.equal(fit.Z, refit(problem.W, problem.G, mask, problem.W, 6, ops=cpu).Z)
+        assert torch.equal(fit.Z, refit(problem.W, problem.G, mask, problem.W, 6).Z)
 
     def test_every_round_helps_and_none_harms(self):
         problem = make_problem()
-        fits = [refine(problem, rounds=rounds).error for rounds in (0, 1, 2)]
+        fits = [solve(problem, rounds=rounds).error for rounds in (0, 1, 2)]
         for fewer, more in itertools.pairwise(fits):
             assert (more <= fewer).all()
             assert more.sum() < fewer.sum()
 
     def test_margin_per_row(self, monkeypatch):
-        """A row that was exchanged in vain keeps more in the next round, and less guarded after a success."""
+        """A row has a wider margin after a rejected round, and a narrower one after an accepted round."""
         problem = make_problem(rows=3)
         scores, verdicts = [], iter([[1, 0, 0], [1, 0, 1], [0, 1, 1]])
         lmo, taken = cpu.lmo, reselect.Fit.take_better
@@ -84,7 +88,7 @@ class TestRefine:
                 scores.append(score.clone())
             return lmo(score, k, **options)
 
-        # The restart's verdict is its own.
+        # The restart is judged apart from the rounds.
         def verdict(self, other, calls=[]):  # noqa: B006
             calls.append(1)
             if len(calls) == 1:
@@ -94,8 +98,8 @@ class TestRefine:
         mask = frank_wolfe.solve(problem, steps=6).mask
         monkeypatch.setattr(reselect.Fit, "take_better", verdict)
         monkeypatch.setattr(cpu, "lmo", spy)
-        fit = reselect.refine(problem, mask, steps=6, penalty=1.0, refit_steps=2, rounds=3, precision="ieee", ops=cpu)
-        # No verdict takes anything, so that the score stays the same but for the margins.
+        fit = reselect.reselect(problem, mask, steps=6, penalty=1.0, refit_steps=2, rounds=3)
+        # No fit is taken, so that scores differ by the margins only.
         plain = scores[-3]
         for score, margins in zip(scores[-2:], [[0, 0.1, 0.1], [0, 0.3, 0.07]], strict=True):
             expected = plain * (1 + torch.tensor(margins, device=DEVICE)[:, None] * fit.mask)
@@ -107,16 +111,16 @@ class TestRefine:
         monkeypatch.setattr(
             reselect, "refit", lambda W, G, mask, *a, **o: tried.append(mask) or refit(W, G, mask, *a, **o)
         )
-        refine(problem)
+        solve(problem)
         assert len(tried) == 5
         for mask in tried:
             assert_kept(problem, mask)
 
     def test_restart_solves_for_the_candidates(self, monkeypatch):
-        """Its problem is min ||(W - M * T) X||^2: the residual it starts from, and the weights it may keep."""
+        """The restart's problem is min ||(W - M * T) X||^2, by its first residual and the weights that it may keep."""
         problem, starts, iterate = make_problem(), [], frank_wolfe.iterate
         monkeypatch.setattr(frank_wolfe, "iterate", lambda p, **o: starts.append((p, o)) or iterate(p, **o))
-        refine(problem, steps=24, rounds=1)
+        solve(problem, steps=24, rounds=1)
         (_, first), (again, second) = starts
         assert (first["steps"], second["steps"]) == (24, 8)
         *_, state = iterate(again, **second)
@@ -126,42 +130,43 @@ class TestRefine:
 
     @pytest.mark.parametrize("steps", [0, 1, 2])
     def test_few_steps(self, steps):
-        """A third of the steps is none."""
+        """A third of so few steps is no step."""
         problem = make_problem()
-        fit = refine(problem, steps=steps)
+        fit = solve(problem, steps=steps)
         assert_kept(problem, fit.mask)
-        assert fit.error.sum() < refine(problem, steps=steps, rounds=0).error.sum()
+        assert fit.error.sum() < solve(problem, steps=steps, rounds=0).error.sum()
 
-    @pytest.mark.parametrize("ops", [cpu, triton_ops], ids=["torch", "triton"])
-    def test_a_row_that_overflows_spoils_no_other(self, ops):
+    @pytest.mark.slow
+    @pytest.mark.parametrize("backend", [TORCH, TRITON], ids=["torch", "triton"])
+    def test_a_row_that_overflows_spoils_no_other(self, backend):
         problem = make_problem(rows=8)
-        options = {"steps": 6, "penalty": 1.0, "refit_steps": 2, "rounds": 2, "precision": "ieee", "ops": ops}
-        expected = reselect.refine(problem, problem.warm, **options)
+        options = {"steps": 6, "penalty": 1.0, "refit_steps": 2, "rounds": 2, "backend": backend}
+        expected = reselect.reselect(problem, problem.warm, **options)
         problem.W[3, ~problem.warm[3]] = 1e30
-        found = reselect.refine(problem, problem.warm, **options)
-        assert found.error.isfinite().tolist() == [n != 3 for n in range(8)]
+        fit = reselect.reselect(problem, problem.warm, **options)
+        assert fit.error.isfinite().tolist() == [n != 3 for n in range(8)]
         others = torch.arange(8, device=DEVICE) != 3
-        assert torch.equal(found.error[others], expected.error[others])
-        assert torch.equal(found.mask[others], expected.mask[others])
+        assert torch.equal(fit.error[others], expected.error[others])
+        assert torch.equal(fit.mask[others], expected.mask[others])
 
     def test_rerun_is_bit_identical(self):
         problem = make_problem()
-        one, two = refine(problem), refine(problem)
-        assert torch.equal(one.mask, two.mask)
-        assert torch.equal(one.Z, two.Z)
-        assert torch.equal(one.error, two.error)
+        first, second = solve(problem), solve(problem)
+        assert torch.equal(first.mask, second.mask)
+        assert torch.equal(first.Z, second.Z)
+        assert torch.equal(first.error, second.error)
 
     @pytest.mark.parametrize("k", [0, 40])
     def test_nothing_and_everything(self, k):
         problem = make_problem(rows=5, k=k)
-        fit = refine(problem)
+        fit = solve(problem)
         assert torch.equal(fit.Z, problem.W if k else torch.zeros_like(problem.W))
 
     def test_dead_inputs_and_empty_rows(self):
         problem = make_problem(rows=6)
         problem.G[[3, 8]], problem.G[:, [3, 8]] = 0, 0
         problem.W[2] = 0
-        fit = refine(problem)
+        fit = solve(problem)
         assert_kept(problem, fit.mask)
         assert fit.Z.isfinite().all()
         assert (fit.Z[2] == 0).all()
@@ -172,25 +177,72 @@ class TestRefine:
         problem = make_problem()
         truth, alone, low = (
             error(problem.W, fit.Z, problem.G).sum()
-            for fit in (refine(problem), refine(problem, rounds=0), refine(problem, precision=precision))
+            for fit in (solve(problem), solve(problem, rounds=0), solve(problem, backend=Backend(cpu, precision)))
         )
         assert low - truth < 0.25 * (alone - truth)
         assert low != truth
 
+    @pytest.mark.slow
     def test_kernels_agree(self):
-        problem = make_problem(rows=11, ops=triton_ops)
-        one, two = refine(problem, steps=6, rounds=1), refine(problem, steps=6, rounds=1, ops=triton_ops)
-        assert_kept(problem, two.mask)
+        problem = make_problem(rows=11, backend=TRITON)
+        on_torch, on_triton = solve(problem, steps=6, rounds=1), solve(problem, steps=6, rounds=1, backend=TRITON)
+        assert_kept(problem, on_triton.mask)
         # A nearly tied entry may go either way.
-        torch.testing.assert_close(one.error.sum(), two.error.sum(), rtol=5e-3, atol=0)
-        assert (one.mask != two.mask).sum() <= 6
+        torch.testing.assert_close(on_torch.error.sum(), on_triton.error.sum(), rtol=5e-3, atol=0)
+        assert (on_torch.mask != on_triton.mask).sum() <= 6
+
+
+class TestSupport:
+    """Weights that may be nonzero."""
+
+    def make(self, sparsity="0.6"):
+        problem = make_problem(sparsity=sparsity)
+        support = uniform(*problem.W.shape, seed=4) < 0.7
+        return dataclasses.replace(problem, W=problem.W.masked_fill(~support, 0)), support
+
+    @pytest.mark.parametrize("sparsity", PATTERNS)
+    @pytest.mark.parametrize("rounds", [0, 3])
+    def test_every_mask_tried_is_within_it(self, rounds, sparsity, monkeypatch):
+        (problem, support), tried = self.make(sparsity), []
+        monkeypatch.setattr(
+            reselect, "refit", lambda W, G, mask, *a, **o: tried.append(mask) or refit(W, G, mask, *a, **o)
+        )
+        fit = solve(problem, rounds=rounds, support=support)
+        assert len(tried) == (5 if rounds else 1)
+        assert not any((mask & ~support).any() for mask in tried)
+        assert (fit.Z[~support] == 0).all()
+        torch.testing.assert_close(fit.error.double(), error(problem.W, fit.Z, problem.G), rtol=1e-4, atol=0)
+
+    def test_no_candidate_is_outside_of_it(self):
+        problem, support = self.make()
+        mask = frank_wolfe.solve(problem, steps=6).mask
+        fit = refit(problem.W, problem.G, mask & support, problem.W, 3)
+        inverse = inverse_diagonal(problem.G)
+        T, free = (reselect._candidates(fit, inverse, within) for within in (support, None))
+        assert (T[~support] == 0).all()
+        assert torch.equal(T[support], free[support])
+        assert (free[~support] != 0).any()
+
+    def test_rounds_help(self):
+        problem, support = self.make()
+        fewer, more = (solve(problem, rounds=rounds, support=support).error for rounds in (0, 3))
+        assert (more <= fewer).all()
+        assert more.sum() < 0.99 * fewer.sum()
+
+    def test_all_weights_are_as_none_given(self):
+        problem = make_problem()
+        plain, all_of_them = (
+            solve(problem, support=support) for support in (None, torch.ones_like(problem.W, dtype=torch.bool))
+        )
+        assert torch.equal(plain.mask, all_of_them.mask)
+        assert torch.equal(plain.Z, all_of_them.Z)
 
 
 class TestExhaustive:
     def test_rows_of_eight(self):
-        """Every mask with its exact weights: most rows find the best one, no row is far from it."""
+        """Against every mask with its exact weights, most rows find the best mask, and no row is far from it."""
         problem = make_problem(rows=40, d=8, k=3)
-        fit = refine(problem, rounds=6, refit_steps=12)
+        fit = solve(problem, rounds=6, refit_steps=12)
         W, G = problem.W, problem.G
         masks = torch.zeros(56, 8, dtype=torch.bool, device=DEVICE)
         for mask, kept in zip(masks, itertools.combinations(range(8), 3), strict=True):
@@ -198,7 +250,7 @@ class TestExhaustive:
         errors = torch.stack([error(W, exact(W, G, mask.expand(W.shape)), G) for mask in masks])
         ratio = error(W, fit.Z, G) / errors.amin(0)
         assert (ratio >= 1 - 1e-5).all()
-        alone = error(W, refine(problem, rounds=0, refit_steps=12).Z, G) / errors.amin(0)
+        alone = error(W, solve(problem, rounds=0, refit_steps=12).Z, G) / errors.amin(0)
         assert ratio.mean() - 1 < 0.5 * (alone.mean() - 1)
         assert (ratio < 1 + 1e-4).double().mean() >= 0.75
         assert ratio.max() < 1.6
@@ -210,8 +262,8 @@ class TestCandidates:
         problem = make_problem(rows=6)
         W, G = problem.W, problem.G
         mask = uniform(6, 40) < 0.4
-        fit = refit(W, G, mask, W, 3, ops=cpu)
-        T = reselect._candidates(fit, inverse_diagonal(G))
+        fit = refit(W, G, mask, W, 3)
+        T = reselect._candidates(fit, inverse_diagonal(G), None)
         assert torch.equal(T[mask], fit.Z[mask])
         Z = fit.Z.double()
         for j in range(40):
@@ -235,25 +287,26 @@ class TestCandidates:
             )
 
 
-class TestLacks:
-    """(W - M * T) G carried along, for masked weights T that approximate others, W."""
+class TestTargetGap:
+    """(W - M * T) G is carried along for masked weights T that approximate W."""
 
-    def state(self, sparsity="0.6", penalty=0.0, steps=12, ops=cpu):
+    def state(self, sparsity="0.6", penalty=0.0, steps=12, backend=TORCH):
         problem = make_problem(rows=7, sparsity=sparsity)
         W, G = problem.W, problem.G
         T = W + 0.3 * normal(*W.shape, seed=5)
-        lacks = W - T
-        kept = lacks.clone()
-        again = frank_wolfe.Problem(T, G, T.abs(), problem.k, problem.warm, None, problem.group, lacks=lacks)
-        options = {"step_rule": "line-search", "penalty": penalty, "precision": "ieee", "ops": ops}
+        target_gap = W - T
+        kept = target_gap.clone()
+        again = frank_wolfe.Problem(T, G, T.abs(), problem.k, problem.warm, None, problem.group, target_gap=target_gap)
+        options = {"step_rule": "line-search", "penalty": penalty, "backend": backend}
         for state in frank_wolfe.iterate(again, steps=steps, **options):
             yield W, T, G, state
-        assert torch.equal(lacks, kept)
+        assert torch.equal(target_gap, kept)
 
-    @pytest.mark.parametrize("ops", [cpu, triton_ops])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("backend", [TORCH, TRITON], ids=["torch", "triton"])
     @pytest.mark.parametrize("sparsity", ["0.6", "2:4"])
-    def test_residual_is_that_of_the_weights_approximated(self, sparsity, ops):
-        for W, T, G, state in self.state(sparsity, penalty=1.0, ops=ops):
+    def test_residual_is_that_of_the_weights_approximated(self, sparsity, backend):
+        for W, T, G, state in self.state(sparsity, penalty=1.0, backend=backend):
             R = (W.double() - state.M.double() * T.double()) @ G.double()
             torch.testing.assert_close(state.R.double(), R, rtol=0, atol=1e-5 * R.abs().max().item())
 
@@ -264,7 +317,7 @@ class TestLacks:
             if last is not None:
                 M, before = last
                 assert (now <= before * (1 + 1e-6)).all()
-                # The way went from M through state.M; a little less or more of it is no better.
+                # The step went from M to state.M; a slightly shorter or longer one is no better.
                 way = state.M - M
                 for step in steps:
                     moved = M + (1 + step) * way
@@ -277,10 +330,12 @@ class TestLacks:
             gradient = -2 * T.double() * ((W.double() - state.M.double() * T.double()) @ G.double())
             assert (cpu.lmo(-gradient.float(), 16, positive=True) == state.V).double().mean() > 0.99
 
-    def test_lacking_nothing_changes_nothing(self):
+    def test_a_target_gap_of_zero_changes_nothing(self):
         problem = make_problem(rows=5)
-        options = {"step_rule": "line-search", "penalty": 1.0, "precision": "ieee", "ops": cpu, "steps": 9}
-        zero = frank_wolfe.replace(problem, lacks=torch.zeros_like(problem.W))
-        for one, two in zip(frank_wolfe.iterate(problem, **options), frank_wolfe.iterate(zero, **options), strict=True):
-            assert torch.equal(one.M, two.M)
-            assert torch.equal(one.R, two.R)
+        options = {"step_rule": "line-search", "penalty": 1.0, "backend": TORCH, "steps": 9}
+        zero = dataclasses.replace(problem, target_gap=torch.zeros_like(problem.W))
+        for plain, with_gap in zip(
+            frank_wolfe.iterate(problem, **options), frank_wolfe.iterate(zero, **options), strict=True
+        ):
+            assert torch.equal(plain.M, with_gap.M)
+            assert torch.equal(plain.R, with_gap.R)

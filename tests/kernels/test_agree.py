@@ -1,14 +1,28 @@
-"""`--kernel torch` and `--kernel triton` prune the embedded default to the same masks, and nearly the same weights."""
+"""`--kernel torch` and `--kernel triton` prune the embedded model to the same masks, and nearly the same weights."""
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from sparsefw.run import main
 
-# A whole run is slow in the interpreter; a few steps on a few windows go through every kernel.
-SMALL = ["--nsamples", "8", "--eval-windows", "1", "--precision", "ieee"]
+pytestmark = pytest.mark.slow
+
+# A whole run is slow in the interpreter; a few steps in two blocks on a few windows go through every kernel.
+SMALL = [
+    "--nsamples",
+    "8",
+    "--eval-windows",
+    "1",
+    "--precision",
+    "ieee",
+    "--ignore",
+    "layers.2",
+    "--ignore",
+    "layers.3",
+]
 
 
 def prune(folder, kernel, *flags):
@@ -18,20 +32,21 @@ def prune(folder, kernel, *flags):
 
 
 def both(folder, *flags):
-    """Per layer in order: its weights and errors under either kernel."""
+    """The weights and errors of each layer in order, by either kernel."""
     (mine, report), (other, other_report) = (prune(folder / k, k, *flags) for k in ("torch", "triton"))
     rows = zip(report["layers"], other_report["layers"], strict=True)
-    found = [
+    pairs = [
         (a["name"], mine[a["name"]], other[a["name"]], a["error"], b["error"])
         for a, b in rows
         if a["method"] == "sparsefw"
     ]
-    assert len(found) == 28
-    return found
+    assert len(pairs) == 14
+    return pairs
 
 
 def test_same_masks_on_the_embedded_default(tmp_path):
-    """Sums in another order: where scores agree up to fp32 rounding entries may swap, and all later inputs feel it."""
+    """Kernels sum in different orders. So entries may swap where scores are equal up to fp32 rounding, which changes
+    all later inputs."""
     layers = both(tmp_path, "--steps", "6", "--refit", "0")
     same = [torch.equal(a, b) for _, a, b, _, _ in layers]
     assert all(same[:7])
@@ -44,6 +59,6 @@ def test_same_masks_on_the_embedded_default(tmp_path):
 def test_nearly_the_same_weights_after_a_refit(tmp_path):
     layers = both(tmp_path, "--steps", "3", "--refit", "1", "--rounds", "1")
     for _, a, b, error, other in layers[:7]:
-        # Of two bf16 neighbours one kernel may take the one and one the other.
+        # The kernels may round to different neighbours in bf16.
         assert ((a.double() - b.double()).abs() <= 2**-7 * a.double().abs()).double().mean() > 0.999
         assert abs(error - other) <= 1e-3 * error

@@ -1,0 +1,133 @@
+"""Backend: the operations of one kernel at one precision, as the solver and the calibration call them.
+
+Iterations multiply at `precision`. Errors and the start of swaps need exact products, which are as good as fp32. At
+"ieee" these are products in fp32. At the other precisions they are "tf32x3": each operand is the sum of two tf32
+numbers.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+
+from torch import Tensor
+
+from . import cpu
+from .naive import PRECISIONS
+from .vertex_products import VertexProducts
+
+# The kernels that `--kernel` names, and the module with the operations of each.
+KERNELS = {"triton": "triton_ops", "torch": "cpu"}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The operations of one kernel at one precision.
+
+    Attributes:
+        operations: the module with the operations that `naive` specifies: `cpu` or `triton_ops`.
+        precision: precision of the products, one of PRECISIONS.
+    """
+
+    operations: ModuleType = field(repr=False)
+    precision: str = "ieee"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+    @property
+    def exact_precision(self) -> str:
+        """The precision of exact products."""
+        return "ieee" if self.precision == "ieee" else "tf32x3"
+
+    @property
+    def input_precision(self) -> str:
+        """The precision of Gram and cross matrices of fp32 inputs. Products of 16-bit inputs are exact at any."""
+        return "ieee" if self.precision in ("ieee", "tf32x3") else "tf32"
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether several threads may use the backend at once. Triton's interpreter allows one thread only."""
+        return self.operations is cpu
+
+    def operand(self, X: Tensor) -> Tensor:
+        """X as an operand of many products: in bf16 if they round it to bf16 anyway, which halves its bytes."""
+        return X.bfloat16() if self.precision == "bf16" else X
+
+    def product(self, E: Tensor, G: Tensor, out: Tensor | None = None) -> Tensor:
+        """E G, (rows, d) fp32; see `naive.product`."""
+        return self.operations.product(E, G, precision=self.precision, out=out)
+
+    def exact_product(self, E: Tensor, G: Tensor) -> Tensor:
+        """E G, (rows, d) fp32, as good as in fp32."""
+        return self.operations.product(E, G, precision=self.exact_precision)
+
+    def errors(self, E: Tensor, G: Tensor) -> Tensor:
+        """sum(E * (E G)) of every row, (rows,) fp32, from an exact product."""
+        return self.exact_product(E, G).mul_(E).sum(1)
+
+    def product_of_vertex(
+        self, W: Tensor, G: Tensor, target_gap: Tensor | None, *, V: Tensor, E: Tensor, out: Tensor
+    ) -> Callable[[], Tensor]:
+        """A function that writes the product of the current vertex to `out`.
+
+        The caller changes V and E in place between two calls. Torch on a CPU adds what changed since an earlier vertex,
+        see `vertex_products`. Otherwise the whole of E is multiplied.
+
+        Args:
+            W: (rows, d) weight.
+            G: (d, d), from `operand`.
+            target_gap: (rows, d) fp32, target minus W; None if they are the same.
+            V: (rows, d) bool, vertex.
+            E: (rows, d), target_gap + W * (1 - V), in the dtype that `operand` gives.
+            out: (rows, d) fp32, written and returned.
+        """
+        if self.operations is cpu and W.device.type == "cpu":
+            products = VertexProducts(W, G, target_gap, precision=self.precision)
+            return lambda: products(V, out=out)
+        return lambda: self.product(E, G, out=out)
+
+    def gram_accumulate(self, G: Tensor, X: Tensor) -> Tensor:
+        """G += X^T X in place; see `naive.gram_accumulate`."""
+        return self.operations.gram_accumulate(G, X, precision=self.input_precision)
+
+    def cross_accumulate(self, B: Tensor, D: Tensor, X: Tensor) -> Tensor:
+        """B += D^T X in place; see `naive.cross_accumulate`."""
+        return self.operations.cross_accumulate(B, D, X, precision=self.input_precision)
+
+    # The other operations take no precision.
+
+    @property
+    def lmo(self) -> Callable[..., Tensor]:
+        """See `naive.lmo`."""
+        return self.operations.lmo
+
+    @property
+    def row_step(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """See `naive.row_step`."""
+        return self.operations.row_step
+
+    @property
+    def row_swaps(self) -> Callable[..., None]:
+        """See `naive.row_swaps`."""
+        return self.operations.row_swaps
+
+    @property
+    def conjugate_step(self) -> Callable[..., None]:
+        """See `naive.conjugate_step`."""
+        return self.operations.conjugate_step
+
+    @property
+    def repeat(self) -> Callable[..., Iterator[None]]:
+        """See `naive.repeat`."""
+        return self.operations.repeat
+
+
+# Plain torch in fp32, which every machine can run.
+TORCH = Backend(cpu)
+
+
+def load_backend(kernel: str, precision: str) -> Backend:
+    """The backend of a kernel that KERNELS names; Triton is imported only here."""
+    return Backend(importlib.import_module(f".{KERNELS[kernel]}", __package__), precision)

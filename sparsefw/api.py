@@ -1,0 +1,189 @@
+"""`prune` prunes a model from Python. The command line calls it.
+
+The driver is imported inside `prune`, after the config is made. Triton decides at its first import whether it
+interprets its kernels, and the config settles that.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sparsefw.errors import InputError
+from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, config_for
+from sparsefw.solver.config import PruneConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparsefw.report import Report
+    from sparsefw.solver import LayerResult
+
+# Names of calibration data given as documents, and as token ids.
+TEXTS, TOKENS = "texts", "token ids"
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """The result of `prune`.
+
+    Attributes:
+        report: the content of report.json.
+        output: folder of the pruned checkpoint; None if a model in memory was pruned in place only.
+    """
+
+    report: "Report"
+    output: Path | None
+
+    @property
+    def layers(self) -> "list[LayerResult]":
+        """A result for each layer and method: kept weights and errors."""
+        return self.report.layers
+
+    @property
+    def perplexity(self) -> dict[str, dict[str, float]]:
+        """Perplexity by evaluation text, named as in `evaluate`, then by "dense" and by method."""
+        names = dict.fromkeys(self.report.argument("evaluate", tuple))
+        return {name: text.perplexity for name, text in zip(names, self.report.evaluation, strict=True)}
+
+
+def prune(
+    model: "str | Path | PreTrainedModel" = DEFAULT,
+    output: str | Path | None = None,
+    config: PruneConfig | None = None,
+    *,
+    dataset: str | Path | Sequence[str] | Tensor | None = None,
+    nsamples: int | None = None,
+    seqlen: int | None = None,
+    seed: int = 0,
+    evaluate: str | Path | Sequence[str | Path] | None = None,
+    eval_windows: int | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    gpu_memory: float | None = None,
+    host_memory: float | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+    progress: bool = False,
+    **options: Any,
+) -> PruneResult:
+    """Prune a model, and write the pruned checkpoint with its report.
+
+    After an interruption the same call goes on after the last finished block.
+
+    Args:
+        model: folder or Hub id of a checkpoint in safetensors; "default", the embedded model; or a transformers model
+            in memory, which is pruned in place through a checkpoint in a temporary folder.
+        output: folder for the pruned checkpoint; None only for a model in memory.
+        config: how to prune; None makes a config of `options`.
+        dataset: calibration text: a name or path as for `--dataset`, a list of documents, or token ids (windows,
+            seqlen). None: c4, or the embedded text for the embedded model.
+        nsamples, seqlen: number of calibration windows, and tokens in each. None: the shape of the token ids, else 256
+            and 2048 (embedded model: 64 and 128).
+        seed: seed of the draw of the calibration windows.
+        evaluate: evaluation texts for perplexity, by name or path.
+        eval_windows: most windows of each evaluation text; None: all.
+        tokenizer: the model's tokenizer; None: the one beside the checkpoint.
+        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a margin.
+        overwrite: whether an older checkpoint in `output` may be replaced.
+        restart: whether to discard what an interrupted run has finished.
+        log: called with every line of the log.
+        progress: whether to show a progress bar.
+        options: fields of PruneConfig, in place of `config`.
+
+    Returns:
+        The report, and the folder of the pruned checkpoint.
+
+    Raises:
+        InputError: an argument is wrong; the message is one line that names it.
+        TypeError: an option is unknown, or stands beside a config.
+        FloatingPointError: a layer's error is not finite.
+    """
+    if unknown := [name for name in options if name not in {f.name for f in fields(PruneConfig)}]:
+        raise TypeError(f"prune() got an unexpected keyword argument {unknown[0]!r}")
+    if config is not None and options:
+        raise TypeError(f"prune() got a config and {next(iter(options))!r}, which belongs into it")
+    source, nsamples, seqlen = _named(dataset, nsamples, seqlen)
+    known: dict[str, Any] = dict(
+        dataset=source, nsamples=nsamples, seqlen=seqlen, evaluate=_names(evaluate), eval_windows=eval_windows
+    )
+    given = {name: value for name, value in known.items() if value is not None}
+    inputs = Inputs(model=_name(model), seed=seed, **given)
+    if config is None:
+        config = config_for(inputs, options)
+    elif not isinstance(config, PruneConfig):
+        raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
+    # Settles whether Triton interprets its kernels, before anything imports Triton.
+    _ = config.backend
+
+    from sparsefw.driver import Job, Output, run_job
+
+    def run(folder: Path, output: Path, tokenizer: "PreTrainedTokenizerBase | None") -> "Report":
+        destination = Output(output, overwrite, restart, gpu_memory, host_memory)
+        text = dataset if source in (TEXTS, TOKENS) and not isinstance(dataset, str | Path) else None
+        return run_job(Job(folder, inputs, config, destination, text, tokenizer), log, progress)
+
+    output_folder = Path(output) if output is not None else None
+    if isinstance(model, str | Path):
+        if output_folder is None:
+            raise InputError("output: where the pruned checkpoint goes is left out")
+        return PruneResult(run(_locate(inputs), output_folder, tokenizer), output_folder)
+
+    from sparsefw import in_memory
+    from sparsefw.checkpoint import check_output
+
+    with tempfile.TemporaryDirectory(prefix="sparsefw-") as scratch:
+        folder, pruned = Path(scratch) / "model", output_folder or Path(scratch) / "pruned"
+        check_output(pruned, folder, overwrite)
+        in_memory.save(model, folder)
+        if tokenizer is None and (not isinstance(dataset, Tensor) or inputs.evaluate):
+            tokenizer = in_memory.tokenizer_of(model)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        report = run(folder, pruned, tokenizer)
+        in_memory.load_layers(model, pruned, [layer.name for layer in report.layers_of(config.method)])
+    if output_folder is None:
+        report = replace(report, arguments=report.arguments | {"output": None})
+    return PruneResult(report, output_folder)
+
+
+def _named(
+    dataset: str | Path | Sequence[str] | Tensor | None, nsamples: int | None, seqlen: int | None
+) -> tuple[str | None, int | None, int | None]:
+    """The name of the calibration text, nsamples and seqlen. Token ids have both numbers in their shape."""
+    if dataset is None or isinstance(dataset, str | Path):
+        return None if dataset is None else str(dataset), nsamples, seqlen
+    if not isinstance(dataset, Tensor):
+        if not isinstance(dataset, Sequence) or not all(isinstance(text, str) for text in dataset):
+            raise TypeError("dataset: expected a name, a path, a list of texts, or token ids (windows, seqlen)")
+        return TEXTS, nsamples, seqlen
+    if dataset.ndim != 2:
+        raise InputError(f"dataset: expected tokens (windows, seqlen), got shape {tuple(dataset.shape)}")
+    for name, value, size in zip(("nsamples", "seqlen"), (nsamples, seqlen), dataset.shape, strict=True):
+        if value not in (None, size):
+            raise InputError(f"{name} {value}: the tokens have {size}; leave it out")
+    return TOKENS, *dataset.shape
+
+
+def _names(texts: str | Path | Sequence[str | Path] | None) -> tuple[str, ...] | None:
+    if texts is None:
+        return None
+    names = [texts] if isinstance(texts, str | Path) else texts
+    if not isinstance(names, Sequence) or not all(isinstance(name, str | Path) for name in names):
+        raise TypeError("evaluate: expected names or paths of texts")
+    return tuple(map(str, names))
+
+
+def _name(model: "str | Path | PreTrainedModel") -> str:
+    if isinstance(model, str | Path):
+        return str(model)
+    return getattr(model, "name_or_path", "") or type(model).__name__
+
+
+def _locate(inputs: Inputs) -> Path:
+    from sparsefw import checkpoint
+
+    return DEFAULT_MODEL if inputs.embedded else checkpoint.locate(inputs.model)

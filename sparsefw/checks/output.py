@@ -1,0 +1,178 @@
+"""Check a written checkpoint: its files, its report, and its weights, against the source where there is one."""
+
+import filecmp
+import json
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from sparsefw import checkpoint
+from sparsefw.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint
+from sparsefw.checks.claims import Claims, read_claims
+from sparsefw.checks.verdict import Check, Verdict
+from sparsefw.checks.weights import check_weights
+from sparsefw.errors import InputError
+from sparsefw.finite import check_finite
+from sparsefw.inputs import DEFAULT, DEFAULT_MODEL
+from sparsefw.model import StreamedModel
+
+REPORT = "report.json"
+# A run writes these beside the checkpoint. A source that is the output of a run has its own.
+OWN = (REPORT, "report.html")
+
+
+def verify(output: Path, against: str | None = None) -> Verdict:
+    """Check a checkpoint that `sparsefw.run` wrote.
+
+    Args:
+        output: folder of the checkpoint.
+        against: the source, a folder or Hub id; None: the report's, if that is a folder here.
+
+    Raises:
+        InputError: the output is no checkpoint with a report, or the source cannot be used.
+    """
+    if not output.is_dir():
+        raise InputError(f"{output}: no such folder; give one that sparsefw.run wrote")
+    claims = read_claims(output / REPORT)
+    if not (output / CONFIG).is_file() or not any(os.path.lexists(output / name) for name in (SINGLE, INDEX)):
+        raise InputError(f"{output}: not a checkpoint; give a folder that sparsefw.run wrote")
+    source, not_compared = _find_source(claims.model, output, against)
+    verdict = Verdict(_checks_of(claims), not_compared=not_compared)
+    checks = verdict.checks
+    if claims.refits:
+        verdict.skip("kept weights were refitted", "kept")
+    if not claims.keeps_zeros:
+        verdict.skip("--keep-zeros was not given", "zeros")
+    if source is None:
+        verdict.skip("no source", "copied", "shapes", "zeros", "kept", "others")
+    else:
+        _check_copied(checks["copied"], output, source.folder)
+    try:
+        written = checkpoint.inspect(output)
+    except InputError as error:
+        checks["files"].failures.append(str(error))
+        verdict.skip("the files are not sound", *checks.keys() - {"copied", "files"})
+        return verdict
+    _check_files(checks["files"], written)
+    _check_finite(checks["finite"], written)
+    dtypes = _check_model(verdict, claims, written, source)
+    if source:
+        _check_shapes(checks["shapes"], written, source, dtypes)
+    return verdict
+
+
+def _checks_of(claims: Claims) -> dict[str, Check]:
+    """All checks, by name, before they are made."""
+    return {
+        "files": Check("shards, index and sizes agree"),
+        "finite": Check("no NaN, no Inf"),
+        "copied": Check("config, tokenizer and the like are the source's", "files"),
+        "shapes": Check("names, shapes and dtypes are the source's"),
+        "model": Check("transformers loads it, no tensor is missing", "blocks"),
+        "report": Check("it names all matrices of blocks, pruned or dense", "layers"),
+        "pattern": Check(f"no more weights than {claims.pattern.text} keeps", "layers"),
+        "zeros": Check("weights that are zero in the source are zero", "layers"),
+        "kept": Check("kept weights are the source's, bit for bit", "layers"),
+        "others": Check("all but the pruned layers is the source's, bit for bit"),
+    }
+
+
+def _find_source(model: str, output: Path, against: str | None) -> tuple[Checkpoint | None, str]:
+    """The source, or why there is none. Only a source that `against` names has to be there."""
+    name = model if against is None else against
+    if name == DEFAULT:
+        return checkpoint.inspect(DEFAULT_MODEL), ""
+    if against is None and not os.path.isdir(os.path.expanduser(model)):
+        return None, f"{model or 'the report'}: no such folder here; name the source with --against"
+    folder = checkpoint.locate(name)
+    if folder.resolve() == output.resolve():
+        raise InputError(f"{name}: the output itself; name the checkpoint that was pruned with --against")
+    try:
+        return checkpoint.inspect(folder), ""
+    except InputError as error:
+        if against is None:
+            return None, str(error)
+        raise
+
+
+def _check_model(
+    verdict: Verdict, claims: Claims, written: Checkpoint, source: Checkpoint | None
+) -> dict[str, torch.dtype]:
+    """Load the model, and check its weights; returns what `check_weights` does."""
+    try:
+        model = StreamedModel(written, torch.device("cpu"))
+    except InputError as error:
+        verdict.checks["model"].failures.append(str(error))
+        verdict.skip("the model does not load", "report", "pattern", "zeros", "kept", "others")
+        return {}
+    with model:
+        return check_weights(verdict, claims, model, source)
+
+
+def _check_files(check: Check, written: Checkpoint) -> None:
+    """Compare the index with what the shards hold."""
+    folder, tensors = written.folder, written.tensors
+    check.count = len(tensors)
+    if os.path.lexists(folder / SINGLE):
+        check.fail(SINGLE, f"not written by sparsefw.run, and read in place of what {INDEX} lists")
+        return
+    metadata = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("metadata")
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    for key, actual in (("total_size", written.nbytes), ("total_parameters", parameters)):
+        value = metadata.get(key) if isinstance(metadata, dict) else None
+        if value != actual:
+            check.fail(INDEX, f"{key} is {value}, the shards hold {actual}")
+    for name in sorted({path.name for path in folder.glob("*.safetensors")} - {t.file.name for t in tensors.values()}):
+        check.fail(name, f"not in {INDEX}")
+
+
+def _check_finite(check: Check, written: Checkpoint) -> None:
+    """Look for NaN and Inf in all tensors."""
+    files: dict[Path, list[str]] = defaultdict(list)
+    for name, tensor in written.tensors.items():
+        files[tensor.file].append(name)
+    for path, names in files.items():
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                check.count += 1
+                try:
+                    check_finite(name, file.get_tensor(name))
+                except InputError as error:
+                    check.failures.append(str(error))
+
+
+def _check_copied(check: Check, output: Path, source: Path) -> None:
+    """Compare the files beside the weights, byte by byte."""
+    for path in checkpoint.companions(source):
+        if path.name in OWN:
+            continue
+        check.count += 1
+        if not (output / path.name).is_file():
+            check.fail(path.name, "missing")
+        elif not filecmp.cmp(path, output / path.name, shallow=False):
+            check.fail(path.name, "not the source's")
+
+
+def _check_shapes(check: Check, written: Checkpoint, source: Checkpoint, dtypes: dict[str, torch.dtype]) -> None:
+    """Compare names, shapes and dtypes.
+
+    Args:
+        check: receives the failures.
+        written, source: the checkpoints.
+        dtypes: dtypes of the source's parameters in the model, which may differ from those in its files.
+    """
+    for name, new in written.tensors.items():
+        check.count += 1
+        old = source.tensors.get(name)
+        if old is None:
+            # The model may have another name for it than the source's files.
+            if name not in dtypes:
+                check.fail(name, "not in the source")
+        elif new.shape != old.shape:
+            check.fail(name, f"has shape {new.shape}, in the source {old.shape}")
+        elif new.dtype not in (old.dtype, dtypes.get(name, source.dtype)):
+            check.fail(name, f"is {new.dtype}, in the source {old.dtype}")

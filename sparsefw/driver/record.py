@@ -1,0 +1,46 @@
+"""The record of a finished block. It is on the disk with the block, so that a run that goes on can report it."""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from sparsefw.report import BlockRecord
+from sparsefw.solver import LayerResult
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A block that was pruned by every method.
+
+    Attributes:
+        block: its name, seconds and memory.
+        layers: a result for each layer and method.
+        kept_dense: names of the matrices that at least one method left dense.
+    """
+
+    block: BlockRecord
+    layers: list[LayerResult] = field(default_factory=list)
+    kept_dense: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, i: int, name: str) -> "FinishedBlock":
+        """Block i before it is pruned."""
+        return cls(BlockRecord(i, name, {}, 0, 0))
+
+    def add(self, results: list[LayerResult], kept_dense: list[str]) -> None:
+        """Add the results of one method."""
+        self.layers.extend(results)
+        self.kept_dense.extend(name for name in kept_dense if name not in self.kept_dense)
+
+    def measured(self, seconds: dict[str, float], *, host_bytes: int, gpu_bytes: int) -> "FinishedBlock":
+        """A copy with the block's seconds by phase and the process's peak memory."""
+        return replace(self, block=replace(self.block, seconds=seconds, host_bytes=host_bytes, gpu_bytes=gpu_bytes))
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON values, for `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "FinishedBlock":
+        """The record of the values from `to_json`."""
+        layers = [LayerResult(**row | {"shape": tuple(row["shape"])}) for row in record["layers"]]
+        return cls(BlockRecord(**record["block"]), layers, record["kept_dense"])

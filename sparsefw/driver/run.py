@@ -1,0 +1,287 @@
+"""One run: a checkpoint in, a pruned checkpoint with its report out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from sparsefw import checkpoint, data, process
+from sparsefw.checkpoint import Checkpoint, Writer, durably
+from sparsefw.data import Windows
+from sparsefw.driver.block import Run
+from sparsefw.driver.loop import Outcome, prune_model
+from sparsefw.errors import InputError
+from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place
+from sparsefw.flags import checked_bool, checked_number, flag_of, set_field
+from sparsefw.inputs import Inputs
+from sparsefw.model import ModelShape, Placement, StreamedModel, shape_of
+from sparsefw.process import MARGIN, MOST_MEMORY
+from sparsefw.report import (
+    CalibrationText,
+    EvaluationText,
+    MemoryRecord,
+    Report,
+    device_name,
+    html,
+    log,
+    machine,
+    versions,
+)
+from sparsefw.solver import PruneConfig
+from sparsefw.solver.selection import check_used
+
+# Inputs that are compared by their content, not by name, when a run goes on with what another has finished.
+BY_CONTENT = {"model", "dataset", "evaluate"}
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a run writes, and its memory limits.
+
+    Attributes:
+        folder: folder of the pruned checkpoint.
+        overwrite: whether an older checkpoint may be replaced.
+        restart: whether to discard what an unfinished run left.
+        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a margin.
+    """
+
+    folder: Path
+    overwrite: bool = False
+    restart: bool = False
+    gpu_memory: float | None = None
+    host_memory: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("overwrite", "restart"):
+            set_field(self, name, checked_bool(name, getattr(self, name)))
+        for name in ("gpu_memory", "host_memory"):
+            if getattr(self, name) is not None:
+                set_field(self, name, checked_number(name, getattr(self, name), 0, MOST_MEMORY))
+
+    def limits(self, device: torch.device) -> dict[str, int]:
+        """Memory limits in bytes: "host", and with a GPU "gpu".
+
+        Raises:
+            InputError: there is a limit for a GPU, and no GPU.
+        """
+        free = process.free_memory(device)
+        if self.gpu_memory is not None and "gpu" not in free:
+            raise InputError("--gpu-memory: no CUDA device")
+        given = {"gpu": self.gpu_memory, "host": self.host_memory}
+        return {
+            what: int(size * (1 - MARGIN) if (gib := given[what]) is None else gib * 2**30)
+            for what, size in free.items()
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is asked for.
+
+    Attributes:
+        folder: folder of the source, the checkpoint that is read.
+        inputs: names of what is read.
+        config: how the model is pruned.
+        output: where the run writes.
+        dataset: calibration data without a name: documents, or token ids (windows, seqlen); None: `inputs` names it.
+        tokenizer: the model's tokenizer; None: the source's.
+    """
+
+    folder: Path
+    inputs: Inputs
+    config: PruneConfig
+    output: Output
+    dataset: Sequence[str] | Tensor | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its first block.
+
+    Attributes:
+        device: device that the model runs on.
+        source: the checkpoint that is read.
+        calibration, evaluation: the windows.
+        shape: shape of the model, with the layers that are to be pruned.
+        workload: the work to do.
+        limits: memory limits in bytes: "host", and with a GPU "gpu".
+    """
+
+    device: torch.device
+    source: Checkpoint
+    calibration: Windows
+    evaluation: list[Windows]
+    shape: ModelShape
+    workload: Workload
+    limits: dict[str, int]
+
+
+def run_job(job: Job, say: Callable[[str], None], progress: bool) -> Report:
+    """Prune a checkpoint, evaluate it, write it and its report.
+
+    Args:
+        job: the run.
+        say: called with every line of the log.
+        progress: whether to show a progress bar.
+
+    Raises:
+        InputError: something that the user gave is wrong; the message names it.
+        FloatingPointError: a layer's error is not finite.
+    """
+    backend = job.config.backend
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    say(f"kernel: {job.config.kernel} ({_why(job.config)}), precision {job.config.precision}")
+    checkpoint.check_output(job.output.folder, job.folder, job.output.overwrite)
+    source = checkpoint.inspect(job.folder)
+    with StreamedModel(source, device) as model:
+        prepared = _prepare(job, model, source, say)
+        placement, _ = _place(job, prepared)
+        chosen = {"batch": placement.batch, "solver": placement.solver}
+        with _writer(job, prepared, chosen) as writer:
+            if writer.finished:
+                say(f"going on with an unfinished run: {len(writer.finished)} of {writer.shards} parts are there")
+            placement, needs = _place(job, prepared, writer.chosen)
+            # The disk has a finished block as each method pruned it.
+            written = len(job.config.methods) * writer.written
+            writer.check_space(sum(disk_space(prepared.shape, prepared.workload, placement).values()) - written)
+            say(log.placement_line(placement, needs, prepared.limits))
+            say(log.layer_header())
+            with tqdm(total=len(model.blocks), unit="block", disable=None if progress else True) as bar:
+                outcome = prune_model(
+                    Run(model, job.config, backend, placement.solver),
+                    prepared.calibration,
+                    prepared.evaluation,
+                    writer,
+                    placement,
+                    on_layer=lambda result: say(log.layer_row(result)),
+                    on_block=bar.update,
+                )
+            report = _report(job, prepared, outcome, placement, needs)
+            texts = {"report.json": report.to_json(), "report.html": html.page(report)}
+            for name, text in texts.items():
+                durably(writer.folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
+            writer.finish(job.folder)
+    return report
+
+
+def _why(config: PruneConfig) -> str:
+    cuda = torch.cuda.is_available()
+    if config.kernel == "triton" and not cuda:
+        return "as asked; no CUDA device, so Triton's interpreter: exact and slow"
+    if "kernel" in config.given:
+        return "as asked"
+    return "CUDA is available" if cuda else "no CUDA device"
+
+
+def _prepare(job: Job, model: StreamedModel, source: Checkpoint, say: Callable[[str], None]) -> Prepared:
+    inputs, config = job.inputs, job.config
+    seqlen = min(inputs.seqlen, model.max_seqlen or inputs.seqlen)
+    if seqlen < inputs.seqlen:
+        say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
+    calibration, evaluation = _read_texts(job, seqlen)
+    process.give_back()
+    for note in model.notes:
+        say(f"note: {note}")
+    say(f"model: {inputs.model}, {len(model.blocks)} blocks, {source.dtype}")
+    say(f"calibration: {calibration.n} windows of {calibration.seqlen} tokens of {calibration.source}")
+    whole = shape_of(source)
+    check_used(whole.layer_names, config.include, config.ignore)
+    shape = whole.selected(config.selects)
+    say(log.sparsity_line(config, shape, whole))
+    workload = Workload(
+        windows=calibration.n,
+        evaluation=tuple(windows.n for windows in evaluation),
+        seqlen=seqlen,
+        config=config,
+        gpu=model.device.type == "cuda",
+        threads=torch.get_num_threads() if config.kernel == "torch" else 1,
+        process=process.resident(),
+    )
+    limits = job.output.limits(model.device)
+    return Prepared(model.device, source, calibration, evaluation, shape, workload, limits)
+
+
+def _read_texts(job: Job, seqlen: int) -> tuple[Windows, list[Windows]]:
+    """The calibration windows, and the windows of each evaluation text."""
+    inputs = job.inputs
+    tokens = data.windows_of(job.dataset, inputs.dataset) if isinstance(job.dataset, Tensor) else None
+    if tokens is not None and tokens.seqlen > seqlen:
+        raise InputError(f"{tokens.source}: windows of {tokens.seqlen} tokens, and the model takes {seqlen} at most")
+    if tokens is not None and not inputs.evaluate:
+        # Nothing has to be tokenized.
+        return tokens, []
+    tokenizer = job.tokenizer or data.load_tokenizer(job.folder)
+    if tokens is None:
+        documents = inputs.dataset if job.dataset is None or isinstance(job.dataset, Tensor) else job.dataset
+        text = data.read_text(documents, part="calibration")
+        tokens = data.calibration_windows(tokenizer, text, nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)
+    return tokens, [
+        data.evaluation_windows(tokenizer, name, seqlen=seqlen, limit=inputs.eval_windows)
+        for name in dict.fromkeys(inputs.evaluate)
+    ]
+
+
+def _place(job: Job, prepared: Prepared, fixed: dict[str, int] | None = None) -> tuple[Placement, MemoryNeeds]:
+    folder = job.output.folder.resolve().parent
+    return place(prepared.shape, prepared.workload, prepared.limits, folder, fixed=fixed)
+
+
+def _writer(job: Job, prepared: Prepared, chosen: dict[str, Any]) -> Writer:
+    return Writer(
+        job.output.folder,
+        len(prepared.shape.blocks) + 1,
+        _identity(job, prepared),
+        chosen,
+        overwrite=job.output.overwrite,
+        restart=job.output.restart,
+    )
+
+
+def _identity(job: Job, prepared: Prepared) -> dict[str, Any]:
+    """Values that must be the same for a run to go on with what another has finished, by their names in messages."""
+    values = asdict(job.inputs) | asdict(job.config)
+    for name in ("include", "ignore"):
+        # Their order makes no difference.
+        values[name] = sorted(values[name])
+    flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT}
+    texts = {f"the text of --eval {windows.source}": windows.hash for windows in prepared.evaluation}
+    model = {"the model": checkpoint.fingerprint(prepared.source)}
+    return flags | model | {"the calibration text": prepared.calibration.hash} | texts | machine(prepared.device)
+
+
+def _report(job: Job, prepared: Prepared, outcome: Outcome, placement: Placement, needs: MemoryNeeds) -> Report:
+    calibration, device = prepared.calibration, prepared.device
+    arguments = asdict(job.inputs) | {"seqlen": calibration.seqlen} | asdict(job.config) | asdict(job.output)
+    arguments["output"] = str(arguments.pop("folder"))
+    peak = process.peak_memory()
+    return Report(
+        arguments=arguments,
+        versions=versions(),
+        device=device_name(device),
+        data=CalibrationText(calibration.source, calibration.hash, calibration.n, calibration.seqlen, job.inputs.seed),
+        evaluation=[
+            EvaluationText(windows.source, windows.hash, windows.n, windows.seqlen, outcome.perplexity[windows.source])
+            for windows in prepared.evaluation
+        ],
+        layers=outcome.layers,
+        kept_dense=outcome.kept_dense,
+        seconds=outcome.timeline.seconds(),
+        blocks=outcome.blocks,
+        timeline=outcome.timeline.spans,
+        peak_memory={what: max(n, *(getattr(b, what) for b in outcome.blocks)) for what, n in peak.items()},
+        memory=MemoryRecord(
+            limits=prepared.limits,
+            expected={what: getattr(needs, what) for what in prepared.limits},
+            activations=placement.place,
+            batch_windows=placement.batch,
+            solver_bytes=placement.solver,
+            read_ahead=placement.ahead,
+        ),
+    )

@@ -1,0 +1,91 @@
+"""The input of an estimate: a model, the work of a run on it, and the placement."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from sparsefw.kernels import cpu
+from sparsefw.kernels.backend import Backend
+from sparsefw.model import Placement
+from sparsefw.model.shapes import BlockShape, ModelShape
+from sparsefw.solver import PruneConfig
+
+# Bytes of a Python process with torch and transformers loaded and a text tokenized, as measured.
+PROCESS = 570 * 2**20
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The work of a run.
+
+    Attributes:
+        windows: number of calibration windows.
+        evaluation: number of windows of each evaluation text.
+        seqlen: tokens in a window.
+        config: how the model is pruned.
+        gpu: whether the model is pruned on a GPU.
+        threads: threads of torch, if the model is pruned on a CPU.
+        process: bytes of host memory that the process has before the run begins.
+    """
+
+    windows: int
+    evaluation: tuple[int, ...]
+    seqlen: int
+    config: PruneConfig
+    gpu: bool
+    threads: int
+    process: int = PROCESS
+
+    @property
+    def precisions(self) -> Backend:
+        """A backend for the precisions of all products. A CPU multiplies in fp32, however operands are rounded."""
+        return Backend(cpu, self.config.precision if self.gpu else "ieee")
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """Traits of a model that the shapes of its layers do not tell.
+
+    Attributes:
+        attention: entries of a query, over all heads; 0 without attention.
+        experts_per_token: experts that a token is sent to.
+    """
+
+    attention: int
+    experts_per_token: int
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run whose flops, bytes and seconds are estimated.
+
+    Attributes:
+        shape, traits: shape and traits of the model.
+        workload: the work.
+        placement: what is held at once, and where.
+        vertex_products: whether the products of vertices are made from what changed, see `kernels.vertex_products`. The
+            shapes do not tell how much changes, so these products are not counted.
+    """
+
+    shape: ModelShape
+    traits: ModelTraits
+    workload: Workload
+    placement: Placement
+    vertex_products: bool = False
+
+    @property
+    def block_counts(self) -> Counter[BlockShape]:
+        """The different blocks, and how many of each there are."""
+        return Counter(self.shape.blocks)
+
+    @property
+    def weight_unit(self) -> str:
+        """The unit that multiplies activations with weights."""
+        # bf16 and fp16 run at the same rate; torch multiplies fp32 in fp32.
+        return "bf16" if self.shape.itemsize == 2 else "ieee"
+
+    @property
+    def gram_unit(self) -> str:
+        """The unit that multiplies inputs for Gram and cross matrices."""
+        if self.workload.gpu and self.shape.itemsize == 2:
+            return "bf16"
+        return self.workload.precisions.input_precision

@@ -1,0 +1,30 @@
+"""Refuse tensors with NaN or Inf."""
+
+from torch import Tensor, aminmax
+
+from sparsefw.errors import InputError
+
+
+def all_finite(tensor: Tensor) -> Tensor:
+    """Whether a floating tensor that is not empty has no NaN or Inf: a bool on its device; the host does not wait."""
+    # Both ends are finite exactly if all values are: NaN spreads to them. One pass, and no copy of a large tensor.
+    low, high = aminmax(tensor)
+    return low.isfinite() & high.isfinite()
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor with NaN or Inf.
+
+    Args:
+        name: the tensor's name, for the message.
+        tensor: any shape, dtype and device.
+
+    Raises:
+        InputError: it holds NaN or Inf; the message says how many.
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    if bool(all_finite(tensor)):
+        return
+    nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    raise InputError(f"{name}: holds {nan} NaN and {inf} Inf among {tensor.numel()} values; finite ones are needed")

@@ -1,0 +1,124 @@
+"""Fields of the dataclasses that users fill in, with what their command-line flags and their checks need."""
+
+import numbers
+from collections.abc import Collection, Iterable
+from dataclasses import Field, field, fields
+from typing import Any
+
+from sparsefw.errors import InputError, shown
+
+# Marks a default that depends on other fields; `__post_init__` replaces it by the value.
+DEPENDS: Any = None
+
+# Flags that are shorter than their field.
+SHORT = {"evaluate": "--eval"}
+
+
+def flag(
+    help: str,
+    default: Any = DEPENDS,
+    *,
+    metavar: str | None = None,
+    choices: Collection[str] | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    several: bool = False,
+    **others: Any,
+) -> Any:
+    """A field of a dataclass that is also a command-line flag.
+
+    Args:
+        help: text for --help. It names the default in brackets where that depends on other fields.
+        default: the field's default.
+        metavar: placeholder for the value in --help.
+        choices: the allowed values.
+        least, most: the allowed range, both ends included.
+        several: whether the flag may be repeated; the field is then a tuple.
+        others: further metadata.
+    """
+    known = dict(help=help, metavar=metavar, choices=choices, least=least, most=most, several=several)
+    return field(default=default, metadata=known | others)
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field or of an argument."""
+    return SHORT.get(name) or f"--{name.replace('_', '-')}"
+
+
+def make_tuples(settings: Any) -> None:
+    """Make a tuple of each field that holds several values; it may have been given as a list or as one value."""
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if f.metadata["several"] and value is not DEPENDS:
+            several = isinstance(value, Iterable) and not isinstance(value, str)
+            values = () if value is None else tuple(value) if several else (value,)
+            set_field(settings, f.name, values)
+
+
+def given_of(settings: Any) -> dict[str, Any]:
+    """Names and values of the fields that differ from the default in their class."""
+    return {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) != f.default}
+
+
+def set_field(settings: Any, name: str, value: Any) -> None:
+    """Set a field of a frozen dataclass. Only its `__post_init__` may do so."""
+    object.__setattr__(settings, name, value)
+
+
+def check_fields(settings: Any) -> None:
+    """Check types, choices and ranges, and store numbers as Python's own.
+
+    A field whose default depends on others may still be `DEPENDS`.
+
+    Raises:
+        InputError: a value has the wrong type, is none of the choices, or is out of its range.
+    """
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if value is DEPENDS and f.default is DEPENDS:
+            continue
+        if f.metadata["least"] is not None:
+            whole = f.type in (int, int | None)
+            value = checked_number(f.name, value, f.metadata["least"], f.metadata["most"], whole=whole)
+            set_field(settings, f.name, value)
+        elif f.type is bool:
+            set_field(settings, f.name, checked_bool(f.name, value))
+        else:
+            for text in value if f.metadata["several"] else (value,):
+                _check_text(f, text)
+
+
+def _check_text(f: Field, text: Any) -> None:
+    choices = f.metadata["choices"]
+    if not isinstance(text, str):
+        raise InputError(f"{flag_of(f.name)} {shown(text)}: expected a text, got {type(text).__name__}")
+    if choices is not None and text not in choices:
+        raise InputError(f"{flag_of(f.name)} {shown(text)}: expected one of {', '.join(choices)}")
+
+
+def checked_bool(name: str, value: Any) -> bool:
+    """The value as a bool.
+
+    Raises:
+        InputError: it is none.
+    """
+    # numpy's bool is no subclass of Python's.
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise InputError(f"{flag_of(name)} {shown(value)}: expected True or False")
+    return bool(value)
+
+
+def checked_number(name: str, value: Any, least: float, most: float | None, *, whole: bool = False) -> Any:
+    """The value as an int or a float of Python's own, which report.json can hold.
+
+    Raises:
+        InputError: it is no number, no whole one where that is needed, or not within its range; NaN never is.
+    """
+    integral = isinstance(value, numbers.Integral)
+    if isinstance(value, bool) or not (integral or (isinstance(value, numbers.Real) and not whole)):
+        raise InputError(f"{flag_of(name)} {shown(value)}: expected a {'whole ' if whole else ''}number")
+    number = int(value) if integral else float(value)
+    if not (least <= number and (most is None or number <= most)):
+        upper = "" if most is None else f" and at most {most}"
+        raise InputError(f"{flag_of(name)} {shown(value)}: expected at least {least}{upper}")
+    return number

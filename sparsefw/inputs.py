@@ -1,0 +1,64 @@
+"""Inputs: what a run reads. Flags, ranges and help are made from its fields, as from those of PruneConfig."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsefw.flags import DEPENDS, check_fields, flag, make_tuples, set_field
+from sparsefw.solver.config import PruneConfig
+
+# Name of the embedded model, which the package carries, and of the embedded text, which every CPython carries.
+DEFAULT = "default"
+DEFAULT_MODEL = Path(__file__).with_name("default") / "model"
+
+# Defaults with the embedded model, and with other models.
+EMBEDDED = dict(dataset=DEFAULT, nsamples=64, seqlen=128, evaluate=(DEFAULT,))
+OTHERS = dict(dataset="c4", nsamples=256, seqlen=2048, evaluate=())
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Names of what a run reads. A default that depends on the model has its value in every instance.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    model: str = flag("checkpoint folder or Hub id (default: the embedded model)", DEFAULT, metavar="ID|PATH")
+    dataset: str = flag(
+        "calibration text: c4, wikitext, a .txt, .jsonl or .parquet file, or a datasets id (default: c4; the embedded "
+        "text for the embedded model)",
+        metavar="NAME|PATH",
+    )  # fmt: skip
+    nsamples: int = flag("calibration windows (default: 256; embedded model: 64)", metavar="N", least=1, most=10**9)
+    seqlen: int = flag(
+        "tokens in a window, at most the model's maximum (default: 2048; embedded model: 128)",
+        metavar="N",
+        least=2,
+        most=10**9,
+    )
+    seed: int = flag("seed of the drawing of calibration windows", 0, metavar="N", least=0, most=2**63 - 1)
+    evaluate: tuple[str, ...] = flag(
+        "held-out text for perplexity, named like a dataset; may be repeated (default: none; embedded model: its own)",
+        metavar="wikitext|PATH", several=True,
+    )  # fmt: skip
+    eval_windows: int | None = flag(
+        "evaluate at most this many windows of --seqlen tokens (default: all)", metavar="N", least=1, most=10**9
+    )
+
+    def __post_init__(self) -> None:
+        make_tuples(self)
+        check_fields(self)
+        for name, default in (EMBEDDED if self.embedded else OTHERS).items():
+            if getattr(self, name) is DEPENDS:
+                set_field(self, name, default)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the model is the embedded one."""
+        return self.model == DEFAULT
+
+
+def config_for(inputs: Inputs, options: dict[str, Any]) -> PruneConfig:
+    """The config of these options. By default the embedded model is compared with Wanda."""
+    return PruneConfig(**({"compare": ("wanda",)} if inputs.embedded else {}) | options)

@@ -1,0 +1,86 @@
+"""Record outputs of layers. The output of a layer that writes to the residual stream is the sum with the stream."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsefw.model.layers.names import is_expert
+
+# Functions that pass a layer's output on unchanged, or added to another tensor.
+PASS_ON = {
+    torch.add,
+    torch.Tensor.add,
+    torch.Tensor.add_,
+    torch.Tensor.__add__,
+    torch.Tensor.__iadd__,
+    torch.Tensor.__radd__,
+    torch.reshape,
+    torch.Tensor.reshape,
+    torch.Tensor.view,
+    nn.functional.dropout,
+}
+
+
+class Outputs:
+    """Inputs and outputs of layers in one micro-batch.
+
+    A layer's output is its product, or the sum that the product is added to. Outputs of experts are not recorded: an
+    expert sees other tokens in the dense model.
+    """
+
+    def __init__(self) -> None:
+        # By layer: the tensor, and how often it had been written to when it was recorded.
+        self._inputs: dict[str, tuple[Tensor, int]] = {}
+        self._outputs: dict[str, tuple[Tensor, int]] = {}
+        # The layers whose output a tensor is, by the tensor's id. The tensor is held, so that no other one takes its
+        # id.
+        self._layers_of: dict[int, tuple[Tensor, tuple[str, ...]]] = {}
+
+    def clear(self) -> None:
+        """Forget the micro-batch."""
+        for record in (self._inputs, self._outputs, self._layers_of):
+            record.clear()
+
+    def add_input(self, layer: str, x: Tensor) -> None:
+        """Record the input of a layer."""
+        self._inputs[layer] = (x, x._version)
+
+    def add_output(self, layers: tuple[str, ...], out: Tensor) -> None:
+        """Record a tensor as the output of layers, in addition to those whose output it is already."""
+        layers = tuple(layer for layer in layers if not is_expert(layer))
+        _, others = self._layers_of.get(id(out), (out, ()))
+        self._layers_of[id(out)] = (out, tuple(dict.fromkeys((*others, *layers))))
+        for layer in layers:
+            self._outputs[layer] = (out, out._version)
+
+    def follow(self, function: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        """Record the result of a function as an output, if the function passed outputs on or added them up."""
+        # alpha scales one of the summands.
+        if function not in PASS_ON or "alpha" in kwargs:
+            return
+        for operand, layers in [self._layers_of[id(x)] for x in args[:2] if id(x) in self._layers_of]:
+            if out.numel() == operand.numel() and out.shape[-1] == operand.shape[-1]:
+                self.add_output(layers, out)
+
+    def output_of(self, layer: str) -> Tensor | None:
+        """A layer's output, (tokens, out); None if there is none, or if it has been written to."""
+        return _as_matrix(self._outputs[layer]) if layer in self._outputs else None
+
+    def is_output(self, tensor: Any, layer: str) -> bool:
+        """Whether a tensor is the output of a layer, the object itself."""
+        return layer in self._outputs and self._outputs[layer][0] is tensor
+
+    def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, input (tokens, in) and output (tokens, out) of each layer that has both."""
+        for layer in self._outputs:
+            x, out = _as_matrix(self._inputs[layer]), self.output_of(layer)
+            if x is not None and out is not None:
+                yield layer, x, out
+
+
+def _as_matrix(recorded: tuple[Tensor, int]) -> Tensor | None:
+    """The tensor as a matrix; None if it has been written to since it was recorded."""
+    tensor, version = recorded
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor._version == version else None

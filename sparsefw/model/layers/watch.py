@@ -1,0 +1,160 @@
+"""Watch a block's forward: see each layer when it is used, with its input and, where asked for, its output.
+
+There is no list of layer types: a layer is a product of an input with a matrix that is (a slice of) one of the block's
+own parameters. So transposed layouts and the experts of a mixture, slices of one 3-D parameter, are found too.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sparsefw.errors import InputError
+from sparsefw.model.layers.names import KEPT_DENSE, Layer, WeightNames
+from sparsefw.model.layers.outputs import Outputs
+from sparsefw.model.layers.stage import Progress, Stage, StageIsOver
+
+# Position of the input and of the weight among the arguments, and whether the weight is stored (in, out).
+PRODUCTS: dict[Any, tuple[int, int, bool]] = {
+    nn.functional.linear: (0, 1, False),
+    torch.matmul: (0, 1, True),
+    torch.Tensor.matmul: (0, 1, True),
+    torch.Tensor.__matmul__: (0, 1, True),
+    torch.mm: (0, 1, True),
+    torch.addmm: (1, 2, True),
+}
+
+# Called with the name of a layer inside its block, such as "mlp.down_proj.weight" or "mlp.experts.down_proj[3]".
+Selector = Callable[[str], bool]
+
+
+def everything(layer: str) -> bool:
+    """Select every layer."""
+    return True
+
+
+@dataclass
+class _Input:
+    """A tensor that layers read.
+
+    Attributes:
+        tensor: the tensor, held so that no other one takes its id.
+        gram: name of its Gram matrix.
+        taken: whether a selected layer has read it.
+    """
+
+    tensor: Tensor
+    gram: str
+    taken: bool = False
+
+
+class Watch(TorchFunctionMode):
+    """Sees the layers of a block when they are used.
+
+    Args:
+        block: the block.
+        selected: selects the layers to see.
+        take_input: called as take_input(gram, X) once for each input of selected layers, X (tokens, in).
+        stage: watch its layers only, and end a micro-batch's forward after them; None: the whole block.
+        record_outputs: whether to record outputs of layers.
+        run_on: after the stage, let a micro-batch run on unwatched instead of ending its forward.
+
+    Attributes:
+        layers: all layers seen so far by name, in the order of use.
+        ignored: names of the layers that were seen and not selected.
+        last_used: name of the layer that was seen last, selected or not.
+        outputs: inputs and outputs of layers in the last micro-batch.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        selected: Selector = everything,
+        take_input: Callable[[str, Tensor], None] = lambda gram, X: None,
+        stage: Stage | None = None,
+        *,
+        record_outputs: bool = False,
+        run_on: bool = False,
+    ) -> None:
+        super().__init__()
+        self._names, self._selected, self._take_input = WeightNames(block), functools.cache(selected), take_input
+        self._progress, self._record_outputs = Progress(stage, run_on), record_outputs
+        self.layers: dict[str, Layer] = {}
+        self._ignored: dict[str, None] = {}
+        # Inputs that layers of the micro-batch have read, by the tensor's id.
+        self._inputs: dict[int, _Input] = {}
+        self.outputs = Outputs()
+        self.last_used: str | None = None
+
+    @property
+    def ignored(self) -> list[str]:
+        """See the class."""
+        return list(self._ignored)
+
+    def through(self, run: Callable[[], object]) -> None:
+        """Watch one micro-batch on its way through the block, as far as the stage needs it."""
+        self._inputs.clear()
+        self.outputs.clear()
+        self._progress.restart()
+        try:
+            with self:
+                run()
+        except StageIsOver:
+            pass
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        layer = None if self._progress.over else self._layer_of(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if self._record_outputs and not self._progress.over:
+            if layer:
+                self.outputs.add_output((layer,), out)
+            else:
+                self.outputs.follow(func, args, kwargs, out)
+        return out
+
+    def _layer_of(self, func: Any, args: tuple, kwargs: dict) -> str | None:
+        """The name of the layer whose product a function call is; None if it is no product of a layer to be seen."""
+        if func not in PRODUCTS:
+            return None
+        input_at, weight_at, transposed = PRODUCTS[func]
+        weight = args[weight_at] if len(args) > weight_at else kwargs.get("weight")
+        if weight is None or weight.dim() != 2:
+            return None
+        X = args[input_at] if len(args) > input_at else kwargs["input"]
+        return self._see(X, weight.T if transposed else weight)
+
+    def _see(self, X: Tensor, weight: Tensor) -> str | None:
+        name = self._names.find(weight)
+        if name is None:
+            return None
+        prunable = not KEPT_DENSE.search(name)
+        selected = prunable and self._selected(name)
+        if prunable:
+            self.last_used = name
+        if prunable and not selected:
+            self._ignored[name] = None
+        known, left_out = id(X) in self._inputs, prunable and not selected
+        if not self._progress.includes(name, input_known=known, left_out=left_out) or not prunable:
+            return None
+        # The Gram matrix is named after the first layer that reads the input, selected or not. So all experts agree on
+        # the name, whichever of them are selected.
+        layer_input = self._inputs.setdefault(id(X), _Input(X, name))
+        if not selected:
+            return None
+        if not layer_input.taken:
+            layer_input.taken = True
+            self._take_input(layer_input.gram, X.reshape(-1, X.shape[-1]))
+        layer = self.layers.setdefault(name, Layer(name, weight, layer_input.gram))
+        if layer.gram != layer_input.gram:
+            raise InputError(
+                f"{name}: unsupported model: shared its input with {layer.gram}, later with {layer_input.gram}"
+            )
+        if self._record_outputs:
+            self.outputs.add_input(name, X)
+        self._progress.passed(name)
+        return name

@@ -1,0 +1,143 @@
+"""Every private or undocumented name of transformers that the models need, and what each is expected to do.
+
+transformers may change these in any version. They were tested with 5.17 to 5.24; when a later version breaks one, this
+file is the place to mend it. `checkpoint.transformers_names` holds what checkpoints need of this kind.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+# How one or several tensors of a checkpoint are renamed, stacked or split on their way into a model.
+Conversion = WeightTransform
+
+
+class LoadReport(Protocol):
+    """What transformers reports after loading.
+
+    Attributes:
+        missing_keys: parameters that no tensor went into.
+        unexpected_keys: tensors that went nowhere.
+        mismatched_keys: (parameter, shape in the checkpoint, shape in the model).
+        conversion_errors: what went wrong, by parameter.
+    """
+
+    missing_keys: set[str]
+    unexpected_keys: set[str]
+    mismatched_keys: set[tuple[str, Any, Any]]
+    conversion_errors: dict[str, Any]
+
+
+class PromisedTensor:
+    """Stands for a tensor of the checkpoint that is not read.
+
+    transformers loads a slice of a safetensors file by its shape and dtype, `slice[...]` and `.to(device, dtype)`. Here
+    that gives a meta tensor.
+    """
+
+    def __init__(self, shape: Iterable[int], dtype: torch.dtype) -> None:
+        self.shape, self.dtype, self.device = torch.Size(shape), dtype, torch.device("meta")
+
+    def __getitem__(self, index: Any) -> "PromisedTensor":
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        """A meta tensor, whatever the device."""
+        return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
+
+
+def conversions_of(model: PreTrainedModel) -> list[Conversion]:
+    """How tensors of a checkpoint get into a model of this class; e.g. experts are stacked."""
+    return get_model_conversion_mapping(model)
+
+
+def load_tensors(
+    model: PreTrainedModel,
+    tensors: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    conversions: list[Conversion],
+) -> LoadReport:
+    """Convert tensors and put them into a model, as `from_pretrained` does.
+
+    Args:
+        model: the model, whose other parameters stay as they are.
+        tensors: tensors of the checkpoint, or `PromisedTensor`s, by name: all those of the parameters that they go
+            into.
+        dtype: dtype for the parameters.
+        device: device for the parameters.
+        conversions: see `conversions_of`.
+    """
+    conversions_of_all = getattr(model, "_weight_conversions", None)
+    options = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        # Its annotation names two of the subclasses, and it takes all.
+        weight_mapping=conversions,  # type: ignore[arg-type]
+    )
+    report, _ = convert_and_load_state_dict_in_model(model, tensors, options)
+    # Loading replaces these conversions by those of the loaded tensors. `export_tensors` needs those of all tensors.
+    if conversions_of_all is not None:
+        model._weight_conversions = conversions_of_all
+    return report
+
+
+def forgive(model: PreTrainedModel, report: Any) -> None:
+    """Take out of a report the names that the model's class knows to be missing or superfluous."""
+    model._adjust_missing_and_unexpected_keys(report)
+
+
+def destinations(model: PreTrainedModel, names: Iterable[str], conversions: list[Conversion]) -> dict[str, str]:
+    """The parameter that each tensor of a checkpoint becomes, or becomes a part of. Unused tensors are left out."""
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    state, parameter_of = model.state_dict(), {}
+    for name in names:
+        parameter, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if parameter not in state and name in state:
+            parameter = name
+        if parameter in state:
+            parameter_of[name] = parameter
+    return parameter_of
+
+
+def export_tensors(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert parameters, by their names in the model, back to the checkpoint's names and form.
+
+    The model must have been made by `from_pretrained`.
+    """
+    return revert_weight_conversion(model, tensors)
+
+
+def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
+    """For each parameter that is tied to another one, the name of that one."""
+    return model.all_tied_weights_keys
+
+
+def tie_parameters(model: PreTrainedModel, missing: set[str]) -> None:
+    """Make tied parameters one tensor again after loading.
+
+    Args:
+        model: the model.
+        missing: parameters that the checkpoint has no tensor for.
+    """
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+
+def attention_implementation(model: PreTrainedModel) -> str:
+    """The name of the attention function: "eager" holds all scores in memory, others do not."""
+    return model.config._attn_implementation

@@ -1,0 +1,52 @@
+"""Layers by type: the name inside their block, the same for all blocks and all experts."""
+
+import re
+from collections import defaultdict
+
+from sparsefw.report.content import Report
+
+# A slice of a stacked parameter, or the position in a list of modules.
+_EXPERT = re.compile(r"(?<![^.\[])\d+(?![^.\]])")
+
+
+def positions_of(report: Report) -> dict[str, int]:
+    """The position of every block by its name."""
+    return {block.name: i for i, block in enumerate(report.blocks)}
+
+
+def locate(name: str, positions: dict[str, int]) -> tuple[int, str]:
+    """The position of a tensor's block, and the tensor's type: its name inside the block, `*` for an expert's number.
+
+    Args:
+        name: name of the tensor.
+        positions: positions of the blocks, see `positions_of`.
+
+    Raises:
+        ValueError: the tensor lies in none of the blocks.
+    """
+    for dot in re.finditer(r"\.", name):
+        if (prefix := name[: dot.start()]) in positions:
+            return positions[prefix], _EXPERT.sub("*", name[dot.end() :].removesuffix(".weight"))
+    raise ValueError(f"{name}: in none of the blocks")
+
+
+def kept_dense(report: Report) -> list[tuple[str, str, str]]:
+    """The types of the matrices that were not pruned: type, how many, and in which blocks."""
+    numbers, positions = defaultdict(list), positions_of(report)
+    for name in report.kept_dense:
+        position, kind = locate(name, positions)
+        numbers[kind].append(report.blocks[position].block)
+    return [(kind, f"{len(blocks):,}", _ranges(blocks)) for kind, blocks in numbers.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Whole numbers in ascending order, with runs of three or more abridged: "0 to 3, 7, 8"."""
+    ranges: list[tuple[int, int]] = []
+    for number in sorted(set(numbers)):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1] = (ranges[-1][0], number)
+        else:
+            ranges.append((number, number))
+    return ", ".join(
+        f"{low} to {high}" if high > low + 1 else ", ".join(map(str, range(low, high + 1))) for low, high in ranges
+    )

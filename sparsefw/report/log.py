@@ -1,0 +1,169 @@
+"""The lines that a run prints: sparsity and memory, a fixed-width row for each layer, the table at the end."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from sparsefw.model import Placement
+from sparsefw.process import peak_memory
+from sparsefw.report.content import Report, mean
+from sparsefw.report.kinds import kept_dense
+from sparsefw.solver import METHODS, LayerResult, Pattern, PruneConfig, patterns
+
+if TYPE_CHECKING:
+    from sparsefw.estimate import MemoryNeeds
+    from sparsefw.model import ModelShape
+
+_COLUMNS = (
+    ("layer", "<44"),
+    ("shape", ">13"),
+    ("method", ">9"),
+    ("steps", ">5"),
+    ("error", ">11"),
+    ("mask only", ">9"),
+    ("relative", ">8"),
+    ("gap", ">11"),
+    ("seconds", ">7"),
+    ("peak GiB", ">8"),
+)
+
+# The columns of `layer_cells`: all but the peak of memory so far, which is known only while the run goes on.
+COLUMNS = tuple(name for name, _ in _COLUMNS[:-1])
+
+
+def layer_header() -> str:
+    """Column names of the rows of `layer_row`."""
+    return " ".join(f"{name:{layout}}" for name, layout in _COLUMNS)
+
+
+def layer_cells(layer: LayerResult) -> list[str]:
+    """One layer's result, a text for each of COLUMNS."""
+    return [
+        layer.name,
+        "x".join(map(str, layer.shape)),
+        layer.method,
+        str(layer.steps),
+        f"{layer.error:.4e}",
+        f"{layer.relative_mask:.4f}",
+        f"{layer.relative_error:.4f}",
+        "-" if layer.gap is None else f"{layer.gap:.4e}",
+        f"{layer.seconds:.2f}",
+    ]
+
+
+def layer_row(layer: LayerResult) -> str:
+    """One layer's result; the peak is the GPU's where there is one, else the host's."""
+    peak = peak_memory()
+    cells = [*layer_cells(layer), f"{(peak['gpu_bytes'] or peak['host_bytes']) / 2**30:.2f}"]
+    return " ".join(f"{cell:{layout}}" for cell, (_, layout) in zip(cells, _COLUMNS, strict=True))
+
+
+def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
+    """The dense model and every method: perplexity on each text, mean relative errors of the mask and in the end."""
+    for name in (["dense"] if report.evaluation else []) + report.methods:
+        cells = [f"{text.perplexity[name]:.3f}" for text in report.evaluation]
+        if layers := report.layers_of(name):
+            cells.append(f"{mean([layer.relative_mask for layer in layers]):.4f}")
+            cells.append(f"{mean([layer.relative_error for layer in layers]):.4f}")
+        yield name, cells
+
+
+def summary(report: Report) -> str:
+    """The table at the end of a run: perplexity and mean relative errors by method, seconds by phase."""
+    evaluation = report.evaluation
+    texts = [f"perplexity {n}" if len(evaluation) > 1 else "perplexity" for n, _ in enumerate(evaluation, 1)]
+    lines = ["".join(f"{name:>16}" for name in ("", *texts, "mask only", "relative error"))]
+    lines += [f"{name:16}" + "".join(f"{cell:>16}" for cell in cells) for name, cells in result_rows(report)]
+    lines.append("")
+    for name, text in zip(texts, evaluation, strict=True):
+        lines.append(f"{name}: {text.windows} windows of {text.seqlen} tokens of {text.source}")
+    lines.append(
+        "relative error: error / error of the warm start's mask, mean over layers; mask only: before the refit"
+    )
+    lines.append("seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items()))
+    return "\n".join(lines)
+
+
+def kept_dense_line(report: Report) -> str:
+    """The matrices inside the blocks that were not pruned, by type; empty if all were."""
+    kinds = [
+        f"{count} x {kind} (block{'' if blocks.isdecimal() else 's'} {blocks})"
+        for kind, count, blocks in kept_dense(report)
+    ]
+    return f"kept dense: {', '.join(kinds)}" if kinds else ""
+
+
+def placement_line(placement: Placement, needs: "MemoryNeeds", limits: dict[str, int]) -> str:
+    """The memory that a run expects to take.
+
+    Args:
+        placement: what is held at once, and where.
+        needs: bytes expected at the peak, by place.
+        limits: memory limits in bytes, by place.
+    """
+    peaks = [f"{getattr(needs, what) / 2**30:.2f} of {n / 2**30:.2f} GiB ({what})" for what, n in limits.items()]
+    where = "" if "gpu" not in limits and placement.place == "host" else f"; activations: {placement.place}"
+    ahead = "" if placement.ahead else "; nothing read ahead"
+    return (
+        f"memory: {', '.join(peaks)} expected at the peak; {placement.batch} windows at a time, solves in "
+        f"{placement.solver / 2**30:.3g} GiB{where}{ahead}"
+    )
+
+
+def sparsity_line(config: PruneConfig, shape: "ModelShape", whole: "ModelShape") -> str:
+    """The share of the weights that the pattern removes, which may differ a little from the pattern's.
+
+    Every row or matrix loses a whole number of weights.
+
+    Args:
+        config: pattern, methods and selection of layers.
+        shape: shape of the model with the layers that are pruned.
+        whole: the same with all prunable layers.
+    """
+    sizes = _sizes(shape)
+    total = _weights(sizes)
+    # Compared methods are named only if they remove other numbers of weights than --method.
+    described = {method: _removed(config.pattern, method, sizes) for method in config.methods}
+    own = described.pop(config.method)
+    line = f"sparsity: {own} of {total:,} weights"
+    for removed in dict.fromkeys(described.values()):
+        if removed != own:
+            line += f"; {', '.join(m for m in described if described[m] == removed)}: {removed}"
+    if config.include or config.ignore:
+        prunable = _weights(_sizes(whole))
+        line += f"; selected: {total:,} of {prunable:,} prunable weights ({_percent(total, prunable)})"
+    return line
+
+
+def _sizes(shape: "ModelShape") -> dict[tuple[int, int], int]:
+    """How many matrices of each shape (rows, d) there are."""
+    sizes: dict[tuple[int, int], int] = {}
+    for block in shape.blocks:
+        for layer in block.layers:
+            size = layer.rows, layer.d
+            sizes[size] = sizes.get(size, 0) + max(layer.experts, 1)
+    return sizes
+
+
+def _weights(sizes: dict[tuple[int, int], int]) -> int:
+    return sum(rows * d * count for (rows, d), count in sizes.items())
+
+
+def _removed(pattern: Pattern, method: str, sizes: dict[tuple[int, int], int]) -> str:
+    """The share that a method removes from matrices of these sizes, in words that "of N weights" may follow."""
+    if pattern.scope == "group":
+        n = patterns.kept_in_group(pattern)
+        return (
+            f"{n} of every {pattern.group} weights are kept, which removes {_percent(pattern.group - n, pattern.group)}"
+        )
+    sparsity = pattern.text.removeprefix("layer:")
+    if pattern.scope == "layer" or not METHODS[method].rows_independent:
+        kept = sum(patterns.kept_in_layer(pattern, rows, d) * count for (rows, d), count in sizes.items())
+        return f"{sparsity} of every matrix: {_percent(_weights(sizes) - kept, _weights(sizes))}"
+    removed = {d: d - patterns.kept_in_row(pattern, d) for d in sorted({d for _, d in sizes})}
+    rows = ", ".join(f"{n} of {d} ({_percent(n, d)})" for d, n in removed.items())
+    total = sum(rows * removed[d] * count for (rows, d), count in sizes.items())
+    return f"{sparsity} of every row: {rows}; {_percent(total, _weights(sizes))}"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2f} %"

@@ -1,0 +1,246 @@
+"""PruneConfig: how a model is pruned, in the user's words. Flags, their ranges and their help are made from its fields.
+
+A default that depends on other fields is `None` in the class and has its value in every instance:
+`PruneConfig().steps` is 30, `PruneConfig(refit=0).steps` is 40.
+"""
+
+import numbers
+import os
+import sys
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from sparsefw.errors import InputError
+from sparsefw.flags import DEPENDS, check_fields, flag, flag_of, given_of, make_tuples, set_field
+from sparsefw.kernels.backend import KERNELS, Backend, load_backend
+from sparsefw.kernels.naive import PRECISIONS
+from sparsefw.solver import patterns, selection
+from sparsefw.solver.frank_wolfe import STEP_RULES
+from sparsefw.solver.methods import METHODS
+from sparsefw.solver.patterns import Pattern
+from sparsefw.solver.saliency import SALIENCIES
+
+# Targets of layers: their outputs in the dense model, or the product of their own weight and input.
+TARGETS = ("dense", "layer")
+
+# Defaults of each preset.
+PRESETS: dict[str, dict[str, Any]] = {
+    "sparsefw": dict(warm_start="wanda", step_rule="line-search", alpha=0.0, penalty=1.0, refit=4),
+    "paper": dict(warm_start="wanda", step_rule="open-loop", alpha=0.9, penalty=0.0, refit=0),
+}
+# Further defaults of each preset: with a refit of the kept weights, and without one, where the mask is final.
+WITH_REFIT: dict[str, dict[str, Any]] = {
+    "sparsefw": dict(steps=30, rounds=3, swaps=0, target="dense", damp=0.1),
+    "paper": dict(steps=2000, rounds=0, swaps=0, target="dense", damp=0.1),
+}
+MASKS_ONLY: dict[str, dict[str, Any]] = {
+    "sparsefw": dict(steps=40, rounds=0, swaps=100, target="layer", damp=0.2),
+    "paper": dict(steps=2000, rounds=0, swaps=0, target="layer", damp=0.0),
+}
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How a model is pruned; the defaults are the product's.
+
+    Two configs are equal if their values are, given or not. `replace` changes some fields and finds the defaults that
+    depend on them anew; `dataclasses.replace` keeps the old ones.
+
+    Raises:
+        InputError: a value is out of its range, or values do not go together.
+    """
+
+    sparsity: str = flag(
+        "0.6: that fraction of every row is removed; layer:0.6: of every matrix; 2:4: 2 of every 4 weights are kept",
+        "0.6", metavar="PATTERN",
+    )  # fmt: skip
+    method: str = flag("how masks are chosen", "sparsefw", choices=METHODS)
+    compare: tuple[str, ...] = flag(
+        "prune with this one of --method's too, for the table; may be repeated (default: none; embedded model: wanda)",
+        (),
+        metavar="METHOD",
+        choices=METHODS,
+        several=True,
+    )
+    preset: str = flag(
+        "sparsefw: line search, integrality penalty, 30 steps, alpha 0, refit 4, 3 rounds; with --refit 0, 40 steps "
+        "and swaps; paper: open loop, 2000 steps, no penalty, alpha 0.9, last iterate rounded, no refit",
+        "sparsefw", choices=PRESETS,
+    )  # fmt: skip
+    include: tuple[str, ...] = flag(
+        "prune only these layers; may be repeated. A name stands for all layers that have it as whole parts of their "
+        "name (down_proj, layers.0, model.layers.3.mlp), re:PATTERN for those whose name the pattern matches from its "
+        "start (default: all)",
+        (), metavar="NAME", several=True,
+    )  # fmt: skip
+    ignore: tuple[str, ...] = flag(
+        "leave these layers dense, named as for --include; may be repeated (default: none)",
+        (),
+        metavar="NAME",
+        several=True,
+    )
+    keep_zeros: bool = flag("weights that are zero in the input stay zero (default: a refit may revive them)", False)
+    warm_start: str = flag("saliency of the first mask (default: wanda)", choices=SALIENCIES, frank_wolfe=True)
+    steps: int = flag(
+        "Frank-Wolfe steps (default: 30; 40 with --refit 0; 2000 with --preset paper)",
+        metavar="N",
+        least=0,
+        most=10**6,
+        frank_wolfe=True,
+    )
+    step_rule: str = flag(
+        "exact line search, or 2 / (t + 2) (default: the preset's)", choices=STEP_RULES, frank_wolfe=True
+    )
+    alpha: float = flag(
+        "fraction of kept weights fixed by saliency (default: the preset's)",
+        metavar="A", least=0, most=1, frank_wolfe=True,
+    )  # fmt: skip
+    penalty: float = flag(
+        "final weight of the integrality penalty, 0 to 1 (default: the preset's)",
+        metavar="P", least=0, most=1, frank_wolfe=True,
+    )  # fmt: skip
+    swaps: int = flag(
+        "1-swaps at most of every row's mask after Frank-Wolfe, each of which lowers the row's error (default: 0; 100 "
+        "with --refit 0, but for --preset paper)",
+        metavar="N", least=0, most=10**6, frank_wolfe=True,
+    )  # fmt: skip
+    refit: int = flag(
+        "conjugate-gradient steps with which kept weights make up for removed ones, in each refit; 0 leaves kept "
+        "weights as they are (default: the preset's)",
+        metavar="STEPS", least=0, most=10**6, frank_wolfe=True,
+    )  # fmt: skip
+    rounds: int = flag(
+        "rounds of choosing the mask again for refitted weights; 0 only refits (default: the preset's)",
+        metavar="N", least=0, most=10**6, frank_wolfe=True,
+    )  # fmt: skip
+    target: str = flag(
+        "what layers approximate. dense: the dense model's outputs, so that they make up for pruned ones before them; "
+        "layer: what the layer itself makes of its input, with far fewer forward passes (default: dense; layer with "
+        "--refit 0)",
+        choices=TARGETS, frank_wolfe=True,
+    )  # fmt: skip
+    damp: float = flag(
+        "this share of the Gram matrix's diagonal is added to it where masks and weights are chosen, so that they hold "
+        "on other text (default: 0.1; 0.2 with --refit 0, but for --preset paper: 0)",
+        # Far more than is of use; a diagonal of real inputs stays finite in fp32 with it.
+        metavar="D", least=0, most=2**20, frank_wolfe=True,
+    )  # fmt: skip
+    kernel: str = flag(
+        "triton without a GPU runs in the interpreter: exact and slow (default: triton where CUDA is available, else "
+        "torch)",
+        choices=KERNELS,
+    )  # fmt: skip
+    precision: str = flag("precision of the matrix products (default: bf16 on a GPU, else ieee)", choices=PRECISIONS)
+
+    def __post_init__(self) -> None:
+        make_tuples(self)
+        # Python users write a number where the command line has a text.
+        if isinstance(self.sparsity, numbers.Real):
+            set_field(self, "sparsity", str(float(self.sparsity)))
+        set_field(self, "_given", given_of(self))
+        check_fields(self)
+        set_field(self, "compare", tuple(name for name in dict.fromkeys(self.compare) if name != self.method))
+        set_field(self, "_pattern", patterns.parse(self.sparsity))
+        for name, default in self._defaults().items():
+            if getattr(self, name) is DEPENDS:
+                set_field(self, name, default)
+        self._check_together()
+        for name in ("include", "ignore"):
+            selection.check_patterns(flag_of(name), getattr(self, name))
+
+    def _defaults(self) -> dict[str, Any]:
+        """The defaults that depend on other fields and on the machine."""
+        preset = PRESETS[self.preset]
+        refit = preset["refit"] if self.refit is DEPENDS else self.refit
+        cuda = torch.cuda.is_available()
+        kernel = dict(kernel="triton", precision="bf16") if cuda else dict(kernel="torch", precision="ieee")
+        return preset | (WITH_REFIT if refit else MASKS_ONLY)[self.preset] | kernel
+
+    def _check_together(self) -> None:
+        unused = [f.name for f in fields(self) if f.metadata.get("frank_wolfe") and f.name in self.given]
+        if unused and "sparsefw" not in self.methods:
+            raise InputError(f"{flag_of(unused[0])}: --method {self.method} does not use it, only sparsefw does")
+        if self.rounds and not self.refit:
+            raise InputError("--rounds: masks are chosen again for refitted weights, and --refit 0 refits none")
+        for name in ("penalty", "swaps", "refit"):
+            if self.whole_matrix and getattr(self, name):
+                raise InputError(
+                    f"{flag_of(name)}: not available with --preset paper and layer:, which take a matrix as a whole"
+                )
+
+    def replace(self, **changes: Any) -> "PruneConfig":
+        """The same config with other values of some fields; defaults that depend on them are found anew."""
+        return type(self)(**(self.given | changes))
+
+    @classmethod
+    def paper(cls, **options: Any) -> "PruneConfig":
+        """The published algorithm (arXiv 2510.13713): open-loop steps, no penalty, alpha 0.9, weights unchanged."""
+        return cls(preset="paper", **options)
+
+    @classmethod
+    def masks_only(cls, **options: Any) -> "PruneConfig":
+        """A config without refits: kept weights stay as they are."""
+        return cls(refit=0, **options)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Names and values of the fields that differ from the default in the class."""
+        return self._given  # type: ignore[attr-defined]  # set in __post_init__
+
+    @property
+    def pattern(self) -> Pattern:
+        """`sparsity`, parsed."""
+        return self._pattern  # type: ignore[attr-defined]  # set in __post_init__
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """All methods of the run; the weights of the last one are written."""
+        return (*self.compare, self.method)
+
+    @property
+    def whole_matrix(self) -> bool:
+        """Whether a `layer:` budget is one problem with one step size, as in the paper, and not one problem per row."""
+        return self.preset == "paper" and self.pattern.scope == "layer"
+
+    def rows_independent(self, method: str) -> bool:
+        """Whether a method solves every row by itself, so that layers that share an input can be stacked."""
+        return METHODS[method].rows_independent and not (method == "sparsefw" and self.whole_matrix)
+
+    @property
+    def fallback_to_warm_start(self) -> bool:
+        """Whether rows keep the warm start's mask where that is better; the paper rounds its last iterate."""
+        return self.preset != "paper"
+
+    @property
+    def uses_dense_target(self) -> bool:
+        """Whether the calibration windows also go through the dense model."""
+        return self.target == "dense" and "sparsefw" in self.methods
+
+    @property
+    def backend(self) -> Backend:
+        """The operations of the kernel at the precision.
+
+        Raises:
+            InputError: the kernel is Triton's, there is no GPU, and this process cannot interpret kernels any more.
+        """
+        if self.kernel == "triton" and not torch.cuda.is_available():
+            _interpret_triton()
+        return load_backend(self.kernel, self.precision)
+
+    def selects(self, layer: str) -> bool:
+        """Whether a layer of this name is to be pruned."""
+        return selection.selected(layer, self.include, self.ignore)
+
+
+def _interpret_triton() -> None:
+    """Make Triton interpret its kernels. Triton decides that when it is first imported."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    if "triton" in sys.modules:
+        raise InputError(
+            "--kernel triton: there is no CUDA device, and Triton was imported before it could be told to interpret "
+            "its kernels; set TRITON_INTERPRET=1 before Python starts, or use --kernel torch"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"

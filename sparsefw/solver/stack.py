@@ -1,0 +1,114 @@
+"""Stacks the rows of layers that read the same input: weights, targets, saliencies, budgets."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsefw.kernels.backend import Backend
+from sparsefw.solver import patterns
+from sparsefw.solver.choices import Rows
+from sparsefw.solver.chunks import ROW_UNIT, by_chunks
+from sparsefw.solver.config import PruneConfig
+from sparsefw.solver.methods import METHODS
+from sparsefw.solver.objective import damped
+from sparsefw.solver.saliency import SALIENCIES
+from sparsefw.solver.target import find_target
+
+# Conjugate-gradient steps from a layer's weight to its target.
+TARGET_STEPS = 4
+
+
+@dataclass
+class Member:
+    """A layer in a stack. `cross`, see `prune_layers`, is dropped when its target is computed."""
+
+    name: str
+    weight: Tensor
+    cross: Tensor | None
+    target: str
+
+
+def stack_rows(
+    stack: list[Member], G: Tensor, method: str, config: PruneConfig, backend: Backend, memory: int | None
+) -> Rows:
+    """Stack the layers' rows one below the other.
+
+    Args:
+        stack: the layers; their cross matrices are overwritten.
+        G: (d, d) fp32 Gram matrix of their input.
+        method: one of METHODS.
+        config: the config of the run.
+        backend: the operations.
+        memory: bytes for the state of the chunks, see `by_chunks`. Unless it is None, rows of zeros pad the stack to a
+            multiple of ROW_UNIT.
+    """
+    lengths = [len(member.weight) for member in stack]
+    padding = 0 if memory is None else -sum(lengths) % ROW_UNIT
+    # bf16 and fp16 arithmetic is slow on a CPU; fp32 holds the same weights.
+    dtype = torch.float32 if G.device.type == "cpu" else stack[0].weight.dtype
+    W = _stack_padded([member.weight for member in stack], sum(lengths) + padding, dtype)
+    support = W != 0 if config.keep_zeros else None
+    target_gap, H = None, damped(G, config.damp) if METHODS[method].uses_damping else None
+    if any(member.cross is not None for member in stack):
+        assert H is not None
+        target_gap, start = None if config.refit else torch.empty_like(W, dtype=torch.float32), 0
+        for T in _targets(stack, W, H, support, memory, backend):
+            rows = slice(start, start + len(T))
+            # A refit starts from the target. Without one, only the mask can be chosen for it.
+            if target_gap is None:
+                W[rows] = T
+            else:
+                target_gap[rows] = T - W[rows]
+            start += len(T)
+    saliency = SALIENCIES[METHODS[method].saliency or config.warm_start]
+    saliencies = [saliency(part, G.diagonal()) for part in W[: sum(lengths)].split(lengths)]
+    k = _kept(saliencies, config, whole_matrix=method == "sparsefw" and config.whole_matrix, padding=padding)
+    S = _stack_padded(saliencies, len(W), torch.float32)
+    return Rows(W, G, S, k, stack[0].weight.dtype, target_gap, H, support)
+
+
+def _kept(saliencies: list[Tensor], config: PruneConfig, *, whole_matrix: bool, padding: int) -> int | Tensor:
+    """The budgets of the stacked rows, see `Rows.k`; `padding` rows of zeros pad the stack."""
+    if whole_matrix:
+        return patterns.kept_in_layer(config.pattern, *saliencies[0].shape)
+    ks = [patterns.kept(config.pattern, saliency) for saliency in saliencies]
+    if not any(isinstance(k, Tensor) or k != ks[0] for k in ks):
+        return ks[0]
+    device = saliencies[0].device
+    rows = [torch.as_tensor(k, device=device).expand(len(s)) for k, s in zip(ks, saliencies, strict=True)]
+    return nn.functional.pad(torch.cat(rows), (0, padding))
+
+
+def _stack_padded(parts: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
+    """Stack matrices and pad with zeros to `rows` rows, (rows, d). Each leaves the list when copied, to free memory."""
+    stacked, start = torch.empty(rows, parts[0].shape[1], dtype=dtype, device=parts[0].device), 0
+    while parts:
+        part = parts.pop(0)
+        stacked[start : start + len(part)] = part
+        start += len(part)
+        del part
+    stacked[start:] = 0
+    return stacked
+
+
+def _targets(
+    stack: list[Member], W: Tensor, H: Tensor, support: Tensor | None, memory: int | None, backend: Backend
+) -> Iterator[Tensor]:
+    """The targets of stacked rows W, in chunks of rows, (rows, d) fp32.
+
+    The target of a layer without a cross matrix is its weight, and that of the padding is zero.
+    """
+    crosses = []
+    for member in stack:
+        zeros = torch.zeros((), device=W.device).expand(member.weight.shape)
+        crosses.append(zeros if member.cross is None else member.cross)
+        member.cross = None
+    B = crosses[0] if len(crosses) == 1 and len(crosses[0]) == len(W) else _stack_padded(crosses, len(W), torch.float32)
+
+    def find(rows: slice) -> Tensor:
+        support_of_rows = None if support is None else support[rows]
+        return find_target(W[rows], H, B[rows], TARGET_STEPS, support=support_of_rows, backend=backend)
+
+    yield from by_chunks(find, W, memory, stack[0].name, backend)

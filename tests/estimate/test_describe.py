@@ -1,0 +1,41 @@
+"""Described models: a config says as much as its checkpoint."""
+
+import json
+
+import pytest
+import torch
+from helpers.families import FAMILIES, config_of, save_model
+from transformers import AutoConfig
+
+from sparsefw.errors import InputError
+from sparsefw.estimate.describe import describe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_says_as_much_as_its_checkpoint(family, tmp_path):
+    source = save_model(tmp_path / "model", family, torch.bfloat16)
+    whole, alone = describe(str(source)), describe(str(config_of(source, tmp_path / "config")))
+    assert whole == alone
+    assert alone.dtype == torch.bfloat16
+    loaded = AutoConfig.from_pretrained(source)
+    (tmp_path / "other.json").write_text(json.dumps(loaded.to_dict()))
+    assert describe(str(tmp_path / "other.json")).shape == alone.shape
+
+
+def test_the_dtype(tmp_path):
+    """The dtype is that of the weights if there are some, else the config's, else bf16 with a note."""
+    source = save_model(tmp_path / "model", "llama", torch.float16)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    alone = config_of(source, tmp_path / "config")
+    assert (describe(str(source)).dtype, describe(str(alone)).dtype) == (torch.float16, torch.float32)
+    (alone / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
+    )
+    described = describe(str(alone))
+    assert described.dtype == torch.bfloat16
+    assert described.notes == [f"{alone / 'config.json'}: names no dtype: taken for torch.bfloat16"]
+    (alone / "config.json").write_text(json.dumps(config | {"dtype": "float64"}))
+    with pytest.raises(InputError, match=r"weights in torch\.float64 cannot be pruned"):
+        describe(str(alone))

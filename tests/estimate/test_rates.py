@@ -1,0 +1,26 @@
+"""Rates of a device are measured with random operands."""
+
+import torch
+
+from sparsefw.estimate import rates
+
+
+def test_measured_with_random_operands(monkeypatch):
+    """With constant operands a GPU multiplies faster than in a run."""
+    multiply, seen = torch.mm, []
+
+    def watched(E, G):
+        seen.append((E, G))
+        return multiply(E, G)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    monkeypatch.setattr(rates, "SIZES", {"cpu": (8, 16, 32)})
+    monkeypatch.setattr(rates, "COPIED", 1 << 10)
+    measured = rates.measured(["bf16", "ieee"], 24, torch.device("cpu"), 5.0)
+    assert {X.dtype for pair in seen for X in pair} == {torch.bfloat16, torch.float32}
+    for E, G in seen:
+        assert (E.shape, G.shape) == ((8, 24), (24, 24))
+        assert min(len(E.unique()), len(G.unique())) > 50
+    assert set(measured.flops) == {"bf16", "ieee"}
+    assert measured.bandwidth > 0
+    assert measured.disk == 5.0

@@ -1,0 +1,65 @@
+"""Totals: the least seconds of a run, from numbers small enough to follow."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from helpers.families import save_model
+from helpers.planning import SEQLEN, make_config, planned
+
+from sparsefw.estimate import rates, totals
+from sparsefw.estimate.memory import disk_space
+from sparsefw.estimate.operation import Operation
+from sparsefw.estimate.rates import Rates
+from sparsefw.kernels.cost import Cost
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return planned(save_model(tmp_path / "model", "llama"), make_config(compare=("wanda",), steps=3), 6, (2,))
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_nothing_but_the_disk(plan, ahead):
+    plan = replace(plan, placement=replace(plan.placement, ahead=ahead))
+    speed = Rates(dict.fromkeys(rates.UNITS, math.inf), math.inf, 7.0, "")
+    traffic = totals.disk_traffic(plan)
+    assert totals.seconds(plan, speed) == pytest.approx((traffic["read"] + traffic["write"]) / 7)
+
+
+def test_nothing_but_the_work(plan):
+    speed = Rates(dict.fromkeys(rates.UNITS, 1e3), math.inf, None, "")
+    flops = totals.phases(plan)["all"]["run"]["flops"]
+    assert totals.seconds(plan, speed) == pytest.approx(flops / 1e3)
+    by_phase = totals.phase_seconds(plan, speed)
+    assert sum(by_phase.values()) == pytest.approx(flops / 1e3)
+    assert by_phase["solve"] == pytest.approx(totals.phases(plan)["solve"]["run"]["flops"] / 1e3)
+
+
+def test_the_disk_beside_the_work(plan):
+    """With reading ahead, work hides the disk, except for the first read, the last write and the tensors outside of
+    the blocks."""
+    slow = Rates(dict.fromkeys(rates.UNITS, 1.0), math.inf, 1e6, "")
+    apart = replace(plan, placement=replace(plan.placement, ahead=False))
+    sizes = [block.nbytes for block in plan.shape.blocks]
+    hidden = sum(sizes[1:]) + 2 * sum(sizes[:-1])
+    difference = totals.seconds(apart, slow) - totals.seconds(plan, slow)
+    assert difference == pytest.approx(hidden / 1e6, rel=1e-3)
+
+
+def test_the_larger_of_flops_and_bytes():
+    speed = Rates({"bf16": 10.0}, 100.0, None, "")
+    first, second = (Operation("solve", "any", "bf16", 1, Cost(*of)) for of in ((50, 100), (10, 1000)))
+    assert rates.seconds([first, second], speed) == 5 + 10
+
+
+def test_activations_in_a_file(tmp_path):
+    """Every pass reads activations, passes that advance also write them, and all of them wait for the disk."""
+    source = save_model(tmp_path / "model", "llama")
+    plan = planned(source, make_config(refit=0), 6, place="file")
+    size = 6 * SEQLEN * 32 * 4
+    assert disk_space(plan.shape, plan.workload, plan.placement)["activations"] == size
+    traffic = totals.disk_traffic(plan)
+    assert (traffic["calibrate"], traffic["forward"]) == (3 * size, 3 * 2 * size)
+    speed = Rates(dict.fromkeys(rates.UNITS, math.inf), math.inf, 1.0, "")
+    assert totals.seconds(plan, speed) == pytest.approx(traffic.total())

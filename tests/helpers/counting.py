@@ -1,0 +1,27 @@
+"""Operations in torch that count how often they are called."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+from sparsefw.kernels import cpu
+from sparsefw.kernels.backend import Backend
+
+OPERATIONS = ("product", "row_step", "lmo", "row_swaps", "conjugate_step", "gram_accumulate", "cross_accumulate")
+
+
+def counting() -> tuple[Backend, Counter]:
+    """A torch backend in fp32, and a counter of calls by operation; flops of products are under "flops"."""
+    seen = Counter()
+
+    def counted(name):
+        def call(*args, **kwargs):
+            seen[name] += 1
+            if name == "product":
+                rows, d = args[0].shape
+                seen["flops"] += 2 * rows * d * d
+            return getattr(cpu, name)(*args, **kwargs)
+
+        return call
+
+    operations = SimpleNamespace(**(vars(cpu) | {name: counted(name) for name in OPERATIONS}))
+    return Backend(operations, "ieee"), seen

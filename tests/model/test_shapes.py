@@ -1,0 +1,83 @@
+"""Shapes of models without their weights: names of layers, and shapes with layers left out."""
+
+import functools
+from collections import Counter
+
+import pytest
+import torch
+from helpers.families import FAMILIES, TOKENS, save_model
+
+from sparsefw import checkpoint
+from sparsefw.model import StreamedModel, embed, shape_of
+from sparsefw.model.layers import kind_of, stages, survey
+
+
+def shape(folder):
+    return shape_of(checkpoint.inspect(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_names_are_those_that_calibration_finds(family, tmp_path):
+    folder = save_model(tmp_path, family)
+    names = shape(folder).layer_names
+    assert len(set(names)) == len(names)
+    with StreamedModel(checkpoint.inspect(folder), torch.device("cpu")) as model:
+        # All windows at once reach every expert.
+        states, seen = embed(model, TOKENS, len(TOKENS)), []
+        for i, block in enumerate(model.blocks):
+            model.open(i)
+            found = survey(block, functools.partial(states.output, i, 0))
+            seen += [f"{model.names[i]}.{layer.name}" for layer in found.layers]
+            states.advance(i)
+    assert set(names) == set(seen)
+    if "moe" in family or family == "mixtral":
+        assert "model.layers.0.mlp.experts.down_proj[3]" in names
+
+
+def test_equal_blocks_stay_equal(tmp_path):
+    whole = shape(save_model(tmp_path, "llama"))
+    assert len(Counter(whole.blocks)) == 1
+    assert len(Counter(whole.selected(lambda name: "q_proj" not in name).blocks)) == 1
+    assert len(Counter(whole.selected(lambda name: "layers.1." not in name).blocks)) == 2
+
+
+def test_everything_selected_is_the_same(tmp_path):
+    whole = shape(save_model(tmp_path, "qwen2_moe"))
+    assert whole.selected(lambda name: True) == whole
+
+
+def test_selected_layers(tmp_path):
+    whole = shape(save_model(tmp_path, "mixtral"))
+    left_out = {
+        "model.layers.0.self_attn.q_proj.weight",
+        *(f"model.layers.1.mlp.experts.down_proj[{e}]" for e in (0, 2, 3)),
+        *(f"model.layers.1.mlp.experts.gate_up_proj[{e}]" for e in range(4)),
+    }
+    some = whole.selected(lambda name: name not in left_out and "layers.2" not in name)
+    assert some.layer_names == [n for n in whole.layer_names if n not in left_out and "layers.2" not in n]
+    first, second, third = some.blocks
+    assert first.layers == whole.blocks[0].layers[1:]
+    *others, down = second.layers
+    assert tuple(others) == whole.blocks[1].layers[:-2]
+    assert (down.name, down.experts) == ("mlp.experts.down_proj*", 1)
+    assert third.layers == ()
+    assert [block.nbytes for block in some.blocks] == [block.nbytes for block in whole.blocks]
+    assert some.parameters == whole.parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "left_out",
+    ["q_proj", "down_proj", "mlp.gate_proj", "mlp", "self_attn", "dense_4h_to_h", "mlp.dense", "attention", "proj"],
+)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
+def test_stages_of_a_selected_shape_are_those_of_the_block(family, left_out, tmp_path):
+    folder = save_model(tmp_path, family)
+    some = shape(folder).selected(lambda name: left_out not in name)
+    with StreamedModel(checkpoint.inspect(folder), torch.device("cpu")) as model:
+        states, block = embed(model, TOKENS, 2), model.open(0)
+        order = stages(block, functools.partial(states.output, 0, 0), lambda name: left_out not in name)
+    keys = list(dict.fromkeys(layer.gram for layer in some.blocks[0].layers))
+    assert keys == [kind_of(stage.key) for stage in order]
+    assert some.blocks[0].ahead == (bool(order) and not order[-1].moves)

@@ -1,0 +1,127 @@
+"""The lines of the log."""
+
+from types import SimpleNamespace
+
+import pytest
+from helpers.pages import report_of_run
+
+from sparsefw.model import Placement
+from sparsefw.report import log
+from sparsefw.solver import PruneConfig, patterns
+
+
+def shape_of(*blocks: list[tuple[int, ...]]) -> SimpleNamespace:
+    """A model of these blocks, whose layers are (rows, d) or (rows, d, experts)."""
+
+    def layer(rows: int, d: int, experts: int = 0) -> SimpleNamespace:
+        return SimpleNamespace(rows=rows, d=d, experts=experts)
+
+    return SimpleNamespace(blocks=[SimpleNamespace(layers=[layer(*size) for size in block]) for block in blocks])
+
+
+# The layers of SmolLM2-135M: 106,168,320 weights.
+SMOL = shape_of(*[[(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]] * 30)
+
+
+class TestSparsityLine:
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            (
+                {},
+                "sparsity: 0.6 of every row: 345 of 576 (59.90 %), 921 of 1536 (59.96 %); 59.91 % of 106,168,320 "
+                "weights",
+            ),
+            ({"sparsity": "layer:0.6"}, "sparsity: 0.6 of every matrix: 60.00 % of 106,168,320 weights"),
+            ({"method": "sparsegpt"}, "sparsity: 0.6 of every matrix: 60.00 % of 106,168,320 weights"),
+            (
+                {"sparsity": "2:4"},
+                "sparsity: 2 of every 4 weights are kept, which removes 50.00 % of 106,168,320 weights",
+            ),
+            (
+                {"sparsity": "3:8", "method": "sparsegpt", "compare": "wanda"},
+                "sparsity: 3 of every 8 weights are kept, which removes 62.50 % of 106,168,320 weights",
+            ),
+            (
+                {"compare": ("wanda", "sparsegpt")},
+                "sparsity: 0.6 of every row: 345 of 576 (59.90 %), 921 of 1536 (59.96 %); 59.91 % of 106,168,320 "
+                "weights; sparsegpt: 0.6 of every matrix: 60.00 %",
+            ),
+            (
+                {"method": "sparsegpt", "compare": ("wanda", "ria")},
+                "sparsity: 0.6 of every matrix: 60.00 % of 106,168,320 weights; wanda, ria: 0.6 of every row: 345 of "
+                "576 (59.90 %), 921 of 1536 (59.96 %); 59.91 %",
+            ),
+        ],
+    )
+    def test_patterns_and_methods(self, config, message):
+        assert log.sparsity_line(PruneConfig(**config), SMOL, SMOL) == message
+
+    def test_selection(self):
+        selected = shape_of([(6, 10)], [], [(3, 10)])
+        whole = shape_of([(6, 10)], [(5, 12)], [(3, 10), (5, 10)])
+        line = log.sparsity_line(PruneConfig(ignore="x"), selected, whole)
+        assert line == (
+            "sparsity: 0.6 of every row: 6 of 10 (60.00 %); 60.00 % of 90 weights; selected: 90 of 200 prunable "
+            "weights (45.00 %)"
+        )
+
+    def test_experts(self):
+        """A layer of experts counts as one matrix for each expert."""
+        line = log.sparsity_line(PruneConfig(), shape_of([(4, 5), (4, 8, 16)]), shape_of())
+        removed = 4 * 3 + 16 * 4 * 4
+        assert line.endswith(f"; {100 * removed / 532:.2f} % of 532 weights")
+
+    @pytest.mark.parametrize("sparsity", ["0.6", "layer:0.55", "0.999", "1:3"])
+    def test_total_is_what_the_pattern_removes(self, sparsity):
+        """The total is that counted matrix by matrix."""
+        sizes = [(7, 33), (5, 12), (64, 96), (5, 12)]
+        config, removed = PruneConfig(sparsity=sparsity), 0
+        for rows, d in sizes:
+            if config.pattern.scope == "layer":
+                removed += rows * d - patterns.kept_in_layer(config.pattern, rows, d)
+            else:
+                removed += rows * (d - patterns.kept_in_row(config.pattern, d))
+        weights = sum(rows * d for rows, d in sizes)
+        line = log.sparsity_line(config, shape_of(sizes), shape_of(sizes))
+        assert f"{100 * removed / weights:.2f} % of {weights:,} weights" in line
+
+
+class TestPlacementLine:
+    def test_on_a_cpu(self):
+        line = log.placement_line(
+            Placement(batch=8, place="host", solver=3 << 29), SimpleNamespace(host=5 << 29), {"host": 4 << 30}
+        )
+        assert line == ("memory: 2.50 of 4.00 GiB (host) expected at the peak; 8 windows at a time, solves in 1.5 GiB")
+
+    def test_on_a_gpu(self):
+        needs = SimpleNamespace(host=1 << 30, gpu=2 << 30)
+        placement = Placement(batch=2, place="disk", ahead=False)
+        line = log.placement_line(placement, needs, {"host": 4 << 30, "gpu": 3 << 30})
+        assert line == (
+            "memory: 1.00 of 4.00 GiB (host), 2.00 of 3.00 GiB (gpu) expected at the peak; 2 windows at a time, solves "
+            "in 4 GiB; activations: disk; nothing read ahead"
+        )
+
+
+def test_kept_dense_line():
+    """Matrices are listed by type, since experts and ignored layers may be thousands."""
+    report = report_of_run()
+    assert log.kept_dense_line(report) == ""
+    report.kept_dense.extend(f"model.layers.{i}.mlp.down_proj.weight" for i in range(3))
+    report.kept_dense.extend(f"model.layers.1.mlp.experts.up_proj[{e}]" for e in range(2000))
+    message = "kept dense: 3 x mlp.down_proj (blocks 0 to 2), 2,000 x mlp.experts.up_proj[*] (block 1)"
+    assert log.kept_dense_line(report) == message
+
+
+def test_summary():
+    lines = log.summary(report_of_run()).splitlines()
+    assert [line.split() for line in lines[:5]] == [
+        ["perplexity", "mask", "only", "relative", "error"],
+        ["dense", "10.000"],
+        ["wanda", "20.123", "1.0000", "1.0000"],
+        ["sparsefw", "15.500", "0.8000", "0.6000"],
+        [],
+    ]
+    assert lines[5] == "perplexity: 4 windows of 128 tokens of evaluation text"
+    assert lines[-1] == "seconds: calibrate 9.0, solve 18.0"

@@ -1,0 +1,170 @@
+"""`prune` from Python: the same bytes as the command line, texts and tokens in place of names, models in memory."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.families import save_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparsefw import InputError, PruneConfig, data, prune, run
+
+TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(200))
+SMALL = dict(nsamples=6, seqlen=32)
+CONFIG = PruneConfig(kernel="torch", steps=4)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def source(tmp_path):
+    return save_model(tmp_path / "model", "llama")
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+def test_the_same_bytes_as_the_command_line(source, text, tmp_path):
+    flags = ["--nsamples", "6", "--seqlen", "32", "--kernel", "torch", "--steps", "4", "--sparsity", "2:4"]
+    places = ["--model", str(source), "--dataset", str(text), "--output", str(tmp_path / "a")]
+    assert run.main([*places, *flags]) == 0
+    lines = []
+    result = prune(
+        source, tmp_path / "b", dataset=text, **SMALL, kernel="torch", steps=4, sparsity="2:4", log=lines.append
+    )
+    assert shards(tmp_path / "a") == shards(tmp_path / "b")
+    assert result.output == tmp_path / "b"
+    assert len(result.layers) == 3 * 7
+    assert result.report.arguments["sparsity"] == "2:4"
+    assert sum(row.name in line for line in lines for row in result.layers) == 3 * 7
+    assert result.perplexity == {}
+
+
+def test_documents_and_tokens(source, text, tmp_path):
+    """The same windows give the same bytes, whether from documents or tokens."""
+    prune(source, tmp_path / "name", CONFIG, dataset=text, **SMALL)
+    prune(source, tmp_path / "texts", CONFIG, dataset=[TEXT], **SMALL)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    windows = data.calibration_windows(tokenizer, data.read_text(str(text), part="calibration"), **SMALL, seed=0)
+    result = prune(source, tmp_path / "tokens", CONFIG, dataset=windows.ids)
+    assert shards(tmp_path / "name") == shards(tmp_path / "texts") == shards(tmp_path / "tokens")
+    assert (result.report.data.windows, result.report.data.seqlen) == (6, 32)
+
+
+def test_perplexity(source, text, tmp_path):
+    result = prune(source, tmp_path / "out", CONFIG, dataset=text, **SMALL, evaluate=text, eval_windows=2)
+    assert set(result.perplexity[str(text)]) == {"dense", "sparsefw"}
+
+
+class TestInMemory:
+    def test_pruned_in_place_as_from_disk(self, source, text, tmp_path):
+        prune(source, tmp_path / "disk", CONFIG, dataset=text, **SMALL)
+        model = AutoModelForCausalLM.from_pretrained(source)
+        result = prune(model, tmp_path / "memory", CONFIG, dataset=text, **SMALL)
+        assert result.output == tmp_path / "memory"
+        disk, memory = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("disk", "memory"))
+        for a, b, c in zip(disk.parameters(), memory.parameters(), model.parameters(), strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+
+    def test_without_an_output_or_a_tokenizer(self, source, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(source)
+        model.config._name_or_path = model.name_or_path = ""
+        ids = torch.randint(2, 200, (6, 32), generator=torch.Generator().manual_seed(0))
+        result = prune(model, config=CONFIG, dataset=ids)
+        assert result.output is None
+        assert (model.model.layers[0].mlp.up_proj.weight == 0).float().mean() > 0.5
+        with pytest.raises(InputError, match="tokenizer: the model in memory was not loaded from a checkpoint"):
+            prune(model, config=CONFIG, dataset=[TEXT], **SMALL)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        assert prune(model, config=CONFIG, dataset=[TEXT], **SMALL, tokenizer=tokenizer).layers
+
+    def test_only_layers_are_changed(self, source):
+        """A parameter of another dtype than the checkpoint's would come back rounded."""
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+        norm = model.model.norm
+        norm.weight = torch.nn.Parameter(torch.full_like(norm.weight, 1.0001234, dtype=torch.float32))
+        ids = torch.randint(2, 200, (6, 32), generator=torch.Generator().manual_seed(0))
+        prune(model, config=PruneConfig(kernel="torch", method="wanda", ignore="down_proj"), dataset=ids)
+        assert norm.weight.dtype == torch.float32
+        assert (norm.weight == 1.0001234).all()
+        assert (model.model.layers[1].mlp.down_proj.weight != 0).all()
+        assert (model.model.layers[1].mlp.up_proj.weight == 0).float().mean() > 0.5
+
+
+def test_numbers_of_numpy_are_numbers(source, text, tmp_path):
+    config = PruneConfig(kernel="torch", sparsity=np.float64(0.5), steps=np.int64(3), alpha=np.float32(0.5))
+    assert (config.sparsity, config.steps, config.alpha) == ("0.5", 3, 0.5)
+    result = prune(
+        source, tmp_path / "out", config, dataset=text, nsamples=np.int64(6), seqlen=np.int32(32), seed=np.int64(1),
+        host_memory=np.float32(4),
+    )  # fmt: skip
+    assert result.report.arguments["host_memory"] == 4.0
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            (dict(dataset=torch.zeros(4, dtype=torch.int64)), r"dataset: expected tokens \(windows, seqlen\)"),
+            (dict(dataset=torch.zeros(4, 8, dtype=torch.int64), nsamples=3), "nsamples 3: the tokens have 4"),
+            (dict(dataset=torch.zeros(4, 8), nsamples=None, seqlen=None), "token ids: "),
+            (
+                dict(dataset=torch.ones(2, 65, dtype=torch.int64), nsamples=None, seqlen=None),
+                "the model takes 64 at most",
+            ),
+            (dict(dataset=[]), "texts: empty"),
+            (dict(evaluate=TEXT), "not the name of a text; from Python, give documents as a list"),
+            (dict(steps=-1), "--steps -1: expected at least 0"),
+            (dict(host_memory=-1), "--host-memory -1: expected at least 0"),
+            (dict(nsamples=0), "--nsamples 0: expected at least 1"),
+            (dict(sparsity="2:1"), "--sparsity 2:1"),
+            (dict(sparsity="0.5\n"), r"--sparsity 0.5\\n: expected"),
+            (dict(steps=10**20), "--steps 100000000000000000000: expected at least 0 and at most 1000000"),
+            (dict(overwrite="no"), "--overwrite no: expected True or False"),
+        ],
+    )
+    def test_in_one_line(self, arguments, match, source, text, tmp_path):
+        with pytest.raises(InputError, match=match) as refused:
+            prune(source, tmp_path / "out", **(dict(dataset=text, **SMALL, kernel="torch") | arguments))
+        assert len(str(refused.value).splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+
+    def test_arguments(self, source, tmp_path):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'stepps'"):
+            prune(source, tmp_path / "out", stepps=3)
+        with pytest.raises(TypeError, match="a config and 'steps'"):
+            prune(source, tmp_path / "out", CONFIG, steps=3)
+        with pytest.raises(TypeError, match="config: expected a PruneConfig, got str"):
+            prune(source, tmp_path / "out", "2:4")
+        with pytest.raises(TypeError, match="dataset: expected a name"):
+            prune(source, tmp_path / "out", CONFIG, dataset=5)
+        with pytest.raises(TypeError, match="evaluate: expected names"):
+            prune(source, tmp_path / "out", CONFIG, evaluate=5)
+        with pytest.raises(InputError, match="output: "):
+            prune(source)
+        with pytest.raises(InputError, match="model: expected a folder"):
+            prune(torch.nn.Linear(2, 2), config=CONFIG, dataset=torch.zeros(2, 8, dtype=torch.int64))
+
+
+def test_importing_the_package_takes_nothing_along():
+    program = "import sys, sparsefw; dir(sparsefw); assert not {'torch', 'triton', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_names_of_the_package():
+    import sparsefw
+
+    assert set(sparsefw.__all__) <= set(dir(sparsefw))
+    assert sparsefw.prune is prune
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = sparsefw.nothing
