@@ -1,19 +1,33 @@
-.PHONY: lint format test test-gpu bench bench-once
+.PHONY: lint format test test-all test-gpu versions bench bench-once
+
+# Workers of pytest: one a core, and one thread each (conftest.py).
+WORKERS ?= auto
 
 lint:
 	ruff check .
 	ruff format --check .
+	mypy
 
 format:
 	ruff check --fix .
 	ruff format .
 
+# A minute on two cores: all but what is marked slow.
 test:
-	pytest
+	pytest -q -n $(WORKERS) -m "not gpu and not slow"
 
-# The whole of the kernel and solver tests on the GPU, and those that only make sense there.
+# All that needs no GPU: minutes. A file goes to one worker, so that what its tests share (compiled kernels, pruned models)
+# is made once; in the order of the files, or the longest one, which has few tests, would come last.
+test-all:
+	pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# The whole of the kernel and solver tests on the GPU, and those that only make sense there. One process: one GPU.
 test-gpu:
 	pytest -m "gpu or not gpu"
+
+# The fast tests with the oldest and the newest versions that setup.py allows: downloads gigabytes.
+versions:
+	tests/versions.sh
 
 bench:
 	pytest bench/kernels/bench_*.py bench/runs/bench_*.py

@@ -1,0 +1,106 @@
+"""The content of the wheel and of the source archive, built offline from a copy of the repository."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+REPO = next(folder for folder in Path(__file__).resolve().parents if (folder / "setup.py").exists())
+DATA = {"sparsefw/py.typed", "sparsefw/report/page.html"}
+
+
+def call(*command: str | Path, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def build_wheel(source: Path, folder: Path) -> Path:
+    # Without isolation pip downloads nothing, and uses the setuptools of the extra "test".
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    call(*pip, "--wheel-dir", folder, source, cwd=source)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def package_files(names: list[str]) -> set[str]:
+    """Files of the package, without the metadata."""
+    return {name for name in names if name.startswith("sparsefw/") and not name.endswith("/")}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """The repository without what earlier builds and tests have left, which setuptools would pick up."""
+    folder = tmp_path_factory.mktemp("packaging") / "repository"
+    skipped = shutil.ignore_patterns(".git", "*.egg-info", "build", "dist", "__pycache__", ".*_cache", ".venv")
+    return shutil.copytree(REPO, folder, symlinks=True, ignore=skipped)
+
+
+@pytest.fixture(scope="module")
+def expected(copy) -> set[str]:
+    """The package's files in the repository: modules, kernels, the page and the embedded model."""
+    files = {path.relative_to(copy).as_posix() for path in (copy / "sparsefw").rglob("*.py")}
+    files |= {f"sparsefw/kernels/{path.name}" for path in (copy / "kernels").glob("*.py")}
+    files |= {path.relative_to(copy).as_posix() for path in (copy / "sparsefw/default/model").iterdir()}
+    return files | DATA
+
+
+@pytest.fixture(scope="module")
+def wheel(copy) -> Path:
+    return build_wheel(copy, copy.parent / "wheel")
+
+
+@pytest.fixture(scope="module")
+def archive(copy) -> Path:
+    """The source archive, unpacked."""
+    build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    call(sys.executable, "-c", build, copy.parent, cwd=copy)
+    (packed,) = copy.parent.glob("*.tar.gz")
+    with tarfile.open(packed) as tar:
+        tar.extractall(copy.parent / "unpacked", filter="data")
+    (folder,) = (copy.parent / "unpacked").iterdir()
+    return folder
+
+
+def test_kernels_is_a_link_without_an_init():
+    # transformers imports Hugging Face's package `kernels`. In a process started from the repository a folder with
+    # an __init__.py would be found in its place.
+    assert not (REPO / "kernels/__init__.py").exists()
+    assert (REPO / "sparsefw/kernels").readlink() == Path("../kernels")
+
+
+def test_wheel(wheel, expected):
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+    assert package_files(names) == expected
+    # Nothing beside the package: no tests, no top-level `kernels` over Hugging Face's.
+    assert {name.split("/")[0] for name in names} == {"sparsefw", f"{wheel.name.split('-py3')[0]}.dist-info"}
+
+
+def test_source_archive(archive, expected):
+    names = [path.relative_to(archive).as_posix() for path in archive.rglob("*") if path.is_file()]
+    assert package_files(names) == expected
+    # The link has become a folder, as wheels have it.
+    assert not (archive / "sparsefw/kernels").is_symlink()
+    top = {path.name for path in archive.iterdir()} - {"sparsefw.egg-info", "setup.cfg", "PKG-INFO"}
+    assert top == {"sparsefw", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"}
+
+
+def test_wheel_of_the_source_archive_is_the_same(wheel, archive):
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(build_wheel(archive, archive.parent / "wheel")) as other:
+        assert sorted(one.namelist()) == sorted(other.namelist())
+
+
+def test_wheel_starts_elsewhere(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path)
+    where = "import sparsefw.run, sparsefw.kernels.launch as launch; print(launch.__file__, sparsefw.__version__)"
+    printed = call(sys.executable, "-c", where, cwd=tmp_path)
+    assert printed.split() == [str(tmp_path / "sparsefw/kernels/launch.py"), wheel.name.split("-")[1]]
