@@ -1,0 +1,248 @@
+"""The documents are true of the code: links, files, commands, flags and defaults, Python examples, the tree."""
+
+import importlib
+import importlib.util
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsefw.cli import run_parser
+from sparsefw.flags import flag_of
+from sparsefw.inputs import Inputs, config_for
+from sparsefw.solver import PruneConfig
+
+REPO = next(folder for folder in Path(__file__).resolve().parents if (folder / "setup.py").exists())
+README, FLAGS, ARCHITECTURE = (REPO / name for name in ("README.md", "docs/flags.md", "docs/architecture.md"))
+PAGES = [README, REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").glob("*.md"))]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+# Flags of older versions, which the documents may name.
+REMOVED = {"--allocation"}
+
+# Options of `run` that are no field of Inputs or PruneConfig.
+OUTPUT_FLAGS = {"--gpu-memory", "--host-memory", "--output", "--overwrite", "--restart"}
+
+# The fields of Inputs and PruneConfig by their flag.
+FIELDS = {flag_of(f.name): f for f in (*fields(Inputs), *fields(PruneConfig))}
+
+
+def is_package(path: Path) -> bool:
+    return (path / "__init__.py").exists()
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def code_blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL)
+
+
+def code_spans(page: Path) -> list[str]:
+    """`Code` inside the text, without the blocks."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL))
+
+
+def commands(page: Path) -> list[str]:
+    """Every line of a block and every span of code that could be a command."""
+    lines = [line.split("#")[0] for block in code_blocks(page, r"\w*") for line in block.splitlines()]
+    return [*lines, *code_spans(page)]
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that links give to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", text_of(page))
+    for link in links:
+        if link.startswith(("https:", "http:")):
+            continue
+        name, _, heading = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not heading or heading in anchors(target), link
+
+
+@every_page
+def test_files_that_are_named_exist(page):
+    packages = "|".join(path.name for path in (REPO / "sparsefw").iterdir() if is_package(path))
+    folders = rf"(?:kernels|sparsefw|bench|tests|docs|{packages})"
+    named = re.findall(rf"(?<![\w/.]){folders}/[\w/.-]*\.(?:py|sh|md|json|png)\b", text_of(page))
+    # NAME stands for any name; files of the package may be named without "sparsefw/".
+    missing = [name for name in named if not (REPO / name).exists() and not (REPO / "sparsefw" / name).exists()]
+    assert [name for name in missing if "NAME" not in name] == []
+
+
+@every_page
+def test_make_targets_exist(page):
+    targets = {match[1] for line in commands(page) if (match := re.match(r"\s*make ([\w-]+)", line))}
+    assert targets <= set(re.findall(r"^([\w-]+):", text_of(REPO / "Makefile"), re.MULTILINE))
+
+
+def options(command: str, capsys: pytest.CaptureFixture) -> set[str]:
+    """The options that a command's --help lists; the plan takes those of a run, too."""
+    with pytest.raises(SystemExit):
+        importlib.import_module(command).main(["--help"])
+    own = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
+    return own | (options("sparsefw.run", capsys) if command == "sparsefw.plan" else set())
+
+
+@every_page
+def test_flags_of_commands_exist(page, capsys):
+    for line in commands(page):
+        for command, arguments in re.findall(r"python -m (sparsefw[\w.]*)([^|&]*)", line):
+            assert importlib.util.find_spec(command), line
+            flags = set(re.findall(r"(?<!\S)--[a-z][\w-]*", arguments))
+            assert not flags or flags <= options(command, capsys), line
+
+
+@every_page
+def test_flags_that_are_named_exist(page, capsys):
+    # Spans of code that begin with a flag name flags of the product.
+    named = {flag for span in code_spans(page) if span.startswith("--") for flag in re.findall(r"--[a-z][\w-]*", span)}
+    known = options("sparsefw.plan", capsys) | options("sparsefw.verify", capsys) | REMOVED
+    assert named <= known
+
+
+def flag_rows(page: Path) -> dict[str, str]:
+    """The flags in the tables | flag | default | what |, with the cell of their default."""
+    tables = re.findall(r"^\| flag \| default \| what \|\n\|[ |-]+\|\n((?:\|.*\n)+)", text_of(page), re.MULTILINE)
+    # A bar inside of code is escaped.
+    rows = [re.split(r"(?<!\\)\|", line)[1:3] for table in tables for line in table.splitlines()]
+    return {flag.strip().strip("`"): default.strip() for flag, default in rows}
+
+
+def test_the_flag_table_is_complete():
+    assert flag_rows(FLAGS).keys() == FIELDS.keys() | OUTPUT_FLAGS
+    parser = {option for action in run_parser(None)._actions for option in action.option_strings}
+    assert flag_rows(FLAGS).keys() == parser - {"-h", "--help"}
+
+
+def test_the_readme_gives_the_same_defaults():
+    rows, all_rows = flag_rows(README), flag_rows(FLAGS)
+    assert rows
+    assert rows == {flag: all_rows[flag] for flag in rows}
+
+
+def default_of(flag: str, condition: str, monkeypatch: pytest.MonkeyPatch) -> object:
+    """The default of a flag in a run.
+
+    Args:
+        flag: the flag.
+        condition: the words after the value in the document: "with `--refit 0`", "for the embedded model", "on a GPU".
+    """
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: condition == "on a GPU")
+    inputs = Inputs() if condition == "for the embedded model" else Inputs(model="another")
+    given = dict(re.findall(r"--(\S+) ([^\s`]+)", condition))
+    assert given or condition in ("", "for the embedded model", "on a GPU"), condition
+    options = {name: int(value) if value.isdigit() else value for name, value in given.items()}
+    if flag == "--model":
+        inputs = Inputs()
+    return getattr(inputs if hasattr(inputs, FIELDS[flag].name) else config_for(inputs, options), FIELDS[flag].name)
+
+
+@pytest.mark.parametrize("flag", FIELDS)
+def test_defaults_in_the_flag_table(flag, monkeypatch):
+    # A clause of a cell is a value, followed by the condition that it holds under.
+    for clause in flag_rows(FLAGS)[flag].split("; "):
+        words = {"none": ((), None), "all": ((), None), "off": (False,), "the embedded model": ("default",)}
+        if clause in words:
+            assert default_of(flag, "", monkeypatch) in words[clause]
+            continue
+        value, condition = re.fullmatch(r"`([^`]+)`(?: (.+))?", clause).groups()
+        default = default_of(flag, condition or "", monkeypatch)
+        if isinstance(default, tuple):
+            (default,) = default
+        assert value == (f"{default:g}" if isinstance(default, float) else str(default)), clause
+
+
+CONDITIONS = ("with `--refit 0`", "with `--preset paper`", "on a GPU", "for the embedded model")
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("flag", FIELDS)
+def test_what_a_default_depends_on_is_in_the_flag_table(flag, condition, monkeypatch):
+    if flag != "--model" and flag not in condition:
+        differs = default_of(flag, condition, monkeypatch) != default_of(flag, "", monkeypatch)
+        assert not differs or condition in flag_rows(FLAGS)[flag]
+
+
+# Text in the README's examples, and the text that a test puts in its place.
+SUBSTITUTES = {
+    '"meta-llama/Llama-3.1-8B"': '"default"',
+    'dataset="c4"': 'dataset="default", nsamples=4, seqlen=32, eval_windows=4',
+    'evaluate=["wikitext"]': 'evaluate=["default"]',
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", code_blocks(README, "python"), ids=lambda example: example.split("\n")[0])
+def test_examples_run(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for written, substitute in SUBSTITUTES.items():
+        example = example.replace(written, substitute)
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    if "result" in names:
+        (perplexity,) = names["result"].perplexity.values()
+        assert perplexity.keys() == {"dense", "sparsefw"}
+        assert (tmp_path / "pruned/report.json").exists()
+    else:
+        assert torch.equal(names["mask"].sum(1), torch.full((64,), 64))
+        assert names["weight"].count_nonzero() <= names["mask"].sum()
+        assert names["errors"].relative_error <= 1
+
+
+def test_the_examples_are_found():
+    examples = code_blocks(README, "python")
+    assert len(examples) == 2
+    # Otherwise the tests would load a model from the Hub.
+    assert all(written in examples[0] for written in SUBSTITUTES)
+
+
+def test_the_tree_names_every_module():
+    (tree,) = [block for block in code_blocks(ARCHITECTURE, "") if block.startswith("kernels/")]
+    named: dict[Path, set[str]] = {}
+    for line in tree.splitlines():
+        indent, name, modules = re.match(r"( *)([a-z]+/)?\s*(.*)", line).groups()
+        if name and not indent:
+            top = folder = REPO / name
+        elif name:
+            folder = top / name
+        # Otherwise the line goes on with the modules of the folder before.
+        named.setdefault(folder, set()).update(modules.split())
+    packages = [path for path in (REPO / "sparsefw").iterdir() if is_package(path)]
+    for folder in (REPO / "kernels", REPO / "sparsefw", *packages):
+        modules_there = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+        if folder in packages:
+            modules_there |= {path.name for path in folder.iterdir() if is_package(path)}
+        assert named[folder] == modules_there, folder.name
+
+
+def exports() -> list[tuple[str, str]]:
+    """Package and name of everything that the table of packages lets others use."""
+    rows = re.findall(r"^\| `(sparsefw[.\w]*)` \|[^|]*\|([^|]*)\|$", text_of(ARCHITECTURE), re.MULTILINE)
+    return [(package, name) for package, names in rows for name in re.findall(r"`([\w.]+)`", names)]
+
+
+@pytest.mark.parametrize(("package", "name"), exports())
+def test_exports_exist(package, name):
+    *modules, name = name.split(".")
+    assert hasattr(importlib.import_module(".".join([package, *modules])), name)
+
+
+def test_every_package_is_described():
+    described = set(re.findall(r"^\| `sparsefw\.(\w+)` \|", text_of(ARCHITECTURE), re.MULTILINE))
+    packages = {path.name for path in (REPO / "sparsefw").iterdir() if is_package(path)}
+    assert described == packages | {"kernels"}
+
+
+def test_picture_is_small():
+    assert (REPO / "docs/report.png").stat().st_size < 150_000
