@@ -143,7 +143,13 @@ def prune(
             tokenizer = in_memory.tokenizer_of(model)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        report = run(folder, pruned, tokenizer)
+        try:
+            report = run(folder, pruned, tokenizer)
+        except BaseException as error:
+            if output_folder is None:
+                # They say that the run can go on, and what it has finished is gone.
+                getattr(error, "__notes__", []).clear()
+            raise
         in_memory.load_layers(model, pruned, [layer.name for layer in report.layers_of(config.method)])
     if output_folder is None:
         report = replace(report, arguments=report.arguments | {"output": None})

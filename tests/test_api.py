@@ -88,6 +88,14 @@ class TestInMemory:
         tokenizer = AutoTokenizer.from_pretrained(source)
         assert prune(model, config=CONFIG, dataset=[TEXT], **SMALL, tokenizer=tokenizer).layers
 
+    def test_a_failed_run_promises_nothing(self, source):
+        model = AutoModelForCausalLM.from_pretrained(source)
+        model.model.layers[2].mlp.up_proj.weight.data[0, 0] = torch.nan
+        ids = torch.randint(2, 200, (6, 32), generator=torch.Generator().manual_seed(0))
+        with pytest.raises(InputError, match=r"layers.2.mlp.up_proj.weight: holds 1 NaN") as failed:
+            prune(model, config=CONFIG, dataset=ids)
+        assert not getattr(failed.value, "__notes__", [])
+
     def test_only_layers_are_changed(self, source):
         """A parameter of another dtype than the checkpoint's would come back rounded."""
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)

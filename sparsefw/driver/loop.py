@@ -155,9 +155,8 @@ def _embed_all(run: Run, calibration: Windows, evaluation: list[Windows], placem
         return {name: states.fork() if n else states for n, name in enumerate(names)}
 
     methods = [*run.config.methods]
-    calibrated = [DENSE, *methods] if run.config.uses_dense_target else methods
-    evaluated = [(windows, start(windows, [DENSE, *methods])) for windows in evaluation]
-    return _AllStates(start(calibration, calibrated), evaluated)
+    calibrated = start(calibration, [DENSE, *methods] if run.config.uses_dense_target else methods)
+    return _AllStates(calibrated, [(windows, start(windows, [DENSE, *methods])) for windows in evaluation])
 
 
 def _prune_methods(
