@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import quality
@@ -151,6 +152,14 @@ class TestBaselines:
         config = PruneConfig(sparsity="layer:0.6")
         with pytest.raises(InputError, match="same budget in every row"):
             list(prune_layers([("q", normal(7, 24))], gram(24), method, config, TORCH))
+
+
+def test_committed_results_are_read_and_printed(capsys):
+    results = Path(quality.__file__).parents[1] / "results" / "smollm2-quality.json"
+    quality.main(["--table", "--results", str(results), "--patterns", "0.6"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("Sparsity 0.6, 64 calibration windows")
+    assert "| the default | 36.37 | 82.44 |" in printed
 
 
 def test_curves_start_at_the_warm_start_and_fall():
