@@ -195,9 +195,7 @@ def _with_layers(shape: BlockShape, counts: Counter[str]) -> BlockShape:
         for layer in shape.layers
         if counts[layer.name]
     )
-    # As in the run: if layers that stay dense come last, no layer's output is the block's.
-    ends = bool(layers) and layers[-1].name == shape.all_layers[-1].name
-    return replace(shape, layers=layers, ahead=ends and _moves_early(layers))
+    return replace(shape, layers=layers, ahead=_moves_early(layers))
 
 
 def _moves_early(layers: Iterable[LayerShape]) -> bool:

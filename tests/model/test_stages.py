@@ -1,5 +1,6 @@
 """Stages: which layers are pruned together, and how much of the block each of them runs."""
 
+import copy
 import functools
 
 import pytest
@@ -103,6 +104,35 @@ class TestStages:
             capture(block, run, [0], backend=TORCH, stage=stage)
             reached.append(len(used))
         assert reached == [3, 4, 6, 7]
+
+
+class _Unseen(nn.Module):
+    """A layer that writes to the stream, and behind it a product in which no layer is seen."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.proj, self.experts = nn.Linear(8, 8, bias=False), nn.Parameter(torch.randn(2, 8, 8))
+        self.first, self.second = first, second
+
+    def forward(self, h):
+        h = self.first(h, self.proj(h.tanh()))
+        return self.second(h, torch.bmm(h.expand(2, -1, -1), self.experts).sum(0))
+
+
+@pytest.mark.parametrize("add", [torch.add, torch.Tensor.__add__, lambda x, y: y + x], ids=["add", "left", "right"])
+def test_a_sum_that_is_read_is_not_followed_any_further(add):
+    """The block's output depends on what the layer puts out: it is not the layer's to repair."""
+    torch.manual_seed(0)
+    dense, X = _Unseen(add, add), torch.randn(5, 8)
+    pruned = copy.deepcopy(dense)
+    pruned.proj.weight.data[:, ::2] = 0
+    run, run_dense = (lambda j: pruned(X)), (lambda j: dense(X))
+    (stage,) = stages(pruned, lambda: run(0))
+    assert (stage.final, stage.moves) == (True, True)
+    outputs = dense_outputs(dense, run_dense, stage)
+    captured = capture(pruned, run, range(1), backend=TORCH, stage=stage, dense=outputs)
+    gap = X.tanh() @ (dense.proj.weight - pruned.proj.weight).T
+    torch.testing.assert_close(captured.crosses["proj.weight"], gap.T @ X.tanh(), rtol=1e-4, atol=1e-5)
 
 
 class _Parallel(nn.Module):

@@ -34,9 +34,6 @@ def survey(block: nn.Module, run: Callable[[], object], selected: Selector = eve
     watch, outputs = Watch(block, selected, record_outputs=True), []
     watch.through(lambda: outputs.append(run()))
     ending = frozenset(name for name in watch.layers if watch.outputs.is_output(outputs[0], name))
-    if watch.last_used not in watch.layers:
-        # A layer that is not selected adds to the stream behind all that are.
-        ending = frozenset()
     return Survey(list(watch.layers.values()), ending)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sparsefw.model.layers.names import is_expert
 
@@ -26,8 +27,10 @@ PASS_ON = {
 class Outputs:
     """Inputs and outputs of layers in one micro-batch.
 
-    A layer's output is its product, or the sum that the product is added to. Outputs of experts are not recorded: an
-    expert sees other tokens in the dense model.
+    A layer's output is its product, or the sum that the product is added to. Once a sum is read by something that does
+    not just pass it on, such as a norm, it is not followed into later sums: they depend on the layer's output by
+    another way, too, and are not the layer's to repair. Outputs of experts are not recorded: an expert sees other
+    tokens in the dense model.
     """
 
     def __init__(self) -> None:
@@ -37,10 +40,12 @@ class Outputs:
         # The layers whose output a tensor is, by the tensor's id. The tensor is held, so that no other one takes its
         # id.
         self._layers_of: dict[int, tuple[Tensor, tuple[str, ...]]] = {}
+        # Ids of those tensors that are not followed any more.
+        self._read: set[int] = set()
 
     def clear(self) -> None:
         """Forget the micro-batch."""
-        for record in (self._inputs, self._outputs, self._layers_of):
+        for record in (self._inputs, self._outputs, self._layers_of, self._read):
             record.clear()
 
     def add_input(self, layer: str, x: Tensor) -> None:
@@ -59,10 +64,18 @@ class Outputs:
         """Record the result of a function as an output, if the function passed outputs on or added them up."""
         # alpha scales one of the summands.
         if function not in PASS_ON or "alpha" in kwargs:
+            self.note_read(args, kwargs, out)
             return
-        for operand, layers in [self._layers_of[id(x)] for x in args[:2] if id(x) in self._layers_of]:
+        followed = [id(x) for x in args[:2] if id(x) in self._layers_of and id(x) not in self._read]
+        for operand, layers in [self._layers_of[key] for key in followed]:
             if out.numel() == operand.numel() and out.shape[-1] == operand.shape[-1]:
                 self.add_output(layers, out)
+
+    def note_read(self, args: tuple, kwargs: dict, out: Any) -> None:
+        """Stop following the tensors that a function made another tensor of."""
+        # Shapes, dtypes and the like are no tensors, and `to` may give back the tensor itself.
+        if isinstance(out, Tensor | tuple) and not isinstance(out, torch.Size):
+            self._read.update(id(x) for x in tree_leaves((args, kwargs)) if id(x) in self._layers_of and x is not out)
 
     def output_of(self, layer: str) -> Tensor | None:
         """A layer's output, (tokens, out); None if there is none, or if it has been written to."""

@@ -49,22 +49,20 @@ class Progress:
         """Begin with another micro-batch."""
         self._complete = self.over = False
 
-    def includes(self, layer: str, *, input_known: bool, left_out: bool) -> bool:
+    def includes(self, layer: str, *, input_known: bool) -> bool:
         """Whether a layer belongs to the stage; asked before the layer is used.
 
         Args:
             layer: its name inside the block.
             input_known: whether a layer of the stage has read the same input before.
-            left_out: whether the layer could be pruned and is not selected. Behind the final stage there may be such
-                layers: the outputs of the stage are over then, too.
 
         Raises:
             StageIsOver: the stage is complete, and this layer reads another input.
         """
         if self._stage is None or input_known or self._stage.key == kind_of(layer):
             return True
-        if self._complete and (left_out or not self._stage.final):
-            if not self._run_on and not self._stage.final:
+        if self._complete and not self._stage.final:
+            if not self._run_on:
                 raise StageIsOver
             self.over = True
         return False

@@ -66,7 +66,6 @@ class Watch(TorchFunctionMode):
     Attributes:
         layers: all layers seen so far by name, in the order of use.
         ignored: names of the layers that were seen and not selected.
-        last_used: name of the layer that was seen last, selected or not.
         outputs: inputs and outputs of layers in the last micro-batch.
     """
 
@@ -88,7 +87,6 @@ class Watch(TorchFunctionMode):
         # Inputs that layers of the micro-batch have read, by the tensor's id.
         self._inputs: dict[int, _Input] = {}
         self.outputs = Outputs()
-        self.last_used: str | None = None
 
     @property
     def ignored(self) -> list[str]:
@@ -112,6 +110,7 @@ class Watch(TorchFunctionMode):
         out = func(*args, **kwargs)
         if self._record_outputs and not self._progress.over:
             if layer:
+                self.outputs.note_read(args, kwargs, out)
                 self.outputs.add_output((layer,), out)
             else:
                 self.outputs.follow(func, args, kwargs, out)
@@ -134,12 +133,9 @@ class Watch(TorchFunctionMode):
             return None
         prunable = not KEPT_DENSE.search(name)
         selected = prunable and self._selected(name)
-        if prunable:
-            self.last_used = name
         if prunable and not selected:
             self._ignored[name] = None
-        known, left_out = id(X) in self._inputs, prunable and not selected
-        if not self._progress.includes(name, input_known=known, left_out=left_out) or not prunable:
+        if not self._progress.includes(name, input_known=id(X) in self._inputs) or not prunable:
             return None
         # The Gram matrix is named after the first layer that reads the input, selected or not. So all experts agree on
         # the name, whichever of them are selected.
