@@ -4,9 +4,8 @@ The driver is imported inside `prune`, after the config is made. Triton decides 
 interprets its kernels, and the config settles that.
 """
 
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,26 +132,9 @@ def prune(
         return PruneResult(run(_locate(inputs), output_folder, tokenizer), output_folder)
 
     from sparsefw import in_memory
-    from sparsefw.checkpoint import check_output
 
-    with tempfile.TemporaryDirectory(prefix="sparsefw-") as scratch:
-        folder, pruned = Path(scratch) / "model", output_folder or Path(scratch) / "pruned"
-        check_output(pruned, folder, overwrite)
-        in_memory.save(model, folder)
-        if tokenizer is None and (not isinstance(dataset, Tensor) or inputs.evaluate):
-            tokenizer = in_memory.tokenizer_of(model)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        try:
-            report = run(folder, pruned, tokenizer)
-        except BaseException as error:
-            if output_folder is None:
-                # They say that the run can go on, and what it has finished is gone.
-                getattr(error, "__notes__", []).clear()
-            raise
-        in_memory.load_layers(model, pruned, [layer.name for layer in report.layers_of(config.method)])
-    if output_folder is None:
-        report = replace(report, arguments=report.arguments | {"output": None})
+    tokenized = isinstance(dataset, Tensor) and not inputs.evaluate
+    report = in_memory.prune_in_place(model, run, config.method, output_folder, overwrite, tokenizer, tokenized)
     return PruneResult(report, output_folder)
 
 

@@ -1,7 +1,8 @@
 """Models in memory: pruned through a checkpoint in a temporary folder, with their layers changed in place."""
 
-import re
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,9 +10,51 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from sparsefw import checkpoint, data
 from sparsefw.errors import InputError
+from sparsefw.report import Report
+from sparsefw.solver.selection import without_index
 
-# The index of an expert that is a slice of a stacked parameter.
-_INDEX = re.compile(r"\[\d+\]$")
+
+def prune_in_place(
+    model: PreTrainedModel,
+    run: Callable[[Path, Path, PreTrainedTokenizerBase | None], Report],
+    method: str,
+    output: Path | None,
+    overwrite: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+    tokenized: bool,
+) -> Report:
+    """Prune a model in memory.
+
+    Args:
+        model: the model; its layers are changed in place.
+        run: prunes the checkpoint in a folder into another folder, with a tokenizer.
+        method: the method whose weights are written.
+        output: folder for the pruned checkpoint; None for none.
+        overwrite: whether an older checkpoint there may be replaced.
+        tokenizer: the model's tokenizer; None: the one beside the checkpoint that it was loaded from.
+        tokenized: whether no text has to be tokenized.
+
+    Raises:
+        InputError: it is no model of transformers, no tokenizer is known, or as `run`.
+    """
+    with tempfile.TemporaryDirectory(prefix="sparsefw-") as scratch:
+        folder, pruned = Path(scratch) / "model", output or Path(scratch) / "pruned"
+        # Before the model is written, which takes a while.
+        checkpoint.check_output(pruned, folder, overwrite)
+        save(model, folder)
+        if tokenizer is None and not tokenized:
+            tokenizer = tokenizer_of(model)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        try:
+            report = run(folder, pruned, tokenizer)
+        except BaseException as error:
+            if output is None:
+                # Its notes promise that the run can go on, and the folder is gone with what was finished.
+                getattr(error, "__notes__", []).clear()
+            raise
+        load_layers(model, pruned, [layer.name for layer in report.layers_of(method)])
+    return report if output else replace(report, arguments=report.arguments | {"output": None})
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
@@ -53,7 +96,7 @@ def load_layers(model: PreTrainedModel, folder: Path, layers: Iterable[str]) -> 
     """
     pruned = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).named_parameters())
     own = dict(model.named_parameters())
-    for name in dict.fromkeys(_INDEX.sub("", layer) for layer in layers):
+    for name in dict.fromkeys(map(without_index, layers)):
         # A model without its head has no prefix either.
         parameter = own.get(name, own.get(name.removeprefix(f"{model.base_model_prefix}.")))
         if parameter is None or parameter.shape != pruned[name].shape:

@@ -71,7 +71,7 @@ def test_imports_point_down(module):
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    """Of a package that names are taken from, its `__init__` is left out: it imports all of it."""
+    """An `__init__` is left out: it imports all modules of its package."""
     paths = modules()
     edges = {
         module: {other for name in imported(path) for other in paths if f"{name}.".startswith(f"{other}.")}

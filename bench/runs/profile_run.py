@@ -1,4 +1,4 @@
-"""Where the time of a run goes, operation by operation: `python bench/runs/profile_run.py` with the run's own flags.
+"""The time of a run, operation by operation: `python bench/runs/profile_run.py` with the run's own flags.
 
 All threads are counted together, and so are kernels on a GPU.
 """

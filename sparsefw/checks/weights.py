@@ -175,7 +175,7 @@ def _check_pattern(check: Check, claims: Claims, layer: LayerResult, W: Tensor) 
     """Check that no part of W (rows, d) has more nonzero weights than it may keep."""
     check.count += 1
     expected = claims.kept_in(layer)
-    # Of weights that were zero and stay zero, fewer may be left than the pattern keeps.
+    # Fewer weights than the pattern keeps may be left where the source's zeros stay zero.
     if layer.kept > expected or (layer.kept < expected and not claims.keeps_zeros):
         check.fail(layer.name, f"keeps {layer.kept} of {W.numel()} by the report, which the pattern does not")
     width, kept = claims.kept_in_parts(layer)

@@ -42,7 +42,7 @@ BY_CONTENT = {"model", "dataset", "evaluate"}
 
 @dataclass(frozen=True)
 class Output:
-    """Where a run writes, and its memory limits.
+    """The output folder of a run, and its memory limits.
 
     Attributes:
         folder: folder of the pruned checkpoint.

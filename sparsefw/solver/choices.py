@@ -1,4 +1,4 @@
-"""What each method chooses for rows that read the same input: masks, and weights where it changes them."""
+"""The function of each method: it chooses masks, and weights if it changes them, for rows that read one input."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -165,7 +165,7 @@ def _sparsegpt(rows: Rows, config: PruneConfig) -> tuple[Tensor, Tensor]:
     return sparsegpt.prune(rows.W, rows.G, config.pattern, support=rows.support)
 
 
-# What each method of METHODS does: called with rows, config and backend.
+# The function of each method in METHODS, called with rows, config and backend.
 CHOOSE: dict[str, Callable[[Rows, PruneConfig, Backend], Choice]] = {
     "sparsefw": choose_frank_wolfe,
     "sparsegpt": choose_weights(_sparsegpt),

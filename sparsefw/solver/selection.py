@@ -27,7 +27,12 @@ def matches(pattern: str, layer: str) -> bool:
     if pattern.startswith(REGEX):
         return re.match(pattern.removeprefix(REGEX), name) is not None
     part = f".{pattern.removesuffix('.weight')}."
-    return part in f".{name}." or part in f".{_INDEX.sub('', name)}."
+    return part in f".{name}." or part in f".{without_index(name)}."
+
+
+def without_index(layer: str) -> str:
+    """The name of the parameter that a layer is, or is a slice of."""
+    return _INDEX.sub("", layer)
 
 
 def selected(layer: str, include: Iterable[str], ignore: Iterable[str]) -> bool:

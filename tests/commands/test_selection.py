@@ -1,0 +1,71 @@
+"""`--include`, `--ignore` and `--keep-zeros` through whole runs."""
+
+import json
+
+import pytest
+import torch
+from helpers.commands import run, tensors_of
+from helpers.families import save_model
+from safetensors.torch import load_file, save_file
+
+from sparsefw.verify import main as verify_main
+
+
+class TestSelection:
+    def test_what_is_ignored_stays_as_it_was(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama", torch.bfloat16)
+        flags = ["--ignore", "down_proj", "--ignore", "re:model.layers.1.self_attn", "--sparsity", "2:4"]
+        assert run(source, text, tmp_path / "out", *flags) == 0
+        before, after = tensors_of(source), tensors_of(tmp_path / "out")
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        ignored = {name for name in before if "down_proj" in name or "layers.1.self_attn" in name}
+        pruned = {name for name in before if "_proj" in name} - ignored
+        assert {row["name"] for row in report["layers"]} == pruned
+        assert set(report["kept_dense"]) == ignored
+        assert all(torch.equal(before[name], after[name]) == (name not in pruned) for name in before)
+        assert verify_main([str(tmp_path / "out")]) == 0
+        out = capsys.readouterr().out
+        assert "kept dense: " in out
+
+    @pytest.mark.parametrize("target", ["dense", "layer"])
+    def test_one_block_alone(self, target, tmp_path, text):
+        """Other blocks stay as they were; the errors are those of a model whose other blocks are dense."""
+        source = save_model(tmp_path / "model", "llama")
+        assert run(source, text, tmp_path / "out", "--include", "layers.1", "--target", target) == 0
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert len(report["layers"]) == 7
+        assert all(".layers.1." in row["name"] for row in report["layers"])
+        before, after = tensors_of(source), tensors_of(tmp_path / "out")
+        assert {n for n in before if not torch.equal(before[n], after[n])} == {row["name"] for row in report["layers"]}
+
+    @pytest.mark.parametrize(
+        "flags", [["--sparsity", "2:4"], ["--method", "sparsegpt", "--sparsity", "0.1"]], ids=" ".join
+    )
+    def test_fewer_weights_than_the_pattern_keeps_are_as_they_should_be(self, flags, tmp_path, text):
+        """A group with more zeros than the pattern removes has fewer weights left than the pattern keeps."""
+        source = save_model(tmp_path / "model", "llama")
+        for path in source.glob("*.safetensors"):
+            tensors = load_file(path)
+            for name, weight in tensors.items():
+                if "_proj" in name:
+                    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.3] = 0
+            save_file(tensors, path, metadata={"format": "pt"})
+        assert run(source, text, tmp_path / "out", "--keep-zeros", *flags) == 0
+        assert verify_main([str(tmp_path / "out")]) == 0
+
+    @pytest.mark.slow
+    def test_zeros_stay(self, tmp_path, text):
+        source = save_model(tmp_path / "model", "llama")
+        assert run(source, text, tmp_path / "half", "--sparsity", "2:4", "--refit", "0") == 0
+        half = tensors_of(tmp_path / "half")
+        zeros = {name: weight == 0 for name, weight in half.items() if "_proj" in name}
+        revived = {}
+        for flags in ([], ["--keep-zeros"]):
+            output = tmp_path / f"out{len(flags)}"
+            assert run(tmp_path / "half", text, output, "--sparsity", "0.6", *flags) == 0
+            after = tensors_of(output)
+            revived[len(flags)] = sum((after[name][zero] != 0).sum().item() for name, zero in zeros.items())
+            assert all((after[n] != 0).sum() <= after[n].numel() * 0.42 for n in zeros)
+            assert verify_main([str(output)]) == 0
+        assert revived[0] > 0
+        assert revived[1] == 0

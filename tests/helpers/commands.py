@@ -1,0 +1,22 @@
+"""Small runs through the command line."""
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sparsefw.run import main
+
+TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(200))
+SMALL = ["--nsamples", "6", "--seqlen", "32", "--kernel", "torch"]
+
+
+def run(model: Path, text: Path, output: Path, *flags: str) -> int:
+    """The exit status of a run on few windows and in few steps."""
+    steps = [] if "--method" in flags else ["--steps", "4"]
+    return main(["--model", str(model), "--dataset", str(text), "--output", str(output), *SMALL, *steps, *flags])
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint."""
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
