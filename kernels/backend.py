@@ -59,6 +59,10 @@ class Backend:
         """E G, (rows, d) fp32; see `naive.product`."""
         return self.operations.product(E, G, precision=self.precision, out=out)
 
+    def product_transposed(self, E: Tensor, C: Tensor) -> Tensor:
+        """E C^T, (rows, d) fp32, for any square matrix C; see `naive.product_transposed`."""
+        return self.operations.product_transposed(E, C, precision=self.precision)
+
     def exact_product(self, E: Tensor, G: Tensor) -> Tensor:
         """E G, (rows, d) fp32, as good as in fp32."""
         return self.operations.product(E, G, precision=self.exact_precision)

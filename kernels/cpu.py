@@ -53,6 +53,11 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
     return torch.mm(round_operand(E, precision), round_operand(G, precision), out=out)
 
 
+def product_transposed(E: Tensor, C: Tensor, *, precision: str = "ieee") -> Tensor:
+    """E C^T. See `naive.product_transposed`."""
+    return product(E, C.T, precision=precision)
+
+
 def gradient(W: Tensor, M: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None) -> Tensor:
     """-2 W * ((W * (1 - M)) G). See `naive.gradient`."""
     W = W.float()

@@ -80,6 +80,17 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
     return EG if out is None else out.copy_(EG)
 
 
+def product_transposed(E: Tensor, C: Tensor, *, precision: str = "ieee") -> Tensor:
+    """E C^T, (rows, d) fp32, for a matrix that need not be symmetric.
+
+    Args:
+        E: (rows, d), fp32 / bf16 / fp16.
+        C: (d, d), fp32 or bf16.
+        precision: rounding of both operands, see `round_operand`.
+    """
+    return product(E, C.T, precision=precision)
+
+
 def gradient(W: Tensor, M: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None) -> Tensor:
     """Gradient of error(M) with respect to M: -2 W * ((W * (1 - M)) G), (rows, d) fp32.
 

@@ -224,3 +224,11 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
             enable_fp_fusion=True, **options, **config,
         )  # fmt: skip
     return out
+
+
+def product_transposed(E: Tensor, C: Tensor, *, precision: str = "ieee") -> Tensor:
+    """E C^T, accumulated in fp32: `naive.product_transposed` up to rounding.
+
+    The kernels read row n of the matrix for column n of the output, which is this product for any matrix.
+    """
+    return product(E, C, precision=precision)

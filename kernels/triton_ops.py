@@ -6,7 +6,7 @@ from .cross import cross_accumulate
 from .gradient import gradient
 from .gram import gram_accumulate
 from .lmo import lmo
-from .product import product
+from .product import product, product_transposed
 from .repeat import repeat
 from .step import row_step
 from .swaps import row_swaps
@@ -22,6 +22,7 @@ __all__ = [
     "gram_accumulate",
     "lmo",
     "product",
+    "product_transposed",
     "repeat",
     "round_operand",
     "row_step",

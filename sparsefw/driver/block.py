@@ -5,10 +5,10 @@ pruned in stages: the inputs of later layers are measured after earlier ones are
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
@@ -17,14 +17,16 @@ from sparsefw.model import HiddenStates, StreamedModel
 from sparsefw.model.layers import (
     KEPT_DENSE,
     Captured,
-    DenseOutputs,
+    Confirmed,
+    Pair,
     Stage,
     capture,
-    dense_outputs,
     kind_of,
+    measure,
     not_pruned,
     slices_of,
     stages,
+    survey,
 )
 from sparsefw.solver import LayerResult, PruneConfig, prune_layers
 
@@ -38,12 +40,16 @@ class Run:
         config: how the model is pruned.
         backend: the operations.
         memory: bytes that the state of one solve may take.
+        kept_width: entries of the widest input that is kept, see `Placement`.
+        confirmed: what is known of running blocks in parts, see `layers.survey`.
     """
 
     model: StreamedModel
     config: PruneConfig
     backend: Backend
     memory: int
+    kept_width: int = 0
+    confirmed: Confirmed = field(default_factory=dict)
 
 
 @dataclass
@@ -52,8 +58,7 @@ class DenseReference:
 
     Attributes:
         block: the block before it is pruned.
-        states: the calibration windows before the block in the dense model. One stage of the block moves them on to
-            the next block, see `layers.Stage`.
+        states: the calibration windows before the block in the dense model. Its stages move them on to the next block.
     """
 
     block: nn.Module
@@ -68,7 +73,8 @@ def prune_block(
     Args:
         run: what all blocks share.
         i: number of the block.
-        states: the calibration windows before the block.
+        states: the calibration windows before the block. With `dense` they move on inside the block, as far as it is
+            pruned for good.
         method: one of METHODS.
         dense: the dense model's block. With it, layers approximate the dense model's outputs.
 
@@ -78,43 +84,52 @@ def prune_block(
     Raises:
         InputError: activations hold NaN or Inf, a layer does not fit the pattern, or the block has no layers.
     """
-    prefix, timeline = run.model.names[i], run.model.timeline
+    timeline = run.model.timeline
     kinds = {kind_of(layer) for layer in _selected_layers(run, i)}
-    if not kinds:
+    order: list[Stage] = []
+    if dense and kinds:
+        with timeline.span("calibrate", i):
+            order = _stages(run, i, states, kinds)
+    if not order:
         if dense:
             # There is no stage to move the dense windows on.
             with timeline.span("calibrate", i):
                 dense.states.advance(i, dense.block)
+        if kinds:
+            # All layers of the block are measured at once.
+            with timeline.span("calibrate", i):
+                captured = _checked(run, i, _capture(run, i, states))
+            yield from _solve(run, i, captured, method)
         return
-    order: list[Stage] = []
-    if dense:
+    assert dense is not None
+    pair = Pair(i, states, dense.states, dense.block)
+    for stage in order:
         with timeline.span("calibrate", i):
-            # The first micro-batch may not reach the experts that are selected: others of their kind stand for them.
-            order = stages(run.model.blocks[i], lambda: states.output(i, 0), lambda name: kind_of(name) in kinds)
-    # Without stages all layers of the block are measured at once.
-    to_measure: list[Stage | None] = [*order] or [None]
-    for stage in to_measure:
-        with timeline.span("calibrate", i):
-            captured = _capture(run, i, states, stage, dense)
-        for gram in dict.fromkeys(layer.gram for layer in captured.layers):
-            layers = [layer for layer in captured.layers if layer.gram == gram]
-            with timeline.span("solve", i):
-                results = list(
-                    prune_layers(
-                        [(f"{prefix}.{layer.name}", layer.weight) for layer in layers],
-                        captured.grams.pop(gram),
-                        method,
-                        run.config,
-                        run.backend,
-                        memory=run.memory,
-                        crosses=[captured.crosses.pop(layer.name, None) for layer in layers],
-                    )
+            keep = stage.keepable and stage.layers[0].weight.shape[1] <= run.kept_width
+            captured = _checked(
+                run, i, measure(stage, pair, backend=run.backend, selected=_selector(run, i), keep=keep)
+            )
+        yield from _solve(run, i, captured, method)
+
+
+def _solve(run: Run, i: int, captured: Captured, method: str) -> Iterator[LayerResult]:
+    """Prune the layers that were measured, those of one input at a time. Their matrices leave memory one by one."""
+    prefix, timeline = run.model.names[i], run.model.timeline
+    for gram in dict.fromkeys(layer.gram for layer in captured.layers):
+        layers = [layer for layer in captured.layers if layer.gram == gram]
+        with timeline.span("solve", i):
+            results = list(
+                prune_layers(
+                    [(f"{prefix}.{layer.name}", layer.weight) for layer in layers],
+                    captured.grams.pop(gram),
+                    method,
+                    run.config,
+                    run.backend,
+                    memory=run.memory,
+                    crosses=[captured.crosses.pop(layer.name, None) for layer in layers],
                 )
-            yield from results
-    if dense and not order:
-        # The first micro-batch has reached no selected layer. So there was no stage to move the dense windows on.
-        with timeline.span("calibrate", i):
-            dense.states.advance(i, dense.block)
+            )
+        yield from results
 
 
 def kept_dense(model: StreamedModel, i: int, pruned: list[LayerResult]) -> list[str]:
@@ -142,45 +157,37 @@ def _selected_layers(run: Run, i: int) -> list[str]:
     ]
 
 
-def _capture(run: Run, i: int, states: HiddenStates, stage: Stage | None, dense: DenseReference | None) -> Captured:
-    """Run `layers.capture` on block i with all calibration windows, and check the Gram matrices."""
-    prefix = run.model.names[i]
-    captured = capture(
+def _stages(run: Run, i: int, states: HiddenStates, kinds: set[str]) -> list[Stage]:
+    """The stages of block i. The first micro-batch shows them."""
+    # It may not reach the experts that are selected: others of their kind stand for them.
+    surveyed = survey(
+        run.model.blocks[i],
+        lambda hidden: states.call(i, 0, hidden),
+        states.hidden[0],
+        lambda name: kind_of(name) in kinds,
+        arguments=states.calls[0][i],
+        confirmed=run.confirmed,
+    )
+    return stages(surveyed)
+
+
+def _capture(run: Run, i: int, states: HiddenStates) -> Captured:
+    """Gram matrices of all layers of block i, by all calibration windows."""
+    return capture(
         run.model.blocks[i],
         partial(states.output, i),
         range(len(states)),
         backend=run.backend,
         selected=_selector(run, i),
-        stage=stage,
-        dense=_dense_outputs(run, i, stage, dense) if dense and stage else None,
     )
-    if dense:
-        dense.states.settle()
+
+
+def _checked(run: Run, i: int, captured: Captured) -> Captured:
+    """The same, if the Gram matrices are finite and there are layers."""
+    prefix = run.model.names[i]
     if not captured.layers and not captured.ignored:
         raise InputError(f"{prefix}: unsupported model: no matrix of this block was seen in a product")
     for gram, G in captured.grams.items():
         # The diagonal bounds all other entries of G.
         check_finite(f"inputs of {prefix}.{gram} (their squares, summed)", G.diagonal())
     return captured
-
-
-def _dense_outputs(run: Run, i: int, stage: Stage, dense: DenseReference) -> DenseOutputs | None:
-    """Outputs of a stage's layers in the dense model; None if the stage compares nothing with them."""
-
-    def block_outputs(j: int) -> Callable[[str], Tensor]:
-        hidden = dense.states.hidden[j]
-        return lambda name: hidden.reshape(-1, hidden.shape[-1])
-
-    def run_dense(j: int) -> None:
-        if stage.moves:
-            dense.states.move(i, j, dense.block)
-        else:
-            dense.states.output(i, j, dense.block)
-
-    if stage.final and not stage.moves:
-        # An earlier stage has run the dense block to its end. Its output is what these layers should put out.
-        return block_outputs
-    # Experts are not compared with the dense model. For them it runs only to move its windows on.
-    if not stage.last and not stage.moves:
-        return None
-    return dense_outputs(dense.block, run_dense, stage, _selector(run, i))

@@ -155,7 +155,7 @@ def run_job(job: Job, say: Callable[[str], None], progress: bool) -> Report:
             say(log.layer_header())
             with tqdm(total=len(model.blocks), unit="block", disable=None if progress else True) as bar:
                 outcome = prune_model(
-                    Run(model, job.config, backend, placement.solver),
+                    Run(model, job.config, backend, placement.solver, placement.kept_width),
                     prepared.calibration,
                     prepared.evaluation,
                     writer,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from sparsefw.estimate.operation import Operation, split
-from sparsefw.estimate.passes import Pass, passes, stages
+from sparsefw.estimate.passes import Pass, cross_rows, passes, stages
 from sparsefw.estimate.solve_flops import solve_operations
 from sparsefw.estimate.workload import PlannedRun
 from sparsefw.kernels import cost
@@ -50,14 +50,14 @@ def _weight_product(tokens: int, rows: int, d: int, itemsize: int) -> Cost:
 def _forward(run: PlannedRun, block: BlockShape, windows_pass: Pass) -> Iterator[Operation]:
     phase, seqlen, itemsize = windows_pass.phase, run.workload.seqlen, run.shape.itemsize
     batches, tokens = -(-windows_pass.windows // run.placement.batch), windows_pass.windows * seqlen
-    for layer in block.all_layers[: windows_pass.layers]:
+    for layer in block.all_layers[windows_pass.first : windows_pass.end]:
         reached = tokens * (run.traits.experts_per_token if layer.experts else 1)
         # A micro-batch of few tokens reaches few experts.
         calls = min(batches * max(1, layer.experts), reached)
         cost_of = partial(_weight_product, rows=layer.rows, d=layer.d, itemsize=itemsize)
         yield Operation(phase, layer.name, run.weight_unit, calls, split(cost_of, reached, calls))
     attention = run.traits.attention
-    if attention:
+    if attention and windows_pass.first < block.attention <= windows_pass.end:
         # Causal: on average a token sees half of the window. Queries are read, and values written.
         least = Cost(2 * tokens * (seqlen + 1) * attention, 2 * tokens * attention * itemsize)
         yield Operation(phase, "attention", run.weight_unit, batches, least)
@@ -75,9 +75,9 @@ def _grams(run: PlannedRun, block: BlockShape) -> Iterator[Operation]:
 
 def _crosses(run: PlannedRun, block: BlockShape) -> Iterator[Operation]:
     tokens, batches = _calibration(run)
-    for layer in block.layers:
-        if not layer.experts:
-            cost_of = partial(cost.cross_accumulate, rows=layer.rows, d=layer.d, X=run.shape.itemsize)
+    for stage in stages(block.layers):
+        for rows in cross_rows(stage):
+            cost_of = partial(cost.cross_accumulate, rows=rows, d=stage[0].d, X=run.shape.itemsize)
             yield Operation("calibrate", "cross_accumulate", run.gram_unit, batches, split(cost_of, tokens, batches))
 
 

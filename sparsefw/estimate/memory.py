@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsefw.errors import InputError
-from sparsefw.estimate.passes import stages
+from sparsefw.estimate.passes import cross_rows, stages
 from sparsefw.estimate.workload import Workload
 from sparsefw.model import Placement
 from sparsefw.model.activations import PLACES
+from sparsefw.model.layers import is_watched
 from sparsefw.model.placement import BATCH_TOKENS, SOLVER
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.solver import METHODS
@@ -108,9 +109,22 @@ def activation_bytes(shape: ModelShape, workload: Workload) -> int:
     return windows * workload.seqlen * shape.hidden * shape.itemsize
 
 
+def kept_bytes(shape: ModelShape, workload: Workload, placement: Placement) -> int:
+    """The inputs of the widest layers that are kept, of all calibration windows."""
+    widths = [width for width in _keepable_widths(shape, workload) if width <= placement.kept_width]
+    return max(widths, default=0) * workload.windows * workload.seqlen * shape.itemsize
+
+
+def _keepable_widths(shape: ModelShape, workload: Workload) -> set[int]:
+    """Widths of the inputs that can be kept."""
+    if not workload.config.uses_dense_target:
+        return set()
+    return {layer.d for block in shape.blocks for layer in block.layers if layer.role.keepable}
+
+
 def _activations(shape: ModelShape, workload: Workload, placement: Placement, tokens: int) -> tuple[int, int]:
-    """Bytes of hidden states on the device, and on the host beside it."""
-    everything = activation_bytes(shape, workload)
+    """Bytes of hidden states and kept inputs on the device, and on the host beside it."""
+    everything = activation_bytes(shape, workload) + kept_bytes(shape, workload, placement)
     # Five micro-batches at most. One is on its way in. The next one is launched before the last one is checked, so two
     # are inputs of the block, and two are on their way out.
     moving = min(everything, 5 * tokens * shape.hidden * shape.itemsize)
@@ -141,7 +155,7 @@ def _cross_bytes(stage: list[LayerShape], workload: Workload) -> int:
     """Cross matrices of a stage."""
     if not workload.config.uses_dense_target:
         return 0
-    return sum(4 * layer.rows * layer.d for layer in stage if not layer.experts)
+    return sum(4 * rows * stage[0].d for rows in cross_rows(stage))
 
 
 def _groups(block: BlockShape, workload: Workload) -> Iterator[list[list[LayerShape]]]:
@@ -164,15 +178,23 @@ def _calibration_bytes(block: BlockShape, shape: ModelShape, workload: Workload,
     for group in _groups(block, workload):
         matrices = sum(_gram_bytes(stage) + _cross_bytes(stage, workload) for stage in group)
         d, rows = max(stage[0].d for stage in group), max(layer.rows for stage in group for layer in stage)
-        outputs = sum(layer.rows for stage in group for layer in stage if not layer.experts) if dense else 0
-        inputs = sum(stage[0].d for stage in group)
-        # Inputs and outputs are held while the rest of the block runs. Operands are made of them afterwards, or while
-        # the dense model's outputs are held too: the gaps between outputs, and on a CPU both operands in fp32.
-        held = (inputs + outputs) * shape.itemsize
-        gaps = (outputs + rows) * shape.itemsize if dense else 0
-        operands = 0 if workload.gpu else 4 * (d + (rows if dense else 0))
-        peak = max(peak, matrices + tokens * held + max(forward, tokens * (gaps + operands)))
+        held = tokens * shape.itemsize * sum(_held(stage, shape, dense) for stage in group)
+        # Operands are made of them while the rest of the block runs, or afterwards. On a CPU both are in fp32.
+        operands = 0 if workload.gpu else 4 * tokens * (d + (rows if dense else 0))
+        peak = max(peak, matrices + held + max(forward, operands))
     return peak
+
+
+def _held(stage: list[LayerShape], shape: ModelShape, dense: bool) -> int:
+    """Entries a token that are held beside a block's forward: inputs and outputs of a stage, and their gaps."""
+    d = stage[0].d
+    if not dense or stage[0].experts:
+        return d
+    if is_watched([layer.role for layer in stage]):
+        return d + 2 * sum(layer.rows for layer in stage) + max(layer.rows for layer in stage)
+    writes = sum(layer.role.way == "writes" for layer in stage)
+    # Both inputs and their gap, or one input, both streams and theirs.
+    return d * (3 if writes < len(stage) else 1) + 3 * shape.hidden * bool(writes)
 
 
 def _solve_bytes(block: BlockShape, workload: Workload, placement: Placement) -> int:
@@ -181,7 +203,7 @@ def _solve_bytes(block: BlockShape, workload: Workload, placement: Placement) ->
     for group in _groups(block, workload):
         waiting = sum(_gram_bytes(stage) + _cross_bytes(stage, workload) for stage in group)
         for stage in group:
-            peak = max(peak, waiting - _cross_bytes(stage, workload) + _stage_bytes(stage, workload, placement))
+            peak = max(peak, waiting + _stage_bytes(stage, workload, placement))
     return peak
 
 
@@ -192,8 +214,8 @@ def _stage_bytes(stage: list[LayerShape], workload: Workload, placement: Placeme
     weight = 2 if workload.gpu else 4
     damped = 4 * d * d if any(METHODS[method].uses_damping for method in config.methods) and config.damp else 0
     operand = 2 * d * d if workload.gpu and config.precision == "bf16" else 0
-    # Weights and cross matrices while targets are found; then weights and saliencies.
-    stacked = rows * d * (weight + 4) + (_cross_bytes(stage, workload) if len(stage) > 1 else 0)
+    # Weights, and saliencies when the cross matrices have gone.
+    stacked = rows * d * weight + max(0, 4 * rows * d - _cross_bytes(stage, workload))
     if config.target == "dense" and not config.refit:
         # The gap between the weights and their targets.
         stacked += 4 * rows * d
@@ -263,9 +285,15 @@ def _placements(
         "place": PLACES if workload.gpu else PLACES[1:],
         "ahead": [True, False],
         "solver": sorted({max(least, SOLVER >> n) for n in range(8)}, reverse=True),
+        "kept_width": sorted({0} | _keepable_widths(shape, workload), reverse=True),
     }
     choices |= {name: [value] for name, value in fixed.items()}
     # The last of these is given up first.
-    order = ("ahead", "batch", "solver", "place") if workload.gpu else ("batch", "place", "ahead", "solver")
+    order = ("ahead", "batch", "kept_width", "solver", "place")
+    if not workload.gpu:
+        order = ("batch", "place", "kept_width", "ahead", "solver")
     for values in product(*(choices[name] for name in order)):
-        yield Placement(folder=folder, **dict(zip(order, values, strict=True)))
+        placement = Placement(folder=folder, **dict(zip(order, values, strict=True)))
+        # From a disk an input comes no sooner than the block makes it again.
+        if placement.place != "file" or not placement.kept_width:
+            yield placement

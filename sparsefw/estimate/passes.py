@@ -1,28 +1,30 @@
 """How often the windows run through a block, and how far, in the order of the driver."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 from sparsefw.estimate.workload import Workload
 from sparsefw.model import Placement
+from sparsefw.model.layers import first_segments, is_watched
 from sparsefw.model.shapes import BlockShape, LayerShape
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Windows that run through a block.
+    """Windows that run through a part of a block.
 
     Attributes:
         phase: "calibrate", "forward" or "evaluate".
         windows: number of windows.
-        layers: number of `BlockShape.all_layers` that they run through, counted from the first.
-        advances: whether the output is the next block's input.
+        first, end: the `BlockShape.all_layers` that they run through, from the first up to but not including the end.
+        moves: whether the windows are written back, at a later point of the block or behind it.
     """
 
     phase: str
     windows: int
-    layers: int
-    advances: bool = False
+    first: int
+    end: int
+    moves: bool = False
 
 
 def stages(layers: Iterable[LayerShape]) -> list[list[LayerShape]]:
@@ -37,42 +39,79 @@ def passes(block: BlockShape, workload: Workload, placement: Placement) -> Itera
     """All passes through a block."""
     config, whole = workload.config, len(block.all_layers)
     for windows in workload.evaluation:
-        yield Pass("evaluate", windows, whole, advances=True)
+        yield Pass("evaluate", windows, 0, whole, moves=True)
     for method in config.methods:
-        dense = config.uses_dense_target and method == "sparsefw"
-        if not block.layers:
-            # Nothing is measured. Only the dense windows move on.
-            yield from [Pass("calibrate", workload.windows, whole, advances=True)] * dense
-        elif dense:
-            yield from _passes_by_stage(block, workload.windows, placement.batch)
-        else:
-            yield Pass("calibrate", workload.windows, whole)
-        yield Pass("forward", workload.windows, whole, advances=True)
+        begin = 0
+        if config.uses_dense_target and method == "sparsefw":
+            begin = yield from _passes_by_stage(block, workload.windows, placement)
+        elif block.layers:
+            yield Pass("calibrate", workload.windows, 0, whole)
+        yield Pass("forward", workload.windows, begin, whole, moves=True)
         for windows in workload.evaluation:
-            yield Pass("evaluate", windows, whole, advances=True)
+            yield Pass("evaluate", windows, 0, whole, moves=True)
 
 
-def _passes_by_stage(block: BlockShape, windows: int, batch: int) -> Iterator[Pass]:
-    """Calibration passes where layers approximate the dense model's outputs: pruned and dense block in turn."""
-    pruned, whole = stages(block.layers), len(block.all_layers)
+def _passes_by_stage(block: BlockShape, windows: int, placement: Placement) -> Generator[Pass, None, int]:
+    """Calibration passes where layers approximate the dense model's outputs: pruned and dense block in turn.
+
+    Returns:
+        The layer at which the windows of the pruned model go on.
+    """
+    order, whole = stages(block.layers), len(block.all_layers)
+    if not order:
+        # There is no stage to move the dense windows on.
+        yield Pass("calibrate", windows, 0, whole, moves=True)
+        return 0
     # One micro-batch shows the stages.
-    yield Pass("calibrate", min(batch, windows), whole)
-    if not pruned:
-        # No stage moves the dense windows on.
-        yield Pass("calibrate", windows, whole)
-        yield Pass("calibrate", windows, whole, advances=True)
-        return
-    final = len(pruned) - 1
-    moving = final - block.ahead
-    for n, stage in enumerate(pruned):
-        # Experts may be used anywhere in the block, and are not compared with the dense model.
-        through = n == final or bool(stage[0].experts)
-        reached = whole if through else _end(block, stage)
-        yield Pass("calibrate", windows, reached)
-        if n == moving:
-            yield Pass("calibrate", windows, whole, advances=True)
-        elif n < moving and not through:
-            yield Pass("calibrate", windows, reached)
+    yield Pass("calibrate", min(placement.batch, windows), 0, whole)
+    segments = first_segments([[layer.role for layer in stage] for stage in order])
+    pruned = dense = at = 0
+    for n, stage in enumerate(order):
+        final = n == len(order) - 1
+        start, watched = _begin(block, segments[n]), is_watched([layer.role for layer in stage])
+        # Experts may be used anywhere behind the start.
+        through = whole if final or stage[0].experts else _end(block, stage)
+        input_at = _position(block, stage[0])
+        yield Pass("calibrate", windows, pruned, through if watched else input_at, moves=segments[n] > at)
+        moves = not final and segments[n + 1] > segments[n]
+        if final:
+            end = whole
+        elif moves:
+            end = _begin(block, segments[n + 1])
+        elif watched:
+            end = dense if stage[0].experts else through
+        else:
+            end = input_at
+        if end > dense:
+            yield Pass("calibrate", windows, dense, end, moves=final or moves)
+        pruned = input_at if is_kept(stage, segments[n], placement) else start
+        at, dense = segments[n], end if moves else dense
+    return pruned
+
+
+def cross_rows(stage: list[LayerShape]) -> list[int]:
+    """The rows of each cross matrix of a stage."""
+    if stage[0].experts:
+        return []
+    watched = is_watched([layer.role for layer in stage])
+    rows = [layer.rows for layer in stage if watched or layer.role.way == "writes"]
+    # Those that do not write to the stream share a square matrix.
+    return rows if len(rows) == len(stage) else [*rows, stage[0].d]
+
+
+def is_kept(stage: list[LayerShape], segment: int, placement: Placement) -> bool:
+    """Whether a stage's inputs are kept, so that the next run of the windows begins there."""
+    role = stage[0].role
+    return role.keepable and role.segment == segment and stage[0].d <= placement.kept_width
+
+
+def _begin(block: BlockShape, segment: int) -> int:
+    """The first layer of a segment."""
+    return next((n for n, layer in enumerate(block.all_layers) if layer.role.segment >= segment), len(block.all_layers))
+
+
+def _position(block: BlockShape, layer: LayerShape) -> int:
+    return [other.name for other in block.all_layers].index(layer.name)
 
 
 def _end(block: BlockShape, stage: list[LayerShape]) -> int:

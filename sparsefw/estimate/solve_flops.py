@@ -24,6 +24,8 @@ def solve_operations(run: PlannedRun, stage: list[LayerShape], method: str) -> I
         padded = -(-rows // ROW_UNIT) * ROW_UNIT if stacked else rows
         chunks = -(-padded // _chunk_rows(run, d)) if stacked else 1
         stack_operations = [*_products(run, counts, padded, d, chunks), *_kernels(run, counts, padded, d, chunks)]
+        if counts.target:
+            stack_operations += _cross_products(run, stage, padded, d, chunks)
         if method == "sparsegpt":
             # Decomposition and inverse of G, then every row's removals carried on to the columns behind them.
             sweep = Cost(2 * d**3 // 3 + rows * d * d, 4 * (2 * rows * d + 3 * d * d))
@@ -85,6 +87,20 @@ def _products(run: PlannedRun, counts: Calls, rows: int, d: int, chunks: int) ->
         ("error", counts.errors, exact),
     ):
         yield from _operation(name, unit, count, cost_of, rows, chunks)
+
+
+def _cross_products(run: PlannedRun, stage: list[LayerShape], rows: int, d: int, chunks: int) -> Iterator[Operation]:
+    """The products that make a stack's cross matrix of what was measured, see `solver.target`."""
+    ways, precisions, weight = {layer.role.way for layer in stage}, run.workload.precisions, _weight_bytes(run)
+    if "outputs" in ways:
+        return
+    operand = 2 if run.workload.config.precision == "bf16" else 4
+    if "reads" in ways:
+        unit, cost_of = _product(precisions.precision, d, min(weight, operand), operand)
+        yield from _operation("cross", unit, 1, cost_of, rows, chunks)
+    if "writes" in ways:
+        unit, cost_of = _product(precisions.exact_precision, d, weight, 4)
+        yield from _operation("cross", unit, 1, cost_of, rows, chunks)
 
 
 def _kernels(run: PlannedRun, counts: Calls, rows: int, d: int, chunks: int) -> Iterator[Operation]:

@@ -67,11 +67,8 @@ def _activation_traffic(run: PlannedRun, block: BlockShape) -> Counter[str]:
         return traffic
     window = run.workload.seqlen * run.shape.hidden * run.shape.itemsize
     for windows_pass in passes(block, run.workload, run.placement):
-        # Windows that advance are written, too.
-        traffic[windows_pass.phase] += windows_pass.windows * window * (1 + windows_pass.advances)
-    if run.workload.config.uses_dense_target and block.ahead:
-        # The last stage's outputs are compared with the dense block's output, which is read.
-        traffic["calibrate"] += run.workload.windows * window
+        # Windows that move are written, too.
+        traffic[windows_pass.phase] += windows_pass.windows * window * (1 + windows_pass.moves)
     return traffic
 
 

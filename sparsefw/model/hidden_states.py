@@ -4,7 +4,7 @@ The model's own forward tells what every block receives (masks, rotary tables, p
 architecture is named here. `embed` records it; later the blocks run one by one with what was recorded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from sparsefw.errors import InputError
 from sparsefw.finite import all_finite, check_finite
 from sparsefw.model.activations import Activations, DeviceActivations
 from sparsefw.model.forward import StopForward, as_block_output, hidden_of, run_with_blocks_replaced
+from sparsefw.model.parts import INPUT, Point, run_part
 from sparsefw.model.streamed import StreamedModel
 
 # Arguments that the model passes to a block beside the hidden states: args and kwargs.
@@ -27,15 +28,21 @@ class HiddenStates:
 
     Attributes:
         model: whose blocks run.
-        hidden: per micro-batch, the input of the next block, (batch, seqlen, d).
+        new_activations: makes an empty list of micro-batches.
+        hidden: per micro-batch, the input of the next block, (batch, seqlen, d); or the stream at a later point of it.
         calls: per micro-batch and block, the block's other arguments; equal tensors are stored once.
+        position: the point of the block at which `hidden` is.
+        kept: a later point of the block that runs begin at, and its tensors; None: they begin at `position`.
         unchecked: pending NaN check: (block, micro-batch, finite flag on the device), read one step late so that the
             host does not wait for the GPU.
     """
 
     model: StreamedModel
+    new_activations: Callable[[], Activations]
     hidden: Activations
     calls: list[list[Arguments]]
+    position: Point = INPUT
+    kept: tuple[Point, Activations] | None = None
     unchecked: tuple[int, int, Tensor] | None = None
 
     def __len__(self) -> int:
@@ -44,17 +51,48 @@ class HiddenStates:
 
     def fork(self) -> "HiddenStates":
         """A copy that runs independently."""
-        return HiddenStates(self.model, self.hidden.fork(), self.calls)
+        return HiddenStates(self.model, self.new_activations, self.hidden.fork(), self.calls)
 
     def close(self) -> None:
         """Release the threads and files of the activations; the hidden states are gone."""
+        self.drop_kept()
         self.hidden.close()
 
-    @torch.no_grad()
+    def drop_kept(self) -> None:
+        """Let the tensors of the later point go."""
+        if self.kept:
+            self.kept[1].close()
+            self.kept = None
+
+    def call(self, i: int, j: int, hidden: Tensor, block: nn.Module | None = None) -> Any:
+        """What block i, or another module in its place, returns for a tensor in the place of micro-batch j."""
+        args, kwargs = self.calls[j][i]
+        return (block or self.model.blocks[i])(hidden, *args, **kwargs)
+
+    def part(
+        self, i: int, j: int, block: nn.Module | None = None, *, take: Iterable[Point] = (), end: Point | None = None
+    ) -> tuple[dict[Point, Tensor], Tensor | None]:
+        """Run micro-batch j from where it is through a part of block i, or of another module in its place.
+
+        Args:
+            i, j: number of the block and of the micro-batch.
+            block: the other module.
+            take, end: as in `run_part`.
+
+        Returns:
+            The wanted tensors, and the block's output, (batch, seqlen, d); None if the run ended before.
+        """
+        given = {self.position: self.hidden[j]}
+        if self.kept:
+            given[self.kept[0]] = self.kept[1][j]
+        taken, returned = run_part(lambda hidden: self.call(i, j, hidden, block), given, take, end)
+        return taken, None if returned is None else hidden_of(returned)
+
     def output(self, i: int, j: int, block: nn.Module | None = None) -> Tensor:
         """Micro-batch j after block i, or after another module in its place; (batch, seqlen, d)."""
-        args, kwargs = self.calls[j][i]
-        return hidden_of((block or self.model.blocks[i])(self.hidden[j], *args, **kwargs))
+        _, output = self.part(i, j, block)
+        assert output is not None
+        return output
 
     def advance(self, i: int, block: nn.Module | None = None) -> None:
         """Run all micro-batches through block i, or another module in its place; they are then the next block's input.
@@ -63,26 +101,31 @@ class HiddenStates:
             InputError: an output holds NaN or Inf.
         """
         for j in range(len(self)):
-            self.move(i, j, block)
+            self.put(i, j, self.output(i, j, block))
+        self.arrive(INPUT)
+
+    def arrive(self, position: Point) -> None:
+        """Note where all micro-batches have been put, `INPUT` for the next block's input."""
+        self.drop_kept()
+        self.position = position
         self.settle()
 
-    def move(self, i: int, j: int, block: nn.Module | None = None) -> None:
-        """Run micro-batch j through block i, or through another module in its place.
+    def put(self, i: int, j: int, out: Tensor) -> None:
+        """Replace micro-batch j by what it is at a later point of block i, or behind it.
 
-        Its output is checked after the next one has been launched, or by `settle`: a GPU would wait otherwise while the
+        It is checked after the next one has been launched, or by `settle`: a GPU would wait otherwise while the
         host prepares the next one. Only one check is pending at a time, so that no more micro-batches stay in memory.
 
         Raises:
-            InputError: the micro-batch moved before holds NaN or Inf.
+            InputError: the micro-batch before holds NaN or Inf.
         """
-        out = self.output(i, j, block)
         self.hidden[j] = out
         finite = all_finite(out)
         self.settle()
         self.unchecked = (i, j, finite)
 
     def settle(self) -> None:
-        """Check the micro-batch that was moved last.
+        """Check the micro-batch that was put last.
 
         Raises:
             InputError: it holds NaN or Inf.
@@ -115,7 +158,7 @@ def embed(
     vocabulary = embeddings.weight.shape[0]
     if ids.max() >= vocabulary:
         raise InputError(f"token {ids.max()}: the model embeds {vocabulary} tokens; give those of its own tokenizer")
-    states = HiddenStates(model, new_activations(), [])
+    states = HiddenStates(model, new_activations, new_activations(), [])
 
     def record(i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if model.blocks_return_tuple is None:

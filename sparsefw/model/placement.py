@@ -26,6 +26,8 @@ class Placement:
         folder: folder of the file of activations, for "file" only.
         ahead: whether the next block is read, and the last one written, while one is worked on.
         solver: bytes that the state of a solve may take; its rows are solved in chunks.
+        kept_width: inputs of layers of at most this many entries a token are kept where the activations are, so that
+            the next run of the windows begins there; 0: none.
     """
 
     batch: int
@@ -33,6 +35,7 @@ class Placement:
     folder: Path | None = None
     ahead: bool = True
     solver: int = SOLVER
+    kept_width: int = 0
 
     def new_activations(self, device: torch.device) -> Callable[[], Activations]:
         """A function that makes an empty list of micro-batches at this place, for work on `device`."""

@@ -5,7 +5,7 @@ architecture. All its weights are zero, and take no memory: pages that nobody ha
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparsefw.checkpoint.source import Checkpoint, TensorInfo
 from sparsefw.errors import InputError
 from sparsefw.model.hidden_states import HiddenStates, embed
-from sparsefw.model.layers import dense_moves_early, kind_of, slices_of, survey
+from sparsefw.model.layers import UNKNOWN_ROLE, Role, kind_of, slices_of, survey
 from sparsefw.model.streamed import StreamedModel
 from sparsefw.model.transformers_private import attention_implementation
 
@@ -33,7 +33,7 @@ class LayerShape:
         rows, d: shape of the matrix, (out, in).
         gram: name of its Gram matrix, see `layers.Layer`. The layers of one Gram matrix are a stage of the pruning.
         experts: number of these matrices, each with a Gram matrix of its own; 0 for a layer that is no expert.
-        ends_block: whether the layer's output is the block's.
+        role: the layer's part in the block.
     """
 
     name: str
@@ -41,7 +41,7 @@ class LayerShape:
     d: int
     gram: str
     experts: int = 0
-    ends_block: bool = False
+    role: Role = UNKNOWN_ROLE
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class BlockShape:
     Attributes:
         nbytes: bytes of the parameters.
         layers: the layers that are pruned, in the order of use; `experts` counts the pruned ones only.
-        ahead: whether the dense model's windows move on one stage before the last, see `layers.Stage`.
         all_layers: all layers that the windows run through, with those that stay dense. By default `layers`.
+        attention: number of `all_layers` that are used before attention is.
     """
 
     nbytes: int
     layers: tuple[LayerShape, ...]
-    ahead: bool = False
     all_layers: tuple[LayerShape, ...] = ()
+    attention: int = 0
 
     def __post_init__(self) -> None:
         if not self.all_layers:
@@ -157,7 +157,7 @@ def _shape_of_block(states: HiddenStates, i: int) -> tuple[BlockShape, tuple[str
     """The shape of block i, and the names of its layers, every expert by itself."""
     block = states.model.blocks[i]
     parameters = dict(block.named_parameters())
-    surveyed = survey(block, partial(states.output, i, 0))
+    surveyed = survey(block, partial(states.call, i, 0), states.hidden[0], arguments=states.calls[0][i])
     layers: dict[str, LayerShape] = {}
     for layer in surveyed.layers:
         rows, d = layer.weight.shape
@@ -169,13 +169,13 @@ def _shape_of_block(states: HiddenStates, i: int) -> tuple[BlockShape, tuple[str
             d=d,
             gram=kind_of(layer.gram),
             experts=len(parameters[stacked]) if index else 0,
-            ends_block=layer.name in surveyed.ending,
+            role=surveyed.roles[layer.name],
         )
         layers.setdefault(name, shape)
     if not layers:
         raise InputError(f"{states.model.names[i]}: unsupported model: no matrix of this block was seen in a product")
     nbytes, shapes = sum(p.nbytes for p in parameters.values()), tuple(layers.values())
-    return BlockShape(nbytes, shapes, _moves_early(shapes)), _names_of_layers(block, layers)
+    return BlockShape(nbytes, shapes, attention=surveyed.attention), _names_of_layers(block, layers)
 
 
 def _names_of_layers(block: nn.Module, kinds: dict[str, LayerShape]) -> tuple[str, ...]:
@@ -195,12 +195,4 @@ def _with_layers(shape: BlockShape, counts: Counter[str]) -> BlockShape:
         for layer in shape.layers
         if counts[layer.name]
     )
-    return replace(shape, layers=layers, ahead=_moves_early(layers))
-
-
-def _moves_early(layers: Iterable[LayerShape]) -> bool:
-    by_stage: dict[str, list[str]] = {}
-    for layer in layers:
-        by_stage.setdefault(layer.gram, []).append(layer.name)
-    ending = frozenset(layer.name for layer in layers if layer.ends_block)
-    return dense_moves_early(list(by_stage.values()), ending)
+    return replace(shape, layers=layers)

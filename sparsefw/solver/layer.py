@@ -19,6 +19,7 @@ from sparsefw.solver.chunks import by_chunks
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.methods import METHODS
 from sparsefw.solver.stack import Member, stack_rows
+from sparsefw.solver.target import Cross
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def solve_layer(
             include, ignore) play no part.
         name: the layer's name, for messages.
         B: (rows, d) fp32 cross matrix D X^T, where D (rows, tokens) is the wanted output minus W X. With it the layer's
-            target is pruned in place of W, see `target`. Overwritten.
+            target is pruned in place of W, see `target`.
 
     Returns:
         mask (rows, d) bool, True keeps a weight; the pruned weight (rows, d) in the dtype of W; and its errors.
@@ -104,7 +105,8 @@ def solve_layer(
     config = PruneConfig() if config is None else config
     pruned = W.detach().clone()
     masks: list[Tensor] = []
-    (result,) = prune_layers([(name, pruned)], G, config.method, config, config.backend, crosses=[B], masks=masks)
+    cross = None if B is None else Cross("outputs", B)
+    (result,) = prune_layers([(name, pruned)], G, config.method, config, config.backend, crosses=[cross], masks=masks)
     return masks[0], pruned, result
 
 
@@ -116,7 +118,7 @@ def prune_layers(
     backend: Backend,
     *,
     memory: int = 4 << 30,
-    crosses: list[Tensor | None] | None = None,
+    crosses: list[Cross | None] | None = None,
     masks: list[Tensor] | None = None,
 ) -> Iterator[LayerResult]:
     """Choose masks and weights of layers that read the same input, write them in place, yield a result for each.
@@ -128,8 +130,8 @@ def prune_layers(
         config: the config of the run.
         backend: the operations.
         memory: bytes that the state of one solve may take; longer stacks are solved in chunks of rows.
-        crosses: (out, in) fp32 cross matrix of each layer, or None. With one, the layer's target is pruned in place of
-            its weight, see `target`. Overwritten.
+        crosses: what was measured of each layer's difference to the dense model, or None. With it, the layer's target
+            is pruned in place of its weight, see `target`.
         masks: a list to which the mask of every layer, (out, in) bool, is appended.
 
     Raises:
@@ -146,7 +148,7 @@ def prune_layers(
         Member(name, weight, cross, "layer" if cross is None else "dense")
         for (name, weight), cross in zip(layers, crosses or [None] * len(layers), strict=True)
     ]
-    # Cross matrices are as large as the weights: only the members may keep them.
+    # Cross matrices may be as large as the weights: only the members may keep them.
     del crosses
     independent = config.rows_independent(method)
     for stack in [members] if independent else [[member] for member in members]:

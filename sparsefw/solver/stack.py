@@ -14,7 +14,7 @@ from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.methods import METHODS
 from sparsefw.solver.objective import damped
 from sparsefw.solver.saliency import SALIENCIES
-from sparsefw.solver.target import find_target
+from sparsefw.solver.target import Cross, cross_rows, find_target
 
 # Conjugate-gradient steps from a layer's weight to its target.
 TARGET_STEPS = 4
@@ -22,11 +22,11 @@ TARGET_STEPS = 4
 
 @dataclass
 class Member:
-    """A layer in a stack. `cross`, see `prune_layers`, is dropped when its target is computed."""
+    """A layer in a stack. `cross`, see `target`, is dropped when the stack's targets are computed."""
 
     name: str
     weight: Tensor
-    cross: Tensor | None
+    cross: Cross | None
     target: str
 
 
@@ -36,7 +36,7 @@ def stack_rows(
     """Stack the layers' rows one below the other.
 
     Args:
-        stack: the layers; their cross matrices are overwritten.
+        stack: the layers; they lose their cross matrices.
         G: (d, d) fp32 Gram matrix of their input.
         method: one of METHODS.
         config: the config of the run.
@@ -54,7 +54,7 @@ def stack_rows(
     if any(member.cross is not None for member in stack):
         assert H is not None
         target_gap, start = None if config.refit else torch.empty_like(W, dtype=torch.float32), 0
-        for T in _targets(stack, W, H, support, memory, backend):
+        for T in _targets(stack, W, G, H, support, memory, backend):
             rows = slice(start, start + len(T))
             # A refit starts from the target. Without one, only the mask can be chosen for it.
             if target_gap is None:
@@ -94,21 +94,19 @@ def _stack_padded(parts: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def _targets(
-    stack: list[Member], W: Tensor, H: Tensor, support: Tensor | None, memory: int | None, backend: Backend
+    stack: list[Member], W: Tensor, G: Tensor, H: Tensor, support: Tensor | None, memory: int | None, backend: Backend
 ) -> Iterator[Tensor]:
-    """The targets of stacked rows W, in chunks of rows, (rows, d) fp32.
+    """The targets of stacked rows W, in chunks of rows, (rows, d) fp32; see `stack_rows`. H is the damped G.
 
     The target of a layer without a cross matrix is its weight, and that of the padding is zero.
     """
-    crosses = []
+    crosses = [(member.cross, len(member.weight)) for member in stack]
     for member in stack:
-        zeros = torch.zeros((), device=W.device).expand(member.weight.shape)
-        crosses.append(zeros if member.cross is None else member.cross)
         member.cross = None
-    B = crosses[0] if len(crosses) == 1 and len(crosses[0]) == len(W) else _stack_padded(crosses, len(W), torch.float32)
 
     def find(rows: slice) -> Tensor:
+        B = cross_rows(crosses, rows.start or 0, W[rows], G, backend=backend)
         support_of_rows = None if support is None else support[rows]
-        return find_target(W[rows], H, B[rows], TARGET_STEPS, support=support_of_rows, backend=backend)
+        return find_target(W[rows], H, B, TARGET_STEPS, support=support_of_rows, backend=backend)
 
     yield from by_chunks(find, W, memory, stack[0].name, backend)

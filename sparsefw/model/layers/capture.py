@@ -15,6 +15,7 @@ from sparsefw.kernels.backend import Backend
 from sparsefw.model.layers.names import Layer
 from sparsefw.model.layers.stage import Stage
 from sparsefw.model.layers.watch import Selector, Watch, everything
+from sparsefw.solver.target import Cross
 
 # Runs one micro-batch, by its number, through a block.
 Run = Callable[[int], object]
@@ -30,14 +31,14 @@ class Captured:
     Attributes:
         layers: the selected layers, in the order of use.
         grams: Gram matrices (in, in) fp32, by `Layer.gram`.
-        crosses: cross matrices (out, in) fp32 by layer, see `target`; empty without a comparison with the dense model.
-            Experts have none, since they are sent other tokens than in the dense model.
+        crosses: cross matrices by layer, see `target`; empty without a comparison with the dense model. Experts have
+            none, since they are sent other tokens than in the dense model.
         ignored: names of the layers that were seen and not selected.
     """
 
     layers: list[Layer]
     grams: dict[str, Tensor]
-    crosses: dict[str, Tensor]
+    crosses: dict[str, Cross]
     ignored: list[str]
 
 
@@ -67,7 +68,7 @@ def capture(
         InputError: a layer shares its input with different layers from one micro-batch to the next.
     """
     grams: dict[str, Tensor] = {}
-    crosses: dict[str, Tensor] = {}
+    crosses: dict[str, Cross] = {}
 
     def add_gram(name: str, X: Tensor) -> None:
         if name not in grams:
@@ -80,9 +81,10 @@ def capture(
             if expected is None or expected.shape != output.shape:
                 continue
             if name not in crosses:
-                crosses[name] = torch.zeros(output.shape[1], X.shape[1], dtype=torch.float32, device=X.device)
+                zeros = torch.zeros(output.shape[1], X.shape[1], dtype=torch.float32, device=X.device)
+                crosses[name] = Cross("outputs", zeros)
             # Rounded only once, whatever the dtype: torch subtracts in fp32.
-            backend.cross_accumulate(crosses[name], (expected - output).to(X.dtype), X)
+            backend.cross_accumulate(crosses[name].matrix, (expected - output).to(X.dtype), X)
 
     watch = Watch(block, selected, add_gram, stage, record_outputs=dense is not None)
     for j in batches:
@@ -97,7 +99,7 @@ def dense_outputs(
 ) -> DenseOutputs:
     """Outputs of a stage's layers in the dense model.
 
-    A micro-batch is run as far as the stage needs it, and to the end of the block in the stage that moves it on.
+    A micro-batch is run as far as the stage needs it, and further if the dense model moves on in the stage.
 
     Args:
         block: the dense model's block.
@@ -106,10 +108,11 @@ def dense_outputs(
         selected: selects the layers whose outputs are recorded; the same as in `capture`, so that outputs of both
             models are followed as far.
     """
+    moves = stage is not None and (stage.final or stage.behind is not None)
 
     def outputs_of(j: int) -> Callable[[str], Tensor | None]:
         # A new watch for each micro-batch, so that the outputs are freed with it.
-        watch = Watch(block, selected, stage=stage, record_outputs=True, run_on=stage is not None and stage.moves)
+        watch = Watch(block, selected, stage=stage, record_outputs=True, run_on=moves)
         watch.through(partial(run, j))
         return watch.outputs.output_of
 

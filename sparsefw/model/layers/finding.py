@@ -1,13 +1,26 @@
 """Find the layers of a block, and their stages, by one micro-batch through it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from sparsefw.model.layers.names import Layer, kind_of
-from sparsefw.model.layers.stage import Stage
+from sparsefw.errors import InputError
+from sparsefw.model.forward import hidden_of
+from sparsefw.model.layers.names import Layer, is_expert, kind_of
+from sparsefw.model.layers.outputs import Outputs
+from sparsefw.model.layers.stage import UNKNOWN_ROLE, Role, Stage, Write, first_segments, is_watched
+from sparsefw.model.layers.trace import Trace
 from sparsefw.model.layers.watch import Selector, Watch, everything
+from sparsefw.model.parts import INPUT, Point, run_part
+
+# Runs a micro-batch through a block: called with the block's input, returns what the block does.
+RunBlock = Callable[[Tensor], Any]
+
+# Whether blocks with a trace of this signature can be run in parts.
+Confirmed = dict[tuple, bool]
 
 
 @dataclass(frozen=True)
@@ -16,54 +29,136 @@ class Survey:
 
     Attributes:
         layers: the selected layers, in the order of use.
-        ending: names of the layers whose output is the block's.
+        roles: the role of each.
+        cuts: where the block can go on from its residual stream, see `trace`.
+        inputs: by layer, the point of its input, where it is known.
+        writes: the layers that write to the stream.
+        attention: number of layers that are used before attention is.
     """
 
     layers: list[Layer]
-    ending: frozenset[str]
+    roles: dict[str, Role]
+    cuts: list[Point]
+    inputs: dict[str, Point]
+    writes: dict[str, Write]
+    attention: int = 0
 
 
-def survey(block: nn.Module, run: Callable[[], object], selected: Selector = everything) -> Survey:
+def survey(
+    block: nn.Module,
+    run: RunBlock,
+    hidden: Tensor,
+    selected: Selector = everything,
+    *,
+    arguments: Any = (),
+    confirmed: Confirmed | None = None,
+) -> Survey:
     """Look at the layers of a block.
 
     Args:
         block: the block, on its device.
-        run: runs one micro-batch through it, and returns the block's output.
+        run: runs a micro-batch through it.
+        hidden: one micro-batch.
         selected: selects the layers to look at.
+        arguments: the block's other arguments. What a block leaves in them is read by others.
+        confirmed: what is known of other blocks. The first block of a kind is run in parts, and the parts are compared
+            with the whole; those that make the same calls are not.
     """
-    watch, outputs = Watch(block, selected, record_outputs=True), []
-    watch.through(lambda: outputs.append(run()))
-    ending = frozenset(name for name in watch.layers if watch.outputs.is_output(outputs[0], name))
-    return Survey(list(watch.layers.values()), ending)
+    watch, trace = Watch(block, selected, record_outputs=True), Trace(block, hidden)
+    returned: list[Any] = []
+
+    def run_traced() -> None:
+        with trace:
+            returned.append(run(hidden))
+
+    with torch.no_grad():
+        watch.through(run_traced)
+    trace.end((returned, arguments))
+    found = _roles(list(watch.layers.values()), trace, watch.outputs, hidden_of(returned[0]))
+    watch.outputs.clear()
+    known = {} if confirmed is None else confirmed
+    signature = tuple(trace.signature)
+    if signature not in known:
+        known[signature] = _runs_in_parts(run, hidden, found, hidden_of(returned.pop()))
+    return (
+        found
+        if known[signature]
+        else replace(found, roles=dict.fromkeys(found.roles, UNKNOWN_ROLE), cuts=[], inputs={}, writes={})
+    )
 
 
-def find_layers(block: nn.Module, run: Callable[[], object], selected: Selector = everything) -> list[Layer]:
-    """The layers of a block in the order of use; for the arguments see `survey`."""
-    watch = Watch(block, selected)
-    watch.through(run)
-    return list(watch.layers.values())
+def _roles(layers: list[Layer], trace: Trace, outputs: Outputs, output: Tensor) -> Survey:
+    """The survey of layers, in whose block a micro-batch made these calls and recorded these outputs."""
+    cuts, roles, inputs, writes = trace.cuts(), {}, {}, {}
+    for layer in layers:
+        call = trace.call_of(layer.name)
+        segment = sum(cut.call < call for cut in cuts)
+        stream = cuts[segment - 1] if segment else INPUT
+        made = None if is_expert(layer.name) else trace.input_of(layer.name)
+        if made is None:
+            roles[layer.name] = Role(segment)
+            continue
+        inputs[layer.name] = made
+        way = "reads"
+        if sums := outputs.sums(layer.name):
+            way = "outputs"
+            behind = cuts[segment] if segment < len(cuts) else None
+            only = len(sums) == 1 and trace.is_at(sums[0].other, stream)
+            ends = outputs.is_output(output, layer.name) if behind is None else trace.is_at(sums[0].out, behind)
+            if only and ends:
+                way = "writes"
+                writes[layer.name] = Write(stream, behind)
+        saves = any(stream.call <= use.call < made.call for use in trace.uses)
+        roles[layer.name] = Role(segment, way, saves and trace.enough(made, stream))
+    before = [layer for layer in layers if trace.call_of(layer.name) < (trace.attention or 0)]
+    return Survey(layers, roles, cuts, inputs, writes, len(before))
 
 
-def stages(block: nn.Module, run: Callable[[], object], selected: Selector = everything) -> list[Stage]:
-    """The stages of a block in the order of use; for the arguments see `survey`."""
-    surveyed = survey(block, run, selected)
+def _runs_in_parts(run: RunBlock, hidden: Tensor, found: Survey, output: Tensor) -> bool:
+    """Whether the parts of a block give what the whole gives, bit for bit."""
+    try:
+        points = {*found.cuts, *found.inputs.values()}
+        taken, whole = run_part(run, {INPUT: hidden}, points)
+        outputs = [hidden_of(whole)]
+        for cut in found.cuts:
+            outputs.append(hidden_of(run_part(run, {cut: taken[cut]})[1]))
+        for layer, point in found.inputs.items():
+            if found.roles[layer].keepable:
+                segment = found.roles[layer].segment
+                stream = {found.cuts[segment - 1]: taken[found.cuts[segment - 1]]} if segment else {INPUT: hidden}
+                outputs.append(hidden_of(run_part(run, stream | {point: taken[point]})[1]))
+    except (InputError, RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, AttributeError):
+        # What cannot do without data, such as a branch on a value, is run as a whole.
+        return False
+    return all(torch.allclose(part, output, rtol=0, atol=0, equal_nan=True) for part in outputs)
+
+
+def stages(surveyed: Survey) -> list[Stage]:
+    """The stages of a block in the order of use."""
     by_key: dict[str, list[Layer]] = {}
     for layer in surveyed.layers:
         by_key.setdefault(kind_of(layer.gram), []).append(layer)
-    final = len(by_key) - 1
-    names = [[layer.name for layer in layers] for layers in by_key.values()]
-    moving = final - dense_moves_early(names, surveyed.ending)
-    return [
-        Stage(key, layers[-1].name if key == layers[0].gram else None, n == final, n == moving)
-        for n, (key, layers) in enumerate(by_key.items())
-    ]
-
-
-def dense_moves_early(layers_by_stage: list[list[str]], ending: frozenset[str]) -> bool:
-    """Whether the dense model's micro-batches move on to the next block one stage before the last, see `Stage`.
-
-    Args:
-        layers_by_stage: names of the layers of each stage.
-        ending: names of the layers whose output is the block's.
-    """
-    return len(layers_by_stage) > 1 and ending.issuperset(layers_by_stage[-1])
+    roles = [[surveyed.roles[layer.name] for layer in layers] for layers in by_key.values()]
+    segments = first_segments(roles)
+    found = []
+    for n, (key, layers) in enumerate(by_key.items()):
+        final = n == len(by_key) - 1
+        start = surveyed.cuts[segments[n] - 1] if segments[n] else INPUT
+        moves = not final and segments[n + 1] > segments[n]
+        stage = Stage(
+            key,
+            last=layers[-1].name if key == layers[0].gram else None,
+            final=final,
+            start=start,
+            behind=surveyed.cuts[segments[n + 1] - 1] if moves else None,
+        )
+        if not is_watched(roles[n]):
+            stage = replace(
+                stage,
+                input=surveyed.inputs[layers[0].name],
+                keepable=roles[n][0].keepable and roles[n][0].segment == segments[n],
+                layers=tuple(layers),
+                writes={layer.name: surveyed.writes[layer.name] for layer in layers if layer.name in surveyed.writes},
+            )
+        found.append(stage)
+    return found

@@ -21,11 +21,13 @@ class Layer:
         name: parameter name inside the block; an expert's slice carries its index, "experts.down_proj[3]".
         weight: (out, in) view of the block's own parameter: writing to it changes the block.
         gram: name of the Gram matrix of its input, which is the name of the first layer that reads this input.
+        bias: (out,) added to the product, the block's own parameter; None: nothing is.
     """
 
     name: str
     weight: Tensor
     gram: str
+    bias: Tensor | None = None
 
 
 def kind_of(name: str) -> str:

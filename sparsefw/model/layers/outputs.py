@@ -1,6 +1,7 @@
 """Record outputs of layers. The output of a layer that writes to the residual stream is the sum with the stream."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,19 +10,36 @@ from torch.utils._pytree import tree_leaves
 
 from sparsefw.model.layers.names import is_expert
 
-# Functions that pass a layer's output on unchanged, or added to another tensor.
-PASS_ON = {
+# Functions that add a layer's output to something else.
+ADDITIONS = {
     torch.add,
     torch.Tensor.add,
     torch.Tensor.add_,
     torch.Tensor.__add__,
     torch.Tensor.__iadd__,
     torch.Tensor.__radd__,
+}
+
+# Functions that pass a layer's output on unchanged, or added to something else.
+PASS_ON = ADDITIONS | {
     torch.reshape,
     torch.Tensor.reshape,
     torch.Tensor.view,
     nn.functional.dropout,
 }
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum that a layer's output went into.
+
+    Attributes:
+        other: what it was added to.
+        out: the sum.
+    """
+
+    other: Any
+    out: Tensor
 
 
 class Outputs:
@@ -42,10 +60,12 @@ class Outputs:
         self._layers_of: dict[int, tuple[Tensor, tuple[str, ...]]] = {}
         # Ids of those tensors that are not followed any more.
         self._read: set[int] = set()
+        # By layer: the sums that its output went into.
+        self._sums: dict[str, list[Sum]] = {}
 
     def clear(self) -> None:
         """Forget the micro-batch."""
-        for record in (self._inputs, self._outputs, self._layers_of, self._read):
+        for record in (self._inputs, self._outputs, self._layers_of, self._read, self._sums):
             record.clear()
 
     def add_input(self, layer: str, x: Tensor) -> None:
@@ -70,6 +90,10 @@ class Outputs:
         for operand, layers in [self._layers_of[key] for key in followed]:
             if out.numel() == operand.numel() and out.shape[-1] == operand.shape[-1]:
                 self.add_output(layers, out)
+                if function in ADDITIONS:
+                    other = args[1] if operand is args[0] else args[0]
+                    for layer in layers:
+                        self._sums.setdefault(layer, []).append(Sum(other, out))
 
     def note_read(self, args: tuple, kwargs: dict, out: Any) -> None:
         """Stop following the tensors that a function made another tensor of."""
@@ -84,6 +108,10 @@ class Outputs:
     def is_output(self, tensor: Any, layer: str) -> bool:
         """Whether a tensor is the output of a layer, the object itself."""
         return layer in self._outputs and self._outputs[layer][0] is tensor
+
+    def sums(self, layer: str) -> list[Sum]:
+        """The sums that a layer's output went into; none if its output is its product."""
+        return self._sums.get(layer, [])
 
     def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, input (tokens, in) and output (tokens, out) of each layer that has both."""

@@ -1,8 +1,59 @@
-"""Stages: the layers that are pruned together, and how far through the block a stage has to be watched."""
+"""Stages: the layers that are pruned together, and the part of the block that each stage runs."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 
-from sparsefw.model.layers.names import kind_of
+from sparsefw.model.layers.names import Layer, kind_of
+from sparsefw.model.parts import INPUT, PartIsOver, Point
+
+
+@dataclass(frozen=True)
+class Role:
+    """A layer's part in its block.
+
+    Attributes:
+        segment: number of the cuts before the layer, see `trace`.
+        way: how its cross matrix is measured, one of WAYS.
+        keepable: whether the block can go on from the layer's input and the last cut, and saves layers by that.
+    """
+
+    segment: int = 0
+    way: str = "outputs"
+    keepable: bool = False
+
+
+# The role of a layer in a block that has to be run as a whole.
+UNKNOWN_ROLE = Role()
+
+# How a layer's cross matrix is measured, see `measure`: from the inputs of both models, where the layer's output is its
+# product; from the residual streams, where the layer adds its product to the stream; else from outputs that are
+# recorded.
+WAYS = ("reads", "writes", "outputs")
+
+
+def first_segments(stages: Sequence[Sequence[Role]]) -> list[int]:
+    """The segment that the runs of each stage begin with: no layer of this stage or a later one lies before it."""
+    lowest = [min(role.segment for role in roles) for roles in stages]
+    return list(accumulate(reversed(lowest), min))[::-1]
+
+
+def is_watched(roles: Sequence[Role]) -> bool:
+    """Whether a stage has to be watched: the point of its input, or of an output, is not known."""
+    return any(role.way == "outputs" for role in roles)
+
+
+@dataclass(frozen=True)
+class Write:
+    """Where the stream is before and behind a layer that writes to it.
+
+    Attributes:
+        stream: the stream before it.
+        sum: the stream behind it; None: it is the block's output.
+    """
+
+    stream: Point
+    sum: Point | None
 
 
 @dataclass(frozen=True)
@@ -14,19 +65,28 @@ class Stage:
     Attributes:
         key: name of their Gram matrix, without an expert's index.
         last: name of the layer that a micro-batch uses last; None for experts, where any may be the last.
-        final: whether no stage follows. Its micro-batches run through to the end of the block.
-        moves: whether the dense model's micro-batches run through to the end of the block in this stage, and move on to
-            the next block. That is the final stage, or the one before it if the outputs of the final stage's layers are
-            the block's. Then the final stage compares with the dense block's output, which is there already.
+        final: whether no stage follows.
+        start: the cut that the stage's runs begin at, or the block's input.
+        behind: the cut at which the runs of the next stage begin, if it is a later one. The dense model's micro-batches
+            move on to it in this stage, and in the final stage to the end of the block.
+        input: the point of the layers' input; None: the stage is watched.
+        keepable: whether the pruned model's next run can begin at the input.
+        layers: the layers, if the stage is not watched. A micro-batch may show others, if they are experts.
+        writes: the layers that write to the stream.
     """
 
     key: str
     last: str | None
     final: bool = False
-    moves: bool = False
+    start: Point = INPUT
+    behind: Point | None = None
+    input: Point | None = None
+    keepable: bool = False
+    layers: tuple[Layer, ...] = field(default=(), compare=False)
+    writes: dict[str, Write] = field(default_factory=dict, compare=False)
 
 
-class StageIsOver(Exception):
+class StageIsOver(PartIsOver):
     """Ends a block's forward after the layers of a stage."""
 
 

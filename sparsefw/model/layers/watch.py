@@ -1,32 +1,18 @@
-"""Watch a block's forward: see each layer when it is used, with its input and, where asked for, its output.
-
-There is no list of layer types: a layer is a product of an input with a matrix that is (a slice of) one of the block's
-own parameters. So transposed layouts and the experts of a mixture, slices of one 3-D parameter, are found too.
-"""
+"""Watch a block's forward: see each layer when it is used, with its input and, where asked for, its output."""
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparsefw.errors import InputError
 from sparsefw.model.layers.names import KEPT_DENSE, Layer, WeightNames
 from sparsefw.model.layers.outputs import Outputs
+from sparsefw.model.layers.products import Product, product_of
 from sparsefw.model.layers.stage import Progress, Stage, StageIsOver
-
-# Position of the input and of the weight among the arguments, and whether the weight is stored (in, out).
-PRODUCTS: dict[Any, tuple[int, int, bool]] = {
-    nn.functional.linear: (0, 1, False),
-    torch.matmul: (0, 1, True),
-    torch.Tensor.matmul: (0, 1, True),
-    torch.Tensor.__matmul__: (0, 1, True),
-    torch.mm: (0, 1, True),
-    torch.addmm: (1, 2, True),
-}
 
 # Called with the name of a layer inside its block, such as "mlp.down_proj.weight" or "mlp.experts.down_proj[3]".
 Selector = Callable[[str], bool]
@@ -118,19 +104,12 @@ class Watch(TorchFunctionMode):
 
     def _layer_of(self, func: Any, args: tuple, kwargs: dict) -> str | None:
         """The name of the layer whose product a function call is; None if it is no product of a layer to be seen."""
-        if func not in PRODUCTS:
-            return None
-        input_at, weight_at, transposed = PRODUCTS[func]
-        weight = args[weight_at] if len(args) > weight_at else kwargs.get("weight")
-        if weight is None or weight.dim() != 2:
-            return None
-        X = args[input_at] if len(args) > input_at else kwargs["input"]
-        return self._see(X, weight.T if transposed else weight)
+        product = product_of(func, args, kwargs)
+        name = product and self._names.find(product.weight)
+        return self._see(name, product) if product and name else None
 
-    def _see(self, X: Tensor, weight: Tensor) -> str | None:
-        name = self._names.find(weight)
-        if name is None:
-            return None
+    def _see(self, name: str, product: Product) -> str | None:
+        X = product.X
         prunable = not KEPT_DENSE.search(name)
         selected = prunable and self._selected(name)
         if prunable and not selected:
@@ -145,7 +124,7 @@ class Watch(TorchFunctionMode):
         if not layer_input.taken:
             layer_input.taken = True
             self._take_input(layer_input.gram, X.reshape(-1, X.shape[-1]))
-        layer = self.layers.setdefault(name, Layer(name, weight, layer_input.gram))
+        layer = self.layers.setdefault(name, Layer(name, product.weight, layer_input.gram, product.bias))
         if layer.gram != layer_input.gram:
             raise InputError(
                 f"{name}: unsupported model: shared its input with {layer.gram}, later with {layer_input.gram}"

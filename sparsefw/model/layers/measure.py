@@ -1,0 +1,187 @@
+"""Measure a stage against the dense model: Gram and cross matrices of its layers.
+
+Both models run only the part of the block that the stage needs, and move on as far as the next stage needs them to: the
+pruned model to the stage's start when the layers before it are pruned, the dense model to the start of the next stage.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsefw.kernels.backend import Backend
+from sparsefw.model.hidden_states import HiddenStates
+from sparsefw.model.layers.capture import Captured, capture, dense_outputs
+from sparsefw.model.layers.names import Layer
+from sparsefw.model.layers.stage import Stage
+from sparsefw.model.layers.watch import Selector
+from sparsefw.model.parts import INPUT, Point
+from sparsefw.solver.target import Cross
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A block in both models, with their calibration windows.
+
+    Attributes:
+        number: number of the block.
+        pruned: the windows in the pruned model, whose block is open.
+        dense: the windows in the dense model.
+        dense_block: the dense model's block.
+    """
+
+    number: int
+    pruned: HiddenStates
+    dense: HiddenStates
+    dense_block: nn.Module
+
+
+class _Sums:
+    """The matrices of a stage, summed over micro-batches."""
+
+    def __init__(self, stage: Stage, backend: Backend) -> None:
+        self.G: Tensor | None = None
+        # X (X_dense - X)^T, of all layers that do not write to the stream.
+        self.C: Tensor | None = None
+        self.streams: dict[str, Tensor] = {}
+        self._stage, self._backend = stage, backend
+
+    def add_input(self, X: Tensor, X_dense: Tensor | None) -> None:
+        """Add a micro-batch's inputs (tokens, d) of both models."""
+        if self.G is None:
+            self.G = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float32, device=X.device)
+        self._backend.gram_accumulate(self.G, X)
+        if X_dense is not None:
+            if self.C is None:
+                self.C = torch.zeros_like(self.G)
+            self._backend.cross_accumulate(self.C, X, X_dense - X)
+
+    def add_streams(self, layer: Layer, S: Tensor, h: Tensor, X: Tensor) -> None:
+        """Add a micro-batch's input X of a layer that is to fill the gap between streams, S - h (tokens, rows)."""
+        if layer.name not in self.streams:
+            self.streams[layer.name] = torch.zeros(layer.weight.shape, dtype=torch.float32, device=X.device)
+        # Rounded only once: torch subtracts in fp32.
+        gap = S - h if layer.bias is None else S.float() - h - layer.bias
+        self._backend.cross_accumulate(self.streams[layer.name], gap.to(X.dtype), X)
+
+    def captured(self) -> Captured:
+        """The matrices by layer."""
+        assert self.G is not None
+        crosses = {name: Cross("streams", matrix) for name, matrix in self.streams.items()}
+        if self.C is not None:
+            shared = Cross("inputs", self.C)
+            crosses |= {layer.name: shared for layer in self._stage.layers if layer.name not in crosses}
+        gram = self._stage.layers[0].gram
+        return Captured(list(self._stage.layers), {gram: self.G}, crosses, [])
+
+
+def measure(stage: Stage, pair: Pair, *, backend: Backend, selected: Selector, keep: bool) -> Captured:
+    """Measure a stage.
+
+    Args:
+        stage: the stage.
+        pair: the block. Its windows move on.
+        backend: its `gram_accumulate` and `cross_accumulate` are used.
+        selected: selects layers by their names inside the block.
+        keep: whether the pruned model's inputs are kept. The next run begins there, and not at the stage's start.
+
+    Raises:
+        InputError: the block runs differently from one micro-batch to the next, or activations hold NaN or Inf.
+    """
+    captured = (
+        _measure_watched(stage, pair, backend, selected)
+        if stage.input is None
+        else _measure(stage, pair, backend, keep)
+    )
+    if stage.final:
+        pair.dense.arrive(INPUT)
+    elif stage.behind is not None:
+        pair.dense.arrive(stage.behind)
+    return captured
+
+
+def _measure(stage: Stage, pair: Pair, backend: Backend, keep: bool) -> Captured:
+    """Measure layers whose input is a known point of the block."""
+    assert stage.input is not None
+    i, pruned, sums = pair.number, pair.pruned, _Sums(stage, backend)
+    kept = pruned.new_activations() if keep else None
+    moves = pruned.position != stage.start
+    streams = {write.stream for write in stage.writes.values()}
+    for j in range(len(pruned)):
+        taken, _ = pruned.part(i, j, take={stage.input, stage.start, *streams}, end=stage.input)
+        if moves:
+            pruned.put(i, j, taken[stage.start])
+        inputs = taken[stage.input]
+        if kept is not None:
+            kept.append(inputs)
+        X = _as_matrix(inputs)
+        X_dense, behind = _run_dense(stage, pair, j)
+        sums.add_input(X, X_dense)
+        for layer in stage.layers:
+            if write := stage.writes.get(layer.name):
+                sums.add_streams(layer, behind[write.sum], _as_matrix(taken[write.stream]), X)
+    if moves:
+        pruned.arrive(stage.start)
+    else:
+        pruned.drop_kept()
+    if kept is not None:
+        pruned.kept = stage.input, kept
+    return sums.captured()
+
+
+def _run_dense(stage: Stage, pair: Pair, j: int) -> tuple[Tensor | None, dict[Point | None, Tensor]]:
+    """The dense model's input of a stage in micro-batch j, and its streams behind the layers that write to them.
+
+    The input is None if no layer needs it. All are matrices, (tokens, width).
+    """
+    dense, i = pair.dense, pair.number
+    sums = {write.sum for write in stage.writes.values()}
+    reads = len(stage.writes) < len(stage.layers)
+    wanted = {point for point in (stage.input if reads else None, stage.behind, *sums) if point is not None}
+    end = None if stage.final or None in sums else max(wanted, key=lambda point: point.call)
+    taken, output = dense.part(i, j, pair.dense_block, take=wanted, end=end)
+    if stage.final and output is not None:
+        dense.put(i, j, output)
+    elif stage.behind is not None:
+        dense.put(i, j, taken[stage.behind])
+    X_dense = _as_matrix(taken[stage.input]) if reads and stage.input is not None else None
+    streams: dict[Point | None, Tensor] = {point: _as_matrix(taken[point]) for point in sums if point is not None}
+    if output is not None:
+        streams[None] = _as_matrix(output)
+    return X_dense, streams
+
+
+def _measure_watched(stage: Stage, pair: Pair, backend: Backend, selected: Selector) -> Captured:
+    """Measure layers that have to be watched: experts, and layers whose outputs in both models are recorded."""
+    i, pruned, dense = pair.number, pair.pruned, pair.dense
+    moves = pruned.position != stage.start
+    wanted = () if stage.behind is None else (stage.behind,)
+
+    def run(j: int) -> None:
+        taken, _ = pruned.part(i, j, take=[stage.start] if moves else [])
+        if moves:
+            pruned.put(i, j, taken[stage.start])
+
+    def run_dense(j: int) -> None:
+        taken, output = dense.part(i, j, pair.dense_block, take=wanted, end=stage.behind)
+        if stage.final and output is not None:
+            dense.put(i, j, output)
+        elif stage.behind is not None:
+            dense.put(i, j, taken[stage.behind])
+
+    outputs = None
+    # Experts are not compared with the dense model. For them it runs only to move on.
+    if stage.last or stage.final or stage.behind:
+        outputs = dense_outputs(pair.dense_block, run_dense, stage, selected)
+    captured = capture(
+        pruned.model.blocks[i], run, range(len(pruned)), backend=backend, selected=selected, stage=stage, dense=outputs
+    )
+    if moves:
+        pruned.arrive(stage.start)
+    else:
+        pruned.drop_kept()
+    return captured
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
