@@ -28,6 +28,7 @@ from sparsefw.model.layers import (
     stages,
     survey,
 )
+from sparsefw.model.parts import INPUT
 from sparsefw.solver import LayerResult, PruneConfig, prune_layers
 
 
@@ -59,10 +60,12 @@ class DenseReference:
     Attributes:
         block: the block before it is pruned.
         states: the calibration windows before the block in the dense model. Its stages move them on to the next block.
+        stages: the stages of the block; none if no layer is pruned.
     """
 
     block: nn.Module
     states: HiddenStates
+    stages: list[Stage]
 
 
 def prune_block(
@@ -85,31 +88,39 @@ def prune_block(
         InputError: activations hold NaN or Inf, a layer does not fit the pattern, or the block has no layers.
     """
     timeline = run.model.timeline
-    kinds = {kind_of(layer) for layer in _selected_layers(run, i)}
-    order: list[Stage] = []
-    if dense and kinds:
-        with timeline.span("calibrate", i):
-            order = _stages(run, i, states, kinds)
-    if not order:
+    if dense is None or not dense.stages:
         if dense:
             # There is no stage to move the dense windows on.
             with timeline.span("calibrate", i):
                 dense.states.advance(i, dense.block)
-        if kinds:
+        if _selected_layers(run, i):
             # All layers of the block are measured at once.
             with timeline.span("calibrate", i):
                 captured = _checked(run, i, _capture(run, i, states))
             yield from _solve(run, i, captured, method)
         return
-    assert dense is not None
     pair = Pair(i, states, dense.states, dense.block)
-    for stage in order:
+    for stage in dense.stages:
         with timeline.span("calibrate", i):
-            keep = stage.keepable and stage.layers[0].weight.shape[1] <= run.kept_width
-            captured = _checked(
-                run, i, measure(stage, pair, backend=run.backend, selected=_selector(run, i), keep=keep)
-            )
+            captured = measure(stage, pair, backend=run.backend, selected=_selector(run, i), keep=_is_kept(run, stage))
+            _checked(run, i, captured)
         yield from _solve(run, i, captured, method)
+
+
+def way_through(run: Run, dense: DenseReference | None) -> str:
+    """How the calibration windows run through a block, in words."""
+    if dense is None or not dense.stages:
+        return "once through the block"
+    starts = {stage.start for stage in dense.stages} - {INPUT}
+    kept = [layer.name for stage in dense.stages if _is_kept(run, stage) for layer in stage.layers]
+    runs = (
+        f"stage by stage, from {len(starts)} point(s) inside the block" if starts else "stage by stage, from the start"
+    )
+    return runs + (f"; kept: the input of {', '.join(kept)}" if kept else "")
+
+
+def _is_kept(run: Run, stage: Stage) -> bool:
+    return stage.keepable and stage.layers[0].weight.shape[1] <= run.kept_width
 
 
 def _solve(run: Run, i: int, captured: Captured, method: str) -> Iterator[LayerResult]:
@@ -157,17 +168,21 @@ def _selected_layers(run: Run, i: int) -> list[str]:
     ]
 
 
-def _stages(run: Run, i: int, states: HiddenStates, kinds: set[str]) -> list[Stage]:
-    """The stages of block i. The first micro-batch shows them."""
+def find_stages(run: Run, i: int, states: HiddenStates) -> list[Stage]:
+    """The stages of block i, which is open. The first micro-batch shows them; none if no layer is to be pruned."""
     # It may not reach the experts that are selected: others of their kind stand for them.
-    surveyed = survey(
-        run.model.blocks[i],
-        lambda hidden: states.call(i, 0, hidden),
-        states.hidden[0],
-        lambda name: kind_of(name) in kinds,
-        arguments=states.calls[0][i],
-        confirmed=run.confirmed,
-    )
+    kinds = {kind_of(layer) for layer in _selected_layers(run, i)}
+    if not kinds:
+        return []
+    with run.model.timeline.span("calibrate", i):
+        surveyed = survey(
+            run.model.blocks[i],
+            lambda hidden: states.call(i, 0, hidden),
+            states.hidden[0],
+            lambda name: kind_of(name) in kinds,
+            arguments=states.calls[0][i],
+            confirmed=run.confirmed,
+        )
     return stages(surveyed)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsefw.checkpoint import Writer, read_shard
 from sparsefw.data import Windows
-from sparsefw.driver.block import DenseReference, Run, kept_dense, prune_block
+from sparsefw.driver.block import DenseReference, Run, find_stages, kept_dense, prune_block, way_through
 from sparsefw.driver.record import FinishedBlock
 from sparsefw.model import HiddenStates, Placement, embed, perplexity
 from sparsefw.process import give_back, peak_memory
@@ -181,12 +181,15 @@ def _prune_methods(
             _restore(block, dense)
         reference = None
         if dense and run.config.uses_dense_target and method == "sparsefw":
-            reference = DenseReference(dense, states.calibration[DENSE])
+            order = find_stages(run, i, states.calibration[method])
+            reference = DenseReference(dense, states.calibration[DENSE], order)
         results = []
         for result in prune_block(run, i, states.calibration[method], method, reference):
             results.append(result)
             on_layer(result)
         record.add(results, kept_dense(model, i, results))
+        if method == run.config.method:
+            record = record.with_way(way_through(run, reference))
         with timeline.span("forward", i):
             states.calibration[method].advance(i)
         _evaluate(run, i, states, method)

@@ -24,12 +24,16 @@ class FinishedBlock:
     @classmethod
     def of(cls, i: int, name: str) -> "FinishedBlock":
         """Block i before it is pruned."""
-        return cls(BlockRecord(i, name, {}, 0, 0))
+        return cls(BlockRecord(i, name, "", {}, 0, 0))
 
     def add(self, results: list[LayerResult], kept_dense: list[str]) -> None:
         """Add the results of one method."""
         self.layers.extend(results)
         self.kept_dense.extend(name for name in kept_dense if name not in self.kept_dense)
+
+    def with_way(self, way: str) -> "FinishedBlock":
+        """A copy that says how the calibration windows ran through the block."""
+        return replace(self, block=replace(self.block, way=way))
 
     def measured(self, seconds: dict[str, float], *, host_bytes: int, gpu_bytes: int) -> "FinishedBlock":
         """A copy with the block's seconds by phase and the process's peak memory."""

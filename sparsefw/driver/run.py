@@ -283,5 +283,6 @@ def _report(job: Job, prepared: Prepared, outcome: Outcome, placement: Placement
             batch_windows=placement.batch,
             solver_bytes=placement.solver,
             read_ahead=placement.ahead,
+            kept_width=placement.kept_width,
         ),
     )

@@ -67,6 +67,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     config, blocks = workload.config, shape.blocks
     tokens = min(placement.batch, max(workload.windows, *workload.evaluation, 0)) * workload.seqlen
     near, far = _activations(shape, workload, placement, tokens)
+    kept_near, kept_far = _kept_inputs(shape, workload, placement)
     block = max(b.nbytes for b in blocks)
     weights = block * (1 + (config.uses_dense_target or len(config.methods) > 1))
     # The host holds the next block, the last one while it is being written, and the blocks of compared methods.
@@ -77,12 +78,13 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     passing = shape.outside if workload.gpu else 0
     on_device = {
         "start": shape.outside + blocks[0].nbytes + forward,
-        "calibrate": weights + max(_calibration_bytes(b, shape, workload, tokens) for b in blocks),
-        "solve": weights + max(_solve_bytes(b, workload, placement) for b in blocks),
+        "calibrate": weights + kept_near + max(_calibration_bytes(b, shape, workload, tokens) for b in blocks),
+        "solve": weights + kept_near + max(_solve_bytes(b, workload, placement) for b in blocks),
         "write": weights,
         "end": shape.outside + (logits if workload.evaluation else 0),
     }
-    on_host = {"start": passing, "calibrate": others, "solve": others, "write": others + passing, "end": passing}
+    pruning = others + kept_far
+    on_host = {"start": passing, "calibrate": pruning, "solve": pruning, "write": others + passing, "end": passing}
     process = workload.process + _generated_code(shape, workload, tokens)
     phases = {}
     for phase in on_device:
@@ -109,10 +111,15 @@ def activation_bytes(shape: ModelShape, workload: Workload) -> int:
     return windows * workload.seqlen * shape.hidden * shape.itemsize
 
 
-def kept_bytes(shape: ModelShape, workload: Workload, placement: Placement) -> int:
-    """The inputs of the widest layers that are kept, of all calibration windows."""
-    widths = [width for width in _keepable_widths(shape, workload) if width <= placement.kept_width]
-    return max(widths, default=0) * workload.windows * workload.seqlen * shape.itemsize
+def _kept_inputs(shape: ModelShape, workload: Workload, placement: Placement) -> tuple[int, int]:
+    """Bytes of inputs that are kept, of all calibration windows: on the device, and on the host beside it."""
+    widest = max((width for width in _keepable_widths(shape, workload) if width <= placement.kept_width), default=0)
+    window = widest * workload.seqlen * shape.itemsize
+    everything = workload.windows * window
+    if placement.place == "gpu":
+        return everything, 0
+    # One micro-batch is on its way to a GPU, and one is at work.
+    return (min(everything, 2 * placement.batch * window) if workload.gpu else 0), everything
 
 
 def _keepable_widths(shape: ModelShape, workload: Workload) -> set[int]:
@@ -123,8 +130,8 @@ def _keepable_widths(shape: ModelShape, workload: Workload) -> set[int]:
 
 
 def _activations(shape: ModelShape, workload: Workload, placement: Placement, tokens: int) -> tuple[int, int]:
-    """Bytes of hidden states and kept inputs on the device, and on the host beside it."""
-    everything = activation_bytes(shape, workload) + kept_bytes(shape, workload, placement)
+    """Bytes of hidden states on the device, and on the host beside it."""
+    everything = activation_bytes(shape, workload)
     # Five micro-batches at most. One is on its way in. The next one is launched before the last one is checked, so two
     # are inputs of the block, and two are on their way out.
     moving = min(everything, 5 * tokens * shape.hidden * shape.itemsize)

@@ -74,18 +74,14 @@ def _passes_by_stage(block: BlockShape, windows: int, placement: Placement) -> G
         input_at = _position(block, stage[0])
         yield Pass("calibrate", windows, pruned, through if watched else input_at, moves=segments[n] > at)
         moves = not final and segments[n + 1] > segments[n]
-        if final:
-            end = whole
-        elif moves:
-            end = _begin(block, segments[n + 1])
-        elif watched:
-            end = dense if stage[0].experts else through
-        else:
-            end = input_at
-        if end > dense:
+        if final or moves or not stage[0].experts:
+            # Experts are not compared with the dense model.
+            next_start = _begin(block, segments[n + 1]) if moves else input_at
+            end = whole if final else next_start if moves or not watched else through
             yield Pass("calibrate", windows, dense, end, moves=final or moves)
+            dense = next_start if moves else dense
         pruned = input_at if is_kept(stage, segments[n], placement) else start
-        at, dense = segments[n], end if moves else dense
+        at = segments[n]
     return pruned
 
 
@@ -101,8 +97,8 @@ def cross_rows(stage: list[LayerShape]) -> list[int]:
 
 def is_kept(stage: list[LayerShape], segment: int, placement: Placement) -> bool:
     """Whether a stage's inputs are kept, so that the next run of the windows begins there."""
-    role = stage[0].role
-    return role.keepable and role.segment == segment and stage[0].d <= placement.kept_width
+    role, watched = stage[0].role, is_watched([layer.role for layer in stage])
+    return role.keepable and not watched and role.segment == segment and stage[0].d <= placement.kept_width
 
 
 def _begin(block: BlockShape, segment: int) -> int:

@@ -89,9 +89,10 @@ def _placement(placement: dict[str, Any]) -> str:
     where = PLACES[placement["place"]].format(folder=placement["folder"])
     together = "the next block is read and the last one written meanwhile"
     ahead = together if placement["ahead"] else "blocks one after another"
+    kept = f", inputs of up to {placement['kept_width']} entries kept" if placement["kept_width"] else ""
     return (
         f"micro-batches of {placement['batch']} windows, activations {where}, {ahead}, "
-        f"solves in {placement['solver'] / GIB:.2f} GiB"
+        f"solves in {placement['solver'] / GIB:.2f} GiB{kept}"
     )
 
 

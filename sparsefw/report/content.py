@@ -33,6 +33,7 @@ class BlockRecord:
     Attributes:
         block: its number, from 0.
         name: its name in the model, "model.layers.0".
+        way: how the calibration windows ran through it.
         seconds: by phase, on the main lane.
         host_bytes: peak memory of the process on the host, up to the end of this block.
         gpu_bytes: peak memory of this block on the GPU; 0 without one.
@@ -40,6 +41,7 @@ class BlockRecord:
 
     block: int
     name: str
+    way: str
     seconds: dict[str, float]
     host_bytes: int
     gpu_bytes: int
@@ -94,6 +96,7 @@ class MemoryRecord:
         batch_windows: windows in a micro-batch.
         solver_bytes: bytes that the state of one solve may take.
         read_ahead: whether the next block is read while one is worked on.
+        kept_width: entries of the widest input of a layer that is kept for the next run; 0: none is.
     """
 
     limits: dict[str, int]
@@ -102,6 +105,7 @@ class MemoryRecord:
     batch_windows: int
     solver_bytes: int
     read_ahead: bool
+    kept_width: int
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def _blocks(report: Report, located: dict[str, list[LayerAt]]) -> dict[str, Any]
         "phase_colours": {phase: f"p{[*charts.PHASES, phase].index(phase)}" for phase in phases},
         "time": charts.time(blocks, phases),
         "memory": charts.memory(blocks, report.memory.limits),
-        "block_columns": ["block", "name", *phases, "host GiB", "GPU GiB"],
+        "block_columns": ["block", "name", *phases, "host GiB", "GPU GiB", "calibration"],
         "block_rows": [_block_cells(block, phases) for block in blocks],
         "timeline": charts.timeline(report.timeline, blocks, phases, pruned),
     }
@@ -186,6 +186,7 @@ def _memory(memory: MemoryRecord, peaks: dict[str, int]) -> list[tuple[str, str]
         ("batch windows", str(memory.batch_windows)),
         ("solver", f"{_gib(memory.solver_bytes)} GiB"),
         ("read ahead", _stated(memory.read_ahead)),
+        ("kept inputs", f"up to {memory.kept_width} entries" if memory.kept_width else "none"),
         *((f"peak {name.removesuffix('_bytes')}", f"{_gib(size)} GiB") for name, size in peaks.items()),
     ]
 
@@ -220,4 +221,4 @@ def _types(located: dict[str, list[LayerAt]], methods: list[str]) -> list[list[s
 
 def _block_cells(block: BlockRecord, phases: list[str]) -> list[str]:
     seconds = [f"{block.seconds[phase]:.2f}" if phase in block.seconds else "-" for phase in phases]
-    return [str(block.block), block.name, *seconds, _gib(block.host_bytes), _gib(block.gpu_bytes)]
+    return [str(block.block), block.name, *seconds, _gib(block.host_bytes), _gib(block.gpu_bytes), block.way]

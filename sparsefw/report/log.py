@@ -103,9 +103,10 @@ def placement_line(placement: Placement, needs: "MemoryNeeds", limits: dict[str,
     peaks = [f"{getattr(needs, what) / 2**30:.2f} of {n / 2**30:.2f} GiB ({what})" for what, n in limits.items()]
     where = "" if "gpu" not in limits and placement.place == "host" else f"; activations: {placement.place}"
     ahead = "" if placement.ahead else "; nothing read ahead"
+    kept = f"; inputs of up to {placement.kept_width} entries kept" if placement.kept_width else ""
     return (
         f"memory: {', '.join(peaks)} expected at the peak; {placement.batch} windows at a time, solves in "
-        f"{placement.solver / 2**30:.3g} GiB{where}{ahead}"
+        f"{placement.solver / 2**30:.3g} GiB{where}{ahead}{kept}"
     )
 
 

@@ -23,5 +23,9 @@ def counting() -> tuple[Backend, Counter]:
 
         return call
 
-    operations = SimpleNamespace(**(vars(cpu) | {name: counted(name) for name in OPERATIONS}))
+    def product_transposed(E, C, *, precision):
+        return operations.product(E, C.T, precision=precision)
+
+    counted_operations = {name: counted(name) for name in OPERATIONS} | {"product_transposed": product_transposed}
+    operations = SimpleNamespace(**(vars(cpu) | counted_operations))
     return Backend(operations, "ieee"), seen

@@ -106,7 +106,7 @@ def report_of_run(blocks: int = 3, prefix: str = "model.layers", arguments: tupl
         kept_dense=[],
         seconds={"calibrate": 9.0, "solve": 18.0},
         blocks=[
-            BlockRecord(i, name, {"calibrate": 1.0, "solve": 2.0 + i}, host_bytes=(i + 1) << 30, gpu_bytes=0)
+            BlockRecord(i, name, "once", {"calibrate": 1.0, "solve": 2.0 + i}, host_bytes=(i + 1) << 30, gpu_bytes=0)
             for i, name in enumerate(names)
         ],
         timeline=timeline,
@@ -118,5 +118,6 @@ def report_of_run(blocks: int = 3, prefix: str = "model.layers", arguments: tupl
             batch_windows=2,
             solver_bytes=1 << 30,
             read_ahead=True,
+            kept_width=48,
         ),
     )

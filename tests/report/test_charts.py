@@ -37,8 +37,8 @@ def test_errors_by_type():
 
 def test_time_is_stacked():
     blocks = [
-        BlockRecord(7, "layers.7", {"solve": 3.0, "read": 1.0}, 0, 0),
-        BlockRecord(8, "layers.8", {"solve": 2.0}, 0, 0),
+        BlockRecord(7, "layers.7", "", {"solve": 3.0, "read": 1.0}, 0, 0),
+        BlockRecord(8, "layers.8", "", {"solve": 2.0}, 0, 0),
     ]
     chart = charts.time(blocks, ["solve", "read"])
     solve, read = (mark["path"] for mark in chart["marks"])
@@ -94,7 +94,7 @@ def test_spans_that_follow_each_other_at_once_are_one():
         (1, "main", "read", 4.0, 5.0),
         (1, "main", "solve", 5.0, 6.0),
     ]
-    blocks = [BlockRecord(i, f"layers.{i}", {}, 0, 0) for i in range(2)]
+    blocks = [BlockRecord(i, f"layers.{i}", "", {}, 0, 0) for i in range(2)]
     bars = charts.timeline([Span(*part) for part in parts], blocks, ["solve", "read"], {0, 1})["bars"]
     assert [bar[:4] for bar in bars[0]] == [("0", "2", 0, "solve"), ("2.1", "0.9", 0, "solve")]
     assert [bar[:4] for bar in bars[1]] == [
