@@ -47,7 +47,7 @@ def dense_layers(
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         windows = [data.calibration_windows(tokenizer, str(calibration), nsamples=nsamples, seqlen=seqlen, seed=0)]
         windows += [data.evaluation_windows(tokenizer, str(text), seqlen=seqlen, limit=limit) for text in held_out]
-        states = [embed(model, text.ids, max(1, BATCH_TOKENS // seqlen), DeviceActivations) for text in windows]
+        states = [embed(model, text.ids, max(1, BATCH_TOKENS["cpu"] // seqlen), DeviceActivations) for text in windows]
         for i in range(max(blocks) + 1):
             block = model.open(i)
             if i in blocks:

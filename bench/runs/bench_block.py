@@ -54,7 +54,7 @@ def test_block(benchmark, model, config, tmp_path):
     source = checkpoint.inspect(save(tmp_path / "model", model))
     ids = torch.randint(1024, (NSAMPLES, SEQLEN), generator=torch.Generator().manual_seed(0))
     config = PruneConfig(**CONFIGS[config])
-    outcomes, placement = [], Placement(max(1, BATCH_TOKENS // SEQLEN))
+    outcomes, placement = [], Placement(max(1, BATCH_TOKENS["gpu" if torch.cuda.is_available() else "cpu"] // SEQLEN))
     workload = Workload(NSAMPLES, (), SEQLEN, config, GPU, torch.get_num_threads(), resident())
     expected = memory_needs(shape_of(source), workload, placement)
 

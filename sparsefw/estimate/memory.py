@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsefw.errors import InputError
-from sparsefw.estimate.passes import cross_rows, stages
+from sparsefw.estimate.passes import cross_rows, is_kept, stages
 from sparsefw.estimate.workload import Workload
 from sparsefw.model import Placement
 from sparsefw.model.activations import PLACES
-from sparsefw.model.layers import is_watched
+from sparsefw.model.layers import first_segments, is_watched
 from sparsefw.model.placement import BATCH_TOKENS, SOLVER
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.solver import METHODS
@@ -67,7 +67,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     config, blocks = workload.config, shape.blocks
     tokens = min(placement.batch, max(workload.windows, *workload.evaluation, 0)) * workload.seqlen
     near, far = _activations(shape, workload, placement, tokens)
-    kept_near, kept_far = _kept_inputs(shape, workload, placement)
+    kept = _Kept.of(shape, workload, placement, tokens)
     block = max(b.nbytes for b in blocks)
     weights = block * (1 + (config.uses_dense_target or len(config.methods) > 1))
     # The host holds the next block, the last one while it is being written, and the blocks of compared methods.
@@ -78,12 +78,12 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     passing = shape.outside if workload.gpu else 0
     on_device = {
         "start": shape.outside + blocks[0].nbytes + forward,
-        "calibrate": weights + kept_near + max(_calibration_bytes(b, shape, workload, tokens) for b in blocks),
-        "solve": weights + kept_near + max(_solve_bytes(b, workload, placement) for b in blocks),
+        "calibrate": weights + max(_calibration_bytes(b, shape, workload, tokens, kept) for b in blocks),
+        "solve": weights + max(_solve_bytes(b, workload, placement, kept) for b in blocks),
         "write": weights,
         "end": shape.outside + (logits if workload.evaluation else 0),
     }
-    pruning = others + kept_far
+    pruning = others + kept.far
     on_host = {"start": passing, "calibrate": pruning, "solve": pruning, "write": others + passing, "end": passing}
     process = workload.process + _generated_code(shape, workload, tokens)
     phases = {}
@@ -111,15 +111,39 @@ def activation_bytes(shape: ModelShape, workload: Workload) -> int:
     return windows * workload.seqlen * shape.hidden * shape.itemsize
 
 
-def _kept_inputs(shape: ModelShape, workload: Workload, placement: Placement) -> tuple[int, int]:
-    """Bytes of inputs that are kept, of all calibration windows: on the device, and on the host beside it."""
-    widest = max((width for width in _keepable_widths(shape, workload) if width <= placement.kept_width), default=0)
-    window = widest * workload.seqlen * shape.itemsize
-    everything = workload.windows * window
-    if placement.place == "gpu":
-        return everything, 0
-    # One micro-batch is on its way to a GPU, and one is at work.
-    return (min(everything, 2 * placement.batch * window) if workload.gpu else 0), everything
+@dataclass(frozen=True)
+class _Kept:
+    """Inputs that are kept for the next run of the calibration windows.
+
+    Attributes:
+        placement: says which are.
+        near: bytes on the device for each entry a token.
+        far: bytes on the host beside it.
+    """
+
+    placement: Placement
+    near: int
+    far: int
+
+    @classmethod
+    def of(cls, shape: ModelShape, workload: Workload, placement: Placement, tokens: int) -> "_Kept":
+        """Where they are; `tokens` are those of a micro-batch."""
+        everything = workload.windows * workload.seqlen * shape.itemsize
+        if placement.place == "gpu" or not workload.gpu:
+            return cls(placement, everything, 0)
+        widest = max((width for width in _keepable_widths(shape, workload) if width <= placement.kept_width), default=0)
+        # One micro-batch is on its way to the GPU, and one is at work.
+        return cls(placement, min(everything, 2 * tokens * shape.itemsize), widest * everything)
+
+    def by_stage(self, block: BlockShape) -> list[int]:
+        """Bytes on the device while each stage is measured and solved: its inputs, and those of the stage before."""
+        order = stages(block.layers)
+        segments = first_segments([[layer.role for layer in stage] for stage in order])
+        own = [
+            stage[0].d if is_kept(stage, segment, self.placement) else 0
+            for stage, segment in zip(order, segments, strict=True)
+        ]
+        return [self.near * (width + before) for width, before in zip(own, [0, *own], strict=False)]
 
 
 def _keepable_widths(shape: ModelShape, workload: Workload) -> set[int]:
@@ -165,16 +189,19 @@ def _cross_bytes(stage: list[LayerShape], workload: Workload) -> int:
     return sum(4 * rows * stage[0].d for rows in cross_rows(stage))
 
 
-def _groups(block: BlockShape, workload: Workload) -> Iterator[list[list[LayerShape]]]:
-    """The stages whose inputs are measured together: one by one, or all of a block. No group is empty."""
+def _groups(block: BlockShape, workload: Workload, kept: _Kept) -> Iterator[tuple[list[list[LayerShape]], int]]:
+    """The stages whose inputs are measured together, one by one or all of a block, and the bytes of kept inputs.
+
+    No group is empty.
+    """
     of_block = stages(block.layers)
     if workload.config.uses_dense_target:
-        yield from ([stage] for stage in of_block)
+        yield from (([stage], size) for stage, size in zip(of_block, kept.by_stage(block), strict=True))
     elif of_block:
-        yield of_block
+        yield of_block, 0
 
 
-def _calibration_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
+def _calibration_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int, kept: _Kept) -> int:
     """Gram and cross matrices, and the inputs and outputs that they are made of."""
     dense = workload.config.uses_dense_target
     peak = forward = _forward_bytes(block, shape, workload, tokens)
@@ -182,13 +209,13 @@ def _calibration_bytes(block: BlockShape, shape: ModelShape, workload: Workload,
         # All stages are watched at once to find them.
         watched = sum(stage[0].d + sum(layer.rows for layer in stage) for stage in stages(block.layers))
         peak += tokens * watched * shape.itemsize
-    for group in _groups(block, workload):
+    for group, kept_bytes in _groups(block, workload, kept):
         matrices = sum(_gram_bytes(stage) + _cross_bytes(stage, workload) for stage in group)
         d, rows = max(stage[0].d for stage in group), max(layer.rows for stage in group for layer in stage)
         held = tokens * shape.itemsize * sum(_held(stage, shape, dense) for stage in group)
         # Operands are made of them while the rest of the block runs, or afterwards. On a CPU both are in fp32.
         operands = 0 if workload.gpu else 4 * tokens * (d + (rows if dense else 0))
-        peak = max(peak, matrices + held + max(forward, operands))
+        peak = max(peak, matrices + kept_bytes + held + max(forward, operands))
     return peak
 
 
@@ -204,11 +231,11 @@ def _held(stage: list[LayerShape], shape: ModelShape, dense: bool) -> int:
     return d * (3 if writes < len(stage) else 1) + 3 * shape.hidden * bool(writes)
 
 
-def _solve_bytes(block: BlockShape, workload: Workload, placement: Placement) -> int:
+def _solve_bytes(block: BlockShape, workload: Workload, placement: Placement, kept: _Kept) -> int:
     """The matrices of the stages that were measured together, and the solve of one of these stages."""
     peak = 0
-    for group in _groups(block, workload):
-        waiting = sum(_gram_bytes(stage) + _cross_bytes(stage, workload) for stage in group)
+    for group, kept_bytes in _groups(block, workload, kept):
+        waiting = kept_bytes + sum(_gram_bytes(stage) + _cross_bytes(stage, workload) for stage in group)
         for stage in group:
             peak = max(peak, waiting + _stage_bytes(stage, workload, placement))
     return peak
@@ -284,7 +311,7 @@ def _placements(
     shape: ModelShape, workload: Workload, folder: Path | None, fixed: dict[str, Any]
 ) -> Iterator[Placement]:
     """All placements, those that cost least time first."""
-    batch = max(1, BATCH_TOKENS // workload.seqlen)
+    batch = max(1, BATCH_TOKENS["gpu" if workload.gpu else "cpu"] // workload.seqlen)
     widest = max((layer.d for block in shape.blocks for layer in block.layers), default=1)
     least = BYTES_PER_ENTRY * ROW_UNIT * widest
     choices: dict[str, Any] = {

@@ -9,8 +9,9 @@ import torch
 
 from sparsefw.model.activations import Activations, make_activations
 
-# Tokens in one micro-batch: enough to fill a GPU, little beside a block's weights.
-BATCH_TOKENS = 4096
+# Tokens in one micro-batch: enough to fill a GPU, little beside a block's weights. A CPU is busy with fewer, and the
+# micro-batch that shows the stages of a block is a smaller share of all.
+BATCH_TOKENS = {"gpu": 4096, "cpu": 2048}
 
 # Most bytes for the state of a solve: more make nothing faster.
 SOLVER = 4 << 30

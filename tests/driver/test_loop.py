@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparsefw import data
 from sparsefw.driver import run as driver_run
 from sparsefw.model import HiddenStates
+from sparsefw.model.placement import BATCH_TOKENS
 from sparsefw.run import main
 from sparsefw.solver.objective import damped
 from sparsefw.solver.target import find_target
@@ -238,7 +239,7 @@ def test_placement_does_not_change_the_result(place, ahead, tmp_path, monkeypatc
         if output == "other":
             monkeypatch.setattr(driver_run, "place", placed)
         else:
-            monkeypatch.setattr("sparsefw.estimate.memory.BATCH_TOKENS", 4 * 32)
+            monkeypatch.setitem(BATCH_TOKENS, "cpu", 4 * 32)
         assert main([*places, *flags, "--output", str(tmp_path / output), "--eval-windows", "3"]) == 0
         report = json.loads((tmp_path / output / "report.json").read_text())
         assert report["memory"]["batch_windows"] == 4
