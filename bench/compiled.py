@@ -29,6 +29,7 @@ from sparsefw.kernels.cross import cross_accumulate
 from sparsefw.kernels.gradient import gradient
 from sparsefw.kernels.gram import gram_accumulate
 from sparsefw.kernels.lmo import lmo
+from sparsefw.kernels.mirror import mirror_lower
 from sparsefw.kernels.product import product
 from sparsefw.kernels.step import row_step
 from sparsefw.kernels.swaps import row_swaps
@@ -174,6 +175,8 @@ def cases() -> Iterator[Case]:
     yield _conjugate("target 4096", HOPPER, 4096, mask=False)
     for d in (4096, 28672):
         yield _conjugate(f"fp32 {d}", HOPPER, d, P=FP32)
+    G = empty(4096, 4096)
+    yield Case("mirror 4096", ALL, lambda: mirror_lower(G), cost.mirror_lower(4096))
     x, v, eta = empty(ROWS, 4096), empty(ROWS, 4096, torch.bool), empty(ROWS, 1)[:, 0]
     yield Case("update 4096", ALL, lambda: convex_update(x, v, x, x, eta), cost.convex_update(ROWS, 4096))
 

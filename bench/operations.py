@@ -52,7 +52,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 def gram(d: int) -> Tensor:
     """Gram matrix (d, d) of random inputs."""
     X = normal(TOKENS, d)
-    return cpu.gram_accumulate(torch.zeros(d, d, device=DEVICE), X)
+    return cpu.mirror_lower(cpu.gram_accumulate(torch.zeros(d, d, device=DEVICE), X))
 
 
 def numbers(way: str, **values: float) -> dict[str, float | Tensor]:

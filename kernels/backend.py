@@ -93,7 +93,7 @@ class Backend:
         return lambda: self.product(E, G, out=out)
 
     def gram_accumulate(self, G: Tensor, X: Tensor) -> Tensor:
-        """G += X^T X in place; see `naive.gram_accumulate`."""
+        """Lower triangle of G += X^T X in place; see `naive.gram_accumulate`."""
         return self.operations.gram_accumulate(G, X, precision=self.input_precision)
 
     def cross_accumulate(self, B: Tensor, D: Tensor, X: Tensor) -> Tensor:
@@ -101,6 +101,11 @@ class Backend:
         return self.operations.cross_accumulate(B, D, X, precision=self.input_precision)
 
     # The other operations take no precision.
+
+    @property
+    def mirror_lower(self) -> Callable[[Tensor], Tensor]:
+        """See `naive.mirror_lower`."""
+        return self.operations.mirror_lower
 
     @property
     def lmo(self) -> Callable[..., Tensor]:

@@ -32,8 +32,13 @@ def gradient(rows: int, d: int, *, W: int, G: int) -> Cost:
 
 
 def gram_accumulate(tokens: int, d: int, *, X: int) -> Cost:
-    """G += X^T X: products of one triangle; one triangle of G is read, both are written."""
-    return Cost(tokens * d * (d + 1), tokens * d * X + 2 * d * (d + 1) + 4 * d * d)
+    """G += X^T X: products of one triangle, which is read and written."""
+    return Cost(tokens * d * (d + 1), tokens * d * X + 4 * d * (d + 1))
+
+
+def mirror_lower(d: int) -> Cost:
+    """One triangle of G is read, the other one is written, without the diagonal."""
+    return Cost(0, 4 * d * (d - 1))
 
 
 def cross_accumulate(tokens: int, rows: int, d: int, *, X: int) -> Cost:

@@ -22,12 +22,16 @@ __all__ = [
     "gradient",
     "gram_accumulate",
     "lmo",
+    "mirror_lower",
     "product",
     "repeat",
     "round_operand",
     "row_step",
     "row_swaps",
 ]
+
+# Rows that are mirrored at once, so that no second G is allocated.
+MIRRORED = 512
 
 
 def round_operand(X: Tensor, precision: str) -> Tensor:
@@ -66,9 +70,19 @@ def gradient(W: Tensor, M: Tensor, G: Tensor, *, precision: str = "ieee", out: T
 
 
 def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """G += X^T X in place. See `naive.gram_accumulate`."""
+    """Lower triangle of G += X^T X in place. See `naive.gram_accumulate`."""
     X = round_operand(X, precision)
     return G.addmm_(X.T, X)
+
+
+def mirror_lower(G: Tensor) -> Tensor:
+    """Copy the lower triangle of G to the upper one, in place. See `naive.mirror_lower`."""
+    for start in range(0, len(G), MIRRORED):
+        stop = start + MIRRORED
+        G[start:stop, stop:] = G[stop:, start:stop].T
+        block = G[start:stop, start:stop]
+        block.copy_(block.tril() + block.tril(-1).T)
+    return G
 
 
 def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:

@@ -48,6 +48,36 @@ def grouped_tile(tile, rows, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BL
 
 
 @triton.jit
+def triangle_tile(tile, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First row and first column of a tile of the lower triangle of a (d, d) matrix; `launch.triangle_tiles` of them.
+
+    The triangle, diagonal included, consists of squares. Those of the right half, turned by 180 degrees, complete those
+    of the left half to a rectangle, whose tiles come in the order of `grouped_tile`:
+
+        0              3' 2'                   0  2'
+        0 1            0  2'    4 squares      0  1    3 squares
+        0 1 2          0  1     a side         0  1    a side
+        0 1 2 3        0  1
+                       0  1
+    """
+    SIDE: tl.constexpr = BLOCK_M if BLOCK_M > BLOCK_N else BLOCK_N
+    squares = tl.cdiv(d, SIDE)
+    odd = squares % 2
+    first_m, first_n = grouped_tile(
+        tile, (squares + 1 - odd) * SIDE, (squares + odd) // 2 * SIDE, GROUP_M, BLOCK_M, BLOCK_N
+    )
+    row = first_m // SIDE + odd
+    column = first_n // SIDE
+    turned = row <= column
+    row_of_square = tl.where(turned, squares - 1 + odd - row, row - 1)
+    column_of_square = tl.where(turned, squares - 1 + odd - column, column)
+    first_m = row_of_square * SIDE + first_m % SIDE
+    first_n = column_of_square * SIDE + first_n % SIDE
+    # Triton 3.6 does not see it by itself, and then loads entries one by one.
+    return tl.multiple_of(first_m, BLOCK_M), tl.multiple_of(first_n, BLOCK_N)
+
+
+@triton.jit
 def columns(start, d, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr = 4):
     """Columns of one chunk, and whether each of them exists.
 

@@ -36,6 +36,13 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def triangle_tiles(d: int, block_m: int, block_n: int) -> int:
+    """Number of tiles that cover the lower triangle of a (d, d) matrix; see `device.triangle_tile`."""
+    side = max(block_m, block_n)
+    squares = triton.cdiv(d, side)
+    return squares * (squares + 1) // 2 * (side // block_m) * (side // block_n)
+
+
 def describable(matrix: Tensor) -> bool:
     """Whether a tensor descriptor can describe the matrix: contiguous rows that start at multiples of 16 bytes."""
     aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0

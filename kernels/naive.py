@@ -107,10 +107,10 @@ def gradient(W: Tensor, M: Tensor, G: Tensor, *, precision: str = "ieee", out: T
 
 
 def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """G += X^T X in place, accumulated in fp32. G stays exactly symmetric.
+    """Lower triangle of G += X^T X in place, accumulated in fp32. `mirror_lower` completes G after the last call.
 
     Args:
-        G: (d, d) fp32, symmetric.
+        G: (d, d) fp32. What stands above its diagonal is not read, and is undefined afterwards.
         X: (tokens, d), fp32 / bf16 / fp16. Products of two bf16 or two fp16 numbers are exact at any precision.
         precision: rounding of fp32 inputs, "ieee" or "tf32".
 
@@ -119,6 +119,18 @@ def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
     """
     X = round_operand(X, precision)
     return G.add_(X.T @ X)
+
+
+def mirror_lower(G: Tensor) -> Tensor:
+    """Copy the lower triangle of G to the upper one, in place, so that G is exactly symmetric.
+
+    Args:
+        G: (d, d) fp32. What stands above its diagonal is not read.
+
+    Returns:
+        G.
+    """
+    return G.copy_(G.tril() + G.tril(-1).T)
 
 
 def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:

@@ -6,6 +6,7 @@ from .cross import cross_accumulate
 from .gradient import gradient
 from .gram import gram_accumulate
 from .lmo import lmo
+from .mirror import mirror_lower
 from .product import product, product_transposed
 from .repeat import repeat
 from .step import row_step
@@ -21,6 +22,7 @@ __all__ = [
     "gradient",
     "gram_accumulate",
     "lmo",
+    "mirror_lower",
     "product",
     "product_transposed",
     "repeat",

@@ -6,7 +6,16 @@ from types import SimpleNamespace
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import Backend
 
-OPERATIONS = ("product", "row_step", "lmo", "row_swaps", "conjugate_step", "gram_accumulate", "cross_accumulate")
+OPERATIONS = (
+    "product",
+    "row_step",
+    "lmo",
+    "row_swaps",
+    "conjugate_step",
+    "gram_accumulate",
+    "mirror_lower",
+    "cross_accumulate",
+)
 
 
 def counting() -> tuple[Backend, Counter]:

@@ -102,7 +102,7 @@ class TestOperations:
     @OPERATIONS
     def test_are_those_of_the_module(self, operations):
         backend = Backend(operations)
-        for name in ("lmo", "row_step", "row_swaps", "conjugate_step", "repeat"):
+        for name in ("mirror_lower", "lmo", "row_step", "row_swaps", "conjugate_step", "repeat"):
             assert getattr(backend, name) is getattr(operations, name)
 
     def test_writes_where_it_is_told(self):
@@ -114,7 +114,7 @@ class TestOperations:
         G, B, X, D = gram(12), normal(5, 12), normal(7, 12), normal(7, 5)
         assert TORCH.gram_accumulate(G, X) is G
         assert TORCH.cross_accumulate(B, D, X) is B
-        torch.testing.assert_close(G, gram(12) + X.T @ X)
+        torch.testing.assert_close(G.tril(), (gram(12) + X.T @ X).tril())
         torch.testing.assert_close(B, normal(5, 12) + D.T @ X)
 
     def test_only_torch_may_run_in_several_threads(self):

@@ -78,7 +78,7 @@ def test_gram_against_float64(dtype):
     X, G = normal(200, 131, dtype=dtype), gram(131)
     expected = G.double() + X.double().T @ X.double()
     assert cpu.gram_accumulate(G, X) is G
-    assert ((G - expected).abs() <= 1e-5 * expected.abs().max()).all()
+    assert ((G - expected).tril().abs() <= 1e-5 * expected.abs().max()).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,4 +1,4 @@
-"""gram_accumulate against the specification in float64, and its exact symmetry."""
+"""gram_accumulate against the specification in float64."""
 
 import pytest
 import torch
@@ -20,11 +20,12 @@ from sparsefw.kernels.gram import gram_accumulate
 
 
 def assert_accumulates(backend, X, G, **options):
+    """The lower triangle of G is right, whatever stands above it."""
     plain = naive.gram_accumulate(G.clone(), X, **options)
     truth = naive.gram_accumulate(G.double(), X.double())
+    G[tuple(torch.triu_indices(*G.shape, 1))] = torch.nan
     assert backend.gram_accumulate(G, X, **options) is G
-    assert_near(G, plain, truth)
-    assert torch.equal(G, G.T)
+    assert_near(G.tril(), plain.tril(), truth.tril())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 131), (300, 37), (37, 131), (200, 260), (150, 600)])
@@ -41,15 +42,15 @@ def test_gram_of_every_dtype(backend, dtype, precision):
 @pytest.mark.slow
 def test_every_tile_of_a_large_triangle_is_written(monkeypatch):
     # One tile, and many of them: the walk over the triangle meets every tile once.
-    monkeypatch.setattr(gram_module, "configuration", lambda d, size: dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=64, SIDE=16))
+    config = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=64, GROUP_M=2)
+    monkeypatch.setattr(gram_module, "configuration", lambda d, size: config)
     assert_accumulates(triton_ops, normal(20, 250), torch.zeros(250, 250, device=DEVICE))
 
 
 @pytest.mark.parametrize(("block_m", "block_n"), [(16, 64), (64, 16)])
 def test_tiles_need_not_be_square(monkeypatch, block_m, block_n):
-    monkeypatch.setattr(
-        gram_module, "configuration", lambda d, size: dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64, SIDE=64)
-    )
+    config = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64, GROUP_M=2)
+    monkeypatch.setattr(gram_module, "configuration", lambda d, size: config)
     assert_accumulates(triton_ops, normal(20, 150), gram(150))
 
 
@@ -59,7 +60,7 @@ def test_gram_accumulates_over_batches(backend):
     backend.gram_accumulate(whole, X)
     for batch in X.split(70):
         backend.gram_accumulate(parts, batch)
-    assert_near(parts, whole, X.double().T @ X.double())
+    assert_near(parts.tril(), whole.tril(), (X.double().T @ X.double()).tril())
 
 
 def test_gram_of_strided_operands(backend):
@@ -70,7 +71,7 @@ def test_gram_of_strided_operands(backend):
 def test_gram_repeats_bit_by_bit(backend):
     X = normal(200, 260)
     once, again = (backend.gram_accumulate(gram(260), X) for _ in range(2))
-    assert torch.equal(once, again)
+    assert torch.equal(once.tril(), again.tril())
 
 
 def test_no_tokens_leave_the_gram_as_it_is(backend):
@@ -102,7 +103,6 @@ def test_gram_refuses_bad_input(change, error, match):
 def test_tensor_cores_keep_the_bits_of_their_precision(dtype, precision):
     X = normal(2048, 4096, dtype=dtype)
     G = gram_accumulate(torch.zeros(4096, 4096, device=DEVICE), X, precision=precision)
-    assert torch.equal(G, G.T)
     X = X.double()
     bound = (PRODUCT_ERROR[precision] + SUM_ERROR) * (X.abs().T @ X.abs())
-    assert ((G.double() - X.T @ X).abs() <= bound).all()
+    assert ((G.double() - X.T @ X).abs() <= bound).tril().sum() == 4096 * 4097 // 2

@@ -85,7 +85,7 @@ def test_accumulations_add_one_token_after_another():
         expected_B += y.outer(x)
     assert naive.gram_accumulate(G, X) is G
     assert naive.cross_accumulate(B, D, X) is B
-    torch.testing.assert_close(G, expected_G)
+    torch.testing.assert_close(G.tril(), expected_G.tril())
     torch.testing.assert_close(B, expected_B)
 
 

@@ -1,0 +1,63 @@
+"""mirror_lower: copy the lower triangle of a square matrix to the upper one, in place.
+
+    G (d, d) fp32
+
+    flops = 0
+    bytes = 4 d (d - 1)          (the lower triangle read, the upper one written)
+
+A Gram matrix is mirrored once, when all its inputs are in: every call of `gram_accumulate` adds to the lower triangle
+only. The copy takes as long as the products of 4 f tokens, where a card does f flops in the time of a byte.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import triangle_tile
+from .launch import check, check_matrix, on_device, platform, triangle_tiles
+
+
+def configuration() -> dict[str, int]:
+    """Tile size and launch options."""
+    if platform() == "interpreter":
+        return dict(BLOCK=256)
+    return dict(BLOCK=64, num_warps=4)
+
+
+@triton.jit
+def _mirror_kernel(G, d, stride_gr, stride_gd, BLOCK: tl.constexpr):
+    first_m, first_n = triangle_tile(tl.program_id(0), d, 1, BLOCK, BLOCK)
+    offs_m = first_m + tl.arange(0, BLOCK)
+    offs_n = first_n + tl.arange(0, BLOCK)
+    row = offs_m.to(tl.int64)[:, None]
+    column = offs_n.to(tl.int64)[None, :]
+    # Only entries below the diagonal are read, and only entries above it are written, also in a tile on the diagonal.
+    valid = (offs_m < d)[:, None] & (row > column)
+    g = tl.load(G + row * stride_gr + column * stride_gd, mask=valid, other=0.0)
+    mirror = G + tl.trans(column) * stride_gr + tl.trans(row) * stride_gd
+    tl.store(mirror, tl.trans(g), mask=tl.trans(valid))
+
+
+def mirror_lower(G: Tensor) -> Tensor:
+    """Copy the lower triangle of G to the upper one, in place: `naive.mirror_lower`.
+
+    Args:
+        G: (d, d) fp32, any strides.
+
+    Returns:
+        G.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit this description.
+    """
+    d = check_matrix("G", G, (torch.float32,))[1]
+    check("G", G, (d, d), (torch.float32,), G)
+    if d == 0:
+        return G
+    config = configuration()
+    with on_device(G):
+        _mirror_kernel[(triangle_tiles(d, config["BLOCK"], config["BLOCK"]),)](
+            G=G, d=d, stride_gr=G.stride(0), stride_gd=G.stride(1), **config
+        )
+    return G
