@@ -7,7 +7,7 @@ and activation functions inside a block. So every sum here is a lower bound.
 from collections.abc import Iterator
 from functools import partial
 
-from sparsefw.estimate.operation import Operation, split
+from sparsefw.estimate.operation import Operation, split, times
 from sparsefw.estimate.passes import Pass, cross_rows, passes, stages
 from sparsefw.estimate.solve_flops import solve_operations
 from sparsefw.estimate.workload import PlannedRun
@@ -71,6 +71,9 @@ def _grams(run: PlannedRun, block: BlockShape) -> Iterator[Operation]:
         calls = min(batches * max(1, experts), reached)
         cost_of = partial(cost.gram_accumulate, d=stage[0].d, X=run.shape.itemsize)
         yield Operation("calibrate", "gram_accumulate", run.gram_unit, calls, split(cost_of, reached, calls))
+        matrices = max(1, experts)
+        least = times(cost.mirror_lower(stage[0].d), matrices)
+        yield Operation("calibrate", "mirror_lower", run.gram_unit, matrices, least)
 
 
 def _crosses(run: PlannedRun, block: BlockShape) -> Iterator[Operation]:

@@ -58,7 +58,7 @@ def capture(
         block: the block, on its device.
         run: runs a micro-batch through it.
         batches: numbers of the micro-batches.
-        backend: its `gram_accumulate` and `cross_accumulate` are used.
+        backend: its `gram_accumulate`, `mirror_lower` and `cross_accumulate` are used.
         selected: selects layers by their names inside the block. An input that no selected layer reads has no Gram
             matrix; like other inputs it stays in memory until the micro-batch has passed.
         stage: watch its layers only, and run no more of the block than they need; None: the whole block.
@@ -91,6 +91,8 @@ def capture(
         watch.through(partial(run, j))
         if dense:
             add_crosses(dense(j))
+    for G in grams.values():
+        backend.mirror_lower(G)
     return Captured(list(watch.layers.values()), grams, crosses, watch.ignored)
 
 

@@ -67,6 +67,7 @@ class _Sums:
     def captured(self) -> Captured:
         """The matrices by layer."""
         assert self.G is not None
+        self._backend.mirror_lower(self.G)
         crosses = {name: Cross("streams", matrix) for name, matrix in self.streams.items()}
         if self.C is not None:
             shared = Cross("inputs", self.C)
@@ -81,7 +82,7 @@ def measure(stage: Stage, pair: Pair, *, backend: Backend, selected: Selector, k
     Args:
         stage: the stage.
         pair: the block. Its windows move on.
-        backend: its `gram_accumulate` and `cross_accumulate` are used.
+        backend: its `gram_accumulate`, `mirror_lower` and `cross_accumulate` are used.
         selected: selects layers by their names inside the block.
         keep: whether the pruned model's inputs are kept. The next run begins there, and not at the stage's start.
 
