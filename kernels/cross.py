@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .accumulate import accumulate, suits
 from .device import dot, grouped_tile
 from .launch import FLOATS, check, check_fp32_precision, check_matrix, on_device, platform
 from .product import DTYPES
@@ -88,9 +89,12 @@ def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee"
     check_fp32_precision(precision)
     if X.numel() == 0 or D.numel() == 0:
         return B
-    config = configuration(rows, d, X.element_size())
-    grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"]),)
     with on_device(X):
+        if suits(B, D, X, triangle=False):
+            accumulate(B, D, X, triangle=False)
+            return B
+        config = configuration(rows, d, X.element_size())
+        grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"]),)
         _cross_kernel[grid](
             B=B, D=D, X=X, tokens=tokens, rows=rows, d=d,
             stride_br=B.stride(0), stride_bd=B.stride(1), stride_dt=D.stride(0), stride_dr=D.stride(1),

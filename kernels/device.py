@@ -33,6 +33,21 @@ def dot(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def quarters(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The quarters of a tile's columns, from left to right."""
+    left, right = halves(x, BLOCK_M, BLOCK_N)
+    first, second = halves(left, BLOCK_M, BLOCK_N // 2)
+    third, fourth = halves(right, BLOCK_M, BLOCK_N // 2)
+    return first, second, third, fourth
+
+
+@triton.jit
 def grouped_tile(tile, rows, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """First row and first column of a tile of a (rows, d) product.
 

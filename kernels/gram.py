@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .accumulate import accumulate, suits
 from .device import dot, triangle_tile
 from .launch import FLOATS, check, check_fp32_precision, check_matrix, on_device, platform, triangle_tiles
 from .product import DTYPES
@@ -91,8 +92,11 @@ def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
     check_fp32_precision(precision)
     if X.numel() == 0:
         return G
-    config = configuration(d, X.element_size())
     with on_device(X):
+        if suits(G, X, X, triangle=True):
+            accumulate(G, X, X, triangle=True)
+            return G
+        config = configuration(d, X.element_size())
         _gram_kernel[(triangle_tiles(d, config["BLOCK_M"], config["BLOCK_N"]),)](
             G=G, X=X, tokens=tokens, d=d,
             stride_gr=G.stride(0), stride_gd=G.stride(1), stride_xt=X.stride(0), stride_xd=X.stride(1),

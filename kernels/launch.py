@@ -32,8 +32,13 @@ def warps(n: int) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Number of programs that a persistent kernel launches: one a multiprocessor, or 2 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    """Number of programs that a persistent kernel launches: one a multiprocessor, or 2 in the interpreter.
+
+    Tensors on the meta device are only compiled for. They count as on an H100.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 if INTERPRET else 132
 
 
 def triangle_tiles(d: int, block_m: int, block_n: int) -> int:

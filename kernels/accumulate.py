@@ -1,0 +1,123 @@
+"""accumulate: S += D^T X in place by bulk copies, all of S or its lower triangle; for gram.py and cross.py.
+
+    D (tokens, rows), X (tokens, d), both bf16 or both fp16     S (rows, d) fp32
+
+    flops = 2 tokens rows d                                (triangle: tokens d (d + 1))
+    bytes = 2 tokens (rows + d) + 8 rows d                 (triangle: 2 tokens d + 4 d (d + 1))
+
+The kernel runs on sm_90 and later. As many programs as multiprocessors walk the tiles. Bulk copies through tensor
+descriptors load both operands, and tensor cores read them transposed from shared memory, so no thread computes an
+address or moves an operand. A tile is added to S by bulk copies, too: the memory adds, and the sums so far never come
+to a register. The loads of the next tile start before.
+
+Each entry belongs to one program and is added once, so every run gives the same bits. Products are exact, and sums are
+accumulated in fp32. Tiles on the diagonal also add to entries above it, which are undefined until they are mirrored.
+
+A tile of 128 x 256 entries takes 4 x 2 dots of 64 x 256 x 16 for 64 tokens, at least 1024 cycles, and reads 48 KiB: 43
+flops a byte from the L2 cache, 1.33 times as many as tiles of 128 x 128.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .device import INTERPRET, dot, grouped_tile, quarters, triangle_tile
+from .launch import describable, multiprocessors, platform, triangle_tiles
+from .product import DESCRIPTORS, DTYPES
+
+# Tensor cores read 16-bit operands transposed from shared memory, and no others.
+TRANSPOSABLE = (torch.bfloat16, torch.float16)
+
+# The launch options there are, and the time that a tile is expected to take beside a tile of the others. Small tiles
+# win where large ones leave the last round of programs almost empty.
+TILES = (
+    (8, dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=16, num_warps=8, num_stages=4)),
+    (5, dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=16, num_warps=8, num_stages=6)),
+)
+
+# With fewer tiles of 128 x 128 than this, a GPU is better filled by the smaller tiles of the other kernels.
+ENOUGH = 128
+
+
+def tile_count(rows: int, d: int, triangle: bool, block_m: int, block_n: int) -> int:
+    """Number of tiles of a (rows, d) matrix, or of its lower triangle."""
+    return triangle_tiles(d, block_m, block_n) if triangle else triton.cdiv(rows, block_m) * triton.cdiv(d, block_n)
+
+
+def suits(S: Tensor, D: Tensor, X: Tensor, *, triangle: bool) -> bool:
+    """Whether this kernel can add D^T X to S, and has enough tiles to fill a GPU."""
+    able = platform() in DESCRIPTORS and X.dtype in TRANSPOSABLE and all(map(describable, (S, D, X)))
+    return able and tile_count(*S.shape, triangle, 128, 128) >= ENOUGH
+
+
+def configuration(rows: int, d: int, triangle: bool, programs: int) -> dict[str, int]:
+    """The launch options that take the least time: rounds of `programs` tiles, times the time of a tile."""
+
+    def seconds(entry: tuple[int, dict[str, int]]) -> int:
+        cost, options = entry
+        tiles = tile_count(rows, d, triangle, options["BLOCK_M"], options["BLOCK_N"])
+        return cost * triton.cdiv(tiles, programs)
+
+    return min(TILES, key=seconds)[1]
+
+
+@triton.jit
+def _add(S, first_m, first_n, tile):
+    if INTERPRET:
+        # It has no bulk copies that add, and runs one program after another.
+        S.store([first_m, first_n], S.load([first_m, first_n]) + tile)
+    else:
+        S.atomic_add([first_m, first_n], tile)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def _accumulate_kernel(
+    S, D, X, tokens, rows, d, tiles,
+    TRIANGLE: tl.constexpr, DTYPE: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # In a flattened loop the loads of the next tile start while this one is added. For sm_100 Triton 3.6 would give
+    # each quarter of a tile shared memory of its own there, more than there is.
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not cuda_capability_geq(10)):
+        if TRIANGLE:
+            first_m, first_n = triangle_tile(tile, d, GROUP_M, BLOCK_M, BLOCK_N)
+        else:
+            first_m, first_n = grouped_tile(tile, rows, d, GROUP_M, BLOCK_M, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, tokens, BLOCK_K):
+            # Entries past the edges read as 0, and are not added.
+            a = D.load([start, first_m])
+            b = X.load([start, first_n])
+            acc = dot(a.T, b, acc, DTYPE, "ieee")
+        # A tile passes through shared memory on its way to memory. It goes in quarters, since the operands of the next
+        # tile fill the rest.
+        first, second, third, fourth = quarters(acc, BLOCK_M, BLOCK_N)
+        _add(S, first_m, first_n, first)
+        _add(S, first_m, first_n + BLOCK_N // 4, second)
+        _add(S, first_m, first_n + BLOCK_N // 2, third)
+        _add(S, first_m, first_n + BLOCK_N // 2 + BLOCK_N // 4, fourth)
+
+
+def accumulate(S: Tensor, D: Tensor, X: Tensor, *, triangle: bool) -> None:
+    """S += D^T X in place, on the current device. The caller has checked the arguments, and that they `suits`.
+
+    Args:
+        S: (rows, d) fp32.
+        D: (tokens, rows), bf16 or fp16.
+        X: (tokens, d), dtype of D.
+        triangle: add to the lower triangle of S only; rows = d. What stands above is undefined afterwards.
+    """
+    (tokens, d), rows, programs = X.shape, D.shape[1], multiprocessors(X.device)
+    config = configuration(rows, d, triangle, programs)
+    m, n, k = (config[f"BLOCK_{axis}"] for axis in "MNK")
+    tiles = tile_count(rows, d, triangle, m, n)
+    _accumulate_kernel[(min(tiles, programs),)](
+        S=TensorDescriptor.from_tensor(S, [m, n // 4]),
+        D=TensorDescriptor.from_tensor(D, [k, m]),
+        X=TensorDescriptor.from_tensor(X, [k, n]),
+        tokens=tokens, rows=rows, d=d, tiles=tiles,
+        TRIANGLE=triangle, DTYPE=DTYPES[X.dtype], enable_fp_fusion=True, **config,
+    )  # fmt: skip
