@@ -50,7 +50,7 @@ def tile_count(rows: int, d: int, triangle: bool, block_m: int, block_n: int) ->
 def suits(S: Tensor, D: Tensor, X: Tensor, *, triangle: bool) -> bool:
     """Whether this kernel can add D^T X to S, and has enough tiles to fill a GPU."""
     able = platform() in DESCRIPTORS and X.dtype in TRANSPOSABLE and all(map(describable, (S, D, X)))
-    return able and tile_count(*S.shape, triangle, 128, 128) >= ENOUGH
+    return able and tile_count(S.shape[0], S.shape[1], triangle, 128, 128) >= ENOUGH
 
 
 def configuration(rows: int, d: int, triangle: bool, programs: int) -> dict[str, int]:
