@@ -30,6 +30,9 @@ __all__ = [
     "row_swaps",
 ]
 
+# Rows of a panel of a Gram matrix: 0.6 to 0.7 of the time of the whole square, where its flops are half.
+PANEL = 192
+
 # Rows that are mirrored at once, so that no second G is allocated.
 MIRRORED = 512
 
@@ -70,9 +73,12 @@ def gradient(W: Tensor, M: Tensor, G: Tensor, *, precision: str = "ieee", out: T
 
 
 def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """Lower triangle of G += X^T X in place. See `naive.gram_accumulate`."""
+    """Lower triangle of G += X^T X in place, in panels of rows. See `naive.gram_accumulate`."""
     X = round_operand(X, precision)
-    return G.addmm_(X.T, X)
+    for start in range(0, len(G), PANEL):
+        stop = start + PANEL
+        G[start:stop, :stop].addmm_(X[:, start:stop].T, X[:, :stop])
+    return G
 
 
 def mirror_lower(G: Tensor) -> Tensor:
