@@ -6,6 +6,7 @@ from helpers.kernel_inputs import generator
 from sparsefw.kernels.backend import TORCH
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.layer import prune_layers
+from sparsefw.solver.target import Cross
 
 D = 96
 # One of them has one row: its product takes another path through the library.
@@ -25,6 +26,11 @@ def make_layers(rows=ROWS, d=D, dtype=torch.bfloat16):
     return [(f"layer{i}", torch.randn(n, d, generator=generator(i)).to(dtype)) for i, n in enumerate(rows)]
 
 
+def make_crosses(rows=ROWS, d=D):
+    """A cross matrix B of recorded outputs for every layer."""
+    return [Cross("outputs", 200 * torch.randn(n, d, generator=generator(50 + i))) for i, n in enumerate(rows)]
+
+
 def make_config(sparsity="0.6", **options):
     """A config with few steps, half of the kept weights fixed and, without a refit, no swaps."""
     refit = options.get("refit", 3)
@@ -42,7 +48,7 @@ def run(layers, G=None, method="sparsefw", config=None, backend=TORCH, **options
 def run_alone(layers, config, crosses=None):
     """`run` with each layer in a stack of its own."""
     crosses = crosses or [None] * len(layers)
-    runs = [run([layer], config=config, crosses=[B]) for layer, B in zip(layers, crosses, strict=True)]
+    runs = [run([layer], config=config, crosses=[cross]) for layer, cross in zip(layers, crosses, strict=True)]
     return {name: W for pruned, _ in runs for name, W in pruned.items()}, [row for _, rows in runs for row in rows]
 
 

@@ -1,9 +1,8 @@
 """The calls that `calls` counts are the calls of a solve."""
 
 import pytest
-import torch
 from helpers.counting import counting
-from helpers.layer_inputs import make_gram, make_layers
+from helpers.layer_inputs import make_crosses, make_gram, make_layers
 
 from sparsefw.solver import METHODS, PruneConfig, prune_layers
 from sparsefw.solver.calls import calls
@@ -25,7 +24,7 @@ def test_calls_of_a_solve_are_those_that_are_made(options):
     how = config(**options)
     backend, seen = counting()
     layers = make_layers((40, 24))
-    crosses = [torch.ones(n, 96) for n in (40, 24)] if how.uses_dense_target else None
+    crosses = make_crosses((40, 24)) if how.uses_dense_target else None
     solves = 1 if METHODS[how.method].rows_independent else len(layers)
     list(prune_layers(layers, make_gram(), how.method, how, backend, crosses=crosses))
     expected = calls(how.method, how, how.uses_dense_target)

@@ -14,7 +14,7 @@ from sparsefw.solver import METHODS, PruneConfig, choices, patterns, prune_layer
 from sparsefw.solver.objective import damped
 from sparsefw.solver.saliency import SALIENCIES
 from sparsefw.solver.stack import TARGET_STEPS
-from sparsefw.solver.target import find_target
+from sparsefw.solver.target import Cross, find_target
 
 
 class TestLayers:
@@ -248,7 +248,7 @@ class TestSolveLayer:
         T = find_target(W, damped(G, config.damp), B.clone(), TARGET_STEPS)
         mask, Z, result = solve_layer(W, G, config, B=B.clone())
         masks = []
-        pruned, (row,) = run([("layer", W)], G, config=config, crosses=[B], masks=masks)
+        pruned, (row,) = run([("layer", W)], G, config=config, crosses=[Cross("outputs", B)], masks=masks)
         assert torch.equal(Z, pruned["layer"])
         assert torch.equal(mask, masks[0])
         assert result.target == row.target == "dense"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.kernel_inputs import generator
-from helpers.layer_inputs import PATTERNS, ROWS, D, assert_same, error, make_config, make_layers, run
+from helpers.layer_inputs import PATTERNS, D, assert_same, error, make_config, make_crosses, make_layers, run
 
 from sparsefw.solver import METHODS, PruneConfig, patterns
 from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT
@@ -33,10 +33,6 @@ def summed_gram():
     X[:, ::6] = X.view(300, -1, 6)[:, :, 1:].sum(2) + 0.1 * torch.randn(300, D // 6, generator=generator(2))
     G = X.T @ X
     return (G.tril() + G.tril(-1).T).contiguous()
-
-
-def crosses():
-    return [200 * torch.randn(n, D, generator=generator(50 + i)) for i, n in enumerate(ROWS)]
 
 
 def config_of(method, text, refit, **options):
@@ -76,7 +72,7 @@ class TestNothingRevives:
     @pytest.mark.parametrize(("method", "refit", "cross"), CASES)
     def test_whatever_the_method(self, method, refit, cross, dtype, text):
         layers, G, masks = zeroed_layers(dtype), summed_gram(), []
-        given = crosses() if cross else None
+        given = make_crosses() if cross else None
         config = config_of(method, text, refit, keep_zeros=True)
         pruned, results = run(layers, G, method, config, crosses=given, masks=masks)
         for (name, W), row, mask in zip(layers, results, masks, strict=True):
@@ -105,7 +101,7 @@ class TestNothingRevives:
         ],
     )
     def test_without_it_something_does(self, method, cross, text, dtype):
-        layers, given = zeroed_layers(dtype), crosses() if cross else None
+        layers, given = zeroed_layers(dtype), make_crosses() if cross else None
         pruned, _ = run(layers, summed_gram(), method, config_of(method, text, refit=4), crosses=given)
         assert sum((pruned[name][W == 0] != 0).sum() for name, W in layers) > 10
 
@@ -119,7 +115,7 @@ class TestNothingRevives:
                 summed_gram(),
                 method,
                 config_of(method, text, refit, keep_zeros=keep),
-                crosses=crosses() if cross else None,
+                crosses=make_crosses() if cross else None,
             )
             for keep in (False, True)
         )
@@ -141,12 +137,12 @@ class TestErrors:
     @ALL
     @pytest.mark.parametrize("refit", [0, 4])
     def test_the_target_is_one_that_the_weights_can_reach(self, refit, text):
-        layers, G, given = zeroed_layers(), summed_gram(), crosses()
+        layers, G, given = zeroed_layers(), summed_gram(), make_crosses()
         config = make_config(text, refit=refit, keep_zeros=True)
-        pruned, results = run(layers, G, config=config, crosses=crosses())
-        for (name, W), B, row in zip(layers, given, results, strict=True):
+        pruned, results = run(layers, G, config=config, crosses=make_crosses())
+        for (name, W), cross, row in zip(layers, given, results, strict=True):
             support = W != 0
-            T = find_target(W, damped(G, config.damp), B, TARGET_STEPS, support=support)
+            T = find_target(W, damped(G, config.damp), cross.matrix, TARGET_STEPS, support=support)
             assert (T[~support] == 0).all()
             assert (T[support] != W[support]).double().mean() > 0.99
             assert row.error == pytest.approx(error(T, pruned[name], G).sum().item(), rel=1e-4)
@@ -170,7 +166,7 @@ class TestStacks:
         layers, config = zeroed_layers(), make_config(text, refit=3, keep_zeros=True)
 
         def given():
-            return crosses() if cross else None
+            return make_crosses() if cross else None
 
         whole = run(layers, config=config, memory=1 << 40, crosses=given())
         assert_same(whole, run(layers, config=config, memory=BYTES_PER_ENTRY * D * ROW_UNIT, crosses=given()))

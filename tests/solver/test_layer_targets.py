@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from helpers.kernel_inputs import generator
 from helpers.layer_inputs import (
     ERRORS,
     PATTERNS,
-    ROWS,
     D,
     assert_same,
     error,
     make_config,
+    make_crosses,
     make_gram,
     make_layers,
     run,
@@ -28,17 +27,14 @@ from sparsefw.solver.target import find_target
 class TestTargets:
     """Targets in stacks, with errors relative to them."""
 
-    def crosses(self, layers=ROWS, d=D):
-        return [200 * torch.randn(n, d, generator=generator(50 + i)) for i, n in enumerate(layers)]
-
     @pytest.mark.parametrize("text", PATTERNS)
     def test_pruned_in_place_of_the_weights(self, text):
         """The result is that of pruning the target by itself. A layer without a cross matrix is its own target."""
         layers, config, G = make_layers(dtype=torch.float32), make_config(text), make_gram()
-        crosses = self.crosses()
+        crosses = make_crosses()
         targets = [
-            (name, find_target(W, damped(G, config.damp), B.clone(), TARGET_STEPS))
-            for (name, W), B in zip(layers, crosses, strict=True)
+            (name, find_target(W, damped(G, config.damp), cross.matrix.clone(), TARGET_STEPS))
+            for (name, W), cross in zip(layers, crosses, strict=True)
         ]
         targets[2], crosses[2] = layers[2], None
         assert all((T - W).abs().max() > 0.1 for (_, T), (_, W) in zip(targets, layers, strict=True) if T is not W)
@@ -54,19 +50,19 @@ class TestTargets:
     def test_masks_of_unchanged_weights_are_chosen_for_them(self, text):
         config = make_config(text, refit=0, swaps=20, alpha=0.0)
         layers, G = make_layers(dtype=torch.float32), make_gram()
-        crosses = self.crosses()
+        crosses = make_crosses()
         crosses[2] = None
-        pruned, results = run(layers, G, config=config, crosses=[B if B is None else B.clone() for B in crosses])
+        pruned, results = run(layers, G, config=config, crosses=crosses)
         for_itself, _ = run(layers, G, config=config)
-        for (name, W), B, row in zip(layers, crosses, results, strict=True):
+        for (name, W), cross, row in zip(layers, crosses, results, strict=True):
             T = W
-            if B is not None:
-                T = find_target(W, damped(G, config.damp), B.clone(), TARGET_STEPS)
+            if cross is not None:
+                T = find_target(W, damped(G, config.damp), cross.matrix.clone(), TARGET_STEPS)
             Z = pruned[name]
             assert torch.equal(Z, W * (Z != 0))
             assert row.error == row.error_mask == pytest.approx(error(T, Z, G).sum().item(), rel=1e-4)
-            assert row.target == ("layer" if B is None else "dense")
-            if B is None:
+            assert row.target == ("layer" if cross is None else "dense")
+            if cross is None:
                 assert torch.equal(Z, for_itself[name])
             elif len(W) > 1:
                 assert row.error < error(T, for_itself[name], G).sum().item()
@@ -77,13 +73,13 @@ class TestTargets:
         layers, config = make_layers(), make_config(text, refit=refit_steps, swaps=0 if refit_steps else 20)
         unit = BYTES_PER_ENTRY * D * ROW_UNIT
         together, small = (
-            run(layers, config=config, memory=memory, crosses=self.crosses()) for memory in (1 << 40, unit)
+            run(layers, config=config, memory=memory, crosses=make_crosses()) for memory in (1 << 40, unit)
         )
         assert_same(together, small)
-        assert_same(together, run_alone(layers, config, self.crosses()))
+        assert_same(together, run_alone(layers, config, make_crosses()))
 
     def test_gram_matrix_stays(self):
         G = make_gram()
         before = G.clone()
-        list(prune_layers(make_layers(), G, "sparsefw", make_config(), TORCH, crosses=self.crosses()))
+        list(prune_layers(make_layers(), G, "sparsefw", make_config(), TORCH, crosses=make_crosses()))
         assert torch.equal(G, before)
