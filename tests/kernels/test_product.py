@@ -16,7 +16,7 @@ from helpers.kernel_inputs import (
     strided,
 )
 
-from sparsefw.kernels import naive
+from sparsefw.kernels import cpu, naive, triton_ops
 from sparsefw.kernels import product as product_module
 from sparsefw.kernels.launch import platform
 from sparsefw.kernels.product import product
@@ -111,6 +111,52 @@ def test_product_repeats_bit_by_bit(backend):
 def test_product_does_not_depend_on_the_other_rows():
     E, G = normal(150, 260), gram(260)
     assert torch.equal(product(E, G)[:128], product(E[:128], G))
+
+
+@pytest.fixture(params=[naive, cpu, triton_ops], ids=["naive", "cpu", "triton"])
+def operations(request):
+    return request.param
+
+
+@pytest.mark.parametrize("precision", naive.PRECISIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transposed_is_as_close_to_float64_as_naive(operations, shape, precision):
+    """The matrix is not symmetric: E C would be another product."""
+    E, C = normal(*shape), normal(shape[1], shape[1], seed=3)
+    truth = E.double() @ C.double().T
+    assert_near(operations.product_transposed(E, C, precision=precision), _rounded_product(E, C.T, precision), truth)
+    assert shape[1] == 1 or (E.double() @ C.double() - truth).abs().max() > 0.1 * truth.abs().max()
+
+
+@pytest.mark.parametrize("precision", naive.PRECISIONS)
+@pytest.mark.parametrize("c_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("e_dtype", DTYPES)
+def test_transposed_of_every_dtype(operations, e_dtype, c_dtype, precision):
+    E, C = normal(37, 131, dtype=e_dtype), normal(131, 131, seed=3, dtype=c_dtype)
+    got = operations.product_transposed(E, C, precision=precision)
+    assert got.dtype == torch.float32
+    assert_near(got, _rounded_product(E, C.T, precision), E.double() @ C.double().T)
+
+
+def test_transposed_of_strided_operands(operations):
+    E, C = normal(37, 131), normal(131, 131, seed=3)
+    truth, plain = E.double() @ C.double().T, _rounded_product(E, C.T, "ieee")
+    for matrix in (strided(C), C.T.contiguous().T):
+        assert_near(operations.product_transposed(strided(E), matrix), plain, truth)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_transposed_does_not_depend_on_the_other_rows(operations, precision):
+    E, C = normal(192, 260), normal(260, 260, seed=3)
+    whole = operations.product_transposed(E, C, precision=precision)
+    for first in range(0, 192, 64):
+        part = operations.product_transposed(E[first : first + 64], C, precision=precision)
+        assert torch.equal(part, whole[first : first + 64])
+
+
+def _rounded_product(E, C, precision):
+    """E C in fp32, of operands that are rounded as `precision` says."""
+    return naive.round_operand(E, precision) @ naive.round_operand(C, precision)
 
 
 def test_product_of_no_rows(backend):
