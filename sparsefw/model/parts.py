@@ -5,6 +5,7 @@ call that makes it. Calls before the beginning run on meta tensors, which have n
 the call that the part begins at is replaced by the tensor that is given, and from there on the block really runs.
 """
 
+import zlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -24,16 +25,26 @@ class Point:
     Attributes:
         call: number of the call, from 1; 0 is the block's input.
         function: name of the function.
+        path: checksum of the names of all functions up to this call. A block that takes another path has other points.
     """
 
     call: int
     function: str = ""
+    path: int = 0
 
 
 UNSUPPORTED = "unsupported model"
+DIFFERS = f"{UNSUPPORTED}: a block runs differently from one micro-batch to the next"
+CANNOT_GO_ON = f"{UNSUPPORTED}: a block cannot go on from its residual stream as it did before"
 
 # The block's input, the hidden states.
 INPUT = Point(0)
+
+# Functions that give the same numbers in another form or precision, by name. They cost next to nothing.
+SAME = {"reshape", "view", "dropout", "to", "float"}
+
+# Functions that say where a tensor is. What is made there, such as positions, is made as in a whole run.
+_PLACES = {torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__, torch.Tensor.is_cpu.__get__}
 
 
 def tensors_in(values: Any) -> list[Tensor]:
@@ -54,7 +65,8 @@ class NumberedCalls(TorchFunctionMode):
 
     def next_point(self, function: Any) -> Point:
         """The point of the call that is about to be made."""
-        self.last = Point(self.last.call + 1, getattr(function, "__name__", str(function)))
+        name = getattr(function, "__name__", str(function))
+        self.last = Point(self.last.call + 1, name, zlib.crc32(name.encode(), self.last.path))
         return self.last
 
 
@@ -65,54 +77,103 @@ class _Part(NumberedCalls):
         super().__init__()
         self._given = {point.call: (point, tensor) for point, tensor in given.items()}
         self._begin, self._take, self._end = max(self._given), set(take), end
+        self._place = next(iter(given.values()))
         # The given tensors of the calls so far. What is made of them before the beginning is a meta tensor, too.
         self._known = [tensor for point, tensor in given.items() if point == INPUT]
         self.taken = {point: tensor for point, tensor in given.items() if point in self._take}
+        # Tensors with data that were to be written to before the beginning, by the address of their storage. The
+        # tensors are held, so that no others take their addresses.
+        self._outdated: dict[int, Tensor] = {}
+        # Given and wanted tensors, and how often they had been written to when they were given or made.
+        self._versions = [(tensor, tensor._version) for tensor in given.values()]
 
-    @property
-    def missing(self) -> bool:
-        """Whether a wanted tensor was not made."""
-        return len(self.taken) < len(self._take)
+    def check(self) -> None:
+        """Raise unless the run began, made what is wanted, and did not write to given and wanted tensors."""
+        begun = self.last.call >= self._begin
+        unchanged = all(tensor._version == version for tensor, version in self._versions)
+        if not begun or len(self.taken) < len(self._take) or not unchanged:
+            raise InputError(DIFFERS)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         point, kwargs = self.next_point(func), kwargs or {}
         if point.call > self._begin:
             out = self._run(func, args, kwargs)
         else:
-            if self._depends(args, kwargs):
-                args, kwargs = tree_map(_without_data, (args, kwargs))
-            out = func(*args, **kwargs)
+            out = self._skip(func, args, kwargs)
             if point.call in self._given:
                 out = self._replaced(point, out)
         if point in self._take:
+            if not isinstance(out, Tensor) or out.is_meta:
+                raise InputError(DIFFERS)
             self.taken[point] = out
+            self._versions.append((out, out._version))
         if point == self._end:
             raise PartIsOver
         return out
 
     def _run(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        skipped = any(tensor.is_meta for tensor in tensors_in((args, kwargs)))
-        out = func(*args, **kwargs)
+        """Make a call behind the beginning."""
+        if not any(self._is_skipped(x) for x in tensors_in((args, kwargs))):
+            return func(*args, **kwargs)
+        if func in _PLACES:
+            return func(self._place)
+        out = self._without_data(func, args, kwargs)
         # A shape or a dtype may be asked of any tensor.
-        if skipped and tensors_in(out):
-            raise InputError(f"{UNSUPPORTED}: a block cannot go on from its residual stream as it did before")
+        if tensors_in(out):
+            raise InputError(CANNOT_GO_ON)
         return out
 
-    def _depends(self, args: tuple, kwargs: dict) -> bool:
-        """Whether a call depends on the block's input."""
-        return any(x.is_meta or any(x is known for known in self._known) for x in tensors_in((args, kwargs)))
+    def _skip(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Make a call before the beginning, or the one that the part begins at."""
+        sources = [x for x in tensors_in((args, kwargs)) if self._is_skipped(x) or self._is_known(x)]
+        if not sources:
+            # It does not depend on the block's input.
+            return func(*args, **kwargs)
+        if func in _PLACES:
+            return func(self._place)
+        if self.last.function in SAME and self._is_known(sources[0]):
+            out = func(*args, **kwargs)
+            self._known.append(out)
+            return out
+        return self._without_data(func, args, kwargs)
+
+    def _is_skipped(self, x: Tensor) -> bool:
+        """Whether a tensor has no data, or not those of a whole run."""
+        return x.is_meta or (bool(self._outdated) and x.untyped_storage().data_ptr() in self._outdated)
+
+    def _is_known(self, x: Tensor) -> bool:
+        return any(x is known for known in self._known)
+
+    def _without_data(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """What a function returns for tensors without data."""
+        copies: list[tuple[Tensor, Tensor]] = []
+
+        def to_meta(value: Any) -> Any:
+            if isinstance(value, torch.device):
+                return torch.device("meta")
+            if not isinstance(value, Tensor) or value.is_meta:
+                return value
+            copies.append((value, value.to("meta")))
+            return copies[-1][1]
+
+        args, kwargs = tree_map(to_meta, (args, kwargs))
+        versions = [copy._version for _, copy in copies]
+        try:
+            out = func(*args, **kwargs)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            raise InputError(CANNOT_GO_ON) from error
+        for (tensor, copy), version in zip(copies, versions, strict=True):
+            if copy._version != version:
+                self._outdated[tensor.untyped_storage().data_ptr()] = tensor
+        return out
 
     def _replaced(self, point: Point, out: Any) -> Tensor:
         expected, tensor = self._given[point.call]
         alike = isinstance(out, Tensor) and (out.shape, out.dtype) == (tensor.shape, tensor.dtype)
         if expected != point or not alike:
-            raise InputError(f"{UNSUPPORTED}: a block runs differently from one micro-batch to the next")
+            raise InputError(DIFFERS)
         self._known.append(tensor)
         return tensor
-
-
-def _without_data(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def run_part(
@@ -131,11 +192,10 @@ def run_part(
         The wanted tensors, and what the block returned; None if the run ended before.
 
     Raises:
-        InputError: the block does not make these tensors, or reads others.
+        InputError: the block does not make these tensors, reads others, or writes to them.
     """
     part, output = _Part(given, tuple(take), end), None
-    hidden = given[INPUT] if INPUT in given else _without_data(next(iter(given.values())))
-    versions = [tensor._version for tensor in given.values()]
+    hidden = given[INPUT] if INPUT in given else next(iter(given.values())).to("meta")
     if end is None or end not in given:
         try:
             # Entered first: it is a call, too.
@@ -143,6 +203,10 @@ def run_part(
                 output = run(hidden)
         except PartIsOver:
             pass
-    if part.missing or versions != [tensor._version for tensor in given.values()]:
-        raise InputError(f"{UNSUPPORTED}: a block runs differently from one micro-batch to the next")
+        part.check()
+        # The hidden states come first.
+        if any(tensor.is_meta for tensor in tensors_in(output)[:1]):
+            raise InputError(CANNOT_GO_ON)
+    elif len(part.taken) < len(set(take)):
+        raise InputError(DIFFERS)
     return part.taken, output

@@ -73,11 +73,11 @@ def survey(
 
     with torch.no_grad():
         watch.through(run_traced)
-    trace.end((returned, arguments))
+    trace.end((hidden_of(returned[0]), arguments))
     found = _roles(list(watch.layers.values()), trace, watch.outputs, hidden_of(returned[0]))
     watch.outputs.clear()
     known = {} if confirmed is None else confirmed
-    signature = tuple(trace.signature)
+    signature = (*trace.signature, *found.cuts, *found.roles.items())
     if signature not in known:
         known[signature] = _runs_in_parts(run, hidden, found, hidden_of(returned.pop()))
     return (

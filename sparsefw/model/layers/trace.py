@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsefw.model.layers.names import KEPT_DENSE, WeightNames, is_expert
 from sparsefw.model.layers.products import product_of
-from sparsefw.model.parts import INPUT, NumberedCalls, Point, tensors_in
+from sparsefw.model.parts import INPUT, SAME, NumberedCalls, Point, tensors_in
 
 # Stands for the block's caller, who reads its output after all calls.
 _CALLER = 1 << 60
 
-# Functions that give the same numbers in another form, by name.
-_SAME = {"reshape", "view", "dropout"}
+# Functions that read values of a tensor, by name. What a block does behind them may depend on what they read.
+_VALUES = {"__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "item", "tolist", "numpy"}
+_VALUES |= {"equal", "allclose", "is_nonzero", "nonzero", "argwhere", "unique", "unique_consecutive", "masked_select"}
 
 # Functions that attention calls, by name.
 _ATTENTION = {"scaled_dot_product_attention", "softmax"}
@@ -66,6 +68,8 @@ class Trace(NumberedCalls):
         # By call: the call whose output holds the same numbers.
         self._same_as: list[int] = [0]
         self._with_form: set[int] = set()
+        # The first call that reads values, on which later calls may depend.
+        self._first_value: int | None = None
         self.uses: list[Use] = []
         self.attention: int | None = None
         self.signature: list[tuple[str, tuple]] = []
@@ -76,7 +80,9 @@ class Trace(NumberedCalls):
         self._points.append(point)
         self._last_read.append(point.call)
         self._same_as.append(point.call)
-        sources = {call for x in tensors_in((args, kwargs)) if (call := self._call_of(x)) is not None}
+        operands = tensors_in((args, kwargs))
+        versions = [x._version for x in operands]
+        sources = {call for x in operands if (call := self._call_of(x)) is not None}
         product = product_of(func, args, kwargs)
         name = product and self._names.find(product.weight)
         if product and name and not KEPT_DENSE.search(name):
@@ -84,13 +90,16 @@ class Trace(NumberedCalls):
         if self.attention is None and point.function in _ATTENTION:
             self.attention = point.call
         out = func(*args, **kwargs)
-        made = tensors_in(out)
+        written = [x for x, version in zip(operands, versions, strict=True) if x._version != version]
+        made = [*tensors_in(out), *written]
         self.signature.append((point.function, tuple(tuple(x.shape) for x in made)))
+        if sources and self._first_value is None and _reads_values(point.function, args, kwargs):
+            self._first_value = point.call
         # What has no tensor, such as a shape, can be asked of a meta tensor, too.
         if made and sources:
             for call in sources:
                 self._last_read[call] = point.call
-            if point.function in _SAME and len(sources) == 1:
+            if point.function in SAME and len(sources) == 1:
                 self._same_as[point.call] = self._same_as[min(sources)]
             for x in made:
                 self._note_made(x, point.call)
@@ -123,8 +132,9 @@ class Trace(NumberedCalls):
 
     def enough(self, point: Point, cut: Point) -> bool:
         """Whether the block can go on from a point, if the cut before it is there as well."""
-        made_before = (call for call in range(point.call) if call != cut.call)
-        return all(self._last_read[call] <= point.call for call in made_before)
+        same = self._same_as[cut.call]
+        made_before = (n for n in range(point.call) if n < cut.call or self._same_as[n] != same)
+        return all(self._last_read[n] <= point.call for n in made_before)
 
     def input_of(self, layer: str) -> Point | None:
         """The point of a layer's input; None if it is not known, or not the same in every micro-batch."""
@@ -136,7 +146,12 @@ class Trace(NumberedCalls):
         return next(use.call for use in self.uses if use.layer == layer)
 
     def _varies(self, point: Point) -> bool:
-        """Whether another micro-batch may number the point's call differently: it may reach other experts."""
+        """Whether another micro-batch may number the point's call differently.
+
+        It may reach other experts, or take another branch.
+        """
+        if self._first_value is not None and self._first_value <= point.call:
+            return True
         return any(is_expert(use.layer) and use.call <= point.call for use in self.uses)
 
     def _note_made(self, x: Tensor, call: int) -> None:
@@ -152,3 +167,10 @@ class Trace(NumberedCalls):
     def _unchanged(self, x: Tensor) -> Point | None:
         known = self._made.get(id(x))
         return self._points[known[1]] if known and known[0]() is x and known[2] == x._version else None
+
+
+def _reads_values(function: str, args: tuple, kwargs: dict) -> bool:
+    """Whether what follows a call, or the shape of its result, depends on values of tensors."""
+    if function == "__getitem__":
+        return any(x.dtype in (torch.bool, torch.uint8) for x in tensors_in(args[1]))
+    return function in _VALUES or (function == "where" and len(args) + len(kwargs) == 1)
