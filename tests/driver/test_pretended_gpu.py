@@ -192,6 +192,14 @@ class TestPretence:
         assert patched() == before
         assert gpu.allocated == 0
 
+    def test_models_on_the_meta_device_take_no_memory(self):
+        # As in a process where nothing has used `with torch.device(...)` yet.
+        torch.utils._device._device_constructors.cache_clear()
+        with pretended_gpu(), torch.device("meta"):
+            assert nn.Linear(2, 3).weight.is_meta
+        with torch.device("meta"):
+            assert nn.Linear(2, 3).weight.is_meta
+
 
 @pytest.mark.parametrize(
     ("sparsity", "alpha", "precision", "options"),

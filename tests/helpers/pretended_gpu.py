@@ -251,6 +251,10 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
     gpu = GPU()
     stream = type("Stream", (_Stream,), {"gpu": gpu})
     launch = GridExecutor.__call__
+    # torch collects the functions that `with torch.device(...)` acts on when it needs them first, and keeps them. It
+    # would keep the `made` of below for ever, and models on the meta device would take memory.
+    with torch.device("cpu"):
+        torch.empty(0)
     empty, to, data, lifts = torch.empty, Tensor.to, Tensor.data, torch._C._only_lift_cpu_tensors()
 
     def moved(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
