@@ -126,7 +126,7 @@ def _prune_blocks(
             with timeline.span("wait", i):
                 if written:
                     written.result()
-            record = record.measured(timeline.seconds(i), **peak_memory())
+            record = record.measured(timeline.seconds(i), peak_memory())
             written = background.submit(_write, run, writer, i, tensors, record)
             if not placement.ahead:
                 written.result()

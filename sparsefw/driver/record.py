@@ -35,9 +35,9 @@ class FinishedBlock:
         """A copy that says how the calibration windows ran through the block."""
         return replace(self, block=replace(self.block, way=way))
 
-    def measured(self, seconds: dict[str, float], *, host_bytes: int, gpu_bytes: int) -> "FinishedBlock":
-        """A copy with the block's seconds by phase and the process's peak memory."""
-        return replace(self, block=replace(self.block, seconds=seconds, host_bytes=host_bytes, gpu_bytes=gpu_bytes))
+    def measured(self, seconds: dict[str, float], peaks: dict[str, int]) -> "FinishedBlock":
+        """A copy with the block's seconds by phase and the process's peak memory, see `process.peak_memory`."""
+        return replace(self, block=replace(self.block, seconds=seconds, **peaks))
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values, for `from_json`."""
