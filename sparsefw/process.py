@@ -2,6 +2,8 @@
 
 import ctypes
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,11 +21,45 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak bytes of this process: resident on the host (file-backed pages counted), and allocated on the GPU."""
+    """Peak bytes of this process, by name.
+
+    "host_bytes" are resident on the host, file-backed pages counted. "gpu_bytes" are those of tensors on the GPU;
+    "gpu_reserved_bytes" are those that torch has taken from the GPU for them. The latter count against a memory limit.
+    """
     # getrusage would count the process that started this one, too.
     lines = Path("/proc/self/status").read_text().splitlines()
     host = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    return {"host_bytes": host, "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
+    here = torch.cuda.is_available()
+    return {
+        "host_bytes": host,
+        "gpu_bytes": torch.cuda.max_memory_allocated() if here else 0,
+        "gpu_reserved_bytes": torch.cuda.max_memory_reserved() if here else 0,
+    }
+
+
+@contextmanager
+def gpu_limited(limit: int | None) -> Iterator[None]:
+    """Inside the `with` block, torch takes at most `limit` bytes of the current GPU; None: there is no GPU.
+
+    Raises:
+        OutOfMemoryError: more was needed; the message is one line.
+    """
+    if limit is None:
+        yield
+        return
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reserved = torch.cuda.max_memory_reserved() / 2**30
+        message = (
+            f"--gpu-memory {limit / 2**30:.2f}: the run needed more of the GPU's memory, after {reserved:.2f} GiB; give "
+            f"more, or fewer or shorter windows (--nsamples, --seqlen)"
+        )
+        raise torch.OutOfMemoryError(message) from error
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def share_freed() -> None:
@@ -34,6 +70,23 @@ def share_freed() -> None:
 def give_back() -> None:
     """Return freed memory to the system. The C library keeps it otherwise; texts and tokens leave many small pieces."""
     _c_library("malloc_trim", 0)
+
+
+def page_locked_bytes(nbytes: int) -> int:
+    """Bytes that torch takes for a tensor of `nbytes` in page-locked host memory: the next power of two."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
+
+
+def give_back_page_locked() -> None:
+    """Return freed page-locked memory to the system. torch keeps it otherwise, for tensors of the same size.
+
+    The GPU must have finished all copies from it. Locking pages takes about as long as reading them from a disk. So
+    memory that is soon needed again is better kept.
+    """
+    if torch.cuda.is_available():
+        # Newer versions of torch have a public name for it.
+        public = getattr(torch.accelerator, "empty_host_cache", None)
+        (public or torch._C._host_emptyCache)()
 
 
 def _c_library(name: str, *numbers: int) -> None:

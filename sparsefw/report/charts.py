@@ -193,13 +193,18 @@ def time(blocks: list[BlockRecord], phases: list[str]) -> Chart:
 def memory(blocks: list[BlockRecord], limits: dict[str, int]) -> Chart:
     """Peaks of memory in GiB, and the limits that are near them.
 
-    The chart also has `used`, the places with a peak ("host", "gpu"), and `limits`, (place, GiB) of the limits drawn.
+    The chart also has `used`, the peaks that are not zero, and `limits`, (place, GiB) of the limits drawn. Peaks are
+    "host", "gpu" (tensors on the GPU) and "reserved" (what was taken from the GPU for them).
 
     Args:
         blocks: the blocks, with their peaks in bytes.
         limits: memory limits in bytes, by place.
     """
-    peaks = {"host": [block.host_bytes for block in blocks], "gpu": [block.gpu_bytes for block in blocks]}
+    peaks = {
+        "host": [block.host_bytes for block in blocks],
+        "gpu": [block.gpu_bytes for block in blocks],
+        "reserved": [block.gpu_reserved_bytes for block in blocks],
+    }
     used = {name: [n / 2**30 for n in sizes] for name, sizes in peaks.items() if any(sizes)}
     top = max((max(sizes) for sizes in used.values()), default=0.0)
     # A limit far above the peaks would press the lines flat.

@@ -36,7 +36,8 @@ class BlockRecord:
         way: how the calibration windows ran through it.
         seconds: by phase, on the main lane.
         host_bytes: peak memory of the process on the host, up to the end of this block.
-        gpu_bytes: peak memory of this block on the GPU; 0 without one.
+        gpu_bytes: peak bytes of tensors on the GPU, in this block; 0 without one.
+        gpu_reserved_bytes: peak bytes that torch took from the GPU for them, which count against the memory limit.
     """
 
     block: int
@@ -45,6 +46,7 @@ class BlockRecord:
     seconds: dict[str, float]
     host_bytes: int
     gpu_bytes: int
+    gpu_reserved_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Report:
         seconds: by phase, on the main lane.
         blocks: the blocks in their order.
         timeline: what was done when.
-        peak_memory: measured peaks of the whole run, "host_bytes" and "gpu_bytes".
+        peak_memory: measured peaks of the whole run, see `process.peak_memory`.
         memory: limits, expected peaks and placement.
     """
 

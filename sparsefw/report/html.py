@@ -29,6 +29,12 @@ TEMPLATE = Path(__file__).with_name("page.html")
 MOST_ROWS = 2000
 
 TYPE_COLUMNS = ("type", "method", "layers", "mask only", "relative", "least", "greatest", "seconds")
+# What the lines in the chart of memory stand for.
+MEMORY_NAMES = {
+    "host": "host, peak so far",
+    "gpu": "GPU, tensors at the peak of the block",
+    "reserved": "GPU, taken for them",
+}
 DENSE_COLUMNS = ("type", "matrices", "blocks")
 
 
@@ -98,7 +104,8 @@ def _blocks(report: Report, located: dict[str, list[LayerAt]]) -> dict[str, Any]
         "phase_colours": {phase: f"p{[*charts.PHASES, phase].index(phase)}" for phase in phases},
         "time": charts.time(blocks, phases),
         "memory": charts.memory(blocks, report.memory.limits),
-        "block_columns": ["block", "name", *phases, "host GiB", "GPU GiB", "calibration"],
+        "memory_names": MEMORY_NAMES,
+        "block_columns": ["block", "name", *phases, "host GiB", "GPU GiB", "GPU reserved GiB", "calibration"],
         "block_rows": [_block_cells(block, phases) for block in blocks],
         "timeline": charts.timeline(report.timeline, blocks, phases, pruned),
     }
@@ -187,7 +194,7 @@ def _memory(memory: MemoryRecord, peaks: dict[str, int]) -> list[tuple[str, str]
         ("solver", f"{_gib(memory.solver_bytes)} GiB"),
         ("read ahead", _stated(memory.read_ahead)),
         ("kept inputs", f"up to {memory.kept_width} entries" if memory.kept_width else "none"),
-        *((f"peak {name.removesuffix('_bytes')}", f"{_gib(size)} GiB") for name, size in peaks.items()),
+        *((f"peak {name.removesuffix('_bytes').replace('_', ' ')}", f"{_gib(size)} GiB") for name, size in peaks.items()),
     ]
 
 
@@ -221,4 +228,5 @@ def _types(located: dict[str, list[LayerAt]], methods: list[str]) -> list[list[s
 
 def _block_cells(block: BlockRecord, phases: list[str]) -> list[str]:
     seconds = [f"{block.seconds[phase]:.2f}" if phase in block.seconds else "-" for phase in phases]
-    return [str(block.block), block.name, *seconds, _gib(block.host_bytes), _gib(block.gpu_bytes), block.way]
+    peaks = block.host_bytes, block.gpu_bytes, block.gpu_reserved_bytes
+    return [str(block.block), block.name, *seconds, *map(_gib, peaks), block.way]

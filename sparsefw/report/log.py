@@ -68,7 +68,7 @@ def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
 
 
 def summary(report: Report) -> str:
-    """The table at the end of a run: perplexity and mean relative errors by method, seconds by phase."""
+    """The table at the end of a run: perplexity and mean relative errors by method; peak memory, seconds by phase."""
     evaluation = report.evaluation
     texts = [f"perplexity {n}" if len(evaluation) > 1 else "perplexity" for n, _ in enumerate(evaluation, 1)]
     lines = ["".join(f"{name:>16}" for name in ("", *texts, "mask only", "relative error"))]
@@ -79,8 +79,18 @@ def summary(report: Report) -> str:
     lines.append(
         "relative error: error / error of the warm start's mask, mean over layers; mask only: before the refit"
     )
+    lines.append(f"peak memory: {_peaks(report)}")
     lines.append("seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items()))
     return "\n".join(lines)
+
+
+def _peaks(report: Report) -> str:
+    """The measured peaks beside their limits. Memory that torch has reserved counts against a GPU's limit."""
+    peak, limits = ({name: n / 2**30 for name, n in of.items()} for of in (report.peak_memory, report.memory.limits))
+    text = f"{peak['host_bytes']:.2f} of {limits['host']:.2f} GiB (host)"
+    if "gpu" in limits:
+        text += f", {peak['gpu_reserved_bytes']:.2f} of {limits['gpu']:.2f} GiB (gpu; {peak['gpu_bytes']:.2f} in use)"
+    return text
 
 
 def kept_dense_line(report: Report) -> str:

@@ -117,7 +117,7 @@ def test_report_has_its_keys(tmp_path, text):
     assert set(perplexities(report)) == {"dense", "wanda", "sparsefw"}
     assert set(report["data"]) == {"source", "hash", "windows", "seqlen", "seed"}
     assert {"source", "hash", "windows", "seqlen", "perplexity"} == set(report["evaluation"][0])
-    assert {"host_bytes", "gpu_bytes"} == set(report["peak_memory"])
+    assert {"host_bytes", "gpu_bytes", "gpu_reserved_bytes"} == set(report["peak_memory"])
     errors = {"error_warm_start", "error_mask", "error", "relative_mask", "relative_error", "gap"}
     assert {"name", "shape", "pattern", "method", "alpha", "steps", "seconds"} | errors <= set(report["layers"][0])
     assert report["arguments"]["seqlen"] == 32

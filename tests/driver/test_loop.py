@@ -184,13 +184,14 @@ def test_dense_model_runs_once_a_stage(family, runs, tmp_path, monkeypatch):
 
 def test_the_peak_of_a_run_is_that_of_its_highest_block(tmp_path, monkeypatch):
     source = save_model(tmp_path / "model", "llama")
-    peaks = iter({"host_bytes": host, "gpu_bytes": gpu} for host, gpu in ((1 << 50, 5), (3, 7), (3, 6)))
+    names = ("host_bytes", "gpu_bytes", "gpu_reserved_bytes")
+    peaks = iter(dict(zip(names, sizes, strict=True)) for sizes in ((1 << 50, 5, 8), (3, 7, 8), (3, 6, 9)))
     monkeypatch.setattr("sparsefw.driver.loop.peak_memory", lambda: next(peaks))
     (tmp_path / "text.txt").write_text(TEXT)
     places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
     assert main([*places, "--nsamples", "4", "--seqlen", "32", "--kernel", "torch", "--method", "wanda"]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["peak_memory"] == {"host_bytes": 1 << 50, "gpu_bytes": 7}
+    assert report["peak_memory"] == {"host_bytes": 1 << 50, "gpu_bytes": 7, "gpu_reserved_bytes": 9}
 
 
 def test_next_block_is_read_and_the_last_one_written_beside_the_work(pruned):

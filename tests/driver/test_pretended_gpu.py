@@ -11,7 +11,7 @@ import random_checkpoint
 import torch
 from helpers import verifying
 from helpers.families import save_model
-from helpers.pretended_gpu import NAME, pretended_gpu
+from helpers.pretended_gpu import NAME, SEGMENT, pretended_gpu
 from helpers.problems import make_problem
 from helpers.problems import on_gpu as problem_on_gpu
 from torch import nn
@@ -272,9 +272,29 @@ def test_whole_run(flags, kernel, tmp_path, capsys):
     assert report["memory"]["activations"] == "gpu"
     assert 0 < report["blocks"][0]["gpu_bytes"] <= gpu.peak
     assert 0 < report["peak_memory"]["gpu_bytes"] <= gpu.peak
+    assert report["peak_memory"]["gpu_bytes"] < report["peak_memory"]["gpu_reserved_bytes"] <= gpu.peak + SEGMENT
+    assert report["blocks"][0]["gpu_reserved_bytes"] == report["peak_memory"]["gpu_reserved_bytes"]
     assert gpu.allocated == 0
     _, said, failures = verifying.verdict(capsys, tmp_path / "out")
     assert not failures, said
+
+
+def test_a_run_that_goes_over_its_limit_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    source = save_model(tmp_path / "model", "llama", torch.bfloat16, num_hidden_layers=2)
+    (tmp_path / "text.txt").write_text(5 * verifying.TEXT)
+    place_of, free = driver_run.place, {"gpu": 1 << 40}
+    # As if less memory were expected than is taken.
+    monkeypatch.setattr(driver_run, "place", lambda s, w, limits, *a, **k: place_of(s, w, limits | free, *a, **k))
+    flags = ["--nsamples", "4", "--seqlen", "32", "--method", "wanda", "--output", str(tmp_path / "out")]
+    places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--kernel", "torch"]
+    with pretended_gpu() as gpu:
+        assert run.main([*places, *flags, "--gpu-memory", "0.0001"]) == 1
+        line = capsys.readouterr().err
+        assert line.startswith("sparsefw: --gpu-memory 0.00: the run needed more of the GPU's memory, after 0.00 GiB;")
+        assert line.count("\n") == 1
+        # What comes after the run is not limited.
+        assert gpu.most == 80 << 30
+        assert run.main([*places, *flags, "--gpu-memory", "1"]) == 0
 
 
 VARIANTS = {

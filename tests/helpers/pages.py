@@ -110,7 +110,7 @@ def report_of_run(blocks: int = 3, prefix: str = "model.layers", arguments: tupl
             for i, name in enumerate(names)
         ],
         timeline=timeline,
-        peak_memory={"host_bytes": 3 << 30, "gpu_bytes": 0},
+        peak_memory={"host_bytes": 3 << 30, "gpu_bytes": 0, "gpu_reserved_bytes": 0},
         memory=MemoryRecord(
             limits={"host": 4 << 30},
             expected={"host": 2 << 30},

@@ -7,6 +7,7 @@ Concurrency is not pretended: all work is done in the order of the program, so a
 unseen. Memory that torch's kernels allocate for themselves, and their rounding, are not known either.
 """
 
+import math
 import sys
 import threading
 import weakref
@@ -24,11 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.runtime.interpreter import GridExecutor
 
+from sparsefw.process import page_locked_bytes
+
 DEVICE = torch.device("cuda", 0)
 NAME = "pretended GPU"
 
-# The allocator's memory comes in multiples of this many bytes.
-UNIT = 512
+# The allocator's memory comes in multiples of this many bytes, and it takes multiples of a segment from the GPU.
+UNIT, SEGMENT = 512, 2 << 20
 ROOT = Path(__file__).resolve().parents[2]
 OURS = tuple(f"{ROOT / name}/" for name in ("sparsefw", "kernels", "tests", "bench"))
 
@@ -88,6 +91,8 @@ class GPU(TorchDispatchMode):
         peak_since_reset: the same since `torch.cuda.reset_peak_memory_stats`.
         waits: how often the host would have waited, by "file:line operation" of the innermost line of this repository.
         graphs: CUDA graphs, each with its launches and the number of its replays.
+        most: the most bytes that may be allocated at once.
+        host_held, host_peak: bytes of page-locked host memory that torch holds, in use or not, and the most so far.
     """
 
     def __init__(self) -> None:
@@ -95,6 +100,10 @@ class GPU(TorchDispatchMode):
         self.allocated = self.peak = self.peak_since_reset = 0
         self.waits: Counter[str] = Counter()
         self.graphs: list[Graph] = []
+        self.most: float = math.inf
+        self.host_held = self.host_peak = 0
+        # Free pieces of page-locked memory that torch keeps, by size.
+        self._host_free: Counter[int] = Counter()
         # Addresses of page-locked host memory, which a copy need not wait for.
         self.pinned: set[int] = set()
         # The graph that captures this thread's launches.
@@ -132,6 +141,28 @@ class GPU(TorchDispatchMode):
         # An operand that was written in place is returned as the same object.
         same = {id(x.inner if isinstance(x, OnGPU) else x): x for x in given}
         return tree_map_only(Tensor, lambda x: same[id(x)] if id(x) in same else self.put(x) if stays else x, out)
+
+    def limit(self, most: float) -> None:
+        """Allow at most so many bytes at once from now on."""
+        self.most = most
+
+    def lock_pages(self, tensor: Tensor) -> None:
+        """Count a tensor in page-locked host memory, from a free piece of its size if there is one."""
+        size = page_locked_bytes(tensor.nbytes)
+        with self.lock:
+            self.pinned.add(tensor.untyped_storage().data_ptr())
+            if self._host_free[size]:
+                self._host_free[size] -= 1
+            else:
+                self.host_held += size
+                self.host_peak = max(self.host_peak, self.host_held)
+        weakref.finalize(tensor, self._host_free.update, [size])
+
+    def give_back_page_locked(self) -> None:
+        """Forget the free pieces of page-locked host memory."""
+        with self.lock:
+            self.host_held -= sum(size * count for size, count in self._host_free.items())
+            self._host_free.clear()
 
     def as_kernel(self, function: Callable) -> Callable:
         """The function as one kernel: its own operations are not counted."""
@@ -175,6 +206,9 @@ class _Memory:
     def __init__(self, gpu: GPU, nbytes: int):
         self.gpu, self.size = gpu, -(-nbytes // UNIT) * UNIT
         with gpu.lock:
+            if gpu.allocated + self.size > gpu.most:
+                self.size = 0
+                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate more than is allowed.")
             gpu.allocated += self.size
             gpu.peak, gpu.peak_since_reset = (max(x, gpu.allocated) for x in (gpu.peak, gpu.peak_since_reset))
 
@@ -272,7 +306,7 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
     def made(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
         tensor = empty(*args, **kwargs)
         if pin_memory:
-            gpu.pinned.add(tensor.untyped_storage().data_ptr())
+            gpu.lock_pages(tensor)
         return tensor
 
     def replaced(tensor: Tensor, value: Tensor) -> None:
@@ -303,9 +337,12 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
             "mem_get_info": lambda device=None: (memory - gpu.allocated, memory),
             "memory_reserved": lambda device=None: gpu.allocated,
             "max_memory_allocated": lambda device=None: gpu.peak_since_reset,
+            "max_memory_reserved": lambda device=None: SEGMENT * -(-gpu.peak_since_reset // SEGMENT),
+            "set_per_process_memory_fraction": lambda fraction, device=None: gpu.limit(fraction * memory),
             "reset_peak_memory_stats": lambda device=None: setattr(gpu, "peak_since_reset", gpu.allocated),
         }.items():
             patch.setattr(torch.cuda, name, value)
+        patch.setattr(torch.accelerator, "empty_host_cache", gpu.give_back_page_locked, raising=False)
         patch.setattr(GridExecutor, "__call__", launched)
         patch.setattr(torch, "empty", made)
         patch.setattr(Tensor, "to", moved)

@@ -59,8 +59,13 @@ def test_memory(limits, drawn):
     document = Document(page(report))
     assert bool(document.all("path", **{"class": "mask host", "d": "M0 47.62L1000 47.62"})) == drawn
     assert not document.all("path", **{"class": "line gpu"})
-    blocks = [replace(block, gpu_bytes=1 << 30) for block in report.blocks]
-    assert Document(page(replace(report, blocks=blocks))).all("path", **{"class": "line gpu"})
+    blocks = [replace(block, gpu_bytes=1 << 30, gpu_reserved_bytes=3 << 29) for block in report.blocks]
+    document = Document(page(replace(report, blocks=blocks)))
+    assert document.all("path", **{"class": "line gpu"})
+    assert document.all("path", **{"class": "line reserved"})
+    assert "block 0: host 1.00 GiB, gpu 1.00 GiB, reserved 1.50 GiB" in "".join(document.texts)
+    row = next(cells for cells in document.cells() if cells[:2] == ["0", "model.layers.0"])
+    assert row[-3:] == ["1.00", "1.00", "1.50"]
 
 
 def test_timeline_of_a_block():

@@ -57,6 +57,9 @@ def test_facts():
     assert facts["keep-zeros"] == "no"
     report.memory.limits.update(gpu=2 << 30)
     assert facts_of(report)["gpu limit"] == "2.00 GiB"
+    report.peak_memory.update(gpu_bytes=1 << 30, gpu_reserved_bytes=3 << 29)
+    assert facts_of(report)["peak gpu"] == "1.00 GiB"
+    assert facts_of(report)["peak gpu reserved"] == "1.50 GiB"
 
 
 def test_loads_nothing_and_runs_only_its_own_script():

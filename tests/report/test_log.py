@@ -124,4 +124,13 @@ def test_summary():
         [],
     ]
     assert lines[5] == "perplexity: 4 windows of 128 tokens of evaluation text"
-    assert lines[-1] == "seconds: calibrate 9.0, solve 18.0"
+    assert lines[-2:] == ["peak memory: 3.00 of 4.00 GiB (host)", "seconds: calibrate 9.0, solve 18.0"]
+
+
+def test_summary_on_a_gpu():
+    """What was reserved stands beside the limit: it is what counts against it."""
+    report = report_of_run()
+    report.memory.limits.update(gpu=8 << 30)
+    report.peak_memory.update(gpu_bytes=5 << 30, gpu_reserved_bytes=6 << 30)
+    expected = "peak memory: 3.00 of 4.00 GiB (host), 6.00 of 8.00 GiB (gpu; 5.00 in use)"
+    assert log.summary(report).splitlines()[-2] == expected
