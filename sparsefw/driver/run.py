@@ -153,7 +153,10 @@ def run_job(job: Job, say: Callable[[str], None], progress: bool) -> Report:
             writer.check_space(sum(disk_space(prepared.shape, prepared.workload, placement).values()) - written)
             say(log.placement_line(placement, needs, prepared.limits))
             say(log.layer_header())
-            with tqdm(total=len(model.blocks), unit="block", disable=None if progress else True) as bar:
+            with (
+                tqdm(total=len(model.blocks), unit="block", disable=None if progress else True) as bar,
+                process.gpu_limited(prepared.limits.get("gpu")),
+            ):
                 outcome = prune_model(
                     Run(model, job.config, backend, placement.solver, placement.kept_width),
                     prepared.calibration,
