@@ -53,11 +53,10 @@ def gpu_limited(limit: int | None) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         reserved = torch.cuda.max_memory_reserved() / 2**30
-        message = (
-            f"--gpu-memory {limit / 2**30:.2f}: the run needed more of the GPU's memory, after {reserved:.2f} GiB; give "
-            f"more, or fewer or shorter windows (--nsamples, --seqlen)"
-        )
-        raise torch.OutOfMemoryError(message) from error
+        raise torch.OutOfMemoryError(
+            f"--gpu-memory {limit / 2**30:.2f}: the run needed more of the GPU's memory, after {reserved:.2f} GiB; "
+            "give more, or fewer or shorter windows (--nsamples, --seqlen)"
+        ) from error
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

@@ -194,7 +194,7 @@ def _memory(memory: MemoryRecord, peaks: dict[str, int]) -> list[tuple[str, str]
         ("solver", f"{_gib(memory.solver_bytes)} GiB"),
         ("read ahead", _stated(memory.read_ahead)),
         ("kept inputs", f"up to {memory.kept_width} entries" if memory.kept_width else "none"),
-        *((f"peak {name.removesuffix('_bytes').replace('_', ' ')}", f"{_gib(size)} GiB") for name, size in peaks.items()),
+        *((f"peak {name.removesuffix('_bytes')}".replace("_", " "), f"{_gib(size)} GiB") for name, size in peaks.items()),
     ]
 
 
