@@ -19,6 +19,7 @@ from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
 from sparsefw.model import skeleton
 from sparsefw.model.transformers_private import tie_parameters, tied_parameters
+from sparsefw.process import give_back_page_locked
 from sparsefw.timeline import READ, Timeline
 
 
@@ -108,6 +109,11 @@ class StreamedModel:
             block = self.open_as(i, tensors)
             for name, parameter in block.named_parameters():
                 check_finite(f"{self.names[i]}.{name}", parameter)
+        # The next block is read into the same page-locked memory if nothing holds it any more.
+        del tensors
+        self._next = None
+        if not ahead:
+            give_back_page_locked()
         has_next = ahead and i + 1 < len(self.blocks)
         self._next = (i + 1, self._reader.submit(self.read, i + 1)) if has_next else None
         return block
@@ -136,6 +142,8 @@ class StreamedModel:
                 for name, parameter in self.model.requires_grad_(False).named_parameters():
                     if not parameter.is_meta:
                         check_finite(name, parameter)
+                # The embeddings are large, and nothing else is of their size. The checks have waited for the copies.
+                give_back_page_locked()
             yield
         finally:
             self._outside -= 1

@@ -1,0 +1,57 @@
+"""Page-locked host memory that weights go through on their way to a GPU, counted on a pretended one."""
+
+import pytest
+import random_checkpoint
+import torch
+from helpers.pretended_gpu import pretended_gpu
+
+from sparsefw import checkpoint
+from sparsefw.model import StreamedModel
+from sparsefw.process import page_locked_bytes
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: no need to pretend one")
+
+SIZES = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": 1024}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = random_checkpoint.generate(tmp_path_factory.mktemp("random") / "model", "llama", **SIZES)
+    return checkpoint.inspect(folder)
+
+
+def locked(source, prefix):
+    """Bytes for the tensors whose names begin so."""
+    return sum(page_locked_bytes(info.nbytes) for name, info in source.tensors.items() if name.startswith(prefix))
+
+
+def test_sizes_are_powers_of_two():
+    assert [page_locked_bytes(n) for n in (0, 1, 2, 3, 4, 5, 1024, 1025)] == [0, 1, 2, 4, 4, 8, 1024, 2048]
+
+
+def test_embeddings_leave_nothing(source):
+    with pretended_gpu() as gpu, StreamedModel(source, torch.device("cuda")) as model:
+        with model.outside():
+            assert gpu.host_held == 0
+        assert gpu.host_peak == locked(source, "") - locked(source, "model.layers.")
+
+
+def test_blocks_are_read_into_the_same_memory(source):
+    with pretended_gpu() as gpu, StreamedModel(source, torch.device("cuda")) as model:
+        for i in range(4):
+            model.open(i)
+            if model._next:
+                model._next[1].result()
+            assert gpu.host_held == locked(source, "model.layers.0.")
+            model.close(i)
+
+
+def test_blocks_one_after_another_leave_nothing(source):
+    with pretended_gpu() as gpu, StreamedModel(source, torch.device("cuda")) as model:
+        for i in range(2):
+            model.open(i, ahead=False)
+            assert gpu.host_held == 0
+            model.close(i)
+        assert gpu.host_peak == locked(source, "model.layers.0.")
+
