@@ -20,6 +20,7 @@ from sparsefw.model.activations import PLACES
 from sparsefw.model.layers import first_segments, is_watched
 from sparsefw.model.placement import BATCH_TOKENS, SOLVER
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
+from sparsefw.process import page_locked_bytes
 from sparsefw.solver import METHODS
 from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
 
@@ -66,16 +67,15 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     """
     config, blocks = workload.config, shape.blocks
     tokens = min(placement.batch, max(workload.windows, *workload.evaluation, 0)) * workload.seqlen
-    near, far = _activations(shape, workload, placement, tokens)
+    near, far = _activations(shape, workload, placement)
     kept = _Kept.of(shape, workload, placement, tokens)
     block = max(b.nbytes for b in blocks)
     weights = block * (1 + (config.uses_dense_target or len(config.methods) > 1))
-    # The host holds the next block, the last one while it is being written, and the blocks of compared methods.
-    others = block * (min(placement.ahead + 1, len(blocks) - 1) + len(config.methods) - 1)
+    others = _other_blocks(shape, workload, placement)
     logits = workload.seqlen * shape.vocabulary * (shape.itemsize + 8)
     forward = max(_forward_bytes(b, shape, workload, tokens) for b in blocks)
-    # Weights go to a GPU through host memory.
-    passing = shape.outside if workload.gpu else 0
+    # Weights go to a GPU through page-locked host memory.
+    passing = _outside_page_locked(shape) if workload.gpu else 0
     on_device = {
         "start": shape.outside + blocks[0].nbytes + forward,
         "calibrate": weights + max(_calibration_bytes(b, shape, workload, tokens, kept) for b in blocks),
@@ -131,9 +131,12 @@ class _Kept:
         everything = workload.windows * workload.seqlen * shape.itemsize
         if placement.place == "gpu" or not workload.gpu:
             return cls(placement, everything, 0)
-        widest = max((width for width in _keepable_widths(shape, workload) if width <= placement.kept_width), default=0)
+        # Every micro-batch is a page-locked tensor, and torch keeps its memory for the next tensor of this size.
+        widths = [width for width in _keepable_widths(shape, workload) if width <= placement.kept_width]
+        batches = -(-workload.windows // placement.batch)
+        far = sum(batches * page_locked_bytes(tokens * width * shape.itemsize) for width in widths)
         # One micro-batch is on its way to the GPU, and one is at work.
-        return cls(placement, min(everything, 2 * tokens * shape.itemsize), widest * everything)
+        return cls(placement, min(everything, 2 * tokens * shape.itemsize), far)
 
     def by_stage(self, block: BlockShape) -> list[int]:
         """Bytes on the device while each stage is measured and solved: its inputs, and those of the stage before."""
@@ -153,13 +156,49 @@ def _keepable_widths(shape: ModelShape, workload: Workload) -> set[int]:
     return {layer.d for block in shape.blocks for layer in block.layers if layer.role.keepable}
 
 
-def _activations(shape: ModelShape, workload: Workload, placement: Placement, tokens: int) -> tuple[int, int]:
+def _activations(shape: ModelShape, workload: Workload, placement: Placement) -> tuple[int, int]:
     """Bytes of hidden states on the device, and on the host beside it."""
     everything = activation_bytes(shape, workload)
+    texts = (workload.windows, *workload.evaluation)
+    window = workload.seqlen * shape.hidden * shape.itemsize
+    batch = min(placement.batch, max(*texts, 0)) * window
     # Five micro-batches at most. One is on its way in. The next one is launched before the last one is checked, so two
     # are inputs of the block, and two are on their way out.
-    moving = min(everything, 5 * tokens * shape.hidden * shape.itemsize)
-    return {"gpu": (everything, 0), "host": (moving, everything), "file": (moving, moving)}[placement.place]
+    moving = min(everything, 5 * batch)
+    if not workload.gpu:
+        return {"gpu": (everything, 0), "host": (moving, everything), "file": (moving, moving)}[placement.place]
+    # On the host of a GPU every micro-batch is a page-locked tensor; the last one of a text may be smaller.
+    methods = len(workload.config.methods)
+    copies = (methods + workload.config.uses_dense_target, *(methods + 1 for _ in workload.evaluation))
+    locked = sum(
+        count * (n // placement.batch * page_locked_bytes(batch) + page_locked_bytes(n % placement.batch * window))
+        for n, count in zip(texts, copies, strict=True)
+    )
+    locked_moving = min(locked, 5 * page_locked_bytes(batch))
+    return {"gpu": (everything, 0), "host": (moving, locked), "file": (moving, locked_moving)}[placement.place]
+
+
+def _other_blocks(shape: ModelShape, workload: Workload, placement: Placement) -> int:
+    """Bytes of blocks on the host beside the one at work: the next one, the one being written, and compared ones."""
+    block, methods = max(b.nbytes for b in shape.blocks), len(workload.config.methods)
+    if not workload.gpu:
+        return block * (min(placement.ahead + 1, len(shape.blocks) - 1) + methods - 1)
+    # torch keeps the page-locked memory of a block for the next one, unless blocks come one after another.
+    locked, written = max(_page_locked(b, shape) for b in shape.blocks), block * methods
+    return locked + written if placement.ahead else max(locked, written)
+
+
+def _page_locked(block: BlockShape, shape: ModelShape) -> int:
+    """Page-locked memory that the tensors of a block are read into, each by itself."""
+    sizes = [layer.rows * layer.d * shape.itemsize for layer in block.all_layers for _ in range(layer.experts or 1)]
+    # The other tensors, such as norms, are small: SLACK has room for their rounding.
+    return sum(map(page_locked_bytes, sizes)) + max(0, block.nbytes - sum(sizes))
+
+
+def _outside_page_locked(shape: ModelShape) -> int:
+    """Page-locked memory that the tensors outside of the blocks are read into: embeddings, a head, and little else."""
+    table = shape.vocabulary * shape.hidden * shape.itemsize
+    return shape.outside // table * page_locked_bytes(table) + shape.outside % table
 
 
 def _generated_code(shape: ModelShape, workload: Workload, tokens: int) -> int:

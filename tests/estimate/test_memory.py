@@ -55,10 +55,45 @@ def test_nothing_grows_with_depth():
 @pytest.mark.parametrize(("depth", "beside"), [(1, 0), (2, 1), (3, 2), (4, 2)])
 def test_blocks_beside_the_one_at_work(depth, beside):
     """One block is being read and one written, if there are so many."""
-    shape = llama(1024, 4096, depth, vocabulary=16)
-    alone = memory_needs(llama(1024, 4096, 1, vocabulary=16), work(), Placement(2)).phases["solve"][1]
-    blocks = (memory_needs(shape, work(), Placement(2)).phases["solve"][1] - alone) / shape.blocks[0].nbytes
+    shape, workload = llama(1024, 4096, depth, vocabulary=16), work(gpu=False)
+    alone = memory_needs(llama(1024, 4096, 1, vocabulary=16), workload, Placement(2)).phases["solve"][1]
+    blocks = (memory_needs(shape, workload, Placement(2)).phases["solve"][1] - alone) / shape.blocks[0].nbytes
     assert blocks == pytest.approx(1.05 * beside, abs=1e-3)
+
+
+class TestPageLockedMemory:
+    """On a GPU's host torch takes a power of two for every page-locked tensor, and keeps it."""
+
+    def host(self, shape, placement, phase, **options):
+        """Bytes on the host in a phase, without those of the process and the slack."""
+        workload = work(**options)
+        return (memory_needs(shape, workload, placement).phases[phase][1] - workload.process) / 1.05
+
+    @pytest.mark.parametrize("ahead", [True, False])
+    @pytest.mark.parametrize("hidden", [1024, 768])
+    def test_the_next_block_is_page_locked_and_the_last_one_is_not(self, hidden, ahead):
+        # Of 1024, all sizes are powers of two. 768 x 768 takes the memory of 1024 x 1024, 512 x 768 that of 512 x 1024.
+        block = 2 * (5 * hidden**2 + 2 * 512 * hidden + 2 * hidden)
+        locked = 2 * (5 * 1024**2 + 2 * 512 * 1024 + 2 * hidden)
+        shape = llama(hidden, hidden, 4, pairs=4, vocabulary=16)
+        got = self.host(shape, Placement(2, ahead=ahead), "solve")
+        # Without reading ahead the memory is given back before a block is written.
+        assert got == pytest.approx(locked + block if ahead else max(locked, block), rel=1e-5)
+
+    @pytest.mark.parametrize(("vocabulary", "taken"), [(65536, 65536), (40000, 65536)])
+    def test_embeddings_and_head(self, vocabulary, taken):
+        shape = llama(1024, 1024, 4, vocabulary=vocabulary)
+        assert self.host(shape, Placement(2), "start") == pytest.approx(2 * 2 * 1024 * taken + 2 * 1024, rel=1e-5)
+
+    @pytest.mark.parametrize(("hidden", "batch"), [(1024, 4096), (768, 4096), (1024, 3 * 2048)])
+    def test_activations(self, hidden, batch):
+        """7 windows in micro-batches of 2 or 3: the last one has one window."""
+        shape, one = llama(hidden, 1024, 4, vocabulary=16), Placement(batch // 2048, "host")
+        full, window = (2**24 if batch > 4096 else 2**23), 2**22
+        near = self.host(shape, replace(one, place="gpu"), "solve", windows=7)
+        # In the dense model, and in the pruned one.
+        expected = 2 * (7 // one.batch * full + window)
+        assert self.host(shape, one, "solve", windows=7) - near == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
