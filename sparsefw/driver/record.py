@@ -35,7 +35,7 @@ class FinishedBlock:
         """A copy that says how the calibration windows ran through the block."""
         return replace(self, block=replace(self.block, way=way))
 
-    def measured(self, seconds: dict[str, float], peaks: dict[str, int]) -> "FinishedBlock":
+    def measured(self, seconds: dict[str, float], peaks: dict[str, Any]) -> "FinishedBlock":
         """A copy with the block's seconds by phase and the process's peak memory, see `process.peak_memory`."""
         return replace(self, block=replace(self.block, seconds=seconds, **peaks))
 
