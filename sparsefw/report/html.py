@@ -186,6 +186,7 @@ def _text(text: CalibrationText | EvaluationText) -> str:
 
 
 def _memory(memory: MemoryRecord, peaks: dict[str, int]) -> list[tuple[str, str]]:
+    measured = {name.removesuffix("_bytes").replace("_", " "): size for name, size in peaks.items()}
     return [
         *((f"{name} limit", f"{_gib(size)} GiB") for name, size in memory.limits.items()),
         *((f"{name} expected", f"{_gib(size)} GiB") for name, size in memory.expected.items()),
@@ -194,7 +195,7 @@ def _memory(memory: MemoryRecord, peaks: dict[str, int]) -> list[tuple[str, str]
         ("solver", f"{_gib(memory.solver_bytes)} GiB"),
         ("read ahead", _stated(memory.read_ahead)),
         ("kept inputs", f"up to {memory.kept_width} entries" if memory.kept_width else "none"),
-        *((f"peak {name.removesuffix('_bytes')}".replace("_", " "), f"{_gib(size)} GiB") for name, size in peaks.items()),
+        *((f"peak {name}", f"{_gib(size)} GiB") for name, size in measured.items()),
     ]
 
 

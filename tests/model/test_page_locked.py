@@ -54,4 +54,3 @@ def test_blocks_one_after_another_leave_nothing(source):
             assert gpu.host_held == 0
             model.close(i)
         assert gpu.host_peak == locked(source, "model.layers.0.")
-
