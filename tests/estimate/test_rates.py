@@ -24,3 +24,16 @@ def test_measured_with_random_operands(monkeypatch):
     assert set(measured.flops) == {"bf16", "ieee"}
     assert measured.bandwidth > 0
     assert measured.disk == 5.0
+
+
+def test_the_host_is_waited_for_once_in_a_round(monkeypatch):
+    """On a GPU many calls are launched before the host waits, and the time is that of one of them."""
+    clock, waits = iter(range(100)), []
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    calls, device = [], torch.device("cuda")
+    seconds = rates._fastest(lambda: calls.append(len(waits)), device)
+    per_round = len(calls) // len(waits)
+    assert per_round >= 10
+    assert calls == [n for n in range(len(waits)) for _ in range(per_round)]
+    assert seconds == 1 / per_round
