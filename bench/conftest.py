@@ -1,7 +1,7 @@
 """On a GPU, benchmarks are timed by events in the GPU's queue."""
 
 import pytest
-from operations import GPU, Moment
+from timing import GPU, Moment
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import torch
 import triton
+from timing import GPU, Moment, keep_busy, rounds_of
 from torch import Tensor
 
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.cost import Cost
 
-GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # (rows, d): projections of 8B (q, down), of 70B (q, down) and of 405B (q, down).
 LLAMA = [(4096, 4096), (4096, 14336), (8192, 8192), (4096, 28672), (4096, 16384), (2048, 53248)]
@@ -25,11 +25,6 @@ WEIGHT = torch.bfloat16 if GPU else torch.float32
 UNIT = "bf16" if GPU else "ieee"
 
 COMPILE = "torch.compile"
-
-# A timing makes as many rounds as fit into SECONDS, within the bounds ROUNDS.
-SECONDS, ROUNDS = (0.3, (5, 50)) if GPU else (0.0, (3, 3))
-# Bytes filled before every round, which drives the inputs out of the cache.
-FLUSH = 256 << 20
 
 
 def ways(operation: str, **others: Callable) -> dict[str, Callable]:
@@ -67,18 +62,6 @@ def budget(pattern: str, d: int) -> tuple[int, int, int]:
     return (int(0.4 * d), 0, d) if pattern == "rows" else (2, 4, d)
 
 
-class Moment:
-    """A point in the GPU's queue. The difference of two is the seconds between them."""
-
-    def __init__(self):
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
-
-    def __sub__(self, earlier: "Moment") -> float:
-        self.event.synchronize()
-        return earlier.event.elapsed_time(self.event) / 1e3
-
-
 def record(benchmark, cost: Cost, *, unit: str | None = None, note: str = "") -> None:
     """Add the flops and bytes, the machine and the versions to a benchmark's time."""
     benchmark.extra_info |= {
@@ -97,8 +80,7 @@ def measure(
 ) -> None:
     """Time `run(*setup())`, and record its least flops and bytes.
 
-    On a GPU the timer is `Moment` (see conftest.py). The fill that flushes the cache also keeps the GPU busy while the
-    host prepares the first launches, so the time has no wait for the host.
+    On a GPU the timer is `Moment` (see conftest.py), and the GPU is busy while the host prepares the launches.
 
     Args:
         benchmark: pytest-benchmark's fixture.
@@ -108,12 +90,11 @@ def measure(
         setup: returns fresh arguments before every call, untimed.
     """
     record(benchmark, cost, unit=unit)
-    rounds, (least, most) = 0, ROUNDS
-    flush = torch.empty(FLUSH if GPU else 0, dtype=torch.int8, device=DEVICE)
+    seconds = 0.0
 
     def prepare() -> tuple[tuple, dict]:
         arguments = setup()
-        flush.zero_()
+        keep_busy()
         return arguments, {}
 
     if GPU:
@@ -122,8 +103,8 @@ def measure(
         arguments = setup()
         started = Moment()
         run(*arguments)
-        rounds = SECONDS / (Moment() - started)
-    benchmark.pedantic(run, setup=prepare, rounds=int(min(max(rounds, least), most)), warmup_rounds=1)
+        seconds = Moment() - started
+    benchmark.pedantic(run, setup=prepare, rounds=rounds_of(seconds), warmup_rounds=1)
 
 
 def assert_equal_enough(got: Tensor, expected: Tensor, tolerance: float) -> None:

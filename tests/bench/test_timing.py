@@ -1,0 +1,90 @@
+"""Times on a GPU hold no time of the host: shown with a clock of the host and one of the GPU that are made up."""
+
+import pytest
+import timing
+import torch
+
+
+class Clocks:
+    """A host that takes time to launch, and a GPU that works through its queue. Times are in seconds."""
+
+    # Of a cycle, and of the fill.
+    CYCLE, FILL = 1e-9, 1e-4
+
+    def __init__(self, patch):
+        self.host = self.gpu = 0.0
+        self.log = []
+        clocks = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                clocks.log.append("event")
+                # The GPU gets here once it has done what came before, and not before the host asks for it.
+                clocks.gpu = self.at = max(clocks.gpu, clocks.host)
+
+            def query(self):
+                return self.at <= clocks.host
+
+            def synchronize(self):
+                clocks.host = max(clocks.host, self.at)
+
+            def elapsed_time(self, later):
+                return 1e3 * (later.at - self.at)
+
+        class Filled:
+            def zero_(self):
+                clocks.work("fill", clocks.FILL)
+
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "_sleep", lambda cycles: self.work("sleep", cycles * self.CYCLE))
+        patch.setattr(timing, "GPU", True)
+        patch.setattr(timing, "ROUNDS", (5, 5))
+        patch.setattr(timing, "_flushed", lambda size: Filled())
+
+    def work(self, what, seconds, launch=0.0):
+        self.log.append(what)
+        self.host += launch
+        self.gpu = max(self.gpu, self.host) + seconds
+
+    def operation(self, launches, launch, seconds):
+        for _ in range(launches):
+            self.work("kernel", seconds, launch)
+
+
+@pytest.fixture
+def clocks(monkeypatch):
+    return Clocks(monkeypatch)
+
+
+@pytest.mark.parametrize("launches", [1, 20])
+def test_time_of_the_host_does_not_count(launches, clocks):
+    """Each kernel takes 10 us, and the host 50 us to launch it."""
+    measured = timing.times(lambda: clocks.operation(launches, 50e-6, 10e-6))
+    assert measured.rounds == pytest.approx([launches * 10e-6] * 5)
+    assert measured.late == 0
+    assert clocks.log[-4 - launches :] == ["fill", "sleep", "event", *["kernel"] * launches, "event"]
+
+
+def test_the_gpu_sleeps_longer_for_a_slow_host(clocks):
+    """100 launches take 5 ms, longer than the first sleep."""
+    measured = timing.times(lambda: clocks.operation(100, 50e-6, 10e-6))
+    assert measured.rounds == pytest.approx([100 * 10e-6] * 5)
+    assert measured.late == 0
+
+
+def test_waits_that_remain_are_told(clocks, monkeypatch):
+    monkeypatch.setattr(timing, "MOST_CYCLES", timing.CYCLES)
+    measured = timing.times(lambda: clocks.operation(100, 50e-6, 10e-6))
+    assert measured.as_dict()["late"] == 5
+    assert measured.median > 2 * 100 * 10e-6
+
+
+def test_arguments_are_fresh_in_every_round():
+    given, made = [], iter(range(100))
+    measured = timing.times(given.append, lambda: (next(made),))
+    assert given == list(range(len(given)))
+    assert len(measured.rounds) == len(given) - 1 == 3
+    assert set(measured.as_dict()) == {"ms", "least_ms", "most_ms", "rounds", "late"}
