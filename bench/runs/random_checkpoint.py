@@ -16,7 +16,9 @@ from sparsefw.inputs import DEFAULT_MODEL
 SCALE = 0.02
 
 
-def generate(folder: Path, family: str, shard_bytes: int = 2**30, seed: int = 0, **sizes: int) -> Path:
+def generate(
+    folder: Path, family: str, shard_bytes: int = 2**30, seed: int = 0, device: str = "cpu", **sizes: int
+) -> Path:
     """Write a checkpoint in bf16, with the embedded model's tokenizer.
 
     Args:
@@ -24,6 +26,7 @@ def generate(folder: Path, family: str, shard_bytes: int = 2**30, seed: int = 0,
         family: transformers' model_type.
         shard_bytes: a shard is closed once it has this many bytes.
         seed: seed of the weights.
+        device: device that draws them, which they depend on.
         sizes: sizes of the config, such as `hidden_size`; the vocabulary must be at least the tokenizer's.
     """
     config = AutoConfig.for_model(family, **sizes)
@@ -35,7 +38,7 @@ def generate(folder: Path, family: str, shard_bytes: int = 2**30, seed: int = 0,
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     shapes = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
     folder.mkdir(parents=True)
-    generator, shard, weight_map = torch.Generator().manual_seed(seed), {}, {}
+    generator, shard, weight_map = torch.Generator(device).manual_seed(seed), {}, {}
 
     def close() -> None:
         name = f"model-{len(set(weight_map.values())):05d}.safetensors"
@@ -46,7 +49,8 @@ def generate(folder: Path, family: str, shard_bytes: int = 2**30, seed: int = 0,
     for name, shape in shapes.items():
         # The weights of norms have one dimension, and are about 1.
         center, scale = (1.0, 0.1) if len(shape) == 1 else (0.0, SCALE)
-        shard[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(center, scale, generator=generator)
+        drawn = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(center, scale, generator=generator)
+        shard[name] = drawn.cpu()
         if sum(tensor.nbytes for tensor in shard.values()) >= shard_bytes:
             close()
     if shard:

@@ -1,0 +1,138 @@
+"""Step 1: what the machine is, all kernels compiled for its card, and the kernels' tests."""
+
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_lines import Part
+
+REPO = Path(__file__).resolve().parents[2]
+WORKERS = 12
+
+# Only these cases are compiled where everything is tiny.
+TINY_CASES = "lmo 576"
+
+
+def machine(part: Part) -> None:
+    """The card, the machine and the versions."""
+    names = ("torch", "triton", "transformers", "safetensors", "numpy", "pytest", "pytest-xdist", "datasets")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    part.add(versions=versions, python=sys.version.split()[0], cpus=os.cpu_count(), ncu=shutil.which("ncu"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    part.add(host_gib=memory / 2**30, disk_free_gib=shutil.disk_usage(part.scratch).free / 2**30)
+    if torch.cuda.is_available():
+        known = torch.cuda.get_device_properties(0)
+        part.add(
+            card=known.name,
+            capability=torch.cuda.get_device_capability(0),
+            gpu_gib=known.total_memory / 2**30,
+            multiprocessors=known.multi_processor_count,
+        )
+    else:
+        part.add(card="none")
+    if shutil.which("nvidia-smi"):
+        query = "--query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+        done = subprocess.run(["nvidia-smi", query, "--format=csv"], capture_output=True, text=True, check=False)
+        part.add(nvidia_smi=done.stdout.splitlines())
+
+
+def capability() -> int:
+    """The compute capability of this machine's GPU, 90 for 9.0. Without one: that of an H100."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return 10 * major + minor
+
+
+def target_of(number: int) -> str:
+    """The target of `compiled.TARGETS` whose launches this capability makes."""
+    return "sm_100" if number >= 100 else "sm_90" if number >= 90 else "sm_80"
+
+
+@cache
+def _cases(number: int) -> dict[str, Any]:
+    """The cases for this capability, by name. The target is this card exactly, as its own launches have it."""
+    import compiled
+
+    compiled.TARGETS["here"] = compiled.GPUTarget("cuda", number, 32)
+    return {case.name: case for case in compiled.cases() if target_of(number) in case.targets}
+
+
+def compile_case(name: str, number: int) -> dict[str, Any]:
+    """Compile a case into Triton's cache, where launches of the same shape and types find it."""
+    import compiled
+
+    started, case = time.perf_counter(), _cases(number)[name]
+    try:
+        row = compiled.compile_launch("here", case.launch)
+    except (OSError, subprocess.CalledProcessError) as error:
+        # The kernel is compiled by then. The tool that counts its registers is missing or fails.
+        row = {"not_counted": str(error).splitlines()[0]}
+    return {"case": name, "compile_s": round(time.perf_counter() - started, 2), **row, "target": f"sm_{number}"}
+
+
+def compile_kernels(part: Part) -> None:
+    """Compile the cases of `bench/compiled.py` for this card with many processes at once."""
+    # The interpreter compiles nothing. Set before anything imports Triton, for the workers too.
+    os.environ["TRITON_INTERPRET"] = "0"
+    number, started = capability(), time.perf_counter()
+    if torch.version.hip:
+        part.add(skipped="this step compiles for NVIDIA cards only")
+        return
+    names = [name for name in _cases(number) if not part.tiny or name == TINY_CASES]
+    spilled = []
+    # Not forked: this process may have used the GPU.
+    with ProcessPoolExecutor(WORKERS if not part.tiny else 2, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(compile_case, name, number): name for name in names}
+        for future in as_completed(futures):
+            if error := future.exception():
+                part.add(case=futures[future], failed=f"{type(error).__name__}: {error}"[:2000])
+                continue
+            row = future.result()
+            part.add(**row)
+            spilled += [row["case"]] * bool(row.get("spills") or row.get("stack"))
+    part.add(cases=len(names), all_s=round(time.perf_counter() - started, 1), spilled=spilled)
+
+
+def kernel_tests(part: Part) -> None:
+    """The tests of the kernels on the GPU; each result is on the disk as soon as it is there."""
+    tests = "tests/kernels/test_update.py" if part.tiny else "tests/kernels"
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu or not gpu", tests]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(2 if part.tiny else WORKERS)]
+    else:
+        part.add(note="pytest-xdist is not installed: one process runs the tests")
+    path, started = part.folder / "kernel-tests-results.txt", time.perf_counter()
+    try:
+        with path.open("w", encoding="utf-8") as output:
+            # Less than the limit of this part, so that the results so far are counted.
+            done = subprocess.run(command, cwd=REPO, stdout=output, stderr=subprocess.STDOUT, timeout=250, check=False)
+        end = f"status {done.returncode}"
+    except subprocess.TimeoutExpired:
+        end = "cut off"
+    part.add(tests=tests, end_of_tests=end, tests_s=round(time.perf_counter() - started, 1), **results_of(path))
+
+
+def results_of(path: Path) -> dict[str, Any]:
+    """How many tests ended how, and which failed, from the lines of `pytest -v`, with workers or without."""
+    # Without workers a test's result stands behind its name, with workers before it.
+    word = r"(PASSED|FAILED|ERROR|SKIPPED)"
+    found = re.findall(rf"(?:^\[gw\d+\].*?{word} (\S+))|(?:^(\S+::.*?) {word})", path.read_text(errors="replace"), re.M)
+    ends = {before or after: end or late for end, before, after, late in found}
+    failed = [name for name, end in ends.items() if end in ("FAILED", "ERROR")]
+    return {"ends": dict(Counter(ends.values())), "failed": failed}

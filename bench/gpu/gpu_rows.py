@@ -1,0 +1,178 @@
+"""Step 3: row kernels at the chunks of real runs, whether their bits repeat, and what a profiler counts of them."""
+
+import csv
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_lines import Part
+from gpu_products import measure
+from gpu_steps import command_of
+from operations import DEVICE, WEIGHT, gram, normal, numbers
+from torch import Tensor
+
+from sparsefw.kernels import cost, cpu, triton_ops
+from sparsefw.kernels.cost import Cost
+
+# (rows, d): chunks of a 70B run, and a layer of an 8B run.
+CHUNKS = [(6528, 8192), (1856, 28672), (4096, 4096), (4096, 14336)]
+TINY = [(48, 96), (40, 132)]
+
+REPEATS = 200
+
+# What Nsight Compute counts: bytes from and to the memory, and the share of accesses that the L2 cache serves.
+METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "lts__t_sector_hit_rate.pct")
+# Launches of one kernel that are counted.
+COUNTED = 3
+
+# An operation: a function of fresh arguments, what makes them, and its least cost.
+Operation = tuple[Callable[..., object], Callable[[], tuple], Cost]
+
+
+def step(rows: int, d: int, *, target_gap: bool = False, group: int = 0) -> Operation:
+    """A Frank-Wolfe step of bf16 weights, or of fp32 weights with a gap to their target."""
+    W = normal(rows, d, dtype=torch.float32 if target_gap else WEIGHT)
+    gap = 0.1 * normal(rows, d, seed=5) if target_gap else None
+    k = 2 if group else int(0.4 * d)
+    # A diagonal of ones is as good as any here.
+    diag = torch.ones(d, device=DEVICE)
+    V, warm = (cpu.lmo(normal(rows, d, seed=seed), k, group=group) for seed in (1, 2))
+    R, U = normal(rows, d, seed=3), normal(rows, d, seed=4)
+    thetas = numbers("triton", theta=0.5, next_theta=0.6)
+
+    def fresh() -> tuple:
+        # The step works in place: every call starts from the same state.
+        return W, diag, warm.float(), R.clone(), U.clone(), V.clone(), torch.empty(rows, d, dtype=WEIGHT, device=DEVICE)
+
+    def run(*state: Tensor) -> tuple[Tensor, ...]:
+        return *triton_ops.row_step(*state, k, group=group, target_gap=gap, **thetas), *state[2:4], *state[5:]
+
+    return run, fresh, cost.row_step(rows, d, W=W.itemsize, E=WEIGHT.itemsize, target_gap=target_gap)
+
+
+def conjugate(rows: int, d: int) -> Operation:
+    """A step of conjugate gradients without its product."""
+    mask, inverse = normal(rows, d, seed=3) > 0, normal(d, seed=4).abs() + 1
+    Z, R, U = (normal(rows, d, seed=seed) for seed in range(3))
+    P = normal(rows, d, seed=6, dtype=WEIGHT)
+
+    def fresh() -> tuple:
+        rz = torch.ones(rows, device=DEVICE)
+        return Z.clone(), R.clone(), P.clone(), U, rz, 1e-12 * rz, inverse
+
+    def run(*state: Tensor) -> tuple[Tensor, ...]:
+        triton_ops.conjugate_step(*state, mask=mask)
+        return state[:3]
+
+    return run, fresh, cost.conjugate_step(rows, d, P=P.itemsize)
+
+
+def lmo(rows: int, d: int) -> Operation:
+    """The k best scores of every row."""
+    score = normal(rows, d)
+    return partial(triton_ops.lmo, score, int(0.4 * d)), tuple, cost.lmo(rows, d)
+
+
+OPERATIONS: dict[str, Callable[[int, int], Operation]] = {
+    "row step": step,
+    "row step, fp32 with a gap to the target": partial(step, target_gap=True),
+    "row step, 2:4": partial(step, group=4),
+    "conjugate step": conjugate,
+    "lmo": lmo,
+}
+
+
+def product(rows: int, d: int) -> Operation:
+    """A product of a step."""
+    E, G = normal(rows, d, dtype=WEIGHT), gram(d).to(WEIGHT)
+    precision = "bf16" if torch.bfloat16 == WEIGHT else "ieee"
+    least = cost.product(rows, d, E=E.itemsize, G=G.itemsize)
+    return partial(triton_ops.product, E, G, precision=precision), tuple, least
+
+
+def gram_matrix(rows: int, d: int) -> Operation:
+    """A Gram matrix of as many tokens as there are rows."""
+    X = normal(rows, d, dtype=WEIGHT)
+    fresh = partial(torch.zeros, d, d, device=DEVICE)
+    return lambda G: triton_ops.gram_accumulate(G, X), lambda: (fresh(),), cost.gram_accumulate(rows, d, X=X.itemsize)
+
+
+REPEATED = OPERATIONS | {"product": product, "gram": gram_matrix}
+
+
+def row_kernels(part: Part) -> None:
+    """Times of the row kernels, and their share of the bandwidth of a copy."""
+    for name, make in OPERATIONS.items():
+        for rows, d in TINY if part.tiny else CHUNKS:
+            run, fresh, least = make(rows, d)
+            measure(part, run, least, unit=None, setup=fresh, operation=name, rows=rows, d=d)
+
+
+def repeats(part: Part) -> None:
+    """Every operation again and again from one state; all results must have the same bits."""
+    count = 3 if part.tiny else REPEATS
+    for name, make in REPEATED.items():
+        for rows, d in TINY[:1] if part.tiny else CHUNKS[:2]:
+            run, fresh, _ = make(rows, d)
+            part.add(operation=name, rows=rows, d=d, **differing(run, fresh, count))
+
+
+def differing(run: Callable[..., Any], fresh: Callable[[], tuple], count: int) -> dict[str, int]:
+    """How many of so many runs gave other bits than the first, and how many entries differed at most."""
+    first = [x.clone() for x in _tensors(run(*fresh()))]
+    wrong = most = 0
+    for _ in range(count - 1):
+        # Compared as integers: NaN equals NaN, and -0.0 differs from 0.0.
+        entries = sum(int((_bits(a) != _bits(b)).sum()) for a, b in zip(_tensors(run(*fresh())), first, strict=True))
+        wrong, most = wrong + bool(entries), max(most, entries)
+    return {"repeats": count, "runs_that_differ": wrong, "most_entries_that_differ": most}
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.itemsize])
+
+
+def counted(part: Part) -> None:
+    """A few launches of every row kernel and of the product, for the profiler that runs this process."""
+    for name, make in REPEATED.items():
+        for rows, d in TINY[:1] if part.tiny else CHUNKS[:2]:
+            run, fresh, least = make(rows, d)
+            for _ in range(COUNTED):
+                run(*fresh())
+            print(f"{name}, {rows} x {d}: at least {least.bytes / 1e6:.1f} MB", flush=True)
+
+
+def counters(part: Part) -> None:
+    """Bytes of the memory and hits of the cache, as Nsight Compute counts them for our kernels."""
+    tool = shutil.which("ncu")
+    if not tool:
+        part.add(skipped="ncu is not installed: no counters of the memory")
+        return
+    path, inner = part.folder / "counters.csv", Part("counted", part.folder, part.scratch, part.tiny)
+    # The names of our kernels end so; torch's do not.
+    command = [tool, "--csv", "--metrics", ",".join(METRICS), "--kernel-name", "regex:^_[a-z]+_kernel$"]
+    with path.open("w", encoding="utf-8") as output:
+        done = subprocess.run([*command, *command_of(inner)], stdout=output, stderr=subprocess.STDOUT, check=False)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = launches_of(lines)
+    if not rows:
+        part.add(skipped=f"ncu counted nothing (status {done.returncode})", last_lines=lines[-5:])
+    for row in rows:
+        part.add(**row)
+
+
+def launches_of(lines: list[str]) -> list[dict[str, Any]]:
+    """The counters of every launch, from the lines that `ncu --csv` prints among others."""
+    start = next((n for n, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    launches: dict[str, dict[str, Any]] = {}
+    for row in csv.DictReader(line for line in lines[start:] if line.startswith('"')):
+        launch = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"], "grid": row.get("Grid Size")})
+        launch[row["Metric Name"]] = f"{row['Metric Value']} {row['Metric Unit']}"
+    return list(launches.values())
