@@ -1,6 +1,7 @@
 """Tables and the roofline plot of one card: `python bench/tables.py FOLDER`, of the bench.json that pytest wrote there.
 
-It writes bench.md and roofline.png beside it. The roofs are those that bench_roofs.py measured in the same run. A row's
+`pytest bench/kernels/bench_*.py bench/runs/bench_*.py --benchmark-json=FOLDER/bench.json` writes bench.json. This
+writes bench.md and roofline.png beside it. The roofs are those that bench_roofs.py measured in the same run. A row's
 share is the time that its flops and bytes imply at the roofs, over the time that was measured.
 """
 

@@ -1,0 +1,191 @@
+"""The steps of the first hour on a GPU, at tiny sizes and without one; their limits; what is read from other tools."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gpu_compile
+import gpu_lines
+import gpu_rows
+import gpu_steps
+import gpu_trace
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("scratch")
+
+
+def step(number, folder, scratch):
+    """The lines of a step, by part."""
+    tools = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [BENCH / "gpu.sh", folder, str(number), "--tiny", "--scratch", scratch]
+    done = subprocess.run(command, env=os.environ | tools, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in (folder / gpu_lines.NAME).read_text().splitlines()]
+    lines = {name: [row for row in rows if row["part"] == name] for name in gpu_steps.STEPS[number]}
+    for name in lines:
+        assert lines[name][-1]["end"] == "done", (folder / f"{name.replace(' ', '-')}.txt").read_text()[-4000:]
+        assert not any("wrong" in row for row in lines[name])
+    return lines
+
+
+def test_kernels_are_compiled_and_tested(tmp_path, scratch):
+    lines = step(1, tmp_path, scratch)
+    (row,) = (row for row in lines["compile"] if "case" in row)
+    assert (row["target"], row["spills"]) == ("sm_90", 0)
+    assert row["registers"] > 0
+    (row,) = (row for row in lines["kernel tests"] if "ends" in row)
+    assert (row["end_of_tests"], set(row["ends"]), row["failed"]) == ("status 0", {"PASSED"}, [])
+    assert row["ends"]["PASSED"] > 20
+
+
+def test_products_stand_beside_the_library_and_their_roof(tmp_path, scratch):
+    lines = step(2, tmp_path, scratch)
+    assert {row.get("roof") for row in lines["roofs"]} == {"copy", "bf16", "tf32", "ieee", None}
+    for part in ("product", "gram", "cross"):
+        ways = [row["way"] for row in lines[part] if "way" in row]
+        assert ways == ["bare", "triton"] * 2
+        assert all(row["share_of_roof"] > 0 for row in lines[part] if "way" in row)
+        assert sum("speed_of_the_library" in row for row in lines[part]) == 2
+    assert sum("products_in_bf16" in row for row in lines["exact"]) == 2
+
+
+def test_row_kernels_are_timed_and_repeated(tmp_path, scratch):
+    lines = step(3, tmp_path, scratch)
+    assert {row["operation"] for row in lines["row kernels"][:-1]} == set(gpu_rows.OPERATIONS)
+    assert [row["runs_that_differ"] for row in lines["repeats"][:-1]] == [0] * len(gpu_rows.REPEATED)
+
+
+@pytest.mark.parametrize("number", [4, 5])
+def test_runs(number, tmp_path, scratch):
+    lines = step(number, tmp_path, scratch)
+    for name, rows in lines.items():
+        (row,) = (row for row in rows if "peak_memory" in row)
+        assert 0 < row["relative_error"] < 1, name
+        assert row["seconds"]["solve"] > 0
+    if number == 5:
+        same = [row for rows in lines.values() for row in rows if any("same_bytes" in name for name in row)]
+        assert [value for row in same for name, value in row.items() if "same_bytes" in name] == [True] * 3
+
+
+def test_limits_of_a_step_fit_into_eight_minutes():
+    assert set(gpu_steps.PARTS) - {name for parts in gpu_steps.STEPS.values() for name in parts} == {"counted"}
+    for parts in gpu_steps.STEPS.values():
+        assert sum(parts.values()) <= 470
+
+
+class TestLimits:
+    """A part that hangs, fails or is killed leaves its lines, and says how it ended."""
+
+    def run(self, code, tmp_path, monkeypatch, limit=20):
+        part = gpu_lines.Part("a part", tmp_path, tmp_path)
+        module = f"import sys, time, os\nsys.path.insert(0, {str(BENCH / 'gpu')!r})\n"
+        module += "from gpu_lines import Part\nfrom pathlib import Path\n"
+        module += f"part = Part('a part', Path({str(tmp_path)!r}), Path({str(tmp_path)!r}))\npart.add(value=1)\n"
+        monkeypatch.setattr(gpu_steps, "command_of", lambda part: [sys.executable, "-c", module + code])
+        gpu_steps.run_limited(part, limit)
+        return part.lines("a part")
+
+    def test_done(self, tmp_path, monkeypatch):
+        first, last = self.run("", tmp_path, monkeypatch)
+        assert (first["value"], last["end"]) == (1, "done")
+
+    def test_cut_off(self, tmp_path, monkeypatch):
+        child = "import subprocess; subprocess.Popen(['sleep', '60']); time.sleep(60)"
+        started = time.monotonic()
+        first, last = self.run(child, tmp_path, monkeypatch, limit=2)
+        assert time.monotonic() - started < 20
+        assert first["value"] == 1
+        assert last["end"] == "cut off after 2 s; the lines before are good"
+
+    def test_failed(self, tmp_path, monkeypatch):
+        _, last = self.run("raise RuntimeError('an illegal memory access')", tmp_path, monkeypatch)
+        assert last["end"] == "failed with status 1"
+        assert last["last_lines"][-1] == "RuntimeError: an illegal memory access"
+
+    def test_killed(self, tmp_path, monkeypatch):
+        _, last = self.run("os.kill(os.getpid(), 9)", tmp_path, monkeypatch)
+        assert last["end"] == "failed with status -9"
+
+
+def test_targets_of_cards():
+    targets = {80: "sm_80", 89: "sm_80", 90: "sm_90", 100: "sm_100", 120: "sm_100"}
+    assert {number: gpu_compile.target_of(number) for number in targets} == targets
+
+
+@pytest.mark.parametrize("workers", [True, False])
+def test_results_of_pytest(workers, tmp_path):
+    ends = [("a.py::one[x-1]", "PASSED"), ("a.py::two", "FAILED"), ("a.py::three", "SKIPPED"), ("b.py::four", "ERROR")]
+    line = "[gw1] [ 50%] {1} {0} " if workers else "{0} {1}   [ 50%]"
+    noise = ["scheduling tests via LoadScheduling", "a.py::one[x-1] "] if workers else ["collected 4 items"]
+    path = tmp_path / "results.txt"
+    path.write_text("\n".join([*noise, *(line.format(*end) for end in ends), "FAILED a.py::two - AssertionError"]))
+    found = gpu_compile.results_of(path)
+    assert found["ends"] == {"PASSED": 1, "FAILED": 1, "SKIPPED": 1, "ERROR": 1}
+    assert found["failed"] == ["a.py::two", "b.py::four"]
+
+
+def test_counters_of_ncu():
+    lines = ["==PROF== Connected", "row step, 48 x 96: at least 1 MB", '"ID","Kernel Name","Grid Size","Metric Name",'
+             '"Metric Unit","Metric Value"']  # fmt: skip
+    lines += ['"0","_step_kernel","(48, 1, 1)","dram__bytes_read.sum","Mbyte","1,393.2"', "a line in between"]
+    lines += ['"0","_step_kernel","(48, 1, 1)","lts__t_sector_hit_rate.pct","%","41.5"']
+    lines += ['"1","_lmo_kernel","(8, 1, 1)","dram__bytes_read.sum","Kbyte","7"']
+    assert gpu_rows.launches_of(lines) == [
+        {
+            "kernel": "_step_kernel",
+            "grid": "(48, 1, 1)",
+            "dram__bytes_read.sum": "1,393.2 Mbyte",
+            "lts__t_sector_hit_rate.pct": "41.5 %",
+        },
+        {"kernel": "_lmo_kernel", "grid": "(8, 1, 1)", "dram__bytes_read.sum": "7 Kbyte"},
+    ]
+    assert gpu_rows.launches_of(["==ERROR== ERR_NVGPUCTRPERM"]) == []
+
+
+def test_bits_that_differ_are_counted():
+    values = iter([1.0, 1.0, -0.0, torch.nan, torch.nan])
+    # From one state: 1, 1, -0, NaN.
+    told = gpu_rows.differing(lambda x: torch.tensor([0.0, x]), lambda: (next(values),), 4)
+    assert told == {"repeats": 4, "runs_that_differ": 2, "most_entries_that_differ": 1}
+    assert gpu_rows.differing(lambda: torch.tensor([torch.nan]), tuple, 3)["runs_that_differ"] == 0
+
+
+def test_summary_of_a_trace(tmp_path):
+    """Two streams; kernels run from 0 to 40, 30 to 50 and 90 to 100 microseconds."""
+
+    def event(cat, name, ts, dur, **args):
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
+
+    events = [
+        event("kernel", "b", 90, 10),
+        event("kernel", "a", 0, 40),
+        event("kernel", "a", 30, 20),
+        event("cpu_op", "aten::mm", 0, 500),
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 10, 5, bytes=100_000),
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 20, 5, bytes=100_000),
+        {"ph": "M", "name": "process_name"},
+    ]
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": events}))
+    told = gpu_trace.summary(path)
+    assert (told["kernels"], told["span_s"]) == (3, pytest.approx(100e-6))
+    assert told["idle_share"] == pytest.approx(0.4)
+    assert told["longest_gaps"] == [{"ms": 0.04, "after": "a", "before": "b"}]
+    (copies,) = told["copies"]
+    assert (copies["count"], copies["gbs"]) == (2, pytest.approx(20))
+    assert [(row["kernel"], row["count"], row["share"]) for row in told["longest_kernels"]] == [
+        ("a", 2, pytest.approx(0.6)),
+        ("b", 1, pytest.approx(0.1)),
+    ]
+    path.write_text(json.dumps({"traceEvents": []}))
+    assert gpu_trace.summary(path) == {"kernels": 0}
