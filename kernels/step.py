@@ -53,8 +53,10 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
         return tile | dict(num_warps=warps(max(4, width // 512)))
     if group:
         return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=4096, num_warps=warps(16))
-    # Each of 1024 threads has 16 keys and 4 entries of a chunk. The search reads further keys from the cache.
-    return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=16384, num_warps=warps(32))
+    # Each of 1024 threads has 4 entries of a chunk, and 16 keys, or 32 of a row of up to 32768. With more, some versions
+    # of the compiler spill. Of a longer row the search reads further keys from the cache.
+    search = width if width <= 32768 else 16384
+    return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=search, num_warps=warps(32))
 
 
 @triton.jit
