@@ -256,12 +256,16 @@ def _step(
     text: str, targets: tuple[str, ...], d: int, k: int | Tensor, *, fixed: bool = True, target_gap: bool = False,
     open_loop: bool = False, **options
 ) -> Case:  # fmt: skip
-    """A step of bf16 weights, or with `target_gap` of fp32 candidates without fixed entries; products are in bf16."""
+    """A step of bf16 weights, or with `target_gap` of fp32 candidates without fixed entries; products are in bf16.
+
+    Without `open_loop` the search for the vertex starts from a threshold.
+    """
     W, state, V = empty(ROWS, d, FP32 if target_gap else BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
     E, number = empty(ROWS, d, BF16), empty(1, 1)[0, 0]
     fixed = fixed and not target_gap
     options |= {"theta": number, "next_theta": number} | ({"eta": number} if open_loop else {})
     options |= {"fixed": V if fixed else None, "target_gap": state if target_gap else None}
+    options |= {"threshold": None if open_loop else state[:, 0].contiguous()}
     return Case(
         f"step {text}",
         targets,

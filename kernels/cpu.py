@@ -138,11 +138,12 @@ def row_step(
     eta: float | Tensor | None = None,
     theta: float | Tensor = 0.0,
     next_theta: float | Tensor = 0.0,
+    threshold: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One Frank-Wolfe step of every row, in place, in blocks of rows that stay in the cache. See `naive.row_step`.
 
-    The next scores overwrite U.
+    The next scores overwrite U. The selection needs no threshold to start from.
     """
     step, error = out or W.new_empty(2, len(W), dtype=torch.float32).unbind()
     theta, next_theta = float(theta), float(next_theta)

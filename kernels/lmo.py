@@ -84,11 +84,14 @@ def _lmo_kernel(
     else:
         budget = load_budget(k, row, valid_r, stride_k, PER_ROW, BLOCK_R)
         first_keys = load_keys(score, fixed, 0, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, SEARCH_D)
-        n, low, high = key_range(first_keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D)
+        T, n, top, n_top, budget, high = key_range(
+            first_keys, budget, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D
+        )
         nan = high == NAN_KEY
         T, ties_kept, tied = kth_key(
-            n, low, high, first_keys, budget, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D
-        )
+            T, n, top, n_top, first_keys, budget, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
+            WHOLE, SEARCH_D,
+        )  # fmt: skip
         passed = tl.zeros((BLOCK_R,), tl.int32)
         for start in range(0, d, BLOCK_D):
             if ONE_CHUNK:

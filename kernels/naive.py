@@ -233,6 +233,7 @@ def row_step(
     eta: float | Tensor | None = None,
     theta: float | Tensor = 0.0,
     next_theta: float | Tensor = 0.0,
+    threshold: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One Frank-Wolfe step of every row, in place: step size, convex update, next vertex, weights that it removes.
@@ -258,6 +259,8 @@ def row_step(
             numbers, or tensors () fp32 that are read when the step runs: see `repeat`.
         theta: weight of the integrality penalty that V was chosen with, 0 to 1.
         next_theta: weight of the penalty that the next V is chosen with.
+        threshold: (rows,) fp32, a score per row near which a search for the next vertex may start; replaced by one that
+            is right for this step where a search starts from it. It changes no result.
         out: two tensors (rows,) fp32, written and returned; allocated when None.
 
     Returns:

@@ -23,7 +23,8 @@ A row that fits no chunk takes passes over its chunks, which come from the cache
     C    finds the k-th key (topk.py)
     D    writes V and E
 
-Ties are broken as in lmo.py. Sums and state are in fp32.
+The search for the k-th key starts from the threshold of the row's last step, which is carried in `threshold` (rows,),
+4 bytes a row. Ties are broken as in lmo.py. Sums and state are in fp32.
 """
 
 import torch
@@ -34,7 +35,19 @@ from torch import Tensor
 from .device import cast, columns, line_search, line_terms, move, vertex_score
 from .launch import FLOATS, check, check_contiguous_rows, check_matrix, interpreter_tile, on_device, platform, warps
 from .lmo import check_selection, selection_options, span
-from .topk import candidate_key, key_range, kth_key, load_budget, load_keys, lowest_key, take, take_of_groups
+from .topk import (
+    bracket,
+    candidate_key,
+    key_range,
+    key_score,
+    kth_key,
+    load_budget,
+    load_keys,
+    lowest_key,
+    order_key,
+    take,
+    take_of_groups,
+)
 
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:
@@ -53,8 +66,8 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
         return tile | dict(num_warps=warps(max(4, width // 512)))
     if group:
         return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=4096, num_warps=warps(16))
-    # Each of 1024 threads has 4 entries of a chunk, and 16 keys, or 32 of a row of up to 32768. With more, some versions
-    # of the compiler spill. Of a longer row the search reads further keys from the cache.
+    # Each of 1024 threads has 4 entries of a chunk, and 16 keys, or 32 of a row of up to 32768. With more, some
+    # versions of the compiler spill. Of a longer row the search reads further keys from the cache.
     search = width if width <= 32768 else 16384
     return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=search, num_warps=warps(32))
 
@@ -106,9 +119,25 @@ def _store_numbers(ETA, ERROR, row, valid_r, step, errors):
     tl.store(ERROR + row, tl.sum(errors, axis=1), mask=valid_r)
 
 
+@triton.jit
+def _threshold(
+    THRESHOLD, row, valid_r, lowest, keys, budget, U, d, WHOLE: tl.constexpr, SEARCH_D: tl.constexpr
+):  # fmt: skip
+    """Results of `kth_key`; the search starts from THRESHOLD, which is replaced, or anew if that is None."""
+    if THRESHOLD is None:
+        T, n, top, n_top, budget, _ = key_range(keys, budget, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D)
+    else:
+        start = order_key(tl.load(THRESHOLD + row, mask=valid_r, other=0.0))
+        T, n, top, n_top = bracket(start, lowest + 1, budget, keys, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D)
+    T, ties_kept, tied = kth_key(T, n, top, n_top, keys, budget, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D)
+    if THRESHOLD is not None:
+        tl.store(THRESHOLD + row, key_score(T), mask=valid_r)
+    return T, ties_kept, tied
+
+
 @triton.jit(do_not_specialize=["k", "eta", "theta", "next_theta"])
 def _step_kernel(
-    W, DIAG, M, R, U, V, E, FIXED, TARGET_GAP, ETA, ERROR, k, eta, theta, next_theta, rows, d, span,
+    W, DIAG, M, R, U, V, E, FIXED, TARGET_GAP, THRESHOLD, ETA, ERROR, k, eta, theta, next_theta, rows, d, span,
     stride_w, stride_m, stride_r, stride_u, stride_v, stride_e, stride_f, stride_t, stride_k,
     STORED: tl.constexpr, LINE_SEARCH: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr,
     PADDED: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr,
@@ -155,8 +184,9 @@ def _step_kernel(
         if GROUP:
             chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
         else:
-            n, low, high = key_range(keys, U, None, d, valid_r, 1, 0, None, True, BLOCK_D)
-            T, ties_kept, tied = kth_key(n, low, high, keys, budget, U, None, d, valid_r, 1, 0, None, True, BLOCK_D)
+            T, ties_kept, tied = _threshold(
+                THRESHOLD, row, valid_r, lowest, keys, budget, U, d, WHOLE=True, SEARCH_D=BLOCK_D
+            )
             chosen, passed = take(keys, T, ties_kept, tied, tl.zeros((BLOCK_R,), tl.int32))
         _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid)
     else:
@@ -195,10 +225,7 @@ def _step_kernel(
             tl.debug_barrier()
             # Pass C: the k-th score.
             first_keys = load_keys(U, None, 0, d, valid_r, 1, 0, None, 0, 0, SEARCH_D)
-            n, low, high = key_range(first_keys, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D)
-            T, ties_kept, tied = kth_key(
-                n, low, high, first_keys, budget, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D
-            )
+            T, ties_kept, tied = _threshold(THRESHOLD, row, valid_r, lowest, first_keys, budget, U, d, WHOLE, SEARCH_D)
             # Pass D: the vertex.
             passed = tl.zeros((BLOCK_R,), tl.int32)
             for start in range(0, d, BLOCK_D):
@@ -226,6 +253,7 @@ def row_step(
     eta: float | Tensor | None = None,
     theta: float | Tensor = 0.0,
     next_theta: float | Tensor = 0.0,
+    threshold: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One Frank-Wolfe step of every row, in place: `naive.row_step` up to rounding.
@@ -243,6 +271,8 @@ def row_step(
             are numbers, or all are tensors () fp32, which the kernel reads when it runs.
         theta: weight of the integrality penalty that V was chosen with, 0 to 1.
         next_theta: weight of the penalty that the next V is chosen with.
+        threshold: (rows,) fp32, contiguous, a score per row near which the search for the next vertex starts: any
+            number; replaced by one that separates the entries taken from the others. None starts anew.
         out: two tensors (rows,) fp32, contiguous, written and returned; allocated when None.
 
     Returns:
@@ -272,17 +302,19 @@ def row_step(
         else:
             numbers[name] = float(number)
     step, error = out or W.new_empty(2, rows, dtype=torch.float32).unbind()
-    for vector in (step, error):
-        check("out", vector, (rows,), (torch.float32,), W)
+    vectors = [("out", step), ("out", error)] + ([] if threshold is None else [("threshold", threshold)])
+    for name, vector in vectors:
+        check(name, vector, (rows,), (torch.float32,), W)
         if not vector.is_contiguous():
-            raise ValueError(f"out: expected contiguous entries, got strides {vector.stride()}")
+            raise ValueError(f"{name}: expected contiguous entries, got strides {vector.stride()}")
     if W.numel() == 0:
         return step.zero_(), error.zero_()
     config = configuration(rows, d, group)
     with on_device(W):
         _step_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            W=W, DIAG=diag, M=M, R=R, U=U, V=V, E=E, FIXED=fixed, TARGET_GAP=target_gap, ETA=step, ERROR=error, k=k,
-            **{"eta": 0.0, **numbers}, rows=rows, d=d, span=span(d, group),
+            W=W, DIAG=diag, M=M, R=R, U=U, V=V, E=E, FIXED=fixed, TARGET_GAP=target_gap,
+            THRESHOLD=threshold, ETA=step, ERROR=error, k=k, **{"eta": 0.0, **numbers},
+            rows=rows, d=d, span=span(d, group),
             stride_w=W.stride(0), stride_m=M.stride(0), stride_r=R.stride(0), stride_u=U.stride(0),
             stride_v=V.stride(0), stride_e=E.stride(0), stride_f=fixed.stride(0) if fixed is not None else 0,
             stride_t=target_gap.stride(0) if target_gap is not None else 0,

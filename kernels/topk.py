@@ -4,12 +4,20 @@ Scores are compared through 32-bit unsigned keys, which have the same order:
 
     key(x) < key(y)  iff  x < y;    key(-0.0) = key(+0.0);    key(NaN) = NAN_KEY, above all;    0 = no entry
 
-A row's k-th best key is found by regula falsi on a count: how many keys reach a threshold. The weights of the Illinois
-method keep either end of the bracket from standing still. The search ends once a threshold separates exactly k entries.
-On the scores of a solve it takes 9 to 10 counts, bisection on the bits 15 to 18 (`bench/counts.py`). After 16 counts it
-bisects, so there are never more than 50. A count costs one comparison an entry and one sum. Radix selection by 4 bits
-would take 8 passes, each with 15 sums, or with a histogram in shared memory and an atomic an entry. Only a row with a
-tie at its k-th key needs the running count that gives the tie to the lower index.
+A row's k-th best key is found by counting how many keys reach a threshold, until a threshold separates exactly k
+entries or only ties are left. A search starts from the lowest and the highest key (`key_range`), or from a threshold
+that was right for similar scores (`bracket`):
+
+- With one end of the bracket known, the other is sought in steps that grow fourfold.
+- Between two ends the next threshold comes from regula falsi on the count. The weights of the Illinois method keep
+  either end from standing still. After PATIENCE passes the search bisects, so there are never many.
+- Once a single key too many or too few reaches an end, that key is looked up, and the search is done.
+
+A pass is one reduction over the row: a count, or a look-up. On the scores of SmolLM2-135M a search from the last step's
+threshold takes 4 to 5 passes, one anew 8 to 9, and bisection on the bits 16 to 17 (`bench/counts.py`); no search takes
+more than 50. A count costs one comparison an entry and one sum. Radix selection by 4 bits would take 8 passes, each with 15
+sums, or with a histogram in shared memory and an atomic an entry. Only a row with a tie at its k-th key needs the
+running count that gives the tie to the lower index.
 """
 
 import triton
@@ -20,9 +28,15 @@ from .device import columns
 NAN_KEY = tl.constexpr(0xFFFFFFFF)
 INF_KEY = tl.constexpr(0xFF800000)
 ZERO_KEY = tl.constexpr(0x80000000)
+# The key of -inf: no score has a lower one.
+LEAST_KEY = tl.constexpr(0x007FFFFF)
 
-# After this many counts the search bisects.
+# After this many passes the search bisects.
 PATIENCE = tl.constexpr(16)
+
+# First guess of the distance between two keys of a row of d entries near its threshold: SPREAD / d. An octave of scores
+# is 2^23 keys wide, so the guess puts an eighth of the row into an octave.
+SPREAD = tl.constexpr(1 << 26)
 
 
 @triton.jit
@@ -34,6 +48,13 @@ def order_key(x):
     # Positive floats come above negative ones. Flipping all bits of a negative float reverses the order of its kind.
     key = tl.where(bits < 0x80000000, bits ^ 0x80000000, bits ^ 0xFFFFFFFF)
     return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, NAN_KEY, key)
+
+
+@triton.jit
+def key_score(key):
+    """The fp32 score of a key from LEAST_KEY to INF_KEY: the inverse of `order_key`."""
+    bits = tl.where(key >= ZERO_KEY, key ^ 0x80000000, key ^ 0xFFFFFFFF)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -107,10 +128,26 @@ def count_reaching(
 
 
 @triton.jit
-def key_range(
-    keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE: tl.constexpr, SEARCH_D: tl.constexpr
+def highest_below(
+    bound, flip, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
+    WHOLE: tl.constexpr, SEARCH_D: tl.constexpr,
 ):  # fmt: skip
-    """Number of entries per row, their lowest and their highest key; arguments as in `count_reaching`."""
+    """The highest key per row among the keys ^ flip that are below `bound`; other arguments as in `count_reaching`."""
+    turned = keys ^ flip[:, None]
+    best = tl.max(tl.where(turned < bound[:, None], turned, 0), axis=1)
+    if not WHOLE:
+        for start in range(SEARCH_D, d, SEARCH_D):
+            others = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, SEARCH_D)
+            turned = others ^ flip[:, None]
+            best = tl.maximum(best, tl.max(tl.where(turned < bound[:, None], turned, 0), axis=1))
+    return best
+
+
+@triton.jit
+def key_range(
+    keys, k, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE: tl.constexpr, SEARCH_D: tl.constexpr
+):  # fmt: skip
+    """The bracket of the whole row, for `kth_key`, and its highest key; arguments as in `count_reaching`."""
     n = tl.sum((keys > 0).to(tl.int32), axis=1)
     low = tl.min(tl.where(keys > 0, keys, NAN_KEY), axis=1)
     high = tl.max(keys, axis=1)
@@ -120,42 +157,85 @@ def key_range(
             n += tl.sum((others > 0).to(tl.int32), axis=1)
             low = tl.minimum(low, tl.min(tl.where(others > 0, others, NAN_KEY), axis=1))
             high = tl.maximum(high, tl.max(others, axis=1))
-    return n, low, high
+    # A row with fewer than k entries keeps them all.
+    return low, n, tl.minimum(high, NAN_KEY - 1) + 1, tl.zeros_like(n), tl.minimum(k, n), high
+
+
+@triton.jit
+def bracket(
+    start, least, k, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
+    WHOLE: tl.constexpr, SEARCH_D: tl.constexpr,
+):  # fmt: skip
+    """The bracket on one side of a threshold, for `kth_key`, by one count.
+
+    Args:
+        start: (BLOCK_R,) uint32, the threshold: any number.
+        least: uint32, a key that every entry reaches.
+        k: (BLOCK_R,) int32, entries to keep.
+        keys and all others: as in `count_reaching`.
+    """
+    reach = tl.minimum(tl.maximum(start, tl.maximum(least, LEAST_KEY)), INF_KEY)
+    m = count_reaching(reach, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D)
+    rises = m >= k
+    T = tl.where(rises, reach, tl.maximum(least, LEAST_KEY))
+    top = tl.where(rises, INF_KEY + 1, reach).to(tl.uint32)
+    return T, tl.where(rises, m, 0), top, tl.where(rises, -1, m)
 
 
 @triton.jit
 def kth_key(
-    n, low, high, keys, k, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
+    T, n, top, n_top, keys, k, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
     WHOLE: tl.constexpr, SEARCH_D: tl.constexpr,
 ):  # fmt: skip
     """A threshold T per row that at least k keys reach, and how many of the keys equal to T to keep.
 
     Args:
-        n, low, high: results of `key_range`.
+        T, n, top, n_top: (BLOCK_R,), a bracket: n >= k keys reach T, n_top < k keys reach `top`. If n is 0, every entry
+            reaches T, and their number is not known. If n_top is -1, no number reaches `top`, which was not counted.
         k: (BLOCK_R,) int32, entries to keep; a row with fewer keeps all.
+        keys and all others: as in `count_reaching`.
 
     Returns:
         T (BLOCK_R,) uint32: keys above T are kept;
         ties_kept (BLOCK_R,) int32: of the keys equal to T the first `ties_kept` are kept;
         tied: whether any row of the tile has to leave out keys equal to T.
     """
-    k = tl.minimum(k, n)
-    # The bracket: n >= k keys reach T, n_top < k keys reach `top`.
-    T = low
-    top = tl.minimum(high, NAN_KEY - 1) + 1
-    n_top = tl.zeros_like(n)
     # Weight of the end that did not move last time; halved each time it stays again.
-    weight = n_top.to(tl.float32) + 1.0
-    rose = n_top > 0
+    weight = tl.zeros_like(n).to(tl.float32) + 1.0
+    rose = n_top < 0
+    stride = tl.zeros_like(n).to(tl.float32)
     made = 0
-    running = (n > k) & (top - T > 1)
+    running = (n != k) & (top - T > (n > 0).to(tl.uint32))
     while tl.max(running.to(tl.int32), axis=0) > 0:
-        surplus = (n - k).to(tl.float32) * tl.where(rose, 1.0, weight)
-        shortage = (k - n_top).to(tl.float32) * tl.where(rose, weight, 1.0)
+        surplus = tl.maximum(n - k, 0).to(tl.float32)
+        shortage = (k - n_top).to(tl.float32)
+        # With one end known: away from it.
+        stride = tl.maximum(4 * stride, tl.where(n == 0, shortage, surplus) * (SPREAD / d))
+        stride = tl.minimum(stride, 2147483648.0)
+        jump = tl.minimum(stride.to(tl.uint32), top - T)
+        # With both: between them.
+        surplus *= tl.where(rose, 1.0, weight)
+        shortage *= tl.where(rose, weight, 1.0)
         share = tl.where(made < PATIENCE, surplus / tl.maximum(surplus + shortage, 1e-30), 0.5)
+        between = T + ((top - T).to(tl.float32) * share).to(tl.uint32)
+        reach = tl.where(n == 0, top - jump, tl.where(n_top < 0, T + jump, between))
+        reach = tl.minimum(tl.maximum(reach, T + (n > 0).to(tl.uint32)), top - 1)
+        # With an end that is one key off: that key.
+        drops = running & (n == k + 1)
+        adds = running & (n_top == k - 1) & (n != k + 1)
+        if tl.max((drops | adds).to(tl.int32), axis=0) > 0:
+            # The lowest key from T on is the highest one of the flipped keys.
+            flip = tl.where(drops, NAN_KEY, 0).to(tl.uint32)
+            bound = tl.where(drops, (T ^ NAN_KEY) + 1, top)
+            nearest = flip ^ highest_below(
+                bound, flip, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D
+            )
+            # Out of the bracket lie NaN, and what is found in a row that has fewer than k entries.
+            nearest = tl.minimum(tl.maximum(nearest, T), top - 1)
+            T = tl.where(drops, nearest, T)
+            top = tl.where(adds, nearest + 1, top)
+            reach = tl.where(drops, nearest + 1, tl.where(adds, nearest, reach))
         made += 1
-        reach = T + ((top - T).to(tl.float32) * share).to(tl.uint32)
-        reach = tl.minimum(tl.maximum(reach, T + 1), top - 1)
         m = count_reaching(reach, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D)
         rises = m >= k
         weight = tl.where(rises == rose, 0.5 * weight, 1.0)
@@ -164,10 +244,10 @@ def kth_key(
         n = tl.where(running & rises, m, n)
         top = tl.where(running & (rises == 0), reach, top)
         n_top = tl.where(running & (rises == 0), m, n_top)
-        running = (n > k) & (top - T > 1)
+        running = (n != k) & (top - T > (n > 0).to(tl.uint32))
     # A row with n > k has no key between T and top now: n - n_top keys are equal to T.
     tied = tl.max(n - k, axis=0) > 0
-    ties_kept = tl.where(n > k, k - n_top, 0x7FFFFFFF)
+    ties_kept = tl.where(n > k, k - tl.maximum(n_top, 0), 0x7FFFFFFF)
     return T, ties_kept, tied
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import TORCH, Backend
-from sparsefw.kernels.topk_torch import as_float, at_least
+from sparsefw.kernels.topk_torch import as_float, at_least, infinite
 from sparsefw.solver.objective import mask_error, removed
 
 STEP_RULES = ("line-search", "open-loop")
@@ -86,6 +86,7 @@ class Iterate:
     """The state after a step: M, R, U, E fp32 (E in the product's operand type) and V bool, all (rows, d).
 
     `eta` (rows,) is the step size that led there and `error` (rows,) the relaxed error of M, sum(W * (1 - M) * R).
+    `threshold` (rows,) is a score near which the search for the next vertex starts.
     """
 
     M: Tensor
@@ -95,6 +96,7 @@ class Iterate:
     E: Tensor
     eta: Tensor
     error: Tensor
+    threshold: Tensor
 
 
 def make_problem(
@@ -213,7 +215,7 @@ def iterate(problem: Problem, *, steps: int, step_rule: str, penalty: float, bac
         multiply()
         operations.row_step(
             W.view(shape), diag, *tensors, k, group=group, fixed=fixed, target_gap=target_gap,
-            theta=theta, next_theta=next_theta, eta=eta, out=(state.eta, state.error),
+            theta=theta, next_theta=next_theta, eta=eta, threshold=state.threshold, out=(state.eta, state.error),
         )  # fmt: skip
 
     thetas = [0.0] + [penalty * min(1.0, t / (RAMP * steps)) for t in range(1, steps + 1)]
@@ -234,7 +236,9 @@ def _start(problem: Problem, G: Tensor, backend: Backend) -> Iterate:
     V = _lmo(backend, problem, score, fixed=problem.fixed, positive=True)
     E.copy_(removed(W, V, problem.target_gap))
     eta, error = W.new_empty(2, 1 if problem.whole_matrix else len(W), dtype=torch.float32).unbind()
-    return Iterate(as_float(problem.warm), R, score, V, E, eta, error)
+    # The lowest score that was taken.
+    threshold = torch.maximum(score, infinite(~V)).amin(1).mul_(2)
+    return Iterate(as_float(problem.warm), R, score, V, E, eta, error, threshold)
 
 
 def lower_bound(problem: Problem, state: Iterate, *, backend: Backend = TORCH) -> Tensor:

@@ -34,6 +34,22 @@ def uniform(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=generator(seed)).to(DEVICE)
 
 
+def hard_scores(rows: int, d: int) -> dict[str, Tensor]:
+    """Scores whose keys are far from evenly spread, the worst case for interpolation."""
+    x, few = normal(rows, d), uniform(rows, d, seed=1) < 0.05
+    return {
+        "outliers": torch.where(few, 1e30 * x, x),
+        "two far clusters": torch.where(x > 0, 1e30 + 1e28 * x, 1e-30 * x),
+        "around zero": torch.where(few, x, 1e-38 * x),
+        "any bits": torch.randint(-(2**31), 2**31, (rows, d), generator=torch.Generator().manual_seed(2))
+        .to(torch.int32).view(torch.float32).nan_to_num(1.0).to(DEVICE),
+        "one above equals": torch.where(uniform(rows, d, seed=3) < 0.01, 1.0 + 2**-23, 1.0),
+        "infinite": torch.where(few, torch.inf * x.sign(), x),
+        "zeros but two": torch.zeros_like(x).index_fill_(1, torch.tensor([d // 3], device=DEVICE), 1000.0)
+        .index_fill_(1, torch.tensor([d // 2], device=DEVICE), -1.0),
+    }  # fmt: skip
+
+
 def gram(d: int, tokens: int = 300, seed: int = 0) -> Tensor:
     """Gram matrix (d, d) of inputs with a common part, as activations have; exactly symmetric."""
     X = torch.randn(tokens, d, generator=generator(seed), dtype=torch.float64)

@@ -5,7 +5,7 @@ import itertools
 import counts
 import pytest
 import torch
-from helpers.kernel_inputs import DEVICE, garbage, normal, strided, uniform
+from helpers.kernel_inputs import DEVICE, garbage, hard_scores, normal, strided, uniform
 
 from sparsefw.kernels import cpu, naive, topk, triton_ops
 from sparsefw.kernels import lmo as lmo_module
@@ -65,41 +65,27 @@ def test_lmo_equals_naive(backend, score, k):
     assert (V.sum(1) == k).all()
 
 
-def hard(rows: int, d: int) -> dict[str, torch.Tensor]:
-    """Scores whose keys are far from evenly spread, the worst case for interpolation."""
-    x, few = normal(rows, d), uniform(rows, d, seed=1) < 0.05
-    return {
-        "outliers": torch.where(few, 1e30 * x, x),
-        "two far clusters": torch.where(x > 0, 1e30 + 1e28 * x, 1e-30 * x),
-        "around zero": torch.where(few, x, 1e-38 * x),
-        "any bits": torch.randint(-(2**31), 2**31, (rows, d), generator=torch.Generator().manual_seed(2))
-        .to(torch.int32).view(torch.float32).nan_to_num(1.0).to(DEVICE),
-        "one above equals": torch.where(uniform(rows, d, seed=3) < 0.01, 1.0 + 2**-23, 1.0),
-        "infinite": torch.where(few, torch.inf * x.sign(), x),
-        "zeros but two": torch.zeros_like(x).index_fill_(1, torch.tensor([d // 3], device=DEVICE), 1000.0)
-        .index_fill_(1, torch.tensor([d // 2], device=DEVICE), -1.0),
-    }  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not INTERPRET, reason="calls are counted in the interpreter, which runs where no GPU is")
-@pytest.mark.parametrize("name", hard(1, 1))
-def test_the_search_takes_as_many_counts_as_are_said_and_never_many(name, monkeypatch):
-    """The counts are those of bench/counts.py, which searches each row alone."""
-    score, calls, count_reaching = hard(1, 4000)[name], [], topk.count_reaching
-    monkeypatch.setattr(topk, "count_reaching", lambda *args: calls.append(1) or count_reaching(*args))
+@pytest.mark.parametrize("name", hard_scores(1, 1))
+def test_the_search_takes_as_many_passes_as_are_said_and_never_many(name, monkeypatch):
+    """The passes are those of bench/counts.py, which searches each row alone."""
+    score, calls = hard_scores(1, 4000)[name], []
+    for function in ("count_reaching", "highest_below"):
+        counted = getattr(topk, function)
+        monkeypatch.setattr(topk, function, lambda *args, counted=counted: calls.append(1) or counted(*args))
     for k in (1, 20, 1600, 3998):
         calls.clear()
         lmo(score, k)
-        made = counts.counts(counts.order_key(score, False), k)
-        assert len(calls) == made.item() - 1
+        passes, _ = counts.anew(counts.order_key(score), k)
+        assert len(calls) == passes.item() - 1
         assert len(calls) < 50
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", hard(1, 1))
+@pytest.mark.parametrize("name", hard_scores(1, 1))
 def test_no_spread_of_the_scores_misleads_the_search(backend, name):
-    score = hard(37, 200)[name]
+    score = hard_scores(37, 200)[name]
     for k, positive in itertools.product((1, 2, 10, 80, 199), (False, True)):
         assert_equal_to_naive(backend, score, k, positive=positive)
 

@@ -1,13 +1,18 @@
 """row_step against the specification in float64, and against the definition of each of its parts."""
 
+import counts
 import pytest
 import torch
-from helpers.kernel_inputs import DEVICE, DTYPES, assert_near, garbage, gram, in_float64, normal
+from helpers.kernel_inputs import DEVICE, DTYPES, assert_near, garbage, gram, hard_scores, in_float64, normal
+from helpers.problems import make_problem, on_gpu
 from torch.utils._pytree import tree_map_only
 
-from sparsefw.kernels import cpu, naive, triton_ops
+from sparsefw.kernels import cpu, naive, topk, triton_ops
 from sparsefw.kernels import step as step_module
+from sparsefw.kernels.backend import Backend
+from sparsefw.kernels.launch import INTERPRET
 from sparsefw.kernels.step import row_step
+from sparsefw.solver import frank_wolfe
 
 
 @pytest.fixture(params=["cpu", "one chunk", "chunks"])
@@ -215,6 +220,113 @@ def test_step_of_no_rows(backend):
     assert eta.shape == error.shape == (0,)
 
 
+def state_of_scores(score: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Arguments of a step that does not move (eta = 0) and whose next scores are `score`, finite numbers."""
+    half, zeros = torch.full_like(score, 0.5), torch.zeros_like(score)
+    return dict(
+        W=half, diag=zeros[0].clone(), M=zeros, R=score.clone(), U=score.clone(), V=zeros.bool(),
+        E=garbage(*score.shape), eta=0.0,
+    )  # fmt: skip
+
+
+def finite_scores(rows: int, d: int) -> dict[str, torch.Tensor]:
+    """Hard scores for the search, and rows of ties."""
+    tied = dict(equal=torch.ones(rows, d), zeros=torch.zeros(rows, d), few=(2 * normal(rows, d)).round().cpu())
+    tied["denormal"] = (normal(rows, d) * 8).round().cpu() * 2.0**-148
+    tied["signed zeros"] = torch.zeros(rows, d).copysign(normal(rows, d).cpu())
+    scores = hard_scores(rows, d) | {name: score.to(DEVICE) for name, score in tied.items()}
+    return {name: score.clamp(-3e38, 3e38) for name, score in scores.items()}
+
+
+STARTS = (0.0, -0.0, 1.0, -1.0, 2.0**-149, -(2.0**-149), 3e38, -3e38, torch.inf, -torch.inf, torch.nan, 1e-3, 1e30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("next_theta", [0.0, 1.0])
+@pytest.mark.parametrize("name", finite_scores(1, 1))
+def test_a_search_may_start_from_any_threshold(backend, name, next_theta):
+    score = finite_scores(len(STARTS), 200)[name]
+    for k in (0, 1, 2, 80, 199, 200):
+        V = naive.lmo(score, k, positive=next_theta < 1)
+        threshold = torch.tensor(STARTS, device=DEVICE)
+        # The second search starts where the first one ended.
+        for _ in range(2):
+            state = state_of_scores(score)
+            backend.row_step(**state, k=k, next_theta=next_theta, threshold=threshold)
+            assert torch.equal(state["V"], V)
+
+
+@pytest.mark.slow
+def test_a_search_may_start_from_any_bits(backend):
+    starts = torch.randint(-(2**31), 2**31, (64,), generator=torch.Generator().manual_seed(1))
+    k = torch.randint(0, 132, (64,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    for score in (normal(64, 131), normal(64, 131).exp(), hard_scores(64, 131)["any bits"].clamp(-3e38, 3e38)):
+        for next_theta in (0.0, 1.0):
+            state, threshold = state_of_scores(score), starts.to(torch.int32).view(torch.float32).to(DEVICE)
+            backend.row_step(**state, k=k, next_theta=next_theta, threshold=threshold)
+            assert torch.equal(state["V"], naive.lmo(score, k, positive=next_theta < 1))
+
+
+def test_a_threshold_changes_no_bit_of_a_step(backend):
+    for group, fixed in ((0, False), (0, True), (4, False)):
+        k = 2 if group else 60
+        start = solver_state(37, 132, k, group)
+        options = dict(group=group, fixed=naive.lmo(normal(37, 132, seed=9), 20) if fixed else None)
+        state, threshold = copy(start), normal(37)
+        numbers = backend.row_step(**start, k=k, next_theta=0.6, **options)
+        again = backend.row_step(**state, k=k, next_theta=0.6, threshold=threshold, **options)
+        for name in ("M", "R", "V", "E"):
+            assert torch.equal(start[name], state[name])
+        assert all(torch.equal(a, b) for a, b in zip(numbers, again, strict=True))
+        if group:
+            assert torch.equal(threshold, normal(37))
+
+
+def test_a_nan_ends_a_search_from_any_threshold(backend):
+    for number, name in ((1, "one"), (60, "as many as are kept"), (131, "all")):
+        state, threshold = state_of_scores(normal(len(STARTS), 131)), torch.tensor(STARTS, device=DEVICE)
+        state["R"][:, :number] = torch.nan
+        _, error = backend.row_step(**state, k=60, next_theta=1.0, threshold=threshold)
+        assert error.isnan().all(), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRET, reason="calls are counted in the interpreter, which runs where no GPU is")
+@pytest.mark.parametrize("name", finite_scores(1, 1))
+def test_a_search_from_a_threshold_takes_as_many_passes_as_are_said_and_never_many(name, monkeypatch):
+    """The passes are those of bench/counts.py, which searches each row alone."""
+    score, calls = finite_scores(1, 4000)[name], []
+    for function in ("count_reaching", "highest_below"):
+        counted = getattr(topk, function)
+        monkeypatch.setattr(topk, function, lambda *args, counted=counted: calls.append(1) or counted(*args))
+    for k in (1, 20, 1600, 3998):
+        for start in (-torch.inf, 0.0, 2.0**-149, 1.0, torch.inf):
+            calls.clear()
+            threshold = torch.full((1,), start)
+            row_step(**state_of_scores(score), k=k, next_theta=1.0, threshold=threshold)
+            first = counts.order_key(torch.tensor([start]))
+            passes, T = counts.from_threshold(counts.order_key(score), k, first, positive=False)
+            assert len(calls) == passes.item() <= 50
+            assert torch.equal(counts.order_key(threshold), counts.order_key(counts.key_score(T)))
+        # What separates the scores once, separates them again.
+        calls.clear()
+        row_step(**state_of_scores(score), k=k, next_theta=1.0, threshold=threshold)
+        assert len(calls) == 1 or (score >= threshold).sum() != k
+
+
+def test_a_solve_carries_thresholds_from_step_to_step():
+    problem, last = make_problem(9, 40), None
+    problem = problem if DEVICE == "cpu" else on_gpu(problem)
+    options = dict(steps=10, step_rule="line-search", penalty=1.0, backend=Backend(triton_ops))
+    for t, state in enumerate(frank_wolfe.iterate(problem, **options), 1):
+        theta = min(1.0, t / (frank_wolfe.RAMP * 10))
+        M, q = state.M, problem.W**2 * problem.G.diagonal()
+        score = 2 * problem.W * state.R - theta * q * (1 - 2 * M)
+        assert torch.equal(score >= state.threshold[:, None], state.V)
+        assert last is None or not torch.equal(state.threshold, last)
+        last = state.threshold.clone()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
@@ -234,6 +346,9 @@ def test_step_of_no_rows(backend):
         (dict(theta=torch.zeros(3), next_theta=torch.zeros(())), ValueError, r"theta: expected shape \(\)"),
         (dict(next_theta=torch.zeros(())), TypeError, "theta: expected a tensor, got float"),
         (dict(eta=torch.zeros(())), TypeError, "theta: expected a tensor, got float"),
+        (dict(threshold=torch.zeros(4)), ValueError, r"threshold: expected shape \(3,\)"),
+        (dict(threshold=torch.zeros(3, dtype=torch.int32)), TypeError, "threshold: expected torch.float32"),
+        (dict(threshold=torch.zeros(6)[::2]), ValueError, "threshold: expected contiguous entries"),
         (dict(out=(torch.zeros(3), torch.zeros(4))), ValueError, r"out: expected shape \(3,\)"),
         (dict(out=torch.zeros(3, 2, device=DEVICE).unbind(1)), ValueError, "out: expected contiguous entries"),
     ],
