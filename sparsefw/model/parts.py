@@ -44,7 +44,7 @@ INPUT = Point(0)
 SAME = {"reshape", "view", "dropout", "to", "float"}
 
 # Functions that say where a tensor is. What is made there, such as positions, is made as in a whole run.
-_PLACES = {torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__, torch.Tensor.is_cpu.__get__}
+_PLACES = {getattr(torch.Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu")}
 
 
 def tensors_in(values: Any) -> list[Tensor]:
