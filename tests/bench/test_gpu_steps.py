@@ -189,3 +189,28 @@ def test_summary_of_a_trace(tmp_path):
     ]
     path.write_text(json.dumps({"traceEvents": []}))
     assert gpu_trace.summary(path) == {"kernels": 0}
+
+
+LAUNCH = """
+import compiled, gpu_compile
+gpu_compile._cases(90)
+score, fixed = compiled.empty({rows}, 576), compiled.empty({rows}, 576, compiled.torch.bool)
+compiled.compile_launch("here", lambda: compiled.lmo(score, {k}, fixed=fixed, positive=True))
+"""
+
+
+def test_launches_find_what_was_compiled_before(tmp_path):
+    """In another process, with another number of rows and another budget: the cache has all that they need."""
+    cache = tmp_path / "cache"
+    places = {"PYTHONPATH": f"{BENCH.parent}:{BENCH}:{BENCH / 'gpu'}", "TRITON_CACHE_DIR": str(cache)}
+    environment = os.environ | places | {"TRITON_INTERPRET": "0"}
+
+    def run(code):
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+        return {path: path.stat().st_mtime_ns for path in cache.rglob("*.cubin")}
+
+    compiled = run("import gpu_compile; gpu_compile.compile_case('lmo 576', 90)")
+    assert len(compiled) == 1
+    assert run(LAUNCH.format(rows=2048, k=100)) == compiled
+    # A number of rows that is no multiple of 16 is another kernel.
+    assert len(run(LAUNCH.format(rows=2047, k=100))) == 2
