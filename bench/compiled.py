@@ -143,7 +143,7 @@ def empty(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor
     return torch.empty(rows, columns, dtype=dtype, device="meta")
 
 
-ALL, NVIDIA, HOPPER = tuple(TARGETS), ("sm_80", "sm_90", "sm_100"), ("sm_90",)
+ALL, NVIDIA, BULK, HOPPER = tuple(TARGETS), ("sm_80", "sm_90", "sm_100"), ("sm_90", "sm_100"), ("sm_90",)
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -219,7 +219,10 @@ def _accumulations() -> Iterator[Case]:
     for text, targets, d, dtype, precision in (
         ("bf16", HOPPER, 576, BF16, "ieee"),
         ("bf16", ALL, 4096, BF16, "ieee"),
-        ("bf16", HOPPER, 14336, BF16, "ieee"),
+        ("bf16", BULK, 14336, BF16, "ieee"),
+        ("fp16", HOPPER, 28672, torch.float16, "ieee"),
+        # Rows are not aligned for bulk copies.
+        ("bf16", BULK, 4100, BF16, "ieee"),
         ("tf32", NVIDIA, 4096, FP32, "tf32"),
     ):
         G, X = empty(d, d), empty(TOKENS, d, dtype)
@@ -233,6 +236,8 @@ def _accumulations() -> Iterator[Case]:
         ("bf16", HOPPER, 1536, 576, BF16, "ieee"),
         ("bf16", ALL, 4096, 4096, BF16, "ieee"),
         ("bf16", HOPPER, 4096, 14336, BF16, "ieee"),
+        ("fp16", HOPPER, 8192, 28672, torch.float16, "ieee"),
+        ("bf16", BULK, 4100, 4100, BF16, "ieee"),
         ("tf32", NVIDIA, 4096, 4096, FP32, "tf32"),
         ("ieee", NVIDIA, 576, 576, FP32, "ieee"),
     ):

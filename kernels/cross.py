@@ -16,18 +16,18 @@ from torch import Tensor
 
 from .accumulate import accumulate, suits
 from .device import dot, grouped_tile
-from .launch import FLOATS, check, check_fp32_precision, check_matrix, on_device, platform
+from .launch import FLOATS, check, check_fp32_precision, check_matrix, on_device, platform, vectorized
 from .product import DTYPES
 
 
-def configuration(rows: int, d: int, size: int) -> dict[str, int]:
-    """Tile sizes and launch options for (rows, d) and inputs of `size` bytes."""
+def configuration(rows: int, d: int, size: int, vectors: bool) -> dict[str, int]:
+    """Tile sizes and launch options for (rows, d) and inputs of `size` bytes; `vectors`: see `launch.vectorized`."""
     where = platform()
     if where == "interpreter":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8)
     BLOCK_K, stages = 128 // size, dict(hip=2, sm_80=3, sm_90=4)[where]
-    if triton.cdiv(rows, 128) * triton.cdiv(d, 128) < 128:
-        # Too few large tiles to fill a GPU.
+    if triton.cdiv(rows, 128) * triton.cdiv(d, 128) < 128 or not vectors:
+        # Too few large tiles to fill a GPU; or large tiles spill, since each entry is loaded by itself.
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=4, num_stages=stages)
     # Larger tiles spill in the epilogue, where a tile of B lies beside the sums.
     if where == "hip":
@@ -93,7 +93,7 @@ def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee"
         if suits(B, D, X, triangle=False):
             accumulate(B, D, X, triangle=False)
             return B
-        config = configuration(rows, d, X.element_size())
+        config = configuration(rows, d, X.element_size(), vectorized(D) and vectorized(X))
         grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"]),)
         _cross_kernel[grid](
             B=B, D=D, X=X, tokens=tokens, rows=rows, d=d,

@@ -19,17 +19,18 @@ from torch import Tensor
 
 from .accumulate import accumulate, suits
 from .device import dot, triangle_tile
-from .launch import FLOATS, check, check_fp32_precision, check_matrix, on_device, platform, triangle_tiles
+from .launch import FLOATS, check, check_fp32_precision, check_matrix, on_device, platform, triangle_tiles, vectorized
 from .product import DTYPES
 
 
-def configuration(d: int, size: int) -> dict[str, int]:
-    """Tile sizes and launch options for (d, d) and inputs of `size` bytes."""
+def configuration(d: int, size: int, vectors: bool) -> dict[str, int]:
+    """Tile sizes and launch options for (d, d) and inputs of `size` bytes; `vectors`: see `launch.vectorized`."""
     where = platform()
     if where == "interpreter":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8)
     BLOCK_K = 128 // size
-    if d <= 1024:
+    # Large tiles spill if each entry is loaded by itself.
+    if d <= 1024 or not vectors:
         stages = 2 if where == "hip" else 4
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=4, num_stages=stages)
     if where == "hip":
@@ -96,7 +97,7 @@ def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
         if suits(G, X, X, triangle=True):
             accumulate(G, X, X, triangle=True)
             return G
-        config = configuration(d, X.element_size())
+        config = configuration(d, X.element_size(), vectorized(X))
         _gram_kernel[(triangle_tiles(d, config["BLOCK_M"], config["BLOCK_N"]),)](
             G=G, X=X, tokens=tokens, d=d,
             stride_gr=G.stride(0), stride_gd=G.stride(1), stride_xt=X.stride(0), stride_xd=X.stride(1),

@@ -54,6 +54,11 @@ def describable(matrix: Tensor) -> bool:
     return aligned and matrix.stride(1) == 1
 
 
+def vectorized(matrix: Tensor) -> bool:
+    """Whether a kernel loads several entries at once: Triton looks whether a stride is a multiple of 16 entries."""
+    return matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0
+
+
 def interpreter_tile(rows: int, width: int) -> dict[str, int]:
     """A large tile for a row-wise kernel in the interpreter, whose cost is per program and step, hardly per entry."""
     BLOCK_D = min(triton.next_power_of_2(width), 65536)
