@@ -1,6 +1,7 @@
 """Prunable matrices are found where they are used, with the Gram matrices of their inputs."""
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsefw import checkpoint
-from sparsefw.kernels.backend import TORCH
+from sparsefw.kernels import cpu
+from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.model import StreamedModel, embed
 from sparsefw.model.layers import capture, not_pruned
 
@@ -109,6 +111,22 @@ def test_transposed_weights_are_seen_as_out_by_in():
     torch.testing.assert_close(captured.grams["weight"], x.T @ x)
     layer.weight[3].zero_()
     assert not block.weight[:, 3].any()
+
+
+def test_gram_matrices_are_mirrored_after_the_last_micro_batch():
+    """Until then nothing is known of what stands above the diagonal."""
+
+    def gram_accumulate(G, X, *, precision):
+        cpu.gram_accumulate(G, X, precision=precision)
+        G[tuple(torch.triu_indices(*G.shape, 1))] = torch.nan
+        return G
+
+    backend = Backend(SimpleNamespace(**vars(cpu) | {"gram_accumulate": gram_accumulate}))
+    block, X = nn.Linear(8, 6).requires_grad_(False), torch.randn(3, 5, 8)
+    captured = capture(block, lambda j: block(X[j]), range(3), backend=backend)
+    G = captured.grams["weight"]
+    torch.testing.assert_close(G, X.flatten(0, 1).T @ X.flatten(0, 1))
+    assert torch.equal(G, G.T)
 
 
 def test_inputs_are_let_go_after_their_micro_batch():
