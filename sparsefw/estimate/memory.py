@@ -299,7 +299,10 @@ def _stage_bytes(stage: list[LayerShape], workload: Workload, placement: Placeme
 
 
 def _chunk_bytes(rows: int, d: int, workload: Workload, placement: Placement) -> int:
-    """The state of the rows that are solved at once. The solver sizes its chunks by BYTES_PER_ENTRY in any case."""
+    """The most state of rows that are solved at once. The solver sizes its chunks by BYTES_PER_ENTRY in any case.
+
+    On a GPU chunks may be lower, to fill whole waves.
+    """
     rows = min(rows, max(ROW_UNIT, placement.solver // (BYTES_PER_ENTRY * d) // ROW_UNIT * ROW_UNIT))
     if not workload.gpu:
         rows = min(rows, workload.threads * cpu_rows(d))

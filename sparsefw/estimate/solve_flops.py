@@ -11,7 +11,10 @@ from sparsefw.kernels.cost import Cost
 from sparsefw.model.shapes import LayerShape
 from sparsefw.solver import METHODS
 from sparsefw.solver.calls import Calls, calls
-from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
+from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows, wave_rows
+
+# Multiprocessors of a GPU, for the height of chunks: those of an H100 or H200.
+MULTIPROCESSORS = 132
 
 
 def solve_operations(run: PlannedRun, stage: list[LayerShape], method: str) -> Iterator[Operation]:
@@ -22,7 +25,7 @@ def solve_operations(run: PlannedRun, stage: list[LayerShape], method: str) -> I
     counts = calls(method, config, config.uses_dense_target and method == "sparsefw" and not experts)
     for rows in [sum(layer.rows for layer in stage)] if stacked else [layer.rows for layer in stage]:
         padded = -(-rows // ROW_UNIT) * ROW_UNIT if stacked else rows
-        chunks = -(-padded // _chunk_rows(run, d)) if stacked else 1
+        chunks = -(-padded // _chunk_rows(run, padded, d)) if stacked else 1
         stack_operations = [*_products(run, counts, padded, d, chunks), *_kernels(run, counts, padded, d, chunks)]
         if counts.target:
             stack_operations += _cross_products(run, stage, padded, d, chunks)
@@ -35,10 +38,12 @@ def solve_operations(run: PlannedRun, stage: list[LayerShape], method: str) -> I
             yield replace(operation, calls=operation.calls * count, cost=times(operation.cost, count))
 
 
-def _chunk_rows(run: PlannedRun, d: int) -> int:
-    """Rows of a chunk."""
+def _chunk_rows(run: PlannedRun, rows: int, d: int) -> int:
+    """Rows of a chunk of a stack of `rows` rows."""
     units = max(1, run.placement.solver // (BYTES_PER_ENTRY * d * ROW_UNIT))
-    return ROW_UNIT * (units if run.workload.gpu else min(units, cpu_rows(d) // ROW_UNIT))
+    if run.workload.gpu:
+        return wave_rows(rows, d, ROW_UNIT * units, MULTIPROCESSORS)
+    return ROW_UNIT * min(units, cpu_rows(d) // ROW_UNIT)
 
 
 def _operation(

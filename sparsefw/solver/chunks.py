@@ -1,5 +1,6 @@
-"""Solves rows in chunks whose state fits the memory, and on a CPU the caches."""
+"""Solves rows in chunks whose state fits the memory, on a CPU the caches too, and on a GPU whole waves of tiles."""
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -18,6 +19,9 @@ ROW_UNIT = 64
 # smaller one leaves too little work between two calls from Python, for which threads wait for each other.
 CPU_ROWS, CPU_ENTRIES = 384, 1 << 19
 
+# Rows and columns of a tile of a large product on sm_90 (`kernels/product.py`); chunks are made for it on every GPU.
+TILE = (128, 256)
+
 # Memory of a solve per entry of a chunk at its peak, as measured on a CPU (88 with the stack's W and saliency): fp32 W,
 # T, the gap between them, M, R, U, E, the fit's Z and R, temporaries of the row step, and bool masks.
 BYTES_PER_ENTRY = 80
@@ -28,6 +32,35 @@ Result = TypeVar("Result")
 def cpu_rows(d: int) -> int:
     """The most rows of d entries that a thread solves at a time on a CPU."""
     return max(CPU_ROWS, CPU_ENTRIES // d // ROW_UNIT * ROW_UNIT)
+
+
+def wave_rows(rows: int, d: int, most: int, multiprocessors: int, tile: tuple[int, int] = TILE) -> int:
+    """The height of chunks with which the products of all chunks take the fewest waves of tiles.
+
+    In a wave every multiprocessor computes a tile, and the last wave of a chunk's product is rarely full. Of heights
+    with equally many waves, those with the fewest chunks count, and of these the lowest, which makes chunks equal.
+
+    Args:
+        rows: rows of all chunks.
+        d: columns of the product.
+        most: most rows of a chunk, a multiple of ROW_UNIT. No chunk but the last is less than half as high, since every
+            chunk costs launches.
+        multiprocessors: of the GPU.
+        tile: rows and columns of a tile.
+    """
+    most = min(most, -(-rows // ROW_UNIT) * ROW_UNIT)
+    heights = range(-(-most // (2 * ROW_UNIT)) * ROW_UNIT, most + 1, ROW_UNIT)
+    return min(heights, key=lambda height: (waves(rows, d, height, multiprocessors, tile), -(-rows // height), height))
+
+
+def waves(rows: int, d: int, height: int, multiprocessors: int, tile: tuple[int, int] = TILE) -> int:
+    """Waves of tiles of the products of all chunks of a height; arguments as in `wave_rows`."""
+
+    def waves_of(chunk: int) -> int:
+        return math.ceil(math.ceil(chunk / tile[0]) * math.ceil(d / tile[1]) / multiprocessors)
+
+    chunks, rest = divmod(rows, height)
+    return chunks * waves_of(height) + waves_of(rest)
 
 
 def by_chunks(
@@ -82,4 +115,6 @@ def _height(W: Tensor, memory: int, threads: int, name: str) -> tuple[int, int]:
         units = min(units // threads, cpu_rows(d) // ROW_UNIT)
         turns = -(-len(W) // (threads * units * ROW_UNIT))
         units = -(-len(W) // (threads * turns * ROW_UNIT))
-    return units * ROW_UNIT, threads
+        return units * ROW_UNIT, threads
+    multiprocessors = torch.cuda.get_device_properties(W.device).multi_processor_count
+    return wave_rows(len(W), d, units * ROW_UNIT, multiprocessors), threads
