@@ -1,24 +1,80 @@
 """A block of a tiny model in two states: dense, and as if blocks and layers before had been pruned."""
 
 import copy
+from types import SimpleNamespace
 
 import torch
 from helpers.families import TOKENS
 from helpers.kernel_inputs import DEVICE
+from torch import Tensor, nn
 
 from sparsefw import checkpoint
-from sparsefw.model import StreamedModel, embed
+from sparsefw.model import HiddenStates, StreamedModel, embed
+from sparsefw.model.activations import DeviceActivations
+from sparsefw.model.layers import Pair, Stage, Survey, stages, survey
 
 
-def damaged_pair(folder, tokens=TOKENS):
-    """The first block damaged and dense, a function that runs a micro-batch through each, and the batches' numbers."""
+def damaged_pair(folder, tokens=TOKENS, new_activations=DeviceActivations) -> Pair:
+    """The first block of a model. The pruned model's windows and its first matrix have lost a part."""
     model = StreamedModel(checkpoint.inspect(folder), DEVICE)
-    states = embed(model, tokens, 2)
+    dense = embed(model, tokens, 2, new_activations)
     block = model.open(0)
-    dense, lossy = copy.deepcopy(block), states.fork()
-    # As if blocks before had been pruned, and the first layers of this one.
-    lossy.hidden = [h * (torch.arange(h.shape[-1]) % 3 > 0) for h in lossy.hidden]
-    first = next(p for name, p in block.named_parameters() if p.dim() == 2)
+    return _damaged(Pair(0, dense.fork(), dense, copy.deepcopy(block)))
+
+
+def damaged_module(block: nn.Module, batches: list[Tensor], arguments: tuple = ()) -> Pair:
+    """A block of one's own, with its micro-batches and other arguments, in the place of a model's."""
+    model = SimpleNamespace(blocks=[block], names=["block"], device=torch.device(DEVICE))
+    block.requires_grad_(False).to(DEVICE)
+    states = HiddenStates(model, DeviceActivations, DeviceActivations(), [[(arguments, {})] for _ in batches])
+    for batch in batches:
+        states.hidden.append(batch.to(DEVICE))
+    return _damaged(Pair(0, states.fork(), states, copy.deepcopy(block)))
+
+
+def _damaged(pair: Pair) -> Pair:
+    for j in range(len(pair.pruned)):
+        hidden = pair.pruned.hidden[j]
+        pair.pruned.hidden[j] = hidden * (torch.arange(hidden.shape[-1], device=hidden.device) % 3 > 0)
+    first = next(p for p in pruned_block(pair).parameters() if p.dim() == 2)
     first.data[:, ::2] = 0
-    runs = (lambda j: lossy.output(0, j)), (lambda j: states.output(0, j, dense))
-    return block, dense, *runs, range(len(states))
+    return pair
+
+
+def pruned_block(pair: Pair) -> nn.Module:
+    """The pruned model's block."""
+    return pair.pruned.model.blocks[pair.number]
+
+
+def surveyed(pair: Pair, selected=lambda name: True) -> Survey:
+    """What the first micro-batch shows of the pruned model's block."""
+    return survey(
+        pruned_block(pair),
+        lambda hidden: pair.pruned.call(pair.number, 0, hidden),
+        pair.pruned.hidden[0],
+        selected,
+        arguments=pair.pruned.calls[0][pair.number],
+    )
+
+
+def stages_of(pair: Pair, selected=lambda name: True) -> list[Stage]:
+    """The stages of the block."""
+    return stages(surveyed(pair, selected))
+
+
+def whole_runs(pair: Pair):
+    """Functions that run a micro-batch through the whole pruned and the whole dense block, from the block's input.
+
+    They read copies of the windows, which stay where they are while those of the pair move on.
+    """
+    inputs = [[states.hidden[j].clone() for j in range(len(states))] for states in (pair.pruned, pair.dense)]
+
+    def run(j: int):
+        with torch.no_grad():
+            return pair.pruned.call(pair.number, j, inputs[0][j].clone())
+
+    def run_dense(j: int):
+        with torch.no_grad():
+            return pair.dense.call(pair.number, j, inputs[1][j].clone(), pair.dense_block)
+
+    return run, run_dense

@@ -1,0 +1,355 @@
+"""Parts of a block: they begin at tensors that are given, cost nothing before, and give what the whole block gives."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsefw.errors import InputError
+from sparsefw.model.parts import INPUT, NumberedCalls, Point, run_part
+
+TOKENS, D = 5, 8
+CANNOT_GO_ON = "unsupported model: a block cannot go on from its residual stream as it did before"
+DIFFERS = "unsupported model: a block runs differently from one micro-batch to the next"
+
+
+class Block(nn.Module):
+    """x + a(tanh x), then that + c(relu(b(sin of it)))."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        h = x + self.a(x.tanh())
+        return h + self.c(self.b(h.sin()).relu())
+
+
+class Recorded(NumberedCalls):
+    """The point and a copy of the output of every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        point = self.next_point(func)
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.outputs[point] = out.clone()
+        return out
+
+    def named(self, function, number=0):
+        """The point of the number-th call of a function."""
+        return [point for point in self.outputs if point.function == function][number]
+
+
+class RealProducts(TorchDispatchMode):
+    """Counts operations on tensors with data, and products among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not out.is_meta:
+            # A view has no cost.
+            self.operations += not func.is_view
+            self.products += func.overloadpacket._qualified_op_name in ("aten::addmm", "aten::mm", "aten::bmm")
+        return out
+
+
+def hidden(seed=1):
+    return torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(seed))
+
+
+def recorded(block, x):
+    """The recorded calls of a whole run, and its output."""
+    calls, x = Recorded(), x.clone()
+    with torch.no_grad(), calls:
+        output = block(x)
+    return calls, output
+
+
+class TestParts:
+    def test_every_tensor_of_the_whole(self):
+        block, x = Block(), hidden()
+        calls, output = recorded(block, x)
+        taken, whole = run_part(block, {INPUT: x}, calls.outputs)
+        assert torch.equal(whole, output)
+        assert taken.keys() == calls.outputs.keys()
+        for point, tensor in calls.outputs.items():
+            assert torch.equal(taken[point], tensor)
+
+    def test_begin_at_the_sum(self):
+        """Only the layers behind it run, and the block's input is not needed."""
+        block, x = Block(), hidden()
+        calls, output = recorded(block, x)
+        cut, later = calls.named("add"), calls.named("relu")
+        with RealProducts() as real:
+            taken, whole = run_part(block, {cut: calls.outputs[cut]}, [cut, later])
+        # sin, b, relu, c and the sum.
+        assert (real.products, real.operations) == (2, 5)
+        assert torch.equal(whole, output)
+        assert torch.equal(taken[later], calls.outputs[later])
+        assert torch.equal(taken[cut], calls.outputs[cut])
+
+    def test_begin_at_a_kept_input(self):
+        """What comes before is given: the stream, which is the block's input or the sum, and the layer's input."""
+        block, x = Block(), hidden()
+        calls, output = recorded(block, x)
+        cut, first, second = calls.named("add"), calls.named("tanh"), calls.named("relu")
+        for given, products in (
+            ({INPUT: x, first: calls.outputs[first]}, 3),
+            ({cut: calls.outputs[cut], second: calls.outputs[second]}, 1),
+        ):
+            with RealProducts() as real:
+                _, whole = run_part(block, given)
+            assert real.products == products
+            assert torch.equal(whole, output)
+
+    def test_begin_at_what_was_given_and_not_at_what_the_block_would_make(self):
+        block, x = Block(), hidden()
+        calls, _ = recorded(block, x)
+        cut, other = calls.named("add"), hidden(7)
+        _, whole = run_part(block, {cut: other})
+        assert torch.equal(whole, other + block.c(block.b(other.sin()).relu()))
+
+    @pytest.mark.parametrize("begin", ["input", "sum"])
+    def test_end_at_a_point(self, begin):
+        block, x = Block(), hidden()
+        calls, _ = recorded(block, x)
+        cut, end = calls.named("add"), calls.named("relu")
+        given = {INPUT: x} if begin == "input" else {cut: calls.outputs[cut]}
+        with RealProducts() as real:
+            taken, output = run_part(block, given, [end], end)
+        assert real.products == (2 if begin == "input" else 1)
+        assert output is None
+        assert torch.equal(taken[end], calls.outputs[end])
+
+    def test_nothing_runs_if_the_end_is_given(self):
+        block, x = Block(), hidden()
+        calls, _ = recorded(block, x)
+        cut = calls.named("add")
+        block.forward = None
+        taken, output = run_part(block, {cut: calls.outputs[cut]}, [cut], cut)
+        assert output is None
+        assert taken == {cut: calls.outputs[cut]}
+
+    def test_what_does_not_depend_on_the_input_is_made_for_real(self):
+        """Positions and masks that are made before the sum may be read behind it."""
+
+        class WithPositions(Block):
+            def forward(self, x):
+                positions = torch.arange(len(x), device=x.device).to(x.device, x.dtype)
+                scale = positions[:, None].expand(x.shape)
+                return super().forward(x) * scale
+
+        block, x = WithPositions(), hidden()
+        calls, output = recorded(block, x)
+        cut = calls.named("add")
+        with RealProducts() as real:
+            _, whole = run_part(block, {cut: calls.outputs[cut]})
+        assert real.products == 2
+        assert torch.equal(whole, output)
+
+    def test_the_input_in_another_form(self):
+        """Views and conversions of a given tensor are made of it."""
+
+        class Viewed(Block):
+            def forward(self, x):
+                residual = x.view(-1, D).reshape(TOKENS, D).to(torch.float32)
+                return residual + self.a(x.tanh())
+
+        block, x = Viewed(), hidden()
+        calls, output = recorded(block, x)
+        kept = calls.named("tanh")
+        with RealProducts() as real:
+            _, whole = run_part(block, {INPUT: x, kept: calls.outputs[kept]})
+        assert (real.products, real.operations) == (1, 2)
+        assert torch.equal(whole, output)
+
+    def test_states_that_are_written_step_by_step(self):
+        """As recurrent layers do: the state is a tensor with data, and has none of those that were skipped."""
+
+        class Recurrent(Block):
+            def forward(self, x):
+                states = torch.zeros(x.shape, device=x.device)
+                for n in range(TOKENS):
+                    states[n] = x[n].tanh()
+                return super().forward(states)
+
+        block, x = Recurrent(), hidden()
+        calls, output = recorded(block, x)
+        cut = calls.named("add")
+        with RealProducts() as real:
+            _, whole = run_part(block, {cut: calls.outputs[cut]})
+        assert real.products == 2
+        assert torch.equal(whole, output)
+
+
+def fails(match, block, given, take=(), end=None):
+    """Assert that a part ends in an InputError of one line."""
+    with pytest.raises(InputError, match=match) as caught:
+        run_part(block, given, take, end)
+    assert "\n" not in str(caught.value)
+
+
+class Switched(Block):
+    """A block whose forward can be exchanged."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.second, self.switched = second, False
+
+    def forward(self, x):
+        return self.second(self, x) if self.switched else super().forward(x)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "second",
+        [
+            # Another function where the part begins.
+            lambda block, x: (x - block.a(x.tanh())) + block.c(block.b(x).relu()),
+            # The same function there, behind another one.
+            lambda block, x: (x + block.a(x.sigmoid())) + block.c(block.b(x).relu()),
+            # Fewer calls.
+            lambda block, x: x.tanh(),
+            # More calls.
+            lambda block, x: (x + block.a(x.tanh().tanh())) + block.c(block.b(x).relu()),
+            # Another shape.
+            lambda block, x: x[None] + block.a(x.tanh()),
+            lambda block, x: (x.double() + block.a(x.tanh())).float(),
+        ],
+        ids=["function", "path", "fewer", "more", "shape", "dtype"],
+    )
+    def test_another_path_to_the_beginning(self, second):
+        block, x = Switched(second), hidden()
+        calls, _ = recorded(block, x)
+        block.switched, cut = True, calls.named("add")
+        fails(DIFFERS, block, {cut: calls.outputs[cut]})
+
+    @pytest.mark.parametrize(
+        "second",
+        [
+            lambda block, x: x + block.a(x.tanh()),
+            lambda block, x: (x + block.a(x.tanh())) + block.c(block.b(x.sin()).tanh()),
+            lambda block, x: (x + block.a(x.sinh())) + block.c(block.b(x.sin()).relu()),
+        ],
+        ids=["fewer", "function", "path"],
+    )
+    @pytest.mark.parametrize("ends", [False, True])
+    def test_wanted_points_that_are_not_reached(self, ends, second):
+        block, x = Switched(second), hidden()
+        calls, _ = recorded(block, x)
+        block.switched, wanted = True, calls.named("relu")
+        fails(DIFFERS, block, {INPUT: x}, [wanted], wanted if ends else None)
+
+    def test_wanted_points_before_the_beginning(self):
+        block, x = Block(), hidden()
+        calls, _ = recorded(block, x)
+        cut, before = calls.named("add"), calls.named("tanh")
+        fails(DIFFERS, block, {cut: calls.outputs[cut]}, [before])
+        fails(DIFFERS, block, {cut: calls.outputs[cut]}, [before], cut)
+        fails(DIFFERS, block, {INPUT: x}, [Point(99, "add")])
+
+    @pytest.mark.parametrize(
+        "behind",
+        [
+            lambda block, x, y, h: h + y,
+            lambda block, x, y, h: h + x,
+            lambda block, x, y, h: torch.cat([h, y]),
+            lambda block, x, y, h: block.b(y),
+            # The output itself was skipped.
+            lambda block, x, y, h: y,
+            lambda block, x, y, h: (y, h),
+            # Values are read of what was skipped.
+            lambda block, x, y, h: h if y.sum() > 0 else -h,
+            lambda block, x, y, h: h * y[0, 0].item(),
+            lambda block, x, y, h: h * float(y[0, 0].numpy()),
+            lambda block, x, y, h: h[y > 0],
+        ],
+        ids=["sum", "input", "cat", "product", "output", "outputs", "branch", "item", "numpy", "mask"],
+    )
+    def test_tensors_that_were_skipped(self, behind):
+        class Reading(Block):
+            def forward(self, x):
+                y = self.a(x.tanh())
+                return behind(self, x, y, x.add(y))
+
+        block, x = Reading(), hidden()
+        calls, _ = recorded(block, x)
+        cut = calls.named("add")
+        fails(CANNOT_GO_ON, block, {cut: calls.outputs[cut]})
+
+    def test_what_it_returns_beside_the_hidden_states_may_have_been_skipped(self):
+        class Attention(Block):
+            def forward(self, x):
+                y = self.a(x.tanh())
+                return x.add(y), y
+
+        block, x = Attention(), hidden()
+        calls, (output, _) = recorded(block, x)
+        cut = calls.named("add")
+        _, (whole, _) = run_part(block, {cut: calls.outputs[cut]})
+        assert torch.equal(whole, output)
+
+    @pytest.mark.parametrize("view", [False, True])
+    def test_states_that_would_lack_what_was_skipped(self, view):
+        """A state with data is written to before the sum, perhaps through a view of it, and read behind it."""
+
+        class Stateful(Block):
+            def forward(self, x):
+                state = torch.ones(TOKENS, D)
+                (state.view(-1) if view else state).copy_(x.tanh().view(-1) if view else x.tanh())
+                return x.add(self.a(x)) + state
+
+        block, x = Stateful(), hidden()
+        calls, _ = recorded(block, x)
+        cut = calls.named("add")
+        fails(CANNOT_GO_ON, block, {cut: calls.outputs[cut]})
+
+    def test_a_branch_on_what_was_skipped(self):
+        class Branching(Block):
+            def forward(self, x):
+                return super().forward(x if x.sum() > 0 else -x)
+
+        block, x = Branching(), hidden()
+        calls, _ = recorded(block, x)
+        cut = calls.named("add")
+        fails(CANNOT_GO_ON, block, {cut: calls.outputs[cut]})
+
+    @pytest.mark.parametrize(
+        "forward",
+        [
+            lambda block, x: x.add_(block.a(x.tanh())),
+            lambda block, x: x + block.a(x.view(-1).tanh_().view(TOKENS, D)),
+        ],
+        ids=["itself", "view"],
+    )
+    def test_a_given_tensor_is_written_to(self, forward):
+        block, x = Switched(forward), hidden()
+        block.switched = True
+        fails(DIFFERS, block, {INPUT: x})
+
+    def test_a_wanted_tensor_is_written_to_later(self):
+        """Whoever wants it would read something else."""
+
+        class InPlace(Block):
+            def forward(self, x):
+                h = x + self.a(x.tanh())
+                h += self.b(h.sin())
+                return h
+
+        block, x = InPlace(), hidden()
+        calls, output = recorded(block, x)
+        fails(DIFFERS, block, {INPUT: x}, [calls.named("add")])
+        fails(DIFFERS, block, {calls.named("add"): calls.outputs[calls.named("add")]})
+        # The sum that was written to is a point of its own.
+        (last,) = [point for point in calls.outputs if point.call == max(p.call for p in calls.outputs)]
+        taken, _ = run_part(block, {INPUT: x}, [last])
+        assert torch.equal(taken[last], output)

@@ -1,0 +1,295 @@
+"""Cuts, inputs that can be kept, and ways of measuring, for blocks made by hand."""
+
+import pytest
+import torch
+from helpers.damaged import damaged_module, surveyed
+from torch import nn
+
+from sparsefw.model.layers import stages
+
+TOKENS, D = 6, 8
+
+
+class Block(nn.Module):
+    """A block with layers a to d and a norm, whose forward is given."""
+
+    def __init__(self, forward):
+        super().__init__()
+        torch.manual_seed(0)
+        self._forward = forward
+        self.norm = nn.LayerNorm(D)
+        self.a, self.b, self.c, self.d = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x, *arguments):
+        return self._forward(self, x, *arguments)
+
+
+def batches(count=2):
+    return [torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(n)) for n in range(count)]
+
+
+def described(pair):
+    """One line a stage: layers, ways, start, input, whether it can be kept, and the cut that the dense model moves to.
+
+    A cut is named by its number, and the block's input is 0.
+    """
+    found = surveyed(pair)
+    cuts = [0, *(cut.call for cut in found.cuts)]
+    lines = []
+    for stage in stages(found):
+        names = [layer.removesuffix(".weight") for layer in found.roles if layer in _layers(found, stage)]
+        ways = dict.fromkeys(found.roles[f"{name}.weight"].way for name in names)
+        line = f"{'+'.join(names)}: {'+'.join(ways)} from {cuts.index(stage.start.call)}"
+        if stage.input is not None:
+            line += f", input {stage.input.function or 'block'}" + " kept" * stage.keepable
+        if stage.behind is not None:
+            line += f", to {cuts.index(stage.behind.call)}"
+        lines.append(line)
+    return lines
+
+
+def _layers(found, stage):
+    return {layer.name for layer in found.layers if layer.gram == stage.key or stage.last is None}
+
+
+def mlp(block, h):
+    """The second half of a block, which reads the stream."""
+    return block.c(block.b(h.sin()).relu())
+
+
+def sequential(block, x):
+    h = x + block.a(x.tanh())
+    return h + mlp(block, h)
+
+
+def three_sums(block, x):
+    h = x + block.a(x.tanh())
+    h = h + block.b(h.sin())
+    return h + block.c(h.cos())
+
+
+def parallel(block, x):
+    t = x.tanh()
+    return x + block.c(block.a(t).sin()) + block.b(t)
+
+
+def post_norm(block, x):
+    h = block.norm(x + block.a(x.tanh()))
+    return block.norm(h + mlp(block, h))
+
+
+def norm_before_the_sum(block, x):
+    h = x + block.norm(block.a(x.tanh()))
+    return h + block.norm(mlp(block, h))
+
+
+def scaled_outputs(block, x):
+    h = x + block.a(x.tanh()) * 0.5
+    return h + mlp(block, h) * 0.5
+
+
+def scaled_stream(block, x):
+    h = x * 0.5 + block.a(x.tanh())
+    return h * 0.5 + mlp(block, h)
+
+
+def in_place(block, x):
+    h = block.a(x.tanh())
+    h += x
+    out = mlp(block, h)
+    out += h
+    return out
+
+
+def stream_in_place(block, x):
+    """The stream is written to where it lies: the sum is a new tensor each time, though the same object."""
+    h = x + block.a(x.tanh())
+    h += mlp(block, h)
+    return h
+
+
+def views(block, x):
+    h = (x.view(1, TOKENS, D) + block.a(x.tanh()).view(1, TOKENS, D)).view(TOKENS, D)
+    return (h.reshape(-1, D) + mlp(block, h).reshape(-1, D)).view(TOKENS, D)
+
+
+def dropout(block, x):
+    h = x + nn.functional.dropout(block.a(x.tanh()), 0.5, False)
+    return h + nn.functional.dropout(mlp(block, h), 0.5, False)
+
+
+def branch_before(block, x):
+    return sequential(block, x if x.sum() > -1e9 else -x)
+
+
+def branch_behind(block, x):
+    h = x + block.a(x.tanh())
+    y = h.sin() if h.sum() > -1e9 else h.cos()
+    return h + block.c(block.b(y).relu())
+
+
+def reads_the_input_again(block, x):
+    h = x + block.a(x.tanh())
+    return h + mlp(block, h) + x
+
+
+def reads_an_earlier_tensor_again(block, x):
+    t = x.tanh()
+    h = x + block.a(t)
+    return h + mlp(block, h) * t
+
+
+def gated(block, x):
+    """The gate is made of another layer's output, before the input that could be kept, and read behind it."""
+    h = x + block.a(x.tanh())
+    gate = block.d(h.sin())
+    return h + gate * block.c(block.b(h.cos()).relu())
+
+
+def state_before(block, x):
+    """A tensor is made before the sum, in a state that is written through a view."""
+    state = torch.zeros(TOKENS, D, device=x.device)
+    state[: TOKENS // 2] = x[: TOKENS // 2].tanh()
+    h = x + block.a(x.tanh())
+    return h + mlp(block, h) + state
+
+
+def input_written_to(block, x):
+    """The layer's input is written to behind its product."""
+    t = x.tanh()
+    h = x + block.a(t)
+    t.zero_()
+    return h + mlp(block, h)
+
+
+SEQUENTIAL = [
+    "a: writes from 0, input tanh, to 1",
+    "b: reads from 1, input sin",
+    "c: writes from 1, input relu kept",
+]
+READING = ["a: reads from 0, input tanh, to 1", "b: reads from 1, input sin", "c: reads from 1, input relu kept"]
+WHOLE = ["a: outputs from 0", "b: outputs from 0", "c: outputs from 0"]
+BLOCKS = {
+    sequential: SEQUENTIAL,
+    three_sums: [
+        "a: writes from 0, input tanh, to 1",
+        "b: writes from 1, input sin, to 2",
+        "c: writes from 2, input cos",
+    ],
+    parallel: ["a+b: reads+outputs from 0", "c: outputs from 0"],
+    post_norm: ["a: writes from 0, input tanh, to 1", "b: reads from 1, input sin", "c: outputs from 1"],
+    norm_before_the_sum: READING,
+    scaled_outputs: READING,
+    scaled_stream: ["a: outputs from 0, to 1", "b: reads from 1, input sin", "c: outputs from 1"],
+    in_place: SEQUENTIAL,
+    # The sum behind the last layer overwrites the tensor that the second part would begin at.
+    stream_in_place: WHOLE,
+    views: SEQUENTIAL,
+    dropout: SEQUENTIAL,
+    branch_before: WHOLE,
+    branch_behind: ["a: writes from 0, input tanh, to 1", "b: outputs from 1", "c: outputs from 1"],
+    reads_the_input_again: ["a: outputs from 0", "b: reads from 0, input sin", "c: outputs from 0"],
+    reads_an_earlier_tensor_again: ["a: outputs from 0", "b: reads from 0, input sin", "c: reads from 0, input relu"],
+    gated: [
+        "a: writes from 0, input tanh, to 1",
+        "d: reads from 1, input sin",
+        "b: reads from 1, input cos",
+        "c: reads from 1, input relu",
+    ],
+    state_before: ["a: outputs from 0", "b: reads from 0, input sin", "c: outputs from 0"],
+    input_written_to: WHOLE,
+}
+
+
+@pytest.mark.parametrize("forward", BLOCKS, ids=lambda forward: forward.__name__)
+def test_blocks(forward):
+    assert described(damaged_module(Block(forward), batches())) == BLOCKS[forward]
+
+
+class TestStates:
+    """What is handed on in an argument is read by others."""
+
+    @pytest.mark.parametrize("make", [dict, list])
+    def test_a_tensor_that_is_handed_on(self, make):
+        """Blocks that came later would receive a tensor without data if the part began behind it."""
+
+        def forward(block, x, state):
+            t = x.tanh()
+            if isinstance(state, dict):
+                state["t"] = t
+            else:
+                state[:] = [t]
+            return sequential(block, x)
+
+        pair = damaged_module(Block(forward), batches(), (make(),))
+        # The stream is no cut, and nothing can be kept: tanh is made before both.
+        assert described(pair) == ["a: outputs from 0", "b: reads from 0, input sin", "c: outputs from 0"]
+
+    def test_a_tensor_that_is_received(self):
+        """It comes from an earlier block, and is there in any part."""
+
+        def forward(block, x, state):
+            h = x + block.a(x.tanh() + state["shared"])
+            return h + mlp(block, h) * state["shared"]
+
+        pair = damaged_module(Block(forward), batches(), ({"shared": torch.ones(TOKENS, D)},))
+        assert described(pair) == [
+            "a: writes from 0, input add, to 1",
+            "b: reads from 1, input sin",
+            "c: reads from 1, input relu kept",
+        ]
+
+    def test_a_received_tensor_that_is_written_to(self):
+        def forward(block, x, state):
+            state["sum"] += x
+            return sequential(block, x)
+
+        pair = damaged_module(Block(forward), batches(), ({"sum": torch.zeros(TOKENS, D)},))
+        assert described(pair) == ["a: outputs from 0", "b: reads from 0, input sin", "c: outputs from 0"]
+
+    def test_a_module_that_keeps_something_of_its_first_call(self):
+        """Later calls take another path. The block is run as a whole, and the next one of its kind in parts."""
+
+        def forward(block, x):
+            if not hasattr(block, "cache"):
+                block.cache = torch.arange(D, device=x.device) * 0.1
+            return sequential(block, x + block.cache)
+
+        pair = damaged_module(Block(forward), batches())
+        assert described(pair) == WHOLE
+        assert described(pair)[1:] == SEQUENTIAL[1:]
+
+
+class TestExperts:
+    """How often experts are called depends on the data."""
+
+    class Experts(nn.Module):
+        def __init__(self, behind):
+            super().__init__()
+            torch.manual_seed(0)
+            self.behind = behind
+            self.a, self.c = nn.Linear(D, D), nn.Linear(D, D)
+            self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(3))
+
+        def forward(self, x):
+            h = x + self.a(x.tanh())
+            y = torch.zeros_like(h)
+            for n, expert in enumerate(self.experts):
+                chosen = (h.argmax(-1) % 3 == n).nonzero()[:, 0]
+                if len(chosen):
+                    y = y.index_add(0, chosen, expert(h[chosen]))
+            h = h + y
+            return h + self.c(h.sin()) if self.behind else h
+
+    @pytest.mark.parametrize("behind", [False, True])
+    def test_no_point_lies_behind_them(self, behind):
+        pair = damaged_module(self.Experts(behind), batches())
+        first, experts, *rest = stages(surveyed(pair))
+        assert (first.key, first.behind.function, first.input.function) == ("a.weight", "add", "tanh")
+        assert (experts.key, experts.input, experts.behind, experts.start) == (
+            "experts.*.weight",
+            None,
+            None,
+            first.behind,
+        )
+        assert [(stage.key, stage.input, stage.start) for stage in rest] == [("c.weight", None, first.behind)] * behind
