@@ -166,7 +166,8 @@ def cases() -> Iterator[Case]:
         yield _swaps(str(d), targets, d)
     for m, d in ((4, 4096), (32, 14336), (5, 4095)):
         yield _swaps(f"of {m} {d}", ALL, d, group=m, fixed=m == 4)
-    yield _conjugate("576", HOPPER, 576)
+    yield _conjugate("576", NVIDIA, 576)
+    yield _conjugate("1536", NVIDIA, 1536)
     yield _conjugate("8192", HOPPER, 8192)
     for d in (4096, 28672):
         yield _conjugate(str(d), ALL, d)

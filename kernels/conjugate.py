@@ -32,9 +32,12 @@ def configuration(rows: int, d: int) -> dict[str, int]:
     width = triton.next_power_of_2(d)
     if platform() == "interpreter":
         return interpreter_tile(rows, width)
+    if width <= 2048:
+        # 4 entries of each matrix a thread: with 8 or 16 of them some versions of Triton spill a few registers.
+        return dict(BLOCK_R=max(1, 1024 // width), BLOCK_D=width, num_warps=warps(max(8, width // 128)))
     if width <= 8192:
         # 16 entries of each matrix a thread.
-        return dict(BLOCK_R=max(1, 1024 // width), BLOCK_D=width, num_warps=warps(max(4, width // 512)))
+        return dict(BLOCK_R=1, BLOCK_D=width, num_warps=warps(width // 512))
     # A multiprocessor has one long row at a time: the fewer rows are under way, the more of each the cache holds.
     return dict(BLOCK_R=1, BLOCK_D=8192, num_warps=warps(32))
 
