@@ -23,6 +23,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from sparsefw.kernels import cost
+from sparsefw.kernels.bound import bound_scores, bound_sums
+from sparsefw.kernels.candidates import candidates
 from sparsefw.kernels.conjugate import conjugate_step
 from sparsefw.kernels.cost import Cost
 from sparsefw.kernels.cross import cross_accumulate
@@ -31,6 +33,9 @@ from sparsefw.kernels.gram import gram_accumulate
 from sparsefw.kernels.lmo import lmo
 from sparsefw.kernels.mirror import mirror_lower
 from sparsefw.kernels.product import product
+from sparsefw.kernels.removed import begin_fit, removed
+from sparsefw.kernels.rounding import rounding_order
+from sparsefw.kernels.rows import row_errors, take_rows
 from sparsefw.kernels.step import row_step
 from sparsefw.kernels.swaps import row_swaps
 from sparsefw.kernels.update import convex_update
@@ -178,6 +183,8 @@ def cases() -> Iterator[Case]:
         yield _conjugate(f"fp32 {d}", HOPPER, d, P=FP32)
     G = empty(4096, 4096)
     yield Case("mirror 4096", ALL, lambda: mirror_lower(G), cost.mirror_lower(4096))
+    for d, targets in ((576, HOPPER), (4096, ALL), (28672, HOPPER)):
+        yield from _fits(str(d), targets, d)
     x, v, eta = empty(ROWS, 4096), empty(ROWS, 4096, torch.bool), empty(ROWS, 1)[:, 0]
     yield Case("update 4096", ALL, lambda: convex_update(x, v, x, x, eta), cost.convex_update(ROWS, 4096))
 
@@ -303,6 +310,35 @@ def _conjugate(
         lambda: conjugate_step(state, state, direction, state, rz, rz, inverse, mask=mask_entries, **place),
         cost.conjugate_step(ROWS, d, P=P.itemsize, mask=mask, **place),
     )
+
+
+def _fits(text: str, targets: tuple[str, ...], d: int) -> Iterator[Case]:
+    """What refits, rounds and errors do besides products and steps, for bf16 weights and products in bf16."""
+    W, x, V = empty(ROWS, d, BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
+    of_rows, of_columns, taken = empty(ROWS, 1)[:, 0], empty(d, 1)[:, 0], empty(ROWS, 1, torch.bool)[:, 0]
+    for name, launch, least in (
+        ("removed", lambda: removed(W, V), cost.removed(ROWS, d, W=2, E=2)),
+        ("removed of a target", lambda: removed(W, V, x), cost.removed(ROWS, d, W=2, E=4, target_gap=True)),
+        ("begin_fit", lambda: begin_fit(W, x, V, dtype=BF16), cost.begin_fit(ROWS, d, W=2, start=4, E=2)),
+        ("row_errors", lambda: row_errors(W, x), cost.row_errors(ROWS, d, W=2)),
+        ("row_errors of a fit", lambda: row_errors(W, x, x), cost.row_errors(ROWS, d, W=2, Z=4)),
+        ("take_rows", lambda: take_rows(x, x, taken), cost.take_rows(ROWS, d, X=4)),
+        ("take_rows of a mask", lambda: take_rows(V, V, taken), cost.take_rows(ROWS, d, X=1)),
+        (
+            "candidates",
+            lambda: candidates(x, x, V, of_columns, of_columns, margin=of_rows, support=V),
+            cost.candidates(ROWS, d, support=True),
+        ),
+        (
+            "bound_scores",
+            lambda: bound_scores(W, x, x, target_gap=x, damping=of_columns),
+            cost.bound_scores(ROWS, d, W=2, target_gap=True, damping=True),
+        ),
+        ("bound_sums", lambda: bound_sums(x, x, V), cost.bound_sums(ROWS, d)),
+        # The second of the three launches of round_mask.
+        ("rounding", lambda: rounding_order(x, V, x), Cost(3 * ROWS * d, 13 * ROWS * d)),
+    ):
+        yield Case(f"{name} {text}", targets, launch, least)
 
 
 def compile_all(pattern: str = "") -> Iterator[dict]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from . import cpu
@@ -53,7 +54,15 @@ class Backend:
 
     def operand(self, X: Tensor) -> Tensor:
         """X as an operand of many products: in bf16 if they round it to bf16 anyway, which halves its bytes."""
-        return X.bfloat16() if self.precision == "bf16" else X
+        return X.to(self.operand_dtype(X.dtype))
+
+    def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of an operand that is made of numbers of a dtype."""
+        return torch.bfloat16 if self.precision == "bf16" else dtype
+
+    def begin_fit(self, W: Tensor, start: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Z = mask * start and the operand W - Z; see `naive_fits.begin_fit`."""
+        return self.operations.begin_fit(W, start, mask, dtype=self.operand_dtype(torch.float32))
 
     def product(self, E: Tensor, G: Tensor, out: Tensor | None = None) -> Tensor:
         """E G, (rows, d) fp32; see `naive.product`."""
@@ -69,7 +78,7 @@ class Backend:
 
     def errors(self, E: Tensor, G: Tensor) -> Tensor:
         """sum(E * (E G)) of every row, (rows,) fp32, from an exact product."""
-        return self.exact_product(E, G).mul_(E).sum(1)
+        return self.row_errors(E, self.exact_product(E, G))
 
     def product_of_vertex(
         self, W: Tensor, G: Tensor, target_gap: Tensor | None, *, V: Tensor, E: Tensor, out: Tensor
@@ -131,6 +140,41 @@ class Backend:
     def repeat(self) -> Callable[..., Iterator[None]]:
         """See `naive.repeat`."""
         return self.operations.repeat
+
+    @property
+    def removed(self) -> Callable[..., Tensor]:
+        """See `naive_fits.removed`."""
+        return self.operations.removed
+
+    @property
+    def row_errors(self) -> Callable[..., Tensor]:
+        """See `naive_fits.row_errors`."""
+        return self.operations.row_errors
+
+    @property
+    def take_rows(self) -> Callable[..., None]:
+        """See `naive_fits.take_rows`."""
+        return self.operations.take_rows
+
+    @property
+    def candidates(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """See `naive_fits.candidates`."""
+        return self.operations.candidates
+
+    @property
+    def bound_scores(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """See `naive_fits.bound_scores`."""
+        return self.operations.bound_scores
+
+    @property
+    def bound_sums(self) -> Callable[..., Tensor]:
+        """See `naive_fits.bound_sums`."""
+        return self.operations.bound_sums
+
+    @property
+    def round_mask(self) -> Callable[..., Tensor]:
+        """See `naive_fits.round_mask`."""
+        return self.operations.round_mask
 
 
 # Plain torch in fp32, which every machine can run.

@@ -72,3 +72,43 @@ def conjugate_step(
 def convex_update(rows: int, d: int) -> Cost:
     """M, V, R, U in; M, R out."""
     return Cost(6 * rows * d, rows * d * (4 + 1 + 4 + 4 + 8))
+
+
+def removed(rows: int, d: int, *, W: int, E: int, target_gap: bool = False) -> Cost:
+    """W, mask and `target_gap` in; E out."""
+    return Cost(rows * d, rows * d * (W + 1 + 4 * target_gap + E))
+
+
+def begin_fit(rows: int, d: int, *, W: int, start: int, E: int) -> Cost:
+    """W, start and mask in; Z and E out."""
+    return Cost(rows * d, rows * d * (W + start + 1 + 4 + E))
+
+
+def row_errors(rows: int, d: int, *, W: int, Z: int = 0) -> Cost:
+    """W, R and Z in; without Z, `Z` is 0."""
+    return Cost(3 * rows * d, rows * d * (W + 4 + Z))
+
+
+def take_rows(rows: int, d: int, *, X: int) -> Cost:
+    """Rows of Y in, rows of X out. Every row is taken."""
+    return Cost(0, 2 * rows * d * X)
+
+
+def candidates(rows: int, d: int, *, support: bool = False) -> Cost:
+    """Z, R, mask and `support` in; T and score out."""
+    return Cost(6 * rows * d, rows * d * (9 + support + 8))
+
+
+def bound_scores(rows: int, d: int, *, W: int, target_gap: bool = False, damping: bool = False) -> Cost:
+    """W, R and `target_gap` in, and M with `damping`; score out."""
+    return Cost(7 * rows * d, rows * d * (W + 8 + 4 * target_gap + 4 * damping))
+
+
+def bound_sums(rows: int, d: int) -> Cost:
+    """score, M and V in."""
+    return Cost(5 * rows * d, 9 * rows * d)
+
+
+def round_mask(rows: int, d: int) -> Cost:
+    """Three launches: M in, first out; M, first and saliency in, order out; order in, mask out."""
+    return Cost(3 * rows * d, 23 * rows * d)

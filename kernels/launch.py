@@ -107,3 +107,36 @@ def check_fp32_precision(precision: str) -> None:
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which the tensor's GPU is the current one: Triton launches there."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+def row_tile(rows: int, d: int) -> dict[str, int]:
+    """Tile sizes and launch options of a kernel whose programs pass once over a few rows each, chunk by chunk."""
+    if INTERPRET:
+        return interpreter_tile(rows, d)
+    BLOCK_D = min(triton.next_power_of_2(d), 4096)
+    # 8 entries of each matrix a thread.
+    BLOCK_R = max(1, 1024 // BLOCK_D)
+    return dict(BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=warps(BLOCK_R * BLOCK_D // 256))
+
+
+def check_rows(
+    shape: tuple[int, int], like: Tensor, matrices: dict[str, tuple[Tensor | None, tuple[torch.dtype, ...]]]
+) -> None:
+    """Raise unless every matrix that is given has this shape, one of its dtypes, and contiguous rows."""
+    for name, (matrix, dtypes) in matrices.items():
+        if matrix is not None:
+            check(name, matrix, shape, dtypes, like)
+            check_contiguous_rows({name: matrix})
+
+
+def check_vector(name: str, vector: object, length: int, like: Tensor) -> None:
+    """Raise unless `vector` has this length, fp32 entries, and no gaps between them."""
+    check(name, vector, (length,), (torch.float32,), like)
+    assert isinstance(vector, Tensor)
+    if not vector.is_contiguous():
+        raise ValueError(f"{name}: expected contiguous entries, got strides {vector.stride()}")
+
+
+def row_stride(matrix: Tensor | None) -> int:
+    """Entries between two rows of the matrix; 0 for None."""
+    return 0 if matrix is None else matrix.stride(0)

@@ -46,7 +46,7 @@ def round_operand(X: Tensor, precision: str) -> Tensor:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    X = _widened(X)
+    X = widened(X)
     if precision == "ieee":
         return X
     if precision == "bf16":
@@ -55,7 +55,8 @@ def round_operand(X: Tensor, precision: str) -> Tensor:
     return high if precision == "tf32" else high + _rounded_to_tf32(X - high)
 
 
-def _widened(X: Tensor) -> Tensor:
+def widened(X: Tensor) -> Tensor:
+    """X in float64 if it is, else in fp32."""
     return X if X.dtype == torch.float64 else X.float()
 
 
@@ -101,7 +102,7 @@ def gradient(W: Tensor, M: Tensor, G: Tensor, *, precision: str = "ieee", out: T
         precision: rounding of both operands of the product, see `round_operand`.
         out: (rows, d) fp32, written and returned; allocated when None.
     """
-    W = _widened(W)
+    W = widened(W)
     slope = -2 * W * product(W * (1 - M), G, precision=precision)
     return slope if out is None else out.copy_(slope)
 
@@ -266,7 +267,7 @@ def row_step(
     Returns:
         eta (rows,) and error(M) (rows,) after the update, fp32. A NaN in the state shows in the error.
     """
-    w, v = _widened(W), V.to(M.dtype)
+    w, v = widened(W), V.to(M.dtype)
     q, D = w**2 * diag, v - M
     step, error = out or M.new_empty(2, len(M)).unbind()
     if eta is None:
@@ -374,7 +375,7 @@ def row_swaps(
         fixed: (rows, d) bool, entries that are never removed.
     """
     never = torch.zeros_like(V) if fixed is None else fixed
-    for w, r, v, kept in zip(_widened(W), R, V, never, strict=True):
+    for w, r, v, kept in zip(widened(W), R, V, never, strict=True):
         q = w**2 * G.diagonal()
         least = LEAST_GAIN * q[~v].sum()
         for _ in range(limit):

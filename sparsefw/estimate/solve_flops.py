@@ -119,6 +119,7 @@ def _kernels(run: PlannedRun, counts: Calls, rows: int, d: int, chunks: int) -> 
             step = partial(cost.conjugate_step, d=d, P=P, mask=mask, **end)
             yield from kernel("conjugate_step", count=descents * count, cost_of=step)
     yield from kernel("lmo", count=counts.lmos, cost_of=partial(cost.lmo, d=d))
+    yield from kernel("round_mask", count=counts.roundings, cost_of=partial(cost.round_mask, d=d))
     # Only the weights tell how many swaps lower the error.
     swaps = partial(cost.row_swaps, d=d, swaps=0, W=weight)
     yield from kernel("row_swaps", count=counts.row_swaps, cost_of=swaps)

@@ -23,7 +23,7 @@ class Calls:
         refits: products of refits.
         fits: refits; each is one product and one more for every conjugate-gradient step.
         errors: exact products, for errors and swaps.
-        row_steps, lmos, row_swaps: calls of these operations.
+        row_steps, lmos, roundings, row_swaps: calls of these operations; a rounding is an operation of its own.
     """
 
     target: int = 0
@@ -34,6 +34,7 @@ class Calls:
     errors: int = 0
     row_steps: int = 0
     lmos: int = 0
+    roundings: int = 0
     row_swaps: int = 0
 
     @property
@@ -68,14 +69,16 @@ def calls(method: str, config: PruneConfig, uses_dense_target: bool) -> Calls:
     fits = (2 + rounds if restarts else 1) if refit else 0
     return Calls(
         target=TARGET_STEPS if uses_dense_target else 0,
-        starts=bool(steps) + restarts,
+        # Without damping, the first run starts from the product of the warm start's error.
+        starts=bool(steps and config.damp and not refit) + restarts,
         steps=steps + more_steps,
         refits=fits * (1 + refit),
         fits=fits,
         errors=2 + bool(config.swaps) + bool(refit),
         row_steps=steps + more_steps,
-        # One for the warm start, one for fixed entries. Then the bounds, the first vertex and two for the rounding. The
-        # second Frank-Wolfe takes its warm start, its first vertex and two for the rounding. Each round takes one.
-        lmos=1 + bool(config.alpha) + (len(bounds) + 3 if steps else 0) + (4 + rounds) * restarts,
+        # One for the warm start, one for fixed entries. Then the bounds and the first vertex. The second Frank-Wolfe
+        # takes its warm start and its first vertex. Each round takes one.
+        lmos=1 + bool(config.alpha) + (len(bounds) + 1 if steps else 0) + (2 + rounds) * restarts,
+        roundings=bool(steps) + restarts,
         row_swaps=int(bool(config.swaps)),
     )

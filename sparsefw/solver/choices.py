@@ -121,9 +121,9 @@ def choose_frank_wolfe(rows: Rows, config: PruneConfig, backend: Backend) -> Cho
     error = weight_error(rows.W, written, rows.G, backend=backend)
     # Compared row by row, with the weights as they are written: no refit makes a row worse.
     better = error < solution.error
-    mask = torch.where(better[:, None], fit.mask, solution.mask)
-    unchanged = masked(rows.W.to(rows.dtype), mask)
-    written = torch.where(better[:, None], written, unchanged)
+    mask = solution.mask
+    backend.take_rows(mask, fit.mask, better)
+    backend.take_rows(written, masked(rows.W.to(rows.dtype), mask), ~better)
     error = torch.where(better, error, solution.error)
     return Choice(mask, written, error, solution.error, solution.error_warm_start, bound)
 

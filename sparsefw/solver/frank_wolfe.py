@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import TORCH, Backend
-from sparsefw.kernels.topk_torch import as_float, at_least, infinite
-from sparsefw.solver.objective import mask_error, removed
+from sparsefw.kernels.topk_torch import as_float, infinite
+from sparsefw.solver.objective import mask_error
 
 STEP_RULES = ("line-search", "open-loop")
 
@@ -166,13 +166,18 @@ def solve(
         raise ValueError(f"step_rule: expected one of {', '.join(STEP_RULES)}, got {step_rule!r}")
     if problem.whole_matrix and (penalty or swaps or problem.group):
         raise ValueError("whole_matrix: one step size over the matrix has no penalty, no swaps and no groups")
-    error_warm_start = mask_error(problem.W, problem.warm, problem.G, problem.target_gap, backend=backend)
+    E = backend.removed(problem.W, problem.warm, problem.target_gap)
+    product = backend.exact_product(E, problem.G)
+    error_warm_start = backend.row_errors(E, product)
+    # Without damping, the iteration starts from this very product.
+    R = product if problem.matrix is problem.G else None
+    del E, product
     finite = [error_warm_start]
     bound = error_warm_start.new_zeros(1 if problem.whole_matrix else len(error_warm_start))
     mask = problem.warm.clone()
     certified = {max(1, round(share * steps)) - 1 for share in CERTIFIED}
     if steps:
-        iterates = iterate(problem, steps=steps, step_rule=step_rule, penalty=penalty, backend=backend)
+        iterates = iterate(problem, R, steps=steps, step_rule=step_rule, penalty=penalty, backend=backend)
         for t, state in enumerate(iterates):
             if t in certified:
                 bound = torch.maximum(bound, lower_bound(problem, state, backend=backend))
@@ -180,9 +185,10 @@ def solve(
         # An entry that is not finite stays so until the last step.
         finite.append(state.error)
         # Free its memory for the last products.
-        del state
+        del state, iterates
+    del R
     if swaps:
-        R = backend.exact_product(removed(problem.W, mask, problem.target_gap), problem.matrix)
+        R = backend.exact_product(backend.removed(problem.W, mask, problem.target_gap), problem.matrix)
         backend.row_swaps(problem.W, problem.matrix, R, mask, swaps, group=problem.group, fixed=problem.fixed)
         del R
     error = mask_error(problem.W, mask, problem.G, problem.target_gap, backend=backend)
@@ -191,19 +197,25 @@ def solve(
         better = error < error_warm_start
         if problem.whole_matrix:
             better = (error.sum() < error_warm_start.sum()).expand_as(error)
-        mask = torch.where(better[:, None], mask, problem.warm)
+        backend.take_rows(mask, problem.warm, ~better)
         error = torch.where(better, error, error_warm_start)
     return Solution(mask, error, error_warm_start, bound)
 
 
-def iterate(problem: Problem, *, steps: int, step_rule: str, penalty: float, backend: Backend) -> Iterator[Iterate]:
+def iterate(
+    problem: Problem, R: Tensor | None = None, *, steps: int, step_rule: str, penalty: float, backend: Backend
+) -> Iterator[Iterate]:
     """The Frank-Wolfe steps from the warm start; yields the same state, changed in place, after each.
 
-    Arguments as in `solve`.
+    Args:
+        problem: the layer.
+        R: (rows, d) fp32, the warm start's product with the matrix on which masks are chosen, which becomes part of the
+            state; made here when None.
+        steps, step_rule, penalty, backend: as in `solve`.
     """
     W, k, group = problem.W, problem.k, problem.group
     G = backend.operand(problem.matrix)
-    state = _start(problem, G, backend)
+    state = _start(problem, R, G, backend)
     # With one budget, the row step sees the matrix as one row. No GPU program can hold it, so torch does the step.
     operations, shape = (TORCH, (1, -1)) if problem.whole_matrix else (backend, W.shape)
     tensors = [x.view(shape) for x in (state.M, state.R, state.U, state.V, state.E)]
@@ -226,15 +238,17 @@ def iterate(problem: Problem, *, steps: int, step_rule: str, penalty: float, bac
         yield state
 
 
-def _start(problem: Problem, G: Tensor, backend: Backend) -> Iterate:
-    """The warm start with its product and its first vertex. U does not hold the vertex's product yet."""
+def _start(problem: Problem, R: Tensor | None, G: Tensor, backend: Backend) -> Iterate:
+    """The warm start with its product R and its first vertex. U does not hold the vertex's product yet."""
     W = problem.W
-    E = backend.operand(removed(W, problem.warm, problem.target_gap))
-    R = backend.product(E, G)
+    dtype = W.dtype if problem.target_gap is None else torch.float32
+    E = torch.empty_like(W, dtype=backend.operand_dtype(dtype))
+    if R is None:
+        R = backend.product(backend.removed(W, problem.warm, problem.target_gap, out=E), G)
     # Half of the score without penalty. Its memory becomes U.
     score = W * R
     V = _lmo(backend, problem, score, fixed=problem.fixed, positive=True)
-    E.copy_(removed(W, V, problem.target_gap))
+    backend.removed(W, V, problem.target_gap, out=E)
     eta, error = W.new_empty(2, 1 if problem.whole_matrix else len(W), dtype=torch.float32).unbind()
     # The lowest score that was taken.
     threshold = torch.maximum(score, infinite(~V)).amin(1).mul_(2)
@@ -249,17 +263,10 @@ def lower_bound(problem: Problem, state: Iterate, *, backend: Backend = TORCH) -
     Convexity of the error gives it per row, (rows,) fp32; of a problem over the whole matrix it is one number, (1,).
     If the iteration used the damped matrix, the share of the damping is first subtracted from R.
     """
-    W, R, target_gap = problem.W, state.R, problem.target_gap
-    if problem.damped is not None:
-        E = (1 - state.M).mul_(W)
-        E = E if target_gap is None else E.add_(target_gap)
-        R = R - E.mul_(problem.damped.diagonal() - problem.G.diagonal())
-    score = W * R
+    damping = None if problem.damped is None else problem.damped.diagonal() - problem.G.diagonal()
+    score, constant = backend.bound_scores(problem.W, state.R, state.M, target_gap=problem.target_gap, damping=damping)
     V = _lmo(backend, problem, score, fixed=problem.fixed, positive=True)
-    share = torch.add(state.M, as_float(V), alpha=-2).add_(1)
-    bound = score.mul_(share).sum(1)
-    if target_gap is not None:
-        bound += (target_gap * R).sum(1)
+    bound = backend.bound_sums(score, state.M, V).add_(constant)
     return bound.sum().view(1) if problem.whole_matrix else bound
 
 
@@ -268,12 +275,10 @@ def round_mask(problem: Problem, M: Tensor, *, backend: Backend = TORCH) -> Tens
 
     Fixed entries have M = 1. A feasible M has at most k such entries, so they are always among the highest.
     """
-    units = (1, -1) if problem.whole_matrix else (-1, problem.group or M.shape[1])
-    first = _lmo(backend, problem, M)
-    # The lowest M that got in. Entries above it are kept; saliency decides among those equal to it.
-    lowest = M.add(as_float(~first), alpha=2).view(units).amin(1, keepdim=True)
-    order = as_float(at_least(M.view(units), lowest)).sub_(as_float(at_least(lowest, M.view(units)))).view(M.shape)
-    return _lmo(backend, problem, order.mul_(torch.finfo(torch.float32).max).add_(problem.saliency))
+    if not problem.whole_matrix:
+        return backend.round_mask(M, problem.saliency, problem.k, group=problem.group)
+    mask = cpu.round_mask(M.reshape(1, -1), problem.saliency.reshape(1, -1), problem.k)
+    return mask.view(M.shape)
 
 
 def _lmo(

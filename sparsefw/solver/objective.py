@@ -6,7 +6,6 @@ error = ||(T - Z) X||_F^2 = sum(E * (E G)),   E = T - Z,   G = X X^T        Z = 
 from torch import Tensor
 
 from sparsefw.kernels.backend import TORCH, Backend
-from sparsefw.kernels.topk_torch import masked
 
 # The damping of an input counts its diagonal entry as at least this share of the median entry. Without it, the weights
 # of a nearly dead input could become huge and ruin the first text in which the input is alive.
@@ -27,17 +26,11 @@ def damped(G: Tensor, damp: float) -> Tensor:
     return H
 
 
-def removed(W: Tensor, mask: Tensor, target_gap: Tensor | None) -> Tensor:
-    """E = target_gap + W * (1 - mask), the target minus the masked weight; (rows, d)."""
-    E = masked(W, ~mask)
-    return E if target_gap is None else E + target_gap
-
-
 def mask_error(
     W: Tensor, mask: Tensor, G: Tensor, target_gap: Tensor | None = None, *, backend: Backend = TORCH
 ) -> Tensor:
     """Error of a binary mask of unchanged weights, one number per row, (rows,) fp32."""
-    return backend.errors(removed(W, mask, target_gap), G)
+    return backend.errors(backend.removed(W, mask, target_gap), G)
 
 
 def weight_error(T: Tensor, Z: Tensor, G: Tensor, *, backend: Backend = TORCH) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sparsefw.kernels.backend import TORCH, Backend
-from sparsefw.kernels.topk_torch import masked
 
 
 @dataclass
@@ -32,13 +31,11 @@ class Fit:
     R: Tensor
     error: Tensor
 
-    def take_better(self, other: "Fit") -> Tensor:
-        """Replace the rows in which the other's error is lower; returns them, (rows,) bool."""
+    def take_better(self, other: "Fit", backend: Backend = TORCH) -> Tensor:
+        """Replace the rows in which the other's error is lower, in place; returns them, (rows,) bool."""
         better = other.error < self.error
-        rows = better[:, None]
-        self.mask = torch.where(rows, other.mask, self.mask)
-        self.Z = torch.where(rows, other.Z, self.Z)
-        self.R = torch.where(rows, other.R, self.R)
+        for mine, theirs in ((self.mask, other.mask), (self.Z, other.Z), (self.R, other.R)):
+            backend.take_rows(mine, theirs, better)
         self.error = torch.where(better, other.error, self.error)
         return better
 
@@ -62,10 +59,12 @@ def refit(W: Tensor, G: Tensor, mask: Tensor, start: Tensor, steps: int, *, back
         steps: at least 0. Each is one product, and so is the start.
         backend: the operations.
     """
-    Z = masked(start, mask)
-    R = backend.product(backend.operand(W - Z), backend.operand(G))
+    Z, E = backend.begin_fit(W, start, mask)
+    R = backend.product(E, backend.operand(G))
+    # Free its memory for the steps.
+    del E
     descend(Z, R, G, mask, steps, backend=backend)
-    return Fit(mask, Z, R, ((W - Z) * R).sum(1))
+    return Fit(mask, Z, R, backend.row_errors(W, R, Z))
 
 
 def descend(Z: Tensor, R: Tensor, G: Tensor, mask: Tensor | None, steps: int, *, backend: Backend = TORCH) -> None:

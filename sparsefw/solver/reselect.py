@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsefw.kernels.backend import TORCH, Backend
-from sparsefw.kernels.topk_torch import as_float, masked
+from sparsefw.kernels.topk_torch import as_float
 from sparsefw.solver import frank_wolfe
 from sparsefw.solver.frank_wolfe import Problem
 from sparsefw.solver.refit import Fit, inverse_diagonal, refit
@@ -55,33 +55,35 @@ def reselect(
     """
     W, G = problem.W, problem.G
     # Converted once, for all refits.
-    inverse, G_operand = inverse_diagonal(G), backend.operand(G)
+    inverse, root, G_operand = inverse_diagonal(G), G.diagonal().sqrt(), backend.operand(G)
 
     def fit(mask: Tensor, start: Tensor) -> Fit:
-        return refit(W, G_operand, _within(mask, support), start, refit_steps, backend=backend)
+        if support is not None:
+            mask = mask & support
+        return refit(W, G_operand, mask, start, refit_steps, backend=backend)
 
-    best = fit(mask, W.float())
+    def candidates(margin: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return backend.candidates(best.Z, best.R, best.mask, inverse, root, margin=margin, support=support)
+
+    # A copy: the best fit is replaced row by row, in place.
+    best = fit(mask.clone(), W)
     if rounds == 0:
         return best
-    T = _candidates(best, inverse, support)
-    best.take_better(fit(_restart(problem, T, steps, penalty, backend), T))
+    T, score = candidates()
+    best.take_better(fit(_restart(problem, T, score, steps, penalty, backend), T), backend)
     margin = torch.zeros_like(best.error)
     for _ in range(rounds):
-        T = _candidates(best, inverse, support)
-        score = _score(T, G).mul_(1 + margin[:, None] * as_float(best.mask))
+        T, score = candidates(margin)
         chosen = backend.lmo(score, problem.k, group=problem.group, checked=False)
-        better = best.take_better(fit(chosen, T))
+        # Free its memory for the fit.
+        del score
+        better = best.take_better(fit(chosen, T), backend)
         margin = torch.where(better, NARROW * margin, WIDEN * margin + FIRST)
     return best
 
 
-def _within(mask: Tensor, support: Tensor | None) -> Tensor:
-    return mask if support is None else mask & support
-
-
-def _restart(problem: Problem, T: Tensor, steps: int, penalty: float, backend: Backend) -> Tensor:
-    """The mask that Frank-Wolfe finds for the candidates T, (rows, d) bool."""
-    score = _score(T, problem.G)
+def _restart(problem: Problem, T: Tensor, score: Tensor, steps: int, penalty: float, backend: Backend) -> Tensor:
+    """The mask that Frank-Wolfe finds for the candidates T with these scores, (rows, d) bool."""
     warm = backend.lmo(score, problem.k, group=problem.group, checked=False)
     candidate_problem = Problem(T, problem.G, score, problem.k, warm, None, problem.group, target_gap=problem.W - T)
     M = as_float(warm)
@@ -90,13 +92,3 @@ def _restart(problem: Problem, T: Tensor, steps: int, penalty: float, backend: B
     ):
         M = state.M
     return frank_wolfe.round_mask(candidate_problem, M, backend=backend)
-
-
-def _candidates(fit: Fit, inverse: Tensor, support: Tensor | None) -> Tensor:
-    """T = Z + R / diag(G), the second term only at removed weights of the support."""
-    return fit.Z + masked(fit.R * inverse, _within(~fit.mask, support))
-
-
-def _score(T: Tensor, G: Tensor) -> Tensor:
-    """|T_j| sqrt(G_jj), the square root of the error of removing that weight alone."""
-    return T.abs() * G.diagonal().sqrt()

@@ -10,6 +10,7 @@ OPERATIONS = (
     "product",
     "row_step",
     "lmo",
+    "round_mask",
     "row_swaps",
     "conjugate_step",
     "gram_accumulate",

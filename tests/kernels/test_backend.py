@@ -54,6 +54,7 @@ class TestPrecision:
             ("product", precision),
             ("product", exact),
             ("product", exact),
+            ("row_errors", None),
             ("gram_accumulate", inputs),
             ("cross_accumulate", inputs),
         ]
@@ -185,6 +186,8 @@ class TestLoad:
         backend = load_backend(kernel, "ieee")
         for name in ("product", "gram_accumulate", "cross_accumulate", "lmo", "row_step", "row_swaps", "repeat"):
             assert callable(getattr(backend.operations, name))
+        for name in ("removed", "row_errors", "take_rows", "candidates", "bound_scores", "bound_sums", "round_mask"):
+            assert getattr(backend, name) is getattr(backend.operations, name)
 
     def test_unknown(self):
         with pytest.raises(KeyError):

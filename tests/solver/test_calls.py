@@ -31,11 +31,12 @@ def test_calls_of_a_solve_are_those_that_are_made(options):
     assert seen["product"] == solves * expected.products
     assert seen["row_step"] == solves * expected.row_steps
     assert seen["lmo"] == solves * expected.lmos
+    assert seen["round_mask"] == solves * expected.roundings
     assert seen["row_swaps"] == solves * expected.row_swaps
     assert seen["conjugate_step"] == solves * sum(count * (steps + 1) for count, steps, _ in expected.descents)
 
 
 def test_what_the_readme_says_of_products():
     default, masks = calls("sparsefw", config(), True), calls("sparsefw", config(refit=0), False)
-    assert (default.steps, default.target, default.products) == (40, 4, 40 + 4 + 25 + 5)
+    assert (default.steps, default.target, default.products) == (40, 4, 40 + 4 + 25 + 4)
     assert (masks.steps, masks.products) == (40, 44)

@@ -67,8 +67,13 @@ def test_errors_are_those_of_fp32_whatever_the_precision(precision, errors, monk
         return product(E, G, precision=precision, out=out)
 
     monkeypatch.setattr(cpu, "product", spy)
-    frank_wolfe.solve(make_problem(6, 30), steps=8, penalty=1.0, swaps=3, backend=Backend(cpu, precision))
+    problem, options = make_problem(6, 30), dict(steps=8, penalty=1.0, swaps=3, backend=Backend(cpu, precision))
     exactly = (errors, torch.float32)
+    # Without damping, the iteration starts from the product of the warm start's error.
+    frank_wolfe.solve(problem, **options)
+    assert seen == 3 * [exactly]
+    seen.clear()
+    frank_wolfe.solve(replace(problem, damped=problem.G.clone()), **options)
     # The products of the warm start, of the start of the swaps, and of the mask; those of the iteration are in between.
     assert [seen[0], *seen[-2:]] == 3 * [exactly]
     assert {one for one, _ in seen[1:-2]} == {precision}

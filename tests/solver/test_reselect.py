@@ -89,10 +89,10 @@ class TestReselect:
             return lmo(score, k, **options)
 
         # The restart is judged apart from the rounds.
-        def verdict(self, other, calls=[]):  # noqa: B006
+        def verdict(self, other, backend, calls=[]):  # noqa: B006
             calls.append(1)
             if len(calls) == 1:
-                return taken(self, other)
+                return taken(self, other, backend)
             return torch.tensor(next(verdicts), device=DEVICE).bool()
 
         mask = frank_wolfe.solve(problem, steps=6).mask
@@ -119,7 +119,7 @@ class TestReselect:
     def test_restart_solves_for_the_candidates(self, monkeypatch):
         """The restart's problem is min ||(W - M * T) X||^2, by its first residual and the weights that it may keep."""
         problem, starts, iterate = make_problem(), [], frank_wolfe.iterate
-        monkeypatch.setattr(frank_wolfe, "iterate", lambda p, **o: starts.append((p, o)) or iterate(p, **o))
+        monkeypatch.setattr(frank_wolfe, "iterate", lambda p, *R, **o: starts.append((p, o)) or iterate(p, *R, **o))
         solve(problem, steps=24, rounds=1)
         (_, first), (again, second) = starts
         assert (first["steps"], second["steps"]) == (24, 8)
@@ -217,8 +217,8 @@ class TestSupport:
         problem, support = self.make()
         mask = frank_wolfe.solve(problem, steps=6).mask
         fit = refit(problem.W, problem.G, mask & support, problem.W, 3)
-        inverse = inverse_diagonal(problem.G)
-        T, free = (reselect._candidates(fit, inverse, within) for within in (support, None))
+        diagonal = inverse_diagonal(problem.G), problem.G.diagonal().sqrt()
+        T, free = (TORCH.candidates(fit.Z, fit.R, fit.mask, *diagonal, support=within)[0] for within in (support, None))
         assert (T[~support] == 0).all()
         assert torch.equal(T[support], free[support])
         assert (free[~support] != 0).any()
@@ -263,7 +263,7 @@ class TestCandidates:
         W, G = problem.W, problem.G
         mask = uniform(6, 40) < 0.4
         fit = refit(W, G, mask, W, 3)
-        T = reselect._candidates(fit, inverse_diagonal(G), None)
+        T, _ = TORCH.candidates(fit.Z, fit.R, fit.mask, inverse_diagonal(G), G.diagonal().sqrt())
         assert torch.equal(T[mask], fit.Z[mask])
         Z = fit.Z.double()
         for j in range(40):
@@ -278,13 +278,13 @@ class TestCandidates:
                 assert (alone(1.0) < alone(factor))[removed].all()
 
     def test_score_is_the_root_of_the_error_of_one_removal(self):
-        T, G = normal(5, 12), gram(12)
+        T, G, mask = normal(5, 12), gram(12), uniform(5, 12) < 0.4
+        fit = refit(T, G, mask, T, 3)
+        T, score = TORCH.candidates(fit.Z, fit.R, mask, inverse_diagonal(G), G.diagonal().sqrt())
         for j in range(12):
             removed = T.clone()
             removed[:, j] = 0
-            torch.testing.assert_close(
-                reselect._score(T, G)[:, j].double() ** 2, error(T, removed, G), rtol=1e-5, atol=0
-            )
+            torch.testing.assert_close(score[:, j].double() ** 2, error(T, removed, G), rtol=1e-5, atol=0)
 
 
 class TestTargetGap:

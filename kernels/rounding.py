@@ -1,0 +1,95 @@
+"""round_mask: the binary mask of the highest entries of a relaxed mask, ties by saliency. Three launches.
+
+    first  = lmo(M)
+    lowest = the lowest M of a row (or group) that got in
+    order  = saliency, + the greatest fp32 number where M > lowest, - it where M < lowest
+    mask   = lmo(order)
+
+    M, saliency, order (rows, d) fp32     first, mask (rows, d) bool
+
+    flops = 3 rows d
+    bytes = rows d (5 + 13 + 5)      (M in, first out; M, first, saliency in, order out; order in, mask out)
+
+The floor is the bytes' time. A row that fits no chunk is passed twice; the second pass comes from the cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import columns
+from .launch import check_matrix, check_rows, on_device, row_tile
+from .lmo import lmo
+
+
+@triton.jit
+def _lower(lowest, M, FIRST, row, start, valid_r, d, stride_m, stride_f, BLOCK_D: tl.constexpr):
+    """The lower of `lowest` and the lowest M of a chunk that got in."""
+    column, valid_d = columns(start, d, 0, 0, BLOCK_D)
+    valid = valid_r[:, None] & valid_d[None, :]
+    m = tl.load(M + row[:, None] * stride_m + column[None, :], mask=valid, other=0.0)
+    first = tl.load(FIRST + row[:, None] * stride_f + column[None, :], mask=valid, other=0).to(tl.int1)
+    return tl.minimum(lowest, tl.min(tl.where(first, m, float("inf")), axis=1))
+
+
+@triton.jit
+def _order_kernel(
+    M, FIRST, SALIENCY, ORDER, greatest, rows, d, stride_m, stride_f, stride_s, stride_o,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    valid_r = row < rows
+    row = row.to(tl.int64)
+    lowest = tl.full((BLOCK_R,), float("inf"), tl.float32)
+    for start in range(0, d, BLOCK_D):
+        lowest = _lower(lowest, M, FIRST, row, start, valid_r, d, stride_m, stride_f, BLOCK_D)
+    for start in range(0, d, BLOCK_D):
+        column, valid_d = columns(start, d, 0, 0, BLOCK_D)
+        column = column[None, :]
+        valid = valid_r[:, None] & valid_d[None, :]
+        m = tl.load(M + row[:, None] * stride_m + column, mask=valid, other=0.0)
+        s = tl.load(SALIENCY + row[:, None] * stride_s + column, mask=valid, other=0.0)
+        side = tl.where(m > lowest[:, None], greatest, tl.where(m < lowest[:, None], -greatest, 0.0))
+        tl.store(ORDER + row[:, None] * stride_o + column, side + s, mask=valid)
+
+
+def rounding_order(M: Tensor, first: Tensor, saliency: Tensor) -> Tensor:
+    """The score by which a mask is rounded, (rows, d) fp32: `order` above.
+
+    Args:
+        M, saliency: (rows, d) fp32, with contiguous rows.
+        first: (rows, d) bool, the highest M of every row, with contiguous rows.
+    """
+    order = torch.empty_like(M)
+    config = row_tile(*M.shape)
+    with on_device(M):
+        _order_kernel[(triton.cdiv(len(M), config["BLOCK_R"]),)](
+            M=M, FIRST=first, SALIENCY=saliency, ORDER=order, greatest=torch.finfo(torch.float32).max,
+            rows=len(M), d=M.shape[1], stride_m=M.stride(0), stride_f=first.stride(0), stride_s=saliency.stride(0),
+            stride_o=order.stride(0), enable_fp_fusion=True, **config,
+        )  # fmt: skip
+    return order
+
+
+def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) -> Tensor:
+    """The binary mask of the k highest M of every row (or group), (rows, d) bool: equal to `naive_fits.round_mask`.
+
+    Args:
+        M: (rows, d) fp32, the relaxed mask; its rows are contiguous.
+        saliency: (rows, d) fp32, at least 0; its rows are contiguous.
+        k: entries kept per row, an int or an int tensor (rows,); with `group`, entries kept per group, an int.
+        group: 0 for whole rows, else m of n:m, up to 32.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit this description.
+    """
+    FP32 = (torch.float32,)
+    rows, d = check_matrix("M", M, FP32)
+    check_rows((rows, d), M, dict(M=(M, FP32), saliency=(saliency, FP32)))
+    first = lmo(M, k, group=group, checked=False)
+    if M.numel() == 0:
+        return first
+    # A group counts as a row of its own.
+    order = rounding_order(*(x.reshape(-1, group or d) for x in (M, first, saliency)))
+    return lmo(order.view(rows, d), k, group=group, checked=False, out=first)
