@@ -65,7 +65,7 @@ def test_memory(limits, drawn):
     assert document.all("path", **{"class": "line reserved"})
     assert "block 0: host 1.00 GiB, gpu 1.00 GiB, reserved 1.50 GiB" in "".join(document.texts)
     row = next(cells for cells in document.cells() if cells[:2] == ["0", "model.layers.0"])
-    assert row[-3:] == ["1.00", "1.00", "1.50"]
+    assert row[-4:] == ["1.00", "1.00", "1.50", "once"]
 
 
 def test_timeline_of_a_block():
