@@ -213,6 +213,15 @@ def _products() -> Iterator[Case]:
             lambda operands=operands, precision=precision: product(*operands, precision=precision),
             cost.product(rows, d, E=E.itemsize, G=G.itemsize),
         )
+    for rows, d, targets in ((4096, 4096, ALL), (8192, 28672, HOPPER), (576, 576, HOPPER)):
+        operands, out = (empty(rows, d, BF16), empty(d, d, BF16)), empty(rows, d)
+        least = cost.product(rows, d, E=2, G=2)
+        yield Case(
+            f"product added {rows}x{d}",
+            targets,
+            lambda operands=operands, out=out: product(*operands, precision="bf16", out=out, add=True),
+            Cost(least.flops, least.bytes + 4 * rows * d),
+        )
     for precision, dtype in (("bf16", BF16), ("tf32", FP32), ("tf32x3", FP32)):
         operands = empty(4096, 4096, BF16), empty(4096, 4096), empty(4096, 4096, dtype)
         yield Case(

@@ -73,8 +73,11 @@ def round_operand(X: Tensor, precision: str) -> Tensor:
     raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
-def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None) -> Tensor:
+def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
     """E G. See `naive.product`."""
+    if add:
+        assert out is not None
+        return out.addmm_(round_operand(E, precision), round_operand(G, precision))
     return torch.mm(round_operand(E, precision), round_operand(G, precision), out=out)
 
 

@@ -68,7 +68,7 @@ def _rounded_to_tf32(X: Tensor) -> Tensor:
     return ((X.double() / unit).round() * unit).to(X.dtype)
 
 
-def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None) -> Tensor:
+def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
     """E G, the one matrix product of an iteration, accumulated in fp32.
 
     Args:
@@ -76,8 +76,12 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
         G: (d, d), symmetric, fp32 or bf16.
         precision: rounding of both operands, see `round_operand`.
         out: (rows, d) fp32, written and returned; allocated when None.
+        add: add the product to what `out` holds.
     """
     EG = round_operand(E, precision) @ round_operand(G, precision)
+    if add:
+        assert out is not None
+        return out.add_(EG)
     return EG if out is None else out.copy_(EG)
 
 

@@ -3,7 +3,7 @@
     E (rows, d) fp32 / bf16 / fp16     G (d, d) symmetric, fp32 or bf16     U (rows, d) fp32
 
     flops = 2 rows d^2
-    bytes = rows d size(E) + d^2 size(G) + 4 rows d       (each operand once)
+    bytes = rows d size(E) + d^2 size(G) + 4 rows d       (each operand once; + 4 rows d to add to what U holds)
 
 There are two kernels. The first runs on sm_90 and later, if large tiles fill the GPU, tensor cores multiply and rows
 are 16-byte aligned: as many programs as multiprocessors walk the tiles, and bulk copies through tensor descriptors load
@@ -109,24 +109,27 @@ def product_tile(
 
 
 @triton.jit
-def _store(U, acc, offs_m, offs_n, rows, d, stride_ur, stride_ud):
+def _store(U, acc, offs_m, offs_n, rows, d, stride_ur, stride_ud, ADD: tl.constexpr):
     valid = (offs_m < rows)[:, None] & (offs_n < d)[None, :]
     row = offs_m.to(tl.int64)[:, None]
     column = offs_n.to(tl.int64)[None, :]
-    tl.store(U + row * stride_ur + column * stride_ud, acc, mask=valid)
+    ptrs = U + row * stride_ur + column * stride_ud
+    if ADD:
+        acc += tl.load(ptrs, mask=valid, other=0.0)
+    tl.store(ptrs, acc, mask=valid)
 
 
 @triton.jit
 def _product_kernel(
     E, G, U, rows, d, stride_er, stride_ed, stride_gr, stride_gd, stride_ur, stride_ud,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
+    ADD: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     acc, offs_m, offs_n = product_tile(
         E, None, G, rows, d, stride_er, stride_ed, 0, 0, stride_gr, stride_gd,
         DTYPE, PRECISION, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    _store(U, acc, offs_m, offs_n, rows, d, stride_ur, stride_ud)
+    _store(U, acc, offs_m, offs_n, rows, d, stride_ur, stride_ud, ADD)
 
 
 @triton.jit
@@ -138,7 +141,7 @@ def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def _descriptor_kernel(
     E, G, U, rows, d, stride_ur, stride_ud,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
+    ADD: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(d, BLOCK_N)
@@ -158,10 +161,10 @@ def _descriptor_kernel(
         first, second = _halves(left, BLOCK_M, BLOCK_N // 2)
         third, fourth = _halves(right, BLOCK_M, BLOCK_N // 2)
         offs_n = first_n + tl.arange(0, BLOCK_N // 4)
-        _store(U, first, offs_m, offs_n, rows, d, stride_ur, stride_ud)
-        _store(U, second, offs_m, offs_n + BLOCK_N // 4, rows, d, stride_ur, stride_ud)
-        _store(U, third, offs_m, offs_n + BLOCK_N // 2, rows, d, stride_ur, stride_ud)
-        _store(U, fourth, offs_m, offs_n + BLOCK_N // 2 + BLOCK_N // 4, rows, d, stride_ur, stride_ud)
+        _store(U, first, offs_m, offs_n, rows, d, stride_ur, stride_ud, ADD)
+        _store(U, second, offs_m, offs_n + BLOCK_N // 4, rows, d, stride_ur, stride_ud, ADD)
+        _store(U, third, offs_m, offs_n + BLOCK_N // 2, rows, d, stride_ur, stride_ud, ADD)
+        _store(U, fourth, offs_m, offs_n + BLOCK_N // 2 + BLOCK_N // 4, rows, d, stride_ur, stride_ud, ADD)
 
 
 def dot_options(operands: tuple[torch.dtype, ...], precision: str) -> dict[str, object]:
@@ -180,7 +183,7 @@ def dot_options(operands: tuple[torch.dtype, ...], precision: str) -> dict[str, 
     return dict(DTYPE=tl.float32, PRECISION=precision)
 
 
-def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None) -> Tensor:
+def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
     """E G, accumulated in fp32: `naive.product` up to rounding.
 
     Args:
@@ -188,6 +191,7 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
         G: (d, d), symmetric, fp32 or bf16.
         precision: rounding of both operands, one of PRECISIONS.
         out: (rows, d) fp32, written and returned; allocated when None.
+        add: add the product to what `out` holds.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit this description.
@@ -197,6 +201,8 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
     options = dot_options((E.dtype, G.dtype), precision)
     if out is None:
         out = torch.empty(rows, d, dtype=torch.float32, device=E.device)
+        if add:
+            raise ValueError("add: there is no out to add to")
     check("out", out, (rows, d), (torch.float32,), E)
     if out.numel() == 0:
         return out
@@ -214,13 +220,13 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
                 E=TensorDescriptor.from_tensor(E, [config["BLOCK_M"], config["BLOCK_K"]]),
                 G=TensorDescriptor.from_tensor(G, [config["BLOCK_N"], config["BLOCK_K"]]),
                 U=out, rows=rows, d=d, stride_ur=out.stride(0), stride_ud=out.stride(1),
-                enable_fp_fusion=True, **options, **config,
+                ADD=add, enable_fp_fusion=True, **options, **config,
             )  # fmt: skip
             return out
         _product_kernel[(tiles,)](
             E=E, G=G, U=out, rows=rows, d=d,
             stride_er=E.stride(0), stride_ed=E.stride(1), stride_gr=G.stride(0), stride_gd=G.stride(1),
-            stride_ur=out.stride(0), stride_ud=out.stride(1),
+            stride_ur=out.stride(0), stride_ud=out.stride(1), ADD=add,
             enable_fp_fusion=True, **options, **config,
         )  # fmt: skip
     return out

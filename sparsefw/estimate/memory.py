@@ -287,6 +287,8 @@ def _stage_bytes(stage: list[LayerShape], workload: Workload, placement: Placeme
     weight = 2 if workload.gpu else 4
     damped = 4 * d * d if any(METHODS[method].uses_damping for method in config.methods) and config.damp else 0
     operand = 2 * d * d if workload.gpu and config.precision == "bf16" else 0
+    # The Gram matrix as two bf16 terms, for exact products.
+    terms = 4 * d * d if workload.gpu and config.precision in ("tf32", "bf16") else 0
     # Weights, and saliencies when the cross matrices have gone.
     stacked = rows * d * weight + max(0, 4 * rows * d - _cross_bytes(stage, workload))
     if config.target == "dense" and not config.refit:
@@ -295,7 +297,7 @@ def _stage_bytes(stage: list[LayerShape], workload: Workload, placement: Placeme
     if config.keep_zeros:
         # The mask of weights that may be nonzero.
         stacked += rows * d
-    return damped + operand + stacked + _chunk_bytes(rows, d, workload, placement)
+    return damped + operand + terms + stacked + _chunk_bytes(rows, d, workload, placement)
 
 
 def _chunk_bytes(rows: int, d: int, workload: Workload, placement: Placement) -> int:

@@ -83,6 +83,9 @@ def _products(run: PlannedRun, counts: Calls, rows: int, d: int, chunks: int) ->
     G, of_mask, of_direction = (2, 2, 2) if rounded else (4, weight, 4)
     masked, direction = (_product(precisions.precision, d, E, G) for E in (of_mask, of_direction))
     exact = _product(precisions.exact_precision, d, weight, 4)
+    if rounded and run.shape.itemsize == 2:
+        # At most three products of bf16 terms, which are counted as those of "tf32x3" are.
+        exact = "bf16", exact[1]
     steps = 0 if run.vertex_products else counts.steps
     for name, count, (unit, cost_of) in (
         ("target", counts.target, direction),

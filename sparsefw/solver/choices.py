@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsefw.finite import all_finite
-from sparsefw.kernels.backend import Backend
+from sparsefw.kernels.backend import Backend, Terms
 from sparsefw.kernels.topk_torch import masked
 from sparsefw.solver import frank_wolfe, sparsegpt
 from sparsefw.solver.config import PruneConfig
@@ -29,6 +29,7 @@ class Rows:
         target_gap: (rows, d) fp32, the target minus W; None if they are the same, as they are with a refit.
         damped: (d, d) fp32, G damped by the config's `damp` (G itself if that is 0), for methods that use it.
         support: (rows, d) bool, weights that may be nonzero; None: all.
+        exact: G as `Backend.exact_operand` gives it, made once for all rows; None: G itself.
     """
 
     W: Tensor
@@ -39,6 +40,12 @@ class Rows:
     target_gap: Tensor | None = None
     damped: Tensor | None = None
     support: Tensor | None = None
+    exact: Tensor | Terms | None = None
+
+    @property
+    def exact_G(self) -> Tensor | Terms:
+        """G as the operand of exact products."""
+        return self.G if self.exact is None else self.exact
 
     def __getitem__(self, rows: slice) -> "Rows":
         def part(tensor: Tensor | None) -> Tensor | None:
@@ -89,6 +96,7 @@ def choose_frank_wolfe(rows: Rows, config: PruneConfig, backend: Backend) -> Cho
         target_gap=rows.target_gap,
         # Damping made no difference to a mask that a refit starts from and chooses again.
         damped=None if config.refit else rows.damped,
+        exact=rows.exact,
         backend=backend,
     )
     solution = frank_wolfe.solve(
@@ -118,7 +126,7 @@ def choose_frank_wolfe(rows: Rows, config: PruneConfig, backend: Backend) -> Cho
         backend=backend,
     )
     written = fit.Z.to(rows.dtype)
-    error = weight_error(rows.W, written, rows.G, backend=backend)
+    error = weight_error(rows.W, written, rows.exact_G, backend=backend)
     # Compared row by row, with the weights as they are written: no refit makes a row worse.
     better = error < solution.error
     mask = solution.mask
@@ -132,7 +140,7 @@ def choose_saliency(rows: Rows, config: PruneConfig, backend: Backend) -> Choice
     """The warm start's mask."""
     _check_finite(rows)
     mask = backend.lmo(rows.saliency, rows.k, group=config.pattern.group)
-    error = mask_error(rows.W, mask, rows.G, backend=backend)
+    error = mask_error(rows.W, mask, rows.exact_G, backend=backend)
     return Choice(mask, None, error, error, error, None)
 
 
@@ -154,8 +162,8 @@ def choose_weights(prune: PruneRows) -> Callable[[Rows, PruneConfig, Backend], C
         warm = backend.lmo(rows.saliency, rows.k, group=config.pattern.group)
         mask, Z = prune(rows, config)
         written = Z.to(rows.dtype)
-        error = weight_error(rows.W, written, rows.G, backend=backend)
-        error_mask, error_warm_start = (mask_error(rows.W, m, rows.G, backend=backend) for m in (mask, warm))
+        error = weight_error(rows.W, written, rows.exact_G, backend=backend)
+        error_mask, error_warm_start = (mask_error(rows.W, m, rows.exact_G, backend=backend) for m in (mask, warm))
         return Choice(mask, written, error, error_mask, error_warm_start, None)
 
     return choose

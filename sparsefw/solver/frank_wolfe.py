@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsefw.kernels import cpu
-from sparsefw.kernels.backend import TORCH, Backend
+from sparsefw.kernels.backend import TORCH, Backend, Terms
 from sparsefw.kernels.topk_torch import as_float, infinite
 from sparsefw.solver.objective import mask_error
 
@@ -45,6 +45,7 @@ class Problem:
         target_gap: (rows, d) fp32, T - W if masked weights approximate a target T: the error is that of E = T - M * W.
             None if T is W.
         damped: (d, d) fp32, G damped. Masks are chosen on it; errors and bounds are on G. None: masks on G, too.
+        exact: G as `Backend.exact_operand` gives it; None: G itself.
     """
 
     W: Tensor
@@ -57,6 +58,12 @@ class Problem:
     whole_matrix: bool = False
     target_gap: Tensor | None = None
     damped: Tensor | None = None
+    exact: Tensor | Terms | None = None
+
+    @property
+    def exact_G(self) -> Tensor | Terms:
+        """G as the operand of exact products."""
+        return self.G if self.exact is None else self.exact
 
     @property
     def matrix(self) -> Tensor:
@@ -110,6 +117,7 @@ def make_problem(
     alpha: float = 0.0,
     target_gap: Tensor | None = None,
     damped: Tensor | None = None,
+    exact: Tensor | Terms | None = None,
     backend: Backend = TORCH,
 ) -> Problem:
     """A layer's problem with its warm start and, as the paper proposes, a part of it fixed (alpha-fixing).
@@ -119,11 +127,11 @@ def make_problem(
     entries.
 
     Args:
-        W, G, saliency, k, group, whole_matrix, target_gap, damped: see `Problem`.
+        W, G, saliency, k, group, whole_matrix, target_gap, damped, exact: see `Problem`.
         alpha: fraction of the kept entries fixed, 0 to 1.
         backend: as in `solve`.
     """
-    problem = Problem(W, G, saliency, k, torch.empty(0), None, group, whole_matrix, target_gap, damped)
+    problem = Problem(W, G, saliency, k, torch.empty(0), None, group, whole_matrix, target_gap, damped, exact)
     warm = _lmo(backend, problem, saliency)
     fixed = None
     if alpha:
@@ -167,7 +175,7 @@ def solve(
     if problem.whole_matrix and (penalty or swaps or problem.group):
         raise ValueError("whole_matrix: one step size over the matrix has no penalty, no swaps and no groups")
     E = backend.removed(problem.W, problem.warm, problem.target_gap)
-    product = backend.exact_product(E, problem.G)
+    product = backend.exact_product(E, problem.exact_G)
     error_warm_start = backend.row_errors(E, product)
     # Without damping, the iteration starts from this very product.
     R = product if problem.matrix is problem.G else None
@@ -191,7 +199,7 @@ def solve(
         R = backend.exact_product(backend.removed(problem.W, mask, problem.target_gap), problem.matrix)
         backend.row_swaps(problem.W, problem.matrix, R, mask, swaps, group=problem.group, fixed=problem.fixed)
         del R
-    error = mask_error(problem.W, mask, problem.G, problem.target_gap, backend=backend)
+    error = mask_error(problem.W, mask, problem.exact_G, problem.target_gap, backend=backend)
     _check_finite(torch.cat([*finite, error]))
     if fallback_to_warm_start:
         better = error < error_warm_start
@@ -214,7 +222,9 @@ def iterate(
         steps, step_rule, penalty, backend: as in `solve`.
     """
     W, k, group = problem.W, problem.k, problem.group
-    G = backend.operand(problem.matrix)
+    exact = problem.exact_G if problem.matrix is problem.G and backend.precision == "bf16" else None
+    # The first of the terms is the operand, made once for all rows.
+    G = exact.high if isinstance(exact, Terms) else backend.operand(problem.matrix)
     state = _start(problem, R, G, backend)
     # With one budget, the row step sees the matrix as one row. No GPU program can hold it, so torch does the step.
     operations, shape = (TORCH, (1, -1)) if problem.whole_matrix else (backend, W.shape)

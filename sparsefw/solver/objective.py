@@ -5,7 +5,7 @@ error = ||(T - Z) X||_F^2 = sum(E * (E G)),   E = T - Z,   G = X X^T        Z = 
 
 from torch import Tensor
 
-from sparsefw.kernels.backend import TORCH, Backend
+from sparsefw.kernels.backend import TORCH, Backend, Terms
 
 # The damping of an input counts its diagonal entry as at least this share of the median entry. Without it, the weights
 # of a nearly dead input could become huge and ruin the first text in which the input is alive.
@@ -27,12 +27,12 @@ def damped(G: Tensor, damp: float) -> Tensor:
 
 
 def mask_error(
-    W: Tensor, mask: Tensor, G: Tensor, target_gap: Tensor | None = None, *, backend: Backend = TORCH
+    W: Tensor, mask: Tensor, G: Tensor | Terms, target_gap: Tensor | None = None, *, backend: Backend = TORCH
 ) -> Tensor:
-    """Error of a binary mask of unchanged weights, one number per row, (rows,) fp32."""
+    """Error of a binary mask of unchanged weights, one number per row, (rows,) fp32; G as in `Backend.errors`."""
     return backend.errors(backend.removed(W, mask, target_gap), G)
 
 
-def weight_error(T: Tensor, Z: Tensor, G: Tensor, *, backend: Backend = TORCH) -> Tensor:
-    """Error of weights Z that approximate T, one number per row, (rows,) fp32."""
+def weight_error(T: Tensor, Z: Tensor, G: Tensor | Terms, *, backend: Backend = TORCH) -> Tensor:
+    """Error of weights Z that approximate T, one number per row, (rows,) fp32; G as in `Backend.errors`."""
     return backend.errors(T.float() - Z.float(), G)

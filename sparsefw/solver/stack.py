@@ -66,7 +66,8 @@ def stack_rows(
     saliencies = [saliency(part, G.diagonal()) for part in W[: sum(lengths)].split(lengths)]
     k = _kept(saliencies, config, whole_matrix=method == "sparsefw" and config.whole_matrix, padding=padding)
     S = _stack_padded(saliencies, len(W), torch.float32)
-    return Rows(W, G, S, k, stack[0].weight.dtype, target_gap, H, support)
+    exact = backend.exact_operand(G, stack[0].weight.dtype)
+    return Rows(W, G, S, k, stack[0].weight.dtype, target_gap, H, support, exact)
 
 
 def _kept(saliencies: list[Tensor], config: PruneConfig, *, whole_matrix: bool, padding: int) -> int | Tensor:

@@ -77,6 +77,43 @@ class TestPrecision:
         assert torch.equal(backend.product(operand, backend.operand(G)), backend.product(X, G))
 
     @OPERATIONS
+    @pytest.mark.parametrize("precision", ["tf32", "bf16"])
+    @pytest.mark.parametrize("kind", ["mask", "written", "target"])
+    def test_errors_of_terms_are_those_of_float64(self, kind, precision, operations):
+        """For removed and for written weights, and for fp32 targets.
+
+        Inputs with a common part, weights of random sign: the terms of a row's error cancel, so its rounding is large
+        beside it. These rows are within 2e-5, and their sum, in which roundings cancel, within 1e-6.
+        """
+        backend, W, G = Backend(operations, precision), normal(60, 300, dtype=torch.bfloat16), gram(300)
+        T = W.float() if kind == "written" else W.float() + 0.1 * normal(60, 300, seed=2)
+        kept = uniform(60, 300, seed=3) < 0.4
+        Z = (T * kept * (1 + 0.1 * normal(60, 300, seed=4))).bfloat16().float()
+        E = W * ~kept if kind == "mask" else T - Z
+        exact = backend.exact_operand(G, torch.bfloat16)
+        assert isinstance(exact, module.Terms)
+        truth = (E.double() * (E.double() @ G.double())).sum(1)
+        errors = backend.errors(E, exact).double()
+        assert ((errors - truth).abs() <= 2e-5 * truth).all()
+        assert (errors.sum() - truth.sum()).abs() <= 1e-6 * truth.sum()
+        # The rounded matrix alone would not do.
+        alone = backend.errors(E, module.Terms(exact.high, None)).double()
+        assert ((alone - truth).abs() > 2e-4 * truth).any()
+
+    @pytest.mark.parametrize("precision", PRECISIONS)
+    def test_terms_are_for_16_bit_weights_on_tensor_cores(self, precision):
+        G = gram(12)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            operand = Backend(cpu, precision).exact_operand(G, dtype)
+            assert (operand is G) == (precision in ("ieee", "tf32x3") or dtype == torch.float32)
+
+    def test_terms_hold_16_bits(self):
+        X = normal(37, 131) * 10.0 ** (20 * uniform(37, 131, seed=1) - 10)
+        terms = module.split(X)
+        assert ((terms.high.double() + terms.low.double() - X.double()).abs() <= 2.0**-16 * X.abs()).all()
+        assert module.split(X.bfloat16()).low is None
+
+    @OPERATIONS
     @pytest.mark.parametrize("precision", PRECISIONS)
     @pytest.mark.parametrize(("rows", "d"), SHAPES)
     def test_errors_are_exact_whatever_the_precision(self, rows, d, precision, operations):

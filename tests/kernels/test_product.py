@@ -103,6 +103,22 @@ def test_unaligned_operands_are_read_without_descriptors(monkeypatch):
         assert_near(product(E, G, precision="tf32"), expected, naive.product(E.double(), G.double()))
 
 
+@pytest.mark.parametrize("through", ["descriptors", "pointers"])
+def test_product_adds_to_what_there_is(backend, through, monkeypatch):
+    config = dict(BLOCK_M=64, BLOCK_N=128 if through == "descriptors" else 64, BLOCK_K=32, GROUP_M=2)
+    monkeypatch.setattr(product_module, "configuration", lambda *_, **__: config)
+    E, G, start = normal(150, 264, dtype=torch.bfloat16), gram(264).bfloat16(), 1000 * normal(150, 264, seed=1)
+    out = start.clone()
+    assert backend.product(E, G, precision="bf16", out=out, add=True) is out
+    plain, truth = naive.product(E, G, out=start.clone(), add=True), start.double() + E.double() @ G.double()
+    assert_near(out, plain, truth)
+
+
+def test_product_has_something_to_add_to():
+    with pytest.raises(ValueError, match="add: there is no out"):
+        product(normal(3, 4), gram(4), add=True)
+
+
 def test_product_repeats_bit_by_bit(backend):
     E, G = normal(150, 260), gram(260)
     assert torch.equal(backend.product(E, G, precision="tf32"), backend.product(E, G, precision="tf32"))
