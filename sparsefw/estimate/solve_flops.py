@@ -54,21 +54,34 @@ def _operation(
         yield Operation("solve", name, unit, count * chunks, times(split(cost_of, rows, chunks), count))
 
 
-def _product(unit: str, d: int, E: int, G: int) -> tuple[str, Callable[[int], Cost]]:
+def _product(unit: str, d: int, E: int, G: int, *, terms: int = 1) -> tuple[str, Callable[[int], Cost]]:
     """The unit of a product of rows with G, and the cost of the product by the number of rows.
 
     Args:
         unit: precision of the product; "tf32x3" is three products in tf32.
         d: width of the rows.
         E, G: bytes of an entry of each operand.
+        terms: products of terms that make this one.
     """
-    products = 3 if unit == "tf32x3" else 1
+    products = 3 if unit == "tf32x3" else terms
 
     def cost_of(rows: int) -> Cost:
         once = cost.product(rows, d, E=E, G=G)
         return Cost(products * once.flops, once.bytes)
 
     return ("tf32" if unit == "tf32x3" else unit), cost_of
+
+
+def _exact_product(run: PlannedRun, d: int, terms: int) -> tuple[str, Callable[[int], Cost]]:
+    """As `_product`, for a product that is as good as in fp32.
+
+    `terms` are the products of bf16 terms that make it where weights have 16 bits: two with masked weights, three with
+    differences of weights.
+    """
+    precision = run.workload.precisions.precision
+    if precision in ("tf32", "bf16") and run.shape.itemsize == 2:
+        return _product("bf16", d, 2, 4, terms=terms)
+    return _product(run.workload.precisions.exact_precision, d, _weight_bytes(run), 4)
 
 
 def _weight_bytes(run: PlannedRun) -> int:
@@ -82,17 +95,15 @@ def _products(run: PlannedRun, counts: Calls, rows: int, d: int, chunks: int) ->
     rounded = run.workload.config.precision == "bf16"
     G, of_mask, of_direction = (2, 2, 2) if rounded else (4, weight, 4)
     masked, direction = (_product(precisions.precision, d, E, G) for E in (of_mask, of_direction))
-    exact = _product(precisions.exact_precision, d, weight, 4)
-    if rounded and run.shape.itemsize == 2:
-        # At most three products of bf16 terms, which are counted as those of "tf32x3" are.
-        exact = "bf16", exact[1]
+    of_weights = counts.errors_of_weights
     steps = 0 if run.vertex_products else counts.steps
     for name, count, (unit, cost_of) in (
         ("target", counts.target, direction),
         ("start", counts.starts, masked),
         ("step", steps, masked),
         ("refit", counts.refits, direction),
-        ("error", counts.errors, exact),
+        ("error", counts.errors - of_weights, _exact_product(run, d, terms=2)),
+        ("error", of_weights, _exact_product(run, d, terms=3)),
     ):
         yield from _operation(name, unit, count, cost_of, rows, chunks)
 
@@ -107,7 +118,7 @@ def _cross_products(run: PlannedRun, stage: list[LayerShape], rows: int, d: int,
         unit, cost_of = _product(precisions.precision, d, min(weight, operand), operand)
         yield from _operation("cross", unit, 1, cost_of, rows, chunks)
     if "writes" in ways:
-        unit, cost_of = _product(precisions.exact_precision, d, weight, 4)
+        unit, cost_of = _exact_product(run, d, terms=2)
         yield from _operation("cross", unit, 1, cost_of, rows, chunks)
 
 

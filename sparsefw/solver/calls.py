@@ -23,6 +23,7 @@ class Calls:
         refits: products of refits.
         fits: refits; each is one product and one more for every conjugate-gradient step.
         errors: exact products, for errors and swaps.
+        errors_of_weights: those among them for errors of weights that were changed.
         row_steps, lmos, roundings, row_swaps: calls of these operations; a rounding is an operation of its own.
     """
 
@@ -32,6 +33,7 @@ class Calls:
     refits: int = 0
     fits: int = 0
     errors: int = 0
+    errors_of_weights: int = 0
     row_steps: int = 0
     lmos: int = 0
     roundings: int = 0
@@ -60,7 +62,8 @@ def calls(method: str, config: PruneConfig, uses_dense_target: bool) -> Calls:
     if method != "sparsefw":
         # A mask by saliency has one error. Chosen weights have their own, that of their mask and that of the warm
         # start.
-        return Calls(errors=1 if METHODS[method].saliency == method else 3, lmos=1)
+        masks_only = METHODS[method].saliency == method
+        return Calls(errors=1 if masks_only else 3, errors_of_weights=int(not masks_only), lmos=1)
     steps, refit, rounds = config.steps, config.refit, config.rounds
     restarts = bool(refit and rounds)
     more_steps = round(RESTART * steps) if restarts else 0
@@ -75,6 +78,7 @@ def calls(method: str, config: PruneConfig, uses_dense_target: bool) -> Calls:
         refits=fits * (1 + refit),
         fits=fits,
         errors=2 + bool(config.swaps) + bool(refit),
+        errors_of_weights=int(bool(refit)),
         row_steps=steps + more_steps,
         # One for the warm start, one for fixed entries. Then the bounds and the first vertex. The second Frank-Wolfe
         # takes its warm start and its first vertex. Each round takes one.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsefw.kernels.backend import Backend
+from sparsefw.kernels.backend import Backend, Terms
 from sparsefw.solver import patterns
 from sparsefw.solver.choices import Rows
 from sparsefw.solver.chunks import ROW_UNIT, by_chunks
@@ -50,11 +50,12 @@ def stack_rows(
     dtype = torch.float32 if G.device.type == "cpu" else stack[0].weight.dtype
     W = _stack_padded([member.weight for member in stack], sum(lengths) + padding, dtype)
     support = W != 0 if config.keep_zeros else None
+    exact = backend.exact_operand(G, stack[0].weight.dtype)
     target_gap, H = None, damped(G, config.damp) if METHODS[method].uses_damping else None
     if any(member.cross is not None for member in stack):
         assert H is not None
         target_gap, start = None if config.refit else torch.empty_like(W, dtype=torch.float32), 0
-        for T in _targets(stack, W, G, H, support, memory, backend):
+        for T in _targets(stack, W, exact, H, support, memory, backend):
             rows = slice(start, start + len(T))
             # A refit starts from the target. Without one, only the mask can be chosen for it.
             if target_gap is None:
@@ -66,7 +67,6 @@ def stack_rows(
     saliencies = [saliency(part, G.diagonal()) for part in W[: sum(lengths)].split(lengths)]
     k = _kept(saliencies, config, whole_matrix=method == "sparsefw" and config.whole_matrix, padding=padding)
     S = _stack_padded(saliencies, len(W), torch.float32)
-    exact = backend.exact_operand(G, stack[0].weight.dtype)
     return Rows(W, G, S, k, stack[0].weight.dtype, target_gap, H, support, exact)
 
 
@@ -95,9 +95,17 @@ def _stack_padded(parts: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def _targets(
-    stack: list[Member], W: Tensor, G: Tensor, H: Tensor, support: Tensor | None, memory: int | None, backend: Backend
+    stack: list[Member],
+    W: Tensor,
+    G: Tensor | Terms,
+    H: Tensor,
+    support: Tensor | None,
+    memory: int | None,
+    backend: Backend,
 ) -> Iterator[Tensor]:
-    """The targets of stacked rows W, in chunks of rows, (rows, d) fp32; see `stack_rows`. H is the damped G.
+    """The targets of stacked rows W, in chunks of rows, (rows, d) fp32.
+
+    G comes from `Backend.exact_operand`, and H is the damped Gram matrix. For the other arguments see `stack_rows`.
 
     The target of a layer without a cross matrix is its weight, and that of the padding is zero.
     """

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsefw.kernels.backend import TORCH, Backend
+from sparsefw.kernels.backend import TORCH, Backend, Terms
 from sparsefw.solver.refit import descend
 
 
@@ -43,7 +43,7 @@ class Cross:
 
 
 def cross_rows(
-    crosses: Sequence[tuple[Cross | None, int]], first: int, W: Tensor, G: Tensor, *, backend: Backend = TORCH
+    crosses: Sequence[tuple[Cross | None, int]], first: int, W: Tensor, G: Tensor | Terms, *, backend: Backend = TORCH
 ) -> Tensor:
     """Rows of B for stacked layers that read one input, (rows, d) fp32.
 
@@ -51,7 +51,7 @@ def cross_rows(
         crosses: what was measured of each layer, and its rows; None: the layer is to be approximated itself.
         first: number of the first row in the stack.
         W: (rows, d) these rows of the stack. Rows behind the last layer are padding.
-        G: (d, d) fp32 Gram matrix, not damped.
+        G: (d, d) Gram matrix, not damped, from `Backend.exact_operand`.
         backend: the operations.
     """
     # All rows are multiplied at once, so that a row's result does not depend on the layers beside it.
