@@ -31,12 +31,21 @@ class Terms:
     low: Tensor | None
 
 
+# Rows that are split at once.
+SPLIT = 1024
+
+
 def split(X: Tensor) -> Terms:
     """X (rows, d) as terms; a bf16 matrix has one."""
     if X.dtype == torch.bfloat16:
         return Terms(X, None)
     high = X.bfloat16()
-    return Terms(high, torch.sub(X, high).bfloat16())
+    low = torch.empty_like(high)
+    # Some rows at a time, so that no second fp32 matrix is allocated.
+    for rows in range(0, len(X), SPLIT):
+        part = slice(rows, rows + SPLIT)
+        low[part] = torch.sub(X[part], high[part])
+    return Terms(high, low)
 
 
 # The kernels that `--kernel` names, and the module with the operations of each.

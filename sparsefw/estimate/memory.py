@@ -285,8 +285,11 @@ def _stage_bytes(stage: list[LayerShape], workload: Workload, placement: Placeme
     config, d = workload.config, stage[0].d
     rows = -(-sum(layer.rows for layer in stage) // ROW_UNIT) * ROW_UNIT
     weight = 2 if workload.gpu else 4
-    damped = 4 * d * d if any(METHODS[method].uses_damping for method in config.methods) and config.damp else 0
-    operand = 2 * d * d if workload.gpu and config.precision == "bf16" else 0
+    rounded = workload.gpu and config.precision == "bf16"
+    uses_damping = any(METHODS[method].uses_damping for method in config.methods)
+    damped = (2 if rounded and config.refit else 4) * d * d if uses_damping and (config.damp or rounded) else 0
+    # Without a refit the damped matrix is rounded for each chunk.
+    operand = 2 * d * d if rounded and not config.refit else 0
     # The Gram matrix as two bf16 terms, for exact products.
     terms = 4 * d * d if workload.gpu and config.precision in ("tf32", "bf16") else 0
     # Weights, and saliencies when the cross matrices have gone.

@@ -27,7 +27,8 @@ class Rows:
         k: kept weights per row, an int or an int64 tensor (rows,); per group under n:m; in all under `whole_matrix`.
         dtype: the checkpoint's dtype, to which weights are rounded in the end.
         target_gap: (rows, d) fp32, the target minus W; None if they are the same, as they are with a refit.
-        damped: (d, d) fp32, G damped by the config's `damp` (G itself if that is 0), for methods that use it.
+        damped: (d, d) G damped by the config's `damp`, for methods that use it; fp32, or bf16 where it is an operand
+            of products that round it to bf16.
         support: (rows, d) bool, weights that may be nonzero; None: all.
         exact: G as `Backend.exact_operand` gives it, made once for all rows; None: G itself.
     """

@@ -230,7 +230,7 @@ def iterate(
     operations, shape = (TORCH, (1, -1)) if problem.whole_matrix else (backend, W.shape)
     tensors = [x.view(shape) for x in (state.M, state.R, state.U, state.V, state.E)]
     fixed, target_gap = (None if x is None else x.view(shape) for x in (problem.fixed, problem.target_gap))
-    diag = problem.matrix.diagonal().contiguous()
+    diag = problem.matrix.diagonal().float().contiguous()
     multiply = backend.product_of_vertex(W, G, problem.target_gap, V=state.V, E=state.E, out=state.U)
 
     def step(theta: float | Tensor, next_theta: float | Tensor, eta: float | Tensor | None = None) -> None:

@@ -3,6 +3,7 @@
 error = ||(T - Z) X||_F^2 = sum(E * (E G)),   E = T - Z,   G = X X^T        Z = M * W for a mask of unchanged weights
 """
 
+import torch
 from torch import Tensor
 
 from sparsefw.kernels.backend import TORCH, Backend, Terms
@@ -12,17 +13,22 @@ from sparsefw.kernels.backend import TORCH, Backend, Terms
 FLOOR = 0.01
 
 
-def damped(G: Tensor, damp: float) -> Tensor:
-    """A copy of G (d, d) with damp max(diag G, FLOOR median(diag G)) added to its diagonal; G itself if damp is 0.
+def damped(G: Tensor, damp: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A copy of G (d, d) with damp max(diag G, FLOOR median(diag G)) added to its diagonal.
 
     Damping treats every input as slightly more independent of the others. It draws refitted weights towards the layer's
     own, and masks towards the weights that matter most by themselves.
+
+    Args:
+        G: (d, d) fp32.
+        damp: share of the diagonal that is added.
+        dtype: dtype of the result. In fp32 and without damping it is G itself.
     """
     if not damp:
-        return G
+        return G.to(dtype)
     diagonal = G.diagonal()
-    H = G.clone()
-    H.diagonal().add_(diagonal.clamp(min=FLOOR * diagonal.median().item()) * damp)
+    H = G.to(dtype, copy=True)
+    H.diagonal().copy_(diagonal + diagonal.clamp(min=FLOOR * diagonal.median().item()) * damp)
     return H
 
 

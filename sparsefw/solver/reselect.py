@@ -55,7 +55,7 @@ def reselect(
     """
     W, G = problem.W, problem.G
     # Converted once, for all refits.
-    inverse, root, G_operand = inverse_diagonal(G), G.diagonal().sqrt(), backend.operand(G)
+    inverse, root, G_operand = inverse_diagonal(G), G.diagonal().float().sqrt(), backend.operand(G)
 
     def fit(mask: Tensor, start: Tensor) -> Fit:
         if support is not None:

@@ -51,7 +51,9 @@ def stack_rows(
     W = _stack_padded([member.weight for member in stack], sum(lengths) + padding, dtype)
     support = W != 0 if config.keep_zeros else None
     exact = backend.exact_operand(G, stack[0].weight.dtype)
-    target_gap, H = None, damped(G, config.damp) if METHODS[method].uses_damping else None
+    # Refits and targets only multiply with the damped matrix. Swaps of masks need it exactly.
+    of_products = torch.bfloat16 if config.refit and backend.precision == "bf16" else torch.float32
+    target_gap, H = None, damped(G, config.damp, of_products) if METHODS[method].uses_damping else None
     if any(member.cross is not None for member in stack):
         assert H is not None
         target_gap, start = None if config.refit else torch.empty_like(W, dtype=torch.float32), 0
@@ -105,7 +107,7 @@ def _targets(
 ) -> Iterator[Tensor]:
     """The targets of stacked rows W, in chunks of rows, (rows, d) fp32.
 
-    G comes from `Backend.exact_operand`, and H is the damped Gram matrix. For the other arguments see `stack_rows`.
+    G comes from `Backend.exact_operand`, and H is the damped matrix. For the other arguments see `stack_rows`.
 
     The target of a layer without a cross matrix is its weight, and that of the padding is zero.
     """

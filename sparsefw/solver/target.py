@@ -84,7 +84,7 @@ def find_target(
 
     Args:
         W: (rows, d) the layer's weight, fp32 / bf16 / fp16.
-        G: (d, d) fp32 Gram matrix, already damped.
+        G: (d, d) Gram matrix, already damped; fp32, or from `Backend.operand`.
         B: (rows, d) fp32 cross matrix; overwritten.
         steps: number of conjugate-gradient steps; each is one product.
         support: (rows, d) bool, weights that may change; None: all.
