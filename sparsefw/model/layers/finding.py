@@ -108,7 +108,7 @@ def _roles(layers: list[Layer], trace: Trace, outputs: Outputs, output: Tensor) 
             if only and ends:
                 way = "writes"
                 writes[layer.name] = Write(stream, behind)
-        saves = way != "outputs" and any(stream.call <= use.call < made.call for use in trace.uses)
+        saves = way != "outputs" and any(stream.call < use.call < made.call for use in trace.uses)
         roles[layer.name] = Role(segment, way, saves and trace.enough(made, stream))
     before = [layer for layer in layers if trace.call_of(layer.name) < (trace.attention or 0)]
     return Survey(layers, roles, cuts, inputs, writes, len(before))
