@@ -61,8 +61,10 @@ class _Sums:
         if layer.name not in self.streams:
             self.streams[layer.name] = torch.zeros(layer.weight.shape, dtype=torch.float32, device=X.device)
         # Rounded only once: torch subtracts in fp32.
-        gap = S - h if layer.bias is None else S.float() - h - layer.bias
-        self._backend.cross_accumulate(self.streams[layer.name], gap.to(X.dtype), X)
+        self._backend.cross_accumulate(self.streams[layer.name], (S - h).to(X.dtype), X)
+        if layer.bias is not None:
+            # Apart from the gap, which it would make a number with more digits.
+            self.streams[layer.name].addr_(layer.bias.float(), X.float().sum(0), alpha=-1)
 
     def captured(self) -> Captured:
         """The matrices by layer."""
