@@ -1,6 +1,7 @@
 """A block of a tiny model in two states: dense, and as if blocks and layers before had been pruned."""
 
 import copy
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import torch
@@ -11,15 +12,19 @@ from torch import Tensor, nn
 from sparsefw import checkpoint
 from sparsefw.model import HiddenStates, StreamedModel, embed
 from sparsefw.model.activations import DeviceActivations
-from sparsefw.model.layers import Pair, Stage, Survey, stages, survey
+from sparsefw.model.layers import Layer, Pair, Stage, Survey, stages, survey
 
 
-def damaged_pair(folder, tokens=TOKENS, new_activations=DeviceActivations) -> Pair:
-    """The first block of a model. The pruned model's windows and its first matrix have lost a part."""
+def damaged_pair(folder, tokens=TOKENS, new_activations=DeviceActivations, loss: float = 1) -> Pair:
+    """The first block of a model. The pruned model's windows have lost this part of every third entry."""
     model = StreamedModel(checkpoint.inspect(folder), DEVICE)
     dense = embed(model, tokens, 2, new_activations)
     block = model.open(0)
-    return _damaged(Pair(0, dense.fork(), dense, copy.deepcopy(block)))
+    for name, parameter in block.named_parameters():
+        # Models begin with biases of zero.
+        if name.endswith("bias"):
+            parameter.data.copy_(torch.linspace(-0.5, 0.5, parameter.numel()).view_as(parameter))
+    return _damaged(Pair(0, dense.fork(), dense, copy.deepcopy(block)), loss)
 
 
 def damaged_module(block: nn.Module, batches: list[Tensor], arguments: tuple = ()) -> Pair:
@@ -29,16 +34,21 @@ def damaged_module(block: nn.Module, batches: list[Tensor], arguments: tuple = (
     states = HiddenStates(model, DeviceActivations, DeviceActivations(), [[(arguments, {})] for _ in batches])
     for batch in batches:
         states.hidden.append(batch.to(DEVICE))
-    return _damaged(Pair(0, states.fork(), states, copy.deepcopy(block)))
+    return _damaged(Pair(0, states.fork(), states, copy.deepcopy(block)), 1)
 
 
-def _damaged(pair: Pair) -> Pair:
+def _damaged(pair: Pair, loss: float) -> Pair:
     for j in range(len(pair.pruned)):
         hidden = pair.pruned.hidden[j]
-        pair.pruned.hidden[j] = hidden * (torch.arange(hidden.shape[-1], device=hidden.device) % 3 > 0)
-    first = next(p for p in pruned_block(pair).parameters() if p.dim() == 2)
-    first.data[:, ::2] = 0
+        lost = loss * (torch.arange(hidden.shape[-1], device=hidden.device) % 3 == 0)
+        pair.pruned.hidden[j] = (hidden.float() * (1 - lost)).to(hidden.dtype)
     return pair
+
+
+def damage(layers: Iterable[Layer], loss: float = 1) -> None:
+    """Change layers as pruning does: every third input loses this part of its weights."""
+    for layer in layers:
+        layer.weight[:, 1::3] *= 1 - loss
 
 
 def pruned_block(pair: Pair) -> nn.Module:

@@ -42,11 +42,37 @@ FAMILIES = {
     "qwen3_moe": {"decoder_sparse_step": 1, **_EXPERTS},
 }
 
+_GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48}
+
+# Blocks that are made otherwise: parallel branches, transposed weights, biases, scaled sums, norms behind layers,
+# linear attention, state spaces. `model_type` is given where it is not the name.
+OTHERS = {
+    "llama with biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "gpt2": _GPT,
+    "bloom": {"n_layer": 3, "n_head": 4},
+    "gptj": {"rotary_dim": 4, **_GPT},
+    "cohere": {},
+    "granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    "olmo2": {},
+    "mamba": {"state_size": 8, "expand": 2, "time_step_rank": 4},
+    "qwen3_next": {
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "shared_expert_intermediate_size": 40,
+        "decoder_sparse_step": 1,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        **_EXPERTS,
+    },
+}
+
 
 def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Path:
     """A random checkpoint of a family with a byte-level tokenizer; `changes` go into its config."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **(_COMMON | FAMILIES[family] | changes))
+    options = _COMMON | {"model_type": family} | (FAMILIES | OTHERS)[family] | changes
+    config = AutoConfig.for_model(**options)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for parameter in model.parameters():
         # With the usual initialisation, all logits would be nearly equal.

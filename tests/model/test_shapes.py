@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers.families import FAMILIES, TOKENS, save_model
+from helpers.families import FAMILIES, OTHERS, TOKENS, save_model
 
 from sparsefw import checkpoint
 from sparsefw.model import StreamedModel, embed, shape_of
@@ -27,7 +27,7 @@ def test_layer_names_are_those_that_calibration_finds(family, tmp_path):
         states, seen = embed(model, TOKENS, len(TOKENS)), []
         for i, block in enumerate(model.blocks):
             model.open(i)
-            found = survey(block, functools.partial(states.output, i, 0))
+            found = survey(block, functools.partial(states.call, i, 0), states.hidden[0])
             seen += [f"{model.names[i]}.{layer.name}" for layer in found.layers]
             states.advance(i)
     assert set(names) == set(seen)
@@ -77,7 +77,24 @@ def test_stages_of_a_selected_shape_are_those_of_the_block(family, left_out, tmp
     some = shape(folder).selected(lambda name: left_out not in name)
     with StreamedModel(checkpoint.inspect(folder), torch.device("cpu")) as model:
         states, block = embed(model, TOKENS, 2), model.open(0)
-        order = stages(block, functools.partial(states.output, 0, 0), lambda name: left_out not in name)
+        found = survey(block, functools.partial(states.call, 0, 0), states.hidden[0], lambda name: left_out not in name)
     keys = list(dict.fromkeys(layer.gram for layer in some.blocks[0].layers))
-    assert keys == [kind_of(stage.key) for stage in order]
-    assert some.blocks[0].ahead == (bool(order) and not order[-1].moves)
+    assert keys == [kind_of(stage.key) for stage in stages(found)]
+    assert {layer.name: layer.role for layer in some.blocks[0].layers} == found.roles
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_roles_are_those_that_calibration_finds(family, tmp_path):
+    """Though all weights of a shape are zero."""
+    folder = save_model(tmp_path, family)
+    blocks = shape(folder).blocks
+    with StreamedModel(checkpoint.inspect(folder), torch.device("cpu")) as model:
+        states = embed(model, TOKENS, 2)
+        for i, block in enumerate(model.blocks):
+            model.open(i)
+            found = survey(block, functools.partial(states.call, i, 0), states.hidden[0])
+            roles = {kind_of(name): role for name, role in found.roles.items()}
+            assert {layer.name: layer.role for layer in blocks[i].layers} == roles
+            assert blocks[i].attention == found.attention
+            states.advance(i)

@@ -1,80 +1,178 @@
 """Stages: which layers are pruned together, and how much of the block each of them runs."""
 
-import copy
-import functools
-
 import pytest
 import torch
-from helpers.damaged import damaged_pair
-from helpers.families import save_model
+from helpers.damaged import damaged_module, damaged_pair, pruned_block, stages_of, surveyed, whole_runs
+from helpers.families import FAMILIES, OTHERS, save_model
 from torch import nn
 
 from sparsefw.kernels.backend import TORCH
-from sparsefw.model.layers import Stage, capture, dense_outputs, stages
+from sparsefw.model.layers import capture, dense_outputs, kind_of, stages, survey
+
+# By family, the stages of its first block, one a line: layers that share an input (their last part is enough to know
+# them by), how they are measured, the cut that the stage starts at (0 is the block's input), the function that makes
+# their input, whether it can be kept, and the cut that the dense model moves on to.
+LLAMA = """
+    q_proj k_proj v_proj   reads    0  mul
+    o_proj                 writes   0  reshape  kept  to 1
+    gate_proj up_proj      reads    1  mul
+    down_proj              writes   1  mul      kept
+"""
+# A norm or a factor lies between a layer and the sum.
+READING = LLAMA.replace("writes", "reads ")
+EXPERTS = """
+    q_proj k_proj v_proj   reads    0  mul
+    o_proj                 writes   0  reshape  kept  to 1
+    gate_up_proj*          outputs  1
+    down_proj*             outputs  1
+"""
+SHARED_EXPERT = """
+    gate_proj up_proj      reads    1  view
+    down_proj              reads    1  mul
+    gate_up_proj*          outputs  1
+    down_proj*             outputs  1
+"""
+STAGES = {
+    **dict.fromkeys(("llama", "llama with biases", "qwen2", "qwen3", "mistral"), LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3_text", "granite"), READING),
+    # It has no norm before a layer.
+    "olmo2": """
+    q_proj k_proj v_proj   reads    0  block
+    o_proj                 reads    0  reshape  kept  to 1
+    gate_proj up_proj      reads    1  add
+    down_proj              reads    1  mul      kept
+""",
+    "phi3": """
+    qkv_proj               reads    0  mul
+    o_proj                 writes   0  reshape  kept  to 1
+    gate_up_proj           reads    1  mul
+    down_proj              writes   1  mul      kept
+""",
+    "opt": """
+    q_proj k_proj v_proj   reads    0  layer_norm
+    out_proj               writes   0  reshape  kept  to 1
+    fc1                    reads    1  layer_norm
+    fc2                    writes   1  relu     kept
+""",
+    "gpt2": """
+    c_attn                 reads    0  view
+    c_proj                 writes   0  view     kept  to 1
+    c_fc                   reads    1  view
+    c_proj                 writes   1  view     kept
+""",
+    "bloom": """
+    query_key_value        reads    0  layer_norm
+    dense                  writes   0  reshape  kept  to 1
+    dense_h_to_4h          reads    1  layer_norm
+    dense_4h_to_h          writes   1  mul      kept
+""",
+    # Parallel branches: no tensor is enough to go on from.
+    "gpt_neox": """
+    query_key_value        reads    0  layer_norm
+    dense                  outputs  0
+    dense_h_to_4h          reads    0  layer_norm
+    dense_4h_to_h          outputs  0
+""",
+    "gptj": """
+    q_proj k_proj v_proj fc_in  reads    0  layer_norm
+    out_proj               outputs  0
+    fc_out                 outputs  0
+""",
+    "cohere": """
+    q_proj k_proj v_proj gate_proj up_proj  reads  0  mul
+    o_proj                 outputs  0
+    down_proj              outputs  0
+""",
+    "mamba": """
+    in_proj                reads    0  mul
+    x_proj                 reads    0  transpose
+    out_proj               writes   0  transpose  kept
+""",
+    "mixtral": EXPERTS,
+    "qwen3_moe": EXPERTS,
+    "qwen2_moe": """
+    q_proj k_proj v_proj   reads    0  mul
+    o_proj                 writes   0  reshape  kept  to 1
+"""
+    + SHARED_EXPERT,
+    "qwen3_next": """
+    in_proj_qkvz in_proj_ba  reads    0  mul
+    out_proj               writes   0  reshape  kept  to 1
+"""
+    + SHARED_EXPERT,
+}
+
+
+def described(pair):
+    """The stages of a block in the words of the table."""
+    found = surveyed(pair)
+    cuts, lines = [0, *(cut.call for cut in found.cuts)], []
+    for stage in stages(found):
+        layers = [layer for layer in found.layers if kind_of(layer.gram) == stage.key]
+        ways = {found.roles[layer.name].way for layer in layers}
+        kinds = dict.fromkeys(kind_of(layer.name).removesuffix(".weight").split(".")[-1] for layer in layers)
+        line = [*kinds, *ways, str(cuts.index(stage.start.call))]
+        line += [stage.input.function or "block"] if stage.input else []
+        line += ["kept"] * stage.keepable + (["to", str(cuts.index(stage.behind.call))] if stage.behind else [])
+        lines.append(line)
+    return lines
+
+
+def in_words(text):
+    return [line.split() for line in text.strip().splitlines() if line.strip()]
 
 
 class TestStages:
-    @pytest.mark.parametrize(
-        ("family", "expected"),
-        [
-            ("llama", "self_attn.q_proj:self_attn.v_proj self_attn.o_proj mlp.gate_proj:mlp.up_proj mlp.down_proj"),
-            # Numbers in these names do not stand for experts.
-            ("opt", "self_attn.q_proj:self_attn.v_proj self_attn.out_proj fc1 fc2"),
-            # Parallel branches read inputs of their own.
-            ("gpt_neox", "attention.query_key_value attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h"),
-        ],
-    )
-    def test_in_the_order_of_use(self, family, expected, tmp_path):
-        """In all of these families the last layer writes to the stream, and the stream is the block's output."""
-        block, _, run, _, _ = damaged_pair(save_model(tmp_path, family))
-        names = [pair.partition(":")[::2] for pair in expected.split()]
-        assert stages(block, functools.partial(run, 0)) == [
-            Stage(f"{key}.weight", f"{last or key}.weight", (key, last) == names[-1], (key, last) == names[-2])
-            for key, last in names
+    @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+    def test_of_families(self, family, tmp_path):
+        assert described(damaged_pair(save_model(tmp_path, family))) == in_words(STAGES[family])
+
+    @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+    def test_hold_together(self, family, tmp_path):
+        """What a stage says of its layers and of the stages beside it."""
+        pair = damaged_pair(save_model(tmp_path, family))
+        found, order = surveyed(pair), stages_of(pair)
+        assert [stage.final for stage in order] == [False] * (len(order) - 1) + [True]
+        assert [stage.behind for stage in order] == [
+            None if after is None or after.start == stage.start else after.start
+            for stage, after in zip(order, [*order[1:], None], strict=True)
         ]
+        for stage in order:
+            layers = [layer.name for layer in found.layers if kind_of(layer.gram) == stage.key]
+            assert stage.last == (layers[-1] if stage.key == layers[0] else None)
+            if stage.input is None:
+                assert stage.layers == ()
+                continue
+            assert [layer.name for layer in stage.layers] == layers
+            assert stage.start.call <= stage.input.call
+            for name, write in stage.writes.items():
+                assert name in layers
+                assert write.stream == stage.start
+                assert write.sum == stage.behind
+                assert stage.final == (write.sum is None)
 
     def test_experts_go_together(self, tmp_path):
-        block, _, run, _, _ = damaged_pair(save_model(tmp_path, "mixtral"))
-        order = stages(block, functools.partial(run, 0))
-        assert order[2:] == [
-            Stage("mlp.experts.gate_up_proj*", None),
-            Stage("mlp.experts.down_proj*", None, final=True, moves=True),
+        order = stages_of(damaged_pair(save_model(tmp_path, "mixtral")))
+        assert [(stage.key, stage.last, stage.final) for stage in order[2:]] == [
+            ("mlp.experts.gate_up_proj*", None, False),
+            ("mlp.experts.down_proj*", None, True),
         ]
 
-    def test_the_dense_model_moves_on_last_where_the_block_puts_out_something_else(self, tmp_path):
-        """In gemma2 a norm follows the last layer."""
-        block, _, run, _, _ = damaged_pair(save_model(tmp_path, "gemma2"))
-        assert [stage.moves for stage in stages(block, functools.partial(run, 0))] == [False, False, False, True]
-        layer, x = nn.Linear(8, 8).requires_grad_(False), torch.randn(20, 8)
-        assert stages(layer, lambda: layer(x)) == [Stage("weight", "weight", final=True, moves=True)]
-        assert stages(nn.Identity(), lambda: x) == []
-
-    def test_the_stage_that_moves_on_sees_no_further_than_others(self):
-        """Its layer's output goes into a sum after the next layer, and the pruned block does not run that far."""
-
-        class Block(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
-
-            def forward(self, x):
-                first = self.one(x)
-                return first + self.two(first.relu())
-
-        block, x = Block().requires_grad_(False), torch.randn(20, 8)
-        first, last = stages(block, lambda: block(x))
-        assert (first.moves, last.moves) == (True, False)
-        moved = []
-        put_out = dense_outputs(block, lambda j: moved.append(block(x)), first)
-        assert torch.equal(put_out(0)("one.weight"), block.one(x))
-        assert torch.equal(moved[0], block(x))
+    def test_a_layer_alone_and_no_layer(self):
+        x = torch.randn(20, 8)
+        (stage,) = stages_of(damaged_module(nn.Linear(8, 8), [x]))
+        assert (stage.key, stage.last, stage.final, stage.behind) == ("weight", "weight", True, None)
+        norm = nn.Sequential(nn.LayerNorm(8), nn.Unflatten(1, (2, 4)), nn.Flatten())
+        norm.register_parameter("unused", nn.Parameter(torch.ones(2, 2)))
+        assert stages_of(damaged_module(norm, [x])) == []
 
     @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_neox"])
     def test_give_what_the_whole_block_gives(self, family, tmp_path):
-        block, _, run, _, batches = damaged_pair(save_model(tmp_path, family))
+        pair = damaged_pair(save_model(tmp_path, family))
+        block, (run, _), batches = pruned_block(pair), whole_runs(pair), range(len(pair.pruned))
         whole = capture(block, run, batches, backend=TORCH)
         layers, grams = [], {}
-        for stage in stages(block, functools.partial(run, 0)):
+        for stage in stages_of(pair):
             captured = capture(block, run, batches, backend=TORCH, stage=stage)
             layers += captured.layers
             grams |= captured.grams
@@ -85,54 +183,94 @@ class TestStages:
 
     def test_branches_that_share_an_input_go_together(self):
         """As in GPT-J, the second branch reads the input again after other layers have been used."""
-        block, x = _Parallel().requires_grad_(False), torch.randn(20, 8)
-        order = stages(block, lambda: block(x))
-        assert order == [Stage("one.weight", "three.weight", moves=True), Stage("two.weight", "two.weight", final=True)]
-        captured = capture(block, lambda j: block(x), [0], backend=TORCH, stage=order[0])
+        pair = damaged_module(_Parallel(), [torch.randn(20, 8)])
+        order, (run, _) = stages_of(pair), whole_runs(pair)
+        assert [(stage.key, stage.last, stage.final) for stage in order] == [
+            ("one.weight", "three.weight", False),
+            ("two.weight", "two.weight", True),
+        ]
+        captured = capture(pruned_block(pair), run, [0], backend=TORCH, stage=order[0])
         assert [layer.name for layer in captured.layers] == ["one.weight", "three.weight"]
         assert list(captured.grams) == ["one.weight"]
 
     def test_run_no_more_of_the_block_than_they_need(self, tmp_path):
-        block, _, run, _, _ = damaged_pair(save_model(tmp_path, "llama"))
-        used = set()
+        """Stages that are watched end behind their last layer."""
+        pair = damaged_pair(save_model(tmp_path, "llama"))
+        block, (run, _), used = pruned_block(pair), whole_runs(pair), set()
+        order = stages_of(pair)
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_hook(lambda *_, n=name: used.add(n))
         reached = []
-        for stage in stages(block, functools.partial(run, 0)):
+        for stage in order:
             used.clear()
             capture(block, run, [0], backend=TORCH, stage=stage)
             reached.append(len(used))
         assert reached == [3, 4, 6, 7]
 
 
+class TestConfirmed:
+    """The first block of a kind is run in parts; those that make the same calls are not."""
+
+    def test_blocks_of_a_kind_are_tried_once(self, tmp_path):
+        pair, known, runs = damaged_pair(save_model(tmp_path, "llama")), {}, []
+
+        def counted(hidden):
+            runs.append(hidden)
+            return pair.pruned.call(0, 0, hidden)
+
+        first = survey(pruned_block(pair), counted, pair.pruned.hidden[0], confirmed=known)
+        # The block as it is; whole, at its cut, and at the two inputs that can be kept.
+        assert (len(runs), list(known.values())) == (5, [True])
+        runs.clear()
+        second = survey(pruned_block(pair), counted, pair.pruned.hidden[0], confirmed=known)
+        assert len(runs) == 1
+        assert (second.roles, second.cuts) == (first.roles, first.cuts)
+
+    def test_a_block_that_gives_something_else_in_parts_runs_as_a_whole(self, tmp_path):
+        """Here it adds what it was called how often."""
+
+        class Counting(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b, self.calls = nn.Linear(8, 8), nn.Linear(8, 8), 0
+
+            def forward(self, x):
+                self.calls += 1
+                h = x + self.a(x.tanh())
+                return h + self.b(h.sin()) * self.calls
+
+        pair = damaged_module(Counting(), [torch.randn(20, 8)])
+        assert described(pair) == [["a", "outputs", "0"], ["b", "outputs", "0"]]
+
+
 class _Unseen(nn.Module):
     """A layer that writes to the stream, and behind it a product in which no layer is seen."""
 
-    def __init__(self, first, second):
+    def __init__(self, add):
         super().__init__()
         self.proj, self.experts = nn.Linear(8, 8, bias=False), nn.Parameter(torch.randn(2, 8, 8))
-        self.first, self.second = first, second
+        self.add = add
 
     def forward(self, h):
-        h = self.first(h, self.proj(h.tanh()))
-        return self.second(h, torch.bmm(h.expand(2, -1, -1), self.experts).sum(0))
+        h = self.add(h, self.proj(h.tanh()))
+        return self.add(h, torch.bmm(h.expand(2, -1, -1), self.experts).sum(0))
 
 
 @pytest.mark.parametrize("add", [torch.add, torch.Tensor.__add__, lambda x, y: y + x], ids=["add", "left", "right"])
 def test_a_sum_that_is_read_is_not_followed_any_further(add):
     """The block's output depends on what the layer puts out: it is not the layer's to repair."""
     torch.manual_seed(0)
-    dense, X = _Unseen(add, add), torch.randn(5, 8)
-    pruned = copy.deepcopy(dense)
-    pruned.proj.weight.data[:, ::2] = 0
-    run, run_dense = (lambda j: pruned(X)), (lambda j: dense(X))
-    (stage,) = stages(pruned, lambda: run(0))
-    assert (stage.final, stage.moves) == (True, True)
-    outputs = dense_outputs(dense, run_dense, stage)
-    captured = capture(pruned, run, range(1), backend=TORCH, stage=stage, dense=outputs)
-    gap = X.tanh() @ (dense.proj.weight - pruned.proj.weight).T
-    torch.testing.assert_close(captured.crosses["proj.weight"], gap.T @ X.tanh(), rtol=1e-4, atol=1e-5)
+    pair = damaged_module(_Unseen(add), [torch.randn(5, 8)])
+    block, dense, (run, run_dense) = pruned_block(pair), pair.dense_block, whole_runs(pair)
+    (stage,) = stages_of(pair)
+    assert (stage.final, stage.input) == (True, None)
+    captured = capture(block, run, range(1), backend=TORCH, stage=stage, dense=dense_outputs(dense, run_dense, stage))
+    X, X_dense = pair.pruned.hidden[0], pair.dense.hidden[0]
+    gap = (X_dense + dense.proj(X_dense.tanh())) - (X + block.proj(X.tanh()))
+    cross = captured.crosses["proj.weight"]
+    assert cross.of == "outputs"
+    torch.testing.assert_close(cross.matrix, gap.T @ X.tanh(), rtol=1e-4, atol=1e-5)
 
 
 class _Parallel(nn.Module):

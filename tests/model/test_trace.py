@@ -110,7 +110,8 @@ def stream_in_place(block, x):
 
 def views(block, x):
     h = (x.view(1, TOKENS, D) + block.a(x.tanh()).view(1, TOKENS, D)).view(TOKENS, D)
-    return (h.reshape(-1, D) + mlp(block, h).reshape(-1, D)).view(TOKENS, D)
+    h = h.reshape(1, TOKENS, D)
+    return (h + mlp(block, h)).view(TOKENS, D)
 
 
 def dropout(block, x):
@@ -162,6 +163,18 @@ def input_written_to(block, x):
     return h + mlp(block, h)
 
 
+def used_twice(block, x):
+    """Its Gram matrix is that of both inputs."""
+    h = x + block.norm(block.a(x.tanh()))
+    return h + block.norm(block.a(h.sin()))
+
+
+def stream_of_a_layer(block, x):
+    """The stream begins with a layer's output, which goes into a sum behind the next layer."""
+    h = block.a(x)
+    return h + block.b(h.relu())
+
+
 SEQUENTIAL = [
     "a: writes from 0, input tanh, to 1",
     "b: reads from 1, input sin",
@@ -198,6 +211,8 @@ BLOCKS = {
     ],
     state_before: ["a: outputs from 0", "b: reads from 0, input sin", "c: outputs from 0"],
     input_written_to: WHOLE,
+    stream_of_a_layer: ["a: reads from 0, input block, to 1", "b: writes from 1, input relu"],
+    used_twice: ["a: outputs from 0"],
 }
 
 

@@ -1,4 +1,4 @@
-"""Cross matrices: the difference between the dense model's outputs and a layer's own, times its inputs."""
+"""Recorded outputs: the difference between the dense model's outputs and a layer's own, times its inputs."""
 
 import copy
 import functools
@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from helpers.damaged import damaged_pair
+from helpers.damaged import damage, damaged_pair, pruned_block, whole_runs
 from helpers.families import TOKENS, save_model
 from helpers.kernel_inputs import DEVICE
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from sparsefw import checkpoint
 from sparsefw.kernels.backend import TORCH
 from sparsefw.model import StreamedModel, embed
-from sparsefw.model.layers import capture, dense_outputs, stages
+from sparsefw.model.layers import capture, dense_outputs
 
 
 def seen_by_hooks(block, run, batches, sums):
@@ -45,43 +45,37 @@ def seen_by_hooks(block, run, batches, sums):
 
 
 # Layers that write to the residual stream, and the place where it can be read after them. In gemma2 a norm comes
-# between; gpt_neox adds both of its writers to the stream at the end, when attention.dense has long been pruned.
+# between; gpt_neox adds both of its writers to the stream at the end.
 STREAM = {
     "llama": {"self_attn.o_proj": ("input", "post_attention_layernorm"), "mlp.down_proj": ("output", "")},
     "phi3": {"self_attn.o_proj": ("input", "post_attention_layernorm"), "mlp.down_proj": ("output", "")},
     "opt": {"self_attn.out_proj": ("input", "final_layer_norm"), "fc2": ("output", "")},
-    "gpt_neox": {"mlp.dense_4h_to_h": ("output", "")},
+    "gpt_neox": {"attention.dense": ("output", ""), "mlp.dense_4h_to_h": ("output", "")},
     "gemma2": {},
     "qwen3_moe": {"self_attn.o_proj": ("input", "post_attention_layernorm")},
 }
 
 
-class TestCrossMatrices:
+class TestOutputs:
     @pytest.mark.parametrize("family", STREAM)
     def test_of_the_gap_to_the_dense_outputs(self, family, tmp_path):
-        """Cross matrices of every layer are those of hooks on the modules, in the stages of a run."""
-        block, dense, run, run_dense, batches = damaged_pair(save_model(tmp_path, family))
+        """Cross matrices of every layer are those of hooks on the modules."""
+        pair = damaged_pair(save_model(tmp_path, family))
+        block, dense, batches = pruned_block(pair), pair.dense_block, range(len(pair.pruned))
+        damage(capture(block, whole_runs(pair)[0], batches, backend=TORCH).layers[:2])
+        run, run_dense = whole_runs(pair)
         X, outputs = seen_by_hooks(block, run, batches, STREAM[family])
         _, dense_outputs_seen = seen_by_hooks(dense, run_dense, batches, STREAM[family])
-        crosses = {}
-        for stage in stages(block, functools.partial(run, 0)):
-            captured = capture(
-                block,
-                run,
-                batches,
-                backend=TORCH,
-                stage=stage,
-                dense=dense_outputs(dense, run_dense, stage),
-            )
-            names = {layer.name for layer in captured.layers}
-            assert set(captured.crosses) == {name for name in names if "experts" not in name}
-            crosses |= captured.crosses
+        captured = capture(block, run, batches, backend=TORCH, dense=dense_outputs(dense, run_dense))
+        crosses = captured.crosses
+        assert all(cross.of == "outputs" for cross in crosses.values())
+        assert set(crosses) == {layer.name for layer in captured.layers if "experts" not in layer.name}
         linears = {name for name in X if name != "mlp.gate"}
         assert {f"{name}.weight" for name in linears} == set(crosses)
         for name in linears:
             B = (dense_outputs_seen[name] - outputs[name]).T @ X[name]
             torch.testing.assert_close(
-                crosses[f"{name}.weight"].double(), B, rtol=1e-3, atol=1e-5 * B.abs().max().item()
+                crosses[f"{name}.weight"].matrix.double(), B, rtol=1e-3, atol=1e-5 * B.abs().max().item()
             )
             assert B.abs().max() > 0
 
@@ -94,7 +88,7 @@ class TestCrossMatrices:
         same = dense_outputs(dense, lambda j: states.output(0, j, dense))
         crosses = capture(block, run, range(3), backend=TORCH, dense=same).crosses
         assert len(crosses) == layers
-        assert not any(B.any() for B in crosses.values())
+        assert not any(cross.matrix.any() for cross in crosses.values())
 
     @pytest.mark.parametrize(
         ("combine", "sums"),
@@ -123,7 +117,7 @@ class TestCrossMatrices:
         assert set(crosses) == {f"{name}.weight" for name in sums}
         for name, what in sums.items():
             D = what(x, *dense.values()) - what(lossy, *block.values())
-            torch.testing.assert_close(crosses[f"{name}.weight"], D.T @ lossy, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(crosses[f"{name}.weight"].matrix, D.T @ lossy, rtol=1e-4, atol=1e-3)
 
     def test_outputs_that_are_written_to_are_not_used(self):
         """An activation in place overwrites the output of the layer before it."""
