@@ -15,6 +15,8 @@ from typing import IO, Protocol
 import torch
 from torch import Tensor
 
+from sparsefw.errors import InputError
+
 # Places for activations, the nearest to the work first.
 PLACES = ("gpu", "host", "file")
 
@@ -117,6 +119,7 @@ class PinnedActivations:
         return hidden
 
     def __setitem__(self, j: int, hidden: Tensor) -> None:
+        _check_form(hidden, self._host[j].shape, self._host[j].dtype)
         if self._next and self._next[0] == j:
             self._next = None
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
@@ -186,6 +189,7 @@ class FiledActivations:
         return read.result().to(self._device, non_blocking=True)
 
     def __setitem__(self, j: int, hidden: Tensor) -> None:
+        _check_form(hidden, *self._forms[j][1:])
         if self._next and self._next[0] == j:
             self._next = None
         if self._written:
@@ -222,6 +226,15 @@ class FiledActivations:
         self._worker.shutdown()
         self._next = None
         self._release()
+
+
+def _check_form(hidden: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Refuse a micro-batch that has no place: some blocks return another dtype than they are given."""
+    if (hidden.shape, hidden.dtype) != (shape, dtype):
+        raise InputError(
+            f"unsupported model: hidden states of {dtype} come out of a block as {hidden.dtype}; give more memory, so "
+            "that they can stay where the work is"
+        )
 
 
 def _release(worker: ThreadPoolExecutor, file: IO[bytes]) -> None:

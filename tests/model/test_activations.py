@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparsefw.errors import InputError
 from sparsefw.model.activations import DeviceActivations, FiledActivations, PinnedActivations, make_activations
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,3 +95,14 @@ def test_forks_close_apart(place, tmp_path):
     activations.close()
     same(fork, batches)
     fork.close()
+
+
+def test_a_micro_batch_of_another_dtype_is_refused():
+    """It would be written over the next one."""
+    activations = make_activations("file", torch.device("cpu"))
+    for _ in range(2):
+        activations.append(torch.ones(2, 3, 4, dtype=torch.bfloat16))
+    with pytest.raises(InputError, match=r"bfloat16 come out of a block as torch\.float32"):
+        activations[0] = torch.ones(2, 3, 4)
+    assert activations[1].eq(1).all()
+    activations.close()

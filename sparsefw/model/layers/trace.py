@@ -137,9 +137,12 @@ class Trace(NumberedCalls):
         return all(self._last_read[n] <= point.call for n in made_before)
 
     def input_of(self, layer: str) -> Point | None:
-        """The point of a layer's input; None if it is not known, or not the same in every micro-batch."""
-        made = next(use.made for use in self.uses if use.layer == layer)
-        return None if made is None or self._varies(made) else made
+        """The point of a layer's input; None if it is not known, or not the same in every micro-batch.
+
+        A layer that is used twice has two inputs.
+        """
+        made, *others = (use.made for use in self.uses if use.layer == layer)
+        return None if made is None or others or self._varies(made) else made
 
     def call_of(self, layer: str) -> int:
         """The number of the first call that multiplies with a layer."""
