@@ -163,7 +163,7 @@ def test_defaults_in_the_flag_table(flag, monkeypatch):
         assert value == (f"{default:g}" if isinstance(default, float) else str(default)), clause
 
 
-CONDITIONS = ("with `--refit 0`", "with `--preset paper`", "on a GPU", "for the embedded model")
+CONDITIONS = ("with `--refit 0`", "with `--preset fast`", "with `--preset paper`", "on a GPU", "for the embedded model")
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)

@@ -28,15 +28,18 @@ TARGETS = ("dense", "layer")
 # Defaults of each preset.
 PRESETS: dict[str, dict[str, Any]] = {
     "sparsefw": dict(warm_start="wanda", step_rule="line-search", alpha=0.0, penalty=1.0, refit=4),
+    "fast": dict(warm_start="wanda", step_rule="line-search", alpha=0.0, penalty=1.0, refit=4),
     "paper": dict(warm_start="wanda", step_rule="open-loop", alpha=0.9, penalty=0.0, refit=0),
 }
 # Further defaults of each preset: with a refit of the kept weights, and without one, where the mask is final.
 WITH_REFIT: dict[str, dict[str, Any]] = {
     "sparsefw": dict(steps=30, rounds=3, swaps=0, target="dense", damp=0.1),
+    "fast": dict(steps=3, rounds=0, swaps=0, target="layer", damp=0.1),
     "paper": dict(steps=2000, rounds=0, swaps=0, target="dense", damp=0.1),
 }
 MASKS_ONLY: dict[str, dict[str, Any]] = {
     "sparsefw": dict(steps=40, rounds=0, swaps=100, target="layer", damp=0.2),
+    "fast": dict(steps=10, rounds=0, swaps=0, target="layer", damp=0.2),
     "paper": dict(steps=2000, rounds=0, swaps=0, target="layer", damp=0.0),
 }
 
@@ -66,7 +69,8 @@ class PruneConfig:
     )
     preset: str = flag(
         "sparsefw: line search, integrality penalty, 30 steps, alpha 0, refit 4, 3 rounds; with --refit 0, 40 steps "
-        "and swaps; paper: open loop, 2000 steps, no penalty, alpha 0.9, last iterate rounded, no refit",
+        "and swaps; fast: 3 steps, one refit and targets of the layers themselves, at SparseGPT's cost; paper: open "
+        "loop, 2000 steps, no penalty, alpha 0.9, last iterate rounded, no refit",
         "sparsefw", choices=PRESETS,
     )  # fmt: skip
     include: tuple[str, ...] = flag(
@@ -84,7 +88,7 @@ class PruneConfig:
     keep_zeros: bool = flag("weights that are zero in the input stay zero (default: a refit may revive them)", False)
     warm_start: str = flag("saliency of the first mask (default: wanda)", choices=SALIENCIES, frank_wolfe=True)
     steps: int = flag(
-        "Frank-Wolfe steps (default: 30; 40 with --refit 0; 2000 with --preset paper)",
+        "Frank-Wolfe steps (default: 30; 40 with --refit 0; 3 with --preset fast; 2000 with --preset paper)",
         metavar="N",
         least=0,
         most=10**6,
@@ -103,7 +107,7 @@ class PruneConfig:
     )  # fmt: skip
     swaps: int = flag(
         "1-swaps at most of every row's mask after Frank-Wolfe, each of which lowers the row's error (default: 0; 100 "
-        "with --refit 0, but for --preset paper)",
+        "with --refit 0, but for the other presets)",
         metavar="N", least=0, most=10**6, frank_wolfe=True,
     )  # fmt: skip
     refit: int = flag(
@@ -117,8 +121,8 @@ class PruneConfig:
     )  # fmt: skip
     target: str = flag(
         "what layers approximate. dense: the dense model's outputs, so that they make up for pruned ones before them; "
-        "layer: what the layer itself makes of its input, with far fewer forward passes (default: dense; layer with "
-        "--refit 0)",
+        "layer: what the layer itself makes of its input, without the dense model (default: dense; layer with "
+        "--refit 0 and with --preset fast)",
         choices=TARGETS, frank_wolfe=True,
     )  # fmt: skip
     damp: float = flag(

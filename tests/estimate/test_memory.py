@@ -184,7 +184,7 @@ def test_inputs_that_are_kept(gpu, width, kept):
     more = (after.gpu - before.gpu) if gpu else (after.host - before.host)
     # The stage that takes most may be another one.
     most = 1.05 * kept * 256 * 2048 * 2
-    assert 0.75 * most <= more <= most
+    assert 0.75 * most <= more <= most + 1
 
 
 def test_what_is_settled_stays():

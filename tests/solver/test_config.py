@@ -34,6 +34,8 @@ class TestDefaults:
             (dict(refit=0), dict(steps=40, alpha=0, swaps=100, refit=0, rounds=0, target="layer", damp=0.2)),
             (dict(refit=0, alpha=0.25, swaps=0, damp=0), dict(alpha=0.25, swaps=0, damp=0)),
             (dict(alpha=0.5, target="layer"), dict(alpha=0.5, target="layer")),
+            (dict(preset="fast"), dict(steps=3, alpha=0, swaps=0, refit=4, rounds=0, target="layer", damp=0.1)),
+            (dict(preset="fast", refit=0), dict(steps=10, swaps=0, refit=0, rounds=0, target="layer", damp=0.2)),
             (dict(preset="paper"), dict(alpha=0.9, swaps=0, refit=0, rounds=0, target="layer", damp=0)),
             (dict(preset="paper", refit=2), dict(alpha=0.9, swaps=0, rounds=0, target="dense", damp=0.1)),
         ],
@@ -74,7 +76,7 @@ class TestRefused:
         [
             (dict(method="newton"), "--method newton: expected one of sparsefw, sparsegpt, magnitude, wanda, ria"),
             (dict(compare=("wanda", "newton")), "--compare newton: expected one of sparsefw, sparsegpt, magnitude"),
-            (dict(preset="best"), "--preset best: expected one of sparsefw, paper"),
+            (dict(preset="best"), "--preset best: expected one of sparsefw, fast, paper"),
             (dict(warm_start="random"), "--warm-start random: expected one of magnitude, wanda, ria"),
             (dict(step_rule="newton"), "--step-rule newton: expected one of line-search, open-loop"),
             (dict(target="model"), "--target model: expected one of dense, layer"),
@@ -208,7 +210,7 @@ class TestValues:
     def test_what_follows(self):
         assert PruneConfig(sparsity="layer:0.6").pattern.scope == "layer"
         whole = [PruneConfig(preset=p, sparsity=s).whole_matrix for p in config.PRESETS for s in ("0.6", "layer:0.6")]
-        assert whole == [False, False, False, True]
+        assert whole == [False, False, False, False, False, True]
         assert PruneConfig().fallback_to_warm_start
         assert not PruneConfig.paper().fallback_to_warm_start
         assert PruneConfig().uses_dense_target
