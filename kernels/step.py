@@ -12,8 +12,8 @@
     bytes = rows d (size(W) + 13 + 9 + size(E), + 1 with fixed, + 4 with target_gap)    (W M R U V in, M R V E out)
 
 A row that fits one chunk stays in registers, except for W and V, which are loaded again from the cache. Up to 4096
-columns, a multiprocessor of sm_90 has two or more such rows: while one chooses, others are loaded and stored. Of longer
-rows it has one.
+columns, a multiprocessor of sm_90 has two or more such rows if strides are multiples of 16 entries: while one chooses,
+others are loaded and stored. Of longer rows it has one.
 
 A row that fits no chunk takes passes over its chunks, which come from the cache as far as they fit there:
 
@@ -144,7 +144,8 @@ def _step_kernel(
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, SEARCH_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    valid_r = row < rows
+    # A program of one row always has one. A mask would cost the registers that the search needs.
+    valid_r = row < rows if BLOCK_R > 1 else tl.full((BLOCK_R,), True, tl.int1)
     row = row.to(tl.int64)
     W += row[:, None] * stride_w
     M += row[:, None] * stride_m
@@ -188,6 +189,10 @@ def _step_kernel(
                 THRESHOLD, row, valid_r, lowest, keys, budget, U, d, WHOLE=True, SEARCH_D=BLOCK_D
             )
             chosen, passed = take(keys, T, ties_kept, tied, tl.zeros((BLOCK_R,), tl.int32))
+            # Here `span` equals d, which the compiler does not know: it makes the masks again after the search, for
+            # which it needs the registers.
+            column, valid_d = columns(0, span, 0, 0, BLOCK_D)
+            valid = valid_r[:, None] & valid_d[None, :]
         _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid)
     else:
         # Pass A: the step size.

@@ -203,6 +203,14 @@ def test_step_of_the_longest_row():
     check_step(triton_ops, state, 30000, theta=0.2, next_theta=0.4)
 
 
+def test_step_of_one_row_a_program(monkeypatch):
+    """Compiled kernels have such tiles, and no mask of rows; the interpreter takes many rows at once."""
+    monkeypatch.setattr(step_module, "configuration", lambda *_: dict(BLOCK_R=1, BLOCK_D=256, SEARCH_D=256))
+    check_step(triton_ops, solver_state(5, 131, 50), 50, theta=0.2, next_theta=0.4)
+    check_step(triton_ops, solver_state(5, 256, 100), 100, theta=0.2, next_theta=0.4)
+    check_step(triton_ops, solver_state(5, 132, 2, 4), 2, group=4, theta=0.2, next_theta=0.4)
+
+
 def test_step_of_row_slices(backend):
     state, expected = solver_state(20, 131, 50), solver_state(20, 131, 50)
     wide = {
