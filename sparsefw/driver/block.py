@@ -113,9 +113,8 @@ def way_through(run: Run, dense: DenseReference | None) -> str:
         return "once through the block"
     starts = {stage.start for stage in dense.stages} - {INPUT}
     kept = [layer.name for stage in dense.stages if _is_kept(run, stage) for layer in stage.layers]
-    runs = (
-        f"stage by stage, from {len(starts)} point(s) inside the block" if starts else "stage by stage, from the start"
-    )
+    origin = f"{len(starts)} points inside the block" if len(starts) > 1 else "a point inside the block"
+    runs = f"stage by stage, from {origin if starts else 'the start'}"
     return runs + (f"; kept: the input of {', '.join(kept)}" if kept else "")
 
 

@@ -80,11 +80,9 @@ def survey(
     signature = (*trace.signature, *found.cuts, *found.roles.items())
     if signature not in known:
         known[signature] = _runs_in_parts(run, hidden, found, hidden_of(returned.pop()))
-    return (
-        found
-        if known[signature]
-        else replace(found, roles=dict.fromkeys(found.roles, UNKNOWN_ROLE), cuts=[], inputs={}, writes={})
-    )
+    if known[signature]:
+        return found
+    return replace(found, roles=dict.fromkeys(found.roles, UNKNOWN_ROLE), cuts=[], inputs={}, writes={})
 
 
 def _roles(layers: list[Layer], trace: Trace, outputs: Outputs, output: Tensor) -> Survey:
@@ -127,6 +125,8 @@ def _runs_in_parts(run: RunBlock, hidden: Tensor, found: Survey, output: Tensor)
                 segment = found.roles[layer].segment
                 stream = {found.cuts[segment - 1]: taken[found.cuts[segment - 1]]} if segment else {INPUT: hidden}
                 outputs.append(hidden_of(run_part(run, stream | {point: taken[point]})[1]))
+    except torch.OutOfMemoryError:
+        raise
     except (InputError, RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, AttributeError):
         # What cannot do without data, such as a branch on a value, is run as a whole.
         return False

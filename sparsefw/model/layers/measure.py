@@ -91,11 +91,10 @@ def measure(stage: Stage, pair: Pair, *, backend: Backend, selected: Selector, k
     Raises:
         InputError: the block runs differently from one micro-batch to the next, or activations hold NaN or Inf.
     """
-    captured = (
-        _measure_watched(stage, pair, backend, selected)
-        if stage.input is None
-        else _measure(stage, pair, backend, keep)
-    )
+    if stage.input is None:
+        captured = _measure_watched(stage, pair, backend, selected)
+    else:
+        captured = _measure(stage, pair, backend, keep)
     if stage.final:
         pair.dense.arrive(INPUT)
     elif stage.behind is not None:
