@@ -29,6 +29,7 @@ from sparsefw.model.layers import (
     survey,
 )
 from sparsefw.model.parts import INPUT
+from sparsefw.process import give_back
 from sparsefw.solver import LayerResult, PruneConfig, prune_layers
 
 
@@ -104,6 +105,8 @@ def prune_block(
         with timeline.span("calibrate", i):
             captured = measure(stage, pair, backend=run.backend, selected=_selector(run, i), keep=_is_kept(run, stage))
             _checked(run, i, captured)
+            # The solve allocates other sizes than the micro-batches have left.
+            give_back()
         yield from _solve(run, i, captured, method)
 
 

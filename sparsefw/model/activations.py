@@ -45,16 +45,27 @@ class Activations(Protocol):
 
 
 class DeviceActivations:
-    """Micro-batches that stay where the work is: on the GPU, or on a machine without one in host memory."""
+    """Micro-batches that stay where the work is: on the GPU, or on a machine without one in host memory.
 
-    def __init__(self) -> None:
+    Args:
+        together: number of micro-batches that share one piece of host memory, which goes back to the system as a whole.
+            The first one is the largest. Pieces of their own would leave holes in the heap. 0: each has its own.
+    """
+
+    def __init__(self, together: int = 0) -> None:
         self._kept: list[Tensor] = []
+        self._together = together
+        self._memory: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def append(self, hidden: Tensor) -> None:
         """Add a micro-batch, (batch, seqlen, d)."""
+        if self._together and hidden.device.type == "cpu":
+            if self._memory is None:
+                self._memory = hidden.new_empty((self._together, *hidden.shape))
+            hidden = self._memory[len(self), : len(hidden)].copy_(hidden)
         self._kept.append(hidden)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -74,7 +85,7 @@ class DeviceActivations:
 
     def close(self) -> None:
         """Let the micro-batches go."""
-        self._kept = []
+        self._kept, self._memory = [], None
 
 
 class PinnedActivations:
@@ -247,14 +258,15 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def make_activations(place: str, device: torch.device, folder: Path | None = None) -> Activations:
+def make_activations(place: str, device: torch.device, folder: Path | None = None, *, together: int = 0) -> Activations:
     """An empty list of micro-batches.
 
     Args:
         place: one of PLACES; "gpu" and "host" are the same without a GPU.
         device: device that the model runs on.
         folder: folder of the file, for "file" only.
+        together: as in `DeviceActivations`.
     """
     if place == "file":
         return FiledActivations(device, folder)
-    return PinnedActivations(device) if place == "host" and device.type == "cuda" else DeviceActivations()
+    return PinnedActivations(device) if place == "host" and device.type == "cuda" else DeviceActivations(together)

@@ -38,7 +38,7 @@ class HiddenStates:
     """
 
     model: StreamedModel
-    new_activations: Callable[[], Activations]
+    new_activations: Callable[..., Activations]
     hidden: Activations
     calls: list[list[Arguments]]
     position: Point = INPUT
@@ -141,7 +141,7 @@ def embed(
     model: StreamedModel,
     ids: Tensor,
     batch_size: int,
-    new_activations: Callable[[], Activations] = DeviceActivations,
+    new_activations: Callable[..., Activations] = DeviceActivations,
 ) -> HiddenStates:
     """Embed windows of tokens and record what the model passes to every block.
 

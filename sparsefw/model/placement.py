@@ -38,6 +38,9 @@ class Placement:
     solver: int = SOLVER
     kept_width: int = 0
 
-    def new_activations(self, device: torch.device) -> Callable[[], Activations]:
-        """A function that makes an empty list of micro-batches at this place, for work on `device`."""
+    def new_activations(self, device: torch.device) -> Callable[..., Activations]:
+        """A function that makes an empty list of micro-batches at this place, for work on `device`.
+
+        Its argument `together` is that of `DeviceActivations`.
+        """
         return partial(make_activations, self.place, device, self.folder)

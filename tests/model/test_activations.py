@@ -106,3 +106,14 @@ def test_a_micro_batch_of_another_dtype_is_refused():
         activations[0] = torch.ones(2, 3, 4)
     assert activations[1].eq(1).all()
     activations.close()
+
+
+def test_micro_batches_together_are_copies_in_one_piece_of_memory():
+    activations, batches = DeviceActivations(together=3), [torch.rand(n, 5, 3) for n in (2, 2, 1)]
+    for batch in batches:
+        activations.append(batch)
+    same(activations, batches)
+    (storage,) = {hidden.untyped_storage().data_ptr() for hidden in activations}
+    assert storage not in {batch.untyped_storage().data_ptr() for batch in batches}
+    activations.close()
+    assert len(activations) == 0

@@ -106,7 +106,7 @@ def _measure(stage: Stage, pair: Pair, backend: Backend, keep: bool) -> Captured
     """Measure layers whose input is a known point of the block."""
     assert stage.input is not None
     i, pruned, sums = pair.number, pair.pruned, _Sums(stage, backend)
-    kept = pruned.new_activations() if keep else None
+    kept = pruned.new_activations(together=len(pruned)) if keep else None
     moves = pruned.position != stage.start
     streams = {write.stream for write in stage.writes.values()}
     for j in range(len(pruned)):
