@@ -330,7 +330,8 @@ def test_as_on_a_cpu(variant, pruned, tmp_path, capsys):
         got, wanted = ([row[key] for row in each] for each in rows)
         assert sum(got) == pytest.approx(sum(wanted), rel=2e-2 if "bf16" in flags else 1e-2), key
         assert got[:3] == pytest.approx(wanted[:3], rel=1e-2), key
-        assert got == pytest.approx(wanted, rel=0.2), key
+        if "bf16" not in flags:
+            assert got == pytest.approx(wanted, rel=0.12), key
     _, printed, failures = verifying.verdict(capsys, output)
     assert not failures, printed
 
