@@ -180,7 +180,7 @@ class Backend:
 
     @property
     def conjugate_step(self) -> Callable[..., None]:
-        """See `naive.conjugate_step`."""
+        """See `naive_fits.conjugate_step`."""
         return self.operations.conjugate_step
 
     @property

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .device import cast, columns
 from .launch import check, check_contiguous_rows, check_matrix, interpreter_tile, on_device, platform, warps
-from .naive import CONVERGED
+from .naive_fits import CONVERGED
 
 
 def configuration(rows: int, d: int) -> dict[str, int]:
@@ -165,7 +165,7 @@ def conjugate_step(
     first: bool = False,
     last: bool = False,
 ) -> None:
-    """A step of conjugate gradients, in place: `naive.conjugate_step` up to rounding.
+    """A step of conjugate gradients, in place: `naive_fits.conjugate_step` up to rounding.
 
     Args:
         Z, R, U: (rows, d) fp32 with contiguous rows (column stride 1).
@@ -173,7 +173,7 @@ def conjugate_step(
         rz, enough: (rows,) fp32, contiguous.
         inverse: (d,) fp32, contiguous.
         mask: (rows, d) bool with contiguous rows, or None.
-        first, last: as in `naive.conjugate_step`.
+        first, last: as in `naive_fits.conjugate_step`.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit this description.

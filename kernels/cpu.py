@@ -15,12 +15,13 @@ from .cpu_fits import (
     bound_scores,
     bound_sums,
     candidates,
+    conjugate_step,
     removed,
     round_mask,
     row_errors,
     take_rows,
 )
-from .naive import CONVERGED, LEAST_GAIN, PRECISIONS, check_budget
+from .naive import LEAST_GAIN, PRECISIONS, check_budget
 from .topk_torch import as_float, infinite, masked, row_blocks, select
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "lmo",
     "mirror_lower",
     "product",
+    "product_transposed",
     "removed",
     "repeat",
     "round_mask",
@@ -207,46 +209,6 @@ def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like
     for row in numbers:
         step(*row)
         yield
-
-
-def conjugate_step(
-    Z: Tensor,
-    R: Tensor,
-    P: Tensor,
-    U: Tensor,
-    rz: Tensor,
-    enough: Tensor,
-    inverse: Tensor,
-    *,
-    mask: Tensor | None = None,
-    first: bool = False,
-    last: bool = False,
-) -> None:
-    """One step of conjugate gradients of every row, in place, in blocks of rows. See `naive.conjugate_step`."""
-    for rows in row_blocks(Z):
-        r, p = R[rows], P[rows].float()
-        if not first:
-            u, before = U[rows], rz[rows]
-            a = _ratio(before, (p * u).sum(1)).masked_fill_(before <= enough[rows], 0)[:, None]
-            Z[rows].addcmul_(p, a)
-            r.addcmul_(u, -a)
-        if last:
-            continue
-        r = r if mask is None else masked(r, mask[rows])
-        z = r * inverse
-        now = (r * z).sum(1)
-        if first:
-            p.copy_(z)
-            enough[rows] = CONVERGED * now
-        else:
-            p.mul_(_ratio(now, before)[:, None]).add_(z)
-        if p.dtype != P.dtype:
-            P[rows] = p
-        rz[rows] = now
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator > 0, numerator / denominator, 0)
 
 
 def row_swaps(

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .naive import check_budget
-from .topk_torch import as_float, at_least, masked, select
+from .naive_fits import CONVERGED
+from .topk_torch import as_float, at_least, masked, row_blocks, select
 
 
 def removed(W: Tensor, mask: Tensor, target_gap: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -96,3 +97,43 @@ def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) 
         order.mul_(torch.finfo(torch.float32).max).add_(saliency[rest])
         V[rest] = select(order, budget, group=group, fixed=None, positive=False, out=first)
     return V.view(shape)
+
+
+def conjugate_step(
+    Z: Tensor,
+    R: Tensor,
+    P: Tensor,
+    U: Tensor,
+    rz: Tensor,
+    enough: Tensor,
+    inverse: Tensor,
+    *,
+    mask: Tensor | None = None,
+    first: bool = False,
+    last: bool = False,
+) -> None:
+    """One step of conjugate gradients of every row, in place, in blocks of rows. See `naive_fits.conjugate_step`."""
+    for rows in row_blocks(Z):
+        r, p = R[rows], P[rows].float()
+        if not first:
+            u, before = U[rows], rz[rows]
+            a = _ratio(before, (p * u).sum(1)).masked_fill_(before <= enough[rows], 0)[:, None]
+            Z[rows].addcmul_(p, a)
+            r.addcmul_(u, -a)
+        if last:
+            continue
+        r = r if mask is None else masked(r, mask[rows])
+        z = r * inverse
+        now = (r * z).sum(1)
+        if first:
+            p.copy_(z)
+            enough[rows] = CONVERGED * now
+        else:
+            p.mul_(_ratio(now, before)[:, None]).add_(z)
+        if p.dtype != P.dtype:
+            P[rows] = p
+        rz[rows] = now
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator > 0, numerator / denominator, 0)

@@ -21,10 +21,6 @@ from torch import Tensor
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 
-# Conjugate gradients stop in a row once <r, z> is at most this fraction of its first value: the ratios that follow are
-# made of rounding errors.
-CONVERGED = 1e-12
-
 # A swap is made only if it lowers the row's error by more than this fraction of sum(q) over the entries removed at the
 # start. A smaller gain may be rounding, and a search that follows rounding may never end.
 LEAST_GAIN = 1e-6
@@ -300,61 +296,6 @@ def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like
     for row in numbers:
         step(*row)
         yield
-
-
-def conjugate_step(
-    Z: Tensor,
-    R: Tensor,
-    P: Tensor,
-    U: Tensor,
-    rz: Tensor,
-    enough: Tensor,
-    inverse: Tensor,
-    *,
-    mask: Tensor | None = None,
-    first: bool = False,
-    last: bool = False,
-) -> None:
-    """One step of preconditioned conjugate gradients of every row, in place: the move along P, and the next P.
-
-        a  = rz / <P, U>                             0 where a row is done, rz <= enough
-        Z += a P                                     R -= a U
-        r  = mask * R     z = r inverse              rz' = <r, z>
-        P  = z + (rz' / rz) P
-
-    A ratio whose denominator is not positive is 0: nothing is left to gain in that row.
-
-    Args:
-        Z: (rows, d) fp32, the iterate.
-        R: (rows, d) fp32, its residual, B - Z G.
-        P: (rows, d), fp32 or the dtype of the product's operand, the direction; replaced by the next one.
-        U: (rows, d) fp32, the product P G.
-        rz: (rows,) fp32, <r, z> of the direction; replaced.
-        enough: (rows,) fp32, the <r, z> at which a row is done.
-        inverse: (d,) fp32, the preconditioner: 1 / diag(G).
-        mask: (rows, d) bool, the entries that move; None moves all.
-        first: before the first move. P, rz and enough are only written, Z and R stay, U is not read.
-        last: after the last product. Z and R move; P, rz and enough stay.
-    """
-    p, before = P.to(Z.dtype), rz.clone()
-    if not first:
-        a = _ratio(before, (p * U).sum(1)).masked_fill(before <= enough, 0)[:, None]
-        Z += a * p
-        R -= a * U
-    if last:
-        return
-    r = R if mask is None else R.masked_fill(~mask, 0)
-    z = r * inverse
-    rz.copy_((r * z).sum(1))
-    if first:
-        P.copy_(z)
-        enough.copy_(CONVERGED * rz)
-    else:
-        P.copy_(z + _ratio(rz, before)[:, None] * p)
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator > 0, numerator / denominator, 0)
 
 
 def row_swaps(

@@ -23,7 +23,7 @@ TINY = [(48, 96), (40, 132)]
 
 REPEATS = 200
 
-# What Nsight Compute counts: bytes from and to the memory, and the share of accesses that the L2 cache serves.
+# Counters of Nsight Compute: bytes from and to the memory, and the share of accesses that the L2 cache serves.
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "lts__t_sector_hit_rate.pct")
 # Launches of one kernel that are counted.
 COUNTED = 3

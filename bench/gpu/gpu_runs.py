@@ -71,7 +71,7 @@ def flags(part: Part, name: str, output: str, *more: str) -> list[str]:
 
 
 def told(output: Path) -> dict[str, Any]:
-    """What the report of a run says of its time and memory."""
+    """The time and the memory of a run, from its report."""
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     layers = report["layers"]
     return {

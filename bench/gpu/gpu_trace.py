@@ -1,4 +1,4 @@
-"""What a trace of torch.profiler says of a GPU: its idle share, the longest gaps and kernels, rates of copies."""
+"""Measures of a GPU from a trace of torch.profiler: its idle share, the longest gaps and kernels, rates of copies."""
 
 import json
 from collections import defaultdict

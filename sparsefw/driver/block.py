@@ -97,14 +97,15 @@ def prune_block(
         if _selected_layers(run, i):
             # All layers of the block are measured at once.
             with timeline.span("calibrate", i):
-                captured = _checked(run, i, _capture(run, i, states))
+                captured = _capture(run, i, states)
+                _check(run, i, captured)
             yield from _solve(run, i, captured, method)
         return
     pair = Pair(i, states, dense.states, dense.block)
     for stage in dense.stages:
         with timeline.span("calibrate", i):
             captured = measure(stage, pair, backend=run.backend, selected=_selector(run, i), keep=_is_kept(run, stage))
-            _checked(run, i, captured)
+            _check(run, i, captured)
             # The solve allocates other sizes than the micro-batches have left.
             give_back()
         yield from _solve(run, i, captured, method)
@@ -199,12 +200,11 @@ def _capture(run: Run, i: int, states: HiddenStates) -> Captured:
     )
 
 
-def _checked(run: Run, i: int, captured: Captured) -> Captured:
-    """The same, if the Gram matrices are finite and there are layers."""
+def _check(run: Run, i: int, captured: Captured) -> None:
+    """Refuse a block without layers, or with a Gram matrix that is not finite."""
     prefix = run.model.names[i]
     if not captured.layers and not captured.ignored:
         raise InputError(f"{prefix}: unsupported model: no matrix of this block was seen in a product")
     for gram, G in captured.grams.items():
         # The diagonal bounds all other entries of G.
         check_finite(f"inputs of {prefix}.{gram} (their squares, summed)", G.diagonal())
-    return captured

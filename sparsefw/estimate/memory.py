@@ -127,7 +127,7 @@ class _Kept:
 
     @classmethod
     def of(cls, shape: ModelShape, workload: Workload, placement: Placement, tokens: int) -> "_Kept":
-        """Where they are; `tokens` are those of a micro-batch."""
+        """The inputs that a placement keeps; `tokens` are those of a micro-batch."""
         everything = workload.windows * workload.seqlen * shape.itemsize
         if placement.place == "gpu" or not workload.gpu:
             return cls(placement, everything, 0)

@@ -65,7 +65,7 @@ class HiddenStates:
             self.kept = None
 
     def call(self, i: int, j: int, hidden: Tensor, block: nn.Module | None = None) -> Any:
-        """What block i, or another module in its place, returns for a tensor in the place of micro-batch j."""
+        """Run block i, or another module in its place, on a tensor in the place of micro-batch j."""
         args, kwargs = self.calls[j][i]
         return (block or self.model.blocks[i])(hidden, *args, **kwargs)
 
@@ -104,10 +104,10 @@ class HiddenStates:
             self.put(i, j, self.output(i, j, block))
         self.arrive(INPUT)
 
-    def arrive(self, position: Point) -> None:
-        """Note where all micro-batches have been put, `INPUT` for the next block's input."""
+    def arrive(self, position: Point, kept: tuple[Point, Activations] | None = None) -> None:
+        """Note where all micro-batches are now, `INPUT` for the next block's input, and what is kept of them."""
         self.drop_kept()
-        self.position = position
+        self.position, self.kept = position, kept
         self.settle()
 
     def put(self, i: int, j: int, out: Tensor) -> None:

@@ -87,6 +87,11 @@ class _Part(NumberedCalls):
         # Given and wanted tensors, and how often they had been written to when they were given or made.
         self._versions = [(tensor, tensor._version) for tensor in given.values()]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the run begins at the block's input, and no tensor inside is wanted."""
+        return not self._begin and not self._take
+
     def check(self) -> None:
         """Raise unless the run began, made what is wanted, and did not write to given and wanted tensors."""
         begun = self.last.call >= self._begin
@@ -96,7 +101,10 @@ class _Part(NumberedCalls):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         point, kwargs = self.next_point(func), kwargs or {}
-        if point.call > self._begin:
+        if not self._begin:
+            # Nothing is skipped.
+            out = func(*args, **kwargs)
+        elif point.call > self._begin:
             out = self._run(func, args, kwargs)
         else:
             out = self._skip(func, args, kwargs)
@@ -145,7 +153,7 @@ class _Part(NumberedCalls):
         return any(x is known for known in self._known)
 
     def _without_data(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """What a function returns for tensors without data."""
+        """The result of a function for tensors without data."""
         copies: list[tuple[Tensor, Tensor]] = []
 
         def to_meta(value: Any) -> Any:
@@ -195,6 +203,12 @@ def run_part(
         InputError: the block does not make these tensors, reads others, or writes to them.
     """
     part, output = _Part(given, tuple(take), end), None
+    if end is None and part.is_whole:
+        # No call has to be seen.
+        with torch.no_grad():
+            output = run(given[INPUT])
+        part.check()
+        return {}, output
     hidden = given[INPUT] if INPUT in given else next(iter(given.values())).to("meta")
     if end is None or end not in given:
         try:

@@ -29,7 +29,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 MOST_ROWS = 2000
 
 TYPE_COLUMNS = ("type", "method", "layers", "mask only", "relative", "least", "greatest", "seconds")
-# What the lines in the chart of memory stand for.
+# The legend of the chart of memory.
 MEMORY_NAMES = {
     "host": "host, peak so far",
     "gpu": "GPU, tensors at the peak of the block",

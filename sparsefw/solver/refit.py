@@ -70,7 +70,7 @@ def refit(W: Tensor, G: Tensor, mask: Tensor, start: Tensor, steps: int, *, back
 def descend(Z: Tensor, R: Tensor, G: Tensor, mask: Tensor | None, steps: int, *, backend: Backend = TORCH) -> None:
     """Preconditioned conjugate gradients on `sum(Z * (Z G)) / 2 - sum(Z * B)` for R = B - Z G, in place.
 
-    A step is one product, P G, and what `naive.conjugate_step` does with it. In fp32 none raises the objective.
+    A step is one product, P G, and what `naive_fits.conjugate_step` does with it. In fp32 none raises the objective.
 
     Args:
         Z, R: (rows, d) fp32, the weights and their residual; both are moved.

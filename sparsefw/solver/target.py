@@ -31,7 +31,7 @@ from sparsefw.solver.refit import descend
 
 @dataclass(frozen=True)
 class Cross:
-    """What calibration has measured of the difference to the dense model's outputs, see the module.
+    """A measured difference between the dense model's outputs and a layer's own, see the module.
 
     Attributes:
         of: "inputs", "streams" or "outputs".

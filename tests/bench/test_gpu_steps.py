@@ -192,10 +192,10 @@ def test_summary_of_a_trace(tmp_path):
 
 
 LAUNCH = """
-import compiled, gpu_compile
+import compiled, compiled_cases, gpu_compile
 gpu_compile._cases(90)
-score, fixed = compiled.empty({rows}, 576), compiled.empty({rows}, 576, compiled.torch.bool)
-compiled.compile_launch("here", lambda: compiled.lmo(score, {k}, fixed=fixed, positive=True))
+score, fixed = compiled_cases.empty({rows}, 576), compiled_cases.empty({rows}, 576, compiled_cases.torch.bool)
+compiled.compile_launch("here", lambda: compiled_cases.lmo(score, {k}, fixed=fixed, positive=True))
 """
 
 

@@ -8,7 +8,7 @@ import torch
 class Clocks:
     """A host that takes time to launch, and a GPU that works through its queue. Times are in seconds."""
 
-    # Of a cycle, and of the fill.
+    # The sleep is of a cycle, and of the time of the fill.
     CYCLE, FILL = 1e-9, 1e-4
 
     def __init__(self, patch):

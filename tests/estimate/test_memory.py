@@ -79,7 +79,8 @@ class TestPageLockedMemory:
     @pytest.mark.parametrize("ahead", [True, False])
     @pytest.mark.parametrize("hidden", [1024, 768])
     def test_the_next_block_is_page_locked_and_the_last_one_is_not(self, hidden, ahead):
-        # Of 1024, all sizes are powers of two. 768 x 768 takes the memory of 1024 x 1024, 512 x 768 that of 512 x 1024.
+        # With 1024, all sizes are powers of two. 768 x 768 takes the memory of 1024 x 1024, and 512 x 768 that of
+        # 512 x 1024.
         block = 2 * (5 * hidden**2 + 2 * 512 * hidden + 2 * hidden)
         locked = 2 * (5 * 1024**2 + 2 * 512 * 1024 + 2 * hidden)
         shape = llama(hidden, hidden, 4, pairs=4, vocabulary=16)

@@ -57,7 +57,7 @@ def pruned_block(pair: Pair) -> nn.Module:
 
 
 def surveyed(pair: Pair, selected=lambda name: True) -> Survey:
-    """What the first micro-batch shows of the pruned model's block."""
+    """The survey of the pruned model's block by the first micro-batch."""
     return survey(
         pruned_block(pair),
         lambda hidden: pair.pruned.call(pair.number, 0, hidden),

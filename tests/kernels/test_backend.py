@@ -196,7 +196,7 @@ class TestProductOfVertex:
         for product, truth, terms in self.products(Backend(operations, precision), target_gap):
             assert ((product - truth).abs() <= bound * terms).all()
 
-    @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU torch multiplies too")
+    @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU torch makes every product; runs where there is no GPU")
     def test_torch_on_a_cpu_multiplies_only_at_the_start(self, monkeypatch):
         made, followed, products = Recorder(cpu), [], module.VertexProducts
 

@@ -5,7 +5,7 @@ import torch
 from helpers.kernel_inputs import DEVICE, SHAPES, assert_near, garbage, gram, in_float64, normal, uniform
 
 from sparsefw.kernels import conjugate as conjugate_module
-from sparsefw.kernels import cpu, naive, triton_ops
+from sparsefw.kernels import cpu, naive_fits, triton_ops
 from sparsefw.kernels.conjugate import conjugate_step
 
 PLACES = {"first": dict(first=True), "between": {}, "last": dict(last=True), "only": dict(first=True, last=True)}
@@ -45,8 +45,8 @@ def copy(state: dict) -> dict:
 
 def check(backend, state: dict, place: dict) -> None:
     plain, truth = copy(state), in_float64(state)
-    naive.conjugate_step(**truth, **place)
-    naive.conjugate_step(**plain, **place)
+    naive_fits.conjugate_step(**truth, **place)
+    naive_fits.conjugate_step(**plain, **place)
     backend.conjugate_step(**state, **place)
     for name in ("Z", "R", "P", "rz", "enough"):
         assert_near(state[name], plain[name], truth[name])

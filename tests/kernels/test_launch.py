@@ -1,4 +1,4 @@
-"""What the launchers choose by the target of compilation."""
+"""Launchers choose by the target of compilation."""
 
 from types import SimpleNamespace
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.kernel_inputs import DEVICE, garbage, gram, normal, uniform
 
-from sparsefw.kernels import naive
+from sparsefw.kernels import naive, naive_fits
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -239,10 +239,10 @@ def test_conjugate_steps_solve_the_normal_equations(masked):
     state = {name: garbage(rows, d, dtype=torch.float64) for name in ("P", "U")}
     state |= {name: garbage(rows, dtype=torch.float64) for name in ("rz", "enough")}
     state |= dict(Z=Z, R=B.clone(), mask=mask, inverse=1 / G.diagonal())
-    naive.conjugate_step(**state, first=True)
+    naive_fits.conjugate_step(**state, first=True)
     for step in range(2 * d):
         state["U"].copy_(state["P"] @ G)
-        naive.conjugate_step(**state, last=step == 2 * d - 1)
+        naive_fits.conjugate_step(**state, last=step == 2 * d - 1)
     torch.testing.assert_close(state["R"], B - Z @ G)
     for row in range(rows):
         free = torch.ones(d, dtype=torch.bool) if mask is None else mask[row].cpu()

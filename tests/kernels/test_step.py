@@ -316,7 +316,7 @@ def test_a_search_from_a_threshold_takes_as_many_passes_as_are_said_and_never_ma
             passes, T = counts.from_threshold(counts.order_key(score), k, first, positive=False)
             assert len(calls) == passes.item() <= 50
             assert torch.equal(counts.order_key(threshold), counts.order_key(counts.key_score(T)))
-        # What separates the scores once, separates them again.
+        # A threshold that separates the scores once separates them again.
         calls.clear()
         row_step(**state_of_scores(score), k=k, next_theta=1.0, threshold=threshold)
         assert len(calls) == 1 or (score >= threshold).sum() != k

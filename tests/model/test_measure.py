@@ -40,7 +40,7 @@ RECORDED = {
 
 
 class Seen:
-    """What hooks on the modules see of whole runs: inputs and outputs, (tokens, width), in their own dtype."""
+    """Inputs and outputs of the modules in whole runs, by hooks; (tokens, width), in their own dtype."""
 
     def __init__(self, block, run, count):
         self.inputs, self.outputs, handles = {}, {}, []

@@ -98,7 +98,7 @@ class TestParts:
         assert torch.equal(taken[cut], calls.outputs[cut])
 
     def test_begin_at_a_kept_input(self):
-        """What comes before is given: the stream, which is the block's input or the sum, and the layer's input."""
+        """The tensors before are given: the stream, which is the block's input or the sum, and the layer's input."""
         block, x = Block(), hidden()
         calls, output = recorded(block, x)
         cut, first, second = calls.named("add"), calls.named("tanh"), calls.named("relu")

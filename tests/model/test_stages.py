@@ -129,7 +129,7 @@ class TestStages:
 
     @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
     def test_hold_together(self, family, tmp_path):
-        """What a stage says of its layers and of the stages beside it."""
+        """A stage in words: its layers, and where it begins and ends."""
         pair = damaged_pair(save_model(tmp_path, family))
         found, order = surveyed(pair), stages_of(pair)
         assert [stage.final for stage in order] == [False] * (len(order) - 1) + [True]

@@ -222,7 +222,7 @@ def test_blocks(forward):
 
 
 class TestStates:
-    """What is handed on in an argument is read by others."""
+    """Others read a tensor that is handed on in an argument."""
 
     @pytest.mark.parametrize("make", [dict, list])
     def test_a_tensor_that_is_handed_on(self, make):

@@ -128,7 +128,7 @@ def test_summary():
 
 
 def test_summary_on_a_gpu():
-    """What was reserved stands beside the limit: it is what counts against it."""
+    """Reserved memory stands beside the limit, since it counts against it."""
     report = report_of_run()
     report.memory.limits.update(gpu=8 << 30)
     report.peak_memory.update(gpu_bytes=5 << 30, gpu_reserved_bytes=6 << 30)

@@ -81,7 +81,7 @@ class TestWaves:
     @pytest.mark.parametrize(("rows", "d", "most", "height"), [
         # 33 x 32 tiles are 8 waves of 132.
         (8448, 8192, 6528, 4224),
-        # What fits is one chunk, and what does not is shared out evenly where that costs no wave.
+        # Rows that fit are one chunk. Others are shared out evenly where that costs no wave.
         (6144, 4096, 13056, 6144),
         (10240, 8192, 6528, 5120),
     ])  # fmt: skip

@@ -46,7 +46,7 @@ class Case:
         return self.weights[layer].double() @ (self.X_dense - self.X).T @ self.X
 
     def cross(self, layer, form):
-        """What calibration measures of a layer."""
+        """The measures of a layer that calibration takes."""
         X, X_dense, W, h = self.X, self.X_dense, self.weights[layer].double(), self.streams[layer]
         if form == "inputs":
             matrix = X.T @ (X_dense - X)

@@ -128,7 +128,7 @@ def _runs_in_parts(run: RunBlock, hidden: Tensor, found: Survey, output: Tensor)
     except torch.OutOfMemoryError:
         raise
     except (InputError, RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, AttributeError):
-        # What cannot do without data, such as a branch on a value, is run as a whole.
+        # A block that cannot do without data, because it branches on a value, say, is run as a whole.
         return False
     return all(torch.allclose(part, output, rtol=0, atol=0, equal_nan=True) for part in outputs)
 

@@ -4,12 +4,14 @@ Both models run only the part of the block that the stage needs, and move on as 
 pruned model to the stage's start when the layers before it are pruned, the dense model to the start of the next stage.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sparsefw.kernels.backend import Backend
+from sparsefw.model.activations import Activations
 from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.model.layers.capture import Captured, capture, dense_outputs
 from sparsefw.model.layers.names import Layer
@@ -91,10 +93,14 @@ def measure(stage: Stage, pair: Pair, *, backend: Backend, selected: Selector, k
     Raises:
         InputError: the block runs differently from one micro-batch to the next, or activations hold NaN or Inf.
     """
+    kept = None
     if stage.input is None:
         captured = _measure_watched(stage, pair, backend, selected)
     else:
-        captured = _measure(stage, pair, backend, keep)
+        if keep:
+            kept = stage.input, pair.pruned.new_activations(together=len(pair.pruned))
+        captured = _measure_known(stage, stage.input, pair, backend, kept and kept[1])
+    pair.pruned.arrive(stage.start, kept)
     if stage.final:
         pair.dense.arrive(INPUT)
     elif stage.behind is not None:
@@ -102,50 +108,34 @@ def measure(stage: Stage, pair: Pair, *, backend: Backend, selected: Selector, k
     return captured
 
 
-def _measure(stage: Stage, pair: Pair, backend: Backend, keep: bool) -> Captured:
-    """Measure layers whose input is a known point of the block."""
-    assert stage.input is not None
-    i, pruned, sums = pair.number, pair.pruned, _Sums(stage, backend)
-    kept = pruned.new_activations(together=len(pruned)) if keep else None
-    moves = pruned.position != stage.start
-    streams = {write.stream for write in stage.writes.values()}
-    for j in range(len(pruned)):
-        taken, _ = pruned.part(i, j, take={stage.input, stage.start, *streams}, end=stage.input)
-        if moves:
-            pruned.put(i, j, taken[stage.start])
-        inputs = taken[stage.input]
+def _measure_known(
+    stage: Stage, input_point: Point, pair: Pair, backend: Backend, kept: Activations | None
+) -> Captured:
+    """Measure layers whose input is a known point of the block; `kept` receives their inputs."""
+    sums, streams = _Sums(stage, backend), {write.stream for write in stage.writes.values()}
+    for j in range(len(pair.pruned)):
+        taken = _run_pruned(stage, pair, j, take={input_point, *streams}, end=input_point)
         if kept is not None:
-            kept.append(inputs)
-        X = _as_matrix(inputs)
-        X_dense, behind = _run_dense(stage, pair, j)
+            kept.append(taken[input_point])
+        X = _as_matrix(taken[input_point])
+        X_dense, behind = _dense_tensors(stage, pair, j)
         sums.add_input(X, X_dense)
         for layer in stage.layers:
             if write := stage.writes.get(layer.name):
                 sums.add_streams(layer, behind[write.sum], _as_matrix(taken[write.stream]), X)
-    if moves:
-        pruned.arrive(stage.start)
-    else:
-        pruned.drop_kept()
-    if kept is not None:
-        pruned.kept = stage.input, kept
     return sums.captured()
 
 
-def _run_dense(stage: Stage, pair: Pair, j: int) -> tuple[Tensor | None, dict[Point | None, Tensor]]:
+def _dense_tensors(stage: Stage, pair: Pair, j: int) -> tuple[Tensor | None, dict[Point | None, Tensor]]:
     """The dense model's input of a stage in micro-batch j, and its streams behind the layers that write to them.
 
     The input is None if no layer needs it. All are matrices, (tokens, width).
     """
-    dense, i = pair.dense, pair.number
     sums = {write.sum for write in stage.writes.values()}
     reads = len(stage.writes) < len(stage.layers)
     wanted = {point for point in (stage.input if reads else None, stage.behind, *sums) if point is not None}
     end = None if stage.final or None in sums else max(wanted, key=lambda point: point.call)
-    taken, output = dense.part(i, j, pair.dense_block, take=wanted, end=end)
-    if stage.final and output is not None:
-        dense.put(i, j, output)
-    elif stage.behind is not None:
-        dense.put(i, j, taken[stage.behind])
+    taken, output = _run_dense(stage, pair, j, take=wanted, end=end)
     X_dense = _as_matrix(taken[stage.input]) if reads and stage.input is not None else None
     streams: dict[Point | None, Tensor] = {point: _as_matrix(taken[point]) for point in sums if point is not None}
     if output is not None:
@@ -155,34 +145,47 @@ def _run_dense(stage: Stage, pair: Pair, j: int) -> tuple[Tensor | None, dict[Po
 
 def _measure_watched(stage: Stage, pair: Pair, backend: Backend, selected: Selector) -> Captured:
     """Measure layers that have to be watched: experts, and layers whose outputs in both models are recorded."""
-    i, pruned, dense = pair.number, pair.pruned, pair.dense
-    moves = pruned.position != stage.start
-    wanted = () if stage.behind is None else (stage.behind,)
-
-    def run(j: int) -> None:
-        taken, _ = pruned.part(i, j, take=[stage.start] if moves else [])
-        if moves:
-            pruned.put(i, j, taken[stage.start])
-
-    def run_dense(j: int) -> None:
-        taken, output = dense.part(i, j, pair.dense_block, take=wanted, end=stage.behind)
-        if stage.final and output is not None:
-            dense.put(i, j, output)
-        elif stage.behind is not None:
-            dense.put(i, j, taken[stage.behind])
-
     outputs = None
     # Experts are not compared with the dense model. For them it runs only to move on.
     if stage.last or stage.final or stage.behind:
+
+        def run_dense(j: int) -> None:
+            take = () if stage.behind is None else (stage.behind,)
+            _run_dense(stage, pair, j, take=take, end=stage.behind)
+
         outputs = dense_outputs(pair.dense_block, run_dense, stage, selected)
-    captured = capture(
-        pruned.model.blocks[i], run, range(len(pruned)), backend=backend, selected=selected, stage=stage, dense=outputs
+    return capture(
+        pair.pruned.model.blocks[pair.number],
+        lambda j: _run_pruned(stage, pair, j),
+        range(len(pair.pruned)),
+        backend=backend,
+        selected=selected,
+        stage=stage,
+        dense=outputs,
     )
+
+
+def _run_pruned(
+    stage: Stage, pair: Pair, j: int, *, take: Iterable[Point] = (), end: Point | None = None
+) -> dict[Point, Tensor]:
+    """Run micro-batch j of the pruned model as far as a stage needs it, and move it on to the stage's start."""
+    moves = pair.pruned.position != stage.start
+    taken, _ = pair.pruned.part(pair.number, j, take={*take, stage.start} if moves else take, end=end)
     if moves:
-        pruned.arrive(stage.start)
-    else:
-        pruned.drop_kept()
-    return captured
+        pair.pruned.put(pair.number, j, taken[stage.start])
+    return taken
+
+
+def _run_dense(
+    stage: Stage, pair: Pair, j: int, *, take: Iterable[Point], end: Point | None
+) -> tuple[dict[Point, Tensor], Tensor | None]:
+    """Run micro-batch j of the dense model as far as a stage needs it, and move it on to where the next one starts."""
+    taken, output = pair.dense.part(pair.number, j, pair.dense_block, take=take, end=end)
+    if stage.final and output is not None:
+        pair.dense.put(pair.number, j, output)
+    elif stage.behind is not None:
+        pair.dense.put(pair.number, j, taken[stage.behind])
+    return taken, output
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

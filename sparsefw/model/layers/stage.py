@@ -45,7 +45,7 @@ def is_watched(roles: Sequence[Role]) -> bool:
 
 @dataclass(frozen=True)
 class Write:
-    """Where the stream is before and behind a layer that writes to it.
+    """The stream before and behind a layer that writes to it.
 
     Attributes:
         stream: the stream before it.

@@ -95,7 +95,7 @@ class Trace(NumberedCalls):
         self.signature.append((point.function, tuple(tuple(x.shape) for x in made)))
         if sources and self._first_value is None and _reads_values(point.function, args, kwargs):
             self._first_value = point.call
-        # What has no tensor, such as a shape, can be asked of a meta tensor, too.
+        # A shape or a dtype is the same for a tensor without data.
         if made and sources:
             for call in sources:
                 self._last_read[call] = point.call

@@ -1,0 +1,244 @@
+"""The launches that compiled.py compiles: realistic shapes, with each configuration of each kernel at least once."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsefw.kernels import cost
+from sparsefw.kernels.bound import bound_scores, bound_sums
+from sparsefw.kernels.candidates import candidates
+from sparsefw.kernels.conjugate import conjugate_step
+from sparsefw.kernels.cost import Cost
+from sparsefw.kernels.cross import cross_accumulate
+from sparsefw.kernels.gradient import gradient
+from sparsefw.kernels.gram import gram_accumulate
+from sparsefw.kernels.lmo import lmo
+from sparsefw.kernels.mirror import mirror_lower
+from sparsefw.kernels.product import product
+from sparsefw.kernels.removed import begin_fit, removed
+from sparsefw.kernels.rounding import rounding_order
+from sparsefw.kernels.rows import row_errors, take_rows
+from sparsefw.kernels.step import row_step
+from sparsefw.kernels.swaps import row_swaps
+from sparsefw.kernels.update import convex_update
+
+ROWS, TOKENS, SWAPS = 4096, 2048, 100
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch: its name, the targets it is compiled for, and its least cost."""
+
+    name: str
+    targets: tuple[str, ...]
+    launch: Callable[[], object]
+    cost: Cost
+
+
+def empty(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(rows, columns, dtype=dtype, device="meta")
+
+
+ALL, NVIDIA = ("sm_80", "sm_90", "sm_100", "gfx942"), ("sm_80", "sm_90", "sm_100")
+BULK, HOPPER = ("sm_90", "sm_100"), ("sm_90",)
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def cases() -> Iterator[Case]:
+    """Launches of realistic shapes, with each configuration of each kernel at least once."""
+    yield from _products()
+    yield from _accumulations()
+    for d, targets in ((576, HOPPER), (4096, ALL), (8192, HOPPER), (14336, ALL), (28672, ALL), (65536, ALL)):
+        yield _lmo(str(d), targets, d, d // 2, fixed=True, positive=True)
+        yield _step(str(d), targets, d, d // 2)
+    for n, m in ((2, 4), (16, 32)):
+        yield _lmo(f"{n}:{m} 4096", ALL, 4096, n, group=m)
+        yield _step(f"{n}:{m} 4096", HOPPER, 4096, n, group=m)
+        yield _step(f"{n}:{m} 14336", ALL, 14336, n, group=m)
+    yield _step("of a target 4096", HOPPER, 4096, 2048, target_gap=True)
+    yield _step("of a target 28672", HOPPER, 28672, 14336, target_gap=True)
+    yield _step("3:5 4095", HOPPER, 4095, 3, group=5)
+    yield _step("open loop 4096", HOPPER, 4096, empty(ROWS, 1, torch.int32)[:, 0], fixed=False, open_loop=True)
+    for d, targets in ((576, HOPPER), (4096, ALL), (28672, ALL)):
+        yield _swaps(str(d), targets, d)
+    for m, d in ((4, 4096), (32, 14336), (5, 4095)):
+        yield _swaps(f"of {m} {d}", ALL, d, group=m, fixed=m == 4)
+    yield _conjugate("576", NVIDIA, 576)
+    yield _conjugate("1536", NVIDIA, 1536)
+    yield _conjugate("8192", HOPPER, 8192)
+    for d in (4096, 28672):
+        yield _conjugate(str(d), ALL, d)
+        for place in ("first", "last"):
+            yield _conjugate(f"{place} {d}", HOPPER, d, **{place: True})
+    yield _conjugate("target 4096", HOPPER, 4096, mask=False)
+    for d in (4096, 28672):
+        yield _conjugate(f"fp32 {d}", HOPPER, d, P=FP32)
+    G = empty(4096, 4096)
+    yield Case("mirror 4096", ALL, lambda: mirror_lower(G), cost.mirror_lower(4096))
+    for d, targets in ((576, HOPPER), (4096, ALL), (28672, HOPPER)):
+        yield from _fits(str(d), targets, d)
+    x, v, eta = empty(ROWS, 4096), empty(ROWS, 4096, torch.bool), empty(ROWS, 1)[:, 0]
+    yield Case("update 4096", ALL, lambda: convex_update(x, v, x, x, eta), cost.convex_update(ROWS, 4096))
+
+
+def _products() -> Iterator[Case]:
+    for text, targets, rows, d, E, G, precision in (
+        ("bf16", ALL, 4096, 4096, BF16, BF16, "bf16"),
+        ("tf32", ALL, 4096, 4096, FP32, FP32, "tf32"),
+        ("bf16", HOPPER, 576, 576, BF16, BF16, "bf16"),
+        ("tf32", HOPPER, 576, 576, FP32, FP32, "tf32"),
+        ("ieee", NVIDIA, 4096, 4096, FP32, FP32, "ieee"),
+        ("bf16", HOPPER, 8192, 28672, BF16, BF16, "bf16"),
+        # A solve has no such operands, but any caller may.
+        ("of fp32 and bf16", ALL, 4096, 4096, FP32, BF16, "bf16"),
+        ("of fp32", HOPPER, 4096, 4096, FP32, FP32, "bf16"),
+        ("tf32x3", ALL, 4096, 4096, FP32, FP32, "tf32x3"),
+        ("tf32x3 of bf16", HOPPER, 4096, 14336, BF16, FP32, "tf32x3"),
+        ("tf32x3", HOPPER, 576, 576, FP32, FP32, "tf32x3"),
+        # Operands of a bf16 weight and an fp32 Gram matrix.
+        ("mixed", HOPPER, 4096, 14336, BF16, FP32, "tf32"),
+    ):
+        operands = empty(rows, d, E), empty(d, d, G)
+        yield Case(
+            f"product {text} {rows}x{d}",
+            targets,
+            lambda operands=operands, precision=precision: product(*operands, precision=precision),
+            cost.product(rows, d, E=E.itemsize, G=G.itemsize),
+        )
+    for rows, d, targets in ((4096, 4096, ALL), (8192, 28672, HOPPER), (576, 576, HOPPER)):
+        operands, out = (empty(rows, d, BF16), empty(d, d, BF16)), empty(rows, d)
+        least = cost.product(rows, d, E=2, G=2)
+        yield Case(
+            f"product added {rows}x{d}",
+            targets,
+            lambda operands=operands, out=out: product(*operands, precision="bf16", out=out, add=True),
+            Cost(least.flops, least.bytes + 4 * rows * d),
+        )
+    for precision, dtype in (("bf16", BF16), ("tf32", FP32), ("tf32x3", FP32)):
+        operands = empty(4096, 4096, BF16), empty(4096, 4096), empty(4096, 4096, dtype)
+        yield Case(
+            f"gradient {precision} 4096x4096",
+            ALL,
+            lambda operands=operands, precision=precision: gradient(*operands, precision=precision),
+            cost.gradient(4096, 4096, W=2, G=dtype.itemsize),
+        )
+
+
+def _accumulations() -> Iterator[Case]:
+    for text, targets, d, dtype, precision in (
+        ("bf16", HOPPER, 576, BF16, "ieee"),
+        ("bf16", ALL, 4096, BF16, "ieee"),
+        ("bf16", BULK, 14336, BF16, "ieee"),
+        ("fp16", HOPPER, 28672, torch.float16, "ieee"),
+        # Rows are not aligned for bulk copies.
+        ("bf16", BULK, 4100, BF16, "ieee"),
+        ("tf32", NVIDIA, 4096, FP32, "tf32"),
+    ):
+        G, X = empty(d, d), empty(TOKENS, d, dtype)
+        yield Case(
+            f"gram {text} {d}",
+            targets,
+            lambda G=G, X=X, precision=precision: gram_accumulate(G, X, precision=precision),
+            cost.gram_accumulate(TOKENS, d, X=dtype.itemsize),
+        )
+    for text, targets, rows, d, dtype, precision in (
+        ("bf16", HOPPER, 1536, 576, BF16, "ieee"),
+        ("bf16", ALL, 4096, 4096, BF16, "ieee"),
+        ("bf16", HOPPER, 4096, 14336, BF16, "ieee"),
+        ("fp16", HOPPER, 8192, 28672, torch.float16, "ieee"),
+        ("bf16", BULK, 4100, 4100, BF16, "ieee"),
+        ("tf32", NVIDIA, 4096, 4096, FP32, "tf32"),
+        ("ieee", NVIDIA, 576, 576, FP32, "ieee"),
+    ):
+        operands = empty(rows, d), empty(TOKENS, rows, dtype), empty(TOKENS, d, dtype)
+        yield Case(
+            f"cross {text} {rows}x{d}",
+            targets,
+            lambda operands=operands, precision=precision: cross_accumulate(*operands, precision=precision),
+            cost.cross_accumulate(TOKENS, rows, d, X=dtype.itemsize),
+        )
+
+
+def _lmo(text: str, targets: tuple[str, ...], d: int, k: int, *, fixed: bool = False, **options) -> Case:
+    score, fixed_entries = empty(ROWS, d), empty(ROWS, d, torch.bool) if fixed else None
+    return Case(
+        f"lmo {text}", targets, lambda: lmo(score, k, fixed=fixed_entries, **options), cost.lmo(ROWS, d, fixed=fixed)
+    )
+
+
+def _step(
+    text: str, targets: tuple[str, ...], d: int, k: int | Tensor, *, fixed: bool = True, target_gap: bool = False,
+    open_loop: bool = False, **options
+) -> Case:  # fmt: skip
+    """A step of bf16 weights, or with `target_gap` of fp32 candidates without fixed entries; products are in bf16.
+
+    Without `open_loop` the search for the vertex starts from a threshold.
+    """
+    W, state, V = empty(ROWS, d, FP32 if target_gap else BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
+    E, number = empty(ROWS, d, BF16), empty(1, 1)[0, 0]
+    fixed = fixed and not target_gap
+    options |= {"theta": number, "next_theta": number} | ({"eta": number} if open_loop else {})
+    options |= {"fixed": V if fixed else None, "target_gap": state if target_gap else None}
+    options |= {"threshold": None if open_loop else state[:, 0].contiguous()}
+    return Case(
+        f"step {text}",
+        targets,
+        lambda: row_step(W, state[0], state, state, state, V, E, k, **options),
+        cost.row_step(ROWS, d, W=W.itemsize, E=2, fixed=fixed, target_gap=target_gap),
+    )
+
+
+def _swaps(text: str, targets: tuple[str, ...], d: int, *, group: int = 0, fixed: bool = True) -> Case:
+    W, G, R, V = empty(ROWS, d, BF16), empty(d, d), empty(ROWS, d), empty(ROWS, d, torch.bool)
+    fixed_entries = V if fixed else None
+    return Case(
+        f"swaps {text}",
+        targets,
+        lambda: row_swaps(W, G, R, V, SWAPS, group=group, fixed=fixed_entries),
+        cost.row_swaps(ROWS, d, SWAPS, W=2),
+    )
+
+
+def _conjugate(
+    text: str, targets: tuple[str, ...], d: int, *, P: torch.dtype = BF16, mask: bool = True, **place: bool
+) -> Case:
+    state, (rz, inverse) = empty(ROWS, d), (empty(n, 1)[:, 0] for n in (ROWS, d))
+    direction = empty(ROWS, d, P)
+    mask_entries = empty(ROWS, d, torch.bool) if mask else None
+    return Case(
+        f"conjugate {text}",
+        targets,
+        lambda: conjugate_step(state, state, direction, state, rz, rz, inverse, mask=mask_entries, **place),
+        cost.conjugate_step(ROWS, d, P=P.itemsize, mask=mask, **place),
+    )
+
+
+def _fits(text: str, targets: tuple[str, ...], d: int) -> Iterator[Case]:
+    """The operations of refits, rounds and errors besides products and steps, for bf16 weights and products in bf16."""
+    W, x, V = empty(ROWS, d, BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
+    of_rows, of_columns, taken = empty(ROWS, 1)[:, 0], empty(d, 1)[:, 0], empty(ROWS, 1, torch.bool)[:, 0]
+    for name, launch, least in (
+        ("removed", lambda: removed(W, V), cost.removed(ROWS, d, W=2, E=2)),
+        ("removed of a target", lambda: removed(W, V, x), cost.removed(ROWS, d, W=2, E=4, target_gap=True)),
+        ("begin_fit", lambda: begin_fit(W, x, V, dtype=BF16), cost.begin_fit(ROWS, d, W=2, start=4, E=2)),
+        ("row_errors", lambda: row_errors(W, x), cost.row_errors(ROWS, d, W=2)),
+        ("row_errors of a fit", lambda: row_errors(W, x, x), cost.row_errors(ROWS, d, W=2, Z=4)),
+        ("take_rows", lambda: take_rows(x, x, taken), cost.take_rows(ROWS, d, X=4)),
+        ("take_rows of a mask", lambda: take_rows(V, V, taken), cost.take_rows(ROWS, d, X=1)),
+        (
+            "candidates",
+            lambda: candidates(x, x, V, of_columns, of_columns, margin=of_rows, support=V),
+            cost.candidates(ROWS, d, support=True),
+        ),
+        (
+            "bound_scores",
+            lambda: bound_scores(W, x, x, target_gap=x, damping=of_columns),
+            cost.bound_scores(ROWS, d, W=2, target_gap=True, damping=True),
+        ),
+        ("bound_sums", lambda: bound_sums(x, x, V), cost.bound_sums(ROWS, d)),
+        # The second of the three launches of round_mask.
+        ("rounding", lambda: rounding_order(x, V, x), Cost(3 * ROWS * d, 13 * ROWS * d)),
+    ):
+        yield Case(f"{name} {text}", targets, launch, least)
