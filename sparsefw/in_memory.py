@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsefw import checkpoint, data
 from sparsefw.errors import InputError
+from sparsefw.model import StreamedModel
 from sparsefw.report import Report
 from sparsefw.solver.selection import without_index
 
@@ -84,7 +85,7 @@ def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 
 @torch.no_grad()
 def load_layers(model: PreTrainedModel, folder: Path, layers: Iterable[str]) -> None:
-    """Copy layers of a pruned checkpoint into a model; all its other parameters stay as they are.
+    """Copy layers of a pruned checkpoint into a model, a block at a time; all its other parameters stay as they are.
 
     Args:
         model: the model that `save` wrote.
@@ -94,11 +95,14 @@ def load_layers(model: PreTrainedModel, folder: Path, layers: Iterable[str]) -> 
     Raises:
         InputError: the model has no such parameter.
     """
-    pruned = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).named_parameters())
-    own = dict(model.named_parameters())
-    for name in dict.fromkeys(map(without_index, layers)):
-        # A model without its head has no prefix either.
-        parameter = own.get(name, own.get(name.removeprefix(f"{model.base_model_prefix}.")))
-        if parameter is None or parameter.shape != pruned[name].shape:
-            raise InputError(f"model: it has no parameter {name} as its checkpoint has; load the pruned checkpoint")
-        parameter.copy_(pruned[name])
+    wanted, own = set(map(without_index, layers)), dict(model.named_parameters())
+    with StreamedModel(checkpoint.inspect(folder), torch.device("cpu")) as pruned:
+        for i, block in enumerate(pruned.names):
+            found = {f"{block}.{name}": parameter for name, parameter in pruned.open(i).named_parameters()}
+            for name in wanted.intersection(found):
+                # A model without its head has no prefix either.
+                parameter = own.get(name, own.get(name.removeprefix(f"{pruned.model.base_model_prefix}.")))
+                if parameter is None or parameter.shape != found[name].shape:
+                    raise InputError(f"model: it has no parameter {name} as its checkpoint; load the pruned checkpoint")
+                parameter.copy_(found[name])
+            pruned.close(i)

@@ -62,7 +62,10 @@ def test_block(benchmark, model, config, tmp_path):
         return (StreamedModel(source, torch.device(DEVICE)),), {}
 
     def prune(streamed: StreamedModel) -> None:
-        with streamed, Writer(tmp_path / "pruned", len(streamed.blocks) + 1, overwrite=True) as writer:
+        with (
+            streamed,
+            Writer(tmp_path / "pruned", len(streamed.blocks) + len(streamed.pieces), overwrite=True) as writer,
+        ):
             run = Run(streamed, config, config.backend, placement.solver)
             outcomes.append(prune_model(run, Windows(ids, "random", ""), [], writer, placement))
             writer.finish(source.folder)

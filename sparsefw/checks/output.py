@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -58,7 +59,6 @@ def verify(output: Path, against: str | None = None) -> Verdict:
         verdict.skip("the files are not sound", *checks.keys() - {"copied", "files"})
         return verdict
     _check_files(checks["files"], written)
-    _check_finite(checks["finite"], written)
     dtypes = _check_model(verdict, claims, written, source)
     if source:
         _check_shapes(checks["shapes"], written, source, dtypes)
@@ -108,8 +108,11 @@ def _check_model(
     except InputError as error:
         verdict.checks["model"].failures.append(str(error))
         verdict.skip("the model does not load", "report", "pattern", "zeros", "kept", "others")
+        _check_finite(verdict.checks["finite"], written, written.tensors)
         return {}
     with model:
+        # What is never loaded may hold anything, if the source does.
+        _check_finite(verdict.checks["finite"], written, model.loaded)
         return check_weights(verdict, claims, model, source)
 
 
@@ -130,11 +133,11 @@ def _check_files(check: Check, written: Checkpoint) -> None:
         check.fail(name, f"not in {INDEX}")
 
 
-def _check_finite(check: Check, written: Checkpoint) -> None:
-    """Look for NaN and Inf in all tensors."""
+def _check_finite(check: Check, written: Checkpoint, tensors: Iterable[str]) -> None:
+    """Look for NaN and Inf in tensors, which are given by name."""
     files: dict[Path, list[str]] = defaultdict(list)
-    for name, tensor in written.tensors.items():
-        files[tensor.file].append(name)
+    for name in tensors:
+        files[written.tensors[name].file].append(name)
     for path, names in files.items():
         with safe_open(path, framework="pt") as file:
             for name in names:

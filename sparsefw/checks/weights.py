@@ -62,14 +62,44 @@ def check_weights(
             dtypes |= _check_block(verdict, claims, i, layers, model, original)
         for layer in unseen:
             checks["report"].fail(layer, "in none of the model's blocks")
+        for name, block in model.idle.items():
+            _check_report(verdict, claims, name, not_pruned(block, ()))
         if original:
-            before = _from_source(original.other_tensors)
-            dtypes |= {name: tensor.dtype for name, tensor in before.items()}
+            _from_source(_load_others, original)
             try:
-                _compare(checks["others"], model.other_tensors(), before)
+                _load_others(model)
+                dtypes |= _compare_others(checks["others"], model, original)
             except InputError as error:
                 checks["model"].failures.append(f"{error}; nothing outside of the blocks was checked")
     return dtypes
+
+
+def _load_others(model: StreamedModel) -> None:
+    """Load what text needs outside of the blocks, and check it for NaN and Inf."""
+    with model.outside():
+        pass
+
+
+def _compare_others(check: Check, model: StreamedModel, original: StreamedModel) -> dict[str, torch.dtype]:
+    """Compare the source's tensors outside of the blocks with the output's, as they are in the files, piece by piece.
+
+    Returns:
+        Their dtypes, by name.
+    """
+    dtypes: dict[str, torch.dtype] = {}
+    written = {name for piece in model.pieces for name in piece}
+    for piece in original.pieces:
+        before = original.other_tensors(piece)
+        dtypes |= {name: tensor.dtype for name, tensor in before.items()}
+        _compare(check, model.other_tensors(written.intersection(piece)), before)
+    return dtypes
+
+
+def _check_report(verdict: Verdict, claims: Claims, block: str, dense: Iterable[str]) -> None:
+    """Check that the report names the matrices of a block that it does not call pruned."""
+    for matrix in dense:
+        if f"{block}.{matrix}" not in claims.kept_dense:
+            verdict.checks["report"].fail(f"{block}.{matrix}", "neither pruned nor kept dense by the report")
 
 
 def _check_block(
@@ -101,9 +131,7 @@ def _check_block(
         checks["model"].failures.append(f"{error}; no more of {name} was checked")
         model.close(i)
         return {}
-    for matrix in not_pruned(block, [layer.removeprefix(f"{name}.") for layer in layers]):
-        if f"{name}.{matrix}" not in claims.kept_dense:
-            checks["report"].fail(f"{name}.{matrix}", "neither pruned nor kept dense by the report")
+    _check_report(verdict, claims, name, not_pruned(block, [layer.removeprefix(f"{name}.") for layer in layers]))
     after, before = _tensors(block, name, layers), None
     if original:
         before = _tensors(_from_source(original.open, i), name, layers)

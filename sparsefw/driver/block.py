@@ -153,6 +153,11 @@ def kept_dense(model: StreamedModel, i: int, pruned: list[LayerResult]) -> list[
     return [prefix + name for name in not_pruned(model.blocks[i], names)]
 
 
+def idle_matrices(model: StreamedModel) -> list[str]:
+    """Names of the matrices in blocks that text does not run through: they stay dense."""
+    return [f"{block}.{name}" for block, module in model.idle.items() for name in not_pruned(module, ())]
+
+
 def _selector(run: Run, i: int) -> Callable[[str], bool]:
     """A function that says by a layer's name inside block i whether the layer is to be pruned."""
     prefix = run.model.names[i]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsefw.checkpoint import Writer, read_shard
 from sparsefw.data import Windows
-from sparsefw.driver.block import DenseReference, Run, find_stages, kept_dense, prune_block, way_through
+from sparsefw.driver.block import DenseReference, Run, find_stages, idle_matrices, kept_dense, prune_block, way_through
 from sparsefw.driver.record import FinishedBlock
 from sparsefw.model import HiddenStates, Placement, embed, perplexity
 from sparsefw.process import give_back, peak_memory
@@ -89,7 +89,7 @@ def prune_model(
         run: the model, and how it is pruned: by every method of the config, each on the activations of its own blocks.
         calibration: windows whose activations define the layer problems.
         evaluation: windows of each evaluation text.
-        writer: receives one shard per block and one for the rest. The run goes on after the shards that it has.
+        writer: receives a shard for each block and each piece of the rest. The run goes on after the shards that it has.
         placement: what is held at once, and where.
         on_layer, on_block: called after every layer and every block.
 
@@ -137,9 +137,10 @@ def _prune_blocks(
         with timeline.span("wait"):
             if written:
                 written.result()
-    if len(writer.finished) == len(model.blocks):
+    outcome.kept_dense += idle_matrices(model)
+    for names in model.pieces[len(writer.finished) - len(model.blocks) :]:
         with timeline.span("write"):
-            writer.write(model.other_tensors())
+            writer.write(model.other_tensors(names))
     with timeline.span("evaluate"), model.outside():
         for windows, by_name in states.evaluation:
             outcome.perplexity[windows.source] = {name: perplexity(s, windows.ids) for name, s in by_name.items()}

@@ -239,7 +239,7 @@ def _place(job: Job, prepared: Prepared, fixed: dict[str, int] | None = None) ->
 def _writer(job: Job, prepared: Prepared, chosen: dict[str, Any]) -> Writer:
     return Writer(
         job.output.folder,
-        len(prepared.shape.blocks) + 1,
+        len(prepared.shape.blocks) + len(prepared.shape.pieces),
         _identity(job, prepared),
         chosen,
         overwrite=job.output.overwrite,

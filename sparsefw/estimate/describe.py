@@ -9,7 +9,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sparsefw import checkpoint
 from sparsefw.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, TensorInfo, trust
@@ -18,7 +18,8 @@ from sparsefw.errors import InputError, first_line
 from sparsefw.estimate.workload import ModelTraits
 from sparsefw.model import shape_of
 from sparsefw.model.shapes import ModelShape
-from sparsefw.model.skeleton import LOADING
+from sparsefw.model.skeleton import LOADING, class_of, max_seqlen
+from sparsefw.model.transformers_private import from_config
 
 # Dtypes of weights that can be pruned. A model whose config names no dtype is taken to have the first.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -83,7 +84,7 @@ def describe(model: str) -> DescribedModel:
         shape=shape,
         traits=_traits(text_config, shape, path, notes),
         dtype=dtype,
-        max_seqlen=getattr(text_config, "max_position_embeddings", None),
+        max_seqlen=max_seqlen(config),
         notes=notes,
     )
 
@@ -148,9 +149,10 @@ def _dtype(stored: torch.dtype | None, config: PretrainedConfig, path: Path, not
 
 def _empty_model(config: PretrainedConfig, dtype: torch.dtype, path: Path) -> PreTrainedModel:
     """The model on the meta device."""
+    kind, config = class_of(config, path)
     try:
         with torch.device("meta"), trust.bounded(MAX_TENSORS):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+            return from_config(kind, config, dtype=dtype)
     except InputError as error:
         raise InputError(f"{path}: asks for a model of more parts than any has") from error
 

@@ -84,7 +84,11 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
         "end": shape.outside + (logits if workload.evaluation else 0),
     }
     pruning = others + kept.far
-    on_host = {"start": passing, "calibrate": pruning, "solve": pruning, "write": others + passing, "end": passing}
+    # All tensors outside of the blocks are written at the end, piece by piece. They are not loaded for it.
+    piece = max(shape.pieces)
+    on_host = {"start": passing, "calibrate": pruning, "solve": pruning, "write": others, "end": max(passing, piece)}
+    if not workload.gpu:
+        on_host["end"] = max(0, piece - on_device["end"])
     process = workload.process + _generated_code(shape, workload, tokens)
     phases = {}
     for phase in on_device:
@@ -97,7 +101,7 @@ def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> d
     """Bytes on the disk: "output"; "kept", the blocks of compared methods until the end; and "activations"."""
     inside = sum(block.nbytes for block in shape.blocks)
     return {
-        "output": inside + shape.outside,
+        "output": inside + sum(shape.pieces),
         "kept": (len(workload.config.methods) - 1) * inside,
         "activations": activation_bytes(shape, workload) if placement.place == "file" else 0,
     }

@@ -14,8 +14,9 @@ from sparsefw.model.shapes import BlockShape
 # In the order of the driver. "read" and "write" use the disk alone; the others are those of `operation.Operation`.
 PHASES = ("read", "calibrate", "solve", "forward", "evaluate", "write")
 
-# Weights outside of the blocks are read three times: to embed the windows, to be written, and for the logits.
-READ_OUTSIDE = 3
+# Weights outside of the blocks are read twice: to embed the windows, and for the logits. All of them are read to be
+# written.
+READ_OUTSIDE = 2
 
 
 def phases(run: PlannedRun) -> dict[str, dict[str, Counter[str]]]:
@@ -53,8 +54,9 @@ def disk_traffic(run: PlannedRun) -> Counter[str]:
     shape = run.shape
     inside = sum(block.nbytes for block in shape.blocks)
     # The first block is read once more, before anything else: its output shows the form of the hidden states.
-    read = inside + READ_OUTSIDE * shape.outside + shape.blocks[0].nbytes
-    traffic = Counter(read=read, write=len(run.workload.config.methods) * inside + shape.outside)
+    others = sum(shape.pieces)
+    read = inside + READ_OUTSIDE * shape.outside + others + shape.blocks[0].nbytes
+    traffic = Counter(read=read, write=len(run.workload.config.methods) * inside + others)
     for block, count in run.block_counts.items():
         for phase, amount in _activation_traffic(run, block).items():
             traffic[phase] += count * amount

@@ -5,14 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsefw.model.explained import StopForward, explained
 from sparsefw.model.streamed import StreamedModel
 
 # Stands for a block: called with the block's number, the hidden states, and the block's other arguments.
 Replacement = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Any]
-
-
-class StopForward(Exception):
-    """Ends the model's forward early."""
 
 
 def run_with_blocks_replaced(model: StreamedModel, ids: Tensor, replacement: Replacement) -> Any:
@@ -25,11 +22,15 @@ def run_with_blocks_replaced(model: StreamedModel, ids: Tensor, replacement: Rep
 
     Returns:
         What the model returns; None if the replacement raised `StopForward`.
+
+    Raises:
+        InputError: the model's code outside of its blocks fails.
     """
     for i, block in enumerate(model.blocks):
         block.forward = lambda hidden, *args, _i=i, **kwargs: replacement(_i, hidden, args, kwargs)
     try:
-        return model.model(input_ids=ids.to(model.device), use_cache=False)
+        with explained(type(model.model).__name__, "its forward outside of the blocks"):
+            return model.model(input_ids=ids.to(model.device), use_cache=False)
     except StopForward:
         return None
     finally:

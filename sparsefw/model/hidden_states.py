@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from sparsefw.errors import InputError
 from sparsefw.finite import all_finite, check_finite
 from sparsefw.model.activations import Activations, DeviceActivations
-from sparsefw.model.forward import StopForward, as_block_output, hidden_of, run_with_blocks_replaced
+from sparsefw.model.explained import StopForward, explained
+from sparsefw.model.forward import as_block_output, hidden_of, run_with_blocks_replaced
 from sparsefw.model.parts import INPUT, Point, run_part
 from sparsefw.model.streamed import StreamedModel
 
@@ -67,7 +68,8 @@ class HiddenStates:
     def call(self, i: int, j: int, hidden: Tensor, block: nn.Module | None = None) -> Any:
         """Run block i, or another module in its place, on a tensor in the place of micro-batch j."""
         args, kwargs = self.calls[j][i]
-        return (block or self.model.blocks[i])(hidden, *args, **kwargs)
+        with explained(type(self.model.model).__name__, self.model.names[i]):
+            return (block or self.model.blocks[i])(hidden, *args, **kwargs)
 
     def part(
         self, i: int, j: int, block: nn.Module | None = None, *, take: Iterable[Point] = (), end: Point | None = None
@@ -164,7 +166,8 @@ def embed(
         if model.blocks_return_tuple is None:
             # The class does not tell whether its blocks return a tuple, so a real block is run once.
             block = model.open_as(0, model.read(0))
-            model.blocks_return_tuple = isinstance(type(block).forward(block, hidden, *args, **kwargs), tuple)
+            with explained(type(model.model).__name__, model.names[0]):
+                model.blocks_return_tuple = isinstance(type(block).forward(block, hidden, *args, **kwargs), tuple)
             model.close(0)
         if i == 0:
             states.hidden.append(hidden)

@@ -71,13 +71,14 @@ class ModelShape:
 
     Attributes:
         blocks: in their order.
-        outside: bytes of the parameters outside of the blocks.
+        outside: bytes of the parameters outside of the blocks that are loaded.
         hidden: width of the residual stream.
         vocabulary: entries of a logit vector.
         heads: attention heads, if attention holds all scores at once; else 0.
         itemsize: bytes of an entry of an activation.
         parameters: number of parameters.
         names_by_block: the name of each block, and the names of its layers inside the block, every expert by itself.
+        pieces: bytes of the pieces in which all tensors outside of the blocks are written; by default `outside`.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -88,6 +89,11 @@ class ModelShape:
     itemsize: int
     parameters: int
     names_by_block: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    pieces: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.pieces:
+            object.__setattr__(self, "pieces", (self.outside,))
 
     @property
     def layer_names(self) -> list[str]:
@@ -126,8 +132,8 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
         InputError: as `StreamedModel`.
     """
     with StreamedModel(checkpoint, torch.device("cpu"), zeros) as model:
-        # Each tied parameter is in it once.
-        parameters = list(model.model.parameters())
+        # Each tied parameter is counted once.
+        count = sum(parameter.numel() for parameter in model.model.parameters())
         states = embed(model, torch.zeros(1, TOKENS, dtype=torch.int64), 1)
         known: dict[tuple, tuple[BlockShape, tuple[str, ...]]] = {}
         blocks = []
@@ -140,16 +146,16 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
             blocks.append(known[kind])
     config = model.model.config.get_text_config()
     eager = attention_implementation(model.model) == "eager"
-    inside = sum(shape.nbytes for shape, _ in blocks)
     return ModelShape(
         blocks=tuple(shape for shape, _ in blocks),
-        outside=sum(p.nbytes for p in parameters) - inside,
+        outside=model.outside_bytes,
         hidden=states.hidden[0].shape[-1],
         vocabulary=config.vocab_size,
         heads=getattr(config, "num_attention_heads", 0) if eager else 0,
         itemsize=checkpoint.dtype.itemsize,
-        parameters=sum(p.numel() for p in parameters),
+        parameters=count,
         names_by_block=tuple((name, layers) for name, (_, layers) in zip(model.names, blocks, strict=True)),
+        pieces=tuple(sum(checkpoint.tensors[name].nbytes for name in piece) for piece in model.pieces),
     )
 
 

@@ -6,17 +6,19 @@ time, and renamed or stacked on the way as transformers does it for the whole mo
 are stacked at a time.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from sparsefw.checkpoint.source import CONFIG, Checkpoint
-from sparsefw.errors import InputError, first_line
+from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model import transformers_private as private
 
 # Errors of transformers for a config or tensors that do not fit. They cannot be fewer: entries of a config reach the
@@ -49,6 +51,7 @@ class Skeleton:
         conversions: how transformers renames and stacks tensors.
         dtype: dtype of the model.
         unused: names of tensors that the model has no use for.
+        replaced: the class that the config names, where another one was built; else "".
     """
 
     model: PreTrainedModel
@@ -56,6 +59,7 @@ class Skeleton:
     conversions: list[private.Conversion]
     dtype: torch.dtype
     unused: list[str]
+    replaced: str = ""
 
     def load(self, tensors: dict[str, Tensor], device: torch.device) -> None:
         """Load tensors of the checkpoint into their parameters. The parameters may share the tensors' memory.
@@ -68,6 +72,13 @@ class Skeleton:
         # Shapes were compared when the skeleton was built.
         assert not report.mismatched_keys, report
         assert not report.conversion_errors, report
+
+    def names_of(self, tensors: Iterable[str]) -> dict[str, list[str]]:
+        """Names of tensors by the parameter that they go into; those that go into none are left out."""
+        names: dict[str, list[str]] = {}
+        for name, parameter in private.destinations(self.model, tensors, self.conversions).items():
+            names.setdefault(parameter, []).append(name)
+        return names
 
     def exported(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters by their names in the model, under the checkpoint's names and in its form; on the host."""
@@ -100,8 +111,10 @@ def _build(checkpoint: Checkpoint, config: Any) -> Skeleton:
         # One product per expert, where its inputs can be seen.
         "experts_implementation": "eager",
     }
+    named = config.architectures or []
+    kind, config = class_of(config, checkpoint.folder)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+        empty = private.from_config(kind, config, **options)
     conversions = private.conversions_of(empty)
     # First on the meta device, where nothing is allocated: `from_pretrained` would make up what is missing.
     report = private.load_tensors(empty, _promises(checkpoint), checkpoint.dtype, torch.device("meta"), conversions)
@@ -110,7 +123,41 @@ def _build(checkpoint: Checkpoint, config: Any) -> Skeleton:
     model = type(empty).from_pretrained(None, config=config, state_dict=_promises(checkpoint), **options)
     model.eval().requires_grad_(False)
     goes_into = private.destinations(model, checkpoint.tensors, conversions)
-    return Skeleton(model, goes_into, conversions, checkpoint.dtype, sorted(report.unexpected_keys))
+    unused = sorted(checkpoint.tensors.keys() - goes_into.keys())
+    replaced = "" if kind.__name__ in named or not named else shown(named[0])
+    return Skeleton(model, goes_into, conversions, checkpoint.dtype, unused, replaced)
+
+
+def class_of(config: PretrainedConfig, place: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """The class of a config's model, and the config that the class takes: the text part of one, for a class of text.
+
+    It is the class that the config names, if transformers lists it for generating text. Otherwise it is what the lists
+    say for the config, models of text alone first. No code of a checkpoint is run.
+
+    Args:
+        config: the config as transformers has read it.
+        place: folder or file of the config, for the message.
+
+    Raises:
+        InputError: there is none.
+    """
+    kind = private.generating_class(config)
+    if kind is None:
+        named = ", ".join(map(str, config.architectures or [])) or "no class"
+        why = "its decoder reads what an encoder puts out" if config.is_encoder_decoder else "none generates text"
+        raise InputError(
+            f"{place}: transformers cannot load this model: unsupported architecture ({shown(named)}): of its classes "
+            f"for {shown(config.model_type)}, {why}; give a model that generates text from text"
+        )
+    text = config.get_text_config()
+    takes_text = kind.config_class is type(text) and kind.config_class is not type(config)
+    return kind, text if takes_text else config
+
+
+def max_seqlen(config: PretrainedConfig) -> int | None:
+    """Tokens in the longest window that a model takes; None if its config sets no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _promises(checkpoint: Checkpoint) -> dict[str, private.PromisedTensor]:

@@ -1,24 +1,25 @@
-"""A causal language model whose weights are in memory only while they are used.
+"""A language model whose weights are in memory only while they are used.
 
-The weights of one block are in memory, or those outside of the blocks. The next block is read while one is worked on.
+The weights of one block are in memory, or those that text needs outside of the blocks. The next block is read while one
+is worked on. All other tensors of the checkpoint are never loaded: a tower for images, blocks that text does not run
+through, layers that the model's class has no use for.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from sparsefw.checkpoint.reader import read_tensors
 from sparsefw.checkpoint.source import Checkpoint, TensorInfo
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
 from sparsefw.model import skeleton
-from sparsefw.model.transformers_private import tie_parameters, tied_parameters
+from sparsefw.model.text_path import find_stack, follow_text
+from sparsefw.model.transformers_private import tie_parameters
 from sparsefw.process import give_back_page_locked
 from sparsefw.timeline import READ, Timeline
 
@@ -35,15 +36,19 @@ class StreamedModel:
     Attributes:
         device: device that the model runs on.
         model: the whole model; its weights are on the meta device while they are not used.
-        blocks: the decoder blocks, in order.
+        blocks: the decoder blocks that text runs through, in order.
         names: their names in the model, e.g. "model.layers.0".
+        idle: the blocks that text does not run through, by name. They stay as they are in the checkpoint.
+        pieces: names of all tensors outside of `blocks`, as many together as are held in memory anyway.
+        outside_bytes: bytes of the parameters outside of the blocks that are loaded.
         max_seqlen: tokens in the longest window that the model takes; None if its config does not say.
         notes: what the user should know of the loading, one line each.
         timeline: receives the time of reading.
         blocks_return_tuple: whether a block returns its hidden states in a tuple; None until `embed` has run one.
 
     Raises:
-        InputError: transformers cannot load it, tensors are missing or do not fit, or no stack of blocks is found.
+        InputError: transformers cannot load it or run it on text, tensors are missing or do not fit, or no stack of
+            blocks is found.
     """
 
     def __init__(
@@ -57,17 +62,20 @@ class StreamedModel:
         self.timeline = timeline or Timeline()
         self._skeleton = skeleton.build(checkpoint)
         self.model = model = self._skeleton.model
-        self.max_seqlen: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.blocks = _find_blocks(model, checkpoint.folder)
-        stack = next(name for name, module in model.named_modules() if module is self.blocks)
-        self.names = [f"{stack}.{i}" for i in range(len(self.blocks))]
-        self.notes = _notes(checkpoint, self._skeleton)
-        # The checkpoint's tensors by block; under None those outside of the blocks.
-        self._tensors_of: dict[int | None, list[str]] = {i: [] for i in (*range(len(self.blocks)), None)}
-        for name, parameter in self._skeleton.goes_into.items():
-            i = parameter.removeprefix(f"{stack}.").partition(".")[0] if parameter.startswith(f"{stack}.") else None
-            self._tensors_of[None if i is None else int(i)].append(name)
-        self._stored = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
+        self.max_seqlen = skeleton.max_seqlen(model.config)
+        stack, blocks = find_stack(model, checkpoint.folder)
+        path = follow_text(model, stack, blocks)
+        self.blocks = [blocks[i] for i in path.blocks]
+        self.names = [f"{stack}.{i}" for i in path.blocks]
+        self.idle = {f"{stack}.{i}": block for i, block in enumerate(blocks) if i not in path.blocks}
+        # The checkpoint's tensors by block; under None those outside of the blocks that are loaded.
+        self._tensors_of = self._sorted(path.reads)
+        stored = model.state_dict(keep_vars=True)
+        # Tied parameters are one tensor.
+        self.outside_bytes = sum({id(stored[name]): stored[name].nbytes for name in path.reads}.values())
+        self.pieces = self._cut(max(map(self._bytes_of, range(len(self.blocks)))))
+        self.notes = self._notes()
+        self._stored = {name for name, tensor in stored.items() if tensor.is_meta}
         for buffer in model.buffers():
             if not buffer.is_meta:
                 buffer.data = buffer.data.to(self.device)
@@ -88,7 +96,7 @@ class StreamedModel:
         self._next = None
 
     def read(self, i: int | None) -> dict[str, Tensor]:
-        """Block i's tensors of the checkpoint, on the host; None: those outside of the blocks."""
+        """Block i's tensors of the checkpoint, on the host; None: those outside of the blocks that text needs."""
         wanted = {name: self._checkpoint.tensors[name] for name in self._tensors_of[i]}
         with self.timeline.span("read", i, READ):
             return self._read_tensors(wanted, self.device.type == "cuda")
@@ -129,7 +137,9 @@ class StreamedModel:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Inside the `with` block, the weights outside of the blocks (embeddings, final norm, head) are on the device.
+        """Inside the `with` block, the weights that text needs outside of the blocks are on the device.
+
+        They are embeddings, the final norm and the head.
 
         Raises:
             InputError: they hold NaN or Inf.
@@ -148,21 +158,85 @@ class StreamedModel:
         finally:
             self._outside -= 1
             if not self._outside:
-                inside = set(self.blocks.modules())
+                inside = {module for block in self.blocks for module in block.modules()}
                 self._drop([(name, m) for name, m in self.model.named_modules() if m not in inside])
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
         """Block i's tensors under the checkpoint's names, on the host."""
         state = self.blocks[i].state_dict()
-        return self._skeleton.exported({f"{self.names[i]}.{name}": tensor for name, tensor in state.items()})
+        tensors = self._skeleton.exported({f"{self.names[i]}.{name}": tensor for name, tensor in state.items()})
+        # A parameter that is one tensor of the checkpoint may have several names that transformers understands.
+        mine, its = self._skeleton.names_of(tensors), self._skeleton.names_of(self._tensors_of[i])
+        same = {mine[p][0]: its[p][0] for p in mine if len(mine[p]) == len(its.get(p, ())) == 1}
+        return {same.get(name, name): tensor for name, tensor in tensors.items()}
 
-    def other_tensors(self) -> dict[str, Tensor]:
-        """All tensors outside of the blocks (embeddings, norms, head) under the checkpoint's names; tied ones once."""
-        stack = self.names[0].rpartition(".")[0] + "."
-        with self.outside():
-            tied = tied_parameters(self.model)
-            state = {n: t for n, t in self.model.state_dict().items() if not n.startswith(stack) and n not in tied}
-            return self._skeleton.exported(state)
+    def other_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors outside of the blocks as they are in the checkpoint, on the host; see `pieces`."""
+        return self._read_tensors({name: self._checkpoint.tensors[name] for name in names}, False)
+
+    @property
+    def loaded(self) -> list[str]:
+        """Names of the checkpoint's tensors that are loaded at some time."""
+        return [name for names in self._tensors_of.values() for name in names]
+
+    def _sorted(self, reads: frozenset[str]) -> dict[int | None, list[str]]:
+        """Names of the checkpoint's tensors by block; under None those of the parameters in `reads`."""
+        number = {name: i for i, name in enumerate(self.names)}
+        depth = self.names[0].count(".") + 1
+        tensors: dict[int | None, list[str]] = {i: [] for i in (*number.values(), None)}
+        for name, parameter in self._skeleton.goes_into.items():
+            block = number.get(".".join(parameter.split(".")[:depth]))
+            if block is not None or parameter in reads:
+                tensors[block].append(name)
+        return tensors
+
+    def _bytes_of(self, i: int | None) -> int:
+        return sum(self._checkpoint.tensors[name].nbytes for name in self._tensors_of[i])
+
+    def _cut(self, block_bytes: int) -> list[list[str]]:
+        """Cut the list of all tensors outside of the blocks into pieces; `block_bytes` are those of the largest block.
+
+        What text needs is held together in any case. A single tensor may be larger than a piece should be.
+        """
+        most = max(block_bytes, self._bytes_of(None))
+        inside = {name for i, names in self._tensors_of.items() if i is not None for name in names}
+        pieces: list[list[str]] = []
+        size = most
+        # First what text needs.
+        needed = self._tensors_of[None]
+        for name in (*needed, *sorted(self._checkpoint.tensors.keys() - inside.union(needed))):
+            size += (nbytes := self._checkpoint.tensors[name].nbytes)
+            if size > most or not pieces:
+                pieces.append([])
+                size = nbytes
+            pieces[-1].append(name)
+        return pieces
+
+    def _notes(self) -> list[str]:
+        tensors, built, kind = self._checkpoint.tensors, self._skeleton, type(self.model).__name__
+        needed = {*self._tensors_of[None], *built.unused}
+        # By what is said of them: tensors outside of the blocks that are not loaded.
+        others = {
+            f"{kind} has no use for": built.unused,
+            "text does not run through": [name for piece in self.pieces for name in piece if name not in needed],
+        }
+        notes = [f"config.json names {built.replaced}: pruned as {kind}"] if built.replaced else []
+        for what, names in others.items():
+            if names:
+                size = sum(tensors[name].nbytes for name in names) / 1e9
+                notes.append(f"written as they are: {len(names)} tensors that {what}, {size:.2f} GB, {names[0]} first")
+        state = self.model.state_dict()
+        changed = [
+            name
+            for i in range(len(self.blocks))
+            for name in self._tensors_of[i]
+            if tensors[name].dtype.is_floating_point and tensors[name].dtype != state[built.goes_into[name]].dtype
+        ]
+        if changed:
+            notes.append(
+                f"read and written as {built.dtype}: {len(changed)} tensors of another dtype, {changed[0]} first"
+            )
+        return notes
 
     def _drop(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         """Replace all stored tensors of these modules by meta tensors."""
@@ -175,28 +249,3 @@ class StreamedModel:
                     module._parameters[name] = nn.Parameter(empty, requires_grad=False)
                 else:
                     module._buffers[name] = empty
-
-
-def _notes(checkpoint: Checkpoint, built: skeleton.Skeleton) -> list[str]:
-    notes = []
-    if built.unused:
-        notes.append(f"not part of the model, not written: {', '.join(built.unused)}")
-    other = sorted(n for n, t in checkpoint.tensors.items() if t.dtype.is_floating_point and t.dtype != built.dtype)
-    if other:
-        notes.append(f"read and written as {built.dtype}: {len(other)} tensors of another dtype, {other[0]} first")
-    return notes
-
-
-def _find_blocks(model: PreTrainedModel, folder: Path) -> nn.ModuleList:
-    """The one list of num_hidden_layers modules in the decoder."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    stacks = {n: m for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
-    outer = {n: m for n, m in stacks.items() if not any(n.startswith(f"{other}.") for other in stacks if other != n)}
-    if len(outer) != 1 or not depth:
-        count = f"{len(outer)} of them ({', '.join(outer)}) were found" if outer else "none was found"
-        raise InputError(
-            f"{folder}: unsupported model {type(model).__name__}: "
-            f"one list of {depth} decoder blocks (num_hidden_layers) is needed, {count}"
-        )
-    return next(iter(outer.values()))

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -20,9 +21,13 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto import modeling_auto
 
 # How one or several tensors of a checkpoint are renamed, stacked or split on their way into a model.
 Conversion = WeightTransform
+
+# The lists of classes that generate text, by type of config. Where no class is named, the first that has one counts.
+_GENERATING = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
 
 
 class LoadReport(Protocol):
@@ -57,6 +62,34 @@ class PromisedTensor:
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         """A meta tensor, whatever the device."""
         return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
+
+
+def generating_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of transformers that the config names, if it is in a list of those that generate text, and takes it.
+
+    Otherwise the class that the lists have for this type of config; None if they have none. Only the first list has
+    decoders that run without the encoder that their config describes.
+    """
+    lists = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING") for task in _GENERATING]
+    lists = lists[:1] if config.is_encoder_decoder else lists
+    # A list has a name, or several, for every type of model.
+    listed = [entry for classes in lists for entry in classes._model_mapping.values()]
+    known = {name for entry in listed for name in ([entry] if isinstance(entry, str) else entry)}
+    taken = {type(config), type(config.get_text_config())}
+    for name in config.architectures or []:
+        if isinstance(name, str) and name in known:
+            kind = getattr(transformers, name)
+            if getattr(kind, "config_class", None) in taken:
+                return kind
+    for classes in lists:
+        if found := classes.get(type(config), None):
+            return found[0] if isinstance(found, tuple | list) else found
+    return None
+
+
+def from_config(kind: type[PreTrainedModel], config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model of this class without weights, on torch's default device."""
+    return kind._from_config(config, **options)
 
 
 def conversions_of(model: PreTrainedModel) -> list[Conversion]:

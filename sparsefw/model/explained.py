@@ -1,0 +1,40 @@
+"""Errors out of a model's own code, told in one line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sparsefw.errors import InputError, first_line, shown
+from sparsefw.model.parts import PartIsOver
+
+
+class StopForward(Exception):
+    """Ends the model's forward early."""
+
+
+# Exceptions that go through a model's forward as they are.
+PASSED = (InputError, MemoryError, torch.OutOfMemoryError, StopForward, PartIsOver)
+
+
+@contextmanager
+def explained(model: str, place: str) -> Iterator[None]:
+    """Turn any exception out of a model's own forward, inside the `with` block, into an error of one line.
+
+    Args:
+        model: name of the model's class.
+        place: what runs: the name of a block, or words.
+
+    Raises:
+        InputError: an exception came out of it, which is the error's cause.
+    """
+    try:
+        yield
+    except PASSED:
+        raise
+    # A model's code may raise whatever there is.
+    except Exception as error:
+        raise InputError(
+            f"unsupported model {model}: {place} does not run on text alone: {type(error).__name__}: "
+            f"{shown(first_line(error))}; see whether transformers runs the whole model on tokens without other input"
+        ) from error

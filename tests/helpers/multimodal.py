@@ -1,0 +1,86 @@
+"""Tiny random models that look at images or listen, too, as checkpoints on disk."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from helpers.families import VOCABULARY, byte_tokenizer
+from transformers import AutoConfig, AutoModelForMultimodalLM
+
+_TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    # As many as the text has blocks.
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+_QWEN_VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
+_QWEN_VISION |= {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+_MLLAMA_VISION = _VISION | {"attention_heads": 2, "num_global_layers": 1, "intermediate_layers_indices": [0]}
+_MLLAMA_VISION |= {"vision_output_dim": 32}
+
+# By model_type: config.
+MULTIMODAL = {
+    "llava": {
+        "text_config": _TEXT | {"model_type": "llama"},
+        "vision_config": _VISION | {"model_type": "clip_vision_model", "projection_dim": 16},
+        "image_token_index": 3,
+    },
+    # A tied head, and classes of text alone beside it.
+    "gemma3": {"text_config": _TEXT | {"sliding_window": 8}, "vision_config": _VISION, "mm_tokens_per_image": 4},
+    "qwen3_vl": {"text_config": _TEXT, "vision_config": _QWEN_VISION},
+    # Blocks that look at images only; text does not run through them.
+    "mllama": {
+        "text_config": _TEXT | {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]},
+        "vision_config": _MLLAMA_VISION,
+        "image_token_index": 3,
+    },
+    "qwen2_audio": {
+        "text_config": _TEXT | {"model_type": "qwen2"},
+        "audio_config": {
+            "model_type": "qwen2_audio_encoder",
+            "d_model": 16,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 24,
+            "num_mel_bins": 8,
+            "max_source_positions": 16,
+        },
+        "audio_token_index": 3,
+    },
+}
+
+
+def save_multimodal(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
+    """A random checkpoint of one of `MULTIMODAL` with a byte-level tokenizer."""
+    torch.manual_seed(0)
+    model = AutoModelForMultimodalLM.from_config(AutoConfig.for_model(family, **MULTIMODAL[family]), dtype=dtype)
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load_as_named(folder: Path) -> tuple[torch.nn.Module, dict]:
+    """The model of the class that a checkpoint's config names, and what transformers reports of its loading."""
+    (name,) = AutoConfig.from_pretrained(folder).architectures
+    return getattr(transformers, name).from_pretrained(
+        folder, dtype="auto", output_loading_info=True, experts_implementation="eager"
+    )

@@ -1,0 +1,107 @@
+"""Models that take more than text: their text runs, and all else stays as it is in the checkpoint."""
+
+import json
+
+import pytest
+import torch
+from helpers.commands import TEXT, run, tensors_of
+from helpers.multimodal import MULTIMODAL, load_as_named, save_multimodal
+from helpers.verifying import change_tensor, only_failure, verdict
+
+from sparsefw import checkpoint
+from sparsefw.model import StreamedModel, embed, logits, shape_of
+
+IDS = torch.randint(4, 250, (3, 24), generator=torch.Generator().manual_seed(0))
+
+
+def streamed(folder):
+    return StreamedModel(checkpoint.inspect(folder), torch.device("cpu"))
+
+
+def streamed_logits(folder):
+    with streamed(folder) as model:
+        states = embed(model, IDS, 3)
+        for i in range(len(model.blocks)):
+            model.open(i)
+            states.advance(i)
+            model.close(i)
+        return logits(model, IDS, states.hidden[0])
+
+
+@pytest.fixture(scope="module", params=MULTIMODAL)
+def pruned(request, tmp_path_factory):
+    """Family, source and output."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = save_multimodal(folder / "model", request.param)
+    (folder / "text.txt").write_text(TEXT)
+    assert run(source, folder / "text.txt", folder / "out", "--method", "wanda") == 0
+    return request.param, source, folder / "out"
+
+
+def test_output_is_a_whole_model_of_the_class_that_the_config_names(pruned):
+    _, _, output = pruned
+    model, loaded = load_as_named(output)
+    assert not any(loaded[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    with torch.no_grad():
+        expected = model.eval()(input_ids=IDS, use_cache=False).logits
+    assert expected.std() > 0.1
+    assert torch.equal(streamed_logits(output), expected)
+
+
+def test_all_but_the_pruned_layers_is_the_sources(pruned):
+    _, source, output = pruned
+    before, after = tensors_of(source), tensors_of(output)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    with streamed(source) as model:
+        inside = {name for i in range(len(model.blocks)) for name in model._tensors_of[i]}
+    assert changed
+    assert changed < inside
+    report = json.loads((output / "report.json").read_text())
+    assert len(changed) == len(report["layers"])
+
+
+def test_verify(pruned, capsys, tmp_path):
+    _, _, output = pruned
+    status, printed, _ = verdict(capsys, output)
+    assert status == 0, printed
+
+
+def test_only_what_text_needs_is_loaded(pruned):
+    _, source, _ = pruned
+    with streamed(source) as model, model.outside():
+        loaded = {id(p): p.nbytes for p in model.model.parameters() if not p.is_meta}
+        names = {n for n, p in model.model.named_parameters() if not p.is_meta}
+    assert not any("vision" in name or "visual" in name or "audio" in name or "projector" in name for name in names)
+    # The embedding, the last norm, and the head where it is not tied.
+    assert len(loaded) in (2, 3)
+    shape = shape_of(checkpoint.inspect(source))
+    assert shape.outside == sum(loaded.values())
+    assert sum(shape.pieces) + sum(block.nbytes for block in shape.blocks) == checkpoint.inspect(source).nbytes
+
+
+def test_blocks_that_text_does_not_run_through_stay_dense(tmp_path, capsys):
+    source = save_multimodal(tmp_path / "model", "mllama")
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert run(source, tmp_path / "text.txt", tmp_path / "out", "--method", "wanda") == 0
+    assert "tensors that text does not run through" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    prefix = "model.language_model.layers"
+    assert {layer["name"].split(".")[3] for layer in report["layers"]} == {"0", "2"}
+    idle = [name for name in report["kept_dense"] if name.startswith((f"{prefix}.1.", f"{prefix}.3."))]
+    # Four of the attention, three of the MLP.
+    assert len(idle) == 2 * 7
+    report["kept_dense"].remove(idle[0])
+    (tmp_path / "out" / "report.json").write_text(json.dumps(report))
+    failure = only_failure(capsys, tmp_path / "out", "report")
+    assert failure == f"{idle[0]}: neither pruned nor kept dense by the report"
+
+
+def test_tensor_of_the_tower_that_the_output_lacks(tmp_path, capsys):
+    """Text does not need it, but the class that the config names does."""
+    source = save_multimodal(tmp_path / "model", "llava")
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert run(source, tmp_path / "text.txt", tmp_path / "out", "--method", "wanda") == 0
+    name = next(name for name in tensors_of(source) if "vision" in name and name.endswith("q_proj.weight"))
+    change_tensor(tmp_path / "out", name, lambda tensor: None)
+    assert "this tensor is missing from the checkpoint (1 in all)" in only_failure(capsys, tmp_path / "out", "model")

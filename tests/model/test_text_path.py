@@ -1,0 +1,217 @@
+"""The class that is built, the blocks that are found in it, and errors out of its own code."""
+
+import json
+
+import pytest
+import torch
+from helpers.families import byte_tokenizer, save_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Gemma3Config,
+    HrmTextConfig,
+    LlamaConfig,
+    Qwen3_5Config,
+    XLNetConfig,
+)
+
+from sparsefw import checkpoint
+from sparsefw.errors import InputError
+from sparsefw.model import StreamedModel, embed, shape_of
+from sparsefw.model.skeleton import class_of, max_seqlen
+
+IDS = torch.randint(2, 250, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def streamed(folder):
+    return StreamedModel(checkpoint.inspect(folder), torch.device("cpu"))
+
+
+def save(folder, config, auto=AutoModelForCausalLM):
+    torch.manual_seed(0)
+    auto.from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+class TestClass:
+    @pytest.mark.parametrize(
+        ("config", "named", "built", "text_only"),
+        [
+            (LlamaConfig, ["LlamaForCausalLM"], "LlamaForCausalLM", False),
+            (LlamaConfig, None, "LlamaForCausalLM", False),
+            # Classes of other models, of no model, of code beside the checkpoint, and what is no name.
+            (LlamaConfig, ["Qwen3ForCausalLM"], "LlamaForCausalLM", False),
+            (LlamaConfig, ["AutoModelForCausalLM", "os.system", 7], "LlamaForCausalLM", False),
+            (LlamaConfig, ["LlamaForSequenceClassification"], "LlamaForCausalLM", False),
+            (Gemma3Config, ["Gemma3ForConditionalGeneration"], "Gemma3ForConditionalGeneration", False),
+            (Gemma3Config, ["Gemma3ForCausalLM"], "Gemma3ForCausalLM", True),
+            # A class of text alone is listed for the whole config, too.
+            (Qwen3_5Config, ["Qwen3_5ForConditionalGeneration"], "Qwen3_5ForConditionalGeneration", False),
+            (Qwen3_5Config, ["Qwen3_5ForCausalLM"], "Qwen3_5ForCausalLM", True),
+            (Qwen3_5Config, None, "Qwen3_5ForCausalLM", True),
+        ],
+    )
+    def test_that_is_built(self, config, named, built, text_only, tmp_path):
+        config = config()
+        config.architectures = named
+        kind, taken = class_of(config, tmp_path)
+        assert kind.__name__ == built
+        assert kind.__module__.startswith("transformers.")
+        assert type(taken) is (type(config.get_text_config()) if text_only else type(config))
+
+    def test_another_one_than_the_config_names_is_noted(self, tmp_path):
+        folder = save_model(tmp_path, "llama")
+        change_config(folder, architectures=["LlamaForTokenClassification"])
+        assert "config.json names LlamaForTokenClassification: pruned as LlamaForCausalLM" in streamed(folder).notes
+        change_config(folder, architectures=["LlamaForCausalLM"])
+        assert not streamed(folder).notes
+
+    def test_encoder_and_decoder(self, tmp_path):
+        sizes = dict(vocab_size=258, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+        folder = save(tmp_path, AutoConfig.for_model("t5", **sizes), AutoModelForSeq2SeqLM)
+        with pytest.raises(
+            InputError, match=r"cannot load .*T5ForConditionalGeneration.* its decoder reads what an enc"
+        ):
+            streamed(folder)
+
+
+class TestBlocks:
+    @pytest.mark.parametrize("depth", [1, 3])
+    def test_a_list_of_another_length(self, depth, tmp_path):
+        """A block of LongCat counts as two layers, and has lists of two modules inside."""
+        config = AutoConfig.for_model(
+            "longcat_flash",
+            **dict(vocab_size=258, hidden_size=32, ffn_hidden_size=48, expert_ffn_hidden_size=24, num_layers=depth),
+            **dict(num_attention_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8),
+            **dict(v_head_dim=8, head_dim=8, n_routed_experts=4, zero_expert_num=1, moe_topk=2),
+            **dict(bos_token_id=0, eos_token_id=1, pad_token_id=1),
+        )
+        with streamed(save(tmp_path, config)) as model:
+            assert model.names == [f"model.layers.{i}" for i in range(depth)]
+
+    def test_a_class_that_calls_its_head_a_decoder(self, tmp_path):
+        sizes = dict(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+        tokens = dict(bos_token_id=0, eos_token_id=1, pad_token_id=1, cls_token_id=0, sep_token_id=1)
+        with streamed(save(tmp_path, AutoConfig.for_model("modernbert-decoder", **sizes, **tokens))) as model:
+            assert model.names == [f"model.layers.{i}" for i in range(3)]
+
+    def test_blocks_in_two_lists(self, tmp_path):
+        sizes = dict(vocab_size=258, hidden_size=32, intermediate_size=48, num_attention_heads=4, head_dim=8)
+        config = HrmTextConfig(**sizes, num_layers_per_stack=2, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+        message = r"unsupported model HrmTextForCausalLM: .*\(model.L_module.layers, model.H_module.layers\) were found"
+        with pytest.raises(InputError, match=message):
+            streamed(save(tmp_path, config))
+
+    def test_a_block_that_runs_twice(self, tmp_path, monkeypatch):
+        from transformers.models.llama.modeling_llama import LlamaModel
+
+        forward = LlamaModel.forward
+
+        def twice(self, *args, **kwargs):
+            forward(self, *args, **kwargs)
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(LlamaModel, "forward", twice)
+        with pytest.raises(InputError, match=r"unsupported model: model.layers.0 runs more than once in a forward"):
+            streamed(save_model(tmp_path, "llama"))
+
+    def test_no_limit_of_tokens(self):
+        assert max_seqlen(XLNetConfig()) is None
+        assert max_seqlen(LlamaConfig()) == 2048
+
+
+class TestErrors:
+    """Whatever comes out of a model's own code is one line, with the exception as its cause."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        return save_model(tmp_path, "llama")
+
+    def failing(self, monkeypatch, owner, error):
+        def fails(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(owner, "forward", fails)
+
+    @pytest.mark.parametrize("error", [KeyError("sound"), IndexError("list\nindex"), NameError("x"), StopIteration()])
+    def test_of_a_block(self, error, folder, monkeypatch):
+        from transformers.models.llama.modeling_llama import LlamaMLP
+
+        with streamed(folder) as model:
+            states = embed(model, IDS, 2)
+            model.open(1)
+            self.failing(monkeypatch, LlamaMLP, error)
+            with pytest.raises(InputError, match=r"unsupported model LlamaForCausalLM: model\.layers\.1 ") as caught:
+                states.output(1, 0)
+        assert caught.value.__cause__ is error
+        assert "\n" not in str(caught.value)
+        assert type(error).__name__ in str(caught.value)
+        with pytest.raises(InputError, match=r"model\.layers\.0 "):
+            shape_of(checkpoint.inspect(folder))
+
+    def test_of_the_embedding_and_the_head(self, folder, monkeypatch):
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        with streamed(folder) as model:
+            self.failing(monkeypatch, LlamaRotaryEmbedding, KeyError("rope"))
+            with pytest.raises(InputError, match="LlamaForCausalLM: its forward outside of the blocks") as caught:
+                embed(model, IDS, 2)
+        assert isinstance(caught.value.__cause__, KeyError)
+
+    @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("full"), InputError("own")])
+    def test_that_pass(self, error, folder, monkeypatch):
+        from transformers.models.llama.modeling_llama import LlamaMLP
+
+        with streamed(folder) as model:
+            states = embed(model, IDS, 2)
+            model.open(1)
+            self.failing(monkeypatch, LlamaMLP, error)
+            with pytest.raises(type(error)) as caught:
+                states.output(1, 0)
+        assert caught.value is error
+
+
+class TestUnused:
+    """Tensors that the class has no use for, such as layers that predict further tokens."""
+
+    def test_are_written_as_they_are(self, tmp_path, capsys):
+        from helpers.commands import TEXT, run, tensors_of
+        from helpers.verifying import change_tensor, flip_bit, only_failure, put, verdict
+
+        source = save_model(tmp_path / "model", "llama", torch.bfloat16)
+        shard = min(source.glob("*.safetensors"))
+        index = source / "model.safetensors.index.json"
+        # In another dtype than the model, and with values that no weight may have.
+        extra = {"model.mtp.0.weight": torch.randn(3, 5), "model.mtp.0.mask": torch.tensor([0.0, -torch.inf])}
+        save_file(load_file(shard) | extra, shard, metadata={"format": "pt"})
+        content = json.loads(index.read_text())
+        content["weight_map"] |= dict.fromkeys(extra, shard.name)
+        index.write_text(json.dumps(content))
+        (tmp_path / "text.txt").write_text(TEXT)
+        output = tmp_path / "out"
+        assert run(source, tmp_path / "text.txt", output, "--method", "wanda") == 0
+        said = capsys.readouterr().out
+        assert "note: written as they are: 2 tensors that LlamaForCausalLM has no use for" in said
+        assert "of another dtype" not in said
+        written = tensors_of(output)
+        assert written.keys() == tensors_of(source).keys()
+        for name, tensor in extra.items():
+            assert torch.equal(written[name], tensor)
+        status, printed, _ = verdict(capsys, output)
+        assert status == 0, printed
+        loaded = [
+            AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)[1] for folder in (source, output)
+        ]
+        assert loaded[0]["unexpected_keys"] == loaded[1]["unexpected_keys"] == set(extra)
+        change_tensor(output, "model.mtp.0.weight", put((1, 1), flip_bit))
+        assert only_failure(capsys, output, "others").startswith("model.mtp.0.weight: 1 of 15 values differ")
+        change_tensor(output, "model.mtp.0.weight", lambda tensor: None)
+        assert only_failure(capsys, output, "others") == "model.mtp.0.weight: only in the source"
