@@ -89,7 +89,7 @@ def prune_model(
         run: the model, and how it is pruned: by every method of the config, each on the activations of its own blocks.
         calibration: windows whose activations define the layer problems.
         evaluation: windows of each evaluation text.
-        writer: receives a shard for each block and each piece of the rest. The run goes on after the shards that it has.
+        writer: receives a shard for each block and each piece of the rest. The run goes on after those that it has.
         placement: what is held at once, and where.
         on_layer, on_block: called after every layer and every block.
 

@@ -156,8 +156,9 @@ def embed(
     Raises:
         InputError: the model has no embedding for a token, or weights hold NaN or Inf.
     """
-    embeddings: Any = model.model.get_input_embeddings()
-    vocabulary = embeddings.weight.shape[0]
+    with explained(type(model.model).__name__, "its embedding"):
+        embeddings: Any = model.model.get_input_embeddings()
+        vocabulary = embeddings.weight.shape[0]
     if ids.max() >= vocabulary:
         raise InputError(f"token {ids.max()}: the model embeds {vocabulary} tokens; give those of its own tokenizer")
     states = HiddenStates(model, new_activations, new_activations(), [])

@@ -105,7 +105,7 @@ def build(checkpoint: Checkpoint) -> Skeleton:
 def _build(checkpoint: Checkpoint, config: Any) -> Skeleton:
     # Some versions of the fused attention silently leave out a cap on attention logits.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    options = {
+    options: dict[str, Any] = {
         "dtype": checkpoint.dtype,
         "attn_implementation": "eager" if capped else None,
         # One product per expert, where its inputs can be seen.

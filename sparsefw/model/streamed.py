@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from sparsefw.checkpoint.reader import read_tensors
 from sparsefw.checkpoint.source import Checkpoint, TensorInfo
-from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
 from sparsefw.model import skeleton
-from sparsefw.model.text_path import find_stack, follow_text
+from sparsefw.model.text_path import follow_text
 from sparsefw.model.transformers_private import tie_parameters
 from sparsefw.process import give_back_page_locked
 from sparsefw.timeline import READ, Timeline
@@ -63,11 +62,8 @@ class StreamedModel:
         self._skeleton = skeleton.build(checkpoint)
         self.model = model = self._skeleton.model
         self.max_seqlen = skeleton.max_seqlen(model.config)
-        stack, blocks = find_stack(model, checkpoint.folder)
-        path = follow_text(model, stack, blocks)
-        self.blocks = [blocks[i] for i in path.blocks]
-        self.names = [f"{stack}.{i}" for i in path.blocks]
-        self.idle = {f"{stack}.{i}": block for i, block in enumerate(blocks) if i not in path.blocks}
+        path = follow_text(model, checkpoint.folder)
+        self.blocks, self.names, self.idle = list(path.blocks.values()), list(path.blocks), path.idle
         # The checkpoint's tensors by block; under None those outside of the blocks that are loaded.
         self._tensors_of = self._sorted(path.reads)
         stored = model.state_dict(keep_vars=True)

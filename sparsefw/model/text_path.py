@@ -35,29 +35,48 @@ class TextPath:
     """What a forward on text runs through.
 
     Attributes:
-        blocks: numbers of the blocks in the order of their calls. Each is called once.
+        blocks: the blocks by name, in the order of their calls. Each is called once.
+        idle: the blocks of the same list that are not called, by name.
         reads: names of the parameters and stored buffers outside of the blocks that are read, all names of tied ones.
     """
 
-    blocks: tuple[int, ...]
+    blocks: dict[str, nn.Module]
+    idle: dict[str, nn.Module]
     reads: frozenset[str]
 
 
-def find_stack(model: PreTrainedModel, folder: Path) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks, and its name in the model.
-
-    It is the one list of num_hidden_layers modules, or the only list there is, in the decoder. Lists inside the modules
-    of another list are looked at last.
+def follow_text(model: PreTrainedModel, folder: Path) -> TextPath:
+    """Find a model's blocks, and what else text needs of it.
 
     Args:
-        model: the model.
-        folder: folder of the checkpoint, for the message.
+        model: the model on the meta device; its computed buffers are on the host.
+        folder: folder of the checkpoint, for messages.
 
     Raises:
-        InputError: there is no such list, or more than one.
+        InputError: there is no list of blocks or more than one, its forward fails, or it calls a block twice.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    names = {module: name for name, module in model.named_modules()}
+    kind, found = type(model).__name__, _stacks(model, depth)
+    try:
+        path = _follow(model, found) if found else None
+    except InputError:
+        if len(found) == 1:
+            raise
+        path = None
+    if path:
+        return path
+    count = f"{len(found)} of them ({', '.join(found)}) were found" if found else "none was found"
+    raise InputError(
+        f"{folder}: unsupported model {kind}: one list of {depth} decoder blocks (num_hidden_layers) is needed, {count}"
+    )
+
+
+def _stacks(model: PreTrainedModel, depth: Any) -> dict[str, nn.ModuleList]:
+    """The lists of modules that may be the blocks, by their names in the model.
+
+    They are those of `depth` modules, or all, in the decoder. Lists inside the modules of another list count only if
+    they have `depth` modules, and no other list has.
+    """
     with explained(type(model).__name__, "its get_decoder"):
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     # Some classes call their head a decoder.
@@ -65,16 +84,8 @@ def find_stack(model: PreTrainedModel, folder: Path) -> tuple[str, nn.ModuleList
     lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m)]
     outer, deep = _outermost(lists), [m for m in lists if len(m) == depth]
     choices = [m for m in outer if m in deep], _outermost(deep), outer
-    for found in choices:
-        if len(found) == 1:
-            return names[found[0]], found[0]
-    found = next(filter(None, choices), [])
-    listed = ", ".join(names[m] for m in found)
-    count = f"{len(found)} of them ({listed}) were found" if found else "none was found"
-    raise InputError(
-        f"{folder}: unsupported model {type(model).__name__}: "
-        f"one list of {depth} decoder blocks (num_hidden_layers) is needed, {count}"
-    )
+    found = next((c for c in choices if len(c) == 1), None) or next(filter(None, choices), [])
+    return {name: module for name, module in model.named_modules() if module in found}
 
 
 def _outermost(lists: list[nn.ModuleList]) -> list[nn.ModuleList]:
@@ -83,66 +94,85 @@ def _outermost(lists: list[nn.ModuleList]) -> list[nn.ModuleList]:
 
 
 @torch.no_grad()
-def follow_text(model: PreTrainedModel, name: str, stack: nn.ModuleList) -> TextPath:
+def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList]) -> TextPath | None:
     """Run a model's own forward on a few tokens, with stand-ins for its blocks, and look at what it uses.
 
     A block of each kind is run once, and shows what the others return.
 
     Args:
-        model: the model on the meta device; its computed buffers are on the host.
-        name: name of the list of blocks in the model.
-        stack: the list of blocks.
+        model: the model.
+        stacks: the lists that may be its blocks, by name.
+
+    Returns:
+        What it uses; None if it runs through blocks of several of the lists.
 
     Raises:
         InputError: the forward fails, calls a block twice or none at all, or gives a block no hidden states.
     """
-    kind, calls, returned = type(model).__name__, _Calls(name), {}
-    inside = {module for block in stack for module in block.modules()}
+    kind, calls, returned = type(model).__name__, _Calls(type(model).__name__), {}
+    blocks = {f"{name}.{i}": block for name, stack in stacks.items() for i, block in enumerate(stack)}
+    inside = {module for block in blocks.values() for module in block.modules()}
 
-    def stand_in(i: int, args: tuple, kwargs: dict) -> Any:
-        calls.add(i, args)
-        form = (type(stack[i]), tuple((n, p.shape) for n, p in stack[i].named_parameters()))
+    def stand_in(name: str, args: tuple, kwargs: dict) -> Any:
+        calls.add(name, args)
+        block = blocks[name]
+        form = (type(block), tuple((n, p.shape) for n, p in block.named_parameters()))
         if form not in returned:
-            with explained(kind, f"{name}.{i}"), _filled(stack[i].modules()):
-                returned[form] = type(stack[i]).forward(stack[i], *args, **kwargs)
+            with explained(kind, name), _filled(block.modules()):
+                returned[form] = type(block).forward(block, *args, **kwargs)
         output = returned[form]
         return (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
 
     with _filled(module for module in model.modules() if module not in inside):
         stored = model.state_dict(keep_vars=True)
         reads = _Reads({id(tensor) for tensor in stored.values() if not tensor.is_meta})
-        for i, block in enumerate(stack):
-            block.forward = lambda *args, _i=i, **kwargs: stand_in(_i, args, kwargs)
+        for name, block in blocks.items():
+            block.forward = lambda *args, _name=name, **kwargs: stand_in(_name, args, kwargs)
         try:
             with explained(kind, "its forward"), reads:
                 model(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64), use_cache=False)
         finally:
-            for block in stack:
+            for block in blocks.values():
                 del block.forward
         read = frozenset(key for key, tensor in stored.items() if id(tensor) in reads.seen)
-    if not calls.blocks:
-        raise InputError(f"unsupported model {kind}: its forward on text calls none of the blocks {name}")
-    return TextPath(tuple(calls.blocks), read)
+    if not calls.names:
+        raise InputError(f"unsupported model {kind}: its forward on text calls none of the blocks {', '.join(stacks)}")
+    used = [
+        name
+        for name in stacks
+        if any(block in calls.names for block in (f"{name}.{i}" for i in range(len(stacks[name]))))
+    ]
+    if len(used) > 1:
+        return None
+    called = {name: blocks[name] for name in calls.names}
+    idle = {name: block for name, block in blocks.items() if name.startswith(f"{used[0]}.") and name not in called}
+    return TextPath(called, idle, read)
 
 
 class _Calls:
-    """The blocks that a forward has called."""
+    """The blocks that a forward has called.
 
-    def __init__(self, stack: str) -> None:
-        self._stack = stack
-        self.blocks: list[int] = []
+    Args:
+        model: name of the model's class.
+    """
 
-    def add(self, i: int, args: tuple) -> None:
-        """Note a call of block i.
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self.names: list[str] = []
+
+    def add(self, name: str, args: tuple) -> None:
+        """Note a call of a block.
 
         Raises:
             InputError: it was called before, or its first argument is no tensor.
         """
-        if i in self.blocks:
-            raise InputError(f"unsupported model: {self._stack}.{i} runs more than once in a forward, not only once")
+        if name in self.names:
+            raise InputError(f"unsupported model {self._model}: {name} runs more than once in a forward")
         if not args or not isinstance(args[0], Tensor):
-            raise InputError(f"unsupported model: {self._stack}.{i} is not given its hidden states as first argument")
-        self.blocks.append(i)
+            raise InputError(
+                f"unsupported model {self._model}: {name} is not given its hidden states as first argument"
+            )
+        self.names.append(name)
 
 
 class _Reads(TorchFunctionMode):
@@ -172,7 +202,8 @@ def _filled(modules: Iterable[nn.Module]) -> Iterator[None]:
     before: list[tuple[dict[str, Any], str, Tensor]] = []
     made: dict[int, Tensor] = {}
     for module in modules:
-        for tensors in (module._parameters, module._buffers):
+        slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in slots:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta:
                     before.append((tensors, name, tensor))

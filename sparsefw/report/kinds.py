@@ -1,7 +1,7 @@
 """Layers by type: the name inside their block, the same for all blocks and all experts."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from sparsefw.report.content import Report
 
@@ -31,12 +31,21 @@ def locate(name: str, positions: dict[str, int]) -> tuple[int, str]:
 
 
 def kept_dense(report: Report) -> list[tuple[str, str, str]]:
-    """The types of the matrices that were not pruned: type, how many, and in which blocks."""
-    numbers, positions = defaultdict(list), positions_of(report)
+    """The types of the matrices that were not pruned: type, how many, and in which blocks.
+
+    Those in blocks that text does not run through are types of their own, named in full.
+    """
+    numbers: dict[str, list[int]] = defaultdict(list)
+    positions, idle = positions_of(report), Counter[str]()
     for name in report.kept_dense:
-        position, kind = locate(name, positions)
+        try:
+            position, kind = locate(name, positions)
+        except ValueError:
+            idle[_EXPERT.sub("*", name.removesuffix(".weight"))] += 1
+            continue
         numbers[kind].append(report.blocks[position].block)
-    return [(kind, f"{len(blocks):,}", _ranges(blocks)) for kind, blocks in numbers.items()]
+    rows = [(kind, f"{len(blocks):,}", _ranges(blocks)) for kind, blocks in numbers.items()]
+    return rows + [(kind, f"{count:,}", "text does not run through them") for kind, count in idle.items()]
 
 
 def _ranges(numbers: list[int]) -> str:

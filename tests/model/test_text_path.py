@@ -120,7 +120,9 @@ class TestBlocks:
             return forward(self, *args, **kwargs)
 
         monkeypatch.setattr(LlamaModel, "forward", twice)
-        with pytest.raises(InputError, match=r"unsupported model: model.layers.0 runs more than once in a forward"):
+        with pytest.raises(
+            InputError, match=r"unsupported model LlamaForCausalLM: model.layers.0 runs more than once in a "
+        ):
             streamed(save_model(tmp_path, "llama"))
 
     def test_no_limit_of_tokens(self):
