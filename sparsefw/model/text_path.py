@@ -164,13 +164,17 @@ class _Calls:
         """Note a call of a block.
 
         Raises:
-            InputError: it was called before, or its first argument is no tensor.
+            InputError: it was called before, or its first argument is not the hidden states of windows.
         """
         if name in self.names:
             raise InputError(f"unsupported model {self._model}: {name} runs more than once in a forward")
         if not args or not isinstance(args[0], Tensor):
             raise InputError(
                 f"unsupported model {self._model}: {name} is not given its hidden states as first argument"
+            )
+        if args[0].shape[:2] == (TOKENS, 1):
+            raise InputError(
+                f"unsupported model {self._model}: {name} is given (tokens, windows), not (windows, tokens)"
             )
         self.names.append(name)
 
