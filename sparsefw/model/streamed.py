@@ -222,16 +222,13 @@ class StreamedModel:
                 size = sum(tensors[name].nbytes for name in names) / 1e9
                 notes.append(f"written as they are: {len(names)} tensors that {what}, {size:.2f} GB, {names[0]} first")
         state = self.model.state_dict()
-        changed = [
-            name
-            for i in range(len(self.blocks))
-            for name in self._tensors_of[i]
-            if tensors[name].dtype.is_floating_point and tensors[name].dtype != state[built.goes_into[name]].dtype
-        ]
-        if changed:
-            notes.append(
-                f"read and written as {built.dtype}: {len(changed)} tensors of another dtype, {changed[0]} first"
-            )
+        changed: dict[torch.dtype, list[str]] = {}
+        for name in (name for i, names in self._tensors_of.items() if i is not None for name in names):
+            dtype = state[built.goes_into[name]].dtype
+            if tensors[name].dtype.is_floating_point and tensors[name].dtype != dtype:
+                changed.setdefault(dtype, []).append(name)
+        for dtype, names in changed.items():
+            notes.append(f"read and written as {dtype}: {len(names)} tensors of another dtype, {names[0]} first")
         return notes
 
     def _drop(self, modules: Iterable[tuple[str, nn.Module]]) -> None:

@@ -8,7 +8,7 @@ from helpers.commands import TEXT, run, tensors_of
 from helpers.multimodal import MULTIMODAL, load_as_named, save_multimodal
 from helpers.verifying import change_tensor, only_failure, verdict
 
-from sparsefw import checkpoint
+from sparsefw import PruneConfig, checkpoint, prune
 from sparsefw.model import StreamedModel, embed, logits, shape_of
 
 IDS = torch.randint(4, 250, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -93,6 +93,7 @@ def test_blocks_that_text_does_not_run_through_stay_dense(tmp_path, capsys):
     idle = [name for name in report["kept_dense"] if name.startswith((f"{prefix}.1.", f"{prefix}.3."))]
     # Four of the attention, three of the MLP.
     assert len(idle) == 2 * 7
+    assert "text does not run through them" in (tmp_path / "out" / "report.html").read_text()
     report["kept_dense"].remove(idle[0])
     (tmp_path / "out" / "report.json").write_text(json.dumps(report))
     failure = only_failure(capsys, tmp_path / "out", "report")
@@ -107,3 +108,37 @@ def test_tensor_of_the_tower_that_the_output_lacks(tmp_path, capsys):
     name = next(name for name in tensors_of(source) if "vision" in name and name.endswith("q_proj.weight"))
     change_tensor(tmp_path / "out", name, lambda tensor: None)
     assert "this tensor is missing from the checkpoint (1 in all)" in only_failure(capsys, tmp_path / "out", "model")
+
+
+def test_a_model_in_memory(tmp_path):
+    """Its layers come back to the model's own class."""
+    source = save_multimodal(tmp_path / "model", "llava")
+    model, untouched = load_as_named(source)[0], dict(load_as_named(source)[0].named_parameters())
+    config = PruneConfig(kernel="torch", method="wanda")
+    prune(model, tmp_path / "out", config, dataset=IDS)
+    written = dict(load_as_named(tmp_path / "out")[0].named_parameters())
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, untouched[name])}
+    assert len(changed) == 2 * 7
+    assert all(torch.equal(p, written[name]) for name, p in model.named_parameters())
+
+
+def test_a_run_goes_on_between_two_pieces(tmp_path, monkeypatch):
+    source = save_multimodal(tmp_path / "model", "mllama")
+    (tmp_path / "text.txt").write_text(TEXT)
+    flags = ["--method", "wanda"]
+    assert run(source, tmp_path / "text.txt", tmp_path / "undisturbed", *flags) == 0
+    read, asked = StreamedModel.other_tensors, []
+
+    def interrupted(self, names):
+        asked.append(names)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return read(self, names)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StreamedModel, "other_tensors", interrupted)
+        assert run(source, tmp_path / "text.txt", tmp_path / "out", *flags) == 130
+    assert run(source, tmp_path / "text.txt", tmp_path / "out", *flags) == 0
+    paths = [sorted((tmp_path / name).glob("*.safetensors")) for name in ("undisturbed", "out")]
+    assert [path.name for path in paths[0]] == [path.name for path in paths[1]]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*paths, strict=True))

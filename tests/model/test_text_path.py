@@ -125,6 +125,22 @@ class TestBlocks:
         ):
             streamed(save_model(tmp_path, "llama"))
 
+    def test_tokens_before_windows(self, tmp_path):
+        config = XLNetConfig(vocab_size=258, d_model=32, n_layer=2, n_head=4, d_inner=48)
+        with pytest.raises(
+            InputError, match=r"XLNetLMHeadModel: transformer.layer.0 is given \(tokens, windows\), not"
+        ):
+            streamed(save(tmp_path, config))
+
+    def test_one_of_several_lists_runs(self, tmp_path):
+        """The vision tower of GIT is in the same module as its blocks, and has as many."""
+        sizes = dict(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+        vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        config = AutoConfig.for_model("git", **sizes, vision_config=vision | dict(image_size=16, patch_size=8))
+        with streamed(save(tmp_path, config)) as model:
+            assert model.names == ["git.encoder.layer.0", "git.encoder.layer.1"]
+            assert not model.idle
+
     def test_no_limit_of_tokens(self):
         assert max_seqlen(XLNetConfig()) is None
         assert max_seqlen(LlamaConfig()) == 2048
