@@ -202,27 +202,26 @@ class _Reads(TorchFunctionMode):
 
 @contextmanager
 def _filled(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the `with` block, these modules have zeros in place of tensors on the meta device; tied ones stay tied."""
-    before: list[tuple[dict[str, Any], str, Tensor]] = []
-    made: dict[int, Tensor] = {}
+    """Inside the `with` block, these modules have zeros in place of tensors on the meta device; tied ones stay tied.
+
+    All of them are views of one piece of memory, as large as the largest.
+    """
+    slots: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in modules:
-        slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for tensors in slots:
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_meta:
-                    before.append((tensors, name, tensor))
-                    if id(tensor) not in made:
-                        made[id(tensor)] = _zeros_like(tensor)
-    for tensors, name, tensor in before:
+        for tensors in (module._parameters, module._buffers):
+            slots += [(tensors, name, x) for name, x in tensors.items() if x is not None and x.is_meta]
+    memory = torch.from_numpy(np.zeros(max((tensor.nbytes for *_, tensor in slots), default=0), np.uint8))
+    made = {id(tensor): _zeros_like(tensor, memory) for *_, tensor in slots}
+    for tensors, name, tensor in slots:
         tensors[name] = made[id(tensor)]
     try:
         yield
     finally:
-        for tensors, name, tensor in before:
+        for tensors, name, tensor in slots:
             tensors[name] = tensor
 
 
-def _zeros_like(tensor: Tensor) -> Tensor:
-    """Zeros on the host that take no memory as long as they are only read."""
-    data = torch.from_numpy(np.zeros(tensor.nbytes, np.uint8)).view(tensor.dtype).view(tensor.shape)
+def _zeros_like(tensor: Tensor, memory: Tensor) -> Tensor:
+    """Zeros in this memory, which takes none as long as it is only read."""
+    data = memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
     return nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data
