@@ -35,6 +35,6 @@ def explained(model: str, place: str) -> Iterator[None]:
     # A model's code may raise whatever there is.
     except Exception as error:
         raise InputError(
-            f"unsupported model {model}: {place} does not run on text alone: {type(error).__name__}: "
-            f"{shown(first_line(error))}; see whether transformers runs the whole model on tokens without other input"
+            f"unsupported model {model}: {place} fails on text alone: {type(error).__name__}: "
+            f"{shown(first_line(error))}; see whether transformers runs this model on tokens without other input"
         ) from error

@@ -208,7 +208,8 @@ def _filled(modules: Iterable[nn.Module]) -> Iterator[None]:
     """
     slots: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in modules:
-        for tensors in (module._parameters, module._buffers):
+        stored: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in stored:
             slots += [(tensors, name, x) for name, x in tensors.items() if x is not None and x.is_meta]
     memory = torch.from_numpy(np.zeros(max((tensor.nbytes for *_, tensor in slots), default=0), np.uint8))
     made = {id(tensor): _zeros_like(tensor, memory) for *_, tensor in slots}
