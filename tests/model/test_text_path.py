@@ -47,9 +47,9 @@ class TestClass:
         [
             (LlamaConfig, ["LlamaForCausalLM"], "LlamaForCausalLM", False),
             (LlamaConfig, None, "LlamaForCausalLM", False),
-            # Classes of other models, of no model, of code beside the checkpoint, and what is no name.
+            # Classes of other models, of no model, and what is no class.
             (LlamaConfig, ["Qwen3ForCausalLM"], "LlamaForCausalLM", False),
-            (LlamaConfig, ["AutoModelForCausalLM", "os.system", 7], "LlamaForCausalLM", False),
+            (LlamaConfig, ["AutoModelForCausalLM", "os.system", ""], "LlamaForCausalLM", False),
             (LlamaConfig, ["LlamaForSequenceClassification"], "LlamaForCausalLM", False),
             (Gemma3Config, ["Gemma3ForConditionalGeneration"], "Gemma3ForConditionalGeneration", False),
             (Gemma3Config, ["Gemma3ForCausalLM"], "Gemma3ForCausalLM", True),
