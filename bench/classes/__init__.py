@@ -1,0 +1,1 @@
+"""A tiny random checkpoint of every class of transformers, pruned and compared: `bench/sweep.py` runs it."""

@@ -1,0 +1,252 @@
+"""Prune a tiny checkpoint of one class with the commands, load the result, and compare it with plain transformers.
+
+Outcomes: works; refused, in one line; traceback; wrong, where the commands end well and a comparison fails; not run,
+where transformers itself does not build, run or reload the class on token ids.
+"""
+
+import contextlib
+import hashlib
+import io
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import sparsefw.run
+import sparsefw.verify
+from classes.tiny_model import Case, build, byte_tokenizer, load, perplexity, random_text, windows_of
+from sparsefw.report import Report, read_report
+
+WORKS, REFUSED, TRACEBACK, WRONG, NOT_RUN = "works", "refused", "traceback", "wrong", "not run"
+OUTCOMES = (WORKS, REFUSED, TRACEBACK, WRONG, NOT_RUN)
+
+# Names in the folder of a class.
+SOURCE, OUTPUT, CALIBRATION, EVALUATION = "source", "output", "calibration.txt", "evaluation.txt"
+SEQLEN, WINDOWS, EVALUATED = 24, 8, 4
+# Few steps; all else is the product's default.
+FLAGS = ["--kernel", "torch", "--steps", "3", "--rounds", "1", "--refit", "2", "--compare", "wanda"]
+# Relative; perplexities of the same fp32 weights on the same windows.
+TOLERANCE = 1e-3
+
+_ROUTER = re.compile(r"(^|_)(gate|router)$")
+
+
+class Ended(Exception):
+    """Ends an examination: its outcome and the reason."""
+
+    def __init__(self, outcome: str, reason: str) -> None:
+        super().__init__(reason)
+        self.outcome, self.reason = outcome, reason
+
+
+def examine(case: Case, folder: Path) -> dict[str, Any]:
+    """Prune a class.
+
+    Args:
+        case: the class and its config.
+        folder: an empty folder for the checkpoints.
+
+    Returns:
+        The row of the results: JSON.
+    """
+    row: dict[str, Any] = {"model_type": case.model_type, "class": case.class_name, "kind": case.kind}
+    try:
+        _examine(case, folder, row)
+        return row | {"outcome": WORKS, "reason": ""}
+    except Ended as ended:
+        return row | {"outcome": ended.outcome, "reason": ended.reason}
+
+
+def _examine(case: Case, folder: Path, row: dict[str, Any]) -> None:
+    windows, dense, original, loading = write_source(case, folder)
+    row["architecture"] = type(original).__name__
+    _prune(folder)
+    report = read_report(folder / OUTPUT / "report.json")
+    with _of_product("load the output"):
+        pruned, pruned_loading = load(folder / OUTPUT)
+    row |= _pruned_part(report, pruned)
+    row["perplexity"] = {"plain": dense, **report.evaluation[0].perplexity}
+    _compare_keys(loading, pruned_loading)
+    _compare_perplexities(report, windows, dense, pruned)
+    _compare_weights(report, original, pruned)
+    _verify(folder)
+
+
+def write_source(case: Case, folder: Path) -> tuple[Tensor, float, PreTrainedModel, dict[str, Any]]:
+    """Write the checkpoint of a class and two texts.
+
+    Returns:
+        The evaluation windows, the perplexity of plain transformers on them, the model as it is loaded from the
+        checkpoint, and what loading reports.
+
+    Raises:
+        Ended: transformers does not build, run, save or load it.
+    """
+    tokenizer, text = byte_tokenizer(), random_text(1, EVALUATED * SEQLEN)
+    (folder / CALIBRATION).write_text(random_text(0, WINDOWS * SEQLEN))
+    (folder / EVALUATION).write_text(text)
+    windows = windows_of(tokenizer, text, SEQLEN, EVALUATED)
+    with _of_transformers("build"):
+        model = build(case)
+    with _of_transformers("forward"):
+        in_memory = perplexity(model, windows)
+    with _of_transformers("save and load"):
+        model.save_pretrained(folder / SOURCE, max_shard_size="1MB")
+        tokenizer.save_pretrained(folder / SOURCE)
+        original, loading = load(folder / SOURCE)
+        dense = perplexity(original, windows)
+        if not _alike(dense, in_memory):
+            raise ValueError(f"perplexity {in_memory:.6g} before save_pretrained, {dense:.6g} after from_pretrained")
+    return windows, dense, original, loading
+
+
+def arguments_of(folder: Path) -> list[str]:
+    """The flags that prune the checkpoint in a folder."""
+    texts = ["--dataset", str(folder / CALIBRATION), "--eval", str(folder / EVALUATION)]
+    sizes = ["--nsamples", str(WINDOWS), "--seqlen", str(SEQLEN), "--eval-windows", str(EVALUATED)]
+    return ["--model", str(folder / SOURCE), "--output", str(folder / OUTPUT), *texts, *sizes, *FLAGS]
+
+
+def _prune(folder: Path) -> None:
+    status, said = _run("run", sparsefw.run.main, arguments_of(folder))
+    line = said.replace(str(folder / SOURCE), "MODEL")
+    if status == 2:
+        raise Ended(REFUSED, line + (" (after a part was written)" if _is_begun(folder) else ""))
+    if status:
+        raise Ended(TRACEBACK, f"run ended with status {status}: {line}")
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether a run has written a part of its output."""
+    return any(folder.glob(f".{OUTPUT}.partial/*"))
+
+
+def _verify(folder: Path) -> None:
+    arguments = [str(folder / OUTPUT), "--against", str(folder / SOURCE)]
+    status, said = _run("verify", sparsefw.verify.main, arguments)
+    if status == 1:
+        raise Ended(WRONG, f"verify: {said}")
+    if status:
+        raise Ended(TRACEBACK, f"verify ended with status {status}: {said}")
+
+
+def _run(name: str, main: Callable[[list[str]], int], arguments: list[str]) -> tuple[int, str]:
+    """Run a command of the product; its exit status, and the line that it ended with, if that was not 0."""
+    out, err = io.StringIO(), io.StringIO()
+    with _of_product(name), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(arguments)
+    lines = [line.removeprefix("sparsefw: ") for line in err.getvalue().splitlines() if line.startswith("sparsefw: ")]
+    failures = [line.strip() for line in out.getvalue().splitlines() if line.startswith("  ")]
+    return status, "; ".join(lines or failures[:2])
+
+
+@contextlib.contextmanager
+def _of_transformers(what: str) -> Iterator[None]:
+    """Errors inside are those of plain transformers."""
+    try:
+        yield
+    # What a class raises that does not run is a result here, whatever it is.
+    except Exception as error:
+        raise Ended(NOT_RUN, f"{what}: {_described(error)}") from error
+
+
+@contextlib.contextmanager
+def _of_product(what: str) -> Iterator[None]:
+    """Errors inside are the product's."""
+    try:
+        yield
+    except Exception as error:
+        raise Ended(TRACEBACK, f"{what}: {_described(error)}") from error
+
+
+def _described(error: BaseException) -> str:
+    """The type, the message on one line, and the place of an error."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({place})"
+
+
+def _alike(one: float, other: float) -> bool:
+    return abs(one - other) <= TOLERANCE * min(one, other)
+
+
+def _compare_keys(source: dict[str, Any], output: dict[str, Any]) -> None:
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if more := sorted(map(str, set(output[what]) - set(source[what]))):
+            raise Ended(WRONG, f"loading the output: {what} {', '.join(more[:3])} ({len(more)} in all)")
+
+
+def _compare_perplexities(report: Report, windows: Tensor, dense: float, pruned: PreTrainedModel) -> None:
+    text = report.evaluation[0]
+    if text.hash != hashlib.sha256(windows.numpy().tobytes()).hexdigest():
+        raise Ended(WRONG, "the report's evaluation windows are not the first windows of the text")
+    if not _alike(text.perplexity["dense"], dense):
+        raise Ended(WRONG, f"dense perplexity {text.perplexity['dense']:.6g}, of plain transformers {dense:.6g}")
+    loaded, reported = perplexity(pruned, windows), text.perplexity[report.method]
+    if not _alike(reported, loaded):
+        raise Ended(WRONG, f"pruned perplexity {reported:.6g}, of the loaded output {loaded:.6g}")
+
+
+def _compare_weights(report: Report, original: PreTrainedModel, pruned: PreTrainedModel) -> None:
+    before, after = original.state_dict(), pruned.state_dict()
+    layers = report.layers_of(report.method)
+    if not layers:
+        raise Ended(WRONG, "no layer was pruned")
+    for layer in layers:
+        weight = _weight(after, layer.name)
+        if weight is None:
+            raise Ended(WRONG, f"{layer.name}: no such weight in the loaded output")
+        if (kept := int((weight != 0).sum())) > layer.kept:
+            raise Ended(WRONG, f"{layer.name}: {kept} weights are not zero, {layer.kept} may be kept")
+    touched = {re.sub(r"\[\d+\]$", "", layer.name) for layer in layers}
+    tied = getattr(original, "all_tied_weights_keys", {})
+    for name, tensor in before.items():
+        if name not in touched and tied.get(name) not in touched and not torch.equal(tensor, after[name]):
+            raise Ended(WRONG, f"{name}: differs from the source and is not reported as pruned")
+    for name in _routers(original):
+        if not torch.equal(before[name], after[name]):
+            raise Ended(WRONG, f"{name}: a router is not dense")
+
+
+def _weight(state: dict[str, Tensor], name: str) -> Tensor | None:
+    """A layer's weight: a parameter, or a slice of one."""
+    stacked, _, index = name.removesuffix("]").partition("[")
+    if stacked not in state:
+        return None
+    return state[stacked][int(index)] if index else state[stacked]
+
+
+def _routers(model: nn.Module) -> Iterator[str]:
+    """Names of the matrices that choose experts: those of a gate or router beside a module with experts."""
+    for path, module in model.named_modules():
+        children = dict(module.named_children())
+        if not any(name.endswith("experts") for name in children):
+            continue
+        for name in filter(_ROUTER.search, children):
+            for inner, parameter in children[name].named_parameters():
+                if parameter.dim() >= 2:
+                    yield ".".join(filter(None, (path, name, inner)))
+
+
+def _pruned_part(report: Report, model: PreTrainedModel) -> dict[str, Any]:
+    """How much of the blocks' matrices was pruned, and which matrices of the blocks stay dense."""
+    blocks = tuple(f"{block.name}." for block in report.blocks)
+    inside = sum(p.numel() for n, p in model.named_parameters() if n.startswith(blocks) and p.dim() >= 2)
+    layers = report.layers_of(report.method)
+    pruned = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    return {
+        "blocks": len(report.blocks),
+        "layers": sorted({_without_numbers(layer.name) for layer in layers}),
+        "dense": sorted({_without_numbers(name) for name in report.kept_dense}),
+        "fraction": round(pruned / inside, 4) if inside else 0.0,
+    }
+
+
+def _without_numbers(name: str) -> str:
+    """A matrix's name inside its block, the same for all blocks and experts."""
+    return re.sub(r"\[\d+\]", "[*]", re.sub(r"(?<=\.)\d+(?=\.)", "*", name)).partition(".*.")[2] or name

@@ -1,0 +1,101 @@
+"""Entries of tiny configs that neither their names nor the defaults tell, by the config's class."""
+
+from typing import Any
+
+_SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+HINTS: dict[str, dict[str, Any]] = {
+    # The default names no bands of the tokens of images.
+    "Apertus1p5Config": {
+        "image_token_offset": 280,
+        "audio_token_offset": 296,
+        "vision_config": {"codebook_size": 16},
+        "audio_config": {"codebook_size": 16},
+    },
+    # The default has state spaces only.
+    "BambaConfig": {"attn_layer_indices": [1, 3]},
+    # Ids of the tokens of images, which real configs list.
+    "ChameleonConfig": {"vocabulary_map": {"<image>": 300, "IMGIMGAZ": 301, "IMGIMGBZ": 302}},
+    "Emu3Config": {"vocabulary_map": {"<image>": 300, "<|visual token 000000|>": 301, "<|visual token 000001|>": 302}},
+    # The default has no rotary embedding, which real configs give by type of layer.
+    "CohereCompassTextConfig": {"rope_parameters": dict.fromkeys(_SLIDING_AND_FULL, _ROPE)},
+    # The default lacks them.
+    "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
+    # The default has none.
+    "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    # Sizes of the layers with a window, which are not among the fields of the class.
+    "Dots3NoteTextConfig": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 32,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 16,
+    },
+    # The number of experts of each layer.
+    "Dots3NoteVisionConfig": {"pyramid_num_routed": [-1, -1, 4, 4]},
+    # A quarter of the width of the text.
+    "FunAsrNanoConfig": {"adaptor_config": {"intermediate_size": 16}},
+    # Not among the fields of the class.
+    "Gemma4TextConfig": {"global_head_dim": 32},
+    # Divides index_topk.
+    "Glm5NextTextConfig": {"index_kpool": 4},
+    # A pattern and how often it is repeated.
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
+    # Pairs of a layer of the images' model and a layer of the text's.
+    "Granite4VisionConfig": {
+        "deepstack_layer_map": [[1, 0], [2, 1]],
+        "spatial_target_layers": [2, 3],
+        "downsample_rate": "1/2",
+    },
+    # Bounds of the layers that run several times.
+    "Inkling2LoopTextConfig": {
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+    },
+    # The widths of layers are made of the patch's prime factors, one factor a layer.
+    "InklingVisionConfig": {"patch_size": 4, "num_hidden_layers": 3},
+    # The default has none.
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    # Made by the class for more layers than there are.
+    "Molmo2AdapterConfig": {"vision_feature_layer": [3, 1]},
+    # The code has other sections of the rotary embedding, where the config has none.
+    "PaddleOCRTextConfig": {"rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}},
+    # Less than chunk_length.
+    "Nemotron3DiarizationConfig": {"chunk_right_context": 4},
+    # The default has no sizes of the index.
+    "Qwen4ExpTextConfig": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    # Factors of max_position_embeddings and of hidden_size.
+    "ReformerConfig": {
+        "is_decoder": True,
+        "axial_pos_shape": [8, 16],
+        "axial_pos_embds_dim": [32, 32],
+        "attn_layers": ["local", "lsh", "local", "lsh"],
+    },
+    # The default has layers of that type and no width of their window.
+    "Step3p7TextConfig": {"sliding_window": 8},
+    # A multiple of the tokenizer's hop.
+    "VibeVoiceAsrConfig": {"acoustic_tokenizer_chunk_size": 3200},
+    # The width of keys is rounded up to a multiple of 64.
+    "xLSTMConfig": {"hidden_size": 128},
+    # The adapter of one language, which is chosen when a model is loaded.
+    "XmodConfig": {"default_language": "en_XX"},
+    # Two blocks with the shared layers at least.
+    "ZambaConfig": {
+        "num_hidden_layers": 5,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
+    "Zamba2Config": {
+        "num_hidden_layers": 5,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
+}

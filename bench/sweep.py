@@ -1,0 +1,102 @@
+"""Which models can be pruned: `python bench/sweep.py [NAME ...]` tries every class of transformers that generates text.
+
+A class gets a tiny random checkpoint. It is pruned by `sparsefw.run`, checked by `sparsefw.verify`, loaded by plain
+transformers and compared with it. Each class is one row of the results file, which is written as rows come. A row in
+the file is not made again unless it is named, so an interrupted sweep goes on. With --write-docs the results become
+docs/models.md, together with plans of models of real size.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from classes.apart import Limits, examine_all
+from classes.examine import OUTCOMES, TOLERANCE, WORKS
+from classes.plans import plans
+from classes.table import page
+from classes.tiny_config import LAYERS
+from classes.tiny_model import Case, cases
+
+import sparsefw
+
+REPO = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = REPO / "bench" / "results" / "sweep.json", REPO / "docs" / "models.md"
+
+
+def select(names: Sequence[str], rows: dict[str, Any], again: bool) -> list[Case]:
+    """The classes to examine.
+
+    Args:
+        names: model types or classes, `*` stands for any text; none: those that are not in the results.
+        rows: rows of the results, by key.
+        again: whether those that are in the results and do not work are examined again.
+    """
+    known = list(cases())
+    if names:
+        chosen = [c for c in known if any(fnmatch(c.model_type, n) or fnmatch(c.class_name, n) for n in names)]
+        if not chosen:
+            sys.exit(f"{', '.join(names)}: no model type and no class of transformers {transformers.__version__}")
+        return chosen
+    return [c for c in known if c.key not in rows or (again and rows[c.key]["outcome"] != WORKS)]
+
+
+def load_results(path: Path) -> dict[str, Any]:
+    """The results so far: versions, and rows by key. Results of other versions are not mixed with new ones."""
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+    results = json.loads(path.read_text()) if path.exists() else {"versions": versions, "rows": {}}
+    if any(results["versions"][name] != version for name, version in versions.items()):
+        sys.exit(f"{path}: made with {results['versions']}; give another file, or remove it")
+    results["versions"]["sparsefw"] = sparsefw.__version__
+    return results
+
+
+def save_results(path: Path, results: dict[str, Any]) -> None:
+    """Write the results, sorted; a reader never sees half of them."""
+    results["rows"] = dict(sorted(results["rows"].items()))
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    partial.replace(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Examine classes. Returns 0 if all that were examined work or are not run by transformers itself, else 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="model type or class; * stands for any text (default: all)")
+    add("--jobs", type=int, default=1, metavar="N", help="classes at a time, each in one process (default: 1)")
+    add("--json", type=Path, default=RESULTS, metavar="FILE", help="results (default: bench/results/sweep.json)")
+    add("--again", action="store_true", help="examine again what is in the results and does not work")
+    add("--seconds", type=float, default=Limits.seconds, help=f"time for one class (default: {Limits.seconds:g})")
+    add("--memory", type=float, default=Limits.memory, help=f"GiB for one class (default: {Limits.memory:g})")
+    add("--write-docs", action="store_true", help="examine nothing; plan models of real size, write docs/models.md")
+    arguments = parser.parse_args(argv)
+    results = load_results(arguments.json)
+    if arguments.write_docs:
+        results["plans"] = plans()
+        save_results(arguments.json, results)
+        PAGE.write_text(page(results, LAYERS, TOLERANCE))
+        return 0
+    chosen = select(arguments.names, results["rows"], arguments.again)
+    print(f"sparsefw of {next(iter(sparsefw.__path__))}, {len(chosen)} classes", flush=True)
+    counts: Counter[str] = Counter()
+
+    def keep(case: Case, row: dict[str, Any]) -> None:
+        results["rows"][case.key] = row
+        save_results(arguments.json, results)
+        counts[row["outcome"]] += 1
+        print(f"{row['outcome']:9} {case.key}: {row['seconds']} s{row['reason'] and ': '}{row['reason']}", flush=True)
+
+    examine_all(chosen, arguments.jobs, Limits(arguments.seconds, arguments.memory), keep)
+    print(", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome]))
+    return int(any(row["outcome"] in OUTCOMES[1:4] for row in (results["rows"][case.key] for case in chosen)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

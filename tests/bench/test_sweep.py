@@ -1,0 +1,224 @@
+"""The sweep: classes that are made in other ways than tests/helpers/families.py has them, and that mistakes show."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import sweep
+from classes import apart, examine, table
+from classes.apart import Limits, examine_all
+from classes.examine import NOT_RUN, REFUSED, TRACEBACK, WORKS, WRONG
+from classes.tiny_config import LAYERS, TOKENS, VOCABULARY, parts_of, tiny_config
+from classes.tiny_model import Case, cases, config_of
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
+
+import sparsefw.run
+
+CASES = {case.model_type: case for case in cases()}
+
+# What each of them is here for.
+KINDS = {
+    "falcon": "one matrix for queries, keys and values; attention beside the MLP",
+    "deepseek_v3": "latent attention, shared experts, dense blocks before those with experts",
+    "gpt_oss": "experts with biases, in one parameter",
+    "jamba": "state spaces, attention and experts",
+    "mamba2": "state spaces",
+    "lfm2": "convolutions",
+    "glm4_moe": "experts in groups",
+    "exaone4": "norms behind layers",
+    "bert": "a class that sees the tokens behind",
+    "starcoder2": "no gate in the MLP",
+}
+
+
+class TestClasses:
+    @pytest.mark.parametrize("model_type", KINDS)
+    def test_class_works(self, model_type, tmp_path):
+        row = examine.examine(CASES[model_type], tmp_path)
+        assert (row["outcome"], row["reason"]) == (WORKS, "")
+        assert 0.5 < row["fraction"] <= 1
+        assert row["layers"]
+        assert row["perplexity"]["plain"] == pytest.approx(row["perplexity"]["dense"], rel=1e-3)
+
+    def test_class_that_transformers_does_not_run(self, tmp_path):
+        # Its decoder attends to an image, and there is none.
+        row = examine.examine(CASES["pix2struct"], tmp_path)
+        assert row["outcome"] == NOT_RUN
+        assert row["reason"].startswith("forward: ValueError")
+
+
+class TestMistakes:
+    """What a run of the product does wrong becomes the row's outcome."""
+
+    def examined(self, folder):
+        row = examine.examine(CASES["stablelm"], folder)
+        return row["outcome"], row["reason"]
+
+    def changed(self, monkeypatch, folder, change, what="*.safetensors"):
+        """The outcome where a function changes the tensors of every file of weights after the run."""
+        prune = sparsefw.run.main
+
+        def main(arguments):
+            status = prune(arguments)
+            for path in (folder / examine.OUTPUT).glob(what):
+                tensors = load_file(path)
+                change(tensors)
+                save_file(tensors, path, metadata={"format": "pt"})
+            return status
+
+        monkeypatch.setattr(sparsefw.run, "main", main)
+        return self.examined(folder)
+
+    def test_refusal(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(examine, "FLAGS", [*examine.FLAGS, "--ignore", "no_such_layer"])
+        outcome, reason = self.examined(tmp_path)
+        assert outcome == REFUSED
+        assert "no_such_layer" in reason
+
+    def test_exception(self, monkeypatch, tmp_path):
+        def main(arguments):
+            raise KeyError("no such key")
+
+        monkeypatch.setattr(sparsefw.run, "main", main)
+        outcome, reason = self.examined(tmp_path)
+        assert outcome == TRACEBACK
+        assert reason.startswith("run: KeyError: 'no such key' (bench/test_sweep.py:")
+
+    def test_run_that_fails(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(sparsefw.run, "main", lambda arguments: 1)
+        assert self.examined(tmp_path)[0] == TRACEBACK
+
+    def test_zeros_that_are_none(self, monkeypatch, tmp_path):
+        def revive(tensors):
+            for name in tensors:
+                if name.endswith("q_proj.weight"):
+                    tensors[name] += 1e-9 * (tensors[name] == 0)
+
+        outcome, reason = self.changed(monkeypatch, tmp_path, revive)
+        assert outcome == WRONG
+        assert "may be kept" in reason
+
+    def test_kept_weights_that_differ(self, monkeypatch, tmp_path):
+        def scale(tensors):
+            for name in tensors:
+                if name.endswith("q_proj.weight"):
+                    tensors[name] *= 1.5
+
+        outcome, reason = self.changed(monkeypatch, tmp_path, scale)
+        assert outcome == WRONG
+        assert reason.startswith("pruned perplexity")
+
+    def test_other_weights_that_differ(self, monkeypatch, tmp_path):
+        def nudge(tensors):
+            for name in tensors:
+                if "layernorm" in name:
+                    tensors[name] += 1e-7
+
+        outcome, reason = self.changed(monkeypatch, tmp_path, nudge)
+        assert outcome == WRONG
+        assert "not reported as pruned" in reason
+
+    def test_weights_that_are_missing(self, monkeypatch, tmp_path):
+        def drop(tensors):
+            for name in [name for name in tensors if name.endswith("q_proj.weight")]:
+                del tensors[name]
+
+        outcome, reason = self.changed(monkeypatch, tmp_path, drop)
+        assert outcome == WRONG
+        assert "missing_keys" in reason
+
+
+class TestProcesses:
+    """A class that crashes, hangs or takes too much memory is one row, and no more."""
+
+    def row(self, monkeypatch, function, limits):
+        monkeypatch.setattr(apart, "examine", function)
+        rows = []
+        examine_all([CASES["llama"], CASES["qwen2"]], 2, limits, lambda case, row: rows.append(row))
+        assert {row["model_type"] for row in rows} == {"llama", "qwen2"}
+        return rows[0]
+
+    def test_result(self, monkeypatch):
+        row = self.row(monkeypatch, lambda case, folder: {"model_type": case.model_type, "a": 1}, Limits())
+        assert row["a"] == 1
+
+    def test_crash(self, monkeypatch):
+        row = self.row(monkeypatch, lambda case, folder: os.kill(os.getpid(), signal.SIGKILL), Limits())
+        assert row["outcome"] == TRACEBACK
+        assert "SIGKILL" in row["reason"]
+
+    def test_time(self, monkeypatch):
+        row = self.row(monkeypatch, lambda case, folder: time.sleep(60), Limits(seconds=0.2))
+        assert row["reason"].startswith("took more than 0.2 s")
+
+    def test_memory(self, monkeypatch):
+        row = self.row(monkeypatch, lambda case, folder: {"n": len(bytearray(2**30))}, Limits(memory=0.5))
+        assert row["outcome"] == TRACEBACK
+        assert "MemoryError" in row["reason"]
+
+
+class TestTinyConfig:
+    @pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl", "llava", "deepseek_v3", "whisper", "nemotron_h"])
+    def test_sizes(self, model_type):
+        config = tiny_config(CONFIG_MAPPING[model_type])
+        for part in parts_of(config):
+            sizes = {name: value for name, value in vars(part).items() if type(value) is int}
+            assert sizes.get("hidden_size", 0) <= 64
+            assert sizes.get("num_hidden_layers", 0) <= LAYERS
+            assert sizes.get("vocab_size", VOCABULARY) <= VOCABULARY
+
+    def test_every_type_of_layer(self):
+        for model_type in ("gemma3_text", "qwen3_next", "nemotron_h", "gemma3n_text"):
+            kinds = set(CONFIG_MAPPING[model_type]().layer_types)
+            assert set(tiny_config(CONFIG_MAPPING[model_type]).layer_types) == kinds
+
+    def test_special_tokens_are_none_of_the_text(self):
+        config = tiny_config(CONFIG_MAPPING["qwen2_5_vl"])
+        ids = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+        assert len(set(ids)) == 4
+        assert TOKENS <= min(ids) <= max(ids) < VOCABULARY == config.text_config.vocab_size
+
+    def test_text_part(self):
+        # AutoModelForCausalLM makes this class of the text part of a config with several parts.
+        assert config_of(Case("llama4", "Llama4ForCausalLM", "text")).model_type == "llama4_text"
+        assert config_of(CASES["gemma3"]).model_type == "gemma3"
+
+
+ROWS = {
+    "b B": {"model_type": "b", "class": "B", "kind": "text", "outcome": REFUSED, "reason": "a|b <c> *"},
+    "a A": {"model_type": "a", "class": "A", "kind": "text", "outcome": WORKS, "reason": "", "fraction": 0.912,
+            "dense": ["mlp.gate.weight"]},
+}  # fmt: skip
+
+
+class TestCommand:
+    def test_what_is_selected(self):
+        known = list(cases())
+        assert len({case.key for case in known}) == len(known) > 200
+        assert sweep.select([], {}, False) == known
+        rows = {known[0].key: {"outcome": WORKS}, known[1].key: {"outcome": WRONG}}
+        assert sweep.select([], rows, False) == known[2:]
+        assert sweep.select([], rows, True) == known[1:]
+        assert {case.model_type for case in sweep.select(["qwen2*"], {}, False)} >= {"qwen2", "qwen2_moe"}
+        with pytest.raises(SystemExit, match="no_such_model"):
+            sweep.select(["no_such_model"], {}, False)
+
+    def test_results_of_other_versions(self, tmp_path):
+        path = tmp_path / "sweep.json"
+        sweep.save_results(path, sweep.load_results(path) | {"rows": ROWS})
+        assert list(sweep.load_results(path)["rows"]) == ["a A", "b B"]
+        content = json.loads(path.read_text())
+        content["versions"]["transformers"] = "4.0"
+        path.write_text(json.dumps(content))
+        with pytest.raises(SystemExit, match=r"4\.0"):
+            sweep.load_results(path)
+
+    def test_page(self):
+        plans = [{"model": "M", "command": "python -m sparsefw.plan --model m", "refused": "fp8"}]
+        page = table.page({"versions": {"torch": "2"}, "rows": ROWS, "plans": plans}, LAYERS, 1e-3)
+        assert page.index("| a | A | works | 91 % | `mlp.gate.weight` |") < page.index("| b | B | refused |  | a\\|b")
+        assert "| works | 1 |" in page
+        assert "| M | refused: fp8 |" in page
