@@ -12,6 +12,8 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +53,11 @@ def load_results(path: Path) -> dict[str, Any]:
     """The results so far: versions, and rows by key. Results of other versions are not mixed with new ones."""
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
     results = json.loads(path.read_text()) if path.exists() else {"versions": versions, "rows": {}}
-    if any(results["versions"][name] != version for name, version in versions.items()):
+    if any(results["versions"][name] != found for name, found in versions.items()):
         sys.exit(f"{path}: made with {results['versions']}; give another file, or remove it")
     results["versions"]["sparsefw"] = sparsefw.__version__
+    # Some models of images are timm's.
+    results["versions"]["timm"] = version("timm") if find_spec("timm") else "not installed"
     return results
 
 

@@ -24,6 +24,8 @@ HINTS: dict[str, dict[str, Any]] = {
     "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
     # The default has none.
     "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    # The default has experts and no sizes of them.
+    "DiffusionGemmaTextConfig": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
     # Sizes of the layers with a window, which are not among the fields of the class.
     "Dots3NoteTextConfig": {
         "swa_num_attention_heads": 4,

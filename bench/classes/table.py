@@ -98,7 +98,7 @@ def _classes(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield from _head(["model type", "class", "outcome", "pruned", "dense, or the reason"])
     for row in rows:
         dense = ", ".join(f"`{name}`" for name in row.get("dense", []))
-        pruned = f"{100 * row['fraction']:.0f} %" if row["outcome"] == WORKS else ""
+        pruned = f"{100 * row['fraction']:.1f} %" if row["outcome"] == WORKS else ""
         why = dense if row["outcome"] == WORKS else _escaped(row["reason"])
         yield _line([row["model_type"], row["class"], row["outcome"], pruned, why])
 

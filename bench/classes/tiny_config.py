@@ -44,6 +44,7 @@ CAPS = [
     (r"state_size|d_state|state_dim|ssm_state", 8),
     (r"top_?k", 8),
     (r"window|chunk|block_size|block_len|stride_len|context_size", 8),
+    (r"adapter_(in|out|input)_", HIDDEN),
     (r"image_size|img_size|crop_size|input_size$|resolution", 32),
     (r"patch_size", 8),
     (r"expert.*(intermediate|ffn|hidden)|moe.*(intermediate|ffn|hidden)", 48),

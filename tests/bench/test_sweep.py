@@ -219,6 +219,6 @@ class TestCommand:
     def test_page(self):
         plans = [{"model": "M", "command": "python -m sparsefw.plan --model m", "refused": "fp8"}]
         page = table.page({"versions": {"torch": "2"}, "rows": ROWS, "plans": plans}, LAYERS, 1e-3)
-        assert page.index("| a | A | works | 91 % | `mlp.gate.weight` |") < page.index("| b | B | refused |  | a\\|b")
+        assert page.index("| a | A | works | 91.2 % | `mlp.gate.weight` |") < page.index("| b | B | refused |  | a\\|b")
         assert "| works | 1 |" in page
         assert "| M | refused: fp8 |" in page
