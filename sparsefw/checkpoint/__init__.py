@@ -2,18 +2,19 @@
 
 from sparsefw.checkpoint.reader import fingerprint, read_shard, read_tensors
 from sparsefw.checkpoint.resume import durably
+from sparsefw.checkpoint.rewritten import rewritten
 from sparsefw.checkpoint.source import (
     CONFIG,
     INDEX,
     SINGLE,
     Checkpoint,
-    TensorInfo,
     check_file,
     companions,
     from_hub,
     inspect,
     locate,
 )
+from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.checkpoint.writer import Writer, check_output
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "locate",
     "read_shard",
     "read_tensors",
+    "rewritten",
 ]

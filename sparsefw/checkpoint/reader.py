@@ -14,14 +14,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparsefw.checkpoint.source import CONFIG, Checkpoint, TensorInfo
+from sparsefw.checkpoint.source import CONFIG, Checkpoint
+from sparsefw.checkpoint.tensors import EXPONENT, Loadable, QuantizedInfo, QuantizedTensor, TensorInfo
 from sparsefw.errors import InputError, first_line
+from sparsefw.finite import check_finite
 
 # Bytes of each tensor that count in a fingerprint.
 SAMPLED_BYTES = 2**16
 
 
-def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Tensor]:
+def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Loadable]:
     """Read tensors of a checkpoint that `checkpoint.inspect` has found sound.
 
     Args:
@@ -29,18 +31,31 @@ def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str,
         pin: whether to read into page-locked memory, from which a GPU copies while the host goes on.
 
     Returns:
-        The tensors by name, on the host, in the dtype of the file.
+        The tensors by name, on the host, in the dtype of the file; quantized ones in the form that they are stored in.
 
     Raises:
-        InputError: a file was changed or removed since then, or cannot be read.
+        InputError: a file was changed or removed since then, or cannot be read, or a scale is NaN or Inf.
     """
-    read = {}
-    for name, file in _opened_at(tensors):
-        tensor = torch.empty(tensors[name].shape, dtype=tensors[name].dtype, pin_memory=pin)
+    stored, read = _stored(tensors), {}
+    for name, file in _opened_at(stored):
+        tensor = torch.empty(stored[name].shape, dtype=stored[name].dtype, pin_memory=pin)
         if tensor.numel():
             _fill(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
         read[name] = tensor
-    return {name: read[name] for name in tensors}
+    return {
+        name: _loadable(info, read) if isinstance(info, QuantizedInfo) else read[name] for name, info in tensors.items()
+    }
+
+
+def _stored(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors in the files that these are made of, by name."""
+    return {part: info for name, tensor in tensors.items() for part, info in tensor.stored(name).items()}
+
+
+def _loadable(info: QuantizedInfo, read: dict[str, Tensor]) -> QuantizedTensor:
+    scales = read[info.scales]
+    check_finite(info.scales, (scales.view(EXPONENT) if scales.dtype == torch.uint8 else scales).float())
+    return QuantizedTensor(info, read)
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
@@ -53,9 +68,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
     It depends neither on where the files are nor on how tensors are spread over them.
     """
-    sums = {}
-    for name, file in _opened_at(checkpoint.tensors):
-        info = checkpoint.tensors[name]
+    sums, stored = {}, _stored(checkpoint.tensors)
+    for name, file in _opened_at(stored):
+        info = stored[name]
         sample = bytearray(min(info.nbytes, SAMPLED_BYTES))
         _fill(file, memoryview(sample))
         sums[name] = hashlib.sha256(repr((name, info.dtype, info.shape)).encode() + sample).hexdigest()

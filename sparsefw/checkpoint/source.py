@@ -6,7 +6,6 @@ everything that it returns about files and tensors.
 
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ import torch
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from sparsefw.checkpoint import trust
+from sparsefw.checkpoint import foreign, trust
+from sparsefw.checkpoint.quantization import Quantization, joined, most_bytes, quantization_of
+from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.errors import InputError, first_line, shown
 
 CONFIG = "config.json"
@@ -31,8 +32,6 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "B
 DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
 DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
 
-PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-
 # Real headers have 10 KB to 20 MB. safetensors itself takes up to 100 MB, and many times that in memory.
 MAX_HEADER_BYTES = 32 * 2**20
 # Real tensors have at most 100 characters in their names, 5 dimensions and 2^36 elements.
@@ -43,7 +42,7 @@ MAX_ELEMENTS = 2**48
 AGAIN = "download or copy it again"
 
 # Files that are not copied from the input to the output: weights in any format, and code.
-NOT_COPIED = PICKLES | {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".py"}
+NOT_COPIED = foreign.PICKLES | {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".py"}
 # The largest tokenizers have about 40 MB; a larger file is no part of a checkpoint.
 MAX_COPIED_BYTES = 256 * 2**20
 
@@ -56,39 +55,32 @@ UNWANTED = ["*/*", "consolidated*"]
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """A tensor that is not read: its file, its torch dtype and its shape."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the data."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """A checked checkpoint.
 
     Attributes:
         folder: the folder of its files.
         config: the content of config.json.
-        tensors: every tensor, by its name in the files.
-        dtype: the floating dtype that most bytes have.
+        tensors: every tensor, by its name in the files. A quantized one is called as if it were not.
+        dtype: the floating dtype that most bytes have; that of a quantized model once it is dequantized.
+        quantization: how some of the tensors are quantized; None if none is.
     """
 
     folder: Path
     config: dict
     tensors: dict[str, TensorInfo]
     dtype: torch.dtype
+    quantization: Quantization | None = None
 
     @property
     def nbytes(self) -> int:
-        """Size of all tensors."""
+        """Size of all tensors, in the memory of a model."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Size of all tensors, as they are stored."""
+        return sum(part.nbytes for name, tensor in self.tensors.items() for part in tensor.stored(name).values())
 
 
 def locate(model: str) -> Path:
@@ -147,34 +139,31 @@ def inspect(folder: Path) -> Checkpoint:
 
     Raises:
         InputError: files are missing, damaged, disagree, or lie outside of the folder; only pickle is there; a
-            tensor's dtype cannot be pruned; the model is quantized; a file says what no real one does (see `trust`).
+            tensor's dtype cannot be pruned; the model is quantized by a method that is not read, or its scales do not
+            fit; a file says what no real one does (see `trust`).
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: not a folder; give the folder of a checkpoint")
     if not os.path.lexists(folder / CONFIG):
-        raise InputError(f"{folder}: no {CONFIG}; give the folder of a Hugging Face checkpoint")
-    config = _read_json(folder / CONFIG, trust.MAX_CONFIG_BYTES)
+        raise foreign.without_config(folder)
+    config = read_json(folder / CONFIG, trust.MAX_CONFIG_BYTES)
     trust.check_config(config, folder / CONFIG)
-    if os.path.lexists(folder / SINGLE):
-        tensors = _read_header(folder / SINGLE)
-    elif os.path.lexists(folder / INDEX):
-        tensors = _read_shards(folder)
-    else:
-        raise _without_safetensors(folder)
+    quantization = quantization_of(config, folder / CONFIG)
+    tensors = _read_headers(folder, DTYPES | (quantization.dtypes if quantization else {}))
+    foreign.check_adapter(folder)
+    dtype = None
+    if quantization:
+        tensors, dtype = joined(tensors, quantization, config, folder / CONFIG)
     trust.check_sizes(config, folder / CONFIG, [tensor.shape for tensor in tensors.values()])
     companions(folder)
     trust.check_tokenizer(config, folder / CONFIG)
     if os.path.lexists(folder / TOKENIZER_CONFIG):
-        content = _read_json(folder / TOKENIZER_CONFIG, trust.MAX_TOKENIZER_CONFIG_BYTES)
+        content = read_json(folder / TOKENIZER_CONFIG, trust.MAX_TOKENIZER_CONFIG_BYTES)
         trust.check_tokenizer(content, folder / TOKENIZER_CONFIG)
-
-    bytes_of: Counter[torch.dtype] = Counter()
-    for tensor in tensors.values():
-        if tensor.dtype.is_floating_point:
-            bytes_of[tensor.dtype] += tensor.nbytes
-    if not bytes_of:
+    dtype = dtype or most_bytes(tensors.values())
+    if dtype is None:
         raise InputError(f"{folder}: no floating-point tensor in it; give the checkpoint of a language model")
-    return Checkpoint(folder, config, tensors, bytes_of.most_common(1)[0][0])
+    return Checkpoint(folder, config, tensors, dtype, quantization)
 
 
 def root_of(folder: Path) -> Path:
@@ -201,7 +190,12 @@ def check_file(path: Path, folder: Path | None = None) -> None:
         raise InputError(f"{path}: a link to {target}, outside of the checkpoint; put the file itself there")
 
 
-def _read_json(path: Path, limit: int) -> dict:
+def read_json(path: Path, limit: int) -> dict:
+    """Read a file that holds a JSON object, of at most `limit` bytes.
+
+    Raises:
+        InputError: it is missing, too large, no JSON object, or lies outside of its folder.
+    """
     check_file(path)
     try:
         with path.open("rb") as file:
@@ -213,7 +207,21 @@ def _read_json(path: Path, limit: int) -> dict:
     return trust.parse_object(content, path)
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def _read_headers(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
+    """All tensors in the files of a folder.
+
+    Args:
+        folder: the checkpoint's folder.
+        dtypes: the dtypes that a tensor may have, by their names in the files.
+    """
+    if os.path.lexists(folder / SINGLE):
+        return _read_header(folder / SINGLE, dtypes)
+    if os.path.lexists(folder / INDEX):
+        return _read_shards(folder, dtypes)
+    raise foreign.without_safetensors(folder)
+
+
+def _read_header(path: Path, dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
     check_file(path)
     try:
         with path.open("rb") as file:
@@ -227,27 +235,27 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({shown(first_line(error))}); {AGAIN}") from error
     header.pop("__metadata__", None)
-    return {name: _tensor(path, name, entry) for name, entry in header.items()}
+    return {name: _tensor(path, name, entry, dtypes) for name, entry in header.items()}
 
 
-def _tensor(path: Path, name: str, entry: object) -> TensorInfo:
+def _tensor(path: Path, name: str, entry: object, dtypes: dict[str, torch.dtype]) -> TensorInfo:
     """The tensor that an entry of a header describes; the library has accepted the entry."""
     if not name.isprintable() or len(name) > MAX_NAME:
         raise InputError(f"{path}: a tensor is called {shown(name)}, which no tensor of a model is; {AGAIN}")
     if not isinstance(entry, dict):
         raise InputError(f"{path}: tensor {name} is described by a list, not by names; {AGAIN}")
-    if entry["dtype"] not in DTYPES:
+    if entry["dtype"] not in dtypes:
         raise InputError(f"{path}: tensor {name} has dtype {entry['dtype']}; give a checkpoint in fp32, fp16 or bf16")
-    tensor = TensorInfo(path, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    tensor = TensorInfo(path, dtypes[entry["dtype"]], tuple(entry["shape"]))
     # An empty tensor may have other dimensions of any size and still fit into the file.
     if len(tensor.shape) > MAX_DIMENSIONS or math.prod(max(1, d) for d in tensor.shape) > MAX_ELEMENTS:
         raise InputError(f"{path}: tensor {name} has the shape {shown(tensor.shape)}, which no tensor has; {AGAIN}")
     return tensor
 
 
-def _read_shards(folder: Path) -> dict[str, TensorInfo]:
+def _read_shards(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
     index = folder / INDEX
-    shard_of = _read_json(index, trust.MAX_INDEX_BYTES).get("weight_map")
+    shard_of = read_json(index, trust.MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise InputError(f"{index}: no weight_map in it; {AGAIN}")
     for name, shard in shard_of.items():
@@ -258,7 +266,7 @@ def _read_shards(folder: Path) -> dict[str, TensorInfo]:
             )
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(shard_of.values())):
-        for name, tensor in _read_header(folder / shard).items():
+        for name, tensor in _read_header(folder / shard, dtypes).items():
             if name in tensors:
                 raise InputError(f"{folder / shard}: tensor {name} is in {tensors[name].file.name} too; keep one")
             if name not in shard_of:
@@ -270,16 +278,6 @@ def _read_shards(folder: Path) -> dict[str, TensorInfo]:
         if name not in tensors or tensors[name].file.name != shard:
             raise InputError(f"{folder / shard}: tensor {shown(name)}, which {INDEX} says is here, is missing")
     return tensors
-
-
-def _without_safetensors(folder: Path) -> InputError:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        return InputError(
-            f"{folder}: only pickle files ({shown(pickles[0])}), which are never read because they can run code; "
-            "if you trust them, convert them with transformers: from_pretrained(...), then save_pretrained(NEW_FOLDER)"
-        )
-    return InputError(f"{folder}: neither {SINGLE} nor {INDEX}; give a checkpoint in safetensors format")
 
 
 def companions(folder: Path) -> list[Path]:

@@ -5,6 +5,7 @@ what models need of this kind. All imports are in functions: transformers is slo
 are refused are refused without it.
 """
 
+import importlib.metadata
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,18 @@ def tokenizer_class_of(model_type: str) -> str:
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
     return TOKENIZER_MAPPING_NAMES.get(model_type) or ""
+
+
+def knows_model_type(model_type: str) -> bool:
+    """Whether transformers has a config for a type of model."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def version() -> str:
+    """The installed version of transformers."""
+    return importlib.metadata.version("transformers")
 
 
 @cache

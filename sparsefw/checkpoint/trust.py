@@ -17,7 +17,14 @@ from typing import Any
 
 from torch import nn
 
-from sparsefw.checkpoint.transformers_names import is_tokenizer_class, public_names, tokenizer_class_of
+from sparsefw.checkpoint.quantization import KEY, ORIGINAL, WAYS_OUT, given_in, quantization_of
+from sparsefw.checkpoint.transformers_names import (
+    is_tokenizer_class,
+    knows_model_type,
+    public_names,
+    tokenizer_class_of,
+    version,
+)
 from sparsefw.errors import InputError, first_line, shown
 
 # Real configs have less than 100 KB; tokenizer configs 2 MB; the indices of models with 10^12 weights 20 MB.
@@ -30,7 +37,7 @@ MAX_DEPTH = 32
 
 # Entries of a config that make transformers read other files, or understand entries differently, than was checked.
 REFUSED = {
-    "quantization_config": "the model is quantized; give the unquantized checkpoint",
+    "compression_config": f"the model is quantized by compressed-tensors; {WAYS_OUT['compressed-tensors']}",
     "configuration_files": "another config would be read in its place; remove the entry",
     "transformers_weights": "other weights would be read than the usual files hold; remove the entry",
     "attribute_map": "entries would get other names; remove the entry",
@@ -92,15 +99,45 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         path: the file's path, for the message.
 
     Raises:
-        InputError: it does that, is nested too deeply, holds control characters, or is that of a quantized model.
+        InputError: it does that, is nested too deeply, holds control characters, or is that of a model which is
+            quantized by a method that is not read.
     """
+    quantized = 0
     for key, value in _entries(config, path):
         if _has_controls(key) or (isinstance(value, str) and _has_controls(value)):
             raise InputError(f"{path}: control characters in {shown(key)}: {shown(value)}; remove them")
+        quantized += key == KEY and value is not None
         if value is not None and key in REFUSED:
             raise InputError(f"{path}: {REFUSED[key]} ({key})")
         if key in IMPLEMENTATIONS and "/" in json.dumps(value):
             raise InputError(f"{path}: {key} {shown(value)} is code on the Hub, which is never run; remove the entry")
+    if quantized > len(given_in(config)):
+        raise InputError(f"{path}: a part of the model is quantized by itself; {ORIGINAL} ({KEY})")
+    quantization_of(config, path)
+
+
+def check_model_type(config: dict[str, Any], path: Path) -> None:
+    """Refuse a model that transformers has no class for.
+
+    Args:
+        config: the content of config.json.
+        path: the file's path, for the message.
+
+    Raises:
+        InputError: it has none; the message says so if the checkpoint has code of its own.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or knows_model_type(model_type):
+        return
+    if config.get("auto_map"):
+        raise InputError(
+            f"{path}: model_type {shown(model_type)} exists as code of the checkpoint (auto_map), which is never run, "
+            f"and transformers {version()} has no class for it; give a model that transformers has"
+        )
+    raise InputError(
+        f"{path}: transformers {version()} has no class for model_type {shown(model_type)}; give a model that it has, "
+        "or install a later version"
+    )
 
 
 def _has_controls(text: str) -> bool:

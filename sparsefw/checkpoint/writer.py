@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsefw.checkpoint.resume import PartialFolder, durably
+from sparsefw.checkpoint.rewritten import rewritten
 from sparsefw.checkpoint.source import CONFIG, INDEX, companions, root_of
 from sparsefw.errors import InputError, first_line
 
@@ -197,7 +198,7 @@ class Writer:
 
         Args:
             source: folder of the checkpoint that was read. Its config, tokenizer, chat template and other small
-                files are copied; weights of any format, code and folders are not.
+                files are copied, but for what `rewritten` changes; weights of any format, code and folders are not.
 
         Raises:
             ValueError: shards are missing.
@@ -214,6 +215,8 @@ class Writer:
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         with self._disk_errors():
             durably(self.folder / INDEX, lambda path: path.write_text(text, encoding="utf-8"))
+            for name, content in rewritten(source).items():
+                durably(self.folder / name, partial(Path.write_text, data=content, encoding="utf-8"))
             for path in companions(source):
                 if not (self.folder / path.name).exists():
                     # Content only: the source's files may be read-only or links.

@@ -149,13 +149,20 @@ def _check_finite(check: Check, written: Checkpoint, tensors: Iterable[str]) -> 
 
 
 def _check_copied(check: Check, output: Path, source: Path) -> None:
-    """Compare the files beside the weights, byte by byte."""
+    """Compare the files beside the weights, byte by byte, with the source's or what is written in their place."""
+    rewritten = checkpoint.rewritten(source)
     for path in checkpoint.companions(source):
         if path.name in OWN:
             continue
         check.count += 1
         if not (output / path.name).is_file():
             check.fail(path.name, "missing")
+        elif path.name in rewritten:
+            # A file of another size is not read.
+            expected = rewritten[path.name].encode()
+            written = output / path.name
+            if written.stat().st_size != len(expected) or written.read_bytes() != expected:
+                check.fail(path.name, "not the source's without auto_map and quantization_config")
         elif not filecmp.cmp(path, output / path.name, shallow=False):
             check.fail(path.name, "not the source's")
 

@@ -112,6 +112,7 @@ class Prepared:
         shape: shape of the model, with the layers that are to be pruned.
         workload: the work to do.
         limits: memory limits in bytes: "host", and with a GPU "gpu".
+        notes: what the user should know of the source, one line each.
     """
 
     device: torch.device
@@ -121,6 +122,7 @@ class Prepared:
     shape: ModelShape
     workload: Workload
     limits: dict[str, int]
+    notes: list[str]
 
 
 def run_job(job: Job, say: Callable[[str], None], progress: bool) -> Report:
@@ -208,7 +210,7 @@ def _prepare(job: Job, model: StreamedModel, source: Checkpoint, say: Callable[[
         process=process.resident(),
     )
     limits = job.output.limits(model.device)
-    return Prepared(model.device, source, calibration, evaluation, shape, workload, limits)
+    return Prepared(model.device, source, calibration, evaluation, shape, workload, limits, model.notes)
 
 
 def _read_texts(job: Job, seqlen: int) -> tuple[Windows, list[Windows]]:
@@ -288,4 +290,5 @@ def _report(job: Job, prepared: Prepared, outcome: Outcome, placement: Placement
             read_ahead=placement.ahead,
             kept_width=placement.kept_width,
         ),
+        notes=prepared.notes,
     )

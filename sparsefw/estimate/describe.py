@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sparsefw import checkpoint
-from sparsefw.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, TensorInfo, trust
+from sparsefw.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, TensorInfo, foreign, trust
+from sparsefw.checkpoint.quantization import Quantization, dtype_in, quantization_of
 from sparsefw.checkpoint.trust import shown
 from sparsefw.errors import InputError, first_line
 from sparsefw.estimate.workload import ModelTraits
 from sparsefw.model import shape_of
 from sparsefw.model.shapes import ModelShape
-from sparsefw.model.skeleton import LOADING, class_of, max_seqlen
+from sparsefw.model.skeleton import LOADING, class_of, forget_quantization, max_seqlen
 from sparsefw.model.transformers_private import from_config
 
 # Dtypes of weights that can be pruned. A model whose config names no dtype is taken to have the first.
@@ -62,13 +63,18 @@ def describe(model: str) -> DescribedModel:
             transformers does not know.
     """
     path = _find_config(model)
-    _check_config(path)
+    quantization, named = _check_config(path)
     folder = path.parent if path.name == CONFIG else path
     notes: list[str] = []
-    stored = _stored_dtype(path)
+    stored = _stored(path)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        dtype = _dtype(stored, config, path, notes)
+        forget_quantization(config)
+        if quantization:
+            dtype = stored.dtype if stored else named or DTYPES[0]
+            notes.append(f"{path}: quantized by {quantization.method}: tensors are dequantized and written as {dtype}")
+        else:
+            dtype = _dtype(stored.dtype if stored else None, config, path, notes)
         empty = _empty_model(config, dtype, path)
     except InputError:
         raise
@@ -78,7 +84,11 @@ def describe(model: str) -> DescribedModel:
     text_config = config.get_text_config()
     if not getattr(text_config, "num_hidden_layers", 1):
         raise InputError(f"{path}: num_hidden_layers is 0: there is nothing to prune")
-    shape = _shape(Checkpoint(folder, {}, tensors, dtype), path)
+    shape = _shape(Checkpoint(folder, {}, tensors, dtype, quantization), path)
+    if quantization:
+        # Where the tensors are not known, at least: as if all of them were quantized.
+        share = stored.stored_nbytes / stored.nbytes if stored else quantization.share(dtype)
+        shape = replace(shape, stored=share)
     return DescribedModel(
         name=type(empty).__name__,
         shape=shape,
@@ -95,7 +105,7 @@ def _find_config(model: str) -> Path:
         return path
     if model and path.is_dir():
         if not (path / CONFIG).exists():
-            raise InputError(f"{path}: no {CONFIG}; give the folder of a Hugging Face checkpoint, or a config file")
+            raise foreign.without_config(path, ", or a config file")
         return path / CONFIG
     if not model or path.exists() or model.startswith((".", "/", "~")):
         raise InputError(f"{model or '--model'}: no such folder or file; give one with a config, or a Hub id")
@@ -103,8 +113,12 @@ def _find_config(model: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(model, CONFIG))
 
 
-def _check_config(path: Path) -> None:
-    """Refuse a config that transformers should not see."""
+def _check_config(path: Path) -> tuple[Quantization | None, torch.dtype | None]:
+    """Refuse a config that transformers should not see.
+
+    Returns:
+        How the checkpoint is quantized, and the dtype that the config names.
+    """
     checkpoint.check_file(path)
     try:
         with path.open("rb") as file:
@@ -115,10 +129,12 @@ def _check_config(path: Path) -> None:
         raise InputError(f"{path}: more than {trust.MAX_CONFIG_BYTES // 2**20} MiB, which no real config has")
     config = trust.parse_object(content, path)
     trust.check_config(config, path)
+    trust.check_model_type(config, path)
     for key, value in _numbers(config):
         limit = trust.COUNT_ALLOWED if trust.COUNT.search(key) else trust.SIZE_ALLOWED
         if value > limit and (limit == trust.COUNT_ALLOWED or not trust.LARGE.search(key)):
             raise InputError(f"{path}: {shown(key)} is {shown(value)}, which no model has")
+    return quantization_of(config, path), dtype_in(config)
 
 
 def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
@@ -130,10 +146,10 @@ def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
             yield key, value
 
 
-def _stored_dtype(path: Path) -> torch.dtype | None:
-    """The dtype of the weights beside a config, which counts more than the config's; None if there are no weights."""
+def _stored(path: Path) -> Checkpoint | None:
+    """The checkpoint beside a config, whose dtype counts more than the config's; None if there are no weights."""
     if path.name == CONFIG and any((path.parent / name).exists() for name in (SINGLE, INDEX)):
-        return checkpoint.inspect(path.parent).dtype
+        return checkpoint.inspect(path.parent)
     return None
 
 

@@ -77,8 +77,12 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     # Weights go to a GPU through page-locked host memory.
     passing = _outside_page_locked(shape) if workload.gpu else 0
     on_device = {
-        "start": shape.outside + blocks[0].nbytes + forward,
-        "calibrate": weights + max(_calibration_bytes(b, shape, workload, tokens, kept) for b in blocks),
+        "start": shape.outside + blocks[0].nbytes + max(forward, shape.quantized),
+        "calibrate": max(
+            weights + max(_calibration_bytes(b, shape, workload, tokens, kept) for b in blocks),
+            # While a block is loaded.
+            block + shape.quantized,
+        ),
         "solve": weights + max(_solve_bytes(b, workload, placement, kept) for b in blocks),
         "write": weights,
         "end": shape.outside + (logits if workload.evaluation else 0),

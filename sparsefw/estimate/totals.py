@@ -55,7 +55,7 @@ def disk_traffic(run: PlannedRun) -> Counter[str]:
     inside = sum(block.nbytes for block in shape.blocks)
     # The first block is read once more, before anything else: its output shows the form of the hidden states.
     others = sum(shape.pieces)
-    read = inside + READ_OUTSIDE * shape.outside + others + shape.blocks[0].nbytes
+    read = int(shape.stored * (inside + READ_OUTSIDE * shape.outside + others + shape.blocks[0].nbytes))
     traffic = Counter(read=read, write=len(run.workload.config.methods) * inside + others)
     for block, count in run.block_counts.items():
         for phase, amount in _activation_traffic(run, block).items():
@@ -92,11 +92,12 @@ def seconds(run: PlannedRun, speed: Rates) -> float:
     work = {block: rates.seconds(operations(run, block), speed) for block in run.block_counts}
     files = {block: speed.on_disk(_activation_traffic(run, block).total()) for block in run.block_counts}
     sizes = [block.nbytes for block in shape.blocks]
+    reads = [int(shape.stored * size) for size in sizes]
     traffic = disk_traffic(run)
     # Bytes that are read or written beside the work: all blocks but the first are read, all but the last are written.
-    beside = (sum(sizes[1:]) + methods * sum(sizes[:-1])) if ahead else 0
+    beside = (sum(reads[1:]) + methods * sum(sizes[:-1])) if ahead else 0
     total = speed.on_disk(traffic["read"] + traffic["write"] - beside)
-    for block, read, written in zip(shape.blocks, [*sizes[1:], 0], [0, *sizes[:-1]], strict=True):
+    for block, read, written in zip(shape.blocks, [*reads[1:], 0], [0, *sizes[:-1]], strict=True):
         on_disk = files[block] + (speed.on_disk(read + methods * written) if ahead else 0)
         total += max(work[block], on_disk)
     return total + rates.seconds(head(run), speed)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsefw.checkpoint.source import Checkpoint, TensorInfo
+from sparsefw.checkpoint.source import Checkpoint
+from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.errors import InputError
 from sparsefw.model.hidden_states import HiddenStates, embed
 from sparsefw.model.layers import UNKNOWN_ROLE, Role, kind_of, slices_of, survey
@@ -79,6 +80,9 @@ class ModelShape:
         parameters: number of parameters.
         names_by_block: the name of each block, and the names of its layers inside the block, every expert by itself.
         pieces: bytes of the pieces in which all tensors outside of the blocks are written; by default `outside`.
+        quantized: bytes of the quantized tensors of a block as they are stored, at most. They are in memory beside the
+            block while it is loaded; 0 if the checkpoint is not quantized.
+        stored: bytes of the checkpoint for each byte of the parameters.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -90,6 +94,8 @@ class ModelShape:
     parameters: int
     names_by_block: tuple[tuple[str, tuple[str, ...]], ...] = ()
     pieces: tuple[int, ...] = ()
+    quantized: int = 0
+    stored: float = 1
 
     def __post_init__(self) -> None:
         if not self.pieces:
@@ -146,6 +152,8 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
             blocks.append(known[kind])
     config = model.model.config.get_text_config()
     eager = attention_implementation(model.model) == "eager"
+    inside = sum(shape.nbytes for shape, _ in blocks)
+    share = checkpoint.quantization.share(checkpoint.dtype) if checkpoint.quantization else 0
     return ModelShape(
         blocks=tuple(shape for shape, _ in blocks),
         outside=model.outside_bytes,
@@ -156,6 +164,8 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
         parameters=count,
         names_by_block=tuple((name, layers) for name, (_, layers) in zip(model.names, blocks, strict=True)),
         pieces=tuple(sum(checkpoint.tensors[name].nbytes for name in piece) for piece in model.pieces),
+        quantized=int(share * max(shape.nbytes for shape, _ in blocks)) if share else 0,
+        stored=checkpoint.stored_nbytes / checkpoint.nbytes,
     )
 
 

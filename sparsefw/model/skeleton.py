@@ -6,7 +6,7 @@ time, and renamed or stacked on the way as transformers does it for the whole mo
 are stacked at a time.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from sparsefw.checkpoint import trust
+from sparsefw.checkpoint.quantization import KEY
 from sparsefw.checkpoint.source import CONFIG, Checkpoint
+from sparsefw.checkpoint.tensors import Loadable
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model import transformers_private as private
 
@@ -61,8 +64,10 @@ class Skeleton:
     unused: list[str]
     replaced: str = ""
 
-    def load(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+    def load(self, tensors: Mapping[str, Loadable], device: torch.device) -> None:
         """Load tensors of the checkpoint into their parameters. The parameters may share the tensors' memory.
+
+        Quantized tensors are dequantized on the device.
 
         Args:
             tensors: tensors by their names in the checkpoint: all those of the parameters that they go into.
@@ -94,12 +99,24 @@ def build(checkpoint: Checkpoint) -> Skeleton:
     # transformers would draw a progress bar for every block.
     logging.disable_progress_bar()
     try:
+        trust.check_model_type(checkpoint.config, checkpoint.folder / CONFIG)
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        forget_quantization(config)
         return _build(checkpoint, config)
     except InputError:
         raise
     except LOADING as error:
         raise InputError(f"{checkpoint.folder}: transformers cannot load this model: {first_line(error)}") from error
+
+
+def forget_quantization(config: Any) -> None:
+    """Take the quantization out of a config: transformers would ask for the libraries and the GPU that it needs.
+
+    The checkpoint's tensors are dequantized before transformers sees them.
+    """
+    for part in (config, getattr(config, "text_config", None)):
+        if hasattr(part, KEY):
+            delattr(part, KEY)
 
 
 def _build(checkpoint: Checkpoint, config: Any) -> Skeleton:

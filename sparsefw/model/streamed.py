@@ -5,7 +5,7 @@ is worked on. All other tensors of the checkpoint are never loaded: a tower for 
 through, layers that the model's class has no use for.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
@@ -13,8 +13,10 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from sparsefw.checkpoint import quantization
 from sparsefw.checkpoint.reader import read_tensors
-from sparsefw.checkpoint.source import Checkpoint, TensorInfo
+from sparsefw.checkpoint.source import Checkpoint
+from sparsefw.checkpoint.tensors import Loadable, TensorInfo, dequantized
 from sparsefw.finite import check_finite
 from sparsefw.model import skeleton
 from sparsefw.model.text_path import follow_text
@@ -54,7 +56,7 @@ class StreamedModel:
         self,
         checkpoint: Checkpoint,
         device: torch.device,
-        read: Callable[[dict[str, TensorInfo], bool], dict[str, Tensor]] = read_tensors,
+        read: Callable[[dict[str, TensorInfo], bool], Mapping[str, Loadable]] = read_tensors,
         timeline: Timeline | None = None,
     ) -> None:
         self.device, self._checkpoint, self._read_tensors = torch.device(device), checkpoint, read
@@ -78,7 +80,7 @@ class StreamedModel:
         self.blocks_return_tuple: bool | None = None
         self._reader = ThreadPoolExecutor(1)
         # The block that is being read before it is asked for.
-        self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._next: tuple[int, Future[Mapping[str, Loadable]]] | None = None
         # How many `with` blocks of `outside` are open.
         self._outside = 0
 
@@ -91,8 +93,8 @@ class StreamedModel:
         self._reader.shutdown(cancel_futures=True)
         self._next = None
 
-    def read(self, i: int | None) -> dict[str, Tensor]:
-        """Block i's tensors of the checkpoint, on the host; None: those outside of the blocks that text needs."""
+    def read(self, i: int | None) -> Mapping[str, Loadable]:
+        """Block i's tensors as they are stored, on the host; None: those outside of the blocks that text needs."""
         wanted = {name: self._checkpoint.tensors[name] for name in self._tensors_of[i]}
         with self.timeline.span("read", i, READ):
             return self._read_tensors(wanted, self.device.type == "cuda")
@@ -122,7 +124,7 @@ class StreamedModel:
         self._next = (i + 1, self._reader.submit(self.read, i + 1)) if has_next else None
         return block
 
-    def open_as(self, i: int, tensors: dict[str, Tensor]) -> nn.Module:
+    def open_as(self, i: int, tensors: Mapping[str, Loadable]) -> nn.Module:
         """Block i on the device with these weights, which have their names in the checkpoint."""
         self._skeleton.load(tensors, self.device)
         return self.blocks[i].requires_grad_(False)
@@ -168,7 +170,8 @@ class StreamedModel:
 
     def other_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors outside of the blocks as they are in the checkpoint, on the host; see `pieces`."""
-        return self._read_tensors({name: self._checkpoint.tensors[name] for name in names}, False)
+        read = self._read_tensors({name: self._checkpoint.tensors[name] for name in names}, False)
+        return {name: dequantized(tensor) for name, tensor in read.items()}
 
     @property
     def loaded(self) -> list[str]:
@@ -217,6 +220,10 @@ class StreamedModel:
             "text does not run through": [name for piece in self.pieces for name in piece if name not in needed],
         }
         notes = [f"config.json names {built.replaced}: pruned as {kind}"] if built.replaced else []
+        if dequantized := quantization.note(tensors.values(), self._checkpoint.quantization):
+            notes.append(dequantized)
+        if self._checkpoint.config.get("auto_map"):
+            notes.append("auto_map is not written: it names code of the checkpoint, which is neither run nor copied")
         for what, names in others.items():
             if names:
                 size = sum(tensors[name].nbytes for name in names) / 1e9

@@ -4,7 +4,7 @@ transformers may change these in any version. They were tested with 5.17 to 5.24
 file is the place to mend it. `checkpoint.transformers_names` holds what checkpoints need of this kind.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -99,7 +99,7 @@ def conversions_of(model: PreTrainedModel) -> list[Conversion]:
 
 def load_tensors(
     model: PreTrainedModel,
-    tensors: dict[str, Any],
+    tensors: Mapping[str, Any],
     dtype: torch.dtype,
     device: torch.device,
     conversions: list[Conversion],
@@ -108,8 +108,8 @@ def load_tensors(
 
     Args:
         model: the model, whose other parameters stay as they are.
-        tensors: tensors of the checkpoint, or `PromisedTensor`s, by name: all those of the parameters that they go
-            into.
+        tensors: tensors of the checkpoint, or what is loaded like a `PromisedTensor`, by name: all those of the
+            parameters that they go into.
         dtype: dtype for the parameters.
         device: device for the parameters.
         conversions: see `conversions_of`.
@@ -122,7 +122,7 @@ def load_tensors(
         # Its annotation names two of the subclasses, and it takes all.
         weight_mapping=conversions,  # type: ignore[arg-type]
     )
-    report, _ = convert_and_load_state_dict_in_model(model, tensors, options)
+    report, _ = convert_and_load_state_dict_in_model(model, dict(tensors), options)
     # Loading replaces these conversions by those of the loaded tensors. `export_tensors` needs those of all tensors.
     if conversions_of_all is not None:
         model._weight_conversions = conversions_of_all

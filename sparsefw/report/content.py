@@ -127,6 +127,7 @@ class Report:
         timeline: what was done when.
         peak_memory: measured peaks of the whole run, see `process.peak_memory`.
         memory: limits, expected peaks and placement.
+        notes: what the user should know of the source, one line each.
     """
 
     arguments: dict[str, Argument]
@@ -141,6 +142,7 @@ class Report:
     timeline: list[Span]
     peak_memory: dict[str, int]
     memory: MemoryRecord
+    notes: list[str]
 
     def argument(self, name: str, kind: type[T]) -> T:
         """The value of a flag.

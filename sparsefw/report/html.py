@@ -178,6 +178,7 @@ def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
         "memory": _memory(report.memory, report.peak_memory),
         "seconds": [(phase, f"{seconds:.1f}") for phase, seconds in report.seconds.items()],
         "arguments": [(name.replace("_", "-"), _stated(value)) for name, value in report.arguments.items()],
+        **({"source": [("note", note) for note in report.notes]} if report.notes else {}),
     }
 
 

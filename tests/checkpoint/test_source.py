@@ -155,7 +155,7 @@ def test_config_must_be_an_object(folder):
 
 @pytest.mark.parametrize("inner", [False, True])
 def test_quantized_is_refused(folder, inner):
-    config = {"quantization_config": {"quant_method": "fp8"}}
+    config = {"quantization_config": {"quant_method": "gptq"}}
     (folder / "config.json").write_text(json.dumps({"text_config": config} if inner else config))
     with refused("config.json: the model is quantized"):
         inspect(folder)

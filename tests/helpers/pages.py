@@ -120,4 +120,5 @@ def report_of_run(blocks: int = 3, prefix: str = "model.layers", arguments: tupl
             read_ahead=True,
             kept_width=48,
         ),
+        notes=[],
     )

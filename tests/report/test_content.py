@@ -50,7 +50,9 @@ def test_names_and_numbers_that_are_unusual(path):
 
 def test_keys(path):
     """The keys of the file, for readers other than this package."""
-    keys = "arguments versions device data evaluation layers kept_dense seconds blocks timeline peak_memory memory"
+    keys = (
+        "arguments versions device data evaluation layers kept_dense seconds blocks timeline peak_memory memory notes"
+    )
     content = json.loads(report_of_run().to_json())
     assert list(content) == keys.split()
     assert content["arguments"]["evaluate"] == ["default"]

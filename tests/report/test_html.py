@@ -110,6 +110,7 @@ def named(text: str) -> Report:
         kept_dense=[f"{text}layers.0.{text}gate.weight"],
         device=f"{text}card",
         memory=replace(report.memory, activations=text),
+        notes=[text],
     )
 
 

@@ -1,0 +1,147 @@
+"""Tensors of a checkpoint: those that are not read yet, and quantized ones, which are read in their stored form.
+
+A quantized tensor is several tensors in the files: its values, and scales that they are multiplied with. The rest of
+the package sees one tensor of the model's dtype. It stays in its small form until a model is loaded with it.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Values of a 4-bit float with one mantissa bit (E2M1), by its bits.
+FP4_VALUES = [sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
+# An exponent without sign and mantissa (E8M0): the power of two that a group of 4-bit floats is multiplied with.
+EXPONENT = torch.float8_e8m0fnu
+
+# Entries that are dequantized at once, in fp32 and in as many bytes again of operands.
+CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor that is not read: its file, its torch dtype and its shape."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data, in the memory of a model."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def stored(self, name: str) -> dict[str, "TensorInfo"]:
+        """The tensors in the files that this one is made of, by name; `name` is its own."""
+        return {name: self}
+
+
+@dataclass(frozen=True)
+class QuantizedInfo(TensorInfo):
+    """A quantized tensor that is not read. `file` is that of the values, dtype and shape are those of the result.
+
+    Attributes:
+        values, scales: names of the stored tensors.
+        parts: both of them, by name.
+        block: (rows, columns) that share a scale, for values in FP8. None for values in MXFP4.
+    """
+
+    values: str
+    scales: str
+    parts: dict[str, TensorInfo]
+    block: tuple[int, int] | None
+
+    def stored(self, name: str) -> dict[str, TensorInfo]:
+        """See `TensorInfo`."""
+        return self.parts
+
+
+class QuantizedTensor:
+    """A quantized tensor in its stored form.
+
+    transformers loads a tensor of a file by `tensor[...]` and `.to(device, dtype)`. The latter dequantizes here, on the
+    device.
+
+    Args:
+        info: how it is stored.
+        parts: the stored tensors, by name.
+    """
+
+    def __init__(self, info: QuantizedInfo, parts: dict[str, Tensor]) -> None:
+        self._values, self._scales, self._block = parts[info.values], parts[info.scales], info.block
+        self.shape, self.dtype, self.device = torch.Size(info.shape), info.dtype, self._values.device
+
+    def __getitem__(self, index: Any) -> "QuantizedTensor":
+        return self
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The dequantized tensor."""
+        values, scales = self._values.to(device), self._scales.to(device)
+        if self._block is None:
+            return dequantize_mxfp4(values, scales, dtype or self.dtype)
+        return dequantize_fp8(values, scales, self._block, dtype or self.dtype)
+
+
+# A tensor that a model can be loaded with.
+Loadable = Tensor | QuantizedTensor
+
+
+def dequantized(tensor: Loadable) -> Tensor:
+    """A tensor in the model's form, on the host."""
+    return tensor.to("cpu") if isinstance(tensor, QuantizedTensor) else tensor
+
+
+def dequantize_fp8(values: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Multiply every block of values by its scale, in fp32, and round once.
+
+    The operation of transformers does the same, but takes the size of a block to be the matrix's divided by the number
+    of scales. That is wrong where the last blocks are smaller, as in DeepSeek-V3.
+
+    Args:
+        values: (..., rows, columns) in FP8.
+        scales: (..., blocks of rows, blocks of columns), or one entry for each matrix; any floating dtype.
+        block: rows and columns of a block.
+        dtype: dtype of the result.
+    """
+    rows, columns = values.shape[-2:]
+    height, width = block
+    matrices = values.reshape(-1, rows, columns)
+    grids = scales.float().reshape(len(matrices), -(-rows // height), -(-columns // width))
+    out = torch.empty(matrices.shape, dtype=dtype, device=values.device)
+    # Whole blocks at a time.
+    step = max(1, CHUNK // (columns * height)) * height
+    for matrix, grid, result in zip(matrices, grids, out, strict=True):
+        for first in range(0, rows, step):
+            chunk = matrix[first : first + step].float()
+            factors = grid[first // height : -(-(first + len(chunk)) // height)]
+            factors = factors.repeat_interleave(height, 0)[: len(chunk)].repeat_interleave(width, 1)[:, :columns]
+            result[first : first + step] = chunk.mul_(factors)
+    return out.reshape(values.shape)
+
+
+def dequantize_mxfp4(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply every group of 4-bit floats by its power of two. The result is transposed, as the model takes it.
+
+    Args:
+        values: (experts, rows, groups, bytes of a group), two floats a byte, the first in the lower bits.
+        scales: (experts, rows, groups), exponents as bytes.
+        dtype: dtype of the result.
+
+    Returns:
+        (experts, columns, rows), contiguous.
+    """
+    experts, rows, groups, width = values.shape
+    table = torch.tensor(FP4_VALUES, device=values.device)
+    out = torch.empty((experts, groups * 2 * width, rows), dtype=dtype, device=values.device)
+    step = max(1, CHUNK // (groups * 2 * width))
+    for packed, exponents, result in zip(values, scales, out, strict=True):
+        for first in range(0, rows, step):
+            chunk = packed[first : first + step]
+            floats = table[torch.stack([chunk & 0xF, chunk >> 4], -1).int()]
+            powers = exponents[first : first + step].view(EXPONENT).float()
+            floats = floats.reshape(len(chunk), groups, 2 * width) * powers.unsqueeze(-1)
+            result[:, first : first + step] = floats.reshape(len(chunk), -1).T
+    return out

@@ -1,0 +1,188 @@
+"""Quantized checkpoints: what comes out equals what comes of the checkpoint that transformers dequantizes."""
+
+import json
+
+import pytest
+import torch
+from helpers.commands import run, tensors_of
+from helpers.quantized import change_stored, dequantized, save_fp8, save_mxfp4, save_plain
+from helpers.verifying import change_tensor, flip_bit, only_failure, put, verdict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sparsefw import checkpoint, plan
+from sparsefw.checkpoint import resume
+from sparsefw.checkpoint.source import CONFIG, SINGLE
+from sparsefw.estimate import Workload, describe, disk_space, memory_needs
+from sparsefw.model import Placement, shape_of
+from sparsefw.solver import PruneConfig
+
+OUT = "model.layers.1.self_attn.o_proj.weight"
+NORM = "model.layers.1.input_layernorm.weight"
+
+SAVE = {
+    "qwen3": lambda folder: save_fp8(folder, "qwen3"),
+    "one scale": lambda folder: save_fp8(folder, "qwen3", None, activation_scheme="static"),
+    "qwen3_moe": lambda folder: save_fp8(folder, "qwen3_moe", (8, 8)),
+    "deepseek_v3": lambda folder: save_fp8(folder, "deepseek_v3"),
+    "gpt_oss": save_mxfp4,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """source(name) -> a quantized checkpoint, which must not be changed; made once."""
+    made = {}
+
+    def make(name: str = "qwen3"):
+        if name not in made:
+            made[name] = SAVE[name](tmp_path_factory.mktemp("source") / "model")
+        return made[name]
+
+    return make
+
+
+def assert_equal_files(folder, expected) -> None:
+    """The tensors of two checkpoints are the same, bit for bit."""
+    new, old = tensors_of(folder), tensors_of(expected)
+    assert new.keys() == old.keys()
+    for name, tensor in new.items():
+        assert (tensor.dtype, tensor.shape) == (old[name].dtype, old[name].shape), name
+        assert torch.equal(tensor.view(torch.uint8), old[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("name", SAVE)
+def test_pruned_as_the_checkpoint_that_transformers_dequantizes(name, source, text, tmp_path, capsys):
+    plain = dequantized(source(name), tmp_path / "plain")
+    assert run(source(name), text, tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert run(plain, text, tmp_path / "expected") == 0
+    assert_equal_files(tmp_path / "out", tmp_path / "expected")
+    notes = json.loads((tmp_path / "out" / "report.json").read_text())["notes"]
+    count = sum(name.endswith(("_scale_inv", "_scales")) for name in load_file(source(name) / SINGLE))
+    method = "mxfp4" if name == "gpt_oss" else "fp8"
+    begin = f"the source is quantized ({method}): {count} tensors are dequantized and written as bfloat16, all tensors "
+    assert [note.startswith(begin) for note in notes] == [True]
+    assert f"note: {notes[0]}\n" in said
+    assert notes[0].removeprefix(begin).replace("the source: ", "") in (tmp_path / "out" / "report.html").read_text()
+    status, printed, _ = verdict(capsys, tmp_path / "out")
+    assert status == 0
+    assert "not checked: kept weights were refitted" in printed
+    assert f"note: the source: {notes[0]}" in printed
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    before = json.loads((source(name) / CONFIG).read_text())
+    assert before.pop("quantization_config")
+    assert config == before
+    model, expected = (AutoModelForCausalLM.from_pretrained(tmp_path / f) for f in ("out", "expected"))
+    assert model.dtype == torch.bfloat16
+    ids = torch.arange(20).view(2, 10)
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+
+
+def test_blocks_that_are_smaller_at_the_ends(text, tmp_path):
+    """transformers takes blocks of another size here, and no error shows it."""
+    folder = save_fp8(tmp_path / "model", "qwen3", (20, 20))
+    assert run(folder, text, tmp_path / "out", "--method", "wanda") == 0
+    stored, written = load_file(folder / SINGLE), tensors_of(tmp_path / "out")
+    values, scales = stored[OUT].float(), stored[f"{OUT}_scale_inv"]
+    assert scales.shape == (2, 2)
+    dense = values * scales.repeat_interleave(20, 0)[:32].repeat_interleave(20, 1)[:, :32]
+    kept = written[OUT] != 0
+    assert torch.equal(written[OUT][kept], dense.bfloat16()[kept])
+    assert kept.sum() == 32 * 13
+    original = tensors_of(save_plain(tmp_path / "plain", "qwen3"))[OUT]
+    assert (dense - original).abs().max() < 0.07 * original.abs().max()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
+def test_verify_compares_with_the_dequantized_source(name, source, text, tmp_path, capsys):
+    assert run(source(name), text, tmp_path / "out", "--method", "wanda") == 0
+    status, printed, _ = verdict(capsys, tmp_path / "out")
+    assert status == 0
+    assert "not checked: kept" not in printed
+    change_tensor(tmp_path / "out", OUT, lambda W: put(tuple((W != 0).nonzero()[5]), flip_bit)(W))
+    assert "1 of " in only_failure(capsys, tmp_path / "out", "kept")
+    change_tensor(tmp_path / "out", OUT, lambda W: put(tuple((W != 0).nonzero()[5]), flip_bit)(W))
+    change_tensor(tmp_path / "out", NORM, put(0, flip_bit))
+    assert NORM in only_failure(capsys, tmp_path / "out", "others")
+    change_tensor(tmp_path / "out", NORM, put(0, flip_bit))
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    (tmp_path / "out" / CONFIG).write_text(json.dumps(config, indent=2) + "\n\n")
+    message = "config.json: not the source's without auto_map and quantization_config"
+    assert only_failure(capsys, tmp_path / "out", "copied") == message
+
+
+def test_an_interrupted_run_goes_on(source, text, tmp_path, monkeypatch, capsys):
+    folder = save_fp8(tmp_path / "model", "qwen3")
+    assert run(folder, text, tmp_path / "expected") == 0
+    left, sync = [14], resume._sync
+
+    def count(path):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        sync(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(resume, "_sync", count)
+        assert run(folder, text, tmp_path / "out") == 130
+    # Another scale is another model.
+    change_stored(folder, lambda tensors: tensors[f"{OUT}_scale_inv"].mul_(2))
+    capsys.readouterr()
+    assert run(folder, text, tmp_path / "out") == 2
+    assert "an unfinished run of other input is there (2 parts finished): the model" in capsys.readouterr().err
+    change_stored(folder, lambda tensors: tensors[f"{OUT}_scale_inv"].div_(2))
+    assert run(folder, text, tmp_path / "out") == 0
+    assert "going on with an unfinished run: 2 of 4 parts are there" in capsys.readouterr().out
+    assert_equal_files(tmp_path / "out", tmp_path / "expected")
+
+
+def test_bad_values_are_one_line(source, text, tmp_path, capsys):
+    folder = save_fp8(tmp_path / "model", "qwen3")
+    change_stored(folder, lambda tensors: tensors[f"{OUT}_scale_inv"].view(-1)[:1].fill_(torch.nan))
+    assert run(folder, text, tmp_path / "out") == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith(
+        f"sparsefw: {OUT}_scale_inv: holds 1 NaN and 0 Inf among 4 values; finite ones are needed"
+    )
+    # 0x7f is NaN in this form of FP8.
+    folder = save_fp8(tmp_path / "other", "qwen3")
+    change_stored(folder, lambda tensors: tensors[OUT].view(torch.uint8).view(-1)[:1].fill_(0x7F))
+    assert run(folder, text, tmp_path / "out") == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith(f"sparsefw: {OUT}: holds 1 NaN and 0 Inf among 1024 values")
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
+def test_estimates_know_both_sizes(name, source, tmp_path):
+    quantized, plain = (
+        shape_of(checkpoint.inspect(source(name))),
+        shape_of(checkpoint.inspect(dequantized(source(name), tmp_path / "plain"))),
+    )
+    assert quantized.blocks == plain.blocks
+    assert (plain.quantized, plain.stored) == (0, 1)
+    values = [t for n, t in load_file(source(name) / SINGLE).items() if n.startswith("model.layers.1.")]
+    small = sum(t.nbytes for t in values if t.dtype in (torch.float8_e4m3fn, torch.uint8, torch.float32))
+    block = quantized.blocks[1].nbytes
+    # At most: as if norms and biases were quantized, too.
+    assert small <= quantized.quantized < block
+    workload = Workload(6, (), 32, PruneConfig(kernel="torch"), gpu=False, threads=1)
+    needs, fewer = (memory_needs(shape, workload, Placement(2)).phases for shape in (quantized, plain))
+    assert needs["start"][1] >= fewer["start"][1]
+    assert disk_space(quantized, workload, Placement(2)) == disk_space(plain, workload, Placement(2))
+    # A plan reads the config alone, or the headers where they are.
+    described = describe(str(source(name)))
+    assert described.shape.blocks == plain.blocks
+    assert described.shape.stored == pytest.approx(quantized.stored)
+    assert any("quantized by" in note for note in described.notes)
+    alone = describe(str(source(name) / CONFIG))
+    assert alone.shape.blocks == plain.blocks
+    assert 0.2 < alone.shape.stored < quantized.stored
+
+
+def test_plan_of_a_quantized_checkpoint(source, capsys):
+    assert plan.main(["--model", str(source("deepseek_v3")), "--kernel", "torch"]) == 0
+    printed = capsys.readouterr().out
+    assert "bfloat16" in printed
+    assert "quantized by fp8: tensors are dequantized and written as bfloat16" in " ".join(printed.split())

@@ -1,0 +1,136 @@
+"""Tiny quantized checkpoints, made from plain ones by the public formats, and what transformers makes of them."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import torch
+from helpers.families import byte_tokenizer, save_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers.quantizers import quantizer_finegrained_fp8
+
+from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE
+
+FP8 = torch.float8_e4m3fn
+# Matrices that FP8 checkpoints hold in FP8; routers, embeddings and the head are left.
+MATRICES = re.compile(r"layers\.\d+\..*_proj(_with_mqa)?\.weight|layers\.\d+\..*_[ab]_proj\.weight")
+
+DEEPSEEK = {
+    **{"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16},
+    **{"num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 4, "num_key_value_heads": 4},
+    **{"q_lora_rank": 16, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    **{"max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
+}
+GPT_OSS = {
+    **{"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    **{"max_position_embeddings": 64, "sliding_window": 8, "eos_token_id": 1, "pad_token_id": 1},
+    **{"layer_types": ["sliding_attention", "full_attention"]},
+}
+SIZES = {"deepseek_v3": DEEPSEEK, "gpt_oss": GPT_OSS}
+
+
+def save_plain(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A random checkpoint that is not quantized."""
+    if family not in SIZES:
+        return save_model(folder, family, dtype)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES[family]), dtype=dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_fp8(folder: Path, family: str, block: tuple[int, int] | None = (16, 16), **entries) -> Path:
+    """A checkpoint in FP8; `entries` go into its quantization config."""
+    save_plain(folder, family)
+    tensors = {}
+    for name, tensor in _tensors(folder).items():
+        if MATRICES.search(name):
+            values, scales = fp8(tensor.float(), block)
+            tensors |= {name: values, f"{name}_scale_inv": scales}
+        else:
+            tensors[name] = tensor
+    content = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": block and list(block)}
+    content |= {"activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"]}
+    return _replace(folder, tensors, content | entries)
+
+
+def save_mxfp4(folder: Path) -> Path:
+    """A checkpoint of gpt-oss with experts in MXFP4."""
+    save_plain(folder, "gpt_oss")
+    tensors = {}
+    for name, tensor in _tensors(folder).items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            values, scales = mxfp4(tensor.float())
+            tensors |= {f"{name}_blocks": values, f"{name}_scales": scales}
+        else:
+            tensors[name] = tensor
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    return _replace(folder, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": skipped})
+
+
+def fp8(x: Tensor, block: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+    """Values in FP8 of a matrix, and their scales: one for each block, the last of which may be smaller."""
+    if block is None:
+        scale = x.abs().amax() / 448
+        return (x / scale).to(FP8), scale
+    rows, columns = (-(-n // b) for n, b in zip(x.shape, block, strict=True))
+    scales = torch.zeros(rows, columns)
+    values = torch.zeros(x.shape, dtype=FP8)
+    for i in range(rows):
+        for j in range(columns):
+            part = slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])
+            scales[i, j] = x[part].abs().amax() / 448
+            values[part] = (x[part] / scales[i, j]).to(FP8)
+    return values, scales
+
+
+def mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed values (experts, out, groups, 16) and exponents (experts, out, groups) of x (experts, in, out)."""
+    groups = x.transpose(1, 2).unflatten(-1, (-1, 32))
+    exponents = torch.floor(torch.log2(groups.abs().amax(-1) / 6)) + 1
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    bits = (groups.unsqueeze(-1) / torch.exp2(exponents)[..., None, None] - table).abs().argmin(-1).to(torch.uint8)
+    return bits[..., 0::2] | bits[..., 1::2] << 4, (exponents + 127).to(torch.uint8)
+
+
+def dequantized(source: Path, folder: Path) -> Path:
+    """The checkpoint that transformers dequantizes and saves, with the source's tokenizer."""
+    method = json.loads((source / CONFIG).read_text())["quantization_config"]["quant_method"]
+    config = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}[method](dequantize=True)
+    # It asks for accelerate, and needs nothing of it.
+    with mock.patch.object(quantizer_finegrained_fp8, "is_accelerate_available", return_value=True):
+        model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    model.save_pretrained(folder)
+    for path in source.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def change_stored(folder: Path, change) -> None:
+    """Change the tensors in the files of a checkpoint."""
+    tensors = _tensors(folder)
+    change(tensors)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+def _replace(folder: Path, tensors: dict[str, Tensor], quantization: dict) -> Path:
+    for path in [*folder.glob("*.safetensors"), folder / INDEX]:
+        path.unlink(missing_ok=True)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    content = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(content | {"quantization_config": quantization}))
+    return folder
