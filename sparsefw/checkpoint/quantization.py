@@ -248,8 +248,9 @@ def _join_fp8(stored: dict[str, TensorInfo], name: str, quantization: Quantizati
     height, width = quantization.block or (rows, columns)
     grid = (*lead, -(-rows // height), -(-columns // width))
     scales = stored[scale]
-    # One scale for a matrix may have no dimensions.
-    if scales.shape != grid and not (quantization.block is None and scales.shape in {(), (1,), tuple(lead)}):
+    # One scale for a matrix may have fewer dimensions.
+    fewer = {(1,), tuple(lead)} if not lead else {tuple(lead)}
+    if scales.shape != grid and not (quantization.block is None and scales.shape in fewer):
         raise InputError(
             f"{scales.file}: tensor {scale} has the shape {scales.shape}, and {name} of shape {values.shape} in blocks "
             f"of {height} x {width} needs {grid}"

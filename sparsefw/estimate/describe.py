@@ -72,7 +72,10 @@ def describe(model: str) -> DescribedModel:
         forget_quantization(config)
         if quantization:
             dtype = stored.dtype if stored else named or DTYPES[0]
-            notes.append(f"{path}: quantized by {quantization.method}: tensors are dequantized and written as {dtype}")
+            written = str(dtype).removeprefix("torch.")
+            notes.append(
+                f"{path}: quantized by {quantization.method}: tensors are dequantized and written as {written}"
+            )
         else:
             dtype = _dtype(stored.dtype if stored else None, config, path, notes)
         empty = _empty_model(config, dtype, path)

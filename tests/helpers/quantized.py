@@ -22,7 +22,7 @@ MATRICES = re.compile(r"layers\.\d+\..*_proj(_with_mqa)?\.weight|layers\.\d+\..*
 DEEPSEEK = {
     **{"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16},
     **{"num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 4, "num_key_value_heads": 4},
-    **{"q_lora_rank": 16, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    **{"q_lora_rank": 16, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 8, "v_head_dim": 8},
     **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     **{"max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
 }
