@@ -159,7 +159,7 @@ def test_flags_of_a_gpu_that_is_not_here(config, capsys, monkeypatch):
         ("{", "config.json: not JSON"),
         ("[]", "expected a JSON object, got list"),
         ("{}", "transformers cannot build this model"),
-        ('{"model_type": "unheard_of"}', "transformers cannot build this model"),
+        ('{"model_type": "unheard_of"}', "has no class for model_type unheard_of"),
         ('{"model_type": "vit"}', "transformers cannot build this model"),
         ('{"model_type": "llama", "quantization_config": {"bits": 4}}', "the model is quantized"),
         ('{"model_type": "llama", "num_hidden_layers": 1000000000}', "num_hidden_layers is 1000000000, which no model"),
