@@ -110,6 +110,10 @@ def test_the_small_form_is_read(tmp_path):
     assert isinstance(read[Q], QuantizedTensor)
     assert (read[Q].shape, read[Q].dtype) == (stored[Q].shape, torch.bfloat16)
     assert torch.equal(read[Q].to("cpu"), dequantize_fp8(stored[Q], stored[Q_SCALE], (16, 16), torch.bfloat16))
+    # A parameter that is kept in fp32 is not rounded to bf16 before.
+    exact = dequantize_fp8(stored[Q], stored[Q_SCALE], (16, 16), torch.float32)
+    assert torch.equal(read[Q].to("cpu", torch.float32), exact)
+    assert not torch.equal(exact.bfloat16().float(), exact)
     assert torch.equal(read["lm_head.weight"], stored["lm_head.weight"])
 
 

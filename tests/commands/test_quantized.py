@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.commands import run, tensors_of
 from helpers.families import config_of
+from helpers.planning import planned
 from helpers.quantized import change_stored, dequantized, save_fp8, save_mxfp4, save_plain
 from helpers.verifying import change_tensor, flip_bit, only_failure, put, verdict
 from safetensors.torch import load_file
@@ -16,6 +18,7 @@ from sparsefw import checkpoint, plan
 from sparsefw.checkpoint import resume
 from sparsefw.checkpoint.source import CONFIG, SINGLE
 from sparsefw.estimate import Workload, describe, disk_space, memory_needs
+from sparsefw.estimate.totals import disk_traffic
 from sparsefw.model import Placement, shape_of
 from sparsefw.solver import PruneConfig
 
@@ -172,10 +175,14 @@ def test_estimates_know_both_sizes(name, source, tmp_path):
     # At most: as if norms and biases were quantized, too.
     assert small <= quantized.quantized < block
     workload = Workload(6, (), 32, PruneConfig(kernel="torch"), gpu=False, threads=1)
-    needs, fewer = (memory_needs(shape, workload, Placement(2)).phases for shape in (quantized, plain))
-    assert needs["start"][1] >= fewer["start"][1]
+    large = replace(plain, quantized=2**32)
+    needs, fewer = (memory_needs(shape, workload, Placement(2)).phases for shape in (large, plain))
+    assert min(needs[phase][1] for phase in ("start", "calibrate")) > 2**32 > max(phase[1] for phase in fewer.values())
     assert disk_space(quantized, workload, Placement(2)) == disk_space(plain, workload, Placement(2))
     # A plan reads the config alone, or the headers where they are.
+    small, large = (disk_traffic(planned(folder, workload.config, 6)) for folder in (source(name), tmp_path / "plain"))
+    assert small["read"] == pytest.approx(quantized.stored * large["read"], rel=1e-3)
+    assert small["write"] == large["write"]
     described = describe(str(source(name)))
     assert described.shape.blocks == plain.blocks
     assert described.shape.stored == pytest.approx(quantized.stored)
