@@ -152,7 +152,6 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
             blocks.append(known[kind])
     config = model.model.config.get_text_config()
     eager = attention_implementation(model.model) == "eager"
-    inside = sum(shape.nbytes for shape, _ in blocks)
     share = checkpoint.quantization.share(checkpoint.dtype) if checkpoint.quantization else 0
     return ModelShape(
         blocks=tuple(shape for shape, _ in blocks),
