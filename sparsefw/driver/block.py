@@ -183,12 +183,13 @@ def find_stages(run: Run, i: int, states: HiddenStates) -> list[Stage]:
     if not kinds:
         return []
     with run.model.timeline.span("calibrate", i):
+        inputs = states.inputs(i, 0)
         surveyed = survey(
             run.model.blocks[i],
-            lambda hidden: states.call(i, 0, hidden),
+            lambda hidden: states.call(i, 0, hidden, inputs=inputs),
             states.hidden[0],
             lambda name: kind_of(name) in kinds,
-            arguments=states.calls[0][i],
+            handed_on=partial(states.handed_on, i, inputs),
             confirmed=run.confirmed,
         )
     return stages(surveyed)

@@ -72,7 +72,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     block = max(b.nbytes for b in blocks)
     weights = block * (1 + (config.uses_dense_target or len(config.methods) > 1))
     others = _other_blocks(shape, workload, placement)
-    logits = workload.seqlen * shape.vocabulary * (shape.itemsize + 8)
+    logits = (workload.seqlen if shape.by_window else tokens) * shape.vocabulary * (shape.itemsize + 8)
     forward = max(_forward_bytes(b, shape, workload, tokens) for b in blocks)
     # Weights go to a GPU through page-locked host memory.
     passing = _outside_page_locked(shape) if workload.gpu else 0
@@ -112,11 +112,16 @@ def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> d
 
 
 def activation_bytes(shape: ModelShape, workload: Workload) -> int:
-    """The hidden states of all windows between two blocks, of every method and, where it is used, the dense model."""
+    """All that lies between two blocks, of all windows, of every method and, where it is used, the dense model."""
+    of_stream, of_text = sum(shape.of_stream(workload.seqlen)), sum(shape.of_text(workload.seqlen))
+    return sum(windows * (streams * of_stream + of_text) for windows, streams in _texts(workload))
+
+
+def _texts(workload: Workload) -> list[tuple[int, int]]:
+    """For the calibration text and each evaluation text, the number of windows, and of streams with all of them."""
     methods = len(workload.config.methods)
-    windows = workload.windows * (methods + workload.config.uses_dense_target)
-    windows += sum(workload.evaluation) * (methods + 1)
-    return windows * workload.seqlen * shape.hidden * shape.itemsize
+    calibration = workload.windows, methods + workload.config.uses_dense_target
+    return [calibration, *((windows, methods + 1) for windows in workload.evaluation)]
 
 
 @dataclass(frozen=True)
@@ -165,25 +170,24 @@ def _keepable_widths(shape: ModelShape, workload: Workload) -> set[int]:
 
 
 def _activations(shape: ModelShape, workload: Workload, placement: Placement) -> tuple[int, int]:
-    """Bytes of hidden states on the device, and on the host beside it."""
-    everything = activation_bytes(shape, workload)
-    texts = (workload.windows, *workload.evaluation)
-    window = workload.seqlen * shape.hidden * shape.itemsize
-    batch = min(placement.batch, max(*texts, 0)) * window
+    """Bytes of what lies between two blocks on the device, and on the host beside it."""
+    everything, texts, seqlen = activation_bytes(shape, workload), _texts(workload), workload.seqlen
+    of_stream, of_text = shape.of_stream(seqlen), shape.of_text(seqlen)
+    batch = min(placement.batch, max(windows for windows, _ in texts))
     # Five micro-batches at most. One is on its way in. The next one is launched before the last one is checked, so two
     # are inputs of the block, and two are on their way out.
-    moving = min(everything, 5 * batch)
+    moving = min(everything, 5 * batch * sum(of_stream + of_text))
     if not workload.gpu:
         return {"gpu": (everything, 0), "host": (moving, everything), "file": (moving, moving)}[placement.place]
-    # On the host of a GPU every micro-batch is a page-locked tensor; the last one of a text may be smaller.
-    methods = len(workload.config.methods)
-    copies = (methods + workload.config.uses_dense_target, *(methods + 1 for _ in workload.evaluation))
-    locked = sum(
-        count * (n // placement.batch * page_locked_bytes(batch) + page_locked_bytes(n % placement.batch * window))
-        for n, count in zip(texts, copies, strict=True)
-    )
-    locked_moving = min(locked, 5 * page_locked_bytes(batch))
-    return {"gpu": (everything, 0), "host": (moving, locked), "file": (moving, locked_moving)}[placement.place]
+
+    def locked(windows: int, sizes: list[int]) -> int:
+        # On the host of a GPU every micro-batch is a page-locked tensor; the last one of a text may be smaller.
+        whole, rest = divmod(windows, placement.batch)
+        return sum(whole * page_locked_bytes(placement.batch * n) + page_locked_bytes(rest * n) for n in sizes)
+
+    all_locked = sum(count * locked(n, of_stream) + locked(n, of_text) for n, count in texts)
+    locked_moving = min(all_locked, sum(5 * page_locked_bytes(batch * n) for n in of_stream + of_text))
+    return {"gpu": (everything, 0), "host": (moving, all_locked), "file": (moving, locked_moving)}[placement.place]
 
 
 def _other_blocks(shape: ModelShape, workload: Workload, placement: Placement) -> int:
@@ -221,7 +225,8 @@ def _forward_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tok
     """One micro-batch inside a block: the residual stream and what is made of it, three times the widest output."""
     widest = max((layer.rows for layer in block.all_layers), default=0)
     scores = shape.heads * workload.seqlen * tokens * (4 + shape.itemsize)
-    return tokens * shape.itemsize * (4 * shape.hidden + 3 * widest) + scores
+    stream = 4 * tokens * shape.of_stream(workload.seqlen)[0] // workload.seqlen
+    return stream + 3 * tokens * shape.itemsize * widest + scores
 
 
 def _gram_bytes(stage: list[LayerShape]) -> int:

@@ -5,7 +5,7 @@ architecture is named here. `embed` records it; later the blocks run one by one 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,13 +14,32 @@ from torch import Tensor, nn
 from sparsefw.errors import InputError
 from sparsefw.finite import all_finite, check_finite
 from sparsefw.model.activations import Activations, DeviceActivations
-from sparsefw.model.explained import StopForward, explained
-from sparsefw.model.forward import as_block_output, hidden_of, run_with_blocks_replaced
-from sparsefw.model.parts import INPUT, Point, run_part
+from sparsefw.model.carried import Carried, Constants, Held
+from sparsefw.model.explained import explained
+from sparsefw.model.flow import Call, Flow
+from sparsefw.model.forward import hidden_of, record
+from sparsefw.model.inputs import BlockInputs
+from sparsefw.model.parts import CANNOT_GO_ON, DIFFERS, INPUT, UNSUPPORTED, Point, run_part
 from sparsefw.model.streamed import StreamedModel
+from sparsefw.model.values import outline, rebuilt, tensors_of
 
-# Arguments that the model passes to a block beside the hidden states: args and kwargs.
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+# Tokens of the window that shows how blocks hand tensors on.
+FEW = 8
+
+
+@dataclass
+class BlockOutput:
+    """What a block has returned for one micro-batch.
+
+    Attributes:
+        hidden: the hidden states.
+        returned: all of it.
+        inputs: what the block was given, as it is after the run.
+    """
+
+    hidden: Tensor
+    returned: Any
+    inputs: BlockInputs
 
 
 @dataclass
@@ -30,8 +49,13 @@ class HiddenStates:
     Attributes:
         model: whose blocks run.
         new_activations: makes an empty list of micro-batches.
-        hidden: per micro-batch, the input of the next block, (batch, seqlen, d); or the stream at a later point of it.
-        calls: per micro-batch and block, the block's other arguments; equal tensors are stored once.
+        hidden: per micro-batch, the input of the next block, (batch, seqlen, d) in most models; or the stream at a
+            later point of it.
+        calls: per micro-batch and block, what the model's forward gives the block.
+        constants: the tensors that it makes before its first block.
+        carried: what blocks before hand on to later ones.
+        flow: how blocks hand tensors on.
+        windows: number of windows in each micro-batch.
         position: the point of the block at which `hidden` is.
         kept: a later point of the block that runs begin at, and its tensors; None: they begin at `position`.
         unchecked: pending NaN check: (block, micro-batch, finite flag on the device), read one step late so that the
@@ -41,7 +65,11 @@ class HiddenStates:
     model: StreamedModel
     new_activations: Callable[..., Activations]
     hidden: Activations
-    calls: list[list[Arguments]]
+    calls: list[dict[int, Call]]
+    constants: Constants
+    carried: Carried
+    flow: Flow
+    windows: list[int] = field(default_factory=list)
     position: Point = INPUT
     kept: tuple[Point, Activations] | None = None
     unchecked: tuple[int, int, Tensor] | None = None
@@ -52,12 +80,22 @@ class HiddenStates:
 
     def fork(self) -> "HiddenStates":
         """A copy that runs independently."""
-        return HiddenStates(self.model, self.new_activations, self.hidden.fork(), self.calls)
+        return replace(
+            self,
+            hidden=self.hidden.fork(),
+            constants=self.constants.fork(),
+            carried=self.carried.fork(),
+            position=INPUT,
+            kept=None,
+            unchecked=None,
+        )
 
     def close(self) -> None:
         """Release the threads and files of the activations; the hidden states are gone."""
         self.drop_kept()
         self.hidden.close()
+        self.carried.close()
+        self.constants.close()
 
     def drop_kept(self) -> None:
         """Let the tensors of the later point go."""
@@ -65,15 +103,37 @@ class HiddenStates:
             self.kept[1].close()
             self.kept = None
 
-    def call(self, i: int, j: int, hidden: Tensor, block: nn.Module | None = None) -> Any:
-        """Run block i, or another module in its place, on a tensor in the place of micro-batch j."""
-        args, kwargs = self.calls[j][i]
+    def inputs(self, i: int, j: int) -> BlockInputs:
+        """What micro-batch j gives block i beside the hidden states."""
+        return BlockInputs(j, self.calls[j][i], self.constants, self.carried)
+
+    def call(
+        self, i: int, j: int, hidden: Tensor, block: nn.Module | None = None, inputs: BlockInputs | None = None
+    ) -> Any:
+        """Run block i, or another module in its place, on a tensor in the place of micro-batch j.
+
+        Args:
+            i, j: number of the block and of the micro-batch.
+            hidden: the tensor.
+            block: the other module.
+            inputs: from `inputs`, if they are there already. Then no torch function is called but by the block.
+        """
         with explained(type(self.model.model).__name__, self.model.names[i]):
-            return (block or self.model.blocks[i])(hidden, *args, **kwargs)
+            return (inputs or self.inputs(i, j)).run(block or self.model.blocks[i], hidden)
+
+    def behind_last(self, j: int) -> dict[int, Tensor]:
+        """The tensors of micro-batch j that are read behind the last block, beside its hidden states."""
+        values = self.carried.held(j).values
+        return {number: self.carried.tensor(j, values[number]) for number in self.flow.end}
+
+    def handed_on(self, i: int, inputs: BlockInputs, returned: Any) -> list[Tensor]:
+        """The tensors of a run of block i that later blocks are given, beside the hidden states."""
+        held = inputs.handed_on(returned, self.flow.live.get(i, []))
+        return tensors_of([held.values, held.boxes])
 
     def part(
         self, i: int, j: int, block: nn.Module | None = None, *, take: Iterable[Point] = (), end: Point | None = None
-    ) -> tuple[dict[Point, Tensor], Tensor | None]:
+    ) -> tuple[dict[Point, Tensor], BlockOutput | None]:
         """Run micro-batch j from where it is through a part of block i, or of another module in its place.
 
         Args:
@@ -82,16 +142,24 @@ class HiddenStates:
             take, end: as in `run_part`.
 
         Returns:
-            The wanted tensors, and the block's output, (batch, seqlen, d); None if the run ended before.
+            The wanted tensors, and what the block returned; None if the run ended before.
+
+        Raises:
+            InputError: as `run_part`; or the block writes to a tensor that it is given.
         """
         given = {self.position: self.hidden[j]}
         if self.kept:
             given[self.kept[0]] = self.kept[1][j]
-        taken, returned = run_part(lambda hidden: self.call(i, j, hidden, block), given, take, end)
-        return taken, None if returned is None else hidden_of(returned)
+        inputs = self.inputs(i, j)
+        versions = inputs.versions()
+        taken, returned = run_part(lambda hidden: self.call(i, j, hidden, block, inputs), given, take, end)
+        if inputs.versions() != versions:
+            # Other streams are given it, too.
+            raise InputError(f"{self.model.names[i]}: {UNSUPPORTED}: the block writes to a tensor that it is given")
+        return taken, None if returned is None else BlockOutput(hidden_of(returned), returned, inputs)
 
-    def output(self, i: int, j: int, block: nn.Module | None = None) -> Tensor:
-        """Micro-batch j after block i, or after another module in its place; (batch, seqlen, d)."""
+    def output(self, i: int, j: int, block: nn.Module | None = None) -> BlockOutput:
+        """What block i, or another module in its place, returns for micro-batch j."""
         _, output = self.part(i, j, block)
         assert output is not None
         return output
@@ -99,17 +167,45 @@ class HiddenStates:
     def advance(self, i: int, block: nn.Module | None = None) -> None:
         """Run all micro-batches through block i, or another module in its place; they are then the next block's input.
 
+        A block that the model's forward does not call leaves them as they are.
+
         Raises:
             InputError: an output holds NaN or Inf.
         """
+        if i not in self.flow.blocks:
+            return
         for j in range(len(self)):
-            self.put(i, j, self.output(i, j, block))
+            self.leave(i, j, self.output(i, j, block))
         self.arrive(INPUT)
+
+    def leave(self, i: int, j: int, output: BlockOutput) -> None:
+        """Move micro-batch j on to the input of the block behind block i, with all that later blocks are given.
+
+        Raises:
+            InputError: the block returned something else than others of its class; or as `put`.
+        """
+        call, next_block = self.calls[j][i], self.flow.after(i)
+        if _form_of(output.returned) != _form_of(call.form):
+            raise InputError(
+                f"{self.model.names[i]}: {UNSUPPORTED}: it does not return the same as other blocks of its class"
+            )
+        made, hidden = output.inputs.handed_on(output.returned, [*range(call.after)]), output.hidden
+        if next_block is not None:
+            following = self.calls[j][next_block]
+            made = Held(output.inputs.made_by(following.steps, made.values), made.boxes)
+            assert following.hidden is not None
+            hidden = made.values[following.hidden]
+        held = Held({number: made.values[number] for number in self.flow.live[i]}, made.boxes)
+        if any(x.is_meta for x in tensors_of([held.values, held.boxes])):
+            raise InputError(CANNOT_GO_ON)
+        self.carried.put(j, held, output.inputs.known)
+        self.put(i, j, hidden)
 
     def arrive(self, position: Point, kept: tuple[Point, Activations] | None = None) -> None:
         """Note where all micro-batches are now, `INPUT` for the next block's input, and what is kept of them."""
         self.drop_kept()
         self.position, self.kept = position, kept
+        self.carried.settle()
         self.settle()
 
     def put(self, i: int, j: int, out: Tensor) -> None:
@@ -154,45 +250,30 @@ def embed(
         new_activations: makes an empty list of micro-batches.
 
     Raises:
-        InputError: the model has no embedding for a token, or weights hold NaN or Inf.
+        InputError: the model has no embedding for a token, weights hold NaN or Inf, or its blocks hand tensors on in a
+            way that cannot be followed.
     """
     with explained(type(model.model).__name__, "its embedding"):
         embeddings: Any = model.model.get_input_embeddings()
         vocabulary = embeddings.weight.shape[0]
     if ids.max() >= vocabulary:
         raise InputError(f"token {ids.max()}: the model embeds {vocabulary} tokens; give those of its own tokenizer")
-    states = HiddenStates(model, new_activations, new_activations(), [])
-
-    def record(i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if model.blocks_return_tuple is None:
-            # The class does not tell whether its blocks return a tuple, so a real block is run once.
-            block = model.open_as(0, model.read(0))
-            with explained(type(model.model).__name__, model.names[0]):
-                model.blocks_return_tuple = isinstance(type(block).forward(block, hidden, *args, **kwargs), tuple)
-            model.close(0)
-        if i == 0:
-            states.hidden.append(hidden)
-            states.calls.append([])
-        first = states.calls[0][i] if len(states.calls) > 1 else None
-        states.calls[-1].append(_share_equal((args, kwargs), first))
-        if i == len(model.blocks) - 1:
-            raise StopForward
-        return as_block_output(model, hidden)
-
     with model.outside():
+        if model.flow is None:
+            model.flow = record(model, ids[:1, :FEW]).flow
+        flow, constants, carried = model.flow, Constants(new_activations), Carried(new_activations)
+        states = HiddenStates(model, new_activations, new_activations(), [], constants, carried, flow)
         for batch in ids.split(batch_size):
-            run_with_blocks_replaced(model, batch, record)
+            recording = record(model, batch, last=flow.blocks[-1])
+            if recording.signature != flow.signature:
+                raise InputError(DIFFERS)
+            states.windows.append(len(batch))
+            states.hidden.append(recording.hidden)
+            states.calls.append(recording.calls)
+            constants.append(recording.constants, recording.of_tokens)
+            carried.append(recording.boxes)
     return states
 
 
-def _share_equal(new: Any, first: Any) -> Any:
-    """`new`, with its tensors replaced by those of the first micro-batch, `first`, where the two are equal."""
-    if torch.is_tensor(new):
-        same = torch.is_tensor(first) and first.shape == new.shape and first.dtype == new.dtype
-        return first if same and torch.equal(first, new) else new
-    if isinstance(new, tuple | list):
-        matches = isinstance(first, tuple | list) and len(first) == len(new)
-        return type(new)(_share_equal(item, first[n] if matches else None) for n, item in enumerate(new))
-    if isinstance(new, dict):
-        return {k: _share_equal(v, first.get(k) if isinstance(first, dict) else None) for k, v in new.items()}
-    return new
+def _form_of(returned: Any) -> list[Any]:
+    return outline(rebuilt(returned, lambda _: "tensor"))

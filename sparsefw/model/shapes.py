@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.errors import InputError
+from sparsefw.model.extents import Between, Extent
 from sparsefw.model.hidden_states import HiddenStates, embed
 from sparsefw.model.layers import UNKNOWN_ROLE, Role, kind_of, slices_of, survey
 from sparsefw.model.streamed import StreamedModel
@@ -23,6 +24,8 @@ from sparsefw.model.transformers_private import attention_implementation
 
 # Tokens that the blocks are run on: enough for every kind of attention, little beside a block.
 TOKENS = 8
+# Tokens of a second window, which shows what grows with the first.
+MORE_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class ModelShape:
         heads: attention heads, if attention holds all scores at once; else 0.
         itemsize: bytes of an entry of an activation.
         parameters: number of parameters.
+        between: what a window has between two blocks; None: hidden states of that width.
+        by_window: whether logits are made of one window at a time, and not of a micro-batch.
         names_by_block: the name of each block, and the names of its layers inside the block, every expert by itself.
         pieces: bytes of the pieces in which all tensors outside of the blocks are written; by default `outside`.
         quantized: bytes of the quantized tensors of a block as they are stored, at most. They are in memory beside the
@@ -93,6 +98,8 @@ class ModelShape:
     itemsize: int
     parameters: int
     names_by_block: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    between: Between | None = None
+    by_window: bool = True
     pieces: tuple[int, ...] = ()
     quantized: int = 0
     stored: float = 1
@@ -100,6 +107,14 @@ class ModelShape:
     def __post_init__(self) -> None:
         if not self.pieces:
             object.__setattr__(self, "pieces", (self.outside,))
+
+    def of_stream(self, tokens: int) -> list[int]:
+        """Bytes of each tensor that a window of every stream has between two blocks, the hidden states first."""
+        return self.between.of_stream(tokens) if self.between else [tokens * self.hidden * self.itemsize]
+
+    def of_text(self, tokens: int) -> list[int]:
+        """Bytes of each tensor that a window has between all blocks, and that all streams share."""
+        return self.between.of_text(tokens) if self.between else []
 
     @property
     def layer_names(self) -> list[str]:
@@ -140,14 +155,18 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
     with StreamedModel(checkpoint, torch.device("cpu"), zeros) as model:
         # Each tied parameter is counted once.
         count = sum(parameter.numel() for parameter in model.model.parameters())
-        states = embed(model, torch.zeros(1, TOKENS, dtype=torch.int64), 1)
+        walks = [_Walk(model, TOKENS), _Walk(model, MORE_TOKENS)]
+        states = walks[0].states
         known: dict[tuple, tuple[BlockShape, tuple[str, ...]]] = {}
         blocks = []
         for i, block in enumerate(model.blocks):
             kind = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
-            if kind not in known:
+            if kind not in known or walks[0].moves:
                 model.open(i, ahead=False)
-                known[kind] = _shape_of_block(states, i)
+                if kind not in known:
+                    known[kind] = _shape_of_block(states, i)
+                for walk in walks:
+                    walk.pass_block(i)
                 model.close(i)
             blocks.append(known[kind])
     config = model.model.config.get_text_config()
@@ -165,14 +184,66 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
         pieces=tuple(sum(checkpoint.tensors[name].nbytes for name in piece) for piece in model.pieces),
         quantized=int(share * max(shape.nbytes for shape, _ in blocks)) if share else 0,
         stored=checkpoint.stored_nbytes / checkpoint.nbytes,
+        between=_between(*walks),
+        by_window=states.flow.by_window and states.hidden[0].shape[:2] == (1, TOKENS),
     )
+
+
+class _Walk:
+    """One window on its way through the blocks, as far as they hand something on.
+
+    Args:
+        model: the model.
+        tokens: tokens of the window.
+
+    Attributes:
+        hidden: the input of the first block.
+        most: what was handed on between two blocks, where it was most.
+        moves: whether blocks may hand something on, so that every one of them has to be run.
+    """
+
+    def __init__(self, model: StreamedModel, tokens: int) -> None:
+        self.tokens = tokens
+        self.states = embed(model, torch.zeros(1, tokens, dtype=torch.int64), 1)
+        self.hidden, self.most = self.states.hidden[0], list[Tensor]()
+        self.moves = any(self.states.flow.live.values()) or bool(self.states.carried.held(0).boxes)
+
+    def pass_block(self, i: int) -> None:
+        """Run the window through block i, which is open."""
+        if not self.moves or i not in self.states.flow.blocks:
+            return
+        # Zeros may become NaN, which says nothing of the model.
+        self.states.leave(i, 0, self.states.output(i, 0))
+        self.states.unchecked = None
+        tensors = self.states.carried.tensors()
+        if sum(x.nbytes for x in tensors) > sum(x.nbytes for x in self.most):
+            self.most = tensors
+        self.states.carried.settle()
+
+
+def _between(few: _Walk, more: _Walk) -> Between:
+    """What lies between two blocks, from windows of two lengths."""
+
+    def extents(of_few: list[Tensor], of_more: list[Tensor]) -> tuple[Extent, ...]:
+        pairs = zip(of_few, of_more, strict=True)
+        return tuple(Extent.of(a, b, few.tokens, more.tokens) for a, b in pairs)
+
+    (hidden,) = extents([few.hidden], [more.hidden])
+    before = extents(few.states.constants.made_of_tokens(), more.states.constants.made_of_tokens())
+    return Between(hidden, extents(few.most, more.most), before)
 
 
 def _shape_of_block(states: HiddenStates, i: int) -> tuple[BlockShape, tuple[str, ...]]:
     """The shape of block i, and the names of its layers, every expert by itself."""
     block = states.model.blocks[i]
     parameters = dict(block.named_parameters())
-    surveyed = survey(block, partial(states.call, i, 0), states.hidden[0], arguments=states.calls[0][i])
+    inputs = states.inputs(i, 0)
+    surveyed = survey(
+        block,
+        lambda hidden: states.call(i, 0, hidden, inputs=inputs),
+        states.hidden[0],
+        handed_on=partial(states.handed_on, i, inputs),
+    )
     layers: dict[str, LayerShape] = {}
     for layer in surveyed.layers:
         rows, d = layer.weight.shape

@@ -19,6 +19,7 @@ from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.checkpoint.tensors import Loadable, TensorInfo, dequantized
 from sparsefw.finite import check_finite
 from sparsefw.model import skeleton
+from sparsefw.model.flow import Flow, Form
 from sparsefw.model.text_path import follow_text
 from sparsefw.model.transformers_private import tie_parameters
 from sparsefw.process import give_back_page_locked
@@ -45,7 +46,8 @@ class StreamedModel:
         max_seqlen: tokens in the longest window that the model takes; None if its config does not say.
         notes: what the user should know of the loading, one line each.
         timeline: receives the time of reading.
-        blocks_return_tuple: whether a block returns its hidden states in a tuple; None until `embed` has run one.
+        forms: what blocks return, by their class, as far as `embed` has run one.
+        flow: how blocks hand tensors on; None until `embed` has recorded it.
 
     Raises:
         InputError: transformers cannot load it or run it on text, tensors are missing or do not fit, or no stack of
@@ -77,7 +79,8 @@ class StreamedModel:
         for buffer in model.buffers():
             if not buffer.is_meta:
                 buffer.data = buffer.data.to(self.device)
-        self.blocks_return_tuple: bool | None = None
+        self.forms: dict[type, Form] = {}
+        self.flow: Flow | None = None
         self._reader = ThreadPoolExecutor(1)
         # The block that is being read before it is asked for.
         self._next: tuple[int, Future[Mapping[str, Loadable]]] | None = None

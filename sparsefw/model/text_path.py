@@ -121,7 +121,7 @@ def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList]) -> TextPat
             with explained(kind, name), _filled(block.modules()):
                 returned[form] = type(block).forward(block, *args, **kwargs)
         output = returned[form]
-        return (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
+        return type(output)([args[0], *output[1:]]) if isinstance(output, tuple | list) else args[0]
 
     with _filled(module for module in model.modules() if module not in inside):
         stored = model.state_dict(keep_vars=True)

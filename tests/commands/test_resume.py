@@ -109,6 +109,22 @@ def test_killed_ends_with_the_same_bytes(place, n, capsys):
     assert not (place / f".{output}.partial").exists()
 
 
+def test_what_finished_blocks_hand_on_is_made_again(tmp_path, monkeypatch, capsys):
+    """Later blocks read keys and values of the blocks that are finished, as each method has pruned them."""
+    save_model(tmp_path / "model", "gemma3n_text")
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert run(tmp_path, "undisturbed") == 0
+    with monkeypatch.context() as patched:
+        # The last two of the six blocks share what the two before them make.
+        interrupted_at(patched, 26)
+        assert run(tmp_path, "interrupted") == 130
+    assert " of 7 parts are finished" in capsys.readouterr().err
+    assert run(tmp_path, "interrupted") == 0
+    finished = int(capsys.readouterr().out.partition("unfinished run: ")[2][0])
+    assert finished >= 4
+    assert content(tmp_path, "interrupted") == content(tmp_path, "undisturbed")
+
+
 def test_other_arguments_model_or_text_are_refused(place, tmp_path, monkeypatch, capsys):
     def refused(*more, said):
         assert run(place, "other", *more) == 2

@@ -24,6 +24,7 @@ from sparsefw.estimate.flops import head, operations
 from sparsefw.estimate.memory import disk_space
 from sparsefw.estimate.passes import passes
 from sparsefw.model import HiddenStates, StreamedModel
+from sparsefw.model.hidden_states import FEW
 
 # The products of a solve, by the names of their operations.
 PRODUCTS = {"cross", "target", "start", "step", "refit", "error"}
@@ -94,11 +95,13 @@ def prune(source, plan, tmp_path, monkeypatch, counter=None):
 
 
 def asked_flops(plan):
-    """The first block is run on one micro-batch to see the form of its output."""
-    workload = replace(plan.workload, windows=BATCH, config=make_config(method="wanda"), evaluation=())
+    """A few tokens go through the first block and the head, to see what blocks return and what becomes of it."""
+    config, few = make_config(method="wanda"), min(FEW, plan.workload.seqlen)
+    workload = replace(plan.workload, windows=1, seqlen=few, config=config, evaluation=())
     layers = {layer.name for layer in plan.shape.blocks[0].all_layers}
     once = operations(replace(plan, workload=workload), plan.shape.blocks[0])
-    return sum(x.cost.flops for x in once if x.phase == "forward" and x.name in layers)
+    block = sum(x.cost.flops for x in once if x.phase == "forward" and x.name in layers)
+    return block + 2 * few * plan.shape.vocabulary * plan.shape.hidden
 
 
 @pytest.mark.slow

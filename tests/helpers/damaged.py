@@ -1,6 +1,7 @@
 """A block of a tiny model in two states: dense, and as if blocks and layers before had been pruned."""
 
 import copy
+import functools
 from collections.abc import Iterable
 from types import SimpleNamespace
 
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 from sparsefw import checkpoint
 from sparsefw.model import HiddenStates, StreamedModel, embed
 from sparsefw.model.activations import DeviceActivations
+from sparsefw.model.carried import Carried, Constants
+from sparsefw.model.flow import Call, Flow
 from sparsefw.model.layers import Layer, Pair, Stage, Survey, stages, survey
+from sparsefw.model.values import Box, Value
 
 
 def damaged_pair(folder, tokens=TOKENS, new_activations=DeviceActivations, loss: float = 1) -> Pair:
@@ -31,9 +35,19 @@ def damaged_module(block: nn.Module, batches: list[Tensor], arguments: tuple = (
     """A block of one's own, with its micro-batches and other arguments, in the place of a model's."""
     model = SimpleNamespace(blocks=[block], names=["block"], device=torch.device(DEVICE))
     block.requires_grad_(False).to(DEVICE)
-    states = HiddenStates(model, DeviceActivations, DeviceActivations(), [[(arguments, {})] for _ in batches])
+    call = Call(tuple(Box(n) for n in range(len(arguments))), {}, outputs=[0], form=Value(0), after=1)
+    states = HiddenStates(
+        model,
+        DeviceActivations,
+        DeviceActivations(),
+        [{0: call} for _ in batches],
+        Constants(DeviceActivations),
+        Carried(DeviceActivations),
+        Flow([0], {0: []}, set(), False, []),
+    )
     for batch in batches:
         states.hidden.append(batch.to(DEVICE))
+        states.carried.append([*arguments])
     return _damaged(Pair(0, states.fork(), states, copy.deepcopy(block)), 1)
 
 
@@ -58,12 +72,13 @@ def pruned_block(pair: Pair) -> nn.Module:
 
 def surveyed(pair: Pair, selected=lambda name: True) -> Survey:
     """The survey of the pruned model's block by the first micro-batch."""
+    inputs = pair.pruned.inputs(pair.number, 0)
     return survey(
         pruned_block(pair),
-        lambda hidden: pair.pruned.call(pair.number, 0, hidden),
+        lambda hidden: pair.pruned.call(pair.number, 0, hidden, inputs=inputs),
         pair.pruned.hidden[0],
         selected,
-        arguments=pair.pruned.calls[0][pair.number],
+        handed_on=functools.partial(pair.pruned.handed_on, pair.number, inputs),
     )
 
 

@@ -67,11 +67,69 @@ OTHERS = {
     },
 }
 
+_SHARED_KEYS = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "sliding_window": 8,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+}
+_INDEXED = {
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+    # Fewer than there are tokens.
+    "index_topk": 6,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "indexer_types": ["full", "shared", "shared"],
+    **_EXPERTS,
+}
+
+# Blocks that hand on more than hidden states: keys and values in a dict, indices, lists, sums of what lies before.
+HANDING_ON = {
+    "gemma3n_text": {
+        **_SHARED_KEYS,
+        "altup_num_inputs": 4,
+        "laurel_rank": 8,
+        "intermediate_size": [48] * 6,
+        "activation_sparsity_pattern": [0.0] * 6,
+    },
+    "gemma4_text": _SHARED_KEYS,
+    "glm_moe_dsa": _INDEXED,
+    "rwkv": {"attention_hidden_size": 32, "context_length": 64},
+    "openai-gpt": _GPT,
+    "inkling2_text": {
+        "num_hidden_layers": 5,
+        "n_layers_per_attn_res_block": 2,
+        "unpadded_vocab_size": VOCABULARY,
+        "layer_types": ["hybrid_sliding", "hybrid"] * 2 + ["hybrid"],
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 8,
+        "sliding_window_size": 8,
+        "d_rel": 4,
+        "rel_extent": 64,
+        "n_routed_experts": 4,
+        **_EXPERTS,
+    },
+}
+
 
 def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Path:
     """A random checkpoint of a family with a byte-level tokenizer; `changes` go into its config."""
     torch.manual_seed(seed)
-    options = _COMMON | {"model_type": family} | (FAMILIES | OTHERS)[family] | changes
+    options = _COMMON | {"model_type": family} | (FAMILIES | OTHERS | HANDING_ON)[family] | changes
     config = AutoConfig.for_model(**options)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for parameter in model.parameters():

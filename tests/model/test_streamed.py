@@ -91,7 +91,7 @@ def test_another_module_in_the_place_of_a_block(tmp_path):
     states = embed(model, tokens(), 2)
     other, own = copy.deepcopy(model.open(0)), states.fork()
     other.mlp.down_proj.weight.data.zero_()
-    expected = [states.output(0, j, other) for j in range(len(states))]
+    expected = [states.output(0, j, other).hidden for j in range(len(states))]
     states.advance(0, other)
     own.advance(0)
     for hidden, after_other, after_own in zip(states.hidden, expected, own.hidden, strict=True):

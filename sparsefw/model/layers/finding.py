@@ -50,7 +50,7 @@ def survey(
     hidden: Tensor,
     selected: Selector = everything,
     *,
-    arguments: Any = (),
+    handed_on: Callable[[Any], Any] = lambda returned: (),
     confirmed: Confirmed | None = None,
 ) -> Survey:
     """Look at the layers of a block.
@@ -60,7 +60,8 @@ def survey(
         run: runs a micro-batch through it.
         hidden: one micro-batch.
         selected: selects the layers to look at.
-        arguments: the block's other arguments. What a block leaves in them is read by others.
+        handed_on: called with what the block has returned; tells the tensors that later blocks are given, beside the
+            hidden states.
         confirmed: what is known of other blocks. The first block of a kind is run in parts, and the parts are compared
             with the whole; those that make the same calls are not.
     """
@@ -73,7 +74,7 @@ def survey(
 
     with torch.no_grad():
         watch.through(run_traced)
-    trace.end((hidden_of(returned[0]), arguments))
+    trace.end((hidden_of(returned[0]), handed_on(returned[0])))
     found = _roles(list(watch.layers.values()), trace, watch.outputs, hidden_of(returned[0]))
     watch.outputs.clear()
     known = {} if confirmed is None else confirmed

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsefw.kernels.backend import Backend
 from sparsefw.model.activations import Activations
-from sparsefw.model.hidden_states import HiddenStates
+from sparsefw.model.hidden_states import BlockOutput, HiddenStates
 from sparsefw.model.layers.capture import Captured, capture, dense_outputs
 from sparsefw.model.layers.names import Layer
 from sparsefw.model.layers.stage import Stage
@@ -139,7 +139,7 @@ def _dense_tensors(stage: Stage, pair: Pair, j: int) -> tuple[Tensor | None, dic
     X_dense = _as_matrix(taken[stage.input]) if reads and stage.input is not None else None
     streams: dict[Point | None, Tensor] = {point: _as_matrix(taken[point]) for point in sums if point is not None}
     if output is not None:
-        streams[None] = _as_matrix(output)
+        streams[None] = _as_matrix(output.hidden)
     return X_dense, streams
 
 
@@ -178,11 +178,11 @@ def _run_pruned(
 
 def _run_dense(
     stage: Stage, pair: Pair, j: int, *, take: Iterable[Point], end: Point | None
-) -> tuple[dict[Point, Tensor], Tensor | None]:
+) -> tuple[dict[Point, Tensor], BlockOutput | None]:
     """Run micro-batch j of the dense model as far as a stage needs it, and move it on to where the next one starts."""
     taken, output = pair.dense.part(pair.number, j, pair.dense_block, take=take, end=end)
     if stage.final and output is not None:
-        pair.dense.put(pair.number, j, output)
+        pair.dense.leave(pair.number, j, output)
     elif stage.behind is not None:
         pair.dense.put(pair.number, j, taken[stage.behind])
     return taken, output

@@ -1,0 +1,170 @@
+"""How a model's blocks hand tensors on, as a recorded forward shows it."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sparsefw.model.parts import tensors_in
+from sparsefw.model.values import Value, leaves_of, rebuilt
+
+
+@dataclass
+class Step:
+    """A call of a torch function between two blocks.
+
+    Attributes:
+        function: the function.
+        args, kwargs: its arguments, with `Constant`s and `Value`s.
+        outputs: numbers of the tensors that it returns.
+    """
+
+    function: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    outputs: list[int]
+
+    def run(self, leaf: Callable[[Any], Tensor]) -> Iterable[tuple[int, Tensor]]:
+        """Make the call with real tensors; the outputs with their numbers."""
+        out = self.function(*rebuilt(self.args, leaf), **rebuilt(self.kwargs, leaf))
+        return zip(self.outputs, tensors_in(out), strict=True)
+
+
+@dataclass
+class Call:
+    """What the model's forward gives a block.
+
+    Attributes:
+        args, kwargs: the arguments beside the hidden states, with `Constant`s, `Value`s and `Box`es.
+        steps: the calls between the block before and this one that something depends on.
+        hidden: number of the hidden states; None: they were there before the first block.
+        outputs: numbers of the tensors that the block returns, the hidden states first.
+        form: what the block returns, with `Value`s.
+        after: the first number of what is made later.
+    """
+
+    args: Any
+    kwargs: Any
+    steps: list[Step] = field(default_factory=list)
+    hidden: int | None = None
+    outputs: list[int] = field(default_factory=list)
+    form: Any = None
+    after: int = 0
+
+
+@dataclass(frozen=True)
+class Form:
+    """What blocks of a class return.
+
+    Attributes:
+        output: what one of them returned.
+        shape: shape of its input.
+    """
+
+    output: Any
+    shape: tuple[int, ...]
+
+    @property
+    def only_hidden(self) -> bool:
+        """Whether the hidden states are the only tensor."""
+        return len(leaves_of(self.output)) == 1
+
+    def around(self, hidden: Tensor) -> Any:
+        """A stand-in for an output with these hidden states. Each of its tensors is a new object."""
+        # The hidden states come first.
+        stand_ins = iter([hidden, *leaves_of(self.output)[1:]])
+        return rebuilt(self.output, lambda _: next(stand_ins).detach())
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How a model's blocks hand tensors on.
+
+    Attributes:
+        blocks: numbers of the blocks that the model's forward calls, in order.
+        live: by block, numbers of the tensors that are needed after the next one has begun, beside hidden states.
+        end: numbers of the tensors that are read behind the last block, beside its hidden states.
+        has_steps: whether calls are made between blocks.
+        signature: see `Recording`.
+    """
+
+    blocks: list[int]
+    live: dict[int, list[int]]
+    end: set[int]
+    has_steps: bool
+    signature: list[Any]
+
+    @property
+    def by_window(self) -> bool:
+        """Whether what lies behind the last block can be run with each window by itself."""
+        return not self.has_steps and not self.end
+
+    def after(self, i: int) -> int | None:
+        """The block that follows block i; None behind the last one."""
+        return next((other for other in self.blocks if other > i), None)
+
+
+@dataclass
+class Recording:
+    """One forward.
+
+    Attributes:
+        hidden: the input of the first block.
+        calls: what each block is given, by its number, in the order of the calls.
+        boxes: the objects that several blocks are given, as they are before the first block.
+        constants: the tensors for which `Constant`s stand.
+        of_tokens: numbers of the constants that depend on the tokens.
+        end: numbers of the tensors that are read behind the last block, but for its hidden states.
+    """
+
+    hidden: Tensor
+    calls: dict[int, Call]
+    boxes: list[Any]
+    constants: list[Tensor]
+    of_tokens: set[int]
+    end: set[int]
+
+    @property
+    def signature(self) -> list[Any]:
+        """Equal signatures mean that the same tensors are handed on in the same way."""
+        return [
+            (i, call.hidden, call.outputs, [(name_of(x.function), x.outputs) for x in call.steps], _values_of(call))
+            for i, call in self.calls.items()
+        ]
+
+    @property
+    def flow(self) -> Flow:
+        """How tensors are handed on, if the whole forward was recorded."""
+        has_steps = any(call.steps for call in self.calls.values())
+        return Flow([*self.calls], self.live(), self.end, has_steps, self.signature)
+
+    def live(self) -> dict[int, list[int]]:
+        """By block, numbers of the tensors that are needed after the next block has begun, its hidden states aside."""
+        order = list(self.calls)
+        # The run of the n-th block is at the time 2n, what lies between it and the next one at 2n + 1.
+        made: dict[int, int] = {}
+        used = dict.fromkeys(self.end, 2 * len(order))
+        for n, call in enumerate(self.calls.values()):
+            for step in call.steps:
+                # A step may return what it is given.
+                made |= {number: made.get(number, 2 * n - 1) for number in step.outputs}
+                used |= {number: max(used.get(number, 0), 2 * n - 1) for number in numbers_in((step.args, step.kwargs))}
+            used |= {number: max(used.get(number, 0), 2 * n) for number in numbers_in((call.args, call.kwargs))}
+            made |= dict.fromkeys(call.outputs, 2 * n + 1)
+        times = {i: 2 * n + 1 for n, i in enumerate(order)}
+        return {i: sorted(v for v in used if made[v] <= time < used[v]) for i, time in times.items()}
+
+
+def name_of(function: Any) -> str:
+    """The name of a torch function."""
+    return getattr(function, "__name__", "")
+
+
+def numbers_in(value: Any) -> set[int]:
+    """Numbers of the `Value`s in a nested value."""
+    return {leaf.number for leaf in leaves_of(value) if isinstance(leaf, Value)}
+
+
+def _values_of(call: Call) -> list[int]:
+    return sorted(numbers_in((call.args, call.kwargs)))

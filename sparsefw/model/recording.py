@@ -1,0 +1,248 @@
+"""Record what a model's own forward does with its blocks' outputs: which of them later blocks are given, and as what.
+
+Stand-ins take the place of the blocks' outputs. A torch function mode follows them through the forward, so that nothing
+that is made of them between two blocks is lost: the calls are recorded, and made again with the real outputs.
+"""
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from sparsefw.errors import InputError
+from sparsefw.model.flow import Call, Recording, Step, name_of, numbers_in
+from sparsefw.model.parts import UNSUPPORTED, tensors_in
+from sparsefw.model.values import Box, Constant, Value, leaves_of, objects_of, outline, rebuilt, tensors_of
+
+# Functions whose results say what values a tensor has, by name. What a forward does next may depend on them.
+_READING = {"__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "item", "tolist", "numpy"}
+_READING |= {"equal", "allclose", "is_nonzero"}
+
+# Functions that take only the form of a tensor, by name.
+_OF_FORM = {"zeros_like", "ones_like", "empty_like", "full_like"}
+_OF_FORM |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
+
+
+@dataclass
+class _Known:
+    """A tensor that is followed; held, so that no other one takes its id."""
+
+    tensor: Tensor
+    number: int
+
+
+class Recorder(TorchFunctionMode):
+    """Follows the outputs of blocks through a model's forward.
+
+    Args:
+        names: names of the blocks, for messages.
+        model: name of the model's class, for messages.
+        ids: the tokens.
+        weights: weights of the blocks, by their names.
+    """
+
+    def __init__(self, names: list[str], model: str, ids: Tensor, weights: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        self._names, self._model = names, model
+        self._weights = {id(weight): (weight, name) for name, weight in (weights or {}).items()}
+        self._known: dict[int, _Known] = {}
+        # Tensors that are made of the tokens, by their ids.
+        self._of_tokens: dict[int, weakref.ref[Tensor]] = {id(ids): weakref.ref(ids)}
+        self._count = 0
+        self._calls: dict[int, Call] = {}
+        # The calls since the last block.
+        self._steps: list[Step] = []
+        # Why the model is refused if another block follows.
+        self._refusal = ""
+        # Objects that blocks are given, by their ids: the object, its outline, and how many blocks are given it.
+        self._objects: dict[int, tuple[Any, list[Any], int]] = {}
+        self._hidden: Tensor | None = None
+        self._paused = False
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
+        operands = tensors_in((args, kwargs))
+        weight = next((x for x in operands if id(x) in self._weights), None)
+        if weight is not None:
+            return self._of_weight(weight, func, args, kwargs)
+        if not any(id(x) in self._known for x in operands):
+            out = func(*args, **kwargs)
+            if name_of(func) not in _OF_FORM and any(map(self._is_of_tokens, operands)):
+                self._of_tokens |= {id(x): weakref.ref(x) for x in tensors_in(out)}
+            return out
+        versions = [x._version for x in operands]
+        out = self._called(func, args, kwargs)
+        if any(x._version != version for x, version in zip(operands, versions, strict=True)):
+            self._refusal = "what is made of its output is written to in place"
+        if made := tensors_in(out):
+            self._steps.append(Step(func, args, kwargs, [self._follow(x) for x in made]))
+        elif name_of(func) in _READING:
+            self._refusal = "what follows it depends on the values that it returns"
+        return out
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Inside the `with` block, calls are made as they are: something else than the model's forward runs."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def arrives(self, i: int, hidden: Tensor, args: tuple, kwargs: dict) -> None:
+        """Record what block i is given.
+
+        Raises:
+            InputError: it has been called before, or is given hidden states of unknown origin, or what was done with
+                the output of the block before cannot be done again.
+        """
+        if self._refusal:
+            raise InputError(f"{self._last()}: {UNSUPPORTED} {self._model}: {self._refusal}")
+        if i in self._calls or any(i < other for other in self._calls):
+            again = "more than once" if i in self._calls else "after a later one"
+            raise InputError(f"{self._names[i]}: {UNSUPPORTED} {self._model}: its forward calls this block {again}")
+        known = self._find(hidden)
+        if self._calls and known is None:
+            raise InputError(
+                f"{self._names[i]}: {UNSUPPORTED} {self._model}: its input does not come from the block before"
+            )
+        if not self._calls:
+            self._hidden = hidden
+        self._note_objects(i, (args, kwargs))
+        self._calls[i] = Call(args, kwargs, self._steps, known.number if known else None)
+        self._steps = []
+
+    def leaves(self, i: int, output: Any) -> None:
+        """Follow what stands for the output of block i."""
+        call = self._calls[i]
+        call.form = rebuilt(output, lambda x: Value(self._follow(x)))
+        call.outputs, call.after = [leaf.number for leaf in leaves_of(call.form)], self._count
+
+    def recording(self) -> Recording:
+        """What was recorded."""
+        assert self._hidden is not None
+        last = self._calls[max(self._calls)]
+        read = {known.number for step in self._steps for known in self._followed((step.args, step.kwargs))}
+        end = {number for number in read if number < last.after and number not in last.outputs[:1]}
+        self._drop_unused_steps(end)
+        constants: dict[int, tuple[int, Tensor]] = {}
+
+        def leaf(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            if known := self._find(x):
+                return Value(known.number)
+            return Constant(constants.setdefault(id(x), (len(constants), x))[0])
+
+        shared = [known for known, _, count in self._objects.values() if count > 1]
+        boxed = {id(known): (known, Box(n)) for n, known in enumerate(shared)}
+        boxes = rebuilt(shared, leaf)
+        if numbers_in(boxes):
+            raise InputError(f"{UNSUPPORTED} {self._model}: its forward puts a block's output into an object of others")
+        for call in self._calls.values():
+            for step in call.steps:
+                step.args, step.kwargs = rebuilt((step.args, step.kwargs), leaf)
+            call.args, call.kwargs = rebuilt((call.args, call.kwargs), leaf, dict(boxed))
+        of_tokens = {number for number, x in constants.values() if self._is_of_tokens(x)}
+        tensors = [x for _, x in constants.values()]
+        return Recording(self._hidden, self._calls, boxes, tensors, of_tokens, end)
+
+    def _follow(self, x: Tensor) -> int:
+        """The number of a tensor, which is followed from now on."""
+        if (known := self._find(x)) is None:
+            known = self._known[id(x)] = _Known(x, self._count)
+            self._count += 1
+        return known.number
+
+    def _find(self, x: Tensor) -> _Known | None:
+        return self._known.get(id(x))
+
+    def _is_of_tokens(self, x: Tensor) -> bool:
+        known = self._of_tokens.get(id(x))
+        return known is not None and known() is x
+
+    def _last(self) -> str:
+        return self._names[max(self._calls)]
+
+    def _followed(self, value: Any) -> list[_Known]:
+        return [known for x in tensors_of(value) if (known := self._find(x))]
+
+    def _called(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """The result of a function of followed tensors."""
+        return func(*args, **kwargs)
+
+    def _of_weight(self, weight: Tensor, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Call a function of a block's weight, which has no data, and refuse one that changes it."""
+        version = weight._version
+        out = func(*args, **kwargs)
+        if weight._version != version:
+            # The blocks run and are written without this change. One that changes nothing, such as * 1, is no harm.
+            before = torch.rand(weight.shape, dtype=weight.dtype)
+            after = before.clone()
+            others = [x for x in tensors_in((args, kwargs)) if x is not weight and x.is_meta]
+            args, kwargs = rebuilt((args, kwargs), lambda x: after if x is weight else x)
+            changes = bool(others)
+            if not changes:
+                func(*args, **kwargs)
+                changes = not torch.equal(before, after)
+            if changes:
+                raise InputError(
+                    f"{self._weights[id(weight)][1]}: {UNSUPPORTED} {self._model}: its forward changes this weight of "
+                    "a block; prune a checkpoint whose config does not ask for it"
+                )
+        return out
+
+    def _note_objects(self, i: int, given: Any) -> None:
+        """Note the objects that a block is given, and refuse those that have changed since the block before."""
+        for known in objects_of(given):
+            now = outline(known)
+            _, before, count = self._objects.get(id(known), (known, now, 0))
+            if now != before:
+                raise InputError(
+                    f"{self._names[i]}: {UNSUPPORTED} {self._model}: its forward changes a {type(known).__name__} "
+                    "between two blocks that are given it"
+                )
+            self._objects[id(known)] = known, now, count + 1
+
+    def _drop_unused_steps(self, end: set[int]) -> None:
+        """Leave only the steps that a block's input, or what lies behind the last block, depends on."""
+        needed = set(end)
+        for call in reversed(self._calls.values()):
+            needed |= {known.number for known in self._followed((call.args, call.kwargs))}
+            needed |= set() if call.hidden is None else {call.hidden}
+            kept = []
+            for step in reversed(call.steps):
+                if needed.intersection(step.outputs):
+                    kept.append(step)
+                    needed |= {known.number for known in self._followed((step.args, step.kwargs))}
+            call.steps = kept[::-1]
+
+
+class Substitution(Recorder):
+    """Puts real tensors in the places of those that are read behind the last block.
+
+    Args:
+        names, model, ids: as for `Recorder`.
+        real: the tensors by their numbers.
+
+    Attributes:
+        begun: whether the last block has been called.
+    """
+
+    def __init__(self, names: list[str], model: str, ids: Tensor, real: dict[int, Tensor]) -> None:
+        super().__init__(names, model, ids)
+        self._real, self.begun = real, False
+
+    def _called(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        def leaf(x: Tensor) -> Tensor:
+            known = self._find(x)
+            return self._real.get(known.number, x) if known else x
+
+        return func(*rebuilt(args, leaf), **rebuilt(kwargs, leaf)) if self.begun else func(*args, **kwargs)

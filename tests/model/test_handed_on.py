@@ -1,0 +1,266 @@
+"""What blocks hand on beside hidden states arrives at later blocks as in the whole model, in every stream by itself."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from helpers.families import HANDING_ON, TOKENS, save_model
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from sparsefw import checkpoint
+from sparsefw.errors import InputError
+from sparsefw.model import StreamedModel, embed, logits, perplexity, shape_of
+from sparsefw.model.activations import DeviceActivations, make_activations
+from sparsefw.model.transformers_private import attention_implementation
+
+CPU = torch.device("cpu")
+BATCH = 4
+PLACES = {"gpu": DeviceActivations, "file": partial(make_activations, "file", CPU)}
+
+
+def prune(module):
+    """Change the matrices of a module, its experts' as well."""
+    for parameter in module.parameters():
+        if parameter.dim() >= 2:
+            parameter.data[..., ::3] = 0
+
+
+def whole_model(model, folder):
+    """The same model in memory. Products may depend on how weights lie there, so each has memory of its own."""
+    same = {"attn_implementation": attention_implementation(model.model), "experts_implementation": "eager"}
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **same).eval()
+    for parameter in whole.parameters():
+        parameter.data = parameter.data.clone()
+    return whole
+
+
+def blocks_of(whole, model):
+    return whole.get_submodule(model.names[0].rpartition(".")[0])
+
+
+def all_logits(model, states):
+    with model.outside():
+        batches = zip(TOKENS.split(BATCH), states.hidden, range(len(states)), strict=True)
+        return torch.cat([logits(model, ids, hidden, states.behind_last(j)) for ids, hidden, j in batches])
+
+
+@torch.no_grad()
+def plain_logits(whole):
+    return torch.cat([whole(ids, use_cache=False).logits for ids in TOKENS.split(BATCH)])
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("family", HANDING_ON)
+def test_streams_equal_the_whole_models(family, place, tmp_path):
+    """A dense stream and two pruned ones, which take turns; four windows in a micro-batch, and two."""
+    folder = save_model(tmp_path, family)
+    with StreamedModel(checkpoint.inspect(folder), CPU) as model:
+        dense = embed(model, TOKENS, BATCH, PLACES[place])
+        pruned, other = dense.fork(), dense.fork()
+        for i in range(len(model.blocks)):
+            block = copy.deepcopy(model.open(i))
+            dense.advance(i)
+            # The first run of a stream is not what counts.
+            for j in range(len(pruned)):
+                pruned.output(i, j)
+            prune(model.blocks[i])
+            pruned.advance(i)
+            prune(block)
+            other.advance(i, block)
+            model.close(i)
+        whole = whole_model(model, folder)
+        expected = plain_logits(whole)
+        prune(blocks_of(whole, model))
+        expected_pruned = plain_logits(whole)
+        assert (expected - expected_pruned).abs().max() > 0.1
+        assert torch.equal(all_logits(model, dense), expected)
+        assert torch.equal(all_logits(model, pruned), expected_pruned)
+        assert torch.equal(all_logits(model, other), expected_pruned)
+        loss = nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+        assert perplexity(dense, TOKENS) == pytest.approx(loss.exp().item(), rel=1e-5)
+        for states in (dense, pruned, other):
+            states.close()
+
+
+@pytest.mark.parametrize("family", HANDING_ON)
+def test_expected_size_is_what_lies_between_blocks(family, tmp_path):
+    """Bytes of a window, from windows of other lengths."""
+    source, seqlen = checkpoint.inspect(save_model(tmp_path, family)), TOKENS.shape[1]
+    shape, most = shape_of(source), 0
+    with StreamedModel(source, CPU) as model:
+        # Windows of one micro-batch each, so that what differs between them shows.
+        states = embed(model, TOKENS, 1)
+        for i in range(len(model.blocks)):
+            model.open(i)
+            for j in range(len(states)):
+                states.leave(i, j, states.output(i, j))
+            most = max(most, sum(x.nbytes for x in states.carried.tensors()))
+            states.arrive(states.position)
+        before = sum(states.constants[0, n].nbytes for n in states.constants._lists)
+    expected = shape.of_stream(seqlen)
+    # Indices are as many as there are tokens, up to a limit that few tokens do not reach.
+    assert expected[0] == states.hidden[0].nbytes
+    assert most <= sum(expected[1:]) <= (4 if family == "glm_moe_dsa" else 1) * most
+    assert before == sum(shape.of_text(seqlen))
+
+
+class _Changed:
+    """A model with another forward around its blocks."""
+
+    def __init__(self, tmp_path, monkeypatch, forward):
+        class Decoder(nn.Module):
+            def forward(self, decoder, ids):
+                return forward(decoder.layers, decoder.embed_tokens(ids), partial(self.given, decoder))
+
+            def given(self, decoder, hidden):
+                positions = torch.arange(hidden.shape[1])[None]
+                return {"position_embeddings": decoder.rotary_emb(hidden, position_ids=positions)}
+
+        folder = save_model(tmp_path, "llama")
+
+        def whole_forward(model, input_ids, use_cache=False):
+            hidden = Decoder()(model.model, input_ids)
+            output = type("Output", (), {})()
+            output.logits = model.lm_head(model.model.norm(hidden))
+            return output
+
+        monkeypatch.setattr(LlamaForCausalLM, "forward", whole_forward)
+        self.folder, self.model = folder, StreamedModel(checkpoint.inspect(folder), CPU)
+
+    def check(self):
+        states = embed(self.model, TOKENS, BATCH)
+        for i in range(len(self.model.blocks)):
+            self.model.open(i)
+            states.advance(i)
+        assert torch.equal(all_logits(self.model, states), plain_logits(whole_model(self.model, self.folder)))
+
+
+def _scaled(blocks, hidden, given):
+    for block in blocks:
+        hidden = block(hidden, **given(hidden)) * 0.5 + 0.1
+    return hidden
+
+
+def _first_again(blocks, hidden, given):
+    first = hidden
+    for block in blocks:
+        hidden = block(hidden, **given(hidden)) + first
+    return hidden
+
+
+def _skip(blocks, hidden, given):
+    """What the first block returns is read behind the last one."""
+    made = []
+    for block in blocks:
+        hidden = block(hidden, **given(hidden))
+        made.append(hidden)
+    return hidden + made[0].tanh()
+
+
+def _two_streams(blocks, hidden, given):
+    other = hidden.sin()
+    for block in blocks:
+        other, hidden = hidden, block(hidden + other, **given(hidden))
+    return hidden - other
+
+
+@pytest.mark.parametrize("forward", [_scaled, _first_again, _skip, _two_streams])
+def test_what_is_done_between_blocks_is_done_again(forward, tmp_path, monkeypatch):
+    _Changed(tmp_path, monkeypatch, forward).check()
+
+
+def _in_place(blocks, hidden, given):
+    for block in blocks:
+        hidden = block(hidden, **given(hidden))
+        hidden += 1
+    return hidden
+
+
+def _by_value(blocks, hidden, given):
+    for block in blocks:
+        hidden = block(hidden, **given(hidden))
+        if hidden.sum() > 0:
+            hidden = hidden * 2
+    return hidden
+
+
+def _twice(blocks, hidden, given):
+    for block in (*blocks, blocks[0]):
+        hidden = block(hidden, **given(hidden))
+    return hidden
+
+
+def _backwards(blocks, hidden, given):
+    for block in reversed(blocks):
+        hidden = block(hidden, **given(hidden))
+    return hidden
+
+
+def _out_of_sight(blocks, hidden, given):
+    for block in blocks:
+        hidden = block(torch.tensor(hidden.tolist()), **given(hidden))
+    return hidden
+
+
+def _written_weight(blocks, hidden, given):
+    for block in blocks:
+        block.mlp.up_proj.weight.mul_(0.5)
+        hidden = block(hidden, **given(hidden))
+    return hidden
+
+
+@pytest.mark.parametrize(
+    ("forward", "said"),
+    [
+        (_in_place, "what is made of its output is written to in place"),
+        (_by_value, "what follows it depends on the values that it returns"),
+        (_twice, "its forward calls this block more than once"),
+        (_backwards, "its forward calls this block after a later one"),
+        (_out_of_sight, "what follows it depends on the values that it returns"),
+        (_written_weight, "its forward changes this weight of a block"),
+    ],
+)
+def test_what_cannot_be_done_again_is_refused(forward, said, tmp_path, monkeypatch):
+    changed = _Changed(tmp_path, monkeypatch, forward)
+    with pytest.raises(InputError, match=r"^model\.layers\.\d.*: unsupported model LlamaForCausalLM: ") as caught:
+        embed(changed.model, TOKENS, BATCH)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_weight_that_is_multiplied_with_one_is_not_changed(tmp_path, monkeypatch):
+    def forward(blocks, hidden, given):
+        for block in blocks:
+            block.mlp.up_proj.weight.mul_(1)
+            hidden = block(hidden, **given(hidden))
+        return hidden
+
+    embed(_Changed(tmp_path, monkeypatch, forward).model, TOKENS, BATCH)
+
+
+def test_a_block_that_writes_to_what_it_is_given_is_refused(tmp_path):
+    """Other streams would see it."""
+    model = StreamedModel(checkpoint.inspect(save_model(tmp_path, "llama")), CPU)
+    states = embed(model, TOKENS, BATCH)
+    block = model.open(0)
+    run = block.self_attn.forward
+
+    def forward(*args, position_embeddings, **kwargs):
+        position_embeddings[0].add_(1)
+        return run(*args, position_embeddings=position_embeddings, **kwargs)
+
+    block.self_attn.forward = forward
+    with pytest.raises(InputError, match=r"model\.layers\.0: .* the block writes to a tensor that it is given"):
+        states.advance(0)
+
+
+def test_a_block_that_returns_something_else_is_refused(tmp_path):
+    model = StreamedModel(checkpoint.inspect(save_model(tmp_path, "llama")), CPU)
+    states = embed(model, TOKENS, BATCH)
+    block = model.open(0)
+    run = block.forward
+    block.forward = lambda *args, **kwargs: (run(*args, **kwargs), torch.ones(1))
+    with pytest.raises(InputError, match=r"model\.layers\.0: .* does not return the same as other blocks of its class"):
+        states.advance(0)
