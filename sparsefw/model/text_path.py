@@ -97,7 +97,7 @@ def _outermost(lists: list[nn.ModuleList]) -> list[nn.ModuleList]:
 def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList]) -> TextPath | None:
     """Run a model's own forward on a few tokens, with stand-ins for its blocks, and look at what it uses.
 
-    A block of each kind is run once, and shows what the others return.
+    The first block of each class is run, and shows what the others return.
 
     Args:
         model: the model.
@@ -116,10 +116,10 @@ def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList]) -> TextPat
     def stand_in(name: str, args: tuple, kwargs: dict) -> Any:
         calls.add(name, args)
         block = blocks[name]
-        form = (type(block), tuple((n, p.shape) for n, p in block.named_parameters()))
+        form = type(block)
         if form not in returned:
             with explained(kind, name), _filled(block.modules()):
-                returned[form] = type(block).forward(block, *args, **kwargs)
+                returned[form] = form.forward(block, *args, **kwargs)
         output = returned[form]
         return type(output)([args[0], *output[1:]]) if isinstance(output, tuple | list) else args[0]
 

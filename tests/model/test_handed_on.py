@@ -107,9 +107,9 @@ def test_expected_size_is_what_lies_between_blocks(family, tmp_path):
 
 
 class _Changed:
-    """A model with another forward around its blocks."""
+    """A model with another forward around its blocks; `late`: from the time on when it has been opened."""
 
-    def __init__(self, tmp_path, monkeypatch, forward):
+    def __init__(self, tmp_path, monkeypatch, forward, *, late=False):
         class Decoder(nn.Module):
             def forward(self, decoder, ids):
                 return forward(decoder.layers, decoder.embed_tokens(ids), partial(self.given, decoder))
@@ -126,8 +126,12 @@ class _Changed:
             output.logits = model.lm_head(model.model.norm(hidden))
             return output
 
+        if late:
+            self.model = StreamedModel(checkpoint.inspect(folder), CPU)
         monkeypatch.setattr(LlamaForCausalLM, "forward", whole_forward)
-        self.folder, self.model = folder, StreamedModel(checkpoint.inspect(folder), CPU)
+        if not late:
+            self.model = StreamedModel(checkpoint.inspect(folder), CPU)
+        self.folder = folder
 
     def check(self):
         states = embed(self.model, TOKENS, BATCH)
@@ -215,15 +219,16 @@ def _written_weight(blocks, hidden, given):
     ("forward", "said"),
     [
         (_in_place, "what is made of its output is written to in place"),
-        (_by_value, "what follows it depends on the values that it returns"),
         (_twice, "its forward calls this block more than once"),
         (_backwards, "its forward calls this block after a later one"),
+        (_by_value, "what follows it depends on the values that it returns"),
         (_out_of_sight, "what follows it depends on the values that it returns"),
         (_written_weight, "its forward changes this weight of a block"),
     ],
 )
 def test_what_cannot_be_done_again_is_refused(forward, said, tmp_path, monkeypatch):
-    changed = _Changed(tmp_path, monkeypatch, forward)
+    # Opening a model finds blocks that run twice, and takes them in the order of their calls.
+    changed = _Changed(tmp_path, monkeypatch, forward, late=forward in (_twice, _backwards))
     with pytest.raises(InputError, match=r"^model\.layers\.\d.*: unsupported model LlamaForCausalLM: ") as caught:
         embed(changed.model, TOKENS, BATCH)
     assert said in str(caught.value)
