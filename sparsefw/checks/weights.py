@@ -3,7 +3,7 @@
 One block of the written model and the same block of the source are in memory at a time, while the next ones are read.
 """
 
-import re
+import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import TypeVar
@@ -17,14 +17,12 @@ from sparsefw.checks.claims import Claims
 from sparsefw.checks.verdict import Check, Verdict, Zeros
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel
-from sparsefw.model.layers import kind_of, not_pruned
+from sparsefw.model.layers import kind_of, not_pruned, slices_of
 from sparsefw.solver import LayerResult
+from sparsefw.solver.selection import without_index
 
 # Integers as wide as the values. Read as integers, a NaN equals itself, and -0.0 differs from 0.0.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-# An expert that is a slice of a stacked parameter.
-_SLICE = re.compile(r"(.+)\[\d+\]")
 
 Result = TypeVar("Result")
 
@@ -131,7 +129,8 @@ def _check_block(
         checks["model"].failures.append(f"{error}; no more of {name} was checked")
         model.close(i)
         return {}
-    _check_report(verdict, claims, name, not_pruned(block, [layer.removeprefix(f"{name}.") for layer in layers]))
+    sizes = {layer.removeprefix(f"{name}."): math.prod(result.shape) for layer, result in layers.items()}
+    _check_report(verdict, claims, name, not_pruned(block, sizes))
     after, before = _tensors(block, name, layers), None
     if original:
         before = _tensors(_from_source(original.open, i), name, layers)
@@ -153,13 +152,15 @@ def _from_source(read: Callable[..., Result], *arguments: object) -> Result:
         raise InputError(f"the source: {error}") from error
 
 
-def _tensors(block: nn.Module, prefix: str, pruned: Iterable[str]) -> dict[str, Tensor]:
+def _tensors(block: nn.Module, prefix: str, pruned: dict[str, LayerResult]) -> dict[str, Tensor]:
     """A block's tensors by name. Of a stacked parameter with a pruned slice, every slice is a tensor of its own."""
-    sliced = {match[1] for name in pruned if (match := _SLICE.fullmatch(name))}
+    sizes = {without_index(name): math.prod(layer.shape) for name, layer in pruned.items()}
     tensors: dict[str, Tensor] = {}
     for name, tensor in block.state_dict(prefix=f"{prefix}.").items():
-        if name in sliced and tensor.dim() == 3:
-            tensors |= {f"{name}[{e}]": expert for e, expert in enumerate(tensor)}
+        slices = slices_of(name, tensor, sizes.get(name))
+        if slices and not pruned.keys().isdisjoint(slices):
+            parts = tensor if tensor.dim() == 3 else tensor.chunk(len(slices))
+            tensors |= dict(zip(slices, parts, strict=True))
         else:
             tensors[name] = tensor
     return tensors

@@ -4,6 +4,7 @@ Where layers approximate the dense model's outputs, the same windows also go thr
 pruned in stages: the inputs of later layers are measured after earlier ones are pruned.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +44,8 @@ class Run:
         backend: the operations.
         memory: bytes that the state of one solve may take.
         kept_width: entries of the widest input that is kept, see `Placement`.
+        layers: full names of the layers to prune, see `ModelShape`; None: all that the config selects and that the name
+            does not tell to be no layer.
         confirmed: what is known of running blocks in parts, see `layers.survey`.
     """
 
@@ -51,6 +54,7 @@ class Run:
     backend: Backend
     memory: int
     kept_width: int = 0
+    layers: frozenset[str] | None = None
     confirmed: Confirmed = field(default_factory=dict)
 
 
@@ -149,8 +153,8 @@ def _solve(run: Run, i: int, captured: Captured, method: str) -> Iterator[LayerR
 def kept_dense(model: StreamedModel, i: int, pruned: list[LayerResult]) -> list[str]:
     """Names of the matrices of block i that were not pruned."""
     prefix = f"{model.names[i]}."
-    names = [result.name.removeprefix(prefix) for result in pruned]
-    return [prefix + name for name in not_pruned(model.blocks[i], names)]
+    layers = {result.name.removeprefix(prefix): math.prod(result.shape) for result in pruned}
+    return [prefix + name for name in not_pruned(model.blocks[i], layers)]
 
 
 def idle_matrices(model: StreamedModel) -> list[str]:
@@ -161,11 +165,19 @@ def idle_matrices(model: StreamedModel) -> list[str]:
 def _selector(run: Run, i: int) -> Callable[[str], bool]:
     """A function that says by a layer's name inside block i whether the layer is to be pruned."""
     prefix = run.model.names[i]
-    return lambda name: run.config.selects(f"{prefix}.{name}")
+
+    def selects(name: str) -> bool:
+        full = f"{prefix}.{name}"
+        return run.config.selects(full) if run.layers is None else full in run.layers
+
+    return selects
 
 
 def _selected_layers(run: Run, i: int) -> list[str]:
     """Names of the matrices of block i that are to be pruned, if they are layers."""
+    if run.layers is not None:
+        prefix = f"{run.model.names[i]}."
+        return [name.removeprefix(prefix) for name in run.layers if name.startswith(prefix)]
     selected = _selector(run, i)
     return [
         layer

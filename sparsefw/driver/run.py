@@ -160,7 +160,14 @@ def run_job(job: Job, say: Callable[[str], None], progress: bool) -> Report:
                 process.gpu_limited(prepared.limits.get("gpu")),
             ):
                 outcome = prune_model(
-                    Run(model, job.config, backend, placement.solver, placement.kept_width),
+                    Run(
+                        model,
+                        job.config,
+                        backend,
+                        placement.solver,
+                        placement.kept_width,
+                        frozenset(prepared.shape.layer_names),
+                    ),
                     prepared.calibration,
                     prepared.evaluation,
                     writer,

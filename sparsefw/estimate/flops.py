@@ -51,7 +51,7 @@ def _forward(run: PlannedRun, block: BlockShape, windows_pass: Pass) -> Iterator
     phase, seqlen, itemsize = windows_pass.phase, run.workload.seqlen, run.shape.itemsize
     batches, tokens = -(-windows_pass.windows // run.placement.batch), windows_pass.windows * seqlen
     for layer in block.all_layers[windows_pass.first : windows_pass.end]:
-        reached = tokens * (run.traits.experts_per_token if layer.experts else 1)
+        reached = tokens * (run.traits.experts_per_token if layer.experts and layer.parts == 1 else layer.parts)
         # A micro-batch of few tokens reaches few experts.
         calls = min(batches * max(1, layer.experts), reached)
         cost_of = partial(_weight_product, rows=layer.rows, d=layer.d, itemsize=itemsize)
@@ -67,7 +67,8 @@ def _grams(run: PlannedRun, block: BlockShape) -> Iterator[Operation]:
     tokens, batches = _calibration(run)
     for stage in stages(block.layers):
         experts = stage[0].experts
-        reached = tokens * run.traits.experts_per_token * experts // _experts(block, stage[0]) if experts else tokens
+        per_token = stage[0].parts if stage[0].parts > 1 else run.traits.experts_per_token
+        reached = tokens * per_token * experts // _experts(block, stage[0]) if experts else tokens
         calls = min(batches * max(1, experts), reached)
         cost_of = partial(cost.gram_accumulate, d=stage[0].d, X=run.shape.itemsize)
         yield Operation("calibrate", "gram_accumulate", run.gram_unit, calls, split(cost_of, reached, calls))

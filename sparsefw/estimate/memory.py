@@ -223,7 +223,7 @@ def _generated_code(shape: ModelShape, workload: Workload, tokens: int) -> int:
 
 def _forward_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
     """One micro-batch inside a block: the residual stream and what is made of it, three times the widest output."""
-    widest = max((layer.rows for layer in block.all_layers), default=0)
+    widest = max((layer.rows * layer.parts for layer in block.all_layers), default=0)
     scores = shape.heads * workload.seqlen * tokens * (4 + shape.itemsize)
     stream = 4 * tokens * shape.of_stream(workload.seqlen)[0] // workload.seqlen
     return stream + 3 * tokens * shape.itemsize * widest + scores
@@ -259,7 +259,7 @@ def _calibration_bytes(block: BlockShape, shape: ModelShape, workload: Workload,
     peak = forward = _forward_bytes(block, shape, workload, tokens)
     if dense:
         # All stages are watched at once to find them.
-        watched = sum(stage[0].d + sum(layer.rows for layer in stage) for stage in stages(block.layers))
+        watched = sum(stage[0].d * stage[0].parts + sum(x.rows for x in stage) for stage in stages(block.layers))
         peak += tokens * watched * shape.itemsize
     for group, kept_bytes in _groups(block, workload, kept):
         matrices = sum(_gram_bytes(stage) + _cross_bytes(stage, workload) for stage in group)
@@ -275,7 +275,7 @@ def _held(stage: list[LayerShape], shape: ModelShape, dense: bool) -> int:
     """Entries a token that are held beside a block's forward: inputs and outputs of a stage, and their gaps."""
     d = stage[0].d
     if not dense or stage[0].experts:
-        return d
+        return d * stage[0].parts
     if is_watched([layer.role for layer in stage]):
         return d + 2 * sum(layer.rows for layer in stage) + max(layer.rows for layer in stage)
     writes = sum(layer.role.way == "writes" for layer in stage)

@@ -18,9 +18,10 @@ from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.errors import InputError
 from sparsefw.model.extents import Between, Extent
 from sparsefw.model.hidden_states import HiddenStates, embed
-from sparsefw.model.layers import UNKNOWN_ROLE, Role, kind_of, slices_of, survey
+from sparsefw.model.layers import UNKNOWN_ROLE, Layer, Role, find_no_layers, kind_of, slices_of, survey
 from sparsefw.model.streamed import StreamedModel
 from sparsefw.model.transformers_private import attention_implementation
+from sparsefw.solver.selection import without_index
 
 # Tokens that the blocks are run on: enough for every kind of attention, little beside a block.
 TOKENS = 8
@@ -38,6 +39,8 @@ class LayerShape:
         gram: name of its Gram matrix, see `layers.Layer`. The layers of one Gram matrix are a stage of the pruning.
         experts: number of these matrices, each with a Gram matrix of its own; 0 for a layer that is no expert.
         role: the layer's part in the block.
+        parts: number of inputs that the block multiplies for every token. Where it multiplies with all experts in one
+            call, whether pruned or not, each has one.
     """
 
     name: str
@@ -46,6 +49,7 @@ class LayerShape:
     gram: str
     experts: int = 0
     role: Role = UNKNOWN_ROLE
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -160,11 +164,13 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
         known: dict[tuple, tuple[BlockShape, tuple[str, ...]]] = {}
         blocks = []
         for i, block in enumerate(model.blocks):
-            kind = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+            prefix = f"{model.names[i]}."
+            own = {name.removeprefix(prefix) for name in model.shared.names if name.startswith(prefix)}
+            kind = tuple((name, parameter.shape, name in own) for name, parameter in block.named_parameters())
             if kind not in known or walks[0].moves:
                 model.open(i, ahead=False)
                 if kind not in known:
-                    known[kind] = _shape_of_block(states, i)
+                    known[kind] = _find(states, i, own)
                 for walk in walks:
                     walk.pass_block(i)
                 model.close(i)
@@ -233,42 +239,59 @@ def _between(few: _Walk, more: _Walk) -> Between:
     return Between(hidden, extents(few.most, more.most), before)
 
 
-def _shape_of_block(states: HiddenStates, i: int) -> tuple[BlockShape, tuple[str, ...]]:
-    """The shape of block i, and the names of its layers, every expert by itself."""
-    block = states.model.blocks[i]
+def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, tuple[str, ...]]:
+    """The shape of block i, and the names of its layers, every expert by itself.
+
+    Args:
+        states: one micro-batch before the block.
+        i: number of the block.
+        shared: names of matrices inside the block that are others' as well.
+    """
+    block, inputs = states.model.blocks[i], states.inputs(i, 0)
+    run = partial(states.call, i, 0, inputs=inputs)
     parameters = dict(block.named_parameters())
-    inputs = states.inputs(i, 0)
-    surveyed = survey(
-        block,
-        lambda hidden: states.call(i, 0, hidden, inputs=inputs),
-        states.hidden[0],
-        handed_on=partial(states.handed_on, i, inputs),
-    )
+    no_layers = shared | find_no_layers(block, partial(run, states.hidden[0]))
+    look = partial(survey, block, run, states.hidden[0], handed_on=partial(states.handed_on, i, inputs))
+    surveyed = look(lambda name: name not in no_layers)
+    if uneven := _cut_unevenly(surveyed.layers):
+        no_layers |= uneven
+        surveyed = look(lambda name: name not in no_layers)
     layers: dict[str, LayerShape] = {}
     for layer in surveyed.layers:
         rows, d = layer.weight.shape
-        stacked, _, index = layer.name.partition("[")
-        name = kind_of(layer.name)
+        parameter = parameters[without_index(layer.name)]
+        count = parameter.numel() // (rows * d)
         shape = LayerShape(
-            name=name,
+            name=kind_of(layer.name),
             rows=rows,
             d=d,
             gram=kind_of(layer.gram),
-            experts=len(parameters[stacked]) if index else 0,
+            experts=count if layer.name not in parameters else 0,
             role=surveyed.roles[layer.name],
+            parts=count if layer.at_once else 1,
         )
-        layers.setdefault(name, shape)
+        layers.setdefault(shape.name, shape)
     if not layers:
         raise InputError(f"{states.model.names[i]}: unsupported model: no matrix of this block was seen in a product")
     nbytes, shapes = sum(p.nbytes for p in parameters.values()), tuple(layers.values())
-    return BlockShape(nbytes, shapes, attention=surveyed.attention), _names_of_layers(block, layers)
+    names = tuple(name for name in _names_of_layers(block, layers) if name not in no_layers)
+    return BlockShape(nbytes, shapes, attention=surveyed.attention), names
+
+
+def _cut_unevenly(layers: list[Layer]) -> set[str]:
+    """Names of layers that are slices of one parameter, of different sizes: an index does not tell which."""
+    sizes: dict[str, set[int]] = {}
+    for layer in layers:
+        sizes.setdefault(without_index(layer.name), set()).add(layer.weight.numel())
+    return {layer.name for layer in layers if len(sizes[without_index(layer.name)]) > 1}
 
 
 def _names_of_layers(block: nn.Module, kinds: dict[str, LayerShape]) -> tuple[str, ...]:
     """Names of all layers of these kinds, with the experts that no token has reached."""
     by_kind: dict[str, list[str]] = {kind: [] for kind in kinds}
     for name, parameter in block.named_parameters():
-        for layer in slices_of(name, parameter) or [name]:
+        stacked = kinds.get(kind_of(f"{name}[0]"))
+        for layer in slices_of(name, parameter, stacked.rows * stacked.d if stacked else None) or [name]:
             if kind_of(layer) in by_kind:
                 by_kind[kind_of(layer)].append(layer)
     return tuple(layer for layers in by_kind.values() for layer in layers)

@@ -20,8 +20,9 @@ from sparsefw.checkpoint.tensors import Loadable, TensorInfo, dequantized
 from sparsefw.finite import check_finite
 from sparsefw.model import skeleton
 from sparsefw.model.flow import Flow, Form
+from sparsefw.model.shared import shared_parameters
 from sparsefw.model.text_path import follow_text
-from sparsefw.model.transformers_private import tie_parameters
+from sparsefw.model.transformers_private import tie_parameters, tied_parameters
 from sparsefw.process import give_back_page_locked
 from sparsefw.timeline import READ, Timeline
 
@@ -43,6 +44,7 @@ class StreamedModel:
         idle: the blocks that text does not run through, by name. They stay as they are in the checkpoint.
         pieces: names of all tensors outside of `blocks`, as many together as are held in memory anyway.
         outside_bytes: bytes of the parameters outside of the blocks that are loaded.
+        shared: parameters of blocks that are one tensor with another parameter.
         max_seqlen: tokens in the longest window that the model takes; None if its config does not say.
         notes: what the user should know of the loading, one line each.
         timeline: receives the time of reading.
@@ -68,6 +70,8 @@ class StreamedModel:
         self.max_seqlen = skeleton.max_seqlen(model.config)
         path = follow_text(model, checkpoint.folder)
         self.blocks, self.names, self.idle = list(path.blocks.values()), list(path.blocks), path.idle
+        self._number = {name: i for i, name in enumerate(self.names)}
+        self.shared = shared_parameters(model, self.names, tied_parameters(model), self._skeleton.goes_into.values())
         # The checkpoint's tensors by block; under None those outside of the blocks that are loaded.
         self._tensors_of = self._sorted(path.reads)
         stored = model.state_dict(keep_vars=True)
@@ -128,8 +132,16 @@ class StreamedModel:
         return block
 
     def open_as(self, i: int, tensors: Mapping[str, Loadable]) -> nn.Module:
-        """Block i on the device with these weights, which have their names in the checkpoint."""
+        """Block i on the device with these weights, which have their names in the checkpoint.
+
+        Tensors that it shares with other blocks may be missing. They are never changed, so the checkpoint's are read.
+        """
+        places, stored = self._skeleton.goes_into, self._checkpoint.tensors
+        others = [name for name in self._tensors_of[i] if not places[name].startswith(f"{self.names[i]}.")]
+        if missing := {name: stored[name] for name in others if name not in tensors}:
+            tensors = {**tensors, **self._read_tensors(missing, False)}
         self._skeleton.load(tensors, self.device)
+        self._share(i)
         return self.blocks[i].requires_grad_(False)
 
     def close(self, i: int) -> None:
@@ -164,8 +176,9 @@ class StreamedModel:
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
         """Block i's tensors under the checkpoint's names, on the host."""
-        state = self.blocks[i].state_dict()
-        tensors = self._skeleton.exported({f"{self.names[i]}.{name}": tensor for name, tensor in state.items()})
+        state = self.blocks[i].state_dict(prefix=f"{self.names[i]}.")
+        own = {name: tensor for name, tensor in state.items() if name not in self.shared.sources}
+        tensors = self._skeleton.exported(own)
         # A parameter that is one tensor of the checkpoint may have several names that transformers understands.
         mine, its = self._skeleton.names_of(tensors), self._skeleton.names_of(self._tensors_of[i])
         same = {mine[p][0]: its[p][0] for p in mine if len(mine[p]) == len(its.get(p, ())) == 1}
@@ -183,14 +196,18 @@ class StreamedModel:
 
     def _sorted(self, reads: frozenset[str]) -> dict[int | None, list[str]]:
         """Names of the checkpoint's tensors by block; under None those of the parameters in `reads`."""
-        number = {name: i for i, name in enumerate(self.names)}
-        depth = self.names[0].count(".") + 1
-        tensors: dict[int | None, list[str]] = {i: [] for i in (*number.values(), None)}
+        tensors: dict[int | None, list[str]] = {i: [] for i in (*range(len(self.names)), None)}
         for name, parameter in self._skeleton.goes_into.items():
-            block = number.get(".".join(parameter.split(".")[:depth]))
-            if block is not None or parameter in reads:
-                tensors[block].append(name)
+            places = self.shared.places(parameter)
+            for i in {self._block_of(place) for place in places}:
+                if i is not None or not reads.isdisjoint(places):
+                    tensors[i].append(name)
         return tensors
+
+    def _block_of(self, parameter: str) -> int | None:
+        """The number of the block that a parameter belongs to; None if it is outside of the blocks."""
+        depth = self.names[0].count(".") + 1
+        return self._number.get(".".join(parameter.split(".")[:depth]))
 
     def _bytes_of(self, i: int | None) -> int:
         return sum(self._checkpoint.tensors[name].nbytes for name in self._tensors_of[i])
@@ -201,7 +218,7 @@ class StreamedModel:
         What text needs is held together in any case. A single tensor may be larger than a piece should be.
         """
         most = max(block_bytes, self._bytes_of(None))
-        inside = {name for i, names in self._tensors_of.items() if i is not None for name in names}
+        inside = {name for name, parameter in self._skeleton.goes_into.items() if self._block_of(parameter) is not None}
         pieces: list[list[str]] = []
         size = most
         # First what text needs.
@@ -223,6 +240,8 @@ class StreamedModel:
             "text does not run through": [name for piece in self.pieces for name in piece if name not in needed],
         }
         notes = [f"config.json names {built.replaced}: pruned as {kind}"] if built.replaced else []
+        if shared := self.shared.names:
+            notes.append(f"stay dense: {len(shared)} parameters that blocks share, {min(shared)} first")
         if dequantized := quantization.note(tensors.values(), self._checkpoint.quantization):
             notes.append(dequantized)
         if self._checkpoint.config.get("auto_map"):
@@ -240,6 +259,22 @@ class StreamedModel:
         for dtype, names in changed.items():
             notes.append(f"read and written as {dtype}: {len(names)} tensors of another dtype, {names[0]} first")
         return notes
+
+    def _share(self, i: int) -> None:
+        """Give block i the parameters that it shares, which were loaded in the places of their names."""
+        elsewhere = set()
+        for name, source in self.shared.sources.items():
+            if name.startswith(f"{self.names[i]}."):
+                path, _, last = name.rpartition(".")
+                self.model.get_submodule(path)._parameters[last] = self.model.get_parameter(source)
+                elsewhere.add(source.rpartition(".")[0])
+        # The block holds them now. Weights outside of the blocks may be in use.
+        inside = tuple(f"{name}." for name in self.names)
+        self._drop(
+            (path, self.model.get_submodule(path))
+            for path in elsewhere
+            if not path.startswith(f"{self.names[i]}.") and (path.startswith(inside) or not self._outside)
+        )
 
     def _drop(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         """Replace all stored tensors of these modules by meta tensors."""

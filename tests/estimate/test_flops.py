@@ -85,7 +85,7 @@ def prune(source, plan, tmp_path, monkeypatch, counter=None):
 
     workload, placement = plan.workload, replace(plan.placement, folder=tmp_path)
     evaluation = [windows(n) for n in workload.evaluation]
-    run = Run(model, workload.config, backend, placement.solver, placement.kept_width, Known())
+    run = Run(model, workload.config, backend, placement.solver, placement.kept_width, confirmed=Known())
     products = Products({4})
     shards = len(model.blocks) + len(model.pieces)
     with counter or nullcontext(), products, Writer(tmp_path / "out", shards) as writer:
@@ -249,3 +249,24 @@ class TestSelection:
         # Half of the experts' second matrices.
         assert grams[1][-1].cost.flops == grams[0][-1].cost.flops / 2
         assert [x.cost for x in grams[1][:-1]] == [x.cost for x in grams[0][:-1]]
+
+
+@pytest.mark.parametrize("ignore", [(), ("experts.down_proj[1]", "experts.gate_up_proj[1]")])
+def test_experts_that_are_multiplied_at_once_see_every_token(ignore, tmp_path, monkeypatch):
+    """Whether they are pruned or not; only pruned ones have Gram matrices."""
+    changes = {"num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 40}
+    monkeypatch.setitem(FAMILIES, "llama4_text", {"num_local_experts": 4, "attention_chunk_size": 8, **changes})
+    source = save_model(tmp_path / "model", "llama4_text", num_hidden_layers=1)
+    plan = planned(source, make_config(method="wanda", ignore=ignore), 5)
+    block, tokens = plan.shape.blocks[0], 5 * SEQLEN
+    pruned = 4 - bool(ignore)
+    sizes = {"gate_up_proj": (96, 32), "down_proj": (32, 48)}
+    for name, (rows, d) in sizes.items():
+        layer = next(layer for layer in block.layers if f"experts.{name}" in layer.name)
+        assert (layer.rows, layer.d, layer.experts, layer.parts) == (rows, d, pruned, 4)
+        done = [x for x in operations(plan, block) if x.name == layer.name]
+        # To be measured, and to move on.
+        assert [x.cost.flops for x in done] == 2 * [2 * tokens * 4 * rows * d]
+    grams = Counter(x.cost.flops for x in operations(plan, block) if x.name == "gram_accumulate")
+    for _, d in sizes.values():
+        assert grams[tokens * pruned * d * (d + 1)] == 1

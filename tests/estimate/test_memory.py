@@ -104,6 +104,22 @@ class TestPageLockedMemory:
         assert self.host(shape, one, "solve", windows=7) - near == pytest.approx(expected, rel=1e-5)
 
 
+def test_experts_that_are_multiplied_at_once():
+    """Every token has an input and an output for each of them, though one expert of eight is pruned."""
+    up, down = LayerShape("up", 64, 32, "up", 8), LayerShape("down", 32, 64, "down", 8)
+    one = replace(llama(32, 64, 2), blocks=(BlockShape(10**6, (up, down)),) * 2)
+    layers = tuple(replace(layer, parts=8) for layer in (up, down))
+    few = tuple(replace(layer, experts=1) for layer in layers)
+    every, pruned = (replace(one, blocks=(BlockShape(10**6, some, layers),) * 2) for some in (layers, few))
+    workload = work(method="wanda", windows=4, seqlen=64)
+    calibrate = [memory_needs(shape, workload, Placement(2)).phases["calibrate"][0] for shape in (one, every, pruned)]
+    # Inputs of both stages, and three times the widest output, for each token in two bytes.
+    more = 1.05 * 2 * 128 * 7 * (32 + 64 + 3 * 64)
+    assert calibrate[1] - calibrate[0] == pytest.approx(more, abs=2)
+    grams = 1.05 * 4 * 7 * (32**2 + 64**2)
+    assert calibrate[1] - calibrate[2] == pytest.approx(grams, abs=2)
+
+
 @pytest.mark.parametrize(
     ("itemsize", "gpu", "windows", "products"),
     [(2, False, 1, 2 * 64), (2, False, 99, 1024), (4, False, 9, 0), (2, True, 9, 0)],

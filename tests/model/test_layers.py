@@ -1,15 +1,17 @@
 """Prunable matrices are found where they are used, with the Gram matrices of their inputs."""
 
+import math
 import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.families import FAMILIES, TOKENS, save_model
+from helpers.verifying import change_tensor, flip_bit, only_failure, put, verdict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsefw import checkpoint
+from sparsefw import checkpoint, prune
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.model import StreamedModel, embed
@@ -26,6 +28,11 @@ SHARED = {
 }
 
 
+def sizes(layers):
+    """Number of weights by the name of a layer."""
+    return {layer.name: layer.weight.numel() for layer in layers}
+
+
 def first_block(folder, ids=TOKENS):
     """The first block, a function that runs a micro-batch through it, and the micro-batches' numbers."""
     model = StreamedModel(checkpoint.inspect(folder), DEVICE)
@@ -38,7 +45,7 @@ def capture_first_block(folder, ids=TOKENS):
     captured = capture(block, run, batches, backend=TORCH)
     assert captured.crosses == {}
     assert captured.ignored == []
-    return block, captured.layers, captured.grams, not_pruned(block, [layer.name for layer in captured.layers])
+    return block, captured.layers, captured.grams, not_pruned(block, sizes(captured.layers))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -143,20 +150,115 @@ def test_inputs_are_let_go_after_their_micro_batch():
     assert not any(ref() is not None for ref in alive)
 
 
-def test_a_part_of_a_matrix_is_not_a_layer():
-    block = nn.Linear(8, 6, bias=False)
-    x = torch.randn(5, 8)
-    half = _Half(block)
-    captured = capture(half, lambda j: half(x), [0], backend=TORCH)
-    assert captured.layers == captured.ignored == []
-    assert captured.grams == {}
-    assert not_pruned(half, []) == ["inner.weight"]
+class _Parts(nn.Module):
+    """Multiplies with some rows of a matrix at a time."""
 
-
-class _Half(nn.Module):
-    def __init__(self, inner):
+    def __init__(self, *rows):
         super().__init__()
-        self.inner = inner
+        self.inner, self.rows = nn.Linear(8, 6, bias=False).requires_grad_(False), rows
 
     def forward(self, x):
-        return nn.functional.linear(x, self.inner.weight[:3])
+        return torch.cat([nn.functional.linear(x[n], self.inner.weight[rows]) for n, rows in enumerate(self.rows)], -1)
+
+
+@pytest.mark.parametrize("rows", [slice(4), slice(1, 3), slice(0, 6, 2), [0, 1, 2]])
+def test_a_part_of_a_matrix_is_not_a_layer(rows):
+    """Only parts of one size, one below the other, can be told by an index."""
+    block, x = _Parts(rows), torch.randn(1, 5, 8)
+    captured = capture(block, lambda j: block(x), [0], backend=TORCH)
+    assert captured.layers == captured.ignored == []
+    assert captured.grams == {}
+    assert not_pruned(block, {}) == ["inner.weight"]
+
+
+def test_parts_of_one_size_are_layers():
+    """As in DBRX, where the experts lie one below the other in one matrix."""
+    block, x = _Parts(slice(4, 6), slice(2)), torch.randn(2, 5, 8)
+    captured = capture(block, lambda j: block(x), [0], backend=TORCH)
+    assert [layer.name for layer in captured.layers] == ["inner.weight[2]", "inner.weight[0]"]
+    for n, layer in enumerate(captured.layers):
+        assert torch.equal(layer.weight, block.inner.weight[block.rows[n]])
+        torch.testing.assert_close(captured.grams[layer.gram], x[n].T @ x[n])
+    assert not_pruned(block, sizes(captured.layers)) == ["inner.weight[1]"]
+    captured.layers[0].weight.zero_()
+    assert not block.inner.weight[4:].any()
+    assert block.inner.weight[:4].all()
+
+
+# Mixtures that multiply otherwise than with one slice of a stacked parameter at a time, or not in the MLP only.
+UNUSUAL = {
+    # All experts at once, each with all tokens; those of other experts are zero.
+    "llama4_text": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+        "intermediate_size_mlp": 40,
+        "attention_chunk_size": 8,
+    },
+    # The experts lie one below the other in one matrix.
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 3,
+        "max_seq_len": 64,
+    },
+    # Attention has experts, too.
+    "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
+}
+
+
+@pytest.fixture(params=UNUSUAL)
+def unusual(request, tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, request.param, UNUSUAL[request.param])
+    return save_model(tmp_path / "model", request.param)
+
+
+def test_only_routers_of_a_mixture_stay_dense(unusual):
+    block, layers, _, dense = capture_first_block(unusual)
+    assert dense
+    assert all("router" in name for name in dense)
+    pruned = sum(layer.weight.numel() for layer in layers)
+    matrices = sum(p.numel() for name, p in block.named_parameters() if p.dim() >= 2 and name not in dense)
+    assert pruned == matrices
+    # Writing to the layers changes all of them.
+    for layer in layers:
+        layer.weight.zero_()
+    assert not any(p.any() for name, p in block.named_parameters() if p.dim() >= 2 and name not in dense)
+
+
+def test_a_run_on_a_mixture(unusual, tmp_path, capsys):
+    """Every matrix but the routers has its zeros. A router that differs from the source's in one bit is found."""
+    result = prune(unusual, tmp_path / "out", dataset=TOKENS, kernel="torch", method="wanda", sparsity="0.5")
+    status, printed, _ = verdict(capsys, tmp_path / "out")
+    assert status == 0, printed
+    # Rows of an odd number of weights keep one more.
+    assert all(row.kept <= 0.5 * math.prod(row.shape) + row.shape[0] / 2 for row in result.layers)
+    routers = [name for name in result.report.kept_dense if "router" in name]
+    assert routers
+    change_tensor(tmp_path / "out", routers[0], put((1, 1), flip_bit))
+    assert only_failure(capsys, tmp_path / "out", "others").startswith(f"{routers[0]}: 1 of 128 values differ")
+
+
+def test_grams_of_llama4s_experts_are_those_of_the_tokens_that_reach_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "llama4_text", UNUSUAL["llama4_text"])
+    block, run, batches = first_block(save_model(tmp_path, "llama4_text"))
+    captured = capture(block, run, batches, backend=TORCH)
+    inputs, scores = [], []
+    moe = block.feed_forward
+    moe.experts.register_forward_pre_hook(lambda module, args: inputs.append(args[0].view(4, -1, 32).double()))
+    moe.router.register_forward_hook(lambda module, args, out: scores.append(out[0]))
+    for j in batches:
+        run(j)
+    X, reached = torch.cat(inputs, 1), torch.cat(scores)
+    W = {name: p.double() for name, p in moe.experts.named_parameters()}
+    gate, up = (X @ W["gate_up_proj"]).chunk(2, -1)
+    hidden = up * nn.functional.silu(gate)
+    assert (reached > 0).sum(1).eq(1).all()
+    for e in range(4):
+        tokens = reached[:, e] > 0
+        assert 0 < tokens.sum() < len(reached)
+        for name, rows in (("gate_up_proj", X[e, tokens]), ("down_proj", hidden[e, tokens])):
+            G = captured.grams[f"feed_forward.experts.{name}[{e}]"].double()
+            torch.testing.assert_close(G, rows.T @ rows, rtol=1e-4, atol=1e-5 * G.max().item())

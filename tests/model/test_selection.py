@@ -193,3 +193,22 @@ def test_experts_in_a_list_of_modules_of_which_some_have_lost_their_first_layer(
         {"experts.0.w1.weight", "experts.0.w3.weight", "experts.1.w3.weight", "experts.2.w1.weight"},
         {f"experts.{n}.w2.weight" for n in range(3)},
     ]
+
+
+def test_a_second_layer_of_a_module_in_a_list_is_no_layer_of_the_first_ones_stage():
+    """As in Zamba2, whose adapters are pairs of layers in a list: indices alone do not tell the two apart."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Linear(8, 6)
+            self.adapters = nn.ModuleList([nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 6))])
+
+        def forward(self, x):
+            return torch.cat([self.one(x) + self.adapters[0](x), x[:, :2]], -1)
+
+    pair, seen = damaged_module(Block(), [torch.randn(21, 8)]), []
+    for stage in stages_of(pair):
+        captured = measure(stage, pair, backend=TORCH, selected=without(), keep=False)
+        seen.append([layer.name for layer in captured.layers])
+    assert seen == [["one.weight", "adapters.0.0.weight"], ["adapters.0.1.weight"]]

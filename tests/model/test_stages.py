@@ -86,6 +86,7 @@ STAGES = {
     "mamba": """
     in_proj                reads    0  mul
     x_proj                 reads    0  transpose
+    dt_proj                outputs  0
     out_proj               writes   0  transpose  kept
 """,
     "mixtral": EXPERTS,
@@ -249,12 +250,12 @@ class _Unseen(nn.Module):
 
     def __init__(self, add):
         super().__init__()
-        self.proj, self.experts = nn.Linear(8, 8, bias=False), nn.Parameter(torch.randn(2, 8, 8))
+        self.proj, self.parts = nn.Linear(8, 8, bias=False), nn.Parameter(torch.randn(2, 8, 8))
         self.add = add
 
     def forward(self, h):
         h = self.add(h, self.proj(h.tanh()))
-        return self.add(h, torch.bmm(h.expand(2, -1, -1), self.experts).sum(0))
+        return self.add(h, h @ self.parts.sum(0))
 
 
 @pytest.mark.parametrize("add", [torch.add, torch.Tensor.__add__, lambda x, y: y + x], ids=["add", "left", "right"])

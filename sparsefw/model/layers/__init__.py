@@ -4,6 +4,7 @@ from sparsefw.model.layers.capture import Captured, DenseOutputs, capture, dense
 from sparsefw.model.layers.finding import Confirmed, Survey, stages, survey
 from sparsefw.model.layers.measure import Pair, measure
 from sparsefw.model.layers.names import KEPT_DENSE, Layer, kind_of, not_pruned, slices_of
+from sparsefw.model.layers.routers import find_no_layers
 from sparsefw.model.layers.stage import UNKNOWN_ROLE, Role, Stage, first_segments, is_watched
 from sparsefw.model.layers.watch import Selector, everything
 
@@ -22,6 +23,7 @@ __all__ = [
     "capture",
     "dense_outputs",
     "everything",
+    "find_no_layers",
     "first_segments",
     "is_watched",
     "kind_of",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.kernels.backend import Backend
-from sparsefw.model.layers.names import Layer
+from sparsefw.model.layers.names import Layer, is_expert
 from sparsefw.model.layers.stage import Stage
 from sparsefw.model.layers.watch import Selector, Watch, everything
 from sparsefw.solver.target import Cross
@@ -29,7 +29,8 @@ class Captured:
     """Layers of a block or of a stage, with the matrices that calibration accumulated.
 
     Attributes:
-        layers: the selected layers, in the order of use.
+        layers: the selected layers, in the order of use. Experts whose inputs are all zero are none: no token was sent
+            to them.
         grams: Gram matrices (in, in) fp32, by `Layer.gram`.
         crosses: cross matrices by layer, see `target`; empty without a comparison with the dense model. Experts have
             none, since they are sent other tokens than in the dense model.
@@ -91,9 +92,10 @@ def capture(
         watch.through(partial(run, j))
         if dense:
             add_crosses(dense(j))
-    for G in grams.values():
-        backend.mirror_lower(G)
-    return Captured(list(watch.layers.values()), grams, crosses, watch.ignored)
+    idle = {name for name, G in grams.items() if is_expert(name) and not G.diagonal().any()}
+    layers = [layer for layer in watch.layers.values() if layer.gram not in idle]
+    grams = {name: backend.mirror_lower(G) for name, G in grams.items() if name not in idle}
+    return Captured(layers, grams, crosses, watch.ignored)
 
 
 def dense_outputs(

@@ -1,13 +1,16 @@
 """Layers and their names: which matrix of a block a weight is, and which matrices are not layers."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-# Matrices that choose experts, and convolutions, stay dense: they are small, and much depends on them.
-KEPT_DENSE = re.compile(r"(^|\.)(router|gate|shared_expert_gate)\.weight$|conv1d")
+from sparsefw.solver.selection import without_index
+
+# Matrices that choose experts, and convolutions, stay dense: they are small, and much depends on them. `find_no_layers`
+# knows others by what they do.
+KEPT_DENSE = re.compile(r"(^|\.)(gate|shared_expert_gate)\.weight$|router|conv1d")
 
 # The part of a layer's name that tells experts apart: the index of a slice, or of a module in a list.
 _EXPERT_INDEX = re.compile(r"\[\d+\]|(?<=\.)\d+(?=\.)")
@@ -22,12 +25,14 @@ class Layer:
         weight: (out, in) view of the block's own parameter: writing to it changes the block.
         gram: name of the Gram matrix of its input, which is the name of the first layer that reads this input.
         bias: (out,) added to the product, the block's own parameter; None: nothing is.
+        at_once: whether it is an expert that is multiplied in one call with the others.
     """
 
     name: str
     weight: Tensor
     gram: str
     bias: Tensor | None = None
+    at_once: bool = False
 
 
 def kind_of(name: str) -> str:
@@ -40,39 +45,72 @@ def is_expert(name: str) -> bool:
     return kind_of(name) != name
 
 
-def not_pruned(block: nn.Module, layers: Iterable[str]) -> list[str]:
-    """Names of the block's matrices that are not among `layers`, such as routers and experts without tokens."""
-    layers, names = set(layers), []
+def not_pruned(block: nn.Module, layers: Mapping[str, int]) -> list[str]:
+    """Names of the block's matrices that are not among `layers`, such as routers and experts without tokens.
+
+    Args:
+        block: the block.
+        layers: number of weights by the name of a layer.
+    """
+    sizes = {without_index(name): size for name, size in layers.items()}
+    names = []
     for name, parameter in block.named_parameters():
-        slices = slices_of(name, parameter)
-        if layers.isdisjoint(slices) and parameter.dim() >= 2 and name not in layers:
+        slices = slices_of(name, parameter, sizes.get(name))
+        if layers.keys().isdisjoint(slices) and parameter.dim() >= 2 and name not in layers:
             names.append(name)
         else:
             names += [expert for expert in slices if expert not in layers]
     return names
 
 
-def slices_of(name: str, parameter: Tensor) -> list[str]:
-    """Layer names of the slices of a stacked parameter, (experts, out, in); none where it is not stacked."""
-    return [f"{name}[{expert}]" for expert in range(len(parameter))] if parameter.dim() == 3 else []
+def slices_of(name: str, parameter: Tensor, size: int | None = None) -> list[str]:
+    """Layer names of the slices of a parameter along its first axis; none where it is not used in slices.
+
+    Args:
+        name: name of the parameter.
+        parameter: (experts, out, in), or a matrix, which is made of experts one below the other if a layer is smaller.
+        size: weights of one of its layers; None if that is not known.
+    """
+    count = len(parameter) if parameter.dim() == 3 else 1
+    if parameter.dim() == 2 and size:
+        count = parameter.numel() // size
+    return [f"{name}[{expert}]" for expert in range(count)] if count > 1 or parameter.dim() == 3 else []
 
 
 class WeightNames:
     """Finds the name of a weight by its memory: it is one of the block's parameters, or a slice of a stacked one."""
 
     def __init__(self, block: nn.Module) -> None:
-        self._parameters = [
-            (p.untyped_storage().data_ptr(), p.storage_offset(), p, name) for name, p in block.named_parameters()
-        ]
+        self._by_storage: dict[int, list[tuple[Tensor, str]]] = {}
+        for name, parameter in block.named_parameters():
+            if parameter.dim() in (2, 3):
+                self._by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append((parameter, name))
+        # Tensors without data have no address.
+        self._by_storage.pop(0, None)
 
-    def find(self, weight: Tensor) -> str | None:
-        """The name of a matrix; None if it is not the block's, or only a part of one of its matrices."""
-        storage, offset = weight.untyped_storage().data_ptr(), weight.storage_offset()
-        for data, start, parameter, name in self._parameters:
-            if data == storage and start <= offset < start + parameter.numel():
-                matrix = parameter if parameter.dim() == 2 else parameter[0]
-                if weight.numel() != matrix.numel():
-                    # Only a part of the matrix is used here: it is no layer, and is reported as kept dense.
-                    return None
-                return name if parameter.dim() == 2 else f"{name}[{(offset - start) // parameter.stride(0)}]"
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the memory of one of the block's matrices."""
+        return tensor.untyped_storage().data_ptr() in self._by_storage
+
+    def find(self, matrix: Tensor) -> str | None:
+        """The name of a matrix; None if it is not the block's, or a part that is no slice of one of its matrices."""
+        for parameter, name in self._by_storage.get(matrix.untyped_storage().data_ptr(), ()):
+            offset, layout = int(matrix.storage_offset()) - int(parameter.storage_offset()), _layout(matrix)
+            if parameter.dim() == 2 and not offset and layout == _layout(parameter):
+                return name
+            stacked = parameter
+            if parameter.dim() == 2 and parameter.is_contiguous() and matrix.numel() > 0:
+                # Slices of some rows each.
+                count = parameter.numel() // matrix.numel()
+                if count > 1 and not len(parameter) % count:
+                    stacked = parameter.unflatten(0, (count, -1))
+            if stacked.dim() == 3:
+                index, rest = divmod(offset, stacked.stride(0))
+                if not rest and 0 <= index < len(stacked) and layout == _layout(stacked[index]):
+                    return f"{name}[{index}]"
         return None
+
+
+def _layout(matrix: Tensor) -> list[tuple[int, int]]:
+    """Steps in memory and sizes of the axes, whatever their order."""
+    return sorted((step, size) for step, size in zip(matrix.stride(), matrix.shape, strict=True) if size > 1)

@@ -109,17 +109,16 @@ class Progress:
         """Begin with another micro-batch."""
         self._complete = self.over = False
 
-    def includes(self, layer: str, *, input_known: bool) -> bool:
+    def includes(self, gram: str) -> bool:
         """Whether a layer belongs to the stage; asked before the layer is used.
 
         Args:
-            layer: its name inside the block.
-            input_known: whether a layer of the stage has read the same input before.
+            gram: name of the Gram matrix of its input.
 
         Raises:
             StageIsOver: the stage is complete, and this layer reads another input.
         """
-        if self._stage is None or input_known or self._stage.key == kind_of(layer):
+        if self._stage is None or self._stage.key == kind_of(gram):
             return True
         if self._complete and not self._stage.final:
             if not self._run_on:

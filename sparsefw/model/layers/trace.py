@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.model.layers.names import KEPT_DENSE, WeightNames, is_expert
-from sparsefw.model.layers.products import product_of
+from sparsefw.model.layers.products import products_of
 from sparsefw.model.parts import INPUT, SAME, NumberedCalls, Point, tensors_in
 
 # Stands for the block's caller, who reads its output after all calls.
@@ -35,7 +35,8 @@ class Use:
     Attributes:
         layer: name of the layer.
         call: number of the call.
-        made: the point of its input; None if that is not known, or the input was written to after it was made.
+        made: the point of its input, (..., in); None if that is not known, the input was written to after it was made,
+            or the call is no product of this layer alone.
     """
 
     layer: str
@@ -83,10 +84,10 @@ class Trace(NumberedCalls):
         operands = tensors_in((args, kwargs))
         versions = [x._version for x in operands]
         sources = {call for x in operands if (call := self._call_of(x)) is not None}
-        product = product_of(func, args, kwargs)
-        name = product and self._names.find(product.weight)
-        if product and name and not KEPT_DENSE.search(name):
-            self.uses.append(Use(name, point.call, self._unchanged(product.X)))
+        for product in products_of(func, args, kwargs, self._names.is_weight):
+            name = self._names.find(product.weight)
+            if name and not KEPT_DENSE.search(name):
+                self.uses.append(Use(name, point.call, self._unchanged(product.X) if product.alone else None))
         if self.attention is None and point.function in _ATTENTION:
             self.attention = point.call
         out = func(*args, **kwargs)

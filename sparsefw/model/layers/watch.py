@@ -1,6 +1,7 @@
 """Watch a block's forward: see each layer when it is used, with its input and, where asked for, its output."""
 
 import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from sparsefw.errors import InputError
 from sparsefw.model.layers.names import KEPT_DENSE, Layer, WeightNames
 from sparsefw.model.layers.outputs import Outputs
-from sparsefw.model.layers.products import Product, product_of
+from sparsefw.model.layers.products import Product, Reading, products_of
 from sparsefw.model.layers.stage import Progress, Stage, StageIsOver
 
 # Called with the name of a layer inside its block, such as "mlp.down_proj.weight" or "mlp.experts.down_proj[3]".
@@ -28,13 +29,15 @@ class _Input:
     """A tensor that layers read.
 
     Attributes:
-        tensor: the tensor, held so that no other one takes its id.
+        tensor: the tensor.
         gram: name of its Gram matrix.
+        held: the tensor, if a layer of the stage reads it: its id is no other tensor's then.
         taken: whether a selected layer has read it.
     """
 
-    tensor: Tensor
+    tensor: weakref.ref[Tensor]
     gram: str
+    held: Tensor | None = None
     taken: bool = False
 
 
@@ -70,8 +73,8 @@ class Watch(TorchFunctionMode):
         self._progress, self._record_outputs = Progress(stage, run_on), record_outputs
         self.layers: dict[str, Layer] = {}
         self._ignored: dict[str, None] = {}
-        # Inputs that layers of the micro-batch have read, by the tensor's id.
-        self._inputs: dict[int, _Input] = {}
+        # Inputs that layers of the micro-batch have read, by the tensor's id and how it is read.
+        self._inputs: dict[tuple[int, Reading], _Input] = {}
         self.outputs = Outputs()
 
     @property
@@ -92,44 +95,56 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        layer = None if self._progress.over else self._layer_of(func, args, kwargs)
+        layers = [] if self._progress.over else self._layers_of(func, args, kwargs)
         out = func(*args, **kwargs)
         if self._record_outputs and not self._progress.over:
-            if layer:
+            if layers:
                 self.outputs.note_read(args, kwargs, out)
-                self.outputs.add_output((layer,), out)
+                if alone := tuple(name for name, product in layers if product.alone):
+                    self.outputs.add_output(alone, out)
             else:
                 self.outputs.follow(func, args, kwargs, out)
         return out
 
-    def _layer_of(self, func: Any, args: tuple, kwargs: dict) -> str | None:
-        """The name of the layer whose product a function call is; None if it is no product of a layer to be seen."""
-        product = product_of(func, args, kwargs)
-        name = product and self._names.find(product.weight)
-        return self._see(name, product) if product and name else None
+    def _layers_of(self, func: Any, args: tuple, kwargs: dict) -> list[tuple[str, Product]]:
+        """Names and products of the layers that a function call multiplies with; none if it is nothing to be seen."""
+        return [
+            (name, product)
+            for product in products_of(func, args, kwargs, self._names.is_weight)
+            if (name := self._names.find(product.weight)) and self._see(name, product)
+        ]
 
-    def _see(self, name: str, product: Product) -> str | None:
-        X = product.X
+    def _see(self, name: str, product: Product) -> bool:
+        """Take the input of a product; whether the layer is selected, and belongs to the stage."""
+        X, reading = product.X, product.reading
+        key = id(X), reading
         prunable = not KEPT_DENSE.search(name)
         selected = prunable and self._selected(name)
         if prunable and not selected:
             self._ignored[name] = None
-        if not self._progress.includes(name, input_known=id(X) in self._inputs) or not prunable:
-            return None
-        # The Gram matrix is named after the first layer that reads the input, selected or not. So all experts agree on
-        # the name, whichever of them are selected.
-        layer_input = self._inputs.setdefault(id(X), _Input(X, name))
+        layer_input = self._inputs.get(key)
+        if layer_input is None or layer_input.tensor() is not X:
+            # The Gram matrix is named after the first layer that reads the input, selected or not. So all experts agree
+            # on the name, whichever of them are selected.
+            layer_input = _Input(weakref.ref(X), name)
+            if prunable:
+                self._inputs[key] = layer_input
+        if not self._progress.includes(layer_input.gram) or not prunable:
+            return False
+        layer_input.held = X
         if not selected:
-            return None
+            return False
         if not layer_input.taken:
             layer_input.taken = True
-            self._take_input(layer_input.gram, X.reshape(-1, X.shape[-1]))
-        layer = self.layers.setdefault(name, Layer(name, product.weight, layer_input.gram, product.bias))
+            self._take_input(layer_input.gram, reading.rows(X))
+        layer = self.layers.setdefault(
+            name, Layer(name, product.weight, layer_input.gram, product.bias, product.at_once)
+        )
         if layer.gram != layer_input.gram:
             raise InputError(
                 f"{name}: unsupported model: shared its input with {layer.gram}, later with {layer_input.gram}"
             )
-        if self._record_outputs:
+        if self._record_outputs and product.alone:
             self.outputs.add_input(name, X)
         self._progress.passed(name)
-        return name
+        return True

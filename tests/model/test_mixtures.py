@@ -1,0 +1,155 @@
+"""In every kind of mixture that transformers has, the routers stay dense, and all other matrices are pruned.
+
+A model of two blocks or more is described from its config: no weights are needed. The table names the routers.
+"""
+
+import json
+import re
+
+import pytest
+import torch
+from helpers.families import _COMMON, _EXPERTS
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+from sparsefw.estimate import describe
+from sparsefw.solver.selection import without_index
+
+E, D = 4, 32
+
+# Parameters that no product reads: convolutions, decays, biases of experts, tables.
+NO_PRODUCT = re.compile(r"conv|A_log|_bias$|_embed\.weight$")
+
+GATE = {"mlp.gate.weight": (E, D)}
+ROUTER = {"mlp.router.weight": (E, D)}
+SHARED_GATE = {**GATE, "mlp.shared_expert_gate.weight": (1, D)}
+BLOCK_SPARSE = {"block_sparse_moe.router.weight": (E, D)}
+
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": E,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_INDEXER = {"index_n_heads": 4, "index_head_dim": 16, "index_topk": 8, "mlp_layer_types": ["dense"] + 2 * ["sparse"]}
+_GROUPS = {"n_routed_experts": E, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+_LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "shared_expert_intermediate_size": 40,
+}
+_MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_groups": 1}
+
+# By model_type: what its config adds, and the routers by their names inside a block.
+MIXTURES = {
+    "afmoe": ({"num_dense_layers": 1}, {"mlp.router.gate.weight": (E, D)}),
+    "dbrx": (
+        {
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+            "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": E, "moe_top_k": 2, "hidden_size": D},
+            "d_model": D,
+            "n_heads": 4,
+            "n_layers": 3,
+            "max_seq_len": 64,
+        },
+        {"ffn.router.layer.weight": (E, D)},
+    ),
+    "deepseek_v2": (_LATENT, GATE),
+    "deepseek_v3": (_LATENT, GATE),
+    "deepseek_v32": (_LATENT | _INDEXER, GATE),
+    "doge": ({"is_moe": True, "num_experts": 16}, {"mlp.router_gate.weight": (8, D)}),
+    "dots1": (_GROUPS | {"n_shared_experts": 1}, GATE),
+    "ernie4_5_moe": ({"moe_num_experts": E, "moe_k": 2, "moe_layer_start_index": 0}, GATE),
+    "flex_olmo": ({}, GATE),
+    "gemma3n_text": (
+        {
+            "num_hidden_layers": 4,
+            "intermediate_size": 48,
+            "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 258,
+            "laurel_rank": 8,
+            "num_kv_shared_layers": 0,
+            "layer_types": 2 * ["sliding_attention", "full_attention"],
+        },
+        {
+            "altup.modality_router.weight": (4, D),
+            "altup.prediction_coefs.weight": (16, 4),
+            "altup.correction_coefs.weight": (4, 4),
+        },
+    ),
+    "gemma4_text": (
+        {
+            "enable_moe_block": True,
+            "top_k_experts": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 258,
+            "global_head_dim": 8,
+            "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        {"router.proj.weight": (E, D)},
+    ),
+    "glm4_moe": (_GROUPS, GATE),
+    "glm_moe_dsa": (_LATENT | _INDEXER, GATE),
+    "gpt_oss": ({"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, ROUTER),
+    "granitemoe": ({}, BLOCK_SPARSE),
+    "granitemoehybrid": (_MAMBA | {"layer_types": ["mamba", "attention", "mamba"]}, BLOCK_SPARSE),
+    "granitemoeshared": ({"shared_intermediate_size": 40}, BLOCK_SPARSE),
+    "hunyuan_v1_moe": ({"moe_topk": 2}, {"mlp.gate.wg.weight": (E, D)}),
+    "jamba": (
+        {"mamba_d_state": 8, "mamba_dt_rank": 8, "use_mamba_kernels": False, "attn_layer_period": 2}
+        | {"attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+        {"feed_forward.router.weight": (E, D)},
+    ),
+    "jetmoe": (
+        {"kv_channels": 8},
+        {"mlp.router.layer.weight": (E, D), "self_attention.experts.router.layer.weight": (E, D)},
+    ),
+    "lfm2_moe": (
+        {"num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+        {"feed_forward.gate.weight": (E, D)},
+    ),
+    "llama4_text": (
+        {"num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 40},
+        {"feed_forward.router.weight": (E, D)},
+    ),
+    "minimax": ({"layer_types": ["linear_attention", "full_attention", "linear_attention"]}, GATE),
+    "minimax_m2": ({}, GATE),
+    "mixtral": ({}, GATE),
+    "olmoe": ({}, GATE),
+    "phimoe": ({}, ROUTER),
+    "qwen2_moe": ({"decoder_sparse_step": 1, "shared_expert_intermediate_size": 40}, SHARED_GATE),
+    "qwen3_moe": ({"decoder_sparse_step": 1}, GATE),
+    "qwen3_next": (_LINEAR, SHARED_GATE),
+    "qwen3_5_moe_text": (_LINEAR, SHARED_GATE),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_only_the_routers_stay_dense(model_type, tmp_path):
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers does not have it")
+    changes, routers = MIXTURES[model_type]
+    config = AutoConfig.for_model(**(_COMMON | _EXPERTS | {"model_type": model_type} | changes))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"dtype": "float32"}, default=str))
+    shape = describe(str(tmp_path)).shape
+    pruned = {without_index(name) for name in shape.layer_names}
+    blocks = tuple(f"{name}." for name, _ in shape.names_by_block)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    dense = {
+        name.removeprefix(next(block for block in blocks if name.startswith(block))): tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if name.startswith(blocks) and parameter.dim() >= 2 and name not in pruned
+    }
+    assert {name: size for name, size in dense.items() if not NO_PRODUCT.search(name)} == routers

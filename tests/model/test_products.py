@@ -1,0 +1,202 @@
+"""Products are found in whatever form the forward writes them: Gram matrices, names, and weights that are views."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparsefw.kernels.backend import TORCH
+from sparsefw.model.layers import capture, not_pruned
+
+E, TOKENS, IN, OUT = 3, 7, 5, 4
+
+
+class Block(nn.Module):
+    """A block with one parameter `w`, a bias (E, OUT), and a forward that is given."""
+
+    def __init__(self, shape, forward):
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.randn(shape), requires_grad=False)
+        self.bias = nn.Parameter(torch.randn(E, OUT), requires_grad=False)
+        self._forward = forward
+
+    def forward(self, x):
+        return self._forward(x, self.w, self.bias)
+
+
+def inputs(*shape, count=2):
+    return [torch.randn(*shape, generator=torch.Generator().manual_seed(n)) for n in range(count)]
+
+
+def captured(block, batches):
+    return capture(block, lambda j: block(batches[j]), range(len(batches)), backend=TORCH)
+
+
+def gram(*rows):
+    X = torch.cat([x.reshape(-1, x.shape[-1]) for x in rows]).double()
+    return X.T @ X
+
+
+def assert_gram(G, truth):
+    torch.testing.assert_close(G.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+# Form of the weight, of the input, and the call. The output of an expert is x W^T, whatever the order of the axes.
+AT_ONCE = {
+    "bmm": ((E, IN, OUT), lambda x, w, b: torch.bmm(x, w)),
+    "Tensor.bmm": ((E, IN, OUT), lambda x, w, b: x.bmm(w)),
+    "bmm of a transposed weight": ((E, OUT, IN), lambda x, w, b: torch.bmm(x, w.transpose(1, 2))),
+    "bmm from the left": ((E, OUT, IN), lambda x, w, b: torch.bmm(w, x.transpose(1, 2)).transpose(1, 2)),
+    "baddbmm": ((E, IN, OUT), lambda x, w, b: torch.baddbmm(b[:, None], x, w)),
+    "matmul": ((E, IN, OUT), lambda x, w, b: torch.matmul(x, w)),
+    "@": ((E, IN, OUT), lambda x, w, b: x @ w),
+    "@ of four axes": ((E, IN, OUT), lambda x, w, b: (x[None] @ w)[0]),
+    "@ of a weight with an axis of one entry": ((E, IN, OUT), lambda x, w, b: (x[:, None] @ w[:, None])[:, 0]),
+    "einsum": ((E, IN, OUT), lambda x, w, b: torch.einsum("etd,edo->eto", x, w)),
+    "einsum of (out, in)": ((E, OUT, IN), lambda x, w, b: torch.einsum("etd, eod -> eto", x, w)),
+    "einsum with other axes": ((E, IN, OUT), lambda x, w, b: torch.einsum("dte,edo->eto", x.permute(2, 1, 0), w)),
+    "einsum with an ellipsis": ((E, IN, OUT), lambda x, w, b: torch.einsum("...ed,edo->e...o", x.transpose(0, 1), w)),
+    "einsum of the weight first": ((E, OUT, IN), lambda x, w, b: torch.einsum("eod,etd->eto", w, x)),
+}
+
+
+@pytest.mark.parametrize("form", AT_ONCE)
+def test_experts_that_are_multiplied_at_once(form):
+    shape, forward = AT_ONCE[form]
+    block, batches = Block(shape, forward), inputs(E, TOKENS, IN)
+    found = captured(block, batches)
+    assert [layer.name for layer in found.layers] == [f"w[{e}]" for e in range(E)]
+    assert list(found.grams) == [layer.gram for layer in found.layers] == [f"w[{e}]" for e in range(E)]
+    for e, layer in enumerate(found.layers):
+        assert layer.weight.shape == (OUT, IN)
+        assert layer.at_once
+        assert_gram(found.grams[layer.gram], gram(*(x[e] for x in batches)))
+    assert not_pruned(block, dict.fromkeys(found.grams, OUT * IN)) == ["bias"]
+
+
+@pytest.mark.parametrize("form", AT_ONCE)
+def test_what_is_written_to_one_expert_changes_its_output_only(form):
+    """Row 1 of expert 2 is its output 1."""
+    shape, forward = AT_ONCE[form]
+    block, (x,) = Block(shape, forward), inputs(E, TOKENS, IN, count=1)
+    before, layers = block(x).clone(), captured(block, [x]).layers
+    before = before if before.shape == (E, TOKENS, OUT) else before.movedim(-1, 1)
+    layers[2].weight[1].zero_()
+    after = block(x)
+    after = after if after.shape == (E, TOKENS, OUT) else after.movedim(-1, 1)
+    lost = before[2, :, 1] if form != "baddbmm" else before[2, :, 1] - block.bias[2, 1]
+    assert lost.abs().min() > 0
+    torch.testing.assert_close(after[2, :, 1], before[2, :, 1] - lost)
+    changed = after != before
+    assert not changed[:2].any()
+    assert not changed[2, :, [0, 2, 3]].any()
+
+
+ONE_INPUT = {
+    "matmul of two axes": ((E, IN, OUT), lambda x, w, b: x @ w),
+    "matmul of one entry": ((E, IN, OUT), lambda x, w, b: x[None] @ w),
+    "bmm of an expanded input": ((E, IN, OUT), lambda x, w, b: torch.bmm(x.expand(E, TOKENS, IN), w)),
+    "einsum": ((E, IN, OUT), lambda x, w, b: torch.einsum("td,edo->teo", x, w)),
+    "einsum of (out, in)": ((E, OUT, IN), lambda x, w, b: torch.einsum("td,eod->teo", x, w)),
+}
+
+
+@pytest.mark.parametrize("form", ONE_INPUT)
+def test_experts_that_read_the_same_input_share_a_gram(form):
+    shape, forward = ONE_INPUT[form]
+    block, batches = Block(shape, forward), inputs(TOKENS, IN)
+    found = captured(block, batches)
+    assert [layer.name for layer in found.layers] == [f"w[{e}]" for e in range(E)]
+    assert {layer.gram for layer in found.layers} == set(found.grams) == {"w[0]"}
+    assert all(layer.weight.shape == (OUT, IN) for layer in found.layers)
+    assert_gram(found.grams["w[0]"], gram(*batches))
+    for e, layer in enumerate(found.layers):
+        assert layer.weight.data_ptr() == block.w[e].data_ptr()
+
+
+def test_a_single_expert_is_a_slice_all_the_same():
+    block, (x,) = Block((1, IN, OUT), lambda x, w, b: torch.bmm(x[None], w)), inputs(TOKENS, IN, count=1)
+    (layer,) = captured(block, [x]).layers
+    assert (layer.name, layer.gram, layer.weight.shape) == ("w[0]", "w[0]", (OUT, IN))
+    assert_gram(captured(block, [x]).grams["w[0]"], gram(x))
+
+
+def test_two_weights_that_read_the_experts_inputs_share_their_grams():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up = (nn.Parameter(torch.randn(E, IN, OUT)) for _ in range(2))
+
+        def forward(self, x):
+            return torch.bmm(x, self.gate) * torch.bmm(x, self.up)
+
+    block, batches = Gated().requires_grad_(False), inputs(E, TOKENS, IN)
+    found = captured(block, batches)
+    assert [layer.gram for layer in found.layers] == [f"gate[{e}]" for e in range(E)] * 2
+    assert len(found.grams) == E
+
+
+def test_experts_without_tokens_stay_dense():
+    """Rows of zeros stand for tokens that an expert is not sent. They add nothing."""
+    block, batches = Block((E, IN, OUT), lambda x, w, b: torch.bmm(x, w)), inputs(E, TOKENS, IN)
+    for x in batches:
+        x[1] = 0
+        x[2, 3:] = 0
+    found = captured(block, batches)
+    assert [layer.name for layer in found.layers] == ["w[0]", "w[2]"]
+    assert set(found.grams) == {"w[0]", "w[2]"}
+    assert_gram(found.grams["w[2]"], gram(*(x[2, :3] for x in batches)))
+    assert not_pruned(block, {"w[0]": OUT * IN, "w[2]": OUT * IN}) == ["w[1]", "bias"]
+
+
+ALONE = {
+    "linear": ((OUT, IN), lambda x, w, b: nn.functional.linear(x, w), True),
+    "linear by names": ((OUT, IN), lambda x, w, b: nn.functional.linear(input=x, weight=w), True),
+    "@": ((IN, OUT), lambda x, w, b: x @ w, True),
+    "@ of a transposed weight": ((OUT, IN), lambda x, w, b: x @ w.t(), True),
+    "Tensor.mm": ((IN, OUT), lambda x, w, b: x.mm(w), True),
+    "addmm": ((IN, OUT), lambda x, w, b: torch.addmm(b[0], x, w), True),
+    "Tensor.addmm": ((IN, OUT), lambda x, w, b: b[0].addmm(x, w), True),
+    "einsum": ((OUT, IN), lambda x, w, b: torch.einsum("...d,od->...o", x, w), True),
+    "addmm to a matrix": ((IN, OUT), lambda x, w, b: torch.addmm(torch.ones(TOKENS, OUT), x, w), False),
+    "from the left": ((OUT, IN), lambda x, w, b: w @ x.T, False),
+    "einsum of other axes": ((IN, OUT), lambda x, w, b: torch.einsum("td,do->ot", x, w), False),
+    "einsum without an output": ((IN, OUT), lambda x, w, b: torch.einsum("ab,bc", x, w), True),
+    "einsum of lists": ((IN, OUT), lambda x, w, b: torch.einsum("ab,bc->ac", [x, w]), True),
+}
+
+
+@pytest.mark.parametrize("form", ALONE)
+def test_products_with_one_matrix(form):
+    shape, forward, _ = ALONE[form]
+    block, batches = Block(shape, forward), inputs(TOKENS, IN)
+    (layer,) = captured(block, batches).layers
+    assert (layer.name, layer.weight.shape, layer.at_once) == ("w", (OUT, IN), False)
+    assert layer.weight.data_ptr() == block.w.data_ptr()
+    assert (layer.bias is None) == (form not in ("addmm", "Tensor.addmm"))
+    assert_gram(captured(block, batches).grams["w"], gram(*batches))
+
+
+NO_LAYERS = {
+    "a sum over tokens": ((IN, OUT), lambda x, w, b: torch.einsum("td,do->o", x, w)),
+    "a sum over outputs": ((IN, OUT), lambda x, w, b: torch.einsum("td,do->t", x, w)),
+    "a product of entries": ((IN, OUT), lambda x, w, b: torch.einsum("td,do->tdo", x, w)),
+    "two weights": ((OUT, IN), lambda x, w, b: w @ w.T),
+    "a part of the experts' inputs": (
+        (E, IN, OUT),
+        lambda x, w, b: torch.bmm(x[None, :, :3].expand(E, -1, -1), w[:, :3]),
+    ),
+    "a scaled product": ((IN, OUT), lambda x, w, b: torch.addmm(b[0], x, w, alpha=2)),
+    "a reshaped weight": ((IN, OUT), lambda x, w, b: x @ w.view(OUT, IN).T),
+    "three operands": ((IN, OUT), lambda x, w, b: torch.einsum("td,do,to->to", x, w, torch.ones(TOKENS, OUT))),
+}
+
+
+@pytest.mark.parametrize("form", NO_LAYERS)
+def test_what_is_no_layer_stays_dense_and_is_named(form):
+    shape, forward = NO_LAYERS[form]
+    block, batches = Block(shape, forward), inputs(TOKENS, IN)
+    found = captured(block, batches)
+    assert found.layers == found.ignored == []
+    assert found.grams == {}
+    assert "w" in not_pruned(block, {})

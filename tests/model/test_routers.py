@@ -1,0 +1,181 @@
+"""Matrices that decide are found by what the forward does with their outputs, and no other layer is taken for one."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparsefw.model.layers import find_no_layers
+
+TOKENS, D, E = 6, 8, 4
+
+
+class Block(nn.Module):
+    """A block with a layer `a`, a gate `g` (E, D) under a name that tells nothing, and a forward that is given."""
+
+    def __init__(self, forward, **others):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.g = nn.Linear(D, D, bias=False), nn.Linear(D, E, bias=False)
+        for name, layer in others.items():
+            self.add_module(name, layer)
+        self._forward = forward
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        return self._forward(self, x)
+
+
+def found(forward, dtype=torch.float32, **others):
+    block = Block(forward, **others).to(dtype)
+    return find_no_layers(block, lambda: block(torch.randn(TOKENS, D, dtype=dtype)))
+
+
+def combined(x, weights, indices):
+    """A sum of multiples of x, as of experts that do nothing."""
+    return ((weights.sum(-1, keepdim=True) + 0 * indices.sum(-1, keepdim=True)) * x).to(x.dtype)
+
+
+def softmax_and_topk(b, x):
+    return b.a(combined(x, *b.g(x).float().softmax(-1).topk(2, -1)))
+
+
+def sigmoid_bias_and_groups(b, x):
+    """As in DeepSeek-V3: groups of experts are chosen first, then experts in them."""
+    scores = b.g(x).sigmoid()
+    groups = (scores + 0.1).view(TOKENS, 2, 2).topk(1, -1).values.sum(-1).topk(1, -1).indices
+    mask = torch.zeros(TOKENS, 2).scatter(1, groups, 1).repeat_interleave(2, 1)
+    chosen = scores.masked_fill(mask == 0, 0).topk(2, -1).indices
+    return b.a(combined(x, scores.gather(1, chosen), chosen))
+
+
+def argmax(b, x):
+    logits = b.g(x)
+    return b.a(combined(x, logits.softmax(-1), nn.functional.one_hot(logits.argmax(-1), E)))
+
+
+def sort(b, x):
+    return b.a(combined(x, *b.g(x).sort(-1, descending=True)))
+
+
+def a_part_of_the_outputs(b, x):
+    """Shared experts have weights of the same gate, and are not chosen."""
+    logits = b.g(x)
+    routed, shared = logits[:, :3], logits[:, 3:]
+    return b.a(combined(x, *routed.topk(2, -1))) * shared
+
+
+def in_place(b, x):
+    logits = b.g(x)
+    logits.div_(3)
+    logits += 1
+    return b.a(combined(x, *logits.topk(2, -1)))
+
+
+def by_a_matrix_product(b, x):
+    return b.a(combined(x, *(x @ b.g.weight.t()).topk(2, -1)))
+
+
+ROUTERS = [
+    softmax_and_topk,
+    sigmoid_bias_and_groups,
+    argmax,
+    sort,
+    a_part_of_the_outputs,
+    in_place,
+    by_a_matrix_product,
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("forward", ROUTERS, ids=lambda forward: forward.__name__)
+def test_a_matrix_whose_outputs_are_chosen_from(forward, dtype):
+    assert found(forward, dtype) == {"g.weight"}
+
+
+def test_the_layer_before_a_router_is_an_ordinary_one():
+    """What the router reads is a combination of the layer's outputs, and not one of them."""
+    assert found(lambda b, x: combined(x, *b.g(b.a(x).relu() + x).topk(2, -1))) == {"g.weight"}
+
+
+def test_a_matrix_in_fp32_whatever_the_models_dtype():
+    """As the coefficients of residual streams. In fp32, where nothing is converted, it is the same matrix."""
+
+    def forward(b, x):
+        return b.a(x) * nn.functional.linear(x.float(), b.g.weight.float()).sigmoid().sum(-1, keepdim=True).to(x.dtype)
+
+    assert found(forward) == found(forward, torch.bfloat16) == {"g.weight"}
+
+
+def test_a_gate_of_one_number():
+    one = nn.Linear(D, 1, bias=False)
+    assert found(lambda b, x: b.a(x) * b.one(x).sigmoid() + b.g(x).sum(), one=one) == {"one.weight"}
+
+
+def test_coefficients_that_a_router_makes():
+    """As in AltUp: a second matrix reads nothing but what the router puts out."""
+
+    def forward(b, x):
+        weights = b.coefficients(b.input_router(x).tanh())
+        return b.a(x) * weights.sum(-1, keepdim=True) + b.g(x).sum()
+
+    others = {"input_router": nn.Linear(D, E, bias=False), "coefficients": nn.Linear(E, 3, bias=False)}
+    assert found(forward, **others) == {"input_router.weight", "coefficients.weight"}
+
+
+def test_a_layer_that_reads_more_than_a_routers_outputs():
+    def forward(b, x):
+        logits = b.g(x)
+        return b.a(combined(x, *logits.topk(2, -1))) * b.c(logits + b.h(x)).sum(-1, keepdim=True)
+
+    others = {"h": nn.Linear(D, E, bias=False), "c": nn.Linear(E, 3, bias=False)}
+    assert found(forward, **others) == {"g.weight"}
+
+
+def glu(b, x):
+    return b.a(x).sigmoid() * x + b.g(x).sum()
+
+
+def gate_of_heads(b, x):
+    """A gate for each of E heads."""
+    return (b.a(x).view(TOKENS, E, -1) * b.g(x).sigmoid()[..., None]).flatten(1)
+
+
+def attention(b, x):
+    scores = b.a(x) @ x.T
+    return scores.softmax(-1) @ x + b.g(x).sum()
+
+
+def tokens_are_chosen(b, x):
+    """As in sparse attention: what is chosen from are products of two tokens."""
+    keys = (b.a(x) @ x.T).topk(3, -1).indices
+    return x[keys].mean(1) + b.g(x).sum()
+
+
+def scores_are_added_up(b, x):
+    """The weights of heads in a sparse attention's indexer: each entry that is chosen from is a sum over all heads."""
+    scores = (torch.ones(TOKENS, E, TOKENS) * b.g(x)[..., None]).sum(1)
+    return b.a(x)[scores.topk(3, -1).indices].mean(1)
+
+
+def residual(b, x):
+    """A stream that layers have written to reaches a router through its own matrix only."""
+    h = x + b.a(x)
+    return h + combined(h, *nn.functional.linear(h, torch.ones(D, D)).topk(2, -1)) + b.g(x).sum()
+
+
+ORDINARY = [glu, gate_of_heads, attention, tokens_are_chosen, scores_are_added_up, residual]
+
+
+@pytest.mark.parametrize("forward", ORDINARY, ids=lambda forward: forward.__name__)
+def test_ordinary_layers(forward):
+    assert found(forward) == frozenset()
+
+
+def test_a_matrix_that_shares_one_of_its_inputs():
+    """As in Zaya. One that has its inputs for itself is a layer, and its Gram matrix is that of all of them."""
+
+    def forward(b, x):
+        return b.a(x) + b.b(x) + b.b(x.flip(0)) + b.c(x.tanh()) + b.c(x.sin()) + b.g(x).sum()
+
+    others = {name: nn.Linear(D, D, bias=False) for name in "bc"}
+    assert found(forward, **others) == {"b.weight"}

@@ -1,0 +1,154 @@
+"""Tensors that several blocks share stay as they are: read with each block, and written once."""
+
+import json
+
+import pytest
+import torch
+from helpers.families import FAMILIES, TOKENS, save_model
+from helpers.verifying import verdict
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from sparsefw import checkpoint, prune
+from sparsefw.errors import InputError
+from sparsefw.model import StreamedModel, embed, logits, shape_of
+from sparsefw.model.shared import shared_parameters
+from sparsefw.model.transformers_private import attention_implementation
+from sparsefw.solver.selection import without_index
+
+# Two models whose attention is one module at several depths.
+ZAMBA = {
+    "num_hidden_layers": 6,
+    "layers_block_type": ["mamba", "hybrid"] * 3,
+    "attention_head_dim": 16,
+    "attention_hidden_size": 64,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "use_mamba_kernels": False,
+}
+MODELS = {
+    "zamba": {"mamba_dt_rank": 8, "n_mamba_heads": 2, **ZAMBA},
+    "zamba2": {
+        "num_mem_blocks": 1,
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 8,
+        "adapter_rank": 8,
+        "chunk_size": 8,
+        **ZAMBA,
+    },
+}
+
+
+@pytest.fixture(params=MODELS)
+def source(request, tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, request.param, MODELS[request.param])
+    return save_model(tmp_path / "model", request.param)
+
+
+def tensors_of(folder):
+    found = {}
+    for name, info in checkpoint.inspect(folder).tensors.items():
+        with safe_open(folder / info.file, "pt") as shard:
+            found[name] = shard.get_tensor(name)
+    return found
+
+
+def test_blocks_run_as_in_the_whole_model(source):
+    with StreamedModel(checkpoint.inspect(source), torch.device("cpu")) as model:
+        assert model.shared.sources
+        assert any(note.startswith(f"stay dense: {len(model.shared.names)} parameters") for note in model.notes)
+        states = embed(model, TOKENS, 2)
+        for i in range(len(model.blocks)):
+            model.open(i)
+            states.advance(i)
+            model.close(i)
+        assert all(parameter.is_meta for parameter in model.model.parameters())
+        same = {"attn_implementation": attention_implementation(model.model), "experts_implementation": "eager"}
+        whole = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **same).eval()
+        for hidden, batch in zip(states.hidden, TOKENS.split(2), strict=True):
+            with torch.no_grad():
+                expected = whole(batch, use_cache=False).logits
+            assert torch.equal(logits(model, batch, hidden), expected)
+
+
+@pytest.mark.parametrize("method", ["sparsefw", "wanda"])
+def test_what_is_shared_stays_dense_and_the_rest_is_pruned(method, source, tmp_path, capsys):
+    options = {"steps": 2} if method == "sparsefw" else {}
+    result = prune(source, tmp_path / "out", dataset=TOKENS, kernel="torch", method=method, **options)
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    names = [layer.name for layer in result.layers]
+    assert len(set(names)) == len(names)
+    assert not any("shared_transf" in name for name in names)
+    # Every mamba layer, in blocks with and without attention.
+    for i in range(6):
+        assert sum(f".layers.{i}." in name and "in_proj" in name for name in names) == 1
+    for name, tensor in before.items():
+        changed = not torch.equal(tensor, after[name])
+        assert changed == (name in map(without_index, names)), name
+        assert not changed or (after[name] == 0).float().mean() >= 0.5
+    dense = json.loads((tmp_path / "out" / "report.json").read_text())["kept_dense"]
+    assert sum("shared_transf" in name and "self_attn.q_proj" in name for name in dense) == 3
+    status, printed, _ = verdict(capsys, tmp_path / "out")
+    assert status == 0, printed
+
+
+def test_plan_and_run_agree(source):
+    shape = shape_of(checkpoint.inspect(source))
+    assert not any("shared_transf" in name for name in shape.layer_names)
+    whole = AutoModelForCausalLM.from_pretrained(source)
+    # Each tensor once, though a shared one is in memory with each of its blocks.
+    assert shape.parameters == sum(p.numel() for p in whole.parameters())
+    inside = {n: p for n, p in whole.named_parameters(remove_duplicate=False) if n.startswith("model.layers.")}
+    assert sum(block.nbytes for block in shape.blocks) == sum(p.nbytes for p in inside.values())
+    assert shape.outside == sum(p.nbytes for n, p in whole.named_parameters() if n not in inside)
+
+
+class _Tied(nn.Module):
+    """Two blocks, each with two layers, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}) for _ in range(2))
+        self.head = nn.Linear(2, 2)
+
+
+BLOCKS = ["blocks.0", "blocks.1"]
+
+
+def test_one_tensor_under_two_names_is_found():
+    model = _Tied()
+    model.blocks[1]["b"].weight = model.blocks[0]["a"].weight
+    model.blocks[0]["b"].weight = model.blocks[0]["a"].weight
+    names = {"blocks.0.a.weight", "blocks.0.b.weight", "blocks.1.b.weight"}
+    for source in names:
+        shared = shared_parameters(model, BLOCKS, {}, [source, "head.weight"])
+        assert shared.names == names
+        assert shared.sources == dict.fromkeys(names - {source}, source)
+        assert set(shared.places(source)) == names
+        assert shared.places("head.weight") == ["head.weight"]
+
+
+def test_names_that_are_tied_are_found():
+    """Though the tensors are different ones until they are loaded."""
+    tied = {"blocks.1.a.weight": "blocks.0.a.weight", "blocks.1.b.weight": "head.weight", "x.weight": "y.weight"}
+    shared = shared_parameters(_Tied(), BLOCKS, tied, ["blocks.0.a.weight", "head.weight"])
+    assert shared.names == {*tied, *tied.values()} - {"x.weight", "y.weight"}
+    assert shared.sources == {"blocks.1.a.weight": "blocks.0.a.weight", "blocks.1.b.weight": "head.weight"}
+    chain = {"blocks.1.a.weight": "blocks.1.b.weight", "blocks.1.b.weight": "blocks.0.b.weight"}
+    shared = shared_parameters(_Tied(), BLOCKS, chain, ["blocks.0.b.weight"])
+    assert shared.sources == dict.fromkeys(chain, "blocks.0.b.weight")
+
+
+def test_what_the_checkpoint_has_twice_is_read_by_itself_and_is_shared_all_the_same():
+    tied = {"blocks.1.a.weight": "blocks.0.a.weight"}
+    shared = shared_parameters(_Tied(), BLOCKS, tied, ["blocks.0.a.weight", "blocks.1.a.weight"])
+    assert shared.names == {*tied, *tied.values()}
+    assert shared.sources == {}
+
+
+def test_a_tensor_of_a_block_outside_of_the_blocks_is_refused():
+    tied = {"head.weight": "blocks.0.a.weight"}
+    with pytest.raises(InputError, match=r"head.weight: unsupported model _Tied: .* one tensor with blocks.0.a.weight"):
+        shared_parameters(_Tied(), BLOCKS, tied, ["blocks.0.a.weight"])
