@@ -61,7 +61,7 @@ def check_weights(
         for layer in unseen:
             checks["report"].fail(layer, "in none of the model's blocks")
         for name, block in model.idle.items():
-            _check_report(verdict, claims, name, not_pruned(block, ()))
+            _check_report(verdict, claims, name, not_pruned(block, {}))
         if original:
             _from_source(_load_others, original)
             try:

@@ -159,7 +159,7 @@ def kept_dense(model: StreamedModel, i: int, pruned: list[LayerResult]) -> list[
 
 def idle_matrices(model: StreamedModel) -> list[str]:
     """Names of the matrices in blocks that text does not run through: they stay dense."""
-    return [f"{block}.{name}" for block, module in model.idle.items() for name in not_pruned(module, ())]
+    return [f"{block}.{name}" for block, module in model.idle.items() for name in not_pruned(module, {})]
 
 
 def _selector(run: Run, i: int) -> Callable[[str], bool]:
