@@ -27,20 +27,20 @@ TARGETS = ("dense", "layer")
 
 # Defaults of each preset.
 PRESETS: dict[str, dict[str, Any]] = {
-    "sparsefw": dict(warm_start="wanda", step_rule="line-search", alpha=0.0, penalty=1.0, refit=4),
-    "fast": dict(warm_start="wanda", step_rule="line-search", alpha=0.0, penalty=1.0, refit=4),
-    "paper": dict(warm_start="wanda", step_rule="open-loop", alpha=0.9, penalty=0.0, refit=0),
+    "sparsefw": dict(warm_start="wanda", step_rule="line-search", alpha=0.0, refit=4),
+    "fast": dict(warm_start="wanda", step_rule="line-search", alpha=0.0, refit=4),
+    "paper": dict(warm_start="wanda", step_rule="open-loop", alpha=0.9, refit=0),
 }
 # Further defaults of each preset: with a refit of the kept weights, and without one, where the mask is final.
 WITH_REFIT: dict[str, dict[str, Any]] = {
-    "sparsefw": dict(steps=30, rounds=3, swaps=0, target="dense", damp=0.1),
-    "fast": dict(steps=3, rounds=0, swaps=0, target="layer", damp=0.1),
-    "paper": dict(steps=2000, rounds=0, swaps=0, target="dense", damp=0.1),
+    "sparsefw": dict(steps=24, penalty=0.7, rounds=3, swaps=0, target="dense", damp=0.1),
+    "fast": dict(steps=3, penalty=1.0, rounds=0, swaps=0, target="layer", damp=0.1),
+    "paper": dict(steps=2000, penalty=0.0, rounds=0, swaps=0, target="dense", damp=0.1),
 }
 MASKS_ONLY: dict[str, dict[str, Any]] = {
-    "sparsefw": dict(steps=40, rounds=0, swaps=100, target="layer", damp=0.2),
-    "fast": dict(steps=10, rounds=0, swaps=0, target="layer", damp=0.2),
-    "paper": dict(steps=2000, rounds=0, swaps=0, target="layer", damp=0.0),
+    "sparsefw": dict(steps=40, penalty=1.0, rounds=0, swaps=100, target="layer", damp=0.2),
+    "fast": dict(steps=10, penalty=1.0, rounds=0, swaps=0, target="layer", damp=0.2),
+    "paper": dict(steps=2000, penalty=0.0, rounds=0, swaps=0, target="layer", damp=0.0),
 }
 
 
@@ -68,7 +68,7 @@ class PruneConfig:
         several=True,
     )
     preset: str = flag(
-        "sparsefw: line search, integrality penalty, 30 steps, alpha 0, refit 4, 3 rounds; with --refit 0, 40 steps "
+        "sparsefw: line search, integrality penalty, 24 steps, alpha 0, refit 4, 3 rounds; with --refit 0, 40 steps "
         "and swaps; fast: 3 steps, one refit and targets of the layers themselves, at SparseGPT's cost; paper: open "
         "loop, 2000 steps, no penalty, alpha 0.9, last iterate rounded, no refit",
         "sparsefw", choices=PRESETS,

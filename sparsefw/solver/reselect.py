@@ -20,7 +20,7 @@ from sparsefw.solver import frank_wolfe
 from sparsefw.solver.frank_wolfe import Problem
 from sparsefw.solver.refit import Fit, inverse_diagonal, refit
 
-# Steps of the second Frank-Wolfe per step of the first. Of 40 steps in all, 30 + 10 left the lowest error.
+# Steps of the second Frank-Wolfe per step of the first. Of splits of 40 steps, 30 + 10 left the lowest error.
 RESTART = 1 / 3
 
 # The margin of a row after a rejected round, 2 margin + 0.1, and after an accepted one, 0.7 margin.

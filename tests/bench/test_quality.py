@@ -61,10 +61,9 @@ class TestCells:
             alphas = {name for name in varied if name.startswith("alpha")}
             # One of the five values is the base's own.
             assert len(alphas) == 4
-            assert {"penalty 0", "steps 20", "steps 60", base} <= set(varied)
-            assert "penalty 1" not in varied
-            # 30 is the default where weights are refitted.
-            assert ("steps 30" in varied) == (base == quality.MASKS)
+            assert {"penalty 0", "steps 20", "steps 30", "steps 60", base} <= set(varied)
+            # The whole penalty is the default where weights are not refitted.
+            assert ("penalty 1" in varied) == (base != quality.MASKS)
             assert [c.method for c in own if c.pattern == "layer:0.6"] == [base]
         assert [c.method for c in cells if "SparseGPT" in c.method] == ["SparseGPT"]
 

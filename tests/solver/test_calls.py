@@ -38,5 +38,5 @@ def test_calls_of_a_solve_are_those_that_are_made(options):
 
 def test_what_the_readme_says_of_products():
     default, masks = calls("sparsefw", config(), True), calls("sparsefw", config(refit=0), False)
-    assert (default.steps, default.target, default.products) == (40, 4, 40 + 4 + 25 + 4)
+    assert (default.steps, default.target, default.products) == (32, 4, 32 + 4 + 25 + 4)
     assert (masks.steps, masks.products) == (40, 44)

@@ -29,12 +29,12 @@ class TestDefaults:
     @pytest.mark.parametrize(
         ("options", "expected"),
         [
-            ({}, dict(steps=30, alpha=0, swaps=0, refit=4, rounds=3, target="dense", damp=0.1)),
+            ({}, dict(steps=24, penalty=0.7, alpha=0, swaps=0, refit=4, rounds=3, target="dense", damp=0.1)),
             (dict(refit=2), dict(alpha=0, swaps=0, refit=2, rounds=3, target="dense", damp=0.1)),
-            (dict(refit=0), dict(steps=40, alpha=0, swaps=100, refit=0, rounds=0, target="layer", damp=0.2)),
+            (dict(refit=0), dict(steps=40, penalty=1, alpha=0, swaps=100, refit=0, rounds=0, target="layer", damp=0.2)),
             (dict(refit=0, alpha=0.25, swaps=0, damp=0), dict(alpha=0.25, swaps=0, damp=0)),
             (dict(alpha=0.5, target="layer"), dict(alpha=0.5, target="layer")),
-            (dict(preset="fast"), dict(steps=3, alpha=0, swaps=0, refit=4, rounds=0, target="layer", damp=0.1)),
+            (dict(preset="fast"), dict(steps=3, penalty=1, alpha=0, swaps=0, refit=4, rounds=0, target="layer")),
             (dict(preset="fast", refit=0), dict(steps=10, swaps=0, refit=0, rounds=0, target="layer", damp=0.2)),
             (dict(preset="paper"), dict(alpha=0.9, swaps=0, refit=0, rounds=0, target="layer", damp=0)),
             (dict(preset="paper", refit=2), dict(alpha=0.9, swaps=0, rounds=0, target="dense", damp=0.1)),
@@ -47,7 +47,7 @@ class TestDefaults:
         found = PruneConfig()
         assert (found.sparsity, found.method, found.compare, found.preset) == ("0.6", "sparsefw", (), "sparsefw")
         assert (found.include, found.ignore, found.keep_zeros, found.warm_start) == ((), (), False, "wanda")
-        assert (found.step_rule, found.penalty) == ("line-search", 1)
+        assert found.step_rule == "line-search"
         assert (PruneConfig.paper().step_rule, PruneConfig.paper().penalty) == ("open-loop", 0)
         assert PruneConfig.paper().steps == PruneConfig.paper(refit=2).steps == 2000
 
@@ -170,7 +170,7 @@ class TestValues:
         assert PruneConfig(alpha=1, damp=0, penalty=0).alpha == 1
 
     def test_equal_where_their_values_are(self):
-        assert PruneConfig() == PruneConfig(refit=4, steps=30, include=[])
+        assert PruneConfig() == PruneConfig(refit=4, steps=24, include=[])
         assert hash(PruneConfig()) == hash(PruneConfig(refit=4))
         assert PruneConfig() != PruneConfig(refit=3)
         assert PruneConfig(compare=["wanda"]) == PruneConfig(compare=("wanda", "wanda"))
@@ -186,7 +186,7 @@ class TestValues:
         masks = first.replace(refit=0)
         assert masks == PruneConfig(sparsity="2:4", alpha=0.5, refit=0)
         assert (masks.steps, masks.swaps, masks.target, masks.damp, masks.alpha) == (40, 100, "layer", 0.2, 0.5)
-        assert (first.steps, first.refit) == (30, 4)
+        assert (first.steps, first.refit) == (24, 4)
         assert masks.replace(refit=4) == first
         assert first.replace(preset="paper").alpha == 0.5
         assert first.replace(sparsity="0.3").pattern.sparsity == PruneConfig(sparsity="0.3").pattern.sparsity
