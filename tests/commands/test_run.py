@@ -322,7 +322,7 @@ class TestRefused:
     @pytest.mark.parametrize("target", ["dense", "layer"])
     def test_model_without_layers(self, target, tmp_path, text, capsys, monkeypatch):
         source = save_model(tmp_path / "model", "llama")
-        monkeypatch.setattr("sparsefw.model.layers.products._PRODUCTS", {})
+        monkeypatch.setattr("sparsefw.model.layers.products._CALLS", {})
         capsys.readouterr()
         status = run(source, text, tmp_path / "out", "--target", target)
         self.refused(capsys, tmp_path, status, "model.layers.0: unsupported model: no matrix")
