@@ -35,7 +35,7 @@ def run_with_blocks_replaced(model: StreamedModel, ids: Tensor, replacement: Rep
         block.forward = lambda hidden, *args, _i=i, **kwargs: replacement(_i, hidden, args, kwargs)
     try:
         with explained(type(model.model).__name__, "its forward outside of the blocks"):
-            return model.model(input_ids=ids.to(model.device), use_cache=False)
+            return model.runs(input_ids=ids.to(model.device), use_cache=False)
     except StopForward:
         return None
     finally:

@@ -39,6 +39,7 @@ class StreamedModel:
     Attributes:
         device: device that the model runs on.
         model: the whole model; its weights are on the meta device while they are not used.
+        runs: the module whose forward is run: the model, or its text model, see `TextPath`.
         blocks: the decoder blocks that text runs through, in order.
         names: their names in the model, e.g. "model.layers.0".
         idle: the blocks that text does not run through, by name. They stay as they are in the checkpoint.
@@ -69,7 +70,8 @@ class StreamedModel:
         self.model = model = self._skeleton.model
         self.max_seqlen = skeleton.max_seqlen(model.config)
         path = follow_text(model, checkpoint.folder)
-        self.blocks, self.names, self.idle = list(path.blocks.values()), list(path.blocks), path.idle
+        self.runs, self.idle = path.runs, path.idle
+        self.blocks, self.names = list(path.blocks.values()), list(path.blocks)
         self._number = {name: i for i, name in enumerate(self.names)}
         self.shared = shared_parameters(model, self.names, tied_parameters(model), self._skeleton.goes_into.values())
         # The checkpoint's tensors by block; under None those outside of the blocks that are loaded.
@@ -240,6 +242,8 @@ class StreamedModel:
             "text does not run through": [name for piece in self.pieces for name in piece if name not in needed],
         }
         notes = [f"config.json names {built.replaced}: pruned as {kind}"] if built.replaced else []
+        if self.runs is not self.model:
+            notes.append(f"{kind} does not run on text alone: its {type(self.runs).__name__} is run in its place")
         if shared := self.shared.names:
             notes.append(f"stay dense: {len(shared)} parameters that blocks share, {min(shared)} first")
         if dequantized := quantization.note(tensors.values(), self._checkpoint.quantization):

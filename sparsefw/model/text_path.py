@@ -35,11 +35,14 @@ class TextPath:
     """What a forward on text runs through.
 
     Attributes:
+        runs: the module whose forward it is: the model, or its text model where the model's own forward cannot do
+            without other input.
         blocks: the blocks by name, in the order of their calls. Each is called once.
         idle: the blocks of the same list that are not called, by name.
         reads: names of the parameters and stored buffers outside of the blocks that are read, all names of tied ones.
     """
 
+    runs: PreTrainedModel
     blocks: dict[str, nn.Module]
     idle: dict[str, nn.Module]
     reads: frozenset[str]
@@ -57,14 +60,15 @@ def follow_text(model: PreTrainedModel, folder: Path) -> TextPath:
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     kind, found = type(model).__name__, _stacks(model, depth)
-    try:
-        path = _follow(model, found) if found else None
-    except InputError:
-        if len(found) == 1:
-            raise
-        path = None
-    if path:
-        return path
+    failed: InputError | None = None
+    for runs in (model, *_text_models(model, found)) if found else ():
+        try:
+            if path := _follow(model, found, runs):
+                return path
+        except InputError as error:
+            failed = failed or error
+    if failed and len(found) == 1:
+        raise failed
     count = f"{len(found)} of them ({', '.join(found)}) were found" if found else "none was found"
     raise InputError(
         f"{folder}: unsupported model {kind}: one list of {depth} decoder blocks (num_hidden_layers) is needed, {count}"
@@ -88,13 +92,20 @@ def _stacks(model: PreTrainedModel, depth: Any) -> dict[str, nn.ModuleList]:
     return {name: module for name, module in model.named_modules() if module in found}
 
 
+def _text_models(model: PreTrainedModel, stacks: dict[str, nn.ModuleList]) -> list[PreTrainedModel]:
+    """Models inside a model that have these lists of modules and a head of their own."""
+    inner = [m for m in model.modules() if m is not model and isinstance(m, PreTrainedModel)]
+    holding = [m for m in inner if set(stacks.values()) <= set(m.modules())]
+    return [m for m in holding if m.get_output_embeddings() is not None]
+
+
 def _outermost(lists: list[nn.ModuleList]) -> list[nn.ModuleList]:
     inside = {module for outer in lists for module in outer.modules() if module is not outer}
     return [module for module in lists if module not in inside]
 
 
 @torch.no_grad()
-def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList]) -> TextPath | None:
+def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList], runs: PreTrainedModel) -> TextPath | None:
     """Run a model's own forward on a few tokens, with stand-ins for its blocks, and look at what it uses.
 
     The first block of each class is run, and shows what the others return.
@@ -102,6 +113,7 @@ def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList]) -> TextPat
     Args:
         model: the model.
         stacks: the lists that may be its blocks, by name.
+        runs: the model, or a model inside it, whose forward is run.
 
     Returns:
         What it uses; None if it runs through blocks of several of the lists.
@@ -109,7 +121,7 @@ def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList]) -> TextPat
     Raises:
         InputError: the forward fails, calls a block twice or none at all, or gives a block no hidden states.
     """
-    kind, calls, returned = type(model).__name__, _Calls(type(model).__name__), {}
+    kind, calls, returned = type(runs).__name__, _Calls(type(runs).__name__), {}
     blocks = {f"{name}.{i}": block for name, stack in stacks.items() for i, block in enumerate(stack)}
     inside = {module for block in blocks.values() for module in block.modules()}
 
@@ -130,7 +142,7 @@ def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList]) -> TextPat
             block.forward = lambda *args, _name=name, **kwargs: stand_in(_name, args, kwargs)
         try:
             with explained(kind, "its forward"), reads:
-                model(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64), use_cache=False)
+                runs(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64), use_cache=False)
         finally:
             for block in blocks.values():
                 del block.forward
@@ -146,7 +158,7 @@ def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList]) -> TextPat
         return None
     called = {name: blocks[name] for name in calls.names}
     idle = {name: block for name, block in blocks.items() if name.startswith(f"{used[0]}.") and name not in called}
-    return TextPath(called, idle, read)
+    return TextPath(runs, called, idle, read)
 
 
 class _Calls:

@@ -142,3 +142,26 @@ def test_a_run_goes_on_between_two_pieces(tmp_path, monkeypatch):
     paths = [sorted((tmp_path / name).glob("*.safetensors")) for name in ("undisturbed", "out")]
     assert [path.name for path in paths[0]] == [path.name for path in paths[1]]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*paths, strict=True))
+
+
+def test_text_model_of_a_class_that_does_not_run_on_text(tmp_path, monkeypatch, capsys):
+    source = save_multimodal(tmp_path / "model", "llama4")
+
+    def fails(self, *args, **kwargs):
+        raise AttributeError("no image_outputs")
+
+    # Later versions of transformers may have mended it.
+    monkeypatch.setattr("transformers.Llama4ForConditionalGeneration.forward", fails)
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert run(source, tmp_path / "text.txt", tmp_path / "out", "--method", "wanda") == 0
+    assert "Llama4ForConditionalGeneration does not run on text alone: its Llama4ForCausalLM is run" in str(
+        capsys.readouterr()
+    )
+    status, printed, _ = verdict(capsys, tmp_path / "out")
+    assert status == 0, printed
+    model, loaded = load_as_named(tmp_path / "out")
+    assert not any(loaded[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    with torch.no_grad():
+        expected = model.language_model.eval()(input_ids=IDS, use_cache=False).logits
+    assert expected.std() > 0.1
+    assert torch.equal(streamed_logits(tmp_path / "out"), expected)
