@@ -69,7 +69,8 @@ def _plans(plans: list[dict[str, Any]]) -> Iterator[str]:
         return
     yield "## Models of real size"
     yield ""
-    yield "What `sparsefw.plan` says of a `config.json`, for 256 windows of 2048 tokens on one H100, or an H200 where that is too small. **Not measured.**"
+    yield "What `sparsefw.plan` says of a `config.json`, for 256 windows of 2048 tokens on one H100, or on an H200"
+    yield "where that is too small. **Not measured.**"
     yield ""
     yield from _head(["model", "class", "parameters, 10^9", "peak GPU, GiB", "peak host, GiB", "Pflop", "output, GB"])
     for plan in plans:
