@@ -31,6 +31,9 @@ KINDS = {
     "exaone4": "norms behind layers",
     "bert": "a class that sees the tokens behind",
     "starcoder2": "no gate in the MLP",
+    "qwen3_5": "images beside text, and linear attention",
+    "gemma3n_text": "keys and values that blocks share",
+    "llama4_text": "experts in one product",
 }
 
 
