@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .naive import check_budget
-from .naive_fits import CONVERGED
+from .naive_fits import CONVERGED, ratio
 from .topk_torch import as_float, at_least, masked, row_blocks, select
 
 
@@ -117,7 +117,7 @@ def conjugate_step(
         r, p = R[rows], P[rows].float()
         if not first:
             u, before = U[rows], rz[rows]
-            a = _ratio(before, (p * u).sum(1)).masked_fill_(before <= enough[rows], 0)[:, None]
+            a = ratio(before, (p * u).sum(1)).masked_fill_(before <= enough[rows], 0)[:, None]
             Z[rows].addcmul_(p, a)
             r.addcmul_(u, -a)
         if last:
@@ -129,11 +129,7 @@ def conjugate_step(
             p.copy_(z)
             enough[rows] = CONVERGED * now
         else:
-            p.mul_(_ratio(now, before)[:, None]).add_(z)
+            p.mul_(ratio(now, before)[:, None]).add_(z)
         if p.dtype != P.dtype:
             P[rows] = p
         rz[rows] = now
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator > 0, numerator / denominator, 0)

@@ -195,7 +195,7 @@ def conjugate_step(
     """
     p, before = P.to(Z.dtype), rz.clone()
     if not first:
-        a = _ratio(before, (p * U).sum(1)).masked_fill(before <= enough, 0)[:, None]
+        a = ratio(before, (p * U).sum(1)).masked_fill(before <= enough, 0)[:, None]
         Z += a * p
         R -= a * U
     if last:
@@ -207,8 +207,9 @@ def conjugate_step(
         P.copy_(z)
         enough.copy_(CONVERGED * rz)
     else:
-        P.copy_(z + _ratio(rz, before)[:, None] * p)
+        P.copy_(z + ratio(rz, before)[:, None] * p)
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, and 0 where the denominator is not positive."""
     return torch.where(denominator > 0, numerator / denominator, 0)
