@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from sparsefw.checkpoint import trust
-from sparsefw.checkpoint.quantization import KEY
+from sparsefw.checkpoint.quantization import KEY, ORIGINAL
 from sparsefw.checkpoint.source import CONFIG, Checkpoint
 from sparsefw.checkpoint.tensors import Loadable
 from sparsefw.errors import InputError, first_line, shown
@@ -140,6 +140,7 @@ def _build(checkpoint: Checkpoint, config: Any) -> Skeleton:
     model = type(empty).from_pretrained(None, config=config, state_dict=_promises(checkpoint), **options)
     model.eval().requires_grad_(False)
     goes_into = private.destinations(model, checkpoint.tensors, conversions)
+    _check_dtypes(goes_into, model, checkpoint)
     unused = sorted(checkpoint.tensors.keys() - goes_into.keys())
     replaced = "" if kind.__name__ in named or not named else shown(named[0])
     return Skeleton(model, goes_into, conversions, checkpoint.dtype, unused, replaced)
@@ -179,6 +180,18 @@ def max_seqlen(config: PretrainedConfig) -> int | None:
 
 def _promises(checkpoint: Checkpoint) -> dict[str, private.PromisedTensor]:
     return {name: private.PromisedTensor(info.shape, info.dtype) for name, info in checkpoint.tensors.items()}
+
+
+def _check_dtypes(goes_into: dict[str, str], model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Refuse integers where the model has floating-point numbers: they are weights of a quantization without scales."""
+    state = model.state_dict()
+    for name, parameter in goes_into.items():
+        tensor = checkpoint.tensors[name]
+        if state[parameter].is_floating_point() and not tensor.dtype.is_floating_point:
+            raise InputError(
+                f"{tensor.file}: tensor {name} has dtype {tensor.dtype}, and the model has {state[parameter].dtype} there: "
+                f"it is quantized in a way that {CONFIG} does not name; {ORIGINAL}"
+            )
 
 
 def _check(report: private.LoadReport, empty: PreTrainedModel, checkpoint: Checkpoint) -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from helpers.families import FAMILIES, VOCABULARY, save_model
+from helpers.verifying import change_tensor
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, XLMConfig, XLMWithLMHeadModel
 
@@ -179,6 +180,14 @@ class TestRefused:
         folder = save_model(tmp_path, "llama")
         self.change_config(folder, num_hidden_layers=4)
         with pytest.raises(InputError, match=r"model\.layers\.3\..* missing from the checkpoint \(9 in all\)"):
+            open_model(folder)
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+    def test_integers_in_place_of_weights(self, tmp_path, dtype):
+        folder = save_model(tmp_path, "llama")
+        name = "model.layers.1.mlp.up_proj.weight"
+        change_tensor(folder, name, lambda W: (100 * W).to(dtype))
+        with pytest.raises(InputError, match=rf"tensor {name} has dtype {dtype}, and the model has torch.float32 there"):
             open_model(folder)
 
     def test_tensors_that_the_model_does_not_use_are_named(self, tmp_path):
