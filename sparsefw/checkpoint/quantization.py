@@ -281,7 +281,7 @@ def _join_mxfp4(stored: dict[str, TensorInfo], name: str, quantization: Quantiza
         return None
     scale = f"{name.removesuffix(BLOCKS)}{SCALES}"
     scales = stored[scale]
-    if len(values.shape) != 4 or values.shape[-1] != GROUP_BYTES:
+    if len(values.shape) != 4 or values.shape[-1] != GROUP_BYTES or not all(values.shape):
         raise InputError(
             f"{values.file}: tensor {name} has the shape {values.shape}, and MXFP4 has (experts, rows, groups, "
             f"{GROUP_BYTES})"

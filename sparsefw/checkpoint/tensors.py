@@ -111,13 +111,13 @@ def dequantize_fp8(values: Tensor, scales: Tensor, block: tuple[int, int], dtype
     matrices = values.reshape(-1, rows, columns)
     grids = scales.float().reshape(len(matrices), -(-rows // height), -(-columns // width))
     out = torch.empty(matrices.shape, dtype=dtype, device=values.device)
-    # Whole blocks at a time.
-    step = max(1, CHUNK // (columns * height)) * height
+    step = max(1, CHUNK // columns)
+    # The block of each row. Blocks may be far larger than the matrix.
+    row_blocks, width = torch.arange(rows, device=values.device) // height, min(width, columns)
     for matrix, grid, result in zip(matrices, grids, out, strict=True):
         for first in range(0, rows, step):
             chunk = matrix[first : first + step].float()
-            factors = grid[first // height : -(-(first + len(chunk)) // height)]
-            factors = factors.repeat_interleave(height, 0)[: len(chunk)].repeat_interleave(width, 1)[:, :columns]
+            factors = grid[row_blocks[first : first + step]].repeat_interleave(width, 1)[:, :columns]
             result[first : first + step] = chunk.mul_(factors)
     return out.reshape(values.shape)
 
