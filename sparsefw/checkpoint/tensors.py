@@ -58,6 +58,11 @@ class QuantizedInfo(TensorInfo):
         """See `TensorInfo`."""
         return self.parts
 
+    @property
+    def stored_nbytes(self) -> int:
+        """Size of the data, as it is stored."""
+        return sum(part.nbytes for part in self.parts.values())
+
 
 class QuantizedTensor:
     """A quantized tensor in its stored form.

@@ -87,11 +87,12 @@ def describe(model: str) -> DescribedModel:
     text_config = config.get_text_config()
     if not getattr(text_config, "num_hidden_layers", 1):
         raise InputError(f"{path}: num_hidden_layers is 0: there is nothing to prune")
-    shape = _shape(Checkpoint(folder, {}, tensors, dtype, quantization), path)
+    shape = _shape(Checkpoint(folder, {}, tensors, dtype), path)
     if quantization:
-        # Where the tensors are not known, at least: as if all of them were quantized.
-        share = stored.stored_nbytes / stored.nbytes if stored else quantization.share(dtype)
-        shape = replace(shape, stored=share)
+        # As if all of a block were quantized. Without the weights as if everything were, which is the least to read.
+        share = quantization.share(dtype)
+        quantized = int(share * max(block.nbytes for block in shape.blocks))
+        shape = replace(shape, quantized=quantized, stored=stored.stored_nbytes / stored.nbytes if stored else share)
     return DescribedModel(
         name=type(empty).__name__,
         shape=shape,

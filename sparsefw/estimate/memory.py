@@ -85,11 +85,11 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
         ),
         "solve": weights + max(_solve_bytes(b, workload, placement, kept) for b in blocks),
         "write": weights,
-        "end": shape.outside + (logits if workload.evaluation else 0),
+        "end": shape.outside + max(logits if workload.evaluation else 0, shape.quantized),
     }
     pruning = others + kept.far
     # All tensors outside of the blocks are written at the end, piece by piece. They are not loaded for it.
-    piece = max(shape.pieces)
+    piece = max(shape.pieces) + shape.quantized
     on_host = {"start": passing, "calibrate": pruning, "solve": pruning, "write": others, "end": max(passing, piece)}
     if not workload.gpu:
         on_host["end"] = max(0, piece - on_device["end"])

@@ -89,8 +89,8 @@ class ModelShape:
         by_window: whether logits are made of one window at a time, and not of a micro-batch.
         names_by_block: the name of each block, and the names of its layers inside the block, every expert by itself.
         pieces: bytes of the pieces in which all tensors outside of the blocks are written; by default `outside`.
-        quantized: bytes of the quantized tensors of a block as they are stored, at most. They are in memory beside the
-            block while it is loaded; 0 if the checkpoint is not quantized.
+        quantized: bytes of quantized tensors as they are stored, at most: those that are in memory at once beside what
+            is made of them. 0 if the checkpoint is not quantized.
         stored: bytes of the checkpoint for each byte of the parameters.
     """
 
@@ -177,7 +177,6 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
             blocks.append(known[kind])
     config = model.model.config.get_text_config()
     eager = attention_implementation(model.model) == "eager"
-    share = checkpoint.quantization.share(checkpoint.dtype) if checkpoint.quantization else 0
     return ModelShape(
         blocks=tuple(shape for shape, _ in blocks),
         outside=model.outside_bytes,
@@ -188,7 +187,7 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
         parameters=count,
         names_by_block=tuple((name, layers) for name, (_, layers) in zip(model.names, blocks, strict=True)),
         pieces=tuple(sum(checkpoint.tensors[name].nbytes for name in piece) for piece in model.pieces),
-        quantized=int(share * max(shape.nbytes for shape, _ in blocks)) if share else 0,
+        quantized=model.quantized_bytes,
         stored=checkpoint.stored_nbytes / checkpoint.nbytes,
         between=_between(*walks),
         by_window=states.flow.by_window and states.hidden[0].shape[:2] == (1, TOKENS),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparsefw.checkpoint import quantization
 from sparsefw.checkpoint.reader import read_tensors
 from sparsefw.checkpoint.source import Checkpoint
-from sparsefw.checkpoint.tensors import Loadable, TensorInfo, dequantized
+from sparsefw.checkpoint.tensors import Loadable, QuantizedInfo, TensorInfo, dequantized
 from sparsefw.finite import check_finite
 from sparsefw.model import skeleton
 from sparsefw.model.flow import Flow, Form
@@ -188,13 +188,25 @@ class StreamedModel:
 
     def other_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors outside of the blocks as they are in the checkpoint, on the host; see `pieces`."""
-        read = self._read_tensors({name: self._checkpoint.tensors[name] for name in names}, False)
-        return {name: dequantized(tensor) for name, tensor in read.items()}
+        read = dict(self._read_tensors({name: self._checkpoint.tensors[name] for name in names}, False))
+        # A stored form goes as soon as it is dequantized.
+        return {name: dequantized(read.pop(name)) for name in [*read]}
 
     @property
     def loaded(self) -> list[str]:
         """Names of the checkpoint's tensors that are loaded at some time."""
         return [name for names in self._tensors_of.values() for name in names]
+
+    @property
+    def quantized_bytes(self) -> int:
+        """Bytes of quantized tensors as they are stored: the most that are in memory beside what is made of them."""
+
+        def stored(names: Iterable[str]) -> int:
+            infos = (self._checkpoint.tensors[name] for name in names)
+            return sum(info.stored_nbytes for info in infos if isinstance(info, QuantizedInfo))
+
+        one_by_one = (stored([name]) for piece in self.pieces for name in piece)
+        return max(*map(stored, self._tensors_of.values()), *one_by_one)
 
     def _sorted(self, reads: frozenset[str]) -> dict[int | None, list[str]]:
         """Names of the checkpoint's tensors by block; under None those of the parameters in `reads`."""

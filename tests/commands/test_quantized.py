@@ -9,7 +9,7 @@ import torch
 from helpers.commands import run, tensors_of
 from helpers.families import config_of
 from helpers.planning import planned
-from helpers.quantized import change_stored, dequantized, save_fp8, save_mxfp4, save_plain
+from helpers.quantized import change_stored, dequantized, fp8, save_fp8, save_mxfp4, save_plain
 from helpers.verifying import change_tensor, flip_bit, only_failure, put, verdict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from sparsefw import checkpoint, plan
 from sparsefw.checkpoint import resume
 from sparsefw.checkpoint.source import CONFIG, SINGLE
+from sparsefw.checkpoint.tensors import dequantize_fp8
 from sparsefw.estimate import Workload, describe, disk_space, memory_needs
 from sparsefw.estimate.totals import disk_traffic
 from sparsefw.model import Placement, shape_of
@@ -161,6 +162,31 @@ def test_bad_values_are_one_line(source, text, tmp_path, capsys):
     assert error[-1].startswith(f"sparsefw: {OUT}: holds 1 NaN and 0 Inf among 1024 values")
 
 
+def test_quantized_tensors_outside_of_the_blocks(text, tmp_path, capsys):
+    """Embeddings, and a layer that the model's class has no use for, larger than a block."""
+    folder = save_fp8(tmp_path / "model", "qwen3")
+    small = shape_of(checkpoint.inspect(folder)).quantized
+    embeddings, unused = "model.embed_tokens.weight", "model.layers.3.eh_proj.weight"
+    x, scale = torch.randn(512, 32), f"{unused}_scale_inv"
+
+    def quantize(tensors):
+        for name, tensor in ((embeddings, tensors[embeddings].float()), (unused, x)):
+            tensors[name], tensors[f"{name}_scale_inv"] = fp8(tensor, (16, 16))
+
+    change_stored(folder, quantize)
+    shape, stored = shape_of(checkpoint.inspect(folder)), load_file(folder / SINGLE)
+    assert shape.quantized == stored[unused].nbytes + stored[scale].nbytes > small
+    assert run(folder, text, tmp_path / "out", "--method", "wanda") == 0
+    assert verdict(capsys, tmp_path / "out")[0] == 0
+    written = tensors_of(tmp_path / "out")
+    assert not {f"{embeddings}_scale_inv", scale} & written.keys()
+    for name in (embeddings, unused):
+        expected = dequantize_fp8(stored[name], stored[f"{name}_scale_inv"], (16, 16), torch.bfloat16)
+        assert torch.equal(written[name], expected)
+    change_tensor(tmp_path / "out", unused, put((5, 5), flip_bit))
+    assert unused in only_failure(capsys, tmp_path / "out", "others")
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
 def test_estimates_know_both_sizes(name, source, tmp_path):
     quantized, plain = (
@@ -173,11 +199,15 @@ def test_estimates_know_both_sizes(name, source, tmp_path):
     small = sum(t.nbytes for t in values if t.dtype in (torch.float8_e4m3fn, torch.uint8, torch.float32))
     block = quantized.blocks[1].nbytes
     # At most: as if norms and biases were quantized, too.
-    assert small <= quantized.quantized < block
+    assert small == quantized.quantized < block
     workload = Workload(6, (), 32, PruneConfig(kernel="torch"), gpu=False, threads=1)
     large = replace(plain, quantized=2**32)
     needs, fewer = (memory_needs(shape, workload, Placement(2)).phases for shape in (large, plain))
-    assert min(needs[phase][1] for phase in ("start", "calibrate")) > 2**32 > max(phase[1] for phase in fewer.values())
+    assert (
+        min(needs[phase][1] for phase in ("start", "calibrate", "end"))
+        > 2**32
+        > max(phase[1] for phase in fewer.values())
+    )
     assert disk_space(quantized, workload, Placement(2)) == disk_space(plain, workload, Placement(2))
     # A plan reads the config alone, or the headers where they are.
     small, large = (disk_traffic(planned(folder, workload.config, 6)) for folder in (source(name), tmp_path / "plain"))
@@ -186,6 +216,8 @@ def test_estimates_know_both_sizes(name, source, tmp_path):
     described = describe(str(source(name)))
     assert described.shape.blocks == plain.blocks
     assert described.shape.stored == pytest.approx(quantized.stored)
+    # As if norms and biases were quantized, too.
+    assert quantized.quantized < described.shape.quantized < block
     assert any("quantized by" in note for note in described.notes)
     alone = describe(str(config_of(source(name), tmp_path / "alone")))
     assert alone.shape.blocks == plain.blocks

@@ -187,7 +187,9 @@ class TestRefused:
         folder = save_model(tmp_path, "llama")
         name = "model.layers.1.mlp.up_proj.weight"
         change_tensor(folder, name, lambda W: (100 * W).to(dtype))
-        with pytest.raises(InputError, match=rf"tensor {name} has dtype {dtype}, and the model has torch.float32 there"):
+        with pytest.raises(
+            InputError, match=rf"tensor {name} has dtype {dtype}, and the model has torch.float32 there"
+        ):
             open_model(folder)
 
     def test_tensors_that_the_model_does_not_use_are_named(self, tmp_path):
