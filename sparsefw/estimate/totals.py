@@ -67,7 +67,8 @@ def _activation_traffic(run: PlannedRun, block: BlockShape) -> Counter[str]:
     traffic: Counter[str] = Counter()
     if run.placement.place != "file":
         return traffic
-    window = run.workload.seqlen * run.shape.hidden * run.shape.itemsize
+    # Hidden states alone: what blocks hand on beside them is known at most, and this is a lower bound.
+    window = run.shape.of_stream(run.workload.seqlen)[0]
     for windows_pass in passes(block, run.workload, run.placement):
         # Windows that move are written, too.
         traffic[windows_pass.phase] += windows_pass.windows * window * (1 + windows_pass.moves)

@@ -53,13 +53,16 @@ def test_the_larger_of_flops_and_bytes():
     assert rates.seconds([first, second], speed) == 5 + 10
 
 
-def test_activations_in_a_file(tmp_path):
+@pytest.mark.parametrize(("family", "blocks", "streams"), [("llama", 3, 1), ("gemma3n_text", 6, 4)])
+def test_activations_in_a_file(family, blocks, streams, tmp_path):
     """Every pass reads activations, passes that advance also write them, and all of them wait for the disk."""
-    source = save_model(tmp_path / "model", "llama")
+    source = save_model(tmp_path / "model", family)
     plan = planned(source, make_config(refit=0), 6, place="file")
-    size = 6 * SEQLEN * 32 * 4
-    assert disk_space(plan.shape, plan.workload, plan.placement)["activations"] == size
+    # Without what blocks hand on.
+    size = 6 * plan.shape.of_stream(SEQLEN)[0]
+    assert size == 6 * SEQLEN * 32 * 4 * streams
+    assert (disk_space(plan.shape, plan.workload, plan.placement)["activations"] == size) == (family == "llama")
     traffic = totals.disk_traffic(plan)
-    assert (traffic["calibrate"], traffic["forward"]) == (3 * size, 3 * 2 * size)
+    assert (traffic["calibrate"], traffic["forward"]) == (blocks * size, blocks * 2 * size)
     speed = Rates(dict.fromkeys(rates.UNITS, math.inf), math.inf, 1.0, "")
     assert totals.seconds(plan, speed) == pytest.approx(traffic.total())
