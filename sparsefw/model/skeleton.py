@@ -161,11 +161,15 @@ def class_of(config: PretrainedConfig, place: Path) -> tuple[type[PreTrainedMode
     """
     kind = private.generating_class(config)
     if kind is None:
-        named = ", ".join(map(str, config.architectures or [])) or "no class"
-        why = "its decoder reads what an encoder puts out" if config.is_encoder_decoder else "none generates text"
+        named = shown(", ".join(map(str, config.architectures or [])) or config.model_type)
+        why = (
+            "has a decoder that reads what an encoder puts out"
+            if config.is_encoder_decoder
+            else f"is none that generates text, and transformers has none for {shown(config.model_type)}"
+        )
         raise InputError(
-            f"{place}: transformers cannot load this model: unsupported architecture ({shown(named)}): of its classes "
-            f"for {shown(config.model_type)}, {why}; give a model that generates text from text"
+            f"{place}: transformers cannot load this model: unsupported architecture: {named} {why}; give a model that "
+            "generates text from text"
         )
     text = config.get_text_config()
     takes_text = kind.config_class is type(text) and kind.config_class is not type(config)

@@ -67,8 +67,9 @@ class PromisedTensor:
 def generating_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     """The class of transformers that the config names, if it is in a list of those that generate text, and takes it.
 
-    Otherwise the class that the lists have for this type of config; None if they have none. Only the first list has
-    decoders that run without the encoder that their config describes.
+    Otherwise the class that the lists have for this type of config; None if they have none. The config of an encoder
+    and a decoder has to name its class, and the class has to be in the first list: there are decoders in it that run
+    alone. Another one's decoder would be pruned without what it reads of the encoder.
     """
     lists = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING") for task in _GENERATING]
     lists = lists[:1] if config.is_encoder_decoder else lists
@@ -81,7 +82,7 @@ def generating_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
             kind = getattr(transformers, name)
             if getattr(kind, "config_class", None) in taken:
                 return kind
-    for classes in lists:
+    for classes in [] if config.is_encoder_decoder else lists:
         if found := classes.get(type(config), None):
             return found[0] if isinstance(found, tuple | list) else found
     return None

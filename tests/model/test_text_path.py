@@ -14,6 +14,8 @@ from transformers import (
     HrmTextConfig,
     LlamaConfig,
     Qwen3_5Config,
+    WhisperForCausalLM,
+    WhisperForConditionalGeneration,
     XLNetConfig,
 )
 
@@ -29,9 +31,9 @@ def streamed(folder):
     return StreamedModel(checkpoint.inspect(folder), torch.device("cpu"))
 
 
-def save(folder, config, auto=AutoModelForCausalLM):
+def save(folder, config, make=AutoModelForCausalLM.from_config):
     torch.manual_seed(0)
-    auto.from_config(config).save_pretrained(folder)
+    make(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
@@ -75,12 +77,32 @@ class TestClass:
         assert not streamed(folder).notes
 
     def test_encoder_and_decoder(self, tmp_path):
+        message = r"cannot load .*: %s has a decoder that reads what an encoder puts out; give a model that generates"
         sizes = dict(vocab_size=258, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-        folder = save(tmp_path, AutoConfig.for_model("t5", **sizes), AutoModelForSeq2SeqLM)
-        with pytest.raises(
-            InputError, match=r"cannot load .*T5ForConditionalGeneration.* its decoder reads what an enc"
-        ):
+        folder = save(tmp_path / "t5", AutoConfig.for_model("t5", **sizes), AutoModelForSeq2SeqLM.from_config)
+        with pytest.raises(InputError, match=message % "T5ForConditionalGeneration"):
             streamed(folder)
+        # Its checkpoint has all tensors of a decoder that runs alone.
+        sizes = dict(d_model=32, num_mel_bins=8, max_source_positions=16, max_target_positions=64)
+        ids = dict(pad_token_id=1, bos_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+        for part in ("encoder", "decoder"):
+            sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 4, f"{part}_ffn_dim": 48}
+        config = AutoConfig.for_model("whisper", vocab_size=258, **sizes, **ids)
+        folder = save(tmp_path / "whisper", config, WhisperForConditionalGeneration)
+        with pytest.raises(InputError, match=message % "WhisperForConditionalGeneration"):
+            streamed(folder)
+        change_config(folder, architectures=None)
+        with pytest.raises(InputError, match=message % "whisper"):
+            streamed(folder)
+        alone = save(tmp_path / "alone", config, WhisperForCausalLM)
+        assert not streamed(alone).notes
+
+    def test_no_class_that_generates_text(self, tmp_path):
+        config = AutoConfig.for_model("vit")
+        config.architectures = ["ViTModel"]
+        message = "unsupported architecture: ViTModel is none that generates text, and transformers has none for vit; "
+        with pytest.raises(InputError, match=message):
+            class_of(config, tmp_path)
 
 
 class TestBlocks:
