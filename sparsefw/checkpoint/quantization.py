@@ -155,7 +155,7 @@ def _is_name(name: Any) -> bool:
 
 def joined(
     stored: dict[str, TensorInfo], quantization: Quantization, config: dict[str, Any], path: Path
-) -> tuple[dict[str, TensorInfo], torch.dtype]:
+) -> tuple[dict[str, TensorInfo], torch.dtype, list[str]]:
     """The tensors of a quantized checkpoint as the model has them.
 
     Args:
@@ -166,7 +166,8 @@ def joined(
         path: the file's path, for messages.
 
     Returns:
-        The tensors by name, and the dtype of the result.
+        The tensors by name, the dtype of the result, and the names of stored tensors that are no part of any: scales of
+        activations.
 
     Raises:
         InputError: scales are missing, or scales or values have a dtype or shape that does not fit.
@@ -181,13 +182,14 @@ def joined(
             quantized[new] = joint
     if not quantized:
         raise InputError(f"{path}: {KEY} says {quantization.method}, but no tensor is quantized; remove the entry")
-    used = {part for info in quantized.values() for part in info.parts}
-    others = {name: info for name, info in stored.items() if name not in used and not _is_left_out(name, stored)}
+    left_out = [name for name in stored if _is_left_out(name, stored)]
+    used = {part for info in quantized.values() for part in info.parts}.union(left_out)
+    others = {name: info for name, info in stored.items() if name not in used}
     for name, info in others.items():
-        if info.dtype == EXPONENT:
+        if info.dtype == EXPONENT or (quantization.method == "fp8" and name.endswith(SCALE)):
             raise InputError(f"{info.file}: tensor {name} is a scale, and what it scales is missing; {ORIGINAL}")
     dtype = dtype_in(config) or most_bytes(others.values()) or DTYPES[0]
-    return {name: replace(info, dtype=dtype) for name, info in quantized.items()} | others, dtype
+    return {name: replace(info, dtype=dtype) for name, info in quantized.items()} | others, dtype, left_out
 
 
 def dtype_in(config: dict[str, Any]) -> torch.dtype | None:

@@ -64,6 +64,8 @@ class Checkpoint:
         tensors: every tensor, by its name in the files. A quantized one is called as if it were not.
         dtype: the floating dtype that most bytes have; that of a quantized model once it is dequantized.
         quantization: how some of the tensors are quantized; None if none is.
+        left_out: names of tensors in the files that are not among `tensors`, and are no part of one: scales of the
+            activations of a quantized model.
     """
 
     folder: Path
@@ -71,6 +73,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     dtype: torch.dtype
     quantization: Quantization | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -151,9 +154,9 @@ def inspect(folder: Path) -> Checkpoint:
     quantization = quantization_of(config, folder / CONFIG)
     tensors = _read_headers(folder, DTYPES | (quantization.dtypes if quantization else {}))
     foreign.check_adapter(folder)
-    dtype = None
+    dtype, left_out = None, list[str]()
     if quantization:
-        tensors, dtype = joined(tensors, quantization, config, folder / CONFIG)
+        tensors, dtype, left_out = joined(tensors, quantization, config, folder / CONFIG)
     trust.check_sizes(config, folder / CONFIG, [tensor.shape for tensor in tensors.values()])
     companions(folder)
     trust.check_tokenizer(config, folder / CONFIG)
@@ -163,7 +166,7 @@ def inspect(folder: Path) -> Checkpoint:
     dtype = dtype or most_bytes(tensors.values())
     if dtype is None:
         raise InputError(f"{folder}: no floating-point tensor in it; give the checkpoint of a language model")
-    return Checkpoint(folder, config, tensors, dtype, quantization)
+    return Checkpoint(folder, config, tensors, dtype, quantization, tuple(left_out))
 
 
 def root_of(folder: Path) -> Path:

@@ -260,6 +260,8 @@ class StreamedModel:
             notes.append(f"stay dense: {len(shared)} parameters that blocks share, {min(shared)} first")
         if dequantized := quantization.note(tensors.values(), self._checkpoint.quantization):
             notes.append(dequantized)
+        if scales := self._checkpoint.left_out:
+            notes.append(f"scales of activations are not written: {len(scales)}, {min(scales)} first")
         if self._checkpoint.config.get("auto_map"):
             notes.append("auto_map is not written: it names code of the checkpoint, which is neither run nor copied")
         for what, names in others.items():

@@ -16,6 +16,7 @@ from sparsefw.checkpoint import quantization, tensors, trust
 from sparsefw.checkpoint.reader import fingerprint, read_tensors
 from sparsefw.checkpoint.source import CONFIG, SINGLE, inspect
 from sparsefw.checkpoint.tensors import QuantizedTensor, dequantize_fp8, dequantize_mxfp4
+from sparsefw.model import StreamedModel
 
 PATH = Path("config.json")
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -158,7 +159,11 @@ def test_scales_of_inputs_are_left_out(tmp_path):
     scale = Q.replace("weight", "activation_scale")
     change_stored(folder, lambda tensors: tensors.update({scale: torch.tensor(1.0), "activation_scale": torch.ones(1)}))
     # The other one belongs to no weight.
-    assert inspect(folder).tensors.keys() == names | {"activation_scale"}
+    inspected = inspect(folder)
+    assert inspected.tensors.keys() == names | {"activation_scale"}
+    assert inspected.left_out == (scale,)
+    notes = StreamedModel(inspected, torch.device("cpu")).notes
+    assert f"scales of activations are not written: 1, {scale} first" in notes
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
@@ -233,6 +238,10 @@ def test_the_dtype_that_the_config_names(tmp_path, named, dtype):
         (
             lambda t: t.update({"x.scale": torch.ones(1).to(torch.float8_e8m0fnu)}),
             "tensor x.scale is a scale, and what it scales is missing",
+        ),
+        (
+            lambda t: t.update({"x.weight_scale_inv": torch.ones(1)}),
+            "tensor x.weight_scale_inv is a scale, and what it scales is missing",
         ),
         (
             lambda t: t.update({"x": torch.ones(1).to(torch.float8_e5m2)}),
