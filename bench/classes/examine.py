@@ -33,7 +33,7 @@ FLAGS = ["--kernel", "torch", "--steps", "3", "--rounds", "1", "--refit", "2", "
 # Relative; perplexities of the same fp32 weights on the same windows.
 TOLERANCE = 1e-3
 
-_ROUTER = re.compile(r"(^|_)(gate|router)$")
+_ROUTER, _GATE = re.compile(r"(^|_)router$"), re.compile(r"(^|_)gate$")
 
 
 class Ended(Exception):
@@ -222,12 +222,13 @@ def _weight(state: dict[str, Tensor], name: str) -> Tensor | None:
 
 
 def _routers(model: nn.Module) -> Iterator[str]:
-    """Names of the matrices that choose experts: those of a gate or router beside a module with experts."""
+    """Names of the matrices that choose experts: those of any router, and of a gate beside a module with experts."""
     for path, module in model.named_modules():
         children = dict(module.named_children())
-        if not any(name.endswith("experts") for name in children):
-            continue
-        for name in filter(_ROUTER.search, children):
+        has_experts = any(name.endswith("experts") for name in children)
+        for name in children:
+            if not (_ROUTER.search(name) or (has_experts and _GATE.search(name))):
+                continue
             for inner, parameter in children[name].named_parameters():
                 if parameter.dim() >= 2:
                     yield ".".join(filter(None, (path, name, inner)))

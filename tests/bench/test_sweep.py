@@ -1,17 +1,20 @@
 """The sweep: classes that are made in other ways than tests/helpers/families.py has them, and that mistakes show."""
 
 import json
+import math
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import sweep
+import torch
 from classes import apart, examine, table
 from classes.apart import Limits, examine_all
 from classes.examine import NOT_RUN, REFUSED, TRACEBACK, WORKS, WRONG
 from classes.tiny_config import LAYERS, TOKENS, VOCABULARY, parts_of, tiny_config
-from classes.tiny_model import Case, cases, config_of
+from classes.tiny_model import Case, build, cases, config_of
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
@@ -132,6 +135,40 @@ class TestMistakes:
         outcome, reason = self.changed(monkeypatch, tmp_path, drop)
         assert outcome == WRONG
         assert "missing_keys" in reason
+
+
+def test_routers_are_watched():
+    """Beside experts, and where experts are called otherwise; gates of other kinds are not."""
+    expected = {
+        "qwen2_moe": {"mlp.gate.weight", "mlp.shared_expert_gate.weight"},
+        "dbrx": {"ffn.router.layer.weight"},
+        "jetmoe": {"mlp.router.layer.weight", "self_attention.experts.router.layer.weight"},
+        "gemma4_text": set(),
+        "llama": set(),
+    }
+    for model_type, names in expected.items():
+        with torch.device("meta"):
+            model = build(CASES[model_type])
+        assert {examine._without_numbers(name) for name in examine._routers(model)} == names
+
+
+def test_a_router_that_is_pruned_is_wrong():
+    """Though the report says so."""
+    original, pruned = (build(CASES["qwen2_moe"]) for _ in range(2))
+    name = "model.layers.1.mlp.gate.weight"
+    weight = pruned.get_parameter(name)
+    weight.data[:, ::2] = 0
+    layer = SimpleNamespace(name=name, kept=int((weight != 0).sum()))
+    report = SimpleNamespace(method="sparsefw", layers_of=lambda method: [layer])
+    with pytest.raises(examine.Ended, match=f"{name}: a router is not dense") as ended:
+        examine._compare_weights(report, original, pruned)
+    assert ended.value.outcome == WRONG
+
+
+def test_nothing_is_like_nan():
+    assert examine._alike(2.0, 2.001)
+    assert not any(examine._alike(*pair) for pair in [(2.0, 2.01), (math.nan, 2.0), (2.0, math.nan), (math.inf, 2.0)])
+    assert not examine._alike(math.nan, math.nan)
 
 
 class TestProcesses:
