@@ -193,8 +193,8 @@ def _check_dtypes(goes_into: dict[str, str], model: PreTrainedModel, checkpoint:
         tensor = checkpoint.tensors[name]
         if state[parameter].is_floating_point() and not tensor.dtype.is_floating_point:
             raise InputError(
-                f"{tensor.file}: tensor {name} has dtype {tensor.dtype}, and the model has {state[parameter].dtype} there: "
-                f"it is quantized in a way that {CONFIG} does not name; {ORIGINAL}"
+                f"{tensor.file}: tensor {name} has dtype {tensor.dtype}, and the model has {state[parameter].dtype} "
+                f"there: it is quantized in a way that {CONFIG} does not name; {ORIGINAL}"
             )
 
 
