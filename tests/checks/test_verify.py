@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from helpers.families import byte_tokenizer, save_model
+from classes.tiny_model import byte_tokenizer
+from helpers.families import save_model
 from helpers.verifying import (
     DOWN,
     NORM,

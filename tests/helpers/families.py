@@ -1,16 +1,16 @@
-"""Tiny random models of every family that must work, and a tokenizer, as checkpoints on disk."""
+"""Tiny random models of every family that must work, as checkpoints on disk."""
 
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from classes.tiny_model import byte_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCABULARY = 256 + 2
 # Tokens for six windows.
 TOKENS = torch.randint(2, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))
 
-_COMMON = {
+COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -24,7 +24,7 @@ _COMMON = {
     "pad_token_id": 1,
 }
 _SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 # By model_type: what the tiny config adds to the common part.
 FAMILIES = {
@@ -37,9 +37,9 @@ FAMILIES = {
     "phi3": {},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
     "gpt_neox": {},
-    "mixtral": _EXPERTS,
-    "qwen2_moe": {"decoder_sparse_step": 1, "shared_expert_intermediate_size": 40, **_EXPERTS},
-    "qwen3_moe": {"decoder_sparse_step": 1, **_EXPERTS},
+    "mixtral": EXPERTS,
+    "qwen2_moe": {"decoder_sparse_step": 1, "shared_expert_intermediate_size": 40, **EXPERTS},
+    "qwen3_moe": {"decoder_sparse_step": 1, **EXPERTS},
 }
 
 _GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48}
@@ -63,7 +63,7 @@ OTHERS = {
         "shared_expert_intermediate_size": 40,
         "decoder_sparse_step": 1,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        **_EXPERTS,
+        **EXPERTS,
     },
 }
 
@@ -93,7 +93,7 @@ _INDEXED = {
     "topk_group": 1,
     "mlp_layer_types": ["dense", "sparse", "sparse"],
     "indexer_types": ["full", "shared", "shared"],
-    **_EXPERTS,
+    **EXPERTS,
 }
 
 # Blocks that hand on more than hidden states: keys and values in a dict, indices, lists, sums of what lies before.
@@ -121,7 +121,7 @@ HANDING_ON = {
         "d_rel": 4,
         "rel_extent": 64,
         "n_routed_experts": 4,
-        **_EXPERTS,
+        **EXPERTS,
     },
 }
 
@@ -129,7 +129,7 @@ HANDING_ON = {
 def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Path:
     """A random checkpoint of a family with a byte-level tokenizer; `changes` go into its config."""
     torch.manual_seed(seed)
-    options = _COMMON | {"model_type": family} | (FAMILIES | OTHERS | HANDING_ON)[family] | changes
+    options = COMMON | {"model_type": family} | (FAMILIES | OTHERS | HANDING_ON)[family] | changes
     config = AutoConfig.for_model(**options)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for parameter in model.parameters():
@@ -146,13 +146,3 @@ def config_of(source: Path, folder: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text((source / "config.json").read_text())
     return folder
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, after <s> and </s>."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")

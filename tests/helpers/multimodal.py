@@ -4,22 +4,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from helpers.families import VOCABULARY, byte_tokenizer
+from classes.tiny_model import byte_tokenizer
+from helpers.families import COMMON
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
-_TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
+_TEXT = COMMON | {"num_hidden_layers": 2}
 _VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from helpers.families import byte_tokenizer, save_model
+from classes.tiny_model import byte_tokenizer
+from helpers.families import save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM

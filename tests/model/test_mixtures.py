@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from helpers.families import _COMMON, _EXPERTS
+from helpers.families import COMMON, EXPERTS
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from sparsefw.estimate import describe
@@ -140,7 +140,7 @@ def test_only_the_routers_stay_dense(model_type, tmp_path):
     if model_type not in CONFIG_MAPPING:
         pytest.skip("this version of transformers does not have it")
     changes, routers = MIXTURES[model_type]
-    config = AutoConfig.for_model(**(_COMMON | _EXPERTS | {"model_type": model_type} | changes))
+    config = AutoConfig.for_model(**(COMMON | EXPERTS | {"model_type": model_type} | changes))
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"dtype": "float32"}, default=str))
     shape = describe(str(tmp_path)).shape
     pruned = {without_index(name) for name in shape.layer_names}

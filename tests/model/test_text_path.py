@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers.families import byte_tokenizer, save_model
+from classes.tiny_model import byte_tokenizer
+from helpers.families import save_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
