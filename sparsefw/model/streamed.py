@@ -267,7 +267,7 @@ class StreamedModel:
         for what, names in others.items():
             if names:
                 size = sum(tensors[name].nbytes for name in names) / 1e9
-                notes.append(f"written as they are: {len(names)} tensors that {what}, {size:.2f} GB, {names[0]} first")
+                notes.append(f"not pruned: {len(names)} tensors that {what}, {size:.2f} GB, {names[0]} first")
         state = self.model.state_dict()
         changed: dict[torch.dtype, list[str]] = {}
         for name in (name for i, names in self._tensors_of.items() if i is not None for name in names):

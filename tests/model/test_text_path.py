@@ -240,7 +240,7 @@ class TestUnused:
         output = tmp_path / "out"
         assert run(source, tmp_path / "text.txt", output, "--method", "wanda") == 0
         said = capsys.readouterr().out
-        assert "note: written as they are: 2 tensors that LlamaForCausalLM has no use for" in said
+        assert "note: not pruned: 2 tensors that LlamaForCausalLM has no use for" in said
         assert "of another dtype" not in said
         written = tensors_of(output)
         assert written.keys() == tensors_of(source).keys()
