@@ -56,7 +56,8 @@ def test_block(benchmark, model, config, tmp_path):
     config = PruneConfig(**CONFIGS[config])
     outcomes, placement = [], Placement(max(1, BATCH_TOKENS["gpu" if torch.cuda.is_available() else "cpu"] // SEQLEN))
     workload = Workload(NSAMPLES, (), SEQLEN, config, GPU, torch.get_num_threads(), resident())
-    expected = memory_needs(shape_of(source), workload, placement)
+    shape = shape_of(source)
+    expected = memory_needs(shape, workload, placement)
 
     def fresh() -> tuple[tuple, dict]:
         return (StreamedModel(source, torch.device(DEVICE)),), {}
@@ -66,7 +67,7 @@ def test_block(benchmark, model, config, tmp_path):
             streamed,
             Writer(tmp_path / "pruned", len(streamed.blocks) + len(streamed.pieces), overwrite=True) as writer,
         ):
-            run = Run(streamed, config, config.backend, placement.solver)
+            run = Run(streamed, config, config.backend, placement.solver, frozenset(shape.layer_names))
             outcomes.append(prune_model(run, Windows(ids, "random", ""), [], writer, placement))
             writer.finish(source.folder)
 

@@ -16,7 +16,6 @@ from sparsefw.finite import check_finite
 from sparsefw.kernels.backend import Backend
 from sparsefw.model import HiddenStates, StreamedModel
 from sparsefw.model.layers import (
-    KEPT_DENSE,
     Captured,
     Confirmed,
     Pair,
@@ -25,7 +24,6 @@ from sparsefw.model.layers import (
     kind_of,
     measure,
     not_pruned,
-    slices_of,
     stages,
     survey,
 )
@@ -43,9 +41,8 @@ class Run:
         config: how the model is pruned.
         backend: the operations.
         memory: bytes that the state of one solve may take.
+        layers: full names of the layers to prune, see `ModelShape`.
         kept_width: entries of the widest input that is kept, see `Placement`.
-        layers: full names of the layers to prune, see `ModelShape`; None: all that the config selects and that the name
-            does not tell to be no layer.
         confirmed: what is known of running blocks in parts, see `layers.survey`.
     """
 
@@ -53,8 +50,8 @@ class Run:
     config: PruneConfig
     backend: Backend
     memory: int
+    layers: frozenset[str]
     kept_width: int = 0
-    layers: frozenset[str] | None = None
     confirmed: Confirmed = field(default_factory=dict)
 
 
@@ -165,27 +162,13 @@ def idle_matrices(model: StreamedModel) -> list[str]:
 def _selector(run: Run, i: int) -> Callable[[str], bool]:
     """A function that says by a layer's name inside block i whether the layer is to be pruned."""
     prefix = run.model.names[i]
-
-    def selects(name: str) -> bool:
-        full = f"{prefix}.{name}"
-        return run.config.selects(full) if run.layers is None else full in run.layers
-
-    return selects
+    return lambda name: f"{prefix}.{name}" in run.layers
 
 
 def _selected_layers(run: Run, i: int) -> list[str]:
-    """Names of the matrices of block i that are to be pruned, if they are layers."""
-    if run.layers is not None:
-        prefix = f"{run.model.names[i]}."
-        return [name.removeprefix(prefix) for name in run.layers if name.startswith(prefix)]
-    selected = _selector(run, i)
-    return [
-        layer
-        for name, parameter in run.model.blocks[i].named_parameters()
-        if parameter.dim() >= 2 and not KEPT_DENSE.search(name)
-        for layer in slices_of(name, parameter) or [name]
-        if selected(layer)
-    ]
+    """Names inside block i of the layers that are to be pruned."""
+    prefix = f"{run.model.names[i]}."
+    return [name.removeprefix(prefix) for name in run.layers if name.startswith(prefix)]
 
 
 def find_stages(run: Run, i: int, states: HiddenStates) -> list[Stage]:

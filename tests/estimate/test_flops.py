@@ -85,7 +85,8 @@ def prune(source, plan, tmp_path, monkeypatch, counter=None):
 
     workload, placement = plan.workload, replace(plan.placement, folder=tmp_path)
     evaluation = [windows(n) for n in workload.evaluation]
-    run = Run(model, workload.config, backend, placement.solver, placement.kept_width, confirmed=Known())
+    layers = frozenset(plan.shape.layer_names)
+    run = Run(model, workload.config, backend, placement.solver, layers, placement.kept_width, confirmed=Known())
     products = Products({4})
     shards = len(model.blocks) + len(model.pieces)
     with counter or nullcontext(), products, Writer(tmp_path / "out", shards) as writer:

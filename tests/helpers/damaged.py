@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 
 import torch
-from helpers.families import TOKENS
+from helpers.families import TOKENS, is_layer
 from helpers.kernel_inputs import DEVICE
 from torch import Tensor, nn
 
@@ -70,7 +70,7 @@ def pruned_block(pair: Pair) -> nn.Module:
     return pair.pruned.model.blocks[pair.number]
 
 
-def surveyed(pair: Pair, selected=lambda name: True) -> Survey:
+def surveyed(pair: Pair, selected=is_layer) -> Survey:
     """The survey of the pruned model's block by the first micro-batch."""
     inputs = pair.pruned.inputs(pair.number, 0)
     return survey(
@@ -82,7 +82,7 @@ def surveyed(pair: Pair, selected=lambda name: True) -> Survey:
     )
 
 
-def stages_of(pair: Pair, selected=lambda name: True) -> list[Stage]:
+def stages_of(pair: Pair, selected=is_layer) -> list[Stage]:
     """The stages of the block."""
     return stages(surveyed(pair, selected))
 

@@ -141,6 +141,11 @@ def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, se
     return folder
 
 
+def is_layer(name: str) -> bool:
+    """Whether a matrix of these families that a block multiplies with is a layer, and no router."""
+    return not name.endswith(("gate.weight", "router.weight", "router.layer.weight"))
+
+
 def config_of(source: Path, folder: Path) -> Path:
     """A copy of a model's config alone, in another folder."""
     folder.mkdir()

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from helpers.damaged import damage, damaged_module, damaged_pair, pruned_block, stages_of, whole_runs
-from helpers.families import FAMILIES, OTHERS, save_model
+from helpers.families import FAMILIES, OTHERS, is_layer, save_model
 from helpers.kernel_inputs import DEVICE
 from torch import nn
 
@@ -96,7 +96,7 @@ def error(B, truth):
 def measured_stages(pair, keep=False, loss=1):
     """Measure and damage one stage after the other; yields what was measured."""
     for stage in stages_of(pair):
-        captured = measure(stage, pair, backend=TORCH, selected=lambda name: True, keep=stage.keepable and keep)
+        captured = measure(stage, pair, backend=TORCH, selected=is_layer, keep=stage.keepable and keep)
         yield captured
         damage(captured.layers, loss)
 
@@ -260,7 +260,7 @@ def test_layers_that_run(family, keep, tmp_path):
     order, runs = stages_of(pair), []
     pruned.taken()
     for stage in order:
-        captured = measure(stage, pair, backend=TORCH, selected=lambda name: True, keep=keep and stage.keepable)
+        captured = measure(stage, pair, backend=TORCH, selected=is_layer, keep=keep and stage.keepable)
         runs.append((pruned.taken(), dense.taken()))
         damage(captured.layers)
     in_order = [tuple(" ".join(sorted(text.split())) for text in pair) for pair in expected]

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from helpers.damaged import damage, damaged_pair, pruned_block, whole_runs
-from helpers.families import TOKENS, save_model
+from helpers.families import TOKENS, is_layer, save_model
 from helpers.kernel_inputs import DEVICE
 from torch import nn
 
@@ -62,11 +62,11 @@ class TestOutputs:
         """Cross matrices of every layer are those of hooks on the modules."""
         pair = damaged_pair(save_model(tmp_path, family))
         block, dense, batches = pruned_block(pair), pair.dense_block, range(len(pair.pruned))
-        damage(capture(block, whole_runs(pair)[0], batches, backend=TORCH).layers[:2])
+        damage(capture(block, whole_runs(pair)[0], batches, backend=TORCH, selected=is_layer).layers[:2])
         run, run_dense = whole_runs(pair)
         X, outputs = seen_by_hooks(block, run, batches, STREAM[family])
         _, dense_outputs_seen = seen_by_hooks(dense, run_dense, batches, STREAM[family])
-        captured = capture(block, run, batches, backend=TORCH, dense=dense_outputs(dense, run_dense))
+        captured = capture(block, run, batches, backend=TORCH, selected=is_layer, dense=dense_outputs(dense, run_dense))
         crosses = captured.crosses
         assert all(cross.of == "outputs" for cross in crosses.values())
         assert set(crosses) == {layer.name for layer in captured.layers if "experts" not in layer.name}
@@ -86,7 +86,7 @@ class TestOutputs:
         states, block = embed(model, TOKENS, 2), model.open(0)
         run, dense = functools.partial(states.output, 0), copy.deepcopy(block)
         same = dense_outputs(dense, lambda j: states.output(0, j, dense))
-        crosses = capture(block, run, range(3), backend=TORCH, dense=same).crosses
+        crosses = capture(block, run, range(3), backend=TORCH, selected=is_layer, dense=same).crosses
         assert len(crosses) == layers
         assert not any(cross.matrix.any() for cross in crosses.values())
 

@@ -53,6 +53,17 @@ def argmax(b, x):
     return b.a(combined(x, logits.softmax(-1), nn.functional.one_hot(logits.argmax(-1), E)))
 
 
+def indices_of_the_largest(b, x):
+    values, indices = b.g(x).softmax(-1).max(-1, keepdim=True)
+    return b.a(combined(x, values, indices))
+
+
+def experts_by_token(b, x):
+    """As in a hash layer: the tokens say which outputs are taken."""
+    experts = torch.arange(TOKENS * 2).view(TOKENS, 2) % E
+    return b.a(combined(x, b.g(x).sigmoid().gather(1, experts), experts))
+
+
 def sort(b, x):
     return b.a(combined(x, *b.g(x).sort(-1, descending=True)))
 
@@ -79,6 +90,8 @@ ROUTERS = [
     softmax_and_topk,
     sigmoid_bias_and_groups,
     argmax,
+    indices_of_the_largest,
+    experts_by_token,
     sort,
     a_part_of_the_outputs,
     in_place,
@@ -93,8 +106,54 @@ def test_a_matrix_whose_outputs_are_chosen_from(forward, dtype):
 
 
 def test_the_layer_before_a_router_is_an_ordinary_one():
-    """What the router reads is a combination of the layer's outputs, and not one of them."""
-    assert found(lambda b, x: combined(x, *b.g(b.a(x).relu() + x).topk(2, -1))) == {"g.weight"}
+    """The stream that it writes to goes on."""
+
+    def forward(b, x):
+        h = b.a(x).relu() + x
+        return combined(h, *b.g(h).topk(2, -1))
+
+    assert found(forward) == {"g.weight"}
+
+
+def normed(x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+LAYERS = {"b": nn.Linear(D, D, bias=False), "c": nn.Linear(D, D, bias=False)}
+
+
+def test_the_inner_layers_of_a_router():
+    """Their outputs go into further layers of the router, and nowhere else."""
+
+    def forward(b, x):
+        states = b.b(x) + 1
+        return b.a(combined(x, *b.g(b.c(normed(states)).relu()).topk(2, -1))), states.clone()
+
+    assert found(forward, **LAYERS) == {"b.weight", "c.weight", "g.weight"}
+
+
+def read_by_an_expert(b, x):
+    """Of two layers before a router, the second is read by an expert, in the order of the tokens that it is sent."""
+    h = b.b(x)
+    order = b.g(h.relu()).topk(1, -1).indices.flatten().argsort()
+    return b.a(h.repeat(2, 1)[order]) + b.c(x)[:TOKENS]
+
+
+def returned_in_part(b, x):
+    """The hidden states are written to piece by piece, in a part of their memory."""
+    h, out = b.b(x), torch.zeros(TOKENS, D)
+    out[:2].copy_(h[:2] * b.g(h).topk(1, -1).values[:2])
+    return out + b.a(x) + b.c(x)
+
+
+def read_by_attention(b, x):
+    h = b.b(x)
+    return b.a(combined(x, *b.g(h).topk(2, -1))) + (h @ h.T).softmax(-1) @ b.c(x)
+
+
+@pytest.mark.parametrize("forward", [read_by_an_expert, returned_in_part, read_by_attention], ids=lambda f: f.__name__)
+def test_a_layer_that_a_router_reads_and_something_else(forward):
+    assert found(forward, **LAYERS) == {"g.weight"}
 
 
 def test_a_matrix_in_fp32_whatever_the_models_dtype():
@@ -104,6 +163,13 @@ def test_a_matrix_in_fp32_whatever_the_models_dtype():
         return b.a(x) * nn.functional.linear(x.float(), b.g.weight.float()).sigmoid().sum(-1, keepdim=True).to(x.dtype)
 
     assert found(forward) == found(forward, torch.bfloat16) == {"g.weight"}
+
+
+@pytest.mark.parametrize("name", ["gate", "shared_expert_gate", "conv1d"])
+def test_a_name_that_routers_have_too_tells_nothing(name):
+    """As of an attention's gate, or of a gated MLP."""
+    layer = nn.Linear(D, D, bias=False)
+    assert found(lambda b, x: getattr(b, name)(x).sigmoid() * b.a(x) + b.g(x).sum(), **{name: layer}) == frozenset()
 
 
 def test_a_gate_of_one_number():
@@ -157,13 +223,25 @@ def scores_are_added_up(b, x):
     return b.a(x)[scores.topk(3, -1).indices].mean(1)
 
 
+def scaled_by_the_largest(b, x):
+    """As where activations are rounded: nobody reads which one is the largest."""
+    h = b.a(x)
+    return h / h.abs().max(-1, keepdim=True).values + b.g(x).sum()
+
+
+def tokens_taken_by_indices(b, x):
+    tokens = torch.tensor([4, 2])[:, None].expand(2, D)
+    return x + b.a(x).gather(0, tokens).sum(0) + b.g(x).sum()
+
+
 def residual(b, x):
     """A stream that layers have written to reaches a router through its own matrix only."""
     h = x + b.a(x)
     return h + combined(h, *nn.functional.linear(h, torch.ones(D, D)).topk(2, -1)) + b.g(x).sum()
 
 
-ORDINARY = [glu, gate_of_heads, attention, tokens_are_chosen, scores_are_added_up, residual]
+ORDINARY = [glu, gate_of_heads, attention, tokens_are_chosen, scores_are_added_up]
+ORDINARY += [scaled_by_the_largest, tokens_taken_by_indices, residual]
 
 
 @pytest.mark.parametrize("forward", ORDINARY, ids=lambda forward: forward.__name__)

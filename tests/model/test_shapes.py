@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers.families import FAMILIES, OTHERS, TOKENS, save_model
+from helpers.families import FAMILIES, OTHERS, TOKENS, is_layer, save_model
 
 from sparsefw import checkpoint
 from sparsefw.model import StreamedModel, embed, shape_of
@@ -27,7 +27,7 @@ def test_layer_names_are_those_that_calibration_finds(family, tmp_path):
         states, seen = embed(model, TOKENS, len(TOKENS)), []
         for i, block in enumerate(model.blocks):
             model.open(i)
-            found = survey(block, functools.partial(states.call, i, 0), states.hidden[0])
+            found = survey(block, functools.partial(states.call, i, 0), states.hidden[0], is_layer)
             seen += [f"{model.names[i]}.{layer.name}" for layer in found.layers]
             states.advance(i)
     assert set(names) == set(seen)
@@ -93,7 +93,7 @@ def test_roles_are_those_that_calibration_finds(family, tmp_path):
         states = embed(model, TOKENS, 2)
         for i, block in enumerate(model.blocks):
             model.open(i)
-            found = survey(block, functools.partial(states.call, i, 0), states.hidden[0])
+            found = survey(block, functools.partial(states.call, i, 0), states.hidden[0], is_layer)
             roles = {kind_of(name): role for name, role in found.roles.items()}
             assert {layer.name: layer.role for layer in blocks[i].layers} == roles
             assert blocks[i].attention == found.attention

@@ -8,10 +8,6 @@ from torch import Tensor, nn
 
 from sparsefw.solver.selection import without_index
 
-# Matrices that choose experts, and convolutions, stay dense: they are small, and much depends on them. `find_no_layers`
-# knows others by what they do.
-KEPT_DENSE = re.compile(r"(^|\.)(gate|shared_expert_gate)\.|router|conv1d")
-
 # The part of a layer's name that tells experts apart: the index of a slice, or of a module in a list.
 _EXPERT_INDEX = re.compile(r"\[\d+\]|(?<=\.)\d+(?=\.)")
 

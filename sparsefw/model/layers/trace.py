@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefw.model.layers.names import KEPT_DENSE, WeightNames, is_expert
+from sparsefw.model.layers.names import WeightNames, is_expert
 from sparsefw.model.layers.products import products_of
 from sparsefw.model.parts import INPUT, SAME, NumberedCalls, Point, tensors_in
 
@@ -85,8 +85,7 @@ class Trace(NumberedCalls):
         versions = [x._version for x in operands]
         sources = {call for x in operands if (call := self._call_of(x)) is not None}
         for product in products_of(func, args, kwargs, self._names.is_weight):
-            name = self._names.find(product.weight)
-            if name and not KEPT_DENSE.search(name):
+            if name := self._names.find(product.weight):
                 self.uses.append(Use(name, point.call, self._unchanged(product.X) if product.alone else None))
         if self.attention is None and point.function in _ATTENTION:
             self.attention = point.call

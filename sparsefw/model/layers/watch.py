@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparsefw.errors import InputError
-from sparsefw.model.layers.names import KEPT_DENSE, Layer, WeightNames
+from sparsefw.model.layers.names import Layer, WeightNames
 from sparsefw.model.layers.outputs import Outputs
 from sparsefw.model.layers.products import Product, Reading, products_of
 from sparsefw.model.layers.stage import Progress, Stage, StageIsOver
@@ -118,18 +118,15 @@ class Watch(TorchFunctionMode):
         """Take the input of a product; whether the layer is selected, and belongs to the stage."""
         X, reading = product.X, product.reading
         key = id(X), reading
-        prunable = not KEPT_DENSE.search(name)
-        selected = prunable and self._selected(name)
-        if prunable and not selected:
+        selected = self._selected(name)
+        if not selected:
             self._ignored[name] = None
         layer_input = self._inputs.get(key)
         if layer_input is None or layer_input.tensor() is not X:
             # The Gram matrix is named after the first layer that reads the input, selected or not. So all experts agree
             # on the name, whichever of them are selected.
-            layer_input = _Input(weakref.ref(X), name)
-            if prunable:
-                self._inputs[key] = layer_input
-        if not self._progress.includes(layer_input.gram) or not prunable:
+            layer_input = self._inputs[key] = _Input(weakref.ref(X), name)
+        if not self._progress.includes(layer_input.gram):
             return False
         layer_input.held = X
         if not selected:
