@@ -5,7 +5,7 @@ pruned in stages: the inputs of later layers are measured after earlier ones are
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -43,6 +43,7 @@ class Run:
         memory: bytes that the state of one solve may take.
         layers: full names of the layers to prune, see `ModelShape`.
         kept_width: entries of the widest input that is kept, see `Placement`.
+        seen: by block, the kinds of matrices that are known to be in products, see `BlockShape`; empty: not checked.
         confirmed: what is known of running blocks in parts, see `layers.survey`.
     """
 
@@ -52,6 +53,7 @@ class Run:
     memory: int
     layers: frozenset[str]
     kept_width: int = 0
+    seen: tuple[frozenset[str], ...] = ()
     confirmed: Confirmed = field(default_factory=dict)
 
 
@@ -100,6 +102,7 @@ def prune_block(
             with timeline.span("calibrate", i):
                 captured = _capture(run, i, states)
                 _check(run, i, captured)
+                _check_known(run, i, captured.ignored)
             yield from _solve(run, i, captured, method)
         return
     pair = Pair(i, states, dense.states, dense.block)
@@ -187,6 +190,7 @@ def find_stages(run: Run, i: int, states: HiddenStates) -> list[Stage]:
             handed_on=partial(states.handed_on, i, inputs),
             confirmed=run.confirmed,
         )
+    _check_known(run, i, surveyed.ignored)
     return stages(surveyed)
 
 
@@ -209,3 +213,12 @@ def _check(run: Run, i: int, captured: Captured) -> None:
     for gram, G in captured.grams.items():
         # The diagonal bounds all other entries of G.
         check_finite(f"inputs of {prefix}.{gram} (their squares, summed)", G.diagonal())
+
+
+def _check_known(run: Run, i: int, unselected: Iterable[str]) -> None:
+    """Refuse a block that multiplies with other matrices than it did without weights: they would stay dense unsaid."""
+    unknown = [name for name in unselected if run.seen and kind_of(name) not in run.seen[i]]
+    if unknown:
+        raise InputError(
+            f"{run.model.names[i]}.{unknown[0]}: unsupported model: the block multiplies with it for some tokens only"
+        )

@@ -167,6 +167,7 @@ def run_job(job: Job, say: Callable[[str], None], progress: bool) -> Report:
                         placement.solver,
                         frozenset(prepared.shape.layer_names),
                         placement.kept_width,
+                        tuple(block.seen for block in prepared.shape.blocks),
                     ),
                     prepared.calibration,
                     prepared.evaluation,

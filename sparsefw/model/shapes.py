@@ -18,7 +18,16 @@ from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.errors import InputError
 from sparsefw.model.extents import Between, Extent
 from sparsefw.model.hidden_states import HiddenStates, embed
-from sparsefw.model.layers import UNKNOWN_ROLE, Layer, Role, find_no_layers, kind_of, slices_of, survey
+from sparsefw.model.layers import (
+    UNKNOWN_ROLE,
+    ArbitraryChoices,
+    Layer,
+    Role,
+    find_no_layers,
+    kind_of,
+    slices_of,
+    survey,
+)
 from sparsefw.model.streamed import StreamedModel
 from sparsefw.model.transformers_private import attention_implementation
 from sparsefw.solver.selection import without_index
@@ -61,12 +70,14 @@ class BlockShape:
         layers: the layers that are pruned, in the order of use; `experts` counts the pruned ones only.
         all_layers: all layers that the windows run through, with those that stay dense. By default `layers`.
         attention: number of `all_layers` that are used before attention is.
+        seen: names of all matrices that were seen in products, layers or not, without an expert's index.
     """
 
     nbytes: int
     layers: tuple[LayerShape, ...]
     all_layers: tuple[LayerShape, ...] = ()
     attention: int = 0
+    seen: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.all_layers:
@@ -249,12 +260,13 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
     block, inputs = states.model.blocks[i], states.inputs(i, 0)
     run = partial(states.call, i, 0, inputs=inputs)
     parameters = dict(block.named_parameters())
-    no_layers = shared | find_no_layers(block, partial(run, states.hidden[0]))
     look = partial(survey, block, run, states.hidden[0], handed_on=partial(states.handed_on, i, inputs))
-    surveyed = look(lambda name: name not in no_layers)
-    if uneven := _cut_unevenly(surveyed.layers):
-        no_layers |= uneven
+    with ArbitraryChoices():
+        no_layers = shared | find_no_layers(block, partial(run, states.hidden[0]))
         surveyed = look(lambda name: name not in no_layers)
+        if uneven := _cut_unevenly(surveyed.layers):
+            no_layers |= uneven
+            surveyed = look(lambda name: name not in no_layers)
     layers: dict[str, LayerShape] = {}
     for layer in surveyed.layers:
         rows, d = layer.weight.shape
@@ -274,7 +286,8 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
         raise InputError(f"{states.model.names[i]}: unsupported model: no matrix of this block was seen in a product")
     nbytes, shapes = sum(p.nbytes for p in parameters.values()), tuple(layers.values())
     names = tuple(name for name in _names_of_layers(block, layers) if name not in no_layers)
-    return BlockShape(nbytes, shapes, attention=surveyed.attention), names
+    seen = frozenset(map(kind_of, (*surveyed.roles, *surveyed.ignored)))
+    return BlockShape(nbytes, shapes, attention=surveyed.attention, seen=seen), names
 
 
 def _cut_unevenly(layers: list[Layer]) -> set[str]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.families import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama import modeling_llama
 
 from sparsefw import data
 from sparsefw.driver import run as driver_run
@@ -256,3 +257,21 @@ def test_seconds_and_memory_are_reported(pruned):
     assert {"embed", "read", "calibrate", "solve", "forward", "write"} <= set(report["seconds"])
     assert report["seconds"]["solve"] >= sum(row["seconds"] for row in report["layers"])
     assert report["peak_memory"]["host_bytes"] > 2**26
+
+
+@pytest.mark.parametrize("method", ["sparsefw", "wanda"])
+def test_a_layer_that_only_real_data_reaches_is_refused(method, tmp_path, monkeypatch, capsys):
+    """Without weights, nothing but zeros comes to it."""
+    source = save_model(tmp_path / "model", "llama")
+    (tmp_path / "text.txt").write_text(TEXT)
+    forward = modeling_llama.LlamaMLP.forward
+
+    def branching(self, x):
+        return forward(self, x) if x.abs().max() > 0 else self.down_proj(self.gate_proj(x))
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", branching)
+    flags = ["--nsamples", "2", "--seqlen", "16", "--kernel", "torch", "--method", method]
+    flags += ["--steps", "2"] * (method == "sparsefw")
+    places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
+    assert main([*places, *flags]) == 2
+    assert "model.layers.0.mlp.up_proj.weight: unsupported model" in capsys.readouterr().err

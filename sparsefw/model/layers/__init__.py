@@ -4,12 +4,13 @@ from sparsefw.model.layers.capture import Captured, DenseOutputs, capture, dense
 from sparsefw.model.layers.finding import Confirmed, Survey, stages, survey
 from sparsefw.model.layers.measure import Pair, measure
 from sparsefw.model.layers.names import Layer, kind_of, not_pruned, slices_of
-from sparsefw.model.layers.routers import find_no_layers
+from sparsefw.model.layers.routers import ArbitraryChoices, find_no_layers
 from sparsefw.model.layers.stage import UNKNOWN_ROLE, Role, Stage, first_segments, is_watched
 from sparsefw.model.layers.watch import Selector, everything
 
 __all__ = [
     "UNKNOWN_ROLE",
+    "ArbitraryChoices",
     "Captured",
     "Confirmed",
     "DenseOutputs",

@@ -34,6 +34,7 @@ class Survey:
         inputs: by layer, the point of its input, where it is known.
         writes: the layers that write to the stream.
         attention: number of layers that are used before attention is.
+        ignored: names of the layers that were seen and not selected.
     """
 
     layers: list[Layer]
@@ -42,6 +43,7 @@ class Survey:
     inputs: dict[str, Point]
     writes: dict[str, Write]
     attention: int = 0
+    ignored: tuple[str, ...] = ()
 
 
 def survey(
@@ -76,6 +78,7 @@ def survey(
         watch.through(run_traced)
     trace.end((hidden_of(returned[0]), handed_on(returned[0])))
     found = _roles(list(watch.layers.values()), trace, watch.outputs, hidden_of(returned[0]))
+    found = replace(found, ignored=tuple(watch.ignored))
     watch.outputs.clear()
     known = {} if confirmed is None else confirmed
     signature = (*trace.signature, *found.cuts, *found.roles.items())

@@ -152,6 +152,24 @@ class _Decisions(TorchFunctionMode):
         return known if known and known.tensor() is x and known.version == x._version else None
 
 
+class ArbitraryChoices(TorchFunctionMode):
+    """Lets a forward choose among entries by random numbers, the same in every run.
+
+    Where all weights are zero, all scores are equal, and every token would choose the same entries: those of experts
+    without weights, perhaps, so that no layer of an expert is seen. Enter it before all modes that watch the forward.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs, function = kwargs or {}, getattr(func, "__name__", "")
+        along = "dim" in kwargs or (len(args) > 1 and isinstance(args[1], int))
+        if args and (function in _CHOOSING or (function in _EXTREMES and along)):
+            scores = args[0]
+            if isinstance(scores, Tensor) and scores.is_floating_point():
+                random = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
+                args = (scores + random.to(scores), *args[1:])
+        return func(*args, **kwargs)
+
+
 def _chooses(function: str, args: tuple, kwargs: dict) -> bool:
     """Whether a call chooses among the entries of a tensor, or takes those on its last axis that indices name."""
     if function in _TAKING:
