@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
@@ -18,6 +19,7 @@ from sparsefw.model import HiddenStates, StreamedModel
 from sparsefw.model.layers import (
     Captured,
     Confirmed,
+    Layer,
     Pair,
     Stage,
     capture,
@@ -103,13 +105,16 @@ def prune_block(
                 captured = _capture(run, i, states)
                 _check(run, i, captured)
                 _check_known(run, i, captured.ignored)
+                _check_apart(run, i, captured.layers)
             yield from _solve(run, i, captured, method)
         return
-    pair = Pair(i, states, dense.states, dense.block)
+    pair, pruned = Pair(i, states, dense.states, dense.block), list[Layer]()
     for stage in dense.stages:
         with timeline.span("calibrate", i):
             captured = measure(stage, pair, backend=run.backend, selected=_selector(run, i), keep=_is_kept(run, stage))
             _check(run, i, captured)
+            pruned += captured.layers
+            _check_apart(run, i, pruned)
             # The solve allocates other sizes than the micro-batches have left.
             give_back()
         yield from _solve(run, i, captured, method)
@@ -222,3 +227,17 @@ def _check_known(run: Run, i: int, unselected: Iterable[str]) -> None:
         raise InputError(
             f"{run.model.names[i]}.{unknown[0]}: unsupported model: the block multiplies with it for some tokens only"
         )
+
+
+def _check_apart(run: Run, i: int, layers: list[Layer]) -> None:
+    """Refuse a block with layers that have weights in common: they would be pruned twice."""
+    places = sorted((*_place_of(layer.weight), layer.name) for layer in layers)
+    for (_, end, name), (start, _, other) in pairwise(places):
+        if start < end:
+            raise InputError(f"{run.model.names[i]}.{other}: unsupported model: it has weights in common with {name}")
+
+
+def _place_of(matrix: Tensor) -> tuple[int, int]:
+    """The addresses of a matrix's first entry, and behind its last one."""
+    last = sum(step * (size - 1) for step, size in zip(matrix.stride(), matrix.shape, strict=True))
+    return matrix.data_ptr(), matrix.data_ptr() + (last + 1) * matrix.element_size()

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from transformers.models.llama import modeling_llama
 
 from sparsefw import data
 from sparsefw.driver import run as driver_run
+from sparsefw.driver.block import _check_apart
+from sparsefw.errors import InputError
 from sparsefw.model import HiddenStates
+from sparsefw.model.layers import Layer
 from sparsefw.model.placement import BATCH_TOKENS
 from sparsefw.run import main
 from sparsefw.solver.objective import damped
@@ -275,3 +279,16 @@ def test_a_layer_that_only_real_data_reaches_is_refused(method, tmp_path, monkey
     places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
     assert main([*places, *flags]) == 2
     assert "model.layers.0.mlp.up_proj.weight: unsupported model" in capsys.readouterr().err
+
+
+def test_layers_with_weights_in_common_are_refused():
+    W = torch.zeros(6, 4)
+    run = SimpleNamespace(model=SimpleNamespace(names=["block"]))
+
+    def check(*matrices):
+        _check_apart(run, 0, [Layer(str(n), matrix, "") for n, matrix in enumerate(matrices)])
+
+    check(W[:2], W[4:], W[2:4].T)
+    for matrices in [(W, W.clone(), W), (W[:3], W[2:]), (W.T, W[5:]), (W[4:5], torch.ones(2, 2), W)]:
+        with pytest.raises(InputError, match=r"block\.\d: unsupported model: it has weights in common with \d"):
+            check(*matrices)
