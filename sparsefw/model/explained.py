@@ -13,6 +13,10 @@ class StopForward(Exception):
     """Ends the model's forward early."""
 
 
+class ForwardFailed(InputError):
+    """A model's own code raised an exception, which is the cause of this one."""
+
+
 # Exceptions that go through a model's forward as they are.
 PASSED = (InputError, MemoryError, torch.OutOfMemoryError, StopForward, PartIsOver)
 
@@ -26,7 +30,7 @@ def explained(model: str, place: str) -> Iterator[None]:
         place: what runs: the name of a block, or words.
 
     Raises:
-        InputError: an exception came out of it, which is the error's cause.
+        ForwardFailed: an exception came out of it.
     """
     try:
         yield
@@ -34,7 +38,7 @@ def explained(model: str, place: str) -> Iterator[None]:
         raise
     # A model's code may raise whatever there is.
     except Exception as error:
-        raise InputError(
+        raise ForwardFailed(
             f"unsupported model {model}: {place} fails on text alone: {type(error).__name__}: "
             f"{shown(first_line(error))}; see whether transformers runs this model on tokens without other input"
         ) from error

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from sparsefw.errors import InputError
-from sparsefw.model.explained import explained
+from sparsefw.model.explained import ForwardFailed, explained
 
 # Tokens of the forward: enough for every kind of attention.
 TOKENS = 8
@@ -65,8 +65,12 @@ def follow_text(model: PreTrainedModel, folder: Path) -> TextPath:
         try:
             if path := _follow(model, found, runs):
                 return path
+            break
         except InputError as error:
             failed = failed or error
+            if not isinstance(error, ForwardFailed):
+                # A forward that runs, and is refused for what it does, must not be replaced by another one.
+                break
     if failed and len(found) == 1:
         raise failed
     count = f"{len(found)} of them ({', '.join(found)}) were found" if found else "none was found"

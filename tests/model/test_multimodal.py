@@ -8,7 +8,7 @@ from helpers.commands import TEXT, run, tensors_of
 from helpers.multimodal import MULTIMODAL, load_as_named, save_multimodal
 from helpers.verifying import change_tensor, only_failure, verdict
 
-from sparsefw import PruneConfig, checkpoint, prune
+from sparsefw import InputError, PruneConfig, checkpoint, prune
 from sparsefw.model import StreamedModel, embed, logits, shape_of
 
 IDS = torch.randint(4, 250, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -165,3 +165,15 @@ def test_text_model_of_a_class_that_does_not_run_on_text(tmp_path, monkeypatch, 
         expected = model.language_model.eval()(input_ids=IDS, use_cache=False).logits
     assert expected.std() > 0.1
     assert torch.equal(streamed_logits(tmp_path / "out"), expected)
+
+
+def test_text_model_is_not_run_in_the_place_of_a_forward_that_is_refused(tmp_path, monkeypatch):
+    """The forward runs on text alone, so its text model does less than it."""
+    source = save_multimodal(tmp_path / "model", "llama4")
+
+    def twice(self, input_ids, use_cache=False):
+        return self.language_model(input_ids), self.language_model(input_ids)
+
+    monkeypatch.setattr("transformers.Llama4ForConditionalGeneration.forward", twice)
+    with pytest.raises(InputError, match=r"Llama4ForConditionalGeneration: language_model\S*\.0 runs more than once"):
+        streamed(source)
