@@ -82,14 +82,12 @@ class Flow:
     """How a model's blocks hand tensors on.
 
     Attributes:
-        blocks: numbers of the blocks that the model's forward calls, in order.
         live: by block, numbers of the tensors that are needed after the next one has begun, beside hidden states.
         end: numbers of the tensors that are read behind the last block, beside its hidden states.
         has_steps: whether calls are made between blocks.
         signature: see `Recording`.
     """
 
-    blocks: list[int]
     live: dict[int, list[int]]
     end: set[int]
     has_steps: bool
@@ -99,10 +97,6 @@ class Flow:
     def by_window(self) -> bool:
         """Whether what lies behind the last block can be run with each window by itself."""
         return not self.has_steps and not self.end
-
-    def after(self, i: int) -> int | None:
-        """The block that follows block i; None behind the last one."""
-        return next((other for other in self.blocks if other > i), None)
 
 
 @dataclass
@@ -137,7 +131,7 @@ class Recording:
     def flow(self) -> Flow:
         """How tensors are handed on, if the whole forward was recorded."""
         has_steps = any(call.steps for call in self.calls.values())
-        return Flow([*self.calls], self.live(), self.end, has_steps, self.signature)
+        return Flow(self.live(), self.end, has_steps, self.signature)
 
     def live(self) -> dict[int, list[int]]:
         """By block, numbers of the tensors that are needed after the next block has begun, its hidden states aside."""

@@ -1,20 +1,15 @@
-"""Run the model's own forward with something else in place of its blocks."""
+"""Run a streamed model's own forward with something else in place of its blocks."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from sparsefw.errors import InputError
 from sparsefw.model.explained import StopForward, explained
 from sparsefw.model.flow import Form, Recording
-from sparsefw.model.parts import UNSUPPORTED
 from sparsefw.model.recording import Recorder, Substitution
+from sparsefw.model.stand_ins import Replacement, form_of_output, run_replaced
 from sparsefw.model.streamed import StreamedModel
-from sparsefw.model.values import leaves_of, rebuilt
-
-# Stands for a block: called with the block's number, the hidden states, and the block's other arguments.
-Replacement = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Any]
+from sparsefw.model.values import rebuilt
 
 
 def run_with_blocks_replaced(model: StreamedModel, ids: Tensor, replacement: Replacement) -> Any:
@@ -22,30 +17,16 @@ def run_with_blocks_replaced(model: StreamedModel, ids: Tensor, replacement: Rep
 
     Args:
         model: the model, inside `StreamedModel.outside`, which puts the weights outside of the blocks on the device.
-        ids: (windows, seqlen) tokens.
-        replacement: called for every block, returns what the block would.
+        ids, replacement: as for `run_replaced`.
 
     Returns:
-        What the model returns; None if the replacement raised `StopForward`.
+        As `run_replaced`.
 
     Raises:
         InputError: the model's code outside of its blocks fails.
     """
-    for i, block in enumerate(model.blocks):
-        block.forward = lambda hidden, *args, _i=i, **kwargs: replacement(_i, hidden, args, kwargs)
-    try:
-        with explained(type(model.model).__name__, "its forward outside of the blocks"):
-            return model.runs(input_ids=ids.to(model.device), use_cache=False)
-    except StopForward:
-        return None
-    finally:
-        for block in model.blocks:
-            del block.forward
-
-
-def hidden_of(block_output: Any) -> Tensor:
-    """The hidden states among what a block returned."""
-    return block_output[0] if isinstance(block_output, tuple | list) else block_output
+    with explained(type(model.model).__name__, "its forward outside of the blocks"):
+        return run_replaced(model.runs, model.blocks, ids.to(model.device), replacement)
 
 
 def form_of(model: StreamedModel, i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
@@ -68,25 +49,16 @@ def form_of(model: StreamedModel, i: int, hidden: Tensor, args: tuple[Any, ...],
         with explained(type(model.model).__name__, model.names[i]):
             output = kind.forward(block, hidden, *args, **kwargs)
         model.close(i)
-        leaves = leaves_of(output)
-        if not leaves or leaves[0] is not hidden_of(output):
-            raise InputError(
-                f"{model.names[i]}: {UNSUPPORTED} {type(model.model).__name__}: the block returns a "
-                f"{type(output).__name__} that does not begin with the hidden states"
-            )
-        # The hidden states are given anew each time.
-        others = iter([hidden.to("meta"), *leaves[1:]])
-        known = model.forms[kind] = Form(rebuilt(output, lambda _: next(others)), hidden.shape)
+        known = model.forms[kind] = form_of_output(output, hidden, model.names[i], type(model.model).__name__)
     return known
 
 
-def record(model: StreamedModel, ids: Tensor, last: int | None = None) -> Recording:
-    """Record the model's forward.
+def record(model: StreamedModel, ids: Tensor) -> Recording:
+    """Record the model's forward up to its last block.
 
     Args:
         model: the model, inside `StreamedModel.outside`.
         ids: (windows, seqlen) tokens.
-        last: number of the block that the forward ends at; None: all of it is run.
 
     Raises:
         InputError: its blocks hand tensors on in a way that cannot be followed.
@@ -99,10 +71,10 @@ def record(model: StreamedModel, ids: Tensor, last: int | None = None) -> Record
     }
     recorder = Recorder(model.names, type(model.model).__name__, ids, weights)
 
-    def replacement(i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def replacement(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with recorder.pause():
-            output = _stand_in(model, recorder, i, hidden, args, kwargs)
-        if i == last:
+            output = _stand_in(model, recorder, i, args, kwargs)
+        if i == len(model.blocks) - 1:
             raise StopForward
         return output
 
@@ -115,7 +87,7 @@ def run_behind_blocks(model: StreamedModel, ids: Tensor, hidden: Tensor, others:
     """Run what lies behind the last block.
 
     Args:
-        model: the model, inside `StreamedModel.outside`, with its flow.
+        model: the model, inside `StreamedModel.outside`.
         ids: (windows, seqlen) tokens.
         hidden: what the last block returns.
         others: the other tensors that are read there, by their numbers in the recording.
@@ -123,18 +95,17 @@ def run_behind_blocks(model: StreamedModel, ids: Tensor, hidden: Tensor, others:
     Returns:
         What the model returns.
     """
-    ids, flow = ids.to(model.device), model.flow
-    assert flow is not None
+    ids = ids.to(model.device)
     recorder = Substitution(model.names, type(model.model).__name__, ids, others)
 
-    def replacement(i: int, before: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def replacement(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with recorder.pause():
-            recorder.begun = i == flow.blocks[-1]
-            output = hidden if recorder.begun else before
-            if flow.by_window:
+            recorder.begun = i == len(model.blocks) - 1
+            output = hidden if recorder.begun else args[0]
+            if model.flow.by_window:
                 # Nobody reads the other stand-ins, whose shape may be another one.
                 return model.forms[type(model.blocks[i])].around(output)
-            return _stand_in(model, recorder, i, before, args, kwargs, output)
+            return _stand_in(model, recorder, i, args, kwargs, output)
 
     with recorder:
         return run_with_blocks_replaced(model, ids, replacement)
@@ -144,7 +115,6 @@ def _stand_in(
     model: StreamedModel,
     recorder: Recorder,
     i: int,
-    hidden: Tensor,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     output: Tensor | None = None,
@@ -154,10 +124,11 @@ def _stand_in(
     Args:
         model, recorder: the model and its recorder.
         i: number of the block.
-        hidden, args, kwargs: its input, and its other arguments.
+        args, kwargs: what it is given, the hidden states first.
         output: the hidden states that it returns; None: its input.
     """
-    recorder.arrives(i, hidden, args, kwargs)
-    stand_in = form_of(model, i, hidden, args, kwargs).around(hidden if output is None else output)
+    hidden, *others = args
+    recorder.arrives(i, hidden, tuple(others), kwargs)
+    stand_in = form_of(model, i, hidden, tuple(others), kwargs).around(hidden if output is None else output)
     recorder.leaves(i, stand_in)
     return stand_in

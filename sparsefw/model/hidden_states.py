@@ -17,14 +17,12 @@ from sparsefw.model.activations import Activations, DeviceActivations
 from sparsefw.model.carried import Carried, Constants, Held
 from sparsefw.model.explained import explained
 from sparsefw.model.flow import Call, Flow
-from sparsefw.model.forward import hidden_of, record
+from sparsefw.model.forward import record
 from sparsefw.model.inputs import BlockInputs
 from sparsefw.model.parts import CANNOT_GO_ON, DIFFERS, INPUT, UNSUPPORTED, Point, run_part
+from sparsefw.model.stand_ins import hidden_of
 from sparsefw.model.streamed import StreamedModel
 from sparsefw.model.values import outline, rebuilt, tensors_of
-
-# Tokens of the window that shows how blocks hand tensors on.
-FEW = 8
 
 
 @dataclass
@@ -167,13 +165,9 @@ class HiddenStates:
     def advance(self, i: int, block: nn.Module | None = None) -> None:
         """Run all micro-batches through block i, or another module in its place; they are then the next block's input.
 
-        A block that the model's forward does not call leaves them as they are.
-
         Raises:
             InputError: an output holds NaN or Inf.
         """
-        if i not in self.flow.blocks:
-            return
         for j in range(len(self)):
             self.leave(i, j, self.output(i, j, block))
         self.arrive(INPUT)
@@ -184,14 +178,13 @@ class HiddenStates:
         Raises:
             InputError: the block returned something else than others of its class; or as `put`.
         """
-        call, next_block = self.calls[j][i], self.flow.after(i)
+        call, following = self.calls[j][i], self.calls[j].get(i + 1)
         if _form_of(output.returned) != _form_of(call.form):
             raise InputError(
                 f"{self.model.names[i]}: {UNSUPPORTED}: it does not return the same as other blocks of its class"
             )
         made, hidden = output.inputs.handed_on(output.returned, [*range(call.after)]), output.hidden
-        if next_block is not None:
-            following = self.calls[j][next_block]
+        if following is not None:
             made = Held(output.inputs.made_by(following.steps, made.values), made.boxes)
             assert following.hidden is not None
             hidden = made.values[following.hidden]
@@ -259,12 +252,10 @@ def embed(
     if ids.max() >= vocabulary:
         raise InputError(f"token {ids.max()}: the model embeds {vocabulary} tokens; give those of its own tokenizer")
     with model.outside():
-        if model.flow is None:
-            model.flow = record(model, ids[:1, :FEW]).flow
         flow, constants, carried = model.flow, Constants(new_activations), Carried(new_activations)
         states = HiddenStates(model, new_activations, new_activations(), [], constants, carried, flow)
         for batch in ids.split(batch_size):
-            recording = record(model, batch, last=flow.blocks[-1])
+            recording = record(model, batch)
             if recording.signature != flow.signature:
                 raise InputError(DIFFERS)
             states.windows.append(len(batch))

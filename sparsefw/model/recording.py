@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparsefw.errors import InputError
 from sparsefw.model.flow import Call, Recording, Step, name_of, numbers_in
-from sparsefw.model.parts import UNSUPPORTED, tensors_in
+from sparsefw.model.parts import DIFFERS, UNSUPPORTED, tensors_in
 from sparsefw.model.values import Box, Constant, Value, leaves_of, objects_of, outline, rebuilt, tensors_of
 
 # Functions whose results say what values a tensor has, by name. What a forward does next may depend on them.
@@ -100,14 +100,13 @@ class Recorder(TorchFunctionMode):
         """Record what block i is given.
 
         Raises:
-            InputError: it has been called before, or is given hidden states of unknown origin, or what was done with
-                the output of the block before cannot be done again.
+            InputError: it is not its turn, or it is given hidden states of unknown origin, or what was done with the
+                output of the block before cannot be done again.
         """
         if self._refusal:
             raise InputError(f"{self._last()}: {UNSUPPORTED} {self._model}: {self._refusal}")
-        if i in self._calls or any(i < other for other in self._calls):
-            again = "more than once" if i in self._calls else "after a later one"
-            raise InputError(f"{self._names[i]}: {UNSUPPORTED} {self._model}: its forward calls this block {again}")
+        if i != len(self._calls):
+            raise InputError(DIFFERS)
         known = self._find(hidden)
         if self._calls and known is None:
             raise InputError(
@@ -128,7 +127,7 @@ class Recorder(TorchFunctionMode):
     def recording(self) -> Recording:
         """What was recorded."""
         assert self._hidden is not None
-        last = self._calls[max(self._calls)]
+        last = self._calls[len(self._calls) - 1]
         read = {known.number for step in self._steps for known in self._followed((step.args, step.kwargs))}
         end = {number for number in read if number < last.after and number not in last.outputs[:1]}
         self._drop_unused_steps(end)
@@ -169,7 +168,7 @@ class Recorder(TorchFunctionMode):
         return known is not None and known() is x
 
     def _last(self) -> str:
-        return self._names[max(self._calls)]
+        return self._names[len(self._calls) - 1]
 
     def _followed(self, value: Any) -> list[_Known]:
         return [known for x in tensors_of(value) if (known := self._find(x))]

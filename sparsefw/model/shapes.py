@@ -226,7 +226,7 @@ class _Walk:
 
     def pass_block(self, i: int) -> None:
         """Run the window through block i, which is open."""
-        if not self.moves or i not in self.states.flow.blocks:
+        if not self.moves:
             return
         # Zeros may become NaN, which says nothing of the model.
         self.states.leave(i, 0, self.states.output(i, 0))

@@ -19,7 +19,7 @@ from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.checkpoint.tensors import Loadable, QuantizedInfo, TensorInfo, dequantized
 from sparsefw.finite import check_finite
 from sparsefw.model import skeleton
-from sparsefw.model.flow import Flow, Form
+from sparsefw.model.flow import Form
 from sparsefw.model.shared import shared_parameters
 from sparsefw.model.text_path import follow_text
 from sparsefw.model.transformers_private import tie_parameters, tied_parameters
@@ -49,8 +49,8 @@ class StreamedModel:
         max_seqlen: tokens in the longest window that the model takes; None if its config does not say.
         notes: what the user should know of the loading, one line each.
         timeline: receives the time of reading.
-        forms: what blocks return, by their class, as far as `embed` has run one.
-        flow: how blocks hand tensors on; None until `embed` has recorded it.
+        flow: how blocks hand tensors on.
+        forms: what blocks return, by their class, as far as it is known.
 
     Raises:
         InputError: transformers cannot load it or run it on text, tensors are missing or do not fit, or no stack of
@@ -85,8 +85,9 @@ class StreamedModel:
         for buffer in model.buffers():
             if not buffer.is_meta:
                 buffer.data = buffer.data.to(self.device)
-        self.forms: dict[type, Form] = {}
-        self.flow: Flow | None = None
+        self.flow = path.flow
+        # Other tensors than hidden states have another shape for more tokens.
+        self.forms: dict[type, Form] = {kind: form for kind, form in path.forms.items() if form.only_hidden}
         self._reader = ThreadPoolExecutor(1)
         # The block that is being read before it is asked for.
         self._next: tuple[int, Future[Mapping[str, Loadable]]] | None = None

@@ -2,28 +2,23 @@
 
 A model may hold more: a tower for images or sound, blocks that look at what the tower puts out, layers that predict
 further tokens. None of it is loaded. The model's own forward on a few tokens shows what is used, so that no
-architecture is named here. Its weights are zero, and take no memory: pages that nobody has written to are all the same
-page.
+architecture is named here.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from sparsefw.errors import InputError
 from sparsefw.model.explained import ForwardFailed, explained
-
-# Tokens of the forward: enough for every kind of attention.
-TOKENS = 8
+from sparsefw.model.few_tokens import FewTokens, filled
+from sparsefw.model.flow import Flow, Form
 
 # Functions that ask a tensor for its form alone. Who asks for the device needs the tensor there.
 _FORM = {getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "requires_grad", "is_meta")}
@@ -40,12 +35,16 @@ class TextPath:
         blocks: the blocks by name, in the order of their calls. Each is called once.
         idle: the blocks of the same list that are not called, by name.
         reads: names of the parameters and stored buffers outside of the blocks that are read, all names of tied ones.
+        flow: how the blocks hand tensors on.
+        forms: what the blocks return for a few tokens, by their class.
     """
 
     runs: PreTrainedModel
     blocks: dict[str, nn.Module]
     idle: dict[str, nn.Module]
     reads: frozenset[str]
+    flow: Flow
+    forms: dict[type, Form]
 
 
 def follow_text(model: PreTrainedModel, folder: Path) -> TextPath:
@@ -56,7 +55,7 @@ def follow_text(model: PreTrainedModel, folder: Path) -> TextPath:
         folder: folder of the checkpoint, for messages.
 
     Raises:
-        InputError: there is no list of blocks or more than one, its forward fails, or it calls a block twice.
+        InputError: there is no list of blocks or more than one; or as `FewTokens.record`.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     kind, found = type(model).__name__, _stacks(model, depth)
@@ -112,8 +111,6 @@ def _outermost(lists: list[nn.ModuleList]) -> list[nn.ModuleList]:
 def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList], runs: PreTrainedModel) -> TextPath | None:
     """Run a model's own forward on a few tokens, with stand-ins for its blocks, and look at what it uses.
 
-    The first block of each class is run, and shows what the others return.
-
     Args:
         model: the model.
         stacks: the lists that may be its blocks, by name.
@@ -123,76 +120,26 @@ def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList], runs: PreT
         What it uses; None if it runs through blocks of several of the lists.
 
     Raises:
-        InputError: the forward fails, calls a block twice or none at all, or gives a block no hidden states.
+        InputError: it calls none of the blocks; or as `FewTokens.record`.
     """
-    kind, calls, returned = type(runs).__name__, _Calls(type(runs).__name__), {}
     blocks = {f"{name}.{i}": block for name, stack in stacks.items() for i, block in enumerate(stack)}
     inside = {module for block in blocks.values() for module in block.modules()}
-
-    def stand_in(name: str, args: tuple, kwargs: dict) -> Any:
-        calls.add(name, args)
-        block = blocks[name]
-        form = type(block)
-        if form not in returned:
-            with explained(kind, name), _filled(block.modules()):
-                returned[form] = form.forward(block, *args, **kwargs)
-        output = returned[form]
-        return type(output)([args[0], *output[1:]]) if isinstance(output, tuple | list) else args[0]
-
-    with _filled(module for module in model.modules() if module not in inside):
+    with filled(module for module in model.modules() if module not in inside):
         stored = model.state_dict(keep_vars=True)
-        reads = _Reads({id(tensor) for tensor in stored.values() if not tensor.is_meta})
-        for name, block in blocks.items():
-            block.forward = lambda *args, _name=name, **kwargs: stand_in(_name, args, kwargs)
-        try:
-            with explained(kind, "its forward"), reads:
-                runs(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64), use_cache=False)
-        finally:
-            for block in blocks.values():
-                del block.forward
+        few, reads = FewTokens(runs, blocks), _Reads({id(tensor) for tensor in stored.values() if not tensor.is_meta})
+        with reads:
+            recording = few.record()
         read = frozenset(key for key, tensor in stored.items() if id(tensor) in reads.seen)
-    if not calls.names:
-        raise InputError(f"unsupported model {kind}: its forward on text calls none of the blocks {', '.join(stacks)}")
-    used = [
-        name
-        for name in stacks
-        if any(block in calls.names for block in (f"{name}.{i}" for i in range(len(stacks[name]))))
-    ]
+    if recording is None:
+        raise InputError(
+            f"unsupported model {type(runs).__name__}: its forward on text calls none of the blocks {', '.join(stacks)}"
+        )
+    used = {name.rpartition(".")[0] for name in few.names}
     if len(used) > 1:
         return None
-    called = {name: blocks[name] for name in calls.names}
-    idle = {name: block for name, block in blocks.items() if name.startswith(f"{used[0]}.") and name not in called}
-    return TextPath(runs, called, idle, read)
-
-
-class _Calls:
-    """The blocks that a forward has called.
-
-    Args:
-        model: name of the model's class.
-    """
-
-    def __init__(self, model: str) -> None:
-        self._model = model
-        self.names: list[str] = []
-
-    def add(self, name: str, args: tuple) -> None:
-        """Note a call of a block.
-
-        Raises:
-            InputError: it was called before, or its first argument is not the hidden states of windows.
-        """
-        if name in self.names:
-            raise InputError(f"unsupported model {self._model}: {name} runs more than once in a forward")
-        if not args or not isinstance(args[0], Tensor):
-            raise InputError(
-                f"unsupported model {self._model}: {name} is not given its hidden states as first argument"
-            )
-        if args[0].shape[:2] == (TOKENS, 1):
-            raise InputError(
-                f"unsupported model {self._model}: {name} is given (tokens, windows), not (windows, tokens)"
-            )
-        self.names.append(name)
+    called = {name: blocks[name] for name in few.names}
+    idle = {name: block for name, block in blocks.items() if name.rpartition(".")[0] in used and name not in called}
+    return TextPath(runs, called, idle, read, recording.flow, few.forms)
 
 
 class _Reads(TorchFunctionMode):
@@ -214,31 +161,3 @@ class _Reads(TorchFunctionMode):
         if func not in _FORM:
             self.seen |= self._known.intersection(map(id, tree_leaves((args, kwargs))))
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _filled(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the `with` block, these modules have zeros in place of tensors on the meta device; tied ones stay tied.
-
-    All of them are views of one piece of memory, as large as the largest.
-    """
-    slots: list[tuple[dict[str, Any], str, Tensor]] = []
-    for module in modules:
-        stored: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for tensors in stored:
-            slots += [(tensors, name, x) for name, x in tensors.items() if x is not None and x.is_meta]
-    memory = torch.from_numpy(np.zeros(max((tensor.nbytes for *_, tensor in slots), default=0), np.uint8))
-    made = {id(tensor): _zeros_like(tensor, memory) for *_, tensor in slots}
-    for tensors, name, tensor in slots:
-        tensors[name] = made[id(tensor)]
-    try:
-        yield
-    finally:
-        for tensors, name, tensor in slots:
-            tensors[name] = tensor
-
-
-def _zeros_like(tensor: Tensor, memory: Tensor) -> Tensor:
-    """Zeros in this memory, which takes none as long as it is only read."""
-    data = memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-    return nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data

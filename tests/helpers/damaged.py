@@ -43,7 +43,7 @@ def damaged_module(block: nn.Module, batches: list[Tensor], arguments: tuple = (
         [{0: call} for _ in batches],
         Constants(DeviceActivations),
         Carried(DeviceActivations),
-        Flow([0], {0: []}, set(), False, []),
+        Flow({0: []}, set(), False, []),
     )
     for batch in batches:
         states.hidden.append(batch.to(DEVICE))

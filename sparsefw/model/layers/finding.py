@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.errors import InputError
-from sparsefw.model.forward import hidden_of
 from sparsefw.model.layers.names import Layer, is_expert, kind_of
 from sparsefw.model.layers.outputs import Outputs
 from sparsefw.model.layers.stage import UNKNOWN_ROLE, Role, Stage, Write, first_segments, is_watched
 from sparsefw.model.layers.trace import Trace
 from sparsefw.model.layers.watch import Selector, Watch, everything
 from sparsefw.model.parts import INPUT, Point, run_part
+from sparsefw.model.stand_ins import hidden_of
 
 # Runs a micro-batch through a block: called with the block's input, returns what the block does.
 RunBlock = Callable[[Tensor], Any]
