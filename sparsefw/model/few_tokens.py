@@ -4,7 +4,7 @@ The weights outside of the blocks are zeros, and so are a block's while it runs.
 has written to are all the same page.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsefw.errors import InputError
-from sparsefw.model.explained import explained
+from sparsefw.errors import InputError, first_line, shown
+from sparsefw.model.compared import Traced, check_same, other_values
+from sparsefw.model.explained import ForwardFailed, explained
 from sparsefw.model.flow import Form, Recording
-from sparsefw.model.recording import Recorder
 from sparsefw.model.stand_ins import form_of_output, run_replaced
-from sparsefw.model.values import rebuilt
+from sparsefw.model.values import objects_of, rebuilt
 
 # Tokens of the forward: enough for every kind of attention.
 TOKENS = 8
@@ -44,39 +44,72 @@ class FewTokens:
     def record(self) -> Recording | None:
         """Record the forward; None if it calls no block.
 
-        The first block of each class is run, and shows what the others return.
+        The first block of each class is run, and shows what the others return. So is each block that is given objects,
+        which it may change. Then the forward is run once more. Nothing in it may depend on what the blocks did.
 
         Raises:
             InputError: the forward fails, calls a block twice, gives one no hidden states, or hands tensors on in a way
                 that cannot be followed.
         """
-        ids, blocks = torch.zeros(1, TOKENS, dtype=torch.int64), list(self._blocks.items())
-        recorder = Recorder(self.names, self._kind, ids, self._weights)
+        with self._attributes_restored():
+            first = self._run(self._run_block)
+        if not self.names:
+            return None
+        names, self.names = self.names, []
+        try:
+            second = self._run(lambda block, args, kwargs: self.forms[type(block)].around(args[0], other_values))
+        except ForwardFailed as error:
+            raise InputError(
+                f"unsupported model {self._kind}: its forward depends on what blocks return or change in a way that "
+                f"cannot be followed: without it, {shown(first_line(error.__cause__ or error))}"
+            ) from error
+        check_same(first, second, names, self._kind)
+        return first.recording()
 
-        def stand_in(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, block_output: Callable[[nn.Module, tuple, dict], Any]) -> Traced:
+        """Run the forward; the function makes what stands for a block's output."""
+        ids, blocks = torch.zeros(1, TOKENS, dtype=torch.int64), list(self._blocks.items())
+        recorder = Traced(self.names, self._kind, ids, self._weights)
+
+        def replacement(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             name, block = blocks[i]
             self._check_call(name, args)
             self.names.append(name)
             hidden, *others = args
             with recorder.pause():
                 recorder.arrives(len(self.names) - 1, hidden, tuple(others), kwargs)
-                if type(block) not in self.forms:
-                    self.forms[type(block)] = self._form_of(name, block, args, kwargs)
-                output = self.forms[type(block)].around(hidden)
+                output = block_output(block, args, kwargs)
                 recorder.leaves(len(self.names) - 1, output)
             return output
 
         with explained(self._kind, "its forward"), recorder:
-            run_replaced(self._runs, [block for _, block in blocks], ids, stand_in)
-        return recorder.recording() if self.names else None
+            run_replaced(self._runs, [block for _, block in blocks], ids, replacement)
+        recorder.ends()
+        return recorder
 
-    def _form_of(self, name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
-        """What a block returns."""
-        # Copies: what the block changes in them, it changes again when it is run.
-        args, kwargs = rebuilt((args, kwargs), lambda x: x)
-        with explained(self._kind, name), filled(block.modules()):
-            output = type(block).forward(block, *args, **kwargs)
-        return form_of_output(output, args[0], name, self._kind)
+    def _run_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What stands for a block's output, with the block's changes to the objects that it is given."""
+        kind, name, objects = type(block), self.names[-1], objects_of((*args, *kwargs.values()))
+        if objects or kind not in self.forms:
+            # The objects themselves, with other tensors than those that are followed.
+            memo = {id(known): (known, known) for known in objects}
+            own, others = rebuilt((args, kwargs), Tensor.detach, memo)
+            with explained(self._kind, name), filled(block.modules()):
+                output = kind.forward(block, *own, **others)
+            self.forms.setdefault(kind, form_of_output(output, own[0], name, self._kind))
+        return self.forms[kind].around(args[0])
+
+    @contextmanager
+    def _attributes_restored(self) -> Iterator[None]:
+        """Behind the `with` block, the blocks' modules have the attributes that they had before."""
+        modules = [module for block in self._blocks.values() for module in block.modules()]
+        before = [dict(module.__dict__) for module in modules]
+        try:
+            yield
+        finally:
+            for module, attributes in zip(modules, before, strict=True):
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
 
     def _check_call(self, name: str, args: tuple[Any, ...]) -> None:
         """Raise if a block was called before, or its first argument is not the hidden states of windows."""

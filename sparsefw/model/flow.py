@@ -70,11 +70,16 @@ class Form:
         """Whether the hidden states are the only tensor."""
         return len(leaves_of(self.output)) == 1
 
-    def around(self, hidden: Tensor) -> Any:
-        """A stand-in for an output with these hidden states. Each of its tensors is a new object."""
+    def around(self, hidden: Tensor, change: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
+        """A stand-in for an output with these hidden states. Each of its tensors is a new object.
+
+        Args:
+            hidden: the hidden states.
+            change: makes each tensor of the stand-in.
+        """
         # The hidden states come first.
         stand_ins = iter([hidden, *leaves_of(self.output)[1:]])
-        return rebuilt(self.output, lambda _: next(stand_ins).detach())
+        return rebuilt(self.output, lambda _: change(next(stand_ins)))
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,12 @@ class Recorder(TorchFunctionMode):
                 )
             self._objects[id(known)] = known, now, count + 1
 
+    def _note_objects_anew(self, given: Any) -> None:
+        """Note what objects are like now."""
+        for known in objects_of(given):
+            if id(known) in self._objects:
+                self._objects[id(known)] = known, outline(known), self._objects[id(known)][2]
+
     def _drop_unused_steps(self, end: set[int]) -> None:
         """Leave only the steps that a block's input, or what lies behind the last block, depends on."""
         needed = set(end)

@@ -110,27 +110,33 @@ def objects_of(value: Any) -> list[Any]:
     return [known for known, _ in memo.values()]
 
 
-def outline(value: Any) -> list[Any]:
-    """The parts of a nested value, for a comparison: equal outlines mean the same tensors in the same places."""
-    return list(_parts(value, {}))
+def outline(value: Any, by_name: bool = False) -> list[Any]:
+    """The parts of a nested value, for a comparison: equal outlines mean the same tensors in the same places.
+
+    Args:
+        value: the value.
+        by_name: whether functions are equal that have the same name, and are made anew in each forward.
+    """
+    return list(_parts(value, {}, by_name))
 
 
-def _parts(value: Any, seen: Memo) -> Iterator[Any]:
+def _parts(value: Any, seen: Memo, by_name: bool) -> Iterator[Any]:
     if isinstance(value, _LEAVES):
         yield "tensor", id(value)
     elif id(value) in seen:
         yield "seen", seen[id(value)][1]
     elif is_atom(value):
-        yield type(value), value if isinstance(value, _ATOMS) else id(value)
+        what = value if isinstance(value, _ATOMS) else getattr(value, "__qualname__", "") if by_name else id(value)
+        yield type(value), what
     else:
         seen[id(value)] = value, len(seen)
         yield type(value), len(value) if hasattr(value, "__len__") else 0
         for item in value if isinstance(value, list | tuple) else ():
-            yield from _parts(item, seen)
+            yield from _parts(item, seen, by_name)
         for known in (value if isinstance(value, dict) else {}, getattr(value, "__dict__", {})):
             for name, item in known.items():
                 yield name
-                yield from _parts(item, seen)
+                yield from _parts(item, seen, by_name)
 
 
 def _is_built_in(value: Any) -> bool:

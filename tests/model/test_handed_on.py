@@ -4,11 +4,13 @@ import copy
 import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from helpers.families import HANDING_ON, TOKENS, save_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sparsefw import checkpoint
 from sparsefw.errors import InputError
@@ -229,6 +231,102 @@ def test_what_cannot_be_done_again_is_refused(forward, said, tmp_path, monkeypat
     assert re.search(r"model\.layers\.\d", str(caught.value))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def _by_numpy(blocks, hidden, given):
+    for block in blocks:
+        hidden = block(hidden + torch.from_numpy(np.asarray(hidden).copy()), **given(hidden))
+    return hidden
+
+
+def _by_chance(blocks, hidden, given):
+    for block in blocks:
+        hidden = block(hidden, **given(hidden)) * torch.rand(1)
+    return hidden
+
+
+def _reads_between(blocks, hidden, given):
+    kept = {}
+    for block in blocks:
+        hidden = block(hidden, kept=kept, **given(hidden)) * (1 + len(kept))
+    return hidden
+
+
+def _reads_one(blocks, hidden, given):
+    for block in blocks:
+        kept = {}
+        hidden = block(hidden, kept=kept, **given(hidden))
+        hidden = hidden + sum(kept.values())
+    return hidden
+
+
+def _reads_behind(blocks, hidden, given):
+    kept = {}
+    for block in blocks:
+        hidden = block(hidden, kept=kept, **given(hidden))
+    return hidden + sum(kept.values())
+
+
+def _needs(blocks, hidden, given):
+    kept = {}
+    for block in blocks:
+        hidden = block(hidden, kept=kept, **given(hidden))
+    return hidden + kept[2]
+
+
+def _reads_attribute(blocks, hidden, given):
+    for block in blocks:
+        hidden = block(hidden, **given(hidden))
+        hidden = hidden + getattr(block, "seen", 0)
+    return hidden
+
+
+@pytest.mark.parametrize(
+    ("forward", "place"),
+    [
+        (_by_numpy, "before model.layers.1"),
+        (_by_chance, "before model.layers.1"),
+        (_reads_between, "before model.layers.1"),
+        (_reads_one, "behind the last block"),
+        (_reads_behind, "behind the last block"),
+        (_needs, ""),
+        (_reads_attribute, "before model.layers.1"),
+    ],
+)
+def test_what_is_not_seen_is_refused(forward, place, tmp_path, monkeypatch):
+    """Only the last block puts something into the object that it is given."""
+    run = LlamaDecoderLayer.forward
+
+    def layer(self, hidden, kept=None, **kwargs):
+        self.seen = hidden * 0.1
+        if kept is not None and (self.self_attn.layer_idx == 2 or forward is _reads_between):
+            kept[self.self_attn.layer_idx] = self.seen
+        return run(self, hidden, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", layer)
+    said = rf"^unsupported model LlamaForCausalLM: .*{place} .*in a way that cannot be followed"
+    with pytest.raises(InputError, match=said) as caught:
+        _Changed(tmp_path, monkeypatch, forward)
+    assert "\n" not in str(caught.value)
+
+
+def test_objects_that_only_blocks_read_may_be_changed(tmp_path, monkeypatch):
+    """Each block adds what the one before has put into the dict."""
+    run = LlamaDecoderLayer.forward
+
+    def layer(self, hidden, kept, **kwargs):
+        hidden = run(self, hidden, **kwargs) + kept.get("last", 0)
+        kept["last"] = hidden.sin()
+        return hidden
+
+    def forward(blocks, hidden, given):
+        kept = {}
+        for block in blocks:
+            hidden = block(hidden, kept=kept, **given(hidden))
+        return hidden
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", layer)
+    _Changed(tmp_path, monkeypatch, forward).check()
 
 
 def test_another_order_with_other_tokens_is_refused(tmp_path, monkeypatch):
