@@ -37,7 +37,7 @@ class Traced(Recorder):
     def leaves(self, i: int, output: Any) -> None:
         """As `Recorder.leaves`. The block may have changed the objects that it was given."""
         super().leaves(i, output)
-        self._note_objects_anew((self._calls[i].args, self._calls[i].kwargs))
+        self._note_objects_anew()
 
     def ends(self) -> None:
         """Keep what was done behind the last block."""
@@ -79,8 +79,7 @@ def other_values(x: Tensor) -> Tensor:
     """A tensor of the same form with other values; indices are those of the tensor in another order."""
     if not (x.is_floating_point() or x.is_complex()):
         return x.flip(tuple(range(x.dim())))
-    steps = torch.linspace(0.5, 1.5, x.numel(), device=x.device).view(x.shape)
-    return (x + steps).to(x.dtype)
+    return torch.linspace(0.5, 1.5, x.numel(), device=x.device).view(x.shape).to(x.dtype)
 
 
 def _digest_of(x: Tensor) -> str:

@@ -40,6 +40,8 @@ class FewTokens:
         self._weights = {f"{name}.{n}": x for name, block in blocks.items() for n, x in block.named_parameters()}
         self.names: list[str] = []
         self.forms: dict[type, Form] = {}
+        # Attributes that blocks have set: the module, its name, and the module's attributes before.
+        self._set: list[tuple[nn.Module, str, dict[str, Any]]] = []
 
     def record(self) -> Recording | None:
         """Record the forward; None if it calls no block.
@@ -51,8 +53,10 @@ class FewTokens:
             InputError: the forward fails, calls a block twice, gives one no hidden states, or hands tensors on in a way
                 that cannot be followed.
         """
-        with self._attributes_restored():
+        try:
             first = self._run(self._run_block)
+        finally:
+            self._restore_attributes()
         if not self.names:
             return None
         names, self.names = self.names, []
@@ -94,22 +98,26 @@ class FewTokens:
             # The objects themselves, with other tensors than those that are followed.
             memo = {id(known): (known, known) for known in objects}
             own, others = rebuilt((args, kwargs), Tensor.detach, memo)
-            with explained(self._kind, name), filled(block.modules()):
+            with explained(self._kind, name), filled(block.modules()), self._attributes_noted(block):
                 output = kind.forward(block, *own, **others)
             self.forms.setdefault(kind, form_of_output(output, own[0], name, self._kind))
         return self.forms[kind].around(args[0])
 
     @contextmanager
-    def _attributes_restored(self) -> Iterator[None]:
-        """Behind the `with` block, the blocks' modules have the attributes that they had before."""
-        modules = [module for block in self._blocks.values() for module in block.modules()]
-        before = [dict(module.__dict__) for module in modules]
-        try:
-            yield
-        finally:
-            for module, attributes in zip(modules, before, strict=True):
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
+    def _attributes_noted(self, block: nn.Module) -> Iterator[None]:
+        """Note which attributes of its modules a block sets inside the `with` block, and what they were before."""
+        before = [(module, dict(module.__dict__)) for module in block.modules()]
+        yield
+        for module, attributes in before:
+            self._set += [(module, k, attributes) for k, x in module.__dict__.items() if attributes.get(k) is not x]
+
+    def _restore_attributes(self) -> None:
+        """Give the blocks' modules the attributes that they had before the blocks were run."""
+        for module, name, before in reversed(self._set):
+            module.__dict__.pop(name, None)
+            if name in before:
+                module.__dict__[name] = before[name]
+        self._set = []
 
     def _check_call(self, name: str, args: tuple[Any, ...]) -> None:
         """Raise if a block was called before, or its first argument is not the hidden states of windows."""

@@ -21,7 +21,7 @@ from sparsefw.model.values import Box, Constant, Value, leaves_of, objects_of, o
 
 # Functions whose results say what values a tensor has, by name. What a forward does next may depend on them.
 _READING = {"__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "item", "tolist", "numpy"}
-_READING |= {"equal", "allclose", "is_nonzero"}
+_READING |= {"equal", "allclose", "is_nonzero", "__array__", "__dlpack__"}
 
 # Functions that take only the form of a tensor, by name.
 _OF_FORM = {"zeros_like", "ones_like", "empty_like", "full_like"}
@@ -61,6 +61,8 @@ class Recorder(TorchFunctionMode):
         self._refusal = ""
         # Objects that blocks are given, by their ids: the object, its outline, and how many blocks are given it.
         self._objects: dict[int, tuple[Any, list[Any], int]] = {}
+        # The tensors that blocks are given, by their ids, and how often they had been written to.
+        self._given: dict[int, tuple[Tensor, int]] = {}
         self._hidden: Tensor | None = None
         self._paused = False
 
@@ -114,7 +116,9 @@ class Recorder(TorchFunctionMode):
             )
         if not self._calls:
             self._hidden = hidden
-        self._note_objects(i, (args, kwargs))
+        self._note_objects((*args, *kwargs.values()))
+        self._given |= {id(x): (x, x._version) for x in tensors_of((hidden, args, kwargs)) if id(x) not in self._given}
+        self._check_unchanged()
         self._calls[i] = Call(args, kwargs, self._steps, known.number if known else None)
         self._steps = []
 
@@ -127,6 +131,7 @@ class Recorder(TorchFunctionMode):
     def recording(self) -> Recording:
         """What was recorded."""
         assert self._hidden is not None
+        self._check_unchanged()
         last = self._calls[len(self._calls) - 1]
         read = {known.number for step in self._steps for known in self._followed((step.args, step.kwargs))}
         end = {number for number in read if number < last.after and number not in last.outputs[:1]}
@@ -198,23 +203,22 @@ class Recorder(TorchFunctionMode):
                 )
         return out
 
-    def _note_objects(self, i: int, given: Any) -> None:
-        """Note the objects that a block is given, and refuse those that have changed since the block before."""
+    def _note_objects(self, given: Any) -> None:
+        """Note the objects that a block is given."""
         for known in objects_of(given):
-            now = outline(known)
-            _, before, count = self._objects.get(id(known), (known, now, 0))
-            if now != before:
-                raise InputError(
-                    f"{self._names[i]}: {UNSUPPORTED} {self._model}: its forward changes a {type(known).__name__} "
-                    "between two blocks that are given it"
-                )
-            self._objects[id(known)] = known, now, count + 1
+            _, before, count = self._objects.get(id(known), (known, outline(known), 0))
+            self._objects[id(known)] = known, before, count + 1
 
-    def _note_objects_anew(self, given: Any) -> None:
-        """Note what objects are like now."""
-        for known in objects_of(given):
-            if id(known) in self._objects:
-                self._objects[id(known)] = known, outline(known), self._objects[id(known)][2]
+    def _check_unchanged(self) -> None:
+        """Raise if the forward has changed what it gave a block: the block would be given the changed one."""
+        changed = [type(known).__name__ for known, before, _ in self._objects.values() if outline(known) != before]
+        changed += [type(x).__name__ for x, version in self._given.values() if x._version != version]
+        if changed:
+            raise InputError(f"{UNSUPPORTED} {self._model}: its forward changes a {changed[0]} that a block was given")
+
+    def _note_objects_anew(self) -> None:
+        """Note what all objects are like now."""
+        self._objects = {key: (known, outline(known), count) for key, (known, _, count) in self._objects.items()}
 
     def _drop_unused_steps(self, end: set[int]) -> None:
         """Leave only the steps that a block's input, or what lies behind the last block, depends on."""

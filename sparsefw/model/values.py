@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from sparsefw.errors import InputError
+from sparsefw.model.parts import UNSUPPORTED
 
 # Values without parts: they are never changed.
 _ATOMS = (
@@ -20,6 +24,8 @@ _ATOMS = (
     bytes,
     range,
     slice,
+    frozenset,
+    np.generic,
     Enum,
     torch.dtype,
     torch.device,
@@ -56,8 +62,16 @@ _LEAVES = (Tensor, Constant, Value, Box)
 
 
 def is_atom(value: Any) -> bool:
-    """Whether a value has no parts. Functions, classes and modules count as atoms: they are not changed."""
-    return isinstance(value, _ATOMS) or callable(value) or (not hasattr(value, "__dict__") and not _is_built_in(value))
+    """Whether a value has no parts. Functions, classes and modules count as atoms: they are not changed.
+
+    Raises:
+        InputError: it may have parts, but which ones is not known, as in a set or an array.
+    """
+    if isinstance(value, _ATOMS) or callable(value):
+        return True
+    if not hasattr(value, "__dict__") and not _is_built_in(value):
+        raise InputError(f"{UNSUPPORTED}: its blocks are given or return a {type(value).__name__}")
+    return False
 
 
 def rebuilt(value: Any, leaf: Callable[[Any], Any], memo: Memo | None = None) -> Any:

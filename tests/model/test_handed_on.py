@@ -2,6 +2,7 @@
 
 import copy
 import re
+import zlib
 from functools import partial
 
 import numpy as np
@@ -208,6 +209,12 @@ def _out_of_sight(blocks, hidden, given):
     return hidden
 
 
+def _to_numpy(blocks, hidden, given):
+    for block in blocks:
+        hidden = block(hidden + torch.from_numpy(np.asarray(hidden).copy()), **given(hidden))
+    return hidden
+
+
 def _written_weight(blocks, hidden, given):
     for block in blocks:
         block.mlp.up_proj.weight.mul_(0.5)
@@ -221,6 +228,7 @@ def _written_weight(blocks, hidden, given):
         (_in_place, "what is made of its output is written to in place"),
         (_twice, "model.layers.0 runs more than once in a forward"),
         (_by_value, "what follows it depends on the values that it returns"),
+        (_to_numpy, "what follows it depends on the values that it returns"),
         (_out_of_sight, "what follows it depends on the values that it returns"),
         (_written_weight, "its forward changes this weight of a block"),
     ],
@@ -233,9 +241,10 @@ def test_what_cannot_be_done_again_is_refused(forward, said, tmp_path, monkeypat
     assert "\n" not in str(caught.value)
 
 
-def _by_numpy(blocks, hidden, given):
+def _by_text(blocks, hidden, given):
     for block in blocks:
-        hidden = block(hidden + torch.from_numpy(np.asarray(hidden).copy()), **given(hidden))
+        # The text of a tensor shows its values.
+        hidden = block(hidden + zlib.crc32(repr(hidden).encode()), **given(hidden))
     return hidden
 
 
@@ -284,7 +293,7 @@ def _reads_attribute(blocks, hidden, given):
 @pytest.mark.parametrize(
     ("forward", "place"),
     [
-        (_by_numpy, "before model.layers.1"),
+        (_by_text, "before model.layers.1"),
         (_by_chance, "before model.layers.1"),
         (_reads_between, "before model.layers.1"),
         (_reads_one, "behind the last block"),
@@ -308,6 +317,54 @@ def test_what_is_not_seen_is_refused(forward, place, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=said) as caught:
         _Changed(tmp_path, monkeypatch, forward)
     assert "\n" not in str(caught.value)
+
+
+def _writes_to_tensor(blocks, hidden, given):
+    shared = given(hidden)
+    for block in blocks:
+        hidden = block(hidden, **shared)
+        shared["position_embeddings"][0].mul_(0.5)
+    return hidden
+
+
+def _writes_to_first(blocks, hidden, given):
+    first = hidden
+    for block in blocks:
+        hidden = block(hidden, **given(hidden))
+        first.mul_(0.5)
+    return hidden
+
+
+def _changes_dict(blocks, hidden, given):
+    for block in blocks:
+        kept = {}
+        hidden = block(hidden, kept=kept, **given(hidden))
+        kept["last"] = hidden.sin()
+    return hidden
+
+
+def _gives_set(blocks, hidden, given):
+    for block in blocks:
+        hidden = block(hidden, kept={1}, **given(hidden))
+    return hidden
+
+
+@pytest.mark.parametrize(
+    ("forward", "said"),
+    [
+        (_writes_to_tensor, "its forward changes a Tensor that a block was given"),
+        (_writes_to_first, "its forward changes a Tensor that a block was given"),
+        (_changes_dict, "its forward changes a dict that a block was given"),
+        (_gives_set, "its blocks are given or return a set"),
+    ],
+)
+def test_changes_of_what_blocks_are_given_are_refused(forward, said, tmp_path, monkeypatch):
+    run = LlamaDecoderLayer.forward
+    monkeypatch.setattr(
+        LlamaDecoderLayer, "forward", lambda self, hidden, kept=None, **kwargs: run(self, hidden, **kwargs)
+    )
+    with pytest.raises(InputError, match=said):
+        _Changed(tmp_path, monkeypatch, forward)
 
 
 def test_objects_that_only_blocks_read_may_be_changed(tmp_path, monkeypatch):
