@@ -11,9 +11,9 @@ from torch import nn
 
 from sparsefw.kernels.backend import TORCH
 from sparsefw.model.activations import make_activations
-from sparsefw.model.forward import hidden_of
 from sparsefw.model.layers import measure
 from sparsefw.model.parts import INPUT
+from sparsefw.model.stand_ins import hidden_of
 from sparsefw.solver.target import cross_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
