@@ -160,7 +160,7 @@ def test_experts_beside_those_without_weights(tmp_path):
     layers = [f"mlp.experts.{name}[{e}]" for name in ("gate_up_proj", "down_proj") for e in range(E)]
     changes = {"zero_expert_num": 60, "expert_ffn_hidden_size": 24, "ffn_hidden_size": 48, "moe_topk": 2}
     latent = {name: _LATENT[name] for name in _LATENT if name != "first_k_dense_replace"}
-    options = _COMMON | latent | changes | {"model_type": "longcat_flash", "num_layers": 2, "num_hidden_layers": 4}
+    options = COMMON | latent | changes | {"model_type": "longcat_flash", "num_layers": 2, "num_hidden_layers": 4}
     config = AutoConfig.for_model(**options)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"dtype": "float32"}, default=str))
     names = describe(str(tmp_path)).shape.layer_names

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sparsefw.model.forward import hidden_of
 from sparsefw.model.layers.names import WeightNames
 from sparsefw.model.layers.products import MIXING, Product, Reading, products_of
 from sparsefw.model.parts import tensors_in
+from sparsefw.model.stand_ins import hidden_of
 
 _ROUTER = re.compile("router")
 
