@@ -120,14 +120,12 @@ class FewTokens:
         self._set = []
 
     def _check_call(self, name: str, args: tuple[Any, ...]) -> None:
-        """Raise if a block was called before, or its first argument is not the hidden states of windows."""
+        """Raise if a block was called before, or its first argument is not the hidden states."""
         unsupported = f"unsupported model {self._kind}: {name}"
         if name in self.names:
             raise InputError(f"{unsupported} runs more than once in a forward")
         if not args or not isinstance(args[0], Tensor):
             raise InputError(f"{unsupported} is not given its hidden states as first argument")
-        if args[0].shape[:2] == (TOKENS, 1):
-            raise InputError(f"{unsupported} is given (tokens, windows), not (windows, tokens)")
 
 
 @contextmanager

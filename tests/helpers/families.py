@@ -108,6 +108,8 @@ HANDING_ON = {
     "gemma4_text": _SHARED_KEYS,
     "glm_moe_dsa": _INDEXED,
     "rwkv": {"attention_hidden_size": 32, "context_length": 64},
+    # Hidden states of (tokens, windows).
+    "xlnet": {"d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48, "max_position_embeddings": None},
     "openai-gpt": _GPT,
     "inkling2_text": {
         "num_hidden_layers": 5,
@@ -127,10 +129,10 @@ HANDING_ON = {
 
 
 def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Path:
-    """A random checkpoint of a family with a byte-level tokenizer; `changes` go into its config."""
+    """A random checkpoint of a family with a byte-level tokenizer; `changes` go into its config, None takes out."""
     torch.manual_seed(seed)
     options = COMMON | {"model_type": family} | (FAMILIES | OTHERS | HANDING_ON)[family] | changes
-    config = AutoConfig.for_model(**options)
+    config = AutoConfig.for_model(**{name: value for name, value in options.items() if value is not None})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for parameter in model.parameters():
         # With the usual initialisation, all logits would be nearly equal.

@@ -148,13 +148,6 @@ class TestBlocks:
         ):
             streamed(save_model(tmp_path, "llama"))
 
-    def test_tokens_before_windows(self, tmp_path):
-        config = XLNetConfig(vocab_size=258, d_model=32, n_layer=2, n_head=4, d_inner=48)
-        with pytest.raises(
-            InputError, match=r"XLNetLMHeadModel: transformer.layer.0 is given \(tokens, windows\), not"
-        ):
-            streamed(save(tmp_path, config))
-
     def test_one_of_several_lists_runs(self, tmp_path):
         """The vision tower of GIT is in the same module as its blocks, and has as many."""
         sizes = dict(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
