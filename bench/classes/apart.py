@@ -95,7 +95,7 @@ def _start(case: Case, limits: Limits) -> Running:
 
 def _child(case: Case, folder: Path, limits: Limits) -> None:
     """Examine a class in this process, and leave its row in the folder."""
-    # What libraries print is of no interest, but for the last words of a crash.
+    # Libraries print much. Only the last words of a crash are of interest.
     sys.stdout = sys.stderr = (folder / "said.txt").open("w")
     os.dup2(sys.stderr.fileno(), 1)
     os.dup2(sys.stderr.fileno(), 2)

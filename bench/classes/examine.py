@@ -150,7 +150,7 @@ def _of_transformers(what: str) -> Iterator[None]:
     """Errors inside are those of plain transformers."""
     try:
         yield
-    # What a class raises that does not run is a result here, whatever it is.
+    # A class that does not run may raise anything, and that is a result here.
     except Exception as error:
         raise Ended(NOT_RUN, f"{what}: {_described(error)}") from error
 

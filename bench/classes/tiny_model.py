@@ -78,7 +78,7 @@ def config_of(case: Case) -> PretrainedConfig:
     wanted = getattr(transformers, case.class_name).config_class
     config = tiny_config(CONFIG_MAPPING[case.model_type])
     parts = [part for part in parts_of(config) if isinstance(part, wanted)]
-    # Of two names for one class, the second may have a config of its own.
+    # A class may have two names, and the second a config of its own.
     return parts[0] if parts else config
 
 

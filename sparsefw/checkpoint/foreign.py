@@ -18,7 +18,7 @@ _OWN_LAYOUT = (
 )
 _ORIGINAL = "give the checkpoint in safetensors that it was made from"
 
-# What a folder without config.json is, and the way out, by a pattern of a file's name. The first that matches counts.
+# A file's name tells what a folder without config.json is, and the way out. The first pattern that matches counts.
 WITHOUT_CONFIG = {
     ADAPTER: _ADAPTER,
     "adapter_model.*": _ADAPTER,

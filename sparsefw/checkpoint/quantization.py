@@ -41,7 +41,7 @@ LARGEST_BLOCK = 2**16
 # The largest real lists have three names for each of 100 layers; a name is at most as long as that of a tensor.
 MAX_MODULES, MAX_NAME = 2**16, 512
 
-# What to do about the methods that are not read; others have the first part alone.
+# The way out for methods that are not read. Those that are not listed have ORIGINAL alone.
 ORIGINAL = "give the unquantized checkpoint that it was made from"
 WAYS_OUT = {"compressed-tensors": f"{ORIGINAL}, or dequantize it first with the tool that made it"}
 

@@ -111,7 +111,7 @@ def _check_model(
         _check_finite(verdict.checks["finite"], written, written.tensors)
         return {}
     with model:
-        # What is never loaded may hold anything, if the source does.
+        # A tensor that is never loaded may hold anything, if the source does.
         _check_finite(verdict.checks["finite"], written, model.loaded)
         return check_weights(verdict, claims, model, source)
 

@@ -53,9 +53,8 @@ def disk_traffic(run: PlannedRun) -> Counter[str]:
     """Bytes read and written by phase; activations only where they are in a file."""
     shape = run.shape
     inside = sum(block.nbytes for block in shape.blocks)
-    # The first block is read once more, before anything else: its output shows the form of the hidden states.
     others = sum(shape.pieces)
-    read = int(shape.stored * (inside + READ_OUTSIDE * shape.outside + others + shape.blocks[0].nbytes))
+    read = int(shape.stored * (inside + READ_OUTSIDE * shape.outside + others))
     traffic = Counter(read=read, write=len(run.workload.config.methods) * inside + others)
     for block, count in run.block_counts.items():
         for phase, amount in _activation_traffic(run, block).items():

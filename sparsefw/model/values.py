@@ -33,7 +33,7 @@ _ATOMS = (
     torch.Size,
 )
 
-# What was met, by its id: the object, which is held so that no other one takes its id, and what stands for it.
+# An object that was met, by its id, and its stand-in. The object is held, so that no other one takes its id.
 Memo = dict[int, tuple[Any, Any]]
 
 

@@ -22,7 +22,7 @@ import sparsefw.run
 
 CASES = {case.model_type: case for case in cases()}
 
-# What each of them is here for.
+# Each is here for a property.
 KINDS = {
     "falcon": "one matrix for queries, keys and values; attention beside the MLP",
     "deepseek_v3": "latent attention, shared experts, dense blocks before those with experts",

@@ -196,7 +196,7 @@ def _of_experts(
     label = shared[0] if shared else max(rows, key=lambda row: weight.stride(w_labels.index(row)))
     axis = w_labels.index(label)
     own = x_labels.index(label) - len(x_labels) if shared else None
-    # So is one whose axis has one entry. A step of 0 in memory repeats an entry.
+    # An axis with one entry is one, too. A step of 0 in memory repeats an entry.
     if own is not None and X.shape[own] == 1:
         own = None
     repeated = own is not None and X.stride(own) == 0
