@@ -160,7 +160,7 @@ def test_flags_of_a_gpu_that_is_not_here(config, capsys, monkeypatch):
         ("[]", "expected a JSON object, got list"),
         ("{}", "transformers cannot build this model"),
         ('{"model_type": "unheard_of"}', "has no class for model_type unheard_of"),
-        ('{"model_type": "vit"}', "none generates text"),
+        ('{"model_type": "vit"}', "vit is none that generates text"),
         ('{"model_type": "llama", "quantization_config": {"bits": 4}}', "the model is quantized"),
         ('{"model_type": "llama", "num_hidden_layers": 1000000000}', "num_hidden_layers is 1000000000, which no model"),
         ('{"model_type": "llama", "vocab_size": 1000000000000}', "vocab_size is 1000000000000, which no model has"),

@@ -75,6 +75,9 @@ class OnGPU(Tensor):
     def tolist(self) -> list:
         return self.to("cpu").tolist()
 
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.inner.untyped_storage()
 
