@@ -145,7 +145,9 @@ class TestErrors:
             T = find_target(W, damped(G, config.damp), cross.matrix, TARGET_STEPS, support=support)
             assert (T[~support] == 0).all()
             assert (T[support] != W[support]).double().mean() > 0.99
-            assert row.error == pytest.approx(error(T, pruned[name], G).sum().item(), rel=1e-4)
+            # A row of a single weight fits its target up to the rounding of the weight.
+            rounding = 2.0**-44 * error(T, torch.zeros_like(T), G).sum().item()
+            assert row.error == pytest.approx(error(T, pruned[name], G).sum().item(), rel=1e-4, abs=rounding)
 
     @ALL
     def test_masks_are_chosen_for_it(self, text):
