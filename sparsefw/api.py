@@ -4,7 +4,7 @@ The driver is imported inside `prune`, after the config is made. Triton decides 
 interprets its kernels, and the config settles that.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,8 @@ from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, config_for
 from sparsefw.solver.config import PruneConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from sparsefw.report import Report
     from sparsefw.solver import LayerResult
@@ -50,15 +51,16 @@ class PruneResult:
 
 
 def prune(
-    model: "str | Path | PreTrainedModel" = DEFAULT,
+    model: "str | Path | nn.Module" = DEFAULT,
     output: str | Path | None = None,
     config: PruneConfig | None = None,
     *,
     dataset: str | Path | Sequence[str] | Tensor | None = None,
+    calibration: Iterable[Any] | None = None,
     nsamples: int | None = None,
     seqlen: int | None = None,
     seed: int = 0,
-    evaluate: str | Path | Sequence[str | Path] | None = None,
+    evaluate: str | Path | Sequence[str | Path] | Iterable[Any] | None = None,
     eval_windows: int | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     gpu_memory: float | None = None,
@@ -74,16 +76,20 @@ def prune(
     After an interruption the same call goes on after the last finished block.
 
     Args:
-        model: folder or Hub id of a checkpoint in safetensors; "default", the embedded model; or a transformers model
-            in memory, which is pruned in place through a checkpoint in a temporary folder.
+        model: folder or Hub id of a checkpoint in safetensors; "default", the embedded model; a transformers model in
+            memory, which is pruned in place through a checkpoint in a temporary folder; or, with `calibration`, any
+            module in memory, which is pruned in place.
         output: folder for the pruned checkpoint; None only for a model in memory.
         config: how to prune; None makes a config of `options`.
         dataset: calibration text: a name or path as for `--dataset`, a list of documents, or token ids (windows,
             seqlen). None: c4, or the embedded text for the embedded model.
+        calibration: in place of a text: for each batch the arguments of the model's forward, as a mapping, a tuple or
+            a single tensor. Pixels, masked tokens, features of sound: whatever a stack of blocks is made for.
         nsamples, seqlen: number of calibration windows, and tokens in each. None: the shape of the token ids, else 256
             and 2048 (embedded model: 64 and 128).
         seed: seed of the draw of the calibration windows.
-        evaluate: evaluation texts for perplexity, by name or path.
+        evaluate: evaluation texts for perplexity, by name or path; with `calibration` batches for which the model
+            returns a loss, whose perplexity is exp of the mean loss.
         eval_windows: most windows of each evaluation text; None: all.
         tokenizer: the model's tokenizer; None: the one beside the checkpoint.
         gpu_memory, host_memory: memory limits in GiB; None: what is free, less a margin.
@@ -105,6 +111,23 @@ def prune(
         raise TypeError(f"prune() got an unexpected keyword argument {unknown[0]!r}")
     if config is not None and options:
         raise TypeError(f"prune() got a config and {next(iter(options))!r}, which belongs into it")
+    if config is not None and not isinstance(config, PruneConfig):
+        raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
+    output_folder = Path(output) if output is not None else None
+    if calibration is not None:
+        of_text = dict(
+            dataset=dataset, nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, tokenizer=tokenizer
+        )
+        if unused := [name for name, value in of_text.items() if value is not None]:
+            raise TypeError(f"prune() got calibration and {unused[0]!r}, which belongs to a text")
+        config = config or PruneConfig(**options)
+        _ = config.backend
+
+        from sparsefw import in_memory
+
+        places = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
+        report = in_memory.prune_on_batches(model, calibration, evaluate, config, output_folder, places, log, progress)
+        return PruneResult(report, output_folder)
     source, nsamples, seqlen = _named(dataset, nsamples, seqlen)
     known: dict[str, Any] = dict(
         dataset=source, nsamples=nsamples, seqlen=seqlen, evaluate=_names(evaluate), eval_windows=eval_windows
@@ -113,19 +136,16 @@ def prune(
     inputs = Inputs(model=_name(model), seed=seed, **given)
     if config is None:
         config = config_for(inputs, options)
-    elif not isinstance(config, PruneConfig):
-        raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
     # Settles whether Triton interprets its kernels, before anything imports Triton.
     _ = config.backend
 
-    from sparsefw.driver import Job, Output, run_job
+    from sparsefw.driver import CheckpointJob, Output, run_job
 
     def run(folder: Path, output: Path, tokenizer: "PreTrainedTokenizerBase | None") -> "Report":
         destination = Output(output, overwrite, restart, gpu_memory, host_memory)
         text = dataset if source in (TEXTS, TOKENS) and not isinstance(dataset, str | Path) else None
-        return run_job(Job(folder, inputs, config, destination, text, tokenizer), log, progress)
+        return run_job(CheckpointJob(inputs, config, destination, folder, text, tokenizer), log, progress)
 
-    output_folder = Path(output) if output is not None else None
     if isinstance(model, str | Path):
         if output_folder is None:
             raise InputError("output: where the pruned checkpoint goes is left out")
@@ -156,7 +176,7 @@ def _named(
     return TOKENS, *dataset.shape
 
 
-def _names(texts: str | Path | Sequence[str | Path] | None) -> tuple[str, ...] | None:
+def _names(texts: Any) -> tuple[str, ...] | None:
     if texts is None:
         return None
     names = [texts] if isinstance(texts, str | Path) else texts
@@ -165,10 +185,10 @@ def _names(texts: str | Path | Sequence[str | Path] | None) -> tuple[str, ...] |
     return tuple(map(str, names))
 
 
-def _name(model: "str | Path | PreTrainedModel") -> str:
+def _name(model: "str | Path | nn.Module") -> str:
     if isinstance(model, str | Path):
         return str(model)
-    return getattr(model, "name_or_path", "") or type(model).__name__
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)
 
 
 def _locate(inputs: Inputs) -> Path:

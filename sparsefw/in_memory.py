@@ -1,22 +1,34 @@
-"""Models in memory: pruned through a checkpoint in a temporary folder, with their layers changed in place."""
+"""Models in memory, whose layers are changed in place.
+
+Models that generate text are pruned through a checkpoint in a temporary folder. Other models are run as they are, on
+batches of the arguments of their forward.
+"""
 
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsefw import checkpoint, data
+from sparsefw.driver import Job, Output, run_in_memory
 from sparsefw.errors import InputError
+from sparsefw.inputs import Inputs
 from sparsefw.model import StreamedModel
 from sparsefw.report import Report
+from sparsefw.solver import PruneConfig
 from sparsefw.solver.selection import without_index
+
+# Name of batches, in place of a text's.
+BATCHES = "batches given in Python"
 
 
 def prune_in_place(
-    model: PreTrainedModel,
+    model: Any,
     run: Callable[[Path, Path, PreTrainedTokenizerBase | None], Report],
     method: str,
     output: Path | None,
@@ -51,11 +63,58 @@ def prune_in_place(
             report = run(folder, pruned, tokenizer)
         except BaseException as error:
             if output is None:
-                # Its notes promise that the run can go on, and the folder is gone with what was finished.
-                getattr(error, "__notes__", []).clear()
+                _forget_notes(error)
             raise
         load_layers(model, pruned, [layer.name for layer in report.layers_of(method)])
     return report if output else replace(report, arguments=report.arguments | {"output": None})
+
+
+def prune_on_batches(
+    model: Any,
+    calibration: Iterable[Any],
+    evaluation: Any,
+    config: PruneConfig,
+    output: Path | None,
+    places: dict[str, Any],
+    log: Callable[[str], None],
+    progress: bool,
+) -> Report:
+    """Prune a model in memory on batches.
+
+    Args:
+        model: any module.
+        calibration, evaluation: for each batch the arguments of its forward, see `data.batches_of`; evaluation None:
+            none.
+        config: how it is pruned.
+        output: folder for the pruned model; None for none.
+        places: the other fields of `Output`.
+        log, progress: as for `run_in_memory`.
+
+    Raises:
+        InputError: the model is no module, or as `data.batches_of` and `run_in_memory`.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"calibration: batches are for a model in memory, and model is a {type(model).__name__}; load it first"
+        )
+    batches = data.batches_of(calibration, "calibration")
+    evaluated = None if evaluation is None else data.batches_of(evaluation, "evaluate")
+    texts = (BATCHES,) if evaluated else ()
+    inputs = Inputs(model=type(model).__name__, dataset=BATCHES, nsamples=batches.n, evaluate=texts)
+    with tempfile.TemporaryDirectory(prefix="sparsefw-") as scratch:
+        job = Job(inputs, config, Output(output or Path(scratch) / "pruned", **places))
+        try:
+            report = run_in_memory(model, job, batches, evaluated, output is not None, log, progress)
+        except BaseException as error:
+            if output is None:
+                _forget_notes(error)
+            raise
+    return report if output else replace(report, arguments=report.arguments | {"output": None})
+
+
+def _forget_notes(error: BaseException) -> None:
+    """Take notes off an error that promise that the run can go on: its folder is gone with what was finished."""
+    getattr(error, "__notes__", []).clear()
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
@@ -65,7 +124,10 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         InputError: it is no model of transformers.
     """
     if not isinstance(model, PreTrainedModel):
-        raise InputError(f"model: expected a folder, a Hub id or a transformers model, got {type(model).__name__}")
+        other = "; any other module needs batches: calibration=" if isinstance(model, nn.Module) else ""
+        raise InputError(
+            f"model: expected a folder, a Hub id or a transformers model, got {type(model).__name__}{other}"
+        )
     model.save_pretrained(folder)
 
 

@@ -15,7 +15,7 @@ from sparsefw.checkpoint.source import (
     locate,
 )
 from sparsefw.checkpoint.tensors import TensorInfo
-from sparsefw.checkpoint.writer import Writer, check_output
+from sparsefw.checkpoint.writer import Writer, check_free, check_output
 
 __all__ = [
     "CONFIG",
@@ -25,6 +25,7 @@ __all__ = [
     "TensorInfo",
     "Writer",
     "check_file",
+    "check_free",
     "check_output",
     "companions",
     "durably",

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,9 @@ from sparsefw.checkpoint.resume import PartialFolder, durably
 from sparsefw.checkpoint.rewritten import rewritten
 from sparsefw.checkpoint.source import CONFIG, INDEX, companions, root_of
 from sparsefw.errors import InputError, first_line
+
+# A model in memory may have no config; its report shows that a folder holds a pruned one.
+REPORT = "report.json"
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
@@ -35,7 +38,7 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
     target, root = output.resolve(), root_of(source)
     if target == root or target in root.parents or root in target.parents:
         raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another --output")
-    _check_free(output, overwrite)
+    check_free(output, overwrite)
 
 
 class Writer:
@@ -94,7 +97,7 @@ class Writer:
         try:
             # A kill may have come while the older output was being replaced.
             self._partial.restore_output()
-            _check_free(self.output, self.overwrite)
+            check_free(self.output, self.overwrite)
             self._partial.open(self._identity, self._chosen, self._restart)
         except BaseException:
             self._leave()
@@ -204,9 +207,7 @@ class Writer:
             ValueError: shards are missing.
             InputError: something else came to lie at `output` meanwhile, or the disk is full or failed.
         """
-        records = self._partial.records
-        if len(records) != self.shards:
-            raise ValueError(f"{len(records)} shards of {self.shards} were written")
+        records = self._complete()
         sums = {key: sum(record[key] for record in records) for key in ("parameters", "bytes")}
         index = {
             "metadata": {"total_parameters": sums["parameters"], "total_size": sums["bytes"]},
@@ -221,7 +222,35 @@ class Writer:
                 if not (self.folder / path.name).exists():
                     # Content only: the source's files may be read-only or links.
                     durably(self.folder / path.name, partial(shutil.copyfile, path))
-        _check_free(self.output, self.overwrite)
+        self._move()
+
+    def finish_as(self, save: Callable[[Path], None]) -> None:
+        """Write the model otherwise in place of the shards, and move it with the other files to `output`.
+
+        Args:
+            save: writes it into a folder.
+
+        Raises:
+            ValueError, InputError: as `finish`.
+        """
+        for n in range(len(self._complete())):
+            self.path(n).unlink()
+        with self._disk_errors():
+            save(self.folder)
+            for path in self.folder.iterdir():
+                # safetensors makes files that only the owner can read.
+                path.chmod(self.folder.stat().st_mode & 0o666)
+        self._move()
+
+    def _complete(self) -> list[dict[str, Any]]:
+        """The records of all shards."""
+        records = self._partial.records
+        if len(records) != self.shards:
+            raise ValueError(f"{len(records)} shards of {self.shards} were written")
+        return records
+
+    def _move(self) -> None:
+        check_free(self.output, self.overwrite)
         self._partial.move_into_place()
         self._done = True
 
@@ -252,7 +281,12 @@ class Writer:
                 folder.rmdir()
 
 
-def _check_free(output: Path, overwrite: bool) -> None:
+def check_free(output: Path, overwrite: bool) -> None:
+    """Refuse an output that is a file, or a folder with something in it that may not be replaced.
+
+    Raises:
+        InputError: it is one.
+    """
     if not os.path.lexists(output):
         return
     if output.exists() and not output.is_dir():
@@ -263,5 +297,5 @@ def _check_free(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise InputError(f"{output}: exists and is not empty; choose another --output or add --overwrite")
-    if not (output / CONFIG).is_file():
+    if not any((output / name).is_file() for name in (CONFIG, REPORT)):
         raise InputError(f"{output}: not a checkpoint (no {CONFIG}), so --overwrite will not remove it")

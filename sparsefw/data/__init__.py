@@ -1,15 +1,20 @@
 """Texts to calibrate and evaluate a model on, its tokenizer, and the windows of tokens that are cut from a text."""
 
+from sparsefw.data.batches import Batch, Batches, batches_of, token_batch
 from sparsefw.data.text import Text, read_text
 from sparsefw.data.tokenizer import load_tokenizer
 from sparsefw.data.windows import Windows, calibration_windows, evaluation_windows, windows_of
 
 __all__ = [
+    "Batch",
+    "Batches",
     "Text",
     "Windows",
+    "batches_of",
     "calibration_windows",
     "evaluation_windows",
     "load_tokenizer",
     "read_text",
+    "token_batch",
     "windows_of",
 ]

@@ -7,13 +7,14 @@ of a text, once, before the first document.
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sparsefw.data.batches import Batch, token_batch
 from sparsefw.data.text import Text, read_text
 from sparsefw.data.tokenizer import start_tokens, tokenize
 from sparsefw.errors import InputError
@@ -51,6 +52,10 @@ class Windows:
     def seqlen(self) -> int:
         """Tokens in a window."""
         return self.ids.shape[1]
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Micro-batches of this many windows; the last one may have fewer."""
+        return map(token_batch, self.ids.split(size))
 
 
 def windows_of(ids: Tensor, source: str) -> Windows:

@@ -1,6 +1,7 @@
 """The block loop: calibrate, prune, evaluate and write a model one block at a time."""
 
+from sparsefw.driver.in_memory import run_in_memory
 from sparsefw.driver.loop import Outcome, prune_model
-from sparsefw.driver.run import Job, Output, run_job
+from sparsefw.driver.run import CheckpointJob, Job, Output, run_job
 
-__all__ = ["Job", "Outcome", "Output", "prune_model", "run_job"]
+__all__ = ["CheckpointJob", "Job", "Outcome", "Output", "prune_model", "run_in_memory", "run_job"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
 from sparsefw.kernels.backend import Backend
-from sparsefw.model import HiddenStates, StreamedModel
+from sparsefw.model import BlockModel, HiddenStates
 from sparsefw.model.layers import (
     Captured,
     Confirmed,
@@ -39,7 +39,7 @@ class Run:
     """Model, config and backend that all blocks of a run share.
 
     Attributes:
-        model: the streamed model.
+        model: the model.
         config: how the model is pruned.
         backend: the operations.
         memory: bytes that the state of one solve may take.
@@ -49,7 +49,7 @@ class Run:
         confirmed: what is known of running blocks in parts, see `layers.survey`.
     """
 
-    model: StreamedModel
+    model: BlockModel
     config: PruneConfig
     backend: Backend
     memory: int
@@ -155,15 +155,15 @@ def _solve(run: Run, i: int, captured: Captured, method: str) -> Iterator[LayerR
         yield from results
 
 
-def kept_dense(model: StreamedModel, i: int, pruned: list[LayerResult]) -> list[str]:
+def kept_dense(model: BlockModel, i: int, pruned: list[LayerResult]) -> list[str]:
     """Names of the matrices of block i that were not pruned."""
     prefix = f"{model.names[i]}."
     layers = {result.name.removeprefix(prefix): math.prod(result.shape) for result in pruned}
     return [prefix + name for name in not_pruned(model.blocks[i], layers)]
 
 
-def idle_matrices(model: StreamedModel) -> list[str]:
-    """Names of the matrices in blocks that text does not run through: they stay dense."""
+def idle_matrices(model: BlockModel) -> list[str]:
+    """Names of the matrices in blocks that the model does not run through: they stay dense."""
     return [f"{block}.{name}" for block, module in model.idle.items() for name in not_pruned(module, {})]
 
 

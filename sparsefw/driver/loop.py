@@ -9,7 +9,7 @@ Blocks that an earlier run has finished are not pruned again. Their weights are 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.checkpoint import Writer, read_shard
-from sparsefw.data import Windows
+from sparsefw.data import Batches, Windows
 from sparsefw.driver.block import DenseReference, Run, find_stages, idle_matrices, kept_dense, prune_block, way_through
 from sparsefw.driver.record import FinishedBlock
-from sparsefw.model import HiddenStates, Placement, embed, perplexity
+from sparsefw.model import HiddenStates, Placement, embed_batches, perplexity, perplexity_of_batches
 from sparsefw.process import give_back, peak_memory
 from sparsefw.report import BlockRecord
 from sparsefw.solver import LayerResult
@@ -29,6 +29,9 @@ from sparsefw.timeline import WRITE, Timeline
 
 # Name of the hidden states in the dense model.
 DENSE = "dense"
+
+# What runs through a model: windows of tokens, or a caller's batches.
+Samples = Windows | Batches
 
 
 @dataclass
@@ -61,7 +64,7 @@ class _AllStates:
     """Hidden states of all windows by method and "dense": of the calibration, and of every evaluation text."""
 
     calibration: dict[str, HiddenStates]
-    evaluation: list[tuple[Windows, dict[str, HiddenStates]]]
+    evaluation: list[tuple[Samples, dict[str, HiddenStates]]]
 
     def of(self, name: str) -> list[HiddenStates]:
         """The hidden states of a method, or of "dense"."""
@@ -75,8 +78,8 @@ class _AllStates:
 
 def prune_model(
     run: Run,
-    calibration: Windows,
-    evaluation: list[Windows],
+    calibration: Samples,
+    evaluation: Sequence[Samples],
     writer: Writer,
     placement: Placement,
     *,
@@ -87,8 +90,8 @@ def prune_model(
 
     Args:
         run: the model, and how it is pruned: by every method of the config, each on the activations of its own blocks.
-        calibration: windows whose activations define the layer problems.
-        evaluation: windows of each evaluation text.
+        calibration: windows or batches whose activations define the layer problems.
+        evaluation: those of each evaluation text.
         writer: receives a shard for each block and each piece of the rest. The run goes on after those that it has.
         placement: what is held at once, and where.
         on_layer, on_block: called after every layer and every block.
@@ -142,22 +145,28 @@ def _prune_blocks(
         with timeline.span("write"):
             writer.write(model.other_tensors(names))
     with timeline.span("evaluate"), model.outside():
-        for windows, by_name in states.evaluation:
-            outcome.perplexity[windows.source] = {name: perplexity(s, windows.ids) for name, s in by_name.items()}
+        for samples, by_name in states.evaluation:
+            outcome.perplexity[samples.source] = {name: _perplexity(s, samples) for name, s in by_name.items()}
     return outcome
 
 
-def _embed_all(run: Run, calibration: Windows, evaluation: list[Windows], placement: Placement) -> _AllStates:
+def _perplexity(states: HiddenStates, samples: Samples) -> float:
+    if isinstance(samples, Windows):
+        return perplexity(states, samples.ids)
+    return perplexity_of_batches(states, samples.batches)
+
+
+def _embed_all(run: Run, calibration: Samples, evaluation: Sequence[Samples], placement: Placement) -> _AllStates:
     """Embed all windows: the hidden states before the first block."""
     activations = placement.new_activations(run.model.device)
 
-    def start(windows: Windows, names: list[str]) -> dict[str, HiddenStates]:
-        states = embed(run.model, windows.ids, placement.batch, activations)
+    def start(samples: Samples, names: list[str]) -> dict[str, HiddenStates]:
+        states = embed_batches(run.model, samples.split(placement.batch), activations)
         return {name: states.fork() if n else states for n, name in enumerate(names)}
 
     methods = [*run.config.methods]
     calibrated = start(calibration, [DENSE, *methods] if run.config.uses_dense_target else methods)
-    return _AllStates(calibrated, [(windows, start(windows, [DENSE, *methods])) for windows in evaluation])
+    return _AllStates(calibrated, [(samples, start(samples, [DENSE, *methods])) for samples in evaluation])
 
 
 def _prune_methods(

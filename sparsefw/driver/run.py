@@ -1,7 +1,7 @@
 """One run: a checkpoint in, a pruned checkpoint with its report out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from sparsefw import checkpoint, data, process
 from sparsefw.checkpoint import Checkpoint, Writer, durably
 from sparsefw.data import Windows
 from sparsefw.driver.block import Run
-from sparsefw.driver.loop import Outcome, prune_model
+from sparsefw.driver.loop import Outcome, Samples, prune_model
 from sparsefw.errors import InputError
 from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place
 from sparsefw.flags import checked_bool, checked_number, flag_of, set_field
 from sparsefw.inputs import Inputs
-from sparsefw.model import ModelShape, Placement, StreamedModel, shape_of
+from sparsefw.model import BlockModel, ModelShape, Placement, StreamedModel, shape_of
 from sparsefw.process import MARGIN, MOST_MEMORY
 from sparsefw.report import (
     CalibrationText,
@@ -85,18 +85,27 @@ class Job:
     """A run that is asked for.
 
     Attributes:
-        folder: folder of the source, the checkpoint that is read.
         inputs: names of what is read.
         config: how the model is pruned.
         output: where the run writes.
+    """
+
+    inputs: Inputs
+    config: PruneConfig
+    output: Output
+
+
+@dataclass(frozen=True)
+class CheckpointJob(Job):
+    """A run on a checkpoint.
+
+    Attributes:
+        folder: folder of the source, the checkpoint that is read.
         dataset: calibration data without a name: documents, or token ids (windows, seqlen); None: `inputs` names it.
         tokenizer: the model's tokenizer; None: the source's.
     """
 
     folder: Path
-    inputs: Inputs
-    config: PruneConfig
-    output: Output
     dataset: Sequence[str] | Tensor | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -107,25 +116,27 @@ class Prepared:
 
     Attributes:
         device: device that the model runs on.
-        source: the checkpoint that is read.
-        calibration, evaluation: the windows.
+        calibration, evaluation: the windows, or the batches of a caller.
         shape: shape of the model, with the layers that are to be pruned.
         workload: the work to do.
         limits: memory limits in bytes: "host", and with a GPU "gpu".
-        notes: what the user should know of the source, one line each.
+        notes: what the user should know of the model, one line each.
+        fingerprint: tells the model from another one.
+        fixed: values of `Placement` that are settled, by field.
     """
 
     device: torch.device
-    source: Checkpoint
-    calibration: Windows
-    evaluation: list[Windows]
+    calibration: Samples
+    evaluation: Sequence[Samples]
     shape: ModelShape
     workload: Workload
     limits: dict[str, int]
     notes: list[str]
+    fingerprint: str
+    fixed: dict[str, int] = field(default_factory=dict)
 
 
-def run_job(job: Job, say: Callable[[str], None], progress: bool) -> Report:
+def run_job(job: CheckpointJob, say: Callable[[str], None], progress: bool) -> Report:
     """Prune a checkpoint, evaluate it, write it and its report.
 
     Args:
@@ -137,51 +148,78 @@ def run_job(job: Job, say: Callable[[str], None], progress: bool) -> Report:
         InputError: something that the user gave is wrong; the message names it.
         FloatingPointError: a layer's error is not finite.
     """
-    backend = job.config.backend
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    say(f"kernel: {job.config.kernel} ({_why(job.config)}), precision {job.config.precision}")
+    say(kernel_line(job.config))
     checkpoint.check_output(job.output.folder, job.folder, job.output.overwrite)
     source = checkpoint.inspect(job.folder)
     with StreamedModel(source, device) as model:
         prepared = _prepare(job, model, source, say)
-        placement, _ = _place(job, prepared)
-        chosen = {"batch": placement.batch, "solver": placement.solver}
-        with _writer(job, prepared, chosen) as writer:
-            if writer.finished:
-                say(f"going on with an unfinished run: {len(writer.finished)} of {writer.shards} parts are there")
-            placement, needs = _place(job, prepared, writer.chosen)
-            # The disk has a finished block as each method pruned it.
-            written = len(job.config.methods) * writer.written
-            writer.check_space(sum(disk_space(prepared.shape, prepared.workload, placement).values()) - written)
-            say(log.placement_line(placement, needs, prepared.limits))
-            say(log.layer_header())
-            with (
-                tqdm(total=len(model.blocks), unit="block", disable=None if progress else True) as bar,
-                process.gpu_limited(prepared.limits.get("gpu")),
-            ):
-                outcome = prune_model(
-                    Run(
-                        model,
-                        job.config,
-                        backend,
-                        placement.solver,
-                        frozenset(prepared.shape.layer_names),
-                        placement.kept_width,
-                        tuple(block.seen for block in prepared.shape.blocks),
-                    ),
-                    prepared.calibration,
-                    prepared.evaluation,
-                    writer,
-                    placement,
-                    on_layer=lambda result: say(log.layer_row(result)),
-                    on_block=bar.update,
-                )
-            report = _report(job, prepared, outcome, placement, needs)
-            texts = {"report.json": report.to_json(), "report.html": html.page(report)}
-            for name, text in texts.items():
-                durably(writer.folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
-            writer.finish(job.folder)
+        return carry_out(job, model, prepared, lambda writer: writer.finish(job.folder), say, progress)
+
+
+def carry_out(
+    job: Job,
+    model: BlockModel,
+    prepared: Prepared,
+    finish: Callable[[Writer], None],
+    say: Callable[[str], None],
+    progress: bool,
+) -> Report:
+    """Prune a model that is ready for it, evaluate it, and write its report.
+
+    Args:
+        job: the run.
+        model: the model.
+        prepared: the run before its first block.
+        finish: ends the writing: called when all blocks and the report are written.
+        say, progress: as for `run_job`.
+
+    Raises:
+        InputError, FloatingPointError: as `run_job`.
+    """
+    placement, _ = _place(job, prepared)
+    chosen = {"batch": placement.batch, "solver": placement.solver}
+    with _writer(job, model, prepared, chosen) as writer:
+        if writer.finished:
+            say(f"going on with an unfinished run: {len(writer.finished)} of {writer.shards} parts are there")
+        placement, needs = _place(job, prepared, writer.chosen)
+        # The disk has a finished block as each method pruned it.
+        written = len(job.config.methods) * writer.written
+        writer.check_space(sum(disk_space(prepared.shape, prepared.workload, placement).values()) - written)
+        say(log.placement_line(placement, needs, prepared.limits))
+        say(log.layer_header())
+        with (
+            tqdm(total=len(model.blocks), unit="block", disable=None if progress else True) as bar,
+            process.gpu_limited(prepared.limits.get("gpu")),
+        ):
+            outcome = prune_model(
+                Run(
+                    model,
+                    job.config,
+                    job.config.backend,
+                    placement.solver,
+                    frozenset(prepared.shape.layer_names),
+                    placement.kept_width,
+                    tuple(block.seen for block in prepared.shape.blocks),
+                ),
+                prepared.calibration,
+                prepared.evaluation,
+                writer,
+                placement,
+                on_layer=lambda result: say(log.layer_row(result)),
+                on_block=bar.update,
+            )
+        report = _report(job, prepared, outcome, placement, needs)
+        texts = {"report.json": report.to_json(), "report.html": html.page(report)}
+        for name, text in texts.items():
+            durably(writer.folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
+        finish(writer)
     return report
+
+
+def kernel_line(config: PruneConfig) -> str:
+    """The line of the log that says which kernel runs, and why."""
+    return f"kernel: {config.kernel} ({_why(config)}), precision {config.precision}"
 
 
 def _why(config: PruneConfig) -> str:
@@ -193,7 +231,7 @@ def _why(config: PruneConfig) -> str:
     return "CUDA is available" if cuda else "no CUDA device"
 
 
-def _prepare(job: Job, model: StreamedModel, source: Checkpoint, say: Callable[[str], None]) -> Prepared:
+def _prepare(job: CheckpointJob, model: StreamedModel, source: Checkpoint, say: Callable[[str], None]) -> Prepared:
     inputs, config = job.inputs, job.config
     seqlen = min(inputs.seqlen, model.max_seqlen or inputs.seqlen)
     if seqlen < inputs.seqlen:
@@ -208,20 +246,34 @@ def _prepare(job: Job, model: StreamedModel, source: Checkpoint, say: Callable[[
     check_used(whole.layer_names, config.include, config.ignore)
     shape = whole.selected(config.selects)
     say(log.sparsity_line(config, shape, whole))
-    workload = Workload(
-        windows=calibration.n,
-        evaluation=tuple(windows.n for windows in evaluation),
+    return Prepared(
+        model.device,
+        calibration,
+        evaluation,
+        shape,
+        workload_of(config, calibration.n, [windows.n for windows in evaluation], seqlen, model.device),
+        job.output.limits(model.device),
+        model.notes,
+        checkpoint.fingerprint(source),
+    )
+
+
+def workload_of(
+    config: PruneConfig, windows: int, evaluation: Sequence[int], seqlen: int, device: torch.device
+) -> Workload:
+    """The work of a run in this process, see `Workload`."""
+    return Workload(
+        windows=windows,
+        evaluation=tuple(evaluation),
         seqlen=seqlen,
         config=config,
-        gpu=model.device.type == "cuda",
+        gpu=device.type == "cuda",
         threads=torch.get_num_threads() if config.kernel == "torch" else 1,
         process=process.resident(),
     )
-    limits = job.output.limits(model.device)
-    return Prepared(model.device, source, calibration, evaluation, shape, workload, limits, model.notes)
 
 
-def _read_texts(job: Job, seqlen: int) -> tuple[Windows, list[Windows]]:
+def _read_texts(job: CheckpointJob, seqlen: int) -> tuple[Windows, list[Windows]]:
     """The calibration windows, and the windows of each evaluation text."""
     inputs = job.inputs
     tokens = data.windows_of(job.dataset, inputs.dataset) if isinstance(job.dataset, Tensor) else None
@@ -243,13 +295,13 @@ def _read_texts(job: Job, seqlen: int) -> tuple[Windows, list[Windows]]:
 
 def _place(job: Job, prepared: Prepared, fixed: dict[str, int] | None = None) -> tuple[Placement, MemoryNeeds]:
     folder = job.output.folder.resolve().parent
-    return place(prepared.shape, prepared.workload, prepared.limits, folder, fixed=fixed)
+    return place(prepared.shape, prepared.workload, prepared.limits, folder, fixed=prepared.fixed | (fixed or {}))
 
 
-def _writer(job: Job, prepared: Prepared, chosen: dict[str, Any]) -> Writer:
+def _writer(job: Job, model: BlockModel, prepared: Prepared, chosen: dict[str, Any]) -> Writer:
     return Writer(
         job.output.folder,
-        len(prepared.shape.blocks) + len(prepared.shape.pieces),
+        len(model.blocks) + len(model.pieces),
         _identity(job, prepared),
         chosen,
         overwrite=job.output.overwrite,
@@ -264,24 +316,25 @@ def _identity(job: Job, prepared: Prepared) -> dict[str, Any]:
         # Their order makes no difference.
         values[name] = sorted(values[name])
     flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT}
-    texts = {f"the text of --eval {windows.source}": windows.hash for windows in prepared.evaluation}
-    model = {"the model": checkpoint.fingerprint(prepared.source)}
+    texts = {f"the text of --eval {samples.source}": samples.hash for samples in prepared.evaluation}
+    model = {"the model": prepared.fingerprint}
     return flags | model | {"the calibration text": prepared.calibration.hash} | texts | machine(prepared.device)
 
 
 def _report(job: Job, prepared: Prepared, outcome: Outcome, placement: Placement, needs: MemoryNeeds) -> Report:
     calibration, device = prepared.calibration, prepared.device
-    arguments = asdict(job.inputs) | {"seqlen": calibration.seqlen} | asdict(job.config) | asdict(job.output)
+    seqlen = prepared.workload.seqlen
+    arguments = asdict(job.inputs) | {"seqlen": seqlen} | asdict(job.config) | asdict(job.output)
     arguments["output"] = str(arguments.pop("folder"))
     peak = process.peak_memory()
     return Report(
         arguments=arguments,
         versions=versions(),
         device=device_name(device),
-        data=CalibrationText(calibration.source, calibration.hash, calibration.n, calibration.seqlen, job.inputs.seed),
+        data=CalibrationText(calibration.source, calibration.hash, calibration.n, seqlen, job.inputs.seed),
         evaluation=[
-            EvaluationText(windows.source, windows.hash, windows.n, windows.seqlen, outcome.perplexity[windows.source])
-            for windows in prepared.evaluation
+            EvaluationText(samples.source, samples.hash, samples.n, seqlen, outcome.perplexity[samples.source])
+            for samples in prepared.evaluation
         ],
         layers=outcome.layers,
         kept_dense=outcome.kept_dense,

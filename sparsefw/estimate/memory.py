@@ -209,7 +209,7 @@ def _page_locked(block: BlockShape, shape: ModelShape) -> int:
 
 def _outside_page_locked(shape: ModelShape) -> int:
     """Page-locked memory that the tensors outside of the blocks are read into: embeddings, a head, and little else."""
-    table = shape.vocabulary * shape.hidden * shape.itemsize
+    table = shape.vocabulary * shape.hidden * shape.itemsize or shape.outside or 1
     return shape.outside // table * page_locked_bytes(table) + shape.outside % table
 
 

@@ -1,21 +1,30 @@
 """A model that is run one block at a time: its blocks, their prunable layers, and the hidden states between them."""
 
-from sparsefw.model.head import logits, loss, perplexity
-from sparsefw.model.hidden_states import HiddenStates, embed
+from sparsefw.model.block_model import BlockModel
+from sparsefw.model.head import logits, loss, perplexity, perplexity_of_batches
+from sparsefw.model.hidden_states import HiddenStates, embed, embed_batches
 from sparsefw.model.placement import Placement
-from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape, shape_of
+from sparsefw.model.resident import ResidentModel, resident
+from sparsefw.model.shape_of import shape_of, shape_of_resident
+from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.model.streamed import StreamedModel
 
 __all__ = [
+    "BlockModel",
     "BlockShape",
     "HiddenStates",
     "LayerShape",
     "ModelShape",
     "Placement",
+    "ResidentModel",
     "StreamedModel",
     "embed",
+    "embed_batches",
     "logits",
     "loss",
     "perplexity",
+    "perplexity_of_batches",
+    "resident",
     "shape_of",
+    "shape_of_resident",
 ]

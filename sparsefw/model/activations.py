@@ -49,7 +49,8 @@ class DeviceActivations:
 
     Args:
         together: number of micro-batches that share one piece of host memory, which goes back to the system as a whole.
-            The first one is the largest. Pieces of their own would leave holes in the heap. 0: each has its own.
+            Pieces of their own would leave holes in the heap. One that has another form than the first, other than
+            fewer windows, has its own. 0: each has.
     """
 
     def __init__(self, together: int = 0) -> None:
@@ -65,7 +66,8 @@ class DeviceActivations:
         if self._together and hidden.device.type == "cpu":
             if self._memory is None:
                 self._memory = hidden.new_empty((self._together, *hidden.shape))
-            hidden = self._memory[len(self), : len(hidden)].copy_(hidden)
+            if hidden.shape[1:] == self._memory.shape[2:] and len(hidden) <= self._memory.shape[1]:
+                hidden = self._memory[len(self), : len(hidden)].copy_(hidden)
         self._kept.append(hidden)
 
     def __iter__(self) -> Iterator[Tensor]:

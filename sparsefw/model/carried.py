@@ -61,24 +61,24 @@ class Constants:
     def __init__(self, new_activations: Callable[..., Activations]) -> None:
         self._new_activations, self._users, self._count = new_activations, 1, 0
         self._shared: list[Tensor] = []
-        self._of_tokens: set[int] = set()
+        self._of_batch: set[int] = set()
         self._lists: dict[int, tuple[Activations, tuple[int, ...]]] = {}
         # Those of the last micro-batch, which may have fewer windows.
         self._others: dict[tuple[int, int], Tensor] = {}
 
-    def append(self, tensors: list[Tensor], of_tokens: set[int]) -> None:
+    def append(self, tensors: list[Tensor], of_batch: set[int]) -> None:
         """Add the tensors of a micro-batch.
 
         Args:
             tensors: the tensors.
-            of_tokens: numbers of those that are made of the tokens.
+            of_batch: numbers of those that are made of what the forward is given.
 
         Raises:
             InputError: there are more or fewer of them than in the first micro-batch.
         """
         j, self._count = self._count, self._count + 1
         if not j:
-            self._shared, self._of_tokens = tensors, of_tokens
+            self._shared, self._of_batch = tensors, of_batch
         if len(tensors) != len(self._shared):
             raise InputError(DIFFERS)
         for n, (first, x) in enumerate(zip(self._shared, tensors, strict=True)):
@@ -105,9 +105,9 @@ class Constants:
             return as_it_was(kept[j], order)
         return self._others.get(place, self._shared[n])
 
-    def made_of_tokens(self) -> list[Tensor]:
+    def made_of_batch(self) -> list[Tensor]:
         """Those tensors of the first micro-batch that may differ from window to window."""
-        return [self[0, n] for n in sorted(self._of_tokens)]
+        return [self[0, n] for n in sorted(self._of_batch)]
 
     def fork(self) -> "Constants":
         """The same object, for one more stream."""

@@ -17,17 +17,25 @@ class ForwardFailed(InputError):
     """A model's own code raised an exception, which is the cause of this one."""
 
 
+# What a model's forward is given, in words, and what to do where it fails on that.
+TEXT, BATCHES = "text alone", "these batches"
+ADVICE = {
+    TEXT: "see whether transformers runs this model on tokens without other input",
+    BATCHES: "see whether the model itself runs on them",
+}
+
 # Exceptions that go through a model's forward as they are.
 PASSED = (InputError, MemoryError, torch.OutOfMemoryError, StopForward, PartIsOver)
 
 
 @contextmanager
-def explained(model: str, place: str) -> Iterator[None]:
+def explained(model: str, place: str, given: str = TEXT) -> Iterator[None]:
     """Turn any exception out of a model's own forward, inside the `with` block, into an error of one line.
 
     Args:
         model: name of the model's class.
         place: what runs: the name of a block, or words.
+        given: what its forward is given, in words.
 
     Raises:
         ForwardFailed: an exception came out of it.
@@ -39,6 +47,6 @@ def explained(model: str, place: str) -> Iterator[None]:
     # A model's code may raise whatever there is.
     except Exception as error:
         raise ForwardFailed(
-            f"unsupported model {model}: {place} fails on text alone: {type(error).__name__}: "
-            f"{shown(first_line(error))}; see whether transformers runs this model on tokens without other input"
+            f"unsupported model {model}: {place} fails on {given}: {type(error).__name__}: "
+            f"{shown(first_line(error))}; {ADVICE[given]}"
         ) from error

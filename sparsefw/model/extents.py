@@ -25,6 +25,11 @@ class Extent:
         sizes = [(a - slope * few_tokens, slope) for a, slope in zip(few.shape, slopes, strict=True)]
         return cls(tuple(sizes), few.element_size())
 
+    @classmethod
+    def fixed(cls, x: Tensor) -> "Extent":
+        """The extent of a tensor that does not depend on the number of tokens."""
+        return cls(tuple((float(size), 0.0) for size in x.shape), x.element_size())
+
     def nbytes(self, tokens: int) -> int:
         """Bytes of the tensor for a window of this many tokens."""
         return math.ceil(math.prod(max(0.0, size + slope * tokens) for size, slope in self.sizes)) * self.itemsize

@@ -38,7 +38,8 @@ class Call:
     Attributes:
         args, kwargs: the arguments beside the hidden states, with `Constant`s, `Value`s and `Box`es.
         steps: the calls between the block before and this one that something depends on.
-        hidden: number of the hidden states; None: they were there before the first block.
+        hidden: the hidden states: a `Value`, or a `Constant` where they do not come from the blocks before, as in the
+            first block and in that of a decoder behind an encoder.
         outputs: numbers of the tensors that the block returns, the hidden states first.
         form: what the block returns, with `Value`s.
         after: the first number of what is made later.
@@ -47,7 +48,7 @@ class Call:
     args: Any
     kwargs: Any
     steps: list[Step] = field(default_factory=list)
-    hidden: int | None = None
+    hidden: Any = None
     outputs: list[int] = field(default_factory=list)
     form: Any = None
     after: int = 0
@@ -58,7 +59,7 @@ class Form:
     """What blocks of a class return.
 
     Attributes:
-        output: what one of them returned.
+        output: what one of them returned. Hidden states of the form of its input are a meta tensor.
         shape: shape of its input.
     """
 
@@ -67,16 +68,25 @@ class Form:
 
     @property
     def only_hidden(self) -> bool:
-        """Whether the hidden states are the only tensor."""
-        return len(leaves_of(self.output)) == 1
+        """Whether the hidden states are the only tensor, and have the form of the input."""
+        return self.keeps and len(leaves_of(self.output)) == 1
 
-    def around(self, hidden: Tensor, change: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
-        """A stand-in for an output with these hidden states. Each of its tensors is a new object.
+    @property
+    def keeps(self) -> bool:
+        """Whether hidden states have the form of the input."""
+        return leaves_of(self.output)[0].is_meta
+
+    def after(self, hidden: Tensor, change: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
+        """A stand-in for the output of a block. Each of its tensors is a new object.
 
         Args:
-            hidden: the hidden states.
+            hidden: the block's input, which is the stand-in's hidden states if they have the same form.
             change: makes each tensor of the stand-in.
         """
+        return self.around(hidden if self.keeps else leaves_of(self.output)[0], change)
+
+    def around(self, hidden: Tensor, change: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
+        """A stand-in for an output with these hidden states, as `after`."""
         # The hidden states come first.
         stand_ins = iter([hidden, *leaves_of(self.output)[1:]])
         return rebuilt(self.output, lambda _: change(next(stand_ins)))
@@ -113,7 +123,7 @@ class Recording:
         calls: what each block is given, by its number, in the order of the calls.
         boxes: the objects that several blocks are given, as they are before the first block.
         constants: the tensors for which `Constant`s stand.
-        of_tokens: numbers of the constants that depend on the tokens.
+        of_batch: numbers of the constants that depend on what the forward is given.
         end: numbers of the tensors that are read behind the last block, but for its hidden states.
     """
 
@@ -121,14 +131,20 @@ class Recording:
     calls: dict[int, Call]
     boxes: list[Any]
     constants: list[Tensor]
-    of_tokens: set[int]
+    of_batch: set[int]
     end: set[int]
 
     @property
     def signature(self) -> list[Any]:
         """Equal signatures mean that the same tensors are handed on in the same way."""
         return [
-            (i, call.hidden, call.outputs, [(name_of(x.function), x.outputs) for x in call.steps], _values_of(call))
+            (
+                i,
+                sorted(numbers_in(call.hidden)),
+                call.outputs,
+                [(name_of(x.function), x.outputs) for x in call.steps],
+                sorted(numbers_in((call.args, call.kwargs))),
+            )
             for i, call in self.calls.items()
         ]
 
@@ -149,6 +165,7 @@ class Recording:
                 # A step may return what it is given.
                 made |= {number: made.get(number, 2 * n - 1) for number in step.outputs}
                 used |= {number: max(used.get(number, 0), 2 * n - 1) for number in numbers_in((step.args, step.kwargs))}
+            used |= {number: max(used.get(number, 0), 2 * n - 1) for number in numbers_in(call.hidden)}
             used |= {number: max(used.get(number, 0), 2 * n) for number in numbers_in((call.args, call.kwargs))}
             made |= dict.fromkeys(call.outputs, 2 * n + 1)
         times = {i: 2 * n + 1 for n, i in enumerate(order)}
@@ -163,7 +180,3 @@ def name_of(function: Any) -> str:
 def numbers_in(value: Any) -> set[int]:
     """Numbers of the `Value`s in a nested value."""
     return {leaf.number for leaf in leaves_of(value) if isinstance(leaf, Value)}
-
-
-def _values_of(call: Call) -> list[int]:
-    return sorted(numbers_in((call.args, call.kwargs)))

@@ -1,23 +1,24 @@
-"""Run a streamed model's own forward with something else in place of its blocks."""
+"""Run a model's own forward with something else in place of its blocks."""
 
 from typing import Any
 
 from torch import Tensor
 
+from sparsefw.data import Batch
+from sparsefw.model.block_model import BlockModel
 from sparsefw.model.explained import StopForward, explained
 from sparsefw.model.flow import Form, Recording
 from sparsefw.model.recording import Recorder, Substitution
 from sparsefw.model.stand_ins import Replacement, form_of_output, run_replaced
-from sparsefw.model.streamed import StreamedModel
 from sparsefw.model.values import rebuilt
 
 
-def run_with_blocks_replaced(model: StreamedModel, ids: Tensor, replacement: Replacement) -> Any:
+def run_with_blocks_replaced(model: BlockModel, batch: Batch, replacement: Replacement) -> Any:
     """Run the model's own forward.
 
     Args:
-        model: the model, inside `StreamedModel.outside`, which puts the weights outside of the blocks on the device.
-        ids, replacement: as for `run_replaced`.
+        model: the model, inside `BlockModel.outside`, which puts the weights outside of the blocks on the device.
+        batch, replacement: as for `run_replaced`.
 
     Returns:
         As `run_replaced`.
@@ -25,12 +26,12 @@ def run_with_blocks_replaced(model: StreamedModel, ids: Tensor, replacement: Rep
     Raises:
         InputError: the model's code outside of its blocks fails.
     """
-    with explained(type(model.model).__name__, "its forward outside of the blocks"):
-        return run_replaced(model.runs, model.blocks, ids.to(model.device), replacement)
+    with explained(type(model.model).__name__, "its forward outside of the blocks", model.given):
+        return run_replaced(model.runs, model.blocks, batch, replacement)
 
 
-def form_of(model: StreamedModel, i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
-    """What block i returns. The class does not tell, so one block of each class is run.
+def form_of(model: BlockModel, i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
+    """What block i returns. The class does not tell, so one block of each kind is run.
 
     Args:
         model: the model.
@@ -38,38 +39,38 @@ def form_of(model: StreamedModel, i: int, hidden: Tensor, args: tuple[Any, ...],
         hidden, args, kwargs: its input, and its other arguments, which stay as they are.
 
     Raises:
-        InputError: the hidden states are not the first of what it returns.
+        InputError: it returns no tensor.
     """
-    kind = type(model.blocks[i])
-    known = model.forms.get(kind)
-    if known is None or not (known.only_hidden or known.shape == hidden.shape):
-        block = model.open_as(i, model.read(i))
+    known = model.forms.find(model.kinds[i], hidden)
+    if known is None:
+        block = model.open_alone(i)
         # Copies: what the block changes in them, it changes again when it is run.
         args, kwargs = rebuilt((args, kwargs), lambda x: x)
-        with explained(type(model.model).__name__, model.names[i]):
-            output = kind.forward(block, hidden, *args, **kwargs)
+        with explained(type(model.model).__name__, model.names[i], model.given):
+            output = type(block).forward(block, hidden, *args, **kwargs)
         model.close(i)
-        known = model.forms[kind] = form_of_output(output, hidden, model.names[i], type(model.model).__name__)
+        known = form_of_output(output, hidden, model.names[i], type(model.model).__name__)
+        model.forms.add(model.kinds[i], known)
     return known
 
 
-def record(model: StreamedModel, ids: Tensor) -> Recording:
+def record(model: BlockModel, batch: Batch) -> Recording:
     """Record the model's forward up to its last block.
 
     Args:
-        model: the model, inside `StreamedModel.outside`.
-        ids: (windows, seqlen) tokens.
+        model: the model, inside `BlockModel.outside`.
+        batch: arguments of the forward.
 
     Raises:
         InputError: its blocks hand tensors on in a way that cannot be followed.
     """
-    ids = ids.to(model.device)
+    batch = batch.to(model.device)
     weights = {
         f"{name}.{inner}": weight
         for name, block in zip(model.names, model.blocks, strict=True)
         for inner, weight in block.named_parameters()
     }
-    recorder = Recorder(model.names, type(model.model).__name__, ids, weights)
+    recorder = Recorder(model.names, type(model.model).__name__, batch.tensors, weights)
 
     def replacement(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with recorder.pause():
@@ -79,40 +80,40 @@ def record(model: StreamedModel, ids: Tensor) -> Recording:
         return output
 
     with recorder:
-        run_with_blocks_replaced(model, ids, replacement)
-    return recorder.recording()
+        run_with_blocks_replaced(model, batch, replacement)
+    return recorder.recording(model.flow.end)
 
 
-def run_behind_blocks(model: StreamedModel, ids: Tensor, hidden: Tensor, others: dict[int, Tensor]) -> Any:
+def run_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor, others: dict[int, Tensor]) -> Any:
     """Run what lies behind the last block.
 
     Args:
-        model: the model, inside `StreamedModel.outside`.
-        ids: (windows, seqlen) tokens.
+        model: the model, inside `BlockModel.outside`.
+        batch: arguments of the forward.
         hidden: what the last block returns.
         others: the other tensors that are read there, by their numbers in the recording.
 
     Returns:
         What the model returns.
     """
-    ids = ids.to(model.device)
-    recorder = Substitution(model.names, type(model.model).__name__, ids, others)
+    batch = batch.to(model.device)
+    recorder = Substitution(model.names, type(model.model).__name__, batch.tensors, others)
 
     def replacement(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with recorder.pause():
             recorder.begun = i == len(model.blocks) - 1
-            output = hidden if recorder.begun else args[0]
-            if model.flow.by_window:
-                # Nobody reads the other stand-ins, whose shape may be another one.
-                return model.forms[type(model.blocks[i])].around(output)
-            return _stand_in(model, recorder, i, args, kwargs, output)
+            if not model.flow.by_window:
+                return _stand_in(model, recorder, i, args, kwargs, hidden if recorder.begun else None)
+            # Nobody reads the other tensors, whose shape may be another one.
+            form = model.forms.like(model.kinds[i], args[0]) or form_of(model, i, args[0], args[1:], kwargs)
+            return form.around(hidden) if recorder.begun else form.after(args[0])
 
     with recorder:
-        return run_with_blocks_replaced(model, ids, replacement)
+        return run_with_blocks_replaced(model, batch, replacement)
 
 
 def _stand_in(
-    model: StreamedModel,
+    model: BlockModel,
     recorder: Recorder,
     i: int,
     args: tuple[Any, ...],
@@ -125,10 +126,11 @@ def _stand_in(
         model, recorder: the model and its recorder.
         i: number of the block.
         args, kwargs: what it is given, the hidden states first.
-        output: the hidden states that it returns; None: its input.
+        output: the hidden states that it returns; None: those of a stand-in.
     """
     hidden, *others = args
     recorder.arrives(i, hidden, tuple(others), kwargs)
-    stand_in = form_of(model, i, hidden, tuple(others), kwargs).around(hidden if output is None else output)
+    form = form_of(model, i, hidden, tuple(others), kwargs)
+    stand_in = form.after(hidden) if output is None else form.around(output)
     recorder.leaves(i, stand_in)
     return stand_in

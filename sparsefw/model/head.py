@@ -1,13 +1,16 @@
 """Logits, loss and perplexity after the last block, through the model's own final norm, head and caps."""
 
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from sparsefw.data import Batch, token_batch
+from sparsefw.errors import InputError
+from sparsefw.model.block_model import BlockModel
 from sparsefw.model.forward import run_behind_blocks
 from sparsefw.model.hidden_states import HiddenStates
-from sparsefw.model.streamed import StreamedModel
 
 
 def perplexity(states: HiddenStates, ids: Tensor) -> float:
@@ -32,7 +35,32 @@ def perplexity(states: HiddenStates, ids: Tensor) -> float:
 
 
 @torch.no_grad()
-def loss(model: StreamedModel, ids: Tensor, hidden: Tensor, others: dict[int, Tensor] | None = None) -> float:
+def perplexity_of_batches(states: HiddenStates, batches: Iterable[Batch]) -> float:
+    """exp of the mean of the losses that the model itself returns, all batches alike.
+
+    Args:
+        states: the batches after the last block.
+        batches: the batches, with what the model makes a loss of.
+
+    Raises:
+        InputError: the model returns no loss.
+    """
+    losses, model = [], states.model
+    with model.outside():
+        for j, batch in enumerate(batches):
+            returned = run_behind_blocks(model, batch, states.hidden[j], states.behind_last(j))
+            value = returned.get("loss") if isinstance(returned, Mapping) else getattr(returned, "loss", None)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise InputError(
+                    f"evaluate[{j}]: {type(model.model).__name__} returns no loss for this batch; add what it makes "
+                    "one of, such as labels"
+                )
+            losses.append(value.item())
+    return math.exp(sum(losses) / len(losses))
+
+
+@torch.no_grad()
+def loss(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Tensor] | None = None) -> float:
     """Mean negative log-likelihood per predicted token.
 
     Args:
@@ -46,8 +74,8 @@ def loss(model: StreamedModel, ids: Tensor, hidden: Tensor, others: dict[int, Te
 
 
 @torch.no_grad()
-def logits(model: StreamedModel, ids: Tensor, hidden: Tensor, others: dict[int, Tensor] | None = None) -> Tensor:
-    """Logits (batch, seqlen, vocabulary); inside `StreamedModel.outside` weights are not read anew.
+def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Tensor] | None = None) -> Tensor:
+    """Logits (batch, seqlen, vocabulary); inside `BlockModel.outside` weights are not read anew.
 
     Args:
         model: the model, for which `embed` has run.
@@ -56,4 +84,4 @@ def logits(model: StreamedModel, ids: Tensor, hidden: Tensor, others: dict[int, 
         others: tensors of earlier blocks that are read behind the last one, see `HiddenStates.behind_last`.
     """
     with model.outside():
-        return run_behind_blocks(model, ids, hidden.to(model.device), others or {}).logits
+        return run_behind_blocks(model, token_batch(ids), hidden.to(model.device), others or {}).logits

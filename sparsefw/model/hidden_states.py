@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefw.data import Batch, token_batch
 from sparsefw.errors import InputError
 from sparsefw.finite import all_finite, check_finite
 from sparsefw.model.activations import Activations, DeviceActivations
+from sparsefw.model.block_model import BlockModel
 from sparsefw.model.carried import Carried, Constants, Held
 from sparsefw.model.explained import explained
 from sparsefw.model.flow import Call, Flow
@@ -21,8 +23,7 @@ from sparsefw.model.forward import record
 from sparsefw.model.inputs import BlockInputs
 from sparsefw.model.parts import CANNOT_GO_ON, DIFFERS, INPUT, UNSUPPORTED, Point, run_part
 from sparsefw.model.stand_ins import hidden_of
-from sparsefw.model.streamed import StreamedModel
-from sparsefw.model.values import outline, rebuilt, tensors_of
+from sparsefw.model.values import Constant, outline, rebuilt, tensors_of
 
 
 @dataclass
@@ -54,13 +55,15 @@ class HiddenStates:
         carried: what blocks before hand on to later ones.
         flow: how blocks hand tensors on.
         windows: number of windows in each micro-batch.
+        form: shape and dtype of the first micro-batch.
+        fresh: those of the next block, where these have another form: its first ones, of the micro-batches so far.
         position: the point of the block at which `hidden` is.
         kept: a later point of the block that runs begin at, and its tensors; None: they begin at `position`.
         unchecked: pending NaN check: (block, micro-batch, finite flag on the device), read one step late so that the
             host does not wait for the GPU.
     """
 
-    model: StreamedModel
+    model: BlockModel
     new_activations: Callable[..., Activations]
     hidden: Activations
     calls: list[dict[int, Call]]
@@ -68,6 +71,8 @@ class HiddenStates:
     carried: Carried
     flow: Flow
     windows: list[int] = field(default_factory=list)
+    form: tuple[torch.Size, torch.dtype] | None = None
+    fresh: Activations | None = None
     position: Point = INPUT
     kept: tuple[Point, Activations] | None = None
     unchecked: tuple[int, int, Tensor] | None = None
@@ -92,6 +97,8 @@ class HiddenStates:
         """Release the threads and files of the activations; the hidden states are gone."""
         self.drop_kept()
         self.hidden.close()
+        if self.fresh is not None:
+            self.fresh.close()
         self.carried.close()
         self.constants.close()
 
@@ -116,7 +123,7 @@ class HiddenStates:
             block: the other module.
             inputs: from `inputs`, if they are there already. Then no torch function is called but by the block.
         """
-        with explained(type(self.model.model).__name__, self.model.names[i]):
+        with explained(type(self.model.model).__name__, self.model.names[i], self.model.given):
             return (inputs or self.inputs(i, j)).run(block or self.model.blocks[i], hidden)
 
     def behind_last(self, j: int) -> dict[int, Tensor]:
@@ -186,8 +193,8 @@ class HiddenStates:
         made, hidden = output.inputs.handed_on(output.returned, [*range(call.after)]), output.hidden
         if following is not None:
             made = Held(output.inputs.made_by(following.steps, made.values), made.boxes)
-            assert following.hidden is not None
-            hidden = made.values[following.hidden]
+            first = following.hidden
+            hidden = self.constants[j, first.number] if isinstance(first, Constant) else made.values[first.number]
         held = Held({number: made.values[number] for number in self.flow.live[i]}, made.boxes)
         if any(x.is_meta for x in tensors_of([held.values, held.boxes])):
             raise InputError(CANNOT_GO_ON)
@@ -200,6 +207,9 @@ class HiddenStates:
         self.position, self.kept = position, kept
         self.carried.settle()
         self.settle()
+        if self.fresh is not None:
+            self.hidden.close()
+            self.hidden, self.fresh = self.fresh, None
 
     def put(self, i: int, j: int, out: Tensor) -> None:
         """Replace micro-batch j by what it is at a later point of block i, or behind it.
@@ -210,7 +220,13 @@ class HiddenStates:
         Raises:
             InputError: the micro-batch before holds NaN or Inf.
         """
-        self.hidden[j] = out
+        if not j and _form_of_tensor(out) != self.form:
+            # What follows has another form, as a decoder behind an encoder has.
+            self.fresh, self.form = self.new_activations(), _form_of_tensor(out)
+        if self.fresh is None:
+            self.hidden[j] = out
+        else:
+            self.fresh.append(out)
         finite = all_finite(out)
         self.settle()
         self.unchecked = (i, j, finite)
@@ -224,46 +240,59 @@ class HiddenStates:
         if self.unchecked:
             (i, j, finite), self.unchecked = self.unchecked, None
             if not finite:
-                check_finite(f"activations after {self.model.names[i]}", self.hidden[j])
+                hidden = self.hidden if self.fresh is None else self.fresh
+                check_finite(f"activations after {self.model.names[i]}", hidden[j])
 
 
-@torch.no_grad()
 def embed(
-    model: StreamedModel,
+    model: BlockModel,
     ids: Tensor,
     batch_size: int,
     new_activations: Callable[..., Activations] = DeviceActivations,
 ) -> HiddenStates:
-    """Embed windows of tokens and record what the model passes to every block.
+    """Embed windows of tokens (windows, seqlen), `batch_size` of them in a micro-batch. As `embed_batches`."""
+    return embed_batches(model, map(token_batch, ids.split(batch_size)), new_activations)
+
+
+@torch.no_grad()
+def embed_batches(
+    model: BlockModel, batches: Iterable[Batch], new_activations: Callable[..., Activations] = DeviceActivations
+) -> HiddenStates:
+    """Embed batches, and record what the model passes to every block.
 
     Args:
         model: the model.
-        ids: (windows, seqlen) tokens.
-        batch_size: windows in a micro-batch.
+        batches: arguments of its forward, for each micro-batch.
         new_activations: makes an empty list of micro-batches.
 
     Raises:
         InputError: the model has no embedding for a token, weights hold NaN or Inf, or its blocks hand tensors on in a
             way that cannot be followed.
     """
-    with explained(type(model.model).__name__, "its embedding"):
-        embeddings: Any = model.model.get_input_embeddings()
-        vocabulary = embeddings.weight.shape[0]
-    if ids.max() >= vocabulary:
-        raise InputError(f"token {ids.max()}: the model embeds {vocabulary} tokens; give those of its own tokenizer")
+    vocabulary = model.vocabulary
     with model.outside():
         flow, constants, carried = model.flow, Constants(new_activations), Carried(new_activations)
         states = HiddenStates(model, new_activations, new_activations(), [], constants, carried, flow)
-        for batch in ids.split(batch_size):
+        for batch in batches:
+            if vocabulary is not None and (token := max(int(ids.max()) for ids in batch.tensors)) >= vocabulary:
+                raise InputError(
+                    f"token {token}: the model embeds {vocabulary} tokens; give those of its own tokenizer"
+                )
             recording = record(model, batch)
             if recording.signature != flow.signature:
                 raise InputError(DIFFERS)
-            states.windows.append(len(batch))
+            if not states.windows:
+                states.form = _form_of_tensor(recording.hidden)
+            states.windows.append(batch.windows)
             states.hidden.append(recording.hidden)
             states.calls.append(recording.calls)
-            constants.append(recording.constants, recording.of_tokens)
+            constants.append(recording.constants, recording.of_batch)
             carried.append(recording.boxes)
     return states
+
+
+def _form_of_tensor(x: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return x.shape, x.dtype
 
 
 def _form_of(returned: Any) -> list[Any]:

@@ -42,17 +42,19 @@ class Recorder(TorchFunctionMode):
     Args:
         names: names of the blocks, for messages.
         model: name of the model's class, for messages.
-        ids: the tokens.
+        given: the tensors that the forward is given.
         weights: weights of the blocks, by their names.
     """
 
-    def __init__(self, names: list[str], model: str, ids: Tensor, weights: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, names: list[str], model: str, given: list[Tensor], weights: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__()
         self._names, self._model = names, model
         self._weights = {id(weight): (weight, name) for name, weight in (weights or {}).items()}
         self._known: dict[int, _Known] = {}
-        # Tensors that are made of the tokens, by their ids.
-        self._of_tokens: dict[int, weakref.ref[Tensor]] = {id(ids): weakref.ref(ids)}
+        # Tensors that are made of those that the forward is given, by their ids.
+        self._of_batch: dict[int, weakref.ref[Tensor]] = {id(x): weakref.ref(x) for x in given}
         self._count = 0
         self._calls: dict[int, Call] = {}
         # The calls since the last block.
@@ -76,8 +78,8 @@ class Recorder(TorchFunctionMode):
             return self._of_weight(weight, func, args, kwargs)
         if not any(id(x) in self._known for x in operands):
             out = func(*args, **kwargs)
-            if name_of(func) not in _OF_FORM and any(map(self._is_of_tokens, operands)):
-                self._of_tokens |= {id(x): weakref.ref(x) for x in tensors_in(out)}
+            if name_of(func) not in _OF_FORM and any(map(self._is_of_batch, operands)):
+                self._of_batch |= {id(x): weakref.ref(x) for x in tensors_in(out)}
             return out
         versions = [x._version for x in operands]
         out = self._called(func, args, kwargs)
@@ -102,24 +104,18 @@ class Recorder(TorchFunctionMode):
         """Record what block i is given.
 
         Raises:
-            InputError: it is not its turn, or it is given hidden states of unknown origin, or what was done with the
-                output of the block before cannot be done again.
+            InputError: it is not its turn, or what was done with the output of the block before cannot be done again.
         """
         if self._refusal:
             raise InputError(f"{self._last()}: {UNSUPPORTED} {self._model}: {self._refusal}")
         if i != len(self._calls):
             raise InputError(DIFFERS)
-        known = self._find(hidden)
-        if self._calls and known is None:
-            raise InputError(
-                f"{self._names[i]}: {UNSUPPORTED} {self._model}: its input does not come from the block before"
-            )
         if not self._calls:
             self._hidden = hidden
         self._note_objects((*args, *kwargs.values()))
         self._given |= {id(x): (x, x._version) for x in tensors_of((hidden, args, kwargs)) if id(x) not in self._given}
         self._check_unchanged()
-        self._calls[i] = Call(args, kwargs, self._steps, known.number if known else None)
+        self._calls[i] = Call(args, kwargs, self._steps, hidden if self._calls else None)
         self._steps = []
 
     def leaves(self, i: int, output: Any) -> None:
@@ -128,13 +124,19 @@ class Recorder(TorchFunctionMode):
         call.form = rebuilt(output, lambda x: Value(self._follow(x)))
         call.outputs, call.after = [leaf.number for leaf in leaves_of(call.form)], self._count
 
-    def recording(self) -> Recording:
-        """What was recorded."""
+    def recording(self, end: set[int] | None = None) -> Recording:
+        """What was recorded.
+
+        Args:
+            end: numbers of the tensors that are read behind the last block, but for its hidden states; None: they are
+                found, if the forward was recorded to its end.
+        """
         assert self._hidden is not None
         self._check_unchanged()
         last = self._calls[len(self._calls) - 1]
-        read = {known.number for step in self._steps for known in self._followed((step.args, step.kwargs))}
-        end = {number for number in read if number < last.after and number not in last.outputs[:1]}
+        if end is None:
+            read = {known.number for step in self._steps for known in self._followed((step.args, step.kwargs))}
+            end = {number for number in read if number < last.after and number not in last.outputs[:1]}
         self._drop_unused_steps(end)
         constants: dict[int, tuple[int, Tensor]] = {}
 
@@ -154,9 +156,10 @@ class Recorder(TorchFunctionMode):
             for step in call.steps:
                 step.args, step.kwargs = rebuilt((step.args, step.kwargs), leaf)
             call.args, call.kwargs = rebuilt((call.args, call.kwargs), leaf, dict(boxed))
-        of_tokens = {number for number, x in constants.values() if self._is_of_tokens(x)}
+            call.hidden = leaf(call.hidden)
+        of_batch = {number for number, x in constants.values() if self._is_of_batch(x)}
         tensors = [x for _, x in constants.values()]
-        return Recording(self._hidden, self._calls, boxes, tensors, of_tokens, end)
+        return Recording(self._hidden, self._calls, boxes, tensors, of_batch, end)
 
     def _follow(self, x: Tensor) -> int:
         """The number of a tensor, which is followed from now on."""
@@ -168,8 +171,8 @@ class Recorder(TorchFunctionMode):
     def _find(self, x: Tensor) -> _Known | None:
         return self._known.get(id(x))
 
-    def _is_of_tokens(self, x: Tensor) -> bool:
-        known = self._of_tokens.get(id(x))
+    def _is_of_batch(self, x: Tensor) -> bool:
+        known = self._of_batch.get(id(x))
         return known is not None and known() is x
 
     def _last(self) -> str:
@@ -224,8 +227,7 @@ class Recorder(TorchFunctionMode):
         """Leave only the steps that a block's input, or what lies behind the last block, depends on."""
         needed = set(end)
         for call in reversed(self._calls.values()):
-            needed |= {known.number for known in self._followed((call.args, call.kwargs))}
-            needed |= set() if call.hidden is None else {call.hidden}
+            needed |= {known.number for known in self._followed((call.hidden, call.args, call.kwargs))}
             kept = []
             for step in reversed(call.steps):
                 if needed.intersection(step.outputs):
@@ -238,15 +240,15 @@ class Substitution(Recorder):
     """Puts real tensors in the places of those that are read behind the last block.
 
     Args:
-        names, model, ids: as for `Recorder`.
+        names, model, given: as for `Recorder`.
         real: the tensors by their numbers.
 
     Attributes:
         begun: whether the last block has been called.
     """
 
-    def __init__(self, names: list[str], model: str, ids: Tensor, real: dict[int, Tensor]) -> None:
-        super().__init__(names, model, ids)
+    def __init__(self, names: list[str], model: str, given: list[Tensor], real: dict[int, Tensor]) -> None:
+        super().__init__(names, model, given)
         self._real, self.begun = real, False
 
     def _called(self, func: Any, args: tuple, kwargs: dict) -> Any:

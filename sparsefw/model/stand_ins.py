@@ -1,36 +1,76 @@
 """Run a model's own forward with something else in place of its blocks."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from sparsefw.data import Batch
 from sparsefw.errors import InputError
 from sparsefw.model.explained import StopForward
 from sparsefw.model.flow import Form
 from sparsefw.model.parts import UNSUPPORTED
 from sparsefw.model.values import leaves_of, rebuilt
 
+# Blocks of one kind return the same.
+Kind = tuple[Any, ...]
+
 # Stands for a block: called with the block's number and what the block is given.
 Replacement = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 
 
-def run_replaced(runs: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, replacement: Replacement) -> Any:
+class Forms:
+    """What blocks of each kind return, as far as it is known."""
+
+    def __init__(self) -> None:
+        # By kind, and shape of the input; None for any shape.
+        self._known: dict[tuple[Kind, tuple[int, ...] | None], Form] = {}
+
+    def find(self, kind: Kind, hidden: Tensor) -> Form | None:
+        """What a block of a kind returns for this input; None if it is not known."""
+        return self._known.get((kind, None)) or self._known.get((kind, tuple(hidden.shape)))
+
+    def like(self, kind: Kind, hidden: Tensor) -> Form | None:
+        """As `find`, or what it returns for another input, if it keeps the form of hidden states."""
+        others = (form for (known, _), form in self._known.items() if known == kind and form.keeps)
+        return self.find(kind, hidden) or next(others, None)
+
+    def add(self, kind: Kind, form: Form) -> Form:
+        """Note a form, and return it. Other tensors than hidden states have another shape for another input."""
+        self._known[kind, None if form.only_hidden else form.shape] = form
+        return form
+
+
+def kind_of_block(block: nn.Module) -> Kind:
+    """The class of a block, with the names and shapes of its parameters."""
+    return type(block), *((name, x.shape) for name, x in block.named_parameters())
+
+
+def run_replaced(runs: nn.Module, blocks: Sequence[nn.Module], batch: Batch, replacement: Replacement) -> Any:
     """Run a model's own forward.
 
     Args:
         runs: the model.
         blocks: its blocks.
-        ids: (windows, seqlen) tokens, where the model's weights are.
-        replacement: called for every block, returns what the block would.
+        batch: its arguments, where the model's weights are.
+        replacement: called for every block, returns what the block would. The hidden states are the first of the
+            arguments that it is called with, even if the model's forward gives them by name.
 
     Returns:
         What the model returns; None if the replacement raised `StopForward`.
     """
     for i, block in enumerate(blocks):
-        block.forward = lambda *args, _i=i, **kwargs: replacement(_i, args, kwargs)
+        first = _first_parameter(block)
+
+        def forward(*args: Any, _i: int = i, _first: str = first, **kwargs: Any) -> Any:
+            if not args and _first in kwargs:
+                args = (kwargs.pop(_first),)
+            return replacement(_i, args, kwargs)
+
+        block.forward = forward
     try:
-        return runs(input_ids=ids, use_cache=False)
+        return runs(*batch.args, **batch.kwargs)
     except StopForward:
         return None
     finally:
@@ -38,9 +78,15 @@ def run_replaced(runs: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, repl
             del block.forward
 
 
+def _first_parameter(block: nn.Module) -> str:
+    """The name of the first argument of a block's forward."""
+    _, *parameters = inspect.signature(type(block).forward).parameters
+    return parameters[0] if parameters else ""
+
+
 def hidden_of(block_output: Any) -> Tensor:
-    """The hidden states among what a block returned."""
-    return block_output[0] if isinstance(block_output, tuple | list) else block_output
+    """The hidden states among what a block returned: its first tensor."""
+    return block_output if isinstance(block_output, Tensor) else leaves_of(block_output)[0]
 
 
 def form_of_output(output: Any, hidden: Tensor, block: str, model: str) -> Form:
@@ -53,14 +99,13 @@ def form_of_output(output: Any, hidden: Tensor, block: str, model: str) -> Form:
         model: name of the model's class, for the message.
 
     Raises:
-        InputError: the hidden states are not the first of what it returns.
+        InputError: it returns no tensor.
     """
     leaves = leaves_of(output)
-    if not leaves or leaves[0] is not hidden_of(output):
-        raise InputError(
-            f"{block}: {UNSUPPORTED} {model}: the block returns a {type(output).__name__} that does not begin with "
-            "the hidden states"
-        )
-    # The hidden states are given anew each time.
-    others = iter([hidden.to("meta"), *leaves[1:]])
-    return Form(rebuilt(output, lambda _: next(others)), hidden.shape)
+    if not leaves:
+        raise InputError(f"{block}: {UNSUPPORTED} {model}: the block returns a {type(output).__name__} without tensors")
+    first = leaves[0]
+    # They are given anew each time, unless the block gives them another form.
+    same = (first.shape, first.dtype) == (hidden.shape, hidden.dtype)
+    others = iter([hidden.to("meta") if same else first.new_zeros(()).expand(first.shape), *leaves[1:]])
+    return Form(rebuilt(output, lambda _: next(others)), tuple(hidden.shape))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.checkpoint.tensors import Loadable, QuantizedInfo, TensorInfo, dequantized
 from sparsefw.finite import check_finite
 from sparsefw.model import skeleton
-from sparsefw.model.flow import Form
+from sparsefw.model.explained import TEXT, explained
 from sparsefw.model.shared import shared_parameters
+from sparsefw.model.stand_ins import kind_of_block
 from sparsefw.model.text_path import follow_text
 from sparsefw.model.transformers_private import tie_parameters, tied_parameters
 from sparsefw.process import give_back_page_locked
@@ -40,6 +42,7 @@ class StreamedModel:
         device: device that the model runs on.
         model: the whole model; its weights are on the meta device while they are not used.
         runs: the module whose forward is run: the model, or its text model, see `TextPath`.
+        given: what its forward is given, in words.
         blocks: the decoder blocks that text runs through, in order.
         names: their names in the model, e.g. "model.layers.0".
         idle: the blocks that text does not run through, by name. They stay as they are in the checkpoint.
@@ -50,7 +53,7 @@ class StreamedModel:
         notes: what the user should know of the loading, one line each.
         timeline: receives the time of reading.
         flow: how blocks hand tensors on.
-        forms: what blocks return, by their class, as far as it is known.
+        forms: what blocks return, as far as it is known.
 
     Raises:
         InputError: transformers cannot load it or run it on text, tensors are missing or do not fit, or no stack of
@@ -70,7 +73,7 @@ class StreamedModel:
         self.model = model = self._skeleton.model
         self.max_seqlen = skeleton.max_seqlen(model.config)
         path = follow_text(model, checkpoint.folder)
-        self.runs, self.idle = path.runs, path.idle
+        self.runs, self.idle, self.given = path.runs, path.idle, TEXT
         self.blocks, self.names = list(path.blocks.values()), list(path.blocks)
         self._number = {name: i for i, name in enumerate(self.names)}
         self.shared = shared_parameters(model, self.names, tied_parameters(model), self._skeleton.goes_into.values())
@@ -86,8 +89,7 @@ class StreamedModel:
             if not buffer.is_meta:
                 buffer.data = buffer.data.to(self.device)
         self.flow = path.flow
-        # Other tensors than hidden states have another shape for more tokens.
-        self.forms: dict[type, Form] = {kind: form for kind, form in path.forms.items() if form.only_hidden}
+        self.forms, self.kinds = path.forms, [kind_of_block(block) for block in self.blocks]
         self._reader = ThreadPoolExecutor(1)
         # The block that is being read before it is asked for.
         self._next: tuple[int, Future[Mapping[str, Loadable]]] | None = None
@@ -133,6 +135,10 @@ class StreamedModel:
         has_next = ahead and i + 1 < len(self.blocks)
         self._next = (i + 1, self._reader.submit(self.read, i + 1)) if has_next else None
         return block
+
+    def open_alone(self, i: int) -> nn.Module:
+        """Block i on the device, unchecked, while nothing else is read."""
+        return self.open_as(i, self.read(i))
 
     def open_as(self, i: int, tensors: Mapping[str, Loadable]) -> nn.Module:
         """Block i on the device with these weights, which have their names in the checkpoint.
@@ -194,6 +200,13 @@ class StreamedModel:
         return {name: dequantized(read.pop(name)) for name in [*read]}
 
     @property
+    def vocabulary(self) -> int:
+        """Number of the tokens that the model embeds."""
+        with explained(type(self.model).__name__, "its embedding"):
+            embeddings: Any = self.model.get_input_embeddings()
+            return embeddings.weight.shape[0]
+
+    @property
     def loaded(self) -> list[str]:
         """Names of the checkpoint's tensors that are loaded at some time."""
         return [name for names in self._tensors_of.values() for name in names]
@@ -221,8 +234,9 @@ class StreamedModel:
 
     def _block_of(self, parameter: str) -> int | None:
         """The number of the block that a parameter belongs to; None if it is outside of the blocks."""
-        depth = self.names[0].count(".") + 1
-        return self._number.get(".".join(parameter.split(".")[:depth]))
+        parts = parameter.split(".")
+        places = (".".join(parts[:n]) for n in range(1, len(parts)))
+        return next((self._number[place] for place in places if place in self._number), None)
 
     def _bytes_of(self, i: int | None) -> int:
         return sum(self._checkpoint.tensors[name].nbytes for name in self._tensors_of[i])

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from sparsefw.errors import InputError
-from sparsefw.model.explained import ForwardFailed, explained
-from sparsefw.model.few_tokens import FewTokens, filled
-from sparsefw.model.flow import Flow, Form
+from sparsefw.model.explained import TEXT, ForwardFailed, explained
+from sparsefw.model.flow import Flow
+from sparsefw.model.followed import FEW_TOKENS, Followed, zeros_in
+from sparsefw.model.stand_ins import Forms
 
 # Functions that ask a tensor for its form alone. Who asks for the device needs the tensor there.
 _FORM = {getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "requires_grad", "is_meta")}
@@ -36,7 +37,7 @@ class TextPath:
         idle: the blocks of the same list that are not called, by name.
         reads: names of the parameters and stored buffers outside of the blocks that are read, all names of tied ones.
         flow: how the blocks hand tensors on.
-        forms: what the blocks return for a few tokens, by their class.
+        forms: what the blocks return for a few tokens.
     """
 
     runs: PreTrainedModel
@@ -44,7 +45,7 @@ class TextPath:
     idle: dict[str, nn.Module]
     reads: frozenset[str]
     flow: Flow
-    forms: dict[type, Form]
+    forms: Forms
 
 
 def follow_text(model: PreTrainedModel, folder: Path) -> TextPath:
@@ -55,7 +56,7 @@ def follow_text(model: PreTrainedModel, folder: Path) -> TextPath:
         folder: folder of the checkpoint, for messages.
 
     Raises:
-        InputError: there is no list of blocks or more than one; or as `FewTokens.record`.
+        InputError: there is no list of blocks or more than one; or as `Followed.record`.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     kind, found = type(model).__name__, _stacks(model, depth)
@@ -120,13 +121,14 @@ def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList], runs: PreT
         What it uses; None if it runs through blocks of several of the lists.
 
     Raises:
-        InputError: it calls none of the blocks; or as `FewTokens.record`.
+        InputError: it calls none of the blocks; or as `Followed.record`.
     """
     blocks = {f"{name}.{i}": block for name, stack in stacks.items() for i, block in enumerate(stack)}
     inside = {module for block in blocks.values() for module in block.modules()}
-    with filled(module for module in model.modules() if module not in inside):
+    with zeros_in(module for module in model.modules() if module not in inside):
         stored = model.state_dict(keep_vars=True)
-        few, reads = FewTokens(runs, blocks), _Reads({id(tensor) for tensor in stored.values() if not tensor.is_meta})
+        few = Followed(runs, blocks, FEW_TOKENS, TEXT, zeros_in)
+        reads = _Reads({id(tensor) for tensor in stored.values() if not tensor.is_meta})
         with reads:
             recording = few.record()
         read = frozenset(key for key, tensor in stored.items() if id(tensor) in reads.seen)

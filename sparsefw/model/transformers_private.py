@@ -4,12 +4,13 @@ transformers may change these in any version. They were tested with 5.17 to 5.24
 file is the place to mend it. `checkpoint.transformers_names` holds what checkpoints need of this kind.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -28,6 +29,10 @@ Conversion = WeightTransform
 
 # The lists of classes that generate text, by type of config. Where no class is named, the first that has one counts.
 _GENERATING = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+
+
+# The attribute of a config that says how experts are multiplied.
+_EXPERTS = "_experts_implementation_internal"
 
 
 class LoadReport(Protocol):
@@ -170,6 +175,20 @@ def tie_parameters(model: PreTrainedModel, missing: set[str]) -> None:
         missing: parameters that the checkpoint has no tensor for.
     """
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+
+@contextmanager
+def expert_by_expert(model: nn.Module) -> Iterator[None]:
+    """Inside the `with` block, the mixtures of a model multiply with one expert at a time, where its input is seen."""
+    configs = {id(config): config for config in (getattr(m, "config", None) for m in model.modules())}
+    before = [(config, getattr(config, _EXPERTS)) for config in configs.values() if hasattr(config, _EXPERTS)]
+    try:
+        for config, _ in before:
+            setattr(config, _EXPERTS, "eager")
+        yield
+    finally:
+        for config, implementation in before:
+            setattr(config, _EXPERTS, implementation)
 
 
 def attention_implementation(model: PreTrainedModel) -> str:

@@ -15,7 +15,8 @@ from sparsefw.estimate.passes import stages
 from sparsefw.estimate.workload import Workload
 from sparsefw.model.layers import Role
 from sparsefw.model.placement import Placement
-from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape, shape_of
+from sparsefw.model.shape_of import shape_of
+from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.solver import PruneConfig
 
 random_checkpoint = __import__("random_checkpoint")

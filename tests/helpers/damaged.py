@@ -14,6 +14,7 @@ from sparsefw import checkpoint
 from sparsefw.model import HiddenStates, StreamedModel, embed
 from sparsefw.model.activations import DeviceActivations
 from sparsefw.model.carried import Carried, Constants
+from sparsefw.model.explained import TEXT
 from sparsefw.model.flow import Call, Flow
 from sparsefw.model.layers import Layer, Pair, Stage, Survey, stages, survey
 from sparsefw.model.values import Box, Value
@@ -33,7 +34,7 @@ def damaged_pair(folder, tokens=TOKENS, new_activations=DeviceActivations, loss:
 
 def damaged_module(block: nn.Module, batches: list[Tensor], arguments: tuple = ()) -> Pair:
     """A block of one's own, with its micro-batches and other arguments, in the place of a model's."""
-    model = SimpleNamespace(model=None, blocks=[block], names=["block"], device=torch.device(DEVICE))
+    model = SimpleNamespace(model=None, given=TEXT, blocks=[block], names=["block"], device=torch.device(DEVICE))
     block.requires_grad_(False).to(DEVICE)
     call = Call(tuple(Box(n) for n in range(len(arguments))), {}, outputs=[0], form=Value(0), after=1)
     states = HiddenStates(

@@ -1,0 +1,112 @@
+"""Batches: the arguments of a model's own forward, for models that read something else than tokens."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from sparsefw.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The arguments of one call of a model's forward.
+
+    Attributes:
+        args, kwargs: the arguments, with tensors inside.
+        windows: number of windows of tokens in it; 1 if it is none of them.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    windows: int = 1
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments."""
+        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on a device."""
+        args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
+        return Batch(args, kwargs, self.windows)
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Batches that a caller gives. Each is a micro-batch of its own.
+
+    Attributes:
+        batches: the batches.
+        source: name of them, for the report and for messages.
+        hash: SHA-256 of them, in hex.
+    """
+
+    batches: list[Batch]
+    source: str
+    hash: str
+
+    @property
+    def n(self) -> int:
+        """Number of batches."""
+        return len(self.batches)
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """The batches as they are, whatever the size."""
+        return iter(self.batches)
+
+
+def token_batch(ids: Tensor) -> Batch:
+    """Windows of tokens (windows, seqlen) as a batch of a language model."""
+    return Batch((), {"input_ids": ids, "use_cache": False}, len(ids))
+
+
+def batches_of(given: Iterable[Any], source: str) -> Batches:
+    """Batches of what a caller gives.
+
+    Args:
+        given: for each batch a mapping of keyword arguments, a tuple or list of positional ones, or a single tensor.
+        source: name of them, for the report and for messages.
+
+    Raises:
+        InputError: there is none, one is something else or has no tensor, or a tensor holds NaN.
+    """
+    if isinstance(given, str | bytes | Mapping | Tensor) or not isinstance(given, Iterable):
+        raise InputError(f"{source}: expected a list of batches, got {type(given).__name__}")
+    batches = [_batch_of(item, f"{source}[{n}]") for n, item in enumerate(given)]
+    if not batches:
+        raise InputError(f"{source}: there is no batch")
+    digest = hashlib.sha256()
+    for batch in batches:
+        for x in tree_leaves((batch.args, sorted(batch.kwargs.items()))):
+            what = f"{x.dtype}{tuple(x.shape)}" if isinstance(x, Tensor) else f"{type(x).__name__}{x!r}"
+            digest.update(what.encode())
+            if isinstance(x, Tensor):
+                digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return Batches(batches, source, digest.hexdigest())
+
+
+def _batch_of(item: Any, name: str) -> Batch:
+    if isinstance(item, Tensor):
+        batch = Batch((item,))
+    elif isinstance(item, Mapping):
+        batch = Batch((), dict(item))
+    elif isinstance(item, tuple | list):
+        batch = Batch(tuple(item))
+    else:
+        raise InputError(
+            f"{name}: expected the arguments of the model's forward, as a mapping, a tuple or a tensor; got "
+            f"{type(item).__name__}"
+        )
+    if any(not isinstance(key, str) for key in batch.kwargs):
+        raise InputError(f"{name}: expected the names of arguments as keys")
+    if not batch.tensors:
+        raise InputError(f"{name}: has no tensor")
+    # Infinity is all right: masks have it.
+    if any(x.is_floating_point() and bool(x.isnan().any()) for x in batch.tensors):
+        raise InputError(f"{name}: holds NaN")
+    return batch

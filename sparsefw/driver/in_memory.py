@@ -1,0 +1,125 @@
+"""A run on a model in memory, with batches of its own forward's arguments: any stack of blocks, whatever it reads."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from sparsefw.checkpoint import Writer, check_free, read_shard
+from sparsefw.data import Batch, Batches
+from sparsefw.driver.run import Job, Prepared, carry_out, kernel_line, workload_of
+from sparsefw.model import ResidentModel, resident, shape_of_resident
+from sparsefw.report import Report, log
+from sparsefw.solver.selection import check_used
+
+
+def run_in_memory(
+    model: nn.Module,
+    job: Job,
+    calibration: Batches,
+    evaluation: Batches | None,
+    saves: bool,
+    say: Callable[[str], None],
+    progress: bool,
+) -> Report:
+    """Prune a model in place, evaluate it, and write it with its report.
+
+    The model is changed when all of its blocks have been pruned. Until then its weights are what they were.
+
+    Args:
+        model: the model.
+        job: the run.
+        calibration: the batches that define the layer problems.
+        evaluation: batches with which the model returns a loss.
+        saves: whether the pruned model is written, beside its report.
+        say: called with every line of the log.
+        progress: whether to show a progress bar.
+
+    Raises:
+        InputError: something that the user gave is wrong; the message names it.
+        FloatingPointError: a layer's error is not finite.
+    """
+    check_free(job.output.folder, job.output.overwrite)
+    say(kernel_line(job.config))
+    batch = max(calibration.batches, key=_size)
+    # A module's own parameters may ask for gradients.
+    with torch.no_grad(), resident(model, batch, _device(model)) as opened:
+        prepared, tokens = _prepare(job, opened, batch, calibration, evaluation, say)
+        job = replace(job, inputs=replace(job.inputs, seqlen=max(2, tokens)))
+
+        def finish(writer: Writer) -> None:
+            shards = [writer.path(i) for i in range(len(opened.blocks))]
+            for i, path in enumerate(shards):
+                opened.change(i, read_shard(path))
+            writer.finish_as(partial(save, model) if saves else lambda folder: None)
+
+        return carry_out(job, opened, prepared, finish, say, progress)
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Write a model as its own library does, or as a single safetensors file."""
+    own: Any = getattr(model, "save_pretrained", None)
+    if own is not None:
+        own(folder)
+    else:
+        safetensors.torch.save_model(model, str(folder / "model.safetensors"))
+
+
+def _prepare(
+    job: Job,
+    model: ResidentModel,
+    batch: Batch,
+    calibration: Batches,
+    evaluation: Batches | None,
+    say: Callable[[str], None],
+) -> tuple[Prepared, int]:
+    """The run before its first block, and the most vectors of a batch between two blocks."""
+    config, device = job.config, model.device
+    whole, tokens = shape_of_resident(model, batch)
+    for note in model.notes:
+        say(f"note: {note}")
+    dtype = next(model.model.parameters()).dtype
+    say(f"model: {type(model.model).__name__} in memory, {len(model.blocks)} blocks, {dtype}")
+    say(f"calibration: {calibration.n} batches of up to {tokens} positions")
+    check_used(whole.layer_names, config.include, config.ignore)
+    shape = whole.selected(config.selects)
+    say(log.sparsity_line(config, shape, whole))
+    evaluated = [evaluation] if evaluation else []
+    prepared = Prepared(
+        device,
+        calibration,
+        evaluated,
+        shape,
+        workload_of(config, calibration.n, [batches.n for batches in evaluated], tokens, device),
+        job.output.limits(device),
+        model.notes,
+        _fingerprint(model.model),
+        # A caller's batches are not cut.
+        fixed={"batch": 1},
+    )
+    return prepared, tokens
+
+
+def _size(batch: Batch) -> int:
+    return sum(x.numel() for x in batch.tensors)
+
+
+def _device(model: nn.Module) -> torch.device:
+    """The device of a model on a GPU; otherwise a GPU, if there is one."""
+    own = next((x.device for x in model.parameters()), torch.device("cpu"))
+    return torch.device("cuda") if own.type == "cpu" and torch.cuda.is_available() else own
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """SHA-256 of all tensors of a model, in hex."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,167 @@
+"""A model in memory: all its weights are there, and a block is copied while it is worked on."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsefw.checkpoint.tensors import Loadable, dequantized
+from sparsefw.data import Batch
+from sparsefw.errors import InputError
+from sparsefw.finite import check_finite
+from sparsefw.model.batch_path import follow_batch
+from sparsefw.model.explained import BATCHES
+from sparsefw.model.shared import shared_parameters
+from sparsefw.model.slots import Slot, fill, on_device, restore, slots_of
+from sparsefw.model.stand_ins import kind_of_block
+from sparsefw.model.torch_attention import attention_by_calls
+from sparsefw.model.transformers_private import expert_by_expert
+from sparsefw.timeline import Timeline
+
+
+@contextmanager
+def resident(model: nn.Module, batch: Batch, device: torch.device) -> Iterator["ResidentModel"]:
+    """Inside the `with` block, a model in memory can be run one block at a time.
+
+    It is in evaluation mode, keeps no cache of keys and values, and calls its layers one by one. At the end it is as it
+    was.
+
+    Args:
+        model: the model.
+        batch: arguments of its forward.
+        device: device that it runs on.
+
+    Raises:
+        InputError: as `follow_batch`; or it has weights on the meta device, NaN or Inf.
+    """
+    with _evaluating(model), _without_cache(model), attention_by_calls(), expert_by_expert(model):
+        opened = ResidentModel(model, batch, device)
+        try:
+            yield opened
+        finally:
+            opened.close_all()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Inside the `with` block, a model of transformers keeps no keys and values, which blocks would hand on."""
+    configs: Any = [m.config for m in model.modules() if getattr(getattr(m, "config", None), "use_cache", None) is True]
+    try:
+        for config in configs:
+            config.use_cache = False
+        yield
+    finally:
+        for config in configs:
+            config.use_cache = True
+
+
+class ResidentModel:
+    """A `BlockModel` in memory. Use `resident`.
+
+    Args:
+        model: the model.
+        batch: arguments of its forward.
+        device: device that it runs on.
+    """
+
+    # It may read anything.
+    vocabulary = None
+    given = BATCHES
+
+    def __init__(self, model: nn.Module, batch: Batch, device: torch.device) -> None:
+        self.model = self.runs = model
+        self.device, self.timeline = device, Timeline()
+        # Nothing outside of the blocks is changed.
+        self.pieces: list[list[str]] = []
+        if name := next((name for name, x in model.named_parameters() if x.is_meta), None):
+            raise InputError(f"{name}: is on the meta device, without data; give a model with its weights")
+        path = follow_batch(model, batch, device)
+        self.blocks, self.names, self.idle = list(path.blocks.values()), list(path.blocks), path.idle
+        self.kinds = [kind_of_block(block) for block in self.blocks]
+        self.flow, self.forms = path.flow, path.forms
+        self.shared = shared_parameters(model, self.names, {}, dict(model.named_parameters(remove_duplicate=False)))
+        self.notes = [f"not pruned: {reason}" for reason in path.passed_over.values()]
+        if shared := self.shared.names:
+            self.notes.append(f"stay dense: {len(shared)} parameters that blocks share, {min(shared)} first")
+        inside = {module for block in self.blocks for module in block.modules()}
+        self._others = [module for module in model.modules() if module not in inside]
+        # The places of the tensors of the open blocks.
+        self._slots: dict[int, list[Slot]] = {}
+        for name, parameter in self.parameters(None):
+            check_finite(name, parameter)
+
+    def parameters(self, i: int | None) -> list[tuple[str, Tensor]]:
+        """The parameters of block i, or None: those outside of all blocks, with their names in the model."""
+        if i is not None:
+            return list(self.blocks[i].named_parameters(prefix=self.names[i]))
+        inside = tuple(f"{name}." for name in self.names)
+        return [(name, x) for name, x in self.model.named_parameters() if not name.startswith(inside)]
+
+    def open(self, i: int, ahead: bool = True) -> nn.Module:
+        """As `BlockModel.open`; nothing has to be read ahead."""
+        with self.timeline.span("read", i):
+            block = self.open_alone(i)
+            for name, parameter in self.parameters(i):
+                check_finite(name, parameter)
+        return block
+
+    def open_alone(self, i: int) -> nn.Module:
+        """As `BlockModel.open_alone`."""
+        return self.open_as(i, {})
+
+    def open_as(self, i: int, tensors: Mapping[str, Loadable]) -> nn.Module:
+        """As `BlockModel.open_as`. The block's tensors are copies; those that are not given are its own."""
+        if i not in self._slots:
+            self._slots[i] = slots_of(self.blocks[i].named_modules(prefix=self.names[i]))
+
+        def copied(slot: Slot) -> Tensor:
+            return dequantized(tensors.get(slot.path, slot.own)).detach().to(self.device, copy=True)
+
+        fill(self._slots[i], copied)
+        return self.blocks[i]
+
+    def close(self, i: int) -> None:
+        """Put the block's own tensors back."""
+        restore(self._slots.pop(i))
+
+    def close_all(self) -> None:
+        """Close the blocks that an error has left open."""
+        for i in list(self._slots):
+            self.close(i)
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """As `BlockModel.outside`."""
+        with on_device(self._others, self.device):
+            yield
+
+    def block_tensors(self, i: int) -> dict[str, Tensor]:
+        """As `BlockModel.block_tensors`. They are those of the open block, which are others when it is opened again."""
+        state = self.blocks[i].state_dict(prefix=f"{self.names[i]}.", keep_vars=True)
+        # A tensor that has several names is written once.
+        names = {id(tensor): name for name, tensor in reversed(state.items())}
+        return {name: state[name].detach().cpu() for name in names.values()}
+
+    def other_tensors(self, names: list[str]) -> dict[str, Tensor]:
+        """None: see `pieces`."""
+        return {}
+
+    @torch.no_grad()
+    def change(self, i: int, tensors: Mapping[str, Tensor]) -> None:
+        """Give block i these weights for good, in place."""
+        for slot in slots_of(self.blocks[i].named_modules(prefix=self.names[i])):
+            if slot.path in tensors:
+                slot.own.copy_(tensors[slot.path])

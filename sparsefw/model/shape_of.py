@@ -1,0 +1,259 @@
+"""Find the shapes of a model's layers before it is pruned.
+
+One block of each kind is run on a few tokens, so that layers are found as the pruning finds them, whatever the
+architecture. All its weights are zero, and take no memory: pages that nobody has written to are all the same page.
+A model in memory runs on one of its batches, with its own weights.
+"""
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsefw.checkpoint.source import Checkpoint
+from sparsefw.checkpoint.tensors import TensorInfo
+from sparsefw.data import Batch
+from sparsefw.errors import InputError
+from sparsefw.model.block_model import BlockModel
+from sparsefw.model.extents import Between, Extent
+from sparsefw.model.hidden_states import HiddenStates, embed, embed_batches
+from sparsefw.model.layers import ArbitraryChoices, Layer, find_no_layers, kind_of, slices_of, survey
+from sparsefw.model.parts import INPUT
+from sparsefw.model.resident import ResidentModel
+from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
+from sparsefw.model.streamed import StreamedModel
+from sparsefw.model.transformers_private import attention_implementation
+from sparsefw.solver.selection import without_index
+
+# Tokens that the blocks are run on: enough for every kind of attention, little beside a block.
+TOKENS = 8
+# Tokens of a second window, which shows what grows with the first.
+MORE_TOKENS = 12
+
+
+def zeros(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Tensor]:
+    """Stands for `checkpoint.read_tensors`: tensors of zeros that take no memory as long as they are only read."""
+    return {
+        name: torch.from_numpy(np.zeros(info.nbytes, np.uint8)).view(info.dtype).view(info.shape)
+        for name, info in tensors.items()
+    }
+
+
+def shape_of(checkpoint: Checkpoint) -> ModelShape:
+    """The shape of a checkpoint's model; its tensors are not read.
+
+    Raises:
+        InputError: as `StreamedModel`.
+    """
+    with StreamedModel(checkpoint, torch.device("cpu"), zeros) as model:
+        # Before blocks are opened, which breaks ties.
+        count = _count(model.model)
+        windows = (torch.zeros(1, tokens, dtype=torch.int64) for tokens in (TOKENS, MORE_TOKENS))
+        walks = [_Walk(embed(model, ids, 1)) for ids in windows]
+        states = walks[0].states
+        blocks = _shapes_of_blocks(model, walks)
+    config = model.model.config.get_text_config()
+    return ModelShape(
+        blocks=tuple(shape for shape, _ in blocks),
+        outside=model.outside_bytes,
+        hidden=states.hidden[0].shape[-1],
+        vocabulary=config.vocab_size,
+        heads=_heads(model.model),
+        itemsize=checkpoint.dtype.itemsize,
+        parameters=count,
+        names_by_block=_layer_names(model, blocks),
+        pieces=tuple(sum(checkpoint.tensors[name].nbytes for name in piece) for piece in model.pieces),
+        quantized=model.quantized_bytes,
+        stored=checkpoint.stored_nbytes / checkpoint.nbytes,
+        between=_between(*walks),
+        by_window=states.flow.by_window and states.hidden[0].shape[:2] == (1, TOKENS),
+    )
+
+
+def shape_of_resident(model: ResidentModel, batch: Batch) -> tuple[ModelShape, int]:
+    """The shape of a model in memory, and the most tokens, or other vectors, that a batch has between two blocks.
+
+    A batch takes the place of a window: sizes do not depend on the number of tokens.
+
+    Args:
+        model: the model.
+        batch: the largest of the batches.
+
+    Raises:
+        InputError: a block has no layers, or what it hands on cannot be followed.
+    """
+    walk = _Walk(embed_batches(model, [batch]), every_block=True)
+    blocks = _shapes_of_blocks(model, [walk])
+    hidden, tokens = walk.widest, walk.most_tokens
+    outside = sum(x.nbytes for _, x in model.parameters(None) if x.device != model.device)
+    shape = ModelShape(
+        blocks=tuple(shape for shape, _ in blocks),
+        outside=outside,
+        hidden=hidden.shape[-1],
+        vocabulary=0,
+        # Scores are of one sample at a time.
+        heads=-(-_heads(model.model) // hidden.shape[0]),
+        itemsize=hidden.element_size(),
+        parameters=_count(model.model),
+        names_by_block=_layer_names(model, blocks),
+        pieces=(0,),
+        between=Between(
+            Extent.fixed(hidden),
+            tuple(map(Extent.fixed, walk.most)),
+            tuple(map(Extent.fixed, walk.states.constants.made_of_batch())),
+        ),
+        by_window=False,
+    )
+    return shape, tokens
+
+
+def _shapes_of_blocks(model: BlockModel, walks: list["_Walk"]) -> list[tuple[BlockShape, tuple[str, ...]]]:
+    """By block its shape, and the names of its layers; the walks go through the blocks that they have to."""
+    known: dict[tuple, tuple[BlockShape, tuple[str, ...]]] = {}
+    blocks = []
+    for i, block in enumerate(model.blocks):
+        prefix = f"{model.names[i]}."
+        own = {name.removeprefix(prefix) for name in model.shared.names if name.startswith(prefix)}
+        kind = tuple((name, parameter.shape, name in own) for name, parameter in block.named_parameters())
+        if kind not in known or walks[0].moves:
+            model.open(i, ahead=False)
+            if kind not in known:
+                known[kind] = _find(walks[0].states, i, own)
+            for walk in walks:
+                walk.pass_block(i)
+            model.close(i)
+        blocks.append(known[kind])
+    return blocks
+
+
+def _layer_names(
+    model: BlockModel, blocks: list[tuple[BlockShape, tuple[str, ...]]]
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return tuple((name, layers) for name, (_, layers) in zip(model.names, blocks, strict=True))
+
+
+def _count(model: nn.Module) -> int:
+    """The number of parameters; each tied one is counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _heads(model: nn.Module) -> int:
+    """Attention heads, if attention holds all scores at once; else 0."""
+    if not isinstance(model, PreTrainedModel) or attention_implementation(model) != "eager":
+        return 0
+    return getattr(model.config.get_text_config(), "num_attention_heads", 0)
+
+
+class _Walk:
+    """One micro-batch on its way through the blocks, as far as it has to go.
+
+    Args:
+        states: it, before the first block.
+        every_block: whether it has to go through every block.
+
+    Attributes:
+        hidden: the input of the first block.
+        widest: the input of a block that takes most bytes.
+        most_tokens: the most vectors that a block's input has.
+        most: what was handed on between two blocks, where it was most.
+        moves: whether every block has to be run, because blocks may hand something on.
+    """
+
+    def __init__(self, states: HiddenStates, every_block: bool = False) -> None:
+        self.states = states
+        self.hidden = self.widest = states.hidden[0]
+        self.most_tokens, self.most = _vectors(self.hidden), list[Tensor]()
+        self.moves = every_block or any(states.flow.live.values()) or bool(states.carried.held(0).boxes)
+
+    def pass_block(self, i: int) -> None:
+        """Run the window through block i, which is open."""
+        if not self.moves:
+            return
+        # Zeros may become NaN, which says nothing of the model.
+        self.states.leave(i, 0, self.states.output(i, 0))
+        self.states.unchecked = None
+        self.states.arrive(INPUT)
+        hidden = self.states.hidden[0]
+        self.widest = max(self.widest, hidden, key=lambda x: x.nbytes)
+        self.most_tokens = max(self.most_tokens, _vectors(hidden))
+        tensors = self.states.carried.tensors()
+        if sum(x.nbytes for x in tensors) > sum(x.nbytes for x in self.most):
+            self.most = tensors
+
+
+def _between(few: _Walk, more: _Walk) -> Between:
+    """What lies between two blocks, from windows of two lengths."""
+
+    def extents(of_few: list[Tensor], of_more: list[Tensor]) -> tuple[Extent, ...]:
+        pairs = zip(of_few, of_more, strict=True)
+        return tuple(Extent.of(a, b, TOKENS, MORE_TOKENS) for a, b in pairs)
+
+    (hidden,) = extents([few.hidden], [more.hidden])
+    before = extents(few.states.constants.made_of_batch(), more.states.constants.made_of_batch())
+    return Between(hidden, extents(few.most, more.most), before)
+
+
+def _vectors(hidden: Tensor) -> int:
+    return hidden.numel() // hidden.shape[-1]
+
+
+def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, tuple[str, ...]]:
+    """The shape of block i, and the names of its layers, every expert by itself.
+
+    Args:
+        states: one micro-batch before the block.
+        i: number of the block.
+        shared: names of matrices inside the block that are others' as well.
+    """
+    block, inputs = states.model.blocks[i], states.inputs(i, 0)
+    run = partial(states.call, i, 0, inputs=inputs)
+    parameters = dict(block.named_parameters())
+    look = partial(survey, block, run, states.hidden[0], handed_on=partial(states.handed_on, i, inputs))
+    with ArbitraryChoices():
+        no_layers = shared | find_no_layers(block, partial(run, states.hidden[0]))
+        surveyed = look(lambda name: name not in no_layers)
+        if uneven := _cut_unevenly(surveyed.layers):
+            no_layers |= uneven
+            surveyed = look(lambda name: name not in no_layers)
+    layers: dict[str, LayerShape] = {}
+    for layer in surveyed.layers:
+        rows, d = layer.weight.shape
+        parameter = parameters[without_index(layer.name)]
+        count = parameter.numel() // (rows * d)
+        shape = LayerShape(
+            name=kind_of(layer.name),
+            rows=rows,
+            d=d,
+            gram=kind_of(layer.gram),
+            experts=count if layer.name not in parameters else 0,
+            role=surveyed.roles[layer.name],
+            parts=count if layer.at_once else 1,
+        )
+        layers.setdefault(shape.name, shape)
+    if not layers:
+        raise InputError(f"{states.model.names[i]}: unsupported model: no matrix of this block was seen in a product")
+    nbytes, shapes = sum(p.nbytes for p in parameters.values()), tuple(layers.values())
+    names = tuple(name for name in _names_of_layers(block, layers) if name not in no_layers)
+    seen = frozenset(map(kind_of, (*surveyed.roles, *surveyed.ignored)))
+    return BlockShape(nbytes, shapes, attention=surveyed.attention, seen=seen), names
+
+
+def _cut_unevenly(layers: list[Layer]) -> set[str]:
+    """Names of layers that are slices of one parameter, of different sizes: an index does not tell which."""
+    sizes: dict[str, set[int]] = {}
+    for layer in layers:
+        sizes.setdefault(without_index(layer.name), set()).add(layer.weight.numel())
+    return {layer.name for layer in layers if len(sizes[without_index(layer.name)]) > 1}
+
+
+def _names_of_layers(block: nn.Module, kinds: dict[str, LayerShape]) -> tuple[str, ...]:
+    """Names of all layers of these kinds, with the experts that no token has reached."""
+    by_kind: dict[str, list[str]] = {kind: [] for kind in kinds}
+    for name, parameter in block.named_parameters():
+        stacked = kinds.get(kind_of(f"{name}[0]"))
+        for layer in slices_of(name, parameter, stacked.rows * stacked.d if stacked else None) or [name]:
+            if kind_of(layer) in by_kind:
+                by_kind[kind_of(layer)].append(layer)
+    return tuple(layer for layers in by_kind.values() for layer in layers)

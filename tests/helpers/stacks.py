@@ -1,0 +1,178 @@
+"""Tiny models that read something else than text, and batches for them."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+VOCABULARY, WIDTH = 99, 32
+_SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_CODER = {
+    "d_model": WIDTH,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+
+
+def random_ids(*shape: int) -> Tensor:
+    """Tokens that are no special ones."""
+    return torch.randint(3, VOCABULARY, shape)
+
+
+class DiffusionBlock(nn.Module):
+    """A block of a diffusion transformer: what it does depends on the time, and it is given that by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(WIDTH, 3 * WIDTH)
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 48), nn.GELU(), nn.Linear(48, WIDTH))
+
+    def forward(self, hidden_states: Tensor, time: Tensor) -> Tensor:
+        """Attention and an MLP, scaled and shifted."""
+        shift, scale, gate = self.modulation(nn.functional.silu(time))[:, None].chunk(3, dim=-1)
+        q, k, v = self.qkv(self.norm(hidden_states) * (1 + scale) + shift).chunk(3, dim=-1)
+        hidden_states = hidden_states + gate * self.out(nn.functional.scaled_dot_product_attention(q, k, v))
+        return hidden_states + self.mlp(self.norm(hidden_states))
+
+
+class TwoStreamBlock(nn.Module):
+    """A block that is given two streams by name, and returns them in the other order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.write = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+        self.read_text, self.write_text = nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Each stream reads the mean of the other one."""
+        image = self.read(hidden_states + encoder_hidden_states.mean(1, keepdim=True)).relu()
+        text = self.read_text(encoder_hidden_states + hidden_states.mean(1, keepdim=True)).relu()
+        return encoder_hidden_states + self.write_text(text), hidden_states + self.write(image)
+
+
+class Diffusion(nn.Module):
+    """A diffusion transformer with blocks of two kinds, one kind after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.time, self.text = nn.Linear(4, WIDTH), nn.Linear(1, WIDTH), nn.Linear(8, WIDTH)
+        self.doubles = nn.ModuleList(TwoStreamBlock() for _ in range(2))
+        self.singles = nn.ModuleList(DiffusionBlock() for _ in range(2))
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, noisy: Tensor, time: Tensor, text: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """The noise in a sample, and with the true noise the loss."""
+        hidden, encoded, time = self.embed(noisy), self.text(text), self.time(time)
+        for block in self.doubles:
+            encoded, hidden = block(hidden_states=hidden, encoder_hidden_states=encoded)
+        hidden = torch.cat([encoded, hidden], 1)
+        for block in self.singles:
+            hidden = block(hidden, time=time)
+        predicted = self.head(hidden[:, encoded.shape[1] :])
+        return {"predicted": predicted} | ({} if noise is None else {"loss": (predicted - noise).square().mean()})
+
+
+class Halving(nn.Module):
+    """Blocks that halve the number of positions and double their width, as towers for images do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(_Halve(8), _Halve(16))
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Logits of three classes, and the loss."""
+        logits = self.head(self.stages(x).mean(1))
+        return {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+
+
+class _Halve(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, width))
+        self.merge = nn.Linear(2 * width, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mlp(x)
+        return self.merge(x.reshape(x.shape[0], x.shape[1] // 2, -1))
+
+
+def vit() -> tuple[nn.Module, Callable[[], dict]]:
+    """A tower for images."""
+    config = transformers.ViTConfig(image_size=16, patch_size=4, num_labels=5, **_SIZES)
+    model = transformers.ViTForImageClassification(config)
+    return model, lambda: {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.randint(0, 5, (2,))}
+
+
+def bert() -> tuple[nn.Module, Callable[[], dict]]:
+    """A model of masked tokens."""
+    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=VOCABULARY, **_SIZES))
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    return model, lambda: {"input_ids": random_ids(2, 12), "attention_mask": mask, "labels": random_ids(2, 12)}
+
+
+def whisper() -> tuple[nn.Module, Callable[[], dict]]:
+    """An encoder of sound and a decoder of text."""
+    sizes = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16}
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**_CODER, **sizes))
+    return model, lambda: {"input_features": torch.randn(2, 8, 20), "labels": random_ids(2, 7)}
+
+
+def clip() -> tuple[nn.Module, Callable[[], dict]]:
+    """Two towers side by side."""
+    text = {"vocab_size": VOCABULARY, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, **_SIZES}
+    vision = {"image_size": 16, "patch_size": 4, **_SIZES, "hidden_size": 24}
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    return model, lambda: {
+        "input_ids": random_ids(2, 7), "pixel_values": torch.randn(2, 3, 16, 16), "return_loss": True
+    }  # fmt: skip
+
+
+def mixtral() -> tuple[nn.Module, Callable[[], dict]]:
+    """A mixture of experts."""
+    config = transformers.MixtralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, num_local_experts=4, **_SIZES)
+    return transformers.MixtralForCausalLM(config), lambda: dict.fromkeys(("input_ids", "labels"), random_ids(2, 12))
+
+
+def diffusion() -> tuple[nn.Module, Callable[[], dict]]:
+    """See `Diffusion`."""
+    return Diffusion(), lambda: {
+        "noisy": torch.randn(2, 6, 4), "time": torch.rand(2, 1), "text": torch.randn(2, 3, 8),
+        "noise": torch.randn(2, 6, 4),
+    }  # fmt: skip
+
+
+def halving() -> tuple[nn.Module, Callable[[], dict]]:
+    """See `Halving`."""
+    return Halving(), lambda: {"x": torch.randn(2, 8, 8), "labels": torch.randint(0, 3, (2,))}
+
+
+# By name: what makes a model, and a function that draws a batch. Both are drawn from torch's generator.
+STACKS = {f.__name__: f for f in (vit, bert, whisper, clip, mixtral, diffusion, halving)}
+
+
+def drawn(name: str, batches: int = 3) -> tuple[nn.Module, list[dict]]:
+    """A model with random weights in evaluation mode, and batches."""
+    torch.manual_seed(0)
+    model, draw = STACKS[name]()
+    return model.eval(), [draw() for _ in range(batches)]
+
+
+@torch.no_grad()
+def losses(model: nn.Module, batches: list[dict]) -> Iterator[float]:
+    """The losses that a model returns."""
+    for batch in batches:
+        returned = model(**batch)
+        yield float(returned["loss"])

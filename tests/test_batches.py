@@ -1,0 +1,240 @@
+"""`prune(model, calibration=batches)`: any stack of blocks in memory, on batches of its own forward's arguments."""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers.stacks import STACKS, drawn, losses, random_ids
+from safetensors.torch import load_model
+from torch import nn
+
+from sparsefw import InputError, prune
+from sparsefw.data import batches_of
+from sparsefw.model import embed_batches, resident
+from sparsefw.model.activations import DeviceActivations, FiledActivations
+
+NAME = "batches given in Python"
+QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, sparsity="0.5")
+CPU = torch.device("cpu")
+
+
+def plain_perplexity(model, batches):
+    return math.exp(sum(losses(model, batches)) / len(batches))
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", STACKS)
+class TestStacks:
+    def test_pruned_in_place(self, name):
+        model, batches = drawn(name)
+        before, dense = weights(model), plain_perplexity(model, batches)
+        result = prune(model, calibration=batches, evaluate=batches, **QUICK)
+        # The report is of the model itself.
+        assert result.perplexity[NAME]["dense"] == pytest.approx(dense, rel=1e-5)
+        assert result.perplexity[NAME]["sparsefw"] == pytest.approx(plain_perplexity(model, batches), rel=1e-5)
+        names = {layer.name.partition("[")[0] for layer in result.layers}
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[key]) == (key not in names)
+        for layer in result.layers:
+            key, _, index = layer.name.partition("[")
+            W = model.state_dict()[key]
+            W = W[int(index.rstrip("]"))] if index else W
+            assert ((W != 0).sum(1) <= W.shape[1] // 2).all()
+        assert result.output is None
+        assert result.report.data.windows == len(batches)
+
+    def test_every_matrix_of_the_blocks(self, name):
+        model, batches = drawn(name)
+        result = prune(model, calibration=batches, **QUICK | {"refit": 0, "steps": 1})
+        with resident(model, batches_of(batches, "calibration").batches[0], CPU) as opened:
+            matrices = sum(x.dim() >= 2 for block in opened.blocks for x in block.parameters())
+        stacked = {layer.name.partition("[")[0] for layer in result.layers}
+        # The routers of a mixture stay dense.
+        assert len(stacked) + len(result.report.kept_dense) == matrices
+        assert result.report.kept_dense == [f"model.layers.{n}.mlp.gate.weight" for n in range(2) if name == "mixtral"]
+
+    @pytest.mark.parametrize("place", ["gpu", "file"])
+    def test_blocks_one_by_one_as_the_whole(self, name, place):
+        """The blocks run one by one on what was recorded, wherever activations are, give what the model's own forward
+        gives the last block."""
+        model, batches = drawn(name, 2)
+        last, seen = list(model.modules())[-1], []
+        given = batches_of(batches, "calibration").batches
+        make = DeviceActivations if place == "gpu" else lambda: FiledActivations(CPU, None)
+        with torch.no_grad(), resident(model, given[0], CPU) as opened:
+            last = opened.blocks[-1]
+            hook = last.register_forward_hook(lambda module, args, output: seen.append(output))
+            for batch in batches:
+                model(**batch)
+            hook.remove()
+            states = embed_batches(opened, given, make)
+            for i in range(len(opened.blocks)):
+                opened.open(i)
+                states.advance(i)
+                opened.close(i)
+            for j, output in enumerate(seen):
+                assert torch.equal(states.hidden[j], output if isinstance(output, torch.Tensor) else output[0])
+            states.close()
+
+
+def test_the_same_as_on_tokens():
+    """A language model is pruned to the same weights on its tokens, and on batches with the same tokens."""
+    model, _ = drawn("mixtral")
+    torch.manual_seed(1)
+    ids, other = random_ids(4, 12), copy.deepcopy(model)
+    prune(model, dataset=ids, **QUICK)
+    # Three windows of 12 tokens would be more than two micro-batches of two: a text's micro-batches hold 2048 tokens.
+    prune(other, calibration=[{"input_ids": ids}], **QUICK)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+class TestOutput:
+    def test_a_model_of_transformers(self, tmp_path):
+        model, batches = drawn("vit")
+        result = prune(model, tmp_path / "out", calibration=batches, **QUICK)
+        loaded = type(model).from_pretrained(tmp_path / "out")
+        for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
+            assert torch.equal(a, b)
+        assert result.output == tmp_path / "out"
+        assert {"config.json", "model.safetensors", "report.html", "report.json"} == {
+            path.name for path in result.output.iterdir()
+        }
+
+    def test_any_module(self, tmp_path):
+        model, batches = drawn("diffusion")
+        prune(model, tmp_path / "out", calibration=batches, **QUICK)
+        loaded, _ = drawn("diffusion")
+        load_model(loaded, tmp_path / "out" / "model.safetensors")
+        for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
+            assert torch.equal(a, b)
+        with pytest.raises(InputError, match="exists and is not empty"):
+            prune(model, tmp_path / "out", calibration=batches, **QUICK)
+        prune(model, tmp_path / "out", calibration=batches, overwrite=True, **QUICK)
+
+    def test_goes_on_after_an_interruption(self, tmp_path):
+        whole, batches = drawn("whisper")
+        prune(whole, tmp_path / "whole", calibration=batches, **QUICK)
+        model, _ = drawn("whisper")
+        before = weights(model)
+        with pytest.raises(KeyboardInterrupt):
+            prune(model, tmp_path / "out", calibration=batches, log=_interrupt_at("decoder.layers.0.fc1"), **QUICK)
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+        lines = []
+        with pytest.raises(InputError, match="calibration text"):
+            prune(model, tmp_path / "out", calibration=batches[::-1], **QUICK)
+        prune(model, tmp_path / "out", calibration=batches, log=lines.append, **QUICK)
+        assert any(line.startswith("going on with an unfinished run: 2 of 4 parts") for line in lines)
+        for a, b in zip(model.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def _interrupt_at(layer):
+    def log(line):
+        if layer in line:
+            raise KeyboardInterrupt
+
+    return log
+
+
+class TestManners:
+    def test_the_model_is_as_it_was_but_for_its_layers(self):
+        model, batches = drawn("whisper")
+        model.train()
+        parameters, fast = list(model.parameters()), torch.backends.mha.get_fastpath_enabled()
+        needed = [parameter.requires_grad for parameter in parameters]
+        result = prune(model, calibration=batches, **QUICK)
+        assert all(module.training for module in model.modules())
+        assert model.config.use_cache
+        assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+        assert [parameter.requires_grad for parameter in model.parameters()] == needed
+        assert torch.backends.mha.get_fastpath_enabled() == fast
+        assert not any("forward" in vars(module) for module in model.modules())
+        assert len(result.layers) == 2 * 6 + 2 * 10
+
+    def test_torchs_own_attention(self):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+        result = prune(nn.TransformerEncoder(layer, 2).eval(), calibration=[torch.randn(2, 6, 32)], **QUICK)
+        assert [layer.name for layer in result.layers[:4]] == [
+            "layers.0.self_attn.in_proj_weight",
+            "layers.0.self_attn.out_proj.weight",
+            "layers.0.linear1.weight",
+            "layers.0.linear2.weight",
+        ]
+        assert not result.report.kept_dense
+
+    def test_batches_of_several_sizes(self):
+        model, batches = drawn("bert", 1)
+        longer = {name: torch.cat([x, x], 1) for name, x in batches[0].items()}
+        both = [*batches, longer]
+        result = prune(model, calibration=both, evaluate=both, **QUICK)
+        assert result.perplexity[NAME]["sparsefw"] == pytest.approx(plain_perplexity(model, both), rel=1e-5)
+        assert result.report.data.seqlen == 48
+
+    def test_nothing_changes_if_it_fails(self):
+        model, batches = drawn("vit")
+        before = weights(model)
+        batches[2]["pixel_values"] = torch.full_like(batches[2]["pixel_values"], torch.inf)
+        with pytest.raises(InputError, match="hold"):
+            prune(model, calibration=batches, **QUICK)
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+class _Twice(nn.Module):
+    """Runs its blocks twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2))
+
+    def forward(self, x):
+        for block in [*self.blocks, *self.blocks]:
+            x = block(x)
+        return x
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("calibration", "line"),
+        [
+            ([], "calibration: there is no batch"),
+            ("text", "calibration: expected a list of batches, got str"),
+            ([{"input_ids": 3}], r"calibration\[0\]: has no tensor"),
+            ([torch.ones(2, 2), 7], r"calibration\[1\]: expected the arguments of the model's forward"),
+            ([torch.tensor([torch.nan])], r"calibration\[0\]: holds NaN"),
+            ([{1: torch.ones(2)}], r"calibration\[0\]: expected the names of arguments"),
+        ],
+    )
+    def test_batches(self, calibration, line):
+        with pytest.raises(InputError, match=line):
+            prune(nn.Linear(2, 2), calibration=calibration)
+
+    def test_models(self):
+        x = torch.randn(2, 8)
+        with pytest.raises(InputError, match="batches are for a model in memory, and model is a str"):
+            prune("default", "out", calibration=[x])
+        with pytest.raises(InputError, match=r"Linear: its forward on these batches calls no modules of a ModuleList"):
+            prune(nn.Linear(8, 8), calibration=[x])
+        with pytest.raises(InputError, match=r"blocks\.0 runs more than once in a forward"):
+            prune(_Twice(), calibration=[x])
+        with pytest.raises(InputError, match="Linear; any other module needs batches: calibration="):
+            prune(nn.Linear(8, 8), dataset=torch.ones(2, 4, dtype=torch.int64))
+        with pytest.raises(InputError, match=r"blocks\.0\.0\.weight: is on the meta device"):
+            prune(_Twice().to("meta"), calibration=[x])
+
+    def test_a_forward_that_fails(self):
+        model, batches = drawn("vit")
+        with pytest.raises(InputError, match=r"fails on these batches: .*see whether the model itself runs on them"):
+            prune(model, calibration=[{"pixel_values": torch.randn(2, 3, 9, 9)}], **QUICK)
+        with pytest.raises(InputError, match=r"evaluate\[0\]: ViTForImageClassification returns no loss"):
+            prune(model, calibration=batches, evaluate=[{"pixel_values": torch.randn(2, 3, 16, 16)}], **QUICK)
+
+    @pytest.mark.parametrize("argument", ["dataset", "nsamples", "seqlen", "eval_windows", "tokenizer"])
+    def test_arguments_of_a_text(self, argument):
+        with pytest.raises(TypeError, match=f"calibration and '{argument}', which belongs to a text"):
+            prune(nn.Linear(2, 2), calibration=[torch.ones(1)], **{argument: 3})
