@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from safetensors import SafetensorError, safe_open
 
 from sparsefw.checkpoint import foreign, trust
+from sparsefw.checkpoint.copied import TEMPLATES, is_copied
 from sparsefw.checkpoint.quantization import Quantization, joined, most_bytes, quantization_of
 from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.errors import InputError, first_line, shown
@@ -25,8 +26,6 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# transformers reads the files of this folder with the tokenizer.
-TEMPLATES = "additional_chat_templates"
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
 DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
@@ -41,8 +40,6 @@ MAX_ELEMENTS = 2**48
 
 AGAIN = "download or copy it again"
 
-# Files that are not copied from the input to the output: weights in any format, and code.
-NOT_COPIED = foreign.PICKLES | {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".py"}
 # The largest tokenizers have about 40 MB; a larger file is no part of a checkpoint.
 MAX_COPIED_BYTES = 256 * 2**20
 
@@ -284,27 +281,23 @@ def _read_shards(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, Tens
 
 
 def companions(folder: Path) -> list[Path]:
-    """The small files that belong to a checkpoint beside its weights: config, tokenizer, chat template, license.
+    """The small files of a checkpoint that are copied to the output: config, tokenizer, chat templates, license.
 
     Raises:
-        InputError: one is a link out of the checkpoint, a pipe or a device, larger than any that transformers reads,
-            or has a name that cannot be printed.
+        InputError: one of these, or another file that transformers may read, is a link out of the checkpoint, a pipe or
+            a device, larger than any that transformers reads, or has a name that cannot be printed.
     """
-    files = _files(folder, folder)
-    templates = _files(folder / TEMPLATES, folder) if (folder / TEMPLATES).is_dir() else []
-    for path in (*files, *templates):
-        if path.suffix.lower() in READ and path.stat().st_size > MAX_COPIED_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size // 2**20} MiB, more than any tokenizer has; remove it")
-    return [p for p in files if not p.name.endswith(".index.json") and p.stat().st_size <= MAX_COPIED_BYTES]
-
-
-def _files(folder: Path, checkpoint: Path) -> list[Path]:
-    files = []
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in NOT_COPIED or path.is_dir() or not path.exists():
+    templates = [*(folder / TEMPLATES).iterdir()] if (folder / TEMPLATES).is_dir() else []
+    copied = []
+    for path in sorted([*folder.iterdir(), *templates]):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or not path.exists() or not (is_copied(name) or path.suffix.lower() in READ):
             continue
         if not path.name.isprintable():
-            raise InputError(f"{folder}: a file is called {shown(path.name)}; remove it")
-        check_file(path, checkpoint)
-        files.append(path)
-    return files
+            raise InputError(f"{path.parent}: a file is called {shown(path.name)}; remove it")
+        check_file(path, folder)
+        if path.stat().st_size > MAX_COPIED_BYTES:
+            raise InputError(f"{path}: {path.stat().st_size // 2**20} MiB, more than any tokenizer has; remove it")
+        if is_copied(name):
+            copied.append(path)
+    return copied
