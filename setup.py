@@ -38,6 +38,8 @@ setup(
         "huggingface_hub>=1.5",
         "jinja2>=3.1",
         "tqdm>=4.66.3",
+        # The first with a wheel for Python 3.11; `datasets` needs it anyway.
+        "xxhash>=3.1",
     ],
     extras_require={"test": TEST, "dev": [*TEST, "ruff", "mypy", "pre-commit"]},
     entry_points={"console_scripts": ["sparsefw=sparsefw.run:main"]},

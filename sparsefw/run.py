@@ -58,6 +58,7 @@ def run(argv: list[str] | None) -> None:
         progress=True,
     )
 
+    from sparsefw.checkpoint import SUMS, file_digest
     from sparsefw.report import log
 
     if kept_dense := log.kept_dense_line(result.report):
@@ -66,6 +67,7 @@ def run(argv: list[str] | None) -> None:
     print(log.summary(result.report))
     print(f"checkpoint: {arguments.output}")
     print(f"report: {arguments.output / 'report.html'}, {arguments.output / 'report.json'}")
+    print(f"SHA-256 of {arguments.output / SUMS}: {file_digest(arguments.output / SUMS)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """Checkpoints on disk: read only if they can be trusted, and written so that an interrupted run can go on."""
 
-from sparsefw.checkpoint.reader import fingerprint, read_shard, read_tensors
+from sparsefw.checkpoint.checksums import DIGEST, SUMS, file_digest, read_sums
+from sparsefw.checkpoint.copied import note_of_others
+from sparsefw.checkpoint.evidence import Evidence, fingerprint
+from sparsefw.checkpoint.reader import read_shard, read_tensors
+from sparsefw.checkpoint.replaced import check_output
 from sparsefw.checkpoint.resume import durably
 from sparsefw.checkpoint.rewritten import rewritten
 from sparsefw.checkpoint.source import (
@@ -15,13 +19,16 @@ from sparsefw.checkpoint.source import (
     locate,
 )
 from sparsefw.checkpoint.tensors import TensorInfo
-from sparsefw.checkpoint.writer import Writer, check_free, check_output
+from sparsefw.checkpoint.writer import Writer
 
 __all__ = [
     "CONFIG",
+    "DIGEST",
     "INDEX",
     "SINGLE",
+    "SUMS",
     "Checkpoint",
+    "Evidence",
     "TensorInfo",
     "Writer",
     "check_file",
@@ -29,11 +36,14 @@ __all__ = [
     "check_output",
     "companions",
     "durably",
+    "file_digest",
     "fingerprint",
     "from_hub",
     "inspect",
     "locate",
+    "note_of_others",
     "read_shard",
+    "read_sums",
     "read_tensors",
     "rewritten",
 ]

@@ -4,9 +4,8 @@ Mapping the files would be simpler. But pages of a mapped file stay resident as 
 and products may round differently where memory is aligned differently. Here torch aligns every tensor.
 """
 
-import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
 
@@ -14,21 +13,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparsefw.checkpoint.source import CONFIG, Checkpoint
 from sparsefw.checkpoint.tensors import EXPONENT, Loadable, QuantizedInfo, QuantizedTensor, TensorInfo
 from sparsefw.errors import InputError, first_line
 from sparsefw.finite import check_finite
 
-# Bytes of each tensor that count in a fingerprint.
-SAMPLED_BYTES = 2**16
 
-
-def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Loadable]:
+def read_tensors(
+    tensors: dict[str, TensorInfo],
+    pin: bool = False,
+    on_read: Callable[[str, FileIO, memoryview], None] = lambda name, file, data: None,
+) -> dict[str, Loadable]:
     """Read tensors of a checkpoint that `checkpoint.inspect` has found sound.
 
     Args:
         tensors: the tensors to read, by name.
         pin: whether to read into page-locked memory, from which a GPU copies while the host goes on.
+        on_read: called with the name, the open file and the bytes of every tensor in the files.
 
     Returns:
         The tensors by name, on the host, in the dtype of the file; quantized ones in the form that they are stored in.
@@ -36,18 +36,19 @@ def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str,
     Raises:
         InputError: a file was changed or removed since then, or cannot be read, or a scale is NaN or Inf.
     """
-    stored, read = _stored(tensors), {}
-    for name, file in _opened_at(stored):
+    stored, read = stored_parts(tensors), {}
+    for name, file in opened_at(stored):
         tensor = torch.empty(stored[name].shape, dtype=stored[name].dtype, pin_memory=pin)
-        if tensor.numel():
-            _fill(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+        read_into(file, data)
+        on_read(name, file, data)
         read[name] = tensor
     return {
         name: _loadable(info, read) if isinstance(info, QuantizedInfo) else read[name] for name, info in tensors.items()
     }
 
 
-def _stored(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+def stored_parts(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors in the files that these are made of, by name."""
     return {part: info for name, tensor in tensors.items() for part, info in tensor.stored(name).items()}
 
@@ -63,22 +64,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 of the config, and of names, shapes, dtypes and first bytes of all tensors, in hex.
-
-    It depends neither on where the files are nor on how tensors are spread over them.
-    """
-    sums, stored = {}, _stored(checkpoint.tensors)
-    for name, file in _opened_at(stored):
-        info = stored[name]
-        sample = bytearray(min(info.nbytes, SAMPLED_BYTES))
-        _fill(file, memoryview(sample))
-        sums[name] = hashlib.sha256(repr((name, info.dtype, info.shape)).encode() + sample).hexdigest()
-    content = [(checkpoint.folder / CONFIG).read_bytes(), *(sums[name].encode() for name in sorted(sums))]
-    return hashlib.sha256(b"".join(content)).hexdigest()
-
-
-def _opened_at(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, FileIO]]:
+def opened_at(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, FileIO]]:
     """The name of every tensor and its file, open at the tensor's first byte, in the order within the files."""
     names_by_file: dict[Path, list[str]] = {}
     for name, info in tensors.items():
@@ -100,7 +86,12 @@ def _opened_at(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, FileIO]]:
             raise InputError(f"{path}: cannot be read any more: {first_line(error)}") from error
 
 
-def _fill(file: FileIO, left: memoryview) -> None:
+def read_into(file: FileIO, left: memoryview) -> None:
+    """Fill memory with the next bytes of a file.
+
+    Raises:
+        InputError: the file ends before.
+    """
     while left:
         # Linux reads 2 GiB at most at a time.
         count = file.readinto(left)

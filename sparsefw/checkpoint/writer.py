@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,31 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsefw.checkpoint.checksums import SUMS, file_digest, sums_text
+from sparsefw.checkpoint.evidence import Evidence
+from sparsefw.checkpoint.replaced import check_free
 from sparsefw.checkpoint.resume import PartialFolder, durably
 from sparsefw.checkpoint.rewritten import rewritten
-from sparsefw.checkpoint.source import CONFIG, INDEX, companions, root_of
+from sparsefw.checkpoint.source import INDEX, companions
 from sparsefw.errors import InputError, first_line
-
-# A model in memory may have no config; its report shows that a folder holds a pruned one.
-REPORT = "report.json"
-
-
-def check_output(output: Path, source: Path, overwrite: bool) -> None:
-    """Refuse an output folder that would harm something.
-
-    Args:
-        output: folder for the pruned checkpoint.
-        source: folder of the checkpoint that is read.
-        overwrite: whether an older checkpoint may be replaced.
-
-    Raises:
-        InputError: output and source are one folder or one lies in the other; output is a file, or a folder with
-            something in it that may not be replaced.
-    """
-    target, root = output.resolve(), root_of(source)
-    if target == root or target in root.parents or root in target.parents:
-        raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another --output")
-    check_free(output, overwrite)
 
 
 class Writer:
@@ -46,12 +27,14 @@ class Writer:
 
     Everything goes into a hidden folder beside `output` (see `resume`), whose content `finish` moves into place.
     Until then an older output stays as it was. Finished shards survive whatever ends the `with` block, and a writer of
-    the same identity goes on after them. If no shard is finished, nothing is left behind.
+    the same identity goes on after them, if they and what they were made of are still the same. If no shard is
+    finished, nothing is left behind.
 
     Args:
         output: folder for the checkpoint.
         shards: number of shards, one for each call of `write`.
         identity, chosen: what makes a run the same, and what it chose by itself, see `PartialFolder.open`.
+        evidence: reads the source; None: what is read is not compared.
         overwrite: whether an older checkpoint may be replaced.
         restart: whether to discard what an unfinished run left.
 
@@ -68,14 +51,18 @@ class Writer:
         identity: dict[str, Any] | None = None,
         chosen: dict[str, Any] | None = None,
         *,
+        evidence: Evidence | None = None,
         overwrite: bool = False,
         restart: bool = False,
     ) -> None:
         self.output = output.resolve()
         self.shards, self.overwrite = shards, overwrite
         self._identity, self._chosen, self._restart = identity or {}, chosen, restart
+        self._evidence = evidence
         self._partial = PartialFolder(self.output)
         self.folder = self._partial.new
+        # Digests of the files that were kept since the last shard, by name.
+        self._kept: dict[str, str] = {}
         # Folders above the output that this writer made.
         self._made: list[Path] = []
         self._done = False
@@ -98,11 +85,30 @@ class Writer:
             # A kill may have come while the older output was being replaced.
             self._partial.restore_output()
             check_free(self.output, self.overwrite)
+            self._partial.check_apart()
             self._partial.open(self._identity, self._chosen, self._restart)
+            self._check_finished()
         except BaseException:
             self._leave()
             raise
         return self
+
+    def _check_finished(self) -> None:
+        """Refuse finished parts that are damaged, or that were made of another source; delete what is none."""
+        records, files = self._partial.records, dict[Path, str]()
+        for n, record in enumerate(records):
+            files |= {self.path(n): record["sha256"]}
+            files |= {self.kept(name): digest for name, digest in record["kept"].items()}
+        for path, digest in files.items():
+            if path.is_symlink() or not path.is_file():
+                raise self._partial.damaged(path, "it is missing, or no file")
+            if file_digest(path) != digest:
+                raise self._partial.damaged(path)
+        self._partial.remove_unknown(set(files))
+        if self._evidence:
+            read = [file for record in records for file in record["read"]]
+            if (name := self._evidence.find_difference(read)) is not None:
+                raise self._partial.other_input(f"the model has another tensor {name} now")
 
     @property
     def finished(self) -> list[Any]:
@@ -157,24 +163,32 @@ class Writer:
         records = self._partial.records
         if repeated := sorted(tensors.keys() & {name for shard in records for name in shard["names"]}):
             raise ValueError(f"{repeated[0]}: this tensor was already written")
-        self._save(self.path(len(records)), tensors)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        parameters = sum(tensor.numel() for tensor in tensors.values())
+        digest, kept, self._kept = self._save(self.path(len(records)), tensors), self._kept, {}
+        content = {
+            "names": [*tensors],
+            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+            "parameters": sum(tensor.numel() for tensor in tensors.values()),
+            "note": record,
+            "sha256": digest,
+            "kept": kept,
+            "read": self._evidence.take() if self._evidence else [],
+        }
         with self._disk_errors():
-            self._partial.add({"names": [*tensors], "bytes": size, "parameters": parameters, "note": record})
+            self._partial.add(content)
 
     def keep(self, name: str, tensors: dict[str, Tensor]) -> Path:
         """Write a file of tensors that is there until `finish`; returns its path, which depends on the name alone."""
         path = self.kept(name)
         path.parent.mkdir(exist_ok=True)
-        self._save(path, tensors)
+        self._kept[name] = self._save(path, tensors)
         return path
 
     def kept(self, name: str) -> Path:
         """Path of a file that `keep` writes."""
         return self._partial.kept(name)
 
-    def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
+    def _save(self, path: Path, tensors: dict[str, Tensor]) -> str:
+        """Write a file of tensors; returns its digest."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
         def save(temporary: Path) -> None:
@@ -185,6 +199,8 @@ class Writer:
         with self._disk_errors():
             try:
                 durably(path, save)
+                # It is still in the system's memory.
+                return file_digest(path)
             except RuntimeError as error:
                 raise ValueError(f"tensors that share memory cannot be written: {first_line(error)}") from error
 
@@ -197,32 +213,29 @@ class Writer:
             raise InputError(f"{self.output}: writing failed: {first_line(error)}") from error
 
     def finish(self, source: Path) -> None:
-        """Write the index, copy the other files of the source and move all of it to `output`.
+        """Write the index and SHA256SUMS, copy the other files of the source and move all of it to `output`.
 
         Args:
-            source: folder of the checkpoint that was read. Its config, tokenizer, chat template and other small
-                files are copied, but for what `rewritten` changes; weights of any format, code and folders are not.
+            source: folder of the checkpoint that was read. Its config, tokenizer, chat template and what else
+                `companions` finds are copied, but for what `rewritten` changes.
 
         Raises:
             ValueError: shards are missing.
             InputError: something else came to lie at `output` meanwhile, or the disk is full or failed.
         """
         records = self._complete()
-        sums = {key: sum(record[key] for record in records) for key in ("parameters", "bytes")}
-        index = {
-            "metadata": {"total_parameters": sums["parameters"], "total_size": sums["bytes"]},
-            "weight_map": {name: self._name(n) for n, record in enumerate(records) for name in record["names"]},
-        }
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         with self._disk_errors():
-            durably(self.folder / INDEX, lambda path: path.write_text(text, encoding="utf-8"))
+            self._write_text(INDEX, self._index())
             for name, content in rewritten(source).items():
-                durably(self.folder / name, partial(Path.write_text, data=content, encoding="utf-8"))
+                self._write_text(name, content)
             for path in companions(source):
-                if not (self.folder / path.name).exists():
+                target = self.folder / path.relative_to(source)
+                if not target.exists():
+                    target.parent.mkdir(exist_ok=True)
                     # Content only: the source's files may be read-only or links.
-                    durably(self.folder / path.name, partial(shutil.copyfile, path))
-        self._move()
+                    durably(target, partial(shutil.copyfile, path))
+        # Those of the shards were made when they were written.
+        self._move({self._name(n): record["sha256"] for n, record in enumerate(records)})
 
     def finish_as(self, save: Callable[[Path], None]) -> None:
         """Write the model otherwise in place of the shards, and move it with the other files to `output`.
@@ -240,7 +253,7 @@ class Writer:
             for path in self.folder.iterdir():
                 # safetensors makes files that only the owner can read.
                 path.chmod(self.folder.stat().st_mode & 0o666)
-        self._move()
+        self._move({})
 
     def _complete(self) -> list[dict[str, Any]]:
         """The records of all shards."""
@@ -249,10 +262,30 @@ class Writer:
             raise ValueError(f"{len(records)} shards of {self.shards} were written")
         return records
 
-    def _move(self) -> None:
+    def _move(self, digests: dict[str, str]) -> None:
+        """Write SHA256SUMS and move all files to `output`; `digests` are those that are known, by name."""
+        with self._disk_errors():
+            for path in self.folder.rglob("*"):
+                name = path.relative_to(self.folder).as_posix()
+                if path.is_file() and name not in digests:
+                    digests[name] = file_digest(path)
+            self._write_text(SUMS, sums_text(digests))
         check_free(self.output, self.overwrite)
         self._partial.move_into_place()
         self._done = True
+
+    def _write_text(self, name: str, content: str) -> None:
+        durably(self.folder / name, partial(Path.write_text, data=content, encoding="utf-8"))
+
+    def _index(self) -> str:
+        """The content of the index of the shards."""
+        records = self._partial.records
+        sums = {key: sum(record[key] for record in records) for key in ("parameters", "bytes")}
+        index = {
+            "metadata": {"total_parameters": sums["parameters"], "total_size": sums["bytes"]},
+            "weight_map": {name: self._name(n) for n, record in enumerate(records) for name in record["names"]},
+        }
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -266,12 +299,12 @@ class Writer:
 
     def _leave(self) -> int:
         """Keep the finished parts of an unfinished run, remove everything else; returns the number of parts."""
-        finished = len(self._partial.records)
-        if self._done or not finished:
+        finished = self._partial.finished
+        if finished:
+            self._partial.release()
+        else:
             self._partial.remove()
             self._remove_parents()
-        else:
-            self._partial.release()
         return finished
 
     def _remove_parents(self) -> None:
@@ -279,23 +312,3 @@ class Writer:
             # A folder that is in use stays.
             with contextlib.suppress(OSError):
                 folder.rmdir()
-
-
-def check_free(output: Path, overwrite: bool) -> None:
-    """Refuse an output that is a file, or a folder with something in it that may not be replaced.
-
-    Raises:
-        InputError: it is one.
-    """
-    if not os.path.lexists(output):
-        return
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: a file; --output is a folder")
-    if output.is_mount():
-        raise InputError(f"{output}: a mount point, which cannot be replaced; give a folder inside it")
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    if not overwrite:
-        raise InputError(f"{output}: exists and is not empty; choose another --output or add --overwrite")
-    if not any((output / name).is_file() for name in (CONFIG, REPORT)):
-        raise InputError(f"{output}: not a checkpoint (no {CONFIG}), so --overwrite will not remove it")

@@ -1,5 +1,6 @@
 """One run: a checkpoint in, a pruned checkpoint with its report out."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sparsefw import checkpoint, data, process
-from sparsefw.checkpoint import Checkpoint, Writer, durably
+from sparsefw.checkpoint import Checkpoint, Evidence, Writer, durably
 from sparsefw.data import Windows
 from sparsefw.driver.block import Run
 from sparsefw.driver.loop import Outcome, Samples, prune_model
@@ -122,6 +123,7 @@ class Prepared:
         limits: memory limits in bytes: "host", and with a GPU "gpu".
         notes: what the user should know of the model, one line each.
         fingerprint: tells the model from another one.
+        evidence: reads the checkpoint; None: the model is in memory, and the fingerprint is of all its tensors.
         fixed: values of `Placement` that are settled, by field.
     """
 
@@ -133,6 +135,7 @@ class Prepared:
     limits: dict[str, int]
     notes: list[str]
     fingerprint: str
+    evidence: Evidence | None = None
     fixed: dict[str, int] = field(default_factory=dict)
 
 
@@ -150,10 +153,11 @@ def run_job(job: CheckpointJob, say: Callable[[str], None], progress: bool) -> R
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say(kernel_line(job.config))
-    checkpoint.check_output(job.output.folder, job.folder, job.output.overwrite)
+    checkpoint.check_output(job.output.folder, job.folder, job.output.overwrite, _files_read(job))
     source = checkpoint.inspect(job.folder)
-    with StreamedModel(source, device) as model:
-        prepared = _prepare(job, model, source, say)
+    evidence = Evidence(source)
+    with StreamedModel(source, device, evidence.read) as model:
+        prepared = _prepare(job, model, source, evidence, say)
         return carry_out(job, model, prepared, lambda writer: writer.finish(job.folder), say, progress)
 
 
@@ -231,14 +235,23 @@ def _why(config: PruneConfig) -> str:
     return "CUDA is available" if cuda else "no CUDA device"
 
 
-def _prepare(job: CheckpointJob, model: StreamedModel, source: Checkpoint, say: Callable[[str], None]) -> Prepared:
+def _files_read(job: CheckpointJob) -> list[Path]:
+    """Files and folders here that the run reads beside the source."""
+    names = [*job.inputs.evaluate, *([job.inputs.dataset] if job.dataset is None else [])]
+    return [Path(path) for path in map(os.path.expanduser, names) if os.path.lexists(path)]
+
+
+def _prepare(
+    job: CheckpointJob, model: StreamedModel, source: Checkpoint, evidence: Evidence, say: Callable[[str], None]
+) -> Prepared:
     inputs, config = job.inputs, job.config
     seqlen = min(inputs.seqlen, model.max_seqlen or inputs.seqlen)
     if seqlen < inputs.seqlen:
         say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
     calibration, evaluation = _read_texts(job, seqlen)
     process.give_back()
-    for note in model.notes:
+    notes = model.notes + checkpoint.note_of_others(job.folder)
+    for note in notes:
         say(f"note: {note}")
     say(f"model: {inputs.model}, {len(model.blocks)} blocks, {source.dtype}")
     say(f"calibration: {calibration.n} windows of {calibration.seqlen} tokens of {calibration.source}")
@@ -253,8 +266,9 @@ def _prepare(job: CheckpointJob, model: StreamedModel, source: Checkpoint, say: 
         shape,
         workload_of(config, calibration.n, [windows.n for windows in evaluation], seqlen, model.device),
         job.output.limits(model.device),
-        model.notes,
+        notes,
         checkpoint.fingerprint(source),
+        evidence,
     )
 
 
@@ -304,6 +318,7 @@ def _writer(job: Job, model: BlockModel, prepared: Prepared, chosen: dict[str, A
         len(model.blocks) + len(model.pieces),
         _identity(job, prepared),
         chosen,
+        evidence=prepared.evidence,
         overwrite=job.output.overwrite,
         restart=job.output.restart,
     )

@@ -13,7 +13,8 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from sparsefw.checkpoint import quantization, tensors, trust
-from sparsefw.checkpoint.reader import fingerprint, read_tensors
+from sparsefw.checkpoint.evidence import Evidence
+from sparsefw.checkpoint.reader import read_tensors
 from sparsefw.checkpoint.source import CONFIG, SINGLE, inspect
 from sparsefw.checkpoint.tensors import QuantizedTensor, dequantize_fp8, dequantize_mxfp4
 from sparsefw.model import StreamedModel
@@ -145,12 +146,13 @@ def test_the_small_form_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("save", [lambda folder: save_fp8(folder, "qwen3"), save_mxfp4])
-def test_the_fingerprint_covers_scales(tmp_path, save):
+def test_another_scale_is_found(tmp_path, save):
     folder = save(tmp_path)
-    before = fingerprint(inspect(folder))
+    evidence = Evidence(inspect(folder))
+    evidence.read(inspect(folder).tensors)
     name = next(name for name in load_file(folder / SINGLE) if name.endswith(("_scale_inv", "_scales")))
     change_stored(folder, lambda tensors: tensors[name].view(-1)[:1].mul_(2))
-    assert fingerprint(inspect(folder)) != before
+    assert Evidence(inspect(folder)).find_difference(evidence.take()) == name
 
 
 def test_scales_of_inputs_are_left_out(tmp_path):

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from helpers.checkpoints import TENSORS, refused
-from helpers.families import save_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from sparsefw.checkpoint.reader import fingerprint, read_shard, read_tensors
+from sparsefw.checkpoint.reader import read_shard, read_tensors
 from sparsefw.checkpoint.source import SINGLE, inspect
 
 
@@ -44,27 +43,3 @@ def test_file_that_changed_since(folder, how):
         save_file({"a": torch.ones(2)}, path)
     with refused(r"model.safetensors: (ends before|cannot be read any more|tensor \w is not what it was)"):
         read_tensors(tensors)
-
-
-class TestFingerprint:
-    def test_of_the_content_not_the_place(self, tmp_path):
-        one = save_model(tmp_path / "one", "llama")
-        tensors = {}
-        for path in one.glob("*.safetensors"):
-            tensors |= load_file(path)
-        two = tmp_path / "two"
-        two.mkdir()
-        (two / "config.json").write_bytes((one / "config.json").read_bytes())
-        save_file(tensors, two / SINGLE)
-        assert fingerprint(inspect(one)) == fingerprint(inspect(two))
-
-    def test_changes_with_a_weight_a_name_and_the_config(self, folder):
-        before = fingerprint(inspect(folder))
-        save_file(TENSORS | {"c": TENSORS["c"] + 1}, folder / SINGLE)
-        weight = fingerprint(inspect(folder))
-        save_file({("d" if name == "c" else name): tensor for name, tensor in TENSORS.items()}, folder / SINGLE)
-        name = fingerprint(inspect(folder))
-        save_file(TENSORS, folder / SINGLE)
-        assert fingerprint(inspect(folder)) == before
-        (folder / "config.json").write_text('{"model_type": "opt"}')
-        assert len({before, weight, name, fingerprint(inspect(folder))}) == 4

@@ -1,5 +1,6 @@
 """Unfinished runs on disk: one process at a time, and only the same run goes on."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -73,6 +74,48 @@ def test_folder_without_an_output_to_be_begins_anew(tmp_path):
     assert opened(tmp_path, {"--sparsity": "0.5"}).records == []
 
 
+def flipped(content: bytes) -> bytes:
+    """The content with one bit changed in the middle."""
+    n = len(content) // 2
+    return content[:n] + bytes([content[n] ^ 1]) + content[n + 1 :]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-9], flipped, lambda b: b"[]", lambda b: b"\xff" * 9])
+@pytest.mark.parametrize("name", ["identity.json", "records/00001.json", "records/00002.json"])
+def test_damaged_files_are_named_and_nothing_is_deleted(tmp_path, name, damage):
+    path = with_two_records(tmp_path).folder / name
+    path.write_bytes(damage(path.read_bytes()))
+    before = contents(tmp_path)
+    with refused(rf"out: the unfinished run there is damaged, {name}: it .*; --restart discards it"):
+        opened(tmp_path)
+    assert contents(tmp_path) == before
+    assert opened(tmp_path, restart=True).records == []
+
+
+def test_missing_and_exchanged_records(tmp_path):
+    records = with_two_records(tmp_path).folder / "records"
+    (records / "00001.json").rename(records / "00003.json")
+    with refused("damaged, records/00001.json: it is missing"):
+        opened(tmp_path)
+
+
+def test_a_folder_that_was_being_cleared_begins_anew(tmp_path, monkeypatch):
+    """A kill in the midst of it leaves any of the records; nothing goes on with these."""
+    partial = with_two_records(tmp_path)
+
+    def remove_one(folder):
+        for path in folder.glob("00002.json"):
+            path.unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", remove_one)
+        with pytest.raises(KeyboardInterrupt):
+            opened(tmp_path, restart=True)
+    assert len(list((partial.folder / "records").iterdir())) == 1
+    assert opened(tmp_path).records == []
+
+
 @pytest.mark.slow
 def test_second_process_is_refused_and_the_first_ones_death_frees_it(tmp_path):
     code = (
@@ -119,5 +162,9 @@ def test_layout_on_disk(tmp_path):
     names += ["records/00001.json", "records/00002.json"]
     folder = tmp_path / ".out.partial"
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == sorted(names)
-    assert json.loads((folder / "identity.json").read_text()) == {"identity": IDENTITY, "chosen": {"batch": 4}}
-    assert json.loads((folder / "records" / "00002.json").read_text()) == {"n": 2}
+    for path, content in (
+        ("identity.json", {"identity": IDENTITY, "chosen": {"batch": 4}}),
+        ("records/00002.json", {"n": 2}),
+    ):
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        assert json.loads((folder / path).read_text()) == {"sha256": digest, "content": content}

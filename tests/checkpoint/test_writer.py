@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,52 +11,13 @@ import pytest
 import torch
 from helpers.checkpoints import TENSORS, contents, make_hub_cache, refused
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from sparsefw.checkpoint.checksums import SUMS
+from sparsefw.checkpoint.evidence import Evidence
 from sparsefw.checkpoint.source import INDEX, SINGLE, inspect
-from sparsefw.checkpoint.writer import Writer, check_output
-
-
-@pytest.mark.parametrize("output", ["source", "source/pruned", ".", "other/../source", "link", "link/pruned"])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_output_must_not_meet_the_input(folder, tmp_path, output, overwrite):
-    (tmp_path / "other").mkdir()
-    (tmp_path / "link").symlink_to(folder)
-    with refused("is, holds or lies in the input folder"):
-        check_output(tmp_path / output, folder, overwrite)
-
-
-def test_output_must_not_meet_the_hub_cache_of_the_input(folder, tmp_path):
-    snapshot = make_hub_cache(folder, tmp_path / "hub")
-    with refused("is, holds or lies in the input folder"):
-        check_output(snapshot.parent.parent / "blobs", snapshot, True)
-
-
-def test_output_that_is_there_already(folder, tmp_path):
-    output = tmp_path / "pruned"
-    check_output(output, folder, False)
-    output.mkdir()
-    check_output(output, folder, False)
-    (output / "notes.txt").write_text("mine")
-    with refused("exists and is not empty; choose another --output or add --overwrite"):
-        check_output(output, folder, False)
-    with refused(r"not a checkpoint \(no config.json\), so --overwrite will not remove it"):
-        check_output(output, folder, True)
-    (output / "config.json").write_text("{}")
-    check_output(output, folder, True)
-    with refused("exists and is not empty"):
-        check_output(output, folder, False)
-    with refused("notes.txt: a file; --output is a folder"):
-        check_output(output / "notes.txt", folder, True)
-
-
-def test_output_that_is_a_mount_point(folder):
-    with refused("a mount point"):
-        check_output(Path("/proc"), folder, True)
-
-
-# Writer
+from sparsefw.checkpoint.writer import Writer
 
 
 def write(output: Path, source: Path, overwrite: bool = False) -> None:
@@ -68,9 +31,12 @@ def test_written_shards_index_and_files(folder, tmp_path):
     (folder / "tokenizer.json").write_text("{}")
     (folder / "report.json").write_text("old")
     (folder / "tokenizer.json").chmod(0o400)
-    for name in ("modeling.py", "training_args.bin", "x.gguf", "pytorch_model.bin.index.json", "X.ONNX"):
+    for name in ("modeling.py", "training_args.bin", "x.gguf", "pytorch_model.bin.index.json", "X.ONNX", SUMS):
         (folder / name).write_text("x")
     (folder / "sub").mkdir()
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("tool.jinja", "tool.py"):
+        (folder / "additional_chat_templates" / name).write_text("x")
     output = tmp_path / "deep" / "er" / "pruned"
     with Writer(output, 2) as writer:
         writer.write({"a": TENSORS["a"].T, "b": TENSORS["b"]})
@@ -78,7 +44,11 @@ def test_written_shards_index_and_files(folder, tmp_path):
         (writer.folder / "report.json").write_text("new")
         writer.finish(folder)
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    assert sorted(os.listdir(output)) == sorted([*names, INDEX, "config.json", "tokenizer.json", "report.json"])
+    files = [*names, INDEX, "config.json", "tokenizer.json", "report.json", "additional_chat_templates/tool.jinja"]
+    assert sorted(contents(output)) == sorted([*files, SUMS])
+    # The system's own tool reads the digests.
+    check = subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=output, capture_output=True, text=True)
+    assert (check.returncode, check.stdout.splitlines()) == (0, [f"{name}: OK" for name in sorted(files)])
     assert (output / "report.json").read_text() == "new"
     assert json.loads((output / INDEX).read_text()) == {
         "metadata": {"total_size": 12 + 10 + 8, "total_parameters": 6 + 5 + 2},
@@ -271,3 +241,100 @@ def test_transformers_loads_what_is_written(tmp_path, tied):
     again = inspect(output)
     assert again.nbytes == inspected.nbytes
     assert again.tensors.keys() == inspected.tensors.keys()
+
+
+# Finished parts that are damaged
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 16
+    path.write_bytes(content)
+
+
+def replace_by_link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+DAMAGES = {
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "flipped": flip,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": Path.unlink,
+    "link": replace_by_link,
+    "folder": lambda path: path.unlink() or path.mkdir(),
+}
+
+
+@pytest.fixture
+def unfinished(tmp_path):
+    """The folder of an unfinished run with two parts of three, and files that are kept."""
+    with suppress(KeyboardInterrupt), Writer(tmp_path / "pruned", 3) as writer:
+        for n, name in enumerate("ab"):
+            writer.keep(f"wanda-{n}", {name: TENSORS[name] + 1})
+            writer.write({name: TENSORS[name]})
+        raise KeyboardInterrupt
+    return tmp_path / ".pruned.partial"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "name", ["new/model-00001-of-00003.safetensors", "new/model-00002-of-00003.safetensors", "kept/wanda-0.safetensors"]
+)
+def test_damaged_parts_are_named_and_nothing_is_deleted(unfinished, damage, name):
+    DAMAGES[damage](unfinished / name)
+    before = contents(unfinished)
+    with refused(f"pruned: the unfinished run there is damaged, {name}: it .*; --restart discards it"):
+        Writer(unfinished.parent / "pruned", 3).__enter__()
+    assert contents(unfinished) == before
+
+
+def test_damaged_parts_are_discarded_by_restart(unfinished, folder, tmp_path):
+    flip(unfinished / "new" / "model-00001-of-00003.safetensors")
+    with Writer(tmp_path / "pruned", 3, restart=True) as writer:
+        assert writer.finished == []
+        for name in "abc":
+            writer.write({name: TENSORS[name]})
+        writer.finish(folder)
+    assert inspect(tmp_path / "pruned").tensors.keys() == set("abc")
+
+
+def test_what_no_record_names_never_reaches_the_output(unfinished, folder, tmp_path):
+    """A kill may leave files half written, and what is not the run's has no place in its output."""
+    for name in ("new/.model-00003.tmp", "new/evil.py", "new/tokenizer.json", "kept/wanda-2.safetensors"):
+        (unfinished / name).write_text("old")
+    (unfinished / "new" / "sub").mkdir()
+    (unfinished / "new" / "link").symlink_to(folder)
+    with Writer(tmp_path / "pruned", 3) as writer:
+        assert sorted(os.listdir(writer.folder)) == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2)]
+        assert sorted(os.listdir(unfinished / "kept")) == ["wanda-0.safetensors", "wanda-1.safetensors"]
+        writer.write({"c": TENSORS["c"]})
+        writer.finish(folder)
+    assert (folder / SINGLE).exists()
+
+
+# The source of the finished parts
+
+
+def prune_one(folder: Path, output: Path) -> None:
+    """Write the first of two shards, of the source's tensor `a`, and stop."""
+    evidence = Evidence(inspect(folder))
+    with suppress(KeyboardInterrupt), Writer(output, 2, evidence=evidence) as writer:
+        writer.write(evidence.read({"a": inspect(folder).tensors["a"]}))
+        raise KeyboardInterrupt
+
+
+def test_parts_of_another_source_are_refused(folder, tmp_path):
+    prune_one(folder, tmp_path / "pruned")
+    save_file(TENSORS | {"a": TENSORS["a"] + 1}, folder / SINGLE)
+    with refused(r"other input is there \(1 parts finished\): the model has another tensor a now; .*--restart"):
+        Writer(tmp_path / "pruned", 2, evidence=Evidence(inspect(folder))).__enter__()
+    # What no part was made of may change: the output is the same as if the run began now.
+    save_file(TENSORS | {"b": TENSORS["b"] + 1}, folder / SINGLE)
+    evidence = Evidence(inspect(folder))
+    with Writer(tmp_path / "pruned", 2, evidence=evidence) as writer:
+        writer.write(evidence.read({"b": inspect(folder).tensors["b"]}))
+        writer.finish(folder)
+    assert torch.equal(load_file(tmp_path / "pruned" / "model-00002-of-00002.safetensors")["b"], TENSORS["b"] + 1)

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.families import save_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from sparsefw.checks.sums import check_sums
 
-from sparsefw.checkpoint import resume
+from sparsefw.checkpoint import SUMS, resume
+from sparsefw.checks.verdict import Check
 from sparsefw.run import main
 
 pytestmark = pytest.mark.slow
@@ -57,9 +59,12 @@ def run(place, output, *more):
 
 
 def content(place, output):
-    """All files but the report, which holds times, and the report's results."""
-    folder = place / output
-    files = {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith("report.")}
+    """All files but the report, which holds times, and its digest; and the report's results."""
+    folder, check = place / output, Check("")
+    check_sums(check, folder)
+    assert check.failures == []
+    timed = ("report.json", "report.html", SUMS)
+    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in timed}
     report = json.loads((folder / "report.json").read_text())
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in report["layers"]]
     return files, rows, report["kept_dense"], report["evaluation"], [block["name"] for block in report["blocks"]]
@@ -148,6 +153,58 @@ def test_other_arguments_model_or_text_are_refused(place, tmp_path, monkeypatch,
     finally:
         os.rename(place / "moved", place / "model")
     assert content(place, "other") == content(place, "undisturbed")
+
+
+def changed_at_its_end(tensor):
+    """The tensor with another last value: far beyond the first bytes of it."""
+    tensor = tensor.clone()
+    tensor.view(-1)[-1] += 1
+    return tensor
+
+
+@pytest.mark.parametrize(("block", "goes_on"), [(0, False), (4, True)])
+def test_a_model_that_changes_between_two_runs(tmp_path, monkeypatch, capsys, block, goes_on):
+    """Blocks that are finished were made of the old model; the last one is read only now, as by a run that begins."""
+    save_model(tmp_path / "model", "llama", torch.bfloat16, num_hidden_layers=5)
+    (tmp_path / "text.txt").write_text(TEXT)
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, 12)
+        assert run(tmp_path, "out") == 130
+    assert " 1 of 6 parts are finished" in capsys.readouterr().err
+    name = f"model.layers.{block}.mlp.down_proj.weight"
+    (file,) = [file for file in (tmp_path / "model").glob("*.safetensors") if name in load_file(file)]
+    before = file.stat()
+    tensors = load_file(file)
+    save_file(tensors | {name: changed_at_its_end(tensors[name])}, file, metadata={"format": "pt"})
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    if goes_on:
+        assert run(tmp_path, "out") == 0
+        assert run(tmp_path, "undisturbed") == 0
+        assert content(tmp_path, "out") == content(tmp_path, "undisturbed")
+    else:
+        assert run(tmp_path, "out") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"(1 parts finished): the model has another tensor {name} now; give what it was given" in error
+
+
+def test_a_damaged_part_is_refused(tmp_path, monkeypatch, capsys):
+    save_model(tmp_path / "model", "llama", torch.bfloat16)
+    (tmp_path / "text.txt").write_text(TEXT)
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, 12)
+        assert run(tmp_path, "out") == 130
+    for name in ("new/model-00001-of-00004.safetensors", "kept/sparsegpt-00000.safetensors", "records/00001.json"):
+        path = tmp_path / ".out.partial" / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-9] + bytes(9))
+        capsys.readouterr()
+        assert run(tmp_path, "out") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"the unfinished run there is damaged, {name}: it" in error
+        path.write_bytes(content)
+    assert run(tmp_path, "out") == 0
 
 
 def test_restart_discards_what_is_there(place, monkeypatch):

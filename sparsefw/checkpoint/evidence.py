@@ -1,0 +1,127 @@
+"""What a run has read of its source, for a later run that goes on with what is finished.
+
+The later run ends with the same bytes as one that has begun anew if all that the finished parts were made of is still
+the same. To hash a large model before a run would take minutes. So tensors are hashed as they are read. A file with the
+same size, times and inode as before is taken for the same. If it has others, because it was copied or loaded again, its
+tensors are hashed again.
+"""
+
+import hashlib
+import os
+from io import FileIO
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import xxhash
+
+from sparsefw.checkpoint.reader import opened_at, read_into, read_tensors, stored_parts
+from sparsefw.checkpoint.source import CONFIG, Checkpoint
+from sparsefw.checkpoint.tensors import Loadable, TensorInfo
+from sparsefw.errors import InputError
+
+# Size, time of the last change of the content, inode; then the time of the last change of anything, as of a name.
+Stamp = list[int]
+
+# Bytes that are hashed at once where no tensor is wanted.
+CHUNK = 2**22
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 of the config, and of names, dtypes and shapes of all tensors, in hex.
+
+    It depends neither on where the files are nor on how tensors are spread over them.
+    """
+    stored = stored_parts(checkpoint.tensors)
+    tensors = sorted((name, str(info.dtype), info.shape) for name, info in stored.items())
+    return hashlib.sha256((checkpoint.folder / CONFIG).read_bytes() + repr(tensors).encode()).hexdigest()
+
+
+class Evidence:
+    """Reads the tensors of a checkpoint, and remembers what they were.
+
+    Args:
+        checkpoint: the source of a run.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._stored = stored_parts(checkpoint.tensors)
+        self._stamps: dict[Path, Stamp] = {}
+        # Digests of tensors, by name: those that `take` has not returned, and the names of all others.
+        self._new: dict[str, str] = {}
+        self._known: set[str] = set()
+        # Two threads read, and a third one writes.
+        self._lock = Lock()
+
+    def read(self, tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Loadable]:
+        """Like `read_tensors`.
+
+        Raises:
+            InputError: as there, or a file was changed since the run began.
+        """
+        return read_tensors(tensors, pin, self._note)
+
+    def _note(self, name: str, file: FileIO, data: memoryview) -> None:
+        path, stamp = Path(str(file.name)), _stamp(os.fstat(file.fileno()))
+        with self._lock:
+            first = self._stamps.setdefault(path, stamp)
+            known = name in self._known
+        # Another owner or link does no harm to a run, and over a network a file may have an inode for each opening.
+        if stamp[:2] != first[:2]:
+            raise InputError(f"{path}: was changed since the run began; leave the model as it is while it is pruned")
+        if not known:
+            digest = xxhash.xxh3_128_hexdigest(data)
+            with self._lock:
+                self._new[name] = digest
+                self._known.add(name)
+
+    def take(self) -> list[dict[str, Any]]:
+        """What was read since the last call, for `find_difference`: the tensors of each file, as JSON values.
+
+        It may be more than the finished parts are made of, since blocks are read ahead.
+        """
+        with self._lock:
+            digests, self._new = self._new, {}
+        files: dict[Path, dict[str, str]] = {}
+        for name, digest in digests.items():
+            files.setdefault(self._stored[name].file, {})[name] = digest
+        return [{"stamp": self._stamps[path], "tensors": tensors} for path, tensors in files.items()]
+
+    def find_difference(self, taken: list[dict[str, Any]]) -> str | None:
+        """The name of a tensor that is not what an earlier run has read; None if there is none.
+
+        Args:
+            taken: what `take` has returned in the earlier run.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        digests: dict[str, str] = {}
+        current = {path: _stamp(os.stat(path)) for path in {info.file for info in self._stored.values()}}
+        for file in taken:
+            for name, digest in file["tensors"].items():
+                if current[self._stored[name].file] != file["stamp"]:
+                    digests[name] = digest
+        for name, opened in opened_at({name: self._stored[name] for name in digests}):
+            if _digest(opened, self._stored[name].nbytes) != digests[name]:
+                return name
+        with self._lock:
+            self._stamps |= current
+            self._known |= {name for file in taken for name in file["tensors"]}
+        return None
+
+
+def _stamp(stat: os.stat_result) -> Stamp:
+    # Not the device: its number may be another one after a restart of the machine.
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
+
+
+def _digest(file: FileIO, size: int) -> str:
+    """Digest of the next bytes of a file."""
+    digest, buffer = xxhash.xxh3_128(), bytearray(min(CHUNK, size))
+    while size:
+        part = memoryview(buffer)[: min(CHUNK, size)]
+        read_into(file, part)
+        digest.update(part)
+        size -= len(part)
+    return digest.hexdigest()

@@ -1,0 +1,69 @@
+"""One run at a time in an output folder, in the folders above it and in those inside it.
+
+The run into NAME holds the lock `.NAME.partial/lock` beside it. A process that ends in any way lets go of it.
+"""
+
+import fcntl
+import os
+import re
+from pathlib import Path
+
+from sparsefw.errors import InputError
+
+LOCK = "lock"
+
+
+def partial_of(output: Path) -> Path:
+    """The folder of an unfinished run into `output`."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def acquire(path: Path) -> int | None:
+    """Take a lock; returns the descriptor that holds it, None if another process does."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The process that held the lock may have removed the folder meanwhile, and another process made it anew.
+        alone = path.exists() and os.path.samestat(os.fstat(lock), path.stat())
+    except BlockingIOError:
+        alone = False
+    if not alone:
+        os.close(lock)
+        return None
+    return lock
+
+
+def check_apart(output: Path) -> None:
+    """Refuse an output above or inside one that a live run writes. Call it with the output's own lock held.
+
+    Two runs that start at the same time may both be refused, but never both go on.
+
+    Args:
+        output: the output folder, links resolved.
+
+    Raises:
+        InputError: there is such a run, or the output lies in the folder of an unfinished one.
+    """
+    for parent in output.parents:
+        if re.fullmatch(r"\..+\.partial", parent.name) and (parent / LOCK).exists():
+            raise InputError(f"{output}: lies in {parent}, the folder of an unfinished run; choose another --output")
+        if parent.name and _is_held(partial_of(parent) / LOCK):
+            raise InputError(f"{output}: a run is writing {parent}, in which it lies; choose another --output")
+    for folder, folders, _ in os.walk(output):
+        for name in folders:
+            if re.fullmatch(r"\..+\.partial", name) and _is_held(Path(folder, name, LOCK)):
+                raise InputError(f"{output}: a run is writing into it ({folder}); choose another --output")
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        lock = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False

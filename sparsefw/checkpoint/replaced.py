@@ -1,0 +1,72 @@
+"""What the output of a run may take the place of, and what it never may: a file that the run reads."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from sparsefw.checkpoint.locks import partial_of
+from sparsefw.checkpoint.source import CONFIG, root_of
+from sparsefw.errors import InputError
+
+REPORT = "report.json"
+
+
+def check_output(output: Path, source: Path, overwrite: bool, read: Iterable[Path] = ()) -> None:
+    """Refuse an output folder that would harm something.
+
+    Args:
+        output: folder for the pruned checkpoint.
+        source: folder of the checkpoint that is read.
+        overwrite: whether an older checkpoint may be replaced.
+        read: other files that the run reads.
+
+    Raises:
+        InputError: output and source are one folder or one lies in the other; output is a file, or a folder with
+            something in it that may not be replaced; the run reads a file in it.
+    """
+    target, root = output.resolve(), root_of(source)
+    if _lies_in(target, root) or _lies_in(root, target):
+        raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another --output")
+    check_free(output, overwrite)
+    for path in (source, *read):
+        # The path itself may be a link in the output.
+        for place in (Path(os.path.abspath(path)), path.resolve()):
+            for folder in (target, partial_of(target)):
+                if _lies_in(place, folder):
+                    raise InputError(
+                        f"{output}: {path} lies in {folder}, and would be deleted with it; choose another --output"
+                    )
+
+
+def check_free(output: Path, overwrite: bool) -> None:
+    """Refuse an output folder that is no folder, or has something in it that may not be replaced.
+
+    Raises:
+        InputError: it is one of these.
+    """
+    if not os.path.lexists(output):
+        return
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: a file; --output is a folder")
+    if output.is_mount():
+        raise InputError(f"{output}: a mount point, which cannot be replaced; give a folder inside it")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"{output}: exists and is not empty; choose another --output or add --overwrite")
+    # A model in memory may have no config; its report shows that a folder holds a pruned one.
+    if not any((output / name).is_file() for name in (CONFIG, REPORT)):
+        raise InputError(f"{output}: not a checkpoint (no {CONFIG}), so --overwrite will not remove it")
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or lies in it, by whatever name: a folder may be mounted at several places."""
+    return any(place == folder or _is_same(place, folder) for place in (path, *path.parents))
+
+
+def _is_same(a: Path, b: Path) -> bool:
+    try:
+        return a.samefile(b)
+    except OSError:
+        # One of them is not there.
+        return False
