@@ -1,8 +1,9 @@
 """Check a pruned checkpoint against its report and its source: `python -m sparsefw.verify OUTPUT [--against MODEL]`.
 
-It reads the files again, block by block, and checks that they are sound, that no layer has more weights than the
-pattern allows, that all other tensors are the source's, bit for bit, and after --keep-zeros that the source's zeros are
-zero. Exit status 0: all is well; 1: a check failed, and the culprits are listed; 2: there is nothing to check.
+It checks that all files are those that the run wrote. It reads them again, block by block, and checks that they are
+sound, that no layer has more weights than the pattern allows, that all other tensors are the source's, bit for bit, and
+after --keep-zeros that the source's zeros are zero. Exit status 0: all is well; 1: a check failed, and the culprits are
+listed; 2: there is nothing to check.
 """
 
 import sys
@@ -26,11 +27,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder that sparsefw.run wrote")
     parser.add_argument("--against", metavar="ID|PATH", help="the checkpoint that was pruned (default: what the report "
         "names, where that is a folder here)")  # fmt: skip
+    parser.add_argument("--digest", metavar="HEX", help="SHA-256 of OUTPUT/SHA256SUMS, as the run has printed it: with "
+        "it no change of any file goes unseen")  # fmt: skip
     arguments = parser.parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        verdict = verify(arguments.output, arguments.against)
+        verdict = verify(arguments.output, arguments.against, arguments.digest)
         for line in lines(verdict):
             print(_printable(line))
     except (InputError, OSError, SafetensorError) as error:

@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 
 from sparsefw import checkpoint
-from sparsefw.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint
+from sparsefw.checkpoint import CONFIG, DIGEST, INDEX, SINGLE, SUMS, Checkpoint
 from sparsefw.checks.claims import Claims, read_claims
+from sparsefw.checks.sums import check_sums
 from sparsefw.checks.verdict import Check, Verdict
 from sparsefw.checks.weights import check_weights
 from sparsefw.errors import InputError
@@ -22,20 +23,21 @@ from sparsefw.inputs import DEFAULT, DEFAULT_MODEL
 from sparsefw.model import StreamedModel
 
 REPORT = "report.json"
-# A run writes these beside the checkpoint. A source that is the output of a run has its own.
-OWN = (REPORT, "report.html")
 
 
-def verify(output: Path, against: str | None = None) -> Verdict:
+def verify(output: Path, against: str | None = None, digest: str | None = None) -> Verdict:
     """Check a checkpoint that `sparsefw.run` wrote.
 
     Args:
         output: folder of the checkpoint.
         against: the source, a folder or Hub id; None: the report's, if that is a folder here.
+        digest: SHA-256 of the output's SHA256SUMS, as the run has printed it; None: not compared.
 
     Raises:
-        InputError: the output is no checkpoint with a report, or the source cannot be used.
+        InputError: the output is no checkpoint with a report, the source cannot be used, or the digest is none.
     """
+    if digest is not None and not DIGEST.fullmatch(digest):
+        raise InputError(f"--digest {digest}: expected 64 digits of 0 to 9 and a to f, as the run has printed them")
     if not output.is_dir():
         raise InputError(f"{output}: no such folder; give one that sparsefw.run wrote")
     claims = read_claims(output / REPORT)
@@ -44,6 +46,7 @@ def verify(output: Path, against: str | None = None) -> Verdict:
     source, not_compared = _find_source(claims.model, output, against)
     verdict = Verdict(_checks_of(claims), not_compared=not_compared)
     checks = verdict.checks
+    verdict.digest = check_sums(checks["sums"], output, digest)
     if claims.refits:
         verdict.skip("kept weights were refitted", "kept")
     if not claims.keeps_zeros:
@@ -56,7 +59,7 @@ def verify(output: Path, against: str | None = None) -> Verdict:
         written = checkpoint.inspect(output)
     except InputError as error:
         checks["files"].failures.append(str(error))
-        verdict.skip("the files are not sound", *checks.keys() - {"copied", "files"})
+        verdict.skip("the files are not sound", *checks.keys() - {"sums", "copied", "files"})
         return verdict
     _check_files(checks["files"], written)
     dtypes = _check_model(verdict, claims, written, source)
@@ -68,6 +71,7 @@ def verify(output: Path, against: str | None = None) -> Verdict:
 def _checks_of(claims: Claims) -> dict[str, Check]:
     """All checks, by name, before they are made."""
     return {
+        "sums": Check(f"all files are in {SUMS}, and as the run wrote them", "files"),
         "files": Check("shards, index and sizes agree"),
         "finite": Check("no NaN, no Inf"),
         "copied": Check("config, tokenizer and the like are the source's", "files"),
@@ -152,19 +156,18 @@ def _check_copied(check: Check, output: Path, source: Path) -> None:
     """Compare the files beside the weights, byte by byte, with the source's or what is written in their place."""
     rewritten = checkpoint.rewritten(source)
     for path in checkpoint.companions(source):
-        if path.name in OWN:
-            continue
+        name = path.relative_to(source).as_posix()
+        written = output / name
         check.count += 1
-        if not (output / path.name).is_file():
-            check.fail(path.name, "missing")
-        elif path.name in rewritten:
+        if not written.is_file():
+            check.fail(name, "missing")
+        elif name in rewritten:
             # A file of another size is not read.
-            expected = rewritten[path.name].encode()
-            written = output / path.name
+            expected = rewritten[name].encode()
             if written.stat().st_size != len(expected) or written.read_bytes() != expected:
-                check.fail(path.name, "not the source's without auto_map and quantization_config")
-        elif not filecmp.cmp(path, output / path.name, shallow=False):
-            check.fail(path.name, "not the source's")
+                check.fail(name, "not the source's without auto_map and quantization_config")
+        elif not filecmp.cmp(path, written, shallow=False):
+            check.fail(name, "not the source's")
 
 
 def _check_shapes(check: Check, written: Checkpoint, source: Checkpoint, dtypes: dict[str, torch.dtype]) -> None:

@@ -61,12 +61,14 @@ class Verdict:
         zeros: counts of zeros by type of layer.
         notes: what else the user should know, one line each.
         not_compared: why there is no source to compare with; empty if there is one.
+        digest: SHA-256 of SHA256SUMS; empty if there is none.
     """
 
     checks: dict[str, Check]
     zeros: dict[str, Zeros] = field(default_factory=lambda: defaultdict(Zeros))
     notes: list[str] = field(default_factory=list)
     not_compared: str = ""
+    digest: str = ""
 
     @property
     def failed(self) -> list[str]:
@@ -95,6 +97,8 @@ def lines(verdict: Verdict) -> Iterator[str]:
             yield f"{kind:56} {zeros.layers:>7} {zeros.weights:>14} {zeros.zeros:>14} {percent:>7.2f} %"
     yield ""
     yield from (f"note: {note}" for note in verdict.notes)
+    if verdict.digest:
+        yield f"SHA-256 of SHA256SUMS: {verdict.digest}"
     if verdict.not_compared:
         yield f"not compared with the source: {verdict.not_compared}"
     passed = "all checks that could be made" if verdict.not_compared else "all checks"
