@@ -101,7 +101,7 @@ class TestOutput:
         for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
             assert torch.equal(a, b)
         assert result.output == tmp_path / "out"
-        assert {"config.json", "model.safetensors", "report.html", "report.json"} == {
+        assert {"SHA256SUMS", "config.json", "model.safetensors", "report.html", "report.json"} == {
             path.name for path in result.output.iterdir()
         }
 

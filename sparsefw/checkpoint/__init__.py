@@ -4,7 +4,7 @@ from sparsefw.checkpoint.checksums import DIGEST, SUMS, file_digest, read_sums
 from sparsefw.checkpoint.copied import note_of_others
 from sparsefw.checkpoint.evidence import Evidence, fingerprint
 from sparsefw.checkpoint.reader import read_shard, read_tensors
-from sparsefw.checkpoint.replaced import check_output
+from sparsefw.checkpoint.replaced import check_free, check_output
 from sparsefw.checkpoint.resume import durably
 from sparsefw.checkpoint.rewritten import rewritten
 from sparsefw.checkpoint.source import (

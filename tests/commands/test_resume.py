@@ -11,9 +11,9 @@ import pytest
 import torch
 from helpers.families import save_model
 from safetensors.torch import load_file, save_file
-from sparsefw.checks.sums import check_sums
 
 from sparsefw.checkpoint import SUMS, resume
+from sparsefw.checks.sums import check_sums
 from sparsefw.checks.verdict import Check
 from sparsefw.run import main
 
