@@ -34,6 +34,7 @@ setup(
         "transformers>=5.17,<6",
         "numpy>=2.0",
         "datasets>=4.0",
+        "pyarrow>=18.0",
         "safetensors>=0.8",
         "huggingface_hub>=1.5",
         "jinja2>=3.1",

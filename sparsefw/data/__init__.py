@@ -1,6 +1,7 @@
 """Texts to calibrate and evaluate a model on, its tokenizer, and the windows of tokens that are cut from a text."""
 
 from sparsefw.data.batches import Batch, Batches, batches_of, token_batch
+from sparsefw.data.memory import reading_bytes, window_bytes
 from sparsefw.data.text import Text, read_text
 from sparsefw.data.tokenizer import load_tokenizer
 from sparsefw.data.windows import Windows, calibration_windows, evaluation_windows, windows_of
@@ -15,6 +16,8 @@ __all__ = [
     "evaluation_windows",
     "load_tokenizer",
     "read_text",
+    "reading_bytes",
     "token_batch",
+    "window_bytes",
     "windows_of",
 ]

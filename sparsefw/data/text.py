@@ -3,15 +3,16 @@
 `default` is the embedded text; `c4` and `wikitext` are datasets of the Hub.
 """
 
-import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsefw.data.records import load_records, texts_of
+from sparsefw.data import files, hub
+from sparsefw.data.parquet import parquet_records
+from sparsefw.data.records import texts_of
 from sparsefw.errors import InputError, first_line, shown
 
 Part = Literal["calibration", "evaluation"]
@@ -58,17 +59,20 @@ class Text:
 
     Attributes:
         source: name of the text, for the report and for messages.
-        documents: the documents that have not been read yet.
+        documents: the documents that have not been read yet, each in strings that follow each other. A document is
+            read to its end before the next one is asked for.
     """
 
     source: str
-    documents: Iterator[str]
+    documents: Iterator[Iterator[str]]
 
-    def __iter__(self) -> Iterator[str]:
-        return self.documents
+    @classmethod
+    def of(cls, source: str, documents: Iterable[str]) -> "Text":
+        """A text of whole documents."""
+        return cls(source, (iter((document,)) for document in documents))
 
 
-def read_text(dataset: str | Sequence[str], *, part: Part) -> Text:
+def read_text(dataset: str | Sequence[str], *, part: Part, room: int | None = None) -> Text:
     """Open a text.
 
     Args:
@@ -76,19 +80,21 @@ def read_text(dataset: str | Sequence[str], *, part: Part) -> Text:
             .parquet file (one document per record, in `text`), or a Hub id ORG/NAME of a dataset with such records;
             or the documents themselves.
         part: the part of a named dataset. A file is read from its start for both parts.
+        room: bytes of memory that reading may take; None: any number.
 
     Raises:
-        InputError: there is no such text, or it cannot be read; also while the documents are read.
+        InputError: there is no such text; while the documents are read: it cannot be read.
     """
     if not isinstance(dataset, str):
-        return Text(TEXTS, _checked(dataset))
+        return Text.of(TEXTS, _checked(dataset))
     if dataset == "default":
         return _embedded(part)
     if (dataset, part) in NAMED:
         name, options = NAMED[dataset, part]
         detail = options.get("name") or options["data_files"][options["split"]]
         source = f"{name} {detail} {options['split']}"
-        return Text(source, texts_of(load_records(dataset, FLAG[part], name, **options), source))
+        records = hub.load_records(dataset, FLAG[part], name, **options)
+        return Text.of(source, texts_of(records, source, hub.failures()))
     if not dataset.isprintable() or any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(dataset).parts):
         raise InputError(f"{shown(dataset, 60)}: not the name of a text; from Python, give documents as a list")
     path = Path(os.path.expanduser(dataset))
@@ -98,7 +104,7 @@ def read_text(dataset: str | Sequence[str], *, part: Part) -> Text:
     if dataset and path.exists():
         if suffix is None:
             raise InputError(f"{dataset}: unknown kind of file; give one of {', '.join(READERS)}")
-        return _local(dataset, path, READERS[suffix], part)
+        return _local(dataset, path, READERS[suffix], room)
     if suffix is not None or dataset.startswith((".", "/", "~")):
         raise InputError(f"{dataset}: no such file; check the path after {FLAG[part]}")
     # A bare word never reaches `datasets`, which would take "text" or "json" for all such files of this folder.
@@ -123,30 +129,22 @@ def _embedded(part: Part) -> Text:
         document = training_text() if part == "calibration" else evaluation_text()
     except RuntimeError as error:
         raise InputError(f"default: {first_line(error)}; give a file with {FLAG[part]} PATH") from error
-    return Text(f"default, {'training' if part == 'calibration' else 'held-out'} text", iter([document]))
+    return Text.of(f"default, {'training' if part == 'calibration' else 'held-out'} text", [document])
 
 
-def _local(dataset: str, path: Path, reader: str, part: Part) -> Text:
+def _local(dataset: str, path: Path, reader: str, room: int | None) -> Text:
     if reader == "text":
-        try:
-            # The -sig variant leaves out a byte order mark.
-            return Text(dataset, iter([path.read_text(encoding="utf-8-sig")]))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{dataset}: not UTF-8 text ({first_line(error)}); convert it") from error
-        except OSError as error:
-            raise InputError(f"{dataset}: cannot be read: {first_line(error)}") from error
+        return Text(dataset, iter([files.text_strings(path, dataset)]))
     if path.stat().st_size == 0:
         raise InputError(f"{dataset}: empty, there is no text in it")
-    # Escaped, since `datasets` takes a path for a pattern.
-    files = glob.escape(str(path.absolute()))
-    records = load_records(dataset, FLAG[part], reader, data_files=files, split="train", streaming=True)
-    return Text(dataset, texts_of(records, dataset))
+    records = parquet_records(path, room) if reader == "parquet" else files.json_records(path)
+    return Text.of(dataset, texts_of(records, dataset, files.FAILURES))
 
 
 def _from_hub(dataset: str, part: Part) -> Text:
-    splits = load_records(dataset, FLAG[part], dataset, streaming=True)
+    splits = hub.load_records(dataset, FLAG[part], dataset, streaming=True)
     split = next((split for split in SPLITS[part] if split in splits), None)
     if split is None:
         raise InputError(f"{dataset}: no split {' or '.join(SPLITS[part])}, only {', '.join(splits)}; give another")
     source = f"{dataset} {split}"
-    return Text(source, texts_of(splits[split], source))
+    return Text.of(source, texts_of(splits[split], source, hub.failures()))

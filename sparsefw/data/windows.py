@@ -7,7 +7,8 @@ of a text, once, before the first document.
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,18 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsefw.data.batches import Batch, token_batch
+from sparsefw.data.memory import TOKENS_READ, most_tokens
+from sparsefw.data.pieces import Piece, cut, tokenized
 from sparsefw.data.text import Text, read_text
-from sparsefw.data.tokenizer import start_tokens, tokenize
+from sparsefw.data.tokenizer import start_tokens
 from sparsefw.errors import InputError
 
 SEPARATOR = "\n\n"
-# Calibration windows are drawn from the first `nsamples * seqlen` times this many tokens of a dataset.
-TOKENS_READ = 4
-DOCUMENTS_AT_ONCE = 64
-# A first guess at how much text holds the tokens asked for; more is read when it proves too small.
-CHARS_PER_TOKEN = 8
-# The last tokens of a text that was cut may differ from those of the whole text. This many are not used.
-UNSETTLED_TOKENS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +78,13 @@ def windows_of(ids: Tensor, source: str) -> Windows:
 
 
 def calibration_windows(
-    tokenizer: PreTrainedTokenizerBase, text: Text | str | Sequence[str], *, nsamples: int, seqlen: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text | str | Sequence[str],
+    *,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    room: int | None = None,
 ) -> Windows:
     """Draw disjoint windows at random.
 
@@ -95,18 +97,26 @@ def calibration_windows(
         nsamples: number of windows.
         seqlen: tokens in a window.
         seed: seed of the draw, which depends on the seed and the text only.
+        room: bytes of memory that reading may take; None: any number.
 
     Raises:
-        InputError: the text cannot be read or is too short, or an argument is out of its range.
+        InputError: the text cannot be read or is too short, memory is too little, or an argument is out of its range.
     """
     _check_positive("--nsamples", nsamples)
     _check_positive("--seqlen", seqlen)
     if not 0 <= seed < 2**63:
         raise InputError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
     if not isinstance(text, Text):
-        text = read_text(text, part="calibration")
+        text = read_text(text, part="calibration", room=room)
     needed = nsamples * seqlen
-    ids = _leading_tokens(tokenizer, text, TOKENS_READ * needed)
+    ids = _leading_tokens(
+        tokenizer,
+        text.source,
+        _apart(tokenizer, text),
+        TOKENS_READ * needed,
+        room,
+        "fewer or shorter windows (--nsamples, --seqlen)",
+    )
     if len(ids) < needed:
         fits = [
             f"--{name} {n}" for name, n in (("nsamples", len(ids) // seqlen), ("seqlen", len(ids) // nsamples)) if n
@@ -117,8 +127,9 @@ def calibration_windows(
         )
     generator = torch.Generator().manual_seed(seed)
     offset = int(torch.randint(min(seqlen - 1, len(ids) - needed) + 1, (1,), generator=generator))
-    slots = _cut(ids[offset:], seqlen)
-    return _make_windows(slots[torch.randperm(len(slots), generator=generator)[:nsamples]], text.source)
+    slots = _cut(ids, seqlen, offset)
+    drawn = slots[torch.randperm(len(slots), generator=generator)[:nsamples]]
+    return _make_windows(drawn.long(), text.source)
 
 
 def evaluation_windows(
@@ -127,79 +138,100 @@ def evaluation_windows(
     *,
     seqlen: int,
     limit: int | None = None,
+    room: int | None = None,
 ) -> Windows:
     """Cut a text into consecutive windows from its start, as it is done for the perplexity on WikiText-2.
 
-    The documents are joined by an empty line and tokenized in one piece; an incomplete last window is dropped.
+    The documents are joined by an empty line and tokenized as one; an incomplete last window is dropped.
 
     Args:
         tokenizer: the model's tokenizer.
         text: the text, or what `read_text` takes.
         seqlen: tokens in a window.
         limit: most windows; no more text is read than they take. None: all windows.
+        room: bytes of memory that reading may take; None: any number.
 
     Raises:
-        InputError: the text cannot be read or holds no window, or an argument is out of its range.
+        InputError: the text cannot be read or holds no window, memory is too little, or an argument is out of its
+            range.
     """
     _check_positive("--seqlen", seqlen)
     if limit is not None:
         _check_positive("--eval-windows", limit)
     if not isinstance(text, Text):
-        text = read_text(text, part="evaluation")
-    ids = _joined_tokens(tokenizer, text, None if limit is None else limit * seqlen)
+        text = read_text(text, part="evaluation", room=room)
+    ids = _leading_tokens(
+        tokenizer,
+        text.source,
+        cut(tokenizer, _joined(text)),
+        None if limit is None else limit * seqlen,
+        room,
+        "fewer windows (--eval-windows)",
+    )
     if len(ids) < seqlen:
         raise InputError(
             f"{text.source}: {len(ids)} tokens, fewer than one window of {seqlen}; "
             f"use --seqlen {len(ids)} or a longer text"
         )
-    return _make_windows(_cut(ids, seqlen), text.source)
+    return _make_windows(_cut(ids, seqlen).long(), text.source)
 
 
 def _make_windows(ids: Tensor, source: str) -> Windows:
-    return Windows(ids, source, hashlib.sha256(ids.numpy().tobytes()).hexdigest())
+    return Windows(ids, source, hashlib.sha256(ids.numpy().data).hexdigest())
 
 
-def _cut(ids: list[int], seqlen: int) -> Tensor:
-    n = len(ids) // seqlen
-    return torch.tensor(ids[: n * seqlen]).view(n, seqlen)
+def _cut(ids: "array[int]", seqlen: int, offset: int = 0) -> Tensor:
+    """All windows from an offset on, (n, seqlen) int32, as a view of `ids`."""
+    n = (len(ids) - offset) // seqlen
+    return torch.frombuffer(ids, dtype=torch.int32)[offset : offset + n * seqlen].view(n, seqlen)
 
 
-def _leading_tokens(tokenizer: PreTrainedTokenizerBase, text: Text, wanted: int) -> list[int]:
-    """The first `wanted` tokens, of documents that are tokenized one by one."""
-    ids = start_tokens(tokenizer)
-    empty = True
-    before = ""
-    while len(ids) < wanted and (batch := list(itertools.islice(text, DOCUMENTS_AT_ONCE))):
-        empty = empty and not any(document.strip() for document in batch)
+def _apart(tokenizer: PreTrainedTokenizerBase, text: Text) -> Iterator[Piece]:
+    """The pieces of documents that are tokenized one by one."""
+    for n, document in enumerate(text.documents):
         # The separator goes before a document, where most tokenizers give it the tokens of the joined text.
-        separated = [before + batch[0], *(SEPARATOR + document for document in batch[1:])]
-        before = SEPARATOR
-        ids.extend(itertools.chain.from_iterable(tokenize(tokenizer, separated)))
+        yield from cut(tokenizer, itertools.chain([SEPARATOR] if n else [], document))
+
+
+def _joined(text: Text) -> Iterator[str]:
+    """The documents as one."""
+    for n, document in enumerate(text.documents):
+        if n:
+            yield SEPARATOR
+        yield from document
+
+
+def _leading_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    pieces: Iterable[Piece],
+    wanted: int | None,
+    room: int | None,
+    remedy: str,
+) -> "array[int]":
+    """The first `wanted` tokens (None: all), in 4 bytes each.
+
+    Raises:
+        InputError: there is no text, or there are more tokens than `room` bytes are enough for (None: any number).
+    """
+    most = math.inf if room is None else most_tokens(room)
+    ids = array("i", start_tokens(tokenizer))
+    empty = True
+    for piece, tokens in tokenized(tokenizer, pieces):
+        empty = empty and not piece.text.strip()
+        ids.extend(tokens)
+        if wanted is not None:
+            del ids[wanted:]
+        if len(ids) > most:
+            raise InputError(
+                f"{source}: memory has no room for more than {most} tokens of this text; "
+                f"give more (--host-memory), or {remedy}"
+            )
+        if len(ids) == wanted:
+            break
     if empty:
-        raise InputError(f"{text.source}: empty, there is no text in it")
-    return ids[:wanted]
-
-
-def _joined_tokens(tokenizer: PreTrainedTokenizerBase, text: Text, wanted: int | None) -> list[int]:
-    """The first `wanted` tokens (None: all) of the documents joined and tokenized in one piece."""
-    documents: list[str] = []
-    chars, enough = 0, math.inf if wanted is None else wanted * CHARS_PER_TOKEN
-    while True:
-        # Stays true if the loop reaches the end of the text.
-        whole = True
-        for document in text:
-            documents.append(document)
-            chars += len(document) + len(SEPARATOR)
-            if chars >= enough:
-                whole = False
-                break
-        joined = SEPARATOR.join(documents)
-        if whole and not joined.strip():
-            raise InputError(f"{text.source}: empty, there is no text in it")
-        ids = start_tokens(tokenizer) + tokenize(tokenizer, [joined])[0]
-        if wanted is None or whole or len(ids) >= wanted + UNSETTLED_TOKENS:
-            return ids[:wanted]
-        enough *= 2
+        raise InputError(f"{source}: empty, there is no text in it")
+    return ids
 
 
 def _check_positive(flag: str, value: int) -> None:

@@ -6,12 +6,11 @@ import subprocess
 import sys
 import types
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
-from helpers.texts import make_tokenizer, records, refused
+from helpers.texts import make_tokenizer, records, refused, replace_hub, whole
 from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedTokenizerFast
 
@@ -31,33 +30,33 @@ def test_text_file_is_one_document(tmp_path):
     path.write_bytes(b"\xef\xbb\xbfone\n\ntwo \xc3\xa9\n")
     text = read_text(str(path), part="calibration")
     assert text.source == str(path)
-    assert list(text) == ["one\n\ntwo é\n"]
+    assert whole(text) == ["one\n\ntwo é\n"]
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.json.gz", "x.jsonl.gz", "x [1] *.jsonl"])
 def test_records(tmp_path, name):
     rows = [{"text": "one", "id": 1}, {"text": "", "id": 2}, {"text": "two\n", "id": 3}]
     path = records(tmp_path / name, rows)
-    assert list(read_text(path, part="evaluation")) == ["one", "", "two\n"]
+    assert whole(read_text(path, part="evaluation")) == ["one", "", "two\n"]
 
 
 def test_json_array(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=1))
-    assert list(read_text(str(tmp_path / "x.json"), part="calibration")) == ["one", "two"]
+    assert whole(read_text(str(tmp_path / "x.json"), part="calibration")) == ["one", "two"]
 
 
 def test_parquet(tmp_path):
     path = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2], "text": ["one", "two"]}), path)
-    assert list(read_text(str(path), part="calibration")) == ["one", "two"]
+    assert whole(read_text(str(path), part="calibration")) == ["one", "two"]
 
 
 def test_home_and_relative_paths(tmp_path, monkeypatch):
     (tmp_path / "x.txt").write_text("mine")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert list(read_text("~/x.txt", part="calibration")) == ["mine"]
+    assert whole(read_text("~/x.txt", part="calibration")) == ["mine"]
     monkeypatch.chdir(tmp_path)
-    assert list(read_text("x.txt", part="calibration")) == ["mine"]
+    assert whole(read_text("x.txt", part="calibration")) == ["mine"]
 
 
 @pytest.mark.parametrize("name", ["gone.txt", "no/gone.jsonl", "./gone", "/gone", "~/gone.parquet"])
@@ -76,14 +75,14 @@ def test_folder_and_unknown_kind(tmp_path):
 
 @pytest.mark.parametrize("name", ["c5", "text", "json", "", "a/b/c", "org/na me"])
 def test_unknown_dataset_is_not_looked_up(name, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("looked up"))
+    replace_hub(monkeypatch, lambda *_, **__: pytest.fail("looked up"))
     with refused("unknown dataset; give default, c4, wikitext, a file or a Hub id ORG/NAME"):
         read_text(name, part="calibration")
 
 
 def test_no_text_column(tmp_path):
     with refused("x.jsonl: no column `text`, only content, id"):
-        list(read_text(records(tmp_path / "x.jsonl", [{"content": "a", "id": 1}]), part="calibration"))
+        whole(read_text(records(tmp_path / "x.jsonl", [{"content": "a", "id": 1}]), part="calibration"))
 
 
 @pytest.mark.parametrize(("value", "kind"), [(3, "int"), (None, "NoneType"), (["a"], "list")])
@@ -91,7 +90,7 @@ def test_text_that_is_no_string(tmp_path, value, kind):
     path = records(tmp_path / "x.jsonl", [{"text": "a"}, {"text": value}])
     # The number of the record depends on how `datasets` merges values of two types.
     with refused(f"x.jsonl: record [12]: `text` is {kind}, expected a string|x.jsonl: cannot be read"):
-        list(read_text(path, part="calibration"))
+        whole(read_text(path, part="calibration"))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +99,6 @@ def test_text_that_is_no_string(tmp_path, value, kind):
         ("x.jsonl", b'{"text": "a"}\n{"text":\n'),
         ("x.jsonl", b"not json"),
         ("x.jsonl", b'{"text": "\xff"}\n'),
-        ("x.jsonl", b"1\n2\n"),
         ("x.json.gz", b'{"text": "a"}\n'),
         # Cut short: EOFError; wrong in the middle: zlib.error.
         ("x.jsonl.gz", gzip.compress(bytes(range(256)) * 100)[:-40]),
@@ -111,14 +109,14 @@ def test_text_that_is_no_string(tmp_path, value, kind):
 def test_damaged_file(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with refused(f"{name}: cannot be read") as caught:
-        list(read_text(str(tmp_path / name), part="calibration"))
+        whole(read_text(str(tmp_path / name), part="calibration"))
     assert "\n" not in str(caught.value)
 
 
 def test_text_file_that_is_not_utf8(tmp_path):
     (tmp_path / "x.txt").write_bytes("é".encode("latin-1"))
     with refused("x.txt: not UTF-8 text"):
-        read_text(str(tmp_path / "x.txt"), part="calibration")
+        whole(read_text(str(tmp_path / "x.txt"), part="calibration"))
 
 
 @pytest.mark.parametrize("content", [b"", b" \n\t\n"])
@@ -149,12 +147,12 @@ def hub(monkeypatch) -> list:
         rows = [{"text": "one"}, {"text": "two"}]
         return rows if "split" in options else {"train": rows, "validation": rows[1:]}
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    replace_hub(monkeypatch, load)
     return asked
 
 
 def test_c4_streams_one_shard(hub):
-    assert list(read_text("c4", part="calibration")) == ["one", "two"]
+    assert whole(read_text("c4", part="calibration")) == ["one", "two"]
     assert "c4-validation.00000-of-00008" in read_text("c4", part="evaluation").source
     file = {"train": "en/c4-train.00000-of-01024.json.gz"}
     assert hub[0] == (("allenai/c4",), {"data_files": file, "split": "train", "streaming": True})
@@ -169,13 +167,13 @@ def test_wikitext(hub):
 
 def test_other_dataset_chooses_its_split(hub):
     train, evaluation = (read_text("org/name", part=part) for part in ("calibration", "evaluation"))
-    assert (train.source, list(train)) == ("org/name train", ["one", "two"])
-    assert (evaluation.source, list(evaluation)) == ("org/name validation", ["two"])
+    assert (train.source, whole(train)) == ("org/name train", ["one", "two"])
+    assert (evaluation.source, whole(evaluation)) == ("org/name validation", ["two"])
     assert hub[0] == (("org/name",), {"streaming": True})
 
 
 def test_other_dataset_without_a_split_to_use(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"dev": [], "extra": []})
+    replace_hub(monkeypatch, lambda *_, **__: {"dev": [], "extra": []})
     with refused("org/name: no split train, only dev, extra"):
         read_text("org/name", part="calibration")
 
@@ -200,7 +198,7 @@ def test_hub_failures_are_one_line(monkeypatch, error, message, dataset, part, f
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    replace_hub(monkeypatch, fail)
     with refused(f"^{dataset}: {message}") as caught:
         read_text(dataset, part=part)
     assert "\n" not in str(caught.value)
@@ -213,9 +211,9 @@ def test_connection_lost_while_reading(monkeypatch, error):
         yield {"text": "one"}
         raise error("gone")
 
-    monkeypatch.setattr(datasets, "load_dataset", rows)
-    documents = iter(read_text("c4", part="calibration"))
-    assert next(documents) == "one"
+    replace_hub(monkeypatch, rows)
+    documents = read_text("c4", part="calibration").documents
+    assert list(next(documents)) == ["one"]
     with refused("cannot be read beyond record 1: gone"):
         next(documents)
 
@@ -225,8 +223,8 @@ def test_default_text(monkeypatch):
     module.training_text = lambda: "for training"
     module.evaluation_text = lambda: "held out"
     monkeypatch.setitem(sys.modules, "sparsefw.default.text", module)
-    assert list(read_text("default", part="calibration")) == ["for training"]
-    assert list(read_text("default", part="evaluation")) == ["held out"]
+    assert whole(read_text("default", part="calibration")) == ["for training"]
+    assert whole(read_text("default", part="evaluation")) == ["held out"]
 
     def fail():
         raise RuntimeError("this Python has no text")
@@ -241,29 +239,31 @@ def test_default_text(monkeypatch):
 
 def test_documents_are_a_text():
     text = read_text(["one", "", "two\n"], part="calibration")
-    assert (text.source, list(text)) == ("texts", ["one", "", "two\n"])
-    assert list(read_text(("one",), part="evaluation")) == ["one"]
+    assert (text.source, whole(text)) == ("texts", ["one", "", "two\n"])
+    assert whole(read_text(("one",), part="evaluation")) == ["one"]
 
 
 @pytest.mark.parametrize("document", [3, None, b"bytes", ["a"]])
 def test_documents_that_are_no_strings(document):
     with refused(f"^texts: document 2 is {type(document).__name__}, expected a string$"):
-        list(read_text(["one", document], part="calibration"))
+        whole(read_text(["one", document], part="calibration"))
 
 
 # Without `datasets`
 
 
-@pytest.mark.parametrize("name", ["c4", "wikitext", "org/name", "x.jsonl", "x.parquet"])
-def test_datasets_is_needed_for_records_alone(name, tmp_path, monkeypatch, plain):
+@pytest.mark.parametrize("name", ["c4", "wikitext", "org/name"])
+def test_datasets_is_needed_for_the_hub_alone(name, tmp_path, monkeypatch, plain):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / name.replace("/", "-")).write_text("not empty")
     (tmp_path / "x.txt").write_text("some text")
+    records(tmp_path / "x.jsonl", [{"text": "some text"}])
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["some text"]}), "x.parquet")
     with refused(f"^{name}: the package `datasets` is needed to read it .*--eval PATH$") as caught:
         read_text(name, part="evaluation")
     assert "\n" not in str(caught.value)
-    assert calibration_windows(plain, "x.txt", nsamples=1, seqlen=4, seed=0).n == 1
+    for file in ("x.txt", "x.jsonl", "x.parquet"):
+        assert calibration_windows(plain, file, nsamples=1, seqlen=4, seed=0).n == 1
     assert evaluation_windows(plain, "default", seqlen=100, limit=1).n == 1
 
 

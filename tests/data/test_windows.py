@@ -5,14 +5,13 @@ import itertools
 import logging
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
-from helpers.texts import BOS, make_tokenizer, records, refused
+from helpers.texts import BOS, make_tokenizer, records, refused, replace_hub, whole
 from transformers import PreTrainedTokenizerFast
 
-from sparsefw.data import Text, windows_of
-from sparsefw.data import windows as cutting
+from sparsefw.data import Text, pieces, windows_of
+from sparsefw.data.memory import TOKENS_READ
 from sparsefw.data.windows import calibration_windows, evaluation_windows
 
 
@@ -40,7 +39,7 @@ def test_windows_are_pieces_of_the_text(plain, text):
     assert (windows.n, windows.seqlen, windows.source) == (10, 20, text)
     assert windows.ids.dtype == torch.int64
     for row in plain.batch_decode(windows.ids):
-        assert row in content[: 20 * 10 * cutting.TOKENS_READ]
+        assert row in content[: 20 * 10 * TOKENS_READ]
 
 
 @pytest.mark.parametrize(("nsamples", "seqlen"), [(10, 20), (50, 20), (49, 20), (1, 1000), (1, 999), (1, 1), (250, 4)])
@@ -81,11 +80,12 @@ def test_only_as_much_is_read_as_needed(plain, monkeypatch):
             read.append(n)
             yield {"text": f"{n:06d}"}
 
-    monkeypatch.setattr(datasets, "load_dataset", rows)
+    monkeypatch.setattr(pieces, "PIECE", 2048)
+    replace_hub(monkeypatch, rows)
     windows = calibration_windows(plain, "c4", nsamples=4, seqlen=64, seed=0)
     assert windows.n == 4
     # 8 tokens a document, the separator among them, and whole batches.
-    assert len(read) <= 4 * 64 * cutting.TOKENS_READ / 8 + cutting.DOCUMENTS_AT_ONCE
+    assert len(read) <= 4 * 64 * TOKENS_READ / 8 + pieces.PIECES_AT_ONCE
     read.clear()
     assert evaluation_windows(plain, "c4", seqlen=64, limit=3).n == 3
     assert len(read) < 1000
@@ -94,7 +94,7 @@ def test_only_as_much_is_read_as_needed(plain, monkeypatch):
 def test_reading_in_other_batches_draws_the_same(plain, tmp_path, monkeypatch):
     path = records(tmp_path / "x.jsonl", [{"text": f"{n:06d}"} for n in range(500)])
     first = calibration_windows(plain, path, nsamples=4, seqlen=64, seed=0)
-    monkeypatch.setattr(cutting, "DOCUMENTS_AT_ONCE", 7)
+    monkeypatch.setattr(pieces, "PIECES_AT_ONCE", 7)
     assert calibration_windows(plain, path, nsamples=4, seqlen=64, seed=0).hash == first.hash
 
 
@@ -133,11 +133,11 @@ def test_arguments_out_of_range(plain, text, change, message):
 
 def test_a_text_is_as_good_as_its_name(plain, text):
     def documents():
-        return Text("mine", iter([Path(text).read_text()]))
+        return Text.of("mine", [Path(text).read_text()])
 
     named = calibration_windows(plain, text, nsamples=8, seqlen=16, seed=0)
     opened = calibration_windows(plain, documents(), nsamples=8, seqlen=16, seed=0)
-    listed = calibration_windows(plain, list(documents()), nsamples=8, seqlen=16, seed=0)
+    listed = calibration_windows(plain, whole(documents()), nsamples=8, seqlen=16, seed=0)
     assert named.hash == opened.hash == listed.hash
     assert (opened.source, listed.source) == ("mine", "texts")
     assert evaluation_windows(plain, documents(), seqlen=16).hash == evaluation_windows(plain, text, seqlen=16).hash
@@ -160,8 +160,8 @@ def test_limit_takes_the_first_windows(plain, tmp_path, monkeypatch):
     path = records(tmp_path / "x.jsonl", [{"text": f"{n:06d}"} for n in range(500)])
     whole = evaluation_windows(plain, path, seqlen=32)
     assert whole.n == 500 * 8 // 32 - 1
-    for guess in (1, 8, 1000):
-        monkeypatch.setattr(cutting, "CHARS_PER_TOKEN", guess)
+    for size in (1100, 2000, 2**20):
+        monkeypatch.setattr(pieces, "PIECE", size)
         assert torch.equal(evaluation_windows(plain, path, seqlen=32, limit=7).ids, whole.ids[:7])
     assert torch.equal(evaluation_windows(plain, path, seqlen=32, limit=10_000).ids, whole.ids)
 

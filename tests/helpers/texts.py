@@ -2,12 +2,15 @@
 
 import gzip
 import json
+import types
 from pathlib import Path
 
+import datasets
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from sparsefw.data import Text
 from sparsefw.errors import InputError
 
 BOS = 256
@@ -41,3 +44,21 @@ def records(path: Path, rows: list) -> str:
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return str(path)
+
+
+def whole(text: Text) -> list[str]:
+    """The documents of a text."""
+    return ["".join(document) for document in text.documents]
+
+
+def replace_hub(monkeypatch: pytest.MonkeyPatch, load) -> None:
+    """Have `load` give the records of a dataset, or of its splits, in place of the Hub."""
+
+    def builder(*names, **options):
+        def stream(split):
+            return load(*names, **options, streaming=True, **({"split": split} if split else {}))
+
+        return types.SimpleNamespace(config=None, as_streaming_dataset=stream)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
