@@ -248,7 +248,8 @@ def _prepare(
     seqlen = min(inputs.seqlen, model.max_seqlen or inputs.seqlen)
     if seqlen < inputs.seqlen:
         say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
-    calibration, evaluation = _read_texts(job, seqlen)
+    limits = job.output.limits(model.device)
+    calibration, evaluation = _read_texts(job, seqlen, limits["host"])
     process.give_back()
     notes = model.notes + checkpoint.note_of_others(job.folder)
     for note in notes:
@@ -265,7 +266,7 @@ def _prepare(
         evaluation,
         shape,
         workload_of(config, calibration.n, [windows.n for windows in evaluation], seqlen, model.device),
-        job.output.limits(model.device),
+        limits,
         notes,
         checkpoint.fingerprint(source),
         evidence,
@@ -287,8 +288,8 @@ def workload_of(
     )
 
 
-def _read_texts(job: CheckpointJob, seqlen: int) -> tuple[Windows, list[Windows]]:
-    """The calibration windows, and the windows of each evaluation text."""
+def _read_texts(job: CheckpointJob, seqlen: int, limit: int) -> tuple[Windows, list[Windows]]:
+    """The calibration windows, and the windows of each evaluation text, in `limit` bytes of host memory."""
     inputs = job.inputs
     tokens = data.windows_of(job.dataset, inputs.dataset) if isinstance(job.dataset, Tensor) else None
     if tokens is not None and tokens.seqlen > seqlen:
@@ -299,10 +300,18 @@ def _read_texts(job: CheckpointJob, seqlen: int) -> tuple[Windows, list[Windows]
     tokenizer = job.tokenizer or data.load_tokenizer(job.folder)
     if tokens is None:
         documents = inputs.dataset if job.dataset is None or isinstance(job.dataset, Tensor) else job.dataset
-        text = data.read_text(documents, part="calibration")
-        tokens = data.calibration_windows(tokenizer, text, nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)
+        tokens = data.calibration_windows(
+            tokenizer,
+            documents,
+            nsamples=inputs.nsamples,
+            seqlen=seqlen,
+            seed=inputs.seed,
+            room=limit - process.resident(),
+        )
     return tokens, [
-        data.evaluation_windows(tokenizer, name, seqlen=seqlen, limit=inputs.eval_windows)
+        data.evaluation_windows(
+            tokenizer, name, seqlen=seqlen, limit=inputs.eval_windows, room=limit - process.resident()
+        )
         for name in dict.fromkeys(inputs.evaluate)
     ]
 

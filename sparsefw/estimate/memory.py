@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from sparsefw import data
 from sparsefw.errors import InputError
 from sparsefw.estimate.passes import cross_rows, is_kept, stages
 from sparsefw.estimate.workload import Workload
@@ -94,7 +95,8 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     if not workload.gpu:
         on_host["end"] = max(0, piece - on_device["end"])
     process = workload.process + _generated_code(shape, workload, tokens)
-    phases = {}
+    texts = data.reading_bytes(workload.windows, workload.evaluation, workload.seqlen)
+    phases = {"texts": (0, texts + workload.process)}
     for phase in on_device:
         device, host = (1 + SLACK) * (on_device[phase] + near), (1 + SLACK) * (on_host[phase] + far)
         phases[phase] = (int(device), int(host) + process) if workload.gpu else (0, int(device + host) + process)

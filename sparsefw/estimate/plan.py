@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from sparsefw import process
+from sparsefw import data, process
 from sparsefw.errors import InputError
 from sparsefw.estimate import rates, totals
 from sparsefw.estimate.describe import DescribedModel, describe
 from sparsefw.estimate.memory import GIB, MemoryNeeds, disk_space, place
 from sparsefw.estimate.rates import CARDS, Rates
-from sparsefw.estimate.workload import PlannedRun, Workload
+from sparsefw.estimate.workload import PROCESS, PlannedRun, Workload
 from sparsefw.flags import checked_number
 from sparsefw.inputs import DEFAULT_MODEL, Inputs
 from sparsefw.solver import PruneConfig
@@ -106,13 +106,16 @@ def plan(inputs: Inputs, config: PruneConfig, machine: Machine, rate_flags: Rate
     described = describe(str(DEFAULT_MODEL) if inputs.embedded else inputs.model)
     check_used(described.shape.layer_names, config.include, config.ignore)
     shape = described.shape.selected(config.selects)
+    evaluation = (inputs.eval_windows,) * len(set(inputs.evaluate)) if inputs.eval_windows else ()
+    seqlen = min(inputs.seqlen, described.max_seqlen or inputs.seqlen)
     workload = Workload(
         windows=inputs.nsamples,
-        evaluation=(inputs.eval_windows,) * len(set(inputs.evaluate)) if inputs.eval_windows else (),
-        seqlen=min(inputs.seqlen, described.max_seqlen or inputs.seqlen),
+        evaluation=evaluation,
+        seqlen=seqlen,
         config=config,
         gpu=machine.gpu,
         threads=torch.get_num_threads() if config.kernel == "torch" else 1,
+        process=PROCESS + data.window_bytes(inputs.nsamples, evaluation, seqlen),
     )
     limits = machine.limits()
     placement, needs = place(shape, workload, limits, folder)

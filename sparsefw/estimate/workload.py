@@ -24,7 +24,7 @@ class Workload:
         config: how the model is pruned.
         gpu: whether the model is pruned on a GPU.
         threads: threads of torch, if the model is pruned on a CPU.
-        process: bytes of host memory that the process has before the run begins.
+        process: bytes of host memory that the process has before the run begins, with the tokens of all windows.
     """
 
     windows: int

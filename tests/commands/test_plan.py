@@ -239,3 +239,18 @@ def test_llama_3_70b(tmp_path):
     solves = sum((62 + 2 * 2 + 3) * 2 * rows * d * d for rows, d in matrices.values())
     solves += sum(2 * factor * rows * d * d for factor, (rows, d) in zip((1, 2, 1, 2), matrices.values(), strict=True))
     assert content["phases"]["solve"]["block"]["flops"] == pytest.approx(solves, rel=0.01)
+
+
+def test_windows_are_in_the_process(config, tmp_path, capsys):
+    """Every phase of a run holds their tokens."""
+
+    def hosts(*flags):
+        said(capsys, "--model", config, "--gpu", "h100", "--seqlen", "32", *flags, "--json", tmp_path / "plan.json")
+        return {name: peak["host"] for name, peak in json.loads((tmp_path / "plan.json").read_text())["memory"].items()}
+
+    few, many = (
+        hosts("--nsamples", "10"),
+        hosts("--nsamples", "10", "--eval", "a", "--eval", "b", "--eval-windows", "90000"),
+    )
+    assert many["texts"] - few["texts"] == 32 * (8 * 2 * 90000 + 4 * (90000 - 4 * 10))
+    assert many["start"] - few["start"] >= 32 * 8 * 2 * 90000

@@ -309,3 +309,11 @@ def test_expected_peak_is_the_measured_one(shape, tmp_path):
     # More than every process has.
     assert measured > 900 * 2**20
     assert expected == pytest.approx(measured, rel=0.15)
+
+
+def test_texts_are_counted():
+    shape, long = llama(1024, 4096, 2, vocabulary=16), work(gpu=False, windows=8, seqlen=128, evaluation=(10**7,))
+    few = memory_needs(shape, work(gpu=False, windows=8, seqlen=128), Placement(2)).phases["texts"]
+    many = memory_needs(shape, long, Placement(2, place="file")).phases["texts"]
+    assert few[0] == many[0] == 0
+    assert many[1] - few[1] == 4 * 128 * (10**7 - 4 * 8)
