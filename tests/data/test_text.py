@@ -10,11 +10,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.packaged_modules.parquet.parquet import Parquet
 from helpers.texts import make_tokenizer, records, refused, replace_hub, whole
 from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedTokenizerFast
 
-from sparsefw.data import calibration_windows, evaluation_windows, read_text
+from sparsefw.data import calibration_windows, evaluation_windows, hub, read_text
 
 
 @pytest.fixture(scope="module")
@@ -138,38 +139,38 @@ def test_empty_text(tmp_path, plain, name, content):
 
 
 @pytest.fixture
-def hub(monkeypatch) -> list:
+def asked(monkeypatch) -> list:
     """Records what `load_dataset` is asked for and returns two records."""
-    asked = []
+    calls = []
 
     def load(*names, **options):
-        asked.append((names, options))
+        calls.append((names, options))
         rows = [{"text": "one"}, {"text": "two"}]
         return rows if "split" in options else {"train": rows, "validation": rows[1:]}
 
     replace_hub(monkeypatch, load)
-    return asked
+    return calls
 
 
-def test_c4_streams_one_shard(hub):
+def test_c4_streams_one_shard(asked):
     assert whole(read_text("c4", part="calibration")) == ["one", "two"]
     assert "c4-validation.00000-of-00008" in read_text("c4", part="evaluation").source
     file = {"train": "en/c4-train.00000-of-01024.json.gz"}
-    assert hub[0] == (("allenai/c4",), {"data_files": file, "split": "train", "streaming": True})
-    assert hub[1][1]["split"] == "validation"
+    assert asked[0] == (("allenai/c4",), {"data_files": file, "split": "train", "streaming": True})
+    assert asked[1][1]["split"] == "validation"
 
 
-def test_wikitext(hub):
+def test_wikitext(asked):
     assert read_text("wikitext", part="calibration").source == "Salesforce/wikitext wikitext-2-raw-v1 train"
     read_text("wikitext", part="evaluation")
-    assert [options["split"] for _, options in hub] == ["train", "test"]
+    assert [options["split"] for _, options in asked] == ["train", "test"]
 
 
-def test_other_dataset_chooses_its_split(hub):
+def test_other_dataset_chooses_its_split(asked):
     train, evaluation = (read_text("org/name", part=part) for part in ("calibration", "evaluation"))
     assert (train.source, whole(train)) == ("org/name train", ["one", "two"])
     assert (evaluation.source, whole(evaluation)) == ("org/name validation", ["two"])
-    assert hub[0] == (("org/name",), {"streaming": True})
+    assert asked[0] == (("org/name",), {"streaming": True})
 
 
 def test_other_dataset_without_a_split_to_use(monkeypatch):
@@ -232,6 +233,19 @@ def test_default_text(monkeypatch):
     module.training_text = fail
     with refused("default: this Python has no text; give a file with --dataset PATH"):
         read_text("default", part="calibration")
+
+
+def test_streamed_parquet_comes_in_few_rows(tmp_path, monkeypatch):
+    """The library itself, on a file: it would decode a whole row group otherwise."""
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"{n}" for n in range(500)]}), path)
+    sizes = []
+    cast = Parquet._cast_table
+    monkeypatch.setattr(Parquet, "_cast_table", lambda self, table: sizes.append(len(table)) or cast(self, table))
+    options = {"data_files": str(path), "split": "train", "streaming": True, "cache_dir": str(tmp_path)}
+    records = hub.load_records("x", "--dataset", "parquet", **options)
+    assert [record["text"] for record in records] == [f"{n}" for n in range(500)]
+    assert max(sizes) == hub.ROWS_AT_ONCE
 
 
 # Lists of documents
