@@ -43,6 +43,8 @@ CAPS = [
     (r"rank", HEAD_DIM),
     (r"state_size|d_state|state_dim|ssm_state", 8),
     (r"top_?k", 8),
+    # Longer than a window, as the default is: from there on some classes go through the blocks several times.
+    (r"max_.*chunk", 128),
     (r"window|chunk|block_size|block_len|stride_len|context_size", 8),
     (r"adapter_(in|out|input)_", HIDDEN),
     (r"image_size|img_size|crop_size|input_size$|resolution", 32),

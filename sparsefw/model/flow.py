@@ -18,16 +18,21 @@ class Step:
         function: the function.
         args, kwargs: its arguments, with `Constant`s and `Value`s.
         outputs: numbers of the tensors that it returns.
+        in_place: whether it writes to its first argument, which is what it returns.
     """
 
     function: Callable[..., Any]
     args: Any
     kwargs: Any
     outputs: list[int]
+    in_place: bool = False
 
     def run(self, leaf: Callable[[Any], Tensor]) -> Iterable[tuple[int, Tensor]]:
         """Make the call with real tensors; the outputs with their numbers."""
-        out = self.function(*rebuilt(self.args, leaf), **rebuilt(self.kwargs, leaf))
+        args = rebuilt(self.args, leaf)
+        if self.in_place:
+            args = (args[0].clone(), *args[1:])
+        out = self.function(*args, **rebuilt(self.kwargs, leaf))
         return zip(self.outputs, tensors_in(out), strict=True)
 
 

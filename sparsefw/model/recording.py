@@ -83,9 +83,12 @@ class Recorder(TorchFunctionMode):
             return out
         versions = [x._version for x in operands]
         out = self._called(func, args, kwargs)
-        if any(x._version != version for x, version in zip(operands, versions, strict=True)):
+        written = [x for x, version in zip(operands, versions, strict=True) if x._version != version]
+        if written and not (len(written) == 1 and written[0] is out and self._is_alone(out)):
             self._refusal = "what is made of its output is written to in place"
-        if made := tensors_in(out):
+        elif written:
+            self._changes(out, func, args, kwargs)
+        elif made := tensors_in(out):
             self._steps.append(Step(func, args, kwargs, [self._follow(x) for x in made]))
         elif name_of(func) in _READING:
             self._refusal = "what follows it depends on the values that it returns"
@@ -135,7 +138,7 @@ class Recorder(TorchFunctionMode):
         self._check_unchanged()
         last = self._calls[len(self._calls) - 1]
         if end is None:
-            read = {known.number for step in self._steps for known in self._followed((step.args, step.kwargs))}
+            read = {number for step in self._steps for number in self._numbers((step.args, step.kwargs))}
             end = {number for number in read if number < last.after and number not in last.outputs[:1]}
         self._drop_unused_steps(end)
         constants: dict[int, tuple[int, Tensor]] = {}
@@ -171,6 +174,23 @@ class Recorder(TorchFunctionMode):
     def _find(self, x: Tensor) -> _Known | None:
         return self._known.get(id(x))
 
+    def _is_alone(self, x: Tensor) -> bool:
+        """Whether a tensor is followed, and has memory that no other followed one has, and none that a block is given."""
+        others = [known.tensor for known in self._known.values()] + [given for given, _ in self._given.values()]
+        place = x.untyped_storage().data_ptr()
+        return self._find(x) is not None and not any(
+            y is not x and y.untyped_storage().data_ptr() == place for y in others
+        )
+
+    def _changes(self, x: Tensor, func: Any, args: tuple, kwargs: dict) -> None:
+        """Record a call that has written to a followed tensor, which has another number from now on."""
+        before = self._known[id(x)].number
+        for step in (*(step for call in self._calls.values() for step in call.steps), *self._steps):
+            step.args, step.kwargs = rebuilt((step.args, step.kwargs), lambda y: Value(before) if y is x else y)
+        args, kwargs = rebuilt((args, kwargs), lambda y: Value(before) if y is x else y)
+        self._known[id(x)].number, self._count = self._count, self._count + 1
+        self._steps.append(Step(func, args, kwargs, [self._known[id(x)].number], in_place=True))
+
     def _is_of_batch(self, x: Tensor) -> bool:
         known = self._of_batch.get(id(x))
         return known is not None and known() is x
@@ -178,8 +198,9 @@ class Recorder(TorchFunctionMode):
     def _last(self) -> str:
         return self._names[len(self._calls) - 1]
 
-    def _followed(self, value: Any) -> list[_Known]:
-        return [known for x in tensors_of(value) if (known := self._find(x))]
+    def _numbers(self, value: Any) -> set[int]:
+        """Numbers of the followed tensors in a nested value."""
+        return numbers_in(value) | {known.number for x in tensors_of(value) if (known := self._find(x))}
 
     def _called(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """The result of a function of followed tensors."""
@@ -227,12 +248,12 @@ class Recorder(TorchFunctionMode):
         """Leave only the steps that a block's input, or what lies behind the last block, depends on."""
         needed = set(end)
         for call in reversed(self._calls.values()):
-            needed |= {known.number for known in self._followed((call.hidden, call.args, call.kwargs))}
+            needed |= self._numbers((call.hidden, call.args, call.kwargs))
             kept = []
             for step in reversed(call.steps):
                 if needed.intersection(step.outputs):
                     kept.append(step)
-                    needed |= {known.number for known in self._followed((step.args, step.kwargs))}
+                    needed |= self._numbers((step.args, step.kwargs))
             call.steps = kept[::-1]
 
 

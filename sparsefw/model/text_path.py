@@ -56,27 +56,22 @@ def follow_text(model: PreTrainedModel, folder: Path) -> TextPath:
         folder: folder of the checkpoint, for messages.
 
     Raises:
-        InputError: there is no list of blocks or more than one; or as `Followed.record`.
+        InputError: there is no list of blocks; or as `Followed.record`.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     kind, found = type(model).__name__, _stacks(model, depth)
     failed: InputError | None = None
     for runs in (model, *_text_models(model, found)) if found else ():
         try:
-            if path := _follow(model, found, runs):
-                return path
-            break
+            return _follow(model, found, runs)
         except InputError as error:
             failed = failed or error
             if not isinstance(error, ForwardFailed):
                 # A forward that runs, and is refused for what it does, must not be replaced by another one.
                 break
-    if failed and len(found) == 1:
+    if failed:
         raise failed
-    count = f"{len(found)} of them ({', '.join(found)}) were found" if found else "none was found"
-    raise InputError(
-        f"{folder}: unsupported model {kind}: one list of {depth} decoder blocks (num_hidden_layers) is needed, {count}"
-    )
+    raise InputError(f"{folder}: unsupported model {kind}: it has no list of blocks (num_hidden_layers is {depth})")
 
 
 def _stacks(model: PreTrainedModel, depth: Any) -> dict[str, nn.ModuleList]:
@@ -109,7 +104,7 @@ def _outermost(lists: list[nn.ModuleList]) -> list[nn.ModuleList]:
 
 
 @torch.no_grad()
-def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList], runs: PreTrainedModel) -> TextPath | None:
+def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList], runs: PreTrainedModel) -> TextPath:
     """Run a model's own forward on a few tokens, with stand-ins for its blocks, and look at what it uses.
 
     Args:
@@ -117,13 +112,12 @@ def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList], runs: PreT
         stacks: the lists that may be its blocks, by name.
         runs: the model, or a model inside it, whose forward is run.
 
-    Returns:
-        What it uses; None if it runs through blocks of several of the lists.
-
     Raises:
         InputError: it calls none of the blocks; or as `Followed.record`.
     """
-    blocks = {f"{name}.{i}": block for name, stack in stacks.items() for i, block in enumerate(stack)}
+    listed = {f"{name}.{i}": block for name, stack in stacks.items() for i, block in enumerate(stack)}
+    # Norms may stand in lists of their own.
+    blocks = {name: block for name, block in listed.items() if any(block.children())}
     inside = {module for block in blocks.values() for module in block.modules()}
     with zeros_in(module for module in model.modules() if module not in inside):
         stored = model.state_dict(keep_vars=True)
@@ -137,8 +131,6 @@ def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList], runs: PreT
             f"unsupported model {type(runs).__name__}: its forward on text calls none of the blocks {', '.join(stacks)}"
         )
     used = {name.rpartition(".")[0] for name in few.names}
-    if len(used) > 1:
-        return None
     called = {name: blocks[name] for name in few.names}
     idle = {name: block for name, block in blocks.items() if name.rpartition(".")[0] in used and name not in called}
     return TextPath(runs, called, idle, read, recording.flow, few.forms)

@@ -171,13 +171,25 @@ def _two_streams(blocks, hidden, given):
     return hidden - other
 
 
+def _masked_in_place(blocks, hidden, given):
+    for block in blocks:
+        before = hidden
+        hidden = block(hidden, **given(hidden)) + hidden
+        changed = hidden.cos()
+        changed *= 0.5
+        changed.add_(before)
+        hidden = hidden * changed
+        hidden -= before.mean()
+    return hidden
+
+
 def _backwards(blocks, hidden, given):
     for block in reversed(blocks):
         hidden = block(hidden, **given(hidden))
     return hidden
 
 
-@pytest.mark.parametrize("forward", [_scaled, _first_again, _skip, _two_streams, _backwards])
+@pytest.mark.parametrize("forward", [_scaled, _first_again, _skip, _two_streams, _masked_in_place, _backwards])
 def test_what_is_done_between_blocks_is_done_again(forward, tmp_path, monkeypatch):
     _Changed(tmp_path, monkeypatch, forward).check()
 
