@@ -185,6 +185,47 @@ class TestManners:
         assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
+class _Loop(nn.Module):
+    """Runs the second of its blocks three times."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(4))
+
+    def forward(self, x, target=None):
+        for n in (0, 1, 1, 2, 1, 3):
+            x = x + self.blocks[n](x)
+        return {"x": x} if target is None else {"loss": (x - target).square().mean()}
+
+
+class TestRepeats:
+    def drawn(self):
+        torch.manual_seed(0)
+        return _Loop().eval(), [{"x": torch.randn(4, 8), "target": torch.randn(4, 8)} for _ in range(3)]
+
+    def test_a_block_that_runs_more_than_once_stays_dense(self):
+        model, batches = self.drawn()
+        result = prune(model, calibration=batches, evaluate=batches, compare=("wanda",), **QUICK)
+        assert [layer.name for layer in result.report.layers_of("sparsefw")] == [
+            f"blocks.{n}.{i}.weight" for n in (0, 2, 3) for i in (0, 2)
+        ]
+        assert result.report.kept_dense == ["blocks.1.0.weight", "blocks.1.2.weight"]
+        assert result.report.notes == ["stay dense: 1 blocks that run more than once in a forward, blocks.1 first"]
+        assert result.perplexity[NAME]["sparsefw"] == pytest.approx(plain_perplexity(model, batches), rel=1e-5)
+
+    @pytest.mark.parametrize("at", ["blocks.2.0", "blocks.3.0"])
+    def test_goes_on(self, at, tmp_path):
+        whole, batches = self.drawn()
+        options = dict(calibration=batches, compare=("wanda",), **QUICK)
+        prune(whole, **options)
+        model, _ = self.drawn()
+        with pytest.raises(KeyboardInterrupt):
+            prune(model, tmp_path / "out", log=_interrupt_at(at), **options)
+        prune(model, tmp_path / "out", **options)
+        for a, b in zip(model.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
 class _Twice(nn.Module):
     """Runs its blocks twice."""
 

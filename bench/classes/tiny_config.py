@@ -39,6 +39,7 @@ CAPS = [
     (r"offset$", LAYERS - 1),
     (r"layer_(index|idx|id)$|feature_layer$|_layer_idx|select_layer", LAYERS - 1),
     (r"interval|period|every|_step$|_freq$|pattern$|cadence", LAYERS),
+    (r"^n_(in|out)put_layers$", 1),
     (r"layers?$|^depths?$|_depth$|^num_blocks$|n_blocks|nlayers|layers_per|_layers_", LAYERS),
     (r"rank", HEAD_DIM),
     (r"state_size|d_state|state_dim|ssm_state", 8),

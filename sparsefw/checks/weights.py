@@ -56,7 +56,7 @@ def check_weights(
             original = None
         unseen = dict(claims.layers)
         for i, name in enumerate(tqdm(model.names, unit="block", disable=None)):
-            layers = {layer: unseen.pop(layer) for layer in claims.layers if layer.startswith(f"{name}.")}
+            layers = {layer: unseen.pop(layer) for layer in claims.layers if layer in unseen and _is_in(layer, name)}
             dtypes |= _check_block(verdict, claims, i, layers, model, original)
         for layer in unseen:
             checks["report"].fail(layer, "in none of the model's blocks")
@@ -70,6 +70,10 @@ def check_weights(
             except InputError as error:
                 checks["model"].failures.append(f"{error}; nothing outside of the blocks was checked")
     return dtypes
+
+
+def _is_in(layer: str, block: str) -> bool:
+    return layer.startswith(f"{block}.")
 
 
 def _load_others(model: StreamedModel) -> None:

@@ -156,7 +156,9 @@ def _solve(run: Run, i: int, captured: Captured, method: str) -> Iterator[LayerR
 
 
 def kept_dense(model: BlockModel, i: int, pruned: list[LayerResult]) -> list[str]:
-    """Names of the matrices of block i that were not pruned."""
+    """Names of the matrices of block i that were not pruned; none of a repeat."""
+    if i not in model.firsts:
+        return []
     prefix = f"{model.names[i]}."
     layers = {result.name.removeprefix(prefix): math.prod(result.shape) for result in pruned}
     return [prefix + name for name in not_pruned(model.blocks[i], layers)]
@@ -222,11 +224,11 @@ def _check(run: Run, i: int, captured: Captured) -> None:
 
 def _check_known(run: Run, i: int, unselected: Iterable[str]) -> None:
     """Refuse a block that multiplies with other matrices than it did without weights: they would stay dense unsaid."""
-    unknown = [name for name in unselected if run.seen and kind_of(name) not in run.seen[i]]
+    dense, block = run.model.shared.names, run.model.names[i]
+    others = [name for name in unselected if f"{block}.{name}" not in dense]
+    unknown = [name for name in others if run.seen and kind_of(name) not in run.seen[i]]
     if unknown:
-        raise InputError(
-            f"{run.model.names[i]}.{unknown[0]}: unsupported model: the block multiplies with it for some tokens only"
-        )
+        raise InputError(f"{block}.{unknown[0]}: unsupported model: the block multiplies with it for some tokens only")
 
 
 def _check_apart(run: Run, i: int, layers: list[Layer]) -> None:

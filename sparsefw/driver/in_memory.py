@@ -54,9 +54,8 @@ def run_in_memory(
         job = replace(job, inputs=replace(job.inputs, seqlen=max(2, tokens)))
 
         def finish(writer: Writer) -> None:
-            shards = [writer.path(i) for i in range(len(opened.blocks))]
-            for i, path in enumerate(shards):
-                opened.change(i, read_shard(path))
+            for n, i in enumerate(opened.firsts):
+                opened.change(i, read_shard(writer.path(n)))
             writer.finish_as(partial(save, model) if saves else lambda folder: None)
 
         return carry_out(job, opened, prepared, finish, say, progress)

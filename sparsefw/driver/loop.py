@@ -117,15 +117,21 @@ def _prune_blocks(
 ) -> Outcome:
     model, timeline = run.model, run.model.timeline
     outcome = Outcome(timeline)
-    finished = writer.finished[: len(model.blocks)]
-    for i, record in enumerate(finished):
-        _replay(run, i, states, writer, placement)
+    finished = writer.finished[: len(model.firsts)]
+    for record in finished:
         outcome.add(FinishedBlock.from_json(record))
+    # Repeats are not written. Those before the next block that is can be run.
+    begin = [*model.firsts, len(model.blocks)][len(finished)]
+    for i in range(begin):
+        _replay(run, i, states, writer, placement)
         on_block()
     with ThreadPoolExecutor(1) as background:
         written: Future[None] | None = None
-        for i in range(len(finished), len(model.blocks)):
+        for i in range(begin, len(model.blocks)):
             record, tensors = _prune_methods(run, i, states, placement, on_layer)
+            if i not in model.firsts:
+                on_block()
+                continue
             with timeline.span("wait", i):
                 if written:
                     written.result()
@@ -141,7 +147,7 @@ def _prune_blocks(
             if written:
                 written.result()
     outcome.kept_dense += idle_matrices(model)
-    for names in model.pieces[len(writer.finished) - len(model.blocks) :]:
+    for names in model.pieces[len(writer.finished) - len(model.firsts) :]:
         with timeline.span("write"):
             writer.write(model.other_tensors(names))
     with timeline.span("evaluate"), model.outside():
@@ -221,7 +227,7 @@ def _write(run: Run, writer: Writer, i: int, tensors: dict[str, dict[str, Tensor
 
 
 def _replay(run: Run, i: int, states: _AllStates, writer: Writer, placement: Placement) -> None:
-    """Run the windows through block i, which an earlier run has pruned."""
+    """Run the windows through block i, which an earlier run has pruned, or which is a repeat."""
     model, timeline = run.model, run.model.timeline
     if dense_states := states.of(DENSE):
         model.open(i, placement.ahead)
@@ -229,9 +235,13 @@ def _replay(run: Run, i: int, states: _AllStates, writer: Writer, placement: Pla
             for hidden_states in dense_states:
                 hidden_states.advance(i)
     for method in run.config.methods:
-        path = writer.path(i) if method == run.config.method else writer.kept(f"{method}-{i:05d}")
         with timeline.span("read", i):
-            model.open_as(i, read_shard(path))
+            if i in model.firsts:
+                own = method == run.config.method
+                path = writer.path(model.firsts.index(i)) if own else writer.kept(f"{method}-{i:05d}")
+                model.open_as(i, read_shard(path))
+            else:
+                model.open_alone(i)
         with timeline.span("forward", i):
             for hidden_states in states.of(method):
                 hidden_states.advance(i)

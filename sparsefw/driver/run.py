@@ -324,7 +324,7 @@ def _place(job: Job, prepared: Prepared, fixed: dict[str, int] | None = None) ->
 def _writer(job: Job, model: BlockModel, prepared: Prepared, chosen: dict[str, Any]) -> Writer:
     return Writer(
         job.output.folder,
-        len(model.blocks) + len(model.pieces),
+        len(model.firsts) + len(model.pieces),
         _identity(job, prepared),
         chosen,
         evidence=prepared.evidence,

@@ -26,7 +26,8 @@ class BatchPath:
     """What a forward runs through.
 
     Attributes:
-        blocks: the blocks by name, in the order of their calls. Each is called once.
+        blocks: the blocks by name.
+        order: their names in the order of their calls. One that is called twice stands there twice.
         idle: the blocks of the same lists that are not called, by name.
         flow: how the blocks hand tensors on.
         forms: what the blocks return.
@@ -34,6 +35,7 @@ class BatchPath:
     """
 
     blocks: dict[str, nn.Module]
+    order: list[str]
     idle: dict[str, nn.Module]
     flow: Flow
     forms: Forms
@@ -70,7 +72,7 @@ def follow_batch(model: nn.Module, batch: Batch, device: torch.device) -> BatchP
         called = {name: blocks[name] for name in followed.names}
         used = [stack for stack in stacks.values() if not called.keys().isdisjoint(stack)]
         idle = {name: block for stack in used for name, block in stack.items() if name not in called}
-        return BatchPath(called, idle, recording.flow, followed.forms, passed_over)
+        return BatchPath(called, followed.names, idle, recording.flow, followed.forms, passed_over)
     if passed_over:
         raise InputError(next(iter(passed_over.values())))
     raise InputError(

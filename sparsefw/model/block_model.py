@@ -20,11 +20,13 @@ class BlockModel(Protocol):
     Attributes:
         device: device that the model runs on.
         given: what the forward is given, in words, for messages.
-        blocks: the blocks that the forward runs through, in order.
+        blocks: the blocks that the forward runs through, in the order of their calls. One that is called twice stands
+            there twice, and stays dense.
         names: their names in the model, e.g. "model.layers.0".
         kinds: their kinds.
+        firsts: numbers of the blocks that are called for the first time.
         idle: the blocks that it does not run through, by name.
-        shared: parameters of blocks that are one tensor with another parameter.
+        shared: parameters of blocks that stay dense.
         notes: what the user should know of the model, one line each.
         timeline: receives the time of reading.
         flow: how blocks hand tensors on.
@@ -36,6 +38,7 @@ class BlockModel(Protocol):
     blocks: list[nn.Module]
     names: list[str]
     kinds: list[Kind]
+    firsts: list[int]
     idle: dict[str, nn.Module]
     shared: SharedParameters
     notes: list[str]
@@ -87,7 +90,7 @@ class BlockModel(Protocol):
         """
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
-        """Block i's tensors by the names that they are written under, on the host."""
+        """Block i's tensors by the names that they are written under, on the host; none of a repeat."""
 
     def other_tensors(self, names: list[str]) -> dict[str, Tensor]:
         """Tensors outside of the blocks, on the host; see `pieces`."""

@@ -4,6 +4,7 @@ Text is followed on a few tokens, before any weight is read. The weights outside
 block's while it runs. They take no memory: pages that nobody has written to are all the same page.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -48,7 +49,7 @@ class Followed:
         ready: inside its `with` block, modules of a block have their tensors where they are needed.
 
     Attributes:
-        names: the blocks that were called, in the order of their calls.
+        names: the blocks that were called, in the order of their calls; one that was called twice stands there twice.
         forms: what blocks return.
     """
 
@@ -76,7 +77,7 @@ class Followed:
         which it may change. Then the forward is run once more. Nothing in it may depend on what the blocks did.
 
         Raises:
-            NotABlock: it calls a block twice, or gives one no hidden states.
+            NotABlock: it gives a block no hidden states.
             InputError: the forward fails, or hands tensors on in a way that cannot be followed.
         """
         try:
@@ -94,6 +95,10 @@ class Followed:
                 f"cannot be followed: without it, {shown(first_line(error.__cause__ or error))}"
             ) from error
         check_same(first, second, names, self._kind)
+        if not any(count == 1 for count in Counter(names).values()):
+            raise InputError(
+                f"unsupported model {self._kind}: {names[0]} runs more than once in a forward, and so do all blocks"
+            )
         return first.recording()
 
     def _run(self, block_output: Callable[[str, tuple, dict], Any]) -> Traced:
@@ -153,12 +158,11 @@ class Followed:
         self._set = []
 
     def _check_call(self, name: str, args: tuple[Any, ...]) -> None:
-        """Raise if a block was called before, or its first argument is not the hidden states."""
-        unsupported = f"unsupported model {self._kind}: {name}"
-        if name in self.names:
-            raise NotABlock(f"{unsupported} runs more than once in a forward", name)
+        """Raise if a block's first argument is not the hidden states."""
         if not args or not isinstance(args[0], Tensor):
-            raise NotABlock(f"{unsupported} is not given its hidden states as first argument", name)
+            raise NotABlock(
+                f"unsupported model {self._kind}: {name} is not given its hidden states as first argument", name
+            )
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 """Run a model's own forward with something else in place of its blocks."""
 
+import itertools
 from typing import Any
 
 from torch import Tensor
 
 from sparsefw.data import Batch
+from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.explained import StopForward, explained
 from sparsefw.model.flow import Form, Recording
+from sparsefw.model.parts import DIFFERS
 from sparsefw.model.recording import Recorder, Substitution
 from sparsefw.model.stand_ins import Replacement, form_of_output, run_replaced
 from sparsefw.model.values import rebuilt
@@ -26,8 +29,16 @@ def run_with_blocks_replaced(model: BlockModel, batch: Batch, replacement: Repla
     Raises:
         InputError: the model's code outside of its blocks fails.
     """
+    blocks, calls = list(dict.fromkeys(model.blocks)), itertools.count()
+
+    def in_order(n: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        i = next(calls)
+        if i >= len(model.blocks) or model.blocks[i] is not blocks[n]:
+            raise InputError(DIFFERS)
+        return replacement(i, args, kwargs)
+
     with explained(type(model.model).__name__, "its forward outside of the blocks", model.given):
-        return run_replaced(model.runs, model.blocks, batch, replacement)
+        return run_replaced(model.runs, blocks, batch, in_order)
 
 
 def form_of(model: BlockModel, i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:

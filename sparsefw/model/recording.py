@@ -175,7 +175,7 @@ class Recorder(TorchFunctionMode):
         return self._known.get(id(x))
 
     def _is_alone(self, x: Tensor) -> bool:
-        """Whether a tensor is followed, and has memory that no other followed one has, and none that a block is given."""
+        """Whether a tensor is followed, and no other followed one has its memory, nor one that a block is given."""
         others = [known.tensor for known in self._known.values()] + [given for given, _ in self._given.values()]
         place = x.untyped_storage().data_ptr()
         return self._find(x) is not None and not any(

@@ -89,13 +89,13 @@ class ResidentModel:
         if name := next((name for name, x in model.named_parameters() if x.is_meta), None):
             raise InputError(f"{name}: is on the meta device, without data; give a model with its weights")
         path = follow_batch(model, batch, device)
-        self.blocks, self.names, self.idle = list(path.blocks.values()), list(path.blocks), path.idle
+        self.blocks, self.names, self.idle = [path.blocks[name] for name in path.order], path.order, path.idle
+        self.firsts = [self.names.index(name) for name in dict.fromkeys(self.names)]
         self.kinds = [kind_of_block(block) for block in self.blocks]
         self.flow, self.forms = path.flow, path.forms
         self.shared = shared_parameters(model, self.names, {}, dict(model.named_parameters(remove_duplicate=False)))
         self.notes = [f"not pruned: {reason}" for reason in path.passed_over.values()]
-        if shared := self.shared.names:
-            self.notes.append(f"stay dense: {len(shared)} parameters that blocks share, {min(shared)} first")
+        self.notes += self.shared.notes
         inside = {module for block in self.blocks for module in block.modules()}
         self._others = [module for module in model.modules() if module not in inside]
         # The places of the tensors of the open blocks.
@@ -150,6 +150,8 @@ class ResidentModel:
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
         """As `BlockModel.block_tensors`. They are those of the open block, which are others when it is opened again."""
+        if i not in self.firsts:
+            return {}
         state = self.blocks[i].state_dict(prefix=f"{self.names[i]}.", keep_vars=True)
         # A tensor that has several names is written once.
         names = {id(tensor): name for name, tensor in reversed(state.items())}

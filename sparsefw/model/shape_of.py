@@ -213,10 +213,15 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
     look = partial(survey, block, run, states.hidden[0], handed_on=partial(states.handed_on, i, inputs))
     with ArbitraryChoices():
         no_layers = shared | find_no_layers(block, partial(run, states.hidden[0]))
-        surveyed = look(lambda name: name not in no_layers)
+
+        def may_be_layer(name: str) -> bool:
+            # Experts are slices of a parameter that may be shared as a whole.
+            return name not in no_layers and without_index(name) not in shared
+
+        surveyed = look(may_be_layer)
         if uneven := _cut_unevenly(surveyed.layers):
             no_layers |= uneven
-            surveyed = look(lambda name: name not in no_layers)
+            surveyed = look(may_be_layer)
     layers: dict[str, LayerShape] = {}
     for layer in surveyed.layers:
         rows, d = layer.weight.shape
@@ -232,10 +237,10 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
             parts=count if layer.at_once else 1,
         )
         layers.setdefault(shape.name, shape)
-    if not layers:
+    if not layers and not shared.issuperset(parameters):
         raise InputError(f"{states.model.names[i]}: unsupported model: no matrix of this block was seen in a product")
     nbytes, shapes = sum(p.nbytes for p in parameters.values()), tuple(layers.values())
-    names = tuple(name for name in _names_of_layers(block, layers) if name not in no_layers)
+    names = tuple(name for name in _names_of_layers(block, layers) if may_be_layer(name))
     seen = frozenset(map(kind_of, (*surveyed.roles, *surveyed.ignored)))
     return BlockShape(nbytes, shapes, attention=surveyed.attention, seen=seen), names
 

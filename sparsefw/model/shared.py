@@ -1,5 +1,6 @@
-"""Parameters that several blocks share: one tensor, used at several depths of the model."""
+"""Parameters that are used at several depths of the model: by several blocks, or by one that runs more than once."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -10,15 +11,28 @@ from sparsefw.errors import InputError
 
 @dataclass(frozen=True)
 class SharedParameters:
-    """Parameters of blocks that are one tensor with another parameter, by their names in the model.
+    """Parameters of blocks that stay dense, by their names in the model: they have inputs of several depths.
 
     Attributes:
-        names: all of them, with those other parameters.
+        names: those that are one tensor with another parameter, with that one, and those of repeated blocks.
         sources: for each parameter that the checkpoint has no tensor for, the parameter whose tensor it is.
+        repeated: names of the blocks that run more than once in a forward.
     """
 
     names: frozenset[str]
     sources: dict[str, str]
+    repeated: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know, one line each."""
+        inside = tuple(f"{block}." for block in self.repeated)
+        between = sorted(name for name in self.names if not name.startswith(inside))
+        notes = [f"stay dense: {len(between)} parameters that blocks share, {between[0]} first"] if between else []
+        if self.repeated:
+            count, first = len(self.repeated), self.repeated[0]
+            notes.append(f"stay dense: {count} blocks that run more than once in a forward, {first} first")
+        return notes
 
     def places(self, parameter: str) -> list[str]:
         """The parameters that the tensor of a parameter becomes."""
@@ -32,15 +46,16 @@ def shared_parameters(
 
     Args:
         model: the model, whose parameters may be on the meta device.
-        blocks: names of the blocks.
+        blocks: names of the blocks, in the order of their calls.
         tied: for each parameter that is tied to another one, the name of that one.
         stored: names of the parameters that the checkpoint has tensors for.
 
     Raises:
         InputError: a parameter outside of the blocks is one tensor with a block's, and is not in the checkpoint.
     """
-    inside = tuple(f"{block}." for block in blocks)
-    names: set[str] = set()
+    calls = Counter(blocks)
+    inside, repeated = tuple(f"{block}." for block in calls), tuple(block for block, n in calls.items() if n > 1)
+    names = {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{block}." for block in repeated))}
     sources: dict[str, str] = {}
     for group in _groups(model, tied):
         if not any(name.startswith(inside) for name in group):
@@ -53,7 +68,7 @@ def shared_parameters(
             if not name.startswith(inside):
                 raise InputError(f"{name}: unsupported model {type(model).__name__}: it is one tensor with {source}")
             sources[name] = source
-    return SharedParameters(frozenset(names), sources)
+    return SharedParameters(frozenset(names), sources, repeated)
 
 
 def _groups(model: nn.Module, tied: dict[str, str]) -> list[list[str]]:

@@ -43,8 +43,9 @@ class StreamedModel:
         model: the whole model; its weights are on the meta device while they are not used.
         runs: the module whose forward is run: the model, or its text model, see `TextPath`.
         given: what its forward is given, in words.
-        blocks: the decoder blocks that text runs through, in order.
+        blocks: the decoder blocks that text runs through, in the order of their calls.
         names: their names in the model, e.g. "model.layers.0".
+        firsts: numbers of the blocks that are called for the first time.
         idle: the blocks that text does not run through, by name. They stay as they are in the checkpoint.
         pieces: names of all tensors outside of `blocks`, as many together as are held in memory anyway.
         outside_bytes: bytes of the parameters outside of the blocks that are loaded.
@@ -74,8 +75,10 @@ class StreamedModel:
         self.max_seqlen = skeleton.max_seqlen(model.config)
         path = follow_text(model, checkpoint.folder)
         self.runs, self.idle, self.given = path.runs, path.idle, TEXT
-        self.blocks, self.names = list(path.blocks.values()), list(path.blocks)
-        self._number = {name: i for i, name in enumerate(self.names)}
+        self.blocks, self.names = [path.blocks[name] for name in path.order], path.order
+        # Where each block is called first.
+        self._number = {name: self.names.index(name) for name in path.order}
+        self.firsts = list(self._number.values())
         self.shared = shared_parameters(model, self.names, tied_parameters(model), self._skeleton.goes_into.values())
         # The checkpoint's tensors by block; under None those outside of the blocks that are loaded.
         self._tensors_of = self._sorted(path.reads)
@@ -185,6 +188,8 @@ class StreamedModel:
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
         """Block i's tensors under the checkpoint's names, on the host."""
+        if i not in self.firsts:
+            return {}
         state = self.blocks[i].state_dict(prefix=f"{self.names[i]}.")
         own = {name: tensor for name, tensor in state.items() if name not in self.shared.sources}
         tensors = self._skeleton.exported(own)
@@ -209,7 +214,7 @@ class StreamedModel:
     @property
     def loaded(self) -> list[str]:
         """Names of the checkpoint's tensors that are loaded at some time."""
-        return [name for names in self._tensors_of.values() for name in names]
+        return list(dict.fromkeys(name for names in self._tensors_of.values() for name in names))
 
     @property
     def quantized_bytes(self) -> int:
@@ -230,7 +235,7 @@ class StreamedModel:
             for i in {self._block_of(place) for place in places}:
                 if i is not None or not reads.isdisjoint(places):
                     tensors[i].append(name)
-        return tensors
+        return tensors | {i: tensors[self._number[name]] for i, name in enumerate(self.names)}
 
     def _block_of(self, parameter: str) -> int | None:
         """The number of the block that a parameter belongs to; None if it is outside of the blocks."""
@@ -271,8 +276,7 @@ class StreamedModel:
         notes = [f"config.json names {built.replaced}: pruned as {kind}"] if built.replaced else []
         if self.runs is not self.model:
             notes.append(f"{kind} does not run on text alone: its {type(self.runs).__name__} is run in its place")
-        if shared := self.shared.names:
-            notes.append(f"stay dense: {len(shared)} parameters that blocks share, {min(shared)} first")
+        notes += self.shared.notes
         if dequantized := quantization.note(tensors.values(), self._checkpoint.quantization):
             notes.append(dequantized)
         if scales := self._checkpoint.left_out:
@@ -285,7 +289,7 @@ class StreamedModel:
                 notes.append(f"not pruned: {len(names)} tensors that {what}, {size:.2f} GB, {names[0]} first")
         state = self.model.state_dict()
         changed: dict[torch.dtype, list[str]] = {}
-        for name in (name for i, names in self._tensors_of.items() if i is not None for name in names):
+        for name in (name for i in self.firsts for name in self._tensors_of[i]):
             dtype = state[built.goes_into[name]].dtype
             if tensors[name].dtype.is_floating_point and tensors[name].dtype != dtype:
                 changed.setdefault(dtype, []).append(name)

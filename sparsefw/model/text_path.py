@@ -33,7 +33,8 @@ class TextPath:
     Attributes:
         runs: the module whose forward it is: the model, or its text model where the model's own forward cannot do
             without other input.
-        blocks: the blocks by name, in the order of their calls. Each is called once.
+        blocks: the blocks by name.
+        order: their names in the order of their calls. One that is called twice stands there twice.
         idle: the blocks of the same list that are not called, by name.
         reads: names of the parameters and stored buffers outside of the blocks that are read, all names of tied ones.
         flow: how the blocks hand tensors on.
@@ -42,6 +43,7 @@ class TextPath:
 
     runs: PreTrainedModel
     blocks: dict[str, nn.Module]
+    order: list[str]
     idle: dict[str, nn.Module]
     reads: frozenset[str]
     flow: Flow
@@ -133,7 +135,7 @@ def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList], runs: PreT
     used = {name.rpartition(".")[0] for name in few.names}
     called = {name: blocks[name] for name in few.names}
     idle = {name: block for name, block in blocks.items() if name.rpartition(".")[0] in used and name not in called}
-    return TextPath(runs, called, idle, read, recording.flow, few.forms)
+    return TextPath(runs, called, few.names, idle, read, recording.flow, few.forms)
 
 
 class _Reads(TorchFunctionMode):

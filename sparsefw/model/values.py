@@ -16,6 +16,7 @@ from sparsefw.model.parts import UNSUPPORTED
 # Values without parts: they are never changed.
 _ATOMS = (
     type(None),
+    type(...),
     bool,
     int,
     float,

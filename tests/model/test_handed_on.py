@@ -183,15 +183,27 @@ def _masked_in_place(blocks, hidden, given):
     return hidden
 
 
+def _twice(blocks, hidden, given):
+    for block in (*blocks, blocks[0]):
+        hidden = block(hidden, **given(hidden))
+    return hidden
+
+
 def _backwards(blocks, hidden, given):
     for block in reversed(blocks):
         hidden = block(hidden, **given(hidden))
     return hidden
 
 
-@pytest.mark.parametrize("forward", [_scaled, _first_again, _skip, _two_streams, _masked_in_place, _backwards])
+@pytest.mark.parametrize("forward", [_scaled, _first_again, _skip, _two_streams, _masked_in_place, _twice, _backwards])
 def test_what_is_done_between_blocks_is_done_again(forward, tmp_path, monkeypatch):
     _Changed(tmp_path, monkeypatch, forward).check()
+
+
+def _all_twice(blocks, hidden, given):
+    for block in (*blocks, *blocks):
+        hidden = block(hidden, **given(hidden))
+    return hidden
 
 
 def _in_place(blocks, hidden, given):
@@ -206,12 +218,6 @@ def _by_value(blocks, hidden, given):
         hidden = block(hidden, **given(hidden))
         if hidden.sum() > 0:
             hidden = hidden * 2
-    return hidden
-
-
-def _twice(blocks, hidden, given):
-    for block in (*blocks, blocks[0]):
-        hidden = block(hidden, **given(hidden))
     return hidden
 
 
@@ -238,7 +244,7 @@ def _written_weight(blocks, hidden, given):
     ("forward", "said"),
     [
         (_in_place, "what is made of its output is written to in place"),
-        (_twice, "model.layers.0 runs more than once in a forward"),
+        (_all_twice, "model.layers.0 runs more than once in a forward, and so do all blocks"),
         (_by_value, "what follows it depends on the values that it returns"),
         (_to_numpy, "what follows it depends on the values that it returns"),
         (_out_of_sight, "what follows it depends on the values that it returns"),
