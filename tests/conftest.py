@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from helpers.checkpoints import TENSORS, write_index
@@ -31,6 +32,13 @@ def shards(tmp_path: Path) -> Path:
     save_file({k: TENSORS[k] for k in "cn"}, path / "two.safetensors")
     write_index(path, a="one.safetensors", b="one.safetensors", c="two.safetensors", n="two.safetensors")
     return path
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the Hub's cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
 
 
 @pytest.fixture(scope="session")

@@ -167,10 +167,37 @@ def inspect(folder: Path) -> Checkpoint:
 
 
 def root_of(folder: Path) -> Path:
-    """The folder that a checkpoint's links may point into: its own, or the model's in the Hub's cache."""
+    """The folder that a checkpoint is a part of: its own, or the model's in the Hub's cache."""
     folder = folder.resolve()
+    return folder.parent.parent if _is_cached(folder) else folder
+
+
+def _is_cached(folder: Path) -> bool:
+    """Whether a folder without links in its path is a snapshot in the Hub's cache, where only the Hub's library writes.
+
+    Another folder that looks like one may come with its links from anybody.
+    """
     model = folder.parent.parent
-    return model if folder.parent.name == "snapshots" and (model / "blobs").is_dir() else folder
+    return (
+        folder.parent.name == "snapshots"
+        and model.name.startswith("models--")
+        and model.parent == Path(huggingface_hub.constants.HF_HUB_CACHE).resolve()
+    )
+
+
+def _check_link(path: Path, folder: Path) -> None:
+    folder, target = folder.resolve(), path.resolve()
+    roots = [folder]
+    if _is_cached(folder):
+        # Models of the cache share large files.
+        roots += [root_of(folder) / "blobs", root_of(folder).parent / "blobs"]
+    if any(target.is_relative_to(root) for root in roots):
+        return
+    remedy = "put the file itself there"
+    if folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs":
+        cache = folder.parent.parent.parent
+        remedy = f"set HF_HUB_CACHE={cache} if that is a cache of the Hub that you trust, or give the model's Hub id"
+    raise InputError(f"{path}: a link to {shown(target, 4096)}, outside of the checkpoint; {remedy}")
 
 
 def check_file(path: Path, folder: Path | None = None) -> None:
@@ -185,9 +212,7 @@ def check_file(path: Path, folder: Path | None = None) -> None:
     """
     if not path.is_file():
         raise InputError(f"{path}: missing, or not a file; {AGAIN}")
-    if not path.resolve().is_relative_to(root_of(folder or path.parent)):
-        target = shown(path.resolve(), 4096)
-        raise InputError(f"{path}: a link to {target}, outside of the checkpoint; put the file itself there")
+    _check_link(path, folder or path.parent)
 
 
 def read_json(path: Path, limit: int) -> dict:

@@ -18,8 +18,8 @@ def test_output_must_not_meet_the_input(folder, tmp_path, output, overwrite):
         check_output(tmp_path / output, folder, overwrite)
 
 
-def test_output_must_not_meet_the_hub_cache_of_the_input(folder, tmp_path):
-    snapshot = make_hub_cache(folder, tmp_path / "hub")
+def test_output_must_not_meet_the_hub_cache_of_the_input(folder, hub):
+    snapshot = make_hub_cache(folder, hub)
     with refused("is, holds or lies in the input folder"):
         check_output(snapshot.parent.parent / "blobs", snapshot, True)
 

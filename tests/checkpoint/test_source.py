@@ -252,10 +252,15 @@ def test_tensor_missing_from_the_index(shards):
         inspect(shards)
 
 
-def test_links_of_the_hub_cache(folder, shards, tmp_path):
-    snapshot = make_hub_cache(folder, tmp_path / "hub")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_links_of_the_hub_cache(folder, shards, tmp_path, hub, sharded):
+    snapshot = make_hub_cache(shards if sharded else folder, hub)
     assert inspect(snapshot).tensors.keys() == TENSORS.keys()
-    assert inspect(make_hub_cache(shards, tmp_path / "other")).tensors.keys() == TENSORS.keys()
+    # Models share large files.
+    blob = (snapshot / "config.json").resolve()
+    (hub / "blobs").mkdir()
+    blob.rename(hub / "blobs" / "shared")
+    blob.symlink_to("../../blobs/shared")
     link = tmp_path / "link"
     link.symlink_to(snapshot)
     assert inspect(link).tensors.keys() == TENSORS.keys()
@@ -263,15 +268,40 @@ def test_links_of_the_hub_cache(folder, shards, tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", SINGLE, "tokenizer.json"])
 @pytest.mark.parametrize("cached", [False, True])
-def test_links_to_elsewhere_are_refused(folder, tmp_path, name, cached):
+def test_links_to_elsewhere_are_refused(folder, tmp_path, hub, name, cached):
     target = tmp_path / "elsewhere"
     target.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"{}")
     if cached:
-        folder = make_hub_cache(folder, tmp_path / "hub")
+        folder = make_hub_cache(folder, hub)
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(target)
-    with refused(f"{name}: a link to .*elsewhere, outside of the checkpoint"):
+    with refused(f"{name}: a link to .*elsewhere, outside of the checkpoint; put the file itself there"):
         inspect(folder)
+
+
+@pytest.mark.parametrize("place", ["models--org--name/id_rsa", "models--other--name/blobs/x", "id_rsa", "blobs-x/a"])
+def test_links_in_the_cache_lead_to_blobs(folder, hub, place):
+    snapshot = make_hub_cache(folder, hub)
+    (hub / place).parent.mkdir(parents=True, exist_ok=True)
+    (hub / place).write_text("secret")
+    (snapshot / "notes.txt").symlink_to(hub / place)
+    with refused("notes.txt: a link to .*, outside of the checkpoint; put the file itself there"):
+        inspect(snapshot)
+
+
+def test_a_folder_that_looks_like_the_cache_is_not_trusted(folder, tmp_path, hub):
+    snapshot = make_hub_cache(folder, tmp_path / "given")
+    told = f"; set HF_HUB_CACHE={tmp_path / 'given'} if that is a cache of the Hub that you trust, or give the model's"
+    with refused(f"config.json: a link to .*sha-config.json, outside of the checkpoint{told} Hub id$"):
+        inspect(snapshot)
+    for path in snapshot.iterdir():
+        path.unlink()
+    for path in folder.iterdir():
+        (snapshot / path.name).write_bytes(path.read_bytes())
+    (snapshot.parent.parent / "id_rsa").write_text("secret")
+    (snapshot / "notes.txt").symlink_to("../../id_rsa")
+    with refused("notes.txt: a link to .*id_rsa, outside of the checkpoint; put the file itself there$"):
+        inspect(snapshot)
 
 
 def make_pipe(path: Path) -> None:

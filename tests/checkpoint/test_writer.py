@@ -78,8 +78,8 @@ def test_same_tensors_same_bytes(folder, tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_hub_cache_as_source_gives_files_not_links(folder, tmp_path):
-    write(tmp_path / "pruned", make_hub_cache(folder, tmp_path / "hub"))
+def test_hub_cache_as_source_gives_files_not_links(folder, tmp_path, hub):
+    write(tmp_path / "pruned", make_hub_cache(folder, hub))
     assert not any(path.is_symlink() for path in (tmp_path / "pruned").iterdir())
     assert (tmp_path / "pruned" / "config.json").read_text() == '{"model_type": "llama"}'
 
