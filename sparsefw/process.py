@@ -17,6 +17,9 @@ MARGIN = 0.1
 # The largest memory limit, GiB: more than any machine has.
 MOST_MEMORY = 2**20
 
+# What stands for no limit of memory.
+NO_LIMIT = 2**63 - 1
+
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -59,6 +62,39 @@ def gpu_limited(limit: int | None) -> Iterator[None]:
         ) from error
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@contextmanager
+def host_limited(nbytes: int) -> Iterator[None]:
+    """Inside the `with` block, this process takes at most `nbytes` of the host beside what it has: no more can be had.
+
+    Python raises MemoryError then, torch RuntimeError, and some libraries abort.
+    """
+    before = host_limit()
+    limit_host(min(before, writable() + nbytes))
+    try:
+        yield
+    finally:
+        limit_host(before)
+
+
+def host_limit() -> int:
+    """The most bytes of memory that this process may write to and shares with no other; `NO_LIMIT` if there is none."""
+    # Not of the address space: CUDA reserves much of that, and takes none of it.
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return NO_LIMIT if limit == resource.RLIM_INFINITY else limit
+
+
+def limit_host(nbytes: int) -> None:
+    """Set `host_limit`."""
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY if nbytes == NO_LIMIT else nbytes, most))
+
+
+def writable() -> int:
+    """Bytes of memory that this process may write to and shares with no other, resident or not."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
 
 
 def share_freed() -> None:

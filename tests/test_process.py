@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from sparsefw.process import peak_memory, resident
+from sparsefw.process import host_limit, host_limited, peak_memory, resident, writable
 
 pytestmark = pytest.mark.slow
 
@@ -41,3 +41,15 @@ def test_what_is_given_back_is_not_resident():
     before, held, after = map(int, done.stdout.split())
     assert held - before > 200 * 2**20
     assert after - before < 50 * 2**20
+
+
+def test_the_host_is_limited_inside_the_block():
+    before = host_limit()
+    with host_limited(2**26):
+        with host_limited(2**40):
+            # What is inside may not take more than what is outside.
+            assert host_limit() <= writable() + 2**26
+        with pytest.raises(MemoryError):
+            bytearray(2**28)
+    assert host_limit() == before
+    assert len(bytearray(2**28)) == 2**28

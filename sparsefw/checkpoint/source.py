@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from sparsefw.checkpoint import foreign, trust
+from sparsefw.checkpoint import foreign, tokenizer_trust, trust
 from sparsefw.checkpoint.copied import TEMPLATES, is_copied
 from sparsefw.checkpoint.quantization import Quantization, joined, most_bytes, quantization_of
 from sparsefw.checkpoint.tensors import TensorInfo
@@ -156,10 +156,11 @@ def inspect(folder: Path) -> Checkpoint:
         tensors, dtype, left_out = joined(tensors, quantization, config, folder / CONFIG)
     trust.check_sizes(config, folder / CONFIG, [tensor.shape for tensor in tensors.values()])
     companions(folder)
-    trust.check_tokenizer(config, folder / CONFIG)
+    tokenizer_trust.check_tokenizer(config, folder / CONFIG)
     if os.path.lexists(folder / TOKENIZER_CONFIG):
         content = read_json(folder / TOKENIZER_CONFIG, trust.MAX_TOKENIZER_CONFIG_BYTES)
-        trust.check_tokenizer(content, folder / TOKENIZER_CONFIG)
+        tokenizer_trust.check_tokenizer(content, folder / TOKENIZER_CONFIG)
+        tokenizer_trust.check_followed(content, folder / TOKENIZER_CONFIG)
     dtype = dtype or most_bytes(tensors.values())
     if dtype is None:
         raise InputError(f"{folder}: no floating-point tensor in it; give the checkpoint of a language model")

@@ -19,13 +19,11 @@ from torch import nn
 
 from sparsefw.checkpoint.quantization import KEY, ORIGINAL, WAYS_OUT, given_in, quantization_of
 from sparsefw.checkpoint.transformers_names import (
-    is_tokenizer_class,
     knows_model_type,
-    public_names,
-    tokenizer_class_of,
     version,
 )
 from sparsefw.errors import InputError, first_line, shown
+from sparsefw.process import host_limited
 
 # Real configs have less than 100 KB; tokenizer configs 2 MB; the indices of models with 10^12 weights 20 MB.
 MAX_CONFIG_BYTES = 2**20
@@ -55,10 +53,23 @@ PATTERN = re.compile(r"layer|block|pattern")
 # This many layers are built in a second or two, and every config may ask for them: that of a tiny checkpoint may count
 # more layers than there are tensors.
 COUNT_ALLOWED = 1024
+# Entries that give a number of classes. transformers makes an entry of two tables for each; the most that models of
+# pictures tell apart is 21,841.
+LABELS = re.compile(r"(^|_)num_(labels|classes)$")
+LABELS_ALLOWED = 2**16
 # Only these may be larger than every dimension in the checkpoint: they count positions, tokens and the like.
 LARGE = re.compile(r"theta|base|freq|pos|len|seq|ctx|context|window|chunk|token|scal|seed|param|flop|step|total|sample")
 # A smaller size costs a few MB at most before it is compared with the checkpoint.
 SIZE_ALLOWED = 2**20
+# The objects of a model and its computed tables, without weights. The largest take some hundred MB.
+BUILDING_ALLOWED = 8 * 2**30
+
+# The models that a config may be made of. transformers makes a config for each, with all its defaults.
+MODELS_ALLOWED = 64
+# Entries that timm takes for the arguments of a function which opens files, and for a model that may have a place.
+TIMM_ARGUMENTS = "model_args"
+TIMM_MODELS = {"architecture", "backbone"}
+TIMM_PLACES = re.compile(r"path|file|url|pretrained|checkpoint|cfg|config|cache|weights|tag")
 
 
 def parse_object(content: bytes, path: Path) -> dict[str, Any]:
@@ -102,13 +113,20 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         InputError: it does that, is nested too deeply, holds control characters, or is that of a model which is
             quantized by a method that is not read.
     """
-    quantized = 0
-    for key, value in _entries(config, path):
+    quantized = models = 0
+    for key, value in entries(config, path):
         if _has_controls(key) or (isinstance(value, str) and _has_controls(value)):
             raise InputError(f"{path}: control characters in {shown(key)}: {shown(value)}; remove them")
         quantized += key == KEY and value is not None
         if value is not None and key in REFUSED:
             raise InputError(f"{path}: {REFUSED[key]} ({key})")
+        models += key == "model_type"
+        if models > MODELS_ALLOWED:
+            raise InputError(f"{path}: made of more than {MODELS_ALLOWED} models, which no model is")
+        if key in TIMM_MODELS and isinstance(value, str) and ":" in value:
+            raise InputError(f"{path}: {key} {shown(value)} is a model elsewhere; remove the entry")
+        if key == TIMM_ARGUMENTS and isinstance(value, dict) and (named := sorted(filter(TIMM_PLACES.search, value))):
+            raise InputError(f"{path}: {key} names a file or a place ({shown(named[0])}); remove the entry")
         if key in IMPLEMENTATIONS and "/" in json.dumps(value):
             raise InputError(f"{path}: {key} {shown(value)} is code on the Hub, which is never run; remove the entry")
     if quantized > len(given_in(config)):
@@ -161,22 +179,36 @@ def check_sizes(config: dict[str, Any], path: Path, shapes: list[tuple[int, ...]
             dimensions.
     """
     widest = max((d for shape in shapes if math.prod(shape) for d in shape), default=0)
-    for key, value in _entries(config, path):
+    for key, value in entries(config, path):
         count: float = 0
-        size = 0
         if isinstance(value, list | str):
             count = len(value) if PATTERN.search(key) else 0
         elif isinstance(value, int | float) and COUNT.search(key):
             count = value
-        elif isinstance(value, int) and not LARGE.search(key):
-            size = value
         if count > max(COUNT_ALLOWED, len(shapes)):
             raise InputError(f"{path}: {shown(key)} asks for {shown(count)} parts, but there are {len(shapes)} tensors")
+    for key, size in numbers(config, path):
+        if LABELS.search(key) and size > LABELS_ALLOWED:
+            raise InputError(f"{path}: {shown(key)} is {shown(size)}, more than any model has")
+        if not isinstance(size, int) or LARGE.search(key) or COUNT.search(key):
+            continue
         if size > max(SIZE_ALLOWED, widest):
             raise InputError(f"{path}: {shown(key)} is {shown(size)}, but no tensor is larger than {widest} in any way")
 
 
-def _entries(config: dict[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
+def numbers(config: dict[str, Any], path: Path) -> Iterator[tuple[str, int | float]]:
+    """All numbers in a config and in what is nested in it; those in a list come under the list's key."""
+    for key, value in entries(config, path):
+        pending = [value]
+        while pending:
+            inner = pending.pop()
+            if isinstance(inner, int | float):
+                yield key, inner
+            elif isinstance(inner, list):
+                pending.extend(inner)
+
+
+def entries(config: dict[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
     """All entries of a config and of the objects nested in it; elements of a list come under the list's key."""
     pending = [("", config, 1)]
     while pending:
@@ -189,39 +221,6 @@ def _entries(config: dict[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
                 yield entry
             if isinstance(entry[1], dict | list):
                 pending.append((*entry, depth + 1))
-
-
-def check_tokenizer(config: dict[str, Any], path: Path) -> None:
-    """Refuse a config that makes transformers read something else as a tokenizer.
-
-    Args:
-        config: the content of tokenizer_config.json, or of config.json.
-        path: the file's path, for the message.
-
-    Raises:
-        InputError: the class is no tokenizer (a model's would be loaded with its weights, pickled ones too), or a file
-            lies elsewhere.
-    """
-    name = config.get("tokenizer_class")
-    if name is not None and not (isinstance(name, str) and _is_tokenizer(name)):
-        raise InputError(f"{path}: tokenizer_class {shown(name)} is not the name of a tokenizer")
-    for key, value in _entries(config, path):
-        if key == "model_type" and isinstance(value, str) and not _is_tokenizer(tokenizer_class_of(value)):
-            # Their class reads several parts, each from a folder of its own that nothing has checked.
-            raise InputError(f"{path}: models of type {shown(value)} have no tokenizer that can be trusted")
-    files = config.get("fast_tokenizer_files", [])
-    if not isinstance(files, list) or not all(isinstance(file, str) and is_plain(file) for file in files):
-        raise InputError(f"{path}: fast_tokenizer_files {shown(files)} are not names of files beside it")
-
-
-def _is_tokenizer(name: str) -> bool:
-    """Whether all that transformers knows under a name is a tokenizer. It tries the name with "Fast" and without."""
-    stem = re.sub("(Fast)+$", "", name)
-    for candidate in {name, f"{name}Fast", stem, f"{stem}Fast"} & public_names():
-        # Other names are refused without a look: to look a name up is to import what it stands for.
-        if not candidate.endswith(("Tokenizer", "TokenizerFast", "Backend")) or not is_tokenizer_class(candidate):
-            return False
-    return True
 
 
 def is_plain(name: str) -> bool:
@@ -240,7 +239,7 @@ def bounded(tensors: int) -> Iterator[None]:
     """Stop the building of a model, inside the `with` block, if it becomes far larger than its checkpoint.
 
     Counts modules and parameters, whichever entry asks for them: a model has a parameter for every tensor, and a few
-    modules around it.
+    modules around it. Limits the memory, whatever takes it.
 
     Args:
         tensors: number of tensors in the checkpoint.
@@ -261,7 +260,11 @@ def bounded(tensors: int) -> Iterator[None]:
         nn.modules.module.register_module_parameter_registration_hook(count),
     ]
     try:
-        yield
+        with host_limited(BUILDING_ALLOWED):
+            yield
+    except MemoryError as error:
+        gib = BUILDING_ALLOWED // 2**30
+        raise InputError(f"config.json asks for a model of more than {gib} GiB without its weights") from error
     finally:
         for hook in hooks:
             hook.remove()

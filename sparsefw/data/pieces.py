@@ -9,9 +9,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
 
-from sparsefw.data.tokenizer import tokenize
+from sparsefw.data.tokenizer import Tokenizer, tokenize
 
 # Characters of a piece, and of the pieces that are tokenized at once.
 PIECE = 2**16
@@ -36,7 +35,7 @@ class Piece:
     text: str
 
 
-def cut(tokenizer: PreTrainedTokenizerBase, strings: Iterable[str]) -> Iterator[Piece]:
+def cut(tokenizer: Tokenizer, strings: Iterable[str]) -> Iterator[Piece]:
     """Cut a document into pieces.
 
     Args:
@@ -56,7 +55,7 @@ def cut(tokenizer: PreTrainedTokenizerBase, strings: Iterable[str]) -> Iterator[
     yield Piece(lead, rest)
 
 
-def tokenized(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, list[int]]]:
+def tokenized(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, list[int]]]:
     """The tokens of each piece. Short pieces are tokenized several at once, which uses more threads.
 
     Raises:
@@ -75,7 +74,7 @@ def _shortened(strings: Iterable[str]) -> Iterator[str]:
             yield string[start : start + PIECE]
 
 
-def _find_cut(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+def _find_cut(tokenizer: Tokenizer, text: str) -> int:
     """The number of characters of the next piece of `text`, which is longer than a piece."""
     places = list(_places(text, PIECE - CONTEXT))
     return next((at for at in places if _ends_a_token(tokenizer, text, at)), places[0])
@@ -90,14 +89,14 @@ def _places(text: str, end: int) -> Iterator[int]:
     yield from range(end, max(0, end - TRIED), -1)
 
 
-def _ends_a_token(tokenizer: PreTrainedTokenizerBase, text: str, at: int) -> bool:
+def _ends_a_token(tokenizer: Tokenizer, text: str, at: int) -> bool:
     """Whether what follows leaves the tokens before a place as they are."""
     before = text[max(0, at - CONTEXT) : at]
     alone, followed = tokenize(tokenizer, [before, before + text[at : at + CONTEXT]])
     return followed[: len(alone)] == alone
 
 
-def _without_lead(tokenizer: PreTrainedTokenizerBase, piece: Piece, ids: list[int]) -> list[int]:
+def _without_lead(tokenizer: Tokenizer, piece: Piece, ids: list[int]) -> list[int]:
     """The tokens of a piece, out of those of its lead and itself."""
     if not piece.lead:
         return ids

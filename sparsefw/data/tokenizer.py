@@ -1,56 +1,203 @@
-"""A checkpoint's tokenizer, used without code from the checkpoint. Its errors become one line."""
+"""A checkpoint's tokenizer, used without code from the checkpoint. Its errors become one line.
 
+transformers sees the tokenizer's files in a folder of links, where no entry of theirs leads to anything else.
+"""
+
+import json
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from sparsefw.checkpoint import tokenizer_trust, trust
+from sparsefw.checkpoint.copied import TEMPLATES
+from sparsefw.checkpoint.source import TOKENIZER_CONFIG, companions, read_json
+from sparsefw.data.apart import Child, Limits
 from sparsefw.errors import InputError, first_line, shown
+
+# Files whose entries reach the tokenizer's class by their names.
+NAMED_ENTRIES = (TOKENIZER_CONFIG, "special_tokens_map.json")
+
+# Far more than any real tokenizer takes: 20 s for a file of 40 MB, 50 bytes for each of its bytes. A slow one takes
+# 50,000 characters a second, and 2 KB for each of their tokens.
+SECONDS_TO_LOAD, BYTES_TO_LOAD, BYTES_A_BYTE = 120, 4 * 2**30, 64
+SECONDS_TO_TOKENIZE, CHARS_A_SECOND, BYTES_A_CHAR = 60, 5000, 4096
+
+
+class TokenizerProcess:
+    """A tokenizer in a process of its own, which is ended if it takes too much memory or time.
+
+    Attributes:
+        name_or_path: folder of its files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Load the tokenizer of a checkpoint that `checkpoint.inspect` has looked at.
+
+        Raises:
+            InputError: there is no tokenizer, its files are damaged or lead elsewhere, or it takes too much.
+        """
+        self.name_or_path = str(folder)
+        size = sum(path.stat().st_size for path in companions(folder))
+        self._limits = Limits(SECONDS_TO_LOAD, BYTES_TO_LOAD + BYTES_A_BYTE * size)
+        with _links(folder) as links, _errors_in_one_line(f"{folder}: no tokenizer could be loaded", links):
+            self._child = Child(lambda: _answering(links, folder), self._limits)
+
+    def ask(self, texts: list[str] | None) -> Any:
+        """The tokens of texts; of None, the start tokens.
+
+        Raises:
+            ChildError: the tokenizer fails, or takes too much.
+        """
+        chars = sum(map(len, texts or []))
+        return self._child.ask(
+            texts,
+            Limits(SECONDS_TO_TOKENIZE + chars // CHARS_A_SECOND, self._limits.nbytes + BYTES_A_CHAR * chars),
+        )
+
+    def close(self) -> None:
+        """End the process."""
+        self._child.close()
+
+    def __enter__(self) -> "TokenizerProcess":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+# What texts are tokenized with.
+Tokenizer = PreTrainedTokenizerBase | TokenizerProcess
+
+
+def open_tokenizer(folder: Path) -> TokenizerProcess:
+    """The tokenizer of a checkpoint that `checkpoint.inspect` has looked at, for a `with` block.
+
+    Raises:
+        InputError: there is no tokenizer, its files are damaged or lead elsewhere, or it takes too much.
+    """
+    return TokenizerProcess(folder)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint that `checkpoint.inspect` has looked at.
+    """The tokenizer of a checkpoint that `checkpoint.inspect` has looked at, in this process and without limits.
 
     Raises:
-        InputError: there is no tokenizer, or its files are damaged.
+        InputError: there is no tokenizer, or its files are damaged or lead elsewhere.
     """
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    with _errors_in_one_line(f"{folder}: no tokenizer could be loaded"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with _links(folder) as links, _errors_in_one_line(f"{folder}: no tokenizer could be loaded", links):
+        return _load(links, folder)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def tokenize(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """The tokens of each text, without special ones.
 
     Raises:
-        InputError: the tokenizer fails.
+        InputError: the tokenizer fails, or takes too much.
     """
     with _errors_in_one_line(f"{tokenizer.name_or_path}: the tokenizer cannot take this text"):
-        # Not verbose: a text longer than the model's maximum is no mistake here.
-        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        if isinstance(tokenizer, TokenizerProcess):
+            return tokenizer.ask(texts)
+        return _tokens(tokenizer, texts)
 
 
-def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def start_tokens(tokenizer: Tokenizer) -> list[int]:
     """The token that the tokenizer itself puts before a text, as a list; empty if it puts none.
 
     Raises:
-        InputError: the tokenizer fails.
+        InputError: the tokenizer fails, or takes too much.
     """
     with _errors_in_one_line(f"{tokenizer.name_or_path}: the tokenizer cannot take a text"):
-        ids = tokenizer("a")["input_ids"]
-        return ids[:1] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else []
+        if isinstance(tokenizer, TokenizerProcess):
+            return tokenizer.ask(None)
+        return _start(tokenizer)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    # Not verbose: a text longer than the model's maximum is no mistake here.
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids = tokenizer("a")["input_ids"]
+    return ids[:1] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else []
+
+
+def _answering(links: Path, folder: Path) -> Any:
+    """What answers in the child: the tokens of texts, or the start tokens."""
+    # Set by the user, it would have threads wait for those of the parent, which a fork does not copy.
+    os.environ.pop("TOKENIZERS_PARALLELISM", None)
+    tokenizer = _load(links, folder)
+    return lambda texts: _start(tokenizer) if texts is None else _tokens(tokenizer, texts)
+
+
+def _load(links: Path, folder: Path) -> PreTrainedTokenizerBase:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # fast_tokenizer_files may name several for different versions.
+    for path in sorted(links.glob("*tokenizer*.json")):
+        if path.name not in NAMED_ENTRIES:
+            # The library reads it itself, and says what is wrong.
+            content = json.loads(path.read_bytes())
+            tokenizer_trust.check_pipeline(content, folder / path.name)
+    with _without_copies():
+        tokenizer = AutoTokenizer.from_pretrained(links, local_files_only=True, trust_remote_code=False)
+    # The links are gone when it is saved.
+    for values in (vars(tokenizer), tokenizer.init_kwargs):
+        for name, value in values.items():
+            if isinstance(value, str) and Path(value).is_relative_to(links):
+                values[name] = str(folder / Path(value).relative_to(links))
+    return tokenizer
 
 
 @contextmanager
-def _errors_in_one_line(what: str) -> Iterator[None]:
+def _without_copies() -> Iterator[None]:
+    """Have tiktoken keep no copy of a file that it reads: under the path of a link, it would be a new one each time."""
+    before = os.environ.get("TIKTOKEN_CACHE_DIR")
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""
     try:
         yield
+    finally:
+        del os.environ["TIKTOKEN_CACHE_DIR"]
+        os.environ |= {} if before is None else {"TIKTOKEN_CACHE_DIR": before}
+
+
+@contextmanager
+def _links(folder: Path) -> Iterator[Path]:
+    """A folder of links to the small files of a checkpoint, without the entries that must not be followed."""
+    with tempfile.TemporaryDirectory(prefix="sparsefw-") as scratch:
+        links = Path(scratch)
+        for path in companions(folder):
+            if path.parent != folder:
+                continue
+            if path.name in NAMED_ENTRIES:
+                content = read_json(path, trust.MAX_TOKENIZER_CONFIG_BYTES)
+                tokenizer_trust.check_followed(content, path)
+                (links / path.name).write_text(json.dumps(tokenizer_trust.handed_on(content)), encoding="utf-8")
+            else:
+                (links / path.name).symlink_to(path.resolve())
+        if (folder / TEMPLATES).is_dir():
+            (links / TEMPLATES).symlink_to((folder / TEMPLATES).resolve())
+        yield links
+
+
+@contextmanager
+def _errors_in_one_line(what: str, links: Path | None = None) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
     except BaseException as error:
         # The library raises plain Exception for most mistakes. Its panics are not of class Exception, and their class
         # cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise InputError(f"{what}: {shown(first_line(error))}") from error
+        why = first_line(error)
+        # The user knows the files by their names.
+        why = why.replace(f"{links}/", "") if links else why
+        raise InputError(f"{what}: {shown(why)}") from error

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from sparsefw.data.batches import Batch, token_batch
 from sparsefw.data.memory import TOKENS_READ, most_tokens
 from sparsefw.data.pieces import Piece, cut, tokenized
 from sparsefw.data.text import Text, read_text
-from sparsefw.data.tokenizer import start_tokens
+from sparsefw.data.tokenizer import Tokenizer, start_tokens
 from sparsefw.errors import InputError
 
 SEPARATOR = "\n\n"
@@ -78,7 +77,7 @@ def windows_of(ids: Tensor, source: str) -> Windows:
 
 
 def calibration_windows(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     text: Text | str | Sequence[str],
     *,
     nsamples: int,
@@ -133,7 +132,7 @@ def calibration_windows(
 
 
 def evaluation_windows(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     text: Text | str | Sequence[str],
     *,
     seqlen: int,
@@ -186,7 +185,7 @@ def _cut(ids: "array[int]", seqlen: int, offset: int = 0) -> Tensor:
     return torch.frombuffer(ids, dtype=torch.int32)[offset : offset + n * seqlen].view(n, seqlen)
 
 
-def _apart(tokenizer: PreTrainedTokenizerBase, text: Text) -> Iterator[Piece]:
+def _apart(tokenizer: Tokenizer, text: Text) -> Iterator[Piece]:
     """The pieces of documents that are tokenized one by one."""
     for n, document in enumerate(text.documents):
         # The separator goes before a document, where most tokenizers give it the tokens of the joined text.
@@ -202,7 +201,7 @@ def _joined(text: Text) -> Iterator[str]:
 
 
 def _leading_tokens(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     source: str,
     pieces: Iterable[Piece],
     wanted: int | None,

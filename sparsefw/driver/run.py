@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -297,7 +298,14 @@ def _read_texts(job: CheckpointJob, seqlen: int, limit: int) -> tuple[Windows, l
     if tokens is not None and not inputs.evaluate:
         # Nothing has to be tokenized.
         return tokens, []
-    tokenizer = job.tokenizer or data.load_tokenizer(job.folder)
+    with nullcontext(job.tokenizer) if job.tokenizer else data.open_tokenizer(job.folder) as tokenizer:
+        return _tokenize(job, seqlen, tokens, tokenizer, limit)
+
+
+def _tokenize(
+    job: CheckpointJob, seqlen: int, tokens: Windows | None, tokenizer: data.Tokenizer, limit: int
+) -> tuple[Windows, list[Windows]]:
+    inputs = job.inputs
     if tokens is None:
         documents = inputs.dataset if job.dataset is None or isinstance(job.dataset, Tensor) else job.dataset
         tokens = data.calibration_windows(

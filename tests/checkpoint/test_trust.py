@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from sparsefw.checkpoint import trust
+from sparsefw.checkpoint import tokenizer_trust, trust
 from sparsefw.checkpoint.source import inspect
 from sparsefw.errors import InputError
 
@@ -65,6 +65,24 @@ def test_code_on_the_hub(key):
     trust.check_config({key: "flash_attention_2"}, CONFIG)
 
 
+def test_models_made_of_many_models():
+    parts = [{"model_type": "llava"}] * trust.MODELS_ALLOWED
+    trust.check_config({"x": parts}, CONFIG)
+    with refused("^config.json: made of more than 64 models, which no model is$"):
+        trust.check_config({"model_type": "llava", "x": parts}, CONFIG)
+
+
+def test_places_that_timm_would_open():
+    for model in ("local-dir:/tmp/x", "hf-hub:org/name"):
+        with refused("^config.json: architecture .* is a model elsewhere; remove the entry$"):
+            trust.check_config({"vision_config": {"architecture": model}}, CONFIG)
+    for key in ("checkpoint_path", "pretrained_cfg", "cache_dir"):
+        with refused(rf"^config.json: model_args names a file or a place \({key}\); remove the entry$"):
+            trust.check_config({"vision_config": {"model_args": {"depth": 2, key: "x"}}}, CONFIG)
+    args = {"embed_dim": 1024, "img_size": [448, 448], "global_pool": "", "init_values": 0.1}
+    trust.check_config({"architecture": "vit_pe_core_large_patch14_336", "model_args": args}, CONFIG)
+
+
 def test_depth():
     trust.check_config(nested(trust.MAX_DEPTH - 1), CONFIG)
     with refused("config.json: nested more than 32 deep"):
@@ -104,6 +122,20 @@ def test_more_layers_than_tensors(entry):
     trust.check_sizes({"x": entry}, CONFIG, [(1,)] * 10**6)
 
 
+def test_numbers_in_lists_count_as_numbers():
+    for value in ([2**40], [[["global", "local"], 2**40]], [{"y": [[2**40]]}]):
+        with refused(r"^config.json: \w+ is 1099511627776, but no tensor is larger than 7 in any way$"):
+            trust.check_sizes({"attention_types": value}, CONFIG, [(7,)])
+    trust.check_sizes({"rope_thetas": [2**40], "attention_types": [[["global"], 24]]}, CONFIG, [(7,)])
+
+
+def test_more_classes_than_any_model_tells_apart():
+    for key in ("num_labels", "num_classes"):
+        with refused(f"^config.json: {key} is 1048576, more than any model has$"):
+            trust.check_sizes({"vision_config": {key: 2**20}}, CONFIG, [(2**40,)])
+        trust.check_sizes({key: 21841}, CONFIG, [(7,)])
+
+
 def test_layers_that_are_without_number():
     with refused("^config.json: n_layers asks for inf parts"):
         trust.check_sizes(json.loads('{"n_layers": 1e999}'), CONFIG, [(1,)])
@@ -137,7 +169,7 @@ REAL = {
 def test_real_configs_pass(name):
     trust.check_config(REAL[name], CONFIG)
     trust.check_sizes(REAL[name], CONFIG, [(1000, 100)] * 100)
-    trust.check_tokenizer(REAL[name], CONFIG)
+    tokenizer_trust.check_tokenizer(REAL[name], CONFIG)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -156,59 +188,9 @@ def test_defaults_of_transformers_pass():
             continue
         trust.check_config(config, CONFIG)
         trust.check_sizes(config, CONFIG, [(1,)])
-        trust.check_tokenizer(config, CONFIG)
+        tokenizer_trust.check_tokenizer(config, CONFIG)
         count += 1
     assert count > 100
-
-
-# check_tokenizer
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(
-            "LlamaForCausalLM",
-            "LlamaForCausalLMFast",
-            "LlamaForCausalLMFastFast",
-            "AutoModel",
-            "BertModel",
-            "AutoConfig",
-        ),
-        *("AutoTokenizer", "AutoTokenizerFast", "RagTokenizer", "AutoProcessor", "Trainer", "pipeline", "utils"),
-        *("LlavaImageProcessor", "LlavaImageProcessorFastFast", "__name__", 3, [], {}, True),
-    ],
-)
-def test_what_is_no_tokenizer(name):
-    with refused("^config.json: tokenizer_class .* is not the name of a tokenizer$"):
-        trust.check_tokenizer({"tokenizer_class": name}, CONFIG)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", "GPT2Tokenizer"),
-        *("Qwen2Tokenizer", "GemmaTokenizerFast", "MistralCommonBackend", "BloomTokenizerFast", "T5Tokenizer"),
-        *("SomebodysTokenizer", "TikTokenWrapper", "", None),
-    ],
-)
-def test_what_is_a_tokenizer(name):
-    trust.check_tokenizer({"tokenizer_class": name}, CONFIG)
-
-
-@pytest.mark.parametrize("config", [{"model_type": "rag"}, {"encoder": {"model_type": "rag"}}])
-def test_models_whose_tokenizer_has_parts(config):
-    with refused("^config.json: models of type rag have no tokenizer that can be trusted$"):
-        trust.check_tokenizer(config, CONFIG)
-    trust.check_tokenizer({"model_type": "llama", "text_config": {"model_type": "nobody's"}}, CONFIG)
-
-
-@pytest.mark.parametrize("files", [["../x"], ["/x"], ["a\\b"], ["x\n"], [".."], [""], [3], 3, "tokenizer.json"])
-def test_tokenizer_files_elsewhere(files):
-    with refused("^config.json: fast_tokenizer_files .* are not names of files beside it$") as caught:
-        trust.check_tokenizer({"fast_tokenizer_files": files}, CONFIG)
-    assert str(caught.value).isprintable()
-    trust.check_tokenizer({"fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.0.0.json"]}, CONFIG)
 
 
 # bounded
@@ -227,6 +209,13 @@ def test_a_model_far_larger_than_its_checkpoint_is_not_built():
     build(2, 3)
     # One layer has nine tensors.
     build(1100, 9900)
+
+
+def test_memory_is_limited_while_a_model_is_built():
+    with refused("^config.json asks for a model of more than 8 GiB without its weights$"), trust.bounded(3):
+        [None] * 2**31
+    # Not what comes later: the memory is only asked for.
+    torch.empty(2**33, dtype=torch.int8)
 
 
 @pytest.mark.slow

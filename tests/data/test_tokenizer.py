@@ -1,13 +1,15 @@
 """A checkpoint's tokenizer: loaded and used, or refused in one line, whatever its files hold."""
 
 import json
+import os
 import shutil
 
 import pytest
 from helpers.texts import make_tokenizer, refused
 
 from sparsefw.data import tokenizer
-from sparsefw.data.tokenizer import load_tokenizer, start_tokens, tokenize
+from sparsefw.data.tokenizer import load_tokenizer, open_tokenizer, start_tokens, tokenize
+from sparsefw.errors import InputError
 from sparsefw.inputs import DEFAULT_MODEL
 
 
@@ -69,3 +71,91 @@ def test_an_interruption_is_no_fault_of_the_tokenizer(folder, monkeypatch):
     monkeypatch.setattr(tokenizer.AutoTokenizer, "from_pretrained", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_tokenizer(folder)
+
+
+# A process of its own
+
+
+def test_a_tokenizer_in_a_process_of_its_own(folder):
+    texts = ["ab" * 50, "", "\0\u202e\ud800"[:2]]
+    here = load_tokenizer(folder)
+    with open_tokenizer(folder) as apart:
+        assert tokenize(apart, texts) == tokenize(here, texts)
+        assert start_tokens(apart) == start_tokens(here)
+        assert apart.name_or_path == here.name_or_path == str(folder)
+
+
+@pytest.mark.parametrize("entries", [{"model": {}}, {"pre_tokenizer": "\x1b[31m"}])
+def test_a_damaged_tokenizer_is_refused_there_too(entries, folder):
+    change(folder / "tokenizer.json", **entries)
+    with refused(f"^{folder}: no tokenizer could be loaded: ") as caught:
+        open_tokenizer(folder)
+    assert str(caught.value).isprintable()
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    monkeypatch.setattr(tokenizer, "SECONDS_TO_TOKENIZE", 0.3)
+    monkeypatch.setattr(tokenizer, "CHARS_A_SECOND", 10**9)
+    monkeypatch.setattr(tokenizer, "BYTES_TO_LOAD", 2**28)
+    monkeypatch.setattr(tokenizer, "BYTES_A_BYTE", 0)
+    monkeypatch.setattr(tokenizer, "BYTES_A_CHAR", 1)
+
+
+def test_a_replacement_that_makes_texts_long(folder, limits):
+    grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 250}
+    change(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [grow] * 4})
+    with (
+        open_tokenizer(folder) as apart,
+        refused(f"^{folder}: the tokenizer cannot take this text: it needs more than"),
+    ):
+        tokenize(apart, ["a"])
+
+
+def test_a_pattern_that_takes_for_ever(folder, limits):
+    cut = {"type": "Split", "pattern": {"Regex": "a*?\\d"}, "behavior": "Isolated", "invert": False}
+    change(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [cut] * 20})
+    with (
+        open_tokenizer(folder) as apart,
+        refused(f"^{folder}: the tokenizer cannot take this text: it takes more than 0.3 s"),
+    ):
+        tokenize(apart, ["a" * 10**4])
+
+
+# What the files name
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    """Whoever opens it waits for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+@pytest.mark.parametrize("kind", [f"{name}Tokenizer" for name in ("GPT2", "Qwen2", "Llama", "Roberta", "Bart")])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_files_elsewhere_are_not_opened(kind, whole, file, folder, pipe):
+    secret = pipe.with_name("secret.json")
+    secret.write_text("{}")
+    # Written after it was read, as far as the system knows: so reading shows.
+    os.utime(secret, (1, 10**9))
+    if not whole:
+        (folder / "tokenizer.json").unlink()
+    change(folder / "tokenizer_config.json", tokenizer_class=kind)
+    (folder / "special_tokens_map.json").write_text("{}")
+    for place in (pipe, secret):
+        for key in ("vocab", "merges", "gguf_file", "init_inputs", "tokenizer_object"):
+            kept = (folder / file).read_text()
+            change(folder / file, **{key: str(place)})
+            with refused(f"{file}: {key} .* would be followed out of the checkpoint"):
+                open_tokenizer(folder)
+            (folder / file).write_text(kept)
+        names = ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file", "name_or_path", "subfolder")
+        change(folder / file, **dict.fromkeys(names, str(place)))
+        try:
+            open_tokenizer(folder).close()
+        except InputError:
+            # Without tokenizer.json some classes have nothing to be made of.
+            assert not whole
+    assert secret.stat().st_atime == 1
