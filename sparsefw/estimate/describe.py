@@ -2,10 +2,8 @@
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import torch
@@ -68,7 +66,8 @@ def describe(model: str) -> DescribedModel:
     notes: list[str] = []
     stored = _stored(path)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with trust.bounded(MAX_TENSORS):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         forget_quantization(config)
         if quantization:
             dtype = stored.dtype if stored else named or DTYPES[0]
@@ -134,20 +133,12 @@ def _check_config(path: Path) -> tuple[Quantization | None, torch.dtype | None]:
     config = trust.parse_object(content, path)
     trust.check_config(config, path)
     trust.check_model_type(config, path)
-    for key, value in _numbers(config):
+    for key, value in trust.numbers(config, path):
         limit = trust.COUNT_ALLOWED if trust.COUNT.search(key) else trust.SIZE_ALLOWED
+        limit = trust.LABELS_ALLOWED if trust.LABELS.search(key) else limit
         if value > limit and (limit == trust.COUNT_ALLOWED or not trust.LARGE.search(key)):
             raise InputError(f"{path}: {shown(key)} is {shown(value)}, which no model has")
     return quantization_of(config, path), dtype_in(config)
-
-
-def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
-    """All numbers in a config, by their key."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _numbers(value)
-        elif isinstance(value, int | float):
-            yield key, value
 
 
 def _stored(path: Path) -> Checkpoint | None:

@@ -100,9 +100,11 @@ def build(checkpoint: Checkpoint) -> Skeleton:
     logging.disable_progress_bar()
     try:
         trust.check_model_type(checkpoint.config, checkpoint.folder / CONFIG)
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-        forget_quantization(config)
-        return _build(checkpoint, config)
+        # The model is built twice.
+        with trust.bounded(2 * len(checkpoint.tensors)):
+            config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+            forget_quantization(config)
+            return _build(checkpoint, config)
     except InputError:
         raise
     except LOADING as error:
@@ -137,7 +139,7 @@ def _build(checkpoint: Checkpoint, config: Any) -> Skeleton:
     report = private.load_tensors(empty, _promises(checkpoint), checkpoint.dtype, torch.device("meta"), conversions)
     private.forgive(empty, report)
     _check(report, empty, checkpoint)
-    model = type(empty).from_pretrained(None, config=config, state_dict=_promises(checkpoint), **options)
+    model = private.from_promises(type(empty), config, _promises(checkpoint), **options)
     model.eval().requires_grad_(False)
     goes_into = private.destinations(model, checkpoint.tensors, conversions)
     _check_dtypes(goes_into, model, checkpoint)

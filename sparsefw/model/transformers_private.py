@@ -98,6 +98,16 @@ def from_config(kind: type[PreTrainedModel], config: PretrainedConfig, **options
     return kind._from_config(config, **options)
 
 
+def from_promises(
+    kind: type[PreTrainedModel], config: PretrainedConfig, promises: dict[str, PromisedTensor], **options: Any
+) -> PreTrainedModel:
+    """A model of this class whose parameters are as promised; other buffers are computed.
+
+    Not by a method of the class itself: those that have one look for more files, and ask the Hub for them.
+    """
+    return PreTrainedModel.from_pretrained.__func__(kind, None, config=config, state_dict=promises, **options)  # type: ignore[attr-defined]
+
+
 def conversions_of(model: PreTrainedModel) -> list[Conversion]:
     """How tensors of a checkpoint get into a model of this class; e.g. experts are stacked."""
     return get_model_conversion_mapping(model)
