@@ -11,14 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.attacks import draw
 from helpers.checkpoints import TENSORS
-from helpers.families import COMMON
+from helpers.families import COMMON, save_model
 from helpers.judged import bait_of, judged
 from safetensors.torch import save
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from sparsefw.checkpoint import tokenizer_trust
+from sparsefw.checkpoint.source import inspect
+from sparsefw.model import StreamedModel
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
@@ -42,6 +45,16 @@ def test_the_judge_sees_what_is_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_trust, "FOLLOWED", set())
     monkeypatch.setattr(tokenizer_trust, "SAFE", {*tokenizer_trust.SAFE, *named})
     assert f"opened {bait / 'file.json'}" in judged(files, bait)
+
+
+def test_a_model_is_not_loaded_by_a_method_of_its_class(tmp_path, monkeypatch):
+    """Some look for more files than the checked ones, and ask the Hub for them."""
+
+    def from_pretrained(*names, **options):
+        raise AssertionError(names)
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", from_pretrained)
+    assert StreamedModel(inspect(save_model(tmp_path, "llama")), torch.device("cpu")).blocks
 
 
 def main() -> None:
