@@ -40,6 +40,7 @@ PLACES = [
     *("configuration_files", "transformers_weights", "_commit_hash", "transformers_version", "audio_tokenizer"),
     *("pretrained_cfg", "label_names", "dtype", "attn_implementation", "kernel_config", "use_kernels", "model_name"),
 ]
+COMMON_CLASSES = [f"{name}Tokenizer" for name in ("GPT2", "Qwen2", "Llama", "Roberta", "Bart", "T5", "Gemma", "Bert")]
 HUGE = [2**16, 10**5, 2**20, 10**6, 2**24, 10**8, 10**9, 2**31, 2**40, 10**12, 2**63 - 1, 10**30]
 PATTERNS = ["(a+)+$", "(.*)*x", "(a|aa)+b", "", ".", "a{1,1000}{1,1000}", "(?=(a+))\\1+b", "\\p{L}+", "((a*)*)*b"]
 COMPONENTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -91,10 +92,14 @@ def draw(choose: random.Random, bait: str, kind: str = "", sizes: Mapping[str, i
     config = json.loads(json.dumps(config_of(kind or choose.choice(choose.choice([kinds(), generating()]))))) | sizes
     if choose.random() < 0.8:
         shrink(config)
-    config_of_tokenizer = {"tokenizer_class": choose.choice([*classes(), None]), "eos_token": "</s>"}
+    config_of_tokenizer: dict[str, Any] = {
+        "tokenizer_class": choose.choice([choose.choice(classes()), choose.choice(COMMON_CLASSES), None]),
+        "eos_token": "</s>",
+    }
     tokenizer = json.loads(tokenizer_json())
     special = {"bos_token": "<s>"}
-    for _ in range(choose.randint(1, 3)):
+    # Mostly one attack: another one is a reason to be refused before it.
+    for _ in range(choose.choice([1, 1, 1, 2, 3])):
         match choose.randint(0, 5):
             case 0:
                 name_places(choose, choose.choice([config_of_tokenizer, config_of_tokenizer, special]), bait)
@@ -117,9 +122,9 @@ def draw(choose: random.Random, bait: str, kind: str = "", sizes: Mapping[str, i
         "tokenizer_config.json": json.dumps(config_of_tokenizer).encode(),
         "special_tokens_map.json": json.dumps(special).encode(),
     }
-    if choose.random() < 0.7:
+    if choose.random() < 0.5:
         files["tokenizer.json"] = json.dumps(tokenizer).encode()
-    if choose.random() < 0.6:
+    if choose.random() < 0.4:
         files |= vocabularies()
     if choose.random() < 0.2:
         # Another file in place of one that a class reads.
@@ -158,6 +163,11 @@ def places(content: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def name_places(choose: random.Random, config: dict[str, Any], bait: str) -> None:
+    if choose.random() < 0.5:
+        # Most classes open a file only where others are named, too.
+        several = {"vocab", "merges", *choose.sample(PLACES[:8], 3)}
+        config |= dict.fromkeys(several, bait + choose.choice(["/file", "/pipe", "/file.json", "/pipe.json"]))
+        return
     inside, key = choose.choice(list(places(config)))
     if isinstance(inside, dict) and choose.random() < 0.7:
         inside[choose.choice(PLACES)] = place(choose, bait)
@@ -263,7 +273,8 @@ def number_of(choose: random.Random) -> int:
 
 def sequence(name: str, component: dict[str, Any], count: int, depth: int) -> dict[str, Any]:
     """A component many times, in nested sequences."""
-    content = {"type": "Sequence", name: [component] * count}
+    # Files of at most some MB.
+    content = {"type": "Sequence", name: [component] * min(count, 4 * 10**6 // len(str(component)) + 1)}
     for _ in range(depth - 1):
         content = {"type": "Sequence", name: [content]}
     return content
