@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-
 from sparsefw.data.tokenizer import Tokenizer, tokenize
 
 # Characters of a piece, and of the pieces that are tokenized at once.
