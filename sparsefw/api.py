@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sparsefw.errors import InputError
+from sparsefw.errors import InputError, printable
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, config_for
 from sparsefw.solver.config import PruneConfig
 
@@ -113,6 +113,11 @@ def prune(
         raise TypeError(f"prune() got a config and {next(iter(options))!r}, which belongs into it")
     if config is not None and not isinstance(config, PruneConfig):
         raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
+
+    def say(line: str) -> None:
+        # Names in it come from the checkpoint.
+        log(printable(line))
+
     output_folder = Path(output) if output is not None else None
     if calibration is not None:
         of_text = dict(
@@ -126,7 +131,7 @@ def prune(
         from sparsefw import in_memory
 
         places = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
-        report = in_memory.prune_on_batches(model, calibration, evaluate, config, output_folder, places, log, progress)
+        report = in_memory.prune_on_batches(model, calibration, evaluate, config, output_folder, places, say, progress)
         return PruneResult(report, output_folder)
     source, nsamples, seqlen = _named(dataset, nsamples, seqlen)
     known: dict[str, Any] = dict(
@@ -144,7 +149,7 @@ def prune(
     def run(folder: Path, output: Path, tokenizer: "PreTrainedTokenizerBase | None") -> "Report":
         destination = Output(output, overwrite, restart, gpu_memory, host_memory)
         text = dataset if source in (TEXTS, TOKENS) and not isinstance(dataset, str | Path) else None
-        return run_job(CheckpointJob(inputs, config, destination, folder, text, tokenizer), log, progress)
+        return run_job(CheckpointJob(inputs, config, destination, folder, text, tokenizer), say, progress)
 
     if isinstance(model, str | Path):
         if output_folder is None:

@@ -1,11 +1,11 @@
-"""Shared by the commands: flags made from the fields of PruneConfig and Inputs, and errors on one line."""
+"""Shared by the commands: flags made from the fields of PruneConfig and Inputs, and lines that print."""
 
 import argparse
-import sys
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sparsefw.errors import printable
 from sparsefw.flags import DEPENDS, flag_of
 from sparsefw.inputs import Inputs, config_for
 from sparsefw.solver.config import PruneConfig
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line on stderr, and exit with status 2."""
-        self.exit(2, f"sparsefw: {message} (--help lists the options)\n")
+        self.exit(2, f"sparsefw: {printable(message)} (--help lists the options)\n")
 
 
 def run_parser(description: str | None) -> Parser:
@@ -74,6 +74,6 @@ def inputs_and_config(arguments: argparse.Namespace) -> tuple[Inputs, PruneConfi
     return inputs, config_for(inputs, {f.name: given[f.name] for f in fields(PruneConfig) if f.name in given})
 
 
-def say_error(error: BaseException, message: str) -> None:
-    """Print the error that ended a command, with its notes, on one line on stderr."""
-    print(f"sparsefw: {'; '.join([message, *getattr(error, '__notes__', [])])}", file=sys.stderr)
+def say(line: str) -> None:
+    """Print a line on stdout. Names in it come from files: what does not print is spelled out."""
+    print(printable(line))

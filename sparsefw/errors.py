@@ -1,8 +1,19 @@
 """The exception for mistakes that a user can mend, and text from files made safe for messages."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class InputError(ValueError):
-    """The user gave something wrong; the message is one line that names the culprit and the remedy."""
+    """The user gave something wrong; the message is one line that names the culprit and the remedy.
+
+    Names in it come from files and from the command line. Whatever does not print is spelled out, so that no message
+    can break its line or speak to a terminal.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(str(message)))
 
 
 def first_line(error: BaseException) -> str:
@@ -10,8 +21,24 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def printable(text: str) -> str:
+    """Text on one line, in which every character that does not print is spelled out: controls, marks of direction."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def shown(text: object, limit: int = 200) -> str:
     """Text from a checkpoint, made safe to print: on one line, without control characters, cut where it is long."""
     text = str(text)
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
+    line = printable(text[:limit])
     return line if len(text) <= limit else f"{line}... ({len(text)} characters)"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of the system inside the `with` block. A full disk, for one, names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

@@ -1,53 +1,13 @@
-"""Check a pruned checkpoint against its report and its source: `python -m sparsefw.verify OUTPUT [--against MODEL]`.
-
-It checks that all files are those that the run wrote. It reads them again, block by block, and checks that they are
-sound, that no layer has more weights than the pattern allows, that all other tensors are the source's, bit for bit, and
-after --keep-zeros that the source's zeros are zero. Exit status 0: all is well; 1: a check failed, and the culprits are
-listed; 2: there is nothing to check.
-"""
+"""The command `python -m sparsefw.verify`. Little is imported here, so that signals are obeyed from the start."""
 
 import sys
-from pathlib import Path
 
-from safetensors import SafetensorError
-from transformers.utils import logging
-
-from sparsefw.checks import lines, verify
-from sparsefw.cli import Parser, say_error
-from sparsefw.errors import InputError
+from sparsefw.launch import launch
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Verify from the command line.
-
-    Returns:
-        The exit status: 0 (all is well), 1 (a check failed), 2 (bad input), 130 (interrupted).
-    """
-    parser = Parser("verify", __doc__)
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder that sparsefw.run wrote")
-    parser.add_argument("--against", metavar="ID|PATH", help="the checkpoint that was pruned (default: what the report "
-        "names, where that is a folder here)")  # fmt: skip
-    parser.add_argument("--digest", metavar="HEX", help="SHA-256 of OUTPUT/SHA256SUMS, as the run has printed it: with "
-        "it no change of any file goes unseen")  # fmt: skip
-    arguments = parser.parse_args(argv)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        verdict = verify(arguments.output, arguments.against, arguments.digest)
-        for line in lines(verdict):
-            print(_printable(line))
-    except (InputError, OSError, SafetensorError) as error:
-        say_error(error, _printable(" ".join(str(error).split())))
-        return 2
-    except KeyboardInterrupt as error:
-        say_error(error, "interrupted")
-        return 130
-    return 1 if verdict.failed else 0
-
-
-def _printable(text: str) -> str:
-    """Replace characters that do not print: names come from the files, and may hold control characters."""
-    return "".join(char if char.isprintable() else "?" for char in text)
+    """Verify from the command line; returns the exit status, see `launch`."""
+    return launch("verify", argv)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Text from strangers is made safe to print on one line."""
 
+from pathlib import Path
+
 import pytest
 
-from sparsefw.errors import shown
+from sparsefw.errors import InputError, naming, shown
 
 
 @pytest.mark.parametrize(
@@ -20,3 +22,14 @@ from sparsefw.errors import shown
 def test_shown(text, line):
     assert shown(text) == line
     assert line.isprintable()
+
+
+def test_no_message_has_what_does_not_print():
+    assert str(InputError("the column a\nb\x1b[2J\u202e: none")) == r"the column a\nb\x1b[2J\u202e: none"
+
+
+def test_errors_of_the_system_name_a_file():
+    with pytest.raises(OSError, match=r"No space left on device: '/a/b'"), naming(Path("/a/b")):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No such file or directory: '/nowhere'"), naming(Path("/a/b")):
+        Path("/nowhere").stat()

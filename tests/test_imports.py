@@ -12,6 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sparsefw"
 # level.
 LEVELS = [
     ["run", "plan", "verify"],
+    ["launch"],
+    ["commands"],
     ["cli", "api"],
     ["in_memory"],
     ["driver", "checks"],
@@ -24,6 +26,8 @@ LEVELS = [
     ["checkpoint"],
     ["kernels", "process", "timeline", "flags", "default"],
     ["finite"],
+    ["failures"],
+    ["signals"],
     ["errors"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -21,7 +21,7 @@ from typing import Any
 
 from sparsefw.checkpoint.checksums import text_digest
 from sparsefw.checkpoint.locks import LOCK, acquire, check_apart, partial_of
-from sparsefw.errors import InputError, first_line
+from sparsefw.errors import InputError, first_line, naming
 
 
 def durably(path: Path, write: Callable[[Path], object]) -> None:
@@ -32,10 +32,11 @@ def durably(path: Path, write: Callable[[Path], object]) -> None:
         write: writes the file to the path that it is called with.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    _sync(temporary)
-    temporary.replace(path)
-    _sync(path.parent)
+    with naming(path):
+        write(temporary)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
@@ -106,7 +107,9 @@ class PartialFolder:
         """
         self.chosen = chosen or {}
         identity = json.loads(json.dumps(identity))
-        if restart or not self._identity.exists() or not self.new.is_dir():
+        # A run that was killed before its first part was finished is in nobody's way.
+        begun = self._identity.exists() and self.new.is_dir() and any(self._records.glob("*.json"))
+        if restart or not begun:
             self._clear()
             self._records.mkdir()
             self.new.mkdir()

@@ -294,6 +294,8 @@ class Writer:
         finished = self._leave()
         if error and finished and not self._done:
             error.add_note(f"{finished} of {self.shards} parts are finished: the same command goes on from there")
+        if error and self._done:
+            error.add_note(f"{self.output} is complete")
         if kind is None and not self._done:
             raise RuntimeError("finish() was not called, so the output is not there")
 

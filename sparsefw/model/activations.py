@@ -4,6 +4,7 @@ All three are used like a list of micro-batches. A micro-batch that is read is o
 there meanwhile. A micro-batch that is replaced is written in the background.
 """
 
+import errno
 import os
 import tempfile
 import weakref
@@ -15,7 +16,7 @@ from typing import IO, Protocol
 import torch
 from torch import Tensor
 
-from sparsefw.errors import InputError
+from sparsefw.errors import InputError, naming
 
 # Places for activations, the nearest to the work first.
 PLACES = ("gpu", "host", "file")
@@ -167,7 +168,7 @@ class FiledActivations:
     """
 
     def __init__(self, device: torch.device, folder: Path | None) -> None:
-        self._device, self._folder = device, folder
+        self._device, self._folder = device, folder or Path(tempfile.gettempdir())
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as this object)
         # A single thread reads a micro-batch only after it has been written.
         self._worker = ThreadPoolExecutor(1)
@@ -214,18 +215,20 @@ class FiledActivations:
         offset, shape, dtype = self._forms[j]
         hidden = torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
         left = _bytes(hidden)
-        while left:
-            count = os.preadv(self._file.fileno(), [left], offset)
-            if not count:
-                raise OSError(f"{self._folder}: the file of activations ends early")
-            left, offset = left[count:], offset + count
+        with naming(self._folder):
+            while left:
+                count = os.preadv(self._file.fileno(), [left], offset)
+                if not count:
+                    raise OSError(errno.EIO, "the file of activations ends early")
+                left, offset = left[count:], offset + count
         return hidden
 
     def _write(self, j: int, hidden: Tensor) -> None:
         left, offset = _bytes(hidden), self._forms[j][0]
-        while left:
-            count = os.pwrite(self._file.fileno(), left, offset)
-            left, offset = left[count:], offset + count
+        with naming(self._folder):
+            while left:
+                count = os.pwrite(self._file.fileno(), left, offset)
+                left, offset = left[count:], offset + count
 
     def fork(self) -> "FiledActivations":
         """A copy that changes independently."""

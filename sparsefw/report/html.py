@@ -16,6 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from sparsefw.errors import printable
 from sparsefw.flags import flag_of
 from sparsefw.report import charts, log
 from sparsefw.report.charts import LayerAt
@@ -113,9 +114,7 @@ def _blocks(report: Report, located: dict[str, list[LayerAt]]) -> dict[str, Any]
 
 def _printable(value: Any) -> Any:
     """A text with every character that does not print (controls, marks that turn its direction) spelled out."""
-    if type(value) is not str or value.isprintable():
-        return value
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+    return printable(value) if type(value) is str else value
 
 
 def _sha256(text: str) -> str:

@@ -67,21 +67,18 @@ def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
         yield name, cells
 
 
-def summary(report: Report) -> str:
+def summary(report: Report) -> Iterator[str]:
     """The table at the end of a run: perplexity and mean relative errors by method; peak memory, seconds by phase."""
     evaluation = report.evaluation
     texts = [f"perplexity {n}" if len(evaluation) > 1 else "perplexity" for n, _ in enumerate(evaluation, 1)]
-    lines = ["".join(f"{name:>16}" for name in ("", *texts, "mask only", "relative error"))]
-    lines += [f"{name:16}" + "".join(f"{cell:>16}" for cell in cells) for name, cells in result_rows(report)]
-    lines.append("")
+    yield "".join(f"{name:>16}" for name in ("", *texts, "mask only", "relative error"))
+    yield from (f"{name:16}" + "".join(f"{cell:>16}" for cell in cells) for name, cells in result_rows(report))
+    yield ""
     for name, text in zip(texts, evaluation, strict=True):
-        lines.append(f"{name}: {text.windows} windows of {text.seqlen} tokens of {text.source}")
-    lines.append(
-        "relative error: error / error of the warm start's mask, mean over layers; mask only: before the refit"
-    )
-    lines.append(f"peak memory: {_peaks(report)}")
-    lines.append("seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items()))
-    return "\n".join(lines)
+        yield f"{name}: {text.windows} windows of {text.seqlen} tokens of {text.source}"
+    yield "relative error: error / error of the warm start's mask, mean over layers; mask only: before the refit"
+    yield f"peak memory: {_peaks(report)}"
+    yield "seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
 
 
 def _peaks(report: Report) -> str:

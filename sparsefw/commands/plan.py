@@ -1,0 +1,81 @@
+"""Plan a run: `python -m sparsefw.plan --model MODEL --gpu h100`, with the flags of `sparsefw.run`.
+
+A plan needs config.json alone, and downloads nothing else. It tells flops and bytes by phase, peak memory, disk space
+and hours. Matrix products and the package's own kernels are counted. The work that torch does between them is not. So
+flops, bytes and hours are lower bounds.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from sparsefw.cli import Parser, inputs_and_config, run_parser, say
+from sparsefw.errors import InputError, first_line
+from sparsefw.estimate.plan import Machine, RateFlags, plan
+from sparsefw.estimate.rates import CARDS, UNITS
+from sparsefw.estimate.tables import lines
+
+EPILOG = "All flags of python -m sparsefw.run, too; there --help lists them. --model may be a config file."
+
+# The defaults of a run on a GPU. The GPU that is planned for need not be in this machine.
+ON_GPU = ("--kernel", "triton", "--precision", "bf16")
+
+
+def run(argv: list[str] | None) -> int:
+    """Plan a run, print the plan and write it as JSON."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    own, others = _parser().parse_known_args(argv)
+    content = _plan(own, others)
+    if own.json:
+        _write(own.json, content)
+    for line in lines(content):
+        say(line)
+    return 0
+
+
+def _parser() -> Parser:
+    """The plan's own flags."""
+    parser = Parser("plan", __doc__, EPILOG)
+    add = parser.add_argument
+    add("--gpu", choices=CARDS, metavar="CARD", help=f"on this card: {', '.join(CARDS)} (default: on this machine)")
+    add("--tflops", action="append", default=[], metavar="N|UNIT=N", help="rate of matrix products, in 10^12 flops a "
+        f"second: of all units, or of one of {', '.join(UNITS)}; may be repeated")  # fmt: skip
+    add("--bandwidth", type=_gigabytes, metavar="N", help="of the device's memory, in 10^9 bytes a second")
+    add("--disk", type=_gigabytes, metavar="N", help="rate of reading and writing, in 10^9 bytes a second (default: it "
+        "costs no time)")  # fmt: skip
+    add("--measure", action="store_true", help="measure --tflops and --bandwidth on this machine, in seconds")
+    add("--json", type=Path, metavar="FILE", help="write the same as JSON")
+    return parser
+
+
+def _gigabytes(text: str) -> float:
+    """Read a rate in 10^9 bytes a second; returns bytes a second."""
+    try:
+        value = float(text) * 1e9
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a positive number")
+    return value
+
+
+def _plan(own: argparse.Namespace, others: list[str]) -> dict[str, Any]:
+    """The plan of the run that the other flags describe."""
+    # The user's flags come later, and win.
+    arguments = run_parser(__doc__).parse_args([*(ON_GPU if Machine(own.gpu).gpu else ()), *others])
+    inputs, config = inputs_and_config(arguments)
+    machine = Machine(own.gpu, arguments.gpu_memory, arguments.host_memory)
+    rate_flags = RateFlags(own.tflops, own.bandwidth, own.disk, own.measure)
+    return plan(inputs, config, machine, rate_flags, arguments.output.resolve().parent)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--json {path}: cannot be written: {first_line(error)}") from error

@@ -1,0 +1,32 @@
+"""Check a pruned checkpoint against its report and its source: `python -m sparsefw.verify OUTPUT [--against MODEL]`.
+
+It checks that all files are those that the run wrote. It reads them again, block by block, and checks that they are
+sound, that no layer has more weights than the pattern allows, that all other tensors are the source's, bit for bit, and
+after --keep-zeros that the source's zeros are zero. Exit status 0: all is well; 1: a check failed, and the culprits are
+listed; 2: there is nothing to check.
+"""
+
+from pathlib import Path
+
+from transformers.utils import logging
+
+from sparsefw.checks import lines, verify
+from sparsefw.cli import Parser, say
+from sparsefw.failures import FAILED
+
+
+def run(argv: list[str] | None) -> int:
+    """Verify a checkpoint, and print the verdict."""
+    parser = Parser("verify", __doc__)
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder that sparsefw.run wrote")
+    parser.add_argument("--against", metavar="ID|PATH", help="the checkpoint that was pruned (default: what the report "
+        "names, where that is a folder here)")  # fmt: skip
+    parser.add_argument("--digest", metavar="HEX", help="SHA-256 of OUTPUT/SHA256SUMS, as the run has printed it: with "
+        "it no change of any file goes unseen")  # fmt: skip
+    arguments = parser.parse_args(argv)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    verdict = verify(arguments.output, arguments.against, arguments.digest)
+    for line in lines(verdict):
+        say(line)
+    return FAILED if verdict.failed else 0

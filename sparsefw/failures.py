@@ -1,0 +1,91 @@
+"""What an exception that ended a command comes to: an exit status, and one line."""
+
+import os
+import platform
+import sys
+import tempfile
+import traceback
+
+from sparsefw import __version__
+from sparsefw.errors import InputError, printable, shown
+from sparsefw.signals import INTERRUPTED
+
+# Exit statuses. The last one, EX_SOFTWARE of sysexits.h, is none that a failed check could have.
+FAILED, BAD_INPUT, UNFORESEEN = 1, 2, 70
+
+# Characters of the longest line; what is more is cut out of its middle.
+LONGEST = 2000
+
+# Libraries whose versions matter in a report.
+LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "datasets")
+
+
+def tell(error: BaseException, interrupted: bool) -> int:
+    """Print the exception that ended a command, with its notes, on one line on stderr; returns the exit status.
+
+    Args:
+        error: the exception.
+        interrupted: whether a signal came before. Whatever happens after it, comes of it: libraries make other
+            exceptions of its own.
+    """
+    interrupted = interrupted or isinstance(error, KeyboardInterrupt)
+    status, message = (INTERRUPTED, "interrupted") if interrupted else _outcome(error)
+    line = printable("; ".join([message, *getattr(error, "__notes__", [])]))
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    print(f"sparsefw: {line}", file=sys.stderr)
+    return status
+
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    on_one_line = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return BAD_INPUT, str(error)
+    if isinstance(error, BrokenPipeError):
+        return FAILED, "nobody reads what is printed (broken pipe)"
+    if isinstance(error, OSError):
+        return _of_system(error)
+    if isinstance(error, _of("safetensors", "SafetensorError")):
+        return BAD_INPUT, on_one_line
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in on_one_line:
+        # torch has no class of its own for it.
+        return FAILED, "the host's memory is full; give fewer or shorter windows (--nsamples, --seqlen)"
+    if isinstance(error, (FloatingPointError, *_of("torch", "OutOfMemoryError"))):
+        return FAILED, on_one_line
+    return UNFORESEEN, f"unforeseen {type(error).__name__}: {shown(on_one_line)}; {_reported(error)}"
+
+
+def _of_system(error: OSError) -> tuple[int, str]:
+    """An error of the system. It is bad input if it names a file: something that cannot be done with this one."""
+    if error.filename is None:
+        return FAILED, " ".join(str(error).split())
+    return BAD_INPUT, f"{shown(os.fsdecode(error.filename))}: {error.strerror}"
+
+
+def _of(module: str, name: str) -> tuple[type[BaseException], ...]:
+    """A library's class of exceptions; nothing if the library has not been imported."""
+    found = getattr(sys.modules.get(module), name, None)
+    return (found,) if found else ()
+
+
+def _reported(error: BaseException) -> str:
+    """Write the traceback to a file; returns what the user can do with it."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="sparsefw-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            file.write("".join(f"{printable(line)}\n" for line in _account(error)))
+    except OSError as failure:
+        return f"this is a mistake in sparsefw: please report it (its traceback cannot be written: {failure})"
+    return f"this is a mistake in sparsefw: please report it, with the traceback in {file.name}"
+
+
+def _account(error: BaseException) -> list[str]:
+    """Versions, the command and the traceback."""
+    loaded = {name: sys.modules[name] for name in LIBRARIES if name in sys.modules}
+    versions = [f"{name} {getattr(module, '__version__', '')}" for name, module in loaded.items()]
+    return [
+        ", ".join([f"sparsefw {__version__}", f"Python {platform.python_version()}", *versions]),
+        " ".join(sys.argv),
+        *"".join(traceback.format_exception(error)).splitlines(),
+    ]

@@ -1,0 +1,87 @@
+"""Messages and log lines of the commands: one line each, whatever names the input has."""
+
+import json
+
+import pytest
+from helpers.commands import run
+from helpers.families import save_model
+
+from sparsefw import plan, verify
+from sparsefw.checkpoint import resume
+
+LONG = "x/" * 2500
+# It clears the screen, breaks the line, and turns the direction of what follows.
+HOSTILE = "a\x1b[2J\nb\u202ec"
+SHOWN = r"a\x1b[2J\nb\u202ec"
+
+
+def test_the_log_of_hostile_names(tmp_path, text, capsys):
+    source = save_model(tmp_path / HOSTILE, "llama")
+    named = tmp_path / f"{HOSTILE}.jsonl"
+    named.write_text(json.dumps({"text": text.read_text()}) + "\n")
+    capsys.readouterr()
+    assert run(source, text, tmp_path / f"out {HOSTILE}", "--method", "magnitude", "--sparsity", "0.5") == 0
+    said = capsys.readouterr().out
+    assert verify.main([str(tmp_path / f"out {HOSTILE}")]) == 0
+    said += capsys.readouterr().out
+    assert plan.main(["--model", str(source), "--gpu", "h100"]) == 0
+    said += capsys.readouterr().out
+    assert all(line.isprintable() for line in said.split("\n"))
+    for line in (
+        f"model: {tmp_path}/{SHOWN}, 3 blocks",
+        f"checkpoint: {tmp_path}/out {SHOWN}\n",
+        f"model: {tmp_path}/{SHOWN}, Lla",
+    ):
+        assert line in said
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (run, ["--model", LONG]),
+        (run, ["--output", LONG]),
+        (run, ["--dataset", f"{LONG}.txt"]),
+        (run, ["--eval", f"{LONG}.txt"]),
+        (run, ["--model", HOSTILE]),
+        (run, ["--dataset", HOSTILE]),
+        (run, ["--ignore", HOSTILE]),
+        (run, ["--sparsity", HOSTILE]),
+        (plan.main, ["--model", LONG]),
+        (plan.main, ["--json", LONG]),
+        (verify.main, [LONG]),
+        (verify.main, [HOSTILE]),
+    ],
+)
+def test_bad_names_are_bad_input_and_one_line(command, flags, tmp_path, text, capsys):
+    source = save_model(tmp_path / "model", "llama")
+    capsys.readouterr()
+    if command is run:
+        status = run(source, text, tmp_path / "out", *flags)
+    elif command is plan.main:
+        status = plan.main(["--model", str(source), "--gpu", "h100", *flags])
+    else:
+        status = verify.main(flags)
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.count("\n") == 1
+    assert error.startswith("sparsefw: ")
+    assert error[:-1].isprintable()
+    assert len(error) < 2100
+
+
+@pytest.mark.parametrize("name", ["identity.json", "00002.json", "report.json", "report.html", "config.json"])
+def test_a_full_disk_names_the_file(name, tmp_path, text, capsys, monkeypatch):
+    source, sync = save_model(tmp_path / "model", "llama"), resume._sync
+
+    def full(path):
+        if path.name == f".{name}.tmp":
+            raise OSError(28, "No space left on device")
+        sync(path)
+
+    monkeypatch.setattr(resume, "_sync", full)
+    capsys.readouterr()
+    assert run(source, text, tmp_path / "out", "--method", "magnitude") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("sparsefw: ")
+    assert str(tmp_path) in error
+    assert "No space left on device" in error

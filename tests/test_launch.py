@@ -1,0 +1,115 @@
+"""Whatever ends a command, it says one line and has an exit status."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from sparsefw.errors import InputError
+from sparsefw.launch import launch
+
+LONG = "x" * 5000
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Launches a function as a command; gives the exit status and the line on stderr."""
+
+    def run(body) -> tuple[int, str]:
+        monkeypatch.setitem(sys.modules, "sparsefw.commands.told", SimpleNamespace(run=body))
+        status = launch("told", [])
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1
+        assert errors.startswith("sparsefw: ")
+        return status, errors.removeprefix("sparsefw: ").removesuffix("\n")
+
+    return run
+
+
+def raising(error):
+    def body(argv):
+        raise error
+
+    return body
+
+
+def missing(name):
+    return lambda argv: Path(name).stat()
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "line"),
+    [
+        (raising(InputError("a\n\x1b[2Jb")), 2, r"a\n\x1b[2Jb"),
+        (raising(InputError(LONG + "; the end")), 2, "x" * 1000 + " ... " + "x" * 991 + "; the end"),
+        (raising(FloatingPointError("no\nnumber")), 1, "no number"),
+        (raising(torch.OutOfMemoryError("CUDA out of memory.\n  Tried")), 1, "CUDA out of memory. Tried"),
+        (raising(SafetensorError("a\x07")), 2, r"a\x07"),
+        (raising(OSError(28, "No space left on device")), 1, "[Errno 28] No space left on device"),
+        (raising(BrokenPipeError(32, "Broken pipe")), 1, "nobody reads what is printed (broken pipe)"),
+        (missing("/no\u202ewhere"), 2, r"/no\u202ewhere: No such file or directory"),
+        (missing(LONG), 2, "x" * 200 + "... (5000 characters): File name too long"),
+        (raising(MemoryError()), 1, "the host's memory is full; give fewer or shorter windows (--nsamples, --seqlen)"),
+        (
+            lambda argv: torch.empty(2**48),
+            1,
+            "the host's memory is full; give fewer or shorter windows (--nsamples, --seqlen)",
+        ),
+        (raising(KeyboardInterrupt()), 130, "interrupted"),
+    ],
+)
+def test_outcomes(command, body, status, line):
+    assert command(body) == (status, line)
+
+
+def test_notes_follow(command):
+    error = InputError("full")
+    error.add_note("2 of 4\n")
+    assert command(raising(error)) == (2, r"full; 2 of 4\n")
+
+
+def test_what_is_unforeseen_leaves_its_traceback_in_a_file(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    status, line = command(raising(KeyError("a\nb\x1b")))
+    assert status == 70
+    (path,) = tmp_path.iterdir()
+    told = "this is a mistake in sparsefw: please report it, with the traceback in"
+    assert line == rf"unforeseen KeyError: 'a\nb\x1b'; {told} {path}"
+    content = path.read_text()
+    assert content.startswith("sparsefw ")
+    assert f"torch {torch.__version__}" in content
+    assert "in body\n" in content
+    assert all(text.isprintable() for text in content.splitlines())
+
+
+def test_a_traceback_that_cannot_be_written(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    status, line = command(raising(KeyError("a")))
+    assert status == 70
+    assert line.startswith("unforeseen KeyError: 'a'; this is a mistake in sparsefw: please report it (its traceback ")
+
+
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [("/dev/full", "[Errno 28] No space left on device"), (None, "nobody reads what is printed (broken pipe)")],
+)
+def test_output_that_cannot_be_written(output, line):
+    """A process of its own, whose end shows what Python would add."""
+    code = (
+        "import sys; from types import SimpleNamespace; from sparsefw.launch import launch; "
+        "sys.modules['sparsefw.commands.told'] = SimpleNamespace(run=lambda argv: print('much')); "
+        "sys.exit(launch('told'))"
+    )
+    if output:
+        stdout = os.open(output, os.O_WRONLY)
+    else:
+        reads, stdout = os.pipe()
+        os.close(reads)
+    done = subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(stdout)
+    assert (done.returncode, done.stderr) == (1, f"sparsefw: {line}\n")
