@@ -8,8 +8,9 @@ highest chunks that fit, and for those that `sparsefw.solver.chunks.wave_rows` t
 from collections.abc import Iterator
 
 from sparsefw.errors import InputError
-from sparsefw.estimate.memory import GIB, place
+from sparsefw.estimate.memory import GIB
 from sparsefw.estimate.passes import stages
+from sparsefw.estimate.placing import place
 from sparsefw.estimate.solve_flops import MULTIPROCESSORS
 from sparsefw.estimate.workload import Workload
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape

@@ -150,6 +150,8 @@ def _prune_blocks(
     for names in model.pieces[len(writer.finished) - len(model.firsts) :]:
         with timeline.span("write"):
             writer.write(model.other_tensors(names))
+        # Tensors that are small enough for the C library to keep would lie beside the next ones.
+        give_back()
     with timeline.span("evaluate"), model.outside():
         for samples, by_name in states.evaluation:
             outcome.perplexity[samples.source] = {name: _perplexity(s, samples) for name, s in by_name.items()}

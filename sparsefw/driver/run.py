@@ -286,6 +286,7 @@ def workload_of(
         gpu=device.type == "cuda",
         threads=torch.get_num_threads() if config.kernel == "torch" else 1,
         process=process.resident(),
+        peak=process.peak_memory()["host_bytes"],
     )
 
 

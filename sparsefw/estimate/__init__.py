@@ -1,7 +1,8 @@
 """Memory, flops, bytes and time of a run, from the shapes of a model alone."""
 
 from sparsefw.estimate.describe import describe
-from sparsefw.estimate.memory import MemoryNeeds, disk_space, memory_needs, place
+from sparsefw.estimate.memory import MemoryNeeds, disk_space, memory_needs
+from sparsefw.estimate.placing import place
 from sparsefw.estimate.workload import Workload
 
 __all__ = ["MemoryNeeds", "Workload", "describe", "disk_space", "memory_needs", "place"]

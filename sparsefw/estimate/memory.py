@@ -5,21 +5,14 @@ time. Activations are held a micro-batch at a time where they are used, and of a
 machine without a GPU all of it is on the host.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
-from pathlib import Path
-from typing import Any
 
 from sparsefw import data
-from sparsefw.errors import InputError
 from sparsefw.estimate.passes import cross_rows, is_kept, stages
 from sparsefw.estimate.workload import Workload
 from sparsefw.model import Placement
-from sparsefw.model.activations import PLACES
 from sparsefw.model.layers import first_segments, is_watched
-from sparsefw.model.placement import BATCH_TOKENS, SOLVER
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.process import page_locked_bytes
 from sparsefw.solver import METHODS
@@ -30,6 +23,14 @@ BYTES_WITHOUT_ROUNDS = 56
 
 # oneDNN generates code for every shape of a product in bf16 or fp16: bytes of one, as measured, and how many it keeps.
 BYTES_PER_PRODUCT, PRODUCTS_KEPT = 560 * 2**10, 1024
+
+# Code of a CPU's libraries that is loaded when it is used, and buffers that they keep: in all, and of each thread. As
+# measured, they take up to 26 MiB with one thread, and up to 50 with two.
+LIBRARIES, LIBRARIES_OF_THREAD = 16 * 2**20, 16 * 2**20
+
+# The largest piece that the C library takes from its heap, bytes. What is freed there leaves holes: together about as
+# much as a large piece, as measured on a CPU.
+LARGEST_PIECE = 32 * 2**20
 
 # Share of the tensors' bytes at the peak that allocators hold beside them.
 SLACK = 0.05
@@ -94,9 +95,9 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     on_host = {"start": passing, "calibrate": pruning, "solve": pruning, "write": others, "end": max(passing, piece)}
     if not workload.gpu:
         on_host["end"] = max(0, piece - on_device["end"])
-    process = workload.process + _generated_code(shape, workload, tokens)
+    process = workload.process + _libraries_bytes(shape, workload, placement, tokens)
     texts = data.reading_bytes(workload.windows, workload.evaluation, workload.seqlen)
-    phases = {"texts": (0, texts + workload.process)}
+    phases = {"texts": (0, max(texts + workload.process, workload.peak))}
     for phase in on_device:
         device, host = (1 + SLACK) * (on_device[phase] + near), (1 + SLACK) * (on_host[phase] + far)
         phases[phase] = (int(device), int(host) + process) if workload.gpu else (0, int(device + host) + process)
@@ -147,7 +148,7 @@ class _Kept:
         if placement.place == "gpu" or not workload.gpu:
             return cls(placement, everything, 0)
         # Every micro-batch is a page-locked tensor, and torch keeps its memory for the next tensor of this size.
-        widths = [width for width in _keepable_widths(shape, workload) if width <= placement.kept_width]
+        widths = [width for width in keepable_widths(shape, workload) if width <= placement.kept_width]
         batches = -(-workload.windows // placement.batch)
         far = sum(batches * page_locked_bytes(tokens * width * shape.itemsize) for width in widths)
         # One micro-batch is on its way to the GPU, and one is at work.
@@ -164,7 +165,7 @@ class _Kept:
         return [self.near * (width + before) for width, before in zip(own, [0, *own], strict=False)]
 
 
-def _keepable_widths(shape: ModelShape, workload: Workload) -> set[int]:
+def keepable_widths(shape: ModelShape, workload: Workload) -> set[int]:
     """Widths of the inputs that can be kept."""
     if not workload.config.uses_dense_target:
         return set()
@@ -215,12 +216,23 @@ def _outside_page_locked(shape: ModelShape) -> int:
     return shape.outside // table * page_locked_bytes(table) + shape.outside % table
 
 
-def _generated_code(shape: ModelShape, workload: Workload, tokens: int) -> int:
-    """Code that a CPU's library generates for products in half precision: experts are sent any number of tokens."""
-    if workload.gpu or shape.itemsize != 2:
+def _libraries_bytes(shape: ModelShape, workload: Workload, placement: Placement, tokens: int) -> int:
+    """What a CPU's libraries load and keep: code, buffers, holes, and code that is generated for products.
+
+    The latter is made in half precision, for every number of tokens. Experts are sent any number of them, other layers
+    micro-batches, of which the last one of a text may be smaller.
+    """
+    if workload.gpu:
         return 0
-    experts = {(layer.rows, layer.d) for block in shape.blocks for layer in block.all_layers if layer.experts}
-    return BYTES_PER_PRODUCT * min(PRODUCTS_KEPT, len(experts) * min(tokens, PRODUCTS_KEPT // 2))
+    every = [layer for block in shape.blocks for layer in block.all_layers]
+    widest = max((layer.d for layer in every), default=0)
+    kept = LIBRARIES + LIBRARIES_OF_THREAD * workload.threads + min(LARGEST_PIECE, 4 * widest**2)
+    if shape.itemsize != 2:
+        return kept
+    experts, others = ({(x.rows, x.d) for x in every if bool(x.experts) == sent} for sent in (True, False))
+    batches = {n for windows, _ in _texts(workload) for n in (min(windows, placement.batch), windows % placement.batch)}
+    products = len(experts) * min(tokens, PRODUCTS_KEPT // 2) + (len(others) + 1) * len(batches - {0})
+    return kept + BYTES_PER_PRODUCT * min(PRODUCTS_KEPT, products)
 
 
 def _forward_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
@@ -315,7 +327,11 @@ def _stage_bytes(stage: list[LayerShape], workload: Workload, placement: Placeme
     if config.keep_zeros:
         # The mask of weights that may be nonzero.
         stacked += rows * d
-    return damped + operand + terms + stacked + _chunk_bytes(rows, d, workload, placement)
+    state = _chunk_bytes(rows, d, workload, placement)
+    if "sparsegpt" in config.methods:
+        # Decomposing and inverting the Gram matrix; weights and their mask.
+        state = max(state, 12 * d * d + 5 * rows * d)
+    return damped + operand + terms + stacked + state
 
 
 def _chunk_bytes(rows: int, d: int, workload: Workload, placement: Placement) -> int:
@@ -328,68 +344,3 @@ def _chunk_bytes(rows: int, d: int, workload: Workload, placement: Placement) ->
         rows = min(rows, workload.threads * cpu_rows(d))
     most = BYTES_PER_ENTRY if workload.config.refit and workload.config.rounds else BYTES_WITHOUT_ROUNDS
     return most * rows * d
-
-
-def place(
-    shape: ModelShape,
-    workload: Workload,
-    limits: dict[str, int],
-    folder: Path | None = None,
-    fixed: dict[str, Any] | None = None,
-) -> tuple[Placement, MemoryNeeds]:
-    """The placement that costs least time among those that fit.
-
-    Args:
-        shape: shape of the model.
-        workload: the work.
-        limits: memory limits in bytes: "host", and with a GPU "gpu".
-        folder: folder for activations in a file.
-        fixed: values of `Placement` that are settled, by field.
-
-    Raises:
-        InputError: none fits; the message names the smallest limit that could.
-    """
-    tried = []
-    for placement in _placements(shape, workload, folder, fixed or {}):
-        needs = memory_needs(shape, workload, placement)
-        if needs.gpu <= limits.get("gpu", 0) and needs.host <= limits["host"]:
-            return placement, needs
-        tried.append(needs)
-    for what in ("gpu", "host"):
-        limit = limits.get(what, 0)
-        least = min(getattr(needs, what) for needs in tried)
-        if least > limit:
-            # Rounded up, so that the limit that is named is enough.
-            enough = math.ceil(100 * least / GIB) / 100
-            raise InputError(
-                f"--{what}-memory {limit / GIB:.2f}: this run needs at least {enough:.2f} GiB of "
-                f"{what.replace('gpu', 'GPU')} memory; give more, or fewer or shorter windows (--nsamples, --seqlen)"
-            )
-        tried = [needs for needs in tried if getattr(needs, what) <= limit]
-    raise AssertionError("a placement fits each limit, and none fits both")
-
-
-def _placements(
-    shape: ModelShape, workload: Workload, folder: Path | None, fixed: dict[str, Any]
-) -> Iterator[Placement]:
-    """All placements, those that cost least time first."""
-    batch = max(1, BATCH_TOKENS["gpu" if workload.gpu else "cpu"] // workload.seqlen)
-    widest = max((layer.d for block in shape.blocks for layer in block.layers), default=1)
-    least = BYTES_PER_ENTRY * ROW_UNIT * widest
-    choices: dict[str, Any] = {
-        "batch": [batch >> n for n in range(batch.bit_length())],
-        "place": PLACES if workload.gpu else PLACES[1:],
-        "ahead": [True, False],
-        "solver": sorted({max(least, SOLVER >> n) for n in range(8)}, reverse=True),
-        "kept_width": sorted({0} | _keepable_widths(shape, workload), reverse=True),
-    }
-    choices |= {name: [value] for name, value in fixed.items()}
-    # The last of these is given up first.
-    order = ("ahead", "batch", "kept_width", "solver", "place")
-    if not workload.gpu:
-        order = ("batch", "place", "kept_width", "ahead", "solver")
-    for values in product(*(choices[name] for name in order)):
-        placement = Placement(folder=folder, **dict(zip(order, values, strict=True)))
-        # From a disk an input comes no sooner than the block makes it again.
-        if placement.place != "file" or not placement.kept_width:
-            yield placement

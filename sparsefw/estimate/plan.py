@@ -11,7 +11,8 @@ from sparsefw import data, process
 from sparsefw.errors import InputError
 from sparsefw.estimate import rates, totals
 from sparsefw.estimate.describe import DescribedModel, describe
-from sparsefw.estimate.memory import GIB, MemoryNeeds, disk_space, place
+from sparsefw.estimate.memory import GIB, MemoryNeeds, disk_space
+from sparsefw.estimate.placing import place
 from sparsefw.estimate.rates import CARDS, Rates
 from sparsefw.estimate.workload import PROCESS, PlannedRun, Workload
 from sparsefw.flags import checked_number

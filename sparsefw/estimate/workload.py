@@ -25,6 +25,7 @@ class Workload:
         gpu: whether the model is pruned on a GPU.
         threads: threads of torch, if the model is pruned on a CPU.
         process: bytes of host memory that the process has before the run begins, with the tokens of all windows.
+        peak: the most that it has had until then, while texts were read; 0: not known.
     """
 
     windows: int
@@ -34,6 +35,7 @@ class Workload:
     gpu: bool
     threads: int
     process: int = PROCESS
+    peak: int = 0
 
     @property
     def precisions(self) -> Backend:

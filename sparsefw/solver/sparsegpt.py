@@ -92,7 +92,10 @@ def inverse_factor(G: Tensor, damp: float) -> Tensor:
         raise FloatingPointError(f"the Gram matrix is not positive definite, even with a damping of {damp}")
     del backwards, diagonal
     identity = torch.eye(len(G), dtype=G.dtype, device=G.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip((0, 1))
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    # No more than three matrices of this size at once, beside G.
+    del lower, identity
+    return inverse.flip((0, 1))
 
 
 def _sweep(Z: Tensor, mask: Tensor, factor: Tensor, pattern: Pattern, allowed: Tensor | None) -> Tensor:

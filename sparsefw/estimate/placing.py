@@ -1,0 +1,84 @@
+"""Which placement a run takes: the one that costs least time among those that fit its memory limits."""
+
+import math
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from sparsefw.errors import InputError
+from sparsefw.estimate.memory import GIB, MemoryNeeds, keepable_widths, memory_needs
+from sparsefw.estimate.workload import Workload
+from sparsefw.model import Placement
+from sparsefw.model.activations import PLACES
+from sparsefw.model.placement import BATCH_TOKENS, SOLVER
+from sparsefw.model.shapes import ModelShape
+from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT
+
+# The same run takes a little more or less each time: bytes, as measured.
+VARIATION = 4 * 2**20
+
+
+def place(
+    shape: ModelShape,
+    workload: Workload,
+    limits: dict[str, int],
+    folder: Path | None = None,
+    fixed: dict[str, Any] | None = None,
+) -> tuple[Placement, MemoryNeeds]:
+    """The placement that costs least time among those that fit.
+
+    Args:
+        shape: shape of the model.
+        workload: the work.
+        limits: memory limits in bytes: "host", and with a GPU "gpu".
+        folder: folder for activations in a file.
+        fixed: values of `Placement` that are settled, by field.
+
+    Raises:
+        InputError: none fits; the message names the smallest limit that could.
+    """
+    tried = []
+    for placement in _placements(shape, workload, folder, fixed or {}):
+        needs = memory_needs(shape, workload, placement)
+        if needs.gpu <= limits.get("gpu", 0) and needs.host <= limits["host"]:
+            return placement, needs
+        tried.append(needs)
+    for what in ("gpu", "host"):
+        limit = limits.get(what, 0)
+        least = min(getattr(needs, what) for needs in tried)
+        if least > limit:
+            # Rounded up, so that the limit that is named is enough.
+            enough = math.ceil(100 * (least + VARIATION) / GIB) / 100
+            raise InputError(
+                f"--{what}-memory {limit / GIB:.2f}: this run needs at least {enough:.2f} GiB of "
+                f"{what.replace('gpu', 'GPU')} memory; give more, or fewer or shorter windows (--nsamples, --seqlen)"
+            )
+        tried = [needs for needs in tried if getattr(needs, what) <= limit]
+    raise AssertionError("a placement fits each limit, and none fits both")
+
+
+def _placements(
+    shape: ModelShape, workload: Workload, folder: Path | None, fixed: dict[str, Any]
+) -> Iterator[Placement]:
+    """All placements, those that cost least time first."""
+    batch = max(1, BATCH_TOKENS["gpu" if workload.gpu else "cpu"] // workload.seqlen)
+    widest = max((layer.d for block in shape.blocks for layer in block.layers), default=1)
+    least = BYTES_PER_ENTRY * ROW_UNIT * widest
+    choices: dict[str, Any] = {
+        "batch": [batch >> n for n in range(batch.bit_length())],
+        "place": PLACES if workload.gpu else PLACES[1:],
+        "ahead": [True, False],
+        "solver": sorted({max(least, SOLVER >> n) for n in range(8)}, reverse=True),
+        "kept_width": sorted({0} | keepable_widths(shape, workload), reverse=True),
+    }
+    choices |= {name: [value] for name, value in fixed.items()}
+    # The last of these is given up first.
+    order = ("ahead", "batch", "kept_width", "solver", "place")
+    if not workload.gpu:
+        order = ("batch", "place", "kept_width", "ahead", "solver")
+    for values in product(*(choices[name] for name in order)):
+        placement = Placement(folder=folder, **dict(zip(order, values, strict=True)))
+        # From a disk an input comes no sooner than the block makes it again.
+        if placement.place != "file" or not placement.kept_width:
+            yield placement

@@ -1,0 +1,62 @@
+"""A run keeps to the smallest memory limit that a refusal names, and the limit is not much more than it takes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers.families import save_model
+
+random_checkpoint = __import__("random_checkpoint")
+
+pytestmark = pytest.mark.slow
+
+FEW = ["--nsamples", "8", "--seqlen", "256", "--steps", "1", "--refit", "1", "--rounds", "0"]
+ONE_SHOT = ["--nsamples", "8", "--seqlen", "256", "--method"]
+
+# Sizes of a model, and flags. None: a model that takes nothing, so that libraries and texts are the most.
+RUNS = {
+    "tiny": (None, ["--nsamples", "6", "--seqlen", "32", "--steps", "2", "--eval", "TEXT", "--eval-windows", "40"]),
+    "wide": (dict(hidden_size=256, intermediate_size=4096, vocab_size=2048), FEW),
+    "factors": (dict(hidden_size=256, intermediate_size=2048, vocab_size=2048), [*ONE_SHOT, "sparsegpt"]),
+    "outside": (
+        dict(hidden_size=512, intermediate_size=512, vocab_size=80000),
+        [*ONE_SHOT, "wanda", "--eval", "TEXT", "--eval-windows", "2"],
+    ),
+}
+
+# A process that runs twice: with far too little memory, and with as much as the refusal names.
+CHILD = """
+import contextlib, io, re, sys
+from sparsefw.run import main
+
+said = io.StringIO()
+with contextlib.redirect_stderr(said):
+    assert main([*sys.argv[1:], "--host-memory", "0.1"]) == 2
+limit = re.search("this run needs at least ([0-9.]+) GiB of host memory", said.getvalue())[1]
+assert main([*sys.argv[1:], "--host-memory", limit]) == 0
+print(limit)
+"""
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_limit_that_is_named_is_kept(name, tmp_path):
+    sizes, flags = RUNS[name]
+    if sizes is None:
+        save_model(tmp_path / "model", "llama")
+    else:
+        heads = dict(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512)
+        random_checkpoint.generate(tmp_path / "model", "llama", **heads, **sizes)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n}: a rose is a rose is a rose.\n" for n in range(2000)))
+    paths = ["--model", str(tmp_path / "model"), "--dataset", str(text), "--output", str(tmp_path / "out")]
+    flags = [str(text) if flag == "TEXT" else flag for flag in flags]
+    command = [sys.executable, "-c", CHILD, *paths, "--kernel", "torch", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    limit = float(done.stdout.splitlines()[-1]) * 2**30
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    measured, expected = report["peak_memory"]["host_bytes"], report["memory"]["expected"]["host"]
+    assert expected <= limit <= expected + 0.015 * 2**30
+    assert measured <= limit
+    assert expected <= 1.15 * measured
