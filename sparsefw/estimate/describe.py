@@ -92,12 +92,17 @@ def describe(model: str) -> DescribedModel:
         share = quantization.share(dtype)
         quantized = int(share * max(block.nbytes for block in shape.blocks))
         shape = replace(shape, quantized=quantized, stored=stored.stored_nbytes / stored.nbytes if stored else share)
+    try:
+        traits, longest = _traits(text_config, shape, path, notes), max_seqlen(config)
+    # Entries that differ between layers cannot be read for all of them.
+    except LOADING as error:
+        raise InputError(f"{path}: unsupported model: {shown(first_line(error))}") from error
     return DescribedModel(
         name=type(empty).__name__,
         shape=shape,
-        traits=_traits(text_config, shape, path, notes),
+        traits=traits,
         dtype=dtype,
-        max_seqlen=max_seqlen(config),
+        max_seqlen=longest,
         notes=notes,
     )
 
