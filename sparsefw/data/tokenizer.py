@@ -172,17 +172,14 @@ def _links(folder: Path) -> Iterator[Path]:
     """A folder of links to the small files of a checkpoint, without the entries that must not be followed."""
     with tempfile.TemporaryDirectory(prefix="sparsefw-") as scratch:
         links = Path(scratch)
+        (links / TEMPLATES).mkdir()
         for path in companions(folder):
-            if path.parent != folder:
-                continue
             if path.name in NAMED_ENTRIES:
                 content = read_json(path, trust.MAX_TOKENIZER_CONFIG_BYTES)
                 tokenizer_trust.check_followed(content, path)
                 (links / path.name).write_text(json.dumps(tokenizer_trust.handed_on(content)), encoding="utf-8")
             else:
-                (links / path.name).symlink_to(path.resolve())
-        if (folder / TEMPLATES).is_dir():
-            (links / TEMPLATES).symlink_to((folder / TEMPLATES).resolve())
+                (links / path.relative_to(folder)).symlink_to(path.resolve())
         yield links
 
 

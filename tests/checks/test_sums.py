@@ -161,10 +161,10 @@ def test_what_is_no_digest(digest, pruned, capsys):
     refused(capsys, "--digest .*: expected 64 digits", pruned(*WANDA)[1], f"--digest={digest}")
 
 
-def test_the_hubs_cache(copied, tmp_path):
+def test_the_hubs_cache(copied, hub):
     """There the files are links to blobs."""
     _, output = copied(*WANDA)
-    assert failures(make_hub_cache(output, tmp_path / "hub")) == []
+    assert failures(make_hub_cache(output, hub)) == []
 
 
 def test_the_systems_tool_agrees(copied):
