@@ -5,15 +5,19 @@ would compile: the configuration for the shape, and the specialisation of every 
 registers of a thread, bytes of stack and of shared memory, instructions that load or store spilled registers,
 tensor-core and bulk-copy instructions, and the least cost of the operation (`kernels/cost.py`). With --tflops and
 --bandwidth, the roofs of a card, a row also has the time that they imply.
+
+To compile all of them takes a minute. A row has a fingerprint of all that the compiler is given: with --known, rows of
+launches that are the same are taken from a file that the same version of Triton has made.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import triton
@@ -52,16 +56,43 @@ class StubDriver:
 
 
 class Compiled(Exception):
-    """Raised in a launcher in place of the launch; carries the compiled kernel."""
+    """Raised in a launcher in place of the launch; carries the compiled kernel, None if it is known."""
 
     def __init__(self, kernel, options: dict):
         self.kernel = kernel
         self.options = options
 
 
-def compile_launch(target: str, launch: Callable[[], object]) -> dict:
-    """What `launch` would run on `target`: configuration, registers, stack and shared memory in bytes, instructions."""
-    run = triton.JITFunction.run
+# What a launch's row says of the launch itself. The rest follows from the fingerprint.
+LAUNCH = ("name", "target", "flops", "bytes")
+
+
+def fingerprint(function: triton.JITFunction, specialization: str) -> str:
+    """A digest of all that the compiler is given: sources, types, constants, options and target.
+
+    Args:
+        function: the kernel.
+        specialization: the rest as JSON, by Triton.
+    """
+    given = json.loads(specialization)
+    # Where Triton is installed makes no difference.
+    given["options"]["extern_libs"] = [[name, Path(path).name] for name, path in given["options"]["extern_libs"] or []]
+    return hashlib.sha256(f"{function.cache_key}{json.dumps(given, sort_keys=True)}".encode()).hexdigest()[:16]
+
+
+def compile_launch(target: str, launch: Callable[[], object], known: Mapping[str, dict] | None = None) -> dict:
+    """What `launch` would run on `target`: configuration, registers, stack and shared memory in bytes, instructions.
+
+    Args:
+        target: one of TARGETS.
+        launch: calls a launcher.
+        known: rows by their fingerprint, which need not be compiled.
+    """
+    run, found = triton.JITFunction.run, []
+
+    def is_known(fn, compile, **others) -> bool:
+        found.append(fingerprint(fn.jit_function, compile["specialization_data"]))
+        return found[-1] in (known or {})
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         # The keys of this cache hold the device's number only, so it would return the binary of the last target.
@@ -70,16 +101,19 @@ def compile_launch(target: str, launch: Callable[[], object]) -> dict:
         raise Compiled(kernel, {k: v for k, v in kwargs.items() if k.startswith("BLOCK_") or k == "SEARCH_D"})
 
     triton.runtime.driver.set_active(StubDriver(TARGETS[target]))
-    triton.JITFunction.run = compile_only
+    triton.JITFunction.run, triton.knobs.runtime.jit_cache_hook = compile_only, is_known
     try:
         launch()
     except Compiled as compiled:
         kernel, options = compiled.kernel, compiled.options
     finally:
-        triton.JITFunction.run = run
+        triton.JITFunction.run, triton.knobs.runtime.jit_cache_hook = run, None
+    if kernel is None:
+        return {name: value for name, value in known[found[-1]].items() if name not in LAUNCH} | {"target": target}
     code = kernel.asm["amdgcn"] if target == "gfx942" else kernel.asm["ptx"]
     return dict(
         target=target,
+        fingerprint=found[-1],
         config=" ".join(f"{key}={value}" for key, value in options.items()),
         warps=kernel.metadata.num_warps,
         stages=kernel.metadata.num_stages,
@@ -115,13 +149,19 @@ def _amd_usage(code: str) -> dict:
     return dict(registers=read("vgpr_count"), stack=stack, spills=read("vgpr_spill_count"))
 
 
-def compile_all(pattern: str = "") -> Iterator[dict]:
-    """A row of the table for every target of every case whose name contains `pattern`."""
+def read_known(path: Path | None) -> dict[str, dict]:
+    """The rows of a file by their fingerprint; none if another version of Triton has made them."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path else {"triton": None}
+    return {row["fingerprint"]: row for row in content["rows"]} if content["triton"] == triton.__version__ else {}
+
+
+def compile_all(pattern: str = "", known: Mapping[str, dict] | None = None) -> Iterator[dict]:
+    """A row of the table for every target of every case whose name contains `pattern`; `known` as `compile_launch`."""
     for case in cases():
         for target in case.targets:
             if pattern in case.name:
-                known = dict(name=case.name, target=target, flops=case.cost.flops, bytes=case.cost.bytes)
-                yield known | compile_launch(target, case.launch)
+                about = dict(name=case.name, target=target, flops=case.cost.flops, bytes=case.cost.bytes)
+                yield about | compile_launch(target, case.launch, known)
 
 
 def table(rows: list[dict], roofs: tuple[float, float] | None = None) -> str:
@@ -149,6 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="FILE",
         help=f"write the rows there (committed: {RESULTS.parent.name}/{RESULTS.name})",
     )
+    add("--known", type=Path, metavar="FILE", help="take the rows of launches that are the same from there")
     add("--table", action="store_true", help="compile nothing, print what is committed")
     add("--tflops", type=float, help="roof of arithmetic, measured, in Tflop/s")
     add("--bandwidth", type=float, help="roof of memory, measured, in GB/s")
@@ -160,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.table:
         rows = [row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if arguments.only in row["name"]]
     else:
-        rows = list(compile_all(arguments.only))
+        rows = list(compile_all(arguments.only, read_known(arguments.known)))
     if arguments.json:
         lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
         content = f'{{\n "triton": "{triton.__version__}",\n "rows": [\n{lines}\n ]\n}}\n'

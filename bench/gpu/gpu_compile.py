@@ -97,7 +97,7 @@ def compile_kernels(part: Part) -> None:
     names = [name for name in _cases(number) if not part.tiny or name == TINY_CASES]
     spilled = []
     # Not forked: this process may have used the GPU.
-    with ProcessPoolExecutor(WORKERS if not part.tiny else 2, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(WORKERS if not part.tiny else 1, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(compile_case, name, number): name for name in names}
         for future in as_completed(futures):
             if error := future.exception():
@@ -114,7 +114,7 @@ def kernel_tests(part: Part) -> None:
     tests = "tests/kernels/test_update.py" if part.tiny else "tests/kernels"
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu or not gpu", tests]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(2 if part.tiny else WORKERS)]
+        command += ["-n", str(1 if part.tiny else WORKERS)]
     else:
         part.add(note="pytest-xdist is not installed: one process runs the tests")
     path, started = part.folder / "kernel-tests-results.txt", time.perf_counter()

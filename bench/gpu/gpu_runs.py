@@ -16,8 +16,6 @@ import torch
 from gpu_lines import Part
 from gpu_trace import summary
 from kill_runs import outputs
-from random_checkpoint import generate
-from torch.profiler import ProfilerActivity, profile
 
 GPU = torch.cuda.is_available()
 
@@ -30,10 +28,11 @@ SIZES = {
 }
 TINY_SIZES = {
     "70B": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1},
-    "8B": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4},
+    "8B": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
 }
 # Calibration windows, and tokens in a window.
 WINDOWS, TINY_WINDOWS = (256, 2048), (4, 32)
+TINY_FLAGS = ["--steps", 1, "--refit", 1, "--rounds", 0]
 
 # Limit of GPU memory with which the activations of a 70B block move to host memory; of a run on a small card.
 HOST_PLACED, SMALL = 24, 16
@@ -43,6 +42,9 @@ def checkpoint(part: Part, name: str) -> Path:
     """A random checkpoint of SIZES, made once."""
     folder = part.scratch / f"{name}{'-tiny' * part.tiny}"
     if not (folder / "config.json").exists():
+        # Imports transformers, which takes seconds.
+        from random_checkpoint import generate
+
         shutil.rmtree(folder, ignore_errors=True)
         started = time.perf_counter()
         sizes = _TINY | TINY_SIZES[name] if part.tiny else _LLAMA | SIZES[name]
@@ -66,7 +68,7 @@ def flags(part: Part, name: str, output: str, *more: str) -> list[str]:
     """The flags of a run of a checkpoint. `more` comes last, and may change the windows."""
     windows, seqlen = TINY_WINDOWS if part.tiny else WINDOWS
     places = ["--model", checkpoint(part, name), "--dataset", text(part), "--output", part.scratch / output]
-    sizes = ["--nsamples", windows, "--seqlen", seqlen, *(["--steps", 2] if part.tiny else [])]
+    sizes = ["--nsamples", windows, "--seqlen", seqlen, *(TINY_FLAGS if part.tiny else [])]
     return [*map(str, [*places, *sizes]), "--overwrite", *more]
 
 
@@ -121,6 +123,8 @@ def block_in_host_memory(part: Part) -> None:
 
 
 def _profiled(part: Part, output: str, *more: str) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
     from sparsefw import run
 
     arguments, trace = flags(part, "70B", output, *more), part.scratch / f"{output}-trace.json"

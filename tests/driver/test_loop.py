@@ -217,43 +217,45 @@ def test_next_block_is_read_and_the_last_one_written_beside_the_work(pruned):
         assert block["host_bytes"] > 2**26
 
 
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory):
+    """Prunes one model by windows of four, with other settings of the placement; gives the memory and what came out."""
+    folder = tmp_path_factory.mktemp("placed")
+    source, text = save_model(folder / "model", "qwen3_moe", torch.bfloat16, num_hidden_layers=2), folder / "text.txt"
+    text.write_text(TEXT)
+    flags = ["--model", source, "--dataset", text, "--eval", text, "--eval-windows", 3, "--nsamples", 9, "--seqlen", 32]
+    flags += ["--kernel", "torch", "--steps", 2]
+    place_of = driver_run.place
+
+    def prune(name, **settings):
+        def chosen(*args, fixed=None, **kwargs):
+            return place_of(*args, **kwargs, fixed=settings | (fixed or {}))
+
+        output = folder / name
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(BATCH_TOKENS, "cpu", 4 * 32)
+            patch.setattr(driver_run, "place", chosen)
+            assert main([*map(str, flags), "--output", str(output)]) == 0
+        report = json.loads((output / "report.json").read_text())
+        return report["memory"], [report["evaluation"], *(p.read_bytes() for p in sorted(output.glob("*.safetensors")))]
+
+    return prune
+
+
+@pytest.fixture(scope="module")
+def as_usual(placed):
+    return placed("usual")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("place", ["host", "file"])
-def test_placement_does_not_change_the_result(place, ahead, tmp_path, monkeypatch):
-    source = save_model(tmp_path / "model", "qwen3_moe", torch.bfloat16)
-    (tmp_path / "text.txt").write_text(TEXT)
-    flags = [
-        "--nsamples",
-        "9",
-        "--seqlen",
-        "32",
-        "--kernel",
-        "torch",
-        "--steps",
-        "2",
-        "--eval",
-        str(tmp_path / "text.txt"),
-    ]
-    places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt")]
-    place_of, contents = driver_run.place, []
-
-    def placed(*args, fixed=None, **kwargs):
-        return place_of(*args, **kwargs, fixed={"batch": 4, "place": place, "ahead": ahead} | (fixed or {}))
-
-    for output in ("usual", "other"):
-        if output == "other":
-            monkeypatch.setattr(driver_run, "place", placed)
-        else:
-            monkeypatch.setitem(BATCH_TOKENS, "cpu", 4 * 32)
-        assert main([*places, *flags, "--output", str(tmp_path / output), "--eval-windows", "3"]) == 0
-        report = json.loads((tmp_path / output / "report.json").read_text())
-        assert report["memory"]["batch_windows"] == 4
-        contents.append(
-            [report["evaluation"], *(p.read_bytes() for p in sorted((tmp_path / output).glob("*.safetensors")))]
-        )
-    assert (report["memory"]["activations"], report["memory"]["read_ahead"]) == (place, ahead)
-    assert contents[0] == contents[1]
+def test_placement_does_not_change_the_result(place, ahead, placed, as_usual):
+    usual, content = as_usual
+    memory, other = placed(f"{place} {ahead}", batch=4, place=place, ahead=ahead)
+    assert usual["batch_windows"] == memory["batch_windows"] == 4
+    assert (memory["activations"], memory["read_ahead"]) == (place, ahead)
+    assert content == other
 
 
 def test_seconds_and_memory_are_reported(pruned):

@@ -10,7 +10,7 @@ from sparsefw.run import main
 
 pytestmark = pytest.mark.slow
 
-# A whole run is slow in the interpreter; a few steps in two blocks on a few windows go through every kernel.
+# A whole run is slow in the interpreter; a few steps in one block on a few windows go through every kernel.
 SMALL = [
     "--nsamples",
     "8",
@@ -18,6 +18,8 @@ SMALL = [
     "1",
     "--precision",
     "ieee",
+    "--ignore",
+    "layers.1",
     "--ignore",
     "layers.2",
     "--ignore",
@@ -40,20 +42,14 @@ def both(folder, *flags):
         for a, b in rows
         if a["method"] == "sparsefw"
     ]
-    assert len(pairs) == 14
+    assert len(pairs) == 7
     return pairs
 
 
 def test_same_masks_on_the_embedded_default(tmp_path):
-    """Kernels sum in different orders. So entries may swap where scores are equal up to fp32 rounding, which changes
-    all later inputs."""
-    layers = both(tmp_path, "--steps", "6", "--refit", "0")
-    same = [torch.equal(a, b) for _, a, b, _, _ in layers]
-    assert all(same[:7])
-    if not all(same):
-        _, a, b, error, other = layers[same.index(False)]
-        assert ((a != 0) != (b != 0)).double().mean() < 5e-3
-        assert abs(error - other) <= 1e-3 * error
+    """In the first block. Kernels sum in different orders: later on, entries may swap where scores are nearly equal."""
+    for name, a, b, _, _ in both(tmp_path, "--steps", "6", "--refit", "0"):
+        assert torch.equal(a, b), name
 
 
 def test_nearly_the_same_weights_after_a_refit(tmp_path):

@@ -64,7 +64,7 @@ def test_a_cpu_takes_the_numbers_as_they_are():
     ("sparsity", "alpha", "penalty"), [("0.6", 0.0, 1.0), ("0.6", 0.5, 0.3), ("2:4", 0.0, 1.0), ("3:5", 0.5, 0.0)]
 )
 def test_a_solve_has_the_bits_of_one_step_by_step(sparsity, alpha, penalty, step_rule, precision, gpu):
-    problem = on_gpu(make_problem(9, 40, sparsity, alpha))
+    problem = on_gpu(make_problem(5, 40, sparsity, alpha))
     problem = replace(problem, target_gap=problem.W.roll(1, 0) / 8)
     options = {"steps": 8, "penalty": penalty, "step_rule": step_rule}
     backends = [Backend(operations, precision) for operations in (triton_ops, STEP_BY_STEP)]
