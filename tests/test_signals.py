@@ -41,10 +41,21 @@ print("still there")
 """
 
 
+def not_ignoring() -> None:
+    """Take back that signals are ignored, as a shell has it for what runs in its background."""
+    for number in OBEYED:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def opened(command: list[str], **options) -> subprocess.Popen:
+    """A process that does not ignore signals, unless it is asked to."""
+    options = {"preexec_fn": not_ignoring, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(command, text=True, **options)
+
+
 def start(body: str, **options) -> subprocess.Popen:
     """The process, once it has come to where it says that it is ready."""
-    command = [sys.executable, "-c", PROCESS.format(body=body.replace("\n", "\n    "))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    process = opened([sys.executable, "-c", PROCESS.format(body=body.replace("\n", "\n    "))], **options)
     assert process.stdout.readline() == "ready\n"
     # It says so just before it falls asleep.
     while Path(f"/proc/{process.pid}/task/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
@@ -146,13 +157,7 @@ def test_handlers_are_as_before_afterwards():
 def test_commands_obey_while_they_import_torch(name, number, tmp_path):
     """A module in place of torch takes as long as it wants."""
     (tmp_path / "torch.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"sparsefw.{name}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=finding(tmp_path),
-    )
+    process = opened([sys.executable, "-m", f"sparsefw.{name}"], env=finding(tmp_path))
     assert process.stdout.readline() == "ready\n"
     status, errors = end(process, number)
     assert status == 130
