@@ -185,7 +185,7 @@ def test_what_is_given_up_first():
     assert [p.kept_width for p in places] == [28672, 28672, 0]
     assert place(LLAMA_70B, workload, {"gpu": 16 * GIB, "host": 32 * GIB})[0].kept_width == 8192
     shape, workload = llama(3072, 8192, 28), work(gpu=False, windows=8, seqlen=128)
-    roomy, tight = (place(shape, workload, {"host": int(g * GIB)})[0] for g in (16, 2.5))
+    roomy, tight = (place(shape, workload, {"host": int(g * GIB)})[0] for g in (16, 2.6))
     assert (roomy.batch, roomy.ahead, roomy.place, roomy.kept_width) == (16, True, "host", 8192)
     assert (tight.batch, tight.place) == (16, "host")
     assert tight.solver < roomy.solver

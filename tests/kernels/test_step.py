@@ -257,17 +257,16 @@ STARTS = (0.0, -0.0, 1.0, -1.0, 2.0**-149, -(2.0**-149), 3e38, -3e38, torch.inf,
 @pytest.mark.parametrize("next_theta", [0.0, 1.0])
 @pytest.mark.parametrize("name", finite_scores(1, 1))
 def test_a_search_may_start_from_any_threshold(backend, name, next_theta):
-    for n, k in enumerate((0, 1, 2, 80, 199, 200)):
-        # Half of the starts with this theta, the other half with the other one.
-        starts = STARTS[int(n + next_theta) % 2 :: 2]
-        score = finite_scores(len(starts), 200)[name]
-        V = naive.lmo(score, k, positive=next_theta < 1)
-        threshold = torch.tensor(starts, device=DEVICE)
-        # The second search starts where the first one ended.
-        for _ in range(2):
-            state = state_of_scores(score)
-            backend.row_step(**state, k=k, next_theta=next_theta, threshold=threshold)
-            assert torch.equal(state["V"], V)
+    # A row for every budget and start: what takes time in the interpreter is the number of launches.
+    budgets = torch.tensor((0, 1, 2, 80, 199, 200), device=DEVICE)
+    score, k = finite_scores(len(budgets) * len(STARTS), 200)[name], budgets.repeat_interleave(len(STARTS))
+    V = naive.lmo(score, k, positive=next_theta < 1)
+    threshold = torch.tensor(STARTS, device=DEVICE).repeat(len(budgets))
+    # The second search starts where the first one ended.
+    for _ in range(2):
+        state = state_of_scores(score)
+        backend.row_step(**state, k=k, next_theta=next_theta, threshold=threshold)
+        assert torch.equal(state["V"], V)
 
 
 @pytest.mark.slow
