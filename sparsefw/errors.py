@@ -39,6 +39,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        # Without a number it is a message alone, which a name would replace.
+        if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise

@@ -56,7 +56,7 @@ def test_layer_that_the_model_has_not(change, copied, capsys):
 def test_names_are_printed_harmless(copied, capsys):
     _, output = copied(*WANDA)
     change_report(output, lambda report: report["layers"][0].update(name="a\x1b[31m\nb\ud800"))
-    assert "a?[31m?b?: in none of the model's blocks" in verdict(capsys, output)[2]["report"]
+    assert "a\\x1b[31m\\nb\\ud800: in none of the model's blocks" in verdict(capsys, output)[2]["report"]
 
 
 @pytest.mark.parametrize(

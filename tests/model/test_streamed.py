@@ -129,6 +129,16 @@ def test_closing_a_block_frees_it(tmp_path):
     assert all(p.is_meta for p in model.blocks[0].parameters())
 
 
+def test_blocks_in_several_lists(tmp_path):
+    XLMWithLMHeadModel(XLMConfig(vocab_size=16, emb_dim=8, n_layers=2, n_heads=2)).save_pretrained(tmp_path)
+    assert open_model(tmp_path).names == [
+        "transformer.attentions.0",
+        "transformer.ffns.0",
+        "transformer.attentions.1",
+        "transformer.ffns.1",
+    ]
+
+
 class TestRefused:
     def test_nan_in_a_weight_is_named(self, tmp_path):
         folder = save_model(tmp_path / "a", "llama")
@@ -222,10 +232,3 @@ class TestRefused:
         )
         with pytest.raises(InputError):
             open_model(folder)
-
-    def test_model_without_one_list_of_blocks(self, tmp_path):
-        XLMWithLMHeadModel(XLMConfig(vocab_size=16, emb_dim=8, n_layers=2, n_heads=2)).save_pretrained(tmp_path)
-        with pytest.raises(
-            InputError, match=r"unsupported model XLMWithLMHeadModel: one list of 2 decoder blocks .* 4 of"
-        ):
-            open_model(tmp_path)

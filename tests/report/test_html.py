@@ -31,7 +31,7 @@ def facts_of(report: Report) -> dict[str, str]:
 def test_numbers_are_those_of_the_log():
     report = report_of_run()
     cells = Document(page(report)).cells()
-    for line in log.summary(report).splitlines()[1:4]:
+    for line in [*log.summary(report)][1:4]:
         assert line.split() in [[cell for cell in row if cell] for row in cells]
     for result in report.layers:
         # A row of the log has one more cell, the peak of memory so far.

@@ -115,7 +115,7 @@ def test_kept_dense_line():
 
 
 def test_summary():
-    lines = log.summary(report_of_run()).splitlines()
+    lines = [*log.summary(report_of_run())]
     assert [line.split() for line in lines[:5]] == [
         ["perplexity", "mask", "only", "relative", "error"],
         ["dense", "10.000"],
@@ -133,4 +133,4 @@ def test_summary_on_a_gpu():
     report.memory.limits.update(gpu=8 << 30)
     report.peak_memory.update(gpu_bytes=5 << 30, gpu_reserved_bytes=6 << 30)
     expected = "peak memory: 3.00 of 4.00 GiB (host), 6.00 of 8.00 GiB (gpu; 5.00 in use)"
-    assert log.summary(report).splitlines()[-2] == expected
+    assert [*log.summary(report)][-2] == expected
