@@ -119,20 +119,12 @@ def prune(
         log(printable(line))
 
     output_folder = Path(output) if output is not None else None
+    places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
+    of_text = dict(dataset=dataset, nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, tokenizer=tokenizer)
     if calibration is not None:
-        of_text = dict(
-            dataset=dataset, nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, tokenizer=tokenizer
-        )
-        if unused := [name for name, value in of_text.items() if value is not None]:
-            raise TypeError(f"prune() got calibration and {unused[0]!r}, which belongs to a text")
+        _check_unused(of_text)
         config = config or PruneConfig(**options)
-        _ = config.backend
-
-        from sparsefw import in_memory
-
-        places = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
-        report = in_memory.prune_on_batches(model, calibration, evaluate, config, output_folder, places, say, progress)
-        return PruneResult(report, output_folder)
+        return _prune_on_batches(model, calibration, evaluate, config, output_folder, places, say, progress)
     source, nsamples, seqlen = _named(dataset, nsamples, seqlen)
     known: dict[str, Any] = dict(
         dataset=source, nsamples=nsamples, seqlen=seqlen, evaluate=_names(evaluate), eval_windows=eval_windows
@@ -147,7 +139,7 @@ def prune(
     from sparsefw.driver import CheckpointJob, Output, run_job
 
     def run(folder: Path, output: Path, tokenizer: "PreTrainedTokenizerBase | None") -> "Report":
-        destination = Output(output, overwrite, restart, gpu_memory, host_memory)
+        destination = Output(output, **places)
         text = dataset if source in (TEXTS, TOKENS) and not isinstance(dataset, str | Path) else None
         return run_job(CheckpointJob(inputs, config, destination, folder, text, tokenizer), say, progress)
 
@@ -161,6 +153,31 @@ def prune(
     tokenized = isinstance(dataset, Tensor) and not inputs.evaluate
     report = in_memory.prune_in_place(model, run, config.method, output_folder, overwrite, tokenizer, tokenized)
     return PruneResult(report, output_folder)
+
+
+def _check_unused(of_text: dict[str, Any]) -> None:
+    """Refuse arguments of a text beside batches."""
+    if given := [name for name, value in of_text.items() if value is not None]:
+        raise TypeError(f"prune() got calibration and {given[0]!r}, which belongs to a text")
+
+
+def _prune_on_batches(
+    model: Any,
+    calibration: Iterable[Any],
+    evaluation: Any,
+    config: PruneConfig,
+    output: Path | None,
+    places: dict[str, Any],
+    say: Callable[[str], None],
+    progress: bool,
+) -> PruneResult:
+    # As in `prune`.
+    _ = config.backend
+
+    from sparsefw import in_memory
+
+    report = in_memory.prune_on_batches(model, calibration, evaluation, config, output, places, say, progress)
+    return PruneResult(report, output)
 
 
 def _named(

@@ -23,9 +23,6 @@ from sparsefw.report import Report
 from sparsefw.solver import PruneConfig
 from sparsefw.solver.selection import without_index
 
-# Name of batches, in place of a text's.
-BATCHES = "batches given in Python"
-
 
 def prune_in_place(
     model: Any,
@@ -99,8 +96,8 @@ def prune_on_batches(
         )
     batches = data.batches_of(calibration, "calibration")
     evaluated = None if evaluation is None else data.batches_of(evaluation, "evaluate")
-    texts = (BATCHES,) if evaluated else ()
-    inputs = Inputs(model=type(model).__name__, dataset=BATCHES, nsamples=batches.n, evaluate=texts)
+    texts = (data.BATCHES,) if evaluated else ()
+    inputs = Inputs(model=type(model).__name__, dataset=data.BATCHES, nsamples=batches.n, evaluate=texts)
     with tempfile.TemporaryDirectory(prefix="sparsefw-") as scratch:
         job = Job(inputs, config, Output(output or Path(scratch) / "pruned", **places))
         try:

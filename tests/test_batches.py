@@ -96,7 +96,11 @@ def test_the_same_as_on_tokens():
 class TestOutput:
     def test_a_model_of_transformers(self, tmp_path):
         model, batches = drawn("vit")
-        result = prune(model, tmp_path / "out", calibration=batches, **QUICK)
+        lines = []
+        result = prune(model, tmp_path / "out", calibration=batches, log=lines.append, **QUICK)
+        assert "calibration: 3 batches of up to 34 positions" in lines
+        assert any("; a batch at a time, " in line for line in lines)
+        assert f"{NAME}: 3 batches of up to 34 positions" in (tmp_path / "out" / "report.html").read_text()
         loaded = type(model).from_pretrained(tmp_path / "out")
         for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
             assert torch.equal(a, b)

@@ -1,12 +1,13 @@
 """Texts to calibrate and evaluate a model on, its tokenizer, and the windows of tokens that are cut from a text."""
 
-from sparsefw.data.batches import Batch, Batches, batches_of, token_batch
+from sparsefw.data.batches import BATCHES, Batch, Batches, batches_of, token_batch
 from sparsefw.data.memory import reading_bytes, window_bytes
 from sparsefw.data.text import Text, read_text
 from sparsefw.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 from sparsefw.data.windows import Windows, calibration_windows, evaluation_windows, windows_of
 
 __all__ = [
+    "BATCHES",
     "Batch",
     "Batches",
     "Text",

@@ -36,19 +36,23 @@ class Batch:
         return Batch(args, kwargs, self.windows)
 
 
+# The name of a caller's batches, where a text has its own.
+BATCHES = "batches given in Python"
+
+
 @dataclass(frozen=True, eq=False)
 class Batches:
     """Batches that a caller gives. Each is a micro-batch of its own.
 
     Attributes:
         batches: the batches.
-        source: name of them, for the report and for messages.
         hash: SHA-256 of them, in hex.
+        source: name of them, for the report.
     """
 
     batches: list[Batch]
-    source: str
     hash: str
+    source: str = BATCHES
 
     @property
     def n(self) -> int:
@@ -65,21 +69,21 @@ def token_batch(ids: Tensor) -> Batch:
     return Batch((), {"input_ids": ids, "use_cache": False}, len(ids))
 
 
-def batches_of(given: Iterable[Any], source: str) -> Batches:
+def batches_of(given: Iterable[Any], argument: str) -> Batches:
     """Batches of what a caller gives.
 
     Args:
         given: for each batch a mapping of keyword arguments, a tuple or list of positional ones, or a single tensor.
-        source: name of them, for the report and for messages.
+        argument: name of the argument that they were given as, for messages.
 
     Raises:
         InputError: there is none, one is something else or has no tensor, or a tensor holds NaN.
     """
     if isinstance(given, str | bytes | Mapping | Tensor) or not isinstance(given, Iterable):
-        raise InputError(f"{source}: expected a list of batches, got {type(given).__name__}")
-    batches = [_batch_of(item, f"{source}[{n}]") for n, item in enumerate(given)]
+        raise InputError(f"{argument}: expected a list of batches, got {type(given).__name__}")
+    batches = [_batch_of(item, f"{argument}[{n}]") for n, item in enumerate(given)]
     if not batches:
-        raise InputError(f"{source}: there is no batch")
+        raise InputError(f"{argument}: there is no batch")
     digest = hashlib.sha256()
     for batch in batches:
         for x in tree_leaves((batch.args, sorted(batch.kwargs.items()))):
@@ -87,7 +91,7 @@ def batches_of(given: Iterable[Any], source: str) -> Batches:
             digest.update(what.encode())
             if isinstance(x, Tensor):
                 digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return Batches(batches, source, digest.hexdigest())
+    return Batches(batches, digest.hexdigest())
 
 
 def _batch_of(item: Any, name: str) -> Batch:

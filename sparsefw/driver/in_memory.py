@@ -15,7 +15,7 @@ from sparsefw.checkpoint import Writer, check_free, read_shard
 from sparsefw.data import Batch, Batches
 from sparsefw.driver.run import Job, Prepared, carry_out, kernel_line, workload_of
 from sparsefw.model import ResidentModel, resident, shape_of_resident
-from sparsefw.report import Report, log
+from sparsefw.report import Report, amount, log
 from sparsefw.solver.selection import check_used
 
 
@@ -84,8 +84,8 @@ def _prepare(
     for note in model.notes:
         say(f"note: {note}")
     dtype = next(model.model.parameters()).dtype
-    say(f"model: {type(model.model).__name__} in memory, {len(model.blocks)} blocks, {dtype}")
-    say(f"calibration: {calibration.n} batches of up to {tokens} positions")
+    say(f"model: {type(model.model).__name__} in memory, {len(model.firsts)} blocks, {dtype}")
+    say(f"calibration: {amount(calibration.source, calibration.n, tokens)}")
     check_used(whole.layer_names, config.include, config.ignore)
     shape = whole.selected(config.selects)
     say(log.sparsity_line(config, shape, whole))

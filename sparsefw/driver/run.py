@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsefw import checkpoint, data, process
 from sparsefw.checkpoint import Checkpoint, Evidence, Writer, durably
-from sparsefw.data import Windows
+from sparsefw.data import Batches, Windows
 from sparsefw.driver.block import Run
 from sparsefw.driver.loop import Outcome, Samples, prune_model
 from sparsefw.errors import InputError
@@ -191,7 +191,8 @@ def carry_out(
         # The disk has a finished block as each method pruned it.
         written = len(job.config.methods) * writer.written
         writer.check_space(sum(disk_space(prepared.shape, prepared.workload, placement).values()) - written)
-        say(log.placement_line(placement, needs, prepared.limits))
+        of_batches = isinstance(prepared.calibration, Batches)
+        say(log.placement_line(placement, needs, prepared.limits, of_batches))
         say(log.layer_header())
         with (
             tqdm(total=len(model.blocks), unit="block", disable=None if progress else True) as bar,
@@ -249,13 +250,15 @@ def _prepare(
     seqlen = min(inputs.seqlen, model.max_seqlen or inputs.seqlen)
     if seqlen < inputs.seqlen:
         say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
-    limits = job.output.limits(model.device)
+    limits, before = job.output.limits(model.device), process.peak_memory()["host_bytes"]
     calibration, evaluation = _read_texts(job, seqlen, limits["host"])
     process.give_back()
+    # From Python, the process may have had more at some time before: that is not this run's.
+    peak = process.peak_memory()["host_bytes"]
     notes = model.notes + checkpoint.note_of_others(job.folder)
     for note in notes:
         say(f"note: {note}")
-    say(f"model: {inputs.model}, {len(model.blocks)} blocks, {source.dtype}")
+    say(f"model: {inputs.model}, {len(model.firsts)} blocks, {source.dtype}")
     say(f"calibration: {calibration.n} windows of {calibration.seqlen} tokens of {calibration.source}")
     whole = shape_of(source)
     check_used(whole.layer_names, config.include, config.ignore)
@@ -266,7 +269,14 @@ def _prepare(
         calibration,
         evaluation,
         shape,
-        workload_of(config, calibration.n, [windows.n for windows in evaluation], seqlen, model.device),
+        workload_of(
+            config,
+            calibration.n,
+            [windows.n for windows in evaluation],
+            seqlen,
+            model.device,
+            peak=peak if peak > before else 0,
+        ),
         limits,
         notes,
         checkpoint.fingerprint(source),
@@ -275,7 +285,7 @@ def _prepare(
 
 
 def workload_of(
-    config: PruneConfig, windows: int, evaluation: Sequence[int], seqlen: int, device: torch.device
+    config: PruneConfig, windows: int, evaluation: Sequence[int], seqlen: int, device: torch.device, peak: int = 0
 ) -> Workload:
     """The work of a run in this process, see `Workload`."""
     return Workload(
@@ -286,7 +296,7 @@ def workload_of(
         gpu=device.type == "cuda",
         threads=torch.get_num_threads() if config.kernel == "torch" else 1,
         process=process.resident(),
-        peak=process.peak_memory()["host_bytes"],
+        peak=peak,
     )
 
 

@@ -115,15 +115,7 @@ class StreamedModel:
             return self._read_tensors(wanted, self.device.type == "cuda")
 
     def open(self, i: int, ahead: bool = True) -> nn.Module:
-        """Block i on the device, its parameters checked for NaN and Inf.
-
-        Args:
-            i: number of the block.
-            ahead: whether to read the next block meanwhile.
-
-        Raises:
-            InputError: a parameter holds NaN or Inf.
-        """
+        """As `BlockModel.open`."""
         with self.timeline.span("wait", i):
             tensors = self._next[1].result() if self._next and self._next[0] == i else self.read(i)
         with self.timeline.span("read", i):
@@ -140,7 +132,7 @@ class StreamedModel:
         return block
 
     def open_alone(self, i: int) -> nn.Module:
-        """Block i on the device, unchecked, while nothing else is read."""
+        """As `BlockModel.open_alone`."""
         return self.open_as(i, self.read(i))
 
     def open_as(self, i: int, tensors: Mapping[str, Loadable]) -> nn.Module:

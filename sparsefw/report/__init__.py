@@ -7,6 +7,7 @@ from sparsefw.report.content import (
     EvaluationText,
     MemoryRecord,
     Report,
+    amount,
     read_report,
 )
 from sparsefw.report.environment import device_name, machine, versions
@@ -17,6 +18,7 @@ __all__ = [
     "EvaluationText",
     "MemoryRecord",
     "Report",
+    "amount",
     "device_name",
     "html",
     "log",

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from sparsefw.data.batches import BATCHES
 from sparsefw.errors import InputError, first_line
 from sparsefw.report import typed_json
 from sparsefw.report.typed_json import NAMES
@@ -85,6 +86,13 @@ class EvaluationText:
     windows: int
     seqlen: int
     perplexity: dict[str, float]
+
+
+def amount(source: str, number: int, length: int) -> str:
+    """How much runs through a model: windows of a text, or a caller's batches."""
+    if source == BATCHES:
+        return f"{number} batches of up to {length} positions"
+    return f"{number} windows of {length} tokens"
 
 
 @dataclass(frozen=True)

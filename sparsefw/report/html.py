@@ -20,7 +20,16 @@ from sparsefw.errors import printable
 from sparsefw.flags import flag_of
 from sparsefw.report import charts, log
 from sparsefw.report.charts import LayerAt
-from sparsefw.report.content import Argument, BlockRecord, CalibrationText, EvaluationText, MemoryRecord, Report, mean
+from sparsefw.report.content import (
+    Argument,
+    BlockRecord,
+    CalibrationText,
+    EvaluationText,
+    MemoryRecord,
+    Report,
+    amount,
+    mean,
+)
 from sparsefw.report.kinds import kept_dense, locate, positions_of
 from sparsefw.solver import LayerResult, PruneConfig
 
@@ -182,7 +191,7 @@ def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
 
 
 def _text(text: CalibrationText | EvaluationText) -> str:
-    return f"{text.source}: {text.windows} windows of {text.seqlen} tokens, sha256 {text.hash}"
+    return f"{text.source}: {amount(text.source, text.windows, text.seqlen)}, sha256 {text.hash}"
 
 
 def _memory(memory: MemoryRecord, peaks: dict[str, int]) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from sparsefw.model import Placement
 from sparsefw.process import peak_memory
-from sparsefw.report.content import Report, mean
+from sparsefw.report.content import Report, amount, mean
 from sparsefw.report.kinds import kept_dense
 from sparsefw.solver import METHODS, LayerResult, Pattern, PruneConfig, patterns
 
@@ -75,7 +75,7 @@ def summary(report: Report) -> Iterator[str]:
     yield from (f"{name:16}" + "".join(f"{cell:>16}" for cell in cells) for name, cells in result_rows(report))
     yield ""
     for name, text in zip(texts, evaluation, strict=True):
-        yield f"{name}: {text.windows} windows of {text.seqlen} tokens of {text.source}"
+        yield f"{name}: {amount(text.source, text.windows, text.seqlen)} of {text.source}"
     yield "relative error: error / error of the warm start's mask, mean over layers; mask only: before the refit"
     yield f"peak memory: {_peaks(report)}"
     yield "seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
@@ -99,20 +99,22 @@ def kept_dense_line(report: Report) -> str:
     return f"kept dense: {', '.join(kinds)}" if kinds else ""
 
 
-def placement_line(placement: Placement, needs: "MemoryNeeds", limits: dict[str, int]) -> str:
+def placement_line(placement: Placement, needs: "MemoryNeeds", limits: dict[str, int], of_batches: bool = False) -> str:
     """The memory that a run expects to take.
 
     Args:
         placement: what is held at once, and where.
         needs: bytes expected at the peak, by place.
         limits: memory limits in bytes, by place.
+        of_batches: whether a caller's batches run through the model, and not windows.
     """
+    held = "a batch" if of_batches else f"{placement.batch} windows"
     peaks = [f"{getattr(needs, what) / 2**30:.2f} of {n / 2**30:.2f} GiB ({what})" for what, n in limits.items()]
     where = "" if "gpu" not in limits and placement.place == "host" else f"; activations: {placement.place}"
     ahead = "" if placement.ahead else "; nothing read ahead"
     kept = f"; inputs of up to {placement.kept_width} entries kept" if placement.kept_width else ""
     return (
-        f"memory: {', '.join(peaks)} expected at the peak; {placement.batch} windows at a time, solves in "
+        f"memory: {', '.join(peaks)} expected at the peak; {held} at a time, solves in "
         f"{placement.solver / 2**30:.3g} GiB{where}{ahead}{kept}"
     )
 
