@@ -189,12 +189,23 @@ class TestManners:
         assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
-class _Loop(nn.Module):
-    """Runs the second of its blocks three times."""
+class _Experts(nn.Module):
+    """A block of which one parameter has the matrices of two experts."""
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(4))
+        self.act, self.weight = nn.Tanh(), nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, x):
+        return sum(self.act(nn.functional.linear(x, self.weight[e])) for e in range(2))
+
+
+class _Loop(nn.Module):
+    """Runs the second of its blocks three times."""
+
+    def __init__(self, block=lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))):
+        super().__init__()
+        self.blocks = nn.ModuleList(block() for _ in range(4))
 
     def forward(self, x, target=None):
         for n in (0, 1, 1, 2, 1, 3):
@@ -216,6 +227,13 @@ class TestRepeats:
         assert result.report.kept_dense == ["blocks.1.0.weight", "blocks.1.2.weight"]
         assert result.report.notes == ["stay dense: 1 blocks that run more than once in a forward, blocks.1 first"]
         assert result.perplexity[NAME]["sparsefw"] == pytest.approx(plain_perplexity(model, batches), rel=1e-5)
+
+    def test_experts_of_such_a_block_stay_dense(self):
+        torch.manual_seed(0)
+        model, x = _Loop(_Experts).eval(), torch.randn(16, 8)
+        result = prune(model, calibration=[x], **QUICK)
+        assert [layer.name for layer in result.layers] == [f"blocks.{n}.weight[{e}]" for n in (0, 2, 3) for e in (0, 1)]
+        assert (model.blocks[1].weight != 0).all()
 
     @pytest.mark.parametrize("at", ["blocks.2.0", "blocks.3.0"])
     def test_goes_on(self, at, tmp_path):
