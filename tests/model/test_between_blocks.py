@@ -12,6 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sparsefw.errors import InputError
 from sparsefw.model import embed
+from sparsefw.model.flow import Step
+from sparsefw.model.values import Value
 
 
 def _scaled(blocks, hidden, given):
@@ -295,3 +297,13 @@ def test_a_weight_that_is_multiplied_with_one_is_not_changed(tmp_path, monkeypat
         return hidden
 
     embed(ChangedForward(tmp_path, monkeypatch, forward).model, TOKENS, BATCH)
+
+
+def test_a_step_in_place_leaves_the_tensor_that_it_is_given():
+    """It may be stored, or be another stream's."""
+    x = torch.ones(3)
+    step = Step(torch.Tensor.mul_, (Value(0), 2), {}, [1], in_place=True)
+    ((number, made),) = step.run(lambda leaf: x)
+    assert number == 1
+    assert torch.equal(made, torch.full((3,), 2.0))
+    assert torch.equal(x, torch.ones(3))
