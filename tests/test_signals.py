@@ -41,6 +41,10 @@ print("still there")
 """
 
 
+# However slow the machine is, limits of time do not end the process.
+PATIENT = "signals.RETURN = signals.END = 60"
+
+
 def not_ignoring() -> None:
     """Take back that signals are ignored, as a shell has it for what runs in its background."""
     for number in OBEYED:
@@ -78,7 +82,8 @@ def end(process: subprocess.Popen, *numbers: int) -> tuple[int, str]:
 
 @BOTH
 def test_what_is_open_is_closed(number):
-    body = "try:\n    ready(); time.sleep(60)\nfinally:\n    print('closed', file=sys.stderr)"
+    closing = "try:\n    ready(); time.sleep(60)\nfinally:\n    print('closed', file=sys.stderr)"
+    body = f"{PATIENT}\n{closing}"
     assert end(start(body), number) == (130, "closed\nsparsefw: interrupted\n")
 
 
@@ -97,7 +102,8 @@ def test_a_second_signal_ends_native_code_that_keeps_the_lock_of_python(number):
 
 
 def test_two_kinds_of_signals_are_two_signals():
-    body = "signals.END = 60\ntry: ready(); time.sleep(60)\nfinally: print('closing', flush=True); time.sleep(60)"
+    closing = "try: ready(); time.sleep(60)\nfinally: print('closing', flush=True); time.sleep(60)"
+    body = f"{PATIENT}\n{closing}"
     process = start(body)
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "closing\n"
