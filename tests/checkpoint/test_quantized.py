@@ -1,129 +1,22 @@
-"""Quantized tensors: dequantized as transformers does it, and refused where they are not well formed."""
+"""Checkpoints with quantized tensors: read in their small form, and refused where they are not well formed."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.checkpoints import TENSORS, refused
-from helpers.quantized import change_stored, fp8, mxfp4, save_fp8, save_mxfp4
+from helpers.quantized import change_stored, save_fp8, save_mxfp4
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from sparsefw.checkpoint import quantization, tensors, trust
 from sparsefw.checkpoint.evidence import Evidence
 from sparsefw.checkpoint.reader import read_tensors
 from sparsefw.checkpoint.source import CONFIG, SINGLE, inspect
-from sparsefw.checkpoint.tensors import QuantizedTensor, dequantize_fp8, dequantize_mxfp4
+from sparsefw.checkpoint.tensors import QuantizedTensor, dequantize_fp8
 from sparsefw.model import StreamedModel
 
-PATH = Path("config.json")
 Q = "model.layers.1.self_attn.q_proj.weight"
 Q_SCALE = f"{Q}_scale_inv"
 UP = "model.layers.0.mlp.experts.gate_up_proj"
-
-
-def random(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
-
-
-DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-# Chunks of a few rows, or all rows at once.
-CHUNKS = pytest.mark.parametrize("chunk", [1, 200, 2**20])
-
-
-# The values
-
-
-@DTYPES
-@CHUNKS
-def test_fp8_is_what_transformers_makes_of_it(dtype, chunk, monkeypatch):
-    monkeypatch.setattr(tensors, "CHUNK", chunk)
-    for shape, block in [((48, 32), (16, 16)), ((48, 32), (24, 8)), ((37, 131), (37, 131))]:
-        values, scales = fp8(random(*shape), block)
-        expected = Fp8Dequantize(None)._dequantize_one(values, scales, dtype)
-        assert torch.equal(bits(dequantize_fp8(values, scales, block, dtype)), bits(expected))
-    values, scales = fp8(random(37, 131), None)
-    expected = Fp8Dequantize(None)._dequantize_one(values, scales, dtype)
-    assert torch.equal(bits(dequantize_fp8(values, scales, (37, 131), dtype)), bits(expected))
-
-
-@CHUNKS
-def test_blocks_of_fp8_that_are_smaller_at_the_ends(chunk, monkeypatch):
-    monkeypatch.setattr(tensors, "CHUNK", chunk)
-    x = random(37, 131)
-    values, scales = fp8(x, (16, 48))
-    assert scales.shape == (3, 3)
-    result = dequantize_fp8(values, scales, (16, 48), torch.float32)
-    for i in range(37):
-        for j in range(131):
-            assert result[i, j] == values[i, j].float() * scales[i // 16, j // 48]
-    assert (result - x).abs().max() < 0.07 * x.abs().max()
-
-
-class Largest(TorchDispatchMode):
-    """Inside the `with` block `entries` becomes that of the largest tensor in fp32 that torch makes."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
-            self.entries = max(self.entries, out.numel())
-        return out
-
-
-@pytest.mark.parametrize("block", [(16, 16), (512, 40), (2**16, 1), (1, 2**16), (2**16, 2**16)])
-def test_no_block_of_fp8_takes_memory_of_its_size(block, monkeypatch):
-    monkeypatch.setattr(tensors, "CHUNK", 400)
-    values = random(512, 40).to(torch.float8_e4m3fn)
-    scales = random(-(-512 // block[0]), -(-40 // block[1])).bfloat16()
-    with Largest() as largest:
-        result = dequantize_fp8(values, scales, block, torch.bfloat16)
-    # Factors are cut to the matrix after they were repeated, and the scales are there in fp32.
-    assert largest.entries <= max(2 * 400, scales.numel())
-    each = scales.float()[torch.arange(512)[:, None] // block[0], torch.arange(40) // block[1]]
-    assert torch.equal(result, (values.float() * each).bfloat16())
-
-
-def test_stacked_fp8_and_scales_that_are_exponents():
-    stacked = [fp8(x, (16, 16)) for x in random(3, 48, 32)]
-    values, scales = (torch.stack(part) for part in zip(*stacked, strict=True))
-    scales = scales.to(torch.float8_e8m0fnu)
-    result = dequantize_fp8(values, scales, (16, 16), torch.bfloat16)
-    assert result.shape == (3, 48, 32)
-    expected = Fp8Dequantize(None)._dequantize_one(values, scales, torch.bfloat16)
-    assert torch.equal(bits(result), bits(expected))
-    one = dequantize_fp8(values, torch.tensor([1.0, 2.0, 4.0]), (48, 32), torch.float32)
-    assert torch.equal(one, values.float() * torch.tensor([1.0, 2.0, 4.0])[:, None, None])
-
-
-@DTYPES
-@CHUNKS
-def test_mxfp4_is_what_transformers_makes_of_it(dtype, chunk, monkeypatch):
-    monkeypatch.setattr(tensors, "CHUNK", chunk)
-    x = random(3, 96, 37)
-    values, scales = mxfp4(x)
-    assert values.shape == (3, 37, 3, 16)
-    result = dequantize_mxfp4(values, scales, dtype)
-    assert result.shape == x.shape
-    assert result.is_contiguous()
-    assert torch.equal(bits(result), bits(convert_moe_packed_tensors(values, scales, dtype=dtype)))
-    assert (result.float() - x).abs().max() < 0.26 * x.abs().max()
-    # All bytes, with the least and the greatest exponents that fit.
-    values = torch.arange(256).to(torch.uint8).view(1, 4, 4, 16)
-    scales = torch.tensor([0, 1, 100, 127, 128, 139, 140, 251] * 2, dtype=torch.uint8).view(1, 4, 4)
-    expected = convert_moe_packed_tensors(values, scales, dtype=dtype)
-    assert torch.equal(bits(dequantize_mxfp4(values, scales, dtype)), bits(expected))
-
-
-# Reading
 
 
 def test_the_small_form_is_read(tmp_path):
@@ -309,98 +202,3 @@ def test_a_config_that_is_wrong_about_its_tensors(folder):
     (folder / CONFIG).write_text("{}")
     with refused("tensor odd has dtype F8_E4M3; give a checkpoint in fp32, fp16 or bf16"):
         inspect(folder)
-
-
-@pytest.mark.parametrize("inner", [False, True])
-@pytest.mark.parametrize(
-    ("content", "name"),
-    [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "awq"}, "awq"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-        ({"load_in_8bit": True}, "bitsandbytes"),
-        ({"quant_method": "mxfp8"}, "mxfp8"),
-        ({"quant_method": "\x1b[31m"}, r"\\x1b\[31m"),
-        ({"quant_method": ["fp8"]}, r"\['fp8'\]"),
-        ({"group_size": 64, "bits": 4}, "an unnamed method"),
-    ],
-)
-def test_other_methods(content, name, inner):
-    config = {"quantization_config": content}
-    with refused(
-        rf"^config.json: the model is quantized by {name}, which is not read; "
-        r"give the unquantized checkpoint that it was made from \(quantization_config\)$"
-    ):
-        quantization.quantization_of({"text_config": config} if inner else config, PATH)
-
-
-def test_compressed_tensors():
-    for config in (
-        {"quantization_config": {"quant_method": "compressed-tensors"}},
-        {"compression_config": {"format": "x"}},
-    ):
-        with refused(r"^config.json: .*compressed-tensors.*, or dequantize it first with the tool that made it \("):
-            trust.check_config(config, PATH)
-
-
-@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"weight_block_size": [128]},
-        {"weight_block_size": [0, 128]},
-        {"weight_block_size": [128, True]},
-        {"weight_block_size": [128, 10**9]},
-        {"weight_block_size": "128"},
-        {"weight_block_size": {"0": 1}},
-        {"modules_to_not_convert": "lm_head"},
-        {"modules_to_not_convert": [1]},
-        {"modules_to_not_convert": ["x" * 1000]},
-        {"modules_to_not_convert": ["\x1b[31m"]},
-        {"ignored_layers": {}},
-        {"activation_scheme": "other"},
-        {"expert_dtype": "fp4"},
-        {"scale_fmt": 1},
-        {"dequantize": 1},
-        {"dequantize": "org/name"},
-        {"modules_to_import": ["os"]},
-        {"_name_or_path": "x"},
-    ],
-)
-def test_entries_that_no_real_config_has(method, entry):
-    with refused(
-        rf"^config.json: {next(iter(entry))} .* is not what {method} has; .* \(quantization_config\)$"
-    ) as caught:
-        trust.check_config({"quantization_config": {"quant_method": method} | entry}, PATH)
-    assert str(caught.value).isprintable()
-
-
-REAL = [
-    {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]},
-    {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [128, 128], "ignored_layers": None},
-    {
-        **{"quant_method": "fp8", "activation_scheme": "static", "dequantize": False, "weight_block_size": None},
-        **{"modules_to_not_convert": ["model.vision_tower", "lm_head"]},
-    },
-    {"quant_method": "fp8", "fmt": "float8_e4m3fn", "modules_to_not_convert": ["gate"]},
-    {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
-]
-
-
-@pytest.mark.parametrize("content", REAL)
-def test_real_configs(content):
-    for config in ({"quantization_config": content}, {"text_config": {"quantization_config": content}}):
-        trust.check_config(config, PATH)
-        parsed = quantization.quantization_of(config, PATH)
-        block = content.get("weight_block_size", (128, 128)) if content["quant_method"] == "fp8" else None
-        assert (parsed.method, parsed.block) == (content["quant_method"], block and tuple(block))
-
-
-def test_quantized_in_other_places():
-    with refused(r"^config.json: a part of the model is quantized by itself; .* \(quantization_config\)$"):
-        trust.check_config({"vision_config": {"quantization_config": REAL[0]}}, PATH)
-    with refused("^config.json: the text_config is quantized in another way than the rest"):
-        trust.check_config({"quantization_config": REAL[0], "text_config": {"quantization_config": REAL[2]}}, PATH)
-    with refused("^config.json: quantization_config is fp8, not an object"):
-        trust.check_config({"quantization_config": "fp8"}, PATH)
-    assert quantization.quantization_of({"quantization_config": None}, PATH) is None

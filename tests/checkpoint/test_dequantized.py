@@ -1,0 +1,106 @@
+"""Quantized tensors are dequantized as transformers does it, and better where blocks are smaller at the ends."""
+
+import pytest
+import torch
+from helpers.quantized import fp8, mxfp4
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from sparsefw.checkpoint import tensors
+from sparsefw.checkpoint.tensors import dequantize_fp8, dequantize_mxfp4
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+# Chunks of a few rows, or all rows at once.
+CHUNKS = pytest.mark.parametrize("chunk", [1, 200, 2**20])
+
+
+@DTYPES
+@CHUNKS
+def test_fp8_is_what_transformers_makes_of_it(dtype, chunk, monkeypatch):
+    monkeypatch.setattr(tensors, "CHUNK", chunk)
+    for shape, block in [((48, 32), (16, 16)), ((48, 32), (24, 8)), ((37, 131), (37, 131))]:
+        values, scales = fp8(random(*shape), block)
+        expected = Fp8Dequantize(None)._dequantize_one(values, scales, dtype)
+        assert torch.equal(bits(dequantize_fp8(values, scales, block, dtype)), bits(expected))
+    values, scales = fp8(random(37, 131), None)
+    expected = Fp8Dequantize(None)._dequantize_one(values, scales, dtype)
+    assert torch.equal(bits(dequantize_fp8(values, scales, (37, 131), dtype)), bits(expected))
+
+
+@CHUNKS
+def test_blocks_of_fp8_that_are_smaller_at_the_ends(chunk, monkeypatch):
+    monkeypatch.setattr(tensors, "CHUNK", chunk)
+    x = random(37, 131)
+    values, scales = fp8(x, (16, 48))
+    assert scales.shape == (3, 3)
+    result = dequantize_fp8(values, scales, (16, 48), torch.float32)
+    for i in range(37):
+        for j in range(131):
+            assert result[i, j] == values[i, j].float() * scales[i // 16, j // 48]
+    assert (result - x).abs().max() < 0.07 * x.abs().max()
+
+
+class Largest(TorchDispatchMode):
+    """Inside the `with` block `entries` becomes that of the largest tensor in fp32 that torch makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+            self.entries = max(self.entries, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("block", [(16, 16), (512, 40), (2**16, 1), (1, 2**16), (2**16, 2**16)])
+def test_no_block_of_fp8_takes_memory_of_its_size(block, monkeypatch):
+    monkeypatch.setattr(tensors, "CHUNK", 400)
+    values = random(512, 40).to(torch.float8_e4m3fn)
+    scales = random(-(-512 // block[0]), -(-40 // block[1])).bfloat16()
+    with Largest() as largest:
+        result = dequantize_fp8(values, scales, block, torch.bfloat16)
+    # Factors are cut to the matrix after they were repeated, and the scales are there in fp32.
+    assert largest.entries <= max(2 * 400, scales.numel())
+    each = scales.float()[torch.arange(512)[:, None] // block[0], torch.arange(40) // block[1]]
+    assert torch.equal(result, (values.float() * each).bfloat16())
+
+
+def test_stacked_fp8_and_scales_that_are_exponents():
+    stacked = [fp8(x, (16, 16)) for x in random(3, 48, 32)]
+    values, scales = (torch.stack(part) for part in zip(*stacked, strict=True))
+    scales = scales.to(torch.float8_e8m0fnu)
+    result = dequantize_fp8(values, scales, (16, 16), torch.bfloat16)
+    assert result.shape == (3, 48, 32)
+    expected = Fp8Dequantize(None)._dequantize_one(values, scales, torch.bfloat16)
+    assert torch.equal(bits(result), bits(expected))
+    one = dequantize_fp8(values, torch.tensor([1.0, 2.0, 4.0]), (48, 32), torch.float32)
+    assert torch.equal(one, values.float() * torch.tensor([1.0, 2.0, 4.0])[:, None, None])
+
+
+@DTYPES
+@CHUNKS
+def test_mxfp4_is_what_transformers_makes_of_it(dtype, chunk, monkeypatch):
+    monkeypatch.setattr(tensors, "CHUNK", chunk)
+    x = random(3, 96, 37)
+    values, scales = mxfp4(x)
+    assert values.shape == (3, 37, 3, 16)
+    result = dequantize_mxfp4(values, scales, dtype)
+    assert result.shape == x.shape
+    assert result.is_contiguous()
+    assert torch.equal(bits(result), bits(convert_moe_packed_tensors(values, scales, dtype=dtype)))
+    assert (result.float() - x).abs().max() < 0.26 * x.abs().max()
+    # All bytes, with the least and the greatest exponents that fit.
+    values = torch.arange(256).to(torch.uint8).view(1, 4, 4, 16)
+    scales = torch.tensor([0, 1, 100, 127, 128, 139, 140, 251] * 2, dtype=torch.uint8).view(1, 4, 4)
+    expected = convert_moe_packed_tensors(values, scales, dtype=dtype)
+    assert torch.equal(bits(dequantize_mxfp4(values, scales, dtype)), bits(expected))
