@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sparsefw.checkpoint.source import MAX_HEADER_BYTES
 from sparsefw.checkpoint.tensors import EXPONENT, Loadable, QuantizedInfo, QuantizedTensor, TensorInfo
 from sparsefw.errors import InputError, first_line
 from sparsefw.finite import check_finite
@@ -73,7 +74,8 @@ def opened_at(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, FileIO]]:
         try:
             with path.open("rb", buffering=0) as file:
                 length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
+                # Whatever lies there now, it is not read without a limit.
+                header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
                 for name in sorted(names, key=lambda name: header[name]["data_offsets"][0]):
                     start, end = header[name]["data_offsets"]
                     if end - start != tensors[name].nbytes:
@@ -82,7 +84,7 @@ def opened_at(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, FileIO]]:
                     yield name, file
         except InputError:
             raise
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise InputError(f"{path}: cannot be read any more: {first_line(error)}") from error
 
 

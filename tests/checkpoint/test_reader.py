@@ -32,13 +32,19 @@ def test_memory_is_aligned_as_torchs_own(folder):
         assert all(tensor.data_ptr() % 64 == 0 for tensor in read_shard(folder / SINGLE).values())
 
 
-@pytest.mark.parametrize("how", ["shorter", "gone", "other"])
+@pytest.mark.parametrize("how", ["shorter", "gone", "other", "large header", "list", "no offsets"])
 def test_file_that_changed_since(folder, how):
     tensors, path = inspect(folder).tensors, folder / SINGLE
     if how == "shorter":
         path.write_bytes(path.read_bytes()[:-4])
     elif how == "gone":
         path.unlink()
+    elif how == "large header":
+        path.write_bytes(b"\xff" * 5000)
+    elif how == "list":
+        path.write_bytes((8).to_bytes(8, "little") + b'["a", 1]')
+    elif how == "no offsets":
+        path.write_bytes((16).to_bytes(8, "little") + b'{"a": [], "b":0}')
     else:
         save_file({"a": torch.ones(2)}, path)
     with refused(r"model.safetensors: (ends before|cannot be read any more|tensor \w is not what it was)"):
