@@ -1,5 +1,6 @@
-"""What the output of a run may take the place of, and what it never may: a file that the run reads."""
+"""Checks of an output folder: it may take the place of an older checkpoint, never of a file that the run reads."""
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,12 +19,14 @@ def check_output(output: Path, source: Path, overwrite: bool, read: Iterable[Pat
         output: folder for the pruned checkpoint.
         source: folder of the checkpoint that is read.
         overwrite: whether an older checkpoint may be replaced.
-        read: other files that the run reads.
+        read: other files and folders that the run reads.
 
     Raises:
         InputError: output and source are one folder or one lies in the other; output is a file, or a folder with
             something in it that may not be replaced; the run reads a file in it.
     """
+    for path in (output, *read):
+        _check_not_endless(path)
     target, root = output.resolve(), root_of(source)
     if _lies_in(target, root) or _lies_in(root, target):
         raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another --output")
@@ -46,6 +49,7 @@ def check_free(output: Path, overwrite: bool) -> None:
     """
     if not os.path.lexists(output):
         return
+    _check_not_endless(output)
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: a file; --output is a folder")
     if output.is_mount():
@@ -57,6 +61,15 @@ def check_free(output: Path, overwrite: bool) -> None:
     # A model in memory may have no config; its report shows that a folder holds a pruned one.
     if not any((output / name).is_file() for name in (CONFIG, REPORT)):
         raise InputError(f"{output}: not a checkpoint (no {CONFIG}), so --overwrite will not remove it")
+
+
+def _check_not_endless(path: Path) -> None:
+    """Refuse a link that leads back to itself."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise InputError(f"{path}: a link that leads back to itself") from error
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

@@ -6,7 +6,7 @@ import pytest
 from helpers.checkpoints import make_hub_cache, refused
 
 from sparsefw.checkpoint import replaced
-from sparsefw.checkpoint.replaced import check_output
+from sparsefw.checkpoint.replaced import check_free, check_output
 
 
 @pytest.mark.parametrize("output", ["source", "source/pruned", ".", "other/../source", "link", "link/pruned"])
@@ -78,6 +78,15 @@ def test_neither_is_a_link_that_the_run_reads(folder, output, tmp_path):
         check_output(output, folder, True, [output / "text.txt"])
     with refused("model lies in .*pruned, and would be deleted"):
         check_output(output, output / "model", True)
+
+
+def test_links_that_lead_back_to_themselves(folder, output, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for check in (lambda: check_output(tmp_path / "loop", folder, True), lambda: check_free(tmp_path / "loop", True)):
+        with refused("loop: a link that leads back to itself"):
+            check()
+    with refused("loop: a link that leads back to itself"):
+        check_output(output, folder, True, [tmp_path / "loop"])
 
 
 def test_nor_is_what_lies_in_the_folder_of_an_unfinished_run(folder, tmp_path):
