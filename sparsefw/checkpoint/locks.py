@@ -12,6 +12,8 @@ from sparsefw.errors import InputError
 
 LOCK = "lock"
 
+_PARTIAL = re.compile(r"\..+\.partial")
+
 
 def partial_of(output: Path) -> Path:
     """The folder of an unfinished run into `output`."""
@@ -20,7 +22,7 @@ def partial_of(output: Path) -> Path:
 
 def acquire(path: Path) -> int | None:
     """Take a lock; returns the descriptor that holds it, None if another process does."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The process that held the lock may have removed the folder meanwhile, and another process made it anew.
@@ -45,19 +47,20 @@ def check_apart(output: Path) -> None:
         InputError: there is such a run, or the output lies in the folder of an unfinished one.
     """
     for parent in output.parents:
-        if re.fullmatch(r"\..+\.partial", parent.name) and (parent / LOCK).exists():
+        if _PARTIAL.fullmatch(parent.name) and (parent / LOCK).exists():
             raise InputError(f"{output}: lies in {parent}, the folder of an unfinished run; choose another --output")
         if parent.name and _is_held(partial_of(parent) / LOCK):
             raise InputError(f"{output}: a run is writing {parent}, in which it lies; choose another --output")
     for folder, folders, _ in os.walk(output):
         for name in folders:
-            if re.fullmatch(r"\..+\.partial", name) and _is_held(Path(folder, name, LOCK)):
+            if _PARTIAL.fullmatch(name) and _is_held(Path(folder, name, LOCK)):
                 raise InputError(f"{output}: a run is writing into it ({folder}); choose another --output")
 
 
 def _is_held(path: Path) -> bool:
     try:
-        lock = os.open(path, os.O_RDONLY)
+        # Opening a pipe would block for ever.
+        lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return False
     try:

@@ -1,5 +1,6 @@
 """Runs into one folder, into folders above it and into folders inside it: one at a time."""
 
+import os
 from contextlib import suppress
 
 import pytest
@@ -34,6 +35,24 @@ def test_a_run_above_the_output_of_a_live_one(folder, tmp_path, inner):
         assert contents(tmp_path) == before
         writer.write(TENSORS)
         writer.finish(folder)
+
+
+def test_what_is_no_lock_is_not_waited_for(folder, tmp_path):
+    output = tmp_path / "x"
+    (output / ".y.partial").mkdir(parents=True)
+    os.mkfifo(output / ".y.partial" / "lock")
+    (output / "config.json").write_text("{}")
+    with Writer(output, 1, overwrite=True) as writer:
+        writer.write(TENSORS)
+        writer.finish(folder)
+
+
+def test_a_lock_that_is_a_link(tmp_path):
+    (tmp_path / ".x.partial").mkdir()
+    (tmp_path / ".x.partial" / "lock").symlink_to(tmp_path / "made")
+    with refused("x: cannot be written"):
+        Writer(tmp_path / "x", 1).__enter__()
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_run_into_the_folder_of_an_unfinished_one(folder, tmp_path):
