@@ -3,6 +3,7 @@
 from sparsefw.checkpoint.checksums import DIGEST, SUMS, file_digest, read_sums
 from sparsefw.checkpoint.copied import note_of_others
 from sparsefw.checkpoint.evidence import Evidence, fingerprint
+from sparsefw.checkpoint.progress import Progress
 from sparsefw.checkpoint.reader import read_shard, read_tensors
 from sparsefw.checkpoint.replaced import check_free, check_output
 from sparsefw.checkpoint.resume import durably
@@ -17,6 +18,7 @@ from sparsefw.checkpoint.source import (
     from_hub,
     inspect,
     locate,
+    tensors_in,
 )
 from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.checkpoint.writer import Writer
@@ -29,6 +31,7 @@ __all__ = [
     "SUMS",
     "Checkpoint",
     "Evidence",
+    "Progress",
     "TensorInfo",
     "Writer",
     "check_file",
@@ -46,4 +49,5 @@ __all__ = [
     "read_sums",
     "read_tensors",
     "rewritten",
+    "tensors_in",
 ]

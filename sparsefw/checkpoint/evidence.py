@@ -1,4 +1,4 @@
-"""What a run has read of its source, for a later run that goes on with what is finished.
+"""Digests of the tensors that a run has read of its source, for a later run that goes on with what is finished.
 
 The later run ends with the same bytes as one that has begun anew if all that the finished parts were made of is still
 the same. To hash a large model before a run would take minutes. So tensors are hashed as they are read. A file with the
@@ -8,13 +8,14 @@ tensors are hashed again.
 
 import hashlib
 import os
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import xxhash
 
+from sparsefw.checkpoint.progress import SILENT, Progress
 from sparsefw.checkpoint.reader import opened_at, read_into, read_tensors, stored_parts
 from sparsefw.checkpoint.source import CONFIG, Checkpoint
 from sparsefw.checkpoint.tensors import Loadable, TensorInfo
@@ -35,6 +36,19 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     stored = stored_parts(checkpoint.tensors)
     tensors = sorted((name, str(info.dtype), info.shape) for name, info in stored.items())
     return hashlib.sha256((checkpoint.folder / CONFIG).read_bytes() + repr(tensors).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class FileRead:
+    """Tensors that were read of a file.
+
+    Attributes:
+        stamp: tells the file from one with another content.
+        tensors: digests of the tensors, by name.
+    """
+
+    stamp: Stamp
+    tensors: dict[str, str]
 
 
 class Evidence:
@@ -75,39 +89,44 @@ class Evidence:
                 self._new[name] = digest
                 self._known.add(name)
 
-    def take(self) -> list[dict[str, Any]]:
-        """What was read since the last call, for `find_difference`: the tensors of each file, as JSON values.
+    def take(self) -> list[FileRead]:
+        """The tensors that were read since the last call, file by file, for `find_difference`.
 
-        It may be more than the finished parts are made of, since blocks are read ahead.
+        They may be more than the finished parts are made of, since blocks are read ahead.
         """
         with self._lock:
             digests, self._new = self._new, {}
         files: dict[Path, dict[str, str]] = {}
         for name, digest in digests.items():
             files.setdefault(self._stored[name].file, {})[name] = digest
-        return [{"stamp": self._stamps[path], "tensors": tensors} for path, tensors in files.items()]
+        return [FileRead(self._stamps[path], tensors) for path, tensors in files.items()]
 
-    def find_difference(self, taken: list[dict[str, Any]]) -> str | None:
+    def find_difference(self, taken: list[FileRead], progress: Progress = SILENT) -> str | None:
         """The name of a tensor that is not what an earlier run has read; None if there is none.
 
         Args:
             taken: what `take` has returned in the earlier run.
+            progress: tells the user of a long wait.
 
         Raises:
             InputError: a file cannot be read.
         """
-        digests: dict[str, str] = {}
         current = {path: _stamp(os.stat(path)) for path in {info.file for info in self._stored.values()}}
-        for file in taken:
-            for name, digest in file["tensors"].items():
-                if current[self._stored[name].file] != file["stamp"]:
-                    digests[name] = digest
-        for name, opened in opened_at({name: self._stored[name] for name in digests}):
-            if _digest(opened, self._stored[name].nbytes) != digests[name]:
-                return name
+        read = {name: (digest, file.stamp) for file in taken for name, digest in file.tensors.items()}
+        if gone := read.keys() - self._stored.keys():
+            return min(gone)
+        changed = {
+            name: self._stored[name] for name, (_, stamp) in read.items() if current[self._stored[name].file] != stamp
+        }
+        size = sum(tensor.nbytes for tensor in changed.values())
+        with progress.hashing("tensors of files that are not what they were", size) as done:
+            for name, file in opened_at(changed):
+                if _digest(file, changed[name].nbytes) != read[name][0]:
+                    return name
+                done(changed[name].nbytes)
         with self._lock:
             self._stamps |= current
-            self._known |= {name for file in taken for name in file["tensors"]}
+            self._known |= read.keys()
         return None
 
 

@@ -16,12 +16,47 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sparsefw.checkpoint import typed_json
 from sparsefw.checkpoint.checksums import text_digest
+from sparsefw.checkpoint.evidence import FileRead
 from sparsefw.checkpoint.locks import LOCK, acquire, check_apart, partial_of
 from sparsefw.errors import InputError, first_line, naming
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The record of a finished part: of one shard, and of the files that are kept with it.
+
+    Attributes:
+        names: names of the shard's tensors.
+        bytes, parameters: their sizes in all.
+        sha256: digest of the shard.
+        kept: digests of the kept files, by name.
+        read: the tensors of the source that were read since the last part.
+        note: what a later run has to know of the part, as JSON values.
+    """
+
+    names: list[str]
+    bytes: int
+    parameters: int
+    sha256: str
+    kept: dict[str, str]
+    read: list[FileRead]
+    note: Any
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """The content of identity.json, see `PartialFolder.open`."""
+
+    identity: dict[str, Any]
+    chosen: dict[str, int]
 
 
 def durably(path: Path, write: Callable[[Path], object]) -> None:
@@ -56,7 +91,7 @@ class PartialFolder:
     Attributes:
         folder: path of this folder.
         new: folder of the new output, until it is complete.
-        records: one record for each finished part, in their order.
+        parts: the finished parts, in their order.
         chosen: values that the run which began the folder chose by itself.
     """
 
@@ -64,10 +99,10 @@ class PartialFolder:
         self._output = output
         self.folder = partial_of(output)
         self.new = self.folder / "new"
-        self._old, self._records = self.folder / "old", self.folder / "records"
+        self._old, self._records, self._kept = (self.folder / name for name in ("old", "records", "kept"))
         self._identity = self.folder / "identity.json"
-        self.records: list[dict[str, Any]] = []
-        self.chosen: dict[str, Any] = {}
+        self.parts: list[Part] = []
+        self.chosen: dict[str, int] = {}
 
     def lock(self) -> None:
         """Create the folder if it is not there, and keep other processes away from it.
@@ -75,6 +110,8 @@ class PartialFolder:
         Raises:
             InputError: another process is at work there, or nothing can be written there.
         """
+        if self.folder.is_symlink():
+            raise InputError(f"{self.folder}: a link, in place of the folder of an unfinished run; remove it")
         try:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             lock = acquire(self.folder / LOCK)
@@ -94,50 +131,80 @@ class PartialFolder:
         """
         check_apart(self._output)
 
-    def open(self, identity: dict[str, Any], chosen: dict[str, Any] | None = None, restart: bool = False) -> None:
+    def open(
+        self,
+        identity: dict[str, Any],
+        chosen: dict[str, int] | None = None,
+        restart: bool = False,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """Load the records of what is finished, or begin anew.
 
         Args:
             identity: what makes the run the same, as JSON values; the keys name a difference in messages.
             chosen: values that this run chose by itself. The values of an unfinished run take their place.
             restart: whether to discard what another run has finished.
+            say: called with a line if what is there is no unfinished run any more.
 
         Raises:
             InputError: the unfinished run has another identity, or is damaged.
         """
-        self.chosen = chosen or {}
         identity = json.loads(json.dumps(identity))
-        # A run that was killed before its first part was finished is in nobody's way.
-        begun = self._identity.exists() and self.new.is_dir() and any(self._records.glob("*.json"))
-        if restart or not begun:
-            self._clear()
-            self._records.mkdir()
-            self.new.mkdir()
-            _write_json(self._identity, {"identity": identity, "chosen": self.chosen})
+        missing = self._missing()
+        if not restart and not missing:
+            self._load(identity)
             return
-        content = self._read_json(self._identity)
-        stored, self.chosen = content["identity"], content["chosen"]
-        files = sorted(self._records.glob("*.json"))
-        for n, file in enumerate(files):
-            if file != self._record(n):
-                raise self.damaged(self._record(n), "it is missing")
-        self.records = [self._read_json(file) for file in files]
-        for key in [*identity, *stored]:
-            if stored.get(key) != identity.get(key):
-                raise self.other_input(f"{key} {_abridged(stored.get(key))} then, {_abridged(identity.get(key))} now")
+        # A run that was killed before its first part was finished is in nobody's way.
+        if not restart and (self._count() or any(self.new.glob("*.safetensors"))):
+            say(f"beginning anew: what {self.folder} holds is of no use without {missing[0]}")
+        self._clear()
+        self._records.mkdir()
+        self.new.mkdir()
+        self.chosen = chosen or {}
+        _write_json(self._identity, asdict(_Beginning(identity, self.chosen)))
+
+    def _missing(self) -> list[str]:
+        """Names of what nothing goes on without, and is not there."""
+        missing = [path.name for path in (self._identity, self.new) if not os.path.lexists(path)]
+        return missing if self._count() else [*missing, self._records.name]
+
+    def _load(self, identity: dict[str, Any]) -> None:
+        """Load the records of a run of this identity."""
+        for folder in (self.new, self._records, self._kept):
+            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                raise self.damaged(folder, "it is no folder")
+        beginning = self._read_json(self._identity, _Beginning)
+        for key in [*identity, *beginning.identity]:
+            then, now = beginning.identity.get(key), identity.get(key)
+            if then != now:
+                raise self.other_input(f"{key} {_abridged(then)} then, {_abridged(now)} now")
+        self.chosen = beginning.chosen
+        self.parts = [self._read_json(self._record(n), Part) for n in range(self._count())]
+
+    def _count(self) -> int:
+        """Number of the records on disk, damaged ones too."""
+        return len(list(self._records.glob("*.json")))
 
     def _record(self, n: int) -> Path:
         return self._records / f"{n + 1:05d}.json"
 
-    def _read_json(self, path: Path) -> Any:
+    def _read_json(self, path: Path, kind: type[T]) -> T:
         """The content of a file that `_write_json` has written."""
+        # Opening a pipe would block for ever.
+        if path.is_symlink() or not path.is_file():
+            raise self.damaged(path, "it is missing, or no file")
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["sha256"] == text_digest(json.dumps(stored["content"])):
-                return stored["content"]
+            digest, content = stored["sha256"], stored["content"]
+            intact = digest == text_digest(json.dumps(content))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise self.damaged(path, "it cannot be read, or is of another version") from error
-        raise self.damaged(path)
+        if not intact:
+            raise self.damaged(path)
+        try:
+            return typed_json.convert(kind, content, "")
+        except InputError as error:
+            raise self.damaged(path, str(error)) from error
 
     def damaged(self, path: Path, how: str = "it is not what was written") -> InputError:
         """The error for a file of an unfinished run that cannot be used."""
@@ -149,42 +216,35 @@ class PartialFolder:
     def other_input(self, what: str) -> InputError:
         """The error for a run that is another one than the unfinished one; `what` says what differs."""
         return InputError(
-            f"{self._output}: an unfinished run of other input is there ({len(self.records)} parts finished): {what}; "
+            f"{self._output}: an unfinished run of other input is there ({self._count()} parts finished): {what}; "
             "give what it was given to go on with it, or --restart to discard it, or another --output"
         )
 
     @property
     def finished(self) -> int:
         """Number of the parts on disk that a later run may go on with; damaged ones count."""
-        usable = self._identity.exists() and self.new.is_dir()
-        return len(list(self._records.glob("*.json"))) if usable else 0
+        return 0 if self._missing() else self._count()
 
     def _clear(self) -> None:
         # Without it nothing goes on with what a kill leaves of the rest.
-        self._identity.unlink(missing_ok=True)
-        for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
+        for path in (self._identity, *self.folder.iterdir()):
+            if path.name != LOCK and os.path.lexists(path):
+                _delete(path)
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Record that the next part is finished, with what a later run has to know of it."""
-        _write_json(self._record(len(self.records)), record)
-        self.records.append(record)
+    def add(self, part: Part) -> None:
+        """Record that the next part is finished."""
+        _write_json(self._record(len(self.parts)), asdict(part))
+        self.parts.append(part)
 
     def kept(self, name: str) -> Path:
         """Path of a file that is needed until the run is finished."""
-        return self.folder / "kept" / f"{name}.safetensors"
+        return self._kept / f"{name}.safetensors"
 
     def remove_unknown(self, known: set[Path]) -> None:
         """Delete what a kill has left in `new` and `kept`, and what else lies there, but for the known files."""
-        for path in (*self.new.iterdir(), *self.kept("").parent.glob("*")):
+        for path in (*self.new.iterdir(), *self._kept.glob("*")):
             if path not in known:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+                _delete(path)
 
     def move_into_place(self) -> None:
         """Make `new` the output; an older output is removed with this folder."""
@@ -205,6 +265,14 @@ class PartialFolder:
         """Delete the folder."""
         shutil.rmtree(self.folder)
         self.release()
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a link, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -247,6 +247,23 @@ def _read_headers(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, Ten
     raise foreign.without_safetensors(folder)
 
 
+def tensors_in(folder: Path) -> dict[str, TensorInfo]:
+    """All tensors of all safetensors files in a folder, whatever the files' names, without a config or an index.
+
+    Raises:
+        InputError: there is no such file, one is damaged, or two of them have a tensor of the same name.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in _read_header(path, DTYPES).items():
+            if name in tensors:
+                raise InputError(f"{path}: tensor {name} is in {tensors[name].file.name} too; keep one")
+            tensors[name] = tensor
+    if not tensors:
+        raise InputError(f"{folder}: no tensors in safetensors files; give a folder that sparsefw.run wrote")
+    return tensors
+
+
 def _read_header(path: Path, dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
     check_file(path)
     try:

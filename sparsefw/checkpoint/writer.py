@@ -15,8 +15,9 @@ from torch import Tensor
 
 from sparsefw.checkpoint.checksums import SUMS, file_digest, sums_text
 from sparsefw.checkpoint.evidence import Evidence
+from sparsefw.checkpoint.progress import SILENT, Progress
 from sparsefw.checkpoint.replaced import check_free
-from sparsefw.checkpoint.resume import PartialFolder, durably
+from sparsefw.checkpoint.resume import Part, PartialFolder, durably
 from sparsefw.checkpoint.rewritten import rewritten
 from sparsefw.checkpoint.source import INDEX, companions
 from sparsefw.errors import InputError, first_line
@@ -37,11 +38,12 @@ class Writer:
         evidence: reads the source; None: what is read is not compared.
         overwrite: whether an older checkpoint may be replaced.
         restart: whether to discard what an unfinished run left.
+        progress: tells the user of a long wait, and of parts that are of no use any more.
 
     Attributes:
         output: folder for the checkpoint, links resolved.
         folder: where the checkpoint is until `finish`. A file put here moves with it, in place of the source's.
-        finished: the records that `write` was given with the finished shards.
+        finished: the notes that `write` was given with the finished shards.
     """
 
     def __init__(
@@ -49,16 +51,17 @@ class Writer:
         output: Path,
         shards: int,
         identity: dict[str, Any] | None = None,
-        chosen: dict[str, Any] | None = None,
+        chosen: dict[str, int] | None = None,
         *,
         evidence: Evidence | None = None,
         overwrite: bool = False,
         restart: bool = False,
+        progress: Progress = SILENT,
     ) -> None:
         self.output = output.resolve()
         self.shards, self.overwrite = shards, overwrite
         self._identity, self._chosen, self._restart = identity or {}, chosen, restart
-        self._evidence = evidence
+        self._evidence, self._progress = evidence, progress
         self._partial = PartialFolder(self.output)
         self.folder = self._partial.new
         # Digests of the files that were kept since the last shard, by name.
@@ -86,7 +89,7 @@ class Writer:
             self._partial.restore_output()
             check_free(self.output, self.overwrite)
             self._partial.check_apart()
-            self._partial.open(self._identity, self._chosen, self._restart)
+            self._partial.open(self._identity, self._chosen, self._restart, self._progress.say)
             self._check_finished()
         except BaseException:
             self._leave()
@@ -95,34 +98,36 @@ class Writer:
 
     def _check_finished(self) -> None:
         """Refuse finished parts that are damaged, or that were made of another source; delete what is none."""
-        records, files = self._partial.records, dict[Path, str]()
-        for n, record in enumerate(records):
-            files |= {self.path(n): record["sha256"]}
-            files |= {self.kept(name): digest for name, digest in record["kept"].items()}
-        for path, digest in files.items():
+        parts, digests = self._partial.parts, dict[Path, str]()
+        for n, part in enumerate(parts):
+            digests |= {self.path(n): part.sha256} | {self.kept(name): digest for name, digest in part.kept.items()}
+        for path in digests:
             if path.is_symlink() or not path.is_file():
                 raise self._partial.damaged(path, "it is missing, or no file")
-            if file_digest(path) != digest:
-                raise self._partial.damaged(path)
-        self._partial.remove_unknown(set(files))
+        sizes = {path: path.stat().st_size for path in digests}
+        with self._progress.hashing("finished parts", sum(sizes.values())) as done:
+            for path, digest in digests.items():
+                if file_digest(path) != digest:
+                    raise self._partial.damaged(path)
+                done(sizes[path])
+        self._partial.remove_unknown(set(digests))
         if self._evidence:
-            read = [file for record in records for file in record["read"]]
-            if (name := self._evidence.find_difference(read)) is not None:
+            read = [file for part in parts for file in part.read]
+            if (name := self._evidence.find_difference(read, self._progress)) is not None:
                 raise self._partial.other_input(f"the model has another tensor {name} now")
 
     @property
     def finished(self) -> list[Any]:
         """See the class."""
-        # The key is part of the format on disk.
-        return [record["note"] for record in self._partial.records]
+        return [part.note for part in self._partial.parts]
 
     @property
     def written(self) -> int:
         """Bytes of the tensors in the shards that are finished."""
-        return sum(record["bytes"] for record in self._partial.records)
+        return sum(part.bytes for part in self._partial.parts)
 
     @property
-    def chosen(self) -> dict[str, Any]:
+    def chosen(self) -> dict[str, int]:
         """Values that the run which began this output chose by itself."""
         return self._partial.chosen
 
@@ -149,32 +154,33 @@ class Writer:
     def _name(self, n: int) -> str:
         return f"model-{n + 1:05d}-of-{self.shards:05d}.safetensors"
 
-    def write(self, tensors: dict[str, Tensor], record: Any = None) -> None:
+    def write(self, tensors: dict[str, Tensor], note: Any = None) -> None:
         """Write the next shard; once this returns it is on disk.
 
         Args:
             tensors: by name, on any device; none of them may have been written before.
-            record: what a later run has to know of the shard, as JSON values.
+            note: what a later run has to know of the shard, as JSON values.
 
         Raises:
             ValueError: a name was written before, or two of the tensors are the same memory.
             InputError: the disk is full or failed.
         """
-        records = self._partial.records
-        if repeated := sorted(tensors.keys() & {name for shard in records for name in shard["names"]}):
+        parts = self._partial.parts
+        if repeated := sorted(tensors.keys() & {name for part in parts for name in part.names}):
             raise ValueError(f"{repeated[0]}: this tensor was already written")
-        digest, kept, self._kept = self._save(self.path(len(records)), tensors), self._kept, {}
-        content = {
-            "names": [*tensors],
-            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
-            "parameters": sum(tensor.numel() for tensor in tensors.values()),
-            "note": record,
-            "sha256": digest,
-            "kept": kept,
-            "read": self._evidence.take() if self._evidence else [],
-        }
+        digest = self._save(self.path(len(parts)), tensors)
+        kept, self._kept = self._kept, {}
+        part = Part(
+            names=[*tensors],
+            bytes=sum(tensor.nbytes for tensor in tensors.values()),
+            parameters=sum(tensor.numel() for tensor in tensors.values()),
+            sha256=digest,
+            kept=kept,
+            read=self._evidence.take() if self._evidence else [],
+            note=note,
+        )
         with self._disk_errors():
-            self._partial.add(content)
+            self._partial.add(part)
 
     def keep(self, name: str, tensors: dict[str, Tensor]) -> Path:
         """Write a file of tensors that is there until `finish`; returns its path, which depends on the name alone."""
@@ -223,7 +229,7 @@ class Writer:
             ValueError: shards are missing.
             InputError: something else came to lie at `output` meanwhile, or the disk is full or failed.
         """
-        records = self._complete()
+        parts = self._complete()
         with self._disk_errors():
             self._write_text(INDEX, self._index())
             for name, content in rewritten(source).items():
@@ -235,7 +241,7 @@ class Writer:
                     # Content only: the source's files may be read-only or links.
                     durably(target, partial(shutil.copyfile, path))
         # Those of the shards were made when they were written.
-        self._move({self._name(n): record["sha256"] for n, record in enumerate(records)})
+        self._move({self._name(n): part.sha256 for n, part in enumerate(parts)})
 
     def finish_as(self, save: Callable[[Path], None]) -> None:
         """Write the model otherwise in place of the shards, and move it with the other files to `output`.
@@ -246,21 +252,29 @@ class Writer:
         Raises:
             ValueError, InputError: as `finish`.
         """
-        for n in range(len(self._complete())):
-            self.path(n).unlink()
+        parts = self._complete()
+        # The shards stay until it is written: this may fail, and may take names of theirs.
+        saved = self._partial.folder / "saved"
         with self._disk_errors():
-            save(self.folder)
-            for path in self.folder.iterdir():
-                # safetensors makes files that only the owner can read.
-                path.chmod(self.folder.stat().st_mode & 0o666)
+            shutil.rmtree(saved, ignore_errors=True)
+            saved.mkdir()
+            save(saved)
+            for n in range(len(parts)):
+                self.path(n).unlink()
+            for path in saved.iterdir():
+                path.rename(self.folder / path.name)
+            for path in self.folder.rglob("*"):
+                if path.is_file():
+                    # safetensors makes files that only the owner can read.
+                    path.chmod(self.folder.stat().st_mode & 0o666)
         self._move({})
 
-    def _complete(self) -> list[dict[str, Any]]:
-        """The records of all shards."""
-        records = self._partial.records
-        if len(records) != self.shards:
-            raise ValueError(f"{len(records)} shards of {self.shards} were written")
-        return records
+    def _complete(self) -> list[Part]:
+        """All parts."""
+        parts = self._partial.parts
+        if len(parts) != self.shards:
+            raise ValueError(f"{len(parts)} shards of {self.shards} were written")
+        return parts
 
     def _move(self, digests: dict[str, str]) -> None:
         """Write SHA256SUMS and move all files to `output`; `digests` are those that are known, by name."""
@@ -279,11 +293,10 @@ class Writer:
 
     def _index(self) -> str:
         """The content of the index of the shards."""
-        records = self._partial.records
-        sums = {key: sum(record[key] for record in records) for key in ("parameters", "bytes")}
+        parts = self._partial.parts
         index = {
-            "metadata": {"total_parameters": sums["parameters"], "total_size": sums["bytes"]},
-            "weight_map": {name: self._name(n) for n, record in enumerate(records) for name in record["names"]},
+            "metadata": {"total_parameters": sum(part.parameters for part in parts), "total_size": self.written},
+            "weight_map": {name: self._name(n) for n, part in enumerate(parts) for name in part.names},
         }
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 

@@ -50,7 +50,7 @@ def run_in_memory(
     batch = max(calibration.batches, key=_size)
     # A module's own parameters may ask for gradients.
     with torch.no_grad(), resident(model, batch, _device(model)) as opened:
-        prepared, tokens = _prepare(job, opened, batch, calibration, evaluation, say)
+        prepared, tokens = _prepare(job, opened, batch, calibration, evaluation, saves, say)
         job = replace(job, inputs=replace(job.inputs, seqlen=max(2, tokens)))
 
         def finish(writer: Writer) -> None:
@@ -76,6 +76,7 @@ def _prepare(
     batch: Batch,
     calibration: Batches,
     evaluation: Batches | None,
+    saves: bool,
     say: Callable[[str], None],
 ) -> tuple[Prepared, int]:
     """The run before its first block, and the most vectors of a batch between two blocks."""
@@ -101,6 +102,7 @@ def _prepare(
         _fingerprint(model.model),
         # A caller's batches are not cut.
         fixed={"batch": 1},
+        saved=sum(tensor.nbytes for tensor in model.model.state_dict().values()) if saves else 0,
     )
     return prepared, tokens
 

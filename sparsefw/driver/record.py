@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from sparsefw.checkpoint import typed_json
 from sparsefw.report import BlockRecord
 from sparsefw.solver import LayerResult
 
@@ -44,7 +45,10 @@ class FinishedBlock:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> "FinishedBlock":
-        """The record of the values from `to_json`."""
-        layers = [LayerResult(**row | {"shape": tuple(row["shape"])}) for row in record["layers"]]
-        return cls(BlockRecord(**record["block"]), layers, record["kept_dense"])
+    def from_json(cls, record: Any) -> "FinishedBlock":
+        """The record of the values from `to_json`.
+
+        Raises:
+            InputError: the values are none.
+        """
+        return typed_json.convert(cls, record, "the record of a finished block: ")

@@ -1,6 +1,7 @@
 """One run: a checkpoint in, a pruned checkpoint with its report out."""
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sparsefw import checkpoint, data, process
-from sparsefw.checkpoint import Checkpoint, Evidence, Writer, durably
+from sparsefw.checkpoint import Checkpoint, Evidence, Progress, Writer, durably
 from sparsefw.data import Batches, Windows
 from sparsefw.driver.block import Run
 from sparsefw.driver.loop import Outcome, Samples, prune_model
@@ -126,6 +128,7 @@ class Prepared:
         fingerprint: tells the model from another one.
         evidence: reads the checkpoint; None: the model is in memory, and the fingerprint is of all its tensors.
         fixed: values of `Placement` that are settled, by field.
+        saved: bytes that the end of the run writes while the finished blocks are still on the disk.
     """
 
     device: torch.device
@@ -138,6 +141,7 @@ class Prepared:
     fingerprint: str
     evidence: Evidence | None = None
     fixed: dict[str, int] = field(default_factory=dict)
+    saved: int = 0
 
 
 def run_job(job: CheckpointJob, say: Callable[[str], None], progress: bool) -> Report:
@@ -184,13 +188,14 @@ def carry_out(
     """
     placement, _ = _place(job, prepared)
     chosen = {"batch": placement.batch, "solver": placement.solver}
-    with _writer(job, model, prepared, chosen) as writer:
+    with _writer(job, model, prepared, chosen, Progress(say, progress)) as writer:
         if writer.finished:
             say(f"going on with an unfinished run: {len(writer.finished)} of {writer.shards} parts are there")
         placement, needs = _place(job, prepared, writer.chosen)
         # The disk has a finished block as each method pruned it.
         written = len(job.config.methods) * writer.written
-        writer.check_space(sum(disk_space(prepared.shape, prepared.workload, placement).values()) - written)
+        needed = sum(disk_space(prepared.shape, prepared.workload, placement).values()) + prepared.saved
+        writer.check_space(needed - written)
         of_batches = isinstance(prepared.calibration, Batches)
         say(log.placement_line(placement, needs, prepared.limits, of_batches))
         say(log.layer_header())
@@ -238,9 +243,10 @@ def _why(config: PruneConfig) -> str:
 
 
 def _files_read(job: CheckpointJob) -> list[Path]:
-    """Files and folders here that the run reads beside the source."""
+    """Files and folders here that the run reads beside the source: texts, the Hub's caches, and temporary files."""
     names = [*job.inputs.evaluate, *([job.inputs.dataset] if job.dataset is None else [])]
-    return [Path(path) for path in map(os.path.expanduser, names) if os.path.lexists(path)]
+    texts = [Path(path) for path in map(os.path.expanduser, names) if os.path.lexists(path)]
+    return [*texts, Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE), Path(tempfile.gettempdir())]
 
 
 def _prepare(
@@ -340,7 +346,13 @@ def _place(job: Job, prepared: Prepared, fixed: dict[str, int] | None = None) ->
     return place(prepared.shape, prepared.workload, prepared.limits, folder, fixed=prepared.fixed | (fixed or {}))
 
 
-def _writer(job: Job, model: BlockModel, prepared: Prepared, chosen: dict[str, Any]) -> Writer:
+def _writer(
+    job: Job,
+    model: BlockModel,
+    prepared: Prepared,
+    chosen: dict[str, int],
+    progress: Progress,
+) -> Writer:
     return Writer(
         job.output.folder,
         len(model.firsts) + len(model.pieces),
@@ -349,6 +361,7 @@ def _writer(job: Job, model: BlockModel, prepared: Prepared, chosen: dict[str, A
         evidence=prepared.evidence,
         overwrite=job.output.overwrite,
         restart=job.output.restart,
+        progress=progress,
     )
 
 

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from sparsefw.checkpoint import typed_json
+from sparsefw.checkpoint.typed_json import NAMES
 from sparsefw.data.batches import BATCHES
 from sparsefw.errors import InputError, first_line
-from sparsefw.report import typed_json
-from sparsefw.report.typed_json import NAMES
 from sparsefw.solver import LayerResult
 from sparsefw.timeline import Span
 

@@ -9,8 +9,9 @@ from helpers.checkpoints import TENSORS, refused
 from helpers.families import save_model
 from safetensors.torch import load_file, save_file
 
-from sparsefw.checkpoint import evidence
+from sparsefw.checkpoint import evidence, progress
 from sparsefw.checkpoint.evidence import Evidence, fingerprint
+from sparsefw.checkpoint.progress import Progress
 from sparsefw.checkpoint.source import SINGLE, inspect
 
 # 2 MiB: more than any sample of its beginning.
@@ -95,14 +96,31 @@ def test_only_files_with_other_times_are_hashed(large, monkeypatch):
     assert sorted(hashed) == [0, 12, 2**21]
 
 
+def test_what_takes_long_is_told(large, monkeypatch):
+    taken, said = read(large), []
+    monkeypatch.setattr(progress, "MANY_BYTES", 2**21 + 12)
+    told = Progress(said.append, bar=False)
+    assert Evidence(inspect(large)).find_difference(taken, told) is None
+    assert said == []
+    os.utime(large / SINGLE)
+    assert Evidence(inspect(large)).find_difference(taken, told) is None
+    assert said == ["hashing 0 GB: tensors of files that are not what they were"]
+
+
+def test_a_tensor_that_is_not_there_any_more(large):
+    taken = read(large)
+    save_file({"large": LARGE["large"]}, large / SINGLE)
+    assert difference(large, taken) == "empty"
+
+
 def test_each_tensor_is_taken_once(large):
     reader, tensors = Evidence(inspect(large)), inspect(large).tensors
     reader.read({"other": tensors["other"]})
     first = reader.take()
-    assert [list(file["tensors"]) for file in first] == [["other"]]
+    assert [list(file.tensors) for file in first] == [["other"]]
     reader.read(tensors)
     second = reader.take()
-    assert [sorted(file["tensors"]) for file in second] == [["empty", "large"]]
+    assert [sorted(file.tensors) for file in second] == [["empty", "large"]]
     reader.read(tensors)
     assert reader.take() == []
     # A later run does not take what it has compared.

@@ -3,23 +3,28 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from helpers.checkpoints import contents, refused
 
-from sparsefw.checkpoint.resume import PartialFolder, durably
+from sparsefw.checkpoint.evidence import FileRead
+from sparsefw.checkpoint.resume import Part, PartialFolder, durably
 
 CHOSEN = {"batch": 8}
 IDENTITY = {"--sparsity": "0.6", "the model": "abc", "torch": "2.13"}
+PARTS = [Part([f"t{n}"], 8, 2, f"{n}" * 64, {}, [FileRead([1, 2, 3, 4], {"a": "b"})], {"n": n}) for n in (1, 2)]
 
 
-def opened(tmp_path, identity=IDENTITY, restart=False):
+def opened(tmp_path, identity=IDENTITY, restart=False, said=None):
     partial = PartialFolder(tmp_path / "out")
     partial.lock()
     try:
-        partial.open(identity, CHOSEN, restart)
+        partial.open(identity, CHOSEN, restart, [].append if said is None else said.append)
     finally:
         partial.release()
     return partial
@@ -29,8 +34,8 @@ def with_two_records(tmp_path):
     partial = PartialFolder(tmp_path / "out")
     partial.lock()
     partial.open(IDENTITY, {"batch": 4})
-    for n in (1, 2):
-        partial.add({"n": n})
+    for part in PARTS:
+        partial.add(part)
     partial.release()
     return partial
 
@@ -38,7 +43,7 @@ def with_two_records(tmp_path):
 def test_goes_on_with_what_is_finished(tmp_path):
     with_two_records(tmp_path)
     again = opened(tmp_path)
-    assert again.records == [{"n": 1}, {"n": 2}]
+    assert again.parts == PARTS
     assert again.chosen == {"batch": 4}
 
 
@@ -57,21 +62,37 @@ def test_another_run_is_refused_and_told_what_differs(tmp_path, change, said):
     without = {k: v for k, v in IDENTITY.items() if k != "torch"}
     with refused(r"torch 2\.13 then, nothing now"):
         opened(tmp_path, without)
-    assert len(opened(tmp_path).records) == 2
+    assert len(opened(tmp_path).parts) == 2
 
 
 def test_restart_discards_it(tmp_path):
     with_two_records(tmp_path)
     again = opened(tmp_path, {"--sparsity": "0.5"}, restart=True)
-    assert again.records == []
+    assert again.parts == []
     assert again.chosen == CHOSEN
-    assert opened(tmp_path, {"--sparsity": "0.5"}).records == []
+    assert opened(tmp_path, {"--sparsity": "0.5"}).parts == []
 
 
-def test_folder_without_an_output_to_be_begins_anew(tmp_path):
-    partial = with_two_records(tmp_path)
-    partial.new.rmdir()
-    assert opened(tmp_path, {"--sparsity": "0.5"}).records == []
+@pytest.mark.parametrize("name", ["identity.json", "new", "records"])
+def test_what_is_of_no_use_any_more_is_told(tmp_path, name):
+    partial, said = with_two_records(tmp_path), []
+    (partial.new / "model-00001-of-00002.safetensors").touch()
+    remove(partial.folder / name)
+    assert opened(tmp_path, {"--sparsity": "0.5"}, said=said).parts == []
+    assert said == [f"beginning anew: what {partial.folder} holds is of no use without {name}"]
+    # Nothing was finished now, and --restart says it itself.
+    opened(tmp_path, {"--sparsity": "0.4"}, said=said)
+    with_two_records(tmp_path)
+    remove(partial.folder / "identity.json")
+    opened(tmp_path, restart=True, said=said)
+    assert len(said) == 1
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def flipped(content: bytes) -> bytes:
@@ -89,7 +110,70 @@ def test_damaged_files_are_named_and_nothing_is_deleted(tmp_path, name, damage):
     with refused(rf"out: the unfinished run there is damaged, {name}: it .*; --restart discards it"):
         opened(tmp_path)
     assert contents(tmp_path) == before
-    assert opened(tmp_path, restart=True).records == []
+    assert opened(tmp_path, restart=True).parts == []
+
+
+MAKE = {
+    "folder": Path.mkdir,
+    "pipe": os.mkfifo,
+    "link": lambda path: path.symlink_to("/dev/zero"),
+    "dangling link": lambda path: path.symlink_to("gone"),
+}
+
+
+@pytest.mark.parametrize("made", MAKE)
+@pytest.mark.parametrize("name", ["identity.json", "records/00001.json", "records/00002.json"])
+def test_what_is_no_file_is_named_and_not_opened(tmp_path, name, made):
+    partial = with_two_records(tmp_path)
+    remove(partial.folder / name)
+    MAKE[made](partial.folder / name)
+    with refused(f"is damaged, {name}: it is missing, or no file"):
+        opened(tmp_path)
+    assert partial.finished == 2
+    assert opened(tmp_path, restart=True).parts == []
+
+
+@pytest.mark.parametrize("name", ["new", "records", "kept"])
+def test_links_in_place_of_folders(tmp_path, name):
+    """An output that is a link would be what somebody else may change."""
+    partial = with_two_records(tmp_path)
+    (partial.folder / name).mkdir(exist_ok=True)
+    (partial.folder / name).rename(tmp_path / "elsewhere")
+    (partial.folder / name).symlink_to(tmp_path / "elsewhere")
+    with refused(f"is damaged, {name}: it is no folder"):
+        opened(tmp_path)
+    assert opened(tmp_path, restart=True).parts == []
+    assert (tmp_path / "elsewhere").is_dir()
+
+
+def test_a_link_in_place_of_the_whole_folder(tmp_path):
+    with_two_records(tmp_path).folder.rename(tmp_path / "elsewhere")
+    (tmp_path / ".out.partial").symlink_to("elsewhere")
+    before = contents(tmp_path / "elsewhere")
+    with refused(".out.partial: a link, in place of the folder of an unfinished run; remove it"):
+        opened(tmp_path)
+    assert contents(tmp_path / "elsewhere") == before
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("records/00002.json", {"names": "t"}, "names: expected an array, got a string"),
+        ("records/00002.json", {"bytes": "8"}, "bytes: expected a whole number"),
+        ("records/00001.json", {"kept": {"a": 3}}, "kept.a: expected a string"),
+        ("records/00001.json", {"read": [{"stamp": [1]}]}, r"read\[0\].tensors: missing"),
+        ("records/00001.json", {"more": 1}, "more: unknown to this version"),
+        ("identity.json", {"chosen": {"batch": "8"}}, "chosen.batch: expected a whole number"),
+        ("identity.json", {"identity": [1]}, "identity: expected an object"),
+    ],
+)
+def test_values_of_another_kind(tmp_path, name, change, said):
+    path = with_two_records(tmp_path).folder / name
+    content = json.loads(path.read_text())["content"] | change
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    path.write_text(json.dumps({"sha256": digest, "content": content}))
+    with refused(f"is damaged, {name}: {said}.*; --restart discards it"):
+        opened(tmp_path)
 
 
 def test_missing_and_exchanged_records(tmp_path):
@@ -113,7 +197,7 @@ def test_a_folder_that_was_being_cleared_begins_anew(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             opened(tmp_path, restart=True)
     assert len(list((partial.folder / "records").iterdir())) == 1
-    assert opened(tmp_path).records == []
+    assert opened(tmp_path).parts == []
 
 
 @pytest.mark.slow
@@ -133,7 +217,7 @@ def test_second_process_is_refused_and_the_first_ones_death_frees_it(tmp_path):
         assert contents(tmp_path) == before
         other.kill()
         other.wait()
-        assert opened(tmp_path, {}).records == []
+        assert opened(tmp_path, {}).parts == []
 
 
 def test_file_is_whole_or_not_there(tmp_path):
@@ -164,7 +248,7 @@ def test_layout_on_disk(tmp_path):
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == sorted(names)
     for path, content in (
         ("identity.json", {"identity": IDENTITY, "chosen": {"batch": 4}}),
-        ("records/00002.json", {"n": 2}),
+        ("records/00002.json", asdict(PARTS[1])),
     ):
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         assert json.loads((folder / path).read_text()) == {"sha256": digest, "content": content}

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from sparsefw.checkpoint import progress
 from sparsefw.checkpoint.checksums import SUMS
 from sparsefw.checkpoint.evidence import Evidence
 from sparsefw.checkpoint.source import INDEX, SINGLE, inspect
@@ -289,6 +290,20 @@ def test_damaged_parts_are_named_and_nothing_is_deleted(unfinished, damage, name
     with refused(f"pruned: the unfinished run there is damaged, {name}: it .*; --restart discards it"):
         Writer(unfinished.parent / "pruned", 3).__enter__()
     assert contents(unfinished) == before
+
+
+def test_what_takes_long_is_told(unfinished, monkeypatch, capsys):
+    said: list[str] = []
+    told, size = (
+        progress.Progress(said.append, bar=False),
+        sum(path.stat().st_size for path in unfinished.glob("*/*.safetensors")),
+    )
+    for bytes_, lines in ((size + 1, []), (size, ["hashing 0 GB: finished parts"])):
+        monkeypatch.setattr(progress, "MANY_BYTES", bytes_)
+        with suppress(KeyboardInterrupt), Writer(unfinished.parent / "pruned", 3, progress=told):
+            raise KeyboardInterrupt
+        assert said == lines
+    assert capsys.readouterr() == ("", "")
 
 
 def test_damaged_parts_are_discarded_by_restart(unfinished, folder, tmp_path):

@@ -70,6 +70,8 @@ def convert(kind: type[T], value: Any, where: str) -> T:
 @cache
 def _reader(kind: Any) -> Callable[[Any], Any]:
     """The function that checks and converts values of a type."""
+    if kind is Any:
+        return lambda value: value
     origin, inner = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind):
         hints = get_type_hints(kind)
