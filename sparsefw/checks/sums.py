@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from sparsefw.checkpoint import SUMS, check_file, file_digest, read_sums
+from sparsefw.checkpoint import SUMS, Progress, check_file, file_digest, read_sums
 from sparsefw.checks.verdict import Check
 from sparsefw.errors import InputError
 
@@ -27,28 +27,36 @@ def check_sums(check: Check, output: Path, digest: str | None = None) -> str:
         return ""
     if digest not in (None, actual):
         check.fail(SUMS, f"its SHA-256 is {actual}, not that of --digest")
-    there = set(_files(output))
+    there = _entries(output)
     for name in sorted(there - sums.keys() - {SUMS}):
         check.fail(name, f"not in {SUMS}")
-    for name, expected in sums.items():
+    sizes = {}
+    for name in sums:
         check.count += 1
         if name not in there:
             check.fail(name, "missing")
             continue
         try:
             check_file(output / name, output)
+            sizes[name] = (output / name).stat().st_size
         except InputError as error:
             check.failures.append(str(error))
-            continue
-        if file_digest(output / name) != expected:
-            check.fail(name, "not what the run wrote")
+    with Progress(lambda line: None, bar=True).hashing("files", sum(sizes.values())) as done:
+        for name, size in sizes.items():
+            if file_digest(output / name) != sums[name]:
+                check.fail(name, "not what the run wrote")
+            done(size)
     return actual
 
 
-def _files(folder: Path) -> list[str]:
-    """Names of all that is no folder, links to folders included."""
-    names = []
-    for place, folders, files in os.walk(folder):
-        links = [name for name in folders if Path(place, name).is_symlink()]
-        names += [Path(place, name).relative_to(folder).as_posix() for name in (*files, *links)]
-    return names
+def _entries(folder: Path) -> set[str]:
+    """Names of all that is in a folder and below: of folders only those that are empty, links, or cannot be read."""
+    found: list[str] = []
+    unreadable: list[OSError] = []
+    for place, folders, files in os.walk(folder, onerror=unreadable.append):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        found += [os.path.join(place, name) for name in (*files, *links)]
+        if not files and not folders:
+            found.append(place)
+    found += [error.filename for error in unreadable]
+    return {Path(path).relative_to(folder).as_posix() for path in found}

@@ -82,6 +82,28 @@ def test_added_files(name, copied):
     assert failures(output) == [f"{name}: not in SHA256SUMS"]
 
 
+@pytest.mark.parametrize(("name", "said"), [("empty", "empty"), ("__pycache__/a/b", "__pycache__/a/b")])
+def test_added_folders_without_files(name, said, copied):
+    _, output = copied(*WANDA)
+    (output / name).mkdir(parents=True)
+    assert failures(output) == [f"{said}: not in SHA256SUMS"]
+
+
+def test_a_folder_that_cannot_be_read(copied, monkeypatch):
+    """A superuser can read all of them."""
+    _, output = copied(*WANDA)
+    (output / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if os.path.basename(path) == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert failures(output) == ["closed: not in SHA256SUMS"]
+
+
 def test_an_added_adapter_and_another_digest(copied, capsys):
     _, output = copied(*WANDA)
     (output / "adapter_config.json").write_text("{}")
