@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparsefw.data import BATCHES
 from sparsefw.errors import InputError, shown
 from sparsefw.report import Report, read_report
 from sparsefw.solver import METHODS, LayerResult, Pattern, patterns
@@ -24,6 +25,7 @@ class Claims:
         keeps_zeros: whether weights that are zero in the source were to stay zero.
         layers: results of the pruned layers by name.
         kept_dense: names of the matrices inside the blocks that were not pruned.
+        on_batches: whether a model in memory was pruned on batches.
     """
 
     model: str
@@ -34,6 +36,7 @@ class Claims:
     keeps_zeros: bool
     layers: dict[str, LayerResult]
     kept_dense: set[str]
+    on_batches: bool
 
     def kept_in(self, layer: LayerResult) -> int:
         """Weights that a layer keeps under the pattern."""
@@ -113,6 +116,7 @@ def claims_of(report: Report) -> Claims:
         keeps_zeros=report.argument("keep_zeros", bool),
         layers=layers,
         kept_dense=set(report.kept_dense),
+        on_batches=report.argument("dataset", str) == BATCHES,
     )
 
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from sparsefw import checkpoint
 from sparsefw.checkpoint import CONFIG, DIGEST, INDEX, SINGLE, SUMS, Checkpoint
 from sparsefw.checks.claims import Claims, read_claims
+from sparsefw.checks.in_memory import check_in_memory
 from sparsefw.checks.sums import check_sums
 from sparsefw.checks.verdict import Check, Verdict
 from sparsefw.checks.weights import check_weights
@@ -41,16 +42,30 @@ def verify(output: Path, against: str | None = None, digest: str | None = None) 
     if not output.is_dir():
         raise InputError(f"{output}: no such folder; give one that sparsefw.run wrote")
     claims = read_claims(output / REPORT)
-    if not (output / CONFIG).is_file() or not any(os.path.lexists(output / name) for name in (SINGLE, INDEX)):
-        raise InputError(f"{output}: not a checkpoint; give a folder that sparsefw.run wrote")
-    source, not_compared = _find_source(claims.model, output, against)
-    verdict = Verdict(_checks_of(claims), not_compared=not_compared)
-    checks = verdict.checks
-    verdict.digest = check_sums(checks["sums"], output, digest)
+    verdict = Verdict(_checks_of(claims))
     if claims.refits:
         verdict.skip("kept weights were refitted", "kept")
     if not claims.keeps_zeros:
         verdict.skip("--keep-zeros was not given", "zeros")
+    check = _check_batches if claims.on_batches else _check_text
+    check(verdict, claims, output, against, digest)
+    return verdict
+
+
+def _check_batches(verdict: Verdict, claims: Claims, output: Path, against: str | None, digest: str | None) -> None:
+    """Check a model that was pruned in memory, on batches."""
+    source = None if against is None else _locate(against, output)
+    verdict.digest = check_sums(verdict.checks["sums"], output, digest)
+    check_in_memory(verdict, claims, output, source)
+
+
+def _check_text(verdict: Verdict, claims: Claims, output: Path, against: str | None, digest: str | None) -> None:
+    """Check a model that reads text."""
+    if not (output / CONFIG).is_file() or not any(os.path.lexists(output / name) for name in (SINGLE, INDEX)):
+        raise InputError(f"{output}: not a checkpoint; give a folder that sparsefw.run wrote")
+    checks = verdict.checks
+    source, verdict.not_compared = _find_source(claims.model, output, against)
+    verdict.digest = check_sums(checks["sums"], output, digest)
     if source is None:
         verdict.skip("no source", "copied", "shapes", "zeros", "kept", "others")
     else:
@@ -60,17 +75,16 @@ def verify(output: Path, against: str | None = None, digest: str | None = None) 
     except InputError as error:
         checks["files"].failures.append(str(error))
         verdict.skip("the files are not sound", *checks.keys() - {"sums", "copied", "files"})
-        return verdict
+        return
     _check_files(checks["files"], written)
     dtypes = _check_model(verdict, claims, written, source)
     if source:
         _check_shapes(checks["shapes"], written, source, dtypes)
-    return verdict
 
 
 def _checks_of(claims: Claims) -> dict[str, Check]:
     """All checks, by name, before they are made."""
-    return {
+    checks = {
         "sums": Check(f"all files are in {SUMS}, and as the run wrote them", "files"),
         "files": Check("shards, index and sizes agree"),
         "finite": Check("no NaN, no Inf"),
@@ -83,6 +97,11 @@ def _checks_of(claims: Claims) -> dict[str, Check]:
         "kept": Check("kept weights are the source's, bit for bit", "layers"),
         "others": Check("all but the pruned layers is the source's, bit for bit"),
     }
+    if claims.on_batches:
+        # No file of a source was copied, and which matrices the blocks have is known only while the model runs.
+        del checks["copied"], checks["shapes"]
+        checks["model"].unit, checks["report"].title = "tensors", "the model has all layers that it names"
+    return checks
 
 
 def _find_source(model: str, output: Path, against: str | None) -> tuple[Checkpoint | None, str]:
@@ -92,15 +111,21 @@ def _find_source(model: str, output: Path, against: str | None) -> tuple[Checkpo
         return checkpoint.inspect(DEFAULT_MODEL), ""
     if against is None and not os.path.isdir(os.path.expanduser(model)):
         return None, f"{model or 'the report'}: no such folder here; name the source with --against"
-    folder = checkpoint.locate(name)
-    if folder.resolve() == output.resolve():
-        raise InputError(f"{name}: the output itself; name the checkpoint that was pruned with --against")
+    folder = _locate(name, output)
     try:
         return checkpoint.inspect(folder), ""
     except InputError as error:
         if against is None:
             return None, str(error)
         raise
+
+
+def _locate(name: str, output: Path) -> Path:
+    """The folder of the source."""
+    folder = checkpoint.locate(name)
+    if folder.resolve() == output.resolve():
+        raise InputError(f"{name}: the output itself; name the checkpoint that was pruned with --against")
+    return folder
 
 
 def _check_model(

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from sparsefw.checkpoint import Checkpoint
@@ -135,13 +135,12 @@ def _check_block(
         return {}
     sizes = {layer.removeprefix(f"{name}."): math.prod(result.shape) for layer, result in layers.items()}
     _check_report(verdict, claims, name, not_pruned(block, sizes))
-    after, before = _tensors(block, name, layers), None
+    after, before = by_slices(block.state_dict(prefix=f"{name}."), layers), None
     if original:
-        before = _tensors(_from_source(original.open, i), name, layers)
-        others = ({name: t for name, t in tensors.items() if name not in layers} for tensors in (after, before))
-        _compare(checks["others"], *others)
+        before = by_slices(_from_source(original.open, i).state_dict(prefix=f"{name}."), layers)
+        compare_others(checks["others"], after, before, layers)
     for layer in layers.values():
-        _check_layer(verdict, claims, layer, after.get(layer.name), before)
+        check_layer(verdict, claims, layer, after.get(layer.name), before)
     model.close(i)
     if original:
         original.close(i)
@@ -156,11 +155,11 @@ def _from_source(read: Callable[..., Result], *arguments: object) -> Result:
         raise InputError(f"the source: {error}") from error
 
 
-def _tensors(block: nn.Module, prefix: str, pruned: dict[str, LayerResult]) -> dict[str, Tensor]:
-    """A block's tensors by name. Of a stacked parameter with a pruned slice, every slice is a tensor of its own."""
+def by_slices(state: dict[str, Tensor], pruned: dict[str, LayerResult]) -> dict[str, Tensor]:
+    """Tensors of a model by name. Of a stacked parameter with a pruned slice, every slice is a tensor of its own."""
     sizes = {without_index(name): math.prod(layer.shape) for name, layer in pruned.items()}
     tensors: dict[str, Tensor] = {}
-    for name, tensor in block.state_dict(prefix=f"{prefix}.").items():
+    for name, tensor in state.items():
         slices = slices_of(name, tensor, sizes.get(name))
         if slices and not pruned.keys().isdisjoint(slices):
             parts = tensor if tensor.dim() == 3 else tensor.chunk(len(slices))
@@ -170,7 +169,7 @@ def _tensors(block: nn.Module, prefix: str, pruned: dict[str, LayerResult]) -> d
     return tensors
 
 
-def _check_layer(
+def check_layer(
     verdict: Verdict, claims: Claims, layer: LayerResult, after: Tensor | None, sources: dict[str, Tensor] | None
 ) -> None:
     """Check a pruned layer.
@@ -255,6 +254,13 @@ def _first_over(counts: Tensor, limits: Tensor) -> tuple[int, int, int, str] | N
     first = int(over.view(torch.uint8).argmax().item())
     more = f", and {total - 1} more like it" if total > 1 else ""
     return first, int(counts[first].item()), int(limits[first].item()), more
+
+
+def compare_others(
+    check: Check, after: dict[str, Tensor], before: dict[str, Tensor], pruned: dict[str, LayerResult]
+) -> None:
+    """Compare all tensors but the pruned layers with the source's, bit for bit."""
+    _compare(check, *({name: t for name, t in tensors.items() if name not in pruned} for tensors in (after, before)))
 
 
 def _compare(check: Check, after: dict[str, Tensor], before: dict[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ from sparsefw.model.placement import Placement
 from sparsefw.model.resident import ResidentModel, resident
 from sparsefw.model.shape_of import shape_of, shape_of_resident
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
+from sparsefw.model.skeleton import load_whole
 from sparsefw.model.streamed import StreamedModel
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "StreamedModel",
     "embed",
     "embed_batches",
+    "load_whole",
     "logits",
     "loss",
     "perplexity",

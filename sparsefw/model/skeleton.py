@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from sparsefw.checkpoint import trust
 from sparsefw.checkpoint.quantization import KEY, ORIGINAL
+from sparsefw.checkpoint.reader import read_tensors
 from sparsefw.checkpoint.source import CONFIG, Checkpoint
 from sparsefw.checkpoint.tensors import Loadable
 from sparsefw.errors import InputError, first_line, shown
@@ -90,8 +91,12 @@ class Skeleton:
         return {k: v.cpu().contiguous() for k, v in private.export_tensors(self.model, tensors).items()}
 
 
-def build(checkpoint: Checkpoint) -> Skeleton:
+def build(checkpoint: Checkpoint, as_named: bool = False) -> Skeleton:
     """Build a checkpoint's model from its config, and compare it with the checkpoint's headers; reads no tensor.
+
+    Args:
+        checkpoint: the checkpoint.
+        as_named: whether to take the class that the config names, though it may generate no text.
 
     Raises:
         InputError: transformers cannot load it, or tensors are missing or do not fit.
@@ -104,11 +109,25 @@ def build(checkpoint: Checkpoint) -> Skeleton:
         with trust.bounded(2 * len(checkpoint.tensors)):
             config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
             forget_quantization(config)
-            return _build(checkpoint, config)
+            return _build(checkpoint, config, as_named)
     except InputError:
         raise
     except LOADING as error:
         raise InputError(f"{checkpoint.folder}: transformers cannot load this model: {first_line(error)}") from error
+
+
+def load_whole(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All tensors of a model of the class that the config names, by their names in the model, on the host.
+
+    Raises:
+        InputError: as `build` and `read_tensors`.
+    """
+    skeleton = build(checkpoint, as_named=True)
+    wanted = {name: checkpoint.tensors[name] for name in skeleton.goes_into}
+    skeleton.load(read_tensors(wanted), torch.device("cpu"))
+    state = skeleton.model.state_dict()
+    private.tie_parameters(skeleton.model, state.keys() - skeleton.goes_into.values())
+    return {name: tensor for name, tensor in skeleton.model.state_dict().items() if not tensor.is_meta}
 
 
 def forget_quantization(config: Any) -> None:
@@ -121,7 +140,7 @@ def forget_quantization(config: Any) -> None:
             delattr(part, KEY)
 
 
-def _build(checkpoint: Checkpoint, config: Any) -> Skeleton:
+def _build(checkpoint: Checkpoint, config: Any, as_named: bool) -> Skeleton:
     # Some versions of the fused attention silently leave out a cap on attention logits.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     options: dict[str, Any] = {
@@ -131,7 +150,8 @@ def _build(checkpoint: Checkpoint, config: Any) -> Skeleton:
         "experts_implementation": "eager",
     }
     named = config.architectures or []
-    kind, config = class_of(config, checkpoint.folder)
+    named_class = private.named_class(config) if as_named else None
+    kind, config = (named_class, config) if named_class else class_of(config, checkpoint.folder)
     with torch.device("meta"):
         empty = private.from_config(kind, config, **options)
     conversions = private.conversions_of(empty)

@@ -93,6 +93,21 @@ def generating_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     return None
 
 
+def named_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of transformers that the config names, whatever it is made for, if it takes this type of config."""
+    for name in config.architectures or []:
+        kind = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.config_class is type(config):
+            return kind
+    return None
+
+
+def has_class(names: object) -> bool:
+    """Whether transformers has a class of one of the names that a config lists."""
+    listed = names if isinstance(names, list) else []
+    return any(isinstance(name, str) and isinstance(getattr(transformers, name, None), type) for name in listed)
+
+
 def from_config(kind: type[PreTrainedModel], config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     """A model of this class without weights, on torch's default device."""
     return kind._from_config(config, **options)
