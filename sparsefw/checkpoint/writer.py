@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
@@ -254,14 +255,11 @@ class Writer:
         """
         parts = self._complete()
         # The shards stay until it is written: this may fail, and may take names of theirs.
-        saved = self._partial.folder / "saved"
-        with self._disk_errors():
-            shutil.rmtree(saved, ignore_errors=True)
-            saved.mkdir()
-            save(saved)
+        with self._disk_errors(), TemporaryDirectory(prefix="saved-", dir=self._partial.folder) as saved:
+            save(Path(saved))
             for n in range(len(parts)):
                 self.path(n).unlink()
-            for path in saved.iterdir():
+            for path in Path(saved).iterdir():
                 path.rename(self.folder / path.name)
             for path in self.folder.rglob("*"):
                 if path.is_file():
