@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sparsefw.errors import InputError, printable
+from sparsefw.flags import checked_path
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, config_for
 from sparsefw.solver.config import PruneConfig
 
@@ -118,7 +119,7 @@ def prune(
         # Names in it come from the checkpoint.
         log(printable(line))
 
-    output_folder = Path(output) if output is not None else None
+    output_folder = None if output is None else checked_path("output", output)
     places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
     of_text = dict(dataset=dataset, nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, tokenizer=tokenizer)
     if calibration is not None:

@@ -1,18 +1,22 @@
 """Shared by the commands: flags made from the fields of PruneConfig and Inputs, and lines that print."""
 
 import argparse
+import logging
+import warnings
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparsefw.errors import printable
+from transformers.utils import logging as transformers_logging
+
+from sparsefw.errors import InputError, printable
 from sparsefw.flags import DEPENDS, flag_of
 from sparsefw.inputs import Inputs, config_for
 from sparsefw.solver.config import PruneConfig
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error on one line, without the usage, which --help prints."""
+    """Refuses flags as everything else is refused, without the usage, which --help prints."""
 
     def __init__(self, command: str, description: str | None, epilog: str | None = None) -> None:
         super().__init__(
@@ -24,8 +28,12 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Print one line on stderr, and exit with status 2."""
-        self.exit(2, f"sparsefw: {printable(message)} (--help lists the options)\n")
+        """Refuse flags.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(f"{message} (--help lists the options)")
 
 
 def run_parser(description: str | None) -> Parser:
@@ -77,3 +85,21 @@ def inputs_and_config(arguments: argparse.Namespace) -> tuple[Inputs, PruneConfi
 def say(line: str) -> None:
     """Print a line on stdout. Names in it come from files: what does not print is spelled out."""
     print(printable(line))
+
+
+class _PrintableRecord(logging.LogRecord):
+    """A line of a library's log, which may quote files."""
+
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
+
+
+def quiet_libraries() -> None:
+    """Have libraries print nothing but errors and warnings, each on one line in which names are spelled out.
+
+    transformers prints no warnings either. What matters of them is checked here, or comes with an exception.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.setLogRecordFactory(_PrintableRecord)
+    warnings.formatwarning = lambda message, category, *_: printable(f"{category.__name__}: {message}") + "\n"

@@ -17,8 +17,9 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that is not blank; without one, the exception's name."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an exception's message, with what a colon at its end announces; without one, its name."""
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join([first, *others[:1]]) if first.endswith(":") else first
 
 
 def printable(text: str) -> str:

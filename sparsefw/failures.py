@@ -1,10 +1,11 @@
-"""What an exception that ended a command comes to: an exit status, and one line."""
+"""Tell an exception that ended a command: one line on stderr, and an exit status."""
 
 import os
 import platform
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 
 from sparsefw import __version__
 from sparsefw.errors import InputError, printable, shown
@@ -21,23 +22,29 @@ LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "da
 
 
 def tell(error: BaseException, interrupted: bool) -> int:
-    """Print the exception that ended a command, with its notes, on one line on stderr; returns the exit status.
+    """Print the exception that ended a command, with its notes, on one line on stderr.
 
     Args:
         error: the exception.
-        interrupted: whether a signal came before. Whatever happens after it, comes of it: libraries make other
-            exceptions of its own.
+        interrupted: whether a signal came before. Then the exception comes of it: libraries turn KeyboardInterrupt
+            into exceptions of their own.
+
+    Returns:
+        The exit status.
     """
     interrupted = interrupted or isinstance(error, KeyboardInterrupt)
     status, message = (INTERRUPTED, "interrupted") if interrupted else _outcome(error)
     line = printable("; ".join([message, *getattr(error, "__notes__", [])]))
     if len(line) > LONGEST:
         line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
-    print(f"sparsefw: {line}", file=sys.stderr)
+    # If nobody can be told, the status remains.
+    with suppress(OSError):
+        print(f"sparsefw: {line}", file=sys.stderr)
     return status
 
 
 def _outcome(error: BaseException) -> tuple[int, str]:
+    """The exit status and the message of an exception."""
     on_one_line = " ".join(str(error).split())
     if isinstance(error, InputError):
         return BAD_INPUT, str(error)
@@ -45,11 +52,16 @@ def _outcome(error: BaseException) -> tuple[int, str]:
         return FAILED, "nobody reads what is printed (broken pipe)"
     if isinstance(error, OSError):
         return _of_system(error)
+    if isinstance(error, RuntimeError) and on_one_line.startswith("Symlink loop from"):
+        # pathlib makes it of an error of the system, before Python 3.13.
+        return BAD_INPUT, on_one_line
     if isinstance(error, _of("safetensors", "SafetensorError")):
         return BAD_INPUT, on_one_line
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in on_one_line:
         # torch has no class of its own for it.
         return FAILED, "the host's memory is full; give fewer or shorter windows (--nsamples, --seqlen)"
+    if isinstance(error, ImportError):
+        return FAILED, f"a library cannot be loaded, check the installation: {on_one_line}"
     if isinstance(error, (FloatingPointError, *_of("torch", "OutOfMemoryError"))):
         return FAILED, on_one_line
     return UNFORESEEN, f"unforeseen {type(error).__name__}: {shown(on_one_line)}; {_reported(error)}"

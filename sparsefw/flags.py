@@ -1,8 +1,11 @@
 """Fields of the dataclasses that users fill in, with what their command-line flags and their checks need."""
 
 import numbers
+import os
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import Field, field, fields
+from pathlib import Path
 from typing import Any
 
 from sparsefw.errors import InputError, shown
@@ -122,3 +125,17 @@ def checked_number(name: str, value: Any, least: float, most: float | None, *, w
         upper = "" if most is None else f" and at most {most}"
         raise InputError(f"{flag_of(name)} {shown(value)}: expected at least {least}{upper}")
     return number
+
+
+def checked_path(name: str, value: str | Path) -> Path:
+    """The value as a path; nothing need be there.
+
+    Raises:
+        InputError: it holds what no path can hold, such as a null character.
+    """
+    try:
+        with suppress(OSError):
+            os.lstat(value)
+    except ValueError as error:
+        raise InputError(f"{flag_of(name)} {shown(value)}: not a path ({error})") from error
+    return Path(value)

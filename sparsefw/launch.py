@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from sparsefw.signals import INTERRUPTED, OBEYED, obeyed
+from sparsefw.signals import INTERRUPTED, obeyed
 
 # The line of a process that ends without looking at what is finished.
 LAST_WORDS = {"run": "interrupted; the same command goes on after the last finished part"}
@@ -28,10 +28,10 @@ def launch(name: str, argv: list[str] | None = None) -> int:
         _prepare_process()
     with obeyed(LAST_WORDS.get(name, "interrupted")) as interruption:
         try:
+            _check_current_folder()
             status = importlib.import_module(f"sparsefw.commands.{name}").run(argv)
-            if sys.stdout:
-                # A full disk would show when there is nobody left to tell it.
-                sys.stdout.flush()
+            # A full disk would show when there is nobody left to tell it.
+            sys.stdout.flush()
         except (Exception, KeyboardInterrupt) as error:
             # Imported where it is needed: until signals are obeyed, every millisecond counts.
             from sparsefw.failures import tell
@@ -43,21 +43,36 @@ def launch(name: str, argv: list[str] | None = None) -> int:
 
 
 def _prepare_process() -> None:
-    """Have lines come out as they are printed, and spell out characters that the terminal does not have."""
+    """Have three open streams, whose lines come out as they are printed, and no traceback where Python is interrupted."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Before and after `obeyed`.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # A file that is opened later would get the number of a closed stream, and what libraries print would go into it.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
+            # Characters that the terminal does not have are spelled out.
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
+def _check_current_folder() -> None:
+    """Refuse to run in a folder that is gone: libraries abort there."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        from sparsefw.errors import InputError
+
+        raise InputError("the current folder has been deleted; go to another one") from error
+
+
 def _end_process(status: int) -> None:
-    """Prepare the end of Python, which handles no signal and no error of a stream."""
-    for number in OBEYED:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+    """Prepare the end of Python, which handles no error of a stream."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream:
-                stream.flush()
+            stream.flush()
         except OSError:
             # Python would try once more, and complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a command at any time, also inside imports and native code.
+"""SIGINT, SIGTERM and SIGHUP end a command at any time, also inside imports and native code.
 
 Python runs a signal's handler between two steps of the main thread. Native code may keep that thread for minutes, and a
 module that is half imported may turn the handler's exception into anything. So there are three ways to end:
@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 # Exit status of a command that was interrupted.
 INTERRUPTED = 130
 
-OBEYED = (signal.SIGINT, signal.SIGTERM)
+OBEYED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # Seconds after the first signal in which the main thread must be back from native code, and in which all must be over.
 # A block that is being written may take the longer one.
@@ -77,8 +77,11 @@ class Interruption:
             time.sleep(60)
         # An own line, if a progress bar is in the last one.
         start = "\n" if os.isatty(2) else ""
-        os.write(2, f"{start}sparsefw: {self._last_words}\n".encode())
-        os._exit(INTERRUPTED)
+        try:
+            os.write(2, f"{start}sparsefw: {self._last_words}\n".encode())
+        finally:
+            # Also where nobody reads it: a terminal that is gone, a full disk.
+            os._exit(INTERRUPTED)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsefw.errors import InputError, naming, shown
+from sparsefw.errors import InputError, first_line, naming, shown
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,18 @@ def test_errors_of_the_system_name_a_file():
         raise OSError(28, "No space left on device")
     with pytest.raises(OSError, match="No such file or directory: '/nowhere'"), naming(Path("/a/b")):
         Path("/nowhere").stat()
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("\n  first\nsecond", "first"),
+        ("", "KeyError"),
+        ("One of these is wrong:\n\n   a\n   b", "One of these is wrong: a"),
+        ("nothing follows:", "nothing follows:"),
+    ],
+)
+def test_the_first_line_says_something(message, line):
+    error = KeyError()
+    error.args = ()
+    assert first_line(ValueError(message) if message else error) == line

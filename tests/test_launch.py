@@ -1,6 +1,7 @@
 """Whatever ends a command, it says one line and has an exit status."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def missing(name):
         (raising(InputError(LONG + "; the end")), 2, "x" * 1000 + " ... " + "x" * 991 + "; the end"),
         (raising(FloatingPointError("no\nnumber")), 1, "no number"),
         (raising(torch.OutOfMemoryError("CUDA out of memory.\n  Tried")), 1, "CUDA out of memory. Tried"),
+        (raising(ImportError("no\nlib")), 1, "a library cannot be loaded, check the installation: no lib"),
         (raising(SafetensorError("a\x07")), 2, r"a\x07"),
         (raising(OSError(28, "No space left on device")), 1, "[Errno 28] No space left on device"),
         (raising(BrokenPipeError(32, "Broken pipe")), 1, "nobody reads what is printed (broken pipe)"),
@@ -94,22 +96,64 @@ def test_a_traceback_that_cannot_be_written(command, tmp_path, monkeypatch):
     assert line.startswith("unforeseen KeyError: 'a'; this is a mistake in sparsefw: please report it (its traceback ")
 
 
+def test_a_current_folder_that_is_gone(command, tmp_path, monkeypatch):
+    """Libraries abort there, so it is found out before any is imported."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    told = (2, "the current folder has been deleted; go to another one")
+    assert command(lambda argv: pytest.fail("it was imported")) == told
+
+
+def test_the_status_remains_where_nobody_can_be_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sparsefw.commands.told", SimpleNamespace(run=raising(InputError("bad"))))
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr("sys.stderr", full)
+        assert launch("told", []) == 2
+        monkeypatch.undo()
+        # What is still in the buffer has to go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+
+
+def launched(body: str, **options) -> subprocess.CompletedProcess:
+    """A process that launches a command, and is asked what became of it; its end shows what Python would add."""
+    code = (
+        "import os, signal, sys; from types import SimpleNamespace; from sparsefw.launch import launch; "
+        f"sys.modules['sparsefw.commands.told'] = SimpleNamespace(run=lambda argv: {body}); status = launch('told'); "
+        "signal.raise_signal(signal.SIGINT) if status == 3 else sys.exit(status)"
+    )
+    options = {"stderr": subprocess.PIPE} | options
+    return subprocess.run([sys.executable, "-c", code], text=True, check=False, **options)
+
+
 @pytest.mark.parametrize(
     ("output", "line"),
     [("/dev/full", "[Errno 28] No space left on device"), (None, "nobody reads what is printed (broken pipe)")],
 )
 def test_output_that_cannot_be_written(output, line):
-    """A process of its own, whose end shows what Python would add."""
-    code = (
-        "import sys; from types import SimpleNamespace; from sparsefw.launch import launch; "
-        "sys.modules['sparsefw.commands.told'] = SimpleNamespace(run=lambda argv: print('much')); "
-        "sys.exit(launch('told'))"
-    )
     if output:
         stdout = os.open(output, os.O_WRONLY)
     else:
         reads, stdout = os.pipe()
         os.close(reads)
-    done = subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    done = launched("print('much')", stdout=stdout)
     os.close(stdout)
     assert (done.returncode, done.stderr) == (1, f"sparsefw: {line}\n")
+
+
+def test_no_file_takes_the_place_of_a_closed_stream():
+    def close():
+        os.close(1)
+        os.close(2)
+
+    devices = "{os.fstat(n).st_rdev for n in (1, 2)} == {os.stat(os.devnull).st_rdev}"
+    body = f"print('a', file=sys.stderr) or print('b') or (5 if {devices} else 1)"
+    assert launched(body, preexec_fn=close).returncode == 5
+
+
+def test_no_traceback_between_the_command_and_the_end_of_python():
+    def heed():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    done = launched("3", preexec_fn=heed)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a process wherever it is, in one line. Each case is a process that imports little."""
+"""SIGINT, SIGTERM and SIGHUP end a process wherever it is, in one line. Each case is a process that imports little."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 
 from sparsefw.signals import OBEYED, obeyed
 
-BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+EACH = pytest.mark.parametrize("number", OBEYED)
 
 # A process that obeys signals. Native code is a call of the C library, and waits for a signal in another thread: in the
 # main thread, a signal would end the call.
@@ -80,19 +80,24 @@ def end(process: subprocess.Popen, *numbers: int) -> tuple[int, str]:
     return process.returncode, errors
 
 
-@BOTH
+@EACH
 def test_what_is_open_is_closed(number):
     closing = "try:\n    ready(); time.sleep(60)\nfinally:\n    print('closed', file=sys.stderr)"
     body = f"{PATIENT}\n{closing}"
     assert end(start(body), number) == (130, "closed\nsparsefw: interrupted\n")
 
 
-@BOTH
+@EACH
 def test_native_code_that_does_not_come_back(number):
     assert end(start("native(ctypes.CDLL(None))"), number) == (130, "sparsefw: last words\n")
 
 
-@BOTH
+def test_an_end_of_which_nobody_can_be_told():
+    with open("/dev/full", "w") as full:
+        assert end(start("native(ctypes.CDLL(None))", stderr=full), signal.SIGHUP)[0] == 130
+
+
+@EACH
 def test_a_second_signal_ends_native_code_that_keeps_the_lock_of_python(number):
     process = start("native(ctypes.PyDLL(None))")
     process.send_signal(number)
@@ -110,7 +115,7 @@ def test_two_kinds_of_signals_are_two_signals():
     assert end(process, signal.SIGTERM) == (130, "sparsefw: last words\n")
 
 
-@BOTH
+@EACH
 def test_closing_that_does_not_end(number):
     body = "try:\n    ready(); time.sleep(60)\nfinally:\n    time.sleep(60)"
     assert end(start(body), number) == (130, "sparsefw: last words\n")
@@ -159,7 +164,7 @@ def test_handlers_are_as_before_afterwards():
 
 
 @pytest.mark.parametrize("name", ["run", "plan", "verify"])
-@BOTH
+@EACH
 def test_commands_obey_while_they_import_torch(name, number, tmp_path):
     """A module in place of torch takes as long as it wants."""
     (tmp_path / "torch.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")

@@ -11,13 +11,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
-from sparsefw.cli import Parser, inputs_and_config, run_parser, say
+from sparsefw.cli import Parser, inputs_and_config, quiet_libraries, run_parser, say
 from sparsefw.errors import InputError, first_line
 from sparsefw.estimate.plan import Machine, RateFlags, plan
 from sparsefw.estimate.rates import CARDS, UNITS
 from sparsefw.estimate.tables import lines
+from sparsefw.flags import checked_path
 
 EPILOG = "All flags of python -m sparsefw.run, too; there --help lists them. --model may be a config file."
 
@@ -27,8 +26,7 @@ ON_GPU = ("--kernel", "triton", "--precision", "bf16")
 
 def run(argv: list[str] | None) -> int:
     """Plan a run, print the plan and write it as JSON."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     own, others = _parser().parse_known_args(argv)
     content = _plan(own, others)
     if own.json:
@@ -71,11 +69,12 @@ def _plan(own: argparse.Namespace, others: list[str]) -> dict[str, Any]:
     inputs, config = inputs_and_config(arguments)
     machine = Machine(own.gpu, arguments.gpu_memory, arguments.host_memory)
     rate_flags = RateFlags(own.tflops, own.bandwidth, own.disk, own.measure)
-    return plan(inputs, config, machine, rate_flags, arguments.output.resolve().parent)
+    output = checked_path("output", arguments.output)
+    return plan(inputs, config, machine, rate_flags, output.resolve().parent)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     try:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        checked_path("json", path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"--json {path}: cannot be written: {first_line(error)}") from error

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from sparsefw import api, process
-from sparsefw.cli import inputs_and_config, run_parser, say
+from sparsefw.cli import inputs_and_config, quiet_libraries, run_parser, say
 
 
 def run(argv: list[str] | None) -> int:
     """Prune, evaluate and write a model, and print a summary."""
     arguments = run_parser(__doc__).parse_args(argv)
     inputs, config = inputs_and_config(arguments)
+    quiet_libraries()
     process.share_freed()
     with _noted("nothing was written"):
         result = api.prune(

@@ -8,10 +8,8 @@ listed; 2: there is nothing to check.
 
 from pathlib import Path
 
-from transformers.utils import logging
-
 from sparsefw.checks import lines, verify
-from sparsefw.cli import Parser, say
+from sparsefw.cli import Parser, quiet_libraries, say
 from sparsefw.failures import FAILED
 
 
@@ -24,8 +22,7 @@ def run(argv: list[str] | None) -> int:
     parser.add_argument("--digest", metavar="HEX", help="SHA-256 of OUTPUT/SHA256SUMS, as the run has printed it: with "
         "it no change of any file goes unseen")  # fmt: skip
     arguments = parser.parse_args(argv)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     verdict = verify(arguments.output, arguments.against, arguments.digest)
     for line in lines(verdict):
         say(line)

@@ -1,13 +1,18 @@
 """Messages and log lines of the commands: one line each, whatever names the input has."""
 
 import json
+import logging
+import sys
+import warnings
 
 import pytest
+import transformers
 from helpers.commands import run
 from helpers.families import save_model
 
 from sparsefw import plan, verify
 from sparsefw.checkpoint import resume
+from sparsefw.cli import quiet_libraries
 
 LONG = "x/" * 2500
 # It clears the screen, breaks the line, and turns the direction of what follows.
@@ -48,6 +53,9 @@ def test_the_log_of_hostile_names(tmp_path, text, capsys):
         (run, ["--sparsity", HOSTILE]),
         (plan.main, ["--model", LONG]),
         (plan.main, ["--json", LONG]),
+        (plan.main, ["--json", "a\0b"]),
+        (plan.main, ["--output", "a\0b"]),
+        (run, ["--output", "a\0b"]),
         (verify.main, [LONG]),
         (verify.main, [HOSTILE]),
     ],
@@ -85,3 +93,44 @@ def test_a_full_disk_names_the_file(name, tmp_path, text, capsys, monkeypatch):
     assert error.startswith("sparsefw: ")
     assert str(tmp_path) in error
     assert "No space left on device" in error
+
+
+@pytest.mark.parametrize("flag", ["--output", "--dataset", "--eval", "--model"])
+def test_a_link_that_leads_to_itself(flag, tmp_path, text, capsys):
+    source, link = save_model(tmp_path / "model", "llama"), tmp_path / "link.txt"
+    link.symlink_to(link)
+    capsys.readouterr()
+    assert run(source, text, tmp_path / "out", flag, str(link)) == 2
+    error = capsys.readouterr().err
+    assert str(link) in error
+    assert error.count("\n") == 1
+
+
+def test_libraries_do_not_warn_beside_the_one_line(tmp_path, text, capsys):
+    source = save_model(tmp_path / "model", "llama")
+    config = json.loads((source / "config.json").read_text())
+    # transformers warns of it, and fails later.
+    (source / "config.json").write_text(json.dumps(config | {"pad_token_id": 10**6}))
+    transformers.logging.set_verbosity_warning()
+    capsys.readouterr()
+    handler = logging.StreamHandler(sys.stderr)
+    transformers.logging.add_handler(handler)
+    try:
+        assert run(source, text, tmp_path / "out") == 2
+    finally:
+        transformers.logging.remove_handler(handler)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_libraries_say_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    factory = logging.getLogRecordFactory()
+    try:
+        quiet_libraries()
+        logger = logging.Logger("a library")
+        logger.addHandler(logging.StreamHandler(sys.stderr))
+        logger.warning("the column %s", HOSTILE)
+    finally:
+        logging.setLogRecordFactory(factory)
+    assert capsys.readouterr().err == f"the column {SHOWN}\n"
+    assert warnings.formatwarning(UserWarning(HOSTILE), UserWarning, "file.py", 1) == f"UserWarning: {SHOWN}\n"

@@ -115,7 +115,7 @@ def test_layers_that_stay_dense(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ("--gpu nothing", None),
+        ("--gpu nothing", "argument --gpu: invalid choice: 'nothing' (choose from 'a10', "),
         ("--gpu h100 --gpu-memory 0", "--gpu-memory 0.00: this run needs at least"),
         ("--host-memory 0.01", "--host-memory 0.01: this run needs at least"),
         ("--gpu h100 --measure --tflops 1", "--measure: finds what --tflops and --bandwidth say"),
@@ -123,7 +123,7 @@ def test_layers_that_stay_dense(config, tmp_path, capsys):
         ("--tflops fp8=1 --bandwidth 1", "--tflops fp8=1: expected a positive number"),
         ("--tflops nan --bandwidth 1", "--tflops nan: expected a positive number"),
         ("--tflops tf32=1 --bandwidth 1 --gpu h100", "the run multiplies in ieee too; give ieee=N as well"),
-        ("--disk 0", None),
+        ("--disk 0", "argument --disk: 0: expected a positive number (--help lists the options)"),
         ("--eval text.txt", "--eval text.txt: texts are not read here; say how long it is with --eval-windows"),
         ("--sparsity 2", "--sparsity 2: the fraction removed lies between 0 and 1"),
         ("--steps -1", "--steps -1: expected at least 0"),
@@ -133,18 +133,11 @@ def test_layers_that_stay_dense(config, tmp_path, capsys):
         ("--ignore lm_head", "--ignore lm_head: no layer of the model has this name; one is model.layers.0."),
         ("--include up_proj --ignore mlp", "--include, --ignore: no layer is left to prune"),
         ("--json /nowhere/plan.json", "--json /nowhere/plan.json: cannot be written"),
-        ("--unheard-of", None),
+        ("--unheard-of", "unrecognized arguments: --unheard-of (--help lists the options)"),
     ],
 )
 def test_bad_flags_are_one_line(config, flags, line, capsys):
-    argv = ["--model", str(config), *SMALL, *flags.split()]
-    if line is None:
-        with pytest.raises(SystemExit) as stopped:
-            main(argv)
-        assert stopped.value.code == 2
-        assert capsys.readouterr().err.count("\n") == 1
-    else:
-        assert line in refused(capsys, *argv)
+    assert line in refused(capsys, "--model", str(config), *SMALL, *flags.split())
 
 
 def test_flags_of_a_gpu_that_is_not_here(config, capsys, monkeypatch):
