@@ -1,7 +1,8 @@
-"""The memory that this process has taken, and that it may take."""
+"""The memory that this process has taken, and that it may take; and its end."""
 
 import ctypes
 import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,9 @@ import torch
 
 # Number of this option of mallopt in glibc's malloc.h.
 M_ARENA_MAX = -8
+
+# Number of this option of prctl in Linux's prctl.h.
+PR_SET_PDEATHSIG = 1
 
 # The share of free memory that a run leaves to others.
 MARGIN = 0.1
@@ -105,6 +109,11 @@ def share_freed() -> None:
 def give_back() -> None:
     """Return freed memory to the system. The C library keeps it otherwise; texts and tokens leave many small pieces."""
     _c_library("malloc_trim", 0)
+
+
+def end_with_parent() -> None:
+    """Have the system end this process with the thread that forked it, however that ends."""
+    _c_library("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def page_locked_bytes(nbytes: int) -> int:

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from sparsefw.errors import first_line
-from sparsefw.process import host_limit, limit_host, writable
+from sparsefw.process import end_with_parent, host_limit, limit_host, writable
 
 # Answers a request; both are JSON.
 Answer = Callable[[Any], Any]
@@ -115,7 +115,9 @@ def _serve(prepare: Callable[[], Answer], limits: Limits, connection: Connection
     # With a copy of the parent's end, this process would never see that it was closed.
     parents.close()
     # The parent's handlers would not run while a library does. It ends the child itself, also after Ctrl-C.
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

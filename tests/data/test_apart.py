@@ -1,6 +1,7 @@
 """Work in a child process: answered, or ended at its limits."""
 
 import os
+import select
 import signal
 import time
 
@@ -84,3 +85,30 @@ def test_the_parent_is_stopped_while_it_waits(child):
     finally:
         signal.signal(signal.SIGALRM, before)
     assert child.ended
+
+
+def test_it_ends_with_its_parent():
+    """Also where the parent is killed while a library is busy."""
+    reads, writes = os.pipe()
+    parent = os.fork()
+    if not parent:
+        try:
+            Child(lambda: eval, LIMITS).ask(f"__import__('os').write({writes}, b'a') and sum(iter(int, 1))", LIMITS)
+        finally:
+            os._exit(1)
+    os.close(writes)
+    assert os.read(reads, 1) == b"a"
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    # Nobody holds the other end any more.
+    assert select.select([reads], [], [], 10)[0] == [reads]
+    assert os.read(reads, 1) == b""
+    os.close(reads)
+
+
+def test_it_does_not_heed_the_terminal():
+    """Its parent may have been told to go on without one."""
+    child = Child(lambda: eval, LIMITS)
+    os.kill(child.ask("__import__('os').getpid()", LIMITS), signal.SIGHUP)
+    assert child.ask("1", LIMITS) == 1
+    child.close()
