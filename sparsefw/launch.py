@@ -30,8 +30,6 @@ def launch(name: str, argv: list[str] | None = None) -> int:
         try:
             _check_current_folder()
             status = importlib.import_module(f"sparsefw.commands.{name}").run(argv)
-            # A full disk would show when there is nobody left to tell it.
-            sys.stdout.flush()
         except (Exception, KeyboardInterrupt) as error:
             # Imported where it is needed: until signals are obeyed, every millisecond counts.
             from sparsefw.failures import tell
@@ -43,7 +41,7 @@ def launch(name: str, argv: list[str] | None = None) -> int:
 
 
 def _prepare_process() -> None:
-    """Have three open streams, whose lines come out as they are printed, and no traceback where Python is interrupted."""
+    """Open what is closed of the standard streams, print by lines, and have SIGINT leave no traceback of Python."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Before and after `obeyed`.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -51,10 +49,10 @@ def _prepare_process() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # Characters that the terminal does not have are spelled out.
+            # A full disk shows while it can be told. Characters that the terminal does not have are spelled out.
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 

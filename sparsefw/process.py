@@ -21,7 +21,7 @@ MARGIN = 0.1
 # The largest memory limit, GiB: more than any machine has.
 MOST_MEMORY = 2**20
 
-# What stands for no limit of memory.
+# Stands for no limit of memory.
 NO_LIMIT = 2**63 - 1
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")

@@ -39,7 +39,7 @@ IMPORT = "<frozen importlib._bootstrap>"
 
 
 class Interruption:
-    """What is known of the signals of one command.
+    """The signals that one command was sent.
 
     Args:
         last_words: the line that is printed where the process ends without further ado.
@@ -140,7 +140,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def _end_if_lost(lost: "sys.UnraisableHookArgs", interruption: Interruption, hook: Any) -> None:
-    """Where Python drops exceptions, in finalizers for one, it drops that of a signal, too: then end the process."""
+    """End the process if Python has dropped a signal's exception, as it drops all that come out of finalizers."""
     if issubclass(lost.exc_type, KeyboardInterrupt):
         interruption.end_process()
     hook(lost)

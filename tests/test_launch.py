@@ -69,6 +69,16 @@ def test_outcomes(command, body, status, line):
     assert command(body) == (status, line)
 
 
+def test_what_comes_of_a_signal_is_an_interruption(command):
+    def body(argv):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise ImportError("lost") from error
+
+    assert command(body) == (130, "interrupted")
+
+
 def test_notes_follow(command):
     error = InputError("full")
     error.add_note("2 of 4\n")
@@ -77,11 +87,11 @@ def test_notes_follow(command):
 
 def test_what_is_unforeseen_leaves_its_traceback_in_a_file(command, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    status, line = command(raising(KeyError("a\nb\x1b")))
+    status, line = command(raising(RuntimeError("a\nb\x1b")))
     assert status == 70
     (path,) = tmp_path.iterdir()
     told = "this is a mistake in sparsefw: please report it, with the traceback in"
-    assert line == rf"unforeseen KeyError: 'a\nb\x1b'; {told} {path}"
+    assert line == rf"unforeseen RuntimeError: a b\x1b; {told} {path}"
     content = path.read_text()
     assert content.startswith("sparsefw ")
     assert f"torch {torch.__version__}" in content
@@ -122,7 +132,9 @@ def launched(body: str, **options) -> subprocess.CompletedProcess:
         f"sys.modules['sparsefw.commands.told'] = SimpleNamespace(run=lambda argv: {body}); status = launch('told'); "
         "signal.raise_signal(signal.SIGINT) if status == 3 else sys.exit(status)"
     )
-    options = {"stderr": subprocess.PIPE} | options
+    # Set where output is watched, it would hide what is still in a buffer.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    options = {"stderr": subprocess.PIPE, "env": environment} | options
     return subprocess.run([sys.executable, "-c", code], text=True, check=False, **options)
 
 
@@ -157,3 +169,15 @@ def test_no_traceback_between_the_command_and_the_end_of_python():
 
     done = launched("3", preexec_fn=heed)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_characters_that_the_terminal_does_not_have():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = launched("print('\\xe4\\u65e5') or 0", stdout=subprocess.PIPE, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\xe4\\u65e5\n", "")
+
+
+def test_an_interrupted_command_does_not_wait_for_its_threads():
+    wait = "__import__('threading').Thread(target=__import__('time').sleep, args=(60,)).start()"
+    done = launched(f"{wait} or signal.raise_signal(signal.SIGTERM)", timeout=30)
+    assert (done.returncode, done.stderr) == (130, "sparsefw: interrupted\n")

@@ -126,7 +126,7 @@ def test_an_import_that_would_go_on(tmp_path):
     (tmp_path / "slow.py").write_text(
         "import __main__, time\ntry: __main__.ready(); time.sleep(60)\nexcept BaseException: time.sleep(60)\n"
     )
-    process = start("import slow", env=finding(tmp_path))
+    process = start(f"{PATIENT}\nimport slow", env=finding(tmp_path))
     assert end(process, signal.SIGINT) == (130, "sparsefw: last words\n")
 
 

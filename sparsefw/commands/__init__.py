@@ -1,1 +1,1 @@
-"""What the commands do: a module for each, whose `run` takes the arguments and returns the exit status."""
+"""The commands: a module for each, whose `run` takes the arguments and returns the exit status."""

@@ -1,4 +1,4 @@
-"""Which placement a run takes: the one that costs least time among those that fit its memory limits."""
+"""The choice of a placement: the one that costs least time among those that fit the memory limits."""
 
 import math
 from collections.abc import Iterator
