@@ -4,6 +4,7 @@ Folders of checkpoints hold whatever somebody has left there: code, pickles, pas
 a list of what belongs to a model, not of what does not.
 """
 
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -36,6 +37,11 @@ _WRITTEN = (".safetensors", ".safetensors.index.json", "sha256sums", "report.jso
 def is_copied(name: str) -> bool:
     """Whether a file is copied; one in a folder is called `folder/name`."""
     return any(fnmatchcase(name.lower(), pattern) for pattern in COPIED)
+
+
+def in_any_case(pattern: str) -> str:
+    """The same pattern for names with any capitals."""
+    return re.sub(r"\[([a-z]+)\]|([a-z])", lambda m: f"[{m[m.lastindex]}{m[m.lastindex].upper()}]", pattern)
 
 
 def note_of_others(folder: Path) -> list[str]:

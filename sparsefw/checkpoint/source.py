@@ -13,11 +13,12 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from sparsefw.checkpoint import foreign, tokenizer_trust, trust
-from sparsefw.checkpoint.copied import TEMPLATES, is_copied
+from sparsefw.checkpoint.copied import COPIED, TEMPLATES, in_any_case, is_copied
 from sparsefw.checkpoint.quantization import Quantization, joined, most_bytes, quantization_of
 from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.errors import InputError, first_line, shown
@@ -46,8 +47,9 @@ MAX_COPIED_BYTES = 256 * 2**20
 # Files that transformers reads whole.
 READ = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 
-# Files that are downloaded from the Hub. Folders and consolidated.safetensors hold the same weights in other formats.
-WANTED = ["*.safetensors", *sorted(f"*{suffix}" for suffix in READ)]
+# Files that are downloaded from the Hub: weights, what transformers reads, and what is copied. Other folders and
+# consolidated.safetensors hold the same weights in other formats. Patterns of the Hub's library tell capitals apart.
+WANTED = ["*.safetensors", *sorted(f"*{suffix}" for suffix in READ), *map(in_any_case, COPIED)]
 UNWANTED = ["*/*", "consolidated*"]
 
 
@@ -102,7 +104,10 @@ def locate(model: str) -> Path:
     if not model or model.startswith((".", "/", "~")):
         raise InputError(f"{model or '--model'}: no such folder; give the folder of a checkpoint or a Hub id")
     with from_hub(model):
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        # No pattern tells this folder from others. The snapshot's name is that of its commit.
+        huggingface_hub.snapshot_download(model, revision=folder.name, allow_patterns=[f"{TEMPLATES}/*.jinja"])
+        return folder
 
 
 @contextmanager
@@ -182,7 +187,7 @@ def _is_cached(folder: Path) -> bool:
     return (
         folder.parent.name == "snapshots"
         and model.name.startswith("models--")
-        and model.parent == Path(huggingface_hub.constants.HF_HUB_CACHE).resolve()
+        and model.parent == Path(constants.HF_HUB_CACHE).resolve()
     )
 
 

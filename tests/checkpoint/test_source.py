@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 from helpers.checkpoints import TENSORS, make_hub_cache, refused, write_index
+from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
@@ -69,23 +70,32 @@ def test_locate_refuses_an_invalid_id(monkeypatch):
         locate("a/b/c")
 
 
-def test_locate_downloads_no_pickle_and_no_code(monkeypatch):
+def test_locate_downloads_what_is_copied_and_no_pickle_and_no_code(monkeypatch):
     from huggingface_hub.utils import filter_repo_objects
 
-    repository = [
+    wanted = [
         *("config.json", "model-00001-of-00002.safetensors", INDEX, "tokenizer.json", "tokenizer.model", "merges.txt"),
-        *("chat_template.jinja", "pytorch_model.bin", "model.pt", "modeling_x.py", "consolidated.safetensors"),
-        *("onnx/config.json", "original/consolidated.00.pth", "original/model.safetensors"),
+        *("chat_template.jinja", "additional_chat_templates/tool.jinja", "source.spm", "bpe.codes", "README.md"),
+        *("LICENSE", "License.md", "LICENCE.txt", "NOTICE", "USE_POLICY.md", "prophetnet.tokenizer"),
     ]
-    got = []
+    unwanted = [
+        *("pytorch_model.bin", "model.pt", "modeling_x.py", "consolidated.safetensors", "onnx/config.json", ".env"),
+        *("original/consolidated.00.pth", "original/model.safetensors", "original/README.md", "figures/a.jpg"),
+        *("additional_chat_templates/x.py", "other/additional_chat_templates/tool.jinja"),
+    ]
+    got, revisions = [], []
 
-    def download(model, allow_patterns, ignore_patterns):
+    def download(model, allow_patterns, ignore_patterns=None, revision=None):
+        repository = [*wanted, *unwanted]
         got.extend(filter_repo_objects(repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        revisions.append(revision)
         return "/cache/snapshot"
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert locate("org/name") == Path("/cache/snapshot")
-    assert got == repository[:7]
+    assert sorted(got) == sorted(wanted)
+    # All of the same commit.
+    assert revisions == [None, "snapshot"]
 
 
 # inspect
@@ -301,6 +311,30 @@ def test_a_folder_that_looks_like_the_cache_is_not_trusted(folder, tmp_path, hub
     (snapshot.parent.parent / "id_rsa").write_text("secret")
     (snapshot / "notes.txt").symlink_to("../../id_rsa")
     with refused("notes.txt: a link to .*id_rsa, outside of the checkpoint; put the file itself there$"):
+        inspect(snapshot)
+
+
+@pytest.mark.parametrize("way", ["relative", "linked", "dotted"])
+def test_the_cache_may_be_named_in_any_way(folder, tmp_path, hub, way, monkeypatch):
+    snapshot = make_hub_cache(folder, hub)
+    (tmp_path / "link").symlink_to(hub)
+    monkeypatch.chdir(hub.parent)
+    names = {"relative": hub.name, "linked": str(tmp_path / "link"), "dotted": f"{hub}/../{hub.name}"}
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", names[way])
+    assert inspect(snapshot).tensors.keys() == TENSORS.keys()
+    if way == "relative":
+        monkeypatch.chdir(tmp_path.parent)
+        with refused("outside of the checkpoint"):
+            inspect(snapshot)
+
+
+def test_blobs_that_are_a_link_are_not_trusted(folder, tmp_path, hub):
+    snapshot = make_hub_cache(folder, hub)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "id_rsa").write_text("secret")
+    (hub / "blobs").symlink_to(tmp_path / "secret")
+    (snapshot / "vocab.txt").symlink_to("../../../blobs/id_rsa")
+    with refused("vocab.txt: a link to .*id_rsa, outside of the checkpoint"):
         inspect(snapshot)
 
 
