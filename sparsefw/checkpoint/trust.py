@@ -53,9 +53,10 @@ PATTERN = re.compile(r"layer|block|pattern")
 # This many layers are built in a second or two, and every config may ask for them: that of a tiny checkpoint may count
 # more layers than there are tensors.
 COUNT_ALLOWED = 1024
-# Entries that give a number of classes. transformers makes an entry of two tables for each; the most that models of
-# pictures tell apart is 21,841.
+# Entries that give a number of classes, and the tables of their names. transformers makes entries of the tables for the
+# number, and prints them many times while it checks a config. The most that models of pictures tell apart is 21,841.
 LABELS = re.compile(r"(^|_)num_(labels|classes)$")
+LABEL_TABLES = {"id2label", "label2id"}
 LABELS_ALLOWED = 2**16
 # Only these may be larger than every dimension in the checkpoint: they count positions, tokens and the like.
 LARGE = re.compile(r"theta|base|freq|pos|len|seq|ctx|context|window|chunk|token|scal|seed|param|flop|step|total|sample")
@@ -179,6 +180,7 @@ def check_sizes(config: dict[str, Any], path: Path, shapes: list[tuple[int, ...]
             dimensions.
     """
     widest = max((d for shape in shapes if math.prod(shape) for d in shape), default=0)
+    _check_labels(config, path)
     for key, value in entries(config, path):
         count: float = 0
         if isinstance(value, list | str):
@@ -188,12 +190,18 @@ def check_sizes(config: dict[str, Any], path: Path, shapes: list[tuple[int, ...]
         if count > max(COUNT_ALLOWED, len(shapes)):
             raise InputError(f"{path}: {shown(key)} asks for {shown(count)} parts, but there are {len(shapes)} tensors")
     for key, size in numbers(config, path):
-        if LABELS.search(key) and size > LABELS_ALLOWED:
-            raise InputError(f"{path}: {shown(key)} is {shown(size)}, more than any model has")
         if not isinstance(size, int) or LARGE.search(key) or COUNT.search(key):
             continue
         if size > max(SIZE_ALLOWED, widest):
             raise InputError(f"{path}: {shown(key)} is {shown(size)}, but no tensor is larger than {widest} in any way")
+
+
+def _check_labels(config: dict[str, Any], path: Path) -> None:
+    """Refuse more classes than any model has, in all of its parts together."""
+    labels: float = sum(size for key, size in numbers(config, path) if LABELS.search(key) and size > 0)
+    labels += sum(len(value) for key, value in entries(config, path) if key in LABEL_TABLES and isinstance(value, dict))
+    if labels > LABELS_ALLOWED:
+        raise InputError(f"{path}: {shown(labels)} classes (num_labels, num_classes, id2label), more than any model has")
 
 
 def numbers(config: dict[str, Any], path: Path) -> Iterator[tuple[str, int | float]]:

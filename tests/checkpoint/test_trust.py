@@ -130,10 +130,17 @@ def test_numbers_in_lists_count_as_numbers():
 
 
 def test_more_classes_than_any_model_tells_apart():
+    told = r"classes \(num_labels, num_classes, id2label\), more than any model has$"
     for key in ("num_labels", "num_classes"):
-        with refused(f"^config.json: {key} is 1048576, more than any model has$"):
+        with refused(f"^config.json: 1048576 {told}"):
             trust.check_sizes({"vision_config": {key: 2**20}}, CONFIG, [(2**40,)])
-        trust.check_sizes({key: 21841}, CONFIG, [(7,)])
+    names = {str(n): n for n in range(21841)}
+    real = {"num_labels": 21841, "id2label": names, "label2id": names}
+    trust.check_sizes(real, CONFIG, [(7,)])
+    # Each of them alone would pass.
+    for more in ({"num_labels": 100}, {"id2label": {"a": 0} | names}):
+        with refused(f"^config.json: \\d+ {told}"):
+            trust.check_sizes(real | {"text_config": more}, CONFIG, [(7,)])
 
 
 def test_layers_that_are_without_number():
