@@ -1,6 +1,7 @@
 """The memory that this process has taken, and that it may take; and its end."""
 
 import ctypes
+import os
 import resource
 import signal
 from collections.abc import Iterator
@@ -111,9 +112,17 @@ def give_back() -> None:
     _c_library("malloc_trim", 0)
 
 
-def end_with_parent() -> None:
-    """Have the system end this process with the thread that forked it, however that ends."""
+def end_with_parent(parent: int) -> None:
+    """Have the system end this process with the thread that forked it, however that ends.
+
+    Args:
+        parent: the id of that thread's process.
+    """
+    # The thread waits for this process as long as it uses it.
     _c_library("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        # It ended before.
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def page_locked_bytes(nbytes: int) -> int:
@@ -134,7 +143,7 @@ def give_back_page_locked() -> None:
 
 
 def _c_library(name: str, *numbers: int) -> None:
-    """Call a function of the C library if it is there. Results do not depend on it, only the memory used."""
+    """Call a function of the C library if it is there. No result depends on it."""
     function = getattr(ctypes.CDLL(None), name, None)
     if function:
         function(*numbers)
@@ -154,6 +163,15 @@ def free_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         free["gpu"] = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return free
+
+
+def own_peak() -> int:
+    """Peak bytes of this process that are resident on the host and shared with no other process, about."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak, now = (next(int(line.split()[1]) for line in status if line.startswith(name)) for name in ("VmHWM", "VmRSS"))
+    smaps = Path("/proc/self/smaps").read_text().splitlines()
+    own = sum(int(line.split()[1]) for line in smaps if line.startswith("Private_"))
+    return (own + peak - now) * 1024
 
 
 def resident() -> int:

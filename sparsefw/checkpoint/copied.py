@@ -41,7 +41,7 @@ def is_copied(name: str) -> bool:
 
 def in_any_case(pattern: str) -> str:
     """The same pattern for names with any capitals."""
-    return re.sub(r"\[([a-z]+)\]|([a-z])", lambda m: f"[{m[m.lastindex]}{m[m.lastindex].upper()}]", pattern)
+    return re.sub(r"\[([a-z]+)\]|([a-z])", lambda m: f"[{(letters := m[1] or m[2])}{letters.upper()}]", pattern)
 
 
 def note_of_others(folder: Path) -> list[str]:

@@ -201,7 +201,9 @@ def _check_labels(config: dict[str, Any], path: Path) -> None:
     labels: float = sum(size for key, size in numbers(config, path) if LABELS.search(key) and size > 0)
     labels += sum(len(value) for key, value in entries(config, path) if key in LABEL_TABLES and isinstance(value, dict))
     if labels > LABELS_ALLOWED:
-        raise InputError(f"{path}: {shown(labels)} classes (num_labels, num_classes, id2label), more than any model has")
+        raise InputError(
+            f"{path}: {shown(labels)} classes (num_labels, num_classes, id2label), more than any model has"
+        )
 
 
 def numbers(config: dict[str, Any], path: Path) -> Iterator[tuple[str, int | float]]:

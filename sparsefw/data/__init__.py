@@ -3,7 +3,7 @@
 from sparsefw.data.batches import BATCHES, Batch, Batches, batches_of, token_batch
 from sparsefw.data.memory import reading_bytes, window_bytes
 from sparsefw.data.text import Text, read_text
-from sparsefw.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
+from sparsefw.data.tokenizer import Tokenizer, TokenizerProcess, load_tokenizer
 from sparsefw.data.windows import Windows, calibration_windows, evaluation_windows, windows_of
 
 __all__ = [
@@ -12,12 +12,12 @@ __all__ = [
     "Batches",
     "Text",
     "Tokenizer",
+    "TokenizerProcess",
     "Windows",
     "batches_of",
     "calibration_windows",
     "evaluation_windows",
     "load_tokenizer",
-    "open_tokenizer",
     "read_text",
     "reading_bytes",
     "token_batch",

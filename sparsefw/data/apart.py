@@ -1,11 +1,12 @@
 """Work in a child process with limits of memory and time, for code that no signal stops.
 
 Signals are handled between two instructions of Python. A library may run for hours without one, and take all memory.
-The child is a fork, so that it costs milliseconds and no import. It does not touch the GPU.
+The child is a fork, so that it costs milliseconds and no import. It does not touch the GPU, and ends with its parent.
 """
 
 import contextlib
 import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import resource
 import signal
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -30,15 +31,23 @@ class ChildError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a child may take for one request.
+    """Limits of a child for one request.
 
     Attributes:
         seconds: time on the clock.
         nbytes: memory beside what the parent had when it was forked.
+        answer: bytes of the answer, as JSON. The parent takes some times as many for it.
+        remedy: what the user may do where the memory is too little; empty, or after a semicolon.
     """
 
     seconds: float
     nbytes: int
+    answer: int = 2**20
+    remedy: str = ""
+
+    def too_little(self, or_else: str = "") -> str:
+        """The line for a child that needs more memory, or has ended in another way that looks the same."""
+        return f"it needs more than {self.nbytes / 2**30:.1f} GiB of memory{or_else}{self.remedy}"
 
 
 class Child:
@@ -56,14 +65,15 @@ class Child:
         """
         context = multiprocessing.get_context("fork")
         self._connection, its = context.Pipe()
-        self._process = context.Process(target=_serve, args=(prepare, limits, its, self._connection), daemon=True)
+        arguments = (prepare, limits, its, self._connection, os.getpid())
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
         with warnings.catch_warnings():
             # Python warns that threads of the parent may hold locks. The child waits for none of torch's or CUDA's.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process.start()
         its.close()
         self._limits = limits
-        self._receive()
+        self._received()
 
     def ask(self, request: Any, limits: Limits) -> Any:
         """The answer to a request.
@@ -78,8 +88,9 @@ class Child:
         self._limits = limits
         # A child that is dead is found out below.
         with contextlib.suppress(BrokenPipeError):
-            self._connection.send_bytes(json.dumps([limits.seconds, limits.nbytes, request]).encode())
-        return self._receive()
+            self._connection.send_bytes(json.dumps([*astuple(limits), request]).encode())
+        self._received()
+        return json.loads(self._message())
 
     @property
     def ended(self) -> bool:
@@ -92,30 +103,78 @@ class Child:
         self._process.join()
         self._connection.close()
 
-    def _receive(self) -> Any:
+    def _received(self) -> None:
+        """Wait until a request is done.
+
+        Raises:
+            ChildError: it failed, or needed more.
+        """
+        if error := json.loads(self._message()):
+            raise ChildError(error)
+
+    def _message(self) -> bytes:
         try:
-            error, answer = json.loads(self._connection.recv_bytes())
-        except (EOFError, ConnectionResetError):
+            return self._connection.recv_bytes()
+        except (EOFError, ConnectionResetError) as error:
             self._process.join()
             if self._process.exitcode == -signal.SIGALRM:
-                error = f"it takes more than {self._limits.seconds:.3g} s"
-            else:
-                error = f"it needs more than {self._limits.nbytes / 2**30:.1f} GiB of memory, or crashes"
+                raise ChildError(f"it takes more than {self._limits.seconds:.3g} s") from error
+            raise ChildError(self._limits.too_little(", or crashes")) from error
         except BaseException:
             # Nobody waits for it any more.
             self.close()
             raise
-        if error:
-            raise ChildError(error)
-        return answer
 
 
-def _serve(prepare: Callable[[], Answer], limits: Limits, connection: Connection, parents: Connection) -> None:
-    """Answer requests until the parent closes its end."""
+def _serve(
+    prepare: Callable[[], Answer], limits: Limits, connection: Connection, parents: Connection, parent: int
+) -> None:
+    """Answer requests until the parent closes its end, or has ended."""
     # With a copy of the parent's end, this process would never see that it was closed.
     parents.close()
+    _set_apart(parent)
+    base, most = writable(), host_limit()
+
+    def attempt(work: Callable[..., Any], *arguments: Any) -> tuple[str, Any]:
+        """The error and the result of some work; one of them is empty."""
+        signal.setitimer(signal.ITIMER_REAL, limits.seconds)
+        limit_host(min(most, base + limits.nbytes))
+        try:
+            return "", work(*arguments)
+        except MemoryError:
+            return limits.too_little(), None
+        except BaseException as caught:
+            # Panics of libraries in Rust are not of class Exception.
+            return first_line(caught), None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    error, answer = attempt(prepare)
+    connection.send_bytes(json.dumps(error).encode())
+    while answer:
+        try:
+            *numbers, request = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        limits = Limits(*numbers)
+        error, text = attempt(_encoded, answer, request)
+        if text and len(text) > limits.answer:
+            error = f"it makes more than {limits.answer / 2**20:.1f} MiB of it"
+        connection.send_bytes(json.dumps(error).encode())
+        if not error:
+            connection.send_bytes(text)
+
+
+def _encoded(answer: Answer, request: Any) -> bytes:
+    return json.dumps(answer(request)).encode()
+
+
+def _set_apart(parent: int) -> None:
+    """Keep what is done in this process from its parent, and from the user's terminal."""
+    end_with_parent(parent)
+    # Collecting garbage writes to what it looks at, and so makes copies of the parent's memory.
+    gc.freeze()
     # The parent's handlers would not run while a library does. It ends the child itself, also after Ctrl-C.
-    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -126,30 +185,3 @@ def _serve(prepare: Callable[[], Answer], limits: Limits, connection: Connection
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    base, most = writable(), host_limit()
-    answer: Answer | None = None
-    request = None
-    while True:
-        signal.setitimer(signal.ITIMER_REAL, limits.seconds)
-        limit_host(min(most, base + limits.nbytes))
-        try:
-            result = None
-            if answer is None:
-                answer = prepare()
-            else:
-                result = answer(request)
-            reply = json.dumps(["", result])
-        except MemoryError:
-            reply = json.dumps([f"it needs more than {limits.nbytes / 2**30:.1f} GiB of memory", None])
-        except BaseException as caught:
-            # Panics of libraries in Rust are not of class Exception.
-            reply = json.dumps([first_line(caught), None])
-        connection.send_bytes(reply.encode())
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        if answer is None:
-            return
-        try:
-            seconds, nbytes, request = json.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        limits = Limits(seconds, nbytes)

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from sparsefw.errors import InputError, first_line
+from sparsefw.errors import InputError, first_line, shown
 
 
 def texts_of(records: Iterable[Any], source: str, failures: tuple[type[Exception], ...]) -> Iterator[str]:
@@ -32,7 +32,8 @@ def texts_of(records: Iterable[Any], source: str, failures: tuple[type[Exception
         if not isinstance(record, Mapping):
             raise InputError(f"{source}: record {n} is {type(record).__name__}; expected an object with a text")
         if "text" not in record:
-            raise InputError(f"{source}: no column `text`, only {', '.join(record)}; rename the one with the text")
+            columns = shown(", ".join(record))
+            raise InputError(f"{source}: no column `text`, only {columns}; rename the one with the text")
         text = record["text"]
         if not isinstance(text, str):
             raise InputError(f"{source}: record {n}: `text` is {type(text).__name__}, expected a string")

@@ -133,6 +133,8 @@ def _embedded(part: Part) -> Text:
 
 
 def _local(dataset: str, path: Path, reader: str, room: int | None) -> Text:
+    if not path.is_file():
+        raise InputError(f"{dataset}: a pipe or a device, which may have no end; give a file")
     if reader == "text":
         return Text(dataset, iter([files.text_strings(path, dataset)]))
     if path.stat().st_size == 0:
@@ -145,6 +147,7 @@ def _from_hub(dataset: str, part: Part) -> Text:
     splits = hub.load_records(dataset, FLAG[part], dataset, streaming=True)
     split = next((split for split in SPLITS[part] if split in splits), None)
     if split is None:
-        raise InputError(f"{dataset}: no split {' or '.join(SPLITS[part])}, only {', '.join(splits)}; give another")
+        others = shown(", ".join(splits))
+        raise InputError(f"{dataset}: no split {' or '.join(SPLITS[part])}, only {others}; give another")
     source = f"{dataset} {split}"
     return Text.of(source, texts_of(splits[split], source, hub.failures()))

@@ -6,8 +6,9 @@ transformers sees the tokenizer's files in a folder of links, where no entry of 
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sparsefw.checkpoint.copied import TEMPLATES
 from sparsefw.checkpoint.source import TOKENIZER_CONFIG, companions, read_json
 from sparsefw.data.apart import Child, Limits
 from sparsefw.errors import InputError, first_line, shown
+from sparsefw.process import NO_LIMIT, own_peak
 
 # Files whose entries reach the tokenizer's class by their names.
 NAMED_ENTRIES = (TOKENIZER_CONFIG, "special_tokens_map.json")
@@ -27,6 +29,10 @@ NAMED_ENTRIES = (TOKENIZER_CONFIG, "special_tokens_map.json")
 # 50,000 characters a second, and 2 KB for each of their tokens.
 SECONDS_TO_LOAD, BYTES_TO_LOAD, BYTES_A_BYTE = 120, 4 * 2**30, 64
 SECONDS_TO_TOKENIZE, CHARS_A_SECOND, BYTES_A_CHAR = 60, 5000, 4096
+# Bytes of the tokens of a character, as JSON: those of ten tokens. Beside them, a few characters may have any number.
+ANSWER_A_CHAR, ANSWER = 64, 2**20
+# Bytes of memory that a tokenizer may always take, so that a limit that is too low is refused by the needs of the run.
+ALWAYS_TAKEN = 2**29
 
 
 class TokenizerProcess:
@@ -36,29 +42,48 @@ class TokenizerProcess:
         name_or_path: folder of its files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, room: int | None = None) -> None:
         """Load the tokenizer of a checkpoint that `checkpoint.inspect` has looked at.
+
+        Args:
+            folder: the checkpoint's folder.
+            room: bytes of memory that the process may take; None: any number.
 
         Raises:
             InputError: there is no tokenizer, its files are damaged or lead elsewhere, or it takes too much.
         """
         self.name_or_path = str(folder)
         size = sum(path.stat().st_size for path in companions(folder))
-        self._limits = Limits(SECONDS_TO_LOAD, BYTES_TO_LOAD + BYTES_A_BYTE * size)
+        self._room = NO_LIMIT if room is None else max(room, ALWAYS_TAKEN)
+        self._limits = self._within_room(SECONDS_TO_LOAD, BYTES_TO_LOAD + BYTES_A_BYTE * size)
         with _links(folder) as links, _errors_in_one_line(f"{folder}: no tokenizer could be loaded", links):
             self._child = Child(lambda: _answering(links, folder), self._limits)
 
-    def ask(self, texts: list[str] | None) -> Any:
-        """The tokens of texts; of None, the start tokens.
+    def tokens(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each text.
 
         Raises:
             ChildError: the tokenizer fails, or takes too much.
         """
-        chars = sum(map(len, texts or []))
-        return self._child.ask(
-            texts,
-            Limits(SECONDS_TO_TOKENIZE + chars // CHARS_A_SECOND, self._limits.nbytes + BYTES_A_CHAR * chars),
-        )
+        chars = sum(map(len, texts))
+        seconds, nbytes = SECONDS_TO_TOKENIZE + chars // CHARS_A_SECOND, self._limits.nbytes + BYTES_A_CHAR * chars
+        return self._child.ask(["tokens", texts], self._within_room(seconds, nbytes, ANSWER + ANSWER_A_CHAR * chars))
+
+    def start(self) -> list[int]:
+        """The start tokens.
+
+        Raises:
+            ChildError: the tokenizer fails, or takes too much.
+        """
+        return self._child.ask(["start"], self._within_room(SECONDS_TO_TOKENIZE, self._limits.nbytes))
+
+    def nbytes(self) -> int:
+        """The most memory that the process has had until now, beside what it shares with this one."""
+        return self._child.ask(["nbytes"], self._limits)
+
+    def _within_room(self, seconds: float, nbytes: int, answer: int = ANSWER) -> Limits:
+        remedy = "; give more (--host-memory)" if nbytes > self._room else ""
+        return Limits(seconds, min(nbytes, self._room), answer, remedy)
 
     def close(self) -> None:
         """End the process."""
@@ -71,17 +96,8 @@ class TokenizerProcess:
         self.close()
 
 
-# What texts are tokenized with.
+# A tokenizer in a process of its own, or in this one.
 Tokenizer = PreTrainedTokenizerBase | TokenizerProcess
-
-
-def open_tokenizer(folder: Path) -> TokenizerProcess:
-    """The tokenizer of a checkpoint that `checkpoint.inspect` has looked at, for a `with` block.
-
-    Raises:
-        InputError: there is no tokenizer, its files are damaged or lead elsewhere, or it takes too much.
-    """
-    return TokenizerProcess(folder)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -102,7 +118,7 @@ def tokenize(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """
     with _errors_in_one_line(f"{tokenizer.name_or_path}: the tokenizer cannot take this text"):
         if isinstance(tokenizer, TokenizerProcess):
-            return tokenizer.ask(texts)
+            return tokenizer.tokens(texts)
         return _tokens(tokenizer, texts)
 
 
@@ -114,7 +130,7 @@ def start_tokens(tokenizer: Tokenizer) -> list[int]:
     """
     with _errors_in_one_line(f"{tokenizer.name_or_path}: the tokenizer cannot take a text"):
         if isinstance(tokenizer, TokenizerProcess):
-            return tokenizer.ask(None)
+            return tokenizer.start()
         return _start(tokenizer)
 
 
@@ -128,12 +144,17 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[:1] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else []
 
 
-def _answering(links: Path, folder: Path) -> Any:
-    """What answers in the child: the tokens of texts, or the start tokens."""
+def _answering(links: Path, folder: Path) -> Callable[[list[Any]], Any]:
+    """Load the tokenizer in the child; returns what answers there: requests are a name, and what it is of."""
     # Set by the user, it would have threads wait for those of the parent, which a fork does not copy.
     os.environ.pop("TOKENIZERS_PARALLELISM", None)
     tokenizer = _load(links, folder)
-    return lambda texts: _start(tokenizer) if texts is None else _tokens(tokenizer, texts)
+    answers: dict[str, Callable[..., Any]] = {
+        "tokens": partial(_tokens, tokenizer),
+        "start": partial(_start, tokenizer),
+        "nbytes": own_peak,
+    }
+    return lambda request: answers[request[0]](*request[1:])
 
 
 def _load(links: Path, folder: Path) -> PreTrainedTokenizerBase:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsefw.data.batches import Batch, token_batch
-from sparsefw.data.memory import TOKENS_READ, most_tokens
+from sparsefw.data.memory import TOKENS_READ, limited, most_tokens
 from sparsefw.data.pieces import Piece, cut, tokenized
 from sparsefw.data.text import Text, read_text
 from sparsefw.data.tokenizer import Tokenizer, start_tokens
@@ -211,23 +211,24 @@ def _leading_tokens(
     """The first `wanted` tokens (None: all), in 4 bytes each.
 
     Raises:
-        InputError: there is no text, or there are more tokens than `room` bytes are enough for (None: any number).
+        InputError: there is no text, or reading it takes more than `room` bytes (None: any number).
     """
     most = math.inf if room is None else most_tokens(room)
     ids = array("i", start_tokens(tokenizer))
     empty = True
-    for piece, tokens in tokenized(tokenizer, pieces):
-        empty = empty and not piece.text.strip()
-        ids.extend(tokens)
-        if wanted is not None:
-            del ids[wanted:]
-        if len(ids) > most:
-            raise InputError(
-                f"{source}: memory has no room for more than {most} tokens of this text; "
-                f"give more (--host-memory), or {remedy}"
-            )
-        if len(ids) == wanted:
-            break
+    with limited(source, room):
+        for piece, tokens in tokenized(tokenizer, pieces):
+            empty = empty and not piece.text.strip()
+            ids.extend(tokens)
+            if wanted is not None:
+                del ids[wanted:]
+            if len(ids) > most:
+                raise InputError(
+                    f"{source}: memory has no room for more than {most} tokens of this text; "
+                    f"give more (--host-memory), or {remedy}"
+                )
+            if len(ids) == wanted:
+                break
     if empty:
         raise InputError(f"{source}: empty, there is no text in it")
     return ids

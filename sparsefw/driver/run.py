@@ -3,7 +3,6 @@
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -257,7 +256,7 @@ def _prepare(
     if seqlen < inputs.seqlen:
         say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
     limits, before = job.output.limits(model.device), process.peak_memory()["host_bytes"]
-    calibration, evaluation = _read_texts(job, seqlen, limits["host"])
+    calibration, evaluation, tokenizer = _read_texts(job, seqlen, limits["host"])
     process.give_back()
     # From Python, the process may have had more at some time before: that is not this run's.
     peak = process.peak_memory()["host_bytes"]
@@ -282,6 +281,7 @@ def _prepare(
             seqlen,
             model.device,
             peak=peak if peak > before else 0,
+            tokenizer=tokenizer,
         ),
         limits,
         notes,
@@ -291,7 +291,13 @@ def _prepare(
 
 
 def workload_of(
-    config: PruneConfig, windows: int, evaluation: Sequence[int], seqlen: int, device: torch.device, peak: int = 0
+    config: PruneConfig,
+    windows: int,
+    evaluation: Sequence[int],
+    seqlen: int,
+    device: torch.device,
+    peak: int = 0,
+    tokenizer: int = 0,
 ) -> Workload:
     """The work of a run in this process, see `Workload`."""
     return Workload(
@@ -303,20 +309,27 @@ def workload_of(
         threads=torch.get_num_threads() if config.kernel == "torch" else 1,
         process=process.resident(),
         peak=peak,
+        tokenizer=tokenizer,
     )
 
 
-def _read_texts(job: CheckpointJob, seqlen: int, limit: int) -> tuple[Windows, list[Windows]]:
-    """The calibration windows, and the windows of each evaluation text, in `limit` bytes of host memory."""
+def _read_texts(job: CheckpointJob, seqlen: int, limit: int) -> tuple[Windows, list[Windows], int]:
+    """The calibration windows, and the windows of each evaluation text, read in `limit` bytes of host memory.
+
+    The last value is how many of these bytes the tokenizer's own process has taken.
+    """
     inputs = job.inputs
     tokens = data.windows_of(job.dataset, inputs.dataset) if isinstance(job.dataset, Tensor) else None
     if tokens is not None and tokens.seqlen > seqlen:
         raise InputError(f"{tokens.source}: windows of {tokens.seqlen} tokens, and the model takes {seqlen} at most")
     if tokens is not None and not inputs.evaluate:
         # Nothing has to be tokenized.
-        return tokens, []
-    with nullcontext(job.tokenizer) if job.tokenizer else data.open_tokenizer(job.folder) as tokenizer:
-        return _tokenize(job, seqlen, tokens, tokenizer, limit)
+        return tokens, [], 0
+    if job.tokenizer:
+        return *_tokenize(job, seqlen, tokens, job.tokenizer, limit), 0
+    with data.TokenizerProcess(job.folder, limit - process.resident()) as tokenizer:
+        windows = _tokenize(job, seqlen, tokens, tokenizer, limit - tokenizer.nbytes())
+        return *windows, tokenizer.nbytes()
 
 
 def _tokenize(
@@ -383,6 +396,8 @@ def _report(job: Job, prepared: Prepared, outcome: Outcome, placement: Placement
     arguments = asdict(job.inputs) | {"seqlen": seqlen} | asdict(job.config) | asdict(job.output)
     arguments["output"] = str(arguments.pop("folder"))
     peak = process.peak_memory()
+    # Two processes read the texts.
+    peak["host_bytes"] = max(peak["host_bytes"], prepared.workload.peak + prepared.workload.tokenizer)
     return Report(
         arguments=arguments,
         versions=versions(),

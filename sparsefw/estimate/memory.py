@@ -97,7 +97,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
         on_host["end"] = max(0, piece - on_device["end"])
     process = workload.process + _libraries_bytes(shape, workload, placement, tokens)
     texts = data.reading_bytes(workload.windows, workload.evaluation, workload.seqlen)
-    phases = {"texts": (0, max(texts + workload.process, workload.peak))}
+    phases = {"texts": (0, max(texts + workload.process, workload.peak) + workload.tokenizer)}
     for phase in on_device:
         device, host = (1 + SLACK) * (on_device[phase] + near), (1 + SLACK) * (on_host[phase] + far)
         phases[phase] = (int(device), int(host) + process) if workload.gpu else (0, int(device + host) + process)

@@ -26,6 +26,7 @@ class Workload:
         threads: threads of torch, if the model is pruned on a CPU.
         process: bytes of host memory that the process has before the run begins, with the tokens of all windows.
         peak: the most that it has had until then, while texts were read; 0: not known.
+        tokenizer: bytes that the tokenizer's own process had beside these, and gave back before the run begins.
     """
 
     windows: int
@@ -36,6 +37,7 @@ class Workload:
     threads: int
     process: int = PROCESS
     peak: int = 0
+    tokenizer: int = 0
 
     @property
     def precisions(self) -> Backend:

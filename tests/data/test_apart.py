@@ -48,6 +48,18 @@ def test_memory_is_limited(child):
     assert child.ask("len(bytearray(2**28))", LIMITS) == 2**28
 
 
+def test_an_answer_is_limited(child):
+    """The parent has to hold it, too."""
+    with failed("^it makes more than 0.0 MiB of it$"):
+        child.ask("[0] * 1000", Limits(60, 2**30, answer=1000))
+    assert child.ask("[0] * 300", Limits(60, 2**30, answer=1000)) == [0] * 300
+
+
+def test_what_to_do_is_said_where_memory_is_too_little(child):
+    with failed("^it needs more than 0.0 GiB of memory; give more$"):
+        child.ask("len(bytearray(2**31))", Limits(60, 0, remedy="; give more"))
+
+
 def test_a_crash_is_an_error(child):
     with failed("^it needs more than 1.0 GiB of memory, or crashes$"):
         child.ask("__import__('os').abort()", LIMITS)

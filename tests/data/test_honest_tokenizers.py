@@ -19,7 +19,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from sparsefw.data.tokenizer import load_tokenizer, open_tokenizer, start_tokens, tokenize
+from sparsefw.data.tokenizer import TokenizerProcess, load_tokenizer, start_tokens, tokenize
 
 TEXTS = ["low lower lowest", " The  l\u00f6w\n\nÉtude <tool> low", "", "ab<mask>c</s>d"]
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<mask>", "<|endoftext|>", "<bos>", "<eos>", "[UNK]", "[CLS]", "[SEP]"]
@@ -85,7 +85,7 @@ def test_same_tokens_as_of_transformers(kind, whole, tmp_path):
     folder = make(tmp_path, kind, whole=whole)
     plain = AutoTokenizer.from_pretrained(folder)
     assert len({token for ids in tokens(plain) for token in ids}) > 2
-    with open_tokenizer(folder) as apart:
+    with TokenizerProcess(folder) as apart:
         assert tokenize(apart, TEXTS) == tokens(plain)
         assert start_tokens(apart) == start_tokens(plain)
     here = load_tokenizer(folder)

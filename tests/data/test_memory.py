@@ -1,10 +1,13 @@
 """The memory of texts: what is expected of them, and that no more tokens are read than it has room for."""
 
+import gzip
+
 import pytest
 from helpers.texts import make_tokenizer, refused
 from transformers import PreTrainedTokenizerFast
 
-from sparsefw.data import calibration_windows, evaluation_windows, memory, reading_bytes, window_bytes
+from sparsefw.data import Text, calibration_windows, evaluation_windows, memory, reading_bytes, window_bytes
+from sparsefw.process import writable
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +51,26 @@ def test_bytes_of_texts():
     assert reading_bytes(10, (39,), 128) - memory.PIECE_BYTES == 4 * 40 * 128
     assert reading_bytes(10, (7, 50), 128) - memory.PIECE_BYTES == 4 * 50 * 128
     assert window_bytes(10, (7, 50), 128) == 8 * 67 * 128
+
+
+def test_a_small_record_of_many_objects(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "SLACK", 2**24)
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a", "x": [' + b"[], " * 2**19 + b"[]]}", 1))
+    before = writable()
+    with refused(r"x.jsonl.gz: one of its records takes more than 0.0 GiB of memory; give more \(--host-memory\)"):
+        calibration_windows(plain, str(path), nsamples=1, seqlen=10, seed=0, room=0)
+    assert writable() < before + 2**25
+
+
+def test_memory_of_libraries_that_read_as_they_like(plain, monkeypatch):
+    """As `datasets` does with JSON of the Hub."""
+    monkeypatch.setattr(memory, "SLACK", 2**26)
+
+    def read():
+        yield "a" * 50
+        bytearray(2**27)
+
+    with refused("^org/name: one of its records takes more than 0.1 GiB of memory"):
+        evaluation_windows(plain, Text.of("org/name", read()), seqlen=10, room=0)
+    assert evaluation_windows(plain, Text.of("org/name", read()), seqlen=10).n == 5

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 import types
@@ -287,3 +288,20 @@ def test_datasets_is_not_imported_without_need():
     code += "; print('datasets' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.parquet"])
+@pytest.mark.parametrize("device", [None, "/dev/zero"])
+def test_what_may_have_no_end_is_not_opened(tmp_path, name, device):
+    path = tmp_path / name
+    path.symlink_to(device) if device else os.mkfifo(path)
+    with refused(f"{name}: a pipe or a device, which may have no end; give a file$"):
+        read_text(str(path), part="calibration")
+
+
+def test_names_of_columns_are_cut(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({f"{n}\x1b" * 50: "a" for n in range(1000)}))
+    with refused(r"x.json: no column `text`, only 0\\x1b.* characters\); rename") as caught:
+        whole(read_text(str(path), part="calibration"))
+    assert len(str(caught.value)) < 2000

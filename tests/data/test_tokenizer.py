@@ -8,7 +8,7 @@ import pytest
 from helpers.texts import make_tokenizer, refused
 
 from sparsefw.data import tokenizer
-from sparsefw.data.tokenizer import load_tokenizer, open_tokenizer, start_tokens, tokenize
+from sparsefw.data.tokenizer import TokenizerProcess, load_tokenizer, start_tokens, tokenize
 from sparsefw.errors import InputError
 from sparsefw.inputs import DEFAULT_MODEL
 
@@ -79,7 +79,7 @@ def test_an_interruption_is_no_fault_of_the_tokenizer(folder, monkeypatch):
 def test_a_tokenizer_in_a_process_of_its_own(folder):
     texts = ["ab" * 50, "", "\0\u202e\ud800"[:2]]
     here = load_tokenizer(folder)
-    with open_tokenizer(folder) as apart:
+    with TokenizerProcess(folder) as apart:
         assert tokenize(apart, texts) == tokenize(here, texts)
         assert start_tokens(apart) == start_tokens(here)
         assert apart.name_or_path == here.name_or_path == str(folder)
@@ -89,7 +89,7 @@ def test_a_tokenizer_in_a_process_of_its_own(folder):
 def test_a_damaged_tokenizer_is_refused_there_too(entries, folder):
     change(folder / "tokenizer.json", **entries)
     with refused(f"^{folder}: no tokenizer could be loaded: ") as caught:
-        open_tokenizer(folder)
+        TokenizerProcess(folder)
     assert str(caught.value).isprintable()
 
 
@@ -108,17 +108,45 @@ def test_a_replacement_that_makes_texts_long(folder, limits, monkeypatch):
     grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 250}
     change(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [grow] * 4})
     with (
-        open_tokenizer(folder) as apart,
+        TokenizerProcess(folder) as apart,
         refused(f"^{folder}: the tokenizer cannot take this text: it needs more than"),
     ):
         tokenize(apart, ["a"])
+
+
+def test_no_more_memory_than_there_is_room_for(folder, monkeypatch):
+    """A text may make a tokenizer take less than the most that any may take, and still too much here."""
+    monkeypatch.setattr(tokenizer, "ALWAYS_TAKEN", 2**28)
+    grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 250}
+    change(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [grow] * 3})
+    with (
+        TokenizerProcess(folder, 0) as apart,
+        refused(r"^.*: it needs more than 0.2 GiB of memory.*; give more \(--host-memory\)$"),
+    ):
+        tokenize(apart, ["a"])
+
+
+def test_more_tokens_than_any_text_has(folder, monkeypatch):
+    monkeypatch.setattr(tokenizer, "ANSWER", 0)
+    grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 200}
+    change(folder / "tokenizer.json", normalizer=grow)
+    with (
+        TokenizerProcess(folder) as apart,
+        refused(f"^{folder}: the tokenizer cannot take this text: it makes more than 0.0 MiB of it$"),
+    ):
+        tokenize(apart, ["a" * 100])
+
+
+def test_memory_of_the_process(folder):
+    with TokenizerProcess(folder) as apart:
+        assert 2**20 < apart.nbytes() < 2**30
 
 
 def test_a_pattern_that_takes_for_ever(folder, limits):
     cut = {"type": "Split", "pattern": {"Regex": "a*?\\d"}, "behavior": "Isolated", "invert": False}
     change(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [cut] * 20})
     with (
-        open_tokenizer(folder) as apart,
+        TokenizerProcess(folder) as apart,
         refused(f"^{folder}: the tokenizer cannot take this text: it takes more than 0.3 s"),
     ):
         tokenize(apart, ["a" * 10**4])
@@ -151,12 +179,12 @@ def test_files_elsewhere_are_not_opened(kind, whole, file, folder, pipe):
             kept = (folder / file).read_text()
             change(folder / file, **{key: str(place)})
             with refused(f"{file}: {key} .* would be followed out of the checkpoint"):
-                open_tokenizer(folder)
+                TokenizerProcess(folder)
             (folder / file).write_text(kept)
         names = ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file", "name_or_path", "subfolder")
         change(folder / file, **dict.fromkeys(names, str(place)))
         try:
-            open_tokenizer(folder).close()
+            TokenizerProcess(folder).close()
         except InputError:
             # Without tokenizer.json some classes have nothing to be made of.
             assert not whole

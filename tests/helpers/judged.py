@@ -16,7 +16,7 @@ import torch
 from helpers.attacks import Files
 
 from sparsefw.checkpoint.source import inspect
-from sparsefw.data.tokenizer import open_tokenizer, start_tokens, tokenize
+from sparsefw.data.tokenizer import TokenizerProcess, start_tokens, tokenize
 from sparsefw.errors import InputError
 from sparsefw.estimate.describe import describe
 from sparsefw.model import StreamedModel
@@ -121,6 +121,6 @@ def _read(folder: Path, log: Path) -> None:
 
 def _tokenize(folder: Path) -> None:
     inspect(folder)
-    with open_tokenizer(folder) as tokenizer:
+    with TokenizerProcess(folder) as tokenizer:
         tokenize(tokenizer, TEXTS)
         start_tokens(tokenizer)
