@@ -28,6 +28,7 @@ LEVELS = [
     ["finite"],
     ["failures"],
     ["signals"],
+    ["ranks"],
     ["errors"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -1,0 +1,120 @@
+"""Join the processes that `torchrun` has started for a run, or another launcher that sets the same variables."""
+
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from sparsefw.errors import InputError, first_line, shown
+from sparsefw.ranks.group import ALONE, LostRankError, Ranks
+from sparsefw.ranks.voice import COMING, HEARING, LOST, WAITING, Voice
+
+# The variables that tell a process its number, and how many there are; then the same of its machine alone.
+NUMBER, COUNT, LOCAL_NUMBER, LOCAL_COUNT = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+
+# The voice of this process, while it has one.
+_open: list[Voice] = []
+
+# Numbers of the times that this process joins others. Each time has keys of its own.
+_times = itertools.count()
+
+
+def is_rank() -> bool:
+    """Whether this process is one of several ranks."""
+    if dist.is_initialized():
+        return dist.get_world_size() > 1
+    return NUMBER in os.environ and os.environ.get(COUNT, "1") != "1"
+
+
+def connect() -> Voice:
+    """Connect with the other ranks. The last one to come lets all go on.
+
+    Raises:
+        InputError: a variable is no number, or they have not come in time.
+    """
+    if dist.is_initialized():
+        # The caller's script has joined them. Another store could not have the same port.
+        store, number, count = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+    else:
+        number, count = _variable(NUMBER), _variable(COUNT)
+        try:
+            store, *_ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=COMING))))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise InputError(f"rank {number}: the others cannot be reached: {first_line(error)}") from error
+    voice = Voice(dist.PrefixStore(f"sparsefw {next(_times)}", store), number, count)
+    _open.append(voice)
+    return voice
+
+
+def disconnect(voice: Voice) -> None:
+    """Take leave of the other ranks."""
+    voice.close()
+    _open.remove(voice)
+
+
+@contextmanager
+def joined(on_gpus: bool = True) -> Iterator[Ranks]:
+    """Inside the `with` block, the process is one of the ranks of a run. Without a launcher it is alone.
+
+    A process group that the caller has made is used.
+
+    Args:
+        on_gpus: whether each rank takes a GPU, where there are any.
+
+    Raises:
+        InputError: there are more ranks than GPUs on this machine.
+        LostRankError: another rank has failed; the message is its line.
+    """
+    if not is_rank():
+        yield ALONE
+        return
+    mine = not _open
+    voice = connect() if mine else _open[0]
+    made = not dist.is_initialized()
+    try:
+        here, local = _variable(LOCAL_COUNT, "1"), _variable(LOCAL_NUMBER, "0")
+        on_gpus = on_gpus and torch.cuda.is_available()
+        if on_gpus:
+            if local >= torch.cuda.device_count():
+                raise InputError(f"{here} ranks on this machine, and {torch.cuda.device_count()} GPUs: each needs one")
+            torch.cuda.set_device(local)
+        if made:
+            backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore("group", voice.store),
+                rank=voice.number,
+                world_size=voice.count,
+                timeout=timedelta(seconds=2 * WAITING),
+            )
+        yield Ranks(voice.number, voice.count, here, local, voice)
+    except BaseException as error:
+        if mine:
+            _raise_of_others(error, voice)
+        raise
+    finally:
+        if made and dist.is_initialized():
+            dist.destroy_process_group()
+        if mine:
+            disconnect(voice)
+
+
+def _raise_of_others(error: BaseException, voice: Voice) -> None:
+    """Leave an error for the other ranks, or raise that of the one that was first."""
+    lost = isinstance(error, LostRankError)
+    failure = voice.find(HEARING) if lost else None
+    failure = failure or voice.leave(LOST, f"rank {voice.number}: {first_line(error)}")
+    if lost:
+        raise LostRankError(failure.line) from error
+
+
+def _variable(name: str, default: str = "") -> int:
+    """A number that a launcher has set."""
+    text = os.environ.get(name, default)
+    if not text.isdecimal():
+        raise InputError(f"{name}={shown(text)}: expected a number; torchrun sets it")
+    return int(text)

@@ -1,0 +1,54 @@
+"""Several ranks in a test: processes that are forked, and joined by gloo."""
+
+import multiprocessing
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sparsefw.ranks import Ranks
+
+
+def on_ranks(count: int, do: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call do(ranks, *args) on so many ranks; returns what it returns on each of them.
+
+    Raises:
+        AssertionError: it has failed on a rank; the message is the traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("fork")
+        processes = [
+            context.Process(target=_be, args=(Path(folder), number, count, do, args)) for number in range(count)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+            process.kill()
+        results = []
+        for number in range(count):
+            failed, result = pickle.loads(Path(folder, f"result {number}").read_bytes())
+            assert not failed, f"rank {number}: {result}"
+            results.append(result)
+        return results
+
+
+def _be(folder: Path, number: int, count: int, do: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    # A pool of threads does not survive the fork.
+    torch.set_num_threads(1)
+    try:
+        store = dist.FileStore(str(folder / "store"), count)
+        dist.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=timedelta(seconds=50))
+        result = False, do(Ranks(number, count, count, number), *args)
+        if dist.is_initialized():
+            # A process that ends closes its connections.
+            dist.barrier()
+    except BaseException:
+        result = True, traceback.format_exc()
+    Path(folder, f"result {number}").write_bytes(pickle.dumps(result))

@@ -1,0 +1,107 @@
+"""What ranks tell each other."""
+
+import pytest
+import torch
+from helpers.ranks import on_ranks
+
+from sparsefw.errors import InputError
+from sparsefw.ranks import ALONE, Ranks
+from sparsefw.ranks.group import PANELS
+
+COUNT = 3
+
+
+def matrix(number, d=37):
+    X = torch.randn(d, d, generator=torch.Generator().manual_seed(number))
+    return X @ X.T
+
+
+def transfers(ranks):
+    """One of each transfer; returns what came of it."""
+    total, at, spread = (torch.arange(5.0) + 10 * ranks.number for _ in range(3))
+    handles = [ranks.sum(total), ranks.sum_at(1, at), ranks.spread(2, spread)]
+    for handle in handles:
+        handle.wait()
+    G, owned = matrix(ranks.number), matrix(ranks.number)
+    ranks.sum_triangle(G)
+    ranks.sum_triangle(owned, 1)
+    return dict(
+        total=total, at=at, spread=spread, G=G.tril(), owned=owned.tril(), sent=ranks.sent,
+        gathered=ranks.gather(f"rank {ranks.number}"), told=ranks.tell(ranks.number), waited=ranks.waited,
+    )  # fmt: skip
+
+
+def test_transfers():
+    results = on_ranks(COUNT, transfers)
+    for result in results:
+        assert result["total"].tolist() == [30 + 3 * n for n in range(5)]
+        assert result["spread"].tolist() == [20 + n for n in range(5)]
+        assert result["gathered"] == ["rank 0", "rank 1", "rank 2"]
+        assert result["told"] == 0
+        assert result["waited"] > 0
+        # The same bits everywhere, and in every run.
+        assert torch.equal(result["G"], results[0]["G"])
+    assert results[1]["at"].tolist() == [30 + 3 * n for n in range(5)]
+    expected = sum(matrix(n).double() for n in range(COUNT)).tril().float()
+    torch.testing.assert_close(results[0]["G"], expected)
+    torch.testing.assert_close(results[1]["owned"], expected)
+    again = on_ranks(COUNT, transfers)
+    assert torch.equal(again[0]["G"], results[0]["G"])
+
+
+def test_bytes_that_are_sent():
+    results = on_ranks(COUNT, transfers)
+    height = -(-37 // PANELS)
+    panels = [4 * (min(37, start + height) - start) * min(37, start + height) for start in range(0, 37, height)]
+    assert results[0]["sent"]["sum"] == 2 * 2 * 20 // 3 + sum(2 * 2 * size // 3 for size in panels)
+    assert results[0]["sent"]["sum_at"] == 2 * 20 // 3 + sum(2 * size // 3 for size in panels)
+    assert [result["sent"]["spread"] for result in results] == [0, 0, 20]
+
+
+def test_alone_nothing_is_sent():
+    x, G = torch.arange(3.0), matrix(0)
+    before = G.clone()
+    for handle in (ALONE.sum(x), ALONE.sum_at(0, x), ALONE.spread(0, x)):
+        handle.wait()
+    ALONE.sum_triangle(G)
+    ALONE.agree({"a": 1})
+    assert x.tolist() == [0, 1, 2]
+    assert torch.equal(G, before)
+    assert not ALONE.sent
+    assert ALONE.gather("a") == ["a"]
+    assert ALONE.tell("a") == "a"
+    assert ALONE.first
+    assert ALONE.alone
+    assert ALONE.share(7) == slice(0, 7)
+
+
+def disagree(ranks, name, values):
+    try:
+        ranks.agree({"same": 1, name: values[ranks.number]})
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def test_ranks_that_disagree_are_named():
+    line = "rank 2: --steps is 5, and that of rank 0 is 4; start all ranks with the same command"
+    assert on_ranks(COUNT, disagree, "--steps", [4, 4, 5]) == [line] * COUNT
+    assert on_ranks(2, disagree, "--steps", [4, 4]) == [None, None]
+
+
+def in_turn(ranks, folder):
+    def do():
+        there = (folder / "made").exists()
+        (folder / "made").touch()
+        return there
+
+    return ranks.first_here(do)
+
+
+def test_one_rank_of_a_machine_goes_first(tmp_path):
+    assert on_ranks(2, in_turn, tmp_path) == [False, True]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_share_of_a_rank(number):
+    assert Ranks(number, 4).share(10) == slice(*[(0, 2), (2, 5), (5, 7), (7, 10)][number])
