@@ -81,6 +81,8 @@ def by_chunks(
     Raises:
         InputError: no chunk fits the memory.
     """
+    if not len(W):
+        return
     if memory is None:
         yield solve(slice(None))
         return

@@ -20,7 +20,7 @@ from sparsefw.solver import patterns, selection
 from sparsefw.solver.frank_wolfe import STEP_RULES
 from sparsefw.solver.methods import METHODS
 from sparsefw.solver.patterns import Pattern
-from sparsefw.solver.saliency import SALIENCIES
+from sparsefw.solver.saliency import OF_MATRIX, SALIENCIES
 
 # Targets of layers: their outputs in the dense model, or the product of their own weight and input.
 TARGETS = ("dense", "layer")
@@ -211,6 +211,11 @@ class PruneConfig:
     def rows_independent(self, method: str) -> bool:
         """Whether a method solves every row by itself, so that layers that share an input can be stacked."""
         return METHODS[method].rows_independent and not (method == "sparsefw" and self.whole_matrix)
+
+    def rows_shared(self, method: str) -> bool:
+        """Whether the rows of a layer may be solved apart from each other: nothing is known of all of them together."""
+        by_row = (METHODS[method].saliency or self.warm_start) not in OF_MATRIX
+        return self.rows_independent(method) and self.pattern.scope != "layer" and by_row
 
     @property
     def fallback_to_warm_start(self) -> bool:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.topk_torch import masked
+from sparsefw.ranks import ALONE, Ranks, shares
 from sparsefw.solver import patterns
 from sparsefw.solver.choices import CHOOSE, Choice
-from sparsefw.solver.chunks import by_chunks
+from sparsefw.solver.chunks import ROW_UNIT, by_chunks
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.methods import METHODS
-from sparsefw.solver.stack import Member, stack_rows
+from sparsefw.solver.stack import Member, rows_of, rows_within, stack_rows
 from sparsefw.solver.target import Cross
 
 
@@ -120,6 +121,7 @@ def prune_layers(
     memory: int = 4 << 30,
     crosses: list[Cross | None] | None = None,
     masks: list[Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[LayerResult]:
     """Choose masks and weights of layers that read the same input, write them in place, yield a result for each.
 
@@ -133,6 +135,8 @@ def prune_layers(
         crosses: what was measured of each layer's difference to the dense model, or None. With it, the layer's target
             is pruned in place of its weight, see `target`.
         masks: a list to which the mask of every layer, (out, in) bool, is appended.
+        ranks: each solves its share of the rows, if `PruneConfig.rows_shared`, and has all of them in the end. Of a
+            cross matrix with rows it needs those of its share.
 
     Raises:
         InputError: the rows do not divide into the pattern's groups, or the memory is too little for any chunk.
@@ -153,7 +157,7 @@ def prune_layers(
     independent = config.rows_independent(method)
     for stack in [members] if independent else [[member] for member in members]:
         try:
-            results = _prune_stack(stack, G, method, config, backend, memory if independent else None, masks)
+            results = _prune_stack(stack, G, method, config, backend, memory if independent else None, masks, ranks)
         except FloatingPointError as error:
             raise FloatingPointError(f"{', '.join(member.name for member in stack)}: {error}") from error
         yield from results
@@ -167,27 +171,20 @@ def _prune_stack(
     backend: Backend,
     memory: int | None,
     masks: list[Tensor] | None,
+    ranks: Ranks,
 ) -> list[LayerResult]:
     started = time.perf_counter()
-    rows = stack_rows(stack, G, method, config, backend, memory)
     weights = [member.weight for member in stack]
-    errors, kept, chosen, bounded, start = [], [], [], False, 0
-
-    def choose(chunk: slice) -> Choice:
-        return CHOOSE[method](rows[chunk], config, backend)
-
-    for choice in by_chunks(choose, rows.W, memory, stack[0].name, backend):
-        _write(weights, start, choice)
-        start += len(choice.mask)
-        kept.append(choice.mask.sum(1))
-        if masks is not None:
-            chosen.append(choice.mask)
-        bounded = choice.bound is not None
-        bound = torch.zeros_like(choice.error) if choice.bound is None else choice.bound
-        errors.append(torch.stack([choice.error_warm_start, choice.error_mask, choice.error, bound]).double())
+    total = rows_of(stack, padded=memory is not None)
+    chosen: list[Tensor] = []
+    measured, bounded = _choose_rows(
+        stack, G, method, config, backend, memory, ranks.share(total, ROW_UNIT), None if masks is None else chosen
+    )
+    if not ranks.alone:
+        measured, bounded = _exchange(weights, shares(total, ranks.count, ROW_UNIT), measured, bounded, ranks)
     lengths = [len(weight) for weight in weights]
     # The padding below the last layer is cut off.
-    by_layer = [part[..., : sum(lengths)].split(lengths, dim=-1) for part in (torch.cat(errors, 1), torch.cat(kept))]
+    by_layer = [part[..., : sum(lengths)].split(lengths, dim=-1) for part in measured]
     if masks is not None:
         masks += torch.cat(chosen)[: sum(lengths)].split(lengths)
     seconds = (time.perf_counter() - started) / sum(lengths)
@@ -219,15 +216,82 @@ def _prune_stack(
     return results
 
 
+def _choose_rows(
+    stack: list[Member],
+    G: Tensor,
+    method: str,
+    config: PruneConfig,
+    backend: Backend,
+    memory: int | None,
+    share: slice,
+    masks: list[Tensor] | None,
+) -> tuple[list[Tensor], bool]:
+    """Choose masks and weights of some rows of a stack, and write them in place.
+
+    Returns:
+        (4, rows) fp64, errors and bounds of the rows, and (rows,) the numbers of kept weights; nothing without rows.
+        Whether bounds are known.
+    """
+    rows = stack_rows(stack, G, method, config, backend, memory, share)
+    weights = [member.weight for member in stack]
+    errors, kept, bounded, start = [], [], False, share.start
+
+    def choose(chunk: slice) -> Choice:
+        return CHOOSE[method](rows[chunk], config, backend)
+
+    for choice in by_chunks(choose, rows.W, memory, stack[0].name, backend):
+        _write(weights, start, choice)
+        start += len(choice.mask)
+        kept.append(choice.mask.sum(1))
+        if masks is not None:
+            masks.append(choice.mask)
+        bounded = choice.bound is not None
+        bound = torch.zeros_like(choice.error) if choice.bound is None else choice.bound
+        errors.append(torch.stack([choice.error_warm_start, choice.error_mask, choice.error, bound]).double())
+    return [torch.cat(errors, 1), torch.cat(kept)] if errors else [], bounded
+
+
 def _write(weights: list[Tensor], start: int, choice: Choice) -> None:
     """Write the rows of a chunk, which begin at row `start` of the stack, into the layers they belong to."""
-    first = 0
-    for weight in weights:
-        low, high = max(start, first), min(start + len(choice.mask), first + len(weight))
-        if low < high:
-            rows, chosen = slice(low - first, high - first), slice(low - start, high - start)
-            if choice.weight is None:
-                weight[rows] = masked(weight[rows], choice.mask[chosen])
-            else:
-                weight[rows] = choice.weight[chosen]
-        first += len(weight)
+    end = 0
+    for weight, rows in zip(weights, _rows_within(weights, slice(start, start + len(choice.mask))), strict=True):
+        chosen = slice(end, end + rows.stop - rows.start)
+        end = chosen.stop
+        if choice.weight is None:
+            weight[rows] = masked(weight[rows], choice.mask[chosen])
+        else:
+            weight[rows] = choice.weight[chosen]
+
+
+def _rows_within(weights: list[Tensor], part: slice) -> list[slice]:
+    return rows_within([len(weight) for weight in weights], part)
+
+
+def _exchange(
+    weights: list[Tensor], parts: list[slice], measured: list[Tensor], bounded: bool, ranks: Ranks
+) -> tuple[list[Tensor], bool]:
+    """Have all ranks' rows on each of them.
+
+    Args:
+        weights: of the layers of a stack. The rows of other ranks are overwritten.
+        parts: the rows of the stack that each rank has solved.
+        measured: what this rank knows of its rows, (..., rows); none if it has no rows.
+        bounded: whether it knows bounds of the errors.
+        ranks: the ranks.
+
+    Returns:
+        measured and bounded of all rows.
+    """
+    device = weights[0].device
+    for owner, part in enumerate(parts):
+        places = [weight[rows] for weight, rows in zip(weights, _rows_within(weights, part), strict=True)]
+        lengths = [len(place) for place in places]
+        mine = owner == ranks.number
+        rows = torch.cat(places) if mine else places[0].new_empty(sum(lengths), places[0].shape[1])
+        ranks.spread(owner, rows).wait()
+        if not mine:
+            for place, chosen in zip(places, rows.split(lengths), strict=True):
+                place.copy_(chosen)
+    gathered = [other for other in ranks.gather(([x.cpu() for x in measured], bounded)) if other[0]]
+    columns = zip(*(parts for parts, _ in gathered), strict=True)
+    return [torch.cat(column, -1).to(device) for column in columns], any(known for _, known in gathered)

@@ -29,3 +29,6 @@ def ria(W: Tensor, diag: Tensor) -> Tensor:
 
 # Each takes W (rows, d) and diag (d,), the diagonal of the Gram matrix, and gives (rows, d) fp32, at least 0.
 SALIENCIES = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
+
+# Those of which an entry depends on more of the matrix than its row.
+OF_MATRIX = frozenset({"ria"})

@@ -1,12 +1,13 @@
 """Stacks the rows of layers that read the same input: weights, targets, saliencies, budgets."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sparsefw.kernels.backend import Backend, Terms
+from sparsefw.ranks import shares
 from sparsefw.solver import patterns
 from sparsefw.solver.choices import Rows
 from sparsefw.solver.chunks import ROW_UNIT, by_chunks
@@ -30,8 +31,42 @@ class Member:
     target: str
 
 
+def rows_of(stack: list[Member], padded: bool) -> int:
+    """The rows of a stack; with rows of zeros behind the last layer, if padded, up to a multiple of ROW_UNIT."""
+    rows = sum(len(member.weight) for member in stack)
+    return rows + (-rows % ROW_UNIT if padded else 0)
+
+
+def rows_within(lengths: Iterable[int], share: slice) -> list[slice]:
+    """The rows of each layer that lie in a share of the stack."""
+    found, start = [], 0
+    for length in lengths:
+        low, high = (min(max(end - start, 0), length) for end in (share.start, share.stop))
+        found.append(slice(low, high))
+        start += length
+    return found
+
+
+def cost_of_solve(rows: int, d: int) -> int:
+    """Flops of a product of rows, and of a decomposition of the Gram matrix: what whole solves are shared out by."""
+    return rows * d**2 + d**3
+
+
+def rows_by_rank(lengths: Sequence[int], count: int) -> list[list[slice]]:
+    """The rows of each layer of a stack that each rank solves, by layer, then by rank."""
+    total = sum(lengths)
+    parts = shares(total + -total % ROW_UNIT, count, ROW_UNIT)
+    return [list(rows) for rows in zip(*(rows_within(lengths, part) for part in parts), strict=True)]
+
+
 def stack_rows(
-    stack: list[Member], G: Tensor, method: str, config: PruneConfig, backend: Backend, memory: int | None
+    stack: list[Member],
+    G: Tensor,
+    method: str,
+    config: PruneConfig,
+    backend: Backend,
+    memory: int | None,
+    share: slice,
 ) -> Rows:
     """Stack the layers' rows one below the other.
 
@@ -41,14 +76,18 @@ def stack_rows(
         method: one of METHODS.
         config: the config of the run.
         backend: the operations.
-        memory: bytes for the state of the chunks, see `by_chunks`. Unless it is None, rows of zeros pad the stack to a
-            multiple of ROW_UNIT.
+        memory: bytes for the state of the chunks, see `by_chunks`.
+        share: the rows of the stack that are wanted. Those behind the last layer are zero.
     """
-    lengths = [len(member.weight) for member in stack]
-    padding = 0 if memory is None else -sum(lengths) % ROW_UNIT
+    parts = [
+        member.weight[rows]
+        for member, rows in zip(stack, rows_within([len(m.weight) for m in stack], share), strict=True)
+    ]
+    lengths = [len(part) for part in parts]
+    padding = share.stop - share.start - sum(lengths)
     # bf16 and fp16 arithmetic is slow on a CPU; fp32 holds the same weights.
     dtype = torch.float32 if G.device.type == "cpu" else stack[0].weight.dtype
-    W = _stack_padded([member.weight for member in stack], sum(lengths) + padding, dtype)
+    W = _stack_padded(parts, sum(lengths) + padding, dtype)
     support = W != 0 if config.keep_zeros else None
     exact = backend.exact_operand(G, stack[0].weight.dtype)
     # Refits and targets only multiply with the damped matrix. Swaps of masks need it exactly.
@@ -57,7 +96,7 @@ def stack_rows(
     if any(member.cross is not None for member in stack):
         assert H is not None
         target_gap, start = None if config.refit else torch.empty_like(W, dtype=torch.float32), 0
-        for T in _targets(stack, W, exact, H, support, memory, backend):
+        for T in _targets(stack, share.start, W, exact, H, support, memory, backend):
             rows = slice(start, start + len(T))
             # A refit starts from the target. Without one, only the mask can be chosen for it.
             if target_gap is None:
@@ -98,6 +137,7 @@ def _stack_padded(parts: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
 
 def _targets(
     stack: list[Member],
+    first: int,
     W: Tensor,
     G: Tensor | Terms,
     H: Tensor,
@@ -105,7 +145,7 @@ def _targets(
     memory: int | None,
     backend: Backend,
 ) -> Iterator[Tensor]:
-    """The targets of stacked rows W, in chunks of rows, (rows, d) fp32.
+    """The targets of stacked rows W, of which the first has this number, in chunks of rows, (rows, d) fp32.
 
     G comes from `Backend.exact_operand`, and H is the damped matrix. For the other arguments see `stack_rows`.
 
@@ -113,10 +153,12 @@ def _targets(
     """
     crosses = [(member.cross, len(member.weight)) for member in stack]
     for member in stack:
-        member.cross = None
+        if member.cross is not None:
+            member.cross.arrived.wait()
+            member.cross = None
 
     def find(rows: slice) -> Tensor:
-        B = cross_rows(crosses, rows.start or 0, W[rows], G, backend=backend)
+        B = cross_rows(crosses, first + (rows.start or 0), W[rows], G, backend=backend)
         support_of_rows = None if support is None else support[rows]
         return find_target(W[rows], H, B, TARGET_STEPS, support=support_of_rows, backend=backend)
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sparsefw.kernels.backend import TORCH, Backend, Terms
+from sparsefw.ranks import DONE, Handle
 from sparsefw.solver.refit import descend
 
 
@@ -36,10 +37,12 @@ class Cross:
     Attributes:
         of: "inputs", "streams" or "outputs".
         matrix: (d, d) fp32 of inputs; else (rows, d) fp32.
+        arrived: wait for it before the matrix is used.
     """
 
     of: str
     matrix: Tensor
+    arrived: Handle = DONE
 
 
 def cross_rows(
