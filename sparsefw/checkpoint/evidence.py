@@ -20,6 +20,7 @@ from sparsefw.checkpoint.reader import opened_at, read_into, read_tensors, store
 from sparsefw.checkpoint.source import CONFIG, Checkpoint
 from sparsefw.checkpoint.tensors import Loadable, TensorInfo
 from sparsefw.errors import InputError
+from sparsefw.ranks import Ranks
 
 # Size, time of the last change of the content, inode; then the time of the last change of anything, as of a name.
 Stamp = list[int]
@@ -64,6 +65,10 @@ class Evidence:
         # Digests of tensors, by name: those that `take` has not returned, and the names of all others.
         self._new: dict[str, str] = {}
         self._known: set[str] = set()
+        # Digests of all tensors that were read here, and of those read by other ranks and not yet here.
+        self._mine: dict[str, str] = {}
+        self._theirs: list[tuple[int, str, str]] = []
+        self._told: set[str] = set()
         # Two threads read, and a third one writes.
         self._lock = Lock()
 
@@ -86,8 +91,29 @@ class Evidence:
         if not known:
             digest = xxhash.xxh3_128_hexdigest(data)
             with self._lock:
-                self._new[name] = digest
+                self._new[name] = self._mine[name] = digest
                 self._known.add(name)
+
+    def agree(self, ranks: Ranks) -> None:
+        """Refuse to go on if ranks have read tensors of different content, as far as they have been read.
+
+        Raises:
+            InputError: on every rank that has read both.
+        """
+        if ranks.alone:
+            return
+        with self._lock:
+            fresh = {name: digest for name, digest in self._mine.items() if name not in self._told}
+            self._told |= fresh.keys()
+        for number, digests in enumerate(ranks.gather(fresh)):
+            self._theirs += [(number, name, digest) for name, digest in digests.items()]
+        left = []
+        for number, name, digest in self._theirs:
+            if name not in self._mine:
+                left.append((number, name, digest))
+            elif self._mine[name] != digest:
+                raise InputError(f"{name}: that of rank {number} is another tensor; give all ranks the same model")
+        self._theirs = left
 
     def take(self) -> list[FileRead]:
         """The tensors that were read since the last call, file by file, for `find_difference`.

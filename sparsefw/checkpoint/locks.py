@@ -1,6 +1,7 @@
 """One run at a time in an output folder, in the folders above it and in those inside it.
 
-The run into NAME holds the lock `.NAME.partial/lock` beside it. A process that ends in any way lets go of it.
+The run into NAME holds the lock `.NAME.partial/lock` beside it. A process that ends in any way lets go of it. The ranks
+of a run hold it together, so that no other run begins while one of them is still there.
 """
 
 import fcntl
@@ -35,6 +36,34 @@ def acquire(path: Path) -> int | None:
     return lock
 
 
+def share(lock: int) -> None:
+    """Let the other ranks of the run hold a lock, too."""
+    fcntl.flock(lock, fcntl.LOCK_SH)
+
+
+def acquire_shared(path: Path) -> int | None:
+    """Hold a lock that a rank has shared; returns the descriptor that holds it, None if it cannot be held."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def is_sole_holder(lock: int) -> bool:
+    """Whether no other rank holds a shared lock any more."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def check_apart(output: Path) -> None:
     """Refuse an output above or inside one that a live run writes. Call it with the output's own lock held.
 
@@ -60,11 +89,11 @@ def check_apart(output: Path) -> None:
 def _is_held(path: Path) -> bool:
     try:
         # Opening a pipe would block for ever.
-        lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        lock = os.open(path, os.O_RDWR | os.O_NONBLOCK)
     except OSError:
         return False
     try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:

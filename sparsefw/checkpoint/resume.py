@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from sparsefw.checkpoint import typed_json
 from sparsefw.checkpoint.checksums import text_digest
 from sparsefw.checkpoint.evidence import FileRead
-from sparsefw.checkpoint.locks import LOCK, acquire, check_apart, partial_of
+from sparsefw.checkpoint.locks import LOCK, acquire, acquire_shared, check_apart, is_sole_holder, partial_of, share
 from sparsefw.errors import InputError, first_line, naming
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class PartialFolder:
     Attributes:
         folder: path of this folder.
         new: folder of the new output, until it is complete.
-        parts: the finished parts, in their order.
+        parts: the finished parts by their numbers, as far as this process knows them.
         chosen: values that the run which began the folder chose by itself.
     """
 
@@ -101,7 +101,7 @@ class PartialFolder:
         self.new = self.folder / "new"
         self._old, self._records, self._kept = (self.folder / name for name in ("old", "records", "kept"))
         self._identity = self.folder / "identity.json"
-        self.parts: list[Part] = []
+        self.parts: dict[int, Part] = {}
         self.chosen: dict[str, int] = {}
 
     def lock(self) -> None:
@@ -123,6 +123,27 @@ class PartialFolder:
             raise InputError(f"{self._output}: another run is writing it; wait for its end or choose another --output")
         self._lock = lock
 
+    def share(self) -> None:
+        """Let the other ranks of the run join."""
+        share(self._lock)
+
+    def join(self, parts: dict[int, Part]) -> None:
+        """Work in the folder that another rank has opened and shared.
+
+        Args:
+            parts: the finished parts by their numbers.
+
+        Raises:
+            InputError: it is not there: the ranks' machines have no folder in common.
+        """
+        lock = acquire_shared(self.folder / LOCK)
+        if lock is None:
+            raise InputError(
+                f"{self._output}: rank 0 writes there, and this machine does not see it; choose an --output that all "
+                "machines share"
+            )
+        self._lock, self.parts = lock, parts
+
     def check_apart(self) -> None:
         """Refuse to go on beside a run into a folder above the output or inside it.
 
@@ -137,6 +158,7 @@ class PartialFolder:
         chosen: dict[str, int] | None = None,
         restart: bool = False,
         say: Callable[[str], None] = lambda line: None,
+        ranks: int = 1,
     ) -> None:
         """Load the records of what is finished, or begin anew.
 
@@ -145,6 +167,7 @@ class PartialFolder:
             chosen: values that this run chose by itself. The values of an unfinished run take their place.
             restart: whether to discard what another run has finished.
             say: called with a line if what is there is no unfinished run any more.
+            ranks: number of the processes that finish parts at the same time.
 
         Raises:
             InputError: the unfinished run has another identity, or is damaged.
@@ -152,7 +175,7 @@ class PartialFolder:
         identity = json.loads(json.dumps(identity))
         missing = self._missing()
         if not restart and not missing:
-            self._load(identity)
+            self._load(identity, ranks)
             return
         # A run that was killed before its first part was finished is in nobody's way.
         if not restart and (self._count() or any(self.new.glob("*.safetensors"))):
@@ -168,7 +191,7 @@ class PartialFolder:
         missing = [path.name for path in (self._identity, self.new) if not os.path.lexists(path)]
         return missing if self._count() else [*missing, self._records.name]
 
-    def _load(self, identity: dict[str, Any]) -> None:
+    def _load(self, identity: dict[str, Any], ranks: int) -> None:
         """Load the records of a run of this identity."""
         for folder in (self.new, self._records, self._kept):
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -179,7 +202,17 @@ class PartialFolder:
             if then != now:
                 raise self.other_input(f"{key} {_abridged(then)} then, {_abridged(now)} now")
         self.chosen = beginning.chosen
-        self.parts = [self._read_json(self._record(n), Part) for n in range(self._count())]
+        count = self._count()
+        missing = [n for n in range(count) if not os.path.lexists(self._record(n))]
+        if missing and ranks > 1:
+            # While a rank writes a part, others may finish later ones. These are made again.
+            count = missing[0]
+            for n in range(count, count + ranks):
+                self._record(n).unlink(missing_ok=True)
+            missing = [count] if self._count() > count else []
+        if missing:
+            raise self.damaged(self._record(missing[0]), "it is missing")
+        self.parts = {n: self._read_json(self._record(n), Part) for n in range(count)}
 
     def _count(self) -> int:
         """Number of the records on disk, damaged ones too."""
@@ -231,10 +264,10 @@ class PartialFolder:
             if path.name != LOCK and os.path.lexists(path):
                 _delete(path)
 
-    def add(self, part: Part) -> None:
-        """Record that the next part is finished."""
-        _write_json(self._record(len(self.parts)), asdict(part))
-        self.parts.append(part)
+    def add(self, n: int, part: Part) -> None:
+        """Record that a part is finished."""
+        _write_json(self._record(n), asdict(part))
+        self.parts[n] = part
 
     def kept(self, name: str) -> Path:
         """Path of a file that is needed until the run is finished."""
@@ -262,8 +295,9 @@ class PartialFolder:
         os.close(self._lock)
 
     def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.folder)
+        """Delete the folder, unless other ranks are at work there: what they leave there does no harm."""
+        if is_sole_holder(self._lock):
+            shutil.rmtree(self.folder)
         self.release()
 
 

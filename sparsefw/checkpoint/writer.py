@@ -22,6 +22,7 @@ from sparsefw.checkpoint.resume import Part, PartialFolder, durably
 from sparsefw.checkpoint.rewritten import rewritten
 from sparsefw.checkpoint.source import INDEX, companions
 from sparsefw.errors import InputError, first_line
+from sparsefw.ranks import ALONE, Ranks
 
 
 class Writer:
@@ -40,11 +41,12 @@ class Writer:
         overwrite: whether an older checkpoint may be replaced.
         restart: whether to discard what an unfinished run left.
         progress: tells the user of a long wait, and of parts that are of no use any more.
+        ranks: the processes that write, each its share of the shards. Rank 0 opens the folder and finishes it.
 
     Attributes:
         output: folder for the checkpoint, links resolved.
         folder: where the checkpoint is until `finish`. A file put here moves with it, in place of the source's.
-        finished: the notes that `write` was given with the finished shards.
+        finished: the notes that `write` was given with the finished shards; those of other ranks as of the beginning.
     """
 
     def __init__(
@@ -58,11 +60,12 @@ class Writer:
         overwrite: bool = False,
         restart: bool = False,
         progress: Progress = SILENT,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.output = output.resolve()
         self.shards, self.overwrite = shards, overwrite
         self._identity, self._chosen, self._restart = identity or {}, chosen, restart
-        self._evidence, self._progress = evidence, progress
+        self._evidence, self._progress, self._ranks = evidence, progress, ranks
         self._partial = PartialFolder(self.output)
         self.folder = self._partial.new
         # Digests of the files that were kept since the last shard, by name.
@@ -72,6 +75,16 @@ class Writer:
         self._done = False
 
     def __enter__(self) -> "Writer":
+        if self._ranks.first:
+            self._open()
+        if not self._ranks.alone:
+            parts, self._partial.chosen = self._ranks.tell((self._partial.parts, self._partial.chosen))
+            if not self._ranks.first:
+                self._partial.join(parts)
+        return self
+
+    def _open(self) -> None:
+        """Open the folder, and check what is finished there."""
         parent = self.output.parent
         self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         try:
@@ -90,17 +103,18 @@ class Writer:
             self._partial.restore_output()
             check_free(self.output, self.overwrite)
             self._partial.check_apart()
-            self._partial.open(self._identity, self._chosen, self._restart, self._progress.say)
+            self._partial.open(self._identity, self._chosen, self._restart, self._progress.say, self._ranks.count)
             self._check_finished()
+            if not self._ranks.alone:
+                self._partial.share()
         except BaseException:
             self._leave()
             raise
-        return self
 
     def _check_finished(self) -> None:
         """Refuse finished parts that are damaged, or that were made of another source; delete what is none."""
         parts, digests = self._partial.parts, dict[Path, str]()
-        for n, part in enumerate(parts):
+        for n, part in parts.items():
             digests |= {self.path(n): part.sha256} | {self.kept(name): digest for name, digest in part.kept.items()}
         for path in digests:
             if path.is_symlink() or not path.is_file():
@@ -113,19 +127,19 @@ class Writer:
                 done(sizes[path])
         self._partial.remove_unknown(set(digests))
         if self._evidence:
-            read = [file for part in parts for file in part.read]
+            read = [file for part in parts.values() for file in part.read]
             if (name := self._evidence.find_difference(read, self._progress)) is not None:
                 raise self._partial.other_input(f"the model has another tensor {name} now")
 
     @property
     def finished(self) -> list[Any]:
         """See the class."""
-        return [part.note for part in self._partial.parts]
+        return [self._partial.parts[n].note for n in sorted(self._partial.parts)]
 
     @property
     def written(self) -> int:
         """Bytes of the tensors in the shards that are finished."""
-        return sum(part.bytes for part in self._partial.parts)
+        return sum(part.bytes for part in self._partial.parts.values())
 
     @property
     def chosen(self) -> dict[str, int]:
@@ -155,21 +169,27 @@ class Writer:
     def _name(self, n: int) -> str:
         return f"model-{n + 1:05d}-of-{self.shards:05d}.safetensors"
 
-    def write(self, tensors: dict[str, Tensor], note: Any = None) -> None:
-        """Write the next shard; once this returns it is on disk.
+    def writes(self, n: int) -> bool:
+        """Whether it is for this rank to write the n-th shard."""
+        return n % self._ranks.count == self._ranks.number
+
+    def write(self, tensors: dict[str, Tensor], note: Any = None, n: int | None = None) -> None:
+        """Write a shard; once this returns it is on disk.
 
         Args:
             tensors: by name, on any device; none of them may have been written before.
             note: what a later run has to know of the shard, as JSON values.
+            n: its number, from 0; None: that of the next one.
 
         Raises:
             ValueError: a name was written before, or two of the tensors are the same memory.
             InputError: the disk is full or failed.
         """
         parts = self._partial.parts
-        if repeated := sorted(tensors.keys() & {name for part in parts for name in part.names}):
+        if repeated := sorted(tensors.keys() & {name for part in parts.values() for name in part.names}):
             raise ValueError(f"{repeated[0]}: this tensor was already written")
-        digest = self._save(self.path(len(parts)), tensors)
+        n = len(parts) if n is None else n
+        digest = self._save(self.path(n), tensors)
         kept, self._kept = self._kept, {}
         part = Part(
             names=[*tensors],
@@ -181,7 +201,7 @@ class Writer:
             note=note,
         )
         with self._disk_errors():
-            self._partial.add(part)
+            self._partial.add(n, part)
 
     def keep(self, name: str, tensors: dict[str, Tensor]) -> Path:
         """Write a file of tensors that is there until `finish`; returns its path, which depends on the name alone."""
@@ -231,8 +251,11 @@ class Writer:
             InputError: something else came to lie at `output` meanwhile, or the disk is full or failed.
         """
         parts = self._complete()
+        if not self._ranks.first:
+            self._await_end()
+            return
         with self._disk_errors():
-            self._write_text(INDEX, self._index())
+            self._write_text(INDEX, _index(parts, self._name))
             for name, content in rewritten(source).items():
                 self._write_text(name, content)
             for path in companions(source):
@@ -254,6 +277,9 @@ class Writer:
             ValueError, InputError: as `finish`.
         """
         parts = self._complete()
+        if not self._ranks.first:
+            self._await_end()
+            return
         # The shards stay until it is written: this may fail, and may take names of theirs.
         with self._disk_errors(), TemporaryDirectory(prefix="saved-", dir=self._partial.folder) as saved:
             save(Path(saved))
@@ -268,11 +294,18 @@ class Writer:
         self._move({})
 
     def _complete(self) -> list[Part]:
-        """All parts."""
-        parts = self._partial.parts
+        """All parts, in their order, when all ranks have written theirs."""
+        parts = {n: part for known in self._ranks.gather(self._partial.parts) for n, part in known.items()}
         if len(parts) != self.shards:
             raise ValueError(f"{len(parts)} shards of {self.shards} were written")
-        return parts
+        return [parts[n] for n in range(self.shards)]
+
+    def _await_end(self) -> None:
+        """Wait until rank 0 has moved all into place, and leave the folder to it."""
+        self._ranks.wait()
+        self._partial.release()
+        self._done = True
+        self._ranks.wait()
 
     def _move(self, digests: dict[str, str]) -> None:
         """Write SHA256SUMS and move all files to `output`; `digests` are those that are known, by name."""
@@ -285,23 +318,18 @@ class Writer:
         check_free(self.output, self.overwrite)
         self._partial.move_into_place()
         self._done = True
+        # The other ranks leave the folder, so that it can be removed.
+        self._ranks.wait()
+        self._ranks.wait()
 
     def _write_text(self, name: str, content: str) -> None:
         durably(self.folder / name, partial(Path.write_text, data=content, encoding="utf-8"))
 
-    def _index(self) -> str:
-        """The content of the index of the shards."""
-        parts = self._partial.parts
-        index = {
-            "metadata": {"total_parameters": sum(part.parameters for part in parts), "total_size": self.written},
-            "weight_map": {name: self._name(n) for n, part in enumerate(parts) for name in part.names},
-        }
-        return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._partial.restore_output()
+        if self._ranks.first:
+            self._partial.restore_output()
         finished = self._leave()
         if error and finished and not self._done:
             error.add_note(f"{finished} of {self.shards} parts are finished: the same command goes on from there")
@@ -312,8 +340,10 @@ class Writer:
 
     def _leave(self) -> int:
         """Keep the finished parts of an unfinished run, remove everything else; returns the number of parts."""
+        if self._done and not self._ranks.first:
+            return 0
         finished = self._partial.finished
-        if finished:
+        if finished or not self._ranks.first:
             self._partial.release()
         else:
             self._partial.remove()
@@ -325,3 +355,15 @@ class Writer:
             # A folder that is in use stays.
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def _index(parts: list[Part], name_of: Callable[[int], str]) -> str:
+    """The content of the index of the shards; `name_of` gives their names."""
+    index = {
+        "metadata": {
+            "total_parameters": sum(part.parameters for part in parts),
+            "total_size": sum(part.bytes for part in parts),
+        },
+        "weight_map": {name: name_of(n) for n, part in enumerate(parts) for name in part.names},
+    }
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,10 @@ class Batches:
     def n(self) -> int:
         """Number of batches."""
         return len(self.batches)
+
+    def part(self, share: slice) -> "Batches":
+        """Some of the batches; the hash stays that of all."""
+        return replace(self, batches=self.batches[share])
 
     def split(self, size: int) -> Iterator[Batch]:
         """The batches as they are, whatever the size."""

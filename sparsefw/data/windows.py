@@ -9,7 +9,7 @@ import itertools
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Windows:
     Attributes:
         ids: (n, seqlen) int64.
         source: name of the text.
-        hash: SHA-256 of the bytes of `ids`, in hex.
+        hash: SHA-256 of the bytes of all `ids`, in hex.
     """
 
     ids: Tensor
@@ -48,9 +48,13 @@ class Windows:
         """Tokens in a window."""
         return self.ids.shape[1]
 
+    def part(self, share: slice) -> "Windows":
+        """Some of the windows; the hash stays that of all."""
+        return replace(self, ids=self.ids[share])
+
     def split(self, size: int) -> Iterator[Batch]:
         """Micro-batches of this many windows; the last one may have fewer."""
-        return map(token_batch, self.ids.split(size))
+        return map(token_batch, self.ids.split(size)) if self.n else iter(())
 
 
 def windows_of(ids: Tensor, source: str) -> Windows:

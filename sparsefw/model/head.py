@@ -11,14 +11,16 @@ from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.forward import run_behind_blocks
 from sparsefw.model.hidden_states import HiddenStates
+from sparsefw.ranks import ALONE, Ranks
 
 
-def perplexity(states: HiddenStates, ids: Tensor) -> float:
+def perplexity(states: HiddenStates, ids: Tensor, ranks: Ranks = ALONE) -> float:
     """exp of the mean negative log-likelihood over all windows.
 
     Args:
         states: the windows after the last block.
         ids: (windows, seqlen) their tokens.
+        ranks: each has some of the windows.
     """
     total, count, model = 0.0, 0, states.model
     with model.outside():
@@ -31,16 +33,23 @@ def perplexity(states: HiddenStates, ids: Tensor) -> float:
             else:
                 total += windows * loss(model, batch, hidden, others)
             count += windows
-    return math.exp(total / count)
+    return _exp_of_mean(total, count, ranks)
+
+
+def _exp_of_mean(total: float, count: int, ranks: Ranks) -> float:
+    """exp of the mean of numbers of which every rank has some."""
+    sums = ranks.gather((total, count))
+    return math.exp(sum(total for total, _ in sums) / sum(count for _, count in sums))
 
 
 @torch.no_grad()
-def perplexity_of_batches(states: HiddenStates, batches: Iterable[Batch]) -> float:
+def perplexity_of_batches(states: HiddenStates, batches: Iterable[Batch], ranks: Ranks = ALONE) -> float:
     """exp of the mean of the losses that the model itself returns, all batches alike.
 
     Args:
         states: the batches after the last block.
         batches: the batches, with what the model makes a loss of.
+        ranks: each has some of the batches.
 
     Raises:
         InputError: the model returns no loss.
@@ -56,7 +65,7 @@ def perplexity_of_batches(states: HiddenStates, batches: Iterable[Batch]) -> flo
                     "one of, such as labels"
                 )
             losses.append(value.item())
-    return math.exp(sum(losses) / len(losses))
+    return _exp_of_mean(sum(losses), len(losses), ranks)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def with_two_records(tmp_path):
     partial.lock()
     partial.open(IDENTITY, {"batch": 4})
     for part in PARTS:
-        partial.add(part)
+        partial.add(len(partial.parts), part)
     partial.release()
     return partial
 
@@ -43,7 +43,7 @@ def with_two_records(tmp_path):
 def test_goes_on_with_what_is_finished(tmp_path):
     with_two_records(tmp_path)
     again = opened(tmp_path)
-    assert again.parts == PARTS
+    assert again.parts == dict(enumerate(PARTS))
     assert again.chosen == {"batch": 4}
 
 
@@ -68,9 +68,9 @@ def test_another_run_is_refused_and_told_what_differs(tmp_path, change, said):
 def test_restart_discards_it(tmp_path):
     with_two_records(tmp_path)
     again = opened(tmp_path, {"--sparsity": "0.5"}, restart=True)
-    assert again.parts == []
+    assert again.parts == {}
     assert again.chosen == CHOSEN
-    assert opened(tmp_path, {"--sparsity": "0.5"}).parts == []
+    assert opened(tmp_path, {"--sparsity": "0.5"}).parts == {}
 
 
 @pytest.mark.parametrize("name", ["identity.json", "new", "records"])
@@ -78,7 +78,7 @@ def test_what_is_of_no_use_any_more_is_told(tmp_path, name):
     partial, said = with_two_records(tmp_path), []
     (partial.new / "model-00001-of-00002.safetensors").touch()
     remove(partial.folder / name)
-    assert opened(tmp_path, {"--sparsity": "0.5"}, said=said).parts == []
+    assert opened(tmp_path, {"--sparsity": "0.5"}, said=said).parts == {}
     assert said == [f"beginning anew: what {partial.folder} holds is of no use without {name}"]
     # Nothing was finished now, and --restart says it itself.
     opened(tmp_path, {"--sparsity": "0.4"}, said=said)
@@ -110,7 +110,7 @@ def test_damaged_files_are_named_and_nothing_is_deleted(tmp_path, name, damage):
     with refused(rf"out: the unfinished run there is damaged, {name}: it .*; --restart discards it"):
         opened(tmp_path)
     assert contents(tmp_path) == before
-    assert opened(tmp_path, restart=True).parts == []
+    assert opened(tmp_path, restart=True).parts == {}
 
 
 MAKE = {
@@ -130,7 +130,7 @@ def test_what_is_no_file_is_named_and_not_opened(tmp_path, name, made):
     with refused(f"is damaged, {name}: it is missing, or no file"):
         opened(tmp_path)
     assert partial.finished == 2
-    assert opened(tmp_path, restart=True).parts == []
+    assert opened(tmp_path, restart=True).parts == {}
 
 
 @pytest.mark.parametrize("name", ["new", "records", "kept"])
@@ -142,7 +142,7 @@ def test_links_in_place_of_folders(tmp_path, name):
     (partial.folder / name).symlink_to(tmp_path / "elsewhere")
     with refused(f"is damaged, {name}: it is no folder"):
         opened(tmp_path)
-    assert opened(tmp_path, restart=True).parts == []
+    assert opened(tmp_path, restart=True).parts == {}
     assert (tmp_path / "elsewhere").is_dir()
 
 
@@ -197,7 +197,7 @@ def test_a_folder_that_was_being_cleared_begins_anew(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             opened(tmp_path, restart=True)
     assert len(list((partial.folder / "records").iterdir())) == 1
-    assert opened(tmp_path).parts == []
+    assert opened(tmp_path).parts == {}
 
 
 @pytest.mark.slow
@@ -217,7 +217,7 @@ def test_second_process_is_refused_and_the_first_ones_death_frees_it(tmp_path):
         assert contents(tmp_path) == before
         other.kill()
         other.wait()
-        assert opened(tmp_path, {}).parts == []
+        assert opened(tmp_path, {}).parts == {}
 
 
 def test_file_is_whole_or_not_there(tmp_path):

@@ -56,7 +56,7 @@ def test_bytes_of_texts():
 def test_a_small_record_of_many_objects(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "SLACK", 2**24)
     path = tmp_path / "x.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"text": "a", "x": [' + b"[], " * 2**19 + b"[]]}", 1))
+    path.write_bytes(gzip.compress(b'{"text": "a", "x": [' + b"[], " * 2**21 + b"[]]}", 1))
     before = writable()
     with refused(r"x.jsonl.gz: one of its records takes more than 0.0 GiB of memory; give more \(--host-memory\)"):
         calibration_windows(plain, str(path), nsamples=1, seqlen=10, seed=0, room=0)

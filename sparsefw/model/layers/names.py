@@ -1,5 +1,6 @@
 """Layers and their names: which matrix of a block a weight is, and which matrices are not layers."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,6 +72,23 @@ def slices_of(name: str, parameter: Tensor, size: int | None = None) -> list[str
     if parameter.dim() == 2 and size:
         count = parameter.numel() // size
     return [f"{name}[{expert}]" for expert in range(count)] if count > 1 or parameter.dim() == 3 else []
+
+
+def layer_of(block: nn.Module, name: str, gram: str, shape: tuple[int, int], transposed: bool) -> Layer:
+    """A layer that has been seen elsewhere, in another copy of its block.
+
+    Args:
+        block: this copy.
+        name, gram: see `Layer`.
+        shape: shape of its weight.
+        transposed: whether the columns of the weight are the rows of what is stored.
+    """
+    base = without_index(name)
+    matrix: Tensor = block.get_parameter(base)
+    if name != base:
+        stacked = matrix if matrix.dim() == 3 else matrix.unflatten(0, (matrix.numel() // math.prod(shape), -1))
+        matrix = stacked[int(name[len(base) + 1 : -1])]
+    return Layer(name, matrix.T if transposed else matrix, gram)
 
 
 class WeightNames:
