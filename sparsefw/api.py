@@ -4,16 +4,18 @@ The driver is imported inside `prune`, after the config is made. Triton decides 
 interprets its kernels, and the config settles that.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from sparsefw.errors import InputError, printable
 from sparsefw.flags import checked_path
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, config_for
+from sparsefw.ranks import Ranks, joined
 from sparsefw.solver.config import PruneConfig
 
 if TYPE_CHECKING:
@@ -115,17 +117,14 @@ def prune(
     if config is not None and not isinstance(config, PruneConfig):
         raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
 
-    def say(line: str) -> None:
-        # Names in it come from the checkpoint.
-        log(printable(line))
-
     output_folder = None if output is None else checked_path("output", output)
     places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
     of_text = dict(dataset=dataset, nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, tokenizer=tokenizer)
     if calibration is not None:
         _check_unused(of_text)
         config = config or PruneConfig(**options)
-        return _prune_on_batches(model, calibration, evaluate, config, output_folder, places, say, progress)
+        with _joined(log, progress) as told:
+            return _prune_on_batches(model, calibration, evaluate, config, output_folder, places, told)
     source, nsamples, seqlen = _named(dataset, nsamples, seqlen)
     known: dict[str, Any] = dict(
         dataset=source, nsamples=nsamples, seqlen=seqlen, evaluate=_names(evaluate), eval_windows=eval_windows
@@ -139,21 +138,47 @@ def prune(
 
     from sparsefw.driver import CheckpointJob, Output, run_job
 
-    def run(folder: Path, output: Path, tokenizer: "PreTrainedTokenizerBase | None") -> "Report":
-        destination = Output(output, **places)
-        text = dataset if source in (TEXTS, TOKENS) and not isinstance(dataset, str | Path) else None
-        return run_job(CheckpointJob(inputs, config, destination, folder, text, tokenizer), say, progress)
+    if isinstance(model, str | Path) and output_folder is None:
+        raise InputError("output: where the pruned checkpoint goes is left out")
+    text = dataset if source in (TEXTS, TOKENS) and not isinstance(dataset, str | Path) else None
+    with _joined(log, progress) as told:
 
-    if isinstance(model, str | Path):
-        if output_folder is None:
-            raise InputError("output: where the pruned checkpoint goes is left out")
-        return PruneResult(run(_locate(inputs), output_folder, tokenizer), output_folder)
+        def run(folder: Path, output: Path, tokenizer: "PreTrainedTokenizerBase | None") -> "Report":
+            destination = Output(output, **places)
+            return run_job(CheckpointJob(inputs, config, destination, folder, text, tokenizer), *told)
 
-    from sparsefw import in_memory
+        if isinstance(model, str | Path):
+            assert output_folder is not None
+            folder = told.ranks.first_here(lambda: _locate(inputs))
+            return PruneResult(run(folder, output_folder, tokenizer), output_folder)
 
-    tokenized = isinstance(dataset, Tensor) and not inputs.evaluate
-    report = in_memory.prune_in_place(model, run, config.method, output_folder, overwrite, tokenizer, tokenized)
-    return PruneResult(report, output_folder)
+        from sparsefw import in_memory
+
+        tokenized = isinstance(dataset, Tensor) and not inputs.evaluate
+        report = in_memory.prune_in_place(
+            model, run, config.method, output_folder, overwrite, tokenizer, tokenized, told.ranks
+        )
+        return PruneResult(report, output_folder)
+
+
+class _Told(NamedTuple):
+    """What a run tells the user, and the processes that share it: only one of them speaks."""
+
+    say: Callable[[str], None]
+    progress: bool
+    ranks: Ranks
+
+
+@contextmanager
+def _joined(log: Callable[[str], None], progress: bool) -> Iterator[_Told]:
+    with joined() as ranks:
+
+        def say(line: str) -> None:
+            if ranks.first:
+                # Names in it come from the checkpoint.
+                log(printable(line))
+
+        yield _Told(say, progress and ranks.first, ranks)
 
 
 def _check_unused(of_text: dict[str, Any]) -> None:
@@ -169,15 +194,14 @@ def _prune_on_batches(
     config: PruneConfig,
     output: Path | None,
     places: dict[str, Any],
-    say: Callable[[str], None],
-    progress: bool,
+    told: _Told,
 ) -> PruneResult:
     # As in `prune`.
     _ = config.backend
 
     from sparsefw import in_memory
 
-    report = in_memory.prune_on_batches(model, calibration, evaluation, config, output, places, say, progress)
+    report = in_memory.prune_on_batches(model, calibration, evaluation, config, output, places, *told)
     return PruneResult(report, output)
 
 

@@ -6,10 +6,14 @@ import sys
 import tempfile
 import traceback
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from sparsefw import __version__
 from sparsefw.errors import InputError, printable, shown
 from sparsefw.signals import INTERRUPTED
+
+if TYPE_CHECKING:
+    from sparsefw.ranks.voice import Voice
 
 # Exit statuses. The last one, EX_SOFTWARE of sysexits.h, is none that a failed check could have.
 FAILED, BAD_INPUT, UNFORESEEN = 1, 2, 70
@@ -21,13 +25,14 @@ LONGEST = 2000
 LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "datasets")
 
 
-def tell(error: BaseException, interrupted: bool) -> int:
+def tell(error: BaseException, interrupted: bool, voice: "Voice | None" = None) -> int:
     """Print the exception that ended a command, with its notes, on one line on stderr.
 
     Args:
         error: the exception.
         interrupted: whether a signal came before. Then the exception comes of it: libraries turn KeyboardInterrupt
             into exceptions of their own.
+        voice: prints the line on one of several ranks.
 
     Returns:
         The exit status.
@@ -37,6 +42,8 @@ def tell(error: BaseException, interrupted: bool) -> int:
     line = printable("; ".join([message, *getattr(error, "__notes__", [])]))
     if len(line) > LONGEST:
         line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    if voice:
+        return voice.last_word(status, line, comes_of_others=interrupted or isinstance(error, _lost_rank()))
     # If nobody can be told, the status remains.
     with suppress(OSError):
         print(f"sparsefw: {line}", file=sys.stderr)
@@ -62,7 +69,7 @@ def _outcome(error: BaseException) -> tuple[int, str]:
         return FAILED, "the host's memory is full; give fewer or shorter windows (--nsamples, --seqlen)"
     if isinstance(error, ImportError):
         return FAILED, f"a library cannot be loaded, check the installation: {on_one_line}"
-    if isinstance(error, (FloatingPointError, *_of("torch", "OutOfMemoryError"))):
+    if isinstance(error, (FloatingPointError, *_of("torch", "OutOfMemoryError"), *_lost_rank())):
         return FAILED, on_one_line
     return UNFORESEEN, f"unforeseen {type(error).__name__}: {shown(on_one_line)}; {_reported(error)}"
 
@@ -78,6 +85,10 @@ def _of(module: str, name: str) -> tuple[type[BaseException], ...]:
     """A library's class of exceptions; nothing if the library has not been imported."""
     found = getattr(sys.modules.get(module), name, None)
     return (found,) if found else ()
+
+
+def _lost_rank() -> tuple[type[BaseException], ...]:
+    return _of("sparsefw.ranks.group", "LostRankError")
 
 
 def _reported(error: BaseException) -> str:

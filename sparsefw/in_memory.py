@@ -19,6 +19,7 @@ from sparsefw.driver import Job, Output, run_in_memory
 from sparsefw.errors import InputError
 from sparsefw.inputs import Inputs
 from sparsefw.model import StreamedModel
+from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report
 from sparsefw.solver import PruneConfig
 from sparsefw.solver.selection import without_index
@@ -32,6 +33,7 @@ def prune_in_place(
     overwrite: bool,
     tokenizer: PreTrainedTokenizerBase | None,
     tokenized: bool,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Prune a model in memory.
 
@@ -43,12 +45,13 @@ def prune_in_place(
         overwrite: whether an older checkpoint there may be replaced.
         tokenizer: the model's tokenizer; None: the one beside the checkpoint that it was loaded from.
         tokenized: whether no text has to be tokenized.
+        ranks: the processes that share the work; all of them have the model.
 
     Raises:
         InputError: it is no model of transformers, no tokenizer is known, or as `run`.
     """
     with tempfile.TemporaryDirectory(prefix="sparsefw-") as scratch:
-        folder, pruned = Path(scratch) / "model", output or Path(scratch) / "pruned"
+        folder, pruned = Path(scratch) / "model", output or ranks.tell(Path(scratch) / "pruned")
         # Before the model is written, which takes a while.
         checkpoint.check_output(pruned, folder, overwrite)
         save(model, folder)
@@ -63,6 +66,7 @@ def prune_in_place(
                 _forget_notes(error)
             raise
         load_layers(model, pruned, [layer.name for layer in report.layers_of(method)])
+        ranks.wait()
     return report if output else replace(report, arguments=report.arguments | {"output": None})
 
 
@@ -75,6 +79,7 @@ def prune_on_batches(
     places: dict[str, Any],
     log: Callable[[str], None],
     progress: bool,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Prune a model in memory on batches.
 
@@ -85,7 +90,7 @@ def prune_on_batches(
         config: how it is pruned.
         output: folder for the pruned model; None for none.
         places: the other fields of `Output`.
-        log, progress: as for `run_in_memory`.
+        log, progress, ranks: as for `run_in_memory`.
 
     Raises:
         InputError: the model is no module, or as `data.batches_of` and `run_in_memory`.
@@ -99,9 +104,9 @@ def prune_on_batches(
     texts = (data.BATCHES,) if evaluated else ()
     inputs = Inputs(model=type(model).__name__, dataset=data.BATCHES, nsamples=batches.n, evaluate=texts)
     with tempfile.TemporaryDirectory(prefix="sparsefw-") as scratch:
-        job = Job(inputs, config, Output(output or Path(scratch) / "pruned", **places))
+        job = Job(inputs, config, Output(output or ranks.tell(Path(scratch) / "pruned"), **places))
         try:
-            report = run_in_memory(model, job, batches, evaluated, output is not None, log, progress)
+            report = run_in_memory(model, job, batches, evaluated, output is not None, log, progress, ranks)
         except BaseException as error:
             if output is None:
                 _forget_notes(error)

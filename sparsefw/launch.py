@@ -7,8 +7,12 @@ import importlib
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 from sparsefw.signals import INTERRUPTED, obeyed
+
+if TYPE_CHECKING:
+    from sparsefw.ranks.voice import Voice
 
 # The line of a process that ends without looking at what is finished.
 LAST_WORDS = {"run": "interrupted; the same command goes on after the last finished part"}
@@ -27,17 +31,35 @@ def launch(name: str, argv: list[str] | None = None) -> int:
     if argv is None:
         _prepare_process()
     with obeyed(LAST_WORDS.get(name, "interrupted")) as interruption:
+        voice = None
         try:
             _check_current_folder()
+            interruption.voice = voice = _voice_of_ranks()
             status = importlib.import_module(f"sparsefw.commands.{name}").run(argv)
         except (Exception, KeyboardInterrupt) as error:
             # Imported where it is needed: until signals are obeyed, every millisecond counts.
             from sparsefw.failures import tell
 
-            status = tell(error, interruption.came)
+            status = tell(error, interruption.came, voice)
+        else:
+            if voice:
+                voice.close()
     if argv is None:
-        _end_process(status)
+        _end_process(status, others=voice is not None)
     return status
+
+
+def _voice_of_ranks() -> "Voice | None":
+    """The voice of all ranks, if this process is one of several: one of them prints what all have to say."""
+    # Seconds go by until it is imported.
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
+        return None
+    from sparsefw.ranks import connect
+
+    voice = connect()
+    if voice.number:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return voice
 
 
 def _prepare_process() -> None:
@@ -66,14 +88,14 @@ def _check_current_folder() -> None:
         raise InputError("the current folder has been deleted; go to another one") from error
 
 
-def _end_process(status: int) -> None:
-    """Prepare the end of Python, which handles no error of a stream."""
+def _end_process(status: int, others: bool) -> None:
+    """Prepare the end of Python, which handles no error of a stream; `others`: there are other ranks."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
             # Python would try once more, and complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if status == INTERRUPTED:
-        # Other threads may be in native code, and Python would wait for them.
+    if status == INTERRUPTED or (status and others):
+        # Other threads may be in native code, or wait for a rank that is gone, and Python would wait for them.
         os._exit(status)

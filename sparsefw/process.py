@@ -149,8 +149,13 @@ def _c_library(name: str, *numbers: int) -> None:
         function(*numbers)
 
 
-def free_memory(device: torch.device) -> dict[str, int]:
-    """Bytes that this process may take in all, with those that it has: "host", and with a GPU "gpu"."""
+def free_memory(device: torch.device, sharing: int = 1) -> dict[str, int]:
+    """Bytes that this process may take in all, with those that it has: "host", and with a GPU "gpu".
+
+    Args:
+        device: device that it works on.
+        sharing: number of processes that share what is free on the host.
+    """
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = {"host": next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))}
     # The limit of a container. Its file cache is not counted: the system drops it when memory is needed.
@@ -159,7 +164,7 @@ def free_memory(device: torch.device) -> dict[str, int]:
             name: int(n) for name, n in map(str.split, CGROUP_LIMIT.with_name("memory.stat").read_text().splitlines())
         }
         free["host"] = min(free["host"], int(limit) - used["anon"])
-    free["host"] += resident()
+    free["host"] = free["host"] // sharing + resident()
     if device.type == "cuda":
         free["gpu"] = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return free

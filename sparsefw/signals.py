@@ -20,7 +20,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from sparsefw.ranks.voice import Voice
 
 # Exit status of a command that was interrupted.
 INTERRUPTED = 130
@@ -46,10 +49,12 @@ class Interruption:
 
     Attributes:
         came: whether a signal has reached the main thread.
+        voice: prints that line on one of several ranks.
     """
 
     def __init__(self, last_words: str) -> None:
         self.came = False
+        self.voice: Voice | None = None
         self._last_words = last_words
         self._ending = threading.Lock()
 
@@ -75,6 +80,8 @@ class Interruption:
         if not self._ending.acquire(blocking=False):
             # Another thread is at it.
             time.sleep(60)
+        if self.voice:
+            os._exit(self.voice.last_word(INTERRUPTED, self._last_words, comes_of_others=True))
         # An own line, if a progress bar is in the last one.
         start = "\n" if os.isatty(2) else ""
         try:

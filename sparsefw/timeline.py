@@ -3,9 +3,9 @@
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,11 @@ class Span:
     phase: str
     start: float
     end: float
+
+
+def of_rank(spans: Iterable[Span], number: int) -> list[Span]:
+    """The main lane of another rank, under its own name."""
+    return [replace(span, lane=f"rank {number}") for span in spans if span.lane == MAIN]
 
 
 class Timeline:

@@ -12,6 +12,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from sparsefw.checkpoint import Evidence
+from sparsefw.driver.solves import Solve, add_up, combine, exchange, find_solves
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
 from sparsefw.kernels.backend import Backend
@@ -31,6 +33,7 @@ from sparsefw.model.layers import (
 )
 from sparsefw.model.parts import INPUT
 from sparsefw.process import give_back
+from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver import LayerResult, PruneConfig, prune_layers
 
 
@@ -46,6 +49,8 @@ class Run:
         layers: full names of the layers to prune, see `ModelShape`.
         kept_width: entries of the widest input that is kept, see `Placement`.
         seen: by block, the kinds of matrices that are known to be in products, see `BlockShape`; empty: not checked.
+        ranks: the processes of the run, each with its share of the windows.
+        evidence: what was read of the checkpoint; None: the model is in memory.
         confirmed: what is known of running blocks in parts, see `layers.survey`.
     """
 
@@ -56,6 +61,8 @@ class Run:
     layers: frozenset[str]
     kept_width: int = 0
     seen: tuple[frozenset[str], ...] = ()
+    ranks: Ranks = ALONE
+    evidence: Evidence | None = None
     confirmed: Confirmed = field(default_factory=dict)
 
 
@@ -102,8 +109,8 @@ def prune_block(
         if _selected_layers(run, i):
             # All layers of the block are measured at once.
             with timeline.span("calibrate", i):
-                captured = _capture(run, i, states)
-                _check(run, i, captured)
+                captured = combine(run.model.blocks[i], _capture(run, i, states), run.ranks)
+                _check_seen(run, i, captured)
                 _check_known(run, i, captured.ignored)
                 _check_apart(run, i, captured.layers)
             yield from _solve(run, i, captured, method)
@@ -112,7 +119,8 @@ def prune_block(
     for stage in dense.stages:
         with timeline.span("calibrate", i):
             captured = measure(stage, pair, backend=run.backend, selected=_selector(run, i), keep=_is_kept(run, stage))
-            _check(run, i, captured)
+            captured = combine(run.model.blocks[i], captured, run.ranks)
+            _check_seen(run, i, captured)
             pruned += captured.layers
             _check_apart(run, i, pruned)
             # The solve allocates other sizes than the micro-batches have left.
@@ -137,22 +145,41 @@ def _is_kept(run: Run, stage: Stage) -> bool:
 
 def _solve(run: Run, i: int, captured: Captured, method: str) -> Iterator[LayerResult]:
     """Prune the layers that were measured, those of one input at a time. Their matrices leave memory one by one."""
-    prefix, timeline = run.model.names[i], run.model.timeline
-    for gram in dict.fromkeys(layer.gram for layer in captured.layers):
-        layers = [layer for layer in captured.layers if layer.gram == gram]
-        with timeline.span("solve", i):
-            results = list(
-                prune_layers(
-                    [(f"{prefix}.{layer.name}", layer.weight) for layer in layers],
-                    captured.grams.pop(gram),
-                    method,
-                    run.config,
-                    run.backend,
-                    memory=run.memory,
-                    crosses=[captured.crosses.pop(layer.name, None) for layer in layers],
-                )
-            )
-        yield from results
+    timeline, ranks = run.model.timeline, run.ranks
+    solves, results = find_solves(captured, method, run.config, ranks), dict[str, LayerResult]()
+    if not ranks.alone:
+        with timeline.span("exchange", i):
+            add_up(captured, solves, ranks, run.backend)
+    _check_sums(run, i, captured)
+    last = {solve.gram: n for n, solve in enumerate(solves)}
+    for n, solve in enumerate(solves):
+        if solve.owner in (None, ranks.number):
+            with timeline.span("solve", i):
+                results |= _solve_one(run, i, captured, method, solve)
+        if n == last[solve.gram]:
+            captured.grams.pop(solve.gram, None)
+        if ranks.alone:
+            yield from (results.pop(layer.name) for layer in solve.layers)
+    if not ranks.alone:
+        with timeline.span("exchange", i):
+            results = exchange(solves, results, ranks)
+        yield from (results[layer.name] for solve in solves for layer in solve.layers)
+
+
+def _solve_one(run: Run, i: int, captured: Captured, method: str, solve: Solve) -> dict[str, LayerResult]:
+    """The results of a solve, by the names of its layers in block i."""
+    ranks = run.ranks if solve.owner is None else ALONE
+    results = prune_layers(
+        [(f"{run.model.names[i]}.{layer.name}", layer.weight) for layer in solve.layers],
+        captured.grams[solve.gram],
+        method,
+        run.config,
+        run.backend,
+        memory=run.memory,
+        crosses=[captured.crosses.pop(layer.name, None) for layer in solve.layers],
+        ranks=ranks,
+    )
+    return {layer.name: result for layer, result in zip(solve.layers, results, strict=True)}
 
 
 def kept_dense(model: BlockModel, i: int, pruned: list[LayerResult]) -> list[str]:
@@ -198,7 +225,17 @@ def find_stages(run: Run, i: int, states: HiddenStates) -> list[Stage]:
             confirmed=run.confirmed,
         )
     _check_known(run, i, surveyed.ignored)
-    return stages(surveyed)
+    found = stages(surveyed)
+    if any(other != _outline(found) for other in run.ranks.gather(_outline(found))):
+        raise InputError(
+            f"{run.model.names[i]}: unsupported model: windows on other ranks run through it in another way"
+        )
+    return found
+
+
+def _outline(order: list[Stage]) -> list[tuple[str, list[str]]]:
+    """What ranks must agree on: the stages, and the layers that write to the stream."""
+    return [(stage.key, sorted(stage.writes)) for stage in order]
 
 
 def _capture(run: Run, i: int, states: HiddenStates) -> Captured:
@@ -212,11 +249,15 @@ def _capture(run: Run, i: int, states: HiddenStates) -> Captured:
     )
 
 
-def _check(run: Run, i: int, captured: Captured) -> None:
-    """Refuse a block without layers, or with a Gram matrix that is not finite."""
-    prefix = run.model.names[i]
+def _check_seen(run: Run, i: int, captured: Captured) -> None:
+    """Refuse a block without layers."""
     if not captured.layers and not captured.ignored:
-        raise InputError(f"{prefix}: unsupported model: no matrix of this block was seen in a product")
+        raise InputError(f"{run.model.names[i]}: unsupported model: no matrix of this block was seen in a product")
+
+
+def _check_sums(run: Run, i: int, captured: Captured) -> None:
+    """Refuse a Gram matrix that is not finite."""
+    prefix = run.model.names[i]
     for gram, G in captured.grams.items():
         # The diagonal bounds all other entries of G.
         check_finite(f"inputs of {prefix}.{gram} (their squares, summed)", G.diagonal())

@@ -13,8 +13,10 @@ from torch import nn
 
 from sparsefw.checkpoint import Writer, check_free, read_shard
 from sparsefw.data import Batch, Batches
-from sparsefw.driver.run import Job, Prepared, carry_out, kernel_line, workload_of
+from sparsefw.driver.job import Job, Prepared
+from sparsefw.driver.run import carry_out, kernel_line, workload_of
 from sparsefw.model import ResidentModel, resident, shape_of_resident
+from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report, amount, log
 from sparsefw.solver.selection import check_used
 
@@ -27,6 +29,7 @@ def run_in_memory(
     saves: bool,
     say: Callable[[str], None],
     progress: bool,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Prune a model in place, evaluate it, and write it with its report.
 
@@ -40,6 +43,7 @@ def run_in_memory(
         saves: whether the pruned model is written, beside its report.
         say: called with every line of the log.
         progress: whether to show a progress bar.
+        ranks: the processes that share the batches; all of them have the model and all batches.
 
     Raises:
         InputError: something that the user gave is wrong; the message names it.
@@ -50,7 +54,7 @@ def run_in_memory(
     batch = max(calibration.batches, key=_size)
     # A module's own parameters may ask for gradients.
     with torch.no_grad(), resident(model, batch, _device(model)) as opened:
-        prepared, tokens = _prepare(job, opened, batch, calibration, evaluation, saves, say)
+        prepared, tokens = _prepare(job, opened, batch, calibration, evaluation, saves, say, ranks)
         job = replace(job, inputs=replace(job.inputs, seqlen=max(2, tokens)))
 
         def finish(writer: Writer) -> None:
@@ -58,7 +62,7 @@ def run_in_memory(
                 opened.change(i, read_shard(writer.path(n)))
             writer.finish_as(partial(save, model) if saves else lambda folder: None)
 
-        return carry_out(job, opened, prepared, finish, say, progress)
+        return carry_out(job, opened, prepared, finish, say, progress, ranks)
 
 
 def save(model: nn.Module, folder: Path) -> None:
@@ -78,6 +82,7 @@ def _prepare(
     evaluation: Batches | None,
     saves: bool,
     say: Callable[[str], None],
+    ranks: Ranks,
 ) -> tuple[Prepared, int]:
     """The run before its first block, and the most vectors of a batch between two blocks."""
     config, device = job.config, model.device
@@ -96,8 +101,8 @@ def _prepare(
         calibration,
         evaluated,
         shape,
-        workload_of(config, calibration.n, [batches.n for batches in evaluated], tokens, device),
-        job.output.limits(device),
+        workload_of(config, calibration.n, [batches.n for batches in evaluated], tokens, device, ranks=ranks),
+        job.output.limits(device, ranks),
         model.notes,
         _fingerprint(model.model),
         # A caller's batches are not cut.

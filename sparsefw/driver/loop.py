@@ -23,6 +23,7 @@ from sparsefw.driver.block import DenseReference, Run, find_stages, idle_matrice
 from sparsefw.driver.record import FinishedBlock
 from sparsefw.model import HiddenStates, Placement, embed_batches, perplexity, perplexity_of_batches
 from sparsefw.process import give_back, peak_memory
+from sparsefw.ranks import Ranks
 from sparsefw.report import BlockRecord
 from sparsefw.solver import LayerResult
 from sparsefw.timeline import WRITE, Timeline
@@ -101,7 +102,8 @@ def prune_model(
     """
     with ExitStack() as open_states:
         with run.model.timeline.span("embed"), run.model.outside():
-            states = _embed_all(run, calibration, evaluation, placement)
+            texts = [samples.part(run.ranks.share(samples.n)) for samples in (calibration, *evaluation)]
+            states = _embed_all(run, texts[0], texts[1:], placement)
         for hidden_states in states.all():
             open_states.callback(hidden_states.close)
         return _prune_blocks(run, states, writer, placement, on_layer, on_block)
@@ -117,6 +119,7 @@ def _prune_blocks(
 ) -> Outcome:
     model, timeline = run.model, run.model.timeline
     outcome = Outcome(timeline)
+    done = len(writer.finished)
     finished = writer.finished[: len(model.firsts)]
     for record in finished:
         outcome.add(FinishedBlock.from_json(record))
@@ -128,17 +131,22 @@ def _prune_blocks(
     with ThreadPoolExecutor(1) as background:
         written: Future[None] | None = None
         for i in range(begin, len(model.blocks)):
-            record, tensors = _prune_methods(run, i, states, placement, on_layer)
+            sent = run.ranks.sent.copy()
+            record, tensors = _prune_methods(run, i, states, writer, placement, on_layer)
             if i not in model.firsts:
                 on_block()
                 continue
+            if run.evidence:
+                run.evidence.agree(run.ranks)
+            shard = model.firsts.index(i)
             with timeline.span("wait", i):
-                if written:
+                if written and writer.writes(shard):
                     written.result()
-            record = record.measured(timeline.seconds(i), peak_memory())
-            written = background.submit(_write, run, writer, i, tensors, record)
-            if not placement.ahead:
-                written.result()
+            record = record.measured(timeline.seconds(i), _peaks(run.ranks), dict(run.ranks.sent - sent))
+            if writer.writes(shard):
+                written = background.submit(_write, run, writer, shard, tensors, record)
+                if not placement.ahead:
+                    written.result()
             del tensors
             give_back()
             outcome.add(record)
@@ -147,21 +155,24 @@ def _prune_blocks(
             if written:
                 written.result()
     outcome.kept_dense += idle_matrices(model)
-    for names in model.pieces[len(writer.finished) - len(model.firsts) :]:
-        with timeline.span("write"):
-            writer.write(model.other_tensors(names))
-        # Tensors that are small enough for the C library to keep would lie beside the next ones.
-        give_back()
+    for shard, names in enumerate(model.pieces, len(model.firsts)):
+        if shard >= done and writer.writes(shard):
+            with timeline.span("write"):
+                writer.write(model.other_tensors(names), n=shard)
+            # Tensors that are small enough for the C library to keep would lie beside the next ones.
+            give_back()
     with timeline.span("evaluate"), model.outside():
         for samples, by_name in states.evaluation:
-            outcome.perplexity[samples.source] = {name: _perplexity(s, samples) for name, s in by_name.items()}
+            outcome.perplexity[samples.source] = {
+                name: _perplexity(s, samples, run.ranks) for name, s in by_name.items()
+            }
     return outcome
 
 
-def _perplexity(states: HiddenStates, samples: Samples) -> float:
+def _perplexity(states: HiddenStates, samples: Samples, ranks: Ranks) -> float:
     if isinstance(samples, Windows):
-        return perplexity(states, samples.ids)
-    return perplexity_of_batches(states, samples.batches)
+        return perplexity(states, samples.ids, ranks)
+    return perplexity_of_batches(states, samples.batches, ranks)
 
 
 def _embed_all(run: Run, calibration: Samples, evaluation: Sequence[Samples], placement: Placement) -> _AllStates:
@@ -178,12 +189,18 @@ def _embed_all(run: Run, calibration: Samples, evaluation: Sequence[Samples], pl
 
 
 def _prune_methods(
-    run: Run, i: int, states: _AllStates, placement: Placement, on_layer: Callable[[LayerResult], None]
+    run: Run,
+    i: int,
+    states: _AllStates,
+    writer: Writer,
+    placement: Placement,
+    on_layer: Callable[[LayerResult], None],
 ) -> tuple[FinishedBlock, dict[str, dict[str, Tensor]]]:
     """Prune block i by every method, and run all windows through it.
 
     Returns:
-        The block's record, and its tensors on the host, by method, then by their names in the checkpoint.
+        The block's record, and its tensors on the host, by method, then by their names in the checkpoint; none where
+        another rank writes them.
     """
     model, timeline, methods = run.model, run.model.timeline, run.config.methods
     if torch.cuda.is_available():
@@ -211,6 +228,8 @@ def _prune_methods(
         with timeline.span("forward", i):
             states.calibration[method].advance(i)
         _evaluate(run, i, states, method)
+        if i not in model.firsts or not writer.writes(model.firsts.index(i)):
+            continue
         with timeline.span("write", i):
             tensors[method] = model.block_tensors(i)
             if method != run.config.method:
@@ -220,12 +239,19 @@ def _prune_methods(
     return record, tensors
 
 
-def _write(run: Run, writer: Writer, i: int, tensors: dict[str, dict[str, Tensor]], record: FinishedBlock) -> None:
-    """Write block i as each method pruned it. The tensors of the config's method belong to the checkpoint."""
+def _peaks(ranks: Ranks) -> dict[str, int]:
+    """The highest peaks of memory of a rank, by name."""
+    peaks = ranks.gather(peak_memory())
+    return {name: max(peak[name] for peak in peaks) for name in peaks[0]}
+
+
+def _write(run: Run, writer: Writer, shard: int, tensors: dict[str, dict[str, Tensor]], record: FinishedBlock) -> None:
+    """Write a block as each method pruned it. The tensors of the config's method belong to the checkpoint."""
+    i = run.model.firsts[shard]
     with run.model.timeline.span("write", i, WRITE):
         for method in run.config.compare:
             writer.keep(f"{method}-{i:05d}", tensors[method])
-        writer.write(tensors[run.config.method], record.to_json())
+        writer.write(tensors[run.config.method], record.to_json(), shard)
 
 
 def _replay(run: Run, i: int, states: _AllStates, writer: Writer, placement: Placement) -> None:

@@ -36,9 +36,9 @@ class FinishedBlock:
         """A copy that says how the calibration windows ran through the block."""
         return replace(self, block=replace(self.block, way=way))
 
-    def measured(self, seconds: dict[str, float], peaks: dict[str, Any]) -> "FinishedBlock":
-        """A copy with the block's seconds by phase and the process's peak memory, see `process.peak_memory`."""
-        return replace(self, block=replace(self.block, seconds=seconds, **peaks))
+    def measured(self, seconds: dict[str, float], peaks: dict[str, Any], sent: dict[str, int]) -> "FinishedBlock":
+        """A copy with the block's seconds by phase, the peak memory of `process.peak_memory`, and the bytes sent."""
+        return replace(self, block=replace(self.block, seconds=seconds, sent=sent, **peaks))
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values, for `from_json`."""

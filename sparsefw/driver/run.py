@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,30 +12,20 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from sparsefw import checkpoint, data, process
 from sparsefw.checkpoint import Checkpoint, Evidence, Progress, Writer, durably
 from sparsefw.data import Batches, Windows
 from sparsefw.driver.block import Run
-from sparsefw.driver.loop import Outcome, Samples, prune_model
+from sparsefw.driver.job import CheckpointJob, Job, Prepared
+from sparsefw.driver.loop import prune_model
+from sparsefw.driver.reporting import report_of
 from sparsefw.errors import InputError
 from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place
-from sparsefw.flags import checked_bool, checked_number, flag_of, set_field
-from sparsefw.inputs import Inputs
-from sparsefw.model import BlockModel, ModelShape, Placement, StreamedModel, shape_of
-from sparsefw.process import MARGIN, MOST_MEMORY
-from sparsefw.report import (
-    CalibrationText,
-    EvaluationText,
-    MemoryRecord,
-    Report,
-    device_name,
-    html,
-    log,
-    machine,
-    versions,
-)
+from sparsefw.flags import flag_of
+from sparsefw.model import BlockModel, Placement, StreamedModel, shape_of
+from sparsefw.ranks import ALONE, Ranks
+from sparsefw.report import Report, html, log, machine
 from sparsefw.solver import PruneConfig
 from sparsefw.solver.selection import check_used
 
@@ -43,113 +33,14 @@ from sparsefw.solver.selection import check_used
 BY_CONTENT = {"model", "dataset", "evaluate"}
 
 
-@dataclass(frozen=True)
-class Output:
-    """The output folder of a run, and its memory limits.
-
-    Attributes:
-        folder: folder of the pruned checkpoint.
-        overwrite: whether an older checkpoint may be replaced.
-        restart: whether to discard what an unfinished run left.
-        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a margin.
-    """
-
-    folder: Path
-    overwrite: bool = False
-    restart: bool = False
-    gpu_memory: float | None = None
-    host_memory: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("overwrite", "restart"):
-            set_field(self, name, checked_bool(name, getattr(self, name)))
-        for name in ("gpu_memory", "host_memory"):
-            if getattr(self, name) is not None:
-                set_field(self, name, checked_number(name, getattr(self, name), 0, MOST_MEMORY))
-
-    def limits(self, device: torch.device) -> dict[str, int]:
-        """Memory limits in bytes: "host", and with a GPU "gpu".
-
-        Raises:
-            InputError: there is a limit for a GPU, and no GPU.
-        """
-        free = process.free_memory(device)
-        if self.gpu_memory is not None and "gpu" not in free:
-            raise InputError("--gpu-memory: no CUDA device")
-        given = {"gpu": self.gpu_memory, "host": self.host_memory}
-        return {
-            what: int(size * (1 - MARGIN) if (gib := given[what]) is None else gib * 2**30)
-            for what, size in free.items()
-        }
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run that is asked for.
-
-    Attributes:
-        inputs: names of what is read.
-        config: how the model is pruned.
-        output: where the run writes.
-    """
-
-    inputs: Inputs
-    config: PruneConfig
-    output: Output
-
-
-@dataclass(frozen=True)
-class CheckpointJob(Job):
-    """A run on a checkpoint.
-
-    Attributes:
-        folder: folder of the source, the checkpoint that is read.
-        dataset: calibration data without a name: documents, or token ids (windows, seqlen); None: `inputs` names it.
-        tokenizer: the model's tokenizer; None: the source's.
-    """
-
-    folder: Path
-    dataset: Sequence[str] | Tensor | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run before its first block.
-
-    Attributes:
-        device: device that the model runs on.
-        calibration, evaluation: the windows, or the batches of a caller.
-        shape: shape of the model, with the layers that are to be pruned.
-        workload: the work to do.
-        limits: memory limits in bytes: "host", and with a GPU "gpu".
-        notes: what the user should know of the model, one line each.
-        fingerprint: tells the model from another one.
-        evidence: reads the checkpoint; None: the model is in memory, and the fingerprint is of all its tensors.
-        fixed: values of `Placement` that are settled, by field.
-        saved: bytes that the end of the run writes while the finished blocks are still on the disk.
-    """
-
-    device: torch.device
-    calibration: Samples
-    evaluation: Sequence[Samples]
-    shape: ModelShape
-    workload: Workload
-    limits: dict[str, int]
-    notes: list[str]
-    fingerprint: str
-    evidence: Evidence | None = None
-    fixed: dict[str, int] = field(default_factory=dict)
-    saved: int = 0
-
-
-def run_job(job: CheckpointJob, say: Callable[[str], None], progress: bool) -> Report:
+def run_job(job: CheckpointJob, say: Callable[[str], None], progress: bool, ranks: Ranks = ALONE) -> Report:
     """Prune a checkpoint, evaluate it, write it and its report.
 
     Args:
         job: the run.
         say: called with every line of the log.
         progress: whether to show a progress bar.
+        ranks: the processes that share the work; all of them have the same job.
 
     Raises:
         InputError: something that the user gave is wrong; the message names it.
@@ -161,8 +52,8 @@ def run_job(job: CheckpointJob, say: Callable[[str], None], progress: bool) -> R
     source = checkpoint.inspect(job.folder)
     evidence = Evidence(source)
     with StreamedModel(source, device, evidence.read) as model:
-        prepared = _prepare(job, model, source, evidence, say)
-        return carry_out(job, model, prepared, lambda writer: writer.finish(job.folder), say, progress)
+        prepared = _prepare(job, model, source, evidence, say, ranks)
+        return carry_out(job, model, prepared, lambda writer: writer.finish(job.folder), say, progress, ranks)
 
 
 def carry_out(
@@ -172,6 +63,7 @@ def carry_out(
     finish: Callable[[Writer], None],
     say: Callable[[str], None],
     progress: bool,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Prune a model that is ready for it, evaluate it, and write its report.
 
@@ -180,14 +72,17 @@ def carry_out(
         model: the model.
         prepared: the run before its first block.
         finish: ends the writing: called when all blocks and the report are written.
-        say, progress: as for `run_job`.
+        say, progress, ranks: as for `run_job`.
 
     Raises:
         InputError, FloatingPointError: as `run_job`.
     """
+    if prepared.calibration.n < ranks.count:
+        raise InputError(f"--nsamples {prepared.calibration.n}: {ranks.count} ranks, and each needs a window")
+    ranks.agree(_identity(job, prepared, ranks) | {"--output": str(job.output.folder.resolve())})
     placement, _ = _place(job, prepared)
     chosen = {"batch": placement.batch, "solver": placement.solver}
-    with _writer(job, model, prepared, chosen, Progress(say, progress)) as writer:
+    with _writer(job, model, prepared, chosen, Progress(say, progress), ranks) as writer:
         if writer.finished:
             say(f"going on with an unfinished run: {len(writer.finished)} of {writer.shards} parts are there")
         placement, needs = _place(job, prepared, writer.chosen)
@@ -211,6 +106,8 @@ def carry_out(
                     frozenset(prepared.shape.layer_names),
                     placement.kept_width,
                     tuple(block.seen for block in prepared.shape.blocks),
+                    ranks,
+                    prepared.evidence,
                 ),
                 prepared.calibration,
                 prepared.evaluation,
@@ -219,10 +116,12 @@ def carry_out(
                 on_layer=lambda result: say(log.layer_row(result)),
                 on_block=bar.update,
             )
-        report = _report(job, prepared, outcome, placement, needs)
-        texts = {"report.json": report.to_json(), "report.html": html.page(report)}
-        for name, text in texts.items():
-            durably(writer.folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
+        # Times differ; all ranks return those of rank 0.
+        report = ranks.tell(report_of(job, prepared, outcome, placement, needs, ranks))
+        if ranks.first:
+            texts = {"report.json": report.to_json(), "report.html": html.page(report)}
+            for name, text in texts.items():
+                durably(writer.folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
         finish(writer)
     return report
 
@@ -249,14 +148,20 @@ def _files_read(job: CheckpointJob) -> list[Path]:
 
 
 def _prepare(
-    job: CheckpointJob, model: StreamedModel, source: Checkpoint, evidence: Evidence, say: Callable[[str], None]
+    job: CheckpointJob,
+    model: StreamedModel,
+    source: Checkpoint,
+    evidence: Evidence,
+    say: Callable[[str], None],
+    ranks: Ranks,
 ) -> Prepared:
     inputs, config = job.inputs, job.config
     seqlen = min(inputs.seqlen, model.max_seqlen or inputs.seqlen)
     if seqlen < inputs.seqlen:
         say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
-    limits, before = job.output.limits(model.device), process.peak_memory()["host_bytes"]
-    calibration, evaluation, tokenizer = _read_texts(job, seqlen, limits["host"])
+    limits, before = job.output.limits(model.device, ranks), process.peak_memory()["host_bytes"]
+    # One rank reads texts, and all have the same windows.
+    calibration, evaluation, tokenizer = ranks.one_does(lambda: _read_texts(job, seqlen, limits["host"]))
     process.give_back()
     # From Python, the process may have had more at some time before: that is not this run's.
     peak = process.peak_memory()["host_bytes"]
@@ -282,6 +187,7 @@ def _prepare(
             model.device,
             peak=peak if peak > before else 0,
             tokenizer=tokenizer,
+            ranks=ranks,
         ),
         limits,
         notes,
@@ -298,8 +204,10 @@ def workload_of(
     device: torch.device,
     peak: int = 0,
     tokenizer: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Workload:
-    """The work of a run in this process, see `Workload`."""
+    """The work of a run, see `Workload`; of several ranks, with the memory of the one that has most."""
+    has, had = (max(sizes) for sizes in zip(*ranks.gather((process.resident(), peak)), strict=True))
     return Workload(
         windows=windows,
         evaluation=tuple(evaluation),
@@ -307,9 +215,11 @@ def workload_of(
         config=config,
         gpu=device.type == "cuda",
         threads=torch.get_num_threads() if config.kernel == "torch" else 1,
-        process=process.resident(),
-        peak=peak,
+        process=has,
+        peak=had,
         tokenizer=tokenizer,
+        ranks=ranks.count,
+        machines=ranks.count // ranks.here,
     )
 
 
@@ -365,20 +275,22 @@ def _writer(
     prepared: Prepared,
     chosen: dict[str, int],
     progress: Progress,
+    ranks: Ranks,
 ) -> Writer:
     return Writer(
         job.output.folder,
         len(model.firsts) + len(model.pieces),
-        _identity(job, prepared),
+        _identity(job, prepared, ranks),
         chosen,
         evidence=prepared.evidence,
         overwrite=job.output.overwrite,
         restart=job.output.restart,
         progress=progress,
+        ranks=ranks,
     )
 
 
-def _identity(job: Job, prepared: Prepared) -> dict[str, Any]:
+def _identity(job: Job, prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
     """Values that must be the same for a run to go on with what another has finished, by their names in messages."""
     values = asdict(job.inputs) | asdict(job.config)
     for name in ("include", "ignore"):
@@ -386,41 +298,5 @@ def _identity(job: Job, prepared: Prepared) -> dict[str, Any]:
         values[name] = sorted(values[name])
     flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT}
     texts = {f"the text of --eval {samples.source}": samples.hash for samples in prepared.evaluation}
-    model = {"the model": prepared.fingerprint}
+    model = {"the model": prepared.fingerprint, "the number of ranks": ranks.count}
     return flags | model | {"the calibration text": prepared.calibration.hash} | texts | machine(prepared.device)
-
-
-def _report(job: Job, prepared: Prepared, outcome: Outcome, placement: Placement, needs: MemoryNeeds) -> Report:
-    calibration, device = prepared.calibration, prepared.device
-    seqlen = prepared.workload.seqlen
-    arguments = asdict(job.inputs) | {"seqlen": seqlen} | asdict(job.config) | asdict(job.output)
-    arguments["output"] = str(arguments.pop("folder"))
-    peak = process.peak_memory()
-    # Two processes read the texts.
-    peak["host_bytes"] = max(peak["host_bytes"], prepared.workload.peak + prepared.workload.tokenizer)
-    return Report(
-        arguments=arguments,
-        versions=versions(),
-        device=device_name(device),
-        data=CalibrationText(calibration.source, calibration.hash, calibration.n, seqlen, job.inputs.seed),
-        evaluation=[
-            EvaluationText(samples.source, samples.hash, samples.n, seqlen, outcome.perplexity[samples.source])
-            for samples in prepared.evaluation
-        ],
-        layers=outcome.layers,
-        kept_dense=outcome.kept_dense,
-        seconds=outcome.timeline.seconds(),
-        blocks=outcome.blocks,
-        timeline=outcome.timeline.spans,
-        peak_memory={what: max(n, *(getattr(b, what) for b in outcome.blocks)) for what, n in peak.items()},
-        memory=MemoryRecord(
-            limits=prepared.limits,
-            expected={what: getattr(needs, what) for what in prepared.limits},
-            activations=placement.place,
-            batch_windows=placement.batch,
-            solver_bytes=placement.solver,
-            read_ahead=placement.ahead,
-            kept_width=placement.kept_width,
-        ),
-        notes=prepared.notes,
-    )

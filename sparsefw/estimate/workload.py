@@ -7,6 +7,7 @@ from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import Backend
 from sparsefw.model import Placement
 from sparsefw.model.shapes import BlockShape, ModelShape
+from sparsefw.ranks import shares
 from sparsefw.solver import PruneConfig
 
 # Bytes of a Python process with torch and transformers loaded and a text tokenized, as measured.
@@ -27,6 +28,8 @@ class Workload:
         process: bytes of host memory that the process has before the run begins, with the tokens of all windows.
         peak: the most that it has had until then, while texts were read; 0: not known.
         tokenizer: bytes that the tokenizer's own process had beside these, and gave back before the run begins.
+        ranks: processes that share the work; process and peak are those of one of them.
+        machines: machines that the ranks are on, as many on each.
     """
 
     windows: int
@@ -38,11 +41,33 @@ class Workload:
     process: int = PROCESS
     peak: int = 0
     tokenizer: int = 0
+    ranks: int = 1
+    machines: int = 1
+
+    @property
+    def windows_of_rank(self) -> int:
+        """The most calibration windows that one rank has."""
+        return largest_share(self.windows, self.ranks)
+
+    @property
+    def evaluation_of_rank(self) -> tuple[int, ...]:
+        """The most windows of each evaluation text that one rank has."""
+        return tuple(largest_share(windows, self.ranks) for windows in self.evaluation)
+
+    @property
+    def ranks_here(self) -> int:
+        """The ranks on a machine, which share its memory and its disk."""
+        return self.ranks // self.machines
 
     @property
     def precisions(self) -> Backend:
         """A backend for the precisions of all products. A CPU multiplies in fp32, however operands are rounded."""
         return Backend(cpu, self.config.precision if self.gpu else "ieee")
+
+
+def largest_share(total: int, ranks: int, unit: int = 1) -> int:
+    """The most of things in a row that one rank has, see `ranks.shares`."""
+    return max(share.stop - share.start for share in shares(total, ranks, unit))
 
 
 @dataclass(frozen=True)

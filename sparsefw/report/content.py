@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,10 +35,11 @@ class BlockRecord:
         block: its number, from 0.
         name: its name in the model, "model.layers.0".
         way: how the calibration windows ran through it.
-        seconds: by phase, on the main lane.
-        host_bytes: peak memory of the process on the host, up to the end of this block.
+        seconds: by phase, on the main lane of rank 0.
+        host_bytes: peak memory of the process on the host, up to the end of this block; of several ranks the highest.
         gpu_bytes: peak bytes of tensors on the GPU, in this block; 0 without one.
         gpu_reserved_bytes: peak bytes that torch took from the GPU for them, which count against the memory limit.
+        sent: bytes that rank 0 has sent to other ranks, by kind, see `Ranks.sent`.
     """
 
     block: int
@@ -48,6 +49,7 @@ class BlockRecord:
     host_bytes: int
     gpu_bytes: int
     gpu_reserved_bytes: int = 0
+    sent: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,29 @@ class MemoryRecord:
 
 
 @dataclass(frozen=True)
+class RankRecord:
+    """One of several processes that have shared a run.
+
+    Attributes:
+        machine: name of its machine.
+        device: name of its GPU or processor.
+        windows: number of its calibration windows.
+        seconds: by phase, on its main lane.
+        waited: seconds that the host has waited for transfers to and from other ranks.
+        sent: bytes that it has sent, by kind, see `Ranks.sent`.
+        peak_memory: its measured peaks, see `process.peak_memory`.
+    """
+
+    machine: str
+    device: str
+    windows: int
+    seconds: dict[str, float]
+    waited: float
+    sent: dict[str, int]
+    peak_memory: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Report:
     """All that a run reports.
 
@@ -130,12 +155,13 @@ class Report:
         evaluation: the texts that perplexity was measured on.
         layers: a result for each layer and method.
         kept_dense: names of the matrices inside the blocks that were not pruned.
-        seconds: by phase, on the main lane.
+        seconds: by phase, on the main lane of rank 0.
         blocks: the blocks in their order.
         timeline: what was done when.
-        peak_memory: measured peaks of the whole run, see `process.peak_memory`.
+        peak_memory: measured peaks of the whole run, see `process.peak_memory`; of several ranks the highest ones.
         memory: limits, expected peaks and placement.
         notes: what the user should know of the source, one line each.
+        ranks: the processes that have shared the run, if there were several.
     """
 
     arguments: dict[str, Argument]
@@ -151,6 +177,7 @@ class Report:
     peak_memory: dict[str, int]
     memory: MemoryRecord
     notes: list[str]
+    ranks: list[RankRecord] = field(default_factory=list)
 
     def argument(self, name: str, kind: type[T]) -> T:
         """The value of a flag.

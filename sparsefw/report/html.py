@@ -179,11 +179,13 @@ def _gib(count: float) -> str:
 def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
     """Lists of facts, (name, value), by heading."""
     data = report.data
+    ranks = [(f"rank {n}", log.rank_line(rank)) for n, rank in enumerate(report.ranks)]
     return {
         "machine": [("device", report.device), *report.versions.items()],
         "texts": [("calibration", _text(data)), ("seed", str(data.seed))]
         + [("evaluation", _text(text)) for text in report.evaluation],
         "memory": _memory(report.memory, report.peak_memory),
+        **({"ranks": ranks} if ranks else {}),
         "seconds": [(phase, f"{seconds:.1f}") for phase, seconds in report.seconds.items()],
         "arguments": [(name.replace("_", "-"), _stated(value)) for name, value in report.arguments.items()],
         **({"source": [("note", note) for note in report.notes]} if report.notes else {}),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from sparsefw.model import Placement
 from sparsefw.process import peak_memory
-from sparsefw.report.content import Report, amount, mean
+from sparsefw.report.content import RankRecord, Report, amount, mean
 from sparsefw.report.kinds import kept_dense
 from sparsefw.solver import METHODS, LayerResult, Pattern, PruneConfig, patterns
 
@@ -79,6 +79,16 @@ def summary(report: Report) -> Iterator[str]:
     yield "relative error: error / error of the warm start's mask, mean over layers; mask only: before the refit"
     yield f"peak memory: {_peaks(report)}"
     yield "seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
+    yield from (f"rank {n}: {rank_line(rank)}" for n, rank in enumerate(report.ranks))
+
+
+def rank_line(rank: RankRecord) -> str:
+    """What one of several processes has had to do."""
+    seconds = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in rank.seconds.items())
+    return (
+        f"{rank.windows} windows; {sum(rank.sent.values()) / 1e9:.3f} GB sent, {rank.waited:.1f} s waited for others; "
+        f"{rank.peak_memory['host_bytes'] / 2**30:.2f} GiB (host); {seconds}; {rank.device} of {rank.machine}"
+    )
 
 
 def _peaks(report: Report) -> str:

@@ -51,7 +51,8 @@ def test_names_and_numbers_that_are_unusual(path):
 def test_keys(path):
     """The keys of the file, for readers other than this package."""
     keys = (
-        "arguments versions device data evaluation layers kept_dense seconds blocks timeline peak_memory memory notes"
+        "arguments versions device data evaluation layers kept_dense seconds blocks timeline peak_memory memory notes "
+        "ranks"
     )
     content = json.loads(report_of_run().to_json())
     assert list(content) == keys.split()

@@ -1,0 +1,124 @@
+"""A run that is asked for, and what it is before its first block."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sparsefw import process
+from sparsefw.checkpoint import Evidence
+from sparsefw.driver.loop import Samples
+from sparsefw.errors import InputError
+from sparsefw.estimate import Workload
+from sparsefw.flags import checked_bool, checked_number, set_field
+from sparsefw.inputs import Inputs
+from sparsefw.model import ModelShape
+from sparsefw.process import MARGIN, MOST_MEMORY
+from sparsefw.ranks import ALONE, Ranks
+from sparsefw.solver import PruneConfig
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output folder of a run, and its memory limits.
+
+    Attributes:
+        folder: folder of the pruned checkpoint.
+        overwrite: whether an older checkpoint may be replaced.
+        restart: whether to discard what an unfinished run left.
+        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a margin.
+    """
+
+    folder: Path
+    overwrite: bool = False
+    restart: bool = False
+    gpu_memory: float | None = None
+    host_memory: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("overwrite", "restart"):
+            set_field(self, name, checked_bool(name, getattr(self, name)))
+        for name in ("gpu_memory", "host_memory"):
+            if getattr(self, name) is not None:
+                set_field(self, name, checked_number(name, getattr(self, name), 0, MOST_MEMORY))
+
+    def limits(self, device: torch.device, ranks: Ranks = ALONE) -> dict[str, int]:
+        """Memory limits of this process in bytes: "host", and with a GPU "gpu"; the lowest ones of all ranks.
+
+        Raises:
+            InputError: there is a limit for a GPU, and no GPU.
+        """
+        # The ranks on a machine share its memory.
+        free = process.free_memory(device, ranks.here)
+        if self.gpu_memory is not None and "gpu" not in free:
+            raise InputError("--gpu-memory: no CUDA device")
+        given = {"gpu": self.gpu_memory, "host": self.host_memory and self.host_memory / ranks.here}
+        limits = {
+            what: int(size * (1 - MARGIN) if (gib := given[what]) is None else gib * 2**30)
+            for what, size in free.items()
+        }
+        everywhere = ranks.gather(limits)
+        return {what: min(other[what] for other in everywhere) for what in limits}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is asked for.
+
+    Attributes:
+        inputs: names of what is read.
+        config: how the model is pruned.
+        output: where the run writes.
+    """
+
+    inputs: Inputs
+    config: PruneConfig
+    output: Output
+
+
+@dataclass(frozen=True)
+class CheckpointJob(Job):
+    """A run on a checkpoint.
+
+    Attributes:
+        folder: folder of the source, the checkpoint that is read.
+        dataset: calibration data without a name: documents, or token ids (windows, seqlen); None: `inputs` names it.
+        tokenizer: the model's tokenizer; None: the source's.
+    """
+
+    folder: Path
+    dataset: Sequence[str] | Tensor | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its first block.
+
+    Attributes:
+        device: device that the model runs on.
+        calibration, evaluation: the windows, or the batches of a caller.
+        shape: shape of the model, with the layers that are to be pruned.
+        workload: the work to do.
+        limits: memory limits in bytes: "host", and with a GPU "gpu".
+        notes: what the user should know of the model, one line each.
+        fingerprint: tells the model from another one.
+        evidence: reads the checkpoint; None: the model is in memory, and the fingerprint is of all its tensors.
+        fixed: values of `Placement` that are settled, by field.
+        saved: bytes that the end of the run writes while the finished blocks are still on the disk.
+    """
+
+    device: torch.device
+    calibration: Samples
+    evaluation: Sequence[Samples]
+    shape: ModelShape
+    workload: Workload
+    limits: dict[str, int]
+    notes: list[str]
+    fingerprint: str
+    evidence: Evidence | None = None
+    fixed: dict[str, int] = field(default_factory=dict)
+    saved: int = 0

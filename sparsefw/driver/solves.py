@@ -1,0 +1,168 @@
+"""The solves of what calibration has measured, shared out over ranks.
+
+Rows that do not depend on each other are shared out evenly: every rank solves its rows of every layer. Experts go whole
+to ranks, and so do layers whose rows share something, each to one rank, by cost. Before the solves the matrices that
+every rank has measured on its own windows are summed, where they are needed. After them every rank has all weights.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from sparsefw.errors import InputError
+from sparsefw.kernels.backend import Backend
+from sparsefw.model.layers import Captured, Layer, is_expert, layer_of
+from sparsefw.ranks import Handle, Ranks, balanced
+from sparsefw.solver import LayerResult, PruneConfig, cost_of_solve, rows_by_rank
+
+
+@dataclass(frozen=True)
+class Solve:
+    """Layers that read one input and are solved together.
+
+    Attributes:
+        layers: the layers.
+        owner: the rank that solves them; None: each rank solves its rows.
+    """
+
+    layers: list[Layer]
+    owner: int | None = None
+
+    @property
+    def gram(self) -> str:
+        """The name of their Gram matrix."""
+        return self.layers[0].gram
+
+    @property
+    def cost(self) -> int:
+        """See `cost_of_solve`."""
+        return cost_of_solve(sum(len(layer.weight) for layer in self.layers), self.layers[0].weight.shape[1])
+
+
+def find_solves(captured: Captured, method: str, config: PruneConfig, ranks: Ranks) -> list[Solve]:
+    """The solves of all layers, in the order of the layers' use."""
+    together = [
+        [layer for layer in captured.layers if layer.gram == gram]
+        for gram in dict.fromkeys(layer.gram for layer in captured.layers)
+    ]
+    if ranks.alone:
+        return [Solve(layers) for layers in together]
+    if not config.rows_independent(method):
+        together = [[layer] for layers in together for layer in layers]
+    rows_shared = config.rows_shared(method)
+    solves = [Solve(layers) for layers in together]
+    whole = [n for n, solve in enumerate(solves) if not rows_shared or is_expert(solve.gram)]
+    for n, owner in zip(whole, balanced([solves[n].cost for n in whole], ranks.count), strict=True):
+        solves[n] = Solve(solves[n].layers, owner)
+    return solves
+
+
+def combine(block: nn.Module, captured: Captured, ranks: Ranks) -> Captured:
+    """The layers that any rank has seen, with this rank's matrices, of zeros where it has none.
+
+    A token is sent to few experts, so that ranks may see different ones.
+
+    Raises:
+        InputError: other layers differ, too.
+    """
+    if ranks.alone:
+        return captured
+    seen = [dict(rows) for rows in ranks.gather([(x.name, _form_of(x, captured)) for x in captured.layers])]
+    forms = {name: form for layers in seen for name, form in layers.items()}
+    for name, form in forms.items():
+        if not is_expert(name) and any(layers.get(name) != form for layers in seen):
+            raise InputError(f"{name}: unsupported model: windows on other ranks use it in another way")
+    mine = {layer.name: layer for layer in captured.layers}
+    layers = [
+        mine.get(name) or layer_of(block, name, form.gram, form.shape, form.transposed) for name, form in forms.items()
+    ]
+    grams = dict(captured.grams)
+    for layer in layers:
+        if layer.gram not in grams:
+            d = layer.weight.shape[1]
+            grams[layer.gram] = torch.zeros(d, d, dtype=torch.float32, device=layer.weight.device)
+    return Captured(layers, grams, captured.crosses, captured.ignored)
+
+
+class _Form(NamedTuple):
+    """What ranks must agree on: matrices that were measured, the weight's shape, and whether it is transposed."""
+
+    gram: str
+    cross: str | None
+    shape: tuple[int, int]
+    transposed: bool
+
+
+def _form_of(layer: Layer, captured: Captured) -> _Form:
+    cross, weight = captured.crosses.get(layer.name), layer.weight
+    rows, d = weight.shape
+    return _Form(layer.gram, cross.of if cross else None, (rows, d), weight.stride(0) < weight.stride(1))
+
+
+def add_up(captured: Captured, solves: list[Solve], ranks: Ranks, backend: Backend) -> None:
+    """Sum the matrices over all ranks, in place, where they are needed. Others are dropped.
+
+    Cross matrices may still be on their way afterwards, see `Cross.arrived`.
+    """
+    handles = _add_up_crosses(captured, solves, ranks)
+    for name, handle in handles.items():
+        captured.crosses[name] = replace(captured.crosses[name], arrived=handle)
+    for gram in dict.fromkeys(solve.gram for solve in solves):
+        owners = {solve.owner for solve in solves if solve.gram == gram}
+        (owner,) = owners if len(owners) == 1 else (None,)
+        ranks.sum_triangle(captured.grams[gram], owner)
+        if owner is None or ranks.number == owner:
+            backend.mirror_lower(captured.grams[gram])
+        else:
+            del captured.grams[gram]
+
+
+def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> dict[str, Handle]:
+    """Begin to sum the cross matrices: where ranks share rows, those with rows at the ranks that need them."""
+    begun: dict[int, Handle] = {}
+    handles: dict[str, Handle] = {}
+    for solve in solves:
+        parts = rows_by_rank([len(layer.weight) for layer in solve.layers], ranks.count)
+        for layer, rows_of_ranks in zip(solve.layers, parts, strict=True):
+            cross = captured.crosses.get(layer.name)
+            if cross is None:
+                continue
+            matrix = cross.matrix
+            # Layers that read the same input may have one cross matrix, and each an owner of its own.
+            if id(matrix) not in begun:
+                owners = {other.owner for other in solves if other.gram == solve.gram}
+                if solve.owner is not None and (len(owners) == 1 or cross.of != "inputs"):
+                    begun[id(matrix)] = ranks.sum_at(solve.owner, matrix)
+                elif cross.of == "inputs":
+                    begun[id(matrix)] = ranks.sum(matrix)
+                else:
+                    begun[id(matrix)] = Handle.of_all(
+                        ranks.sum_at(n, matrix[rows]) for n, rows in enumerate(rows_of_ranks)
+                    )
+            handles[layer.name] = begun[id(matrix)]
+    return handles
+
+
+def exchange(solves: list[Solve], results: dict[str, LayerResult], ranks: Ranks) -> dict[str, LayerResult]:
+    """Give all ranks the weights that one of them has chosen.
+
+    Args:
+        solves: the solves of a stage.
+        results: of this rank's solves, by the name of the layer in its block.
+        ranks: the ranks.
+
+    Returns:
+        The results of all solves.
+    """
+    whole = [(solve.owner, layer) for solve in solves if solve.owner is not None for layer in solve.layers]
+    if not whole:
+        return results
+    for owner, layer in whole:
+        weight = layer.weight.contiguous()
+        ranks.spread(owner, weight).wait()
+        if owner != ranks.number:
+            layer.weight.copy_(weight)
+    mine = {layer.name: results[layer.name] for owner, layer in whole if owner == ranks.number}
+    return results | {name: result for chosen in ranks.gather(mine) for name, result in chosen.items()}

@@ -1,0 +1,205 @@
+"""A run that several ranks share: what one process gives, but for rounding, and the same bytes every time."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.families import save_model
+from helpers.ranks import on_ranks
+from safetensors.torch import load_file
+
+from sparsefw import in_memory
+from sparsefw.driver import CheckpointJob, Output, loop, run_job
+from sparsefw.errors import InputError
+from sparsefw.inputs import Inputs
+from sparsefw.ranks import ALONE, LostRankError
+from sparsefw.solver import PruneConfig
+
+TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
+SEQLEN = 24
+
+# The default with few steps.
+QUICK = {"steps": 3, "rounds": 0, "refit": 1}
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+def prune(ranks, source, output, text, config, windows=10, eval_windows=7, **places):
+    """Prune a checkpoint; returns the report, and the lines of the log."""
+    inputs = Inputs(
+        model=str(source), dataset=text, nsamples=windows, seqlen=SEQLEN, evaluate=(text,), eval_windows=eval_windows
+    )
+    config = PruneConfig(**dict(kernel="torch", precision="ieee") | config)
+    lines = []
+    job = CheckpointJob(inputs, config, Output(output, **places), source)
+    return run_job(job, lines.append, False, ranks), lines
+
+
+def weights(folder):
+    return {name: W for path in sorted(folder.glob("*.safetensors")) for name, W in load_file(path).items()}
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def differing(first, second):
+    """The share of the entries that only one of two checkpoints keeps."""
+    pairs = [(W != 0, second[name] != 0) for name, W in first.items() if W.dim() > 1]
+    return sum((a != b).sum().item() for a, b in pairs) / sum(a.numel() for a, _ in pairs)
+
+
+# Rows are shared out; whole layers go to ranks, since a budget, a saliency or a decomposition is of all their rows; and
+# experts do.
+@pytest.mark.parametrize(("family", "config"), [
+    ("llama", {"method": "wanda"}),
+    ("llama", {"method": "sparsegpt"}),
+    ("llama", {"sparsity": "layer:0.5", "preset": "paper", "steps": 9}),
+    ("llama", {"sparsity": "layer:0.5", "preset": "paper", "steps": 9, "target": "dense"}),
+    ("mixtral", {"method": "ria", "compare": ("wanda",)}),
+], ids=str)  # fmt: skip
+def test_masks_are_those_of_one_process(family, config, tmp_path, text):
+    source = save_model(tmp_path / "model", family)
+    alone, _ = prune(ALONE, source, tmp_path / "alone", text, config)
+    reports = [report for report, _ in on_ranks(3, prune, source, tmp_path / "three", text, config)]
+    assert reports[0] == reports[1] == reports[2]
+    report = reports[0]
+    assert differing(weights(tmp_path / "alone"), weights(tmp_path / "three")) <= 1e-3
+    assert [x.name for x in report.layers] == [x.name for x in alone.layers]
+    for mine, theirs in zip(report.layers, alone.layers, strict=True):
+        assert mine.kept == theirs.kept
+        assert mine.error == pytest.approx(theirs.error, rel=1e-3)
+    for name, value in report.evaluation[0].perplexity.items():
+        assert value == pytest.approx(alone.evaluation[0].perplexity[name], rel=1e-4)
+    assert [rank.windows for rank in report.ranks] == [3, 3, 4]
+    assert not alone.ranks
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2"])
+def test_the_default_differs_by_near_ties(family, tmp_path, text):
+    """Its many steps make more of a difference in the last bit, so that only the first block is compared."""
+    source, config = save_model(tmp_path / "model", family), QUICK
+    prune(ALONE, source, tmp_path / "alone", text, config, 40)
+    on_ranks(2, prune, source, tmp_path / "two", text, config, 40)
+    alone, two = (
+        load_file(folder / f"model-00001-of-{len(shards(folder)):05d}.safetensors")
+        for folder in (tmp_path / "alone", tmp_path / "two")
+    )
+    assert differing(alone, two) <= 2e-3
+
+
+def test_the_same_ranks_give_the_same_bytes(tmp_path, text):
+    source = save_model(tmp_path / "model", "mixtral")
+    for name in ("first", "second"):
+        on_ranks(2, prune, source, tmp_path / name, text, QUICK | {"compare": ("wanda",)})
+    assert shards(tmp_path / "first") == shards(tmp_path / "second")
+    names = {"model.safetensors.index.json", "report.json", "report.html", "SHA256SUMS", "config.json"}
+    assert names <= set(os.listdir(tmp_path / "first"))
+    assert not (tmp_path / ".first.partial").exists()
+
+
+def test_more_ranks_than_windows_or_rows(tmp_path, text):
+    """Ranks without windows of a text, and without rows of a layer, still take part."""
+    source = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
+    alone, _ = prune(ALONE, source, tmp_path / "alone", text, {"method": "wanda"}, 6, eval_windows=3)
+    inputs = on_ranks(5, prune, source, tmp_path / "five", text, {"method": "wanda"}, 6, 3)
+    assert differing(weights(tmp_path / "alone"), weights(tmp_path / "five")) <= 1e-3
+    assert inputs[0][0].evaluation[0].perplexity["dense"] == pytest.approx(
+        alone.evaluation[0].perplexity["dense"], rel=1e-5
+    )
+
+
+def fail_at(ranks, number, block, *args):
+    """`prune`, and a rank that fails when it comes to a block."""
+    real = loop._prune_methods
+
+    def prune_methods(run, i, *others):
+        if ranks.number == number and i == block:
+            raise InputError("no more")
+        return real(run, i, *others)
+
+    loop._prune_methods = prune_methods
+    try:
+        prune(ranks, *args)
+    except (InputError, LostRankError) as error:
+        dist.destroy_process_group()
+        return type(error).__name__
+    finally:
+        loop._prune_methods = real
+    return "finished"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_goes_on_with_as_many_ranks(number, tmp_path, text):
+    source = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
+    config = QUICK | {"compare": ("wanda",)}
+    on_ranks(2, prune, source, tmp_path / "whole", text, config)
+    ends = on_ranks(2, fail_at, number, 1, source, tmp_path / "out", text, config)
+    assert sorted(ends) == ["InputError", "LostRankError"]
+    assert ends[number] == "InputError"
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(AssertionError, match=r"an unfinished run .* the number of ranks 2 then, 3 now"):
+        on_ranks(3, prune, source, tmp_path / "out", text, config)
+    lines = on_ranks(2, prune, source, tmp_path / "out", text, config)[0][1]
+    assert any(line.startswith("going on with an unfinished run: ") for line in lines)
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_another_model_on_a_rank_is_named(tmp_path, text):
+    """Its shapes are the same, so that only its bytes tell."""
+    sources = [save_model(tmp_path / str(seed), "llama", seed=seed) for seed in range(2)]
+    with pytest.raises(
+        AssertionError, match=r"InputError: .*: that of rank [01] is another tensor; give all ranks the"
+    ):
+        on_ranks(2, prune_own, sources, tmp_path / "out", text, {"method": "magnitude"})
+    assert not (tmp_path / "out").exists()
+
+
+def prune_own(ranks, sources, *args):
+    return prune(ranks, sources[ranks.number], *args)
+
+
+def test_other_flags_on_a_rank_are_named(tmp_path, text):
+    source = save_model(tmp_path / "model", "llama")
+    line = r"InputError: rank 1: --sparsity is 0.5, and that of rank 0 is 0.6; start all ranks with the same command"
+    with pytest.raises(AssertionError, match=line):
+        on_ranks(2, prune_with_own_flags, [{}, {"sparsity": "0.5"}], source, tmp_path / "out", text)
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def prune_with_own_flags(ranks, configs, *args):
+    return prune(ranks, *args, configs[ranks.number] | {"method": "magnitude"})
+
+
+def prune_batches(ranks, batches, output):
+    """Prune a model in memory; returns its weights."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dropout=0.0)
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    places = dict(overwrite=False, restart=False, gpu_memory=None, host_memory=None)
+    config = PruneConfig(method="wanda", kernel="torch", precision="ieee")
+    in_memory.prune_on_batches(model, batches, None, config, output, places, lambda line: None, False, ranks)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_a_model_in_memory_is_changed_on_all_ranks(tmp_path):
+    batches = list(torch.randn(5, 2, 8, 32, generator=torch.Generator().manual_seed(1)))
+    alone = prune_batches(ALONE, batches, tmp_path / "alone")
+    # Without an output, the ranks write to a temporary folder of rank 0.
+    first, second = on_ranks(2, prune_batches, batches, None)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert differing(first, alone) <= 1e-3
+    assert any((W == 0).any() for W in first.values() if W.dim() > 1)
+
+
+def test_every_rank_needs_a_window(tmp_path, text):
+    source = save_model(tmp_path / "model", "llama")
+    with pytest.raises(AssertionError, match=r"InputError: --nsamples 2: 3 ranks, and each needs a window"):
+        on_ranks(3, prune, source, tmp_path / "out", text, {"method": "magnitude"}, 2)
