@@ -14,7 +14,7 @@ from typing import Any
 from sparsefw.cli import Parser, inputs_and_config, quiet_libraries, run_parser, say
 from sparsefw.errors import InputError, first_line
 from sparsefw.estimate.plan import Machine, RateFlags, plan
-from sparsefw.estimate.rates import CARDS, UNITS
+from sparsefw.estimate.rates import CARDS, NETWORK, UNITS
 from sparsefw.estimate.tables import lines
 from sparsefw.flags import checked_path
 
@@ -46,6 +46,12 @@ def _parser() -> Parser:
     add("--bandwidth", type=_gigabytes, metavar="N", help="of the device's memory, in 10^9 bytes a second")
     add("--disk", type=_gigabytes, metavar="N", help="rate of reading and writing, in 10^9 bytes a second (default: it "
         "costs no time)")  # fmt: skip
+    add("--gpus", type=int, default=1, metavar="N", help="so many GPUs of a machine share the work (default: 1)")
+    add("--nodes", type=int, default=1, metavar="M", help="of so many machines (default: 1)")
+    add("--link", type=_gigabytes, metavar="N", help="rate at which a GPU sends to the others of its machine, in 10^9 "
+        "bytes a second (default: about that of the card)")  # fmt: skip
+    add("--network", type=_gigabytes, metavar="N", help="the same to other machines (default: "
+        f"{NETWORK / 1e9:.0f})")  # fmt: skip
     add("--measure", action="store_true", help="measure --tflops and --bandwidth on this machine, in seconds")
     add("--json", type=Path, metavar="FILE", help="write the same as JSON")
     return parser
@@ -67,8 +73,8 @@ def _plan(own: argparse.Namespace, others: list[str]) -> dict[str, Any]:
     # The user's flags come later, and win.
     arguments = run_parser(__doc__).parse_args([*(ON_GPU if Machine(own.gpu).gpu else ()), *others])
     inputs, config = inputs_and_config(arguments)
-    machine = Machine(own.gpu, arguments.gpu_memory, arguments.host_memory)
-    rate_flags = RateFlags(own.tflops, own.bandwidth, own.disk, own.measure)
+    machine = Machine(own.gpu, arguments.gpu_memory, arguments.host_memory, own.gpus, own.nodes)
+    rate_flags = RateFlags(own.tflops, own.bandwidth, own.disk, own.measure, own.link, own.network)
     output = checked_path("output", arguments.output)
     return plan(inputs, config, machine, rate_flags, output.resolve().parent)
 

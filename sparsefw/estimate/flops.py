@@ -9,6 +9,7 @@ from functools import partial
 
 from sparsefw.estimate.operation import Operation, split, times
 from sparsefw.estimate.passes import Pass, cross_rows, passes, stages
+from sparsefw.estimate.sharing import Group, grams_of_rank, groups, solves_of_rank
 from sparsefw.estimate.solve_flops import solve_operations
 from sparsefw.estimate.workload import PlannedRun
 from sparsefw.kernels import cost
@@ -17,8 +18,8 @@ from sparsefw.model.shapes import BlockShape, LayerShape
 
 
 def operations(run: PlannedRun, block: BlockShape) -> list[Operation]:
-    """All operations of one of the run's blocks."""
-    config = run.workload.config
+    """All operations of one of the run's blocks, of a rank that has the most to do."""
+    config, ranks = run.workload.config, run.workload.ranks
     total: list[Operation] = []
     for windows_pass in passes(block, run.workload, run.placement):
         total += _forward(run, block, windows_pass)
@@ -26,16 +27,19 @@ def operations(run: PlannedRun, block: BlockShape) -> list[Operation]:
         total += _grams(run, block)
     if config.uses_dense_target:
         total += _crosses(run, block)
-    for stage in stages(block.layers):
-        for method in config.methods:
-            total += solve_operations(run, stage, method)
+    for method in config.methods:
+        for group in groups(block, config, method):
+            if ranks > 1:
+                total += _mirrors(run, group)
+            for solve, count in solves_of_rank(group, method, config, ranks).items():
+                total += solve_operations(run, solve, count, method)
     return total
 
 
 def head(run: PlannedRun) -> list[Operation]:
-    """The logits of all evaluation windows, for the dense model and for each method."""
+    """The logits of the evaluation windows of a rank, for the dense model and for each method."""
     workload, shape = run.workload, run.shape
-    windows = sum(workload.evaluation) * (1 + len(workload.config.methods))
+    windows = sum(workload.evaluation_of_rank) * (1 + len(workload.config.methods))
     if not windows:
         return []
     cost_of = partial(_weight_product, rows=shape.vocabulary, d=shape.hidden, itemsize=shape.itemsize)
@@ -77,6 +81,13 @@ def _grams(run: PlannedRun, block: BlockShape) -> Iterator[Operation]:
         yield Operation("calibrate", "mirror_lower", run.gram_unit, matrices, least)
 
 
+def _mirrors(run: PlannedRun, group: Group) -> Iterator[Operation]:
+    """Summed matrices are mirrored once more."""
+    for stage, matrices in zip(group, grams_of_rank(group, run.workload.config, run.workload.ranks), strict=True):
+        least = times(cost.mirror_lower(stage[0].d), matrices)
+        yield Operation("exchange", "mirror_lower", run.gram_unit, matrices, least)
+
+
 def _crosses(run: PlannedRun, block: BlockShape) -> Iterator[Operation]:
     tokens, batches = _calibration(run)
     for stage in stages(block.layers):
@@ -86,8 +97,8 @@ def _crosses(run: PlannedRun, block: BlockShape) -> Iterator[Operation]:
 
 
 def _calibration(run: PlannedRun) -> tuple[int, int]:
-    """Calibration tokens, and the micro-batches that they come in."""
-    windows = run.workload.windows
+    """Calibration tokens of a rank, and the micro-batches that they come in."""
+    windows = run.workload.windows_of_rank
     return windows * run.workload.seqlen, -(-windows // run.placement.batch)
 
 

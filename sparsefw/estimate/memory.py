@@ -2,19 +2,21 @@
 
 Weights are held a block at a time, Gram and cross matrices a stage at a time, the state of a solve a chunk of rows at a
 time. Activations are held a micro-batch at a time where they are used, and of all windows where they are placed. On a
-machine without a GPU all of it is on the host.
+machine without a GPU all of it is on the host. Of several ranks, all of this is what the one with the most takes.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsefw import data
 from sparsefw.estimate.passes import cross_rows, is_kept, stages
-from sparsefw.estimate.workload import Workload
+from sparsefw.estimate.sharing import grams_of_rank
+from sparsefw.estimate.workload import Workload, largest_share
 from sparsefw.model import Placement
 from sparsefw.model.layers import first_segments, is_watched
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.process import page_locked_bytes
+from sparsefw.ranks import panels
 from sparsefw.solver import METHODS
 from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
 
@@ -60,15 +62,17 @@ class MemoryNeeds:
 
 
 def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) -> MemoryNeeds:
-    """The peaks of a run.
+    """The peaks of a run; of several ranks, those of the one that takes most.
 
     Args:
         shape: shape of the model.
         workload: the work.
         placement: what is held at once, and where.
     """
-    config, blocks = workload.config, shape.blocks
-    tokens = min(placement.batch, max(workload.windows, *workload.evaluation, 0)) * workload.seqlen
+    # Most blocks of a model are alike.
+    config, blocks = workload.config, list(dict.fromkeys(shape.blocks))
+    most = max(workload.windows_of_rank, *workload.evaluation_of_rank, 0)
+    tokens = min(placement.batch, most) * workload.seqlen
     near, far = _activations(shape, workload, placement)
     kept = _Kept.of(shape, workload, placement, tokens)
     block = max(b.nbytes for b in blocks)
@@ -85,7 +89,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
             # While a block is loaded.
             block + shape.quantized,
         ),
-        "solve": weights + max(_solve_bytes(b, workload, placement, kept) for b in blocks),
+        "solve": weights + max(_solve_bytes(b, shape, workload, placement, kept) for b in blocks),
         "write": weights,
         "end": shape.outside + max(logits if workload.evaluation else 0, shape.quantized),
     }
@@ -105,26 +109,30 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
 
 
 def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> dict[str, int]:
-    """Bytes on the disk: "output"; "kept", the blocks of compared methods until the end; and "activations"."""
+    """Bytes on the disk: "output"; "kept", the blocks of compared methods until the end; and "activations".
+
+    Activations are those of all ranks.
+    """
+    alone = replace(workload, ranks=1)
     inside = sum(block.nbytes for block in shape.blocks)
     return {
         "output": inside + sum(shape.pieces),
         "kept": (len(workload.config.methods) - 1) * inside,
-        "activations": activation_bytes(shape, workload) if placement.place == "file" else 0,
+        "activations": activation_bytes(shape, alone) if placement.place == "file" else 0,
     }
 
 
 def activation_bytes(shape: ModelShape, workload: Workload) -> int:
-    """All that lies between two blocks, of all windows, of every method and, where it is used, the dense model."""
+    """All that lies between two blocks, of a rank's windows, of every method and, where it is used, the dense model."""
     of_stream, of_text = sum(shape.of_stream(workload.seqlen)), sum(shape.of_text(workload.seqlen))
     return sum(windows * (streams * of_stream + of_text) for windows, streams in _texts(workload))
 
 
 def _texts(workload: Workload) -> list[tuple[int, int]]:
-    """For the calibration text and each evaluation text, the number of windows, and of streams with all of them."""
+    """For the calibration text and each evaluation text, a rank's windows, and the number of streams with them."""
     methods = len(workload.config.methods)
-    calibration = workload.windows, methods + workload.config.uses_dense_target
-    return [calibration, *((windows, methods + 1) for windows in workload.evaluation)]
+    calibration = workload.windows_of_rank, methods + workload.config.uses_dense_target
+    return [calibration, *((windows, methods + 1) for windows in workload.evaluation_of_rank)]
 
 
 @dataclass(frozen=True)
@@ -144,12 +152,12 @@ class _Kept:
     @classmethod
     def of(cls, shape: ModelShape, workload: Workload, placement: Placement, tokens: int) -> "_Kept":
         """The inputs that a placement keeps; `tokens` are those of a micro-batch."""
-        everything = workload.windows * workload.seqlen * shape.itemsize
+        everything = workload.windows_of_rank * workload.seqlen * shape.itemsize
         if placement.place == "gpu" or not workload.gpu:
             return cls(placement, everything, 0)
         # Every micro-batch is a page-locked tensor, and torch keeps its memory for the next tensor of this size.
         widths = [width for width in keepable_widths(shape, workload) if width <= placement.kept_width]
-        batches = -(-workload.windows // placement.batch)
+        batches = -(-workload.windows_of_rank // placement.batch)
         far = sum(batches * page_locked_bytes(tokens * width * shape.itemsize) for width in widths)
         # One micro-batch is on its way to the GPU, and one is at work.
         return cls(placement, min(everything, 2 * tokens * shape.itemsize), far)
@@ -297,20 +305,45 @@ def _held(stage: list[LayerShape], shape: ModelShape, dense: bool) -> int:
     return d * (3 if writes < len(stage) else 1) + 3 * shape.hidden * bool(writes)
 
 
-def _solve_bytes(block: BlockShape, workload: Workload, placement: Placement, kept: _Kept) -> int:
+def _solve_bytes(block: BlockShape, shape: ModelShape, workload: Workload, placement: Placement, kept: _Kept) -> int:
     """The matrices of the stages that were measured together, and the solve of one of these stages."""
     peak = 0
     for group, kept_bytes in _groups(block, workload, kept):
-        waiting = kept_bytes + sum(_gram_bytes(stage) + _cross_bytes(stage, workload) for stage in group)
+        crosses = kept_bytes + sum(_cross_bytes(stage, workload) for stage in group)
+        waiting = crosses + sum(map(_gram_bytes, group))
+        if workload.ranks > 1:
+            peak = max(peak, waiting + _exchange_bytes(group, shape, workload))
+            # Those of other ranks leave memory when they are summed.
+            matrices = grams_of_rank(tuple(map(tuple, group)), workload.config, workload.ranks)
+            waiting = crosses + sum(4 * stage[0].d ** 2 * n for stage, n in zip(group, matrices, strict=True))
         for stage in group:
             peak = max(peak, waiting + _stage_bytes(stage, workload, placement))
     return peak
 
 
+def _exchange_bytes(group: list[list[LayerShape]], shape: ModelShape, workload: Workload) -> int:
+    """Buffers of what is sent: two panels of a Gram matrix, then the rows of a rank, or of an owner."""
+    peak = 0
+    for stage in group:
+        d, rows = stage[0].d, _rows_of_rank(stage, workload)
+        panel = 4 * max(part.stop * (part.stop - part.start) for part in panels(d))
+        peak = max(peak, 2 * panel, rows * d * shape.itemsize)
+    return peak
+
+
+def _rows_of_rank(stage: list[LayerShape], workload: Workload) -> int:
+    """The most rows of a stage that a rank solves at once, padded."""
+    config = workload.config
+    rows = -(-sum(layer.rows for layer in stage) // ROW_UNIT) * ROW_UNIT
+    if stage[0].experts or not all(map(config.rows_shared, config.methods)):
+        return rows
+    return largest_share(rows, workload.ranks, ROW_UNIT)
+
+
 def _stage_bytes(stage: list[LayerShape], workload: Workload, placement: Placement) -> int:
     """The solve of a stage, beside its Gram matrix."""
     config, d = workload.config, stage[0].d
-    rows = -(-sum(layer.rows for layer in stage) // ROW_UNIT) * ROW_UNIT
+    rows = _rows_of_rank(stage, workload)
     weight = 2 if workload.gpu else 4
     rounded = workload.gpu and config.precision == "bf16"
     uses_damping = any(METHODS[method].uses_damping for method in config.methods)

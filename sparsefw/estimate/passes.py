@@ -36,18 +36,19 @@ def stages(layers: Iterable[LayerShape]) -> list[list[LayerShape]]:
 
 
 def passes(block: BlockShape, workload: Workload, placement: Placement) -> Iterator[Pass]:
-    """All passes through a block."""
+    """All passes through a block, of a rank that has the most windows."""
     config, whole = workload.config, len(block.all_layers)
-    for windows in workload.evaluation:
+    calibration, evaluation = workload.windows_of_rank, workload.evaluation_of_rank
+    for windows in evaluation:
         yield Pass("evaluate", windows, 0, whole, moves=True)
     for method in config.methods:
         begin = 0
         if config.uses_dense_target and method == "sparsefw":
-            begin = yield from _passes_by_stage(block, workload.windows, placement)
+            begin = yield from _passes_by_stage(block, calibration, placement)
         elif block.layers:
-            yield Pass("calibrate", workload.windows, 0, whole)
-        yield Pass("forward", workload.windows, begin, whole, moves=True)
-        for windows in workload.evaluation:
+            yield Pass("calibrate", calibration, 0, whole)
+        yield Pass("forward", calibration, begin, whole, moves=True)
+        for windows in evaluation:
             yield Pass("evaluate", windows, 0, whole, moves=True)
 
 

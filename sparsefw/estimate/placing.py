@@ -31,7 +31,7 @@ def place(
     Args:
         shape: shape of the model.
         workload: the work.
-        limits: memory limits in bytes: "host", and with a GPU "gpu".
+        limits: memory limits of a rank in bytes: "host", and with a GPU "gpu".
         folder: folder for activations in a file.
         fixed: values of `Placement` that are settled, by field.
 
@@ -48,11 +48,14 @@ def place(
         limit = limits.get(what, 0)
         least = min(getattr(needs, what) for needs in tried)
         if least > limit:
+            # The user's limit for the host is that of all ranks on a machine.
+            sharing = workload.ranks_here if what == "host" else 1
             # Rounded up, so that the limit that is named is enough.
-            enough = math.ceil(100 * (least + VARIATION) / GIB) / 100
+            enough = math.ceil(100 * sharing * (least + VARIATION) / GIB) / 100
+            memory = f"{what.replace('gpu', 'GPU')} memory{f' for {sharing} ranks' if sharing > 1 else ''}"
             raise InputError(
-                f"--{what}-memory {limit / GIB:.2f}: this run needs at least {enough:.2f} GiB of "
-                f"{what.replace('gpu', 'GPU')} memory; give more, or fewer or shorter windows (--nsamples, --seqlen)"
+                f"--{what}-memory {sharing * limit / GIB:.2f}: this run needs at least {enough:.2f} GiB of "
+                f"{memory}; give more, or fewer or shorter windows (--nsamples, --seqlen)"
             )
         tried = [needs for needs in tried if getattr(needs, what) <= limit]
     raise AssertionError("a placement fits each limit, and none fits both")

@@ -1,5 +1,6 @@
 """The plan of a run: what `sparsefw.plan` prints and writes as JSON."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from sparsefw.estimate import rates, totals
 from sparsefw.estimate.describe import DescribedModel, describe
 from sparsefw.estimate.memory import GIB, MemoryNeeds, disk_space
 from sparsefw.estimate.placing import place
-from sparsefw.estimate.rates import CARDS, Rates
+from sparsefw.estimate.rates import CARDS, LINKS, NETWORK, Links, Rates
+from sparsefw.estimate.traffic import imbalance, traffic
 from sparsefw.estimate.workload import PROCESS, PlannedRun, Workload
 from sparsefw.flags import checked_number
 from sparsefw.inputs import DEFAULT_MODEL, Inputs
@@ -24,24 +26,38 @@ from sparsefw.solver.selection import check_used
 # Stands for no memory limit, in bytes: more than any machine has.
 UNLIMITED = 2**62
 
+# The most GPUs of a machine, and the most machines.
+MOST_RANKS = 4096
+
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine that a run is planned for.
+    """The machine that a run is planned for, or several that are alike.
 
     Attributes:
         card: its GPU, one of CARDS; None: this machine, with a GPU or without.
         gpu_memory, host_memory: memory limits in GiB; None: what the card has or what is free here, less a margin.
+        gpus: number of GPUs that are used, each by a rank.
+        nodes: number of machines.
 
     Raises:
-        InputError: a limit is out of its range.
+        InputError: a limit or a number is out of its range.
     """
 
     card: str | None = None
     gpu_memory: float | None = None
     host_memory: float | None = None
+    gpus: int = 1
+    nodes: int = 1
 
     def __post_init__(self) -> None:
+        for name, number in (("gpus", self.gpus), ("nodes", self.nodes)):
+            checked_number(name, number, 1, MOST_RANKS, whole=True)
+        if self.ranks > 1 and not self.gpu:
+            raise InputError(f"--gpus {self.gpus}: no CUDA device here; say which card is meant with --gpu")
+        if self.gpus > 1 and self.card is None and self.gpus > torch.cuda.device_count():
+            here = torch.cuda.device_count()
+            raise InputError(f"--gpus {self.gpus}: {here} here; to plan for other machines, name their card with --gpu")
         for name, value in (("gpu_memory", self.gpu_memory), ("host_memory", self.host_memory)):
             if value is not None:
                 checked_number(name, value, 0, process.MOST_MEMORY)
@@ -50,6 +66,11 @@ class Machine:
     def gpu(self) -> bool:
         """Whether the run has a GPU."""
         return self.card is not None or torch.cuda.is_available()
+
+    @property
+    def ranks(self) -> int:
+        """The ranks on all machines."""
+        return self.gpus * self.nodes
 
     @property
     def device(self) -> torch.device:
@@ -62,7 +83,7 @@ class Machine:
         return self.card or ("this machine's GPU" if self.gpu else "this machine's CPU")
 
     def limits(self) -> dict[str, int]:
-        """Memory limits in bytes: "host", and with a GPU "gpu".
+        """Memory limits of a rank in bytes: "host", and with a GPU "gpu". The ranks on a machine share its memory.
 
         Raises:
             InputError: there is a limit for a GPU, and no GPU.
@@ -75,17 +96,22 @@ class Machine:
         if self.gpu_memory is not None and "gpu" not in limits:
             raise InputError("--gpu-memory: no CUDA device here; say which card is meant with --gpu")
         given = {"gpu": self.gpu_memory, "host": self.host_memory}
-        return limits | {what: int(gib * GIB) for what, gib in given.items() if gib is not None}
+        limits |= {what: int(gib * GIB) for what, gib in given.items() if gib is not None}
+        if limits["host"] != UNLIMITED:
+            limits["host"] //= self.gpus
+        return limits
 
 
 @dataclass(frozen=True)
 class RateFlags:
-    """Rates on the command line, see `rates.given`; `measure` has them measured here."""
+    """Rates on the command line, see `rates.given` and `rates.Links`; `measure` has them measured here."""
 
     tflops: list[str]
     bandwidth: float | None = None
     disk: float | None = None
     measure: bool = False
+    link: float | None = None
+    network: float | None = None
 
 
 def plan(inputs: Inputs, config: PruneConfig, machine: Machine, rate_flags: RateFlags, folder: Path) -> dict[str, Any]:
@@ -108,6 +134,11 @@ def plan(inputs: Inputs, config: PruneConfig, machine: Machine, rate_flags: Rate
     check_used(described.shape.layer_names, config.include, config.ignore)
     shape = described.shape.selected(config.selects)
     evaluation = (inputs.eval_windows,) * len(set(inputs.evaluate)) if inputs.eval_windows else ()
+    if machine.ranks > inputs.nsamples:
+        raise InputError(
+            f"--gpus {machine.gpus}: {machine.ranks} GPUs share {inputs.nsamples} calibration windows, and each needs "
+            "one; give fewer GPUs, or more windows with --nsamples"
+        )
     seqlen = min(inputs.seqlen, described.max_seqlen or inputs.seqlen)
     workload = Workload(
         windows=inputs.nsamples,
@@ -117,19 +148,26 @@ def plan(inputs: Inputs, config: PruneConfig, machine: Machine, rate_flags: Rate
         gpu=machine.gpu,
         threads=torch.get_num_threads() if config.kernel == "torch" else 1,
         process=PROCESS + data.window_bytes(inputs.nsamples, evaluation, seqlen),
+        ranks=machine.ranks,
+        machines=machine.nodes,
     )
     limits = machine.limits()
     placement, needs = place(shape, workload, limits, folder)
     vertex_products = not machine.gpu and config.kernel == "torch"
     run = PlannedRun(shape, described.traits, workload, placement, vertex_products)
-    speed = _rates(rate_flags, machine, run)
+    speed, links = _rates(rate_flags, machine, run), _links(rate_flags, machine)
+    link = links.slowest
+    seconds: dict[str, float] | None = None
+    if speed:
+        seconds = totals.phase_seconds(run, speed, link) | {"all": totals.seconds(run, speed, link)}
     return {
         **_run_content(described, inputs, run),
         "device": machine.name,
         "limits": {what: None if size == UNLIMITED else size for what, size in limits.items()},
         **_estimates(run, needs),
         "rates": asdict(speed) if speed else None,
-        "seconds": totals.phase_seconds(run, speed) | {"all": totals.seconds(run, speed)} if speed else None,
+        "seconds": seconds,
+        **(_of_ranks(run, machine, links, seconds["all"] if seconds else None) if machine.ranks > 1 else {}),
         "notes": [*described.notes, *_notes(inputs, run)],
     }
 
@@ -181,6 +219,46 @@ def _rates(rate_flags: RateFlags, machine: Machine, run: PlannedRun) -> Rates | 
         )
     widest = max(layer.d for block in run.shape.blocks for layer in block.layers)
     return rates.measured(sorted(totals.units(run)), widest, machine.device, disk)
+
+
+def _links(rate_flags: RateFlags, machine: Machine) -> Links:
+    """What ranks send each other by."""
+    if rate_flags.link and machine.gpus == 1:
+        raise InputError("--link: there is one GPU on a machine; give --gpus, too")
+    if rate_flags.network and machine.nodes == 1:
+        raise InputError("--network: there is one machine; give --nodes, too")
+    inside, between, assumed = rate_flags.link, rate_flags.network, []
+    if machine.gpus > 1 and inside is None and machine.card:
+        inside = LINKS[machine.card]
+        assumed.append("inside")
+    if machine.nodes > 1 and between is None:
+        between = NETWORK
+        assumed.append("between")
+    return Links(inside, between, tuple(assumed))
+
+
+def _of_ranks(run: PlannedRun, machine: Machine, links: Links, seconds: float | None) -> dict[str, Any]:
+    """How the work is shared out, and what that costs."""
+    sent = {block: traffic(run, block) for block in run.block_counts}
+    largest = max(sent, key=lambda block: sent[block].waited)
+    of_run: Counter[str] = Counter()
+    for block, count in run.block_counts.items():
+        of_run.update({kind: count * nbytes for kind, nbytes in sent[block].most.items()})
+    waiting = None
+    if links.slowest:
+        waiting = sum(
+            count * totals.transfer_seconds(run, block, links.slowest) for block, count in run.block_counts.items()
+        )
+    return {
+        "ranks": {"gpus": machine.gpus, "nodes": machine.nodes, "imbalance": imbalance(run, largest)},
+        "traffic": {
+            "block": sent[largest].most,
+            "run": dict(of_run),
+            "links": asdict(links),
+            "seconds": waiting,
+            "share": waiting / seconds if waiting is not None and seconds else None,
+        },
+    }
 
 
 def _notes(inputs: Inputs, run: PlannedRun) -> Iterator[str]:

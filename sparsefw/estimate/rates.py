@@ -28,6 +28,27 @@ CARDS = {
     "v100-32gb": 32,
 }
 
+# Bytes per second that a GPU sends to the others of its machine, assumed: nine tenths of what NVLink has in one
+# direction, or four fifths of PCIe.
+LINKS = {
+    "a10": 25e9,
+    "a100-40gb": 270e9,
+    "a100-80gb": 270e9,
+    "a6000": 25e9,
+    "b200": 800e9,
+    "h100": 400e9,
+    "h200": 400e9,
+    "l4": 25e9,
+    "l40s": 25e9,
+    "rtx3090": 25e9,
+    "rtx4090": 25e9,
+    "rtx5090": 50e9,
+    "v100-32gb": 130e9,
+}
+
+# The same between machines, for each GPU: an adapter of 400 Gbit/s.
+NETWORK = 50e9
+
 # Roofs of cards as `bench/tables.py` finds them: "copy" in bytes per second, and by unit in flops per second.
 MEASURED_ROOFS: dict[str, dict[str, float]] = {}
 
@@ -59,9 +80,30 @@ class Rates:
     disk: float | None
     source: str
 
-    def on_disk(self, amount: int) -> float:
+    def on_disk(self, amount: float) -> float:
         """Seconds to read or write so many bytes."""
         return amount / self.disk if self.disk else 0.0
+
+
+@dataclass(frozen=True)
+class Links:
+    """Bytes per second that a rank sends.
+
+    Attributes:
+        inside: to others of its machine; None: not known.
+        between: to other machines; None: there are none.
+        assumed: names of those that the user has not given.
+    """
+
+    inside: float | None
+    between: float | None
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def slowest(self) -> float | None:
+        """The rate of a ring of all ranks; None: not known."""
+        known = [rate for rate in (self.inside, self.between) if rate]
+        return min(known, default=None)
 
 
 def given(tflops: list[str], bandwidth: float | None, disk: float | None) -> Rates | None:

@@ -1,11 +1,12 @@
 """Flops and bytes of the solves of a stage, from the calls of each solve, its rows and its chunks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
 from sparsefw.estimate.operation import Operation, split, times
-from sparsefw.estimate.workload import PlannedRun
+from sparsefw.estimate.sharing import ShapeOfSolve
+from sparsefw.estimate.workload import PlannedRun, largest_share
 from sparsefw.kernels import cost
 from sparsefw.kernels.cost import Cost
 from sparsefw.model.shapes import LayerShape
@@ -17,24 +18,24 @@ from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows, wave_row
 MULTIPROCESSORS = 132
 
 
-def solve_operations(run: PlannedRun, stage: list[LayerShape], method: str) -> Iterator[Operation]:
-    """All operations of the solves of a stage by one method."""
-    config = run.workload.config
-    d, experts = stage[0].d, stage[0].experts
+def solve_operations(run: PlannedRun, solve: ShapeOfSolve, count: int, method: str) -> Iterator[Operation]:
+    """All operations of so many solves of a shape by one method, on a rank that has the most rows of them."""
+    config, layers = run.workload.config, solve.layers
+    d, experts = layers[0].d, layers[0].experts
+    sharing = run.workload.ranks if solve.owner is None else 1
     stacked = METHODS[method].rows_independent and not config.whole_matrix
     counts = calls(method, config, config.uses_dense_target and method == "sparsefw" and not experts)
-    for rows in [sum(layer.rows for layer in stage)] if stacked else [layer.rows for layer in stage]:
-        padded = -(-rows // ROW_UNIT) * ROW_UNIT if stacked else rows
+    for rows in [sum(layer.rows for layer in layers)] if stacked else [layer.rows for layer in layers]:
+        padded = largest_share(-(-rows // ROW_UNIT) * ROW_UNIT, sharing, ROW_UNIT) if stacked else rows
         chunks = -(-padded // _chunk_rows(run, padded, d)) if stacked else 1
         stack_operations = [*_products(run, counts, padded, d, chunks), *_kernels(run, counts, padded, d, chunks)]
         if counts.target:
-            stack_operations += _cross_products(run, stage, padded, d, chunks)
+            stack_operations += _cross_products(run, layers, padded, d, chunks)
         if method == "sparsegpt":
             # Decomposition and inverse of G, then every row's removals carried on to the columns behind them.
             sweep = Cost(2 * d**3 // 3 + rows * d * d, 4 * (2 * rows * d + 3 * d * d))
             stack_operations.append(Operation("solve", "sweep", "ieee", 1, sweep))
         for operation in stack_operations:
-            count = max(1, experts)
             yield replace(operation, calls=operation.calls * count, cost=times(operation.cost, count))
 
 
@@ -108,9 +109,11 @@ def _products(run: PlannedRun, counts: Calls, rows: int, d: int, chunks: int) ->
         yield from _operation(name, unit, count, cost_of, rows, chunks)
 
 
-def _cross_products(run: PlannedRun, stage: list[LayerShape], rows: int, d: int, chunks: int) -> Iterator[Operation]:
+def _cross_products(
+    run: PlannedRun, layers: Iterable[LayerShape], rows: int, d: int, chunks: int
+) -> Iterator[Operation]:
     """The products that make a stack's cross matrix of what was measured, see `solver.target`."""
-    ways, precisions, weight = {layer.role.way for layer in stage}, run.workload.precisions, _weight_bytes(run)
+    ways, precisions, weight = {layer.role.way for layer in layers}, run.workload.precisions, _weight_bytes(run)
     if "outputs" in ways:
         return
     operand = 2 if run.workload.config.precision == "bf16" else 4

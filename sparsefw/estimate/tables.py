@@ -28,6 +28,7 @@ def lines(content: dict[str, Any]) -> Iterator[str]:
     yield from _memory_table(content)
     yield ""
     yield f"device: {content['device']}"
+    yield from _rank_lines(content)
     yield f"placement: {_placement(content['placement'])}"
     disk = content["disk"]
     yield (
@@ -83,6 +84,37 @@ def _memory_table(content: dict[str, Any]) -> Iterator[str]:
     limits = [content["limits"].get(what, 0) for what in ("gpu", "host")]
     gpu, host = ("any" if limit is None else f"{limit / GIB:.2f}" for limit in limits)
     yield f"{'limit':16} {gpu:>10} {host:>10}"
+
+
+def _rank_lines(content: dict[str, Any]) -> Iterator[str]:
+    if "ranks" not in content:
+        return
+    ranks, sent = content["ranks"], content["traffic"]
+    gpus, nodes = ranks["gpus"], ranks["nodes"]
+    machines = f"{nodes} machines" if nodes > 1 else "one machine"
+    yield (
+        f"ranks: {gpus * nodes}, {gpus} on {'each of ' if nodes > 1 else ''}{machines}; work, memory and hours are of "
+        "the rank with the most, the disk is that of all"
+    )
+    shares = ", ".join(f"{what} {share:.3f}" for what, share in ranks["imbalance"].items())
+    yield f"largest share over the mean one: {shares}"
+    for part in ("block", "run"):
+        kinds = ", ".join(f"{kind} {nbytes / 1e9:.4g}" for kind, nbytes in sent[part].items())
+        yield f"sent by a rank for {'a block' if part == 'block' else 'the run'}, GB: {kinds}"
+    yield f"transfers: {_transfers(sent)}"
+
+
+def _transfers(sent: dict[str, Any]) -> str:
+    links, named = sent["links"], {"inside": "on a machine", "between": "between machines"}
+    if sent["seconds"] is None:
+        return "time not known; say what a GPU sends to the others with --link"
+    rates = ", ".join(
+        f"{links[what] / 1e9:.4g} GB/s {where}{' (assumed)' if what in links['assumed'] else ''}"
+        for what, where in named.items()
+        if links[what]
+    )
+    share = "" if sent["share"] is None else f", {100 * sent['share']:.1f} % of the run"
+    return f"at least {sent['seconds'] / 3600:.4f} hours{share}, at {rates}"
 
 
 def _placement(placement: dict[str, Any]) -> str:

@@ -77,6 +77,43 @@ def test_hours_need_rates(config, capsys):
     assert "GB/s as measured here, the disk at no time" in said(capsys, "--model", config, *SMALL, "--measure")
 
 
+def test_several_gpus_and_machines(config, tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    rate = ["--tflops", "2", "--bandwidth", "3"]
+    several = ["--gpu", "h100", "--gpus", "2", "--nodes", "3", "--host-memory", "8", "--network", "20"]
+    out = said(capsys, "--model", config, *SMALL, *rate, *several, "--json", path)
+    content = json.loads(path.read_text())
+    assert "ranks: 6, 2 on each of 3 machines; work, memory and hours are of the rank with the most" in out
+    assert "largest share over the mean one: windows 1.500, rows " in out
+    assert "% of the run, at 400 GB/s on a machine (assumed), 20 GB/s between machines\n" in out
+    assert (content["ranks"]["gpus"], content["ranks"]["nodes"]) == (2, 3)
+    assert content["limits"]["host"] == 4 * 2**30
+    sent = content["traffic"]
+    assert sent["run"] == {kind: 3 * nbytes for kind, nbytes in sent["block"].items()}
+    assert set(sent["block"]) == {"sum", "sum_at", "spread"}
+    assert sent["links"]["assumed"] == ["inside"]
+    assert sent["seconds"] > sum(sent["run"].values()) / 20e9
+    assert sent["share"] == pytest.approx(sent["seconds"] / content["seconds"]["all"])
+    assert content["seconds"]["exchange"] > sent["seconds"]
+    out = said(capsys, "--model", config, *SMALL, "--gpu", "h100", "--gpus", "2", "--link", "7")
+    assert "transfers: at least 0.0000 hours, at 7 GB/s on a machine\n" in out
+
+
+def test_one_gpu_sends_nothing(config, tmp_path, capsys):
+    out = said(capsys, "--model", config, *SMALL, "--gpu", "h100", "--gpus", "1", "--json", tmp_path / "plan.json")
+    assert "ranks" not in out
+    assert "sent" not in out
+    assert not {"ranks", "traffic"} & set(json.loads((tmp_path / "plan.json").read_text()))
+
+
+def test_gpus_that_are_here(config, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "--gpus 3: 2 here; to plan for other machines, name their card with" in refused(
+        capsys, "--model", config, *SMALL, "--gpus", "3"
+    )
+
+
 def test_rates_of_a_card_that_was_measured(config, capsys, monkeypatch):
     monkeypatch.setitem(rates.MEASURED_ROOFS, "l4", {"copy": 1e9, "bf16": 1e12, "tf32": 2e12, "ieee": 3e12})
     out = said(capsys, "--model", config, "--gpu", "l4", *SMALL)
@@ -133,6 +170,14 @@ def test_layers_that_stay_dense(config, tmp_path, capsys):
         ("--ignore lm_head", "--ignore lm_head: no layer of the model has this name; one is model.layers.0."),
         ("--include up_proj --ignore mlp", "--include, --ignore: no layer is left to prune"),
         ("--json /nowhere/plan.json", "--json /nowhere/plan.json: cannot be written"),
+        ("--gpu h100 --gpus 0", "--gpus 0: expected at least 1 and at most 4096"),
+        ("--gpu h100 --nodes 5000", "--nodes 5000: expected at least 1 and at most 4096"),
+        ("--gpu h100 --gpus two", "argument --gpus: invalid int value: 'two'"),
+        ("--gpu h100 --gpus 9", "--gpus 9: 9 GPUs share 8 calibration windows, and each needs one"),
+        ("--gpu h100 --gpus 3 --nodes 3", "--gpus 3: 9 GPUs share 8 calibration windows, and each needs one"),
+        ("--gpu h100 --link 400", "--link: there is one GPU on a machine; give --gpus, too"),
+        ("--gpu h100 --gpus 2 --network 50", "--network: there is one machine; give --nodes, too"),
+        ("--gpu h100 --gpus 2 --link 0", "argument --link: 0: expected a positive number"),
         ("--unheard-of", "unrecognized arguments: --unheard-of (--help lists the options)"),
     ],
 )
@@ -143,6 +188,7 @@ def test_bad_flags_are_one_line(config, flags, line, capsys):
 def test_flags_of_a_gpu_that_is_not_here(config, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device here; say which card" in refused(capsys, "--model", config, *SMALL, "--gpu-memory", "8")
+    assert "--gpus 2: no CUDA device here; say which card" in refused(capsys, "--model", config, *SMALL, "--gpus", "2")
     assert "no GPU is here" in refused(capsys, "--model", config, *SMALL, "--gpu", "h100", "--measure")
 
 

@@ -10,6 +10,7 @@ import torch
 from helpers.counting import OPERATIONS, counting
 from helpers.families import FAMILIES, save_model
 from helpers.planning import BATCH, SEQLEN, make_config, planned
+from helpers.ranks import on_ranks
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,7 +24,9 @@ from sparsefw.estimate import totals
 from sparsefw.estimate.flops import head, operations
 from sparsefw.estimate.memory import disk_space
 from sparsefw.estimate.passes import passes
+from sparsefw.estimate.sharing import find_solves, groups, work_by_rank
 from sparsefw.model import HiddenStates, StreamedModel
+from sparsefw.ranks import ALONE
 
 # The products of a solve, by the names of their operations.
 PRODUCTS = {"cross", "target", "start", "step", "refit", "error"}
@@ -52,8 +55,8 @@ class Known(dict):
         return True
 
 
-def prune(source, plan, tmp_path, monkeypatch, counter=None):
-    """Run the plan, and count everything, but not what opening the model takes.
+def prune(source, plan, tmp_path, monkeypatch, counter=None, ranks=ALONE):
+    """Run the plan, and count everything that this rank does, but not what opening the model takes.
 
     Args:
         counter: a counter of flops to enter, too.
@@ -85,10 +88,12 @@ def prune(source, plan, tmp_path, monkeypatch, counter=None):
     workload, placement = plan.workload, replace(plan.placement, folder=tmp_path)
     evaluation = [windows(n) for n in workload.evaluation]
     layers = frozenset(plan.shape.layer_names)
-    run = Run(model, workload.config, backend, placement.solver, layers, placement.kept_width, confirmed=Known())
+    run = Run(
+        model, workload.config, backend, placement.solver, layers, placement.kept_width, ranks=ranks, confirmed=Known()
+    )
     products = Products({4})
     shards = len(model.blocks) + len(model.pieces)
-    with counter or nullcontext(), products, Writer(tmp_path / "out", shards) as writer:
+    with counter or nullcontext(), products, Writer(tmp_path / "out", shards, ranks=ranks) as writer:
         prune_model(run, windows(workload.windows), evaluation, writer, placement)
         writer.finish(source)
     return seen, products.flops
@@ -149,6 +154,52 @@ def test_a_run_does_what_is_counted(family, options, tmp_path, monkeypatch, set_
     assert (seen["read"], seen["write"]) == (traffic["read"], traffic["write"])
     index = json.loads((tmp_path / "out" / checkpoint.INDEX).read_text())
     assert disk_space(plan.shape, workload, plan.placement)["output"] == index["metadata"]["total_size"]
+
+
+def prune_as_rank(ranks, source, plan, folder):
+    """`prune` as one of several ranks."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return prune(source, plan, folder, monkeypatch, ranks=ranks)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", dict(steps=2, rounds=0, refit=1)),
+        ("llama", dict(method="wanda", compare=("magnitude",))),
+        ("llama", dict(method="sparsegpt")),
+    ],
+    ids=str,
+)
+def test_a_rank_does_what_is_counted(family, options, tmp_path):
+    """The last rank has the most windows."""
+    source = save_model(tmp_path / "model", family, num_hidden_layers=1)
+    plan = planned(source, make_config(**options), 7, (3,), ranks=2)
+    results = on_ranks(2, prune_as_rank, source, plan, tmp_path)
+    seen, flops = results[1]
+    done = operations(plan, plan.shape.blocks[0])
+    layers = {layer.name for layer in plan.shape.blocks[0].all_layers}
+    forward = sum(operation.cost.flops for operation in [*done, *head(plan)] if operation.name in {*layers, "head"})
+    assert flops == forward
+    by_name = Counter()
+    for operation in done:
+        by_name[operation.name] += operation.calls
+    for name in ("gram_accumulate", "cross_accumulate"):
+        assert seen[name] == by_name[name]
+    products = [operation for operation in done if operation.name in PRODUCTS]
+    mirrored = max(of_rank["mirror_lower"] for of_rank, _ in results)
+    if options.get("method") == "sparsegpt":
+        (group,) = groups(plan.shape.blocks[0], plan.workload.config, "sparsegpt")
+        solves = [solve for of_gram in find_solves(group, "sparsegpt", plan.workload.config, 2) for solve in of_gram]
+        work = work_by_rank(solves, 2)
+        # The most matrices of each input, which no rank need have of all of them.
+        assert mirrored <= by_name["mirror_lower"] <= mirrored + 1
+    else:
+        work = [of_rank["flops"] for of_rank, _ in results]
+        assert mirrored == by_name["mirror_lower"]
+    solving, _ = results[work.index(max(work))]
+    assert solving["product"] == sum(operation.calls for operation in products)
+    assert solving["flops"] == sum(operation.cost.flops for operation in products)
 
 
 class RealFlops(FlopCounterMode):

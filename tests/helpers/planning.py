@@ -13,9 +13,9 @@ def make_config(**options):
     return PruneConfig(**(dict(kernel="torch", precision="ieee") | options))
 
 
-def planned(source, config, windows, evaluation=(), place="gpu"):
+def planned(source, config, windows, evaluation=(), place="gpu", ranks=1):
     """The run of a checkpoint; products of vertices are counted."""
     described = describe(str(source))
-    workload = Workload(windows, evaluation, SEQLEN, config, gpu=False, threads=1)
+    workload = Workload(windows, evaluation, SEQLEN, config, gpu=False, threads=1, ranks=ranks)
     shape = described.shape.selected(config.selects)
     return PlannedRun(shape, described.traits, workload, Placement(BATCH, place))
