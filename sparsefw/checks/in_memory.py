@@ -2,6 +2,8 @@
 
 Its blocks are known only while it runs, and it was in memory as a whole when it was pruned. So it is loaded as a whole,
 and not run.
+
+Several ranks do not share it: each of them would have to hold the whole model. One of them does it.
 """
 
 from pathlib import Path

@@ -12,60 +12,83 @@ import torch
 from safetensors import safe_open
 
 from sparsefw import checkpoint
-from sparsefw.checkpoint import CONFIG, DIGEST, INDEX, SINGLE, SUMS, Checkpoint
+from sparsefw.checkpoint import CONFIG, DIGEST, INDEX, SINGLE, SUMS, Checkpoint, file_digest
 from sparsefw.checks.claims import Claims, read_claims
 from sparsefw.checks.in_memory import check_in_memory
+from sparsefw.checks.shared import check_same, share_out
 from sparsefw.checks.sums import check_sums
-from sparsefw.checks.verdict import Check, Verdict
+from sparsefw.checks.verdict import Check, Verdict, lines
 from sparsefw.checks.weights import check_weights
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL
 from sparsefw.model import StreamedModel
+from sparsefw.ranks import ALONE, Ranks, balanced
+from sparsefw.report.environment import versions
 
 REPORT = "report.json"
 
 
-def verify(output: Path, against: str | None = None, digest: str | None = None) -> Verdict:
+def verify(output: Path, against: str | None = None, digest: str | None = None, ranks: Ranks = ALONE) -> Verdict:
     """Check a checkpoint that `sparsefw.run` wrote.
 
     Args:
         output: folder of the checkpoint.
         against: the source, a folder or Hub id; None: the report's, if that is a folder here.
         digest: SHA-256 of the output's SHA256SUMS, as the run has printed it; None: not compared.
+        ranks: the processes that share the work; all of them have the same arguments.
+
+    Returns:
+        The verdict, on all ranks the same.
 
     Raises:
-        InputError: the output is no checkpoint with a report, the source cannot be used, or the digest is none.
+        InputError: the output is no checkpoint with a report, the source cannot be used, the digest is none, or ranks
+            do not see the same files.
     """
+    ranks.agree({"OUTPUT": str(output.resolve()), "--against": against, "--digest": digest} | versions())
     if digest is not None and not DIGEST.fullmatch(digest):
         raise InputError(f"--digest {digest}: expected 64 digits of 0 to 9 and a to f, as the run has printed them")
-    if not output.is_dir():
+    sees = ranks.gather(output.is_dir())
+    if not any(sees):
         raise InputError(f"{output}: no such folder; give one that sparsefw.run wrote")
+    if not all(sees):
+        raise InputError(f"{output}: rank {sees.index(False)} does not see it; put it where all machines see it")
     claims = read_claims(output / REPORT)
+    check_same(ranks, file_digest(output / REPORT))
     verdict = Verdict(_checks_of(claims))
     if claims.refits:
         verdict.skip("kept weights were refitted", "kept")
     if not claims.keeps_zeros:
         verdict.skip("--keep-zeros was not given", "zeros")
-    check = _check_batches if claims.on_batches else _check_text
-    check(verdict, claims, output, against, digest)
+    if claims.on_batches:
+        _check_batches(verdict, claims, output, against, digest, ranks)
+        return ranks.tell(verdict)
+    _check_text(verdict, claims, output, against, digest, ranks)
+    check_same(ranks, [*lines(verdict)])
     return verdict
 
 
-def _check_batches(verdict: Verdict, claims: Claims, output: Path, against: str | None, digest: str | None) -> None:
-    """Check a model that was pruned in memory, on batches."""
-    source = None if against is None else _locate(against, output)
-    verdict.digest = check_sums(verdict.checks["sums"], output, digest)
-    check_in_memory(verdict, claims, output, source)
+def _check_batches(
+    verdict: Verdict, claims: Claims, output: Path, against: str | None, digest: str | None, ranks: Ranks
+) -> None:
+    """Check a model that was pruned in memory, on batches. Only rank 0 has the whole verdict."""
+    source = None if against is None else ranks.first_here(lambda: _locate(against, output))
+    verdict.digest = check_sums(verdict.checks["sums"], output, digest, ranks)
+    check_same(ranks, verdict.digest)
+    if ranks.first:
+        check_in_memory(verdict, claims, output, source)
 
 
-def _check_text(verdict: Verdict, claims: Claims, output: Path, against: str | None, digest: str | None) -> None:
+def _check_text(
+    verdict: Verdict, claims: Claims, output: Path, against: str | None, digest: str | None, ranks: Ranks
+) -> None:
     """Check a model that reads text."""
     if not (output / CONFIG).is_file() or not any(os.path.lexists(output / name) for name in (SINGLE, INDEX)):
         raise InputError(f"{output}: not a checkpoint; give a folder that sparsefw.run wrote")
     checks = verdict.checks
-    source, verdict.not_compared = _find_source(claims.model, output, against)
-    verdict.digest = check_sums(checks["sums"], output, digest)
+    source, verdict.not_compared = ranks.first_here(lambda: _find_source(claims.model, output, against))
+    check_same(ranks, (verdict.not_compared, source and source.nbytes))
+    verdict.digest = check_sums(checks["sums"], output, digest, ranks)
     if source is None:
         verdict.skip("no source", "copied", "shapes", "zeros", "kept", "others")
     else:
@@ -77,7 +100,7 @@ def _check_text(verdict: Verdict, claims: Claims, output: Path, against: str | N
         verdict.skip("the files are not sound", *checks.keys() - {"sums", "copied", "files"})
         return
     _check_files(checks["files"], written)
-    dtypes = _check_model(verdict, claims, written, source)
+    dtypes = _check_model(verdict, claims, written, source, ranks)
     if source:
         _check_shapes(checks["shapes"], written, source, dtypes)
 
@@ -129,7 +152,7 @@ def _locate(name: str, output: Path) -> Path:
 
 
 def _check_model(
-    verdict: Verdict, claims: Claims, written: Checkpoint, source: Checkpoint | None
+    verdict: Verdict, claims: Claims, written: Checkpoint, source: Checkpoint | None, ranks: Ranks
 ) -> dict[str, torch.dtype]:
     """Load the model, and check its weights; returns what `check_weights` does."""
     try:
@@ -137,12 +160,12 @@ def _check_model(
     except InputError as error:
         verdict.checks["model"].failures.append(str(error))
         verdict.skip("the model does not load", "report", "pattern", "zeros", "kept", "others")
-        _check_finite(verdict.checks["finite"], written, written.tensors)
+        _check_finite(verdict.checks["finite"], written, written.tensors, ranks)
         return {}
     with model:
         # A tensor that is never loaded may hold anything, if the source does.
-        _check_finite(verdict.checks["finite"], written, model.loaded)
-        return check_weights(verdict, claims, model, source)
+        _check_finite(verdict.checks["finite"], written, model.loaded, ranks)
+        return check_weights(verdict, claims, model, source, ranks)
 
 
 def _check_files(check: Check, written: Checkpoint) -> None:
@@ -162,19 +185,28 @@ def _check_files(check: Check, written: Checkpoint) -> None:
         check.fail(name, f"not in {INDEX}")
 
 
-def _check_finite(check: Check, written: Checkpoint, tensors: Iterable[str]) -> None:
-    """Look for NaN and Inf in tensors, which are given by name."""
-    files: dict[Path, list[str]] = defaultdict(list)
+def _check_finite(check: Check, written: Checkpoint, tensors: Iterable[str], ranks: Ranks) -> None:
+    """Look for NaN and Inf in tensors, which are given by name, file by file."""
+    by_file: dict[Path, list[str]] = defaultdict(list)
     for name in tensors:
-        files[written.tensors[name].file].append(name)
-    for path, names in files.items():
+        by_file[written.tensors[name].file].append(name)
+    files = [*by_file.items()]
+
+    def look(n: int) -> Check:
+        path, names = files[n]
+        part = check.part()
         with safe_open(path, framework="pt") as file:
             for name in names:
-                check.count += 1
+                part.count += 1
                 try:
                     check_finite(name, file.get_tensor(name))
                 except InputError as error:
-                    check.failures.append(str(error))
+                    part.failures.append(str(error))
+        return part
+
+    sizes = [sum(written.tensors[name].nbytes for name in names) for _, names in files]
+    for part in share_out(ranks, sizes, balanced(sizes, ranks.count), look):
+        check.add(part)
 
 
 def _check_copied(check: Check, output: Path, source: Path) -> None:

@@ -4,17 +4,20 @@ import os
 from pathlib import Path
 
 from sparsefw.checkpoint import SUMS, Progress, check_file, file_digest, read_sums
+from sparsefw.checks.shared import share_out
 from sparsefw.checks.verdict import Check
 from sparsefw.errors import InputError
+from sparsefw.ranks import ALONE, Ranks, balanced
 
 
-def check_sums(check: Check, output: Path, digest: str | None = None) -> str:
+def check_sums(check: Check, output: Path, digest: str | None = None, ranks: Ranks = ALONE) -> str:
     """Compare every file of an output with its digest.
 
     Args:
         check: receives the failures.
         output: folder of the output.
         digest: SHA-256 of SHA256SUMS itself, as the run has printed it; None: not compared.
+        ranks: the processes that share the files.
 
     Returns:
         SHA-256 of SHA256SUMS; empty if that cannot be read.
@@ -41,11 +44,19 @@ def check_sums(check: Check, output: Path, digest: str | None = None) -> str:
             sizes[name] = (output / name).stat().st_size
         except InputError as error:
             check.failures.append(str(error))
-    with Progress(lambda line: None, bar=True).hashing("files", sum(sizes.values())) as done:
-        for name, size in sizes.items():
-            if file_digest(output / name) != sums[name]:
+    names = [*sizes]
+    owners = balanced([*sizes.values()], ranks.count)
+    mine = sum(size for size, owner in zip(sizes.values(), owners, strict=True) if owner == ranks.number)
+    with Progress(lambda line: None, bar=ranks.first).hashing("files", mine) as done:
+
+        def matches(n: int) -> bool:
+            found = file_digest(output / names[n]) == sums[names[n]]
+            done(sizes[names[n]])
+            return found
+
+        for name, sound in zip(names, share_out(ranks, (actual, sizes), owners, matches), strict=True):
+            if not sound:
                 check.fail(name, "not what the run wrote")
-            done(size)
     return actual
 
 

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 # Failures of one check that are listed; the others are counted.
 LISTED = 10
@@ -29,6 +29,15 @@ class Check:
     def fail(self, name: str, why: str) -> None:
         """Add a failure."""
         self.failures.append(f"{name}: {why}")
+
+    def part(self) -> "Check":
+        """The same check before it is made, for a part of what is checked."""
+        return replace(self, count=0, failures=[])
+
+    def add(self, part: "Check") -> None:
+        """Add the findings of a part."""
+        self.count += part.count
+        self.failures += part.failures
 
 
 @dataclass
@@ -79,6 +88,17 @@ class Verdict:
         """Skip checks; a check that was skipped before keeps its reason."""
         for name in names:
             self.checks[name].skipped = self.checks[name].skipped or why
+
+    def part(self) -> "Verdict":
+        """The same checks before they are made, for a part of what is checked."""
+        return Verdict({name: check.part() for name, check in self.checks.items()})
+
+    def add(self, part: "Verdict") -> None:
+        """Add counts, failures and zeros of a part."""
+        for name, check in part.checks.items():
+            self.checks[name].add(check)
+        for kind, zeros in part.zeros.items():
+            self.zeros[kind].add(zeros)
 
 
 def lines(verdict: Verdict) -> Iterator[str]:

@@ -14,10 +14,12 @@ from tqdm import tqdm
 
 from sparsefw.checkpoint import Checkpoint
 from sparsefw.checks.claims import Claims
+from sparsefw.checks.shared import share_out
 from sparsefw.checks.verdict import Check, Verdict, Zeros
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel
 from sparsefw.model.layers import kind_of, not_pruned, slices_of
+from sparsefw.ranks import Ranks, balanced, shares
 from sparsefw.solver import LayerResult
 from sparsefw.solver.selection import without_index
 
@@ -28,7 +30,7 @@ Result = TypeVar("Result")
 
 
 def check_weights(
-    verdict: Verdict, claims: Claims, model: StreamedModel, source: Checkpoint | None
+    verdict: Verdict, claims: Claims, model: StreamedModel, source: Checkpoint | None, ranks: Ranks
 ) -> dict[str, torch.dtype]:
     """Check all tensors of a model, a block at a time.
 
@@ -38,6 +40,7 @@ def check_weights(
         claims: the report's claims about the model.
         model: the written model; every block is opened and closed.
         source: the checkpoint that was pruned, if there is one to compare with.
+        ranks: the processes that share the blocks.
 
     Returns:
         The dtypes of the source's tensors in the model, by name.
@@ -55,25 +58,63 @@ def check_weights(
             verdict.skip("the source has other blocks", "zeros", "kept", "others")
             original = None
         unseen = dict(claims.layers)
-        for i, name in enumerate(tqdm(model.names, unit="block", disable=None)):
-            layers = {layer: unseen.pop(layer) for layer in claims.layers if layer in unseen and _is_in(layer, name)}
-            dtypes |= _check_block(verdict, claims, i, layers, model, original)
+        layers = [
+            {layer: unseen.pop(layer) for layer in claims.layers if layer in unseen and _is_in(layer, name)}
+            for name in model.names
+        ]
+        # Blocks that follow each other, since each one is read while the one before it is checked.
+        parts = shares(len(layers), ranks.count)
+        owners = [number for number, part in enumerate(parts) for _ in layers[part]]
+        mine = parts[ranks.number]
+        with tqdm(total=mine.stop - mine.start, unit="block", disable=None if ranks.first else True) as bar:
+
+            def check(i: int) -> tuple[Verdict, dict[str, torch.dtype]]:
+                part = verdict.part()
+                found = _check_block(part, claims, i, layers[i], model, original, ahead=i + 1 < mine.stop)
+                bar.update()
+                return part, found
+
+            for part, found in share_out(ranks, model.names, owners, check):
+                verdict.add(part)
+                dtypes |= found
         for layer in unseen:
             checks["report"].fail(layer, "in none of the model's blocks")
         for name, block in model.idle.items():
             _check_report(verdict, claims, name, not_pruned(block, {}))
-        if original:
-            _from_source(_load_others, original)
-            try:
-                _load_others(model)
-                dtypes |= _compare_others(checks["others"], model, original)
-            except InputError as error:
-                checks["model"].failures.append(f"{error}; nothing outside of the blocks was checked")
+        if original and source:
+            dtypes |= _check_others(verdict, model, original, source, ranks)
     return dtypes
 
 
 def _is_in(layer: str, block: str) -> bool:
     return layer.startswith(f"{block}.")
+
+
+def _check_others(
+    verdict: Verdict, model: StreamedModel, original: StreamedModel, source: Checkpoint, ranks: Ranks
+) -> dict[str, torch.dtype]:
+    """Check the tensors outside of the blocks.
+
+    Returns:
+        The dtypes of the source's, by name.
+    """
+    sizes = [original.outside_bytes, model.outside_bytes]
+
+    def load(n: int) -> str:
+        if not n:
+            _from_source(_load_others, original)
+            return ""
+        try:
+            _load_others(model)
+        except InputError as error:
+            return str(error)
+        return ""
+
+    _, failure = share_out(ranks, sizes, balanced(sizes, ranks.count), load)
+    if failure:
+        verdict.checks["model"].failures.append(f"{failure}; nothing outside of the blocks was checked")
+        return {}
+    return _compare_others(verdict, model, original, source, ranks)
 
 
 def _load_others(model: StreamedModel) -> None:
@@ -82,7 +123,9 @@ def _load_others(model: StreamedModel) -> None:
         pass
 
 
-def _compare_others(check: Check, model: StreamedModel, original: StreamedModel) -> dict[str, torch.dtype]:
+def _compare_others(
+    verdict: Verdict, model: StreamedModel, original: StreamedModel, source: Checkpoint, ranks: Ranks
+) -> dict[str, torch.dtype]:
     """Compare the source's tensors outside of the blocks with the output's, as they are in the files, piece by piece.
 
     Returns:
@@ -90,10 +133,21 @@ def _compare_others(check: Check, model: StreamedModel, original: StreamedModel)
     """
     dtypes: dict[str, torch.dtype] = {}
     written = {name for piece in model.pieces for name in piece}
-    for piece in original.pieces:
-        before = original.other_tensors(piece)
-        dtypes |= {name: tensor.dtype for name, tensor in before.items()}
-        _compare(check, model.other_tensors(written.intersection(piece)), before)
+
+    def compare(n: int) -> tuple[Verdict, dict[str, torch.dtype]]:
+        part, piece = verdict.part(), original.pieces[n]
+        try:
+            before = original.other_tensors(piece)
+            _compare(part.checks["others"], model.other_tensors(written.intersection(piece)), before)
+        except InputError as error:
+            part.checks["model"].failures.append(f"{error}; not all outside of the blocks was checked")
+            return part, {}
+        return part, {name: tensor.dtype for name, tensor in before.items()}
+
+    sizes = [sum(source.tensors[name].nbytes for name in piece) for piece in original.pieces]
+    for part, found in share_out(ranks, sizes, balanced(sizes, ranks.count), compare):
+        verdict.add(part)
+        dtypes |= found
     return dtypes
 
 
@@ -111,6 +165,7 @@ def _check_block(
     layers: dict[str, LayerResult],
     model: StreamedModel,
     original: StreamedModel | None,
+    ahead: bool,
 ) -> dict[str, torch.dtype]:
     """Check block i.
 
@@ -121,6 +176,7 @@ def _check_block(
         layers: the block's layers that the report calls pruned, by name.
         model: the written model.
         original: the source's model; None if there is none to compare with.
+        ahead: whether the next block is read meanwhile.
 
     Returns:
         The dtypes of the source's tensors, by name.
@@ -128,7 +184,7 @@ def _check_block(
     name, checks = model.names[i], verdict.checks
     checks["model"].count += 1
     try:
-        block = model.open(i)
+        block = model.open(i, ahead)
     except InputError as error:
         checks["model"].failures.append(f"{error}; no more of {name} was checked")
         model.close(i)
@@ -137,7 +193,7 @@ def _check_block(
     _check_report(verdict, claims, name, not_pruned(block, sizes))
     after, before = by_slices(block.state_dict(prefix=f"{name}."), layers), None
     if original:
-        before = by_slices(_from_source(original.open, i).state_dict(prefix=f"{name}."), layers)
+        before = by_slices(_from_source(original.open, i, ahead).state_dict(prefix=f"{name}."), layers)
         compare_others(checks["others"], after, before, layers)
     for layer in layers.values():
         check_layer(verdict, claims, layer, after.get(layer.name), before)

@@ -3,7 +3,7 @@
 It checks that all files are those that the run wrote. It reads them again, block by block, and checks that they are
 sound, that no layer has more weights than the pattern allows, that all other tensors are the source's, bit for bit, and
 after --keep-zeros that the source's zeros are zero. Exit status 0: all is well; 1: a check failed, and the culprits are
-listed; 2: there is nothing to check.
+listed; 2: there is nothing to check. Started by torchrun, several processes share the work and print one verdict.
 """
 
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 from sparsefw.checks import lines, verify
 from sparsefw.cli import Parser, quiet_libraries, say
 from sparsefw.failures import FAILED
+from sparsefw.ranks import joined
 
 
 def run(argv: list[str] | None) -> int:
@@ -23,7 +24,13 @@ def run(argv: list[str] | None) -> int:
         "it no change of any file goes unseen")  # fmt: skip
     arguments = parser.parse_args(argv)
     quiet_libraries()
-    verdict = verify(arguments.output, arguments.against, arguments.digest)
-    for line in lines(verdict):
-        say(line)
+    with joined(on_gpus=False) as ranks:
+        verdict = verify(arguments.output, arguments.against, arguments.digest, ranks)
+        for line in lines(verdict):
+            say(line)
+        if verdict.failed and ranks.first and ranks.voice:
+            # A launcher interrupts the other ranks once one has ended with a failure. They know why, then.
+            ranks.voice.leave(FAILED, "a check failed")
+        # Nor does one end before all is printed.
+        ranks.wait()
     return FAILED if verdict.failed else 0
