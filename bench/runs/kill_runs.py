@@ -1,18 +1,23 @@
 """Kill real runs at random moments until one comes through, and compare it with an undisturbed one.
 
     python bench/runs/kill_runs.py FOLDER --kills 50
+    python bench/runs/kill_runs.py FOLDER --kills 20 --ranks 3
 
 A run that is killed is started again with the same command. Once it has come through, the next one begins anew. All
-outputs must have the bytes of the undisturbed run. The runs prune the embedded model, into FOLDER.
+outputs must have the bytes of the undisturbed run. The runs prune the embedded model, into FOLDER. Of several ranks one
+is killed, and the others must end within seconds.
 """
 
 import argparse
+import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 # These hold times, or digests of what does.
@@ -31,14 +36,33 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True)
     drawn = random.Random(arguments.seed)
 
-    def start(output: Path) -> subprocess.Popen:
-        command = [sys.executable, "-m", "sparsefw.run", "--output", str(output)]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(arguments.ranks)] if arguments.ranks > 1 else []
+    seconds, lines = [], Counter[str]()
 
+    def start(output: Path) -> subprocess.Popen:
+        command = [sys.executable, *launcher, "-m", "sparsefw.run", "--output", str(output)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+
+    def kill(run: subprocess.Popen) -> bool:
+        """Kill a run or one of its ranks; returns whether it has not come through before."""
+        errors.truncate(0)
+        ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split() if launcher else [str(run.pid)]
+        if ranks:
+            os.kill(int(drawn.choice(ranks)), signal.SIGKILL)
+        killed = time.perf_counter()
+        failed = run.wait(60) != 0
+        seconds.append(time.perf_counter() - killed)
+        told = [line for line in Path(errors.name).read_text().splitlines() if line.startswith("sparsefw: ")]
+        lines[re.sub(r"process \d+", "process N", told[0]) if told else "nothing is said"] += failed
+        assert len(set(told)) <= 1, told
+        return failed and bool(ranks)
+
+    errors = (arguments.folder / "errors").open("a+")
     began = time.perf_counter()
     assert start(arguments.folder / "undisturbed").wait() == 0
     length = time.perf_counter() - began
@@ -50,8 +74,7 @@ def main() -> None:
             # From the start of Python to a little beyond the end.
             assert run.wait(drawn.uniform(0, 1.1 * length)) == 0
         except subprocess.TimeoutExpired:
-            run.kill()
-            kills += run.wait() == -signal.SIGKILL
+            kills += kill(run)
             finished.append(len(list(output.with_name(".killed.partial").glob("records/*.json"))))
         # A run that was killed may have put its output in place before.
         if output.exists():
@@ -63,6 +86,9 @@ def main() -> None:
         assert outputs(output) == expected
     counts = ", ".join(f"{finished.count(n)} with {n}" for n in sorted(set(finished)))
     print(f"{kills} runs of {length:.1f} s were killed ({counts} parts finished); all outputs have the same bytes")
+    print(f"the runs were over within {max(seconds):.1f} s")
+    for line, count in lines.most_common() if launcher else ():
+        print(f"{count:3} {line}")
 
 
 if __name__ == "__main__":
