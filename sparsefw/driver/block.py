@@ -162,6 +162,9 @@ def _solve(run: Run, i: int, captured: Captured, method: str) -> Iterator[LayerR
             yield from (results.pop(layer.name) for layer in solve.layers)
     if not ranks.alone:
         with timeline.span("exchange", i):
+            for cross in captured.crosses.values():
+                # Those of other ranks' solves: nothing of theirs may be under way when their memory is used again.
+                cross.arrived.wait()
             results = exchange(solves, results, ranks)
         yield from (results[layer.name] for solve in solves for layer in solve.layers)
 
