@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # Seconds between two beats, and without a beat after which a rank counts as stopped.
-BEAT, SILENCE = 1.0, 30.0
+BEAT, SILENCE = 1.0, 60.0
 
 # Seconds in which all ranks must have come.
 COMING = 300.0
@@ -120,7 +120,7 @@ class Voice:
         """
         failure = Failure(self.number, status, f"rank {self.number}: {line}")
         # Without the store, each rank speaks for itself.
-        with suppress(Exception):
+        with suppress(RuntimeError, OSError):
             found = self.find(HEARING) if comes_of_others else None
             failure = found or self.leave(failure.status, failure.line)
         self.tell(failure)
@@ -129,9 +129,15 @@ class Voice:
 
     def close(self) -> None:
         """Take leave of the others."""
-        if not self._over.is_set():
-            self._over.set()
+        if self._over.is_set():
+            return
+        self._over.set()
+        # The store may go with rank 0, which waits for the others a while.
+        with suppress(RuntimeError):
             self.store.set(f"done {self.number}", "")
+            end = time.monotonic() + (0 if self.number else END)
+            while time.monotonic() < end and not self.store.check([f"done {n}" for n in range(self.count)]):
+                time.sleep(0.02)
 
     def _watch(self) -> None:
         """Give a beat each second, and end this process if the run has failed and the main thread does not end it."""
@@ -141,7 +147,7 @@ class Voice:
             try:
                 self.store.set(f"beat {self.number}", json.dumps([beats, self.begun]))
                 failure = self.find()
-            except Exception as error:  # whatever the store raises: it is gone
+            except (RuntimeError, OSError) as error:
                 failure = Failure(self.number, LOST, f"rank 0, or the machine that it is on, is gone ({error})")
             if failure and not self._over.wait(END):
                 self._end(failure)
@@ -171,6 +177,9 @@ class Voice:
             if now - self._started > COMING:
                 return f"rank {n} has not come within {COMING:.0f} seconds"
         for n, beat in beats.items():
+            if n not in self._came:
+                # It has come since `_ended` has looked.
+                continue
             before, since = self._seen.get(n, (None, now))
             self._seen[n] = beat, since if beat == before else now
             if now - self._seen[n][1] > SILENCE and not self.store.check([f"done {n}"]):

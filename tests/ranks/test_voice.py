@@ -168,6 +168,7 @@ def test_a_rank_that_never_comes_is_named(store, monkeypatch):
     monkeypatch.setattr(voices, "END", 60)
     voice = Voice(store, 0, 2)
     assert voice.find(5) == Failure(0, 1, "rank 1 has not come within 0 seconds")
+    monkeypatch.setattr(voices, "END", 0)
     voice.close()
 
 
@@ -181,6 +182,19 @@ def test_a_rank_that_has_finished_is_not_missed(ranks):
         voice.close()
 
     assert ranks.start(go_on, finish).ends() == ([0, 0], "")
+
+
+def test_the_first_rank_leaves_last(ranks, monkeypatch):
+    """The store may be in its process."""
+    monkeypatch.setattr(voices, "END", 5)
+
+    def leave(voice):
+        time.sleep(0.3 * voice.number)
+        voice.close()
+        voice.store.set(f"left {voice.number}", "")
+        assert voice.number or voice.store.check(["done 1", "done 2"])
+
+    assert ranks.start(leave, leave, leave).ends() == ([0, 0, 0], "")
 
 
 def test_without_the_store_a_rank_ends(ranks):
