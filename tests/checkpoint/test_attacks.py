@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import helpers.judged
 import pytest
 import torch
 from helpers.attacks import draw
@@ -45,6 +46,13 @@ def test_the_judge_sees_what_is_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_trust, "FOLLOWED", set())
     monkeypatch.setattr(tokenizer_trust, "SAFE", {*tokenizer_trust.SAFE, *named})
     assert f"opened {bait / 'file.json'}" in judged(files, bait)
+
+
+def test_the_judge_sees_memory(tmp_path, monkeypatch):
+    files = {"config.json": json.dumps({"model_type": "llama"} | COMMON).encode(), "model.safetensors": save(TENSORS)}
+    assert judged(files, bait_of(tmp_path)) == []
+    monkeypatch.setattr(helpers.judged, "BYTES", 0)
+    assert [line for line in judged(files, tmp_path / "bait") if line.endswith(" GiB")]
 
 
 def test_a_model_is_not_loaded_by_a_method_of_its_class(tmp_path, monkeypatch):

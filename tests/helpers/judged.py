@@ -20,7 +20,7 @@ from sparsefw.data.tokenizer import TokenizerProcess, start_tokens, tokenize
 from sparsefw.errors import InputError
 from sparsefw.estimate.describe import describe
 from sparsefw.model import StreamedModel
-from sparsefw.process import limit_host, writable
+from sparsefw.process import limit_host, peak_memory, writable
 
 # Where Python and its libraries are, and what the system says about this process.
 OWN = (
@@ -32,7 +32,8 @@ WATCHED = {"open", "os.listdir", "os.scandir", "subprocess.Popen", "os.system", 
 WATCHED |= {"socket.connect", "socket.getaddrinfo"}
 
 TEXTS = ["What a tokenizer may see.", "a" * 40 + " b", "", "\0\u202e"]
-SECONDS, BYTES = 30, 2 * 2**30
+# Memory that may be touched. Much more may be reserved: the zeros on which a plan follows a model's forward are.
+SECONDS, BYTES, RESERVED = 30, 2 * 2**30, 24 * 2**30
 
 
 def bait_of(root: Path) -> Path:
@@ -82,7 +83,8 @@ def _read(folder: Path, log: Path) -> None:
     os.setpgid(0, 0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    limit_host(writable() + BYTES)
+    limit_host(writable() + RESERVED)
+    before = peak_memory()["host_bytes"]
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def say(line: str) -> None:
@@ -116,6 +118,8 @@ def _read(folder: Path, log: Path) -> None:
             say(f"{type(error).__name__}: {error}")
         if time.process_time() - started > SECONDS / 3:
             say(f"{time.process_time() - started:.0f} s of the processor")
+    if (took := peak_memory()["host_bytes"] - before) > BYTES:
+        say(f"{took / 2**30:.1f} GiB")
     os._exit(0)
 
 
