@@ -1,7 +1,8 @@
 """The exception for mistakes that a user can mend, and text from files made safe for messages."""
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -32,6 +33,14 @@ def shown(text: object, limit: int = 200) -> str:
     text = str(text)
     line = printable(text[:limit])
     return line if len(text) <= limit else f"{line}... ({len(text)} characters)"
+
+
+def tell(line: str) -> None:
+    """Write a line on stderr, from any thread of a process that is about to end. There may be nobody to read it."""
+    # An own line, if a progress bar is in the last one.
+    start = "\n" if os.isatty(2) else ""
+    with suppress(OSError):
+        os.write(2, f"{start}sparsefw: {line}\n".encode(errors="backslashreplace"))
 
 
 @contextmanager

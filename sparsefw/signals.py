@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from sparsefw.errors import tell
+
 if TYPE_CHECKING:
     from sparsefw.ranks.voice import Voice
 
@@ -82,13 +84,8 @@ class Interruption:
             time.sleep(60)
         if self.voice:
             os._exit(self.voice.last_word(INTERRUPTED, self._last_words, comes_of_others=True))
-        # An own line, if a progress bar is in the last one.
-        start = "\n" if os.isatty(2) else ""
-        try:
-            os.write(2, f"{start}sparsefw: {self._last_words}\n".encode())
-        finally:
-            # Also where nobody reads it: a terminal that is gone, a full disk.
-            os._exit(INTERRUPTED)
+        tell(self._last_words)
+        os._exit(INTERRUPTED)
 
 
 @contextmanager

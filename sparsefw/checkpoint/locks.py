@@ -24,16 +24,11 @@ def partial_of(output: Path) -> Path:
 def acquire(path: Path) -> int | None:
     """Take a lock; returns the descriptor that holds it, None if another process does."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The process that held the lock may have removed the folder meanwhile, and another process made it anew.
-        alone = path.exists() and os.path.samestat(os.fstat(lock), path.stat())
-    except BlockingIOError:
-        alone = False
-    if not alone:
-        os.close(lock)
-        return None
-    return lock
+    # The process that held the lock may have removed the folder meanwhile, and another process made it anew.
+    if is_sole_holder(lock) and path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+        return lock
+    os.close(lock)
+    return None
 
 
 def share(lock: int) -> None:
@@ -42,21 +37,18 @@ def share(lock: int) -> None:
 
 
 def acquire_shared(path: Path) -> int | None:
-    """Hold a lock that a rank has shared; returns the descriptor that holds it, None if it cannot be held."""
+    """Hold a lock that a rank has shared; returns the descriptor that holds it, None if it is not there."""
     try:
         lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
         return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
+    # Another run may hold it for a moment, to see whether this one lives.
+    share(lock)
     return lock
 
 
 def is_sole_holder(lock: int) -> bool:
-    """Whether no other rank holds a shared lock any more."""
+    """Whether no other process holds a lock; then it is held from now on."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -92,10 +84,6 @@ def _is_held(path: Path) -> bool:
         lock = os.open(path, os.O_RDWR | os.O_NONBLOCK)
     except OSError:
         return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(lock)
-    return False
+    held = not is_sole_holder(lock)
+    os.close(lock)
+    return held

@@ -102,6 +102,7 @@ class PartialFolder:
         self._old, self._records, self._kept = (self.folder / name for name in ("old", "records", "kept"))
         self._identity = self.folder / "identity.json"
         self.parts: dict[int, Part] = {}
+        self._lock: int | None = None
         self.chosen: dict[str, int] = {}
 
     def lock(self) -> None:
@@ -125,6 +126,7 @@ class PartialFolder:
 
     def share(self) -> None:
         """Let the other ranks of the run join."""
+        assert self._lock is not None
         share(self._lock)
 
     def join(self, parts: dict[int, Part]) -> None:
@@ -292,11 +294,13 @@ class PartialFolder:
 
     def release(self) -> None:
         """Leave the folder in place, and let other processes use it."""
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def remove(self) -> None:
         """Delete the folder, unless other ranks are at work there: what they leave there does no harm."""
-        if is_sole_holder(self._lock):
+        if self._lock is not None and is_sole_holder(self._lock):
             shutil.rmtree(self.folder)
         self.release()
 

@@ -77,10 +77,14 @@ class Writer:
     def __enter__(self) -> "Writer":
         if self._ranks.first:
             self._open()
-        if not self._ranks.alone:
+        try:
             parts, self._partial.chosen = self._ranks.tell((self._partial.parts, self._partial.chosen))
             if not self._ranks.first:
                 self._partial.join(parts)
+            self._check_read()
+        except BaseException:
+            self._leave()
+            raise
         return self
 
     def _open(self) -> None:
@@ -112,7 +116,7 @@ class Writer:
             raise
 
     def _check_finished(self) -> None:
-        """Refuse finished parts that are damaged, or that were made of another source; delete what is none."""
+        """Refuse finished parts that are damaged; delete what is none."""
         parts, digests = self._partial.parts, dict[Path, str]()
         for n, part in parts.items():
             digests |= {self.path(n): part.sha256} | {self.kept(name): digest for name, digest in part.kept.items()}
@@ -126,8 +130,11 @@ class Writer:
                     raise self._partial.damaged(path)
                 done(sizes[path])
         self._partial.remove_unknown(set(digests))
+
+    def _check_read(self) -> None:
+        """Refuse a source of which another one was read for the finished parts. Each rank may have one of its own."""
         if self._evidence:
-            read = [file for part in parts.values() for file in part.read]
+            read = [file for part in self._partial.parts.values() for file in part.read]
             if (name := self._evidence.find_difference(read, self._progress)) is not None:
                 raise self._partial.other_input(f"the model has another tensor {name} now")
 

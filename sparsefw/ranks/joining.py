@@ -95,6 +95,9 @@ def joined(on_gpus: bool = True) -> Iterator[Ranks]:
     except BaseException as error:
         if mine:
             _raise_of_others(error, voice)
+        else:
+            # The command ends the process. To take leave of a group in which a rank is lost may never end.
+            made = False
         raise
     finally:
         if made and dist.is_initialized():

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sparsefw.errors import tell
+
 # Seconds between two beats, and without a beat after which a rank counts as stopped.
 BEAT, SILENCE = 1.0, 60.0
 
@@ -103,9 +105,7 @@ class Voice:
     def tell(self, failure: Failure) -> None:
         """Print a failure, if this rank is the one that tells it. This process is about to end."""
         if self._telling.acquire(blocking=False) and failure.told_by == self.number:
-            # An own line, if a progress bar is in the last one.
-            start = "\n" if os.isatty(2) else ""
-            os.write(2, f"{start}sparsefw: {failure.line}\n".encode(errors="backslashreplace"))
+            tell(failure.line)
 
     def last_word(self, status: int, line: str, *, comes_of_others: bool) -> int:
         """Tell the failure that ends this process, unless it is for another rank to do so.

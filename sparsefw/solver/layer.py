@@ -4,6 +4,7 @@ Their rows are stacked and solved in chunks that fit a memory limit, on a CPU se
 independent, so neither stacks nor chunks change the result.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from sparsefw.solver.choices import CHOOSE, Choice
 from sparsefw.solver.chunks import ROW_UNIT, by_chunks
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.methods import METHODS
-from sparsefw.solver.stack import Member, rows_of, rows_within, stack_rows
+from sparsefw.solver.stack import Member, Stack, stack_rows
 from sparsefw.solver.target import Cross
 
 
@@ -140,12 +141,15 @@ def prune_layers(
 
     Raises:
         InputError: the rows do not divide into the pattern's groups, or the memory is too little for any chunk.
-        ValueError: there is a cross matrix, and the method approximates only the layer itself.
+        ValueError: there is a cross matrix, and the method approximates only the layer itself; or there are ranks,
+            and rows cannot be shared.
         FloatingPointError: an error is not finite, or G is not positive definite for a method that needs it; the
             message names the layer.
     """
     if any(cross is not None for cross in crosses or []) and not METHODS[method].uses_target:
         raise ValueError(f"crosses: {method} approximates what the layers themselves put out")
+    if not ranks.alone and not config.rows_shared(method):
+        raise ValueError(f"ranks: the rows of a layer cannot be solved apart by {method}")
     for name, weight in layers:
         patterns.check_width(config.pattern, weight.shape[1], name)
     members = [
@@ -155,143 +159,110 @@ def prune_layers(
     # Cross matrices may be as large as the weights: only the members may keep them.
     del crosses
     independent = config.rows_independent(method)
-    for stack in [members] if independent else [[member] for member in members]:
+    for stacked in [members] if independent else [[member] for member in members]:
+        stack = Stack(stacked, G, method, config, backend, memory if independent else None)
         try:
-            results = _prune_stack(stack, G, method, config, backend, memory if independent else None, masks, ranks)
+            results = _prune_stack(stack, masks, ranks)
         except FloatingPointError as error:
-            raise FloatingPointError(f"{', '.join(member.name for member in stack)}: {error}") from error
+            raise FloatingPointError(f"{', '.join(member.name for member in stacked)}: {error}") from error
         yield from results
 
 
-def _prune_stack(
-    stack: list[Member],
-    G: Tensor,
-    method: str,
-    config: PruneConfig,
-    backend: Backend,
-    memory: int | None,
-    masks: list[Tensor] | None,
-    ranks: Ranks,
-) -> list[LayerResult]:
+def _prune_stack(stack: Stack, masks: list[Tensor] | None, ranks: Ranks) -> list[LayerResult]:
     started = time.perf_counter()
-    weights = [member.weight for member in stack]
-    total = rows_of(stack, padded=memory is not None)
     chosen: list[Tensor] = []
-    measured, bounded = _choose_rows(
-        stack, G, method, config, backend, memory, ranks.share(total, ROW_UNIT), None if masks is None else chosen
-    )
+    sums = _choose_rows(stack, ranks.share(stack.height, ROW_UNIT), None if masks is None else chosen)
     if not ranks.alone:
-        measured, bounded = _exchange(weights, shares(total, ranks.count, ROW_UNIT), measured, bounded, ranks)
-    lengths = [len(weight) for weight in weights]
-    # The padding below the last layer is cut off.
-    by_layer = [part[..., : sum(lengths)].split(lengths, dim=-1) for part in measured]
+        sums = _exchange(stack, sums, ranks)
+    lengths = stack.lengths
     if masks is not None:
+        # The padding below the last layer is cut off.
         masks += torch.cat(chosen)[: sum(lengths)].split(lengths)
     seconds = (time.perf_counter() - started) / sum(lengths)
-    results = []
-    for member, layer_errors, layer_kept in zip(stack, *by_layer, strict=True):
-        warm, mask, error, bound = layer_errors.sum(1).tolist()
-        results.append(
-            LayerResult(
-                name=member.name,
-                shape=(member.weight.shape[0], member.weight.shape[1]),
-                pattern=config.pattern.text,
-                kept=int(layer_kept.sum().item()),
-                method=method,
-                warm_start=METHODS[method].saliency or config.warm_start,
-                alpha=config.alpha if method == "sparsefw" else None,
-                steps=config.steps if method == "sparsefw" else 0,
-                target=member.target,
-                error_warm_start=warm,
-                error_mask=mask,
-                error=error,
-                relative_mask=mask / warm if warm else 1.0,
-                relative_error=error / warm if warm else 1.0,
-                gap=mask - bound if bounded else None,
-                seconds=seconds * len(member.weight),
-                # Parameters are stored row by row, and the weight is a view of one.
-                transposed=member.weight.stride(0) < member.weight.stride(1),
-            )
-        )
-    return results
+    return [_result(stack, *row, seconds) for row in zip(stack.members, sums.tolist(), strict=True)]
 
 
-def _choose_rows(
-    stack: list[Member],
-    G: Tensor,
-    method: str,
-    config: PruneConfig,
-    backend: Backend,
-    memory: int | None,
-    share: slice,
-    masks: list[Tensor] | None,
-) -> tuple[list[Tensor], bool]:
+def _result(stack: Stack, member: Member, sums: list[float], seconds: float) -> LayerResult:
+    """The result of a layer, whose sums are those of `_choose_rows`; `seconds` are those of a row."""
+    method, config = stack.method, stack.config
+    warm, mask, error, bound, kept = sums
+    return LayerResult(
+        name=member.name,
+        shape=(member.weight.shape[0], member.weight.shape[1]),
+        pattern=config.pattern.text,
+        kept=int(kept),
+        method=method,
+        warm_start=METHODS[method].saliency or config.warm_start,
+        alpha=config.alpha if method == "sparsefw" else None,
+        steps=config.steps if method == "sparsefw" else 0,
+        target=member.target,
+        error_warm_start=warm,
+        error_mask=mask,
+        error=error,
+        relative_mask=mask / warm if warm else 1.0,
+        relative_error=error / warm if warm else 1.0,
+        gap=None if math.isnan(bound) else mask - bound,
+        seconds=seconds * len(member.weight),
+        # Parameters are stored row by row, and the weight is a view of one.
+        transposed=member.weight.stride(0) < member.weight.stride(1),
+    )
+
+
+def _choose_rows(stack: Stack, share: slice, masks: list[Tensor] | None) -> Tensor:
     """Choose masks and weights of some rows of a stack, and write them in place.
 
     Returns:
-        (4, rows) fp64, errors and bounds of the rows, and (rows,) the numbers of kept weights; nothing without rows.
-        Whether bounds are known.
+        (layers, 5) fp64 on the host: sums over the rows of each layer. They are the errors of the warm start, of the
+        mask and of the weights, the bound, which is NaN if it is not known, and the number of kept weights.
     """
-    rows = stack_rows(stack, G, method, config, backend, memory, share)
-    weights = [member.weight for member in stack]
-    errors, kept, bounded, start = [], [], False, share.start
+    rows, start = stack_rows(stack, share), share.start
+    measured = [torch.zeros(5, 0, dtype=torch.float64, device=stack.G.device)]
 
     def choose(chunk: slice) -> Choice:
-        return CHOOSE[method](rows[chunk], config, backend)
+        return CHOOSE[stack.method](rows[chunk], stack.config, stack.backend)
 
-    for choice in by_chunks(choose, rows.W, memory, stack[0].name, backend):
-        _write(weights, start, choice)
-        start += len(choice.mask)
-        kept.append(choice.mask.sum(1))
+    for choice in by_chunks(choose, rows.W, stack.memory, stack.members[0].name, stack.backend):
+        part = slice(start, start + len(choice.mask))
+        start = part.stop
+        _write(stack.weights(part), choice)
         if masks is not None:
             masks.append(choice.mask)
-        bounded = choice.bound is not None
-        bound = torch.zeros_like(choice.error) if choice.bound is None else choice.bound
-        errors.append(torch.stack([choice.error_warm_start, choice.error_mask, choice.error, bound]).double())
-    return [torch.cat(errors, 1), torch.cat(kept)] if errors else [], bounded
+        bound = torch.full_like(choice.error, math.nan) if choice.bound is None else choice.bound
+        errors = choice.error_warm_start, choice.error_mask, choice.error, bound
+        measured.append(torch.stack([x.double() for x in (*errors, choice.mask.sum(1))]))
+    lengths = [len(weight) for weight in stack.weights(share)]
+    # The padding below the last layer is cut off.
+    by_layer = torch.cat(measured, 1)[:, : sum(lengths)].split(lengths, 1)
+    return torch.stack([part.sum(1) for part in by_layer]).cpu()
 
 
-def _write(weights: list[Tensor], start: int, choice: Choice) -> None:
-    """Write the rows of a chunk, which begin at row `start` of the stack, into the layers they belong to."""
-    end = 0
-    for weight, rows in zip(weights, _rows_within(weights, slice(start, start + len(choice.mask))), strict=True):
-        chosen = slice(end, end + rows.stop - rows.start)
-        end = chosen.stop
+def _write(weights: list[Tensor], choice: Choice) -> None:
+    """Write the rows of a chunk into the rows of the layers that they belong to."""
+    start = 0
+    for weight in weights:
+        rows = slice(start, start + len(weight))
+        start = rows.stop
         if choice.weight is None:
-            weight[rows] = masked(weight[rows], choice.mask[chosen])
+            weight.copy_(masked(weight, choice.mask[rows]))
         else:
-            weight[rows] = choice.weight[chosen]
+            weight.copy_(choice.weight[rows])
 
 
-def _rows_within(weights: list[Tensor], part: slice) -> list[slice]:
-    return rows_within([len(weight) for weight in weights], part)
-
-
-def _exchange(
-    weights: list[Tensor], parts: list[slice], measured: list[Tensor], bounded: bool, ranks: Ranks
-) -> tuple[list[Tensor], bool]:
-    """Have all ranks' rows on each of them.
+def _exchange(stack: Stack, sums: Tensor, ranks: Ranks) -> Tensor:
+    """Give all ranks the rows that each of them has chosen; returns the sums of all rows.
 
     Args:
-        weights: of the layers of a stack. The rows of other ranks are overwritten.
-        parts: the rows of the stack that each rank has solved.
-        measured: what this rank knows of its rows, (..., rows); none if it has no rows.
-        bounded: whether it knows bounds of the errors.
+        stack: its weights have this rank's rows.
+        sums: of this rank's rows, see `_choose_rows`.
         ranks: the ranks.
-
-    Returns:
-        measured and bounded of all rows.
     """
-    device = weights[0].device
-    for owner, part in enumerate(parts):
-        places = [weight[rows] for weight, rows in zip(weights, _rows_within(weights, part), strict=True)]
-        lengths = [len(place) for place in places]
+    for owner, share in enumerate(shares(stack.height, ranks.count, ROW_UNIT)):
+        weights = stack.weights(share)
+        lengths = [len(weight) for weight in weights]
         mine = owner == ranks.number
-        rows = torch.cat(places) if mine else places[0].new_empty(sum(lengths), places[0].shape[1])
+        rows = torch.cat(weights) if mine else weights[0].new_empty(sum(lengths), weights[0].shape[1])
         ranks.spread(owner, rows).wait()
         if not mine:
-            for place, chosen in zip(places, rows.split(lengths), strict=True):
-                place.copy_(chosen)
-    gathered = [other for other in ranks.gather(([x.cpu() for x in measured], bounded)) if other[0]]
-    columns = zip(*(parts for parts, _ in gathered), strict=True)
-    return [torch.cat(column, -1).to(device) for column in columns], any(known for _, known in gathered)
+            for weight, chosen in zip(weights, rows.split(lengths), strict=True):
+                weight.copy_(chosen)
+    return torch.stack(ranks.gather(sums)).sum(0)

@@ -31,10 +31,46 @@ class Member:
     target: str
 
 
-def rows_of(stack: list[Member], padded: bool) -> int:
-    """The rows of a stack; with rows of zeros behind the last layer, if padded, up to a multiple of ROW_UNIT."""
-    rows = sum(len(member.weight) for member in stack)
-    return rows + (-rows % ROW_UNIT if padded else 0)
+@dataclass(frozen=True)
+class Stack:
+    """Layers that are solved together, one below the other.
+
+    Attributes:
+        members: the layers.
+        G: (d, d) fp32 Gram matrix of their input.
+        method: one of METHODS.
+        config: the config of the run.
+        backend: the operations.
+        memory: bytes for the state of the chunks, see `by_chunks`. Unless it is None, rows of zeros pad the stack to a
+            multiple of ROW_UNIT.
+    """
+
+    members: list[Member]
+    G: Tensor
+    method: str
+    config: PruneConfig
+    backend: Backend
+    memory: int | None
+
+    @property
+    def lengths(self) -> list[int]:
+        """The rows of each layer."""
+        return [len(member.weight) for member in self.members]
+
+    @property
+    def height(self) -> int:
+        """All rows, with those that pad the stack."""
+        rows = sum(self.lengths)
+        return rows if self.memory is None else _padded(rows)
+
+    def weights(self, share: slice) -> list[Tensor]:
+        """The rows of each layer's weight that lie in a share of the stack: views."""
+        parts = zip(self.members, rows_within(self.lengths, share), strict=True)
+        return [member.weight[rows] for member, rows in parts]
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // ROW_UNIT) * ROW_UNIT
 
 
 def rows_within(lengths: Iterable[int], share: slice) -> list[slice]:
@@ -54,49 +90,32 @@ def cost_of_solve(rows: int, d: int) -> int:
 
 def rows_by_rank(lengths: Sequence[int], count: int) -> list[list[slice]]:
     """The rows of each layer of a stack that each rank solves, by layer, then by rank."""
-    total = sum(lengths)
-    parts = shares(total + -total % ROW_UNIT, count, ROW_UNIT)
+    parts = shares(_padded(sum(lengths)), count, ROW_UNIT)
     return [list(rows) for rows in zip(*(rows_within(lengths, part) for part in parts), strict=True)]
 
 
-def stack_rows(
-    stack: list[Member],
-    G: Tensor,
-    method: str,
-    config: PruneConfig,
-    backend: Backend,
-    memory: int | None,
-    share: slice,
-) -> Rows:
-    """Stack the layers' rows one below the other.
+def stack_rows(stack: Stack, share: slice) -> Rows:
+    """Rows of a stack, one below the other.
 
     Args:
-        stack: the layers; they lose their cross matrices.
-        G: (d, d) fp32 Gram matrix of their input.
-        method: one of METHODS.
-        config: the config of the run.
-        backend: the operations.
-        memory: bytes for the state of the chunks, see `by_chunks`.
+        stack: the stack; its layers lose their cross matrices.
         share: the rows of the stack that are wanted. Those behind the last layer are zero.
     """
-    parts = [
-        member.weight[rows]
-        for member, rows in zip(stack, rows_within([len(m.weight) for m in stack], share), strict=True)
-    ]
-    lengths = [len(part) for part in parts]
+    G, method, config, backend = stack.G, stack.method, stack.config, stack.backend
+    parts = stack.weights(share)
+    own, lengths = parts[0].dtype, [len(part) for part in parts]
     padding = share.stop - share.start - sum(lengths)
     # bf16 and fp16 arithmetic is slow on a CPU; fp32 holds the same weights.
-    dtype = torch.float32 if G.device.type == "cpu" else stack[0].weight.dtype
-    W = _stack_padded(parts, sum(lengths) + padding, dtype)
+    W = _stack_padded(parts, sum(lengths) + padding, torch.float32 if G.device.type == "cpu" else own)
     support = W != 0 if config.keep_zeros else None
-    exact = backend.exact_operand(G, stack[0].weight.dtype)
+    exact = backend.exact_operand(G, own)
     # Refits and targets only multiply with the damped matrix. Swaps of masks need it exactly.
     of_products = torch.bfloat16 if config.refit and backend.precision == "bf16" else torch.float32
     target_gap, H = None, damped(G, config.damp, of_products) if METHODS[method].uses_damping else None
-    if any(member.cross is not None for member in stack):
+    if any(member.cross is not None for member in stack.members):
         assert H is not None
         target_gap, start = None if config.refit else torch.empty_like(W, dtype=torch.float32), 0
-        for T in _targets(stack, share.start, W, exact, H, support, memory, backend):
+        for T in _targets(stack, share.start, W, exact, H, support):
             rows = slice(start, start + len(T))
             # A refit starts from the target. Without one, only the mask can be chosen for it.
             if target_gap is None:
@@ -108,7 +127,7 @@ def stack_rows(
     saliencies = [saliency(part, G.diagonal()) for part in W[: sum(lengths)].split(lengths)]
     k = _kept(saliencies, config, whole_matrix=method == "sparsefw" and config.whole_matrix, padding=padding)
     S = _stack_padded(saliencies, len(W), torch.float32)
-    return Rows(W, G, S, k, stack[0].weight.dtype, target_gap, H, support, exact)
+    return Rows(W, G, S, k, own, target_gap, H, support, exact)
 
 
 def _kept(saliencies: list[Tensor], config: PruneConfig, *, whole_matrix: bool, padding: int) -> int | Tensor:
@@ -136,14 +155,7 @@ def _stack_padded(parts: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def _targets(
-    stack: list[Member],
-    first: int,
-    W: Tensor,
-    G: Tensor | Terms,
-    H: Tensor,
-    support: Tensor | None,
-    memory: int | None,
-    backend: Backend,
+    stack: Stack, first: int, W: Tensor, G: Tensor | Terms, H: Tensor, support: Tensor | None
 ) -> Iterator[Tensor]:
     """The targets of stacked rows W, of which the first has this number, in chunks of rows, (rows, d) fp32.
 
@@ -151,15 +163,15 @@ def _targets(
 
     The target of a layer without a cross matrix is its weight, and that of the padding is zero.
     """
-    crosses = [(member.cross, len(member.weight)) for member in stack]
-    for member in stack:
+    crosses = [(member.cross, len(member.weight)) for member in stack.members]
+    for member in stack.members:
         if member.cross is not None:
             member.cross.arrived.wait()
             member.cross = None
 
     def find(rows: slice) -> Tensor:
-        B = cross_rows(crosses, first + (rows.start or 0), W[rows], G, backend=backend)
+        B = cross_rows(crosses, first + (rows.start or 0), W[rows], G, backend=stack.backend)
         support_of_rows = None if support is None else support[rows]
-        return find_target(W[rows], H, B, TARGET_STEPS, support=support_of_rows, backend=backend)
+        return find_target(W[rows], H, B, TARGET_STEPS, support=support_of_rows, backend=stack.backend)
 
-    yield from by_chunks(find, W, memory, stack[0].name, backend)
+    yield from by_chunks(find, W, stack.memory, stack.members[0].name, stack.backend)
