@@ -110,59 +110,31 @@ def prune(
         TypeError: an option is unknown, or stands beside a config.
         FloatingPointError: a layer's error is not finite.
     """
-    if unknown := [name for name in options if name not in {f.name for f in fields(PruneConfig)}]:
-        raise TypeError(f"prune() got an unexpected keyword argument {unknown[0]!r}")
-    if config is not None and options:
-        raise TypeError(f"prune() got a config and {next(iter(options))!r}, which belongs into it")
-    if config is not None and not isinstance(config, PruneConfig):
-        raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
-
+    _check_options(config, options)
     output_folder = None if output is None else checked_path("output", output)
     places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
-    of_text = dict(dataset=dataset, nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, tokenizer=tokenizer)
-    if calibration is not None:
-        _check_unused(of_text)
-        config = config or PruneConfig(**options)
-        with _joined(log, progress) as told:
-            return _prune_on_batches(model, calibration, evaluate, config, output_folder, places, told)
-    source, nsamples, seqlen = _named(dataset, nsamples, seqlen)
-    known: dict[str, Any] = dict(
-        dataset=source, nsamples=nsamples, seqlen=seqlen, evaluate=_names(evaluate), eval_windows=eval_windows
-    )
-    given = {name: value for name, value in known.items() if value is not None}
-    inputs = Inputs(model=_name(model), seed=seed, **given)
-    if config is None:
-        config = config_for(inputs, options)
-    # Settles whether Triton interprets its kernels, before anything imports Triton.
-    _ = config.backend
-
-    from sparsefw.driver import CheckpointJob, Output, run_job
-
-    if isinstance(model, str | Path) and output_folder is None:
-        raise InputError("output: where the pruned checkpoint goes is left out")
-    text = dataset if source in (TEXTS, TOKENS) and not isinstance(dataset, str | Path) else None
+    text = _Text(dataset, nsamples, seqlen, eval_windows, tokenizer)
     with _joined(log, progress) as told:
+        if calibration is not None:
+            config = config or PruneConfig(**options)
+            return _prune_on_batches(model, calibration, evaluate, config, output_folder, places, text, told)
+        inputs = _inputs(model, text, evaluate, seed)
+        config = config or config_for(inputs, options)
+        return _prune_on_text(model, inputs, text, config, output_folder, places, told)
 
-        def run(folder: Path, output: Path, tokenizer: "PreTrainedTokenizerBase | None") -> "Report":
-            destination = Output(output, **places)
-            return run_job(CheckpointJob(inputs, config, destination, folder, text, tokenizer), *told)
 
-        if isinstance(model, str | Path):
-            assert output_folder is not None
-            folder = told.ranks.first_here(lambda: _locate(inputs))
-            return PruneResult(run(folder, output_folder, tokenizer), output_folder)
+class _Text(NamedTuple):
+    """The arguments of `prune` about a text."""
 
-        from sparsefw import in_memory
-
-        tokenized = isinstance(dataset, Tensor) and not inputs.evaluate
-        report = in_memory.prune_in_place(
-            model, run, config.method, output_folder, overwrite, tokenizer, tokenized, told.ranks
-        )
-        return PruneResult(report, output_folder)
+    dataset: str | Path | Sequence[str] | Tensor | None
+    nsamples: int | None
+    seqlen: int | None
+    eval_windows: int | None
+    tokenizer: "PreTrainedTokenizerBase | None"
 
 
 class _Told(NamedTuple):
-    """What a run tells the user, and the processes that share it: only one of them speaks."""
+    """The log and the progress bar of a run, which only one of its ranks has, and the ranks."""
 
     say: Callable[[str], None]
     progress: bool
@@ -181,10 +153,54 @@ def _joined(log: Callable[[str], None], progress: bool) -> Iterator[_Told]:
         yield _Told(say, progress and ranks.first, ranks)
 
 
-def _check_unused(of_text: dict[str, Any]) -> None:
-    """Refuse arguments of a text beside batches."""
-    if given := [name for name, value in of_text.items() if value is not None]:
-        raise TypeError(f"prune() got calibration and {given[0]!r}, which belongs to a text")
+def _check_options(config: PruneConfig | None, options: dict[str, Any]) -> None:
+    """Refuse options that are unknown, or stand beside a config."""
+    if unknown := [name for name in options if name not in {f.name for f in fields(PruneConfig)}]:
+        raise TypeError(f"prune() got an unexpected keyword argument {unknown[0]!r}")
+    if config is not None and options:
+        raise TypeError(f"prune() got a config and {next(iter(options))!r}, which belongs into it")
+    if config is not None and not isinstance(config, PruneConfig):
+        raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
+
+
+def _inputs(model: "str | Path | nn.Module", text: _Text, evaluate: Any, seed: int) -> Inputs:
+    source, nsamples, seqlen = _named(text.dataset, text.nsamples, text.seqlen)
+    known: dict[str, Any] = dict(
+        dataset=source, nsamples=nsamples, seqlen=seqlen, evaluate=_names(evaluate), eval_windows=text.eval_windows
+    )
+    return Inputs(model=_name(model), seed=seed, **{name: x for name, x in known.items() if x is not None})
+
+
+def _prune_on_text(
+    model: "str | Path | nn.Module",
+    inputs: Inputs,
+    text: _Text,
+    config: PruneConfig,
+    output: Path | None,
+    places: dict[str, Any],
+    told: _Told,
+) -> PruneResult:
+    # Settles whether Triton interprets its kernels, before anything imports Triton.
+    _ = config.backend
+
+    from sparsefw import in_memory
+    from sparsefw.driver import CheckpointJob, Output, run_job
+
+    dataset = text.dataset if inputs.dataset in (TEXTS, TOKENS) and not isinstance(text.dataset, str | Path) else None
+
+    def run(folder: Path, output: Path, tokenizer: "PreTrainedTokenizerBase | None") -> "Report":
+        return run_job(CheckpointJob(inputs, config, Output(output, **places), folder, dataset, tokenizer), *told)
+
+    if isinstance(model, str | Path):
+        if output is None:
+            raise InputError("output: where the pruned checkpoint goes is left out")
+        folder = told.ranks.first_here(lambda: _locate(inputs))
+        return PruneResult(run(folder, output, text.tokenizer), output)
+    tokenized = isinstance(text.dataset, Tensor) and not inputs.evaluate
+    report = in_memory.prune_in_place(
+        model, run, config.method, output, places["overwrite"], text.tokenizer, tokenized, told.ranks
+    )
+    return PruneResult(report, output)
 
 
 def _prune_on_batches(
@@ -194,9 +210,12 @@ def _prune_on_batches(
     config: PruneConfig,
     output: Path | None,
     places: dict[str, Any],
+    text: _Text,
     told: _Told,
 ) -> PruneResult:
-    # As in `prune`.
+    if given := [name for name, value in text._asdict().items() if value is not None]:
+        raise TypeError(f"prune() got calibration and {given[0]!r}, which belongs to a text")
+    # As in `_prune_on_text`.
     _ = config.backend
 
     from sparsefw import in_memory

@@ -45,7 +45,7 @@ def check_same(ranks: Ranks, seen: Any) -> None:
 def _gather(ranks: Ranks, seen: Any, found: Found) -> list[Found]:
     everywhere = ranks.gather((seen, found))
     for number, (other, _) in enumerate(everywhere):
-        # Where ranks see other files, one of them may also be at another check.
+        # A rank that sees other files may also be at another check.
         if other != everywhere[0][0]:
             raise InputError(
                 f"rank {number} sees other files than rank 0; put the output and its source where all machines see them"

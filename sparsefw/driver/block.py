@@ -237,7 +237,7 @@ def find_stages(run: Run, i: int, states: HiddenStates) -> list[Stage]:
 
 
 def _outline(order: list[Stage]) -> list[tuple[str, list[str]]]:
-    """What ranks must agree on: the stages, and the layers that write to the stream."""
+    """The stages, and the layers that write to the stream: ranks must agree on them."""
     return [(stage.key, sorted(stage.writes)) for stage in order]
 
 

@@ -87,7 +87,7 @@ def combine(block: nn.Module, captured: Captured, ranks: Ranks) -> Captured:
 
 
 class _Form(NamedTuple):
-    """What ranks must agree on: matrices that were measured, the weight's shape, and whether it is transposed."""
+    """The matrices that were measured, the weight's shape, and whether it is transposed: ranks must agree on them."""
 
     gram: str
     cross: str | None

@@ -222,7 +222,7 @@ def _rates(rate_flags: RateFlags, machine: Machine, run: PlannedRun) -> Rates | 
 
 
 def _links(rate_flags: RateFlags, machine: Machine) -> Links:
-    """What ranks send each other by."""
+    """The links between ranks, with their rates."""
     if rate_flags.link and machine.gpus == 1:
         raise InputError("--link: there is one GPU on a machine; give --gpus, too")
     if rate_flags.network and machine.nodes == 1:

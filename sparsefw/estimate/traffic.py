@@ -34,7 +34,7 @@ class Traffic:
     spread: tuple[int, ...]
 
     def of_rank(self, number: int) -> dict[str, int]:
-        """What a rank sends, by kind."""
+        """The bytes that a rank sends, by kind."""
         return {"sum": self.sum, "sum_at": self.sum_at, "spread": self.spread[number]}
 
     @property
@@ -49,7 +49,7 @@ class Traffic:
 
 
 def traffic(run: PlannedRun, block: BlockShape) -> Traffic:
-    """What is sent for a block."""
+    """The bytes that are sent for a block."""
     workload = run.workload
     return _traffic(block, workload.config, workload.ranks, run.shape.itemsize)
 

@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other, by torch.distributed: NCCL between GPUs, gloo between CPUs.
+"""The transfers between the ranks of a run, by torch.distributed: NCCL between GPUs, gloo between CPUs.
 
 Every rank makes the same calls in the same order. A sum has the same bits on all ranks, and in every run of as many
 ranks.
@@ -116,7 +116,7 @@ class Ranks:
             return Handle(self, dist.broadcast(tensor, owner, async_op=True))
 
     def gather(self, value: Value) -> list[Value]:
-        """What every rank has given, in the order of the ranks. It is pickled, and should be small."""
+        """The values that all ranks have given, in their order. They are pickled, and should be small."""
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.count
@@ -157,7 +157,7 @@ class Ranks:
                     )
 
     def tell(self, value: Value) -> Value:
-        """What rank 0 has given. It is pickled, and should be small."""
+        """The value that rank 0 has given. It is pickled, and should be small."""
         if self.alone:
             return value
         told: list[Any] = [value]

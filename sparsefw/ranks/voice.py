@@ -44,7 +44,7 @@ FAILURE = "failure"
 
 @dataclass(frozen=True)
 class Failure:
-    """What ends a run.
+    """The end of a run.
 
     Attributes:
         told_by: the rank that tells it.
@@ -72,7 +72,7 @@ class Voice:
     def __init__(self, store: Any, number: int, count: int) -> None:
         self.number, self.count, self.begun = number, count, 0
         self.store, self._machine = store, _machine()
-        # What each other rank has left last, and when that was seen first.
+        # The last beat of each other rank, and when it was seen first.
         self._seen: dict[int, tuple[Any, float]] = {}
         self._begun_last = 0, time.monotonic()
         self._came: dict[int, tuple[str, int]] = {}
@@ -157,7 +157,7 @@ class Voice:
         os._exit(failure.status)
 
     def _others(self, what: str) -> dict[int, Any]:
-        """What other ranks have left under a name."""
+        """The values that other ranks have left under a name."""
         keys = {n: f"{what} {n}" for n in range(self.count) if n != self.number}
         return {n: json.loads(self.store.get(key) or "0") for n, key in keys.items() if self.store.check([key])}
 

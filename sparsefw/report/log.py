@@ -83,7 +83,7 @@ def summary(report: Report) -> Iterator[str]:
 
 
 def rank_line(rank: RankRecord) -> str:
-    """What one of several processes has had to do."""
+    """The work, the waits and the memory of one of several processes."""
     seconds = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in rank.seconds.items())
     return (
         f"{rank.windows} windows; {sum(rank.sent.values()) / 1e9:.3f} GB sent, {rank.waited:.1f} s waited for others; "

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from helpers.families import save_model
 from helpers.ranks import on_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sparsefw import in_memory
 from sparsefw.driver import CheckpointJob, Output, loop, run_job
@@ -150,6 +150,16 @@ def test_goes_on_with_as_many_ranks(number, tmp_path, text):
     assert any(line.startswith("going on with an unfinished run: ") for line in lines)
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
     assert not (tmp_path / ".out.partial").exists()
+
+
+def test_a_run_goes_on_with_the_model_that_each_rank_had(tmp_path, text):
+    """What rank 1 has read for the finished parts counts, too: it runs its windows through the dense model."""
+    sources = [save_model(tmp_path / str(n), "llama", num_hidden_layers=2) for n in range(2)]
+    on_ranks(2, fail_at, 0, 1, sources[0], tmp_path / "out", text, QUICK)
+    changed = load_file(sources[1] / "model-00001-of-00003.safetensors")
+    save_file({name: 2 * W for name, W in changed.items()}, sources[1] / "model-00001-of-00003.safetensors")
+    with pytest.raises(AssertionError, match=r"rank 1: (.|\n)*InputError: .*the model has another tensor .* now"):
+        on_ranks(2, prune_own, sources, tmp_path / "out", text, QUICK)
 
 
 def test_another_model_on_a_rank_is_named(tmp_path, text):

@@ -31,12 +31,12 @@ def on_ranks(count: int, do: Callable[..., Any], *args: Any) -> list[Any]:
         for process in processes:
             process.join(60)
             process.kill()
-        results = []
-        for number in range(count):
-            failed, result = pickle.loads(Path(folder, f"result {number}").read_bytes())
-            assert not failed, f"rank {number}: {result}"
-            results.append(result)
-        return results
+        results = [pickle.loads(Path(folder, f"result {n}").read_bytes()) for n in range(count)]
+    failures = [f"rank {n}: {result}" for n, (failed, result) in enumerate(results) if failed]
+    # The rank that was first, not those that have lost it.
+    failures.sort(key=lambda failure: "LostRankError" in failure)
+    assert not failures, failures[0]
+    return [result for _, result in results]
 
 
 def _be(folder: Path, number: int, count: int, do: Callable[..., Any], args: tuple[Any, ...]) -> None:

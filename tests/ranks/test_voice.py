@@ -184,6 +184,14 @@ def test_a_rank_that_has_finished_is_not_missed(ranks):
     assert ranks.start(go_on, finish).ends() == ([0, 0], "")
 
 
+def test_a_rank_ends_though_nobody_reads_it(ranks):
+    def lose_stderr(voice):
+        os.close(2)
+        wait(voice)
+
+    assert ranks.start(lose_stderr, be_killed).ends()[0] == [1, -signal.SIGKILL]
+
+
 def test_the_first_rank_leaves_last(ranks, monkeypatch):
     """The store may be in its process."""
     monkeypatch.setattr(voices, "END", 5)
