@@ -10,6 +10,7 @@ from helpers.layer_inputs import PATTERNS, ROWS, D, assert_same, error, make_con
 from sparsefw.errors import InputError
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import TORCH, Backend
+from sparsefw.ranks import Ranks
 from sparsefw.solver import METHODS, PruneConfig, choices, patterns, prune_layers, solve_layer
 from sparsefw.solver.objective import damped
 from sparsefw.solver.saliency import SALIENCIES
@@ -259,6 +260,11 @@ class TestSolveLayer:
     def test_methods_without_targets_refuse_one(self):
         with pytest.raises(ValueError, match="crosses: wanda approximates what the layers themselves put out"):
             solve_layer(torch.ones(3, D), make_gram(), PruneConfig(method="wanda"), B=torch.ones(3, D))
+
+    def test_ranks_share_rows_only_where_rows_do_not_depend_on_each_other(self):
+        for method, options in (("sparsegpt", {}), ("ria", {}), ("wanda", {"sparsity": "layer:0.5"})):
+            with pytest.raises(ValueError, match=f"ranks: the rows of a layer cannot be solved apart by {method}"):
+                run(make_layers(), method=method, config=PruneConfig(method=method, **options), ranks=Ranks(0, 2))
 
     def test_width(self):
         with pytest.raises(InputError, match="mine: 30 inputs do not divide into groups of 4"):
