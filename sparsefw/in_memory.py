@@ -5,7 +5,8 @@ batches of the arguments of their forward.
 """
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ def prune_in_place(
     Raises:
         InputError: it is no model of transformers, no tokenizer is known, or as `run`.
     """
-    with tempfile.TemporaryDirectory(prefix="sparsefw-") as scratch:
-        folder, pruned = Path(scratch) / "model", output or ranks.tell(Path(scratch) / "pruned")
+    with _scratch_folder(output) as scratch:
+        folder, pruned = scratch / "model", output or ranks.tell(scratch / "pruned")
         # Before the model is written, which takes a while.
         checkpoint.check_output(pruned, folder, overwrite)
         save(model, folder)
@@ -59,12 +60,7 @@ def prune_in_place(
             tokenizer = tokenizer_of(model)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        try:
-            report = run(folder, pruned, tokenizer)
-        except BaseException as error:
-            if output is None:
-                _forget_notes(error)
-            raise
+        report = run(folder, pruned, tokenizer)
         load_layers(model, pruned, [layer.name for layer in report.layers_of(method)])
         ranks.wait()
     return report if output else replace(report, arguments=report.arguments | {"output": None})
@@ -103,20 +99,23 @@ def prune_on_batches(
     evaluated = None if evaluation is None else data.batches_of(evaluation, "evaluate")
     texts = (data.BATCHES,) if evaluated else ()
     inputs = Inputs(model=type(model).__name__, dataset=data.BATCHES, nsamples=batches.n, evaluate=texts)
-    with tempfile.TemporaryDirectory(prefix="sparsefw-") as scratch:
-        job = Job(inputs, config, Output(output or ranks.tell(Path(scratch) / "pruned"), **places))
-        try:
-            report = run_in_memory(model, job, batches, evaluated, output is not None, log, progress, ranks)
-        except BaseException as error:
-            if output is None:
-                _forget_notes(error)
-            raise
+    with _scratch_folder(output) as scratch:
+        job = Job(inputs, config, Output(output or ranks.tell(scratch / "pruned"), **places))
+        report = run_in_memory(model, job, batches, evaluated, output is not None, log, progress, ranks)
     return report if output else replace(report, arguments=report.arguments | {"output": None})
 
 
-def _forget_notes(error: BaseException) -> None:
-    """Take notes off an error that promise that the run can go on: its folder is gone with what was finished."""
-    getattr(error, "__notes__", []).clear()
+@contextmanager
+def _scratch_folder(output: Path | None) -> Iterator[Path]:
+    """A temporary folder for a run into `output`, or into this folder if that is None."""
+    with tempfile.TemporaryDirectory(prefix="sparsefw-") as scratch:
+        try:
+            yield Path(scratch)
+        except BaseException as error:
+            if output is None:
+                # They promise that the run can go on. The folder is gone with what was finished.
+                getattr(error, "__notes__", []).clear()
+            raise
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:

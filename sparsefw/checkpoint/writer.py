@@ -76,8 +76,10 @@ class Writer:
 
     def __enter__(self) -> "Writer":
         if self._ranks.first:
-            self._open()
+            self._lock()
         try:
+            if self._ranks.first:
+                self._open()
             parts, self._partial.chosen = self._ranks.tell((self._partial.parts, self._partial.chosen))
             if not self._ranks.first:
                 self._partial.join(parts)
@@ -87,8 +89,8 @@ class Writer:
             raise
         return self
 
-    def _open(self) -> None:
-        """Open the folder, and check what is finished there."""
+    def _lock(self) -> None:
+        """Make the folder, and keep other processes away from it."""
         parent = self.output.parent
         self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         try:
@@ -102,18 +104,17 @@ class Writer:
         except InputError:
             self._remove_parents()
             raise
-        try:
-            # A kill may have come while the older output was being replaced.
-            self._partial.restore_output()
-            check_free(self.output, self.overwrite)
-            self._partial.check_apart()
-            self._partial.open(self._identity, self._chosen, self._restart, self._progress.say, self._ranks.count)
-            self._check_finished()
-            if not self._ranks.alone:
-                self._partial.share()
-        except BaseException:
-            self._leave()
-            raise
+
+    def _open(self) -> None:
+        """Open the folder, and check what is finished there."""
+        # A kill may have come while the older output was being replaced.
+        self._partial.restore_output()
+        check_free(self.output, self.overwrite)
+        self._partial.check_apart()
+        self._partial.open(self._identity, self._chosen, self._restart, self._progress.say, self._ranks.count)
+        self._check_finished()
+        if not self._ranks.alone:
+            self._partial.share()
 
     def _check_finished(self) -> None:
         """Refuse finished parts that are damaged; delete what is none."""
