@@ -22,12 +22,16 @@ TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in ran
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a model, a text, and the output of an undisturbed run."""
+    """A folder with a model, a text, and the output of an undisturbed run; all runs of this file have one thread."""
+    threads = torch.get_num_threads()
+    # A run goes on with as many threads as it began with, and a forked process has none of its parent's.
+    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("resume")
     save_model(folder / "model", "qwen3_moe", torch.bfloat16)
     (folder / "text.txt").write_text(TEXT)
     assert run(folder, "undisturbed") == 0
-    return folder
+    yield folder
+    torch.set_num_threads(threads)
 
 
 def arguments(place, output, *more):
@@ -91,10 +95,9 @@ def test_interrupted_anywhere_ends_with_the_same_bytes(place, monkeypatch, capsy
 @pytest.mark.parametrize("n", [2, 9, 14, 31])
 def test_killed_ends_with_the_same_bytes(place, n, monkeypatch, capsys):
     output = f"killed-{n}"
-    # A copy of this process, which need not import anything. It has none of the threads, so it makes none wait.
+    # A copy of this process, which need not import anything.
     child = os.fork()
     if not child:
-        torch.set_num_threads(1)
         interrupted_at(monkeypatch, n, lambda: os.kill(os.getpid(), signal.SIGKILL))
         run(place, output)
         os._exit(0)
