@@ -9,6 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sparsefw import data
+from sparsefw.estimate.forward_memory import (
+    SLACK,
+    forward_bytes,
+    libraries_bytes,
+    outside_page_locked,
+    page_locked_of_block,
+)
 from sparsefw.estimate.passes import cross_rows, is_kept, stages
 from sparsefw.estimate.sharing import grams_of_rank
 from sparsefw.estimate.workload import Workload, largest_share
@@ -22,20 +29,6 @@ from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
 
 # Memory of a solve per entry of a chunk, where no mask is chosen again for refitted weights; measured on a CPU.
 BYTES_WITHOUT_ROUNDS = 56
-
-# oneDNN generates code for every shape of a product in bf16 or fp16: bytes of one, as measured, and how many it keeps.
-BYTES_PER_PRODUCT, PRODUCTS_KEPT = 560 * 2**10, 1024
-
-# Code of a CPU's libraries that is loaded when it is used, and buffers that they keep: in all, and of each thread. As
-# measured, they take up to 26 MiB with one thread, and up to 50 with two.
-LIBRARIES, LIBRARIES_OF_THREAD = 16 * 2**20, 16 * 2**20
-
-# The largest piece that the C library takes from its heap, bytes. What is freed there leaves holes: together up to two
-# such pieces, and not the same in every run, as measured on a CPU.
-LARGEST_PIECE, HOLES = 32 * 2**20, 2
-
-# Share of the tensors' bytes at the peak that allocators hold beside them.
-SLACK = 0.05
 
 GIB = 2**30
 
@@ -72,16 +65,16 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     # Most blocks of a model are alike.
     config, blocks = workload.config, list(dict.fromkeys(shape.blocks))
     most = max(workload.windows_of_rank, *workload.evaluation_of_rank, 0)
-    tokens = min(placement.batch, most) * workload.seqlen
+    tokens = max([min(placement.batch, most) * workload.seqlen, *(length for length, _, _ in workload.requests)])
     near, far = _activations(shape, workload, placement)
     kept = _Kept.of(shape, workload, placement, tokens)
     block = max(b.nbytes for b in blocks)
     weights = block * (1 + (config.uses_dense_target or len(config.methods) > 1))
     others = _other_blocks(shape, workload, placement)
     logits = (workload.seqlen if shape.by_window else tokens) * shape.vocabulary * (shape.itemsize + 8)
-    forward = max(_forward_bytes(b, shape, workload, tokens) for b in blocks)
+    forward = max(forward_bytes(b, shape, workload.seqlen, tokens) for b in blocks)
     # Weights go to a GPU through page-locked host memory.
-    passing = _outside_page_locked(shape) if workload.gpu else 0
+    passing = outside_page_locked(shape) if workload.gpu else 0
     on_device = {
         "start": shape.outside + blocks[0].nbytes + max(forward, shape.quantized),
         "calibrate": max(
@@ -91,7 +84,9 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
         ),
         "solve": weights + max(_solve_bytes(b, shape, workload, placement, kept) for b in blocks),
         "write": weights,
-        "end": shape.outside + max(logits if workload.evaluation else 0, shape.quantized),
+        "end": shape.outside
+        + max(logits if workload.evaluation or workload.requests else 0, shape.quantized)
+        + largest_share(workload.predicted, workload.ranks) * shape.hidden * shape.itemsize,
     }
     pruning = others + kept.far
     # All tensors outside of the blocks are written at the end, piece by piece. They are not loaded for it.
@@ -99,7 +94,9 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     on_host = {"start": passing, "calibrate": pruning, "solve": pruning, "write": others, "end": max(passing, piece)}
     if not workload.gpu:
         on_host["end"] = max(0, piece - on_device["end"])
-    process = workload.process + _libraries_bytes(shape, workload, placement, tokens)
+    process = workload.process
+    if not workload.gpu:
+        process += libraries_bytes(shape, workload.threads, tokens, _batches(workload, placement))
     texts = data.reading_bytes(workload.windows, workload.evaluation, workload.seqlen)
     phases = {"texts": (0, max(texts + workload.process, workload.peak) + workload.tokenizer)}
     for phase in on_device:
@@ -125,7 +122,16 @@ def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> d
 def activation_bytes(shape: ModelShape, workload: Workload) -> int:
     """All that lies between two blocks, of a rank's windows, of every method and, where it is used, the dense model."""
     of_stream, of_text = sum(shape.of_stream(workload.seqlen)), sum(shape.of_text(workload.seqlen))
-    return sum(windows * (streams * of_stream + of_text) for windows, streams in _texts(workload))
+    of_texts = sum(windows * (streams * of_stream + of_text) for windows, streams in _texts(workload))
+    streams = len(workload.config.methods) + 1
+    return of_texts + sum(rows * (streams * own + shared) for rows, own, shared in _rows(shape, workload))
+
+
+def _rows(shape: ModelShape, workload: Workload) -> Iterator[tuple[int, int, int]]:
+    """Of a rank's rows of the same length: their number, and the bytes of each, of a stream and of all streams."""
+    for length, rows, trees in workload.requests_of_rank:
+        mask = trees * length**2 * shape.itemsize
+        yield rows, sum(shape.of_stream(length)), sum(shape.of_text(length)) + mask
 
 
 def _texts(workload: Workload) -> list[tuple[int, int]]:
@@ -187,7 +193,7 @@ def _activations(shape: ModelShape, workload: Workload, placement: Placement) ->
     batch = min(placement.batch, max(windows for windows, _ in texts))
     # Five micro-batches at most. One is on its way in. The next one is launched before the last one is checked, so two
     # are inputs of the block, and two are on their way out.
-    moving = min(everything, 5 * batch * sum(of_stream + of_text))
+    moving = min(everything, 5 * max([batch * sum(of_stream + of_text), *_batches_of_rows(shape, workload, batch)]))
     if not workload.gpu:
         return {"gpu": (everything, 0), "host": (moving, everything), "file": (moving, moving)}[placement.place]
 
@@ -197,8 +203,22 @@ def _activations(shape: ModelShape, workload: Workload, placement: Placement) ->
         return sum(whole * page_locked_bytes(placement.batch * n) + page_locked_bytes(rest * n) for n in sizes)
 
     all_locked = sum(count * locked(n, of_stream) + locked(n, of_text) for n, count in texts)
+    # Those of tasks, each rounded up to a power of two.
+    all_locked += 2 * sum(rows * ((len(workload.config.methods) + 1) * a + b) for rows, a, b in _rows(shape, workload))
     locked_moving = min(all_locked, sum(5 * page_locked_bytes(batch * n) for n in of_stream + of_text))
     return {"gpu": (everything, 0), "host": (moving, all_locked), "file": (moving, locked_moving)}[placement.place]
+
+
+def _batches(workload: Workload, placement: Placement) -> set[int]:
+    """The different numbers of windows in micro-batches: the last one of a text may be smaller."""
+    return {n for count, _ in _texts(workload) for n in (min(count, placement.batch), count % placement.batch)}
+
+
+def _batches_of_rows(shape: ModelShape, workload: Workload, batch: int) -> Iterator[int]:
+    """Bytes of a micro-batch of rows of each length, as many tokens as in `batch` windows."""
+    lengths = (length for length, _, _ in workload.requests)
+    for length, (rows, own, shared) in zip(lengths, _rows(shape, workload), strict=True):
+        yield min(rows, max(1, batch * workload.seqlen // length)) * (own + shared)
 
 
 def _other_blocks(shape: ModelShape, workload: Workload, placement: Placement) -> int:
@@ -207,48 +227,8 @@ def _other_blocks(shape: ModelShape, workload: Workload, placement: Placement) -
     if not workload.gpu:
         return block * (min(placement.ahead + 1, len(shape.blocks) - 1) + methods - 1)
     # torch keeps the page-locked memory of a block for the next one, unless blocks come one after another.
-    locked, written = max(_page_locked(b, shape) for b in shape.blocks), block * methods
+    locked, written = max(page_locked_of_block(b, shape) for b in shape.blocks), block * methods
     return locked + written if placement.ahead else max(locked, written)
-
-
-def _page_locked(block: BlockShape, shape: ModelShape) -> int:
-    """Page-locked memory that the tensors of a block are read into, each by itself."""
-    sizes = [layer.rows * layer.d * shape.itemsize for layer in block.all_layers for _ in range(layer.experts or 1)]
-    # The other tensors, such as norms, are small: SLACK has room for their rounding.
-    return sum(map(page_locked_bytes, sizes)) + max(0, block.nbytes - sum(sizes))
-
-
-def _outside_page_locked(shape: ModelShape) -> int:
-    """Page-locked memory that the tensors outside of the blocks are read into: embeddings, a head, and little else."""
-    table = shape.vocabulary * shape.hidden * shape.itemsize or shape.outside or 1
-    return shape.outside // table * page_locked_bytes(table) + shape.outside % table
-
-
-def _libraries_bytes(shape: ModelShape, workload: Workload, placement: Placement, tokens: int) -> int:
-    """What a CPU's libraries load and keep: code, buffers, holes, and code that is generated for products.
-
-    The latter is made in half precision, for every number of tokens. Experts are sent any number of them, other layers
-    micro-batches, of which the last one of a text may be smaller.
-    """
-    if workload.gpu:
-        return 0
-    every = [layer for block in shape.blocks for layer in block.all_layers]
-    widest = max((layer.d for layer in every), default=0)
-    kept = LIBRARIES + LIBRARIES_OF_THREAD * workload.threads + HOLES * min(LARGEST_PIECE, 4 * widest**2)
-    if shape.itemsize != 2:
-        return kept
-    experts, others = ({(x.rows, x.d) for x in every if bool(x.experts) == sent} for sent in (True, False))
-    batches = {n for windows, _ in _texts(workload) for n in (min(windows, placement.batch), windows % placement.batch)}
-    products = len(experts) * min(tokens, PRODUCTS_KEPT // 2) + (len(others) + 1) * len(batches - {0})
-    return kept + BYTES_PER_PRODUCT * min(PRODUCTS_KEPT, products)
-
-
-def _forward_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
-    """One micro-batch inside a block: the residual stream and what is made of it, three times the widest output."""
-    widest = max((layer.rows * layer.parts for layer in block.all_layers), default=0)
-    scores = shape.heads * workload.seqlen * tokens * (4 + shape.itemsize)
-    stream = 4 * tokens * shape.of_stream(workload.seqlen)[0] // workload.seqlen
-    return stream + 3 * tokens * shape.itemsize * widest + scores
 
 
 def _gram_bytes(stage: list[LayerShape]) -> int:
@@ -278,7 +258,7 @@ def _groups(block: BlockShape, workload: Workload, kept: _Kept) -> Iterator[tupl
 def _calibration_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int, kept: _Kept) -> int:
     """Gram and cross matrices, and the inputs and outputs that they are made of."""
     dense = workload.config.uses_dense_target
-    peak = forward = _forward_bytes(block, shape, workload, tokens)
+    peak = forward = forward_bytes(block, shape, workload.seqlen, tokens)
     if dense:
         # All stages are watched at once to find them.
         watched = sum(stage[0].d * stage[0].parts + sum(x.rows for x in stage) for stage in stages(block.layers))

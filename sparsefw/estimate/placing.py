@@ -1,22 +1,18 @@
 """The choice of a placement: the one that costs least time among those that fit the memory limits."""
 
-import math
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sparsefw.errors import InputError
-from sparsefw.estimate.memory import GIB, MemoryNeeds, keepable_widths, memory_needs
+from sparsefw.estimate.limits import first_that_fits
+from sparsefw.estimate.memory import MemoryNeeds, keepable_widths, memory_needs
 from sparsefw.estimate.workload import Workload
 from sparsefw.model import Placement
 from sparsefw.model.activations import PLACES
 from sparsefw.model.placement import BATCH_TOKENS, SOLVER
 from sparsefw.model.shapes import ModelShape
 from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT
-
-# The same run takes a little more or less each time: bytes, as measured.
-VARIATION = 4 * 2**20
 
 
 def place(
@@ -38,27 +34,9 @@ def place(
     Raises:
         InputError: none fits; the message names the smallest limit that could.
     """
-    tried = []
-    for placement in _placements(shape, workload, folder, fixed or {}):
-        needs = memory_needs(shape, workload, placement)
-        if needs.gpu <= limits.get("gpu", 0) and needs.host <= limits["host"]:
-            return placement, needs
-        tried.append(needs)
-    for what in ("gpu", "host"):
-        limit = limits.get(what, 0)
-        least = min(getattr(needs, what) for needs in tried)
-        if least > limit:
-            # The user's limit for the host is that of all ranks on a machine.
-            sharing = workload.ranks_here if what == "host" else 1
-            # Rounded up, so that the limit that is named is enough.
-            enough = math.ceil(100 * sharing * (least + VARIATION) / GIB) / 100
-            memory = f"{what.replace('gpu', 'GPU')} memory{f' for {sharing} ranks' if sharing > 1 else ''}"
-            raise InputError(
-                f"--{what}-memory {sharing * limit / GIB:.2f}: this run needs at least {enough:.2f} GiB of "
-                f"{memory}; give more, or fewer or shorter windows (--nsamples, --seqlen)"
-            )
-        tried = [needs for needs in tried if getattr(needs, what) <= limit]
-    raise AssertionError("a placement fits each limit, and none fits both")
+    choices = ((p, memory_needs(shape, workload, p)) for p in _placements(shape, workload, folder, fixed or {}))
+    remedy = "fewer or shorter windows (--nsamples, --seqlen)"
+    return first_that_fits(choices, limits, workload.ranks_here, remedy)
 
 
 def _placements(

@@ -263,6 +263,8 @@ def _of_ranks(run: PlannedRun, machine: Machine, links: Links, seconds: float | 
 
 def _notes(inputs: Inputs, run: PlannedRun) -> Iterator[str]:
     workload, config = run.workload, run.workload.config
+    if inputs.tasks:
+        yield f"--tasks {','.join(inputs.tasks)}: tasks are not read here: not counted"
     if workload.seqlen < inputs.seqlen:
         yield f"seqlen: {workload.seqlen} tokens, the model's maximum (asked for {inputs.seqlen})"
     if "sparsefw" in config.methods:
