@@ -5,7 +5,7 @@ and products may round differently where memory is aligned differently. Here tor
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 
@@ -47,6 +47,27 @@ def read_tensors(
     return {
         name: _loadable(info, read) if isinstance(info, QuantizedInfo) else read[name] for name, info in tensors.items()
     }
+
+
+def read_rows(name: str, info: TensorInfo, ranges: Iterable[range]) -> Iterator[Tensor]:
+    """Read rows of a tensor: for each range of their numbers those rows, on the host, in the dtype of the file.
+
+    Args:
+        name: name of the tensor, which is not quantized.
+        info: the tensor.
+        ranges: the numbers, in any order.
+
+    Raises:
+        InputError: as `read_tensors`.
+    """
+    row = info.nbytes // max(1, info.shape[0])
+    for _, file in opened_at({name: info}):
+        start = file.tell()
+        for rows in ranges:
+            tensor = torch.empty((len(rows), *info.shape[1:]), dtype=info.dtype)
+            file.seek(start + row * rows.start)
+            read_into(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
+            yield tensor
 
 
 def stored_parts(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:

@@ -7,7 +7,7 @@ from sparsefw.model.placement import Placement
 from sparsefw.model.resident import ResidentModel, resident
 from sparsefw.model.shape_of import shape_of, shape_of_resident
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
-from sparsefw.model.skeleton import load_whole
+from sparsefw.model.skeleton import load_whole, read_config
 from sparsefw.model.streamed import StreamedModel
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "loss",
     "perplexity",
     "perplexity_of_batches",
+    "read_config",
     "resident",
     "shape_of",
     "shape_of_resident",

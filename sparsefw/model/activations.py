@@ -200,7 +200,13 @@ class FiledActivations:
             raise IndexError(j)
         read = self._next[1] if self._next and self._next[0] == j else self._worker.submit(self._read, j)
         self._next = (j + 1, self._worker.submit(self._read, j + 1)) if j + 1 < len(self) else None
-        return read.result().to(self._device, non_blocking=True)
+        try:
+            return read.result().to(self._device, non_blocking=True)
+        except OSError:
+            if self._written:
+                # What is missing could not be written, and why.
+                self._written.result()
+            raise
 
     def __setitem__(self, j: int, hidden: Tensor) -> None:
         _check_form(hidden, *self._forms[j][1:])

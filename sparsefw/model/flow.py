@@ -106,12 +106,14 @@ class Flow:
         end: numbers of the tensors that are read behind the last block, beside its hidden states.
         has_steps: whether calls are made between blocks.
         signature: see `Recording`.
+        batch_behind: see `Recording`.
     """
 
     live: dict[int, list[int]]
     end: set[int]
     has_steps: bool
     signature: list[Any]
+    batch_behind: bool = False
 
     @property
     def by_window(self) -> bool:
@@ -130,6 +132,7 @@ class Recording:
         constants: the tensors for which `Constant`s stand.
         of_batch: numbers of the constants that depend on what the forward is given.
         end: numbers of the tensors that are read behind the last block, but for its hidden states.
+        batch_behind: whether what the forward is given is read behind the last block, too, or what is made of it.
     """
 
     hidden: Tensor
@@ -138,6 +141,7 @@ class Recording:
     constants: list[Tensor]
     of_batch: set[int]
     end: set[int]
+    batch_behind: bool = False
 
     @property
     def signature(self) -> list[Any]:
@@ -157,7 +161,7 @@ class Recording:
     def flow(self) -> Flow:
         """How tensors are handed on, if the whole forward was recorded."""
         has_steps = any(call.steps for call in self.calls.values())
-        return Flow(self.live(), self.end, has_steps, self.signature)
+        return Flow(self.live(), self.end, has_steps, self.signature, self.batch_behind)
 
     def live(self) -> dict[int, list[int]]:
         """By block, numbers of the tensors that are needed after the next block has begun, its hidden states aside."""

@@ -137,6 +137,8 @@ class Recorder(TorchFunctionMode):
         assert self._hidden is not None
         self._check_unchanged()
         last = self._calls[len(self._calls) - 1]
+        # Calls of followed tensors alone are recorded.
+        of_batch_behind = any(map(self._is_of_batch, tensors_in([(step.args, step.kwargs) for step in self._steps])))
         if end is None:
             read = {number for step in self._steps for number in self._numbers((step.args, step.kwargs))}
             end = {number for number in read if number < last.after and number not in last.outputs[:1]}
@@ -162,7 +164,7 @@ class Recorder(TorchFunctionMode):
             call.hidden = leaf(call.hidden)
         of_batch = {number for number, x in constants.values() if self._is_of_batch(x)}
         tensors = [x for _, x in constants.values()]
-        return Recording(self._hidden, self._calls, boxes, tensors, of_batch, end)
+        return Recording(self._hidden, self._calls, boxes, tensors, of_batch, end, of_batch_behind)
 
     def _follow(self, x: Tensor) -> int:
         """The number of a tensor, which is followed from now on."""

@@ -107,13 +107,33 @@ def build(checkpoint: Checkpoint, as_named: bool = False) -> Skeleton:
         trust.check_model_type(checkpoint.config, checkpoint.folder / CONFIG)
         # The model is built twice.
         with trust.bounded(2 * len(checkpoint.tensors)):
-            config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-            forget_quantization(config)
-            return _build(checkpoint, config, as_named)
+            return _build(checkpoint, _config(checkpoint.folder), as_named)
     except InputError:
         raise
     except LOADING as error:
         raise InputError(f"{checkpoint.folder}: transformers cannot load this model: {first_line(error)}") from error
+
+
+def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The config of a checkpoint, with the defaults of its class.
+
+    Raises:
+        InputError: transformers cannot load it.
+    """
+    try:
+        trust.check_model_type(checkpoint.config, checkpoint.folder / CONFIG)
+        with trust.bounded(len(checkpoint.tensors)):
+            return _config(checkpoint.folder)
+    except InputError:
+        raise
+    except LOADING as error:
+        raise InputError(f"{checkpoint.folder}: transformers cannot load this config: {first_line(error)}") from error
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    forget_quantization(config)
+    return config
 
 
 def load_whole(checkpoint: Checkpoint) -> dict[str, Tensor]:

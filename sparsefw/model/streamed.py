@@ -5,7 +5,7 @@ is worked on. All other tensors of the checkpoint are never loaded: a tower for 
 through, layers that the model's class has no use for.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
@@ -22,6 +22,7 @@ from sparsefw.finite import check_finite
 from sparsefw.model import skeleton
 from sparsefw.model.explained import TEXT, explained
 from sparsefw.model.shared import shared_parameters
+from sparsefw.model.slots import Slot, slots_of
 from sparsefw.model.stand_ins import kind_of_block
 from sparsefw.model.text_path import follow_text
 from sparsefw.model.transformers_private import tie_parameters, tied_parameters
@@ -110,7 +111,10 @@ class StreamedModel:
 
     def read(self, i: int | None) -> Mapping[str, Loadable]:
         """Block i's tensors as they are stored, on the host; None: those outside of the blocks that text needs."""
-        wanted = {name: self._checkpoint.tensors[name] for name in self._tensors_of[i]}
+        return self._read(i, self._tensors_of[i])
+
+    def _read(self, i: int | None, names: Iterable[str]) -> Mapping[str, Loadable]:
+        wanted = {name: self.infos[name] for name in names}
         with self.timeline.span("read", i, READ):
             return self._read_tensors(wanted, self.device.type == "cuda")
 
@@ -153,10 +157,13 @@ class StreamedModel:
         self._drop(self.blocks[i].named_modules(prefix=self.names[i]))
 
     @contextmanager
-    def outside(self) -> Iterator[None]:
+    def outside(self, without: Collection[str] = ()) -> Iterator[None]:
         """Inside the `with` block, the weights that text needs outside of the blocks are on the device.
 
         They are embeddings, the final norm and the head.
+
+        Args:
+            without: names of tensors of the checkpoint that are not loaded.
 
         Raises:
             InputError: they hold NaN or Inf.
@@ -164,8 +171,12 @@ class StreamedModel:
         self._outside += 1
         try:
             if self._outside == 1:
-                self._skeleton.load(self.read(None), self.device)
-                tie_parameters(self.model, self.model.state_dict().keys() - self._skeleton.goes_into.values())
+                if without:
+                    names = [name for name in self._tensors_of[None] if name not in without]
+                    self._skeleton.load(self._read(None, names), self.device)
+                else:
+                    self._skeleton.load(self.read(None), self.device)
+                    tie_parameters(self.model, self.model.state_dict().keys() - self._skeleton.goes_into.values())
                 for name, parameter in self.model.requires_grad_(False).named_parameters():
                     if not parameter.is_meta:
                         check_finite(name, parameter)
@@ -195,6 +206,23 @@ class StreamedModel:
         read = dict(self._read_tensors({name: self._checkpoint.tensors[name] for name in names}, False))
         # A stored form goes as soon as it is dequantized.
         return {name: dequantized(read.pop(name)) for name in [*read]}
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """All tensors of the checkpoint by name, none of them read."""
+        return self._checkpoint.tensors
+
+    def places_of(self, parameter: Tensor) -> list[Slot]:
+        """The places of a parameter outside of the blocks: several if it is tied."""
+        return [slot for slot in slots_of(self.model.named_modules()) if slot.own is parameter]
+
+    def tensor_of(self, parameter: Tensor) -> str | None:
+        """The tensor of the checkpoint that a parameter outside of the blocks is; None: it is not one as it is."""
+        paths = {slot.path for slot in self.places_of(parameter)}
+        tied = tied_parameters(self.model)
+        paths |= {tied[path] for path in paths if path in tied}
+        names = [name for name in self._tensors_of[None] if self._skeleton.goes_into[name] in paths]
+        return names[0] if len(names) == 1 and self.infos[names[0]].shape == parameter.shape else None
 
     @property
     def vocabulary(self) -> int:

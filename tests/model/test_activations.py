@@ -1,5 +1,8 @@
 """Activations give back what was put in, from every place."""
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -117,3 +120,17 @@ def test_micro_batches_together_are_copies_in_one_piece_of_memory():
     assert storage not in {batch.untyped_storage().data_ptr() for batch in batches}
     activations.close()
     assert len(activations) == 0
+
+
+def test_a_full_disk_is_told_where_what_it_does_not_hold_is_read(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    activations = FiledActivations(DEVICE, tmp_path)
+    try:
+        activations.append(torch.ones(2, 3, 4))
+        with pytest.raises(OSError, match="No space left on device"):
+            activations[0]
+    finally:
+        activations.close()
