@@ -17,6 +17,7 @@ from sparsefw.checkpoint.source import (
     companions,
     from_hub,
     inspect,
+    inspect_tokenizer,
     locate,
     tensors_in,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "fingerprint",
     "from_hub",
     "inspect",
+    "inspect_tokenizer",
     "locate",
     "note_of_others",
     "read_shard",

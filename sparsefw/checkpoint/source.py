@@ -160,16 +160,28 @@ def inspect(folder: Path) -> Checkpoint:
     if quantization:
         tensors, dtype, left_out = joined(tensors, quantization, config, folder / CONFIG)
     trust.check_sizes(config, folder / CONFIG, [tensor.shape for tensor in tensors.values()])
-    companions(folder)
-    tokenizer_trust.check_tokenizer(config, folder / CONFIG)
-    if os.path.lexists(folder / TOKENIZER_CONFIG):
-        content = read_json(folder / TOKENIZER_CONFIG, trust.MAX_TOKENIZER_CONFIG_BYTES)
-        tokenizer_trust.check_tokenizer(content, folder / TOKENIZER_CONFIG)
-        tokenizer_trust.check_followed(content, folder / TOKENIZER_CONFIG)
+    inspect_tokenizer(folder)
     dtype = dtype or most_bytes(tensors.values())
     if dtype is None:
         raise InputError(f"{folder}: no floating-point tensor in it; give the checkpoint of a language model")
     return Checkpoint(folder, config, tensors, dtype, quantization, tuple(left_out))
+
+
+def inspect_tokenizer(folder: Path) -> None:
+    """Check the files of a tokenizer; there need be no model beside them.
+
+    Raises:
+        InputError: see `companions`, `tokenizer_trust.check_tokenizer` and `check_followed`.
+    """
+    companions(folder)
+    if os.path.lexists(folder / CONFIG):
+        config = read_json(folder / CONFIG, trust.MAX_CONFIG_BYTES)
+        trust.check_config(config, folder / CONFIG)
+        tokenizer_trust.check_tokenizer(config, folder / CONFIG)
+    if os.path.lexists(folder / TOKENIZER_CONFIG):
+        content = read_json(folder / TOKENIZER_CONFIG, trust.MAX_TOKENIZER_CONFIG_BYTES)
+        tokenizer_trust.check_tokenizer(content, folder / TOKENIZER_CONFIG)
+        tokenizer_trust.check_followed(content, folder / TOKENIZER_CONFIG)
 
 
 def root_of(folder: Path) -> Path:

@@ -3,7 +3,7 @@
 from sparsefw.data.batches import BATCHES, Batch, Batches, batches_of, token_batch
 from sparsefw.data.memory import reading_bytes, window_bytes
 from sparsefw.data.text import Text, read_text
-from sparsefw.data.tokenizer import Tokenizer, TokenizerProcess, load_tokenizer
+from sparsefw.data.tokenizer import Tokenizer, TokenizerProcess, TokenizerTraits, load_tokenizer, tokenize, traits
 from sparsefw.data.windows import Windows, calibration_windows, evaluation_windows, windows_of
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Text",
     "Tokenizer",
     "TokenizerProcess",
+    "TokenizerTraits",
     "Windows",
     "batches_of",
     "calibration_windows",
@@ -21,6 +22,8 @@ __all__ = [
     "read_text",
     "reading_bytes",
     "token_batch",
+    "tokenize",
+    "traits",
     "window_bytes",
     "windows_of",
 ]

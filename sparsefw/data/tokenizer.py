@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -42,12 +42,13 @@ class TokenizerProcess:
         name_or_path: folder of its files.
     """
 
-    def __init__(self, folder: Path, room: int | None = None) -> None:
+    def __init__(self, folder: Path, room: int | None = None, add_bos_token: bool | None = None) -> None:
         """Load the tokenizer of a checkpoint that `checkpoint.inspect` has looked at.
 
         Args:
             folder: the checkpoint's folder.
             room: bytes of memory that the process may take; None: any number.
+            add_bos_token: whether it puts a start token before a text; None: as its files say.
 
         Raises:
             InputError: there is no tokenizer, its files are damaged or lead elsewhere, or it takes too much.
@@ -57,17 +58,18 @@ class TokenizerProcess:
         self._room = NO_LIMIT if room is None else max(room, ALWAYS_TAKEN)
         self._limits = self._within_room(SECONDS_TO_LOAD, BYTES_TO_LOAD + BYTES_A_BYTE * size)
         with _links(folder) as links, _errors_in_one_line(f"{folder}: no tokenizer could be loaded", links):
-            self._child = Child(lambda: _answering(links, folder), self._limits)
+            self._child = Child(lambda: _answering(links, folder, add_bos_token), self._limits)
 
-    def tokens(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of each text.
+    def tokens(self, texts: list[str], special: bool = False) -> list[list[int]]:
+        """The tokens of each text; `special`: with those that the tokenizer itself puts around it.
 
         Raises:
             ChildError: the tokenizer fails, or takes too much.
         """
         chars = sum(map(len, texts))
         seconds, nbytes = SECONDS_TO_TOKENIZE + chars // CHARS_A_SECOND, self._limits.nbytes + BYTES_A_CHAR * chars
-        return self._child.ask(["tokens", texts], self._within_room(seconds, nbytes, ANSWER + ANSWER_A_CHAR * chars))
+        limits = self._within_room(seconds, nbytes, ANSWER + ANSWER_A_CHAR * (chars + len(texts)))
+        return self._child.ask(["tokens", texts, special], limits)
 
     def start(self) -> list[int]:
         """The start tokens.
@@ -76,6 +78,15 @@ class TokenizerProcess:
             ChildError: the tokenizer fails, or takes too much.
         """
         return self._child.ask(["start"], self._within_room(SECONDS_TO_TOKENIZE, self._limits.nbytes))
+
+    def traits(self, prefix: int | None) -> "TokenizerTraits":
+        """As the function `traits`.
+
+        Raises:
+            ChildError: the tokenizer fails, or takes too much.
+        """
+        limits = self._within_room(SECONDS_TO_TOKENIZE, self._limits.nbytes)
+        return TokenizerTraits(*self._child.ask(["traits", prefix], limits))
 
     def nbytes(self) -> int:
         """The most memory that the process has had until now, beside what it shares with this one."""
@@ -100,26 +111,56 @@ class TokenizerProcess:
 Tokenizer = PreTrainedTokenizerBase | TokenizerProcess
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+class TokenizerTraits(NamedTuple):
+    """What a tokenizer says of itself.
+
+    Attributes:
+        prefix: token for the beginning of a text: the start token, or else the end token; None if it has neither.
+        prefix_text: text of this token; empty if there is none.
+        max_length: most tokens of a text, 10^30 where there is no limit.
+    """
+
+    prefix: int | None
+    prefix_text: str
+    max_length: int | None
+
+
+def load_tokenizer(folder: Path, add_bos_token: bool | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint that `checkpoint.inspect` has looked at, in this process and without limits.
+
+    Args:
+        folder: the checkpoint's folder.
+        add_bos_token: whether it puts a start token before a text; None: as its files say.
 
     Raises:
         InputError: there is no tokenizer, or its files are damaged or lead elsewhere.
     """
     with _links(folder) as links, _errors_in_one_line(f"{folder}: no tokenizer could be loaded", links):
-        return _load(links, folder)
+        return _load(links, folder, add_bos_token)
 
 
-def tokenize(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """The tokens of each text, without special ones.
+def tokenize(tokenizer: Tokenizer, texts: list[str], special: bool = False) -> list[list[int]]:
+    """The tokens of each text; `special`: with those that the tokenizer itself puts around it.
 
     Raises:
         InputError: the tokenizer fails, or takes too much.
     """
     with _errors_in_one_line(f"{tokenizer.name_or_path}: the tokenizer cannot take this text"):
         if isinstance(tokenizer, TokenizerProcess):
-            return tokenizer.tokens(texts)
-        return _tokens(tokenizer, texts)
+            return tokenizer.tokens(texts, special)
+        return _tokens(tokenizer, texts, special)
+
+
+def traits(tokenizer: Tokenizer, prefix: int | None = None) -> TokenizerTraits:
+    """What a tokenizer says of itself; `prefix` takes the place of its own.
+
+    Raises:
+        InputError: the tokenizer fails, or takes too much.
+    """
+    with _errors_in_one_line(f"{tokenizer.name_or_path}: the tokenizer has no token {prefix}"):
+        if isinstance(tokenizer, TokenizerProcess):
+            return tokenizer.traits(prefix)
+        return _traits(tokenizer, prefix)
 
 
 def start_tokens(tokenizer: Tokenizer) -> list[int]:
@@ -134,9 +175,18 @@ def start_tokens(tokenizer: Tokenizer) -> list[int]:
         return _start(tokenizer)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = False) -> list[list[int]]:
     # Not verbose: a text longer than the model's maximum is no mistake here.
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _traits(tokenizer: PreTrainedTokenizerBase, prefix: int | None) -> TokenizerTraits:
+    for own in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        prefix = own if prefix is None else prefix
+    if prefix is not None and not 0 <= prefix < len(tokenizer):
+        raise ValueError(f"there are {len(tokenizer)}")
+    limit = getattr(tokenizer, "model_max_length", None)
+    return TokenizerTraits(prefix, "" if prefix is None else str(tokenizer.decode(prefix)), limit and int(limit))
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -144,20 +194,22 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[:1] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else []
 
 
-def _answering(links: Path, folder: Path) -> Callable[[list[Any]], Any]:
+def _answering(links: Path, folder: Path, add_bos_token: bool | None) -> Callable[[list[Any]], Any]:
     """Load the tokenizer in the child; returns what answers there: requests are a name, and what it is of."""
-    # Set by the user, it would have threads wait for those of the parent, which a fork does not copy.
-    os.environ.pop("TOKENIZERS_PARALLELISM", None)
-    tokenizer = _load(links, folder)
+    if "TOKENIZERS_PARALLELISM" in os.environ:
+        # Threads would wait for those of the parent, which a fork does not copy. Unset, the library sees to it.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = _load(links, folder, add_bos_token)
     answers: dict[str, Callable[..., Any]] = {
         "tokens": partial(_tokens, tokenizer),
         "start": partial(_start, tokenizer),
+        "traits": partial(_traits, tokenizer),
         "nbytes": own_peak,
     }
     return lambda request: answers[request[0]](*request[1:])
 
 
-def _load(links: Path, folder: Path) -> PreTrainedTokenizerBase:
+def _load(links: Path, folder: Path, add_bos_token: bool | None) -> PreTrainedTokenizerBase:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     # fast_tokenizer_files may name several for different versions.
@@ -166,8 +218,10 @@ def _load(links: Path, folder: Path) -> PreTrainedTokenizerBase:
             # The library reads it itself, and says what is wrong.
             content = json.loads(path.read_bytes())
             tokenizer_trust.check_pipeline(content, folder / path.name)
+    # An option that is None would count as given.
+    options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
     with _without_copies():
-        tokenizer = AutoTokenizer.from_pretrained(links, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(links, local_files_only=True, trust_remote_code=False, **options)
     # The links are gone when it is saved.
     for values in (vars(tokenizer), tokenizer.init_kwargs):
         for name, value in values.items():

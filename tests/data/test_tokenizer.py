@@ -76,6 +76,17 @@ def test_an_interruption_is_no_fault_of_the_tokenizer(folder, monkeypatch):
 # A process of its own
 
 
+def test_threads_that_a_fork_does_not_copy_are_not_waited_for(monkeypatch):
+    """The user asks the library for threads, and this process has used them."""
+    texts = [f"a rose is a rose, {n} times" for n in range(50)]
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    expected = tokenize(load_tokenizer(DEFAULT_MODEL), texts)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    monkeypatch.setattr(tokenizer, "SECONDS_TO_TOKENIZE", 10)
+    with TokenizerProcess(DEFAULT_MODEL) as apart:
+        assert tokenize(apart, texts) == expected
+
+
 def test_a_tokenizer_in_a_process_of_its_own(folder):
     texts = ["ab" * 50, "", "\0\u202e\ud800"[:2]]
     here = load_tokenizer(folder)
