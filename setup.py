@@ -9,7 +9,12 @@ ROOT = Path(__file__).parent
 # Read as text: to import the package takes torch, which an isolated build does not have.
 INIT = (ROOT / "sparsefw/__init__.py").read_text(encoding="utf-8")
 
-TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "matplotlib"]
+EVAL = [
+    # The first whose TaskManager.load takes tasks and groups that are loaded already.
+    "lm_eval>=0.4.12",
+]
+# The harness's own model, which tests compare with, takes accelerate.
+TEST = [*EVAL, "accelerate", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "matplotlib"]
 # tests/test_packaging.py builds without isolation; older ones need the package wheel for it.
 TEST.append("setuptools>=70.1")
 
@@ -42,6 +47,6 @@ setup(
         # The first with a wheel for Python 3.11; `datasets` needs it anyway.
         "xxhash>=3.1",
     ],
-    extras_require={"test": TEST, "dev": [*TEST, "ruff", "mypy", "pre-commit"]},
+    extras_require={"eval": EVAL, "test": TEST, "dev": [*TEST, "ruff", "mypy", "pre-commit"]},
     entry_points={"console_scripts": ["sparsefw=sparsefw.run:main"]},
 )

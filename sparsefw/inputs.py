@@ -1,5 +1,6 @@
 """Inputs: what a run reads. Flags, ranges and help are made from its fields, as from those of PruneConfig."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,22 @@ class Inputs:
     eval_windows: int | None = flag(
         "evaluate at most this many windows of --seqlen tokens (default: all)", metavar="N", least=1, most=10**9
     )
+    tasks: tuple[str, ...] = flag(
+        "tasks of lm-evaluation-harness that the dense and the pruned model answer, A,B or paper; may be repeated "
+        "(default: none)", (), metavar="A,B", several=True,
+    )  # fmt: skip
+    limit: float | None = flag(
+        "documents of each task at most; below 1: a share of them (default: all)", metavar="N", least=0, most=10**9
+    )
+    num_fewshot: int | None = flag(
+        "examples before each question of the tasks (default: as the task says)", metavar="K", least=0, most=10**6
+    )
+    include_path: str | None = flag("folder with more tasks in the harness's format", metavar="DIR")
 
     def __post_init__(self) -> None:
         make_tuples(self)
         check_fields(self)
+        set_field(self, "tasks", listed(self.tasks))
         for name, default in (EMBEDDED if self.embedded else OTHERS).items():
             if getattr(self, name) is DEPENDS:
                 set_field(self, name, default)
@@ -57,6 +70,11 @@ class Inputs:
     def embedded(self) -> bool:
         """Whether the model is the embedded one."""
         return self.model == DEFAULT
+
+
+def listed(names: Iterable[str]) -> tuple[str, ...]:
+    """Names that may be given together, A,B."""
+    return tuple(name.strip() for several in names for name in several.split(",") if name.strip())
 
 
 def config_for(inputs: Inputs, options: dict[str, Any]) -> PruneConfig:

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from sparsefw.ranks.voice import Voice
 
 # The line of a process that ends without looking at what is finished.
-LAST_WORDS = {"run": "interrupted; the same command goes on after the last finished part"}
+LAST_WORDS = {
+    "run": "interrupted; the same command goes on after the last finished part",
+    "evaluate": "interrupted; with --output, the same command goes on from what was saved",
+}
 
 
 def launch(name: str, argv: list[str] | None = None) -> int:

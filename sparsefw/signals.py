@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -100,6 +101,7 @@ def obeyed(last_words: str) -> Iterator[Interruption]:
         # Signals belong to the main thread.
         yield interruption
         return
+    _let_forks_begin_anew()
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
     watch = threading.Thread(target=interruption.watch, args=(reads,), name="signals", daemon=True)
@@ -122,6 +124,21 @@ def obeyed(last_words: str) -> Iterator[Interruption]:
         watch.join()
         os.close(reads)
         os.close(writes)
+
+
+@cache
+def _let_forks_begin_anew() -> None:
+    """Have a fork obey signals by itself: what ends a library's worker would look like a signal to this process."""
+    os.register_at_fork(after_in_child=_begin_anew)
+
+
+def _begin_anew() -> None:
+    obeyed_here = [n for n in OBEYED if isinstance(getattr(signal.getsignal(n), "__self__", None), Interruption)]
+    for number in obeyed_here:
+        signal.signal(number, signal.SIG_DFL)
+    if obeyed_here:
+        # The pipe is that of the process which forked.
+        signal.set_wakeup_fd(-1)
 
 
 def _next(descriptor: int, seconds: float | None) -> int | None:

@@ -11,8 +11,18 @@ from sparsefw.errors import InputError
 
 REPORT = "report.json"
 
+# Names of files, and what they show a folder to be.
+Kind = tuple[tuple[str, ...], str]
 
-def check_output(output: Path, source: Path, overwrite: bool, read: Iterable[Path] = ()) -> None:
+
+# What shows that a folder is an output that may be replaced, and what it is then. A model in memory may have no config;
+# its report shows that a folder holds a pruned one.
+CHECKPOINT = (CONFIG, REPORT), "a checkpoint"
+
+
+def check_output(
+    output: Path, source: Path, overwrite: bool, read: Iterable[Path] = (), kind: Kind = CHECKPOINT
+) -> None:
     """Refuse an output folder that would harm something.
 
     Args:
@@ -20,6 +30,7 @@ def check_output(output: Path, source: Path, overwrite: bool, read: Iterable[Pat
         source: folder of the checkpoint that is read.
         overwrite: whether an older checkpoint may be replaced.
         read: other files and folders that the run reads.
+        kind: see `check_free`.
 
     Raises:
         InputError: output and source are one folder or one lies in the other; output is a file, or a folder with
@@ -30,7 +41,7 @@ def check_output(output: Path, source: Path, overwrite: bool, read: Iterable[Pat
     target, root = output.resolve(), root_of(source)
     if _lies_in(target, root) or _lies_in(root, target):
         raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another --output")
-    check_free(output, overwrite)
+    check_free(output, overwrite, kind)
     for path in (source, *read):
         # The path itself may be a link in the output.
         for place in (Path(os.path.abspath(path)), path.resolve()):
@@ -41,8 +52,13 @@ def check_output(output: Path, source: Path, overwrite: bool, read: Iterable[Pat
                     )
 
 
-def check_free(output: Path, overwrite: bool) -> None:
+def check_free(output: Path, overwrite: bool, kind: Kind = CHECKPOINT) -> None:
     """Refuse an output folder that is no folder, or has something in it that may not be replaced.
+
+    Args:
+        output: the folder.
+        overwrite: whether an older output may be replaced.
+        kind: names of files of which an older output has one, and what that is.
 
     Raises:
         InputError: it is one of these.
@@ -58,9 +74,9 @@ def check_free(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise InputError(f"{output}: exists and is not empty; choose another --output or add --overwrite")
-    # A model in memory may have no config; its report shows that a folder holds a pruned one.
-    if not any((output / name).is_file() for name in (CONFIG, REPORT)):
-        raise InputError(f"{output}: not a checkpoint (no {CONFIG}), so --overwrite will not remove it")
+    marks, what = kind
+    if not any((output / name).is_file() for name in marks):
+        raise InputError(f"{output}: not {what} (no {marks[0]}), so --overwrite will not remove it")
 
 
 def _check_not_endless(path: Path) -> None:

@@ -1,7 +1,8 @@
 """Read JSON into dataclasses, exactly as the types of their fields say.
 
-The file may come from a stranger. Every field has to be there, and no other. A value of another kind is refused with
-its place in the file, `layers[3].shape`. NaN and Infinity, which Python writes and reads, are numbers.
+The file may come from a stranger. Every field has to be there, and no other; only one that is marked as ADDED may be
+missing. A value of another kind is refused with its place in the file, `layers[3].shape`. NaN and Infinity, which
+Python writes and reads, are numbers.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,6 +27,10 @@ NAMES = {
     bool: "a boolean",
     NoneType: "null",
 }
+
+
+# Metadata of a dataclass's field that files of older versions lack; it has a default.
+ADDED = {"added": True}
 
 
 class _Mismatch(Exception):
@@ -75,7 +80,9 @@ def _reader(kind: Any) -> Callable[[Any], Any]:
     origin, inner = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind):
         hints = get_type_hints(kind)
-        return partial(_read_dataclass, kind, {field.name: _reader(hints[field.name]) for field in fields(kind)})
+        readers = {field.name: _reader(hints[field.name]) for field in fields(kind)}
+        added = {field.name for field in fields(kind) if "added" in field.metadata}
+        return partial(_read_dataclass, kind, readers, added)
     if origin is list or (origin is tuple and inner[-1] is ...):
         return lambda value: origin(_read_items(_reader(inner[0]), _checked(list, value)))
     if origin is tuple:
@@ -121,22 +128,25 @@ def _read_tuple(readers: list[Callable[[Any], Any]], value: Any) -> tuple[Any, .
     return tuple(_at(f"[{n}]", read, item) for n, (read, item) in enumerate(zip(readers, value, strict=True)))
 
 
-def _read_dataclass(kind: type[T], readers: dict[str, Callable[[Any], Any]], value: Any) -> T:
+def _read_dataclass(kind: type[T], readers: dict[str, Callable[[Any], Any]], added: set[str], value: Any) -> T:
     values = _checked(dict, value)
     for name in readers:
-        if name not in values:
+        if name not in values and name not in added:
             raise _Mismatch("missing; prune again with this version of sparsefw").inside(f".{name}")
     for name in values:
         if name not in readers:
             raise _Mismatch("unknown to this version of sparsefw").inside(f".{shown(name)}")
-    return kind(**{name: _at(f".{name}", read, values[name]) for name, read in readers.items()})
+    return kind(**{name: _at(f".{name}", readers[name], values[name]) for name in values})
 
 
 def _read_union(kinds: tuple[Any, ...], value: Any) -> Any:
     for kind in kinds:
+        if is_dataclass(kind) and isinstance(value, dict):
+            # Its message tells what the object lacks.
+            return _reader(kind)(value)  # type: ignore[arg-type]
         try:
             return _reader(kind)(value)
         except _Mismatch:
             pass
-    names = list(dict.fromkeys(NAMES[get_origin(kind) or kind] for kind in kinds))
+    names = list(dict.fromkeys(NAMES[dict if is_dataclass(kind) else get_origin(kind) or kind] for kind in kinds))
     raise _Mismatch(f"expected {', '.join(names[:-1])} or {names[-1]}, got {NAMES[type(value)]}")

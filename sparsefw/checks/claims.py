@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparsefw.checks.tasks import check_tasks
 from sparsefw.data import BATCHES
 from sparsefw.errors import InputError, shown
 from sparsefw.report import Report, read_report
@@ -106,6 +107,8 @@ def claims_of(report: Report) -> Claims:
             layers[layer.name] = layer
     if not layers:
         raise InputError(f"layers: none of them pruned by {method}, the method that arguments name")
+    if report.tasks:
+        check_tasks(report.tasks, report.methods)
     return Claims(
         model=report.argument("model", str),
         method=method,

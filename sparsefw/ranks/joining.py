@@ -2,14 +2,14 @@
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from sparsefw.errors import InputError, first_line, shown
+from sparsefw.errors import InputError, first_line, printable, shown
 from sparsefw.ranks.group import ALONE, LostRankError, Ranks
 from sparsefw.ranks.voice import COMING, HEARING, LOST, WAITING, Voice
 
@@ -54,6 +54,22 @@ def disconnect(voice: Voice) -> None:
     """Take leave of the other ranks."""
     voice.close()
     _open.remove(voice)
+
+
+@contextmanager
+def joined_with(log: Callable[[str], None]) -> Iterator[tuple[Ranks, Callable[[str], None]]]:
+    """As `joined`, with a function that says a line of the log on the rank that speaks for all.
+
+    Args:
+        log: called with every line. Names in them come from files, so what does not print is spelled out.
+    """
+    with joined() as ranks:
+
+        def say(line: str) -> None:
+            if ranks.first:
+                log(printable(line))
+
+        yield ranks, say
 
 
 @contextmanager

@@ -12,14 +12,20 @@ from sparsefw.report.content import (
     read_report,
 )
 from sparsefw.report.environment import device_name, machine, versions
+from sparsefw.report.tasks import DENSE, Difference, Measurement, TaskRecord, TextRecord
 
 __all__ = [
+    "DENSE",
     "BlockRecord",
     "CalibrationText",
+    "Difference",
     "EvaluationText",
+    "Measurement",
     "MemoryRecord",
     "RankRecord",
     "Report",
+    "TaskRecord",
+    "TextRecord",
     "amount",
     "device_name",
     "html",

@@ -10,6 +10,7 @@ from sparsefw.checkpoint import typed_json
 from sparsefw.checkpoint.typed_json import NAMES
 from sparsefw.data.batches import BATCHES
 from sparsefw.errors import InputError, first_line
+from sparsefw.report.tasks import TaskRecord
 from sparsefw.solver import LayerResult
 from sparsefw.timeline import Span
 
@@ -162,6 +163,7 @@ class Report:
         memory: limits, expected peaks and placement.
         notes: what the user should know of the source, one line each.
         ranks: the processes that have shared the run, if there were several.
+        tasks: metrics of the tasks that were asked for, by "dense" and by method.
     """
 
     arguments: dict[str, Argument]
@@ -178,6 +180,7 @@ class Report:
     memory: MemoryRecord
     notes: list[str]
     ranks: list[RankRecord] = field(default_factory=list)
+    tasks: list[TaskRecord] = field(default_factory=list, metadata=typed_json.ADDED)
 
     def argument(self, name: str, kind: type[T]) -> T:
         """The value of a flag.

@@ -7,6 +7,8 @@ from sparsefw.model import Placement
 from sparsefw.process import peak_memory
 from sparsefw.report.content import RankRecord, Report, amount, mean
 from sparsefw.report.kinds import kept_dense
+from sparsefw.report.task_table import lines, rows
+from sparsefw.report.tasks import DENSE
 from sparsefw.solver import METHODS, LayerResult, Pattern, PruneConfig, patterns
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def layer_row(layer: LayerResult) -> str:
 
 def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
     """The dense model and every method: perplexity on each text, mean relative errors of the mask and in the end."""
-    for name in (["dense"] if report.evaluation else []) + report.methods:
+    for name in ([DENSE] if report.evaluation else []) + report.methods:
         cells = [f"{text.perplexity[name]:.3f}" for text in report.evaluation]
         if layers := report.layers_of(name):
             cells.append(f"{mean([layer.relative_mask for layer in layers]):.4f}")
@@ -68,7 +70,7 @@ def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
 
 
 def summary(report: Report) -> Iterator[str]:
-    """The table at the end of a run: perplexity and mean relative errors by method; peak memory, seconds by phase."""
+    """The table at the end of a run: perplexity, mean relative errors and tasks by method; peak memory, seconds."""
     evaluation = report.evaluation
     texts = [f"perplexity {n}" if len(evaluation) > 1 else "perplexity" for n, _ in enumerate(evaluation, 1)]
     yield "".join(f"{name:>16}" for name in ("", *texts, "mask only", "relative error"))
@@ -77,6 +79,10 @@ def summary(report: Report) -> Iterator[str]:
     for name, text in zip(texts, evaluation, strict=True):
         yield f"{name}: {amount(text.source, text.windows, text.seqlen)} of {text.source}"
     yield "relative error: error / error of the warm start's mask, mean over layers; mask only: before the refit"
+    if report.tasks:
+        yield ""
+        yield from lines([*rows(report.tasks)], [DENSE, *report.methods], DENSE)
+        yield ""
     yield f"peak memory: {_peaks(report)}"
     yield "seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
     yield from (f"rank {n}: {rank_line(rank)}" for n, rank in enumerate(report.ranks))

@@ -1,0 +1,81 @@
+"""Evaluate checkpoints: `python -m sparsefw.evaluate MODEL --tasks hellaswag,arc_easy --eval wikitext`.
+
+MODEL is a folder or a Hub id, dense or pruned; one block of it is in memory at a time. All requests of all tasks go
+through block 0, then through block 1, and so on. Tasks are those of lm-evaluation-harness that ask for likelihoods.
+"""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sparsefw import process
+from sparsefw.cli import Parser, quiet_libraries, say
+from sparsefw.evaluation.job import RESULT, evaluate
+from sparsefw.evaluation.tables import summary
+from sparsefw.inputs import listed
+
+
+def run(argv: list[str] | None) -> int:
+    """Evaluate models, print a table, and write it as JSON."""
+    given = _parser().parse_args(argv)
+    quiet_libraries()
+    process.share_freed()
+    result = evaluate(
+        given.models,
+        listed(given.tasks),
+        texts=given.eval,
+        against=given.against,
+        limit=given.limit,
+        num_fewshot=given.num_fewshot,
+        include_path=given.include_path,
+        seqlen=given.seqlen,
+        eval_windows=given.eval_windows,
+        gpu_memory=given.gpu_memory,
+        host_memory=given.host_memory,
+        output=given.output,
+        overwrite=given.overwrite,
+        restart=given.restart,
+        plan=given.plan,
+        # Redraws the progress bar below each line.
+        log=tqdm.write,
+        progress=True,
+    )
+    if result is None:
+        return 0
+    say("")
+    for line in summary(result.evaluation):
+        say(line)
+    if result.output:
+        say(f"written: {result.output / RESULT}")
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser("evaluate", __doc__)
+    add, free = parser.add_argument, "(default: what is free, less a margin)"
+    add(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="checkpoint folder or Hub id; several are evaluated one after another",
+    )
+    add("--tasks", action="append", default=[], metavar="A,B", help="tasks, groups and tags of lm-evaluation-harness; "
+        "paper: the seven zero-shot tasks of the paper; may be repeated")  # fmt: skip
+    add("--eval", action="append", default=[], metavar="wikitext|PATH", help="text for perplexity: wikitext, c4, a "
+        ".txt, .jsonl or .parquet file, or a datasets id; may be repeated")  # fmt: skip
+    add("--against", metavar="DENSE", help="compare all models with this one, the same documents in pairs: differences "
+        "with their standard errors")  # fmt: skip
+    add("--limit", type=float, metavar="N", help="most documents of each task; below 1: a share of them (default: all)")
+    add("--num-fewshot", type=int, metavar="K", help="examples before each question (default: as the task says)")
+    add("--include-path", type=Path, metavar="DIR", help="folder with more tasks in the harness's format")
+    add("--seqlen", type=int, default=2048, metavar="N", help="tokens in a window of a text, at most the model's "
+        "maximum (default: 2048)")  # fmt: skip
+    add("--eval-windows", type=int, metavar="N", help="at most this many windows of each text (default: all)")
+    add("--gpu-memory", type=float, metavar="GIB", help=f"take at most this of the GPU's memory {free}")
+    add("--host-memory", type=float, metavar="GIB", help=f"take at most this of the host's memory {free}")
+    add("--output", type=Path, metavar="DIR", help=f"folder for {RESULT}; with it, the same command goes on after an "
+        "interruption")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace what is in the output folder")
+    add("--restart", action="store_true", help="discard what an interrupted evaluation has finished")
+    add("--plan", action="store_true", help="say what would be computed and what memory it takes, and no more")
+    return parser

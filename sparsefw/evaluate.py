@@ -1,0 +1,14 @@
+"""The command `python -m sparsefw.evaluate`. Little is imported here, so that signals are obeyed from the start."""
+
+import sys
+
+from sparsefw.launch import launch
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate from the command line; returns the exit status, see `launch`."""
+    return launch("evaluate", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""Answer requests with a checkpoint of which one block is in memory at a time."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sparsefw import checkpoint, process
+from sparsefw.errors import InputError
+from sparsefw.estimate import MemoryNeeds, memory_limits
+from sparsefw.evaluation.packing import Sharing, row_sizes
+from sparsefw.evaluation.request import Request, Score
+from sparsefw.evaluation.room import Room, Work, room_for
+from sparsefw.evaluation.saved import Saved, can_be_saved
+from sparsefw.evaluation.scoring import slice_rows, tables_of
+from sparsefw.evaluation.shares import gathered, shares_of
+from sparsefw.evaluation.streaming import Packed, RequestStates, embed_requests, embedded, pack_for
+from sparsefw.model import ModelShape, StreamedModel, shape_of
+from sparsefw.ranks import ALONE, Ranks
+
+# What rows may hold, in words.
+SHARED = {
+    Sharing.NOTHING: "none shared, as this model's blocks look at whole rows",
+    Sharing.BEGINNINGS: "only whole requests shared, as this model's blocks take no trees",
+    Sharing.BRANCHES: "beginnings shared",
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory limits, and the place of what does not fit.
+
+    Attributes:
+        gpu_memory, host_memory: in GiB; None: what is free, less a margin.
+        folder: folder for hidden states in a file; None: that of the system for temporary files.
+    """
+
+    gpu_memory: float | None = None
+    host_memory: float | None = None
+    folder: Path | None = None
+
+
+def scores_of(
+    folder: Path,
+    requests: Sequence[Request],
+    budget: Budget,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    progress: bool = False,
+    ranks: Ranks = ALONE,
+    saved: Saved | None = None,
+    number: int = 0,
+) -> list[Score]:
+    """The answers of a checkpoint.
+
+    Args:
+        folder: folder of the checkpoint.
+        requests: the requests.
+        budget: memory limits.
+        say: called with every line of the log.
+        progress: whether to show a progress bar.
+        ranks: the processes that share the work; all of them have the same requests, and get all answers.
+        saved: what an interrupted pass has finished; None: it is not looked for, and nothing is saved.
+        number: number of the model there.
+
+    Raises:
+        InputError: something that the user gave is wrong; the message names it.
+    """
+    if saved and (answers := saved.answers(number)) is not None:
+        say(f"model: {folder}: all answers are there")
+        return answers
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    limits = memory_limits(budget.gpu_memory, budget.host_memory, device, ranks)
+    source = checkpoint.inspect(folder)
+    shape = shape_of(source)
+    mine = shares_of(requests, ranks)[ranks.number]
+    with StreamedModel(source, device) as model, process.gpu_limited(limits.get("gpu")), torch.no_grad():
+        say(f"model: {folder}, {len(model.blocks)} blocks, {source.dtype}")
+        states, room, needs = _begin(model, shape, [requests[n] for n in mine], budget, limits, ranks)
+        try:
+            say(requests_line(states.packed, sum(len(request.read) for request in states.packed.requests)))
+            say(memory_line(room, needs, limits))
+            scores = _run(model, states, room, progress and ranks.first, saved, number, say)
+        finally:
+            states.close()
+    answers = gathered(scores, requests, ranks)
+    if none := sum(math.isnan(answer.loglikelihood) for answer in answers):
+        raise InputError(
+            f"{folder}: the log-likelihoods of {none} of {len(answers)} requests are NaN, as behind the last block "
+            f"numbers are too large for {source.dtype}; it is of no use"
+        )
+    if saved:
+        saved.add_answers(number, len(model.blocks), answers)
+    return answers
+
+
+def plan_of(
+    folder: Path, requests: Sequence[Request], budget: Budget, say: Callable[[str], None], ranks: Ranks = ALONE
+) -> None:
+    """Say what `scores_of` would compute and take; of the weights, the embeddings and a block of each kind are read.
+
+    Raises:
+        InputError: as `scores_of`.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    limits = memory_limits(budget.gpu_memory, budget.host_memory, device, ranks)
+    source = checkpoint.inspect(folder)
+    shape, before = shape_of(source), process.resident()
+    mine = [requests[n] for n in shares_of(requests, ranks)[ranks.number]]
+    limited = process.gpu_limited(limits.get("gpu"))
+    with StreamedModel(source, device) as model, limited, torch.no_grad(), embedded(model, mine):
+        packed = pack_for(model, mine)
+        room, needs = room_for(work_of(model, shape, packed, before), limits, budget.folder, ranks.here)
+    inside = sum(shape.blocks[i].nbytes for i in range(len(shape.blocks)))
+    say(f"model: {folder}, {len(model.blocks)} blocks, {source.dtype}")
+    say(requests_line(packed, sum(len(request.read) for request in mine)))
+    say(memory_line(room, needs, limits))
+    say(
+        f"plan: {(inside + shape.outside) / 1e9:.2f} GB of weights are read, once; "
+        f"{packed.tokens} tokens go through each block"
+    )
+
+
+def requests_line(packed: Packed, tokens: int) -> str:
+    """The line of the log on what is computed."""
+    rows = sum(len(group.rows) for group in packed.groups)
+    return (
+        f"requests: {len(packed.requests)} with {tokens} tokens, computed as {rows} rows with {packed.tokens}: "
+        f"{SHARED[packed.sharing]}"
+    )
+
+
+def memory_line(room: Room, needs: MemoryNeeds, limits: dict[str, int]) -> str:
+    """The line of the log on memory."""
+    peaks = [f"{getattr(needs, what) / 2**30:.2f} of {n / 2**30:.2f} GiB ({what})" for what, n in limits.items()]
+    where = "" if "gpu" not in limits and room.place == "host" else f"; hidden states: {room.place}"
+    ahead = "" if room.ahead else "; nothing read ahead"
+    return f"memory: {', '.join(peaks)} expected at the peak; {room.tokens} tokens at a time{where}{ahead}"
+
+
+def _begin(
+    model: StreamedModel,
+    shape: ModelShape,
+    requests: Sequence[Request],
+    budget: Budget,
+    limits: dict[str, int],
+    ranks: Ranks,
+) -> tuple[RequestStates, Room, MemoryNeeds]:
+    """The requests before the first block, in the room that they get."""
+    before = process.resident()
+    with embedded(model, requests):
+        packed = pack_for(model, requests)
+        work = work_of(model, shape, packed, before)
+        room, needs = room_for(work, limits, budget.folder, ranks.here)
+        return embed_requests(model, packed, room), room, needs
+
+
+def work_of(model: StreamedModel, shape: ModelShape, packed: Packed, before: int) -> Work:
+    """What a pass has to hold; `before` are the bytes of host memory that the process had before."""
+    tables, gpu = tables_of(model), model.device.type == "cuda"
+    rows = slice_rows(model, tables)
+    embeddings = head = shape.outside
+    if tables:
+        others = shape.outside - tables.nbytes
+        read = len({0}.union(*(request.read for request in packed.requests)))
+        embeddings = others + (tables.embedding_bytes if gpu else tables.bytes_of_rows(read))
+        head = others + 2 * rows * tables.row_bytes
+    positions = tuple(
+        sum(len({*answers}) for row in group.rows for answers in row.answers.values()) for group in packed.groups
+    )
+    return Work(
+        shape=shape,
+        groups=row_sizes(packed.groups),
+        positions=positions,
+        targets=sum(len(request.targets) for request in packed.requests),
+        embeddings=embeddings,
+        head=head,
+        vocabulary=rows,
+        gpu=gpu,
+        threads=torch.get_num_threads(),
+        process=before,
+    )
+
+
+def _run(
+    model: StreamedModel,
+    states: RequestStates,
+    room: Room,
+    progress: bool,
+    saved: Saved | None,
+    number: int,
+    say: Callable[[str], None],
+) -> list[Score]:
+    """Run all requests through the blocks, from where an interrupted pass has come to."""
+    begin = saved.blocks(number) if saved else 0
+    if saved and begin:
+        say(f"going on with an unfinished evaluation: {begin} of {len(model.blocks)} blocks are done")
+        saved.restore(states)
+    if saved and not can_be_saved(states):
+        say("note: an interruption costs the whole pass of this model, whose blocks hand on more than hidden states")
+        saved = None
+    with tqdm(total=len(model.blocks), initial=begin, unit="block", disable=None if progress else True) as bar:
+        for i in range(begin, len(model.blocks)):
+            if states.states:
+                model.open(i, room.ahead)
+                states.advance(i)
+                model.close(i)
+            bar.update()
+            if saved and i + 1 < len(model.blocks):
+                saved.after_block(number, i + 1, states)
+    return states.scores()

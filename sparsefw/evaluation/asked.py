@@ -1,0 +1,102 @@
+"""What a model is asked in an evaluation: the questions of tasks, and the windows of texts, as requests."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsefw import data, process
+from sparsefw.checkpoint import Checkpoint, inspect
+from sparsefw.data import Tokenizer, TokenizerProcess, Windows
+from sparsefw.errors import InputError
+from sparsefw.evaluation.encoding import Answer, Encoded, Question, encoder
+from sparsefw.evaluation.request import Request, Score, digest_of
+from sparsefw.model import read_config
+from sparsefw.model.skeleton import max_seqlen
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts for perplexity.
+
+    Attributes:
+        names: their names or paths, as the user gave them.
+        seqlen: tokens in a window; fewer if the model takes fewer.
+        windows: most windows of each; None: all.
+    """
+
+    names: Sequence[str] = ()
+    seqlen: int = 2048
+    windows: int | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """All that a model is asked.
+
+    Attributes:
+        requests: all requests: those of the questions, then those of the windows.
+        encoded: the questions.
+        texts: the windows of each text.
+    """
+
+    requests: list[Request]
+    encoded: Encoded
+    texts: list[Windows]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all requests, in hex."""
+        return digest_of(self.requests)
+
+    def answers(self, scores: Sequence[Score]) -> list[Answer]:
+        """The answers to the questions, from the scores of all requests."""
+        return self.encoded.answers(scores[: len(self.encoded.requests)])
+
+    def likelihoods(self, scores: Sequence[Score]) -> list[list[tuple[float, int]]]:
+        """For each text and window, the log-likelihood of its tokens, and the number of them."""
+        first, found = len(self.encoded.requests), []
+        for windows in self.texts:
+            of_text = scores[first : first + windows.n]
+            found.append([(score.loglikelihood, windows.seqlen - 1) for score in of_text])
+            first += windows.n
+        return found
+
+
+def ask(
+    folder: Path, questions: Sequence[Question], texts: Texts, limit: int, tokenizer: Tokenizer | None = None
+) -> Asked:
+    """Make requests for a checkpoint.
+
+    Args:
+        folder: folder of the checkpoint.
+        questions: the questions of tasks.
+        texts: texts for perplexity.
+        limit: bytes of host memory that this process and that of the tokenizer may take.
+        tokenizer: the model's tokenizer; None: the checkpoint's, in a process of its own.
+
+    Raises:
+        InputError: there is no such checkpoint or tokenizer, or it cannot take a text.
+    """
+    source = inspect(folder)
+    with ExitStack() as stack:
+        if tokenizer is None:
+            tokenizer = stack.enter_context(TokenizerProcess(folder, limit - process.resident()))
+            limit -= tokenizer.nbytes()
+        encoded = encoder(tokenizer, read_config(source)).encode(questions) if questions else Encoded([], [], [])
+        windows = [_windows(source, tokenizer, name, texts, limit) for name in dict.fromkeys(texts.names)]
+    return asked_of(encoded, windows)
+
+
+def asked_of(encoded: Encoded, texts: list[Windows]) -> Asked:
+    """Questions and windows together."""
+    # The last token of a window is predicted, and need not be read.
+    of_windows = [Request(ids[:-1], ids[1:]) for windows in texts for ids in windows.ids.tolist()]
+    return Asked([*encoded.requests, *of_windows], encoded, texts)
+
+
+def _windows(source: Checkpoint, tokenizer: Tokenizer, name: str, texts: Texts, limit: int) -> Windows:
+    seqlen = min(texts.seqlen, max_seqlen(read_config(source)) or texts.seqlen)
+    if seqlen < 2:
+        raise InputError(f"{source.folder}: reads {seqlen} token at once, so that none of a text can be predicted")
+    return data.evaluation_windows(tokenizer, name, seqlen=seqlen, limit=texts.windows, room=limit - process.resident())

@@ -1,0 +1,313 @@
+"""Evaluate checkpoints on tasks and texts, each in one pass over its blocks."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsefw import checkpoint
+from sparsefw.checkpoint import check_output, fingerprint, inspect
+from sparsefw.checkpoint.source import Checkpoint
+from sparsefw.errors import InputError
+from sparsefw.estimate import memory_limits
+from sparsefw.evaluation.answers import Budget, plan_of, scores_of
+from sparsefw.evaluation.asked import Asked, Texts, ask
+from sparsefw.evaluation.measured import Evaluation, task_records, text_record
+from sparsefw.evaluation.request import Score
+from sparsefw.evaluation.saved import Saved
+from sparsefw.flags import checked_bool, checked_number, checked_path
+from sparsefw.inputs import DEFAULT, DEFAULT_MODEL
+from sparsefw.process import MOST_MEMORY
+from sparsefw.ranks import Ranks, joined_with
+from sparsefw.report import machine
+
+if TYPE_CHECKING:
+    from sparsefw.evaluation.harness import Questions
+
+# The file that an evaluation writes.
+RESULT = "evaluation.json"
+
+
+# Draws for the standard errors that have no formula: for a thousand documents, some seconds.
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of lm-evaluation-harness.
+
+    Attributes:
+        names: names of tasks, groups and tags; "paper": those of the paper.
+        limit: most documents of each; below 1: a share of them; None: all.
+        num_fewshot: examples before each question; None: as the task says.
+        include_path: a folder with more tasks in the harness's format.
+    """
+
+    names: tuple[str, ...] = ()
+    limit: float | None = None
+    num_fewshot: int | None = None
+    include_path: str | None = None
+
+    def questions(self) -> "Questions | None":
+        """Their questions; None without tasks.
+
+        Raises:
+            InputError: the harness is not installed; or as `harness.questions`.
+        """
+        if not self.names:
+            return None
+        from sparsefw import evaluation
+
+        return evaluation.questions(
+            self.names, limit=self.limit, num_fewshot=self.num_fewshot, include_path=self.include_path
+        )
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """The result of `evaluate`.
+
+    Attributes:
+        evaluation: what was measured, the content of evaluation.json.
+        output: folder with that file; None if none was asked for.
+    """
+
+    evaluation: Evaluation
+    output: Path | None
+
+
+def evaluate(
+    models: str | Path | Sequence[str | Path],
+    tasks: str | Sequence[str] = (),
+    *,
+    texts: str | Path | Sequence[str | Path] = (),
+    against: str | Path | None = None,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    include_path: str | Path | None = None,
+    seqlen: int = 2048,
+    eval_windows: int | None = None,
+    gpu_memory: float | None = None,
+    host_memory: float | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    plan: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+    progress: bool = False,
+) -> EvaluateResult | None:
+    """Evaluate checkpoints, dense or pruned, of which one block is in memory at a time.
+
+    After an interruption the same call goes on, if it has an output folder.
+
+    Args:
+        models: folders or Hub ids of checkpoints in safetensors.
+        tasks: names of tasks, groups and tags of lm-evaluation-harness; "paper": the paper's seven zero-shot tasks.
+        texts: texts for perplexity, by name or path as for `--eval`.
+        against: a checkpoint that all others are compared with, the same documents in pairs.
+        limit: most documents of each task; below 1: a share of them.
+        num_fewshot: examples before each question; None: as the task says.
+        include_path: a folder with more tasks in the harness's format.
+        seqlen: tokens in a window of a text.
+        eval_windows: most windows of each text; None: all.
+        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a margin.
+        output: folder for evaluation.json, and for what an interrupted evaluation has finished; None: nothing is
+            written.
+        overwrite: whether an older output may be replaced.
+        restart: whether to discard what an interrupted evaluation has finished.
+        plan: whether to say in the log what would be computed and what memory it takes, and no more.
+        log: called with every line of the log.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What was measured; None for a plan.
+
+    Raises:
+        InputError: an argument is wrong; the message is one line that names it.
+    """
+    names = [str(name) for name in ([models] if isinstance(models, str | Path) else models)]
+    job = _Job(
+        names=list(dict.fromkeys([*([str(against)] if against is not None else []), *names])),
+        against=None if against is None else str(against),
+        tasks=Tasks(
+            tuple([tasks] if isinstance(tasks, str) else tasks),
+            None if limit is None else checked_number("limit", limit, 0, None),
+            None if num_fewshot is None else checked_number("num_fewshot", num_fewshot, 0, 10**6, whole=True),
+            None if include_path is None else str(checked_path("include_path", include_path)),
+        ),
+        texts=Texts(
+            tuple(str(name) for name in ([texts] if isinstance(texts, str | Path) else texts)),
+            checked_number("seqlen", seqlen, 2, 10**9, whole=True),
+            None if eval_windows is None else checked_number("eval_windows", eval_windows, 1, 10**9, whole=True),
+        ),
+        budget=_budget(gpu_memory, host_memory),
+        output=None if output is None else checked_path("output", output),
+        overwrite=checked_bool("overwrite", overwrite),
+        restart=checked_bool("restart", restart),
+        plan=checked_bool("plan", plan),
+    )
+    if not job.tasks.names and not job.texts.names:
+        raise InputError("--tasks, --eval: neither is given; give tasks, or a text for perplexity")
+    with joined_with(log) as (ranks, say):
+        evaluation = _evaluate(job, say, progress, ranks)
+        return None if evaluation is None else EvaluateResult(evaluation, job.output)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An evaluation that is asked for, see `evaluate`."""
+
+    names: list[str]
+    against: str | None
+    tasks: Tasks
+    texts: Texts
+    budget: Budget
+    output: Path | None
+    overwrite: bool
+    restart: bool
+    plan: bool
+
+
+def _budget(gpu_memory: float | None, host_memory: float | None) -> Budget:
+    given = {"gpu_memory": gpu_memory, "host_memory": host_memory}
+    return Budget(**{name: None if x is None else checked_number(name, x, 0, MOST_MEMORY) for name, x in given.items()})
+
+
+def _evaluate(job: _Job, say: Callable[[str], None], progress: bool, ranks: Ranks) -> Evaluation | None:
+    folders = [ranks.first_here(partial(_locate, name)) for name in job.names]
+    _check_against(job, folders)
+    if job.output:
+        _check_output(job, job.output, folders)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    limits = memory_limits(job.budget.gpu_memory, job.budget.host_memory, device, ranks)
+    questions = ranks.first_here(job.tasks.questions)
+    if questions:
+        say(f"tasks: {', '.join(questions.tasks)}, {len(questions.asked)} questions")
+    asked = [ask(folder, questions.asked if questions else [], job.texts, limits["host"]) for folder in folders]
+    _check_same_tokens(job, asked)
+    if job.plan:
+        for folder, of_model in zip(folders, asked, strict=True):
+            plan_of(folder, of_model.requests, job.budget, say, ranks)
+        return None
+    identity = _identity(job, folders, asked, device, ranks)
+    ranks.agree(identity)
+    with _saved(job, identity, say, ranks) as saved:
+        scores = [
+            scores_of(
+                folder, of_model.requests, job.budget, say=say, progress=progress, ranks=ranks, saved=saved, number=n
+            )
+            for n, (folder, of_model) in enumerate(zip(folders, asked, strict=True))
+        ]
+        evaluation = ranks.one_does(lambda: _measured(job, questions, asked, scores, say))
+        if saved:
+            saved.finish({RESULT: evaluation.to_json()})
+    return evaluation
+
+
+def _locate(name: str) -> Path:
+    return DEFAULT_MODEL if name == DEFAULT else checkpoint.locate(name)
+
+
+def _check_against(job: _Job, folders: Sequence[Path]) -> None:
+    """Refuse to compare a model with itself.
+
+    Raises:
+        InputError: no model is another one than that after --against.
+    """
+    if job.against is not None and len({folder.resolve() for folder in folders}) == 1:
+        raise InputError(f"--against {job.against}: the model itself; compare it with another one, or leave it out")
+
+
+def _check_output(job: _Job, output: Path, folders: Sequence[Path]) -> None:
+    """Refuse an output folder that would harm something.
+
+    Raises:
+        InputError: as `check_output`; or the folder holds more than an evaluation.
+    """
+    given = [*job.texts.names, *([job.tasks.include_path] if job.tasks.include_path else [])]
+    read = [Path(name) for name in given if os.path.lexists(name)]
+    for folder in folders:
+        check_output(output, folder, job.overwrite, read, ((RESULT,), "an evaluation"))
+    others = sorted(path.name for path in output.iterdir() if path.name != RESULT) if output.is_dir() else []
+    if others:
+        raise InputError(
+            f"{output}: holds {others[0]}, too, so --overwrite will not remove it; choose another --output"
+        )
+
+
+def _check_same_tokens(job: _Job, asked: Sequence[Asked]) -> None:
+    """Refuse perplexities that cannot be compared.
+
+    Raises:
+        InputError: models have other tokenizers, or read fewer tokens at once.
+    """
+    for name, of_model in zip(job.names, asked, strict=True):
+        for mine, first in zip(of_model.texts, asked[0].texts, strict=True):
+            if (mine.hash, mine.seqlen) != (first.hash, first.seqlen):
+                raise InputError(
+                    f"{name}: reads {mine.source} as other tokens than {job.names[0]}, so that perplexities cannot be "
+                    "compared; evaluate it by itself, or leave out --eval"
+                )
+
+
+def _identity(
+    job: _Job, folders: Sequence[Path], asked: Sequence[Asked], device: torch.device, ranks: Ranks
+) -> dict[str, Any]:
+    """Values that must be the same for an evaluation to go on with what another has finished, by their names."""
+    identity: dict[str, Any] = {"--against": job.against, "the tasks": asdict(job.tasks), "--eval": [*job.texts.names]}
+    for name, folder, of_model in zip(job.names, folders, asked, strict=True):
+        source = inspect(folder)
+        identity[f"model {name}"] = fingerprint(source)
+        identity[f"the files of {name}"] = _stamps(source)
+        identity[f"what {name} is asked"] = of_model.digest
+    return identity | {"the number of ranks": ranks.count} | machine(device)
+
+
+def _stamps(source: Checkpoint) -> list[tuple[str, int, int]]:
+    """Name, size and time of the last change of each file with weights."""
+    files = sorted({info.file for tensor, info in source.tensors.items() for info in info.stored(tensor).values()})
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+@contextmanager
+def _saved(job: _Job, identity: dict[str, Any], say: Callable[[str], None], ranks: Ranks) -> Iterator[Saved | None]:
+    opened = Saved(job.output, identity, job.restart, say, ranks) if job.output else nullcontext()
+    with opened as saved:
+        yield saved
+
+
+def _measured(
+    job: _Job,
+    questions: "Questions | None",
+    asked: Sequence[Asked],
+    scores: Sequence[Sequence[Score]],
+    say: Callable[[str], None],
+) -> Evaluation:
+    found = {}
+    if questions:
+        from sparsefw import evaluation
+
+        found = {
+            name: evaluation.results(questions, of_model.answers(of_scores), DRAWS)
+            for name, of_model, of_scores in zip(job.names, asked, scores, strict=True)
+        }
+    likelihoods = [of_model.likelihoods(of_scores) for of_model, of_scores in zip(asked, scores, strict=True)]
+    texts = [
+        text_record(
+            windows.source,
+            windows.hash,
+            windows.seqlen,
+            {name: likelihoods[m][n] for m, name in enumerate(job.names)},
+            job.against,
+        )
+        for n, windows in enumerate(asked[0].texts)
+    ]
+    records = task_records(found, job.against) if found else []
+    for task in sorted({*(questions.tasks if questions else [])} - {record.task for record in records}):
+        say(f"note: task {task}: none of its metrics is one that the harness computes for its kind of task")
+    return Evaluation(job.names, job.against, records, texts)

@@ -1,0 +1,146 @@
+"""Requests on their way through the blocks of a model: every block is read once, whatever the number of requests."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from sparsefw.evaluation.packing import Group, Sharing
+from sparsefw.evaluation.request import Request, Score
+from sparsefw.evaluation.room import Room
+from sparsefw.evaluation.scoring import score_groups, tables_of
+from sparsefw.evaluation.sharing import allowed_by
+from sparsefw.model import BlockModel, HiddenStates, embed_batches
+from sparsefw.model.activations import Activations
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Requests as rows, and what rows may hold.
+
+    Attributes:
+        requests: the requests.
+        groups: the rows, by their length.
+        sharing: what a row may hold.
+    """
+
+    requests: Sequence[Request]
+    groups: list[Group]
+    sharing: Sharing
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows, without padding."""
+        return sum(len(row.tokens) for group in self.groups for row in group.rows)
+
+
+@dataclass(frozen=True)
+class RequestStates:
+    """Requests between two blocks of a model.
+
+    Attributes:
+        packed: the requests.
+        states: hidden states of each group.
+        new_activations: makes an empty list for hidden states.
+    """
+
+    packed: Packed
+    states: list[HiddenStates]
+    new_activations: Callable[..., Activations]
+
+    def advance(self, i: int) -> None:
+        """As `HiddenStates.advance`."""
+        for of_group in self.states:
+            of_group.advance(i)
+
+    def fork(self) -> "RequestStates":
+        """A copy that runs independently."""
+        return replace(self, states=[of_group.fork() for of_group in self.states])
+
+    def close(self) -> None:
+        """As `HiddenStates.close`."""
+        for of_group in self.states:
+            of_group.close()
+
+    def scores(self) -> list[Score]:
+        """The answers to all requests, behind the last block. The hidden states are gone then."""
+        if not self.states:
+            return []
+        packed = self.packed
+        found = score_groups(self.states[0].model, self.states, packed.groups, packed.requests, self.new_activations)
+        return [found[n] for n in range(len(packed.requests))]
+
+
+def pack_for(model: BlockModel, requests: Sequence[Request]) -> Packed:
+    """Pack requests as the model allows.
+
+    Args:
+        model: the model, inside `embedded`.
+        requests: the requests.
+    """
+    allowed = allowed_by(model, requests)
+    return Packed(requests, allowed.pack(requests), allowed.sharing)
+
+
+def embed_requests(model: BlockModel, packed: Packed, room: Room) -> RequestStates:
+    """Embed requests: their hidden states before the first block.
+
+    Args:
+        model: the model, inside `embedded`.
+        packed: the requests.
+        room: what is held at once, and where.
+
+    Raises:
+        InputError: as `embed_batches`.
+    """
+    new_activations = room.new_activations(model.device)
+    states: list[HiddenStates] = []
+    try:
+        for group in packed.groups:
+            states.append(embed_batches(model, group.split(room.batch(group.length)), new_activations))
+    except BaseException:
+        RequestStates(packed, states, new_activations).close()
+        raise
+    return RequestStates(packed, states, new_activations)
+
+
+@contextmanager
+def embedded(model: BlockModel, requests: Sequence[Request]) -> Iterator[None]:
+    """Inside the `with` block, what lies before the first block is on the device for the tokens of all requests.
+
+    Raises:
+        InputError: weights hold NaN or Inf, or cannot be read any more.
+    """
+    tables = tables_of(model)
+    # Rows are padded with token 0.
+    with tables.embeddings({0}.union(*(request.read for request in requests))) if tables else model.outside():
+        yield
+
+
+@torch.no_grad()
+def score_requests(
+    model: BlockModel, requests: Sequence[Request], room: Room, on_block: Callable[[], None] = lambda: None
+) -> list[Score]:
+    """Answer requests in one pass.
+
+    Args:
+        model: the model.
+        requests: the requests.
+        room: what is held at once, and where.
+        on_block: called after every block.
+
+    Raises:
+        InputError: weights or activations hold NaN or Inf, or the model has no embedding for a token.
+    """
+    with embedded(model, requests):
+        states = embed_requests(model, pack_for(model, requests), room)
+    try:
+        for i in range(len(model.blocks)):
+            model.open(i, room.ahead)
+            states.advance(i)
+            model.close(i)
+            on_block()
+        return states.scores()
+    finally:
+        states.close()

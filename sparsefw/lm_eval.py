@@ -1,0 +1,31 @@
+"""The command of lm-evaluation-harness, with all its flags, and with the model "sparsefw":
+
+    python -m sparsefw.lm_eval --model sparsefw --model_args pretrained=MODEL --tasks hellaswag
+
+The harness's own command looks for no models in other packages.
+"""
+
+import sys
+
+from sparsefw.errors import InputError
+
+
+def main() -> int:
+    """Run the harness's command; returns the exit status, 2 for bad input."""
+    # Registers the model.
+    from sparsefw import evaluation
+    from sparsefw.failures import tell
+
+    try:
+        # Raises where the harness is not installed.
+        _ = evaluation.StreamedLM
+        from lm_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
+    except InputError as error:
+        return tell(error, interrupted=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
