@@ -4,25 +4,24 @@ The driver is imported inside `prune`, after the config is made. Triton decides 
 interprets its kernels, and the config settles that.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from sparsefw.errors import InputError, printable
+from sparsefw.errors import InputError
 from sparsefw.flags import checked_path
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, config_for
-from sparsefw.ranks import Ranks, joined
+from sparsefw.ranks import Ranks, joined_with
 from sparsefw.solver.config import PruneConfig
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from sparsefw.report import Report
+    from sparsefw.report import Report, TaskRecord
     from sparsefw.solver import LayerResult
 
 # Names of calibration data given as documents, and as token ids.
@@ -47,6 +46,11 @@ class PruneResult:
         return self.report.layers
 
     @property
+    def tasks(self) -> "list[TaskRecord]":
+        """The metrics of the tasks, each by "dense" and by method."""
+        return self.report.tasks
+
+    @property
     def perplexity(self) -> dict[str, dict[str, float]]:
         """Perplexity by evaluation text, named as in `evaluate`, then by "dense" and by method."""
         names = dict.fromkeys(self.report.argument("evaluate", tuple))
@@ -65,6 +69,10 @@ def prune(
     seed: int = 0,
     evaluate: str | Path | Sequence[str | Path] | Iterable[Any] | None = None,
     eval_windows: int | None = None,
+    tasks: str | Sequence[str] | None = None,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    include_path: str | Path | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     gpu_memory: float | None = None,
     host_memory: float | None = None,
@@ -94,6 +102,8 @@ def prune(
         evaluate: evaluation texts for perplexity, by name or path; with `calibration` batches for which the model
             returns a loss, whose perplexity is exp of the mean loss.
         eval_windows: most windows of each evaluation text; None: all.
+        tasks: names of tasks of lm-evaluation-harness that the dense and the pruned model answer, see
+            `sparsefw.evaluation.evaluate`; also limit, num_fewshot and include_path.
         tokenizer: the model's tokenizer; None: the one beside the checkpoint.
         gpu_memory, host_memory: memory limits in GiB; None: what is free, less a margin.
         overwrite: whether an older checkpoint in `output` may be replaced.
@@ -113,8 +123,9 @@ def prune(
     _check_options(config, options)
     output_folder = None if output is None else checked_path("output", output)
     places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
-    text = _Text(dataset, nsamples, seqlen, eval_windows, tokenizer)
-    with _joined(log, progress) as told:
+    text = _Text(dataset, nsamples, seqlen, eval_windows, tasks, limit, num_fewshot, include_path, tokenizer)
+    with joined_with(log) as (ranks, say):
+        told = _Told(say, progress and ranks.first, ranks)
         if calibration is not None:
             config = config or PruneConfig(**options)
             return _prune_on_batches(model, calibration, evaluate, config, output_folder, places, text, told)
@@ -124,12 +135,16 @@ def prune(
 
 
 class _Text(NamedTuple):
-    """The arguments of `prune` about a text."""
+    """The arguments of `prune` about texts and tasks."""
 
     dataset: str | Path | Sequence[str] | Tensor | None
     nsamples: int | None
     seqlen: int | None
     eval_windows: int | None
+    tasks: str | Sequence[str] | None
+    limit: float | None
+    num_fewshot: int | None
+    include_path: str | Path | None
     tokenizer: "PreTrainedTokenizerBase | None"
 
 
@@ -139,18 +154,6 @@ class _Told(NamedTuple):
     say: Callable[[str], None]
     progress: bool
     ranks: Ranks
-
-
-@contextmanager
-def _joined(log: Callable[[str], None], progress: bool) -> Iterator[_Told]:
-    with joined() as ranks:
-
-        def say(line: str) -> None:
-            if ranks.first:
-                # Names in it come from the checkpoint.
-                log(printable(line))
-
-        yield _Told(say, progress and ranks.first, ranks)
 
 
 def _check_options(config: PruneConfig | None, options: dict[str, Any]) -> None:
@@ -166,7 +169,15 @@ def _check_options(config: PruneConfig | None, options: dict[str, Any]) -> None:
 def _inputs(model: "str | Path | nn.Module", text: _Text, evaluate: Any, seed: int) -> Inputs:
     source, nsamples, seqlen = _named(text.dataset, text.nsamples, text.seqlen)
     known: dict[str, Any] = dict(
-        dataset=source, nsamples=nsamples, seqlen=seqlen, evaluate=_names(evaluate), eval_windows=text.eval_windows
+        dataset=source,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        evaluate=_names(evaluate),
+        eval_windows=text.eval_windows,
+        tasks=text.tasks,
+        limit=text.limit,
+        num_fewshot=text.num_fewshot,
+        include_path=None if text.include_path is None else str(text.include_path),
     )
     return Inputs(model=_name(model), seed=seed, **{name: x for name, x in known.items() if x is not None})
 
@@ -196,7 +207,7 @@ def _prune_on_text(
             raise InputError("output: where the pruned checkpoint goes is left out")
         folder = told.ranks.first_here(lambda: _locate(inputs))
         return PruneResult(run(folder, output, text.tokenizer), output)
-    tokenized = isinstance(text.dataset, Tensor) and not inputs.evaluate
+    tokenized = isinstance(text.dataset, Tensor) and not inputs.evaluate and not inputs.tasks
     report = in_memory.prune_in_place(
         model, run, config.method, output, places["overwrite"], text.tokenizer, tokenized, told.ranks
     )

@@ -59,7 +59,7 @@ def _add_flag(parser: Parser, f: Field) -> None:
         return
     if f.default is not DEPENDS and not several and "(default:" not in text:
         text = f"{text} (default: {f.default})"
-    kinds: dict[Any, type] = {int: int, float: float, int | None: int}
+    kinds: dict[Any, type] = {int: int, float: float, int | None: int, float | None: float}
     parser.add_argument(
         flag_of(f.name),
         dest=f.name,

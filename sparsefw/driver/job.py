@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsefw import process
 from sparsefw.checkpoint import Evidence
 from sparsefw.driver.loop import Samples
-from sparsefw.errors import InputError
-from sparsefw.estimate import Workload
+from sparsefw.driver.tasks import TaskSamples
+from sparsefw.estimate import Workload, memory_limits
 from sparsefw.flags import checked_bool, checked_number, set_field
 from sparsefw.inputs import Inputs
 from sparsefw.model import ModelShape
-from sparsefw.process import MARGIN, MOST_MEMORY
+from sparsefw.process import MOST_MEMORY
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver import PruneConfig
 
@@ -51,17 +50,7 @@ class Output:
         Raises:
             InputError: there is a limit for a GPU, and no GPU.
         """
-        # The ranks on a machine share its memory.
-        free = process.free_memory(device, ranks.here)
-        if self.gpu_memory is not None and "gpu" not in free:
-            raise InputError("--gpu-memory: no CUDA device")
-        given = {"gpu": self.gpu_memory, "host": self.host_memory and self.host_memory / ranks.here}
-        limits = {
-            what: int(size * (1 - MARGIN) if (gib := given[what]) is None else gib * 2**30)
-            for what, size in free.items()
-        }
-        everywhere = ranks.gather(limits)
-        return {what: min(other[what] for other in everywhere) for what in limits}
+        return memory_limits(self.gpu_memory, self.host_memory, device, ranks)
 
 
 @dataclass(frozen=True)
@@ -107,6 +96,7 @@ class Prepared:
         notes: what the user should know of the model, one line each.
         fingerprint: tells the model from another one.
         evidence: reads the checkpoint; None: the model is in memory, and the fingerprint is of all its tensors.
+        tasks: requests of tasks.
         fixed: values of `Placement` that are settled, by field.
         saved: bytes that the end of the run writes while the finished blocks are still on the disk.
     """
@@ -120,5 +110,6 @@ class Prepared:
     notes: list[str]
     fingerprint: str
     evidence: Evidence | None = None
+    tasks: TaskSamples | None = None
     fixed: dict[str, int] = field(default_factory=dict)
     saved: int = 0

@@ -9,7 +9,7 @@ Blocks that an earlier run has finished are not pruned again. Their weights are 
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,6 +21,9 @@ from sparsefw.checkpoint import Writer, read_shard
 from sparsefw.data import Batches, Windows
 from sparsefw.driver.block import DenseReference, Run, find_stages, idle_matrices, kept_dense, prune_block, way_through
 from sparsefw.driver.record import FinishedBlock
+from sparsefw.driver.tasks import TaskSamples
+from sparsefw.evaluation.request import Score
+from sparsefw.evaluation.streaming import RequestStates
 from sparsefw.model import HiddenStates, Placement, embed_batches, perplexity, perplexity_of_batches
 from sparsefw.process import give_back, peak_memory
 from sparsefw.ranks import Ranks
@@ -34,6 +37,9 @@ DENSE = "dense"
 # What runs through a model: windows of tokens, or a caller's batches.
 Samples = Windows | Batches
 
+# The same between two blocks, or requests of tasks.
+States = HiddenStates | RequestStates
+
 
 @dataclass
 class Outcome:
@@ -43,6 +49,7 @@ class Outcome:
         timeline: what was done when. Blocks that an earlier run finished are only read and run.
         layers: a result for each layer and method.
         perplexity: by evaluation text, then by "dense" and by method; empty without evaluation.
+        scores: of all requests of tasks, by "dense" and by method; empty without tasks.
         kept_dense: names of the matrices inside the blocks that were not pruned.
         blocks: name, seconds by phase and peak memory of each block, as the run that pruned it measured them.
     """
@@ -50,6 +57,7 @@ class Outcome:
     timeline: Timeline
     layers: list[LayerResult] = field(default_factory=list)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    scores: dict[str, list[Score]] = field(default_factory=dict)
     kept_dense: list[str] = field(default_factory=list)
     blocks: list[BlockRecord] = field(default_factory=list)
 
@@ -62,19 +70,24 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _AllStates:
-    """Hidden states of all windows by method and "dense": of the calibration, and of every evaluation text."""
+    """Hidden states by method and "dense": of the calibration, of every evaluation text, and of the tasks."""
 
     calibration: dict[str, HiddenStates]
     evaluation: list[tuple[Samples, dict[str, HiddenStates]]]
+    tasks: dict[str, RequestStates]
 
-    def of(self, name: str) -> list[HiddenStates]:
+    @property
+    def evaluated(self) -> list[Mapping[str, States]]:
+        """All but those of the calibration."""
+        return [*(states for _, states in self.evaluation), *([self.tasks] if self.tasks else [])]
+
+    def of(self, name: str) -> list[States]:
         """The hidden states of a method, or of "dense"."""
-        by_name = [self.calibration, *(states for _, states in self.evaluation)]
-        return [states[name] for states in by_name if name in states]
+        return [states[name] for states in (self.calibration, *self.evaluated) if name in states]
 
-    def all(self) -> list[HiddenStates]:
+    def all(self) -> list[States]:
         """All hidden states."""
-        return [*self.calibration.values(), *(s for _, states in self.evaluation for s in states.values())]
+        return [states for by_name in (self.calibration, *self.evaluated) for states in by_name.values()]
 
 
 def prune_model(
@@ -84,6 +97,7 @@ def prune_model(
     writer: Writer,
     placement: Placement,
     *,
+    tasks: TaskSamples | None = None,
     on_layer: Callable[[LayerResult], None] = lambda result: None,
     on_block: Callable[[], None] = lambda: None,
 ) -> Outcome:
@@ -95,6 +109,7 @@ def prune_model(
         evaluation: those of each evaluation text.
         writer: receives a shard for each block and each piece of the rest. The run goes on after those that it has.
         placement: what is held at once, and where.
+        tasks: requests of tasks.
         on_layer, on_block: called after every layer and every block.
 
     Raises:
@@ -103,10 +118,19 @@ def prune_model(
     with ExitStack() as open_states:
         with run.model.timeline.span("embed"), run.model.outside():
             texts = [samples.part(run.ranks.share(samples.n)) for samples in (calibration, *evaluation)]
-            states = _embed_all(run, texts[0], texts[1:], placement)
+            states = _embed_all(run, texts[0], texts[1:], tasks, placement)
         for hidden_states in states.all():
             open_states.callback(hidden_states.close)
-        return _prune_blocks(run, states, writer, placement, on_layer, on_block)
+        outcome = _prune_blocks(run, states, writer, placement, on_layer, on_block)
+        with run.model.timeline.span("evaluate"), run.model.outside():
+            for samples, by_name in states.evaluation:
+                outcome.perplexity[samples.source] = {
+                    name: _perplexity(s, samples, run.ranks) for name, s in by_name.items()
+                }
+            for name, of_tasks in states.tasks.items():
+                assert tasks is not None
+                outcome.scores[name] = tasks.scores(of_tasks, run.ranks)
+        return outcome
 
 
 def _prune_blocks(
@@ -161,11 +185,6 @@ def _prune_blocks(
                 writer.write(model.other_tensors(names), n=shard)
             # Tensors that are small enough for the C library to keep would lie beside the next ones.
             give_back()
-    with timeline.span("evaluate"), model.outside():
-        for samples, by_name in states.evaluation:
-            outcome.perplexity[samples.source] = {
-                name: _perplexity(s, samples, run.ranks) for name, s in by_name.items()
-            }
     return outcome
 
 
@@ -175,8 +194,10 @@ def _perplexity(states: HiddenStates, samples: Samples, ranks: Ranks) -> float:
     return perplexity_of_batches(states, samples.batches, ranks)
 
 
-def _embed_all(run: Run, calibration: Samples, evaluation: Sequence[Samples], placement: Placement) -> _AllStates:
-    """Embed all windows: the hidden states before the first block."""
+def _embed_all(
+    run: Run, calibration: Samples, evaluation: Sequence[Samples], tasks: TaskSamples | None, placement: Placement
+) -> _AllStates:
+    """Embed all windows and requests: the hidden states before the first block."""
     activations = placement.new_activations(run.model.device)
 
     def start(samples: Samples, names: list[str]) -> dict[str, HiddenStates]:
@@ -185,7 +206,11 @@ def _embed_all(run: Run, calibration: Samples, evaluation: Sequence[Samples], pl
 
     methods = [*run.config.methods]
     calibrated = start(calibration, [DENSE, *methods] if run.config.uses_dense_target else methods)
-    return _AllStates(calibrated, [(samples, start(samples, [DENSE, *methods])) for samples in evaluation])
+    asked: dict[str, RequestStates] = {}
+    if tasks:
+        first = tasks.embed(run.model, placement, run.ranks)
+        asked = {name: first.fork() if n else first for n, name in enumerate([DENSE, *methods])}
+    return _AllStates(calibrated, [(samples, start(samples, [DENSE, *methods])) for samples in evaluation], asked)
 
 
 def _prune_methods(
@@ -277,9 +302,9 @@ def _replay(run: Run, i: int, states: _AllStates, writer: Writer, placement: Pla
 
 
 def _evaluate(run: Run, i: int, states: _AllStates, name: str) -> None:
-    if states.evaluation:
+    if states.evaluated:
         with run.model.timeline.span("evaluate", i):
-            for _, by_name in states.evaluation:
+            for by_name in states.evaluated:
                 by_name[name].advance(i)
 
 

@@ -3,25 +3,27 @@
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants
-from torch import Tensor
 from tqdm import tqdm
 
-from sparsefw import checkpoint, data, process
+from sparsefw import checkpoint, process
 from sparsefw.checkpoint import Checkpoint, Evidence, Progress, Writer, durably
-from sparsefw.data import Batches, Windows
+from sparsefw.data import Batches
 from sparsefw.driver.block import Run
 from sparsefw.driver.job import CheckpointJob, Job, Prepared
 from sparsefw.driver.loop import prune_model
 from sparsefw.driver.reporting import report_of
+from sparsefw.driver.tasks import Asked, questions_of, task_samples
+from sparsefw.driver.texts import tokenized_texts
 from sparsefw.errors import InputError
 from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place
+from sparsefw.evaluation.request import digest_of
 from sparsefw.flags import flag_of
 from sparsefw.model import BlockModel, Placement, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
@@ -30,7 +32,7 @@ from sparsefw.solver import PruneConfig
 from sparsefw.solver.selection import check_used
 
 # Inputs that are compared by their content, not by name, when a run goes on with what another has finished.
-BY_CONTENT = {"model", "dataset", "evaluate"}
+BY_CONTENT = {"model", "dataset", "evaluate", "tasks", "limit", "num_fewshot", "include_path"}
 
 
 def run_job(job: CheckpointJob, say: Callable[[str], None], progress: bool, ranks: Ranks = ALONE) -> Report:
@@ -113,6 +115,7 @@ def carry_out(
                 prepared.evaluation,
                 writer,
                 placement,
+                tasks=prepared.tasks,
                 on_layer=lambda result: say(log.layer_row(result)),
                 on_block=bar.update,
             )
@@ -160,8 +163,10 @@ def _prepare(
     if seqlen < inputs.seqlen:
         say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
     limits, before = job.output.limits(model.device, ranks), process.peak_memory()["host_bytes"]
-    # One rank reads texts, and all have the same windows.
-    calibration, evaluation, tokenizer = ranks.one_does(lambda: _read_texts(job, seqlen, limits["host"]))
+    # One rank reads texts and tasks, and all have the same tokens.
+    questions = questions_of(inputs) if ranks.first else None
+    texts = ranks.one_does(lambda: tokenized_texts(job, source, questions, seqlen, limits["host"]))
+    calibration, evaluation = texts.calibration, texts.evaluation
     process.give_back()
     # From Python, the process may have had more at some time before: that is not this run's.
     peak = process.peak_memory()["host_bytes"]
@@ -174,25 +179,32 @@ def _prepare(
     check_used(whole.layer_names, config.include, config.ignore)
     shape = whole.selected(config.selects)
     say(log.sparsity_line(config, shape, whole))
+    tasks = task_samples(Asked(questions, texts.encoded), model, seqlen) if texts.encoded else None
+    workload = workload_of(
+        config,
+        calibration.n,
+        [windows.n for windows in evaluation],
+        seqlen,
+        model.device,
+        peak=peak if peak > before else 0,
+        tokenizer=texts.tokenizer,
+        ranks=ranks,
+    )
+    if tasks:
+        say(tasks.line)
+        requests, predicted = tasks.sizes
+        workload = replace(workload, requests=requests, predicted=predicted)
     return Prepared(
         model.device,
         calibration,
         evaluation,
         shape,
-        workload_of(
-            config,
-            calibration.n,
-            [windows.n for windows in evaluation],
-            seqlen,
-            model.device,
-            peak=peak if peak > before else 0,
-            tokenizer=tokenizer,
-            ranks=ranks,
-        ),
+        workload,
         limits,
         notes,
         checkpoint.fingerprint(source),
         evidence,
+        tasks,
     )
 
 
@@ -221,47 +233,6 @@ def workload_of(
         ranks=ranks.count,
         machines=ranks.count // ranks.here,
     )
-
-
-def _read_texts(job: CheckpointJob, seqlen: int, limit: int) -> tuple[Windows, list[Windows], int]:
-    """The calibration windows, and the windows of each evaluation text, read in `limit` bytes of host memory.
-
-    The last value is how many of these bytes the tokenizer's own process has taken.
-    """
-    inputs = job.inputs
-    tokens = data.windows_of(job.dataset, inputs.dataset) if isinstance(job.dataset, Tensor) else None
-    if tokens is not None and tokens.seqlen > seqlen:
-        raise InputError(f"{tokens.source}: windows of {tokens.seqlen} tokens, and the model takes {seqlen} at most")
-    if tokens is not None and not inputs.evaluate:
-        # Nothing has to be tokenized.
-        return tokens, [], 0
-    if job.tokenizer:
-        return *_tokenize(job, seqlen, tokens, job.tokenizer, limit), 0
-    with data.TokenizerProcess(job.folder, limit - process.resident()) as tokenizer:
-        windows = _tokenize(job, seqlen, tokens, tokenizer, limit - tokenizer.nbytes())
-        return *windows, tokenizer.nbytes()
-
-
-def _tokenize(
-    job: CheckpointJob, seqlen: int, tokens: Windows | None, tokenizer: data.Tokenizer, limit: int
-) -> tuple[Windows, list[Windows]]:
-    inputs = job.inputs
-    if tokens is None:
-        documents = inputs.dataset if job.dataset is None or isinstance(job.dataset, Tensor) else job.dataset
-        tokens = data.calibration_windows(
-            tokenizer,
-            documents,
-            nsamples=inputs.nsamples,
-            seqlen=seqlen,
-            seed=inputs.seed,
-            room=limit - process.resident(),
-        )
-    return tokens, [
-        data.evaluation_windows(
-            tokenizer, name, seqlen=seqlen, limit=inputs.eval_windows, room=limit - process.resident()
-        )
-        for name in dict.fromkeys(inputs.evaluate)
-    ]
 
 
 def _place(job: Job, prepared: Prepared, fixed: dict[str, int] | None = None) -> tuple[Placement, MemoryNeeds]:
@@ -298,5 +269,7 @@ def _identity(job: Job, prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
         values[name] = sorted(values[name])
     flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT}
     texts = {f"the text of --eval {samples.source}": samples.hash for samples in prepared.evaluation}
+    if prepared.tasks:
+        texts["what --tasks ask"] = digest_of(prepared.tasks.asked.encoded.requests)
     model = {"the model": prepared.fingerprint, "the number of ranks": ranks.count}
     return flags | model | {"the calibration text": prepared.calibration.hash} | texts | machine(prepared.device)
