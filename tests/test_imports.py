@@ -11,12 +11,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sparsefw"
 # From the top down. A module imports from its own package or from a lower level, never from another package of its
 # level.
 LEVELS = [
-    ["run", "plan", "verify"],
+    ["run", "plan", "verify", "evaluate", "lm_eval"],
     ["launch"],
     ["commands"],
     ["cli", "api"],
     ["in_memory"],
     ["driver", "checks"],
+    ["evaluation"],
     ["report"],
     ["estimate"],
     ["model"],

@@ -16,7 +16,7 @@ EACH = pytest.mark.parametrize("number", OBEYED)
 # A process that obeys signals. Native code is a call of the C library, and waits for a signal in another thread: in the
 # main thread, a signal would end the call.
 PROCESS = """
-import ctypes, signal, sys, time
+import ctypes, os, signal, sys, time
 from sparsefw import signals
 signals.RETURN, signals.END = 0.2, 0.6
 
@@ -161,6 +161,23 @@ def test_handlers_are_as_before_afterwards():
     assert not interruption.came
     assert sys.unraisablehook is hook
     assert signal.set_wakeup_fd(-1) == -1
+
+
+@EACH
+def test_a_signal_to_a_fork_is_none_to_its_parent(number):
+    """As a library's pool ends its workers."""
+    body = f"""reads, writes = os.pipe()
+child = os.fork()
+if not child:
+    os.write(writes, b"there")
+    time.sleep(60)
+os.read(reads, 5)
+os.kill(child, {int(number)})
+assert os.waitpid(child, 0)[1] == {int(number)}
+ready()
+time.sleep(2 * signals.RETURN)
+sys.exit(3)"""
+    assert end(start(body)) == (3, "")
 
 
 @pytest.mark.parametrize("name", ["run", "plan", "verify"])

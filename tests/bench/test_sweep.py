@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import sweep
 import torch
-from classes import apart, examine, table
+from classes import examine, table
 from classes.apart import Limits, examine_all
 from classes.examine import NOT_RUN, REFUSED, TRACEBACK, WORKS, WRONG
 from classes.tiny_config import LAYERS, TOKENS, VOCABULARY, parts_of, tiny_config
@@ -174,28 +174,27 @@ def test_nothing_is_like_nan():
 class TestProcesses:
     """A class that crashes, hangs or takes too much memory is one row, and no more."""
 
-    def row(self, monkeypatch, function, limits):
-        monkeypatch.setattr(apart, "examine", function)
+    def row(self, function, limits):
         rows = []
-        examine_all([CASES["llama"], CASES["qwen2"]], 2, limits, lambda case, row: rows.append(row))
+        examine_all([CASES["llama"], CASES["qwen2"]], 2, limits, lambda case, row: rows.append(row), function)
         assert {row["model_type"] for row in rows} == {"llama", "qwen2"}
         return rows[0]
 
-    def test_result(self, monkeypatch):
-        row = self.row(monkeypatch, lambda case, folder: {"model_type": case.model_type, "a": 1}, Limits())
+    def test_result(self):
+        row = self.row(lambda case, folder: {"model_type": case.model_type, "a": 1}, Limits())
         assert row["a"] == 1
 
-    def test_crash(self, monkeypatch):
-        row = self.row(monkeypatch, lambda case, folder: os.kill(os.getpid(), signal.SIGKILL), Limits())
+    def test_crash(self):
+        row = self.row(lambda case, folder: os.kill(os.getpid(), signal.SIGKILL), Limits())
         assert row["outcome"] == TRACEBACK
         assert "SIGKILL" in row["reason"]
 
-    def test_time(self, monkeypatch):
-        row = self.row(monkeypatch, lambda case, folder: time.sleep(60), Limits(seconds=0.2))
+    def test_time(self):
+        row = self.row(lambda case, folder: time.sleep(60), Limits(seconds=0.2))
         assert row["reason"].startswith("took more than 0.2 s")
 
-    def test_memory(self, monkeypatch):
-        row = self.row(monkeypatch, lambda case, folder: {"n": len(bytearray(2**30))}, Limits(memory=0.5))
+    def test_memory(self):
+        row = self.row(lambda case, folder: {"n": len(bytearray(2**30))}, Limits(memory=0.5))
         assert row["outcome"] == TRACEBACK
         assert "MemoryError" in row["reason"]
 
@@ -258,7 +257,17 @@ class TestCommand:
 
     def test_page(self):
         plans = [{"model": "M", "command": "python -m sparsefw.plan --model m", "refused": "fp8"}]
-        page = table.page({"versions": {"torch": "2"}, "rows": ROWS, "plans": plans}, LAYERS, 1e-3)
+        page = table.page({"versions": {"torch": "2"}, "rows": ROWS, "plans": plans}, LAYERS, 1e-3, {})
+        assert "## Evaluation" not in page
         assert page.index("| a | A | works | 91.2 % | `mlp.gate.weight` |") < page.index("| b | B | refused |  | a\\|b")
         assert "| works | 1 |" in page
         assert "| M | refused: fp8 |" in page
+
+    def test_page_with_answers(self):
+        answers = {"a A": {"outcome": WORKS, "sharing": "BEGINNINGS", "difference": 2e-6}}
+        answers["b B"] = ROWS["b B"]
+        page = table.page({"versions": {}, "rows": ROWS}, LAYERS, 1e-3, answers)
+        assert "| beginnings | 1 |" in page
+        assert "| branches | 0 |" in page
+        assert "2e-06" in page
+        assert "B (b) is refused: a\\|b" in page

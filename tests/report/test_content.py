@@ -4,12 +4,13 @@ import copy
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
-from helpers.pages import report_of_run
+from helpers.pages import report_of_run, task
 
 from sparsefw.errors import InputError
-from sparsefw.report import Report, content, read_report
+from sparsefw.report import Measurement, Report, content, read_report
 
 JUNK = [None, True, -1, 0, 10**22, 0.5, float("inf"), "", "x", "\ud800", [], [[]], [None], {}, {"x": None}]
 
@@ -52,7 +53,7 @@ def test_keys(path):
     """The keys of the file, for readers other than this package."""
     keys = (
         "arguments versions device data evaluation layers kept_dense seconds blocks timeline peak_memory memory notes "
-        "ranks"
+        "ranks tasks"
     )
     content = json.loads(report_of_run().to_json())
     assert list(content) == keys.split()
@@ -61,6 +62,34 @@ def test_keys(path):
     assert content["layers"][0]["gap"] is None
     assert content["timeline"][0] == {"block": None, "lane": "main", "phase": "embed", "start": 0.0, "end": 1.5}
     assert content["memory"]["limits"] == {"host": 4 << 30}
+
+
+def test_tasks(path):
+    report = report_of_run()
+    report.tasks.extend([task("boolq"), replace(task("cola", "mcc"), higher_is_better=None)])
+    report.tasks[1].results.update(dense=Measurement(math.nan), wanda=Measurement(0.5))
+    written = report.to_json()
+    path.write_text(written)
+    assert read_report(path).to_json() == written
+    content = json.loads(written)
+    assert content["tasks"][0]["results"]["wanda"]["difference"] == {"value": -0.125, "stderr": 0.025}
+    assert content["tasks"][1]["results"]["wanda"] == {"value": 0.5, "stderr": None, "difference": None}
+    content["tasks"][0]["results"]["wanda"]["difference"] = {"value": 0.5}
+    assert refused(path, json.dumps(content)).startswith("tasks[0].results.wanda.difference.stderr: missing")
+    content["tasks"][0]["results"]["wanda"]["difference"] = 7
+    message = "tasks[0].results.wanda.difference: expected an object or null, got a whole number"
+    assert refused(path, json.dumps(content)) == message
+    content["tasks"][0].pop("documents")
+    assert refused(path, json.dumps(content)).startswith("tasks[0].documents: missing")
+
+
+def test_reports_of_older_versions(path):
+    """Runs before there were tasks have written none."""
+    report = report_of_run()
+    content = json.loads(report.to_json())
+    del content["tasks"]
+    path.write_text(json.dumps(content))
+    assert read_report(path) == report
 
 
 @pytest.mark.parametrize(

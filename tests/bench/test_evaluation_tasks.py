@@ -1,0 +1,171 @@
+"""Tasks made of prose that ships with packages: what counts as prose, and that every item is what its task says."""
+
+import json
+from collections import Counter
+
+import make_tasks
+import prose
+import pytest
+
+# A small package that is always installed, with the prose of which items of every task can be made.
+PACKAGE = "jinja2"
+
+
+@pytest.fixture(scope="module")
+def passages():
+    return prose.passages([PACKAGE])
+
+
+@pytest.fixture(scope="module")
+def few_uses():
+    # It uses no word as often as all packages together do.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(make_tasks, "USES", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def items(passages, few_uses):
+    return make_tasks.make_items(passages, 20)
+
+
+def sentences_of(passages):
+    return {sentence for passage in passages for sentence in passage.sentences}
+
+
+def chosen(item):
+    """The right one of the choices, and the wrong ones."""
+    wrong = item["choices"].copy()
+    return wrong.pop(item["label"]), wrong
+
+
+class TestProse:
+    @pytest.mark.parametrize(
+        "sentence",
+        [
+            "The length of a line (with its end) is how many letters it has.",
+            "It's well-known, if not true: this is the end of it.",
+        ],
+    )
+    def test_whole_sentences(self, sentence):
+        assert prose.is_prose(sentence)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "Return the length of it",
+            "the length of a line is the number of its letters.",
+            "The length of a_line is the number of its letters.",
+            "The length of a line is 3 for all of its letters.",
+            "The length of aLine is the number of its letters.",
+            "The length of a line (is the number of its letters.",
+            "The length of `line` is the number of its letters.",
+            "The name of it by the author Paul F. It is the first of all.",
+            "Boolean object float value number letters lines.",
+            "To be.",
+        ],
+    )
+    def test_no_sentences(self, text):
+        assert not prose.is_prose(text)
+
+    def test_runs_end_where_prose_does_and_no_sentence_comes_twice(self):
+        one, two, three = (f"This is the {name} of all of the lines." for name in ("first", "second", "third"))
+        seen = {two}
+        text = f"{one}\n{three}\n\n    code = line(3)\n\n{one} This is another of the lines. {two}"
+        assert list(prose.runs_of_sentences(text, seen)) == [(one, three), ("This is another of the lines.",)]
+        assert {one, two, three} < seen
+
+    def test_an_initial_ends_no_sentence(self):
+        assert list(prose.runs_of_sentences("It is by the author Paul F. Lines of all of the letters.", set())) == []
+
+    def test_docstrings_of_all_that_has_some(self):
+        source = b'"""A."""\nx = "no"\nclass C:\n    """B."""\n    async def f(self):\n        r"""C\\d."""\n'
+        assert list(filter(None, prose.docstrings(source))) == ["A.", "B.", "C\\d."]
+        assert list(prose.docstrings(b'"""A."""\ndef f(:')) == []
+
+    def test_a_package_that_is_missing_is_named(self, monkeypatch):
+        with pytest.raises(SystemExit, match="no_such_package"):
+            prose.passages(["no_such_package"])
+
+    def test_versions_of_all_packages(self):
+        assert prose.versions().keys() == prose.PACKAGES.keys()
+        assert all(prose.versions().values())
+
+
+class TestItems:
+    def test_next_sentence(self, items, passages):
+        following = {" ".join(p.sentences[:-1]): p for p in passages if len(p.sentences) > 1}
+        assert len(items["next_sentence"]) == 20
+        for item in items["next_sentence"]:
+            right, wrong = chosen(item)
+            passage = following[item["context"]]
+            assert right == passage.sentences[-1]
+            assert len({right, *wrong}) == 4
+            assert set(wrong) <= sentences_of(passages) - set(passage.sentences)
+            assert all(abs(len(other.split()) - len(right.split())) <= 2 for other in wrong)
+
+    def test_word_choice(self, items, passages):
+        assert len(items["word_choice"]) == 20
+        for item in items["word_choice"]:
+            right, wrong = chosen(item)
+            assert f"{item['context']} {right}" in sentences_of(passages)
+            (word, rest), others = right.split(" ", 1), [other.split(" ", 1) for other in wrong]
+            assert {other[1] for other in others} == {rest}
+            assert len({word, *(other[0] for other in others)}) == 4
+            assert all(make_tasks.ending(other[0]) == make_tasks.ending(word) for other in others)
+
+    def test_words_of_the_sentence_are_no_choices(self, passages, few_uses):
+        for item in make_tasks.word_choice(passages):
+            words = f"{item['context']} {chosen(item)[0]}".split()
+            assert all(wrong.split()[0] not in words for wrong in chosen(item)[1])
+
+    def test_true_sentence(self, items, passages):
+        assert items["true_sentence"]
+        for item in items["true_sentence"]:
+            right, (wrong,) = chosen(item)
+            assert item["context"] == ""
+            assert right in sentences_of(passages)
+            assert Counter(right.split()) == Counter(wrong.split())
+            n, m = (n for n, (a, b) in enumerate(zip(right.split(), wrong.split(), strict=True)) if a != b)
+            assert right.split()[n - 1] == right.split()[m - 1]
+
+    def test_word_cloze(self, items, passages):
+        whole = {" ".join(passage.sentences)[:-1] for passage in passages}
+        assert items["word_cloze"]
+        assert {f"{item['context']} {item['word']}" for item in items["word_cloze"]} <= whole
+
+    def test_documents_are_beginnings(self, passages, monkeypatch):
+        monkeypatch.setattr(make_tasks, "DOCUMENT", range(100, 301))
+        documents = [item["text"] for item in make_tasks.docs_rolling(passages)]
+        assert len(documents) == 2
+        modules = {p.module: [s for q in passages if q.module == p.module for s in q.sentences] for p in passages}
+        words = {module: len(" ".join(sentences).split()) for module, sentences in modules.items()}
+        longest = max(words, key=words.get)
+        assert documents[0] == "\n".join(modules[longest][: documents[0].count("\n") + 1])
+        assert all(100 <= len(text.split()) <= 300 for text in documents)
+
+    def test_right_choices_stand_everywhere(self, items):
+        assert {item["label"] for item in items["next_sentence"]} == set(range(4))
+        assert {item["label"] for item in items["true_sentence"]} == set(range(2))
+
+    def test_the_same_again_and_fewer_are_the_first_of_more(self, items, passages):
+        fewer = make_tasks.make_items(passages, 5)
+        assert all(fewer[name] == items[name][:5] for name in items)
+
+
+def test_files(items, tmp_path):
+    make_tasks.write_tasks(tmp_path / "tasks", items, {"jinja2": "3"})
+    for name, of_task in items.items():
+        config = json.loads((tmp_path / "tasks" / f"{name}.yaml").read_text())
+        assert (config["task"], config["tag"]) == (name, ["prose"])
+        data = config["dataset_kwargs"]["data_files"]["test"]
+        with open(data) as file:
+            assert [json.loads(line) for line in file] == of_task
+    told = json.loads((tmp_path / "tasks" / "sources.json").read_text())
+    assert told["versions"] == {"jinja2": "3"}
+    assert told["items"]["next_sentence"] == 20
+
+
+def test_requests_are_counted():
+    items = {"a": [{"choices": ["x", "y"]}, {"choices": ["x", "y", "z"]}], "b": [{"word": "x"}]}
+    assert make_tasks.requests_of(items) == 6

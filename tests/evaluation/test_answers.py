@@ -1,0 +1,255 @@
+"""Answers of a checkpoint: shared by ranks, within memory limits, and after an interruption."""
+
+import json
+
+import pytest
+import torch
+from helpers.families import save_model
+from helpers.ranks import on_ranks
+from helpers.requests import check_same, some_requests
+from safetensors.torch import load_file, save_file
+
+from sparsefw.errors import InputError
+from sparsefw.evaluation import saved as saving
+from sparsefw.evaluation.answers import Budget, scores_of
+from sparsefw.evaluation.request import Score
+from sparsefw.evaluation.saved import Saved
+from sparsefw.evaluation.shares import shares_of
+from sparsefw.evaluation.streaming import RequestStates
+from sparsefw.ranks import ALONE, Ranks
+
+REQUESTS = some_requests()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("answers") / "llama", "llama")
+
+
+@pytest.fixture(scope="module")
+def answers(llama):
+    return scores_of(llama, REQUESTS, Budget())
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_share_the_requests(count, llama, answers):
+    for of_rank in on_ranks(count, answers_on, llama):
+        check_same(of_rank, answers)
+
+
+def answers_on(ranks, folder):
+    return scores_of(folder, REQUESTS, Budget(), ranks=ranks)
+
+
+def test_a_rank_without_a_request(llama, answers):
+    for of_rank in on_ranks(3, one_answer, llama):
+        assert of_rank == [pytest.approx(answers[0], abs=1e-4)]
+
+
+def one_answer(ranks, folder):
+    return [tuple(score) for score in scores_of(folder, REQUESTS[:1], Budget(), ranks=ranks)]
+
+
+def test_shares_hold_every_request_once_and_about_as_many_tokens():
+    shares = shares_of(REQUESTS, Ranks(0, 3))
+    assert sorted(n for share in shares for n in share) == [*range(len(REQUESTS))]
+    tokens = [sum(len(REQUESTS[n].read) for n in share) for share in shares]
+    assert max(tokens) - min(tokens) < 2 * max(len(request.read) for request in REQUESTS)
+
+
+def test_a_limit_that_is_too_low_names_one_that_is_enough(llama, answers):
+    with pytest.raises(InputError, match=r"--host-memory 0.01: this run needs at least ([\d.]+) GiB") as error:
+        scores_of(llama, REQUESTS, Budget(host_memory=0.01))
+    enough = float(str(error.value).partition("at least ")[2].split()[0])
+    lines = []
+    # What the process has grows from run to run.
+    check_same(scores_of(llama, REQUESTS, Budget(host_memory=enough + 0.05), say=lines.append), answers)
+    assert any(line.startswith("memory: ") for line in lines)
+
+
+def test_what_is_computed_is_told(llama):
+    lines = []
+    scores_of(llama, REQUESTS, Budget(), say=lines.append)
+    tokens = sum(len(request.read) for request in REQUESTS)
+    assert f"requests: {len(REQUESTS)} with {tokens} tokens, computed as" in lines[1]
+    assert lines[1].endswith("beginnings shared")
+
+
+def test_no_requests(llama):
+    assert scores_of(llama, [], Budget()) == []
+
+
+def test_logits_that_overflow_are_refused(tmp_path):
+    """Without a word, comparisons of NaN would choose among the answers."""
+    folder = save_model(tmp_path / "model", "llama")
+    shards = [path for path in folder.glob("*.safetensors") if "model.norm.weight" in load_file(path)]
+    save_file(load_file(shards[0]) | {"model.norm.weight": torch.full((32,), 3e38)}, shards[0], {"format": "pt"})
+    with pytest.raises(InputError, match=r"model: the log-likelihoods of \d+ of 28 requests are NaN"):
+        scores_of(folder, REQUESTS, Budget())
+
+
+def opened(output, identity="same", restart=False, ranks=ALONE, say=lambda line: None):
+    return Saved(output, {"what it is": identity}, restart, say, ranks)
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """Hidden states are saved behind every block."""
+    monkeypatch.setattr(saving, "SECONDS", 0.0)
+    monkeypatch.setattr(saving, "TIMES", 0.0)
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupt(folder, output, block, ranks=ALONE, say=lambda line: None):
+    """Begin a pass whose requests do not come through a block."""
+    with pytest.MonkeyPatch.context() as patched, opened(output, ranks=ranks) as saved:
+        interrupted_at(patched, block)
+        with pytest.raises(Stop):
+            scores_of(folder, REQUESTS, Budget(), ranks=ranks, saved=saved, say=say)
+
+
+def interrupted_at(monkeypatch, block):
+    """From now on, the requests do not come through this block."""
+    advance = RequestStates.advance
+
+    def stopping(self, i):
+        if i == block:
+            raise Stop
+        advance(self, i)
+
+    monkeypatch.setattr(RequestStates, "advance", stopping)
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_an_interrupted_pass_goes_on(block, llama, answers, tmp_path, often, monkeypatch):
+    interrupt(llama, tmp_path / "out", block)
+    lines, advanced = [], []
+    advance = RequestStates.advance
+    monkeypatch.setattr(RequestStates, "advance", lambda self, i: advanced.append(i) or advance(self, i))
+    with opened(tmp_path / "out") as saved:
+        # The very same numbers.
+        assert scores_of(llama, REQUESTS, Budget(), saved=saved, say=lines.append) == answers
+        saved.finish({"a.json": "{}"})
+    assert advanced == [*range(block, 3)]
+    assert any("going on" in line for line in lines) == (block > 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "a.json").read_text() == "{}"
+
+
+def test_an_interruption_tells_what_the_same_command_does(llama, tmp_path, often):
+    for block, notes in ((0, []), (1, ["the same command goes on from what was saved"])):
+        with pytest.MonkeyPatch.context() as patched:
+            interrupted_at(patched, block)
+            with pytest.raises(Stop) as stopped, opened(tmp_path / "out") as saved:
+                scores_of(llama, REQUESTS, Budget(), saved=saved)
+            assert getattr(stopped.value, "__notes__", []) == notes
+
+    def stop_behind_the_end(saved):
+        saved.finish({"a.json": "{}"})
+        raise Stop
+
+    with pytest.raises(Stop) as stopped, opened(tmp_path / "out") as saved:
+        stop_behind_the_end(saved)
+    assert stopped.value.__notes__ == [f"{tmp_path / 'out'} is complete"]
+
+
+def test_a_model_that_is_done_is_not_asked_again(llama, answers, tmp_path):
+    with opened(tmp_path / "out") as saved:
+        scores_of(llama, REQUESTS, Budget(), saved=saved)
+    with opened(tmp_path / "out") as saved:
+        assert scores_of(tmp_path / "is not there", REQUESTS, Budget(), saved=saved) == answers
+        assert saved.answers(1) is None
+
+
+def test_answers_are_kept_to_the_last_bit(tmp_path):
+    scores = [Score(-1.1e-17 / 3, True), Score(float("-inf"), False), Score(-12345.678901234567, True)]
+    with opened(tmp_path / "out") as saved:
+        saved.add_answers(0, 3, scores)
+    with opened(tmp_path / "out") as saved:
+        assert saved.answers(0) == scores
+
+
+def test_only_the_last_hidden_states_are_kept(llama, tmp_path, often):
+    interrupt(llama, tmp_path / "out", 2)
+    kept = [path.name for path in (tmp_path / ".out.partial" / "kept").iterdir()]
+    assert kept == ["states-00002-00000.safetensors"]
+
+
+def test_hidden_states_are_not_saved_more_often_than_it_pays(llama, tmp_path):
+    with opened(tmp_path / "out") as saved:
+        scores_of(llama, REQUESTS, Budget(), saved=saved)
+    assert not list((tmp_path / ".out.partial").glob("kept/*"))
+
+
+@pytest.mark.parametrize("damage", ["changed", "shorter", "gone"])
+def test_damaged_hidden_states_are_refused(damage, llama, answers, tmp_path, often, monkeypatch):
+    interrupt(llama, tmp_path / "out", 2)
+    (path,) = (tmp_path / ".out.partial" / "kept").iterdir()
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(bytes(data if damage == "changed" else data[:-1]))
+    with opened(tmp_path / "out") as saved, pytest.raises(InputError, match=r"damaged, kept/states-.*--restart"):
+        scores_of(llama, REQUESTS, Budget(), saved=saved)
+    with opened(tmp_path / "out", restart=True) as saved:
+        assert scores_of(llama, REQUESTS, Budget(), saved=saved) == answers
+
+
+def test_another_evaluation_does_not_go_on(llama, tmp_path):
+    with opened(tmp_path / "out") as saved:
+        scores_of(llama, REQUESTS, Budget(), saved=saved)
+    with pytest.raises(InputError, match="what it is same then, other now"), opened(tmp_path / "out", "other"):
+        pass
+
+
+def test_one_at_a_time(tmp_path):
+    second = opened(tmp_path / "out")
+    with opened(tmp_path / "out"), pytest.raises(InputError, match="another run is writing it"):
+        second.__enter__()
+
+
+def test_ranks_go_on_together(llama, answers, tmp_path, often, monkeypatch):
+    output = tmp_path / "out"
+    on_ranks(2, stopped_on, llama, output)
+    for of_rank, lines in on_ranks(2, go_on, llama, output):
+        check_same(of_rank, answers)
+        assert any("going on with an unfinished evaluation: 2 of 3" in line for line in lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert json.loads((output / "b.json").read_text()) == [1]
+
+
+def stopped_on(ranks, folder, output):
+    interrupt(folder, output, 2, ranks)
+    ranks.wait()
+
+
+def go_on(ranks, folder, output):
+    lines = []
+    with opened(output, ranks=ranks) as saved:
+        found = scores_of(folder, REQUESTS, Budget(), ranks=ranks, saved=saved, say=lines.append)
+        saved.finish({"b.json": "[1]"})
+    return found, lines
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "qwen3_next"])
+def test_blocks_that_hand_on_more_begin_anew(family, tmp_path, often, monkeypatch):
+    """What lies between two blocks is more than what is saved, or it is not."""
+    save_model(tmp_path / "model", family)
+    whole = scores_of(tmp_path / "model", REQUESTS, Budget())
+    lines = []
+    interrupt(tmp_path / "model", tmp_path / "out", 2, say=lines.append)
+    with opened(tmp_path / "out") as saved:
+        assert saved.blocks(0) == (0 if any("an interruption costs" in line for line in lines) else 2)
+        assert scores_of(tmp_path / "model", REQUESTS, Budget(), saved=saved) == whole
+
+
+def test_there_is_no_gpu_limit_without_a_gpu(llama):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU; a machine without one runs this")
+    with pytest.raises(InputError, match="--gpu-memory: no CUDA device"):
+        scores_of(llama, REQUESTS, Budget(gpu_memory=1.0))

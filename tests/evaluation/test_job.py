@@ -1,0 +1,278 @@
+"""Whole evaluations, and the tasks of a pruning run."""
+
+import json
+
+import pytest
+import torch
+from helpers.families import save_model
+from helpers.ranks import on_ranks
+from helpers.tasks import TASKS, write_task
+from helpers.texts import make_tokenizer
+
+import sparsefw
+from sparsefw.errors import InputError
+from sparsefw.evaluate import main
+from sparsefw.evaluation import evaluate, harness, job
+from sparsefw.evaluation.measured import Evaluation
+from sparsefw.evaluation.streaming import RequestStates
+
+TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(40))
+NAMES = ["tiny_choices", "tiny_rolling", "tiny_last_word"]
+QUICK = {"nsamples": 4, "seqlen": 32, "sparsity": "0.5", "steps": 2, "kernel": "torch"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_these_tasks():
+    """The harness takes seconds to look at all of its own tasks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(harness.questions.__kwdefaults__, "include_defaults", False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tasks):
+    """A folder with a dense model, a text, and a model that was pruned and evaluated."""
+    folder = tmp_path_factory.mktemp("job")
+    save_model(folder / "dense", "llama")
+    (folder / "text.txt").write_text(TEXT)
+    pruned(folder, tasks, folder / "pruned")
+    return folder
+
+
+def pruned(folder, tasks, output, **options):
+    text = str(folder / "text.txt")
+    return sparsefw.prune(
+        folder / "dense", output, dataset=text, evaluate=text, eval_windows=3, tasks=NAMES, include_path=tasks,
+        compare=("wanda",), **QUICK | options,
+    )  # fmt: skip
+
+
+def evaluated(place, tasks, **options):
+    text = str(place / "text.txt")
+    given = {"texts": text, "eval_windows": 3, "seqlen": 32, "include_path": tasks, "against": place / "dense"}
+    return evaluate(place / "pruned", NAMES, **given | options)
+
+
+def test_a_run_and_an_evaluation_measure_the_same(place, tasks):
+    report = json.loads((place / "pruned/report.json").read_text())
+    found = evaluated(place, tasks).evaluation
+    dense, method = str(place / "dense"), str(place / "pruned")
+    assert found.models == [dense, method]
+    for record, of_run in zip(found.tasks, report["tasks"], strict=True):
+        assert (record.task, record.metric) == (of_run["task"], of_run["metric"])
+        for name, its in ((dense, "dense"), (method, "sparsefw")):
+            assert record.results[name].value == pytest.approx(of_run["results"][its]["value"], rel=1e-5)
+    (text,) = found.texts
+    (of_run,) = report["evaluation"]
+    assert text.results[dense].value == pytest.approx(of_run["perplexity"]["dense"], rel=1e-5)
+    assert text.results[method].value == pytest.approx(of_run["perplexity"]["sparsefw"], rel=1e-5)
+    assert text.results[method].difference.value == pytest.approx(
+        text.results[method].value - text.results[dense].value
+    )
+
+
+def test_a_run_tells_of_its_tasks(place, tasks):
+    from sparsefw.report import Report
+
+    report = Report.from_json((place / "pruned/report.json").read_text(), place)
+    assert {record.task for record in report.tasks} == {*NAMES}
+    assert {name for record in report.tasks for name in record.results} == {"dense", "wanda", "sparsefw"}
+    assert "tiny_choices" in (place / "pruned/report.html").read_text()
+
+
+def interrupt_run(place, tasks, output):
+    """Begin a run whose tasks do not come through the last block."""
+    advance = RequestStates.advance
+
+    def stopping(self, i):
+        if i == 2:
+            raise KeyboardInterrupt
+        advance(self, i)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(RequestStates, "advance", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            pruned(place, tasks, output)
+
+
+def interrupt_evaluation(place, tasks, output):
+    """Begin an evaluation that does not come to its second model; returns the models that it came to."""
+    calls, scores_of = [], job.scores_of
+
+    def second_fails(folder, *args, **others):
+        calls.append(folder.name)
+        if folder.name == "pruned":
+            raise KeyboardInterrupt
+        return scores_of(folder, *args, **others)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(job, "scores_of", second_fails)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated(place, tasks, output=output)
+    return calls
+
+
+def test_an_interrupted_run_ends_with_the_same_tasks(place, tasks, tmp_path):
+    interrupt_run(place, tasks, tmp_path / "out")
+    result = pruned(place, tasks, tmp_path / "out")
+    report = json.loads((place / "pruned/report.json").read_text())
+    found = json.loads((tmp_path / "out/report.json").read_text())
+    assert found["tasks"] == report["tasks"]
+    assert [record.task for record in result.tasks] == [record["task"] for record in found["tasks"]]
+
+
+def test_other_tasks_are_other_input(place, tasks, tmp_path):
+    interrupt_run(place, tasks, tmp_path / "out")
+    with pytest.raises(InputError, match="what --tasks ask"):
+        pruned(place, tasks, tmp_path / "out", limit=2)
+
+
+def test_ranks_of_a_run_measure_the_same_tasks(place, tasks, tmp_path):
+    report = json.loads((place / "pruned/report.json").read_text())
+    on_ranks(2, run_on, place, tasks, tmp_path / "out")
+    found = json.loads((tmp_path / "out/report.json").read_text())
+    for record, of_one in zip(found["tasks"], report["tasks"], strict=True):
+        dense, its = (x["results"]["dense"]["value"] for x in (record, of_one))
+        assert dense == pytest.approx(its, rel=1e-5)
+
+
+def run_on(ranks, place, tasks, output):
+    from sparsefw.driver import CheckpointJob, Output, run_job
+    from sparsefw.inputs import Inputs
+    from sparsefw.solver import PruneConfig
+
+    text = str(place / "text.txt")
+    inputs = Inputs(
+        model=str(place / "dense"), dataset=text, nsamples=4, seqlen=32, evaluate=(text,), eval_windows=3,
+        tasks=NAMES, include_path=str(tasks),
+    )  # fmt: skip
+    config = PruneConfig(sparsity="0.5", steps=2, kernel="torch", compare=("wanda",))
+    run_job(CheckpointJob(inputs, config, Output(output), place / "dense"), lambda line: None, False, ranks)
+
+
+def test_output_is_what_was_returned(place, tasks, tmp_path):
+    result = evaluated(place, tasks, output=tmp_path / "out")
+    path = result.output / job.RESULT
+    assert [path.name for path in result.output.iterdir()] == [job.RESULT]
+    assert Evaluation.from_json(path.read_text(), path) == result.evaluation
+    with pytest.raises(InputError, match="exists and is not empty"):
+        evaluated(place, tasks, output=tmp_path / "out")
+    evaluated(place, tasks, output=tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds notes.txt, too, so --overwrite will not remove it"):
+        evaluated(place, tasks, output=tmp_path / "out", overwrite=True)
+
+
+def test_a_checkpoint_is_never_replaced_by_an_evaluation(place, tasks, tmp_path):
+    save_model(tmp_path / "other", "llama")
+    with pytest.raises(InputError, match=r"not an evaluation \(no evaluation.json\)"):
+        evaluated(place, tasks, output=tmp_path / "other", overwrite=True)
+    (tmp_path / "other" / job.RESULT).write_text("{}")
+    with pytest.raises(InputError, match=r"holds .*, too"):
+        evaluated(place, tasks, output=tmp_path / "other", overwrite=True)
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_next_model(place, tasks, tmp_path):
+    whole = evaluated(place, tasks).evaluation
+    assert interrupt_evaluation(place, tasks, tmp_path / "out") == ["dense", "pruned"]
+    lines = []
+    assert evaluated(place, tasks, output=tmp_path / "out", log=lines.append).evaluation == whole
+    assert f"model: {place / 'dense'}: all answers are there" in lines
+    assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"limit": 3}, "the tasks"),
+    ({"eval_windows": 2}, "what .* is asked"),
+    ({"against": None}, "--against"),
+])  # fmt: skip
+def test_another_evaluation_does_not_go_on_with_it(change, named, place, tasks, tmp_path):
+    interrupt_evaluation(place, tasks, tmp_path / "out")
+    with pytest.raises(InputError, match=f"an unfinished run of other input is there .* {named} "):
+        evaluated(place, tasks, output=tmp_path / "out", **change)
+
+
+def test_texts_alone_need_no_harness(place, monkeypatch):
+    monkeypatch.setattr("sparsefw.evaluation.find_spec", lambda name: None)
+    result = evaluate(place / "dense", texts=place / "text.txt", seqlen=32)
+    assert result.evaluation.tasks == []
+    with pytest.raises(InputError, match=r"pip install -e '.\[eval\]'"):
+        evaluate(place / "dense", "tiny_choices")
+
+
+def test_windows_are_as_long_as_the_model_takes(place):
+    (text,) = evaluate(place / "dense", texts=place / "text.txt").evaluation.texts
+    assert text.seqlen == 64
+
+
+def test_perplexities_in_other_tokens_are_not_compared(place, tmp_path):
+    save_model(tmp_path / "other", "llama", seed=1)
+    make_tokenizer(bos=True).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"reads .* as other tokens than"):
+        evaluate(tmp_path / "other", against=place / "dense", texts=place / "text.txt", seqlen=32)
+
+
+def test_a_model_is_not_compared_with_itself(place):
+    with pytest.raises(InputError, match=r"^--against .*dense: the model itself"):
+        evaluate(f"{place / 'dense'}/", against=place / "dense", texts=place / "text.txt")
+
+
+def test_a_model_that_reads_one_token_has_no_perplexity(place, tmp_path):
+    save_model(tmp_path / "one", "llama", max_position_embeddings=1)
+    with pytest.raises(InputError, match="one: reads 1 token at once, so that none of a text can be predicted"):
+        evaluate(tmp_path / "one", texts=place / "text.txt")
+
+
+def test_a_task_without_metrics_is_told(place, tmp_path):
+    config, documents = TASKS["tiny_choices"]
+    metric = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+    write_task(tmp_path, "silent", config | {"metric_list": [metric]}, documents)
+    lines = []
+    evaluate(place / "dense", "silent", include_path=tmp_path, log=lines.append)
+    assert lines[-1] == "note: task silent: none of its metrics is one that the harness computes for its kind of task"
+
+
+def test_nothing_to_do_is_refused(place):
+    with pytest.raises(InputError, match="--tasks, --eval: neither is given"):
+        evaluate(place / "dense")
+
+
+def test_a_plan_computes_nothing(place, tasks, monkeypatch):
+    monkeypatch.setattr(job, "scores_of", None)
+    lines = []
+    assert evaluated(place, tasks, plan=True, log=lines.append) is None
+    assert len([line for line in lines if line.startswith(("requests: ", "memory: ", "plan: "))]) == 6
+
+
+def test_the_command(place, tasks, capsys):
+    arguments = [str(place / "pruned"), "--against", str(place / "dense"), "--tasks", "tiny_choices, tiny_rolling"]
+    arguments += ["--include-path", str(tasks), "--eval", str(place / "text.txt"), "--seqlen", "32", "--limit", "4"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "beginnings shared" in out
+    row = next(line for line in out.splitlines() if line.startswith("tiny_choices") and " acc " in line)
+    assert row.split()[2] == "4"
+    assert row.count("±") == 3
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--tasks", "tiny_chioces"], "task 'tiny_chioces': unknown; the closest names are"),
+    (["--eval", "no.txt"], "no.txt: no such file"),
+    (["--eval", "default", "--limit", "-1"], "--limit -1"),
+    (["--eval", "default", "--num-fewshot", "-1"], "--num-fewshot -1"),
+    (["--eval", "default", "--host-memory", "0.01"], "--host-memory 0.01: this run needs at least"),
+    (["--eval", "default", "--against", "nowhere/x/y"], "nowhere/x/y: neither a local path nor a valid Hub id"),
+    (["--tasks", "tiny_choices", "--include-path", "nowhere"], "nowhere: no folder of tasks"),
+])  # fmt: skip
+def test_mistakes_are_one_line(arguments, message, place, tasks, capsys):
+    given = ["--include-path", str(tasks)] if "--include-path" not in arguments else []
+    assert main([str(place / "dense"), *given, *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sparsefw: ")
+    assert message in line
+
+
+def test_a_batch_of_a_caller_has_no_tasks(place):
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="prune\\(\\) got calibration and 'tasks', which belongs to a text"):
+        sparsefw.prune(model, calibration=[torch.ones(1, 2)], tasks="hellaswag")
