@@ -57,8 +57,16 @@ class Running:
         return time.monotonic() - self.began
 
 
+# Examines a class in an empty folder, and returns its row.
+Examine = Callable[[Case, Path], dict[str, Any]]
+
+
 def examine_all(
-    cases: Iterable[Case], jobs: int, limits: Limits, on_row: Callable[[Case, dict[str, Any]], None]
+    cases: Iterable[Case],
+    jobs: int,
+    limits: Limits,
+    on_row: Callable[[Case, dict[str, Any]], None],
+    how: Examine = examine,
 ) -> None:
     """Examine classes, several at a time.
 
@@ -67,12 +75,13 @@ def examine_all(
         jobs: number of processes, with one thread each.
         limits: limits of each process.
         on_row: called with each class's row of the results as soon as it is there.
+        how: examines a class.
     """
     waiting, running = deque(cases), []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_start(waiting.popleft(), limits))
+                running.append(_start(waiting.popleft(), limits, how))
             wait([one.process.sentinel for one in running], timeout=1)
             for one in running[:]:
                 if one.process.is_alive() and one.seconds < limits.seconds:
@@ -86,14 +95,14 @@ def examine_all(
             one.folder.cleanup()
 
 
-def _start(case: Case, limits: Limits) -> Running:
+def _start(case: Case, limits: Limits, how: Examine) -> Running:
     folder = tempfile.TemporaryDirectory(prefix="sweep-")
-    process = FORK.Process(target=_child, args=(case, Path(folder.name), limits))
+    process = FORK.Process(target=_child, args=(case, Path(folder.name), limits, how))
     process.start()
     return Running(case, process, folder)
 
 
-def _child(case: Case, folder: Path, limits: Limits) -> None:
+def _child(case: Case, folder: Path, limits: Limits, how: Examine) -> None:
     """Examine a class in this process, and leave its row in the folder."""
     # Libraries print much. Only the last words of a crash are of interest.
     sys.stdout = sys.stderr = (folder / "said.txt").open("w")
@@ -103,7 +112,7 @@ def _child(case: Case, folder: Path, limits: Limits) -> None:
     allowed = pages * resource.getpagesize() + int(limits.memory * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
     torch.set_num_threads(1)
-    row = examine(case, folder)
+    row = how(case, folder)
     (folder / "row.json").write_text(json.dumps(row))
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 import sparsefw.run
 import sparsefw.verify
+from classes.tiny_config import WINDOW
 from classes.tiny_model import Case, build, byte_tokenizer, load, perplexity, random_text, windows_of
 from sparsefw.report import Report, read_report
 
@@ -67,7 +68,7 @@ def _examine(case: Case, folder: Path, row: dict[str, Any]) -> None:
     row["architecture"] = type(original).__name__
     _prune(folder)
     report = read_report(folder / OUTPUT / "report.json")
-    with _of_product("load the output"):
+    with of_product("load the output"):
         pruned, pruned_loading = load(folder / OUTPUT)
     row |= _pruned_part(report, pruned)
     row["perplexity"] = {"plain": dense, **report.evaluation[0].perplexity}
@@ -77,8 +78,10 @@ def _examine(case: Case, folder: Path, row: dict[str, Any]) -> None:
     _verify(folder)
 
 
-def write_source(case: Case, folder: Path) -> tuple[Tensor, float, PreTrainedModel, dict[str, Any]]:
-    """Write the checkpoint of a class and two texts.
+def write_source(
+    case: Case, folder: Path, window: int = WINDOW
+) -> tuple[Tensor, float, PreTrainedModel, dict[str, Any]]:
+    """Write the checkpoint of a class and two texts; `window` as for `tiny_config`.
 
     Returns:
         The evaluation windows, the perplexity of plain transformers on them, the model as it is loaded from the
@@ -92,7 +95,7 @@ def write_source(case: Case, folder: Path) -> tuple[Tensor, float, PreTrainedMod
     (folder / EVALUATION).write_text(text)
     windows = windows_of(tokenizer, text, SEQLEN, EVALUATED)
     with _of_transformers("build"):
-        model = build(case)
+        model = build(case, window)
     with _of_transformers("forward"):
         in_memory = perplexity(model, windows)
     with _of_transformers("save and load"):
@@ -138,7 +141,7 @@ def _verify(folder: Path) -> None:
 def _run(name: str, main: Callable[[list[str]], int], arguments: list[str]) -> tuple[int, str]:
     """Run a command of the product; its exit status, and the line that it ended with, if that was not 0."""
     out, err = io.StringIO(), io.StringIO()
-    with _of_product(name), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with of_product(name), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(arguments)
     lines = [line.removeprefix("sparsefw: ") for line in err.getvalue().splitlines() if line.startswith("sparsefw: ")]
     failures = [line.strip() for line in out.getvalue().splitlines() if line.startswith("  ")]
@@ -156,10 +159,12 @@ def _of_transformers(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _of_product(what: str) -> Iterator[None]:
+def of_product(what: str) -> Iterator[None]:
     """Errors inside are the product's."""
     try:
         yield
+    except Ended:
+        raise
     except Exception as error:
         raise Ended(TRACEBACK, f"{what}: {_described(error)}") from error
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from classes.answers import WITHIN
 from classes.examine import NOT_RUN, OUTCOMES, REFUSED, TRACEBACK, WORKS, WRONG
 
 MEANING = {
@@ -12,6 +13,11 @@ MEANING = {
     TRACEBACK: "a mistake in this package",
     WRONG: "a mistake in this package: the run ends well, and a comparison fails",
     NOT_RUN: "transformers itself does not build, run or reload the class on token ids alone",
+}
+SHARED = {
+    "BRANCHES": "the beginnings of requests, such as a question with several answers, are computed once",
+    "BEGINNINGS": "a request that another one begins with costs nothing, and rows are padded",
+    "NOTHING": "equal requests are computed once",
 }
 KINDS = {"text": "text", "image": "image and text", "audio": "audio and text"}
 GIB = 2**30
@@ -30,19 +36,28 @@ A tiny checkpoint shows that the mechanism fits the class. It shows nothing abou
 Versions: {versions}.
 """
 
+ANSWERED = """\
+`python bench/sweep.py --answers` has each class answer requests, one block at a time: questions with several answers,
+a single token, more tokens than are read. Plain transformers answers one request after the other. In fp32 all
+log-likelihoods are the same within {within:g} nats; the largest difference is {largest:.2g}. What requests share is
+found by trial, and is the same in bf16.
+"""
 
-def page(results: dict[str, Any], layers: int, tolerance: float) -> str:
+
+def page(results: dict[str, Any], layers: int, tolerance: float, answers: dict[str, Any]) -> str:
     """The content of docs/models.md.
 
     Args:
         results: content of the results file.
         layers: layers of a tiny model.
         tolerance: relative tolerance of perplexities.
+        answers: rows of the classes that have answered requests.
     """
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
     rows = sorted(results["rows"].values(), key=lambda row: (row["model_type"].lower(), row["class"]))
     parts = [HEAD.format(layers=layers, tolerance=tolerance, versions=versions)]
-    parts += ["\n".join(_summary(rows)), "\n".join(_plans(results.get("plans", [])))]
+    parts += ["\n".join(_summary(rows)), "\n".join(_answers(list(answers.values())))]
+    parts.append("\n".join(_plans(results.get("plans", []))))
     parts.append("\n".join(_classes(rows)))
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
@@ -62,6 +77,24 @@ def _summary(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield from _head(["outcome", *(KINDS[kind] for kind in kinds), "what it means"])
     for outcome in OUTCOMES:
         yield _line([outcome, *(str(counts[kind, outcome]) for kind in kinds), MEANING[outcome]])
+
+
+def _answers(rows: list[dict[str, Any]]) -> Iterator[str]:
+    works = [row for row in rows if row["outcome"] == WORKS]
+    if not works:
+        return
+    yield "## Evaluation"
+    yield ""
+    largest = max(row["difference"] for row in works)
+    yield ANSWERED.format(within=WITHIN, largest=largest)
+    yield from _head(["shared", "classes", "what it means"])
+    counts = Counter(row["sharing"] for row in works)
+    for sharing, meaning in SHARED.items():
+        yield _line([sharing.lower(), str(counts[sharing]), meaning])
+    for row in rows:
+        if row["outcome"] in (REFUSED, TRACEBACK, WRONG):
+            yield ""
+            yield f"{row['class']} ({row['model_type']}) is {row['outcome']}: {_escaped(row['reason'])}"
 
 
 def _plans(plans: list[dict[str, Any]]) -> Iterator[str]:

@@ -18,12 +18,16 @@ HIDDEN, HEADS, HEAD_DIM, LAYERS = 64, 4, 16, 4
 # The bytes and two special tokens; special ids of a config go behind them, where no text has a token.
 TOKENS = 256 + 2
 VOCABULARY = TOKENS + 62
+# Tokens that local attention reads, and that are computed at once.
+WINDOW = 8
 # Numbers above this are taken for sizes, whatever they are called.
 UNKNOWN = 256
 
 # Entries by their name, and the largest value that they keep. The first pattern that is found counts.
 CAPS = [
     (r"vocab", VOCABULARY),
+    # Scores of fewer heads are often zero, and which of equal ones are the largest is left open.
+    (r"index(er)?_n_heads", 32),
     (r"index_top|index_block|rotary_dim", 8),
     (r"tokens_per_(image|side)", 4),
     (r"kv_shared|shared_kv", 2),
@@ -46,7 +50,7 @@ CAPS = [
     (r"top_?k", 8),
     # Longer than a window, as the default is: from there on some classes go through the blocks several times.
     (r"max_.*chunk", 128),
-    (r"window|chunk|block_size|block_len|stride_len|context_size", 8),
+    (r"window|chunk|block_size|block_len|stride_len|context_size", WINDOW),
     (r"adapter_(in|out|input)_", HIDDEN),
     (r"image_size|img_size|crop_size|input_size$|resolution", 32),
     (r"patch_size", 8),
@@ -55,6 +59,7 @@ CAPS = [
     (r"position|n_ctx|max_seq|max_.*len|seq_len|context_len|seqlen", 128),
     (r"hidden|d_model|embd|embed|width|emb_|^dim$|_dim$|_size$|channels|features", HIDDEN),
 ]  # fmt: skip
+_LOCAL = re.compile(r"window|attention_chunk")
 # Numbers of these names are no sizes, however large they are.
 NO_SIZES = re.compile(r"theta|base|freq|rate|seed|token|scal|fft|mel|hop|sampling|factor|version|time|step|eps|floor")
 TOKEN_ID = re.compile(r"(^|_)token(_id|_index|_idx)?s?$|(^|_)(id|ids|index)$")
@@ -70,13 +75,13 @@ NEEDED = {
 }
 
 
-def tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
-    """A tiny config of a class.
+def tiny_config(config_class: type[PretrainedConfig], window: int = WINDOW) -> PretrainedConfig:
+    """A tiny config of a class; local attention reads as many tokens as `window` has.
 
     Raises:
         Exception: of any type, where the class's code does not take its own defaults or the tiny values.
     """
-    shrinker = _Shrinker()
+    shrinker = _Shrinker(window)
     entries = shrinker.entries(config_class())
     config = config_class(**entries)
     if patterns := list(_incomplete(config_class(), config)):
@@ -96,8 +101,8 @@ def parts_of(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 class _Shrinker:
     """Makes the entries of tiny configs; ids of special tokens are given out once each."""
 
-    def __init__(self) -> None:
-        self._next_id = TOKENS
+    def __init__(self, window: int) -> None:
+        self._next_id, self._window = TOKENS, window
 
     def entries(self, config: PretrainedConfig) -> dict[str, Any]:
         """The entries that make a tiny config of the class of `config`, a config with default values."""
@@ -148,6 +153,8 @@ class _Shrinker:
             return value
         unknown = HIDDEN if value > UNKNOWN and not NO_SIZES.search(key) else value
         cap = next((cap for pattern, cap in CAPS if re.search(pattern, key)), unknown)
+        if _LOCAL.search(key) and cap == WINDOW:
+            cap = self._window
         if cap == 2 and re.search("kv|key", key) and value in (values.get(name) for name in _QUERY_HEADS):
             # As many as there are heads of queries.
             cap = HEADS

@@ -2,10 +2,12 @@
 
     python bench/runs/kill_runs.py FOLDER --kills 50
     python bench/runs/kill_runs.py FOLDER --kills 20 --ranks 3
+    python bench/runs/kill_runs.py FOLDER --kills 50 --evaluate --signals KILL,INT,TERM
 
 A run that is killed is started again with the same command. Once it has come through, the next one begins anew. All
-outputs must have the bytes of the undisturbed run. The runs prune the embedded model, into FOLDER. Of several ranks one
-is killed, and the others must end within seconds.
+outputs must have the bytes of the undisturbed run. The runs prune the embedded model, into FOLDER; with --evaluate they
+evaluate it and a copy of it, saved behind every block. Of several ranks one is killed, and the others must end within
+seconds.
 """
 
 import argparse
@@ -18,7 +20,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
+
+from sparsefw.inputs import DEFAULT_MODEL
 
 # These hold times, or digests of what does.
 TIMED = {"report.json", "report.html", "SHA256SUMS"}
@@ -26,8 +31,17 @@ TIMED = {"report.json", "report.html", "SHA256SUMS"}
 
 def outputs(folder: Path) -> dict[str, bytes]:
     """The bytes of all files of an output that are the same in every run, once its digests have been checked."""
-    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+    if (folder / "SHA256SUMS").exists():
+        subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in TIMED}
+
+
+def evaluation(folder: Path) -> list[str]:
+    """The command of an evaluation, without its output."""
+    copy = folder / "copy"
+    shutil.copytree(DEFAULT_MODEL, copy)
+    script = Path(__file__).with_name("evaluate_often.py")
+    return [str(script), str(copy), "--against", "default", "--eval", "default", "--seqlen", "128"]
 
 
 def main() -> None:
@@ -37,23 +51,30 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--evaluate", action="store_true")
+    parser.add_argument("--signals", default="KILL", help="names, one of which is drawn each time (default: KILL)")
+    parser.add_argument("--begin", type=float, default=0.0, help="share of its time that is over before (default: 0)")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True)
     drawn = random.Random(arguments.seed)
+    signals = [signal.Signals[f"SIG{name}"] for name in arguments.signals.split(",")]
 
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(arguments.ranks)] if arguments.ranks > 1 else []
+    work = evaluation(arguments.folder) if arguments.evaluate else ["-m", "sparsefw.run"]
     seconds, lines = [], Counter[str]()
 
     def start(output: Path) -> subprocess.Popen:
-        command = [sys.executable, *launcher, "-m", "sparsefw.run", "--output", str(output)]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        command = [sys.executable, *launcher, *work, "--output", str(output)]
+        # A shell has what runs in its background ignore SIGINT.
+        obeys = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=obeys)
 
     def kill(run: subprocess.Popen) -> bool:
         """Kill a run or one of its ranks; returns whether it has not come through before."""
         errors.truncate(0)
         ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split() if launcher else [str(run.pid)]
         if ranks:
-            os.kill(int(drawn.choice(ranks)), signal.SIGKILL)
+            os.kill(int(drawn.choice(ranks)), drawn.choice(signals))
         killed = time.perf_counter()
         failed = run.wait(60) != 0
         seconds.append(time.perf_counter() - killed)
@@ -71,8 +92,8 @@ def main() -> None:
     while kills < arguments.kills:
         run = start(output)
         try:
-            # From the start of Python to a little beyond the end.
-            assert run.wait(drawn.uniform(0, 1.1 * length)) == 0
+            # To a little beyond the end.
+            assert run.wait(drawn.uniform(arguments.begin * length, 1.1 * length)) == 0
         except subprocess.TimeoutExpired:
             kills += kill(run)
             finished.append(len(list(output.with_name(".killed.partial").glob("records/*.json"))))
@@ -84,10 +105,11 @@ def main() -> None:
     if output.with_name(".killed.partial").exists():
         assert start(output).wait() == 0
         assert outputs(output) == expected
+        assert not output.with_name(".killed.partial").exists()
     counts = ", ".join(f"{finished.count(n)} with {n}" for n in sorted(set(finished)))
     print(f"{kills} runs of {length:.1f} s were killed ({counts} parts finished); all outputs have the same bytes")
     print(f"the runs were over within {max(seconds):.1f} s")
-    for line, count in lines.most_common() if launcher else ():
+    for line, count in lines.most_common():
         print(f"{count:3} {line}")
 
 

@@ -1,0 +1,252 @@
+"""Tasks for lm-evaluation-harness, of text that ships with Python: `python bench/evaluation/make_tasks.py FOLDER`.
+
+FOLDER gets a YAML and a JSONL file for each of five tasks, which the harness finds with `--include_path FOLDER`. Their
+tag is `prose`:
+
+- next_sentence: a passage goes on with its own next sentence, or with one of three from elsewhere in the package.
+- word_choice: a word of a sentence is the original, or one of three that are about as frequent and as long. What is
+  scored is the word and the rest of the sentence.
+- true_sentence: a sentence, or the same with two of its words exchanged. There is no context.
+- word_cloze: the last word of a passage.
+- docs_rolling: perplexity of documents, the longest of which have more than 2,048 tokens.
+
+The tasks are the same on every machine with the same versions of the packages, which `sources.json` names.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, islice
+from pathlib import Path
+
+from prose import FUNCTION_WORDS, Passage, passages, versions, words_of
+
+TAG = "prose"
+CHOICES = 4
+
+# Words of what goes on after a passage, and of a sentence that is judged alone.
+CONTINUATION = range(6, 31)
+ALONE = range(8, 26)
+
+# Words before the blank, at least, so that it can be known.
+BEFORE_BLANK = 15
+
+# Letters of a word that may be replaced, exchanged or asked for, at least: short ones are given by grammar alone.
+LETTERS = 5
+
+# How often it is used, at least, in all text: rarer ones are names.
+USES = 20
+
+# Words of a document of docs_rolling: at least, and at most. The harness's own model computes the logits of a batch of
+# documents at once, 200 KB of memory for each token.
+DOCUMENT = range(300, 1801)
+
+Items = list[dict]
+
+MULTIPLE_CHOICE = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{label}}"}
+ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+
+# What a task's YAML says beside its name and its file.
+SETTINGS: dict[str, dict] = {
+    "next_sentence": MULTIPLE_CHOICE
+    | {"doc_to_text": "{{context}}", "metric_list": [ACCURACY, ACCURACY | {"metric": "acc_norm"}]},
+    "word_choice": MULTIPLE_CHOICE | {"doc_to_text": "{{context}}", "metric_list": [ACCURACY]},
+    "true_sentence": MULTIPLE_CHOICE | {"doc_to_text": "", "metric_list": [ACCURACY]},
+    "word_cloze": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "{{' ' + word}}",
+        "metric_list": [ACCURACY, {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
+    },
+    "docs_rolling": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+}
+
+
+def next_sentence(prose: Sequence[Passage]) -> Iterator[dict]:
+    """One item of each passage of two sentences or more."""
+    # Sentences that go on after others: the first one of a docstring is told from them by its style.
+    later: dict[str, list[tuple[Passage, str]]] = {}
+    for passage in prose:
+        found = [(passage, s) for s in passage.sentences[1:] if len(words_of(s)) in CONTINUATION]
+        later.setdefault(passage.package, []).extend(found)
+    for passage in _shuffled(prose):
+        *context, last = passage.sentences
+        length = len(words_of(last))
+        others = [s for p, s in later[passage.package] if p is not passage and abs(len(words_of(s)) - length) <= 2]
+        if context and length in CONTINUATION and len(others) >= CHOICES - 1:
+            yield {"context": " ".join(context)} | _choices(last, random.Random(last).sample(others, CHOICES - 1))
+
+
+def word_choice(prose: Sequence[Passage]) -> Iterator[dict]:
+    """One item of each sentence that has a word with enough others like it."""
+    uses = _uses(prose)
+    for sentence in _alone(prose):
+        chance = random.Random(sentence)
+        words = sentence.split(" ")
+        # Neither the first words, so that there is a context, nor the last.
+        places = [n for n in range(3, len(words) - 1) if uses[words[n]] >= USES]
+        if not places:
+            continue
+        n = chance.choice(places)
+        others = [word for word in uses if alike(words[n], word, uses) and word not in words]
+        if len(others) >= CHOICES - 1:
+            rest = [" ".join([word, *words[n + 1 :]]) for word in (words[n], *chance.sample(others, CHOICES - 1))]
+            yield {"context": " ".join(words[:n])} | _choices(rest[0], rest[1:])
+
+
+def true_sentence(prose: Sequence[Passage]) -> Iterator[dict]:
+    """One item of each sentence that has two words with the same ending, and the same word before each of them."""
+    uses = _uses(prose)
+    for sentence in _alone(prose):
+        words = sentence.split(" ")
+        pairs = [
+            (n, m)
+            for m in range(1, len(words))
+            for n in range(1, m)
+            if uses[words[n]]
+            and uses[words[m]]
+            and words[n] != words[m]
+            # Grammar alone does not tell them apart then.
+            and ending(words[n]) == ending(words[m])
+            and words[n - 1] == words[m - 1]
+        ]
+        if pairs:
+            n, m = random.Random(sentence).choice(pairs)
+            exchanged = words.copy()
+            exchanged[n], exchanged[m] = words[m], words[n]
+            yield {"context": ""} | _choices(sentence, [" ".join(exchanged)])
+
+
+def word_cloze(prose: Sequence[Passage]) -> Iterator[dict]:
+    """One item of each passage of two sentences or more that ends with a word that is in use elsewhere."""
+    uses = _uses(prose)
+    for passage in _shuffled(prose):
+        *context, word = " ".join(passage.sentences).split(" ")
+        word = word[:-1]
+        if len(passage.sentences) > 1 and len(context) >= BEFORE_BLANK and uses[word] >= USES:
+            yield {"context": " ".join(context), "word": word}
+
+
+def docs_rolling(prose: Sequence[Passage]) -> Iterator[dict]:
+    """The beginnings of two documents of each package: of the longest, and of one of any length."""
+    documents: dict[str, dict[str, list[str]]] = {}
+    for passage in prose:
+        documents.setdefault(passage.package, {}).setdefault(passage.module, []).extend(passage.sentences)
+    for of_package in documents.values():
+        lengths = {module: sum(map(len, map(words_of, of_package[module]))) for module in of_package}
+        enough = [module for module in lengths if lengths[module] >= DOCUMENT.start]
+        longest = sorted(enough, key=lambda module: (-lengths[module], module))
+        for module in longest[:1] + sorted(longest[1:], key=_hash)[:1]:
+            yield {"text": _beginning(of_package[module])}
+
+
+def _beginning(sentences: Sequence[str]) -> str:
+    """As many sentences as a document takes, one on each line."""
+    words = accumulate(len(words_of(sentence)) for sentence in sentences)
+    return "\n".join(s for s, n in zip(sentences, words, strict=True) if n < DOCUMENT.stop)
+
+
+# What makes a task's items one by one, so that no more are made than are asked for.
+TASKS: dict[str, Callable[[Sequence[Passage]], Iterator[dict]]] = {
+    "next_sentence": next_sentence,
+    "word_choice": word_choice,
+    "true_sentence": true_sentence,
+    "word_cloze": word_cloze,
+    "docs_rolling": docs_rolling,
+}
+
+
+def make_items(prose: Sequence[Passage], most: int) -> dict[str, Items]:
+    """The items of every task, at most so many of each."""
+    return {name: list(islice(make(prose), most)) for name, make in TASKS.items()}
+
+
+def alike(word: str, other: str, uses: Counter[str]) -> bool:
+    """Whether another word could stand in a word's place by its length, its ending and how often it is used."""
+    return (
+        other[:3] != word[:3]
+        and abs(len(other) - len(word)) <= 1
+        and ending(other) == ending(word)
+        and uses[other] >= USES
+        and abs(math.log(uses[other] / uses[word])) <= math.log(2)
+    )
+
+
+def ending(word: str) -> str:
+    """The ending of a word, which mostly tells its part of speech."""
+    return next((end for end in ("ing", "ed", "ly", "s") if word.endswith(end)), "")
+
+
+def _uses(prose: Sequence[Passage]) -> Counter[str]:
+    """How often each word is used that has enough letters, none of them a capital."""
+    counted = Counter(word for passage in prose for sentence in passage.sentences for word in words_of(sentence))
+    letters = re.compile(rf"[a-z]{{{LETTERS},}}")
+    return Counter({word: n for word, n in counted.items() if letters.fullmatch(word) and word not in FUNCTION_WORDS})
+
+
+def _shuffled(prose: Sequence[Passage]) -> list[Passage]:
+    """Passages by their hash: one that another version of a package lacks moves no other."""
+    return sorted(prose, key=lambda passage: _hash(" ".join(passage.sentences)))
+
+
+def _alone(prose: Sequence[Passage]) -> list[str]:
+    """Sentences that can be judged alone, by their hash."""
+    return sorted((s for passage in prose for s in passage.sentences if len(words_of(s)) in ALONE), key=_hash)
+
+
+def _choices(right: str, wrong: list[str]) -> dict:
+    """The choices of an item, in an order that tells nothing."""
+    # Not by the plain hash: those that items are taken by are small.
+    choices = sorted([right, *wrong], key=lambda choice: _hash(f"choice {choice}"))
+    return {"choices": choices, "label": choices.index(right)}
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def requests_of(items: dict[str, Items]) -> int:
+    """How many log-likelihoods the harness asks for."""
+    return sum(len(item.get("choices", ["one"])) for of_task in items.values() for item in of_task)
+
+
+def write_tasks(folder: Path, items: dict[str, Items], sources: dict[str, str]) -> None:
+    """Write the tasks, and what they are made of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hashes = {}
+    for name, of_task in items.items():
+        lines = "".join(json.dumps(item) + "\n" for item in of_task)
+        data = folder.resolve() / f"{name}.jsonl"
+        data.write_text(lines, encoding="utf-8")
+        hashes[name] = _hash(lines)
+        config = {"task": name, "tag": [TAG], "dataset_path": "json", "test_split": "test", "num_fewshot": 0}
+        config |= {"dataset_kwargs": {"data_files": {"test": str(data)}}, "metadata": {"version": 1.0}}
+        # JSON is YAML, too.
+        (folder / f"{name}.yaml").write_text(json.dumps(config | SETTINGS[name], indent=1) + "\n", encoding="utf-8")
+    told = {"versions": sources, "items": {name: len(of_task) for name, of_task in items.items()}, "sha256": hashes}
+    (folder / "sources.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make the tasks, and tell how many requests they are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder for the tasks")
+    parser.add_argument("--items", type=int, default=300, metavar="N", help="items of each task at most (default: 300)")
+    arguments = parser.parse_args(argv)
+    items = make_items(passages(), arguments.items)
+    write_tasks(arguments.folder, items, versions())
+    print(f"{requests_of(items)} requests: " + ", ".join(f"{len(i)} items of {name}" for name, i in items.items()))
+
+
+if __name__ == "__main__":
+    main()
