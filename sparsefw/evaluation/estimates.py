@@ -118,11 +118,12 @@ def _ratio(values: Mapping[int, Any]) -> Estimate | None:
         return None
     documents, sums = _numbers({document: pair[0] for document, pair in values.items()})
     _, weights = _numbers({document: pair[1] for document, pair in values.items()})
-    if sums is None or weights is None or not weights.sum() > 0:
+    total = 0.0 if weights is None else float(weights.sum())
+    if sums is None or weights is None or not total > 0:
         return None
-    ratio = float(sums.sum() / weights.sum())
+    ratio = float(sums.sum()) / total
     with np.errstate(invalid="ignore"):
-        return Estimate(ratio, documents, (sums - ratio * weights) / weights.sum())
+        return Estimate(ratio, documents, (sums - ratio * weights) / total)
 
 
 def _function(

@@ -78,7 +78,8 @@ class Saved:
         self._partial.release()
         if error and self._done:
             error.add_note(f"{self._output} is complete")
-        elif error and self._partial.parts:
+        elif error and self._partial.parts and not isinstance(error, InputError):
+            # What is wrong with the input is wrong the next time, too.
             error.add_note("the same command goes on from what was saved")
 
     def _open(self) -> dict[int, Part]:
@@ -111,6 +112,9 @@ class Saved:
             InputError: they are damaged.
         """
         path, digest = self._path(), self._partial.parts[max(self._partial.parts)].kept
+        # Opening a pipe would block for ever.
+        if path.is_symlink() or not path.is_file():
+            raise self._partial.damaged(path, "it is missing, or no file")
         found = xxhash.xxh3_128()
         try:
             with path.open("rb", buffering=0) as file:

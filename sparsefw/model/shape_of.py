@@ -55,6 +55,7 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
         states = walks[0].states
         blocks = _shapes_of_blocks(model, walks)
     config = model.model.config.get_text_config()
+    by_window = model.flow.by_window and not model.flow.batch_behind
     return ModelShape(
         blocks=tuple(shape for shape, _ in blocks),
         outside=model.outside_bytes,
@@ -68,7 +69,7 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
         quantized=model.quantized_bytes,
         stored=checkpoint.stored_nbytes / checkpoint.nbytes,
         between=_between(*walks),
-        by_window=states.flow.by_window and states.hidden[0].shape[:2] == (1, TOKENS),
+        by_window=by_window and states.hidden[0].shape[:2] == (1, TOKENS),
     )
 
 

@@ -1,6 +1,7 @@
 """Answers of a checkpoint: shared by ranks, within memory limits, and after an interruption."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -184,14 +185,18 @@ def test_hidden_states_are_not_saved_more_often_than_it_pays(llama, tmp_path):
     assert not list((tmp_path / ".out.partial").glob("kept/*"))
 
 
-@pytest.mark.parametrize("damage", ["changed", "shorter", "gone"])
+@pytest.mark.parametrize("damage", ["changed", "shorter", "gone", "pipe", "link"])
 def test_damaged_hidden_states_are_refused(damage, llama, answers, tmp_path, often, monkeypatch):
     interrupt(llama, tmp_path / "out", 2)
     (path,) = (tmp_path / ".out.partial" / "kept").iterdir()
     data = bytearray(path.read_bytes())
     data[100] ^= 1
-    if damage == "gone":
+    if damage in ("gone", "pipe", "link"):
         path.unlink()
+        if damage == "pipe":
+            os.mkfifo(path)
+        elif damage == "link":
+            path.symlink_to("/dev/zero")
     else:
         path.write_bytes(bytes(data if damage == "changed" else data[:-1]))
     with opened(tmp_path / "out") as saved, pytest.raises(InputError, match=r"damaged, kept/states-.*--restart"):

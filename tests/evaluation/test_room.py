@@ -15,3 +15,11 @@ def test_trial_in_half_precision(family, entries, tmp_path):
     save_model(tmp_path / "whole", family)
     assert trial_bytes(shape_of(inspect(tmp_path / "half"))) == 4 * entries
     assert trial_bytes(shape_of(inspect(tmp_path / "whole"))) == 0
+
+
+def test_logits_by_row_where_the_text_is_read_behind_the_last_block(tmp_path):
+    save_model(tmp_path / "llama", "llama")
+    save_model(tmp_path / "behind", "inkling2_text", n_layers_per_attn_res_block=8)
+    shapes = {name: shape_of(inspect(tmp_path / name)) for name in ("llama", "behind")}
+    assert shapes["llama"].by_window
+    assert not shapes["behind"].by_window
