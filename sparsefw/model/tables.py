@@ -22,6 +22,12 @@ from sparsefw.model.parts import tensors_in
 from sparsefw.model.slots import Slot, filled, slots_of
 from sparsefw.model.streamed import StreamedModel
 
+# Bytes of the embeddings that are read at once, beside the table.
+PIECE = 4 * 2**20
+
+# Methods of a tensor that read none of its values. A view that is made of all values counts as reading them.
+OF_FORM = ("dim", "element_size", "is_complex", "is_contiguous", "is_floating_point", "numel", "size", "stride")
+
 # Rows that lie this close together are read at once: a read costs as much as some rows.
 NEAR = 8
 
@@ -47,7 +53,7 @@ class Tables:
         self.rows, self.row_bytes = 0, 0
         if embedding is not None and head is not None:
             self._embedding_slots, self._head_slots = model.places_of(embedding), model.places_of(head)
-            self.rows, self.row_bytes = head.shape[0], head[0].nbytes
+            self.rows, self.row_bytes = head.shape[0], head.shape[1] * head.element_size()
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +68,8 @@ class Tables:
 
     def bytes_of_rows(self, count: int) -> int:
         """Bytes of the host's memory that the embeddings of so many tokens take, at most: whole pages."""
-        row, page = self._embedding_slots[0].own[0].nbytes, mmap.PAGESIZE
+        own, page = self._embedding_slots[0].own, mmap.PAGESIZE
+        row = own.shape[1] * own.element_size()
         # A row that is no part of a page, nor several, may begin anywhere in one.
         pages = -(-row // page) if page % row == 0 or row % page == 0 else -(-(row - 1) // page) + 1
         return min(self.embedding_bytes, count * pages * page)
@@ -112,7 +119,7 @@ class Tables:
 
     def _slices(self, rows: int) -> Iterator[slice]:
         name = self._stored[1]
-        parts = [range(first, min(first + rows, self.rows)) for first in range(0, self.rows, rows)]
+        parts = _parts(range(self.rows), rows)
         dtype, biases = self._head_slots[0].own.dtype, self._biases()
         for part, values in zip(parts, read_rows(name, self._model.infos[name], parts), strict=True):
             check_finite(name, values)
@@ -141,7 +148,8 @@ class _Rows:
     def need(self, numbers: Iterable[int]) -> None:
         """Read these rows, if they are not there."""
         missing = {n for n in numbers if 0 <= n < len(self._table)} - self._there
-        ranges = list(_ranges(sorted(missing)))
+        size = max(1, PIECE // self._table[0].nbytes)
+        ranges = [part for rows in _ranges(sorted(missing)) for part in _parts(rows, size)]
         for rows, values in zip(ranges, self._read(ranges), strict=True):
             self._table[rows.start : rows.stop].copy_(values)
         self._there |= missing
@@ -171,7 +179,7 @@ class _Lookups(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is nn.functional.embedding and args[1:2] and args[1] is self._weight:
             self._rows.need(args[0].unique().tolist())
-        elif name_of(func) != "__get__":
+        elif name_of(func) not in ("__get__", *OF_FORM):
             self._rows.need_all()
         out = func(*args, **kwargs)
         if name_of(func) == "__get__" and isinstance(out, Tensor):
@@ -220,3 +228,8 @@ def _ranges(numbers: list[int]) -> Iterator[range]:
         if other - one > NEAR:
             yield range(first, one + 1)
             first = other
+
+
+def _parts(numbers: range, size: int) -> list[range]:
+    """A range in pieces of at most this size."""
+    return [range(first, min(first + size, numbers.stop)) for first in range(numbers.start, numbers.stop, size)]

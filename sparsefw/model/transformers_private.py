@@ -153,7 +153,9 @@ def load_tensors(
         # Its annotation names two of the subclasses, and it takes all.
         weight_mapping=conversions,  # type: ignore[arg-type]
     )
-    report, _ = convert_and_load_state_dict_in_model(model, dict(tensors), options)
+    # It lists all parameters of the model. Whoever watches for one that is read would take that for reading.
+    with torch._C.DisableTorchFunction():
+        report, _ = convert_and_load_state_dict_in_model(model, dict(tensors), options)
     # Loading replaces these conversions by those of the loaded tensors. `export_tensors` needs those of all tensors.
     if conversions_of_all is not None:
         model._weight_conversions = conversions_of_all

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from sparsefw.checkpoint import inspect, read_tensors
 from sparsefw.errors import InputError
 from sparsefw.evaluation import scoring
+from sparsefw.evaluation.answers import Budget, plan_of
 from sparsefw.evaluation.room import Room
 from sparsefw.evaluation.scoring import Likelihoods
 from sparsefw.evaluation.streaming import score_requests
@@ -132,6 +133,36 @@ def test_only_embeddings_that_are_read_are_loaded(llama, monkeypatch):
             assert embed.weight.shape[0] == VOCABULARY
             assert torch.equal(embed(torch.tensor([4, 200])), whole[[4, 200]])
         assert read == [range(3, 5), range(200, 201)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_other_embeddings_are_read_before_the_first_block(dtype, tmp_path, monkeypatch):
+    """Neither by what tries blocks, nor by what loads them, nor by what expects the memory."""
+    save_model(tmp_path, "llama", dtype, vocab_size=5000)
+    read, read_rows = [], model_tables.read_rows
+
+    def noting(name, info, ranges):
+        read.extend(ranges)
+        return read_rows(name, info, ranges)
+
+    monkeypatch.setattr(model_tables, "read_rows", noting)
+    plan_of(tmp_path, some_requests(), Budget(), lambda line: None)
+    assert sum(map(len, read)) <= VOCABULARY
+    assert max(rows.stop for rows in read) <= VOCABULARY
+
+
+def test_embeddings_are_read_in_pieces(llama, monkeypatch):
+    """Beside the table there is no room for another one."""
+    monkeypatch.setattr(model_tables, "PIECE", 4 * 32 * 100)
+    read, read_rows = [], model_tables.read_rows
+    monkeypatch.setattr(model_tables, "read_rows", lambda *args: read.extend(args[2]) or read_rows(*args))
+    with StreamedModel(inspect(llama), torch.device("cpu")) as model:
+        embed = model.model.get_input_embeddings()
+        with model.outside():
+            whole = embed.weight.clone()
+        with Tables(model).embeddings(range(VOCABULARY)):
+            assert torch.equal(embed.weight, whole)
+    assert [len(rows) for rows in read] == [100, 100, 58]
 
 
 @pytest.mark.parametrize(
