@@ -1,7 +1,8 @@
 """Answer requests with a checkpoint of which one block is in memory at a time."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from sparsefw.evaluation.room import Room, Work, room_for
 from sparsefw.evaluation.saved import Saved, can_be_saved
 from sparsefw.evaluation.scoring import slice_rows, tables_of
 from sparsefw.evaluation.shares import gathered, shares_of
-from sparsefw.evaluation.streaming import Packed, RequestStates, embed_requests, embedded, pack_for
+from sparsefw.evaluation.streaming import Packed, RequestStates, embed_requests, embedded, pack_for, run_through
 from sparsefw.model import ModelShape, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
 
@@ -69,31 +70,25 @@ def scores_of(
     Raises:
         InputError: something that the user gave is wrong; the message names it.
     """
-    if saved and (answers := saved.answers(number)) is not None:
+    if saved and (answers := saved.answers(number, len(requests))) is not None:
         say(f"model: {folder}: all answers are there")
         return answers
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    limits = memory_limits(budget.gpu_memory, budget.host_memory, device, ranks)
-    source = checkpoint.inspect(folder)
-    shape = shape_of(source)
-    mine = shares_of(requests, ranks)[ranks.number]
-    with StreamedModel(source, device) as model, process.gpu_limited(limits.get("gpu")), torch.no_grad():
-        say(f"model: {folder}, {len(model.blocks)} blocks, {source.dtype}")
-        states, room, needs = _begin(model, shape, [requests[n] for n in mine], budget, limits, ranks)
+    tokens = saved.tokens(number) if saved else None
+    with _opened(folder, requests, budget, ranks, say, tokens) as opened:
+        states = opened.embed()
         try:
-            say(requests_line(states.packed, sum(len(request.read) for request in states.packed.requests)))
-            say(memory_line(room, needs, limits))
-            scores = _run(model, states, room, progress and ranks.first, saved, number, say)
+            scores = _run(opened, states, progress and ranks.first, saved, number, say)
         finally:
             states.close()
+        blocks, dtype = len(opened.model.blocks), opened.dtype
     answers = gathered(scores, requests, ranks)
     if none := sum(math.isnan(answer.loglikelihood) for answer in answers):
         raise InputError(
             f"{folder}: the log-likelihoods of {none} of {len(answers)} requests are NaN, as behind the last block "
-            f"numbers are too large for {source.dtype}; it is of no use"
+            f"numbers are too large for {dtype}; it is of no use"
         )
     if saved:
-        saved.add_answers(number, len(model.blocks), answers)
+        saved.add_answers(number, blocks, answers)
     return answers
 
 
@@ -105,23 +100,75 @@ def plan_of(
     Raises:
         InputError: as `scores_of`.
     """
+    with _opened(folder, requests, budget, ranks, say) as opened:
+        shape = opened.shape
+        nbytes = sum(block.nbytes for block in shape.blocks) + shape.outside
+        say(
+            f"plan: {nbytes / 1e9:.2f} GB of weights are read, once; "
+            f"{opened.packed.tokens} tokens go through each block"
+        )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model, and the requests of this rank, before the first block.
+
+    Attributes:
+        model: the model.
+        shape: its shape.
+        dtype: the dtype of its checkpoint.
+        packed: the requests.
+        room: what is held at once, and where.
+        embeddings: holds the embeddings until it is closed.
+    """
+
+    model: StreamedModel
+    shape: ModelShape
+    dtype: torch.dtype
+    packed: Packed
+    room: Room
+    embeddings: ExitStack
+
+    def embed(self) -> RequestStates:
+        """Embed the requests, and let the embeddings go. The caller closes the hidden states."""
+        with self.embeddings:
+            return embed_requests(self.model, self.packed, self.room)
+
+
+@contextmanager
+def _opened(
+    folder: Path,
+    requests: Sequence[Request],
+    budget: Budget,
+    ranks: Ranks,
+    say: Callable[[str], None],
+    tokens: int | None = None,
+) -> Iterator[_Opened]:
+    """Open a checkpoint, pack the requests of this rank as it allows, and place them; `tokens` as for `room_for`.
+
+    Inside the `with` block memory is limited, and there are no gradients.
+
+    Raises:
+        InputError: the checkpoint cannot be read or run, or memory has no room for the requests.
+    """
+    # Otherwise what the model before has left counts as taken.
+    process.give_back()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     limits = memory_limits(budget.gpu_memory, budget.host_memory, device, ranks)
     source = checkpoint.inspect(folder)
-    shape, before = shape_of(source), process.resident()
+    shape = shape_of(source)
     mine = [requests[n] for n in shares_of(requests, ranks)[ranks.number]]
-    limited = process.gpu_limited(limits.get("gpu"))
-    with StreamedModel(source, device) as model, limited, torch.no_grad(), embedded(model, mine):
-        packed = pack_for(model, mine)
-        room, needs = room_for(work_of(model, shape, packed, before), limits, budget.folder, ranks.here)
-    inside = sum(shape.blocks[i].nbytes for i in range(len(shape.blocks)))
-    say(f"model: {folder}, {len(model.blocks)} blocks, {source.dtype}")
-    say(requests_line(packed, sum(len(request.read) for request in mine)))
-    say(memory_line(room, needs, limits))
-    say(
-        f"plan: {(inside + shape.outside) / 1e9:.2f} GB of weights are read, once; "
-        f"{packed.tokens} tokens go through each block"
-    )
+    with StreamedModel(source, device) as model, process.gpu_limited(limits.get("gpu")), torch.no_grad():
+        say(f"model: {folder}, {len(model.blocks)} blocks, {source.dtype}")
+        before = process.resident()
+        with ExitStack() as embeddings:
+            embeddings.enter_context(embedded(model, mine))
+            packed = pack_for(model, mine)
+            work = work_of(model, shape, packed, before)
+            room, needs = room_for(work, limits, budget.folder, ranks.here, tokens)
+            say(requests_line(packed, sum(len(request.read) for request in mine)))
+            say(memory_line(room, needs, limits))
+            yield _Opened(model, shape, source.dtype, packed, room, embeddings)
 
 
 def requests_line(packed: Packed, tokens: int) -> str:
@@ -139,23 +186,6 @@ def memory_line(room: Room, needs: MemoryNeeds, limits: dict[str, int]) -> str:
     where = "" if "gpu" not in limits and room.place == "host" else f"; hidden states: {room.place}"
     ahead = "" if room.ahead else "; nothing read ahead"
     return f"memory: {', '.join(peaks)} expected at the peak; {room.tokens} tokens at a time{where}{ahead}"
-
-
-def _begin(
-    model: StreamedModel,
-    shape: ModelShape,
-    requests: Sequence[Request],
-    budget: Budget,
-    limits: dict[str, int],
-    ranks: Ranks,
-) -> tuple[RequestStates, Room, MemoryNeeds]:
-    """The requests before the first block, in the room that they get."""
-    before = process.resident()
-    with embedded(model, requests):
-        packed = pack_for(model, requests)
-        work = work_of(model, shape, packed, before)
-        room, needs = room_for(work, limits, budget.folder, ranks.here)
-        return embed_requests(model, packed, room), room, needs
 
 
 def work_of(model: StreamedModel, shape: ModelShape, packed: Packed, before: int) -> Work:
@@ -186,29 +216,28 @@ def work_of(model: StreamedModel, shape: ModelShape, packed: Packed, before: int
 
 
 def _run(
-    model: StreamedModel,
+    opened: _Opened,
     states: RequestStates,
-    room: Room,
     progress: bool,
     saved: Saved | None,
     number: int,
     say: Callable[[str], None],
 ) -> list[Score]:
     """Run all requests through the blocks, from where an interrupted pass has come to."""
-    begin = saved.blocks(number) if saved else 0
+    model, room = opened.model, opened.room
+    count, begin = len(model.blocks), saved.blocks(number) if saved else 0
     if saved and begin:
-        say(f"going on with an unfinished evaluation: {begin} of {len(model.blocks)} blocks are done")
+        say(f"going on with an unfinished evaluation: {begin} of {count} blocks are done")
         saved.restore(states)
     if saved and not can_be_saved(states):
         say("note: an interruption costs the whole pass of this model, whose blocks hand on more than hidden states")
         saved = None
-    with tqdm(total=len(model.blocks), initial=begin, unit="block", disable=None if progress else True) as bar:
-        for i in range(begin, len(model.blocks)):
-            if states.states:
-                model.open(i, room.ahead)
-                states.advance(i)
-                model.close(i)
+    with tqdm(total=count, initial=begin, unit="block", disable=None if progress else True) as bar:
+
+        def after_block(blocks: int) -> None:
             bar.update()
-            if saved and i + 1 < len(model.blocks):
-                saved.after_block(number, i + 1, states)
+            if saved and blocks < count:
+                saved.after_block(number, blocks, states, room.tokens)
+
+        run_through(model, states, room, begin, after_block)
     return states.scores()

@@ -26,7 +26,7 @@ from sparsefw.model.placement import BATCH_TOKENS
 from sparsefw.process import page_locked_bytes
 
 # Bytes of logits in fp32 that are computed at once, without and with a GPU; twice as many are made of them.
-LOGITS = {False: 16 * 2**20, True: 256 * 2**20}
+LOGITS = {False: 16 * 2**20, True: 128 * 2**20}
 
 # Bytes of host memory for each target, and for each token that is read: numbers of positions, tokens and requests.
 BYTES_PER_TARGET, BYTES_PER_TOKEN = 96, 12
@@ -129,7 +129,7 @@ def memory_of_pass(work: Work, room: Room) -> MemoryNeeds:
 
 
 def room_for(
-    work: Work, limits: dict[str, int], folder: Path | None = None, sharing: int = 1
+    work: Work, limits: dict[str, int], folder: Path | None = None, sharing: int = 1, tokens: int | None = None
 ) -> tuple[Room, MemoryNeeds]:
     """The room that costs least time among those that fit.
 
@@ -138,23 +138,27 @@ def room_for(
         limits: memory limits of a rank in bytes: "host", and with a GPU "gpu".
         folder: folder for hidden states in a file.
         sharing: number of ranks that share the memory of the host.
+        tokens: most tokens in a micro-batch, where an interrupted pass has chosen them; None: as many as fit.
 
     Raises:
         InputError: none fits; the message names the smallest limit that could.
     """
-    choices = ((room, memory_of_pass(work, room)) for room in _rooms(work, folder))
-    return first_that_fits(choices, limits, sharing, "shorter windows (--seqlen) or texts")
+    remedy = "shorter windows (--seqlen) or texts"
+    if tokens is not None:
+        remedy = "begin anew (--restart), with fewer tokens at a time"
+    choices = ((room, memory_of_pass(work, room)) for room in _rooms(work, folder, tokens))
+    return first_that_fits(choices, limits, sharing, remedy)
 
 
-def _rooms(work: Work, folder: Path | None) -> Iterator[Room]:
-    """All rooms, those that cost least time first."""
+def _rooms(work: Work, folder: Path | None, tokens: int | None) -> Iterator[Room]:
+    """All rooms, those that cost least time first; only those with so many tokens in a micro-batch, if given."""
     most = BATCH_TOKENS["gpu" if work.gpu else "cpu"]
-    tokens = [most >> n for n in range(5)]
+    counts = [most >> n for n in range(5)] if tokens is None else [tokens]
     if work.gpu:
-        for place, ahead, count in product(PLACES, (True, False), tokens):
+        for place, ahead, count in product(PLACES, (True, False), counts):
             yield Room(count, place, folder, ahead)
     else:
-        for ahead, place, count in product((True, False), PLACES[1:], tokens):
+        for ahead, place, count in product((True, False), PLACES[1:], counts):
             yield Room(count, place, folder, ahead)
 
 

@@ -119,28 +119,29 @@ def embedded(model: BlockModel, requests: Sequence[Request]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def score_requests(
-    model: BlockModel, requests: Sequence[Request], room: Room, on_block: Callable[[], None] = lambda: None
-) -> list[Score]:
-    """Answer requests in one pass.
+def run_through(
+    model: BlockModel,
+    states: RequestStates,
+    room: Room,
+    begin: int = 0,
+    after_block: Callable[[int], None] = lambda blocks: None,
+) -> None:
+    """Run requests through the blocks of a model, each of which is read once.
 
     Args:
         model: the model.
-        requests: the requests.
+        states: the requests, at the input of block `begin`; behind the last block afterwards.
         room: what is held at once, and where.
-        on_block: called after every block.
+        begin: number of the first block to run.
+        after_block: called after every block with the number of blocks that are finished.
 
     Raises:
-        InputError: weights or activations hold NaN or Inf, or the model has no embedding for a token.
+        InputError: weights or activations hold NaN or Inf.
     """
-    with embedded(model, requests):
-        states = embed_requests(model, pack_for(model, requests), room)
-    try:
-        for i in range(len(model.blocks)):
+    for i in range(begin, len(model.blocks)):
+        # A rank may have no requests.
+        if states.states:
             model.open(i, room.ahead)
             states.advance(i)
             model.close(i)
-            on_block()
-        return states.scores()
-    finally:
-        states.close()
+        after_block(i + 1)

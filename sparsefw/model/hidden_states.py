@@ -102,6 +102,23 @@ class HiddenStates:
         self.carried.close()
         self.constants.close()
 
+    def replace(self, hidden: Iterable[Tensor]) -> None:
+        """Put other tensors in the place of all micro-batches, between two blocks; they may have another form.
+
+        The old ones are let go first, so that memory never has both.
+
+        Args:
+            hidden: the tensors, on the device, one for each micro-batch.
+        """
+        assert self.position == INPUT
+        self.drop_kept()
+        self.hidden.close()
+        self.hidden, self.form, self.unchecked = self.new_activations(), None, None
+        for x in hidden:
+            self.form = self.form or _form_of_tensor(x)
+            self.hidden.append(x)
+        assert len(self) == len(self.windows)
+
     def drop_kept(self) -> None:
         """Let the tensors of the later point go."""
         if self.kept:

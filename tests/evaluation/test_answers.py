@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from helpers.ranks import on_ranks
 from helpers.requests import check_same, some_requests
 from safetensors.torch import load_file, save_file
 
+from sparsefw.checkpoint import resume
 from sparsefw.errors import InputError
+from sparsefw.evaluation import answers as answering
 from sparsefw.evaluation import saved as saving
 from sparsefw.evaluation.answers import Budget, scores_of
-from sparsefw.evaluation.request import Score
+from sparsefw.evaluation.request import Request, Score
+from sparsefw.evaluation.room import LOGITS, Room, memory_of_pass, room_for
 from sparsefw.evaluation.saved import Saved
 from sparsefw.evaluation.shares import shares_of
 from sparsefw.evaluation.streaming import RequestStates
@@ -104,12 +108,12 @@ class Stop(Exception):
     pass
 
 
-def interrupt(folder, output, block, ranks=ALONE, say=lambda line: None):
+def interrupt(folder, output, block, ranks=ALONE, say=lambda line: None, requests=REQUESTS):
     """Begin a pass whose requests do not come through a block."""
     with pytest.MonkeyPatch.context() as patched, opened(output, ranks=ranks) as saved:
         interrupted_at(patched, block)
         with pytest.raises(Stop):
-            scores_of(folder, REQUESTS, Budget(), ranks=ranks, saved=saved, say=say)
+            scores_of(folder, requests, Budget(), ranks=ranks, saved=saved, say=say)
 
 
 def interrupted_at(monkeypatch, block):
@@ -162,7 +166,7 @@ def test_a_model_that_is_done_is_not_asked_again(llama, answers, tmp_path):
         scores_of(llama, REQUESTS, Budget(), saved=saved)
     with opened(tmp_path / "out") as saved:
         assert scores_of(tmp_path / "is not there", REQUESTS, Budget(), saved=saved) == answers
-        assert saved.answers(1) is None
+        assert saved.answers(1, len(REQUESTS)) is None
 
 
 def test_answers_are_kept_to_the_last_bit(tmp_path):
@@ -170,7 +174,7 @@ def test_answers_are_kept_to_the_last_bit(tmp_path):
     with opened(tmp_path / "out") as saved:
         saved.add_answers(0, 3, scores)
     with opened(tmp_path / "out") as saved:
-        assert saved.answers(0) == scores
+        assert saved.answers(0, 3) == scores
 
 
 def test_only_the_last_hidden_states_are_kept(llama, tmp_path, often):
@@ -183,6 +187,57 @@ def test_hidden_states_are_not_saved_more_often_than_it_pays(llama, tmp_path):
     with opened(tmp_path / "out") as saved:
         scores_of(llama, REQUESTS, Budget(), saved=saved)
     assert not list((tmp_path / ".out.partial").glob("kept/*"))
+
+
+# More rows of one length than a micro-batch holds, so that another size of micro-batches has others.
+ALIKE = [Request([*range(n, n + 20)], [n + 20]) for n in range(2, 122)]
+
+
+def in_memory_for(patched, room):
+    """From now on, memory has just as much as this room takes."""
+
+    def room_within(work, limits, *others):
+        return room_for(work, {"host": memory_of_pass(work, room).host}, *others)
+
+    patched.setattr(answering, "room_for", room_within)
+
+
+@pytest.mark.parametrize("family", ["llama", "xlnet"])
+@pytest.mark.parametrize("more", [True, False], ids=["more", "less"])
+def test_a_pass_goes_on_in_its_own_micro_batches(more, family, tmp_path, often, monkeypatch):
+    """Where memory has room for more tokens, or for fewer of them unless nothing is read ahead."""
+    save_model(tmp_path / "model", family)
+    # Otherwise the logits of a tiny model take more than all else, whatever the room.
+    monkeypatch.setitem(LOGITS, False, 2**16)
+    first, then = (Room(128), Room()) if more else (Room(), Room(ahead=False))
+    in_memory_for(monkeypatch, first)
+    lines = []
+    whole = scores_of(tmp_path / "model", ALIKE, Budget(), say=lines.append)
+    interrupt(tmp_path / "model", tmp_path / "out", 2, say=lines.append, requests=ALIKE)
+    in_memory_for(monkeypatch, then)
+    other = []
+    scores_of(tmp_path / "model", ALIKE, Budget(), say=other.append)
+    with opened(tmp_path / "out") as saved:
+        # The very same numbers.
+        assert scores_of(tmp_path / "model", ALIKE, Budget(), saved=saved, say=lines.append) == whole
+    begun, interrupted, resumed, anew = (tokens_at_a_time(line) for line in [*lines, *other] if "at a time" in line)
+    assert begun == interrupted == resumed != anew
+
+
+def test_hidden_states_of_another_form_than_the_embeddings_go_on(tmp_path, often):
+    """In half precision this model has its sums in fp32 behind the first block."""
+    save_model(tmp_path / "model", "mamba", torch.bfloat16)
+    whole = scores_of(tmp_path / "model", REQUESTS, Budget())
+    interrupt(tmp_path / "model", tmp_path / "out", 2)
+    (record,) = [json.loads(path.read_text()) for path in (tmp_path / ".out.partial/records").glob("00002.json")]
+    forms = [form for of_group in record["content"]["note"]["forms"][0] for form in of_group]
+    assert {dtype for dtype, _ in forms} == {"torch.float32"}
+    with opened(tmp_path / "out") as saved:
+        assert scores_of(tmp_path / "model", REQUESTS, Budget(), saved=saved) == whole
+
+
+def tokens_at_a_time(line):
+    return int(line.partition(" tokens at a time")[0].split()[-1])
 
 
 @pytest.mark.parametrize("damage", ["changed", "shorter", "gone", "pipe", "link"])
@@ -203,6 +258,56 @@ def test_damaged_hidden_states_are_refused(damage, llama, answers, tmp_path, oft
         scores_of(llama, REQUESTS, Budget(), saved=saved)
     with opened(tmp_path / "out", restart=True) as saved:
         assert scores_of(llama, REQUESTS, Budget(), saved=saved) == answers
+
+
+RECORDS = {
+    "no tokens": {"tokens": []},
+    "a word for tokens": {"tokens": ["many"]},
+    "too many tokens": {"tokens": [2**40]},
+    "no blocks": {"blocks": 0},
+    "too many blocks": {"blocks": 3},
+    "no forms": {"forms": [[]]},
+    "no dtype": {"form": ["torch.Tensor", [1]]},
+    "no float": {"form": ["torch.int64", [1]]},
+    "more than the file has": {"form": ["torch.float32", [2**40, 2**40]]},
+    "less than the file has": {"form": ["torch.float32", [1]]},
+    "no size": {"form": ["torch.float32", [-1, -1]]},
+    "half a token": {"form": ["torch.float32", [0.5]]},
+    "too many dimensions": {"form": ["torch.float32", [1] * 10**5]},
+}
+
+
+@pytest.mark.parametrize("changes", RECORDS.values(), ids=RECORDS)
+def test_damaged_records_are_refused(changes, interrupted_llama, llama, tmp_path):
+    shutil.copytree(interrupted_llama, tmp_path, dirs_exist_ok=True)
+    (path,) = (tmp_path / ".out.partial/records").iterdir()
+    part = json.loads(path.read_text())["content"]
+    changes = dict(changes)
+    if form := changes.pop("form", None):
+        part["note"]["forms"][0][0][0] = form
+    part["note"] |= changes
+    resume._write_json(path, part)
+    with pytest.raises(InputError, match=r"damaged, .*--restart") as error, opened(tmp_path / "out") as saved:
+        scores_of(llama, REQUESTS, Budget(), saved=saved)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def interrupted_llama(llama, tmp_path_factory):
+    """The folder of an unfinished pass."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(saving, "SECONDS", 0.0)
+        patched.setattr(saving, "TIMES", 0.0)
+        interrupt(llama, folder / "out", 1)
+    return folder
+
+
+def test_answers_to_other_requests_are_refused(tmp_path):
+    with opened(tmp_path / "out") as saved:
+        saved.add_answers(0, 3, [Score(-1.0, True)])
+    with opened(tmp_path / "out") as saved, pytest.raises(InputError, match="1 answers of a model to 2 requests"):
+        saved.answers(0, 2)
 
 
 def test_another_evaluation_does_not_go_on(llama, tmp_path):

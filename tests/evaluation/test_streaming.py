@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.families import FAMILIES, HANDING_ON, OTHERS, VOCABULARY, save_model
-from helpers.requests import check_same, some_requests
+from helpers.requests import check_same, score_requests, some_requests
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -13,7 +13,6 @@ from sparsefw.evaluation import scoring
 from sparsefw.evaluation.answers import Budget, plan_of
 from sparsefw.evaluation.room import Room
 from sparsefw.evaluation.scoring import Likelihoods
-from sparsefw.evaluation.streaming import score_requests
 from sparsefw.model import StreamedModel
 from sparsefw.model import tables as model_tables
 from sparsefw.model.tables import Tables

@@ -3,9 +3,13 @@
 import random
 
 import pytest
+import torch
 from helpers.families import VOCABULARY
 
-from sparsefw.evaluation import Request, request_of
+from sparsefw.evaluation import Request, Score, request_of
+from sparsefw.evaluation.room import Room
+from sparsefw.evaluation.streaming import embed_requests, embedded, pack_for, run_through
+from sparsefw.model import BlockModel
 
 
 def some_requests(seed=0, longest=60):
@@ -24,6 +28,18 @@ def some_requests(seed=0, longest=60):
     # Longer than the model reads, and the shortest that there is.
     requests += [request_of(tokens(70, 80), tokens(3, 3), longest), request_of([3], [4], longest)]
     return requests
+
+
+@torch.no_grad()
+def score_requests(model: BlockModel, requests: list[Request], room: Room) -> list[Score]:
+    """The answers to requests, in one pass through the blocks."""
+    with embedded(model, requests):
+        states = embed_requests(model, pack_for(model, requests), room)
+    try:
+        run_through(model, states, room)
+        return states.scores()
+    finally:
+        states.close()
 
 
 def check_same(answers, others, within=1e-4):

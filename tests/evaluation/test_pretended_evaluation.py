@@ -1,0 +1,102 @@
+"""Evaluations on a pretended GPU: the CPU's answers, from every place of the hidden states, in the expected memory."""
+
+from contextlib import suppress
+
+import pytest
+import random_checkpoint
+import torch
+from helpers.families import save_model
+from helpers.pretended_gpu import pretended_gpu
+from helpers.requests import check_same, some_requests
+
+from sparsefw.evaluation import answers
+from sparsefw.evaluation import saved as saving
+from sparsefw.evaluation.answers import Budget, scores_of
+from sparsefw.evaluation.request import Request
+from sparsefw.evaluation.room import LOGITS, Room, memory_of_pass
+from sparsefw.evaluation.saved import Saved
+from sparsefw.evaluation.streaming import RequestStates
+from sparsefw.model.activations import PLACES
+from sparsefw.ranks import ALONE
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: no need to pretend one"),
+]
+
+# A question with four answers, and the shortest request.
+REQUESTS = [*some_requests()[:4], some_requests()[-1]]
+
+# Attention with a head that is the embeddings, transposed weights, experts, state spaces, and hidden states of
+# (tokens, rows).
+FAMILIES = ["llama", "gpt2", "qwen3_moe", "mamba", "xlnet"]
+
+
+def answered(folder, requests, room):
+    """The answers of a checkpoint on a pretended GPU in this room, the GPU, and the work."""
+    works = []
+
+    def placed(work, *others):
+        works.append(work)
+        return room, memory_of_pass(work, room)
+
+    with pretended_gpu() as gpu, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(answers, "room_for", placed)
+        found = scores_of(folder, requests, Budget())
+    assert gpu.allocated == 0
+    return found, gpu, works[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_on_a_cpu(family, tmp_path):
+    folder = save_model(tmp_path, family)
+    expected = scores_of(folder, REQUESTS, Budget())
+    for place in PLACES:
+        found, *_ = answered(folder, REQUESTS, Room(64, place))
+        check_same(found, expected)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model that is large enough for its tensors to be more than the allocator's rounding."""
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "vocab_size": 4096}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
+    folder = tmp_path_factory.mktemp("large") / "llama"
+    random_checkpoint.generate(folder, "llama", **sizes)
+    return folder
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_expected_memory_is_enough_and_not_much_more(place, large, monkeypatch):
+    # Otherwise the logits of a small model take more than all else.
+    monkeypatch.setitem(LOGITS, True, 2**18)
+    requests = [Request([*range(n, n + 100)], [n + 100]) for n in range(100)]
+    room = Room(1024, place)
+    _, gpu, work = answered(large, requests, room)
+    needs = memory_of_pass(work, room)
+    assert needs.gpu / 2 <= gpu.peak <= needs.gpu
+    assert gpu.host_peak <= needs.host - work.process
+
+
+def test_an_interrupted_pass_goes_on_at_another_place(tmp_path, monkeypatch):
+    folder = save_model(tmp_path / "model", "llama")
+    monkeypatch.setattr(saving, "SECONDS", 0.0)
+    monkeypatch.setattr(saving, "TIMES", 0.0)
+    advance, found = RequestStates.advance, []
+    for place, last in (("gpu", 1), ("host", 2), ("file", 3)):
+
+        def stopping(self, i, last=last):
+            if i == last:
+                raise KeyboardInterrupt
+            advance(self, i)
+
+        monkeypatch.setattr(RequestStates, "advance", stopping)
+        monkeypatch.setattr(
+            answers, "room_for", lambda work, *others, place=place: (Room(64, place), memory_of_pass(work, Room(64)))
+        )
+        saved = Saved(tmp_path / "out", {}, False, lambda line: None, ALONE)
+        with pretended_gpu() as gpu, suppress(KeyboardInterrupt), saved:
+            assert saved.blocks(0) == last - 1
+            found = scores_of(folder, REQUESTS, Budget(), saved=saved)
+        assert gpu.allocated == 0
+    check_same(found, scores_of(folder, REQUESTS, Budget()))
