@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from classes.examine import REFUSED, SOURCE, WORKS, WRONG, Ended, of_product, write_source
+from classes.examine import REFUSED, SOURCE, WRONG, Ended, of_product, row_of, write_source
 from classes.tiny_config import TOKENS
 from classes.tiny_model import Case, load
 from sparsefw.checkpoint import inspect
@@ -47,12 +47,7 @@ def examine_answers(case: Case, folder: Path) -> dict[str, Any]:
     Returns:
         The row of the results: JSON.
     """
-    row: dict[str, Any] = {"model_type": case.model_type, "class": case.class_name, "kind": case.kind}
-    try:
-        _examine(case, folder, row)
-        return row | {"outcome": WORKS, "reason": ""}
-    except Ended as ended:
-        return row | {"outcome": ended.outcome, "reason": ended.reason}
+    return row_of(case, folder, _examine)
 
 
 def _examine(case: Case, folder: Path, row: dict[str, Any]) -> None:

@@ -55,9 +55,20 @@ def examine(case: Case, folder: Path) -> dict[str, Any]:
     Returns:
         The row of the results: JSON.
     """
+    return row_of(case, folder, _examine)
+
+
+def row_of(case: Case, folder: Path, fill: Callable[[Case, Path, dict[str, Any]], None]) -> dict[str, Any]:
+    """The row of a class in the results, with the outcome of an examination.
+
+    Args:
+        case: the class and its config.
+        folder: an empty folder for the checkpoints.
+        fill: examines the class and adds to the row; it raises `Ended`, or the class works.
+    """
     row: dict[str, Any] = {"model_type": case.model_type, "class": case.class_name, "kind": case.kind}
     try:
-        _examine(case, folder, row)
+        fill(case, folder, row)
         return row | {"outcome": WORKS, "reason": ""}
     except Ended as ended:
         return row | {"outcome": ended.outcome, "reason": ended.reason}

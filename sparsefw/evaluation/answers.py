@@ -19,6 +19,7 @@ from sparsefw.evaluation.saved import Saved, can_be_saved
 from sparsefw.evaluation.scoring import slice_rows, tables_of
 from sparsefw.evaluation.shares import gathered, shares_of
 from sparsefw.evaluation.streaming import Packed, RequestStates, embed_requests, embedded, pack_for, run_through
+from sparsefw.flags import checked_number, set_field
 from sparsefw.model import ModelShape, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
 
@@ -37,11 +38,19 @@ class Budget:
     Attributes:
         gpu_memory, host_memory: in GiB; None: what is free, less a margin.
         folder: folder for hidden states in a file; None: that of the system for temporary files.
+
+    Raises:
+        InputError: a limit is no number, or out of range.
     """
 
     gpu_memory: float | None = None
     host_memory: float | None = None
     folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("gpu_memory", "host_memory"):
+            if (value := getattr(self, name)) is not None:
+                set_field(self, name, checked_number(name, value, 0, process.MOST_MEMORY))
 
 
 def scores_of(

@@ -11,6 +11,7 @@ from sparsefw.data import Tokenizer, TokenizerProcess, Windows
 from sparsefw.errors import InputError
 from sparsefw.evaluation.encoding import Answer, Encoded, Question, encoder
 from sparsefw.evaluation.request import Request, Score, digest_of
+from sparsefw.flags import checked_number, set_field
 from sparsefw.model import read_config
 from sparsefw.model.skeleton import max_seqlen
 
@@ -23,11 +24,19 @@ class Texts:
         names: their names or paths, as the user gave them.
         seqlen: tokens in a window; fewer if the model takes fewer.
         windows: most windows of each; None: all.
+
+    Raises:
+        InputError: a number is none, or out of range.
     """
 
     names: Sequence[str] = ()
     seqlen: int = 2048
     windows: int | None = None
+
+    def __post_init__(self) -> None:
+        set_field(self, "seqlen", checked_number("seqlen", self.seqlen, 2, 10**9, whole=True))
+        if self.windows is not None:
+            set_field(self, "windows", checked_number("eval_windows", self.windows, 1, 10**9, whole=True))
 
 
 @dataclass(frozen=True)

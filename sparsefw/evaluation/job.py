@@ -20,9 +20,8 @@ from sparsefw.evaluation.asked import Asked, Texts, ask
 from sparsefw.evaluation.measured import Evaluation, task_records, text_record
 from sparsefw.evaluation.request import Score
 from sparsefw.evaluation.saved import Saved
-from sparsefw.flags import checked_bool, checked_number, checked_path
+from sparsefw.flags import checked_bool, checked_number, checked_path, set_field
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL
-from sparsefw.process import MOST_MEMORY
 from sparsefw.ranks import Ranks, joined_with
 from sparsefw.report import machine
 
@@ -46,12 +45,24 @@ class Tasks:
         limit: most documents of each; below 1: a share of them; None: all.
         num_fewshot: examples before each question; None: as the task says.
         include_path: a folder with more tasks in the harness's format.
+
+    Raises:
+        InputError: a number is none, or out of range, or the path cannot be one.
     """
 
     names: tuple[str, ...] = ()
     limit: float | None = None
     num_fewshot: int | None = None
-    include_path: str | None = None
+    include_path: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            set_field(self, "limit", checked_number("limit", self.limit, 0, None))
+        if self.num_fewshot is not None:
+            set_field(self, "num_fewshot", checked_number("num_fewshot", self.num_fewshot, 0, 10**6, whole=True))
+        if self.include_path is not None:
+            # The identity of an evaluation holds it as JSON.
+            set_field(self, "include_path", str(checked_path("include_path", self.include_path)))
 
     def questions(self) -> "Questions | None":
         """Their questions; None without tasks.
@@ -130,22 +141,13 @@ def evaluate(
     Raises:
         InputError: an argument is wrong; the message is one line that names it.
     """
-    names = [str(name) for name in ([models] if isinstance(models, str | Path) else models)]
+    first = () if against is None else (str(against),)
     job = _Job(
-        names=list(dict.fromkeys([*([str(against)] if against is not None else []), *names])),
+        names=list(dict.fromkeys(first + _several(models))),
         against=None if against is None else str(against),
-        tasks=Tasks(
-            tuple([tasks] if isinstance(tasks, str) else tasks),
-            None if limit is None else checked_number("limit", limit, 0, None),
-            None if num_fewshot is None else checked_number("num_fewshot", num_fewshot, 0, 10**6, whole=True),
-            None if include_path is None else str(checked_path("include_path", include_path)),
-        ),
-        texts=Texts(
-            tuple(str(name) for name in ([texts] if isinstance(texts, str | Path) else texts)),
-            checked_number("seqlen", seqlen, 2, 10**9, whole=True),
-            None if eval_windows is None else checked_number("eval_windows", eval_windows, 1, 10**9, whole=True),
-        ),
-        budget=_budget(gpu_memory, host_memory),
+        tasks=Tasks(_several(tasks), limit, num_fewshot, include_path),
+        texts=Texts(_several(texts), seqlen, eval_windows),
+        budget=Budget(gpu_memory, host_memory),
         output=None if output is None else checked_path("output", output),
         overwrite=checked_bool("overwrite", overwrite),
         restart=checked_bool("restart", restart),
@@ -173,9 +175,9 @@ class _Job:
     plan: bool
 
 
-def _budget(gpu_memory: float | None, host_memory: float | None) -> Budget:
-    given = {"gpu_memory": gpu_memory, "host_memory": host_memory}
-    return Budget(**{name: None if x is None else checked_number(name, x, 0, MOST_MEMORY) for name, x in given.items()})
+def _several(given: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    """Names or paths, given as one or as many."""
+    return tuple(str(name) for name in ([given] if isinstance(given, str | Path) else given))
 
 
 def _evaluate(job: _Job, say: Callable[[str], None], progress: bool, ranks: Ranks) -> Evaluation | None:

@@ -272,6 +272,21 @@ def test_mistakes_are_one_line(arguments, message, place, tasks, capsys):
     assert message in line
 
 
+@pytest.mark.parametrize(("make", "fields", "message"), [
+    (job.Tasks, {"limit": -1}, "--limit -1"),
+    (job.Tasks, {"num_fewshot": 0.5}, "--num-fewshot 0.5"),
+    (job.Tasks, {"include_path": "a\0b"}, "--include-path a"),
+    (job.Texts, {"seqlen": 1}, "--seqlen 1"),
+    (job.Texts, {"windows": True}, "--eval-windows True"),
+    (job.Budget, {"gpu_memory": "all"}, "--gpu-memory all"),
+    (job.Budget, {"host_memory": float("nan")}, "--host-memory nan"),
+])  # fmt: skip
+def test_fields_are_checked(make, fields, message):
+    make()
+    with pytest.raises(InputError, match=message):
+        make(**fields)
+
+
 def test_a_batch_of_a_caller_has_no_tasks(place):
     model = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match="prune\\(\\) got calibration and 'tasks', which belongs to a text"):
