@@ -29,7 +29,7 @@ from sparsefw.model import StreamedModel
 HALF = "half"
 # Nats, of a log-likelihood in fp32.
 WITHIN = 1e-3
-# Of two logits that are closer, either may be the larger one.
+# Either of two logits that are closer may be the larger one.
 CLOSE = 1e-4
 # Most tokens that are read.
 LONGEST = 60
@@ -112,7 +112,7 @@ def drawn_requests(seed: int = 0) -> list[Request]:
 
 
 def sharing_in(folder: Path, requests: Sequence[Request]) -> str:
-    """What a checkpoint shares, as the name of a `Sharing`."""
+    """The `Sharing` that a checkpoint allows, by its name."""
     with of_product("share"):
         try:
             streamed = StreamedModel(inspect(folder), torch.device("cpu"))

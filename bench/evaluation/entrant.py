@@ -64,7 +64,7 @@ def evaluate(kind: str, model: Path, tasks: Path, batch_size: int, limit: int | 
 
 
 def in_little_memory(evaluate: Callable[[float], dict]) -> dict:
-    """What a function returns that is given the least GiB of host memory with which it does not refuse to begin.
+    """Call a function with the least GiB of host memory with which it does not refuse to begin; returns its result.
 
     The first limit is too low for any process. The message says which one is enough.
     """
@@ -81,7 +81,7 @@ def in_little_memory(evaluate: Callable[[float], dict]) -> dict:
 
 
 def kept(results: dict) -> dict:
-    """What is kept of the harness's results: of every task, log-likelihoods and metrics of each item, in order."""
+    """The log-likelihoods and metrics of each item of every task, in order, from the harness's results."""
     tasks = {}
     for task, samples in results["samples"].items():
         samples = sorted(samples, key=lambda sample: sample["doc_id"])
@@ -95,7 +95,7 @@ def kept(results: dict) -> dict:
 
 
 def _loglikelihood(response: float | tuple[float, bool]) -> float:
-    """Of a rolling request there is only this."""
+    """The log-likelihood in a response; a rolling request has no other part."""
     return response if isinstance(response, float) else response[0]
 
 

@@ -51,7 +51,7 @@ Items = list[dict]
 MULTIPLE_CHOICE = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{label}}"}
 ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 
-# What a task's YAML says beside its name and its file.
+# The entries of a task's YAML beside its name and its file.
 SETTINGS: dict[str, dict] = {
     "next_sentence": MULTIPLE_CHOICE
     | {"doc_to_text": "{{context}}", "metric_list": [ACCURACY, ACCURACY | {"metric": "acc_norm"}]},
@@ -156,7 +156,7 @@ def _beginning(sentences: Sequence[str]) -> str:
     return "\n".join(s for s, n in zip(sentences, words, strict=True) if n < DOCUMENT.stop)
 
 
-# What makes a task's items one by one, so that no more are made than are asked for.
+# Each makes the items of a task one by one, so that no more are made than are asked for.
 TASKS: dict[str, Callable[[Sequence[Passage]], Iterator[dict]]] = {
     "next_sentence": next_sentence,
     "word_choice": word_choice,

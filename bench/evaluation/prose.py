@@ -98,7 +98,7 @@ def versions(packages: Sequence[str] = tuple(PACKAGES)) -> dict[str, str]:
 def docstrings(source: bytes) -> Iterator[str]:
     """The docstrings of a file, outer ones first."""
     with warnings.catch_warnings():
-        # Of backslashes in docstrings.
+        # Backslashes in docstrings cause warnings.
         warnings.simplefilter("ignore")
         try:
             tree = ast.parse(source)

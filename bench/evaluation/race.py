@@ -35,7 +35,7 @@ DISTRIBUTIONS = ("lm_eval", "torch", "transformers", "datasets")
 
 @dataclass(frozen=True)
 class Entrant:
-    """What is raced: a kind of entrant.py, and its batch size."""
+    """A model in the race: a kind of entrant.py, and its batch size."""
 
     kind: str
     batch_size: int = 1
@@ -219,7 +219,7 @@ def _lines(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def setting(model: Path, tasks: Path, limit: int | None) -> dict:
-    """What the results say of the race."""
+    """The model, the tasks, the machine and the versions of a race, for the results."""
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
     return {

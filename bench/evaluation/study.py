@@ -1,4 +1,4 @@
-"""What pruning costs on tasks: `python bench/evaluation/study.py MODEL CALIBRATION.txt TASKS --work DIR`.
+"""Measure what pruning costs on tasks: `python bench/evaluation/study.py MODEL CALIBRATION.txt TASKS --work DIR`.
 
 TASKS is a folder of make_tasks.py. Every checkpoint (method, sparsity) is pruned by one run of the product on
 CALIBRATION.txt and evaluated by one of entrant.py, each in a process of its own. DIR keeps the checkpoints and the
@@ -43,7 +43,7 @@ RUN = 13
 
 @dataclass(frozen=True)
 class Study:
-    """What all models of a study share."""
+    """The settings that all models of a study share."""
 
     model: Path
     calibration: Path
@@ -53,7 +53,7 @@ class Study:
     seqlen: int
 
     def header(self) -> dict:
-        """What the results say of it: names without folders, the texts by their hashes."""
+        """Its settings in the results: names without folders, the texts by their hashes."""
         return {
             "model": self.model.name,
             "calibration": {self.calibration.name: hashlib.sha256(self.calibration.read_bytes()).hexdigest()},
@@ -139,7 +139,7 @@ def estimates(tasks: dict) -> dict[tuple[str, str], Estimate]:
 
 
 def entry(tasks: dict, dense: dict) -> dict:
-    """What the results keep of a model: values and differences from the dense one, with standard errors."""
+    """The entry of a model in the results: values and differences from the dense one, with standard errors."""
     found, differences = estimates(tasks), differences_of(tasks, dense)
     return {
         f"{task} {metric}": {

@@ -70,7 +70,7 @@ def _same_setting(one: Any, other: Any, apart: int) -> bool:
 
 
 def _form(call: Call) -> list[Any]:
-    """What a block is given, but for the values of tensors."""
+    """The arguments of a block, without the values of tensors."""
     return outline(rebuilt((call.args, call.kwargs), lambda leaf: type(leaf).__name__), by_name=True)
 
 

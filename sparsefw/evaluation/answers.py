@@ -23,7 +23,7 @@ from sparsefw.flags import checked_number, set_field
 from sparsefw.model import ModelShape, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
 
-# What rows may hold, in words.
+# The line of the log says this for each kind of row.
 SHARED = {
     Sharing.NOTHING: "none shared, as this model's blocks look at whole rows",
     Sharing.BEGINNINGS: "only whole requests shared, as this model's blocks take no trees",
@@ -198,7 +198,7 @@ def memory_line(room: Room, needs: MemoryNeeds, limits: dict[str, int]) -> str:
 
 
 def work_of(model: StreamedModel, shape: ModelShape, packed: Packed, before: int) -> Work:
-    """What a pass has to hold; `before` are the bytes of host memory that the process had before."""
+    """The sizes that the memory of a pass depends on; `before` are the bytes of host memory that the process had."""
     tables, gpu = tables_of(model), model.device.type == "cuda"
     rows = slice_rows(model, tables)
     embeddings = head = shape.outside

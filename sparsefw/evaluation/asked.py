@@ -1,4 +1,4 @@
-"""What a model is asked in an evaluation: the questions of tasks, and the windows of texts, as requests."""
+"""Make requests for a model of the questions of tasks and the windows of texts."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack

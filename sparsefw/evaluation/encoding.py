@@ -10,7 +10,7 @@ from sparsefw.data import Tokenizer, tokenize, traits
 from sparsefw.errors import InputError, shown
 from sparsefw.evaluation.request import Request, Score, request_of
 
-# What is asked of a continuation behind a context, and of a text as a whole.
+# The first asks for a continuation behind a context, the second for a text as a whole.
 LOGLIKELIHOOD, ROLLING = "loglikelihood", "loglikelihood_rolling"
 
 # Entries of a config that say how many tokens the model reads at once; where there is none, and none of the tokenizer.
@@ -166,7 +166,7 @@ def encoder(
     add_bos_token: bool | None = None,
     prefix_token_id: int | None = None,
 ) -> Encoder:
-    """What makes requests for a model.
+    """The encoder for a model.
 
     Args:
         tokenizer: the model's tokenizer, loaded with the same `add_bos_token`.
@@ -182,7 +182,9 @@ def encoder(
     its = traits(tokenizer, prefix_token_id)
     if its.prefix is None:
         raise InputError(
-            f"{tokenizer.name_or_path}: the tokenizer has neither a start token nor an end token; give prefix_token_id"
+            f"{tokenizer.name_or_path}: the tokenizer has neither a start token nor an end token, behind which the "
+            "first token of a text is predicted; name bos_token or eos_token in tokenizer_config.json, or give "
+            "StreamedLM prefix_token_id"
         )
     length = max_length or max_length_of(config, its.max_length)
     return Encoder(tokenizer, length, its.prefix, its.prefix_text, add_bos_token is not False)

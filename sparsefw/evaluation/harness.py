@@ -197,7 +197,7 @@ class _Loader(TaskManager):
         Raises:
             InputError: a task generates text, or cannot be loaded.
         """
-        # What is known before anything is downloaded.
+        # These types are known before anything is downloaded.
         said = {name: self.task_index[name].cfg or {} for name in task_list if name in self.task_index}
         self._check_types({name: config.get("output_type") for name, config in said.items()})
         try:

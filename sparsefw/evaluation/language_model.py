@@ -24,7 +24,7 @@ from sparsefw.evaluation.request import Request, Score
 from sparsefw.model import read_config
 from sparsefw.ranks import joined
 
-# What the harness's command gives where the user gives none; its own models take it for whatever is there.
+# The harness's command gives this device where the user gives none; its own models take it for whatever is there.
 HARNESS_DEVICE = "cuda:0"
 
 T = TypeVar("T", int, float)
@@ -121,7 +121,7 @@ class StreamedLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness notes of a model."""
+        """The entries on the model in the harness's results."""
         numbers = sum(torch.Size(tensor.shape).numel() for tensor in self.checkpoint.tensors.values())
         return {"model_num_parameters": numbers, "model_dtype": str(self.checkpoint.dtype)}
 

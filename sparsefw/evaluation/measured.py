@@ -1,4 +1,4 @@
-"""What was measured of several models: their results of the harness as records, with differences from one of them.
+"""Records of the harness's results of several models, with differences from one of them.
 
 lm-evaluation-harness names a metric "acc,none", with its filter, and has a value for each document in its samples. From
 these its value is computed again, and only if that gives the same number, the difference of two models is told.
@@ -23,7 +23,7 @@ from sparsefw.report.tasks import (
     weighted_stderr,
 )
 
-# What papers on pruning average: the first of these that a task has.
+# Papers on pruning average the first of these that a task has.
 MAIN = ("acc_norm", "acc")
 
 # The dict that `lm_eval.simple_evaluate` returns.
@@ -32,7 +32,7 @@ Harness = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of several models.
+    """The results of several models.
 
     Attributes:
         models: names of the models, in the order in which the user gave them; first the one that others are compared
@@ -252,7 +252,7 @@ def _mark_averaged(records: Mapping[str, list[TaskRecord]], tree: _Tree) -> Iter
 
 
 def _documents(harness: Harness, task: str, metric: str, filter_name: str) -> dict[int, Any]:
-    """What the harness has aggregated, by document; empty if it has kept no samples."""
+    """The values that the harness has aggregated, by document; empty if it has kept no samples."""
     samples = harness.get("samples", {}).get(task, [])
     return {one["doc_id"]: one[metric] for one in samples if one["filter"] == filter_name and metric in one}
 

@@ -28,7 +28,7 @@ BRANCHES = 4
 
 
 class Sharing(IntEnum):
-    """What a row may hold, by what its model allows; each allows what those before do."""
+    """The contents that a model allows for a row; each value allows what those before allow."""
 
     # One request, or several that read the same.
     NOTHING = 0
@@ -102,7 +102,7 @@ class Group:
 
 
 def row_sizes(groups: Sequence[Group]) -> tuple[tuple[int, int, bool], ...]:
-    """Of each group, the length of its rows, their number, and whether they are trees."""
+    """The length of the rows of each group, their number, and whether they are trees."""
     return tuple((group.length, len(group.rows), group.trees) for group in groups)
 
 

@@ -34,7 +34,7 @@ class Precise(TorchFunctionMode):
             cast = name in CASTS and isinstance(out, Tensor) and out.dtype in HALF
             return args[0] if cast else out
         if _writes(name):
-            # What is written to stays the tensor that it is.
+            # A tensor that is written to keeps its dtype.
             first, args = args[0], tree_map(lambda x: _as(x, args[0].dtype), args[1:])
             return func(first, *args, **tree_map(lambda x: _as(x, first.dtype), kwargs))
         return func(*tree_map(_as, args), **tree_map(_as, kwargs))

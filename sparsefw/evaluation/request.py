@@ -1,4 +1,4 @@
-"""What a model is asked: how likely some tokens are behind others."""
+"""A request asks a model how likely some tokens are behind others."""
 
 import hashlib
 from array import array

@@ -63,7 +63,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass of requests has to hold.
+    """The sizes that the memory of a pass depends on.
 
     Attributes:
         shape: shape of the model.

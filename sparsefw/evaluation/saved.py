@@ -43,7 +43,7 @@ Form = tuple[str, list[int]]
 
 @dataclass(frozen=True)
 class Moment:
-    """What is finished.
+    """A step of the evaluation that is finished: hidden states behind a block, or all answers of a model.
 
     Attributes:
         model: number of the model.
@@ -61,7 +61,7 @@ class Moment:
 
 
 class Saved:
-    """What is finished of an evaluation. Use it in a `with` statement, after which other runs may go on.
+    """The finished part of an evaluation, on disk. Use it in a `with` statement, after which other runs may go on.
 
     Args:
         output: folder that the evaluation writes.
@@ -99,7 +99,7 @@ class Saved:
         if error and self._done:
             error.add_note(f"{self._output} is complete")
         elif error and self._partial.parts and not isinstance(error, InputError):
-            # What is wrong with the input is wrong the next time, too.
+            # A mistake in the input ends the next run, too.
             error.add_note("the same command goes on from what was saved")
 
     def _open(self) -> dict[int, Part]:

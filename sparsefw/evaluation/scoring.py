@@ -82,7 +82,7 @@ class Likelihoods:
         self._order = positions.argsort(stable=True)
         self._positions, self._tokens = positions[self._order], tokens[self._order]
         self._logits = torch.zeros(len(tokens), dtype=torch.float64)
-        # Of each position: the logarithm of the sum so far, the largest logit, and its token.
+        # Each position has the logarithm of its sum so far, its largest logit, and the token of that one.
         self._sums = torch.full((count,), -torch.inf, dtype=torch.float64)
         self._best = torch.full((count,), -torch.inf)
         self._best_tokens = torch.zeros(count, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What a model allows a row of tokens to hold: later tokens, or branches of a tree, that change nothing.
+"""Find out whether a model takes rows with later tokens, or with branches of a tree, that change no answer.
 
 Attention allows both, given the mask and the positions of a tree. Recurrent layers and convolutions allow no tree, and
 layers that look at the whole row allow neither. No architecture is named here: a block of each kind runs on a few rows
@@ -22,7 +22,7 @@ from sparsefw.model import BlockModel, embed_batches
 
 @dataclass(frozen=True)
 class Allowed:
-    """What a model allows.
+    """The rows that a model takes.
 
     Attributes:
         sharing: what a row may hold.
@@ -42,7 +42,7 @@ class Allowed:
 
 
 def allowed_by(model: BlockModel, requests: Sequence[Request]) -> Allowed:
-    """What a model allows rows of these requests.
+    """Find the rows that a model takes, by these requests.
 
     Args:
         model: the model, inside `BlockModel.outside`, with the embeddings of token 0 and of all tokens of the requests.
@@ -75,7 +75,7 @@ def shortest_row(model: BlockModel) -> int:
 
 
 def sharing_of(model: BlockModel, requests: Sequence[Request]) -> Sharing:
-    """What rows of these requests may hold.
+    """Find what rows of these requests may hold.
 
     Args:
         model: the model, inside `BlockModel.outside`, with the embeddings of all tokens.
@@ -87,7 +87,7 @@ def sharing_of(model: BlockModel, requests: Sequence[Request]) -> Sharing:
     pairs = [pair_of(model, token_batch(padded([whole], len(whole.tokens))), whole, [beginning])]
     trees = [row for row in rows_of(requests, Sharing.BRANCHES, longest_branch(model)) if row.branches]
     if trees:
-        # Where the longest branch is, and where the most tokens lie between a token and one that it attends to.
+        # The first has the longest branch; in the second, the most tokens lie between a token and one that it reads.
         chosen = {id(row): row for row in (max(trees, key=_depth), max(trees, key=lambda row: len(row.tokens)))}
         for row in chosen.values():
             pairs.append(pair_of(model, tree_batch([row], len(row.tokens), torch.float32), row, _two(_branches(row))))

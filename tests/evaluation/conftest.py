@@ -24,5 +24,5 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture
 def manager(tasks):
-    """What the harness itself knows tasks by."""
+    """The harness's own manager of tasks."""
     return TaskManager(include_path=str(tasks), include_defaults=False)

@@ -21,7 +21,7 @@ COUNTS = ("acc", "acc_norm", "acc_mutual_info")
 
 
 def of_harness(folder, tasks, batch_size):
-    """What `lm_eval` says of a checkpoint."""
+    """The results of `lm_eval` for a checkpoint."""
     # By its formula: older versions of transformers leave softcaps out otherwise.
     model = HFLM(str(folder), device="cpu", dtype="float32", batch_size=batch_size, attn_implementation="eager")
     manager = TaskManager(include_path=str(tasks), include_defaults=False)

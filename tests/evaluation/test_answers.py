@@ -67,7 +67,7 @@ def test_a_limit_that_is_too_low_names_one_that_is_enough(llama, answers):
         scores_of(llama, REQUESTS, Budget(host_memory=0.01))
     enough = float(str(error.value).partition("at least ")[2].split()[0])
     lines = []
-    # What the process has grows from run to run.
+    # The process grows from run to run.
     check_same(scores_of(llama, REQUESTS, Budget(host_memory=enough + 0.05), say=lines.append), answers)
     assert any(line.startswith("memory: ") for line in lines)
 
@@ -205,7 +205,7 @@ def in_memory_for(patched, room):
 @pytest.mark.parametrize("family", ["llama", "xlnet"])
 @pytest.mark.parametrize("more", [True, False], ids=["more", "less"])
 def test_a_pass_goes_on_in_its_own_micro_batches(more, family, tmp_path, often, monkeypatch):
-    """Where memory has room for more tokens, or for fewer of them unless nothing is read ahead."""
+    """Memory then has room for more tokens at a time, or only for fewer unless nothing is read ahead."""
     save_model(tmp_path / "model", family)
     # Otherwise the logits of a tiny model take more than all else, whatever the room.
     monkeypatch.setitem(LOGITS, False, 2**16)
@@ -348,7 +348,7 @@ def go_on(ranks, folder, output):
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "qwen3_next"])
 def test_blocks_that_hand_on_more_begin_anew(family, tmp_path, often, monkeypatch):
-    """What lies between two blocks is more than what is saved, or it is not."""
+    """Hidden states are saved only where blocks hand on nothing else."""
     save_model(tmp_path / "model", family)
     whole = scores_of(tmp_path / "model", REQUESTS, Budget())
     lines = []

@@ -72,7 +72,7 @@ def tokenizer_folder(request, tmp_path_factory):
 
 
 def tokens(requests):
-    """What requests hold, as lists."""
+    """The tokens of requests, read and predicted, as lists."""
     return [(list(request.read), list(request.targets)) for request in requests]
 
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_asked_is_refused(context, continuation, message, model):
 def test_a_tokenizer_without_start_and_end_is_refused(model):
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = tokenizer.eos_token = None
-    with pytest.raises(InputError, match="neither a start token nor an end token; give prefix_token_id"):
+    with pytest.raises(InputError, match=r"neither a start token nor an end token, .*; name bos_token or"):
         encoder(tokenizer, model.config)
     assert encoder(tokenizer, model.config, prefix_token_id=7).prefix == 7
     tokenizer.eos_token = "</s>"

@@ -1,4 +1,4 @@
-"""What a pass is expected to take."""
+"""Expected memory of a pass."""
 
 import pytest
 import torch

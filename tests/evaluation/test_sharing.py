@@ -24,7 +24,7 @@ CHAINS = {"bloom", "mamba", "qwen3_next", "rwkv", "openai-gpt"}
 ROWS = {"xlnet"}
 # Local attention that reads less than the requests have.
 LOCAL = {"qwen2", "mistral", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "inkling2_text"}
-# Of few heads, scores of the index are often zero, and which of equal ones are the largest is left open.
+# With few heads, scores of the index are often zero, and torch may take any of those that are equal.
 CHANGES = {"glm_moe_dsa": {"index_n_heads": 32}}
 
 
@@ -77,7 +77,7 @@ def save_local(folder, dtype, scale=1.0):
 
 
 def test_what_rounding_would_hide_is_found(tmp_path):
-    """What a block adds is little beside what is there, and less than that is rounded off in half precision."""
+    """A block adds little to large hidden states, and half precision rounds off changes of what it adds."""
     save_local(tmp_path, torch.bfloat16, scale=1000.0)
     with StreamedModel(inspect(tmp_path), torch.device("cpu")) as model, torch.no_grad(), embedded(model, REQUESTS):
         vars(model.runs.config)["window_size"] = None
