@@ -1,0 +1,56 @@
+"""The baselines as methods of the product: what `--method` takes beside its own in the processes of the study."""
+
+from functools import partial
+
+import baselines
+from torch import Tensor
+
+from sparsefw.errors import InputError
+from sparsefw.kernels.backend import Backend
+from sparsefw.solver import METHODS, PruneConfig
+from sparsefw.solver.choices import CHOOSE, Choice, Rows, choose_weights
+from sparsefw.solver.methods import Method
+from sparsefw.solver.objective import mask_error
+from sparsefw.solver.refit import refit
+
+
+def _one_budget(rows: Rows, config: PruneConfig) -> int:
+    if isinstance(rows.k, Tensor):
+        raise InputError(f"--sparsity {config.sparsity}: this method takes the same budget in every row only")
+    return rows.k
+
+
+def _admm(rows: Rows, config: PruneConfig, *, steps: int) -> tuple[Tensor, Tensor]:
+    """ADMM; with steps > 0 its weights are refitted as the product's are."""
+    mask, Z = baselines.admm(rows.W, rows.G, _one_budget(rows, config), group=config.pattern.group)
+    if not steps:
+        return mask, Z
+    return mask, refit(rows.W, rows.damped, mask, Z, steps).Z
+
+
+def _one_swaps(rows: Rows, config: PruneConfig, backend: Backend) -> Choice:
+    """Best 1-swaps from the warm start."""
+    group = config.pattern.group
+    warm = backend.lmo(rows.saliency, _one_budget(rows, config), group=group)
+    mask = baselines.one_swaps(rows.W, rows.G, warm, group=group)
+    error, before = (mask_error(rows.W, m, rows.G, backend=backend) for m in (mask, warm))
+    return Choice(mask, None, error, error, before, None)
+
+
+# ADMM factors G in every call, so rows are not solved in chunks.
+BASELINES = {
+    "one-swaps": Method(saliency="wanda"),
+    "admm": Method(saliency="wanda", rows_independent=False),
+    "admm-refit": Method(saliency="wanda", rows_independent=False, uses_damping=True),
+}
+CHOOSE_BASELINES = {
+    "one-swaps": _one_swaps,
+    "admm": choose_weights(partial(_admm, steps=0)),
+    "admm-refit": choose_weights(partial(_admm, steps=10)),
+}
+
+
+def register() -> None:
+    """Add the baselines to the methods of this process."""
+    METHODS.update(BASELINES)
+    CHOOSE.update(CHOOSE_BASELINES)

@@ -1,0 +1,143 @@
+"""The cells of the quality study: which rows its tables have, and which runs they need."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from sparsefw.cli import inputs_and_config, run_parser
+from sparsefw.solver import PruneConfig
+
+PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
+WANDA, SPARSEGPT, DEFAULT = "Wanda", "SparseGPT", "the default"
+ONE_SWAPS, ADMM = "best 1-swaps from Wanda", "ADMM"
+PAPER = "the paper's (`--preset paper --steps 100`)"
+MASKS = "masks only (`--refit 0`)"
+MASKS_OF_TARGETS = "masks only, of the dense model's outputs (`--refit 0 --target dense`)"
+LAYERWISE = "layer by layer (`--target layer`)"
+
+# Name in the tables and the results: flags of the run. A line here is a row of every table that has all rows.
+METHODS_OF_TABLE = {
+    "magnitude": ["--method", "magnitude"],
+    WANDA: ["--method", "wanda"],
+    "RIA": ["--method", "ria"],
+    ONE_SWAPS: ["--method", "one-swaps"],
+    PAPER: ["--preset", "paper", "--steps", "100"],
+    MASKS: ["--refit", "0"],
+    MASKS_OF_TARGETS: ["--refit", "0", "--target", "dense"],
+    SPARSEGPT: ["--method", "sparsegpt"],
+    ADMM: ["--method", "admm"],
+    "ADMM + refit": ["--method", "admm-refit"],
+    LAYERWISE: ["--target", "layer"],
+    DEFAULT: [],
+}
+
+# Settings that are varied alone, at 0.6, from masks only and from the default.
+SETTINGS = {"alpha": (0.0, 0.25, 0.5, 0.75, 0.9), "penalty": (0.0, 1.0), "steps": (20, 30, 60)}
+
+# Calibration windows of the tables, and seeds of their drawing. All rows have the further seeds at some patterns.
+NSAMPLES, SEED = 64, 0
+FURTHER_SEEDS, PATTERNS_OF_SEEDS = (1, 2), ("0.6", "2:4")
+
+# What a cell is calibrated on: the study's calibration text, or the reference's calibration part.
+OWN, REFERENCE = "own", "reference"
+# Rows and pattern of the cells that are calibrated on the reference.
+ROWS_ON_REFERENCE, PATTERN_ON_REFERENCE = (WANDA, SPARSEGPT, DEFAULT), "0.6"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the study.
+
+    Attributes:
+        method, flags: name and flags of the row.
+        pattern: its sparsity.
+        seed, nsamples: seed of the calibration windows, and their number.
+        calibrated_on: OWN or REFERENCE.
+        tuning: whether it is there to choose a setting. Such a cell is not evaluated on the reference.
+    """
+
+    method: str
+    flags: tuple[str, ...]
+    pattern: str
+    seed: int = SEED
+    nsamples: int = NSAMPLES
+    calibrated_on: str = OWN
+    tuning: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in the results."""
+        on = "" if self.calibrated_on == OWN else f" | calibrated on {self.calibrated_on}"
+        return f"{self.method} | {self.pattern} | seed {self.seed} | {self.nsamples} windows{on}"
+
+
+def config_of(flags: Sequence[str]) -> PruneConfig:
+    """The config of these flags of the run."""
+    return inputs_and_config(run_parser(None).parse_args(list(flags)))[1]
+
+
+def resolved(flags: Sequence[str]) -> dict:
+    """The settings that a method's flags stand for, with defaults; only those that the method uses.
+
+    A switch that is off and a number that is 0 are left out unless they are Frank-Wolfe's. So a cell that was made
+    before there was such a setting is still the same cell.
+    """
+    config = config_of(flags)
+    names = []
+    for f in fields(config):
+        if f.metadata.get("frank_wolfe"):
+            names += [f.name] * (config.method == "sparsefw")
+        elif isinstance(value := getattr(config, f.name), int | float) and value:
+            names.append(f.name)
+    return {name: getattr(config, name) for name in ("method", *names)}
+
+
+def cells_of_everything() -> list[Cell]:
+    """Every cell that the tables and figures of the documents are made of."""
+    rows = [(method, tuple(flags)) for method, flags in METHODS_OF_TABLE.items()]
+    cells = [Cell(*row, pattern) for pattern in PATTERNS for row in rows]
+    cells += [Cell(*row, pattern, seed) for seed in FURTHER_SEEDS for pattern in PATTERNS_OF_SEEDS for row in rows]
+    on_reference = [row for row in rows if row[0] in ROWS_ON_REFERENCE]
+    return cells + [Cell(*row, PATTERN_ON_REFERENCE, calibrated_on=REFERENCE) for row in on_reference]
+
+
+def rows_of_table(settings: bool) -> list[tuple[str, list[str], tuple[str, ...]]]:
+    """Method, flags and patterns of each row: of the methods, or of the study of settings."""
+    if not settings:
+        return [(name, flags, PATTERNS) for name, flags in METHODS_OF_TABLE.items()]
+    rows = [(SPARSEGPT, METHODS_OF_TABLE[SPARSEGPT], ("layer:0.6",))]
+    for base in (MASKS, DEFAULT):
+        flags = METHODS_OF_TABLE[base]
+        rows.append((base, flags, ("0.6", "layer:0.6")))
+        for name, values in SETTINGS.items():
+            # The row of the base has the value that the base has by itself.
+            for value in (v for v in values if v != resolved(flags)[name]):
+                rows.append((f"{base}, {name} {value:g}", [*flags, f"--{name}", f"{value:g}"], ("0.6",)))
+    return rows
+
+
+def select(
+    *,
+    settings: bool = False,
+    only: str = "",
+    wanted: Sequence[str] | None = None,
+    seeds: Sequence[int] = (SEED,),
+    nsamples: Sequence[int] = (NSAMPLES,),
+) -> list[Cell]:
+    """The cells of a selection, pattern by pattern.
+
+    Args:
+        settings: whether to select the study of settings instead of the methods.
+        only: text that the method's name contains.
+        wanted: patterns; None takes the study's own. Methods are run at any pattern, settings only at the study's.
+        seeds, nsamples: seeds of the calibration, and numbers of its windows.
+    """
+    rows = [row for row in rows_of_table(settings) if only in row[0]]
+    known = list(dict.fromkeys(pattern for _, _, where in rows for pattern in where))
+    return [
+        Cell(method, tuple(flags), pattern, seed, n, tuning=settings)
+        for n in nsamples
+        for seed in seeds
+        for pattern in wanted or known
+        for method, flags, where in rows
+        if pattern in where or not settings
+    ]

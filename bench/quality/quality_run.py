@@ -1,0 +1,154 @@
+"""The runs of the quality study: one cell is one run of the product, in a process of its own."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from quality_baselines import BASELINES
+from quality_cells import REFERENCE, Cell
+from texts import Reference
+
+import sparsefw
+from sparsefw.cli import inputs_and_config, run_parser
+from sparsefw.estimate.plan import Machine, RateFlags, plan
+from sparsefw.report import Report, read_report
+
+KEPT_OF_LAYERS = ("name", "error_warm_start", "error_mask", "error", "alpha", "kept")
+
+# The card that the work of a run is counted for. There the plan counts the products of all steps, of which a CPU saves
+# a part, and what is free on this machine makes no difference.
+PLANNED_FOR = "h100"
+
+# The code that a result depends on.
+CODE = ("sparsefw", "kernels", "bench/quality")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all cells of one results file share.
+
+    Attributes:
+        model: the checkpoint.
+        calibration, held_out: texts that settings may be chosen on.
+        reference: the text that no setting is chosen on.
+        seqlen: tokens in a window.
+        eval_windows: windows of each held-out text.
+    """
+
+    model: Path
+    calibration: Path
+    held_out: list[Path]
+    reference: Reference
+    seqlen: int
+    eval_windows: int
+
+    def header(self) -> dict:
+        """What the results file says of the study: names without folders, and the texts by their hash."""
+        hashes = [{p.name: hashlib.sha256(p.read_bytes()).hexdigest()} for p in (self.calibration, *self.held_out)]
+        names = {"model": self.model.name, "calibration": hashes[0], "held_out": hashes[1:]}
+        size = {"seqlen": self.seqlen, "eval_windows": self.eval_windows}
+        return names | size | {"reference": self.reference.header()}
+
+    def check(self, stored: dict) -> None:
+        """Check that results with the header `stored` go on with this study. Those without a reference do.
+
+        Raises:
+            ValueError: they are of another model, other texts or other windows.
+        """
+        own = self.header()
+        reference = own.pop("reference")
+        if stored and own != (others := {name: value for name, value in stored.items() if name != "reference"}):
+            raise ValueError(f"holds cells of another model, texts or windows: {others}")
+        if (known := stored.get("reference", reference)) != reference:
+            raise ValueError(f"holds cells of the reference of Python {known['python']}, not {reference['python']}")
+
+
+def run_apart(flags: list[str]) -> int:
+    """Run the product's command line in a process with a peak of memory of its own; returns the exit status."""
+    command = [sys.executable, str(Path(__file__).with_name("quality.py")), "--cell", *flags]
+    return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+
+
+def run_cell(cell: Cell, study: Study, launch: Callable[[list[str]], int] = run_apart) -> dict:
+    """Run one cell; returns its entry in the results.
+
+    Raises:
+        SystemExit: the run failed; it has said why.
+    """
+    calibration = study.reference.calibration if cell.calibrated_on == REFERENCE else study.calibration
+    held_out = study.held_out if cell.tuning else [*study.held_out, study.reference.test]
+    flags = ["--model", str(study.model), "--dataset", str(calibration), "--seqlen", str(study.seqlen)]
+    flags += ["--nsamples", str(cell.nsamples), "--seed", str(cell.seed), "--sparsity", cell.pattern]
+    flags += [flag for path in held_out for flag in ("--eval", str(path))]
+    flags += ["--eval-windows", str(study.eval_windows), *cell.flags]
+    code = {"commit": code_version(), "threads": torch.get_num_threads(), "plan": planned(flags)}
+    with tempfile.TemporaryDirectory() as scratch:
+        if status := launch([*flags, "--output", f"{scratch}/out"]):
+            raise SystemExit(f"{cell.key}: exit status {status}")
+        return entry(cell, read_report(Path(scratch, "out", "report.json"))) | code
+
+
+def entry(cell: Cell, report: Report) -> dict:
+    """What the study keeps of a report: texts by their file names, layers by column, six digits of an error."""
+    method, layers = report.arguments["method"], report.layers
+    arguments = {name: value for name, value in report.arguments.items() if name != "output"}
+    arguments |= {name: Path(arguments[name]).name for name in ("model", "dataset")}
+    arguments["evaluate"] = [Path(text).name for text in arguments["evaluate"]]
+    texts = {Path(text.source).name: text.perplexity for text in report.evaluation}
+    columns = {name: [_short(getattr(layer, name)) for layer in layers] for name in KEPT_OF_LAYERS}
+    return {
+        "method": cell.method,
+        "pattern": cell.pattern,
+        "seed": cell.seed,
+        "nsamples": cell.nsamples,
+        "calibrated_on": cell.calibrated_on,
+        "flags": list(cell.flags),
+        "arguments": arguments,
+        "perplexity": {name: perplexity[method] for name, perplexity in texts.items()},
+        "dense": {name: perplexity["dense"] for name, perplexity in texts.items()},
+        "relative_mask": sum(layer.relative_mask for layer in layers) / len(layers),
+        "relative_error": sum(layer.relative_error for layer in layers) / len(layers),
+        "warm_start": layers[0].warm_start,
+        "seconds": report.seconds,
+        "peak_memory": report.peak_memory,
+        "versions": report.versions,
+        "device": report.device,
+        "data": asdict(report.data) | {"source": Path(report.data.source).name},
+        "layers": columns,
+    }
+
+
+def _short(value: float | int | str | None) -> float | int | str | None:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def code_version() -> str:
+    """The commit of the code that runs, with a + if its files differ from it; "unknown" outside of a checkout."""
+    root = Path(sparsefw.__file__).resolve().parents[1]
+    if Path(__file__).resolve().parents[2] != root or not (root / ".git").exists() or not shutil.which("git"):
+        return "unknown"
+    commands = ["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", *CODE]
+    head, changes = (subprocess.run(["git", "-C", root, *c], capture_output=True, text=True) for c in commands)
+    if head.returncode or changes.returncode:
+        # git refuses the checkout of another user.
+        return "unknown"
+    return head.stdout.strip() + "+" * bool(changes.stdout)
+
+
+def planned(flags: list[str]) -> dict | None:
+    """The work of a run as `sparsefw.plan` counts it: Tflop by phase, on one PLANNED_FOR that holds everything.
+
+    None for a baseline, whose operations the plan does not know.
+    """
+    inputs, config = inputs_and_config(run_parser(None).parse_args(flags))
+    if config.method in BASELINES:
+        return None
+    phases = plan(inputs, config, Machine(PLANNED_FOR), RateFlags([]), Path(tempfile.gettempdir()))["phases"]
+    tflop = {phase: row["run"]["flops"] / 1e12 for phase, row in phases.items() if row["run"]["flops"]}
+    return {"card": PLANNED_FOR, "tflop": tflop}
