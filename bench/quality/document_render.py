@@ -74,7 +74,7 @@ def _runs(results: dict, method: str, column: Column) -> list[dict]:
     if method == DENSE:
         # A run may lack a text that the study has got since.
         every = [run["dense"] for run in results["cells"].values() if _is_of(run, column)]
-        return [{"perplexity": {text: value for dense in every for text, value in dense.items()}}]
+        return [{"perplexity": {text: value for dense in every for text, value in dense.items()}}] if every else []
     cells = [Cell(method, (), column.pattern, seed, NSAMPLES, column.calibrated_on) for seed in column.seeds]
     runs = [results["cells"].get(cell.key) for cell in cells]
     return runs if all(runs) else []

@@ -49,7 +49,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--only", default="", metavar="TEXT", help="methods whose name contains this")
     add("--patterns", type=lambda text: text.split(","), metavar="P,P", help="the methods at these, at one seed")
     for name, default in (("seeds", SEED), ("nsamples", NSAMPLES)):
-        add(f"--{name}", type=_numbers, metavar="N,N", help=f"the methods with these (default of --patterns: {default})")
+        add(f"--{name}", type=_numbers, metavar="N,N", help=f"the methods with these, in place of {default}")
     add("--curves", type=_numbers, default="8", metavar="N,N", help="blocks whose errors by step are measured, '' for "
         "none (default: 8)")  # fmt: skip
     add("--settings", type=_numbers, default="", metavar="N,N", help="blocks on whose layers settings are compared by "

@@ -70,11 +70,7 @@ def made_by(results: dict, cells: Sequence[Cell], commit: str, present: str) -> 
         present: the present commit. Its cells are never taken, so that an interrupted study goes on.
     """
     commits = {cell: commit_of(results["cells"][cell.key]) for cell in cells if cell.key in results["cells"]}
-    return [
-        cell
-        for cell, made in commits.items()
-        if made != present and (commit == ALL or made.startswith(commit))
-    ]
+    return [cell for cell, made in commits.items() if made != present and (commit == ALL or made.startswith(commit))]
 
 
 def remaining(results: dict, to_run: Sequence[Cell], every: int) -> str:

@@ -1,122 +1,38 @@
-"""The quality study: which cells it runs, what it keeps and prints of them, the methods that only it has."""
+"""The quality study: its command, what it keeps of a run, and the methods that only it has."""
 
 import json
 import re
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import quality
+import quality_baselines
 import quality_curves
 import quality_plots
+import quality_run
 import quality_settings
+import texts
 import torch
 from helpers.families import save_model
 from helpers.kernel_inputs import DEVICE, gram, normal
+from quality_cells import OWN, REFERENCE, Cell, config_of, select
 
+import sparsefw
 import sparsefw.run
 from sparsefw.errors import InputError
 from sparsefw.kernels.backend import TORCH
 from sparsefw.solver import METHODS, PruneConfig, patterns, prune_layers
 from sparsefw.solver.choices import CHOOSE
-from sparsefw.solver.config import WITH_REFIT
 
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     """The benchmark's methods, for the time of a test."""
-    for name, method in quality.BASELINES.items():
+    for name, method in quality_baselines.BASELINES.items():
         monkeypatch.setitem(METHODS, name, method)
-        monkeypatch.setitem(CHOOSE, name, quality.CHOOSE_BASELINES[name])
-
-
-def cells_of(settings=False, only="", wanted=None, seeds=(0,), nsamples=(64,)):
-    return quality.select(settings=settings, only=only, wanted=wanted, seeds=seeds, nsamples=nsamples)
-
-
-def entry(perplexity, **changes):
-    """A hand-made cell of the results, as far as tables need it."""
-    texts = {"a.txt": perplexity, "b.txt": 2 * perplexity}
-    relative = {"relative_mask": 0.5, "relative_error": 0.25, "warm_start": "wanda"}
-    return {"perplexity": texts, "dense": dict.fromkeys(texts, 9.0), "seconds": {"solve": 61.4}, **relative, **changes}
-
-
-class TestCells:
-    def test_methods_at_every_pattern(self):
-        cells = cells_of(seeds=[0, 3], nsamples=[8, 64])
-        assert len({cell.key for cell in cells}) == len(cells) == 4 * 5 * len(quality.METHODS_OF_TABLE)
-        assert {cell.pattern for cell in cells} == {"0.5", "0.6", "0.7", "2:4", "4:8"}
-        assert {(cell.seed, cell.nsamples) for cell in cells} == {(0, 8), (0, 64), (3, 8), (3, 64)}
-
-    def test_selection(self):
-        cells = cells_of(only="ADMM", wanted=["2:4"])
-        assert [(cell.method, cell.pattern) for cell in cells] == [("ADMM", "2:4"), ("ADMM + refit", "2:4")]
-
-    def test_settings(self):
-        cells = cells_of(settings=True)
-        assert len({cell.key for cell in cells}) == len(cells)
-        for base in (quality.MASKS, quality.DEFAULT):
-            own = [cell for cell in cells if cell.method.startswith(base)]
-            varied = [cell.method.removeprefix(f"{base}, ") for cell in own if cell.pattern == "0.6"]
-            alphas = {name for name in varied if name.startswith("alpha")}
-            # One of the five values is the base's own.
-            assert len(alphas) == 4
-            assert {"penalty 0", "steps 20", "steps 30", "steps 60", base} <= set(varied)
-            # The whole penalty is the default where weights are not refitted.
-            assert ("penalty 1" in varied) == (base != quality.MASKS)
-            assert [c.method for c in own if c.pattern == "layer:0.6"] == [base]
-        assert [c.method for c in cells if "SparseGPT" in c.method] == ["SparseGPT"]
-
-    @pytest.mark.parametrize("settings", [False, True])
-    def test_flags_are_those_of_the_command_line(self, settings):
-        for cell in cells_of(settings):
-            config = quality.config_of([*cell.flags, "--sparsity", cell.pattern])
-            assert config.sparsity == cell.pattern
-            if cell.method.startswith(quality.MASKS):
-                assert config.refit == 0
-            if "alpha 0.9" in cell.method:
-                assert config.alpha == 0.9
-
-    def test_a_changed_default_is_run_again(self, monkeypatch):
-        cells = cells_of(only=quality.DEFAULT, wanted=["0.5", "0.6"])
-        results = {"cells": {cells[0].key: {"arguments": quality.resolved(cells[0].flags)}}}
-        assert quality.missing(results, cells) == cells[1:]
-        monkeypatch.setitem(WITH_REFIT["sparsefw"], "steps", 31)
-        assert quality.missing(results, cells) == cells
-
-    def test_settings_of_frank_wolfe_are_nothing_to_other_methods(self):
-        """A new setting of Frank-Wolfe does not make cells of other methods run again."""
-        assert set(quality.resolved(["--method", "wanda"])) == {"method"}
-        assert {"steps", "alpha", "refit", "damp"} <= set(quality.resolved([]))
-
-
-class TestTable:
-    def test_rows(self):
-        cells = cells_of(wanted=["0.6"], only="RIA") + cells_of(wanted=["0.6"], only="ADMM + refit")
-        found = [entry(1690.04, warm_start="ria"), entry(40.0)]
-        results = {"cells": {cell.key: one for cell, one in zip(cells, found, strict=True)}}
-        table = quality.tables(results, cells_of())
-        assert table.splitlines()[0] == "Sparsity 0.6, 64 calibration windows"
-        assert table.splitlines()[2:] == [
-            "| method | perplexity, a.txt | perplexity, b.txt | mask only | relative error | seconds |",
-            "| --- | --- | --- | --- | --- | --- |",
-            "| dense | 9.00 | 9.00 |  |  |  |",
-            "| RIA | 1690.04 | 3380.08 |  |  | 61 |",
-            "| ADMM + refit | 40.00 | 80.00 | 0.500 | 0.250 | 61 |",
-        ]
-
-    def test_a_table_for_each_pattern_and_size(self):
-        cells = cells_of(only="RIA", wanted=["0.6", "2:4"], nsamples=[8, 64])
-        results = {"cells": {cell.key: entry(10.0) for cell in cells}}
-        assert len(quality.tables(results, cells).split("\n\nSparsity ")) == 4
-        assert quality.tables({"cells": {}}, cells) == ""
-
-    def test_seeds_are_averaged(self):
-        cells = cells_of(only="RIA", wanted=["0.6"], seeds=[0, 1, 2])
-        found = [entry(perplexity) for perplexity in (10.0, 11.0, 15.0)]
-        results = {"cells": {cell.key: one for cell, one in zip(cells, found, strict=True)}}
-        row = quality.tables(results, cells).splitlines()[-1]
-        assert row == "| RIA | 12.00 (5.00) | 24.00 (10.00) | 0.500 (0.000) | 0.250 (0.000) | 61 (0) |"
+        monkeypatch.setitem(CHOOSE, name, quality_baselines.CHOOSE_BASELINES[name])
 
 
 class TestBaselines:
@@ -154,11 +70,18 @@ class TestBaselines:
 
 
 def test_committed_results_are_read_and_printed(capsys):
-    results = Path(quality.__file__).parents[1] / "results" / "smollm2-quality.json"
-    quality.main(["--table", "--results", str(results), "--patterns", "0.6"])
+    quality.main(["--table", "--patterns", "0.6"])
     printed = capsys.readouterr().out
     assert printed.startswith("Sparsity 0.6, 64 calibration windows")
-    assert "| the default | 36.37 | 82.44 |" in printed
+    assert re.search(r"^\| the default \| \d\d\.\d\d \| \d\d\.\d\d \|", printed, re.MULTILINE)
+
+
+def test_a_plan_runs_nothing(capsys):
+    quality.main(["--plan"], launch=None)
+    printed = capsys.readouterr().out
+    assert re.match(r"\d+ of \d+ cells are to be run\.\n", printed)
+    quality.main(["--plan", "--only", "RIA", "--patterns", "0.5,0.6", "--again", "all"], launch=None)
+    assert capsys.readouterr().out.startswith("2 of 2 cells")
 
 
 def test_curves_start_at_the_warm_start_and_fall():
@@ -178,8 +101,8 @@ def test_curves_start_at_the_warm_start_and_fall():
 def test_end_to_end(tmp_path, capsys, monkeypatch):
     """A cell, the curves and the settings run once; no path of the machine gets into the results."""
     model = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
-    texts = [tmp_path / name for name in ("calibration.txt", "test.txt", "other.txt")]
-    for n, path in enumerate(texts):
+    own = [tmp_path / name for name in ("calibration.txt", "test.txt", "other.txt")]
+    for n, path in enumerate(own):
         path.write_text("".join(f"{i}: a rose is a rose is a rose, {(n + i) % 7} times.\n" for i in range(100)))
     results = tmp_path / "results.json"
     ran = []
@@ -191,7 +114,7 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     def run(*flags):
         places = ["--model", str(model), "--results", str(results)]
         size = ["--seqlen", "32", "--eval-windows", "2", "--nsamples", "8"]
-        quality.main([*map(str, texts), *places, *size, "--only", "ADMM + refit", *flags], launch)
+        quality.main([*map(str, own), *places, *size, "--only", "ADMM + refit", *flags], launch)
         return json.loads(results.read_text())
 
     written = run("--patterns", "2:4", "--curves", "1")
@@ -201,7 +124,11 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     assert list(written["curves"]["1"]) == ["q_proj", "o_proj", "up_proj", "down_proj"]
     assert not re.search(re.escape(str(tmp_path)) + r"|/tmp|/home|/root", results.read_text())
     (cell,) = written["cells"].values()
-    assert list(cell["perplexity"]) == list(cell["dense"]) == ["test.txt", "other.txt"]
+    assert list(cell["perplexity"]) == list(cell["dense"]) == ["test.txt", "other.txt", texts.TEST]
+    assert written["study"]["reference"]["python"] == cell["versions"]["python"]
+    assert (cell["commit"], cell["threads"]) == (quality_run.code_version(), torch.get_num_threads())
+    # The plan does not know what ADMM does.
+    assert cell["plan"] is None
     assert {len(column) for column in cell["layers"].values()} == {2 * 7}
     warm, error = (sum(cell["layers"][name]) for name in ("error_warm_start", "error"))
     assert error < warm
@@ -219,7 +146,17 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     assert "| `--refit 0 --damp 0.4` | " in printed
     # Another pattern is another cell, a text with other content another study.
     assert len(run("--patterns", "2:4,0.6", "--curves", "")["cells"]) == len(ran) == 2
-    texts[2].write_text("something else")
+    # Other code may have made a cell; it is run again where that is asked for.
+    written = json.loads(results.read_text())
+    (first, _) = written["cells"].values()
+    first["commit"] = "abc"
+    results.write_text(json.dumps(written))
+    run("--patterns", "2:4,0.6", "--curves", "")
+    assert len(ran) == 2
+    again = run("--patterns", "2:4,0.6", "--curves", "", "--again", "all")["cells"]
+    assert len(ran) == 3
+    assert {entry["commit"] for entry in again.values()} == {quality_run.code_version()}
+    own[2].write_text("something else")
     with pytest.raises(SystemExit, match="another model, texts or windows"):
         run()
 
@@ -230,9 +167,9 @@ class TestSettings:
         rows = quality_settings.settings_of_study()
         assert len(set(rows)) == len(rows)
         for base in quality_settings.VARIED:
-            before = asdict(quality.config_of(base))
+            before = asdict(config_of(base))
             for flags in (row for row in rows if row[:-2] == base and row not in quality_settings.VARIED):
-                after = asdict(quality.config_of(flags))
+                after = asdict(config_of(flags))
                 assert [f"--{name}" for name in before if before[name] != after[name]] == [flags[-2]]
 
     def layers(self):
@@ -256,14 +193,96 @@ class TestSettings:
             assert budgets[f"{way} --sparsity layer:0.6"][0] < budgets[f"{way} --sparsity 0.6"][0] < 1
 
 
-def test_a_failed_cell_ends_the_study(tmp_path):
-    study = quality.Study(tmp_path, tmp_path / "c.txt", [tmp_path / "t.txt"], 32, 2)
-    with pytest.raises(SystemExit, match=r"RIA \| 0.6 .*exit status 2"):
-        quality.run_cell(cells_of(only="RIA", wanted=["0.6"])[0], study, launch=lambda flags: 2)
+@pytest.fixture
+def study(tmp_path):
+    """A study of a model and texts that nothing reads."""
+    reference = texts.write_reference(tmp_path)
+    for name in ("c.txt", "t.txt"):
+        (tmp_path / name).write_text(name)
+    return quality_run.Study(tmp_path, tmp_path / "c.txt", [tmp_path / "t.txt"], reference, 32, 2)
+
+
+class TestRun:
+    def flags_of(self, cell, study, monkeypatch):
+        """The flags of the cell's run, by name."""
+        ran = []
+        monkeypatch.setattr(quality_run, "planned", lambda flags: None)
+        with pytest.raises(SystemExit):
+            quality_run.run_cell(cell, study, launch=lambda flags: ran.extend(flags) or 1)
+        found = {}
+        for name, value in zip(ran[::2], ran[1::2], strict=True):
+            found.setdefault(name, []).append(Path(value).name)
+        return found
+
+    def test_a_failed_cell_ends_the_study(self, study, monkeypatch):
+        monkeypatch.setattr(quality_run, "planned", lambda flags: None)
+        with pytest.raises(SystemExit, match=r"RIA \| 0.6 .*exit status 2"):
+            quality_run.run_cell(select(only="RIA", wanted=["0.6"])[0], study, launch=lambda flags: 2)
+
+    def test_texts_of_a_cell(self, study, monkeypatch):
+        """The reference is evaluated on, but not where a setting is chosen; its other part may be calibrated on."""
+        cells = [Cell("RIA", ("--method", "ria"), "0.6", calibrated_on=on) for on in (OWN, REFERENCE)]
+        cells.append(Cell("RIA", ("--method", "ria"), "0.6", tuning=True))
+        found = [self.flags_of(cell, study, monkeypatch) for cell in cells]
+        assert [flags["--dataset"] for flags in found] == [["c.txt"], [texts.CALIBRATION], ["c.txt"]]
+        assert [flags["--eval"] for flags in found] == [["t.txt", texts.TEST], ["t.txt", texts.TEST], ["t.txt"]]
+
+    def test_results_without_the_reference_go_on(self, study):
+        header = study.header()
+        study.check({})
+        study.check(header)
+        study.check({name: value for name, value in header.items() if name != "reference"})
+        with pytest.raises(ValueError, match="another model, texts or windows"):
+            study.check(header | {"seqlen": 64})
+        with pytest.raises(ValueError, match=r"reference of Python 3\.1, not 3\."):
+            study.check(header | {"reference": {"python": "3.1"}})
+
+    def test_work_is_what_the_plan_counts(self, tmp_path):
+        """More steps are more work of the solves, other phases stay; the evaluation grows with its windows."""
+        model = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
+        flags = ["--model", str(model), "--dataset", "c.txt", "--nsamples", "8", "--seqlen", "32", "--eval", "t.txt"]
+        few, many, longer = (
+            quality_run.planned([*flags, "--eval-windows", windows, "--steps", steps])["tflop"]
+            for windows, steps in (("2", "10"), ("2", "20"), ("4", "10"))
+        )
+        assert few["solve"] < many["solve"]
+        assert few["calibrate"] == many["calibrate"] == longer["calibrate"]
+        assert longer["evaluate"] == pytest.approx(2 * few["evaluate"])
+        assert few["all"] == pytest.approx(sum(few.values()) - few["all"])
+        assert quality_run.planned([*flags, "--eval-windows", "2", "--method", "admm"]) is None
+
+    def test_commit_of_a_changed_tree_has_a_mark(self, tmp_path, monkeypatch):
+        root = tmp_path / "checkout"
+        for folder in ("sparsefw", "bench/quality", "bench/results"):
+            (root / folder).mkdir(parents=True)
+            (root / folder / "file").write_text("1")
+
+        def git(*command):
+            names = ["-c", "user.name=n", "-c", "user.email=e"]
+            return subprocess.run(
+                ["git", "-C", root, *names, *command], check=True, capture_output=True, text=True
+            ).stdout
+
+        git("init", "-q")
+        git("add", ".")
+        git("commit", "-qm", "first")
+        monkeypatch.setattr(quality_run, "__file__", str(root / "bench" / "quality" / "file"))
+        monkeypatch.setattr(sparsefw, "__file__", str(root / "sparsefw" / "file"))
+        commit = quality_run.code_version()
+        assert git("rev-parse", "HEAD").startswith(commit)
+        assert len(commit) == 12
+        # Results are not code.
+        (root / "bench/results/file").write_text("2")
+        assert quality_run.code_version() == commit
+        (root / "sparsefw" / "new").write_text("2")
+        assert quality_run.code_version() == commit + "+"
+        # Installed elsewhere, the package is not this checkout's.
+        monkeypatch.setattr(sparsefw, "__file__", str(tmp_path / "sparsefw" / "file"))
+        assert quality_run.code_version() == "unknown"
 
 
 def test_plots(tmp_path):
-    cells = cells_of(wanted=["2:4"])
+    cells = select(wanted=["2:4"])
     names = [f"model.layers.{i}.mlp.{kind}.weight" for i in range(3) for kind in ("up_proj", "down_proj")]
     columns = {"name": names} | dict.fromkeys(("error", "error_mask", "error_warm_start"), [1.0] * 6)
     found = {cell.key: {"method": cell.method, "layers": columns} for cell in cells}
