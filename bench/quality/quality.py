@@ -3,7 +3,7 @@
 Every cell of the study (method, pattern, seed, calibration text) is one run of the product in a process of its own, and
 one line of the results file. A cell in the file is not run again, so an interrupted study goes on. By default these are
 the cells of every table in the documents; options select others. All of them are evaluated on the language reference of
-this Python, too, which no setting is chosen on; --study and --settings, which compare settings, do not look at it.
+this Python, too; --study and --settings, which compare settings, do not look at it.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--plots", type=Path, metavar="DIR", help="draw the results there (needs matplotlib)")
     add("--study", action="store_true", help="the settings instead of the methods")
     add("--only", default="", metavar="TEXT", help="methods whose name contains this")
-    add("--patterns", type=lambda text: text.split(","), metavar="P,P", help="the methods at these, at one seed")
+    add("--patterns", type=lambda text: text.split(","), metavar="P,P", help="the methods at these, with one seed")
     for name, default in (("seeds", SEED), ("nsamples", NSAMPLES)):
         add(f"--{name}", type=_numbers, metavar="N,N", help=f"the methods with these, in place of {default}")
     add("--curves", type=_numbers, default="8", metavar="N,N", help="blocks whose errors by step are measured, '' for "
@@ -145,7 +145,11 @@ def main(argv: list[str] | None = None, launch: Callable[[list[str]], int] = run
         for blocks, measured in results[section].items():
             print(f"\n{section.capitalize()}, blocks {blocks}\n\n{settings_table(measured, _held_out(results))}")
     if arguments.documents:
-        for name in write_documents(results):
+        try:
+            nowhere = write_documents(results)
+        except ValueError as error:
+            sys.exit(f"--documents: {error}")
+        for name in nowhere:
             print(f"table {name}: in no document", file=sys.stderr)
     if arguments.plots:
         # Imported only here: nothing else needs matplotlib.

@@ -36,7 +36,7 @@ class Study:
     Attributes:
         model: the checkpoint.
         calibration, held_out: texts that settings may be chosen on.
-        reference: the text that no setting is chosen on.
+        reference: the text that no study of settings looks at.
         seqlen: tokens in a window.
         eval_windows: windows of each held-out text.
     """
@@ -129,7 +129,10 @@ def _short(value: float | int | str | None) -> float | int | str | None:
 
 
 def code_version() -> str:
-    """The commit of the code that runs, with a + if its files differ from it; "unknown" outside of a checkout."""
+    """The commit of the code that runs, with a + if its files differ from it.
+
+    "unknown" outside of a checkout, and where the package comes from another one than this file.
+    """
     root = Path(sparsefw.__file__).resolve().parents[1]
     if Path(__file__).resolve().parents[2] != root or not (root / ".git").exists() or not shutil.which("git"):
         return "unknown"

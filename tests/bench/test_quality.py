@@ -276,8 +276,9 @@ class TestRun:
         assert quality_run.code_version() == commit
         (root / "sparsefw" / "new").write_text("2")
         assert quality_run.code_version() == commit + "+"
-        # Installed elsewhere, the package is not this checkout's.
-        monkeypatch.setattr(sparsefw, "__file__", str(tmp_path / "sparsefw" / "file"))
+        # The package comes from another checkout than the bench.
+        git("clone", "-q", ".", str(tmp_path / "other"))
+        monkeypatch.setattr(sparsefw, "__file__", str(tmp_path / "other" / "sparsefw" / "file"))
         assert quality_run.code_version() == "unknown"
 
 
