@@ -115,7 +115,10 @@ def claims_of(report: Report) -> Claims:
         pattern=pattern,
         scope="layer" if pattern.scope == "row" and not METHODS[method].rows_independent else pattern.scope,
         # One-shot masks leave weights as they are, SparseGPT never does.
-        refits=method == "sparsegpt" or (method == "sparsefw" and report.argument("refit", int) > 0),
+        refits=method == "sparsegpt"
+        or (method == "sparsefw" and report.argument("refit", int) > 0)
+        # Older versions reconstructed nothing.
+        or ("reconstruct" in report.arguments and report.argument("reconstruct", int) > 0),
         keeps_zeros=report.argument("keep_zeros", bool),
         layers=layers,
         kept_dense=set(report.kept_dense),

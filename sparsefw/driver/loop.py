@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sparsefw.checkpoint import Writer, read_shard
 from sparsefw.data import Batches, Windows
 from sparsefw.driver.block import DenseReference, Run, find_stages, idle_matrices, kept_dense, prune_block, way_through
+from sparsefw.driver.reconstruct import reconstruct
 from sparsefw.driver.record import FinishedBlock
 from sparsefw.driver.tasks import TaskSamples
 from sparsefw.evaluation.request import Score
@@ -27,7 +28,7 @@ from sparsefw.evaluation.streaming import RequestStates
 from sparsefw.model import HiddenStates, Placement, embed_batches, perplexity, perplexity_of_batches
 from sparsefw.process import give_back, peak_memory
 from sparsefw.ranks import Ranks
-from sparsefw.report import BlockRecord
+from sparsefw.report import BlockRecord, Reconstruction
 from sparsefw.solver import LayerResult
 from sparsefw.timeline import WRITE, Timeline
 
@@ -99,6 +100,7 @@ def prune_model(
     *,
     tasks: TaskSamples | None = None,
     on_layer: Callable[[LayerResult], None] = lambda result: None,
+    on_reconstruction: Callable[[str, Reconstruction], None] = lambda block, found: None,
     on_block: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Prune every block of a model.
@@ -110,7 +112,8 @@ def prune_model(
         writer: receives a shard for each block and each piece of the rest. The run goes on after those that it has.
         placement: what is held at once, and where.
         tasks: requests of tasks.
-        on_layer, on_block: called after every layer and every block.
+        on_layer, on_reconstruction, on_block: called after every layer, with the name of every block that was
+            reconstructed, and after every block.
 
     Raises:
         InputError: weights or activations hold NaN or Inf, a layer does not fit the pattern, or writing failed.
@@ -121,7 +124,7 @@ def prune_model(
             states = _embed_all(run, texts[0], texts[1:], tasks, placement)
         for hidden_states in states.all():
             open_states.callback(hidden_states.close)
-        outcome = _prune_blocks(run, states, writer, placement, on_layer, on_block)
+        outcome = _prune_blocks(run, states, writer, placement, on_layer, on_reconstruction, on_block)
         with run.model.timeline.span("evaluate"), run.model.outside():
             for samples, by_name in states.evaluation:
                 outcome.perplexity[samples.source] = {
@@ -139,6 +142,7 @@ def _prune_blocks(
     writer: Writer,
     placement: Placement,
     on_layer: Callable[[LayerResult], None],
+    on_reconstruction: Callable[[str, Reconstruction], None],
     on_block: Callable[[], None],
 ) -> Outcome:
     model, timeline = run.model, run.model.timeline
@@ -156,7 +160,7 @@ def _prune_blocks(
         written: Future[None] | None = None
         for i in range(begin, len(model.blocks)):
             sent = run.ranks.sent.copy()
-            record, tensors = _prune_methods(run, i, states, writer, placement, on_layer)
+            record, tensors = _prune_methods(run, i, states, writer, placement, on_layer, on_reconstruction)
             if i not in model.firsts:
                 on_block()
                 continue
@@ -205,7 +209,7 @@ def _embed_all(
         return {name: states.fork() if n else states for n, name in enumerate(names)}
 
     methods = [*run.config.methods]
-    calibrated = start(calibration, [DENSE, *methods] if run.config.uses_dense_target else methods)
+    calibrated = start(calibration, [DENSE, *methods] if run.config.uses_dense_stream else methods)
     asked: dict[str, RequestStates] = {}
     if tasks:
         first = tasks.embed(run.model, placement, run.ranks)
@@ -220,6 +224,7 @@ def _prune_methods(
     writer: Writer,
     placement: Placement,
     on_layer: Callable[[LayerResult], None],
+    on_reconstruction: Callable[[str, Reconstruction], None],
 ) -> tuple[FinishedBlock, dict[str, dict[str, Tensor]]]:
     """Prune block i by every method, and run all windows through it.
 
@@ -235,6 +240,10 @@ def _prune_methods(
         # A copy, only if the dense block is needed after it has been pruned.
         dense = copy.deepcopy(block) if run.config.uses_dense_target or len(methods) > 1 else None
     _evaluate(run, i, states, DENSE)
+    if run.config.uses_dense_stream and not run.config.uses_dense_target:
+        # No stage will move them on.
+        with timeline.span("reconstruct", i):
+            states.calibration[DENSE].advance(i)
     record, tensors = FinishedBlock.of(i, model.names[i]), {}
     for method in methods:
         if dense and method != methods[0]:
@@ -243,13 +252,22 @@ def _prune_methods(
         if dense and run.config.uses_dense_target and method == "sparsefw":
             order = find_stages(run, i, states.calibration[method])
             reference = DenseReference(dense, states.calibration[DENSE], order)
+        own = method == run.config.method
+        # Stages move the windows on inside the block, and a reconstruction runs from its input.
+        start = states.calibration[method].fork() if own and run.config.reconstruct and reference else None
         results = []
         for result in prune_block(run, i, states.calibration[method], method, reference):
             results.append(result)
             on_layer(result)
         record.add(results, kept_dense(model, i, results))
-        if method == run.config.method:
+        if own:
             record = record.with_way(way_through(run, reference))
+        if own and run.config.reconstruct:
+            # It is the last method: nothing needs the dense block any more.
+            dense = reference = None
+            if found := _reconstruct(run, i, states.calibration, start, results):
+                record = record.with_reconstruction(found)
+                on_reconstruction(model.names[i], found)
         with timeline.span("forward", i):
             states.calibration[method].advance(i)
         _evaluate(run, i, states, method)
@@ -262,6 +280,22 @@ def _prune_methods(
                 tensors[method] = {name: tensor.clone() for name, tensor in tensors[method].items()}
     model.close(i)
     return record, tensors
+
+
+def _reconstruct(
+    run: Run, i: int, states: dict[str, HiddenStates], start: HiddenStates | None, results: list[LayerResult]
+) -> Reconstruction | None:
+    """Reconstruct block i, as the config's method has pruned it.
+
+    Args:
+        run, i, results: as for `reconstruct`.
+        states: the calibration windows by method; in the dense model they are behind the block.
+        start: the method's windows before the block, if stages have moved the others on.
+    """
+    with run.model.timeline.span("reconstruct", i):
+        if start is not None:
+            states[run.config.method].go_back(start)
+        return reconstruct(run, i, states[run.config.method], states[DENSE], results)
 
 
 def _peaks(ranks: Ranks) -> dict[str, int]:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sparsefw.checkpoint import typed_json
-from sparsefw.report import BlockRecord
+from sparsefw.report import BlockRecord, Reconstruction
 from sparsefw.solver import LayerResult
 
 
@@ -35,6 +35,10 @@ class FinishedBlock:
     def with_way(self, way: str) -> "FinishedBlock":
         """A copy that says how the calibration windows ran through the block."""
         return replace(self, block=replace(self.block, way=way))
+
+    def with_reconstruction(self, found: Reconstruction) -> "FinishedBlock":
+        """A copy that says how the block's weights were fitted together."""
+        return replace(self, block=replace(self.block, reconstruction=found))
 
     def measured(self, seconds: dict[str, float], peaks: dict[str, Any], sent: dict[str, int]) -> "FinishedBlock":
         """A copy with the block's seconds by phase, the peak memory of `process.peak_memory`, and the bytes sent."""

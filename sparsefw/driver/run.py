@@ -117,6 +117,7 @@ def carry_out(
                 placement,
                 tasks=prepared.tasks,
                 on_layer=lambda result: say(log.layer_row(result)),
+                on_reconstruction=lambda block, found: say(log.reconstruction_row(block, found)),
                 on_block=bar.update,
             )
         # Times differ; all ranks return those of rank 0.

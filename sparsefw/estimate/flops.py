@@ -4,17 +4,25 @@ Matrix products and the package's kernels are counted, as the code calls them. O
 and activation functions inside a block. So every sum here is a lower bound.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 from sparsefw.estimate.operation import Operation, split, times
-from sparsefw.estimate.passes import Pass, cross_rows, passes, stages
+from sparsefw.estimate.passes import (
+    Pass,
+    cross_rows,
+    passes,
+    reconstructed_parameters,
+    stages,
+    steps_of_reconstruction,
+)
 from sparsefw.estimate.sharing import Group, grams_of_rank, groups, solves_of_rank
 from sparsefw.estimate.solve_flops import solve_operations
 from sparsefw.estimate.workload import PlannedRun
 from sparsefw.kernels import cost
 from sparsefw.kernels.cost import Cost
 from sparsefw.model.shapes import BlockShape, LayerShape
+from sparsefw.solver.kept_weights import adam_step
 
 
 def operations(run: PlannedRun, block: BlockShape) -> list[Operation]:
@@ -23,6 +31,7 @@ def operations(run: PlannedRun, block: BlockShape) -> list[Operation]:
     total: list[Operation] = []
     for windows_pass in passes(block, run.workload, run.placement):
         total += _forward(run, block, windows_pass)
+    total += _steps(run, block)
     for _ in config.methods:
         total += _grams(run, block)
     if config.uses_dense_target:
@@ -54,17 +63,46 @@ def _weight_product(tokens: int, rows: int, d: int, itemsize: int) -> Cost:
 def _forward(run: PlannedRun, block: BlockShape, windows_pass: Pass) -> Iterator[Operation]:
     phase, seqlen, itemsize = windows_pass.phase, run.workload.seqlen, run.shape.itemsize
     batches, tokens = -(-windows_pass.windows // run.placement.batch), windows_pass.windows * seqlen
-    for layer in block.all_layers[windows_pass.first : windows_pass.end]:
-        reached = tokens * (run.traits.experts_per_token if layer.experts and layer.parts == 1 else layer.parts)
+    for n in range(windows_pass.first, windows_pass.end):
+        layer, products = block.all_layers[n], _products(block, n) if windows_pass.differentiated else 1
+        per_token = run.traits.experts_per_token if layer.experts and layer.parts == 1 else layer.parts
+        reached = products * tokens * per_token
         # A micro-batch of few tokens reaches few experts.
-        calls = min(batches * max(1, layer.experts), reached)
+        calls = min(products * batches * max(1, layer.experts), reached)
         cost_of = partial(_weight_product, rows=layer.rows, d=layer.d, itemsize=itemsize)
         yield Operation(phase, layer.name, run.weight_unit, calls, split(cost_of, reached, calls))
     attention = run.traits.attention
     if attention and windows_pass.first < block.attention <= windows_pass.end:
-        # Causal: on average a token sees half of the window. Queries are read, and values written.
+        # Causal: on average a token sees half of the window. Queries are read, and values written. Each of the two
+        # products has two gradients.
+        products = 3 if windows_pass.differentiated and _pruned(block, block.all_layers[: block.attention]) else 1
         least = Cost(2 * tokens * (seqlen + 1) * attention, 2 * tokens * attention * itemsize)
-        yield Operation(phase, "attention", run.weight_unit, batches, least)
+        yield Operation(phase, "attention", run.weight_unit, products * batches, times(least, products))
+
+
+def _products(block: BlockShape, n: int) -> int:
+    """The products of a layer where gradients are computed: its own, and those for its weight and for its input.
+
+    Weights that are not fitted have no gradient, and neither has what no fitted weight lies before.
+    """
+    layer = block.all_layers[n]
+    # Parallel branches read the block's input, as far as is known; the layer behind attention reads what that gives.
+    reads_block_input = layer.role.way == "reads" and not layer.role.segment and n != block.attention
+    before = [other for other in block.all_layers[:n] if other.gram != layer.gram]
+    return 1 + _pruned(block, [layer]) + (not reads_block_input and _pruned(block, before))
+
+
+def _pruned(block: BlockShape, layers: Iterable[LayerShape]) -> bool:
+    """Whether one of these layers is pruned."""
+    pruned = {layer.name for layer in block.layers}
+    return any(layer.name in pruned for layer in layers)
+
+
+def _steps(run: PlannedRun, block: BlockShape) -> Iterator[Operation]:
+    """The steps of a block's reconstruction: what is beside the products that make gradients."""
+    steps = steps_of_reconstruction(run.workload, run.placement)
+    if weights := sum(reconstructed_parameters(block)) * bool(steps):
+        yield Operation("reconstruct", "adam", run.weight_unit, steps, times(adam_step(weights), steps))
 
 
 def _grams(run: PlannedRun, block: BlockShape) -> Iterator[Operation]:

@@ -67,3 +67,16 @@ def forward_bytes(block: BlockShape, shape: ModelShape, seqlen: int, tokens: int
     scores = shape.heads * seqlen * tokens * (4 + shape.itemsize)
     stream = 4 * tokens * shape.of_stream(seqlen)[0] // seqlen
     return stream + 3 * tokens * shape.itemsize * widest + scores
+
+
+def backward_bytes(block: BlockShape, shape: ModelShape, seqlen: int, tokens: int) -> int:
+    """One micro-batch inside a block whose gradients are computed: inputs and outputs of its layers, twice, and scores.
+
+    Args:
+        block, shape, seqlen, tokens: as for `forward_bytes`.
+    """
+    widths = sum((layer.rows + layer.d) * layer.parts for layer in block.all_layers)
+    # Norms and the loss work in fp32.
+    stream = 16 * 4 * tokens * shape.of_stream(seqlen)[0] // (seqlen * shape.itemsize)
+    scores = 3 * shape.heads * seqlen * tokens * (4 + shape.itemsize)
+    return 2 * tokens * shape.itemsize * widths + stream + scores

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from sparsefw import data
 from sparsefw.estimate.forward_memory import (
     SLACK,
+    backward_bytes,
     forward_bytes,
     libraries_bytes,
     outside_page_locked,
     page_locked_of_block,
 )
-from sparsefw.estimate.passes import cross_rows, is_kept, stages
+from sparsefw.estimate.passes import cross_rows, is_kept, reconstructed_parameters, stages
 from sparsefw.estimate.sharing import grams_of_rank
 from sparsefw.estimate.workload import Workload, largest_share
 from sparsefw.model import Placement
@@ -24,8 +25,9 @@ from sparsefw.model.layers import first_segments, is_watched
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.process import page_locked_bytes
 from sparsefw.ranks import panels
-from sparsefw.solver import METHODS
+from sparsefw.solver import METHODS, PruneConfig
 from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
+from sparsefw.solver.kept_weights import bytes_of_state
 
 # Memory of a solve per entry of a chunk, where no mask is chosen again for refitted weights; measured on a CPU.
 BYTES_WITHOUT_ROUNDS = 56
@@ -83,6 +85,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
             block + shape.quantized,
         ),
         "solve": weights + max(_solve_bytes(b, shape, workload, placement, kept) for b in blocks),
+        "reconstruct": block + max(_reconstruction_bytes(b, shape, workload, tokens) for b in blocks),
         "write": weights,
         "end": shape.outside
         + max(logits if workload.evaluation or workload.requests else 0, shape.quantized)
@@ -91,7 +94,14 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     pruning = others + kept.far
     # All tensors outside of the blocks are written at the end, piece by piece. They are not loaded for it.
     piece = max(shape.pieces) + shape.quantized
-    on_host = {"start": passing, "calibrate": pruning, "solve": pruning, "write": others, "end": max(passing, piece)}
+    on_host = {
+        "start": passing,
+        "calibrate": pruning,
+        "solve": pruning,
+        "reconstruct": others,
+        "write": others,
+        "end": max(passing, piece),
+    }
     if not workload.gpu:
         on_host["end"] = max(0, piece - on_device["end"])
     process = workload.process
@@ -137,8 +147,15 @@ def _rows(shape: ModelShape, workload: Workload) -> Iterator[tuple[int, int, int
 def _texts(workload: Workload) -> list[tuple[int, int]]:
     """For the calibration text and each evaluation text, a rank's windows, and the number of streams with them."""
     methods = len(workload.config.methods)
-    calibration = workload.windows_of_rank, methods + workload.config.uses_dense_target
+    config = workload.config
+    # A reconstruction begins where stages have begun to move the windows on.
+    calibration = workload.windows_of_rank, methods + config.uses_dense_stream + _is_forked(config)
     return [calibration, *((windows, methods + 1) for windows in workload.evaluation_of_rank)]
+
+
+def _is_forked(config: PruneConfig) -> bool:
+    """Whether the input of a block is kept while stages move the windows on inside it."""
+    return config.reconstruct > 0 and config.uses_dense_target and config.method == "sparsefw"
 
 
 @dataclass(frozen=True)
@@ -241,6 +258,16 @@ def _cross_bytes(stage: list[LayerShape], workload: Workload) -> int:
     if not workload.config.uses_dense_target:
         return 0
     return sum(4 * rows * stage[0].d for rows in cross_rows(stage))
+
+
+def _reconstruction_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
+    """The state of kept weights, and what a micro-batch leaves inside a block for its gradients."""
+    if not workload.config.reconstruct:
+        return 0
+    parameters = reconstructed_parameters(block)
+    # The gradient of one parameter at a time is in fp32.
+    state = bytes_of_state(sum(parameters), shape.itemsize) + 4 * max(parameters, default=0)
+    return state + backward_bytes(block, shape, workload.seqlen, tokens)
 
 
 def _groups(block: BlockShape, workload: Workload, kept: _Kept) -> Iterator[tuple[list[list[LayerShape]], int]]:

@@ -11,7 +11,7 @@ class Operation:
     """All calls of an operation in a block.
 
     Attributes:
-        phase: "calibrate", "exchange", "solve", "forward" or "evaluate".
+        phase: "calibrate", "exchange", "solve", "reconstruct", "forward" or "evaluate".
         name: name of the operation, or of the layer whose product it is.
         unit: unit that multiplies: "bf16", "tf32" or "ieee" (fp32).
         calls: number of calls.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from sparsefw.estimate.workload import Workload
 from sparsefw.model import Placement
 from sparsefw.model.layers import first_segments, is_watched
+from sparsefw.model.placement import split_batches
 from sparsefw.model.shapes import BlockShape, LayerShape
 
 
@@ -14,10 +15,11 @@ class Pass:
     """Windows that run through a part of a block.
 
     Attributes:
-        phase: "calibrate", "forward" or "evaluate".
+        phase: "calibrate", "reconstruct", "forward" or "evaluate".
         windows: number of windows.
         first, end: the `BlockShape.all_layers` that they run through, from the first up to but not including the end.
         moves: whether the windows are written back, at a later point of the block or behind it.
+        differentiated: whether gradients are computed: two further products of every weight.
     """
 
     phase: str
@@ -25,6 +27,7 @@ class Pass:
     first: int
     end: int
     moves: bool = False
+    differentiated: bool = False
 
 
 def stages(layers: Iterable[LayerShape]) -> list[list[LayerShape]]:
@@ -47,9 +50,43 @@ def passes(block: BlockShape, workload: Workload, placement: Placement) -> Itera
             begin = yield from _passes_by_stage(block, calibration, placement)
         elif block.layers:
             yield Pass("calibrate", calibration, 0, whole)
+        if method == config.method and config.reconstruct:
+            begin = 0
+            yield from _passes_of_reconstruction(block, workload, placement)
         yield Pass("forward", calibration, begin, whole, moves=True)
         for windows in evaluation:
             yield Pass("evaluate", windows, 0, whole, moves=True)
+
+
+def _passes_of_reconstruction(block: BlockShape, workload: Workload, placement: Placement) -> Iterator[Pass]:
+    """The passes that fit the weights of a block together, and those that measure what came of it."""
+    config, windows, whole = workload.config, workload.windows_of_rank, len(block.all_layers)
+    if not config.uses_dense_target:
+        # The dense block moves its windows on.
+        yield Pass("reconstruct", windows, 0, whole, moves=True)
+    if block.layers and steps_of_reconstruction(workload, placement):
+        _, held_out = split_batches(-(-windows // placement.batch))
+        # The last micro-batch may be smaller.
+        held = sum(min(placement.batch, windows - j * placement.batch) for j in held_out)
+        for _ in range(config.reconstruct):
+            yield Pass("reconstruct", windows - held, 0, whole, differentiated=True)
+        for _ in ("before", "after"):
+            yield Pass("reconstruct", held, 0, whole)
+
+
+def steps_of_reconstruction(workload: Workload, placement: Placement) -> int:
+    """The steps that all ranks make in a block with layers; 0 where one of them has nothing to hold out."""
+    fewest, most = workload.windows // workload.ranks, workload.windows_of_rank
+    if not all(split_batches(-(-fewest // placement.batch))):
+        return 0
+    learned, _ = split_batches(-(-most // placement.batch))
+    return workload.config.reconstruct * len(learned)
+
+
+def reconstructed_parameters(block: BlockShape) -> list[int]:
+    """The weights of each parameter of a block with layers to prune: also of its experts that stay dense."""
+    experts = {layer.name: layer.experts for layer in block.all_layers}
+    return [layer.rows * layer.d * max(1, experts[layer.name]) for layer in block.layers]
 
 
 def _passes_by_stage(block: BlockShape, windows: int, placement: Placement) -> Generator[Pass, None, int]:

@@ -10,7 +10,7 @@ from sparsefw.estimate.memory import MemoryNeeds, keepable_widths, memory_needs
 from sparsefw.estimate.workload import Workload
 from sparsefw.model import Placement
 from sparsefw.model.activations import PLACES
-from sparsefw.model.placement import BATCH_TOKENS, SOLVER
+from sparsefw.model.placement import BATCH_TOKENS, LEAST_BATCHES, SOLVER
 from sparsefw.model.shapes import ModelShape
 from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT
 
@@ -44,6 +44,9 @@ def _placements(
 ) -> Iterator[Placement]:
     """All placements, those that cost least time first."""
     batch = max(1, BATCH_TOKENS["gpu" if workload.gpu else "cpu"] // workload.seqlen)
+    if workload.config.reconstruct:
+        # Every micro-batch is a step.
+        batch = max(1, min(batch, workload.windows_of_rank // LEAST_BATCHES))
     widest = max((layer.d for block in shape.blocks for layer in block.layers), default=1)
     least = BYTES_PER_ENTRY * ROW_UNIT * widest
     choices: dict[str, Any] = {

@@ -14,7 +14,7 @@ from sparsefw.model.shapes import BlockShape
 
 # In the order of the driver. "read" and "write" use the disk alone. In "exchange" ranks send each other what they have.
 # The others are those of `operation.Operation`.
-PHASES = ("read", "calibrate", "exchange", "solve", "forward", "evaluate", "write")
+PHASES = ("read", "calibrate", "exchange", "solve", "reconstruct", "forward", "evaluate", "write")
 
 # Weights outside of the blocks are read twice: to embed the windows, and for the logits. All of them are read to be
 # written.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from sparsefw.estimate.passes import reconstructed_parameters, steps_of_reconstruction
 from sparsefw.estimate.sharing import Group, ShapeOfSolve, find_solves, groups, work_by_rank
 from sparsefw.estimate.workload import PlannedRun, largest_share
 from sparsefw.model.layers import is_watched
@@ -51,14 +52,18 @@ class Traffic:
 def traffic(run: PlannedRun, block: BlockShape) -> Traffic:
     """The bytes that are sent for a block."""
     workload = run.workload
-    return _traffic(block, workload.config, workload.ranks, run.shape.itemsize)
+    steps = steps_of_reconstruction(workload, run.placement)
+    return _traffic(block, workload.config, workload.ranks, run.shape.itemsize, steps)
 
 
 @lru_cache(maxsize=256)
-def _traffic(block: BlockShape, config: PruneConfig, ranks: int, itemsize: int) -> Traffic:
+def _traffic(block: BlockShape, config: PruneConfig, ranks: int, itemsize: int, steps: int) -> Traffic:
     sent, spread = Counter[str](), [0] * ranks
     if ranks == 1:
         return Traffic(0, 0, (0,))
+    for weights in reconstructed_parameters(block):
+        # The gradients of every step of a reconstruction.
+        sent["sum"] += steps * sent_of_sum(itemsize * weights, ranks)
     for method in config.methods:
         for group in groups(block, config, method):
             compared = config.uses_dense_target and method == "sparsefw"

@@ -23,7 +23,7 @@ from sparsefw.model.forward import record
 from sparsefw.model.inputs import BlockInputs
 from sparsefw.model.parts import CANNOT_GO_ON, DIFFERS, INPUT, UNSUPPORTED, Point, run_part
 from sparsefw.model.stand_ins import hidden_of
-from sparsefw.model.values import Constant, outline, rebuilt, tensors_of
+from sparsefw.model.values import Constant, Value, leaves_of, outline, rebuilt, tensors_of
 
 
 @dataclass
@@ -92,6 +92,13 @@ class HiddenStates:
             kept=None,
             unchecked=None,
         )
+
+    def go_back(self, start: "HiddenStates") -> None:
+        """Become what a fork of these micro-batches is, at the input of a block. The fork is used up."""
+        self.drop_kept()
+        for mine in (self.hidden, self.carried, start.constants):
+            mine.close()
+        self.hidden, self.carried, self.form, self.position = start.hidden, start.carried, start.form, INPUT
 
     def close(self) -> None:
         """Release the threads and files of the activations; the hidden states are gone."""
@@ -202,21 +209,44 @@ class HiddenStates:
         Raises:
             InputError: the block returned something else than others of its class; or as `put`.
         """
-        call, following = self.calls[j][i], self.calls[j].get(i + 1)
-        if _form_of(output.returned) != _form_of(call.form):
+        if _form_of(output.returned) != _form_of(self.calls[j][i].form):
             raise InputError(
                 f"{self.model.names[i]}: {UNSUPPORTED}: it does not return the same as other blocks of its class"
             )
-        made, hidden = output.inputs.handed_on(output.returned, [*range(call.after)]), output.hidden
-        if following is not None:
-            made = Held(output.inputs.made_by(following.steps, made.values), made.boxes)
-            first = following.hidden
-            hidden = self.constants[j, first.number] if isinstance(first, Constant) else made.values[first.number]
+        with torch.no_grad():
+            made, hidden = self._made(i, j, output)
         held = Held({number: made.values[number] for number in self.flow.live[i]}, made.boxes)
         if any(x.is_meta for x in tensors_of([held.values, held.boxes])):
             raise InputError(CANNOT_GO_ON)
         self.carried.put(j, held, output.inputs.known)
         self.put(i, j, hidden)
+
+    def _made(self, i: int, j: int, output: BlockOutput) -> tuple[Held, Tensor]:
+        """What there is of micro-batch j when the block behind block i begins, and the input of that one."""
+        call, following = self.calls[j][i], self.calls[j].get(i + 1)
+        made = output.inputs.handed_on(output.returned, [*range(call.after)])
+        if following is None:
+            return made, output.hidden
+        made = Held(output.inputs.made_by(following.steps, made.values), made.boxes)
+        first = following.hidden
+        return made, self.constants[j, first.number] if isinstance(first, Constant) else made.values[first.number]
+
+    def goes_on(self, i: int) -> bool:
+        """Whether the input of the block behind block i is made of what block i returns; else something else begins."""
+        call, following = self.calls[0][i], self.calls[0].get(i + 1)
+        if following is None:
+            return True
+        reached = {Value(number) for number in call.outputs}
+        for step in following.steps:
+            if reached.intersection(leaves_of((step.args, step.kwargs))):
+                reached |= {Value(number) for number in step.outputs}
+        return following.hidden in reached
+
+    def next_input(self, i: int, j: int) -> Tensor:
+        """What micro-batch j becomes behind block i, of which gradients may be computed; it stays where it is."""
+        inputs = self.inputs(i, j)
+        returned = self.call(i, j, self.hidden[j], inputs=inputs)
+        return self._made(i, j, BlockOutput(hidden_of(returned), returned, inputs))[1]
 
     def arrive(self, position: Point, kept: tuple[Point, Activations] | None = None) -> None:
         """Note where all micro-batches are now, `INPUT` for the next block's input, and what is kept of them."""

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparsefw.model.carried import Carried, Constants, Held, Stored
@@ -69,7 +68,6 @@ class BlockInputs:
         values = self._values | outputs
         return Held({number: values[number] for number in live if number in values}, self._boxes)
 
-    @torch.no_grad()
     def made_by(self, steps: list[Step], values: dict[int, Tensor]) -> dict[int, Tensor]:
         """The tensors by their numbers, with those that steps between this block and the next make of them."""
         values = dict(values)

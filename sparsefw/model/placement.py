@@ -13,6 +13,13 @@ from sparsefw.model.activations import Activations, make_activations
 # micro-batch that shows the stages of a block is a smaller share of all.
 BATCH_TOKENS = {"gpu": 4096, "cpu": 2048}
 
+# Micro-batches of the calibration windows, at least, where there are windows for them and each is a step of a block's
+# reconstruction.
+LEAST_BATCHES = 64
+
+# One of so many micro-batches is held out of it.
+HELD_OUT = 8
+
 # Most bytes for the state of a solve: more make nothing faster.
 SOLVER = 4 << 30
 
@@ -44,3 +51,12 @@ class Placement:
         Its argument `together` is that of `DeviceActivations`.
         """
         return partial(make_activations, self.place, device, self.folder)
+
+
+def split_batches(count: int) -> tuple[list[int], list[int]]:
+    """Numbers of the micro-batches to learn from, and of those that are held out: the last of every eight.
+
+    Of fewer than eight, and at least two, the last one is held out.
+    """
+    held_out = [j for j in range(count) if j % HELD_OUT == HELD_OUT - 1] or list(range(count))[1:][-1:]
+    return [j for j in range(count) if j not in held_out], held_out

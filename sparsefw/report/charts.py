@@ -16,7 +16,7 @@ from sparsefw.solver import LayerResult
 from sparsefw.timeline import Span
 
 # Phases in the order of their colours. Other phases have the last colour.
-PHASES = ("solve", "calibrate", "forward", "evaluate", "read", "write", "embed", "wait")
+PHASES = ("solve", "calibrate", "forward", "evaluate", "read", "write", "reconstruct", "embed", "wait")
 LANES = ("main", "read", "write")
 
 # A longer timeline is left to report.json: a browser would crawl.

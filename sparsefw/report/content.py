@@ -29,6 +29,23 @@ def mean(values: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
+class Reconstruction:
+    """How the kept weights of a block were fitted together.
+
+    Attributes:
+        before, after: loss on held-out windows before and after it: squared distance of a token's hidden states behind
+            the block to those of the dense model, relative to the square of the latter, mean over tokens.
+        steps: number of steps.
+        put_back: whether the weights were put back, as the loss had not become less.
+    """
+
+    before: float
+    after: float
+    steps: int
+    put_back: bool
+
+
+@dataclass(frozen=True)
 class BlockRecord:
     """A block of the model.
 
@@ -41,6 +58,7 @@ class BlockRecord:
         gpu_bytes: peak bytes of tensors on the GPU, in this block; 0 without one.
         gpu_reserved_bytes: peak bytes that torch took from the GPU for them, which count against the memory limit.
         sent: bytes that rank 0 has sent to other ranks, by kind, see `Ranks.sent`.
+        reconstruction: how its weights were fitted together; None: they were not.
     """
 
     block: int
@@ -51,6 +69,7 @@ class BlockRecord:
     gpu_bytes: int
     gpu_reserved_bytes: int = 0
     sent: dict[str, int] = field(default_factory=dict)
+    reconstruction: Reconstruction | None = field(default=None, metadata=typed_json.ADDED)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def _blocks(report: Report, located: dict[str, list[LayerAt]]) -> dict[str, Any]
     blocks = report.blocks
     names = [phase for block in blocks for phase in block.seconds] + [span.phase for span in report.timeline]
     phases = charts.ordered(charts.PHASES, names)
+    reconstructed = any(block.reconstruction for block in blocks)
     pruned = {blocks[at.block].block for layers in located.values() for at in layers}
     return {
         # Classes of the style sheet.
@@ -117,8 +118,12 @@ def _blocks(report: Report, located: dict[str, list[LayerAt]]) -> dict[str, Any]
         "time": charts.time(blocks, phases),
         "memory": charts.memory(blocks, report.memory.limits),
         "memory_names": MEMORY_NAMES,
-        "block_columns": ["block", "name", *phases, "host GiB", "GPU GiB", "GPU reserved GiB", "calibration"],
-        "block_rows": [_block_cells(block, phases) for block in blocks],
+        "block_columns": [
+            *("block", "name", *phases, "host GiB", "GPU GiB", "GPU reserved GiB"),
+            *(["loss before", "loss after"] if reconstructed else []),
+            "calibration",
+        ],
+        "block_rows": [_block_cells(block, phases, reconstructed) for block in blocks],
         "timeline": charts.timeline(report.timeline, blocks, phases, pruned),
     }
 
@@ -262,7 +267,17 @@ def _types(located: dict[str, list[LayerAt]], methods: list[str]) -> list[list[s
     return rows
 
 
-def _block_cells(block: BlockRecord, phases: list[str]) -> list[str]:
+def _block_cells(block: BlockRecord, phases: list[str], reconstructed: bool) -> list[str]:
     seconds = [f"{block.seconds[phase]:.2f}" if phase in block.seconds else "-" for phase in phases]
     peaks = block.host_bytes, block.gpu_bytes, block.gpu_reserved_bytes
-    return [str(block.block), block.name, *seconds, *map(_gib, peaks), block.way]
+    return [str(block.block), block.name, *seconds, *map(_gib, peaks), *_losses(block, reconstructed), block.way]
+
+
+def _losses(block: BlockRecord, reconstructed: bool) -> list[str]:
+    """A block's loss before and after its reconstruction, if the model's blocks were reconstructed."""
+    if not reconstructed:
+        return []
+    found = block.reconstruction
+    if not found:
+        return ["-", "-"]
+    return [f"{found.before:.5f}", f"{found.after:.5f}" + (" (put back)" if found.put_back else "")]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from sparsefw.model import Placement
 from sparsefw.process import peak_memory
-from sparsefw.report.content import RankRecord, Report, amount, mean
+from sparsefw.report.content import RankRecord, Reconstruction, Report, amount, mean
 from sparsefw.report.kinds import kept_dense
 from sparsefw.report.task_table import lines, rows
 from sparsefw.report.tasks import DENSE
@@ -59,6 +59,12 @@ def layer_row(layer: LayerResult) -> str:
     return " ".join(f"{cell:{layout}}" for cell, (_, layout) in zip(cells, _COLUMNS, strict=True))
 
 
+def reconstruction_row(block: str, found: Reconstruction) -> str:
+    """A block's reconstruction."""
+    back = "; put back" if found.put_back else ""
+    return f"{block}: reconstructed in {found.steps} steps, loss {found.before:.5f} -> {found.after:.5f}{back}"
+
+
 def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
     """The dense model and every method: perplexity on each text, mean relative errors of the mask and in the end."""
     for name in ([DENSE] if report.evaluation else []) + report.methods:
@@ -79,6 +85,8 @@ def summary(report: Report) -> Iterator[str]:
     for name, text in zip(texts, evaluation, strict=True):
         yield f"{name}: {amount(text.source, text.windows, text.seqlen)} of {text.source}"
     yield "relative error: error / error of the warm start's mask, mean over layers; mask only: before the refit"
+    if line := reconstruction_line(report):
+        yield line
     if report.tasks:
         yield ""
         yield from lines([*rows(report.tasks)], [DENSE, *report.methods], DENSE)
@@ -86,6 +94,19 @@ def summary(report: Report) -> Iterator[str]:
     yield f"peak memory: {_peaks(report)}"
     yield "seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
     yield from (f"rank {n}: {rank_line(rank)}" for n, rank in enumerate(report.ranks))
+
+
+def reconstruction_line(report: Report) -> str:
+    """What the reconstruction of the blocks has brought, on held-out windows; empty if none was reconstructed."""
+    found = [block.reconstruction for block in report.blocks if block.reconstruction]
+    if not found:
+        return ""
+    ratios = [1.0 if one.put_back or not one.before else one.after / one.before for one in found]
+    back = sum(one.put_back for one in found)
+    return (
+        f"reconstruction: {len(found)} blocks, loss on held-out windows x {mean(ratios):.3f} in the mean; "
+        f"{back} put back. Errors of layers are those before it"
+    )
 
 
 def rank_line(rank: RankRecord) -> str:

@@ -131,6 +131,11 @@ class PruneConfig:
         # Far more than is of use; a diagonal of real inputs stays finite in fp32 with it.
         metavar="D", least=0, most=2**20, frank_wolfe=True,
     )  # fmt: skip
+    reconstruct: int = flag(
+        "passes over the calibration windows that fit the kept weights of each block together, after --method; 0 "
+        "leaves them as the method makes them (default: 0)",
+        0, metavar="PASSES", least=0, most=10**4,
+    )  # fmt: skip
     kernel: str = flag(
         "triton without a GPU runs in the interpreter: exact and slow (default: triton where CUDA is available, else "
         "torch)",
@@ -224,8 +229,13 @@ class PruneConfig:
 
     @property
     def uses_dense_target(self) -> bool:
-        """Whether the calibration windows also go through the dense model."""
+        """Whether layers approximate the dense model's outputs."""
         return self.target == "dense" and "sparsefw" in self.methods
+
+    @property
+    def uses_dense_stream(self) -> bool:
+        """Whether the calibration windows also go through the dense model."""
+        return self.uses_dense_target or self.reconstruct > 0
 
     @property
     def backend(self) -> Backend:

@@ -1,0 +1,158 @@
+"""Fit the kept weights of a pruned block together, so that it puts out what the dense model's block does.
+
+The loss of a token is the squared distance between the input of the next block in the pruned and in the dense model,
+relative to the square of the latter: a few tokens have hidden states a thousand times larger than others. A step takes
+the gradients of one micro-batch on every rank. Some micro-batches are held out. Weights that do no better on these are
+put back. As long as a round of passes lowers the loss there by much, another one follows: a few blocks need far more
+steps than others, such as the one that gives the first token its large hidden state.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsefw.driver.block import Run
+from sparsefw.errors import InputError
+from sparsefw.model import HiddenStates
+from sparsefw.model.explained import explained
+from sparsefw.model.layers import Layer, layer_of
+from sparsefw.model.placement import split_batches
+from sparsefw.process import give_back
+from sparsefw.report import Reconstruction
+from sparsefw.solver import LayerResult
+from sparsefw.solver.kept_weights import KeptWeights
+from sparsefw.solver.selection import without_index
+
+# The first rate, see `kept_weights`.
+RATE = 0.16
+
+# Another round follows one that has lowered the loss by this share, up to so many rounds.
+WORTH, MOST_ROUNDS = 0.05, 4
+
+
+def reconstruct(
+    run: Run, i: int, states: HiddenStates, dense: HiddenStates, results: Sequence[LayerResult]
+) -> Reconstruction | None:
+    """Reconstruct block i, which is open and pruned.
+
+    Args:
+        run: what all blocks share; its config says how many passes over the windows a round makes.
+        i: number of the block.
+        states: the calibration windows before the block in the pruned model.
+        dense: the same behind the block in the dense model.
+        results: the block's pruned layers.
+
+    Returns:
+        What came of it; None if there is nothing to fit, no more than one micro-batch, or nothing to compare with: the
+        next block begins with something else, as a decoder behind an encoder does.
+
+    Raises:
+        InputError: gradients do not go through the block.
+    """
+    fit = Fit(run, i, states, dense, *split_batches(len(states)))
+    counts = run.ranks.gather((len(fit.learned), len(fit.held_out)))
+    if not results or not all(all(count) for count in counts) or not states.goes_on(i):
+        return None
+    block, prefix = run.model.blocks[i], f"{run.model.names[i]}."
+    layers = [
+        layer_of(block, result.name.removeprefix(prefix), "", result.shape, result.transposed) for result in results
+    ]
+    # Ranks have about as many micro-batches; those with fewer begin again.
+    steps = run.config.reconstruct * max(count for count, _ in counts)
+    losses = [fit.loss()]
+    while _pays(losses):
+        weights = KeptWeights(_by_parameter(block, layers), steps, RATE)
+        try:
+            losses.append(fit.round(weights, steps, losses[-1]))
+        finally:
+            weights.close()
+    # What comes next takes memory in other sizes.
+    give_back()
+    rounds = len(losses) - 1
+    if rounds > 1 and not losses[-1] < losses[-2]:
+        # The last round was put back, those before it were not.
+        losses.pop()
+    return Reconstruction(losses[0], losses[-1], rounds * steps, not losses[-1] < losses[0])
+
+
+def _pays(losses: list[float]) -> bool:
+    """Whether another round pays, after the losses before the first one and behind all of them."""
+    return len(losses) == 1 or (len(losses) <= MOST_ROUNDS and losses[-1] < (1 - WORTH) * losses[-2])
+
+
+def relative_loss(out: Tensor, target: Tensor) -> Tensor:
+    """Sum over all tokens of ||out - target||^2 / ||target||^2, in fp32. A token without a target does not count.
+
+    Args:
+        out, target: (..., d) hidden states.
+    """
+    target = target.float()
+    size = target.square().sum(-1)
+    scale = torch.where(size > 0, 1 / size, 0.0)
+    return ((out.float() - target).square().sum(-1) * scale).sum()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A block that is fitted.
+
+    Attributes:
+        run, number: see `reconstruct`.
+        states, dense: the windows before the block in the pruned model, and behind it in the dense one.
+        learned, held_out: numbers of the micro-batches to learn from, and of the others.
+    """
+
+    run: Run
+    number: int
+    states: HiddenStates
+    dense: HiddenStates
+    learned: list[int]
+    held_out: list[int]
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """The mean loss of a token, over what is held out on all ranks."""
+        sums = [self.loss_of(j) for j in self.held_out]
+        tokens = sum(self.dense.hidden[j][..., 0].numel() for j in self.held_out)
+        gathered = self.run.ranks.gather((sum(x.item() for x in sums), tokens))
+        return sum(loss for loss, _ in gathered) / sum(tokens for _, tokens in gathered)
+
+    def round(self, weights: KeptWeights, steps: int, before: float) -> float:
+        """Make all steps of a round; returns the loss then. If it is not less than before, the weights are put back."""
+        for step in range(steps):
+            # Windows were drawn at random: no other order is needed.
+            self.add_gradients(self.learned[step % len(self.learned)], weights.parameters)
+            for handle in [self.run.ranks.sum(gradient) for gradient in weights.gradients()]:
+                handle.wait()
+            weights.step()
+        after = self.loss()
+        if not after < before:
+            weights.put_back()
+        return after
+
+    def loss_of(self, j: int) -> Tensor:
+        """The loss of micro-batch j, summed over its tokens."""
+        return relative_loss(self.states.next_input(self.number, j), self.dense.hidden[j])
+
+    def add_gradients(self, j: int, parameters: list[nn.Parameter]) -> None:
+        """Add the gradients of the loss of micro-batch j."""
+        model = self.run.model
+        name, kind = model.names[self.number], type(model.model).__name__
+        with torch.enable_grad():
+            # By entry: in half precision, gradients of the mean over all entries would be too small.
+            loss = self.loss_of(j) * self.dense.hidden[j].shape[-1]
+            if not loss.requires_grad:
+                raise InputError(f"{name}: unsupported model: its output has no gradients; use --reconstruct 0")
+            with explained(kind, f"{name}, differentiated,", model.given):
+                # Those of a caller's model outside of the blocks may ask for gradients, too.
+                loss.backward(inputs=parameters)
+
+
+def _by_parameter(block: nn.Module, layers: Sequence[Layer]) -> list[tuple[nn.Parameter, list[Tensor]]]:
+    """The block's parameters that hold these layers, with the layers' weights."""
+    found: dict[str, list[Tensor]] = {}
+    for layer in layers:
+        found.setdefault(without_index(layer.name), []).append(layer.weight)
+    return [(block.get_parameter(name), views) for name, views in found.items()]
