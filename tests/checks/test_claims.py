@@ -4,12 +4,14 @@ import json
 import re
 
 import pytest
+import torch
 from helpers.verifying import (
     EMBEDDING,
     NORM,
     WANDA,
     Q,
     change_report,
+    change_tensor,
     only_failure,
     refused,
     verdict,
@@ -92,6 +94,42 @@ def test_malformed(change, message, copied, capsys):
     _, output = copied(*WANDA)
     change_report(output, change)
     refused(capsys, rf"{re.escape(str(output / 'report.json'))}: {message}", output)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [("2", "a string"), (None, "null"), (True, "a boolean"), (2.0, "a number"), (["2"], "an array")]
+)
+def test_passes_of_another_kind(value, kind, copied, capsys):
+    _, output = copied(*WANDA)
+    change_report(output, lambda report: report["arguments"].update(reconstruct=value))
+    message = rf"arguments\.reconstruct: expected a whole number, got {kind}"
+    refused(capsys, rf"{re.escape(str(output / 'report.json'))}: {message}", output)
+
+
+def test_a_report_without_passes_reconstructed_nothing(copied, capsys):
+    """Older versions wrote none: their one-shot masks leave weights as they are."""
+    _, output = copied(*WANDA, "--reconstruct", "0")
+    change_report(output, lambda report: report["arguments"].pop("reconstruct"))
+    assert not verdict(capsys, output)[2]
+    change_tensor(output, UP, lambda W: W * 2)
+    assert only_failure(capsys, output, "kept").startswith(UP)
+
+
+@pytest.mark.parametrize(("passes", "failing"), [(0, {"kept"}), (2, set())])
+def test_kept_weights_may_change_where_blocks_were_reconstructed(passes, failing, copied, capsys):
+    """And no others."""
+    _, output = copied(*WANDA, "--reconstruct", str(passes))
+    change_tensor(output, UP, lambda W: W * 2)
+    assert verdict(capsys, output)[2].keys() == failing
+    change_tensor(output, UP, lambda W: torch.where(W == 0, 0.5, W))
+    assert "pattern" in verdict(capsys, output)[2]
+
+
+def test_what_was_not_pruned_may_not_change_either(copied, capsys):
+    _, output = copied(*WANDA, "--reconstruct", "2", "--ignore", "up_proj")
+    assert not verdict(capsys, output)[2]
+    change_tensor(output, UP, lambda W: W * 2)
+    assert verdict(capsys, output)[2].keys() == {"others"}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "7", "nul", '{"arguments": ' + "[" * 10**5, "\ufeff{}", "1" * 5000])

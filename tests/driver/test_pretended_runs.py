@@ -10,9 +10,11 @@ from helpers.families import save_model
 from helpers.pretended_gpu import NAME, SEGMENT, pretended_gpu
 
 from sparsefw import run
+from sparsefw.driver import loop
 from sparsefw.driver import run as driver_run
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.model.activations import PLACES
+from sparsefw.report import read_report
 
 pytestmark = [
     pytest.mark.slow,
@@ -83,6 +85,8 @@ VARIANTS = {
     "compare": ("llama", ["--compare", "wanda"]),
     "paper": ("llama", ["--preset", "paper", "--sparsity", "layer:0.6"]),
     "mixture": ("qwen3_moe", ["--rounds", "1"]),
+    "reconstruct": ("llama", ["--method", "wanda", "--reconstruct", "4"]),
+    "reconstruct, dense targets": ("llama", ["--reconstruct", "2", "--nsamples", "16", "--rounds", "0"]),
 }
 
 
@@ -109,14 +113,28 @@ def test_as_on_a_cpu(variant, pruned, tmp_path, capsys):
         assert got[:3] == pytest.approx(wanted[:3], rel=1e-2), key
         if "bf16" not in flags:
             assert got == pytest.approx(wanted, rel=0.12), key
+    check_reconstructions(*(read_report(folder / "report.json") for folder in (output, on_cpu)))
     _, printed, failures = verifying.verdict(capsys, output)
     assert not failures, printed
+
+
+def check_reconstructions(report, expected):
+    """As errors are: the first block's losses are the same up to rounding, and those behind it are alike."""
+    asked = report.arguments["reconstruct"] > 0
+    for n, (block, other) in enumerate(zip(report.blocks, expected.blocks, strict=True)):
+        assert bool(block.reconstruction) == bool(other.reconstruction) == asked
+        if not asked:
+            continue
+        mine, theirs = block.reconstruction, other.reconstruction
+        assert (mine.steps, mine.put_back) == (theirs.steps, theirs.put_back)
+        assert mine.before == pytest.approx(theirs.before, rel=0.12 if n else 1e-3)
+        assert mine.after == pytest.approx(theirs.after, rel=0.12 if n else 1e-2)
 
 
 def test_placement_does_not_change_the_result(tmp_path, monkeypatch):
     source = save_model(tmp_path / "model", "llama", torch.bfloat16)
     flags = ["--nsamples", "5", "--seqlen", "32", "--steps", "1", "--refit", "1", "--rounds", "0"]
-    flags += ["--eval", str(tmp_path / "text.txt"), "--eval-windows", "3"]
+    flags += ["--eval", str(tmp_path / "text.txt"), "--eval-windows", "3", "--reconstruct", "1"]
     place_of, contents = driver_run.place, {}
     for place in PLACES:
 
@@ -161,7 +179,17 @@ WORKINGS = {
     "micro-batches": ("llama", ["--nsamples", "130", "--seqlen", "64", "--rounds", "0"]),
     "mixture": ("qwen3_moe", [*WINDOWS, "--rounds", "0"]),
     "mixture, refit 0": ("qwen3_moe", [*WINDOWS, "--refit", "0"]),
-}
+    "reconstruct": ("llama", [*WINDOWS, "--method", "wanda", "--reconstruct", "1"]),
+    "reconstruct, dense targets": ("llama", [*WINDOWS, "--rounds", "0", "--reconstruct", "1"]),
+    "reconstruct, long windows": (
+        "llama", ["--nsamples", "4", "--seqlen", "512", "--method", "wanda", "--reconstruct", "1"],
+    ),
+    "reconstruct, micro-batches": (
+        "llama", ["--nsamples", "512", "--seqlen", "64", "--method", "wanda", "--reconstruct", "1"],
+    ),
+    "reconstruct, mixture": ("qwen3_moe", [*WINDOWS, "--method", "wanda", "--reconstruct", "1"]),
+    "reconstruct, compare": ("llama", [*WINDOWS, "--method", "wanda", "--compare", "magnitude", "--reconstruct", "1"]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("working", WORKINGS)
@@ -174,3 +202,31 @@ def test_expected_memory_is_enough_and_not_much_more(working, random_models, tmp
     gpu, report = prune(random_models / family, tmp_path / "out", *flags, stand_ins=True)
     expected = report["memory"]["expected"]["gpu"]
     assert expected / 3 <= gpu.peak <= expected
+
+
+@pytest.mark.parametrize("working", [working for working in WORKINGS if "reconstruct" in working])
+def test_expected_memory_of_a_reconstruction(working, random_models, tmp_path, monkeypatch):
+    """Measured while blocks are reconstructed: other phases may take more."""
+    family, flags = WORKINGS[working]
+    if "--method" not in flags:
+        flags = [*flags, "--steps", "1"]
+    needs, peaks = [], []
+    place_of, do = driver_run.place, loop.reconstruct
+
+    def placed(*args, **kwargs):
+        placement, needed = place_of(*args, **kwargs)
+        needs.append(needed)
+        return placement, needed
+
+    def measured(*args):
+        torch.cuda.reset_peak_memory_stats()
+        found = do(*args)
+        peaks.append(torch.cuda.max_memory_allocated())
+        return found
+
+    monkeypatch.setattr(driver_run, "place", placed)
+    monkeypatch.setattr(loop, "reconstruct", measured)
+    prune(random_models / family, tmp_path / "out", *flags, stand_ins=True)
+    expected, _ = needs[-1].phases["reconstruct"]
+    assert len(peaks) == 2
+    assert all(expected / 2.5 <= peak <= expected for peak in peaks)

@@ -10,11 +10,14 @@ from helpers.ranks import on_ranks
 from safetensors.torch import load_file, save_file
 
 from sparsefw import in_memory
-from sparsefw.driver import CheckpointJob, Output, loop, run_job
+from sparsefw.driver import CheckpointJob, Output, loop, reconstruct, run_job
+from sparsefw.driver.reconstruct import Fit
 from sparsefw.errors import InputError
 from sparsefw.inputs import Inputs
+from sparsefw.model.placement import split_batches
 from sparsefw.ranks import ALONE, LostRankError
 from sparsefw.solver import PruneConfig
+from sparsefw.solver.kept_weights import KeptWeights
 
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
 SEQLEN = 24
@@ -38,7 +41,9 @@ def prune(ranks, source, output, text, config, windows=10, eval_windows=7, **pla
     config = PruneConfig(**dict(kernel="torch", precision="ieee") | config)
     lines = []
     job = CheckpointJob(inputs, config, Output(output, **places), source)
-    return run_job(job, lines.append, False, ranks), lines
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruct, "MOST_ROUNDS", 1)
+        return run_job(job, lines.append, False, ranks), lines
 
 
 def weights(folder):
@@ -102,6 +107,76 @@ def test_the_same_ranks_give_the_same_bytes(tmp_path, text):
     names = {"model.safetensors.index.json", "report.json", "report.html", "SHA256SUMS", "config.json"}
     assert names <= set(os.listdir(tmp_path / "first"))
     assert not (tmp_path / ".first.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "count", "config", "windows"),
+    [
+        ("llama", 2, QUICK, 10),
+        # Of 3, 3 and 4 windows two, two and three are learned from: every rank makes the steps of the one with most.
+        ("mixtral", 3, {"method": "wanda", "compare": ("magnitude",)}, 10),
+    ],
+    ids=["llama", "mixtral"],
+)
+def test_ranks_reconstruct_together(family, count, config, windows, tmp_path, text):
+    """All take the same steps, and measure the same losses, on the windows that each of them has held out."""
+    source, config = save_model(tmp_path / "model", family, num_hidden_layers=2), config | {"reconstruct": 2}
+    for name in ("first", "second"):
+        reports = [report for report, _ in on_ranks(count, prune, source, tmp_path / name, text, config, windows)]
+        assert all(report == reports[0] for report in reports)
+    assert shards(tmp_path / "first") == shards(tmp_path / "second")
+    most = max(len(split_batches(rank.windows)[0]) for rank in reports[0].ranks)
+    assert [block.reconstruction.steps for block in reports[0].blocks] == [2 * most] * 2
+    assert not all(block.reconstruction.put_back for block in reports[0].blocks)
+    # Zeros stay: the masks of the first block are those without a reconstruction, but for near ties.
+    plain, _ = prune(ALONE, source, tmp_path / "plain", text, config | {"reconstruct": 0}, windows)
+    first, expected = (
+        {name: W for name, W in weights(tmp_path / output).items() if ".layers.0." in name}
+        for output in ("first", "plain")
+    )
+    assert differing(first, expected) <= 5e-3
+    assert [one.kept for one in reports[0].layers] == [one.kept for one in plain.layers]
+
+
+def test_a_rank_without_windows_to_hold_out_ends_the_reconstruction_of_all(tmp_path, text):
+    source, config = save_model(tmp_path / "model", "llama", num_hidden_layers=2), {"method": "wanda", "reconstruct": 2}
+    reports = [report for report, _ in on_ranks(2, prune, source, tmp_path / "out", text, config, 3)]
+    assert [rank.windows for rank in reports[0].ranks] == [1, 2]
+    assert [block.reconstruction for report in reports for block in report.blocks] == [None] * 4
+
+
+def gradients_of_ranks(ranks, source, text, output):
+    """The gradients of the first step, on every rank, and of one window of this rank alone."""
+    summed, own = [], []
+    gradients, add = KeptWeights.gradients, Fit.add_gradients
+
+    def add_spy(*args):
+        add(*args)
+        if not own:
+            own.extend(p.grad.clone() for p in args[-1])
+
+    step = KeptWeights.step
+
+    def step_spy(self):
+        if not summed:
+            summed.extend(g.clone() for g in gradients(self))
+        step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fit, "add_gradients", add_spy)
+        patch.setattr(KeptWeights, "step", step_spy)
+        prune(ranks, source, output, text, {"method": "wanda", "reconstruct": 1}, 4)
+    return summed, own
+
+
+def test_a_step_takes_the_gradients_of_all_ranks(tmp_path, text):
+    source = save_model(tmp_path / "model", "llama", num_hidden_layers=1)
+    (first, own), (second, other) = on_ranks(2, gradients_of_ranks, source, text, tmp_path / "out")
+    assert len(first) == 7
+    for a, b, mine, theirs in zip(first, second, own, other, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, mine + theirs)
+        assert not torch.equal(mine, theirs)
 
 
 def test_more_ranks_than_windows_or_rows(tmp_path, text):

@@ -23,6 +23,14 @@ RUNS = {
         dict(hidden_size=512, intermediate_size=512, vocab_size=80000),
         [*ONE_SHOT, "wanda", "--eval", "TEXT", "--eval-windows", "2"],
     ),
+    "state of kept weights": (
+        dict(hidden_size=512, intermediate_size=4096, vocab_size=2048),
+        [*ONE_SHOT, "magnitude", "--reconstruct", "1"],
+    ),
+    "gradients of activations": (
+        dict(hidden_size=256, intermediate_size=1024, vocab_size=2048, max_position_embeddings=4096),
+        ["--nsamples", "4", "--seqlen", "4096", "--method", "magnitude", "--reconstruct", "1"],
+    ),
 }
 
 # A process that runs twice: with far too little memory, and with as much as the refusal names.
@@ -46,7 +54,7 @@ def test_the_limit_that_is_named_is_kept(name, tmp_path):
         save_model(tmp_path / "model", "llama")
     else:
         heads = dict(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512)
-        random_checkpoint.generate(tmp_path / "model", "llama", **heads, **sizes)
+        random_checkpoint.generate(tmp_path / "model", "llama", **(heads | sizes))
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{n}: a rose is a rose is a rose.\n" for n in range(2000)))
     paths = ["--model", str(tmp_path / "model"), "--dataset", str(text), "--output", str(tmp_path / "out")]
@@ -59,4 +67,5 @@ def test_the_limit_that_is_named_is_kept(name, tmp_path):
     measured, expected = report["peak_memory"]["host_bytes"], report["memory"]["expected"]["host"]
     assert expected <= limit <= expected + 0.015 * 2**30
     assert measured <= limit
-    assert expected <= 1.15 * measured
+    # A step lets gradients in half precision go one by one: fewer of them lie beside those in fp32 than are expected.
+    assert expected <= (1.2 if "--reconstruct" in flags else 1.15) * measured

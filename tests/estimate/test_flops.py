@@ -18,18 +18,28 @@ from sparsefw import checkpoint
 from sparsefw.checkpoint.reader import read_tensors
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.windows import Windows
+from sparsefw.driver import reconstruct
 from sparsefw.driver.block import Run
 from sparsefw.driver.loop import prune_model
+from sparsefw.estimate import flops as estimated
 from sparsefw.estimate import totals
 from sparsefw.estimate.flops import head, operations
 from sparsefw.estimate.memory import disk_space
 from sparsefw.estimate.passes import passes
 from sparsefw.estimate.sharing import find_solves, groups, work_by_rank
 from sparsefw.model import HiddenStates, StreamedModel
+from sparsefw.model.placement import split_batches
 from sparsefw.ranks import ALONE
+from sparsefw.solver.kept_weights import KeptWeights
 
 # The products of a solve, by the names of their operations.
 PRODUCTS = {"cross", "target", "start", "step", "refit", "error"}
+
+
+@pytest.fixture(autouse=True)
+def one_round(monkeypatch):
+    """How many rounds of a reconstruction follow the first one depends on the weights."""
+    monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 1)
 
 
 class Products(TorchFunctionMode):
@@ -77,6 +87,13 @@ def prune(source, plan, tmp_path, monkeypatch, counter=None, ranks=ALONE):
         seen["write"] += sum(tensor.nbytes for tensor in tensors.values())
         save(self, path, tensors)
 
+    step = KeptWeights.step
+
+    def counted_step(self):
+        seen["adam"] += 1
+        step(self)
+
+    monkeypatch.setattr(KeptWeights, "step", counted_step)
     monkeypatch.setattr(HiddenStates, "call", counted_call)
     monkeypatch.setattr(Writer, "_save", counted_save)
     model = StreamedModel(checkpoint.inspect(source), torch.device("cpu"), read)
@@ -114,7 +131,10 @@ def prune(source, plan, tmp_path, monkeypatch, counter=None, ranks=ALONE):
         # Attention and MLP read one input, and the attention's output is used between them.
         ("phi", dict(steps=4)),
         ("phi", dict(steps=4, refit=0)),
+        ("llama", dict(method="wanda", reconstruct=3)),
+        ("llama", dict(steps=4, compare=("wanda",), reconstruct=1, ignore=("layers.1",))),
         ("mixtral", dict(steps=4)),
+        ("mixtral", dict(method="wanda", reconstruct=2)),
         ("qwen2_moe", dict(steps=4, compare=("wanda",))),
     ],
 )
@@ -128,6 +148,8 @@ def test_a_run_does_what_is_counted(family, options, tmp_path, monkeypatch, set_
     blocks, workload = plan.shape.blocks, plan.workload
     runs = [windows_pass for block in blocks for windows_pass in passes(block, workload, plan.placement)]
     assert seen["calls"] == sum(-(-windows_pass.windows // BATCH) for windows_pass in runs)
+    # The mode sees no gradients, as `test_torch_counts_the_same_flops` does.
+    monkeypatch.setattr(estimated, "_products", lambda block, n: 1)
     done = [operation for block in blocks for operation in operations(plan, block)]
     layers = {layer.name for block in blocks for layer in block.all_layers}
     forward = sum(operation.cost.flops for operation in done if operation.name in layers)
@@ -135,6 +157,7 @@ def test_a_run_does_what_is_counted(family, options, tmp_path, monkeypatch, set_
     by_name = Counter()
     for operation in done:
         by_name[operation.name] += operation.calls
+    assert seen["adam"] == by_name["adam"]
     products = [
         operation for operation in done if operation.name in {"cross", "target", "start", "step", "refit", "error"}
     ]
@@ -211,12 +234,25 @@ class RealFlops(FlopCounterMode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept_width", [0, 32, 48])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt_neox"])
-def test_torch_counts_the_same_flops(family, kept_width, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kept_width", "options"),
+    [
+        (0, dict(steps=2, rounds=1)),
+        (32, dict(steps=2, rounds=1)),
+        (48, dict(steps=2, rounds=1)),
+        (48, dict(steps=2, rounds=0, reconstruct=2)),
+        # Fewer layers have gradients, and what lies before them has none.
+        (0, dict(method="wanda", reconstruct=1)),
+        (0, dict(method="wanda", reconstruct=1, ignore=("k_proj", "o_proj", "fc1", "dense.weight"))),
+        (0, dict(method="wanda", reconstruct=1, include=("o_proj", "down_proj", "out_proj", "h_to_4h"))),
+    ],
+    ids=str,
+)
+def test_torch_counts_the_same_flops(family, kept_width, options, tmp_path, monkeypatch):
     kinds = {"layer_types": ["full_attention"]} if family == "gemma2" else {}
     source = save_model(tmp_path / "model", family, num_hidden_layers=1, **kinds)
-    plan = planned(source, make_config(steps=2, rounds=1), 7)
+    plan = planned(source, make_config(**options), 7)
     plan = replace(plan, placement=replace(plan.placement, kept_width=kept_width))
     counter = RealFlops(display=False)
     prune(source, plan, tmp_path, monkeypatch, counter)
@@ -227,6 +263,49 @@ def test_torch_counts_the_same_flops(family, kept_width, tmp_path, monkeypatch):
     planned_flops = sum(operation.cost.flops for operation in done if operation.name in names)
     # Torch does not count products that are added in place, as those of Gram and cross matrices are.
     assert counted == planned_flops
+
+
+class TestReconstruction:
+    """Windows of a block's reconstruction, and what it is made of."""
+
+    @pytest.mark.parametrize(
+        ("windows", "learned", "held"), [(7, 6, 1), (8, 6, 2), (16, 14, 2), (33, 29, 4), (32, 28, 4)]
+    )
+    def test_windows(self, windows, learned, held, tmp_path):
+        """Of two windows a micro-batch; the last one, which may be smaller, is held out of few."""
+        plan = planned(save_model(tmp_path, "llama"), make_config(method="wanda", reconstruct=2), windows)
+        (block, *_) = plan.shape.blocks
+        found = [x for x in passes(block, plan.workload, plan.placement) if x.phase == "reconstruct"]
+        assert [(x.windows, x.moves, x.differentiated) for x in found] == [
+            (windows, True, False),
+            *[(learned, False, True)] * 2,
+            *[(held, False, False)] * 2,
+        ]
+        batches = [list(range(windows))[n : n + BATCH] for n in range(0, windows, BATCH)]
+        parts = [[w for j in part for w in batches[j]] for part in split_batches(len(batches))]
+        assert [len(part) for part in parts] == [learned, held]
+
+    @pytest.mark.parametrize(("windows", "ranks"), [(2, 1), (6, 3), (9, 4)])
+    def test_nothing_where_a_rank_has_one_micro_batch(self, windows, ranks, tmp_path):
+        config = make_config(method="wanda", reconstruct=2)
+        plan = planned(save_model(tmp_path, "llama"), config, windows, ranks=ranks)
+        block = plan.shape.blocks[0]
+        assert not [x for x in operations(plan, block) if x.name == "adam"]
+        assert not any(x.differentiated for x in passes(block, plan.workload, plan.placement))
+
+    def test_nothing_without_passes(self, tmp_path):
+        plan = planned(save_model(tmp_path, "llama"), make_config(steps=2), 7)
+        assert not [x for x in operations(plan, plan.shape.blocks[0]) if x.phase == "reconstruct"]
+
+    def test_experts_that_stay_dense_have_a_state(self, tmp_path):
+        """They lie in the parameter of the others."""
+        source = save_model(tmp_path / "model", "mixtral", num_hidden_layers=1)
+        states = []
+        for ignore in ((), ("re:.*down_proj\\[[01]\\]",), ("down_proj",)):
+            plan = planned(source, make_config(method="wanda", reconstruct=1, ignore=ignore), 8)
+            (adam,) = [x for x in operations(plan, plan.shape.blocks[0]) if x.name == "adam"]
+            states.append(adam.cost.bytes)
+        assert states[0] == states[1] > states[2]
 
 
 class TestSelection:

@@ -1,6 +1,7 @@
 """The bytes that ranks are expected to send are those that they send."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,18 +9,21 @@ from helpers.families import save_model
 from helpers.planning import SEQLEN, make_config, planned
 from helpers.ranks import on_ranks
 
-from sparsefw.driver import CheckpointJob, Output, run_job
+from sparsefw.driver import CheckpointJob, Output, reconstruct, run_job
 from sparsefw.estimate.traffic import imbalance, traffic
 from sparsefw.inputs import Inputs
 
 WINDOWS = 13
 
 
-def sent(ranks, source, output, config):
+def sent(ranks, source, output, config, windows):
     """What a run has sent from this rank, and what rank 0 has sent for each block."""
-    tokens = torch.randint(2, 250, (WINDOWS, SEQLEN), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(2, 250, (windows, SEQLEN), generator=torch.Generator().manual_seed(0))
     job = CheckpointJob(Inputs(model=str(source)), config, Output(output), source, dataset=tokens)
-    report = run_job(job, lambda line: None, False, ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        # How many rounds follow the first one depends on the weights.
+        patch.setattr(reconstruct, "MOST_ROUNDS", 1)
+        report = run_job(job, lambda line: None, False, ranks)
     return Counter(ranks.sent), [Counter(block.sent) for block in report.blocks]
 
 
@@ -38,15 +42,28 @@ def sent(ranks, source, output, config):
         ("mixtral", 3, {"steps": 1, "rounds": 0, "refit": 1}),
         ("mixtral", 2, {"method": "wanda"}),
         ("mixtral", 3, {"method": "sparsegpt"}),
+        ("llama", 2, {"method": "wanda", "reconstruct": 2}),
+        ("llama", 3, {"steps": 1, "rounds": 0, "refit": 1, "reconstruct": 1, "dtype": torch.bfloat16}),
+        ("llama", 3, {"method": "wanda", "ignore": ("layers.1", "up_proj"), "reconstruct": 2}),
+        ("gpt2", 2, {"method": "sparsegpt", "reconstruct": 1}),
+        # Gradients are those of whole parameters, of which some experts stay dense.
+        ("mixtral", 3, {"method": "wanda", "reconstruct": 1, "ignore": ("re:.*experts.*[01].",)}),
+        # Four windows of each rank but one, which has five; and so few that a rank can hold out none.
+        ("mixtral", 2, {"method": "wanda", "reconstruct": 2, "windows": 17}),
+        ("llama", 2, {"method": "wanda", "reconstruct": 2, "windows": 3}),
     ],
     ids=str,
 )  # fmt: skip
 def test_what_is_sent(family, count, options, tmp_path):
     options, depth = dict(options), "n_layer" if family == "gpt2" else "num_hidden_layers"
     source = save_model(tmp_path / "model", family, options.pop("dtype", torch.float32), **{depth: 2})
+    windows = options.pop("windows", WINDOWS)
     config = make_config(**options)
-    results = on_ranks(count, sent, source, tmp_path / "out", config)
-    plan = planned(source, config, WINDOWS, ranks=count)
+    results = on_ranks(count, sent, source, tmp_path / "out", config, windows)
+    plan = planned(source, config, windows, ranks=count)
+    if config.reconstruct:
+        # A window at a time, of so few.
+        plan = replace(plan, placement=replace(plan.placement, batch=1))
     expected = [traffic(plan, block) for block in plan.shape.blocks]
     assert expected[0].waited > 0
     for number, (of_run, of_blocks) in enumerate(results):

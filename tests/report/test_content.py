@@ -10,7 +10,7 @@ import pytest
 from helpers.pages import report_of_run, task
 
 from sparsefw.errors import InputError
-from sparsefw.report import Measurement, Report, content, read_report
+from sparsefw.report import Measurement, Reconstruction, Report, content, read_report
 
 JUNK = [None, True, -1, 0, 10**22, 0.5, float("inf"), "", "x", "\ud800", [], [[]], [None], {}, {"x": None}]
 
@@ -81,6 +81,55 @@ def test_tasks(path):
     assert refused(path, json.dumps(content)) == message
     content["tasks"][0].pop("documents")
     assert refused(path, json.dumps(content)).startswith("tasks[0].documents: missing")
+
+
+def reconstructed(report, *found):
+    """The report, with reconstructions of its first blocks; None leaves one out."""
+    pairs = zip(report.blocks, found, strict=False)
+    return replace(
+        report, blocks=[replace(block, reconstruction=x) for block, x in pairs] + report.blocks[len(found) :]
+    )
+
+
+def test_reconstructions(path):
+    """Losses need not be numbers: weights may have gone beyond all of them before they were put back."""
+    found = Reconstruction(0.25, 0.125, 18, False), None, Reconstruction(0.5, math.inf, 18, True)
+    report = reconstructed(report_of_run(), *found)
+    written = report.to_json()
+    path.write_text(written)
+    assert read_report(path) == report
+    assert read_report(path).to_json() == written
+    blocks = json.loads(written)["blocks"]
+    assert blocks[0]["reconstruction"] == {"before": 0.25, "after": 0.125, "steps": 18, "put_back": False}
+    assert blocks[1]["reconstruction"] is None
+    report = reconstructed(report_of_run(), Reconstruction(0.5, math.nan, 18, True))
+    path.write_text(report.to_json())
+    assert math.isnan(read_report(path).blocks[0].reconstruction.after)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.pop("steps"), ".steps: missing"),
+        (lambda x: x.update(put_back=0), ".put_back: expected a boolean, got a whole number"),
+        (lambda x: x.update(before="1"), ".before: expected a number, got a string"),
+        (lambda x: x.update(more=1), ".more: unknown to this version"),
+    ],
+)
+def test_reconstructions_of_another_kind(change, message, path):
+    content = json.loads(reconstructed(report_of_run(), Reconstruction(0.25, 0.125, 18, False)).to_json())
+    change(content["blocks"][0]["reconstruction"])
+    assert refused(path, json.dumps(content)).startswith(f"blocks[0].reconstruction{message}")
+
+
+def test_reports_from_before_blocks_were_reconstructed(path):
+    report = report_of_run()
+    content = json.loads(report.to_json())
+    for block in content["blocks"]:
+        del block["reconstruction"]
+    path.write_text(json.dumps(content))
+    assert read_report(path) == report
+    assert [block.reconstruction for block in read_report(path).blocks] == [None] * 3
 
 
 def test_reports_of_older_versions(path):

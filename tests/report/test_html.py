@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import math
 import re
 import shlex
 from dataclasses import replace
@@ -9,7 +10,7 @@ from dataclasses import replace
 import pytest
 from helpers.pages import TYPES, Document, layer, parsed, report_of_run, task
 
-from sparsefw.report import Difference, Measurement, Report, charts, log
+from sparsefw.report import Difference, Measurement, Reconstruction, Report, charts, log
 from sparsefw.report.html import MOST_ROWS, page
 
 HOSTILE = (
@@ -77,6 +78,37 @@ def test_facts():
     report.peak_memory.update(gpu_bytes=1 << 30, gpu_reserved_bytes=3 << 29)
     assert facts_of(report)["peak gpu"] == "1.00 GiB"
     assert facts_of(report)["peak gpu reserved"] == "1.50 GiB"
+
+
+def block_tables(report: Report) -> list[dict[str, str]]:
+    """The rows of the table of blocks, by column."""
+    cells = Document(page(report)).cells()
+    head = next(n for n, row in enumerate(cells) if row[:2] == ["block", "name"])
+    return [dict(zip(cells[head], row, strict=True)) for row in cells[head + 1 : head + 1 + len(report.blocks)]]
+
+
+def test_losses_of_blocks_only_where_some_were_reconstructed():
+    report = report_of_run()
+    assert all(not {"loss before", "loss after"} & row.keys() for row in block_tables(report))
+    found = Reconstruction(0.25, 0.123456, 18, False), None, Reconstruction(0.5, math.inf, 18, True)
+    blocks = [replace(block, reconstruction=x) for block, x in zip(report.blocks, found, strict=True)]
+    rows = block_tables(replace(report, blocks=blocks))
+    assert [(row["loss before"], row["loss after"]) for row in rows] == [
+        ("0.25000", "0.12346"),
+        ("-", "-"),
+        ("0.50000", "inf (put back)"),
+    ]
+    # The other columns are where they were.
+    assert [row["calibration"] for row in rows] == ["once"] * 3
+    plain = [row | {"loss before": "", "loss after": ""} for row in block_tables(report)]
+    assert [row | {"loss before": "", "loss after": ""} for row in rows] == plain
+
+
+def test_phases_have_classes_of_the_style_sheet():
+    """The last of them is that of all others."""
+    html = page(report_of_run())
+    for n in range(len(charts.PHASES) + 1):
+        assert f".p{n} {{" in html or f".p{n}," in html, n
 
 
 def test_loads_nothing_and_runs_only_its_own_script():

@@ -1,12 +1,14 @@
 """The lines of the log."""
 
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from helpers.pages import report_of_run, task
 
 from sparsefw.model import Placement
-from sparsefw.report import log
+from sparsefw.report import Reconstruction, log
 from sparsefw.solver import PruneConfig, patterns
 
 
@@ -153,3 +155,37 @@ def test_summary_on_a_gpu():
     report.peak_memory.update(gpu_bytes=5 << 30, gpu_reserved_bytes=6 << 30)
     expected = "peak memory: 3.00 of 4.00 GiB (host), 6.00 of 8.00 GiB (gpu; 5.00 in use)"
     assert [*log.summary(report)][-2] == expected
+
+
+def with_reconstructions(*found):
+    report = report_of_run()
+    return replace(
+        report, blocks=[replace(block, reconstruction=x) for block, x in zip(report.blocks, found, strict=True)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("put_back", "line"),
+    [
+        (False, "model.layers.3: reconstructed in 112 steps, loss 0.25000 -> 0.12346"),
+        (True, "model.layers.3: reconstructed in 112 steps, loss 0.25000 -> 0.12346; put back"),
+    ],
+)
+def test_reconstruction_row(put_back, line):
+    assert log.reconstruction_row("model.layers.3", Reconstruction(0.25, 0.123456, 112, put_back)) == line
+
+
+def test_reconstruction_line():
+    """Blocks that were put back have gained nothing; those that were not reconstructed do not count."""
+    assert log.reconstruction_line(report_of_run()) == ""
+    assert "reconstruct" not in "".join(log.summary(report_of_run()))
+    report = with_reconstructions(Reconstruction(0.5, 0.25, 18, False), None, Reconstruction(0.5, math.nan, 18, True))
+    line = log.reconstruction_line(report)
+    assert line == (
+        "reconstruction: 2 blocks, loss on held-out windows x 0.750 in the mean; 1 put back. Errors of layers are "
+        "those before it"
+    )
+    assert [*log.summary(report)].count(line) == 1
+    # Nothing was lost, so that nothing could be gained.
+    report = with_reconstructions(Reconstruction(0.0, 0.0, 18, True), None, None)
+    assert "1 blocks, loss on held-out windows x 1.000" in log.reconstruction_line(report)

@@ -95,6 +95,9 @@ class TestRefused:
             (dict(alpha=float("nan")), "--alpha nan: expected at least 0 and at most 1"),
             (dict(penalty=1.5), "--penalty 1.5: expected at least 0 and at most 1"),
             (dict(penalty=-1), "--penalty -1: expected at least 0 and at most 1"),
+            (dict(reconstruct=-1), "--reconstruct -1: expected at least 0 and at most 10000"),
+            (dict(reconstruct=10**5), "--reconstruct 100000: expected at least 0 and at most 10000"),
+            (dict(reconstruct=0.5), "--reconstruct 0.5: expected a whole number"),
             (dict(damp=-1), "--damp -1: expected at least 0 and at most 1048576"),
             (dict(damp=2**21), "--damp 2097152: expected at least 0 and at most 1048576"),
             (dict(damp=float("inf")), "--damp inf: expected at least 0 and at most 1048576"),
@@ -151,7 +154,7 @@ class TestRefused:
         """Options that are not marked go with any method."""
         assert set(FRANK_WOLFE) == set(OTHER)
         others = dict(sparsity="2:4", compare="ria", preset="paper", include="mlp", ignore="down_proj", keep_zeros=True)
-        others |= dict(method="wanda", kernel="torch", precision="tf32")
+        others |= dict(method="wanda", kernel="torch", precision="tf32", reconstruct=3)
         assert set(others) | set(FRANK_WOLFE) == set(FIELDS)
         assert PruneConfig(**others).given == others | {n: (others[n],) for n in ("compare", "include", "ignore")}
 
@@ -217,6 +220,15 @@ class TestValues:
         assert PruneConfig(method="wanda", compare="sparsefw").uses_dense_target
         assert not PruneConfig(method="wanda").uses_dense_target
         assert not PruneConfig(target="layer").uses_dense_target
+
+    @pytest.mark.parametrize("passes", [0, 2])
+    def test_a_reconstruction_needs_the_dense_model_and_changes_no_target(self, passes):
+        """Whatever the method; compared methods are not reconstructed."""
+        for options in ({}, dict(refit=0), dict(method="wanda"), dict(method="sparsegpt"), dict(preset="fast")):
+            found = PruneConfig(reconstruct=passes, **options)
+            assert found.uses_dense_target == PruneConfig(reconstruct=0, **options).uses_dense_target
+            assert found.uses_dense_stream == (found.uses_dense_target or passes > 0)
+            assert found.replace(reconstruct=0) == PruneConfig(reconstruct=0, **options)
 
     def test_rows_of_a_method(self):
         rows = {method: PruneConfig().rows_independent(method) for method in METHODS}

@@ -1,0 +1,331 @@
+"""The kept weights of a block are fitted together to the dense model's hidden states behind it."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import verifying
+from helpers.commands import tensors_of
+from helpers.families import FAMILIES, HANDING_ON, OTHERS, TOKENS, save_model
+from helpers.reconstructed import METHODS, QUICK, SEQLEN, WINDOWS, make_place, no_loss, run, set_constants, shards
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparsefw import checkpoint, data
+from sparsefw.driver import reconstruct
+from sparsefw.driver.reconstruct import Fit
+from sparsefw.model import StreamedModel, embed
+from sparsefw.model.placement import HELD_OUT, split_batches
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def constants():
+    with pytest.MonkeyPatch.context() as patch:
+        set_constants(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def loaded(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def windows_of(folder: Path) -> torch.Tensor:
+    tokenizer, text = AutoTokenizer.from_pretrained(folder / "model"), str(folder / "text.txt")
+    return data.calibration_windows(tokenizer, text, nsamples=WINDOWS, seqlen=SEQLEN, seed=0).ids
+
+
+@torch.no_grad()
+def behind_blocks(model: torch.nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The hidden states behind every block, by the model's own forward, in double."""
+    seen, blocks = [], model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers
+    handles = [
+        block.register_forward_hook(lambda module, args, out: seen.append(out if torch.is_tensor(out) else out[0]))
+        for block in blocks
+    ]
+    model(ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return [hidden.double() for hidden in seen]
+
+
+def loss(out: torch.Tensor, target: torch.Tensor) -> float:
+    """The mean over tokens of the squared distance, relative to the square of the target."""
+    return ((out - target).square().sum(-1) / target.square().sum(-1)).mean().item()
+
+
+# Every method with a budget of some kind.
+SPARSITY = dict(zip(METHODS, ["0.6", "2:4", "layer:0.5", "3:8", "layer:0.6", "2:4", "0.7", "2:4"], strict=True))
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def method(request):
+    """The tests of a method are run together."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def reconstructed(method, llama, constants):
+    """The output of a run, its report, and what was seen of it."""
+    output = llama / method
+    return output, *run(llama, output, *METHODS[method], "--reconstruct", "2", "--sparsity", SPARSITY[method])
+
+
+def test_losses_are_those_of_their_definition(reconstructed, llama):
+    """On the windows that are held out, behind blocks that are reconstructed themselves, by transformers' forward."""
+    output, report, seen = reconstructed
+    learned, held_out = split_batches(WINDOWS)
+    ids = windows_of(llama)[held_out]
+    dense, sparse = behind_blocks(loaded(llama / "model"), ids), loaded(output)
+    after = behind_blocks(sparse, ids)
+    assert len(report.blocks) == 3
+    for i, block in enumerate(report.blocks):
+        found = block.reconstruction
+        assert found.steps == 2 * len(learned)
+        written = {name: x.clone() for name, x in sparse.model.layers[i].state_dict().items()}
+        sparse.model.layers[i].load_state_dict(seen.weights[i])
+        before = behind_blocks(sparse, ids)[i]
+        sparse.model.layers[i].load_state_dict(written)
+        assert found.before == pytest.approx(loss(before, dense[i]), rel=1e-4)
+        assert found.put_back == (not found.after < found.before)
+        expected = loss(after[i], dense[i])
+        assert (found.before if found.put_back else found.after) == pytest.approx(expected, rel=1e-4)
+    # It is of use, or this would not show much.
+    assert report.blocks[0].reconstruction.after < 0.99 * report.blocks[0].reconstruction.before
+
+
+def test_zeros_stay_and_all_else_is_the_dense_models(reconstructed, llama, capsys):
+    output, report, seen = reconstructed
+    source, written = tensors_of(llama / "model"), tensors_of(output)
+    layers = {layer.name for layer in report.layers}
+    for name, tensor in written.items():
+        if name not in layers:
+            assert torch.equal(tensor, source[name]), name
+            continue
+        i = int(name.split(".")[2])
+        before = seen.weights[i][name.removeprefix(f"model.layers.{i}.")]
+        assert torch.equal(tensor != 0, before != 0)
+        if not report.blocks[i].reconstruction.put_back:
+            assert (tensor != before).sum() > 0.9 * (before != 0).sum()
+    _, printed, failures = verifying.verdict(capsys, output, summed=False)
+    assert not failures, printed
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--ignore", "down_proj", "--ignore", "layers.1"],
+        ["--include", "o_proj"],
+        ["--ignore", "self_attn", "--method", "wanda"],
+        ["--include", "layers.2", "--method", "sparsegpt"],
+    ],
+    ids=" ".join,
+)
+def test_layers_that_are_not_selected_stay_dense(flags, llama, tmp_path, capsys):
+    quick = [] if "--method" in flags else QUICK
+    report, _ = run(llama, tmp_path / "out", *flags, *quick, "--reconstruct", "1")
+    source, written = tensors_of(llama / "model"), tensors_of(tmp_path / "out")
+    layers = {layer.name for layer in report.layers}
+    assert layers
+    assert report.kept_dense
+    assert all(torch.equal(tensor, source[name]) == (name not in layers) for name, tensor in written.items())
+    for block in report.blocks:
+        # A block without pruned layers is as it was.
+        assert bool(block.reconstruction) == any(name.startswith(f"{block.name}.") for name in layers)
+    _, printed, failures = verifying.verdict(capsys, tmp_path / "out")
+    assert not failures, printed
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", torch.bfloat16),
+        ("llama", torch.float16),
+        ("gpt2", torch.float32),
+        ("mixtral", torch.float32),
+        ("qwen3_next", torch.float32),
+        ("mamba", torch.float32),
+        ("gemma3n_text", torch.float32),
+        ("xlnet", torch.float32),
+        ("glm_moe_dsa", torch.float32),
+        pytest.param("gemma2", torch.float32, marks=pytest.mark.slow),
+        pytest.param("gpt_neox", torch.float32, marks=pytest.mark.slow),
+        pytest.param("rwkv", torch.float32, marks=pytest.mark.slow),
+        pytest.param("gemma4_text", torch.float32, marks=pytest.mark.slow),
+        pytest.param("inkling2_text", torch.float32, marks=pytest.mark.slow),
+    ],
+)
+def test_families(family, dtype, tmp_path, capsys):
+    """Blocks of all kinds get better on held-out windows, and keep to their budgets."""
+    make_place(tmp_path, family, dtype)
+    report, seen = run(tmp_path, tmp_path / "out", "--method", "wanda", "--reconstruct", "2")
+    found = [block.reconstruction for block in report.blocks]
+    assert all(found)
+    assert not all(x.put_back for x in found)
+    assert all(x.after < x.before for x in found if not x.put_back)
+    _, printed, failures = verifying.verdict(capsys, tmp_path / "out")
+    assert not failures, printed
+    written, layers = tensors_of(tmp_path / "out"), {layer.name.partition("[")[0] for layer in report.layers}
+    for i, block in enumerate(report.blocks):
+        for name, before in seen.weights[i].items():
+            after = written.get(f"{block.name}.{name}")
+            if after is None or f"{block.name}.{name}" not in layers:
+                continue
+            assert torch.equal(after != 0, before != 0), name
+
+
+@pytest.mark.parametrize("windows", [1, 2])
+def test_so_few_windows_that_none_can_be_held_out(windows, llama, tmp_path, capsys):
+    """One is all that there is to learn from: nothing is reconstructed. Of two, one is held out."""
+    few = [*METHODS["wanda"], "--nsamples", str(windows)]
+    report, _ = run(llama, tmp_path / "out", *few, "--reconstruct", "2")
+    if windows == 2:
+        assert [block.reconstruction.steps for block in report.blocks] == [2, 2, 2]
+        return
+    assert all(block.reconstruction is None for block in report.blocks)
+    run(llama, tmp_path / "plain", *few)
+    assert shards(tmp_path / "out") == shards(tmp_path / "plain")
+    _, printed, failures = verifying.verdict(capsys, tmp_path / "out")
+    assert not failures, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES | OTHERS | HANDING_ON)
+def test_a_dense_block_has_no_loss(family, tmp_path):
+    """It is compared with what it puts out itself, whatever blocks hand on beside it."""
+    model = StreamedModel(checkpoint.inspect(save_model(tmp_path, family)), CPU)
+    assert all(no_loss(model, embed(model, TOKENS, 4)))
+
+
+class TestLoss:
+    def test_formula(self):
+        out, target = torch.randn(2, 5, 8), 100 * torch.randn(2, 5, 8)
+        expected = ((out - target).double().square().sum(-1) / target.double().square().sum(-1)).sum()
+        torch.testing.assert_close(reconstruct.relative_loss(out, target).double(), expected, rtol=1e-5, atol=0)
+
+    def test_a_token_without_a_target_does_not_count(self):
+        out, target = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
+        target[1] = 0
+        total = reconstruct.relative_loss(out, target)
+        total.backward()
+        assert total.item() == pytest.approx(reconstruct.relative_loss(out[[0, 2]], target[[0, 2]]).item())
+        assert not out.grad[1].any()
+        assert out.grad[0].all()
+
+    def test_large_tokens_count_as_much_as_others(self):
+        out, target = torch.randn(2, 8), torch.randn(2, 8)
+        one = reconstruct.relative_loss(out, target)
+        sizes = torch.tensor([[1.0], [2.0**12]])
+        torch.testing.assert_close(reconstruct.relative_loss(sizes * out, sizes * target), one)
+
+    def test_half_precision_is_compared_in_fp32(self):
+        """The square of the distance is beyond its numbers."""
+        out, target = torch.full((1, 4096), -300.0, dtype=torch.float16), torch.full((1, 4096), 300.0).half()
+        assert reconstruct.relative_loss(out, target).item() == pytest.approx(4, rel=1e-5)
+
+
+def test_a_pass_learns_once_from_every_window_that_is_not_held_out(llama, tmp_path, monkeypatch):
+    learned, measured = [], []
+    add, loss_of = Fit.add_gradients, Fit.loss
+
+    def add_spy(self, j, parameters):
+        learned.append((self.number, j))
+        add(self, j, parameters)
+
+    def loss_spy(self):
+        measured.append((self.number, [*self.held_out]))
+        return loss_of(self)
+
+    monkeypatch.setattr(Fit, "add_gradients", add_spy)
+    monkeypatch.setattr(Fit, "loss", loss_spy)
+    run(llama, tmp_path / "out", "--method", "wanda", "--reconstruct", "3")
+    expected, held_out = split_batches(WINDOWS)
+    assert sorted(expected + held_out) == [*range(WINDOWS)]
+    for i in range(3):
+        assert sorted(j for block, j in learned if block == i) == sorted(3 * expected)
+    assert measured == [(i, held_out) for i in range(3) for _ in ("before", "after")]
+
+
+@pytest.mark.parametrize("count", range(40))
+def test_micro_batches_that_are_held_out(count):
+    """An eighth of them, spread over the text, and one at least where something is left to learn from."""
+    learned, held_out = split_batches(count)
+    assert sorted(learned + held_out) == [*range(count)]
+    assert len(held_out) == max(count // HELD_OUT, int(count > 1))
+    assert len(learned) >= min(count, 1)
+
+
+def test_gradients_are_those_of_finite_differences(tmp_path):
+    """Of the loss that is written out in double, by transformers' own block, whose layers are stored (in, out)."""
+    source = save_model(tmp_path / "model", "gpt2", n_layer=1)
+    model = StreamedModel(checkpoint.inspect(source), CPU)
+    states = embed(model, TOKENS, 3)
+    dense = states.fork()
+    block = model.open(0)
+    with torch.no_grad():
+        dense.advance(0)
+    targets = torch.cat([dense.hidden[j] for j in range(2)]).double()
+    names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in names:
+            W = block.get_submodule(name).weight
+            W.mul_(torch.rand(W.shape, generator=generator) < 0.5)
+    weights = [block.get_submodule(name).weight.requires_grad_() for name in names]
+    fit = Fit(SimpleNamespace(model=model), 0, states, dense, [0, 1], [])
+    for j in range(2):
+        fit.add_gradients(j, weights)
+    whole = loaded(source).double()
+    whole.transformer.h[0].load_state_dict(block.state_dict())
+
+    def total() -> float:
+        return loss(behind_blocks(whole, TOKENS)[0], targets) * targets.numel()
+
+    for name, weight in zip(names, weights, strict=True):
+        W, scale = whole.transformer.h[0].get_submodule(name).weight, weight.grad.abs().max().item()
+        for n in torch.randint(W.numel(), (6,), generator=generator).tolist():
+            sides = []
+            with torch.no_grad():
+                before = W.view(-1)[n].item()
+                for sign in (1, -1):
+                    W.view(-1)[n] = before + sign * 1e-5
+                    sides.append(total())
+                W.view(-1)[n] = before
+            difference = (sides[0] - sides[1]) / 2e-5
+            assert weight.grad.view(-1)[n].item() == pytest.approx(difference, rel=1e-4, abs=1e-5 * scale), name
+    others = [parameter for parameter in block.parameters() if all(parameter is not weight for weight in weights)]
+    assert all(parameter.grad is None for parameter in others)
+
+
+@pytest.mark.parametrize(
+    ("found", "steps", "after", "put_back"),
+    [
+        # One that pays little is the last one.
+        ([0.98], 1, 0.98, False),
+        # Others follow as long as one pays, up to four.
+        ([0.9, 0.8, 0.79], 3, 0.79, False),
+        ([0.9, 0.8, 0.7, 0.6], 4, 0.6, False),
+        # What the last one has lost is put back; what the ones before it have won stays.
+        ([0.9, 0.95], 2, 0.9, False),
+        ([1.5], 1, 1.5, True),
+        ([math.nan], 1, math.nan, True),
+    ],
+)
+def test_rounds_follow_each_other_as_long_as_they_pay(found, steps, after, put_back, llama, tmp_path, monkeypatch):
+    losses = iter(found)
+    monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 4)
+    monkeypatch.setattr(Fit, "loss", lambda self: 1.0)
+    monkeypatch.setattr(Fit, "round", lambda self, weights, steps, before: next(losses))
+    report, _ = run(llama, tmp_path / "out", "--method", "wanda", "--include", "layers.0", "--reconstruct", "1")
+    record = report.blocks[0].reconstruction
+    assert next(losses, None) is None
+    assert record.steps == steps * len(split_batches(WINDOWS)[0])
+    assert record.put_back is put_back
+    assert record.after == pytest.approx(after, nan_ok=True)

@@ -1,0 +1,157 @@
+"""A model in memory whose blocks are reconstructed, on a caller's batches."""
+
+import copy
+
+import pytest
+import torch
+from helpers.reconstructed import no_loss, set_constants
+from helpers.stacks import STACKS, drawn
+
+from sparsefw import prune
+from sparsefw.data import batches_of
+from sparsefw.errors import InputError
+from sparsefw.model import embed_batches, resident
+from sparsefw.model.activations import DeviceActivations
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def constants():
+    with pytest.MonkeyPatch.context() as patch:
+        set_constants(patch)
+        yield
+
+
+class TestModelInMemory:
+    # Behind an encoder, or a tower, other hidden states begin. Streams in another order are compared.
+    COMPARED = {name: [True] * 2 for name in STACKS} | dict(
+        whisper=[True, False, True, True], clip=[True, False, True, True], diffusion=[True] * 4
+    )
+
+    @pytest.mark.parametrize("name", STACKS)
+    def test_a_dense_block_has_no_loss(self, name):
+        model, batches = drawn(name)
+        given = batches_of(batches, "calibration").batches
+        with resident(model, given[0], CPU) as opened, torch.no_grad():
+            assert no_loss(opened, embed_batches(opened, given, DeviceActivations)) == self.COMPARED[name]
+
+    @pytest.mark.parametrize("method", ["sparsefw", "wanda"])
+    @pytest.mark.parametrize("name", STACKS)
+    def test_on_batches(self, name, method):
+        """The model is as it was but for its layers, and asks for no less gradients."""
+        model, batches = drawn(name, 4)
+        before = copy.deepcopy(model)
+        masks = dict(steps=2, refit=0, target="dense") if method == "sparsefw" else {}
+        result = prune(model, calibration=batches, method=method, kernel="torch", reconstruct=8, **masks)
+        found = [block.reconstruction for block in result.report.blocks]
+        assert [bool(x) for x in found] == self.COMPARED[name]
+        assert [x.steps for x in found if x] == [8 * 3] * sum(self.COMPARED[name])
+        assert method != "wanda" or any(x.after < x.before for x in found if x)
+        names = {layer.name.partition("[")[0] for layer in result.layers}
+        for (key, tensor), dense in zip(model.named_parameters(), before.parameters(), strict=True):
+            assert torch.equal(tensor, dense) == (key not in names)
+            assert tensor.requires_grad == dense.requires_grad
+            assert tensor.grad is None
+        for layer in result.layers:
+            key, _, index = layer.name.partition("[")
+            W = model.state_dict()[key]
+            W = W[int(index.rstrip("]"))] if index else W
+            assert (W != 0).sum() <= layer.kept
+
+    def test_weights_outside_of_the_blocks_gather_no_gradients(self):
+        """Though blocks are given them, and the model asks for their gradients."""
+
+        class Block(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+
+            def forward(self, x, scale):
+                return x + self.down(self.up(x * scale).relu())
+
+        class Stack(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.scale = torch.nn.Parameter(torch.ones(8))
+                self.blocks = torch.nn.ModuleList(Block() for _ in range(3))
+
+            def forward(self, x):
+                for block in self.blocks:
+                    # A call between two blocks that uses it, too.
+                    x = block(x * self.scale, self.scale)
+                return x
+
+        torch.manual_seed(0)
+        model, batches = Stack().eval(), [torch.randn(4, 6, 8) for _ in range(4)]
+        result = prune(model, calibration=batches, method="wanda", kernel="torch", sparsity="0.5", reconstruct=4)
+        assert all(block.reconstruction.after < block.reconstruction.before for block in result.report.blocks)
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+    def test_a_language_model_on_tokens(self):
+        """The same weights as through a checkpoint, and as on batches."""
+        model, _ = drawn("mixtral")
+        torch.manual_seed(1)
+        ids, other = torch.randint(3, 99, (6, 12)), copy.deepcopy(model)
+        options = dict(method="wanda", kernel="torch", reconstruct=2)
+        first = prune(model, dataset=ids, **options)
+        second = prune(other, calibration=[{"input_ids": window[None]} for window in ids], **options)
+        assert [b.reconstruction for b in first.report.blocks] == [b.reconstruction for b in second.report.blocks]
+        for a, b in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+class _NoGradients(torch.nn.Module):
+    """A block that can only be run forwards."""
+
+    def __init__(self, fails: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.fails = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8), fails
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.up(x).relu()
+        if self.fails:
+            x = x + self.down(_OneWay.apply(hidden))
+            return x
+        return (x + self.down(hidden)).detach()
+
+
+class _OneWay(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        raise NotImplementedError("only forwards")
+
+
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [
+        (False, r"^0: unsupported model: its output has no gradients; use --reconstruct 0$"),
+        (True, r"0, differentiated, fails on these batches: NotImplementedError: only forwards"),
+    ],
+)
+def test_blocks_without_gradients_are_refused_in_one_line(fails, message):
+    torch.manual_seed(0)
+
+    class Stack(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(_NoGradients(fails) for _ in range(2))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model, batches = Stack().eval(), [torch.randn(2, 4, 8) for _ in range(3)]
+    options = dict(method="wanda", kernel="torch", sparsity="0.5")
+    before = copy.deepcopy(model)
+    with pytest.raises(InputError, match=message.replace("0", r"blocks\.0", 1)) as caught:
+        prune(model, calibration=batches, reconstruct=1, **options)
+    assert len(str(caught.value).splitlines()) == 1
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    prune(model, calibration=batches, reconstruct=0, **options)

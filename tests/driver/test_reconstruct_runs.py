@@ -1,0 +1,177 @@
+"""Runs with a reconstruction: put back, gone on with, placed otherwise, beside compared methods, and in the log."""
+
+import json
+import math
+
+import pytest
+import torch
+from helpers.reconstructed import METHODS, flags_of, make_place, run, set_constants, shards, without_times
+
+from sparsefw.driver import loop, reconstruct
+from sparsefw.driver import run as driver_run
+from sparsefw.run import main
+
+
+@pytest.fixture(autouse=True, scope="module")
+def constants():
+    with pytest.MonkeyPatch.context() as patch:
+        set_constants(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.mark.parametrize(
+    ("way", "rate"),
+    [
+        ("wanda", 1e3),
+        ("wanda", 1e30),
+        ("dense targets", 1e3),
+        ("compared with sparsefw", 1e3),
+        ("sparsegpt", 1e3),
+    ],
+)
+def test_a_block_that_gets_worse_is_put_back(way, rate, llama, tmp_path, monkeypatch):
+    """Then the run is one without a reconstruction, bit for bit, even if weights have gone beyond all numbers."""
+    evaluation = ["--eval", str(llama / "text.txt"), "--eval-windows", "2"]
+    plain, _ = run(llama, tmp_path / "plain", *METHODS[way], *evaluation)
+    monkeypatch.setattr(reconstruct, "RATE", rate)
+    report, _ = run(llama, tmp_path / "out", *METHODS[way], *evaluation, "--reconstruct", "1")
+    assert all(block.reconstruction.put_back for block in report.blocks)
+    # Loads, whatever the losses are.
+    assert all(math.isnan(x.after) or x.after >= x.before for x in (b.reconstruction for b in report.blocks))
+    assert report.evaluation == plain.evaluation
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.safetensors")} == {
+        p.name: p.read_bytes() for p in (tmp_path / "plain").glob("*.safetensors")
+    }
+    results = [[(x.name, x.method, x.error_mask, x.error) for x in one.layers] for one in (report, plain)]
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["compared with sparsefw"])
+def test_compared_methods_are_not_touched(way, llama, tmp_path):
+    evaluation = ["--eval", str(llama / "text.txt"), "--eval-windows", "2"]
+    plain, before = run(llama, tmp_path / "plain", *METHODS[way], *evaluation)
+    report, after = run(llama, tmp_path / "out", *METHODS[way], *evaluation, "--reconstruct", "2")
+    perplexity, expected = report.evaluation[0].perplexity, plain.evaluation[0].perplexity
+    for name in ("dense", report.argument("compare", tuple)[0]):
+        assert perplexity[name] == expected[name]
+    assert perplexity[report.method] != expected[report.method]
+    assert len(after.kept) == 3
+    for name, tensors in before.kept.items():
+        assert tensors.keys() == after.kept[name].keys()
+        assert all(torch.equal(tensor, after.kept[name][key]) for key, tensor in tensors.items())
+    # The first block's errors are those before it is reconstructed.
+    for mine, theirs in zip(report.layers, plain.layers, strict=True):
+        if ".layers.0." in mine.name or mine.method != report.method:
+            assert (mine.name, mine.error, mine.error_mask) == (theirs.name, theirs.error, theirs.error_mask)
+        elif ".layers.1." in mine.name:
+            assert mine.error_warm_start != theirs.error_warm_start
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A folder with a mixture in bf16, a text, and what a run gives."""
+    folder = make_place(tmp_path_factory.mktemp("mixture"), "qwen3_moe", torch.bfloat16)
+    report, _ = run(folder, folder / "out", *MIXTURE, "--eval", str(folder / "text.txt"))
+    return folder, report
+
+
+MIXTURE = [
+    *METHODS["masks only, dense targets"],
+    "--nsamples",
+    "10",
+    "--reconstruct",
+    "1",
+    "--compare",
+    "wanda",
+    "--eval-windows",
+    "2",
+]
+
+
+@pytest.mark.slow
+def test_the_same_bytes_twice(mixture, tmp_path):
+    folder, expected = mixture
+    report, _ = run(folder, tmp_path / "out", *MIXTURE, "--eval", str(folder / "text.txt"))
+    assert shards(tmp_path / "out") == shards(folder / "out")
+    assert without_times(report) == without_times(expected)
+    assert not all(block.reconstruction.put_back for block in report.blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["layers.1.mlp.experts", "layers.2: reconstructed"])
+def test_goes_on_with_the_same_bytes(line, mixture, tmp_path, monkeypatch):
+    """What finished blocks were reconstructed to, and what was measured of them."""
+    folder, expected = mixture
+    say = driver_run.log.layer_row, driver_run.log.reconstruction_row
+
+    def interrupted(write):
+        def row(*args):
+            if line in (text := write(*args)):
+                raise KeyboardInterrupt
+            return text
+
+        return row
+
+    flags = [*MIXTURE, "--eval", str(folder / "text.txt")]
+    with monkeypatch.context() as patch:
+        patch.setattr(driver_run.log, "layer_row", interrupted(say[0]))
+        patch.setattr(driver_run.log, "reconstruction_row", interrupted(say[1]))
+        assert main([*flags_of(folder, tmp_path / "out"), *flags]) == 130
+    assert (tmp_path / ".out.partial").exists()
+    report, seen = run(folder, tmp_path / "out", *flags)
+    # Finished blocks are not reconstructed again.
+    assert min(seen.weights) == int(line[7])
+    assert shards(tmp_path / "out") == shards(folder / "out")
+    assert without_times(report) == without_times(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "ahead"), [("file", True), ("host", False)])
+def test_placement_does_not_change_the_result(place, ahead, mixture, tmp_path, monkeypatch):
+    folder, expected = mixture
+    place_of = driver_run.place
+
+    def chosen(*args, fixed=None, **kwargs):
+        return place_of(*args, **kwargs, fixed={"place": place, "ahead": ahead} | (fixed or {}))
+
+    monkeypatch.setattr(driver_run, "place", chosen)
+    report, _ = run(folder, tmp_path / "out", *MIXTURE, "--eval", str(folder / "text.txt"))
+    assert report.memory.activations == place
+    assert shards(tmp_path / "out") == shards(folder / "out")
+    assert without_times(report) == without_times(expected)
+
+
+def test_other_passes_are_refused(llama, tmp_path, monkeypatch, capsys):
+    flags = [*flags_of(llama, tmp_path / "out"), "--method", "wanda", "--reconstruct"]
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_evaluate", lambda run, i, *args: stop() if i == 1 else None)
+        assert main([*flags, "2"]) == 130
+    capsys.readouterr()
+    assert main([*flags, "3"]) == 2
+    assert "--reconstruct 2 then, 3 now" in capsys.readouterr().err
+
+
+def test_the_report_on_disk(llama, tmp_path, capsys):
+    report, _ = run(llama, tmp_path / "out", "--method", "wanda", "--reconstruct", "1")
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line for line in printed if ": reconstructed in " in line]
+    assert [row.split(":")[0] for row in rows] == [f"model.layers.{i}" for i in range(3)]
+    # Behind the rows of its block's layers.
+    first = next(n for n, line in enumerate(printed) if line.startswith("model.layers.1."))
+    assert printed.index(rows[0]) == first - 1
+    assert sum(line.startswith("reconstruction: 3 blocks, ") for line in printed) == 1
+    blocks = json.loads((tmp_path / "out" / "report.json").read_text())["blocks"]
+    assert [block["reconstruction"].keys() for block in blocks] == [{"before", "after", "steps", "put_back"}] * 3
+    assert all(block.seconds["reconstruct"] > 0 for block in report.blocks)
+    assert report.arguments["reconstruct"] == 1
+    assert "loss before" in (tmp_path / "out" / "report.html").read_text()

@@ -1,0 +1,116 @@
+"""Runs that fit the kept weights of each block together, and what they do seen from outside."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import verifying
+from helpers.families import save_model
+
+from sparsefw.checkpoint import Writer
+from sparsefw.driver import loop, reconstruct
+from sparsefw.driver.reconstruct import Fit
+from sparsefw.model.placement import BATCH_TOKENS
+from sparsefw.report import Report, read_report
+from sparsefw.run import main
+
+SEQLEN, WINDOWS = 48, 16
+SMALL = ["--nsamples", str(WINDOWS), "--seqlen", str(SEQLEN), "--kernel", "torch", "--precision", "ieee"]
+# The default with few steps.
+QUICK = ["--steps", "2", "--refit", "1", "--rounds", "0"]
+METHODS = {
+    "dense targets": QUICK,
+    "own targets": [*QUICK, "--target", "layer"],
+    "masks only": ["--steps", "2", "--refit", "0"],
+    "masks only, dense targets": ["--steps", "2", "--refit", "0", "--target", "dense"],
+    "wanda": ["--method", "wanda"],
+    "sparsegpt": ["--method", "sparsegpt"],
+    "compared with sparsefw": ["--method", "wanda", "--compare", "sparsefw", *QUICK],
+    "compared with wanda": [*QUICK, "--compare", "wanda"],
+}
+
+# Few steps, on models that are made of noise, gain by low rates only.
+RATE = 0.02
+
+
+def set_constants(patch: pytest.MonkeyPatch) -> None:
+    """A low rate, one round, and one window a micro-batch, so that runs without a reconstruction give the same bits."""
+    patch.setitem(BATCH_TOKENS, "cpu", SEQLEN)
+    patch.setattr(reconstruct, "RATE", RATE)
+    patch.setattr(reconstruct, "MOST_ROUNDS", 1)
+
+
+def make_place(folder: Path, family: str, dtype: torch.dtype = torch.float32, **changes) -> Path:
+    """A folder with a model and a text."""
+    save_model(folder / "model", family, dtype, **changes)
+    (folder / "text.txt").write_text(verifying.TEXT)
+    return folder
+
+
+class Seen:
+    """What a run does, seen from outside.
+
+    Attributes:
+        weights: by block, the tensors of the block before it is reconstructed.
+        kept: by name, the tensors of the blocks of compared methods.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.weights, self.kept = {}, {}
+        keep = Writer.keep
+
+        def spy(run, i, states, dense, results):
+            self.weights[i] = {name: x.detach().clone() for name, x in run.model.blocks[i].named_parameters()}
+            return reconstruct.reconstruct(run, i, states, dense, results)
+
+        def keep_spy(writer, name, tensors):
+            self.kept[name] = {key: x.clone() for key, x in tensors.items()}
+            keep(writer, name, tensors)
+
+        patch.setattr(loop, "reconstruct", spy)
+        patch.setattr(Writer, "keep", keep_spy)
+
+
+def flags_of(folder: Path, output: Path) -> list[str]:
+    """The flags of a run on few windows."""
+    places = ["--model", str(folder / "model"), "--dataset", str(folder / "text.txt"), "--output", str(output)]
+    return [*places, *SMALL]
+
+
+def run(folder: Path, output: Path, *flags: str) -> tuple[Report, Seen]:
+    """Prune the model of a folder; the report, and what was seen."""
+    with pytest.MonkeyPatch.context() as patch:
+        seen = Seen(patch)
+        assert main([*flags_of(folder, output), *flags]) == 0
+    return read_report(output / "report.json"), seen
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    """The tensors of a checkpoint, as they are on the disk."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def without_times(report: Report) -> list:
+    """What a report says of layers, blocks and texts, but for times."""
+    layers = [(x.name, x.method, x.kept, x.error_warm_start, x.error_mask, x.error) for x in report.layers]
+    return [layers, [(block.name, block.reconstruction) for block in report.blocks], report.evaluation]
+
+
+def no_loss(model, states) -> list[bool]:
+    """Whether each block of a model is compared; there is no loss as long as it is dense."""
+    compared = []
+    with torch.no_grad():
+        for i in range(len(model.blocks)):
+            dense = states.fork()
+            model.open(i)
+            dense.advance(i)
+            compared.append(states.goes_on(i))
+            if compared[-1]:
+                run = SimpleNamespace(model=model)
+                fit = Fit(run, i, states, dense, [], [])
+                losses = [fit.loss_of(j).item() for j in range(len(states))]
+                assert losses == [0.0] * len(states)
+            model.close(i)
+            states = dense
+    return compared
