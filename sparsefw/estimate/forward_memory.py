@@ -33,7 +33,9 @@ def outside_page_locked(shape: ModelShape) -> int:
     return shape.outside // table * page_locked_bytes(table) + shape.outside % table
 
 
-def libraries_bytes(shape: ModelShape, threads: int, tokens: int, batches: Iterable[int]) -> int:
+def libraries_bytes(
+    shape: ModelShape, threads: int, tokens: int, batches: Iterable[int], differentiated: bool = False
+) -> int:
     """What a CPU's libraries load and keep: code, buffers, holes, and code that is generated for products.
 
     The latter is made in half precision, for every number of tokens. Experts are sent any number of them, other layers
@@ -44,6 +46,7 @@ def libraries_bytes(shape: ModelShape, threads: int, tokens: int, batches: Itera
         threads: threads of torch.
         tokens: most tokens of a micro-batch.
         batches: the different numbers of tokens, or of windows, that micro-batches have.
+        differentiated: whether gradients are computed: products of two further shapes for each.
     """
     every = [layer for block in shape.blocks for layer in block.all_layers]
     widest = max((layer.d for layer in every), default=0)
@@ -52,7 +55,7 @@ def libraries_bytes(shape: ModelShape, threads: int, tokens: int, batches: Itera
         return kept
     experts, others = ({(x.rows, x.d) for x in every if bool(x.experts) == sent} for sent in (True, False))
     products = len(experts) * min(tokens, PRODUCTS_KEPT // 2) + (len(others) + 1) * len({*batches} - {0})
-    return kept + BYTES_PER_PRODUCT * min(PRODUCTS_KEPT, products)
+    return kept + BYTES_PER_PRODUCT * min(PRODUCTS_KEPT, (3 if differentiated else 1) * products)
 
 
 def forward_bytes(block: BlockShape, shape: ModelShape, seqlen: int, tokens: int) -> int:

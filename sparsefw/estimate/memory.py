@@ -106,7 +106,9 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
         on_host["end"] = max(0, piece - on_device["end"])
     process = workload.process
     if not workload.gpu:
-        process += libraries_bytes(shape, workload.threads, tokens, _batches(workload, placement))
+        process += libraries_bytes(
+            shape, workload.threads, tokens, _batches(workload, placement), config.reconstruct > 0
+        )
     texts = data.reading_bytes(workload.windows, workload.evaluation, workload.seqlen)
     phases = {"texts": (0, max(texts + workload.process, workload.peak) + workload.tokenizer)}
     for phase in on_device:

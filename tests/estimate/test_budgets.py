@@ -7,6 +7,8 @@ import sys
 import pytest
 from helpers.families import save_model
 
+from sparsefw.estimate.limits import VARIATION
+
 random_checkpoint = __import__("random_checkpoint")
 
 pytestmark = pytest.mark.slow
@@ -24,14 +26,18 @@ RUNS = {
         [*ONE_SHOT, "wanda", "--eval", "TEXT", "--eval-windows", "2"],
     ),
     "state of kept weights": (
-        dict(hidden_size=512, intermediate_size=4096, vocab_size=2048),
-        [*ONE_SHOT, "magnitude", "--reconstruct", "1"],
+        dict(hidden_size=512, intermediate_size=4096, vocab_size=2048), [*ONE_SHOT, "magnitude", "--reconstruct", "1"],
     ),
     "gradients of activations": (
         dict(hidden_size=256, intermediate_size=1024, vocab_size=2048, max_position_embeddings=4096),
         ["--nsamples", "4", "--seqlen", "4096", "--method", "magnitude", "--reconstruct", "1"],
     ),
-}
+    "reconstruction of a mixture": (
+        dict(hidden_size=256, moe_intermediate_size=1024, vocab_size=2048, num_experts=8, num_experts_per_tok=2,
+             decoder_sparse_step=1, head_dim=32),
+        [*ONE_SHOT, "magnitude", "--reconstruct", "1"],
+    ),
+}  # fmt: skip
 
 # A process that runs twice: with far too little memory, and with as much as the refusal names.
 CHILD = """
@@ -54,7 +60,8 @@ def test_the_limit_that_is_named_is_kept(name, tmp_path):
         save_model(tmp_path / "model", "llama")
     else:
         heads = dict(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512)
-        random_checkpoint.generate(tmp_path / "model", "llama", **(heads | sizes))
+        family, sizes = "qwen3_moe" if "num_experts" in sizes else "llama", heads | sizes
+        random_checkpoint.generate(tmp_path / "model", family, **sizes)
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{n}: a rose is a rose is a rose.\n" for n in range(2000)))
     paths = ["--model", str(tmp_path / "model"), "--dataset", str(text), "--output", str(tmp_path / "out")]
@@ -65,7 +72,8 @@ def test_the_limit_that_is_named_is_kept(name, tmp_path):
     limit = float(done.stdout.splitlines()[-1]) * 2**30
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     measured, expected = report["peak_memory"]["host_bytes"], report["memory"]["expected"]["host"]
-    assert expected <= limit <= expected + 0.015 * 2**30
+    # It is rounded up to a hundredth, and the process has had more or less by then.
+    assert expected <= limit <= expected + 0.01 * 2**30 + 2 * VARIATION
     assert measured <= limit
     # A step lets gradients in half precision go one by one: fewer of them lie beside those in fp32 than are expected.
     assert expected <= (1.2 if "--reconstruct" in flags else 1.15) * measured
