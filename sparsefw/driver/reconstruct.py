@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.driver.block import Run
-from sparsefw.errors import InputError
+from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model import HiddenStates
-from sparsefw.model.explained import explained
+from sparsefw.model.explained import ForwardFailed, explained
 from sparsefw.model.layers import Layer, layer_of
 from sparsefw.model.placement import split_batches
 from sparsefw.process import give_back
@@ -45,8 +45,8 @@ def reconstruct(
         results: the block's pruned layers.
 
     Returns:
-        What came of it; None if there is nothing to fit, no more than one micro-batch, or nothing to compare with: the
-        next block begins with something else, as a decoder behind an encoder does.
+        The losses and steps; None if there is nothing to fit, no more than one micro-batch, or nothing to compare with:
+        the next block begins with something else, as a decoder behind an encoder does.
 
     Raises:
         InputError: gradients do not go through the block.
@@ -68,8 +68,8 @@ def reconstruct(
             losses.append(fit.round(weights, steps, losses[-1]))
         finally:
             weights.close()
-    # What comes next takes memory in other sizes.
-    give_back()
+        # The state of the next round would lie beside the holes that this one leaves.
+        give_back()
     rounds = len(losses) - 1
     if rounds > 1 and not losses[-1] < losses[-2]:
         # The last round was put back, those before it were not.
@@ -145,9 +145,15 @@ class Fit:
             loss = self.loss_of(j) * self.dense.hidden[j].shape[-1]
             if not loss.requires_grad:
                 raise InputError(f"{name}: unsupported model: its output has no gradients; use --reconstruct 0")
-            with explained(kind, f"{name}, differentiated,", model.given):
-                # Those of a caller's model outside of the blocks may ask for gradients, too.
-                loss.backward(inputs=parameters)
+            try:
+                with explained(kind, name, model.given):
+                    # Those of a caller's model outside of the blocks may ask for gradients, too.
+                    loss.backward(inputs=parameters)
+            except ForwardFailed as error:
+                what = shown(first_line(error.__cause__ or error))
+                raise InputError(
+                    f"{name}: unsupported model: no gradients go through it: {what}; use --reconstruct 0"
+                ) from error
 
 
 def _by_parameter(block: nn.Module, layers: Sequence[Layer]) -> list[tuple[nn.Parameter, list[Tensor]]]:

@@ -9,7 +9,7 @@ parameter before the first step, d its number of columns, and rate(t) = rate (1 
 of a row move together, its output changes by the share rate(t). So the rate depends neither on the scale of a model's
 weights nor on its width. Removed weights have no gradient: they stay exact zeros.
 
-Weights are moved in fp32, and rounded after every step to the dtype that they are written in.
+Weights in half precision are moved in fp32, and rounded after every step to the dtype that they are written in.
 """
 
 import math
@@ -75,16 +75,16 @@ class KeptWeights:
 
 
 class _Variable:
-    """A parameter with the state of its optimization. Parameters move one by one: few gradients are in fp32 at once."""
+    """A parameter with the state of its optimization. Parameters move one by one: few gradients are copied at once."""
 
     def __init__(self, parameter: nn.Parameter, views: list[Tensor]) -> None:
         self.parameter = parameter
         self._kept, self._before = kept_entries(parameter, views), parameter.detach().clone()
-        # In fp32; the memory of the parameter itself where that is in fp32.
-        self._weight = parameter.detach().float().requires_grad_()
+        # In half precision a copy; otherwise the memory of the parameter itself.
+        self._weight = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32)).requires_grad_()
         self._scale = 0.0
         if self._kept.any():
-            rms = parameter.detach()[self._kept].float().square().mean().sqrt().item()
+            rms = self._weight.detach()[self._kept].square().mean().sqrt().item()
             self._scale = rms / math.sqrt(views[0].shape[1])
         self._optimizer = torch.optim.Adam([self._weight], lr=0.0, betas=DECAYS, eps=LEAST, fused=True)
 
@@ -92,15 +92,14 @@ class _Variable:
     def step(self, rate: float) -> None:
         """Move the kept entries against their gradients."""
         assert self.parameter.grad is not None
-        self._weight.grad = self.parameter.grad.float().mul_(self._kept)
+        self._weight.grad = self.parameter.grad.to(self._weight.dtype).mul_(self._kept)
         self.parameter.grad = None
         for group in self._optimizer.param_groups:
             group["lr"] = rate * self._scale
         self._optimizer.step()
         self._weight.grad = None
         if self.parameter.data_ptr() != self._weight.data_ptr():
-            # In float64, what else is in the parameter has digits that fp32 has not.
-            self.parameter.copy_(self._weight.where(self._kept, self.parameter))
+            self.parameter.copy_(self._weight)
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -129,7 +128,8 @@ def bytes_of_state(weights: int, itemsize: int) -> int:
         weights: number of weights.
         itemsize: bytes of a weight.
     """
-    return weights * (8 + 1 + 2 * itemsize + (4 if itemsize < 4 else 0))
+    moved = max(4, itemsize)
+    return weights * (2 * moved + 1 + 2 * itemsize + (moved if itemsize < moved else 0))
 
 
 def rate_at(step: int, steps: int, rate: float) -> float:
