@@ -9,7 +9,7 @@ from quality_tables import line, mean_and_spread
 # The row of the unpruned model. Every cell has its perplexities.
 DENSE = "dense"
 
-# What a cell of a table says of runs: the row's, and those of the row that it is compared with. "" if it cannot.
+# Makes the text of a table's cell from the runs of its row, and of the row that it is compared with; "" if it cannot.
 Number = Callable[[list[dict], list[dict]], str]
 
 
@@ -64,7 +64,7 @@ def render(table: Table, results: dict) -> str:
 
 
 def _number(results: dict, method: str, column: Column) -> str:
-    """What a cell of the table says; "" if nothing can be said."""
+    """The text of a cell of the table; "" if there are no runs for it."""
     runs, others = _runs(results, method, column), _runs(results, column.against, column)
     return column.number(runs, others) if runs and (others or not column.against) else ""
 

@@ -37,7 +37,7 @@ SETTINGS = {"alpha": (0.0, 0.25, 0.5, 0.75, 0.9), "penalty": (0.0, 1.0), "steps"
 NSAMPLES, SEED = 64, 0
 FURTHER_SEEDS, PATTERNS_OF_SEEDS = (1, 2), ("0.6", "2:4")
 
-# What a cell is calibrated on: the study's calibration text, or the reference's calibration part.
+# The texts that a cell may be calibrated on: the study's calibration text, and the reference's calibration part.
 OWN, REFERENCE = "own", "reference"
 # Rows and pattern of the cells that are calibrated on the reference.
 ROWS_ON_REFERENCE, PATTERN_ON_REFERENCE = (WANDA, SPARSEGPT, DEFAULT), "0.6"

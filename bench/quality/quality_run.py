@@ -31,7 +31,7 @@ CODE = ("sparsefw", "kernels", "bench/quality")
 
 @dataclass(frozen=True)
 class Study:
-    """What all cells of one results file share.
+    """The model, the texts and the windows that all cells of one results file share.
 
     Attributes:
         model: the checkpoint.
@@ -49,7 +49,7 @@ class Study:
     eval_windows: int
 
     def header(self) -> dict:
-        """What the results file says of the study: names without folders, and the texts by their hash."""
+        """The study as the results file describes it: names without folders, and the texts by their hash."""
         hashes = [{p.name: hashlib.sha256(p.read_bytes()).hexdigest()} for p in (self.calibration, *self.held_out)]
         names = {"model": self.model.name, "calibration": hashes[0], "held_out": hashes[1:]}
         size = {"seqlen": self.seqlen, "eval_windows": self.eval_windows}
@@ -95,7 +95,7 @@ def run_cell(cell: Cell, study: Study, launch: Callable[[list[str]], int] = run_
 
 
 def entry(cell: Cell, report: Report) -> dict:
-    """What the study keeps of a report: texts by their file names, layers by column, six digits of an error."""
+    """The part of a report that the study keeps: texts by file name, layers by column, six digits of an error."""
     method, layers = report.arguments["method"], report.layers
     arguments = {name: value for name, value in report.arguments.items() if name != "output"}
     arguments |= {name: Path(arguments[name]).name for name in ("model", "dataset")}

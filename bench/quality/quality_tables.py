@@ -1,4 +1,4 @@
-"""What the quality study prints: a table for each pattern, number of calibration windows, and calibration text."""
+"""The tables that the quality study prints: by pattern, number of calibration windows, and calibration text."""
 
 from collections.abc import Sequence
 

@@ -38,7 +38,7 @@ class Reference:
     python: str
 
     def header(self) -> dict:
-        """What the results say of the text: its Python version, and the hash of each part."""
+        """The text as the results describe it: its Python version, and the hash of each part."""
         hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (self.calibration, self.test)}
         return {"python": self.python} | hashes
 

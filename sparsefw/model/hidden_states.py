@@ -222,7 +222,7 @@ class HiddenStates:
         self.put(i, j, hidden)
 
     def _made(self, i: int, j: int, output: BlockOutput) -> tuple[Held, Tensor]:
-        """What there is of micro-batch j when the block behind block i begins, and the input of that one."""
+        """All tensors of micro-batch j when the block behind block i begins, and the input of that block."""
         call, following = self.calls[j][i], self.calls[j].get(i + 1)
         made = output.inputs.handed_on(output.returned, [*range(call.after)])
         if following is None:
@@ -243,7 +243,7 @@ class HiddenStates:
         return following.hidden in reached
 
     def next_input(self, i: int, j: int) -> Tensor:
-        """What micro-batch j becomes behind block i, of which gradients may be computed; it stays where it is."""
+        """The input that block i makes of micro-batch j for the next block, with its graph of gradients."""
         inputs = self.inputs(i, j)
         returned = self.call(i, j, self.hidden[j], inputs=inputs)
         return self._made(i, j, BlockOutput(hidden_of(returned), returned, inputs))[1]

@@ -97,7 +97,7 @@ def summary(report: Report) -> Iterator[str]:
 
 
 def reconstruction_line(report: Report) -> str:
-    """What the reconstruction of the blocks has brought, on held-out windows; empty if none was reconstructed."""
+    """The gain of the reconstruction on held-out windows; empty if no block was reconstructed."""
     found = [block.reconstruction for block in report.blocks if block.reconstruction]
     if not found:
         return ""

@@ -38,7 +38,7 @@ def results_of(*runs):
 
 class TestRender:
     def test_rows_columns_and_bold(self):
-        """What has no number is left out, a single cell without one is empty."""
+        """Rows and columns without a number are left out, a single cell without one is empty."""
         both, one = perplexities("a", "b"), perplexities("a")
         columns = {"both": Column("0.6", both), "none": Column("0.7", both), "seeds": Column("0.6", one, seeds=(0, 1))}
         table = Table({"dense": DENSE, "First": "x", "Second": "y", "Third": "z"}, columns, strong=("y",))

@@ -113,7 +113,7 @@ def test_the_same_ranks_give_the_same_bytes(tmp_path, text):
     ("family", "count", "config", "windows"),
     [
         ("llama", 2, QUICK, 10),
-        # Of 3, 3 and 4 windows two, two and three are learned from: every rank makes the steps of the one with most.
+        # Ranks have 3, 3 and 4 windows, and learn from 2, 2 and 3. All make the steps of the one with most.
         ("mixtral", 3, {"method": "wanda", "compare": ("magnitude",)}, 10),
     ],
     ids=["llama", "mixtral"],

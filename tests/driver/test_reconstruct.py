@@ -9,7 +9,7 @@ import torch
 from helpers import verifying
 from helpers.commands import tensors_of
 from helpers.families import FAMILIES, HANDING_ON, OTHERS, TOKENS, save_model
-from helpers.reconstructed import METHODS, QUICK, SEQLEN, WINDOWS, make_place, no_loss, run, set_constants, shards
+from helpers.reconstructed import METHODS, QUICK, SEQLEN, WINDOWS, make_place, no_loss, run, shards
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefw import checkpoint, data
@@ -21,16 +21,7 @@ from sparsefw.model.placement import HELD_OUT, split_batches
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def constants():
-    with pytest.MonkeyPatch.context() as patch:
-        set_constants(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("llama"), "llama")
+pytestmark = pytest.mark.usefixtures("constants")
 
 
 def loaded(folder: Path) -> torch.nn.Module:
@@ -263,7 +254,7 @@ def test_micro_batches_that_are_held_out(count):
 
 
 def test_gradients_are_those_of_finite_differences(tmp_path):
-    """Of the loss that is written out in double, by transformers' own block, whose layers are stored (in, out)."""
+    """The loss is written out in double, by transformers' own block, whose layers are stored (in, out)."""
     source = save_model(tmp_path / "model", "gpt2", n_layer=1)
     model = StreamedModel(checkpoint.inspect(source), CPU)
     states = embed(model, TOKENS, 3)
@@ -312,7 +303,7 @@ def test_gradients_are_those_of_finite_differences(tmp_path):
         # Others follow as long as one pays, up to four.
         ([0.9, 0.8, 0.79], 3, 0.79, False),
         ([0.9, 0.8, 0.7, 0.6], 4, 0.6, False),
-        # What the last one has lost is put back; what the ones before it have won stays.
+        # A last one that has lost is put back, those before it stay.
         ([0.9, 0.95], 2, 0.9, False),
         ([1.5], 1, 1.5, True),
         ([math.nan], 1, math.nan, True),

@@ -5,23 +5,13 @@ import math
 
 import pytest
 import torch
-from helpers.reconstructed import METHODS, flags_of, make_place, run, set_constants, shards, without_times
+from helpers.reconstructed import METHODS, flags_of, make_place, run, shards, without_times
 
 from sparsefw.driver import loop, reconstruct
 from sparsefw.driver import run as driver_run
 from sparsefw.run import main
 
-
-@pytest.fixture(autouse=True, scope="module")
-def constants():
-    with pytest.MonkeyPatch.context() as patch:
-        set_constants(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("llama"), "llama")
+pytestmark = pytest.mark.usefixtures("constants")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +96,7 @@ def test_the_same_bytes_twice(mixture, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("line", ["layers.1.mlp.experts", "layers.2: reconstructed"])
 def test_goes_on_with_the_same_bytes(line, mixture, tmp_path, monkeypatch):
-    """What finished blocks were reconstructed to, and what was measured of them."""
+    """Finished blocks keep their reconstructed weights, and their losses."""
     folder, expected = mixture
     say = driver_run.log.layer_row, driver_run.log.reconstruction_row
 

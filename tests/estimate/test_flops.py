@@ -272,7 +272,7 @@ class TestReconstruction:
         ("windows", "learned", "held"), [(7, 6, 1), (8, 6, 2), (16, 14, 2), (33, 29, 4), (32, 28, 4)]
     )
     def test_windows(self, windows, learned, held, tmp_path):
-        """Of two windows a micro-batch; the last one, which may be smaller, is held out of few."""
+        """Micro-batches have two windows. If there are few, the last one is held out, which may be smaller."""
         plan = planned(save_model(tmp_path, "llama"), make_config(method="wanda", reconstruct=2), windows)
         (block, *_) = plan.shape.blocks
         found = [x for x in passes(block, plan.workload, plan.placement) if x.phase == "reconstruct"]

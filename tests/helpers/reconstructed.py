@@ -49,7 +49,7 @@ def make_place(folder: Path, family: str, dtype: torch.dtype = torch.float32, **
 
 
 class Seen:
-    """What a run does, seen from outside.
+    """Observations of a run from outside.
 
     Attributes:
         weights: by block, the tensors of the block before it is reconstructed.
@@ -92,7 +92,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 
 def without_times(report: Report) -> list:
-    """What a report says of layers, blocks and texts, but for times."""
+    """The layers, blocks and texts of a report, but for times."""
     layers = [(x.name, x.method, x.kept, x.error_warm_start, x.error_mask, x.error) for x in report.layers]
     return [layers, [(block.name, block.reconstruction) for block in report.blocks], report.evaluation]
 

@@ -97,7 +97,7 @@ def test_gradients_add_up_and_a_step_without_one_goes_on():
     give(parameter, second)
     (total,) = weights.gradients()
     torch.testing.assert_close(total, first + second)
-    # What other ranks have is added in place.
+    # The gradients of other ranks are added in place.
     total.add_(first)
     weights.step()
     assert parameter.grad is None
@@ -180,7 +180,7 @@ class TestWhatDoesNotMove:
 
 
 def test_scale_and_width_are_those_of_the_views():
-    """Of a transposed view the columns count; weights of other slices count in no mean."""
+    """The columns of a transposed view count; weights of other slices count in no mean."""
     W = pruned(3, 5, 8)
     W[0] *= 1000
     parameter, kept = nn.Parameter(W.clone()), W != 0

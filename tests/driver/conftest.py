@@ -1,0 +1,21 @@
+"""Fixtures that several files of reconstructed runs start from."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.reconstructed import make_place, set_constants
+
+
+@pytest.fixture(scope="module")
+def constants() -> Iterator[None]:
+    """The constants of a reconstruction that suit models made of noise."""
+    with pytest.MonkeyPatch.context() as patch:
+        set_constants(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and a text."""
+    return make_place(tmp_path_factory.mktemp("llama"), "llama")
