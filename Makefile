@@ -34,4 +34,4 @@ bench:
 
 # Every benchmark once, timing off: its correctness gates still hold.
 bench-once:
-	pytest bench/kernels/bench_*.py bench/runs/bench_*.py --benchmark-disable
+	pytest -q -n $(WORKERS) --dist loadfile bench/kernels/bench_*.py bench/runs/bench_*.py --benchmark-disable

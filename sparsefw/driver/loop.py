@@ -71,8 +71,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _AllStates:
-    """Hidden states by method and "dense": of the calibration, of every evaluation text, and of the tasks."""
+    """Hidden states by method and "dense": of the calibration, of every evaluation text, and of the tasks.
 
+    `ids` are the tokens of the calibration windows; None: the calibration is no text.
+    """
+
+    ids: Tensor | None
     calibration: dict[str, HiddenStates]
     evaluation: list[tuple[Samples, dict[str, HiddenStates]]]
     tasks: dict[str, RequestStates]
@@ -214,7 +218,8 @@ def _embed_all(
     if tasks:
         first = tasks.embed(run.model, placement, run.ranks)
         asked = {name: first.fork() if n else first for n, name in enumerate([DENSE, *methods])}
-    return _AllStates(calibrated, [(samples, start(samples, [DENSE, *methods])) for samples in evaluation], asked)
+    ids = calibration.ids if isinstance(calibration, Windows) else None
+    return _AllStates(ids, calibrated, [(samples, start(samples, [DENSE, *methods])) for samples in evaluation], asked)
 
 
 def _prune_methods(
@@ -265,7 +270,7 @@ def _prune_methods(
         if own and run.config.reconstruct:
             # It is the last method: nothing needs the dense block any more.
             dense = reference = None
-            if found := _reconstruct(run, i, states.calibration, start, results):
+            if found := _reconstruct(run, i, states, start, results):
                 record = record.with_reconstruction(found)
                 on_reconstruction(model.names[i], found)
         with timeline.span("forward", i):
@@ -283,19 +288,20 @@ def _prune_methods(
 
 
 def _reconstruct(
-    run: Run, i: int, states: dict[str, HiddenStates], start: HiddenStates | None, results: list[LayerResult]
+    run: Run, i: int, states: _AllStates, start: HiddenStates | None, results: list[LayerResult]
 ) -> Reconstruction | None:
     """Reconstruct block i, as the config's method has pruned it.
 
     Args:
         run, i, results: as for `reconstruct`.
-        states: the calibration windows by method; in the dense model they are behind the block.
+        states: all windows; those of the calibration are behind the block in the dense model.
         start: the method's windows before the block, if stages have moved the others on.
     """
+    pruned, dense = states.calibration[run.config.method], states.calibration[DENSE]
     with run.model.timeline.span("reconstruct", i):
         if start is not None:
-            states[run.config.method].go_back(start)
-        return reconstruct(run, i, states[run.config.method], states[DENSE], results)
+            pruned.go_back(start)
+        return reconstruct(run, i, pruned, dense, results, states.ids)
 
 
 def _peaks(ranks: Ranks) -> dict[str, int]:

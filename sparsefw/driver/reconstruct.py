@@ -1,13 +1,16 @@
 """Fit the kept weights of a pruned block together, so that it puts out what the dense model's block does.
 
 The loss of a token is the squared distance between the input of the next block in the pruned and in the dense model,
-relative to the square of the latter: a few tokens have hidden states a thousand times larger than others. A step takes
-the gradients of one micro-batch on every rank. Some micro-batches are held out. Weights that do no better on these are
-put back. As long as a round of passes lowers the loss there by much, another one follows: a few blocks need far more
-steps than others, such as the one that gives the first token its large hidden state.
+relative to the square of the latter: a few tokens have hidden states a thousand times larger than others. Behind the
+last block of a language model it is the divergence of what both models predict, see `model.predictions`.
+
+A step takes the gradients of one micro-batch on every rank. Some micro-batches are held out. Weights that do no better
+on these are put back. As long as a round of passes lowers the loss there by much, another one follows: a few blocks
+need far more steps than others, such as the one that gives the first token its large hidden state.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +22,9 @@ from sparsefw.model import HiddenStates
 from sparsefw.model.explained import ForwardFailed, explained
 from sparsefw.model.layers import Layer, layer_of
 from sparsefw.model.placement import split_batches
+from sparsefw.model.predictions import divergence, predicts
 from sparsefw.process import give_back
-from sparsefw.report import Reconstruction
+from sparsefw.report import HIDDEN, PREDICTIONS, Reconstruction
 from sparsefw.solver import LayerResult
 from sparsefw.solver.kept_weights import KeptWeights
 from sparsefw.solver.selection import without_index
@@ -33,7 +37,12 @@ WORTH, MOST_ROUNDS = 0.05, 4
 
 
 def reconstruct(
-    run: Run, i: int, states: HiddenStates, dense: HiddenStates, results: Sequence[LayerResult]
+    run: Run,
+    i: int,
+    states: HiddenStates,
+    dense: HiddenStates,
+    results: Sequence[LayerResult],
+    ids: Tensor | None = None,
 ) -> Reconstruction | None:
     """Reconstruct block i, which is open and pruned.
 
@@ -43,6 +52,7 @@ def reconstruct(
         states: the calibration windows before the block in the pruned model.
         dense: the same behind the block in the dense model.
         results: the block's pruned layers.
+        ids: (windows, seqlen) the windows' tokens; None: they are no text.
 
     Returns:
         The losses and steps; None if there is nothing to fit, no more than one micro-batch, or nothing to compare with:
@@ -51,16 +61,32 @@ def reconstruct(
     Raises:
         InputError: gradients do not go through the block.
     """
-    fit = Fit(run, i, states, dense, *split_batches(len(states)))
-    counts = run.ranks.gather((len(fit.learned), len(fit.held_out)))
+    learned, held_out = split_batches(len(states))
+    counts = run.ranks.gather((len(learned), len(held_out)))
     if not results or not all(all(count) for count in counts) or not states.goes_on(i):
         return None
-    block, prefix = run.model.blocks[i], f"{run.model.names[i]}."
+    # Ranks have about as many micro-batches; those with fewer begin again.
+    steps = run.config.reconstruct * max(count for count, _ in counts)
+    last = ids is not None and i == len(run.model.blocks) - 1
+    with run.model.outside() if last else nullcontext():
+        tokens = list(ids.split(states.windows)) if ids is not None and last and predicts(states, ids) else None
+        losses = _rounds(Fit(run, i, states, dense, learned, held_out, tokens), results, steps)
+    rounds = len(losses) - 1
+    if rounds > 1 and not losses[-1] < losses[-2]:
+        # The last round was put back, those before it were not.
+        losses.pop()
+    return Reconstruction(
+        losses[0], losses[-1], rounds * steps, not losses[-1] < losses[0], PREDICTIONS if tokens else HIDDEN
+    )
+
+
+def _rounds(fit: "Fit", results: Sequence[LayerResult], steps: int) -> list[float]:
+    """Make as many rounds as pay. The losses before the first one and behind all of them."""
+    model, number = fit.run.model, fit.number
+    block, prefix = model.blocks[number], f"{model.names[number]}."
     layers = [
         layer_of(block, result.name.removeprefix(prefix), "", result.shape, result.transposed) for result in results
     ]
-    # Ranks have about as many micro-batches; those with fewer begin again.
-    steps = run.config.reconstruct * max(count for count, _ in counts)
     losses = [fit.loss()]
     while _pays(losses):
         weights = KeptWeights(_by_parameter(block, layers), steps, RATE)
@@ -70,11 +96,7 @@ def reconstruct(
             weights.close()
         # The state of the next round would lie beside the holes that this one leaves.
         give_back()
-    rounds = len(losses) - 1
-    if rounds > 1 and not losses[-1] < losses[-2]:
-        # The last round was put back, those before it were not.
-        losses.pop()
-    return Reconstruction(losses[0], losses[-1], rounds * steps, not losses[-1] < losses[0])
+    return losses
 
 
 def _pays(losses: list[float]) -> bool:
@@ -102,6 +124,7 @@ class Fit:
         run, number: see `reconstruct`.
         states, dense: the windows before the block in the pruned model, and behind it in the dense one.
         learned, held_out: numbers of the micro-batches to learn from, and of the others.
+        tokens: the tokens of each micro-batch, where predictions are compared; None: hidden states are.
     """
 
     run: Run
@@ -110,6 +133,7 @@ class Fit:
     dense: HiddenStates
     learned: list[int]
     held_out: list[int]
+    tokens: list[Tensor] | None = None
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -134,7 +158,10 @@ class Fit:
 
     def loss_of(self, j: int) -> Tensor:
         """The loss of micro-batch j, summed over its tokens."""
-        return relative_loss(self.states.next_input(self.number, j), self.dense.hidden[j])
+        out, target = self.states.next_input(self.number, j), self.dense.hidden[j]
+        if self.tokens is None:
+            return relative_loss(out, target)
+        return divergence(self.run.model, self.tokens[j], out, target)
 
     def add_gradients(self, j: int, parameters: list[nn.Parameter]) -> None:
         """Add the gradients of the loss of micro-batch j."""

@@ -15,6 +15,7 @@ from sparsefw.estimate.passes import (
     reconstructed_parameters,
     stages,
     steps_of_reconstruction,
+    windows_of_predictions,
 )
 from sparsefw.estimate.sharing import Group, grams_of_rank, groups, solves_of_rank
 from sparsefw.estimate.solve_flops import solve_operations
@@ -46,13 +47,18 @@ def operations(run: PlannedRun, block: BlockShape) -> list[Operation]:
 
 
 def head(run: PlannedRun) -> list[Operation]:
-    """The logits of the evaluation windows of a rank, for the dense model and for each method."""
-    workload, shape = run.workload, run.shape
+    """The logits of a rank's windows: those of every evaluation text, and those that the last block is fitted by."""
+    workload = run.workload
     windows = sum(workload.evaluation_of_rank) * (1 + len(workload.config.methods))
-    if not windows:
-        return []
+    forth, back = windows_of_predictions(run.shape, workload, run.placement)
+    counts = ("reconstruct", "head", forth), ("reconstruct", "head gradient", back), ("evaluate", "head", windows)
+    return [_head(run, phase, name, count) for phase, name, count in counts if count]
+
+
+def _head(run: PlannedRun, phase: str, name: str, windows: int) -> Operation:
+    shape = run.shape
     cost_of = partial(_weight_product, rows=shape.vocabulary, d=shape.hidden, itemsize=shape.itemsize)
-    return [Operation("evaluate", "head", run.weight_unit, windows, split(cost_of, windows * workload.seqlen, windows))]
+    return Operation(phase, name, run.weight_unit, windows, split(cost_of, windows * run.workload.seqlen, windows))
 
 
 def _weight_product(tokens: int, rows: int, d: int, itemsize: int) -> Cost:

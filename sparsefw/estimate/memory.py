@@ -17,7 +17,7 @@ from sparsefw.estimate.forward_memory import (
     outside_page_locked,
     page_locked_of_block,
 )
-from sparsefw.estimate.passes import cross_rows, is_kept, reconstructed_parameters, stages
+from sparsefw.estimate.passes import cross_rows, fits_predictions, is_kept, reconstructed_parameters, stages
 from sparsefw.estimate.sharing import grams_of_rank
 from sparsefw.estimate.workload import Workload, largest_share
 from sparsefw.model import Placement
@@ -85,7 +85,10 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
             block + shape.quantized,
         ),
         "solve": weights + max(_solve_bytes(b, shape, workload, placement, kept) for b in blocks),
-        "reconstruct": block + max(_reconstruction_bytes(b, shape, workload, tokens) for b in blocks),
+        "reconstruct": max(
+            block + max(_reconstruction_bytes(b, shape, workload, tokens) for b in blocks),
+            _prediction_bytes(shape, workload, tokens),
+        ),
         "write": weights,
         "end": shape.outside
         + max(logits if workload.evaluation or workload.requests else 0, shape.quantized)
@@ -98,7 +101,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
         "start": passing,
         "calibrate": pruning,
         "solve": pruning,
-        "reconstruct": others,
+        "reconstruct": others + (passing if fits_predictions(shape, config) else 0),
         "write": others,
         "end": max(passing, piece),
     }
@@ -270,6 +273,16 @@ def _reconstruction_bytes(block: BlockShape, shape: ModelShape, workload: Worklo
     # The gradient of one parameter at a time is in fp32.
     state = bytes_of_state(sum(parameters), shape.itemsize) + 4 * max(parameters, default=0)
     return state + backward_bytes(block, shape, workload.seqlen, tokens)
+
+
+def _prediction_bytes(shape: ModelShape, workload: Workload, tokens: int) -> int:
+    """The last block, and all that its reconstruction takes where predictions are compared."""
+    if not fits_predictions(shape, workload.config):
+        return 0
+    last = shape.blocks[-1]
+    # Logits of a window in both models, their distributions in fp32, and the gradient.
+    logits = workload.seqlen * shape.vocabulary * (3 * shape.itemsize + 12)
+    return last.nbytes + _reconstruction_bytes(last, shape, workload, tokens) + shape.outside + logits
 
 
 def _groups(block: BlockShape, workload: Workload, kept: _Kept) -> Iterator[tuple[list[list[LayerShape]], int]]:

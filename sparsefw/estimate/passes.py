@@ -7,7 +7,8 @@ from sparsefw.estimate.workload import Workload
 from sparsefw.model import Placement
 from sparsefw.model.layers import first_segments, is_watched
 from sparsefw.model.placement import split_batches
-from sparsefw.model.shapes import BlockShape, LayerShape
+from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
+from sparsefw.solver import PruneConfig
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,7 @@ def _passes_of_reconstruction(block: BlockShape, workload: Workload, placement: 
         # The dense block moves its windows on.
         yield Pass("reconstruct", windows, 0, whole, moves=True)
     if block.layers and steps_of_reconstruction(workload, placement):
-        _, held_out = split_batches(-(-windows // placement.batch))
-        # The last micro-batch may be smaller.
-        held = sum(min(placement.batch, windows - j * placement.batch) for j in held_out)
+        held = _held_out(workload, placement)
         for _ in range(config.reconstruct):
             yield Pass("reconstruct", windows - held, 0, whole, differentiated=True)
         for _ in ("before", "after"):
@@ -81,6 +80,29 @@ def steps_of_reconstruction(workload: Workload, placement: Placement) -> int:
         return 0
     learned, _ = split_batches(-(-most // placement.batch))
     return workload.config.reconstruct * len(learned)
+
+
+def fits_predictions(shape: ModelShape, config: PruneConfig) -> bool:
+    """Whether the last block is fitted to what the dense model predicts."""
+    return bool(config.reconstruct and shape.by_window and shape.vocabulary and shape.blocks[-1].layers)
+
+
+def windows_of_predictions(shape: ModelShape, workload: Workload, placement: Placement) -> tuple[int, int]:
+    """How many windows of a rank are run behind the last block for that, in both models, and how many back again."""
+    if not fits_predictions(shape, workload.config) or not steps_of_reconstruction(workload, placement):
+        return 0, 0
+    held = _held_out(workload, placement)
+    learned = workload.config.reconstruct * (workload.windows_of_rank - held)
+    # One shows that there are predictions. What is held out is measured before and after a round.
+    return 1 + 2 * (2 * held + learned), learned
+
+
+def _held_out(workload: Workload, placement: Placement) -> int:
+    """The windows of a rank that are held out."""
+    windows, batch = workload.windows_of_rank, placement.batch
+    _, held_out = split_batches(-(-windows // batch))
+    # The last micro-batch may be smaller.
+    return sum(min(batch, windows - j * batch) for j in held_out)
 
 
 def reconstructed_parameters(block: BlockShape) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from sparsefw.estimate import rates
 from sparsefw.estimate.flops import head, operations
 from sparsefw.estimate.operation import Operation
-from sparsefw.estimate.passes import passes
+from sparsefw.estimate.passes import fits_predictions, passes
 from sparsefw.estimate.rates import Rates
 from sparsefw.estimate.traffic import traffic
 from sparsefw.estimate.workload import PlannedRun
@@ -16,8 +16,8 @@ from sparsefw.model.shapes import BlockShape
 # The others are those of `operation.Operation`.
 PHASES = ("read", "calibrate", "exchange", "solve", "reconstruct", "forward", "evaluate", "write")
 
-# Weights outside of the blocks are read twice: to embed the windows, and for the logits. All of them are read to be
-# written.
+# Weights outside of the blocks are read twice: to embed the windows, and for the logits; once more where the last block
+# is fitted by these. All of them are read to be written.
 READ_OUTSIDE = 2
 
 
@@ -62,7 +62,8 @@ def disk_traffic(run: PlannedRun) -> Counter[str]:
     shape, workload = run.shape, run.workload
     inside = sum(block.nbytes for block in shape.blocks)
     others = sum(shape.pieces)
-    read = int(shape.stored * (inside + READ_OUTSIDE * shape.outside + others))
+    outside = (READ_OUTSIDE + fits_predictions(shape, workload.config)) * shape.outside
+    read = int(shape.stored * (inside + outside + others))
     amounts = Counter(read=workload.machines * read, write=len(workload.config.methods) * inside + others)
     for block, count in run.block_counts.items():
         for phase, amount in _activation_traffic(run, block).items():

@@ -101,7 +101,7 @@ def run_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor, others: d
     Args:
         model: the model, inside `BlockModel.outside`.
         batch: arguments of the forward.
-        hidden: what the last block returns.
+        hidden: what the last block returns. Gradients go back to it where windows are run by themselves.
         others: the other tensors that are read there, by their numbers in the recording.
 
     Returns:
@@ -117,7 +117,8 @@ def run_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor, others: d
                 return _stand_in(model, recorder, i, args, kwargs, hidden if recorder.begun else None)
             # Nobody reads the other tensors, whose shape may be another one.
             form = model.forms.like(model.kinds[i], args[0]) or form_of(model, i, args[0], args[1:], kwargs)
-            return form.around(hidden) if recorder.begun else form.after(args[0])
+            # A view: gradients go through it.
+            return form.around(hidden, lambda x: x.view_as(x)) if recorder.begun else form.after(args[0])
 
     with recorder:
         return run_with_blocks_replaced(model, batch, replacement)

@@ -2,6 +2,8 @@
 
 from sparsefw.report import html, log
 from sparsefw.report.content import (
+    HIDDEN,
+    PREDICTIONS,
     BlockRecord,
     CalibrationText,
     EvaluationText,
@@ -17,6 +19,8 @@ from sparsefw.report.tasks import DENSE, Difference, Measurement, TaskRecord, Te
 
 __all__ = [
     "DENSE",
+    "HIDDEN",
+    "PREDICTIONS",
     "BlockRecord",
     "CalibrationText",
     "Difference",

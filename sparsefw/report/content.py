@@ -28,21 +28,27 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+# What the blocks of the pruned and of the dense model are compared by.
+HIDDEN, PREDICTIONS = "hidden states", "predictions"
+
+
 @dataclass(frozen=True)
 class Reconstruction:
     """How the kept weights of a block were fitted together.
 
     Attributes:
-        before, after: loss on held-out windows before and after it: squared distance of a token's hidden states behind
-            the block to those of the dense model, relative to the square of the latter, mean over tokens.
+        before, after: loss on held-out windows before and after it, mean over tokens.
         steps: number of steps.
         put_back: whether the weights were put back, as the loss had not become less.
+        loss: HIDDEN: the squared distance of hidden states behind the block to those of the dense model, relative to
+            the square of the latter. PREDICTIONS: the divergence of predicted tokens, see `model.predictions`.
     """
 
     before: float
     after: float
     steps: int
     put_back: bool
+    loss: str = field(default=HIDDEN, metadata=typed_json.ADDED)
 
 
 @dataclass(frozen=True)

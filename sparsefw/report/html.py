@@ -21,6 +21,7 @@ from sparsefw.flags import flag_of
 from sparsefw.report import charts, log, task_table
 from sparsefw.report.charts import LayerAt
 from sparsefw.report.content import (
+    HIDDEN,
     Argument,
     BlockRecord,
     CalibrationText,
@@ -280,4 +281,6 @@ def _losses(block: BlockRecord, reconstructed: bool) -> list[str]:
     found = block.reconstruction
     if not found:
         return ["-", "-"]
-    return [f"{found.before:.5f}", f"{found.after:.5f}" + (" (put back)" if found.put_back else "")]
+    notes = [] if found.loss == HIDDEN else [found.loss]
+    notes += ["put back"] if found.put_back else []
+    return [f"{found.before:.5f}", f"{found.after:.5f}" + (f" ({', '.join(notes)})" if notes else "")]

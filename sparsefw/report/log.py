@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from sparsefw.model import Placement
 from sparsefw.process import peak_memory
-from sparsefw.report.content import RankRecord, Reconstruction, Report, amount, mean
+from sparsefw.report.content import HIDDEN, RankRecord, Reconstruction, Report, amount, mean
 from sparsefw.report.kinds import kept_dense
 from sparsefw.report.task_table import lines, rows
 from sparsefw.report.tasks import DENSE
@@ -62,7 +62,8 @@ def layer_row(layer: LayerResult) -> str:
 def reconstruction_row(block: str, found: Reconstruction) -> str:
     """A block's reconstruction."""
     back = "; put back" if found.put_back else ""
-    return f"{block}: reconstructed in {found.steps} steps, loss {found.before:.5f} -> {found.after:.5f}{back}"
+    loss = "loss" if found.loss == HIDDEN else f"loss of {found.loss}"
+    return f"{block}: reconstructed in {found.steps} steps, {loss} {found.before:.5f} -> {found.after:.5f}{back}"
 
 
 def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:

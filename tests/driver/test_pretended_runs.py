@@ -185,7 +185,7 @@ WORKINGS = {
         "llama", ["--nsamples", "4", "--seqlen", "512", "--method", "wanda", "--reconstruct", "1"],
     ),
     "reconstruct, micro-batches": (
-        "llama", ["--nsamples", "512", "--seqlen", "64", "--method", "wanda", "--reconstruct", "1"],
+        "llama", ["--nsamples", "130", "--seqlen", "64", "--method", "wanda", "--reconstruct", "1"],
     ),
     "reconstruct, mixture": ("qwen3_moe", [*WINDOWS, "--method", "wanda", "--reconstruct", "1"]),
     "reconstruct, compare": ("llama", [*WINDOWS, "--method", "wanda", "--compare", "magnitude", "--reconstruct", "1"]),
@@ -193,23 +193,13 @@ WORKINGS = {
 
 
 @pytest.mark.parametrize("working", WORKINGS)
-def test_expected_memory_is_enough_and_not_much_more(working, random_models, tmp_path):
+def test_expected_memory_is_enough_and_not_much_more(working, random_models, tmp_path, monkeypatch):
+    """Of the whole run, and while blocks are reconstructed: other phases may take more."""
     family, flags = WORKINGS[working]
     if "--method" not in flags:
         flags = [*flags, "--steps", "1"]
     if "--eval-windows" in flags:
         flags = [*flags, "--eval", str(tmp_path / "text.txt")]
-    gpu, report = prune(random_models / family, tmp_path / "out", *flags, stand_ins=True)
-    expected = report["memory"]["expected"]["gpu"]
-    assert expected / 3 <= gpu.peak <= expected
-
-
-@pytest.mark.parametrize("working", [working for working in WORKINGS if "reconstruct" in working])
-def test_expected_memory_of_a_reconstruction(working, random_models, tmp_path, monkeypatch):
-    """Measured while blocks are reconstructed: other phases may take more."""
-    family, flags = WORKINGS[working]
-    if "--method" not in flags:
-        flags = [*flags, "--steps", "1"]
     needs, peaks = [], []
     place_of, do = driver_run.place, loop.reconstruct
 
@@ -226,7 +216,10 @@ def test_expected_memory_of_a_reconstruction(working, random_models, tmp_path, m
 
     monkeypatch.setattr(driver_run, "place", placed)
     monkeypatch.setattr(loop, "reconstruct", measured)
-    prune(random_models / family, tmp_path / "out", *flags, stand_ins=True)
-    expected, _ = needs[-1].phases["reconstruct"]
-    assert len(peaks) == 2
-    assert all(expected / 2.5 <= peak <= expected for peak in peaks)
+    gpu, report = prune(random_models / family, tmp_path / "out", *flags, stand_ins=True)
+    expected = report["memory"]["expected"]["gpu"]
+    assert expected / 3 <= gpu.peak <= expected
+    if "--reconstruct" in flags:
+        expected, _ = needs[-1].phases["reconstruct"]
+        assert len(peaks) == 2
+        assert expected / 2.5 <= max(peaks) <= expected, (peaks, expected)

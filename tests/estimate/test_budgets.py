@@ -32,6 +32,9 @@ RUNS = {
         dict(hidden_size=256, intermediate_size=1024, vocab_size=2048, max_position_embeddings=4096),
         ["--nsamples", "4", "--seqlen", "4096", "--method", "magnitude", "--reconstruct", "1"],
     ),
+    "predictions": (
+        dict(hidden_size=256, intermediate_size=512, vocab_size=60000), [*ONE_SHOT, "magnitude", "--reconstruct", "1"],
+    ),
     "reconstruction of a mixture": (
         dict(hidden_size=256, moe_intermediate_size=1024, vocab_size=2048, num_experts=8, num_experts_per_tok=2,
              decoder_sparse_step=1, head_dim=32),

@@ -121,6 +121,9 @@ class GPU(TorchDispatchMode):
             # A conversion by torch's own code, which names the device that it believes the tensor to be on. Real moves
             # are made by `to`, see below.
             kwargs = kwargs | {"device": None}
+        if func is aten.index_put.default and torch._C._current_graph_task_id() >= 0:
+            # Into zeros that torch makes for a gradient, unseen. It believes that they are needed on the CPU.
+            args = (self.put(args[0]), *args[1:])
         here = any(isinstance(x, OnGPU) for x in tree_leaves((args, kwargs)))
         return self.compute(func, args, kwargs) if here or _is_gpu(kwargs.get("device")) else func(*args, **kwargs)
 
@@ -300,8 +303,9 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
         there = here if device is None else _is_gpu(device)
         if not here and not there:
             return to(tensor, *args, copy=copy, **kwargs)
-        if here and there and not copy and dtype in (None, tensor.dtype):
-            return tensor
+        if here and there and not copy:
+            # A conversion, which has a gradient.
+            return to(tensor, dtype or tensor.dtype)
         form = {"dtype": dtype or tensor.dtype, "device": DEVICE if there else device, "non_blocking": non_blocking}
         # Not through torch, which would ask for CUDA, and knows nothing of the mode in another thread.
         return gpu.compute(aten._to_copy.default, (tensor,), form)

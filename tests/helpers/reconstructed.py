@@ -60,9 +60,9 @@ class Seen:
         self.weights, self.kept = {}, {}
         keep = Writer.keep
 
-        def spy(run, i, states, dense, results):
+        def spy(run, i, *args):
             self.weights[i] = {name: x.detach().clone() for name, x in run.model.blocks[i].named_parameters()}
-            return reconstruct.reconstruct(run, i, states, dense, results)
+            return reconstruct.reconstruct(run, i, *args)
 
         def keep_spy(writer, name, tensors):
             self.kept[name] = {key: x.clone() for key, x in tensors.items()}

@@ -8,7 +8,7 @@ import pytest
 from helpers.pages import report_of_run, task
 
 from sparsefw.model import Placement
-from sparsefw.report import Reconstruction, log
+from sparsefw.report import PREDICTIONS, Reconstruction, log
 from sparsefw.solver import PruneConfig, patterns
 
 
@@ -165,14 +165,15 @@ def with_reconstructions(*found):
 
 
 @pytest.mark.parametrize(
-    ("put_back", "line"),
+    ("rest", "line"),
     [
-        (False, "model.layers.3: reconstructed in 112 steps, loss 0.25000 -> 0.12346"),
-        (True, "model.layers.3: reconstructed in 112 steps, loss 0.25000 -> 0.12346; put back"),
+        ([False], "model.layers.3: reconstructed in 112 steps, loss 0.25000 -> 0.12346"),
+        ([True], "model.layers.3: reconstructed in 112 steps, loss 0.25000 -> 0.12346; put back"),
+        ([False, PREDICTIONS], "model.layers.3: reconstructed in 112 steps, loss of predictions 0.25000 -> 0.12346"),
     ],
 )
-def test_reconstruction_row(put_back, line):
-    assert log.reconstruction_row("model.layers.3", Reconstruction(0.25, 0.123456, 112, put_back)) == line
+def test_reconstruction_row(rest, line):
+    assert log.reconstruction_row("model.layers.3", Reconstruction(0.25, 0.123456, 112, *rest)) == line
 
 
 def test_reconstruction_line():

@@ -1,0 +1,79 @@
+"""The next tokens that a pruned model predicts, against those that the dense model predicts.
+
+    divergence = sum over tokens and vocabulary of p (log p - log q)        p: dense, q: pruned (Kullback and Leibler)
+
+Its gradient by q's logits is q - p. It is taken back to the hidden states while the logits are there, so that those of
+one window at a time are in memory.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsefw.data import token_batch
+from sparsefw.model.block_model import BlockModel
+from sparsefw.model.forward import run_behind_blocks
+from sparsefw.model.hidden_states import HiddenStates
+
+
+@torch.no_grad()
+def predicts(states: HiddenStates, ids: Tensor) -> bool:
+    """Whether every window's hidden states behind the last block tell by themselves which tokens come next.
+
+    Args:
+        states: windows of tokens before any block; inside `BlockModel.outside`.
+        ids: (windows, seqlen) their tokens.
+    """
+    model, hidden = states.model, states.hidden[0]
+    if not states.flow.by_window or hidden.shape[:2] != ids[: states.windows[0]].shape:
+        return False
+    if not all(model.forms.like(kind, hidden) for kind in model.kinds):
+        # One of the blocks would have to be run.
+        return False
+    returned = run_behind_blocks(model, token_batch(ids[:1]), hidden[:1], {})
+    return isinstance(getattr(returned, "logits", None), Tensor)
+
+
+def divergence(model: BlockModel, ids: Tensor, hidden: Tensor, dense: Tensor) -> Tensor:
+    """The divergence, summed over all tokens, (1,) fp32. It has a gradient by `hidden`.
+
+    Args:
+        model: the model, inside `BlockModel.outside`.
+        ids: (windows, seqlen) tokens.
+        hidden, dense: (windows, seqlen, d) the last block's output in the pruned and in the dense model.
+    """
+    total: Tensor = _Divergence.apply(hidden, dense, ids, model)
+    return total
+
+
+class _Divergence(torch.autograd.Function):
+    """`divergence`, with its gradient made on the way forward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, dense: Tensor, ids: Tensor, model: BlockModel) -> Tensor:
+        total, asked = hidden.new_zeros((), dtype=torch.float32), ctx.needs_input_grad[0]
+        gradients: list[Tensor] = []
+        for n in range(len(ids)):
+            window = slice(n, n + 1)
+            log_p = _logits(model, ids[window], dense[window]).float().log_softmax(-1)
+            x = hidden[window].detach()
+            with torch.set_grad_enabled(asked):
+                z = _logits(model, ids[window], x.requires_grad_(asked))
+            log_q, p = z.detach().float().log_softmax(-1), log_p.exp()
+            total += log_p.sub_(log_q).mul_(p).sum()
+            del log_p
+            if asked:
+                gradients += torch.autograd.grad(z, x, log_q.exp_().sub_(p).to(z.dtype))
+        if asked:
+            ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return outer[0] * gradient, None, None, None
+
+
+def _logits(model: BlockModel, ids: Tensor, hidden: Tensor) -> Tensor:
+    return run_behind_blocks(model, token_batch(ids), hidden, {}).logits

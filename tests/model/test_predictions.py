@@ -1,0 +1,86 @@
+"""The divergence of predicted tokens, and its gradient by hidden states."""
+
+import pytest
+import torch
+from helpers.families import FAMILIES, save_model
+from transformers import AutoModelForCausalLM
+
+from sparsefw import checkpoint
+from sparsefw.model import StreamedModel, embed
+from sparsefw.model.predictions import divergence, predicts
+
+CPU = torch.device("cpu")
+IDS = torch.randint(3, 250, (3, 10), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=["llama", "gemma2"])
+def opened(request, tmp_path):
+    """A model, and hidden states behind its last block, when it is pruned and when it is dense. One caps its logits."""
+    kinds = {"layer_types": ["full_attention"]} if request.param == "gemma2" else {}
+    source = save_model(tmp_path, request.param, num_hidden_layers=1, **kinds)
+    model, generator = StreamedModel(checkpoint.inspect(source), CPU), torch.Generator().manual_seed(1)
+    states = embed(model, IDS, 2)
+    hidden, dense = 3 * torch.randn(2, *IDS.shape, states.hidden[0].shape[-1], generator=generator)
+    with model.outside():
+        yield source, model, states, hidden, dense
+
+
+def expected(source, hidden, dense):
+    """sum p (log p - log q), by transformers' own final norm and head, in double."""
+    model = AutoModelForCausalLM.from_pretrained(source).double()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+
+    def log_probabilities(x):
+        z = model.lm_head(model.model.norm(x))
+        return (cap * (z / cap).tanh() if cap else z).log_softmax(-1)
+
+    log_q, log_p = map(log_probabilities, (hidden, dense))
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def test_divergence_and_gradient(opened):
+    source, model, states, hidden, dense = opened
+    assert predicts(states, IDS)
+    x, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    found, wanted = divergence(model, IDS, x, dense), expected(source, exact, dense.double())
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    # What comes behind it scales the gradient.
+    (7 * found).backward()
+    (7 * wanted).backward()
+    assert torch.allclose(x.grad.double(), exact.grad, rtol=1e-3, atol=1e-5 * exact.grad.abs().max().item())
+
+
+def test_the_same_predictions_have_no_divergence(opened):
+    _, model, _, hidden, _ = opened
+    x = hidden.clone().requires_grad_()
+    found = divergence(model, IDS, x, hidden)
+    found.backward()
+    assert found.item() == 0
+    assert not x.grad.any()
+
+
+def test_no_gradient_is_made_where_none_is_asked_for(opened, monkeypatch):
+    _, model, _, hidden, dense = opened
+
+    def refuse(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    assert divergence(model, IDS, hidden, dense) > 0
+
+
+def test_logits_of_one_window_at_a_time(opened, monkeypatch):
+    _, model, _, hidden, dense = opened
+    seen = []
+    model.model.lm_head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    divergence(model, IDS, hidden, dense)
+    assert seen == [1] * 2 * len(IDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_language_models_predict(family, tmp_path):
+    model = StreamedModel(checkpoint.inspect(save_model(tmp_path, family)), CPU)
+    states = embed(model, IDS, 2)
+    with model.outside():
+        assert predicts(states, IDS) == states.flow.by_window
