@@ -5,7 +5,7 @@ pruned in stages: the inputs of later layers are measured after earlier ones are
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -82,7 +82,12 @@ class DenseReference:
 
 
 def prune_block(
-    run: Run, i: int, states: HiddenStates, method: str, dense: DenseReference | None = None
+    run: Run,
+    i: int,
+    states: HiddenStates,
+    method: str,
+    dense: DenseReference | None = None,
+    held_out: Container[int] = (),
 ) -> Iterator[LayerResult]:
     """Prune block i, which is open, layer by layer.
 
@@ -93,6 +98,7 @@ def prune_block(
             pruned for good.
         method: one of METHODS.
         dense: the dense model's block. With it, layers approximate the dense model's outputs.
+        held_out: numbers of the micro-batches that layers are not fitted to.
 
     Yields:
         A result for each layer that the config selects.
@@ -109,7 +115,7 @@ def prune_block(
         if _selected_layers(run, i):
             # All layers of the block are measured at once.
             with timeline.span("calibrate", i):
-                captured = combine(run.model.blocks[i], _capture(run, i, states), run.ranks)
+                captured = combine(run.model.blocks[i], _capture(run, i, states, held_out), run.ranks)
                 _check_seen(run, i, captured)
                 _check_known(run, i, captured.ignored)
                 _check_apart(run, i, captured.layers)
@@ -118,7 +124,14 @@ def prune_block(
     pair, pruned = Pair(i, states, dense.states, dense.block), list[Layer]()
     for stage in dense.stages:
         with timeline.span("calibrate", i):
-            captured = measure(stage, pair, backend=run.backend, selected=_selector(run, i), keep=_is_kept(run, stage))
+            captured = measure(
+                stage,
+                pair,
+                backend=run.backend,
+                selected=_selector(run, i),
+                keep=_is_kept(run, stage),
+                passing=held_out,
+            )
             captured = combine(run.model.blocks[i], captured, run.ranks)
             _check_seen(run, i, captured)
             pruned += captured.layers
@@ -241,12 +254,12 @@ def _outline(order: list[Stage]) -> list[tuple[str, list[str]]]:
     return [(stage.key, sorted(stage.writes)) for stage in order]
 
 
-def _capture(run: Run, i: int, states: HiddenStates) -> Captured:
-    """Gram matrices of all layers of block i, by all calibration windows."""
+def _capture(run: Run, i: int, states: HiddenStates, held_out: Container[int]) -> Captured:
+    """Gram matrices of all layers of block i, by all calibration windows that are not held out."""
     return capture(
         run.model.blocks[i],
         partial(states.output, i),
-        range(len(states)),
+        [j for j in range(len(states)) if j not in held_out],
         backend=run.backend,
         selected=_selector(run, i),
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sparsefw.checkpoint import Writer, read_shard
 from sparsefw.data import Batches, Windows
 from sparsefw.driver.block import DenseReference, Run, find_stages, idle_matrices, kept_dense, prune_block, way_through
-from sparsefw.driver.reconstruct import reconstruct
+from sparsefw.driver.reconstruct import parts, reconstruct
 from sparsefw.driver.record import FinishedBlock
 from sparsefw.driver.tasks import TaskSamples
 from sparsefw.evaluation.request import Score
@@ -260,8 +260,10 @@ def _prune_methods(
         own = method == run.config.method
         # Stages move the windows on inside the block, and a reconstruction runs from its input.
         start = states.calibration[method].fork() if own and run.config.reconstruct and reference else None
+        # The loss on what is held out tells what a reconstruction is worth only if no layer was fitted to it, either.
+        _, held_out = parts(run, states.calibration[method]) if own and run.config.reconstruct else ([], [])
         results = []
-        for result in prune_block(run, i, states.calibration[method], method, reference):
+        for result in prune_block(run, i, states.calibration[method], method, reference, frozenset(held_out)):
             results.append(result)
             on_layer(result)
         record.add(results, kept_dense(model, i, results))

@@ -61,12 +61,12 @@ def reconstruct(
     Raises:
         InputError: gradients do not go through the block.
     """
-    learned, held_out = split_batches(len(states))
-    counts = run.ranks.gather((len(learned), len(held_out)))
-    if not results or not all(all(count) for count in counts) or not states.goes_on(i):
+    learned, held_out = parts(run, states)
+    most = max(run.ranks.gather(len(learned)))
+    if not results or not held_out or not states.goes_on(i):
         return None
     # Ranks have about as many micro-batches; those with fewer begin again.
-    steps = run.config.reconstruct * max(count for count, _ in counts)
+    steps = run.config.reconstruct * most
     last = ids is not None and i == len(run.model.blocks) - 1
     with run.model.outside() if last else nullcontext():
         tokens = list(ids.split(states.windows)) if ids is not None and last and predicts(states, ids) else None
@@ -78,6 +78,17 @@ def reconstruct(
     return Reconstruction(
         losses[0], losses[-1], rounds * steps, not losses[-1] < losses[0], PREDICTIONS if tokens else HIDDEN
     )
+
+
+def parts(run: Run, states: HiddenStates) -> tuple[list[int], list[int]]:
+    """Numbers of this rank's micro-batches that a block is fitted to, and of those that are held out.
+
+    None is held out if a rank would have nothing to learn from, or nothing to hold out.
+    """
+    learned, held_out = split_batches(len(states))
+    if all(run.ranks.gather(bool(learned and held_out))):
+        return learned, held_out
+    return [*range(len(states))], []
 
 
 def _rounds(fit: "Fit", results: Sequence[LayerResult], steps: int) -> list[float]:

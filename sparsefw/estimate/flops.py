@@ -11,6 +11,7 @@ from sparsefw.estimate.operation import Operation, split, times
 from sparsefw.estimate.passes import (
     Pass,
     cross_rows,
+    held_out,
     passes,
     reconstructed_parameters,
     stages,
@@ -33,10 +34,10 @@ def operations(run: PlannedRun, block: BlockShape) -> list[Operation]:
     for windows_pass in passes(block, run.workload, run.placement):
         total += _forward(run, block, windows_pass)
     total += _steps(run, block)
-    for _ in config.methods:
-        total += _grams(run, block)
+    for method in config.methods:
+        total += _grams(run, block, method)
     if config.uses_dense_target:
-        total += _crosses(run, block)
+        total += _crosses(run, block, "sparsefw")
     for method in config.methods:
         for group in groups(block, config, method):
             if ranks > 1:
@@ -111,8 +112,8 @@ def _steps(run: PlannedRun, block: BlockShape) -> Iterator[Operation]:
         yield Operation("reconstruct", "adam", run.weight_unit, steps, times(adam_step(weights), steps))
 
 
-def _grams(run: PlannedRun, block: BlockShape) -> Iterator[Operation]:
-    tokens, batches = _calibration(run)
+def _grams(run: PlannedRun, block: BlockShape, method: str) -> Iterator[Operation]:
+    tokens, batches = _calibration(run, method)
     for stage in stages(block.layers):
         experts = stage[0].experts
         per_token = stage[0].parts if stage[0].parts > 1 else run.traits.experts_per_token
@@ -132,18 +133,20 @@ def _mirrors(run: PlannedRun, group: Group) -> Iterator[Operation]:
         yield Operation("exchange", "mirror_lower", run.gram_unit, matrices, least)
 
 
-def _crosses(run: PlannedRun, block: BlockShape) -> Iterator[Operation]:
-    tokens, batches = _calibration(run)
+def _crosses(run: PlannedRun, block: BlockShape, method: str) -> Iterator[Operation]:
+    tokens, batches = _calibration(run, method)
     for stage in stages(block.layers):
         for rows in cross_rows(stage):
             cost_of = partial(cost.cross_accumulate, rows=rows, d=stage[0].d, X=run.shape.itemsize)
             yield Operation("calibrate", "cross_accumulate", run.gram_unit, batches, split(cost_of, tokens, batches))
 
 
-def _calibration(run: PlannedRun) -> tuple[int, int]:
-    """Calibration tokens of a rank, and the micro-batches that they come in."""
-    windows = run.workload.windows_of_rank
-    return windows * run.workload.seqlen, -(-windows // run.placement.batch)
+def _calibration(run: PlannedRun, method: str) -> tuple[int, int]:
+    """Calibration tokens of a rank that a method measures, and the micro-batches that they come in."""
+    windows, batch = run.workload.windows_of_rank, run.placement.batch
+    measured = windows - held_out(run.workload, run.placement, method)
+    # The last micro-batch, which may be smaller, may be one of those that are held out.
+    return measured * run.workload.seqlen, -(-measured // batch)
 
 
 def _experts(block: BlockShape, layer: LayerShape) -> int:

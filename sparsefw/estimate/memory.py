@@ -269,10 +269,14 @@ def _reconstruction_bytes(block: BlockShape, shape: ModelShape, workload: Worklo
     """The state of kept weights, and what a micro-batch leaves inside a block for its gradients."""
     if not workload.config.reconstruct:
         return 0
+    return _state_bytes(block, shape) + backward_bytes(block, shape, workload.seqlen, tokens)
+
+
+def _state_bytes(block: BlockShape, shape: ModelShape) -> int:
+    """The state of a block's kept weights."""
     parameters = reconstructed_parameters(block)
     # The gradient of one parameter at a time is in fp32.
-    state = bytes_of_state(sum(parameters), shape.itemsize) + 4 * max(parameters, default=0)
-    return state + backward_bytes(block, shape, workload.seqlen, tokens)
+    return bytes_of_state(sum(parameters), shape.itemsize) + 4 * max(parameters, default=0)
 
 
 def _prediction_bytes(shape: ModelShape, workload: Workload, tokens: int) -> int:
@@ -282,7 +286,9 @@ def _prediction_bytes(shape: ModelShape, workload: Workload, tokens: int) -> int
     last = shape.blocks[-1]
     # Logits of a window in both models, their distributions in fp32, and the gradient.
     logits = workload.seqlen * shape.vocabulary * (3 * shape.itemsize + 12)
-    return last.nbytes + _reconstruction_bytes(last, shape, workload, tokens) + shape.outside + logits
+    backward = backward_bytes(last, shape, workload.seqlen, tokens)
+    # They are gone when the gradients go back through the block.
+    return last.nbytes + shape.outside + _state_bytes(last, shape) + max(backward, backward // 2 + logits)
 
 
 def _groups(block: BlockShape, workload: Workload, kept: _Kept) -> Iterator[tuple[list[list[LayerShape]], int]]:

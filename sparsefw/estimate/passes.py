@@ -50,7 +50,7 @@ def passes(block: BlockShape, workload: Workload, placement: Placement) -> Itera
         if config.uses_dense_target and method == "sparsefw":
             begin = yield from _passes_by_stage(block, calibration, placement)
         elif block.layers:
-            yield Pass("calibrate", calibration, 0, whole)
+            yield Pass("calibrate", calibration - held_out(workload, placement, method), 0, whole)
         if method == config.method and config.reconstruct:
             begin = 0
             yield from _passes_of_reconstruction(block, workload, placement)
@@ -66,7 +66,7 @@ def _passes_of_reconstruction(block: BlockShape, workload: Workload, placement: 
         # The dense block moves its windows on.
         yield Pass("reconstruct", windows, 0, whole, moves=True)
     if block.layers and steps_of_reconstruction(workload, placement):
-        held = _held_out(workload, placement)
+        held = held_out(workload, placement, config.method)
         for _ in range(config.reconstruct):
             yield Pass("reconstruct", windows - held, 0, whole, differentiated=True)
         for _ in ("before", "after"):
@@ -91,18 +91,20 @@ def windows_of_predictions(shape: ModelShape, workload: Workload, placement: Pla
     """How many windows of a rank are run behind the last block for that, in both models, and how many back again."""
     if not fits_predictions(shape, workload.config) or not steps_of_reconstruction(workload, placement):
         return 0, 0
-    held = _held_out(workload, placement)
+    held = held_out(workload, placement, workload.config.method)
     learned = workload.config.reconstruct * (workload.windows_of_rank - held)
     # One shows that there are predictions. What is held out is measured before and after a round.
     return 1 + 2 * (2 * held + learned), learned
 
 
-def _held_out(workload: Workload, placement: Placement) -> int:
-    """The windows of a rank that are held out."""
+def held_out(workload: Workload, placement: Placement, method: str) -> int:
+    """The windows of a rank that a method fits nothing to."""
+    if method != workload.config.method or not steps_of_reconstruction(workload, placement):
+        return 0
     windows, batch = workload.windows_of_rank, placement.batch
-    _, held_out = split_batches(-(-windows // batch))
+    _, batches = split_batches(-(-windows // batch))
     # The last micro-batch may be smaller.
-    return sum(min(batch, windows - j * batch) for j in held_out)
+    return sum(min(batch, windows - j * batch) for j in batches)
 
 
 def reconstructed_parameters(block: BlockShape) -> list[int]:

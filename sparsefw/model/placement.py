@@ -17,8 +17,8 @@ BATCH_TOKENS = {"gpu": 4096, "cpu": 2048}
 # reconstruction.
 LEAST_BATCHES = 64
 
-# One of so many micro-batches is held out of it.
-HELD_OUT = 8
+# One of so many micro-batches is held out of all that is fitted.
+HELD_OUT = 16
 
 # Most bytes for the state of a solve: more make nothing faster.
 SOLVER = 4 << 30
@@ -54,9 +54,9 @@ class Placement:
 
 
 def split_batches(count: int) -> tuple[list[int], list[int]]:
-    """Numbers of the micro-batches to learn from, and of those that are held out: the last of every eight.
+    """Numbers of the micro-batches to learn from, and of those that are held out: the last of every sixteen.
 
-    Of fewer than eight, and at least two, the last one is held out.
+    Of fewer than sixteen, and at least two, the last one is held out.
     """
     held_out = [j for j in range(count) if j % HELD_OUT == HELD_OUT - 1] or list(range(count))[1:][-1:]
     return [j for j in range(count) if j not in held_out], held_out

@@ -256,7 +256,7 @@ def test_a_pass_learns_once_from_every_window_that_is_not_held_out(llama, tmp_pa
 
 @pytest.mark.parametrize("count", range(40))
 def test_micro_batches_that_are_held_out(count):
-    """An eighth of them, spread over the text, and one at least where something is left to learn from."""
+    """One of sixteen, spread over the text, and one at least where something is left to learn from."""
     learned, held_out = split_batches(count)
     assert sorted(learned + held_out) == [*range(count)]
     assert len(held_out) == max(count // HELD_OUT, int(count > 1))

@@ -2,13 +2,16 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers.reconstructed import METHODS, flags_of, make_place, run, shards, without_times
+from helpers.commands import tensors_of
+from helpers.reconstructed import METHODS, WINDOWS, flags_of, make_place, run, shards, without_times
 
-from sparsefw.driver import loop, reconstruct
+from sparsefw.driver import loop, reconstruct, texts
 from sparsefw.driver import run as driver_run
+from sparsefw.model.placement import split_batches
 from sparsefw.run import main
 
 pytestmark = pytest.mark.usefixtures("constants")
@@ -23,20 +26,42 @@ pytestmark = pytest.mark.usefixtures("constants")
     ],
 )
 def test_a_block_that_gets_worse_is_put_back(way, rate, llama, tmp_path, monkeypatch):
-    """Then the run is one without a reconstruction, bit for bit, even if weights have gone beyond all numbers."""
+    """Then its weights are what they were, bit for bit, even if they had gone beyond all numbers."""
     evaluation = ["--eval", str(llama / "text.txt"), "--eval-windows", "2"]
-    plain, _ = run(llama, tmp_path / "plain", *METHODS[way], *evaluation)
     monkeypatch.setattr(reconstruct, "RATE", rate)
-    report, _ = run(llama, tmp_path / "out", *METHODS[way], *evaluation, "--reconstruct", "1")
+    report, seen = run(llama, tmp_path / "out", *METHODS[way], *evaluation, "--reconstruct", "1")
     assert all(block.reconstruction.put_back for block in report.blocks)
     # Loads, whatever the losses are.
     assert all(math.isnan(x.after) or x.after >= x.before for x in (b.reconstruction for b in report.blocks))
-    assert report.evaluation == plain.evaluation
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.safetensors")} == {
-        p.name: p.read_bytes() for p in (tmp_path / "plain").glob("*.safetensors")
-    }
-    results = [[(x.name, x.method, x.error_mask, x.error) for x in one.layers] for one in (report, plain)]
-    assert results[0] == results[1]
+    written = tensors_of(tmp_path / "out")
+    for i, block in enumerate(report.blocks):
+        assert seen.weights[i]
+        for name, before in seen.weights[i].items():
+            assert torch.equal(written[f"{block.name}.{name}"], before)
+    # Nothing of what was put back runs on through the model.
+    again, _ = run(llama, tmp_path / "again", *METHODS[way], *evaluation, "--reconstruct", "1")
+    assert again.evaluation == report.evaluation
+    assert all(math.isfinite(x) for x in report.evaluation[0].perplexity.values())
+
+
+@pytest.mark.parametrize("way", ["wanda", "dense targets"])
+def test_nothing_is_fitted_to_what_is_held_out(way, llama, tmp_path, monkeypatch):
+    """Layers are those of a run on the other windows alone, up to the first block that is reconstructed."""
+    report, seen = run(llama, tmp_path / "out", *METHODS[way], "--reconstruct", "1")
+    drawn = texts.data.calibration_windows
+    learned, _ = split_batches(WINDOWS)
+
+    def fewer(*args, nsamples, **kwargs):
+        windows = drawn(*args, nsamples=WINDOWS, **kwargs)
+        return replace(windows, ids=windows.ids[learned])
+
+    monkeypatch.setattr(texts.data, "calibration_windows", fewer)
+    alone, _ = run(llama, tmp_path / "alone", *METHODS[way], "--nsamples", str(len(learned)))
+    written, (first, *_) = tensors_of(tmp_path / "alone"), report.blocks
+    for name, before in seen.weights[0].items():
+        assert torch.equal(written[f"{first.name}.{name}"], before)
+    errors = [[layer.error for layer in one.layers if ".layers.0." in layer.name] for one in (report, alone)]
+    assert errors[0] == errors[1]
 
 
 @pytest.mark.slow
@@ -53,11 +78,11 @@ def test_compared_methods_are_not_touched(way, llama, tmp_path):
     for name, tensors in before.kept.items():
         assert tensors.keys() == after.kept[name].keys()
         assert all(torch.equal(tensor, after.kept[name][key]) for key, tensor in tensors.items())
-    # The first block's errors are those before it is reconstructed.
     for mine, theirs in zip(report.layers, plain.layers, strict=True):
-        if ".layers.0." in mine.name or mine.method != report.method:
+        if mine.method != report.method:
             assert (mine.name, mine.error, mine.error_mask) == (theirs.name, theirs.error, theirs.error_mask)
-        elif ".layers.1." in mine.name:
+        else:
+            # By fewer windows, and behind the first block on other inputs.
             assert mine.error_warm_start != theirs.error_warm_start
 
 
@@ -159,7 +184,9 @@ def test_the_report_on_disk(llama, tmp_path, capsys):
     assert printed.index(rows[0]) == first - 1
     assert sum(line.startswith("reconstruction: 3 blocks, ") for line in printed) == 1
     blocks = json.loads((tmp_path / "out" / "report.json").read_text())["blocks"]
-    assert [block["reconstruction"].keys() for block in blocks] == [{"before", "after", "steps", "put_back"}] * 3
+    assert [block["reconstruction"].keys() for block in blocks] == [
+        {"before", "after", "steps", "put_back", "loss"}
+    ] * 3
     assert all(block.seconds["reconstruct"] > 0 for block in report.blocks)
     assert report.arguments["reconstruct"] == 1
     assert "loss before" in (tmp_path / "out" / "report.html").read_text()

@@ -29,8 +29,8 @@ RUNS = {
         dict(hidden_size=512, intermediate_size=4096, vocab_size=2048), [*ONE_SHOT, "magnitude", "--reconstruct", "1"],
     ),
     "gradients of activations": (
-        dict(hidden_size=256, intermediate_size=1024, vocab_size=2048, max_position_embeddings=4096),
-        ["--nsamples", "4", "--seqlen", "4096", "--method", "magnitude", "--reconstruct", "1"],
+        dict(hidden_size=256, intermediate_size=1024, vocab_size=2048, max_position_embeddings=2048),
+        ["--nsamples", "4", "--seqlen", "2048", "--method", "magnitude", "--reconstruct", "1"],
     ),
     "predictions": (
         dict(hidden_size=256, intermediate_size=512, vocab_size=60000), [*ONE_SHOT, "magnitude", "--reconstruct", "1"],

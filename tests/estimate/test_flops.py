@@ -270,7 +270,7 @@ class TestReconstruction:
     """Windows of a block's reconstruction, and what it is made of."""
 
     @pytest.mark.parametrize(
-        ("windows", "learned", "held"), [(7, 6, 1), (8, 6, 2), (16, 14, 2), (33, 29, 4), (32, 28, 4)]
+        ("windows", "learned", "held"), [(7, 6, 1), (8, 6, 2), (16, 14, 2), (33, 31, 2), (32, 30, 2), (64, 60, 4)]
     )
     def test_windows(self, windows, learned, held, tmp_path):
         """Micro-batches have two windows. If there are few, the last one is held out, which may be smaller."""

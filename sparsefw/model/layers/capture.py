@@ -4,7 +4,7 @@ Layers that read the same input share its Gram matrix. A cross matrix compares a
 dense model.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,6 +52,7 @@ def capture(
     selected: Selector = everything,
     stage: Stage | None = None,
     dense: DenseOutputs | None = None,
+    passing: Container[int] = (),
 ) -> Captured:
     """Run a block over its calibration inputs; find its layers and accumulate the Gram matrices of their inputs.
 
@@ -64,6 +65,7 @@ def capture(
             matrix; like other inputs it stays in memory until the micro-batch has passed.
         stage: watch its layers only, and run no more of the block than they need; None: the whole block.
         dense: outputs of the dense model's layers; with them, cross matrices are accumulated, too.
+        passing: numbers of the micro-batches that are run and not measured.
 
     Raises:
         InputError: a layer shares its input with different layers from one micro-batch to the next.
@@ -74,7 +76,8 @@ def capture(
     def add_gram(name: str, X: Tensor) -> None:
         if name not in grams:
             grams[name] = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float32, device=X.device)
-        backend.gram_accumulate(grams[name], X)
+        if j not in passing:
+            backend.gram_accumulate(grams[name], X)
 
     def add_crosses(dense_output: Callable[[str], Tensor | None]) -> None:
         for name, X, output in watch.outputs.pairs():
@@ -84,6 +87,8 @@ def capture(
             if name not in crosses:
                 zeros = torch.zeros(output.shape[1], X.shape[1], dtype=torch.float32, device=X.device)
                 crosses[name] = Cross("outputs", zeros)
+            if j in passing:
+                continue
             # Rounded only once, whatever the dtype: torch subtracts in fp32.
             backend.cross_accumulate(crosses[name].matrix, (expected - output).to(X.dtype), X)
 

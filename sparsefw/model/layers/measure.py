@@ -4,7 +4,7 @@ Both models run only the part of the block that the stage needs, and move on as 
 pruned model to the stage's start when the layers before it are pruned, the dense model to the start of the next stage.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +80,9 @@ class _Sums:
         return Captured(list(self._stage.layers), {gram: self.G}, crosses, [])
 
 
-def measure(stage: Stage, pair: Pair, *, backend: Backend, selected: Selector, keep: bool) -> Captured:
+def measure(
+    stage: Stage, pair: Pair, *, backend: Backend, selected: Selector, keep: bool, passing: Container[int] = ()
+) -> Captured:
     """Measure a stage.
 
     Args:
@@ -89,17 +91,18 @@ def measure(stage: Stage, pair: Pair, *, backend: Backend, selected: Selector, k
         backend: its `gram_accumulate`, `mirror_lower` and `cross_accumulate` are used.
         selected: selects layers by their names inside the block.
         keep: whether the pruned model's inputs are kept. The next run begins there, and not at the stage's start.
+        passing: numbers of the micro-batches that are not measured, and only move on.
 
     Raises:
         InputError: the block runs differently from one micro-batch to the next, or activations hold NaN or Inf.
     """
     kept = None
     if stage.input is None:
-        captured = _measure_watched(stage, pair, backend, selected)
+        captured = _measure_watched(stage, pair, backend, selected, passing)
     else:
         if keep:
             kept = stage.input, pair.pruned.new_activations(together=len(pair.pruned))
-        captured = _measure_known(stage, stage.input, pair, backend, kept and kept[1])
+        captured = _measure_known(stage, stage.input, pair, backend, kept and kept[1], passing)
     pair.pruned.arrive(stage.start, kept)
     if stage.final:
         pair.dense.arrive(INPUT)
@@ -109,7 +112,7 @@ def measure(stage: Stage, pair: Pair, *, backend: Backend, selected: Selector, k
 
 
 def _measure_known(
-    stage: Stage, input_point: Point, pair: Pair, backend: Backend, kept: Activations | None
+    stage: Stage, input_point: Point, pair: Pair, backend: Backend, kept: Activations | None, passing: Container[int]
 ) -> Captured:
     """Measure layers whose input is a known point of the block; `kept` receives their inputs."""
     sums, streams = _Sums(stage, backend), {write.stream for write in stage.writes.values()}
@@ -119,6 +122,8 @@ def _measure_known(
             kept.append(taken[input_point])
         X = _as_matrix(taken[input_point])
         X_dense, behind = _dense_tensors(stage, pair, j)
+        if j in passing:
+            continue
         sums.add_input(X, X_dense)
         for layer in stage.layers:
             if write := stage.writes.get(layer.name):
@@ -143,7 +148,9 @@ def _dense_tensors(stage: Stage, pair: Pair, j: int) -> tuple[Tensor | None, dic
     return X_dense, streams
 
 
-def _measure_watched(stage: Stage, pair: Pair, backend: Backend, selected: Selector) -> Captured:
+def _measure_watched(
+    stage: Stage, pair: Pair, backend: Backend, selected: Selector, passing: Container[int]
+) -> Captured:
     """Measure layers that have to be watched: experts, and layers whose outputs in both models are recorded."""
     outputs = None
     # Experts are not compared with the dense model. For them it runs only to move on.
@@ -162,6 +169,7 @@ def _measure_watched(stage: Stage, pair: Pair, backend: Backend, selected: Selec
         selected=selected,
         stage=stage,
         dense=outputs,
+        passing=passing,
     )
 
 
