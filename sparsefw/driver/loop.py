@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sparsefw.checkpoint import Writer, read_shard
 from sparsefw.data import Batches, Windows
 from sparsefw.driver.block import DenseReference, Run, find_stages, idle_matrices, kept_dense, prune_block, way_through
-from sparsefw.driver.reconstruct import parts, reconstruct
+from sparsefw.driver.reconstruct import Parts, make_parts, reconstruct
 from sparsefw.driver.record import FinishedBlock
 from sparsefw.driver.tasks import TaskSamples
 from sparsefw.evaluation.request import Score
@@ -73,10 +73,11 @@ class Outcome:
 class _AllStates:
     """Hidden states by method and "dense": of the calibration, of every evaluation text, and of the tasks.
 
-    `ids` are the tokens of the calibration windows; None: the calibration is no text.
+    `ids` are the tokens of the calibration windows; None: the calibration is no text. `parts` are its micro-batches.
     """
 
     ids: Tensor | None
+    parts: Parts
     calibration: dict[str, HiddenStates]
     evaluation: list[tuple[Samples, dict[str, HiddenStates]]]
     tasks: dict[str, RequestStates]
@@ -219,7 +220,9 @@ def _embed_all(
         first = tasks.embed(run.model, placement, run.ranks)
         asked = {name: first.fork() if n else first for n, name in enumerate([DENSE, *methods])}
     ids = calibration.ids if isinstance(calibration, Windows) else None
-    return _AllStates(ids, calibrated, [(samples, start(samples, [DENSE, *methods])) for samples in evaluation], asked)
+    parts = make_parts(run, calibrated[run.config.method])
+    evaluated = [(samples, start(samples, [DENSE, *methods])) for samples in evaluation]
+    return _AllStates(ids, parts, calibrated, evaluated, asked)
 
 
 def _prune_methods(
@@ -261,9 +264,9 @@ def _prune_methods(
         # Stages move the windows on inside the block, and a reconstruction runs from its input.
         start = states.calibration[method].fork() if own and run.config.reconstruct and reference else None
         # The loss on what is held out tells what a reconstruction is worth only if no layer was fitted to it, either.
-        _, held_out = parts(run, states.calibration[method]) if own and run.config.reconstruct else ([], [])
+        held_out = states.parts.held_out if own else ()
         results = []
-        for result in prune_block(run, i, states.calibration[method], method, reference, frozenset(held_out)):
+        for result in prune_block(run, i, states.calibration[method], method, reference, held_out):
             results.append(result)
             on_layer(result)
         record.add(results, kept_dense(model, i, results))
@@ -303,7 +306,7 @@ def _reconstruct(
     with run.model.timeline.span("reconstruct", i):
         if start is not None:
             pruned.go_back(start)
-        return reconstruct(run, i, pruned, dense, results, states.ids)
+        return reconstruct(run, i, pruned, dense, results, states.parts, states.ids)
 
 
 def _peaks(ranks: Ranks) -> dict[str, int]:

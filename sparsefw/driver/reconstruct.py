@@ -42,6 +42,7 @@ def reconstruct(
     states: HiddenStates,
     dense: HiddenStates,
     results: Sequence[LayerResult],
+    parts: "Parts",
     ids: Tensor | None = None,
 ) -> Reconstruction | None:
     """Reconstruct block i, which is open and pruned.
@@ -52,25 +53,24 @@ def reconstruct(
         states: the calibration windows before the block in the pruned model.
         dense: the same behind the block in the dense model.
         results: the block's pruned layers.
+        parts: what it is fitted to, and what is held out.
         ids: (windows, seqlen) the windows' tokens; None: they are no text.
 
     Returns:
-        The losses and steps; None if there is nothing to fit, no more than one micro-batch, or nothing to compare with:
-        the next block begins with something else, as a decoder behind an encoder does.
+        The losses and steps; None if there is nothing to fit, nothing held out, or nothing to compare with: the next
+        block begins with something else, as a decoder behind an encoder does.
 
     Raises:
         InputError: gradients do not go through the block.
     """
-    learned, held_out = parts(run, states)
-    most = max(run.ranks.gather(len(learned)))
-    if not results or not held_out or not states.goes_on(i):
+    if not results or not parts.held_out or not states.goes_on(i):
         return None
     # Ranks have about as many micro-batches; those with fewer begin again.
-    steps = run.config.reconstruct * most
+    steps = run.config.reconstruct * parts.most
     last = ids is not None and i == len(run.model.blocks) - 1
     with run.model.outside() if last else nullcontext():
         tokens = list(ids.split(states.windows)) if ids is not None and last and predicts(states, ids) else None
-        losses = _rounds(Fit(run, i, states, dense, learned, held_out, tokens), results, steps)
+        losses = _rounds(Fit(run, i, states, dense, parts.learned, parts.held_out, tokens), results, steps)
     rounds = len(losses) - 1
     if rounds > 1 and not losses[-1] < losses[-2]:
         # The last round was put back, those before it were not.
@@ -80,15 +80,27 @@ def reconstruct(
     )
 
 
-def parts(run: Run, states: HiddenStates) -> tuple[list[int], list[int]]:
-    """Numbers of this rank's micro-batches that a block is fitted to, and of those that are held out.
+@dataclass(frozen=True)
+class Parts:
+    """The micro-batches of a rank.
 
-    None is held out if a rank would have nothing to learn from, or nothing to hold out.
+    Attributes:
+        learned, held_out: numbers of those that layers and blocks are fitted to, and of the others.
+        most: how many of the former a rank has at most.
     """
+
+    learned: list[int]
+    held_out: list[int]
+    most: int
+
+
+def make_parts(run: Run, states: HiddenStates) -> Parts:
+    """The same for all blocks. None is held out if a rank has nothing to learn from, or nothing to hold out."""
     learned, held_out = split_batches(len(states))
-    if all(run.ranks.gather(bool(learned and held_out))):
-        return learned, held_out
-    return [*range(len(states))], []
+    counts = run.ranks.gather((len(learned), len(held_out)))
+    if not run.config.reconstruct or not all(all(count) for count in counts):
+        learned, held_out = [*range(len(states))], []
+    return Parts(learned, held_out, max(count for count, _ in counts))
 
 
 def _rounds(fit: "Fit", results: Sequence[LayerResult], steps: int) -> list[float]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.commands import tensors_of
 from helpers.reconstructed import METHODS, WINDOWS, flags_of, make_place, run, shards, without_times
+from transformers import AutoModelForCausalLM
 
 from sparsefw.driver import loop, reconstruct, texts
 from sparsefw.driver import run as driver_run
@@ -44,10 +45,21 @@ def test_a_block_that_gets_worse_is_put_back(way, rate, llama, tmp_path, monkeyp
     assert all(math.isfinite(x) for x in report.evaluation[0].perplexity.values())
 
 
-@pytest.mark.parametrize("way", ["wanda", "dense targets"])
-def test_nothing_is_fitted_to_what_is_held_out(way, llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("way", "family"),
+    [
+        ("wanda", "llama"),
+        ("dense targets", "llama"),
+        # Its experts are watched while the block runs, and outputs are compared.
+        ("dense targets", "qwen3_moe"),
+        ("dense targets", "gpt_neox"),
+        ("dense targets", "mamba"),
+    ],
+)
+def test_nothing_is_fitted_to_what_is_held_out(way, family, tmp_path, monkeypatch):
     """Layers are those of a run on the other windows alone, up to the first block that is reconstructed."""
-    report, seen = run(llama, tmp_path / "out", *METHODS[way], "--reconstruct", "1")
+    folder = make_place(tmp_path, family)
+    report, seen = run(folder, tmp_path / "out", *METHODS[way], "--reconstruct", "1")
     drawn = texts.data.calibration_windows
     learned, _ = split_batches(WINDOWS)
 
@@ -56,8 +68,9 @@ def test_nothing_is_fitted_to_what_is_held_out(way, llama, tmp_path, monkeypatch
         return replace(windows, ids=windows.ids[learned])
 
     monkeypatch.setattr(texts.data, "calibration_windows", fewer)
-    alone, _ = run(llama, tmp_path / "alone", *METHODS[way], "--nsamples", str(len(learned)))
-    written, (first, *_) = tensors_of(tmp_path / "alone"), report.blocks
+    alone, _ = run(folder, tmp_path / "alone", *METHODS[way], "--nsamples", str(len(learned)))
+    loaded, (first, *_) = AutoModelForCausalLM.from_pretrained(tmp_path / "alone"), report.blocks
+    written = dict(loaded.named_parameters())
     for name, before in seen.weights[0].items():
         assert torch.equal(written[f"{first.name}.{name}"], before)
     errors = [[layer.error for layer in one.layers if ".layers.0." in layer.name] for one in (report, alone)]
