@@ -31,12 +31,13 @@ def predicts(states: HiddenStates, ids: Tensor) -> bool:
     if not all(model.forms.like(kind, hidden) for kind in model.kinds):
         # One of the blocks would have to be run.
         return False
-    returned = run_behind_blocks(model, token_batch(ids[:1]), hidden[:1], {})
-    return isinstance(getattr(returned, "logits", None), Tensor)
+    logits = getattr(run_behind_blocks(model, token_batch(ids[:1]), hidden[:1], {}), "logits", None)
+    # A classifier's are of the whole window.
+    return isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == ids[:1].shape
 
 
 def divergence(model: BlockModel, ids: Tensor, hidden: Tensor, dense: Tensor) -> Tensor:
-    """The divergence, summed over all tokens, (1,) fp32. It has a gradient by `hidden`.
+    """The divergence, summed over all tokens, () fp32. It has a gradient by `hidden`.
 
     Args:
         model: the model, inside `BlockModel.outside`.
@@ -61,7 +62,8 @@ class _Divergence(torch.autograd.Function):
             with torch.set_grad_enabled(asked):
                 z = _logits(model, ids[window], x.requires_grad_(asked))
             log_q, p = z.detach().float().log_softmax(-1), log_p.exp()
-            total += log_p.sub_(log_q).mul_(p).sum()
+            # A token that never comes, whose logit is -inf, counts nothing.
+            total += log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum()
             del log_p
             if asked:
                 gradients += torch.autograd.grad(z, x, log_q.exp_().sub_(p).to(z.dtype))

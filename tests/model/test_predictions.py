@@ -1,12 +1,14 @@
 """The divergence of predicted tokens, and its gradient by hidden states."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.families import FAMILIES, save_model
 from transformers import AutoModelForCausalLM
 
 from sparsefw import checkpoint
-from sparsefw.model import StreamedModel, embed
+from sparsefw.model import StreamedModel, embed, predictions
 from sparsefw.model.predictions import divergence, predicts
 
 CPU = torch.device("cpu")
@@ -75,6 +77,36 @@ def test_logits_of_one_window_at_a_time(opened, monkeypatch):
     model.model.lm_head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
     divergence(model, IDS, hidden, dense)
     assert seen == [1] * 2 * len(IDS)
+
+
+def test_tokens_that_never_come_count_nothing(opened):
+    """Some models mask tokens of their vocabulary, such as those of images."""
+    _, model, _, hidden, dense = opened
+    bias = torch.zeros(model.model.config.vocab_size)
+    bias[7:90] = -torch.inf
+    masked = model.model.lm_head.register_forward_hook(lambda module, args, out: out + bias)
+    x = hidden.clone().requires_grad_()
+    found = divergence(model, IDS, x, dense)
+    found.backward()
+    masked.remove()
+    kept = torch.isfinite(bias)
+
+    def log_probabilities(h):
+        return model.model.lm_head(model.model.model.norm(h))[..., kept].double().log_softmax(-1)
+
+    if not getattr(model.model.config, "final_logit_softcapping", None):
+        log_q, log_p = map(log_probabilities, (hidden, dense))
+        assert found.item() == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), rel=1e-4)
+    assert torch.isfinite(found)
+    assert torch.isfinite(x.grad).all()
+    assert x.grad.any()
+
+
+def test_a_classifier_predicts_no_tokens(opened, monkeypatch):
+    _, _, states, *_ = opened
+    for logits in (torch.zeros(1, 3), torch.zeros(1, 1, 250), None):
+        monkeypatch.setattr(predictions, "run_behind_blocks", lambda *args, x=logits: SimpleNamespace(logits=x))
+        assert not predicts(states, IDS)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from helpers.pages import TYPES, Document, layer, parsed, report_of_run, task
 
-from sparsefw.report import Difference, Measurement, Reconstruction, Report, charts, log
+from sparsefw.report import PREDICTIONS, Difference, Measurement, Reconstruction, Report, charts, log
 from sparsefw.report.html import MOST_ROWS, page
 
 HOSTILE = (
@@ -90,13 +90,13 @@ def block_tables(report: Report) -> list[dict[str, str]]:
 def test_losses_of_blocks_only_where_some_were_reconstructed():
     report = report_of_run()
     assert all(not {"loss before", "loss after"} & row.keys() for row in block_tables(report))
-    found = Reconstruction(0.25, 0.123456, 18, False), None, Reconstruction(0.5, math.inf, 18, True)
+    found = Reconstruction(0.25, 0.123456, 18, False), None, Reconstruction(0.5, math.inf, 18, True, PREDICTIONS)
     blocks = [replace(block, reconstruction=x) for block, x in zip(report.blocks, found, strict=True)]
     rows = block_tables(replace(report, blocks=blocks))
     assert [(row["loss before"], row["loss after"]) for row in rows] == [
         ("0.25000", "0.12346"),
         ("-", "-"),
-        ("0.50000", "inf (put back)"),
+        ("0.50000", "inf (predictions, put back)"),
     ]
     # The other columns are where they were.
     assert [row["calibration"] for row in rows] == ["once"] * 3
