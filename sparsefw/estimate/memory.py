@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from sparsefw import data
 from sparsefw.estimate.forward_memory import (
     SLACK,
-    backward_bytes,
     forward_bytes,
     libraries_bytes,
     outside_page_locked,
     page_locked_of_block,
 )
-from sparsefw.estimate.passes import cross_rows, fits_predictions, is_kept, reconstructed_parameters, stages
+from sparsefw.estimate.passes import cross_rows, fits_predictions, is_kept, stages
+from sparsefw.estimate.reconstruction_memory import prediction_bytes, reconstruction_bytes
 from sparsefw.estimate.sharing import grams_of_rank
 from sparsefw.estimate.workload import Workload, largest_share
 from sparsefw.model import Placement
@@ -27,7 +27,6 @@ from sparsefw.process import page_locked_bytes
 from sparsefw.ranks import panels
 from sparsefw.solver import METHODS, PruneConfig
 from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
-from sparsefw.solver.kept_weights import bytes_of_state
 
 # Memory of a solve per entry of a chunk, where no mask is chosen again for refitted weights; measured on a CPU.
 BYTES_WITHOUT_ROUNDS = 56
@@ -86,8 +85,8 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
         ),
         "solve": weights + max(_solve_bytes(b, shape, workload, placement, kept) for b in blocks),
         "reconstruct": max(
-            block + max(_reconstruction_bytes(b, shape, workload, tokens) for b in blocks),
-            _prediction_bytes(shape, workload, tokens),
+            block + max(reconstruction_bytes(b, shape, workload, tokens) for b in blocks),
+            prediction_bytes(shape, workload, tokens),
         ),
         "write": weights,
         "end": shape.outside
@@ -263,32 +262,6 @@ def _cross_bytes(stage: list[LayerShape], workload: Workload) -> int:
     if not workload.config.uses_dense_target:
         return 0
     return sum(4 * rows * stage[0].d for rows in cross_rows(stage))
-
-
-def _reconstruction_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
-    """The state of kept weights, and what a micro-batch leaves inside a block for its gradients."""
-    if not workload.config.reconstruct:
-        return 0
-    return _state_bytes(block, shape) + backward_bytes(block, shape, workload.seqlen, tokens)
-
-
-def _state_bytes(block: BlockShape, shape: ModelShape) -> int:
-    """The state of a block's kept weights."""
-    parameters = reconstructed_parameters(block)
-    # The gradient of one parameter at a time is in fp32.
-    return bytes_of_state(sum(parameters), shape.itemsize) + 4 * max(parameters, default=0)
-
-
-def _prediction_bytes(shape: ModelShape, workload: Workload, tokens: int) -> int:
-    """The last block, and all that its reconstruction takes where predictions are compared."""
-    if not fits_predictions(shape, workload.config):
-        return 0
-    last = shape.blocks[-1]
-    # Logits of a window in both models, their distributions in fp32, and the gradient.
-    logits = workload.seqlen * shape.vocabulary * (3 * shape.itemsize + 12)
-    backward = backward_bytes(last, shape, workload.seqlen, tokens)
-    # They are gone when the gradients go back through the block.
-    return last.nbytes + shape.outside + _state_bytes(last, shape) + max(backward, backward // 2 + logits)
 
 
 def _groups(block: BlockShape, workload: Workload, kept: _Kept) -> Iterator[tuple[list[list[LayerShape]], int]]:

@@ -1,0 +1,43 @@
+"""Memory of a block's reconstruction."""
+
+from sparsefw.estimate.forward_memory import backward_bytes
+from sparsefw.estimate.passes import fits_predictions, reconstructed_parameters
+from sparsefw.estimate.workload import Workload
+from sparsefw.model.shapes import BlockShape, ModelShape
+from sparsefw.solver.kept_weights import bytes_of_state
+
+
+def reconstruction_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
+    """The state of kept weights, and what a micro-batch leaves inside a block for its gradients.
+
+    Args:
+        block, shape: the block and its model.
+        workload: the work.
+        tokens: tokens of a micro-batch.
+    """
+    if not workload.config.reconstruct:
+        return 0
+    return _state_bytes(block, shape) + backward_bytes(block, shape, workload.seqlen, tokens)
+
+
+def _state_bytes(block: BlockShape, shape: ModelShape) -> int:
+    """The state of a block's kept weights."""
+    parameters = reconstructed_parameters(block)
+    # The gradient of one parameter at a time is in fp32.
+    return bytes_of_state(sum(parameters), shape.itemsize) + 4 * max(parameters, default=0)
+
+
+def prediction_bytes(shape: ModelShape, workload: Workload, tokens: int) -> int:
+    """The last block, and all that its reconstruction takes where predictions are compared.
+
+    Args:
+        shape, workload, tokens: as for `reconstruction_bytes`.
+    """
+    if not fits_predictions(shape, workload.config):
+        return 0
+    last = shape.blocks[-1]
+    # Logits of a window in both models, their distributions in fp32, and the gradient.
+    logits = workload.seqlen * shape.vocabulary * (3 * shape.itemsize + 12)
+    backward = backward_bytes(last, shape, workload.seqlen, tokens)
+    # They are gone when the gradients go back through the block.
+    return last.nbytes + shape.outside + _state_bytes(last, shape) + max(backward, backward // 2 + logits)
