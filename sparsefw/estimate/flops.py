@@ -108,8 +108,12 @@ def _pruned(block: BlockShape, layers: Iterable[LayerShape]) -> bool:
 def _steps(run: PlannedRun, block: BlockShape) -> Iterator[Operation]:
     """The steps of a block's reconstruction: what is beside the products that make gradients."""
     steps = steps_of_reconstruction(run.workload, run.placement)
-    if weights := sum(reconstructed_parameters(block)) * bool(steps):
-        yield Operation("reconstruct", "adam", run.weight_unit, steps, times(adam_step(weights), steps))
+    if not (steps and block.layers):
+        return
+    parameters = reconstructed_parameters(block, run.workload.config.pattern)
+    weights, kept = (sum(counts) for counts in zip(*parameters, strict=True))
+    cost = adam_step(weights, kept, run.shape.itemsize)
+    yield Operation("reconstruct", "adam", run.weight_unit, steps, times(cost, steps))
 
 
 def _grams(run: PlannedRun, block: BlockShape, method: str) -> Iterator[Operation]:

@@ -8,7 +8,8 @@ from sparsefw.model import Placement
 from sparsefw.model.layers import first_segments, is_watched
 from sparsefw.model.placement import split_batches
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
-from sparsefw.solver import PruneConfig
+from sparsefw.solver import PruneConfig, patterns
+from sparsefw.solver.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,17 @@ def held_out(workload: Workload, placement: Placement, method: str) -> int:
     return sum(min(batch, windows - j * batch) for j in batches)
 
 
-def reconstructed_parameters(block: BlockShape) -> list[int]:
-    """The weights of each parameter of a block with layers to prune: also of its experts that stay dense."""
+def reconstructed_parameters(block: BlockShape, pattern: Pattern) -> list[tuple[int, int]]:
+    """The weights of each parameter of a block with layers to prune, also of its experts that stay dense, and how many
+    of them are kept and may move."""
     experts = {layer.name: layer.experts for layer in block.all_layers}
-    return [layer.rows * layer.d * max(1, experts[layer.name]) for layer in block.layers]
+    return [
+        (
+            layer.rows * layer.d * max(1, experts[layer.name]),
+            layer.rows * patterns.kept_in_row(pattern, layer.d) * max(1, layer.experts),
+        )
+        for layer in block.layers
+    ]
 
 
 def _passes_by_stage(block: BlockShape, windows: int, placement: Placement) -> Generator[Pass, None, int]:

@@ -5,6 +5,7 @@ from sparsefw.estimate.passes import fits_predictions, reconstructed_parameters
 from sparsefw.estimate.workload import Workload
 from sparsefw.model.shapes import BlockShape, ModelShape
 from sparsefw.solver.kept_weights import bytes_of_state
+from sparsefw.solver.patterns import Pattern
 
 
 def reconstruction_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
@@ -17,14 +18,15 @@ def reconstruction_bytes(block: BlockShape, shape: ModelShape, workload: Workloa
     """
     if not workload.config.reconstruct:
         return 0
-    return _state_bytes(block, shape) + backward_bytes(block, shape, workload.seqlen, tokens)
+    return _state_bytes(block, shape, workload.config.pattern) + backward_bytes(block, shape, workload.seqlen, tokens)
 
 
-def _state_bytes(block: BlockShape, shape: ModelShape) -> int:
+def _state_bytes(block: BlockShape, shape: ModelShape, pattern: Pattern) -> int:
     """The state of a block's kept weights."""
-    parameters = reconstructed_parameters(block)
-    # The gradient of one parameter at a time is in fp32.
-    return bytes_of_state(sum(parameters), shape.itemsize) + 4 * max(parameters, default=0)
+    parameters = reconstructed_parameters(block, pattern)
+    # Of one parameter at a time: places of its kept weights as torch writes to them, and their new values.
+    written = (8 + shape.itemsize) * max((kept for _, kept in parameters), default=0)
+    return sum(bytes_of_state(*counts, shape.itemsize) for counts in parameters) + written
 
 
 def prediction_bytes(shape: ModelShape, workload: Workload, tokens: int) -> int:
@@ -40,4 +42,4 @@ def prediction_bytes(shape: ModelShape, workload: Workload, tokens: int) -> int:
     logits = workload.seqlen * shape.vocabulary * (3 * shape.itemsize + 12)
     backward = backward_bytes(last, shape, workload.seqlen, tokens)
     # They are gone when the gradients go back through the block.
-    return last.nbytes + shape.outside + _state_bytes(last, shape) + max(backward, backward // 2 + logits)
+    return last.nbytes + shape.outside + _state_bytes(last, shape, workload.config.pattern) + max(backward, backward // 2 + logits)

@@ -61,7 +61,7 @@ def _traffic(block: BlockShape, config: PruneConfig, ranks: int, itemsize: int, 
     sent, spread = Counter[str](), [0] * ranks
     if ranks == 1:
         return Traffic(0, 0, (0,))
-    for weights in reconstructed_parameters(block):
+    for weights, _ in reconstructed_parameters(block, config.pattern):
         # The gradients of every step of a reconstruction.
         sent["sum"] += steps * sent_of_sum(itemsize * weights, ranks)
     for method in config.methods:

@@ -79,32 +79,30 @@ class _Variable:
 
     def __init__(self, parameter: nn.Parameter, views: list[Tensor]) -> None:
         self.parameter = parameter
-        self._kept, self._before = kept_entries(parameter, views), parameter.detach().clone()
-        # In half precision a copy; otherwise the memory of the parameter itself.
-        self._weight = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32)).requires_grad_()
-        self._scale = 0.0
-        if self._kept.any():
-            rms = self._weight.detach()[self._kept].square().mean().sqrt().item()
-            self._scale = rms / math.sqrt(views[0].shape[1])
+        kept = _in_memory(kept_entries(parameter, views), parameter).reshape(-1).nonzero().flatten()
+        self._index = kept.to(index_dtype(parameter.numel()))
+        self._before = self._entries(parameter.detach())
+        weight = self._before.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+        self._scale = weight.square().mean().sqrt().item() / math.sqrt(views[0].shape[1]) if len(kept) else 0.0
+        self._weight = weight.requires_grad_()
         self._optimizer = torch.optim.Adam([self._weight], lr=0.0, betas=DECAYS, eps=LEAST, fused=True)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """Move the kept entries against their gradients."""
         assert self.parameter.grad is not None
-        self._weight.grad = self.parameter.grad.to(self._weight.dtype).mul_(self._kept)
+        self._weight.grad = self._entries(self.parameter.grad).to(self._weight.dtype)
         self.parameter.grad = None
         for group in self._optimizer.param_groups:
             group["lr"] = rate * self._scale
         self._optimizer.step()
         self._weight.grad = None
-        if self.parameter.data_ptr() != self._weight.data_ptr():
-            self.parameter.copy_(self._weight)
+        self._write(self._weight)
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Make the parameter what it was."""
-        self.parameter.copy_(self._before)
+        self._write(self._before)
 
     def close(self) -> None:
         """Let the state go. Optimizers hold themselves, and would keep theirs until Python looks for such circles."""
@@ -113,23 +111,49 @@ class _Variable:
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()
 
+    def _entries(self, tensor: Tensor) -> Tensor:
+        """The kept entries of a tensor like the parameter, (kept,)."""
+        return _in_memory(tensor, self.parameter).reshape(-1).index_select(0, self._index)
 
-def adam_step(weights: int) -> Cost:
-    """The cost of a step of so many weights, kept or not: gradient, m, v, weight in fp32 in, but for the first out."""
-    return Cost(12 * weights, 28 * weights)
+    def _write(self, entries: Tensor) -> None:
+        """Make these the parameter's kept entries."""
+        parameter = self.parameter.detach()
+        _in_memory(parameter, parameter).view(-1).index_copy_(0, self._index.long(), entries.to(parameter.dtype))
 
 
-def bytes_of_state(weights: int, itemsize: int) -> int:
-    """Bytes of the state of so many weights, kept or not, beside the weights themselves.
+def adam_step(weights: int, kept: int, itemsize: int) -> Cost:
+    """The cost of a step of a parameter.
 
-    m, v, whether a weight is kept, what it was, and its gradient; in half precision also the weight in fp32.
+    The gradient in; m, v and the fp32 weight of what is kept in and out; the parameter out. What is read or written in
+    between counts whole: kept weights lie close together.
 
     Args:
-        weights: number of weights.
+        weights: number of weights, kept or not.
+        kept: number of those that are kept.
         itemsize: bytes of a weight.
     """
-    moved = max(4, itemsize)
-    return weights * (2 * moved + 1 + 2 * itemsize + (moved if itemsize < moved else 0))
+    return Cost(12 * kept, 2 * itemsize * weights + 24 * kept)
+
+
+def bytes_of_state(weights: int, kept: int, itemsize: int) -> int:
+    """Bytes of the state of a parameter, beside the parameter itself: of each weight its gradient, and of each that is
+    kept its place, what it was, what it is in fp32, m and v.
+
+    Args:
+        weights, kept, itemsize: as for `adam_step`.
+    """
+    moved = 3 * max(4, itemsize)
+    return itemsize * weights + kept * (index_dtype(weights).itemsize + itemsize + moved)
+
+
+def index_dtype(entries: int) -> torch.dtype:
+    """The dtype of the places of so many entries."""
+    return torch.int32 if entries < 2**31 else torch.int64
+
+
+def _in_memory(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor whose entries, read row by row, have the order in which those of `like` lie in memory."""
+    return tensor.permute(sorted(range(like.ndim), key=like.stride, reverse=True))
 
 
 def rate_at(step: int, steps: int, rate: float) -> float:

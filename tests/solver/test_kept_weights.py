@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsefw.solver.kept_weights import DECAYS, KeptWeights, adam_step, bytes_of_state, kept_entries, rate_at
+from sparsefw.solver.kept_weights import DECAYS, KeptWeights, adam_step, bytes_of_state, index_dtype, kept_entries, rate_at
 
 RATE = 0.2
 # Integers as wide as the values: 0.0 and -0.0 differ.
@@ -252,15 +252,16 @@ class TestAfterwards:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_state_takes_what_is_expected(dtype):
-    """Beside the weights: their old values, a bool each, m and v, and gradients."""
+    """Beside the weights: gradients, and of those that are kept their places, old values, values in fp32, m and v."""
     parameter = nn.Parameter(pruned(64, 96, dtype=dtype))
+    kept = int(parameter.count_nonzero())
     weights = KeptWeights([(parameter, [parameter.detach()])], 2, RATE)
     give(parameter, torch.ones_like(parameter))
     (variable,) = weights._variables
-    held = [variable._kept, variable._before, *weights.gradients()]
-    held += [variable._weight] if variable._weight.data_ptr() != parameter.data_ptr() else []
+    held = [variable._index, variable._before, variable._weight, *weights.gradients()]
     weights.step()
     (state,) = variable._optimizer.state.values()
     held += [state["exp_avg"], state["exp_avg_sq"]]
-    assert sum(x.nbytes for x in held) == bytes_of_state(parameter.numel(), parameter.element_size())
-    assert adam_step(10).bytes == 2 * adam_step(5).bytes == 280
+    assert sum(x.nbytes for x in held) == bytes_of_state(parameter.numel(), kept, parameter.element_size())
+    assert index_dtype(2**31) is torch.int64
+    assert adam_step(10, 4, 2).bytes == 2 * adam_step(5, 2, 2).bytes == 136
