@@ -3,6 +3,7 @@
 from sparsefw.estimate.forward_memory import backward_bytes
 from sparsefw.estimate.passes import fits_predictions, reconstructed_parameters
 from sparsefw.estimate.workload import Workload
+from sparsefw.model.predictions import PIECE
 from sparsefw.model.shapes import BlockShape, ModelShape
 from sparsefw.solver.kept_weights import bytes_of_state
 from sparsefw.solver.patterns import Pattern
@@ -38,8 +39,10 @@ def prediction_bytes(shape: ModelShape, workload: Workload, tokens: int) -> int:
     if not fits_predictions(shape, workload.config):
         return 0
     last = shape.blocks[-1]
-    # Logits of a window in both models, their distributions in fp32, and the gradient.
-    logits = workload.seqlen * shape.vocabulary * (3 * shape.itemsize + 12)
+    # Logits of a window in both models, what the head makes them of, and distributions in fp32 of a piece.
+    entries = workload.seqlen * shape.vocabulary
+    logits = 3 * shape.itemsize * entries + 20 * min(entries, max(PIECE, shape.vocabulary))
     backward = backward_bytes(last, shape, workload.seqlen, tokens)
     # They are gone when the gradients go back through the block.
-    return last.nbytes + shape.outside + _state_bytes(last, shape, workload.config.pattern) + max(backward, backward // 2 + logits)
+    state = _state_bytes(last, shape, workload.config.pattern)
+    return last.nbytes + shape.outside + state + max(backward, backward // 2 + logits)

@@ -3,7 +3,7 @@
     divergence = sum over tokens and vocabulary of p (log p - log q)        p: dense, q: pruned (Kullback and Leibler)
 
 Its gradient by q's logits is q - p. It is taken back to the hidden states while the logits are there, so that those of
-one window at a time are in memory.
+one window at a time are in memory, and distributions in fp32 of a piece of it.
 """
 
 from typing import Any
@@ -15,6 +15,9 @@ from sparsefw.data import token_batch
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.forward import run_behind_blocks
 from sparsefw.model.hidden_states import HiddenStates
+
+# Entries of the logits whose distributions are in memory at once; at least those of a token.
+PIECE = 2**24
 
 
 @torch.no_grad()
@@ -57,16 +60,19 @@ class _Divergence(torch.autograd.Function):
         gradients: list[Tensor] = []
         for n in range(len(ids)):
             window = slice(n, n + 1)
-            log_p = _logits(model, ids[window], dense[window]).float().log_softmax(-1)
-            x = hidden[window].detach()
+            of_dense, x = _logits(model, ids[window], dense[window]), hidden[window].detach()
             with torch.set_grad_enabled(asked):
                 z = _logits(model, ids[window], x.requires_grad_(asked))
-            log_q, p = z.detach().float().log_softmax(-1), log_p.exp()
-            # A token that never comes, whose logit is -inf, counts nothing.
-            total += log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum()
-            del log_p
+            tokens = max(1, PIECE // z.shape[-1])
+            for p_logits, q_logits in zip(of_dense.split(tokens, 1), z.detach().split(tokens, 1), strict=True):
+                log_p, log_q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
+                p = log_p.exp()
+                # A token that never comes, whose logit is -inf, counts nothing.
+                total += log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum()
+                # The gradient takes the place of the logits.
+                p_logits.copy_(log_q.exp_().sub_(p))
             if asked:
-                gradients += torch.autograd.grad(z, x, log_q.exp_().sub_(p).to(z.dtype))
+                gradients += torch.autograd.grad(z, x, of_dense)
         if asked:
             ctx.save_for_backward(torch.cat(gradients))
         return total

@@ -79,6 +79,20 @@ def test_logits_of_one_window_at_a_time(opened, monkeypatch):
     assert seen == [1] * 2 * len(IDS)
 
 
+@pytest.mark.parametrize("tokens", [0.5, 1, 3, 10])
+def test_pieces_change_nothing(tokens, opened, monkeypatch):
+    """Pieces of so many tokens, of a token at least."""
+    _, model, _, hidden, dense = opened
+    found = []
+    for entries in (predictions.PIECE, int(tokens * model.model.config.vocab_size)):
+        monkeypatch.setattr(predictions, "PIECE", entries)
+        x = hidden.clone().requires_grad_()
+        divergence(model, IDS, x, dense).backward()
+        found.append((x.grad, divergence(model, IDS, hidden, dense)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-6)
+
+
 def test_tokens_that_never_come_count_nothing(opened):
     """Some models mask tokens of their vocabulary, such as those of images."""
     _, model, _, hidden, dense = opened

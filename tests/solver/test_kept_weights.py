@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from sparsefw.solver.kept_weights import DECAYS, KeptWeights, adam_step, bytes_of_state, index_dtype, kept_entries, rate_at
+from sparsefw.solver.kept_weights import (
+    DECAYS,
+    KeptWeights,
+    adam_step,
+    bytes_of_state,
+    index_dtype,
+    kept_entries,
+    rate_at,
+)
 
 RATE = 0.2
 # Integers as wide as the values: 0.0 and -0.0 differ.
