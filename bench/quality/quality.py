@@ -16,7 +16,7 @@ import quality_baselines
 import texts
 from checkpoint_smollm2 import build_checkpoint
 from dense_layers import dense_layers
-from quality_cells import NSAMPLES, OWN, PATTERNS, SEED, Cell, cells_of_everything, select
+from quality_cells import NSAMPLES, OWN, PATTERNS, SEED, SEQLEN, Cell, cells_of_everything, select
 from quality_curves import measure_curves
 from quality_documents import write_documents
 from quality_results import ALL, RESULTS, load, made_by, missing, remaining, save
@@ -54,7 +54,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "none (default: 8)")  # fmt: skip
     add("--settings", type=_numbers, default="", metavar="N,N", help="blocks on whose layers settings are compared by "
         "their error on held-out text (default: none)")  # fmt: skip
-    add("--seqlen", type=int, default=512)
+    add("--seqlen", type=int, default=SEQLEN)
     add("--eval-windows", type=int, default=20)
     arguments = parser.parse_args(argv)
     arguments.table |= arguments.documents and not arguments.texts

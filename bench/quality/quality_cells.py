@@ -33,8 +33,8 @@ METHODS_OF_TABLE = {
 # Settings that are varied alone, at 0.6, from masks only and from the default.
 SETTINGS = {"alpha": (0.0, 0.25, 0.5, 0.75, 0.9), "penalty": (0.0, 1.0), "steps": (20, 30, 60)}
 
-# Calibration windows of the tables, and seeds of their drawing. All rows have the further seeds at some patterns.
-NSAMPLES, SEED = 64, 0
+# Calibration windows of the tables, tokens in each, and seeds of their drawing. All rows have the further seeds at some patterns.
+NSAMPLES, SEQLEN, SEED = 64, 512, 0
 FURTHER_SEEDS, PATTERNS_OF_SEEDS = (1, 2), ("0.6", "2:4")
 
 # The texts that a cell may be calibrated on: the study's calibration text, and the reference's calibration part.
@@ -75,13 +75,13 @@ def config_of(flags: Sequence[str]) -> PruneConfig:
     return inputs_and_config(run_parser(None).parse_args(list(flags)))[1]
 
 
-def resolved(flags: Sequence[str]) -> dict:
+def resolved(flags: Sequence[str], nsamples: int = NSAMPLES) -> dict:
     """The settings that a method's flags stand for, with defaults; only those that the method uses.
 
     A switch that is off and a number that is 0 are left out unless they are Frank-Wolfe's. So a cell that was made
     before there was such a setting is still the same cell.
     """
-    config = config_of(flags)
+    config = config_of(flags).for_tokens(nsamples * SEQLEN)
     names = []
     for f in fields(config):
         if f.metadata.get("frank_wolfe"):

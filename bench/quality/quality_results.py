@@ -56,7 +56,7 @@ def _is_there(cell: Cell, entry: dict | None, held_out: Sequence[str]) -> bool:
     if entry is None:
         return False
     wanted = {*held_out, *([] if cell.tuning else [texts.TEST])}
-    settings = resolved([*cell.flags, "--sparsity", cell.pattern])
+    settings = resolved([*cell.flags, "--sparsity", cell.pattern], cell.nsamples)
     return wanted <= set(entry["perplexity"]) and settings.items() <= entry["arguments"].items()
 
 

@@ -1,7 +1,7 @@
 """PruneConfig: how a model is pruned, in the user's words. Flags, their ranges and their help are made from its fields.
 
 A default that depends on other fields is `None` in the class and has its value in every instance:
-`PruneConfig().steps` is 30, `PruneConfig(refit=0).steps` is 40.
+`PruneConfig().steps` is 24, `PruneConfig(refit=0).steps` is 40.
 """
 
 import numbers
@@ -31,6 +31,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": dict(warm_start="wanda", step_rule="line-search", alpha=0.0, refit=4),
     "paper": dict(warm_start="wanda", step_rule="open-loop", alpha=0.9, refit=0),
 }
+# The damping of refits that is not given is that of so many tokens more with independent inputs, at most MOST_DAMP and
+# at least the preset's: the fewer tokens there are, the less their Gram matrix says of other text.
+DAMP_TOKENS, MOST_DAMP = 13_000, 0.4
 # Further defaults of each preset: with a refit of the kept weights, and without one, where the mask is final.
 WITH_REFIT: dict[str, dict[str, Any]] = {
     "sparsefw": dict(steps=24, penalty=0.7, rounds=3, swaps=0, target="dense", damp=0.1),
@@ -88,7 +91,7 @@ class PruneConfig:
     keep_zeros: bool = flag("weights that are zero in the input stay zero (default: a refit may revive them)", False)
     warm_start: str = flag("saliency of the first mask (default: wanda)", choices=SALIENCIES, frank_wolfe=True)
     steps: int = flag(
-        "Frank-Wolfe steps (default: 30; 40 with --refit 0; 3 with --preset fast; 2000 with --preset paper)",
+        "Frank-Wolfe steps (default: 24; 40 with --refit 0; 3 with --preset fast; 2000 with --preset paper)",
         metavar="N",
         least=0,
         most=10**6,
@@ -127,7 +130,8 @@ class PruneConfig:
     )  # fmt: skip
     damp: float = flag(
         "this share of the Gram matrix's diagonal is added to it where masks and weights are chosen, so that they hold "
-        "on other text (default: 0.1; 0.2 with --refit 0, but for --preset paper: 0)",
+        "on other text (default: 0.1, and with fewer than 130000 calibration tokens 13000 / tokens, at most 0.4; 0.2 "
+        "with --refit 0, but for --preset paper: 0)",
         # Far more than is of use; a diagonal of real inputs stays finite in fp32 with it.
         metavar="D", least=0, most=2**20, frank_wolfe=True,
     )  # fmt: skip
@@ -182,6 +186,12 @@ class PruneConfig:
     def replace(self, **changes: Any) -> "PruneConfig":
         """The same config with other values of some fields; defaults that depend on them are found anew."""
         return type(self)(**(self.given | changes))
+
+    def for_tokens(self, tokens: int) -> "PruneConfig":
+        """The config of a run with so many calibration tokens: its damping, if it is not given."""
+        if "damp" in self.given or not self.refit or "sparsefw" not in self.methods:
+            return self
+        return self.replace(damp=max(self.damp, min(MOST_DAMP, round(DAMP_TOKENS / tokens, 2))))
 
     @classmethod
     def paper(cls, **options: Any) -> "PruneConfig":

@@ -22,7 +22,7 @@ def registered(monkeypatch):
 def entry(cell, perplexity=10.0, **changes):
     """A hand-made cell of the results, as far as tables and the choice of cells need it."""
     on_texts = {"a.txt": perplexity, "b.txt": 2 * perplexity, texts.TEST: 3 * perplexity}
-    settings = quality_cells.resolved([*cell.flags, "--sparsity", cell.pattern])
+    settings = quality_cells.resolved([*cell.flags, "--sparsity", cell.pattern], cell.nsamples)
     made = {"method": cell.method, "arguments": settings, "seconds": {"calibrate": 100.0, "solve": 61.4}}
     relative = {"relative_mask": 0.5, "relative_error": 0.25, "warm_start": "wanda"}
     return made | relative | {"perplexity": on_texts, "dense": dict.fromkeys(on_texts, 9.0)} | changes

@@ -156,6 +156,12 @@ def test_defaults_go_with_the_refit(flags, expected):
     assert expected.items() <= vars(config_of(flags)).items()
 
 
+@pytest.mark.parametrize(("flags", "damp"), [([], 0.4), (["--damp", "0.3"], 0.3), (["--refit", "0"], 0.2)])
+def test_few_tokens_are_damped_more(flags, damp, tmp_path, text):
+    assert run(save_model(tmp_path / "model", "llama"), text, tmp_path / "out", *flags) == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["arguments"]["damp"] == damp
+
+
 def test_flags_arrive_in_the_config():
     values = dict(steps=7, alpha=0.3, penalty=0.4, swaps=5, refit=2, rounds=1, target="layer", damp=0.7)
     flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]

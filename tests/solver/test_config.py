@@ -70,6 +70,28 @@ class TestDefaults:
         assert set(config.WITH_REFIT) == set(config.MASKS_ONLY) == set(config.PRESETS)
 
 
+class TestForTokens:
+    """Fewer tokens damp more."""
+
+    @pytest.mark.parametrize(
+        ("tokens", "damp"),
+        [(16, 0.4), (32_768, 0.4), (65_536, 0.2), (100_000, 0.13), (131_072, 0.1), (10**6, 0.1)],
+    )
+    def test_of_a_refit(self, tokens, damp):
+        for options in ({}, dict(preset="fast"), dict(method="wanda", compare=("sparsefw",))):
+            config = PruneConfig(**options)
+            assert config.for_tokens(tokens) == config.replace(damp=damp)
+
+    @pytest.mark.parametrize("options", [dict(damp=0.3), dict(damp=0), dict(refit=0), dict(preset="paper")])
+    def test_nothing_else_changes(self, options):
+        config = PruneConfig(**options)
+        assert config.for_tokens(16) == config
+
+    def test_of_methods_without_damping(self):
+        config = PruneConfig(method="wanda")
+        assert config.for_tokens(16) == config
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("options", "message"),
