@@ -14,7 +14,7 @@ from sparsefw import InputError, PruneConfig, data, prune, run
 
 TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(200))
 SMALL = dict(nsamples=6, seqlen=32)
-CONFIG = PruneConfig(kernel="torch", steps=4)
+CONFIG = PruneConfig(kernel="torch", steps=4, reconstruct=0)
 
 
 @pytest.fixture
@@ -34,12 +34,33 @@ def shards(folder):
 
 
 def test_the_same_bytes_as_the_command_line(source, text, tmp_path):
-    flags = ["--nsamples", "6", "--seqlen", "32", "--kernel", "torch", "--steps", "4", "--sparsity", "2:4"]
+    flags = [
+        "--nsamples",
+        "6",
+        "--seqlen",
+        "32",
+        "--kernel",
+        "torch",
+        "--steps",
+        "4",
+        "--sparsity",
+        "2:4",
+        "--reconstruct",
+        "0",
+    ]
     places = ["--model", str(source), "--dataset", str(text), "--output", str(tmp_path / "a")]
     assert run.main([*places, *flags]) == 0
     lines = []
     result = prune(
-        source, tmp_path / "b", dataset=text, **SMALL, kernel="torch", steps=4, sparsity="2:4", log=lines.append
+        source,
+        tmp_path / "b",
+        dataset=text,
+        **SMALL,
+        kernel="torch",
+        steps=4,
+        reconstruct=0,
+        sparsity="2:4",
+        log=lines.append,
     )
     assert shards(tmp_path / "a") == shards(tmp_path / "b")
     assert result.output == tmp_path / "b"
@@ -110,7 +131,9 @@ class TestInMemory:
 
 
 def test_numbers_of_numpy_are_numbers(source, text, tmp_path):
-    config = PruneConfig(kernel="torch", sparsity=np.float64(0.5), steps=np.int64(3), alpha=np.float32(0.5))
+    config = PruneConfig(
+        kernel="torch", sparsity=np.float64(0.5), steps=np.int64(3), reconstruct=np.int64(0), alpha=np.float32(0.5)
+    )
     assert (config.sparsity, config.steps, config.alpha) == ("0.5", 3, 0.5)
     result = prune(
         source, tmp_path / "out", config, dataset=text, nsamples=np.int64(6), seqlen=np.int32(32), seed=np.int64(1),

@@ -15,7 +15,7 @@ from sparsefw.model import embed_batches, resident
 from sparsefw.model.activations import DeviceActivations, FiledActivations
 
 NAME = "batches given in Python"
-QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, sparsity="0.5")
+QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
 CPU = torch.device("cpu")
 
 

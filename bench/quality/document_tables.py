@@ -30,6 +30,7 @@ from quality_cells import (
     ROWS_ON_REFERENCE,
     SEED,
     SPARSEGPT,
+    UNRECONSTRUCTED,
     WANDA,
     cells_of_everything,
 )
@@ -63,14 +64,14 @@ BOTH = perplexities(WIKIPEDIA, NEWS)
 
 TABLES = {
     "readme": Table(
-        {label(method): method for method in (WANDA, SPARSEGPT, ADMM, MASKS, DEFAULT)},
+        {label(method): method for method in (WANDA, SPARSEGPT, ADMM, MASKS, UNRECONSTRUCTED, DEFAULT)},
         {percent(pattern): Column(pattern, BOTH) for pattern in PATTERNS},
         strong=(DEFAULT,),
     ),
     "perplexity": Table(
         {DENSE: DENSE} | ALL_ROWS,
         {percent(pattern): Column(pattern, BOTH) for pattern in PATTERNS},
-        strong=(MASKS, DEFAULT),
+        strong=(MASKS, UNRECONSTRUCTED, DEFAULT),
     ),
     "seeds": Table(
         ALL_ROWS,

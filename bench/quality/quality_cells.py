@@ -12,7 +12,8 @@ ONE_SWAPS, ADMM = "best 1-swaps from Wanda", "ADMM"
 PAPER = "the paper's (`--preset paper --steps 100`)"
 MASKS = "masks only (`--refit 0`)"
 MASKS_OF_TARGETS = "masks only, of the dense model's outputs (`--refit 0 --target dense`)"
-LAYERWISE = "layer by layer (`--target layer`)"
+LAYERWISE = "layer by layer (`--target layer --reconstruct 0`)"
+UNRECONSTRUCTED = "without reconstruction (`--reconstruct 0`)"
 
 # Name in the tables and the results: flags of the run. A line here is a row of every table that has all rows.
 METHODS_OF_TABLE = {
@@ -26,14 +27,19 @@ METHODS_OF_TABLE = {
     SPARSEGPT: ["--method", "sparsegpt"],
     ADMM: ["--method", "admm"],
     "ADMM + refit": ["--method", "admm-refit"],
-    LAYERWISE: ["--target", "layer"],
+    LAYERWISE: ["--target", "layer", "--reconstruct", "0"],
+    UNRECONSTRUCTED: ["--reconstruct", "0"],
+    "Wanda, reconstructed (`--method wanda --reconstruct 2`)": ["--method", "wanda", "--reconstruct", "2"],
+    "SparseGPT, reconstructed (`--method sparsegpt --reconstruct 2`)": ["--method", "sparsegpt", "--reconstruct", "2"],
+    "masks only, reconstructed (`--refit 0 --reconstruct 2`)": ["--refit", "0", "--reconstruct", "2"],
     DEFAULT: [],
 }
 
-# Settings that are varied alone, at 0.6, from masks only and from the default.
+# Settings that are varied alone, at 0.6, from masks only and from the default without a reconstruction.
 SETTINGS = {"alpha": (0.0, 0.25, 0.5, 0.75, 0.9), "penalty": (0.0, 1.0), "steps": (20, 30, 60)}
 
-# Calibration windows of the tables, tokens in each, and seeds of their drawing. All rows have the further seeds at some patterns.
+# Calibration windows of the tables, tokens in each, and seeds of their drawing. All rows have the further seeds at some
+# patterns.
 NSAMPLES, SEQLEN, SEED = 64, 512, 0
 FURTHER_SEEDS, PATTERNS_OF_SEEDS = (1, 2), ("0.6", "2:4")
 
@@ -105,7 +111,7 @@ def rows_of_table(settings: bool) -> list[tuple[str, list[str], tuple[str, ...]]
     if not settings:
         return [(name, flags, PATTERNS) for name, flags in METHODS_OF_TABLE.items()]
     rows = [(SPARSEGPT, METHODS_OF_TABLE[SPARSEGPT], ("layer:0.6",))]
-    for base in (MASKS, DEFAULT):
+    for base in (MASKS, UNRECONSTRUCTED):
         flags = METHODS_OF_TABLE[base]
         rows.append((base, flags, ("0.6", "layer:0.6")))
         for name, values in SETTINGS.items():

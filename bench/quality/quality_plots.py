@@ -16,9 +16,9 @@ BY_LAYER = (
     ("masks only (`--refit 0`)", "error_mask", "masks only"),
     ("SparseGPT", "error", "SparseGPT"),
     ("ADMM + refit", "error", "ADMM + refit"),
-    ("layer by layer (`--target layer`)", "error_mask", "layer by layer, mask alone"),
-    ("layer by layer (`--target layer`)", "error", "layer by layer"),
-    ("the default", "error", "the default, of its targets"),
+    ("layer by layer (`--target layer --reconstruct 0`)", "error_mask", "layer by layer, mask alone"),
+    ("layer by layer (`--target layer --reconstruct 0`)", "error", "layer by layer"),
+    ("without reconstruction (`--reconstruct 0`)", "error", "the default's, of their targets"),
 )
 
 

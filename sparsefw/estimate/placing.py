@@ -36,6 +36,8 @@ def place(
     """
     choices = ((p, memory_needs(shape, workload, p)) for p in _placements(shape, workload, folder, fixed or {}))
     remedy = "fewer or shorter windows (--nsamples, --seqlen)"
+    if workload.config.reconstruct:
+        remedy += ", or --reconstruct 0"
     return first_that_fits(choices, limits, workload.ranks_here, remedy)
 
 

@@ -36,14 +36,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 DAMP_TOKENS, MOST_DAMP = 13_000, 0.4
 # Further defaults of each preset: with a refit of the kept weights, and without one, where the mask is final.
 WITH_REFIT: dict[str, dict[str, Any]] = {
-    "sparsefw": dict(steps=24, penalty=0.7, rounds=3, swaps=0, target="dense", damp=0.1),
-    "fast": dict(steps=3, penalty=1.0, rounds=0, swaps=0, target="layer", damp=0.1),
-    "paper": dict(steps=2000, penalty=0.0, rounds=0, swaps=0, target="dense", damp=0.1),
+    "sparsefw": dict(steps=24, penalty=0.7, rounds=3, swaps=0, target="dense", damp=0.1, reconstruct=2),
+    "fast": dict(steps=3, penalty=1.0, rounds=0, swaps=0, target="layer", damp=0.1, reconstruct=0),
+    "paper": dict(steps=2000, penalty=0.0, rounds=0, swaps=0, target="dense", damp=0.1, reconstruct=0),
 }
 MASKS_ONLY: dict[str, dict[str, Any]] = {
-    "sparsefw": dict(steps=40, penalty=1.0, rounds=0, swaps=100, target="layer", damp=0.2),
-    "fast": dict(steps=10, penalty=1.0, rounds=0, swaps=0, target="layer", damp=0.2),
-    "paper": dict(steps=2000, penalty=0.0, rounds=0, swaps=0, target="layer", damp=0.0),
+    "sparsefw": dict(steps=40, penalty=1.0, rounds=0, swaps=100, target="layer", damp=0.2, reconstruct=0),
+    "fast": dict(steps=10, penalty=1.0, rounds=0, swaps=0, target="layer", damp=0.2, reconstruct=0),
+    "paper": dict(steps=2000, penalty=0.0, rounds=0, swaps=0, target="layer", damp=0.0, reconstruct=0),
 }
 
 
@@ -137,8 +137,8 @@ class PruneConfig:
     )  # fmt: skip
     reconstruct: int = flag(
         "passes over the calibration windows that fit the kept weights of each block together, after --method; 0 "
-        "leaves them as the method makes them (default: 0)",
-        0, metavar="PASSES", least=0, most=10**4,
+        "leaves them as the method makes them (default: 2; 0 with --refit 0, and with other methods and presets)",
+        metavar="PASSES", least=0, most=10**4,
     )  # fmt: skip
     kernel: str = flag(
         "triton without a GPU runs in the interpreter: exact and slow (default: triton where CUDA is available, else "
@@ -169,7 +169,8 @@ class PruneConfig:
         refit = preset["refit"] if self.refit is DEPENDS else self.refit
         cuda = torch.cuda.is_available()
         kernel = dict(kernel="triton", precision="bf16") if cuda else dict(kernel="torch", precision="ieee")
-        return preset | (WITH_REFIT if refit else MASKS_ONLY)[self.preset] | kernel
+        others = {} if self.method == "sparsefw" else {"reconstruct": 0}
+        return preset | (WITH_REFIT if refit else MASKS_ONLY)[self.preset] | others | kernel
 
     def _check_together(self) -> None:
         unused = [f.name for f in fields(self) if f.metadata.get("frank_wolfe") and f.name in self.given]

@@ -5,7 +5,18 @@ import quality_baselines
 import quality_cells
 import quality_results
 import texts
-from quality_cells import DEFAULT, MASKS, METHODS_OF_TABLE, OWN, REFERENCE, SPARSEGPT, WANDA, Cell, select
+from quality_cells import (
+    DEFAULT,
+    MASKS,
+    METHODS_OF_TABLE,
+    OWN,
+    REFERENCE,
+    SPARSEGPT,
+    UNRECONSTRUCTED,
+    WANDA,
+    Cell,
+    select,
+)
 from quality_tables import tables
 
 from sparsefw.solver import METHODS
@@ -62,7 +73,7 @@ class TestCells:
         cells = select(settings=True)
         assert len({cell.key for cell in cells}) == len(cells)
         assert all(cell.tuning for cell in cells)
-        for base in (MASKS, DEFAULT):
+        for base in (MASKS, UNRECONSTRUCTED):
             own = [cell for cell in cells if cell.method.startswith(base)]
             varied = [cell.method.removeprefix(f"{base}, ") for cell in own if cell.pattern == "0.6"]
             alphas = {name for name in varied if name.startswith("alpha")}

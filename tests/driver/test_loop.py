@@ -91,6 +91,7 @@ def test_layers_approximate_what_the_dense_model_puts_out(tmp_path):
     source = save_model(tmp_path / "model", "llama")
     (tmp_path / "text.txt").write_text(TEXT)
     flags = ["--nsamples", "40", "--seqlen", "32", "--kernel", "torch", "--precision", "ieee", "--steps", "9"]
+    flags += ["--reconstruct", "0"]
     lost = {}
     for target in ("dense", "layer"):
         places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / target)]
@@ -148,6 +149,7 @@ def test_a_layer_makes_up_for_its_own_output_only(selection, tmp_path):
     source = save_model(tmp_path / "model", "llama")
     (tmp_path / "text.txt").write_text(TEXT)
     flags = ["--nsamples", "40", "--seqlen", "32", "--kernel", "torch", "--precision", "ieee", "--steps", "9"]
+    flags += ["--reconstruct", "0"]
     places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
     assert main([*places, *flags, *selection]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -182,7 +184,10 @@ def test_dense_model_runs_once_a_stage(family, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(HiddenStates, "part", spy)
     (tmp_path / "text.txt").write_text(TEXT)
     places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
-    assert main([*places, "--nsamples", "80", "--seqlen", "32", "--kernel", "torch", "--steps", "2"]) == 0
+    assert (
+        main([*places, "--nsamples", "80", "--seqlen", "32", "--kernel", "torch", "--steps", "2", "--reconstruct", "0"])
+        == 0
+    )
     # There are two micro-batches.
     assert {batch: seen.count(batch) for batch in seen} == {(i, j): runs for i in range(3) for j in range(2)}
 
@@ -224,7 +229,7 @@ def placed(tmp_path_factory):
     source, text = save_model(folder / "model", "qwen3_moe", torch.bfloat16, num_hidden_layers=2), folder / "text.txt"
     text.write_text(TEXT)
     flags = ["--model", source, "--dataset", text, "--eval", text, "--eval-windows", 3, "--nsamples", 9, "--seqlen", 32]
-    flags += ["--kernel", "torch", "--steps", 2]
+    flags += ["--kernel", "torch", "--steps", 2, "--reconstruct", "0"]
     place_of = driver_run.place
 
     def prune(name, **settings):
@@ -277,7 +282,7 @@ def test_a_layer_that_only_real_data_reaches_is_refused(method, tmp_path, monkey
 
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", branching)
     flags = ["--nsamples", "2", "--seqlen", "16", "--kernel", "torch", "--method", method]
-    flags += ["--steps", "2"] * (method == "sparsefw")
+    flags += ["--steps", "2", "--reconstruct", "0"] * (method == "sparsefw")
     places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
     assert main([*places, *flags]) == 2
     assert "model.layers.0.mlp.up_proj.weight: unsupported model" in capsys.readouterr().err

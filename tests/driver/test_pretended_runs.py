@@ -44,6 +44,7 @@ def test_whole_run(flags, kernel, tmp_path, capsys):
     # A small model, since Triton's interpreter is slow.
     source = save_model(tmp_path / "model", "llama", torch.bfloat16, num_hidden_layers=1)
     little = ["--nsamples", "2", "--seqlen", "16", "--steps", "1", "--refit", "1", "--rounds", "1"]
+    little += ["--reconstruct", "0"]
     gpu, report = prune(source, tmp_path / "out", *little, *flags)
     assert f"kernel: {kernel}, precision " in capsys.readouterr().out
     assert report["device"] == NAME
@@ -134,6 +135,7 @@ def check_reconstructions(report, expected):
 def test_placement_does_not_change_the_result(tmp_path, monkeypatch):
     source = save_model(tmp_path / "model", "llama", torch.bfloat16)
     flags = ["--nsamples", "5", "--seqlen", "32", "--steps", "1", "--refit", "1", "--rounds", "0"]
+    flags += ["--reconstruct", "0"]
     flags += ["--eval", str(tmp_path / "text.txt"), "--eval-windows", "3", "--reconstruct", "1"]
     place_of, contents = driver_run.place, {}
     for place in PLACES:
@@ -198,7 +200,7 @@ def test_expected_memory_is_enough_and_not_much_more(working, random_models, tmp
     """Of the whole run, and while blocks are reconstructed: other phases may take more."""
     family, flags = WORKINGS[working]
     if "--method" not in flags:
-        flags = [*flags, "--steps", "1"]
+        flags = ["--reconstruct", "0", *flags, "--steps", "1"]
     if "--eval-windows" in flags:
         flags = [*flags, "--eval", str(tmp_path / "text.txt")]
     needs, peaks = [], []

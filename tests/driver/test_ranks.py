@@ -23,7 +23,7 @@ TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in ran
 SEQLEN = 24
 
 # The default with few steps.
-QUICK = {"steps": 3, "rounds": 0, "refit": 1}
+QUICK = {"steps": 3, "rounds": 0, "refit": 1, "reconstruct": 0}
 
 
 @pytest.fixture

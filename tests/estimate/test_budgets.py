@@ -13,12 +13,13 @@ random_checkpoint = __import__("random_checkpoint")
 
 pytestmark = pytest.mark.slow
 
-FEW = ["--nsamples", "8", "--seqlen", "256", "--steps", "1", "--refit", "1", "--rounds", "0"]
+FEW = ["--nsamples", "8", "--seqlen", "256", "--steps", "1", "--refit", "1", "--rounds", "0", "--reconstruct", "0"]
+TINY = ["--nsamples", "6", "--seqlen", "32", "--steps", "2", "--reconstruct", "0"]
 ONE_SHOT = ["--nsamples", "8", "--seqlen", "256", "--method"]
 
 # Sizes of a model, and flags. None: a model that takes nothing, so that libraries and texts are the most.
 RUNS = {
-    "tiny": (None, ["--nsamples", "6", "--seqlen", "32", "--steps", "2", "--eval", "TEXT", "--eval-windows", "40"]),
+    "tiny": (None, [*TINY, "--eval", "TEXT", "--eval-windows", "40"]),
     "wide": (dict(hidden_size=256, intermediate_size=4096, vocab_size=2048), FEW),
     "factors": (dict(hidden_size=256, intermediate_size=2048, vocab_size=2048), [*ONE_SHOT, "sparsegpt"]),
     "outside": (

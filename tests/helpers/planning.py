@@ -9,8 +9,8 @@ BATCH, SEQLEN = 2, 16
 
 
 def make_config(**options):
-    """In plain torch and fp32, which count alike on every machine."""
-    return PruneConfig(**(dict(kernel="torch", precision="ieee") | options))
+    """In plain torch and fp32, which count alike on every machine, and without a reconstruction."""
+    return PruneConfig(**(dict(kernel="torch", precision="ieee", reconstruct=0) | options))
 
 
 def planned(source, config, windows, evaluation=(), place="gpu", ranks=1):

@@ -28,7 +28,7 @@ SMALL = [
 
 
 def prune(folder, kernel, *flags):
-    assert main(["--kernel", kernel, "--output", str(folder), *SMALL, *flags]) == 0
+    assert main(["--kernel", kernel, "--output", str(folder), *SMALL, "--reconstruct", "0", *flags]) == 0
     weights = {name: w for path in folder.glob("*.safetensors") for name, w in load_file(path).items()}
     return weights, json.loads((folder / "report.json").read_text())
 

@@ -22,7 +22,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess:
 def test_two_ranks_give_one_output_and_one_log(tmp_path):
     source = save_model(tmp_path / "model", "llama")
     (tmp_path / "text.txt").write_text(TEXT)
-    flags = ["--nsamples", 6, "--seqlen", 24, "--kernel", "torch", "--steps", 3, "--rounds", 0]
+    flags = ["--nsamples", 6, "--seqlen", 24, "--kernel", "torch", "--steps", 3, "--rounds", 0, "--reconstruct", 0]
     places = ["--model", source, "--dataset", tmp_path / "text.txt", "--output", tmp_path / "out"]
     ended = torchrun(*places, *flags)
     assert ended.returncode == 0, ended.stderr
