@@ -62,7 +62,7 @@ def test_lines_and_json(config, tmp_path, capsys):
     assert content["workload"]["precision"] == "bf16"
     assert content["rates"]["flops"] == {"bf16": 2e12, "tf32": 4e12, "ieee": 2e12}
     assert (content["rates"]["bandwidth"], content["rates"]["disk"]) == (3e9, 5e9)
-    assert list(content["phases"]) == ["read", "calibrate", "solve", "forward", "write", "all"]
+    assert list(content["phases"]) == ["read", "calibrate", "solve", "reconstruct", "forward", "write", "all"]
     every = content["phases"].pop("all")
     assert every["run"]["flops"] == sum(row["run"].get("flops", 0) for row in content["phases"].values())
     assert content["phases"]["solve"]["run"]["flops"] == 3 * content["phases"]["solve"]["block"]["flops"]
@@ -252,7 +252,7 @@ def test_llama_3_70b(tmp_path):
         "import resource, sys; from sparsefw.plan import main; status = main(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr); sys.exit(status)"
     )
-    flags = ["--model", str(tmp_path), "--gpu", "h100", "--json", str(tmp_path / "plan.json")]
+    flags = ["--model", str(tmp_path), "--gpu", "h100", "--reconstruct", "0", "--json", str(tmp_path / "plan.json")]
     done = subprocess.run(
         [sys.executable, "-c", code, *flags], capture_output=True, text=True, check=True, env=os.environ
     )
