@@ -43,6 +43,24 @@ class TestDefaults:
     def test_go_with_the_refit(self, options, expected):
         assert expected.items() <= dataclasses.asdict(PruneConfig(**options)).items()
 
+    @pytest.mark.parametrize(
+        ("options", "passes"),
+        [
+            ({}, 2),
+            (dict(target="layer"), 2),
+            (dict(compare=("wanda",)), 2),
+            (dict(reconstruct=0), 0),
+            (dict(refit=0), 0),
+            (dict(preset="fast"), 0),
+            (dict(preset="paper", refit=2), 0),
+            (dict(method="sparsegpt"), 0),
+            (dict(method="wanda", compare=("sparsefw",)), 0),
+            (dict(method="wanda", reconstruct=3), 3),
+        ],
+    )
+    def test_which_runs_reconstruct(self, options, passes):
+        assert PruneConfig(**options).reconstruct == passes
+
     def test_do_not_depend_on_more(self):
         found = PruneConfig()
         assert (found.sparsity, found.method, found.compare, found.preset) == ("0.6", "sparsefw", (), "sparsefw")
