@@ -176,7 +176,7 @@ class StreamedModel:
                     self._skeleton.load(self._read(None, names), self.device)
                 else:
                     self._skeleton.load(self.read(None), self.device)
-                    tie_parameters(self.model, self.model.state_dict().keys() - self._skeleton.goes_into.values())
+                    self._tie()
                 for name, parameter in self.model.requires_grad_(False).named_parameters():
                     if not parameter.is_meta:
                         check_finite(name, parameter)
@@ -332,6 +332,17 @@ class StreamedModel:
             for path in elsewhere
             if not path.startswith(f"{self.names[i]}.") and (path.startswith(inside) or not self._outside)
         )
+
+    def _tie(self) -> None:
+        """Make tied parameters outside of the blocks one tensor again.
+
+        A block may be open, and share parameters with others that are not: it keeps those that it has.
+        """
+        modules = [module for block in self.blocks for module in block.modules()]
+        held = [{name: x for name, x in m._parameters.items() if x is not None and not x.is_meta} for m in modules]
+        tie_parameters(self.model, self.model.state_dict().keys() - self._skeleton.goes_into.values())
+        for module, parameters in zip(modules, held, strict=True):
+            module._parameters.update(parameters)
 
     def _drop(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         """Replace all stored tensors of these modules by meta tensors."""

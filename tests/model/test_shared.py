@@ -72,10 +72,23 @@ def test_blocks_run_as_in_the_whole_model(source):
             assert torch.equal(logits(model, batch, hidden), expected)
 
 
-@pytest.mark.parametrize("method", ["sparsefw", "wanda"])
-def test_what_is_shared_stays_dense_and_the_rest_is_pruned(method, source, tmp_path, capsys):
-    options = {"steps": 2} if method == "sparsefw" else {}
-    result = prune(source, tmp_path / "out", dataset=TOKENS, kernel="torch", method=method, **options)
+def test_an_open_block_keeps_what_it_shares(source):
+    """Weights outside of the blocks come and go while its predictions are compared."""
+    with StreamedModel(checkpoint.inspect(source), torch.device("cpu")) as model:
+        for i in range(len(model.blocks)):
+            block = model.open(i)
+            before = dict(block.named_parameters())
+            with model.outside():
+                after = dict(block.named_parameters())
+                assert all(after[name] is parameter for name, parameter in before.items())
+            assert not any(parameter.is_meta for parameter in block.parameters())
+            model.close(i)
+        assert all(parameter.is_meta for parameter in model.model.parameters())
+
+
+@pytest.mark.parametrize("options", [{"steps": 2}, {"steps": 2, "reconstruct": 0}, {"method": "wanda"}])
+def test_what_is_shared_stays_dense_and_the_rest_is_pruned(options, source, tmp_path, capsys):
+    result = prune(source, tmp_path / "out", dataset=TOKENS, kernel="torch", **options)
     before, after = tensors_of(source), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()
     names = [layer.name for layer in result.layers]
