@@ -11,8 +11,8 @@ import sparsefw.plan
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FLAGS = ["--nsamples", "256", "--seqlen", "2048"]
-# The Gram matrices of DeepSeek-V3's 256 experts take 53 GB, beside a block of 23 GB in bf16. To reconstruct it takes more
-# than there is on any card.
+# The Gram matrices of DeepSeek-V3's 256 experts take 53 GB, beside a block of 23 GB in bf16. To
+# reconstruct it takes more than any card has.
 FLAGS_OF = {"DeepSeek-V3": ["--gpu", "h200", "--reconstruct", "0"]}
 
 

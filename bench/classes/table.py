@@ -103,7 +103,7 @@ def _plans(plans: list[dict[str, Any]]) -> Iterator[str]:
     yield "## Models of real size"
     yield ""
     yield "What `sparsefw.plan` says of a `config.json`, for 256 windows of 2048 tokens on one H100, or on an H200"
-    yield "where that is too small, and there without a reconstruction, which a block with hundreds of experts has no room for."
+    yield "where that is too small, and there without a reconstruction, which has no room beside hundreds of experts."
     yield "**Not measured.**"
     yield ""
     yield from _head(["model", "class", "parameters, 10^9", "peak GPU, GiB", "peak host, GiB", "Pflop", "output, GB"])
