@@ -16,7 +16,7 @@ from pathlib import Path
 from random_checkpoint import generate
 
 _HEADS = {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 2048}
-_FEW = ["--refit", "1", "--rounds", "0", "--steps", "1"]
+_FEW = ["--refit", "1", "--rounds", "0", "--steps", "1", "--reconstruct", "0"]
 
 # Family, sizes, and flags of the run.
 CASES = {
