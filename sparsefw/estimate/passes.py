@@ -109,8 +109,10 @@ def held_out(workload: Workload, placement: Placement, method: str) -> int:
 
 
 def reconstructed_parameters(block: BlockShape, pattern: Pattern) -> list[tuple[int, int]]:
-    """The weights of each parameter of a block with layers to prune, also of its experts that stay dense, and how many
-    of them are kept and may move."""
+    """How many weights each parameter with layers to prune has, and how many of them are kept.
+
+    Experts that stay dense lie in the parameter of the others. None of their weights counts as kept: they do not move.
+    """
     experts = {layer.name: layer.experts for layer in block.all_layers}
     return [
         (

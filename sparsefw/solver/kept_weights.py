@@ -136,8 +136,9 @@ def adam_step(weights: int, kept: int, itemsize: int) -> Cost:
 
 
 def bytes_of_state(weights: int, kept: int, itemsize: int) -> int:
-    """Bytes of the state of a parameter, beside the parameter itself: of each weight its gradient, and of each that is
-    kept its place, what it was, what it is in fp32, m and v.
+    """Bytes of the state of a parameter, beside the parameter itself.
+
+    Each weight has a gradient. Each that is kept has its place, what it was, what it is in fp32, m and v.
 
     Args:
         weights, kept, itemsize: as for `adam_step`.
