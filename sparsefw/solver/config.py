@@ -31,8 +31,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": dict(warm_start="wanda", step_rule="line-search", alpha=0.0, refit=4),
     "paper": dict(warm_start="wanda", step_rule="open-loop", alpha=0.9, refit=0),
 }
-# Unless it is given, the damping of a refit is that of so many further tokens whose inputs are independent; at least the
-# preset's and at most MOST_DAMP. The fewer tokens there are, the less their Gram matrix says of other text.
+# Unless it is given, the damping of a refit is that of so many further tokens whose inputs are independent, but at
+# least the preset's and at most MOST_DAMP. The fewer tokens there are, the less their Gram matrix says of other text.
 DAMP_TOKENS, MOST_DAMP = 13_000, 0.4
 # Further defaults of each preset: with a refit of the kept weights, and without one, where the mask is final.
 WITH_REFIT: dict[str, dict[str, Any]] = {

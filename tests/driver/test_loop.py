@@ -91,7 +91,7 @@ def test_layers_approximate_what_the_dense_model_puts_out(tmp_path):
     source = save_model(tmp_path / "model", "llama")
     (tmp_path / "text.txt").write_text(TEXT)
     flags = ["--nsamples", "40", "--seqlen", "32", "--kernel", "torch", "--precision", "ieee", "--steps", "9"]
-    flags += ["--reconstruct", "0"]
+    flags += ["--reconstruct", "0", "--damp", "0.1"]
     lost = {}
     for target in ("dense", "layer"):
         places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / target)]
@@ -149,7 +149,7 @@ def test_a_layer_makes_up_for_its_own_output_only(selection, tmp_path):
     source = save_model(tmp_path / "model", "llama")
     (tmp_path / "text.txt").write_text(TEXT)
     flags = ["--nsamples", "40", "--seqlen", "32", "--kernel", "torch", "--precision", "ieee", "--steps", "9"]
-    flags += ["--reconstruct", "0"]
+    flags += ["--reconstruct", "0", "--damp", "0.1"]
     places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
     assert main([*places, *flags, *selection]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
