@@ -268,6 +268,7 @@ class TestRefusals:
             ([], "calibration: there is no batch"),
             ("text", "calibration: expected a list of batches, got str"),
             ([{"input_ids": 3}], r"calibration\[0\]: has no tensor"),
+            ([torch.ones(2, 2), torch.ones(0, 2)], r"calibration\[1\]: its tensors are empty"),
             ([torch.ones(2, 2), 7], r"calibration\[1\]: expected the arguments of the model's forward"),
             ([torch.tensor([torch.nan])], r"calibration\[0\]: holds NaN"),
             ([{1: torch.ones(2)}], r"calibration\[0\]: expected the names of arguments"),

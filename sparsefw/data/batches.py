@@ -81,7 +81,7 @@ def batches_of(given: Iterable[Any], argument: str) -> Batches:
         argument: name of the argument that they were given as, for messages.
 
     Raises:
-        InputError: there is none, one is something else or has no tensor, or a tensor holds NaN.
+        InputError: there is none, one is something else or has no tensor or empty ones only, or a tensor holds NaN.
     """
     if isinstance(given, str | bytes | Mapping | Tensor) or not isinstance(given, Iterable):
         raise InputError(f"{argument}: expected a list of batches, got {type(given).__name__}")
@@ -114,6 +114,8 @@ def _batch_of(item: Any, name: str) -> Batch:
         raise InputError(f"{name}: expected the names of arguments as keys")
     if not batch.tensors:
         raise InputError(f"{name}: has no tensor")
+    if not any(x.numel() for x in batch.tensors):
+        raise InputError(f"{name}: its tensors are empty")
     # Infinity is all right: masks have it.
     if any(x.is_floating_point() and bool(x.isnan().any()) for x in batch.tensors):
         raise InputError(f"{name}: holds NaN")

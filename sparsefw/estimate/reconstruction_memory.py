@@ -25,7 +25,7 @@ def reconstruction_bytes(block: BlockShape, shape: ModelShape, workload: Workloa
 def _state_bytes(block: BlockShape, shape: ModelShape, pattern: Pattern) -> int:
     """The state of a block's kept weights."""
     parameters = reconstructed_parameters(block, pattern)
-    # Of one parameter at a time: places of its kept weights as torch writes to them, and their new values.
+    # One parameter at a time has the places of its kept weights in 8 bytes each, and their new values.
     written = (8 + shape.itemsize) * max((kept for _, kept in parameters), default=0)
     return sum(bytes_of_state(*counts, shape.itemsize) for counts in parameters) + written
 

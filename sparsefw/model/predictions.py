@@ -69,8 +69,9 @@ class _Divergence(torch.autograd.Function):
                 p = log_p.exp()
                 # A token that never comes, whose logit is -inf, counts nothing.
                 total += log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum()
-                # The gradient takes the place of the logits.
-                p_logits.copy_(log_q.exp_().sub_(p))
+                if asked:
+                    # The gradient takes the place of the logits.
+                    p_logits.copy_(log_q.exp_().sub_(p))
             if asked:
                 gradients += torch.autograd.grad(z, x, of_dense)
         if asked:

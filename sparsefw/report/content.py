@@ -28,7 +28,7 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-# What the blocks of the pruned and of the dense model are compared by.
+# The names of the two losses, by what the pruned and the dense model are compared by.
 HIDDEN, PREDICTIONS = "hidden states", "predictions"
 
 

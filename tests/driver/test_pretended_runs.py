@@ -197,7 +197,7 @@ WORKINGS = {
 
 @pytest.mark.parametrize("working", WORKINGS)
 def test_expected_memory_is_enough_and_not_much_more(working, random_models, tmp_path, monkeypatch):
-    """Of the whole run, and while blocks are reconstructed: other phases may take more."""
+    """The whole run's, and a reconstruction's by itself, since other phases may take more."""
     family, flags = WORKINGS[working]
     reconstructed = "--reconstruct" in flags
     if "--method" not in flags:

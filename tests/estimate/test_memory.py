@@ -49,7 +49,7 @@ def test_goals():
     """The expected memory meets the goals; a GPU has to confirm it."""
     place(LLAMA_70B, work(), {"gpu": 16 * GIB, "host": 32 * GIB})
     place(LLAMA_405B, work(), {"gpu": 48 * GIB, "host": 64 * GIB})
-    # What a card of 24 GB has free, less a tenth; and one of 80 GB.
+    # Cards of 24 GB and of 80 GB have so much free, less a tenth.
     place(LLAMA_70B, work(reconstruct=2), {"gpu": 20 * GIB, "host": 64 * GIB})
     place(LLAMA_405B, work(reconstruct=2), {"gpu": 66 * GIB, "host": 96 * GIB})
 

@@ -46,7 +46,7 @@ def test_divergence_and_gradient(opened):
     x, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     found, wanted = divergence(model, IDS, x, dense), expected(source, exact, dense.double())
     assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
-    # What comes behind it scales the gradient.
+    # The gradient is scaled by what comes behind the divergence.
     (7 * found).backward()
     (7 * wanted).backward()
     assert torch.allclose(x.grad.double(), exact.grad, rtol=1e-3, atol=1e-5 * exact.grad.abs().max().item())
