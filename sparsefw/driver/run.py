@@ -22,7 +22,7 @@ from sparsefw.driver.reporting import report_of
 from sparsefw.driver.tasks import Asked, questions_of, task_samples
 from sparsefw.driver.texts import tokenized_texts
 from sparsefw.errors import InputError
-from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place
+from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place, steps_of_reconstruction
 from sparsefw.evaluation.request import digest_of
 from sparsefw.flags import flag_of
 from sparsefw.model import BlockModel, Placement, StreamedModel, shape_of
@@ -95,6 +95,8 @@ def carry_out(
         writer.check_space(needed - written)
         of_batches = isinstance(prepared.calibration, Batches)
         say(log.placement_line(placement, needs, prepared.limits, of_batches))
+        if job.config.reconstruct and not steps_of_reconstruction(prepared.workload, placement):
+            say("note: no block is reconstructed: that takes two micro-batches on every rank, one of them to hold out")
         say(log.layer_header())
         with (
             tqdm(total=len(model.blocks), unit="block", disable=None if progress else True) as bar,

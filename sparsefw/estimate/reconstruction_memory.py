@@ -41,7 +41,7 @@ def prediction_bytes(shape: ModelShape, workload: Workload, tokens: int) -> int:
     last = shape.blocks[-1]
     # Logits of a window in both models, what the head makes them of, and distributions in fp32 of a piece.
     entries = workload.seqlen * shape.vocabulary
-    logits = 3 * shape.itemsize * entries + 13 * min(entries, max(PIECE, shape.vocabulary))
+    logits = 3 * shape.logits_itemsize * entries + 13 * min(entries, max(PIECE, shape.vocabulary))
     backward = backward_bytes(last, shape, workload.seqlen, tokens)
     # They are gone when the gradients go back through the block.
     state = _state_bytes(last, shape, workload.config.pattern)

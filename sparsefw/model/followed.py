@@ -51,6 +51,7 @@ class Followed:
     Attributes:
         names: the blocks that were called, in the order of their calls; one that was called twice stands there twice.
         forms: what blocks return.
+        logits_itemsize: bytes of an entry of the logits that it returns; 0 if it returns none.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Followed:
         self._weights = {f"{name}.{n}": x for name, block in blocks.items() for n, x in block.named_parameters()}
         self.names: list[str] = []
         self.forms = Forms()
+        self.logits_itemsize = 0
         # Attributes that blocks have set: the module, its name, and the module's attributes before.
         self._set: list[tuple[nn.Module, str, dict[str, Any]]] = []
 
@@ -118,8 +120,10 @@ class Followed:
             return output
 
         with explained(self._kind, "its forward", self._given), recorder:
-            run_replaced(self._runs, list(self._blocks.values()), self._batch, replacement)
+            returned = run_replaced(self._runs, list(self._blocks.values()), self._batch, replacement)
         recorder.ends()
+        logits = getattr(returned, "logits", None)
+        self.logits_itemsize = logits.element_size() if isinstance(logits, Tensor) else 0
         return recorder
 
     def _run_block(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -70,6 +70,7 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
         stored=checkpoint.stored_nbytes / checkpoint.nbytes,
         between=_between(*walks),
         by_window=by_window and states.hidden[0].shape[:2] == (1, TOKENS),
+        logits_itemsize=model.logits_itemsize,
     )
 
 

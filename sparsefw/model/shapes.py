@@ -65,6 +65,7 @@ class ModelShape:
         vocabulary: entries of a logit vector.
         heads: attention heads, if attention holds all scores at once; else 0.
         itemsize: bytes of an entry of an activation.
+        logits_itemsize: bytes of an entry of the logits, which some heads return in fp32; by default `itemsize`.
         parameters: number of parameters.
         between: what a window has between two blocks; None: hidden states of that width.
         by_window: whether logits are made of one window at a time, and not of a micro-batch.
@@ -88,8 +89,11 @@ class ModelShape:
     pieces: tuple[int, ...] = ()
     quantized: int = 0
     stored: float = 1
+    logits_itemsize: int = 0
 
     def __post_init__(self) -> None:
+        if not self.logits_itemsize:
+            object.__setattr__(self, "logits_itemsize", self.itemsize)
         if not self.pieces:
             object.__setattr__(self, "pieces", (self.outside,))
 

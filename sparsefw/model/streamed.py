@@ -92,7 +92,7 @@ class StreamedModel:
         for buffer in model.buffers():
             if not buffer.is_meta:
                 buffer.data = buffer.data.to(self.device)
-        self.flow = path.flow
+        self.flow, self.logits_itemsize = path.flow, path.logits_itemsize
         self.forms, self.kinds = path.forms, [kind_of_block(block) for block in self.blocks]
         self._reader = ThreadPoolExecutor(1)
         # The block that is being read before it is asked for.

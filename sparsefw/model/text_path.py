@@ -39,6 +39,7 @@ class TextPath:
         reads: names of the parameters and stored buffers outside of the blocks that are read, all names of tied ones.
         flow: how the blocks hand tensors on.
         forms: what the blocks return for a few tokens.
+        logits_itemsize: bytes of an entry of the logits; 0 without any.
     """
 
     runs: PreTrainedModel
@@ -48,6 +49,7 @@ class TextPath:
     reads: frozenset[str]
     flow: Flow
     forms: Forms
+    logits_itemsize: int
 
 
 def follow_text(model: PreTrainedModel, folder: Path) -> TextPath:
@@ -135,7 +137,7 @@ def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList], runs: PreT
     used = {name.rpartition(".")[0] for name in few.names}
     called = {name: blocks[name] for name in few.names}
     idle = {name: block for name, block in blocks.items() if name.rpartition(".")[0] in used and name not in called}
-    return TextPath(runs, called, few.names, idle, read, recording.flow, few.forms)
+    return TextPath(runs, called, few.names, idle, read, recording.flow, few.forms, few.logits_itemsize)
 
 
 class _Reads(TorchFunctionMode):

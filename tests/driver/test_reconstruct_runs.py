@@ -173,6 +173,15 @@ def test_placement_does_not_change_the_result(place, ahead, mixture, tmp_path, m
     assert without_times(report) == without_times(expected)
 
 
+@pytest.mark.parametrize(("windows", "said"), [(1, True), (2, False)])
+def test_one_window_is_too_few_and_the_log_says_so(windows, said, llama, tmp_path, capsys):
+    report, _ = run(llama, tmp_path / "out", "--method", "wanda", "--reconstruct", "1", "--nsamples", str(windows))
+    assert all((block.reconstruction is None) == said for block in report.blocks)
+    assert (
+        "note: no block is reconstructed: that takes two micro-batches on every rank" in capsys.readouterr().out
+    ) == said
+
+
 def test_other_passes_are_refused(llama, tmp_path, monkeypatch, capsys):
     flags = [*flags_of(llama, tmp_path / "out"), "--method", "wanda", "--reconstruct"]
 

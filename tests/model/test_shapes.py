@@ -35,6 +35,13 @@ def test_layer_names_are_those_that_calibration_finds(family, tmp_path):
         assert "model.layers.0.mlp.experts.down_proj[3]" in names
 
 
+@pytest.mark.parametrize(("family", "itemsize"), [("llama", 2), ("mamba", 4)])
+def test_heads_that_return_fp32(family, itemsize, tmp_path):
+    """Mamba's logits are in fp32, whatever its weights are in."""
+    found = shape(save_model(tmp_path, family, torch.bfloat16))
+    assert (found.itemsize, found.logits_itemsize) == (2, itemsize)
+
+
 def test_equal_blocks_stay_equal(tmp_path):
     whole = shape(save_model(tmp_path, "llama"))
     assert len(Counter(whole.blocks)) == 1
