@@ -54,6 +54,13 @@ def test_goals():
     place(LLAMA_405B, work(reconstruct=2), {"gpu": 66 * GIB, "host": 96 * GIB})
 
 
+@pytest.mark.parametrize("passes", [0, 2])
+def test_a_refusal_names_the_reconstruction_where_there_is_one(passes):
+    with pytest.raises(InputError, match=r"fewer or shorter windows \(--nsamples, --seqlen\)") as refused:
+        place(LLAMA_70B, work(reconstruct=passes), {"gpu": 4 * GIB, "host": 64 * GIB})
+    assert str(refused.value).endswith("or --reconstruct 0") == bool(passes)
+
+
 def test_nothing_grows_with_depth():
     for gpu in (True, False):
         shallow, deep = (memory_needs(llama(1024, 4096, depth), work(gpu=gpu), Placement(2)) for depth in (4, 80))
