@@ -7,6 +7,7 @@ from helpers.checkpoints import refused
 from helpers.families import save_model
 
 from sparsefw import checkpoint
+from sparsefw.errors import InputError
 from sparsefw.estimate.memory import GIB, activation_bytes, memory_needs
 from sparsefw.estimate.passes import stages
 from sparsefw.estimate.placing import place
