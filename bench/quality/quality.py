@@ -16,7 +16,7 @@ import quality_baselines
 import texts
 from checkpoint_smollm2 import build_checkpoint
 from dense_layers import dense_layers
-from quality_cells import NSAMPLES, OWN, PATTERNS, SEED, SEQLEN, Cell, cells_of_everything, select
+from quality_cells import NSAMPLES, OWN, PATTERNS, SEED, SEQLEN, Cell, cells_of_everything, named, select
 from quality_curves import measure_curves
 from quality_documents import write_documents
 from quality_results import ALL, RESULTS, load, made_by, missing, remaining, save
@@ -46,7 +46,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--documents", action="store_true", help="write the tables of README.md and docs/results.md")
     add("--plots", type=Path, metavar="DIR", help="draw the results there (needs matplotlib)")
     add("--study", action="store_true", help="the settings instead of the methods")
-    add("--only", default="", metavar="TEXT", help="methods whose name contains this")
+    add("--only", default="", metavar="TEXT", help="the method of this name, else methods whose name contains it")
     add("--patterns", type=lambda text: text.split(","), metavar="P,P", help="the methods at these, with one seed")
     for name, default in (("seeds", SEED), ("nsamples", NSAMPLES)):
         add(f"--{name}", type=_numbers, metavar="N,N", help=f"the methods with these, in place of {default}")
@@ -73,7 +73,9 @@ def _numbers(text: str) -> list[int]:
 def _cells(arguments: argparse.Namespace) -> list[Cell]:
     """The selected cells."""
     if not (arguments.study or arguments.patterns or arguments.seeds or arguments.nsamples):
-        return [cell for cell in cells_of_everything() if arguments.only in cell.method]
+        cells = cells_of_everything()
+        chosen = named(arguments.only, [cell.method for cell in cells])
+        return [cell for cell in cells if cell.method in chosen]
     return select(
         settings=arguments.study,
         only=arguments.only,

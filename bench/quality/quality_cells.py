@@ -121,6 +121,11 @@ def rows_of_table(settings: bool) -> list[tuple[str, list[str], tuple[str, ...]]
     return rows
 
 
+def named(name: str, methods: Sequence[str]) -> set[str]:
+    """The method of this name; if there is none, the methods whose names contain it."""
+    return {name} if name in methods else {method for method in methods if name in method}
+
+
 def select(
     *,
     settings: bool = False,
@@ -133,11 +138,13 @@ def select(
 
     Args:
         settings: whether to select the study of settings instead of the methods.
-        only: text that the method's name contains.
+        only: a method, or text that the names of methods contain.
         wanted: patterns; None takes the study's own. Methods are run at any pattern, settings only at the study's.
         seeds, nsamples: seeds of the calibration, and numbers of its windows.
     """
-    rows = [row for row in rows_of_table(settings) if only in row[0]]
+    rows = rows_of_table(settings)
+    chosen = named(only, [method for method, _, _ in rows])
+    rows = [row for row in rows if row[0] in chosen]
     known = list(dict.fromkeys(pattern for _, _, where in rows for pattern in where))
     return [
         Cell(method, tuple(flags), pattern, seed, n, tuning=settings)
