@@ -87,7 +87,7 @@ VARIANTS = {
     "paper": ("llama", ["--preset", "paper", "--sparsity", "layer:0.6"]),
     "mixture": ("qwen3_moe", ["--rounds", "1"]),
     "reconstruct": ("llama", ["--method", "wanda", "--reconstruct", "4"]),
-    "reconstruct, dense targets": ("llama", ["--reconstruct", "2", "--nsamples", "16", "--rounds", "0"]),
+    "reconstruct, dense targets": ("llama", ["--reconstruct", "1", "--nsamples", "8", "--rounds", "0"]),
 }
 
 
