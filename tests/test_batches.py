@@ -120,6 +120,20 @@ class TestOutput:
             prune(model, tmp_path / "out", calibration=batches, **QUICK)
         prune(model, tmp_path / "out", calibration=batches, overwrite=True, **QUICK)
 
+    def test_weights_in_one_buffer(self, tmp_path):
+        """They stay there, as a training loop has laid them."""
+        model, batches = drawn("diffusion")
+        flat = torch.cat([*(x.detach().flatten() for x in model.parameters()), torch.zeros(8)])
+        places = flat[:-8].split([x.numel() for x in model.parameters()])
+        for x, place in zip(model.parameters(), places, strict=True):
+            x.data = place.view(x.shape)
+        prune(model, tmp_path / "out", calibration=batches, **QUICK)
+        loaded, _ = drawn("diffusion")
+        load_model(loaded, tmp_path / "out" / "model.safetensors")
+        for x, place, saved in zip(model.parameters(), places, loaded.parameters(), strict=True):
+            assert x.data_ptr() == place.data_ptr()
+            assert torch.equal(x, saved)
+
     def test_goes_on_after_an_interruption(self, tmp_path):
         whole, batches = drawn("whisper")
         prune(whole, tmp_path / "whole", calibration=batches, **QUICK)
@@ -290,6 +304,10 @@ class TestRefusals:
             prune(nn.Linear(8, 8), dataset=torch.ones(2, 4, dtype=torch.int64))
         with pytest.raises(InputError, match=r"blocks\.0\.0\.weight: is on the meta device"):
             prune(_Twice().to("meta"), calibration=[x])
+        model = _Twice()
+        model.blocks[1][0].weight = nn.Parameter(torch.ones(1, 8).expand(8, 8))
+        with pytest.raises(InputError, match=r"blocks\.1\.0\.weight: its entries share memory, .*\.clone\(\)"):
+            prune(model, calibration=[x])
 
     def test_a_forward_that_fails(self):
         model, batches = drawn("vit")

@@ -16,6 +16,7 @@ from sparsefw.data import Batch, Batches
 from sparsefw.driver.job import Job, Prepared
 from sparsefw.driver.run import carry_out, kernel_line, workload_of
 from sparsefw.model import ResidentModel, resident, shape_of_resident
+from sparsefw.model.slots import filled, slots_of
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report, amount, log
 from sparsefw.solver.selection import check_used
@@ -70,7 +71,10 @@ def save(model: nn.Module, folder: Path) -> None:
     own: Any = getattr(model, "save_pretrained", None)
     if own is not None:
         own(folder)
-    else:
+        return
+    # safetensors takes no tensor that is a part of a larger one, as weights in one flat buffer are.
+    parts = [slot for slot in slots_of(model.named_modules()) if slot.own.untyped_storage().nbytes() > slot.own.nbytes]
+    with filled(parts, lambda slot: slot.own.detach().clone()):
         safetensors.torch.save_model(model, str(folder / "model.safetensors"))
 
 
