@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsefw import checkpoint, data
@@ -49,8 +49,11 @@ def prune_in_place(
         ranks: the processes that share the work; all of them have the model.
 
     Raises:
-        InputError: it is no model of transformers, no tokenizer is known, or as `run`.
+        InputError: it is no model of transformers, entries of a weight share memory, no tokenizer is known, or as
+            `run`.
     """
+    if isinstance(model, nn.Module):
+        _check_places(model)
     with _scratch_folder(output) as scratch:
         folder, pruned = scratch / "model", output or ranks.tell(scratch / "pruned")
         # Before the model is written, which takes a while.
@@ -89,12 +92,14 @@ def prune_on_batches(
         log, progress, ranks: as for `run_in_memory`.
 
     Raises:
-        InputError: the model is no module, or as `data.batches_of` and `run_in_memory`.
+        InputError: the model is no module, entries of a weight share memory, or as `data.batches_of` and
+            `run_in_memory`.
     """
     if not isinstance(model, nn.Module):
         raise InputError(
             f"calibration: batches are for a model in memory, and model is a {type(model).__name__}; load it first"
         )
+    _check_places(model)
     batches = data.batches_of(calibration, "calibration")
     evaluated = None if evaluation is None else data.batches_of(evaluation, "evaluate")
     texts = (data.BATCHES,) if evaluated else ()
@@ -103,6 +108,24 @@ def prune_on_batches(
         job = Job(inputs, config, Output(output or ranks.tell(scratch / "pruned"), **places))
         report = run_in_memory(model, job, batches, evaluated, output is not None, log, progress, ranks)
     return report if output else replace(report, arguments=report.arguments | {"output": None})
+
+
+def _check_places(model: nn.Module) -> None:
+    """Refuse a model with a weight of which several entries are the same place: one cannot be pruned without others."""
+    for name, parameter in model.named_parameters():
+        if not _apart(parameter):
+            raise InputError(f"{name}: its entries share memory, and cannot be pruned one by one; give .clone()")
+
+
+def _apart(tensor: Tensor) -> bool:
+    """Whether each entry of a tensor has a place of its own: every step leads beyond all that smaller steps reach."""
+    end = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if step <= end:
+                return False
+            end += step * (size - 1)
+    return True
 
 
 @contextmanager

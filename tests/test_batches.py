@@ -304,10 +304,23 @@ class TestRefusals:
             prune(nn.Linear(8, 8), dataset=torch.ones(2, 4, dtype=torch.int64))
         with pytest.raises(InputError, match=r"blocks\.0\.0\.weight: is on the meta device"):
             prune(_Twice().to("meta"), calibration=[x])
+
+    @pytest.mark.parametrize("steps", [(0, 1), (1, 0), (1, 1), (4, 1)])
+    @pytest.mark.parametrize("given", ["calibration", "dataset"])
+    def test_weights_whose_entries_share_memory(self, steps, given):
         model = _Twice()
-        model.blocks[1][0].weight = nn.Parameter(torch.ones(1, 8).expand(8, 8))
+        model.blocks[1][0].weight = nn.Parameter(torch.randn(64).as_strided((8, 8), steps))
         with pytest.raises(InputError, match=r"blocks\.1\.0\.weight: its entries share memory, .*\.clone\(\)"):
-            prune(model, calibration=[x])
+            prune(model, **{given: [torch.randn(2, 8)] if given == "calibration" else torch.ones(2, 4).long()})
+
+    @pytest.mark.parametrize("steps", [(8, 1), (1, 8), (9, 1), (16, 2)])
+    def test_weights_with_gaps_and_buffers_that_share_memory(self, steps):
+        model = _Loop()
+        layer = model.blocks[0][0]
+        layer.weight = nn.Parameter(torch.randn(128).as_strided(layer.weight.shape, steps))
+        layer.register_buffer("scale", torch.ones(1).expand(8))
+        prune(model, calibration=[torch.randn(16, 8)], **QUICK)
+        assert (layer.weight == 0).any()
 
     def test_a_forward_that_fails(self):
         model, batches = drawn("vit")

@@ -34,7 +34,7 @@ def resident(model: nn.Module, batch: Batch, device: torch.device) -> Iterator["
         device: device that it runs on.
 
     Raises:
-        InputError: as `follow_batch`; or it has weights on the meta device, weights that share memory, NaN or Inf.
+        InputError: as `follow_batch`; or it has weights on the meta device, NaN or Inf.
     """
     with _evaluating(model), _without_cache(model), attention_by_calls(), expert_by_expert(model):
         opened = ResidentModel(model, batch, device)
@@ -68,11 +68,6 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether several entries of a tensor are the same place in memory."""
-    return any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-
-
 class ResidentModel:
     """A `BlockModel` in memory. Use `resident`.
 
@@ -93,10 +88,6 @@ class ResidentModel:
         self.pieces: list[list[str]] = []
         if name := next((name for name, x in model.named_parameters() if x.is_meta), None):
             raise InputError(f"{name}: is on the meta device, without data; give a model with its weights")
-        if name := next((name for name, x in model.named_parameters() if _is_expanded(x)), None):
-            raise InputError(
-                f"{name}: its entries share memory, and cannot be pruned one by one; give a copy, .clone()"
-            )
         path = follow_batch(model, batch, device)
         self.blocks, self.names, self.idle = [path.blocks[name] for name in path.order], path.order, path.idle
         self.firsts = [self.names.index(name) for name in dict.fromkeys(self.names)]
@@ -172,7 +163,10 @@ class ResidentModel:
 
     @torch.no_grad()
     def change(self, i: int, tensors: Mapping[str, Tensor]) -> None:
-        """Give block i these weights for good, in place."""
+        """Give block i these weights for good, in place.
+
+        Buffers stay as they are. Entries of theirs may share memory, which nothing can be copied to.
+        """
         for slot in slots_of(self.blocks[i].named_modules(prefix=self.names[i])):
-            if slot.path in tensors:
+            if slot.path in tensors and isinstance(slot.own, nn.Parameter):
                 slot.own.copy_(tensors[slot.path])
