@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from sparsefw.model.flow import name_of
-from sparsefw.model.parts import tensors_in
+from sparsefw.model.operands import tensors_in
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsefw.errors import InputError
+from sparsefw.model.operands import tensors_in
+from sparsefw.model.without_data import call_without_data
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,6 @@ SAME = {"reshape", "view", "dropout", "to", "float"}
 
 # Functions that say where a tensor is. What is made there, such as positions, is made as in a whole run.
 _PLACES = {getattr(torch.Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu")}
-
-
-def tensors_in(values: Any) -> list[Tensor]:
-    """All tensors among nested values."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 class PartIsOver(Exception):
@@ -154,25 +150,11 @@ class _Part(NumberedCalls):
 
     def _without_data(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """The result of a function for tensors without data."""
-        copies: list[tuple[Tensor, Tensor]] = []
-
-        def to_meta(value: Any) -> Any:
-            if isinstance(value, torch.device):
-                return torch.device("meta")
-            if not isinstance(value, Tensor) or value.is_meta:
-                return value
-            copies.append((value, value.to("meta")))
-            return copies[-1][1]
-
-        args, kwargs = tree_map(to_meta, (args, kwargs))
-        versions = [copy._version for _, copy in copies]
         try:
-            out = func(*args, **kwargs)
+            out, written = call_without_data(func, args, kwargs)
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise InputError(CANNOT_GO_ON) from error
-        for (tensor, copy), version in zip(copies, versions, strict=True):
-            if copy._version != version:
-                self._outdated[tensor.untyped_storage().data_ptr()] = tensor
+        self._outdated |= {tensor.untyped_storage().data_ptr(): tensor for tensor in written}
         return out
 
     def _replaced(self, point: Point, out: Any) -> Tensor:

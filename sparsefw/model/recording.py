@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from sparsefw.errors import InputError
 from sparsefw.model.flow import Call, Recording, Step, name_of, numbers_in
-from sparsefw.model.parts import DIFFERS, UNSUPPORTED, tensors_in
+from sparsefw.model.operands import tensors_in
+from sparsefw.model.parts import DIFFERS, UNSUPPORTED
 from sparsefw.model.values import Box, Constant, Value, leaves_of, objects_of, outline, rebuilt, tensors_of
 
 # Functions whose results say what values a tensor has, by name. What a forward does next may depend on them.

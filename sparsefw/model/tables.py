@@ -18,7 +18,7 @@ from sparsefw.checkpoint.reader import read_rows
 from sparsefw.checkpoint.tensors import QuantizedInfo
 from sparsefw.finite import check_finite
 from sparsefw.model.flow import name_of
-from sparsefw.model.parts import tensors_in
+from sparsefw.model.operands import tensors_in
 from sparsefw.model.slots import Slot, filled, slots_of
 from sparsefw.model.streamed import StreamedModel
 

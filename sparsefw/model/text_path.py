@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from sparsefw.errors import InputError
 from sparsefw.model.explained import TEXT, ForwardFailed, explained
 from sparsefw.model.flow import Flow
 from sparsefw.model.followed import FEW_TOKENS, Followed, zeros_in
+from sparsefw.model.operands import tensors_in
 from sparsefw.model.stand_ins import Forms
 
 # Functions that ask a tensor for its form alone. Who asks for the device needs the tensor there.
@@ -157,5 +157,5 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func not in _FORM:
-            self.seen |= self._known.intersection(map(id, tree_leaves((args, kwargs))))
+            self.seen |= self._known.intersection(map(id, tensors_in((args, kwargs))))
         return func(*args, **(kwargs or {}))

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sparsefw.model.layers.names import is_expert
+from sparsefw.model.operands import tensors_in
 
 # Functions that add a layer's output to something else.
 ADDITIONS = {
@@ -99,7 +99,7 @@ class Outputs:
         """Stop following the tensors that a function made another tensor of."""
         # Shapes, dtypes and the like are no tensors, and `to` may give back the tensor itself.
         if isinstance(out, Tensor | tuple) and not isinstance(out, torch.Size):
-            self._read.update(id(x) for x in tree_leaves((args, kwargs)) if id(x) in self._layers_of and x is not out)
+            self._read.update(id(x) for x in tensors_in((args, kwargs)) if id(x) in self._layers_of and x is not out)
 
     def output_of(self, layer: str) -> Tensor | None:
         """A layer's output, (tokens, out); None if there is none, or if it has been written to."""

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparsefw.model.layers.names import WeightNames
 from sparsefw.model.layers.products import MIXING, Product, Reading, products_of
-from sparsefw.model.parts import tensors_in
+from sparsefw.model.operands import tensors_in
 from sparsefw.model.stand_ins import hidden_of
 
 _ROUTER = re.compile("router")

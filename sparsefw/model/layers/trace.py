@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from sparsefw.model.layers.names import WeightNames, is_expert
 from sparsefw.model.layers.products import products_of
-from sparsefw.model.parts import INPUT, SAME, NumberedCalls, Point, tensors_in
+from sparsefw.model.operands import tensors_in
+from sparsefw.model.parts import INPUT, SAME, NumberedCalls, Point
 
 # Stands for the block's caller, who reads its output after all calls.
 _CALLER = 1 << 60
