@@ -2,6 +2,7 @@
 
 import gc
 import os
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,26 @@ import torch
 if not torch.cuda.is_available():
     # Set before anything imports triton, as the models of transformers do: its own library is decorated at import.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from triton import language
+from triton.runtime import interpreter
+
+_patch_language = interpreter._patch_lang
+
+
+def _patch_language_once(function: Any) -> Any:
+    """Replace the functions of the languages that a kernel sees, unless they are replaced.
+
+    Triton does so for every call of a function in a kernel, and looks through all of the language each time. The scope
+    of a launch puts them back; that of a call inside is dropped.
+    """
+    seen = [value for value in function.__globals__.values() if value in (language, language.core)]
+    if any(language.core.is_builtin(module.load) for module in seen):
+        return _patch_language(function)
+    return interpreter._LangPatchScope()
+
+
+interpreter._patch_lang = _patch_language_once
 
 # What the libraries have imported stays. To look through it again and again for what may go takes a seventh of the
 # time.
