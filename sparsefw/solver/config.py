@@ -34,6 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Unless it is given, the damping of a refit is that of so many further tokens whose inputs are independent, but at
 # least the preset's and at most MOST_DAMP. The fewer tokens there are, the less their Gram matrix says of other text.
 DAMP_TOKENS, MOST_DAMP = 13_000, 0.4
+# It is so many times as much before a reconstruction, which makes up for most of what that costs on the same text.
+MORE_BEFORE_RECONSTRUCTION = 4
 # Further defaults of each preset: with a refit of the kept weights, and without one, where the mask is final.
 WITH_REFIT: dict[str, dict[str, Any]] = {
     "sparsefw": dict(steps=24, penalty=0.7, rounds=3, swaps=0, target="dense", damp=0.1, reconstruct=2),
@@ -130,8 +132,8 @@ class PruneConfig:
     )  # fmt: skip
     damp: float = flag(
         "this share of the Gram matrix's diagonal is added to it where masks and weights are chosen, so that they hold "
-        "on other text (default: 0.1, and with fewer than 130000 calibration tokens 13000 / tokens, at most 0.4; 0.2 "
-        "with --refit 0, but for --preset paper: 0)",
+        "on other text (default: 52000 / tokens of calibration, at least 0.1 and at most 1.6; a quarter of that, at "
+        "least 0.1, with --reconstruct 0; 0.2 with --refit 0, but for --preset paper: 0)",
         # Far more than is of use; a diagonal of real inputs stays finite in fp32 with it.
         metavar="D", least=0, most=2**20, frank_wolfe=True,
     )  # fmt: skip
@@ -192,7 +194,9 @@ class PruneConfig:
         """The config of a run with so many calibration tokens: its damping, if it is not given."""
         if "damp" in self.given or not self.refit or "sparsefw" not in self.methods:
             return self
-        return self.replace(damp=max(self.damp, min(MOST_DAMP, round(DAMP_TOKENS / tokens, 2))))
+        reconstructed = self.reconstruct and self.method == "sparsefw"
+        more = MORE_BEFORE_RECONSTRUCTION if reconstructed else 1
+        return self.replace(damp=max(self.damp, round(more * min(MOST_DAMP, DAMP_TOKENS / tokens), 2)))
 
     @classmethod
     def paper(cls, **options: Any) -> "PruneConfig":

@@ -156,7 +156,9 @@ def test_defaults_go_with_the_refit(flags, expected):
     assert expected.items() <= vars(config_of(flags)).items()
 
 
-@pytest.mark.parametrize(("flags", "damp"), [([], 0.4), (["--damp", "0.3"], 0.3), (["--refit", "0"], 0.2)])
+@pytest.mark.parametrize(
+    ("flags", "damp"), [([], 0.4), (["--reconstruct", "1"], 1.6), (["--damp", "0.3"], 0.3), (["--refit", "0"], 0.2)]
+)
 def test_few_tokens_are_damped_more(flags, damp, tmp_path, text):
     assert run(save_model(tmp_path / "model", "llama"), text, tmp_path / "out", *flags) == 0
     assert json.loads((tmp_path / "out" / "report.json").read_text())["arguments"]["damp"] == damp

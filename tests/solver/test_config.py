@@ -96,7 +96,20 @@ class TestForTokens:
         [(16, 0.4), (32_768, 0.4), (65_536, 0.2), (100_000, 0.13), (131_072, 0.1), (10**6, 0.1)],
     )
     def test_of_a_refit(self, tokens, damp):
-        for options in ({}, dict(preset="fast"), dict(method="wanda", compare=("sparsefw",))):
+        for options in (
+            dict(reconstruct=0),
+            dict(preset="fast"),
+            dict(method="wanda", compare=("sparsefw",)),
+            dict(method="wanda", reconstruct=2, compare=("sparsefw",)),
+        ):
+            config = PruneConfig(**options)
+            assert config.for_tokens(tokens) == config.replace(damp=damp)
+
+    @pytest.mark.parametrize(
+        ("tokens", "damp"), [(16, 1.6), (32_768, 1.59), (131_072, 0.4), (262_144, 0.2), (520_000, 0.1), (10**6, 0.1)]
+    )
+    def test_of_a_refit_before_a_reconstruction(self, tokens, damp):
+        for options in ({}, dict(preset="fast", reconstruct=1)):
             config = PruneConfig(**options)
             assert config.for_tokens(tokens) == config.replace(damp=damp)
 
