@@ -18,7 +18,8 @@ from sparsefw.run import main
 SEQLEN, WINDOWS = 48, 16
 SMALL = ["--nsamples", str(WINDOWS), "--seqlen", str(SEQLEN), "--kernel", "torch", "--precision", "ieee"]
 # The default with few steps, and without a reconstruction unless a test asks for one.
-QUICK = ["--steps", "2", "--refit", "1", "--rounds", "0", "--reconstruct", "0"]
+# The damping is that of neither kind of run, so that runs with a reconstruction and without one can be compared.
+QUICK = ["--steps", "2", "--refit", "1", "--rounds", "0", "--damp", "0.3", "--reconstruct", "0"]
 METHODS = {
     "dense targets": QUICK,
     "own targets": [*QUICK, "--target", "layer"],
