@@ -29,7 +29,7 @@ def _patch_language_once(function: Any) -> Any:
     Triton does so for every call of a function in a kernel, and looks through all of the language each time. The scope
     of a launch puts them back; that of a call inside is dropped.
     """
-    seen = [value for value in function.__globals__.values() if value in (language, language.core)]
+    seen = [value for value in function.__globals__.values() if value is language or value is language.core]
     if any(language.core.is_builtin(module.load) for module in seen):
         return _patch_language(function)
     return interpreter._LangPatchScope()
