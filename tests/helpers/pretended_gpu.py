@@ -22,9 +22,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from triton.runtime.interpreter import GridExecutor
 
+from sparsefw.model.operands import tensors_in
 from sparsefw.process import page_locked_bytes
 
 DEVICE = torch.device("cuda", 0)
@@ -60,7 +61,7 @@ class OnGPU(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        gpu = next(x.memory.gpu for x in tree_leaves((args, kwargs)) if isinstance(x, OnGPU))
+        gpu = next(x.memory.gpu for x in tensors_in((args, kwargs)) if isinstance(x, OnGPU))
         return gpu.__torch_dispatch__(func, types, args, kwargs)
 
     def __repr__(self) -> str:
@@ -124,12 +125,12 @@ class GPU(TorchDispatchMode):
         if func is aten.index_put.default and torch._C._current_graph_task_id() >= 0:
             # Into zeros that torch makes for a gradient, unseen. It believes that they are needed on the CPU.
             args = (self.put(args[0]), *args[1:])
-        here = any(isinstance(x, OnGPU) for x in tree_leaves((args, kwargs)))
+        here = any(isinstance(x, OnGPU) for x in tensors_in((args, kwargs)))
         return self.compute(func, args, kwargs) if here or _is_gpu(kwargs.get("device")) else func(*args, **kwargs)
 
     def compute(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """func(*args, **kwargs), with an operand or the result on the GPU."""
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = tensors_in((args, kwargs))
         device, packet = kwargs.get("device"), getattr(func, "overloadpacket", func)
         stays = any(isinstance(x, OnGPU) for x in given) if device is None else _is_gpu(device)
         _refuse_two_devices(packet, args, given)
@@ -140,13 +141,13 @@ class GPU(TorchDispatchMode):
             self.wait(str(packet))
         if _is_gpu(device):
             kwargs = kwargs | {"device": torch.device("cpu")}
-        args, kwargs = tree_map_only(OnGPU, lambda x: x.inner, (args, kwargs))
+        args, kwargs = _changed((args, kwargs), lambda x: x.inner if isinstance(x, OnGPU) else x)
         if graph and not getattr(func, "is_view", False):
             return graph.record(func, args, kwargs, given)
         out = func(*args, **kwargs)
         # An operand that was written in place is returned as the same object.
         same = {id(x.inner if isinstance(x, OnGPU) else x): x for x in given}
-        return tree_map_only(Tensor, lambda x: same[id(x)] if id(x) in same else self.put(x) if stays else x, out)
+        return _changed(out, lambda x: same[id(x)] if id(x) in same else self.put(x) if stays else x)
 
     def limit(self, most: float) -> None:
         """Allow at most so many bytes at once from now on."""
@@ -247,13 +248,13 @@ class Graph:
         inner = [x.inner if isinstance(x, OnGPU) else x for x in given]
         for x in inner:
             copies.setdefault(id(x), x.clone())
-        on_copies = tree_map_only(Tensor, lambda x: copies[id(x)], (args, kwargs))
+        on_copies = _changed((args, kwargs), lambda x: copies[id(x)])
         out = func(*on_copies[0], **on_copies[1])
         same = {id(copies[id(x)]): wrapped for x, wrapped in zip(inner, given, strict=True)}
-        if any(id(x) not in same for x in tree_leaves(out) if isinstance(x, Tensor)):
+        if any(id(x) not in same for x in tensors_in(out)):
             raise RuntimeError(f"{func}: takes memory while a graph is captured")
         self.launches.append(lambda: func(*args, **kwargs))
-        return tree_map_only(Tensor, lambda x: same[id(x)], out)
+        return _changed(out, lambda x: same[id(x)])
 
     def replay(self) -> None:
         self.replays += 1
@@ -268,6 +269,18 @@ class _Stream:
         self.wait_stream = self.wait_event = lambda other: None
         self.record_event = lambda: self
         self.synchronize = lambda: self.gpu.wait("synchronize")
+
+
+def _changed(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested values with other tensors. Every operation comes by here, and torch's own `tree_map` is slow."""
+    kind = type(values)
+    if isinstance(values, Tensor):
+        return change(values)
+    if kind is tuple or kind is list:
+        return kind([_changed(value, change) for value in values])
+    if kind is dict:
+        return {name: _changed(value, change) for name, value in values.items()}
+    return tree_map_only(Tensor, change, values) if isinstance(values, tuple) else values
 
 
 def _is_gpu(device: Any) -> bool:
