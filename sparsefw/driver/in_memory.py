@@ -16,6 +16,7 @@ from sparsefw.data import Batch, Batches
 from sparsefw.driver.job import Job, Prepared
 from sparsefw.driver.run import carry_out, kernel_line, workload_of
 from sparsefw.model import ResidentModel, resident, shape_of_resident
+from sparsefw.model.deterministic import let_products_be_deterministic
 from sparsefw.model.slots import filled, slots_of
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report, amount, log
@@ -50,6 +51,7 @@ def run_in_memory(
         InputError: something that the user gave is wrong; the message names it.
         FloatingPointError: a layer's error is not finite.
     """
+    let_products_be_deterministic()
     check_free(job.output.folder, job.output.overwrite)
     say(kernel_line(job.config))
     batch = max(calibration.batches, key=_size)

@@ -11,7 +11,7 @@ need far more steps than others, such as the one that gives the first token its 
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparsefw.driver.block import Run
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model import HiddenStates
+from sparsefw.model.deterministic import deterministic, refused
 from sparsefw.model.explained import ForwardFailed, explained
 from sparsefw.model.layers import Layer, layer_of
 from sparsefw.model.placement import split_batches
@@ -70,13 +71,19 @@ def reconstruct(
     last = ids is not None and i == len(run.model.blocks) - 1
     with run.model.outside() if last else nullcontext():
         tokens = list(ids.split(states.windows)) if ids is not None and last and predicts(states, ids) else None
-        losses = _rounds(Fit(run, i, states, dense, parts.learned, parts.held_out, tokens), results, steps)
+        fit = Fit(run, i, states, dense, parts.learned, parts.held_out, tokens)
+        losses = _rounds(fit, results, steps)
     rounds = len(losses) - 1
     if rounds > 1 and not losses[-1] < losses[-2]:
         # The last round was put back, those before it were not.
         losses.pop()
     return Reconstruction(
-        losses[0], losses[-1], rounds * steps, not losses[-1] < losses[0], PREDICTIONS if tokens else HIDDEN
+        before=losses[0],
+        after=losses[-1],
+        steps=rounds * steps,
+        put_back=not losses[-1] < losses[0],
+        loss=PREDICTIONS if tokens else HIDDEN,
+        varies=", ".join(fit.varies),
     )
 
 
@@ -148,6 +155,7 @@ class Fit:
         states, dense: the windows before the block in the pruned model, and behind it in the dense one.
         learned, held_out: numbers of the micro-batches to learn from, and of the others.
         tokens: the tokens of each micro-batch, where predictions are compared; None: hidden states are.
+        varies: the operation whose result may be another in another run, if the block has one.
     """
 
     run: Run
@@ -157,6 +165,7 @@ class Fit:
     learned: list[int]
     held_out: list[int]
     tokens: list[Tensor] | None = None
+    varies: list[str] = field(default_factory=list)
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -187,7 +196,25 @@ class Fit:
         return divergence(self.run.model, self.tokens[j], out, target)
 
     def add_gradients(self, j: int, parameters: list[nn.Parameter]) -> None:
-        """Add the gradients of the loss of micro-batch j."""
+        """Make the gradients of the loss of micro-batch j.
+
+        They are the same bits in every run, unless torch has no such algorithm for an operation of the block.
+        """
+        if not self.varies:
+            try:
+                with deterministic():
+                    self._add_gradients(j, parameters)
+                return
+            except InputError as error:
+                operation = refused(error)
+                if not operation:
+                    raise
+                self.varies.append(operation)
+                for parameter in parameters:
+                    parameter.grad = None
+        self._add_gradients(j, parameters)
+
+    def _add_gradients(self, j: int, parameters: list[nn.Parameter]) -> None:
         model = self.run.model
         name, kind = model.names[self.number], type(model.model).__name__
         with torch.enable_grad():

@@ -42,6 +42,7 @@ class Reconstruction:
         put_back: whether the weights were put back, as the loss had not become less.
         loss: HIDDEN: the squared distance of hidden states behind the block to those of the dense model, relative to
             the square of the latter. PREDICTIONS: the divergence of predicted tokens, see `model.predictions`.
+        varies: the operation of torch for which the weights may be other bits in another run; empty: there is none.
     """
 
     before: float
@@ -49,6 +50,7 @@ class Reconstruction:
     steps: int
     put_back: bool
     loss: str = field(default=HIDDEN, metadata=typed_json.ADDED)
+    varies: str = field(default="", metadata=typed_json.ADDED)
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,10 @@ def layer_row(layer: LayerResult) -> str:
 
 def reconstruction_row(block: str, found: Reconstruction) -> str:
     """A block's reconstruction."""
-    back = "; put back" if found.put_back else ""
+    notes = "; put back" if found.put_back else ""
+    notes += f"; another run may give other bits: {found.varies}" if found.varies else ""
     loss = "loss" if found.loss == HIDDEN else f"loss of {found.loss}"
-    return f"{block}: reconstructed in {found.steps} steps, {loss} {found.before:.5f} -> {found.after:.5f}{back}"
+    return f"{block}: reconstructed in {found.steps} steps, {loss} {found.before:.5f} -> {found.after:.5f}{notes}"
 
 
 def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:

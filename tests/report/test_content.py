@@ -100,7 +100,7 @@ def test_reconstructions(path):
     assert read_report(path) == report
     assert read_report(path).to_json() == written
     blocks = json.loads(written)["blocks"]
-    expected = {"before": 0.25, "after": 0.125, "steps": 18, "put_back": False, "loss": "hidden states"}
+    expected = {"before": 0.25, "after": 0.125, "steps": 18, "put_back": False, "loss": "hidden states", "varies": ""}
     assert blocks[0]["reconstruction"] == expected
     assert blocks[1]["reconstruction"] is None
     report = reconstructed(report_of_run(), Reconstruction(0.5, math.nan, 18, True))

@@ -8,7 +8,7 @@ import pytest
 from helpers.pages import report_of_run, task
 
 from sparsefw.model import Placement
-from sparsefw.report import PREDICTIONS, Reconstruction, log
+from sparsefw.report import HIDDEN, PREDICTIONS, Reconstruction, log
 from sparsefw.solver import PruneConfig, patterns
 
 
@@ -170,6 +170,11 @@ def with_reconstructions(*found):
         ([False], "model.layers.3: reconstructed in 112 steps, loss 0.25000 -> 0.12346"),
         ([True], "model.layers.3: reconstructed in 112 steps, loss 0.25000 -> 0.12346; put back"),
         ([False, PREDICTIONS], "model.layers.3: reconstructed in 112 steps, loss of predictions 0.25000 -> 0.12346"),
+        (
+            [True, HIDDEN, "put_"],
+            "model.layers.3: reconstructed in 112 steps, loss 0.25000 -> 0.12346; put back; another run may give other "
+            "bits: put_",
+        ),
     ],
 )
 def test_reconstruction_row(rest, line):

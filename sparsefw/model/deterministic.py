@@ -1,0 +1,50 @@
+"""Results that are the same bits in every run.
+
+On a GPU some of torch's algorithms add numbers up in the order in which they arrive, such as the gradients of attention
+and of convolutions. For nearly all of them torch has others that do not, and it can be told to refuse the rest.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+# Without it cuBLAS may choose its algorithm by what else runs, and torch refuses all of its products. torch looks at
+# this before its first product on a GPU. It is the workspace that torch takes by itself on an H100.
+_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def let_products_be_deterministic() -> None:
+    """Set what products on a GPU need to be deterministic, unless the user has chosen something else."""
+    os.environ.setdefault(*_WORKSPACE)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Inside the `with` block, torch refuses operations that may give other bits in another run, see `refused`."""
+    # Its attributes are made when torch is imported: mypy does not see them.
+    memory: Any = torch.utils.deterministic
+    mode, fill = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+    try:
+        # Filled memory shows what reads it before it is written. That takes time, and gives no other bits.
+        memory.fill_uninitialized_memory = False
+        torch.set_deterministic_debug_mode("error")
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        memory.fill_uninitialized_memory = fill
+
+
+def refused(error: BaseException | None) -> str:
+    """The operation that torch has refused inside `deterministic`; empty if the error has no such cause."""
+    while error:
+        said = str(error)
+        if match := re.match(r"(\w+) does not have a deterministic implementation", said):
+            return match[1]
+        if isinstance(error, RuntimeError) and "deterministic" in said.lower():
+            return "cuBLAS" if "CuBLAS" in said else "an operation"
+        error = error.__cause__
+    return ""

@@ -1,0 +1,137 @@
+"""Gradients of a reconstruction are the same bits in every run, or the report names what may give others."""
+
+import os
+
+import pytest
+import torch
+from helpers.reconstructed import make_place, run, shards
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from sparsefw.driver.reconstruct import Fit
+from sparsefw.errors import InputError
+from sparsefw.model.deterministic import deterministic, let_products_be_deterministic, refused
+from sparsefw.model.explained import ForwardFailed
+
+FLAGS = ["--method", "wanda", "--include", "layers.0", "--reconstruct", "1"]
+ERROR = 2
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("place"), "llama")
+
+
+class Watched(torch.autograd.Function):
+    """The identity. It keeps torch's mode on the way forward and on the way back."""
+
+    @staticmethod
+    def forward(ctx, x, forwards, backwards):
+        ctx.backwards = backwards
+        forwards.append(torch.get_deterministic_debug_mode())
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        filled = torch.utils.deterministic.fill_uninitialized_memory
+        ctx.backwards.append((torch.get_deterministic_debug_mode(), filled))
+        return gradient, None, None
+
+
+def put_by_index(x):
+    """The same numbers, in a way that torch refuses in its deterministic mode."""
+    return x + torch.zeros(2, dtype=x.dtype).put_(torch.tensor([0]), torch.zeros(1, dtype=x.dtype))[0]
+
+
+def with_mlp(patch, change):
+    """Change what the MLP of every block puts out."""
+    forward = LlamaMLP.forward
+    patch.setattr(LlamaMLP, "forward", lambda self, x: change(forward(self, x)))
+
+
+def test_gradients_are_made_in_the_deterministic_mode(place, tmp_path, monkeypatch):
+    forwards, backwards = [], []
+    with_mlp(monkeypatch, lambda x: Watched.apply(x, forwards, backwards))
+    report, _ = run(place, tmp_path / "out", *FLAGS)
+    assert report.blocks[0].reconstruction.varies == ""
+    assert backwards
+    assert set(backwards) == {(ERROR, False)}
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    # Calibration is not restricted, and the mode ends with the gradients.
+    assert set(forwards) == {0, ERROR}
+    assert torch.get_deterministic_debug_mode() == 0
+
+
+def test_what_torch_refuses_is_named_and_changes_nothing(place, tmp_path, monkeypatch, capsys):
+    plain, _ = run(place, tmp_path / "plain", *FLAGS)
+    with_mlp(monkeypatch, put_by_index)
+    refused, _ = run(place, tmp_path / "refused", *FLAGS)
+    told, expected = refused.blocks[0].reconstruction, plain.blocks[0].reconstruction
+    assert (told.varies, expected.varies) == ("put_", "")
+    assert (told.before, told.after, told.steps) == (expected.before, expected.after, expected.steps)
+    assert told.after < told.before
+    assert shards(tmp_path / "refused") == shards(tmp_path / "plain")
+    assert "another run may give other bits: put_" in capsys.readouterr().out
+
+
+def test_other_errors_are_raised(monkeypatch):
+    tried = []
+
+    def fail(self, j, parameters):
+        tried.append(j)
+        raise InputError("out of order")
+
+    monkeypatch.setattr(Fit, "_add_gradients", fail)
+    fit = Fit(None, 0, None, None, [], [])
+    with pytest.raises(InputError, match="out of order"):
+        fit.add_gradients(3, [nn.Parameter(torch.zeros(1))])
+    assert (tried, fit.varies, torch.get_deterministic_debug_mode()) == ([3], [], 0)
+
+
+CUBLAS = (
+    "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or "
+    "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because it uses CuBLAS"
+)
+
+
+def fail(said):
+    try:
+        raise RuntimeError(said)
+    except RuntimeError as error:
+        raise ForwardFailed("unsupported model") from error
+
+
+@pytest.mark.parametrize(
+    ("said", "operation"),
+    [
+        ("cumsum_cuda_kernel does not have a deterministic implementation, but you set", "cumsum_cuda_kernel"),
+        (CUBLAS, "cuBLAS"),
+        ("no deterministic algorithm is available", "an operation"),
+        ("mat1 and mat2 shapes cannot be multiplied", ""),
+    ],
+)
+def test_what_was_refused(said, operation):
+    with pytest.raises(ForwardFailed) as raised:
+        fail(said)
+    assert refused(raised.value) == operation
+
+
+def test_torch_words_are_known():
+    with deterministic(), pytest.raises(RuntimeError) as raised:
+        put_by_index(torch.zeros(1))
+    assert refused(raised.value) == "put_"
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, ":4096:8"), (":16:8", ":16:8")])
+def test_products_of_a_gpu_may_be_deterministic(given, found, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if given:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given)
+    let_products_be_deterministic()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == found
+
+
+def test_a_run_lets_them_be(place, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    run(place, tmp_path / "out", "--method", "magnitude", "--reconstruct", "0")
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
