@@ -67,11 +67,13 @@ TABLES = {
         {label(method): method for method in (WANDA, SPARSEGPT, ADMM, MASKS, UNRECONSTRUCTED, DEFAULT)},
         {percent(pattern): Column(pattern, BOTH) for pattern in PATTERNS},
         strong=(DEFAULT,),
+        marks_old=True,
     ),
     "perplexity": Table(
         {DENSE: DENSE} | ALL_ROWS,
         {percent(pattern): Column(pattern, BOTH) for pattern in PATTERNS},
         strong=(MASKS, UNRECONSTRUCTED, DEFAULT),
+        marks_old=True,
     ),
     "seeds": Table(
         ALL_ROWS,
