@@ -207,7 +207,7 @@ def test_the_report_on_disk(llama, tmp_path, capsys):
     assert sum(line.startswith("reconstruction: 3 blocks, ") for line in printed) == 1
     blocks = json.loads((tmp_path / "out" / "report.json").read_text())["blocks"]
     assert [block["reconstruction"].keys() for block in blocks] == [
-        {"before", "after", "steps", "put_back", "loss"}
+        {"before", "after", "steps", "put_back", "loss", "varies"}
     ] * 3
     assert all(block.seconds["reconstruct"] > 0 for block in report.blocks)
     assert report.arguments["reconstruct"] == 1
