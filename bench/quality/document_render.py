@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from quality_cells import NSAMPLES, OWN, SEED, Cell
+from quality_cells import NSAMPLES, OWN, SEED, Cell, same_settings
 from quality_results import BEFORE_COMMITS, commit_of
 from quality_tables import line, mean_and_spread
 
@@ -75,14 +75,14 @@ def _number(results: dict, method: str, column: Column, marks_old: bool) -> str:
 
 
 def _runs(results: dict, method: str, column: Column) -> list[dict]:
-    """The runs of a row for a column; none if a seed is missing."""
+    """The runs of a row for a column; none if a seed is missing, or seeds have been run with several settings."""
     if method == DENSE:
         # A run may lack a text that the study has got since.
         every = [run["dense"] for run in results["cells"].values() if _is_of(run, column)]
         return [{"perplexity": {text: value for dense in every for text, value in dense.items()}}] if every else []
     cells = [Cell(method, (), column.pattern, seed, NSAMPLES, column.calibrated_on) for seed in column.seeds]
     runs = [results["cells"].get(cell.key) for cell in cells]
-    return runs if all(runs) else []
+    return runs if all(runs) and (len(runs) == 1 or same_settings(runs)) else []
 
 
 def _is_of(run: dict, column: Column) -> bool:

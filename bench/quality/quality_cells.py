@@ -97,6 +97,20 @@ def resolved(flags: Sequence[str], nsamples: int = NSAMPLES) -> dict:
     return {name: getattr(config, name) for name in ("method", *names)}
 
 
+def same_settings(runs: Sequence[dict]) -> bool:
+    """Whether runs of a method differ in nothing that it uses. What older code did not know is not compared.
+
+    Args:
+        runs: entries of the results.
+    """
+    arguments = [run["arguments"] for run in runs]
+    uses = [
+        f.name for f in fields(PruneConfig) if arguments[0]["method"] == "sparsefw" or not f.metadata.get("frank_wolfe")
+    ]
+    known = [name for name in uses if all(name in of_run for of_run in arguments)]
+    return all(of_run[name] == arguments[0][name] for of_run in arguments for name in known)
+
+
 def cells_of_everything() -> list[Cell]:
     """Every cell that the tables and figures of the documents are made of."""
     rows = [(method, tuple(flags)) for method, flags in METHODS_OF_TABLE.items()]

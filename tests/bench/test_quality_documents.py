@@ -34,6 +34,7 @@ def results_of(*runs):
     for method, perplexity, changes in runs:
         cell = Cell(method, (), "0.6", changes.get("seed", 0), calibrated_on=changes.get("calibrated_on", "own"))
         entry = {"pattern": "0.6", "perplexity": {"a": perplexity, "b": 2 * perplexity}, "relative_error": 0.5}
+        entry["arguments"] = {"method": "sparsefw"}
         cells[cell.key] = entry | {"dense": {"a": 1.0, "b": 2.0}} | changes
     return {"cells": cells}
 
@@ -65,6 +66,23 @@ class TestRender:
             "| y | 4.0 | |",
         ]
         assert "***" not in render(Table(rows, columns, strong=("x",)), results)
+
+    @pytest.mark.parametrize(
+        ("method", "changes", "cell"),
+        [
+            ("sparsefw", {}, "3.5 (1.0)"),
+            ("sparsefw", {"damp": 0.4}, ""),
+            ("sparsefw", {"steps": 24}, ""),
+            # It makes no such steps.
+            ("sparsegpt", {"steps": 24}, "3.5 (1.0)"),
+            ("sparsegpt", {"seed": 1, "dataset": "b", "reconstruct": 0}, "3.5 (1.0)"),
+        ],
+    )
+    def test_seeds_are_averaged_if_their_settings_are_the_same(self, method, changes, cell):
+        arguments = {"method": method, "damp": 0.1, "steps": 30, "seed": 0, "dataset": "a"}
+        runs = ("x", 3.0, {"arguments": arguments}), ("x", 4.0, {"seed": 1, "arguments": arguments | changes})
+        table = Table({"x": "x"}, {"seeds": Column("0.6", perplexities("a"), seeds=(0, 1))})
+        assert render(table, results_of(*runs)).splitlines()[2:] == ([f"| x | {cell} |"] if cell else [])
 
     def test_a_text_that_is_missing_leaves_the_cell_empty(self):
         table = Table({"x": "x"}, {"c": Column("0.6", perplexities("a", "c"))})
@@ -113,6 +131,7 @@ class TestTables:
         on_texts = dict.fromkeys((document_tables.WIKIPEDIA, document_tables.NEWS, texts.TEST), 5.0)
         versions = dict.fromkeys(("python", "torch", "transformers"), "1")
         run = {"perplexity": on_texts, "dense": on_texts, "relative_error": 0.5, "seconds": {"solve": 1.0}}
+        run |= {"arguments": {"method": "wanda"}}
         run |= {"commit": "abc", "threads": 2, "plan": {"tflop": {"solve": 1.0}}, "versions": versions}
         cells = document_tables.cells_of_everything()
         of_cell = {cell.key: {"pattern": cell.pattern, "calibrated_on": cell.calibrated_on} for cell in cells}
