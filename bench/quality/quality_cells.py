@@ -1,7 +1,7 @@
 """The cells of the quality study: which rows its tables have, and which runs they need."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 
 from sparsefw.cli import inputs_and_config, run_parser
 from sparsefw.solver import PruneConfig
@@ -88,13 +88,12 @@ def resolved(flags: Sequence[str], nsamples: int = NSAMPLES) -> dict:
     before there was such a setting is still the same cell.
     """
     config = config_of(flags).for_tokens(nsamples * SEQLEN)
-    names = []
-    for f in fields(config):
-        if f.metadata.get("frank_wolfe"):
-            names += [f.name] * (config.method == "sparsefw")
-        elif isinstance(value := getattr(config, f.name), int | float) and value:
+    names = ["method"]
+    for f in _fields_of(config.method):
+        value = getattr(config, f.name)
+        if f.metadata.get("frank_wolfe") or (isinstance(value, int | float) and value):
             names.append(f.name)
-    return {name: getattr(config, name) for name in ("method", *names)}
+    return {name: getattr(config, name) for name in names}
 
 
 def same_settings(runs: Sequence[dict]) -> bool:
@@ -103,12 +102,14 @@ def same_settings(runs: Sequence[dict]) -> bool:
     Args:
         runs: entries of the results.
     """
-    arguments = [run["arguments"] for run in runs]
-    uses = [
-        f.name for f in fields(PruneConfig) if arguments[0]["method"] == "sparsefw" or not f.metadata.get("frank_wolfe")
-    ]
-    known = [name for name in uses if all(name in of_run for of_run in arguments)]
-    return all(of_run[name] == arguments[0][name] for of_run in arguments for name in known)
+    first, *others = (run["arguments"] for run in runs)
+    names = {f.name for f in _fields_of(first["method"])}
+    return all(first[name] == other[name] for other in others for name in names & first.keys() & other.keys())
+
+
+def _fields_of(method: str) -> list[Field]:
+    """The settings that a method may use: those of Frank-Wolfe's steps are for sparsefw alone."""
+    return [f for f in fields(PruneConfig) if method == "sparsefw" or not f.metadata.get("frank_wolfe")]
 
 
 def cells_of_everything() -> list[Cell]:

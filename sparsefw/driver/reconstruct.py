@@ -196,7 +196,7 @@ class Fit:
         return divergence(self.run.model, self.tokens[j], out, target)
 
     def add_gradients(self, j: int, parameters: list[nn.Parameter]) -> None:
-        """Make the gradients of the loss of micro-batch j.
+        """Add the gradients of the loss of micro-batch j.
 
         They are the same bits in every run, unless torch has no such algorithm for an operation of the block.
         """
@@ -205,14 +205,15 @@ class Fit:
                 with deterministic():
                     self._add_gradients(j, parameters)
                 return
-            except InputError as error:
+            except (InputError, RuntimeError) as error:
                 operation = refused(error)
                 if not operation:
                     raise
                 self.varies.append(operation)
                 for parameter in parameters:
                     parameter.grad = None
-        self._add_gradients(j, parameters)
+        with deterministic(refuse=False):
+            self._add_gradients(j, parameters)
 
     def _add_gradients(self, j: int, parameters: list[nn.Parameter]) -> None:
         model = self.run.model

@@ -6,6 +6,7 @@ and of convolutions. For nearly all of them torch has others that do not, and it
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 # Without it cuBLAS may choose its algorithm by what else runs, and torch refuses all of its products. torch looks at
 # this before its first product on a GPU. It is the workspace that torch takes by itself on an H100.
-_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 
 
 def let_products_be_deterministic() -> None:
@@ -23,19 +24,27 @@ def let_products_be_deterministic() -> None:
 
 
 @contextmanager
-def deterministic() -> Iterator[None]:
-    """Inside the `with` block, torch refuses operations that may give other bits in another run, see `refused`."""
+def deterministic(refuse: bool = True) -> Iterator[None]:
+    """Inside the `with` block, torch takes algorithms that give the same bits in every run.
+
+    Args:
+        refuse: whether torch refuses operations for which it has none, see `refused`. If not, it makes them as usual,
+            and attention, too.
+    """
     # Its attributes are made when torch is imported: mypy does not see them.
     memory: Any = torch.utils.deterministic
     mode, fill = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
-    try:
-        # Filled memory shows what reads it before it is written. That takes time, and gives no other bits.
-        memory.fill_uninitialized_memory = False
-        torch.set_deterministic_debug_mode("error")
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
-        memory.fill_uninitialized_memory = fill
+    with warnings.catch_warnings():
+        # Of operations that are not refused: the caller knows of them.
+        warnings.filterwarnings("ignore", message=".*deterministic")
+        try:
+            # Filled memory shows what reads it before it is written. That takes time, and gives no other bits.
+            memory.fill_uninitialized_memory = False
+            torch.set_deterministic_debug_mode("error" if refuse else "warn")
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(mode)
+            memory.fill_uninitialized_memory = fill
 
 
 def refused(error: BaseException | None) -> str:

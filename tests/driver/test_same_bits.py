@@ -4,17 +4,21 @@ import os
 
 import pytest
 import torch
+from helpers.families import TOKENS
 from helpers.reconstructed import make_place, run, shards
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP, LlamaRMSNorm
 
+from sparsefw import PruneConfig, prune
 from sparsefw.driver.reconstruct import Fit
 from sparsefw.errors import InputError
 from sparsefw.model.deterministic import deterministic, let_products_be_deterministic, refused
 from sparsefw.model.explained import ForwardFailed
 
 FLAGS = ["--method", "wanda", "--include", "layers.0", "--reconstruct", "1"]
-ERROR = 2
+# torch's modes: nothing is asked for; what has no deterministic algorithm is warned of; it is refused.
+USUAL, WARNS, REFUSES = range(3)
 
 
 @pytest.fixture(scope="module")
@@ -55,23 +59,60 @@ def test_gradients_are_made_in_the_deterministic_mode(place, tmp_path, monkeypat
     report, _ = run(place, tmp_path / "out", *FLAGS)
     assert report.blocks[0].reconstruction.varies == ""
     assert backwards
-    assert set(backwards) == {(ERROR, False)}
+    assert set(backwards) == {(REFUSES, False)}
     assert torch.utils.deterministic.fill_uninitialized_memory
     # Calibration is not restricted, and the mode ends with the gradients.
-    assert set(forwards) == {0, ERROR}
-    assert torch.get_deterministic_debug_mode() == 0
+    assert set(forwards) == {USUAL, REFUSES}
+    assert torch.get_deterministic_debug_mode() == USUAL
 
 
 def test_what_torch_refuses_is_named_and_changes_nothing(place, tmp_path, monkeypatch, capsys):
     plain, _ = run(place, tmp_path / "plain", *FLAGS)
-    with_mlp(monkeypatch, put_by_index)
+    forwards, backwards = [], []
+    with_mlp(monkeypatch, lambda x: put_by_index(Watched.apply(x, forwards, backwards)))
     refused, _ = run(place, tmp_path / "refused", *FLAGS)
     told, expected = refused.blocks[0].reconstruction, plain.blocks[0].reconstruction
     assert (told.varies, expected.varies) == ("put_", "")
     assert (told.before, told.after, told.steps) == (expected.before, expected.after, expected.steps)
     assert told.after < told.before
     assert shards(tmp_path / "refused") == shards(tmp_path / "plain")
-    assert "another run may give other bits: put_" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "another run may give other bits: put_" in printed.out
+    assert "deterministic" not in printed.err
+    # It is tried once. Afterwards all else is still made by deterministic algorithms, where there are some.
+    assert forwards.count(REFUSES) == 1
+    assert set(backwards) == {(WARNS, False)}
+    assert torch.get_deterministic_debug_mode() == USUAL
+
+
+class RefusedBackward(torch.autograd.Function):
+    """The identity, whose gradient torch would refuse."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if torch.get_deterministic_debug_mode() == REFUSES:
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set")
+        return gradient
+
+
+@pytest.mark.parametrize("kind", [LlamaMLP, LlamaForCausalLM], ids=["block", "head"])
+def test_gradients_may_be_refused_inside_a_block_and_behind_the_last_one(kind, place, tmp_path, monkeypatch):
+    flags = ["--method", "wanda", "--include", "layers.2", "--reconstruct", "1"]
+    plain, _ = run(place, tmp_path / "plain", *flags)
+    if kind is LlamaMLP:
+        with_mlp(monkeypatch, RefusedBackward.apply)
+    else:
+        norm = LlamaRMSNorm.forward
+        monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: RefusedBackward.apply(norm(self, x)))
+    refused, _ = run(place, tmp_path / "refused", *flags)
+    told, expected = refused.blocks[2].reconstruction, plain.blocks[2].reconstruction
+    assert (told.loss, told.varies) == ("predictions", "cumsum_cuda_kernel")
+    assert (told.after, told.steps) == (expected.after, expected.steps)
+    assert shards(tmp_path / "refused") == shards(tmp_path / "plain")
 
 
 def test_other_errors_are_raised(monkeypatch):
@@ -85,7 +126,7 @@ def test_other_errors_are_raised(monkeypatch):
     fit = Fit(None, 0, None, None, [], [])
     with pytest.raises(InputError, match="out of order"):
         fit.add_gradients(3, [nn.Parameter(torch.zeros(1))])
-    assert (tried, fit.varies, torch.get_deterministic_debug_mode()) == ([3], [], 0)
+    assert (tried, fit.varies, torch.get_deterministic_debug_mode()) == ([3], [], USUAL)
 
 
 CUBLAS = (
@@ -124,14 +165,26 @@ def test_torch_words_are_known():
 
 @pytest.mark.parametrize(("given", "found"), [(None, ":4096:8"), (":16:8", ":16:8")])
 def test_products_of_a_gpu_may_be_deterministic(given, found, monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    if given:
-        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given or "")
+    if not given:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     let_products_be_deterministic()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == found
 
 
-def test_a_run_lets_them_be(place, tmp_path, monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    run(place, tmp_path / "out", "--method", "magnitude", "--reconstruct", "0")
+def prune_in_memory(place, output):
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    prune(model, output, PruneConfig(method="magnitude"), calibration=[TOKENS], log=lambda line: None)
+
+
+def prune_checkpoint(place, output):
+    run(place, output, "--method", "magnitude", "--reconstruct", "0")
+
+
+@pytest.mark.parametrize("way", [prune_checkpoint, prune_in_memory])
+def test_a_run_lets_them_be(way, place, tmp_path, monkeypatch):
+    # Set first, so that it is put back.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    way(place, tmp_path / "out")
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

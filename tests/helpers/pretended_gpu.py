@@ -280,7 +280,7 @@ def _changed(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return kind([_changed(value, change) for value in values])
     if kind is dict:
         return {name: _changed(value, change) for name, value in values.items()}
-    return tree_map_only(Tensor, change, values) if isinstance(values, tuple) else values
+    return tree_map_only(Tensor, change, values) if isinstance(values, tuple | list | dict) else values
 
 
 def _is_gpu(device: Any) -> bool:
