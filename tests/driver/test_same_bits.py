@@ -102,7 +102,7 @@ class RefusedBackward(torch.autograd.Function):
 def test_gradients_may_be_refused_inside_a_block_and_behind_the_last_one(kind, place, tmp_path, monkeypatch):
     flags = ["--method", "wanda", "--include", "layers.2", "--reconstruct", "1"]
     plain, _ = run(place, tmp_path / "plain", *flags)
-    # The weights of an MLP have gradients by the time that its input's is refused. That of the head is the first of all.
+    # The weights of an MLP have gradients when that of its input is refused. The head's gradient is the first of all.
     forward, refusing = kind.forward, RefusedBackward.apply
     if kind is LlamaMLP:
         monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, refusing(x)))
