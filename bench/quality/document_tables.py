@@ -109,6 +109,7 @@ TABLES = {
     "errors": Table(
         {label(method): method for method in (ONE_SWAPS, PAPER, MASKS, SPARSEGPT, ADMM, LAYERWISE)},
         {percent(pattern): Column(pattern, relative_error) for pattern in ("0.6", "2:4")},
+        marks_old=True,
     ),
     "allocation": Table(
         {
