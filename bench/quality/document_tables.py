@@ -23,6 +23,7 @@ from quality_cells import (
     METHODS_OF_TABLE,
     ONE_SWAPS,
     PAPER,
+    PAPER_SHORT,
     PATTERN_ON_REFERENCE,
     PATTERNS,
     PATTERNS_OF_SEEDS,
@@ -107,7 +108,7 @@ TABLES = {
         strong=(DEFAULT,),
     ),
     "errors": Table(
-        {label(method): method for method in (ONE_SWAPS, PAPER, MASKS, SPARSEGPT, ADMM, LAYERWISE)},
+        {label(method): method for method in (ONE_SWAPS, PAPER_SHORT, PAPER, MASKS, SPARSEGPT, ADMM, LAYERWISE)},
         {percent(pattern): Column(pattern, relative_error) for pattern in ("0.6", "2:4")},
         marks_old=True,
     ),

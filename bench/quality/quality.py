@@ -39,6 +39,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", type=Path, default=Path("smollm2"), help="checkpoint, made if it is not there")
     add("--results", type=Path, default=RESULTS, help=f"cells in it are not run again (default: {RESULTS.name} in "
         "bench/results)")  # fmt: skip
+    add("--work", type=Path, metavar="DIR", help="keep unfinished cells there: the same command goes on with them, if the "
+        "code is the same")  # fmt: skip
     add("--table", action="store_true", help="run nothing, print what is in the results")
     add("--plan", action="store_true", help="run nothing, print how many cells are missing and how long they take")
     add("--again", default="", metavar="COMMIT", help=f"run the selected cells that this commit has made again, "
@@ -103,7 +105,8 @@ def _run(arguments: argparse.Namespace, results: dict, cells: list[Cell], refere
          launch: Callable[[list[str]], int]) -> None:  # fmt: skip
     """Run what is missing, and save the results after every part."""
     calibration, *held_out = arguments.texts
-    study = Study(arguments.model, calibration, held_out, reference, arguments.seqlen, arguments.eval_windows)
+    study = Study(arguments.model, calibration, held_out, reference, arguments.seqlen, arguments.eval_windows,
+                  arguments.work)  # fmt: skip
     try:
         study.check(results["study"])
     except ValueError as error:
@@ -141,7 +144,8 @@ def main(argv: list[str] | None = None, launch: Callable[[list[str]], int] = run
         return
     if not arguments.table:
         with tempfile.TemporaryDirectory() as folder:
-            _run(arguments, results, cells, texts.write_reference(Path(folder)), launch)
+            # A run goes on with the texts that it began with, and knows them by their paths.
+            _run(arguments, results, cells, texts.write_reference(arguments.work or Path(folder)), launch)
     print(tables(results, cells))
     for section in ("settings", "budgets"):
         for blocks, measured in results[section].items():

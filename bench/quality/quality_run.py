@@ -5,7 +5,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import sparsefw
 from sparsefw.cli import inputs_and_config, run_parser
 from sparsefw.estimate.plan import Machine, RateFlags, plan
 from sparsefw.report import Report, read_report
+from sparsefw.timeline import MAIN
 
 KEPT_OF_LAYERS = ("name", "error_warm_start", "error_mask", "error", "alpha", "kept")
 
@@ -27,6 +29,8 @@ PLANNED_FOR = "h100"
 
 # The code that a result depends on.
 CODE = ("sparsefw", "kernels", "bench/quality")
+
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Study:
         reference: the text that no study of settings looks at.
         seqlen: tokens in a window.
         eval_windows: windows of each held-out text.
+        work: where unfinished cells stay; None: they do not.
     """
 
     model: Path
@@ -47,6 +52,7 @@ class Study:
     reference: Reference
     seqlen: int
     eval_windows: int
+    work: Path | None = None
 
     def header(self) -> dict:
         """The study as the results file describes it: names without folders, and the texts by their hash."""
@@ -88,10 +94,26 @@ def run_cell(cell: Cell, study: Study, launch: Callable[[list[str]], int] = run_
     flags += [flag for path in held_out for flag in ("--eval", str(path))]
     flags += ["--eval-windows", str(study.eval_windows), *cell.flags]
     code = {"commit": code_version(), "threads": torch.get_num_threads(), "plan": planned(flags)}
-    with tempfile.TemporaryDirectory() as scratch:
-        if status := launch([*flags, "--output", f"{scratch}/out"]):
+    with _folder(cell, study, code["commit"]) as folder:
+        if status := launch([*flags, "--output", str(folder / "out")]):
             raise SystemExit(f"{cell.key}: exit status {status}")
-        return entry(cell, read_report(Path(scratch, "out", "report.json"))) | code
+        return entry(cell, read_report(folder / "out" / "report.json")) | code
+
+
+@contextmanager
+def _folder(cell: Cell, study: Study, commit: str) -> Iterator[Path]:
+    """A folder for the output of a cell. In `study.work` it stays until the cell has ended."""
+    if study.work is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
+    if not commit.isalnum() or commit == UNKNOWN:
+        raise SystemExit(f"{study.work}: unfinished cells are kept for one commit, but the code is not that of a commit")
+    # Other code does not go on with what this one has begun.
+    folder = study.work / f"{hashlib.sha256(cell.key.encode()).hexdigest()[:12]}-{commit}"
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def entry(cell: Cell, report: Report) -> dict:
@@ -115,13 +137,24 @@ def entry(cell: Cell, report: Report) -> dict:
         "relative_mask": sum(layer.relative_mask for layer in layers) / len(layers),
         "relative_error": sum(layer.relative_error for layer in layers) / len(layers),
         "warm_start": layers[0].warm_start,
-        "seconds": report.seconds,
+        "seconds": seconds_of_all_parts(report),
         "peak_memory": report.peak_memory,
         "versions": report.versions,
         "device": report.device,
         "data": asdict(report.data) | {"source": Path(report.data.source).name},
         "layers": columns,
     }
+
+
+def seconds_of_all_parts(report: Report) -> dict[str, float]:
+    """Seconds by phase, with those of the runs that an interrupted run has gone on from.
+
+    The report's own are of the last run. Each block has those of the run that pruned it.
+    """
+    outside = [span for span in report.timeline if span.block is None and span.lane == MAIN]
+    spent = [(span.phase, span.end - span.start) for span in outside]
+    spent += [item for block in report.blocks for item in block.seconds.items()]
+    return {phase: sum(seconds for name, seconds in spent if name == phase) for phase in dict(spent)}
 
 
 def _short(value: float | int | str | None) -> float | int | str | None:
@@ -131,16 +164,16 @@ def _short(value: float | int | str | None) -> float | int | str | None:
 def code_version() -> str:
     """The commit of the code that runs, with a + if its files differ from it.
 
-    "unknown" outside of a checkout, and where the package comes from another one than this file.
+    UNKNOWN outside of a checkout, and where the package comes from another one than this file.
     """
     root = Path(sparsefw.__file__).resolve().parents[1]
     if Path(__file__).resolve().parents[2] != root or not (root / ".git").exists() or not shutil.which("git"):
-        return "unknown"
+        return UNKNOWN
     commands = ["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", *CODE]
     head, changes = (subprocess.run(["git", "-C", root, *c], capture_output=True, text=True) for c in commands)
     if head.returncode or changes.returncode:
         # git refuses the checkout of another user.
-        return "unknown"
+        return UNKNOWN
     return head.stdout.strip() + "+" * bool(changes.stdout)
 
 

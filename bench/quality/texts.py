@@ -53,6 +53,7 @@ def write_reference(folder: Path) -> Reference:
         from pydoc_data.topics import topics
     except ModuleNotFoundError as error:
         raise SystemExit("the reference text is pydoc_data.topics, which this Python lacks") from error
+    folder.mkdir(parents=True, exist_ok=True)
     reference = Reference(folder / CALIBRATION, folder / TEST, platform.python_version())
     for path, text in zip((reference.calibration, reference.test), split(topics), strict=True):
         path.write_text(text, encoding="utf-8")
