@@ -39,8 +39,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", type=Path, default=Path("smollm2"), help="checkpoint, made if it is not there")
     add("--results", type=Path, default=RESULTS, help=f"cells in it are not run again (default: {RESULTS.name} in "
         "bench/results)")  # fmt: skip
-    add("--work", type=Path, metavar="DIR", help="keep unfinished cells there: the same command goes on with them, if the "
-        "code is the same")  # fmt: skip
+    add("--work", type=Path, metavar="DIR", help="keep unfinished cells there: the same command goes on with them, if "
+        "the code is the same")  # fmt: skip
     add("--table", action="store_true", help="run nothing, print what is in the results")
     add("--plan", action="store_true", help="run nothing, print how many cells are missing and how long they take")
     add("--again", default="", metavar="COMMIT", help=f"run the selected cells that this commit has made again, "

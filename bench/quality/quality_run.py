@@ -108,7 +108,7 @@ def _folder(cell: Cell, study: Study, commit: str) -> Iterator[Path]:
             yield Path(scratch)
         return
     if not commit.isalnum() or commit == UNKNOWN:
-        raise SystemExit(f"{study.work}: unfinished cells are kept for one commit, but the code is not that of a commit")
+        raise SystemExit(f"{study.work}: unfinished cells are kept for a commit, and the code is not that of one")
     # Other code does not go on with what this one has begun.
     folder = study.work / f"{hashlib.sha256(cell.key.encode()).hexdigest()[:12]}-{commit}"
     folder.mkdir(parents=True, exist_ok=True)

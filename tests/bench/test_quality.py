@@ -3,8 +3,10 @@
 import json
 import re
 import subprocess
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import quality
@@ -23,8 +25,10 @@ import sparsefw
 import sparsefw.run
 from sparsefw.errors import InputError
 from sparsefw.kernels.backend import TORCH
+from sparsefw.report import read_report
 from sparsefw.solver import METHODS, PruneConfig, patterns, prune_layers
 from sparsefw.solver.choices import CHOOSE
+from sparsefw.timeline import Span
 
 
 @pytest.fixture(autouse=True)
@@ -105,11 +109,13 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     for n, path in enumerate(own):
         path.write_text("".join(f"{i}: a rose is a rose is a rose, {(n + i) % 7} times.\n" for i in range(100)))
     results = tmp_path / "results.json"
-    ran = []
+    ran, spent = [], []
 
     def launch(flags):
         ran.append(flags)
-        return sparsefw.run.main(flags)
+        status = sparsefw.run.main(flags)
+        spent.append(read_report(Path(flags[-1], "report.json")).seconds)
+        return status
 
     def run(*flags):
         places = ["--model", str(model), "--results", str(results)]
@@ -126,6 +132,7 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     (cell,) = written["cells"].values()
     assert list(cell["perplexity"]) == list(cell["dense"]) == ["test.txt", "other.txt", texts.TEST]
     assert written["study"]["reference"]["python"] == cell["versions"]["python"]
+    assert cell["seconds"] == pytest.approx(spent[0])
     assert (cell["commit"], cell["threads"]) == (quality_run.code_version(), torch.get_num_threads())
     # The plan does not know what ADMM does.
     assert cell["plan"] is None
@@ -218,6 +225,51 @@ class TestRun:
         monkeypatch.setattr(quality_run, "planned", lambda flags: None)
         with pytest.raises(SystemExit, match=r"RIA \| 0.6 .*exit status 2"):
             quality_run.run_cell(select(only="RIA", wanted=["0.6"])[0], study, launch=lambda flags: 2)
+
+    def test_an_unfinished_cell_stays_for_its_commit(self, study, monkeypatch):
+        for name, value in {"planned": None, "read_report": None, "entry": {}}.items():
+            monkeypatch.setattr(quality_run, name, lambda *args, value=value: value)
+        cell, other = select(only="RIA", wanted=["0.6", "2:4"])
+        study = replace(study, work=study.model / "work")
+
+        def run(commit, status, cell=cell):
+            """Run the cell; returns whether it goes on with one that was begun."""
+            found = []
+
+            def launch(flags):
+                begun = Path(flags[-1]).with_name("begun")
+                found.append(begun.exists())
+                begun.touch()
+                return status
+
+            monkeypatch.setattr(quality_run, "code_version", lambda: commit)
+            with pytest.raises(SystemExit, match="exit status 1") if status else nullcontext():
+                assert quality_run.run_cell(cell, study, launch)["commit"] == commit
+            return found
+
+        assert run("abc", 1) == [False]
+        assert run("def", 1) == [False]
+        assert run("abc", 1, other) == [False]
+        assert run("abc", 0) == [True]
+        # It has ended, and the two others have not.
+        assert run("abc", 1) == [False]
+        assert run("def", 0) == run("abc", 0, other) == [True]
+
+    @pytest.mark.parametrize("commit", ["abc+", "unknown"])
+    def test_code_of_no_commit_keeps_no_cell(self, commit, study, monkeypatch):
+        monkeypatch.setattr(quality_run, "planned", lambda flags: None)
+        monkeypatch.setattr(quality_run, "code_version", lambda: commit)
+        with pytest.raises(SystemExit, match="not that of one"):
+            quality_run.run_cell(select(only="RIA", wanted=["0.6"])[0], replace(study, work=study.model / "w"), None)
+        assert not (study.model / "w").exists()
+
+    def test_seconds_of_an_interrupted_run(self):
+        """Blocks have those of the run that pruned them, which another lane than the main one takes no part in."""
+        spans = [Span(0, "main", "solve", 0, 7), Span(None, "main", "embed", 7, 8), Span(None, "main", "embed", 8, 10)]
+        spans.append(Span(None, "read", "read", 0, 9))
+        blocks = [SimpleNamespace(seconds={"solve": 2.0, "forward": 1.0}), SimpleNamespace(seconds={"solve": 3.0})]
+        seconds = quality_run.seconds_of_all_parts(SimpleNamespace(timeline=spans, blocks=blocks))
+        assert seconds == {"embed": 3.0, "solve": 5.0, "forward": 1.0}
 
     def test_texts_of_a_cell(self, study, monkeypatch):
         """The reference is evaluated on, but not where a setting is chosen; its other part may be calibrated on."""
