@@ -125,6 +125,23 @@ def test_the_status_remains_where_nobody_can_be_told(monkeypatch):
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
 
 
+HELP = """
+import sys
+from sparsefw.launch import launch
+
+try:
+    launch(sys.argv[1], ["--help"])
+except SystemExit as end:
+    assert end.code == 0
+assert "sparsefw.model" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("command", ["run", "verify", "evaluate"])
+def test_help_does_not_wait_for_the_models_code(command):
+    subprocess.run([sys.executable, "-c", HELP, command], check=True, stdout=subprocess.DEVNULL)
+
+
 def launched(body: str, **options) -> subprocess.CompletedProcess:
     """A process that launches a command, and is asked what became of it; its end shows what Python would add."""
     code = (

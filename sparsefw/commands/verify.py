@@ -8,7 +8,6 @@ listed; 2: there is nothing to check. Started by torchrun, several processes sha
 
 from pathlib import Path
 
-from sparsefw.checks import lines, verify
 from sparsefw.cli import Parser, quiet_libraries, say
 from sparsefw.failures import FAILED
 from sparsefw.ranks import joined
@@ -23,6 +22,9 @@ def run(argv: list[str] | None) -> int:
     parser.add_argument("--digest", metavar="HEX", help="SHA-256 of OUTPUT/SHA256SUMS, as the run has printed it: with "
         "it no change of any file goes unseen")  # fmt: skip
     arguments = parser.parse_args(argv)
+    # Takes seconds, for which nobody waits to read --help.
+    from sparsefw.checks import lines, verify
+
     quiet_libraries()
     with joined(on_gpus=False) as ranks:
         verdict = verify(arguments.output, arguments.against, arguments.digest, ranks)
