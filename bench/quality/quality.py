@@ -16,7 +16,7 @@ import quality_baselines
 import texts
 from checkpoint_smollm2 import build_checkpoint
 from dense_layers import dense_layers
-from quality_cells import NSAMPLES, OWN, PATTERNS, SEED, SEQLEN, Cell, cells_of_everything, named, select
+from quality_cells import NSAMPLES, OWN, PATTERNS, REFERENCE, SEED, SEQLEN, Cell, cells_of_everything, named, select
 from quality_curves import measure_curves
 from quality_documents import write_documents
 from quality_results import ALL, RESULTS, load, made_by, missing, remaining, save
@@ -50,6 +50,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--study", action="store_true", help="the settings instead of the methods")
     add("--only", default="", metavar="TEXT", help="the method of this name, else methods whose name contains it")
     add("--patterns", type=lambda text: text.split(","), metavar="P,P", help="the methods at these, with one seed")
+    add("--reference", action="store_true", help="only what is calibrated on the language reference")
     for name, default in (("seeds", SEED), ("nsamples", NSAMPLES)):
         add(f"--{name}", type=_numbers, metavar="N,N", help=f"the methods with these, in place of {default}")
     add("--curves", type=_numbers, default="8", metavar="N,N", help="blocks whose errors by step are measured, '' for "
@@ -59,6 +60,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seqlen", type=int, default=SEQLEN)
     add("--eval-windows", type=int, default=20)
     arguments = parser.parse_args(argv)
+    if arguments.reference and (arguments.study or arguments.patterns or arguments.seeds or arguments.nsamples):
+        parser.error("--reference goes with --only alone")
     arguments.table |= arguments.documents and not arguments.texts
     if not (arguments.table or arguments.plan) and len(arguments.texts) < 2:
         parser.error("a text to calibrate on and a held-out text are needed")
@@ -74,8 +77,8 @@ def _numbers(text: str) -> list[int]:
 
 def _cells(arguments: argparse.Namespace) -> list[Cell]:
     """The selected cells."""
-    if not (arguments.study or arguments.patterns or arguments.seeds or arguments.nsamples):
-        cells = cells_of_everything()
+    if arguments.reference or not (arguments.study or arguments.patterns or arguments.seeds or arguments.nsamples):
+        cells = [c for c in cells_of_everything() if c.calibrated_on == REFERENCE or not arguments.reference]
         chosen = named(arguments.only, [cell.method for cell in cells])
         return [cell for cell in cells if cell.method in chosen]
     return select(

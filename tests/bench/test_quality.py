@@ -80,6 +80,18 @@ def test_committed_results_are_read_and_printed(capsys):
     assert re.search(r"^\| the default \| \d\d\.\d\d \| \d\d\.\d\d \|", printed, re.MULTILINE)
 
 
+def test_selection_of_what_is_calibrated_on_the_reference(capsys):
+    def selected(*flags):
+        return quality._cells(quality._parse(["--table", *flags]))
+
+    assert {(cell.calibrated_on, cell.pattern) for cell in selected("--reference")} == {(REFERENCE, "0.6")}
+    assert [cell.method for cell in selected("--reference", "--only", "Wanda")] == ["Wanda"]
+    assert len(selected("--only", "Wanda")) > 1
+    with pytest.raises(SystemExit):
+        selected("--reference", "--patterns", "0.6")
+    assert "--reference goes with --only alone" in capsys.readouterr().err
+
+
 def test_a_plan_runs_nothing(capsys):
     quality.main(["--plan"], launch=None)
     printed = capsys.readouterr().out
