@@ -95,9 +95,11 @@ def run_cell(cell: Cell, study: Study, launch: Callable[[list[str]], int] = run_
     flags += ["--eval-windows", str(study.eval_windows), *cell.flags]
     code = {"commit": code_version(), "threads": torch.get_num_threads(), "plan": planned(flags)}
     with _folder(cell, study, code["commit"]) as folder:
-        if status := launch([*flags, "--output", str(folder / "out")]):
+        output = folder / "out"
+        # An interruption may have come between the end of the run and that of the cell.
+        if not output.exists() and (status := launch([*flags, "--output", str(output)])):
             raise SystemExit(f"{cell.key}: exit status {status}")
-        return entry(cell, read_report(folder / "out" / "report.json")) | code
+        return entry(cell, read_report(output / "report.json")) | code
 
 
 @contextmanager

@@ -252,6 +252,8 @@ class TestRun:
                 begun = Path(flags[-1]).with_name("begun")
                 found.append(begun.exists())
                 begun.touch()
+                if not status:
+                    Path(flags[-1]).mkdir()
                 return status
 
             monkeypatch.setattr(quality_run, "code_version", lambda: commit)
@@ -266,6 +268,12 @@ class TestRun:
         # It has ended, and the two others have not.
         assert run("abc", 1) == [False]
         assert run("def", 0) == run("abc", 0, other) == [True]
+        # An interruption between the end of the run and that of the cell.
+        with monkeypatch.context() as patch:
+            patch.setattr(quality_run, "entry", lambda *args: {}["interrupted"])
+            with pytest.raises(KeyError):
+                run("abc", 0)
+        assert run("abc", 0) == []
 
     @pytest.mark.parametrize("commit", ["abc+", "unknown"])
     def test_code_of_no_commit_keeps_no_cell(self, commit, study, monkeypatch):
