@@ -4,8 +4,9 @@ The driver is imported inside `prune`, after the config is made. Triton decides 
 interprets its kernels, and the config settles that.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sparsefw.errors import InputError
 from sparsefw.flags import checked_path
-from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, config_for
+from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, config_for, with_share
 from sparsefw.ranks import Ranks, joined_with
 from sparsefw.solver.config import PruneConfig
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
     from sparsefw.report import Report, TaskRecord
     from sparsefw.solver import LayerResult
+
+# Calibration data, see `prune`.
+Dataset = str | Path | Mapping[Any, float] | Sequence[str] | Tensor
 
 # Names of calibration data given as documents, and as token ids.
 TEXTS, TOKENS = "texts", "token ids"
@@ -62,7 +66,7 @@ def prune(
     output: str | Path | None = None,
     config: PruneConfig | None = None,
     *,
-    dataset: str | Path | Sequence[str] | Tensor | None = None,
+    dataset: Dataset | None = None,
     calibration: Iterable[Any] | None = None,
     nsamples: int | None = None,
     seqlen: int | None = None,
@@ -92,8 +96,9 @@ def prune(
             module in memory, which is pruned in place.
         output: folder for the pruned checkpoint; None only for a model in memory.
         config: how to prune; None makes a config of `options`.
-        dataset: calibration text: a name or path as for `--dataset`, a list of documents, or token ids (windows,
-            seqlen). None: c4, or the embedded text for the embedded model.
+        dataset: calibration text: a name or path as for `--dataset`, a mapping of several with the share of the windows
+            that each has, a list of documents, or token ids (windows, seqlen). None: c4, or the embedded text for the
+            embedded model.
         calibration: in place of a text: for each batch the arguments of the model's forward, as a mapping, a tuple or
             a single tensor. Pixels, masked tokens, features of sound: whatever a stack of blocks is made for.
         nsamples, seqlen: number of calibration windows, and tokens in each. None: the shape of the token ids, else 256
@@ -137,7 +142,7 @@ def prune(
 class _Text(NamedTuple):
     """The arguments of `prune` about texts and tasks."""
 
-    dataset: str | Path | Sequence[str] | Tensor | None
+    dataset: Dataset | None
     nsamples: int | None
     seqlen: int | None
     eval_windows: int | None
@@ -197,7 +202,8 @@ def _prune_on_text(
     from sparsefw import in_memory
     from sparsefw.driver import CheckpointJob, Output, run_job
 
-    dataset = text.dataset if inputs.dataset in (TEXTS, TOKENS) and not isinstance(text.dataset, str | Path) else None
+    given = text.dataset
+    dataset = None if isinstance(given, str | Path | Mapping) else given
 
     def run(folder: Path, output: Path, tokenizer: "PreTrainedTokenizerBase | None") -> "Report":
         return run_job(CheckpointJob(inputs, config, Output(output, **places), folder, dataset, tokenizer), *told)
@@ -236,14 +242,19 @@ def _prune_on_batches(
 
 
 def _named(
-    dataset: str | Path | Sequence[str] | Tensor | None, nsamples: int | None, seqlen: int | None
-) -> tuple[str | None, int | None, int | None]:
-    """The name of the calibration text, nsamples and seqlen. Token ids have both numbers in their shape."""
+    dataset: Dataset | None, nsamples: int | None, seqlen: int | None
+) -> tuple[str | tuple[str, ...] | None, int | None, int | None]:
+    """What Inputs calls the dataset, nsamples and seqlen. Token ids have both numbers in their shape."""
     if dataset is None or isinstance(dataset, str | Path):
         return None if dataset is None else str(dataset), nsamples, seqlen
+    if isinstance(dataset, Mapping):
+        if not all(isinstance(share, Real) for share in dataset.values()):
+            raise TypeError("dataset: expected a number for the share of each text")
+        return tuple(with_share(str(name), float(share)) for name, share in dataset.items()), nsamples, seqlen
     if not isinstance(dataset, Tensor):
         if not isinstance(dataset, Sequence) or not all(isinstance(text, str) for text in dataset):
-            raise TypeError("dataset: expected a name, a path, a list of texts, or token ids (windows, seqlen)")
+            raise TypeError("dataset: expected a name, a path, a mapping of names to shares, a list of texts, or token "
+                            "ids (windows, seqlen)")  # fmt: skip
         return TEXTS, nsamples, seqlen
     if dataset.ndim != 2:
         raise InputError(f"dataset: expected tokens (windows, seqlen), got shape {tuple(dataset.shape)}")

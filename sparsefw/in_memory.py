@@ -103,7 +103,7 @@ def prune_on_batches(
     batches = data.batches_of(calibration, "calibration")
     evaluated = None if evaluation is None else data.batches_of(evaluation, "evaluate")
     texts = (data.BATCHES,) if evaluated else ()
-    inputs = Inputs(model=type(model).__name__, dataset=data.BATCHES, nsamples=batches.n, evaluate=texts)
+    inputs = Inputs(model=type(model).__name__, dataset=(data.BATCHES,), nsamples=batches.n, evaluate=texts)
     with _scratch_folder(output) as scratch:
         job = Job(inputs, config, Output(output or ranks.tell(scratch / "pruned"), **places))
         report = run_in_memory(model, job, batches, evaluated, output is not None, log, progress, ranks)

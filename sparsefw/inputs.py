@@ -1,10 +1,12 @@
 """Inputs: what a run reads. Flags, ranges and help are made from its fields, as from those of PruneConfig."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsefw.errors import InputError, shown
 from sparsefw.flags import DEPENDS, check_fields, flag, make_tuples, set_field
 from sparsefw.solver.config import PruneConfig
 
@@ -13,8 +15,8 @@ DEFAULT = "default"
 DEFAULT_MODEL = Path(__file__).with_name("default") / "model"
 
 # Defaults with the embedded model, and with other models.
-EMBEDDED = dict(dataset=DEFAULT, nsamples=64, seqlen=128, evaluate=(DEFAULT,))
-OTHERS = dict(dataset="c4", nsamples=256, seqlen=2048, evaluate=())
+EMBEDDED = dict(dataset=(DEFAULT,), nsamples=64, seqlen=128, evaluate=(DEFAULT,))
+OTHERS = dict(dataset=("c4",), nsamples=256, seqlen=2048, evaluate=())
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,10 @@ class Inputs:
     """
 
     model: str = flag("checkpoint folder or Hub id (default: the embedded model)", DEFAULT, metavar="ID|PATH")
-    dataset: str = flag(
-        "calibration text: c4, wikitext, a .txt, .jsonl or .parquet file, or a datasets id (default: c4; the embedded "
-        "text for the embedded model)",
-        metavar="NAME|PATH",
+    dataset: tuple[str, ...] = flag(
+        "calibration text: c4, wikitext, a .txt, .jsonl or .parquet file, or a datasets id; may be repeated: each has "
+        "as many of the windows, or its share of them where =N follows (default: c4; the embedded text for the "
+        "embedded model)", metavar="NAME|PATH[=N]", several=True,
     )  # fmt: skip
     nsamples: int = flag("calibration windows (default: 256; embedded model: 64)", metavar="N", least=1, most=10**9)
     seqlen: int = flag(
@@ -65,11 +67,46 @@ class Inputs:
         for name, default in (EMBEDDED if self.embedded else OTHERS).items():
             if getattr(self, name) is DEPENDS:
                 set_field(self, name, default)
+        _check_datasets(self.dataset)
 
     @property
     def embedded(self) -> bool:
         """Whether the model is the embedded one."""
         return self.model == DEFAULT
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of each calibration text in the windows, by its name."""
+        return dict(map(name_and_share, self.dataset))
+
+
+def name_and_share(dataset: str) -> tuple[str, float]:
+    """The name of a text and its share, from NAME or NAME=SHARE. A name without a share has 1."""
+    name, _, number = dataset.rpartition("=")
+    try:
+        return (name, float(number)) if name else (dataset, 1.0)
+    except ValueError:
+        return dataset, 1.0
+
+
+def with_share(name: str, share: float) -> str:
+    """What `name_and_share` reads: NAME=SHARE, or NAME alone where that says the same."""
+    dataset = f"{name}={int(share) if share.is_integer() else share}"
+    return name if name_and_share(name) == name_and_share(dataset) else dataset
+
+
+def _check_datasets(datasets: Sequence[str]) -> None:
+    """Refuse shares that are not above 0, and names that are given twice or not at all."""
+    if not datasets:
+        raise InputError("--dataset: no text is named")
+    names = []
+    for dataset in datasets:
+        name, share = name_and_share(dataset)
+        if not 0 < share < math.inf:
+            raise InputError(f"--dataset {shown(dataset)}: expected a share above 0 behind the last =")
+        if name in names:
+            raise InputError(f"--dataset {shown(name)}: given twice; give it once, with a share: {shown(name)}=2")
+        names.append(name)
 
 
 def listed(names: Iterable[str]) -> tuple[str, ...]:

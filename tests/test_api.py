@@ -10,7 +10,8 @@ import torch
 from helpers.families import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsefw import InputError, PruneConfig, data, prune, run
+from sparsefw import InputError, PruneConfig, data, prune, run, verify
+from sparsefw.report import read_report
 
 TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(200))
 SMALL = dict(nsamples=6, seqlen=32)
@@ -79,6 +80,35 @@ def test_documents_and_tokens(source, text, tmp_path):
     result = prune(source, tmp_path / "tokens", CONFIG, dataset=windows.ids)
     assert shards(tmp_path / "name") == shards(tmp_path / "texts") == shards(tmp_path / "tokens")
     assert (result.report.data.windows, result.report.data.seqlen) == (6, 32)
+
+
+def test_a_mixture_of_texts(source, text, tmp_path):
+    """The same from the command line and from Python: windows of each by its share, told in the report."""
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"{n} bottles hang on the wall, number {n} falls.\n" for n in range(300)))
+    flags = [
+        "--model",
+        str(source),
+        "--dataset",
+        str(text),
+        "--dataset",
+        f"{other}=2",
+        "--nsamples",
+        "6",
+        "--seqlen",
+        "32",
+    ]
+    flags += ["--kernel", "torch", "--steps", "4", "--reconstruct", "0", "--output", str(tmp_path / "command")]
+    assert run.main(flags) == 0
+    result = prune(source, tmp_path / "python", CONFIG, dataset={text: 1, other: 2}, **SMALL)
+    assert shards(tmp_path / "command") == shards(tmp_path / "python")
+    report = read_report(tmp_path / "command" / "report.json")
+    assert report.argument("dataset", tuple) == result.report.argument("dataset", tuple) == (str(text), f"{other}=2")
+    assert report.data.source == f"2 of {text} + 4 of {other}"
+    assert report.data == result.report.data
+    prune(source, tmp_path / "alone", CONFIG, dataset=text, **SMALL)
+    assert shards(tmp_path / "alone") != shards(tmp_path / "python")
+    assert verify.main([str(tmp_path / "command")]) == 0
 
 
 def test_perplexity(source, text, tmp_path):
@@ -179,6 +209,12 @@ class TestRefused:
             prune(source, tmp_path / "out", "2:4")
         with pytest.raises(TypeError, match="dataset: expected a name"):
             prune(source, tmp_path / "out", CONFIG, dataset=5)
+        with pytest.raises(TypeError, match="dataset: expected a number for the share"):
+            prune(source, tmp_path / "out", CONFIG, dataset={"c4": "3"})
+        with pytest.raises(InputError, match="--dataset c4=nan: expected a share above 0"):
+            prune(source, tmp_path / "out", CONFIG, dataset={"c4": float("nan")})
+        with pytest.raises(InputError, match="--dataset: no text is named"):
+            prune(source, tmp_path / "out", CONFIG, dataset={})
         with pytest.raises(TypeError, match="evaluate: expected names"):
             prune(source, tmp_path / "out", CONFIG, evaluate=5)
         with pytest.raises(InputError, match="output: "):

@@ -122,8 +122,8 @@ def entry(cell: Cell, report: Report) -> dict:
     """The part of a report that the study keeps: texts by file name, layers by column, six digits of an error."""
     method, layers = report.arguments["method"], report.layers
     arguments = {name: value for name, value in report.arguments.items() if name != "output"}
-    arguments |= {name: Path(arguments[name]).name for name in ("model", "dataset")}
-    arguments["evaluate"] = [Path(text).name for text in arguments["evaluate"]]
+    arguments["model"] = Path(arguments["model"]).name
+    arguments |= {name: [Path(text).name for text in arguments[name]] for name in ("dataset", "evaluate")}
     texts = {Path(text.source).name: text.perplexity for text in report.evaluation}
     columns = {name: [_short(getattr(layer, name)) for layer in layers] for name in KEPT_OF_LAYERS}
     return {

@@ -122,8 +122,15 @@ def claims_of(report: Report) -> Claims:
         keeps_zeros=report.argument("keep_zeros", bool),
         layers=layers,
         kept_dense=set(report.kept_dense),
-        on_batches=report.argument("dataset", str) == BATCHES,
+        on_batches=_datasets(report) == (BATCHES,),
     )
+
+
+def _datasets(report: Report) -> tuple[str, ...]:
+    """The calibration texts. Older versions had one."""
+    if isinstance(report.arguments.get("dataset"), str):
+        return (report.argument("dataset", str),)
+    return report.argument("dataset", tuple)
 
 
 def _check_layer(layer: LayerResult, pattern: Pattern, place: str) -> None:

@@ -23,7 +23,7 @@ def run(argv: list[str] | None) -> int:
             inputs.model,
             arguments.output,
             config,
-            dataset=inputs.dataset,
+            dataset=inputs.shares,
             nsamples=inputs.nsamples,
             seqlen=inputs.seqlen,
             seed=inputs.seed,

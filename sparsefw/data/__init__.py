@@ -2,6 +2,7 @@
 
 from sparsefw.data.batches import BATCHES, Batch, Batches, batches_of, token_batch
 from sparsefw.data.memory import reading_bytes, window_bytes
+from sparsefw.data.mixture import mixed_windows
 from sparsefw.data.text import Text, read_text
 from sparsefw.data.tokenizer import Tokenizer, TokenizerProcess, TokenizerTraits, load_tokenizer, tokenize, traits
 from sparsefw.data.windows import Windows, calibration_windows, evaluation_windows, windows_of
@@ -19,6 +20,7 @@ __all__ = [
     "calibration_windows",
     "evaluation_windows",
     "load_tokenizer",
+    "mixed_windows",
     "read_text",
     "reading_bytes",
     "token_batch",

@@ -77,7 +77,7 @@ def windows_of(ids: Tensor, source: str) -> Windows:
     ids = ids.detach().to("cpu", torch.int64).contiguous()
     if ids.min() < 0:
         raise InputError(f"{source}: token {int(ids.min())}; no token is negative")
-    return _make_windows(ids, source)
+    return make_windows(ids, source)
 
 
 def calibration_windows(
@@ -88,6 +88,7 @@ def calibration_windows(
     seqlen: int,
     seed: int,
     room: int | None = None,
+    alone: bool = True,
 ) -> Windows:
     """Draw disjoint windows at random.
 
@@ -101,6 +102,7 @@ def calibration_windows(
         seqlen: tokens in a window.
         seed: seed of the draw, which depends on the seed and the text only.
         room: bytes of memory that reading may take; None: any number.
+        alone: whether all windows of the run are of this text, which decides what is advised if it is too short.
 
     Raises:
         InputError: the text cannot be read or is too short, memory is too little, or an argument is out of its range.
@@ -121,18 +123,17 @@ def calibration_windows(
         "fewer or shorter windows (--nsamples, --seqlen)",
     )
     if len(ids) < needed:
-        fits = [
-            f"--{name} {n}" for name, n in (("nsamples", len(ids) // seqlen), ("seqlen", len(ids) // nsamples)) if n
-        ]
+        fits = [("--nsamples", len(ids) // seqlen)] * alone + [("--seqlen", len(ids) // nsamples)]
+        remedies = [f"{flag} {n}" for flag, n in fits if n] + ["a smaller share"] * (not alone) + ["a longer text"]
         raise InputError(
             f"{text.source}: {len(ids)} tokens, but {nsamples} windows of {seqlen} need {needed}; "
-            f"use {' or '.join([*fits, 'a longer text'])}"
+            f"use {' or '.join(remedies)}"
         )
     generator = torch.Generator().manual_seed(seed)
     offset = int(torch.randint(min(seqlen - 1, len(ids) - needed) + 1, (1,), generator=generator))
     slots = _cut(ids, seqlen, offset)
     drawn = slots[torch.randperm(len(slots), generator=generator)[:nsamples]]
-    return _make_windows(drawn.long(), text.source)
+    return make_windows(drawn.long(), text.source)
 
 
 def evaluation_windows(
@@ -176,10 +177,11 @@ def evaluation_windows(
             f"{text.source}: {len(ids)} tokens, fewer than one window of {seqlen}; "
             f"use --seqlen {len(ids)} or a longer text"
         )
-    return _make_windows(_cut(ids, seqlen).long(), text.source)
+    return make_windows(_cut(ids, seqlen).long(), text.source)
 
 
-def _make_windows(ids: Tensor, source: str) -> Windows:
+def make_windows(ids: Tensor, source: str) -> Windows:
+    """Windows of these tokens, (n, seqlen) int64 in memory without gaps, with their hash."""
     return Windows(ids, source, hashlib.sha256(ids.numpy().data).hexdigest())
 
 

@@ -151,7 +151,7 @@ def _why(config: PruneConfig) -> str:
 
 def _files_read(job: CheckpointJob) -> list[Path]:
     """Files and folders here that the run reads beside the source: texts, the Hub's caches, and temporary files."""
-    names = [*job.inputs.evaluate, *([job.inputs.dataset] if job.dataset is None else [])]
+    names = [*job.inputs.evaluate, *(job.inputs.shares if job.dataset is None else [])]
     texts = [Path(path) for path in map(os.path.expanduser, names) if os.path.lexists(path)]
     return [*texts, Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE), Path(tempfile.gettempdir())]
 

@@ -1,7 +1,7 @@
 """The texts of a run as tokens: windows to calibrate and evaluate on, and the questions of tasks."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -50,7 +50,7 @@ def tokenized_texts(
         InputError: a text cannot be read or is too short, or the tokenizer cannot take it.
     """
     inputs = job.inputs
-    tokens = data.windows_of(job.dataset, inputs.dataset) if isinstance(job.dataset, Tensor) else None
+    tokens = data.windows_of(job.dataset, inputs.dataset[0]) if isinstance(job.dataset, Tensor) else None
     if tokens is not None and tokens.seqlen > seqlen:
         raise InputError(f"{tokens.source}: windows of {tokens.seqlen} tokens, and the model takes {seqlen} at most")
     if tokens is not None and not inputs.evaluate and questions is None:
@@ -82,15 +82,14 @@ def _windows(
 ) -> tuple[Windows, list[Windows]]:
     inputs = job.inputs
     if tokens is None:
-        documents = inputs.dataset if job.dataset is None or isinstance(job.dataset, Tensor) else job.dataset
-        tokens = data.calibration_windows(
-            tokenizer,
-            documents,
-            nsamples=inputs.nsamples,
-            seqlen=seqlen,
-            seed=inputs.seed,
-            room=limit - process.resident(),
+        size: dict[str, Any] = dict(
+            nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed, room=limit - process.resident()
         )
+        if job.dataset is None:
+            tokens = data.mixed_windows(tokenizer, inputs.shares, **size)
+        else:
+            assert not isinstance(job.dataset, Tensor)
+            tokens = data.calibration_windows(tokenizer, job.dataset, **size)
     return tokens, [
         data.evaluation_windows(
             tokenizer, name, seqlen=seqlen, limit=inputs.eval_windows, room=limit - process.resident()

@@ -179,9 +179,9 @@ def test_flags_arrive_in_the_config():
 
 def test_the_embedded_model_has_defaults_of_its_own():
     inputs, config = inputs_and_config(run_parser(None).parse_args([]))
-    assert (inputs.dataset, inputs.evaluate, config.compare) == ("default", ("default",), ("wanda",))
+    assert (inputs.dataset, inputs.evaluate, config.compare) == (("default",), ("default",), ("wanda",))
     inputs, config = inputs_and_config(run_parser(None).parse_args(["--model", "org/name"]))
-    assert (inputs.dataset, inputs.evaluate, config.compare) == ("c4", (), ())
+    assert (inputs.dataset, inputs.evaluate, config.compare) == (("c4",), (), ())
     assert (inputs.nsamples, inputs.seqlen) == (256, 2048)
 
 

@@ -1,0 +1,43 @@
+"""Inputs: calibration texts and their shares."""
+
+import pytest
+from helpers.texts import refused
+
+from sparsefw.inputs import Inputs, name_and_share, with_share
+
+
+@pytest.mark.parametrize(
+    ("dataset", "found"),
+    [
+        ("c4", ("c4", 1.0)),
+        ("c4=3", ("c4", 3.0)),
+        ("a/b.txt=0.25", ("a/b.txt", 0.25)),
+        ("a=b.txt", ("a=b.txt", 1.0)),
+        ("a=1.txt=2", ("a=1.txt", 2.0)),
+        ("a=2=1", ("a=2", 1.0)),
+        ("=2", ("=2", 1.0)),
+    ],
+)
+def test_names_and_shares(dataset, found):
+    assert name_and_share(dataset) == found
+    assert with_share(*found) == dataset
+
+
+def test_shares_by_name():
+    inputs = Inputs(model="m", dataset=["c4", "code.txt=0.5"])
+    assert inputs.dataset == ("c4", "code.txt=0.5")
+    assert inputs.shares == {"c4": 1.0, "code.txt": 0.5}
+    assert Inputs(model="m", dataset="c4") == Inputs(model="m", dataset=("c4",))
+
+
+@pytest.mark.parametrize("share", ["0", "-1", "nan", "inf", "-0.0", "1e999"])
+def test_shares_are_above_zero(share):
+    with refused(f"--dataset a.txt={share}: expected a share above 0 behind the last ="):
+        Inputs(dataset=["b.txt", f"a.txt={share}"])
+
+
+def test_names_are_given_once():
+    with refused("--dataset a.txt: given twice; give it once, with a share: a.txt=2"):
+        Inputs(dataset=["a.txt", "b.txt", "a.txt=3"])
+    with refused("--dataset: no text is named"):
+        Inputs(dataset=[])
