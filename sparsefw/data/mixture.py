@@ -47,7 +47,9 @@ def mixed_windows(
 
 def counts(n: int, shares: Sequence[float]) -> list[int]:
     """n windows by share: whole numbers below, and one more for those that lose most by that, the first of equals."""
-    exact = [n * share / sum(shares) for share in shares]
+    # Relative to the largest: the sum of the shares as they are may be infinite.
+    relative = [share / max(shares) for share in shares]
+    exact = [n * share / sum(relative) for share in relative]
     found = [math.floor(count) for count in exact]
     by_loss = sorted(range(len(shares)), key=lambda i: found[i] - exact[i])
     for i in by_loss[: n - sum(found)]:
