@@ -1,13 +1,14 @@
 """Inputs: what a run reads. Flags, ranges and help are made from its fields, as from those of PruneConfig."""
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsefw.errors import InputError, shown
-from sparsefw.flags import DEPENDS, check_fields, flag, make_tuples, set_field
+from sparsefw.flags import DEPENDS, check_fields, checked_path, flag, make_tuples, set_field
 from sparsefw.solver.config import PruneConfig
 
 # Name of the embedded model, which the package carries, and of the embedded text, which every CPython carries.
@@ -96,17 +97,22 @@ def with_share(name: str, share: float) -> str:
 
 
 def _check_datasets(datasets: Sequence[str]) -> None:
-    """Refuse shares that are not above 0, and names that are given twice or not at all."""
+    """Refuse shares that are not above 0, and a text that is given twice or not at all.
+
+    Windows of a text that is drawn from twice would be there twice, and what is held out would be learned, too.
+    """
     if not datasets:
         raise InputError("--dataset: no text is named")
-    names = []
+    places = set()
     for dataset in datasets:
         name, share = name_and_share(dataset)
         if not 0 < share < math.inf:
             raise InputError(f"--dataset {shown(dataset)}: expected a share above 0 behind the last =")
-        if name in names:
+        # A file may be given by several names.
+        place = os.path.realpath(os.path.expanduser(checked_path("dataset", name)))
+        if place in places:
             raise InputError(f"--dataset {shown(name)}: given twice; give it once, with a share: {shown(name)}=2")
-        names.append(name)
+        places.add(place)
 
 
 def listed(names: Iterable[str]) -> tuple[str, ...]:

@@ -86,20 +86,9 @@ def test_a_mixture_of_texts(source, text, tmp_path):
     """The same from the command line and from Python: windows of each by its share, told in the report."""
     other = tmp_path / "other.txt"
     other.write_text("".join(f"{n} bottles hang on the wall, number {n} falls.\n" for n in range(300)))
-    flags = [
-        "--model",
-        str(source),
-        "--dataset",
-        str(text),
-        "--dataset",
-        f"{other}=2",
-        "--nsamples",
-        "6",
-        "--seqlen",
-        "32",
-    ]
-    flags += ["--kernel", "torch", "--steps", "4", "--reconstruct", "0", "--output", str(tmp_path / "command")]
-    assert run.main(flags) == 0
+    places = ["--model", str(source), "--dataset", str(text), "--dataset", f"{other}=2"]
+    flags = ["--nsamples", "6", "--seqlen", "32", "--kernel", "torch", "--steps", "4", "--reconstruct", "0"]
+    assert run.main([*places, *flags, "--output", str(tmp_path / "command")]) == 0
     result = prune(source, tmp_path / "python", CONFIG, dataset={text: 1, other: 2}, **SMALL)
     assert shards(tmp_path / "command") == shards(tmp_path / "python")
     report = read_report(tmp_path / "command" / "report.json")

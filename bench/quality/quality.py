@@ -20,7 +20,7 @@ from quality_cells import NSAMPLES, OWN, PATTERNS, REFERENCE, SEED, SEQLEN, Cell
 from quality_curves import measure_curves
 from quality_documents import write_documents
 from quality_results import ALL, RESULTS, load, made_by, missing, remaining, save
-from quality_run import Study, code_version, run_apart, run_cell
+from quality_run import Study, code_version, folder_of, run_apart, run_cell
 from quality_settings import measure_budgets, measure_settings
 from quality_settings import table as settings_table
 from quality_tables import tables
@@ -118,8 +118,9 @@ def _run(arguments: argparse.Namespace, results: dict, cells: list[Cell], refere
     if not study.model.exists():
         build_checkpoint(study.model)
     for cell in _to_run(arguments, results, cells):
-        results["cells"][cell.key] = run_cell(cell, study, launch)
-        save(arguments.results, results)
+        with folder_of(cell, study) as folder:
+            results["cells"][cell.key] = run_cell(cell, study, folder, launch)
+            save(arguments.results, results)
         print(f"{cell.key}: {results['cells'][cell.key]['perplexity']}", file=sys.stderr, flush=True)
     options = {"nsamples": (arguments.nsamples or [NSAMPLES])[0], "seqlen": study.seqlen}
     for block in (b for b in arguments.curves if str(b) not in results["curves"]):

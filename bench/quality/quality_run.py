@@ -81,8 +81,13 @@ def run_apart(flags: list[str]) -> int:
     return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
 
 
-def run_cell(cell: Cell, study: Study, launch: Callable[[list[str]], int] = run_apart) -> dict:
+def run_cell(cell: Cell, study: Study, folder: Path, launch: Callable[[list[str]], int] = run_apart) -> dict:
     """Run one cell; returns its entry in the results.
+
+    Args:
+        cell, study: the cell and its study.
+        folder: where the output goes. A run that was begun there goes on.
+        launch: makes a run of its flags; returns the exit status.
 
     Raises:
         SystemExit: the run failed; it has said why.
@@ -94,21 +99,25 @@ def run_cell(cell: Cell, study: Study, launch: Callable[[list[str]], int] = run_
     flags += [flag for path in held_out for flag in ("--eval", str(path))]
     flags += ["--eval-windows", str(study.eval_windows), *cell.flags]
     code = {"commit": code_version(), "threads": torch.get_num_threads(), "plan": planned(flags)}
-    with _folder(cell, study, code["commit"]) as folder:
-        output = folder / "out"
-        # An interruption may have come between the end of the run and that of the cell.
-        if not output.exists() and (status := launch([*flags, "--output", str(output)])):
-            raise SystemExit(f"{cell.key}: exit status {status}")
-        return entry(cell, read_report(output / "report.json")) | code
+    output = folder / "out"
+    # An interruption may have come before the entry of a finished run was saved.
+    if not output.exists() and (status := launch([*flags, "--output", str(output)])):
+        raise SystemExit(f"{cell.key}: exit status {status}")
+    return entry(cell, read_report(output / "report.json")) | code
 
 
 @contextmanager
-def _folder(cell: Cell, study: Study, commit: str) -> Iterator[Path]:
-    """A folder for the output of a cell. In `study.work` it stays until the cell has ended."""
+def folder_of(cell: Cell, study: Study) -> Iterator[Path]:
+    """A folder for the output of a cell. In `study.work` it is there until the `with` block has ended without error.
+
+    Raises:
+        SystemExit: it shall stay there, and the code is not that of a commit.
+    """
     if study.work is None:
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
         return
+    commit = code_version()
     if not commit.isalnum() or commit == UNKNOWN:
         raise SystemExit(f"{study.work}: unfinished cells are kept for a commit, and the code is not that of one")
     # Other code does not go on with what this one has begun.

@@ -16,7 +16,7 @@ from sparsefw.inputs import listed
 def run(argv: list[str] | None) -> int:
     """Evaluate models, print a table, and write it as JSON."""
     given = _parser().parse_args(argv)
-    # Takes seconds, for which nobody waits to read --help.
+    # This takes seconds, and --help and a mistaken flag need none of it.
     from sparsefw.evaluation.job import RESULT, evaluate
     from sparsefw.evaluation.tables import summary
 

@@ -22,7 +22,7 @@ def run(argv: list[str] | None) -> int:
     parser.add_argument("--digest", metavar="HEX", help="SHA-256 of OUTPUT/SHA256SUMS, as the run has printed it: with "
         "it no change of any file goes unseen")  # fmt: skip
     arguments = parser.parse_args(argv)
-    # Takes seconds, for which nobody waits to read --help.
+    # This takes seconds, and --help and a mistaken flag need none of it.
     from sparsefw.checks import lines, verify
 
     quiet_libraries()

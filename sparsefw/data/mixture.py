@@ -33,20 +33,22 @@ def mixed_windows(
     options: dict[str, Any] = dict(seqlen=seqlen, seed=seed)
     if len(shares) == 1:
         return calibration_windows(tokenizer, next(iter(shares)), nsamples=nsamples, room=room, **options)
-    drawn: list[Windows] = []
-    for (name, share), n in zip(shares.items(), counts(nsamples, list(shares.values())), strict=True):
+    ids = torch.empty(nsamples, seqlen, dtype=torch.int64)
+    left = None if room is None else room - ids.nbytes
+    # Some of the windows are held out, and all are learned from in turn: each part has some of every text.
+    order = torch.randperm(nsamples, generator=torch.Generator().manual_seed(seed)).argsort()
+    sources, numbers = [], counts(nsamples, list(shares.values()))
+    for (name, share), n, places in zip(shares.items(), numbers, order.split(numbers), strict=True):
         if not n:
             raise InputError(f"--dataset {shown(name)}: its share, {share:g}, is none of {nsamples} windows; give more")
-        left = None if room is None else room - sum(windows.ids.nbytes for windows in drawn)
-        drawn.append(calibration_windows(tokenizer, name, nsamples=n, room=left, alone=False, **options))
-    # Some of the windows are held out, and all are learned from in turn: each part has some of every text.
-    order = torch.randperm(nsamples, generator=torch.Generator().manual_seed(seed))
-    ids = torch.cat([windows.ids for windows in drawn])[order]
-    return make_windows(ids, " + ".join(f"{windows.n} of {windows.source}" for windows in drawn))
+        windows = calibration_windows(tokenizer, name, nsamples=n, room=left, alone=False, **options)
+        ids[places] = windows.ids
+        sources.append(f"{n} of {windows.source}")
+    return make_windows(ids, " + ".join(sources))
 
 
 def counts(n: int, shares: Sequence[float]) -> list[int]:
-    """n windows by share: whole numbers below, and one more for those that lose most by that, the first of equals."""
+    """n windows by share: each count is rounded down, and one more where that cuts most off; of equals the first."""
     # Relative to the largest: the sum of the shares as they are may be infinite.
     relative = [share / max(shares) for share in shares]
     exact = [n * share / sum(relative) for share in relative]

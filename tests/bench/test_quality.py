@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -227,7 +228,7 @@ class TestRun:
         ran = []
         monkeypatch.setattr(quality_run, "planned", lambda flags: None)
         with pytest.raises(SystemExit):
-            quality_run.run_cell(cell, study, launch=lambda flags: ran.extend(flags) or 1)
+            quality_run.run_cell(cell, study, study.model, launch=lambda flags: ran.extend(flags) or 1)
         found = {}
         for name, value in zip(ran[::2], ran[1::2], strict=True):
             found.setdefault(name, []).append(Path(value).name)
@@ -236,7 +237,7 @@ class TestRun:
     def test_a_failed_cell_ends_the_study(self, study, monkeypatch):
         monkeypatch.setattr(quality_run, "planned", lambda flags: None)
         with pytest.raises(SystemExit, match=r"RIA \| 0.6 .*exit status 2"):
-            quality_run.run_cell(select(only="RIA", wanted=["0.6"])[0], study, launch=lambda flags: 2)
+            quality_run.run_cell(select(only="RIA", wanted=["0.6"])[0], study, study.model, launch=lambda flags: 2)
 
     def test_an_unfinished_cell_stays_for_its_commit(self, study, monkeypatch):
         for name, value in {"planned": None, "read_report": None, "entry": {}}.items():
@@ -244,8 +245,8 @@ class TestRun:
         cell, other = select(only="RIA", wanted=["0.6", "2:4"])
         study = replace(study, work=study.model / "work")
 
-        def run(commit, status, cell=cell):
-            """Run the cell; returns whether it goes on with one that was begun."""
+        def run(commit, status, cell=cell, saved=True):
+            """Run the cell; returns whether it goes on with one that was begun, or nothing if none is run."""
             found = []
 
             def launch(flags):
@@ -257,8 +258,11 @@ class TestRun:
                 return status
 
             monkeypatch.setattr(quality_run, "code_version", lambda: commit)
-            with pytest.raises(SystemExit, match="exit status 1") if status else nullcontext():
-                assert quality_run.run_cell(cell, study, launch)["commit"] == commit
+            ended = status == 0 and saved
+            with nullcontext() if ended else pytest.raises(SystemExit), quality_run.folder_of(cell, study) as folder:
+                assert quality_run.run_cell(cell, study, folder, launch)["commit"] == commit
+                if not saved:
+                    sys.exit("the results cannot be written")
             return found
 
         assert run("abc", 1) == [False]
@@ -268,20 +272,18 @@ class TestRun:
         # It has ended, and the two others have not.
         assert run("abc", 1) == [False]
         assert run("def", 0) == run("abc", 0, other) == [True]
-        # An interruption between the end of the run and that of the cell.
-        with monkeypatch.context() as patch:
-            patch.setattr(quality_run, "entry", lambda *args: {}["interrupted"])
-            with pytest.raises(KeyError):
-                run("abc", 0)
+        # A finished run is not made again because its entry was not saved.
+        assert run("abc", 0, saved=False) == [True]
         assert run("abc", 0) == []
+        assert not any(study.work.iterdir())
 
     @pytest.mark.parametrize("commit", ["abc+", "unknown"])
     def test_code_of_no_commit_keeps_no_cell(self, commit, study, monkeypatch):
-        monkeypatch.setattr(quality_run, "planned", lambda flags: None)
         monkeypatch.setattr(quality_run, "code_version", lambda: commit)
-        with pytest.raises(SystemExit, match="not that of one"):
-            quality_run.run_cell(select(only="RIA", wanted=["0.6"])[0], replace(study, work=study.model / "w"), None)
-        assert not (study.model / "w").exists()
+        (cell,), work = select(only="RIA", wanted=["0.6"]), study.model / "w"
+        with pytest.raises(SystemExit, match="not that of one"), quality_run.folder_of(cell, replace(study, work=work)):
+            pass
+        assert not work.exists()
 
     def test_seconds_of_an_interrupted_run(self):
         """Blocks have those of the run that pruned them, which another lane than the main one takes no part in."""

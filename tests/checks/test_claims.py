@@ -87,6 +87,8 @@ def test_names_are_printed_harmless(copied, capsys):
         (lambda r: r["arguments"].update(model=None), r"arguments\.model: expected a string, got null"),
         (lambda r: r["arguments"].pop("keep_zeros"), r"arguments\.keep_zeros: missing"),
         (lambda r: r["arguments"].update(keep_zeros=1), r"arguments\.keep_zeros: expected a boolean"),
+        (lambda r: r["arguments"].update(dataset=7), r"arguments\.dataset: expected an array, got a whole number"),
+        (lambda r: r["arguments"].pop("dataset"), r"arguments\.dataset: missing"),
         (lambda r: r.update(kept_dense=[1]), r"kept_dense\[0\]: expected a string, got a whole number"),
     ],
 )
@@ -113,6 +115,12 @@ def test_a_report_without_passes_reconstructed_nothing(copied, capsys):
     assert not verdict(capsys, output)[2]
     change_tensor(output, UP, lambda W: W * 2)
     assert only_failure(capsys, output, "kept").startswith(UP)
+
+
+def test_older_reports_name_one_dataset(copied, capsys):
+    _, output = copied(*WANDA)
+    change_report(output, lambda report: report["arguments"].update(dataset="c4"))
+    assert not verdict(capsys, output)[2]
 
 
 @pytest.mark.parametrize(("passes", "failing"), [(0, {"kept"}), (2, set())])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.texts import make_tokenizer, refused
 
-from sparsefw.data import calibration_windows, mixed_windows
+from sparsefw.data import calibration_windows, mixed_windows, mixture
 from sparsefw.data.mixture import counts
 
 SIZE = dict(seqlen=8, seed=3)
@@ -77,6 +77,18 @@ def test_the_draw_depends_on_the_seed_alone(tokenizer, texts):
     assert draw(4).hash != first.hash
     # A share is a ratio.
     assert draw(3, share=5).hash == first.hash
+
+
+def test_room_for_the_windows_is_set_aside(tokenizer, texts, monkeypatch):
+    rooms = []
+
+    def drawn(*args, room, **kwargs):
+        rooms.append(room)
+        return calibration_windows(*args, **kwargs)
+
+    monkeypatch.setattr(mixture, "calibration_windows", drawn)
+    mixed_windows(tokenizer, dict.fromkeys(texts, 1), nsamples=12, room=10**6, **SIZE)
+    assert rooms == [10**6 - 8 * 12 * 8] * 3
 
 
 def test_what_is_refused(tokenizer, texts):
