@@ -93,7 +93,7 @@ def test_a_mixture_of_texts(source, text, tmp_path):
     assert shards(tmp_path / "command") == shards(tmp_path / "python")
     report = read_report(tmp_path / "command" / "report.json")
     assert report.argument("dataset", tuple) == result.report.argument("dataset", tuple) == (str(text), f"{other}=2")
-    assert report.data.source == f"2 of {text} + 4 of {other}"
+    assert report.data.source == f"{text} (2) + {other} (4)"
     assert report.data == result.report.data
     prune(source, tmp_path / "alone", CONFIG, dataset=text, **SMALL)
     assert shards(tmp_path / "alone") != shards(tmp_path / "python")

@@ -43,7 +43,7 @@ def mixed_windows(
             raise InputError(f"--dataset {shown(name)}: its share, {share:g}, is none of {nsamples} windows; give more")
         windows = calibration_windows(tokenizer, name, nsamples=n, room=left, alone=False, **options)
         ids[places] = windows.ids
-        sources.append(f"{n} of {windows.source}")
+        sources.append(f"{windows.source} ({n})")
     return make_windows(ids, " + ".join(sources))
 
 

@@ -57,7 +57,7 @@ def test_a_mixture_has_the_windows_of_each_text(tokenizer, texts):
     """In an order in which every part of them has some of each."""
     a, b, c = texts
     found = mixed_windows(tokenizer, {a: 1, b: 2, c: 1}, nsamples=40, **SIZE)
-    assert found.source == f"10 of {a} + 20 of {b} + 10 of {c}"
+    assert found.source == f"{a} (10) + {b} (20) + {c} (10)"
     assert found.hash == hashlib.sha256(found.ids.numpy().tobytes()).hexdigest()
     parts = [calibration_windows(tokenizer, x, nsamples=n, **SIZE).ids for x, n in ((a, 10), (b, 20), (c, 10))]
     expected = [row for ids in parts for row in ids.tolist()]
