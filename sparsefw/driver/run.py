@@ -173,7 +173,6 @@ def _prepare(
     questions = questions_of(inputs) if ranks.first else None
     texts = ranks.one_does(lambda: tokenized_texts(job, source, questions, seqlen, limits["host"]))
     calibration, evaluation = texts.calibration, texts.evaluation
-    process.give_back()
     # From Python, the process may have had more at some time before: that is not this run's.
     peak = process.peak_memory()["host_bytes"]
     notes = model.notes + checkpoint.note_of_others(job.folder)
@@ -225,6 +224,8 @@ def workload_of(
     ranks: Ranks = ALONE,
 ) -> Workload:
     """The work of a run, see `Workload`; of several ranks, with the memory of the one that has most."""
+    # What texts and shapes have left behind can be taken again, and is no part of what the process keeps.
+    process.give_back()
     has, had = (max(sizes) for sizes in zip(*ranks.gather((process.resident(), peak)), strict=True))
     return Workload(
         windows=windows,

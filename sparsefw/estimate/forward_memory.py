@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from sparsefw.model.shapes import BlockShape, ModelShape
 from sparsefw.process import page_locked_bytes
 
-# oneDNN generates code for every shape of a product in bf16 or fp16: bytes of one, as measured, and how many it keeps.
-BYTES_PER_PRODUCT, PRODUCTS_KEPT = 560 * 2**10, 1024
+# oneDNN generates code for every shape of a product in bf16 or fp16, and keeps that of so many. Its bytes, for few
+# tokens and for more, are a mean, as measured: by shape and processor it takes half of it to 2.5 times as much.
+CODE_OF_FEW, CODE_OF_MORE, FEW_TOKENS = 640 * 2**10, 1280 * 2**10, 256
+PRODUCTS_KEPT = 1024
 
 # Code of a CPU's libraries that is loaded when it is used, and buffers that they keep: in all, and of each thread. As
 # measured, they take up to 26 MiB with one thread, and up to 50 with two.
@@ -48,14 +50,22 @@ def libraries_bytes(
         batches: the different numbers of tokens, or of windows, that micro-batches have.
         differentiated: whether gradients are computed: products of two further shapes for each.
     """
-    every = [layer for block in shape.blocks for layer in block.all_layers]
-    widest = max((layer.d for layer in every), default=0)
+    widest = max((layer.d for block in shape.blocks for layer in block.all_layers), default=0)
     kept = LIBRARIES + LIBRARIES_OF_THREAD * threads + HOLES * min(LARGEST_PIECE, 4 * widest**2)
-    if shape.itemsize != 2:
-        return kept
+    return kept + (_generated_bytes(shape, tokens, {*batches} - {0}, differentiated) if shape.itemsize == 2 else 0)
+
+
+def _generated_bytes(shape: ModelShape, tokens: int, batches: set[int], differentiated: bool) -> int:
+    """Code of products in half precision; the arguments are those of `libraries_bytes`."""
+    every = [layer for block in shape.blocks for layer in block.all_layers]
     experts, others = ({(x.rows, x.d) for x in every if bool(x.experts) == sent} for sent in (True, False))
-    products = len(experts) * min(tokens, PRODUCTS_KEPT // 2) + (len(others) + 1) * len({*batches} - {0})
-    return kept + BYTES_PER_PRODUCT * min(PRODUCTS_KEPT, (3 if differentiated else 1) * products)
+    few, more = len(experts) * min(tokens, FEW_TOKENS), len(experts) * max(0, tokens - FEW_TOKENS)
+    # The head is one of the others.
+    of_batches = (len(others) + 1) * len(batches)
+    few, more = (few + of_batches, more) if tokens <= FEW_TOKENS else (few, more + of_batches)
+    gradients = 3 if differentiated else 1
+    more = min(PRODUCTS_KEPT, gradients * more)
+    return CODE_OF_MORE * more + CODE_OF_FEW * min(PRODUCTS_KEPT - more, gradients * few)
 
 
 def forward_bytes(block: BlockShape, shape: ModelShape, seqlen: int, tokens: int) -> int:

@@ -11,10 +11,11 @@ import math
 import shlex
 from collections import defaultdict
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from sparsefw.errors import printable
 from sparsefw.flags import flag_of
@@ -62,13 +63,8 @@ def page(report: Report) -> str:
     Raises:
         ValueError: a layer lies in none of the blocks.
     """
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=_printable, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["sha256"] = _sha256
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     located = _located(report)
-    return template.render(
+    return _template().render(
         model=report.argument("model", str),
         sparsity=report.argument("sparsity", str),
         method=report.method,
@@ -83,6 +79,16 @@ def page(report: Report) -> str:
         **_layers(report, located),
         **_blocks(report, located),
     )
+
+
+@cache
+def _template() -> Template:
+    """The template, compiled once a process."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=_printable, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["sha256"] = _sha256
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _layers(report: Report, located: dict[str, list[LayerAt]]) -> dict[str, Any]:

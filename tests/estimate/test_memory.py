@@ -130,10 +130,19 @@ def test_experts_that_are_multiplied_at_once():
 
 
 @pytest.mark.parametrize(
-    ("itemsize", "gpu", "windows", "products"),
-    [(2, False, 1, 2 * 64), (2, False, 99, 1024), (4, False, 9, 0), (2, True, 9, 0)],
+    ("itemsize", "gpu", "windows", "few", "more"),
+    [
+        # Two layers of experts that are sent up to 64 tokens, "o" and the head. Without experts they are the same four.
+        (2, False, 1, 2 * 64 + 2 - 4, 0),
+        # 5 windows are 320 tokens: 64 numbers are more than a few.
+        (2, False, 5, 2 * 256, 2 * 64 + 2 - 4),
+        # 64 windows in one micro-batch, and 35 in the last one.
+        (2, False, 99, 0, 1024 - 2 * 4),
+        (4, False, 9, 0, 0),
+        (2, True, 9, 0, 0),
+    ],
 )
-def test_products_of_experts_in_half_precision(itemsize, gpu, windows, products):
+def test_products_of_experts_in_half_precision(itemsize, gpu, windows, few, more):
     """oneDNN keeps code for every number of tokens, up to a maximum: experts get any number, others micro-batches."""
     layers = (LayerShape("up", 64, 32, "up", 8), LayerShape("down", 32, 64, "down", 8), LayerShape("o", 32, 32, "o"))
     shape = replace(llama(32, 64, 2), blocks=(BlockShape(10**6, layers),) * 2, itemsize=itemsize)
@@ -142,10 +151,7 @@ def test_products_of_experts_in_half_precision(itemsize, gpu, windows, products)
         memory_needs(one, work(method="wanda", windows=windows, seqlen=64, gpu=gpu), Placement(64)).phases["write"][1]
         for one in (shape, dense)
     ]
-    batches = 2 if windows > 64 else 1
-    # Of "o" and the head, whose code the maximum has room for, and of all layers without experts.
-    own, others = (2 * batches if products < 1024 else 0), 4 * batches
-    assert process[0] - process[1] == (products + own - others if products else 0) * 560 * 1024
+    assert process[0] - process[1] == few * 640 * 1024 + more * 1280 * 1024
 
 
 def test_stages_of_a_block():
