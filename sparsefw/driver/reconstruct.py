@@ -24,6 +24,7 @@ from sparsefw.model.explained import ForwardFailed, explained
 from sparsefw.model.layers import Layer, layer_of
 from sparsefw.model.placement import split_batches
 from sparsefw.model.predictions import divergence, predicts
+from sparsefw.model.slice_gradients import SliceGradients
 from sparsefw.process import give_back
 from sparsefw.report import HIDDEN, PREDICTIONS, Reconstruction
 from sparsefw.solver import LayerResult
@@ -218,15 +219,17 @@ class Fit:
     def _add_gradients(self, j: int, parameters: list[nn.Parameter]) -> None:
         model = self.run.model
         name, kind = model.names[self.number], type(model.model).__name__
+        slices = SliceGradients(parameters)
         with torch.enable_grad():
-            # By entry: in half precision, gradients of the mean over all entries would be too small.
-            loss = self.loss_of(j) * self.dense.hidden[j].shape[-1]
+            with slices:
+                # By entry: in half precision, gradients of the mean over all entries would be too small.
+                loss = self.loss_of(j) * self.dense.hidden[j].shape[-1]
             if not loss.requires_grad:
                 raise InputError(f"{name}: unsupported model: its output has no gradients; use --reconstruct 0")
             try:
                 with explained(kind, name, model.given):
                     # Those of a caller's model outside of the blocks may ask for gradients, too.
-                    loss.backward(inputs=parameters)
+                    loss.backward(inputs=slices.leaves)
             except ForwardFailed as error:
                 what = shown(first_line(error.__cause__ or error))
                 raise InputError(
