@@ -4,6 +4,7 @@ A default that depends on other fields is `None` in the class and has its value 
 `PruneConfig().steps` is 24, `PruneConfig(refit=0).steps` is 40.
 """
 
+import math
 import numbers
 import os
 import sys
@@ -31,11 +32,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": dict(warm_start="wanda", step_rule="line-search", alpha=0.0, refit=4),
     "paper": dict(warm_start="wanda", step_rule="open-loop", alpha=0.9, refit=0),
 }
-# Unless it is given, the damping of a refit is that of so many further tokens whose inputs are independent, but at
-# least the preset's and at most MOST_DAMP. The fewer tokens there are, the less their Gram matrix says of other text.
-DAMP_TOKENS, MOST_DAMP = 13_000, 0.4
-# It is so many times as much before a reconstruction, which makes up for most of what that costs on the same text.
-MORE_BEFORE_RECONSTRUCTION = 4
+# Unless it is given, the damping of a refit is the most for up to so many tokens: the fewer there are, the less their
+# Gram matrix says of other text. With more tokens it falls, as 1 / tokens, down to the preset's.
+FEW_TOKENS, MOST_DAMP = 32_500, 0.4
+# A reconstruction makes up for most of what damping costs on the same text. So before one it is more, at most and at
+# least, and falls as 1 / sqrt(tokens).
+MOST_BEFORE_RECONSTRUCTION, LEAST_BEFORE_RECONSTRUCTION = 1.6, 0.8
 # Further defaults of each preset: with a refit of the kept weights, and without one, where the mask is final.
 WITH_REFIT: dict[str, dict[str, Any]] = {
     "sparsefw": dict(steps=24, penalty=0.7, rounds=3, swaps=0, target="dense", damp=0.1, reconstruct=2),
@@ -132,8 +134,9 @@ class PruneConfig:
     )  # fmt: skip
     damp: float = flag(
         "this share of the Gram matrix's diagonal is added to it where masks and weights are chosen, so that they hold "
-        "on other text (default: 52000 / tokens of calibration, at least 0.1 and at most 1.6; a quarter of that, at "
-        "least 0.1, with --reconstruct 0; 0.2 with --refit 0, but for --preset paper: 0)",
+        "on other text (default: 1.6 with up to 32500 tokens of calibration, with more 288 / sqrt(tokens), at least "
+        "0.8; with --reconstruct 0: 0.4, with more 13000 / tokens, at least 0.1; 0.2 with --refit 0, but for --preset "
+        "paper: 0)",
         # Far more than is of use; a diagonal of real inputs stays finite in fp32 with it.
         metavar="D", least=0, most=2**20, frank_wolfe=True,
     )  # fmt: skip
@@ -194,9 +197,12 @@ class PruneConfig:
         """The config of a run with so many calibration tokens: its damping, if it is not given."""
         if "damp" in self.given or not self.refit or "sparsefw" not in self.methods:
             return self
-        reconstructed = self.reconstruct and self.method == "sparsefw"
-        more = MORE_BEFORE_RECONSTRUCTION if reconstructed else 1
-        return self.replace(damp=max(self.damp, round(more * min(MOST_DAMP, DAMP_TOKENS / tokens), 2)))
+        share = min(1.0, FEW_TOKENS / tokens)
+        if self.reconstruct and self.method == "sparsefw":
+            damp = max(LEAST_BEFORE_RECONSTRUCTION, MOST_BEFORE_RECONSTRUCTION * math.sqrt(share))
+        else:
+            damp = max(self.damp, MOST_DAMP * share)
+        return self.replace(damp=round(damp, 2))
 
     @classmethod
     def paper(cls, **options: Any) -> "PruneConfig":

@@ -106,7 +106,7 @@ class TestForTokens:
             assert config.for_tokens(tokens) == config.replace(damp=damp)
 
     @pytest.mark.parametrize(
-        ("tokens", "damp"), [(16, 1.6), (32_768, 1.59), (131_072, 0.4), (262_144, 0.2), (520_000, 0.1), (10**6, 0.1)]
+        ("tokens", "damp"), [(16, 1.6), (32_768, 1.59), (65_536, 1.13), (131_072, 0.8), (524_288, 0.8), (10**9, 0.8)]
     )
     def test_of_a_refit_before_a_reconstruction(self, tokens, damp):
         for options in ({}, dict(preset="fast", reconstruct=1)):
