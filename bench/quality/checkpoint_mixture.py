@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-# Of the Llama's config, what the mixture has, too.
+# The fields of the Llama's config that the mixture takes over.
 SAME = (
     "vocab_size",
     "hidden_size",

@@ -224,7 +224,7 @@ def workload_of(
     ranks: Ranks = ALONE,
 ) -> Workload:
     """The work of a run, see `Workload`; of several ranks, with the memory of the one that has most."""
-    # What texts and shapes have left behind can be taken again, and is no part of what the process keeps.
+    # Memory that texts and shapes have freed can be taken again: it is no part of what the process keeps.
     process.give_back()
     has, had = (max(sizes) for sizes in zip(*ranks.gather((process.resident(), peak)), strict=True))
     return Workload(

@@ -1,11 +1,11 @@
-"""Gradients of stacked weights, such as those of experts, at the cost of the slices that a forward takes.
+"""Gradients of stacked weights, such as those of experts, at the cost of the parts that a forward takes.
 
 A forward takes `weights[e]` for each expert that has tokens. For each of them torch makes a gradient of all experts,
-zeros but for one, and adds those up: with E experts, E times the bytes of all weights. Here a slice is a leaf of the
-graph by itself, and its gradient is added to its place in that of the whole. The bits are the same: zeros add nothing.
+zeros but for one, and adds those up: with E experts, E times the bytes of all weights. Here such a part is a leaf of
+the graph by itself, and its gradient is added to its place in that of the whole. The bits are the same: zeros add
+nothing.
 """
 
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,45 +13,58 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+# Functions that take a part of a tensor. Those that cut all of it into parts, such as chunk, have one gradient for all.
+_TAKING = {Tensor.__getitem__, Tensor.select, Tensor.narrow, torch.select, torch.narrow}
+
 
 class SliceGradients(TorchFunctionMode):
-    """Inside the `with` block, slices of stacked parameters are leaves of the graph.
+    """Inside the `with` block, parts that are taken of parameters are leaves of the graph.
 
     Args:
-        parameters: those whose gradients are wanted. A slice that is taken of one with three axes, by one index along
-            the first of them, is a leaf.
+        parameters: those whose gradients are wanted, in memory without gaps. A part of one, or of a view of one, is a
+            leaf if it lies in the parameter's memory, without gaps, too.
 
     Attributes:
-        leaves: what gradients are to be computed of, for `backward(inputs=...)`: the parameters, and all slices so far.
+        leaves: what gradients are to be computed of, for `backward(inputs=...)`: the parameters, and all parts so far.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
         self.leaves: list[Tensor] = [*parameters]
-        self._stacked = {id(leaf) for leaf in self.leaves if leaf.dim() == 3}
-        # By the id of the parameter, and the index.
-        self._slices: dict[tuple[int, int], Tensor] = {}
+        self._parameters = {id(parameter): parameter for parameter in self.leaves}
+        # By the id of the parameter, and the place of the part in memory.
+        self._parts: dict[tuple[Any, ...], Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is Tensor.__getitem__ and id(args[0]) in self._stacked and _is_one_index(args[1]):
-            return self._slice(args[0], operator.index(args[1]))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        parameter = self._parameter_of(args[0]) if func in _TAKING and args and torch.is_grad_enabled() else None
+        if parameter is not None:
+            part = func(args[0].detach(), *args[1:], **kwargs)
+            # A mask or a list of numbers makes a copy, and a view of all entries costs nothing.
+            in_place = part.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+            if in_place and part.numel() < parameter.numel() and _has_no_gaps(part):
+                return self._leaf(parameter, part)
+        return func(*args, **kwargs)
 
-    def _slice(self, parameter: nn.Parameter, index: int) -> Tensor:
-        key = id(parameter), index
-        if key not in self._slices:
-            leaf = parameter.detach()[index].requires_grad_()
+    def _parameter_of(self, tensor: Tensor) -> Tensor | None:
+        """The parameter that a tensor is, or is a view of."""
+        return self._parameters.get(id(tensor), self._parameters.get(id(tensor._base)))
+
+    def _leaf(self, parameter: Tensor, part: Tensor) -> Tensor:
+        place = part.shape, part.stride(), part.storage_offset()
+        key = id(parameter), *place
+        if key not in self._parts:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+            leaf = part.requires_grad_()
             # torch adds to a gradient that is there in place.
-            leaf.grad = parameter.grad[index]
-            self._slices[key] = leaf
+            shape, steps, offset = place
+            leaf.grad = parameter.grad.as_strided(shape, steps, offset - parameter.storage_offset())
+            self._parts[key] = leaf
             self.leaves.append(leaf)
-        return self._slices[key]
+        return self._parts[key]
 
 
-def _is_one_index(index: Any) -> bool:
-    """Whether an index takes one slice; True and False are masks, and a tensor with an axis makes a copy."""
-    if isinstance(index, Tensor):
-        return not index.dim() and index.dtype != torch.bool
-    return hasattr(index, "__index__") and not isinstance(index, bool)
+def _has_no_gaps(part: Tensor) -> bool:
+    """Whether the entries of a part follow each other in memory: a gradient does, and torch warns of others."""
+    return torch.empty_like(part, device="meta").stride() == part.stride()

@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Unless it is given, the damping of a refit is the most for up to so many tokens: the fewer there are, the less their
 # Gram matrix says of other text. With more tokens it falls, as 1 / tokens, down to the preset's.
 FEW_TOKENS, MOST_DAMP = 32_500, 0.4
-# A reconstruction makes up for most of what damping costs on the same text. So before one it is more, at most and at
+# A reconstruction makes up for most of what damping costs on the same text. Damping is more before one, at most and at
 # least, and falls as 1 / sqrt(tokens).
 MOST_BEFORE_RECONSTRUCTION, LEAST_BEFORE_RECONSTRUCTION = 1.6, 0.8
 # Further defaults of each preset: with a refit of the kept weights, and without one, where the mask is final.

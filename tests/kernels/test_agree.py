@@ -52,7 +52,7 @@ def test_same_masks_on_the_embedded_default(tmp_path):
         assert torch.equal(a, b), name
 
 
-# Where each stage of a block begins in its layers: q, k, v; o; gate, up; down. Layers of a stage read the same inputs.
+# A stage begins at each of these layers: q, k, v; o; gate, up; down. Layers of a stage read the same inputs.
 STAGES = [0, 3, 4, 6, 7]
 
 

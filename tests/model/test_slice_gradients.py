@@ -39,35 +39,65 @@ INDICES = {
     "from the end": [-1, 4],
     "tensors": [torch.tensor(2), torch.tensor(0, dtype=torch.int32)],
     "the same twice": [3, 3, torch.tensor(3)],
-    "a slice": [slice(1, 3)],
+    "slices": [slice(1, 3), slice(2, 5), slice(0, 5, 2)],
     "a tensor with an axis": [torch.tensor([2])],
     "a mask": [True],
     "a mask in a tensor": [torch.tensor(True)],
-    "further axes": [(1, 2), (..., 0)],
-    "a new axis": [None],
+    "further axes": [(1, 2), (..., 0), (slice(None), 3)],
+    "a new axis": [None, (1, None)],
+}
+
+# Other ways to take parts, of the parameter or of views of it.
+WAYS = {
+    "select": lambda w: [w.select(0, 1), torch.select(w, 1, 2)],
+    "narrow": lambda w: [w.narrow(1, 1, 2), torch.narrow(w, 0, 3, 2)],
+    "by name": lambda w: [torch.select(input=w, dim=0, index=1)],
+    "of a view": lambda w: [w.view(20, 3)[4:8], w.flatten(0, 1).unflatten(0, (5, 4))[2], w.transpose(0, 2)[1]],
+    "of a part": lambda w: [w[1:4][1], w[2][3][:2]],
+    "in parts": lambda w: [*w.chunk(5), *w.unbind(1)],
+    "without gradients": lambda w: [w[0] * w[1].detach()],
 }
 
 
-@pytest.mark.parametrize("name", INDICES)
-def test_any_index(name, stacked):
-    weighted(stacked, INDICES[name]).backward()
-    expected, stacked.grad = stacked.grad, None
-    with SliceGradients([stacked]) as slices:
-        loss = weighted(stacked, INDICES[name])
-    loss.backward(inputs=slices.leaves)
-    torch.testing.assert_close(stacked.grad, expected, rtol=1e-6, atol=1e-7)
-
-
-def test_whole_and_in_slices(stacked):
-    def loss() -> torch.Tensor:
-        return stacked.cos().sum() + weighted(stacked, [0, torch.tensor(4)])
-
+def check(stacked: nn.Parameter, loss) -> SliceGradients:
+    """The gradient is that of torch."""
     loss().backward()
     expected, stacked.grad = stacked.grad, None
     with SliceGradients([stacked]) as slices:
         value = loss()
     value.backward(inputs=slices.leaves)
     torch.testing.assert_close(stacked.grad, expected, rtol=1e-6, atol=1e-7)
+    return slices
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_any_index(name, stacked):
+    check(stacked, lambda: weighted(stacked, INDICES[name]))
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_other_ways(name, stacked):
+    check(stacked, lambda: sum((n + 1) * part.sin().sum() for n, part in enumerate(WAYS[name](stacked))))
+
+
+# A parameter in another order has no views of those shapes.
+@pytest.mark.parametrize("name", [*WAYS][:3] + [*WAYS][4:])
+def test_entries_in_another_order(name, stacked):
+    """They lie behind others in one buffer."""
+    buffer = torch.cat([torch.ones(7), stacked.detach().flatten()])
+    stacked = nn.Parameter(buffer[7:].view(5, 3, 4).transpose(1, 2))
+    check(stacked, lambda: sum((n + 1) * part.sin().sum() for n, part in enumerate(WAYS[name](stacked))))
+
+
+def test_no_leaf_where_no_gradients_are_made(stacked):
+    with SliceGradients([stacked]) as slices, torch.no_grad():
+        assert torch.equal(stacked[1], stacked.detach()[1])
+    assert len(slices.leaves) == 1
+    assert stacked.grad is None
+
+
+def test_whole_and_in_slices(stacked):
+    check(stacked, lambda: stacked.cos().sum() + weighted(stacked, [0, torch.tensor(4)]))
 
 
 def test_no_such_slice(stacked):
@@ -79,7 +109,7 @@ def test_other_parameters_are_left_alone(stacked):
     matrix = nn.Parameter(torch.randn(5, 4))
     with SliceGradients([matrix]) as slices:
         loss = matrix[1].sum() + stacked[2].sum()
-    assert slices.leaves == [matrix]
+    assert [leaf.shape for leaf in slices.leaves] == [(5, 4), (4,)]
     loss.backward(inputs=slices.leaves)
     assert matrix.grad[1].eq(1).all()
     assert stacked.grad is None
@@ -108,13 +138,21 @@ def test_the_same_bits_as_torch(family, dtype, tmp_path):
     assert any(not x.grad[e].any() for x in parameters.values() if x.dim() == 3 for e in range(len(x)))
 
 
-def test_one_gradient_of_all_experts():
+EXPERTS = {
+    "one by one": lambda w: [w[e] for e in range(16)],
+    "of a view": lambda w: [w.view(64, 3).unflatten(0, (16, 4))[e] for e in range(16)],
+    "rows": lambda w: [w.view(64, 3)[4 * e : 4 * e + 4] for e in range(16)],
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_one_gradient_of_all_experts(name):
     """Where torch makes one for each of them."""
     parameter = nn.Parameter(torch.randn(16, 4, 3))
     with SliceGradients([parameter]) as slices, CountOfSize(parameter.numel()) as made:
-        loss = weighted(parameter, [*range(16)])
+        loss = sum(part.sin().sum() for part in EXPERTS[name](parameter))
         loss.backward(inputs=slices.leaves)
     assert made.count == 1
     with CountOfSize(parameter.numel()) as made:
-        weighted(parameter, [*range(16)]).backward()
+        sum(part.sin().sum() for part in EXPERTS[name](parameter)).backward()
     assert made.count >= 16
