@@ -40,9 +40,9 @@ class SliceGradients(TorchFunctionMode):
         parameter = self._parameter_of(args[0]) if func in _TAKING and args and torch.is_grad_enabled() else None
         if parameter is not None:
             part = func(args[0].detach(), *args[1:], **kwargs)
-            # A mask or a list of numbers makes a copy, and a view of all entries costs nothing.
+            # A mask or a list of numbers makes a copy.
             in_place = part.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
-            if in_place and part.numel() < parameter.numel() and _has_no_gaps(part):
+            if in_place and _has_no_gaps(part):
                 return self._leaf(parameter, part)
         return func(*args, **kwargs)
 

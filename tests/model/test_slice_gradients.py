@@ -141,6 +141,10 @@ def test_the_same_bits_as_torch(family, dtype, tmp_path):
 EXPERTS = {
     "one by one": lambda w: [w[e] for e in range(16)],
     "of a view": lambda w: [w.view(64, 3).unflatten(0, (16, 4))[e] for e in range(16)],
+    "select": lambda w: [w.select(0, e) for e in range(16)],
+    "torch.select": lambda w: [torch.select(w, 0, e) for e in range(16)],
+    "narrow": lambda w: [w.narrow(0, e, 1) for e in range(16)],
+    "torch.narrow": lambda w: [torch.narrow(w, 0, e, 1) for e in range(16)],
     "rows": lambda w: [w.view(64, 3)[4 * e : 4 * e + 4] for e in range(16)],
 }
 
