@@ -28,6 +28,7 @@ from quality_cells import (
     PATTERNS,
     PATTERNS_OF_SEEDS,
     REFERENCE,
+    ROWS_OF_SEEDS,
     ROWS_ON_REFERENCE,
     SEED,
     SPARSEGPT,
@@ -77,7 +78,7 @@ TABLES = {
         marks_old=True,
     ),
     "seeds": Table(
-        ALL_ROWS,
+        {label(method): method for method in ROWS_OF_SEEDS},
         {
             f"{percent(pattern)}, {name}": Column(pattern, perplexities(text), seeds=(SEED, *FURTHER_SEEDS))
             for pattern in PATTERNS_OF_SEEDS

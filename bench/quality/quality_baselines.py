@@ -1,7 +1,5 @@
 """The baselines as methods of the product: what `--method` takes beside its own in the processes of the study."""
 
-from functools import partial
-
 import baselines
 from torch import Tensor
 
@@ -11,7 +9,6 @@ from sparsefw.solver import METHODS, PruneConfig
 from sparsefw.solver.choices import CHOOSE, Choice, Rows, choose_weights
 from sparsefw.solver.methods import Method
 from sparsefw.solver.objective import mask_error
-from sparsefw.solver.refit import refit
 
 
 def _one_budget(rows: Rows, config: PruneConfig) -> int:
@@ -20,12 +17,9 @@ def _one_budget(rows: Rows, config: PruneConfig) -> int:
     return rows.k
 
 
-def _admm(rows: Rows, config: PruneConfig, *, steps: int) -> tuple[Tensor, Tensor]:
-    """ADMM; with steps > 0 its weights are refitted as the product's are."""
-    mask, Z = baselines.admm(rows.W, rows.G, _one_budget(rows, config), group=config.pattern.group)
-    if not steps:
-        return mask, Z
-    return mask, refit(rows.W, rows.damped, mask, Z, steps).Z
+def _admm(rows: Rows, config: PruneConfig) -> tuple[Tensor, Tensor]:
+    """ADMM, which has a damping of its own."""
+    return baselines.admm(rows.W, rows.G, _one_budget(rows, config), group=config.pattern.group)
 
 
 def _one_swaps(rows: Rows, config: PruneConfig, backend: Backend) -> Choice:
@@ -41,12 +35,10 @@ def _one_swaps(rows: Rows, config: PruneConfig, backend: Backend) -> Choice:
 BASELINES = {
     "one-swaps": Method(saliency="wanda"),
     "admm": Method(saliency="wanda", rows_independent=False),
-    "admm-refit": Method(saliency="wanda", rows_independent=False, uses_damping=True),
 }
 CHOOSE_BASELINES = {
     "one-swaps": _one_swaps,
-    "admm": choose_weights(partial(_admm, steps=0)),
-    "admm-refit": choose_weights(partial(_admm, steps=10)),
+    "admm": choose_weights(_admm),
 }
 
 

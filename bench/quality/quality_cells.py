@@ -15,6 +15,9 @@ MASKS = "masks only (`--refit 0`)"
 MASKS_OF_TARGETS = "masks only, of the dense model's outputs (`--refit 0 --target dense`)"
 LAYERWISE = "layer by layer (`--target layer --reconstruct 0`)"
 UNRECONSTRUCTED = "without reconstruction (`--reconstruct 0`)"
+WANDA_RECONSTRUCTED = "Wanda, reconstructed (`--method wanda --reconstruct 2`)"
+SPARSEGPT_RECONSTRUCTED = "SparseGPT, reconstructed (`--method sparsegpt --reconstruct 2`)"
+MASKS_RECONSTRUCTED = "masks only, reconstructed (`--refit 0 --reconstruct 2`)"
 
 # Name in the tables and the results: flags of the run. A line here is a row of every table that has all rows.
 METHODS_OF_TABLE = {
@@ -28,25 +31,34 @@ METHODS_OF_TABLE = {
     MASKS_OF_TARGETS: ["--refit", "0", "--target", "dense"],
     SPARSEGPT: ["--method", "sparsegpt"],
     ADMM: ["--method", "admm"],
-    "ADMM + refit": ["--method", "admm-refit"],
     LAYERWISE: ["--target", "layer", "--reconstruct", "0"],
     UNRECONSTRUCTED: ["--reconstruct", "0"],
-    "Wanda, reconstructed (`--method wanda --reconstruct 2`)": ["--method", "wanda", "--reconstruct", "2"],
-    "SparseGPT, reconstructed (`--method sparsegpt --reconstruct 2`)": ["--method", "sparsegpt", "--reconstruct", "2"],
-    "masks only, reconstructed (`--refit 0 --reconstruct 2`)": ["--refit", "0", "--reconstruct", "2"],
+    WANDA_RECONSTRUCTED: ["--method", "wanda", "--reconstruct", "2"],
+    SPARSEGPT_RECONSTRUCTED: ["--method", "sparsegpt", "--reconstruct", "2"],
+    MASKS_RECONSTRUCTED: ["--refit", "0", "--reconstruct", "2"],
     DEFAULT: [],
 }
 
-# A row that takes hours a cell is measured at some patterns, with one seed.
-LONG = {PAPER: ("0.5", "0.6", "2:4")}
+# Rows that explain others, or take hours a cell, are measured at some patterns.
+ONE_OF_EACH_KIND = ("0.6", "2:4")
+MEASURED_AT = {
+    ONE_SWAPS: ONE_OF_EACH_KIND,
+    PAPER_SHORT: ("0.6",),
+    PAPER: ("0.5", "0.6", "2:4"),
+    MASKS_OF_TARGETS: ("0.6",),
+    LAYERWISE: ONE_OF_EACH_KIND,
+    WANDA_RECONSTRUCTED: ONE_OF_EACH_KIND,
+    SPARSEGPT_RECONSTRUCTED: ONE_OF_EACH_KIND,
+    MASKS_RECONSTRUCTED: ONE_OF_EACH_KIND,
+}
 
 # Settings that are varied alone, at 0.6, from masks only and from the default without a reconstruction.
 SETTINGS = {"alpha": (0.0, 0.25, 0.5, 0.75, 0.9), "penalty": (0.0, 1.0), "steps": (20, 30, 60)}
 
-# Calibration windows of the tables, tokens in each, and seeds of their drawing. All rows have the further seeds at some
-# patterns.
+# Calibration windows of the tables, their tokens, and seed of their drawing. Which rows have further seeds, and where.
 NSAMPLES, SEQLEN, SEED = 64, 512, 0
-FURTHER_SEEDS, PATTERNS_OF_SEEDS = (1, 2), ("0.6", "2:4")
+FURTHER_SEEDS, PATTERNS_OF_SEEDS = (1, 2), ONE_OF_EACH_KIND
+ROWS_OF_SEEDS = (WANDA, MASKS, SPARSEGPT, UNRECONSTRUCTED, DEFAULT)
 
 # The texts that a cell may be calibrated on: the study's calibration text, and the reference's calibration part.
 OWN, REFERENCE = "own", "reference"
@@ -120,9 +132,10 @@ def _fields_of(method: str) -> list[Field]:
 def cells_of_everything() -> list[Cell]:
     """Every cell that the tables and figures of the documents are made of."""
     rows = [(method, tuple(flags)) for method, flags in METHODS_OF_TABLE.items()]
-    cells = [Cell(*row, pattern) for pattern in PATTERNS for row in rows if pattern in LONG.get(row[0], PATTERNS)]
-    short = [row for row in rows if row[0] not in LONG]
-    cells += [Cell(*row, pattern, seed) for seed in FURTHER_SEEDS for pattern in PATTERNS_OF_SEEDS for row in short]
+    measured = [(pattern, row) for pattern in PATTERNS for row in rows if pattern in MEASURED_AT.get(row[0], PATTERNS)]
+    cells = [Cell(*row, pattern) for pattern, row in measured]
+    of_seeds = [row for row in rows if row[0] in ROWS_OF_SEEDS]
+    cells += [Cell(*row, pattern, seed) for seed in FURTHER_SEEDS for pattern in PATTERNS_OF_SEEDS for row in of_seeds]
     on_reference = [row for row in rows if row[0] in ROWS_ON_REFERENCE]
     return cells + [Cell(*row, PATTERN_ON_REFERENCE, calibrated_on=REFERENCE) for row in on_reference]
 

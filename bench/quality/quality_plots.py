@@ -15,7 +15,7 @@ BY_LAYER = (
     ("the paper's (`--preset paper --steps 100`)", "error_mask", "the paper's, 100 steps"),
     ("masks only (`--refit 0`)", "error_mask", "masks only"),
     ("SparseGPT", "error", "SparseGPT"),
-    ("ADMM + refit", "error", "ADMM + refit"),
+    ("ADMM", "error", "ADMM"),
     ("layer by layer (`--target layer --reconstruct 0`)", "error_mask", "layer by layer, mask alone"),
     ("layer by layer (`--target layer --reconstruct 0`)", "error", "layer by layer"),
     ("without reconstruction (`--reconstruct 0`)", "error", "the default's, of their targets"),

@@ -7,11 +7,15 @@ import quality_results
 import texts
 from quality_cells import (
     DEFAULT,
-    LONG,
+    LAYERWISE,
     MASKS,
+    MEASURED_AT,
     METHODS_OF_TABLE,
     OWN,
+    PAPER,
+    PAPER_SHORT,
     REFERENCE,
+    ROWS_OF_SEEDS,
     SPARSEGPT,
     UNRECONSTRUCTED,
     WANDA,
@@ -52,27 +56,25 @@ class TestCells:
         assert {(cell.seed, cell.nsamples) for cell in cells} == {(0, 8), (0, 64), (3, 8), (3, 64)}
 
     def test_everything(self):
-        """All rows at all patterns, three seeds at two of them, and three rows that are calibrated on the reference.
-
-        A row that takes hours a cell is at few patterns, with one seed.
-        """
+        """Most rows at all patterns, three seeds of some at two of them; three rows are calibrated on the reference."""
         cells = quality_cells.cells_of_everything()
         assert len({cell.key for cell in cells}) == len(cells)
         own = [cell for cell in cells if cell.calibrated_on == OWN]
         for method in METHODS_OF_TABLE:
             found = [(cell.pattern, cell.seed) for cell in own if cell.method == method]
-            everywhere = [
-                *(("0.5", 0), ("0.6", 0), ("0.6", 1), ("0.6", 2), ("0.7", 0)),
-                *(("2:4", 0), ("2:4", 1), ("2:4", 2), ("4:8", 0)),
-            ]
-            assert sorted(found) == ([(pattern, 0) for pattern in LONG[method]] if method in LONG else everywhere)
+            wanted = [(pattern, 0) for pattern in MEASURED_AT.get(method, ("0.5", "0.6", "0.7", "2:4", "4:8"))]
+            if method in ROWS_OF_SEEDS:
+                wanted += [(pattern, seed) for pattern in ("0.6", "2:4") for seed in (1, 2)]
+            assert sorted(found) == sorted(wanted)
+        assert not set(ROWS_OF_SEEDS) & set(MEASURED_AT)
+        assert set(MEASURED_AT) <= set(METHODS_OF_TABLE)
         on_reference = [(cell.method, cell.pattern) for cell in cells if cell.calibrated_on == REFERENCE]
         assert on_reference == [(method, "0.6") for method in (WANDA, SPARSEGPT, DEFAULT)]
         assert not any(cell.tuning for cell in cells)
 
     def test_selection(self):
         """A name is that method, though others contain it; other text is looked for in all names."""
-        for only, methods in {"ADMM": ["ADMM"], "ADM": ["ADMM", "ADMM + refit"], "none of them": []}.items():
+        for only, methods in {PAPER: [PAPER], "--preset": [PAPER_SHORT, PAPER], "none of them": []}.items():
             cells = select(only=only, wanted=["2:4"])
             assert [(cell.method, cell.pattern) for cell in cells] == [(method, "2:4") for method in methods]
 
@@ -176,7 +178,7 @@ class TestMissing:
 
 class TestTable:
     def test_rows(self):
-        (ria,), (refitted,) = (select(wanted=["0.6"], only=name) for name in ("RIA", "ADMM + refit"))
+        (ria,), (refitted,) = (select(wanted=["0.6"], only=name) for name in ("RIA", LAYERWISE))
         found = [entry(ria, 1690.04, warm_start="ria"), entry(refitted, 40.0, commit="abc+")]
         for one in found:
             del one["perplexity"][texts.TEST], one["dense"][texts.TEST]
@@ -188,16 +190,16 @@ class TestTable:
             "| --- | --- | --- | --- | --- | --- | --- |",
             "| dense | 9.00 | 9.00 | | | | |",
             "| RIA | 1690.04 | 3380.08 | | | 61 | before 2026-11 |",
-            "| ADMM + refit | 40.00 | 80.00 | 0.500 | 0.250 | 61 | abc+ |",
+            f"| {LAYERWISE} | 40.00 | 80.00 | 0.500 | 0.250 | 61 | abc+ |",
         ]
 
     def test_a_text_that_a_cell_lacks_is_empty(self):
-        cells = select(wanted=["0.6"], only="ADM")
+        cells = [*select(wanted=["0.6"], only="ADMM"), *select(wanted=["0.6"], only=LAYERWISE)]
         results = results_of(cells)
         del results["cells"][cells[0].key]["perplexity"][texts.TEST]
         of_admm, of_refitted = tables(results, cells).splitlines()[-2:]
         assert of_admm.startswith("| ADMM | 10.00 | 20.00 | | 0.500 |")
-        assert of_refitted.startswith("| ADMM + refit | 10.00 | 20.00 | 30.00 | 0.500 |")
+        assert of_refitted.startswith(f"| {LAYERWISE} | 10.00 | 20.00 | 30.00 | 0.500 |")
 
     def test_a_table_for_each_pattern_size_and_calibration(self):
         cells = select(only="RIA", wanted=["0.6", "2:4"], nsamples=[8, 64])

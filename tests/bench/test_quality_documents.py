@@ -122,7 +122,7 @@ class TestTables:
         assert document_tables.label("ADMM") == "ADMM (in `bench/`)"
         assert document_tables.label("masks only (`--refit 0`)") == "masks only (`--refit 0`)"
         assert document_tables.label("the default") == "the default"
-        for name in ("perplexity", "seeds", "reference", "cost"):
+        for name in ("perplexity", "reference", "cost"):
             rows = document_tables.TABLES[name].rows
             assert set(document_tables.METHODS_OF_TABLE) <= set(rows.values())
 
