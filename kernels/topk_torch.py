@@ -19,6 +19,13 @@ BLOCK = 524288
 # The least number above 0.
 LEAST = 2.0**-149
 
+# A GPU selects from each row in one program. With fewer rows than this most of it would wait: a matrix with one budget
+# is a single row of all its entries.
+FEW_ROWS = 16
+
+# -inf as a number of `_in_order`. Numbers below it stand for NaN.
+LOWEST = -(2**31) + 0x7FFFFF
+
 
 def row_blocks(X: Tensor) -> list[slice]:
     """Slices of rows of X (rows, d) to work on at a time: BLOCK entries for each CPU thread; one slice on a GPU."""
@@ -101,8 +108,10 @@ def _best_of_rows(score: Tensor, k: int | Tensor, positive: bool, V: Tensor) -> 
 
 def _kth_largest(score: Tensor, k: int | Tensor) -> Tensor:
     """The k-th largest score of every row, (rows, 1). Where k = 0 it is the largest, left out as a tie."""
-    d = score.shape[1]
+    rows, d = score.shape
     if score.device.type != "cpu":
+        if rows < FEW_ROWS:
+            return kth_by_bits(score, k)
         if isinstance(k, Tensor):
             return score.sort(dim=1).values.gather(1, d - k.clamp(min=1))
         return score.kthvalue(d - k + 1, dim=1, keepdim=True).values
@@ -113,3 +122,26 @@ def _kth_largest(score: Tensor, k: int | Tensor) -> Tensor:
         return copy.gather(1, d - k.clamp(min=1))
     copy.numpy().partition(d - k, axis=1)
     return copy[:, d - k : d - k + 1].clone()
+
+
+def kth_by_bits(score: Tensor, k: int | Tensor) -> Tensor:
+    """`_kth_largest` of a few long rows, by counting: 32 passes over the matrix, each of the whole GPU, no wait.
+
+    The highest number that k scores reach is found bit by bit, the highest bit first.
+    """
+    rows, d = score.shape
+    least = k.clamp(min=1) if isinstance(k, Tensor) else max(k, 1)
+    found = torch.full((rows, 1), -(2**31), dtype=torch.int64, device=score.device)
+    for bit in range(31, -1, -1):
+        higher = found + 2**bit
+        reached = (score >= _in_order(higher)).sum(1, keepdim=True)
+        # Comparisons with NaN are false, and all scores reach what is below -inf.
+        reached = torch.where(higher < LOWEST, d, reached)
+        found = torch.where(reached >= least, higher, found)
+    return _in_order(found)
+
+
+def _in_order(number: Tensor) -> Tensor:
+    """The fp32 number at each place of the order of all of them, from -2^31 to 2^31 - 1; 0.0 is at 0."""
+    number = number.to(torch.int32)
+    return (number ^ ((number >> 31) & 0x7FFFFFFF)).view(torch.float32)

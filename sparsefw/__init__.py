@@ -1,6 +1,12 @@
 """Prune large language models by Frank-Wolfe on the convex relaxation of mask selection (arXiv 2510.13713)."""
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Without it cuBLAS may choose its algorithm by what else runs, and torch refuses its products where the same bits are
+# asked for. torch looks at this before its first product on a GPU, which may be the caller's. It is the workspace that
+# torch takes by itself on an H100.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 __version__ = "0.2.0"
 

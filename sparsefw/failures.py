@@ -67,6 +67,9 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in on_one_line:
         # torch has no class of its own for it.
         return FAILED, "the host's memory is full; give fewer or shorter windows (--nsamples, --seqlen)"
+    if isinstance(error, _of("torch", "AcceleratorError")) and "out of memory" in on_one_line:
+        # CUDA's own: page-locked memory of the host, or what CUDA itself takes of a GPU.
+        return FAILED, f"memory is full; give less (--host-memory, --gpu-memory), or fewer windows: {on_one_line}"
     if isinstance(error, ImportError):
         return FAILED, f"a library cannot be loaded, check the installation: {on_one_line}"
     if isinstance(error, (FloatingPointError, *_of("torch", "OutOfMemoryError"), *_lost_rank())):

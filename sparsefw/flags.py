@@ -91,6 +91,22 @@ def check_fields(settings: Any) -> None:
                 _check_text(f, text)
 
 
+def check_has(name: str, given: bool, **settings: Any) -> None:
+    """Refuse settings of something that a run does not have: they would do nothing.
+
+    Args:
+        name: name of the field that gives it.
+        given: whether it is given.
+        settings: the settings by name; None: not given.
+
+    Raises:
+        InputError: a setting is given, and what it is a setting of is not.
+    """
+    for setting, value in settings.items():
+        if value is not None and not given:
+            raise InputError(f"{flag_of(setting)}: needs {flag_of(name)}")
+
+
 def _check_text(f: Field, text: Any) -> None:
     choices = f.metadata["choices"]
     if not isinstance(text, str):

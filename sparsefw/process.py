@@ -28,6 +28,14 @@ NO_LIMIT = 2**63 - 1
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
+def this_device() -> torch.device:
+    """The GPU of this process; without one the CPU.
+
+    The GPU has its number: to threads that libraries begin, a GPU without a number is the first one.
+    """
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def peak_memory() -> dict[str, int]:
     """Peak bytes of this process, by name.
 

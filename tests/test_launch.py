@@ -50,6 +50,12 @@ def missing(name):
         (raising(InputError(LONG + "; the end")), 2, "x" * 1000 + " ... " + "x" * 991 + "; the end"),
         (raising(FloatingPointError("no\nnumber")), 1, "no number"),
         (raising(torch.OutOfMemoryError("CUDA out of memory.\n  Tried")), 1, "CUDA out of memory. Tried"),
+        (
+            raising(torch.AcceleratorError("CUDA error: out of memory\nSearch for it")),
+            1,
+            "memory is full; give less (--host-memory, --gpu-memory), or fewer windows: CUDA error: out of memory "
+            "Search for it",
+        ),
         (raising(ImportError("no\nlib")), 1, "a library cannot be loaded, check the installation: no lib"),
         (raising(SafetensorError("a\x07")), 2, r"a\x07"),
         (raising(OSError(28, "No space left on device")), 1, "[Errno 28] No space left on device"),

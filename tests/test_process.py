@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from sparsefw.process import host_limit, host_limited, peak_memory, resident, writable
+from sparsefw.process import host_limit, host_limited, peak_memory, resident, this_device, writable
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +35,15 @@ def test_peak_is_not_that_of_the_process_that_started_this_one():
     # In this order: to look takes a page, too.
     mine = resident()
     assert peak_memory()["host_bytes"] >= mine > held.nbytes
+
+
+def test_the_gpu_of_a_rank_has_its_number(monkeypatch):
+    """Threads of libraries start with GPU 0, whatever this thread has set."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert this_device() == torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert this_device() == torch.device("cpu")
 
 
 def test_what_is_given_back_is_not_resident():

@@ -35,8 +35,9 @@ TINY_SIZES = {
 WINDOWS, TINY_WINDOWS = (256, 2048), (4, 32)
 TINY_FLAGS = ["--steps", 1, "--refit", 1, "--rounds", 0]
 
-# Limit of GPU memory with which the activations of a 70B block move to host memory; of a run on a small card.
-HOST_PLACED, SMALL = 24, 16
+# Limits of GPU memory with which the activations of a 70B block stay on a card of 80 GiB, and with which they move to
+# host memory; of a run on a small card. By itself a run leaves a tenth of the card to others.
+GPU_PLACED, HOST_PLACED, SMALL = 75, 24, 16
 
 
 def checkpoint(part: Part, name: str) -> Path:
@@ -115,7 +116,7 @@ def block_compiled(part: Part) -> None:
 
 def block_on_the_gpu(part: Part) -> None:
     """A 70B block by the default config, its activations on the GPU, under the profiler."""
-    _profiled(part, "70B-gpu")
+    _profiled(part, "70B-gpu", *(["--gpu-memory", str(GPU_PLACED)] if GPU else []))
 
 
 def block_in_host_memory(part: Part) -> None:

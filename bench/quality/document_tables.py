@@ -20,7 +20,9 @@ from quality_cells import (
     FURTHER_SEEDS,
     LAYERWISE,
     MASKS,
+    MEASURED_AT,
     METHODS_OF_TABLE,
+    OF_LAYER,
     ONE_SWAPS,
     PAPER,
     PAPER_SHORT,
@@ -110,7 +112,12 @@ TABLES = {
     ),
     "errors": Table(
         {label(method): method for method in (ONE_SWAPS, PAPER_SHORT, PAPER, MASKS, SPARSEGPT, ADMM, LAYERWISE)},
-        {percent(pattern): Column(pattern, relative_error) for pattern in ("0.6", "2:4")},
+        {percent(pattern): Column(pattern, relative_error) for pattern in (*PATTERNS, OF_LAYER)},
+        marks_old=True,
+    ),
+    "paper": Table(
+        {label(method): method for method in (WANDA, PAPER, MASKS)},
+        {percent(pattern): Column(pattern, BOTH) for pattern in MEASURED_AT[PAPER]},
         marks_old=True,
     ),
     "allocation": Table(

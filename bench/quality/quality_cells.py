@@ -7,6 +7,8 @@ from sparsefw.cli import inputs_and_config, run_parser
 from sparsefw.solver import PruneConfig
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
+# The pattern of the paper's claims: rows of a matrix share one budget.
+OF_LAYER = "layer:0.6"
 WANDA, SPARSEGPT, DEFAULT = "Wanda", "SparseGPT", "the default"
 ONE_SWAPS, ADMM = "best 1-swaps from Wanda", "ADMM"
 PAPER = "the paper's (`--preset paper`)"
@@ -44,7 +46,7 @@ ONE_OF_EACH_KIND = ("0.6", "2:4")
 MEASURED_AT = {
     ONE_SWAPS: ONE_OF_EACH_KIND,
     PAPER_SHORT: ("0.6",),
-    PAPER: ("0.5", "0.6", "2:4"),
+    PAPER: ("0.5", "0.6", OF_LAYER, "2:4"),
     MASKS_OF_TARGETS: ("0.6",),
     LAYERWISE: ONE_OF_EACH_KIND,
     WANDA_RECONSTRUCTED: ONE_OF_EACH_KIND,
@@ -132,22 +134,26 @@ def _fields_of(method: str) -> list[Field]:
 def cells_of_everything() -> list[Cell]:
     """Every cell that the tables and figures of the documents are made of."""
     rows = [(method, tuple(flags)) for method, flags in METHODS_OF_TABLE.items()]
-    measured = [(pattern, row) for pattern in PATTERNS for row in rows if pattern in MEASURED_AT.get(row[0], PATTERNS)]
-    cells = [Cell(*row, pattern) for pattern, row in measured]
+    patterns = (*PATTERNS, OF_LAYER)
+    cells = [Cell(*row, pattern) for pattern in patterns for row in rows if _is_measured(row[0], pattern)]
     of_seeds = [row for row in rows if row[0] in ROWS_OF_SEEDS]
     cells += [Cell(*row, pattern, seed) for seed in FURTHER_SEEDS for pattern in PATTERNS_OF_SEEDS for row in of_seeds]
     on_reference = [row for row in rows if row[0] in ROWS_ON_REFERENCE]
     return cells + [Cell(*row, PATTERN_ON_REFERENCE, calibrated_on=REFERENCE) for row in on_reference]
 
 
+def _is_measured(method: str, pattern: str) -> bool:
+    return pattern in MEASURED_AT.get(method, PATTERNS)
+
+
 def rows_of_table(settings: bool) -> list[tuple[str, list[str], tuple[str, ...]]]:
     """Method, flags and patterns of each row: of the methods, or of the study of settings."""
     if not settings:
         return [(name, flags, PATTERNS) for name, flags in METHODS_OF_TABLE.items()]
-    rows = [(SPARSEGPT, METHODS_OF_TABLE[SPARSEGPT], ("layer:0.6",))]
+    rows = [(SPARSEGPT, METHODS_OF_TABLE[SPARSEGPT], (OF_LAYER,))]
     for base in (MASKS, UNRECONSTRUCTED):
         flags = METHODS_OF_TABLE[base]
-        rows.append((base, flags, ("0.6", "layer:0.6")))
+        rows.append((base, flags, ("0.6", OF_LAYER)))
         for name, values in SETTINGS.items():
             # The row of the base has the value that the base has by itself.
             for value in (v for v in values if v != resolved(flags)[name]):

@@ -16,8 +16,8 @@ from sparsefw.data import Batch, Batches
 from sparsefw.driver.job import Job, Prepared
 from sparsefw.driver.run import carry_out, kernel_line, workload_of
 from sparsefw.model import ResidentModel, resident, shape_of_resident
-from sparsefw.model.deterministic import let_products_be_deterministic
 from sparsefw.model.slots import filled, slots_of
+from sparsefw.process import this_device
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report, amount, log
 from sparsefw.solver.selection import check_used
@@ -51,7 +51,6 @@ def run_in_memory(
         InputError: something that the user gave is wrong; the message names it.
         FloatingPointError: a layer's error is not finite.
     """
-    let_products_be_deterministic()
     check_free(job.output.folder, job.output.overwrite)
     say(kernel_line(job.config))
     batch = max(calibration.batches, key=_size)
@@ -125,7 +124,7 @@ def _size(batch: Batch) -> int:
 def _device(model: nn.Module) -> torch.device:
     """The device of a model on a GPU; otherwise a GPU, if there is one."""
     own = next((x.device for x in model.parameters()), torch.device("cpu"))
-    return torch.device("cuda") if own.type == "cpu" and torch.cuda.is_available() else own
+    return this_device() if own.type == "cpu" else own
 
 
 def _fingerprint(model: nn.Module) -> str:

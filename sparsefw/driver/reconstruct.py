@@ -171,8 +171,8 @@ class Fit:
     @torch.no_grad()
     def loss(self) -> float:
         """The mean loss of a token, over what is held out on all ranks."""
-        sums = [self.loss_of(j) for j in self.held_out]
-        tokens = sum(self.dense.hidden[j][..., 0].numel() for j in self.held_out)
+        sums, shapes = zip(*map(self.loss_of, self.held_out), strict=True)
+        tokens = sum(shape[:-1].numel() for shape in shapes)
         gathered = self.run.ranks.gather((sum(x.item() for x in sums), tokens))
         return sum(loss for loss, _ in gathered) / sum(tokens for _, tokens in gathered)
 
@@ -189,12 +189,13 @@ class Fit:
             weights.put_back()
         return after
 
-    def loss_of(self, j: int) -> Tensor:
-        """The loss of micro-batch j, summed over its tokens."""
+    def loss_of(self, j: int) -> tuple[Tensor, torch.Size]:
+        """The loss of micro-batch j, summed over its tokens, and the shape of its hidden states."""
+        # Read once: from the host it is a copy, and the next micro-batch is read ahead.
         out, target = self.states.next_input(self.number, j), self.dense.hidden[j]
         if self.tokens is None:
-            return relative_loss(out, target)
-        return divergence(self.run.model, self.tokens[j], out, target)
+            return relative_loss(out, target), target.shape
+        return divergence(self.run.model, self.tokens[j], out, target), target.shape
 
     def add_gradients(self, j: int, parameters: list[nn.Parameter]) -> None:
         """Add the gradients of the loss of micro-batch j.
@@ -222,8 +223,9 @@ class Fit:
         slices = SliceGradients(parameters)
         with torch.enable_grad():
             with slices:
+                loss, shape = self.loss_of(j)
                 # By entry: in half precision, gradients of the mean over all entries would be too small.
-                loss = self.loss_of(j) * self.dense.hidden[j].shape[-1]
+                loss = loss * shape[-1]
             if not loss.requires_grad:
                 raise InputError(f"{name}: unsupported model: its output has no gradients; use --reconstruct 0")
             try:

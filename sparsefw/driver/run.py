@@ -26,7 +26,6 @@ from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place, steps_of
 from sparsefw.evaluation.request import digest_of
 from sparsefw.flags import flag_of
 from sparsefw.model import BlockModel, Placement, StreamedModel, shape_of
-from sparsefw.model.deterministic import let_products_be_deterministic
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report, html, log, machine
 from sparsefw.solver import PruneConfig
@@ -49,8 +48,7 @@ def run_job(job: CheckpointJob, say: Callable[[str], None], progress: bool, rank
         InputError: something that the user gave is wrong; the message names it.
         FloatingPointError: a layer's error is not finite.
     """
-    let_products_be_deterministic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = process.this_device()
     say(kernel_line(job.config))
     checkpoint.check_output(job.output.folder, job.folder, job.output.overwrite, _files_read(job))
     source = checkpoint.inspect(job.folder)

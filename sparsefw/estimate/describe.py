@@ -16,7 +16,7 @@ from sparsefw.checkpoint.trust import shown
 from sparsefw.errors import InputError, first_line
 from sparsefw.estimate.workload import ModelTraits
 from sparsefw.model import shape_of
-from sparsefw.model.shapes import ModelShape
+from sparsefw.model.shapes import LayerShape, ModelShape
 from sparsefw.model.skeleton import LOADING, class_of, forget_quantization, max_seqlen
 from sparsefw.model.transformers_private import from_config
 
@@ -87,6 +87,8 @@ def describe(model: str) -> DescribedModel:
     if not getattr(text_config, "num_hidden_layers", 1):
         raise InputError(f"{path}: num_hidden_layers is 0: there is nothing to prune")
     shape = _shape(Checkpoint(folder, {}, tensors, dtype), path)
+    # As if each expert were a tensor of its own.
+    shape = replace(shape, joined=max((_stacked(layer, dtype) for b in shape.blocks for layer in b.layers), default=0))
     if quantization:
         # As if all of a block were quantized. Without the weights as if everything were, which is the least to read.
         share = quantization.share(dtype)
@@ -181,6 +183,11 @@ def _tensors(empty: PreTrainedModel, path: Path) -> dict[str, TensorInfo]:
         if math.prod(tensor.shape) > MAX_ELEMENTS:
             raise InputError(f"{path}: asks for {name} of shape {shown(tensor.shape)}, which no model has")
     return tensors
+
+
+def _stacked(layer: LayerShape, dtype: torch.dtype) -> int:
+    """Bytes of the parameter in which a layer's experts are stacked; 0 for a layer that is no expert."""
+    return layer.experts * layer.rows * layer.d * dtype.itemsize
 
 
 def _shape(model: Checkpoint, path: Path) -> ModelShape:

@@ -77,11 +77,11 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     # Weights go to a GPU through page-locked host memory.
     passing = outside_page_locked(shape) if workload.gpu else 0
     on_device = {
-        "start": shape.outside + blocks[0].nbytes + max(forward, shape.quantized),
+        "start": shape.outside + blocks[0].nbytes + max(forward, shape.loading),
         "calibrate": max(
             weights + max(_calibration_bytes(b, shape, workload, tokens, kept) for b in blocks),
             # While a block is loaded.
-            block + shape.quantized,
+            block + shape.loading,
         ),
         "solve": weights + max(_solve_bytes(b, shape, workload, placement, kept) for b in blocks),
         "reconstruct": max(
@@ -112,6 +112,8 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
             shape, workload.threads, tokens, _batches(workload, placement), config.reconstruct > 0
         )
     texts = data.reading_bytes(workload.windows, workload.evaluation, workload.seqlen)
+    if not config.reconstruct:
+        del on_device["reconstruct"]
     phases = {"texts": (0, max(texts + workload.process, workload.peak) + workload.tokenizer)}
     for phase in on_device:
         device, host = (1 + SLACK) * (on_device[phase] + near), (1 + SLACK) * (on_host[phase] + far)

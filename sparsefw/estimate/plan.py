@@ -18,7 +18,7 @@ from sparsefw.estimate.rates import CARDS, LINKS, NETWORK, Links, Rates
 from sparsefw.estimate.traffic import imbalance, traffic
 from sparsefw.estimate.workload import PROCESS, PlannedRun, Workload
 from sparsefw.flags import checked_number
-from sparsefw.inputs import DEFAULT_MODEL, Inputs
+from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs
 from sparsefw.solver import PruneConfig
 from sparsefw.solver.calls import calls
 from sparsefw.solver.selection import check_used
@@ -126,20 +126,16 @@ def plan(inputs: Inputs, config: PruneConfig, machine: Machine, rate_flags: Rate
     Raises:
         InputError: there is no such model or layer, memory is too little, or rates are missing.
     """
-    if inputs.evaluate and inputs.eval_windows is None:
-        raise InputError(
-            f"--eval {inputs.evaluate[0]}: texts are not read here; say how long it is with --eval-windows"
-        )
     described = describe(str(DEFAULT_MODEL) if inputs.embedded else inputs.model)
     check_used(described.shape.layer_names, config.include, config.ignore)
     shape = described.shape.selected(config.selects)
-    evaluation = (inputs.eval_windows,) * len(set(inputs.evaluate)) if inputs.eval_windows else ()
     if machine.ranks > inputs.nsamples:
         raise InputError(
             f"--gpus {machine.gpus}: {machine.ranks} GPUs share {inputs.nsamples} calibration windows, and each needs "
             "one; give fewer GPUs, or more windows with --nsamples"
         )
     seqlen = min(inputs.seqlen, described.max_seqlen or inputs.seqlen)
+    evaluation = tuple(_evaluation_windows(inputs, name, seqlen) for name in dict.fromkeys(inputs.evaluate))
     workload = Workload(
         windows=inputs.nsamples,
         evaluation=evaluation,
@@ -170,6 +166,16 @@ def plan(inputs: Inputs, config: PruneConfig, machine: Machine, rate_flags: Rate
         **(_of_ranks(run, machine, links, seconds["all"] if seconds else None) if machine.ranks > 1 else {}),
         "notes": [*described.notes, *_notes(inputs, run)],
     }
+
+
+def _evaluation_windows(inputs: Inputs, name: str, seqlen: int) -> int:
+    """The number of windows of an evaluation text. The embedded model's own text is read, no other."""
+    if inputs.eval_windows is not None:
+        return inputs.eval_windows
+    if not inputs.embedded or name != DEFAULT:
+        raise InputError(f"--eval {name}: texts are not read here; say how long it is with --eval-windows")
+    with data.TokenizerProcess(DEFAULT_MODEL) as tokenizer:
+        return data.evaluation_windows(tokenizer, name, seqlen=seqlen).n
 
 
 def _run_content(described: DescribedModel, inputs: Inputs, run: PlannedRun) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def _opened(
     """
     # Otherwise what the model before has left counts as taken.
     process.give_back()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = process.this_device()
     limits = memory_limits(budget.gpu_memory, budget.host_memory, device, ranks)
     source = checkpoint.inspect(folder)
     shape = shape_of(source)

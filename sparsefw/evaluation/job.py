@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsefw import checkpoint
+from sparsefw import checkpoint, process
 from sparsefw.checkpoint import check_output, fingerprint, inspect
 from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.errors import InputError
@@ -20,7 +20,7 @@ from sparsefw.evaluation.asked import Asked, Texts, ask
 from sparsefw.evaluation.measured import Evaluation, task_records, text_record
 from sparsefw.evaluation.request import Score
 from sparsefw.evaluation.saved import Saved
-from sparsefw.flags import checked_bool, checked_number, checked_path, set_field
+from sparsefw.flags import check_has, checked_bool, checked_number, checked_path, set_field
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL
 from sparsefw.ranks import Ranks, joined_with
 from sparsefw.report import machine
@@ -155,6 +155,9 @@ def evaluate(
     )
     if not job.tasks.names and not job.texts.names:
         raise InputError("--tasks, --eval: neither is given; give tasks, or a text for perplexity")
+    of_tasks = dict(limit=limit, num_fewshot=num_fewshot, include_path=include_path)
+    check_has("tasks", bool(job.tasks.names), **of_tasks)
+    check_has("evaluate", bool(job.texts.names), eval_windows=eval_windows)
     with joined_with(log) as (ranks, say):
         evaluation = _evaluate(job, say, progress, ranks)
         return None if evaluation is None else EvaluateResult(evaluation, job.output)
@@ -185,7 +188,7 @@ def _evaluate(job: _Job, say: Callable[[str], None], progress: bool, ranks: Rank
     _check_against(job, folders)
     if job.output:
         _check_output(job, job.output, folders)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = process.this_device()
     limits = memory_limits(job.budget.gpu_memory, job.budget.host_memory, device, ranks)
     questions = ranks.first_here(job.tasks.questions)
     if questions:

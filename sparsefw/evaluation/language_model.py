@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from transformers import PreTrainedTokenizerBase
 
-from sparsefw import checkpoint
+from sparsefw import checkpoint, process
 from sparsefw.data import load_tokenizer
 from sparsefw.errors import InputError, shown
 from sparsefw.evaluation.answers import Budget, scores_of
@@ -233,7 +233,7 @@ def _checked_device(device: str | torch.device | None) -> torch.device:
     Raises:
         InputError: another one is asked for.
     """
-    used = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    used = process.this_device()
     if device not in (None, "auto", HARNESS_DEVICE, used.type, str(used), used):
         raise InputError(
             f"device {shown(device)}: {used} is used here; leave it out (CUDA_VISIBLE_DEVICES chooses the GPU)"

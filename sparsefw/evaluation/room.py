@@ -109,9 +109,9 @@ def memory_of_pass(work: Work, room: Room) -> MemoryNeeds:
     others = _next_block(work, room)
     on_device = {
         # Blocks try what rows may hold before there are hidden states of all of them.
-        "try": work.embeddings + block + max(forward, shape.quantized, trial_bytes(shape)),
+        "try": work.embeddings + block + max(forward, shape.loading, trial_bytes(shape)),
         "embed": work.embeddings + near,
-        "blocks": block + max(forward, shape.quantized) + near,
+        "blocks": block + max(forward, shape.loading) + near,
         "score": work.head + max(logits, shape.quantized) + picked_near,
     }
     on_host = {"try": passing, "embed": passing + far, "blocks": others + far, "score": passing + picked_far}

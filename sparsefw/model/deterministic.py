@@ -4,7 +4,6 @@ On a GPU some of torch's algorithms add numbers up in the order in which they ar
 and of convolutions. For nearly all of them torch has others that do not, and it can be told to refuse the rest.
 """
 
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -12,15 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-
-# Without it cuBLAS may choose its algorithm by what else runs, and torch refuses all of its products. torch looks at
-# this before its first product on a GPU. It is the workspace that torch takes by itself on an H100.
-_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-
-
-def let_products_be_deterministic() -> None:
-    """Set what products on a GPU need to be deterministic, unless the user has chosen something else."""
-    os.environ.setdefault(*_WORKSPACE)
 
 
 @contextmanager

@@ -67,6 +67,7 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
         names_by_block=_layer_names(model, blocks),
         pieces=tuple(sum(checkpoint.tensors[name].nbytes for name in piece) for piece in model.pieces),
         quantized=model.quantized_bytes,
+        joined=model.joined_bytes,
         stored=checkpoint.stored_nbytes / checkpoint.nbytes,
         between=_between(*walks),
         by_window=by_window and states.hidden[0].shape[:2] == (1, TOKENS),

@@ -73,6 +73,8 @@ class ModelShape:
         pieces: bytes of the pieces in which all tensors outside of the blocks are written; by default `outside`.
         quantized: bytes of quantized tensors as they are stored, at most: those that are in memory at once beside what
             is made of them. 0 if the checkpoint is not quantized.
+        joined: bytes of the largest parameter that is made of several tensors of the checkpoint, such as one of stacked
+            experts. Both are in memory until it is made.
         stored: bytes of the checkpoint for each byte of the parameters.
     """
 
@@ -88,6 +90,7 @@ class ModelShape:
     by_window: bool = True
     pieces: tuple[int, ...] = ()
     quantized: int = 0
+    joined: int = 0
     stored: float = 1
     logits_itemsize: int = 0
 
@@ -96,6 +99,11 @@ class ModelShape:
             object.__setattr__(self, "logits_itemsize", self.itemsize)
         if not self.pieces:
             object.__setattr__(self, "pieces", (self.outside,))
+
+    @property
+    def loading(self) -> int:
+        """Bytes in memory beside a block while it is loaded. Tensors are dequantized before they are joined."""
+        return max(self.quantized, self.joined)
 
     def of_stream(self, tokens: int) -> list[int]:
         """Bytes of each tensor that a window of every stream has between two blocks, the hidden states first."""

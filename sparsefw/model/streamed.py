@@ -5,6 +5,7 @@ is worked on. All other tensors of the checkpoint are never loaded: a tower for 
 through, layers that the model's class has no use for.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -246,6 +247,12 @@ class StreamedModel:
 
         one_by_one = (stored([name]) for piece in self.pieces for name in piece)
         return max(*map(stored, self._tensors_of.values()), *one_by_one)
+
+    @property
+    def joined_bytes(self) -> int:
+        """Bytes of the largest parameter that is made of several tensors; 0 if there is none."""
+        parts = Counter(self._skeleton.goes_into.values())
+        return max((x.nbytes for name, x in self.model.named_parameters() if parts[name] > 1), default=0)
 
     def _sorted(self, reads: frozenset[str]) -> dict[int | None, list[str]]:
         """Names of the checkpoint's tensors by block; under None those of the parameters in `reads`."""

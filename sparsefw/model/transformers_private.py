@@ -144,6 +144,10 @@ def load_tensors(
         dtype: dtype for the parameters.
         device: device for the parameters.
         conversions: see `conversions_of`.
+
+    Raises:
+        OutOfMemoryError: the GPU's memory is full.
+        MemoryError: that of the host is.
     """
     conversions_of_all = getattr(model, "_weight_conversions", None)
     options = LoadStateDictConfig(
@@ -159,7 +163,17 @@ def load_tensors(
     # Loading replaces these conversions by those of the loaded tensors. `export_tensors` needs those of all tensors.
     if conversions_of_all is not None:
         model._weight_conversions = conversions_of_all
+    _raise_for_memory(report.conversion_errors.values())
     return report
+
+
+def _raise_for_memory(tracebacks: Iterable[str]) -> None:
+    """Raise what transformers has caught while it joined tensors, if memory was full."""
+    for text in tracebacks:
+        if "OutOfMemoryError" in text:
+            raise torch.OutOfMemoryError(next(line for line in text.splitlines() if "OutOfMemoryError" in line))
+        if "MemoryError" in text or "DefaultCPUAllocator" in text:
+            raise MemoryError
 
 
 def forgive(model: PreTrainedModel, report: Any) -> None:

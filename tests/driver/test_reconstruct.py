@@ -254,6 +254,31 @@ def test_a_pass_learns_once_from_every_window_that_is_not_held_out(llama, tmp_pa
     assert measured == [(i, held_out) for i in range(3) for _ in ("before", "after")]
 
 
+def test_a_step_reads_the_dense_hidden_states_once(llama, tmp_path, monkeypatch):
+    """On a GPU they may come from the host: each read is a copy, and begins one of those that come next."""
+    reads, steps = [], []
+    add = Fit.add_gradients
+
+    class Watched:
+        def __init__(self, hidden):
+            self.hidden = hidden
+
+        def __getitem__(self, j):
+            reads.append(j)
+            return self.hidden[j]
+
+    def spy(self, j, parameters):
+        with monkeypatch.context() as patch:
+            patch.setattr(self.dense, "hidden", Watched(self.dense.hidden))
+            add(self, j, parameters)
+        steps.append(j)
+
+    monkeypatch.setattr(Fit, "add_gradients", spy)
+    run(llama, tmp_path / "out", "--method", "wanda", "--include", "layers.0", "--reconstruct", "1")
+    assert reads == steps
+    assert steps
+
+
 @pytest.mark.parametrize("count", range(40))
 def test_micro_batches_that_are_held_out(count):
     """One of sixteen, spread over the text, and one at least where something is left to learn from."""

@@ -263,9 +263,13 @@ def test_the_command(place, tasks, capsys):
     (["--eval", "default", "--host-memory", "0.01"], "--host-memory 0.01: this run needs at least"),
     (["--eval", "default", "--against", "nowhere/x/y"], "nowhere/x/y: neither a local path nor a valid Hub id"),
     (["--tasks", "tiny_choices", "--include-path", "nowhere"], "nowhere: no folder of tasks"),
+    (["--eval", "default", "--limit", "3"], "--limit: needs --tasks"),
+    (["--eval", "default", "--num-fewshot", "3"], "--num-fewshot: needs --tasks"),
+    (["--eval", "default", "--include-path", "."], "--include-path: needs --tasks"),
+    (["--tasks", "tiny_choices", "--eval-windows", "3"], "--eval-windows: needs --eval"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(arguments, message, place, tasks, capsys):
-    given = ["--include-path", str(tasks)] if "--include-path" not in arguments else []
+    given = ["--include-path", str(tasks)] if "--tasks" in arguments and "--include-path" not in arguments else []
     assert main([str(place / "dense"), *given, *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("sparsefw: ")

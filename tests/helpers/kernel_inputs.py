@@ -16,6 +16,9 @@ SHAPES = ((1, 1), (1, 131), (37, 131), (150, 260))
 PRODUCT_ERROR = {"ieee": 2 * 2.0**-23, "tf32x3": 2 * 2.0**-20, "tf32": 2 * 2.0**-10, "bf16": 2 * 2.0**-8}
 SUM_ERROR = 2.0**-15
 
+# How much larger than that of naive.py an error may be. A GPU truncates sums, which counts where operands are exact.
+TIMES = dict.fromkeys(PRODUCT_ERROR, 2) | ({"tf32x3": 4} if DEVICE == "cuda" else {})
+
 
 def needs_gpu(test: Callable) -> Callable:
     """Mark a test of what only the hardware does, such as the rounding of tensor cores."""
@@ -77,21 +80,24 @@ def in_float64(state: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     }
 
 
-def assert_near(got: Tensor, plain: Tensor, truth: Tensor, beside: Tensor | float = 0.0) -> None:
-    """The error of `got` against the float64 truth is at most twice that of plain fp32 (naive.py), max and rms.
+def assert_near(
+    got: Tensor, plain: Tensor, truth: Tensor, beside: Tensor | float = 0.0, precision: str = "ieee"
+) -> None:
+    """The error of `got` against the float64 truth is at most TIMES that of plain fp32 (naive.py), max and rms.
 
     A few roundings of the largest value are allowed on top: on tiny inputs plain fp32 may be exact by luck.
 
     Args:
         got, plain, truth: the values.
         beside: the part of the error of each of them that something else has made, and that is tested by itself.
+        precision: the precision of the products.
     """
     assert got.shape == truth.shape
     error, allowed = ((got.double() - truth).abs() - beside).clamp(min=0), (plain.double() - truth).abs()
-    slack = 4 * 2.0**-24 * truth.abs().max()
-    assert error.max() <= 2 * allowed.max() + slack, f"max {error.max():.3g}, plain fp32 {allowed.max():.3g}"
+    slack, times = 4 * 2.0**-24 * truth.abs().max(), TIMES[precision]
+    assert error.max() <= times * allowed.max() + slack, f"max {error.max():.3g}, plain fp32 {allowed.max():.3g}"
     rms, allowed_rms = error.square().mean().sqrt(), allowed.square().mean().sqrt()
-    assert rms <= 2 * allowed_rms + slack, f"rms {rms:.3g}, plain fp32 {allowed_rms:.3g}"
+    assert rms <= times * allowed_rms + slack, f"rms {rms:.3g}, plain fp32 {allowed_rms:.3g}"
 
 
 def assert_sums_near(got: Tensor, terms: Tensor) -> None:

@@ -346,6 +346,7 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
         for name, value in {
             "is_available": lambda: True,
             "_lazy_init": lambda: None,
+            "current_device": lambda: DEVICE.index,
             "Stream": stream,
             "CUDAGraph": type("CUDAGraph", (Graph,), {"gpu": gpu}),
             "device": lambda device: nullcontext(),

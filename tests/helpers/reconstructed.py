@@ -110,7 +110,7 @@ def no_loss(model, states) -> list[bool]:
             if compared[-1]:
                 run = SimpleNamespace(model=model)
                 fit = Fit(run, i, states, dense, [], [])
-                losses = [fit.loss_of(j).item() for j in range(len(states))]
+                losses = [fit.loss_of(j)[0].item() for j in range(len(states))]
                 assert losses == [0.0] * len(states)
             model.close(i)
             states = dense

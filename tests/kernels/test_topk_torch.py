@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.kernel_inputs import DEVICE, normal
 
-from sparsefw.kernels.topk_torch import as_float, at_least, infinite, masked
+from sparsefw.kernels.topk_torch import as_float, at_least, infinite, kth_by_bits, masked
 
 MASK = normal(7, 33, seed=1) > 0.3
 
@@ -39,3 +39,20 @@ def test_at_least(shape):
     assert torch.equal(out, X >= Y)
     at_least(X, 0.5, out=out)
     assert torch.equal(out, X >= 0.5)
+
+
+class TestByBits:
+    @pytest.mark.parametrize("k", [0, 1, 2, 30, 59, 60])
+    def test_as_sorted(self, k):
+        """Numbers of both signs and all sizes, zeros of both signs, ties, and what is chosen or left out before."""
+        special = torch.tensor([-0.0, 0.0, 2.0**-149, -(2.0**-149), 3e38, -3e38, 1.0, 1.0, torch.inf, -torch.inf])
+        score = torch.cat([normal(3, 50).cpu(), special.expand(3, -1)], 1)
+        score[1] = 0.0
+        score[2, 5:] = -torch.inf
+        expected = score.sort(dim=1, descending=True).values[:, max(k, 1) - 1 : max(k, 1)]
+        assert torch.equal(kth_by_bits(score, k), expected)
+
+    def test_a_budget_for_each_row(self):
+        score, k = normal(4, 33).cpu(), torch.tensor([[0], [1], [17], [33]])
+        expected = score.sort(dim=1, descending=True).values.gather(1, k.clamp(min=1) - 1)
+        assert torch.equal(kth_by_bits(score, k), expected)

@@ -52,6 +52,26 @@ def test_streamed_logits_equal_the_whole_models(family, dtype, tmp_path):
         assert torch.equal(logits(model, batch, hidden), expected)
 
 
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), torch.OutOfMemoryError),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), MemoryError),
+        (MemoryError(), MemoryError),
+    ],
+)
+def test_memory_that_is_full_while_experts_are_stacked(error, raised, tmp_path, monkeypatch):
+    """transformers catches every exception there, and goes on without the parameter."""
+
+    def full(*args, **kwargs):
+        raise error
+
+    model = open_model(save_model(tmp_path, "qwen3_moe"))
+    monkeypatch.setattr(torch, "stack", full)
+    with pytest.raises(raised):
+        model.open(0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exported_tensors_are_the_checkpoints(family, tmp_path):
