@@ -110,7 +110,7 @@ def prune(
         tasks: names of tasks of lm-evaluation-harness that the dense and the pruned model answer, see
             `sparsefw.evaluation.evaluate`; also limit, num_fewshot and include_path.
         tokenizer: the model's tokenizer; None: the one beside the checkpoint.
-        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a margin.
+        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
         overwrite: whether an older checkpoint in `output` may be replaced.
         restart: whether to discard what an interrupted run has finished.
         log: called with every line of the log.

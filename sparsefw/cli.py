@@ -42,7 +42,7 @@ def run_parser(description: str | None) -> Parser:
     for f in (*fields(Inputs), *fields(PruneConfig)):
         _add_flag(parser, f)
     add = parser.add_argument
-    free = "(default: what is free, less a margin)"
+    free = "(default: what is free, less a tenth)"
     add("--gpu-memory", type=float, metavar="GIB", help=f"the run takes at most this of the GPU's memory {free}")
     add("--host-memory", type=float, metavar="GIB", help=f"the run takes at most this of the host's memory {free}")
     add("--output", type=Path, default=Path("pruned"), metavar="DIR", help="folder for the result (default: pruned)")

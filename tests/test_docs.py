@@ -141,12 +141,13 @@ def default_of(flag: str, condition: str, monkeypatch: pytest.MonkeyPatch) -> ob
     """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: condition == "on a GPU")
     inputs = Inputs() if condition == "for the embedded model" else Inputs(model="another")
-    given = dict(re.findall(r"--(\S+) ([^\s`]+)", condition))
+    given = dict(re.findall(r"--(\S+) ([^\s`]+)", condition.replace("any other `--method`", "`--method wanda`")))
     assert given or condition in ("", "for the embedded model", "on a GPU"), condition
     options = {name: int(value) if value.isdigit() else value for name, value in given.items()}
     if flag == "--model":
         inputs = Inputs()
-    return getattr(inputs if hasattr(inputs, FIELDS[flag].name) else config_for(inputs, options), FIELDS[flag].name)
+    config = config_for(inputs, options).for_tokens(inputs.nsamples * inputs.seqlen)
+    return getattr(inputs if hasattr(inputs, FIELDS[flag].name) else config, FIELDS[flag].name)
 
 
 @pytest.mark.parametrize("flag", FIELDS)
@@ -194,7 +195,7 @@ def test_examples_run(example, tmp_path, monkeypatch):
     if "result" in names:
         (perplexity,) = names["result"].perplexity.values()
         assert perplexity.keys() == {"dense", "sparsefw"}
-        assert (tmp_path / "pruned/report.json").exists()
+        assert (tmp_path / "llama-2-4/report.json").exists()
     else:
         assert torch.equal(names["mask"].sum(1), torch.full((64,), 64))
         assert names["weight"].count_nonzero() <= names["mask"].sum()

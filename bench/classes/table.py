@@ -129,6 +129,7 @@ def _classes(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "## All classes"
     yield ""
     yield "Pruned: share of the weights in the blocks' matrices. Dense: matrices of which not all are pruned."
+    yield "Of experts with `[*]` some are dense: the few windows send no token to them."
     yield ""
     yield from _head(["model type", "class", "outcome", "pruned", "dense, or the reason"])
     for row in rows:

@@ -251,7 +251,7 @@ class PartialFolder:
     def other_input(self, what: str) -> InputError:
         """The error for a run that is another one than the unfinished one; `what` says what differs."""
         return InputError(
-            f"{self._output}: an unfinished run of other input is there ({self._count()} parts finished): {what}; "
+            f"{self._output}: an unfinished run of other input is there ({self._count()} shards finished): {what}; "
             "give what it was given to go on with it, or --restart to discard it, or another --output"
         )
 

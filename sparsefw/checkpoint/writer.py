@@ -340,7 +340,7 @@ class Writer:
             self._partial.restore_output()
         finished = self._leave()
         if error and finished and not self._done:
-            error.add_note(f"{finished} of {self.shards} parts are finished: the same command goes on from there")
+            error.add_note(f"{finished} of {self.shards} shards are finished: the same command goes on from there")
         if error and self._done:
             error.add_note(f"{self.output} is complete")
         if kind is None and not self._done:

@@ -54,7 +54,7 @@ def run(argv: list[str] | None) -> int:
 
 def _parser() -> Parser:
     parser = Parser("evaluate", __doc__)
-    add, free = parser.add_argument, "(default: what is free, less a margin)"
+    add, free = parser.add_argument, "(default: what is free, less a tenth)"
     add(
         "models",
         nargs="+",

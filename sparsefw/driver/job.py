@@ -28,7 +28,7 @@ class Output:
         folder: folder of the pruned checkpoint.
         overwrite: whether an older checkpoint may be replaced.
         restart: whether to discard what an unfinished run left.
-        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a margin.
+        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
     """
 
     folder: Path

@@ -24,7 +24,7 @@ def memory_limits(
     """Memory limits of this process in bytes: "host", and with a GPU "gpu"; the lowest ones of all ranks.
 
     Args:
-        gpu_memory, host_memory: limits that the user has given, in GiB; None: what is free, less a margin.
+        gpu_memory, host_memory: limits that the user has given, in GiB; None: what is free, less a tenth.
         device: device that it works on.
         ranks: the ranks on a machine share its memory.
 

@@ -36,7 +36,7 @@ class Machine:
 
     Attributes:
         card: its GPU, one of CARDS; None: this machine, with a GPU or without.
-        gpu_memory, host_memory: memory limits in GiB; None: what the card has or what is free here, less a margin.
+        gpu_memory, host_memory: memory limits in GiB; None: what the card has or what is free here, less a tenth.
         gpus: number of GPUs that are used, each by a rank.
         nodes: number of machines.
 

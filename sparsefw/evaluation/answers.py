@@ -36,7 +36,7 @@ class Budget:
     """Memory limits, and the place of what does not fit.
 
     Attributes:
-        gpu_memory, host_memory: in GiB; None: what is free, less a margin.
+        gpu_memory, host_memory: in GiB; None: what is free, less a tenth.
         folder: folder for hidden states in a file; None: that of the system for temporary files.
 
     Raises:

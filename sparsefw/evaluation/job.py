@@ -126,7 +126,7 @@ def evaluate(
         include_path: a folder with more tasks in the harness's format.
         seqlen: tokens in a window of a text.
         eval_windows: most windows of each text; None: all.
-        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a margin.
+        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
         output: folder for evaluation.json, and for what an interrupted evaluation has finished; None: nothing is
             written.
         overwrite: whether an older output may be replaced.

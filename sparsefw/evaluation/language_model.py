@@ -68,7 +68,7 @@ class StreamedLM(TemplateLM):
             add_bos_token: whether texts get a start token; None: as the tokenizer's files say.
             prefix_token_id: token before a text that has nothing before it; None: the start token, or else the end
                 token.
-            gpu_memory, host_memory: memory limits in GiB; None: what is free, less a margin.
+            gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
             batch_size, max_batch_size: the harness gives them. Results do not depend on them, and batches are made by
                 tokens, as many as fit.
             device: the device that is used, or None.

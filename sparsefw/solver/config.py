@@ -102,14 +102,17 @@ class PruneConfig:
         frank_wolfe=True,
     )
     step_rule: str = flag(
-        "exact line search, or 2 / (t + 2) (default: the preset's)", choices=STEP_RULES, frank_wolfe=True
+        "exact line search, or steps of 2 / (t + 2) (default: line-search; open-loop with --preset paper)",
+        choices=STEP_RULES,
+        frank_wolfe=True,
     )
     alpha: float = flag(
-        "fraction of kept weights fixed by saliency (default: the preset's)",
+        "fraction of kept weights fixed by saliency (default: 0; 0.9 with --preset paper)",
         metavar="A", least=0, most=1, frank_wolfe=True,
     )  # fmt: skip
     penalty: float = flag(
-        "final weight of the integrality penalty, 0 to 1 (default: the preset's)",
+        "final weight of the integrality penalty, 0 to 1 (default: 0.7; 1 with --refit 0 and with --preset fast; 0 "
+        "with --preset paper)",
         metavar="P", least=0, most=1, frank_wolfe=True,
     )  # fmt: skip
     swaps: int = flag(
@@ -119,17 +122,18 @@ class PruneConfig:
     )  # fmt: skip
     refit: int = flag(
         "conjugate-gradient steps with which kept weights make up for removed ones, in each refit; 0 leaves kept "
-        "weights as they are (default: the preset's)",
+        "weights as they are (default: 4; 0 with --preset paper)",
         metavar="STEPS", least=0, most=10**6, frank_wolfe=True,
     )  # fmt: skip
     rounds: int = flag(
-        "rounds of choosing the mask again for refitted weights; 0 only refits (default: the preset's)",
+        "rounds of choosing the mask again for refitted weights; 0 only refits (default: 3; 0 with --refit 0 and with "
+        "--preset fast and paper)",
         metavar="N", least=0, most=10**6, frank_wolfe=True,
     )  # fmt: skip
     target: str = flag(
         "what layers approximate. dense: the dense model's outputs, so that they make up for pruned ones before them; "
         "layer: what the layer itself makes of its input, without the dense model (default: dense; layer with "
-        "--refit 0 and with --preset fast)",
+        "--refit 0 and with --preset fast and paper)",
         choices=TARGETS, frank_wolfe=True,
     )  # fmt: skip
     damp: float = flag(

@@ -57,7 +57,7 @@ def test_goes_on_with_what_is_finished(tmp_path):
 )
 def test_another_run_is_refused_and_told_what_differs(tmp_path, change, said):
     with_two_records(tmp_path)
-    with refused(rf"an unfinished run of other input is there \(2 parts finished\): {said}; .*--restart"):
+    with refused(rf"an unfinished run of other input is there \(2 shards finished\): {said}; .*--restart"):
         opened(tmp_path, IDENTITY | change)
     without = {k: v for k, v in IDENTITY.items() if k != "torch"}
     with refused(r"torch 2\.13 then, nothing now"):

@@ -146,7 +146,7 @@ def test_older_output_comes_back_when_the_move_fails(folder, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt) as caught:
         write(output, folder, overwrite=True)
     assert contents(output) == before
-    assert caught.value.__notes__ == ["2 of 2 parts are finished: the same command goes on from there"]
+    assert caught.value.__notes__ == ["2 of 2 shards are finished: the same command goes on from there"]
     monkeypatch.undo()
     with Writer(output, 2, overwrite=True) as writer:
         assert writer.finished == [None, None]
@@ -344,7 +344,7 @@ def prune_one(folder: Path, output: Path) -> None:
 def test_parts_of_another_source_are_refused(folder, tmp_path):
     prune_one(folder, tmp_path / "pruned")
     save_file(TENSORS | {"a": TENSORS["a"] + 1}, folder / SINGLE)
-    with refused(r"other input is there \(1 parts finished\): the model has another tensor a now; .*--restart"):
+    with refused(r"other input is there \(1 shards finished\): the model has another tensor a now; .*--restart"):
         Writer(tmp_path / "pruned", 2, evidence=Evidence(inspect(folder))).__enter__()
     # What no part was made of may change: the output is the same as if the run began now.
     save_file(TENSORS | {"b": TENSORS["b"] + 1}, folder / SINGLE)

@@ -159,7 +159,7 @@ def test_what_cannot_be_written_can_be_written_later(tmp_path, monkeypatch):
         patched.setattr(Named, "save_pretrained", fail)
         with pytest.raises(ValueError, match=r"out: writing failed: .*No space left") as caught:
             prune(model, tmp_path / "out", calibration=batches, **QUICK)
-    assert caught.value.__notes__ == ["2 of 2 parts are finished: the same command goes on from there"]
+    assert caught.value.__notes__ == ["2 of 2 shards are finished: the same command goes on from there"]
     assert sorted(path.name for path in (tmp_path / ".out.partial").iterdir() if path.is_dir()) == ["new", "records"]
     said = []
     prune(again, tmp_path / "out", calibration=batches, log=said.append, **QUICK)

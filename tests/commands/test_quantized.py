@@ -137,7 +137,7 @@ def test_an_interrupted_run_goes_on(source, text, tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     assert run(folder, text, tmp_path / "out") == 2
     (parts,) = re.findall(
-        r"an unfinished run of other input is there \((\d) parts finished\): the model", capsys.readouterr().err
+        r"an unfinished run of other input is there \((\d) shards finished\): the model", capsys.readouterr().err
     )
     assert parts in "123"
     change_stored(folder, lambda tensors: tensors[f"{OUT}_scale_inv"].div_(2))

@@ -132,7 +132,7 @@ def test_what_finished_blocks_hand_on_is_made_again(tmp_path, monkeypatch, capsy
         # The last two of the six blocks share what the two before them make.
         interrupted_at(patched, 26)
         assert run(tmp_path, "interrupted") == 130
-    assert " of 7 parts are finished" in capsys.readouterr().err
+    assert " of 7 shards are finished" in capsys.readouterr().err
     assert run(tmp_path, "interrupted") == 0
     finished = int(capsys.readouterr().out.partition("unfinished run: ")[2][0])
     assert finished >= 4
@@ -149,7 +149,7 @@ def test_other_arguments_model_or_text_are_refused(place, tmp_path, monkeypatch,
     with monkeypatch.context() as patched:
         interrupted_at(patched, 12)
         assert run(place, "other") == 130
-    assert "1 of 4 parts are finished" in capsys.readouterr().err
+    assert "1 of 4 shards are finished" in capsys.readouterr().err
     (tmp_path / "text.txt").write_text(TEXT[100:])
     another = str(save_model(tmp_path / "model", "qwen3_moe", torch.bfloat16, seed=1))
     refused("--sparsity", "0.6", said="--sparsity 0.5 then, 0.6 now")
@@ -179,7 +179,7 @@ def test_a_model_that_changes_between_two_runs(tmp_path, monkeypatch, capsys, bl
     with monkeypatch.context() as patched:
         interrupted_at(patched, 12)
         assert run(tmp_path, "out") == 130
-    assert " 1 of 6 parts are finished" in capsys.readouterr().err
+    assert " 1 of 6 shards are finished" in capsys.readouterr().err
     name = f"model.layers.{block}.mlp.down_proj.weight"
     (file,) = [file for file in (tmp_path / "model").glob("*.safetensors") if name in load_file(file)]
     before = file.stat()
@@ -194,7 +194,7 @@ def test_a_model_that_changes_between_two_runs(tmp_path, monkeypatch, capsys, bl
         assert run(tmp_path, "out") == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert f"(1 parts finished): the model has another tensor {name} now; give what it was given" in error
+        assert f"(1 shards finished): the model has another tensor {name} now; give what it was given" in error
 
 
 def test_a_damaged_part_is_refused(tmp_path, monkeypatch, capsys):
@@ -236,7 +236,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_with_space(place, monkeypatch
         assert run(place, "full") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "No space left on device; 2 of 4 parts are finished: the same command goes on from there" in error
+    assert "No space left on device; 2 of 4 shards are finished: the same command goes on from there" in error
     # A run that goes on knows what it has to write: the last block by both methods, and the other tensors.
     shards = [load_file(place / "undisturbed" / f"model-0000{n}-of-00004.safetensors") for n in (3, 4)]
     third, outside = (sum(tensor.nbytes for tensor in shard.values()) for shard in shards)
@@ -245,7 +245,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_with_space(place, monkeypatch
     assert run(place, "full") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "GB free; make space or choose another --output; 2 of 4 parts are finished: the same command" in error
+    assert "GB free; make space or choose another --output; 2 of 4 shards are finished: the same command" in error
     free[0] += 1
     assert run(place, "full") == 0
     assert content(place, "full") == content(place, "undisturbed")

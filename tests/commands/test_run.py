@@ -350,7 +350,7 @@ class TestRefused:
         assert run(tmp_path / "bad", text, tmp_path / "out") == 2
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert line.startswith("sparsefw: model.layers.2.self_attn.o_proj.weight: holds 1 NaN")
-        assert line.endswith("; 2 of 4 parts are finished: the same command goes on from there")
+        assert line.endswith("; 2 of 4 shards are finished: the same command goes on from there")
         assert not (tmp_path / "out").exists()
 
     def test_output_that_is_not_empty_and_overwrite(self, tmp_path, text, capsys):
