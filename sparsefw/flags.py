@@ -91,8 +91,8 @@ def check_fields(settings: Any) -> None:
                 _check_text(f, text)
 
 
-def check_has(name: str, given: bool, **settings: Any) -> None:
-    """Refuse settings of something that a run does not have: they would do nothing.
+def check_needs(name: str, given: bool, **settings: Any) -> None:
+    """Refuse settings that need something that a run does not have: they would do nothing.
 
     Args:
         name: name of the field that gives it.

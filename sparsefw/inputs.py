@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsefw.errors import InputError, shown
-from sparsefw.flags import DEPENDS, check_fields, check_has, checked_path, flag, make_tuples, set_field
+from sparsefw.flags import DEPENDS, check_fields, check_needs, checked_path, flag, make_tuples, set_field
 from sparsefw.solver.config import PruneConfig
 
 # Name of the embedded model, which the package carries, and of the embedded text, which every CPython carries.
@@ -69,9 +69,9 @@ class Inputs:
             if getattr(self, name) is DEPENDS:
                 set_field(self, name, default)
         _check_datasets(self.dataset)
-        check_has("evaluate", bool(self.evaluate), eval_windows=self.eval_windows)
+        check_needs("evaluate", bool(self.evaluate), eval_windows=self.eval_windows)
         of_tasks = dict(limit=self.limit, num_fewshot=self.num_fewshot, include_path=self.include_path)
-        check_has("tasks", bool(self.tasks), **of_tasks)
+        check_needs("tasks", bool(self.tasks), **of_tasks)
 
     @property
     def embedded(self) -> bool:

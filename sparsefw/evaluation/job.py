@@ -20,7 +20,7 @@ from sparsefw.evaluation.asked import Asked, Texts, ask
 from sparsefw.evaluation.measured import Evaluation, task_records, text_record
 from sparsefw.evaluation.request import Score
 from sparsefw.evaluation.saved import Saved
-from sparsefw.flags import check_has, checked_bool, checked_number, checked_path, set_field
+from sparsefw.flags import check_needs, checked_bool, checked_number, checked_path, set_field
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL
 from sparsefw.ranks import Ranks, joined_with
 from sparsefw.report import machine
@@ -156,8 +156,8 @@ def evaluate(
     if not job.tasks.names and not job.texts.names:
         raise InputError("--tasks, --eval: neither is given; give tasks, or a text for perplexity")
     of_tasks = dict(limit=limit, num_fewshot=num_fewshot, include_path=include_path)
-    check_has("tasks", bool(job.tasks.names), **of_tasks)
-    check_has("evaluate", bool(job.texts.names), eval_windows=eval_windows)
+    check_needs("tasks", bool(job.tasks.names), **of_tasks)
+    check_needs("evaluate", bool(job.texts.names), eval_windows=eval_windows)
     with joined_with(log) as (ranks, say):
         evaluation = _evaluate(job, say, progress, ranks)
         return None if evaluation is None else EvaluateResult(evaluation, job.output)
