@@ -3,10 +3,12 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-# Without it cuBLAS may choose its algorithm by what else runs, and torch refuses its products where the same bits are
-# asked for. torch looks at this before its first product on a GPU, which may be the caller's. It is the workspace that
-# torch takes by itself on an H100.
+# The same bits in every run. Without the first, cuBLAS may choose its algorithm by what else runs, and torch refuses
+# its products where the same bits are asked for. torch looks at it before its first product on a GPU, which may be the
+# caller's. It is the workspace that torch takes by itself on an H100. Without the second, sums of several GPUs may be
+# made in the switch between them, in any order.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 __version__ = "0.2.0"
 

@@ -182,12 +182,19 @@ class Ranks:
         start = time.perf_counter()
         try:
             yield
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            # Of this rank's own GPU.
             raise
         except RuntimeError as error:
-            raise LostRankError(f"the connection to another rank broke ({first_line(error)})") from error
+            raise LostRankError(f"the connection to another rank broke ({_said(error)})") from error
         finally:
             self.waited += time.perf_counter() - start
+
+
+def _said(error: RuntimeError) -> str:
+    """The first line of an error. NCCL's say the reason in the last one."""
+    first, last = first_line(error), str(error).strip().rpartition("\n")[2]
+    return f"{first}; {last}" if isinstance(error, dist.DistBackendError) and last not in first else first
 
 
 class Handle:

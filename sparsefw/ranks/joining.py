@@ -38,7 +38,8 @@ def connect() -> Voice:
     """
     if dist.is_initialized():
         # The caller's script has joined them. Another store could not have the same port.
-        store, number, count = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+        number, count = dist.get_rank(), dist.get_world_size()
     else:
         number, count = _variable(NUMBER), _variable(COUNT)
         try:
@@ -95,25 +96,28 @@ def joined(on_gpus: bool = True) -> Iterator[Ranks]:
         here, local = _variable(LOCAL_COUNT, "1"), _variable(LOCAL_NUMBER, "0")
         on_gpus = on_gpus and torch.cuda.is_available()
         if on_gpus:
-            if local >= torch.cuda.device_count():
-                raise InputError(f"{here} ranks on this machine, and {torch.cuda.device_count()} GPUs: each needs one")
+            if local >= (gpus := torch.cuda.device_count()):
+                raise InputError(
+                    f"{here} ranks on this machine, and {gpus} GPUs: each needs one, and has to see those of the "
+                    "others (CUDA_VISIBLE_DEVICES)"
+                )
             torch.cuda.set_device(local)
         if made:
             backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
             dist.init_process_group(
                 backend,
-                store=dist.PrefixStore("group", voice.store),
+                # Of a connection of its own: one that waits for a key would keep the voice silent.
+                store=dist.PrefixStore("group", voice.store.clone()),
                 rank=voice.number,
                 world_size=voice.count,
                 timeout=timedelta(seconds=2 * WAITING),
             )
         yield Ranks(voice.number, voice.count, here, local, voice)
     except BaseException as error:
+        # To take leave of a group in which a rank is lost may never end: NCCL waits for it. A command ends the process.
+        made = made and mine and not on_gpus
         if mine:
             _raise_of_others(error, voice)
-        else:
-            # The command ends the process. To take leave of a group in which a rank is lost may never end.
-            made = False
         raise
     finally:
         if made and dist.is_initialized():

@@ -49,11 +49,14 @@ class KeptWeights:
         return [variable.parameter for variable in self._variables]
 
     def gradients(self) -> list[Tensor]:
-        """The gradients that were accumulated since the last step, zeros where there are none."""
+        """The gradients that were accumulated since the last step, zeros where there are none; without gaps, in memory.
+
+        Other ranks add to them: NCCL takes no tensor whose entries lie in another order than that of its dimensions.
+        """
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return [_in_memory(p.grad, p) for p in self.parameters if p.grad is not None]
 
     def step(self) -> None:
         """Move the weights against the gradients, which are gone then."""

@@ -162,11 +162,19 @@ def test_torch_words_are_known():
     assert refused(raised.value) == "put_"
 
 
-@pytest.mark.parametrize(("given", "found"), [(None, ":4096:8"), (":16:8", ":16:8")])
-def test_the_package_lets_products_of_a_gpu_be_deterministic(given, found):
+@pytest.mark.parametrize(
+    ("variable", "given", "found"),
+    [
+        ("CUBLAS_WORKSPACE_CONFIG", None, ":4096:8"),
+        ("CUBLAS_WORKSPACE_CONFIG", ":16:8", ":16:8"),
+        ("NCCL_NVLS_ENABLE", None, "0"),
+        ("NCCL_NVLS_ENABLE", "1", "1"),
+    ],
+)
+def test_the_package_asks_libraries_for_the_same_bits(variable, given, found):
     """torch looks before its first product, which may be one of the caller's own."""
-    environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
-    environment |= {"CUBLAS_WORKSPACE_CONFIG": given} if given else {}
-    code = "import sparsefw, sys, os; assert 'torch' not in sys.modules; print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    environment = {name: value for name, value in os.environ.items() if name != variable}
+    environment |= {variable: given} if given else {}
+    code = f"import sparsefw, sys, os; assert 'torch' not in sys.modules; print(os.environ['{variable}'])"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == found

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.ranks import on_ranks
 
 from sparsefw.errors import InputError
-from sparsefw.ranks import ALONE, Ranks
+from sparsefw.ranks import ALONE, LostRankError, Ranks
 from sparsefw.ranks.group import PANELS
 
 COUNT = 3
@@ -47,6 +48,26 @@ def test_transfers():
     torch.testing.assert_close(results[1]["owned"], expected)
     again = on_ranks(COUNT, transfers)
     assert torch.equal(again[0]["G"], results[0]["G"])
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (RuntimeError("Connection closed by peer\nmore"), LostRankError, "broke (Connection closed by peer)"),
+        (
+            dist.DistBackendError("NCCL error in: a.cpp:1, unhandled system error\nLast error:\nno /dev/shm"),
+            LostRankError,
+            "broke (NCCL error in: a.cpp:1, unhandled system error; no /dev/shm)",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), torch.OutOfMemoryError, "CUDA out of memory"),
+        (torch.AcceleratorError("CUDA error: illegal"), torch.AcceleratorError, "CUDA error: illegal"),
+    ],
+)
+def test_errors_of_transfers(error, raised, said):
+    """What this rank's own GPU says is not another rank's doing."""
+    with pytest.raises(raised) as caught, Ranks().waiting():
+        raise error
+    assert said in str(caught.value)
 
 
 def test_bytes_that_are_sent():

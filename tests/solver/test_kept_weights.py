@@ -96,6 +96,19 @@ def test_one_step_moves_every_kept_weight_by_the_rate():
     assert torch.allclose(parameter @ x, (1 - RATE / 4) * (W @ x), rtol=1e-5)
 
 
+def test_gradients_that_are_sent_have_no_gaps():
+    """NCCL refuses others. A parameter may lie in memory column by column, and its gradient lies as it does."""
+    W = pruned(4, 6)
+    parameter = nn.Parameter(W.T.contiguous().T)
+    weights = KeptWeights([(parameter, [parameter.detach()])], 1, RATE)
+    (parameter * 2).sum().backward()
+    assert not parameter.grad.is_contiguous()
+    (sent,) = weights.gradients()
+    assert sent.is_contiguous()
+    assert sent.data_ptr() == parameter.grad.data_ptr()
+    assert sent.numel() == parameter.grad.numel()
+
+
 def test_gradients_add_up_and_a_step_without_one_goes_on():
     W = pruned(4, 6)
     first, second, none = *drawn(2, 4, 6), torch.zeros(4, 6)
