@@ -31,8 +31,9 @@ def round_operand(X: Tensor, precision: str) -> Tensor:
 
     Args:
         X: any floating tensor.
-        precision: "ieee" (fp32, no rounding), "tf32" (10 explicit mantissa bits, to nearest even), "tf32x3" (the sum of
-            two tf32 numbers: X rounded, and the rounded rest) or "bf16" (7 explicit mantissa bits).
+        precision: "ieee" (fp32, no rounding), "tf32" (10 explicit mantissa bits, to nearest even; a GPU may cut the
+            others off), "tf32x3" (the sum of two tf32 numbers: X rounded, and the rounded rest) or "bf16" (7 explicit
+            mantissa bits).
 
     Returns:
         The rounded numbers in float64 if X is float64, else in fp32.
@@ -47,8 +48,8 @@ def round_operand(X: Tensor, precision: str) -> Tensor:
         return X
     if precision == "bf16":
         return X.bfloat16().to(X.dtype)
-    high = _rounded_to_tf32(X)
-    return high if precision == "tf32" else high + _rounded_to_tf32(X - high)
+    high = _to_tf32(X)
+    return high if precision == "tf32" else high + _to_tf32(X - high)
 
 
 def widened(X: Tensor) -> Tensor:
@@ -56,12 +57,12 @@ def widened(X: Tensor) -> Tensor:
     return X if X.dtype == torch.float64 else X.float()
 
 
-def _rounded_to_tf32(X: Tensor) -> Tensor:
+def _to_tf32(X: Tensor, whole: Callable[[Tensor], Tensor] = torch.round) -> Tensor:
     # |X| = mantissa 2^exponent with a mantissa in [0.5, 1): 11 bits behind the point. Numbers below 2^-126 have fewer.
     exponent = torch.frexp(X).exponent.double().clamp(min=-125)
     unit = torch.pow(2.0, exponent - 11)
     # float64 holds the quotient and the product exactly.
-    return ((X.double() / unit).round() * unit).to(X.dtype)
+    return (whole(X.double() / unit) * unit).to(X.dtype)
 
 
 def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:

@@ -45,3 +45,18 @@ def test_texts_are_given_once(tmp_path, monkeypatch):
             Inputs(dataset=["a.txt", "b.txt", again])
     with refused("--dataset: no text is named"):
         Inputs(dataset=[])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"limit": 3}, "--limit: needs --tasks"),
+        ({"num_fewshot": 0}, "--num-fewshot: needs --tasks"),
+        ({"include_path": "."}, "--include-path: needs --tasks"),
+        ({"eval_windows": 4}, "--eval-windows: needs --eval"),
+    ],
+)
+def test_settings_of_what_a_run_does_not_have(given, said):
+    with refused(said):
+        Inputs(model="m", **given)
+    Inputs(model="m", tasks=["a"], evaluate=["b"], **given)

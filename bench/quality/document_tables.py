@@ -86,6 +86,7 @@ TABLES = {
             for pattern in PATTERNS_OF_SEEDS
             for name, text in TEXTS.items()
         },
+        marks_old=True,
     ),
     "reference": Table(
         {DENSE: DENSE} | ALL_ROWS,

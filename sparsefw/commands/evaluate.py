@@ -70,7 +70,7 @@ def _parser() -> Parser:
     add("--limit", type=float, metavar="N", help="most documents of each task; below 1: a share of them (default: all)")
     add("--num-fewshot", type=int, metavar="K", help="examples before each question (default: as the task says)")
     add("--include-path", type=Path, metavar="DIR", help="folder with more tasks in the harness's format")
-    add("--seqlen", type=int, default=2048, metavar="N", help="tokens in a window of a text, at most the model's "
+    add("--seqlen", type=int, metavar="N", help="tokens in a window of a text, at most the model's "
         "maximum (default: 2048)")  # fmt: skip
     add("--eval-windows", type=int, metavar="N", help="at most this many windows of each text (default: all)")
     add("--gpu-memory", type=float, metavar="GIB", help=f"take at most this of the GPU's memory {free}")

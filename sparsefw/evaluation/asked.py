@@ -11,9 +11,12 @@ from sparsefw.data import Tokenizer, TokenizerProcess, Windows
 from sparsefw.errors import InputError
 from sparsefw.evaluation.encoding import Answer, Encoded, Question, encoder
 from sparsefw.evaluation.request import Request, Score, digest_of
-from sparsefw.flags import checked_number, set_field
+from sparsefw.flags import check_needs, checked_number, set_field
 from sparsefw.model import read_config
 from sparsefw.model.skeleton import max_seqlen
+
+# Tokens in a window of a text, unless the user says.
+SEQLEN = 2048
 
 
 @dataclass(frozen=True)
@@ -22,21 +25,23 @@ class Texts:
 
     Attributes:
         names: their names or paths, as the user gave them.
-        seqlen: tokens in a window; fewer if the model takes fewer.
+        seqlen: tokens in a window, fewer if the model takes fewer; None: SEQLEN.
         windows: most windows of each; None: all.
 
     Raises:
-        InputError: a number is none, or out of range.
+        InputError: a number is none, out of range, or there without a text.
     """
 
     names: Sequence[str] = ()
-    seqlen: int = 2048
+    seqlen: int | None = None
     windows: int | None = None
 
     def __post_init__(self) -> None:
-        set_field(self, "seqlen", checked_number("seqlen", self.seqlen, 2, 10**9, whole=True))
+        if self.seqlen is not None:
+            set_field(self, "seqlen", checked_number("seqlen", self.seqlen, 2, 10**9, whole=True))
         if self.windows is not None:
             set_field(self, "windows", checked_number("eval_windows", self.windows, 1, 10**9, whole=True))
+        check_needs("evaluate", bool(self.names), seqlen=self.seqlen, eval_windows=self.windows)
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,8 @@ def asked_of(encoded: Encoded, texts: list[Windows]) -> Asked:
 
 
 def _windows(source: Checkpoint, tokenizer: Tokenizer, name: str, texts: Texts, limit: int) -> Windows:
-    seqlen = min(texts.seqlen, max_seqlen(read_config(source)) or texts.seqlen)
+    asked = texts.seqlen or SEQLEN
+    seqlen = min(asked, max_seqlen(read_config(source)) or asked)
     if seqlen < 2:
         raise InputError(f"{source.folder}: reads {seqlen} token at once, so that none of a text can be predicted")
     return data.evaluation_windows(tokenizer, name, seqlen=seqlen, limit=texts.windows, room=limit - process.resident())

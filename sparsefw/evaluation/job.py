@@ -63,6 +63,8 @@ class Tasks:
         if self.include_path is not None:
             # The identity of an evaluation holds it as JSON.
             set_field(self, "include_path", str(checked_path("include_path", self.include_path)))
+        of_tasks = dict(limit=self.limit, num_fewshot=self.num_fewshot, include_path=self.include_path)
+        check_needs("tasks", bool(self.names), **of_tasks)
 
     def questions(self) -> "Questions | None":
         """Their questions; None without tasks.
@@ -101,7 +103,7 @@ def evaluate(
     limit: float | None = None,
     num_fewshot: int | None = None,
     include_path: str | Path | None = None,
-    seqlen: int = 2048,
+    seqlen: int | None = None,
     eval_windows: int | None = None,
     gpu_memory: float | None = None,
     host_memory: float | None = None,
@@ -124,7 +126,7 @@ def evaluate(
         limit: most documents of each task; below 1: a share of them.
         num_fewshot: examples before each question; None: as the task says.
         include_path: a folder with more tasks in the harness's format.
-        seqlen: tokens in a window of a text.
+        seqlen: tokens in a window of a text; None: 2048.
         eval_windows: most windows of each text; None: all.
         gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
         output: folder for evaluation.json, and for what an interrupted evaluation has finished; None: nothing is
@@ -153,11 +155,6 @@ def evaluate(
         restart=checked_bool("restart", restart),
         plan=checked_bool("plan", plan),
     )
-    if not job.tasks.names and not job.texts.names:
-        raise InputError("--tasks, --eval: neither is given; give tasks, or a text for perplexity")
-    of_tasks = dict(limit=limit, num_fewshot=num_fewshot, include_path=include_path)
-    check_needs("tasks", bool(job.tasks.names), **of_tasks)
-    check_needs("evaluate", bool(job.texts.names), eval_windows=eval_windows)
     with joined_with(log) as (ranks, say):
         evaluation = _evaluate(job, say, progress, ranks)
         return None if evaluation is None else EvaluateResult(evaluation, job.output)
@@ -176,6 +173,11 @@ class _Job:
     overwrite: bool
     restart: bool
     plan: bool
+
+    def __post_init__(self) -> None:
+        if not self.tasks.names and not self.texts.names:
+            raise InputError("--tasks, --eval: neither is given; give tasks, or a text for perplexity")
+        check_needs("output", self.output is not None, overwrite=self.overwrite or None, restart=self.restart or None)
 
 
 def _several(given: str | Path | Sequence[str | Path]) -> tuple[str, ...]:

@@ -11,7 +11,9 @@ import torch
 from helpers.families import config_of, save_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from sparsefw import data
 from sparsefw.estimate import rates
+from sparsefw.inputs import DEFAULT_MODEL
 from sparsefw.plan import main
 
 LLAMA_70B = dict(
@@ -133,6 +135,24 @@ def test_defaults_are_those_of_a_run_on_that_device(config, tmp_path, capsys):
     assert workload("--seqlen", "2048")["seqlen"] == 64
     assert workload("--refit", "0")["target"] == "layer"
     assert workload("--eval", "a", "--eval", "b", "--eval-windows", "5")["evaluation"] == [5, 5]
+
+
+def test_without_flags_it_is_the_embedded_models_run(tmp_path, capsys):
+    """Its text is there: nobody has to say how long it is."""
+
+    def planned(*flags):
+        said(capsys, *flags, "--json", tmp_path / "plan.json")
+        return json.loads((tmp_path / "plan.json").read_text())
+
+    plan = planned()
+    (windows,) = plan["workload"]["evaluation"]
+    text = data.read_text("default", part="evaluation")
+    with data.TokenizerProcess(DEFAULT_MODEL) as tokenizer:
+        assert windows == data.evaluation_windows(tokenizer, text, seqlen=128).n > 50
+    assert planned("--seqlen", "64")["workload"]["evaluation"][0] >= 2 * windows
+    assert "reconstruct" in plan["memory"]
+    assert "reconstruct" not in planned("--reconstruct", "0")["memory"]
+    assert "texts are not read here" in refused(capsys, "--eval", "other.txt")
 
 
 def test_layers_that_stay_dense(config, tmp_path, capsys):

@@ -7,8 +7,10 @@ import torch
 from helpers.families import FAMILIES, config_of, save_model
 from transformers import AutoConfig
 
+from sparsefw.checkpoint import inspect
 from sparsefw.errors import InputError
 from sparsefw.estimate.describe import describe
+from sparsefw.model import shape_of
 
 
 @pytest.mark.slow
@@ -21,6 +23,15 @@ def test_a_config_says_as_much_as_its_checkpoint(family, tmp_path):
     loaded = AutoConfig.from_pretrained(source)
     (tmp_path / "other.json").write_text(json.dumps(loaded.to_dict()))
     assert describe(str(tmp_path / "other.json")).shape == alone.shape
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "mixtral"])
+def test_experts_are_joined_of_as_many_bytes_as_in_the_checkpoint(family, tmp_path):
+    """A config does not say how a checkpoint stores them: each is taken for a tensor of its own, as it is here."""
+    source = save_model(tmp_path / "model", family, torch.bfloat16)
+    joined = describe(str(config_of(source, tmp_path / "config"))).shape.joined
+    assert joined == shape_of(inspect(source)).joined
+    assert (joined > 0) == (family != "llama")
 
 
 def test_the_dtype(tmp_path):

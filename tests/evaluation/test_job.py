@@ -267,6 +267,9 @@ def test_the_command(place, tasks, capsys):
     (["--eval", "default", "--num-fewshot", "3"], "--num-fewshot: needs --tasks"),
     (["--eval", "default", "--include-path", "."], "--include-path: needs --tasks"),
     (["--tasks", "tiny_choices", "--eval-windows", "3"], "--eval-windows: needs --eval"),
+    (["--tasks", "tiny_choices", "--seqlen", "32"], "--seqlen: needs --eval"),
+    (["--eval", "default", "--overwrite"], "--overwrite: needs --output"),
+    (["--eval", "default", "--restart"], "--restart: needs --output"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(arguments, message, place, tasks, capsys):
     given = ["--include-path", str(tasks)] if "--tasks" in arguments and "--include-path" not in arguments else []

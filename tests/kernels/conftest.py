@@ -1,11 +1,11 @@
 """The backends that tests compare with the specification."""
 
+from functools import partial
 from types import ModuleType
 
 import pytest
 import torch
 from helpers.kernel_inputs import DEVICE
-from torch import Tensor
 
 from sparsefw.kernels import bound, candidates, cpu, naive, removed, rounding, rows, triton_ops
 
@@ -14,13 +14,7 @@ from sparsefw.kernels import bound, candidates, cpu, naive, removed, rounding, r
 def tf32_of_tensor_cores(monkeypatch):
     """On a GPU the specification cuts tf32 operands off, as tensor cores do. Triton's interpreter rounds them."""
     if DEVICE == "cuda":
-        monkeypatch.setattr(naive, "_rounded_to_tf32", cut_to_tf32)
-
-
-def cut_to_tf32(X: Tensor) -> Tensor:
-    """X without the bits that a tensor core does not read, for `naive._rounded_to_tf32`."""
-    unit = torch.pow(2.0, torch.frexp(X).exponent.double().clamp(min=-125) - 11)
-    return ((X.double() / unit).trunc() * unit).to(X.dtype)
+        monkeypatch.setattr(naive, "_to_tf32", partial(naive._to_tf32, whole=torch.trunc))
 
 
 @pytest.fixture(params=[cpu, triton_ops], ids=["cpu", "triton"])
