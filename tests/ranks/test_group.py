@@ -1,12 +1,17 @@
 """What ranks tell each other."""
 
+import threading
+import time
+from datetime import timedelta
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 from helpers.ranks import on_ranks
 
 from sparsefw.errors import InputError
-from sparsefw.ranks import ALONE, LostRankError, Ranks
+from sparsefw.ranks import ALONE, LostRankError, Ranks, joining
 from sparsefw.ranks.group import PANELS
 
 COUNT = 3
@@ -126,3 +131,23 @@ def test_one_rank_of_a_machine_goes_first(tmp_path):
 @pytest.mark.parametrize("number", range(4))
 def test_share_of_a_rank(number):
     assert Ranks(number, 4).share(10) == slice(*[(0, 2), (2, 5), (5, 7), (7, 10)][number])
+
+
+def test_a_group_that_waits_for_a_key_does_not_keep_the_voice_silent(monkeypatch):
+    """A connection to the keys that ranks share is held by whoever waits for one, as NCCL does for the others' ids."""
+    server = dist.TCPStore("localhost", 0, None, True, timedelta(seconds=5), wait_for_workers=False)
+    voice = SimpleNamespace(store=dist.PrefixStore("voice", server), number=0, count=2, close=lambda: None)
+    given = {}
+    monkeypatch.setattr(joining, "_open", [voice])
+    monkeypatch.setattr(joining, "is_rank", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: given.update(kwargs))
+    with joining.joined(on_gpus=False):
+        waiting = threading.Thread(target=given["store"].get, args=("id of rank 0",))
+        waiting.start()
+        time.sleep(0.5)
+        start = time.monotonic()
+        voice.store.set("beat", "1")
+        silent = time.monotonic() - start
+        dist.PrefixStore("group", voice.store.clone()).set("id of rank 0", "")
+        waiting.join()
+    assert silent < 1
