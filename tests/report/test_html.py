@@ -258,7 +258,7 @@ def test_a_run_without_evaluation():
         (),
         ("--method", "wanda", "--compare", "ria", "--compare", "magnitude"),
         ("--alpha", "0.25", "--eval", "a b.txt", "--eval", "c'd.txt", "--overwrite", "--refit", "0"),
-        ("--model", "$(x) `y`", "--preset", "paper", "--sparsity", "2:4", "--eval-windows", "3"),
+        ("--model", "$(x) `y`", "--preset", "paper", "--sparsity", "2:4", "--eval", "a b.txt", "--eval-windows", "3"),
         ("--include", "mlp", "--ignore", "layers.0", "--ignore", r"re:.*\.(q|k)_proj", "--keep-zeros"),
         ("--method", "sparsegpt", "--sparsity", "layer:0.5", "--gpu-memory", "2.5", "--restart"),
     ],
