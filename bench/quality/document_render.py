@@ -22,6 +22,7 @@ class Column:
         pattern: sparsity of its cells.
         number: format of a row's runs.
         seeds: seeds of these runs; all of them must be there.
+        nsamples: their calibration windows.
         calibrated_on: what they are calibrated on.
         against: method that `number` compares with; "" for none.
     """
@@ -29,6 +30,7 @@ class Column:
     pattern: str
     number: Number
     seeds: tuple[int, ...] = (SEED,)
+    nsamples: int = NSAMPLES
     calibrated_on: str = OWN
     against: str = ""
 
@@ -80,7 +82,7 @@ def _runs(results: dict, method: str, column: Column) -> list[dict]:
         # A run may lack a text that the study has got since.
         every = [run["dense"] for run in results["cells"].values() if _is_of(run, column)]
         return [{"perplexity": {text: value for dense in every for text, value in dense.items()}}] if every else []
-    cells = [Cell(method, (), column.pattern, seed, NSAMPLES, column.calibrated_on) for seed in column.seeds]
+    cells = [Cell(method, (), column.pattern, seed, column.nsamples, column.calibrated_on) for seed in column.seeds]
     runs = [results["cells"].get(cell.key) for cell in cells]
     return runs if all(runs) and (len(runs) == 1 or same_settings(runs)) else []
 

@@ -22,15 +22,19 @@ from quality_cells import (
     MASKS,
     MEASURED_AT,
     METHODS_OF_TABLE,
+    MORE_WINDOWS,
+    NSAMPLES,
     OF_LAYER,
     ONE_SWAPS,
     PAPER,
     PAPER_SHORT,
+    PATTERN_OF_WINDOWS,
     PATTERN_ON_REFERENCE,
     PATTERNS,
     PATTERNS_OF_SEEDS,
     REFERENCE,
     ROWS_OF_SEEDS,
+    ROWS_OF_WINDOWS,
     ROWS_ON_REFERENCE,
     SEED,
     SPARSEGPT,
@@ -97,6 +101,15 @@ TABLES = {
         {DENSE: DENSE} | {label(method): method for method in ROWS_ON_REFERENCE},
         {
             name: Column(PATTERN_ON_REFERENCE, perplexities(text), calibrated_on=REFERENCE)
+            for name, text in TEXTS.items()
+        },
+        strong=(DEFAULT,),
+    ),
+    "windows": Table(
+        {label(method): method for method in ROWS_OF_WINDOWS},
+        {
+            f"{n} windows, {name}": Column(PATTERN_OF_WINDOWS, perplexities(text), nsamples=n)
+            for n in (NSAMPLES, MORE_WINDOWS)
             for name, text in TEXTS.items()
         },
         strong=(DEFAULT,),

@@ -67,6 +67,10 @@ OWN, REFERENCE = "own", "reference"
 # Rows and pattern of the cells that are calibrated on the reference.
 ROWS_ON_REFERENCE, PATTERN_ON_REFERENCE = (WANDA, SPARSEGPT, DEFAULT), "0.6"
 
+# Rows and pattern of the cells that are calibrated on more windows, too, and on how many.
+ROWS_OF_WINDOWS = (SPARSEGPT, UNRECONSTRUCTED, WANDA_RECONSTRUCTED, DEFAULT)
+PATTERN_OF_WINDOWS, MORE_WINDOWS = "0.6", 256
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -106,7 +110,7 @@ def resolved(flags: Sequence[str], nsamples: int = NSAMPLES) -> dict:
     A switch that is off and a number that is 0 are left out unless they are Frank-Wolfe's. So a cell that was made
     before there was such a setting is still the same cell.
     """
-    config = config_of(flags).for_tokens(nsamples * SEQLEN)
+    config = config_of(flags).for_calibration(nsamples * SEQLEN, nsamples)
     names = ["method"]
     for f in _fields_of(config.method):
         value = getattr(config, f.name)
@@ -139,7 +143,9 @@ def cells_of_everything() -> list[Cell]:
     of_seeds = [row for row in rows if row[0] in ROWS_OF_SEEDS]
     cells += [Cell(*row, pattern, seed) for seed in FURTHER_SEEDS for pattern in PATTERNS_OF_SEEDS for row in of_seeds]
     on_reference = [row for row in rows if row[0] in ROWS_ON_REFERENCE]
-    return cells + [Cell(*row, PATTERN_ON_REFERENCE, calibrated_on=REFERENCE) for row in on_reference]
+    cells += [Cell(*row, PATTERN_ON_REFERENCE, calibrated_on=REFERENCE) for row in on_reference]
+    of_windows = [row for row in rows if row[0] in ROWS_OF_WINDOWS]
+    return cells + [Cell(*row, PATTERN_OF_WINDOWS, nsamples=MORE_WINDOWS) for row in of_windows]
 
 
 def _is_measured(method: str, pattern: str) -> bool:

@@ -76,8 +76,9 @@ def made_by(results: dict, cells: Sequence[Cell], commit: str, present: str) -> 
 def remaining(results: dict, to_run: Sequence[Cell], every: int) -> str:
     """How many cells are to be run, and how long they take by the seconds of those that are there.
 
-    A cell takes the mean of its method's cells, at whatever pattern; one of a method without any takes the mean of all.
-    Cells that shared a run have the seconds of their solve alone and are not looked at.
+    A cell takes the mean of its method's cells, at whatever pattern, in proportion to its calibration windows; one of a
+    method without any takes the mean of all. Cells that shared a run have the seconds of their solve alone and are not
+    looked at.
 
     Args:
         results: from `load`.
@@ -88,11 +89,11 @@ def remaining(results: dict, to_run: Sequence[Cell], every: int) -> str:
     whole: dict[str, list[float]] = {}
     for entry in results["cells"].values():
         if "calibrate" in entry["seconds"]:
-            whole.setdefault(entry["method"], []).append(sum(entry["seconds"].values()))
+            whole.setdefault(entry["method"], []).append(sum(entry["seconds"].values()) / entry["nsamples"])
     if to_run and whole:
         means = {method: sum(seconds) / len(seconds) for method, seconds in whole.items()}
         overall = sum(means.values()) / len(means)
-        hours = sum(means.get(cell.method, overall) for cell in to_run) / 3600
+        hours = sum(cell.nsamples * means.get(cell.method, overall) for cell in to_run) / 3600
         lines.append(f"About {hours:.1f} hours, as fast as the cells that are there.")
         if unknown := list(dict.fromkeys(cell.method for cell in to_run if cell.method not in means)):
             lines.append(f"Of an average cell's time were taken: {', '.join(unknown)}.")

@@ -81,7 +81,7 @@ def carry_out(
     """
     if prepared.calibration.n < ranks.count:
         raise InputError(f"--nsamples {prepared.calibration.n}: {ranks.count} ranks, and each needs a window")
-    job = replace(job, config=job.config.for_tokens(prepared.workload.windows * prepared.workload.seqlen))
+    job = replace(job, config=prepared.workload.config)
     ranks.agree(_identity(job, prepared, ranks) | {"--output": str(job.output.folder.resolve())})
     placement, _ = _place(job, prepared)
     chosen = {"batch": placement.batch, "solver": placement.solver}

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from sparsefw.flags import set_field
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import Backend
 from sparsefw.model import Placement
@@ -22,7 +23,7 @@ class Workload:
         windows: number of calibration windows.
         evaluation: number of windows of each evaluation text.
         seqlen: tokens in a window.
-        config: how the model is pruned.
+        config: how the model is pruned. Defaults that depend on the calibration become those of this one.
         gpu: whether the model is pruned on a GPU.
         threads: threads of torch, if the model is pruned on a CPU.
         process: bytes of host memory that the process has before the run begins, with the tokens of all windows.
@@ -48,6 +49,9 @@ class Workload:
     machines: int = 1
     requests: tuple[tuple[int, int, bool], ...] = ()
     predicted: int = 0
+
+    def __post_init__(self) -> None:
+        set_field(self, "config", self.config.for_calibration(self.windows * self.seqlen, self.windows_of_rank))
 
     @property
     def requests_of_rank(self) -> tuple[tuple[int, int, bool], ...]:

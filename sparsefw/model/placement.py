@@ -14,8 +14,8 @@ from sparsefw.model.activations import Activations, make_activations
 BATCH_TOKENS = {"gpu": 4096, "cpu": 2048}
 
 # Micro-batches of the calibration windows, at least, where there are windows for them and each is a step of a block's
-# reconstruction.
-LEAST_BATCHES = 64
+# reconstruction: many steps on few windows do more than few on many.
+LEAST_BATCHES = 256
 
 # One of so many micro-batches is held out of all that is fitted.
 HELD_OUT = 16

@@ -38,6 +38,8 @@ FEW_TOKENS, MOST_DAMP = 32_500, 0.4
 # A reconstruction makes up for most of what damping costs on the same text. Damping is more before one, at most and at
 # least, and falls as 1 / sqrt(tokens).
 MOST_BEFORE_RECONSTRUCTION, LEAST_BEFORE_RECONSTRUCTION = 1.6, 0.8
+# From so many windows on, one pass of a reconstruction has as many steps as two passes over half of them.
+MANY_WINDOWS, PASSES_OF_MANY = 128, 1
 # Further defaults of each preset: with a refit of the kept weights, and without one, where the mask is final.
 WITH_REFIT: dict[str, dict[str, Any]] = {
     "sparsefw": dict(steps=24, penalty=0.7, rounds=3, swaps=0, target="dense", damp=0.1, reconstruct=2),
@@ -146,7 +148,8 @@ class PruneConfig:
     )  # fmt: skip
     reconstruct: int = flag(
         "passes over the calibration windows that fit the kept weights of each block together, after --method; 0 "
-        "leaves them as the method makes them (default: 2; 0 with --refit 0, and with other methods and presets)",
+        "leaves them as the method makes them (default: 2, and 1 from 128 windows on; 0 with --refit 0, and with other "
+        "methods and presets)",
         metavar="PASSES", least=0, most=10**4,
     )  # fmt: skip
     kernel: str = flag(
@@ -197,16 +200,25 @@ class PruneConfig:
         """The same config with other values of some fields; defaults that depend on them are found anew."""
         return type(self)(**(self.given | changes))
 
-    def for_tokens(self, tokens: int) -> "PruneConfig":
-        """The config of a run with so many calibration tokens: its damping, if it is not given."""
-        if "damp" in self.given or not self.refit or "sparsefw" not in self.methods:
-            return self
+    def for_calibration(self, tokens: int, windows: int) -> "PruneConfig":
+        """The config of a run with this calibration: passes of a reconstruction and damping, if they are not given.
+
+        Args:
+            tokens: calibration tokens.
+            windows: the most calibration windows that one rank has.
+        """
+        changes: dict[str, Any] = {}
+        if self.reconstruct and "reconstruct" not in self.given and windows >= MANY_WINDOWS:
+            changes["reconstruct"] = PASSES_OF_MANY
+        if "damp" not in self.given and self.refit and "sparsefw" in self.methods:
+            changes["damp"] = round(self._damp_for(tokens), 2)
+        return self.replace(**changes)
+
+    def _damp_for(self, tokens: int) -> float:
         share = min(1.0, FEW_TOKENS / tokens)
         if self.reconstruct and self.method == "sparsefw":
-            damp = max(LEAST_BEFORE_RECONSTRUCTION, MOST_BEFORE_RECONSTRUCTION * math.sqrt(share))
-        else:
-            damp = max(self.damp, MOST_DAMP * share)
-        return self.replace(damp=round(damp, 2))
+            return max(LEAST_BEFORE_RECONSTRUCTION, MOST_BEFORE_RECONSTRUCTION * math.sqrt(share))
+        return max(self.damp, MOST_DAMP * share)
 
     @classmethod
     def paper(cls, **options: Any) -> "PruneConfig":

@@ -11,11 +11,13 @@ from quality_cells import (
     MASKS,
     MEASURED_AT,
     METHODS_OF_TABLE,
+    NSAMPLES,
     OWN,
     PAPER,
     PAPER_SHORT,
     REFERENCE,
     ROWS_OF_SEEDS,
+    ROWS_OF_WINDOWS,
     SPARSEGPT,
     UNRECONSTRUCTED,
     WANDA,
@@ -39,7 +41,8 @@ def entry(cell, perplexity=10.0, **changes):
     """A hand-made cell of the results, as far as tables and the choice of cells need it."""
     on_texts = {"a.txt": perplexity, "b.txt": 2 * perplexity, texts.TEST: 3 * perplexity}
     settings = quality_cells.resolved([*cell.flags, "--sparsity", cell.pattern], cell.nsamples)
-    made = {"method": cell.method, "arguments": settings, "seconds": {"calibrate": 100.0, "solve": 61.4}}
+    made = {"method": cell.method, "nsamples": cell.nsamples, "arguments": settings}
+    made |= {"seconds": {"calibrate": 100.0, "solve": 61.4}}
     relative = {"relative_mask": 0.5, "relative_error": 0.25, "warm_start": "wanda"}
     return made | relative | {"perplexity": on_texts, "dense": dict.fromkeys(on_texts, 9.0)} | changes
 
@@ -56,10 +59,10 @@ class TestCells:
         assert {(cell.seed, cell.nsamples) for cell in cells} == {(0, 8), (0, 64), (3, 8), (3, 64)}
 
     def test_everything(self):
-        """Most rows at all patterns, three seeds of some at two of them; three rows are calibrated on the reference."""
+        """Most rows at all patterns, some with further seeds, with more windows, or calibrated on the reference."""
         cells = quality_cells.cells_of_everything()
         assert len({cell.key for cell in cells}) == len(cells)
-        own = [cell for cell in cells if cell.calibrated_on == OWN]
+        own = [cell for cell in cells if cell.calibrated_on == OWN and cell.nsamples == NSAMPLES]
         for method in METHODS_OF_TABLE:
             found = [(cell.pattern, cell.seed) for cell in own if cell.method == method]
             wanted = [(pattern, 0) for pattern in MEASURED_AT.get(method, ("0.5", "0.6", "0.7", "2:4", "4:8"))]
@@ -70,6 +73,9 @@ class TestCells:
         assert set(MEASURED_AT) <= set(METHODS_OF_TABLE)
         on_reference = [(cell.method, cell.pattern) for cell in cells if cell.calibrated_on == REFERENCE]
         assert on_reference == [(method, "0.6") for method in (WANDA, SPARSEGPT, DEFAULT)]
+        of_windows = [(cell.method, cell.pattern, cell.nsamples) for cell in cells if cell.nsamples != NSAMPLES]
+        assert of_windows == [(method, "0.6", 256) for method in ROWS_OF_WINDOWS]
+        assert len(cells) == len(own) + len(on_reference) + len(of_windows)
         assert not any(cell.tuning for cell in cells)
 
     def test_selection(self):
@@ -174,6 +180,8 @@ class TestMissing:
         assert lines[1].startswith("About 5.0 hours")
         assert lines[2].endswith(": magnitude.")
         assert quality_results.remaining(results, [], 9) == "0 of 9 cells are to be run."
+        four_times = select(only="RIA", wanted=["0.6"], nsamples=[256])
+        assert quality_results.remaining(results, four_times, 1).splitlines()[1].startswith("About 4.0 hours")
 
 
 class TestTable:

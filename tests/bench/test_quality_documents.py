@@ -32,7 +32,8 @@ def results_of(*runs):
     """Results of (method, perplexity, changes of the entry or of the cell)."""
     cells = {}
     for method, perplexity, changes in runs:
-        cell = Cell(method, (), "0.6", changes.get("seed", 0), calibrated_on=changes.get("calibrated_on", "own"))
+        nsamples, on = changes.get("nsamples", 64), changes.get("calibrated_on", "own")
+        cell = Cell(method, (), "0.6", changes.get("seed", 0), nsamples, on)
         entry = {"pattern": "0.6", "perplexity": {"a": perplexity, "b": 2 * perplexity}, "relative_error": 0.5}
         entry["arguments"] = {"method": "sparsefw"}
         cells[cell.key] = entry | {"dense": {"a": 1.0, "b": 2.0}} | changes
@@ -88,11 +89,11 @@ class TestRender:
         table = Table({"x": "x"}, {"c": Column("0.6", perplexities("a", "c"))})
         assert render(table, results_of(("x", 3.0, {}))) == ""
 
-    def test_calibration_on_another_text_is_apart(self):
-        table = Table({"x": "x"}, {"own": Column("0.6", perplexities("a")),
-                                   "other": Column("0.6", perplexities("a"), calibrated_on=REFERENCE)})  # fmt: skip
-        results = results_of(("x", 3.0, {}), ("x", 4.0, {"calibrated_on": REFERENCE}))
-        assert render(table, results).splitlines()[-1] == "| x | 3.0 | 4.0 |"
+    @pytest.mark.parametrize("calibration", [{"calibrated_on": REFERENCE}, {"nsamples": 256}])
+    def test_other_calibration_is_apart(self, calibration):
+        columns = {"own": Column("0.6", perplexities("a")), "other": Column("0.6", perplexities("a"), **calibration)}
+        results = results_of(("x", 3.0, {}), ("x", 4.0, calibration))
+        assert render(Table({"x": "x"}, columns), results).splitlines()[-1] == "| x | 3.0 | 4.0 |"
 
     def test_changes_against_another_row(self):
         column = Column("0.6", changes_of_perplexity("a", "b"), against="y")

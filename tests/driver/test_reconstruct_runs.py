@@ -200,6 +200,16 @@ def test_one_window_is_too_few_and_the_log_says_so(windows, said, llama, tmp_pat
     ) == said
 
 
+@pytest.mark.parametrize(
+    ("flags", "passes", "learned"), [(["127"], 2, 120), (["128"], 1, 120), (["128", "--reconstruct", "2"], 2, 120)]
+)
+def test_few_windows_are_gone_through_twice(flags, passes, learned, llama, tmp_path):
+    few = ["--steps", "1", "--refit", "1", "--rounds", "0", "--include", "layers.1", "--seqlen", "8"]
+    report, _ = run(llama, tmp_path / "out", *few, "--nsamples", *flags)
+    assert report.arguments["reconstruct"] == passes
+    assert [x.reconstruction.steps for x in report.blocks if x.reconstruction] == [passes * learned]
+
+
 def test_other_passes_are_refused(llama, tmp_path, monkeypatch, capsys):
     flags = [*flags_of(llama, tmp_path / "out"), "--method", "wanda", "--reconstruct"]
 

@@ -88,8 +88,8 @@ class TestDefaults:
         assert set(config.WITH_REFIT) == set(config.MASKS_ONLY) == set(config.PRESETS)
 
 
-class TestForTokens:
-    """Fewer tokens damp more."""
+class TestForCalibration:
+    """Fewer tokens damp more, and few windows are gone through twice."""
 
     @pytest.mark.parametrize(
         ("tokens", "damp"),
@@ -103,7 +103,7 @@ class TestForTokens:
             dict(method="wanda", reconstruct=2, compare=("sparsefw",)),
         ):
             config = PruneConfig(**options)
-            assert config.for_tokens(tokens) == config.replace(damp=damp)
+            assert config.for_calibration(tokens, 64) == config.replace(damp=damp)
 
     @pytest.mark.parametrize(
         ("tokens", "damp"), [(16, 1.6), (32_768, 1.59), (65_536, 1.13), (131_072, 0.8), (524_288, 0.8), (10**9, 0.8)]
@@ -111,16 +111,32 @@ class TestForTokens:
     def test_of_a_refit_before_a_reconstruction(self, tokens, damp):
         for options in ({}, dict(preset="fast", reconstruct=1)):
             config = PruneConfig(**options)
-            assert config.for_tokens(tokens) == config.replace(damp=damp)
+            assert config.for_calibration(tokens, 64) == config.replace(damp=damp)
 
     @pytest.mark.parametrize("options", [dict(damp=0.3), dict(damp=0), dict(refit=0), dict(preset="paper")])
     def test_nothing_else_changes(self, options):
         config = PruneConfig(**options)
-        assert config.for_tokens(16) == config
+        assert config.for_calibration(16, 64) == config
+
+    @pytest.mark.parametrize(
+        ("options", "few", "many"),
+        [
+            ({}, 2, 1),
+            (dict(damp=0.3), 2, 1),
+            (dict(reconstruct=2), 2, 2),
+            (dict(reconstruct=0), 0, 0),
+            (dict(refit=0), 0, 0),
+            (dict(method="wanda", reconstruct=3), 3, 3),
+        ],
+    )
+    def test_passes(self, options, few, many):
+        config = PruneConfig(**options)
+        assert config.for_calibration(127 * 16, 127).reconstruct == few
+        assert config.for_calibration(128 * 16, 128).reconstruct == many
 
     def test_of_methods_without_damping(self):
         config = PruneConfig(method="wanda")
-        assert config.for_tokens(16) == config
+        assert config.for_calibration(16, 64) == config
 
 
 class TestRefused:
