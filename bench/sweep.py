@@ -58,9 +58,6 @@ def load_results(path: Path) -> dict[str, Any]:
     results = json.loads(path.read_text()) if path.exists() else {"versions": versions, "rows": {}}
     if any(results["versions"][name] != found for name, found in versions.items()):
         sys.exit(f"{path}: made with {results['versions']}; give another file, or remove it")
-    results["versions"]["sparsefw"] = sparsefw.__version__
-    # Some models of images are timm's.
-    results["versions"]["timm"] = version("timm") if find_spec("timm") else "not installed"
     return results
 
 
@@ -92,6 +89,9 @@ def main(argv: list[str] | None = None) -> int:
         save_results(path, results)
         PAGE.write_text(page(results, LAYERS, TOLERANCE, load_results(ANSWERS)["rows"]))
         return 0
+    # Some models of images are timm's.
+    timm = version("timm") if find_spec("timm") else "not installed"
+    results["versions"] |= {"sparsefw": sparsefw.__version__, "timm": timm}
     chosen = select(arguments.names, results["rows"], arguments.again)
     print(f"sparsefw of {next(iter(sparsefw.__path__))}, {len(chosen)} classes", flush=True)
     counts: Counter[str] = Counter()

@@ -255,6 +255,17 @@ class TestCommand:
         with pytest.raises(SystemExit, match=r"4\.0"):
             sweep.load_results(path)
 
+    def test_the_page_names_the_versions_that_examined(self, tmp_path, monkeypatch):
+        path = tmp_path / "sweep.json"
+        examined = sweep.load_results(path) | {"rows": ROWS}
+        examined["versions"] |= {"sparsefw": "0.0.1", "timm": "0.0.2"}
+        sweep.save_results(path, examined)
+        monkeypatch.setattr(sweep, "plans", list)
+        monkeypatch.setattr(sweep, "PAGE", tmp_path / "models.md")
+        assert sweep.main(["--write-docs", "--json", str(path)]) == 0
+        assert sweep.load_results(path)["versions"] == examined["versions"]
+        assert "Versions: sparsefw 0.0.1, timm 0.0.2, torch" in sweep.PAGE.read_text()
+
     def test_page(self):
         plans = [{"model": "M", "command": "python -m sparsefw.plan --model m", "refused": "fp8"}]
         page = table.page({"versions": {"torch": "2"}, "rows": ROWS, "plans": plans}, LAYERS, 1e-3, {})
