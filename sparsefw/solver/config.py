@@ -148,8 +148,8 @@ class PruneConfig:
     )  # fmt: skip
     reconstruct: int = flag(
         "passes over the calibration windows that fit the kept weights of each block together, after --method; 0 "
-        "leaves them as the method makes them (default: 2, and 1 from 128 windows on; 0 with --refit 0, and with other "
-        "methods and presets)",
+        "leaves them as the method makes them (default: 1; 2 with fewer than 128 windows on a rank; 0 with --refit 0, "
+        "and with other methods and presets)",
         metavar="PASSES", least=0, most=10**4,
     )  # fmt: skip
     kernel: str = flag(
