@@ -138,18 +138,21 @@ def default_of(flag: str, condition: str, monkeypatch: pytest.MonkeyPatch) -> ob
     Args:
         flag: the flag.
         condition: the words after the value in the document: "with `--refit 0`", "for the embedded model", "on a GPU",
-            "with fewer than 9 windows".
+            "with fewer than 9 windows on a rank".
     """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: condition == "on a GPU")
     inputs = Inputs() if condition == "for the embedded model" else Inputs(model="another")
     given = dict(re.findall(r"--(\S+) ([^\s`]+)", condition.replace("any other `--method`", "`--method wanda`")))
-    few = re.fullmatch(r"with fewer than (\d+) windows", condition)
+    few = re.fullmatch(r"with fewer than (\d+) windows on a rank", condition)
     assert given or few or condition in ("", "for the embedded model", "on a GPU"), condition
     options = {name: int(value) if value.isdigit() else value for name, value in given.items()}
     if flag == "--model":
         inputs = Inputs()
     windows = int(few[1]) - 1 if few else inputs.nsamples
     config = config_for(inputs, options).for_calibration(windows * inputs.seqlen, windows)
+    if few:
+        enough = config_for(inputs, options).for_calibration((windows + 1) * inputs.seqlen, windows + 1)
+        assert getattr(enough, FIELDS[flag].name) == default_of(flag, "", monkeypatch)
     return getattr(inputs if hasattr(inputs, FIELDS[flag].name) else config, FIELDS[flag].name)
 
 

@@ -23,7 +23,8 @@ class Workload:
         windows: number of calibration windows.
         evaluation: number of windows of each evaluation text.
         seqlen: tokens in a window.
-        config: how the model is pruned. Defaults that depend on the calibration become those of this one.
+        config: how the model is pruned. Defaults that depend on the calibration become those of this one, for good:
+            `replace` with other windows or ranks keeps them.
         gpu: whether the model is pruned on a GPU.
         threads: threads of torch, if the model is pruned on a CPU.
         process: bytes of host memory that the process has before the run begins, with the tokens of all windows.

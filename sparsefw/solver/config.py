@@ -38,7 +38,7 @@ FEW_TOKENS, MOST_DAMP = 32_500, 0.4
 # A reconstruction makes up for most of what damping costs on the same text. Damping is more before one, at most and at
 # least, and falls as 1 / sqrt(tokens).
 MOST_BEFORE_RECONSTRUCTION, LEAST_BEFORE_RECONSTRUCTION = 1.6, 0.8
-# From so many windows on, one pass of a reconstruction has as many steps as two passes over half of them.
+# Passes of a reconstruction from so many windows on: over so many, one makes as many steps as two over half of them.
 MANY_WINDOWS, PASSES_OF_MANY = 128, 1
 # Further defaults of each preset: with a refit of the kept weights, and without one, where the mask is final.
 WITH_REFIT: dict[str, dict[str, Any]] = {

@@ -262,6 +262,7 @@ class TestCommand:
         sweep.save_results(path, examined)
         monkeypatch.setattr(sweep, "plans", list)
         monkeypatch.setattr(sweep, "PAGE", tmp_path / "models.md")
+        monkeypatch.setattr(sweep, "ANSWERS", tmp_path / "answers.json")
         assert sweep.main(["--write-docs", "--json", str(path)]) == 0
         assert sweep.load_results(path)["versions"] == examined["versions"]
         assert "Versions: sparsefw 0.0.1, timm 0.0.2, torch" in sweep.PAGE.read_text()

@@ -12,6 +12,7 @@ from helpers.pretended_gpu import NAME, SEGMENT, pretended_gpu
 from sparsefw import run
 from sparsefw.driver import loop
 from sparsefw.driver import run as driver_run
+from sparsefw.estimate import placing
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.model.activations import PLACES
 from sparsefw.report import read_report
@@ -188,7 +189,7 @@ WORKINGS = {
     ),
     "reconstruct, micro-batches": (
         "llama",
-        ["--nsamples", "130", "--seqlen", "64", "--method", "wanda", "--reconstruct", "1", "--ignore", "layers.1"],
+        ["--nsamples", "34", "--seqlen", "64", "--method", "wanda", "--reconstruct", "1", "--ignore", "layers.1"],
     ),
     "reconstruct, mixture": ("qwen3_moe", [*WINDOWS, "--method", "wanda", "--reconstruct", "1"]),
     "reconstruct, compare": ("llama", [*WINDOWS, "--method", "wanda", "--compare", "magnitude", "--reconstruct", "1"]),
@@ -220,7 +221,10 @@ def test_expected_memory_is_enough_and_not_much_more(working, random_models, tmp
 
     monkeypatch.setattr(driver_run, "place", placed)
     monkeypatch.setattr(loop, "reconstruct", measured)
+    # Two windows in each of the 17 micro-batches of 34 windows.
+    monkeypatch.setattr(placing, "LEAST_BATCHES", 16)
     gpu, report = prune(random_models / family, tmp_path / "out", *flags, stand_ins=True)
+    assert (report["memory"]["batch_windows"] == 2) == (working == "reconstruct, micro-batches")
     expected = report["memory"]["expected"]["gpu"]
     assert expected / 3 <= gpu.peak <= expected
     if reconstructed:

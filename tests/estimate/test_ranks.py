@@ -15,8 +15,10 @@ from sparsefw.estimate.placing import place
 from sparsefw.estimate.rates import Links, Rates
 from sparsefw.estimate.sharing import solves_of_rank
 from sparsefw.estimate.traffic import traffic
+from sparsefw.estimate.workload import Workload
 from sparsefw.model import Placement
 from sparsefw.model.shapes import BlockShape, LayerShape
+from sparsefw.solver import PruneConfig
 
 PHASES = ("start", "calibrate", "solve", "write", "end")
 
@@ -28,6 +30,15 @@ def quartered(shape):
         for block in shape.blocks
     )
     return replace(shape, blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    ("windows", "ranks", "passes"), [(127, 1, 2), (128, 1, 1), (254, 2, 2), (255, 2, 1), (256, 2, 1), (256, 4, 2)]
+)
+def test_passes_go_by_the_most_windows_of_a_rank(windows, ranks, passes):
+    for given, expected in (({}, passes), ({"reconstruct": 3}, 3)):
+        workload = Workload(windows, (), 2048, PruneConfig(**given), True, 1, ranks=ranks)
+        assert workload.config.reconstruct == expected
 
 
 @pytest.mark.parametrize("gpu", [True, False])
