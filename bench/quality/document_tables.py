@@ -23,7 +23,6 @@ from quality_cells import (
     MEASURED_AT,
     METHODS_OF_TABLE,
     MORE_WINDOWS,
-    NSAMPLES,
     OF_LAYER,
     ONE_SWAPS,
     PAPER,
@@ -107,11 +106,7 @@ TABLES = {
     ),
     "windows": Table(
         {label(method): method for method in ROWS_OF_WINDOWS},
-        {
-            f"{n} windows, {name}": Column(PATTERN_OF_WINDOWS, perplexities(text), nsamples=n)
-            for n in (NSAMPLES, MORE_WINDOWS)
-            for name, text in TEXTS.items()
-        },
+        {name: Column(PATTERN_OF_WINDOWS, perplexities(text), nsamples=MORE_WINDOWS) for name, text in TEXTS.items()},
         strong=(DEFAULT,),
     ),
     "cost": Table(
