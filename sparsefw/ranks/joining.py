@@ -83,7 +83,7 @@ def joined(on_gpus: bool = True) -> Iterator[Ranks]:
         on_gpus: whether each rank takes a GPU, where there are any.
 
     Raises:
-        InputError: there are more ranks than GPUs on this machine.
+        InputError: not every rank has a GPU of its own.
         LostRankError: another rank has failed; the message is its line.
     """
     if not is_rank():
@@ -96,12 +96,7 @@ def joined(on_gpus: bool = True) -> Iterator[Ranks]:
         here, local = _variable(LOCAL_COUNT, "1"), _variable(LOCAL_NUMBER, "0")
         on_gpus = on_gpus and torch.cuda.is_available()
         if on_gpus:
-            if local >= (gpus := torch.cuda.device_count()):
-                raise InputError(
-                    f"{here} ranks on this machine, and {gpus} GPUs: each needs one, and has to see those of the "
-                    "others (CUDA_VISIBLE_DEVICES)"
-                )
-            torch.cuda.set_device(local)
+            torch.cuda.set_device(_number_of_gpu(here, local))
         if made:
             backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
             dist.init_process_group(
@@ -112,7 +107,10 @@ def joined(on_gpus: bool = True) -> Iterator[Ranks]:
                 world_size=voice.count,
                 timeout=timedelta(seconds=2 * WAITING),
             )
-        yield Ranks(voice.number, voice.count, here, local, voice)
+        ranks = Ranks(voice.number, voice.count, here, local, voice)
+        if on_gpus:
+            _check_gpus(ranks)
+        yield ranks
     except BaseException as error:
         # To take leave of a group in which a rank is lost may never end: NCCL waits for it. A command ends the process.
         made = made and mine and not on_gpus
@@ -124,6 +122,27 @@ def joined(on_gpus: bool = True) -> Iterator[Ranks]:
             dist.destroy_process_group()
         if mine:
             disconnect(voice)
+
+
+def _number_of_gpu(here: int, local: int) -> int:
+    """The number of this rank's GPU among those that the process sees: torchrun shows all, srun may show one to each."""
+    gpus = torch.cuda.device_count()
+    if gpus == 1:
+        return 0
+    if local >= gpus:
+        raise InputError(f"{here} ranks on this machine, and {gpus} GPUs (CUDA_VISIBLE_DEVICES): each needs one")
+    return local
+
+
+def _check_gpus(ranks: Ranks) -> None:
+    """Refuse two ranks on one GPU, before NCCL does so in words of its own, or does not."""
+    gpus = ranks.gather(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
+    for number, gpu in enumerate(gpus):
+        if (other := gpus.index(gpu)) < number:
+            raise InputError(
+                f"ranks {other} and {number} have the same GPU: each needs its own, and sees all of its machine "
+                "or its own alone (CUDA_VISIBLE_DEVICES)"
+            )
 
 
 def _raise_of_others(error: BaseException, voice: Voice) -> None:

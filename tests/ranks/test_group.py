@@ -1,5 +1,6 @@
 """What ranks tell each other."""
 
+import os
 import threading
 import time
 from datetime import timedelta
@@ -13,6 +14,7 @@ from helpers.ranks import on_ranks
 from sparsefw.errors import InputError
 from sparsefw.ranks import ALONE, LostRankError, Ranks, joining
 from sparsefw.ranks.group import PANELS
+from sparsefw.ranks.voice import Voice
 
 COUNT = 3
 
@@ -131,6 +133,55 @@ def test_one_rank_of_a_machine_goes_first(tmp_path):
 @pytest.mark.parametrize("number", range(4))
 def test_share_of_a_rank(number):
     assert Ranks(number, 4).share(10) == slice(*[(0, 2), (2, 5), (5, 7), (7, 10)][number])
+
+
+def choose_gpu(ranks, shown):
+    """The number of the GPU that a rank takes, or the line in which it is refused.
+
+    Args:
+        shown: the GPUs that each rank sees, by their names.
+    """
+    os.environ.update({"LOCAL_RANK": str(ranks.number), "LOCAL_WORLD_SIZE": str(ranks.count)})
+    seen, chosen = shown[ranks.number], []
+    joining._open.append(Voice(dist.distributed_c10d._get_default_store(), ranks.number, ranks.count))
+    joining.torch = SimpleNamespace(
+        cuda=SimpleNamespace(
+            is_available=lambda: True,
+            device_count=lambda: len(seen),
+            set_device=chosen.append,
+            current_device=lambda: chosen[-1],
+            get_device_properties=lambda number: SimpleNamespace(uuid=seen[number]),
+        )
+    )
+    try:
+        with joining.joined():
+            return chosen
+    except InputError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "shown, expected",
+    [
+        ([("A", "B"), ("A", "B")], [[0], [1]]),
+        ([("A",), ("B",)], [[0], [0]]),
+        ([("A",), ("A",)], "ranks 0 and 1 have the same GPU: each needs its own"),
+        ([("A", "B"), ("B", "A")], "ranks 0 and 1 have the same GPU: each needs its own"),
+    ],
+    ids=["all GPUs", "one for each rank", "one for both", "in another order"],
+)
+def test_every_rank_has_a_gpu_of_its_own(shown, expected):
+    results = on_ranks(2, choose_gpu, shown)
+    if isinstance(expected, str):
+        assert all(result.startswith(expected) for result in results)
+    else:
+        assert results == expected
+
+
+def test_more_ranks_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match=r"^3 ranks on this machine, and 2 GPUs \(CUDA_VISIBLE_DEVICES\): each needs one$"):
+        joining._number_of_gpu(3, 2)
 
 
 def test_a_group_that_waits_for_a_key_does_not_keep_the_voice_silent(monkeypatch):
