@@ -14,6 +14,7 @@ from sparsefw.driver import loop, reconstruct, texts
 from sparsefw.driver import run as driver_run
 from sparsefw.model.placement import split_batches
 from sparsefw.run import main
+from sparsefw.solver import config
 
 pytestmark = pytest.mark.usefixtures("constants")
 
@@ -201,9 +202,10 @@ def test_one_window_is_too_few_and_the_log_says_so(windows, said, llama, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("flags", "passes", "learned"), [(["127"], 2, 120), (["128"], 1, 120), (["128", "--reconstruct", "2"], 2, 120)]
+    ("flags", "passes", "learned"), [(["31"], 2, 30), (["32"], 1, 30), (["32", "--reconstruct", "2"], 2, 30)]
 )
-def test_few_windows_are_gone_through_twice(flags, passes, learned, llama, tmp_path):
+def test_few_windows_are_gone_through_twice(flags, passes, learned, llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "MANY_WINDOWS", 32)
     few = ["--steps", "1", "--refit", "1", "--rounds", "0", "--include", "layers.1", "--seqlen", "8"]
     report, _ = run(llama, tmp_path / "out", *few, "--nsamples", *flags)
     assert report.arguments["reconstruct"] == passes
