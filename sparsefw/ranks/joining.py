@@ -125,7 +125,7 @@ def joined(on_gpus: bool = True) -> Iterator[Ranks]:
 
 
 def _number_of_gpu(here: int, local: int) -> int:
-    """The number of this rank's GPU among those that the process sees: torchrun shows all, srun may show one to each."""
+    """The number of this rank's GPU among those that it sees: all of its machine, or its own alone."""
     gpus = torch.cuda.device_count()
     if gpus == 1:
         return 0

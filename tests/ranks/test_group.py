@@ -161,7 +161,7 @@ def choose_gpu(ranks, shown):
 
 
 @pytest.mark.parametrize(
-    "shown, expected",
+    ("shown", "expected"),
     [
         ([("A", "B"), ("A", "B")], [[0], [1]]),
         ([("A",), ("B",)], [[0], [0]]),
@@ -180,7 +180,7 @@ def test_every_rank_has_a_gpu_of_its_own(shown, expected):
 
 def test_more_ranks_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(InputError, match=r"^3 ranks on this machine, and 2 GPUs \(CUDA_VISIBLE_DEVICES\): each needs one$"):
+    with pytest.raises(InputError, match=r"^3 ranks on this machine, and 2 GPUs \(CUDA_VISIBLE_DEVICES\): each needs"):
         joining._number_of_gpu(3, 2)
 
 
