@@ -97,7 +97,8 @@ class PruneConfig:
     keep_zeros: bool = flag("weights that are zero in the input stay zero (default: a refit may revive them)", False)
     warm_start: str = flag("saliency of the first mask (default: wanda)", choices=SALIENCIES, frank_wolfe=True)
     steps: int = flag(
-        "Frank-Wolfe steps (default: 24; 40 with --refit 0; 3 with --preset fast; 2000 with --preset paper)",
+        "Frank-Wolfe steps (default: 24; 40 with --refit 0; 3 with --preset fast, 10 with both; 2000 with --preset "
+        "paper)",
         metavar="N",
         least=0,
         most=10**6,
