@@ -4,7 +4,6 @@ A default that depends on other fields is `None` in the class and has its value 
 `PruneConfig().steps` is 24, `PruneConfig(refit=0).steps` is 40.
 """
 
-import math
 import numbers
 import os
 import sys
@@ -35,9 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Unless it is given, the damping of a refit is the most for up to so many tokens: the fewer there are, the less their
 # Gram matrix says of other text. With more tokens it falls, as 1 / tokens, down to the preset's.
 FEW_TOKENS, MOST_DAMP = 32_500, 0.4
-# A reconstruction makes up for most of what damping costs on the same text. Damping is more before one, at most and at
-# least, and falls as 1 / sqrt(tokens).
-MOST_BEFORE_RECONSTRUCTION, LEAST_BEFORE_RECONSTRUCTION = 1.6, 0.8
+# A reconstruction makes up for most of what damping costs on the same text, and what it gains on other text stays.
+DAMP_BEFORE_RECONSTRUCTION = 1.6
 # Passes of a reconstruction from so many windows on: over so many, one makes as many steps as two over half of them.
 MANY_WINDOWS, PASSES_OF_MANY = 128, 1
 # Further defaults of each preset: with a refit of the kept weights, and without one, where the mask is final.
@@ -141,9 +139,8 @@ class PruneConfig:
     )  # fmt: skip
     damp: float = flag(
         "this share of the Gram matrix's diagonal is added to it where masks and weights are chosen, so that they hold "
-        "on other text (default: 1.6 with up to 32500 tokens of calibration, with more 288 / sqrt(tokens), at least "
-        "0.8; with --reconstruct 0: 0.4, with more 13000 / tokens, at least 0.1; 0.2 with --refit 0, but for --preset "
-        "paper: 0)",
+        "on other text (default: 1.6; with --reconstruct 0: 0.4 with up to 32500 tokens of calibration, with more "
+        "13000 / tokens, at least 0.1; 0.2 with --refit 0, but for --preset paper: 0)",
         # Far more than is of use; a diagonal of real inputs stays finite in fp32 with it.
         metavar="D", least=0, most=2**20, frank_wolfe=True,
     )  # fmt: skip
@@ -216,10 +213,9 @@ class PruneConfig:
         return self.replace(**changes)
 
     def _damp_for(self, tokens: int) -> float:
-        share = min(1.0, FEW_TOKENS / tokens)
         if self.reconstruct and self.method == "sparsefw":
-            return max(LEAST_BEFORE_RECONSTRUCTION, MOST_BEFORE_RECONSTRUCTION * math.sqrt(share))
-        return max(self.damp, MOST_DAMP * share)
+            return DAMP_BEFORE_RECONSTRUCTION
+        return max(self.damp, MOST_DAMP * min(1.0, FEW_TOKENS / tokens))
 
     @classmethod
     def paper(cls, **options: Any) -> "PruneConfig":

@@ -105,13 +105,11 @@ class TestForCalibration:
             config = PruneConfig(**options)
             assert config.for_calibration(tokens, 64) == config.replace(damp=damp)
 
-    @pytest.mark.parametrize(
-        ("tokens", "damp"), [(16, 1.6), (32_768, 1.59), (65_536, 1.13), (131_072, 0.8), (524_288, 0.8), (10**9, 0.8)]
-    )
-    def test_of_a_refit_before_a_reconstruction(self, tokens, damp):
+    @pytest.mark.parametrize("tokens", [16, 32_768, 10**9])
+    def test_of_a_refit_before_a_reconstruction(self, tokens):
         for options in ({}, dict(preset="fast", reconstruct=1)):
             config = PruneConfig(**options)
-            assert config.for_calibration(tokens, 64) == config.replace(damp=damp)
+            assert config.for_calibration(tokens, 64) == config.replace(damp=1.6)
 
     @pytest.mark.parametrize("options", [dict(damp=0.3), dict(damp=0), dict(refit=0), dict(preset="paper")])
     def test_nothing_else_changes(self, options):
