@@ -91,10 +91,10 @@ def joined(on_gpus: bool = True) -> Iterator[Ranks]:
         return
     mine = not _open
     voice = connect() if mine else _open[0]
-    made = not dist.is_initialized()
+    made, wanted = not dist.is_initialized(), on_gpus
     try:
         here, local = _variable(LOCAL_COUNT, "1"), _variable(LOCAL_NUMBER, "0")
-        on_gpus = on_gpus and torch.cuda.is_available()
+        on_gpus = wanted and torch.cuda.is_available()
         if on_gpus:
             torch.cuda.set_device(_number_of_gpu(here, local))
         if made:
@@ -108,8 +108,8 @@ def joined(on_gpus: bool = True) -> Iterator[Ranks]:
                 timeout=timedelta(seconds=2 * WAITING),
             )
         ranks = Ranks(voice.number, voice.count, here, local, voice)
-        if on_gpus:
-            _check_gpus(ranks)
+        if wanted:
+            _check_gpus(ranks, on_gpus)
         yield ranks
     except BaseException as error:
         # To take leave of a group in which a rank is lost may never end: NCCL waits for it. A command ends the process.
@@ -134,13 +134,17 @@ def _number_of_gpu(here: int, local: int) -> int:
     return local
 
 
-def _check_gpus(ranks: Ranks) -> None:
-    """Refuse two ranks on one GPU, before NCCL does so in words of its own, or does not."""
-    gpus = ranks.gather(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
+def _check_gpus(ranks: Ranks, has_gpu: bool) -> None:
+    """Refuse ranks of which some have a GPU and others none, and two on one, which NCCL has words of its own for."""
+    gpus = ranks.gather(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if has_gpu else "")
+    if not any(gpus):
+        return
     for number, gpu in enumerate(gpus):
+        if not gpu:
+            raise InputError(f"rank {number} sees no GPU, and another rank does (CUDA_VISIBLE_DEVICES)")
         if (other := gpus.index(gpu)) < number:
             raise InputError(
-                f"ranks {other} and {number} have the same GPU: each needs its own, and sees all of its machine "
+                f"ranks {other} and {number} have the same GPU: start one rank for each, which sees all of its machine "
                 "or its own alone (CUDA_VISIBLE_DEVICES)"
             )
 

@@ -136,7 +136,7 @@ def test_share_of_a_rank(number):
 
 
 def choose_gpu(ranks, shown):
-    """The number of the GPU that a rank takes, or the line in which it is refused.
+    """The number of the GPU that a rank takes, in a list; it is empty without one. Or the line that refuses it.
 
     Args:
         shown: the GPUs that each rank sees, by their names.
@@ -146,7 +146,7 @@ def choose_gpu(ranks, shown):
     joining._open.append(Voice(dist.distributed_c10d._get_default_store(), ranks.number, ranks.count))
     joining.torch = SimpleNamespace(
         cuda=SimpleNamespace(
-            is_available=lambda: True,
+            is_available=lambda: bool(seen),
             device_count=lambda: len(seen),
             set_device=chosen.append,
             current_device=lambda: chosen[-1],
@@ -165,10 +165,13 @@ def choose_gpu(ranks, shown):
     [
         ([("A", "B"), ("A", "B")], [[0], [1]]),
         ([("A",), ("B",)], [[0], [0]]),
-        ([("A",), ("A",)], "ranks 0 and 1 have the same GPU: each needs its own"),
-        ([("A", "B"), ("B", "A")], "ranks 0 and 1 have the same GPU: each needs its own"),
+        ([(), ()], [[], []]),
+        ([("A",), ("A",)], "ranks 0 and 1 have the same GPU: start one rank for each"),
+        ([("A", "B"), ("B", "A")], "ranks 0 and 1 have the same GPU: start one rank for each"),
+        ([(), ("A",)], "rank 0 sees no GPU, and another rank does"),
+        ([("A",), ()], "rank 1 sees no GPU, and another rank does"),
     ],
-    ids=["all GPUs", "one for each rank", "one for both", "in another order"],
+    ids=["all", "one for each rank", "none", "one for both", "in another order", "none for the first", "none for one"],
 )
 def test_every_rank_has_a_gpu_of_its_own(shown, expected):
     results = on_ranks(2, choose_gpu, shown)
