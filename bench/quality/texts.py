@@ -8,6 +8,7 @@ test part is made first: no run of words of it is in the calibration part.
 
 import argparse
 import hashlib
+import os
 import platform
 import re
 from collections.abc import Iterable
@@ -56,7 +57,10 @@ def write_reference(folder: Path) -> Reference:
     folder.mkdir(parents=True, exist_ok=True)
     reference = Reference(folder / CALIBRATION, folder / TEST, platform.python_version())
     for path, text in zip((reference.calibration, reference.test), split(topics), strict=True):
-        path.write_text(text, encoding="utf-8")
+        # A study beside this one may be reading the file, so it is never there in part.
+        partial_file = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial_file.write_text(text, encoding="utf-8")
+        os.replace(partial_file, path)
     return reference
 
 

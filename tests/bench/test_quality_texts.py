@@ -1,5 +1,6 @@
 """The reference text of the quality study: two parts that have no topic and no run of words in common."""
 
+import os
 import sys
 from pydoc_data.topics import topics
 
@@ -43,6 +44,19 @@ def test_files_and_header(tmp_path, capsys):
     for path in (reference.calibration, reference.test):
         assert path.read_bytes() == (tmp_path / "new" / path.name).read_bytes()
     assert list(reference.header()) == ["python", texts.CALIBRATION, texts.TEST]
+
+
+def test_what_another_study_reads_stays_whole(tmp_path):
+    """Two studies may share a folder: the second puts a new file in place of the one that the first is reading."""
+    reference = texts.write_reference(tmp_path)
+    files = (reference.calibration, reference.test)
+    linked = [path.with_suffix(".linked") for path in files]
+    for path, link in zip(files, linked, strict=True):
+        os.link(path, link)
+    texts.write_reference(tmp_path)
+    for path, link in zip(files, linked, strict=True):
+        assert not path.samefile(link)
+    assert sorted(tmp_path.iterdir()) == sorted([*files, *linked])
 
 
 def test_a_python_without_the_reference_is_refused(tmp_path, monkeypatch):
