@@ -23,7 +23,7 @@ from sparsefw.model.deterministic import deterministic, refused
 from sparsefw.model.explained import ForwardFailed, explained
 from sparsefw.model.layers import Layer, layer_of
 from sparsefw.model.placement import split_batches
-from sparsefw.model.predictions import divergence, predicts
+from sparsefw.model.predictions import divergence, predicts, times_the_passes, tokens_of_pass
 from sparsefw.model.slice_gradients import SliceGradients
 from sparsefw.process import give_back
 from sparsefw.report import HIDDEN, PREDICTIONS, Reconstruction
@@ -67,11 +67,13 @@ def reconstruct(
     """
     if not results or not parts.held_out or not states.goes_on(i):
         return None
-    # Ranks have about as many micro-batches; those with fewer begin again.
-    steps = run.config.reconstruct * parts.most
     last = ids is not None and i == len(run.model.blocks) - 1
     with run.model.outside() if last else nullcontext():
         tokens = list(ids.split(states.windows)) if ids is not None and last and predicts(states, ids) else None
+        # Ranks have about as many micro-batches; those with fewer begin again.
+        steps = run.config.reconstruct * parts.most
+        if tokens:
+            steps *= times_the_passes(tokens[0].shape[1])
         fit = Fit(run, i, states, dense, parts.learned, parts.held_out, tokens)
         losses = _rounds(fit, results, steps)
     rounds = len(losses) - 1
@@ -180,7 +182,8 @@ class Fit:
         """Make all steps of a round; returns the loss then. If it is not less than before, the weights are put back."""
         for step in range(steps):
             # Windows were drawn at random: no other order is needed.
-            self.add_gradients(self.learned[step % len(self.learned)], weights.parameters)
+            of_pass, n = divmod(step, len(self.learned))
+            self.add_gradients(self.learned[n], of_pass, weights.parameters)
             for handle in [self.run.ranks.sum(gradient) for gradient in weights.gradients()]:
                 handle.wait()
             weights.step()
@@ -189,23 +192,32 @@ class Fit:
             weights.put_back()
         return after
 
-    def loss_of(self, j: int) -> tuple[Tensor, torch.Size]:
-        """The loss of micro-batch j, summed over its tokens, and the shape of its hidden states."""
+    def loss_of(self, j: int, of_pass: int | None = None) -> tuple[Tensor, torch.Size]:
+        """The loss of micro-batch j, summed over its tokens, and the shape of their hidden states.
+
+        Args:
+            j: number of the micro-batch.
+            of_pass: compare the predictions of the tokens of this pass alone, see `tokens_of_pass`.
+        """
         # Read once: from the host it is a copy, and the next micro-batch is read ahead.
         out, target = self.states.next_input(self.number, j), self.dense.hidden[j]
         if self.tokens is None:
             return relative_loss(out, target), target.shape
-        return divergence(self.run.model, self.tokens[j], out, target), target.shape
+        ids = self.tokens[j]
+        if of_pass is not None:
+            some = tokens_of_pass(of_pass, ids.shape[1])
+            ids, out, target = ids[:, some], out[:, some], target[:, some]
+        return divergence(self.run.model, ids, out, target), target.shape
 
-    def add_gradients(self, j: int, parameters: list[nn.Parameter]) -> None:
-        """Add the gradients of the loss of micro-batch j.
+    def add_gradients(self, j: int, of_pass: int, parameters: list[nn.Parameter]) -> None:
+        """Add the gradients of the loss of micro-batch j in pass `of_pass` of a round.
 
         They are the same bits in every run, unless torch has no such algorithm for an operation of the block.
         """
         if not self.varies:
             try:
                 with deterministic():
-                    self._add_gradients(j, parameters)
+                    self._add_gradients(j, of_pass, parameters)
                 return
             except (InputError, RuntimeError) as error:
                 operation = refused(error)
@@ -215,15 +227,15 @@ class Fit:
                 for parameter in parameters:
                     parameter.grad = None
         with deterministic(refuse=False):
-            self._add_gradients(j, parameters)
+            self._add_gradients(j, of_pass, parameters)
 
-    def _add_gradients(self, j: int, parameters: list[nn.Parameter]) -> None:
+    def _add_gradients(self, j: int, of_pass: int, parameters: list[nn.Parameter]) -> None:
         model = self.run.model
         name, kind = model.names[self.number], type(model.model).__name__
         slices = SliceGradients(parameters)
         with torch.enable_grad():
             with slices:
-                loss, shape = self.loss_of(j)
+                loss, shape = self.loss_of(j, of_pass)
                 # By entry: in half precision, gradients of the mean over all entries would be too small.
                 loss = loss * shape[-1]
             if not loss.requires_grad:

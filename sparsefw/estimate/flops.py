@@ -13,10 +13,10 @@ from sparsefw.estimate.passes import (
     cross_rows,
     held_out,
     passes,
+    predicted_tokens,
     reconstructed_parameters,
     stages,
-    steps_of_reconstruction,
-    windows_of_predictions,
+    steps_of_block,
 )
 from sparsefw.estimate.sharing import Group, grams_of_rank, groups, solves_of_rank
 from sparsefw.estimate.solve_flops import solve_operations
@@ -51,15 +51,20 @@ def head(run: PlannedRun) -> list[Operation]:
     """The logits of a rank's windows: those of every evaluation text, and those that the last block is fitted by."""
     workload = run.workload
     windows = sum(workload.evaluation_of_rank) * (1 + len(workload.config.methods))
-    forth, back = windows_of_predictions(run.shape, workload, run.placement)
-    counts = ("reconstruct", "head", forth), ("reconstruct", "head gradient", back), ("evaluate", "head", windows)
-    return [_head(run, phase, name, count) for phase, name, count in counts if count]
+    forth, back = predicted_tokens(run.shape, workload, run.placement)
+    calls = (
+        ("reconstruct", "head", forth),
+        ("reconstruct", "head gradient", back),
+        ("evaluate", "head", [workload.seqlen] * windows),
+    )
+    return [_head(run, phase, name, tokens) for phase, name, tokens in calls if tokens]
 
 
-def _head(run: PlannedRun, phase: str, name: str, windows: int) -> Operation:
+def _head(run: PlannedRun, phase: str, name: str, tokens: list[int]) -> Operation:
+    """The product with the head in calls of so many tokens each."""
     shape = run.shape
     cost_of = partial(_weight_product, rows=shape.vocabulary, d=shape.hidden, itemsize=shape.itemsize)
-    return Operation(phase, name, run.weight_unit, windows, split(cost_of, windows * run.workload.seqlen, windows))
+    return Operation(phase, name, run.weight_unit, len(tokens), split(cost_of, sum(tokens), len(tokens)))
 
 
 def _weight_product(tokens: int, rows: int, d: int, itemsize: int) -> Cost:
@@ -107,7 +112,7 @@ def _pruned(block: BlockShape, layers: Iterable[LayerShape]) -> bool:
 
 def _steps(run: PlannedRun, block: BlockShape) -> Iterator[Operation]:
     """The steps of a block's reconstruction: what is beside the products that make gradients."""
-    steps = steps_of_reconstruction(run.workload, run.placement)
+    steps = steps_of_block(block, run.workload, run.placement)
     if not (steps and block.layers):
         return
     parameters = reconstructed_parameters(block, run.workload.config.pattern)

@@ -7,6 +7,7 @@ from sparsefw.estimate.workload import Workload
 from sparsefw.model import Placement
 from sparsefw.model.layers import first_segments, is_watched
 from sparsefw.model.placement import split_batches
+from sparsefw.model.predictions import times_the_passes, tokens_of_pass
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.solver import PruneConfig, patterns
 from sparsefw.solver.patterns import Pattern
@@ -68,14 +69,24 @@ def _passes_of_reconstruction(block: BlockShape, workload: Workload, placement: 
         yield Pass("reconstruct", windows, 0, whole, moves=True)
     if block.layers and steps_of_reconstruction(workload, placement):
         held = held_out(workload, placement, config.method)
-        for _ in range(config.reconstruct):
+        for _ in range(config.reconstruct * _times(block, workload)):
             yield Pass("reconstruct", windows - held, 0, whole, differentiated=True)
         for _ in ("before", "after"):
             yield Pass("reconstruct", held, 0, whole)
 
 
-def steps_of_reconstruction(workload: Workload, placement: Placement) -> int:
+def _times(block: BlockShape, workload: Workload) -> int:
+    """How often a block has the passes of the others."""
+    return times_the_passes(workload.seqlen) if block.predicts else 1
+
+
+def steps_of_block(block: BlockShape, workload: Workload, placement: Placement) -> int:
     """The steps that all ranks make in a block with layers; 0 where one of them has nothing to hold out."""
+    return _times(block, workload) * steps_of_reconstruction(workload, placement)
+
+
+def steps_of_reconstruction(workload: Workload, placement: Placement) -> int:
+    """As `steps_of_block`, of a block before the last one."""
     fewest, most = workload.windows // workload.ranks, workload.windows_of_rank
     if not all(split_batches(-(-fewest // placement.batch))):
         return 0
@@ -85,17 +96,20 @@ def steps_of_reconstruction(workload: Workload, placement: Placement) -> int:
 
 def fits_predictions(shape: ModelShape, config: PruneConfig) -> bool:
     """Whether the last block is fitted to what the dense model predicts."""
-    return bool(config.reconstruct and shape.by_window and shape.vocabulary and shape.blocks[-1].layers)
+    return bool(config.reconstruct and shape.blocks[-1].predicts and shape.blocks[-1].layers)
 
 
-def windows_of_predictions(shape: ModelShape, workload: Workload, placement: Placement) -> tuple[int, int]:
-    """How many windows of a rank are run behind the last block for that, in both models, and how many back again."""
+def predicted_tokens(shape: ModelShape, workload: Workload, placement: Placement) -> tuple[list[int], list[int]]:
+    """The tokens of each call of the head by which a rank fits the last block, and of each way back through it."""
     if not fits_predictions(shape, workload.config) or not steps_of_reconstruction(workload, placement):
-        return 0, 0
-    held = held_out(workload, placement, workload.config.method)
-    learned = workload.config.reconstruct * (workload.windows_of_rank - held)
-    # One shows that there are predictions. What is held out is measured before and after a round.
-    return 1 + 2 * (2 * held + learned), learned
+        return [], []
+    seqlen, held = workload.seqlen, held_out(workload, placement, workload.config.method)
+    passes_of_last = times_the_passes(seqlen) * workload.config.reconstruct
+    of_pass = [len(range(seqlen)[tokens_of_pass(n, seqlen)]) for n in range(passes_of_last)]
+    back = of_pass * (workload.windows_of_rank - held)
+    # One window and a part of it show that there are predictions. What is held out is measured before and after a
+    # round. Both models predict.
+    return [seqlen, of_pass[0]] + [seqlen] * 4 * held + back * 2, back
 
 
 def held_out(workload: Workload, placement: Placement, method: str) -> int:

@@ -246,7 +246,8 @@ def _links(rate_flags: RateFlags, machine: Machine) -> Links:
 def _of_ranks(run: PlannedRun, machine: Machine, links: Links, seconds: float | None) -> dict[str, Any]:
     """How the work is shared out, and what that costs."""
     sent = {block: traffic(run, block) for block in run.block_counts}
-    largest = max(sent, key=lambda block: sent[block].waited)
+    # The last block makes more steps than the others, each of which sends gradients.
+    largest = max(sent, key=lambda block: (not block.predicts, sent[block].waited))
     of_run: Counter[str] = Counter()
     for block, count in run.block_counts.items():
         of_run.update({kind: count * nbytes for kind, nbytes in sent[block].most.items()})

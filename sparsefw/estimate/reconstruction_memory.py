@@ -3,7 +3,7 @@
 from sparsefw.estimate.forward_memory import backward_bytes
 from sparsefw.estimate.passes import fits_predictions, reconstructed_parameters
 from sparsefw.estimate.workload import Workload
-from sparsefw.model.predictions import PIECE
+from sparsefw.model.predictions import PIECE, tokens_of_pass
 from sparsefw.model.shapes import BlockShape, ModelShape
 from sparsefw.solver.kept_weights import bytes_of_state
 from sparsefw.solver.patterns import Pattern
@@ -39,10 +39,15 @@ def prediction_bytes(shape: ModelShape, workload: Workload, tokens: int) -> int:
     if not fits_predictions(shape, workload.config):
         return 0
     last = shape.blocks[-1]
-    # Logits of a window in both models, what the head makes them of, and distributions in fp32 of a piece.
-    entries = workload.seqlen * shape.vocabulary
-    logits = 3 * shape.logits_itemsize * entries + 13 * min(entries, max(PIECE, shape.vocabulary))
     backward = backward_bytes(last, shape, workload.seqlen, tokens)
-    # They are gone when the gradients go back through the block.
+    # Logits of a step are gone when the gradients go back through the block. To measure the loss takes no gradients.
+    some = len(range(workload.seqlen)[tokens_of_pass(0, workload.seqlen)])
+    of_step, measured = (_logits_bytes(shape, n) for n in (some, workload.seqlen))
     state = _state_bytes(last, shape, workload.config.pattern)
-    return last.nbytes + shape.outside + state + max(backward, backward // 2 + logits)
+    return last.nbytes + shape.outside + state + max(backward, backward // 2 + of_step, measured)
+
+
+def _logits_bytes(shape: ModelShape, tokens: int) -> int:
+    """Logits of so many tokens in both models, what the head makes them of, and distributions in fp32 of a piece."""
+    entries = tokens * shape.vocabulary
+    return 3 * shape.logits_itemsize * entries + 13 * min(entries, max(PIECE, shape.vocabulary))

@@ -24,11 +24,13 @@ READ_OUTSIDE = 2
 def phases(run: PlannedRun) -> dict[str, dict[str, Counter[str]]]:
     """Flops and bytes by phase and in "all": of the "block" with the most flops, of the whole "run", on the "disk".
 
+    The last block has more passes than the others. It is the "block" only if there is no other.
     Of several ranks, flops and bytes are those of one that has the most to do in every stage. The disk is that of all.
     """
     counts, on_disk = run.block_counts, disk_traffic(run)
     by_block = {block: operations(run, block) for block in counts}
-    largest = max(by_block.values(), key=lambda listed: sum(operation.cost.flops for operation in listed))
+    flops = {block: sum(operation.cost.flops for operation in listed) for block, listed in by_block.items()}
+    largest = by_block[max(counts, key=lambda block: (not block.predicts, flops[block]))]
     rows: dict[str, dict[str, Counter[str]]] = {}
     for phase in PHASES:
         whole = _sum(head(run), phase)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sparsefw.estimate.passes import reconstructed_parameters, steps_of_reconstruction
+from sparsefw.estimate.passes import reconstructed_parameters, steps_of_block
 from sparsefw.estimate.sharing import Group, ShapeOfSolve, find_solves, groups, work_by_rank
 from sparsefw.estimate.workload import PlannedRun, largest_share
 from sparsefw.model.layers import is_watched
@@ -52,7 +52,7 @@ class Traffic:
 def traffic(run: PlannedRun, block: BlockShape) -> Traffic:
     """The bytes that are sent for a block."""
     workload = run.workload
-    steps = steps_of_reconstruction(workload, run.placement)
+    steps = steps_of_block(block, workload, run.placement)
     return _traffic(block, workload.config, workload.ranks, run.shape.itemsize, steps)
 
 

@@ -24,6 +24,7 @@ from sparsefw.evaluation.room import LOGITS
 from sparsefw.model import BlockModel, HiddenStates, StreamedModel
 from sparsefw.model.activations import Activations
 from sparsefw.model.forward import run_behind_blocks
+from sparsefw.model.head import same_logits
 from sparsefw.model.tables import Tables
 
 # Rows of a slice of the head at least.
@@ -223,10 +224,7 @@ def _can_be_cut(model: BlockModel, tables: Tables, rows: int, hidden: Tensor) ->
     except InputError:
         # Its forward needs the logits of certain tokens.
         return False
-    # A model may give no chance to a token, and a damaged one NaN.
-    finite = whole[whole.isfinite()]
-    within = 0.01 * float(finite.abs().max()) if len(finite) else 0.0
-    return whole.shape == halves.shape and torch.allclose(whole, halves, rtol=0.01, atol=within, equal_nan=True)
+    return same_logits(whole, halves)
 
 
 def _by_row(

@@ -94,3 +94,13 @@ def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Ten
     """
     with model.outside():
         return run_behind_blocks(model, token_batch(ids), hidden.to(model.device), others or {}).logits
+
+
+def same_logits(logits: Tensor, others: Tensor) -> bool:
+    """Whether logits are the same but for their rounding, which products of other shapes have.
+
+    A model may give no chance to a token, and a damaged one NaN.
+    """
+    finite = logits[logits.isfinite()]
+    within = 0.01 * float(finite.abs().max()) if len(finite) else 0.0
+    return logits.shape == others.shape and torch.allclose(logits, others, rtol=0.01, atol=within, equal_nan=True)

@@ -4,6 +4,9 @@
 
 Its gradient by q's logits is q - p. It is taken back to the hidden states while the logits are there, so that those of
 one window at a time are in memory, and distributions in fp32 of a piece of it.
+
+The head of a small model costs more than its last block. So a step of a reconstruction looks at some tokens of a long
+window only, and there are more steps.
 """
 
 from typing import Any
@@ -12,17 +15,40 @@ import torch
 from torch import Tensor
 
 from sparsefw.data import token_batch
+from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.forward import run_behind_blocks
+from sparsefw.model.head import same_logits
 from sparsefw.model.hidden_states import HiddenStates
 
 # Entries of the logits whose distributions are in memory at once; at least those of a token.
 PIECE = 2**24
 
+# Of a window with EVERY * LEAST tokens or more, a step looks at one token in EVERY, and there are TIMES the passes.
+EVERY, LEAST, TIMES = 8, 64, 2
+
+# The last tokens by which logits of a part of a window are compared with those of the whole.
+COMPARED = 4
+
+
+def _every(seqlen: int) -> int:
+    return EVERY if seqlen >= EVERY * LEAST else 1
+
+
+def tokens_of_pass(n: int, seqlen: int) -> slice:
+    """The tokens of a window that steps look at in pass n over the windows: others than in the pass before."""
+    every = _every(seqlen)
+    return slice(n % every, None, every)
+
+
+def times_the_passes(seqlen: int) -> int:
+    """How often the windows are gone through for each pass over them in other blocks."""
+    return TIMES if _every(seqlen) > 1 else 1
+
 
 @torch.no_grad()
 def predicts(states: HiddenStates, ids: Tensor) -> bool:
-    """Whether every window's hidden states behind the last block tell by themselves which tokens come next.
+    """Whether a token's hidden state behind the last block tells by itself which token comes next.
 
     Args:
         states: windows of tokens before any block; inside `BlockModel.outside`.
@@ -31,12 +57,21 @@ def predicts(states: HiddenStates, ids: Tensor) -> bool:
     model, hidden = states.model, states.hidden[0]
     if not states.flow.by_window or hidden.shape[:2] != ids[: states.windows[0]].shape:
         return False
-    if not all(model.forms.like(kind, hidden) for kind in model.kinds):
+    some = tokens_of_pass(0, ids.shape[1])
+    if not all(model.forms.like(kind, x) for kind in model.kinds for x in (hidden[:1], hidden[:1, some])):
         # One of the blocks would have to be run.
         return False
-    logits = getattr(run_behind_blocks(model, token_batch(ids[:1]), hidden[:1], {}), "logits", None)
+    whole = _logits_of(model, ids[:1], hidden[:1])
     # A classifier's are of the whole window.
-    return isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == ids[:1].shape
+    if whole is None or whole.ndim != 3 or whole.shape[:2] != ids[:1].shape:
+        return False
+    try:
+        part = _logits_of(model, ids[:1, some], hidden[:1, some])
+    except InputError:
+        # Its forward needs all tokens.
+        return False
+    # Of a few tokens: what compares all of them takes several times their memory.
+    return part is not None and same_logits(whole[:, some][:, -COMPARED:], part[:, -COMPARED:])
 
 
 def divergence(model: BlockModel, ids: Tensor, hidden: Tensor, dense: Tensor) -> Tensor:
@@ -82,6 +117,12 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return outer[0] * gradient, None, None, None
+
+
+def _logits_of(model: BlockModel, ids: Tensor, hidden: Tensor) -> Tensor | None:
+    """The logits that the model returns; None if it returns none."""
+    logits = getattr(run_behind_blocks(model, token_batch(ids), hidden, {}), "logits", None)
+    return logits if isinstance(logits, Tensor) else None
 
 
 def _logits(model: BlockModel, ids: Tensor, hidden: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class BlockShape:
         all_layers: all layers that the windows run through, with those that stay dense. By default `layers`.
         attention: number of `all_layers` that are used before attention is.
         seen: names of all matrices that were seen in products, layers or not, without an expert's index.
+        predicts: whether next tokens are predicted from what it puts out: the last block of a language model.
     """
 
     nbytes: int
@@ -48,6 +49,7 @@ class BlockShape:
     all_layers: tuple[LayerShape, ...] = ()
     attention: int = 0
     seen: frozenset[str] = frozenset()
+    predicts: bool = False
 
     def __post_init__(self) -> None:
         if not self.all_layers:
@@ -99,6 +101,9 @@ class ModelShape:
             object.__setattr__(self, "logits_itemsize", self.itemsize)
         if not self.pieces:
             object.__setattr__(self, "pieces", (self.outside,))
+        *blocks, last = self.blocks
+        last = replace(last, predicts=self.by_window and self.vocabulary > 0)
+        object.__setattr__(self, "blocks", (*blocks, last))
 
     @property
     def loading(self) -> int:

@@ -16,6 +16,7 @@ from sparsefw import checkpoint, data
 from sparsefw.driver import reconstruct
 from sparsefw.driver.reconstruct import Fit
 from sparsefw.model import StreamedModel, embed
+from sparsefw.model import predictions as predicted
 from sparsefw.model.placement import HELD_OUT, split_batches
 
 CPU = torch.device("cpu")
@@ -89,17 +90,17 @@ def test_losses_are_those_of_their_definition(reconstructed, llama):
     after = behind_blocks(sparse, ids)
     assert len(report.blocks) == 3
     for i, block in enumerate(report.blocks):
-        found = block.reconstruction
+        found, last = block.reconstruction, i == len(report.blocks) - 1
         assert found.steps == 2 * len(learned)
         written = {name: x.clone() for name, x in sparse.model.layers[i].state_dict().items()}
         sparse.model.layers[i].load_state_dict(seen.weights[i])
         behind, guessed = behind_blocks(sparse, ids)[i], predictions(sparse, ids)
         sparse.model.layers[i].load_state_dict(written)
         before, expected = loss(behind, dense[i]), loss(after[i], dense[i])
-        if i == len(report.blocks) - 1:
+        if last:
             wanted = predictions(loaded(llama / "model"), ids)
             before, expected = divergence(guessed, wanted), divergence(predictions(sparse, ids), wanted)
-        assert found.loss == ("predictions" if i == len(report.blocks) - 1 else "hidden states")
+        assert found.loss == ("predictions" if last else "hidden states")
         assert found.before == pytest.approx(before, rel=1e-4)
         assert found.put_back == (not found.after < found.before)
         assert (found.before if found.put_back else found.after) == pytest.approx(expected, rel=1e-4)
@@ -236,9 +237,9 @@ def test_a_pass_learns_once_from_every_window_that_is_not_held_out(llama, tmp_pa
     learned, measured = [], []
     add, loss_of = Fit.add_gradients, Fit.loss
 
-    def add_spy(self, j, parameters):
-        learned.append((self.number, j))
-        add(self, j, parameters)
+    def add_spy(self, j, of_pass, parameters):
+        learned.append((self.number, of_pass, j))
+        add(self, j, of_pass, parameters)
 
     def loss_spy(self):
         measured.append((self.number, [*self.held_out]))
@@ -250,8 +251,31 @@ def test_a_pass_learns_once_from_every_window_that_is_not_held_out(llama, tmp_pa
     expected, held_out = split_batches(WINDOWS)
     assert sorted(expected + held_out) == [*range(WINDOWS)]
     for i in range(3):
-        assert sorted(j for block, j in learned if block == i) == sorted(3 * expected)
+        for n in range(3):
+            assert sorted(j for *where, j in learned if where == [i, n]) == sorted(expected)
     assert measured == [(i, held_out) for i in range(3) for _ in ("before", "after")]
+
+
+@pytest.mark.parametrize(("least", "every", "passes"), [(SEQLEN // 8, 8, 4), (SEQLEN // 8 + 1, 1, 2)])
+def test_steps_compare_some_predictions_and_losses_all_of_them(least, every, passes, llama, tmp_path, monkeypatch):
+    """A step looks at every eighth token of a long window, in each pass at others, and there are twice the passes."""
+    seen, divergence_of = [], reconstruct.divergence
+    monkeypatch.setattr(predicted, "LEAST", least)
+
+    def spy(model, ids, hidden, dense):
+        assert hidden.shape[:2] == dense.shape[:2] == ids.shape
+        seen.append((torch.is_grad_enabled(), ids))
+        return divergence_of(model, ids, hidden, dense)
+
+    monkeypatch.setattr(reconstruct, "divergence", spy)
+    run(llama, tmp_path / "out", "--method", "wanda", "--include", "layers.2", "--reconstruct", "2")
+    windows, (learned, held_out) = windows_of(llama), split_batches(WINDOWS)
+    of_steps = [(True, windows[j, n % every :: every]) for n in range(passes) for j in learned]
+    of_losses = [(False, windows[j]) for j in held_out]
+    expected = [*of_losses, *of_steps, *of_losses]
+    for (with_gradients, ids), (wanted, tokens) in zip(seen, expected, strict=True):
+        assert with_gradients == wanted
+        assert torch.equal(ids, tokens[None])
 
 
 def test_a_step_reads_the_dense_hidden_states_once(llama, tmp_path, monkeypatch):
@@ -267,10 +291,10 @@ def test_a_step_reads_the_dense_hidden_states_once(llama, tmp_path, monkeypatch)
             reads.append(j)
             return self.hidden[j]
 
-    def spy(self, j, parameters):
+    def spy(self, j, of_pass, parameters):
         with monkeypatch.context() as patch:
             patch.setattr(self.dense, "hidden", Watched(self.dense.hidden))
-            add(self, j, parameters)
+            add(self, j, of_pass, parameters)
         steps.append(j)
 
     monkeypatch.setattr(Fit, "add_gradients", spy)
@@ -307,7 +331,7 @@ def test_gradients_are_those_of_finite_differences(tmp_path):
     weights = [block.get_submodule(name).weight.requires_grad_() for name in names]
     fit = Fit(SimpleNamespace(model=model), 0, states, dense, [0, 1], [])
     for j in range(2):
-        fit.add_gradients(j, weights)
+        fit.add_gradients(j, 0, weights)
     whole = loaded(source).double()
     whole.transformer.h[0].load_state_dict(block.state_dict())
 

@@ -117,14 +117,14 @@ def test_gradients_may_be_refused_inside_a_block_and_behind_the_last_one(kind, p
 def test_other_errors_are_raised(monkeypatch):
     tried = []
 
-    def fail(self, j, parameters):
+    def fail(self, j, of_pass, parameters):
         tried.append(j)
         raise InputError("out of order")
 
     monkeypatch.setattr(Fit, "_add_gradients", fail)
     fit = Fit(None, 0, None, None, [], [])
     with pytest.raises(InputError, match="out of order"):
-        fit.add_gradients(3, [nn.Parameter(torch.zeros(1))])
+        fit.add_gradients(3, 0, [nn.Parameter(torch.zeros(1))])
     assert (tried, fit.varies, torch.get_deterministic_debug_mode()) == ([3], [], USUAL)
 
 

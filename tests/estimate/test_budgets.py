@@ -37,6 +37,11 @@ RUNS = {
     "predictions": (
         dict(hidden_size=256, intermediate_size=512, vocab_size=60000), [*ONE_SHOT, "magnitude", "--reconstruct", "1"],
     ),
+    # Those of a window are compared where the loss is measured, and of a part of it in a step.
+    "predictions of a part": (
+        dict(hidden_size=256, intermediate_size=512, vocab_size=40000),
+        ["--nsamples", "4", "--seqlen", "512", "--method", "magnitude", "--reconstruct", "1"],
+    ),
     "reconstruction of a mixture": (
         dict(hidden_size=256, moe_intermediate_size=2048, vocab_size=2048, num_experts=8, num_experts_per_tok=2,
              decoder_sparse_step=1, head_dim=32),

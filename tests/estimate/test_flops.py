@@ -27,7 +27,7 @@ from sparsefw.estimate.flops import head, operations
 from sparsefw.estimate.memory import disk_space
 from sparsefw.estimate.passes import passes
 from sparsefw.estimate.sharing import find_solves, groups, work_by_rank
-from sparsefw.model import HiddenStates, StreamedModel
+from sparsefw.model import HiddenStates, StreamedModel, predictions
 from sparsefw.model.placement import split_batches
 from sparsefw.ranks import ALONE
 from sparsefw.solver import patterns
@@ -38,9 +38,10 @@ PRODUCTS = {"cross", "target", "start", "step", "refit", "error"}
 
 
 @pytest.fixture(autouse=True)
-def one_round(monkeypatch):
-    """How many rounds of a reconstruction follow the first one depends on the weights."""
+def constants(monkeypatch):
+    """How many rounds of a reconstruction follow the first depends on the weights. Short windows are like long ones."""
     monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 1)
+    monkeypatch.setattr(predictions, "LEAST", 1)
 
 
 class Products(TorchFunctionMode):

@@ -8,8 +8,9 @@ from helpers.families import FAMILIES, save_model
 from transformers import AutoModelForCausalLM
 
 from sparsefw import checkpoint
+from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed, predictions
-from sparsefw.model.predictions import divergence, predicts
+from sparsefw.model.predictions import divergence, predicts, tokens_of_pass
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 250, (3, 10), generator=torch.Generator().manual_seed(0))
@@ -93,6 +94,34 @@ def test_pieces_change_nothing(tokens, opened, monkeypatch):
     assert torch.allclose(found[0][1], found[1][1], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("seqlen", "every", "times"), [(1, 1, 1), (511, 1, 1), (512, 8, 2), (2050, 8, 2)])
+def test_passes_look_at_all_tokens_in_turn(seqlen, every, times):
+    """Those of a long window: 64 tokens at least in a step."""
+    assert predictions.times_the_passes(seqlen) == times
+    passes = [[*range(seqlen)[tokens_of_pass(n, seqlen)]] for n in range(2 * every)]
+    assert min(map(len, passes)) >= min(seqlen, 64)
+    assert sorted(n for tokens in passes[:every] for n in tokens) == [*range(seqlen)]
+    assert passes[every:] == passes[:every]
+
+
+def test_tokens_are_predicted_one_by_one(opened, monkeypatch):
+    """What is compared of some tokens is what is compared of them beside the others."""
+    monkeypatch.setattr(predictions, "LEAST", 1)
+    _, model, _, hidden, dense = opened
+    x = hidden.clone().requires_grad_()
+    total = divergence(model, IDS, x, dense)
+    total.backward()
+    found = 0.0
+    for n in range(predictions.EVERY):
+        some = tokens_of_pass(n, IDS.shape[1])
+        part = hidden[:, some].clone().requires_grad_()
+        of_part = divergence(model, IDS[:, some], part, dense[:, some])
+        of_part.backward()
+        found += of_part.item()
+        torch.testing.assert_close(part.grad, x.grad[:, some], rtol=1e-4, atol=1e-6)
+    assert found == pytest.approx(total.item(), rel=1e-5)
+
+
 def test_tokens_that_never_come_count_nothing(opened):
     """Some models mask tokens of their vocabulary, such as those of images."""
     _, model, _, hidden, dense = opened
@@ -121,6 +150,29 @@ def test_a_classifier_predicts_no_tokens(opened, monkeypatch):
     for logits in (torch.zeros(1, 3), torch.zeros(1, 1, 250), None):
         monkeypatch.setattr(predictions, "run_behind_blocks", lambda *args, x=logits: SimpleNamespace(logits=x))
         assert not predicts(states, IDS)
+
+
+def test_a_head_that_mixes_tokens_does_not_predict_one_by_one(opened, monkeypatch):
+    monkeypatch.setattr(predictions, "LEAST", 1)
+    _, model, states, *_ = opened
+    assert predicts(states, IDS)
+    mixed = model.model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].cumsum(1),))
+    assert not predicts(states, IDS)
+    mixed.remove()
+
+
+def test_a_head_that_needs_all_tokens_does_not_predict_one_by_one(opened, monkeypatch):
+    monkeypatch.setattr(predictions, "LEAST", 1)
+    _, _, states, *_ = opened
+
+    def refuse(model, batch, hidden, others):
+        if hidden.shape[1] < IDS.shape[1]:
+            raise InputError("too short")
+        return run_behind_blocks(model, batch, hidden, others)
+
+    run_behind_blocks = predictions.run_behind_blocks
+    monkeypatch.setattr(predictions, "run_behind_blocks", refuse)
+    assert not predicts(states, IDS)
 
 
 @pytest.mark.slow

@@ -43,10 +43,12 @@ def test_heads_that_return_fp32(family, itemsize, tmp_path):
 
 
 def test_equal_blocks_stay_equal(tmp_path):
-    whole = shape(save_model(tmp_path, "llama"))
-    assert len(Counter(whole.blocks)) == 1
-    assert len(Counter(whole.selected(lambda name: "q_proj" not in name).blocks)) == 1
-    assert len(Counter(whole.selected(lambda name: "layers.1." not in name).blocks)) == 2
+    """All but the last one, behind which tokens are predicted."""
+    whole = shape(save_model(tmp_path, "llama", num_hidden_layers=4))
+    assert [block.predicts for block in whole.blocks] == [False, False, False, True]
+    assert sorted(Counter(whole.blocks).values()) == [1, 3]
+    assert sorted(Counter(whole.selected(lambda name: "q_proj" not in name).blocks).values()) == [1, 3]
+    assert sorted(Counter(whole.selected(lambda name: "layers.1." not in name).blocks).values()) == [1, 1, 2]
 
 
 def test_everything_selected_is_the_same(tmp_path):
