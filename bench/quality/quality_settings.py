@@ -18,7 +18,7 @@ from sparsefw.solver.saliency import wanda
 SAMPLE_ROWS = 96
 
 # Flags of the two ways to prune, and for each way the values of a setting beside its default.
-MASKS, REFITTED = ("--refit", "0"), ("--target", "layer")
+MASKS, REFITTED = ("--refit", "0"), ("--target", "layer", "--reconstruct", "0")
 VARIED = {
     MASKS: {
         "alpha": (0.25, 0.5, 0.75, 0.9),

@@ -1,7 +1,7 @@
 """PruneConfig: how a model is pruned, in the user's words. Flags, their ranges and their help are made from its fields.
 
 A default that depends on other fields is `None` in the class and has its value in every instance:
-`PruneConfig().steps` is 24, `PruneConfig(refit=0).steps` is 40.
+`PruneConfig().steps` is 12, `PruneConfig(reconstruct=0).steps` is 24, `PruneConfig(refit=0).steps` is 40.
 """
 
 import numbers
@@ -49,6 +49,8 @@ MASKS_ONLY: dict[str, dict[str, Any]] = {
     "fast": dict(steps=10, penalty=1.0, rounds=0, swaps=0, target="layer", damp=0.2, reconstruct=0),
     "paper": dict(steps=2000, penalty=0.0, rounds=0, swaps=0, target="layer", damp=0.0, reconstruct=0),
 }
+# What takes the place of these where a reconstruction follows: before it, further steps gain nothing.
+BEFORE_RECONSTRUCTION: dict[str, dict[str, Any]] = {"sparsefw": dict(steps=12, refit=2)}
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,10 @@ class PruneConfig:
         several=True,
     )
     preset: str = flag(
-        "sparsefw: line search, integrality penalty, 24 steps, alpha 0, refit 4, 3 rounds; with --refit 0, 40 steps "
-        "and swaps; fast: 3 steps, one refit and targets of the layers themselves, at SparseGPT's cost; paper: open "
-        "loop, 2000 steps, no penalty, alpha 0.9, last iterate rounded, no refit",
+        "sparsefw: line search, integrality penalty, 12 steps, alpha 0, refit 2, 3 rounds; with --reconstruct 0, 24 "
+        "steps and refit 4; with --refit 0, 40 steps and swaps; fast: 3 steps, one refit and targets of the layers "
+        "themselves, at SparseGPT's cost; paper: open loop, 2000 steps, no penalty, alpha 0.9, last iterate rounded, "
+        "no refit",
         "sparsefw", choices=PRESETS,
     )  # fmt: skip
     include: tuple[str, ...] = flag(
@@ -95,8 +98,8 @@ class PruneConfig:
     keep_zeros: bool = flag("weights that are zero in the input stay zero (default: a refit may revive them)", False)
     warm_start: str = flag("saliency of the first mask (default: wanda)", choices=SALIENCIES, frank_wolfe=True)
     steps: int = flag(
-        "Frank-Wolfe steps (default: 24; 40 with --refit 0; 3 with --preset fast, 10 with both; 2000 with --preset "
-        "paper)",
+        "Frank-Wolfe steps (default: 12; 24 with --reconstruct 0; 40 with --refit 0; 3 with --preset fast, 10 with "
+        "both; 2000 with --preset paper)",
         metavar="N",
         least=0,
         most=10**6,
@@ -123,7 +126,7 @@ class PruneConfig:
     )  # fmt: skip
     refit: int = flag(
         "conjugate-gradient steps with which kept weights make up for removed ones, in each refit; 0 leaves kept "
-        "weights as they are (default: 4; 0 with --preset paper)",
+        "weights as they are (default: 2; 4 with --reconstruct 0 and with --preset fast; 0 with --preset paper)",
         metavar="STEPS", least=0, most=10**6, frank_wolfe=True,
     )  # fmt: skip
     rounds: int = flag(
@@ -180,7 +183,11 @@ class PruneConfig:
         cuda = torch.cuda.is_available()
         kernel = dict(kernel="triton", precision="bf16") if cuda else dict(kernel="torch", precision="ieee")
         others = {} if self.method == "sparsefw" else {"reconstruct": 0}
-        return preset | (WITH_REFIT if refit else MASKS_ONLY)[self.preset] | others | kernel
+        defaults = preset | (WITH_REFIT if refit else MASKS_ONLY)[self.preset] | others | kernel
+        reconstruct = defaults["reconstruct"] if self.reconstruct is DEPENDS else self.reconstruct
+        if reconstruct and refit and self.method == "sparsefw":
+            defaults |= BEFORE_RECONSTRUCTION.get(self.preset, {})
+        return defaults
 
     def _check_together(self) -> None:
         unused = [f.name for f in fields(self) if f.metadata.get("frank_wolfe") and f.name in self.given]

@@ -79,7 +79,7 @@ def solve_layer(
         W: (rows, d) weight, fp32 / bf16 / fp16; left as it is.
         G: (d, d) fp32 Gram matrix X X^T of its inputs X (d, tokens).
         config: how to prune; None is the default. Its fields about a whole model (compare, target,
-            include, ignore) play no part.
+            include, ignore) play no part, and no reconstruction follows.
         name: the layer's name, for messages.
         B: (rows, d) fp32 cross matrix D X^T, where D (rows, tokens) is the wanted output minus W X. With it the layer's
             target is pruned in place of W, see `target`.
@@ -104,7 +104,8 @@ def solve_layer(
             raise ValueError(f"{argument}: expected shape {tuple(shape)}, got {tuple(matrix.shape)}")
         if matrix.dtype != torch.float32:
             raise TypeError(f"{argument}: expected fp32, got {matrix.dtype}")
-    config = PruneConfig() if config is None else config
+    # What is left to a reconstruction otherwise is made here.
+    config = (config or PruneConfig()).replace(reconstruct=0)
     pruned = W.detach().clone()
     masks: list[Tensor] = []
     cross = None if B is None else Cross("outputs", B)

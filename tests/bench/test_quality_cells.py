@@ -128,7 +128,7 @@ class TestMissing:
         cells = select(only=DEFAULT, wanted=["0.5", "0.6"])
         results = results_of(cells[:1])
         assert self.missing(results, cells) == cells[1:]
-        monkeypatch.setitem(WITH_REFIT["sparsefw"], "steps", 31)
+        monkeypatch.setitem(WITH_REFIT["sparsefw"], "penalty", 0.3)
         assert self.missing(results, cells) == cells
 
     def test_a_cell_of_other_code_is_there(self):

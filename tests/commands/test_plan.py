@@ -60,7 +60,7 @@ def test_lines_and_json(config, tmp_path, capsys):
     rate = ["--tflops", "2", "--tflops", "tf32=4", "--bandwidth", "3", "--disk", "5"]
     out = said(capsys, "--model", config, "--gpu", "h100", *SMALL, *rate, "--json", path)
     content = json.loads(path.read_text())
-    assert "products of a solve by sparsefw: 65 (steps 32, refits 25, target 4, starts 1, errors 3)" in out
+    assert "products of a solve by sparsefw: 39 (steps 16, refits 15, target 4, starts 1, errors 3)" in out
     assert content["workload"]["precision"] == "bf16"
     assert content["rates"]["flops"] == {"bf16": 2e12, "tf32": 4e12, "ieee": 2e12}
     assert (content["rates"]["bandwidth"], content["rates"]["disk"]) == (3e9, 5e9)

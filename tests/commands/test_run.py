@@ -143,8 +143,9 @@ def config_of(flags):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ([], dict(steps=24, alpha=0, swaps=0, refit=4, rounds=3, target="dense", damp=0.1)),
-        (["--refit", "2"], dict(alpha=0, swaps=0, refit=2, rounds=3, target="dense", damp=0.1)),
+        ([], dict(steps=12, alpha=0, swaps=0, refit=2, rounds=3, target="dense", damp=0.1)),
+        (["--reconstruct", "0"], dict(steps=24, alpha=0, swaps=0, refit=4, rounds=3, target="dense", damp=0.1)),
+        (["--refit", "3"], dict(alpha=0, swaps=0, refit=3, rounds=3, target="dense", damp=0.1)),
         (["--refit", "0"], dict(steps=40, alpha=0, swaps=100, refit=0, rounds=0, target="layer", damp=0.2)),
         (["--refit", "0", "--alpha", "0.25", "--swaps", "0", "--damp", "0"], dict(alpha=0.25, swaps=0, damp=0)),
         (["--alpha", "0.5", "--target", "layer"], dict(alpha=0.5, target="layer")),

@@ -38,5 +38,7 @@ def test_calls_of_a_solve_are_those_that_are_made(options):
 
 def test_what_the_readme_says_of_products():
     default, masks = calls("sparsefw", config(), True), calls("sparsefw", config(refit=0), False)
-    assert (default.steps, default.target, default.products) == (32, 4, 32 + 4 + 25 + 4)
+    alone = calls("sparsefw", config(reconstruct=0), True)
+    assert (default.steps, default.target, default.products) == (16, 4, 16 + 4 + 15 + 4)
+    assert (alone.steps, alone.target, alone.products) == (32, 4, 32 + 4 + 25 + 4)
     assert (masks.steps, masks.products) == (40, 44)

@@ -20,7 +20,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(PruneConfig)}
 FRANK_WOLFE = [name for name, f in FIELDS.items() if f.metadata.get("frank_wolfe")]
 # For each field a value that is none of its defaults.
 OTHER = dict(
-    warm_start="ria", steps=7, step_rule="open-loop", alpha=0.3, penalty=0.4, swaps=5, refit=2, rounds=1,
+    warm_start="ria", steps=7, step_rule="open-loop", alpha=0.3, penalty=0.4, swaps=5, refit=3, rounds=1,
     target="layer", damp=0.7,
 )  # fmt: skip
 
@@ -29,8 +29,8 @@ class TestDefaults:
     @pytest.mark.parametrize(
         ("options", "expected"),
         [
-            ({}, dict(steps=24, penalty=0.7, alpha=0, swaps=0, refit=4, rounds=3, target="dense", damp=0.1)),
-            (dict(refit=2), dict(alpha=0, swaps=0, refit=2, rounds=3, target="dense", damp=0.1)),
+            ({}, dict(steps=12, penalty=0.7, alpha=0, swaps=0, refit=2, rounds=3, target="dense", damp=0.1)),
+            (dict(refit=3), dict(steps=12, alpha=0, swaps=0, refit=3, rounds=3, target="dense", damp=0.1)),
             (dict(refit=0), dict(steps=40, penalty=1, alpha=0, swaps=100, refit=0, rounds=0, target="layer", damp=0.2)),
             (dict(refit=0, alpha=0.25, swaps=0, damp=0), dict(alpha=0.25, swaps=0, damp=0)),
             (dict(alpha=0.5, target="layer"), dict(alpha=0.5, target="layer")),
@@ -42,6 +42,26 @@ class TestDefaults:
     )
     def test_go_with_the_refit(self, options, expected):
         assert expected.items() <= dataclasses.asdict(PruneConfig(**options)).items()
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            (dict(reconstruct=0), (24, 4)),
+            (dict(reconstruct=0, refit=2), (24, 2)),
+            (dict(reconstruct=3), (12, 2)),
+            (dict(reconstruct=1, steps=5), (5, 2)),
+            (dict(target="layer"), (12, 2)),
+            (dict(compare=("wanda",)), (12, 2)),
+            # What is reconstructed is not sparsefw's.
+            (dict(method="wanda", reconstruct=2, compare=("sparsefw",)), (24, 4)),
+            (dict(refit=0, reconstruct=2), (40, 0)),
+            (dict(preset="fast", reconstruct=2), (3, 4)),
+            (dict(preset="paper", reconstruct=2), (2000, 0)),
+        ],
+    )
+    def test_go_with_the_reconstruction(self, options, expected):
+        found = PruneConfig(**options)
+        assert (found.steps, found.refit) == expected
 
     @pytest.mark.parametrize(
         ("options", "passes"),
@@ -240,8 +260,8 @@ class TestValues:
         assert PruneConfig(alpha=1, damp=0, penalty=0).alpha == 1
 
     def test_equal_where_their_values_are(self):
-        assert PruneConfig() == PruneConfig(refit=4, steps=24, include=[])
-        assert hash(PruneConfig()) == hash(PruneConfig(refit=4))
+        assert PruneConfig() == PruneConfig(refit=2, steps=12, include=[])
+        assert hash(PruneConfig()) == hash(PruneConfig(refit=2))
         assert PruneConfig() != PruneConfig(refit=3)
         assert PruneConfig(compare=["wanda"]) == PruneConfig(compare=("wanda", "wanda"))
 
@@ -256,8 +276,8 @@ class TestValues:
         masks = first.replace(refit=0)
         assert masks == PruneConfig(sparsity="2:4", alpha=0.5, refit=0)
         assert (masks.steps, masks.swaps, masks.target, masks.damp, masks.alpha) == (40, 100, "layer", 0.2, 0.5)
-        assert (first.steps, first.refit) == (24, 4)
-        assert masks.replace(refit=4) == first
+        assert (first.steps, first.refit) == (12, 2)
+        assert masks.replace(refit=2) == first
         assert first.replace(preset="paper").alpha == 0.5
         assert first.replace(sparsity="0.3").pattern.sparsity == PruneConfig(sparsity="0.3").pattern.sparsity
 

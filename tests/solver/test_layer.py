@@ -233,11 +233,13 @@ class TestSolveLayer:
             assert result.error_mask == pytest.approx(error(W, W * mask, G).sum().item(), rel=1e-5)
 
     def test_default(self):
+        """That of a run whose blocks are not reconstructed."""
         W, G = make_layers((5,), dtype=torch.float32)[0][1], make_gram()
         mask, Z, result = solve_layer(W, G)
-        same_mask, same, _ = solve_layer(W, G, PruneConfig())
-        assert torch.equal(mask, same_mask)
-        assert torch.equal(Z, same)
+        for config in (PruneConfig(), PruneConfig(reconstruct=0), PruneConfig(steps=24, refit=4)):
+            same_mask, same, _ = solve_layer(W, G, config)
+            assert torch.equal(mask, same_mask)
+            assert torch.equal(Z, same)
         assert (result.pattern, result.method, result.steps) == ("0.6", "sparsefw", 24)
 
     @pytest.mark.parametrize("refit", [0, 3])
