@@ -24,7 +24,7 @@ from sparsefw.model.hidden_states import HiddenStates
 # Entries of the logits whose distributions are in memory at once; at least those of a token.
 PIECE = 2**24
 
-# Of a window with EVERY * LEAST tokens or more, a step looks at one token in EVERY, and there are TIMES the passes.
+# A step looks at one token in EVERY where a window has EVERY * LEAST or more; there are TIMES the passes then.
 EVERY, LEAST, TIMES = 8, 64, 2
 
 # The last tokens by which logits of a part of a window are compared with those of the whole.
@@ -70,7 +70,7 @@ def predicts(states: HiddenStates, ids: Tensor) -> bool:
     except InputError:
         # Its forward needs all tokens.
         return False
-    # Of a few tokens: what compares all of them takes several times their memory.
+    # A comparison of all tokens would take several times the memory of their logits.
     return part is not None and same_logits(whole[:, some][:, -COMPARED:], part[:, -COMPARED:])
 
 

@@ -49,7 +49,7 @@ MASKS_ONLY: dict[str, dict[str, Any]] = {
     "fast": dict(steps=10, penalty=1.0, rounds=0, swaps=0, target="layer", damp=0.2, reconstruct=0),
     "paper": dict(steps=2000, penalty=0.0, rounds=0, swaps=0, target="layer", damp=0.0, reconstruct=0),
 }
-# What takes the place of these where a reconstruction follows: before it, further steps gain nothing.
+# Values that take the place of these where a reconstruction follows: further steps gain nothing before it.
 BEFORE_RECONSTRUCTION: dict[str, dict[str, Any]] = {"sparsefw": dict(steps=12, refit=2)}
 
 

@@ -104,7 +104,7 @@ def solve_layer(
             raise ValueError(f"{argument}: expected shape {tuple(shape)}, got {tuple(matrix.shape)}")
         if matrix.dtype != torch.float32:
             raise TypeError(f"{argument}: expected fp32, got {matrix.dtype}")
-    # What is left to a reconstruction otherwise is made here.
+    # No reconstruction makes up for fewer steps here.
     config = (config or PruneConfig()).replace(reconstruct=0)
     pruned = W.detach().clone()
     masks: list[Tensor] = []

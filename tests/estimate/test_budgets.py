@@ -37,7 +37,7 @@ RUNS = {
     "predictions": (
         dict(hidden_size=256, intermediate_size=512, vocab_size=60000), [*ONE_SHOT, "magnitude", "--reconstruct", "1"],
     ),
-    # Those of a window are compared where the loss is measured, and of a part of it in a step.
+    # The loss compares predictions of a window, and a step those of a part of it.
     "predictions of a part": (
         dict(hidden_size=256, intermediate_size=512, vocab_size=40000),
         ["--nsamples", "4", "--seqlen", "512", "--method", "magnitude", "--reconstruct", "1"],

@@ -375,8 +375,7 @@ class TestSelection:
         grams = [
             [x for x in operations(plan, plan.shape.blocks[0]) if x.name == "gram_accumulate"] for plan in (every, some)
         ]
-        # Half of the experts' second matrices.
-        assert grams[1][-1].cost.flops == grams[0][-1].cost.flops / 2
+        assert grams[1][-1].cost.flops == grams[0][-1].cost.flops / 2  # half of the experts' second matrices
         assert [x.cost for x in grams[1][:-1]] == [x.cost for x in grams[0][:-1]]
 
 

@@ -8,10 +8,12 @@ from helpers.families import save_model
 from helpers.planning import SEQLEN, make_config, planned
 
 from sparsefw.estimate import rates, totals
+from sparsefw.estimate.flops import head, operations
 from sparsefw.estimate.memory import disk_space
 from sparsefw.estimate.operation import Operation
 from sparsefw.estimate.rates import Rates
 from sparsefw.kernels.cost import Cost
+from sparsefw.model import predictions
 
 
 @pytest.fixture
@@ -34,6 +36,18 @@ def test_nothing_but_the_work(plan):
     by_phase = totals.phase_seconds(plan, speed)
     assert sum(by_phase.values()) == pytest.approx(flops / 1e3)
     assert by_phase["solve"] == pytest.approx(totals.phases(plan)["solve"]["run"]["flops"] / 1e3)
+
+
+def test_a_block_is_not_the_last_one_which_has_more_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(predictions, "LEAST", 1)
+    source = save_model(tmp_path / "model", "llama", num_hidden_layers=3)
+    plan = planned(source, make_config(method="wanda", reconstruct=1), 6)
+    first, _, last = (
+        sum(x.cost.flops for x in operations(plan, block) if x.phase == "reconstruct") for block in plan.shape.blocks
+    )
+    found = totals.phases(plan)["reconstruct"]
+    assert found["block"]["flops"] == first < last
+    assert found["run"]["flops"] == 2 * first + last + sum(x.cost.flops for x in head(plan))
 
 
 def test_the_disk_beside_the_work(plan):

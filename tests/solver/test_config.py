@@ -52,7 +52,7 @@ class TestDefaults:
             (dict(reconstruct=1, steps=5), (5, 2)),
             (dict(target="layer"), (12, 2)),
             (dict(compare=("wanda",)), (12, 2)),
-            # What is reconstructed is not sparsefw's.
+            # The run reconstructs Wanda's blocks.
             (dict(method="wanda", reconstruct=2, compare=("sparsefw",)), (24, 4)),
             (dict(refit=0, reconstruct=2), (40, 0)),
             (dict(preset="fast", reconstruct=2), (3, 4)),
