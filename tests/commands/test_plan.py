@@ -14,6 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from sparsefw import data
 from sparsefw.estimate import rates
 from sparsefw.inputs import DEFAULT_MODEL
+from sparsefw.model import predictions
 from sparsefw.plan import main
 
 LLAMA_70B = dict(
@@ -99,6 +100,16 @@ def test_several_gpus_and_machines(config, tmp_path, capsys):
     assert content["seconds"]["exchange"] > sent["seconds"]
     out = said(capsys, "--model", config, *SMALL, "--gpu", "h100", "--gpus", "2", "--link", "7")
     assert "transfers: at least 0.0000 hours, at 7 GB/s on a machine\n" in out
+
+
+def test_a_block_that_sends_is_not_the_last_one_which_has_more_steps(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(predictions, "LEAST", 1)
+    path = tmp_path / "plan.json"
+    said(capsys, "--model", config, *SMALL, "--gpu", "h100", "--gpus", "2", "--method", "wanda", "--reconstruct", "1",
+         "--json", path)  # fmt: skip
+    sent = json.loads(path.read_text())["traffic"]
+    # The last of three blocks sums its gradients twice as often, and all else once.
+    assert 3 * sent["block"]["sum"] < sent["run"]["sum"] < 4 * sent["block"]["sum"]
 
 
 def test_one_gpu_sends_nothing(config, tmp_path, capsys):
