@@ -149,9 +149,9 @@ def default_of(flag: str, condition: str, monkeypatch: pytest.MonkeyPatch) -> ob
     if flag == "--model":
         inputs = Inputs()
     windows = int(few[1]) - 1 if few else inputs.nsamples
-    config = config_for(inputs, options).for_calibration(windows * inputs.seqlen, windows)
+    config = config_for(inputs, options).for_calibration(windows, inputs.seqlen)
     if few:
-        enough = config_for(inputs, options).for_calibration((windows + 1) * inputs.seqlen, windows + 1)
+        enough = config_for(inputs, options).for_calibration(windows + 1, inputs.seqlen)
         assert getattr(enough, FIELDS[flag].name) == default_of(flag, "", monkeypatch)
     return getattr(inputs if hasattr(inputs, FIELDS[flag].name) else config, FIELDS[flag].name)
 

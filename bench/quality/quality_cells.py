@@ -110,7 +110,7 @@ def resolved(flags: Sequence[str], nsamples: int = NSAMPLES) -> dict:
     A switch that is off and a number that is 0 are left out unless they are Frank-Wolfe's. So a cell that was made
     before there was such a setting is still the same cell.
     """
-    config = config_of(flags).for_calibration(nsamples * SEQLEN, nsamples)
+    config = config_of(flags).for_calibration(nsamples, SEQLEN)
     names = ["method"]
     for f in _fields_of(config.method):
         value = getattr(config, f.name)

@@ -22,7 +22,7 @@ from sparsefw.driver.reporting import report_of
 from sparsefw.driver.tasks import Asked, questions_of, task_samples
 from sparsefw.driver.texts import tokenized_texts
 from sparsefw.errors import InputError
-from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place, steps_of_reconstruction
+from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place
 from sparsefw.evaluation.request import digest_of
 from sparsefw.flags import flag_of
 from sparsefw.model import BlockModel, Placement, StreamedModel, shape_of
@@ -81,7 +81,7 @@ def carry_out(
     """
     if prepared.calibration.n < ranks.count:
         raise InputError(f"--nsamples {prepared.calibration.n}: {ranks.count} ranks, and each needs a window")
-    job = replace(job, config=prepared.workload.config)
+    wanted, job = job.config.reconstruct, replace(job, config=prepared.workload.config)
     ranks.agree(_identity(job, prepared, ranks) | {"--output": str(job.output.folder.resolve())})
     placement, _ = _place(job, prepared)
     chosen = {"batch": placement.batch, "solver": placement.solver}
@@ -95,8 +95,8 @@ def carry_out(
         writer.check_space(needed - written)
         of_batches = isinstance(prepared.calibration, Batches)
         say(log.placement_line(placement, needs, prepared.limits, of_batches))
-        if job.config.reconstruct and not steps_of_reconstruction(prepared.workload, placement):
-            say("note: no block is reconstructed: that takes two micro-batches on every rank, one of them to hold out")
+        if wanted and not job.config.reconstruct:
+            say("note: no block is reconstructed: that takes two calibration windows on every rank, one to hold out")
         say(log.layer_header())
         with (
             tqdm(total=len(model.blocks), unit="block", disable=None if progress else True) as bar,

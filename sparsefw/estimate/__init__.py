@@ -3,7 +3,6 @@
 from sparsefw.estimate.describe import describe
 from sparsefw.estimate.limits import first_that_fits, memory_limits
 from sparsefw.estimate.memory import MemoryNeeds, disk_space, memory_needs
-from sparsefw.estimate.passes import steps_of_reconstruction
 from sparsefw.estimate.placing import place
 from sparsefw.estimate.workload import Workload
 
@@ -16,5 +15,4 @@ __all__ = [
     "memory_limits",
     "memory_needs",
     "place",
-    "steps_of_reconstruction",
 ]

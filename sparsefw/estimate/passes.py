@@ -67,7 +67,7 @@ def _passes_of_reconstruction(block: BlockShape, workload: Workload, placement: 
     if not config.uses_dense_target:
         # The dense block moves its windows on.
         yield Pass("reconstruct", windows, 0, whole, moves=True)
-    if block.layers and steps_of_reconstruction(workload, placement):
+    if block.layers:
         held = held_out(workload, placement, config.method)
         for _ in range(config.reconstruct * _times(block, workload)):
             yield Pass("reconstruct", windows - held, 0, whole, differentiated=True)
@@ -81,16 +81,13 @@ def _times(block: BlockShape, workload: Workload) -> int:
 
 
 def steps_of_block(block: BlockShape, workload: Workload, placement: Placement) -> int:
-    """The steps that all ranks make in a block with layers; 0 where one of them has nothing to hold out."""
+    """The steps that all ranks make in a block with layers."""
     return _times(block, workload) * steps_of_reconstruction(workload, placement)
 
 
 def steps_of_reconstruction(workload: Workload, placement: Placement) -> int:
     """As `steps_of_block`, of a block before the last one."""
-    fewest, most = workload.windows // workload.ranks, workload.windows_of_rank
-    if not all(split_batches(-(-fewest // placement.batch))):
-        return 0
-    learned, _ = split_batches(-(-most // placement.batch))
+    learned, _ = split_batches(-(-workload.windows_of_rank // placement.batch))
     return workload.config.reconstruct * len(learned)
 
 
@@ -101,7 +98,7 @@ def fits_predictions(shape: ModelShape, config: PruneConfig) -> bool:
 
 def predicted_tokens(shape: ModelShape, workload: Workload, placement: Placement) -> tuple[list[int], list[int]]:
     """The tokens of each call of the head by which a rank fits the last block, and of each way back through it."""
-    if not fits_predictions(shape, workload.config) or not steps_of_reconstruction(workload, placement):
+    if not fits_predictions(shape, workload.config):
         return [], []
     seqlen, held = workload.seqlen, held_out(workload, placement, workload.config.method)
     passes_of_last = times_the_passes(seqlen) * workload.config.reconstruct
@@ -114,7 +111,7 @@ def predicted_tokens(shape: ModelShape, workload: Workload, placement: Placement
 
 def held_out(workload: Workload, placement: Placement, method: str) -> int:
     """The windows of a rank that a method fits nothing to."""
-    if method != workload.config.method or not steps_of_reconstruction(workload, placement):
+    if method != workload.config.method or not workload.config.reconstruct:
         return 0
     windows, batch = workload.windows_of_rank, placement.batch
     _, batches = split_batches(-(-windows // batch))

@@ -52,7 +52,7 @@ class Workload:
     predicted: int = 0
 
     def __post_init__(self) -> None:
-        set_field(self, "config", self.config.for_calibration(self.windows * self.seqlen, self.windows_of_rank))
+        set_field(self, "config", self.config.for_calibration(self.windows, self.seqlen, self.ranks))
 
     @property
     def requests_of_rank(self) -> tuple[tuple[int, int, bool], ...]:

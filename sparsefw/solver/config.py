@@ -38,6 +38,8 @@ FEW_TOKENS, MOST_DAMP = 32_500, 0.4
 DAMP_BEFORE_RECONSTRUCTION = 1.6
 # Passes of a reconstruction from so many windows on: over so many, one makes as many steps as two over half of them.
 MANY_WINDOWS, PASSES_OF_MANY = 128, 1
+# Windows that a reconstruction takes of every rank: one to fit weights to, and one to hold out.
+LEAST_WINDOWS = 2
 # Further defaults of each preset: with a refit of the kept weights, and without one, where the mask is final.
 WITH_REFIT: dict[str, dict[str, Any]] = {
     "sparsefw": dict(steps=24, penalty=0.7, rounds=3, swaps=0, target="dense", damp=0.1, reconstruct=2),
@@ -205,19 +207,36 @@ class PruneConfig:
         """The same config with other values of some fields; defaults that depend on them are found anew."""
         return type(self)(**(self.given | changes))
 
-    def for_calibration(self, tokens: int, windows: int) -> "PruneConfig":
+    def for_calibration(self, windows: int, seqlen: int, ranks: int = 1) -> "PruneConfig":
         """The config of a run with this calibration: passes of a reconstruction and damping, if they are not given.
 
         Args:
-            tokens: calibration tokens.
-            windows: the most calibration windows that one rank has.
+            windows, seqlen: calibration windows, and the tokens of each.
+            ranks: ranks that share the windows.
+
+        Raises:
+            InputError: a reconstruction is asked for, and a rank has too few windows for it.
         """
         changes: dict[str, Any] = {}
-        if self.reconstruct and "reconstruct" not in self.given and windows >= MANY_WINDOWS:
-            changes["reconstruct"] = PASSES_OF_MANY
+        if self.reconstruct:
+            changes["reconstruct"] = self._passes_for(windows, ranks)
         if "damp" not in self.given and self.refit and "sparsefw" in self.methods:
-            changes["damp"] = round(self._damp_for(tokens), 2)
+            changes["damp"] = round(self.replace(**changes)._damp_for(windows * seqlen), 2)
         return self.replace(**changes)
+
+    def _passes_for(self, windows: int, ranks: int) -> int:
+        """Passes of a reconstruction over calibration windows that ranks share."""
+        fewest, most = windows // ranks, -(-windows // ranks)
+        if "reconstruct" in self.given:
+            if fewest < LEAST_WINDOWS:
+                raise InputError(
+                    f"--reconstruct {self.reconstruct}: takes {LEAST_WINDOWS} calibration windows or batches on every "
+                    f"rank, one of them to hold out, and one rank has {fewest}; give more, or --reconstruct 0"
+                )
+            return self.reconstruct
+        if fewest < LEAST_WINDOWS:
+            return 0
+        return PASSES_OF_MANY if most >= MANY_WINDOWS else self.reconstruct
 
     def _damp_for(self, tokens: int) -> float:
         if self.reconstruct and self.method == "sparsefw":

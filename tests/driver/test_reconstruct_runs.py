@@ -194,11 +194,19 @@ def test_gradients_of_experts_are_those_of_their_slices(mixture, tmp_path, monke
 
 @pytest.mark.parametrize(("windows", "said"), [(1, True), (2, False)])
 def test_one_window_is_too_few_and_the_log_says_so(windows, said, llama, tmp_path, capsys):
-    report, _ = run(llama, tmp_path / "out", "--method", "wanda", "--reconstruct", "1", "--nsamples", str(windows))
+    report, _ = run(llama, tmp_path / "out", "--nsamples", str(windows))
     assert all((block.reconstruction is None) == said for block in report.blocks)
+    assert (report.arguments["reconstruct"] == 0) == said
     assert (
-        "note: no block is reconstructed: that takes two micro-batches on every rank" in capsys.readouterr().out
+        "note: no block is reconstructed: that takes two calibration windows on every rank" in capsys.readouterr().out
     ) == said
+
+
+def test_one_window_is_refused_where_a_reconstruction_is_asked_for(llama, tmp_path, capsys):
+    asked = ["--method", "wanda", "--reconstruct", "1", "--nsamples", "1"]
+    assert main([*flags_of(llama, tmp_path / "out"), *asked]) == 2
+    assert "--reconstruct 1: takes 2 calibration windows or batches on every rank" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
