@@ -13,6 +13,7 @@ from sparsefw import InputError, prune
 from sparsefw.data import batches_of
 from sparsefw.model import embed_batches, resident
 from sparsefw.model.activations import DeviceActivations, FiledActivations
+from sparsefw.report import read_report
 
 NAME = "batches given in Python"
 QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
@@ -193,6 +194,21 @@ class TestManners:
         result = prune(model, calibration=both, evaluate=both, **QUICK)
         assert result.perplexity[NAME]["sparsefw"] == pytest.approx(plain_perplexity(model, both), rel=1e-5)
         assert result.report.data.seqlen == 48
+
+    def test_a_loss_that_is_no_likelihood(self, tmp_path):
+        """exp of it may be more than a float holds. What was pruned is not lost for that."""
+        model, batches = drawn("vit")
+        forward = model.forward
+
+        def with_large_loss(**given):
+            out = forward(**given)
+            out.loss = torch.tensor(1e4)
+            return out
+
+        model.forward = with_large_loss
+        result = prune(model, calibration=batches, evaluate=batches, output=tmp_path / "out", **QUICK)
+        assert result.perplexity[NAME] == {"dense": math.inf, "sparsefw": math.inf}
+        assert read_report(tmp_path / "out" / "report.json").evaluation[0].perplexity["dense"] == math.inf
 
     def test_nothing_changes_if_it_fails(self):
         model, batches = drawn("vit")

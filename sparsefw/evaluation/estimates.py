@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsefw.model.head import exp
 from sparsefw.report.tasks import Difference
 
 
@@ -70,12 +71,12 @@ def mean(values: Mapping[int, Any]) -> Estimate | None:
 
 def perplexity(values: Mapping[int, Any]) -> Estimate | None:
     """exp of minus the mean of a log-likelihood for each document."""
-    return _function(mean(values), lambda r: _exp(-r), lambda r: -_exp(-r))
+    return _function(mean(values), lambda r: exp(-r), lambda r: -exp(-r))
 
 
 def weighted_perplexity(values: Mapping[int, Any]) -> Estimate | None:
     """exp(-L / W), for a log-likelihood and a number of tokens, words or bytes of each document."""
-    return _function(_ratio(values), lambda r: _exp(-r), lambda r: -_exp(-r))
+    return _function(_ratio(values), lambda r: exp(-r), lambda r: -exp(-r))
 
 
 def bits_per_byte(values: Mapping[int, Any]) -> Estimate | None:
@@ -106,11 +107,6 @@ def estimate_of(value: float, values: Mapping[int, Any], aggregation: str | None
         if found is not None and same(found.value, value):
             return found
     return None
-
-
-def _exp(x: float) -> float:
-    with np.errstate(over="ignore"):
-        return float(np.exp(x))
 
 
 def _ratio(values: Mapping[int, Any]) -> Estimate | None:

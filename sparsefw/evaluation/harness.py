@@ -9,7 +9,6 @@ import difflib
 import logging
 import math
 import os
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from sparsefw.data.hub import failures
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.evaluation.encoding import LOGLIKELIHOOD, ROLLING, Answer, Question
 from sparsefw.evaluation.randomness import Randomness, kept_randomness, randomness
+from sparsefw.model.head import exp
 
 # The tasks of the paper, by the harness's names. The paper says "seven EleutherAI zero-shot tasks" and no more. These
 # are the seven of Wanda, whose masks it starts from, and of most papers on pruning since: Sun et al., "A Simple and
@@ -45,9 +45,6 @@ LOGGERS = ("lm_eval", "datasets", "evaluate", "huggingface_hub", "fsspec")
 
 # The harness's switch against processes of its own.
 IN_ONE_PROCESS = "DISABLE_MULTIPROC"
-
-# math.exp overflows beyond it.
-LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 # Names in a message, at most.
 NAMED = 5
@@ -323,9 +320,7 @@ class _Math:
     def __getattr__(self, name: str) -> Any:
         return getattr(math, name)
 
-    @staticmethod
-    def exp(x: float) -> float:
-        return math.exp(x) if x < LARGEST_EXPONENT else math.inf
+    exp = staticmethod(exp)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Logits, loss and perplexity after the last block, through the model's own final norm, head and caps."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -12,6 +13,9 @@ from sparsefw.model.block_model import BlockModel
 from sparsefw.model.forward import run_behind_blocks
 from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.ranks import ALONE, Ranks
+
+# math.exp overflows beyond it.
+LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 def perplexity(states: HiddenStates, ids: Tensor, ranks: Ranks = ALONE) -> float:
@@ -39,7 +43,12 @@ def perplexity(states: HiddenStates, ids: Tensor, ranks: Ranks = ALONE) -> float
 def _exp_of_mean(total: float, count: int, ranks: Ranks) -> float:
     """exp of the mean of numbers of which every rank has some."""
     sums = ranks.gather((total, count))
-    return math.exp(sum(total for total, _ in sums) / sum(count for _, count in sums))
+    return exp(sum(total for total, _ in sums) / sum(count for _, count in sums))
+
+
+def exp(x: float) -> float:
+    """exp(x), and infinity where a float has no room for it."""
+    return math.inf if x > LARGEST_EXPONENT else math.exp(x)
 
 
 @torch.no_grad()
