@@ -195,6 +195,18 @@ class TestManners:
         assert result.perplexity[NAME]["sparsefw"] == pytest.approx(plain_perplexity(model, both), rel=1e-5)
         assert result.report.data.seqlen == 48
 
+    def test_weights_in_another_order_in_memory(self, tmp_path):
+        """The result is that of the usual order, and the report says how the matrices are stored."""
+        (model, batches), (turned, _) = drawn("diffusion"), drawn("diffusion")
+        for module in turned.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(module.weight.detach().T.clone().T)
+        settings = QUICK | {"reconstruct": 2}
+        one, other = (prune(m, calibration=batches, **settings) for m in (model, turned))
+        assert not any(layer.transposed for layer in (*one.layers, *other.layers))
+        for name, tensor in turned.state_dict().items():
+            torch.testing.assert_close(tensor, model.state_dict()[name])
+
     def test_a_loss_that_is_no_likelihood(self, tmp_path):
         """exp of it may be more than a float holds. What was pruned is not lost for that."""
         model, batches = drawn("vit")

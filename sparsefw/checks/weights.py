@@ -4,6 +4,7 @@ One block of the written model and the same block of the source are in memory at
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import TypeVar
@@ -18,13 +19,16 @@ from sparsefw.checks.shared import share_out
 from sparsefw.checks.verdict import Check, Verdict, Zeros
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel
-from sparsefw.model.layers import kind_of, not_pruned, slices_of
+from sparsefw.model.layers import not_pruned, slices_of
 from sparsefw.ranks import Ranks, balanced, shares
 from sparsefw.solver import LayerResult
 from sparsefw.solver.selection import without_index
 
 # Integers as wide as the values. Read as integers, a NaN equals itself, and -0.0 differs from 0.0.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# The numbers in a layer's name: its block's, and an expert's.
+_NUMBER = re.compile(r"\[\d+\]|(?<=\.)\d+(?=\.)")
 
 Result = TypeVar("Result")
 
@@ -246,7 +250,7 @@ def check_layer(
     W = after.T if layer.transposed else after
     _check_pattern(verdict.checks["pattern"], claims, layer, W)
     zeros = int((W == 0).sum().item())
-    verdict.zeros[kind_of(layer.name)].add(Zeros(layers=1, weights=W.numel(), zeros=zeros))
+    verdict.zeros[_NUMBER.sub("*", layer.name)].add(Zeros(layers=1, weights=W.numel(), zeros=zeros))
     compared = [check for name in ("zeros", "kept") if not (check := verdict.checks[name]).skipped]
     before = (sources or {}).get(layer.name)
     for check in compared:

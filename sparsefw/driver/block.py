@@ -6,7 +6,7 @@ pruned in stages: the inputs of later layers are measured after earlier ones are
 
 import math
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
@@ -25,6 +25,7 @@ from sparsefw.model.layers import (
     Pair,
     Stage,
     capture,
+    experts_of,
     kind_of,
     measure,
     not_pruned,
@@ -159,7 +160,7 @@ def _is_kept(run: Run, stage: Stage) -> bool:
 def _solve(run: Run, i: int, captured: Captured, method: str) -> Iterator[LayerResult]:
     """Prune the layers that were measured, those of one input at a time. Their matrices leave memory one by one."""
     timeline, ranks = run.model.timeline, run.ranks
-    solves, results = find_solves(captured, method, run.config, ranks), dict[str, LayerResult]()
+    solves, results = find_solves(run.model.blocks[i], captured, method, run.config, ranks), dict[str, LayerResult]()
     if not ranks.alone:
         with timeline.span("exchange", i):
             add_up(captured, solves, ranks, run.backend)
@@ -195,7 +196,10 @@ def _solve_one(run: Run, i: int, captured: Captured, method: str, solve: Solve) 
         crosses=[captured.crosses.pop(layer.name, None) for layer in solve.layers],
         ranks=ranks,
     )
-    return {layer.name: result for layer, result in zip(solve.layers, results, strict=True)}
+    return {
+        layer.name: replace(result, transposed=layer.transposed)
+        for layer, result in zip(solve.layers, results, strict=True)
+    }
 
 
 def kept_dense(model: BlockModel, i: int, pruned: list[LayerResult]) -> list[str]:
@@ -227,7 +231,8 @@ def _selected_layers(run: Run, i: int) -> list[str]:
 def find_stages(run: Run, i: int, states: HiddenStates) -> list[Stage]:
     """The stages of block i, which is open. The first micro-batch shows them; none if no layer is to be pruned."""
     # It may not reach the experts that are selected: others of their kind stand for them.
-    kinds = {kind_of(layer) for layer in _selected_layers(run, i)}
+    experts = experts_of(run.model.blocks[i])
+    kinds = {kind_of(layer, experts) for layer in _selected_layers(run, i)}
     if not kinds:
         return []
     with run.model.timeline.span("calibrate", i):
@@ -236,7 +241,7 @@ def find_stages(run: Run, i: int, states: HiddenStates) -> list[Stage]:
             run.model.blocks[i],
             lambda hidden: states.call(i, 0, hidden, inputs=inputs),
             states.hidden[0],
-            lambda name: kind_of(name) in kinds,
+            lambda name: kind_of(name, experts) in kinds,
             handed_on=partial(states.handed_on, i, inputs),
             confirmed=run.confirmed,
         )
@@ -283,7 +288,8 @@ def _check_known(run: Run, i: int, unselected: Iterable[str]) -> None:
     """Refuse a block that multiplies with other matrices than it did without weights: they would stay dense unsaid."""
     dense, block = run.model.shared.names, run.model.names[i]
     others = [name for name in unselected if f"{block}.{name}" not in dense]
-    unknown = [name for name in others if run.seen and kind_of(name) not in run.seen[i]]
+    experts = experts_of(run.model.blocks[i])
+    unknown = [name for name in others if run.seen and kind_of(name, experts) not in run.seen[i]]
     if unknown:
         raise InputError(f"{block}.{unknown[0]}: unsupported model: the block multiplies with it for some tokens only")
 

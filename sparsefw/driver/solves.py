@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsefw.errors import InputError
 from sparsefw.kernels.backend import Backend
-from sparsefw.model.layers import Captured, Layer, is_expert, layer_of
+from sparsefw.model.layers import Captured, Layer, experts_of, is_expert, layer_of
 from sparsefw.ranks import Handle, Ranks, balanced
 from sparsefw.solver import LayerResult, PruneConfig, cost_of_solve, rows_by_rank
 
@@ -41,8 +41,8 @@ class Solve:
         return cost_of_solve(sum(len(layer.weight) for layer in self.layers), self.layers[0].weight.shape[1])
 
 
-def find_solves(captured: Captured, method: str, config: PruneConfig, ranks: Ranks) -> list[Solve]:
-    """The solves of all layers, in the order of the layers' use."""
+def find_solves(block: nn.Module, captured: Captured, method: str, config: PruneConfig, ranks: Ranks) -> list[Solve]:
+    """The solves of all layers of a block, in the order of the layers' use."""
     together = [
         [layer for layer in captured.layers if layer.gram == gram]
         for gram in dict.fromkeys(layer.gram for layer in captured.layers)
@@ -53,7 +53,8 @@ def find_solves(captured: Captured, method: str, config: PruneConfig, ranks: Ran
         together = [[layer] for layers in together for layer in layers]
     rows_shared = config.rows_shared(method)
     solves = [Solve(layers) for layers in together]
-    whole = [n for n, solve in enumerate(solves) if not rows_shared or is_expert(solve.gram)]
+    experts = experts_of(block)
+    whole = [n for n, solve in enumerate(solves) if not rows_shared or is_expert(solve.gram, experts)]
     for n, owner in zip(whole, balanced([solves[n].cost for n in whole], ranks.count), strict=True):
         solves[n] = Solve(solves[n].layers, owner)
     return solves
@@ -69,10 +70,11 @@ def combine(block: nn.Module, captured: Captured, ranks: Ranks) -> Captured:
     """
     if ranks.alone:
         return captured
+    experts = experts_of(block)
     seen = [dict(rows) for rows in ranks.gather([(x.name, _form_of(x, captured)) for x in captured.layers])]
     forms = {name: form for layers in seen for name, form in layers.items()}
     for name, form in forms.items():
-        if not is_expert(name) and any(layers.get(name) != form for layers in seen):
+        if not is_expert(name, experts) and any(layers.get(name) != form for layers in seen):
             raise InputError(f"{name}: unsupported model: windows on other ranks use it in another way")
     mine = {layer.name: layer for layer in captured.layers}
     layers = [
@@ -96,9 +98,8 @@ class _Form(NamedTuple):
 
 
 def _form_of(layer: Layer, captured: Captured) -> _Form:
-    cross, weight = captured.crosses.get(layer.name), layer.weight
-    rows, d = weight.shape
-    return _Form(layer.gram, cross.of if cross else None, (rows, d), weight.stride(0) < weight.stride(1))
+    cross, (rows, d) = captured.crosses.get(layer.name), layer.weight.shape
+    return _Form(layer.gram, cross.of if cross else None, (rows, d), layer.transposed)
 
 
 def add_up(captured: Captured, solves: list[Solve], ranks: Ranks, backend: Backend) -> None:

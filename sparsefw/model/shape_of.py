@@ -19,7 +19,16 @@ from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.extents import Between, Extent
 from sparsefw.model.hidden_states import HiddenStates, embed, embed_batches
-from sparsefw.model.layers import ArbitraryChoices, Layer, find_no_layers, kind_of, slices_of, survey
+from sparsefw.model.layers import (
+    ArbitraryChoices,
+    Layer,
+    experts_of,
+    find_no_layers,
+    is_expert,
+    kind_of,
+    slices_of,
+    survey,
+)
 from sparsefw.model.parts import INPUT
 from sparsefw.model.resident import ResidentModel
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
@@ -213,7 +222,7 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
     """
     block, inputs = states.model.blocks[i], states.inputs(i, 0)
     run = partial(states.call, i, 0, inputs=inputs)
-    parameters = dict(block.named_parameters())
+    parameters, experts = dict(block.named_parameters()), experts_of(block)
     look = partial(survey, block, run, states.hidden[0], handed_on=partial(states.handed_on, i, inputs))
     with ArbitraryChoices():
         no_layers = shared | find_no_layers(block, partial(run, states.hidden[0]))
@@ -230,13 +239,14 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
     for layer in surveyed.layers:
         rows, d = layer.weight.shape
         parameter = parameters[without_index(layer.name)]
-        count = parameter.numel() // (rows * d)
+        count, kind = parameter.numel() // (rows * d), kind_of(layer.name, experts)
+        alike = count if layer.name not in parameters else sum(kind_of(x, experts) == kind for x in parameters)
         shape = LayerShape(
-            name=kind_of(layer.name),
+            name=kind,
             rows=rows,
             d=d,
-            gram=kind_of(layer.gram),
-            experts=count if layer.name not in parameters else 0,
+            gram=kind_of(layer.gram, experts),
+            experts=alike if is_expert(layer.name, experts) else 0,
             role=surveyed.roles[layer.name],
             parts=count if layer.at_once else 1,
         )
@@ -245,8 +255,8 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
         raise InputError(f"{states.model.names[i]}: unsupported model: no matrix of this block was seen in a product")
     nbytes, shapes = sum(p.nbytes for p in parameters.values()), tuple(layers.values())
     names = tuple(name for name in _names_of_layers(block, layers) if may_be_layer(name))
-    seen = frozenset(map(kind_of, (*surveyed.roles, *surveyed.ignored)))
-    return BlockShape(nbytes, shapes, attention=surveyed.attention, seen=seen), names
+    seen = frozenset(kind_of(name, experts) for name in (*surveyed.roles, *surveyed.ignored))
+    return BlockShape(nbytes, shapes, attention=surveyed.attention, seen=seen, experts=experts), names
 
 
 def _cut_unevenly(layers: list[Layer]) -> set[str]:
@@ -259,10 +269,10 @@ def _cut_unevenly(layers: list[Layer]) -> set[str]:
 
 def _names_of_layers(block: nn.Module, kinds: dict[str, LayerShape]) -> tuple[str, ...]:
     """Names of all layers of these kinds, with the experts that no token has reached."""
-    by_kind: dict[str, list[str]] = {kind: [] for kind in kinds}
+    experts, by_kind = experts_of(block), {kind: list[str]() for kind in kinds}
     for name, parameter in block.named_parameters():
-        stacked = kinds.get(kind_of(f"{name}[0]"))
+        stacked = kinds.get(kind_of(f"{name}[0]", experts))
         for layer in slices_of(name, parameter, stacked.rows * stacked.d if stacked else None) or [name]:
-            if kind_of(layer) in by_kind:
-                by_kind[kind_of(layer)].append(layer)
+            if (kind := kind_of(layer, experts)) in by_kind:
+                by_kind[kind].append(layer)
     return tuple(layer for layers in by_kind.values() for layer in layers)

@@ -42,6 +42,7 @@ class BlockShape:
         attention: number of `all_layers` that are used before attention is.
         seen: names of all matrices that were seen in products, layers or not, without an expert's index.
         predicts: whether next tokens are predicted from what it puts out: the last block of a language model.
+        experts: names of modules that may be experts, see `experts_of`.
     """
 
     nbytes: int
@@ -50,6 +51,7 @@ class BlockShape:
     attention: int = 0
     seen: frozenset[str] = frozenset()
     predicts: bool = False
+    experts: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.all_layers:
@@ -134,7 +136,7 @@ class ModelShape:
             for block, layers in self.names_by_block
         )
         blocks = tuple(
-            _with_layers(shape, Counter(kind_of(layer) for layer in layers))
+            _with_layers(shape, Counter(kind_of(layer, shape.experts) for layer in layers))
             for shape, (_, layers) in zip(self.blocks, names, strict=True)
         )
         return replace(self, blocks=blocks, names_by_block=names)

@@ -204,8 +204,6 @@ def _result(stack: Stack, member: Member, sums: list[float], seconds: float) -> 
         relative_error=error / warm if warm else 1.0,
         gap=None if math.isnan(bound) else mask - bound,
         seconds=seconds * len(member.weight),
-        # Parameters are stored row by row, and the weight is a view of one.
-        transposed=member.weight.stride(0) < member.weight.stride(1),
     )
 
 

@@ -146,10 +146,11 @@ def test_ranks_reconstruct_together(family, count, config, windows, tmp_path, te
     assert [one.kept for one in reports[0].layers] == [one.kept for one in plain.layers]
 
 
-def test_a_rank_without_windows_to_hold_out_ends_the_reconstruction_of_all(tmp_path, text):
-    source, config = save_model(tmp_path / "model", "llama", num_hidden_layers=2), {"method": "wanda", "reconstruct": 2}
+def test_nothing_is_reconstructed_where_a_rank_has_one_window(tmp_path, text):
+    source, config = save_model(tmp_path / "model", "llama", num_hidden_layers=2), {"rounds": 0}
     reports = [report for report, _ in on_ranks(2, prune, source, tmp_path / "out", text, config, 3)]
     assert [rank.windows for rank in reports[0].ranks] == [1, 2]
+    assert [report.arguments["reconstruct"] for report in reports] == [0, 0]
     assert [block.reconstruction for report in reports for block in report.blocks] == [None] * 4
 
 

@@ -15,7 +15,7 @@ from sparsefw import checkpoint, prune
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.model import StreamedModel, embed
-from sparsefw.model.layers import capture, not_pruned
+from sparsefw.model.layers import capture, layer_of, not_pruned
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -115,9 +115,28 @@ def test_transposed_weights_are_seen_as_out_by_in():
     captured = capture(block, lambda j: block(x), [0], backend=TORCH)
     (layer,) = captured.layers
     assert layer.weight.shape == (12, 8)
+    assert layer.transposed
     torch.testing.assert_close(captured.grams["weight"], x.T @ x)
     layer.weight[3].zero_()
     assert not block.weight[:, 3].any()
+
+
+@pytest.mark.parametrize("out", [1, 8, 12])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_order_in_memory_is_not_the_order_of_the_axes(out, turned):
+    """A parameter may be a transposed tensor, as of a Conv1D that was made a Linear. A Linear still has (out, in)."""
+    blocks = nn.Linear(8, out, bias=False), Conv1D(out, 8)
+    if turned:
+        for block in blocks:
+            block.weight = nn.Parameter(block.weight.detach().T.clone().T)
+    x = torch.randn(5, 8)
+    found = [capture(block, lambda j, block=block: block(x), [0], backend=TORCH).layers[0] for block in blocks]
+    assert [layer.weight.shape for layer in found] == [(out, 8), (out, 8)]
+    assert [layer.transposed for layer in found] == [False, True]
+    for layer, block in zip(found, blocks, strict=True):
+        again = layer_of(block, "weight", "weight", (out, 8), layer.transposed)
+        assert again.weight.shape == layer.weight.shape
+        assert again.weight.data_ptr() == block.weight.data_ptr()
 
 
 def test_gram_matrices_are_mirrored_after_the_last_micro_batch():

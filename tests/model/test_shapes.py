@@ -88,7 +88,7 @@ def test_stages_of_a_selected_shape_are_those_of_the_block(family, left_out, tmp
         states, block = embed(model, TOKENS, 2), model.open(0)
         found = survey(block, functools.partial(states.call, 0, 0), states.hidden[0], lambda name: left_out not in name)
     keys = list(dict.fromkeys(layer.gram for layer in some.blocks[0].layers))
-    assert keys == [kind_of(stage.key) for stage in stages(found)]
+    assert keys == [kind_of(stage.key, found.experts) for stage in stages(found)]
     assert {layer.name: layer.role for layer in some.blocks[0].layers} == found.roles
 
 
@@ -103,7 +103,7 @@ def test_roles_are_those_that_calibration_finds(family, tmp_path):
         for i, block in enumerate(model.blocks):
             model.open(i)
             found = survey(block, functools.partial(states.call, i, 0), states.hidden[0], is_layer)
-            roles = {kind_of(name): role for name, role in found.roles.items()}
+            roles = {kind_of(name, found.experts): role for name, role in found.roles.items()}
             assert {layer.name: layer.role for layer in blocks[i].layers} == roles
             assert blocks[i].attention == found.attention
             states.advance(i)

@@ -109,9 +109,10 @@ def described(pair):
     found = surveyed(pair)
     cuts, lines = [0, *(cut.call for cut in found.cuts)], []
     for stage in stages(found):
-        layers = [layer for layer in found.layers if kind_of(layer.gram) == stage.key]
+        layers = [layer for layer in found.layers if kind_of(layer.gram, found.experts) == stage.key]
         ways = {found.roles[layer.name].way for layer in layers}
-        kinds = dict.fromkeys(kind_of(layer.name).removesuffix(".weight").split(".")[-1] for layer in layers)
+        names = [kind_of(layer.name, found.experts).removesuffix(".weight") for layer in layers]
+        kinds = dict.fromkeys(name.split(".")[-1] for name in names)
         line = [*kinds, *ways, str(cuts.index(stage.start.call))]
         line += [stage.input.function or "block"] if stage.input else []
         line += ["kept"] * stage.keepable + (["to", str(cuts.index(stage.behind.call))] if stage.behind else [])
@@ -139,7 +140,7 @@ class TestStages:
             for stage, after in zip(order, [*order[1:], None], strict=True)
         ]
         for stage in order:
-            layers = [layer.name for layer in found.layers if kind_of(layer.gram) == stage.key]
+            layers = [layer.name for layer in found.layers if kind_of(layer.gram, found.experts) == stage.key]
             assert stage.last == (None if "*" in stage.key else layers[-1])
             if stage.input is None:
                 assert stage.layers == ()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.kernels.backend import Backend
-from sparsefw.model.layers.names import Layer, is_expert
+from sparsefw.model.layers.names import Layer, experts_of, is_expert
 from sparsefw.model.layers.stage import Stage
 from sparsefw.model.layers.watch import Selector, Watch, everything
 from sparsefw.solver.target import Cross
@@ -97,7 +97,8 @@ def capture(
         watch.through(partial(run, j))
         if dense:
             add_crosses(dense(j))
-    idle = {name for name, G in grams.items() if is_expert(name) and not G.diagonal().any()}
+    experts = experts_of(block)
+    idle = {name for name, G in grams.items() if is_expert(name, experts) and not G.diagonal().any()}
     layers = [layer for layer in watch.layers.values() if layer.gram not in idle]
     grams = {name: backend.mirror_lower(G) for name, G in grams.items() if name not in idle}
     return Captured(layers, grams, crosses, watch.ignored)

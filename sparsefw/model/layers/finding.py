@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.errors import InputError
-from sparsefw.model.layers.names import Layer, is_expert, kind_of
+from sparsefw.model.layers.names import Layer, experts_of, is_expert, kind_of
 from sparsefw.model.layers.outputs import Outputs
 from sparsefw.model.layers.stage import UNKNOWN_ROLE, Role, Stage, Write, first_segments, is_watched
 from sparsefw.model.layers.trace import Trace
@@ -35,6 +35,7 @@ class Survey:
         writes: the layers that write to the stream.
         attention: number of layers that are used before attention is.
         ignored: names of the layers that were seen and not selected.
+        experts: see `experts_of`.
     """
 
     layers: list[Layer]
@@ -44,6 +45,7 @@ class Survey:
     writes: dict[str, Write]
     attention: int = 0
     ignored: tuple[str, ...] = ()
+    experts: frozenset[str] = frozenset()
 
 
 def survey(
@@ -78,7 +80,7 @@ def survey(
         watch.through(run_traced)
     trace.end((hidden_of(returned[0]), handed_on(returned[0])))
     found = _roles(list(watch.layers.values()), trace, watch.outputs, hidden_of(returned[0]))
-    found = replace(found, ignored=tuple(watch.ignored))
+    found = replace(found, ignored=tuple(watch.ignored), experts=experts_of(block))
     watch.outputs.clear()
     known = {} if confirmed is None else confirmed
     signature = (*trace.signature, *found.cuts, *found.roles.items())
@@ -96,7 +98,7 @@ def _roles(layers: list[Layer], trace: Trace, outputs: Outputs, output: Tensor) 
         call = trace.call_of(layer.name)
         segment = sum(cut.call < call for cut in cuts)
         stream = cuts[segment - 1] if segment else INPUT
-        made = None if is_expert(layer.name) else trace.input_of(layer.name)
+        made = None if is_expert(layer.name, trace.experts) else trace.input_of(layer.name)
         if made is None:
             roles[layer.name] = Role(segment)
             continue
@@ -141,7 +143,7 @@ def stages(surveyed: Survey) -> list[Stage]:
     """The stages of a block in the order of use."""
     by_key: dict[str, list[Layer]] = {}
     for layer in surveyed.layers:
-        by_key.setdefault(kind_of(layer.gram), []).append(layer)
+        by_key.setdefault(kind_of(layer.gram, surveyed.experts), []).append(layer)
     roles = [[surveyed.roles[layer.name] for layer in layers] for layers in by_key.values()]
     segments = first_segments(roles)
     found = []

@@ -4,13 +4,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor, nn
 
 from sparsefw.solver.selection import without_index
 
-# The part of a layer's name that tells experts apart: the index of a slice, or of a module in a list.
-_EXPERT_INDEX = re.compile(r"\[\d+\]|(?<=\.)\d+(?=\.)")
+# The index of a slice of a parameter.
+_SLICE = re.compile(r"\[\d+\]")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Layer:
         gram: name of the Gram matrix of its input, which is the name of the first layer that reads this input.
         bias: (out,) added to the product, the block's own parameter; None: nothing is.
         at_once: whether it is an expert that is multiplied in one call with the others.
+        transposed: whether the columns of the weight are the rows of what is stored.
     """
 
     name: str
@@ -30,16 +32,43 @@ class Layer:
     gram: str
     bias: Tensor | None = None
     at_once: bool = False
+    transposed: bool = False
 
 
-def kind_of(name: str) -> str:
-    """A layer's name without an expert's index: the same for all experts."""
-    return _EXPERT_INDEX.sub("*", name)
+def experts_of(block: nn.Module) -> frozenset[str]:
+    """Names of the modules in a block that may be experts: numbered, and one of several that are alike.
+
+    Modules are alike if their parameters have the same names. Those of an `nn.Sequential` are no experts: every token
+    goes through all of them. Nor are parts of a block that are just numbered, as the attention and the MLP of T5.
+    """
+    experts: set[str] = set()
+    for name, module in block.named_modules():
+        if type(module).forward is nn.Sequential.forward:
+            continue
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for index, child in module.named_children():
+            parameters = tuple(key for key, _ in child.named_parameters(remove_duplicate=False))
+            if index.isdecimal() and parameters:
+                alike.setdefault(parameters, []).append(f"{name}.{index}".lstrip("."))
+        experts.update(child for children in alike.values() if len(children) > 1 for child in children)
+    return frozenset(experts)
 
 
-def is_expert(name: str) -> bool:
-    """Whether a layer belongs to an expert, which sees only some of the tokens."""
-    return kind_of(name) != name
+def kind_of(name: str, experts: frozenset[str]) -> str:
+    """A layer's name without an expert's index: the same for all experts.
+
+    Args:
+        name: the layer's name inside its block.
+        experts: see `experts_of`.
+    """
+    parts = _SLICE.sub("*", name).split(".")
+    starts = accumulate(parts, "{}.{}".format)
+    return ".".join("*" if start in experts else part for part, start in zip(parts, starts, strict=True))
+
+
+def is_expert(name: str, experts: frozenset[str]) -> bool:
+    """Whether a layer belongs to an expert, which sees only some of the tokens. Arguments as for `kind_of`."""
+    return kind_of(name, experts) != name
 
 
 def not_pruned(block: nn.Module, layers: Mapping[str, int]) -> list[str]:
@@ -88,13 +117,18 @@ def layer_of(block: nn.Module, name: str, gram: str, shape: tuple[int, int], tra
     if name != base:
         stacked = matrix if matrix.dim() == 3 else matrix.unflatten(0, (matrix.numel() // math.prod(shape), -1))
         matrix = stacked[int(name[len(base) + 1 : -1])]
-    return Layer(name, matrix.T if transposed else matrix, gram)
+    return Layer(name, matrix.T if transposed else matrix, gram, transposed=transposed)
 
 
 class WeightNames:
-    """Finds the name of a weight by its memory: it is one of the block's parameters, or a slice of a stacked one."""
+    """Finds the name of a weight by its memory: it is one of the block's parameters, or a slice of a stacked one.
+
+    Attributes:
+        experts: see `experts_of`.
+    """
 
     def __init__(self, block: nn.Module) -> None:
+        self.experts = experts_of(block)
         self._by_storage: dict[int, list[tuple[Tensor, str]]] = {}
         for name, parameter in block.named_parameters():
             if parameter.dim() in (2, 3):
@@ -108,10 +142,15 @@ class WeightNames:
 
     def find(self, matrix: Tensor) -> str | None:
         """The name of a matrix; None if it is not the block's, or a part that is no slice of one of its matrices."""
+        name, _ = self.locate(matrix)
+        return name
+
+    def locate(self, matrix: Tensor) -> tuple[str | None, bool]:
+        """The name of a matrix as `find` tells it, and whether the matrix is the transpose of what is stored."""
         for parameter, name in self._by_storage.get(matrix.untyped_storage().data_ptr(), ()):
             offset, layout = int(matrix.storage_offset()) - int(parameter.storage_offset()), _layout(matrix)
             if parameter.dim() == 2 and not offset and layout == _layout(parameter):
-                return name
+                return name, _is_transposed(matrix, parameter)
             stacked = parameter
             if parameter.dim() == 2 and parameter.is_contiguous() and matrix.numel() > 0:
                 # Slices of some rows each.
@@ -121,10 +160,19 @@ class WeightNames:
             if stacked.dim() == 3:
                 index, rest = divmod(offset, stacked.stride(0))
                 if not rest and 0 <= index < len(stacked) and layout == _layout(stacked[index]):
-                    return f"{name}[{index}]"
-        return None
+                    return f"{name}[{index}]", _is_transposed(matrix, stacked[index])
+        return None, False
 
 
 def _layout(matrix: Tensor) -> list[tuple[int, int]]:
     """Steps in memory and sizes of the axes, whatever their order."""
-    return sorted((step, size) for step, size in zip(matrix.stride(), matrix.shape, strict=True) if size > 1)
+    return sorted(_axes(matrix))
+
+
+def _is_transposed(matrix: Tensor, stored: Tensor) -> bool:
+    """Whether a view of what is stored has its axes in the other order."""
+    return matrix.shape != stored.shape or _axes(matrix) != _axes(stored)
+
+
+def _axes(matrix: Tensor) -> list[tuple[int, int]]:
+    return [(step, size) for step, size in zip(matrix.stride(), matrix.shape, strict=True) if size > 1]

@@ -49,9 +49,13 @@ class Outputs:
     not just pass it on, such as a norm, it is not followed into later sums: they depend on the layer's output by
     another way, too, and are not the layer's to repair. Outputs of experts are not recorded: an expert sees other
     tokens in the dense model.
+
+    Args:
+        experts: see `experts_of`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, experts: frozenset[str]) -> None:
+        self._experts = experts
         # By layer: the tensor, and how often it had been written to when it was recorded.
         self._inputs: dict[str, tuple[Tensor, int]] = {}
         self._outputs: dict[str, tuple[Tensor, int]] = {}
@@ -74,7 +78,7 @@ class Outputs:
 
     def add_output(self, layers: tuple[str, ...], out: Tensor) -> None:
         """Record a tensor as the output of layers, in addition to those whose output it is already."""
-        layers = tuple(layer for layer in layers if not is_expert(layer))
+        layers = tuple(layer for layer in layers if not is_expert(layer, self._experts))
         _, others = self._layers_of.get(id(out), (out, ()))
         self._layers_of[id(out)] = (out, tuple(dict.fromkeys((*others, *layers))))
         for layer in layers:

@@ -96,13 +96,14 @@ class Progress:
     Args:
         stage: None watches the whole block.
         run_on: after the stage, let the micro-batch run on unwatched instead of ending its forward.
+        experts: see `experts_of`.
 
     Attributes:
         over: whether the rest of the block goes unwatched.
     """
 
-    def __init__(self, stage: Stage | None, run_on: bool) -> None:
-        self._stage, self._run_on = stage, run_on
+    def __init__(self, stage: Stage | None, run_on: bool, experts: frozenset[str]) -> None:
+        self._stage, self._run_on, self._experts = stage, run_on, experts
         self.restart()
 
     def restart(self) -> None:
@@ -118,7 +119,7 @@ class Progress:
         Raises:
             StageIsOver: the stage is complete, and this layer reads another input.
         """
-        if self._stage is None or self._stage.key == kind_of(gram):
+        if self._stage is None or self._stage.key == kind_of(gram, self._experts):
             return True
         if self._complete and not self._stage.final:
             if not self._run_on:

@@ -55,12 +55,14 @@ class Trace(NumberedCalls):
     Attributes:
         uses: the calls that multiply with a layer, selected or not.
         attention: number of the first call that mixes tokens by attention; None if there is none.
+        experts: see `experts_of`.
         signature: function and form of the output of every call. Equal signatures mean equal traces.
     """
 
     def __init__(self, block: nn.Module, hidden: Tensor) -> None:
         super().__init__()
         self._names = WeightNames(block)
+        self.experts = self._names.experts
         self._form = hidden.shape, hidden.dtype
         self._points = [INPUT]
         # By a tensor's id: the tensor, the call that made it, and how often it had been written to then.
@@ -156,7 +158,7 @@ class Trace(NumberedCalls):
         """
         if self._first_value is not None and self._first_value <= point.call:
             return True
-        return any(is_expert(use.layer) and use.call <= point.call for use in self.uses)
+        return any(is_expert(use.layer, self.experts) and use.call <= point.call for use in self.uses)
 
     def _note_made(self, x: Tensor, call: int) -> None:
         known = self._made.get(id(x))

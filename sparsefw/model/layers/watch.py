@@ -70,12 +70,12 @@ class Watch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._names, self._selected, self._take_input = WeightNames(block), functools.cache(selected), take_input
-        self._progress, self._record_outputs = Progress(stage, run_on), record_outputs
+        self._progress, self._record_outputs = Progress(stage, run_on, self._names.experts), record_outputs
         self.layers: dict[str, Layer] = {}
         self._ignored: dict[str, None] = {}
         # Inputs that layers of the micro-batch have read, by the tensor's id and how it is read.
         self._inputs: dict[tuple[int, Reading], _Input] = {}
-        self.outputs = Outputs()
+        self.outputs = Outputs(self._names.experts)
 
     @property
     def ignored(self) -> list[str]:
@@ -134,9 +134,10 @@ class Watch(TorchFunctionMode):
         if not layer_input.taken:
             layer_input.taken = True
             self._take_input(layer_input.gram, reading.rows(X))
-        layer = self.layers.setdefault(
-            name, Layer(name, product.weight, layer_input.gram, product.bias, product.at_once)
-        )
+        if name not in self.layers:
+            _, transposed = self._names.locate(product.weight)
+            self.layers[name] = Layer(name, product.weight, layer_input.gram, product.bias, product.at_once, transposed)
+        layer = self.layers[name]
         if layer.gram != layer_input.gram:
             raise InputError(
                 f"{name}: unsupported model: shared its input with {layer.gram}, later with {layer_input.gram}"
