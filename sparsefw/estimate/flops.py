@@ -77,8 +77,7 @@ def _forward(run: PlannedRun, block: BlockShape, windows_pass: Pass) -> Iterator
     batches, tokens = -(-windows_pass.windows // run.placement.batch), windows_pass.windows * seqlen
     for n in range(windows_pass.first, windows_pass.end):
         layer, products = block.all_layers[n], _products(block, n) if windows_pass.differentiated else 1
-        per_token = run.traits.experts_per_token if layer.experts and layer.parts == 1 else layer.parts
-        reached = products * tokens * per_token
+        reached = products * tokens * _inputs_per_token(run, block, layer)
         # A micro-batch of few tokens reaches few experts.
         calls = min(products * batches * max(1, layer.experts), reached)
         cost_of = partial(_weight_product, rows=layer.rows, d=layer.d, itemsize=itemsize)
@@ -125,8 +124,9 @@ def _grams(run: PlannedRun, block: BlockShape, method: str) -> Iterator[Operatio
     tokens, batches = _calibration(run, method)
     for stage in stages(block.layers):
         experts = stage[0].experts
-        per_token = stage[0].parts if stage[0].parts > 1 else run.traits.experts_per_token
-        reached = tokens * per_token * experts // _experts(block, stage[0]) if experts else tokens
+        reached = tokens * _inputs_per_token(run, block, stage[0])
+        if experts:
+            reached = reached * experts // _experts(block, stage[0])
         calls = min(batches * max(1, experts), reached)
         cost_of = partial(cost.gram_accumulate, d=stage[0].d, X=run.shape.itemsize)
         yield Operation("calibrate", "gram_accumulate", run.gram_unit, calls, split(cost_of, reached, calls))
@@ -156,6 +156,13 @@ def _calibration(run: PlannedRun, method: str) -> tuple[int, int]:
     measured = windows - held_out(run.workload, run.placement, method)
     # The last micro-batch, which may be smaller, may be one of those that are held out.
     return measured * run.workload.seqlen, -(-measured // batch)
+
+
+def _inputs_per_token(run: PlannedRun, block: BlockShape, layer: LayerShape) -> int:
+    """The inputs that a layer has for a token; an expert's layer: those of all experts, pruned or not."""
+    experts = _experts(block, layer)
+    # Every token goes through both of two parts that are alike.
+    return min(experts, run.traits.experts_per_token) if experts and layer.parts == 1 else layer.parts
 
 
 def _experts(block: BlockShape, layer: LayerShape) -> int:
