@@ -158,6 +158,7 @@ class Fit:
         states, dense: the windows before the block in the pruned model, and behind it in the dense one.
         learned, held_out: numbers of the micro-batches to learn from, and of the others.
         tokens: the tokens of each micro-batch, where predictions are compared; None: hidden states are.
+        reached: numbers of the micro-batches whose loss had gradients so far.
         varies: the operation whose result may be another in another run, if the block has one.
     """
 
@@ -168,6 +169,7 @@ class Fit:
     learned: list[int]
     held_out: list[int]
     tokens: list[Tensor] | None = None
+    reached: set[int] = field(default_factory=set)
     varies: list[str] = field(default_factory=list)
 
     @torch.no_grad()
@@ -179,7 +181,11 @@ class Fit:
         return sum(loss for loss, _ in gathered) / sum(tokens for _, tokens in gathered)
 
     def round(self, weights: KeptWeights, steps: int, before: float) -> float:
-        """Make all steps of a round; returns the loss then. If it is not less than before, the weights are put back."""
+        """Make all steps of a round; returns the loss then. If it is not less than before, the weights are put back.
+
+        Raises:
+            InputError: on all ranks; no micro-batch of any of them has gradients.
+        """
         for step in range(steps):
             # Windows were drawn at random: no other order is needed.
             of_pass, n = divmod(step, len(self.learned))
@@ -187,6 +193,9 @@ class Fit:
             for handle in [self.run.ranks.sum(gradient) for gradient in weights.gradients()]:
                 handle.wait()
             weights.step()
+        if not any(self.run.ranks.gather(bool(self.reached))):
+            name = self.run.model.names[self.number]
+            raise InputError(f"{name}: unsupported model: its output has no gradients; use --reconstruct 0")
         after = self.loss()
         if not after < before:
             weights.put_back()
@@ -212,7 +221,8 @@ class Fit:
     def add_gradients(self, j: int, of_pass: int, parameters: list[nn.Parameter]) -> None:
         """Add the gradients of the loss of micro-batch j in pass `of_pass` of a round.
 
-        They are the same bits in every run, unless torch has no such algorithm for an operation of the block.
+        They are the same bits in every run, unless torch has no such algorithm for an operation of the block. There are
+        none where the micro-batch reaches no pruned weight.
         """
         if not self.varies:
             try:
@@ -239,7 +249,9 @@ class Fit:
                 # By entry: in half precision, gradients of the mean over all entries would be too small.
                 loss = loss * shape[-1]
             if not loss.requires_grad:
-                raise InputError(f"{name}: unsupported model: its output has no gradients; use --reconstruct 0")
+                # A mixture may send all tokens to experts that are not pruned.
+                return
+            self.reached.add(j)
             try:
                 with explained(kind, name, model.given):
                     # Those of a caller's model outside of the blocks may ask for gradients, too.

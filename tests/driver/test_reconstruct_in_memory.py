@@ -1,18 +1,23 @@
 """A model in memory whose blocks are reconstructed, on a caller's batches."""
 
 import copy
+from collections.abc import Iterable
 
 import pytest
 import torch
+from helpers.ranks import on_ranks
 from helpers.reconstructed import no_loss
 from helpers.stacks import STACKS, drawn
 
-from sparsefw import prune
+from sparsefw import in_memory, prune
 from sparsefw.data import batches_of
+from sparsefw.driver import loop, reconstruct
 from sparsefw.errors import InputError
 from sparsefw.model import embed_batches, resident
 from sparsefw.model.activations import DeviceActivations
+from sparsefw.ranks import ALONE
 from sparsefw.report import HIDDEN, PREDICTIONS
+from sparsefw.solver import PruneConfig
 
 CPU = torch.device("cpu")
 
@@ -101,6 +106,22 @@ class TestModelInMemory:
             assert name.startswith(last) or torch.equal(a, b)
 
 
+NO_GRADIENTS = r"^blocks\.0: unsupported model: its output has no gradients; use --reconstruct 0$"
+# No output is written.
+PLACES = dict(overwrite=False, restart=False, gpu_memory=None, host_memory=None)
+
+
+class _Stack(torch.nn.Module):
+    def __init__(self, blocks: Iterable[torch.nn.Module]) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 class _NoGradients(torch.nn.Module):
     """A block that can only be run forwards."""
 
@@ -129,29 +150,85 @@ class _OneWay(torch.autograd.Function):
 @pytest.mark.parametrize(
     ("fails", "message"),
     [
-        (False, r"^0: unsupported model: its output has no gradients; use --reconstruct 0$"),
-        (True, r"^0: unsupported model: no gradients go through it: .*only forwards.*; use --reconstruct 0$"),
+        (False, NO_GRADIENTS),
+        (True, r"^blocks\.0: unsupported model: no gradients go through it: .*only forwards.*; use --reconstruct 0$"),
     ],
 )
 def test_blocks_without_gradients_are_refused_in_one_line(fails, message):
     torch.manual_seed(0)
-
-    class Stack(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = torch.nn.ModuleList(_NoGradients(fails) for _ in range(2))
-
-        def forward(self, x):
-            for block in self.blocks:
-                x = block(x)
-            return x
-
-    model, batches = Stack().eval(), [torch.randn(2, 4, 8) for _ in range(3)]
+    model, batches = _Stack(_NoGradients(fails) for _ in range(2)).eval(), [torch.randn(2, 4, 8) for _ in range(3)]
     options = dict(method="wanda", kernel="torch", sparsity="0.5")
     before = copy.deepcopy(model)
-    with pytest.raises(InputError, match=message.replace("0", r"blocks\.0", 1)) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         prune(model, calibration=batches, reconstruct=1, **options)
     assert len(str(caught.value).splitlines()) == 1
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     prune(model, calibration=batches, reconstruct=0, **options)
+
+
+class _Mixture(torch.nn.Module):
+    """A block whose experts take whole windows: that which the window's first entry says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = x[:, 0, 0].round().int() % 3
+        out = torch.zeros_like(x)
+        for n, expert in enumerate(self.experts):
+            if (chosen == n).any():
+                out[chosen == n] = expert(x[chosen == n]).tanh() / 4
+        # What chooses stays as it is.
+        out[:, 0, 0] = 0
+        return x + out
+
+
+def prune_mixtures(ranks, chosen):
+    """Prune two experts of three, on windows that reach these; what was found of each block, and the weights."""
+    torch.manual_seed(0)
+    model = _Stack(_Mixture() for _ in range(2)).eval()
+    # Much alike, so that what is learned from some is of use for others.
+    windows = torch.randn(1, 1, 6, 8) + 0.1 * torch.randn(len(chosen), 1, 6, 8)
+    windows[:, 0, 0, 0] = torch.tensor(chosen)
+    config = PruneConfig(
+        method="wanda",
+        kernel="torch",
+        precision="ieee",
+        sparsity="0.5",
+        include=("experts.0", "experts.1"),
+        reconstruct=8,
+    )
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        made = reconstruct.reconstruct
+        patch.setattr(loop, "reconstruct", lambda *args: found.append(made(*args)) or found[-1])
+        in_memory.prune_on_batches(model, [*windows], None, config, None, PLACES, lambda line: None, False, ranks)
+    return found, [parameter.detach() for parameter in model.parameters()]
+
+
+def test_a_micro_batch_that_reaches_no_pruned_weight_has_zero_gradients():
+    found, _ = prune_mixtures(ALONE, [2, 0, 1, 2, 0, 1, 0, 1])
+    assert [x.steps for x in found] == [8 * 7] * 2
+    assert all(x.after < x.before for x in found)
+
+
+def test_a_rank_that_reaches_no_pruned_weight_learns_from_the_others():
+    (found, weights), (other, same) = on_ranks(2, prune_mixtures, [2, 2, 2, 2, 0, 1, 0, 1])
+    assert found == other
+    assert [x.steps for x in found] == [8 * 3] * 2
+    assert all(x.after < x.before for x in found)
+    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+
+
+def refused(ranks):
+    model, batches = _Stack([_NoGradients(fails=False)]).eval(), [*torch.randn(4, 2, 4, 8)]
+    config = PruneConfig(method="wanda", kernel="torch", sparsity="0.5", reconstruct=1)
+    with pytest.raises(InputError, match=NO_GRADIENTS) as caught:
+        in_memory.prune_on_batches(model, batches, None, config, None, PLACES, lambda line: None, False, ranks)
+    return str(caught.value)
+
+
+def test_all_ranks_refuse_a_block_that_none_of_them_has_gradients_for():
+    assert len(set(on_ranks(2, refused))) == 1
