@@ -68,7 +68,14 @@ def test_block(benchmark, model, config, tmp_path):
             streamed,
             Writer(tmp_path / "pruned", len(streamed.blocks) + len(streamed.pieces), overwrite=True) as writer,
         ):
-            run = Run(streamed, config, config.backend, placement.solver, frozenset(shape.layer_names))
+            run = Run(
+                streamed,
+                config,
+                config.backend,
+                placement.solver,
+                frozenset(shape.layer_names),
+                predicts=shape.blocks[-1].predicts,
+            )
             outcomes.append(prune_model(run, Windows(ids, "random", ""), [], writer, placement))
             writer.finish(source.folder)
 

@@ -53,6 +53,7 @@ class Run:
         ranks: the processes of the run, each with its share of the windows.
         evidence: what was read of the checkpoint; None: the model is in memory.
         confirmed: what is known of running blocks in parts, see `layers.survey`.
+        predicts: whether next tokens are predicted from what the last block puts out, see `BlockShape`.
     """
 
     model: BlockModel
@@ -65,6 +66,7 @@ class Run:
     ranks: Ranks = ALONE
     evidence: Evidence | None = None
     confirmed: Confirmed = field(default_factory=dict)
+    predicts: bool = False
 
 
 @dataclass

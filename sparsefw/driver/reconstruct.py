@@ -9,8 +9,8 @@ on these are put back. As long as a round of passes lowers the loss there by muc
 need far more steps than others, such as the one that gives the first token its large hidden state.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -67,9 +67,7 @@ def reconstruct(
     """
     if not results or not parts.held_out or not states.goes_on(i):
         return None
-    last = ids is not None and i == len(run.model.blocks) - 1
-    with run.model.outside() if last else nullcontext():
-        tokens = list(ids.split(states.windows)) if ids is not None and last and predicts(states, ids) else None
+    with _predicted(run, i, states, ids) as tokens:
         # Ranks have about as many micro-batches; those with fewer begin again.
         steps = run.config.reconstruct * parts.most
         if tokens:
@@ -111,6 +109,21 @@ def make_parts(run: Run, states: HiddenStates) -> Parts:
     if not run.config.reconstruct or not all(all(count) for count in counts):
         learned, held_out = [*range(len(states))], []
     return Parts(learned, held_out, max(count for count, _ in counts))
+
+
+@contextmanager
+def _predicted(run: Run, i: int, states: HiddenStates, ids: Tensor | None) -> Iterator[list[Tensor] | None]:
+    """The tokens of each micro-batch, if predictions are compared behind block i; what makes them is in memory then.
+
+    The model's shape says where there are predictions, as plans have it. The windows of all ranks have to agree: ranks
+    make the same steps.
+    """
+    if ids is not None and run.predicts and i == len(run.model.blocks) - 1:
+        with run.model.outside():
+            if all(run.ranks.gather(predicts(states, ids))):
+                yield list(ids.split(states.windows))
+                return
+    yield None
 
 
 def _rounds(fit: "Fit", results: Sequence[LayerResult], steps: int) -> list[float]:

@@ -113,6 +113,7 @@ def carry_out(
                     tuple(block.seen for block in prepared.shape.blocks),
                     ranks,
                     prepared.evidence,
+                    predicts=prepared.shape.blocks[-1].predicts,
                 ),
                 prepared.calibration,
                 prepared.evaluation,

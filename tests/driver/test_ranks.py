@@ -6,21 +6,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.families import save_model
-from helpers.ranks import on_ranks
+from helpers.ranks import on_ranks, prune
 from safetensors.torch import load_file, save_file
 
 from sparsefw import in_memory
-from sparsefw.driver import CheckpointJob, Output, loop, reconstruct, run_job
+from sparsefw.driver import loop
 from sparsefw.driver.reconstruct import Fit
 from sparsefw.errors import InputError
-from sparsefw.inputs import Inputs
 from sparsefw.model.placement import split_batches
 from sparsefw.ranks import ALONE, LostRankError
 from sparsefw.solver import PruneConfig
 from sparsefw.solver.kept_weights import KeptWeights
 
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
-SEQLEN = 24
 
 # The default with few steps.
 QUICK = {"steps": 3, "rounds": 0, "refit": 1, "reconstruct": 0}
@@ -31,19 +29,6 @@ def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return str(path)
-
-
-def prune(ranks, source, output, text, config, windows=10, eval_windows=7, **places):
-    """Prune a checkpoint; returns the report, and the lines of the log."""
-    inputs = Inputs(
-        model=str(source), dataset=text, nsamples=windows, seqlen=SEQLEN, evaluate=(text,), eval_windows=eval_windows
-    )
-    config = PruneConfig(**dict(kernel="torch", precision="ieee") | config)
-    lines = []
-    job = CheckpointJob(inputs, config, Output(output, **places), source)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reconstruct, "MOST_ROUNDS", 1)
-        return run_job(job, lines.append, False, ranks), lines
 
 
 def weights(folder):

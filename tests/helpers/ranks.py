@@ -9,10 +9,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from sparsefw.driver import CheckpointJob, Output, reconstruct, run_job
+from sparsefw.inputs import Inputs
 from sparsefw.ranks import Ranks
+from sparsefw.report import Report
+from sparsefw.solver import PruneConfig
+
+# Tokens of a window of `prune`.
+SEQLEN = 24
 
 
 def on_ranks(count: int, do: Callable[..., Any], *args: Any) -> list[Any]:
@@ -37,6 +45,28 @@ def on_ranks(count: int, do: Callable[..., Any], *args: Any) -> list[Any]:
     failures.sort(key=lambda failure: "LostRankError" in failure)
     assert not failures, failures[0]
     return [result for _, result in results]
+
+
+def prune(
+    ranks: Ranks,
+    source: Path,
+    output: Path,
+    text: str,
+    config: dict[str, Any],
+    windows: int = 10,
+    eval_windows: int = 7,
+    **places: Any,
+) -> tuple[Report, list[str]]:
+    """Prune a checkpoint, with one round of a reconstruction; returns the report, and the lines of the log."""
+    inputs = Inputs(
+        model=str(source), dataset=text, nsamples=windows, seqlen=SEQLEN, evaluate=(text,), eval_windows=eval_windows
+    )
+    config = PruneConfig(**dict(kernel="torch", precision="ieee") | config)
+    lines: list[str] = []
+    job = CheckpointJob(inputs, config, Output(output, **places), source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruct, "MOST_ROUNDS", 1)
+        return run_job(job, lines.append, False, ranks), lines
 
 
 def _be(folder: Path, number: int, count: int, do: Callable[..., Any], args: tuple[Any, ...]) -> None:

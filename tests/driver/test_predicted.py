@@ -1,0 +1,94 @@
+"""Where the last block is fitted to predictions: where plans have it, if the data agree, and on all ranks alike."""
+
+import pytest
+from helpers.ranks import on_ranks, prune
+from helpers.reconstructed import SEQLEN, WINDOWS, make_place, run
+
+from sparsefw.checkpoint import inspect
+from sparsefw.driver import reconstruct
+from sparsefw.driver.reconstruct import Fit
+from sparsefw.estimate import Workload
+from sparsefw.estimate.passes import steps_of_block
+from sparsefw.model import Placement, predictions, shape_of
+from sparsefw.report import HIDDEN, PREDICTIONS
+from sparsefw.solver import PruneConfig
+
+pytestmark = pytest.mark.usefixtures("constants")
+
+FLAGS = ["--method", "wanda", "--reconstruct", "2"]
+
+
+class Watched:
+    """What is seen of reconstructions.
+
+    Attributes:
+        fits: the blocks that are fitted.
+        asked: for each time that the data are asked whether they show predictions, their answer.
+        beside_head: numbers of the blocks that are fitted while the embeddings are in memory.
+    """
+
+    def __init__(self, patch, answer=None):
+        self.fits, self.asked, self.beside_head = [], [], []
+        make_round, predicts = Fit.round, reconstruct.predicts
+
+        def watched_round(fit, *args):
+            self.fits.append(fit)
+            if not fit.run.model.model.get_input_embeddings().weight.is_meta:
+                self.beside_head.append(fit.number)
+            return make_round(fit, *args)
+
+        def watched_predicts(*args):
+            self.asked.append(predicts(*args) if answer is None else answer)
+            return self.asked[-1]
+
+        patch.setattr(Fit, "round", watched_round)
+        patch.setattr(reconstruct, "predicts", watched_predicts)
+        # More steps where there are predictions.
+        patch.setattr(predictions, "LEAST", SEQLEN // predictions.EVERY)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "predicts"),
+    [
+        ("llama", {}, True),
+        # Behind the last block more is read than its hidden states: what blocks hand on, or the embeddings.
+        ("gemma4_text", {}, False),
+        ("inkling2_text", {"n_layers_per_attn_res_block": 8}, False),
+    ],
+)
+def test_a_run_predicts_where_its_plan_does(family, changes, predicts, tmp_path, monkeypatch):
+    folder, seen = make_place(tmp_path, family, **changes), Watched(monkeypatch)
+    report, _ = run(folder, tmp_path / "out", *FLAGS)
+    shape, config = shape_of(inspect(folder / "model")), PruneConfig(method="wanda", kernel="torch", reconstruct=2)
+    workload = Workload(WINDOWS, (), SEQLEN, config, gpu=False, threads=1)
+    planned = [steps_of_block(block, workload, Placement(1)) for block in shape.blocks]
+    assert [block.reconstruction.steps for block in report.blocks] == planned
+    assert report.blocks[-1].reconstruction.loss == (PREDICTIONS if predicts else HIDDEN)
+    assert shape.blocks[-1].predicts is predicts
+    # Nothing is read for models that predict nothing: no plan counts it.
+    assert seen.asked == [True] * predicts
+    assert seen.beside_head == [len(planned) - 1] * predicts
+
+
+def test_data_that_show_no_predictions_let_the_head_go(llama, tmp_path, monkeypatch):
+    seen = Watched(monkeypatch, answer=False)
+    report, _ = run(llama, tmp_path / "out", *FLAGS)
+    assert [block.reconstruction.loss for block in report.blocks] == [HIDDEN] * 3
+    assert seen.asked == [False]
+    assert [fit.number for fit in seen.fits] == [0, 1, 2]
+    assert not seen.beside_head
+
+
+def fitted_to(ranks, answers, folder, output):
+    """What this rank fits each block to, where the windows of ranks answer this."""
+    with pytest.MonkeyPatch.context() as patch:
+        seen = Watched(patch, answers[ranks.number])
+        prune(ranks, folder / "model", output, str(folder / "text.txt"), {"method": "wanda", "reconstruct": 2})
+    return [PREDICTIONS if fit.tokens else HIDDEN for fit in seen.fits]
+
+
+@pytest.mark.parametrize("answers", [(True, True), (False, True), (True, False)], ids=str)
+def test_ranks_agree_on_what_the_last_block_is_fitted_to(answers, llama, tmp_path):
+    """Otherwise they would make different numbers of steps, and wait for each other."""
+    last = PREDICTIONS if all(answers) else HIDDEN
+    assert on_ranks(2, fitted_to, answers, llama, tmp_path / "out") == [[HIDDEN, HIDDEN, last]] * 2
