@@ -1,6 +1,7 @@
 """A run that several ranks share: what one process gives, but for rounding, and the same bytes every time."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sparsefw.driver.reconstruct import Fit
 from sparsefw.errors import InputError
 from sparsefw.model.placement import split_batches
 from sparsefw.ranks import ALONE, LostRankError
+from sparsefw.report import log
 from sparsefw.solver import PruneConfig
 from sparsefw.solver.kept_weights import KeptWeights
 
@@ -29,6 +31,31 @@ def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return str(path)
+
+
+def prune_watched(ranks, *args):
+    """`prune`; the report, which is that of rank 0, and the layers, losses and perplexities that this rank found."""
+    found = {"layers": [], "losses": [], "perplexities": []}
+
+    def watched(name, function):
+        def call(*args):
+            returned = function(*args)
+            found[name].append(returned)
+            return returned
+
+        return call
+
+    def row(layer):
+        # Where rows are shared out, each rank takes its own time for them.
+        found["layers"].append(replace(layer, seconds=0))
+        return ""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "layer_row", row)
+        patch.setattr(Fit, "loss", watched("losses", Fit.loss))
+        patch.setattr(loop, "_perplexity", watched("perplexities", loop._perplexity))
+        report, _ = prune(ranks, *args)
+    return report, found
 
 
 def weights(folder):
@@ -57,9 +84,10 @@ def differing(first, second):
 def test_masks_are_those_of_one_process(family, config, tmp_path, text):
     source = save_model(tmp_path / "model", family)
     alone, _ = prune(ALONE, source, tmp_path / "alone", text, config)
-    reports = [report for report, _ in on_ranks(3, prune, source, tmp_path / "three", text, config)]
-    assert reports[0] == reports[1] == reports[2]
-    report = reports[0]
+    (report, found), *others = on_ranks(3, prune_watched, source, tmp_path / "three", text, config)
+    assert all(other == found for _, other in others)
+    assert len(found["layers"]) == len(report.layers)
+    assert found["perplexities"] == [*report.evaluation[0].perplexity.values()]
     assert differing(weights(tmp_path / "alone"), weights(tmp_path / "three")) <= 1e-3
     assert [x.name for x in report.layers] == [x.name for x in alone.layers]
     for mine, theirs in zip(report.layers, alone.layers, strict=True):
@@ -114,12 +142,14 @@ def test_ranks_reconstruct_together(family, count, config, windows, tmp_path, te
     """All take the same steps, and measure the same losses, on the windows that each of them has held out."""
     source, config = save_model(tmp_path / "model", family, num_hidden_layers=2), config | {"reconstruct": 2}
     for name in ("first", "second"):
-        reports = [report for report, _ in on_ranks(count, prune, source, tmp_path / name, text, config, windows)]
-        assert all(report == reports[0] for report in reports)
+        (report, found), *others = on_ranks(count, prune_watched, source, tmp_path / name, text, config, windows)
+        assert all(other == found for _, other in others)
+        blocks = [block.reconstruction for block in report.blocks]
+        assert found["losses"] == [loss for block in blocks for loss in (block.before, block.after)]
     assert shards(tmp_path / "first") == shards(tmp_path / "second")
-    most = max(len(split_batches(rank.windows)[0]) for rank in reports[0].ranks)
-    assert [block.reconstruction.steps for block in reports[0].blocks] == [2 * most] * 2
-    assert not all(block.reconstruction.put_back for block in reports[0].blocks)
+    most = max(len(split_batches(rank.windows)[0]) for rank in report.ranks)
+    assert [block.steps for block in blocks] == [2 * most] * 2
+    assert not all(block.put_back for block in blocks)
     # Zeros stay: the masks of the first block are those before it is reconstructed.
     (plain, _), *_ = on_ranks(count, prune_only, source, tmp_path / "plain", text, config, windows)
     first, expected = (
@@ -128,7 +158,7 @@ def test_ranks_reconstruct_together(family, count, config, windows, tmp_path, te
     )
     assert differing(first, expected) == 0
     assert any(not torch.equal(first[name], expected[name]) for name in first)
-    assert [one.kept for one in reports[0].layers] == [one.kept for one in plain.layers]
+    assert [one.kept for one in report.layers] == [one.kept for one in plain.layers]
 
 
 def test_nothing_is_reconstructed_where_a_rank_has_one_window(tmp_path, text):
