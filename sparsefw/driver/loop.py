@@ -176,6 +176,8 @@ def _prune_blocks(
                 if written and writer.writes(shard):
                     written.result()
             record = record.measured(timeline.seconds(i), _peaks(run.ranks), dict(run.ranks.sent - sent))
+            # Each rank writes some of the records. All are those of rank 0, which reports runs that go through.
+            record = run.ranks.tell(record)
             if writer.writes(shard):
                 written = background.submit(_write, run, writer, shard, tensors, record)
                 if not placement.ahead:

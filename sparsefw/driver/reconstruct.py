@@ -74,6 +74,8 @@ def reconstruct(
             steps *= times_the_passes(tokens[0].shape[1])
         fit = Fit(run, i, states, dense, parts.learned, parts.held_out, tokens)
         losses = _rounds(fit, results, steps)
+        # Experts of one rank's windows may have an operation that no other rank has seen.
+        varies = dict.fromkeys(name for names in run.ranks.gather(fit.varies) for name in names)
     rounds = len(losses) - 1
     if rounds > 1 and not losses[-1] < losses[-2]:
         # The last round was put back, those before it were not.
@@ -84,7 +86,7 @@ def reconstruct(
         steps=rounds * steps,
         put_back=not losses[-1] < losses[0],
         loss=PREDICTIONS if tokens else HIDDEN,
-        varies=", ".join(fit.varies),
+        varies=", ".join(varies),
     )
 
 
@@ -172,7 +174,7 @@ class Fit:
         learned, held_out: numbers of the micro-batches to learn from, and of the others.
         tokens: the tokens of each micro-batch, where predictions are compared; None: hidden states are.
         reached: numbers of the micro-batches whose loss had gradients so far.
-        varies: the operation whose result may be another in another run, if the block has one.
+        varies: the operation whose result may be another in another run, if this rank has seen one in the block.
     """
 
     run: Run
