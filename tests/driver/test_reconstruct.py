@@ -1,6 +1,5 @@
 """The kept weights of a block are fitted together to the dense model's hidden states behind it."""
 
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -352,30 +351,3 @@ def test_gradients_are_those_of_finite_differences(tmp_path):
             assert weight.grad.view(-1)[n].item() == pytest.approx(difference, rel=1e-4, abs=1e-5 * scale), name
     others = [parameter for parameter in block.parameters() if all(parameter is not weight for weight in weights)]
     assert all(parameter.grad is None for parameter in others)
-
-
-@pytest.mark.parametrize(
-    ("found", "steps", "after", "put_back"),
-    [
-        # One that pays little is the last one.
-        ([0.98], 1, 0.98, False),
-        # Others follow as long as one pays, up to four.
-        ([0.9, 0.8, 0.79], 3, 0.79, False),
-        ([0.9, 0.8, 0.7, 0.6], 4, 0.6, False),
-        # A last one that has lost is put back, those before it stay.
-        ([0.9, 0.95], 2, 0.9, False),
-        ([1.5], 1, 1.5, True),
-        ([math.nan], 1, math.nan, True),
-    ],
-)
-def test_rounds_follow_each_other_as_long_as_they_pay(found, steps, after, put_back, llama, tmp_path, monkeypatch):
-    losses = iter(found)
-    monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 4)
-    monkeypatch.setattr(Fit, "loss", lambda self: 1.0)
-    monkeypatch.setattr(Fit, "round", lambda self, weights, steps, before: next(losses))
-    report, _ = run(llama, tmp_path / "out", "--method", "wanda", "--include", "layers.0", "--reconstruct", "1")
-    record = report.blocks[0].reconstruction
-    assert next(losses, None) is None
-    assert record.steps == steps * len(split_batches(WINDOWS)[0])
-    assert record.put_back is put_back
-    assert record.after == pytest.approx(after, nan_ok=True)
