@@ -5,7 +5,7 @@ time. Activations are held a micro-batch at a time where they are used, and of a
 machine without a GPU all of it is on the host. Of several ranks, all of this is what the one with the most takes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sparsefw import data
@@ -18,7 +18,7 @@ from sparsefw.estimate.forward_memory import (
 )
 from sparsefw.estimate.passes import cross_rows, fits_predictions, is_kept, stages
 from sparsefw.estimate.reconstruction_memory import prediction_bytes, reconstruction_bytes
-from sparsefw.estimate.sharing import grams_of_rank
+from sparsefw.estimate.sharing import Group, approximates_dense, grams_of_rank, groups
 from sparsefw.estimate.workload import Workload, largest_share
 from sparsefw.model import Placement
 from sparsefw.model.layers import first_segments, is_watched
@@ -254,40 +254,36 @@ def _other_blocks(shape: ModelShape, workload: Workload, placement: Placement) -
     return locked + written if placement.ahead else max(locked, written)
 
 
-def _gram_bytes(stage: list[LayerShape]) -> int:
+def _gram_bytes(stage: Sequence[LayerShape]) -> int:
     """Gram matrices of a stage: one, or one for each expert."""
     return 4 * stage[0].d ** 2 * max(1, stage[0].experts)
 
 
-def _cross_bytes(stage: list[LayerShape], workload: Workload) -> int:
+def _cross_bytes(stage: Sequence[LayerShape], config: PruneConfig, method: str) -> int:
     """Cross matrices of a stage."""
-    if not workload.config.uses_dense_target:
-        return 0
-    return sum(4 * rows * stage[0].d for rows in cross_rows(stage))
+    return sum(4 * rows * stage[0].d for rows in cross_rows(stage)) if approximates_dense(config, method) else 0
 
 
-def _groups(block: BlockShape, workload: Workload, kept: _Kept) -> Iterator[tuple[list[list[LayerShape]], int]]:
-    """The stages whose inputs are measured together, one by one or all of a block, and the bytes of kept inputs.
-
-    No group is empty.
-    """
-    of_block = stages(block.layers)
-    if workload.config.uses_dense_target:
-        yield from (([stage], size) for stage, size in zip(of_block, kept.by_stage(block), strict=True))
-    elif of_block:
-        yield of_block, 0
+def _groups(block: BlockShape, config: PruneConfig, kept: _Kept) -> Iterator[tuple[str, Group, int]]:
+    """For each method, the stages whose inputs are measured together, and the bytes of kept inputs."""
+    for method in config.methods:
+        found = groups(block, config, method)
+        sizes = kept.by_stage(block) if approximates_dense(config, method) else [0] * len(found)
+        for group, size in zip(found, sizes, strict=True):
+            yield method, group, size
 
 
 def _calibration_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int, kept: _Kept) -> int:
     """Gram and cross matrices, and the inputs and outputs that they are made of."""
-    dense = workload.config.uses_dense_target
+    config = workload.config
     peak = forward = forward_bytes(block, shape, workload.seqlen, tokens)
-    if dense:
+    if config.uses_dense_target:
         # All stages are watched at once to find them.
         watched = sum(stage[0].d * stage[0].parts + sum(x.rows for x in stage) for stage in stages(block.layers))
         peak += tokens * watched * shape.itemsize
-    for group, kept_bytes in _groups(block, workload, kept):
-        matrices = sum(_gram_bytes(stage) + _cross_bytes(stage, workload) for stage in group)
+    for method, group, kept_bytes in _groups(block, config, kept):
+        dense = approximates_dense(config, method)
+        matrices = sum(_gram_bytes(stage) + _cross_bytes(stage, config, method) for stage in group)
         d, rows = max(stage[0].d for stage in group), max(layer.rows for stage in group for layer in stage)
         held = tokens * shape.itemsize * sum(_held(stage, shape, dense) for stage in group)
         # Operands are made of them while the rest of the block runs, or afterwards. On a CPU both are in fp32.
@@ -296,7 +292,7 @@ def _calibration_bytes(block: BlockShape, shape: ModelShape, workload: Workload,
     return peak
 
 
-def _held(stage: list[LayerShape], shape: ModelShape, dense: bool) -> int:
+def _held(stage: Sequence[LayerShape], shape: ModelShape, dense: bool) -> int:
     """Entries a token that are held beside a block's forward: inputs and outputs of a stage, and their gaps."""
     d = stage[0].d
     if not dense or stage[0].experts:
@@ -310,61 +306,60 @@ def _held(stage: list[LayerShape], shape: ModelShape, dense: bool) -> int:
 
 def _solve_bytes(block: BlockShape, shape: ModelShape, workload: Workload, placement: Placement, kept: _Kept) -> int:
     """The matrices of the stages that were measured together, and the solve of one of these stages."""
-    peak = 0
-    for group, kept_bytes in _groups(block, workload, kept):
-        crosses = kept_bytes + sum(_cross_bytes(stage, workload) for stage in group)
+    peak, config = 0, workload.config
+    for method, group, kept_bytes in _groups(block, config, kept):
+        crosses = kept_bytes + sum(_cross_bytes(stage, config, method) for stage in group)
         waiting = crosses + sum(map(_gram_bytes, group))
         if workload.ranks > 1:
-            peak = max(peak, waiting + _exchange_bytes(group, shape, workload))
+            peak = max(peak, waiting + _exchange_bytes(group, shape, workload, method))
             # Those of other ranks leave memory when they are summed.
-            matrices = grams_of_rank(tuple(map(tuple, group)), workload.config, workload.ranks)
+            matrices = grams_of_rank(group, config, workload.ranks)
             waiting = crosses + sum(4 * stage[0].d ** 2 * n for stage, n in zip(group, matrices, strict=True))
         for stage in group:
-            peak = max(peak, waiting + _stage_bytes(stage, workload, placement))
+            peak = max(peak, waiting + _stage_bytes(stage, workload, placement, method))
     return peak
 
 
-def _exchange_bytes(group: list[list[LayerShape]], shape: ModelShape, workload: Workload) -> int:
+def _exchange_bytes(group: Group, shape: ModelShape, workload: Workload, method: str) -> int:
     """Buffers of what is sent: two panels of a Gram matrix, then the rows of a rank, or of an owner."""
     peak = 0
     for stage in group:
-        d, rows = stage[0].d, _rows_of_rank(stage, workload)
+        d, rows = stage[0].d, _rows_of_rank(stage, workload, method)
         panel = 4 * max(part.stop * (part.stop - part.start) for part in panels(d))
         peak = max(peak, 2 * panel, rows * d * shape.itemsize)
     return peak
 
 
-def _rows_of_rank(stage: list[LayerShape], workload: Workload) -> int:
+def _rows_of_rank(stage: Sequence[LayerShape], workload: Workload, method: str) -> int:
     """The most rows of a stage that a rank solves at once, padded."""
-    config = workload.config
     rows = -(-sum(layer.rows for layer in stage) // ROW_UNIT) * ROW_UNIT
-    if stage[0].experts or not all(map(config.rows_shared, config.methods)):
+    if stage[0].experts or not workload.config.rows_shared(method):
         return rows
     return largest_share(rows, workload.ranks, ROW_UNIT)
 
 
-def _stage_bytes(stage: list[LayerShape], workload: Workload, placement: Placement) -> int:
-    """The solve of a stage, beside its Gram matrix."""
+def _stage_bytes(stage: Sequence[LayerShape], workload: Workload, placement: Placement, method: str) -> int:
+    """The solve of a stage by a method, beside its Gram matrix."""
     config, d = workload.config, stage[0].d
-    rows = _rows_of_rank(stage, workload)
+    rows = _rows_of_rank(stage, workload, method)
     weight = 2 if workload.gpu else 4
     rounded = workload.gpu and config.precision == "bf16"
-    uses_damping = any(METHODS[method].uses_damping for method in config.methods)
+    uses_damping = METHODS[method].uses_damping
     damped = (2 if rounded and config.refit else 4) * d * d if uses_damping and (config.damp or rounded) else 0
     # Without a refit the damped matrix is rounded for each chunk.
     operand = 2 * d * d if rounded and not config.refit else 0
     # The Gram matrix as two bf16 terms, for exact products.
     terms = 4 * d * d if workload.gpu and config.precision in ("tf32", "bf16") else 0
     # Weights, and saliencies when the cross matrices have gone.
-    stacked = rows * d * weight + max(0, 4 * rows * d - _cross_bytes(stage, workload))
-    if config.target == "dense" and not config.refit:
+    stacked = rows * d * weight + max(0, 4 * rows * d - _cross_bytes(stage, config, method))
+    if approximates_dense(config, method) and not config.refit:
         # The gap between the weights and their targets.
         stacked += 4 * rows * d
     if config.keep_zeros:
         # The mask of weights that may be nonzero.
         stacked += rows * d
     state = _chunk_bytes(rows, d, workload, placement)
-    if "sparsegpt" in config.methods:
+    if method == "sparsegpt":
         # Decomposing and inverting the Gram matrix; weights and their mask.
         state = max(state, 12 * d * d + 5 * rows * d)
     return damped + operand + terms + stacked + state

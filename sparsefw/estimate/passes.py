@@ -1,6 +1,6 @@
 """How often the windows run through a block, and how far, in the order of the driver."""
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sparsefw.estimate.workload import Workload
@@ -168,7 +168,7 @@ def _passes_by_stage(block: BlockShape, windows: int, placement: Placement) -> G
     return pruned
 
 
-def cross_rows(stage: list[LayerShape]) -> list[int]:
+def cross_rows(stage: Sequence[LayerShape]) -> list[int]:
     """The rows of each cross matrix of a stage."""
     if stage[0].experts:
         return []

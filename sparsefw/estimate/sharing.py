@@ -32,10 +32,15 @@ class ShapeOfSolve:
         return cost_of_solve(sum(layer.rows for layer in self.layers), self.layers[0].d)
 
 
+def approximates_dense(config: PruneConfig, method: str) -> bool:
+    """Whether a method's layers approximate the dense model's outputs, see `target`; those of others do not."""
+    return config.uses_dense_target and method == "sparsefw"
+
+
 def groups(block: BlockShape, config: PruneConfig, method: str) -> list[Group]:
     """The stages of a block by what is measured at once: one by one, or all of them. No group is empty."""
     order = tuple(map(tuple, stages(block.layers)))
-    if config.uses_dense_target and method == "sparsefw":
+    if approximates_dense(config, method):
         return [(stage,) for stage in order]
     return [order] if order else []
 

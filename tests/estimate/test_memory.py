@@ -270,6 +270,35 @@ def test_blocks_without_layers(gpu, options):
     place(without_layers(shape, {0, 1}), workload, {"gpu": 80 * GIB, "host": 80 * GIB})
 
 
+MIXTURE = (
+    LayerShape("q", 1024, 1024, "q", role=Role(0, "reads")),
+    LayerShape("o", 1024, 1024, "o", role=Role(0, "writes", True)),
+    LayerShape("up", 768, 1024, "up", 16, Role(1, "reads")),
+    LayerShape("down", 1024, 768, "down", 16, Role(1, "reads")),
+)
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("mixture", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("compared", ["magnitude", "wanda", "sparsegpt"])
+def test_a_compared_method_takes_what_it_takes_alone(compared, ranks, mixture, gpu):
+    """It measures all layers of a block at once, also where those of sparsefw are measured by stages."""
+    shape = llama(1024, 4096, 2, vocabulary=16)
+    if mixture:
+        shape = replace(shape, blocks=(BlockShape(10**8, MIXTURE),) * 2)
+    both, first, second = (
+        memory_needs(shape, replace(work(gpu, windows=8, **options), ranks=ranks), Placement(2, "host")).phases
+        for options in (dict(compare=(compared,)), dict(method=compared), {})
+    )
+    # The weights of the dense block.
+    copy = int(1.05 * shape.blocks[0].nbytes)
+    on_device = 0 if gpu else 1
+    for phase in ("calibrate", "solve"):
+        assert both[phase][on_device] >= first[phase][on_device] + copy
+        assert both[phase][on_device] >= second[phase][on_device]
+
+
 def test_selected_layers_take_less():
     shape, workload = llama(1024, 4096, 2), work(gpu=False, refit=0)
     (block, _), few = shape.blocks, shape.blocks[0].layers[:4]
