@@ -16,7 +16,7 @@ from sparsefw.estimate.forward_memory import (
     outside_page_locked,
     page_locked_of_block,
 )
-from sparsefw.estimate.passes import cross_rows, fits_predictions, is_kept, stages
+from sparsefw.estimate.passes import cross_rows, fits_predictions, is_forked, is_kept, stages
 from sparsefw.estimate.reconstruction_memory import prediction_bytes, reconstruction_bytes
 from sparsefw.estimate.sharing import Group, approximates_dense, grams_of_rank, groups
 from sparsefw.estimate.workload import Workload, largest_share
@@ -155,13 +155,8 @@ def _texts(workload: Workload) -> list[tuple[int, int]]:
     methods = len(workload.config.methods)
     config = workload.config
     # A reconstruction begins where stages have begun to move the windows on.
-    calibration = workload.windows_of_rank, methods + config.uses_dense_stream + _is_forked(config)
+    calibration = workload.windows_of_rank, methods + config.uses_dense_stream + is_forked(config)
     return [calibration, *((windows, methods + 1) for windows in workload.evaluation_of_rank)]
-
-
-def _is_forked(config: PruneConfig) -> bool:
-    """Whether the input of a block is kept while stages move the windows on inside it."""
-    return config.reconstruct > 0 and config.uses_dense_target and config.method == "sparsefw"
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class Pass:
         windows: number of windows.
         first, end: the `BlockShape.all_layers` that they run through, from the first up to but not including the end.
         moves: whether the windows are written back, at a later point of the block or behind it.
+        compared: whether what comes out is compared with the same windows of the dense model, which are read, too.
         differentiated: whether gradients are computed: two further products of every weight.
     """
 
@@ -30,6 +31,7 @@ class Pass:
     first: int
     end: int
     moves: bool = False
+    compared: bool = False
     differentiated: bool = False
 
 
@@ -70,9 +72,14 @@ def _passes_of_reconstruction(block: BlockShape, workload: Workload, placement: 
     if block.layers:
         held = held_out(workload, placement, config.method)
         for _ in range(config.reconstruct * _times(block, workload)):
-            yield Pass("reconstruct", windows - held, 0, whole, differentiated=True)
+            yield Pass("reconstruct", windows - held, 0, whole, compared=True, differentiated=True)
         for _ in ("before", "after"):
-            yield Pass("reconstruct", held, 0, whole)
+            yield Pass("reconstruct", held, 0, whole, compared=True)
+
+
+def is_forked(config: PruneConfig) -> bool:
+    """Whether the input of a block is kept while stages move the windows on inside it."""
+    return config.reconstruct > 0 and config.uses_dense_target and config.method == "sparsefw"
 
 
 def _times(block: BlockShape, workload: Workload) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from sparsefw.estimate import rates
 from sparsefw.estimate.flops import head, operations
 from sparsefw.estimate.operation import Operation
-from sparsefw.estimate.passes import fits_predictions, passes
+from sparsefw.estimate.passes import fits_predictions, is_forked, passes
 from sparsefw.estimate.rates import Rates
 from sparsefw.estimate.traffic import traffic
 from sparsefw.estimate.workload import PlannedRun
@@ -82,7 +82,11 @@ def _activation_traffic(run: PlannedRun, block: BlockShape) -> Counter[str]:
     window = run.shape.of_stream(run.workload.seqlen)[0]
     for windows_pass in passes(block, run.workload, run.placement):
         # Windows that move are written, too.
-        amounts[windows_pass.phase] += windows_pass.windows * window * (1 + windows_pass.moves)
+        times = 1 + windows_pass.moves + windows_pass.compared
+        amounts[windows_pass.phase] += windows_pass.windows * window * times
+    if is_forked(run.workload.config):
+        # They are read and written.
+        amounts["reconstruct"] += run.workload.windows_of_rank * window * 2
     return amounts
 
 

@@ -4,16 +4,24 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers.families import save_model
-from helpers.planning import SEQLEN, make_config, planned
+from helpers.planning import BATCH, SEQLEN, make_config, planned
 
+from sparsefw import checkpoint
+from sparsefw.checkpoint.writer import Writer
+from sparsefw.data.windows import Windows
+from sparsefw.driver import reconstruct
+from sparsefw.driver.block import Run
+from sparsefw.driver.loop import prune_model
 from sparsefw.estimate import rates, totals
 from sparsefw.estimate.flops import head, operations
 from sparsefw.estimate.memory import disk_space
 from sparsefw.estimate.operation import Operation
 from sparsefw.estimate.rates import Rates
 from sparsefw.kernels.cost import Cost
-from sparsefw.model import predictions
+from sparsefw.model import StreamedModel, predictions
+from sparsefw.model.activations import FiledActivations
 
 
 @pytest.fixture
@@ -80,3 +88,47 @@ def test_activations_in_a_file(family, blocks, streams, tmp_path):
     assert (traffic["calibrate"], traffic["forward"]) == (blocks * size, blocks * 2 * size)
     speed = Rates(dict.fromkeys(rates.UNITS, math.inf), math.inf, 1.0, "")
     assert totals.seconds(plan, speed) == pytest.approx(traffic.total())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(steps=1, rounds=0, refit=1),
+        dict(steps=1, rounds=0, refit=1, reconstruct=2),
+        dict(steps=1, rounds=0, refit=1, reconstruct=1, ignore=("layers.0",), compare=("magnitude",)),
+        dict(method="magnitude", reconstruct=2),
+    ],
+    ids=str,
+)
+def test_a_run_reads_and_writes_activations_as_counted(options, tmp_path, monkeypatch):
+    """What is asked of the file, and not what is read ahead and then not asked for."""
+    monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 1)
+    source = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
+    plan = planned(source, make_config(**options), 7, place="file")
+    config, done, read, write = plan.workload.config, [], FiledActivations.__getitem__, FiledActivations.__setitem__
+
+    def counted(hidden):
+        # Not what blocks are given beside the hidden states.
+        if hidden.shape[1:] == (SEQLEN, plan.shape.hidden):
+            done.append(hidden.nbytes)
+        return hidden
+
+    monkeypatch.setattr(FiledActivations, "__getitem__", lambda self, j: counted(read(self, j)))
+    monkeypatch.setattr(FiledActivations, "__setitem__", lambda self, j, hidden: write(self, j, counted(hidden)))
+    model = StreamedModel(checkpoint.inspect(source), torch.device("cpu"))
+    run = Run(model, config, config.backend, plan.placement.solver, frozenset(plan.shape.layer_names))
+    windows = Windows(torch.randint(2, 250, (7, SEQLEN), generator=torch.Generator().manual_seed(0)), "text", "")
+    with Writer(tmp_path / "out", len(model.blocks) + len(model.pieces)) as writer:
+        prune_model(run, windows, [], writer, replace(plan.placement, folder=tmp_path))
+        writer.finish(source)
+    window = plan.shape.of_stream(SEQLEN)[0]
+    # Windows are embedded, and copied for every stream but the first. The first micro-batch shows that there are
+    # predictions.
+    streams = len(config.methods) + config.uses_dense_stream
+    beside = 7 * window * (1 + 2 * (streams - 1)) + BATCH * window * (config.reconstruct > 0)
+    assert sum(done) == totals.disk_traffic(plan).total() - on_disk_alone(plan) + beside
+
+
+def on_disk_alone(plan):
+    """Bytes of the same run with its activations in memory."""
+    return totals.disk_traffic(replace(plan, placement=replace(plan.placement, place="gpu"))).total()
