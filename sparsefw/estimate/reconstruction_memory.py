@@ -42,12 +42,22 @@ def prediction_bytes(shape: ModelShape, workload: Workload, tokens: int) -> int:
     backward = backward_bytes(last, shape, workload.seqlen, tokens)
     # Logits of a step are gone when the gradients go back through the block. To measure the loss takes no gradients.
     some = len(range(workload.seqlen)[tokens_of_pass(0, workload.seqlen)])
-    of_step, measured = (_logits_bytes(shape, n) for n in (some, workload.seqlen))
+    of_step, measured = (logits_bytes(shape, n) for n in (some, workload.seqlen))
     state = _state_bytes(last, shape, workload.config.pattern)
     return last.nbytes + shape.outside + state + max(backward, backward // 2 + of_step, measured)
 
 
-def _logits_bytes(shape: ModelShape, tokens: int) -> int:
-    """Logits of so many tokens in both models, what the head makes them of, and distributions in fp32 of a piece."""
+def logits_bytes(shape: ModelShape, tokens: int) -> int:
+    """To compare the predictions of so many tokens of a window: all logits three times, and what a piece takes.
+
+    The logits of the dense model lie beside those of the pruned one, and beside what a head that caps its logits makes
+    them of, or has kept for their gradients. On the way back the logits are gone, and their gradient takes the place.
+
+    Of a piece there are three distributions in fp32, and a byte for each entry.
+
+    Args:
+        shape: shape of the model.
+        tokens: the tokens.
+    """
     entries = tokens * shape.vocabulary
     return 3 * shape.logits_itemsize * entries + 13 * min(entries, max(PIECE, shape.vocabulary))

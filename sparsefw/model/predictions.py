@@ -95,20 +95,11 @@ class _Divergence(torch.autograd.Function):
         gradients: list[Tensor] = []
         for n in range(len(ids)):
             window = slice(n, n + 1)
-            of_dense, x = _logits(model, ids[window], dense[window]), hidden[window].detach()
-            with torch.set_grad_enabled(asked):
-                z = _logits(model, ids[window], x.requires_grad_(asked))
-            tokens = max(1, PIECE // z.shape[-1])
-            for p_logits, q_logits in zip(of_dense.split(tokens, 1), z.detach().split(tokens, 1), strict=True):
-                log_p, log_q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
-                p = log_p.exp()
-                # A token that never comes, whose logit is -inf, counts nothing.
-                total += log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum()
-                if asked:
-                    # The gradient takes the place of the logits.
-                    p_logits.copy_(log_q.exp_().sub_(p))
-            if asked:
-                gradients += torch.autograd.grad(z, x, of_dense)
+            x = hidden[window].detach().requires_grad_(asked)
+            sums, of_window = _compare(model, ids[window], x, dense[window])
+            for part in sums:
+                total += part
+            gradients += of_window
         if asked:
             ctx.save_for_backward(torch.cat(gradients))
         return total
@@ -117,6 +108,59 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return outer[0] * gradient, None, None, None
+
+
+class _Given(torch.autograd.Function):
+    """A number whose gradient by the logits is given. It keeps no logits, and lets the gradient go when it is used.
+
+    A head that caps its logits makes further gradients of the same size of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, gradient: list[Tensor]) -> Tensor:
+        ctx.gradient = gradient
+        return logits.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient.pop(), None
+
+
+def _compare(model: BlockModel, ids: Tensor, x: Tensor, dense: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Compare the predictions of one window.
+
+    Args:
+        model, ids, dense: as for `divergence`.
+        x: the hidden states in the pruned model; asks for a gradient where one is wanted.
+
+    Returns:
+        The divergence of each piece, and the gradient by x, if it is wanted, in a list.
+    """
+    of_dense = _logits(model, ids, dense)
+    with torch.set_grad_enabled(x.requires_grad):
+        z = _logits(model, ids, x)
+        tokens = max(1, PIECE // z.shape[-1])
+        sums = [
+            _compare_piece(p_logits, q_logits, x.requires_grad)
+            for p_logits, q_logits in zip(of_dense.split(tokens, 1), z.detach().split(tokens, 1), strict=True)
+        ]
+        if not x.requires_grad:
+            return sums, []
+        number = _Given.apply(z, [of_dense])
+        # Nothing else has them, so that they leave memory on the way back.
+        del of_dense, z
+        return sums, [*torch.autograd.grad(number, x)]
+
+
+def _compare_piece(p_logits: Tensor, q_logits: Tensor, replace: bool) -> Tensor:
+    """The divergence of a piece, () fp32. With `replace`, its gradient by q_logits takes the place of p_logits."""
+    log_p, log_q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
+    p = log_p.exp()
+    # A token that never comes, whose logit is -inf, counts nothing.
+    divergence = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum()
+    if replace:
+        p_logits.copy_(log_q.exp_().sub_(p))
+    return divergence
 
 
 def _logits_of(model: BlockModel, ids: Tensor, hidden: Tensor) -> Tensor | None:
