@@ -42,6 +42,18 @@ RUNS = {
         dict(hidden_size=256, intermediate_size=512, vocab_size=40000),
         ["--nsamples", "4", "--seqlen", "512", "--method", "magnitude", "--reconstruct", "1"],
     ),
+    # Layers approximate the dense model's outputs, stage by stage, and the windows are copied for a reconstruction.
+    "dense targets and a reconstruction": (
+        dict(hidden_size=256, intermediate_size=2048, vocab_size=2048),
+        ["--nsamples", "8", "--seqlen", "256", "--steps", "1", "--refit", "1", "--rounds", "0", "--reconstruct", "1"],
+    ),
+    # The compared method measures all layers of a block at once, and sparsefw one stage after another.
+    "a compared method": (
+        dict(hidden_size=1024, moe_intermediate_size=1024, vocab_size=2048, num_experts=16, num_experts_per_tok=2,
+             decoder_sparse_step=1, head_dim=32),
+        ["--nsamples", "4", "--seqlen", "32", "--steps", "1", "--refit", "1", "--rounds", "0", "--reconstruct", "0",
+         "--compare", "wanda"],
+    ),
     "reconstruction of a mixture": (
         dict(hidden_size=256, moe_intermediate_size=2048, vocab_size=2048, num_experts=8, num_experts_per_tok=2,
              decoder_sparse_step=1, head_dim=32),
