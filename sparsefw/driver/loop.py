@@ -23,6 +23,7 @@ from sparsefw.driver.block import DenseReference, Run, find_stages, idle_matrice
 from sparsefw.driver.reconstruct import Parts, make_parts, reconstruct
 from sparsefw.driver.record import FinishedBlock
 from sparsefw.driver.tasks import TaskSamples
+from sparsefw.errors import InputError
 from sparsefw.evaluation.request import Score
 from sparsefw.evaluation.streaming import RequestStates
 from sparsefw.model import HiddenStates, Placement, embed_batches, perplexity, perplexity_of_batches
@@ -121,7 +122,8 @@ def prune_model(
             reconstructed, and after every block.
 
     Raises:
-        InputError: weights or activations hold NaN or Inf, a layer does not fit the pattern, or writing failed.
+        InputError: weights or activations hold NaN or Inf, a layer does not fit the pattern, nothing was pruned, or
+            writing failed.
     """
     with ExitStack() as open_states:
         with run.model.timeline.span("embed"), run.model.outside():
@@ -130,6 +132,11 @@ def prune_model(
         for hidden_states in states.all():
             open_states.callback(hidden_states.close)
         outcome = _prune_blocks(run, states, writer, placement, on_layer, on_reconstruction, on_block)
+        if not outcome.layers:
+            raise InputError(
+                "nothing was pruned: no calibration token reaches the selected experts; give more calibration windows, "
+                "or select other layers"
+            )
         with run.model.timeline.span("evaluate"), run.model.outside():
             for samples, by_name in states.evaluation:
                 outcome.perplexity[samples.source] = {

@@ -59,13 +59,13 @@ def reconstruct(
         ids: (windows, seqlen) the windows' tokens; None: they are no text.
 
     Returns:
-        The losses and steps; None if there is nothing to fit, nothing held out, or nothing to compare with: the next
-        block begins with something else, as a decoder behind an encoder does.
+        The losses and steps; None if there is nothing to fit, or nothing to compare with: the next block begins with
+        something else, as a decoder behind an encoder does.
 
     Raises:
         InputError: gradients do not go through the block.
     """
-    if not results or not parts.held_out or not states.goes_on(i):
+    if not results or not states.goes_on(i):
         return None
     with _predicted(run, i, states, ids) as tokens:
         # Ranks have about as many micro-batches; those with fewer begin again.
@@ -105,12 +105,9 @@ class Parts:
 
 
 def make_parts(run: Run, states: HiddenStates) -> Parts:
-    """The same for all blocks. None is held out if a rank has nothing to learn from, or nothing to hold out."""
-    learned, held_out = split_batches(len(states))
-    counts = run.ranks.gather((len(learned), len(held_out)))
-    if not run.config.reconstruct or not all(all(count) for count in counts):
-        learned, held_out = [*range(len(states))], []
-    return Parts(learned, held_out, max(count for count, _ in counts))
+    """The same for all blocks. None is held out if nothing is reconstructed."""
+    learned, held_out = split_batches(len(states)) if run.config.reconstruct else ([*range(len(states))], [])
+    return Parts(learned, held_out, max(run.ranks.gather(len(learned))))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -190,6 +191,20 @@ def test_dense_model_runs_once_a_stage(family, runs, tmp_path, monkeypatch):
     )
     # There are two micro-batches.
     assert {batch: seen.count(batch) for batch in seen} == {(i, j): runs for i in range(3) for j in range(2)}
+
+
+def test_experts_that_no_token_reaches_are_no_model(tmp_path, capsys):
+    """Which experts are reached is known only when their block has run."""
+    (tmp_path / "text.txt").write_text("all tokens of so few words reach few experts. " * 9)
+    folder = save_model(tmp_path / "model", "mixtral", num_hidden_layers=1, num_local_experts=32, num_experts_per_tok=1)
+    few = ["--model", str(folder), "--dataset", str(tmp_path / "text.txt"), "--nsamples", "2", "--seqlen", "4"]
+    assert main([*few, "--method", "wanda", "--output", str(tmp_path / "all")]) == 0
+    kept_dense = json.loads((tmp_path / "all" / "report.json").read_text())["kept_dense"]
+    idle = next(name for name in kept_dense if "[" in name)
+    only = ["--include", "re:" + re.escape(idle), "--output", str(tmp_path / "out")]
+    assert main([*few, "--method", "wanda", *only]) == 2
+    assert "nothing was pruned: no calibration token reaches the selected experts" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_peak_of_a_run_is_that_of_its_highest_block(tmp_path, monkeypatch):
