@@ -35,6 +35,20 @@ def _gradient_kernel(
     tl.store(OUT + row * stride_or + column * stride_od, -2 * w * acc, mask=valid)
 
 
+def _launch(W: Tensor, M: Tensor, G: Tensor, out: Tensor, options: dict[str, object]) -> None:
+    """Launch the gradient of a matrix that is not empty on the current device."""
+    rows, d = out.shape
+    split = options["PRECISION"] == "tf32x3"
+    config = configuration(rows, d, 2 if options["DTYPE"] == tl.bfloat16 else 4, wide=False, split=split)
+    grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"]),)
+    _gradient_kernel[grid](
+        W=W, M=M, G=G, OUT=out, rows=rows, d=d,
+        stride_wr=W.stride(0), stride_wd=W.stride(1), stride_mr=M.stride(0), stride_md=M.stride(1),
+        stride_gr=G.stride(0), stride_gd=G.stride(1), stride_or=out.stride(0), stride_od=out.stride(1),
+        enable_fp_fusion=True, **options, **config,
+    )  # fmt: skip
+
+
 def gradient(W: Tensor, M: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None) -> Tensor:
     """Gradient of error(M) with respect to M: `naive.gradient` up to rounding.
 
@@ -51,20 +65,12 @@ def gradient(W: Tensor, M: Tensor, G: Tensor, *, precision: str = "ieee", out: T
     rows, d = check_matrix("W", W, FLOATS)
     check("M", M, (rows, d), (torch.float32,), W)
     check("G", G, (d, d), (torch.float32, torch.bfloat16), W)
-    options = dot_options((M.dtype, G.dtype), precision)
     if out is None:
         out = torch.empty(rows, d, dtype=torch.float32, device=W.device)
     check("out", out, (rows, d), (torch.float32,), W)
-    if out.numel() == 0:
-        return out
-    split = options["PRECISION"] == "tf32x3"
-    config = configuration(rows, d, 2 if options["DTYPE"] == tl.bfloat16 else 4, wide=False, split=split)
-    grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"]),)
+    # The device's platform decides what is launched.
     with on_device(W):
-        _gradient_kernel[grid](
-            W=W, M=M, G=G, OUT=out, rows=rows, d=d,
-            stride_wr=W.stride(0), stride_wd=W.stride(1), stride_mr=M.stride(0), stride_md=M.stride(1),
-            stride_gr=G.stride(0), stride_gd=G.stride(1), stride_or=out.stride(0), stride_od=out.stride(1),
-            enable_fp_fusion=True, **options, **config,
-        )  # fmt: skip
+        options = dot_options((M.dtype, G.dtype), precision)
+        if out.numel():
+            _launch(W, M, G, out, options)
     return out

@@ -183,6 +183,33 @@ def dot_options(operands: tuple[torch.dtype, ...], precision: str) -> dict[str, 
     return dict(DTYPE=tl.float32, PRECISION=precision)
 
 
+def _launch(E: Tensor, G: Tensor, out: Tensor, add: bool, options: dict[str, object]) -> None:
+    """Launch the product of operands that are not empty on the current device."""
+    rows, d = out.shape
+    low = options["DTYPE"] == tl.bfloat16
+    split = options["PRECISION"] == "tf32x3"
+    whole = low or options["PRECISION"] == "tf32"
+    config = configuration(
+        rows, d, 2 if low else 4, wide=whole, stored=(E.element_size(), G.element_size()), split=split
+    )
+    descriptors = platform() in DESCRIPTORS and whole and config["BLOCK_N"] > 64
+    tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"])
+    if descriptors and describable(E) and describable(G):
+        _descriptor_kernel[(min(tiles, multiprocessors(E.device)),)](
+            E=TensorDescriptor.from_tensor(E, [config["BLOCK_M"], config["BLOCK_K"]]),
+            G=TensorDescriptor.from_tensor(G, [config["BLOCK_N"], config["BLOCK_K"]]),
+            U=out, rows=rows, d=d, stride_ur=out.stride(0), stride_ud=out.stride(1),
+            ADD=add, enable_fp_fusion=True, **options, **config,
+        )  # fmt: skip
+        return
+    _product_kernel[(tiles,)](
+        E=E, G=G, U=out, rows=rows, d=d,
+        stride_er=E.stride(0), stride_ed=E.stride(1), stride_gr=G.stride(0), stride_gd=G.stride(1),
+        stride_ur=out.stride(0), stride_ud=out.stride(1), ADD=add,
+        enable_fp_fusion=True, **options, **config,
+    )  # fmt: skip
+
+
 def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
     """E G, accumulated in fp32: `naive.product` up to rounding.
 
@@ -198,37 +225,16 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
     """
     rows, d = check_matrix("E", E, FLOATS)
     check("G", G, (d, d), (torch.float32, torch.bfloat16), E)
-    options = dot_options((E.dtype, G.dtype), precision)
     if out is None:
         out = torch.empty(rows, d, dtype=torch.float32, device=E.device)
         if add:
             raise ValueError("add: there is no out to add to")
     check("out", out, (rows, d), (torch.float32,), E)
-    if out.numel() == 0:
-        return out
-    low = options["DTYPE"] == tl.bfloat16
-    split = options["PRECISION"] == "tf32x3"
-    whole = low or options["PRECISION"] == "tf32"
-    config = configuration(
-        rows, d, 2 if low else 4, wide=whole, stored=(E.element_size(), G.element_size()), split=split
-    )
-    descriptors = platform() in DESCRIPTORS and whole and config["BLOCK_N"] > 64
-    tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"])
+    # The device's platform decides what is launched.
     with on_device(E):
-        if descriptors and describable(E) and describable(G):
-            _descriptor_kernel[(min(tiles, multiprocessors(E.device)),)](
-                E=TensorDescriptor.from_tensor(E, [config["BLOCK_M"], config["BLOCK_K"]]),
-                G=TensorDescriptor.from_tensor(G, [config["BLOCK_N"], config["BLOCK_K"]]),
-                U=out, rows=rows, d=d, stride_ur=out.stride(0), stride_ud=out.stride(1),
-                ADD=add, enable_fp_fusion=True, **options, **config,
-            )  # fmt: skip
-            return out
-        _product_kernel[(tiles,)](
-            E=E, G=G, U=out, rows=rows, d=d,
-            stride_er=E.stride(0), stride_ed=E.stride(1), stride_gr=G.stride(0), stride_gd=G.stride(1),
-            stride_ur=out.stride(0), stride_ud=out.stride(1), ADD=add,
-            enable_fp_fusion=True, **options, **config,
-        )  # fmt: skip
+        options = dot_options((E.dtype, G.dtype), precision)
+        if out.numel():
+            _launch(E, G, out, add, options)
     return out
 
 

@@ -1,8 +1,32 @@
 """Refuse tensors with NaN or Inf."""
 
+import torch
 from torch import Tensor, aminmax
 
 from sparsefw.errors import InputError
+
+
+class OnItsWay:
+    """A bool that is copied to the host beside other work.
+
+    Reading it waits for what was launched before it, and not for what has been launched since: to read a tensor of a
+    GPU would wait for all of it.
+
+    Args:
+        flag: () bool, on any device.
+    """
+
+    def __init__(self, flag: Tensor) -> None:
+        self._flag, self._arrived = flag, None
+        if flag.device.type == "cuda":
+            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._flag.copy_(flag, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(flag.device).record_event()
+
+    def __bool__(self) -> bool:
+        if self._arrived:
+            self._arrived.synchronize()
+        return bool(self._flag)
 
 
 def all_finite(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsefw.data import Batch, token_batch
 from sparsefw.errors import InputError
-from sparsefw.finite import all_finite, check_finite
+from sparsefw.finite import OnItsWay, all_finite, check_finite
 from sparsefw.model.activations import Activations, DeviceActivations
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.carried import Carried, Constants, Held
@@ -59,8 +59,8 @@ class HiddenStates:
         fresh: those of the next block, where these have another form: its first ones, of the micro-batches so far.
         position: the point of the block at which `hidden` is.
         kept: a later point of the block that runs begin at, and its tensors; None: they begin at `position`.
-        unchecked: pending NaN check: (block, micro-batch, finite flag on the device), read one step late so that the
-            host does not wait for the GPU.
+        unchecked: pending NaN check: block, micro-batch, and whether it is finite, which is read one step late so that
+            the host does not wait for the GPU.
     """
 
     model: BlockModel
@@ -75,7 +75,7 @@ class HiddenStates:
     fresh: Activations | None = None
     position: Point = INPUT
     kept: tuple[Point, Activations] | None = None
-    unchecked: tuple[int, int, Tensor] | None = None
+    unchecked: tuple[int, int, OnItsWay] | None = None
 
     def __len__(self) -> int:
         """Number of micro-batches."""
@@ -274,7 +274,7 @@ class HiddenStates:
             self.hidden[j] = out
         else:
             self.fresh.append(out)
-        finite = all_finite(out)
+        finite = OnItsWay(all_finite(out))
         self.settle()
         self.unchecked = (i, j, finite)
 

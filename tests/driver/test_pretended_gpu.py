@@ -12,6 +12,7 @@ from helpers.problems import make_problem
 from helpers.problems import on_gpu as problem_on_gpu
 from torch import nn
 
+from sparsefw.finite import OnItsWay, all_finite
 from sparsefw.kernels import triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.repeat import LEAST, repeat
@@ -143,6 +144,17 @@ class TestPretence:
         line = f"tests/driver/{Path(__file__).name}:{operate.__code__.co_firstlineno} "
         assert gpu.waits.total() == waits
         assert all(where.startswith(line) for where in gpu.waits)
+
+    @pytest.mark.parametrize("finite", [True, False])
+    def test_a_bool_on_its_way_waits_for_its_copy_alone(self, finite, gpu):
+        """To read the bool of the GPU itself waits for all that was launched."""
+        flag = all_finite(on_gpu(3, 4) / finite)
+        gpu.waits.clear()
+        on_its_way = OnItsWay(flag)
+        assert not gpu.waits
+        assert bool(on_its_way) == finite
+        assert [where.rpartition(" ")[2] for where in gpu.waits] == ["synchronize"]
+        assert bool(OnItsWay(all_finite(torch.ones(3) / finite))) == finite
 
     def test_a_captured_launch_runs_when_it_is_replayed(self, gpu):
         x, graph = on_gpu(3).fill_(1), torch.cuda.CUDAGraph()
