@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from sparsefw import cgroup
+
 # Number of this option of mallopt in glibc's malloc.h.
 M_ARENA_MAX = -8
 
@@ -24,8 +26,6 @@ MOST_MEMORY = 2**20
 
 # Stands for no limit of memory.
 NO_LIMIT = 2**63 - 1
-
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def this_device() -> torch.device:
@@ -165,14 +165,8 @@ def free_memory(device: torch.device, sharing: int = 1) -> dict[str, int]:
         sharing: number of processes that share what is free on the host.
     """
     lines = Path("/proc/meminfo").read_text().splitlines()
-    free = {"host": next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))}
-    # The limit of a container. Its file cache is not counted: the system drops it when memory is needed.
-    if CGROUP_LIMIT.exists() and (limit := CGROUP_LIMIT.read_text().strip()) != "max":
-        used = {
-            name: int(n) for name, n in map(str.split, CGROUP_LIMIT.with_name("memory.stat").read_text().splitlines())
-        }
-        free["host"] = min(free["host"], int(limit) - used["anon"])
-    free["host"] = free["host"] // sharing + resident()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    free = {"host": min([available, *cgroup.left()]) // sharing + resident()}
     if device.type == "cuda":
         free["gpu"] = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return free

@@ -26,7 +26,7 @@ LEVELS = [
     ["data"],
     ["checkpoint"],
     ["kernels", "process", "timeline", "flags", "default"],
-    ["finite"],
+    ["finite", "cgroup"],
     ["failures"],
     ["signals"],
     ["ranks"],
