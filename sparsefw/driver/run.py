@@ -169,7 +169,8 @@ def _prepare(
         say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
     limits, before = job.output.limits(model.device, ranks), process.peak_memory()["host_bytes"]
     # One rank reads texts and tasks, and all have the same tokens.
-    questions = questions_of(inputs) if ranks.first else None
+    with ranks.long_work():
+        questions = questions_of(inputs) if ranks.first else None
     texts = ranks.one_does(lambda: tokenized_texts(job, source, questions, seqlen, limits["host"]))
     calibration, evaluation = texts.calibration, texts.evaluation
     # From Python, the process may have had more at some time before: that is not this run's.

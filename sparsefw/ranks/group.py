@@ -7,7 +7,7 @@ ranks.
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -125,21 +125,49 @@ class Ranks:
         return values
 
     def one_does(self, do: Callable[[], Value]) -> Value:
-        """Call a function on rank 0; returns what it returns on all ranks, as `tell`."""
-        return self.tell(do() if self.first else cast(Value, None))
+        """Call a function on rank 0, which may take hours; returns what it returns on all ranks, as `tell`."""
+        result = cast(Value, None)
+        if self.first:
+            with self.long_work():
+                result = do()
+        self._meet()
+        return self.tell(result)
 
     def first_here(self, do: Callable[[], Value]) -> Value:
-        """Call a function on one rank of each machine, then on the others: what it leaves on the disk is there then."""
+        """Call a function on one rank of each machine, then on the others: what it leaves on the disk is there then.
+
+        It may take hours.
+        """
         if self.local:
-            self.wait()
-        result = do()
+            self._meet()
+        with self.long_work():
+            result = do()
         if not self.local:
-            self.wait()
+            self._meet()
         return result
+
+    @contextmanager
+    def long_work(self) -> Iterator[None]:
+        """Inside the `with` block, this rank may keep the others waiting as long as it lives.
+
+        They must wait for it in `one_does` or `first_here`, not in a transfer, whose time is limited.
+        """
+        with self.voice.long_work() if self.voice else nullcontext():
+            yield
 
     def wait(self) -> None:
         """Wait until all ranks have come here."""
         self.gather(None)
+
+    def _meet(self) -> None:
+        """As `wait`, with no transfer that waits: ranks at long work may be late."""
+        if self.alone or not self.voice:
+            self.wait()
+            return
+        with self._transfer():
+            failure = self.voice.meet()
+        if failure:
+            raise LostRankError(failure.line)
 
     def agree(self, values: dict[str, Any]) -> None:
         """Refuse to go on where ranks have different values, by their names in the message.

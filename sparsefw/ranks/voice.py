@@ -5,7 +5,9 @@ The ranks share a small store of keys. In it
 - a rank that fails leaves its line, unless another one was first. The others end without a word;
 - every rank leaves the number of its process, and a beat each second. So a rank that was killed, or has stopped, is
   found by the others, and named;
-- a beat says how many transfers a rank has begun. If one keeps the others waiting for too long, it is named.
+- a beat says how many transfers a rank has begun. If one keeps the others waiting for too long, it is named;
+- a beat also says whether a rank is at work that may take hours, such as a download. The others wait for it here, not
+  in a transfer, whose time is limited.
 """
 
 import json
@@ -14,7 +16,8 @@ import signal
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -67,14 +70,18 @@ class Voice:
     Attributes:
         store, number, count: see above.
         begun: number of transfers that this rank has begun.
+        at_long_work: whether it is at work for which the others wait as long as it lives.
     """
 
     def __init__(self, store: Any, number: int, count: int) -> None:
-        self.number, self.count, self.begun = number, count, 0
+        self.number, self.count, self.begun, self.at_long_work = number, count, 0, False
         self.store, self._machine = store, _machine()
         # The last beat of each other rank, and when it was seen first.
         self._seen: dict[int, tuple[Any, float]] = {}
         self._begun_last = 0, time.monotonic()
+        # When each other rank was last seen at long work.
+        self._worked: dict[int, float] = {}
+        self._meetings = 0
         self._came: dict[int, tuple[str, int]] = {}
         self._started = time.monotonic()
         self._over = threading.Event()
@@ -127,6 +134,27 @@ class Voice:
         self._over.set()
         return failure.status
 
+    @contextmanager
+    def long_work(self) -> Iterator[None]:
+        """Inside the `with` block, this rank is at long work."""
+        self.at_long_work = True
+        try:
+            yield
+        finally:
+            self.at_long_work = False
+
+    def meet(self) -> Failure | None:
+        """Wait until all ranks have come here, however long; returns the failure if the run ends before."""
+        self._meetings += 1
+        key, pause = f"meeting {self._meetings}", 0.001
+        self.store.add(key, 1)
+        while self.store.add(key, 0) < self.count:
+            if failure := self.heard():
+                return failure
+            time.sleep(pause)
+            pause = min(2 * pause, BEAT)
+        return None
+
     def close(self) -> None:
         """Take leave of the others."""
         if self._over.is_set():
@@ -145,7 +173,7 @@ class Voice:
         while not self._over.wait(BEAT):
             beats += 1
             try:
-                self.store.set(f"beat {self.number}", json.dumps([beats, self.begun]))
+                self.store.set(f"beat {self.number}", json.dumps([beats, self.begun, self.at_long_work]))
                 failure = self.find()
             except (RuntimeError, OSError) as error:
                 failure = Failure(self.number, LOST, f"rank 0, or the machine that it is on, is gone ({error})")
@@ -191,15 +219,20 @@ class Voice:
 
     def _late(self) -> str | None:
         """The line about a rank that keeps this one waiting."""
-        begun, since = self._begun_last
+        now, (begun, since) = time.monotonic(), self._begun_last
+        # A copy: two threads may look for a failure, and find a rank's first beat.
+        beats = {n: beat for n, (beat, _) in self._seen.copy().items()}
+        self._worked |= {n: now for n, (_, _, at_long_work) in beats.items() if at_long_work}
         if begun != self.begun:
-            self._begun_last = self.begun, time.monotonic()
-        elif time.monotonic() - since > WAITING:
-            behind = {n: beat[1] for n, (beat, _) in self._seen.items() if beat[1] < begun}
-            if behind:
-                return (
-                    f"rank {min(behind, key=behind.__getitem__)} has kept the others waiting for {WAITING:.0f} seconds"
-                )
+            self._begun_last = self.begun, now
+            return None
+        behind = {
+            n: other
+            for n, (_, other, _) in beats.items()
+            if other < begun and now - max(since, self._worked.get(n, since)) > WAITING
+        }
+        if behind:
+            return f"rank {min(behind, key=behind.__getitem__)} has kept the others waiting for {WAITING:.0f} seconds"
         return None
 
 

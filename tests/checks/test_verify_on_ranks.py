@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.families import save_model
 from helpers.ranks import on_ranks
 from helpers.stacks import drawn
@@ -233,7 +234,12 @@ def test_the_command_says_why_it_fails_before_a_rank_ends(copied):
         os.environ.update({"RANK": str(ranks.number), "WORLD_SIZE": str(ranks.count)})
         joining._open.append(
             SimpleNamespace(
-                number=ranks.number, count=ranks.count, begun=0, leave=lambda *failure: left.append(failure)
+                number=ranks.number,
+                count=ranks.count,
+                begun=0,
+                leave=lambda *failure: left.append(failure),
+                long_work=contextlib.nullcontext,
+                meet=dist.barrier,
             )
         )
         joining.torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True, set_device=pytest.fail))

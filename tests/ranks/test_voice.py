@@ -6,12 +6,14 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from sparsefw.failures import tell
-from sparsefw.ranks import LostRankError
+from sparsefw.ranks import LostRankError, Ranks
 from sparsefw.ranks import voice as voices
 from sparsefw.ranks.voice import Failure, Voice
 
@@ -30,7 +32,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(voices, "END", 0.3)
 
 
-class Ranks:
+class Processes:
     """Processes with a voice; each prints into a file of its own, and ends with the status that `do` returns."""
 
     def __init__(self, store, folder):
@@ -63,7 +65,7 @@ class Ranks:
 
 @pytest.fixture
 def ranks(store, tmp_path):
-    ranks = Ranks(store, tmp_path)
+    ranks = Processes(store, tmp_path)
     yield ranks
     for process in ranks.processes:
         process.kill()
@@ -161,6 +163,102 @@ def test_a_rank_that_keeps_others_waiting_is_named(ranks, monkeypatch):
     statuses, lines = ranks.start(be_ahead, wait, be_ahead).ends()
     assert statuses == [1, 1, 1]
     assert lines == "sparsefw: rank 1 has kept the others waiting for 0 seconds\n"
+
+
+def first_here(voice, do, seconds=50.0):
+    """`Ranks.first_here` on the ranks of one machine, whose transfers take so many seconds at most."""
+    store = dist.PrefixStore("group", voice.store.clone())
+    timeout = timedelta(seconds=seconds)
+    dist.init_process_group("gloo", store=store, rank=voice.number, world_size=voice.count, timeout=timeout)
+    ranks = Ranks(voice.number, voice.count, voice.count, voice.number, voice)
+    try:
+        ranks.first_here(do)
+        assert ranks.one_does(lambda: do() or "done") == "done"
+    except (LostRankError, ValueError) as error:
+        return tell(error, False, voice)
+    voice.close()
+    return 0
+
+
+def test_ranks_wait_for_long_work_as_long_as_it_takes(ranks, monkeypatch):
+    """Longer than a rank may keep the others waiting, and than a transfer may take."""
+    monkeypatch.setattr(voices, "WAITING", 0.5)
+
+    def be(voice):
+        return first_here(voice, lambda: None if voice.number else time.sleep(3), seconds=2)
+
+    assert ranks.start(be, be, be).ends(20) == ([0, 0, 0], "")
+
+
+def test_a_rank_that_fails_at_long_work_is_heard_at_once(ranks, monkeypatch):
+    monkeypatch.setattr(voices, "END", 60)
+
+    def fail():
+        raise ValueError("no such model")
+
+    statuses, lines = ranks.start(*[lambda voice: first_here(voice, fail)] * COUNT).ends()
+    assert statuses == [70, 70, 70]
+    assert lines.startswith("sparsefw: rank 0: unforeseen ValueError: no such model")
+    assert lines.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, "has ended without a word: it was killed, perhaps for its memory"),
+        (signal.SIGSTOP, "has not moved for 1 seconds"),
+    ],
+    ids=["killed", "stopped"],
+)
+def test_a_rank_that_ends_at_long_work_is_named(ranks, monkeypatch, number, said):
+    monkeypatch.setattr(voices, "SILENCE", 1.0)
+
+    def end():
+        time.sleep(0.3)
+        os.kill(os.getpid(), number)
+
+    statuses, lines = ranks.start(*[lambda voice: first_here(voice, end)] * COUNT).ends()
+    assert statuses == [-signal.SIGKILL, 1, 1]
+    assert lines == f"sparsefw: rank 0 (process {ranks.processes[0].pid}) {said}\n"
+
+
+def test_a_rank_that_keeps_others_waiting_beside_long_work_is_named(ranks, monkeypatch):
+    monkeypatch.setattr(voices, "WAITING", 0.5)
+
+    def work(voice):
+        with voice.long_work():
+            wait(voice)
+
+    def be_ahead(voice):
+        voice.begun = 2
+        wait(voice)
+
+    statuses, lines = ranks.start(work, wait, be_ahead).ends()
+    assert statuses == [1, 1, 1]
+    assert lines == "sparsefw: rank 1 has kept the others waiting for 0 seconds\n"
+
+
+def test_a_rank_is_not_late_as_soon_as_its_long_work_ends(store, monkeypatch):
+    """It begins its next transfer a moment later, and its beat tells that later still."""
+    now = 0.0
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(voices, "BEAT", 60)
+    monkeypatch.setattr(voices, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    store.set("process 0", json.dumps(["elsewhere", 1]))
+    voice = Voice(store, 1, 2)
+    voice.begun = 2
+    for beat, at_long_work in enumerate([True, True, True, False]):
+        sleep(1000)
+        store.set("beat 0", json.dumps([beat, 1, at_long_work]))
+        assert voice.find() is None
+    sleep(1000)
+    store.set("beat 0", json.dumps([4, 1, False]))
+    assert voice.find() == Failure(1, 1, "rank 0 has kept the others waiting for 1800 seconds")
+    voice.close()
 
 
 def test_a_rank_that_never_comes_is_named(store, monkeypatch):
