@@ -17,7 +17,8 @@ def run(argv: list[str] | None) -> int:
     """Evaluate models, print a table, and write it as JSON."""
     given = _parser().parse_args(argv)
     # This takes seconds, and --help and a mistaken flag need none of it.
-    from sparsefw.evaluation.job import RESULT, evaluate
+    from sparsefw.evaluation.job import evaluate
+    from sparsefw.evaluation.saved import RESULT
     from sparsefw.evaluation.tables import summary
 
     quiet_libraries()

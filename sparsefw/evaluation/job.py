@@ -19,7 +19,7 @@ from sparsefw.evaluation.answers import Budget, plan_of, scores_of
 from sparsefw.evaluation.asked import Asked, Texts, ask
 from sparsefw.evaluation.measured import Evaluation, task_records, text_record
 from sparsefw.evaluation.request import Score
-from sparsefw.evaluation.saved import Saved
+from sparsefw.evaluation.saved import KIND, RESULT, Saved, check_nothing_else
 from sparsefw.flags import check_needs, checked_bool, checked_number, checked_path, set_field
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL
 from sparsefw.ranks import Ranks, joined_with
@@ -27,10 +27,6 @@ from sparsefw.report import machine
 
 if TYPE_CHECKING:
     from sparsefw.evaluation.harness import Questions
-
-# The file that an evaluation writes.
-RESULT = "evaluation.json"
-
 
 # Draws for the standard errors that have no formula: for a thousand documents, some seconds.
 DRAWS = 1000
@@ -234,17 +230,13 @@ def _check_output(job: _Job, output: Path, folders: Sequence[Path]) -> None:
     """Refuse an output folder that would harm something.
 
     Raises:
-        InputError: as `check_output`; or the folder holds more than an evaluation.
+        InputError: as `check_output` and `check_nothing_else`.
     """
     given = [*job.texts.names, *([job.tasks.include_path] if job.tasks.include_path else [])]
     read = [Path(name) for name in given if os.path.lexists(name)]
     for folder in folders:
-        check_output(output, folder, job.overwrite, read, ((RESULT,), "an evaluation"))
-    others = sorted(path.name for path in output.iterdir() if path.name != RESULT) if output.is_dir() else []
-    if others:
-        raise InputError(
-            f"{output}: holds {others[0]}, too, so --overwrite will not remove it; choose another --output"
-        )
+        check_output(output, folder, job.overwrite, read, KIND)
+    check_nothing_else(output)
 
 
 def _check_same_tokens(job: _Job, asked: Sequence[Asked]) -> None:
@@ -283,7 +275,8 @@ def _stamps(source: Checkpoint) -> list[tuple[str, int, int]]:
 
 @contextmanager
 def _saved(job: _Job, identity: dict[str, Any], say: Callable[[str], None], ranks: Ranks) -> Iterator[Saved | None]:
-    opened = Saved(job.output, identity, job.restart, say, ranks) if job.output else nullcontext()
+    output = job.output
+    opened = Saved(output, identity, job.restart, say, ranks, job.overwrite) if output else nullcontext()
     with opened as saved:
         yield saved
 

@@ -18,7 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from sparsefw.checkpoint import durably, typed_json
+from sparsefw.checkpoint import check_free, durably, typed_json
 from sparsefw.checkpoint.reader import read_into
 from sparsefw.checkpoint.resume import Part, PartialFolder
 from sparsefw.errors import InputError, naming
@@ -26,6 +26,10 @@ from sparsefw.evaluation.request import Score
 from sparsefw.evaluation.streaming import RequestStates
 from sparsefw.model.placement import BATCH_TOKENS
 from sparsefw.ranks import Ranks
+
+# The file that an evaluation writes, and what shows that a folder is an older output.
+RESULT = "evaluation.json"
+KIND = (RESULT,), "an evaluation"
 
 # Seconds between two times of saving: at least so many, and so many times what saving has taken.
 SECONDS, TIMES = 60.0, 10.0
@@ -69,15 +73,22 @@ class Saved:
         restart: whether to discard what another run has finished.
         say: called with every line of the log.
         ranks: the ranks, each of which saves its own hidden states.
+        overwrite: whether an older evaluation may be replaced.
 
     Raises:
         InputError: as `PartialFolder.lock` and `PartialFolder.open`.
     """
 
     def __init__(
-        self, output: Path, identity: dict[str, Any], restart: bool, say: Callable[[str], None], ranks: Ranks
+        self,
+        output: Path,
+        identity: dict[str, Any],
+        restart: bool,
+        say: Callable[[str], None],
+        ranks: Ranks,
+        overwrite: bool = False,
     ) -> None:
-        self._output, self._done = output, False
+        self._output, self._overwrite, self._done = output, overwrite, False
         self._partial, self._ranks = PartialFolder(output), ranks
         self._identity, self._restart, self._say = identity, restart, say
         self._last, self._interval = time.monotonic(), SECONDS
@@ -235,13 +246,19 @@ class Saved:
         self._ranks.tell(None)
 
     def finish(self, files: dict[str, str]) -> None:
-        """Write the output: files by name, with their content. All ranks call it."""
+        """Write the output: files by name, with their content. All ranks call it.
+
+        Raises:
+            InputError: something that may not be replaced came to lie there meanwhile.
+        """
         if not self._ranks.first:
             self._partial.release()
         self._ranks.wait()
         if self._ranks.first:
             for name, content in files.items():
                 durably(self._partial.new / name, partial(Path.write_text, data=content, encoding="utf-8"))
+            check_free(self._output, self._overwrite, KIND)
+            check_nothing_else(self._output)
             self._partial.move_into_place()
             self._done = True
             self._partial.remove()
@@ -274,6 +291,19 @@ class Saved:
         with naming(path):
             durably(path, write)
         return digest.hexdigest(), forms
+
+
+def check_nothing_else(output: Path) -> None:
+    """Refuse an output folder that holds more than an evaluation.
+
+    Raises:
+        InputError: it does.
+    """
+    others = sorted(path.name for path in output.iterdir() if path.name != RESULT) if output.is_dir() else []
+    if others:
+        raise InputError(
+            f"{output}: holds {others[0]}, too, so --overwrite will not remove it; choose another --output"
+        )
 
 
 def can_be_saved(states: RequestStates) -> bool:

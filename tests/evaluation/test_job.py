@@ -14,6 +14,7 @@ from sparsefw.errors import InputError
 from sparsefw.evaluate import main
 from sparsefw.evaluation import evaluate, harness, job
 from sparsefw.evaluation.measured import Evaluation
+from sparsefw.evaluation.saved import RESULT
 from sparsefw.evaluation.streaming import RequestStates
 
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(40))
@@ -152,8 +153,8 @@ def run_on(ranks, place, tasks, output):
 
 def test_output_is_what_was_returned(place, tasks, tmp_path):
     result = evaluated(place, tasks, output=tmp_path / "out")
-    path = result.output / job.RESULT
-    assert [path.name for path in result.output.iterdir()] == [job.RESULT]
+    path = result.output / RESULT
+    assert [path.name for path in result.output.iterdir()] == [RESULT]
     assert Evaluation.from_json(path.read_text(), path) == result.evaluation
     with pytest.raises(InputError, match="exists and is not empty"):
         evaluated(place, tasks, output=tmp_path / "out")
@@ -167,9 +168,37 @@ def test_a_checkpoint_is_never_replaced_by_an_evaluation(place, tasks, tmp_path)
     save_model(tmp_path / "other", "llama")
     with pytest.raises(InputError, match=r"not an evaluation \(no evaluation.json\)"):
         evaluated(place, tasks, output=tmp_path / "other", overwrite=True)
-    (tmp_path / "other" / job.RESULT).write_text("{}")
+    (tmp_path / "other" / RESULT).write_text("{}")
     with pytest.raises(InputError, match=r"holds .*, too"):
         evaluated(place, tasks, output=tmp_path / "other", overwrite=True)
+
+
+@pytest.mark.parametrize(("files", "overwrite", "message"), [
+    (["notes.txt"], False, "exists and is not empty"),
+    (["notes.txt"], True, r"not an evaluation \(no evaluation.json\)"),
+    (["notes.txt", RESULT], True, "holds notes.txt, too"),
+])  # fmt: skip
+def test_an_output_that_appears_meanwhile_stays(files, overwrite, message, place, tmp_path, monkeypatch):
+    measured, output = job._measured, tmp_path / "out"
+
+    def meanwhile(*args):
+        output.mkdir()
+        for name in files:
+            (output / name).write_text("mine")
+        return measured(*args)
+
+    given = {"texts": place / "text.txt", "eval_windows": 3, "seqlen": 32, "output": output}
+    monkeypatch.setattr(job, "_measured", meanwhile)
+    with pytest.raises(InputError, match=message):
+        evaluate(place / "dense", overwrite=overwrite, **given)
+    assert (output / "notes.txt").read_text() == "mine"
+    monkeypatch.undo()
+    # Nothing is computed again once it is out of the way.
+    output.rename(tmp_path / "elsewhere")
+    lines = []
+    evaluate(place / "dense", log=lines.append, **given)
+    assert f"model: {place / 'dense'}: all answers are there" in lines
+    assert [path.name for path in output.iterdir()] == [RESULT]
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_next_model(place, tasks, tmp_path):
