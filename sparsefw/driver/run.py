@@ -149,10 +149,14 @@ def _why(config: PruneConfig) -> str:
 
 
 def _files_read(job: CheckpointJob) -> list[Path]:
-    """Files and folders here that the run reads beside the source: texts, the Hub's caches, and temporary files."""
-    names = [*job.inputs.evaluate, *(job.inputs.shares if job.dataset is None else [])]
+    """Files and folders here that the run reads beside the source: texts, tasks, the Hub's caches, temporary files."""
+    inputs = job.inputs
+    names = [*inputs.evaluate, *(inputs.shares if job.dataset is None else [])]
     texts = [Path(path) for path in map(os.path.expanduser, names) if os.path.lexists(path)]
-    return [*texts, Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE), Path(tempfile.gettempdir())]
+    # A folder may have the name of a task by chance: the harness takes files alone.
+    tasks = [Path(name) for name in inputs.tasks if os.path.isfile(name)]
+    tasks += [Path(inputs.include_path)] if inputs.include_path else []
+    return [*texts, *tasks, Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE), Path(tempfile.gettempdir())]
 
 
 def _prepare(
