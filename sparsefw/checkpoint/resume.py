@@ -207,10 +207,11 @@ class PartialFolder:
         count = self._count()
         missing = [n for n in range(count) if not os.path.lexists(self._record(n))]
         if missing and ranks > 1:
-            # While a rank writes a part, others may finish later ones. These are made again.
+            # While a rank writes a part, others may finish any number of later ones. These are made again.
             count = missing[0]
-            for n in range(count, count + ranks):
-                self._record(n).unlink(missing_ok=True)
+            for path in self._records.glob("*.json"):
+                if path.stem.isdecimal() and int(path.stem) > count:
+                    _delete(path)
             missing = [count] if self._count() > count else []
         if missing:
             raise self.damaged(self._record(missing[0]), "it is missing")

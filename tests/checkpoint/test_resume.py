@@ -183,6 +183,17 @@ def test_missing_and_exchanged_records(tmp_path):
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("ahead", [[4], [6, 8], [5, 6, 7, 8, 11]], ids=str)
+def test_parts_of_ranks_that_were_ahead_are_made_again(tmp_path, ahead):
+    partial = with_two_records(tmp_path)
+    for n in ahead:
+        partial.add(n, PARTS[0])
+    ranks = PartialFolder(tmp_path / "out")
+    ranks.open(IDENTITY, ranks=2)
+    assert ranks.parts == dict(enumerate(PARTS))
+    assert sorted(os.listdir(partial.folder / "records")) == ["00001.json", "00002.json"]
+
+
 def test_a_folder_that_was_being_cleared_begins_anew(tmp_path, monkeypatch):
     """A kill in the midst of it leaves any of the records; nothing goes on with these."""
     partial = with_two_records(tmp_path)
