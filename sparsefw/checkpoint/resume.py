@@ -7,6 +7,7 @@
     new/                the new output, until it is complete
     kept/               files that are needed until the run is finished
     old/                an older output, while the new one takes its place
+    saved-*/            a model that is being written in place of the shards
 
 The identity and the records are stored with their digests. What is damaged is never used, nor deleted without
 `restart`.
@@ -27,6 +28,9 @@ from sparsefw.checkpoint.locks import LOCK, acquire, acquire_shared, check_apart
 from sparsefw.errors import InputError, first_line, naming
 
 T = TypeVar("T")
+
+# How the name of a folder begins that holds a model while it is written in place of the shards.
+SAVED = "saved-"
 
 
 @dataclass(frozen=True)
@@ -277,16 +281,19 @@ class PartialFolder:
         return self._kept / f"{name}.safetensors"
 
     def remove_unknown(self, known: set[Path]) -> None:
-        """Delete what a kill has left in `new` and `kept`, and what else lies there, but for the known files."""
-        for path in (*self.new.iterdir(), *self._kept.glob("*")):
+        """Delete what a kill has left in `new`, `kept` and `saved-*`, and what else lies there, but the known files."""
+        for path in (*self.new.iterdir(), *self._kept.glob("*"), *self.folder.glob(f"{SAVED}*")):
             if path not in known:
                 _delete(path)
 
-    def move_into_place(self) -> None:
-        """Make `new` the output; an older output is removed with this folder."""
+    def move_into_place(self, folder: Path) -> None:
+        """Make a folder in this one the output; an older output is removed with this folder."""
         if self._output.exists():
+            if self._old.exists():
+                # A kill came after both moves: this is the output that was replaced.
+                _delete(self._old)
             self._output.rename(self._old)
-        self.new.rename(self._output)
+        folder.rename(self._output)
 
     def restore_output(self) -> None:
         """Put an older output back, if `move_into_place` was interrupted between its two moves."""
@@ -302,6 +309,8 @@ class PartialFolder:
     def remove(self) -> None:
         """Delete the folder, unless other ranks are at work there: what they leave there does no harm."""
         if self._lock is not None and is_sole_holder(self._lock):
+            # Without it nothing goes on with what a kill leaves of the rest.
+            self._identity.unlink(missing_ok=True)
             shutil.rmtree(self.folder)
         self.release()
 

@@ -18,7 +18,7 @@ from sparsefw.checkpoint.checksums import SUMS, file_digest, sums_text
 from sparsefw.checkpoint.evidence import Evidence
 from sparsefw.checkpoint.progress import SILENT, Progress
 from sparsefw.checkpoint.replaced import check_free
-from sparsefw.checkpoint.resume import Part, PartialFolder, durably
+from sparsefw.checkpoint.resume import SAVED, Part, PartialFolder, durably
 from sparsefw.checkpoint.rewritten import rewritten
 from sparsefw.checkpoint.source import INDEX, companions
 from sparsefw.errors import InputError, first_line
@@ -263,9 +263,9 @@ class Writer:
             self._await_end()
             return
         with self._disk_errors():
-            self._write_text(INDEX, _index(parts, self._name))
+            _write_text(self.folder / INDEX, _index(parts, self._name))
             for name, content in rewritten(source).items():
-                self._write_text(name, content)
+                _write_text(self.folder / name, content)
             for path in companions(source):
                 target = self.folder / path.relative_to(source)
                 if not target.exists():
@@ -273,7 +273,7 @@ class Writer:
                     # Content only: the source's files may be read-only or links.
                     durably(target, partial(shutil.copyfile, path))
         # Those of the shards were made when they were written.
-        self._move({self._name(n): part.sha256 for n, part in enumerate(parts)})
+        self._move(self.folder, {self._name(n): part.sha256 for n, part in enumerate(parts)})
 
     def finish_as(self, save: Callable[[Path], None]) -> None:
         """Write the model otherwise in place of the shards, and move it with the other files to `output`.
@@ -288,18 +288,28 @@ class Writer:
         if not self._ranks.first:
             self._await_end()
             return
-        # The shards stay until it is written: this may fail, and may take names of theirs.
-        with self._disk_errors(), TemporaryDirectory(prefix="saved-", dir=self._partial.folder) as saved:
-            save(Path(saved))
-            for n in range(len(parts)):
-                self.path(n).unlink()
-            for path in Path(saved).iterdir():
-                path.rename(self.folder / path.name)
-            for path in self.folder.rglob("*"):
-                if path.is_file():
-                    # safetensors makes files that only the owner can read.
-                    path.chmod(self.folder.stat().st_mode & 0o666)
-        self._move({})
+        with self._disk_errors():
+            scratch = TemporaryDirectory(prefix=SAVED, dir=self._partial.folder)
+        with scratch:
+            # Unlike the folder around it, one with the usual permissions.
+            folder = Path(scratch.name) / self.folder.name
+            with self._disk_errors():
+                folder.mkdir()
+                save(folder)
+                self._complement(folder, {self.path(n) for n in range(len(parts))})
+            # The shards stay until the output is in its place: whatever comes before, a later run goes on.
+            self._move(folder, {})
+
+    def _complement(self, folder: Path, shards: set[Path]) -> None:
+        """Move what lies beside the shards to a model that was saved, and make all of it readable as usual."""
+        for path in self.folder.iterdir():
+            # The model may have files of the same names.
+            if path not in shards and not (folder / path.name).exists():
+                path.rename(folder / path.name)
+        for path in folder.rglob("*"):
+            if path.is_file():
+                # safetensors makes files that only the owner can read.
+                path.chmod(folder.stat().st_mode & 0o666)
 
     def _complete(self) -> list[Part]:
         """All parts, in their order, when all ranks have written theirs."""
@@ -315,23 +325,20 @@ class Writer:
         self._done = True
         self._ranks.wait()
 
-    def _move(self, digests: dict[str, str]) -> None:
-        """Write SHA256SUMS and move all files to `output`; `digests` are those that are known, by name."""
+    def _move(self, folder: Path, digests: dict[str, str]) -> None:
+        """Write SHA256SUMS and make a folder the output; `digests` are those that are known, by name."""
         with self._disk_errors():
-            for path in self.folder.rglob("*"):
-                name = path.relative_to(self.folder).as_posix()
+            for path in folder.rglob("*"):
+                name = path.relative_to(folder).as_posix()
                 if path.is_file() and name not in digests:
                     digests[name] = file_digest(path)
-            self._write_text(SUMS, sums_text(digests))
+            _write_text(folder / SUMS, sums_text(digests))
         check_free(self.output, self.overwrite)
-        self._partial.move_into_place()
+        self._partial.move_into_place(folder)
         self._done = True
         # The other ranks leave the folder, so that it can be removed.
         self._ranks.wait()
         self._ranks.wait()
-
-    def _write_text(self, name: str, content: str) -> None:
-        durably(self.folder / name, partial(Path.write_text, data=content, encoding="utf-8"))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -350,7 +357,8 @@ class Writer:
         """Keep the finished parts of an unfinished run, remove everything else; returns the number of parts."""
         if self._done and not self._ranks.first:
             return 0
-        finished = self._partial.finished
+        # The shards may still be there, if a model was written in place of them.
+        finished = 0 if self._done else self._partial.finished
         if finished or not self._ranks.first:
             self._partial.release()
         else:
@@ -363,6 +371,10 @@ class Writer:
             # A folder that is in use stays.
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def _write_text(path: Path, content: str) -> None:
+    durably(path, partial(Path.write_text, data=content, encoding="utf-8"))
 
 
 def _index(parts: list[Part], name_of: Callable[[int], str]) -> str:

@@ -259,7 +259,7 @@ class Saved:
                 durably(self._partial.new / name, partial(Path.write_text, data=content, encoding="utf-8"))
             check_free(self._output, self._overwrite, KIND)
             check_nothing_else(self._output)
-            self._partial.move_into_place()
+            self._partial.move_into_place(self._partial.new)
             self._done = True
             self._partial.remove()
         self._ranks.tell(None)
