@@ -6,6 +6,9 @@ from typing import Any
 
 from sparsefw.errors import InputError, first_line, shown
 
+# Characters of a text that are checked at once.
+CHECKED_AT_ONCE = 2**16
+
 
 def texts_of(records: Iterable[Any], source: str, failures: tuple[type[Exception], ...]) -> Iterator[str]:
     """The column `text` of records.
@@ -16,7 +19,7 @@ def texts_of(records: Iterable[Any], source: str, failures: tuple[type[Exception
         failures: errors of what cannot be read.
 
     Raises:
-        InputError: while texts are read: there is no such column, it holds something else than strings, or reading
+        InputError: while texts are read: there is no such column, it holds something else than texts, or reading
             fails.
     """
     left = iter(records)
@@ -37,4 +40,29 @@ def texts_of(records: Iterable[Any], source: str, failures: tuple[type[Exception
         text = record["text"]
         if not isinstance(text, str):
             raise InputError(f"{source}: record {n}: `text` is {type(text).__name__}, expected a string")
+        check_encodable(text, f"{source}: record {n}")
         yield text
+
+
+def check_encodable(text: str, place: str) -> None:
+    """Refuse a string with half of a surrogate pair: JSON can hold it, and no tokenizer takes it.
+
+    Args:
+        text: the string.
+        place: what it is of, for the message.
+
+    Raises:
+        InputError: it has one.
+    """
+    if text.isascii():
+        return
+    for start in range(0, len(text), CHECKED_AT_ONCE):
+        try:
+            # In parts, since a copy of a long text takes much memory.
+            text[start : start + CHECKED_AT_ONCE].encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])[1:-1]
+            raise InputError(
+                f"{place}: character {start + error.start + 1} is half of a surrogate pair ({half}), which no "
+                "encoding of text has; correct the text, or leave it out"
+            ) from error

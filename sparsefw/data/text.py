@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from sparsefw.data import files, hub
 from sparsefw.data.parquet import parquet_records
-from sparsefw.data.records import texts_of
+from sparsefw.data.records import check_encodable, texts_of
 from sparsefw.errors import InputError, first_line, shown
 
 Part = Literal["calibration", "evaluation"]
@@ -119,6 +119,7 @@ def _checked(documents: Sequence[str]) -> Iterator[str]:
     for n, document in enumerate(documents, 1):
         if not isinstance(document, str):
             raise InputError(f"{TEXTS}: document {n} is {type(document).__name__}, expected a string")
+        check_encodable(document, f"{TEXTS}: document {n}")
         yield document
 
 

@@ -95,6 +95,19 @@ def test_text_that_is_no_string(tmp_path, value, kind):
         whole(read_text(path, part="calibration"))
 
 
+def test_half_of_a_surrogate_pair(tmp_path):
+    """JSON can hold it. Whole pairs are characters like others, also at the edges of what is checked at once."""
+    pairs = "\U0001f600" * 2**17
+    path = records(tmp_path / "x.jsonl", [{"text": pairs}, {"text": f"{pairs}ab\ud83d"}])
+    documents = read_text(path, part="calibration").documents
+    assert "".join(next(documents)) == pairs
+    line = r"character 131075 is half of a surrogate pair \(\\ud83d\), which no encoding of text has; correct the text"
+    with refused(rf"x\.jsonl: record 2: {line}"):
+        next(documents)
+    with refused(rf"^texts: document 2: {line}"):
+        whole(read_text([pairs, f"{pairs}ab\ud83d"], part="calibration"))
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
