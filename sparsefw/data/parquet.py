@@ -21,6 +21,9 @@ SMALL_PAGE, COPIES = 2**24, 2
 # Bytes that are read from the file at once.
 BUFFER = 2**20
 
+# Bytes of a page's header at most: the library that reads parquet takes no longer one.
+LONGEST_HEADER = 2**24
+
 # Types of Thrift's compact protocol, in which headers of pages are written: numbers, and what consists of other values.
 NUMBERS = (4, 5, 6)
 FLAGS, BYTE, DOUBLE, BINARY, LISTS, STRUCT = (1, 2), 3, 7, 8, (9, 10), 12
@@ -85,7 +88,7 @@ def _pages(raw: IO[bytes], column: Any) -> Iterator[tuple[int, int]]:
     end = at + column.total_compressed_size
     while at < end:
         raw.seek(at)
-        header = _read_struct(raw)
+        header = _read_struct(_Header(raw))
         unpacked, in_file = header.get(UNPACKED, -1), header.get(IN_FILE, -1)
         if min(unpacked, in_file) < 0:
             raise ValueError("damaged: a page without a size")
@@ -93,55 +96,74 @@ def _pages(raw: IO[bytes], column: Any) -> Iterator[tuple[int, int]]:
         at = raw.tell() + in_file
 
 
-def _read_struct(raw: IO[bytes]) -> dict[int, int]:
+class _Header:
+    """The bytes of a page's header, from where a file stands."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        # Bytes that may still follow.
+        self.left = LONGEST_HEADER
+
+    def take(self, size: int) -> bytes:
+        """Read so many bytes."""
+        if size > self.left:
+            raise ValueError(f"damaged: a page's header of more than {LONGEST_HEADER >> 20} MiB")
+        self.left -= size
+        found = self._raw.read(size)
+        if len(found) < size:
+            raise ValueError("damaged: it ends inside a page")
+        return found
+
+    def byte(self) -> int:
+        """Read a byte."""
+        return self.take(1)[0]
+
+    def number(self) -> int:
+        """Read an unsigned number of 7 bits a byte."""
+        value = 0
+        for shift in range(0, 70, 7):
+            byte = self.byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise ValueError("damaged: a number in a page's header has no end")
+
+
+def _read_struct(header: _Header) -> dict[int, int]:
     """Read past a struct of Thrift; returns its fields that are numbers."""
     numbers, field = {}, 0
-    while byte := _byte(raw):
+    while byte := header.byte():
         kind, step = byte & 15, byte >> 4
-        field = field + step if step else _signed(_number(raw))
+        field = field + step if step else _signed(header.number())
         if kind in NUMBERS:
-            numbers[field] = _signed(_number(raw))
+            numbers[field] = _signed(header.number())
         elif kind not in FLAGS:
-            _skip(raw, kind)
+            _skip(header, kind)
     return numbers
 
 
-def _skip(raw: IO[bytes], kind: int) -> None:
+def _skip(header: _Header, kind: int) -> None:
     """Read past a value of Thrift."""
     if kind in NUMBERS:
-        _number(raw)
+        header.number()
     elif kind == BYTE or kind in FLAGS:
-        _byte(raw)
+        header.byte()
     elif kind == DOUBLE:
-        raw.seek(8, 1)
+        header.take(8)
     elif kind == BINARY:
-        raw.seek(min(_number(raw), 2**31), 1)
+        header.take(header.number())
     elif kind in LISTS:
-        byte = _byte(raw)
-        for _ in range(byte >> 4 if byte < 0xF0 else _number(raw)):
-            _skip(raw, byte & 15)
+        byte = header.byte()
+        count = byte >> 4 if byte < 0xF0 else header.number()
+        # Each value has at least one byte.
+        if count > header.left:
+            raise ValueError(f"damaged: a page's header of more than {LONGEST_HEADER >> 20} MiB")
+        for _ in range(count):
+            _skip(header, byte & 15)
     elif kind == STRUCT:
-        _read_struct(raw)
+        _read_struct(header)
     else:
         raise ValueError("damaged: a page's header cannot be read")
-
-
-def _byte(raw: IO[bytes]) -> int:
-    byte = raw.read(1)
-    if not byte:
-        raise ValueError("damaged: it ends inside a page")
-    return byte[0]
-
-
-def _number(raw: IO[bytes]) -> int:
-    """Read an unsigned number of 7 bits a byte."""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = _byte(raw)
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value
-    raise ValueError("damaged: a number in a page's header has no end")
 
 
 def _signed(number: int) -> int:

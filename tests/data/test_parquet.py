@@ -126,3 +126,49 @@ def test_damaged_headers_of_pages_are_refused():
         "damaged: a page without a size",
         "damaged: a page's header cannot be read",
     }
+
+
+class Limited(io.BytesIO):
+    """A file that is read and sought in at most some thousand times."""
+
+    calls = 0
+
+    def read(self, size):
+        self._count()
+        return super().read(size)
+
+    def seek(self, *place):
+        self._count()
+        return super().seek(*place)
+
+    def _count(self):
+        self.calls += 1
+        assert self.calls < 5000, "it is read for ever"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        # Lists of 2^70 - 1 and of 2^14 doubles.
+        ("19 F7 FFFFFFFFFFFFFFFFFF7F", "a page's header of more than 16 MiB"),
+        ("19 F7 808001", "it ends inside a page"),
+        # A string of 2^30 bytes, and one of more than follow.
+        ("18 8080808004 00", "a page's header of more than 16 MiB"),
+        ("18 05 0000", "it ends inside a page"),
+    ],
+)
+def test_headers_of_pages_end(content, message):
+    column = types.SimpleNamespace(dictionary_page_offset=None, data_page_offset=0, total_compressed_size=2**62)
+    with pytest.raises(ValueError, match=f"^damaged: {message}$"):
+        list(parquet._pages(Limited(bytes.fromhex(content)), column))
+
+
+def test_a_header_is_as_long_as_it_may_be(monkeypatch):
+    """Sizes of 4 and 0 bytes, then a list of three numbers, and the end: 11 bytes in all."""
+    monkeypatch.setattr(parquet, "LONGEST_HEADER", 11)
+    column = types.SimpleNamespace(dictionary_page_offset=None, data_page_offset=0, total_compressed_size=11)
+    content = bytes.fromhex("25 08 15 00 19 35 01 02 03 11 00")
+    assert list(parquet._pages(io.BytesIO(content), column)) == [(4, 0)]
+    monkeypatch.setattr(parquet, "LONGEST_HEADER", 10)
+    with pytest.raises(ValueError, match="a page's header of more than"):
+        list(parquet._pages(io.BytesIO(content), column))
