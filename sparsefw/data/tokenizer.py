@@ -31,6 +31,8 @@ SECONDS_TO_LOAD, BYTES_TO_LOAD, BYTES_A_BYTE = 120, 4 * 2**30, 64
 SECONDS_TO_TOKENIZE, CHARS_A_SECOND, BYTES_A_CHAR = 60, 5000, 4096
 # Bytes of the tokens of a character, as JSON: those of ten tokens. Beside them, a few characters may have any number.
 ANSWER_A_CHAR, ANSWER = 64, 2**20
+# Tokens are kept in 4 bytes each.
+LARGEST_TOKEN = 2**31 - 1
 # Bytes of memory that a tokenizer may always take, so that a limit that is too low is refused by the needs of the run.
 ALWAYS_TAKEN = 2**29
 
@@ -143,12 +145,14 @@ def tokenize(tokenizer: Tokenizer, texts: list[str], special: bool = False) -> l
     """The tokens of each text; `special`: with those that the tokenizer itself puts around it.
 
     Raises:
-        InputError: the tokenizer fails, or takes too much.
+        InputError: the tokenizer fails, takes too much, or gives a token that is out of its range.
     """
     with _errors_in_one_line(f"{tokenizer.name_or_path}: the tokenizer cannot take this text"):
         if isinstance(tokenizer, TokenizerProcess):
-            return tokenizer.tokens(texts, special)
-        return _tokens(tokenizer, texts, special)
+            found = tokenizer.tokens(texts, special)
+        else:
+            found = _tokens(tokenizer, texts, special)
+        return [_checked(tokenizer, tokens) for tokens in found]
 
 
 def traits(tokenizer: Tokenizer, prefix: int | None = None) -> TokenizerTraits:
@@ -167,12 +171,21 @@ def start_tokens(tokenizer: Tokenizer) -> list[int]:
     """The token that the tokenizer itself puts before a text, as a list; empty if it puts none.
 
     Raises:
-        InputError: the tokenizer fails, or takes too much.
+        InputError: the tokenizer fails, takes too much, or gives a token that is out of its range.
     """
     with _errors_in_one_line(f"{tokenizer.name_or_path}: the tokenizer cannot take a text"):
-        if isinstance(tokenizer, TokenizerProcess):
-            return tokenizer.start()
-        return _start(tokenizer)
+        return _checked(tokenizer, tokenizer.start() if isinstance(tokenizer, TokenizerProcess) else _start(tokenizer))
+
+
+def _checked(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
+    """The tokens, if all of them are in the range."""
+    if tokens and not 0 <= min(tokens) <= max(tokens) <= LARGEST_TOKEN:
+        wrong = next(token for token in tokens if not 0 <= token <= LARGEST_TOKEN)
+        raise InputError(
+            f"{tokenizer.name_or_path}: the tokenizer gives a text the token {wrong}; tokens are numbers from 0 to "
+            f"{LARGEST_TOKEN}, correct its vocabulary"
+        )
+    return tokens
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = False) -> list[list[int]]:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from helpers.texts import make_tokenizer, refused
 
-from sparsefw.data import tokenizer
+from sparsefw.data import evaluation_windows, tokenizer
 from sparsefw.data.tokenizer import TokenizerProcess, load_tokenizer, start_tokens, tokenize
 from sparsefw.errors import InputError
 from sparsefw.inputs import DEFAULT_MODEL
@@ -146,6 +146,23 @@ def test_more_tokens_than_any_text_has(folder, monkeypatch):
         refused(f"^{folder}: the tokenizer cannot take this text: it makes more than 0.0 MiB of it$"),
     ):
         tokenize(apart, ["a" * 100])
+
+
+def test_tokens_that_are_out_of_their_range(folder, monkeypatch):
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    line = f"^{folder}: the tokenizer gives a text the token {2**31}; tokens are numbers from 0 to {2**31 - 1}, "
+    change(folder / "tokenizer.json", model=model | {"vocab": model["vocab"] | {"a": 2**31, "b": 2**31 - 1}})
+    loaded = load_tokenizer(folder)
+    with TokenizerProcess(folder) as apart:
+        for either in (loaded, apart):
+            assert tokenize(either, ["b", ""]) == [[2**31 - 1], []]
+            with refused(line):
+                tokenize(either, ["b", "ba"])
+    with refused(line):
+        evaluation_windows(loaded, ["ba"], seqlen=2)
+    monkeypatch.setattr(tokenizer, "_start", lambda of: [2**31])
+    with refused(line):
+        start_tokens(loaded)
 
 
 def test_memory_of_the_process(folder):
