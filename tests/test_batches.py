@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers.stacks import STACKS, drawn, losses, random_ids
+from helpers.stacks import STACKS, drawn, perplexity_of_whole, random_ids
 from safetensors.torch import load_model
 from torch import nn
 
@@ -20,10 +20,6 @@ QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity
 CPU = torch.device("cpu")
 
 
-def plain_perplexity(model, batches):
-    return math.exp(sum(losses(model, batches)) / len(batches))
-
-
 def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -32,11 +28,11 @@ def weights(model):
 class TestStacks:
     def test_pruned_in_place(self, name):
         model, batches = drawn(name)
-        before, dense = weights(model), plain_perplexity(model, batches)
+        before, dense = weights(model), perplexity_of_whole(model, batches)
         result = prune(model, calibration=batches, evaluate=batches, **QUICK)
         # The report is of the model itself.
         assert result.perplexity[NAME]["dense"] == pytest.approx(dense, rel=1e-5)
-        assert result.perplexity[NAME]["sparsefw"] == pytest.approx(plain_perplexity(model, batches), rel=1e-5)
+        assert result.perplexity[NAME]["sparsefw"] == pytest.approx(perplexity_of_whole(model, batches), rel=1e-5)
         names = {layer.name.partition("[")[0] for layer in result.layers}
         for key, tensor in model.state_dict().items():
             assert torch.equal(tensor, before[key]) == (key not in names)
@@ -192,7 +188,7 @@ class TestManners:
         longer = {name: torch.cat([x, x], 1) for name, x in batches[0].items()}
         both = [*batches, longer]
         result = prune(model, calibration=both, evaluate=both, **QUICK)
-        assert result.perplexity[NAME]["sparsefw"] == pytest.approx(plain_perplexity(model, both), rel=1e-5)
+        assert result.perplexity[NAME]["sparsefw"] == pytest.approx(perplexity_of_whole(model, both), rel=1e-5)
         assert result.report.data.seqlen == 48
 
     def test_weights_in_another_order_in_memory(self, tmp_path):
@@ -268,7 +264,7 @@ class TestRepeats:
         ]
         assert result.report.kept_dense == ["blocks.1.0.weight", "blocks.1.2.weight"]
         assert result.report.notes == ["stay dense: 1 blocks that run more than once in a forward, blocks.1 first"]
-        assert result.perplexity[NAME]["sparsefw"] == pytest.approx(plain_perplexity(model, batches), rel=1e-5)
+        assert result.perplexity[NAME]["sparsefw"] == pytest.approx(perplexity_of_whole(model, batches), rel=1e-5)
 
     def test_experts_of_such_a_block_stay_dense(self):
         torch.manual_seed(0)

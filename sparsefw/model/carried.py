@@ -49,6 +49,34 @@ def as_it_was(lying: Tensor, order: tuple[int, ...]) -> Tensor:
     return lying.permute(sorted(range(len(order)), key=order.__getitem__))
 
 
+class _Apart:
+    """One tensor of all micro-batches from one on, each of any form.
+
+    Args:
+        begin: number of the first of these micro-batches.
+        kept: an empty list.
+    """
+
+    def __init__(self, begin: int, kept: Activations) -> None:
+        self.begin, self._kept = begin, kept
+        self._orders: list[tuple[int, ...]] = []
+
+    def append(self, x: Tensor, times: int = 1) -> None:
+        """Add the tensor of the next micro-batches, which have the same."""
+        lying, order = compact(x)
+        for _ in range(times):
+            self._kept.append(lying)
+            self._orders.append(order)
+
+    def __getitem__(self, j: int) -> Tensor:
+        """The tensor of micro-batch j, on the device."""
+        return as_it_was(self._kept[j - self.begin], self._orders[j - self.begin])
+
+    def close(self) -> None:
+        """Let the tensors go."""
+        self._kept.close()
+
+
 class Constants:
     """The tensors that the model's forward makes before its first block, of all micro-batches.
 
@@ -62,9 +90,7 @@ class Constants:
         self._new_activations, self._users, self._count = new_activations, 1, 0
         self._shared: list[Tensor] = []
         self._of_batch: set[int] = set()
-        self._lists: dict[int, tuple[Activations, tuple[int, ...]]] = {}
-        # Those of the last micro-batch, which may have fewer windows.
-        self._others: dict[tuple[int, int], Tensor] = {}
+        self._apart: dict[int, _Apart] = {}
 
     def append(self, tensors: list[Tensor], of_batch: set[int]) -> None:
         """Add the tensors of a micro-batch.
@@ -82,28 +108,27 @@ class Constants:
         if len(tensors) != len(self._shared):
             raise InputError(DIFFERS)
         for n, (first, x) in enumerate(zip(self._shared, tensors, strict=True)):
-            if n not in self._lists and (x is first or (_form(x) == _form(first) and torch.equal(first, x))):
-                continue
-            if _form(x) != _form(first) and n not in self._lists:
-                self._others[j, n] = x
-                continue
-            if n not in self._lists:
-                lying, order = compact(first)
-                self._lists[n] = self._new_activations(), order
-                for _ in range(j):
-                    self._lists[n][0].append(lying)
-                self._shared[n] = first.to("meta")
-            kept, order = self._lists[n]
-            lying, own_order = compact(x)
-            kept.append(lying if own_order == order else x.permute(order).contiguous())
+            if n not in self._apart:
+                if x is first or (_form(x) == _form(first) and torch.equal(first, x)):
+                    continue
+                self._begin(n, j, _form(x) == _form(first))
+            self._apart[n].append(x)
+
+    def _begin(self, n: int, j: int, same_form: bool) -> None:
+        """Store tensor n by micro-batch from micro-batch j on, which is the first that has another one."""
+        if not same_form:
+            # It may be the last one, which has fewer windows: a copy for each micro-batch before would be in vain.
+            self._apart[n] = _Apart(j, self._new_activations())
+            return
+        self._apart[n] = _Apart(0, self._new_activations())
+        self._apart[n].append(self._shared[n], times=j)
+        self._shared[n] = self._shared[n].to("meta")
 
     def __getitem__(self, place: tuple[int, int]) -> Tensor:
         """Tensor n of micro-batch j, on the device."""
         j, n = place
-        if n in self._lists:
-            kept, order = self._lists[n]
-            return as_it_was(kept[j], order)
-        return self._others.get(place, self._shared[n])
+        apart = self._apart.get(n)
+        return self._shared[n] if apart is None or j < apart.begin else apart[j]
 
     def made_of_batch(self) -> list[Tensor]:
         """Those tensors of the first micro-batch that may differ from window to window."""
@@ -118,9 +143,9 @@ class Constants:
         """Let the tensors go when the last stream does."""
         self._users -= 1
         if not self._users:
-            for kept, _ in self._lists.values():
-                kept.close()
-            self._lists = {}
+            for apart in self._apart.values():
+                apart.close()
+            self._apart = {}
 
 
 @dataclass

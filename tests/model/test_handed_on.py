@@ -75,7 +75,7 @@ def test_expected_size_is_what_lies_between_blocks(family, tmp_path):
                 states.leave(i, j, states.output(i, j))
             most = max(most, sum(x.nbytes for x in states.carried.tensors()))
             states.arrive(states.position)
-        before = sum(states.constants[0, n].nbytes for n in states.constants._lists)
+        before = sum(states.constants[0, n].nbytes for n in states.constants._apart)
     expected = shape.of_stream(seqlen)
     # Indices are as many as there are tokens, up to a limit that few tokens do not reach.
     assert expected[0] == states.hidden[0].nbytes
