@@ -1,11 +1,14 @@
 """`prune(model, calibration=batches)` on models as callers have them, and on batches of several sizes."""
 
+import functools
+import types
+
 import pytest
 import torch
 from helpers.stacks import perplexity_of_whole
 from torch import nn
 
-from sparsefw import prune
+from sparsefw import InputError, prune
 from sparsefw.data import BATCHES
 from sparsefw.model.activations import DeviceActivations, FiledActivations
 from sparsefw.model.carried import Constants
@@ -37,6 +40,15 @@ class Stack(nn.Module):
         return {"loss": (x - target).square().mean()}
 
 
+class Tupled(Stack):
+    """Its blocks have to return tuples."""
+
+    def forward(self, x, target):
+        for block in self.blocks:
+            (x,) = block(x)
+        return {"loss": (x - target).square().mean()}
+
+
 def made():
     torch.manual_seed(0)
     return Stack().eval()
@@ -50,11 +62,10 @@ def check(model, batches, **options):
     """Prune a model; the report has to be of the model itself."""
     dense = perplexity_of_whole(model, batches)
     result = prune(model, calibration=batches, evaluate=batches, **QUICK | options)
-    assert result.perplexity[BATCHES] == {
-        "dense": pytest.approx(dense, rel=1e-5),
-        "sparsefw": pytest.approx(perplexity_of_whole(model, batches), rel=1e-5),
-    }
-    for layer in result.layers:
+    found = result.perplexity[BATCHES]
+    assert found["dense"] == pytest.approx(dense, rel=1e-5)
+    assert found["sparsefw"] == pytest.approx(perplexity_of_whole(model, batches), rel=1e-5)
+    for layer in result.report.layers_of("sparsefw"):
         assert ((model.get_parameter(layer.name) != 0).sum(1) <= layer.shape[1] // 2).all()
     return result
 
@@ -85,3 +96,92 @@ class TestBatchesOfSeveralSizes:
             assert constants[j, 0].stride() == drawn[form].stride()
             assert torch.equal(constants[j, 1], torch.ones(3))
         constants.close()
+
+
+class TestHooks:
+    """Hooks of blocks run once for a block's own run, as in the model."""
+
+    @pytest.mark.parametrize("options", [{}, {"reconstruct": 2}, {"compare": ("wanda",)}], ids=str)
+    def test_of_blocks(self, options):
+        model, batches = made(), batches_like((2, 5), (2, 5))
+        first, last = model.blocks
+        first.register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+        first.register_forward_hook(lambda module, args, output: output + 1)
+        last.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs | {"scale": 3}), with_kwargs=True)
+        last.register_forward_hook(lambda module, args, kwargs, output: output.neg(), with_kwargs=True)
+        last.register_forward_hook(lambda *given: None if given[2] is None else given[2] + 1, always_call=True)
+        before = [[dict(x) for x in vars(block).values() if isinstance(x, dict)] for block in model.blocks]
+        check(model, batches, **options)
+        for block, hooks in zip(model.blocks, before, strict=True):
+            for now, known in zip((x for x in vars(block).values() if isinstance(x, dict)), hooks, strict=True):
+                assert now.keys() == known.keys()
+
+    def test_that_change_the_form(self):
+        """A block is run with its hooks to see what it returns."""
+        torch.manual_seed(0)
+        model = Tupled().eval()
+        for block in model.blocks:
+            block.register_forward_hook(lambda module, args, output: (output,))
+        check(model, batches_like((2, 5)))
+
+    def test_removed_by_their_handles(self):
+        model = made()
+        handle = model.blocks[0].register_forward_hook(lambda module, args, output: output + 1)
+        prune(model, calibration=batches_like((2, 5)), **QUICK)
+        handle.remove()
+        assert not model.blocks[0]._forward_hooks
+
+
+class Forwards:
+    """What stands in the place of a block's forward, by kind; all do the same."""
+
+    @staticmethod
+    def bound(block):
+        def forward(self, x, scale=None):
+            return x - Block.forward(self, x, scale)
+
+        return types.MethodType(forward, block)
+
+    @staticmethod
+    def partial(block):
+        """As accelerate's hooks."""
+        block.before = block.forward
+
+        def forward(block, *args, **kwargs):
+            return args[0] - block.before(*args, **kwargs)
+
+        return functools.update_wrapper(functools.partial(forward, block), block.before)
+
+    @staticmethod
+    def closure(block):
+        before = block.forward
+        return lambda *args, **kwargs: args[0] - before(*args, **kwargs)
+
+
+def replaced(kind):
+    model = made()
+    for block in model.blocks:
+        block.forward = getattr(Forwards, kind)(block)
+    return model
+
+
+class TestOwnForward:
+    @pytest.mark.parametrize("options", [{}, {"reconstruct": 2}, {"compare": ("wanda",)}], ids=str)
+    @pytest.mark.parametrize("kind", ["bound", "partial"])
+    def test_is_run_and_stays(self, kind, options):
+        model = replaced(kind)
+        own = [block.forward for block in model.blocks]
+        check(model, batches_like((2, 5), (2, 5)), **options)
+        assert all(block.forward is forward for block, forward in zip(model.blocks, own, strict=True))
+
+    def test_stays_after_an_error(self):
+        model = replaced("bound")
+        with pytest.raises(InputError, match="fails on these batches"):
+            prune(model, calibration=[{"x": torch.randn(2, 9), "target": torch.randn(2, 9)}], **QUICK)
+        assert all("forward" in vars(block) for block in model.blocks)
+
+    def test_function_that_runs_the_block_itself(self):
+        """Where a dense copy of the block is run, it would run the pruned block instead."""
+        with pytest.raises(InputError, match=r"blocks\.0: a function .* types\.MethodType"):
+            prune(replaced("closure"), calibration=batches_like((2, 5)), **QUICK)
+        check(replaced("closure"), batches_like((2, 5)), target="layer")

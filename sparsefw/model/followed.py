@@ -135,7 +135,7 @@ class Followed:
             memo = {id(known): (known, known) for known in objects}
             own, others = rebuilt((args, kwargs), Tensor.detach, memo)
             with explained(self._kind, name, self._given), self._ready(block.modules()), self._attributes_noted(block):
-                output = type(block).forward(block, *own, **others)
+                output = block(*own, **others)
             form = form or self.forms.add(kind, form_of_output(output, own[0], name, self._kind))
         return form.after(args[0])
 

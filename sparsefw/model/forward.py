@@ -58,7 +58,7 @@ def form_of(model: BlockModel, i: int, hidden: Tensor, args: tuple[Any, ...], kw
         # Copies: what the block changes in them, it changes again when it is run.
         args, kwargs = rebuilt((args, kwargs), lambda x: x)
         with explained(type(model.model).__name__, model.names[i], model.given):
-            output = type(block).forward(block, hidden, *args, **kwargs)
+            output = block(hidden, *args, **kwargs)
         model.close(i)
         known = form_of_output(output, hidden, model.names[i], type(model.model).__name__)
         model.forms.add(model.kinds[i], known)

@@ -1,7 +1,9 @@
 """Run a model's own forward with something else in place of its blocks."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +20,17 @@ Kind = tuple[Any, ...]
 
 # Stands for a block: called with the block's number and what the block is given.
 Replacement = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+
+# The attributes of a module that hold what runs before and after its forward.
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 
 
 class Forms:
@@ -55,33 +68,56 @@ def run_replaced(runs: nn.Module, blocks: Sequence[nn.Module], batch: Batch, rep
         blocks: its blocks.
         batch: its arguments, where the model's weights are.
         replacement: called for every block, returns what the block would. The hidden states are the first of the
-            arguments that it is called with, even if the model's forward gives them by name.
+            arguments that it is called with, even if the model's forward gives them by name. Meanwhile the block is
+            what it is outside, and can be run.
 
     Returns:
         What the model returns; None if the replacement raised `StopForward`.
     """
-    for i, block in enumerate(blocks):
-        first = _first_parameter(block)
+    with ExitStack() as replaced:
+        for i, block in enumerate(blocks):
+            replaced.enter_context(_replaced(block, i, replacement))
+        try:
+            return runs(*batch.args, **batch.kwargs)
+        except StopForward:
+            return None
 
-        def forward(*args: Any, _i: int = i, _first: str = first, **kwargs: Any) -> Any:
-            if not args and _first in kwargs:
-                args = (kwargs.pop(_first),)
-            return replacement(_i, args, kwargs)
 
-        block.forward = forward
+@contextmanager
+def _replaced(block: nn.Module, i: int, replacement: Replacement) -> Iterator[None]:
+    """Inside the `with` block, a call of block i calls the replacement alone, without the block's hooks."""
+    first = _first_parameter(block)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not args and first in kwargs:
+            args = (kwargs.pop(first),)
+        with _called_with(block, own):
+            return replacement(i, args, kwargs)
+
+    with _called_with(block, {"forward": forward} | {name: {} for name in _HOOKS}) as own:
+        yield
+
+
+@contextmanager
+def _called_with(block: nn.Module, attributes: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Inside the `with` block, a block has another forward, or its class's, and other hooks; yields its own ones."""
+    own = {name: vars(block)[name] for name in ("forward", *_HOOKS) if name in vars(block)}
     try:
-        return runs(*batch.args, **batch.kwargs)
-    except StopForward:
-        return None
+        vars(block).pop("forward", None)
+        vars(block).update(attributes)
+        yield own
     finally:
-        for block in blocks:
-            del block.forward
+        vars(block).pop("forward", None)
+        vars(block).update(own)
 
 
 def _first_parameter(block: nn.Module) -> str:
-    """The name of the first argument of a block's forward."""
-    _, *parameters = inspect.signature(type(block).forward).parameters
-    return parameters[0] if parameters else ""
+    """The name of the first argument of a block's forward; of its class's, if its own one takes any."""
+    for forward in (block.forward, MethodType(type(block).forward, block)):
+        first = next(iter(inspect.signature(forward).parameters.values()), None)
+        if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD:
+            return first.name
+    return ""
 
 
 def hidden_of(block_output: Any) -> Tensor:
