@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from sparsefw.compiled import unwrapped
 from sparsefw.errors import InputError
 from sparsefw.flags import checked_path
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, config_for, with_share
@@ -129,7 +130,7 @@ def prune(
     output_folder = None if output is None else checked_path("output", output)
     places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
     text = _Text(dataset, nsamples, seqlen, eval_windows, tasks, limit, num_fewshot, include_path, tokenizer)
-    with joined_with(log) as (ranks, say):
+    with joined_with(log) as (ranks, say), unwrapped(model) as model:
         told = _Told(say, progress and ranks.first, ranks)
         if calibration is not None:
             config = config or PruneConfig(**options)

@@ -5,7 +5,8 @@ import types
 
 import pytest
 import torch
-from helpers.stacks import perplexity_of_whole
+from helpers.stacks import drawn, perplexity_of_whole, random_ids
+from safetensors.torch import load_model
 from torch import nn
 
 from sparsefw import InputError, prune
@@ -66,8 +67,13 @@ def check(model, batches, **options):
     assert found["dense"] == pytest.approx(dense, rel=1e-5)
     assert found["sparsefw"] == pytest.approx(perplexity_of_whole(model, batches), rel=1e-5)
     for layer in result.report.layers_of("sparsefw"):
-        assert ((model.get_parameter(layer.name) != 0).sum(1) <= layer.shape[1] // 2).all()
+        assert ((_weight(model, layer.name) != 0).sum(1) <= layer.shape[1] // 2).all()
     return result
+
+
+def _weight(model, name):
+    """The weight of this name, whatever is wrapped around the modules."""
+    return {key.replace("_orig_mod.", ""): x for key, x in model.named_parameters()}[name.replace("_orig_mod.", "")]
 
 
 class TestBatchesOfSeveralSizes:
@@ -185,3 +191,48 @@ class TestOwnForward:
         with pytest.raises(InputError, match=r"blocks\.0: a function .* types\.MethodType"):
             prune(replaced("closure"), calibration=batches_like((2, 5)), **QUICK)
         check(replaced("closure"), batches_like((2, 5)), target="layer")
+
+
+def compiled(where):
+    """A model with a part of it compiled, and compiled code that has run."""
+    model = given = made()
+    if where == "model":
+        given = torch.compile(model, backend="eager")
+    elif where == "model in place":
+        model.compile(backend="eager")
+    elif where == "blocks in place":
+        model.blocks[0].compile(backend="eager")
+    elif where == "functions":
+        model.blocks[0].act.forward = torch.compile(nn.functional.gelu, backend="eager")
+    else:
+        model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    if where == "blocks with hooks":
+        model.blocks[0].register_forward_hook(lambda module, args, output: output + 1)
+    with torch.no_grad():
+        given(**batches_like((1, 3))[0])
+    return given, model
+
+
+class TestCompiled:
+    @pytest.mark.parametrize("where", ["model", "model in place", "blocks", "blocks in place", "functions"])
+    def test_names_are_those_of_the_model_itself(self, where, tmp_path):
+        given, model = compiled(where)
+        parts = dict(given.named_modules())
+        result = check(given, batches_like((2, 5)), output=tmp_path / "out")
+        assert [layer.name for layer in result.layers[::2]] == [f"blocks.{n}.fc1.weight" for n in (0, 1)]
+        assert result.report.argument("model", str) == "Stack"
+        loaded = made()
+        load_model(loaded, tmp_path / "out" / "model.safetensors")
+        for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
+            assert torch.equal(a, b)
+        assert all(part is parts[name] for name, part in given.named_modules())
+
+    def test_a_wrapper_with_hooks_stays(self):
+        given, _ = compiled("blocks with hooks")
+        check(given, batches_like((2, 5)), target="layer")
+
+    def test_language_model(self):
+        model, _ = drawn("mixtral")
+        ids = random_ids(4, 12)
+        result = prune(torch.compile(model, backend="eager"), dataset=ids, **QUICK)
+        assert (model.get_parameter(result.layers[0].name) == 0).any()

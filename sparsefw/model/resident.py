@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.checkpoint.tensors import Loadable, dequantized
+from sparsefw.compiled import as_python
 from sparsefw.data import Batch
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
@@ -25,8 +26,8 @@ from sparsefw.timeline import Timeline
 def resident(model: nn.Module, batch: Batch, device: torch.device) -> Iterator["ResidentModel"]:
     """Inside the `with` block, a model in memory can be run one block at a time.
 
-    It is in evaluation mode, keeps no cache of keys and values, and calls its layers one by one. At the end it is as it
-    was.
+    It is in evaluation mode, keeps no cache of keys and values, runs nothing compiled, and calls its layers one by one.
+    At the end it is as it was.
 
     Args:
         model: the model.
@@ -36,7 +37,7 @@ def resident(model: nn.Module, batch: Batch, device: torch.device) -> Iterator["
     Raises:
         InputError: as `follow_batch`; or it has weights on the meta device, NaN or Inf.
     """
-    with _evaluating(model), _without_cache(model), attention_by_calls(), expert_by_expert(model):
+    with as_python(), _evaluating(model), _without_cache(model), attention_by_calls(), expert_by_expert(model):
         opened = ResidentModel(model, batch, device)
         try:
             yield opened
