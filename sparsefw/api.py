@@ -10,6 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from sparsefw.compiled import unwrapped
@@ -62,6 +63,8 @@ class PruneResult:
         return {name: text.perplexity for name, text in zip(names, self.report.evaluation, strict=True)}
 
 
+# Tensors that are made in inference mode do not tell when they are written to.
+@torch.inference_mode(False)
 def prune(
     model: "str | Path | nn.Module" = DEFAULT,
     output: str | Path | None = None,

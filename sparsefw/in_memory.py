@@ -20,6 +20,7 @@ from sparsefw.driver import Job, Output, run_in_memory
 from sparsefw.errors import InputError
 from sparsefw.inputs import Inputs
 from sparsefw.model import StreamedModel
+from sparsefw.model.slots import overwrite
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report
 from sparsefw.solver import PruneConfig
@@ -169,7 +170,6 @@ def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     raise InputError("tokenizer: the model in memory was not loaded from a checkpoint that has one; give tokenizer=")
 
 
-@torch.no_grad()
 def load_layers(model: PreTrainedModel, folder: Path, layers: Iterable[str]) -> None:
     """Copy layers of a pruned checkpoint into a model, a block at a time; all its other parameters stay as they are.
 
@@ -190,5 +190,5 @@ def load_layers(model: PreTrainedModel, folder: Path, layers: Iterable[str]) -> 
                 parameter = own.get(name, own.get(name.removeprefix(f"{pruned.model.base_model_prefix}.")))
                 if parameter is None or parameter.shape != found[name].shape:
                     raise InputError(f"model: it has no parameter {name} as its checkpoint; load the pruned checkpoint")
-                parameter.copy_(found[name])
+                overwrite(parameter, found[name])
             pruned.close(i)

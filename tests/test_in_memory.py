@@ -236,3 +236,27 @@ class TestCompiled:
         ids = random_ids(4, 12)
         result = prune(torch.compile(model, backend="eager"), dataset=ids, **QUICK)
         assert (model.get_parameter(result.layers[0].name) == 0).any()
+
+
+class TestInferenceMode:
+    @pytest.mark.parametrize("options", [{}, {"reconstruct": 2}], ids=str)
+    def test_run_in_it(self, options):
+        model, batches = made(), batches_like((2, 5), (2, 5))
+        with torch.inference_mode():
+            prune(model, calibration=batches, **QUICK | options)
+            assert torch.is_inference_mode_enabled()
+        assert all((block.fc1.weight == 0).any() for block in model.blocks)
+
+    @pytest.mark.parametrize("options", [{}, {"reconstruct": 2}], ids=str)
+    def test_model_and_batches_made_in_it(self, options):
+        with torch.inference_mode():
+            model, batches = made(), batches_like((2, 5), (2, 5))
+        weights = [block.fc1.weight for block in model.blocks]
+        check(model, batches, **options)
+        assert all(block.fc1.weight is weight for block, weight in zip(model.blocks, weights, strict=True))
+
+    def test_language_model(self):
+        with torch.inference_mode():
+            model, _ = drawn("mixtral")
+            result = prune(model, dataset=random_ids(4, 12), **QUICK)
+        assert (model.get_parameter(result.layers[0].name) == 0).any()

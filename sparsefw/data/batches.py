@@ -1,7 +1,7 @@
 """Batches: the arguments of a model's own forward, for models that read something else than tokens."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +32,11 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on a device."""
-        args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
+        return self.map(lambda x: x.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with other tensors, each made of the one in its place."""
+        args, kwargs = tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
         return Batch(args, kwargs, self.windows)
 
 
@@ -119,4 +123,5 @@ def _batch_of(item: Any, name: str) -> Batch:
     # Infinity is all right: masks have it.
     if any(x.is_floating_point() and bool(x.isnan().any()) for x in batch.tensors):
         raise InputError(f"{name}: holds NaN")
-    return batch
+    # Tensors that were made in inference mode do not tell when they are written to.
+    return batch.map(lambda x: x.clone() if x.is_inference() else x)

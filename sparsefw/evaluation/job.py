@@ -90,6 +90,8 @@ class EvaluateResult:
     output: Path | None
 
 
+# As for `prune`.
+@torch.inference_mode(False)
 def evaluate(
     models: str | Path | Sequence[str | Path],
     tasks: str | Sequence[str] = (),

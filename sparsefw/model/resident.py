@@ -15,7 +15,7 @@ from sparsefw.finite import check_finite
 from sparsefw.model.batch_path import follow_batch
 from sparsefw.model.explained import BATCHES
 from sparsefw.model.shared import shared_parameters
-from sparsefw.model.slots import Slot, fill, on_device, restore, slots_of
+from sparsefw.model.slots import Slot, fill, on_device, overwrite, restore, slots_of
 from sparsefw.model.stand_ins import kind_of_block
 from sparsefw.model.torch_attention import attention_by_calls
 from sparsefw.model.transformers_private import expert_by_expert
@@ -162,7 +162,6 @@ class ResidentModel:
         """None: see `pieces`."""
         return {}
 
-    @torch.no_grad()
     def change(self, i: int, tensors: Mapping[str, Tensor]) -> None:
         """Give block i these weights for good, in place.
 
@@ -170,4 +169,4 @@ class ResidentModel:
         """
         for slot in slots_of(self.blocks[i].named_modules(prefix=self.names[i])):
             if slot.path in tensors and isinstance(slot.own, nn.Parameter):
-                slot.own.copy_(tensors[slot.path])
+                overwrite(slot.own, tensors[slot.path])

@@ -32,6 +32,7 @@ from sparsefw.model.layers import (
 from sparsefw.model.parts import INPUT
 from sparsefw.model.resident import ResidentModel
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
+from sparsefw.model.slots import is_copied
 from sparsefw.model.streamed import StreamedModel
 from sparsefw.model.transformers_private import attention_implementation
 from sparsefw.solver.selection import without_index
@@ -99,7 +100,7 @@ def shape_of_resident(model: ResidentModel, batch: Batch) -> tuple[ModelShape, i
     walk = _Walk(embed_batches(model, [batch]), every_block=True)
     blocks = _shapes_of_blocks(model, [walk])
     hidden, tokens = walk.widest, walk.most_tokens
-    outside = sum(x.nbytes for _, x in model.parameters(None) if x.device != model.device)
+    outside = sum(x.nbytes for _, x in model.parameters(None) if is_copied(x, model.device))
     shape = ModelShape(
         blocks=tuple(shape for shape, _ in blocks),
         outside=outside,

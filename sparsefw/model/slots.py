@@ -72,7 +72,19 @@ def filled(slots: list[Slot], make: Callable[[Slot], Tensor]) -> Iterator[None]:
 
 @contextmanager
 def on_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside the `with` block the tensors of modules are on a device."""
+    """Inside the `with` block the tensors of modules are on a device, and none of them was made in inference mode."""
     slots = slots_of(("", module) for module in modules)
-    with filled([slot for slot in slots if slot.own.device != device], lambda slot: slot.own.detach().to(device)):
+    others = [slot for slot in slots if is_copied(slot.own, device)]
+    with filled(others, lambda slot: slot.own.detach().to(device, copy=True)):
         yield
+
+
+def is_copied(tensor: Tensor, device: torch.device) -> bool:
+    """Whether `on_device` copies a tensor."""
+    return tensor.device != device or tensor.is_inference()
+
+
+def overwrite(tensor: Tensor, values: Tensor) -> None:
+    """Give a tensor other values in place. One that was made in inference mode can be written to only there."""
+    with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
+        tensor.copy_(values)

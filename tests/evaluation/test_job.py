@@ -72,6 +72,11 @@ def test_a_run_and_an_evaluation_measure_the_same(place, tasks):
     )
 
 
+def test_in_inference_mode(place, tasks):
+    with torch.inference_mode():
+        assert evaluated(place, tasks).evaluation.texts
+
+
 def test_a_run_tells_of_its_tasks(place, tasks):
     from sparsefw.report import Report
 
