@@ -8,6 +8,7 @@ import torch
 from helpers.stacks import STACKS, drawn, perplexity_of_whole, random_ids
 from safetensors.torch import load_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from sparsefw import InputError, prune
 from sparsefw.data import batches_of
@@ -190,6 +191,19 @@ class TestManners:
         result = prune(model, calibration=both, evaluate=both, **QUICK)
         assert result.perplexity[NAME]["sparsefw"] == pytest.approx(perplexity_of_whole(model, both), rel=1e-5)
         assert result.report.data.seqlen == 48
+
+    def test_wrapped_blocks(self, tmp_path):
+        """A wrapper for activation checkpointing leaves its own name out of the names in `state_dict`."""
+        (model, batches), (wrapped, _) = drawn("diffusion"), drawn("diffusion")
+        wrapped.singles = nn.ModuleList(map(checkpoint_wrapper, wrapped.singles))
+        for block in wrapped.doubles:
+            for name, child in block.named_children():
+                setattr(block, name, checkpoint_wrapper(child))
+        one, other = (prune(m, calibration=batches, compare=("wanda",), **QUICK) for m in (model, wrapped))
+        assert len(one.layers) == len(other.layers)
+        for name, tensor in wrapped.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name])
+        assert any((tensor == 0).float().mean() >= 0.5 for tensor in wrapped.singles.parameters())
 
     def test_weights_in_another_order_in_memory(self, tmp_path):
         """The result is that of the usual order, and the report says how the matrices are stored."""

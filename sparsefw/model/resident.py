@@ -1,6 +1,6 @@
 """A model in memory: all its weights are there, and a block is copied while it is worked on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,7 +126,8 @@ class ResidentModel:
     def open_as(self, i: int, tensors: Mapping[str, Loadable]) -> nn.Module:
         """As `BlockModel.open_as`. The block's tensors are copies; those that are not given are its own."""
         if i not in self._slots:
-            self._slots[i] = slots_of(self.blocks[i].named_modules(prefix=self.names[i]))
+            self._slots[i] = self._slots_in(i)
+        _check_places(self._slots[i], tensors)
 
         def copied(slot: Slot) -> Tensor:
             return dequantized(tensors.get(slot.path, slot.own)).detach().to(self.device, copy=True)
@@ -153,10 +154,11 @@ class ResidentModel:
         """As `BlockModel.block_tensors`. They are those of the open block, which are others when it is opened again."""
         if i not in self.firsts:
             return {}
-        state = self.blocks[i].state_dict(prefix=f"{self.names[i]}.", keep_vars=True)
-        # A tensor that has several names is written once.
-        names = {id(tensor): name for name, tensor in reversed(state.items())}
-        return {name: state[name].detach().cpu() for name in names.values()}
+        # By their places, which hooks of `state_dict` may leave parts out of. Buffers are not changed.
+        parameters = [slot for slot in self._slots_in(i) if isinstance(slot.own, nn.Parameter)]
+        # A tensor that has several places is written once.
+        first = {id(slot.own): slot for slot in reversed(parameters)}
+        return {slot.path: slot.own.detach().cpu() for slot in reversed(first.values())}
 
     def other_tensors(self, names: list[str]) -> dict[str, Tensor]:
         """None: see `pieces`."""
@@ -167,6 +169,18 @@ class ResidentModel:
 
         Buffers stay as they are. Entries of theirs may share memory, which nothing can be copied to.
         """
-        for slot in slots_of(self.blocks[i].named_modules(prefix=self.names[i])):
+        slots = self._slots_in(i)
+        _check_places(slots, tensors)
+        for slot in slots:
             if slot.path in tensors and isinstance(slot.own, nn.Parameter):
                 overwrite(slot.own, tensors[slot.path])
+
+    def _slots_in(self, i: int) -> list[Slot]:
+        """The places in block i, with their names in the model, of the tensors that are there now."""
+        return slots_of(self.blocks[i].named_modules(prefix=self.names[i]))
+
+
+def _check_places(slots: list[Slot], tensors: Collection[str]) -> None:
+    """Refuse tensors that have no place any more: weights would stay dense unsaid."""
+    if lost := sorted(set(tensors) - {slot.path for slot in slots}):
+        raise InputError(f"{lost[0]}: the model had this tensor, and has it no more; its modules change while it runs")
