@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsefw import checkpoint, data
-from sparsefw.driver import Job, Output, run_in_memory
+from sparsefw.driver import Job, Output, explained_saving, run_in_memory
 from sparsefw.errors import InputError
 from sparsefw.inputs import Inputs
 from sparsefw.model import StreamedModel
@@ -146,14 +146,15 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     """Write a model as a checkpoint.
 
     Raises:
-        InputError: it is no model of transformers.
+        InputError: it is no model of transformers, or transformers cannot write it.
     """
     if not isinstance(model, PreTrainedModel):
         other = "; any other module needs batches: calibration=" if isinstance(model, nn.Module) else ""
         raise InputError(
             f"model: expected a folder, a Hub id or a transformers model, got {type(model).__name__}{other}"
         )
-    model.save_pretrained(folder)
+    with explained_saving(model):
+        model.save_pretrained(folder)
 
 
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:

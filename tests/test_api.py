@@ -136,6 +136,14 @@ class TestInMemory:
             prune(model, config=CONFIG, dataset=ids)
         assert not getattr(failed.value, "__notes__", [])
 
+    def test_weights_in_one_memory_cannot_be_written(self, source):
+        model = AutoModelForCausalLM.from_pretrained(source)
+        one, other = (layer.mlp.up_proj for layer in model.model.layers[:2])
+        other.weight.data = one.weight.data
+        with pytest.raises(InputError, match=r"model: \w+ cannot be written: .*shared tensors") as refused:
+            prune(model, config=CONFIG, dataset=torch.ones(6, 32, dtype=torch.int64))
+        assert len(str(refused.value).splitlines()) == 1
+
     def test_only_layers_are_changed(self, source):
         """A parameter of another dtype than the checkpoint's would come back rounded."""
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)

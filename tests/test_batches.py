@@ -287,6 +287,21 @@ class TestRepeats:
         assert [layer.name for layer in result.layers] == [f"blocks.{n}.weight[{e}]" for n in (0, 2, 3) for e in (0, 1)]
         assert (model.blocks[1].weight != 0).all()
 
+    def test_weights_in_one_memory_stay_dense(self, tmp_path):
+        """Each block is pruned in a copy, and the last one would decide for all."""
+        model, batches = self.drawn()
+        model.blocks[2][0].weight.data = model.blocks[0][0].weight.data
+        before = model.blocks[0][0].weight.detach().clone()
+        result = prune(model, tmp_path / "out", calibration=batches, evaluate=batches, **QUICK)
+        assert [layer.name for layer in result.layers] == [f"blocks.{n}.weight" for n in ("0.2", "2.2", "3.0", "3.2")]
+        assert result.report.notes[0] == "stay dense: 2 parameters that blocks share, blocks.0.0.weight first"
+        assert torch.equal(model.blocks[0][0].weight, before)
+        assert result.perplexity[NAME]["sparsefw"] == pytest.approx(plain_perplexity(model, batches), rel=1e-5)
+        loaded, _ = self.drawn()
+        loaded.blocks[2][0].weight.data = loaded.blocks[0][0].weight.data
+        load_model(loaded, tmp_path / "out" / "model.safetensors")
+        assert torch.equal(loaded.blocks[2][2].weight, model.blocks[2][2].weight)
+
     @pytest.mark.parametrize("at", ["blocks.2.0", "blocks.3.0"])
     def test_goes_on(self, at, tmp_path):
         whole, batches = self.drawn()

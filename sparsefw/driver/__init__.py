@@ -4,5 +4,15 @@ from sparsefw.driver.in_memory import run_in_memory
 from sparsefw.driver.job import CheckpointJob, Job, Output
 from sparsefw.driver.loop import Outcome, prune_model
 from sparsefw.driver.run import run_job
+from sparsefw.driver.saved import explained_saving
 
-__all__ = ["CheckpointJob", "Job", "Outcome", "Output", "prune_model", "run_in_memory", "run_job"]
+__all__ = [
+    "CheckpointJob",
+    "Job",
+    "Outcome",
+    "Output",
+    "explained_saving",
+    "prune_model",
+    "run_in_memory",
+    "run_job",
+]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparsefw.checkpoint import Evidence
 from sparsefw.driver.solves import Solve, add_up, combine, exchange, find_solves
@@ -33,6 +33,7 @@ from sparsefw.model.layers import (
     survey,
 )
 from sparsefw.model.parts import INPUT
+from sparsefw.model.slots import addresses
 from sparsefw.process import give_back
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver import LayerResult, PruneConfig, prune_layers
@@ -298,13 +299,7 @@ def _check_known(run: Run, i: int, unselected: Iterable[str]) -> None:
 
 def _check_apart(run: Run, i: int, layers: list[Layer]) -> None:
     """Refuse a block with layers that have weights in common: they would be pruned twice."""
-    places = sorted((*_place_of(layer.weight), layer.name) for layer in layers)
+    places = sorted((*addresses(layer.weight), layer.name) for layer in layers)
     for (_, end, name), (start, _, other) in pairwise(places):
         if start < end:
             raise InputError(f"{run.model.names[i]}.{other}: unsupported model: it has weights in common with {name}")
-
-
-def _place_of(matrix: Tensor) -> tuple[int, int]:
-    """The addresses of a matrix's first entry, and behind its last one."""
-    last = sum(step * (size - 1) for step, size in zip(matrix.stride(), matrix.shape, strict=True))
-    return matrix.data_ptr(), matrix.data_ptr() + (last + 1) * matrix.element_size()

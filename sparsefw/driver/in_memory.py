@@ -4,10 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -15,8 +12,8 @@ from sparsefw.checkpoint import Writer, check_free, read_shard
 from sparsefw.data import Batch, Batches
 from sparsefw.driver.job import Job, Prepared
 from sparsefw.driver.run import carry_out, kernel_line, workload_of
+from sparsefw.driver.saved import save
 from sparsefw.model import ResidentModel, resident, shape_of_resident
-from sparsefw.model.slots import filled, slots_of
 from sparsefw.process import this_device
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report, amount, log
@@ -65,18 +62,6 @@ def run_in_memory(
             writer.finish_as(partial(save, model) if saves else lambda folder: None)
 
         return carry_out(job, opened, prepared, finish, say, progress, ranks)
-
-
-def save(model: nn.Module, folder: Path) -> None:
-    """Write a model as its own library does, or as a single safetensors file."""
-    own: Any = getattr(model, "save_pretrained", None)
-    if own is not None:
-        own(folder)
-        return
-    # safetensors takes no tensor that is a part of a larger one, as weights in one flat buffer are.
-    parts = [slot for slot in slots_of(model.named_modules()) if slot.own.untyped_storage().nbytes() > slot.own.nbytes]
-    with filled(parts, lambda slot: slot.own.detach().clone()):
-        safetensors.torch.save_model(model, str(folder / "model.safetensors"))
 
 
 def _prepare(

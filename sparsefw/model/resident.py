@@ -94,7 +94,8 @@ class ResidentModel:
         self.firsts = [self.names.index(name) for name in dict.fromkeys(self.names)]
         self.kinds = [kind_of_block(block) for block in self.blocks]
         self.flow, self.forms = path.flow, path.forms
-        self.shared = shared_parameters(model, self.names, {}, dict(model.named_parameters(remove_duplicate=False)))
+        everything = {slot.path for slot in slots_of(model.named_modules(remove_duplicate=False))}
+        self.shared = shared_parameters(model, self.names, {}, everything)
         self.notes = [f"not pruned: {reason}" for reason in path.passed_over.values()]
         self.notes += self.shared.notes
         inside = {module for block in self.blocks for module in block.modules()}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from sparsefw.errors import InputError
+from sparsefw.model.slots import addresses, slots_of
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class SharedParameters:
     """Parameters of blocks that stay dense, by their names in the model: they have inputs of several depths.
 
     Attributes:
-        names: those that are one tensor with another parameter, with that one, and those of repeated blocks.
+        names: those that are one tensor with another parameter, or lie in the same memory, with that one, and those of
+            repeated blocks.
         sources: for each parameter that the checkpoint has no tensor for, the parameter whose tensor it is.
         repeated: names of the blocks that run more than once in a forward.
     """
@@ -55,9 +57,10 @@ def shared_parameters(
     """
     calls = Counter(blocks)
     inside, repeated = tuple(f"{block}." for block in calls), tuple(block for block, n in calls.items() if n > 1)
-    names = {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{block}." for block in repeated))}
+    parameters = _named(model, calls)
+    names = {name for name, _ in parameters if name.startswith(tuple(f"{block}." for block in repeated))}
     sources: dict[str, str] = {}
-    for group in _groups(model, tied):
+    for group in _groups(parameters, tied):
         if not any(name.startswith(inside) for name in group):
             continue
         names.update(group)
@@ -71,13 +74,31 @@ def shared_parameters(
     return SharedParameters(frozenset(names), sources, repeated)
 
 
-def _groups(model: nn.Module, tied: dict[str, str]) -> list[list[str]]:
-    """Names of parameters that are one tensor, those of a tensor together."""
+def _named(model: nn.Module, blocks: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
+    """All parameters with all their names, those inside a block as the block names them.
+
+    A block that is a wrapper may name its parameters otherwise than the model does, and layers have the block's names.
+    """
+    slots = slots_of(model.named_modules(remove_duplicate=False))
+    parameters = {slot.path: slot.own for slot in slots if isinstance(slot.own, nn.Parameter)}
+    for block in blocks:
+        module = model.get_submodule(block)
+        own = {f"{block}.{name}": x for name, x in module.named_parameters(remove_duplicate=False)}
+        for slot in slots_of(module.named_modules(prefix=block, remove_duplicate=False)):
+            if slot.path not in own:
+                parameters.pop(slot.path, None)
+        parameters |= own
+    return [*parameters.items()]
+
+
+def _groups(parameters: list[tuple[str, nn.Parameter]], tied: dict[str, str]) -> list[list[str]]:
+    """Names of parameters that are one tensor, or lie in the same memory, those of a tensor together."""
     first: dict[int, str] = {}
     pairs = list(tied.items())
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters:
         if (other := first.setdefault(id(parameter), name)) != name:
             pairs.append((name, other))
+    pairs += _in_common({name: parameter for name, parameter in parameters if first[id(parameter)] == name})
     groups: dict[str, list[str]] = {}
     for name, other in pairs:
         one, two = groups.get(name, [name]), groups.get(other, [other])
@@ -85,3 +106,16 @@ def _groups(model: nn.Module, tied: dict[str, str]) -> list[list[str]]:
             two += one
             groups |= dict.fromkeys(two, two)
     return list({id(group): group for group in groups.values()}.values())
+
+
+def _in_common(parameters: dict[str, nn.Parameter]) -> list[tuple[str, str]]:
+    """Pairs of parameters that lie in the same memory. Parts of one storage that lie apart are not the same."""
+    # Tensors without data have no address.
+    placed = [(name, x) for name, x in parameters.items() if not x.is_meta and x.numel() and x.data_ptr()]
+    ranges = sorted((str(x.device), *addresses(x), name) for name, x in placed)
+    pairs, last = [], ("", 0, "")
+    for device, start, end, name in ranges:
+        if device == last[0] and start < last[1]:
+            pairs.append((name, last[2]))
+        last = max(last, (device, end, name))
+    return pairs

@@ -60,6 +60,12 @@ def restore(slots: Iterable[Slot]) -> None:
         slot.tensors[slot.name] = slot.own
 
 
+def addresses(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first entry, and behind its last one."""
+    last = sum(step * (size - 1) for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
 @contextmanager
 def filled(slots: list[Slot], make: Callable[[Slot], Tensor]) -> Iterator[None]:
     """Inside the `with` block other tensors are in these places, see `fill`."""

@@ -8,12 +8,14 @@ from helpers.families import FAMILIES, TOKENS, save_model
 from helpers.verifying import verdict
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
 from sparsefw import checkpoint, prune
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed, logits, shape_of
 from sparsefw.model.shared import shared_parameters
+from sparsefw.model.slots import slots_of
 from sparsefw.model.transformers_private import attention_implementation
 from sparsefw.solver.selection import without_index
 
@@ -141,6 +143,35 @@ def test_one_tensor_under_two_names_is_found():
         assert shared.sources == dict.fromkeys(names - {source}, source)
         assert set(shared.places(source)) == names
         assert shared.places("head.weight") == ["head.weight"]
+
+
+def test_one_memory_under_two_parameters_is_found():
+    """Views of one buffer that lie apart are not the same."""
+    model, flat = _Tied(), torch.zeros(32)
+    a, b = (nn.ModuleList([block["a"], block["b"]]) for block in model.blocks)
+    for n, layer in enumerate((*a, *b)):
+        layer.weight.data = flat[4 * n : 4 * n + 4].view(2, 2)
+    names = [name for name, _ in model.named_parameters()]
+    assert not shared_parameters(model, BLOCKS, {}, names).names
+    b[1].weight.data = flat[3:7].view(2, 2)
+    shared = {"blocks.0.a.weight", "blocks.0.b.weight", "blocks.1.b.weight"}
+    assert shared_parameters(model, BLOCKS, {}, names).names == shared
+    model.head.weight = nn.Parameter(b[0].weight.detach())
+    found = shared_parameters(model, BLOCKS, {}, names)
+    assert found.names == shared | {"blocks.1.a.weight", "head.weight"}
+    assert not found.sources
+    assert not shared_parameters(model.to("meta"), BLOCKS, {}, names).names
+
+
+def test_a_block_names_its_parameters_itself():
+    model = _Tied()
+    model.blocks[1]["b"].weight = model.blocks[0]["a"].weight
+    model.blocks[1] = checkpoint_wrapper(model.blocks[1])
+    for whole, prefix in ((model, ""), (checkpoint_wrapper(model), "_checkpoint_wrapped_module.")):
+        names = [slot.path for slot in slots_of(whole.named_modules(remove_duplicate=False))]
+        blocks = [prefix + name for name in BLOCKS]
+        shared = {f"{prefix}blocks.0.a.weight", f"{prefix}blocks.1.b.weight"}
+        assert shared_parameters(whole, blocks, {}, names).names == shared
 
 
 def test_names_that_are_tied_are_found():
