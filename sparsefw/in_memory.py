@@ -50,10 +50,11 @@ def prune_in_place(
         ranks: the processes that share the work; all of them have the model.
 
     Raises:
-        InputError: it is no model of transformers, entries of a weight share memory, no tokenizer is known, or as
-            `run`.
+        InputError: it is no model of transformers, it has adapters, entries of a weight share memory, no tokenizer is
+            known, or as `run`.
     """
     if isinstance(model, nn.Module):
+        _check_adapters(model)
         _check_places(model)
     with _scratch_folder(output) as scratch:
         folder, pruned = scratch / "model", output or ranks.tell(scratch / "pruned")
@@ -93,13 +94,14 @@ def prune_on_batches(
         log, progress, ranks: as for `run_in_memory`.
 
     Raises:
-        InputError: the model is no module, entries of a weight share memory, or as `data.batches_of` and
-            `run_in_memory`.
+        InputError: the model is no module, it has adapters, entries of a weight share memory, or as `data.batches_of`
+            and `run_in_memory`.
     """
     if not isinstance(model, nn.Module):
         raise InputError(
             f"calibration: batches are for a model in memory, and model is a {type(model).__name__}; load it first"
         )
+    _check_adapters(model)
     _check_places(model)
     batches = data.batches_of(calibration, "calibration")
     evaluated = None if evaluation is None else data.batches_of(evaluation, "evaluate")
@@ -109,6 +111,18 @@ def prune_on_batches(
         job = Job(inputs, config, Output(output or ranks.tell(scratch / "pruned"), **places))
         report = run_in_memory(model, job, batches, evaluated, output is not None, log, progress, ranks)
     return report if output else replace(report, arguments=report.arguments | {"output": None})
+
+
+def _check_adapters(model: nn.Module) -> None:
+    """Refuse a model with adapters of peft: its library writes these alone, and merged later they fill the zeros."""
+    # Earlier versions of peft leave the config on a model whose adapters were merged, and none of their modules.
+    of_peft = any(
+        kind.__module__.split(".")[0] == "peft" for module in model.modules() for kind in type(module).__mro__
+    )
+    for name, module in model.named_modules():
+        config = getattr(module, "peft_config", None)
+        if getattr(module, "_hf_peft_config_loaded", False) or (config and of_peft):
+            raise InputError(f"{name or 'model'}: has adapters of peft; merge the adapters first: merge_and_unload()")
 
 
 def _check_places(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -357,6 +358,25 @@ class TestRefusals:
             prune(nn.Linear(8, 8), dataset=torch.ones(2, 4, dtype=torch.int64))
         with pytest.raises(InputError, match=r"blocks\.0\.0\.weight: is on the meta device"):
             prune(_Twice().to("meta"), calibration=[x])
+
+    @pytest.mark.parametrize("given", ["calibration", "dataset"])
+    def test_models_with_adapters(self, given):
+        """Their library writes the adapters alone."""
+        data = {given: [torch.randn(4, 8)] if given == "calibration" else torch.ones(2, 4).long()}
+        model, line = _Loop(), "merge the adapters first: merge_and_unload()"
+        model._hf_peft_config_loaded = True
+        with pytest.raises(InputError, match=re.escape(f"model: has adapters of peft; {line}")):
+            prune(model, **data)
+        model = _Loop()
+        model.blocks[0].peft_config = {"default": None}
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(nn.ReLU, "__module__", "peft.tuners.lora.layer")
+            model.blocks[2].append(nn.ReLU())
+            with pytest.raises(InputError, match=re.escape(f"blocks.0: has adapters of peft; {line}")):
+                prune(model, **data)
+        # Merged by a version of peft that leaves the config there.
+        if given == "calibration":
+            assert prune(model, **data, **QUICK).layers
 
     @pytest.mark.parametrize("steps", [(0, 1), (1, 0), (1, 1), (4, 1)])
     @pytest.mark.parametrize("given", ["calibration", "dataset"])

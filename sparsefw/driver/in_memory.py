@@ -17,7 +17,7 @@ from sparsefw.model import ResidentModel, resident, shape_of_resident
 from sparsefw.process import this_device
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report, amount, log
-from sparsefw.solver.selection import check_used
+from sparsefw.solver.selection import check_used, without_index
 
 
 def run_in_memory(
@@ -56,10 +56,13 @@ def run_in_memory(
         prepared, tokens = _prepare(job, opened, batch, calibration, evaluation, saves, say, ranks)
         job = replace(job, inputs=replace(job.inputs, seqlen=max(2, tokens)))
 
+        parameters = dict(pair for i in opened.firsts for pair in opened.parameters(i))
+        layers = {name: parameters[without_index(name)] for name in prepared.shape.layer_names}
+
         def finish(writer: Writer) -> None:
             for n, i in enumerate(opened.firsts):
                 opened.change(i, read_shard(writer.path(n)))
-            writer.finish_as(partial(save, model) if saves else lambda folder: None)
+            writer.finish_as(partial(save, model, layers=layers) if saves else lambda folder: None)
 
         return carry_out(job, opened, prepared, finish, say, progress, ranks)
 

@@ -106,9 +106,9 @@ class ResidentModel:
             check_finite(name, parameter)
 
     def parameters(self, i: int | None) -> list[tuple[str, Tensor]]:
-        """The parameters of block i, or None: those outside of all blocks, with their names in the model."""
+        """The parameters of block i, named as layers are, or None: those outside of all blocks."""
         if i is not None:
-            return list(self.blocks[i].named_parameters(prefix=self.names[i]))
+            return [(f"{self.names[i]}.{name}", x) for name, x in self.blocks[i].named_parameters()]
         inside = tuple(f"{name}." for name in self.names)
         return [(name, x) for name, x in self.model.named_parameters() if not name.startswith(inside)]
 

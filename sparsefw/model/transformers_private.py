@@ -195,6 +195,17 @@ def destinations(model: PreTrainedModel, names: Iterable[str], conversions: list
     return parameter_of
 
 
+def written_parameters(model: PreTrainedModel, names: Iterable[str]) -> set[str] | None:
+    """The parameters that tensors of these names in the files become; None where names alone do not tell."""
+    conversions = conversions_of(model)
+    if any(
+        isinstance(conversion, WeightConverter) and len(conversion.target_patterns) > 1 for conversion in conversions
+    ):
+        # A tensor becomes several parameters.
+        return None
+    return set(destinations(model, names, conversions).values())
+
+
 def export_tensors(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert parameters, by their names in the model, back to the checkpoint's names and form.
 

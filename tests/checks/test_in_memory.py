@@ -12,7 +12,7 @@ from helpers.verifying import only_failure, refused, verdict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sparsefw import prune
+from sparsefw import InputError, prune
 from sparsefw.checkpoint.source import SINGLE
 from sparsefw.driver.in_memory import save
 
@@ -143,6 +143,29 @@ def test_files_of_any_names(tmp_path, capsys):
     assert re.search(r"^pattern .* 4 layers +ok$", printed, re.MULTILINE)
     save_file({"blocks.0.0.bias": torch.zeros(12)}, tmp_path / "out" / "x.safetensors")
     assert "tensor blocks.0.0.bias is in diffusion-00001" in only_failure(capsys, tmp_path / "out", "model")
+
+
+@pytest.mark.parametrize("kind", ["longer", "shorter", "part", "other"])
+def test_a_layer_that_is_in_no_file(kind, tmp_path, monkeypatch):
+    """Libraries may write shorter or longer names. One that leaves a pruned layer out has not written the model."""
+
+    def save_pretrained(self, folder):
+        state = {name.removeprefix("blocks." * (kind == "shorter")): x for name, x in self.state_dict().items()}
+        if kind == "part":
+            del state["blocks.1.2.weight"]
+        save_file({"unet." * (kind == "longer") + name: x for name, x in state.items()}, folder / "x.safetensors")
+        if kind == "other":
+            (folder / "x.safetensors").rename(folder / "x.bin")
+
+    monkeypatch.setattr(Named, "save_pretrained", save_pretrained)
+    torch.manual_seed(0)
+    model, batches = Named(), [torch.randn(2, 5, 8)]
+    if kind != "part":
+        assert prune(model, tmp_path / "out", calibration=batches, **QUICK).layers
+        return
+    with pytest.raises(InputError, match=r"blocks\.1\.2\.weight: in no file that Named\.save_pretrained has written"):
+        prune(model, tmp_path / "out", calibration=batches, **QUICK)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_written_can_be_written_later(tmp_path, monkeypatch):
