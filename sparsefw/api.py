@@ -209,8 +209,11 @@ def _prune_on_text(
     given = text.dataset
     dataset = None if isinstance(given, str | Path | Mapping) else given
 
+    held = not isinstance(model, str | Path)
+
     def run(folder: Path, output: Path, tokenizer: "PreTrainedTokenizerBase | None") -> "Report":
-        return run_job(CheckpointJob(inputs, config, Output(output, **places), folder, dataset, tokenizer), *told)
+        job = CheckpointJob(inputs, config, Output(output, **places), folder, dataset, tokenizer, held)
+        return run_job(job, *told)
 
     if isinstance(model, str | Path):
         if output is None:

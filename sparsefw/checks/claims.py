@@ -27,6 +27,7 @@ class Claims:
         layers: results of the pruned layers by name.
         kept_dense: names of the matrices inside the blocks that were not pruned.
         on_batches: whether a model in memory was pruned on batches.
+        in_memory: whether the model was in memory; older versions say it only of batches.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Claims:
     layers: dict[str, LayerResult]
     kept_dense: set[str]
     on_batches: bool
+    in_memory: bool
 
     def kept_in(self, layer: LayerResult) -> int:
         """Weights that a layer keeps under the pattern."""
@@ -123,6 +125,7 @@ def claims_of(report: Report) -> Claims:
         layers=layers,
         kept_dense=set(report.kept_dense),
         on_batches=_datasets(report) == (BATCHES,),
+        in_memory=report.in_memory,
     )
 
 

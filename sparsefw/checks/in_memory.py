@@ -23,6 +23,7 @@ from sparsefw.finite import check_finite
 from sparsefw.model import load_whole
 from sparsefw.model.transformers_private import has_class
 
+IN_MEMORY = "the model was in memory; name a checkpoint of it with --against"
 NOT_LOADED = f"{CONFIG} names no class of transformers; tensors were read by their names in the files"
 
 
@@ -40,7 +41,7 @@ def check_in_memory(verdict: Verdict, claims: Claims, output: Path, source: Path
     """
     checks = verdict.checks
     if source is None:
-        verdict.not_compared = "the model was in memory; name a checkpoint of it with --against"
+        verdict.not_compared = IN_MEMORY
         verdict.skip("no source", "zeros", "kept", "others")
         before = None
     else:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from sparsefw import checkpoint
 from sparsefw.checkpoint import CONFIG, DIGEST, INDEX, SINGLE, SUMS, Checkpoint, file_digest
 from sparsefw.checks.claims import Claims, read_claims
-from sparsefw.checks.in_memory import check_in_memory
+from sparsefw.checks.in_memory import IN_MEMORY, check_in_memory
 from sparsefw.checks.shared import check_same, share_out
 from sparsefw.checks.sums import check_sums
 from sparsefw.checks.verdict import Check, Verdict, lines
@@ -86,11 +86,17 @@ def _check_text(
     if not (output / CONFIG).is_file() or not any(os.path.lexists(output / name) for name in (SINGLE, INDEX)):
         raise InputError(f"{output}: not a checkpoint; give a folder that sparsefw.run wrote")
     checks = verdict.checks
-    source, verdict.not_compared = ranks.first_here(lambda: _find_source(claims.model, output, against))
+    if claims.in_memory and against is None:
+        # The name that it has may be that of other weights: it may have been trained since it was loaded.
+        source, verdict.not_compared = None, IN_MEMORY
+    else:
+        source, verdict.not_compared = ranks.first_here(lambda: _find_source(claims.model, output, against))
     check_same(ranks, (verdict.not_compared, source and source.nbytes))
     verdict.digest = check_sums(checks["sums"], output, digest, ranks)
     if source is None:
         verdict.skip("no source", "copied", "shapes", "zeros", "kept", "others")
+    elif claims.in_memory:
+        verdict.skip("the model in memory wrote them", "copied")
     else:
         _check_copied(checks["copied"], output, source.folder)
     try:
@@ -100,6 +106,10 @@ def _check_text(
         verdict.skip("the files are not sound", *checks.keys() - {"sums", "copied", "files"})
         return
     _check_files(checks["files"], written)
+    if claims.in_memory and source and source.dtype != written.dtype:
+        verdict.not_compared = f"the model in memory was of {written.dtype}, and the source is of {source.dtype}"
+        verdict.skip("the source has another dtype", "shapes", "zeros", "kept", "others")
+        source = None
     dtypes = _check_model(verdict, claims, written, source, ranks)
     if source:
         _check_shapes(checks["shapes"], written, source, dtypes)

@@ -76,11 +76,13 @@ class CheckpointJob(Job):
         folder: folder of the source, the checkpoint that is read.
         dataset: calibration data without a name: documents, or token ids (windows, seqlen); None: `inputs` names it.
         tokenizer: the model's tokenizer; None: the source's.
+        in_memory: whether the source is there for this run alone, written from a model in memory.
     """
 
     folder: Path
     dataset: Sequence[str] | Tensor | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    in_memory: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import socket
 from dataclasses import asdict
 
 from sparsefw import process
-from sparsefw.driver.job import Job, Prepared
+from sparsefw.driver.job import CheckpointJob, Job, Prepared
 from sparsefw.driver.loop import Outcome
 from sparsefw.estimate import MemoryNeeds
 from sparsefw.model import Placement
@@ -72,4 +72,5 @@ def report_of(
         notes=prepared.notes,
         ranks=[] if ranks.alone else records,
         tasks=prepared.tasks.asked.records(outcome.scores) if prepared.tasks and ranks.first else [],
+        in_memory=job.in_memory if isinstance(job, CheckpointJob) else True,
     )

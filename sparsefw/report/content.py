@@ -192,6 +192,7 @@ class Report:
         notes: what the user should know of the source, one line each.
         ranks: the processes that have shared the run, if there were several.
         tasks: metrics of the tasks that were asked for, by "dense" and by method.
+        in_memory: whether the model was in memory, and was not read from a checkpoint that `model` names.
     """
 
     arguments: dict[str, Argument]
@@ -209,6 +210,7 @@ class Report:
     notes: list[str]
     ranks: list[RankRecord] = field(default_factory=list)
     tasks: list[TaskRecord] = field(default_factory=list, metadata=typed_json.ADDED)
+    in_memory: bool = field(default=False, metadata=typed_json.ADDED)
 
     def argument(self, name: str, kind: type[T]) -> T:
         """The value of a flag.

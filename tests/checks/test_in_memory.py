@@ -7,14 +7,17 @@ import shutil
 
 import pytest
 import torch
+from helpers.families import save_model
 from helpers.stacks import STACKS, drawn
-from helpers.verifying import only_failure, refused, verdict
+from helpers.verifying import change_report, only_failure, refused, verdict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from sparsefw import InputError, prune
 from sparsefw.checkpoint.source import SINGLE
-from sparsefw.driver.in_memory import save
+from sparsefw.driver.saved import save
+from sparsefw.report import read_report
 
 QUICK = dict(kernel="torch", method="wanda", sparsity="0.5")
 # The files have other names for the layers than the model.
@@ -65,6 +68,43 @@ def test_unchanged_outputs_pass(name, runs, capsys):
     assert printed.endswith("\nall checks passed\n")
     assert re.search(r"^kept .* [1-9]\d* layers +ok$", printed, re.MULTILINE)
     assert re.search(r"^others .* [1-9]\d* tensors +ok$", printed, re.MULTILINE)
+
+
+@pytest.fixture(scope="module", params=["auto", torch.float32], ids=["auto", "fp32"])
+def text_run(request, tmp_path_factory):
+    """A run on a model in memory that reads text: whether its dtype is the source's, the source and the output."""
+    folder = tmp_path_factory.mktemp("text")
+    source = save_model(folder / "source", "llama", torch.bfloat16, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=request.param)
+    prune(model, folder / "out", dataset=torch.ones(2, 16, dtype=torch.int64), **QUICK)
+    return request.param == "auto", source, folder / "out"
+
+
+class TestText:
+    """What a model in memory was loaded from need not be what was pruned."""
+
+    def test_without_a_source(self, text_run, capsys):
+        _, source, output = text_run
+        assert read_report(output / "report.json").argument("model", str) == str(source)
+        status, printed, _ = verdict(capsys, output, summed=False)
+        assert status == 0, printed
+        assert "\nnot compared with the source: the model was in memory; name a checkpoint of it" in printed
+        assert printed.count("not checked: no source") == 4
+
+    def test_with_a_source(self, text_run, capsys):
+        same_dtype, source, output = text_run
+        status, printed, _ = verdict(capsys, output, "--against", str(source), summed=False)
+        assert status == 0, printed
+        assert re.search(r"^copied .* not checked: the model in memory wrote them$", printed, re.MULTILINE)
+        line = "the model in memory was of torch.float32, and the source is of torch.bfloat16"
+        assert (f"\nnot compared with the source: {line}\n" in printed) == (not same_dtype)
+        assert bool(re.search(r"^kept .* 14 layers +ok$", printed, re.MULTILINE)) == same_dtype
+
+    def test_reports_of_older_versions_say_nothing_of_it(self, text_run, capsys, tmp_path):
+        _, _, output = text_run
+        older = shutil.copytree(output, tmp_path / "older")
+        change_report(older, lambda report: report.pop("in_memory"))
+        assert "copied" in verdict(capsys, older)[2]
 
 
 def test_changed_weights_are_named(vit, capsys):
