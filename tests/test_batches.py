@@ -2,14 +2,12 @@
 
 import copy
 import math
-import re
 
 import pytest
 import torch
 from helpers.stacks import STACKS, drawn, perplexity_of_whole, random_ids
 from safetensors.torch import load_model
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from sparsefw import InputError, prune
 from sparsefw.data import batches_of
@@ -193,19 +191,6 @@ class TestManners:
         assert result.perplexity[NAME]["sparsefw"] == pytest.approx(perplexity_of_whole(model, both), rel=1e-5)
         assert result.report.data.seqlen == 48
 
-    def test_wrapped_blocks(self, tmp_path):
-        """A wrapper for activation checkpointing leaves its own name out of the names in `state_dict`."""
-        (model, batches), (wrapped, _) = drawn("diffusion"), drawn("diffusion")
-        wrapped.singles = nn.ModuleList(map(checkpoint_wrapper, wrapped.singles))
-        for block in wrapped.doubles:
-            for name, child in block.named_children():
-                setattr(block, name, checkpoint_wrapper(child))
-        one, other = (prune(m, calibration=batches, compare=("wanda",), **QUICK) for m in (model, wrapped))
-        assert len(one.layers) == len(other.layers)
-        for name, tensor in wrapped.state_dict().items():
-            assert torch.equal(tensor, model.state_dict()[name])
-        assert any((tensor == 0).float().mean() >= 0.5 for tensor in wrapped.singles.parameters())
-
     def test_weights_in_another_order_in_memory(self, tmp_path):
         """The result is that of the usual order, and the report says how the matrices are stored."""
         (model, batches), (turned, _) = drawn("diffusion"), drawn("diffusion")
@@ -288,21 +273,6 @@ class TestRepeats:
         assert [layer.name for layer in result.layers] == [f"blocks.{n}.weight[{e}]" for n in (0, 2, 3) for e in (0, 1)]
         assert (model.blocks[1].weight != 0).all()
 
-    def test_weights_in_one_memory_stay_dense(self, tmp_path):
-        """Each block is pruned in a copy, and the last one would decide for all."""
-        model, batches = self.drawn()
-        model.blocks[2][0].weight.data = model.blocks[0][0].weight.data
-        before = model.blocks[0][0].weight.detach().clone()
-        result = prune(model, tmp_path / "out", calibration=batches, evaluate=batches, **QUICK)
-        assert [layer.name for layer in result.layers] == [f"blocks.{n}.weight" for n in ("0.2", "2.2", "3.0", "3.2")]
-        assert result.report.notes[0] == "stay dense: 2 parameters that blocks share, blocks.0.0.weight first"
-        assert torch.equal(model.blocks[0][0].weight, before)
-        assert result.perplexity[NAME]["sparsefw"] == pytest.approx(plain_perplexity(model, batches), rel=1e-5)
-        loaded, _ = self.drawn()
-        loaded.blocks[2][0].weight.data = loaded.blocks[0][0].weight.data
-        load_model(loaded, tmp_path / "out" / "model.safetensors")
-        assert torch.equal(loaded.blocks[2][2].weight, model.blocks[2][2].weight)
-
     @pytest.mark.parametrize("at", ["blocks.2.0", "blocks.3.0"])
     def test_goes_on(self, at, tmp_path):
         whole, batches = self.drawn()
@@ -358,25 +328,6 @@ class TestRefusals:
             prune(nn.Linear(8, 8), dataset=torch.ones(2, 4, dtype=torch.int64))
         with pytest.raises(InputError, match=r"blocks\.0\.0\.weight: is on the meta device"):
             prune(_Twice().to("meta"), calibration=[x])
-
-    @pytest.mark.parametrize("given", ["calibration", "dataset"])
-    def test_models_with_adapters(self, given):
-        """Their library writes the adapters alone."""
-        data = {given: [torch.randn(4, 8)] if given == "calibration" else torch.ones(2, 4).long()}
-        model, line = _Loop(), "merge the adapters first: merge_and_unload()"
-        model._hf_peft_config_loaded = True
-        with pytest.raises(InputError, match=re.escape(f"model: has adapters of peft; {line}")):
-            prune(model, **data)
-        model = _Loop()
-        model.blocks[0].peft_config = {"default": None}
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(nn.ReLU, "__module__", "peft.tuners.lora.layer")
-            model.blocks[2].append(nn.ReLU())
-            with pytest.raises(InputError, match=re.escape(f"blocks.0: has adapters of peft; {line}")):
-                prune(model, **data)
-        # Merged by a version of peft that leaves the config there.
-        if given == "calibration":
-            assert prune(model, **data, **QUICK).layers
 
     @pytest.mark.parametrize("steps", [(0, 1), (1, 0), (1, 1), (4, 1)])
     @pytest.mark.parametrize("given", ["calibration", "dataset"])

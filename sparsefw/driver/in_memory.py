@@ -6,13 +6,13 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsefw.checkpoint import Writer, check_free, read_shard
 from sparsefw.data import Batch, Batches
 from sparsefw.driver.job import Job, Prepared
 from sparsefw.driver.run import carry_out, kernel_line, workload_of
-from sparsefw.driver.saved import save
+from sparsefw.driver.saved import check_state, save
 from sparsefw.model import ResidentModel, resident, shape_of_resident
 from sparsefw.process import this_device
 from sparsefw.ranks import ALONE, Ranks
@@ -49,6 +49,8 @@ def run_in_memory(
         FloatingPointError: a layer's error is not finite.
     """
     check_free(job.output.folder, job.output.overwrite)
+    if saves:
+        check_state(model)
     say(kernel_line(job.config))
     batch = max(calibration.batches, key=_size)
     # A module's own parameters may ask for gradients.
@@ -100,7 +102,7 @@ def _prepare(
         _fingerprint(model.model),
         # A caller's batches are not cut.
         fixed={"batch": 1},
-        saved=sum(tensor.nbytes for tensor in model.model.state_dict().values()) if saves else 0,
+        saved=sum(tensor.nbytes for _, tensor in _tensors(model.model)) if saves else 0,
     )
     return prepared, tokens
 
@@ -115,10 +117,15 @@ def _device(model: nn.Module) -> torch.device:
     return this_device() if own.type == "cpu" else own
 
 
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The tensors of a model's state. A module may put anything else into it, too."""
+    return [(name, value) for name, value in model.state_dict().items() if isinstance(value, Tensor)]
+
+
 def _fingerprint(model: nn.Module) -> str:
     """SHA-256 of all tensors of a model, in hex."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _tensors(model):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -25,7 +25,7 @@ from sparsefw.driver.tasks import TaskSamples
 from sparsefw.errors import InputError
 from sparsefw.evaluation.request import Score
 from sparsefw.evaluation.streaming import RequestStates
-from sparsefw.model import HiddenStates, Placement, copy_of, embed_batches, perplexity, perplexity_of_batches
+from sparsefw.model import HiddenStates, Placement, copy_of_block, embed_batches, perplexity, perplexity_of_batches
 from sparsefw.process import give_back, peak_memory
 from sparsefw.ranks import Ranks
 from sparsefw.report import BlockRecord, Reconstruction
@@ -254,7 +254,7 @@ def _prune_methods(
     block = model.open(i, placement.ahead)
     with timeline.span("read", i):
         # A copy, only if the dense block is needed after it has been pruned.
-        dense = copy_of(block, model.names[i]) if run.config.uses_dense_target or len(methods) > 1 else None
+        dense = copy_of_block(model, i) if run.config.uses_dense_target or len(methods) > 1 else None
     _evaluate(run, i, states, DENSE)
     if run.config.uses_dense_stream and not run.config.uses_dense_target:
         # No stage will move them on.

@@ -17,6 +17,18 @@ from sparsefw.model.slots import filled, slots_of
 from sparsefw.model.transformers_private import written_parameters
 
 
+def check_state(model: nn.Module) -> None:
+    """Refuse a model that cannot be written as a safetensors file, and has no library that writes it otherwise."""
+    if hasattr(model, "save_pretrained"):
+        return
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{name}: is a {type(value).__name__} in the model's state; safetensors files take tensors alone; "
+                "prune without output, which changes the model in place, and write it yourself"
+            )
+
+
 def save(model: nn.Module, folder: Path, layers: Mapping[str, Tensor] | None = None) -> None:
     """Write a model as its own library does, or as a single safetensors file.
 
@@ -70,7 +82,7 @@ def _check_written(model: nn.Module, folder: Path, layers: Mapping[str, Tensor])
     known = written_parameters(model, written) if isinstance(model, PreTrainedModel) else set()
     if not written or known is None:
         return
-    names = defaultdict(set[str])
+    names: dict[int, set[str]] = defaultdict(set)
     for name, tensor in model.state_dict(keep_vars=True).items():
         names[id(tensor)].add(name)
     # A library may write a part of the model by itself, or the model as a part of another: names are shorter or longer.

@@ -1,7 +1,7 @@
 """A model that is run one block at a time: its blocks, their prunable layers, and the hidden states between them."""
 
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.copies import copy_of
+from sparsefw.model.copies import copy_of_block
 from sparsefw.model.head import logits, loss, perplexity, perplexity_of_batches
 from sparsefw.model.hidden_states import HiddenStates, embed, embed_batches
 from sparsefw.model.placement import Placement
@@ -20,7 +20,7 @@ __all__ = [
     "Placement",
     "ResidentModel",
     "StreamedModel",
-    "copy_of",
+    "copy_of_block",
     "embed",
     "embed_batches",
     "load_whole",

@@ -1,31 +1,41 @@
-"""Copies of blocks, which run apart from them."""
+"""A copy of a block, which stays dense while the block is pruned."""
 
 import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
-from sparsefw.errors import InputError
+from sparsefw.errors import InputError, first_line, shown
+from sparsefw.model.block_model import BlockModel
 
 
-def copy_of(block: nn.Module, name: str) -> nn.Module:
-    """A copy of a block with weights of its own.
-
-    Args:
-        block: the block.
-        name: its name, for the message.
+def copy_of_block(model: BlockModel, i: int) -> nn.Module:
+    """A copy of block i, which is open. What lies outside of the block is not copied, though the block may refer to it.
 
     Raises:
-        InputError: a function in the place of a module's forward would run the block itself, and not the copy.
+        InputError: the block holds something that cannot be copied, as a lock; or a function in the place of a module's
+            forward would run the block itself, and not the copy.
     """
+    block, name = model.blocks[i], model.names[i]
     for inner, module in block.named_modules(prefix=name):
         if "forward" in vars(module) and _holds_module(vars(module)["forward"]):
             raise InputError(
                 f"{inner}: a function that stands in the place of its forward holds a module itself, so that the block "
                 "cannot be copied; let it take the module as its first argument, and bind it with types.MethodType"
             )
-    return copy.deepcopy(block)
+    inside = set(block.modules())
+    outside = {id(module): module for module in model.model.modules() if module not in inside}
+    try:
+        return copy.deepcopy(block, outside)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, RuntimeError) as error:
+        raise InputError(
+            f"{name}: cannot be copied, for dense outputs to compare with: {shown(first_line(error))}; take off the "
+            "block what cannot be copied, until the model is pruned"
+        ) from error
 
 
 def _holds_module(forward: Callable[..., Any]) -> bool:

@@ -6,7 +6,7 @@ from helpers.stacks import drawn
 
 from sparsefw import InputError
 from sparsefw.data import batches_of
-from sparsefw.model import resident
+from sparsefw.model import copy_of_block, resident
 
 CPU = torch.device("cpu")
 
@@ -24,3 +24,16 @@ def test_a_tensor_without_a_place_is_refused():
             with pytest.raises(InputError, match=r"doubles\.0\.gone\.weight: the model had this tensor"):
                 use(0, tensors)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_a_copy_of_a_block_leaves_out_what_lies_outside_of_it():
+    """Though the block may refer to the whole model."""
+    model, batches = drawn("diffusion", 1)
+    block = model.singles[0]
+    block.owners, block.own = [model], block.mlp[0]
+    with resident(model, batches_of(batches, "calibration").batches[0], CPU) as opened:
+        i = opened.names.index("singles.0")
+        copied = copy_of_block(opened, i)
+        assert copied.owners[0] is model
+        assert copied is not block
+        assert copied.own is copied.mlp[0] is not block.mlp[0]
