@@ -258,8 +258,9 @@ class Fit:
         with torch.enable_grad():
             with slices:
                 loss, shape = self.loss_of(j, of_pass)
-                # By entry: in half precision, gradients of the mean over all entries would be too small.
-                loss = loss * shape[-1]
+                # By entry: in half precision, gradients of the mean over all entries would be too small. Those of a sum
+                # over tokens are too large for fp16. Adam makes the same steps of both.
+                loss = loss * (shape[-1] / (shape[:-1].numel() if parameters[0].dtype == torch.float16 else 1))
             if not loss.requires_grad:
                 # A mixture may send all tokens to experts that are not pruned.
                 return

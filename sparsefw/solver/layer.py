@@ -44,8 +44,8 @@ class LayerResult:
         error_mask: the same of the best mask found before any refit.
         error: ||T X - Z X||_F^2 of the weights written.
         relative_mask, relative_error: error_mask and error / error_warm_start; 1 where both are 0.
-        gap: error_mask minus the largest lower bound; no mask of unchanged weights that keeps the fixed entries is
-            better by more. None where no step was taken.
+        gap: error_mask minus the largest lower bound; no mask of unchanged weights that keeps as many in each row, and
+            the fixed entries, is better by more. None where no step was taken.
         seconds: time of choosing mask and weights, without the calibration; a stack's time is split by rows.
         transposed: whether the checkpoint's model stores the weight as (in, out).
     """

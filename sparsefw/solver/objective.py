@@ -8,13 +8,14 @@ from torch import Tensor
 
 from sparsefw.kernels.backend import TORCH, Backend, Terms
 
-# The damping of an input counts its diagonal entry as at least this share of the median entry. Without it, the weights
-# of a nearly dead input could become huge and ruin the first text in which the input is alive.
+# The damping of an input counts its diagonal entry as at least this share of the median entry of inputs that are not
+# dead. Without it, the weights of a nearly dead input could become huge and ruin the first text in which it is alive.
 FLOOR = 0.01
 
 
 def damped(G: Tensor, damp: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A copy of G (d, d) with damp max(diag G, FLOOR median(diag G)) added to its diagonal.
+    """A copy of G (d, d) with damp max(diag G, FLOOR m) added to its diagonal, where m is the median of its positive
+    entries.
 
     Damping treats every input as slightly more independent of the others. It draws refitted weights towards the layer's
     own, and masks towards the weights that matter most by themselves.
@@ -28,7 +29,9 @@ def damped(G: Tensor, damp: float, dtype: torch.dtype = torch.float32) -> Tensor
         return G.to(dtype)
     diagonal = G.diagonal()
     H = G.to(dtype, copy=True)
-    H.diagonal().copy_(diagonal + diagonal.clamp(min=FLOOR * diagonal.median().item()) * damp)
+    # NaN, if all inputs are dead.
+    median = diagonal.where(diagonal > 0, torch.nan).nanmedian().item()
+    H.diagonal().copy_(diagonal + diagonal.clamp(min=FLOOR * median if median > 0 else 0.0) * damp)
     return H
 
 

@@ -1,5 +1,6 @@
 """The kept weights of a block are fitted together to the dense model's hidden states behind it."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from sparsefw.driver.reconstruct import Fit
 from sparsefw.model import StreamedModel, embed
 from sparsefw.model import predictions as predicted
 from sparsefw.model.placement import HELD_OUT, split_batches
+from sparsefw.solver.kept_weights import KeptWeights
 
 CPU = torch.device("cpu")
 
@@ -180,6 +182,28 @@ def test_families(family, dtype, tmp_path, capsys):
             if after is None or f"{block.name}.{name}" not in layers:
                 continue
             assert torch.equal(after != 0, before != 0), name
+
+
+def test_gradients_that_fp16_has_no_room_for_as_sums(tmp_path, monkeypatch):
+    """Those of a mean over tokens have room. One that has none would put the whole round back."""
+    largest, gradients, loss = [0.0], KeptWeights.gradients, reconstruct.relative_loss
+
+    def spy(weights):
+        found = gradients(weights)
+        largest[0] = max(largest[0], *(g.abs().max().item() for g in found))
+        return found
+
+    monkeypatch.setattr(KeptWeights, "gradients", spy)
+    few = ["--method", "wanda", "--reconstruct", "1", "--include", "layers.0"]
+    for dtype in (torch.float32, torch.float16):
+        make_place(tmp_path / str(dtype), "llama", dtype)
+    run(tmp_path / "torch.float32", tmp_path / "out", *few)
+    factor = 2 * torch.finfo(torch.float16).max / largest[0]
+    monkeypatch.setattr(reconstruct, "relative_loss", lambda out, target: factor * loss(out, target))
+    largest[0] = 0.0
+    report, _ = run(tmp_path / "torch.float16", tmp_path / "again", *few)
+    assert math.isfinite(largest[0])
+    assert not report.blocks[0].reconstruction.put_back
 
 
 def test_of_two_windows_one_is_held_out(llama, tmp_path):
