@@ -116,7 +116,9 @@ def test_a_run_reads_and_writes_activations_as_counted(options, tmp_path, monkey
     monkeypatch.setattr(FiledActivations, "__getitem__", lambda self, j: counted(read(self, j)))
     monkeypatch.setattr(FiledActivations, "__setitem__", lambda self, j, hidden: write(self, j, counted(hidden)))
     model = StreamedModel(checkpoint.inspect(source), torch.device("cpu"))
-    run = Run(model, config, config.backend, plan.placement.solver, frozenset(plan.shape.layer_names))
+    shape, solver = plan.shape, plan.placement.solver
+    predicts = shape.blocks[-1].predicts
+    run = Run(model, config, config.backend, solver, frozenset(shape.layer_names), predicts=predicts)
     windows = Windows(torch.randint(2, 250, (7, SEQLEN), generator=torch.Generator().manual_seed(0)), "text", "")
     with Writer(tmp_path / "out", len(model.blocks) + len(model.pieces)) as writer:
         prune_model(run, windows, [], writer, replace(plan.placement, folder=tmp_path))
