@@ -261,6 +261,8 @@ def _identity(
 ) -> dict[str, Any]:
     """Values that must be the same for an evaluation to go on with what another has finished, by their names."""
     identity: dict[str, Any] = {"--against": job.against, "the tasks": asdict(job.tasks), "--eval": [*job.texts.names]}
+    # Answers are found by the number of their model.
+    identity["the list of models"] = job.names
     for name, folder, of_model in zip(job.names, folders, asked, strict=True):
         source = inspect(folder)
         identity[f"model {name}"] = fingerprint(source)

@@ -226,6 +226,17 @@ def test_another_evaluation_does_not_go_on_with_it(change, named, place, tasks, 
         evaluated(place, tasks, output=tmp_path / "out", **change)
 
 
+def test_models_in_another_order_do_not_go_on_with_it(place, tmp_path, monkeypatch):
+    """Answers are found by the number of their model."""
+    models, given = [place / "dense", place / "pruned"], {"texts": place / "text.txt", "eval_windows": 3, "seqlen": 32}
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(job, "_measured", lambda *args: 1 / 0)
+        evaluate(models, output=tmp_path / "out", **given)
+    with pytest.raises(InputError, match="an unfinished run of other input is there .* the list of models "):
+        evaluate(models[::-1], output=tmp_path / "out", **given)
+    evaluate(models, output=tmp_path / "out", **given)
+
+
 def test_texts_alone_need_no_harness(place, monkeypatch):
     monkeypatch.setattr("sparsefw.evaluation.find_spec", lambda name: None)
     result = evaluate(place / "dense", texts=place / "text.txt", seqlen=32)
