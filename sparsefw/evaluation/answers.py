@@ -86,7 +86,7 @@ def scores_of(
     with _opened(folder, requests, budget, ranks, say, tokens) as opened:
         states = opened.embed()
         try:
-            scores = _run(opened, states, progress and ranks.first, saved, number, say)
+            scores = _run(opened, states, progress, ranks, saved, number, say)
         finally:
             states.close()
         blocks, dtype = len(opened.model.blocks), opened.dtype
@@ -228,6 +228,7 @@ def _run(
     opened: _Opened,
     states: RequestStates,
     progress: bool,
+    ranks: Ranks,
     saved: Saved | None,
     number: int,
     say: Callable[[str], None],
@@ -238,10 +239,11 @@ def _run(
     if saved and begin:
         say(f"going on with an unfinished evaluation: {begin} of {count} blocks are done")
         saved.restore(states)
-    if saved and not can_be_saved(states):
+    # A rank without requests could save them in any case.
+    if saved and not all(ranks.gather(can_be_saved(states))):
         say("note: an interruption costs the whole pass of this model, whose blocks hand on more than hidden states")
         saved = None
-    with tqdm(total=count, initial=begin, unit="block", disable=None if progress else True) as bar:
+    with tqdm(total=count, initial=begin, unit="block", disable=None if progress and ranks.first else True) as bar:
 
         def after_block(blocks: int) -> None:
             bar.update()

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -51,8 +52,9 @@ def test_a_rank_without_a_request(llama, answers):
         assert of_rank == [pytest.approx(answers[0], abs=1e-4)]
 
 
-def one_answer(ranks, folder):
-    return [tuple(score) for score in scores_of(folder, REQUESTS[:1], Budget(), ranks=ranks)]
+def one_answer(ranks, folder, output=None):
+    with opened(output, ranks=ranks) if output else nullcontext() as saved:
+        return [tuple(score) for score in scores_of(folder, REQUESTS[:1], Budget(), ranks=ranks, saved=saved)]
 
 
 def test_shares_hold_every_request_once_and_about_as_many_tokens():
@@ -360,6 +362,13 @@ def test_blocks_that_hand_on_more_begin_anew(family, block, tmp_path, often):
     with opened(tmp_path / "out") as saved:
         assert saved.blocks(0) == (0 if any("an interruption costs" in line for line in lines) else block)
         assert scores_of(tmp_path / "model", REQUESTS, Budget(), saved=saved) == whole
+
+
+def test_ranks_save_hidden_states_together_or_not_at_all(tmp_path, often):
+    """A rank without a request has no hidden states that could not be saved."""
+    save_model(tmp_path / "model", "gemma3n_text")
+    one, other = on_ranks(2, one_answer, tmp_path / "model", tmp_path / "out")
+    assert one == other
 
 
 def test_there_is_no_gpu_limit_without_a_gpu(llama):
