@@ -218,7 +218,7 @@ class Saved:
             yield hidden
 
     def after_block(self, model: int, blocks: int, states: RequestStates, tokens: int) -> None:
-        """Save the hidden states behind a block, if the last time is long enough ago. All ranks call it.
+        """Save the hidden states behind a block, if the last time is long enough ago. All ranks call it, at long work.
 
         Args:
             model: number of the model.
@@ -226,6 +226,7 @@ class Saved:
             states: the hidden states.
             tokens: most tokens in a micro-batch of this rank, as in `Room`.
         """
+        self._ranks.meet()
         if not self._ranks.tell(time.monotonic() - self._last >= self._interval):
             return
         begin = time.monotonic()

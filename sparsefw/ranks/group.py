@@ -130,7 +130,7 @@ class Ranks:
         if self.first:
             with self.long_work():
                 result = do()
-        self._meet()
+        self.meet()
         return self.tell(result)
 
     def first_here(self, do: Callable[[], Value]) -> Value:
@@ -139,18 +139,18 @@ class Ranks:
         It may take hours.
         """
         if self.local:
-            self._meet()
+            self.meet()
         with self.long_work():
             result = do()
         if not self.local:
-            self._meet()
+            self.meet()
         return result
 
     @contextmanager
     def long_work(self) -> Iterator[None]:
         """Inside the `with` block, this rank may keep the others waiting as long as it lives.
 
-        They must wait for it in `one_does` or `first_here`, not in a transfer, whose time is limited.
+        They must wait for it in `one_does`, `first_here` or `meet`, not in a transfer, whose time is limited.
         """
         with self.voice.long_work() if self.voice else nullcontext():
             yield
@@ -159,8 +159,8 @@ class Ranks:
         """Wait until all ranks have come here."""
         self.gather(None)
 
-    def _meet(self) -> None:
-        """As `wait`, with no transfer that waits: ranks at long work may be late."""
+    def meet(self) -> None:
+        """As `wait`, with no transfer that waits: ranks at long work may be late, and may meet in the midst of it."""
         if self.alone or not self.voice:
             self.wait()
             return

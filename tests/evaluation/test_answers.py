@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import time
 from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.families import save_model
 from helpers.ranks import on_ranks
 from helpers.requests import check_same, some_requests
@@ -23,6 +25,7 @@ from sparsefw.evaluation.saved import Saved
 from sparsefw.evaluation.shares import shares_of
 from sparsefw.evaluation.streaming import RequestStates
 from sparsefw.ranks import ALONE, Ranks
+from sparsefw.ranks import voice as voices
 
 REQUESTS = some_requests()
 
@@ -369,6 +372,31 @@ def test_ranks_save_hidden_states_together_or_not_at_all(tmp_path, often):
     save_model(tmp_path / "model", "gemma3n_text")
     one, other = on_ranks(2, one_answer, tmp_path / "model", tmp_path / "out")
     assert one == other
+
+
+@pytest.mark.parametrize("saves", [True, False])
+@pytest.mark.parametrize("slow", [0, 1])
+def test_ranks_wait_for_a_slow_one_as_long_as_it_takes(slow, saves, llama, answers, tmp_path, often, monkeypatch):
+    monkeypatch.setattr(voices, "BEAT", 0.05)
+    monkeypatch.setattr(voices, "WAITING", 0.5)
+    for of_rank in on_ranks(2, answers_beside_a_slow_rank, llama, slow, tmp_path / "out" if saves else None):
+        check_same(of_rank, answers)
+
+
+def answers_beside_a_slow_rank(ranks, folder, slow, output):
+    ranks.voice = voices.Voice(dist.distributed_c10d._get_default_store(), ranks.number, ranks.count)
+    advance = RequestStates.advance
+
+    def slowly(self, i):
+        time.sleep(1.5 if (ranks.number, i) == (slow, 1) else 0)
+        advance(self, i)
+
+    with pytest.MonkeyPatch.context() as patched, opened(output, ranks=ranks) if output else nullcontext() as saved:
+        patched.setattr(RequestStates, "advance", slowly)
+        found = scores_of(folder, REQUESTS, Budget(), ranks=ranks, saved=saved)
+    assert ranks.voice.heard() is None
+    ranks.voice.close()
+    return found
 
 
 def test_there_is_no_gpu_limit_without_a_gpu(llama):
