@@ -201,7 +201,7 @@ def _evaluate(job: _Job, say: Callable[[str], None], progress: bool, ranks: Rank
         return None
     identity = _identity(job, folders, asked, device, ranks)
     ranks.agree(identity)
-    with _saved(job, identity, say, ranks) as saved:
+    with _saved(job, identity | _times(job, folders), say, ranks) as saved:
         scores = [
             scores_of(
                 folder, of_model.requests, job.budget, say=say, progress=progress, ranks=ranks, saved=saved, number=n
@@ -259,22 +259,27 @@ def _check_same_tokens(job: _Job, asked: Sequence[Asked]) -> None:
 def _identity(
     job: _Job, folders: Sequence[Path], asked: Sequence[Asked], device: torch.device, ranks: Ranks
 ) -> dict[str, Any]:
-    """Values that must be the same for an evaluation to go on with what another has finished, by their names."""
+    """Values that must be the same on all ranks, and for an evaluation to go on with what another has finished."""
     identity: dict[str, Any] = {"--against": job.against, "the tasks": asdict(job.tasks), "--eval": [*job.texts.names]}
     # Answers are found by the number of their model.
     identity["the list of models"] = job.names
     for name, folder, of_model in zip(job.names, folders, asked, strict=True):
         source = inspect(folder)
         identity[f"model {name}"] = fingerprint(source)
-        identity[f"the files of {name}"] = _stamps(source)
+        identity[f"the files of {name}"] = [(file.name, file.stat().st_size) for file in _files(source)]
         identity[f"what {name} is asked"] = of_model.digest
     return identity | {"the number of ranks": ranks.count} | machine(device)
 
 
-def _stamps(source: Checkpoint) -> list[tuple[str, int, int]]:
-    """Name, size and time of the last change of each file with weights."""
-    files = sorted({info.file for tensor, info in source.tensors.items() for info in info.stored(tensor).values()})
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def _times(job: _Job, folders: Sequence[Path]) -> dict[str, Any]:
+    """As `_identity`: when the files of each model were changed. Each machine may have a copy of its own."""
+    of_folders = ([file.stat().st_mtime_ns for file in _files(inspect(folder))] for folder in folders)
+    return {f"the times of the files of {name}": times for name, times in zip(job.names, of_folders, strict=True)}
+
+
+def _files(source: Checkpoint) -> list[Path]:
+    """The files with weights."""
+    return sorted({info.file for tensor, info in source.tensors.items() for info in info.stored(tensor).values()})
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Whole evaluations, and the tasks of a pruning run."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import sparsefw
 from sparsefw.errors import InputError
 from sparsefw.evaluate import main
 from sparsefw.evaluation import evaluate, harness, job
+from sparsefw.evaluation.answers import Budget
 from sparsefw.evaluation.measured import Evaluation
 from sparsefw.evaluation.saved import RESULT
 from sparsefw.evaluation.streaming import RequestStates
@@ -235,6 +238,33 @@ def test_models_in_another_order_do_not_go_on_with_it(place, tmp_path, monkeypat
     with pytest.raises(InputError, match="an unfinished run of other input is there .* the list of models "):
         evaluate(models[::-1], output=tmp_path / "out", **given)
     evaluate(models, output=tmp_path / "out", **given)
+
+
+def test_another_file_of_a_model_is_other_input(place, tasks, tmp_path):
+    shutil.copytree(place / "dense", tmp_path / "dense")
+    given = {"texts": place / "text.txt", "eval_windows": 3, "seqlen": 32, "output": tmp_path / "out"}
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(job, "_measured", lambda *args: 1 / 0)
+        evaluate(tmp_path / "dense", **given)
+    os.utime(next((tmp_path / "dense").glob("*.safetensors")), (0, 0))
+    with pytest.raises(InputError, match="of other input is there .* the times of the files of .*dense"):
+        evaluate(tmp_path / "dense", **given)
+
+
+def test_each_machine_may_have_a_copy_of_the_model(place, tmp_path):
+    for number in range(2):
+        shutil.copytree(place / "dense", tmp_path / str(number) / "dense", copy_function=shutil.copyfile)
+        for file in (tmp_path / str(number) / "dense").iterdir():
+            os.utime(file, (number, number))
+    one, other = on_ranks(2, evaluate_a_copy, place / "text.txt", tmp_path)
+    assert one == other
+
+
+def evaluate_a_copy(ranks, text, folder):
+    os.chdir(folder / str(ranks.number))
+    texts = job.Texts((str(text),), 32, 3)
+    asked = job._Job(["dense"], None, job.Tasks(), texts, Budget(), folder / "out", False, False, False)
+    return job._evaluate(asked, lambda line: None, False, ranks)
 
 
 def test_texts_alone_need_no_harness(place, monkeypatch):
