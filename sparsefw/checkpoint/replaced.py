@@ -68,8 +68,12 @@ def check_free(output: Path, overwrite: bool, kind: Kind = CHECKPOINT) -> None:
     _check_not_endless(output)
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: a file; --output is a folder")
-    if output.is_mount():
+    # A link stays, and what it points to is replaced. Before Python 3.12 one to another disk counted as a mount point.
+    if output.resolve().is_mount():
         raise InputError(f"{output}: a mount point, which cannot be replaced; give a folder inside it")
+    if not output.is_absolute() and output.resolve() == Path.cwd():
+        # The path would lead nowhere afterwards, and the caller would stand in a folder that is gone.
+        raise InputError(f"{output}: the current folder, which would be replaced; give a folder inside it")
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:

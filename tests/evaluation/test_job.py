@@ -172,6 +172,23 @@ def test_output_is_what_was_returned(place, tasks, tmp_path):
         evaluated(place, tasks, output=tmp_path / "out", overwrite=True)
 
 
+def test_what_a_link_points_to_is_replaced(place, tmp_path):
+    (tmp_path / "elsewhere/out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere/out")
+    evaluate(place / "dense", texts=place / "text.txt", eval_windows=3, seqlen=32, output=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "elsewhere/out").iterdir()] == [RESULT]
+
+
+@pytest.mark.parametrize("output", [".", "../out"])
+def test_the_current_folder_is_not_replaced(output, place, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(InputError, match=f"^{output}: the current folder, which would be replaced"):
+        evaluate(place / "dense", texts=place / "text.txt", output=output)
+
+
 def test_a_checkpoint_is_never_replaced_by_an_evaluation(place, tasks, tmp_path):
     save_model(tmp_path / "other", "llama")
     with pytest.raises(InputError, match=r"not an evaluation \(no evaluation.json\)"):
