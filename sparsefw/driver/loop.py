@@ -121,8 +121,8 @@ def prune_model(
             reconstructed, and after every block.
 
     Raises:
-        InputError: weights or activations hold NaN or Inf, a layer does not fit the pattern, nothing was pruned, or
-            writing failed.
+        InputError: weights or activations hold NaN or Inf, answers are NaN, a layer does not fit the pattern, nothing was
+            pruned, or writing failed.
     """
     with ExitStack() as open_states:
         with run.model.timeline.span("embed"), run.model.outside():
@@ -143,7 +143,7 @@ def prune_model(
                 }
             for name, of_tasks in states.tasks.items():
                 assert tasks is not None
-                outcome.scores[name] = tasks.scores(of_tasks, run.ranks)
+                outcome.scores[name] = tasks.scores(of_tasks, run.ranks, name)
         return outcome
 
 

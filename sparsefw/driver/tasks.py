@@ -87,9 +87,19 @@ class TaskSamples:
         room = Room(placement.batch * self.seqlen, placement.place, placement.folder, placement.ahead)
         return embed_requests(model, Packed(mine, self.allowed.pack(mine), self.allowed.sharing), room)
 
-    def scores(self, states: RequestStates, ranks: Ranks) -> list[Score]:
-        """The answers to all requests, behind the last block."""
-        return gathered(states.scores(), self.asked.encoded.requests, ranks)
+    def scores(self, states: RequestStates, ranks: Ranks, name: str) -> list[Score]:
+        """The answers to all requests, behind the last block.
+
+        Args:
+            states: the hidden states, which are gone then.
+            ranks: the ranks.
+            name: "dense", or the method.
+
+        Raises:
+            InputError: as `gathered`.
+        """
+        model = "--tasks, of the dense model" if name == DENSE else f"--tasks, of the model by {name}"
+        return gathered(states.scores(), self.asked.encoded.requests, ranks, model, self.allowed.dtype)
 
 
 def task_samples(asked: Asked, model: StreamedModel, seqlen: int) -> TaskSamples:

@@ -10,6 +10,7 @@ from helpers.families import save_model
 from helpers.ranks import on_ranks
 from helpers.tasks import TASKS, write_task
 from helpers.texts import make_tokenizer
+from safetensors.torch import load_file, save_file
 
 import sparsefw
 from sparsefw.errors import InputError
@@ -87,6 +88,18 @@ def test_a_run_tells_of_its_tasks(place, tasks):
     assert {record.task for record in report.tasks} == {*NAMES}
     assert {name for record in report.tasks for name in record.results} == {"dense", "wanda", "sparsefw"}
     assert "tiny_choices" in (place / "pruned/report.html").read_text()
+
+
+def test_answers_of_a_run_that_overflow_are_refused(place, tasks, tmp_path, monkeypatch):
+    """Without a word, comparisons of NaN would choose among the answers."""
+    shutil.copytree(place / "dense", tmp_path / "dense")
+    for path in (tmp_path / "dense").glob("*.safetensors"):
+        if "model.norm.weight" in (tensors := load_file(path)):
+            save_file(tensors | {"model.norm.weight": torch.full((32,), 3e38)}, path, {"format": "pt"})
+    given = {"dataset": str(place / "text.txt"), "tasks": NAMES, "include_path": tasks} | QUICK
+    line = r"--tasks, of the dense model: the log-likelihoods of \d+ of \d+ requests are NaN"
+    with pytest.raises(InputError, match=line):
+        sparsefw.prune(tmp_path / "dense", tmp_path / "out", **given)
 
 
 def interrupt_run(place, tasks, output):
