@@ -112,6 +112,7 @@ def pack(
     longest: float = math.inf,
     dtype: torch.dtype = torch.float32,
     shortest: int = 1,
+    most: float = math.inf,
 ) -> list[Group]:
     """Groups of rows, the longest first, which hold all requests.
 
@@ -121,10 +122,11 @@ def pack(
         longest: no branch of a tree has more tokens than this.
         dtype: dtype of the model.
         shortest: least length of a row.
+        most: tokens that the model reads at once: it may have no positions for more of them.
     """
     by_length: dict[tuple[int, bool], list[Row]] = {}
     for row in rows_of(requests, sharing, longest):
-        length = padded_length(len(row.tokens)) if sharing else len(row.tokens)
+        length = padded_length(len(row.tokens), most) if sharing else len(row.tokens)
         by_length.setdefault((max(length, shortest), row.branches), []).append(row)
     return [Group(length, rows, trees, dtype) for (length, trees), rows in sorted(by_length.items(), reverse=True)]
 
@@ -173,10 +175,11 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return int(differ[0]) if len(differ) else most
 
 
-def padded_length(length: int) -> int:
-    """The length that a row of so many tokens is padded to."""
+def padded_length(length: int, most: float = math.inf) -> int:
+    """The length that a row of so many tokens is padded to; at most so many, unless a tree has more tokens."""
     unit = 1 << max(0, length.bit_length() - PADDING.bit_length())
-    return -(-length // unit) * unit
+    rounded = -(-length // unit) * unit
+    return int(most) if length <= most < rounded else rounded
 
 
 def padded(rows: Sequence[Row], length: int) -> Tensor:

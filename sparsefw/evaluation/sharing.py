@@ -18,6 +18,7 @@ from sparsefw.evaluation.packing import Group, Row, Sharing, pack, padded, rows_
 from sparsefw.evaluation.request import Request
 from sparsefw.evaluation.trial import compared, pair_of
 from sparsefw.model import BlockModel, embed_batches
+from sparsefw.model.skeleton import max_seqlen
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,18 @@ class Allowed:
         longest: most tokens of a branch.
         shortest: least length of a row.
         dtype: dtype of the model.
+        most: tokens that the model reads at once.
     """
 
     sharing: Sharing
     longest: float
     shortest: int
     dtype: torch.dtype
+    most: float
 
     def pack(self, requests: Sequence[Request]) -> list[Group]:
         """See `packing.pack`."""
-        return pack(requests, self.sharing, self.longest, self.dtype, self.shortest)
+        return pack(requests, self.sharing, self.longest, self.dtype, self.shortest, self.most)
 
 
 def allowed_by(model: BlockModel, requests: Sequence[Request]) -> Allowed:
@@ -49,7 +52,7 @@ def allowed_by(model: BlockModel, requests: Sequence[Request]) -> Allowed:
         requests: the requests.
     """
     sharing = sharing_of(model, requests) if requests else Sharing.NOTHING
-    return Allowed(sharing, longest_branch(model), shortest_row(model), model_dtype(model))
+    return Allowed(sharing, longest_branch(model), shortest_row(model), model_dtype(model), most_tokens(model))
 
 
 def longest_branch(model: BlockModel) -> float:
@@ -59,6 +62,12 @@ def longest_branch(model: BlockModel) -> float:
     names = ("sliding_window", "attention_chunk_size", "window_size")
     windows = [size for size in (getattr(text, name, None) for name in names) if isinstance(size, int) and size > 0]
     return min(windows, default=math.inf)
+
+
+def most_tokens(model: BlockModel) -> float:
+    """The most tokens that a model reads at once, infinite if its config does not say."""
+    config = getattr(model.runs, "config", None)
+    return (max_seqlen(config) if config else None) or math.inf
 
 
 def shortest_row(model: BlockModel) -> int:

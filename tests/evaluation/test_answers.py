@@ -85,6 +85,12 @@ def test_what_is_computed_is_told(llama):
     assert lines[1].endswith("beginnings shared")
 
 
+def test_as_many_tokens_as_a_model_has_positions(tmp_path):
+    """A row of 37 tokens would be padded to 38, and there is no position for the last one."""
+    save_model(tmp_path, "gpt2", n_positions=37, max_position_embeddings=None)
+    assert len(scores_of(tmp_path, [Request([*range(2, 39)], [5])], Budget())) == 1
+
+
 def test_no_requests(llama):
     assert scores_of(llama, [], Budget()) == []
 
