@@ -9,7 +9,7 @@ import difflib
 import logging
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,20 +117,36 @@ def results(questions: Questions, answers: Sequence[Answer], bootstrap_iters: in
         questions: the questions of tasks.
         answers: the answers, in the order of `questions.asked`.
         bootstrap_iters: draws for the standard errors that have no formula; 0: no standard errors.
+
+    Raises:
+        InputError: the metrics of a task cannot be made of its documents and answers.
     """
     given = {question.key: answer for question, answer in zip(questions.asked, answers, strict=True)}
-    with _quiet(), kept_randomness(), _one_process(), _infinity_for_overflow():
+
+    def of(loaded: Any) -> dict[str, Any]:
         # As it was before the questions were made, so that the same are made again.
         questions.start.set()
-        for task in questions.loaded["tasks"].values():
+        for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
         return evaluate(
-            _Answers(given),
-            questions.loaded,
-            limit=questions.limit,
-            bootstrap_iters=bootstrap_iters,
-            fewshot_as_multiturn=True,
+            _Answers(given), loaded, limit=questions.limit, bootstrap_iters=bootstrap_iters, fewshot_as_multiturn=True
         )
+
+    with _quiet(), kept_randomness(), _one_process(), _infinity_for_overflow():
+        try:
+            return of(questions.loaded)
+        except _failures() as error:
+            raise _without_metrics(questions.loaded["tasks"], of, error) from error
+
+
+def _without_metrics(tasks: Mapping[str, Any], of: Callable[[Any], object], error: Exception) -> InputError:
+    """The error that names the task; `of` makes the results of some tasks."""
+    for name, task in tasks.items():
+        try:
+            of({"tasks": {name: task}, "groups": {}})
+        except _failures() as of_task:
+            return InputError(f"task {name}: no metrics can be made of its answers: {_why(of_task)}")
+    return InputError(f"tasks {', '.join(tasks)}: no metrics can be made of their answers: {_why(error)}")
 
 
 def _check_limit(limit: int | float | None) -> None:

@@ -153,6 +153,18 @@ def test_a_task_whose_documents_do_not_fit_is_named(tmp_path):
         asked(["tiny_choices", "broken"], folder)
 
 
+def test_a_task_whose_metrics_fail_is_named(tmp_path):
+    """The harness makes metrics only behind the last answer."""
+    folder = write_tasks(tmp_path / "tasks", ["tiny_choices", "tiny_rolling"])
+    write_task(folder, "broken", CHOICES | {"process_results": "!function broken.metrics"}, DOCUMENTS)
+    path = folder / "broken.yaml"
+    path.write_text(path.read_text().replace('"!function broken.metrics"', "!function broken.metrics"))
+    (folder / "broken.py").write_text("def metrics(document, answers):\n    return {'acc': document['points']}\n")
+    found = asked(["tiny_choices", "broken", "tiny_rolling"], folder)
+    with pytest.raises(InputError, match=r"^task broken: no metrics can be made of its answers: KeyError: 'points'$"):
+        results_of(found)
+
+
 @pytest.mark.parametrize("limit", [0, -1, 1.5, math.inf, math.nan])
 def test_limits_that_are_no_number_of_documents(limit, tasks):
     with pytest.raises(InputError, match=rf"^--limit {limit:g}: expected a number of documents, or a share"):
