@@ -121,7 +121,7 @@ def prune_model(
             reconstructed, and after every block.
 
     Raises:
-        InputError: weights or activations hold NaN or Inf, answers are NaN, a layer does not fit the pattern, nothing was
+        InputError: weights, activations or answers hold NaN or Inf, a layer does not fit the pattern, nothing was
             pruned, or writing failed.
     """
     with ExitStack() as open_states:

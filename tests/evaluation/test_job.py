@@ -90,7 +90,7 @@ def test_a_run_tells_of_its_tasks(place, tasks):
     assert "tiny_choices" in (place / "pruned/report.html").read_text()
 
 
-def test_answers_of_a_run_that_overflow_are_refused(place, tasks, tmp_path, monkeypatch):
+def test_answers_of_a_run_that_overflow_are_refused(place, tasks, tmp_path):
     """Without a word, comparisons of NaN would choose among the answers."""
     shutil.copytree(place / "dense", tmp_path / "dense")
     for path in (tmp_path / "dense").glob("*.safetensors"):
@@ -259,25 +259,29 @@ def test_another_evaluation_does_not_go_on_with_it(change, named, place, tasks, 
         evaluated(place, tasks, output=tmp_path / "out", **change)
 
 
-def test_models_in_another_order_do_not_go_on_with_it(place, tmp_path, monkeypatch):
+def answer_only(models, **given):
+    """An evaluation that comes to all answers, and not to its result."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(job, "_measured", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate(models, **given)
+
+
+def test_models_in_another_order_do_not_go_on_with_it(place, tmp_path):
     """Answers are found by the number of their model."""
     models, given = [place / "dense", place / "pruned"], {"texts": place / "text.txt", "eval_windows": 3, "seqlen": 32}
-    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
-        patched.setattr(job, "_measured", lambda *args: 1 / 0)
-        evaluate(models, output=tmp_path / "out", **given)
-    with pytest.raises(InputError, match="an unfinished run of other input is there .* the list of models "):
+    answer_only(models, output=tmp_path / "out", **given)
+    with pytest.raises(InputError, match=r"an unfinished run of other input is there .* the list of models "):
         evaluate(models[::-1], output=tmp_path / "out", **given)
     evaluate(models, output=tmp_path / "out", **given)
 
 
-def test_another_file_of_a_model_is_other_input(place, tasks, tmp_path):
+def test_another_file_of_a_model_is_other_input(place, tmp_path):
     shutil.copytree(place / "dense", tmp_path / "dense")
     given = {"texts": place / "text.txt", "eval_windows": 3, "seqlen": 32, "output": tmp_path / "out"}
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(ZeroDivisionError):
-        patched.setattr(job, "_measured", lambda *args: 1 / 0)
-        evaluate(tmp_path / "dense", **given)
+    answer_only(tmp_path / "dense", **given)
     os.utime(next((tmp_path / "dense").glob("*.safetensors")), (0, 0))
-    with pytest.raises(InputError, match="of other input is there .* the times of the files of .*dense"):
+    with pytest.raises(InputError, match=r"of other input is there .* the times of the files of .*dense"):
         evaluate(tmp_path / "dense", **given)
 
 
