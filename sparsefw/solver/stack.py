@@ -117,11 +117,9 @@ def stack_rows(stack: Stack, share: slice) -> Rows:
         target_gap, start = None if config.refit else torch.empty_like(W, dtype=torch.float32), 0
         for T in _targets(stack, share.start, W, exact, H, support):
             rows = slice(start, start + len(T))
-            # A refit starts from the target. Without one, only the mask can be chosen for it. Rows whose mask stays as
-            # it is keep the target's own weights, so these are what can be written.
+            # A refit starts from the target. Without one, only the mask can be chosen for it.
             if target_gap is None:
-                most = torch.finfo(own).max
-                W[rows] = T.clamp(-most, most).to(own)
+                W[rows] = T
             else:
                 target_gap[rows] = T - W[rows]
             start += len(T)
