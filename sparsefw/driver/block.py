@@ -67,7 +67,7 @@ class Run:
     ranks: Ranks = ALONE
     evidence: Evidence | None = None
     confirmed: Confirmed = field(default_factory=dict)
-    predicts: bool = False
+    predicts: bool = field(kw_only=True)
 
 
 @dataclass

@@ -121,7 +121,7 @@ def prune_model(
             reconstructed, and after every block.
 
     Raises:
-        InputError: weights, activations or answers hold NaN or Inf, a layer does not fit the pattern, nothing was
+        InputError: weights or activations hold NaN or Inf, a layer does not fit the pattern, nothing was
             pruned, or writing failed.
     """
     with ExitStack() as open_states:
@@ -143,7 +143,7 @@ def prune_model(
                 }
             for name, of_tasks in states.tasks.items():
                 assert tasks is not None
-                outcome.scores[name] = tasks.scores(of_tasks, run.ranks, name)
+                outcome.scores[name] = tasks.scores(of_tasks, run.ranks)
         return outcome
 
 

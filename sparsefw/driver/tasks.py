@@ -1,10 +1,11 @@
 """The tasks of a run: their requests go through the dense and every pruned block with the windows of texts."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sparsefw.data import Tokenizer
-from sparsefw.evaluation.encoding import Encoded, encoder
+from sparsefw.evaluation.encoding import ROLLING, Answer, Encoded, encoder
 from sparsefw.evaluation.job import DRAWS, Tasks
 from sparsefw.evaluation.measured import task_records
 from sparsefw.evaluation.packing import row_sizes
@@ -17,7 +18,7 @@ from sparsefw.inputs import Inputs
 from sparsefw.model import BlockModel, Placement, StreamedModel, read_config
 from sparsefw.ranks import Ranks
 from sparsefw.report import TaskRecord
-from sparsefw.report.tasks import DENSE
+from sparsefw.report.tasks import DENSE, Measurement
 
 if TYPE_CHECKING:
     from sparsefw.checkpoint import Checkpoint
@@ -37,15 +38,32 @@ class Asked:
     encoded: Encoded
 
     def records(self, scores: dict[str, list[Score]]) -> list[TaskRecord]:
-        """The metrics of all tasks, from all scores by "dense" and by method. Rank 0 calls it."""
+        """The metrics of all tasks, from all scores by "dense" and by method. Rank 0 calls it.
+
+        A model with a score that is NaN has no metrics but NaN: a comparison with it would choose any answer.
+        """
         from sparsefw import evaluation
 
         assert self.questions is not None
+        useless = {name for name, of_model in scores.items() if any(math.isnan(x.loglikelihood) for x in of_model)}
         found = {
-            name: evaluation.results(self.questions, self.encoded.answers(of_model), DRAWS)
+            name: evaluation.results(self.questions, self.encoded.answers(_numbers(of_model)), DRAWS)
             for name, of_model in scores.items()
         }
-        return task_records(found, DENSE)
+        return [_without(record, useless) for record in task_records(found, DENSE)]
+
+
+def _numbers(scores: list[Score]) -> list[Score]:
+    """Scores of which none is NaN: metrics are made of them all the same."""
+    return [x._replace(loglikelihood=0.0) if math.isnan(x.loglikelihood) else x for x in scores]
+
+
+def _without(record: TaskRecord, useless: set[str]) -> TaskRecord:
+    """A metric without the values of models that are of no use, and without the differences from such a model."""
+    results = record.results
+    if DENSE in useless:
+        results = {name: replace(found, difference=None) for name, found in results.items()}
+    return replace(record, results=results | {name: Measurement(math.nan) for name in results if name in useless})
 
 
 @dataclass(frozen=True)
@@ -87,19 +105,9 @@ class TaskSamples:
         room = Room(placement.batch * self.seqlen, placement.place, placement.folder, placement.ahead)
         return embed_requests(model, Packed(mine, self.allowed.pack(mine), self.allowed.sharing), room)
 
-    def scores(self, states: RequestStates, ranks: Ranks, name: str) -> list[Score]:
-        """The answers to all requests, behind the last block.
-
-        Args:
-            states: the hidden states, which are gone then.
-            ranks: the ranks.
-            name: "dense", or the method.
-
-        Raises:
-            InputError: as `gathered`.
-        """
-        model = "--tasks, of the dense model" if name == DENSE else f"--tasks, of the model by {name}"
-        return gathered(states.scores(), self.asked.encoded.requests, ranks, model, self.allowed.dtype)
+    def scores(self, states: RequestStates, ranks: Ranks) -> list[Score]:
+        """The answers to all requests, behind the last block."""
+        return gathered(states.scores(), self.asked.encoded.requests, ranks)
 
 
 def task_samples(asked: Asked, model: StreamedModel, seqlen: int) -> TaskSamples:
@@ -117,9 +125,18 @@ def questions_of(inputs: Inputs) -> "Questions | None":
     """The questions of a run's tasks; None without tasks.
 
     Raises:
-        InputError: as `Tasks.questions`.
+        InputError: as `Tasks.questions` and `evaluation.results`.
     """
-    return Tasks(inputs.tasks, inputs.limit, inputs.num_fewshot, inputs.include_path).questions()
+    found = Tasks(inputs.tasks, inputs.limit, inputs.num_fewshot, inputs.include_path).questions()
+    if found:
+        from sparsefw import evaluation
+
+        # A task whose metrics fail would end the run when all blocks are pruned.
+        made_up: list[Answer] = [
+            -float(n) if question.kind == ROLLING else (-float(n), False) for n, question in enumerate(found.asked, 1)
+        ]
+        evaluation.results(found, made_up)
+    return found
 
 
 def encoded_questions(questions: "Questions", source: "Checkpoint", tokenizer: Tokenizer) -> Encoded:

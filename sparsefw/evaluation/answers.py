@@ -1,5 +1,6 @@
 """Answer requests with a checkpoint of which one block is in memory at a time."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from sparsefw import checkpoint, process
+from sparsefw.errors import InputError
 from sparsefw.estimate import MemoryNeeds, memory_limits
 from sparsefw.evaluation.packing import Sharing, row_sizes
 from sparsefw.evaluation.request import Request, Score
@@ -91,7 +93,12 @@ def scores_of(
                 states.close()
         ranks.meet()
         blocks, dtype = len(opened.model.blocks), opened.dtype
-    answers = gathered(scores, requests, ranks, str(folder), dtype)
+    answers = gathered(scores, requests, ranks)
+    if none := sum(math.isnan(answer.loglikelihood) for answer in answers):
+        raise InputError(
+            f"{folder}: the log-likelihoods of {none} of {len(answers)} requests are NaN, as behind the last block "
+            f"numbers are too large for {dtype}; it is of no use"
+        )
     if saved:
         saved.add_answers(number, blocks, answers)
     return answers

@@ -88,7 +88,7 @@ class Saved:
         ranks: Ranks,
         overwrite: bool = False,
     ) -> None:
-        # What a link points to is replaced, not the link. The folder of an unfinished run must lie on the same disk.
+        # The folder that a link points to is replaced, not the link. An unfinished run must lie on the same disk.
         self._output, self._overwrite, self._done = output.resolve(), overwrite, False
         self._partial, self._ranks = PartialFolder(self._output), ranks
         self._identity, self._restart, self._say = identity, restart, say

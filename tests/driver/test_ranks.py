@@ -62,7 +62,7 @@ def prune_watched(ranks, *args):
         return call
 
     def row(layer):
-        # Where rows are shared out, each rank takes its own time for them.
+        # Each rank takes its own time for its rows.
         found["layers"].append(replace(layer, seconds=0))
         return ""
 

@@ -180,7 +180,7 @@ class _Mixture(torch.nn.Module):
         for n, expert in enumerate(self.experts):
             if (chosen == n).any():
                 out[chosen == n] = expert(x[chosen == n]).tanh() / 4
-        # What chooses stays as it is.
+        # The entry that chooses stays as it is.
         out[:, 0, 0] = 0
         return x + out
 

@@ -53,7 +53,7 @@ def test_a_second_round_begins_behind_the_first_and_is_put_back_to_there(rate, g
         losses.append(measure(fit))
         block = fit.run.model.blocks[fit.number]
         weights.append({f"model.layers.0.{name}": x.detach().clone() for name, x in block.named_parameters()})
-        # Of the rounds behind the first.
+        # Rounds after the first have this rate.
         monkeypatch.setattr(reconstruct, "RATE", rate if len(losses) > 1 else RATE)
         return losses[-1]
 

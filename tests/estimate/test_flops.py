@@ -108,16 +108,9 @@ def prune(source, plan, tmp_path, monkeypatch, counter=None, ranks=ALONE):
     evaluation = [windows(n) for n in workload.evaluation]
     layers = frozenset(plan.shape.layer_names)
     run = Run(
-        model,
-        workload.config,
-        backend,
-        placement.solver,
-        layers,
-        placement.kept_width,
-        ranks=ranks,
-        confirmed=Known(),
+        model, workload.config, backend, placement.solver, layers, placement.kept_width, ranks=ranks, confirmed=Known(),
         predicts=plan.shape.blocks[-1].predicts,
-    )
+    )  # fmt: skip
     products = Products({4})
     shards = len(model.blocks) + len(model.pieces)
     with counter or nullcontext(), products, Writer(tmp_path / "out", shards, ranks=ranks) as writer:

@@ -1,17 +1,14 @@
-"""Answers of a checkpoint: shared by ranks, within memory limits, and after an interruption."""
+"""Answers of a checkpoint: within memory limits, and after an interruption."""
 
 import json
 import os
 import shutil
-import time
-from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.distributed as dist
+from helpers.answering import REQUESTS, Stop, interrupt, interrupted_at, opened
 from helpers.families import save_model
-from helpers.ranks import on_ranks
-from helpers.requests import check_same, some_requests
+from helpers.requests import check_same
 from safetensors.torch import load_file, save_file
 
 from sparsefw.checkpoint import resume
@@ -21,50 +18,7 @@ from sparsefw.evaluation import saved as saving
 from sparsefw.evaluation.answers import Budget, scores_of
 from sparsefw.evaluation.request import Request, Score
 from sparsefw.evaluation.room import LOGITS, Room, memory_of_pass, room_for
-from sparsefw.evaluation.saved import Saved
-from sparsefw.evaluation.shares import shares_of
 from sparsefw.evaluation.streaming import RequestStates
-from sparsefw.ranks import ALONE, Ranks
-from sparsefw.ranks import voice as voices
-
-REQUESTS = some_requests()
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("answers") / "llama", "llama")
-
-
-@pytest.fixture(scope="module")
-def answers(llama):
-    return scores_of(llama, REQUESTS, Budget())
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_ranks_share_the_requests(count, llama, answers):
-    for of_rank in on_ranks(count, answers_on, llama):
-        check_same(of_rank, answers)
-
-
-def answers_on(ranks, folder):
-    return scores_of(folder, REQUESTS, Budget(), ranks=ranks)
-
-
-def test_a_rank_without_a_request(llama, answers):
-    for of_rank in on_ranks(3, one_answer, llama):
-        assert of_rank == [pytest.approx(answers[0], abs=1e-4)]
-
-
-def one_answer(ranks, folder, output=None):
-    with opened(output, ranks=ranks) if output else nullcontext() as saved:
-        return [tuple(score) for score in scores_of(folder, REQUESTS[:1], Budget(), ranks=ranks, saved=saved)]
-
-
-def test_shares_hold_every_request_once_and_about_as_many_tokens():
-    shares = shares_of(REQUESTS, Ranks(0, 3))
-    assert sorted(n for share in shares for n in share) == [*range(len(REQUESTS))]
-    tokens = [sum(len(REQUESTS[n].read) for n in share) for share in shares]
-    assert max(tokens) - min(tokens) < 2 * max(len(request.read) for request in REQUESTS)
 
 
 def test_a_limit_that_is_too_low_names_one_that_is_enough(llama, answers):
@@ -102,41 +56,6 @@ def test_logits_that_overflow_are_refused(tmp_path):
     save_file(load_file(shards[0]) | {"model.norm.weight": torch.full((32,), 3e38)}, shards[0], {"format": "pt"})
     with pytest.raises(InputError, match=r"model: the log-likelihoods of \d+ of 28 requests are NaN"):
         scores_of(folder, REQUESTS, Budget())
-
-
-def opened(output, identity="same", restart=False, ranks=ALONE, say=lambda line: None):
-    return Saved(output, {"what it is": identity}, restart, say, ranks)
-
-
-@pytest.fixture
-def often(monkeypatch):
-    """Hidden states are saved behind every block."""
-    monkeypatch.setattr(saving, "SECONDS", 0.0)
-    monkeypatch.setattr(saving, "TIMES", 0.0)
-
-
-class Stop(Exception):
-    pass
-
-
-def interrupt(folder, output, block, ranks=ALONE, say=lambda line: None, requests=REQUESTS):
-    """Begin a pass whose requests do not come through a block."""
-    with pytest.MonkeyPatch.context() as patched, opened(output, ranks=ranks) as saved:
-        interrupted_at(patched, block)
-        with pytest.raises(Stop):
-            scores_of(folder, requests, Budget(), ranks=ranks, saved=saved, say=say)
-
-
-def interrupted_at(monkeypatch, block):
-    """From now on, the requests do not come through this block."""
-    advance = RequestStates.advance
-
-    def stopping(self, i):
-        if i == block:
-            raise Stop
-        advance(self, i)
-
-    monkeypatch.setattr(RequestStates, "advance", stopping)
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
@@ -334,29 +253,6 @@ def test_one_at_a_time(tmp_path):
         second.__enter__()
 
 
-def test_ranks_go_on_together(llama, answers, tmp_path, often, monkeypatch):
-    output = tmp_path / "out"
-    on_ranks(2, stopped_on, llama, output)
-    for of_rank, lines in on_ranks(2, go_on, llama, output):
-        check_same(of_rank, answers)
-        assert any("going on with an unfinished evaluation: 2 of 3" in line for line in lines)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert json.loads((output / "b.json").read_text()) == [1]
-
-
-def stopped_on(ranks, folder, output):
-    interrupt(folder, output, 2, ranks)
-    ranks.wait()
-
-
-def go_on(ranks, folder, output):
-    lines = []
-    with opened(output, ranks=ranks) as saved:
-        found = scores_of(folder, REQUESTS, Budget(), ranks=ranks, saved=saved, say=lines.append)
-        saved.finish({"b.json": "[1]"})
-    return found, lines
-
-
 @pytest.mark.parametrize(
     ("family", "block"),
     # Blocks 4 and 5 of the Gemmas read keys and values of blocks 2 and 3, out of a mapping that all are given.
@@ -371,38 +267,6 @@ def test_blocks_that_hand_on_more_begin_anew(family, block, tmp_path, often):
     with opened(tmp_path / "out") as saved:
         assert saved.blocks(0) == (0 if any("an interruption costs" in line for line in lines) else block)
         assert scores_of(tmp_path / "model", REQUESTS, Budget(), saved=saved) == whole
-
-
-def test_ranks_save_hidden_states_together_or_not_at_all(tmp_path, often):
-    """A rank without a request has no hidden states that could not be saved."""
-    save_model(tmp_path / "model", "gemma3n_text")
-    one, other = on_ranks(2, one_answer, tmp_path / "model", tmp_path / "out")
-    assert one == other
-
-
-@pytest.mark.parametrize("saves", [True, False])
-@pytest.mark.parametrize("slow", [0, 1])
-def test_ranks_wait_for_a_slow_one_as_long_as_it_takes(slow, saves, llama, answers, tmp_path, often, monkeypatch):
-    monkeypatch.setattr(voices, "BEAT", 0.05)
-    monkeypatch.setattr(voices, "WAITING", 0.5)
-    for of_rank in on_ranks(2, answers_beside_a_slow_rank, llama, slow, tmp_path / "out" if saves else None):
-        check_same(of_rank, answers)
-
-
-def answers_beside_a_slow_rank(ranks, folder, slow, output):
-    ranks.voice = voices.Voice(dist.distributed_c10d._get_default_store(), ranks.number, ranks.count)
-    advance = RequestStates.advance
-
-    def slowly(self, i):
-        time.sleep(1.5 if (ranks.number, i) == (slow, 1) else 0)
-        advance(self, i)
-
-    with pytest.MonkeyPatch.context() as patched, opened(output, ranks=ranks) if output else nullcontext() as saved:
-        patched.setattr(RequestStates, "advance", slowly)
-        found = scores_of(folder, REQUESTS, Budget(), ranks=ranks, saved=saved)
-    assert ranks.voice.heard() is None
-    ranks.voice.close()
-    return found
 
 
 def test_there_is_no_gpu_limit_without_a_gpu(llama):

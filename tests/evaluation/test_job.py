@@ -1,120 +1,30 @@
-"""Whole evaluations, and the tasks of a pruning run."""
+"""Whole evaluations."""
 
-import json
 import os
 import shutil
 
 import pytest
 import torch
+from helpers.evaluated import evaluated
 from helpers.families import save_model
 from helpers.ranks import on_ranks
 from helpers.tasks import TASKS, write_task
 from helpers.texts import make_tokenizer
-from safetensors.torch import load_file, save_file
 
 import sparsefw
 from sparsefw.errors import InputError
 from sparsefw.evaluate import main
-from sparsefw.evaluation import evaluate, harness, job
+from sparsefw.evaluation import evaluate, job
 from sparsefw.evaluation.answers import Budget
 from sparsefw.evaluation.measured import Evaluation
 from sparsefw.evaluation.saved import RESULT
-from sparsefw.evaluation.streaming import RequestStates
 
-TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(40))
-NAMES = ["tiny_choices", "tiny_rolling", "tiny_last_word"]
-QUICK = {"nsamples": 4, "seqlen": 32, "sparsity": "0.5", "steps": 2, "reconstruct": 0, "kernel": "torch"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def only_these_tasks():
-    """The harness takes seconds to look at all of its own tasks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(harness.questions.__kwdefaults__, "include_defaults", False)
-        yield
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, tasks):
-    """A folder with a dense model, a text, and a model that was pruned and evaluated."""
-    folder = tmp_path_factory.mktemp("job")
-    save_model(folder / "dense", "llama")
-    (folder / "text.txt").write_text(TEXT)
-    pruned(folder, tasks, folder / "pruned")
-    return folder
-
-
-def pruned(folder, tasks, output, **options):
-    text = str(folder / "text.txt")
-    return sparsefw.prune(
-        folder / "dense", output, dataset=text, evaluate=text, eval_windows=3, tasks=NAMES, include_path=tasks,
-        compare=("wanda",), **QUICK | options,
-    )  # fmt: skip
-
-
-def evaluated(place, tasks, **options):
-    text = str(place / "text.txt")
-    given = {"texts": text, "eval_windows": 3, "seqlen": 32, "include_path": tasks, "against": place / "dense"}
-    return evaluate(place / "pruned", NAMES, **given | options)
-
-
-def test_a_run_and_an_evaluation_measure_the_same(place, tasks):
-    report = json.loads((place / "pruned/report.json").read_text())
-    found = evaluated(place, tasks).evaluation
-    dense, method = str(place / "dense"), str(place / "pruned")
-    assert found.models == [dense, method]
-    for record, of_run in zip(found.tasks, report["tasks"], strict=True):
-        assert (record.task, record.metric) == (of_run["task"], of_run["metric"])
-        for name, its in ((dense, "dense"), (method, "sparsefw")):
-            assert record.results[name].value == pytest.approx(of_run["results"][its]["value"], rel=1e-5)
-    (text,) = found.texts
-    (of_run,) = report["evaluation"]
-    assert text.results[dense].value == pytest.approx(of_run["perplexity"]["dense"], rel=1e-5)
-    assert text.results[method].value == pytest.approx(of_run["perplexity"]["sparsefw"], rel=1e-5)
-    assert text.results[method].difference.value == pytest.approx(
-        text.results[method].value - text.results[dense].value
-    )
+pytestmark = pytest.mark.usefixtures("only_these_tasks")
 
 
 def test_in_inference_mode(place, tasks):
     with torch.inference_mode():
         assert evaluated(place, tasks).evaluation.texts
-
-
-def test_a_run_tells_of_its_tasks(place, tasks):
-    from sparsefw.report import Report
-
-    report = Report.from_json((place / "pruned/report.json").read_text(), place)
-    assert {record.task for record in report.tasks} == {*NAMES}
-    assert {name for record in report.tasks for name in record.results} == {"dense", "wanda", "sparsefw"}
-    assert "tiny_choices" in (place / "pruned/report.html").read_text()
-
-
-def test_answers_of_a_run_that_overflow_are_refused(place, tasks, tmp_path):
-    """Without a word, comparisons of NaN would choose among the answers."""
-    shutil.copytree(place / "dense", tmp_path / "dense")
-    for path in (tmp_path / "dense").glob("*.safetensors"):
-        if "model.norm.weight" in (tensors := load_file(path)):
-            save_file(tensors | {"model.norm.weight": torch.full((32,), 3e38)}, path, {"format": "pt"})
-    given = {"dataset": str(place / "text.txt"), "tasks": NAMES, "include_path": tasks} | QUICK
-    line = r"--tasks, of the dense model: the log-likelihoods of \d+ of \d+ requests are NaN"
-    with pytest.raises(InputError, match=line):
-        sparsefw.prune(tmp_path / "dense", tmp_path / "out", **given)
-
-
-def interrupt_run(place, tasks, output):
-    """Begin a run whose tasks do not come through the last block."""
-    advance = RequestStates.advance
-
-    def stopping(self, i):
-        if i == 2:
-            raise KeyboardInterrupt
-        advance(self, i)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(RequestStates, "advance", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            pruned(place, tasks, output)
 
 
 def interrupt_evaluation(place, tasks, output):
@@ -132,44 +42,6 @@ def interrupt_evaluation(place, tasks, output):
         with pytest.raises(KeyboardInterrupt):
             evaluated(place, tasks, output=output)
     return calls
-
-
-def test_an_interrupted_run_ends_with_the_same_tasks(place, tasks, tmp_path):
-    interrupt_run(place, tasks, tmp_path / "out")
-    result = pruned(place, tasks, tmp_path / "out")
-    report = json.loads((place / "pruned/report.json").read_text())
-    found = json.loads((tmp_path / "out/report.json").read_text())
-    assert found["tasks"] == report["tasks"]
-    assert [record.task for record in result.tasks] == [record["task"] for record in found["tasks"]]
-
-
-def test_other_tasks_are_other_input(place, tasks, tmp_path):
-    interrupt_run(place, tasks, tmp_path / "out")
-    with pytest.raises(InputError, match="what --tasks ask"):
-        pruned(place, tasks, tmp_path / "out", limit=2)
-
-
-def test_ranks_of_a_run_measure_the_same_tasks(place, tasks, tmp_path):
-    report = json.loads((place / "pruned/report.json").read_text())
-    on_ranks(2, run_on, place, tasks, tmp_path / "out")
-    found = json.loads((tmp_path / "out/report.json").read_text())
-    for record, of_one in zip(found["tasks"], report["tasks"], strict=True):
-        dense, its = (x["results"]["dense"]["value"] for x in (record, of_one))
-        assert dense == pytest.approx(its, rel=1e-5)
-
-
-def run_on(ranks, place, tasks, output):
-    from sparsefw.driver import CheckpointJob, Output, run_job
-    from sparsefw.inputs import Inputs
-    from sparsefw.solver import PruneConfig
-
-    text = str(place / "text.txt")
-    inputs = Inputs(
-        model=str(place / "dense"), dataset=text, nsamples=4, seqlen=32, evaluate=(text,), eval_windows=3,
-        tasks=NAMES, include_path=str(tasks),
-    )  # fmt: skip
-    config = PruneConfig(sparsity="0.5", steps=2, reconstruct=0, kernel="torch", compare=("wanda",))
-    run_job(CheckpointJob(inputs, config, Output(output), place / "dense"), lambda line: None, False, ranks)
 
 
 def test_output_is_what_was_returned(place, tasks, tmp_path):

@@ -153,12 +153,13 @@ def test_a_rank_that_has_stopped_is_killed(ranks, monkeypatch):
     assert lines == f"sparsefw: rank 1 (process {ranks.processes[1].pid}) has not moved for 0 seconds\n"
 
 
+def be_ahead(voice):
+    voice.begun = 2
+    wait(voice)
+
+
 def test_a_rank_that_keeps_others_waiting_is_named(ranks, monkeypatch):
     monkeypatch.setattr(voices, "WAITING", 0.5)
-
-    def be_ahead(voice):
-        voice.begun = 2
-        wait(voice)
 
     statuses, lines = ranks.start(be_ahead, wait, be_ahead).ends()
     assert statuses == [1, 1, 1]
@@ -228,10 +229,6 @@ def test_a_rank_that_keeps_others_waiting_beside_long_work_is_named(ranks, monke
     def work(voice):
         with voice.long_work():
             wait(voice)
-
-    def be_ahead(voice):
-        voice.begun = 2
-        wait(voice)
 
     statuses, lines = ranks.start(work, wait, be_ahead).ends()
     assert statuses == [1, 1, 1]

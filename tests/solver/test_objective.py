@@ -28,7 +28,7 @@ def test_inputs_that_are_all_but_dead(dead):
     """Damping by their own diagonal entry would let their weights grow to 1e6 and more, for a little less error."""
     X = normal(200, D, seed=5)
     X[:, :4] = (X[:, 4:8] + X[:, 8:12]) * 1e-7
-    # Of a ReLU and few tokens, most inputs may be.
+    # Few tokens behind a ReLU leave most inputs dead.
     X[:, D - dead :] = 0
     G, W, mask = X.T @ X, normal(ROWS, D), uniform(ROWS, D, seed=7) < 0.4
     mask[:, :4] = True
