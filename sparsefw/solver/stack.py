@@ -117,9 +117,11 @@ def stack_rows(stack: Stack, share: slice) -> Rows:
         target_gap, start = None if config.refit else torch.empty_like(W, dtype=torch.float32), 0
         for T in _targets(stack, share.start, W, exact, H, support):
             rows = slice(start, start + len(T))
-            # A refit starts from the target. Without one, only the mask can be chosen for it.
+            # A refit starts from the target. Without one, only the mask can be chosen for it. Rows whose mask stays as
+            # it is keep the target's own weights, so these are what can be written.
             if target_gap is None:
-                W[rows] = T
+                most = torch.finfo(own).max
+                W[rows] = T.clamp(-most, most).to(own)
             else:
                 target_gap[rows] = T - W[rows]
             start += len(T)

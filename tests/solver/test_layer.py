@@ -242,6 +242,16 @@ class TestSolveLayer:
             assert torch.equal(Z, same)
         assert (result.pattern, result.method, result.steps) == ("0.6", "sparsefw", 24)
 
+    @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 2e4)])
+    def test_the_error_is_that_of_the_weights_as_they_are_written(self, dtype, size):
+        """Where hardly a weight is removed, rounding is most of the error. fp16 has no room for some targets."""
+        (_, W), G = make_layers((64,), dtype=torch.float32)[0], make_gram()
+        W, B = (size * W).to(dtype), 0.5 * size * torch.randn(W.shape, generator=generator(51)) @ G
+        _, Z, result = solve_layer(W, G, make_config("0.05", damp=0), B=B.clone())
+        assert Z.isfinite().all()
+        T = find_target(W, G, B, TARGET_STEPS).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+        assert result.error == pytest.approx(error(T, Z, G).sum().item(), rel=1e-3)
+
     @pytest.mark.parametrize("refit", [0, 3])
     def test_target(self, refit):
         """B is the cross matrix of the wanted output minus the actual output."""
