@@ -60,6 +60,7 @@ def cases() -> Iterator[Case]:
     yield _step("of a target 4096", HOPPER, 4096, 2048, target_gap=True)
     yield _step("of a target 28672", HOPPER, 28672, 14336, target_gap=True)
     yield _step("3:5 4095", HOPPER, 4095, 3, group=5)
+    yield _step("open loop 3:5 320", ALL, 320, 3, group=5, open_loop=True)
     yield _step("open loop 4096", HOPPER, 4096, empty(ROWS, 1, torch.int32)[:, 0], fixed=False, open_loop=True)
     for d, targets in ((576, HOPPER), (4096, ALL), (28672, ALL)):
         yield _swaps(str(d), targets, d)
@@ -93,7 +94,8 @@ def _products() -> Iterator[Case]:
         ("bf16", HOPPER, 8192, 28672, BF16, BF16, "bf16"),
         # A solve has no such operands, but any caller may.
         ("of fp32 and bf16", ALL, 4096, 4096, FP32, BF16, "bf16"),
-        ("of fp32", HOPPER, 4096, 4096, FP32, FP32, "bf16"),
+        ("of fp32", ALL, 4096, 4096, FP32, FP32, "bf16"),
+        ("of fp32", NVIDIA, 576, 576, FP32, FP32, "bf16"),
         ("tf32x3", ALL, 4096, 4096, FP32, FP32, "tf32x3"),
         ("tf32x3 of bf16", HOPPER, 4096, 14336, BF16, FP32, "tf32x3"),
         ("tf32x3", HOPPER, 576, 576, FP32, FP32, "tf32x3"),
@@ -116,13 +118,19 @@ def _products() -> Iterator[Case]:
             lambda operands=operands, out=out: product(*operands, precision="bf16", out=out, add=True),
             Cost(least.flops, least.bytes + 4 * rows * d),
         )
-    for precision, dtype in (("bf16", BF16), ("tf32", FP32), ("tf32x3", FP32)):
-        operands = empty(4096, 4096, BF16), empty(4096, 4096), empty(4096, 4096, dtype)
+    for text, d, W, G, precision in (
+        ("bf16", 4096, BF16, BF16, "bf16"),
+        ("tf32", 4096, BF16, FP32, "tf32"),
+        ("tf32x3", 4096, BF16, FP32, "tf32x3"),
+        ("bf16 of fp32", 4096, FP32, FP32, "bf16"),
+        ("bf16 of fp32", 576, FP32, FP32, "bf16"),
+    ):
+        operands = empty(d, d, W), empty(d, d), empty(d, d, G)
         yield Case(
-            f"gradient {precision} 4096x4096",
+            f"gradient {text} {d}x{d}",
             ALL,
             lambda operands=operands, precision=precision: gradient(*operands, precision=precision),
-            cost.gradient(4096, 4096, W=2, G=dtype.itemsize),
+            cost.gradient(d, d, W=W.itemsize, G=G.itemsize),
         )
 
 

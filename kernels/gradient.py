@@ -39,7 +39,9 @@ def _launch(W: Tensor, M: Tensor, G: Tensor, out: Tensor, options: dict[str, obj
     """Launch the gradient of a matrix that is not empty on the current device."""
     rows, d = out.shape
     split = options["PRECISION"] == "tf32x3"
-    config = configuration(rows, d, 2 if options["DTYPE"] == tl.bfloat16 else 4, wide=False, split=split)
+    low = options["DTYPE"] == tl.bfloat16
+    stored = W.element_size() + M.element_size(), G.element_size()
+    config = configuration(rows, d, 2 if low else 4, wide=False, stored=stored, split=split)
     grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"]),)
     _gradient_kernel[grid](
         W=W, M=M, G=G, OUT=out, rows=rows, d=d,

@@ -29,8 +29,9 @@ from .naive import PRECISIONS
 # Targets on which bulk copies can load tiles.
 DESCRIPTORS = ("sm_90", "interpreter")
 
-# Bytes of shared memory that the stages of large tiles may take on sm_90.
-PIPELINE = 192 << 10
+# Bytes of shared memory that the stages of a program may take. Of the targets that count as sm_80, sm_86, sm_89 and
+# sm_120 have the least: 99 KiB.
+PIPELINE = {"sm_80": 96 << 10, "sm_90": 192 << 10}
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -45,7 +46,7 @@ def configuration(
         size: bytes of an entry of the dot's operands.
         wide: whether registers suffice for tiles of 256 columns. They do not if the left operand is computed from two
             tiles (gradient), nor for dots without tensor cores.
-        stored: bytes of an entry of each operand in memory.
+        stored: bytes of an entry of each operand in memory. Of an operand that is computed from two tiles: of both.
         split: whether each operand is split in two parts, which take registers.
     """
     where = platform()
@@ -57,18 +58,25 @@ def configuration(
     BLOCK_K = 128 // size
     if rows <= 64 or tiles < 128:
         # Too few large tiles to fill a GPU.
-        stages = 2 if where == "hip" else 4
-        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=4, num_stages=stages)
-    if where == "hip":
-        return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K // 2, GROUP_M=8, num_warps=4, num_stages=2)
-    if split:
-        return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K // 2, GROUP_M=8, num_warps=8, num_stages=3)
-    if where == "sm_90" and wide and tiles >= 256:
+        BLOCK_M, BLOCK_N, num_warps, most = 64, 64, 4, 4
+    elif where == "hip":
+        BLOCK_M, BLOCK_N, BLOCK_K, num_warps, most = 128, 128, BLOCK_K // 2, 4, 2
+    elif split:
+        BLOCK_M, BLOCK_N, BLOCK_K, num_warps, most = 128, 128, BLOCK_K // 2, 8, 3
+    elif where == "sm_90" and wide and tiles >= 256:
         # 128 x 256 tiles read three quarters of the bytes per flop of 128 x 128 tiles. Four stages and a quarter of the
-        # output fill shared memory. Operands of 4 bytes that are rounded to 2 after the load get fewer stages.
-        stages = min(4, PIPELINE // ((128 * stored[0] + 256 * stored[1]) * BLOCK_K))
-        return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=stages)
-    return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=3)
+        # output fill shared memory.
+        BLOCK_M, BLOCK_N, num_warps, most = 128, 256, 8, 4
+    else:
+        BLOCK_M, BLOCK_N, num_warps, most = 128, 128, 8, 3
+    stages = 2
+    if where != "hip":
+        # Operands of 4 bytes that are rounded to 2 after the load get fewer. mma.sync reads its operands to registers,
+        # and has one buffer less than stages.
+        fit = PIPELINE[where] // ((BLOCK_M * stored[0] + BLOCK_N * stored[1]) * BLOCK_K)
+        stages = min(most, fit + (where == "sm_80"))
+    tile = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K)
+    return tile | dict(GROUP_M=8, num_warps=num_warps, num_stages=stages)
 
 
 @triton.jit

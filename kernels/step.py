@@ -58,8 +58,9 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
         return tile | dict(SEARCH_D=tile["BLOCK_D"])
     if group & (group - 1):
         # If the group size is not a power of two, every entry has its own address computation. Short chunks leave
-        # registers for them.
-        return dict(BLOCK_R=1, BLOCK_D=min(width, 1024), SEARCH_D=min(width, 1024), num_warps=warps(8))
+        # registers for them. No entry belongs to two warps: one could read what the other has stored.
+        chunk = min(width, 1024)
+        return dict(BLOCK_R=1, BLOCK_D=chunk, SEARCH_D=chunk, num_warps=warps(max(1, chunk // 128)))
     if width <= (4096 if group else 8192):
         # The whole row stays in registers, 16 entries a thread.
         tile = dict(BLOCK_R=max(1, 1024 // width), BLOCK_D=width, SEARCH_D=width)
