@@ -177,6 +177,11 @@ def free_memory(device: torch.device, sharing: int = 1) -> dict[str, int]:
     return free
 
 
+def held_on_gpu(device: torch.device) -> int:
+    """Bytes that tensors of this process take of a GPU; 0 for the CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def own_peak() -> int:
     """Peak bytes of this process that are resident on the host and shared with no other process, about."""
     status = Path("/proc/self/status").read_text().splitlines()

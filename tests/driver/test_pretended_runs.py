@@ -106,6 +106,19 @@ def test_a_model_in_memory_is_limited_on_its_own_gpu():
     assert {*seen} == {DEVICE}
 
 
+def test_what_the_caller_has_on_the_gpu_is_expected():
+    """Such as a model in memory: the limit counts it."""
+    expected = []
+    for size in (0, 64 << 20):
+        model, batches = drawn("diffusion", 2)
+        with pretended_gpu():
+            held = torch.empty(size, dtype=torch.uint8, device="cuda")
+            flags = {"kernel": "torch", "steps": 1, "refit": 0, "reconstruct": 0}
+            expected.append(prune_in_memory(model, calibration=batches, **flags).report.memory.expected["gpu"])
+            del held
+    assert expected[1] - expected[0] == 64 << 20
+
+
 VARIANTS = {
     "micro-batches": ("llama", ["--nsamples", "136", "--alpha", "0.5", "--refit", "1", "--rounds", "0"]),
     "refit 0": ("llama", ["--refit", "0"]),
