@@ -5,7 +5,7 @@ import os
 import resource
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -34,6 +34,11 @@ def this_device() -> torch.device:
     The GPU has its number: to threads that libraries begin, a GPU without a number is the first one.
     """
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def on_gpu(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which a GPU is the current one: limits, peaks of memory, and waits are those of the current GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def peak_memory() -> dict[str, int]:
@@ -170,6 +175,11 @@ def free_memory(device: torch.device, sharing: int = 1) -> dict[str, int]:
     if device.type == "cuda":
         free["gpu"] = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return free
+
+
+def held_on_gpu(device: torch.device) -> int:
+    """Bytes that tensors of this process take of a GPU; 0 for the CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def own_peak() -> int:

@@ -14,7 +14,7 @@ from sparsefw.driver.job import Job, Prepared
 from sparsefw.driver.run import carry_out, kernel_line, workload_of
 from sparsefw.driver.saved import check_state, save
 from sparsefw.model import ResidentModel, resident, shape_of_resident
-from sparsefw.process import this_device
+from sparsefw.process import on_gpu, this_device
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report, amount, log
 from sparsefw.solver.selection import check_used, without_index
@@ -52,9 +52,9 @@ def run_in_memory(
     if saves:
         check_state(model)
     say(kernel_line(job.config))
-    batch = max(calibration.batches, key=_size)
+    batch, device = max(calibration.batches, key=_size), _device(model)
     # A module's own parameters may ask for gradients.
-    with torch.no_grad(), resident(model, batch, _device(model)) as opened:
+    with on_gpu(device), torch.no_grad(), resident(model, batch, device) as opened:
         prepared, tokens = _prepare(job, opened, batch, calibration, evaluation, saves, say, ranks)
         job = replace(job, inputs=replace(job.inputs, seqlen=max(2, tokens)))
 

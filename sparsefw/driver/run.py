@@ -230,7 +230,8 @@ def workload_of(
     """The work of a run, see `Workload`; of several ranks, with the memory of the one that has most."""
     # Memory that texts and shapes have freed can be taken again: it is no part of what the process keeps.
     process.give_back()
-    has, had = (max(sizes) for sizes in zip(*ranks.gather((process.resident(), peak)), strict=True))
+    mine = process.resident(), process.held_on_gpu(device), peak
+    has, held, had = (max(sizes) for sizes in zip(*ranks.gather(mine), strict=True))
     return Workload(
         windows=windows,
         evaluation=tuple(evaluation),
@@ -239,6 +240,7 @@ def workload_of(
         gpu=device.type == "cuda",
         threads=torch.get_num_threads() if config.kernel == "torch" else 1,
         process=has,
+        held=held,
         peak=had,
         tokenizer=tokenizer,
         ranks=ranks.count,

@@ -117,7 +117,8 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     phases = {"texts": (0, max(texts + workload.process, workload.peak) + workload.tokenizer)}
     for phase in on_device:
         device, host = (1 + SLACK) * (on_device[phase] + near), (1 + SLACK) * (on_host[phase] + far)
-        phases[phase] = (int(device), int(host) + process) if workload.gpu else (0, int(device + host) + process)
+        apart = int(device) + workload.held, int(host) + process
+        phases[phase] = apart if workload.gpu else (0, int(device + host) + process)
     return MemoryNeeds(phases)
 
 

@@ -29,8 +29,9 @@ class Workload:
         threads: threads of torch, if the model is pruned on a CPU.
         process: bytes of host memory that the process has before the run begins, with the tokens of all windows.
         peak: the most that it has had until then, while texts were read; 0: not known.
+        held: bytes of the GPU that the process has taken before the run begins: a model in memory may be there.
         tokenizer: bytes that the tokenizer's own process had beside these, and gave back before the run begins.
-        ranks: processes that share the work; process and peak are those of one of them.
+        ranks: processes that share the work; process, held and peak are those of one of them.
         machines: machines that the ranks are on, as many on each.
         requests: rows of tokens that tasks ask of the dense and every pruned model: length, number, and whether they
             are trees, which have a mask.
@@ -44,6 +45,7 @@ class Workload:
     gpu: bool
     threads: int
     process: int = PROCESS
+    held: int = 0
     peak: int = 0
     tokenizer: int = 0
     ranks: int = 1

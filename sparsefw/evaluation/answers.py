@@ -172,7 +172,7 @@ def _opened(
     mine = [requests[n] for n in shares_of(requests, ranks)[ranks.number]]
     with StreamedModel(source, device) as model, process.gpu_limited(limits.get("gpu")), torch.no_grad():
         say(f"model: {folder}, {len(model.blocks)} blocks, {source.dtype}")
-        before = process.resident()
+        before = process.resident(), process.held_on_gpu(device)
         with ExitStack() as embeddings:
             embeddings.enter_context(embedded(model, mine))
             packed = pack_for(model, mine)
@@ -200,8 +200,8 @@ def memory_line(room: Room, needs: MemoryNeeds, limits: dict[str, int]) -> str:
     return f"memory: {', '.join(peaks)} expected at the peak; {room.tokens} tokens at a time{where}{ahead}"
 
 
-def work_of(model: StreamedModel, shape: ModelShape, packed: Packed, before: int) -> Work:
-    """The sizes that the memory of a pass depends on; `before` are the bytes of host memory that the process had."""
+def work_of(model: StreamedModel, shape: ModelShape, packed: Packed, before: tuple[int, int]) -> Work:
+    """The sizes that the memory of a pass depends on; `before` are the bytes of host and GPU that the process had."""
     tables, gpu = tables_of(model), model.device.type == "cuda"
     rows = slice_rows(model, tables)
     embeddings = head = shape.outside
@@ -223,7 +223,8 @@ def work_of(model: StreamedModel, shape: ModelShape, packed: Packed, before: int
         vocabulary=rows,
         gpu=gpu,
         threads=torch.get_num_threads(),
-        process=before,
+        process=before[0],
+        held=before[1],
     )
 
 

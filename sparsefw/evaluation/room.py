@@ -75,7 +75,7 @@ class Work:
         vocabulary: entries of the logits that are computed at once.
         gpu: whether the model runs on a GPU.
         threads: threads of torch, if it runs on a CPU.
-        process: bytes of host memory that the process has before.
+        process, held: bytes of the host and of the GPU that the process has before.
     """
 
     shape: ModelShape
@@ -88,6 +88,7 @@ class Work:
     gpu: bool
     threads: int
     process: int
+    held: int = 0
 
     @property
     def longest(self) -> int:
@@ -124,7 +125,8 @@ def memory_of_pass(work: Work, room: Room) -> MemoryNeeds:
     phases = {}
     for phase in on_device:
         device, host = (1 + SLACK) * on_device[phase], (1 + SLACK) * on_host[phase]
-        phases[phase] = (int(device), int(host) + process) if work.gpu else (0, int(device + host) + process)
+        apart = int(device) + work.held, int(host) + process
+        phases[phase] = apart if work.gpu else (0, int(device + host) + process)
     return MemoryNeeds(phases)
 
 

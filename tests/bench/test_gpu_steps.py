@@ -14,6 +14,7 @@ import gpu_steps
 import gpu_trace
 import pytest
 import torch
+from helpers.pretended_gpu import pretended_gpu
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 pytestmark = pytest.mark.slow
@@ -63,6 +64,24 @@ def test_row_kernels_are_timed_and_repeated(tmp_path, scratch):
     lines = step(3, tmp_path, scratch)
     assert {row["operation"] for row in lines["row kernels"][:-1]} == set(gpu_rows.OPERATIONS)
     assert [row["runs_that_differ"] for row in lines["repeats"][:-1]] == [0] * len(gpu_rows.REPEATED)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: no need to pretend one")
+@pytest.mark.parametrize("name", gpu_rows.OPERATIONS)
+def test_the_host_does_not_wait_in_what_is_timed(name, monkeypatch):
+    """Its wait would count as the kernel's time."""
+
+    def normal(*shape, dtype=torch.float32, seed=0):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+
+    monkeypatch.setattr(gpu_rows, "DEVICE", "cuda")
+    monkeypatch.setattr(gpu_rows, "normal", normal)
+    with pretended_gpu() as gpu:
+        run, fresh, _ = gpu_rows.OPERATIONS[name](8, 32)
+        arguments = fresh()
+        gpu.waits.clear()
+        run(*arguments)
+        assert not gpu.waits
 
 
 @pytest.mark.parametrize("number", [4, 5])

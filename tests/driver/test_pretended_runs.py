@@ -1,14 +1,17 @@
 """Whole runs on a pretended GPU: results, placements and memory."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import random_checkpoint
 import torch
 from helpers import verifying
 from helpers.families import save_model
-from helpers.pretended_gpu import NAME, SEGMENT, pretended_gpu
+from helpers.pretended_gpu import DEVICE, NAME, SEGMENT, pretended_gpu
+from helpers.stacks import drawn
 
+from sparsefw import prune as prune_in_memory
 from sparsefw import run
 from sparsefw.driver import loop
 from sparsefw.driver import run as driver_run
@@ -76,6 +79,44 @@ def test_a_run_that_goes_over_its_limit_ends_in_one_line(tmp_path, monkeypatch, 
         # The limit ends with the run.
         assert gpu.most == 80 << 30
         assert run.main([*places, *flags, "--gpu-memory", "1"]) == 0
+
+
+def test_a_model_in_memory_is_limited_on_its_own_gpu():
+    """It may be on another GPU than the caller's current one; torch limits and measures the current one."""
+    model, batches = drawn("diffusion", 2)
+    current, seen = [torch.device("cuda", 1)], []
+
+    @contextmanager
+    def device(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    def on_current(function):
+        return lambda *args, **kwargs: (seen.append(current[-1]), function(*args, **kwargs))[1]
+
+    names = ("mem_get_info", "synchronize", "max_memory_allocated", "set_per_process_memory_fraction")
+    with pretended_gpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device", device)
+        for name in names:
+            patch.setattr(torch.cuda, name, on_current(getattr(torch.cuda, name)))
+        flags = {"kernel": "torch", "steps": 1, "refit": 0, "reconstruct": 0, "gpu_memory": 1}
+        result = prune_in_memory(model.to("cuda"), calibration=batches, **flags)
+    assert len(result.layers) > 0
+    assert {*seen} == {DEVICE}
+
+
+def test_what_the_caller_has_on_the_gpu_is_expected():
+    """Such as a model in memory: the limit counts it."""
+    expected = []
+    for size in (0, 64 << 20):
+        model, batches = drawn("diffusion", 2)
+        with pretended_gpu():
+            held = torch.empty(size, dtype=torch.uint8, device="cuda")
+            flags = {"kernel": "torch", "steps": 1, "refit": 0, "reconstruct": 0}
+            expected.append(prune_in_memory(model, calibration=batches, **flags).report.memory.expected["gpu"])
+            del held
+    assert expected[1] - expected[0] == 64 << 20
 
 
 VARIANTS = {

@@ -86,6 +86,23 @@ def test_expected_memory_is_enough_and_not_much_more(place, large, monkeypatch):
     assert gpu.host_peak <= needs.host - work.process
 
 
+def test_what_the_caller_has_on_the_gpu_is_expected(tmp_path, monkeypatch):
+    folder, room_for, expected = save_model(tmp_path / "model", "llama"), answers.room_for, []
+
+    def placed(*args):
+        room, needs = room_for(*args)
+        expected.append(needs.gpu)
+        return room, needs
+
+    monkeypatch.setattr(answers, "room_for", placed)
+    for size in (0, 64 << 20):
+        with pretended_gpu():
+            held = torch.empty(size, dtype=torch.uint8, device="cuda")
+            scores_of(folder, REQUESTS, Budget())
+            del held
+    assert expected[1] - expected[0] == 64 << 20
+
+
 def test_an_interrupted_pass_goes_on_at_another_place(tmp_path, monkeypatch):
     folder = save_model(tmp_path / "model", "llama")
     monkeypatch.setattr(saving, "SECONDS", 0.0)

@@ -356,6 +356,7 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
             "get_device_name": lambda device=None: NAME,
             "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=132),
             "mem_get_info": lambda device=None: (memory - gpu.allocated, memory),
+            "memory_allocated": lambda device=None: gpu.allocated,
             "memory_reserved": lambda device=None: gpu.allocated,
             "max_memory_allocated": lambda device=None: gpu.peak_since_reset,
             "max_memory_reserved": lambda device=None: SEGMENT * -(-gpu.peak_since_reset // SEGMENT),
