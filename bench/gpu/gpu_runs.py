@@ -134,10 +134,10 @@ def _profiled(part: Part, output: str, *more: str) -> None:
         started = time.perf_counter()
         status = run.main(arguments)
         took = time.perf_counter() - started
-    if status:
-        raise SystemExit(status)
-    # Before the trace is read, which takes a while.
-    part.add(run=output, run_s=took, **told(part.scratch / output))
+        if status:
+            raise SystemExit(status)
+        # Before the profiler ends and the trace is read, which take a while.
+        part.add(run=output, run_s=took, **told(part.scratch / output))
     if GPU and hasattr(torch.cuda, "host_memory_stats"):
         part.add(page_locked={name: n for name, n in torch.cuda.host_memory_stats().items() if "bytes" in name})
     profiled.export_chrome_trace(str(trace))

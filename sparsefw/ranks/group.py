@@ -100,7 +100,7 @@ class Ranks:
 
         Each rank sends (n - 1) / n of it, and all but the owner 1 / n more.
         """
-        if self.alone:
+        if self.alone or not tensor.numel():
             return DONE
         self.sent["sum_at"] += sent_of_sum_at(tensor.nbytes, self.count)
         with self._transfer():

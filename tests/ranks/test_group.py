@@ -13,7 +13,7 @@ from helpers.ranks import on_ranks
 
 from sparsefw.errors import InputError
 from sparsefw.ranks import ALONE, LostRankError, Ranks, joining
-from sparsefw.ranks.group import PANELS
+from sparsefw.ranks.group import DONE, PANELS
 from sparsefw.ranks.voice import Voice
 
 COUNT = 3
@@ -84,6 +84,14 @@ def test_bytes_that_are_sent():
     assert results[0]["sent"]["sum"] == 2 * 2 * 20 // 3 + sum(2 * 2 * size // 3 for size in panels)
     assert results[0]["sent"]["sum_at"] == 2 * 20 // 3 + sum(2 * size // 3 for size in panels)
     assert [result["sent"]["spread"] for result in results] == [0, 0, 20]
+
+
+def test_nothing_is_no_transfer():
+    """A rank may have no rows of a layer, and a transport may drop what is empty."""
+    ranks = Ranks(0, 2)
+    for handle in (ranks.sum_at(1, torch.empty(0, 3)), ranks.spread(1, torch.empty(0, 3))):
+        assert handle is DONE
+    assert not any(ranks.sent.values())
 
 
 def test_alone_nothing_is_sent():
