@@ -91,7 +91,7 @@ def solve_layer(
         TypeError: another dtype.
         ValueError: shapes do not go together.
         InputError: d does not divide into the pattern's groups.
-        FloatingPointError: W or G hold NaN or Inf.
+        FloatingPointError: W, G or B hold NaN or Inf, or numbers too large for the errors.
     """
     if W.ndim != 2 or not W.numel():
         raise ValueError(f"W: expected a matrix (rows, d) that is not empty, got shape {tuple(W.shape)}")
