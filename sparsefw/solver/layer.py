@@ -108,7 +108,8 @@ def solve_layer(
     config = (config or PruneConfig()).replace(reconstruct=0)
     pruned = W.detach().clone()
     masks: list[Tensor] = []
-    cross = None if B is None else Cross("outputs", B)
+    # Threads that solve chunks of rows would record gradients.
+    G, cross = G.detach(), None if B is None else Cross("outputs", B.detach())
     (result,) = prune_layers([(name, pruned)], G, config.method, config, config.backend, crosses=[cross], masks=masks)
     return masks[0], pruned, result
 

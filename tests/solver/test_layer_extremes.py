@@ -1,4 +1,4 @@
-"""One layer whose numbers are not finite, or too large to stay so."""
+"""One layer whose numbers are not finite, or too large to stay so; and tensors that record gradients."""
 
 import math
 
@@ -69,3 +69,18 @@ class TestTooLarge:
         _, Z, result = solve_layer(W, torch.ones(D, D) + torch.eye(D), make_config("0.6"))
         assert Z.isfinite().all()
         assert result.error <= result.error_warm_start
+
+
+class TestGradients:
+    @pytest.mark.parametrize("method", ["sparsefw", "sparsegpt"])
+    @pytest.mark.parametrize("text", PATTERNS)
+    def test_recorded_ones_change_nothing(self, text, method):
+        """As of inputs that a hook has recorded in a forward pass."""
+        W, G = make_layers((37,), dtype=torch.float32)[0][1], make_gram()
+        B = 200 * torch.randn(37, D, generator=generator(50)) if method == "sparsefw" else None
+        expected = solve_layer(W, G, config_of(method, text), B=B)
+        recorded = [None if x is None else x.clone().requires_grad_() for x in (W, G, B)]
+        mask, Z, _ = solve_layer(recorded[0], recorded[1], config_of(method, text), B=recorded[2])
+        assert torch.equal(mask, expected[0])
+        assert torch.equal(Z, expected[1])
+        assert not Z.requires_grad
