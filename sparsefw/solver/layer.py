@@ -43,7 +43,8 @@ class LayerResult:
             which starts from T, ||T X - (M * T) X||_F^2.
         error_mask: the same of the best mask found before any refit.
         error: ||T X - Z X||_F^2 of the weights written.
-        relative_mask, relative_error: error_mask and error / error_warm_start; 1 where both are 0.
+        relative_mask, relative_error: error_mask and error / error_warm_start; 1 where both are 0, and inf where only
+            error_warm_start is 0.
         gap: error_mask minus the largest lower bound; no mask of unchanged weights that keeps as many in each row, and
             the fixed entries, is better by more. None where no step was taken.
         seconds: time of choosing mask and weights, without the calibration; a stack's time is split by rows.
@@ -201,11 +202,18 @@ def _result(stack: Stack, member: Member, sums: list[float], seconds: float) -> 
         error_warm_start=warm,
         error_mask=mask,
         error=error,
-        relative_mask=mask / warm if warm else 1.0,
-        relative_error=error / warm if warm else 1.0,
+        relative_mask=_relative(mask, warm),
+        relative_error=_relative(error, warm),
         gap=None if math.isnan(bound) else mask - bound,
         seconds=seconds * len(member.weight),
     )
+
+
+def _relative(error: float, warm: float) -> float:
+    if warm:
+        return error / warm
+    # Rounding can leave the error of an exact fit just below 0.
+    return math.inf if error > 0 else 1.0
 
 
 def _choose_rows(stack: Stack, share: slice, masks: list[Tensor] | None) -> Tensor:

@@ -71,6 +71,20 @@ class TestTooLarge:
         assert result.error <= result.error_warm_start
 
 
+class TestRelativeErrors:
+    def test_of_a_warm_start_without_error(self):
+        """Wanda loses nothing of these rows; SparseGPT has a budget for each block of columns."""
+        W = torch.zeros(3, 256)
+        W[:, :64] = torch.randn(3, 64, generator=generator(2))
+        G = make_gram(256)
+        for method in METHODS:
+            _, _, result = solve_layer(W, G, PruneConfig("0.6", method))
+            assert result.error_warm_start == 0
+            expected = math.inf if method == "sparsegpt" else 1.0
+            assert (result.error > 0) == (method == "sparsegpt")
+            assert (result.relative_mask, result.relative_error) == (expected, expected)
+
+
 class TestGradients:
     @pytest.mark.parametrize("method", ["sparsefw", "sparsegpt"])
     @pytest.mark.parametrize("text", PATTERNS)
