@@ -1,6 +1,6 @@
 """Prune the layers that share an input, and report their errors.
 
-Their rows are stacked and solved in chunks that fit a memory limit, on a CPU several chunks at once. Rows are
+Rows of one dtype are stacked and solved in chunks that fit a memory limit, on a CPU several chunks at once. Rows are
 independent, so neither stacks nor chunks change the result.
 """
 
@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -139,8 +140,9 @@ def prune_layers(
         crosses: what was measured of each layer's difference to the dense model, or None. With it, the layer's target
             is pruned in place of its weight, see `target`.
         masks: a list to which the mask of every layer, (out, in) bool, is appended.
-        ranks: each solves its share of the rows, if `PruneConfig.rows_shared`, and has all of them in the end. Of a
-            cross matrix with rows it needs those of its share.
+        ranks: each solves its share of the rows, if `PruneConfig.rows_shared`, and has all of them in the end. Layers
+            of one dtype that follow each other are shared out together. Of a cross matrix with rows a rank needs those
+            of its share.
 
     Raises:
         InputError: the rows do not divide into the pattern's groups, or the memory is too little for any chunk.
@@ -162,7 +164,9 @@ def prune_layers(
     # Cross matrices may be as large as the weights: only the members may keep them.
     del crosses
     independent = config.rows_independent(method)
-    for stacked in [members] if independent else [[member] for member in members]:
+    # A stack is written in one dtype. Those of one dtype may be several: results come in the order of the layers.
+    by_dtype = [list(alike) for _, alike in groupby(members, key=lambda member: member.weight.dtype)]
+    for stacked in by_dtype if independent else [[member] for member in members]:
         stack = Stack(stacked, G, method, config, backend, memory if independent else None)
         try:
             results = _prune_stack(stack, masks, ranks)
