@@ -90,7 +90,7 @@ def solve_layer(
         mask (rows, d) bool, True keeps a weight; the pruned weight (rows, d) in the dtype of W; and its errors.
 
     Raises:
-        TypeError: another dtype.
+        TypeError: another dtype, or a config that is no PruneConfig.
         ValueError: shapes do not go together.
         InputError: d does not divide into the pattern's groups.
         FloatingPointError: W, G or B hold NaN or Inf, or numbers too large for the errors.
@@ -106,6 +106,8 @@ def solve_layer(
             raise ValueError(f"{argument}: expected shape {tuple(shape)}, got {tuple(matrix.shape)}")
         if matrix.dtype != torch.float32:
             raise TypeError(f"{argument}: expected fp32, got {matrix.dtype}")
+    if config is not None and not isinstance(config, PruneConfig):
+        raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
     # No reconstruction makes up for fewer steps here.
     config = (config or PruneConfig()).replace(reconstruct=0)
     pruned = W.detach().clone()
