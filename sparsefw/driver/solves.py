@@ -5,6 +5,7 @@ to ranks, and so do layers whose rows share something, each to one rank, by cost
 every rank has measured on its own windows are summed, where they are needed. After them every rank has all weights.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from sparsefw.solver import LayerResult, PruneConfig, cost_of_solve, rows_by_ran
 
 @dataclass(frozen=True)
 class Solve:
-    """Layers that read one input and are solved together.
+    """Layers of one dtype that read one input and are solved together.
 
     Attributes:
         layers: the layers.
@@ -43,10 +44,10 @@ class Solve:
 
 def find_solves(block: nn.Module, captured: Captured, method: str, config: PruneConfig, ranks: Ranks) -> list[Solve]:
     """The solves of all layers of a block, in the order of the layers' use."""
-    together = [
-        [layer for layer in captured.layers if layer.gram == gram]
-        for gram in dict.fromkeys(layer.gram for layer in captured.layers)
-    ]
+    alike: dict[tuple[str, torch.dtype], list[Layer]] = defaultdict(list)
+    for layer in captured.layers:
+        alike[layer.gram, layer.weight.dtype].append(layer)
+    together = list(alike.values())
     if ranks.alone:
         return [Solve(layers) for layers in together]
     if not config.rows_independent(method):

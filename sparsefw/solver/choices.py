@@ -11,7 +11,7 @@ from sparsefw.kernels.backend import Backend, Terms
 from sparsefw.kernels.topk_torch import masked
 from sparsefw.solver import frank_wolfe, sparsegpt
 from sparsefw.solver.config import PruneConfig
-from sparsefw.solver.objective import mask_error, weight_error
+from sparsefw.solver.objective import check_errors, mask_error, weight_error
 from sparsefw.solver.reselect import reselect
 from sparsefw.solver.saliency import SALIENCIES
 
@@ -85,6 +85,9 @@ class Choice:
 
 def choose_frank_wolfe(rows: Rows, config: PruneConfig, backend: Backend) -> Choice:
     """Masks by Frank-Wolfe, and with `config.refit` weights as well."""
+    if not config.steps:
+        # The errors of steps depend on all weights, that of the warm start's mask only on removed ones.
+        _check_finite(rows)
     whole = config.whole_matrix
     problem = frank_wolfe.make_problem(
         rows.W,
@@ -142,6 +145,7 @@ def choose_saliency(rows: Rows, config: PruneConfig, backend: Backend) -> Choice
     _check_finite(rows)
     mask = backend.lmo(rows.saliency, rows.k, group=config.pattern.group)
     error = mask_error(rows.W, mask, rows.exact_G, backend=backend)
+    check_errors(error)
     return Choice(mask, None, error, error, error, None)
 
 
@@ -165,6 +169,7 @@ def choose_weights(prune: PruneRows) -> Callable[[Rows, PruneConfig, Backend], C
         written = Z.to(rows.dtype)
         error = weight_error(rows.W, written, rows.exact_G, backend=backend)
         error_mask, error_warm_start = (mask_error(rows.W, m, rows.exact_G, backend=backend) for m in (mask, warm))
+        check_errors(torch.stack([error, error_mask, error_warm_start]))
         return Choice(mask, written, error, error_mask, error_warm_start, None)
 
     return choose

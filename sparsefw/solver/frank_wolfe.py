@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import TORCH, Backend, Terms
 from sparsefw.kernels.topk_torch import as_float, infinite
-from sparsefw.solver.objective import mask_error
+from sparsefw.solver.objective import check_errors, mask_error
 
 STEP_RULES = ("line-search", "open-loop")
 
@@ -200,7 +200,7 @@ def solve(
         backend.row_swaps(problem.W, problem.matrix, R, mask, swaps, group=problem.group, fixed=problem.fixed)
         del R
     error = mask_error(problem.W, mask, problem.exact_G, problem.target_gap, backend=backend)
-    _check_finite(torch.cat([*finite, error]))
+    check_errors(torch.cat([*finite, error]))
     if fallback_to_warm_start:
         better = error < error_warm_start
         if problem.whole_matrix:
@@ -300,8 +300,3 @@ def _lmo(
     fixed = None if fixed is None else fixed.view(1, -1)
     V = cpu.lmo(score.reshape(1, -1), problem.k, fixed=fixed, positive=positive, checked=False)
     return V.view(score.shape)
-
-
-def _check_finite(error: Tensor) -> None:
-    if not error.isfinite().all():
-        raise FloatingPointError("the layer's error is not finite: NaN or Inf in its weight or Gram matrix")

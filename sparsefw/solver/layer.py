@@ -1,6 +1,6 @@
 """Prune the layers that share an input, and report their errors.
 
-Their rows are stacked and solved in chunks that fit a memory limit, on a CPU several chunks at once. Rows are
+Rows of one dtype are stacked and solved in chunks that fit a memory limit, on a CPU several chunks at once. Rows are
 independent, so neither stacks nor chunks change the result.
 """
 
@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ class LayerResult:
             which starts from T, ||T X - (M * T) X||_F^2.
         error_mask: the same of the best mask found before any refit.
         error: ||T X - Z X||_F^2 of the weights written.
-        relative_mask, relative_error: error_mask and error / error_warm_start; 1 where both are 0.
+        relative_mask, relative_error: error_mask and error / error_warm_start; 1 where both are 0, and inf where only
+            error_warm_start is 0.
         gap: error_mask minus the largest lower bound; no mask of unchanged weights that keeps as many in each row, and
             the fixed entries, is better by more. None where no step was taken.
         seconds: time of choosing mask and weights, without the calibration; a stack's time is split by rows.
@@ -88,10 +90,10 @@ def solve_layer(
         mask (rows, d) bool, True keeps a weight; the pruned weight (rows, d) in the dtype of W; and its errors.
 
     Raises:
-        TypeError: another dtype.
+        TypeError: another dtype, or a config that is no PruneConfig.
         ValueError: shapes do not go together.
         InputError: d does not divide into the pattern's groups.
-        FloatingPointError: W or G hold NaN or Inf.
+        FloatingPointError: W, G or B hold NaN or Inf, or numbers too large for the errors.
     """
     if W.ndim != 2 or not W.numel():
         raise ValueError(f"W: expected a matrix (rows, d) that is not empty, got shape {tuple(W.shape)}")
@@ -104,11 +106,14 @@ def solve_layer(
             raise ValueError(f"{argument}: expected shape {tuple(shape)}, got {tuple(matrix.shape)}")
         if matrix.dtype != torch.float32:
             raise TypeError(f"{argument}: expected fp32, got {matrix.dtype}")
+    if config is not None and not isinstance(config, PruneConfig):
+        raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
     # No reconstruction makes up for fewer steps here.
     config = (config or PruneConfig()).replace(reconstruct=0)
     pruned = W.detach().clone()
     masks: list[Tensor] = []
-    cross = None if B is None else Cross("outputs", B)
+    # Threads that solve chunks of rows would record gradients.
+    G, cross = G.detach(), None if B is None else Cross("outputs", B.detach())
     (result,) = prune_layers([(name, pruned)], G, config.method, config, config.backend, crosses=[cross], masks=masks)
     return masks[0], pruned, result
 
@@ -137,8 +142,9 @@ def prune_layers(
         crosses: what was measured of each layer's difference to the dense model, or None. With it, the layer's target
             is pruned in place of its weight, see `target`.
         masks: a list to which the mask of every layer, (out, in) bool, is appended.
-        ranks: each solves its share of the rows, if `PruneConfig.rows_shared`, and has all of them in the end. Of a
-            cross matrix with rows it needs those of its share.
+        ranks: each solves its share of the rows, if `PruneConfig.rows_shared`, and has all of them in the end. Layers
+            of one dtype that follow each other are shared out together. Of a cross matrix with rows a rank needs those
+            of its share.
 
     Raises:
         InputError: the rows do not divide into the pattern's groups, or the memory is too little for any chunk.
@@ -160,7 +166,9 @@ def prune_layers(
     # Cross matrices may be as large as the weights: only the members may keep them.
     del crosses
     independent = config.rows_independent(method)
-    for stacked in [members] if independent else [[member] for member in members]:
+    # A stack is written in one dtype. Those of one dtype may be several: results come in the order of the layers.
+    by_dtype = [list(alike) for _, alike in groupby(members, key=lambda member: member.weight.dtype)]
+    for stacked in by_dtype if independent else [[member] for member in members]:
         stack = Stack(stacked, G, method, config, backend, memory if independent else None)
         try:
             results = _prune_stack(stack, masks, ranks)
@@ -200,11 +208,18 @@ def _result(stack: Stack, member: Member, sums: list[float], seconds: float) -> 
         error_warm_start=warm,
         error_mask=mask,
         error=error,
-        relative_mask=mask / warm if warm else 1.0,
-        relative_error=error / warm if warm else 1.0,
+        relative_mask=_relative(mask, warm),
+        relative_error=_relative(error, warm),
         gap=None if math.isnan(bound) else mask - bound,
         seconds=seconds * len(member.weight),
     )
+
+
+def _relative(error: float, warm: float) -> float:
+    if warm:
+        return error / warm
+    # Rounding can leave the error of an exact fit just below 0.
+    return math.inf if error > 0 else 1.0
 
 
 def _choose_rows(stack: Stack, share: slice, masks: list[Tensor] | None) -> Tensor:

@@ -45,3 +45,12 @@ def mask_error(
 def weight_error(T: Tensor, Z: Tensor, G: Tensor | Terms, *, backend: Backend = TORCH) -> Tensor:
     """Error of weights Z that approximate T, one number per row, (rows,) fp32; G as in `Backend.errors`."""
     return backend.errors(T.float() - Z.float(), G)
+
+
+def check_errors(errors: Tensor) -> None:
+    """Raise FloatingPointError unless all errors, of any shape, are finite."""
+    if not errors.isfinite().all():
+        raise FloatingPointError(
+            "the layer's error is not finite: NaN or Inf in its weight or Gram matrix, or numbers too large for their "
+            "dtype"
+        )

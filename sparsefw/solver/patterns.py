@@ -93,5 +93,6 @@ def kept(pattern: Pattern, saliency: Tensor) -> int | Tensor:
         return kept_in_group(pattern)
     if pattern.scope == "row":
         return kept_in_row(pattern, d)
-    highest = cpu.lmo(saliency.reshape(1, -1), kept_in_layer(pattern, rows, d))
+    # A NaN shows in the errors, which name the layer.
+    highest = cpu.lmo(saliency.reshape(1, -1), kept_in_layer(pattern, rows, d), checked=False)
     return highest.view(rows, d).sum(1)

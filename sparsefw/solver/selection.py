@@ -7,7 +7,7 @@ re:.*layers\.(0|1)\.                       layers whose name the regular express
 import re
 from collections.abc import Iterable
 
-from sparsefw.errors import InputError, first_line
+from sparsefw.errors import InputError, first_line, shown
 
 REGEX = "re:"
 
@@ -51,8 +51,9 @@ def check_patterns(flag: str, patterns: Iterable[str]) -> None:
         if pattern.startswith(REGEX):
             try:
                 re.compile(pattern.removeprefix(REGEX))
-            except re.error as error:
-                raise InputError(f"{flag} {pattern}: not a regular expression ({first_line(error)})") from error
+            # The others are those of repetitions and nesting beyond what Python can compile.
+            except (re.error, OverflowError, RecursionError) as error:
+                raise InputError(f"{flag} {shown(pattern)}: not a regular expression ({first_line(error)})") from error
 
 
 def check_used(layers: Iterable[str], include: Iterable[str], ignore: Iterable[str]) -> None:

@@ -42,7 +42,8 @@ def prune(
         blocksize: columns of a block.
 
     Returns:
-        mask (rows, d) bool, True keeps a weight, and Z (rows, d) fp32, the weights, exactly 0 outside the mask.
+        mask (rows, d) bool, True keeps a weight, and Z (rows, d) fp32, the weights, exactly 0 outside the mask. If
+        numbers overflow on the way, Z is not finite.
 
     Raises:
         FloatingPointError: NaN or Inf in W or G, or G is not positive definite.
@@ -64,7 +65,7 @@ def prune(
             # The difference of two totals, so that the roundings of the blocks do not add up.
             budget = patterns.kept_in_layer(pattern, rows, end) - patterns.kept_in_layer(pattern, rows, start)
             cost = _cost(Z[:, start:end], factor, allowed)
-            chosen.copy_(_allowed(cpu.lmo(cost.view(1, -1), budget).view(cost.shape), allowed))
+            chosen.copy_(_allowed(cpu.lmo(cost.view(1, -1), budget, checked=False).view(cost.shape), allowed))
         errors = _sweep(Z[:, start:end], chosen, factor, pattern, allowed)
         Z[:, end:].addmm_(errors, C[start:end, end:], alpha=-1)
     return mask, Z
@@ -119,7 +120,8 @@ def _sweep(Z: Tensor, mask: Tensor, factor: Tensor, pattern: Pattern, allowed: T
             columns = slice(j, j + group)
             allowed_here = None if allowed is None else allowed[:, columns]
             cost = _cost(Z[:, columns], factor[columns, columns], allowed_here)
-            mask[:, columns] = _allowed(cpu.lmo(cost, patterns.kept_in_group(pattern), group=group), allowed_here)
+            chosen = cpu.lmo(cost, patterns.kept_in_group(pattern), group=group, checked=False)
+            mask[:, columns] = _allowed(chosen, allowed_here)
         errors[:, j] = Z[:, j].masked_fill(mask[:, j], 0) / factor[j, j]
         Z[:, j].masked_fill_(~mask[:, j], 0)
         Z[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)

@@ -278,6 +278,11 @@ class TestSolveLayer:
             with pytest.raises(ValueError, match=f"ranks: the rows of a layer cannot be solved apart by {method}"):
                 run(make_layers(), method=method, config=PruneConfig(method=method, **options), ranks=Ranks(0, 2))
 
+    @pytest.mark.parametrize("config", ["2:4", {"sparsity": "2:4"}], ids=str)
+    def test_config_of_another_type(self, config):
+        with pytest.raises(TypeError, match=f"^config: expected a PruneConfig, got {type(config).__name__}$"):
+            solve_layer(torch.ones(2, 4), torch.eye(4), config)
+
     def test_width(self):
         with pytest.raises(InputError, match="mine: 30 inputs do not divide into groups of 4"):
             solve_layer(torch.ones(2, 30), torch.eye(30), PruneConfig("2:4"), name="mine")

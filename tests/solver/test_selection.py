@@ -95,12 +95,16 @@ class TestCheckPatterns:
         with pytest.raises(InputError, match=r"^--ignore: empty; give the name of a layer or block, or re:PATTERN$"):
             check_patterns("--ignore", ["mlp", pattern])
 
-    @pytest.mark.parametrize("pattern", ["re:(", "re:*", "re:[a", "re:(?P<x>a)(?P<x>b)"])
+    @pytest.mark.parametrize("pattern", ["re:(", "re:*", "re:[a", "re:(?P<x>a)(?P<x>b)", "re:a{99999999999}"])
     def test_not_a_regular_expression(self, pattern):
         with pytest.raises(InputError) as error:
             check_patterns("--include", [pattern])
         assert str(error.value).startswith(f"--include {pattern}: not a regular expression (")
         assert "\n" not in str(error.value)
+
+    def test_too_deep(self):
+        with pytest.raises(InputError, match=r"^--include re:\(+\.\.\. .*: not a regular expression \(.*recursion"):
+            check_patterns("--include", ["re:" + "(" * 5000 + ")" * 5000])
 
     def test_what_can_be_one(self):
         check_patterns("--include", [])

@@ -16,6 +16,16 @@ class TestStack:
         together = run(layers, config=config)
         assert_same(together, run_alone(layers, config))
 
+    @pytest.mark.parametrize("refit", [0, 3])
+    def test_each_layer_is_written_in_its_own_dtype(self, refit):
+        """One of fp32 is not rounded to the fp16 of the layer before it."""
+        layers, config = make_layers(dtype=torch.float32), make_config(refit=refit)
+        dtypes = (torch.float16, torch.float32, torch.float32, torch.bfloat16)
+        layers = [(name, W.to(dtype)) for (name, W), dtype in zip(layers, dtypes, strict=True)]
+        together = run(layers, config=config)
+        assert_same(together, run_alone(layers, config))
+        assert [W.dtype for W in together[0].values()] == [*dtypes]
+
     def test_damping_is_that_of_the_config(self, monkeypatch):
         """Refits and final masks use the damped matrix; errors are on the matrix without damping."""
         G, seen = make_gram(), []
