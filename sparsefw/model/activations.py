@@ -91,11 +91,31 @@ class DeviceActivations:
         self._kept, self._memory = [], None
 
 
-class PinnedActivations:
-    """Micro-batches in page-locked host memory, copied to and from the GPU on a CUDA stream of their own.
+class Pace:
+    """Makes the host wait until the GPU has finished all micro-batches but the last one.
 
-    The host launches work before the GPU gets to it, and every micro-batch at work takes memory there. So the host
-    waits until the GPU has finished all micro-batches but the last one.
+    The host launches work before the GPU gets to it, and every micro-batch at work takes memory there, or page-locked
+    memory of the host.
+
+    Args:
+        device: the device; on a CPU nothing waits.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # The end of the work that had been launched when a micro-batch was read last.
+        self._launched: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Call it when a micro-batch is read."""
+        if self._device.type == "cuda":
+            if self._launched:
+                self._launched.synchronize()
+            self._launched = torch.cuda.current_stream(self._device).record_event()
+
+
+class PinnedActivations:
+    """Micro-batches in page-locked host memory, copied to and from the GPU on a CUDA stream of their own; see `Pace`.
 
     Args:
         device: the GPU.
@@ -106,8 +126,7 @@ class PinnedActivations:
         self._host: list[Tensor] = []
         # The micro-batch that is being copied to the GPU before it is asked for: number, tensor, end of the copy.
         self._next: tuple[int, Tensor, torch.cuda.Event] | None = None
-        # The end of the work that had been launched when a micro-batch was read last.
-        self._launched: torch.cuda.Event | None = None
+        self._pace = Pace(device)
 
     def __len__(self) -> int:
         return len(self._host)
@@ -122,9 +141,7 @@ class PinnedActivations:
 
     def __getitem__(self, j: int) -> Tensor:
         work = torch.cuda.current_stream(self._device)
-        if self._launched:
-            self._launched.synchronize()
-        self._launched = work.record_event()
+        self._pace.wait()
         _, hidden, arrived = self._next if self._next and self._next[0] == j else self._fetch(j)
         self._next = self._fetch(j + 1) if j + 1 < len(self) else None
         work.wait_event(arrived)
@@ -160,7 +177,7 @@ class PinnedActivations:
 
 
 class FiledActivations:
-    """Micro-batches in a file that has no name, so that nothing is left of it however the run ends.
+    """Micro-batches in a file that has no name, so that nothing is left of it however the run ends; see `Pace`.
 
     Args:
         device: device that the model runs on.
@@ -177,6 +194,7 @@ class FiledActivations:
         # The micro-batch that is being read before it is asked for.
         self._next: tuple[int, Future[Tensor]] | None = None
         self._written: Future[None] | None = None
+        self._pace = Pace(device)
         # For an object that nobody closes. Pending reads and writes hold a reference to it, so none is left by then.
         self._release = weakref.finalize(self, _release, self._worker, self._file)
 
@@ -198,6 +216,7 @@ class FiledActivations:
     def __getitem__(self, j: int) -> Tensor:
         if j >= len(self):
             raise IndexError(j)
+        self._pace.wait()
         read = self._next[1] if self._next and self._next[0] == j else self._worker.submit(self._read, j)
         self._next = (j + 1, self._worker.submit(self._read, j + 1)) if j + 1 < len(self) else None
         try:

@@ -16,7 +16,7 @@ from sparsefw.finite import OnItsWay, all_finite
 from sparsefw.kernels import triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.repeat import LEAST, repeat
-from sparsefw.model.activations import PinnedActivations
+from sparsefw.model.activations import make_activations
 from sparsefw.solver import frank_wolfe
 from sparsefw.solver.reselect import reselect
 
@@ -227,7 +227,7 @@ def test_a_solve_waits_once_in_the_end(sparsity, alpha, precision, options, gpu,
     frank_wolfe.solve(problem, swaps=2, **options)
     assert gpu.waits.total() == 1
     gpu.waits.clear()
-    monkeypatch.setattr(frank_wolfe, "_check_finite", lambda error: None)
+    monkeypatch.setattr(frank_wolfe, "check_errors", lambda errors: None)
     frank_wolfe.solve(problem, swaps=2, **options)
     assert not gpu.waits
 
@@ -249,9 +249,10 @@ def test_refits_wait_for_nothing(sparsity, gpu):
     assert not gpu.waits
 
 
-def test_the_host_is_no_more_than_one_micro_batch_ahead(gpu):
-    """A micro-batch takes memory on the GPU as soon as it is launched."""
-    activations = PinnedActivations(torch.device("cuda"))
+@pytest.mark.parametrize("place", ["host", "file"])
+def test_the_host_is_no_more_than_one_micro_batch_ahead(place, gpu, tmp_path):
+    """A micro-batch takes memory on the GPU as soon as it is launched, or page-locked memory."""
+    activations = make_activations(place, torch.device("cuda"), tmp_path)
     for n in range(4):
         activations.append(torch.full((1, 2, 3), float(n), device="cuda"))
     gpu.waits.clear()
