@@ -22,14 +22,13 @@ from sparsefw.driver.reporting import report_of
 from sparsefw.driver.tasks import Asked, questions_of, task_samples
 from sparsefw.driver.texts import tokenized_texts
 from sparsefw.errors import InputError
-from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place
+from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place, pruned_shape
 from sparsefw.evaluation.request import digest_of
 from sparsefw.flags import flag_of
 from sparsefw.model import BlockModel, Placement, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report, html, log, machine
 from sparsefw.solver import PruneConfig
-from sparsefw.solver.selection import check_used
 
 # Inputs that are compared by their content, not by name, when a run goes on with what another has finished.
 BY_CONTENT = {"model", "dataset", "evaluate", "tasks", "limit", "num_fewshot", "include_path"}
@@ -185,8 +184,7 @@ def _prepare(
     say(f"model: {inputs.model}, {len(model.firsts)} blocks, {source.dtype}")
     say(f"calibration: {calibration.n} windows of {calibration.seqlen} tokens of {calibration.source}")
     whole = shape_of(source)
-    check_used(whole.layer_names, config.include, config.ignore)
-    shape = whole.selected(config.selects)
+    shape = pruned_shape(whole, config)
     say(log.sparsity_line(config, shape, whole))
     tasks = task_samples(Asked(questions, texts.encoded), model, seqlen) if texts.encoded else None
     workload = workload_of(
