@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from sparsefw import checkpoint, process
+from sparsefw import checkpoint, data, process
 from sparsefw.checkpoint import Checkpoint, Evidence, Progress, Writer, durably
 from sparsefw.data import Batches
 from sparsefw.driver.block import Run
@@ -167,7 +167,7 @@ def _prepare(
     ranks: Ranks,
 ) -> Prepared:
     inputs, config = job.inputs, job.config
-    seqlen = min(inputs.seqlen, model.max_seqlen or inputs.seqlen)
+    seqlen = data.window_length(inputs.model, inputs.seqlen, model.max_seqlen)
     if seqlen < inputs.seqlen:
         say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
     limits, before = job.output.limits(model.device, ranks), process.peak_memory()["host_bytes"]

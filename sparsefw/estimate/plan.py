@@ -132,7 +132,7 @@ def plan(inputs: Inputs, config: PruneConfig, machine: Machine, rate_flags: Rate
             f"--gpus {machine.gpus}: {machine.ranks} GPUs share {inputs.nsamples} calibration windows, and each needs "
             "one; give fewer GPUs, or more windows with --nsamples"
         )
-    seqlen = min(inputs.seqlen, described.max_seqlen or inputs.seqlen)
+    seqlen = data.window_length(inputs.model, inputs.seqlen, described.max_seqlen)
     evaluation = tuple(_evaluation_windows(inputs, name, seqlen) for name in dict.fromkeys(inputs.evaluate))
     workload = Workload(
         windows=inputs.nsamples,
