@@ -102,7 +102,7 @@ def locate(model: str) -> Path:
     if model and path.exists():
         raise InputError(f"{model}: a file; give the folder of a checkpoint or a Hub id")
     if not model or model.startswith((".", "/", "~")):
-        raise InputError(f"{model or '--model'}: no such folder; give the folder of a checkpoint or a Hub id")
+        raise InputError(f"{model or repr(model)}: no such folder; give the folder of a checkpoint or a Hub id")
     with from_hub(model):
         folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED))
         # No pattern tells this folder from others. The snapshot's name is that of its commit.
