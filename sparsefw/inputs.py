@@ -119,8 +119,16 @@ def _check_datasets(datasets: Sequence[str]) -> None:
 
 
 def listed(names: Iterable[str]) -> tuple[str, ...]:
-    """Names that may be given together, A,B."""
-    return tuple(name.strip() for several in names for name in several.split(",") if name.strip())
+    """Names of tasks, which may be given together, A,B.
+
+    Raises:
+        InputError: --tasks is given, and names none: nothing would be asked.
+    """
+    given = tuple(names)
+    found = tuple(name.strip() for several in given for name in several.split(",") if name.strip())
+    if given and not found:
+        raise InputError("--tasks: names no task; give tasks, or leave it out")
+    return found
 
 
 def config_for(inputs: Inputs, options: dict[str, Any]) -> PruneConfig:

@@ -47,6 +47,12 @@ def test_texts_are_given_once(tmp_path, monkeypatch):
         Inputs(dataset=[])
 
 
+@pytest.mark.parametrize("tasks", [[""], " ", [" , ", ","]])
+def test_no_task_at_all(tasks):
+    with refused("--tasks: names no task; give tasks, or leave it out"):
+        Inputs(model="m", tasks=tasks)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 from sparsefw.checkpoint.source import check_file
-from sparsefw.checkpoint.trust import is_plain
 from sparsefw.errors import InputError, first_line, shown
 
 SUMS = "SHA256SUMS"
@@ -51,7 +50,12 @@ def read_sums(path: Path) -> dict[str, str]:
     digests: dict[str, str] = {}
     for n, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
         match = _LINE.fullmatch(line)
-        if not match or match[2] in digests or not all(map(is_plain, match[2].split("/"))):
+        if not match or match[2] in digests or not _is_inside(match[2]):
             raise InputError(f"{path}: line {n} is not a digest and the name of a file that no line before has")
         digests[match[2]] = match[1]
     return digests
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is that of a file in a folder or below it. Files of a source may have names with `:` or `\\`."""
+    return name.isprintable() and not {"", ".", ".."} & set(name.split("/"))

@@ -71,9 +71,11 @@ def check_free(output: Path, overwrite: bool, kind: Kind = CHECKPOINT) -> None:
     # A link stays, and what it points to is replaced. Before Python 3.12 one to another disk counted as a mount point.
     if output.resolve().is_mount():
         raise InputError(f"{output}: a mount point, which cannot be replaced; give a folder inside it")
-    if not output.is_absolute() and output.resolve() == Path.cwd():
-        # The path would lead nowhere afterwards, and the caller would stand in a folder that is gone.
-        raise InputError(f"{output}: the current folder, which would be replaced; give a folder inside it")
+    # A relative path would lead nowhere afterwards, and the caller would stand in a folder that is gone.
+    if not output.is_absolute() and (target := output.resolve()) in (Path.cwd(), *Path.cwd().parents):
+        if target == Path.cwd():
+            raise InputError(f"{output}: the current folder, which would be replaced; give a folder inside it")
+        raise InputError(f"{output}: the current folder lies in it, and would be deleted; choose another --output")
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:

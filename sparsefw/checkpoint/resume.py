@@ -118,7 +118,7 @@ class PartialFolder:
         if self.folder.is_symlink():
             raise InputError(f"{self.folder}: a link, in place of the folder of an unfinished run; remove it")
         try:
-            self.folder.mkdir(mode=0o700, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = acquire(self.folder / LOCK)
         except OSError as error:
             raise InputError(

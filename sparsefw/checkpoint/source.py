@@ -102,7 +102,7 @@ def locate(model: str) -> Path:
     if model and path.exists():
         raise InputError(f"{model}: a file; give the folder of a checkpoint or a Hub id")
     if not model or model.startswith((".", "/", "~")):
-        raise InputError(f"{model or '--model'}: no such folder; give the folder of a checkpoint or a Hub id")
+        raise InputError(f"{model or repr(model)}: no such folder; give the folder of a checkpoint or a Hub id")
     with from_hub(model):
         folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED))
         # No pattern tells this folder from others. The snapshot's name is that of its commit.
@@ -233,6 +233,20 @@ def check_file(path: Path, folder: Path | None = None) -> None:
     _check_link(path, folder or path.parent)
 
 
+def check_utf8(path: Path) -> None:
+    """Refuse a path that is not UTF-8: the library of safetensors writes files there, and does not open them again.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{path}: no path in UTF-8, and safetensors files are opened by no other; rename it or the folder around it"
+        ) from error
+
+
 def read_json(path: Path, limit: int) -> dict:
     """Read a file that holds a JSON object, of at most `limit` bytes.
 
@@ -283,6 +297,7 @@ def tensors_in(folder: Path) -> dict[str, TensorInfo]:
 
 def _read_header(path: Path, dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
     check_file(path)
+    check_utf8(path)
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -20,7 +20,7 @@ from sparsefw.checkpoint.progress import SILENT, Progress
 from sparsefw.checkpoint.replaced import check_free
 from sparsefw.checkpoint.resume import SAVED, Part, PartialFolder, durably
 from sparsefw.checkpoint.rewritten import rewritten
-from sparsefw.checkpoint.source import INDEX, companions
+from sparsefw.checkpoint.source import INDEX, check_utf8, companions
 from sparsefw.errors import InputError, first_line
 from sparsefw.ranks import ALONE, Ranks
 
@@ -91,6 +91,7 @@ class Writer:
 
     def _lock(self) -> None:
         """Make the folder, and keep other processes away from it."""
+        check_utf8(self.output)
         parent = self.output.parent
         self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         try:

@@ -5,7 +5,7 @@ from sparsefw.data.memory import reading_bytes, window_bytes
 from sparsefw.data.mixture import mixed_windows
 from sparsefw.data.text import Text, read_text
 from sparsefw.data.tokenizer import Tokenizer, TokenizerProcess, TokenizerTraits, load_tokenizer, tokenize, traits
-from sparsefw.data.windows import Windows, calibration_windows, evaluation_windows, windows_of
+from sparsefw.data.windows import Windows, calibration_windows, evaluation_windows, window_length, windows_of
 
 __all__ = [
     "BATCHES",
@@ -27,5 +27,6 @@ __all__ = [
     "tokenize",
     "traits",
     "window_bytes",
+    "window_length",
     "windows_of",
 ]

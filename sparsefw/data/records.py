@@ -36,7 +36,7 @@ def texts_of(records: Iterable[Any], source: str, failures: tuple[type[Exception
             raise InputError(f"{source}: record {n} is {type(record).__name__}; expected an object with a text")
         if "text" not in record:
             columns = shown(", ".join(record))
-            raise InputError(f"{source}: no column `text`, only {columns}; rename the one with the text")
+            raise InputError(f"{source}: record {n}: no column `text`, only {columns}; rename the one with the text")
         text = record["text"]
         if not isinstance(text, str):
             raise InputError(f"{source}: record {n}: `text` is {type(text).__name__}, expected a string")

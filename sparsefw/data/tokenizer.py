@@ -19,7 +19,7 @@ from sparsefw.checkpoint import tokenizer_trust, trust
 from sparsefw.checkpoint.copied import TEMPLATES
 from sparsefw.checkpoint.source import TOKENIZER_CONFIG, companions, read_json
 from sparsefw.data.apart import Child, Limits
-from sparsefw.errors import InputError, first_line, shown
+from sparsefw.errors import InputError, first_line, naming, shown
 from sparsefw.process import NO_LIMIT, own_peak
 
 # Files whose entries reach the tokenizer's class by their names.
@@ -265,7 +265,8 @@ def _links(folder: Path) -> Iterator[Path]:
             if path.name in NAMED_ENTRIES:
                 content = read_json(path, trust.MAX_TOKENIZER_CONFIG_BYTES)
                 tokenizer_trust.check_followed(content, path)
-                (links / path.name).write_text(json.dumps(tokenizer_trust.handed_on(content)), encoding="utf-8")
+                with naming(links / path.name):
+                    (links / path.name).write_text(json.dumps(tokenizer_trust.handed_on(content)), encoding="utf-8")
             else:
                 (links / path.relative_to(folder)).symlink_to(path.resolve())
         yield links

@@ -23,6 +23,9 @@ from sparsefw.errors import InputError
 
 SEPARATOR = "\n\n"
 
+# Tokens in the shortest window in which one can be predicted.
+LEAST = 2
+
 
 @dataclass(frozen=True, eq=False)
 class Windows:
@@ -55,6 +58,23 @@ class Windows:
     def split(self, size: int) -> Iterator[Batch]:
         """Micro-batches of this many windows; the last one may have fewer."""
         return map(token_batch, self.ids.split(size)) if self.n else iter(())
+
+
+def window_length(model: object, asked: int, longest: int | None) -> int:
+    """Tokens in a window of a text.
+
+    Args:
+        model: name of the model, for the message.
+        asked: as many as the user asks for.
+        longest: as many as the model takes; None: any number.
+
+    Raises:
+        InputError: the model takes so few that none can be predicted.
+    """
+    seqlen = min(asked, longest or asked)
+    if seqlen < LEAST:
+        raise InputError(f"{model}: reads {seqlen} token at once, so that none of a text can be predicted")
+    return seqlen
 
 
 def windows_of(ids: Tensor, source: str) -> Windows:
@@ -123,8 +143,9 @@ def calibration_windows(
         "fewer or shorter windows (--nsamples, --seqlen)",
     )
     if len(ids) < needed:
-        fits = [("--nsamples", len(ids) // seqlen)] * alone + [("--seqlen", len(ids) // nsamples)]
-        remedies = [f"{flag} {n}" for flag, n in fits if n] + ["a smaller share"] * (not alone) + ["a longer text"]
+        fits = [("--nsamples", len(ids) // seqlen, 1)] * alone + [("--seqlen", len(ids) // nsamples, LEAST)]
+        remedies = [f"{flag} {n}" for flag, n, least in fits if n >= least]
+        remedies += ["a smaller share"] * (not alone) + ["a longer text"]
         raise InputError(
             f"{text.source}: {len(ids)} tokens, but {nsamples} windows of {seqlen} need {needed}; "
             f"use {' or '.join(remedies)}"
@@ -173,10 +194,8 @@ def evaluation_windows(
         "fewer windows (--eval-windows)",
     )
     if len(ids) < seqlen:
-        raise InputError(
-            f"{text.source}: {len(ids)} tokens, fewer than one window of {seqlen}; "
-            f"use --seqlen {len(ids)} or a longer text"
-        )
+        remedy = f"--seqlen {len(ids)} or a longer text" if len(ids) >= LEAST else "a longer text"
+        raise InputError(f"{text.source}: {len(ids)} tokens, fewer than one window of {seqlen}; use {remedy}")
     return make_windows(_cut(ids, seqlen).long(), text.source)
 
 

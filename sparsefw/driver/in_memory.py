@@ -13,11 +13,12 @@ from sparsefw.data import Batch, Batches
 from sparsefw.driver.job import Job, Prepared
 from sparsefw.driver.run import carry_out, kernel_line, workload_of
 from sparsefw.driver.saved import check_state, save
+from sparsefw.estimate import pruned_shape
 from sparsefw.model import ResidentModel, resident, shape_of_resident
 from sparsefw.process import on_gpu, this_device
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report, amount, log
-from sparsefw.solver.selection import check_used, without_index
+from sparsefw.solver.selection import without_index
 
 
 def run_in_memory(
@@ -87,8 +88,7 @@ def _prepare(
     dtype = next(model.model.parameters()).dtype
     say(f"model: {type(model.model).__name__} in memory, {len(model.firsts)} blocks, {dtype}")
     say(f"calibration: {amount(calibration.source, calibration.n, tokens)}")
-    check_used(whole.layer_names, config.include, config.ignore)
-    shape = whole.selected(config.selects)
+    shape = pruned_shape(whole, config)
     say(log.sparsity_line(config, shape, whole))
     evaluated = [evaluation] if evaluation else []
     prepared = Prepared(

@@ -277,9 +277,10 @@ def _prune_methods(
         for result in prune_block(run, i, states.calibration[method], method, reference, held_out):
             results.append(result)
             on_layer(result)
-        record.add(results, kept_dense(model, i, results))
+        record.layers.extend(results)
         if own:
-            record = record.with_way(way_through(run, reference))
+            # Tokens may reach other experts in the model of another method, which is not written.
+            record = record.with_kept_dense(kept_dense(model, i, results)).with_way(way_through(run, reference))
         if own and run.config.reconstruct:
             # It is the last method: nothing needs the dense block any more.
             dense = reference = None

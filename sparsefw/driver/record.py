@@ -15,7 +15,7 @@ class FinishedBlock:
     Attributes:
         block: its name, seconds and memory.
         layers: a result for each layer and method.
-        kept_dense: names of the matrices that at least one method left dense.
+        kept_dense: names of the matrices that the method whose weights are written left dense.
     """
 
     block: BlockRecord
@@ -27,10 +27,9 @@ class FinishedBlock:
         """Block i before it is pruned."""
         return cls(BlockRecord(i, name, "", {}, 0, 0))
 
-    def add(self, results: list[LayerResult], kept_dense: list[str]) -> None:
-        """Add the results of one method."""
-        self.layers.extend(results)
-        self.kept_dense.extend(name for name in kept_dense if name not in self.kept_dense)
+    def with_kept_dense(self, names: list[str]) -> "FinishedBlock":
+        """A copy that names the matrices that were left dense."""
+        return replace(self, kept_dense=names)
 
     def with_way(self, way: str) -> "FinishedBlock":
         """A copy that says how the calibration windows ran through the block."""

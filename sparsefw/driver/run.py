@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from sparsefw import checkpoint, process
+from sparsefw import checkpoint, data, process
 from sparsefw.checkpoint import Checkpoint, Evidence, Progress, Writer, durably
 from sparsefw.data import Batches
 from sparsefw.driver.block import Run
@@ -22,14 +22,13 @@ from sparsefw.driver.reporting import report_of
 from sparsefw.driver.tasks import Asked, questions_of, task_samples
 from sparsefw.driver.texts import tokenized_texts
 from sparsefw.errors import InputError
-from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place
+from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place, pruned_shape
 from sparsefw.evaluation.request import digest_of
 from sparsefw.flags import flag_of
 from sparsefw.model import BlockModel, Placement, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report, html, log, machine
 from sparsefw.solver import PruneConfig
-from sparsefw.solver.selection import check_used
 
 # Inputs that are compared by their content, not by name, when a run goes on with what another has finished.
 BY_CONTENT = {"model", "dataset", "evaluate", "tasks", "limit", "num_fewshot", "include_path"}
@@ -168,7 +167,7 @@ def _prepare(
     ranks: Ranks,
 ) -> Prepared:
     inputs, config = job.inputs, job.config
-    seqlen = min(inputs.seqlen, model.max_seqlen or inputs.seqlen)
+    seqlen = data.window_length(inputs.model, inputs.seqlen, model.max_seqlen)
     if seqlen < inputs.seqlen:
         say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
     limits, before = job.output.limits(model.device, ranks), process.peak_memory()["host_bytes"]
@@ -185,8 +184,7 @@ def _prepare(
     say(f"model: {inputs.model}, {len(model.firsts)} blocks, {source.dtype}")
     say(f"calibration: {calibration.n} windows of {calibration.seqlen} tokens of {calibration.source}")
     whole = shape_of(source)
-    check_used(whole.layer_names, config.include, config.ignore)
-    shape = whole.selected(config.selects)
+    shape = pruned_shape(whole, config)
     say(log.sparsity_line(config, shape, whole))
     tasks = task_samples(Asked(questions, texts.encoded), model, seqlen) if texts.encoded else None
     workload = workload_of(

@@ -4,7 +4,7 @@ from sparsefw.estimate.describe import describe
 from sparsefw.estimate.limits import first_that_fits, memory_limits
 from sparsefw.estimate.memory import MemoryNeeds, disk_space, memory_needs
 from sparsefw.estimate.placing import place
-from sparsefw.estimate.workload import Workload
+from sparsefw.estimate.workload import Workload, pruned_shape
 
 __all__ = [
     "MemoryNeeds",
@@ -15,4 +15,5 @@ __all__ = [
     "memory_limits",
     "memory_needs",
     "place",
+    "pruned_shape",
 ]

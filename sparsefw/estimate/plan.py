@@ -16,12 +16,11 @@ from sparsefw.estimate.memory import GIB, MemoryNeeds, disk_space
 from sparsefw.estimate.placing import place
 from sparsefw.estimate.rates import CARDS, LINKS, NETWORK, Links, Rates
 from sparsefw.estimate.traffic import imbalance, traffic
-from sparsefw.estimate.workload import PROCESS, PlannedRun, Workload
+from sparsefw.estimate.workload import PROCESS, PlannedRun, Workload, pruned_shape
 from sparsefw.flags import checked_number
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs
 from sparsefw.solver import PruneConfig
 from sparsefw.solver.calls import calls
-from sparsefw.solver.selection import check_used
 
 # Stands for no memory limit, in bytes: more than any machine has.
 UNLIMITED = 2**62
@@ -127,14 +126,13 @@ def plan(inputs: Inputs, config: PruneConfig, machine: Machine, rate_flags: Rate
         InputError: there is no such model or layer, memory is too little, or rates are missing.
     """
     described = describe(str(DEFAULT_MODEL) if inputs.embedded else inputs.model)
-    check_used(described.shape.layer_names, config.include, config.ignore)
-    shape = described.shape.selected(config.selects)
+    shape = pruned_shape(described.shape, config)
     if machine.ranks > inputs.nsamples:
         raise InputError(
             f"--gpus {machine.gpus}: {machine.ranks} GPUs share {inputs.nsamples} calibration windows, and each needs "
             "one; give fewer GPUs, or more windows with --nsamples"
         )
-    seqlen = min(inputs.seqlen, described.max_seqlen or inputs.seqlen)
+    seqlen = data.window_length(inputs.model, inputs.seqlen, described.max_seqlen)
     evaluation = tuple(_evaluation_windows(inputs, name, seqlen) for name in dict.fromkeys(inputs.evaluate))
     workload = Workload(
         windows=inputs.nsamples,

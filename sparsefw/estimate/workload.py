@@ -9,10 +9,30 @@ from sparsefw.kernels.backend import Backend
 from sparsefw.model import Placement
 from sparsefw.model.shapes import BlockShape, ModelShape
 from sparsefw.ranks import shares
-from sparsefw.solver import PruneConfig
+from sparsefw.solver import PruneConfig, patterns
+from sparsefw.solver.selection import check_used
 
 # Bytes of a Python process with torch and transformers loaded and a text tokenized, as measured.
 PROCESS = 570 * 2**20
+
+
+def pruned_shape(whole: ModelShape, config: PruneConfig) -> ModelShape:
+    """The shape of a model with the layers that a run prunes.
+
+    A layer that does not fit the pattern is found here: one of a late block would end the run after hours.
+
+    Args:
+        whole: the same with all prunable layers.
+        config: selects the layers.
+
+    Raises:
+        InputError: as `check_used`; or the rows of a layer do not divide into the pattern's groups.
+    """
+    check_used(whole.layer_names, config.include, config.ignore)
+    shape = whole.selected(config.selects)
+    for name, d in shape.widths:
+        patterns.check_width(config.pattern, d, name)
+    return shape
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from sparsefw import data, process
 from sparsefw.checkpoint import Checkpoint, inspect
 from sparsefw.data import Tokenizer, TokenizerProcess, Windows
-from sparsefw.errors import InputError
 from sparsefw.evaluation.encoding import Answer, Encoded, Question, encoder
 from sparsefw.evaluation.request import Request, Score, digest_of
 from sparsefw.flags import check_needs, checked_number, set_field
@@ -110,8 +109,5 @@ def asked_of(encoded: Encoded, texts: list[Windows]) -> Asked:
 
 
 def _windows(source: Checkpoint, tokenizer: Tokenizer, name: str, texts: Texts, limit: int) -> Windows:
-    asked = texts.seqlen or SEQLEN
-    seqlen = min(asked, max_seqlen(read_config(source)) or asked)
-    if seqlen < 2:
-        raise InputError(f"{source.folder}: reads {seqlen} token at once, so that none of a text can be predicted")
+    seqlen = data.window_length(source.folder, texts.seqlen or SEQLEN, max_seqlen(read_config(source)))
     return data.evaluation_windows(tokenizer, name, seqlen=seqlen, limit=texts.windows, room=limit - process.resident())

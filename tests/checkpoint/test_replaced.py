@@ -42,6 +42,16 @@ def test_output_that_is_there_already(folder, tmp_path):
         check_output(output / "notes.txt", folder, True)
 
 
+def test_output_around_the_current_folder(folder, tmp_path, monkeypatch):
+    (tmp_path / "pruned" / "notes").mkdir(parents=True)
+    (tmp_path / "pruned" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "pruned" / "notes")
+    with refused(r"\.\.: the current folder lies in it, and would be deleted; choose another --output"):
+        check_output(Path(".."), folder, True)
+    # This path leads to the same place afterwards.
+    check_output(tmp_path / "pruned", folder, True)
+
+
 def test_output_that_is_a_mount_point(folder):
     with refused("a mount point"):
         check_output(Path("/proc"), folder, True)

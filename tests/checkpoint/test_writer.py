@@ -73,6 +73,15 @@ def test_permissions_are_the_usual_ones(folder, tmp_path):
     assert set(modes.values()) == {0o640}, modes
 
 
+def test_a_path_that_is_not_utf8(folder, tmp_path):
+    """safetensors writes files there, and does not open them again: the run could not go on."""
+    with refused(r"pruned\\udc80: no path in UTF-8"):
+        write(tmp_path / "deep" / "pruned\udc80", folder)
+    assert os.listdir(tmp_path) == [folder.name]
+    with refused(r"model\\udcff/model.safetensors: no path in UTF-8, .*; rename it or the folder around it"):
+        inspect(folder.rename(tmp_path / "model\udcff"))
+
+
 def test_same_tensors_same_bytes(folder, tmp_path):
     write(tmp_path / "one", folder)
     write(tmp_path / "two", folder)

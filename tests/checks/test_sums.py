@@ -172,6 +172,16 @@ def test_damaged_sums(change, message, copied):
     assert message in failures(output)[0]
 
 
+@pytest.mark.parametrize("name", ["tool:use.jinja", 'say "a".jinja', "a\\b.jinja", " a?.jinja"])
+def test_names_that_other_systems_do_not_have(name, copied):
+    _, output = copied(*WANDA)
+    (output / "additional_chat_templates").mkdir()
+    (output / "additional_chat_templates" / name).write_text("x")
+    sum_again(output)
+    assert failures(output) == []
+    assert subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=output, check=False).returncode == 0
+
+
 def test_an_empty_list_accounts_for_nothing(copied):
     _, output = copied(*WANDA)
     (output / SUMS).write_text("")

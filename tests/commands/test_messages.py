@@ -95,6 +95,18 @@ def test_a_full_disk_names_the_file(name, tmp_path, text, capsys, monkeypatch):
     assert "No space left on device" in error
 
 
+def test_a_model_that_reads_one_token_at_once(tmp_path, text, capsys):
+    source = save_model(tmp_path / "model", "llama")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1}))
+    capsys.readouterr()
+    line = f"sparsefw: {source}: reads 1 token at once, so that none of a text can be predicted\n"
+    assert run(source, text, tmp_path / "out", "--method", "magnitude") == 2
+    assert capsys.readouterr().err == line
+    assert plan.main(["--model", str(source), "--gpu", "h100"]) == 2
+    assert capsys.readouterr().err == line
+
+
 @pytest.mark.parametrize("flag", ["--output", "--dataset", "--eval", "--model"])
 def test_a_link_that_leads_to_itself(flag, tmp_path, text, capsys):
     source, link = save_model(tmp_path / "model", "llama"), tmp_path / "link.txt"

@@ -244,6 +244,12 @@ def test_bad_configs_are_one_line(content, line, tmp_path, capsys):
     assert line in refused(capsys, "--model", tmp_path, *SMALL, "--gpu", "h100")
 
 
+def test_a_layer_that_does_not_fit_the_pattern(config, capsys):
+    assert "model.layers.0.mlp.down_proj.weight: 48 inputs do not divide into groups of 32" in refused(
+        capsys, "--model", config, *SMALL, "--sparsity", "16:32"
+    )
+
+
 def test_a_block_that_cannot_be_run_is_one_line(config, capsys, monkeypatch):
     def fails(model):
         raise RuntimeError("no such kernel\nat all")

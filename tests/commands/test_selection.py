@@ -53,6 +53,16 @@ class TestSelection:
         assert run(source, text, tmp_path / "out", "--keep-zeros", *flags) == 0
         assert verify_main([str(tmp_path / "out")]) == 0
 
+    def test_a_layer_that_does_not_fit_the_pattern_is_found_before_the_run(self, tmp_path, text, capsys):
+        source = save_model(tmp_path / "model", "llama")
+        capsys.readouterr()
+        assert run(source, text, tmp_path / "out", "--method", "wanda", "--sparsity", "16:32") == 2
+        said = capsys.readouterr()
+        assert "model.layers.0.mlp.down_proj.weight: 48 inputs do not divide into groups of 32" in said.err
+        assert "memory: " not in said.out
+        flags = ["--method", "wanda", "--sparsity", "16:32", "--ignore", "down_proj"]
+        assert run(source, text, tmp_path / "out", *flags) == 0
+
     @pytest.mark.slow
     def test_zeros_stay(self, tmp_path, text):
         source = save_model(tmp_path / "model", "llama")

@@ -106,7 +106,7 @@ def test_text_that_is_no_string(tmp_path, column, message):
 def test_no_text_column(tmp_path):
     path = tmp_path / "x.parquet"
     write_table(pyarrow.table({"n": [1], "content": ["a"]}), path)
-    with refused("x.parquet: no column `text`, only n, content"):
+    with refused("x.parquet: record 1: no column `text`, only n, content"):
         whole(read_text(str(path), part="calibration"))
 
 

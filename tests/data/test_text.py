@@ -83,8 +83,10 @@ def test_unknown_dataset_is_not_looked_up(name, monkeypatch):
 
 
 def test_no_text_column(tmp_path):
-    with refused("x.jsonl: no column `text`, only content, id"):
+    with refused("x.jsonl: record 1: no column `text`, only content, id"):
         whole(read_text(records(tmp_path / "x.jsonl", [{"content": "a", "id": 1}]), part="calibration"))
+    with refused("y.jsonl: record 2: no column `text`, only txt; rename"):
+        whole(read_text(records(tmp_path / "y.jsonl", [{"text": "a"}, {"txt": "a"}]), part="calibration"))
 
 
 @pytest.mark.parametrize(("value", "kind"), [(3, "int"), (None, "NoneType"), (["a"], "list")])
@@ -315,6 +317,6 @@ def test_what_may_have_no_end_is_not_opened(tmp_path, name, device):
 def test_names_of_columns_are_cut(tmp_path):
     path = tmp_path / "x.json"
     path.write_text(json.dumps({f"{n}\x1b" * 50: "a" for n in range(1000)}))
-    with refused(r"x.json: no column `text`, only 0\\x1b.* characters\); rename") as caught:
+    with refused(r"x.json: record 1: no column `text`, only 0\\x1b.* characters\); rename") as caught:
         whole(read_text(str(path), part="calibration"))
     assert len(str(caught.value)) < 2000

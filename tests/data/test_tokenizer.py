@@ -47,6 +47,16 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(file, entries, folder):
     assert str(caught.value).isprintable()
 
 
+def test_a_full_folder_for_temporary_files_is_named(folder, tmp_path, monkeypatch):
+    def full(path, *content, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tokenizer.Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        load_tokenizer(folder)
+    assert caught.value.filename.endswith("/tokenizer_config.json")
+
+
 class PanicException(BaseException):
     """Stands for the class in tokenizers, which cannot be imported."""
 

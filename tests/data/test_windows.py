@@ -105,6 +105,7 @@ def test_reading_in_other_batches_draws_the_same(plain, tmp_path, monkeypatch):
         (3, 2000, "1000 tokens, but 3 windows of 2000 need 6000; use --seqlen 333 or a longer text"),
         (2000, 2, "1000 tokens, but 2000 windows of 2 need 4000; use --nsamples 500 or a longer text"),
         (3000, 1500, "1000 tokens, but 3000 windows of 1500 need 4500000; use a longer text"),
+        (600, 2, "1000 tokens, but 600 windows of 2 need 1200; use --nsamples 500 or a longer text"),
     ],
 )
 def test_too_short_for_calibration(plain, text, nsamples, seqlen, message):
@@ -169,6 +170,8 @@ def test_limit_takes_the_first_windows(plain, tmp_path, monkeypatch):
 def test_too_short_for_evaluation(plain, text):
     with refused("text.txt: 1000 tokens, fewer than one window of 1001; use --seqlen 1000 or a longer text"):
         evaluation_windows(plain, text, seqlen=1001)
+    with refused("texts: 1 tokens, fewer than one window of 2; use a longer text"):
+        evaluation_windows(plain, ["a"], seqlen=2)
     with refused("--eval-windows 0: expected at least 1"):
         evaluation_windows(plain, text, seqlen=10, limit=0)
 

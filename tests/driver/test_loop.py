@@ -207,6 +207,20 @@ def test_experts_that_no_token_reaches_are_no_model(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_compared_method_left_dense_is_not_called_dense(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    folder = save_model(tmp_path / "model", "mixtral", num_local_experts=32, num_experts_per_tok=1)
+    few = ["--model", str(folder), "--dataset", str(tmp_path / "text.txt"), "--nsamples", "2", "--seqlen", "8"]
+    flags = ["--sparsity", "0.8", "--method", "wanda", "--compare", "magnitude", "--output", str(tmp_path / "out")]
+    assert main([*few, *flags]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    wanda, magnitude = ({x["name"] for x in report["layers"] if x["method"] == m} for m in ("wanda", "magnitude"))
+    # Other tokens come to the experts of the later blocks.
+    assert wanda - magnitude
+    assert magnitude - wanda <= set(report["kept_dense"])
+    assert wanda.isdisjoint(report["kept_dense"])
+
+
 def test_the_peak_of_a_run_is_that_of_its_highest_block(tmp_path, monkeypatch):
     source = save_model(tmp_path / "model", "llama")
     names = ("host_bytes", "gpu_bytes", "gpu_reserved_bytes")

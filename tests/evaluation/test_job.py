@@ -66,6 +66,11 @@ def test_what_a_link_points_to_is_replaced(place, tmp_path):
     assert [path.name for path in (tmp_path / "elsewhere/out").iterdir()] == [RESULT]
 
 
+def test_folders_above_the_output_are_made(place, tmp_path):
+    evaluate(place / "dense", texts=place / "text.txt", eval_windows=3, seqlen=32, output=tmp_path / "a" / "b" / "out")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("output", [".", "../out"])
 def test_the_current_folder_is_not_replaced(output, place, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
@@ -238,7 +243,9 @@ def test_the_command(place, tasks, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--tasks", "tiny_chioces"], "task 'tiny_chioces': unknown; the closest names are"),
+    (["--tasks", "", "--eval", "default"], "--tasks: names no task"),
     (["--eval", "no.txt"], "no.txt: no such file"),
+    (["--eval", "default", "--against", ""], "sparsefw: '': no such folder; give the folder of a checkpoint"),
     (["--eval", "default", "--limit", "-1"], "--limit -1"),
     (["--eval", "default", "--num-fewshot", "-1"], "--num-fewshot -1"),
     (["--eval", "default", "--host-memory", "0.01"], "--host-memory 0.01: this run needs at least"),
