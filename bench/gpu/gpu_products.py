@@ -23,8 +23,8 @@ EXACT = [(6528, 8192), (1856, 28672), (4096, 4096)]
 TINY = [(48, 96), (40, 131)]
 
 TOLERANCES = {"bf16": 2e-2, "tf32": 2e-3, "tf32x3": 1e-5, "ieee": 1e-5}
-# Tensor cores cut off what a sum has no room for, and the library may sum in parts: over 16,384 tokens that is more than
-# products and rounding would be.
+# Tensor cores cut off what a sum has no room for, and the library may sum in parts. Over 16,384 tokens that is more
+# than rounding alone would be.
 SUMS = 2.0**-14
 # Precisions whose kernels are measured: those of runs on a GPU. The interpreter multiplies in fp32 anyway.
 PRECISIONS = ("bf16", "tf32") if GPU else ("ieee",)
