@@ -107,6 +107,8 @@ class Flow:
         has_steps: whether calls are made between blocks.
         signature: see `Recording`.
         batch_behind: see `Recording`.
+        windows_first: whether hidden states are (windows, tokens, d); a model may have tokens first. Their shape does
+            not tell where a micro-batch has as many windows as tokens.
     """
 
     live: dict[int, list[int]]
@@ -114,11 +116,12 @@ class Flow:
     has_steps: bool
     signature: list[Any]
     batch_behind: bool = False
+    windows_first: bool = True
 
     @property
     def by_window(self) -> bool:
         """Whether what lies behind the last block can be run with each window by itself."""
-        return not self.has_steps and not self.end
+        return self.windows_first and not self.has_steps and not self.end
 
 
 @dataclass

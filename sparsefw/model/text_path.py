@@ -5,7 +5,7 @@ further tokens. None of it is loaded. The model's own forward on a few tokens sh
 architecture is named here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,9 @@ def _follow(model: PreTrainedModel, stacks: dict[str, nn.ModuleList], runs: PreT
     used = {name.rpartition(".")[0] for name in few.names}
     called = {name: blocks[name] for name in few.names}
     idle = {name: block for name, block in blocks.items() if name.rpartition(".")[0] in used and name not in called}
-    return TextPath(runs, called, few.names, idle, read, recording.flow, few.forms, few.logits_itemsize)
+    (ids,) = FEW_TOKENS.tensors
+    flow = replace(recording.flow, windows_first=recording.hidden.shape[:2] == ids.shape)
+    return TextPath(runs, called, few.names, idle, read, flow, few.forms, few.logits_itemsize)
 
 
 class _Reads(TorchFunctionMode):

@@ -45,6 +45,13 @@ def test_as_many_tokens_as_a_model_has_positions(tmp_path):
     assert len(scores_of(tmp_path, [Request([*range(2, 39)], [5])], Budget())) == 1
 
 
+def test_as_many_rows_as_tokens(tmp_path):
+    """Where hidden states have tokens first, their shape does not show it then."""
+    save_model(tmp_path, "xlnet")
+    requests = [Request([*range(n, n + 20)], [n + 20]) for n in range(2, 23)]
+    check_same(scores_of(tmp_path, requests[:20], Budget()), scores_of(tmp_path, requests, Budget())[:20])
+
+
 def test_no_requests(llama):
     assert scores_of(llama, [], Budget()) == []
 

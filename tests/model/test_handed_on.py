@@ -61,6 +61,20 @@ def test_streams_equal_the_whole_models(family, place, tmp_path):
             states.close()
 
 
+def test_perplexity_of_as_many_windows_as_tokens(tmp_path):
+    """Where hidden states have tokens first, their shape does not show it then."""
+    folder, ids = save_model(tmp_path, "xlnet"), TOKENS[:, : len(TOKENS)]
+    with StreamedModel(checkpoint.inspect(folder), CPU) as model:
+        together, apart = embed(model, ids, len(ids)), embed(model, ids, 1)
+        for i in range(len(model.blocks)):
+            model.open(i)
+            together.advance(i)
+            apart.advance(i)
+            model.close(i)
+        assert together.hidden[0].shape[:2] == ids.shape
+        assert perplexity(together, ids) == pytest.approx(perplexity(apart, ids), rel=1e-5)
+
+
 @pytest.mark.parametrize("family", HANDING_ON)
 def test_expected_size_is_what_lies_between_blocks(family, tmp_path):
     """Bytes of a window, from windows of other lengths."""
