@@ -171,6 +171,26 @@ class TestManners:
         assert not any("forward" in vars(module) for module in model.modules())
         assert len(result.layers) == 2 * 6 + 2 * 10
 
+    def test_buffers_that_blocks_write_to(self):
+        """Whether in place or not, they are as they were."""
+
+        class Counting(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+                self.register_buffer("calls", torch.zeros(()))
+                self.register_buffer("tokens", torch.zeros(()))
+
+            def forward(self, x):
+                self.calls += 1
+                self.tokens = self.tokens + x.shape[0]
+                return x + self.down(self.up(x).relu())
+
+        torch.manual_seed(0)
+        model, batches = nn.Sequential(Counting(), Counting()), [torch.randn(4, 8)] * 3
+        prune(model, calibration=batches, **QUICK)
+        assert not any(buffer.any() for buffer in model.buffers())
+
     def test_torchs_own_attention(self):
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)

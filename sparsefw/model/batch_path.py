@@ -58,7 +58,7 @@ def follow_batch(model: nn.Module, batch: Batch, device: torch.device) -> BatchP
     batch, ready = batch.to(device), partial(on_device, device=device)
     while stacks := _stacks(model, passed_over):
         blocks = {name: block for stack in stacks.values() for name, block in stack.items()}
-        followed = Followed(model, blocks, batch, BATCHES, ready)
+        followed = Followed(model, blocks, batch, BATCHES, partial(ready, copy_buffers=True))
         inside = {module for block in blocks.values() for module in block.modules()}
         try:
             with ready(module for module in model.modules() if module not in inside):

@@ -77,10 +77,16 @@ def filled(slots: list[Slot], make: Callable[[Slot], Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def on_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside the `with` block the tensors of modules are on a device, and none of them was made in inference mode."""
+def on_device(modules: Iterable[nn.Module], device: torch.device, copy_buffers: bool = False) -> Iterator[None]:
+    """Inside the `with` block the tensors of modules are on a device, and none of them was made in inference mode.
+
+    Args:
+        modules: the modules.
+        device: the device.
+        copy_buffers: whether buffers are copies in any case. The modules may write to them.
+    """
     slots = slots_of(("", module) for module in modules)
-    others = [slot for slot in slots if is_copied(slot.own, device)]
+    others = [s for s in slots if is_copied(s.own, device) or (copy_buffers and not isinstance(s.own, nn.Parameter))]
     with filled(others, lambda slot: slot.own.detach().to(device, copy=True)):
         yield
 
