@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsefw.autocast import without_autocast
 from sparsefw.compiled import unwrapped
 from sparsefw.errors import InputError
 from sparsefw.flags import checked_path
@@ -65,6 +66,7 @@ class PruneResult:
 
 # Tensors that are made in inference mode do not tell when they are written to.
 @torch.inference_mode(False)
+@without_autocast()
 def prune(
     model: "str | Path | nn.Module" = DEFAULT,
     output: str | Path | None = None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsefw import checkpoint, process
+from sparsefw.autocast import without_autocast
 from sparsefw.checkpoint import check_output, fingerprint, inspect
 from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.errors import InputError
@@ -92,6 +93,7 @@ class EvaluateResult:
 
 # As for `prune`.
 @torch.inference_mode(False)
+@without_autocast()
 def evaluate(
     models: str | Path | Sequence[str | Path],
     tasks: str | Sequence[str] = (),

@@ -13,6 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from sparsefw.autocast import without_autocast
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.topk_torch import masked
 from sparsefw.ranks import ALONE, Ranks, shares
@@ -72,6 +73,7 @@ class LayerResult:
 
 
 @torch.no_grad()
+@without_autocast()
 def solve_layer(
     W: Tensor, G: Tensor, config: PruneConfig | None = None, *, name: str = "layer", B: Tensor | None = None
 ) -> tuple[Tensor, Tensor, LayerResult]:

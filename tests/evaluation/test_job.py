@@ -27,6 +27,14 @@ def test_in_inference_mode(place, tasks):
         assert evaluated(place, tasks).evaluation.texts
 
 
+def test_autocast_changes_nothing(place, tasks):
+    expected = evaluated(place, tasks).evaluation
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evaluated(place, tasks).evaluation
+    assert found.texts == expected.texts
+    assert found.tasks == expected.tasks
+
+
 def interrupt_evaluation(place, tasks, output):
     """Begin an evaluation that does not come to its second model; returns the models that it came to."""
     calls, scores_of = [], job.scores_of

@@ -214,6 +214,15 @@ class TestSolveLayer:
         assert torch.equal(G, before[1])
         assert (Z.dtype, Z.shape, mask.dtype, mask.shape) == (dtype, W.shape, torch.bool, W.shape)
 
+    @pytest.mark.parametrize("options", [{}, {"method": "sparsegpt"}, {"preset": "paper", "steps": 20}], ids=str)
+    def test_autocast_changes_nothing(self, options):
+        W, G, config = make_layers((37,))[0][1], make_gram(), PruneConfig("layer:0.6", **options)
+        expected = solve_layer(W, G, config)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = solve_layer(W, G, config)
+        assert torch.equal(found[1], expected[1])
+        assert replace(found[2], seconds=0) == replace(expected[2], seconds=0)
+
     @pytest.mark.parametrize("options", [{}, {"refit": 0}], ids=str)
     def test_mask_weight_and_errors_by_definition(self, options):
         W, G = make_layers((37,))[0][1], make_gram()
