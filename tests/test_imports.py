@@ -30,7 +30,7 @@ LEVELS = [
     ["failures"],
     ["signals"],
     ["ranks"],
-    ["errors", "compiled"],
+    ["errors", "compiled", "caller"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # Packages that must not import others: solving one layer takes no model and no file.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsefw import checkpoint, process
+from sparsefw.caller import own_modes, settings_kept
 from sparsefw.checkpoint import check_output, fingerprint, inspect
 from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.errors import InputError
@@ -90,8 +91,8 @@ class EvaluateResult:
     output: Path | None
 
 
-# As for `prune`.
-@torch.inference_mode(False)
+@settings_kept()
+@own_modes()
 def evaluate(
     models: str | Path | Sequence[str | Path],
     tasks: str | Sequence[str] = (),
