@@ -59,7 +59,11 @@ def stage_bytes(stage: Sequence[LayerShape], workload: Workload, placement: Plac
         # The mask of weights that may be nonzero.
         stacked += rows * d
     state = _state_bytes(rows, d, workload, placement, method)
-    return damped + operand + terms + stacked + max(state, _bytes_before(stage, config, method))
+    before = _bytes_before(min(rows, max(layer.rows for layer in stage)), d, config, method)
+    if workload.gpu:
+        # Saliencies are stacked one after the other. A CPU has no memory for what is not yet written.
+        before = max(before, 4 * rows * d)
+    return damped + operand + terms + stacked + max(state, before)
 
 
 def _state_bytes(rows: int, d: int, workload: Workload, placement: Placement, method: str) -> int:
@@ -72,13 +76,13 @@ def _state_bytes(rows: int, d: int, workload: Workload, placement: Placement, me
     return BYTES_OF_WHOLE * rows * d
 
 
-def _bytes_before(stage: Sequence[LayerShape], config: PruneConfig, method: str) -> int:
-    """What the budgets and the saliencies of the largest layer take before its rows are solved."""
+def _bytes_before(rows: int, d: int, config: PruneConfig, method: str) -> int:
+    """What the budgets and the saliencies of a rank's rows of the largest layer take before they are solved."""
     of_whole = (METHODS[method].saliency or config.warm_start) in OF_MATRIX
     of_entry = BYTES_OF_WHOLE_SALIENCY if of_whole else BYTES_OF_SALIENCY
     if config.pattern.scope == "layer" and not (method == "sparsefw" and config.whole_matrix):
         of_entry = BYTES_OF_BUDGETS
-    return of_entry * max(layer.rows for layer in stage) * stage[0].d
+    return of_entry * rows * d
 
 
 def _chunk_bytes(rows: int, d: int, workload: Workload, placement: Placement) -> int:
