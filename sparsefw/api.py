@@ -10,10 +10,9 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from sparsefw.autocast import without_autocast
+from sparsefw.caller import on_cpu_by_default, settings_kept
 from sparsefw.compiled import unwrapped
 from sparsefw.errors import InputError
 from sparsefw.flags import checked_path
@@ -64,9 +63,7 @@ class PruneResult:
         return {name: text.perplexity for name, text in zip(names, self.report.evaluation, strict=True)}
 
 
-# Tensors that are made in inference mode do not tell when they are written to.
-@torch.inference_mode(False)
-@without_autocast()
+@settings_kept()
 def prune(
     model: "str | Path | nn.Module" = DEFAULT,
     output: str | Path | None = None,
@@ -94,7 +91,7 @@ def prune(
 ) -> PruneResult:
     """Prune a model, and write the pruned checkpoint with its report.
 
-    After an interruption the same call goes on after the last finished block.
+    After an interruption the same call goes on after the last finished block. Threads of one process take turns.
 
     Args:
         model: folder or Hub id of a checkpoint in safetensors; "default", the embedded model; a transformers model in
@@ -142,7 +139,8 @@ def prune(
             return _prune_on_batches(model, calibration, evaluate, config, output_folder, places, text, told)
         inputs = _inputs(model, text, evaluate, seed)
         config = config or config_for(inputs, options)
-        return _prune_on_text(model, inputs, text, config, output_folder, places, told)
+        with on_cpu_by_default():
+            return _prune_on_text(model, inputs, text, config, output_folder, places, told)
 
 
 class _Text(NamedTuple):

@@ -148,7 +148,10 @@ def checked_path(name: str, value: str | Path) -> Path:
 
     Raises:
         InputError: it holds what no path can hold, such as a null character.
+        TypeError: it is neither a text nor a path.
     """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name}: expected a path, got {type(value).__name__}")
     try:
         with suppress(OSError):
             os.lstat(value)

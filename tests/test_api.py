@@ -157,6 +157,12 @@ class TestInMemory:
         assert (model.model.layers[1].mlp.up_proj.weight == 0).float().mean() > 0.5
 
 
+@pytest.mark.parametrize("output", [3, b"out"])
+def test_an_output_that_is_no_path(output, source):
+    with pytest.raises(TypeError, match=f"^output: expected a path, got {type(output).__name__}$"):
+        prune(source, output, CONFIG)
+
+
 def test_numbers_of_numpy_are_numbers(source, text, tmp_path):
     config = PruneConfig(
         kernel="torch", sparsity=np.float64(0.5), steps=np.int64(3), reconstruct=np.int64(0), alpha=np.float32(0.5)

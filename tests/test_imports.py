@@ -30,7 +30,8 @@ LEVELS = [
     ["failures"],
     ["signals"],
     ["ranks"],
-    ["errors", "compiled", "autocast"],
+    ["errors", "compiled", "caller"],
+    ["autocast"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # Packages that must not import others: solving one layer takes no model and no file.

@@ -16,20 +16,17 @@ from sparsefw.estimate.forward_memory import (
     outside_page_locked,
     page_locked_of_block,
 )
-from sparsefw.estimate.passes import cross_rows, fits_predictions, is_forked, is_kept, stages
+from sparsefw.estimate.passes import fits_predictions, is_forked, is_kept, stages
 from sparsefw.estimate.reconstruction_memory import prediction_bytes, reconstruction_bytes
 from sparsefw.estimate.sharing import Group, approximates_dense, grams_of_rank, groups
+from sparsefw.estimate.solve_memory import cross_bytes, rows_of_rank, stage_bytes
 from sparsefw.estimate.workload import Workload, largest_share
 from sparsefw.model import Placement
 from sparsefw.model.layers import first_segments, is_watched
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.process import page_locked_bytes
 from sparsefw.ranks import panels
-from sparsefw.solver import METHODS, PruneConfig
-from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
-
-# Memory of a solve per entry of a chunk, where no mask is chosen again for refitted weights; measured on a CPU.
-BYTES_WITHOUT_ROUNDS = 56
+from sparsefw.solver import PruneConfig
 
 GIB = 2**30
 
@@ -255,11 +252,6 @@ def _gram_bytes(stage: Sequence[LayerShape]) -> int:
     return 4 * stage[0].d ** 2 * max(1, stage[0].experts)
 
 
-def _cross_bytes(stage: Sequence[LayerShape], config: PruneConfig, method: str) -> int:
-    """Cross matrices of a stage."""
-    return sum(4 * rows * stage[0].d for rows in cross_rows(stage)) if approximates_dense(config, method) else 0
-
-
 def _groups(block: BlockShape, config: PruneConfig, kept: _Kept) -> Iterator[tuple[str, Group, int]]:
     """For each method, the stages whose inputs are measured together, and the bytes of kept inputs."""
     for method in config.methods:
@@ -279,7 +271,7 @@ def _calibration_bytes(block: BlockShape, shape: ModelShape, workload: Workload,
         peak += tokens * watched * shape.itemsize
     for method, group, kept_bytes in _groups(block, config, kept):
         dense = approximates_dense(config, method)
-        matrices = sum(_gram_bytes(stage) + _cross_bytes(stage, config, method) for stage in group)
+        matrices = sum(_gram_bytes(stage) + cross_bytes(stage, config, method) for stage in group)
         d, rows = max(stage[0].d for stage in group), max(layer.rows for stage in group for layer in stage)
         held = tokens * shape.itemsize * sum(_held(stage, shape, dense) for stage in group)
         # Operands are made of them while the rest of the block runs, or afterwards. On a CPU both are in fp32.
@@ -304,7 +296,7 @@ def _solve_bytes(block: BlockShape, shape: ModelShape, workload: Workload, place
     """The matrices of the stages that were measured together, and the solve of one of these stages."""
     peak, config = 0, workload.config
     for method, group, kept_bytes in _groups(block, config, kept):
-        crosses = kept_bytes + sum(_cross_bytes(stage, config, method) for stage in group)
+        crosses = kept_bytes + sum(cross_bytes(stage, config, method) for stage in group)
         waiting = crosses + sum(map(_gram_bytes, group))
         if workload.ranks > 1:
             peak = max(peak, waiting + _exchange_bytes(group, shape, workload, method))
@@ -312,7 +304,7 @@ def _solve_bytes(block: BlockShape, shape: ModelShape, workload: Workload, place
             matrices = grams_of_rank(group, config, workload.ranks)
             waiting = crosses + sum(4 * stage[0].d ** 2 * n for stage, n in zip(group, matrices, strict=True))
         for stage in group:
-            peak = max(peak, waiting + _stage_bytes(stage, workload, placement, method))
+            peak = max(peak, waiting + stage_bytes(stage, workload, placement, method))
     return peak
 
 
@@ -320,54 +312,7 @@ def _exchange_bytes(group: Group, shape: ModelShape, workload: Workload, method:
     """Buffers of what is sent: two panels of a Gram matrix, then the rows of a rank, or of an owner."""
     peak = 0
     for stage in group:
-        d, rows = stage[0].d, _rows_of_rank(stage, workload, method)
+        d, rows = stage[0].d, rows_of_rank(stage, workload, method)
         panel = 4 * max(part.stop * (part.stop - part.start) for part in panels(d))
         peak = max(peak, 2 * panel, rows * d * shape.itemsize)
     return peak
-
-
-def _rows_of_rank(stage: Sequence[LayerShape], workload: Workload, method: str) -> int:
-    """The most rows of a stage that a rank solves at once, padded."""
-    rows = -(-sum(layer.rows for layer in stage) // ROW_UNIT) * ROW_UNIT
-    if stage[0].experts or not workload.config.rows_shared(method):
-        return rows
-    return largest_share(rows, workload.ranks, ROW_UNIT)
-
-
-def _stage_bytes(stage: Sequence[LayerShape], workload: Workload, placement: Placement, method: str) -> int:
-    """The solve of a stage by a method, beside its Gram matrix."""
-    config, d = workload.config, stage[0].d
-    rows = _rows_of_rank(stage, workload, method)
-    weight = 2 if workload.gpu else 4
-    rounded = workload.gpu and config.precision == "bf16"
-    uses_damping = METHODS[method].uses_damping
-    damped = (2 if rounded and config.refit else 4) * d * d if uses_damping and (config.damp or rounded) else 0
-    # Without a refit the damped matrix is rounded for each chunk.
-    operand = 2 * d * d if rounded and not config.refit else 0
-    # The Gram matrix as two bf16 terms, for exact products.
-    terms = 4 * d * d if workload.gpu and config.precision in ("tf32", "bf16") else 0
-    # Weights, and saliencies when the cross matrices have gone.
-    stacked = rows * d * weight + max(0, 4 * rows * d - _cross_bytes(stage, config, method))
-    if approximates_dense(config, method) and not config.refit:
-        # The gap between the weights and their targets.
-        stacked += 4 * rows * d
-    if config.keep_zeros:
-        # The mask of weights that may be nonzero.
-        stacked += rows * d
-    state = _chunk_bytes(rows, d, workload, placement)
-    if method == "sparsegpt":
-        # Decomposing and inverting the Gram matrix; weights and their mask.
-        state = max(state, 12 * d * d + 5 * rows * d)
-    return damped + operand + terms + stacked + state
-
-
-def _chunk_bytes(rows: int, d: int, workload: Workload, placement: Placement) -> int:
-    """The most state of rows that are solved at once. The solver sizes its chunks by BYTES_PER_ENTRY in any case.
-
-    On a GPU chunks may be lower, to fill whole waves.
-    """
-    rows = min(rows, max(ROW_UNIT, placement.solver // (BYTES_PER_ENTRY * d) // ROW_UNIT * ROW_UNIT))
-    if not workload.gpu:
-        rows = min(rows, workload.threads * cpu_rows(d))
-    most = BYTES_PER_ENTRY if workload.config.refit and workload.config.rounds else BYTES_WITHOUT_ROUNDS
-    return most * rows * d

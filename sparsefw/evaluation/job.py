@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsefw import checkpoint, process
-from sparsefw.autocast import without_autocast
+from sparsefw.caller import on_cpu_by_default, settings_kept
 from sparsefw.checkpoint import check_output, fingerprint, inspect
 from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.errors import InputError
@@ -91,9 +91,8 @@ class EvaluateResult:
     output: Path | None
 
 
-# As for `prune`.
-@torch.inference_mode(False)
-@without_autocast()
+@settings_kept()
+@on_cpu_by_default()
 def evaluate(
     models: str | Path | Sequence[str | Path],
     tasks: str | Sequence[str] = (),

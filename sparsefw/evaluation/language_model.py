@@ -16,6 +16,7 @@ from lm_eval.api.model import TemplateLM
 from transformers import PreTrainedTokenizerBase
 
 from sparsefw import checkpoint, process
+from sparsefw.caller import on_cpu_by_default, settings_kept
 from sparsefw.data import load_tokenizer
 from sparsefw.errors import InputError, shown
 from sparsefw.evaluation.answers import Budget, scores_of
@@ -44,6 +45,7 @@ class StreamedLM(TemplateLM):
         tokenizer: the tokenizer, in this process.
     """
 
+    @settings_kept()
     def __init__(
         self,
         pretrained: str | Path,
@@ -183,6 +185,8 @@ class StreamedLM(TemplateLM):
         ]
         return [(score.loglikelihood, score.greedy) for score in self._scores(made, disable_tqdm)]
 
+    @settings_kept()
+    @on_cpu_by_default()
     def _scores(self, requests: Sequence[Request], disable_tqdm: bool) -> list[Score]:
         with joined() as ranks:
             folder, progress = self.checkpoint.folder, not disable_tqdm and ranks.first

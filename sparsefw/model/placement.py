@@ -58,5 +58,6 @@ def split_batches(count: int) -> tuple[list[int], list[int]]:
 
     Of fewer than sixteen, and at least two, the last one is held out.
     """
-    held_out = [j for j in range(count) if j % HELD_OUT == HELD_OUT - 1] or list(range(count))[1:][-1:]
-    return [j for j in range(count) if j not in held_out], held_out
+    # Ranges, in which a number is found at once.
+    held_out = range(HELD_OUT - 1, count, HELD_OUT) or range(count)[1:][-1:]
+    return [j for j in range(count) if j not in held_out], list(held_out)

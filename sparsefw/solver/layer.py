@@ -92,11 +92,14 @@ def solve_layer(
         mask (rows, d) bool, True keeps a weight; the pruned weight (rows, d) in the dtype of W; and its errors.
 
     Raises:
-        TypeError: another dtype, or a config that is no PruneConfig.
+        TypeError: no tensor or one of another dtype, or a config that is no PruneConfig.
         ValueError: shapes do not go together.
         InputError: d does not divide into the pattern's groups.
         FloatingPointError: W, G or B hold NaN or Inf, or numbers too large for the errors.
     """
+    for argument, value in (("W", W), ("G", G), ("B", B)):
+        if not isinstance(value, Tensor) and not (value is None and argument == "B"):
+            raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
     if W.ndim != 2 or not W.numel():
         raise ValueError(f"W: expected a matrix (rows, d) that is not empty, got shape {tuple(W.shape)}")
     if W.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -1,6 +1,7 @@
 """The kept weights of a block are fitted together to the dense model's hidden states behind it."""
 
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -323,6 +324,14 @@ def test_micro_batches_that_are_held_out(count):
     assert sorted(learned + held_out) == [*range(count)]
     assert len(held_out) == max(count // HELD_OUT, int(count > 1))
     assert len(learned) >= min(count, 1)
+
+
+def test_many_micro_batches_are_split_in_no_time():
+    """A plan splits them again and again."""
+    began = time.process_time()
+    _, held_out = split_batches(60_000)
+    assert len(held_out) == 60_000 // HELD_OUT
+    assert time.process_time() - began < 0.5
 
 
 def test_gradients_are_those_of_finite_differences(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.families import save_model
-from torch.profiler import ProfilerActivity, profile
+from helpers.memory import most_bytes
 
 from sparsefw import checkpoint
 from sparsefw.estimate import reconstruction_memory
@@ -14,18 +14,6 @@ from sparsefw.model.shape_of import shape_of
 
 CPU = torch.device("cpu")
 TOKENS, VOCABULARY = 64, 8192
-
-
-def most_bytes(function):
-    """The most bytes of tensors that a function has at once, beside those that are there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        function()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    most = now = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 @pytest.mark.parametrize("piece", [2**24, 4 * VOCABULARY])

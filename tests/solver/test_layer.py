@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers.kernel_inputs import generator
@@ -19,6 +20,12 @@ from sparsefw.solver.target import Cross, find_target
 
 
 class TestLayers:
+    @pytest.mark.parametrize(("name", "value"), [("W", [[1.0]]), ("G", np.eye(4)), ("B", np.eye(4)), ("G", None)])
+    def test_no_tensors(self, name, value):
+        arguments = dict(W=torch.ones(2, 4), G=torch.eye(4)) | {name: value}
+        with pytest.raises(TypeError, match=f"^{name}: expected a tensor, got {type(value).__name__}$"):
+            solve_layer(**arguments)
+
     def test_width(self):
         with pytest.raises(InputError, match="layer1: 30 inputs do not divide into groups of 4"):
             run(

@@ -1,0 +1,50 @@
+"""What a caller from Python has set in the process: it stays, and where it would change results it has no effect."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from threading import RLock
+
+import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers.utils import logging
+
+from sparsefw.autocast import without_autocast
+
+# Settings of torch and transformers, and limits of memory, are those of the whole process.
+_turn = RLock()
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Inside the `with` block is one thread at a time. Behind it, libraries tell and show what they did before."""
+    # Tensors that are made in inference mode do not tell when they are written to.
+    with _turn, torch.inference_mode(False), without_autocast(), _libraries_as_before():
+        yield
+
+
+@contextmanager
+def on_cpu_by_default() -> Iterator[None]:
+    """Inside the `with` block, tensors are made on the CPU unless a device is named.
+
+    This is for models that sparsefw has loaded by itself. The forward of a caller's model may need the caller's device.
+    """
+    # Not where it would be the same: it slows every call of torch.
+    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+        yield
+
+
+@contextmanager
+def _libraries_as_before() -> Iterator[None]:
+    verbosity, bars, bars_of_hub = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        not are_progress_bars_disabled(),
+    )
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            # Those of the Hub's library, too.
+            logging.enable_progress_bar()
+        (enable_progress_bars if bars_of_hub else disable_progress_bars)()

@@ -1,0 +1,99 @@
+"""What the caller of `prune` and `evaluate` has set in the process changes no result, and is the same afterwards."""
+
+import threading
+
+import huggingface_hub.utils as hub
+import pytest
+import torch
+from helpers.families import TOKENS, save_model
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from sparsefw import prune
+from sparsefw.evaluation import StreamedLM, evaluate
+
+OPTIONS = dict(dataset=TOKENS, kernel="torch", method="magnitude", reconstruct=1)
+MODES = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "a default device": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("caller") / "model", "llama")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("caller") / "text.txt"
+    path.write_text("a rose is a rose is a rose. " * 20)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(source, text, tmp_path_factory):
+    """The pruned weights, and the dense model's perplexity, where nothing is set."""
+    return results(source, text, tmp_path_factory.mktemp("plain") / "out")
+
+
+def results(source, text, output):
+    prune(source, output, **OPTIONS)
+    (of_text,) = evaluate(source, texts=text, seqlen=16).evaluation.texts
+    return [path.read_bytes() for path in sorted(output.glob("*.safetensors"))], of_text
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_the_caller_change_nothing(mode, source, text, plain, tmp_path):
+    with MODES[mode]():
+        assert results(source, text, tmp_path / "out") == plain
+
+
+@pytest.mark.parametrize("bars", [(True, True), (True, False), (False, True), (False, False)])
+def test_libraries_say_and_show_what_they_did(bars, source, text):
+    of_transformers, of_hub = bars
+
+    def said():
+        return logging.get_verbosity(), logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+
+    before = said()
+    try:
+        logging.set_verbosity(logging.INFO)
+        (logging.enable_progress_bar if of_transformers else logging.disable_progress_bar)()
+        (hub.enable_progress_bars if of_hub else hub.disable_progress_bars)()
+        # Its tokenizer is loaded in this process.
+        model = AutoModelForCausalLM.from_pretrained(source)
+        prune(model, kernel="torch", method="magnitude", dataset=text, nsamples=2, seqlen=16)
+        assert said() == (logging.INFO, *bars)
+        evaluate(source, texts=text, seqlen=16)
+        StreamedLM(source)
+        assert said() == (logging.INFO, *bars)
+    finally:
+        logging.set_verbosity(before[0])
+        (logging.enable_progress_bar if before[1] else logging.disable_progress_bar)()
+        (hub.enable_progress_bars if before[2] else hub.disable_progress_bars)()
+
+
+def test_threads_take_turns(source, tmp_path):
+    """What torch is told to do is told the whole process."""
+    lines, others = [], []
+
+    def run(name):
+        prune(source, tmp_path / name, **OPTIONS, log=lambda line: hears(name))
+
+    def hears(name):
+        if not lines:
+            others.append(threading.Thread(target=run, args=("second",)))
+            others[0].start()
+        elif not others[0].is_alive():
+            # It must wait for its turn.
+            lines.append("over")
+        lines.append(name)
+
+    run("first")
+    others[0].join()
+    assert lines == sorted(lines)
+    assert lines.count("first") == lines.count("second")
+    assert torch.get_deterministic_debug_mode() == 0
