@@ -160,15 +160,28 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     """Write a model as a checkpoint.
 
     Raises:
-        InputError: it is no model of transformers, or transformers cannot write it.
+        InputError: it is no model of transformers, transformers cannot write it, or it has a dtype that is not read.
     """
     if not isinstance(model, PreTrainedModel):
         other = "; any other module needs batches: calibration=" if isinstance(model, nn.Module) else ""
         raise InputError(
             f"model: expected a folder, a Hub id or a transformers model, got {type(model).__name__}{other}"
         )
+    _check_dtypes(model)
     with explained_saving(model):
         model.save_pretrained(folder)
+
+
+def _check_dtypes(model: PreTrainedModel) -> None:
+    """Refuse what would be refused in the checkpoint, whose temporary file means nothing to the caller."""
+    if getattr(model.config, "quantization_config", None):
+        # The config says which other dtypes are read.
+        return
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and value.dtype not in checkpoint.DTYPES.values():
+            raise InputError(
+                f"model: {type(model).__name__} has {name} in {value.dtype}; give it in fp32, fp16 or bf16: .to(dtype)"
+            )
 
 
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -144,6 +144,13 @@ class TestInMemory:
             prune(model, config=CONFIG, dataset=torch.ones(6, 32, dtype=torch.int64))
         assert len(str(refused.value).splitlines()) == 1
 
+    def test_a_dtype_that_is_not_read_is_named(self, source):
+        """And not the temporary file that the model is written to."""
+        model = AutoModelForCausalLM.from_pretrained(source).double()
+        match = r"model: LlamaForCausalLM has \w+\S* in torch.float64; give it in fp32, fp16 or bf16: .to\(dtype\)$"
+        with pytest.raises(InputError, match=match):
+            prune(model, config=CONFIG, dataset=torch.ones(6, 32, dtype=torch.int64))
+
     def test_only_layers_are_changed(self, source):
         """A parameter of another dtype than the checkpoint's would come back rounded."""
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)

@@ -10,6 +10,7 @@ from sparsefw.checkpoint.resume import durably
 from sparsefw.checkpoint.rewritten import rewritten
 from sparsefw.checkpoint.source import (
     CONFIG,
+    DTYPES,
     INDEX,
     SINGLE,
     Checkpoint,
@@ -27,6 +28,7 @@ from sparsefw.checkpoint.writer import Writer
 __all__ = [
     "CONFIG",
     "DIGEST",
+    "DTYPES",
     "INDEX",
     "SINGLE",
     "SUMS",

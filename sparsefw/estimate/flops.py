@@ -9,6 +9,7 @@ from functools import partial
 
 from sparsefw.estimate.operation import Operation, split, times
 from sparsefw.estimate.passes import (
+    HeadCalls,
     Pass,
     cross_rows,
     held_out,
@@ -55,16 +56,17 @@ def head(run: PlannedRun) -> list[Operation]:
     calls = (
         ("reconstruct", "head", forth),
         ("reconstruct", "head gradient", back),
-        ("evaluate", "head", [workload.seqlen] * windows),
+        ("evaluate", "head", HeadCalls(windows, windows * workload.seqlen)),
     )
-    return [_head(run, phase, name, tokens) for phase, name, tokens in calls if tokens]
+    return [_head(run, phase, name, of_head) for phase, name, of_head in calls if of_head.calls]
 
 
-def _head(run: PlannedRun, phase: str, name: str, tokens: list[int]) -> Operation:
-    """The product with the head in calls of so many tokens each."""
+def _head(run: PlannedRun, phase: str, name: str, of_head: HeadCalls) -> Operation:
+    """The product with the head."""
     shape = run.shape
     cost_of = partial(_weight_product, rows=shape.vocabulary, d=shape.hidden, itemsize=shape.itemsize)
-    return Operation(phase, name, run.weight_unit, len(tokens), split(cost_of, sum(tokens), len(tokens)))
+    least = split(cost_of, of_head.tokens, of_head.calls)
+    return Operation(phase, name, run.weight_unit, of_head.calls, least)
 
 
 def _weight_product(tokens: int, rows: int, d: int, itemsize: int) -> Cost:

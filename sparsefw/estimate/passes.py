@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sparsefw.estimate.workload import Workload
 from sparsefw.model import Placement
 from sparsefw.model.layers import first_segments, is_watched
-from sparsefw.model.placement import split_batches
+from sparsefw.model.placement import held_out_batches
 from sparsefw.model.predictions import times_the_passes, tokens_of_pass
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.solver import PruneConfig, patterns
@@ -94,8 +94,8 @@ def steps_of_block(block: BlockShape, workload: Workload, placement: Placement) 
 
 def steps_of_reconstruction(workload: Workload, placement: Placement) -> int:
     """As `steps_of_block`, of a block before the last one."""
-    learned, _ = split_batches(-(-workload.windows_of_rank // placement.batch))
-    return workload.config.reconstruct * len(learned)
+    batches = -(-workload.windows_of_rank // placement.batch)
+    return workload.config.reconstruct * (batches - len(held_out_batches(batches)))
 
 
 def fits_predictions(shape: ModelShape, config: PruneConfig) -> bool:
@@ -103,17 +103,33 @@ def fits_predictions(shape: ModelShape, config: PruneConfig) -> bool:
     return bool(config.reconstruct and shape.blocks[-1].predicts and shape.blocks[-1].layers)
 
 
-def predicted_tokens(shape: ModelShape, workload: Workload, placement: Placement) -> tuple[list[int], list[int]]:
-    """The tokens of each call of the head by which a rank fits the last block, and of each way back through it."""
+@dataclass(frozen=True)
+class HeadCalls:
+    """Calls of the head.
+
+    Attributes:
+        calls: number of calls.
+        tokens: tokens of all calls together.
+    """
+
+    calls: int = 0
+    tokens: int = 0
+
+
+def predicted_tokens(shape: ModelShape, workload: Workload, placement: Placement) -> tuple[HeadCalls, HeadCalls]:
+    """The calls of the head by which a rank fits the last block, and the ways back through it."""
     if not fits_predictions(shape, workload.config):
-        return [], []
+        return HeadCalls(), HeadCalls()
     seqlen, held = workload.seqlen, held_out(workload, placement, workload.config.method)
     passes_of_last = times_the_passes(seqlen) * workload.config.reconstruct
     of_pass = [len(range(seqlen)[tokens_of_pass(n, seqlen)]) for n in range(passes_of_last)]
-    back = of_pass * (workload.windows_of_rank - held)
+    windows = workload.windows_of_rank - held
+    back = HeadCalls(windows * passes_of_last, windows * sum(of_pass))
     # One window and a part of it show that there are predictions. What is held out is measured before and after a
     # round. Both models predict.
-    return [seqlen, of_pass[0]] + [seqlen] * 4 * held + back * 2, back
+    measured = 4 * held
+    forth = HeadCalls(2 + measured + 2 * back.calls, seqlen * (1 + measured) + of_pass[0] + 2 * back.tokens)
+    return forth, back
 
 
 def held_out(workload: Workload, placement: Placement, method: str) -> int:
@@ -121,9 +137,11 @@ def held_out(workload: Workload, placement: Placement, method: str) -> int:
     if method != workload.config.method or not workload.config.reconstruct:
         return 0
     windows, batch = workload.windows_of_rank, placement.batch
-    _, batches = split_batches(-(-windows // batch))
+    batches = -(-windows // batch)
+    held = held_out_batches(batches)
     # The last micro-batch may be smaller.
-    return sum(min(batch, windows - j * batch) for j in batches)
+    missing = (batches * batch - windows) * (batches - 1 in held)
+    return len(held) * batch - missing
 
 
 def reconstructed_parameters(block: BlockShape, pattern: Pattern) -> list[tuple[int, int]]:

@@ -53,11 +53,16 @@ class Placement:
         return partial(make_activations, self.place, device, self.folder)
 
 
-def split_batches(count: int) -> tuple[list[int], list[int]]:
-    """Numbers of the micro-batches to learn from, and of those that are held out: the last of every sixteen.
+def held_out_batches(count: int) -> range:
+    """Numbers of the micro-batches that are held out: the last of every sixteen.
 
     Of fewer than sixteen, and at least two, the last one is held out.
     """
-    # Ranges, in which a number is found at once.
-    held_out = range(HELD_OUT - 1, count, HELD_OUT) or range(count)[1:][-1:]
+    return range(HELD_OUT - 1, count, HELD_OUT) or range(count)[1:][-1:]
+
+
+def split_batches(count: int) -> tuple[list[int], list[int]]:
+    """Numbers of the micro-batches to learn from, and of those that are held out."""
+    # A range, in which a number is found at once.
+    held_out = held_out_batches(count)
     return [j for j in range(count) if j not in held_out], list(held_out)

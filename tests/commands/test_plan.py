@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import huggingface_hub
 import pytest
@@ -330,3 +331,14 @@ def test_windows_are_in_the_process(config, tmp_path, capsys):
     )
     assert many["texts"] - few["texts"] == 32 * (8 * 2 * 90000 + 4 * (90000 - 4 * 10))
     assert many["start"] - few["start"] >= 32 * 8 * 2 * 90000
+
+
+def test_the_number_of_windows_takes_no_time(tmp_path, capsys):
+    """Windows and micro-batches are counted, not listed, also those by whose predictions the last block is fitted."""
+    config, path = tmp_path / "config.json", tmp_path / "plan.json"
+    config.write_text(json.dumps(LLAMA_70B))
+    windows = ("--nsamples", 10**9, "--seqlen", 8192, "--eval", "wikitext", "--eval-windows", 10**9)
+    began = time.process_time()
+    said(capsys, "--model", config, *windows, "--gpu", "h100", "--json", path)
+    assert time.process_time() - began < 10
+    assert json.loads(path.read_text())["workload"]["windows"] == 10**9
