@@ -48,7 +48,7 @@ class StreamedLM(TemplateLM):
     @settings_kept()
     def __init__(
         self,
-        pretrained: str | Path,
+        pretrained: str | Path | None = None,
         *,
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
         max_length: int | str | None = None,
@@ -64,7 +64,7 @@ class StreamedLM(TemplateLM):
         """Open a checkpoint; no weights are read.
 
         Args:
-            pretrained: folder or Hub id of a checkpoint in safetensors.
+            pretrained: folder or Hub id of a checkpoint in safetensors; it must be given.
             tokenizer: folder of another checkpoint whose tokenizer is taken, its Hub id, or a tokenizer.
             max_length: most tokens that the model reads at once; None: as its config says.
             add_bos_token: whether texts get a start token; None: as the tokenizer's files say.
@@ -83,6 +83,10 @@ class StreamedLM(TemplateLM):
         if unknown:
             known = [name for name in signature(StreamedLM).parameters if name != "unknown"]
             raise InputError(f"{shown(next(iter(unknown)))}: no argument of {NAME}; it takes {', '.join(known)}")
+        if pretrained is None:
+            raise InputError("pretrained: the checkpoint is left out; give its folder or Hub id")
+        if not isinstance(pretrained, str | Path):
+            raise InputError(f"pretrained: expected a folder or a Hub id, got {type(pretrained).__name__}")
         _check_batch_size("batch_size", batch_size)
         _check_batch_size("max_batch_size", max_batch_size)
         self._device = _checked_device(device)
@@ -199,6 +203,8 @@ class StreamedLM(TemplateLM):
             return given
         if given is None:
             return load_tokenizer(self.checkpoint.folder, add_bos_token)
+        if not isinstance(given, str | Path):
+            raise InputError(f"tokenizer: expected a folder, a Hub id or a tokenizer, got {type(given).__name__}")
         folder = checkpoint.locate(str(given))
         checkpoint.inspect_tokenizer(folder)
         return load_tokenizer(folder, add_bos_token)
@@ -221,9 +227,11 @@ def _number(name: str, value: float | str | None, kind: type[T], least: int) -> 
 def _boolean(name: str, value: bool | str | None) -> bool | None:
     if value is None or isinstance(value, bool):
         return value
-    if value.lower() not in ("true", "false"):
+    # The harness's command makes numbers of some texts.
+    text = str(value).lower()
+    if text not in ("true", "false"):
         raise InputError(f"{name} {shown(value)}: expected true or false")
-    return value.lower() == "true"
+    return text == "true"
 
 
 def _check_batch_size(name: str, value: int | str | None) -> None:

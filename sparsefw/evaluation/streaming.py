@@ -13,6 +13,7 @@ from sparsefw.evaluation.scoring import score_groups, tables_of
 from sparsefw.evaluation.sharing import allowed_by
 from sparsefw.model import BlockModel, HiddenStates, embed_batches
 from sparsefw.model.activations import Activations
+from sparsefw.model.hidden_states import check_token
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,11 @@ def embedded(model: BlockModel, requests: Sequence[Request]) -> Iterator[None]:
     """Inside the `with` block, what lies before the first block is on the device for the tokens of all requests.
 
     Raises:
-        InputError: weights hold NaN or Inf, or cannot be read any more.
+        InputError: the model does not know a token, or weights hold NaN or Inf, or cannot be read any more.
     """
+    # A token that is predicted and not read is looked up nowhere, so that nothing else would refuse it.
+    largest = max((max(max(request.read), max(request.targets)) for request in requests), default=0)
+    check_token(largest, model.vocabulary)
     tables = tables_of(model)
     # Rows are padded with token 0.
     with tables.embeddings({0}.union(*(request.read for request in requests))) if tables else model.outside():

@@ -301,6 +301,17 @@ def embed(
     return embed_batches(model, map(token_batch, ids.split(batch_size)), new_activations)
 
 
+def check_token(token: int, vocabulary: int | None) -> None:
+    """Refuse the largest token of a text if the model has no embedding for it.
+
+    Args:
+        token: the token.
+        vocabulary: number of the tokens that the model embeds; None: it may read something else.
+    """
+    if vocabulary is not None and token >= vocabulary:
+        raise InputError(f"token {token}: the model embeds {vocabulary} tokens; give those of its own tokenizer")
+
+
 @torch.no_grad()
 def embed_batches(
     model: BlockModel, batches: Iterable[Batch], new_activations: Callable[..., Activations] = DeviceActivations
@@ -321,10 +332,9 @@ def embed_batches(
         flow, constants, carried = model.flow, Constants(new_activations), Carried(new_activations)
         states = HiddenStates(model, new_activations, new_activations(), [], constants, carried, flow)
         for batch in batches:
-            if vocabulary is not None and (token := max(int(ids.max()) for ids in batch.tensors)) >= vocabulary:
-                raise InputError(
-                    f"token {token}: the model embeds {vocabulary} tokens; give those of its own tokenizer"
-                )
+            if vocabulary is not None:
+                # Other models read no tokens.
+                check_token(max(int(ids.max()) for ids in batch.tensors), vocabulary)
             recording = record(model, batch)
             if recording.signature != flow.signature:
                 raise InputError(DIFFERS)

@@ -56,6 +56,12 @@ def test_no_requests(llama):
     assert scores_of(llama, [], Budget()) == []
 
 
+def test_a_target_that_the_model_does_not_know_is_refused(llama):
+    """No row of the head has it, so nothing else would say so."""
+    with pytest.raises(InputError, match=r"^token 258: the model embeds 258 tokens; give those of its own tokenizer"):
+        scores_of(llama, [Request([5, 6], [258])], Budget())
+
+
 def test_logits_that_overflow_are_refused(tmp_path):
     """Without a word, comparisons of NaN would choose among the answers."""
     folder = save_model(tmp_path / "model", "llama")

@@ -136,15 +136,20 @@ def test_a_tokenizer_of_another_folder(model, tmp_path):
         ({"gpu_memory": "nan"}, "^gpu_memory nan: expected"),
         ({"prefix_token_id": 10**6}, "no token 1000000"),
         ({"add_bos_token": "maybe"}, "^add_bos_token maybe: expected true or false"),
+        ({"add_bos_token": 1}, "^add_bos_token 1: expected true or false"),
         ({"batch_size": "some"}, "^batch_size some: expected"),
         ({"max_batch_size": 0}, "^max_batch_size 0: expected"),
         ({"device": "mps"}, "^device mps: "),
+        ({"pretrained": None}, "^pretrained: the checkpoint is left out"),
+        ({"pretrained": None, "pretrain": "x"}, "^pretrain: no argument"),
+        ({"pretrained": torch.nn.Linear(2, 2)}, "^pretrained: expected a folder or a Hub id, got Linear"),
+        ({"tokenizer": 5}, "^tokenizer: expected "),
     ],
     ids=str,
 )
 def test_arguments_that_are_wrong_are_refused(options, message, model):
     with pytest.raises(InputError, match=message):
-        StreamedLM(model, **options)
+        StreamedLM(**{"pretrained": model, **options})
 
 
 @pytest.mark.parametrize(
