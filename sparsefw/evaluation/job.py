@@ -1,7 +1,7 @@
 """Evaluate checkpoints on tasks and texts, each in one pass over its blocks."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -141,13 +141,14 @@ def evaluate(
 
     Raises:
         InputError: an argument is wrong; the message is one line that names it.
+        TypeError: what must be a name or a path is neither.
     """
-    first = () if against is None else (str(against),)
+    first = () if against is None else _several("against", [against])
     job = _Job(
-        names=list(dict.fromkeys(first + _several(models))),
+        names=list(dict.fromkeys(first + _several("models", models))),
         against=None if against is None else str(against),
-        tasks=Tasks(_several(tasks), limit, num_fewshot, include_path),
-        texts=Texts(_several(texts), seqlen, eval_windows),
+        tasks=Tasks(_several("tasks", tasks), limit, num_fewshot, include_path),
+        texts=Texts(_several("texts", texts), seqlen, eval_windows),
         budget=Budget(gpu_memory, host_memory),
         output=None if output is None else checked_path("output", output),
         overwrite=checked_bool("overwrite", overwrite),
@@ -179,9 +180,17 @@ class _Job:
         check_needs("output", self.output is not None, overwrite=self.overwrite or None, restart=self.restart or None)
 
 
-def _several(given: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
-    """Names or paths, given as one or as many."""
-    return tuple(str(name) for name in ([given] if isinstance(given, str | Path) else given))
+def _several(argument: str, given: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    """Names or paths, given as one or as many.
+
+    Raises:
+        TypeError: one is neither, such as a model in memory.
+    """
+    several = [given] if isinstance(given, str | Path) or not isinstance(given, Iterable) else [*given]
+    for name in several:
+        if not isinstance(name, str | Path):
+            raise TypeError(f"{argument}: expected names or paths, got {type(name).__name__}")
+    return tuple(map(str, several))
 
 
 def _evaluate(job: _Job, say: Callable[[str], None], progress: bool, ranks: Ranks) -> Evaluation | None:

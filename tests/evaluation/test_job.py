@@ -294,3 +294,13 @@ def test_a_batch_of_a_caller_has_no_tasks(place):
     model = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match="prune\\(\\) got calibration and 'tasks', which belongs to a text"):
         sparsefw.prune(model, calibration=[torch.ones(1, 2)], tasks="hellaswag")
+
+
+@pytest.mark.parametrize("argument", ["models", "tasks", "texts", "against"])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [x]], ids=["one", "several"])
+def test_what_is_no_name_is_refused_by_its_argument(argument, wrap):
+    """A model in memory is none."""
+    given = {"models": "pruned", "texts": "default", argument: wrap(torch.nn.Linear(2, 2))}
+    kind = "list" if argument == "against" and isinstance(given["against"], list) else "Linear"
+    with pytest.raises(TypeError, match=f"^{argument}: expected names or paths, got {kind}$"):
+        evaluate(**given)
