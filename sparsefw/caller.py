@@ -18,7 +18,7 @@ _turn = RLock()
 def settings_kept() -> Iterator[None]:
     """Inside the `with` block is one thread at a time. Behind it, libraries tell and show what they did before."""
     # Tensors that are made in inference mode do not tell when they are written to.
-    with _turn, torch.inference_mode(False), without_autocast(), _libraries_as_before():
+    with _turn, torch.inference_mode(False), without_autocast(), _exact_products(), _libraries_as_before():
         yield
 
 
@@ -31,6 +31,20 @@ def on_cpu_by_default() -> Iterator[None]:
     # Not where it would be the same: it slows every call of torch.
     with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
         yield
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Products of fp32 are products of fp32, whatever `torch.set_float32_matmul_precision` has been told."""
+    products = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = [of_library.fp32_precision for of_library in products]
+    try:
+        for of_library in products:
+            of_library.fp32_precision = "ieee"
+        yield
+    finally:
+        for of_library, precision in zip(products, before, strict=True):
+            of_library.fp32_precision = precision
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What the caller of `prune` and `evaluate` has set in the process changes no result, and is the same afterwards."""
 
 import threading
+from contextlib import contextmanager
 
 import huggingface_hub.utils as hub
 import pytest
@@ -12,11 +13,25 @@ from transformers.utils import logging
 from sparsefw import prune
 from sparsefw.evaluation import StreamedLM, evaluate
 
+
+@contextmanager
+def less_exact_products():
+    """On processors that multiply in bf16, products of fp32 are made there."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 OPTIONS = dict(dataset=TOKENS, kernel="torch", method="magnitude", reconstruct=1)
 MODES = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "a default device": lambda: torch.device("meta"),
     "inference": torch.inference_mode,
+    "less exact products": less_exact_products,
     "no gradients": torch.no_grad,
 }
 

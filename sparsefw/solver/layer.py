@@ -79,6 +79,8 @@ def solve_layer(
 ) -> tuple[Tensor, Tensor, LayerResult]:
     """Prune one layer, for callers with a loop of their own.
 
+    Products of fp32 are as exact as `torch.set_float32_matmul_precision` has been told.
+
     Args:
         W: (rows, d) weight, fp32 / bf16 / fp16; left as it is.
         G: (d, d) fp32 Gram matrix X X^T of its inputs X (d, tokens).
