@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import triton
 
-from sparsefw.kernels import launch
+from sparsefw.kernels import conjugate, launch, step, update
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,17 @@ def test_platform_of_every_target(backend, arch, expected, monkeypatch):
 def test_the_interpreter_is_a_platform(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRET", True)
     assert launch.platform() == "interpreter"
+
+
+@pytest.mark.parametrize("d", [120, 360, 480, 960, 4080, 30720])
+@pytest.mark.parametrize(
+    ("module", "more"), [(conjugate, ()), (update, ()), *((step, (group,)) for group in (0, 3, 5, 8, 12))]
+)
+def test_no_entry_belongs_to_two_warps(module, more, d, monkeypatch):
+    """Rows change in place, without a barrier between loads and stores: a warp could read what another has stored."""
+    monkeypatch.setattr(module, "platform", lambda: "sm_80")
+    monkeypatch.setattr(module, "warps", lambda n: n)
+    config = module.configuration(64, d, *more)
+    # A thread has at most 4 adjacent columns, see `device.columns`.
+    warps = config["BLOCK_R"] * config["BLOCK_D"] // (4 * 32)
+    assert config["num_warps"] <= max(1, warps)

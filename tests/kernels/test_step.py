@@ -373,15 +373,3 @@ def test_step_refuses_bad_input(change, error, match):
     arguments = dict(W=zeros, diag=zeros[0], M=zeros, R=zeros, U=zeros, V=zeros.bool(), E=zeros, k=2) | change
     with pytest.raises(error, match=match):
         row_step(**tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), arguments))
-
-
-@pytest.mark.parametrize("group", [0, 3, 5, 8, 12])
-@pytest.mark.parametrize("d", [120, 360, 480, 960, 4080, 30720])
-def test_no_entry_belongs_to_two_warps(group, d, monkeypatch):
-    """A step in open loop has no barrier between its loads and its stores: one warp could read what another stored."""
-    monkeypatch.setattr(step_module, "platform", lambda: "sm_80")
-    monkeypatch.setattr(step_module, "warps", lambda n: n)
-    config = step_module.configuration(64, d, group)
-    # A thread has at most 4 adjacent columns, see `device.columns`.
-    warps = config["BLOCK_R"] * config["BLOCK_D"] // (4 * 32)
-    assert config["num_warps"] <= max(1, warps)
