@@ -36,7 +36,8 @@ def on_cpu_by_default() -> Iterator[None]:
 @contextmanager
 def _exact_products() -> Iterator[None]:
     """Products of fp32 are products of fp32, whatever `torch.set_float32_matmul_precision` has been told."""
-    products = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    # The module of oneDNN is replaced by an object when it is imported, which types do not tell.
+    products = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = [of_library.fp32_precision for of_library in products]
     try:
         for of_library in products:
