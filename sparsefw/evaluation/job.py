@@ -194,7 +194,7 @@ def _several(argument: str, given: str | Path | Sequence[str | Path]) -> tuple[s
 
 
 def _evaluate(job: _Job, say: Callable[[str], None], progress: bool, ranks: Ranks) -> Evaluation | None:
-    folders = [ranks.first_here(partial(_locate, name)) for name in job.names]
+    folders = [ranks.first_here(partial(locate, name)) for name in job.names]
     _check_against(job, folders)
     if job.output:
         _check_output(job, job.output, folders)
@@ -224,7 +224,8 @@ def _evaluate(job: _Job, say: Callable[[str], None], progress: bool, ranks: Rank
     return evaluation
 
 
-def _locate(name: str) -> Path:
+def locate(name: str) -> Path:
+    """The folder of a checkpoint: "default" is the embedded model, and other names are as for `checkpoint.locate`."""
     return DEFAULT_MODEL if name == DEFAULT else checkpoint.locate(name)
 
 

@@ -21,6 +21,7 @@ from sparsefw.data import load_tokenizer
 from sparsefw.errors import InputError, shown
 from sparsefw.evaluation.answers import Budget, scores_of
 from sparsefw.evaluation.encoding import LOGLIKELIHOOD, ROLLING, Question, encoder
+from sparsefw.evaluation.job import locate
 from sparsefw.evaluation.request import Request, Score
 from sparsefw.model import read_config
 from sparsefw.ranks import joined
@@ -64,7 +65,7 @@ class StreamedLM(TemplateLM):
         """Open a checkpoint; no weights are read.
 
         Args:
-            pretrained: folder or Hub id of a checkpoint in safetensors; it must be given.
+            pretrained: folder or Hub id of a checkpoint in safetensors, or "default"; it must be given.
             tokenizer: folder of another checkpoint whose tokenizer is taken, its Hub id, or a tokenizer.
             max_length: most tokens that the model reads at once; None: as its config says.
             add_bos_token: whether texts get a start token; None: as the tokenizer's files say.
@@ -91,7 +92,7 @@ class StreamedLM(TemplateLM):
         _check_batch_size("max_batch_size", max_batch_size)
         self._device = _checked_device(device)
         add_bos_token = _boolean("add_bos_token", add_bos_token)
-        self.checkpoint = checkpoint.inspect(checkpoint.locate(str(pretrained)))
+        self.checkpoint = checkpoint.inspect(locate(str(pretrained)))
         self.config = read_config(self.checkpoint)
         self.config.name_or_path = str(pretrained)
         self.tokenizer = self._tokenizer(tokenizer, add_bos_token)
@@ -205,7 +206,7 @@ class StreamedLM(TemplateLM):
             return load_tokenizer(self.checkpoint.folder, add_bos_token)
         if not isinstance(given, str | Path):
             raise InputError(f"tokenizer: expected a folder, a Hub id or a tokenizer, got {type(given).__name__}")
-        folder = checkpoint.locate(str(given))
+        folder = locate(str(given))
         checkpoint.inspect_tokenizer(folder)
         return load_tokenizer(folder, add_bos_token)
 

@@ -17,6 +17,7 @@ import sparsefw.lm_eval as command
 from sparsefw import evaluation
 from sparsefw.errors import InputError
 from sparsefw.evaluation import StreamedLM, language_model
+from sparsefw.inputs import DEFAULT_MODEL
 
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -57,6 +58,11 @@ def test_the_harness_finds_it_by_its_name(model, manager):
     assert answers(found, "tiny_rolling") == pytest.approx(answers(expected, "tiny_rolling"), abs=1e-3, rel=1e-6)
     assert found["config"]["model_num_parameters"] == theirs.get_model_info()["model_num_parameters"]
     assert get_model("sparsefw") is StreamedLM
+
+
+def test_the_embedded_model_has_its_name():
+    assert StreamedLM("default").checkpoint.folder == DEFAULT_MODEL
+    assert StreamedLM(DEFAULT_MODEL, tokenizer="default").tokenizer.name_or_path == str(DEFAULT_MODEL)
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
