@@ -46,7 +46,7 @@ def run_parser(description: str | None) -> Parser:
     add("--gpu-memory", type=float, metavar="GIB", help=f"the run takes at most this of the GPU's memory {free}")
     add("--host-memory", type=float, metavar="GIB", help=f"the run takes at most this of the host's memory {free}")
     add("--output", type=Path, default=Path("pruned"), metavar="DIR", help="folder for the result (default: pruned)")
-    add("--overwrite", action="store_true", help="replace what is in the output folder")
+    add("--overwrite", action="store_true", help="replace the older checkpoint in the output folder")
     add("--restart", action="store_true", help="discard what an interrupted run has finished; without it the same "
         "command goes on from there")  # fmt: skip
     return parser

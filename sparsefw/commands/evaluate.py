@@ -78,7 +78,7 @@ def _parser() -> Parser:
     add("--host-memory", type=float, metavar="GIB", help=f"take at most this of the host's memory {free}")
     add("--output", type=Path, metavar="DIR", help="folder for evaluation.json; with it, the same command goes on "
         "after an interruption")  # fmt: skip
-    add("--overwrite", action="store_true", help="replace what is in the output folder")
+    add("--overwrite", action="store_true", help="replace the older evaluation in the output folder")
     add("--restart", action="store_true", help="discard what an interrupted evaluation has finished")
     add("--plan", action="store_true", help="say what would be computed and what memory it takes, and no more")
     return parser

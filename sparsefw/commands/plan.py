@@ -47,12 +47,12 @@ def _parser() -> Parser:
     add("--disk", type=_gigabytes, metavar="N", help="rate of reading and writing, in 10^9 bytes a second (default: it "
         "costs no time)")  # fmt: skip
     add("--gpus", type=int, default=1, metavar="N", help="so many GPUs of a machine share the work (default: 1)")
-    add("--nodes", type=int, default=1, metavar="M", help="of so many machines (default: 1)")
+    add("--nodes", type=int, default=1, metavar="M", help="so many machines share it, with --gpus each (default: 1)")
     add("--link", type=_gigabytes, metavar="N", help="rate at which a GPU sends to the others of its machine, in 10^9 "
         "bytes a second (default: about that of the card)")  # fmt: skip
     add("--network", type=_gigabytes, metavar="N", help="the same to other machines (default: "
         f"{NETWORK / 1e9:.0f})")  # fmt: skip
-    add("--measure", action="store_true", help="measure --tflops and --bandwidth on this machine, in seconds")
+    add("--measure", action="store_true", help="measure --tflops and --bandwidth here, which takes seconds")
     add("--json", type=Path, metavar="FILE", help="write the same as JSON")
     return parser
 

@@ -1,9 +1,10 @@
 """Check a pruned checkpoint against its report and its source: `python -m sparsefw.verify OUTPUT [--against MODEL]`.
 
 It checks that all files are those that the run wrote. It reads them again, block by block, and checks that they are
-sound, that no layer has more weights than the pattern allows, that all other tensors are the source's, bit for bit, and
-after --keep-zeros that the source's zeros are zero. Exit status 0: all is well; 1: a check failed, and the culprits are
-listed; 2: there is nothing to check. Started by torchrun, several processes share the work and print one verdict.
+sound, that no layer has more weights than the pattern allows, that all other tensors are the source's, bit for bit,
+as are kept weights unless they were refitted, and after --keep-zeros that the source's zeros are zero. Exit status 0:
+all is well; 1: a check failed, and the culprits are listed; 2: bad input, as where there is nothing to check. Started
+by torchrun, several processes share the work and print one verdict.
 """
 
 from pathlib import Path

@@ -72,7 +72,8 @@ class PruneConfig:
     )  # fmt: skip
     method: str = flag("how masks are chosen", "sparsefw", choices=METHODS)
     compare: tuple[str, ...] = flag(
-        "prune with this one of --method's too, for the table; may be repeated (default: none; embedded model: wanda)",
+        "prune with this method too, of those that --method takes, for the table; may be repeated (default: none; "
+        "embedded model: wanda)",
         (),
         metavar="METHOD",
         choices=METHODS,
@@ -123,7 +124,7 @@ class PruneConfig:
     )  # fmt: skip
     swaps: int = flag(
         "1-swaps at most of every row's mask after Frank-Wolfe, each of which lowers the row's error (default: 0; 100 "
-        "with --refit 0, but for the other presets)",
+        "with --refit 0 and without another --preset)",
         metavar="N", least=0, most=10**6, frank_wolfe=True,
     )  # fmt: skip
     refit: int = flag(
@@ -144,15 +145,15 @@ class PruneConfig:
     )  # fmt: skip
     damp: float = flag(
         "this share of the Gram matrix's diagonal is added to it where masks and weights are chosen, so that they hold "
-        "on other text (default: 1.6; with --reconstruct 0: 0.4 with up to 32500 tokens of calibration, with more "
-        "13000 / tokens, at least 0.1; 0.2 with --refit 0, but for --preset paper: 0)",
+        "on other text (default: 1.6; with --reconstruct 0 and with --preset fast: 0.4 with up to 32500 tokens of "
+        "calibration, with more 13000 / tokens, at least 0.1; 0.2 with --refit 0; 0 with --preset paper)",
         # Far more than is of use; a diagonal of real inputs stays finite in fp32 with it.
         metavar="D", least=0, most=2**20, frank_wolfe=True,
     )  # fmt: skip
     reconstruct: int = flag(
         "passes over the calibration windows that fit the kept weights of each block together, after --method; 0 "
         "leaves them as the method makes them (default: 1; 2 with fewer than 128 windows on a rank; 0 with --refit 0, "
-        "and with other methods and presets)",
+        "with another --method or --preset, and with a single window on a rank)",
         metavar="PASSES", least=0, most=10**4,
     )  # fmt: skip
     kernel: str = flag(
