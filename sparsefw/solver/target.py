@@ -9,7 +9,7 @@ Pruning then approximates T instead of W, so that each layer repairs the errors 
 layer that writes to the residual stream includes that stream.
 
 B comes from one of three matrices, whichever calibration has measured. X_dense is the layer's input in the dense model,
-S the stream behind the layer in the dense model, h the stream before it (less the bias):
+S the stream behind the layer in the dense model, h the stream before it plus the bias:
 
     "inputs":   C^T = X (X_dense - X)^T, and B = W C, where the layer's output is its product: D = W X_dense - W X
     "streams":  (S - h) X^T, and B = (S - h) X^T - W G, where it adds its product to the stream: D = S - (h + W X)
