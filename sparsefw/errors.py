@@ -1,4 +1,4 @@
-"""The exception for mistakes that a user can mend, and text from files made safe for messages."""
+"""The exception for mistakes that a user can mend, and what messages are made of."""
 
 import os
 from collections.abc import Iterator
@@ -33,6 +33,11 @@ def shown(text: object, limit: int = 200) -> str:
     text = str(text)
     line = printable(text[:limit])
     return line if len(text) <= limit else f"{line}... ({len(text)} characters)"
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things, as "1 window" and "2 windows"."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def tell(line: str) -> None:

@@ -13,6 +13,7 @@ from sparsefw.data import Batch, Batches
 from sparsefw.driver.job import Job, Prepared
 from sparsefw.driver.run import carry_out, kernel_line, workload_of
 from sparsefw.driver.saved import check_state, save
+from sparsefw.errors import counted
 from sparsefw.estimate import pruned_shape
 from sparsefw.model import ResidentModel, resident, shape_of_resident
 from sparsefw.process import on_gpu, this_device
@@ -86,7 +87,7 @@ def _prepare(
     for note in model.notes:
         say(f"note: {note}")
     dtype = next(model.model.parameters()).dtype
-    say(f"model: {type(model.model).__name__} in memory, {len(model.firsts)} blocks, {dtype}")
+    say(f"model: {type(model.model).__name__} in memory, {counted(len(model.firsts), 'block')}, {dtype}")
     say(f"calibration: {amount(calibration.source, calibration.n, tokens)}")
     shape = pruned_shape(whole, config)
     say(log.sparsity_line(config, shape, whole))

@@ -21,13 +21,13 @@ from sparsefw.driver.loop import prune_model
 from sparsefw.driver.reporting import report_of
 from sparsefw.driver.tasks import Asked, questions_of, task_samples
 from sparsefw.driver.texts import tokenized_texts
-from sparsefw.errors import InputError
+from sparsefw.errors import InputError, counted
 from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place, pruned_shape
 from sparsefw.evaluation.request import digest_of
 from sparsefw.flags import flag_of
 from sparsefw.model import BlockModel, Placement, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
-from sparsefw.report import Report, html, log, machine
+from sparsefw.report import Report, amount, html, log, machine
 from sparsefw.solver import PruneConfig
 
 # Inputs that are compared by their content, not by name, when a run goes on with what another has finished.
@@ -181,8 +181,8 @@ def _prepare(
     notes = model.notes + checkpoint.note_of_others(job.folder)
     for note in notes:
         say(f"note: {note}")
-    say(f"model: {inputs.model}, {len(model.firsts)} blocks, {source.dtype}")
-    say(f"calibration: {calibration.n} windows of {calibration.seqlen} tokens of {calibration.source}")
+    say(f"model: {inputs.model}, {counted(len(model.firsts), 'block')}, {source.dtype}")
+    say(f"calibration: {amount(calibration.source, calibration.n, calibration.seqlen)} of {calibration.source}")
     whole = shape_of(source)
     shape = pruned_shape(whole, config)
     say(log.sparsity_line(config, shape, whole))

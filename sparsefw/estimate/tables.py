@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from sparsefw.errors import counted
 from sparsefw.estimate.memory import GIB
 
 UNKNOWN = (
@@ -44,7 +45,7 @@ def _workload_lines(content: dict[str, Any]) -> Iterator[str]:
     model, workload = content["model"], content["workload"]
     yield (
         f"model: {model['name']}, {model['class']}, {model['parameters']:,} parameters, "
-        f"{model['blocks']} blocks, {model['dtype']}"
+        f"{counted(model['blocks'], 'block')}, {model['dtype']}"
     )
     evaluation = " + ".join(map(str, workload["evaluation"]))
     yield (
@@ -123,7 +124,7 @@ def _placement(placement: dict[str, Any]) -> str:
     ahead = together if placement["ahead"] else "blocks one after another"
     kept = f", inputs of up to {placement['kept_width']} entries kept" if placement["kept_width"] else ""
     return (
-        f"micro-batches of {placement['batch']} windows, activations {where}, {ahead}, "
+        f"micro-batches of {counted(placement['batch'], 'window')}, activations {where}, {ahead}, "
         f"solves in {placement['solver'] / GIB:.2f} GiB{kept}"
     )
 

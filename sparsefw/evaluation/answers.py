@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from sparsefw import checkpoint, process
-from sparsefw.errors import InputError
+from sparsefw.errors import InputError, counted
 from sparsefw.estimate import MemoryNeeds, memory_limits
 from sparsefw.evaluation.packing import Sharing, row_sizes
 from sparsefw.evaluation.request import Request, Score
@@ -171,7 +171,7 @@ def _opened(
     shape = shape_of(source)
     mine = [requests[n] for n in shares_of(requests, ranks)[ranks.number]]
     with StreamedModel(source, device) as model, process.gpu_limited(limits.get("gpu")), torch.no_grad():
-        say(f"model: {folder}, {len(model.blocks)} blocks, {source.dtype}")
+        say(f"model: {folder}, {counted(len(model.blocks), 'block')}, {source.dtype}")
         before = process.resident(), process.held_on_gpu(device)
         with ExitStack() as embeddings:
             embeddings.enter_context(embedded(model, mine))

@@ -19,6 +19,7 @@ from sparsefw.checkpoint import quantization
 from sparsefw.checkpoint.reader import read_tensors
 from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.checkpoint.tensors import Loadable, QuantizedInfo, TensorInfo, dequantized
+from sparsefw.errors import counted
 from sparsefw.finite import check_finite
 from sparsefw.model import skeleton
 from sparsefw.model.explained import TEXT, explained
@@ -321,7 +322,9 @@ class StreamedModel:
             if tensors[name].dtype.is_floating_point and tensors[name].dtype != dtype:
                 changed.setdefault(dtype, []).append(name)
         for dtype, names in changed.items():
-            notes.append(f"read and written as {dtype}: {len(names)} tensors of another dtype, {names[0]} first")
+            notes.append(
+                f"read and written as {dtype}: {counted(len(names), 'tensor')} of another dtype, {names[0]} first"
+            )
         return notes
 
     def _share(self, i: int) -> None:

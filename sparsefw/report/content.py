@@ -9,7 +9,7 @@ from typing import TypeVar
 from sparsefw.checkpoint import typed_json
 from sparsefw.checkpoint.typed_json import NAMES
 from sparsefw.data.batches import BATCHES
-from sparsefw.errors import InputError, first_line
+from sparsefw.errors import InputError, counted, first_line
 from sparsefw.report.tasks import TaskRecord
 from sparsefw.solver import LayerResult
 from sparsefw.timeline import Span
@@ -122,8 +122,8 @@ class EvaluationText:
 def amount(source: str, number: int, length: int) -> str:
     """How much runs through a model: windows of a text, or a caller's batches."""
     if source == BATCHES:
-        return f"{number} batches of up to {length} positions"
-    return f"{number} windows of {length} tokens"
+        return f"{number} {'batch' if number == 1 else 'batches'} of up to {length} positions"
+    return f"{counted(number, 'window')} of {length} tokens"
 
 
 @dataclass(frozen=True)

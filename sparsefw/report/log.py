@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from sparsefw.errors import counted
 from sparsefw.model import Placement
 from sparsefw.process import peak_memory
 from sparsefw.report.content import HIDDEN, RankRecord, Reconstruction, Report, amount, mean
@@ -64,7 +65,8 @@ def reconstruction_row(block: str, found: Reconstruction) -> str:
     notes = "; put back" if found.put_back else ""
     notes += f"; another run may give other bits: {found.varies}" if found.varies else ""
     loss = "loss" if found.loss == HIDDEN else f"loss of {found.loss}"
-    return f"{block}: reconstructed in {found.steps} steps, {loss} {found.before:.5f} -> {found.after:.5f}{notes}"
+    steps = counted(found.steps, "step")
+    return f"{block}: reconstructed in {steps}, {loss} {found.before:.5f} -> {found.after:.5f}{notes}"
 
 
 def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
@@ -106,7 +108,7 @@ def reconstruction_line(report: Report) -> str:
     ratios = [1.0 if one.put_back or not one.before else one.after / one.before for one in found]
     back = sum(one.put_back for one in found)
     return (
-        f"reconstruction: {len(found)} blocks, loss on held-out windows x {mean(ratios):.3f} in the mean; "
+        f"reconstruction: {counted(len(found), 'block')}, loss on held-out windows x {mean(ratios):.3f} in the mean; "
         f"{back} put back. Errors of layers are those before it"
     )
 
@@ -115,7 +117,8 @@ def rank_line(rank: RankRecord) -> str:
     """The work, the waits and the memory of one of several processes."""
     seconds = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in rank.seconds.items())
     return (
-        f"{rank.windows} windows; {sum(rank.sent.values()) / 1e9:.3f} GB sent, {rank.waited:.1f} s waited for others; "
+        f"{counted(rank.windows, 'window')}; {sum(rank.sent.values()) / 1e9:.3f} GB sent, "
+        f"{rank.waited:.1f} s waited for others; "
         f"{rank.peak_memory['host_bytes'] / 2**30:.2f} GiB (host); {seconds}; {rank.device} of {rank.machine}"
     )
 
@@ -147,7 +150,7 @@ def placement_line(placement: Placement, needs: "MemoryNeeds", limits: dict[str,
         limits: memory limits in bytes, by place.
         of_batches: whether a caller's batches run through the model, and not windows.
     """
-    held = "a batch" if of_batches else f"{placement.batch} windows"
+    held = "a batch" if of_batches else counted(placement.batch, "window")
     peaks = [f"{getattr(needs, what) / 2**30:.2f} of {n / 2**30:.2f} GiB ({what})" for what, n in limits.items()]
     where = "" if "gpu" not in limits and placement.place == "host" else f"; activations: {placement.place}"
     ahead = "" if placement.ahead else "; nothing read ahead"

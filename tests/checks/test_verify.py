@@ -155,8 +155,8 @@ class TestPasses:
         status, printed, _ = verdict(capsys, output)
         assert status == 0, printed
         note = "note: the source: read and written as"
-        assert f"{note} torch.bfloat16: 1 tensors of another dtype, {NORM} first\n" in printed
-        assert f"{note} torch.float32: 1 tensors of another dtype, {router} first\n" in printed
+        assert f"{note} torch.bfloat16: 1 tensor of another dtype, {NORM} first\n" in printed
+        assert f"{note} torch.float32: 1 tensor of another dtype, {router} first\n" in printed
         change_tensor(output, router, lambda tensor: tensor.half())
         failure = f"{router}: is torch.float16, in the source torch.bfloat16"
         assert verdict(capsys, output)[2]["shapes"] == [failure]

@@ -98,10 +98,10 @@ class TestPlacementLine:
 
     def test_on_a_gpu(self):
         needs = SimpleNamespace(host=1 << 30, gpu=2 << 30)
-        placement = Placement(batch=2, place="disk", ahead=False)
+        placement = Placement(batch=1, place="disk", ahead=False)
         line = log.placement_line(placement, needs, {"host": 4 << 30, "gpu": 3 << 30})
         assert line == (
-            "memory: 1.00 of 4.00 GiB (host), 2.00 of 3.00 GiB (gpu) expected at the peak; 2 windows at a time, solves "
+            "memory: 1.00 of 4.00 GiB (host), 2.00 of 3.00 GiB (gpu) expected at the peak; 1 window at a time, solves "
             "in 4 GiB; activations: disk; nothing read ahead"
         )
 
@@ -194,4 +194,4 @@ def test_reconstruction_line():
     assert [*log.summary(report)].count(line) == 1
     # Nothing was lost, so that nothing could be gained.
     report = with_reconstructions(Reconstruction(0.0, 0.0, 18, True), None, None)
-    assert "1 blocks, loss on held-out windows x 1.000" in log.reconstruction_line(report)
+    assert "1 block, loss on held-out windows x 1.000" in log.reconstruction_line(report)
