@@ -75,6 +75,7 @@ def test_block(benchmark, model, config, tmp_path):
                 placement.solver,
                 frozenset(shape.layer_names),
                 predicts=shape.blocks[-1].predicts,
+                experts=tuple(block.experts for block in shape.blocks),
             )
             outcomes.append(prune_model(run, Windows(ids, "random", ""), [], writer, placement))
             writer.finish(source.folder)

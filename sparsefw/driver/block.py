@@ -25,7 +25,6 @@ from sparsefw.model.layers import (
     Pair,
     Stage,
     capture,
-    experts_of,
     kind_of,
     measure,
     not_pruned,
@@ -55,6 +54,7 @@ class Run:
         evidence: what was read of the checkpoint; None: the model is in memory.
         confirmed: what is known of running blocks in parts, see `layers.survey`.
         predicts: whether next tokens are predicted from what the last block puts out, see `BlockShape`.
+        experts: by block, names of the modules that may be experts, see `BlockShape`.
     """
 
     model: BlockModel
@@ -68,6 +68,7 @@ class Run:
     evidence: Evidence | None = None
     confirmed: Confirmed = field(default_factory=dict)
     predicts: bool = field(kw_only=True)
+    experts: tuple[frozenset[str], ...] = field(kw_only=True)
 
 
 @dataclass
@@ -119,13 +120,13 @@ def prune_block(
         if _selected_layers(run, i):
             # All layers of the block are measured at once.
             with timeline.span("calibrate", i):
-                captured = combine(run.model.blocks[i], _capture(run, i, states, held_out), run.ranks)
+                captured = combine(run.model.blocks[i], _capture(run, i, states, held_out), run.ranks, run.experts[i])
                 _check_seen(run, i, captured)
                 _check_known(run, i, captured.ignored)
                 _check_apart(run, i, captured.layers)
             yield from _solve(run, i, captured, method)
         return
-    pair, pruned = Pair(i, states, dense.states, dense.block), list[Layer]()
+    pair, pruned = Pair(i, states, dense.states, dense.block, run.experts[i]), list[Layer]()
     for stage in dense.stages:
         with timeline.span("calibrate", i):
             captured = measure(
@@ -136,7 +137,7 @@ def prune_block(
                 keep=_is_kept(run, stage),
                 passing=held_out,
             )
-            captured = combine(run.model.blocks[i], captured, run.ranks)
+            captured = combine(run.model.blocks[i], captured, run.ranks, run.experts[i])
             _check_seen(run, i, captured)
             pruned += captured.layers
             _check_apart(run, i, pruned)
@@ -163,7 +164,8 @@ def _is_kept(run: Run, stage: Stage) -> bool:
 def _solve(run: Run, i: int, captured: Captured, method: str) -> Iterator[LayerResult]:
     """Prune the layers that were measured, those of one input at a time. Their matrices leave memory one by one."""
     timeline, ranks = run.model.timeline, run.ranks
-    solves, results = find_solves(run.model.blocks[i], captured, method, run.config, ranks), dict[str, LayerResult]()
+    results = dict[str, LayerResult]()
+    solves = find_solves(captured, method, run.config, ranks, run.experts[i])
     if not ranks.alone:
         with timeline.span("exchange", i):
             add_up(captured, solves, ranks, run.backend)
@@ -234,7 +236,7 @@ def _selected_layers(run: Run, i: int) -> list[str]:
 def find_stages(run: Run, i: int, states: HiddenStates) -> list[Stage]:
     """The stages of block i, which is open. The first micro-batch shows them; none if no layer is to be pruned."""
     # It may not reach the experts that are selected: others of their kind stand for them.
-    experts = experts_of(run.model.blocks[i])
+    experts = run.experts[i]
     kinds = {kind_of(layer, experts) for layer in _selected_layers(run, i)}
     if not kinds:
         return []
@@ -247,6 +249,7 @@ def find_stages(run: Run, i: int, states: HiddenStates) -> list[Stage]:
             lambda name: kind_of(name, experts) in kinds,
             handed_on=partial(states.handed_on, i, inputs),
             confirmed=run.confirmed,
+            experts=experts,
         )
     _check_known(run, i, surveyed.ignored)
     found = stages(surveyed)
@@ -270,6 +273,7 @@ def _capture(run: Run, i: int, states: HiddenStates, held_out: Container[int]) -
         [j for j in range(len(states)) if j not in held_out],
         backend=run.backend,
         selected=_selector(run, i),
+        experts=run.experts[i],
     )
 
 
@@ -291,8 +295,7 @@ def _check_known(run: Run, i: int, unselected: Iterable[str]) -> None:
     """Refuse a block that multiplies with other matrices than it did without weights: they would stay dense unsaid."""
     dense, block = run.model.shared.names, run.model.names[i]
     others = [name for name in unselected if f"{block}.{name}" not in dense]
-    experts = experts_of(run.model.blocks[i])
-    unknown = [name for name in others if run.seen and kind_of(name, experts) not in run.seen[i]]
+    unknown = [name for name in others if run.seen and kind_of(name, run.experts[i]) not in run.seen[i]]
     if unknown:
         raise InputError(f"{block}.{unknown[0]}: unsupported model: the block multiplies with it for some tokens only")
 

@@ -113,6 +113,7 @@ def carry_out(
                     ranks,
                     prepared.evidence,
                     predicts=prepared.shape.blocks[-1].predicts,
+                    experts=tuple(block.experts for block in prepared.shape.blocks),
                 ),
                 prepared.calibration,
                 prepared.evaluation,

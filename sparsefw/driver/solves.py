@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsefw.errors import InputError
 from sparsefw.kernels.backend import Backend
-from sparsefw.model.layers import Captured, Layer, experts_of, is_expert, layer_of
+from sparsefw.model.layers import Captured, Layer, is_expert, layer_of
 from sparsefw.ranks import Handle, Ranks, balanced
 from sparsefw.solver import LayerResult, PruneConfig, cost_of_solve, rows_by_rank
 
@@ -42,8 +42,10 @@ class Solve:
         return cost_of_solve(sum(len(layer.weight) for layer in self.layers), self.layers[0].weight.shape[1])
 
 
-def find_solves(block: nn.Module, captured: Captured, method: str, config: PruneConfig, ranks: Ranks) -> list[Solve]:
-    """The solves of all layers of a block, in the order of the layers' use."""
+def find_solves(
+    captured: Captured, method: str, config: PruneConfig, ranks: Ranks, experts: frozenset[str]
+) -> list[Solve]:
+    """The solves of all layers of a block, in the order of the layers' use; `experts` as for `kind_of`."""
     alike: dict[tuple[str, torch.dtype], list[Layer]] = defaultdict(list)
     for layer in captured.layers:
         alike[layer.gram, layer.weight.dtype].append(layer)
@@ -54,24 +56,22 @@ def find_solves(block: nn.Module, captured: Captured, method: str, config: Prune
         together = [[layer] for layers in together for layer in layers]
     rows_shared = config.rows_shared(method)
     solves = [Solve(layers) for layers in together]
-    experts = experts_of(block)
     whole = [n for n, solve in enumerate(solves) if not rows_shared or is_expert(solve.gram, experts)]
     for n, owner in zip(whole, balanced([solves[n].cost for n in whole], ranks.count), strict=True):
         solves[n] = Solve(solves[n].layers, owner)
     return solves
 
 
-def combine(block: nn.Module, captured: Captured, ranks: Ranks) -> Captured:
+def combine(block: nn.Module, captured: Captured, ranks: Ranks, experts: frozenset[str]) -> Captured:
     """The layers that any rank has seen, with this rank's matrices, of zeros where it has none.
 
-    A token is sent to few experts, so that ranks may see different ones.
+    A token is sent to few experts, so that ranks may see different ones; `experts` as for `kind_of`.
 
     Raises:
         InputError: other layers differ, too.
     """
     if ranks.alone:
         return captured
-    experts = experts_of(block)
     seen = [dict(rows) for rows in ranks.gather([(x.name, _form_of(x, captured)) for x in captured.layers])]
     forms = {name: form for layers in seen for name, form in layers.items()}
     for name, form in forms.items():

@@ -22,7 +22,7 @@ from sparsefw.model.hidden_states import HiddenStates, embed, embed_batches
 from sparsefw.model.layers import (
     ArbitraryChoices,
     Layer,
-    experts_of,
+    find_experts,
     find_no_layers,
     is_expert,
     kind_of,
@@ -223,10 +223,11 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
     """
     block, inputs = states.model.blocks[i], states.inputs(i, 0)
     run = partial(states.call, i, 0, inputs=inputs)
-    parameters, experts = dict(block.named_parameters()), experts_of(block)
-    look = partial(survey, block, run, states.hidden[0], handed_on=partial(states.handed_on, i, inputs))
+    parameters, hidden = dict(block.named_parameters()), states.hidden[0]
     with ArbitraryChoices():
-        no_layers = shared | find_no_layers(block, partial(run, states.hidden[0]))
+        experts = find_experts(block, partial(run, hidden))
+        no_layers = shared | find_no_layers(block, partial(run, hidden))
+        look = partial(survey, block, run, hidden, handed_on=partial(states.handed_on, i, inputs), experts=experts)
 
         def may_be_layer(name: str) -> bool:
             # Experts are slices of a parameter that may be shared as a whole.
@@ -255,7 +256,7 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
     if not layers and not shared.issuperset(parameters):
         raise InputError(f"{states.model.names[i]}: unsupported model: no matrix of this block was seen in a product")
     nbytes, shapes = sum(p.nbytes for p in parameters.values()), tuple(layers.values())
-    names = tuple(name for name in _names_of_layers(block, layers) if may_be_layer(name))
+    names = tuple(name for name in _names_of_layers(block, layers, experts) if may_be_layer(name))
     seen = frozenset(kind_of(name, experts) for name in (*surveyed.roles, *surveyed.ignored))
     return BlockShape(nbytes, shapes, attention=surveyed.attention, seen=seen, experts=experts), names
 
@@ -268,9 +269,9 @@ def _cut_unevenly(layers: list[Layer]) -> set[str]:
     return {layer.name for layer in layers if len(sizes[without_index(layer.name)]) > 1}
 
 
-def _names_of_layers(block: nn.Module, kinds: dict[str, LayerShape]) -> tuple[str, ...]:
-    """Names of all layers of these kinds, with the experts that no token has reached."""
-    experts, by_kind = experts_of(block), {kind: list[str]() for kind in kinds}
+def _names_of_layers(block: nn.Module, kinds: dict[str, LayerShape], experts: frozenset[str]) -> tuple[str, ...]:
+    """Names of all layers of these kinds, with the experts that no token has reached; `experts` as for `kind_of`."""
+    by_kind = {kind: list[str]() for kind in kinds}
     for name, parameter in block.named_parameters():
         stacked = kinds.get(kind_of(f"{name}[0]", experts))
         for layer in slices_of(name, parameter, stacked.rows * stacked.d if stacked else None) or [name]:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from sparsefw.driver.solves import find_solves
 from sparsefw.model.layers import Captured, Layer
@@ -21,6 +20,6 @@ def test_layers_of_one_input_and_one_dtype(ranks):
     }
     layers = [Layer(name, torch.ones(3, 4, dtype=dtype), gram) for name, (gram, dtype) in forms.items()]
     captured = Captured(layers, {}, {}, [])
-    solves = find_solves(nn.Identity(), captured, "sparsefw", PruneConfig(kernel="torch"), ranks)
+    solves = find_solves(captured, "sparsefw", PruneConfig(kernel="torch"), ranks, frozenset())
     assert [[layer.name for layer in solve.layers] for solve in solves] == [["q", "v"], ["k"], ["o"]]
     assert [solve.gram for solve in solves] == ["q", "q", "o"]

@@ -109,7 +109,7 @@ def prune(source, plan, tmp_path, monkeypatch, counter=None, ranks=ALONE):
     layers = frozenset(plan.shape.layer_names)
     run = Run(
         model, workload.config, backend, placement.solver, layers, placement.kept_width, ranks=ranks, confirmed=Known(),
-        predicts=plan.shape.blocks[-1].predicts,
+        predicts=plan.shape.blocks[-1].predicts, experts=tuple(block.experts for block in plan.shape.blocks),
     )  # fmt: skip
     products = Products({4})
     shards = len(model.blocks) + len(model.pieces)

@@ -118,7 +118,9 @@ def test_a_run_reads_and_writes_activations_as_counted(options, tmp_path, monkey
     model = StreamedModel(checkpoint.inspect(source), torch.device("cpu"))
     shape, solver = plan.shape, plan.placement.solver
     predicts = shape.blocks[-1].predicts
-    run = Run(model, config, config.backend, solver, frozenset(shape.layer_names), predicts=predicts)
+    experts = tuple(block.experts for block in shape.blocks)
+    layers = frozenset(shape.layer_names)
+    run = Run(model, config, config.backend, solver, layers, predicts=predicts, experts=experts)
     windows = Windows(torch.randint(2, 250, (7, SEQLEN), generator=torch.Generator().manual_seed(0)), "text", "")
     with Writer(tmp_path / "out", len(model.blocks) + len(model.pieces)) as writer:
         prune_model(run, windows, [], writer, replace(plan.placement, folder=tmp_path))

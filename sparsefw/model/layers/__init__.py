@@ -2,6 +2,7 @@
 
 from sparsefw.model.layers.capture import Captured, DenseOutputs, capture, dense_outputs
 from sparsefw.model.layers.finding import Confirmed, Survey, stages, survey
+from sparsefw.model.layers.in_turn import find_experts
 from sparsefw.model.layers.measure import Pair, measure
 from sparsefw.model.layers.names import Layer, experts_of, is_expert, kind_of, layer_of, not_pruned, slices_of
 from sparsefw.model.layers.routers import ArbitraryChoices, find_no_layers
@@ -24,6 +25,7 @@ __all__ = [
     "dense_outputs",
     "everything",
     "experts_of",
+    "find_experts",
     "find_no_layers",
     "first_segments",
     "is_expert",

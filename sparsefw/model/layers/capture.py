@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.kernels.backend import Backend
-from sparsefw.model.layers.names import Layer, experts_of, is_expert
+from sparsefw.model.layers.names import Layer, is_expert
 from sparsefw.model.layers.stage import Stage
 from sparsefw.model.layers.watch import Selector, Watch, everything
 from sparsefw.solver.target import Cross
@@ -53,6 +53,7 @@ def capture(
     stage: Stage | None = None,
     dense: DenseOutputs | None = None,
     passing: Container[int] = (),
+    experts: frozenset[str] | None = None,
 ) -> Captured:
     """Run a block over its calibration inputs; find its layers and accumulate the Gram matrices of their inputs.
 
@@ -66,6 +67,7 @@ def capture(
         stage: watch its layers only, and run no more of the block than they need; None: the whole block.
         dense: outputs of the dense model's layers; with them, cross matrices are accumulated, too.
         passing: numbers of the micro-batches that are run and not measured.
+        experts: as for `WeightNames`.
 
     Raises:
         InputError: a layer shares its input with different layers from one micro-batch to the next.
@@ -92,20 +94,23 @@ def capture(
             # Rounded only once, whatever the dtype: torch subtracts in fp32.
             backend.cross_accumulate(crosses[name].matrix, (expected - output).to(X.dtype), X)
 
-    watch = Watch(block, selected, add_gram, stage, record_outputs=dense is not None)
+    watch = Watch(block, selected, add_gram, stage, record_outputs=dense is not None, experts=experts)
     for j in batches:
         watch.through(partial(run, j))
         if dense:
             add_crosses(dense(j))
-    experts = experts_of(block)
-    idle = {name for name, G in grams.items() if is_expert(name, experts) and not G.diagonal().any()}
+    idle = {name for name, G in grams.items() if is_expert(name, watch.experts) and not G.diagonal().any()}
     layers = [layer for layer in watch.layers.values() if layer.gram not in idle]
     grams = {name: backend.mirror_lower(G) for name, G in grams.items() if name not in idle}
     return Captured(layers, grams, crosses, watch.ignored)
 
 
 def dense_outputs(
-    block: nn.Module, run: Run, stage: Stage | None = None, selected: Selector = everything
+    block: nn.Module,
+    run: Run,
+    stage: Stage | None = None,
+    selected: Selector = everything,
+    experts: frozenset[str] | None = None,
 ) -> DenseOutputs:
     """Outputs of a stage's layers in the dense model.
 
@@ -117,12 +122,13 @@ def dense_outputs(
         stage: None is the whole block.
         selected: selects the layers whose outputs are recorded; the same as in `capture`, so that outputs of both
             models are followed as far.
+        experts: as for `WeightNames`.
     """
     moves = stage is not None and (stage.final or stage.behind is not None)
 
     def outputs_of(j: int) -> Callable[[str], Tensor | None]:
         # A new watch for each micro-batch, so that the outputs are freed with it.
-        watch = Watch(block, selected, stage=stage, record_outputs=True, run_on=moves)
+        watch = Watch(block, selected, stage=stage, record_outputs=True, run_on=moves, experts=experts)
         watch.through(partial(run, j))
         return watch.outputs.output_of
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.errors import InputError
-from sparsefw.model.layers.names import Layer, experts_of, is_expert, kind_of
+from sparsefw.model.layers.names import Layer, is_expert, kind_of
 from sparsefw.model.layers.outputs import Outputs
 from sparsefw.model.layers.stage import UNKNOWN_ROLE, Role, Stage, Write, first_segments, is_watched
 from sparsefw.model.layers.trace import Trace
@@ -35,7 +35,7 @@ class Survey:
         writes: the layers that write to the stream.
         attention: number of layers that are used before attention is.
         ignored: names of the layers that were seen and not selected.
-        experts: see `experts_of`.
+        experts: see `WeightNames`.
     """
 
     layers: list[Layer]
@@ -56,6 +56,7 @@ def survey(
     *,
     handed_on: Callable[[Any], Any] = lambda returned: (),
     confirmed: Confirmed | None = None,
+    experts: frozenset[str] | None = None,
 ) -> Survey:
     """Look at the layers of a block.
 
@@ -68,8 +69,9 @@ def survey(
             hidden states.
         confirmed: what is known of other blocks. The first block of a kind is run in parts, and the parts are compared
             with the whole; those that make the same calls are not.
+        experts: as for `WeightNames`.
     """
-    watch, trace = Watch(block, selected, record_outputs=True), Trace(block, hidden)
+    watch, trace = Watch(block, selected, record_outputs=True, experts=experts), Trace(block, hidden, experts)
     returned: list[Any] = []
 
     def run_traced() -> None:
@@ -80,7 +82,7 @@ def survey(
         watch.through(run_traced)
     trace.end((hidden_of(returned[0]), handed_on(returned[0])))
     found = _roles(list(watch.layers.values()), trace, watch.outputs, hidden_of(returned[0]))
-    found = replace(found, ignored=tuple(watch.ignored), experts=experts_of(block))
+    found = replace(found, ignored=tuple(watch.ignored), experts=trace.experts)
     watch.outputs.clear()
     known = {} if confirmed is None else confirmed
     signature = (*trace.signature, *found.cuts, *found.roles.items())

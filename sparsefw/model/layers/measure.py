@@ -30,12 +30,14 @@ class Pair:
         pruned: the windows in the pruned model, whose block is open.
         dense: the windows in the dense model.
         dense_block: the dense model's block.
+        experts: as for `WeightNames`.
     """
 
     number: int
     pruned: HiddenStates
     dense: HiddenStates
     dense_block: nn.Module
+    experts: frozenset[str] | None = None
 
 
 class _Sums:
@@ -160,7 +162,7 @@ def _measure_watched(
             take = () if stage.behind is None else (stage.behind,)
             _run_dense(stage, pair, j, take=take, end=stage.behind)
 
-        outputs = dense_outputs(pair.dense_block, run_dense, stage, selected)
+        outputs = dense_outputs(pair.dense_block, run_dense, stage, selected, pair.experts)
     return capture(
         pair.pruned.model.blocks[pair.number],
         lambda j: _run_pruned(stage, pair, j),
@@ -170,6 +172,7 @@ def _measure_watched(
         stage=stage,
         dense=outputs,
         passing=passing,
+        experts=pair.experts,
     )
 
 

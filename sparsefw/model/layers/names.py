@@ -36,10 +36,11 @@ class Layer:
 
 
 def experts_of(block: nn.Module) -> frozenset[str]:
-    """Names of the modules in a block that may be experts: numbered, and one of several that are alike.
+    """Names of the modules in a block that look like experts: numbered, and one of several that are alike.
 
     Modules are alike if their parameters have the same names. Those of an `nn.Sequential` are no experts: every token
-    goes through all of them. Nor are parts of a block that are just numbered, as the attention and the MLP of T5.
+    goes through all of them. Nor are parts of a block that are just numbered, as the attention and the MLP of T5. Parts
+    that are alike may still be no experts: what they read shows it, see `find_experts`.
     """
     experts: set[str] = set()
     for name, module in block.named_modules():
@@ -59,7 +60,7 @@ def kind_of(name: str, experts: frozenset[str]) -> str:
 
     Args:
         name: the layer's name inside its block.
-        experts: see `experts_of`.
+        experts: names of the modules that may be experts.
     """
     parts = _SLICE.sub("*", name).split(".")
     starts = accumulate(parts, "{}.{}".format)
@@ -123,12 +124,16 @@ def layer_of(block: nn.Module, name: str, gram: str, shape: tuple[int, int], tra
 class WeightNames:
     """Finds the name of a weight by its memory: it is one of the block's parameters, or a slice of a stacked one.
 
+    Args:
+        block: the block.
+        experts: names of the modules that may be experts; None: those of `experts_of`.
+
     Attributes:
-        experts: see `experts_of`.
+        experts: names of the modules that may be experts.
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        self.experts = experts_of(block)
+    def __init__(self, block: nn.Module, experts: frozenset[str] | None = None) -> None:
+        self.experts = experts_of(block) if experts is None else experts
         self._by_storage: dict[int, list[tuple[Tensor, str]]] = {}
         for name, parameter in block.named_parameters():
             if parameter.dim() in (2, 3):

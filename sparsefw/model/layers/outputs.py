@@ -51,7 +51,7 @@ class Outputs:
     tokens in the dense model.
 
     Args:
-        experts: see `experts_of`.
+        experts: see `WeightNames`.
     """
 
     def __init__(self, experts: frozenset[str]) -> None:

@@ -96,7 +96,7 @@ class Progress:
     Args:
         stage: None watches the whole block.
         run_on: after the stage, let the micro-batch run on unwatched instead of ending its forward.
-        experts: see `experts_of`.
+        experts: see `WeightNames`.
 
     Attributes:
         over: whether the rest of the block goes unwatched.

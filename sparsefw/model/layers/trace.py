@@ -51,17 +51,18 @@ class Trace(NumberedCalls):
     Args:
         block: the block.
         hidden: the block's input.
+        experts: as for `WeightNames`.
 
     Attributes:
         uses: the calls that multiply with a layer, selected or not.
         attention: number of the first call that mixes tokens by attention; None if there is none.
-        experts: see `experts_of`.
+        experts: see `WeightNames`.
         signature: function and form of the output of every call. Equal signatures mean equal traces.
     """
 
-    def __init__(self, block: nn.Module, hidden: Tensor) -> None:
+    def __init__(self, block: nn.Module, hidden: Tensor, experts: frozenset[str] | None = None) -> None:
         super().__init__()
-        self._names = WeightNames(block)
+        self._names = WeightNames(block, experts)
         self.experts = self._names.experts
         self._form = hidden.shape, hidden.dtype
         self._points = [INPUT]

@@ -51,11 +51,13 @@ class Watch(TorchFunctionMode):
         stage: watch its layers only, and end a micro-batch's forward after them; None: the whole block.
         record_outputs: whether to record outputs of layers.
         run_on: after the stage, let a micro-batch run on unwatched instead of ending its forward.
+        experts: as for `WeightNames`.
 
     Attributes:
         layers: all layers seen so far by name, in the order of use.
         ignored: names of the layers that were seen and not selected.
         outputs: inputs and outputs of layers in the last micro-batch.
+        experts: see `WeightNames`.
     """
 
     def __init__(
@@ -67,15 +69,17 @@ class Watch(TorchFunctionMode):
         *,
         record_outputs: bool = False,
         run_on: bool = False,
+        experts: frozenset[str] | None = None,
     ) -> None:
         super().__init__()
-        self._names, self._selected, self._take_input = WeightNames(block), functools.cache(selected), take_input
-        self._progress, self._record_outputs = Progress(stage, run_on, self._names.experts), record_outputs
+        self._names, self._selected = WeightNames(block, experts), functools.cache(selected)
+        self._take_input, self.experts = take_input, self._names.experts
+        self._progress, self._record_outputs = Progress(stage, run_on, self.experts), record_outputs
         self.layers: dict[str, Layer] = {}
         self._ignored: dict[str, None] = {}
         # Inputs that layers of the micro-batch have read, by the tensor's id and how it is read.
         self._inputs: dict[tuple[int, Reading], _Input] = {}
-        self.outputs = Outputs(self._names.experts)
+        self.outputs = Outputs(self.experts)
 
     @property
     def ignored(self) -> list[str]:
