@@ -50,8 +50,8 @@ def prune_in_place(
         ranks: the processes that share the work; all of them have the model.
 
     Raises:
-        InputError: it is no model of transformers, it has adapters, entries of a weight share memory, no tokenizer is
-            known, or as `run`.
+        InputError: it is no model of transformers, it has adapters, a weight has no data, entries of a weight share
+            memory, no tokenizer is known, or as `run`.
     """
     if isinstance(model, nn.Module):
         _check_adapters(model)
@@ -94,8 +94,8 @@ def prune_on_batches(
         log, progress, ranks: as for `run_in_memory`.
 
     Raises:
-        InputError: the model is no module, it has adapters, entries of a weight share memory, or as `data.batches_of`
-            and `run_in_memory`.
+        InputError: the model is no module, it has adapters, a weight has no data, entries of a weight share memory, or
+            as `data.batches_of` and `run_in_memory`.
     """
     if not isinstance(model, nn.Module):
         raise InputError(
@@ -126,8 +126,17 @@ def _check_adapters(model: nn.Module) -> None:
 
 
 def _check_places(model: nn.Module) -> None:
-    """Refuse a model with a weight of which several entries are the same place: one cannot be pruned without others."""
+    """Refuse a model with a weight that cannot be written to in its place.
+
+    Weights that a library has offloaded are elsewhere, and one of which several entries are the same place cannot be
+    pruned one by one.
+    """
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise InputError(
+                f"{name}: is on the meta device, without data; give a model with its weights, or a language model as "
+                "the folder or Hub id of its checkpoint, which is read block by block"
+            )
         if not _apart(parameter):
             raise InputError(f"{name}: its entries share memory, and cannot be pruned one by one; give .clone()")
 

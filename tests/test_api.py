@@ -151,6 +151,15 @@ class TestInMemory:
         with pytest.raises(InputError, match=match):
             prune(model, config=CONFIG, dataset=torch.ones(6, 32, dtype=torch.int64))
 
+    def test_offloaded_weights_are_refused(self, source, tmp_path):
+        """They are in no parameter: nothing would be pruned, and nobody told."""
+        places = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+        places |= {f"model.layers.{n}": "disk" for n in range(3)}
+        model = AutoModelForCausalLM.from_pretrained(source, device_map=places, offload_folder=tmp_path / "offload")
+        match = r"layers\.0\.\S+\.weight: is on the meta device, .* the folder or Hub id of its checkpoint"
+        with pytest.raises(InputError, match=match):
+            prune(model, config=CONFIG, dataset=torch.ones(6, 32, dtype=torch.int64))
+
     def test_only_layers_are_changed(self, source):
         """A parameter of another dtype than the checkpoint's would come back rounded."""
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)

@@ -35,7 +35,7 @@ def resident(model: nn.Module, batch: Batch, device: torch.device) -> Iterator["
         device: device that it runs on.
 
     Raises:
-        InputError: as `follow_batch`; or it has weights on the meta device, NaN or Inf.
+        InputError: as `follow_batch`; or its weights hold NaN or Inf.
     """
     with as_python(), _evaluating(model), _without_cache(model), attention_by_calls(), expert_by_expert(model):
         opened = ResidentModel(model, batch, device)
@@ -87,8 +87,6 @@ class ResidentModel:
         self.device, self.timeline = device, Timeline()
         # Nothing outside of the blocks is changed.
         self.pieces: list[list[str]] = []
-        if name := next((name for name, x in model.named_parameters() if x.is_meta), None):
-            raise InputError(f"{name}: is on the meta device, without data; give a model with its weights")
         path = follow_batch(model, batch, device)
         self.blocks, self.names, self.idle = [path.blocks[name] for name in path.order], path.order, path.idle
         self.firsts = [self.names.index(name) for name in dict.fromkeys(self.names)]
