@@ -35,17 +35,33 @@ def on_cpu_by_default() -> Iterator[None]:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Products of fp32 are products of fp32, whatever `torch.set_float32_matmul_precision` has been told."""
+    """Products of fp32 are products of fp32, whatever torch has been told.
+
+    It can be told by `torch.set_float32_matmul_precision` for all libraries, and for each of them by `fp32_precision`.
+    The two must not contradict each other, or whoever asks for the former gets an error.
+    """
     # The module of oneDNN is replaced by an object when it is imported, which types do not tell.
     products = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = [of_library.fp32_precision for of_library in products]
+    before, of_all = [of_library.fp32_precision for of_library in products], _of_all_libraries()
     try:
+        if of_all:
+            torch.set_float32_matmul_precision("highest")
         for of_library in products:
             of_library.fp32_precision = "ieee"
         yield
     finally:
+        if of_all:
+            torch.set_float32_matmul_precision(of_all)
         for of_library, precision in zip(products, before, strict=True):
             of_library.fp32_precision = precision
+
+
+def _of_all_libraries() -> str | None:
+    """The precision of fp32 products that torch was told for all libraries; None if others of theirs contradict it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 @contextmanager
