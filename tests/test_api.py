@@ -144,6 +144,13 @@ class TestInMemory:
             prune(model, config=CONFIG, dataset=torch.ones(6, 32, dtype=torch.int64))
         assert len(str(refused.value).splitlines()) == 1
 
+    def test_a_config_that_cannot_be_written(self, source):
+        model = AutoModelForCausalLM.from_pretrained(source)
+        model.config.authors = {"we"}
+        with pytest.raises(InputError, match=r"LlamaForCausalLM cannot be written: .*serializable") as refused:
+            prune(model, config=CONFIG, dataset=torch.ones(6, 32, dtype=torch.int64))
+        assert len(str(refused.value).splitlines()) == 1
+
     def test_a_dtype_that_is_not_read_is_named(self, source):
         """And not the temporary file that the model is written to."""
         model = AutoModelForCausalLM.from_pretrained(source).double()

@@ -106,6 +106,18 @@ class TestOutput:
             path.name for path in result.output.iterdir()
         }
 
+    def test_a_config_that_cannot_be_written(self, tmp_path):
+        """Its library would refuse it when all blocks are pruned, and the model is changed."""
+        model, batches = drawn("whisper")
+        before = weights(model)
+        model.generation_config.temperature = 0.5
+        lines = []
+        with pytest.raises(InputError, match=r"model: Whisper.* cannot be written: .*temperature"):
+            prune(model, tmp_path / "out", calibration=batches, log=lines.append, **QUICK)
+        assert not any("memory: " in line for line in lines)
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+        assert not [*tmp_path.iterdir()]
+
     def test_any_module(self, tmp_path):
         model, batches = drawn("diffusion")
         prune(model, tmp_path / "out", calibration=batches, **QUICK)

@@ -4,10 +4,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors.torch
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,7 +20,17 @@ from sparsefw.model.transformers_private import written_parameters
 
 
 def check_state(model: nn.Module) -> None:
-    """Refuse a model that cannot be written as a safetensors file, and has no library that writes it otherwise."""
+    """Refuse a model that cannot be written as a safetensors file, and has no library that writes it otherwise.
+
+    Of a model of transformers the library checks the configs when it writes them, which is at the end of a run. So they
+    are written once before it.
+    """
+    if getattr(type(model), "save_pretrained", None) is PreTrainedModel.save_pretrained:
+        assert isinstance(model, PreTrainedModel)
+        with explained_saving(model), TemporaryDirectory(prefix="sparsefw-") as folder:
+            model.config.save_pretrained(folder)
+            if model.can_generate():
+                model.generation_config.save_pretrained(folder)
     if hasattr(model, "save_pretrained"):
         return
     for name, value in model.state_dict().items():
@@ -60,13 +72,14 @@ def _save_as_one_file(model: nn.Module, folder: Path) -> None:
 def explained_saving(model: nn.Module) -> Iterator[None]:
     """Turn what a library raises when it cannot write a model, inside the `with` block, into an error of one line.
 
-    Weights that lie in the same memory are one reason: safetensors takes only some of them.
+    Weights that lie in the same memory are one reason: safetensors takes only some of them. A config that its library
+    does not take is another, such as a temperature without sampling.
     """
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError, StrictDataclassError) as error:
         raise InputError(f"model: {type(model).__name__} cannot be written: {shown(first_line(error), 600)}") from error
 
 
