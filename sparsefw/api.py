@@ -125,7 +125,7 @@ def prune(
 
     Raises:
         InputError: an argument is wrong; the message is one line that names it.
-        TypeError: an option is unknown, or stands beside a config.
+        TypeError: an option is unknown, or stands beside a config; or an argument is of another type.
         FloatingPointError: a layer's error is not finite.
     """
     _check_options(config, options)
@@ -137,6 +137,7 @@ def prune(
         if calibration is not None:
             config = config or PruneConfig(**options)
             return _prune_on_batches(model, calibration, evaluate, config, output_folder, places, text, told)
+        _check_tokenizer(tokenizer)
         inputs = _inputs(model, text, evaluate, seed)
         config = config or config_for(inputs, options)
         with on_cpu_by_default():
@@ -173,6 +174,15 @@ def _check_options(config: PruneConfig | None, options: dict[str, Any]) -> None:
         raise TypeError(f"prune() got a config and {next(iter(options))!r}, which belongs into it")
     if config is not None and not isinstance(config, PruneConfig):
         raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    from transformers import PreTrainedTokenizerBase
+
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"tokenizer: expected a tokenizer of transformers, got {type(tokenizer).__name__}; load it first"
+        )
 
 
 def _inputs(model: "str | Path | nn.Module", text: _Text, evaluate: Any, seed: int) -> Inputs:

@@ -233,6 +233,8 @@ class TestRefused:
             prune(source, tmp_path / "out", CONFIG, steps=3)
         with pytest.raises(TypeError, match="config: expected a PruneConfig, got str"):
             prune(source, tmp_path / "out", "2:4")
+        with pytest.raises(TypeError, match="tokenizer: expected a tokenizer of transformers, got str; load it"):
+            prune(source, tmp_path / "out", CONFIG, dataset=[TEXT], tokenizer="gpt2")
         with pytest.raises(TypeError, match="dataset: expected a name"):
             prune(source, tmp_path / "out", CONFIG, dataset=5)
         with pytest.raises(TypeError, match="dataset: expected a number for the share"):
