@@ -1,5 +1,6 @@
 """`prune` from Python: the same bytes as the command line, texts and tokens in place of names, models in memory."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.families import save_model
+from helpers.families import TOKENS, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefw import InputError, PruneConfig, data, prune, run, verify
@@ -103,6 +104,26 @@ def test_a_mixture_of_texts(source, text, tmp_path):
 def test_perplexity(source, text, tmp_path):
     result = prune(source, tmp_path / "out", CONFIG, dataset=text, **SMALL, evaluate=text, eval_windows=2)
     assert set(result.perplexity[str(text)]) == {"dense", "sparsefw"}
+
+
+@pytest.mark.parametrize(
+    ("family", "asked"),
+    [
+        ("llama", {"output_hidden_states": True}),
+        ("gpt2", {"output_hidden_states": True, "return_dict": False}),
+        ("mixtral", {"output_router_logits": True}),
+    ],
+)
+def test_what_a_config_asks_for_beside_logits(family, asked, text, tmp_path):
+    """As training has left it there. It changes no result, and is in the output as it was."""
+    plain, asking = (save_model(tmp_path / name, family) for name in ("plain", "asking"))
+    path = asking / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | asked))
+    options = dict(dataset=TOKENS, evaluate=text, kernel="torch", method="magnitude", reconstruct=1)
+    results = [prune(source, tmp_path / f"of-{source.name}", **options) for source in (plain, asking)]
+    assert results[0].perplexity == results[1].perplexity
+    assert shards(results[0].output) == shards(results[1].output)
+    assert (tmp_path / "of-asking" / "config.json").read_text() == path.read_text()
 
 
 class TestInMemory:

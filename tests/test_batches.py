@@ -106,6 +106,19 @@ class TestOutput:
             path.name for path in result.output.iterdir()
         }
 
+    def test_the_config_is_that_of_the_model(self, tmp_path):
+        """What a run makes of it meanwhile is not written: without a cache, a model writes texts slowly."""
+        model, batches = drawn("whisper")
+        model.config.output_hidden_states, model.config.return_dict = True, False
+        model.save_pretrained(tmp_path / "before")
+        result = prune(model, tmp_path / "out", calibration=batches, **QUICK)
+        assert model.config.use_cache
+        assert model.config.output_hidden_states
+        assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "before" / "config.json").read_text()
+        plain, _ = drawn("whisper")
+        assert len(prune(plain, calibration=batches, **QUICK).layers) == len(result.layers)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
     def test_a_config_that_cannot_be_written(self, tmp_path):
         """Its library would refuse it when all blocks are pruned, and the model is changed."""
         model, batches = drawn("whisper")

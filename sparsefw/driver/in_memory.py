@@ -66,7 +66,8 @@ def run_in_memory(
         def finish(writer: Writer) -> None:
             for n, i in enumerate(opened.firsts):
                 opened.change(i, read_shard(writer.path(n)))
-            writer.finish_as(partial(save, model, layers=layers) if saves else lambda folder: None)
+            with opened.as_configured():
+                writer.finish_as(partial(save, model, layers=layers) if saves else lambda folder: None)
 
         return carry_out(job, opened, prepared, finish, say, progress, ranks)
 

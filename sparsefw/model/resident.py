@@ -1,7 +1,7 @@
 """A model in memory: all its weights are there, and a block is copied while it is worked on."""
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from sparsefw.data import Batch
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
 from sparsefw.model.batch_path import follow_batch
+from sparsefw.model.configs import asked_for_no_more
 from sparsefw.model.explained import BATCHES
 from sparsefw.model.shared import shared_parameters
 from sparsefw.model.slots import Slot, fill, on_device, overwrite, restore, slots_of
@@ -26,8 +27,8 @@ from sparsefw.timeline import Timeline
 def resident(model: nn.Module, batch: Batch, device: torch.device) -> Iterator["ResidentModel"]:
     """Inside the `with` block, a model in memory can be run one block at a time.
 
-    It is in evaluation mode, keeps no cache of keys and values, runs nothing compiled, and calls its layers one by one.
-    At the end it is as it was.
+    It is in evaluation mode, keeps no cache of keys and values, returns no more than is needed, runs nothing compiled,
+    and calls its layers one by one. At the end it is as it was.
 
     Args:
         model: the model.
@@ -37,8 +38,14 @@ def resident(model: nn.Module, batch: Batch, device: torch.device) -> Iterator["
     Raises:
         InputError: as `follow_batch`; or its weights hold NaN or Inf.
     """
-    with as_python(), _evaluating(model), _without_cache(model), attention_by_calls(), expert_by_expert(model):
-        opened = ResidentModel(model, batch, device)
+    with (
+        as_python(),
+        _evaluating(model),
+        asked_for_no_more(model) as as_configured,
+        attention_by_calls(),
+        expert_by_expert(model),
+    ):
+        opened = ResidentModel(model, batch, device, as_configured)
         try:
             yield opened
         finally:
@@ -56,19 +63,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Inside the `with` block, a model of transformers keeps no keys and values, which blocks would hand on."""
-    configs: Any = [m.config for m in model.modules() if getattr(getattr(m, "config", None), "use_cache", None) is True]
-    try:
-        for config in configs:
-            config.use_cache = False
-        yield
-    finally:
-        for config in configs:
-            config.use_cache = True
-
-
 class ResidentModel:
     """A `BlockModel` in memory. Use `resident`.
 
@@ -76,14 +70,22 @@ class ResidentModel:
         model: the model.
         batch: arguments of its forward.
         device: device that it runs on.
+        as_configured: makes a context in which the model's configs are those of its caller.
     """
 
     # It may read anything.
     vocabulary = None
     given = BATCHES
 
-    def __init__(self, model: nn.Module, batch: Batch, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        device: torch.device,
+        as_configured: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
         self.model = self.runs = model
+        self.as_configured = as_configured
         self.device, self.timeline = device, Timeline()
         # Nothing outside of the blocks is changed.
         self.pieces: list[list[str]] = []

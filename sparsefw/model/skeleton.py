@@ -24,6 +24,7 @@ from sparsefw.checkpoint.source import CONFIG, Checkpoint
 from sparsefw.checkpoint.tensors import Loadable
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model import transformers_private as private
+from sparsefw.model.configs import ask_for_no_more
 
 # Errors of transformers for a config or tensors that do not fit. They cannot be fewer: entries of a config reach the
 # code of a model's class unchecked, and a wrong one fails wherever it is used first, as a size, a key, an attribute or
@@ -133,6 +134,7 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
 def _config(folder: Path) -> PretrainedConfig:
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     forget_quantization(config)
+    ask_for_no_more(config)
     return config
 
 
