@@ -144,7 +144,7 @@ def checked_number(name: str, value: Any, least: float, most: float | None, *, w
 
 
 def checked_path(name: str, value: str | Path) -> Path:
-    """The value as a path; nothing need be there.
+    """The value as a path, in which `~` at the beginning is the user's own folder; nothing need be there.
 
     Raises:
         InputError: it holds what no path can hold, such as a null character.
@@ -157,4 +157,5 @@ def checked_path(name: str, value: str | Path) -> Path:
             os.lstat(value)
     except ValueError as error:
         raise InputError(f"{flag_of(name)} {shown(value)}: not a path ({error})") from error
-    return Path(value)
+    # A shell leaves `--output=~/pruned` as it is.
+    return Path(os.path.expanduser(value))

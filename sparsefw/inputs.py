@@ -112,7 +112,7 @@ def _check_datasets(datasets: Sequence[str]) -> None:
         if not 0 < share < math.inf:
             raise InputError(f"--dataset {shown(dataset)}: expected a share above 0 behind the last =")
         # A file may be given by several names.
-        place = os.path.realpath(os.path.expanduser(checked_path("dataset", name)))
+        place = os.path.realpath(checked_path("dataset", name))
         if place in places:
             raise InputError(f"--dataset {shown(name)}: given twice; give it once, with a share: {shown(name)}=2")
         places.add(place)

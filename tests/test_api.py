@@ -201,6 +201,23 @@ class TestInMemory:
         assert (model.model.layers[1].mlp.up_proj.weight == 0).float().mean() > 0.5
 
 
+def test_a_folder_of_the_user(source, text, tmp_path, monkeypatch, capsys):
+    """No shell puts its name in the place of `~` in Python, nor in `--output=~/pruned`."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = dict(dataset="~/text.txt", **SMALL, kernel="torch", method="magnitude")
+    assert prune("~/model", "~/a", **options).output == tmp_path / "a"
+    flags = ["--dataset=~/text.txt", "--nsamples=6", "--seqlen=32", "--kernel=torch", "--method=magnitude"]
+    assert run.main(["--model=~/model", "--output=~/b", *flags]) == 0
+    assert f"checkpoint: {tmp_path / 'b'}\n" in capsys.readouterr().out
+    assert shards(tmp_path / "a") == shards(tmp_path / "b")
+    assert not [*here.iterdir()]
+    with pytest.raises(InputError, match="is, holds or lies in the input folder"):
+        prune(source, "~/model", overwrite=True, **options)
+
+
 @pytest.mark.parametrize("output", [3, b"out"])
 def test_an_output_that_is_no_path(output, source):
     with pytest.raises(TypeError, match=f"^output: expected a path, got {type(output).__name__}$"):

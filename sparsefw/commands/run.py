@@ -45,15 +45,17 @@ def run(argv: list[str] | None) -> int:
     from sparsefw.checkpoint import SUMS, file_digest
     from sparsefw.report import log
 
-    with _noted(f"{arguments.output} is complete"):
+    output = result.output
+    assert output is not None
+    with _noted(f"{output} is complete"):
         if kept_dense := log.kept_dense_line(result.report):
             say(kept_dense)
         say("")
         for line in log.summary(result.report):
             say(line)
-        say(f"checkpoint: {arguments.output}")
-        say(f"report: {arguments.output / 'report.html'}, {arguments.output / 'report.json'}")
-        say(f"SHA-256 of {arguments.output / SUMS}: {file_digest(arguments.output / SUMS)}")
+        say(f"checkpoint: {output}")
+        say(f"report: {output / 'report.html'}, {output / 'report.json'}")
+        say(f"SHA-256 of {output / SUMS}: {file_digest(output / SUMS)}")
     return 0
 
 

@@ -155,7 +155,7 @@ def _files_read(job: CheckpointJob) -> list[Path]:
     texts = [Path(path) for path in map(os.path.expanduser, names) if os.path.lexists(path)]
     # A folder may have the name of a task by chance: the harness takes files alone.
     tasks = [Path(name) for name in inputs.tasks if os.path.isfile(name)]
-    tasks += [Path(inputs.include_path)] if inputs.include_path else []
+    tasks += [Path(os.path.expanduser(inputs.include_path))] if inputs.include_path else []
     return [*texts, *tasks, Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE), Path(tempfile.gettempdir())]
 
 
