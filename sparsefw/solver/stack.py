@@ -120,7 +120,7 @@ def stack_rows(stack: Stack, share: slice) -> Rows:
             # A refit starts from the target. Without one, only the mask can be chosen for it. Rows whose mask stays as
             # it is keep the target's own weights, so these are what can be written.
             if target_gap is None:
-                most = torch.finfo(own).max
+                most = min(torch.finfo(own).max, torch.finfo(T.dtype).max)
                 W[rows] = T.clamp(-most, most).to(own)
             else:
                 target_gap[rows] = T - W[rows]
