@@ -31,6 +31,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
 DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
 DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
+# Others that models in memory may have, in schedules of diffusion, say. No layer of a language model has them.
+OTHER_DTYPES = {"F64": torch.float64, "C64": torch.complex64}
 
 # Real headers have 10 KB to 20 MB. safetensors itself takes up to 100 MB, and many times that in memory.
 MAX_HEADER_BYTES = 32 * 2**20
@@ -286,7 +288,7 @@ def tensors_in(folder: Path) -> dict[str, TensorInfo]:
     """
     tensors: dict[str, TensorInfo] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        for name, tensor in _read_header(path, DTYPES).items():
+        for name, tensor in _read_header(path, DTYPES | OTHER_DTYPES).items():
             if name in tensors:
                 raise InputError(f"{path}: tensor {name} is in {tensors[name].file.name} too; keep one")
             tensors[name] = tensor

@@ -70,6 +70,18 @@ def test_unchanged_outputs_pass(name, runs, capsys):
     assert re.search(r"^others .* [1-9]\d* tensors +ok$", printed, re.MULTILINE)
 
 
+def test_dtypes_of_no_language_model(tmp_path, capsys):
+    """Such as those of schedules and of rotary tables."""
+    model, batches = drawn("diffusion", 2)
+    model.register_buffer("betas", torch.linspace(0, 1, 5, dtype=torch.float64))
+    model.register_buffer("rotations", torch.polar(torch.ones(4), torch.arange(4.0)))
+    save(model.double(), tmp_path)
+    prune(model, tmp_path / "out", calibration=[{k: x.double() for k, x in b.items()} for b in batches], **QUICK)
+    status, printed, _ = verdict(capsys, tmp_path / "out", "--against", str(tmp_path), summed=False)
+    assert status == 0, printed
+    assert printed.endswith("\nall checks passed\n")
+
+
 @pytest.fixture(scope="module", params=["auto", torch.float32], ids=["auto", "fp32"])
 def text_run(request, tmp_path_factory):
     """A run on a model in memory that reads text: whether its dtype is the source's, the source and the output."""
