@@ -7,6 +7,7 @@ dense model.
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from sparsefw.solver.target import Cross
 
 # Runs one micro-batch, by its number, through a block.
 Run = Callable[[int], object]
+
+# What a run returns.
+Ran = TypeVar("Ran")
 
 # Outputs of the dense model's layers: called with the number of a micro-batch, then with the name of a layer.
 DenseOutputs = Callable[[int], Callable[[str], Tensor | None]]
@@ -107,9 +111,10 @@ def capture(
 
 def dense_outputs(
     block: nn.Module,
-    run: Run,
+    run: Callable[[int], Ran],
     stage: Stage | None = None,
     selected: Selector = everything,
+    move: Callable[[int, Ran], object] = lambda j, ran: None,
     experts: frozenset[str] | None = None,
 ) -> DenseOutputs:
     """Outputs of a stage's layers in the dense model.
@@ -122,6 +127,8 @@ def dense_outputs(
         stage: None is the whole block.
         selected: selects the layers whose outputs are recorded; the same as in `capture`, so that outputs of both
             models are followed as far.
+        move: moves the micro-batch on, called with its number and what the run returned. What is made of outputs then,
+            between two blocks, is no output of a layer.
         experts: as for `WeightNames`.
     """
     moves = stage is not None and (stage.final or stage.behind is not None)
@@ -129,7 +136,9 @@ def dense_outputs(
     def outputs_of(j: int) -> Callable[[str], Tensor | None]:
         # A new watch for each micro-batch, so that the outputs are freed with it.
         watch = Watch(block, selected, stage=stage, record_outputs=True, run_on=moves, experts=experts)
-        watch.through(partial(run, j))
+        ran = watch.through(partial(run, j))
+        if ran is not None:
+            move(j, ran)
         return watch.outputs.output_of
 
     return outputs_of

@@ -6,6 +6,7 @@ pruned model to the stage's start when the layers before it are pruned, the dens
 
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -158,11 +159,12 @@ def _measure_watched(
     # Experts are not compared with the dense model. For them it runs only to move on.
     if stage.last or stage.final or stage.behind:
 
-        def run_dense(j: int) -> None:
+        def run_dense(j: int) -> tuple[dict[Point, Tensor], BlockOutput | None]:
             take = () if stage.behind is None else (stage.behind,)
-            _run_dense(stage, pair, j, take=take, end=stage.behind)
+            return pair.dense.part(pair.number, j, pair.dense_block, take=take, end=stage.behind)
 
-        outputs = dense_outputs(pair.dense_block, run_dense, stage, selected, pair.experts)
+        move = partial(_move_dense, stage, pair)
+        outputs = dense_outputs(pair.dense_block, run_dense, stage, selected, move, pair.experts)
     return capture(
         pair.pruned.model.blocks[pair.number],
         lambda j: _run_pruned(stage, pair, j),
@@ -191,12 +193,18 @@ def _run_dense(
     stage: Stage, pair: Pair, j: int, *, take: Iterable[Point], end: Point | None
 ) -> tuple[dict[Point, Tensor], BlockOutput | None]:
     """Run micro-batch j of the dense model as far as a stage needs it, and move it on to where the next one starts."""
-    taken, output = pair.dense.part(pair.number, j, pair.dense_block, take=take, end=end)
+    ran = pair.dense.part(pair.number, j, pair.dense_block, take=take, end=end)
+    _move_dense(stage, pair, j, ran)
+    return ran
+
+
+def _move_dense(stage: Stage, pair: Pair, j: int, ran: tuple[dict[Point, Tensor], BlockOutput | None]) -> None:
+    """Move micro-batch j of the dense model on to where the next stage starts, by what a run of it returned."""
+    taken, output = ran
     if stage.final and output is not None:
         pair.dense.leave(pair.number, j, output)
     elif stage.behind is not None:
         pair.dense.put(pair.number, j, taken[stage.behind])
-    return taken, output
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

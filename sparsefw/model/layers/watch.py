@@ -4,7 +4,7 @@ import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -17,6 +17,8 @@ from sparsefw.model.layers.stage import Progress, Stage, StageIsOver
 
 # Called with the name of a layer inside its block, such as "mlp.down_proj.weight" or "mlp.experts.down_proj[3]".
 Selector = Callable[[str], bool]
+
+Result = TypeVar("Result")
 
 
 def everything(layer: str) -> bool:
@@ -86,16 +88,20 @@ class Watch(TorchFunctionMode):
         """See the class."""
         return list(self._ignored)
 
-    def through(self, run: Callable[[], object]) -> None:
-        """Watch one micro-batch on its way through the block, as far as the stage needs it."""
+    def through(self, run: Callable[[], Result]) -> Result | None:
+        """Watch one micro-batch on its way through the block, as far as the stage needs it.
+
+        Returns:
+            What the run returns; None if it ended before.
+        """
         self._inputs.clear()
         self.outputs.clear()
         self._progress.restart()
         try:
             with self:
-                run()
+                return run()
         except StageIsOver:
-            pass
+            return None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
