@@ -15,7 +15,7 @@ from sparsefw.driver.run import carry_out, kernel_line, workload_of
 from sparsefw.driver.saved import check_state, save
 from sparsefw.errors import counted
 from sparsefw.estimate import pruned_shape
-from sparsefw.model import ResidentModel, resident, shape_of_resident
+from sparsefw.model import ResidentModel, check_losses, resident, shape_of_resident
 from sparsefw.process import on_gpu, this_device
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report, amount, log
@@ -85,6 +85,8 @@ def _prepare(
     """The run before its first block, and the most vectors of a batch between two blocks."""
     config, device = job.config, model.device
     whole, tokens = shape_of_resident(model, batch)
+    if evaluation:
+        check_losses(model, evaluation.batches)
     for note in model.notes:
         say(f"note: {note}")
     dtype = next(model.model.parameters()).dtype

@@ -2,7 +2,7 @@
 
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.copies import copy_of_block
-from sparsefw.model.head import logits, loss, perplexity, perplexity_of_batches
+from sparsefw.model.head import check_losses, logits, loss, perplexity, perplexity_of_batches
 from sparsefw.model.hidden_states import HiddenStates, embed, embed_batches
 from sparsefw.model.placement import Placement
 from sparsefw.model.resident import ResidentModel, resident
@@ -20,6 +20,7 @@ __all__ = [
     "Placement",
     "ResidentModel",
     "StreamedModel",
+    "check_losses",
     "copy_of_block",
     "embed",
     "embed_batches",

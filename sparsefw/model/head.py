@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from sparsefw.data import Batch, token_batch
 from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.forward import run_behind_blocks
+from sparsefw.model.forward import form_of, run_behind_blocks, run_with_blocks_replaced
 from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.ranks import ALONE, Ranks
 
@@ -67,14 +68,37 @@ def perplexity_of_batches(states: HiddenStates, batches: Iterable[Batch], ranks:
     with model.outside():
         for j, batch in enumerate(batches):
             returned = run_behind_blocks(model, batch, states.hidden[j], states.behind_last(j))
-            value = returned.get("loss") if isinstance(returned, Mapping) else getattr(returned, "loss", None)
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                raise InputError(
-                    f"evaluate[{j}]: {type(model.model).__name__} returns no loss for this batch; add what it makes "
-                    "one of, such as labels"
-                )
-            losses.append(value.item())
+            losses.append(_loss_in(returned, model, j).item())
     return _exp_of_mean(sum(losses), len(losses), ranks)
+
+
+@torch.no_grad()
+def check_losses(model: BlockModel, batches: Iterable[Batch]) -> None:
+    """Refuse batches for `perplexity_of_batches` before a run: at its end, all that it has made would be of no use.
+
+    The model's own forward runs with stand-ins for what blocks return.
+
+    Raises:
+        InputError: the model returns no loss for a batch.
+    """
+
+    def stand_in(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return form_of(model, i, args[0], args[1:], kwargs).after(args[0])
+
+    with model.outside():
+        for j, batch in enumerate(batches):
+            _loss_in(run_with_blocks_replaced(model, batch.to(model.device), stand_in), model, j)
+
+
+def _loss_in(returned: Any, model: BlockModel, j: int) -> Tensor:
+    """The loss in what a model returned for batch j."""
+    value = returned.get("loss") if isinstance(returned, Mapping) else getattr(returned, "loss", None)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise InputError(
+            f"evaluate[{j}]: {type(model.model).__name__} returns no loss for this batch; add what it makes one of, "
+            "such as labels"
+        )
+    return value
 
 
 @torch.no_grad()
