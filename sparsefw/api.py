@@ -131,14 +131,16 @@ def prune(
     _check_options(config, options)
     output_folder = None if output is None else checked_path("output", output)
     places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
-    text = _Text(dataset, nsamples, seqlen, eval_windows, tasks, limit, num_fewshot, include_path, tokenizer)
+    # Batches are not drawn: a seed would have no effect there. 0 is the default.
+    drawn = None if seed == 0 else seed
+    text = _Text(dataset, nsamples, seqlen, drawn, eval_windows, tasks, limit, num_fewshot, include_path, tokenizer)
     with joined_with(log) as (ranks, say), unwrapped(model) as model:
         told = _Told(say, progress and ranks.first, ranks)
         if calibration is not None:
             config = config or PruneConfig(**options)
             return _prune_on_batches(model, calibration, evaluate, config, output_folder, places, text, told)
         _check_tokenizer(tokenizer)
-        inputs = _inputs(model, text, evaluate, seed)
+        inputs = _inputs(model, text, evaluate)
         config = config or config_for(inputs, options)
         with on_cpu_by_default():
             return _prune_on_text(model, inputs, text, config, output_folder, places, told)
@@ -150,6 +152,7 @@ class _Text(NamedTuple):
     dataset: Dataset | None
     nsamples: int | None
     seqlen: int | None
+    seed: int | None
     eval_windows: int | None
     tasks: str | Sequence[str] | None
     limit: float | None
@@ -185,12 +188,13 @@ def _check_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def _inputs(model: "str | Path | nn.Module", text: _Text, evaluate: Any, seed: int) -> Inputs:
+def _inputs(model: "str | Path | nn.Module", text: _Text, evaluate: Any) -> Inputs:
     source, nsamples, seqlen = _named(text.dataset, text.nsamples, text.seqlen)
     known: dict[str, Any] = dict(
         dataset=source,
         nsamples=nsamples,
         seqlen=seqlen,
+        seed=text.seed,
         evaluate=_names(evaluate),
         eval_windows=text.eval_windows,
         tasks=text.tasks,
@@ -198,7 +202,7 @@ def _inputs(model: "str | Path | nn.Module", text: _Text, evaluate: Any, seed: i
         num_fewshot=text.num_fewshot,
         include_path=None if text.include_path is None else str(text.include_path),
     )
-    return Inputs(model=_name(model), seed=seed, **{name: x for name, x in known.items() if x is not None})
+    return Inputs(model=_name(model), **{name: x for name, x in known.items() if x is not None})
 
 
 def _prune_on_text(

@@ -402,7 +402,7 @@ class TestRefusals:
         # At the end, what was pruned would be lost: with other batches it is another run.
         assert not any("q_proj" in line for line in lines)
 
-    @pytest.mark.parametrize("argument", ["dataset", "nsamples", "seqlen", "eval_windows", "tokenizer"])
+    @pytest.mark.parametrize("argument", ["dataset", "nsamples", "seqlen", "seed", "eval_windows", "tokenizer"])
     def test_arguments_of_a_text(self, argument):
         with pytest.raises(TypeError, match=f"calibration and '{argument}', which belongs to a text"):
             prune(nn.Linear(2, 2), calibration=[torch.ones(1)], **{argument: 3})
