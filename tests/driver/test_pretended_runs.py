@@ -13,12 +13,12 @@ from helpers.stacks import drawn
 
 from sparsefw import prune as prune_in_memory
 from sparsefw import run
-from sparsefw.driver import loop
+from sparsefw.driver import loop, reconstruct
 from sparsefw.driver import run as driver_run
 from sparsefw.estimate import placing
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.model.activations import PLACES
-from sparsefw.report import read_report
+from sparsefw.report import PREDICTIONS, read_report
 
 pytestmark = [
     pytest.mark.slow,
@@ -273,3 +273,19 @@ def test_expected_memory_is_enough_and_not_much_more(working, random_models, tmp
         expected, _ = needs[-1].phases["reconstruct"]
         assert len(peaks) == 2
         assert expected / 2.5 <= max(peaks) <= expected, (peaks, expected)
+
+
+def test_the_host_does_not_wait_in_a_step_of_a_reconstruction(tmp_path, monkeypatch):
+    """Twice the steps, and no more waits of this project's, also where predictions are compared."""
+    monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 1)
+    source, waits = save_model(tmp_path / "model", "llama", torch.bfloat16), []
+    for passes in ("1", "2"):
+        flags = ["--nsamples", "4", "--seqlen", "16", "--method", "wanda", "--reconstruct", passes]
+        gpu, report = prune(source, tmp_path / passes, *flags, stand_ins=True)
+        assert report["blocks"][-1]["reconstruction"]["loss"] == PREDICTIONS
+        waits.append(gpu.waits)
+    steps = 3
+    # To predict, the model's own forward runs, in which transformers looks whether windows are packed.
+    (where,) = more = waits[1] - waits[0]
+    assert where.startswith("sparsefw/model/slice_gradients.py")
+    assert more[where] == 2 * steps
