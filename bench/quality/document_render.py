@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quality_cells import NSAMPLES, OWN, SEED, Cell, same_settings
-from quality_results import BEFORE_COMMITS, commit_of
 from quality_tables import line, mean_and_spread
 
 # The row of the unpruned model. Every cell has its perplexities.
@@ -43,19 +42,17 @@ class Table:
         rows: methods by the labels of their rows.
         columns: columns by their heads.
         strong: methods whose rows are bold.
-        marks_old: whether numbers are in italics that code of before commits were kept has made.
     """
 
     rows: Mapping[str, str]
     columns: Mapping[str, Column]
     strong: Sequence[str] = ()
-    marks_old: bool = False
 
 
 def render(table: Table, results: dict) -> str:
     """Markdown of a table. Rows and columns without any number are left out; "" if there is no number at all."""
     found = {
-        label: {head: _number(results, method, column, table.marks_old) for head, column in table.columns.items()}
+        label: {head: _number(results, method, column) for head, column in table.columns.items()}
         for label, method in table.rows.items()
     }
     heads = [head for head in table.columns if any(row[head] for row in found.values())]
@@ -68,12 +65,10 @@ def render(table: Table, results: dict) -> str:
     return "\n".join(lines) + "\n" if heads else ""
 
 
-def _number(results: dict, method: str, column: Column, marks_old: bool) -> str:
+def _number(results: dict, method: str, column: Column) -> str:
     """The text of a cell of the table; "" if there are no runs for it."""
     runs, others = _runs(results, method, column), _runs(results, column.against, column)
-    text = column.number(runs, others) if runs and (others or not column.against) else ""
-    old = marks_old and method != DENSE and any(commit_of(run) == BEFORE_COMMITS for run in runs)
-    return f"*{text}*" if text and old else text
+    return column.number(runs, others) if runs and (others or not column.against) else ""
 
 
 def _runs(results: dict, method: str, column: Column) -> list[dict]:

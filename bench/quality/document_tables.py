@@ -74,13 +74,11 @@ TABLES = {
         {label(method): method for method in (WANDA, SPARSEGPT, ADMM, MASKS, UNRECONSTRUCTED, DEFAULT)},
         {percent(pattern): Column(pattern, BOTH) for pattern in PATTERNS},
         strong=(DEFAULT,),
-        marks_old=True,
     ),
     "perplexity": Table(
         {DENSE: DENSE} | ALL_ROWS,
         {percent(pattern): Column(pattern, BOTH) for pattern in PATTERNS},
         strong=(MASKS, UNRECONSTRUCTED, DEFAULT),
-        marks_old=True,
     ),
     "seeds": Table(
         {label(method): method for method in ROWS_OF_SEEDS},
@@ -89,7 +87,6 @@ TABLES = {
             for pattern in PATTERNS_OF_SEEDS
             for name, text in TEXTS.items()
         },
-        marks_old=True,
     ),
     "reference": Table(
         {DENSE: DENSE} | ALL_ROWS,
@@ -122,12 +119,10 @@ TABLES = {
     "errors": Table(
         {label(method): method for method in (ONE_SWAPS, PAPER_SHORT, PAPER, MASKS, SPARSEGPT, ADMM, LAYERWISE)},
         {percent(pattern): Column(pattern, relative_error) for pattern in (*PATTERNS, OF_LAYER)},
-        marks_old=True,
     ),
     "paper": Table(
         {label(method): method for method in (WANDA, PAPER, MASKS)},
         {percent(pattern): Column(pattern, BOTH) for pattern in MEASURED_AT[PAPER]},
-        marks_old=True,
     ),
     "allocation": Table(
         {

@@ -56,18 +56,6 @@ class TestRender:
         ]
         assert render(table, {"cells": {}}) == ""
 
-    def test_numbers_of_older_code_are_in_italics(self):
-        """The dense model's are not: no code of this project makes them."""
-        columns = {"c": Column("0.6", perplexities("a")), "seeds": Column("0.6", perplexities("a"), seeds=(0, 1))}
-        rows, now = {"dense": DENSE, "x": "x", "y": "y"}, {"commit": "0123456789ab"}
-        results = results_of(("x", 3.0, {}), ("x", 3.0, {"seed": 1} | now), ("y", 4.0, now))
-        assert render(Table(rows, columns, strong=("x",), marks_old=True), results).splitlines()[2:] == [
-            "| dense | 1.0 | 1.0 |",
-            "| **x** | ***3.0*** | ***3.0 (0.0)*** |",
-            "| y | 4.0 | |",
-        ]
-        assert "***" not in render(Table(rows, columns, strong=("x",)), results)
-
     @pytest.mark.parametrize(
         ("method", "changes", "cell"),
         [
