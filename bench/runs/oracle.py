@@ -1,0 +1,225 @@
+"""Digests of what pruning writes, by which a change of the code is held to the same bytes.
+
+    python bench/runs/oracle.py --write          # before a change
+    python bench/runs/oracle.py [NAME ...]       # after it: exit status 1 if a checkpoint has other tensors
+    python bench/runs/oracle.py --smollm2 FOLDER smollm2
+
+The runs prune the embedded model and tiny random models, one thread each, with the kernels of torch. A digest covers
+names, dtypes, shapes and bytes of all tensors of the output, beside the perplexities that the run gives; how tensors
+are divided into files does not count. Digests are of one processor and one version of torch and transformers, which
+the file names.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPO), str(REPO / "bench"), str(REPO / "tests")]
+
+DIGESTS = REPO / "bench" / "results" / "oracle.json"
+TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(400))
+OTHER = "".join(f"def f{n}(x):\n    return x ** {n} + {n % 7}\n" for n in range(300))
+SHORT = ["--nsamples", "16", "--eval-windows", "8"]
+# Of the embedded model: the flags of each run.
+EMBEDDED = {
+    "default": [],
+    "refit-0": [*SHORT, "--refit", "0"],
+    "2-4": [*SHORT, "--sparsity", "2:4"],
+    "layer": [*SHORT, "--sparsity", "layer:0.6"],
+    "paper": [*SHORT, "--preset", "paper", "--steps", "20"],
+    "fast": [*SHORT, "--preset", "fast"],
+    "sparsegpt": [*SHORT, "--method", "sparsegpt"],
+    "wanda": [*SHORT, "--method", "wanda", "--reconstruct", "1"],
+    "ria": [*SHORT, "--method", "ria", "--sparsity", "4:8"],
+    "bf16": [*SHORT, "--precision", "bf16"],
+    "selected": [*SHORT, "--include", "re:.*mlp", "--ignore", "re:.*layers.0", "--reconstruct", "0"],
+}
+# Of tiny models on two texts.
+TINY = ["--nsamples", "6", "--seqlen", "32", "--eval-windows", "4"]
+
+
+def tensors_digest(folder: Path) -> str:
+    """A digest of all tensors of a checkpoint, by name."""
+    digest = hashlib.sha256()
+    tensors = {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """What is compared of an output."""
+    report = json.loads((folder / "report.json").read_text())
+    return {"tensors": tensors_digest(folder), "perplexity": [text["perplexity"] for text in report["evaluation"]]}
+
+
+def run(*flags: str, ranks: int = 1) -> Callable[[Path], dict[str, Any]]:
+    """A run by the command line."""
+
+    def do(folder: Path) -> dict[str, Any]:
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+        command = [
+            sys.executable,
+            *torchrun,
+            "-m",
+            "sparsefw.run",
+            "--kernel",
+            "torch",
+            "--output",
+            str(folder / "out"),
+        ]
+        environment = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run([*command, *flags], cwd=folder, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join([*command, *flags])}: exit {done.returncode}\n{done.stderr[-2000:]}")
+        return result_of(folder / "out")
+
+    return do
+
+
+def tiny(save: Callable[[Path], Any], *flags: str, ranks: int = 1) -> Callable[[Path], dict[str, Any]]:
+    """A run on a tiny random checkpoint, calibrated on a mixture of two texts."""
+
+    def do(folder: Path) -> dict[str, Any]:
+        save(folder / "model")
+        (folder / "a.txt").write_text(TEXT)
+        (folder / "b.jsonl").write_text(
+            "".join(json.dumps({"text": OTHER[i : i + 500]}) + "\n" for i in range(0, 9000, 500))
+        )
+        texts = ["--dataset", "a.txt=2", "--dataset", "b.jsonl", "--eval", "a.txt"]
+        return run("--model", str(folder / "model"), *texts, *TINY, *flags, ranks=ranks)(folder)
+
+    return do
+
+
+def _family(name: str, **changes: Any) -> Callable[[Path], Any]:
+    def save(folder: Path) -> None:
+        from helpers.families import save_model
+
+        save_model(folder, name, **changes)
+
+    return save
+
+
+def _quantized(kind: str, *args: Any) -> Callable[[Path], Any]:
+    def save(folder: Path) -> None:
+        from helpers import quantized
+
+        getattr(quantized, f"save_{kind}")(folder, *args)
+
+    return save
+
+
+def in_memory(folder: Path) -> dict[str, Any]:
+    """A model in memory on documents; what it holds afterwards is what was written."""
+    from helpers.families import save_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import sparsefw
+
+    source = save_model(folder / "model", "qwen3")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    texts = [TEXT[i : i + 400] for i in range(0, 12000, 400)]
+    (folder / "a.txt").write_text(TEXT)
+    options: dict[str, Any] = dict(nsamples=6, seqlen=32, eval_windows=4, kernel="torch")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    sparsefw.prune(model, folder / "out", dataset=texts, evaluate=str(folder / "a.txt"), tokenizer=tokenizer, **options)
+    model.save_pretrained(folder / "again")
+    return result_of(folder / "out") | {"model": tensors_digest(folder / "again")}
+
+
+def on_batches(folder: Path) -> dict[str, Any]:
+    """A plain stack of blocks in memory, on batches of vectors."""
+    import sparsefw
+
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    batches = [torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(n)) for n in range(8)]
+    sparsefw.prune(model, folder / "out", calibration=batches, kernel="torch")
+    return result_of(folder / "out")
+
+
+RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    **{name: run(*flags) for name, flags in EMBEDDED.items()},
+    "llama": tiny(_family("llama")),
+    "mixture": tiny(_family("mixtral"), "--reconstruct", "1"),
+    "experts-bf16": tiny(_family("qwen2_moe", dtype=torch.bfloat16), "--sparsity", "2:4"),
+    "handed-on": tiny(_family("gemma3n_text")),
+    "parallel": tiny(_family("gptj")),
+    "fp8": tiny(_quantized("fp8", "deepseek_v3")),
+    "mxfp4": tiny(_quantized("mxfp4")),
+    "in-memory": in_memory,
+    "batches": on_batches,
+    "ranks": run(*SHORT, ranks=2),
+    "ranks-mixture": tiny(_family("qwen3_moe"), ranks=2),
+}
+
+
+def smollm2(model: str) -> Callable[[Path], dict[str, Any]]:
+    """The first two blocks of SmolLM2, see bench/quality/checkpoint_smollm2.py."""
+    blocks = ["--include", r"re:model\.layers\.[01]\.", "--nsamples", "8", "--seqlen", "256"]
+
+    def do(folder: Path) -> dict[str, Any]:
+        (folder / "a.txt").write_text(TEXT)
+        return run("--model", model, "--dataset", "a.txt", *blocks)(folder)
+
+    return do
+
+
+def machine() -> dict[str, str]:
+    """What digests depend on beside the code."""
+    cpu = next(
+        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine()
+    )
+    return {"cpu": cpu.partition(":")[2].strip(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def main() -> int:
+    """Make the runs, and compare or write their digests."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}, smollm2 (default: all)")
+    parser.add_argument("--write", action="store_true", help="write the digests")
+    parser.add_argument("--smollm2", metavar="FOLDER", help="checkpoint of SmolLM2: one more run")
+    arguments = parser.parse_args()
+    runs = RUNS | ({"smollm2": smollm2(str(Path(arguments.smollm2).resolve()))} if arguments.smollm2 else {})
+    known = json.loads(DIGESTS.read_text()) if DIGESTS.exists() else {"machine": machine(), "runs": {}}
+    if known["machine"] != machine():
+        sys.exit(
+            f"{DIGESTS}: made on {known['machine']}, and this is {machine()}: write them by the code before the change"
+        )
+    changed = []
+    for name in arguments.names or runs:
+        with tempfile.TemporaryDirectory() as scratch:
+            result = runs[name](Path(scratch))
+        same = known["runs"].get(name) == result
+        print(f"{name:14} {'same' if same else 'DIFFERS' if name in known['runs'] else 'new'}", flush=True)
+        if arguments.write:
+            known["runs"][name] = result
+        elif not same:
+            changed.append(name)
+            print(f"  was {known['runs'].get(name)}\n  is  {result}")
+    if arguments.write:
+        DIGESTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    return int(bool(changed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
