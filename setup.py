@@ -46,6 +46,7 @@ setup(
         "huggingface_hub>=1.5",
         "jinja2>=3.1",
         "tqdm>=4.66.3",
+        "msgspec>=0.19",
         # The first with a wheel for Python 3.11; `datasets` needs it anyway.
         "xxhash>=3.1",
     ],

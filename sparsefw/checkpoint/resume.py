@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sparsefw.checkpoint import typed_json
 from sparsefw.checkpoint.checksums import text_digest
 from sparsefw.checkpoint.evidence import FileRead
+from sparsefw.checkpoint.files import convert
 from sparsefw.checkpoint.locks import LOCK, acquire, acquire_shared, check_apart, is_sole_holder, partial_of, share
 from sparsefw.errors import InputError, first_line, naming
 
@@ -242,7 +242,7 @@ class PartialFolder:
         if not intact:
             raise self.damaged(path)
         try:
-            return typed_json.convert(kind, content, "")
+            return convert(kind, content, "")
         except InputError as error:
             raise self.damaged(path, str(error)) from error
 

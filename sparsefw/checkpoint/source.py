@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from sparsefw.checkpoint import foreign, tokenizer_trust, trust
 from sparsefw.checkpoint.copied import COPIED, TEMPLATES, in_any_case, is_copied
+from sparsefw.checkpoint.files import parse_object, read_bounded
 from sparsefw.checkpoint.quantization import Quantization, joined, most_bytes, quantization_of
 from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.errors import InputError, first_line, shown
@@ -256,14 +257,7 @@ def read_json(path: Path, limit: int) -> dict:
         InputError: it is missing, too large, no JSON object, or lies outside of its folder.
     """
     check_file(path)
-    try:
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {shown(first_line(error))}") from error
-    if len(content) > limit:
-        raise InputError(f"{path}: more than {limit // 2**20} MiB, which no real one has; {AGAIN}")
-    return trust.parse_object(content, path)
+    return parse_object(read_bounded(path, limit), path)
 
 
 def _read_headers(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
@@ -308,7 +302,7 @@ def _read_header(path: Path, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor
             content = file.read(length)
         # The library compares offsets, shapes, dtypes and the size of the file, but accepts a name that occurs twice.
         with safe_open(path, framework="pt"):
-            header = trust.parse_object(content, path)
+            header = parse_object(content, path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({shown(first_line(error))}); {AGAIN}") from error
     header.pop("__metadata__", None)

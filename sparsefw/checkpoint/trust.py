@@ -9,7 +9,6 @@ import json
 import math
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from sparsefw.checkpoint.transformers_names import (
     knows_model_type,
     version,
 )
-from sparsefw.errors import InputError, first_line, shown
+from sparsefw.errors import InputError, shown
 from sparsefw.process import host_limited
 
 # Real configs have less than 100 KB; tokenizer configs 2 MB; the indices of models with 10^12 weights 20 MB.
@@ -71,36 +70,6 @@ MODELS_ALLOWED = 64
 TIMM_ARGUMENTS = "model_args"
 TIMM_MODELS = {"architecture", "backbone"}
 TIMM_PLACES = re.compile(r"path|file|url|pretrained|checkpoint|cfg|config|cache|weights|tag")
-
-
-def parse_object(content: bytes, path: Path) -> dict[str, Any]:
-    """Parse a JSON object in which every key stands once.
-
-    Args:
-        content: bytes of the file, or of the part of it that is JSON.
-        path: the file's path, for the message.
-
-    Raises:
-        InputError: it is not JSON in UTF-8, no object, holds a key twice, or is nested too deeply.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            # One reader may take the first value and another one the last.
-            raise InputError(f"{path}: {shown(key)} is in it twice; keep one")
-        return content
-
-    try:
-        parsed = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({shown(first_line(error))}); download or copy it again") from error
-    if not isinstance(parsed, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(parsed).__name__}; download or copy it again")
-    return parsed
 
 
 def check_config(config: dict[str, Any], path: Path) -> None:

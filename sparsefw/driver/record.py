@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sparsefw.checkpoint import typed_json
+from sparsefw.checkpoint.files import convert
 from sparsefw.report import BlockRecord, Reconstruction
 from sparsefw.solver import LayerResult
 
@@ -54,4 +54,4 @@ class FinishedBlock:
         Raises:
             InputError: the values are none.
         """
-        return typed_json.convert(cls, record, "the record of a finished block: ")
+        return convert(cls, record, "the record of a finished block: ")

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sparsefw import checkpoint
 from sparsefw.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, TensorInfo, foreign, trust
+from sparsefw.checkpoint.files import parse_object
 from sparsefw.checkpoint.quantization import Quantization, dtype_in, quantization_of
 from sparsefw.checkpoint.trust import shown
 from sparsefw.errors import InputError, first_line
@@ -137,7 +138,7 @@ def _check_config(path: Path) -> tuple[Quantization | None, torch.dtype | None]:
         raise InputError(f"{path}: cannot be read: {first_line(error)}") from error
     if len(content) > trust.MAX_CONFIG_BYTES:
         raise InputError(f"{path}: more than {trust.MAX_CONFIG_BYTES // 2**20} MiB, which no real config has")
-    config = trust.parse_object(content, path)
+    config = parse_object(content, path)
     trust.check_config(config, path)
     trust.check_model_type(config, path)
     for key, value in trust.numbers(config, path):

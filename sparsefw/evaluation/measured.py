@@ -12,7 +12,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsefw.checkpoint import typed_json
+from sparsefw.checkpoint.files import parse
 from sparsefw.evaluation.estimates import Estimate, difference, estimate_of, same, weighted_perplexity
 from sparsefw.report.tasks import (
     Measurement,
@@ -63,7 +63,7 @@ class Evaluation:
         Raises:
             InputError: it is not JSON, or something else; one line that names the place.
         """
-        return typed_json.parse(cls, text.encode("utf-8", "surrogatepass"), path)
+        return parse(cls, text.encode("utf-8", "surrogatepass"), path)
 
 
 def text_record(

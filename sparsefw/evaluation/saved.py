@@ -18,7 +18,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from sparsefw.checkpoint import check_free, durably, typed_json
+from sparsefw.checkpoint import check_free, durably
+from sparsefw.checkpoint.files import convert
 from sparsefw.checkpoint.reader import read_into
 from sparsefw.checkpoint.resume import Part, PartialFolder
 from sparsefw.errors import InputError, naming
@@ -130,7 +131,7 @@ class Saved:
         """
         records = self._partial.folder / "records"
         try:
-            moment = typed_json.convert(Moment, self._partial.parts[n].note, f"part {n + 1}: ")
+            moment = convert(Moment, self._partial.parts[n].note, f"part {n + 1}: ")
         except InputError as error:
             raise self._partial.damaged(records, str(error)) from error
         if moment.answers is None and not self._is_possible(moment):

@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from sparsefw.checkpoint import typed_json
-from sparsefw.checkpoint.typed_json import NAMES
+from sparsefw.checkpoint.files import parse, read_bounded
 from sparsefw.data.batches import BATCHES
-from sparsefw.errors import InputError, counted, first_line
+from sparsefw.errors import InputError, counted
 from sparsefw.report.tasks import TaskRecord
 from sparsefw.solver import LayerResult
 from sparsefw.timeline import Span
@@ -50,8 +49,8 @@ class Reconstruction:
     after: float
     steps: int
     put_back: bool
-    loss: str = field(default=HIDDEN, metadata=typed_json.ADDED)
-    varies: str = field(default="", metadata=typed_json.ADDED)
+    loss: str = HIDDEN
+    varies: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class BlockRecord:
     gpu_bytes: int
     gpu_reserved_bytes: int = 0
     sent: dict[str, int] = field(default_factory=dict)
-    reconstruction: Reconstruction | None = field(default=None, metadata=typed_json.ADDED)
+    reconstruction: Reconstruction | None = None
 
 
 @dataclass(frozen=True)
@@ -209,8 +208,8 @@ class Report:
     memory: MemoryRecord
     notes: list[str]
     ranks: list[RankRecord] = field(default_factory=list)
-    tasks: list[TaskRecord] = field(default_factory=list, metadata=typed_json.ADDED)
-    in_memory: bool = field(default=False, metadata=typed_json.ADDED)
+    tasks: list[TaskRecord] = field(default_factory=list)
+    in_memory: bool = False
 
     def argument(self, name: str, kind: type[T]) -> T:
         """The value of a flag.
@@ -222,7 +221,7 @@ class Report:
             raise InputError(f"arguments.{name}: missing; prune again with this version of sparsefw")
         value = self.arguments[name]
         if not isinstance(value, kind) or type(value) is not kind:
-            raise InputError(f"arguments.{name}: expected {NAMES[kind]}, got {NAMES[type(value)]}")
+            raise InputError(f"arguments.{name}: expected {kind.__name__}, got {type(value).__name__}")
         return value
 
     @property
@@ -248,36 +247,11 @@ class Report:
         """The content of report.json."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
-    @classmethod
-    def from_json(cls, text: str, path: Path) -> "Report":
-        """Read the content of report.json.
-
-        Args:
-            text: content of the file.
-            path: the file's path, for the message.
-
-        Raises:
-            InputError: it is not JSON, or not a report; one line that names the place.
-        """
-        return typed_json.parse(cls, text.encode("utf-8", "surrogatepass"), path)
-
 
 def read_report(path: Path) -> Report:
     """Read report.json.
 
     Raises:
-        InputError: it is missing, too large, not JSON, or not what `sparsefw.run` writes.
+        InputError: it is missing, too large, not JSON, or not what `sparsefw.run` writes; the line names the place.
     """
-    try:
-        if not path.is_file():
-            # Opening a pipe would block for ever.
-            raise InputError(f"{path}: not readable (missing, or not a file); give a folder that sparsefw.run wrote")
-        with path.open("rb") as file:
-            content = file.read(MAX_REPORT_BYTES + 1)
-    except OSError as error:
-        raise InputError(
-            f"{path}: not readable ({first_line(error)}); give a folder that sparsefw.run wrote"
-        ) from error
-    if len(content) > MAX_REPORT_BYTES:
-        raise InputError(f"{path}: more than {MAX_REPORT_BYTES >> 20} MiB; no report of a run is that large")
-    return typed_json.parse(Report, content, path)
+    return parse(Report, read_bounded(path, MAX_REPORT_BYTES), path)

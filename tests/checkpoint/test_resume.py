@@ -155,27 +155,6 @@ def test_a_link_in_place_of_the_whole_folder(tmp_path):
     assert contents(tmp_path / "elsewhere") == before
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "said"),
-    [
-        ("records/00002.json", {"names": "t"}, "names: expected an array, got a string"),
-        ("records/00002.json", {"bytes": "8"}, "bytes: expected a whole number"),
-        ("records/00001.json", {"kept": {"a": 3}}, "kept.a: expected a string"),
-        ("records/00001.json", {"read": [{"stamp": [1]}]}, r"read\[0\].tensors: missing"),
-        ("records/00001.json", {"more": 1}, "more: unknown to this version"),
-        ("identity.json", {"chosen": {"batch": "8"}}, "chosen.batch: expected a whole number"),
-        ("identity.json", {"identity": [1]}, "identity: expected an object"),
-    ],
-)
-def test_values_of_another_kind(tmp_path, name, change, said):
-    path = with_two_records(tmp_path).folder / name
-    content = json.loads(path.read_text())["content"] | change
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    path.write_text(json.dumps({"sha256": digest, "content": content}))
-    with refused(f"is damaged, {name}: {said}.*; --restart discards it"):
-        opened(tmp_path)
-
-
 def test_missing_and_exchanged_records(tmp_path):
     records = with_two_records(tmp_path).folder / "records"
     (records / "00001.json").rename(records / "00003.json")

@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sparsefw.checkpoint import tokenizer_trust, trust
+from sparsefw.checkpoint.files import parse_object
 from sparsefw.checkpoint.source import inspect
 from sparsefw.errors import InputError
 
@@ -24,13 +25,13 @@ CONFIG = Path("config.json")
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 1}', '{"x": [{"a": 1, "b": 2, "a": 3}]}', '{"a": 1, "\\u0061": 2}'])
 def test_a_key_stands_once(text):
     with refused("^config.json: a is in it twice; keep one$"):
-        trust.parse_object(text.encode(), CONFIG)
+        parse_object(text.encode(), CONFIG)
 
 
 @pytest.mark.parametrize("text", [b"\xff", b"\xef\xbb\xbf{}", '{"a": 1}'.encode("utf-16"), b"[" * 10**5, b"1" * 5000])
 def test_what_is_no_json(text):
     with refused("^config.json: not JSON") as caught:
-        trust.parse_object(text, CONFIG)
+        parse_object(text, CONFIG)
     assert str(caught.value).isprintable()
 
 

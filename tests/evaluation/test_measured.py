@@ -205,7 +205,7 @@ def test_json(models, tmp_path):
     content = json.loads(written)
     assert content["tasks"][0]["results"]["dense"].keys() == {"value", "stderr", "difference"}
     content["tasks"][0]["results"]["dense"]["value"] = "0.5"
-    with pytest.raises(InputError, match=r"tasks\[0\]\.results\.dense\.value: expected a number, got a string"):
+    with pytest.raises(InputError, match=r"at `\$\.tasks\[0\]\.results"):
         Evaluation.from_json(json.dumps(content), tmp_path)
     assert evaluation.average == average_of(evaluation.tasks)
 

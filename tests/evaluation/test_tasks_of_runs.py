@@ -53,9 +53,9 @@ def test_a_run_and_an_evaluation_measure_the_same(place, tasks):
 
 
 def test_a_run_tells_of_its_tasks(place, tasks):
-    from sparsefw.report import Report
+    from sparsefw.report import read_report
 
-    report = Report.from_json((place / "pruned/report.json").read_text(), place)
+    report = read_report(place / "pruned/report.json")
     assert {record.task for record in report.tasks} == {*NAMES}
     assert {name for record in report.tasks for name in record.results} == {"dense", "wanda", "sparsefw"}
     assert "tiny_choices" in (place / "pruned/report.html").read_text()
