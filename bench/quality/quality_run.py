@@ -11,21 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from quality_baselines import BASELINES
 from quality_cells import REFERENCE, Cell
 from texts import Reference
 
 import sparsefw
-from sparsefw.cli import inputs_and_config, run_parser
-from sparsefw.estimate.plan import Machine, RateFlags, plan
 from sparsefw.report import Report, read_report
 from sparsefw.timeline import MAIN
 
 KEPT_OF_LAYERS = ("name", "error_warm_start", "error_mask", "error", "alpha", "kept")
-
-# The card that the work of a run is counted for. There the plan counts the products of all steps, of which a CPU saves
-# a part, and what is free on this machine makes no difference.
-PLANNED_FOR = "h100"
 
 # The code that a result depends on.
 CODE = ("sparsefw", "kernels", "bench/quality")
@@ -98,7 +91,7 @@ def run_cell(cell: Cell, study: Study, folder: Path, launch: Callable[[list[str]
     flags += ["--nsamples", str(cell.nsamples), "--seed", str(cell.seed), "--sparsity", cell.pattern]
     flags += [flag for path in held_out for flag in ("--eval", str(path))]
     flags += ["--eval-windows", str(study.eval_windows), *cell.flags]
-    code = {"commit": code_version(), "threads": torch.get_num_threads(), "plan": planned(flags)}
+    code = {"commit": code_version(), "threads": torch.get_num_threads()}
     output = folder / "out"
     # An interruption may have come before the entry of a finished run was saved.
     if not output.exists() and (status := launch([*flags, "--output", str(output)])):
@@ -186,16 +179,3 @@ def code_version() -> str:
         # git refuses the checkout of another user.
         return UNKNOWN
     return head.stdout.strip() + "+" * bool(changes.stdout)
-
-
-def planned(flags: list[str]) -> dict | None:
-    """The work of a run as `sparsefw.plan` counts it: Tflop by phase, on one PLANNED_FOR that holds everything.
-
-    None for a baseline, whose operations the plan does not know.
-    """
-    inputs, config = inputs_and_config(run_parser(None).parse_args(flags))
-    if config.method in BASELINES:
-        return None
-    phases = plan(inputs, config, Machine(PLANNED_FOR), RateFlags([]), Path(tempfile.gettempdir()))["phases"]
-    tflop = {phase: row["run"]["flops"] / 1e12 for phase, row in phases.items() if row["run"]["flops"]}
-    return {"card": PLANNED_FOR, "tflop": tflop}

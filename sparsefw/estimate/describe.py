@@ -15,7 +15,6 @@ from sparsefw.checkpoint.files import parse_object
 from sparsefw.checkpoint.quantization import Quantization, dtype_in, quantization_of
 from sparsefw.checkpoint.trust import shown
 from sparsefw.errors import InputError, first_line
-from sparsefw.estimate.workload import ModelTraits
 from sparsefw.model import shape_of
 from sparsefw.model.shapes import LayerShape, ModelShape
 from sparsefw.model.skeleton import LOADING, class_of, forget_quantization, max_seqlen
@@ -37,7 +36,6 @@ class DescribedModel:
     Attributes:
         name: name of the model's class.
         shape: shape of the model.
-        traits: traits that the shapes of its layers do not tell.
         dtype: dtype of the weights.
         max_seqlen: tokens in the longest window that it takes; None if the config does not say.
         notes: what was assumed, one line each.
@@ -45,7 +43,6 @@ class DescribedModel:
 
     name: str
     shape: ModelShape
-    traits: ModelTraits
     dtype: torch.dtype
     max_seqlen: int | None
     notes: list[str]
@@ -96,14 +93,13 @@ def describe(model: str) -> DescribedModel:
         quantized = int(share * max(block.nbytes for block in shape.blocks))
         shape = replace(shape, quantized=quantized, stored=stored.stored_nbytes / stored.nbytes if stored else share)
     try:
-        traits, longest = _traits(text_config, shape, path, notes), max_seqlen(config)
+        longest = max_seqlen(config)
     # Entries that differ between layers cannot be read for all of them.
     except LOADING as error:
         raise InputError(f"{path}: unsupported model: {shown(first_line(error))}") from error
     return DescribedModel(
         name=type(empty).__name__,
         shape=shape,
-        traits=traits,
         dtype=dtype,
         max_seqlen=longest,
         notes=notes,
@@ -199,13 +195,3 @@ def _shape(model: Checkpoint, path: Path) -> ModelShape:
     # A block runs the code of its architecture on sizes that the config chose.
     except (*LOADING, MemoryError) as error:
         raise InputError(f"{path}: unsupported model: a block cannot be run: {shown(first_line(error))}") from error
-
-
-def _traits(config: PretrainedConfig, shape: ModelShape, path: Path, notes: list[str]) -> ModelTraits:
-    heads = getattr(config, "num_attention_heads", None) or 0
-    width = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None)
-    experts_per_token = getattr(config, "num_experts_per_tok", None)
-    if not isinstance(experts_per_token, int) and any(x.experts for block in shape.blocks for x in block.all_layers):
-        notes.append(f"{path}: no num_experts_per_tok: one expert per token is counted")
-    attention = heads * width if heads and width else shape.hidden * bool(heads)
-    return ModelTraits(attention, experts_per_token or 1)

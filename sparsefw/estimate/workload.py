@@ -1,13 +1,9 @@
 """The input of an estimate: a model, the work of a run on it, and the placement."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 from sparsefw.flags import set_field
-from sparsefw.kernels import cpu
-from sparsefw.kernels.backend import Backend
-from sparsefw.model import Placement
-from sparsefw.model.shapes import BlockShape, ModelShape
+from sparsefw.model.shapes import ModelShape
 from sparsefw.ranks import shares
 from sparsefw.solver import PruneConfig, patterns
 from sparsefw.solver.selection import check_used
@@ -96,62 +92,7 @@ class Workload:
         """The ranks on a machine, which share its memory and its disk."""
         return self.ranks // self.machines
 
-    @property
-    def precisions(self) -> Backend:
-        """A backend for the precisions of all products. A CPU multiplies in fp32, however operands are rounded."""
-        return Backend(cpu, self.config.precision if self.gpu else "ieee")
-
 
 def largest_share(total: int, ranks: int, unit: int = 1) -> int:
     """The most of things in a row that one rank has, see `ranks.shares`."""
     return max(share.stop - share.start for share in shares(total, ranks, unit))
-
-
-@dataclass(frozen=True)
-class ModelTraits:
-    """Traits of a model that the shapes of its layers do not tell.
-
-    Attributes:
-        attention: entries of a query, over all heads; 0 without attention.
-        experts_per_token: experts that a token is sent to.
-    """
-
-    attention: int
-    experts_per_token: int
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """A run whose flops, bytes and seconds are estimated.
-
-    Attributes:
-        shape, traits: shape and traits of the model.
-        workload: the work.
-        placement: what is held at once, and where.
-        vertex_products: whether the products of vertices are made from what changed, see `kernels.vertex_products`. The
-            shapes do not tell how much changes, so these products are not counted.
-    """
-
-    shape: ModelShape
-    traits: ModelTraits
-    workload: Workload
-    placement: Placement
-    vertex_products: bool = False
-
-    @property
-    def block_counts(self) -> Counter[BlockShape]:
-        """The different blocks, and how many of each there are."""
-        return Counter(self.shape.blocks)
-
-    @property
-    def weight_unit(self) -> str:
-        """The unit that multiplies activations with weights."""
-        # bf16 and fp16 run at the same rate; torch multiplies fp32 in fp32.
-        return "bf16" if self.shape.itemsize == 2 else "ieee"
-
-    @property
-    def gram_unit(self) -> str:
-        """The unit that multiplies inputs for Gram and cross matrices."""
-        if self.workload.gpu and self.shape.itemsize == 2:
-            return "bf16"
-        return self.workload.precisions.input_precision

@@ -139,7 +139,6 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     assert cell["seconds"] == pytest.approx(spent[0])
     assert (cell["commit"], cell["threads"]) == (quality_run.code_version(), torch.get_num_threads())
     # The plan does not know what ADMM does.
-    assert cell["plan"] is None
     assert {len(column) for column in cell["layers"].values()} == {2 * 7}
     warm, error = (sum(cell["layers"][name]) for name in ("error_warm_start", "error"))
     assert error < warm
@@ -217,7 +216,6 @@ class TestRun:
     def flags_of(self, cell, study, monkeypatch):
         """The flags of the cell's run, by name."""
         ran = []
-        monkeypatch.setattr(quality_run, "planned", lambda flags: None)
         with pytest.raises(SystemExit):
             quality_run.run_cell(cell, study, study.model, launch=lambda flags: ran.extend(flags) or 1)
         found = {}
@@ -226,12 +224,11 @@ class TestRun:
         return found
 
     def test_a_failed_cell_ends_the_study(self, study, monkeypatch):
-        monkeypatch.setattr(quality_run, "planned", lambda flags: None)
         with pytest.raises(SystemExit, match=r"RIA \| 0.6 .*exit status 2"):
             quality_run.run_cell(select(only="RIA", wanted=["0.6"])[0], study, study.model, launch=lambda flags: 2)
 
     def test_an_unfinished_cell_stays_for_its_commit(self, study, monkeypatch):
-        for name, value in {"planned": None, "read_report": None, "entry": {}}.items():
+        for name, value in {"read_report": None, "entry": {}}.items():
             monkeypatch.setattr(quality_run, name, lambda *args, value=value: value)
         cell, other = select(only="RIA", wanted=["0.6", "2:4"])
         study = replace(study, work=study.model / "work")
@@ -301,20 +298,6 @@ class TestRun:
             study.check(header | {"seqlen": 64})
         with pytest.raises(ValueError, match=r"reference of Python 3\.1, not 3\."):
             study.check(header | {"reference": {"python": "3.1"}})
-
-    def test_work_is_what_the_plan_counts(self, tmp_path):
-        """More steps are more work of the solves, other phases stay; the evaluation grows with its windows."""
-        model = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
-        flags = ["--model", str(model), "--dataset", "c.txt", "--nsamples", "8", "--seqlen", "32", "--eval", "t.txt"]
-        few, many, longer = (
-            quality_run.planned([*flags, "--eval-windows", windows, "--steps", steps])["tflop"]
-            for windows, steps in (("2", "10"), ("2", "20"), ("4", "10"))
-        )
-        assert few["solve"] < many["solve"]
-        assert few["calibrate"] == many["calibrate"] == longer["calibrate"]
-        assert longer["evaluate"] == pytest.approx(2 * few["evaluate"])
-        assert few["all"] == pytest.approx(sum(few.values()) - few["all"])
-        assert quality_run.planned([*flags, "--eval-windows", "2", "--method", "admm"]) is None
 
     def test_commit_of_a_changed_tree_has_a_mark(self, tmp_path, monkeypatch):
         root = tmp_path / "checkout"

@@ -7,11 +7,9 @@ from helpers.reconstructed import SEQLEN, WINDOWS, make_place, run
 from sparsefw.checkpoint import inspect
 from sparsefw.driver import reconstruct
 from sparsefw.driver.reconstruct import Fit
-from sparsefw.estimate import Workload
-from sparsefw.estimate.passes import steps_of_block
-from sparsefw.model import Placement, predictions, shape_of
+from sparsefw.model import predictions, shape_of
+from sparsefw.model.placement import split_batches
 from sparsefw.report import HIDDEN, PREDICTIONS
-from sparsefw.solver import PruneConfig
 
 pytestmark = pytest.mark.usefixtures("constants")
 
@@ -59,9 +57,9 @@ class Watched:
 def test_a_run_predicts_where_its_plan_does(family, changes, predicts, tmp_path, monkeypatch):
     folder, seen = make_place(tmp_path, family, **changes), Watched(monkeypatch)
     report, _ = run(folder, tmp_path / "out", *FLAGS)
-    shape, config = shape_of(inspect(folder / "model")), PruneConfig(method="wanda", kernel="torch", reconstruct=2)
-    workload = Workload(WINDOWS, (), SEQLEN, config, gpu=False, threads=1)
-    planned = [steps_of_block(block, workload, Placement(1)) for block in shape.blocks]
+    shape, steps = shape_of(inspect(folder / "model")), 2 * len(split_batches(WINDOWS)[0])
+    times = predictions.times_the_passes(SEQLEN) if predicts else 1
+    planned = [*[steps] * (len(shape.blocks) - 1), times * steps]
     assert [block.reconstruction.steps for block in report.blocks] == planned
     assert report.blocks[-1].reconstruction.loss == (PREDICTIONS if predicts else HIDDEN)
     assert shape.blocks[-1].predicts is predicts

@@ -50,11 +50,3 @@ def test_the_dtype(tmp_path):
     (alone / "config.json").write_text(json.dumps(config | {"dtype": "float64"}))
     with pytest.raises(InputError, match=r"weights in torch\.float64 cannot be pruned"):
         describe(str(alone))
-
-
-def test_sizes_that_differ_between_layers(tmp_path):
-    source = config_of(save_model(tmp_path / "model", "opt"), tmp_path / "config") / "config.json"
-    layers = {"head_dim": 8, "per_layer_config": {"1": {"head_dim": 16}}}
-    source.write_text(json.dumps(json.loads(source.read_text()) | layers))
-    with pytest.raises(InputError, match="unsupported model: 'head_dim' is a per-layer attribute"):
-        describe(str(source))
