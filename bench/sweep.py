@@ -2,9 +2,8 @@
 
 A class gets a tiny random checkpoint. It is pruned by `sparsefw.run`, checked by `sparsefw.verify`, loaded by plain
 transformers and compared with it. Each class is one row of the results file, which is written as rows come. A row in
-the file is not made again unless it is named, so an interrupted sweep goes on. With --answers a class is not pruned: it
-answers requests one block at a time, and the answers are compared. With --write-docs the results of both become
-docs/models.md, together with plans of models of real size.
+the file is not made again unless it is named, so an interrupted sweep goes on. With --write-docs the results become
+docs/models.md.
 """
 
 import argparse
@@ -20,10 +19,8 @@ from typing import Any
 
 import torch
 import transformers
-from classes.answers import examine_answers
 from classes.apart import Limits, examine_all
-from classes.examine import OUTCOMES, TOLERANCE, WORKS, examine
-from classes.plans import plans
+from classes.examine import OUTCOMES, TOLERANCE, WORKS
 from classes.table import page
 from classes.tiny_config import LAYERS
 from classes.tiny_model import Case, cases
@@ -32,7 +29,6 @@ import sparsefw
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = REPO / "bench" / "results" / "sweep.json", REPO / "docs" / "models.md"
-ANSWERS = RESULTS.with_name("answers.json")
 
 
 def select(names: Sequence[str], rows: dict[str, Any], again: bool) -> list[Case]:
@@ -75,19 +71,18 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="model type or class; * stands for any text (default: all)")
     add("--jobs", type=int, default=1, metavar="N", help="classes at a time, each in one process (default: 1)")
-    add("--answers", action="store_true", help="have classes answer requests; prune none")
-    add("--json", type=Path, metavar="FILE", help="results (default: sweep.json or answers.json in bench/results)")
+    add(
+        "--json", type=Path, default=RESULTS, metavar="FILE", help=f"results (default: {RESULTS.name} in bench/results)"
+    )
     add("--again", action="store_true", help="examine again what is in the results and does not work")
     add("--seconds", type=float, default=Limits.seconds, help=f"time for one class (default: {Limits.seconds:g})")
     add("--memory", type=float, default=Limits.memory, help=f"GiB for one class (default: {Limits.memory:g})")
-    add("--write-docs", action="store_true", help="examine nothing; plan models of real size, write docs/models.md")
+    add("--write-docs", action="store_true", help="examine nothing; write docs/models.md")
     arguments = parser.parse_args(argv)
-    path = arguments.json or (ANSWERS if arguments.answers else RESULTS)
+    path = arguments.json
     results = load_results(path)
     if arguments.write_docs:
-        results["plans"] = plans()
-        save_results(path, results)
-        PAGE.write_text(page(results, LAYERS, TOLERANCE, load_results(ANSWERS)["rows"]))
+        PAGE.write_text(page(results, LAYERS, TOLERANCE))
         return 0
     # Some models of images are timm's.
     timm = version("timm") if find_spec("timm") else "not installed"
@@ -102,8 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         counts[row["outcome"]] += 1
         print(f"{row['outcome']:9} {case.key}: {row['seconds']} s{row['reason'] and ': '}{row['reason']}", flush=True)
 
-    how = examine_answers if arguments.answers else examine
-    examine_all(chosen, arguments.jobs, Limits(arguments.seconds, arguments.memory), keep, how)
+    examine_all(chosen, arguments.jobs, Limits(arguments.seconds, arguments.memory), keep)
     print(", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome]))
     return int(any(row["outcome"] in OUTCOMES[1:4] for row in (results["rows"][case.key] for case in chosen)))
 

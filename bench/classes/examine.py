@@ -55,20 +55,9 @@ def examine(case: Case, folder: Path) -> dict[str, Any]:
     Returns:
         The row of the results: JSON.
     """
-    return row_of(case, folder, _examine)
-
-
-def row_of(case: Case, folder: Path, fill: Callable[[Case, Path, dict[str, Any]], None]) -> dict[str, Any]:
-    """The row of a class in the results, with the outcome of an examination.
-
-    Args:
-        case: the class and its config.
-        folder: an empty folder for the checkpoints.
-        fill: examines the class and adds to the row; it raises `Ended`, or the class works.
-    """
     row: dict[str, Any] = {"model_type": case.model_type, "class": case.class_name, "kind": case.kind}
     try:
-        fill(case, folder, row)
+        _examine(case, folder, row)
         return row | {"outcome": WORKS, "reason": ""}
     except Ended as ended:
         return row | {"outcome": ended.outcome, "reason": ended.reason}
@@ -79,7 +68,7 @@ def _examine(case: Case, folder: Path, row: dict[str, Any]) -> None:
     row["architecture"] = type(original).__name__
     _prune(folder)
     report = read_report(folder / OUTPUT / "report.json")
-    with of_product("load the output"):
+    with _of_product("load the output"):
         pruned, pruned_loading = load(folder / OUTPUT)
     row |= _pruned_part(report, pruned)
     row["perplexity"] = {"plain": dense, **report.evaluation[0].perplexity}
@@ -152,7 +141,7 @@ def _verify(folder: Path) -> None:
 def _run(name: str, main: Callable[[list[str]], int], arguments: list[str]) -> tuple[int, str]:
     """Run a command of the product; its exit status, and the line that it ended with, if that was not 0."""
     out, err = io.StringIO(), io.StringIO()
-    with of_product(name), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with _of_product(name), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(arguments)
     lines = [line.removeprefix("sparsefw: ") for line in err.getvalue().splitlines() if line.startswith("sparsefw: ")]
     failures = [line.strip() for line in out.getvalue().splitlines() if line.startswith("  ")]
@@ -170,7 +159,7 @@ def _of_transformers(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def of_product(what: str) -> Iterator[None]:
+def _of_product(what: str) -> Iterator[None]:
     """Errors inside are the product's."""
     try:
         yield

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from classes.answers import WITHIN
 from classes.examine import NOT_RUN, OUTCOMES, REFUSED, TRACEBACK, WORKS, WRONG
 
 MEANING = {
@@ -14,13 +13,7 @@ MEANING = {
     WRONG: "a mistake in this package: the run ends well, and a comparison fails",
     NOT_RUN: "transformers itself does not build, run or reload the class on token ids alone",
 }
-SHARED = {
-    "BRANCHES": "the beginnings of requests, such as a question with several answers, are computed once",
-    "BEGINNINGS": "a request that another one begins with costs nothing, and rows are padded",
-    "NOTHING": "equal requests are computed once",
-}
 KINDS = {"text": "text", "image": "image and text", "audio": "audio and text"}
-GIB = 2**30
 
 HEAD = """\
 # Which models can be pruned
@@ -36,29 +29,19 @@ A tiny checkpoint shows that the mechanism fits the class. It shows nothing abou
 Versions: {versions}.
 """
 
-ANSWERED = """\
-`python bench/sweep.py --answers` has each class answer requests, one block at a time: questions with several answers,
-a single token, more tokens than are read. Plain transformers answers one request after the other. In fp32 all
-log-likelihoods are the same within {within:g} nats; the largest difference is {largest:.2g}. What requests share is
-found by trial, and is the same in bf16.
-"""
 
-
-def page(results: dict[str, Any], layers: int, tolerance: float, answers: dict[str, Any]) -> str:
+def page(results: dict[str, Any], layers: int, tolerance: float) -> str:
     """The content of docs/models.md.
 
     Args:
         results: content of the results file.
         layers: layers of a tiny model.
         tolerance: relative tolerance of perplexities.
-        answers: rows of the classes that have answered requests.
     """
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
     rows = sorted(results["rows"].values(), key=lambda row: (row["model_type"].lower(), row["class"]))
     parts = [HEAD.format(layers=layers, tolerance=tolerance, versions=versions)]
-    parts += ["\n".join(_summary(rows)), "\n".join(_answers(list(answers.values())))]
-    parts.append("\n".join(_plans(results.get("plans", []))))
-    parts.append("\n".join(_classes(rows)))
+    parts += ["\n".join(_summary(rows)), "\n".join(_classes(rows))]
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
@@ -77,52 +60,6 @@ def _summary(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield from _head(["outcome", *(KINDS[kind] for kind in kinds), "what it means"])
     for outcome in OUTCOMES:
         yield _line([outcome, *(str(counts[kind, outcome]) for kind in kinds), MEANING[outcome]])
-
-
-def _answers(rows: list[dict[str, Any]]) -> Iterator[str]:
-    works = [row for row in rows if row["outcome"] == WORKS]
-    if not works:
-        return
-    yield "## Evaluation"
-    yield ""
-    largest = max(row["difference"] for row in works)
-    yield ANSWERED.format(within=WITHIN, largest=largest)
-    yield from _head(["shared", "classes", "what it means"])
-    counts = Counter(row["sharing"] for row in works)
-    for sharing, meaning in SHARED.items():
-        yield _line([sharing.lower(), str(counts[sharing]), meaning])
-    for row in rows:
-        if row["outcome"] in (REFUSED, TRACEBACK, WRONG):
-            yield ""
-            yield f"{row['class']} ({row['model_type']}) is {row['outcome']}: {_escaped(row['reason'])}"
-
-
-def _plans(plans: list[dict[str, Any]]) -> Iterator[str]:
-    if not plans:
-        return
-    yield "## Models of real size"
-    yield ""
-    yield "What `sparsefw.plan` says of a `config.json`, for 256 windows of 2048 tokens on one H100, or on an H200"
-    yield "where that is too small, and there without a reconstruction, which has no room beside hundreds of experts."
-    yield "**Not measured.**"
-    yield ""
-    yield from _head(["model", "class", "parameters, 10^9", "peak GPU, GiB", "peak host, GiB", "Pflop", "output, GB"])
-    for plan in plans:
-        if "refused" in plan:
-            yield _line([plan["model"], f"refused: {_escaped(plan['refused'])}", *[""] * 5])
-            continue
-        numbers = [
-            f"{plan['parameters'] / 1e9:.1f}",
-            f"{plan['gpu_bytes'] / GIB:.1f}",
-            f"{plan['host_bytes'] / GIB:.1f}",
-            f"{plan['pflop']:,.0f}",
-            f"{plan['output_bytes'] / 1e9:.0f}",
-        ]
-        yield _line([plan["model"], plan["class"], *numbers])
-    yield ""
-    yield "```sh"
-    yield from (plan["command"] for plan in plans)
-    yield "```"
 
 
 def _classes(rows: list[dict[str, Any]]) -> Iterator[str]:

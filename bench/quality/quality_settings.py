@@ -5,124 +5,76 @@ setting sees the same ones, and weights approximate the layer's own.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
 
+from dense_layers import dense_layers
+from quality_cells import EVAL_WINDOWS, NSAMPLES, PATTERNS, SEQLEN
 from torch import Tensor
 
 from sparsefw.cli import inputs_and_config, run_parser
-from sparsefw.solver import patterns
-from sparsefw.solver.choices import CHOOSE, Rows
-from sparsefw.solver.objective import damped, weight_error
-from sparsefw.solver.saliency import wanda
+from sparsefw.kernels.backend import TORCH
+from sparsefw.solver import prune_layers
 
 # Rows of a layer, spread over all of it.
 SAMPLE_ROWS = 96
-
-# Flags of the two ways to prune, and for each way the values of a setting beside its default.
+WANDA = ("--method", "wanda")
 MASKS, REFITTED = ("--refit", "0"), ("--target", "layer", "--reconstruct", "0")
+# By the two ways to prune: the values of a setting beside its default.
 VARIED = {
-    MASKS: {
-        "alpha": (0.25, 0.5, 0.75, 0.9),
-        "penalty": (0, 0.5),
-        "steps": (20, 30, 60),
-        "swaps": (0,),
-        "damp": (0, 0.1, 0.4),
-        "precision": ("tf32", "bf16"),
-    },
-    REFITTED: {
-        "alpha": (0.5, 0.9),
-        "penalty": (0,),
-        "steps": (20, 60),
-        "refit": (2, 8),
-        "rounds": (0, 6),
-        "damp": (0.03, 0.2, 0.4),
-        "precision": ("tf32", "bf16"),
-    },
+    MASKS: "--alpha 0.25 0.5 0.75 0.9 --penalty 0 0.5 --steps 20 30 60 --swaps 0 --damp 0 0.1 0.4 "
+    "--precision tf32 bf16",
+    REFITTED: "--alpha 0.5 0.9 --penalty 0 --steps 20 60 --refit 2 8 --rounds 0 6 --damp 0.03 0.2 0.4 "
+    "--precision tf32 bf16",
 }
 
 
-# Flags that compare a budget for every row with one for the whole matrix. SparseGPT has one for each block of columns.
-WARM_OF_BUDGETS = ("--method", "wanda", "--sparsity", "0.6")
-BUDGETS = (
-    (*MASKS, "--sparsity", "0.6"),
-    (*MASKS, "--sparsity", "layer:0.6"),
-    ("--method", "sparsegpt", "--sparsity", "0.6"),
-    (*REFITTED, "--sparsity", "0.6"),
-    (*REFITTED, "--sparsity", "layer:0.6"),
-)
+def rows() -> list[tuple[str, ...]]:
+    """The flags of every row: each of the two ways by itself, then with one setting changed."""
+    found: list[tuple[str, ...]] = []
+    for base, varied in VARIED.items():
+        found.append(base)
+        for word in varied.split():
+            if word.startswith("--"):
+                name = word
+            else:
+                found.append((*base, name, word))
+    return found
 
 
-def settings_of_study() -> list[tuple[str, ...]]:
-    """The flags of every row of the study: each of the two ways by itself, then with one setting changed."""
-    rows = []
-    for base, settings in VARIED.items():
-        rows.append(base)
-        values = [(f"--{name}", value) for name, values in settings.items() for value in values]
-        rows += [(*base, name, value if isinstance(value, str) else f"{value:g}") for name, value in values]
-    return rows
-
-
-def measure_settings(
-    layers: list[tuple[int, str, Tensor, list[Tensor]]], every: Sequence[str]
+def measure(
+    model: Path, calibration: Path, held_out: list[Path], blocks: list[int], nsamples: int = NSAMPLES
 ) -> dict[str, dict[str, list[float]]]:
-    """Errors by pattern and flags.
-
-    Args:
-        layers: from `dense_layers`.
-        every: the patterns.
-
-    Returns:
-        By pattern, then by flags: on the calibration text and on each held-out one the error relative to Wanda's mask
-        there, mean over the layers.
-    """
-    ratios: dict[str, dict[str, list[list[float]]]] = {}
-    for pattern in every:
-        for _, _, weight, grams in layers:
-            W = weight[:: -(-len(weight) // SAMPLE_ROWS)].contiguous()
-            warm = _errors(W, grams, ("--method", "wanda", "--sparsity", pattern))
-            for flags in settings_of_study():
+    """Errors by pattern, then by flags: on the calibration text and on each held-out one, relative to Wanda's mask."""
+    windows = dict(nsamples=nsamples, seqlen=SEQLEN, limit=EVAL_WINDOWS)
+    ratios: dict[str, dict[str, list[list[float]]]] = {pattern: {} for pattern in PATTERNS}
+    for _, _, weight, grams in dense_layers(model, calibration, held_out, blocks, **windows):
+        W = weight[:: -(-len(weight) // SAMPLE_ROWS)].contiguous()
+        for pattern, by_flags in ratios.items():
+            warm = _errors(W, grams, (*WANDA, "--sparsity", pattern))
+            for flags in rows():
                 errors = _errors(W, grams, (*flags, "--sparsity", pattern))
-                rows = ratios.setdefault(pattern, {}).setdefault(" ".join(flags), [])
-                rows.append([e / w for e, w in zip(errors, warm, strict=True)])
-    return {pattern: {flags: _mean(rows) for flags, rows in by_flags.items()} for pattern, by_flags in ratios.items()}
-
-
-def measure_budgets(layers: list[tuple[int, str, Tensor, list[Tensor]]]) -> dict[str, dict[str, list[float]]]:
-    """Errors as in `measure_settings`, of all rows of the layers: by kind of layer, then by the flags of BUDGETS."""
-    ratios: dict[str, dict[str, list[list[float]]]] = {}
-    for _, kind, W, grams in layers:
-        warm = _errors(W, grams, WARM_OF_BUDGETS)
-        for flags in BUDGETS:
-            errors = _errors(W, grams, flags)
-            rows = ratios.setdefault(kind, {}).setdefault(" ".join(flags), [])
-            rows.append([e / w for e, w in zip(errors, warm, strict=True)])
-    return {kind: {flags: _mean(rows) for flags, rows in by_flags.items()} for kind, by_flags in ratios.items()}
+                by_flags.setdefault(" ".join(flags), []).append([e / w for e, w in zip(errors, warm, strict=True)])
+    return {
+        pattern: {
+            flags: [round(fmean(column), 5) for column in zip(*found, strict=True)] for flags, found in by.items()
+        }
+        for pattern, by in ratios.items()
+    }
 
 
 def _errors(W: Tensor, grams: list[Tensor], flags: Sequence[str]) -> list[float]:
     """Prune a layer with these flags on the first Gram matrix; returns the errors on all of them."""
     _, config = inputs_and_config(run_parser(None).parse_args([*flags, "--kernel", "torch"]))
-    saliency = wanda(W, grams[0].diagonal())
-    k, H = patterns.kept(config.pattern, saliency), damped(grams[0], config.damp)
-    rows = Rows(W, grams[0], saliency, k, W.dtype, damped=H)
-    choice = CHOOSE[config.method](rows, config, config.backend)
-    Z = W.masked_fill(~choice.mask, 0) if choice.weight is None else choice.weight
-    return [weight_error(W, Z, G).double().sum().item() for G in grams]
+    Z = W.clone()
+    list(prune_layers([("layer", Z)], grams[0].clone(), config.method, config, TORCH))
+    E = (W - Z).double()
+    return [(E * (E @ G.double())).sum().item() for G in grams]
 
 
-def _mean(rows: list[list[float]]) -> list[float]:
-    return [round(sum(column) / len(column), 5) for column in zip(*rows, strict=True)]
-
-
-def table(measured: dict[str, dict[str, list[float]]], texts: list[str]) -> str:
-    """Markdown with a row for each setting; its columns are the errors on every held-out text by pattern (or layer).
-
-    Args:
-        measured: from `measure_settings` or `measure_budgets`.
-        texts: names of the held-out texts.
-    """
-    head = ["flags", *(f"{text}, {name}" for text in measured for name in texts)]
-    lines = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head))]
-    for flags in dict.fromkeys(flags for rows in measured.values() for flags in rows):
-        values = [f"{x:.3f}" for rows in measured.values() for x in rows[flags][1:]]
-        lines.append(f"| {' | '.join([f'`{flags}`', *values])} |")
-    return "\n".join(lines)
+def table(measured: dict[str, dict[str, list[float]]]) -> str:
+    """Markdown with a row for each setting; its columns are the mean errors on held-out text, by pattern."""
+    flags = dict.fromkeys(flags for by_flags in measured.values() for flags in by_flags)
+    lines = [["", *measured], ["---"] * (len(measured) + 1)]
+    lines += [[f"`{name}`", *(f"{fmean(by[name][1:]):.3f}" for by in measured.values())] for name in flags]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

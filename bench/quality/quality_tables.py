@@ -1,48 +1,146 @@
-"""The tables that the quality study prints: by pattern, number of calibration windows, and calibration text."""
+"""The tables of README.md and docs/results.md in Markdown, from the results of the study."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 
-from quality_cells import OWN, Cell
-from quality_results import commit_of
+import texts
+from quality_cells import (
+    ADMM,
+    DEFAULT,
+    LAYERWISE,
+    MASKS,
+    METHODS,
+    MORE_WINDOWS,
+    OF_LAYER,
+    ONE_OF_EACH_KIND,
+    ONE_SWAPS,
+    PAPER,
+    PAPER_SHORT,
+    PATTERNS,
+    REFERENCE,
+    ROWS_OF_SEEDS,
+    ROWS_OF_WINDOWS,
+    ROWS_ON_REFERENCE,
+    SEEDS,
+    SPARSEGPT,
+    UNRECONSTRUCTED,
+    WANDA,
+    Cell,
+)
 
+# Names of the texts in the results.
+TEXTS = {"Wikipedia": "wiki_test.txt", "news": "news.txt", "language reference": texts.TEST}
+DENSE = "dense"
 
-def tables(results: dict, cells: Sequence[Cell]) -> str:
-    """Markdown of the cells in the results."""
-    groups: dict[tuple[str, int, str], dict[str, list[dict]]] = {}
-    for cell in (cell for cell in cells if cell.key in results["cells"]):
-        rows = groups.setdefault((cell.pattern, cell.nsamples, cell.calibrated_on), {})
-        rows.setdefault(cell.method, []).append(results["cells"][cell.key])
-    return "\n\n".join(_table(*group, rows) for group, rows in groups.items())
-
-
-def _table(pattern: str, nsamples: int, calibrated_on: str, rows: dict[str, list[dict]]) -> str:
-    every = [run for runs in rows.values() for run in runs]
-    # A cell lacks a text that the study has got since.
-    dense = {text: perplexity for run in every for text, perplexity in run["dense"].items()}
-    head = ["method", *(f"perplexity, {text}" for text in dense), "mask only", "relative error", "seconds", "commit"]
-    on = "" if calibrated_on == OWN else f" of the {calibrated_on}"
-    lines = [f"Sparsity {pattern}, {nsamples} calibration windows{on}", "", line(head), line(["---"] * len(head))]
-    lines.append(line(["dense", *(f"{perplexity:.2f}" for perplexity in dense.values()), "", "", "", ""]))
-    for name, runs in rows.items():
-        cells = [mean_and_spread([run["perplexity"].get(text) for run in runs]) for text in dense]
-        for what in ("relative_mask", "relative_error"):
-            # An error relative to another saliency's mask cannot be compared with those relative to Wanda's.
-            comparable = runs[0]["warm_start"] == "wanda"
-            cells.append(mean_and_spread([run[what] for run in runs], 3) if comparable else "")
-        cells.append(mean_and_spread([run["seconds"]["solve"] for run in runs], 0))
-        lines.append(line([name, *cells, ", ".join(dict.fromkeys(map(commit_of, runs)))]))
-    return "\n".join(lines)
-
-
-def line(cells: Sequence[str]) -> str:
-    """A row of a table in Markdown."""
-    return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|"
+# The text of a table's cell, from the entry of a run.
+Number = Callable[[dict], str]
 
 
-def mean_and_spread(values: Sequence[float | None], digits: int = 2) -> str:
-    """The mean; of several values also maximum - minimum, in brackets. Nothing if a value is missing."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return ""
-    mean = f"{sum(known) / len(known):.{digits}f}"
-    return f"{mean} ({max(known) - min(known):.{digits}f})" if len(known) > 1 else mean
+def perplexity(*names: str) -> Number:
+    """Perplexity on each of these texts."""
+    return lambda run: " / ".join(f"{run['perplexity'][TEXTS[name]]:.1f}" for name in names)
+
+
+def relative_error(run: dict) -> str:
+    """Mean error of the layers relative to Wanda's mask."""
+    return f"{run['relative_error']:.3f}"
+
+
+def total(what: str, digits: int, *phases: str) -> Number:
+    """Seconds or Tflop of these phases; without any, of all but the evaluation. Tflop are those of older plans."""
+
+    def number(run: dict) -> str:
+        by_phase = run["seconds"] if what == "seconds" else (run.get("plan") or {}).get("tflop", {})
+        names = phases or [name for name in by_phase if name not in ("evaluate", "all")]
+        return f"{sum(by_phase.get(name, 0) for name in names):.{digits}f}" if by_phase else ""
+
+    return number
+
+
+def percent(pattern: str) -> str:
+    """The head of a column: 60 % for 0.6."""
+    return pattern if ":" in pattern else f"{100 * float(pattern):.0f} %"
+
+
+def by_pattern(number: Number, patterns: Sequence[str] = PATTERNS) -> dict[str, tuple[str, dict, Number]]:
+    """A column for each pattern."""
+    return {percent(pattern): (pattern, {}, number) for pattern in patterns}
+
+
+def by_text(**options: object) -> dict[str, tuple[str, dict, Number]]:
+    """A column for each text, of cells at 0.6."""
+    return {name: ("0.6", options, perplexity(name)) for name in TEXTS}
+
+
+# By name: rows, and columns by their heads: pattern, other fields of the cells, number.
+TABLES: dict[str, tuple[Sequence[str], Mapping[str, tuple[str, dict, Number]]]] = {
+    "readme": (
+        (WANDA, SPARSEGPT, ADMM, MASKS, UNRECONSTRUCTED, DEFAULT),
+        by_pattern(perplexity("Wikipedia", "news")),
+    ),
+    "perplexity": ((DENSE, *METHODS), by_pattern(perplexity("Wikipedia", "news"))),
+    "reference": ((DENSE, *METHODS), by_pattern(perplexity("language reference"))),
+    "calibrated-on-reference": ((DENSE, *ROWS_ON_REFERENCE), by_text(calibrated_on=REFERENCE)),
+    "windows": (ROWS_OF_WINDOWS, by_text(nsamples=MORE_WINDOWS)),
+    "cost": (
+        list(METHODS),
+        {
+            "Tflop": ("0.6", {}, total("tflop", 1)),
+            "Tflop, solves": ("0.6", {}, total("tflop", 1, "solve")),
+            "seconds": ("0.6", {}, total("seconds", 0)),
+            "seconds, solves": ("0.6", {}, total("seconds", 0, "solve")),
+        },
+    ),
+    "errors": (
+        (ONE_SWAPS, PAPER_SHORT, PAPER, MASKS, SPARSEGPT, ADMM, LAYERWISE),
+        by_pattern(relative_error, (*PATTERNS, OF_LAYER)),
+    ),
+}
+
+
+def tables(results: dict) -> str:
+    """All tables, each behind its name."""
+    made = {name: table(rows, columns, results) for name, (rows, columns) in TABLES.items()}
+    return "\n".join(f"{name}\n\n{text}" for name, text in (made | {"seeds": of_seeds(results)}).items())
+
+
+def table(rows: Sequence[str], columns: Mapping[str, tuple[str, dict, Number]], results: dict) -> str:
+    """One table. A cell that was not measured is empty."""
+    lines = []
+    for method in rows:
+        cells = []
+        for pattern, options, number in columns.values():
+            # Every run has the dense model's perplexities.
+            cell = Cell(WANDA if method == DENSE else method, pattern, **options)
+            run = results["cells"].get(cell.key)
+            cells.append(number({"perplexity": run["dense"]} if method == DENSE else run) if run else "")
+        lines.append([label(method), *cells])
+    return markdown(["", *columns], lines)
+
+
+def of_seeds(results: dict) -> str:
+    """Mean and (maximum - minimum) over the seeds."""
+    heads = [(pattern, text) for pattern in ONE_OF_EACH_KIND for text in TEXTS]
+    lines = []
+    for method in ROWS_OF_SEEDS:
+        cells = []
+        for pattern, text in heads:
+            runs = [results["cells"].get(Cell(method, pattern, seed).key) for seed in SEEDS]
+            values = [run["perplexity"][TEXTS[text]] for run in runs if run]
+            cells.append(f"{fmean(values):.1f} ({max(values) - min(values):.1f})" if all(runs) else "")
+        lines.append([label(method), *cells])
+    return markdown(["", *(f"{percent(pattern)}, {text}" for pattern, text in heads)], lines)
+
+
+def label(method: str) -> str:
+    """The label of a row: its name with its flags, or the place of its code."""
+    if method in (ONE_SWAPS, ADMM):
+        return f"{method} (in `bench/`)"
+    flags = METHODS.get(method)
+    return f"{method} (`{' '.join(flags)}`)" if flags and "`" not in method else method
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in line)}|\n" for line in lines)

@@ -24,20 +24,12 @@ def error(W, Z, G):
 
 class TestAdmm:
     @pytest.mark.parametrize(("k", "group"), BUDGETS)
-    def test_budget_is_exact(self, k, group):
-        W, G = normal(7, 24), gram(24)
-        before = W.clone(), G.clone()
-        mask, Z = baselines.admm(W, G, k, group=group)
-        assert (mask.view(7, -1, group or 24).sum(2) == k).all()
-        assert (Z[~mask] == 0).all()
-        assert torch.equal(W, before[0])
-        assert torch.equal(G, before[1])
-
-    @pytest.mark.parametrize(("k", "group"), BUDGETS)
     def test_update_pays(self, k, group):
         """The error is lower than that of its own mask without the update, and than that of Wanda's mask."""
         W, G = normal(30, 24), gram(24)
         mask, Z = baselines.admm(W, G, k, group=group)
+        assert (mask.view(30, -1, group or 24).sum(2) == k).all()
+        assert (Z[~mask] == 0).all()
         assert (error(W, Z, G) < error(W, W * mask, G)).all()
         assert error(W, Z, G).sum() < 0.8 * error(W, W * wanda_mask(W, G, k, group), G).sum()
 
@@ -52,42 +44,6 @@ class TestAdmm:
         for w, z, kept in zip(W.double(), Z.double(), mask, strict=True):
             best = torch.linalg.solve(H[kept][:, kept], H[kept] @ w)
             torch.testing.assert_close(z[kept], best, rtol=1e-4, atol=1e-4)
-
-    @pytest.mark.parametrize(("k", "group"), [(10, 0), (2, 4)])
-    def test_mask_is_chosen_up_to_the_ramp_and_never_after(self, k, group, monkeypatch):
-        """The number of kept weights falls by the cubic rule; under n:m it ends where every group holds its n."""
-        sizes = []
-
-        def spy(score, kept, **options):
-            if "fixed" in options:
-                sizes.append(kept)
-            return lmo(score, kept, **options)
-
-        lmo = cpu.lmo
-        monkeypatch.setattr(cpu, "lmo", spy)
-        baselines.admm(normal(3, 24), gram(24), k, group=group, steps=9, ramp=4)
-        removed = 24 - (k * 24 // group if group else k)
-        assert sizes == [24 - int(removed * share) for share in (37 / 64, 56 / 64, 63 / 64, 1)]
-
-    def test_without_ramp_and_correlation_it_is_magnitude(self):
-        """With uncorrelated inputs of norm 1 there is nothing to update: the largest weights stay as they are."""
-        W = normal(4, 12)
-        mask, Z = baselines.admm(W, torch.eye(12, device=DEVICE), 5, ramp=1)
-        assert torch.equal(mask, cpu.lmo(W.abs(), 5))
-        torch.testing.assert_close(Z, W * mask)
-
-    def test_dead_inputs(self):
-        W, G = normal(4, 24), gram(24)
-        G[[3, 8]], G[:, [3, 8]] = 0, 0
-        mask, Z = baselines.admm(W, G, 10)
-        assert (mask.sum(1) == 10).all()
-        assert (Z[:, [3, 8]] == 0).all()
-        assert (error(W, Z, G) < error(W, W * mask, G)).all()
-
-    @pytest.mark.parametrize("ramp", [0, 21])
-    def test_ramp_that_does_not_fit(self, ramp):
-        with pytest.raises(ValueError, match=f"ramp: expected 1 to steps = 20, got {ramp}"):
-            baselines.admm(normal(2, 4), gram(4), 2, ramp=ramp)
 
 
 def swap_changes(w, G, mask, group):
@@ -171,40 +127,3 @@ class TestOneSwaps:
         assert torch.equal(baselines.one_swaps(W, G, swapped, group=group), swapped)
         for now, then in zip((W, G, mask), before, strict=True):
             assert torch.equal(now, then)
-
-    def test_rounding_excludes_no_only_pair(self):
-        """With two entries the bound is the change itself, and rounding may put it on either side."""
-        W, G = normal(200, 2), gram(2)
-        mask = torch.tensor([[True, False]], device=DEVICE).repeat(200, 1)
-        swapped = baselines.one_swaps(W, G, mask)
-        assert torch.equal(swapped, torch.where((error(W, W * ~mask, G) < error(W, W * mask, G))[:, None], ~mask, mask))
-
-    def test_a_change_that_was_not_true_is_taken_back(self, monkeypatch):
-        W, G = normal(6, 40), gram(40)
-        mask = baselines.one_swaps(W, G, wanda_mask(W, G, 16))
-        monkeypatch.setattr(baselines, "_best_in_row", lambda a, b, *_: (int(a.argmin()), int(b.argmin()), -1e9))
-        assert torch.equal(baselines.one_swaps(W, G, mask), mask)
-
-    def test_limit_counts_the_swaps_of_a_row(self):
-        W, G = normal(6, 40), gram(40)
-        mask = wanda_mask(W, G, 16)
-        assert torch.equal(baselines.one_swaps(W, G, mask, limit=0), mask)
-        assert ((baselines.one_swaps(W, G, mask, limit=1) != mask).sum(1) == 2).all()
-
-    @pytest.mark.parametrize("kept", [False, True])
-    @pytest.mark.parametrize("group", [0, 4])
-    def test_nothing_to_swap(self, kept, group):
-        mask = torch.full((3, 8), kept, device=DEVICE)
-        assert torch.equal(baselines.one_swaps(normal(3, 8), gram(8), mask, group=group), mask)
-
-    def test_weight_in_half_precision(self):
-        W, G = normal(6, 40, dtype=torch.bfloat16), gram(40)
-        mask = wanda_mask(W.float(), G, 16)
-        assert torch.equal(baselines.one_swaps(W, G, mask), baselines.one_swaps(W.float(), G, mask))
-
-    @pytest.mark.parametrize("where", ["W", "G"])
-    def test_not_finite(self, where):
-        inputs = {"W": normal(3, 8), "G": gram(8)}
-        inputs[where][1, 2] = torch.nan
-        with pytest.raises(FloatingPointError, match="NaN or Inf in the layer's weight or Gram matrix"):
-            baselines.one_swaps(**inputs, mask=torch.ones(3, 8, dtype=torch.bool, device=DEVICE))
