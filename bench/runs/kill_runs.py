@@ -2,12 +2,11 @@
 
     python bench/runs/kill_runs.py FOLDER --kills 50
     python bench/runs/kill_runs.py FOLDER --kills 20 --ranks 3
-    python bench/runs/kill_runs.py FOLDER --kills 50 --evaluate --signals KILL,INT,TERM
+    python bench/runs/kill_runs.py FOLDER --kills 50 --signals KILL,INT,TERM
 
 A run that is killed is started again with the same command. Once it has come through, the next one begins anew. All
-outputs must have the bytes of the undisturbed run. The runs prune the embedded model, into FOLDER; with --evaluate they
-evaluate it and a copy of it, saved behind every block. Of several ranks one is killed, and the others must end within
-seconds.
+outputs must have the bytes of the undisturbed run. The runs prune the embedded model, into FOLDER. Of several ranks one
+is killed, and the others must end by themselves.
 """
 
 import argparse
@@ -23,8 +22,6 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from sparsefw.inputs import DEFAULT_MODEL
-
 # These hold times, or digests of what does.
 TIMED = {"report.json", "report.html", "SHA256SUMS"}
 
@@ -36,14 +33,6 @@ def outputs(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in TIMED}
 
 
-def evaluation(folder: Path) -> list[str]:
-    """The command of an evaluation, without its output."""
-    copy = folder / "copy"
-    shutil.copytree(DEFAULT_MODEL, copy)
-    script = Path(__file__).with_name("evaluate_often.py")
-    return [str(script), str(copy), "--against", "default", "--eval", "default", "--seqlen", "128"]
-
-
 def main() -> None:
     """Kill runs, and compare their outputs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,7 +40,6 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--signals", default="KILL", help="names, one of which is drawn each time (default: KILL)")
     parser.add_argument("--begin", type=float, default=0.0, help="share of its time that is over before (default: 0)")
     arguments = parser.parse_args()
@@ -60,11 +48,10 @@ def main() -> None:
     signals = [signal.Signals[f"SIG{name}"] for name in arguments.signals.split(",")]
 
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(arguments.ranks)] if arguments.ranks > 1 else []
-    work = evaluation(arguments.folder) if arguments.evaluate else ["-m", "sparsefw.run"]
     seconds, lines = [], Counter[str]()
 
     def start(output: Path) -> subprocess.Popen:
-        command = [sys.executable, *launcher, *work, "--output", str(output)]
+        command = [sys.executable, *launcher, "-m", "sparsefw.run", "--output", str(output)]
         # A shell has what runs in its background ignore SIGINT.
         obeys = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=obeys)
