@@ -12,7 +12,7 @@ from torch import nn
 from sparsefw import InputError, prune
 from sparsefw.data import batches_of
 from sparsefw.model import embed_batches, resident
-from sparsefw.model.activations import DeviceActivations, FiledActivations
+from sparsefw.model.activations import Store
 from sparsefw.report import read_report
 
 NAME = "batches given in Python"
@@ -61,14 +61,13 @@ class TestStacks:
         model, batches = drawn(name, 2)
         last, seen = list(model.modules())[-1], []
         given = batches_of(batches, "calibration").batches
-        make = DeviceActivations if place == "gpu" else lambda: FiledActivations(CPU, None)
         with torch.no_grad(), resident(model, given[0], CPU) as opened:
             last = opened.blocks[-1]
             hook = last.register_forward_hook(lambda module, args, output: seen.append(output))
             for batch in batches:
                 model(**batch)
             hook.remove()
-            states = embed_batches(opened, given, make)
+            states = embed_batches(opened, given, Store(CPU, place))
             for i in range(len(opened.blocks)):
                 opened.open(i)
                 states.advance(i)

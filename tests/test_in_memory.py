@@ -11,8 +11,8 @@ from torch import nn
 
 from sparsefw import InputError, prune
 from sparsefw.data import BATCHES
-from sparsefw.model.activations import DeviceActivations, FiledActivations
-from sparsefw.model.carried import Constants
+from sparsefw.model.activations import Store
+from sparsefw.model.hidden_states import _Constants
 
 QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
 CPU = torch.device("cpu")
@@ -86,22 +86,22 @@ class TestBatchesOfSeveralSizes:
             batch["scale"] = torch.rand(size)
         check(model, batches)
 
-    @pytest.mark.parametrize("make", [DeviceActivations, lambda: FiledActivations(CPU, None)])
+    @pytest.mark.parametrize("place", ["gpu", "file"])
     @pytest.mark.parametrize("forms", ["aab", "aba", "abA", "aaAb", "abcA", "aAbB", "at", "abt"])
-    def test_constants(self, forms, make):
+    def test_constants(self, forms, place):
         torch.manual_seed(0)
         drawn = {
             "a": torch.randn(2, 5), "A": torch.randn(2, 5), "b": torch.randn(2, 7), "B": torch.randn(2, 7),
             "c": torch.randn(5), "t": torch.randn(5, 2).T,
         }  # fmt: skip
-        constants = Constants(make)
+        constants = _Constants(Store(CPU, place))
         for form in forms:
-            constants.append([drawn[form].clone(), torch.ones(3)], {0})
+            constants.append([drawn[form].clone(), torch.ones(3)])
         for j, form in enumerate(forms):
-            assert torch.equal(constants[j, 0], drawn[form])
-            assert constants[j, 0].stride() == drawn[form].stride()
-            assert torch.equal(constants[j, 1], torch.ones(3))
-        constants.close()
+            one, other = (x.read() for x in constants.stored[j])
+            assert torch.equal(one, drawn[form])
+            assert one.stride() == drawn[form].stride()
+            assert torch.equal(other, torch.ones(3))
 
 
 class TestHooks:

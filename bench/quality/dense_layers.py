@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 from sparsefw import checkpoint, data
 from sparsefw.kernels.backend import TORCH
 from sparsefw.model import StreamedModel, embed
-from sparsefw.model.activations import DeviceActivations
 from sparsefw.model.layers import capture
 from sparsefw.model.placement import BATCH_TOKENS
 
@@ -47,7 +46,7 @@ def dense_layers(
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         windows = [data.calibration_windows(tokenizer, str(calibration), nsamples=nsamples, seqlen=seqlen, seed=0)]
         windows += [data.evaluation_windows(tokenizer, str(text), seqlen=seqlen, limit=limit) for text in held_out]
-        states = [embed(model, text.ids, max(1, BATCH_TOKENS["cpu"] // seqlen), DeviceActivations) for text in windows]
+        states = [embed(model, text.ids, max(1, BATCH_TOKENS["cpu"] // seqlen)) for text in windows]
         for i in range(max(blocks) + 1):
             block = model.open(i)
             if i in blocks:

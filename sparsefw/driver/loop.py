@@ -215,10 +215,10 @@ def _embed_all(
     run: Run, calibration: Samples, evaluation: Sequence[Samples], tasks: TaskSamples | None, placement: Placement
 ) -> _AllStates:
     """Embed all windows and requests: the hidden states before the first block."""
-    activations = placement.new_activations(run.model.device)
+    store = placement.store(run.model.device)
 
     def start(samples: Samples, names: list[str]) -> dict[str, HiddenStates]:
-        states = embed_batches(run.model, samples.split(placement.batch), activations)
+        states = embed_batches(run.model, samples.split(placement.batch), store)
         return {name: states.fork() if n else states for n, name in enumerate(names)}
 
     methods = [*run.config.methods]

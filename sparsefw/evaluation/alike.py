@@ -77,7 +77,7 @@ def _form(call: Call) -> list[Any]:
 def _constants(states: HiddenStates, call: Call) -> list[Tensor]:
     """The tensors that a block is given and that are made before the first block."""
     leaves = leaves_of((call.args, call.kwargs))
-    return [states.constants[0, leaf.number] for leaf in leaves if isinstance(leaf, Constant)]
+    return [states.constants[0][leaf.number].read() for leaf in leaves if isinstance(leaf, Constant)]
 
 
 def _same_mask(one: Tensor, other: Tensor) -> bool:

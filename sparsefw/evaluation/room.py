@@ -4,7 +4,7 @@ Weights are held a block at a time. Hidden states are held a micro-batch at a ti
 where they are placed. On a machine without a GPU all of it is on the host.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -19,9 +19,8 @@ from sparsefw.estimate.forward_memory import (
     outside_page_locked,
     page_locked_of_block,
 )
-from sparsefw.evaluation.filed import Part
 from sparsefw.model import ModelShape
-from sparsefw.model.activations import PLACES, Activations, FiledActivations, make_activations
+from sparsefw.model.activations import PLACES, Store
 from sparsefw.model.placement import BATCH_TOKENS
 from sparsefw.process import page_locked_bytes
 
@@ -52,13 +51,9 @@ class Room:
         """Rows of this length in a micro-batch."""
         return max(1, self.tokens // length)
 
-    def new_activations(self, device: torch.device) -> Callable[..., Activations]:
-        """A function that makes an empty list of micro-batches at this place, for work on `device`."""
-        if self.place != "file":
-            return lambda together=0: make_activations(self.place, device, together=together)
-        # There may be hundreds of lists, of rows of different lengths.
-        file = FiledActivations(device, self.folder)
-        return lambda together=0: Part(file)
+    def store(self, device: torch.device) -> Store:
+        """A store for hidden states at this place, for work on `device`."""
+        return Store(device, self.place, self.folder)
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,7 @@ def check_nothing_else(output: Path) -> None:
 def can_be_saved(states: RequestStates) -> bool:
     """Whether hidden states are all that blocks hand on: no tensors, and none in an object that all are given."""
     flows = [of_group.flow for of_group in states.states]
-    boxes = any(of_group.carried.held(0).boxes for of_group in states.states)
+    boxes = any(of_group.carried[0].boxes for of_group in states.states)
     return not boxes and not any(flow.has_steps or flow.end or any(flow.live.values()) for flow in flows)
 
 

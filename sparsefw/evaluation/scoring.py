@@ -7,7 +7,7 @@ position, for hidden states of d entries and V tokens of the vocabulary. The row
 """
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice, repeat
@@ -22,7 +22,7 @@ from sparsefw.evaluation.packing import Group, Row
 from sparsefw.evaluation.request import Request, Score
 from sparsefw.evaluation.room import LOGITS
 from sparsefw.model import BlockModel, HiddenStates, StreamedModel
-from sparsefw.model.activations import Activations
+from sparsefw.model.activations import Activations, Store
 from sparsefw.model.forward import run_behind_blocks
 from sparsefw.model.head import same_logits
 from sparsefw.model.tables import Tables
@@ -129,7 +129,7 @@ def score_groups(
     states: Sequence[HiddenStates],
     groups: Sequence[Group],
     requests: Sequence[Request],
-    new_activations: Callable[..., Activations],
+    store: Store,
 ) -> dict[int, Score]:
     """The scores of all requests in groups, by their numbers.
 
@@ -138,7 +138,7 @@ def score_groups(
         states: hidden states of each group behind the last block; they are closed one after another.
         groups: the groups.
         requests: all requests, by their numbers.
-        new_activations: makes an empty list for hidden states.
+        store: where hidden states are.
     """
     tables = tables_of(model)
     rows = slice_rows(model, tables)
@@ -146,12 +146,12 @@ def score_groups(
     predicted = Predicted.of(groups, [of_group.windows for of_group in states], requests)
     found = Likelihoods(predicted)
     if all(_by_window(of_group, group) for of_group, group in zip(states, groups, strict=True)):
-        hidden = new_activations()
+        hidden = Activations(store)
         try:
             _gather(predicted, states, hidden, size)
             _by_position(model, tables, rows, hidden, found)
         finally:
-            hidden.close()
+            hidden.clear()
     else:
         _by_row(model, predicted, states, groups, size, found)
     sums, greedy = dict.fromkeys(predicted.requests, 0.0), dict.fromkeys(predicted.requests, True)

@@ -12,7 +12,7 @@ from sparsefw.evaluation.room import Room
 from sparsefw.evaluation.scoring import score_groups, tables_of
 from sparsefw.evaluation.sharing import allowed_by
 from sparsefw.model import BlockModel, HiddenStates, embed_batches
-from sparsefw.model.activations import Activations
+from sparsefw.model.activations import Store
 from sparsefw.model.hidden_states import check_token
 
 
@@ -43,12 +43,12 @@ class RequestStates:
     Attributes:
         packed: the requests.
         states: hidden states of each group.
-        new_activations: makes an empty list for hidden states.
+        store: where hidden states are.
     """
 
     packed: Packed
     states: list[HiddenStates]
-    new_activations: Callable[..., Activations]
+    store: Store
 
     def advance(self, i: int) -> None:
         """As `HiddenStates.advance`."""
@@ -69,7 +69,7 @@ class RequestStates:
         if not self.states:
             return []
         packed = self.packed
-        found = score_groups(self.states[0].model, self.states, packed.groups, packed.requests, self.new_activations)
+        found = score_groups(self.states[0].model, self.states, packed.groups, packed.requests, self.store)
         return [found[n] for n in range(len(packed.requests))]
 
 
@@ -95,15 +95,15 @@ def embed_requests(model: BlockModel, packed: Packed, room: Room) -> RequestStat
     Raises:
         InputError: as `embed_batches`.
     """
-    new_activations = room.new_activations(model.device)
+    store = room.store(model.device)
     states: list[HiddenStates] = []
     try:
         for group in packed.groups:
-            states.append(embed_batches(model, group.split(room.batch(group.length)), new_activations))
+            states.append(embed_batches(model, group.split(room.batch(group.length)), store))
     except BaseException:
-        RequestStates(packed, states, new_activations).close()
+        RequestStates(packed, states, store).close()
         raise
-    return RequestStates(packed, states, new_activations)
+    return RequestStates(packed, states, store)
 
 
 @contextmanager

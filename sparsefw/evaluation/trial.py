@@ -86,7 +86,7 @@ def compared(model: BlockModel, pairs: Sequence[Pair | None]) -> list[bool]:
     if not any(same):
         return same
     states, flow = next(pair.together for pair in pairs if pair), model.flow
-    in_order = bool(flow.has_steps or flow.end or any(flow.live.values()) or states.carried.held(0).boxes)
+    in_order = bool(flow.has_steps or flow.end or any(flow.live.values()) or states.carried[0].boxes)
     firsts = different_blocks(model, states)
     for i in range(firsts[-1] + 1) if in_order else firsts:
         if not any(same):

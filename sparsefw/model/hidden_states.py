@@ -4,7 +4,7 @@ The model's own forward tells what every block receives (masks, rotary tables, p
 architecture is named here. `embed` records it; later the blocks run one by one with what was recorded.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,16 +14,100 @@ from torch import Tensor, nn
 from sparsefw.data import Batch, token_batch
 from sparsefw.errors import InputError
 from sparsefw.finite import OnItsWay, all_finite, check_finite
-from sparsefw.model.activations import Activations, DeviceActivations
+from sparsefw.model.activations import Activations, Store, Stored
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.carried import Carried, Constants, Held
 from sparsefw.model.explained import explained
-from sparsefw.model.flow import Call, Flow
+from sparsefw.model.flow import Call, Flow, Step
 from sparsefw.model.forward import record
-from sparsefw.model.inputs import BlockInputs
 from sparsefw.model.parts import CANNOT_GO_ON, DIFFERS, INPUT, UNSUPPORTED, Point, run_part
 from sparsefw.model.stand_ins import hidden_of
-from sparsefw.model.values import Constant, Value, leaves_of, outline, rebuilt, tensors_of
+from sparsefw.model.values import Box, Constant, Value, leaves_of, outline, rebuilt, tensors_of
+
+
+@dataclass(frozen=True)
+class HandedOn:
+    """What one micro-batch has between two blocks beside its hidden states, as keys and values that blocks share.
+
+    Attributes:
+        values: tensors by their numbers in the recording, or where they are stored.
+        boxes: the objects that several blocks are given.
+    """
+
+    values: dict[int, Any] = field(default_factory=dict)
+    boxes: list[Any] = field(default_factory=list)
+
+
+class BlockInputs:
+    """The arguments of a block for one micro-batch. Every run begins with the objects as they were before the block.
+
+    Args:
+        call: what the model's forward gives the block.
+        constants: the micro-batch's tensors from before the first block.
+        carried: what it has from the blocks before.
+    """
+
+    def __init__(self, call: Call, constants: list[Stored], carried: HandedOn) -> None:
+        self._call, self._constants = call, constants
+        self._tensors: dict[Stored, Tensor] = {}
+        self._values = {n: self.tensor(x) for n, x in carried.values.items()}
+        self._given = rebuilt((carried.boxes, call.args, call.kwargs), self.tensor)
+        self._boxes: list[Any] = []
+
+    def tensor(self, leaf: Any) -> Any:
+        """The tensor that something stands for."""
+        if isinstance(leaf, Value):
+            return self._values[leaf.number]
+        if isinstance(leaf, Constant):
+            leaf = self._constants[leaf.number]
+        if not isinstance(leaf, Stored):
+            return leaf
+        if leaf not in self._tensors:
+            self._tensors[leaf] = leaf.read()
+        return self._tensors[leaf]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Any:
+        """Run the block, or another module in its place. No torch function is called but by the block."""
+        boxes, args, kwargs = rebuilt(self._given, lambda leaf: leaf)
+        args, kwargs = rebuilt((args, kwargs), lambda leaf: boxes[leaf.number] if isinstance(leaf, Box) else leaf)
+        self._boxes = boxes
+        return block(hidden, *args, **kwargs)
+
+    def versions(self) -> list[int]:
+        """How often each of the given tensors has been written to."""
+        return [x._version for x in tensors_of(self._given)]
+
+    def handed_on(self, returned: Any, live: list[int]) -> HandedOn:
+        """What later blocks are given after the last run.
+
+        Args:
+            returned: what the block has returned.
+            live: numbers of the tensors that are needed.
+        """
+        outputs = dict(zip(self._call.outputs, leaves_of(returned), strict=False))
+        values = self._values | outputs
+        return HandedOn({number: values[number] for number in live if number in values}, self._boxes)
+
+    def made_by(self, steps: list[Step], values: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The tensors by their numbers, with those that steps between this block and the next make of them."""
+        values = dict(values)
+
+        def leaf(x: Any) -> Tensor:
+            return values[x.number] if isinstance(x, Value) else self.tensor(x)
+
+        for step in steps:
+            values |= step.run(leaf)
+        return values
+
+    def stored(self, made: HandedOn, store: Store) -> HandedOn:
+        """The same with all tensors in a store; those that the micro-batch had before are there already."""
+        where = {id(x): known for known, x in self._tensors.items()}
+
+        def leaf(x: Tensor) -> Stored:
+            if id(x) not in where:
+                where[id(x)] = store.put(x)
+            return where[id(x)]
+
+        return HandedOn(*rebuilt((made.values, made.boxes), leaf))
 
 
 @dataclass
@@ -47,16 +131,15 @@ class HiddenStates:
 
     Attributes:
         model: whose blocks run.
-        new_activations: makes an empty list of micro-batches.
+        store: where all tensors of the micro-batches are.
         hidden: per micro-batch, the input of the next block, (batch, seqlen, d) in most models; or the stream at a
             later point of it.
         calls: per micro-batch and block, what the model's forward gives the block.
-        constants: the tensors that it makes before its first block.
-        carried: what blocks before hand on to later ones.
+        constants: per micro-batch, the tensors that it makes before its first block. All streams share them.
+        carried: per micro-batch, what blocks before hand on to later ones.
         flow: how blocks hand tensors on.
         windows: number of windows in each micro-batch.
-        form: shape and dtype of the first micro-batch.
-        fresh: those of the next block, where these have another form: its first ones, of the micro-batches so far.
+        of_batch: numbers of the constants that depend on what the forward is given.
         position: the point of the block at which `hidden` is.
         kept: a later point of the block that runs begin at, and its tensors; None: they begin at `position`.
         unchecked: pending NaN check: block, micro-batch, and whether it is finite, which is read one step late so that
@@ -64,15 +147,14 @@ class HiddenStates:
     """
 
     model: BlockModel
-    new_activations: Callable[..., Activations]
+    store: Store
     hidden: Activations
     calls: list[dict[int, Call]]
-    constants: Constants
-    carried: Carried
+    constants: list[list[Stored]]
+    carried: list[HandedOn]
     flow: Flow
     windows: list[int] = field(default_factory=list)
-    form: tuple[torch.Size, torch.dtype] | None = None
-    fresh: Activations | None = None
+    of_batch: set[int] = field(default_factory=set)
     position: Point = INPUT
     kept: tuple[Point, Activations] | None = None
     unchecked: tuple[int, int, OnItsWay] | None = None
@@ -84,57 +166,26 @@ class HiddenStates:
     def fork(self) -> "HiddenStates":
         """A copy that runs independently."""
         return replace(
-            self,
-            hidden=self.hidden.fork(),
-            constants=self.constants.fork(),
-            carried=self.carried.fork(),
-            position=INPUT,
-            kept=None,
-            unchecked=None,
+            self, hidden=self.hidden.fork(), carried=[*self.carried], position=INPUT, kept=None, unchecked=None
         )
 
     def go_back(self, start: "HiddenStates") -> None:
-        """Become what a fork of these micro-batches is, at the input of a block. The fork is used up."""
-        self.drop_kept()
-        for mine in (self.hidden, self.carried, start.constants):
-            mine.close()
-        self.hidden, self.carried, self.form, self.position = start.hidden, start.carried, start.form, INPUT
+        """Become what a fork of these micro-batches is, at the input of a block."""
+        self.hidden, self.carried, self.position, self.kept = start.hidden, start.carried, INPUT, None
 
     def close(self) -> None:
-        """Release the threads and files of the activations; the hidden states are gone."""
-        self.drop_kept()
-        self.hidden.close()
-        if self.fresh is not None:
-            self.fresh.close()
-        self.carried.close()
-        self.constants.close()
-
-    def replace(self, hidden: Iterable[Tensor]) -> None:
-        """Put other tensors in the place of all micro-batches, between two blocks; they may have another form.
-
-        The old ones are let go first, so that memory never has both.
-
-        Args:
-            hidden: the tensors, on the device, one for each micro-batch.
-        """
-        assert self.position == INPUT
-        self.drop_kept()
-        self.hidden.close()
-        self.hidden, self.form, self.unchecked = self.new_activations(), None, None
-        for x in hidden:
-            self.form = self.form or _form_of_tensor(x)
-            self.hidden.append(x)
-        assert len(self) == len(self.windows)
-
-    def drop_kept(self) -> None:
-        """Let the tensors of the later point go."""
-        if self.kept:
-            self.kept[1].close()
-            self.kept = None
+        """Let all tensors go."""
+        self.hidden.clear()
+        self.carried, self.constants, self.kept = [], [], None
 
     def inputs(self, i: int, j: int) -> BlockInputs:
         """What micro-batch j gives block i beside the hidden states."""
-        return BlockInputs(j, self.calls[j][i], self.constants, self.carried)
+        if self.store.pins and j + 1 < len(self):
+            following, call = self.carried[j + 1], self.calls[j + 1][i]
+            for leaf in leaves_of([following.values, following.boxes, call.args, call.kwargs]):
+                if isinstance(leaf, Stored | Constant):
+                    (self.constants[j + 1][leaf.number] if isinstance(leaf, Constant) else leaf).fetch()
+        return BlockInputs(self.calls[j][i], self.constants[j], self.carried[j])
 
     def call(
         self, i: int, j: int, hidden: Tensor, block: nn.Module | None = None, inputs: BlockInputs | None = None
@@ -152,8 +203,16 @@ class HiddenStates:
 
     def behind_last(self, j: int) -> dict[int, Tensor]:
         """The tensors of micro-batch j that are read behind the last block, beside its hidden states."""
-        values = self.carried.held(j).values
-        return {number: self.carried.tensor(j, values[number]) for number in self.flow.end}
+        return {number: self.carried[j].values[number].read() for number in self.flow.end}
+
+    def beside(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The tensors of the first micro-batch beside its hidden states: what blocks have handed on, and constants.
+
+        Of the constants only those that depend on what the forward is given: they differ from window to window.
+        """
+        stored = dict.fromkeys(leaves_of([self.carried[0].values, self.carried[0].boxes]))
+        handed_on = [x.read() for x in stored if x not in self.constants[0]]
+        return handed_on, [self.constants[0][n].read() for n in sorted(self.of_batch)]
 
     def handed_on(self, i: int, inputs: BlockInputs, returned: Any) -> list[Tensor]:
         """The tensors of a run of block i that later blocks are given, beside the hidden states."""
@@ -215,21 +274,21 @@ class HiddenStates:
             )
         with torch.no_grad():
             made, hidden = self._made(i, j, output)
-        held = Held({number: made.values[number] for number in self.flow.live[i]}, made.boxes)
-        if any(x.is_meta for x in tensors_of([held.values, held.boxes])):
+        made = HandedOn({number: made.values[number] for number in self.flow.live[i]}, made.boxes)
+        if any(x.is_meta for x in tensors_of([made.values, made.boxes])):
             raise InputError(CANNOT_GO_ON)
-        self.carried.put(j, held, output.inputs.known)
+        self.carried[j] = output.inputs.stored(made, self.store)
         self.put(i, j, hidden)
 
-    def _made(self, i: int, j: int, output: BlockOutput) -> tuple[Held, Tensor]:
+    def _made(self, i: int, j: int, output: BlockOutput) -> tuple[HandedOn, Tensor]:
         """All tensors of micro-batch j when the block behind block i begins, and the input of that block."""
         call, following = self.calls[j][i], self.calls[j].get(i + 1)
         made = output.inputs.handed_on(output.returned, [*range(call.after)])
         if following is None:
             return made, output.hidden
-        made = Held(output.inputs.made_by(following.steps, made.values), made.boxes)
+        made = HandedOn(output.inputs.made_by(following.steps, made.values), made.boxes)
         first = following.hidden
-        return made, self.constants[j, first.number] if isinstance(first, Constant) else made.values[first.number]
+        return made, output.inputs.tensor(first) if isinstance(first, Constant) else made.values[first.number]
 
     def goes_on(self, i: int) -> bool:
         """Whether the input of the block behind block i is made of what block i returns; else something else begins."""
@@ -250,13 +309,8 @@ class HiddenStates:
 
     def arrive(self, position: Point, kept: tuple[Point, Activations] | None = None) -> None:
         """Note where all micro-batches are now, `INPUT` for the next block's input, and what is kept of them."""
-        self.drop_kept()
         self.position, self.kept = position, kept
-        self.carried.settle()
         self.settle()
-        if self.fresh is not None:
-            self.hidden.close()
-            self.hidden, self.fresh = self.fresh, None
 
     def put(self, i: int, j: int, out: Tensor) -> None:
         """Replace micro-batch j by what it is at a later point of block i, or behind it.
@@ -267,13 +321,7 @@ class HiddenStates:
         Raises:
             InputError: the micro-batch before holds NaN or Inf.
         """
-        if not j and _form_of_tensor(out) != self.form:
-            # What follows has another form, as a decoder behind an encoder has.
-            self.fresh, self.form = self.new_activations(), _form_of_tensor(out)
-        if self.fresh is None:
-            self.hidden[j] = out
-        else:
-            self.fresh.append(out)
+        self.hidden[j] = out
         finite = OnItsWay(all_finite(out))
         self.settle()
         self.unchecked = (i, j, finite)
@@ -287,18 +335,12 @@ class HiddenStates:
         if self.unchecked:
             (i, j, finite), self.unchecked = self.unchecked, None
             if not finite:
-                hidden = self.hidden if self.fresh is None else self.fresh
-                check_finite(f"activations after {self.model.names[i]}", hidden[j])
+                check_finite(f"activations after {self.model.names[i]}", self.hidden[j])
 
 
-def embed(
-    model: BlockModel,
-    ids: Tensor,
-    batch_size: int,
-    new_activations: Callable[..., Activations] = DeviceActivations,
-) -> HiddenStates:
+def embed(model: BlockModel, ids: Tensor, batch_size: int, store: Store | None = None) -> HiddenStates:
     """Embed windows of tokens (windows, seqlen), `batch_size` of them in a micro-batch. As `embed_batches`."""
-    return embed_batches(model, map(token_batch, ids.split(batch_size)), new_activations)
+    return embed_batches(model, map(token_batch, ids.split(batch_size)), store)
 
 
 def check_token(token: int, vocabulary: int | None) -> None:
@@ -313,43 +355,83 @@ def check_token(token: int, vocabulary: int | None) -> None:
 
 
 @torch.no_grad()
-def embed_batches(
-    model: BlockModel, batches: Iterable[Batch], new_activations: Callable[..., Activations] = DeviceActivations
-) -> HiddenStates:
+def embed_batches(model: BlockModel, batches: Iterable[Batch], store: Store | None = None) -> HiddenStates:
     """Embed batches, and record what the model passes to every block.
 
     Args:
         model: the model.
         batches: arguments of its forward, for each micro-batch.
-        new_activations: makes an empty list of micro-batches.
+        store: where hidden states are; None: where the work is.
 
     Raises:
         InputError: the model has no embedding for a token, weights hold NaN or Inf, or its blocks hand tensors on in a
             way that cannot be followed.
     """
-    vocabulary = model.vocabulary
+    vocabulary, store = model.vocabulary, store or Store(model.device)
     with model.outside():
-        flow, constants, carried = model.flow, Constants(new_activations), Carried(new_activations)
-        states = HiddenStates(model, new_activations, new_activations(), [], constants, carried, flow)
+        states = HiddenStates(model, store, Activations(store), [], [], [], model.flow)
+        constants = _Constants(store)
         for batch in batches:
             if vocabulary is not None:
                 # Other models read no tokens.
                 check_token(max(int(ids.max()) for ids in batch.tensors), vocabulary)
             recording = record(model, batch)
-            if recording.signature != flow.signature:
+            if recording.signature != model.flow.signature:
                 raise InputError(DIFFERS)
             if not states.windows:
-                states.form = _form_of_tensor(recording.hidden)
+                states.of_batch = recording.of_batch
             states.windows.append(batch.windows)
             states.hidden.append(recording.hidden)
             states.calls.append(recording.calls)
-            constants.append(recording.constants, recording.of_batch)
-            carried.append(recording.boxes)
+            states.carried.append(HandedOn({}, recording.boxes))
+            constants.append(recording.constants)
+        states.constants = constants.stored
     return states
 
 
-def _form_of_tensor(x: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return x.shape, x.dtype
+class _Constants:
+    """The tensors that the model's forward makes before its first block, of all micro-batches.
+
+    Those that are equal in all micro-batches are held once, on the device.
+
+    Args:
+        store: where the others are.
+
+    Attributes:
+        stored: the tensors of each micro-batch.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store, self.stored = store, list[list[Stored]]()
+        self._shared: dict[int, Tensor] = {}
+
+    def append(self, tensors: list[Tensor]) -> None:
+        """Add the tensors of a micro-batch.
+
+        Raises:
+            InputError: there are more or fewer of them than in the first micro-batch.
+        """
+        if not self.stored:
+            self._shared = dict(enumerate(tensors))
+            on_device = Store(self._store.device)
+            self.stored.append([Stored(on_device, x, tuple(range(x.dim()))) for x in tensors])
+            return
+        if len(tensors) != len(self.stored[0]):
+            raise InputError(DIFFERS)
+        row = []
+        for n, x in enumerate(tensors):
+            first = self._shared.get(n)
+            alike = first is not None and (x.shape, x.dtype) == (first.shape, first.dtype)
+            if first is not None and (x is first or (alike and torch.equal(first, x))):
+                row.append(self.stored[0][n])
+                continue
+            row.append(self._store.put(x))
+            if self._shared.pop(n, None) is not None and alike:
+                # They differ from micro-batch to micro-batch. One of another form may be the last.
+                one = self._store.put(first)
+                for before in self.stored:
+                    before[n] = one
+        self.stored.append(row)
 
 
 def _form_of(returned: Any) -> list[Any]:

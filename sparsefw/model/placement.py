@@ -1,13 +1,11 @@
 """The sizes and places that fit a run into memory."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from sparsefw.model.activations import Activations, make_activations
+from sparsefw.model.activations import Store
 
 # Tokens in one micro-batch: enough to fill a GPU, little beside a block's weights. A CPU is busy with fewer, and the
 # micro-batch that shows the stages of a block is a smaller share of all.
@@ -45,12 +43,9 @@ class Placement:
     solver: int = SOLVER
     kept_width: int = 0
 
-    def new_activations(self, device: torch.device) -> Callable[..., Activations]:
-        """A function that makes an empty list of micro-batches at this place, for work on `device`.
-
-        Its argument `together` is that of `DeviceActivations`.
-        """
-        return partial(make_activations, self.place, device, self.folder)
+    def store(self, device: torch.device) -> Store:
+        """A store for activations at this place, for work on `device`."""
+        return Store(device, self.place, self.folder)
 
 
 def held_out_batches(count: int) -> range:

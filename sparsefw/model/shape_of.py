@@ -115,7 +115,7 @@ def shape_of_resident(model: ResidentModel, batch: Batch) -> tuple[ModelShape, i
         between=Between(
             Extent.fixed(hidden),
             tuple(map(Extent.fixed, walk.most)),
-            tuple(map(Extent.fixed, walk.states.constants.made_of_batch())),
+            tuple(map(Extent.fixed, walk.states.beside()[1])),
         ),
         by_window=False,
     )
@@ -179,7 +179,7 @@ class _Walk:
         self.states = states
         self.hidden = self.widest = states.hidden[0]
         self.most_tokens, self.most = _vectors(self.hidden), list[Tensor]()
-        self.moves = every_block or any(states.flow.live.values()) or bool(states.carried.held(0).boxes)
+        self.moves = every_block or any(states.flow.live.values()) or bool(states.carried[0].boxes)
 
     def pass_block(self, i: int) -> None:
         """Run the window through block i, which is open."""
@@ -192,7 +192,7 @@ class _Walk:
         hidden = self.states.hidden[0]
         self.widest = max(self.widest, hidden, key=lambda x: x.nbytes)
         self.most_tokens = max(self.most_tokens, _vectors(hidden))
-        tensors = self.states.carried.tensors()
+        tensors, _ = self.states.beside()
         if sum(x.nbytes for x in tensors) > sum(x.nbytes for x in self.most):
             self.most = tensors
 
@@ -205,7 +205,7 @@ def _between(few: _Walk, more: _Walk) -> Between:
         return tuple(Extent.of(a, b, TOKENS, MORE_TOKENS) for a, b in pairs)
 
     (hidden,) = extents([few.hidden], [more.hidden])
-    before = extents(few.states.constants.made_of_batch(), more.states.constants.made_of_batch())
+    before = extents(few.states.beside()[1], more.states.beside()[1])
     return Between(hidden, extents(few.most, more.most), before)
 
 

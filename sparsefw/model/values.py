@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsefw.errors import InputError
+from sparsefw.model.activations import Stored
 from sparsefw.model.parts import UNSUPPORTED
 
 # Values without parts: they are never changed.
@@ -59,7 +60,7 @@ class Box:
     number: int
 
 
-_LEAVES = (Tensor, Constant, Value, Box)
+_LEAVES = (Tensor, Stored, Constant, Value, Box)
 
 
 def is_atom(value: Any) -> bool:

@@ -16,7 +16,7 @@ from sparsefw.finite import OnItsWay, all_finite
 from sparsefw.kernels import triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.repeat import LEAST, repeat
-from sparsefw.model.activations import make_activations
+from sparsefw.model.activations import Activations, Store
 from sparsefw.solver import frank_wolfe
 from sparsefw.solver.reselect import reselect
 
@@ -252,7 +252,7 @@ def test_refits_wait_for_nothing(sparsity, gpu):
 @pytest.mark.parametrize("place", ["host", "file"])
 def test_the_host_is_no_more_than_one_micro_batch_ahead(place, gpu, tmp_path):
     """A micro-batch takes memory on the GPU as soon as it is launched, or page-locked memory."""
-    activations = make_activations(place, torch.device("cuda"), tmp_path)
+    activations = Activations(Store(torch.device("cuda"), place, tmp_path))
     for n in range(4):
         activations.append(torch.full((1, 2, 3), float(n), device="cuda"))
     gpu.waits.clear()

@@ -14,7 +14,6 @@ from sparsefw.data import batches_of
 from sparsefw.driver import loop, reconstruct
 from sparsefw.errors import InputError
 from sparsefw.model import embed_batches, resident
-from sparsefw.model.activations import DeviceActivations
 from sparsefw.ranks import ALONE
 from sparsefw.report import HIDDEN, PREDICTIONS
 from sparsefw.solver import PruneConfig
@@ -36,7 +35,7 @@ class TestModelInMemory:
         model, batches = drawn(name)
         given = batches_of(batches, "calibration").batches
         with resident(model, given[0], CPU) as opened, torch.no_grad():
-            assert no_loss(opened, embed_batches(opened, given, DeviceActivations)) == self.COMPARED[name]
+            assert no_loss(opened, embed_batches(opened, given)) == self.COMPARED[name]
 
     @pytest.mark.parametrize("method", ["sparsefw", "wanda"])
     @pytest.mark.parametrize("name", STACKS)

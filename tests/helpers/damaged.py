@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from sparsefw import checkpoint
 from sparsefw.model import HiddenStates, StreamedModel, embed
-from sparsefw.model.activations import DeviceActivations
-from sparsefw.model.carried import Carried, Constants
+from sparsefw.model.activations import Activations, Store
 from sparsefw.model.explained import TEXT
 from sparsefw.model.flow import Call, Flow
+from sparsefw.model.hidden_states import HandedOn
 from sparsefw.model.layers import Layer, Pair, Stage, Survey, stages, survey
 from sparsefw.model.values import Box, Value
 
 
-def damaged_pair(folder, tokens=TOKENS, new_activations=DeviceActivations, loss: float = 1) -> Pair:
+def damaged_pair(folder, tokens=TOKENS, store=None, loss: float = 1) -> Pair:
     """The first block of a model. The pruned model's windows have lost this part of every third entry."""
     model = StreamedModel(checkpoint.inspect(folder), DEVICE)
-    dense = embed(model, tokens, 2, new_activations)
+    dense = embed(model, tokens, 2, store)
     block = model.open(0)
     for name, parameter in block.named_parameters():
         # Models begin with biases of zero.
@@ -37,18 +37,12 @@ def damaged_module(block: nn.Module, batches: list[Tensor], arguments: tuple = (
     model = SimpleNamespace(model=None, given=TEXT, blocks=[block], names=["block"], device=torch.device(DEVICE))
     block.requires_grad_(False).to(DEVICE)
     call = Call(tuple(Box(n) for n in range(len(arguments))), {}, outputs=[0], form=Value(0), after=1)
-    states = HiddenStates(
-        model,
-        DeviceActivations,
-        DeviceActivations(),
-        [{0: call} for _ in batches],
-        Constants(DeviceActivations),
-        Carried(DeviceActivations),
-        Flow({0: []}, set(), False, []),
-    )
+    store, n = Store(model.device), len(batches)
+    carried = [HandedOn({}, [*arguments]) for _ in batches]
+    flow = Flow({0: []}, set(), False, [])
+    states = HiddenStates(model, store, Activations(store), [{0: call}] * n, [[]] * n, carried, flow)
     for batch in batches:
         states.hidden.append(batch.to(DEVICE))
-        states.carried.append([*arguments])
     return _damaged(Pair(0, states.fork(), states, copy.deepcopy(block)), 1)
 
 

@@ -1,7 +1,6 @@
 """What blocks hand on beside hidden states arrives at later blocks as in the whole model, in every stream by itself."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -12,9 +11,7 @@ from torch import nn
 from sparsefw import checkpoint
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed, perplexity, shape_of
-from sparsefw.model.activations import DeviceActivations, make_activations
-
-PLACES = {"gpu": DeviceActivations, "file": partial(make_activations, "file", CPU)}
+from sparsefw.model.activations import Store
 
 
 def prune(module):
@@ -28,13 +25,13 @@ def blocks_of(whole, model):
     return whole.get_submodule(model.names[0].rpartition(".")[0])
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ["gpu", "file"])
 @pytest.mark.parametrize("family", HANDING_ON)
 def test_streams_equal_the_whole_models(family, place, tmp_path):
     """A dense stream and two pruned ones, which take turns; four windows in a micro-batch, and two."""
     folder = save_model(tmp_path, family)
     with StreamedModel(checkpoint.inspect(folder), CPU) as model:
-        dense = embed(model, TOKENS, BATCH, PLACES[place])
+        dense = embed(model, TOKENS, BATCH, Store(CPU, place))
         pruned, other = dense.fork(), dense.fork()
         for i in range(len(model.blocks)):
             block = copy.deepcopy(model.open(i))
@@ -87,9 +84,10 @@ def test_expected_size_is_what_lies_between_blocks(family, tmp_path):
             model.open(i)
             for j in range(len(states)):
                 states.leave(i, j, states.output(i, j))
-            most = max(most, sum(x.nbytes for x in states.carried.tensors()))
+            most = max(most, sum(x.nbytes for x in states.beside()[0]))
             states.arrive(states.position)
-        before = sum(states.constants[0, n].nbytes for n in states.constants._apart)
+        differing = {*states.constants[0]} - {*states.constants[1]}
+        before = sum(x.read().nbytes for x in differing)
     expected = shape.of_stream(seqlen)
     # Indices are as many as there are tokens, up to a limit that few tokens do not reach.
     assert expected[0] == states.hidden[0].nbytes

@@ -10,7 +10,7 @@ from helpers.kernel_inputs import DEVICE
 from torch import nn
 
 from sparsefw.kernels.backend import TORCH
-from sparsefw.model.activations import make_activations
+from sparsefw.model.activations import Store
 from sparsefw.model.layers import measure
 from sparsefw.model.parts import INPUT
 from sparsefw.model.stand_ins import hidden_of
@@ -183,8 +183,7 @@ def copied(captured):
 
 def results_of(folder, place, keep, **changes):
     """All matrices of a block, and its windows in both models behind it."""
-    new = functools.partial(make_activations, place, torch.device(DEVICE))
-    pair = damaged_pair(folder, new_activations=new)
+    pair = damaged_pair(folder, store=Store(DEVICE, place))
     run, run_dense = whole_runs(pair)
     found = [copied(captured) for captured in measured_stages(pair, keep)]
     pair.pruned.advance(0)
@@ -309,8 +308,8 @@ class TestOwnBlocks:
         pair = self.pair(forward, {})
         last = pair.dense.hidden[2].clone()
         assert self.checked(pair) == {"a": "outputs", "b": "inputs", "c": "outputs"}
-        (state,) = pair.dense.carried.held(2).boxes
-        assert torch.equal(pair.dense.carried.tensor(2, state["t"]), last.tanh())
+        (state,) = pair.dense.carried[2].boxes
+        assert torch.equal(state["t"].read(), last.tanh())
 
     def test_a_branch_on_values(self):
         """Micro-batches take different paths, before the sum or behind it."""

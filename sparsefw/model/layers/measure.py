@@ -104,7 +104,7 @@ def measure(
         captured = _measure_watched(stage, pair, backend, selected, passing)
     else:
         if keep:
-            kept = stage.input, pair.pruned.new_activations(together=len(pair.pruned))
+            kept = stage.input, Activations(pair.pruned.store)
         captured = _measure_known(stage, stage.input, pair, backend, kept and kept[1], passing)
     pair.pruned.arrive(stage.start, kept)
     if stage.final:
