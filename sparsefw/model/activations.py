@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Store:
     def __init__(self, device: torch.device, place: str = "gpu", folder: Path | None = None) -> None:
         self.device, self.place, self.folder = torch.device(device), place, folder
         self.pins = place == "host" and self.device.type == "cuda"
-        self.copies = torch.cuda.Stream(self.device) if self.pins else None
+        self.copies: Any = torch.cuda.Stream(self.device) if self.pins else None
 
     def put(self, x: Tensor) -> "Stored":
         """Store a tensor with its dimensions in the order in which they lie in memory, and nothing beside it."""
