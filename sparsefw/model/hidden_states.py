@@ -178,6 +178,12 @@ class HiddenStates:
         self.hidden.clear()
         self.carried, self.constants, self.kept = [], [], None
 
+    def replace(self, hidden: Iterable[Tensor]) -> None:
+        """Put other tensors in the place of all micro-batches, between two blocks."""
+        self.hidden.clear()
+        for x in hidden:
+            self.hidden.append(x)
+
     def inputs(self, i: int, j: int) -> BlockInputs:
         """What micro-batch j gives block i beside the hidden states."""
         if self.store.pins and j + 1 < len(self):
@@ -421,12 +427,16 @@ class _Constants:
         row = []
         for n, x in enumerate(tensors):
             first = self._shared.get(n)
-            alike = first is not None and (x.shape, x.dtype) == (first.shape, first.dtype)
-            if first is not None and (x is first or (alike and torch.equal(first, x))):
+            if first is None:
+                row.append(self._store.put(x))
+                continue
+            alike = (x.shape, x.dtype) == (first.shape, first.dtype)
+            if x is first or (alike and torch.equal(first, x)):
                 row.append(self.stored[0][n])
                 continue
             row.append(self._store.put(x))
-            if self._shared.pop(n, None) is not None and alike:
+            del self._shared[n]
+            if alike:
                 # They differ from micro-batch to micro-batch. One of another form may be the last.
                 one = self._store.put(first)
                 for before in self.stored:
