@@ -3,15 +3,13 @@
 It checks that all files are those that the run wrote. It reads them again, block by block, and checks that they are
 sound, that no layer has more weights than the pattern allows, that all other tensors are the source's, bit for bit,
 as are kept weights unless they were refitted, and after --keep-zeros that the source's zeros are zero. Exit status 0:
-all is well; 1: a check failed, and the culprits are listed; 2: bad input, as where there is nothing to check. Started
-by torchrun, several processes share the work and print one verdict.
+all is well; 1: a check failed, and the culprits are listed; 2: bad input, as where there is nothing to check.
 """
 
 from pathlib import Path
 
 from sparsefw.cli import Parser, quiet_libraries, say
 from sparsefw.failures import FAILED
-from sparsefw.ranks import joined
 
 
 def run(argv: list[str] | None) -> int:
@@ -27,13 +25,7 @@ def run(argv: list[str] | None) -> int:
     from sparsefw.checks import lines, verify
 
     quiet_libraries()
-    with joined(on_gpus=False) as ranks:
-        verdict = verify(arguments.output, arguments.against, arguments.digest, ranks)
-        for line in lines(verdict):
-            say(line)
-        if verdict.failed and ranks.first and ranks.voice:
-            # A launcher interrupts the other ranks once one has ended with a failure. They know why, then.
-            ranks.voice.leave(FAILED, "a check failed")
-        # Nor does one end before all is printed.
-        ranks.wait()
+    verdict = verify(arguments.output, arguments.against, arguments.digest)
+    for line in lines(verdict):
+        say(line)
     return FAILED if verdict.failed else 0

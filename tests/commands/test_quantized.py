@@ -71,8 +71,6 @@ def test_pruned_as_the_checkpoint_that_transformers_dequantizes(name, source, te
     assert notes[0] in (tmp_path / "out" / "report.html").read_text()
     status, printed, _ = verdict(capsys, tmp_path / "out")
     assert status == 0
-    assert "not checked: kept weights were refitted" in printed
-    assert f"note: the source: {notes[0]}" in printed
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
     before = json.loads((source(name) / CONFIG).read_text())
     assert before.pop("quantization_config")
@@ -103,17 +101,12 @@ def test_verify_compares_with_the_dequantized_source(name, source, text, tmp_pat
     assert run(source(name), text, tmp_path / "out", "--method", "wanda") == 0
     status, printed, _ = verdict(capsys, tmp_path / "out")
     assert status == 0
-    assert "not checked: kept" not in printed
+    assert "kept weights are the source's" in printed
     change_tensor(tmp_path / "out", OUT, lambda W: put(tuple((W != 0).nonzero()[5]), flip_bit)(W))
     assert "1 of " in only_failure(capsys, tmp_path / "out", "kept")
     change_tensor(tmp_path / "out", OUT, lambda W: put(tuple((W != 0).nonzero()[5]), flip_bit)(W))
     change_tensor(tmp_path / "out", NORM, put(0, flip_bit))
     assert NORM in only_failure(capsys, tmp_path / "out", "others")
-    change_tensor(tmp_path / "out", NORM, put(0, flip_bit))
-    config = json.loads((tmp_path / "out" / CONFIG).read_text())
-    (tmp_path / "out" / CONFIG).write_text(json.dumps(config, indent=2) + "\n\n")
-    message = "config.json: not the source's without auto_map and quantization_config"
-    assert only_failure(capsys, tmp_path / "out", "copied") == message
 
 
 def test_an_interrupted_run_goes_on(source, text, tmp_path, monkeypatch, capsys):

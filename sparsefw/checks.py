@@ -1,0 +1,409 @@
+"""Check a pruned checkpoint: its files, and its weights against its report and its source.
+
+Both checkpoints are read a block at a time, in the form in which transformers loads them.
+"""
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sparsefw import checkpoint
+from sparsefw.checkpoint import CONFIG, DIGEST, SUMS, check_file, file_digest, read_sums, read_tensors
+from sparsefw.checkpoint.source import read_json
+from sparsefw.checkpoint.tensors import dequantized
+from sparsefw.checkpoint.trust import MAX_CONFIG_BYTES
+from sparsefw.data import BATCHES
+from sparsefw.errors import InputError
+from sparsefw.finite import check_finite
+from sparsefw.inputs import DEFAULT, DEFAULT_MODEL
+from sparsefw.model.layers import slices_of
+from sparsefw.model.skeleton import build
+from sparsefw.model.transformers_private import has_class
+from sparsefw.report import Report, read_report
+from sparsefw.solver import METHODS, LayerResult, Pattern, patterns
+from sparsefw.solver.selection import without_index
+
+# Integers as wide as the values. Read as integers, a NaN equals itself, and -0.0 differs from 0.0.
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Failures of one check that are listed; the others are counted.
+LISTED = 10
+
+
+@dataclass
+class Check:
+    """One line of the verdict: what is checked, of how many things, and a line for each failure."""
+
+    title: str
+    count: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def fail(self, name: str, why: str) -> None:
+        """Add a failure."""
+        self.failures.append(f"{name}: {why}")
+
+
+@dataclass
+class Verdict:
+    """The findings of all checks.
+
+    Attributes:
+        checks: by name, in the order in which they are printed.
+        digest: SHA-256 of SHA256SUMS; empty if there is none.
+        not_compared: why there is no source to compare with; empty if there is one.
+        weights, zeros: numbers in all pruned layers.
+    """
+
+    checks: dict[str, Check]
+    digest: str = ""
+    not_compared: str = ""
+    weights: int = 0
+    zeros: int = 0
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the checks that failed."""
+        return [name for name, check in self.checks.items() if check.failures]
+
+
+def lines(verdict: Verdict) -> Iterator[str]:
+    """The verdict in words: a row for each check with its failures, and a conclusion."""
+    for name, check in verdict.checks.items():
+        outcome = f"FAILED ({len(check.failures)})" if check.failures else "ok"
+        yield f"{name:8} {check.title:56} {check.count:>7}  {outcome}"
+        yield from (f"  {failure}" for failure in check.failures[:LISTED])
+        if len(check.failures) > LISTED:
+            yield f"  and {len(check.failures) - LISTED} more"
+    if verdict.weights:
+        percent = 100 * verdict.zeros / verdict.weights
+        yield f"{verdict.zeros:,} of {verdict.weights:,} weights in pruned layers are zero ({percent:.2f} %)"
+    if verdict.digest:
+        yield f"SHA-256 of SHA256SUMS: {verdict.digest}"
+    if verdict.not_compared:
+        yield f"not compared with the source: {verdict.not_compared}"
+    passed = "all checks that could be made" if verdict.not_compared else "all checks"
+    yield f"failed: {', '.join(verdict.failed)}" if verdict.failed else f"{passed} passed"
+
+
+def verify(output: Path, against: str | None = None, digest: str | None = None) -> Verdict:
+    """Check a checkpoint that `sparsefw.run` wrote.
+
+    Args:
+        output: folder of the checkpoint.
+        against: the source, a folder or Hub id; None: the report's, if that is a folder here.
+        digest: SHA-256 of the output's SHA256SUMS, as the run has printed it; None: not compared.
+
+    Raises:
+        InputError: the output has no report of a run, the source cannot be used, or the digest is none.
+    """
+    if digest is not None and not DIGEST.fullmatch(digest):
+        raise InputError(f"--digest {digest}: expected 64 digits of 0 to 9 and a to f, as the run has printed them")
+    if not (output / "report.json").is_file():
+        raise InputError(f"{output}: no report.json in it; give a folder that sparsefw.run wrote")
+    claims = _Claims.of(read_report(output / "report.json"), output / "report.json")
+    verdict = Verdict({
+        "sums": Check(f"all files are in {SUMS}, and as the run wrote them"),
+        "model": Check("it loads, no tensor is missing, none has NaN or Inf"),
+        "report": Check("its layers are the model's, other matrices are kept dense"),
+        "pattern": Check(f"no more weights than {claims.pattern.text} keeps"),
+    })  # fmt: skip
+    verdict.digest = _check_sums(verdict.checks["sums"], output, digest)
+    folder, verdict.not_compared = _find_source(claims.report, output, against)
+    try:
+        written = _Model(output, claims.report)
+    except InputError as error:
+        verdict.checks["model"].failures.append(str(error))
+        return verdict
+    source = None
+    if folder is not None:
+        try:
+            source = _Model(folder, claims.report)
+        except InputError as error:
+            raise InputError(f"the source: {error}") from error
+        if claims.report.in_memory and source.dtype != written.dtype:
+            verdict.not_compared = f"the model in memory was of {written.dtype}, and the source is of {source.dtype}"
+            source = None
+    _check_weights(verdict, claims, written, source)
+    return verdict
+
+
+def _check_sums(check: Check, output: Path, digest: str | None) -> str:
+    """Compare every file of an output with its digest; returns the SHA-256 of SHA256SUMS, empty without one."""
+    try:
+        sums = read_sums(output / SUMS)
+    except InputError as error:
+        check.failures.append(str(error))
+        return ""
+    actual = file_digest(output / SUMS)
+    if digest not in (None, actual):
+        check.fail(SUMS, f"its SHA-256 is {actual}, not that of --digest")
+    # Links to folders are files of this walk, and not followed.
+    there = {
+        path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_symlink() or not path.is_dir()
+    }
+    for name in sorted(there - sums.keys() - {SUMS}):
+        check.fail(name, f"not in {SUMS}")
+    for name in tqdm(sums, unit="file", disable=None):
+        check.count += 1
+        try:
+            check_file(output / name, output)
+            if file_digest(output / name) != sums[name]:
+                check.fail(name, "not what the run wrote")
+        except InputError as error:
+            check.failures.append(str(error))
+    return actual
+
+
+def _find_source(report: Report, output: Path, against: str | None) -> tuple[Path | None, str]:
+    """The source's folder, or why there is none. Only a source that `against` names has to be there."""
+    model = report.argument("model", str)
+    if against is None and (report.in_memory or _on_batches(report)):
+        # The name that it has may be that of other weights: it may have been trained since it was loaded.
+        return None, "the model was in memory; name a checkpoint of it with --against"
+    if (model if against is None else against) == DEFAULT:
+        return DEFAULT_MODEL, ""
+    if against is None and not os.path.isdir(os.path.expanduser(model)):
+        return None, f"{model or 'the report'}: no such folder here; name the source with --against"
+    folder = checkpoint.locate(model if against is None else against)
+    if folder.resolve() == output.resolve():
+        raise InputError(f"{against or model}: the output itself; name the checkpoint that was pruned with --against")
+    return folder, ""
+
+
+def _on_batches(report: Report) -> bool:
+    """Whether a model in memory was pruned on batches: whatever it reads, and by whatever library it was written."""
+    return report.arguments["dataset"] == (BATCHES,)
+
+
+@dataclass(frozen=True)
+class _Claims:
+    """What a report says of the weights beside it.
+
+    Attributes:
+        report: the report.
+        pattern: sparsity pattern.
+        scope: what one budget covers: "row", "layer" or "group"; never "row" for a method whose rows share a budget.
+        refits: whether kept weights were changed.
+        layers: results of the pruned layers by name.
+    """
+
+    report: Report
+    pattern: Pattern
+    scope: str
+    refits: bool
+    layers: dict[str, LayerResult]
+
+    @classmethod
+    def of(cls, report: Report, path: Path) -> "_Claims":
+        """The claims of the report in a file."""
+        method, pattern = report.method, patterns.parse(report.argument("sparsity", str))
+        layers = {layer.name: layer for layer in report.layers_of(method)}
+        if method not in METHODS or not layers:
+            raise InputError(f"{path}: it has no layers pruned by {method}, the method that its arguments name")
+        for layer in layers.values():
+            if min(layer.shape) <= 0 or (pattern.group and layer.shape[1] % pattern.group):
+                raise InputError(f"{path}: {layer.name} of shape {layer.shape} has no pattern {pattern.text}")
+        refits = method == "sparsegpt" or report.arguments.get("reconstruct", 0) != 0
+        return cls(
+            report,
+            pattern,
+            "layer" if pattern.scope == "row" and not METHODS[method].rows_independent else pattern.scope,
+            refits or (method == "sparsefw" and report.argument("refit", int) > 0),
+            layers,
+        )
+
+    def budget(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Weights that share a budget in a layer, which follow each other, and how many of them may be kept."""
+        rows, d = shape
+        if self.scope == "layer":
+            return rows * d, patterns.kept_in_layer(self.pattern, rows, d)
+        if self.scope == "group":
+            return self.pattern.group, patterns.kept_in_group(self.pattern)
+        return d, patterns.kept_in_row(self.pattern, d)
+
+
+class _Model:
+    """A checkpoint's model, whose parameters are read a group at a time: those of a block, or a single one.
+
+    Args:
+        folder: of the checkpoint.
+        report: of the run that has pruned it or its copy.
+
+    Attributes:
+        dtype: the floating dtype that most of it has.
+        groups: names of the tensors in the files, by block or, outside of the blocks, by parameter.
+        unused: names of the tensors that the model has no use for.
+
+    Raises:
+        InputError: the files are not sound, or transformers cannot load them.
+    """
+
+    def __init__(self, folder: Path, report: Report) -> None:
+        batches = _on_batches(report)
+        config = read_json(folder / CONFIG, MAX_CONFIG_BYTES) if (folder / CONFIG).is_file() else {}
+        if batches and not has_class(config.get("architectures")):
+            # A model of another library, or of the user's own: tensors have the names that the files give them.
+            self._skeleton, self._tensors, self.dtype = None, checkpoint.tensors_in(folder), None
+            parameter_of, self.unused = {name: name for name in self._tensors}, set[str]()
+        else:
+            found = checkpoint.inspect(folder)
+            self._skeleton, self._tensors, self.dtype = build(found, as_named=batches), found.tensors, found.dtype
+            parameter_of = {name: self._skeleton.goes_into.get(name, name) for name in self._tensors}
+            self.unused = {*self._skeleton.unused}
+            self._meta = {name for name, tensor in self._skeleton.model.state_dict().items() if tensor.is_meta}
+        blocks = {block.name for block in report.blocks}
+        self.groups: dict[str, list[str]] = defaultdict(list)
+        for name, parameter in parameter_of.items():
+            self.groups[block_of(parameter, blocks) or parameter].append(name)
+
+    def read(self, group: str) -> dict[str, Tensor]:
+        """The parameters of a group by their names in the model; tensors that it has no use for by their own."""
+        tensors = read_tensors({name: self._tensors[name] for name in self.groups.get(group, [])})
+        if self._skeleton is None:
+            return {name: dequantized(tensor) for name, tensor in tensors.items()}
+        unused = {name: dequantized(tensors.pop(name)) for name in self.unused & tensors.keys()}
+        if tensors:
+            self._skeleton.load(tensors, torch.device("cpu"))
+        state = self._skeleton.model.state_dict()
+        read = {name: state[name] for name in self._meta if not state[name].is_meta}
+        for name in read:
+            path, _, last = name.rpartition(".")
+            module = self._skeleton.model.get_submodule(path)
+            empty = torch.empty_like(read[name], device="meta")
+            if last in module._parameters:
+                module._parameters[last] = torch.nn.Parameter(empty, requires_grad=False)
+            else:
+                module._buffers[last] = empty
+        return read | unused
+
+
+def block_of(parameter: str, blocks: set[str]) -> str | None:
+    """The name of the block that a parameter belongs to; None if it is outside of the blocks."""
+    parts = parameter.split(".")
+    return next((name for n in range(1, len(parts)) if (name := ".".join(parts[:n])) in blocks), None)
+
+
+def _check_weights(verdict: Verdict, claims: _Claims, written: _Model, source: _Model | None) -> None:
+    """Check all weights, a group at a time."""
+    checks, unseen = verdict.checks, dict(claims.layers)
+    if source:
+        checks["others"] = Check("all but the pruned layers is the source's, bit for bit")
+        if not claims.refits:
+            checks["kept"] = Check("kept weights are the source's, bit for bit")
+        if claims.report.argument("keep_zeros", bool):
+            checks["zeros"] = Check("weights that are zero in the source are zero")
+    blocks = {block.name for block in claims.report.blocks}
+    sizes = {without_index(name): math.prod(layer.shape) for name, layer in claims.layers.items()}
+    for group in tqdm(list(dict.fromkeys([*written.groups, *(source.groups if source else [])])), disable=None):
+        after = _by_slices(written.read(group), claims.layers, sizes)
+        before = _by_slices(source.read(group), claims.layers, sizes) if source else {}
+        for name, W in after.items():
+            checks["model"].count += 1
+            try:
+                check_finite(name, W)
+            except InputError as error:
+                checks["model"].failures.append(str(error))
+            if layer := None if name in written.unused else unseen.pop(name, None):
+                _check_layer(verdict, claims, layer, W, before.pop(name, None))
+                continue
+            if group in blocks and W.dim() >= 2 and name not in claims.report.kept_dense:
+                checks["report"].fail(name, "neither pruned nor kept dense by the report")
+            if source:
+                checks["others"].count += 1
+                if difference := _difference(W, before.pop(name, None)):
+                    checks["others"].fail(name, difference)
+        for name in before:
+            checks["others"].fail(name, "only in the source")
+    for name in unseen:
+        checks["report"].fail(name, "no such matrix in the model")
+
+
+def _by_slices(state: dict[str, Tensor], layers: dict[str, LayerResult], sizes: dict[str, int]) -> dict[str, Tensor]:
+    """Tensors by name. Of a stacked parameter with a pruned slice, every slice is a tensor of its own."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        slices: Sequence[str] = slices_of(name, tensor, sizes.get(name))
+        if slices and not layers.keys().isdisjoint(slices):
+            parts = tensor if tensor.dim() == 3 else tensor.chunk(len(slices))
+            tensors |= dict(zip(slices, parts, strict=True))
+        else:
+            tensors[name] = tensor
+    return tensors
+
+
+def _check_layer(verdict: Verdict, claims: _Claims, layer: LayerResult, after: Tensor, before: Tensor | None) -> None:
+    """Check a pruned layer; `before` is the source's, None without a source or such a tensor in it."""
+    checks = verdict.checks
+    checks["report"].count += 1
+    stored = layer.shape[::-1] if layer.transposed else layer.shape
+    if after.shape != stored:
+        checks["report"].fail(layer.name, f"has the shape {tuple(after.shape)} in the model, {stored} by the report")
+        return
+    W = after.T if layer.transposed else after
+    verdict.weights, verdict.zeros = verdict.weights + W.numel(), verdict.zeros + int((W == 0).sum())
+    width, most = claims.budget(layer.shape)
+    checks["pattern"].count += 1
+    if over := _first_over((W != 0).reshape(-1, width).sum(1), most):
+        checks["pattern"].fail(layer.name, f"{_part(claims, layer, over[0])} has {over[1]} weights, {most} may be kept")
+    compared = [check for name, check in checks.items() if name in ("kept", "zeros")]
+    for check in compared:
+        check.count += 1
+        if before is None or before.shape != after.shape or before.dtype != after.dtype:
+            check.fail(layer.name, "not of this shape and dtype in the source")
+    if before is None or before.shape != after.shape or before.dtype != after.dtype:
+        return
+    old = before.T if layer.transposed else before
+    if "zeros" in checks and (count := int(((old == 0) & (W != 0)).sum())):
+        checks["zeros"].fail(layer.name, f"{count} values are zero in the source, and are not any more")
+    if "kept" in checks:
+        removed = _bits(W) == 0
+        if difference := _difference(torch.where(removed, old, W), old):
+            checks["kept"].fail(layer.name, difference)
+        if over := _first_over((removed & (_bits(old) != 0)).reshape(-1, width).sum(1), width - most):
+            part = _part(claims, layer, over[0])
+            checks["kept"].fail(layer.name, f"{part} has {over[1]} weights removed, {width - most} are to be")
+
+
+def _first_over(counts: Tensor, most: int) -> tuple[int, int] | None:
+    """The index of the first count above a limit, and the count; None if there is none."""
+    if not bool((counts > most).any()):
+        return None
+    first = int((counts > most).view(torch.uint8).argmax())
+    return first, int(counts[first])
+
+
+def _part(claims: _Claims, layer: LayerResult, n: int) -> str:
+    """The n-th of the parts of a layer that have a budget each, in words."""
+    if claims.scope == "layer":
+        return "the matrix"
+    row, first = divmod(n * claims.budget(layer.shape)[0], layer.shape[1])
+    return f"row {row}" + (
+        f", columns {first} to {first + claims.pattern.group - 1}" if claims.scope == "group" else ""
+    )
+
+
+def _difference(after: Tensor, before: Tensor | None) -> str:
+    """How a tensor differs from the source's, in words; empty if it does not."""
+    if before is None:
+        return "not in the source"
+    if after.shape != before.shape or after.dtype != before.dtype:
+        return f"{after.dtype} {tuple(after.shape)}, in the source {before.dtype} {tuple(before.shape)}"
+    if torch.equal(_bits(after), _bits(before)):
+        return ""
+    differ = _bits(after) != _bits(before)
+    # Not `nonzero`, which takes 16 bytes for every value that differs.
+    first = differ.reshape(-1).view(torch.uint8).argmax()
+    index = tuple(int(i) for i in torch.unravel_index(first, differ.shape))
+    values = f"{after[index].item()}, in the source {before[index].item()}"
+    return f"{int(differ.sum())} of {differ.numel()} values differ, first at {list(index)}: {values}"
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(BITS[tensor.element_size()])

@@ -1,0 +1,416 @@
+"""The verdict on outputs: unchanged ones pass, whatever the flags; every change is found, and its place is named."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from helpers.families import save_model
+from helpers.stacks import STACKS, drawn
+from helpers.verifying import (
+    DOWN,
+    EMBEDDING,
+    NORM,
+    WANDA,
+    Q,
+    change_report,
+    change_tensor,
+    flip_bit,
+    only_failure,
+    put,
+    refused,
+    sum_again,
+    tensor_of,
+    verdict,
+)
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sparsefw import prune
+from sparsefw.checkpoint import SUMS, file_digest
+from sparsefw.checkpoint.source import CONFIG, SINGLE
+from sparsefw.driver.saved import save
+from sparsefw.verify import main
+
+QUICK = dict(kernel="torch", method="wanda", sparsity="0.5")
+EXPERT = "model.layers.1.mlp.experts"
+
+
+def row(printed, check):
+    """The number of things that a check has looked at."""
+    return int(re.search(rf"^{check} .* (\d+)  ok$", printed, re.MULTILINE)[1])
+
+
+class TestPasses:
+    @pytest.mark.parametrize(
+        ("family", "dtype", "flags"),
+        [
+            ("llama", torch.float32, ["--sparsity", "layer:0.6", "--refit", "0"]),
+            ("llama", torch.bfloat16, ["--compare", "wanda", "--compare", "sparsegpt"]),
+            ("llama", torch.float16, ["--method", "ria", "--sparsity", "3:8"]),
+            ("llama", torch.float32, ["--method", "sparsegpt"]),
+            ("opt", torch.bfloat16, ["--refit", "0"]),
+            ("mixtral", torch.float32, ["--sparsity", "2:4"]),
+            ("gpt2", torch.bfloat16, ["--sparsity", "2:4", "--refit", "0"]),
+        ],
+    )
+    def test_families_and_methods(self, family, dtype, flags, pruned, capsys):
+        _, output = pruned(*flags, family=family, dtype=dtype)
+        status, printed, _ = verdict(capsys, output)
+        assert status == 0, printed
+        assert printed.endswith("\nall checks passed\n")
+        refitted = "--refit" not in flags and "ria" not in flags
+        assert bool(re.search("^kept ", printed, re.MULTILINE)) != refitted
+
+    @pytest.mark.parametrize(
+        ("family", "flags", "layers", "others"),
+        [
+            # Two norms in each of two blocks, the last norm, the embedding; and layers that are not selected.
+            ("llama", ["--ignore", "down_proj", "--refit", "0"], 12, 6 + 2),
+            ("llama", ["--include", "mlp", "--ignore", "layers.0", "--keep-zeros"], 3, 6 + 7 + 4),
+            ("qwen3_moe", ["--ignore", "experts.down_proj[0]", "--refit", "0"], 8 + 2 * 7, None),
+        ],
+    )
+    def test_selected_layers(self, family, flags, layers, others, pruned, capsys):
+        """Layers that are not selected are compared with the source, like all tensors that stay as they are."""
+        _, output = pruned(*flags, family=family)
+        status, printed, _ = verdict(capsys, output)
+        assert status == 0, printed
+        assert row(printed, "pattern") == row(printed, "report") == layers
+        assert others in (None, row(printed, "others"))
+
+    def test_names_that_the_model_has_not(self, pruned, tmp_path, capsys):
+        """GPT-2 on the Hub has the names of a model without its head, and so has the output."""
+        for name, folder in zip(("source", "out"), pruned(*WANDA, family="gpt2"), strict=True):
+            shutil.copytree(folder, tmp_path / name)
+            for path in (tmp_path / name).glob("*.safetensors"):
+                save_file({k.removeprefix("transformer."): t for k, t in load_file(path).items()}, path)
+        index = tmp_path / "out/model.safetensors.index.json"
+        index.write_text(index.read_text().replace('"transformer.', '"'))
+        status, printed, _ = verdict(capsys, tmp_path / "out", "--against", str(tmp_path / "source"))
+        assert status == 0, printed
+
+
+class TestSums:
+    def test_an_unchanged_output(self, pruned, capsys):
+        _, output = pruned(*WANDA)
+        digest = file_digest(output / SUMS)
+        status, printed, _ = verdict(capsys, output, "--digest", digest, summed=False)
+        assert status == 0
+        # Three shards, their index, config, generation config, two files of the tokenizer, two reports.
+        assert row(printed, "sums") == 10
+        assert f"\nSHA-256 of SHA256SUMS: {digest}\n" in printed
+        assert subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=output, check=False).returncode == 0
+
+    def test_any_changed_byte(self, copied, capsys):
+        """Of every file, the first, a middle and the last byte."""
+        _, output = copied(*WANDA)
+        for name in sorted(path.name for path in output.iterdir() if path.name != SUMS):
+            content = (output / name).read_bytes()
+            for at in {0, len(content) // 2, len(content) - 1}:
+                (output / name).write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+                main([str(output)])
+                out, err = capsys.readouterr()
+                # A report that is no JSON any more ends in one line.
+                assert f"  {name}: not what the run wrote" in out or f"{output / name}: " in err
+            (output / name).write_bytes(content)
+        assert verdict(capsys, output, summed=False)[0] == 0
+
+    def test_refitted_weights(self, copied, capsys):
+        """All other checks pass. Somebody who writes SHA256SUMS anew is found out by its digest alone."""
+        _, output = copied()
+        digest = file_digest(output / SUMS)
+        change_tensor(output, Q, lambda tensor: -tensor)
+        assert verdict(capsys, output, summed=False)[2].keys() == {"sums"}
+        sum_again(output)
+        assert verdict(capsys, output)[0] == 0
+        assert "not that of --digest" in only_failure(capsys, output, "sums", "--digest", digest)
+
+    @pytest.mark.parametrize("name", ["chat_template.jinja", ".env", "a/b/c"])
+    def test_added_files(self, name, copied, capsys):
+        _, output = copied(*WANDA)
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("{}")
+        assert verdict(capsys, output, summed=False)[2] == {"sums": [f"{name}: not in SHA256SUMS"]}
+
+    @pytest.mark.parametrize("make", [None, os.mkfifo, lambda path: path.symlink_to("/etc/hostname")])
+    def test_what_is_no_file_is_not_opened(self, make, copied, capsys):
+        _, output = copied(*WANDA)
+        (output / "tokenizer.json").unlink()
+        if make:
+            make(output / "tokenizer.json")
+        (failure,) = verdict(capsys, output, summed=False)[2]["sums"]
+        assert "tokenizer.json: " in failure
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (None, "missing"),
+            (f"{'0' * 64}  ../x\n", "line 1 is not a digest"),
+            (f"{'0' * 64}  /etc/passwd\n", "line 1 is not a digest"),
+            ("", "not in SHA256SUMS"),
+        ],
+    )
+    def test_damaged_sums(self, text, message, copied, capsys):
+        _, output = copied(*WANDA)
+        (output / SUMS).unlink()
+        if text is not None:
+            (output / SUMS).write_text(text)
+        assert message in verdict(capsys, output, summed=False)[2]["sums"][0]
+
+
+class TestPattern:
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--method", "wanda"], "row 5 has 14 weights, 13 may be kept"),
+            (["--method", "wanda", "--sparsity", "2:4"], r"row 5, columns (\d+) to \d+ has 3 weights, 2 may be kept"),
+            (["--sparsity", "layer:0.6", "--refit", "0"], "the matrix has 411 weights, 410 may be kept"),
+            (["--method", "sparsegpt"], "the matrix has 411 weights, 410 may be kept"),
+        ],
+    )
+    def test_one_weight_too_many(self, flags, message, copied, capsys):
+        """The extra weight is the source's own, so that nothing else is wrong."""
+        source, output = copied(*flags)
+        column = (tensor_of(output, Q)[5] == 0).nonzero()[-1].item()
+        change_tensor(output, Q, put((5, column), tensor_of(source, Q)[5, column]))
+        match = re.match(rf"{Q}: {message}", only_failure(capsys, output, "pattern"))
+        assert match
+        if match.groups():
+            assert int(match[1]) == column // 4 * 4
+
+    def test_layer_stored_the_other_way_round(self, copied, capsys):
+        _, output = copied(*WANDA, family="gpt2")
+        name = "transformer.h.1.attn.c_proj.weight"
+        column = (tensor_of(output, name)[:, 7] == 0).nonzero()[0].item()
+        change_tensor(output, name, put((column, 7), 0.5))
+        assert verdict(capsys, output)[2]["pattern"] == [f"{name}: row 7 has 14 weights, 13 may be kept"]
+
+    def test_expert(self, copied, capsys):
+        _, output = copied(*WANDA, family="qwen3_moe")
+        change_tensor(output, f"{EXPERT}.3.up_proj.weight", put(slice(4, 7), 0.5))
+        # The gate has the first 24 rows.
+        message = "row 28 has 32 weights, 13 may be kept"
+        assert verdict(capsys, output)[2]["pattern"] == [f"{EXPERT}.gate_up_proj[3]: {message}"]
+
+
+class TestKept:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_one_bit_of_a_kept_weight(self, dtype, copied, capsys):
+        source, output = copied(*WANDA, dtype=dtype)
+        column = tensor_of(output, Q)[5].nonzero()[0].item()
+        change_tensor(output, Q, put((5, column), flip_bit))
+        values = f"{tensor_of(output, Q)[5, column].item()}, in the source {tensor_of(source, Q)[5, column].item()}"
+        message = f"1 of 1024 values differ, first at [5, {column}]: {values}"
+        assert only_failure(capsys, output, "kept") == f"{Q}: {message}"
+
+    @pytest.mark.parametrize(
+        ("family", "name", "at"), [("llama", Q, 5), ("gpt2", "transformer.h.1.mlp.c_fc.weight", (slice(None), 40))]
+    )
+    def test_one_weight_too_few(self, family, name, at, copied, capsys):
+        _, output = copied(*WANDA, family=family)
+        column = tensor_of(output, name)[at].nonzero()[0].item()
+        change_tensor(output, name, put((column, 40) if family == "gpt2" else (5, column), 0.0))
+        row = 40 if family == "gpt2" else 5
+        assert only_failure(capsys, output, "kept") == f"{name}: row {row} has 20 weights removed, 19 are to be"
+
+    def test_removed_weights_are_zeros_without_a_sign(self, copied, capsys):
+        _, output = copied(*WANDA)
+        column = (tensor_of(output, Q)[5] == 0).nonzero()[0].item()
+        change_tensor(output, Q, put((5, column), -0.0))
+        assert f"first at [5, {column}]: -0.0, in the source" in only_failure(capsys, output, "kept")
+
+    @pytest.mark.parametrize(("passes", "failing"), [(0, {"kept"}), (2, set())])
+    def test_kept_weights_may_change_where_blocks_were_reconstructed(self, passes, failing, copied, capsys):
+        _, output = copied(*WANDA, "--reconstruct", str(passes))
+        change_tensor(output, DOWN, lambda W: W * 2)
+        assert verdict(capsys, output)[2].keys() == failing
+        change_tensor(output, NORM, lambda x: x * 2)
+        assert "others" in verdict(capsys, output)[2]
+
+    def test_zeros_that_are_revived(self, copied, tmp_path, capsys):
+        """Only this check finds them: the pattern allows them, and refitted weights may have any value."""
+        source, output = copied("--keep-zeros")
+        zeros = shutil.copytree(source, tmp_path / "zeros")
+        shard = next(path for path in zeros.glob("*.safetensors") if Q in load_file(path))
+        tensors = load_file(shard)
+        column = tensor_of(output, Q)[2].nonzero()[0].item()
+        tensors[Q][2, column] = 0
+        save_file(tensors, shard, metadata={"format": "pt"})
+        failure = only_failure(capsys, output, "zeros", "--against", str(zeros))
+        assert failure == f"{Q}: 1 values are zero in the source, and are not any more"
+        assert verdict(capsys, output)[0] == 0
+
+
+class TestOthers:
+    @pytest.mark.parametrize(
+        ("family", "dtype", "name", "at"),
+        [
+            ("llama", torch.bfloat16, NORM, [3]),
+            ("llama", torch.float32, EMBEDDING, [257, 31]),
+            ("qwen3_moe", torch.float32, "model.layers.0.mlp.gate.weight", [1, 1]),
+            ("qwen3_moe", torch.float32, "lm_head.weight", [0, 0]),
+            ("gpt2", torch.float32, "transformer.h.0.attn.c_attn.bias", [95]),
+        ],
+    )
+    def test_one_bit(self, family, dtype, name, at, copied, capsys):
+        _, output = copied(*WANDA, family=family, dtype=dtype)
+        change_tensor(output, name, put(tuple(at), flip_bit))
+        failure = only_failure(capsys, output, "others")
+        assert failure.startswith(f"{name}: 1 of {tensor_of(output, name).numel()} values differ, first at {at}: ")
+
+    @pytest.mark.parametrize(
+        ("family", "ignored", "stored", "name"),
+        [
+            ("llama", "down_proj", DOWN, DOWN),
+            ("qwen3_moe", "experts.down_proj[1]", f"{EXPERT}.1.down_proj.weight", f"{EXPERT}.down_proj[1]"),
+        ],
+    )
+    def test_layers_that_were_not_selected(self, family, ignored, stored, name, copied, capsys):
+        _, output = copied(*WANDA, "--ignore", ignored, family=family)
+        change_report(output, lambda report: report["kept_dense"].remove(name))
+        assert only_failure(capsys, output, "report") == f"{name}: neither pruned nor kept dense by the report"
+        change_report(output, lambda report: report["kept_dense"].append(name))
+        change_tensor(output, stored, put((3, 2), flip_bit))
+        assert only_failure(capsys, output, "others").startswith(f"{name}: 1 of ")
+
+    def test_a_pruned_layer_that_the_report_hides(self, copied, capsys):
+        _, output = copied(*WANDA)
+        change_report(output, lambda report: report["layers"].pop(0))
+        failures = verdict(capsys, output)[2]
+        assert failures.keys() == {"report", "others"}
+        assert failures["report"] == [f"{Q}: neither pruned nor kept dense by the report"]
+        assert failures["others"][0].startswith(f"{Q}: 608 of 1024 values differ")
+
+    @pytest.mark.parametrize("change", [{"name": "model.layers.7.x.weight"}, {"shape": [48, 64]}, {"name": f"{Q}[0]"}])
+    def test_a_layer_that_the_model_has_not(self, change, copied, capsys):
+        _, output = copied(*WANDA)
+        change_report(output, lambda report: report["layers"][0].update(change))
+        failures = verdict(capsys, output)[2]["report"]
+        assert any(failure.startswith(f"{change.get('name', Q)}: ") for failure in failures)
+
+
+class TestModel:
+    def test_a_truncated_shard(self, copied, capsys):
+        _, output = copied(*WANDA)
+        shard = output / "model-00002-of-00003.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1])
+        assert only_failure(capsys, output, "model").startswith(f"{shard}: not a whole safetensors file")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda tensor: None, "this tensor is missing from the checkpoint (1 in all)"),
+            (lambda tensor: tensor[:31].clone(), "the checkpoint has shape (31,), the config asks for (32,)"),
+            (lambda tensor: tensor * torch.nan, "holds 32 NaN and 0 Inf among 32 values; finite ones are needed"),
+        ],
+    )
+    def test_tensors(self, change, message, copied, capsys):
+        _, output = copied(*WANDA)
+        change_tensor(output, NORM, change)
+        assert verdict(capsys, output)[2]["model"] == [f"{NORM}: {message}"]
+
+    def test_config_of_a_shallower_model(self, copied, capsys):
+        _, output = copied(*WANDA)
+        config = json.loads((output / CONFIG).read_text()) | {"num_hidden_layers": 1}
+        (output / CONFIG).write_text(json.dumps(config))
+        assert f"{DOWN}: no such matrix in the model" in verdict(capsys, output)[2]["report"]
+
+
+class TestSource:
+    @pytest.mark.parametrize("model", ["gone", "", "~nobody/here", "\0"])
+    def test_that_is_not_there(self, model, copied, capsys):
+        source, output = copied(*WANDA)
+        change_report(output, lambda report: report["arguments"].update(model=model))
+        column = tensor_of(output, Q)[5].nonzero()[0].item()
+        change_tensor(output, Q, put((5, column), flip_bit))
+        status, printed, _ = verdict(capsys, output)
+        assert status == 0
+        assert re.search(r"^not compared with the source: .*; name the source with --against$", printed, re.MULTILINE)
+        assert printed.endswith("\nall checks that could be made passed\n")
+        # With --against the source is compared.
+        assert only_failure(capsys, output, "kept", "--against", str(source)).startswith(Q)
+
+    @pytest.mark.parametrize(
+        ("change", "failing"),
+        [
+            ({"seed": 1}, {"kept", "others"}),
+            ({"hidden_size": 64}, {"kept", "others"}),
+            ({"num_hidden_layers": 3}, {"others"}),
+        ],
+    )
+    def test_another_model(self, change, failing, pruned, tmp_path, capsys):
+        _, output = pruned(*WANDA)
+        other = save_model(tmp_path / "other", "llama", **({"num_hidden_layers": 2} | change))
+        assert verdict(capsys, output, "--against", str(other))[2].keys() >= failing
+
+    @pytest.mark.parametrize(
+        ("against", "message"),
+        [
+            ("./nowhere", r"\./nowhere: no such folder"),
+            ("out", "out: the output itself"),
+            ("empty", "the source: empty: no config.json"),
+        ],
+    )
+    def test_that_cannot_be_used(self, against, message, copied, tmp_path, capsys, monkeypatch):
+        copied(*WANDA)
+        (tmp_path / "empty").mkdir()
+        monkeypatch.chdir(tmp_path)
+        refused(capsys, message, "out", "--against", against)
+
+
+def test_bad_input(pruned, tmp_path, capsys):
+    source, output = pruned(*WANDA)
+    refused(capsys, ".*nowhere: no report.json in it; give a folder that sparsefw.run wrote", tmp_path / "nowhere")
+    refused(capsys, ".*: no report.json in it; give a folder that sparsefw.run wrote", source)
+    refused(capsys, "--digest A+: expected 64 digits", output, f"--digest={'A' * 64}")
+    copy = shutil.copytree(output, tmp_path / "copy")
+    change_report(copy, lambda report: report["layers"][0].update(kept="1"))
+    refused(capsys, r".*report\.json: .*layers\[0\]\.kept", copy)
+    change_report(copy, lambda report: report.update(layers=[]))
+    refused(capsys, r".*report\.json: it has no layers pruned by wanda", copy)
+
+
+@pytest.fixture(scope="module", params=STACKS)
+def stack(request, tmp_path_factory):
+    """Source and output of a model in memory that was pruned on batches."""
+    folder, (model, batches) = tmp_path_factory.mktemp(request.param), drawn(request.param, 2)
+    (folder / "source").mkdir()
+    save(model, folder / "source")
+    prune(model, folder / "out", calibration=batches, **QUICK)
+    return folder / "source", folder / "out"
+
+
+def test_models_in_memory_on_batches(stack, capsys, tmp_path):
+    """Whatever they read, and whoever made their class. A source has to be named."""
+    source, output = stack
+    status, printed, _ = verdict(capsys, output, summed=False)
+    assert status == 0, printed
+    assert "\nnot compared with the source: the model was in memory; name a checkpoint of it" in printed
+    against = ("--against", str(source))
+    status, printed, _ = verdict(capsys, output, *against, summed=False)
+    assert status == 0, printed
+    assert printed.endswith("\nall checks passed\n")
+    copy = shutil.copytree(output, tmp_path / "out")
+    name, tensor = max(load_file(copy / SINGLE).items(), key=lambda item: item[1].numel() * (item[1].dim() == 2))
+    tensors = load_file(copy / SINGLE) | {name: put(tuple(tensor.nonzero()[0]), flip_bit)(tensor.clone())}
+    save_file(tensors, copy / SINGLE, metadata={"format": "pt"})
+    assert only_failure(capsys, copy, "kept", *against)
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.float32])
+def test_a_model_in_memory_on_text(dtype, tmp_path, capsys):
+    """What it was loaded from need not be what was pruned, or may have another dtype."""
+    source = save_model(tmp_path / "source", "llama", torch.bfloat16, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    prune(model, tmp_path / "out", dataset=torch.ones(2, 16, dtype=torch.int64), **QUICK)
+    _, printed, failures = verdict(capsys, tmp_path / "out", summed=False)
+    assert not failures
+    assert "\nnot compared with the source: the model was in memory; name a checkpoint of it" in printed
+    _, printed, failures = verdict(capsys, tmp_path / "out", "--against", str(source), summed=False)
+    assert not failures
+    line = "the model in memory was of torch.float32, and the source is of torch.bfloat16"
+    assert (f"\nnot compared with the source: {line}\n" in printed) == (dtype != "auto")
