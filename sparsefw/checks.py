@@ -310,10 +310,12 @@ def _check_weights(verdict: Verdict, claims: _Claims, written: _Model, source: _
                 check_finite(name, W)
             except InputError as error:
                 checks["model"].failures.append(str(error))
-            if layer := None if name in written.unused else unseen.pop(name, None):
+            layer = None if name in written.unused else unseen.pop(name, None)
+            if layer:
                 _check_layer(verdict, claims, layer, W, before.pop(name, None))
                 continue
-            if group in blocks and W.dim() >= 2 and name not in claims.report.kept_dense:
+            used = group in blocks and name not in written.unused
+            if used and W.dim() >= 2 and name not in claims.report.kept_dense:
                 checks["report"].fail(name, "neither pruned nor kept dense by the report")
             if source:
                 checks["others"].count += 1
