@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from sparsefw.report import Report, TaskRecord
+    from sparsefw.report import Report
     from sparsefw.solver import LayerResult
 
 # Calibration data, see `prune`.
@@ -52,11 +52,6 @@ class PruneResult:
         return self.report.layers
 
     @property
-    def tasks(self) -> "list[TaskRecord]":
-        """The metrics of the tasks, each by "dense" and by method."""
-        return self.report.tasks
-
-    @property
     def perplexity(self) -> dict[str, dict[str, float]]:
         """Perplexity by evaluation text, named as in `evaluate`, then by "dense" and by method."""
         names = dict.fromkeys(self.report.argument("evaluate", tuple))
@@ -76,10 +71,6 @@ def prune(
     seed: int = 0,
     evaluate: str | Path | Sequence[str | Path] | Iterable[Any] | None = None,
     eval_windows: int | None = None,
-    tasks: str | Sequence[str] | None = None,
-    limit: float | None = None,
-    num_fewshot: int | None = None,
-    include_path: str | Path | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     gpu_memory: float | None = None,
     host_memory: float | None = None,
@@ -110,8 +101,6 @@ def prune(
         evaluate: evaluation texts for perplexity, by name or path; with `calibration` batches for which the model
             returns a loss, whose perplexity is exp of the mean loss.
         eval_windows: most windows of each evaluation text; None: all.
-        tasks: names of tasks of lm-evaluation-harness that the dense and the pruned model answer, see
-            `sparsefw.evaluation.evaluate`; also limit, num_fewshot and include_path.
         tokenizer: the model's tokenizer; None: the one beside the checkpoint.
         gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
         overwrite: whether an older checkpoint in `output` may be replaced.
@@ -133,7 +122,7 @@ def prune(
     places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
     # Batches are not drawn: a seed would have no effect there. 0 is the default.
     drawn = None if seed == 0 else seed
-    text = _Text(dataset, nsamples, seqlen, drawn, eval_windows, tasks, limit, num_fewshot, include_path, tokenizer)
+    text = _Text(dataset, nsamples, seqlen, drawn, eval_windows, tokenizer)
     with joined_with(log) as (ranks, say), unwrapped(model) as model:
         told = _Told(say, progress and ranks.first, ranks)
         if calibration is not None:
@@ -147,17 +136,13 @@ def prune(
 
 
 class _Text(NamedTuple):
-    """The arguments of `prune` about texts and tasks."""
+    """The arguments of `prune` about texts."""
 
     dataset: Dataset | None
     nsamples: int | None
     seqlen: int | None
     seed: int | None
     eval_windows: int | None
-    tasks: str | Sequence[str] | None
-    limit: float | None
-    num_fewshot: int | None
-    include_path: str | Path | None
     tokenizer: "PreTrainedTokenizerBase | None"
 
 
@@ -197,10 +182,6 @@ def _inputs(model: "str | Path | nn.Module", text: _Text, evaluate: Any) -> Inpu
         seed=text.seed,
         evaluate=_names(evaluate),
         eval_windows=text.eval_windows,
-        tasks=text.tasks,
-        limit=text.limit,
-        num_fewshot=text.num_fewshot,
-        include_path=None if text.include_path is None else str(text.include_path),
     )
     return Inputs(model=_name(model), **{name: x for name, x in known.items() if x is not None})
 
@@ -234,7 +215,7 @@ def _prune_on_text(
             raise InputError("output: where the pruned checkpoint goes is left out")
         folder = told.ranks.first_here(lambda: _locate(inputs))
         return PruneResult(run(folder, output, text.tokenizer), output)
-    tokenized = isinstance(text.dataset, Tensor) and not inputs.evaluate and not inputs.tasks
+    tokenized = isinstance(text.dataset, Tensor) and not inputs.evaluate
     report = in_memory.prune_in_place(
         model, run, config.method, output, places["overwrite"], text.tokenizer, tokenized, told.ranks
     )

@@ -49,29 +49,15 @@ class Inputs:
     eval_windows: int | None = flag(
         "evaluate at most this many windows of --seqlen tokens (default: all)", metavar="N", least=1, most=10**9
     )
-    tasks: tuple[str, ...] = flag(
-        "tasks of lm-evaluation-harness that the dense and the pruned model answer, A,B or paper; may be repeated "
-        "(default: none)", (), metavar="A,B", several=True,
-    )  # fmt: skip
-    limit: float | None = flag(
-        "documents of each task at most; below 1: a share of them (default: all)", metavar="N", least=0, most=10**9
-    )
-    num_fewshot: int | None = flag(
-        "examples before each question of the tasks (default: as the task says)", metavar="K", least=0, most=10**6
-    )
-    include_path: str | None = flag("folder with more tasks in the harness's format", metavar="DIR")
 
     def __post_init__(self) -> None:
         make_tuples(self)
         check_fields(self)
-        set_field(self, "tasks", listed(self.tasks))
         for name, default in (EMBEDDED if self.embedded else OTHERS).items():
             if getattr(self, name) is DEPENDS:
                 set_field(self, name, default)
         _check_datasets(self.dataset)
         check_needs("evaluate", bool(self.evaluate), eval_windows=self.eval_windows)
-        of_tasks = dict(limit=self.limit, num_fewshot=self.num_fewshot, include_path=self.include_path)
-        check_needs("tasks", bool(self.tasks), **of_tasks)
 
     @property
     def embedded(self) -> bool:

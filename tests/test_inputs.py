@@ -47,22 +47,6 @@ def test_texts_are_given_once(tmp_path, monkeypatch):
         Inputs(dataset=[])
 
 
-@pytest.mark.parametrize("tasks", [[""], " ", [" , ", ","]])
-def test_no_task_at_all(tasks):
-    with refused("--tasks: names no task; give tasks, or leave it out"):
-        Inputs(model="m", tasks=tasks)
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"limit": 3}, "--limit: needs --tasks"),
-        ({"num_fewshot": 0}, "--num-fewshot: needs --tasks"),
-        ({"include_path": "."}, "--include-path: needs --tasks"),
-        ({"eval_windows": 4}, "--eval-windows: needs --eval"),
-    ],
-)
-def test_settings_of_what_a_run_does_not_have(given, said):
-    with refused(said):
-        Inputs(model="m", **given)
-    Inputs(model="m", tasks=["a"], evaluate=["b"], **given)
+def test_windows_of_no_text():
+    with refused("--eval-windows: needs --eval"):
+        Inputs(model="m", eval_windows=4)

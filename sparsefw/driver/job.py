@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsefw.checkpoint import Evidence
 from sparsefw.driver.loop import Samples
-from sparsefw.driver.tasks import TaskSamples
 from sparsefw.estimate import Workload, memory_limits
 from sparsefw.flags import checked_bool, checked_number, set_field
 from sparsefw.inputs import Inputs
@@ -98,7 +97,6 @@ class Prepared:
         notes: what the user should know of the model, one line each.
         fingerprint: tells the model from another one.
         evidence: reads the checkpoint; None: the model is in memory, and the fingerprint is of all its tensors.
-        tasks: requests of tasks.
         fixed: values of `Placement` that are settled, by field.
         saved: bytes that the end of the run writes while the finished blocks are still on the disk.
     """
@@ -112,6 +110,5 @@ class Prepared:
     notes: list[str]
     fingerprint: str
     evidence: Evidence | None = None
-    tasks: TaskSamples | None = None
     fixed: dict[str, int] = field(default_factory=dict)
     saved: int = 0

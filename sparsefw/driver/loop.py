@@ -8,7 +8,7 @@ written meanwhile.
 Blocks that an earlier run has finished are not pruned again. Their weights are read, and the windows run through them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,10 +21,7 @@ from sparsefw.data import Batches, Windows
 from sparsefw.driver.block import DenseReference, Run, find_stages, idle_matrices, kept_dense, prune_block, way_through
 from sparsefw.driver.reconstruct import Parts, make_parts, reconstruct
 from sparsefw.driver.record import FinishedBlock
-from sparsefw.driver.tasks import TaskSamples
 from sparsefw.errors import InputError
-from sparsefw.evaluation.request import Score
-from sparsefw.evaluation.streaming import RequestStates
 from sparsefw.model import HiddenStates, Placement, copy_of_block, embed_batches, perplexity, perplexity_of_batches
 from sparsefw.process import give_back, peak_memory
 from sparsefw.ranks import Ranks
@@ -38,9 +35,6 @@ DENSE = "dense"
 # What runs through a model: windows of tokens, or a caller's batches.
 Samples = Windows | Batches
 
-# The same between two blocks, or requests of tasks.
-States = HiddenStates | RequestStates
-
 
 @dataclass
 class Outcome:
@@ -50,7 +44,6 @@ class Outcome:
         timeline: what was done when. Blocks that an earlier run finished are only read and run.
         layers: a result for each layer and method.
         perplexity: by evaluation text, then by "dense" and by method; empty without evaluation.
-        scores: of all requests of tasks, by "dense" and by method; empty without tasks.
         kept_dense: names of the matrices inside the blocks that were not pruned.
         blocks: name, seconds by phase and peak memory of each block, as the run that pruned it measured them.
     """
@@ -58,7 +51,6 @@ class Outcome:
     timeline: Timeline
     layers: list[LayerResult] = field(default_factory=list)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
-    scores: dict[str, list[Score]] = field(default_factory=dict)
     kept_dense: list[str] = field(default_factory=list)
     blocks: list[BlockRecord] = field(default_factory=list)
 
@@ -71,7 +63,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _AllStates:
-    """Hidden states by method and "dense": of the calibration, of every evaluation text, and of the tasks.
+    """Hidden states by method and "dense": of the calibration, and of every evaluation text.
 
     `ids` are the tokens of the calibration windows; None: the calibration is no text. `parts` are its micro-batches.
     """
@@ -80,18 +72,17 @@ class _AllStates:
     parts: Parts
     calibration: dict[str, HiddenStates]
     evaluation: list[tuple[Samples, dict[str, HiddenStates]]]
-    tasks: dict[str, RequestStates]
 
     @property
-    def evaluated(self) -> list[Mapping[str, States]]:
+    def evaluated(self) -> list[dict[str, HiddenStates]]:
         """All but those of the calibration."""
-        return [*(states for _, states in self.evaluation), *([self.tasks] if self.tasks else [])]
+        return [states for _, states in self.evaluation]
 
-    def of(self, name: str) -> list[States]:
+    def of(self, name: str) -> list[HiddenStates]:
         """The hidden states of a method, or of "dense"."""
         return [states[name] for states in (self.calibration, *self.evaluated) if name in states]
 
-    def all(self) -> list[States]:
+    def all(self) -> list[HiddenStates]:
         """All hidden states."""
         return [states for by_name in (self.calibration, *self.evaluated) for states in by_name.values()]
 
@@ -103,7 +94,6 @@ def prune_model(
     writer: Writer,
     placement: Placement,
     *,
-    tasks: TaskSamples | None = None,
     on_layer: Callable[[LayerResult], None] = lambda result: None,
     on_reconstruction: Callable[[str, Reconstruction], None] = lambda block, found: None,
     on_block: Callable[[], None] = lambda: None,
@@ -116,7 +106,6 @@ def prune_model(
         evaluation: those of each evaluation text.
         writer: receives a shard for each block and each piece of the rest. The run goes on after those that it has.
         placement: what is held at once, and where.
-        tasks: requests of tasks.
         on_layer, on_reconstruction, on_block: called after every layer, with the name of every block that was
             reconstructed, and after every block.
 
@@ -127,7 +116,7 @@ def prune_model(
     with ExitStack() as open_states:
         with run.model.timeline.span("embed"), run.model.outside():
             texts = [samples.part(run.ranks.share(samples.n)) for samples in (calibration, *evaluation)]
-            states = _embed_all(run, texts[0], texts[1:], tasks, placement)
+            states = _embed_all(run, texts[0], texts[1:], placement)
         for hidden_states in states.all():
             open_states.callback(hidden_states.close)
         outcome = _prune_blocks(run, states, writer, placement, on_layer, on_reconstruction, on_block)
@@ -141,9 +130,6 @@ def prune_model(
                 outcome.perplexity[samples.source] = {
                     name: _perplexity(s, samples, run.ranks) for name, s in by_name.items()
                 }
-            for name, of_tasks in states.tasks.items():
-                assert tasks is not None
-                outcome.scores[name] = tasks.scores(of_tasks, run.ranks)
         return outcome
 
 
@@ -211,10 +197,8 @@ def _perplexity(states: HiddenStates, samples: Samples, ranks: Ranks) -> float:
     return perplexity_of_batches(states, samples.batches, ranks)
 
 
-def _embed_all(
-    run: Run, calibration: Samples, evaluation: Sequence[Samples], tasks: TaskSamples | None, placement: Placement
-) -> _AllStates:
-    """Embed all windows and requests: the hidden states before the first block."""
+def _embed_all(run: Run, calibration: Samples, evaluation: Sequence[Samples], placement: Placement) -> _AllStates:
+    """Embed all windows: the hidden states before the first block."""
     store = placement.store(run.model.device)
 
     def start(samples: Samples, names: list[str]) -> dict[str, HiddenStates]:
@@ -223,14 +207,10 @@ def _embed_all(
 
     methods = [*run.config.methods]
     calibrated = start(calibration, [DENSE, *methods] if run.config.uses_dense_stream else methods)
-    asked: dict[str, RequestStates] = {}
-    if tasks:
-        first = tasks.embed(run.model, placement, run.ranks)
-        asked = {name: first.fork() if n else first for n, name in enumerate([DENSE, *methods])}
     ids = calibration.ids if isinstance(calibration, Windows) else None
     parts = make_parts(run, calibrated[run.config.method])
     evaluated = [(samples, start(samples, [DENSE, *methods])) for samples in evaluation]
-    return _AllStates(ids, parts, calibrated, evaluated, asked)
+    return _AllStates(ids, parts, calibrated, evaluated)
 
 
 def _prune_methods(

@@ -71,6 +71,5 @@ def report_of(
         ),
         notes=prepared.notes,
         ranks=[] if ranks.alone else records,
-        tasks=prepared.tasks.asked.records(outcome.scores) if prepared.tasks and ranks.first else [],
         in_memory=job.in_memory if isinstance(job, CheckpointJob) else True,
     )

@@ -19,11 +19,9 @@ from sparsefw.driver.block import Run
 from sparsefw.driver.job import CheckpointJob, Job, Prepared
 from sparsefw.driver.loop import prune_model
 from sparsefw.driver.reporting import report_of
-from sparsefw.driver.tasks import Asked, questions_of, task_samples
 from sparsefw.driver.texts import tokenized_texts
 from sparsefw.errors import InputError, counted
 from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place, pruned_shape
-from sparsefw.evaluation.request import digest_of
 from sparsefw.flags import flag_of
 from sparsefw.model import BlockModel, Placement, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
@@ -31,7 +29,7 @@ from sparsefw.report import Report, amount, html, log, machine
 from sparsefw.solver import PruneConfig
 
 # Inputs that are compared by their content, not by name, when a run goes on with what another has finished.
-BY_CONTENT = {"model", "dataset", "evaluate", "tasks", "limit", "num_fewshot", "include_path"}
+BY_CONTENT = {"model", "dataset", "evaluate"}
 
 
 def run_job(job: CheckpointJob, say: Callable[[str], None], progress: bool, ranks: Ranks = ALONE) -> Report:
@@ -119,7 +117,6 @@ def carry_out(
                 prepared.evaluation,
                 writer,
                 placement,
-                tasks=prepared.tasks,
                 on_layer=lambda result: say(log.layer_row(result)),
                 on_reconstruction=lambda block, found: say(log.reconstruction_row(block, found)),
                 on_block=bar.update,
@@ -149,14 +146,11 @@ def _why(config: PruneConfig) -> str:
 
 
 def _files_read(job: CheckpointJob) -> list[Path]:
-    """Files and folders here that the run reads beside the source: texts, tasks, the Hub's caches, temporary files."""
+    """Files and folders here that the run reads beside the source: texts, the Hub's caches, temporary files."""
     inputs = job.inputs
     names = [*inputs.evaluate, *(inputs.shares if job.dataset is None else [])]
     texts = [Path(path) for path in map(os.path.expanduser, names) if os.path.lexists(path)]
-    # A folder may have the name of a task by chance: the harness takes files alone.
-    tasks = [Path(name) for name in inputs.tasks if os.path.isfile(name)]
-    tasks += [Path(os.path.expanduser(inputs.include_path))] if inputs.include_path else []
-    return [*texts, *tasks, Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE), Path(tempfile.gettempdir())]
+    return [*texts, Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE), Path(tempfile.gettempdir())]
 
 
 def _prepare(
@@ -172,10 +166,8 @@ def _prepare(
     if seqlen < inputs.seqlen:
         say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
     limits, before = job.output.limits(model.device, ranks), process.peak_memory()["host_bytes"]
-    # One rank reads texts and tasks, and all have the same tokens.
-    with ranks.long_work():
-        questions = questions_of(inputs) if ranks.first else None
-    texts = ranks.one_does(lambda: tokenized_texts(job, source, questions, seqlen, limits["host"]))
+    # One rank reads the texts, and all have the same tokens.
+    texts = ranks.one_does(lambda: tokenized_texts(job, seqlen, limits["host"]))
     calibration, evaluation = texts.calibration, texts.evaluation
     # From Python, the process may have had more at some time before: that is not this run's.
     peak = process.peak_memory()["host_bytes"]
@@ -187,7 +179,6 @@ def _prepare(
     whole = shape_of(source)
     shape = pruned_shape(whole, config)
     say(log.sparsity_line(config, shape, whole))
-    tasks = task_samples(Asked(questions, texts.encoded), model, seqlen) if texts.encoded else None
     workload = workload_of(
         config,
         calibration.n,
@@ -198,10 +189,6 @@ def _prepare(
         tokenizer=texts.tokenizer,
         ranks=ranks,
     )
-    if tasks:
-        say(tasks.line)
-        requests, predicted = tasks.sizes
-        workload = replace(workload, requests=requests, predicted=predicted)
     return Prepared(
         model.device,
         calibration,
@@ -212,7 +199,6 @@ def _prepare(
         notes,
         checkpoint.fingerprint(source),
         evidence,
-        tasks,
     )
 
 
@@ -281,7 +267,5 @@ def _identity(job: Job, prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
         values[name] = sorted(values[name])
     flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT}
     texts = {f"the text of --eval {samples.source}": samples.hash for samples in prepared.evaluation}
-    if prepared.tasks:
-        texts["what --tasks ask"] = digest_of(prepared.tasks.asked.encoded.requests)
     model = {"the model": prepared.fingerprint, "the number of ranks": ranks.count}
     return flags | model | {"the calibration text": prepared.calibration.hash} | texts | machine(prepared.device)

@@ -1,20 +1,14 @@
-"""The texts of a run as tokens: windows to calibrate and evaluate on, and the questions of tasks."""
+"""The texts of a run as tokens: windows to calibrate and evaluate on."""
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from sparsefw import data, process
-from sparsefw.checkpoint import Checkpoint
 from sparsefw.data import Tokenizer, Windows
 from sparsefw.driver.job import CheckpointJob
-from sparsefw.driver.tasks import encoded_questions
 from sparsefw.errors import InputError
-from sparsefw.evaluation.encoding import Encoded
-
-if TYPE_CHECKING:
-    from sparsefw.evaluation.harness import Questions
 
 
 @dataclass(frozen=True)
@@ -24,25 +18,19 @@ class Tokenized:
     Attributes:
         calibration: the calibration windows.
         evaluation: the windows of each evaluation text.
-        encoded: the questions of tasks; None without tasks.
         tokenizer: bytes that the tokenizer's own process has taken.
     """
 
     calibration: Windows
     evaluation: list[Windows]
-    encoded: Encoded | None
     tokenizer: int
 
 
-def tokenized_texts(
-    job: CheckpointJob, source: Checkpoint, questions: "Questions | None", seqlen: int, limit: int
-) -> Tokenized:
+def tokenized_texts(job: CheckpointJob, seqlen: int, limit: int) -> Tokenized:
     """Read and tokenize the texts of a run in `limit` bytes of host memory.
 
     Args:
         job: the run.
-        source: the checkpoint.
-        questions: the questions of tasks.
         seqlen: tokens in a window.
         limit: bytes that this process and that of the tokenizer may take.
 
@@ -53,28 +41,14 @@ def tokenized_texts(
     tokens = data.windows_of(job.dataset, inputs.dataset[0]) if isinstance(job.dataset, Tensor) else None
     if tokens is not None and tokens.seqlen > seqlen:
         raise InputError(f"{tokens.source}: windows of {tokens.seqlen} tokens, and the model takes {seqlen} at most")
-    if tokens is not None and not inputs.evaluate and questions is None:
+    if tokens is not None and not inputs.evaluate:
         # Nothing has to be tokenized.
-        return Tokenized(tokens, [], None, 0)
+        return Tokenized(tokens, [], 0)
     if job.tokenizer:
-        return _tokenized(job, source, questions, seqlen, tokens, job.tokenizer, limit)
+        return Tokenized(*_windows(job, seqlen, tokens, job.tokenizer, limit), 0)
     with data.TokenizerProcess(job.folder, limit - process.resident()) as tokenizer:
-        found = _tokenized(job, source, questions, seqlen, tokens, tokenizer, limit - tokenizer.nbytes())
-        return replace(found, tokenizer=tokenizer.nbytes())
-
-
-def _tokenized(
-    job: CheckpointJob,
-    source: Checkpoint,
-    questions: "Questions | None",
-    seqlen: int,
-    tokens: Windows | None,
-    tokenizer: Tokenizer,
-    limit: int,
-) -> Tokenized:
-    calibration, evaluation = _windows(job, seqlen, tokens, tokenizer, limit)
-    encoded = None if questions is None else encoded_questions(questions, source, tokenizer)
-    return Tokenized(calibration, evaluation, encoded, 0)
+        windows = _windows(job, seqlen, tokens, tokenizer, limit - tokenizer.nbytes())
+        return Tokenized(*windows, tokenizer.nbytes())
 
 
 def _windows(

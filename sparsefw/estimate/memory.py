@@ -20,7 +20,7 @@ from sparsefw.estimate.passes import fits_predictions, is_forked, is_kept, stage
 from sparsefw.estimate.reconstruction_memory import prediction_bytes, reconstruction_bytes
 from sparsefw.estimate.sharing import Group, approximates_dense, grams_of_rank, groups
 from sparsefw.estimate.solve_memory import cross_bytes, rows_of_rank, stage_bytes
-from sparsefw.estimate.workload import Workload, largest_share
+from sparsefw.estimate.workload import Workload
 from sparsefw.model import Placement
 from sparsefw.model.layers import first_segments, is_watched
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
@@ -63,7 +63,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     # Most blocks of a model are alike.
     config, blocks = workload.config, list(dict.fromkeys(shape.blocks))
     most = max(workload.windows_of_rank, *workload.evaluation_of_rank, 0)
-    tokens = max([min(placement.batch, most) * workload.seqlen, *(length for length, _, _ in workload.requests)])
+    tokens = min(placement.batch, most) * workload.seqlen
     near, far = _activations(shape, workload, placement)
     kept = _Kept.of(shape, workload, placement, tokens)
     block = max(b.nbytes for b in blocks)
@@ -86,9 +86,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
             prediction_bytes(shape, workload, tokens),
         ),
         "write": weights,
-        "end": shape.outside
-        + max(logits if workload.evaluation or workload.requests else 0, shape.quantized)
-        + largest_share(workload.predicted, workload.ranks) * shape.hidden * shape.itemsize,
+        "end": shape.outside + max(logits if workload.evaluation else 0, shape.quantized),
     }
     pruning = others + kept.far
     # All tensors outside of the blocks are written at the end, piece by piece. They are not loaded for it.
@@ -136,16 +134,7 @@ def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> d
 def activation_bytes(shape: ModelShape, workload: Workload) -> int:
     """All that lies between two blocks, of a rank's windows, of every method and, where it is used, the dense model."""
     of_stream, of_text = sum(shape.of_stream(workload.seqlen)), sum(shape.of_text(workload.seqlen))
-    of_texts = sum(windows * (streams * of_stream + of_text) for windows, streams in _texts(workload))
-    streams = len(workload.config.methods) + 1
-    return of_texts + sum(rows * (streams * own + shared) for rows, own, shared in _rows(shape, workload))
-
-
-def _rows(shape: ModelShape, workload: Workload) -> Iterator[tuple[int, int, int]]:
-    """Of a rank's rows of the same length: their number, and the bytes of each, of a stream and of all streams."""
-    for length, rows, trees in workload.requests_of_rank:
-        mask = trees * length**2 * shape.itemsize
-        yield rows, sum(shape.of_stream(length)), sum(shape.of_text(length)) + mask
+    return sum(windows * (streams * of_stream + of_text) for windows, streams in _texts(workload))
 
 
 def _texts(workload: Workload) -> list[tuple[int, int]]:
@@ -209,7 +198,7 @@ def _activations(shape: ModelShape, workload: Workload, placement: Placement) ->
     batch = min(placement.batch, max(windows for windows, _ in texts))
     # Five micro-batches at most. One is on its way in. The next one is launched before the last one is checked, so two
     # are inputs of the block, and two are on their way out.
-    moving = min(everything, 5 * max([batch * sum(of_stream + of_text), *_batches_of_rows(shape, workload, batch)]))
+    moving = min(everything, 5 * batch * sum(of_stream + of_text))
     if not workload.gpu:
         return {"gpu": (everything, 0), "host": (moving, everything), "file": (moving, moving)}[placement.place]
 
@@ -219,8 +208,6 @@ def _activations(shape: ModelShape, workload: Workload, placement: Placement) ->
         return sum(whole * page_locked_bytes(placement.batch * n) + page_locked_bytes(rest * n) for n in sizes)
 
     all_locked = sum(count * locked(n, of_stream) + locked(n, of_text) for n, count in texts)
-    # Those of tasks, each rounded up to a power of two.
-    all_locked += 2 * sum(rows * ((len(workload.config.methods) + 1) * a + b) for rows, a, b in _rows(shape, workload))
     locked_moving = min(all_locked, sum(5 * page_locked_bytes(batch * n) for n in of_stream + of_text))
     return {"gpu": (everything, 0), "host": (moving, all_locked), "file": (moving, locked_moving)}[placement.place]
 
@@ -228,13 +215,6 @@ def _activations(shape: ModelShape, workload: Workload, placement: Placement) ->
 def _batches(workload: Workload, placement: Placement) -> set[int]:
     """The different numbers of windows in micro-batches: the last one of a text may be smaller."""
     return {n for count, _ in _texts(workload) for n in (min(count, placement.batch), count % placement.batch)}
-
-
-def _batches_of_rows(shape: ModelShape, workload: Workload, batch: int) -> Iterator[int]:
-    """Bytes of a micro-batch of rows of each length, as many tokens as in `batch` windows."""
-    lengths = (length for length, _, _ in workload.requests)
-    for length, (rows, own, shared) in zip(lengths, _rows(shape, workload), strict=True):
-        yield min(rows, max(1, batch * workload.seqlen // length)) * (own + shared)
 
 
 def _other_blocks(shape: ModelShape, workload: Workload, placement: Placement) -> int:

@@ -49,9 +49,6 @@ class Workload:
         tokenizer: bytes that the tokenizer's own process had beside these, and gave back before the run begins.
         ranks: processes that share the work; process, held and peak are those of one of them.
         machines: machines that the ranks are on, as many on each.
-        requests: rows of tokens that tasks ask of the dense and every pruned model: length, number, and whether they
-            are trees, which have a mask.
-        predicted: number of positions in them at which a token is predicted.
     """
 
     windows: int
@@ -66,16 +63,9 @@ class Workload:
     tokenizer: int = 0
     ranks: int = 1
     machines: int = 1
-    requests: tuple[tuple[int, int, bool], ...] = ()
-    predicted: int = 0
 
     def __post_init__(self) -> None:
         set_field(self, "config", self.config.for_calibration(self.windows, self.seqlen, self.ranks))
-
-    @property
-    def requests_of_rank(self) -> tuple[tuple[int, int, bool], ...]:
-        """About the rows that one rank has."""
-        return tuple((length, largest_share(rows, self.ranks), trees) for length, rows, trees in self.requests)
 
     @property
     def windows_of_rank(self) -> int:

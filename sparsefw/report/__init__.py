@@ -2,6 +2,7 @@
 
 from sparsefw.report import html, log
 from sparsefw.report.content import (
+    DENSE,
     HIDDEN,
     PREDICTIONS,
     BlockRecord,
@@ -15,7 +16,7 @@ from sparsefw.report.content import (
     read_report,
 )
 from sparsefw.report.environment import device_name, machine, versions
-from sparsefw.report.tasks import DENSE, Difference, Measurement, TaskRecord, TextRecord
+from sparsefw.report.tasks import Difference, Measurement, TaskRecord, TextRecord
 
 __all__ = [
     "DENSE",

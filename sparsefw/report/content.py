@@ -9,7 +9,6 @@ from typing import TypeVar
 from sparsefw.checkpoint.files import parse, read_bounded
 from sparsefw.data.batches import BATCHES
 from sparsefw.errors import InputError, counted
-from sparsefw.report.tasks import TaskRecord
 from sparsefw.solver import LayerResult
 from sparsefw.timeline import Span
 
@@ -26,6 +25,9 @@ def mean(values: Sequence[float]) -> float:
     """The mean of at least one value."""
     return sum(values) / len(values)
 
+
+# The name of the model before pruning, beside the methods.
+DENSE = "dense"
 
 # The names of the two losses, by what the pruned and the dense model are compared by.
 HIDDEN, PREDICTIONS = "hidden states", "predictions"
@@ -190,7 +192,6 @@ class Report:
         memory: limits, expected peaks and placement.
         notes: what the user should know of the source, one line each.
         ranks: the processes that have shared the run, if there were several.
-        tasks: metrics of the tasks that were asked for, by "dense" and by method.
         in_memory: whether the model was in memory, and was not read from a checkpoint that `model` names.
     """
 
@@ -208,7 +209,6 @@ class Report:
     memory: MemoryRecord
     notes: list[str]
     ranks: list[RankRecord] = field(default_factory=list)
-    tasks: list[TaskRecord] = field(default_factory=list)
     in_memory: bool = False
 
     def argument(self, name: str, kind: type[T]) -> T:

@@ -19,7 +19,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from sparsefw.errors import printable
 from sparsefw.flags import flag_of
-from sparsefw.report import charts, log, task_table
+from sparsefw.report import charts, log
 from sparsefw.report.charts import LayerAt
 from sparsefw.report.content import (
     HIDDEN,
@@ -33,7 +33,6 @@ from sparsefw.report.content import (
     mean,
 )
 from sparsefw.report.kinds import kept_dense, locate, positions_of
-from sparsefw.report.tasks import DENSE, Difference
 from sparsefw.solver import LayerResult, PruneConfig
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -71,7 +70,6 @@ def page(report: Report) -> str:
         compare=report.compared,
         summary=_summary(report),
         results=_results(report),
-        tasks=_tasks(report),
         facts=_facts(report),
         dense_columns=DENSE_COLUMNS,
         kept_dense=kept_dense(report),
@@ -174,28 +172,6 @@ def _results(report: Report) -> dict[str, list[Any]]:
     # The dense model has no errors.
     rows = [(name, cells + [""] * (len(texts) + 2 - len(cells))) for name, cells in log.result_rows(report)]
     return {"texts": texts, "rows": rows}
-
-
-def _tasks(report: Report) -> dict[str, list[Any]]:
-    """The table of tasks, without rows if there were none: the dense model, and each method with its difference."""
-    head = [*task_table.COLUMNS, DENSE]
-    for method in report.methods:
-        head += [method, f"{method} - {DENSE}"]
-    rows = []
-    for row in task_table.rows(report.tasks):
-        cells = [*row.cells, task_table.measured(row.results[DENSE])]
-        for method in report.methods:
-            result = row.results[method]
-            cells += [task_table.measured(result), _difference(result.difference)]
-        rows.append(cells)
-    return {"columns": head, "rows": rows}
-
-
-def _difference(difference: Difference | None) -> str:
-    if difference is None:
-        return ""
-    errors = task_table.errors(difference)
-    return task_table.measured(difference) + (f" ({errors})" if errors else "")
 
 
 def _stated(value: Argument) -> str:

@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING
 from sparsefw.errors import counted
 from sparsefw.model import Placement
 from sparsefw.process import peak_memory
-from sparsefw.report.content import HIDDEN, RankRecord, Reconstruction, Report, amount, mean
+from sparsefw.report.content import DENSE, HIDDEN, RankRecord, Reconstruction, Report, amount, mean
 from sparsefw.report.kinds import kept_dense
-from sparsefw.report.task_table import lines, rows
-from sparsefw.report.tasks import DENSE
 from sparsefw.solver import METHODS, LayerResult, Pattern, PruneConfig, patterns
 
 if TYPE_CHECKING:
@@ -80,7 +78,7 @@ def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
 
 
 def summary(report: Report) -> Iterator[str]:
-    """The table at the end of a run: perplexity, mean relative errors and tasks by method; peak memory, seconds."""
+    """The table at the end of a run: perplexity, and mean relative errors by method; peak memory, seconds."""
     evaluation = report.evaluation
     texts = [f"perplexity {n}" if len(evaluation) > 1 else "perplexity" for n, _ in enumerate(evaluation, 1)]
     yield "".join(f"{name:>16}" for name in ("", *texts, "mask only", "relative error"))
@@ -91,10 +89,6 @@ def summary(report: Report) -> Iterator[str]:
     yield "relative error: error / error of the warm start's mask, mean over layers; mask only: before the refit"
     if line := reconstruction_line(report):
         yield line
-    if report.tasks:
-        yield ""
-        yield from lines([*rows(report.tasks)], [DENSE, *report.methods], DENSE)
-        yield ""
     yield f"peak memory: {_peaks(report)}"
     yield "seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
     yield from (f"rank {n}: {rank_line(rank)}" for n, rank in enumerate(report.ranks))

@@ -4,9 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# The model that a run's methods are compared with.
-DENSE = "dense"
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -50,7 +47,7 @@ class TaskRecord:
         version: version of the task; empty without one.
         higher_is_better: whether more of it is better; None: unknown.
         averaged: whether the average over tasks counts it.
-        results: the metric by model; in the report of a run by "dense" and by method.
+        results: the metric by model.
     """
 
     task: str

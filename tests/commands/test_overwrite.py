@@ -13,16 +13,12 @@ from huggingface_hub import constants
     ["--dataset", "old/text.txt"],
     ["--eval", "link.txt"],
     ["--model", "old/model"],
-    ["--tasks", "mine", "--include-path", "old/tasks"],
-    ["--tasks", "old/tasks/mine.yaml"],
 ], ids=lambda flags: flags[-1])  # fmt: skip
 def test_what_the_run_reads_stays(flags, text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     source = save_model(tmp_path / "old" / "model", "llama")
     (tmp_path / "old" / "config.json").write_text("{}")
     (tmp_path / "old" / "text.txt").write_text(TEXT)
-    (tmp_path / "old" / "tasks").mkdir()
-    (tmp_path / "old" / "tasks" / "mine.yaml").write_text("task: mine\n")
     (tmp_path / "link.txt").symlink_to(tmp_path / "old" / "text.txt")
     other = save_model(tmp_path / "model", "llama") if "--model" not in flags else source
     before = contents(tmp_path)

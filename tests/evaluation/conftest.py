@@ -44,12 +44,12 @@ def only_these_tasks():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tasks):
-    """A folder with a dense model, a text, and a model that was pruned and evaluated."""
+def place(tmp_path_factory):
+    """A folder with a dense model, a text, and a model that was pruned."""
     folder = tmp_path_factory.mktemp("job")
     save_model(folder / "dense", "llama")
     (folder / "text.txt").write_text(TEXT)
-    pruned(folder, tasks, folder / "pruned")
+    pruned(folder, folder / "pruned")
     return folder
 
 

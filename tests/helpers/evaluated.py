@@ -8,10 +8,10 @@ NAMES = ["tiny_choices", "tiny_rolling", "tiny_last_word"]
 QUICK = {"nsamples": 4, "seqlen": 32, "sparsity": "0.5", "steps": 2, "reconstruct": 0, "kernel": "torch"}
 
 
-def pruned(folder, tasks, output, **options):
+def pruned(folder, output, **options):
     text = str(folder / "text.txt")
     return sparsefw.prune(
-        folder / "dense", output, dataset=text, evaluate=text, eval_windows=3, tasks=NAMES, include_path=tasks,
+        folder / "dense", output, dataset=text, evaluate=text, eval_windows=3,
         compare=("wanda",), **QUICK | options,
     )  # fmt: skip
 

@@ -5,7 +5,6 @@ from html.parser import HTMLParser
 
 from sparsefw.cli import inputs_and_config, run_parser
 from sparsefw.report import BlockRecord, CalibrationText, EvaluationText, MemoryRecord, Report
-from sparsefw.report.tasks import Difference, Measurement, TaskRecord
 from sparsefw.solver import LayerResult
 from sparsefw.timeline import Span
 
@@ -81,16 +80,6 @@ def parsed(arguments: list[str]) -> dict:
     inputs, config = inputs_and_config(namespace)
     output = {name: getattr(namespace, name) for name in ("overwrite", "restart", "gpu_memory", "host_memory")}
     return asdict(inputs) | asdict(config) | output | {"output": str(namespace.output)}
-
-
-def task(name: str, metric: str = "acc", value: float = 0.5) -> TaskRecord:
-    """A task that a run of wanda and sparsefw was evaluated on."""
-    results = {
-        "dense": Measurement(value, 0.02),
-        "wanda": Measurement(value - 0.125, 0.03, Difference(-0.125, 0.025)),
-        "sparsefw": Measurement(value - 0.0625, 0.03, Difference(-0.0625, 0.025)),
-    }
-    return TaskRecord(name, metric, "none", 100, 0, "1.0", True, True, results)
 
 
 def report_of_run(blocks: int = 3, prefix: str = "model.layers", arguments: tuple[str, ...] = ()) -> Report:

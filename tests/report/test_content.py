@@ -6,10 +6,10 @@ import os
 from dataclasses import replace
 
 import pytest
-from helpers.pages import report_of_run, task
+from helpers.pages import report_of_run
 
 from sparsefw.errors import InputError
-from sparsefw.report import Measurement, Reconstruction, content, read_report
+from sparsefw.report import Reconstruction, content, read_report
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_keys(path):
     """The keys of the file, for readers other than this package."""
     keys = (
         "arguments versions device data evaluation layers kept_dense seconds blocks timeline peak_memory memory notes "
-        "ranks tasks in_memory"
+        "ranks in_memory"
     )
     content = json.loads(report_of_run().to_json())
     assert list(content) == keys.split()
@@ -59,18 +59,6 @@ def test_keys(path):
     assert content["layers"][0]["gap"] is None
     assert content["timeline"][0] == {"block": None, "lane": "main", "phase": "embed", "start": 0.0, "end": 1.5}
     assert content["memory"]["limits"] == {"host": 4 << 30}
-
-
-def test_tasks(path):
-    report = report_of_run()
-    report.tasks.extend([task("boolq"), replace(task("cola", "mcc"), higher_is_better=None)])
-    report.tasks[1].results.update(dense=Measurement(math.nan), wanda=Measurement(0.5))
-    written = report.to_json()
-    path.write_text(written)
-    assert read_report(path).to_json() == written
-    content = json.loads(written)
-    assert content["tasks"][0]["results"]["wanda"]["difference"] == {"value": -0.125, "stderr": 0.025}
-    assert content["tasks"][1]["results"]["wanda"] == {"value": 0.5, "stderr": None, "difference": None}
 
 
 def reconstructed(report, *found):

@@ -8,9 +8,9 @@ import shlex
 from dataclasses import replace
 
 import pytest
-from helpers.pages import TYPES, Document, layer, parsed, report_of_run, task
+from helpers.pages import TYPES, Document, layer, parsed, report_of_run
 
-from sparsefw.report import PREDICTIONS, Difference, Measurement, Reconstruction, Report, charts, log
+from sparsefw.report import PREDICTIONS, Reconstruction, Report, charts, log
 from sparsefw.report.html import MOST_ROWS, page
 
 HOSTILE = (
@@ -39,23 +39,6 @@ def test_numbers_are_those_of_the_log():
         assert log.layer_row(result).split()[:-1] in cells, result
     assert ["layer", *log.COLUMNS[1:]] in cells
     assert log.layer_header().split() == [*" ".join(log.COLUMNS).split(), "peak", "GiB"]
-
-
-def test_tasks():
-    report = report_of_run()
-    assert not [row for row in Document(page(report)).cells() if "task" in row]
-    report.tasks.extend([task("boolq"), task("cola", "mcc")])
-    report.tasks[1].results.update(wanda=Measurement(0.25), sparsefw=Measurement(0.5, 0.0, Difference(0.0, 0.0)))
-    cells = Document(page(report)).cells()
-    head = [" ".join(row) for row in cells].index(
-        "task metric n shots dense wanda wanda - dense sparsefw sparsefw - dense"
-    )
-    dense, wanda, sparsefw = "0.5000 ± 0.0200", "0.3750 ± 0.0300", "0.4375 ± 0.0300"
-    differences = "-0.1250 ± 0.0250 (-5.0)", "-0.0625 ± 0.0250 (-2.5)"
-    assert cells[head + 1] == ["boolq", "acc", "100", "0", dense, wanda, differences[0], sparsefw, differences[1]]
-    zero = ["0.5000 ± 0.0000", "+0.0000 ± 0.0000"]
-    assert cells[head + 2] == ["cola", "mcc", "100", "0", dense, "0.2500", "", *zero]
-    assert cells[head + 3][:5] == ["average", "mcc or acc", "2", "", "0.5000 ± 0.0141"]
 
 
 def test_facts():
@@ -141,7 +124,6 @@ def test_names_are_never_markup(text):
     assert {f"{text}layers.0.{text}mlp.down_proj.weight", f"{text}layers.1"} <= cells
     assert f"{text}mlp.down_proj" in {e["text"] for e in hostile.all("h3")}
     assert f"relative error of {text}mlp.down_proj by block" in {e.get("aria-label") for e in hostile.all("svg")}
-    assert {f"{text}task", f"{text}acc ({text}filter)"} <= cells
     assert f"{text}gate" in "".join(hostile.texts)
     # Pasted into a shell, the command takes this name as an argument and does nothing else.
     assert f"{text}model" in shlex.split("".join(e["text"] + " " for e in hostile.all("span")))
@@ -161,7 +143,6 @@ def named(text: str) -> Report:
         device=f"{text}card",
         memory=replace(report.memory, activations=text),
         notes=[text],
-        tasks=[replace(task(f"{text}task", f"{text}acc"), filter=f"{text}filter")],
     )
 
 

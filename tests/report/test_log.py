@@ -5,7 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from helpers.pages import report_of_run, task
+from helpers.pages import report_of_run
 
 from sparsefw.model import Placement
 from sparsefw.report import HIDDEN, PREDICTIONS, Reconstruction, log
@@ -127,25 +127,6 @@ def test_summary():
     ]
     assert lines[5] == "perplexity: 4 windows of 128 tokens of evaluation text"
     assert lines[-2:] == ["peak memory: 3.00 of 4.00 GiB (host)", "seconds: calibrate 9.0, solve 18.0"]
-
-
-def test_summary_of_tasks():
-    """Every method is compared with the dense model."""
-    report = report_of_run()
-    without = [*log.summary(report)]
-    report.tasks.extend([task("boolq"), task("arc_easy", "acc_norm", value=0.75)])
-    lines = [*log.summary(report)]
-    assert (lines[:7], lines[-2:]) == (without[:7], without[-2:])
-    tables = [
-        " ".join(line.split()) for line in lines[7:-2] if line.startswith(("task", "boolq", "arc_easy", "average"))
-    ]
-    assert tables[0] == "task metric n shots dense wanda difference errors"
-    assert tables[1] == "boolq acc 100 0 0.5000 ± 0.0200 0.3750 ± 0.0300 -0.1250 ± 0.0250 -5.0"
-    assert tables[3] == "average acc_norm or acc 2 0.6250 ± 0.0141 0.5000 ± 0.0212 -0.1250 ± 0.0177 -7.1"
-    assert tables[4] == "task metric n shots dense sparsefw difference errors"
-    assert tables[6] == "arc_easy acc_norm 100 0 0.7500 ± 0.0200 0.6875 ± 0.0300 -0.0625 ± 0.0250 -2.5"
-    assert len(tables) == 8
-    assert (lines[7], lines[-3]) == ("", "")
 
 
 def test_summary_on_a_gpu():
