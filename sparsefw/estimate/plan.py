@@ -115,8 +115,6 @@ def plan(inputs: Inputs, config: PruneConfig, machine: Machine, folder: Path) ->
     config, limits = workload.config, machine.limits()
     placement, needs = place(shape, workload, limits, folder)
     notes = list(described.notes)
-    if inputs.tasks:
-        notes.append(f"--tasks {','.join(inputs.tasks)}: tasks are not read here: not counted")
     if seqlen < inputs.seqlen:
         notes.append(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
     return {
