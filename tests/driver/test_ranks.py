@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from sparsefw import in_memory
-from sparsefw.driver import loop, run
+from sparsefw.driver import loop
 from sparsefw.driver.reconstruct import Fit
 from sparsefw.errors import InputError
 from sparsefw.model.placement import split_batches
-from sparsefw.ranks import ALONE, LostRankError, Ranks
-from sparsefw.ranks.voice import Voice
+from sparsefw.ranks import ALONE, LostRankError
 from sparsefw.report import log
 from sparsefw.solver import PruneConfig
 from sparsefw.solver.kept_weights import KeptWeights
@@ -33,20 +32,6 @@ def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return str(path)
-
-
-def test_the_data_of_tasks_are_long_work(tmp_path, text, monkeypatch):
-    """The other ranks wait for as long as their download takes."""
-    voice = Voice(dist.HashStore(), 0, 1)
-
-    def questions_of(inputs):
-        raise InputError(f"at long work: {voice.at_long_work}")
-
-    monkeypatch.setattr(run, "questions_of", questions_of)
-    with pytest.raises(InputError, match=r"^at long work: True$"):
-        prune(Ranks(voice=voice), save_model(tmp_path / "model", "llama"), tmp_path / "out", text, QUICK)
-    assert not voice.at_long_work
-    voice.close()
 
 
 def prune_watched(ranks, *args):
