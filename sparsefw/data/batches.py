@@ -77,19 +77,19 @@ def token_batch(ids: Tensor) -> Batch:
     return Batch((), {"input_ids": ids, "use_cache": False}, len(ids))
 
 
-def batches_of(given: Iterable[Any], argument: str) -> Batches:
-    """Batches of what a caller gives.
+def batches_of(items: Iterable[Any], argument: str) -> Batches:
+    """A caller's batches.
 
     Args:
-        given: for each batch a mapping of keyword arguments, a tuple or list of positional ones, or a single tensor.
-        argument: name of the argument that they were given as, for messages.
+        items: for each batch a mapping of keyword arguments, a tuple or list of positional ones, or a single tensor.
+        argument: name of the caller's argument, for messages.
 
     Raises:
         InputError: there is none, one is something else or has no tensor or empty ones only, or a tensor holds NaN.
     """
-    if isinstance(given, str | bytes | Mapping | Tensor) or not isinstance(given, Iterable):
-        raise InputError(f"{argument}: expected a list of batches, got {type(given).__name__}")
-    batches = [_batch_of(item, f"{argument}[{n}]") for n, item in enumerate(given)]
+    if isinstance(items, str | bytes | Mapping | Tensor) or not isinstance(items, Iterable):
+        raise InputError(f"{argument}: expected a list of batches, got {type(items).__name__}")
+    batches = [_batch_of(item, f"{argument}[{n}]") for n, item in enumerate(items)]
     if not batches:
         raise InputError(f"{argument}: there is no batch")
     digest = hashlib.sha256()
@@ -103,23 +103,17 @@ def batches_of(given: Iterable[Any], argument: str) -> Batches:
 
 
 def _batch_of(item: Any, name: str) -> Batch:
-    if isinstance(item, Tensor):
-        batch = Batch((item,))
-    elif isinstance(item, Mapping):
+    if isinstance(item, Mapping) and all(isinstance(key, str) for key in item):
         batch = Batch((), dict(item))
-    elif isinstance(item, tuple | list):
-        batch = Batch(tuple(item))
+    elif isinstance(item, tuple | list | Tensor):
+        batch = Batch((item,) if isinstance(item, Tensor) else tuple(item))
     else:
         raise InputError(
-            f"{name}: expected the arguments of the model's forward, as a mapping, a tuple or a tensor; got "
+            f"{name}: expected the arguments of the model's forward, as a mapping by name, a tuple or a tensor; got "
             f"{type(item).__name__}"
         )
-    if any(not isinstance(key, str) for key in batch.kwargs):
-        raise InputError(f"{name}: expected the names of arguments as keys")
-    if not batch.tensors:
-        raise InputError(f"{name}: has no tensor")
     if not any(x.numel() for x in batch.tensors):
-        raise InputError(f"{name}: its tensors are empty")
+        raise InputError(f"{name}: has no tensor, or empty ones only")
     # Infinity is all right: masks have it.
     if any(x.is_floating_point() and bool(x.isnan().any()) for x in batch.tensors):
         raise InputError(f"{name}: holds NaN")

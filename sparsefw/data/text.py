@@ -1,154 +1,199 @@
-"""Texts: documents from the embedded text, a file, a dataset of the Hub, or a list.
+"""Texts: documents of the embedded text, a file, a dataset of the Hub, or a list.
 
 `default` is the embedded text; `c4` and `wikitext` are datasets of the Hub.
 """
 
+import gzip
+import itertools
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsefw.data import files, hub
-from sparsefw.data.parquet import parquet_records
-from sparsefw.data.records import check_encodable, texts_of
+from huggingface_hub.errors import HTTPError
+
 from sparsefw.errors import InputError, first_line, shown
 
-Part = Literal["calibration", "evaluation"]
+# Which half of a dataset: what models are calibrated on, or what they are evaluated on.
+Split = Literal["train", "test"]
 
-# Bytes of a file's name: systems take no longer one.
-LONGEST_NAME = 255
+FLAG: dict[Split, str] = {"train": "--dataset", "test": "--eval"}
 
-NAMED: dict[tuple[str, Part], tuple[str, dict[str, Any]]] = {
-    ("c4", "calibration"): (
-        "allenai/c4",
-        {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train", "streaming": True},
-    ),
-    ("c4", "evaluation"): (
-        "allenai/c4",
-        {
-            "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
-            "split": "validation",
-            "streaming": True,
-        },
-    ),
-    # Small enough to be kept in the cache of `datasets`, where it is found without a network.
-    ("wikitext", "calibration"): ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "train"}),
-    ("wikitext", "evaluation"): ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "test"}),
+# Texts with a short name: a dataset of the Hub, one of its files or configurations, and a split.
+NAMED: dict[tuple[str, Split], tuple[str, str, str]] = {
+    ("c4", "train"): ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "train"),
+    ("c4", "test"): ("allenai/c4", "en/c4-validation.00000-of-00008.json.gz", "validation"),
+    ("wikitext", "train"): ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
+    ("wikitext", "test"): ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
 }
-SPLITS: dict[Part, tuple[str, ...]] = {"calibration": ("train",), "evaluation": ("test", "validation", "train")}
-FLAG: dict[Part, str] = {"calibration": "--dataset", "evaluation": "--eval"}
+# Splits of other datasets, the first that there is.
+SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "train")}
 
-READERS = {
-    ".txt": "text",
-    ".json": "json",
-    ".jsonl": "json",
-    ".json.gz": "json",
-    ".jsonl.gz": "json",
-    ".parquet": "parquet",
-}
+FILES = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 
-# Source of a text that was given as a list of documents.
+# Source of a list of documents.
 TEXTS = "texts"
+
+# Characters of a file, and rows of a parquet file, that are read at once.
+CHARACTERS, ROWS = 2**16, 64
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Documents, each read only once, when it is asked for.
+    """Documents, each read only once, when it is reached.
 
     Attributes:
         source: name of the text, for the report and for messages.
-        documents: the documents that have not been read yet, each in strings that follow each other. A document is
-            read to its end before the next one is asked for.
+        documents: the documents, each in strings that follow each other. A document is read to its end before the
+            next one.
     """
 
     source: str
-    documents: Iterator[Iterator[str]]
-
-    @classmethod
-    def of(cls, source: str, documents: Iterable[str]) -> "Text":
-        """A text of whole documents."""
-        return cls(source, (iter((document,)) for document in documents))
+    documents: Iterator[Iterable[str]]
 
 
-def read_text(dataset: str | Sequence[str], *, part: Part, room: int | None = None) -> Text:
+def read_text(dataset: str | Sequence[str], split: Split) -> Text:
     """Open a text.
 
     Args:
         dataset: "default", "c4", "wikitext", the path of a .txt (one document), .jsonl, .json (also .gz) or
             .parquet file (one document per record, in `text`), or a Hub id ORG/NAME of a dataset with such records;
             or the documents themselves.
-        part: the part of a named dataset. A file is read from its start for both parts.
-        room: bytes of memory that reading may take; None: any number.
+        split: the split of a named dataset. A file is read from its start for both.
 
     Raises:
         InputError: there is no such text; while the documents are read: it cannot be read.
     """
     if not isinstance(dataset, str):
-        return Text.of(TEXTS, _checked(dataset))
+        return Text(TEXTS, _documents(dataset, TEXTS))
     if dataset == "default":
-        return _embedded(part)
-    if (dataset, part) in NAMED:
-        name, options = NAMED[dataset, part]
-        detail = options.get("name") or options["data_files"][options["split"]]
-        source = f"{name} {detail} {options['split']}"
-        records = hub.load_records(dataset, FLAG[part], name, **options)
-        return Text.of(source, texts_of(records, source, hub.failures()))
-    if not dataset.isprintable() or any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(dataset).parts):
-        raise InputError(f"{shown(dataset, 60)}: not the name of a text; from Python, give documents as a list")
+        return _embedded(split)
     path = Path(os.path.expanduser(dataset))
-    suffix = next((s for s in sorted(READERS, key=len, reverse=True) if path.name.lower().endswith(s)), None)
-    if dataset and path.is_dir():
-        raise InputError(f"{dataset}: a folder; give one file ({', '.join(READERS)})")
-    if dataset and path.exists():
-        if suffix is None:
-            raise InputError(f"{dataset}: unknown kind of file; give one of {', '.join(READERS)}")
-        return _local(dataset, path, READERS[suffix], room)
-    if suffix is not None or dataset.startswith((".", "/", "~")):
-        raise InputError(f"{dataset}: no such file; check the path after {FLAG[part]}")
+    if (dataset, split) not in NAMED and dataset and os.path.exists(path):
+        return _local(dataset, path)
+    if dataset.startswith((".", "/", "~")) or dataset.lower().endswith(FILES):
+        raise InputError(f"{dataset}: no such file; check the path after {FLAG[split]}")
     # A bare word never reaches `datasets`, which would take "text" or "json" for all such files of this folder.
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
+    if (dataset, split) not in NAMED and not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
         raise InputError(
-            f"{dataset or FLAG[part]}: unknown dataset; give default, c4, wikitext, a file or a Hub id ORG/NAME"
+            f"{shown(dataset, 60) or FLAG[split]}: unknown dataset; give default, c4, wikitext, a file or a Hub id "
+            "ORG/NAME, or from Python a list of documents"
         )
-    return _from_hub(dataset, part)
+    return _from_hub(dataset, split)
 
 
-def _checked(documents: Sequence[str]) -> Iterator[str]:
-    for n, document in enumerate(documents, 1):
-        if not isinstance(document, str):
-            raise InputError(f"{TEXTS}: document {n} is {type(document).__name__}, expected a string")
-        check_encodable(document, f"{TEXTS}: document {n}")
-        yield document
+def failures() -> tuple[type[Exception], ...]:
+    """Errors of what cannot be read; they are imported only once there is one."""
+    from datasets.exceptions import DatasetsError
+    from pyarrow import ArrowException
+
+    # A damaged .gz raises EOFError or zlib.error.
+    return OSError, ValueError, RuntimeError, EOFError, zlib.error, ArrowException, DatasetsError, HTTPError
 
 
-def _embedded(part: Part) -> Text:
+def _documents(records: Iterable[Any], source: str) -> Iterator[list[str]]:
+    """The texts of records: strings, or objects with a string `text`."""
+    number = 0
+    try:
+        for number, record in enumerate(records, 1):
+            if isinstance(record, Mapping) and "text" not in record:
+                columns = shown(", ".join(record))
+                raise InputError(f"{source}: no column `text`, only {columns}; rename the one with the text")
+            text = record["text"] if isinstance(record, Mapping) else record
+            if not isinstance(text, str):
+                raise InputError(f"{source}: record {number} is {type(text).__name__}, expected a text")
+            yield [text]
+    except InputError:
+        raise
+    except failures() as error:
+        raise InputError(f"{source}: cannot be read beyond record {number}: {first_line(error)}") from error
+
+
+def _embedded(split: Split) -> Text:
     from sparsefw.default.text import evaluation_text, training_text
 
     try:
-        document = training_text() if part == "calibration" else evaluation_text()
+        document = training_text() if split == "train" else evaluation_text()
     except RuntimeError as error:
-        raise InputError(f"default: {first_line(error)}; give a file with {FLAG[part]} PATH") from error
-    return Text.of(f"default, {'training' if part == 'calibration' else 'held-out'} text", [document])
+        raise InputError(f"default: {first_line(error)}; give a file with {FLAG[split]} PATH") from error
+    return Text(f"default, {'training' if split == 'train' else 'held-out'} text", iter([[document]]))
 
 
-def _local(dataset: str, path: Path, reader: str, room: int | None) -> Text:
-    if not path.is_file():
-        raise InputError(f"{dataset}: a pipe or a device, which may have no end; give a file")
-    if reader == "text":
-        return Text(dataset, iter([files.text_strings(path, dataset)]))
-    if path.stat().st_size == 0:
-        raise InputError(f"{dataset}: empty, there is no text in it")
-    records = parquet_records(path, room) if reader == "parquet" else files.json_records(path)
-    return Text.of(dataset, texts_of(records, dataset, files.FAILURES))
+def _local(dataset: str, path: Path) -> Text:
+    name = path.name.lower()
+    if not name.endswith(FILES) or not path.is_file():
+        raise InputError(f"{dataset}: not a file of text; give one of {', '.join(FILES)}")
+    if name.endswith(".txt"):
+        return Text(dataset, iter([_strings(dataset, path)]))
+    return Text(dataset, _documents((_rows if name.endswith(".parquet") else _values)(path), dataset))
 
 
-def _from_hub(dataset: str, part: Part) -> Text:
-    splits = hub.load_records(dataset, FLAG[part], dataset, streaming=True)
-    split = next((split for split in SPLITS[part] if split in splits), None)
-    if split is None:
-        others = shown(", ".join(splits))
-        raise InputError(f"{dataset}: no split {' or '.join(SPLITS[part])}, only {others}; give another")
-    source = f"{dataset} {split}"
-    return Text.of(source, texts_of(splits[split], source, hub.failures()))
+def _strings(dataset: str, path: Path) -> Iterator[str]:
+    """The content of a text file, a piece at a time."""
+    try:
+        # The -sig variant leaves out a byte order mark.
+        with path.open(encoding="utf-8-sig") as file:
+            while string := file.read(CHARACTERS):
+                yield string
+    except UnicodeDecodeError as error:
+        raise InputError(f"{dataset}: not UTF-8 text ({error.reason}); convert it") from error
+    except OSError as error:
+        raise InputError(f"{dataset}: cannot be read: {first_line(error)}") from error
+
+
+def _values(path: Path) -> Iterator[Any]:
+    """The values of a file of JSON: those of a list, or one in each line."""
+    unpacked = gzip.open if path.suffix.lower() == ".gz" else open
+    with unpacked(path, "rt", encoding="utf-8-sig") as file:
+        lines = (line for line in file if not line.isspace())
+        first = next(lines, "")
+        if first.lstrip().startswith("["):
+            yield from json.loads("".join([first, *lines]))
+        elif first:
+            yield from map(json.loads, itertools.chain([first], lines))
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    """The rows of a parquet file, with the column `text` alone if there is one."""
+    from pyarrow.parquet import ParquetFile
+
+    # With a buffer, a column is not read whole.
+    with ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+        columns = ["text"] if "text" in file.schema_arrow.names else None
+        for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
+            yield from batch.to_pylist()
+
+
+def _from_hub(dataset: str, split: Split) -> Text:
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    name, detail, part = NAMED.get((dataset, split), (dataset, "", None))
+    if detail.endswith(".gz"):
+        options: dict[str, Any] = {"data_files": {part: detail}, "streaming": True}
+    else:
+        # A configuration is small enough to be kept in the cache of `datasets`, where it is found without a network.
+        options = {"name": detail} if detail else {"streaming": True}
+    local = f"give a local file with {FLAG[split]} PATH"
+    try:
+        records = datasets.load_dataset(name, split=part, **options)
+    except DatasetNotFoundError as error:
+        raise InputError(
+            f"{dataset}: neither a file nor a dataset of the Hub that you have access to; check the name, log in with "
+            f"`hf auth login` if it is gated, or {local}"
+        ) from error
+    except (ConnectionError, HTTPError) as error:
+        raise InputError(f"{dataset}: the Hub cannot be reached ({first_line(error)}); {local}") from error
+    except failures() as error:
+        raise InputError(f"{dataset}: cannot be read: {first_line(error)}") from error
+    if part is None:
+        part = next((one for one in SPLITS[split] if one in records), None)
+        if part is None:
+            raise InputError(f"{dataset}: no split {' or '.join(SPLITS[split])}, only {shown(', '.join(records))}")
+        records = records[part]
+    source = " ".join(filter(None, (name, detail, part)))
+    return Text(source, _documents(records, source))

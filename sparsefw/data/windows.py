@@ -8,23 +8,27 @@ import hashlib
 import itertools
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparsefw.data.batches import Batch, token_batch
-from sparsefw.data.memory import TOKENS_READ, limited, most_tokens
-from sparsefw.data.pieces import Piece, cut, tokenized
-from sparsefw.data.text import Text, read_text
-from sparsefw.data.tokenizer import Tokenizer, start_tokens
-from sparsefw.errors import InputError
+from sparsefw.data.text import read_text
+from sparsefw.data.tokenizer import Tokenizer, start_tokens, tokens_of
+from sparsefw.errors import InputError, shown
 
 SEPARATOR = "\n\n"
 
 # Tokens in the shortest window in which one can be predicted.
 LEAST = 2
+
+# Calibration windows are drawn from the first `nsamples * seqlen` times this many tokens of a text.
+TOKENS_READ = 4
+
+# Bytes of a token: int32 as it is read, and int64 in a window. Bytes that reading takes beside them, as measured.
+BYTES_READ, BYTES_IN_WINDOW, READING = 4, 8, 64 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,21 +64,37 @@ class Windows:
         return map(token_batch, self.ids.split(size)) if self.n else iter(())
 
 
-def window_length(model: object, asked: int, longest: int | None) -> int:
+def window_length(model: object, seqlen: int, longest: int | None) -> int:
     """Tokens in a window of a text.
 
     Args:
         model: name of the model, for the message.
-        asked: as many as the user asks for.
-        longest: as many as the model takes; None: any number.
+        seqlen: the user's number of tokens.
+        longest: most tokens that the model takes; None: any number.
 
     Raises:
         InputError: the model takes so few that none can be predicted.
     """
-    seqlen = min(asked, longest or asked)
+    seqlen = min(seqlen, longest or seqlen)
     if seqlen < LEAST:
         raise InputError(f"{model}: reads {seqlen} token at once, so that none of a text can be predicted")
     return seqlen
+
+
+def reading_bytes(windows: int, evaluation: Sequence[int], seqlen: int) -> int:
+    """Bytes at the peak while texts are read, beside the windows.
+
+    Args:
+        windows: number of calibration windows.
+        evaluation: number of windows of each evaluation text.
+        seqlen: tokens in a window.
+    """
+    return READING + BYTES_READ * seqlen * max(TOKENS_READ * windows, *evaluation, 0)
+
+
+def window_bytes(windows: int, evaluation: Sequence[int], seqlen: int) -> int:
+    """Bytes of all windows, which are held during the run; arguments as of `reading_bytes`."""
+    return BYTES_IN_WINDOW * seqlen * (windows + sum(evaluation))
 
 
 def windows_of(ids: Tensor, source: str) -> Windows:
@@ -97,73 +117,44 @@ def windows_of(ids: Tensor, source: str) -> Windows:
     ids = ids.detach().to("cpu", torch.int64).contiguous()
     if ids.min() < 0:
         raise InputError(f"{source}: token {int(ids.min())}; no token is negative")
-    return make_windows(ids, source)
+    return _windows(ids, source)
 
 
 def calibration_windows(
-    tokenizer: Tokenizer,
-    text: Text | str | Sequence[str],
-    *,
-    nsamples: int,
-    seqlen: int,
-    seed: int,
-    room: int | None = None,
-    alone: bool = True,
+    tokenizer: Tokenizer, dataset: str | Sequence[str], *, nsamples: int, seqlen: int, seed: int
 ) -> Windows:
     """Draw disjoint windows at random.
 
-    Documents are tokenized one by one and concatenated until there are `TOKENS_READ` times the tokens asked for, or
-    no more. From a random offset on, the tokens are cut into windows, and `nsamples` of these are drawn.
+    Documents are tokenized one by one and concatenated until there are `TOKENS_READ` times the tokens that the windows
+    take, or no more. From a random offset on, the tokens are cut into windows, and `nsamples` of these are drawn.
 
     Args:
         tokenizer: the model's tokenizer.
-        text: the text, or what `read_text` takes.
+        dataset: the text, see `read_text`.
         nsamples: number of windows.
         seqlen: tokens in a window.
         seed: seed of the draw, which depends on the seed and the text only.
-        room: bytes of memory that reading may take; None: any number.
-        alone: whether all windows of the run are of this text, which decides what is advised if it is too short.
 
     Raises:
-        InputError: the text cannot be read or is too short, memory is too little, or an argument is out of its range.
+        InputError: the text cannot be read, or is too short.
     """
-    _check_positive("--nsamples", nsamples)
-    _check_positive("--seqlen", seqlen)
-    if not 0 <= seed < 2**63:
-        raise InputError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
-    if not isinstance(text, Text):
-        text = read_text(text, part="calibration", room=room)
+    text = read_text(dataset, "train")
     needed = nsamples * seqlen
-    ids = _leading_tokens(
-        tokenizer,
-        text.source,
-        _apart(tokenizer, text),
-        TOKENS_READ * needed,
-        room,
-        "fewer or shorter windows (--nsamples, --seqlen)",
-    )
+    ids = _leading_tokens(tokenizer, _separated(text.documents), TOKENS_READ * needed)
     if len(ids) < needed:
-        fits = [("--nsamples", len(ids) // seqlen, 1)] * alone + [("--seqlen", len(ids) // nsamples, LEAST)]
-        remedies = [f"{flag} {n}" for flag, n, least in fits if n >= least]
-        remedies += ["a smaller share"] * (not alone) + ["a longer text"]
         raise InputError(
-            f"{text.source}: {len(ids)} tokens, but {nsamples} windows of {seqlen} need {needed}; "
-            f"use {' or '.join(remedies)}"
+            f"{text.source}: {len(ids)} tokens, but {nsamples} windows of {seqlen} need {needed}; use a longer text, "
+            f"at most {len(ids) // seqlen} windows of it (--nsamples), or --seqlen {len(ids) // nsamples}"
         )
     generator = torch.Generator().manual_seed(seed)
     offset = int(torch.randint(min(seqlen - 1, len(ids) - needed) + 1, (1,), generator=generator))
     slots = _cut(ids, seqlen, offset)
     drawn = slots[torch.randperm(len(slots), generator=generator)[:nsamples]]
-    return make_windows(drawn.long(), text.source)
+    return _windows(drawn.long(), text.source)
 
 
 def evaluation_windows(
-    tokenizer: Tokenizer,
-    text: Text | str | Sequence[str],
-    *,
-    seqlen: int,
-    limit: int | None = None,
-    room: int | None = None,
+    tokenizer: Tokenizer, dataset: str | Sequence[str], *, seqlen: int, limit: int | None = None
 ) -> Windows:
     """Cut a text into consecutive windows from its start, as it is done for the perplexity on WikiText-2.
 
@@ -171,35 +162,64 @@ def evaluation_windows(
 
     Args:
         tokenizer: the model's tokenizer.
-        text: the text, or what `read_text` takes.
+        dataset: the text, see `read_text`.
         seqlen: tokens in a window.
         limit: most windows; no more text is read than they take. None: all windows.
-        room: bytes of memory that reading may take; None: any number.
 
     Raises:
-        InputError: the text cannot be read or holds no window, memory is too little, or an argument is out of its
-            range.
+        InputError: the text cannot be read, or holds no window.
     """
-    _check_positive("--seqlen", seqlen)
-    if limit is not None:
-        _check_positive("--eval-windows", limit)
-    if not isinstance(text, Text):
-        text = read_text(text, part="evaluation", room=room)
-    ids = _leading_tokens(
-        tokenizer,
-        text.source,
-        cut(tokenizer, _joined(text)),
-        None if limit is None else limit * seqlen,
-        room,
-        "fewer windows (--eval-windows)",
-    )
+    text = read_text(dataset, "test")
+    joined = itertools.chain.from_iterable(_separated(text.documents))
+    ids = _leading_tokens(tokenizer, [joined], None if limit is None else limit * seqlen)
     if len(ids) < seqlen:
-        remedy = f"--seqlen {len(ids)} or a longer text" if len(ids) >= LEAST else "a longer text"
-        raise InputError(f"{text.source}: {len(ids)} tokens, fewer than one window of {seqlen}; use {remedy}")
-    return make_windows(_cut(ids, seqlen).long(), text.source)
+        raise InputError(
+            f"{text.source}: {len(ids)} tokens, fewer than one window of {seqlen}; use a longer text or shorter "
+            "windows (--seqlen)"
+        )
+    return _windows(_cut(ids, seqlen).long(), text.source)
 
 
-def make_windows(ids: Tensor, source: str) -> Windows:
+def mixed_windows(
+    tokenizer: Tokenizer, shares: Mapping[str, float], *, nsamples: int, seqlen: int, seed: int
+) -> Windows:
+    """Draw windows of several texts, in an order at random. Those of one text are as `calibration_windows` draws them.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        shares: how many of the windows each text has, against the others; texts by name, see `read_text`.
+        nsamples, seqlen, seed: as for `calibration_windows`; `nsamples` windows in all.
+
+    Raises:
+        InputError: as `calibration_windows`; or the share of a text is no window.
+    """
+    if len(shares) == 1:
+        return calibration_windows(tokenizer, next(iter(shares)), nsamples=nsamples, seqlen=seqlen, seed=seed)
+    ids = torch.empty(nsamples, seqlen, dtype=torch.int64)
+    # Some of the windows are held out, and all are learned from in turn: each part has some of every text.
+    order = torch.randperm(nsamples, generator=torch.Generator().manual_seed(seed)).argsort()
+    sources, numbers = [], counts(nsamples, list(shares.values()))
+    for (name, share), n, places in zip(shares.items(), numbers, order.split(numbers), strict=True):
+        if not n:
+            raise InputError(f"--dataset {shown(name)}: its share, {share:g}, is none of {nsamples} windows; give more")
+        windows = calibration_windows(tokenizer, name, nsamples=n, seqlen=seqlen, seed=seed)
+        ids[places] = windows.ids
+        sources.append(f"{windows.source} ({n})")
+    return _windows(ids, " + ".join(sources))
+
+
+def counts(n: int, shares: Sequence[float]) -> list[int]:
+    """n windows by share: each count is rounded down, and one more where that cuts most off; of equals the first."""
+    # Relative to the largest: the sum of the shares themselves may be infinite.
+    relative = [share / max(shares) for share in shares]
+    exact = [n * share / sum(relative) for share in relative]
+    found = [math.floor(count) for count in exact]
+    for i in sorted(range(len(shares)), key=lambda i: found[i] - exact[i])[: n - sum(found)]:
+        found[i] += 1
+    return found
+
+
+def _windows(ids: Tensor, source: str) -> Windows:
     """Windows of these tokens, (n, seqlen) int64 in memory without gaps, with their hash."""
     return Windows(ids, source, hashlib.sha256(ids.numpy().data).hexdigest())
 
@@ -210,55 +230,18 @@ def _cut(ids: "array[int]", seqlen: int, offset: int = 0) -> Tensor:
     return torch.frombuffer(ids, dtype=torch.int32)[offset : offset + n * seqlen].view(n, seqlen)
 
 
-def _apart(tokenizer: Tokenizer, text: Text) -> Iterator[Piece]:
-    """The pieces of documents that are tokenized one by one."""
-    for n, document in enumerate(text.documents):
-        # The separator goes before a document, where most tokenizers give it the tokens of the joined text.
-        yield from cut(tokenizer, itertools.chain([SEPARATOR] if n else [], document))
+def _separated(documents: Iterable[Iterable[str]]) -> Iterator[Iterable[str]]:
+    """Documents with the separator before them, where most tokenizers give it the tokens of the joined text."""
+    for n, document in enumerate(documents):
+        yield itertools.chain([SEPARATOR], document) if n else document
 
 
-def _joined(text: Text) -> Iterator[str]:
-    """The documents as one."""
-    for n, document in enumerate(text.documents):
-        if n:
-            yield SEPARATOR
-        yield from document
-
-
-def _leading_tokens(
-    tokenizer: Tokenizer,
-    source: str,
-    pieces: Iterable[Piece],
-    wanted: int | None,
-    room: int | None,
-    remedy: str,
-) -> "array[int]":
-    """The first `wanted` tokens (None: all), in 4 bytes each.
-
-    Raises:
-        InputError: there is no text, or reading it takes more than `room` bytes (None: any number).
-    """
-    most = math.inf if room is None else most_tokens(room)
+def _leading_tokens(tokenizer: Tokenizer, documents: Iterable[Iterable[str]], wanted: int | None) -> "array[int]":
+    """The first `wanted` tokens (None: all), in 4 bytes each."""
     ids = array("i", start_tokens(tokenizer))
-    empty = True
-    with limited(source, room):
-        for piece, tokens in tokenized(tokenizer, pieces):
-            empty = empty and not piece.text.strip()
-            ids.extend(tokens)
-            if wanted is not None:
-                del ids[wanted:]
-            if len(ids) > most:
-                raise InputError(
-                    f"{source}: memory has no room for more than {most} tokens of this text; "
-                    f"give more (--host-memory), or {remedy}"
-                )
-            if len(ids) == wanted:
-                break
-    if empty:
-        raise InputError(f"{source}: empty, there is no text in it")
+    for tokens in tokens_of(tokenizer, documents):
+        ids.extend(tokens)
+        if wanted is not None and len(ids) >= wanted:
+            del ids[wanted:]
+            break
     return ids
-
-
-def _check_positive(flag: str, value: int) -> None:
-    if value < 1:
-        raise InputError(f"{flag} {value}: expected at least 1")

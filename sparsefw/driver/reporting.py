@@ -26,8 +26,6 @@ def report_of(
 ) -> Report:
     """The report, on all ranks."""
     peak = process.peak_memory()
-    # Two processes read the texts.
-    peak["host_bytes"] = max(peak["host_bytes"], prepared.workload.peak + prepared.workload.tokenizer)
     mine = RankRecord(
         socket.gethostname(),
         device_name(prepared.device),

@@ -19,7 +19,7 @@ from sparsefw.driver.block import Run
 from sparsefw.driver.job import CheckpointJob, Job, Prepared
 from sparsefw.driver.loop import prune_model
 from sparsefw.driver.reporting import report_of
-from sparsefw.driver.texts import tokenized_texts
+from sparsefw.driver.texts import windows_of_texts
 from sparsefw.errors import InputError, counted
 from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place, pruned_shape
 from sparsefw.flags import flag_of
@@ -167,8 +167,7 @@ def _prepare(
         say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
     limits, before = job.output.limits(model.device, ranks), process.peak_memory()["host_bytes"]
     # One rank reads the texts, and all have the same tokens.
-    texts = ranks.one_does(lambda: tokenized_texts(job, seqlen, limits["host"]))
-    calibration, evaluation = texts.calibration, texts.evaluation
+    calibration, evaluation = ranks.one_does(lambda: windows_of_texts(job, seqlen))
     # From Python, the process may have had more at some time before: that is not this run's.
     peak = process.peak_memory()["host_bytes"]
     notes = model.notes + checkpoint.note_of_others(job.folder)
@@ -186,7 +185,6 @@ def _prepare(
         seqlen,
         model.device,
         peak=peak if peak > before else 0,
-        tokenizer=texts.tokenizer,
         ranks=ranks,
     )
     return Prepared(
@@ -209,7 +207,6 @@ def workload_of(
     seqlen: int,
     device: torch.device,
     peak: int = 0,
-    tokenizer: int = 0,
     ranks: Ranks = ALONE,
 ) -> Workload:
     """The work of a run, see `Workload`; of several ranks, with the memory of the one that has most."""
@@ -227,7 +224,6 @@ def workload_of(
         process=has,
         held=held,
         peak=had,
-        tokenizer=tokenizer,
         ranks=ranks.count,
         machines=ranks.count // ranks.here,
     )

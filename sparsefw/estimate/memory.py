@@ -109,7 +109,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     texts = data.reading_bytes(workload.windows, workload.evaluation, workload.seqlen)
     if not config.reconstruct:
         del on_device["reconstruct"]
-    phases = {"texts": (0, max(texts + workload.process, workload.peak) + workload.tokenizer)}
+    phases = {"texts": (0, max(texts + workload.process, workload.peak))}
     for phase in on_device:
         device, host = (1 + SLACK) * (on_device[phase] + near), (1 + SLACK) * (on_host[phase] + far)
         apart = int(device) + workload.held, int(host) + process

@@ -149,8 +149,7 @@ def _evaluation_windows(inputs: Inputs, name: str, seqlen: int) -> int:
         return inputs.eval_windows
     if not inputs.embedded or name != DEFAULT:
         raise InputError(f"--eval {name}: texts are not read here; say how long it is with --eval-windows")
-    with data.TokenizerProcess(DEFAULT_MODEL) as tokenizer:
-        return data.evaluation_windows(tokenizer, name, seqlen=seqlen).n
+    return data.evaluation_windows(data.load_tokenizer(DEFAULT_MODEL), name, seqlen=seqlen).n
 
 
 def lines(content: dict[str, Any]) -> Iterator[str]:

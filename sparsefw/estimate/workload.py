@@ -46,7 +46,6 @@ class Workload:
         process: bytes of host memory that the process has before the run begins, with the tokens of all windows.
         peak: the most that it has had until then, while texts were read; 0: not known.
         held: bytes of the GPU that the process has taken before the run begins: a model in memory may be there.
-        tokenizer: bytes that the tokenizer's own process had beside these, and gave back before the run begins.
         ranks: processes that share the work; process, held and peak are those of one of them.
         machines: machines that the ranks are on, as many on each.
     """
@@ -60,7 +59,6 @@ class Workload:
     process: int = PROCESS
     held: int = 0
     peak: int = 0
-    tokenizer: int = 0
     ranks: int = 1
     machines: int = 1
 

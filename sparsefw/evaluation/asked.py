@@ -1,13 +1,12 @@
 """Make requests for a model of the questions of tasks and the windows of texts."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsefw import data, process
+from sparsefw import data
 from sparsefw.checkpoint import Checkpoint, inspect
-from sparsefw.data import Tokenizer, TokenizerProcess, Windows
+from sparsefw.data import Tokenizer, Windows, load_tokenizer
 from sparsefw.evaluation.encoding import Answer, Encoded, Question, encoder
 from sparsefw.evaluation.request import Request, Score, digest_of
 from sparsefw.flags import check_needs, checked_number, set_field
@@ -76,28 +75,22 @@ class Asked:
         return found
 
 
-def ask(
-    folder: Path, questions: Sequence[Question], texts: Texts, limit: int, tokenizer: Tokenizer | None = None
-) -> Asked:
+def ask(folder: Path, questions: Sequence[Question], texts: Texts, tokenizer: Tokenizer | None = None) -> Asked:
     """Make requests for a checkpoint.
 
     Args:
         folder: folder of the checkpoint.
         questions: the questions of tasks.
         texts: texts for perplexity.
-        limit: bytes of host memory that this process and that of the tokenizer may take.
-        tokenizer: the model's tokenizer; None: the checkpoint's, in a process of its own.
+        tokenizer: the model's tokenizer; None: the checkpoint's.
 
     Raises:
         InputError: there is no such checkpoint or tokenizer, or it cannot take a text.
     """
     source = inspect(folder)
-    with ExitStack() as stack:
-        if tokenizer is None:
-            tokenizer = stack.enter_context(TokenizerProcess(folder, limit - process.resident()))
-            limit -= tokenizer.nbytes()
-        encoded = encoder(tokenizer, read_config(source)).encode(questions) if questions else Encoded([], [], [])
-        windows = [_windows(source, tokenizer, name, texts, limit) for name in dict.fromkeys(texts.names)]
+    tokenizer = tokenizer or load_tokenizer(folder)
+    encoded = encoder(tokenizer, read_config(source)).encode(questions) if questions else Encoded([], [], [])
+    windows = [_windows(source, tokenizer, name, texts) for name in dict.fromkeys(texts.names)]
     return asked_of(encoded, windows)
 
 
@@ -108,6 +101,6 @@ def asked_of(encoded: Encoded, texts: list[Windows]) -> Asked:
     return Asked([*encoded.requests, *of_windows], encoded, texts)
 
 
-def _windows(source: Checkpoint, tokenizer: Tokenizer, name: str, texts: Texts, limit: int) -> Windows:
+def _windows(source: Checkpoint, tokenizer: Tokenizer, name: str, texts: Texts) -> Windows:
     seqlen = data.window_length(source.folder, texts.seqlen or SEQLEN, max_seqlen(read_config(source)))
-    return data.evaluation_windows(tokenizer, name, seqlen=seqlen, limit=texts.windows, room=limit - process.resident())
+    return data.evaluation_windows(tokenizer, name, seqlen=seqlen, limit=texts.windows)

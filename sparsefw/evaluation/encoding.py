@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-from sparsefw.data import Tokenizer, tokenize, traits
+from sparsefw.data import Tokenizer, tokenize
 from sparsefw.errors import InputError, shown
 from sparsefw.evaluation.request import Request, Score, request_of
 
@@ -179,15 +179,18 @@ def encoder(
     Raises:
         InputError: there is no such token.
     """
-    its = traits(tokenizer, prefix_token_id)
-    if its.prefix is None:
+    tokens = (prefix_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    prefix = next((token for token in tokens if token is not None), None)
+    if prefix is None:
         raise InputError(
             f"{tokenizer.name_or_path}: the tokenizer has neither a start token nor an end token, behind which the "
             "first token of a text is predicted; name bos_token or eos_token in tokenizer_config.json, or give "
             "StreamedLM prefix_token_id"
         )
-    length = max_length or max_length_of(config, its.max_length)
-    return Encoder(tokenizer, length, its.prefix, its.prefix_text, add_bos_token is not False)
+    if not 0 <= prefix < len(tokenizer):
+        raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no token {prefix}: there are {len(tokenizer)}")
+    length = max_length or max_length_of(config, tokenizer.model_max_length)
+    return Encoder(tokenizer, length, prefix, str(tokenizer.decode(prefix)), add_bos_token is not False)
 
 
 def max_length_of(config: PretrainedConfig, of_tokenizer: int | None) -> int:

@@ -24,7 +24,7 @@ from lm_eval.evaluator import evaluate, simple_evaluate
 from lm_eval.tasks import TaskManager
 from yaml import YAMLError
 
-from sparsefw.data.hub import failures
+from sparsefw.data import failures
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.evaluation.encoding import LOGLIKELIHOOD, ROLLING, Answer, Question
 from sparsefw.evaluation.randomness import Randomness, kept_randomness, randomness

@@ -199,11 +199,11 @@ def _evaluate(job: _Job, say: Callable[[str], None], progress: bool, ranks: Rank
     if job.output:
         _check_output(job, job.output, folders)
     device = process.this_device()
-    limits = memory_limits(job.budget.gpu_memory, job.budget.host_memory, device, ranks)
+    memory_limits(job.budget.gpu_memory, job.budget.host_memory, device, ranks)
     questions = ranks.first_here(job.tasks.questions)
     if questions:
         say(f"tasks: {', '.join(questions.tasks)}, {len(questions.asked)} questions")
-    asked = [ask(folder, questions.asked if questions else [], job.texts, limits["host"]) for folder in folders]
+    asked = [ask(folder, questions.asked if questions else [], job.texts) for folder in folders]
     _check_same_tokens(job, asked)
     if job.plan:
         for folder, of_model in zip(folders, asked, strict=True):

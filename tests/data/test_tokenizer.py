@@ -1,16 +1,71 @@
-"""A checkpoint's tokenizer: loaded and used, or refused in one line, whatever its files hold."""
+"""A checkpoint's tokenizer: loaded as by transformers or refused in one line, and a long text's tokens those of all."""
 
+import itertools
 import json
-import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from helpers.texts import make_tokenizer, refused
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    GemmaTokenizer,
+    GPT2Tokenizer,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    T5Tokenizer,
+)
 
-from sparsefw.data import evaluation_windows, tokenizer
-from sparsefw.data.tokenizer import TokenizerProcess, load_tokenizer, start_tokens, tokenize
-from sparsefw.errors import InputError
+from sparsefw.data import tokenizer
+from sparsefw.data.tokenizer import load_tokenizer, start_tokens, tokenize, tokens_of
+from sparsefw.default.text import evaluation_text
 from sparsefw.inputs import DEFAULT_MODEL
+
+# Loading
+
+TEXTS = ["low lower lowest", " The  l\u00f6w\n\nÉtude <tool> low", "", "ab<mask>c</s>d"]
+SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<mask>", "<|endoftext|>", "<bos>", "<eos>", "[UNK]", "[CLS]", "[SEP]"]
+LETTERS = [*"abcdehlnorstuwT", "É", "ö", "\u0120", "\u2581", "\u00c3", "\u00b6", "\u2030", "\u010a"]
+MERGES = [("l", "o"), ("lo", "w"), ("e", "r"), ("low", "er"), ("\u0120", "low"), ("\u2581", "low"), ("s", "t")]
+VOCABULARY = {t: n for n, t in enumerate([*SPECIAL, *LETTERS, *("".join(pair) for pair in MERGES)])}
+PAIRS = {"vocab": VOCABULARY, "merges": MERGES}
+
+FAMILIES = {
+    "gpt2": (GPT2Tokenizer, PAIRS),
+    "qwen2": (Qwen2Tokenizer, PAIRS),
+    "llama": (LlamaTokenizer, PAIRS),
+    "gemma": (GemmaTokenizer, PAIRS),
+    "bert": (BertTokenizer, {"vocab": VOCABULARY}),
+    "t5": (T5Tokenizer, {"vocab": [(token, -float(n)) for token, n in VOCABULARY.items()]}),
+}
+# As real configs have them: paths of another machine, and a maximum that does not matter here.
+REAL = {
+    "tokenizer_file": "/root/.cache/huggingface/tokenizer.json",
+    "name_or_path": "org/name",
+    "vocab_file": None,
+    "model_max_length": 7,
+    "add_bos_token": True,
+    "additional_special_tokens": ["<tool>"],
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_same_tokens_as_of_transformers(kind, tmp_path):
+    made, parts = FAMILIES[kind]
+    made(**parts).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | REAL))
+    plain, loaded = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    for special in (True, False):
+        expected = [plain(text, add_special_tokens=special, verbose=False).input_ids for text in TEXTS]
+        assert len({token for ids in expected for token in ids}) > 2
+        assert tokenize(loaded, TEXTS, special) == expected
+    assert loaded.name_or_path == str(tmp_path)
 
 
 @pytest.fixture
@@ -18,212 +73,168 @@ def folder(tmp_path):
     return shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
 
 
-def change(path, **entries):
+def change(path: Path, **entries: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-
-
-def test_texts_are_tokenized_without_special_tokens():
-    with_start = make_tokenizer(bos=True)
-    assert tokenize(with_start, ["ab" * 5, ""]) == [with_start.convert_tokens_to_ids(["a", "b"]) * 5, []]
-    assert start_tokens(with_start) == [with_start.bos_token_id]
-    assert start_tokens(make_tokenizer(bos=False)) == []
 
 
 @pytest.mark.parametrize(
     ("file", "entries"),
     [
         ("tokenizer.json", {"model": {}}),
-        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}),
         ("tokenizer.json", {"pre_tokenizer": "\x1b[31m"}),
-        ("tokenizer.json", {"added_tokens": [{"id": 0}]}),
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": 1}}),
-        ("tokenizer_config.json", {"model_max_length": "many", "extra_special_tokens": 3}),
     ],
 )
-def test_a_damaged_tokenizer_is_refused_in_one_line(file, entries, folder):
+def test_damaged_tokenizer_is_refused_in_one_line(file, entries, folder):
     change(folder / file, **entries)
     with refused(f"^{folder}: no tokenizer could be loaded: ") as caught:
         load_tokenizer(folder)
     assert str(caught.value).isprintable()
 
 
-def test_a_full_folder_for_temporary_files_is_named(folder, tmp_path, monkeypatch):
-    def full(path, *content, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tokenizer.Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left") as caught:
-        load_tokenizer(folder)
-    assert caught.value.filename.endswith("/tokenizer_config.json")
+def test_no_code_of_a_checkpoint_is_run(folder):
+    (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "code.Tokenizer"]})
+    load_tokenizer(folder)
+    assert not (folder / "ran").exists()
 
 
-class PanicException(BaseException):
-    """Stands for the class in tokenizers, which cannot be imported."""
-
-
-@pytest.mark.parametrize("error", [PanicException, Exception, OverflowError])
-def test_a_tokenizer_that_fails_at_a_text_is_refused(error, folder, monkeypatch):
-    def fails(*texts, **options):
-        raise error("index out of bounds\nat all")
-
+def test_text_that_a_tokenizer_fails_at(folder, monkeypatch):
     loaded = load_tokenizer(folder)
-    monkeypatch.setattr(type(loaded), "__call__", fails)
-    with refused(f"^{folder}: the tokenizer cannot take this text: index out of bounds$"):
+    monkeypatch.setattr(type(loaded), "__call__", lambda *_, **__: {}["index out of bounds\nat all"])
+    with refused(f"^{folder}: the tokenizer cannot take this text: 'index out of bounds"):
         tokenize(loaded, ["a"])
-    with refused(f"^{folder}: the tokenizer cannot take a text: index out of bounds$"):
-        start_tokens(loaded)
 
 
-def test_an_interruption_is_no_fault_of_the_tokenizer(folder, monkeypatch):
-    def interrupted(*names, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tokenizer.AutoTokenizer, "from_pretrained", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        load_tokenizer(folder)
+def test_start_token():
+    assert start_tokens(make_tokenizer(bos=True)) == [256]
+    assert start_tokens(make_tokenizer(bos=False)) == []
 
 
-# A process of its own
+# Tokens of long documents
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Prose, lists, code and tables; long numbers, scripts without spaces; lines that end in points and spaces.
+TEXT = evaluation_text()[:9000] + "\n".join(f"{n**5}. {n}  \n\n\t日本語テキスト。 end.\n" for n in range(100, 160))
 
 
-def test_threads_that_a_fork_does_not_copy_are_not_waited_for(monkeypatch):
-    """The user asks the library for threads, and this process has used them."""
-    texts = [f"a rose is a rose, {n} times" for n in range(50)]
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    expected = tokenize(load_tokenizer(DEFAULT_MODEL), texts)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    monkeypatch.setattr(tokenizer, "SECONDS_TO_TOKENIZE", 10)
-    with TokenizerProcess(DEFAULT_MODEL) as apart:
-        assert tokenize(apart, texts) == expected
+def bytes_after(split: pre_tokenizers.PreTokenizer | None) -> Tokenizer:
+    """BPE over bytes, as in GPT-2, or after another split of the text, as in Llama 3 and Qwen."""
+    made = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level]) if split else byte_level
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet))
+    return made
 
 
-def test_a_tokenizer_in_a_process_of_its_own(folder):
-    texts = ["ab" * 50, "", "\0\u202e\ud800"[:2]]
-    here = load_tokenizer(folder)
-    with TokenizerProcess(folder) as apart:
-        assert tokenize(apart, texts) == tokenize(here, texts)
-        assert start_tokens(apart) == start_tokens(here)
-        assert apart.name_or_path == here.name_or_path == str(folder)
+def unsplit() -> Tokenizer:
+    """BPE over the whole text, with a space put before it, as in Llama 2 and Mistral."""
+    made = Tokenizer(models.BPE(fuse_unk=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    made.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=900, special_tokens=["<unk>"]))
+    made.pre_tokenizer = None
+    return made
 
 
-@pytest.mark.parametrize("entries", [{"model": {}}, {"pre_tokenizer": "\x1b[31m"}])
-def test_a_damaged_tokenizer_is_refused_there_too(entries, folder):
-    change(folder / "tokenizer.json", **entries)
-    with refused(f"^{folder}: no tokenizer could be loaded: ") as caught:
-        TokenizerProcess(folder)
-    assert str(caught.value).isprintable()
+def unigram() -> Tokenizer:
+    """The likeliest tokens, as in T5 and Gemma, with a space put before the text alone."""
+    made = Tokenizer(models.Unigram())
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=500, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
+    made.train_from_iterator([TEXT], trainer)
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return made
 
 
-@pytest.fixture
-def limits(monkeypatch):
-    monkeypatch.setattr(tokenizer, "SECONDS_TO_TOKENIZE", 0.3)
-    monkeypatch.setattr(tokenizer, "CHARS_A_SECOND", 10**9)
-    monkeypatch.setattr(tokenizer, "BYTES_TO_LOAD", 2**28)
-    monkeypatch.setattr(tokenizer, "BYTES_A_BYTE", 0)
-    monkeypatch.setattr(tokenizer, "BYTES_A_CHAR", 1)
+def word_pieces() -> Tokenizer:
+    """Pieces of words, without spaces and capitals, as in BERT."""
+    made = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    made.train_from_iterator([TEXT], trainers.WordPieceTrainer(vocab_size=900, special_tokens=["<unk>"]))
+    return made
 
 
-def test_a_replacement_that_makes_texts_long(folder, limits, monkeypatch):
-    # Memory is what it runs out of, however slow the machine is.
-    monkeypatch.setattr(tokenizer, "SECONDS_TO_TOKENIZE", 60)
-    grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 250}
-    change(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [grow] * 4})
-    with (
-        TokenizerProcess(folder) as apart,
-        refused(f"^{folder}: the tokenizer cannot take this text: it needs more than"),
-    ):
-        tokenize(apart, ["a"])
-
-
-def test_no_more_memory_than_there_is_room_for(folder, monkeypatch):
-    """A text may make a tokenizer take less than the most that any may take, and still too much here."""
-    monkeypatch.setattr(tokenizer, "ALWAYS_TAKEN", 2**28)
-    grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 250}
-    change(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [grow] * 3})
-    with (
-        TokenizerProcess(folder, 0) as apart,
-        refused(r"^.*: it needs more than 0.2 GiB of memory.*; give more \(--host-memory\)$"),
-    ):
-        tokenize(apart, ["a"])
-
-
-def test_more_tokens_than_any_text_has(folder, monkeypatch):
-    monkeypatch.setattr(tokenizer, "ANSWER", 0)
-    grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 200}
-    change(folder / "tokenizer.json", normalizer=grow)
-    with (
-        TokenizerProcess(folder) as apart,
-        refused(f"^{folder}: the tokenizer cannot take this text: it makes more than 0.0 MiB of it$"),
-    ):
-        tokenize(apart, ["a" * 100])
-
-
-def test_tokens_that_are_out_of_their_range(folder, monkeypatch):
-    model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    line = f"^{folder}: the tokenizer gives a text the token {2**31}; tokens are numbers from 0 to {2**31 - 1}, "
-    change(folder / "tokenizer.json", model=model | {"vocab": model["vocab"] | {"a": 2**31, "b": 2**31 - 1}})
-    loaded = load_tokenizer(folder)
-    with TokenizerProcess(folder) as apart:
-        for either in (loaded, apart):
-            assert tokenize(either, ["b", ""]) == [[2**31 - 1], []]
-            with refused(line):
-                tokenize(either, ["b", "ba"])
-    with refused(line):
-        evaluation_windows(loaded, ["ba"], seqlen=2)
-    monkeypatch.setattr(tokenizer, "_start", lambda of: [2**31])
-    with refused(line):
-        start_tokens(loaded)
-
-
-def test_memory_of_the_process(folder):
-    with TokenizerProcess(folder) as apart:
-        assert 2**20 < apart.nbytes() < 2**30
-
-
-def test_a_pattern_that_takes_for_ever(folder, limits):
-    cut = {"type": "Split", "pattern": {"Regex": "a*?\\d"}, "behavior": "Isolated", "invert": False}
-    change(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [cut] * 20})
-    with (
-        TokenizerProcess(folder) as apart,
-        refused(f"^{folder}: the tokenizer cannot take this text: it takes more than 0.3 s"),
-    ):
-        tokenize(apart, ["a" * 10**4])
-
-
-# What the files name
+KINDS = {
+    "GPT-2": lambda: bytes_after(None),
+    "Llama 3": lambda: bytes_after(pre_tokenizers.Split(Regex(LLAMA_3), "isolated")),
+    "Llama 2": unsplit,
+    "unigram": unigram,
+    "words": word_pieces,
+}
 
 
 @pytest.fixture
-def pipe(tmp_path):
-    """Whoever opens it waits for ever."""
-    os.mkfifo(tmp_path / "pipe")
-    return tmp_path / "pipe"
+def small(monkeypatch):
+    """Pieces of 1000 characters, in place of 65536."""
+    for name, value in {"PIECE": 1000, "CONTEXT": 100, "SEARCHED": 300}.items():
+        monkeypatch.setattr(tokenizer, name, value)
 
 
-@pytest.mark.parametrize("kind", [f"{name}Tokenizer" for name in ("GPT2", "Qwen2", "Llama", "Roberta", "Bart")])
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
-def test_files_elsewhere_are_not_opened(kind, whole, file, folder, pipe):
-    secret = pipe.with_name("secret.json")
-    secret.write_text("{}")
-    # Written after it was read, as far as the system knows: so reading shows.
-    os.utime(secret, (1, 10**9))
-    if not whole:
-        (folder / "tokenizer.json").unlink()
-    change(folder / "tokenizer_config.json", tokenizer_class=kind)
-    (folder / "special_tokens_map.json").write_text("{}")
-    for place in (pipe, secret):
-        for key in ("vocab", "merges", "gguf_file", "init_inputs", "tokenizer_object"):
-            kept = (folder / file).read_text()
-            change(folder / file, **{key: str(place)})
-            with refused(f"{file}: {key} .* would be followed out of the checkpoint"):
-                TokenizerProcess(folder)
-            (folder / file).write_text(kept)
-        names = ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file", "name_or_path", "subfolder")
-        change(folder / file, **dict.fromkeys(names, str(place)))
-        try:
-            TokenizerProcess(folder).close()
-        except InputError:
-            # Without tokenizer.json some classes have nothing to be made of.
-            assert not whole
-    assert secret.stat().st_atime == 1
+def all_tokens(of: PreTrainedTokenizerFast, strings: list[str]) -> list[int]:
+    return [token for ids in tokens_of(of, [strings]) for token in ids]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_of_pieces_are_those_of_the_whole_text(kind, small, monkeypatch):
+    made = PreTrainedTokenizerFast(tokenizer_object=KINDS[kind]())
+    (expected,) = tokenize(made, [TEXT])
+    assert len(list(tokenizer._pieces(made, [TEXT]))) > 10
+    assert all_tokens(made, [TEXT]) == expected
+    # However it is read.
+    assert all_tokens(made, [TEXT[n : n + 77] for n in range(0, len(TEXT), 77)]) == expected
+    # The places that are refused are places where tokens change.
+    monkeypatch.setattr(tokenizer, "_place_of_cut", lambda *_: 900)
+    assert all_tokens(made, [TEXT]) != expected
+
+
+@pytest.mark.parametrize("text", ["", "a", " ", "a" * 1001, "a" * 5000, "\n" * 5000, "日本" * 2500, "a b\n\n" * 1200])
+def test_nothing_is_lost(small, text):
+    plain = make_tokenizer(bos=False)
+    pieces = [piece for _, piece in tokenizer._pieces(plain, [text])]
+    assert "".join(pieces) == text
+    assert all(len(piece) <= 1000 for piece in pieces)
+    assert plain.decode(all_tokens(plain, [text])) == text
+
+
+def test_no_more_is_read_or_tokenized_than_a_piece(small, monkeypatch):
+    read, sizes = [], []
+
+    def endless():
+        for n in itertools.count():
+            read.append(n)
+            yield "some words " * 10
+
+    def watched(of, texts):
+        sizes.append(sum(map(len, texts)))
+        return tokenize(of, texts)
+
+    monkeypatch.setattr(tokenizer, "tokenize", watched)
+    for found in itertools.islice(tokens_of(make_tokenizer(bos=False), [endless()]), 5):
+        assert found
+    assert max(sizes) <= 2 * (1000 + 100)
+    assert len(read) < 7 * 1000 / 110
+
+
+@pytest.mark.slow
+def test_memory_of_a_large_file(tmp_path):
+    """120 MB, of which the windows take a few: less than 0.8 GiB beside the libraries."""
+    line = "some words of a text that has many lines, of which one is like another, and so on. "
+    (tmp_path / "x.txt").write_text((line * 10 + "\n\n") * (120_000_000 // (len(line) * 10 + 2)))
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": (tmp_path / "x.txt").read_text()[:20_000_000]}) + "\n")
+    code = f"""if True:
+        import resource
+        from sparsefw import data
+        from sparsefw.inputs import DEFAULT_MODEL
+        tokenizer = data.load_tokenizer(DEFAULT_MODEL)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for name in ("x.txt", "x.jsonl"):
+            data.calibration_windows(tokenizer, {str(tmp_path)!r} + "/" + name, nsamples=64, seqlen=2048, seed=0)
+        data.evaluation_windows(tokenizer, {str(tmp_path / "x.txt")!r}, seqlen=2048, limit=64)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 0.8 * 2**30

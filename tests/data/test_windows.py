@@ -1,28 +1,21 @@
-"""Windows: what is drawn of a text, what is reproducible, and what is refused."""
+"""Windows: what is drawn of a text or of several, what is reproducible, and what is refused."""
 
 import hashlib
 import itertools
-import logging
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.texts import BOS, make_tokenizer, records, refused, replace_hub, whole
+from helpers.texts import BOS, make_tokenizer, records, refused, replace_hub
 from transformers import PreTrainedTokenizerFast
 
-from sparsefw.data import Text, pieces, windows_of
-from sparsefw.data.memory import TOKENS_READ
-from sparsefw.data.windows import calibration_windows, evaluation_windows
+from sparsefw.data import calibration_windows, evaluation_windows, mixed_windows, tokenizer, windows_of
+from sparsefw.data.windows import TOKENS_READ, counts
 
 
 @pytest.fixture(scope="module")
 def plain() -> PreTrainedTokenizerFast:
     return make_tokenizer(bos=False)
-
-
-@pytest.fixture(scope="module")
-def with_bos() -> PreTrainedTokenizerFast:
-    return make_tokenizer(bos=True)
 
 
 @pytest.fixture
@@ -33,21 +26,16 @@ def text(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_windows_are_pieces_of_the_text(plain, text):
-    windows = calibration_windows(plain, text, nsamples=10, seqlen=20, seed=0)
-    content = Path(text).read_text()
-    assert (windows.n, windows.seqlen, windows.source) == (10, 20, text)
-    assert windows.ids.dtype == torch.int64
-    for row in plain.batch_decode(windows.ids):
-        assert row in content[: 20 * 10 * TOKENS_READ]
+# calibration_windows
 
 
 @pytest.mark.parametrize(("nsamples", "seqlen"), [(10, 20), (50, 20), (49, 20), (1, 1000), (1, 999), (1, 1), (250, 4)])
-@pytest.mark.parametrize("seed", range(5))
-def test_windows_are_disjoint(plain, text, nsamples, seqlen, seed):
+@pytest.mark.parametrize("seed", range(3))
+def test_windows_are_disjoint_pieces_of_the_text(plain, text, nsamples, seqlen, seed):
     windows = calibration_windows(plain, text, nsamples=nsamples, seqlen=seqlen, seed=seed)
-    assert windows.ids.shape == (nsamples, seqlen)
-    content = Path(text).read_text()
+    assert (windows.n, windows.seqlen, windows.source) == (nsamples, seqlen, text)
+    assert (windows.ids.shape, windows.ids.dtype) == ((nsamples, seqlen), torch.int64)
+    content = Path(text).read_text()[: TOKENS_READ * nsamples * seqlen]
     starts = sorted(content.index(row) for row in plain.batch_decode(windows.ids)) if seqlen > 3 else [0]
     assert all(later - earlier >= seqlen for earlier, later in itertools.pairwise(starts))
 
@@ -58,18 +46,19 @@ def test_draw_depends_on_the_seed_alone(plain, text):
 
     first = draw(3)
     torch.manual_seed(99)
-    again = draw(3)
-    assert torch.equal(first.ids, again.ids)
-    assert first.hash == again.hash == hashlib.sha256(first.ids.numpy().tobytes()).hexdigest()
-    hashes = {draw(seed).hash for seed in range(20)}
-    assert len(hashes) == 20
+    assert first.hash == draw(3).hash == hashlib.sha256(first.ids.numpy().tobytes()).hexdigest()
+    assert len({draw(seed).hash for seed in range(20)}) == 20
     # Not only the order differs: so do the offsets.
     assert len({int(Path(text).read_text().index(plain.decode(draw(s).ids[0]))) % 16 for s in range(20)}) > 4
 
 
-def test_hash_is_stable(plain, text):
-    windows = evaluation_windows(plain, text, seqlen=100)
-    assert windows.hash == "f41c8019bed10702d7eb3d3f368e5af573649c1e1a8ab257ab1cfc4c9fcf5be0"
+def test_draws_stay_what_they_are(plain, text):
+    """Digests of a run's windows, by which another version may go on with it."""
+    drawn = calibration_windows(plain, text, nsamples=8, seqlen=16, seed=3)
+    assert drawn.hash == "918920b4c3d9074bbacbeff1136a6850b04f8c472b1ea1df6eb04d51f36cdffe"
+    assert evaluation_windows(plain, text, seqlen=100).hash == (
+        "f41c8019bed10702d7eb3d3f368e5af573649c1e1a8ab257ab1cfc4c9fcf5be0"
+    )
 
 
 def test_only_as_much_is_read_as_needed(plain, monkeypatch):
@@ -80,69 +69,27 @@ def test_only_as_much_is_read_as_needed(plain, monkeypatch):
             read.append(n)
             yield {"text": f"{n:06d}"}
 
-    monkeypatch.setattr(pieces, "PIECE", 2048)
+    monkeypatch.setattr(tokenizer, "PIECE", 2048)
     replace_hub(monkeypatch, rows)
-    windows = calibration_windows(plain, "c4", nsamples=4, seqlen=64, seed=0)
-    assert windows.n == 4
+    first = calibration_windows(plain, "c4", nsamples=4, seqlen=64, seed=0)
     # 8 tokens a document, the separator among them, and whole batches.
-    assert len(read) <= 4 * 64 * TOKENS_READ / 8 + pieces.PIECES_AT_ONCE
+    assert len(read) <= (4 * 64 * TOKENS_READ + 2048) / 8
+    monkeypatch.setattr(tokenizer, "PIECE", 1000)
+    assert calibration_windows(plain, "c4", nsamples=4, seqlen=64, seed=0).hash == first.hash
     read.clear()
     assert evaluation_windows(plain, "c4", seqlen=64, limit=3).n == 3
     assert len(read) < 1000
 
 
-def test_reading_in_other_batches_draws_the_same(plain, tmp_path, monkeypatch):
-    path = records(tmp_path / "x.jsonl", [{"text": f"{n:06d}"} for n in range(500)])
-    first = calibration_windows(plain, path, nsamples=4, seqlen=64, seed=0)
-    monkeypatch.setattr(pieces, "PIECES_AT_ONCE", 7)
-    assert calibration_windows(plain, path, nsamples=4, seqlen=64, seed=0).hash == first.hash
-
-
-@pytest.mark.parametrize(
-    ("nsamples", "seqlen", "message"),
-    [
-        (11, 100, "1000 tokens, but 11 windows of 100 need 1100; use --nsamples 10 or --seqlen 90 or a longer text"),
-        (3, 2000, "1000 tokens, but 3 windows of 2000 need 6000; use --seqlen 333 or a longer text"),
-        (2000, 2, "1000 tokens, but 2000 windows of 2 need 4000; use --nsamples 500 or a longer text"),
-        (3000, 1500, "1000 tokens, but 3000 windows of 1500 need 4500000; use a longer text"),
-        (600, 2, "1000 tokens, but 600 windows of 2 need 1200; use --nsamples 500 or a longer text"),
-    ],
-)
-def test_too_short_for_calibration(plain, text, nsamples, seqlen, message):
-    with refused(f"text.txt: {message}"):
-        calibration_windows(plain, text, nsamples=nsamples, seqlen=seqlen, seed=0)
-
-
-def test_advice_for_a_short_text_works(plain, text):
+def test_too_short_for_calibration(plain, text):
+    message = (
+        r"1000 tokens, but 11 windows of 100 need 1100; use .*at most 10 windows of it \(--nsamples\), or --seqlen 90"
+    )
+    with refused(f"text.txt: {message}$"):
+        calibration_windows(plain, text, nsamples=11, seqlen=100, seed=0)
     assert calibration_windows(plain, text, nsamples=10, seqlen=100, seed=0).n == 10
     assert calibration_windows(plain, text, nsamples=11, seqlen=90, seed=0).n == 11
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"nsamples": 0}, "--nsamples 0: expected at least 1"),
-        ({"seqlen": -1}, "--seqlen -1: expected at least 1"),
-        ({"seed": -1}, "--seed -1: expected"),
-        ({"seed": 2**63}, "--seed 9223372036854775808: expected"),
-    ],
-)
-def test_arguments_out_of_range(plain, text, change, message):
-    with refused(message):
-        calibration_windows(plain, text, **({"nsamples": 1, "seqlen": 4, "seed": 0} | change))
-
-
-def test_a_text_is_as_good_as_its_name(plain, text):
-    def documents():
-        return Text.of("mine", [Path(text).read_text()])
-
-    named = calibration_windows(plain, text, nsamples=8, seqlen=16, seed=0)
-    opened = calibration_windows(plain, documents(), nsamples=8, seqlen=16, seed=0)
-    listed = calibration_windows(plain, whole(documents()), nsamples=8, seqlen=16, seed=0)
-    assert named.hash == opened.hash == listed.hash
-    assert (opened.source, listed.source) == ("mine", "texts")
-    assert evaluation_windows(plain, documents(), seqlen=16).hash == evaluation_windows(plain, text, seqlen=16).hash
-    with refused("^texts: empty, there is no text in it$"):
+    with refused("^texts: 0 tokens, but 1 windows of 4 need 4"):
         calibration_windows(plain, [], nsamples=1, seqlen=4, seed=0)
 
 
@@ -152,52 +99,26 @@ def test_a_text_is_as_good_as_its_name(plain, text):
 def test_evaluation_is_the_joined_text_from_its_start(plain, tmp_path):
     documents = ["", " = Title = \n", "", " Some words .\n", "more"]
     path = records(tmp_path / "x.jsonl", [{"text": d} for d in documents])
-    windows = evaluation_windows(plain, path, seqlen=5)
     joined = "\n\n".join(documents)
-    assert "".join(plain.batch_decode(windows.ids)) == joined[: len(joined) // 5 * 5]
+    whole = evaluation_windows(plain, path, seqlen=5)
+    assert "".join(plain.batch_decode(whole.ids)) == joined[: len(joined) // 5 * 5]
+    assert evaluation_windows(plain, documents, seqlen=5).hash == whole.hash
+    for limit in (2, 10_000):
+        assert torch.equal(evaluation_windows(plain, path, seqlen=5, limit=limit).ids, whole.ids[:limit])
 
 
-def test_limit_takes_the_first_windows(plain, tmp_path, monkeypatch):
-    path = records(tmp_path / "x.jsonl", [{"text": f"{n:06d}"} for n in range(500)])
-    whole = evaluation_windows(plain, path, seqlen=32)
-    assert whole.n == 500 * 8 // 32 - 1
-    for size in (1100, 2000, 2**20):
-        monkeypatch.setattr(pieces, "PIECE", size)
-        assert torch.equal(evaluation_windows(plain, path, seqlen=32, limit=7).ids, whole.ids[:7])
-    assert torch.equal(evaluation_windows(plain, path, seqlen=32, limit=10_000).ids, whole.ids)
-
-
+@pytest.mark.parametrize("text", [[], [""], ["a"]])
 def test_too_short_for_evaluation(plain, text):
-    with refused("text.txt: 1000 tokens, fewer than one window of 1001; use --seqlen 1000 or a longer text"):
-        evaluation_windows(plain, text, seqlen=1001)
-    with refused("texts: 1 tokens, fewer than one window of 2; use a longer text"):
-        evaluation_windows(plain, ["a"], seqlen=2)
-    with refused("--eval-windows 0: expected at least 1"):
-        evaluation_windows(plain, text, seqlen=10, limit=0)
+    with refused(r"^texts: [01] tokens, fewer than one window of 2; use a longer text or shorter windows \(--seqlen\)"):
+        evaluation_windows(plain, text, seqlen=2)
 
 
-# Special tokens and warnings
-
-
-def test_only_the_start_token_of_the_tokenizer_and_once(plain, with_bos, tmp_path):
+def test_only_the_start_token_of_the_tokenizer_and_once(plain, tmp_path):
+    with_bos = make_tokenizer(bos=True)
     path = records(tmp_path / "x.jsonl", [{"text": "abc"}, {"text": "defgh"}])
     evaluation = evaluation_windows(with_bos, path, seqlen=11)
     assert evaluation.ids.flatten().tolist() == [BOS, *plain("abc\n\ndefgh", truncation=False).input_ids]
-    drawn = calibration_windows(with_bos, path, nsamples=1, seqlen=11, seed=0)
-    assert torch.equal(drawn.ids, evaluation.ids)
-
-
-def test_no_warning_about_long_texts(text, caplog):
-    # A new one, since a tokenizer warns only once.
-    plain = make_tokenizer(bos=False)
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        calibration_windows(plain, text, nsamples=1, seqlen=900, seed=0)
-        evaluation_windows(plain, text, seqlen=900)
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert caplog.text == ""
+    assert torch.equal(calibration_windows(with_bos, path, nsamples=1, seqlen=11, seed=0).ids, evaluation.ids)
 
 
 # windows_of
@@ -217,7 +138,6 @@ def test_windows_of_tokens(dtype):
     ("ids", "message"),
     [
         (torch.arange(6), r"tokens of shape \(6,\); give a tensor \(windows, seqlen\)"),
-        (torch.zeros(1, 2, 3, dtype=torch.int64), r"tokens of shape \(1, 2, 3\)"),
         (torch.zeros(2, 3), "tokens of dtype torch.float32; give integers"),
         (torch.zeros(2, 3, dtype=torch.bool), "tokens of dtype torch.bool; give integers"),
         (torch.zeros(0, 3, dtype=torch.int64), "0 windows of 3 tokens; give at least one window, of at least 2"),
@@ -226,6 +146,57 @@ def test_windows_of_tokens(dtype):
     ],
 )
 def test_what_are_no_windows(ids, message):
-    with refused(f"^mine: {message}") as caught:
+    with refused(f"^mine: {message}"):
         windows_of(ids, "mine")
-    assert "\n" not in str(caught.value)
+
+
+# mixed_windows
+
+
+@pytest.mark.parametrize(
+    ("n", "shares", "found"),
+    [
+        (64, [1, 1, 1], [22, 21, 21]),
+        (65, [1, 1, 1], [22, 22, 21]),
+        (10, [0.5, 0.25, 0.25], [5, 3, 2]),
+        (8, [1e6, 1], [8, 0]),
+        (7, [0.1, 0.2, 0.7], [1, 1, 5]),
+        (1, [1], [1]),
+        (5, [1e308, 1e308], [3, 2]),
+        (5, [5e-324, 5e-324], [3, 2]),
+    ],
+)
+def test_counts(n, shares, found):
+    assert counts(n, shares) == found
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    """Three texts, each with digits or letters of its own."""
+    for name, letters in (("a.txt", "0123456789"), ("b.txt", "ghijklmnop"), ("c.txt", "qrstuvwxyz")):
+        (tmp_path / name).write_text("".join(letters[n * n % 10] for n in range(2000)))
+    return [str(tmp_path / name) for name in ("a.txt", "b.txt", "c.txt")]
+
+
+def test_a_mixture_has_the_windows_of_each_text(plain, texts):
+    """In an order in which every part of them has some of each."""
+    a, b, c = texts
+    found = mixed_windows(plain, {a: 1, b: 2, c: 1}, nsamples=40, seqlen=8, seed=3)
+    assert found.source == f"{a} (10) + {b} (20) + {c} (10)"
+    assert found.hash == hashlib.sha256(found.ids.numpy().tobytes()).hexdigest()
+    drawn = [calibration_windows(plain, x, nsamples=n, seqlen=8, seed=3).ids for x, n in ((a, 10), (b, 20), (c, 10))]
+    expected = [row for ids in drawn for row in ids.tolist()]
+    assert sorted(found.ids.tolist()) == sorted(expected)
+    assert found.ids.tolist() != expected
+    owner = [next(n for n, ids in enumerate(drawn) if row in ids.tolist()) for row in found.ids.tolist()]
+    assert set(owner[:20]) == set(owner[20:]) == {0, 1, 2}
+    # A share is a ratio, and the draw is that of the seed.
+    assert mixed_windows(plain, {a: 5, b: 10, c: 5}, nsamples=40, seqlen=8, seed=3).hash == found.hash
+    assert mixed_windows(plain, {a: 1, b: 2, c: 1}, nsamples=40, seqlen=8, seed=4).hash != found.hash
+    alone = mixed_windows(plain, {a: 7}, nsamples=10, seqlen=8, seed=3)
+    assert (alone.source, alone.ids.tolist()) == (a, drawn[0].tolist())
+
+
+def test_share_of_no_window(plain, texts):
+    with refused(r"b.txt: its share, 0.1, is none of 8 windows; give more"):
+        mixed_windows(plain, {texts[0]: 99, texts[1]: 0.1}, nsamples=8, seqlen=8, seed=3)

@@ -342,8 +342,6 @@ def test_reading_of_texts_may_take_most():
     assert memory_needs(shape, one, Placement(2)).host == 10 * GIB
     with refused(r"--host-memory 9.00: this run needs at least 10.01 GiB"):
         place(shape, one, {"host": 9 * GIB})
-    # Beside it, the tokenizer has a process of its own.
-    assert memory_needs(shape, replace(one, tokenizer=GIB), Placement(2)).host == 11 * GIB
 
 
 def test_texts_are_counted():

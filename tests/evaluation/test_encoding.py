@@ -8,7 +8,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sparsefw.data import TokenizerProcess, load_tokenizer
+from sparsefw.data import load_tokenizer
 from sparsefw.errors import InputError
 from sparsefw.evaluation import Score
 from sparsefw.evaluation.encoding import LOGLIKELIHOOD, ROLLING, Encoder, Question, encoder, max_length_of, rolling
@@ -99,15 +99,6 @@ def test_requests_are_those_of_the_harness(options, tokenizer_folder, model):
     for text in ("a b", "<s>a"):
         assert mine.tokens(text) == theirs.tok_encode(text)
         assert mine.tokens(text, special=False) == theirs.tok_encode(text, add_special_tokens=False)
-
-
-def test_a_tokenizer_in_a_process_of_its_own_gives_the_same(tokenizer_folder, model):
-    asked = questions(LOGLIKELIHOOD, PAIRS) + questions(ROLLING, [(text,) for text in TEXTS])
-    for option in (None, True):
-        with TokenizerProcess(tokenizer_folder, add_bos_token=option) as process:
-            found = encoder(process, model.config, add_bos_token=option)
-            expected = encoder(load_tokenizer(tokenizer_folder, option), model.config, add_bos_token=option)
-            assert tokens(found.encode(asked).requests) == tokens(expected.encode(asked).requests)
 
 
 @pytest.mark.parametrize("max_length", [1, 2, 7, 64])

@@ -16,7 +16,7 @@ import torch
 from helpers.attacks import Files
 
 from sparsefw.checkpoint.source import inspect
-from sparsefw.data.tokenizer import TokenizerProcess, start_tokens, tokenize
+from sparsefw.data.tokenizer import load_tokenizer, start_tokens, tokenize
 from sparsefw.errors import InputError
 from sparsefw.estimate.describe import describe
 from sparsefw.model import StreamedModel
@@ -125,6 +125,6 @@ def _read(folder: Path, log: Path) -> None:
 
 def _tokenize(folder: Path) -> None:
     inspect(folder)
-    with TokenizerProcess(folder) as tokenizer:
-        tokenize(tokenizer, TEXTS)
-        start_tokens(tokenizer)
+    tokenizer = load_tokenizer(folder)
+    tokenize(tokenizer, TEXTS)
+    start_tokens(tokenizer)

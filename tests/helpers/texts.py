@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import types
 from pathlib import Path
 
 import datasets
@@ -10,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from sparsefw.data import Text
+from sparsefw.data.text import Text
 from sparsefw.errors import InputError
 
 BOS = 256
@@ -53,12 +52,4 @@ def whole(text: Text) -> list[str]:
 
 def replace_hub(monkeypatch: pytest.MonkeyPatch, load) -> None:
     """Have `load` give the records of a dataset, or of its splits, in place of the Hub."""
-
-    def builder(*names, **options):
-        def stream(split):
-            return load(*names, **options, streaming=True, **({"split": split} if split else {}))
-
-        return types.SimpleNamespace(config=None, as_streaming_dataset=stream)
-
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
