@@ -77,7 +77,7 @@ def test_documents_and_tokens(source, text, tmp_path):
     prune(source, tmp_path / "name", CONFIG, dataset=text, **SMALL)
     prune(source, tmp_path / "texts", CONFIG, dataset=[TEXT], **SMALL)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    windows = data.calibration_windows(tokenizer, data.read_text(str(text), part="calibration"), **SMALL, seed=0)
+    windows = data.calibration_windows(tokenizer, str(text), **SMALL, seed=0)
     result = prune(source, tmp_path / "tokens", CONFIG, dataset=windows.ids)
     assert shards(tmp_path / "name") == shards(tmp_path / "texts") == shards(tmp_path / "tokens")
     assert (result.report.data.windows, result.report.data.seqlen) == (6, 32)
@@ -247,8 +247,8 @@ class TestRefused:
                 dict(dataset=torch.ones(2, 65, dtype=torch.int64), nsamples=None, seqlen=None),
                 "the model takes 64 at most",
             ),
-            (dict(dataset=[]), "texts: empty"),
-            (dict(evaluate=TEXT), "not the name of a text; from Python, give documents as a list"),
+            (dict(dataset=[]), "texts: 0 tokens"),
+            (dict(evaluate=TEXT), "unknown dataset; .* or from Python a list of documents"),
             (dict(steps=-1), "--steps -1: expected at least 0"),
             (dict(host_memory=-1), "--host-memory -1: expected at least 0"),
             (dict(nsamples=0), "--nsamples 0: expected at least 1"),

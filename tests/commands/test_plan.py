@@ -92,9 +92,7 @@ def test_without_flags_it_is_the_embedded_models_run(tmp_path, capsys):
 
     plan = planned()
     (windows,) = plan["workload"]["evaluation"]
-    text = data.read_text("default", part="evaluation")
-    with data.TokenizerProcess(DEFAULT_MODEL) as tokenizer:
-        assert windows == data.evaluation_windows(tokenizer, text, seqlen=128).n > 50
+    assert windows == data.evaluation_windows(data.load_tokenizer(DEFAULT_MODEL), "default", seqlen=128).n > 50
     assert planned("--seqlen", "64")["workload"]["evaluation"][0] >= 2 * windows
     assert "reconstruct" in plan["memory"]
     assert "reconstruct" not in planned("--reconstruct", "0")["memory"]

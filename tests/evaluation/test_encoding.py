@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sparsefw.data import load_tokenizer
 from sparsefw.errors import InputError
 from sparsefw.evaluation import Score
-from sparsefw.evaluation.encoding import LOGLIKELIHOOD, ROLLING, Encoder, Question, encoder, max_length_of, rolling
+from sparsefw.evaluation.encoding import LOGLIKELIHOOD, ROLLING, Question, encoder, max_length_of, rolling
 from sparsefw.evaluation.request import request_of
 from sparsefw.inputs import DEFAULT_MODEL
 
@@ -130,15 +130,6 @@ def test_what_cannot_be_asked_is_refused(context, continuation, message, model):
     mine = encoder(byte_tokenizer(), model.config)
     with pytest.raises(InputError, match=message):
         mine.encode(questions(LOGLIKELIHOOD, [(context, continuation)]))
-
-
-def test_tokens_that_are_out_of_their_range_are_refused(monkeypatch):
-    tokenizer = byte_tokenizer()
-    monkeypatch.setattr(
-        type(tokenizer), "__call__", lambda self, texts, **options: {"input_ids": [[2**31]] * len(texts)}
-    )
-    with pytest.raises(InputError, match=f"the tokenizer gives a text the token {2**31}; "):
-        Encoder(tokenizer, 64, 0, "").encode(questions(LOGLIKELIHOOD, [("a", "b")]))
 
 
 def test_a_tokenizer_without_start_and_end_is_refused(model):
