@@ -40,6 +40,7 @@ setup(
         # Private names of it are used (see sparsefw/model), which a new major version may move.
         "transformers>=5.17,<6",
         "numpy>=2.0",
+        "psutil>=5.9",
         "datasets>=4.0",
         "pyarrow>=18.0",
         "safetensors>=0.8",
@@ -51,5 +52,5 @@ setup(
         "xxhash>=3.1",
     ],
     extras_require={"eval": EVAL, "test": TEST, "dev": [*TEST, "ruff", "pre-commit"]},
-    entry_points={"console_scripts": ["sparsefw=sparsefw.run:main"]},
+    entry_points={"console_scripts": ["sparsefw=sparsefw.launch:main"]},
 )

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from sparsefw.caller import on_cpu_by_default, settings_kept
 from sparsefw.compiled import unwrapped
 from sparsefw.errors import InputError
 from sparsefw.flags import checked_path
-from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, config_for, with_share
+from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, Output, config_for, with_share
 from sparsefw.ranks import Ranks, joined_with
 from sparsefw.solver.config import PruneConfig
 
@@ -118,40 +119,66 @@ def prune(
         FloatingPointError: a layer's error is not finite.
     """
     _check_options(config, options)
-    output_folder = None if output is None else checked_path("output", output)
+    folder = None if output is None else checked_path("output", output)
     places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
     # Batches are not drawn: a seed would have no effect there. 0 is the default.
     drawn = None if seed == 0 else seed
-    text = _Text(dataset, nsamples, seqlen, drawn, eval_windows, tokenizer)
+    text = dict(dataset=dataset, nsamples=nsamples, seqlen=seqlen, seed=drawn, eval_windows=eval_windows)
+    # Names a model as what torch.compile was given.
     with joined_with(log) as (ranks, say), unwrapped(model) as model:
-        told = _Told(say, progress and ranks.first, ranks)
+        run = say, progress and ranks.first, ranks
         if calibration is not None:
+            if given := [name for name, value in (text | {"tokenizer": tokenizer}).items() if value is not None]:
+                raise TypeError(f"prune() got calibration and {given[0]!r}, which belongs to a text")
             config = config or PruneConfig(**options)
-            return _prune_on_batches(model, calibration, evaluate, config, output_folder, places, text, told)
+            in_memory = _in_memory(config)
+            report = in_memory.prune_on_batches(model, calibration, evaluate, config, folder, places, *run)
+            return PruneResult(report, folder)
         _check_tokenizer(tokenizer)
         inputs = _inputs(model, text, evaluate)
         config = config or config_for(inputs, options)
-        with on_cpu_by_default():
-            return _prune_on_text(model, inputs, text, config, output_folder, places, told)
+        documents = None if isinstance(dataset, str | Path | Mapping) else dataset
+        if not isinstance(model, str | Path):
+            with on_cpu_by_default():
+                report = _prune_on_text(model, inputs, config, folder, places, documents, tokenizer, run)
+        elif folder is None:
+            raise InputError("output: where the pruned checkpoint goes is left out")
+        else:
+            report = prune_checkpoint(inputs, config, Output(folder, **places), documents, tokenizer, say, progress)
+        return PruneResult(report, folder)
 
 
-class _Text(NamedTuple):
-    """The arguments of `prune` about texts."""
+@settings_kept()
+def prune_checkpoint(
+    inputs: Inputs,
+    config: PruneConfig,
+    output: Output,
+    dataset: Sequence[str] | Tensor | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    log: Callable[[str], None] = lambda line: None,
+    progress: bool = False,
+) -> "Report":
+    """Prune a checkpoint, and write the pruned one with its report, whose content is returned.
 
-    dataset: Dataset | None
-    nsamples: int | None
-    seqlen: int | None
-    seed: int | None
-    eval_windows: int | None
-    tokenizer: "PreTrainedTokenizerBase | None"
+    Args:
+        inputs: names of what is read.
+        config: how to prune.
+        output: where to write, and the memory to take.
+        dataset: calibration data without a name: documents, or token ids (windows, seqlen); None: `inputs` names it.
+        tokenizer, log, progress: see `prune`.
 
+    Raises:
+        InputError, FloatingPointError: see `prune`.
+    """
+    # Settles whether Triton interprets its kernels, before anything imports Triton.
+    _ = config.backend
 
-class _Told(NamedTuple):
-    """The log and the progress bar of a run, which only one of its ranks has, and the ranks."""
+    from sparsefw.driver import CheckpointJob, run_job
 
-    say: Callable[[str], None]
-    progress: bool
-    ranks: Ranks
+    with joined_with(log) as (ranks, say), on_cpu_by_default():
+        folder = ranks.local_first(lambda: _locate(inputs))
+        job = CheckpointJob(inputs, config, output, folder, dataset, tokenizer)
+        return run_job(job, say, progress and ranks.first, ranks)
 
 
 def _check_options(config: PruneConfig | None, options: dict[str, Any]) -> None:
@@ -173,74 +200,44 @@ def _check_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def _inputs(model: "str | Path | nn.Module", text: _Text, evaluate: Any) -> Inputs:
-    source, nsamples, seqlen = _named(text.dataset, text.nsamples, text.seqlen)
-    known: dict[str, Any] = dict(
-        dataset=source,
-        nsamples=nsamples,
-        seqlen=seqlen,
-        seed=text.seed,
-        evaluate=_names(evaluate),
-        eval_windows=text.eval_windows,
-    )
+def _inputs(model: "str | Path | nn.Module", text: dict[str, Any], evaluate: Any) -> Inputs:
+    source, nsamples, seqlen = _named(text["dataset"], text["nsamples"], text["seqlen"])
+    known = text | dict(dataset=source, nsamples=nsamples, seqlen=seqlen, evaluate=_names(evaluate))
     return Inputs(model=_name(model), **{name: x for name, x in known.items() if x is not None})
 
 
+def _in_memory(config: PruneConfig) -> ModuleType:
+    # As in `prune_checkpoint`.
+    _ = config.backend
+
+    from sparsefw import in_memory
+
+    return in_memory
+
+
 def _prune_on_text(
-    model: "str | Path | nn.Module",
+    model: "nn.Module",
     inputs: Inputs,
-    text: _Text,
     config: PruneConfig,
-    output: Path | None,
+    folder: Path | None,
     places: dict[str, Any],
-    told: _Told,
-) -> PruneResult:
-    # Settles whether Triton interprets its kernels, before anything imports Triton.
-    _ = config.backend
+    documents: Sequence[str] | Tensor | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    run: tuple[Callable[[str], None], bool, Ranks],
+) -> "Report":
+    in_memory = _in_memory(config)
 
-    from sparsefw import in_memory
-    from sparsefw.driver import CheckpointJob, Output, run_job
+    from sparsefw.driver import CheckpointJob, run_job
 
-    given = text.dataset
-    dataset = None if isinstance(given, str | Path | Mapping) else given
+    def prune_written(source: Path, output: Path, tokenizer: "PreTrainedTokenizerBase | None") -> "Report":
+        return run_job(
+            CheckpointJob(inputs, config, Output(output, **places), source, documents, tokenizer, True), *run
+        )
 
-    held = not isinstance(model, str | Path)
-
-    def run(folder: Path, output: Path, tokenizer: "PreTrainedTokenizerBase | None") -> "Report":
-        job = CheckpointJob(inputs, config, Output(output, **places), folder, dataset, tokenizer, held)
-        return run_job(job, *told)
-
-    if isinstance(model, str | Path):
-        if output is None:
-            raise InputError("output: where the pruned checkpoint goes is left out")
-        folder = told.ranks.first_here(lambda: _locate(inputs))
-        return PruneResult(run(folder, output, text.tokenizer), output)
-    tokenized = isinstance(text.dataset, Tensor) and not inputs.evaluate
-    report = in_memory.prune_in_place(
-        model, run, config.method, output, places["overwrite"], text.tokenizer, tokenized, told.ranks
+    tokenized = isinstance(documents, Tensor) and not inputs.evaluate
+    return in_memory.prune_in_place(
+        model, prune_written, config.method, folder, places["overwrite"], tokenizer, tokenized, run[2]
     )
-    return PruneResult(report, output)
-
-
-def _prune_on_batches(
-    model: Any,
-    calibration: Iterable[Any],
-    evaluation: Any,
-    config: PruneConfig,
-    output: Path | None,
-    places: dict[str, Any],
-    text: _Text,
-    told: _Told,
-) -> PruneResult:
-    if given := [name for name, value in text._asdict().items() if value is not None]:
-        raise TypeError(f"prune() got calibration and {given[0]!r}, which belongs to a text")
-    # As in `_prune_on_text`.
-    _ = config.backend
-
-    from sparsefw import in_memory
-
-    report = in_memory.prune_on_batches(model, calibration, evaluation, config, output, places, *told)
-    return PruneResult(report, output)
 
 
 def _named(

@@ -1,8 +1,7 @@
 """The exception for mistakes that a user can mend, and what messages are made of."""
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -38,14 +37,6 @@ def shown(text: object, limit: int = 200) -> str:
 def counted(number: int, thing: str) -> str:
     """A number of things, as "1 window" and "2 windows"."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def tell(line: str) -> None:
-    """Write a line on stderr, from any thread of a process that is about to end. There may be nobody to read it."""
-    # An own line, if a progress bar is in the last one.
-    start = "\n" if os.isatty(2) else ""
-    with suppress(OSError):
-        os.write(2, f"{start}sparsefw: {line}\n".encode(errors="backslashreplace"))
 
 
 @contextmanager

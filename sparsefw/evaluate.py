@@ -1,4 +1,4 @@
-"""The command `python -m sparsefw.evaluate`. Little is imported here, so that signals are obeyed from the start."""
+"""The command `python -m sparsefw.evaluate`, the same as `sparsefw evaluate`."""
 
 import sys
 

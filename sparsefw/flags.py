@@ -14,7 +14,7 @@ from sparsefw.errors import InputError, shown
 DEPENDS: Any = None
 
 # Flags that are shorter than their field.
-SHORT = {"evaluate": "--eval"}
+SHORT = {"evaluate": "--eval", "folder": "--output"}
 
 
 def flag(
@@ -86,6 +86,8 @@ def check_fields(settings: Any) -> None:
             set_field(settings, f.name, value)
         elif f.type is bool:
             set_field(settings, f.name, checked_bool(f.name, value))
+        elif f.type is Path:
+            set_field(settings, f.name, checked_path(flag_of(f.name).removeprefix("--"), value))
         else:
             for text in value if f.metadata["several"] else (value,):
                 _check_text(f, text)

@@ -57,7 +57,7 @@ def prune_in_place(
         _check_adapters(model)
         _check_places(model)
     with _scratch_folder(output) as scratch:
-        folder, pruned = scratch / "model", output or ranks.tell(scratch / "pruned")
+        folder, pruned = scratch / "model", output or ranks.broadcast_object(scratch / "pruned")
         # Before the model is written, which takes a while.
         checkpoint.check_output(pruned, folder, overwrite)
         save(model, folder)
@@ -67,7 +67,7 @@ def prune_in_place(
             tokenizer.save_pretrained(folder)
         report = run(folder, pruned, tokenizer)
         load_layers(model, pruned, [layer.name for layer in report.layers_of(method)])
-        ranks.wait()
+        ranks.barrier()
     return report if output else replace(report, arguments=report.arguments | {"output": None})
 
 
@@ -108,7 +108,7 @@ def prune_on_batches(
     texts = (data.BATCHES,) if evaluated else ()
     inputs = Inputs(model=type(model).__name__, dataset=(data.BATCHES,), nsamples=batches.n, evaluate=texts)
     with _scratch_folder(output) as scratch:
-        job = Job(inputs, config, Output(output or ranks.tell(scratch / "pruned"), **places))
+        job = Job(inputs, config, Output(output or ranks.broadcast_object(scratch / "pruned"), **places))
         report = run_in_memory(model, job, batches, evaluated, output is not None, log, progress, ranks)
     return report if output else replace(report, arguments=report.arguments | {"output": None})
 

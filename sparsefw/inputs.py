@@ -1,4 +1,4 @@
-"""Inputs: what a run reads. Flags, ranges and help are made from its fields, as from those of PruneConfig."""
+"""What a run reads and where it writes. Flags, ranges and help are made from these fields, as from PruneConfig's."""
 
 import math
 import os
@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsefw.errors import InputError, shown
 from sparsefw.flags import DEPENDS, check_fields, check_needs, checked_path, flag, make_tuples, set_field
+from sparsefw.process import MOST_MEMORY
 from sparsefw.solver.config import PruneConfig
 
 # Name of the embedded model, which the package carries, and of the embedded text, which every CPython carries.
@@ -68,6 +69,42 @@ class Inputs:
     def shares(self) -> dict[str, float]:
         """The share of each calibration text in the windows, by its name."""
         return dict(map(name_and_share, self.dataset))
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a run writes, and the memory that it may take.
+
+    Attributes:
+        folder: folder of the pruned checkpoint.
+        overwrite: whether an older checkpoint may be replaced.
+        restart: whether to discard what an unfinished run left.
+        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    folder: Path = flag("folder for the result", Path("pruned"), metavar="DIR")
+    overwrite: bool = flag("replace the older checkpoint in the output folder", False)
+    restart: bool = flag(
+        "discard what an interrupted run has finished; without it the same command goes on from there", False
+    )
+    gpu_memory: float | None = flag(
+        "the run takes at most this of the GPU's memory (default: what is free, less a tenth)",
+        metavar="GIB",
+        least=0,
+        most=MOST_MEMORY,
+    )
+    host_memory: float | None = flag(
+        "the run takes at most this of the host's memory (default: what is free, less a tenth)",
+        metavar="GIB",
+        least=0,
+        most=MOST_MEMORY,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def name_and_share(dataset: str) -> tuple[str, float]:

@@ -1,24 +1,43 @@
-"""Run a command: signals are obeyed, an error is one line, and the exit status tells what became of it.
+"""Run a command: an error is one line on stderr, and the exit status says what became of it.
 
-A command's module takes seconds to import. It is imported here, where signals are obeyed already.
+A command may be killed at any time: what a run has finished is safe on the disk, and the same command goes on from
+there. So signals need no care beyond a line that says so.
 """
 
 import importlib
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+import time
+import traceback
+from collections.abc import Callable
+from types import FrameType
 
-from sparsefw.signals import INTERRUPTED, obeyed
+from sparsefw.errors import InputError, printable, shown
 
-if TYPE_CHECKING:
-    from sparsefw.ranks.voice import Voice
+COMMANDS = ("run", "plan", "verify", "evaluate")
 
-# The line of a process that ends without looking at what is finished.
-LAST_WORDS = {
-    "run": "interrupted; the same command goes on after the last finished part",
-    "evaluate": "interrupted; with --output, the same command goes on from what was saved",
-}
+# Exit statuses. The third one, EX_SOFTWARE of sysexits.h, is none that a failed check could have. An interrupted
+# command has 128 + the signal's number, as in a shell.
+FAILED, BAD_INPUT, MISTAKE = 1, 2, 70
+
+# Seconds that a rank which has lost another one gives the launcher.
+PATIENCE = 10
+
+GOES_ON = "the same command goes on from what is finished"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come."""
+
+
+def main() -> int:
+    """The command `sparsefw`: its first argument names one of `COMMANDS`, whose arguments follow."""
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if name in COMMANDS:
+        return launch(name)
+    print(f"usage: sparsefw {{{','.join(COMMANDS)}}} ... (--help after a command lists its options)", file=sys.stderr)
+    return 0 if name in ("-h", "--help") else BAD_INPUT
 
 
 def launch(name: str, argv: list[str] | None = None) -> int:
@@ -26,79 +45,91 @@ def launch(name: str, argv: list[str] | None = None) -> int:
 
     Args:
         name: its module in `sparsefw.commands`.
-        argv: its arguments. None: those of the process, which ends with the command.
+        argv: its arguments; None: those of the process.
 
     Returns:
-        The exit status: 0; 1 (a run or a check failed), 2 (bad input), 70 (a mistake in sparsefw), 130 (interrupted).
+        The exit status: 0; 1 (a run or a check failed), 2 (bad input), 70 (a mistake in sparsefw), 130 (SIGINT), 143
+        (SIGTERM).
     """
+    rank = os.environ.get("RANK", "") if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     if argv is None:
-        _prepare_process()
-    with obeyed(LAST_WORDS.get(name, "interrupted")) as interruption:
-        voice = None
-        try:
-            _check_current_folder()
-            interruption.voice = voice = _voice_of_ranks()
-            status = importlib.import_module(f"sparsefw.commands.{name}").run(argv)
-        except (Exception, KeyboardInterrupt) as error:
-            # Imported where it is needed: until signals are obeyed, every millisecond counts.
-            from sparsefw.failures import tell
-
-            status = tell(error, interruption.came, voice)
-        else:
-            if voice:
-                voice.close()
-    if argv is None:
-        _end_process(status, others=voice is not None)
+        _prepare_process(rank)
+    try:
+        # Imports take seconds.
+        command = importlib.import_module(f"sparsefw.commands.{name}").run
+        return _run_rank(command, argv) if rank else command(argv)
+    except BrokenPipeError:
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (Exception, KeyboardInterrupt) as error:
+        status, line = outcome(error)
+    print(f"sparsefw: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
+    if rank and argv is None:
+        # Python's end would wait for transfers with ranks that are gone.
+        os._exit(status)
     return status
 
 
-def _voice_of_ranks() -> "Voice | None":
-    """The voice of all ranks, if this process is one of several: one of them prints what all have to say."""
-    # Seconds go by until it is imported.
-    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
-        return None
-    from sparsefw.ranks import connect
+def outcome(error: BaseException) -> tuple[int, str]:
+    """The exit status of an exception, and its message with its notes on one line; a mistake's traceback is printed."""
+    status, message = _outcome(error)
+    return status, printable("; ".join([message, *getattr(error, "__notes__", [])]))
 
-    voice = connect()
-    if voice.number:
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    on_one_line = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        return 128 + number, "interrupted" if hasattr(error, "__notes__") else f"interrupted; {GOES_ON}"
+    if isinstance(error, InputError):
+        return BAD_INPUT, str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return BAD_INPUT, f"{shown(os.fsdecode(error.filename))}: {error.strerror}"
+    name = type(error).__name__
+    if name == "SafetensorError":
+        return BAD_INPUT, on_one_line
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in on_one_line:
+        # torch has no class of its own for it.
+        return FAILED, "the host's memory is full; give fewer or shorter windows (--nsamples, --seqlen)"
+    if name == "AcceleratorError" and "out of memory" in on_one_line:
+        # CUDA's own: pinned memory of the host, or what CUDA itself takes of a GPU.
+        return FAILED, f"memory is full; give less (--host-memory, --gpu-memory), or fewer windows: {on_one_line}"
+    if isinstance(error, OSError | FloatingPointError) or name in ("OutOfMemoryError", "LostRankError"):
+        return FAILED, on_one_line
+    traceback.print_exception(error)
+    return MISTAKE, f"a mistake in sparsefw, with the traceback above: please report it ({name})"
+
+
+def _run_rank(command: Callable[[list[str] | None], int], argv: list[str] | None) -> int:
+    """Run a command on one of several ranks, and leave its error to torchrun, which reports the first one."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from sparsefw.ranks import LostRankError
+
+    def run() -> int:
+        try:
+            return command(argv)
+        except LostRankError:
+            # Another rank has failed. The launcher ends this one meanwhile.
+            time.sleep(PATIENCE)
+            raise
+
+    return record(run)() or 0
+
+
+def _prepare_process(rank: str) -> None:
+    """Have SIGTERM raise `Terminated` unless it is ignored, and print by lines, of several ranks on the first alone."""
+    if rank not in ("", "0"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return voice
-
-
-def _prepare_process() -> None:
-    """Open what is closed of the standard streams, print by lines, and have SIGINT leave no traceback of Python."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Before and after `obeyed`.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # A file that is opened later would get the number of a closed stream, and what libraries print would go into it.
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    # A launcher sends it to all ranks if one has failed; they need not say so.
+    if not rank and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+    # A full disk shows while it can be reported. Characters that the terminal does not have are spelled out.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # A full disk shows while it can be told. Characters that the terminal does not have are spelled out.
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
-def _check_current_folder() -> None:
-    """Refuse to run in a folder that is gone: libraries abort there."""
-    try:
-        os.getcwd()
-    except OSError as error:
-        from sparsefw.errors import InputError
-
-        raise InputError("the current folder has been deleted; go to another one") from error
-
-
-def _end_process(status: int, others: bool) -> None:
-    """Prepare the end of Python, which handles no error of a stream; `others`: there are other ranks."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            # Python would try once more, and complain.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if status == INTERRUPTED or (status and others):
-        # Other threads may be in native code, or wait for a rank that is gone, and Python would wait for them.
-        os._exit(status)
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated

@@ -14,7 +14,6 @@ def main() -> int:
     """Run the harness's command; returns the exit status, 2 for bad input."""
     # Registers the model.
     from sparsefw import evaluation
-    from sparsefw.failures import tell
 
     try:
         # Raises where the harness is not installed.
@@ -23,7 +22,8 @@ def main() -> int:
 
         cli_evaluate()
     except InputError as error:
-        return tell(error, interrupted=False)
+        print(f"sparsefw: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

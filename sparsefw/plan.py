@@ -1,4 +1,4 @@
-"""The command `python -m sparsefw.plan`. Little is imported here, so that signals are obeyed from the start."""
+"""The command `python -m sparsefw.plan`, the same as `sparsefw plan`."""
 
 import sys
 

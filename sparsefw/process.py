@@ -6,11 +6,10 @@ import resource
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import psutil
 import torch
-
-from sparsefw import cgroup
 
 # Number of this option of mallopt in glibc's malloc.h.
 M_ARENA_MAX = -8
@@ -169,9 +168,7 @@ def free_memory(device: torch.device, sharing: int = 1) -> dict[str, int]:
         device: device that it works on.
         sharing: number of processes that share what is free on the host.
     """
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    free = {"host": min([available, *cgroup.left()]) // sharing + resident()}
+    free = {"host": min([psutil.virtual_memory().available, *left_by_groups()]) // sharing + resident()}
     if device.type == "cuda":
         free["gpu"] = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return free
@@ -193,4 +190,34 @@ def own_peak() -> int:
 
 def resident() -> int:
     """Bytes of this process that are resident on the host now, file-backed pages counted."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return psutil.Process().memory_info().rss
+
+
+def left_by_groups(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Bytes that control groups leave to this process: a job's limit, as of SLURM or systemd, or a container's.
+
+    A group's limit holds for all groups below it, too. File cache is not counted as taken: the system drops it. A
+    container may see its own group as the root.
+
+    Args:
+        groups: the file with the groups of this process: of version 2, and of each controller of version 1.
+        mounted: where they are mounted.
+    """
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            root, limit, taken = mounted, "memory.max", "anon"
+        elif "memory" in controllers.split(","):
+            # Its numbers of the groups below are the totals.
+            root, limit, taken = mounted / "memory", "memory.limit_in_bytes", "total_rss"
+        else:
+            continue
+        group = PurePosixPath(path.lstrip("/"))
+        for folder in (root / group, *(root / above for above in group.parents)):
+            # A group without a limit has no such file, or "max" in it.
+            try:
+                allowed = int((folder / limit).read_text())
+                sizes = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue
+            yield allowed - int(sizes.get(taken, 0))

@@ -1,4 +1,4 @@
-"""The command `python -m sparsefw.run`. Little is imported here, so that signals are obeyed from the start."""
+"""The command `python -m sparsefw.run`, the same as `sparsefw run`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command `python -m sparsefw.verify`. Little is imported here, so that signals are obeyed from the start."""
+"""The command `python -m sparsefw.verify`, the same as `sparsefw verify`."""
 
 import sys
 

@@ -36,40 +36,19 @@ def shards(folder):
 
 
 def test_the_same_bytes_as_the_command_line(source, text, tmp_path):
-    flags = [
-        "--nsamples",
-        "6",
-        "--seqlen",
-        "32",
-        "--kernel",
-        "torch",
-        "--steps",
-        "4",
-        "--sparsity",
-        "2:4",
-        "--reconstruct",
-        "0",
-    ]
+    flags = ["--nsamples", "6", "--seqlen", "32", "--kernel", "torch", "--steps", "4", "--sparsity", "2:4"]
+    flags += ["--reconstruct", "0", "--eval", str(text), "--eval-windows", "2"]
     places = ["--model", str(source), "--dataset", str(text), "--output", str(tmp_path / "a")]
     assert run.main([*places, *flags]) == 0
     lines = []
-    result = prune(
-        source,
-        tmp_path / "b",
-        dataset=text,
-        **SMALL,
-        kernel="torch",
-        steps=4,
-        reconstruct=0,
-        sparsity="2:4",
-        log=lines.append,
-    )
+    options = dict(dataset=text, **SMALL, evaluate=text, eval_windows=2, kernel="torch", steps=4, reconstruct=0)
+    result = prune(source, tmp_path / "b", **options, sparsity="2:4", log=lines.append)
     assert shards(tmp_path / "a") == shards(tmp_path / "b")
     assert result.output == tmp_path / "b"
     assert len(result.layers) == 3 * 7
     assert result.report.arguments["sparsity"] == "2:4"
     assert sum(row.name in line for line in lines for row in result.layers) == 3 * 7
-    assert result.perplexity == {}
+    assert set(result.perplexity[str(text)]) == {"dense", "sparsefw"}
 
 
 def test_documents_and_tokens(source, text, tmp_path):
@@ -99,11 +78,6 @@ def test_a_mixture_of_texts(source, text, tmp_path):
     prune(source, tmp_path / "alone", CONFIG, dataset=text, **SMALL)
     assert shards(tmp_path / "alone") != shards(tmp_path / "python")
     assert verify.main([str(tmp_path / "command")]) == 0
-
-
-def test_perplexity(source, text, tmp_path):
-    result = prune(source, tmp_path / "out", CONFIG, dataset=text, **SMALL, evaluate=text, eval_windows=2)
-    assert set(result.perplexity[str(text)]) == {"dense", "sparsefw"}
 
 
 @pytest.mark.parametrize(
@@ -218,12 +192,6 @@ def test_a_folder_of_the_user(source, text, tmp_path, monkeypatch, capsys):
         prune(source, "~/model", overwrite=True, **options)
 
 
-@pytest.mark.parametrize("output", [3, b"out"])
-def test_an_output_that_is_no_path(output, source):
-    with pytest.raises(TypeError, match=f"^output: expected a path, got {type(output).__name__}$"):
-        prune(source, output, CONFIG)
-
-
 def test_numbers_of_numpy_are_numbers(source, text, tmp_path):
     config = PruneConfig(
         kernel="torch", sparsity=np.float64(0.5), steps=np.int64(3), reconstruct=np.int64(0), alpha=np.float32(0.5)
@@ -249,12 +217,7 @@ class TestRefused:
             ),
             (dict(dataset=[]), "texts: 0 tokens"),
             (dict(evaluate=TEXT), "unknown dataset; .* or from Python a list of documents"),
-            (dict(steps=-1), "--steps -1: expected at least 0"),
             (dict(host_memory=-1), "--host-memory -1: expected at least 0"),
-            (dict(nsamples=0), "--nsamples 0: expected at least 1"),
-            (dict(sparsity="2:1"), "--sparsity 2:1"),
-            (dict(sparsity="0.5\n"), r"--sparsity 0.5\\n: expected"),
-            (dict(steps=10**20), "--steps 100000000000000000000: expected at least 0 and at most 1000000"),
             (dict(overwrite="no"), "--overwrite no: expected True or False"),
         ],
     )
@@ -277,10 +240,8 @@ class TestRefused:
             prune(source, tmp_path / "out", CONFIG, dataset=5)
         with pytest.raises(TypeError, match="dataset: expected a number for the share"):
             prune(source, tmp_path / "out", CONFIG, dataset={"c4": "3"})
-        with pytest.raises(InputError, match="--dataset c4=nan: expected a share above 0"):
-            prune(source, tmp_path / "out", CONFIG, dataset={"c4": float("nan")})
-        with pytest.raises(InputError, match="--dataset: no text is named"):
-            prune(source, tmp_path / "out", CONFIG, dataset={})
+        with pytest.raises(TypeError, match="output: expected a path, got int"):
+            prune(source, 3, CONFIG)
         with pytest.raises(TypeError, match="evaluate: expected names"):
             prune(source, tmp_path / "out", CONFIG, evaluate=5)
         with pytest.raises(InputError, match="output: "):

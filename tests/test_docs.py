@@ -1,4 +1,4 @@
-"""The documents are true of the code: links, files, commands, flags and defaults, Python examples, the tree."""
+"""The documents are true of the code: links, files, commands, flags and defaults, Python examples."""
 
 import importlib
 import importlib.util
@@ -15,22 +15,16 @@ from sparsefw.inputs import Inputs, config_for
 from sparsefw.solver import PruneConfig
 
 REPO = next(folder for folder in Path(__file__).resolve().parents if (folder / "setup.py").exists())
-README, FLAGS, ARCHITECTURE = (REPO / name for name in ("README.md", "docs/flags.md", "docs/architecture.md"))
-PAGES = [README, REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").glob("*.md"))]
+README, FLAGS = REPO / "README.md", REPO / "docs/flags.md"
+# The changelog names files and flags of older versions, too.
+PAGES = [README, REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-
-# Flags of older versions, which the documents may name.
-REMOVED = {"--allocation"}
 
 # Options of `run` that are no field of Inputs or PruneConfig.
 OUTPUT_FLAGS = {"--gpu-memory", "--host-memory", "--output", "--overwrite", "--restart"}
 
 # The fields of Inputs and PruneConfig by their flag.
 FIELDS = {flag_of(f.name): f for f in (*fields(Inputs), *fields(PruneConfig))}
-
-
-def is_package(path: Path) -> bool:
-    return (path / "__init__.py").exists()
 
 
 def text_of(page: Path) -> str:
@@ -72,7 +66,7 @@ def test_links_lead_to_files(page):
 
 @every_page
 def test_files_that_are_named_exist(page):
-    packages = "|".join(path.name for path in (REPO / "sparsefw").iterdir() if is_package(path))
+    packages = "|".join(path.name for path in (REPO / "sparsefw").iterdir() if (path / "__init__.py").exists())
     folders = rf"(?:kernels|sparsefw|bench|tests|docs|{packages})"
     named = re.findall(rf"(?<![\w/.]){folders}/[\w/.-]*\.(?:py|sh|md|json|png)\b", text_of(page))
     # NAME stands for any name; files of the package may be named without "sparsefw/".
@@ -80,23 +74,17 @@ def test_files_that_are_named_exist(page):
     assert [name for name in missing if "NAME" not in name] == []
 
 
-@every_page
-def test_make_targets_exist(page):
-    targets = {match[1] for line in commands(page) if (match := re.match(r"\s*make ([\w-]+)", line))}
-    assert targets <= set(re.findall(r"^([\w-]+):", text_of(REPO / "Makefile"), re.MULTILINE))
-
-
 def options(command: str, capsys: pytest.CaptureFixture) -> set[str]:
-    """The options that a command's --help lists; the plan takes those of a run, too."""
+    """The options that a command's --help lists."""
     with pytest.raises(SystemExit):
         importlib.import_module(command).main(["--help"])
-    own = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
-    return own | (options("sparsefw.run", capsys) if command == "sparsefw.plan" else set())
+    return set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
 
 
 @every_page
 def test_flags_of_commands_exist(page, capsys):
     for line in commands(page):
+        line = re.sub(r"\bsparsefw (?=(run|plan|verify|evaluate)\b)", "python -m sparsefw.", line)
         for command, arguments in re.findall(r"python -m (sparsefw[\w.]*)([^|&]*)", line):
             assert importlib.util.find_spec(command), line
             flags = set(re.findall(r"(?<!\S)--[a-z][\w-]*", arguments))
@@ -108,8 +96,7 @@ def test_flags_that_are_named_exist(page, capsys):
     # Spans of code that begin with a flag name flags of the product.
     named = {flag for span in code_spans(page) if span.startswith("--") for flag in re.findall(r"--[a-z][\w-]*", span)}
     commands = ("sparsefw.plan", "sparsefw.verify", "sparsefw.evaluate")
-    known = REMOVED.union(*(options(command, capsys) for command in commands))
-    assert named <= known
+    assert named <= set().union(*(options(command, capsys) for command in commands))
 
 
 def flag_rows(page: Path) -> dict[str, str]:
@@ -213,44 +200,3 @@ def test_the_examples_are_found():
     assert len(examples) == 2
     # Otherwise the tests would load a model from the Hub.
     assert all(written in examples[0] for written in SUBSTITUTES)
-
-
-def test_the_tree_names_every_module():
-    (tree,) = [block for block in code_blocks(ARCHITECTURE, "") if block.startswith("kernels/")]
-    named: dict[Path, set[str]] = {}
-    for line in tree.splitlines():
-        indent, name, modules = re.match(r"( *)([a-z]+/)?\s*(.*)", line).groups()
-        if name and not indent:
-            top = folder = REPO / name
-        elif name:
-            folder = top / name
-        # Otherwise the line goes on with the modules of the folder before.
-        named.setdefault(folder, set()).update(modules.split())
-    packages = [path for path in (REPO / "sparsefw").iterdir() if is_package(path)]
-    for folder in (REPO / "kernels", REPO / "sparsefw", *packages):
-        modules_there = {path.stem for path in folder.glob("*.py")} - {"__init__"}
-        if folder in packages:
-            modules_there |= {path.name for path in folder.iterdir() if is_package(path)}
-        assert named[folder] == modules_there, folder.name
-
-
-def exports() -> list[tuple[str, str]]:
-    """Package and name of everything that the table of packages lets others use."""
-    rows = re.findall(r"^\| `(sparsefw[.\w]*)` \|[^|]*\|([^|]*)\|$", text_of(ARCHITECTURE), re.MULTILINE)
-    return [(package, name) for package, names in rows for name in re.findall(r"`([\w.]+)`", names)]
-
-
-@pytest.mark.parametrize(("package", "name"), exports())
-def test_exports_exist(package, name):
-    *modules, name = name.split(".")
-    assert hasattr(importlib.import_module(".".join([package, *modules])), name)
-
-
-def test_every_package_is_described():
-    described = set(re.findall(r"^\| `sparsefw\.(\w+)` \|", text_of(ARCHITECTURE), re.MULTILINE))
-    packages = {path.name for path in (REPO / "sparsefw").iterdir() if is_package(path)}
-    assert described == packages | {"kernels"}
-
-
-def test_picture_is_small():
-    assert (REPO / "docs/report.png").stat().st_size < 150_000

@@ -12,7 +12,6 @@ is killed, and the others must end by themselves.
 import argparse
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -66,8 +65,7 @@ def main() -> None:
         failed = run.wait(60) != 0
         seconds.append(time.perf_counter() - killed)
         told = [line for line in Path(errors.name).read_text().splitlines() if line.startswith("sparsefw: ")]
-        lines[re.sub(r"process \d+", "process N", told[0]) if told else "nothing is said"] += failed
-        assert len(set(told)) <= 1, told
+        lines[told[0] if told else "nothing is printed"] += failed
         return failed and bool(ranks)
 
     errors = (arguments.folder / "errors").open("a+")

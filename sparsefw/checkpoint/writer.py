@@ -80,7 +80,7 @@ class Writer:
         try:
             if self._ranks.first:
                 self._open()
-            parts, self._partial.chosen = self._ranks.tell((self._partial.parts, self._partial.chosen))
+            parts, self._partial.chosen = self._ranks.broadcast_object((self._partial.parts, self._partial.chosen))
             if not self._ranks.first:
                 self._partial.join(parts)
             self._check_read()
@@ -321,10 +321,10 @@ class Writer:
 
     def _await_end(self) -> None:
         """Wait until rank 0 has moved all into place, and leave the folder to it."""
-        self._ranks.wait()
+        self._ranks.barrier()
         self._partial.release()
         self._done = True
-        self._ranks.wait()
+        self._ranks.barrier()
 
     def _move(self, folder: Path, digests: dict[str, str]) -> None:
         """Write SHA256SUMS and make a folder the output; `digests` are those that are known, by name."""
@@ -338,8 +338,8 @@ class Writer:
         self._partial.move_into_place(folder)
         self._done = True
         # The other ranks leave the folder, so that it can be removed.
-        self._ranks.wait()
-        self._ranks.wait()
+        self._ranks.barrier()
+        self._ranks.barrier()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

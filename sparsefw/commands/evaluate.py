@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: `python -m sparsefw.evaluate MODEL --tasks hellaswag,arc_easy --eval wikitext`.
+"""Evaluate checkpoints: `sparsefw evaluate MODEL --tasks hellaswag,arc_easy --eval wikitext`.
 
 MODEL is a folder or a Hub id, dense or pruned; one block of it is in memory at a time. All requests of all tasks go
 through block 0, then through block 1, and so on. Tasks are those of lm-evaluation-harness that ask for likelihoods.

@@ -1,4 +1,4 @@
-"""Check a pruned checkpoint against its report and its source: `python -m sparsefw.verify OUTPUT [--against MODEL]`.
+"""Check a pruned checkpoint against its report and its source: `sparsefw verify OUTPUT [--against MODEL]`.
 
 It checks that all files are those that the run wrote. It reads them again, block by block, and checks that they are
 sound, that no layer has more weights than the pattern allows, that all other tensors are the source's, bit for bit,
@@ -9,13 +9,12 @@ all is well; 1: a check failed, and the culprits are listed; 2: bad input, as wh
 from pathlib import Path
 
 from sparsefw.cli import Parser, quiet_libraries, say
-from sparsefw.failures import FAILED
 
 
 def run(argv: list[str] | None) -> int:
     """Verify a checkpoint, and print the verdict."""
     parser = Parser("verify", __doc__)
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder that sparsefw.run wrote")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder that sparsefw run wrote")
     parser.add_argument("--against", metavar="ID|PATH", help="the checkpoint that was pruned (default: what the report "
         "names, where that is a folder here)")  # fmt: skip
     parser.add_argument("--digest", metavar="HEX", help="SHA-256 of OUTPUT/SHA256SUMS, as the run has printed it: with "
@@ -28,4 +27,4 @@ def run(argv: list[str] | None) -> int:
     verdict = verify(arguments.output, arguments.against, arguments.digest)
     for line in lines(verdict):
         say(line)
-    return FAILED if verdict.failed else 0
+    return 1 if verdict.failed else 0

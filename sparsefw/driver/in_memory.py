@@ -14,7 +14,7 @@ from sparsefw.driver.job import Job, Prepared
 from sparsefw.driver.run import carry_out, kernel_line, workload_of
 from sparsefw.driver.saved import check_state, save
 from sparsefw.errors import counted
-from sparsefw.estimate import pruned_shape
+from sparsefw.estimate import memory_limits, pruned_shape
 from sparsefw.model import ResidentModel, check_losses, resident, shape_of_resident
 from sparsefw.process import on_gpu, this_device
 from sparsefw.ranks import ALONE, Ranks
@@ -101,7 +101,7 @@ def _prepare(
         evaluated,
         shape,
         workload_of(config, calibration.n, [batches.n for batches in evaluated], tokens, device, ranks=ranks),
-        job.output.limits(device, ranks),
+        memory_limits(job.output.gpu_memory, job.output.host_memory, device, ranks),
         model.notes,
         _fingerprint(model.model),
         # A caller's batches are not cut.

@@ -10,46 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsefw.checkpoint import Evidence
 from sparsefw.driver.loop import Samples
-from sparsefw.estimate import Workload, memory_limits
-from sparsefw.flags import checked_bool, checked_number, set_field
-from sparsefw.inputs import Inputs
+from sparsefw.estimate import Workload
+from sparsefw.inputs import Inputs, Output
 from sparsefw.model import ModelShape
-from sparsefw.process import MOST_MEMORY
-from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver import PruneConfig
-
-
-@dataclass(frozen=True)
-class Output:
-    """The output folder of a run, and its memory limits.
-
-    Attributes:
-        folder: folder of the pruned checkpoint.
-        overwrite: whether an older checkpoint may be replaced.
-        restart: whether to discard what an unfinished run left.
-        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
-    """
-
-    folder: Path
-    overwrite: bool = False
-    restart: bool = False
-    gpu_memory: float | None = None
-    host_memory: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("overwrite", "restart"):
-            set_field(self, name, checked_bool(name, getattr(self, name)))
-        for name in ("gpu_memory", "host_memory"):
-            if getattr(self, name) is not None:
-                set_field(self, name, checked_number(name, getattr(self, name), 0, MOST_MEMORY))
-
-    def limits(self, device: torch.device, ranks: Ranks = ALONE) -> dict[str, int]:
-        """Memory limits of this process in bytes: "host", and with a GPU "gpu"; the lowest ones of all ranks.
-
-        Raises:
-            InputError: there is a limit for a GPU, and no GPU.
-        """
-        return memory_limits(self.gpu_memory, self.host_memory, device, ranks)
 
 
 @dataclass(frozen=True)

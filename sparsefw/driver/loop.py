@@ -169,7 +169,7 @@ def _prune_blocks(
                     written.result()
             record = record.measured(timeline.seconds(i), _peaks(run.ranks), dict(run.ranks.sent - sent))
             # Each rank writes some of the records. All are those of rank 0, which reports runs that go through.
-            record = run.ranks.tell(record)
+            record = run.ranks.broadcast_object(record)
             if writer.writes(shard):
                 written = background.submit(_write, run, writer, shard, tensors, record)
                 if not placement.ahead:

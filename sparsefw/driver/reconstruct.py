@@ -202,7 +202,7 @@ class Fit:
             # Windows were drawn at random: no other order is needed.
             of_pass, n = divmod(step, len(self.learned))
             self.add_gradients(self.learned[n], of_pass, weights.parameters)
-            for handle in [self.run.ranks.sum(gradient) for gradient in weights.gradients()]:
+            for handle in [self.run.ranks.all_reduce(gradient) for gradient in weights.gradients()]:
                 handle.wait()
             weights.step()
         if not any(self.run.ranks.gather(bool(self.reached))):

@@ -21,7 +21,7 @@ from sparsefw.driver.loop import prune_model
 from sparsefw.driver.reporting import report_of
 from sparsefw.driver.texts import windows_of_texts
 from sparsefw.errors import InputError, counted
-from sparsefw.estimate import MemoryNeeds, Workload, disk_space, place, pruned_shape
+from sparsefw.estimate import MemoryNeeds, Workload, disk_space, memory_limits, place, pruned_shape
 from sparsefw.flags import flag_of
 from sparsefw.model import BlockModel, Placement, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
@@ -122,7 +122,7 @@ def carry_out(
                 on_block=bar.update,
             )
         # Times differ; all ranks return those of rank 0.
-        report = ranks.tell(report_of(job, prepared, outcome, placement, needs, ranks))
+        report = ranks.broadcast_object(report_of(job, prepared, outcome, placement, needs, ranks))
         if ranks.first:
             texts = {"report.json": report.to_json(), "report.html": html.page(report)}
             for name, text in texts.items():
@@ -165,9 +165,10 @@ def _prepare(
     seqlen = data.window_length(inputs.model, inputs.seqlen, model.max_seqlen)
     if seqlen < inputs.seqlen:
         say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
-    limits, before = job.output.limits(model.device, ranks), process.peak_memory()["host_bytes"]
+    limits = memory_limits(job.output.gpu_memory, job.output.host_memory, model.device, ranks)
+    before = process.peak_memory()["host_bytes"]
     # One rank reads the texts, and all have the same tokens.
-    calibration, evaluation = ranks.one_does(lambda: windows_of_texts(job, seqlen))
+    calibration, evaluation = ranks.on_first(lambda: windows_of_texts(job, seqlen))
     # From Python, the process may have had more at some time before: that is not this run's.
     peak = process.peak_memory()["host_bytes"]
     notes = model.notes + checkpoint.note_of_others(job.folder)

@@ -114,7 +114,7 @@ def add_up(captured: Captured, solves: list[Solve], ranks: Ranks, backend: Backe
     for gram in dict.fromkeys(solve.gram for solve in solves):
         owners = {solve.owner for solve in solves if solve.gram == gram}
         (owner,) = owners if len(owners) == 1 else (None,)
-        ranks.sum_triangle(captured.grams[gram], owner)
+        ranks.reduce_triangle(captured.grams[gram], owner)
         if owner is None or ranks.number == owner:
             backend.mirror_lower(captured.grams[gram])
         else:
@@ -136,12 +136,12 @@ def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> di
             if id(matrix) not in begun:
                 owners = {other.owner for other in solves if other.gram == solve.gram}
                 if solve.owner is not None and (len(owners) == 1 or cross.of != "inputs"):
-                    begun[id(matrix)] = ranks.sum_at(solve.owner, matrix)
+                    begun[id(matrix)] = ranks.reduce(solve.owner, matrix)
                 elif cross.of == "inputs":
-                    begun[id(matrix)] = ranks.sum(matrix)
+                    begun[id(matrix)] = ranks.all_reduce(matrix)
                 else:
                     begun[id(matrix)] = Handle.of_all(
-                        ranks.sum_at(n, matrix[rows]) for n, rows in enumerate(rows_of_ranks)
+                        ranks.reduce(n, matrix[rows]) for n, rows in enumerate(rows_of_ranks)
                     )
             handles[layer.name] = begun[id(matrix)]
     return handles
@@ -163,7 +163,7 @@ def exchange(solves: list[Solve], results: dict[str, LayerResult], ranks: Ranks)
         return results
     for owner, layer in whole:
         weight = layer.weight.contiguous()
-        ranks.spread(owner, weight).wait()
+        ranks.broadcast(owner, weight).wait()
         if owner != ranks.number:
             layer.weight.copy_(weight)
     mine = {layer.name: results[layer.name] for owner, layer in whole if owner == ranks.number}

@@ -84,14 +84,12 @@ def scores_of(
         return answers
     tokens = saved.tokens(number) if saved else None
     with _opened(folder, requests, budget, ranks, say, tokens) as opened:
-        # A rank on a slower device, or with a slower disk, may be hours behind.
-        with ranks.long_work():
-            states = opened.embed()
-            try:
-                scores = _run(opened, states, progress, ranks, saved, number, say)
-            finally:
-                states.close()
-        ranks.meet()
+        states = opened.embed()
+        try:
+            scores = _run(opened, states, progress, ranks, saved, number, say)
+        finally:
+            states.close()
+        ranks.barrier()
         blocks, dtype = len(opened.model.blocks), opened.dtype
     answers = gathered(scores, requests, ranks)
     if none := sum(math.isnan(answer.loglikelihood) for answer in answers):

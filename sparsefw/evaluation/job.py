@@ -194,13 +194,13 @@ def _several(argument: str, given: str | Path | Sequence[str | Path]) -> tuple[s
 
 
 def _evaluate(job: _Job, say: Callable[[str], None], progress: bool, ranks: Ranks) -> Evaluation | None:
-    folders = [ranks.first_here(partial(locate, name)) for name in job.names]
+    folders = [ranks.local_first(partial(locate, name)) for name in job.names]
     _check_against(job, folders)
     if job.output:
         _check_output(job, job.output, folders)
     device = process.this_device()
     memory_limits(job.budget.gpu_memory, job.budget.host_memory, device, ranks)
-    questions = ranks.first_here(job.tasks.questions)
+    questions = ranks.local_first(job.tasks.questions)
     if questions:
         say(f"tasks: {', '.join(questions.tasks)}, {len(questions.asked)} questions")
     asked = [ask(folder, questions.asked if questions else [], job.texts) for folder in folders]
@@ -218,7 +218,7 @@ def _evaluate(job: _Job, say: Callable[[str], None], progress: bool, ranks: Rank
             )
             for n, (folder, of_model) in enumerate(zip(folders, asked, strict=True))
         ]
-        evaluation = ranks.one_does(lambda: _measured(job, questions, asked, scores, say))
+        evaluation = ranks.on_first(lambda: _measured(job, questions, asked, scores, say))
         if saved:
             saved.finish({RESULT: evaluation.to_json()})
     return evaluation

@@ -98,7 +98,7 @@ class Saved:
 
     def __enter__(self) -> "Saved":
         try:
-            parts = self._ranks.one_does(self._open)
+            parts = self._ranks.on_first(self._open)
             if not self._ranks.first:
                 self._partial.join(parts)
             self._moments = [self._moment(n) for n in sorted(parts)]
@@ -228,8 +228,8 @@ class Saved:
             states: the hidden states.
             tokens: most tokens in a micro-batch of this rank, as in `Room`.
         """
-        self._ranks.meet()
-        if not self._ranks.tell(time.monotonic() - self._last >= self._interval):
+        self._ranks.barrier()
+        if not self._ranks.broadcast_object(time.monotonic() - self._last >= self._interval):
             return
         begin = time.monotonic()
         new = self._path(blocks)
@@ -238,7 +238,7 @@ class Saved:
         if self._ranks.first:
             moment = Moment(model, blocks, tokens=[*sizes], forms=[*all_forms])
             self._add(moment, dict(zip(names, digests, strict=True)))
-        self._ranks.tell(None)
+        self._ranks.broadcast_object(None)
         self._last = time.monotonic()
         self._interval = max(SECONDS, TIMES * (self._last - begin))
 
@@ -246,7 +246,7 @@ class Saved:
         """Record the answers of a model, of which all blocks are finished. All ranks call it with all answers."""
         if self._ranks.first:
             self._add(Moment(model, blocks, [(score.loglikelihood, score.greedy) for score in scores]), {})
-        self._ranks.tell(None)
+        self._ranks.broadcast_object(None)
 
     def finish(self, files: dict[str, str]) -> None:
         """Write the output: files by name, with their content. All ranks call it.
@@ -256,7 +256,7 @@ class Saved:
         """
         if not self._ranks.first:
             self._partial.release()
-        self._ranks.wait()
+        self._ranks.barrier()
         if self._ranks.first:
             for name, content in files.items():
                 durably(self._partial.new / name, partial(Path.write_text, data=content, encoding="utf-8"))
@@ -265,7 +265,7 @@ class Saved:
             self._partial.move_into_place(self._partial.new)
             self._done = True
             self._partial.remove()
-        self._ranks.tell(None)
+        self._ranks.broadcast_object(None)
 
     def _add(self, moment: Moment, kept: dict[str, str]) -> None:
         self._partial.add(len(self._partial.parts), Part([], 0, 0, "", kept, [], asdict(moment)))

@@ -282,7 +282,7 @@ def _exchange(stack: Stack, sums: Tensor, ranks: Ranks) -> Tensor:
         lengths = [len(weight) for weight in weights]
         mine = owner == ranks.number
         rows = torch.cat(weights) if mine else weights[0].new_empty(sum(lengths), weights[0].shape[1])
-        ranks.spread(owner, rows).wait()
+        ranks.broadcast(owner, rows).wait()
         if not mine:
             for weight, chosen in zip(weights, rows.split(lengths), strict=True):
                 weight.copy_(chosen)

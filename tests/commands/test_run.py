@@ -1,9 +1,6 @@
 """The command line from end to end on tiny models: what it writes, prints and refuses."""
 
 import json
-import signal
-import threading
-import time
 
 import pytest
 import torch
@@ -91,15 +88,6 @@ def test_compare_prunes_each_method_as_if_alone(tmp_path, text):
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
-def test_rerun_gives_the_same_bytes(tmp_path, text):
-    source = save_model(tmp_path / "model", "qwen3", torch.bfloat16)
-    for name in ("a", "b"):
-        assert run(source, text, tmp_path / name) == 0
-    shards = sorted(p.name for p in (tmp_path / "a").glob("*.safetensors"))
-    assert len(shards) == 4
-    assert all((tmp_path / "a" / s).read_bytes() == (tmp_path / "b" / s).read_bytes() for s in shards)
-
-
 def test_tied_embeddings_stay_tied(tmp_path, text):
     source = save_model(tmp_path / "model", "llama", torch.float32)
     assert run(source, text, tmp_path / "out") == 0
@@ -108,18 +96,11 @@ def test_tied_embeddings_stay_tied(tmp_path, text):
     assert "lm_head.weight" not in checkpoint.inspect(tmp_path / "out").tensors
 
 
-def test_report_has_its_keys(tmp_path, text):
+def test_report_of_a_compared_run(tmp_path, text):
     source = save_model(tmp_path / "model", "llama")
     assert run(source, text, tmp_path / "out", "--compare", "wanda", "--eval", str(text)) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    parts = {"arguments", "versions", "device", "data", "evaluation", "layers", "seconds", "peak_memory"}
-    assert parts <= set(report)
     assert set(perplexities(report)) == {"dense", "wanda", "sparsefw"}
-    assert set(report["data"]) == {"source", "hash", "windows", "seqlen", "seed"}
-    assert {"source", "hash", "windows", "seqlen", "perplexity"} == set(report["evaluation"][0])
-    assert {"host_bytes", "gpu_bytes", "gpu_reserved_bytes"} == set(report["peak_memory"])
-    errors = {"error_warm_start", "error_mask", "error", "relative_mask", "relative_error", "gap"}
-    assert {"name", "shape", "pattern", "method", "alpha", "steps", "seconds"} | errors <= set(report["layers"][0])
     assert report["arguments"]["seqlen"] == 32
     mine = [row for row in report["layers"] if row["method"] == "sparsefw"]
     assert len(mine) == 3 * 7
@@ -127,11 +108,14 @@ def test_report_has_its_keys(tmp_path, text):
 
 
 def test_paper_preset(tmp_path, text):
+    """It has one budget for the whole matrix; the compared method splits it over the rows."""
     source = save_model(tmp_path / "model", "llama")
-    assert run(source, text, tmp_path / "out", "--preset", "paper", "--sparsity", "layer:0.5", "--steps", "20") == 0
+    flags = ["--preset", "paper", "--sparsity", "layer:0.5", "--steps", "20", "--compare", "wanda"]
+    assert run(source, text, tmp_path / "out", *flags) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["arguments"]["step_rule"] == "open-loop"
-    assert report["layers"][0]["alpha"] == 0.9
+    assert {row["alpha"] for row in report["layers"] if row["method"] == "sparsefw"} == {0.9}
+    assert all(row["kept"] == row["shape"][0] * row["shape"][1] / 2 for row in report["layers"])
     weight = tensors_of(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"]
     assert (weight != 0).sum() == weight.numel() / 2
 
@@ -186,18 +170,6 @@ def test_the_embedded_model_has_defaults_of_its_own():
     assert (inputs.nsamples, inputs.seqlen) == (256, 2048)
 
 
-def test_paper_preset_beside_a_method_of_rows(tmp_path, text):
-    """The paper's preset has one budget for the whole matrix; the compared method splits it over the rows."""
-    source = save_model(tmp_path / "model", "llama")
-    flags = ["--preset", "paper", "--sparsity", "layer:0.5", "--compare", "wanda"]
-    assert run(source, text, tmp_path / "out", *flags) == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert {row["method"]: row["kept"] / (row["shape"][0] * row["shape"][1]) for row in report["layers"]} == {
-        "wanda": 0.5,
-        "sparsefw": 0.5,
-    }
-
-
 def test_experts_are_their_own_targets(tmp_path, text):
     """Experts are sent other tokens than in the dense model. The report says which target each layer had."""
     source = save_model(tmp_path / "model", "qwen3_moe")
@@ -225,33 +197,19 @@ def test_several_held_out_texts(tmp_path, text, capsys):
     assert perplexities(alone) == perplexities(report, 1)
 
 
-class TestSaid:
-    def test_kernel_and_why(self, tmp_path, text, capsys):
-        source = save_model(tmp_path / "model", "llama")
-        run(source, text, tmp_path / "out")
-        out = capsys.readouterr().out
-        assert out.startswith("kernel: torch (as asked), precision ")
-        assert "6 windows of 32 tokens" in out
-        assert "sparsity: 0.6 of every row: " in out
-        assert "model.layers.2.mlp.down_proj.weight" in out
-
-    def test_windows_of_the_evaluation(self, tmp_path, text, capsys):
-        source = save_model(tmp_path / "model", "llama")
-        run(source, text, tmp_path / "out", "--eval", str(text), "--eval-windows", "3")
-        assert "perplexity: 3 windows of 32 tokens" in capsys.readouterr().out
-
-    def test_seqlen_capped_by_the_model(self, tmp_path, text, capsys):
-        source = save_model(tmp_path / "model", "llama")
-        assert run(source, text, tmp_path / "out", "--seqlen", "1000") == 0
-        assert "seqlen: 64 tokens, the model's maximum (asked for 1000)" in capsys.readouterr().out
-
-    def test_help_names_every_flag(self, capsys):
-        with pytest.raises(SystemExit) as stop:
-            main(["--help"])
-        assert stop.value.code == 0
-        out = capsys.readouterr().out
-        for flag in ("--model", "--dataset", "--nsamples", "--seqlen", "--seed", "--sparsity", "--kernel", "--output"):
-            assert flag in out
+def test_log(tmp_path, text, capsys):
+    source = save_model(tmp_path / "model", "llama")
+    assert run(source, text, tmp_path / "out", "--seqlen", "1000", "--eval", str(text), "--eval-windows", "3") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("kernel: torch (as asked), precision ")
+    for line in (
+        "seqlen: 64 tokens, the model's maximum (asked for 1000)",
+        "6 windows of 64 tokens",
+        "perplexity: 3 windows of 64 tokens",
+        "sparsity: 0.6 of every row: ",
+        "model.layers.2.mlp.down_proj.weight",
+    ):
+        assert line in out
 
 
 class TestRefused:
@@ -270,11 +228,8 @@ class TestRefused:
         ("flags", "parts"),
         [
             (["--sparsity", "1.2"], ["--sparsity 1.2"]),
-            (["--sparsity", "4:2"], ["--sparsity 4:2"]),
             (["--sparsity", "2:5"], ["32 inputs do not divide into groups of 5"]),
             (["--alpha", "1.5"], ["--alpha 1.5: expected at least 0 and at most 1"]),
-            (["--alpha", "nan"], ["--alpha nan"]),
-            (["--steps", "-1"], ["--steps -1"]),
             (["--ignore", "no_such_layer"], ["--ignore no_such_layer: no layer of the model"]),
             (["--include", "re:("], ["--include re:(: not a regular expression"]),
             (["--ignore", "re:.*"], ["--include, --ignore: no layer is left to prune"]),
@@ -282,28 +237,12 @@ class TestRefused:
                 ["--preset", "paper", "--penalty", "1", "--sparsity", "layer:0.5"],
                 ["--penalty: not available"],
             ),
-            (
-                ["--preset", "paper", "--refit", "1", "--sparsity", "layer:0.5"],
-                ["--refit: not available"],
-            ),
-            (
-                ["--preset", "paper", "--swaps", "5", "--sparsity", "layer:0.5"],
-                ["--swaps: not available"],
-            ),
-            (["--swaps", "-1"], ["--swaps -1"]),
-            (["--damp", "nan"], ["--damp nan"]),
-            (["--damp", "inf"], ["--damp inf"]),
             (["--method", "ria", "--damp", "0.1"], ["--damp", "--method ria"]),
-            (["--refit", "-1"], ["--refit -1"]),
             (["--refit", "0", "--rounds", "2"], ["--rounds", "--refit 0"]),
-            (["--method", "wanda", "--target", "layer"], ["--target", "--method wanda"]),
-            (["--method", "wanda", "--refit", "3"], ["--refit", "--method wanda"]),
             (["--host-memory", "inf"], ["--host-memory inf: expected at least 0 and at most 1048576"]),
             (["--host-memory", "0.1"], ["--host-memory 0.10: this run needs at least ", " GiB of host memory"]),
             (["--gpu-memory", "8"], ["--gpu-memory: no CUDA device"]),
-            (["--nsamples", "0"], ["--nsamples 0"]),
             (["--nsamples", "100000"], ["--nsamples"]),
-            (["--dataset", "./missing.txt"], ["missing.txt"]),
             (["--dataset", "~no-user/missing.txt"], ["~no-user/missing.txt: no such file"]),
             (["--dataset", "nosuchdataset"], ["nosuchdataset"]),
             (["--eval", "./missing.txt"], ["missing.txt"]),
@@ -320,12 +259,6 @@ class TestRefused:
         assert main(flags) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
-    def test_empty_text(self, tmp_path, capsys):
-        source = save_model(tmp_path / "model", "llama")
-        (tmp_path / "empty.txt").write_text(" \n")
-        capsys.readouterr()
-        self.refused(capsys, tmp_path, run(source, tmp_path / "empty.txt", tmp_path / "out"), "empty.txt")
-
     @pytest.mark.parametrize("target", ["dense", "layer"])
     def test_model_without_layers(self, target, tmp_path, text, capsys, monkeypatch):
         source = save_model(tmp_path / "model", "llama")
@@ -333,13 +266,6 @@ class TestRefused:
         capsys.readouterr()
         status = run(source, text, tmp_path / "out", "--target", target)
         self.refused(capsys, tmp_path, status, "model.layers.0: unsupported model: no matrix")
-
-    def test_truncated_shard(self, tmp_path, text, capsys):
-        source = save_model(tmp_path / "model", "llama")
-        shard = sorted(source.glob("*.safetensors"))[1]
-        shard.write_bytes(shard.read_bytes()[:-100])
-        capsys.readouterr()
-        self.refused(capsys, tmp_path, run(source, text, tmp_path / "out"), shard.name)
 
     def test_nan_in_a_late_block_keeps_what_is_finished(self, tmp_path, text, capsys):
         source = save_model(tmp_path / "model", "llama")
@@ -368,23 +294,3 @@ class TestRefused:
         source = save_model(tmp_path / "model", "llama")
         assert run(source, text, source, "--overwrite") == 2
         assert "input folder" in capsys.readouterr().err
-
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_interrupted(self, number, tmp_path, text, capsys, monkeypatch):
-        source = save_model(tmp_path / "model", "llama")
-
-        def interrupt(row):
-            # Sent to this thread, which can be interrupted at once: another thread would pass the signal on later.
-            signal.pthread_kill(threading.get_ident(), number)
-            time.sleep(60)
-
-        monkeypatch.setattr("sparsefw.report.log.layer_row", interrupt)
-        # A shell starts what it leaves in the background with SIGINT ignored.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            assert run(source, text, tmp_path / "out") == 130
-        finally:
-            signal.signal(signal.SIGINT, before)
-        assert "interrupted" in capsys.readouterr().err
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

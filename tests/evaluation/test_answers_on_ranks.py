@@ -1,11 +1,9 @@
 """Answers of a checkpoint that ranks share, and after an interruption."""
 
 import json
-import time
 from contextlib import nullcontext
 
 import pytest
-import torch.distributed as dist
 from helpers.answering import REQUESTS, interrupt, opened
 from helpers.families import save_model
 from helpers.ranks import on_ranks
@@ -13,9 +11,7 @@ from helpers.requests import check_same
 
 from sparsefw.evaluation.answers import Budget, scores_of
 from sparsefw.evaluation.shares import shares_of
-from sparsefw.evaluation.streaming import RequestStates
 from sparsefw.ranks import Ranks
-from sparsefw.ranks import voice as voices
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -57,7 +53,7 @@ def test_ranks_go_on_together(llama, answers, tmp_path, often, monkeypatch):
 
 def stopped_on(ranks, folder, output):
     interrupt(folder, output, 2, ranks)
-    ranks.wait()
+    ranks.barrier()
 
 
 def go_on(ranks, folder, output):
@@ -73,28 +69,3 @@ def test_ranks_save_hidden_states_together_or_not_at_all(tmp_path, often):
     save_model(tmp_path / "model", "gemma3n_text")
     one, other = on_ranks(2, one_answer, tmp_path / "model", tmp_path / "out")
     assert one == other
-
-
-@pytest.mark.parametrize("saves", [True, False])
-@pytest.mark.parametrize("slow", [0, 1])
-def test_ranks_wait_for_a_slow_one_as_long_as_it_takes(slow, saves, llama, answers, tmp_path, often, monkeypatch):
-    monkeypatch.setattr(voices, "BEAT", 0.05)
-    monkeypatch.setattr(voices, "WAITING", 0.5)
-    for of_rank in on_ranks(2, answers_beside_a_slow_rank, llama, slow, tmp_path / "out" if saves else None):
-        check_same(of_rank, answers)
-
-
-def answers_beside_a_slow_rank(ranks, folder, slow, output):
-    ranks.voice = voices.Voice(dist.distributed_c10d._get_default_store(), ranks.number, ranks.count)
-    advance = RequestStates.advance
-
-    def slowly(self, i):
-        time.sleep(1.5 if (ranks.number, i) == (slow, 1) else 0)
-        advance(self, i)
-
-    with pytest.MonkeyPatch.context() as patched, opened(output, ranks=ranks) if output else nullcontext() as saved:
-        patched.setattr(RequestStates, "advance", slowly)
-        found = scores_of(folder, REQUESTS, Budget(), ranks=ranks, saved=saved)
-    assert ranks.voice.heard() is None
-    ranks.voice.close()
-    return found

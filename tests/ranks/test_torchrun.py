@@ -4,27 +4,48 @@ import os
 import subprocess
 import sys
 
+import pytest
 from helpers.families import save_model
 
 from sparsefw.report import read_report
 
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(200))
+# Ends rank 1 in the second block, as an error of its own GPU might.
+FAILING = """
+import os, sys
+from sparsefw.driver import loop
+from sparsefw.launch import launch
+
+prune_methods = loop._prune_methods
+
+def fail(run, i, *others):
+    if i == 1 and run.ranks.number == 1:
+        raise FloatingPointError("rank 1 has had enough")
+    return prune_methods(run, i, *others)
+
+loop._prune_methods = fail
+launch("run")
+"""
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sparsefw.run"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-
-
-def test_two_ranks_give_one_output_and_one_log(tmp_path):
-    source = save_model(tmp_path / "model", "llama")
+@pytest.fixture
+def torchrun(tmp_path):
+    """Runs a module or a script on two ranks, which prune a small model into `out`."""
+    source = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
     (tmp_path / "text.txt").write_text(TEXT)
-    flags = ["--nsamples", 6, "--seqlen", 24, "--kernel", "torch", "--steps", 3, "--rounds", 0, "--reconstruct", 0]
-    places = ["--model", source, "--dataset", tmp_path / "text.txt", "--output", tmp_path / "out"]
-    ended = torchrun(*places, *flags)
+    flags = ["--nsamples", "6", "--seqlen", "24", "--kernel", "torch", "--method", "wanda"]
+    flags += ["--model", source, "--dataset", tmp_path / "text.txt", "--output", tmp_path / "out"]
+
+    def run(*command, **options):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command, *flags]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    return run
+
+
+def test_two_ranks_give_one_output_and_one_log(torchrun, tmp_path):
+    ended = torchrun("-m", "sparsefw.run")
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()
     assert len([line for line in lines if line.startswith("kernel: ")]) == 1
@@ -33,8 +54,17 @@ def test_two_ranks_give_one_output_and_one_log(tmp_path):
     report = read_report(tmp_path / "out" / "report.json")
     assert [rank.windows for rank in report.ranks] == [3, 3]
     assert {span.lane for span in report.timeline} == {"main", "read", "write", "rank 1"}
-    refused = torchrun(*places, *flags, "--sparsity", 2)
-    assert refused.returncode == 1
-    told = [line for line in refused.stderr.splitlines() if line.startswith("sparsefw: ")]
-    assert len(told) == 1
-    assert "--sparsity 2: the fraction removed lies between 0 and 1" in told[0]
+
+
+def test_a_rank_that_fails_ends_all_and_is_named(torchrun, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    ended = torchrun(tmp_path / "failing.py")
+    assert ended.returncode == 1
+    assert "sparsefw: rank 1: rank 1 has had enough" in ended.stderr
+    # torchrun's report: the rank that failed first.
+    report = ended.stderr.partition("Root Cause")[2]
+    assert "rank      : 1 " in report
+    assert "rank 1 has had enough" in report
+    assert not (tmp_path / "out").exists()
+    # The same command goes on.
+    assert torchrun("-m", "sparsefw.run").returncode == 0

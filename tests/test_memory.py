@@ -1,0 +1,117 @@
+"""The memory that this process has taken, and that it may take."""
+
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+
+from sparsefw import process
+from sparsefw.process import free_memory, left_by_groups, peak_memory, resident, this_device
+
+GIB = 2**30
+# No limit in version 1: the largest multiple of a page.
+NONE = 2**63 - 4096
+
+
+@pytest.mark.slow
+def test_peak_is_not_that_of_the_process_that_started_this_one():
+    held = torch.ones(2**28)
+    assert resident() > GIB
+    code = "from sparsefw.process import peak_memory, resident; print(peak_memory()['host_bytes'], resident())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    peak, now = map(int, done.stdout.split())
+    assert now <= peak < 0.9 * GIB
+    # In this order: to look takes a page, too.
+    mine = resident()
+    assert peak_memory()["host_bytes"] >= mine > held.nbytes
+
+
+def test_the_gpu_of_a_rank_has_its_number(monkeypatch):
+    """Threads of libraries start with GPU 0, whatever this thread has set."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert this_device() == torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert this_device() == torch.device("cpu")
+
+
+@pytest.mark.slow
+def test_what_is_given_back_is_not_resident():
+    # Run in a process of its own, whose heap has no free space from other tests. Holding the last piece keeps the heap
+    # from shrinking by itself.
+    code = """
+from sparsefw.process import give_back, resident, share_freed
+share_freed()
+before = resident()
+pieces = [bytearray(2**16) for _ in range(4000)]
+last = bytearray(2**16)
+held = resident()
+del pieces
+give_back()
+print(before, held, resident())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, held, after = map(int, done.stdout.split())
+    assert held - before > 200 * 2**20
+    assert after - before < 50 * 2**20
+
+
+def group_2(folder, limit, taken):
+    """Write the files of a control group of version 2."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.stat").write_text(f"anon {taken}\nfile {9 * taken}\n")
+
+
+def group_1(folder, limit, taken):
+    """The same of version 1, which counts the groups below apart."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (folder / "memory.stat").write_text(f"cache {taken}\nrss 1\ntotal_rss {taken}\n")
+
+
+def left(folder, *lines):
+    """The least that groups leave to a process that is in these."""
+    (folder / "cgroup").write_text("".join(f"{line}\n" for line in lines))
+    return min(left_by_groups(folder / "cgroup", folder / "sys"), default=None)
+
+
+def test_control_groups_of_version_2(tmp_path):
+    """A job of SLURM: the root has no limit, nor has the group itself, and what others hold in the job counts."""
+    mine, job = "0::/slurm/job_7/step_0/user", tmp_path / "sys" / "slurm" / "job_7"
+    assert left(tmp_path, mine) is None
+    group_2(job / "step_0" / "user", "max", 3 * GIB)
+    group_2(job / "step_0", 70 * GIB, 4 * GIB)
+    group_2(job, 64 * GIB, 9 * GIB)
+    # Those beside it do not count.
+    group_2(job / "step_1", GIB, 0)
+    assert left(tmp_path, mine) == 55 * GIB
+    group_2(job / "step_0" / "user", 20 * GIB, 3 * GIB)
+    assert left(tmp_path, mine) == 17 * GIB
+    # In a container, the root of what is seen is the container's group.
+    group_2(tmp_path / "sys", 16 * GIB, 5 * GIB)
+    assert left(tmp_path, "0::/") == 11 * GIB
+
+
+def test_control_groups_of_version_1(tmp_path):
+    memory = tmp_path / "sys" / "memory"
+    mine = ("9:name=systemd:/", "5:cpu,memory:/docker/3f", "1:cpuset:/other", "0::/unified")
+    group_1(memory / "docker" / "3f", NONE, GIB)
+    group_1(tmp_path / "sys" / "cpuset" / "other", GIB, 0)
+    assert left(tmp_path, *mine) == NONE - GIB
+    group_1(memory / "docker", 12 * GIB, GIB)
+    assert left(tmp_path, *mine) == 11 * GIB
+    # In a container, the path is the machine's, and only what is below the container's group is mounted.
+    group_1(memory, 8 * GIB, GIB)
+    assert left(tmp_path, "4:memory:/docker/4a") == 7 * GIB
+
+
+def test_free_memory_is_the_least_of_the_machine_s_and_the_groups(monkeypatch):
+    monkeypatch.setattr(process, "resident", lambda: 1000)
+    monkeypatch.setattr(process, "left_by_groups", lambda: iter([9000, 6000]))
+    assert free_memory(torch.device("cpu")) == {"host": 7000}
+    assert free_memory(torch.device("cpu"), 3) == {"host": 3000}
+    monkeypatch.setattr(process, "left_by_groups", lambda: iter([]))
+    assert free_memory(torch.device("cpu"))["host"] > psutil.virtual_memory().available // 2
