@@ -1,4 +1,4 @@
-"""Train the embedded model: `python -m sparsefw.default.train [OUTPUT]`, some five minutes of one CPU core.
+"""Train the embedded model: `python bench/train_default.py [OUTPUT]`, some five minutes of one CPU core.
 
 It makes a byte-level BPE tokenizer and a small Llama, both from `training_text`. The model is small and trained for
 long, so that it has few weights to spare and pruning shows. The step to keep is chosen on windows cut from the training
@@ -22,8 +22,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsefw.default.text import evaluation_text, training_text
-
-MODEL = Path(__file__).with_name("model")
+from sparsefw.inputs import DEFAULT_MODEL
 
 VOCABULARY = 1024
 END = "<|endoftext|>"
@@ -203,6 +202,6 @@ def main(output: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "output", nargs="?", type=Path, default=MODEL, help="folder to write (default: the shipped one)"
+        "output", nargs="?", type=Path, default=DEFAULT_MODEL, help="folder to write (default: the shipped one)"
     )
     main(parser.parse_args().output)
