@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from sparsefw.errors import InputError
-from sparsefw.model.operands import tensors_in
+from sparsefw.model.tape import Calls, name_of, tensors_in
 from sparsefw.model.without_data import call_without_data
 
 
@@ -52,25 +51,17 @@ class PartIsOver(Exception):
     """Ends a block's forward early."""
 
 
-class NumberedCalls(TorchFunctionMode):
-    """Numbers the calls of torch functions that a block's forward makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last = INPUT
-
-    def next_point(self, function: Any) -> Point:
-        """The point of the call that is about to be made."""
-        name = getattr(function, "__name__", str(function))
-        self.last = Point(self.last.call + 1, name, zlib.crc32(name.encode(), self.last.path))
-        return self.last
+def next_point(last: Point, function: Any) -> Point:
+    """The point of the call of a function that follows another call."""
+    name = name_of(function)
+    return Point(last.call + 1, name, zlib.crc32(name.encode(), last.path))
 
 
-class _Part(NumberedCalls):
+class _Part:
     """Runs a part of a block, see `run_part`."""
 
     def __init__(self, given: dict[Point, Tensor], take: Collection[Point], end: Point | None) -> None:
-        super().__init__()
+        self.last = INPUT
         self._given = {point.call: (point, tensor) for point, tensor in given.items()}
         self._begin, self._take, self._end = max(self._given), set(take), end
         self._place = next(iter(given.values()))
@@ -95,8 +86,9 @@ class _Part(NumberedCalls):
         if not begun or len(self.taken) < len(self._take) or not unchanged:
             raise InputError(DIFFERS)
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        point, kwargs = self.next_point(func), kwargs or {}
+    def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Make the next call of the block, or skip it."""
+        point = self.last = next_point(self.last, func)
         if not self._begin:
             # Nothing is skipped.
             out = func(*args, **kwargs)
@@ -195,7 +187,7 @@ def run_part(
     if end is None or end not in given:
         try:
             # Entered first: it is a call, too.
-            with torch.no_grad(), part:
+            with torch.no_grad(), Calls(part.call):
                 output = run(hidden)
         except PartIsOver:
             pass

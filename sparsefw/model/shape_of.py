@@ -20,20 +20,25 @@ from sparsefw.model.block_model import BlockModel
 from sparsefw.model.extents import Between, Extent
 from sparsefw.model.hidden_states import HiddenStates, embed, embed_batches
 from sparsefw.model.layers import (
-    ArbitraryChoices,
     Layer,
-    find_experts,
+    choose_arbitrarily,
+    confirm,
+    experts_of,
     find_no_layers,
     is_expert,
     kind_of,
+    record_block,
     slices_of,
-    survey,
+    survey_tape,
+    without_parts_in_turn,
 )
 from sparsefw.model.parts import INPUT
 from sparsefw.model.resident import ResidentModel
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.model.slots import is_copied
+from sparsefw.model.stand_ins import hidden_of
 from sparsefw.model.streamed import StreamedModel
+from sparsefw.model.tape import Calls
 from sparsefw.model.transformers_private import attention_implementation
 from sparsefw.solver.selection import without_index
 
@@ -224,19 +229,21 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
     block, inputs = states.model.blocks[i], states.inputs(i, 0)
     run = partial(states.call, i, 0, inputs=inputs)
     parameters, hidden = dict(block.named_parameters()), states.hidden[0]
-    with ArbitraryChoices():
-        experts = find_experts(block, partial(run, hidden))
-        no_layers = shared | find_no_layers(block, partial(run, hidden))
-        look = partial(survey, block, run, hidden, handed_on=partial(states.handed_on, i, inputs), experts=experts)
+    with Calls(choose_arbitrarily):
+        handed_on = partial(states.handed_on, i, inputs)
+        tape, returned = record_block(block, run, hidden, handed_on, modules=experts_of(block))
+        experts = without_parts_in_turn(experts_of(block), tape)
+        no_layers = shared | find_no_layers(tape)
 
         def may_be_layer(name: str) -> bool:
             # Experts are slices of a parameter that may be shared as a whole.
             return name not in no_layers and without_index(name) not in shared
 
-        surveyed = look(may_be_layer)
+        surveyed = survey_tape(tape, experts, may_be_layer)
         if uneven := _cut_unevenly(surveyed.layers):
             no_layers |= uneven
-            surveyed = look(may_be_layer)
+            surveyed = survey_tape(tape, experts, may_be_layer)
+        surveyed = confirm(surveyed, run, hidden, hidden_of(returned), {})
     layers: dict[str, LayerShape] = {}
     for layer in surveyed.layers:
         rows, d = layer.weight.shape

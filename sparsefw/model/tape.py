@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,6 +56,8 @@ class Value:
     strides: tuple[int, ...]
     dtype: torch.dtype
     tensor: Tensor | None = None
+    # A tensor counts here how often it was written to.
+    _version: ClassVar[int] = 0
 
     def dim(self) -> int:
         """Number of axes."""

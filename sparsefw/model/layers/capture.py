@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.kernels.backend import Backend
-from sparsefw.model.layers.names import Layer, is_expert
+from sparsefw.model.layers.experts import experts_of
+from sparsefw.model.layers.names import Layer, WeightNames, is_expert
+from sparsefw.model.layers.products import Reading
 from sparsefw.model.layers.stage import Stage
 from sparsefw.model.layers.watch import Selector, Watch, everything
 from sparsefw.solver.target import Cross
@@ -71,7 +73,7 @@ def capture(
         stage: watch its layers only, and run no more of the block than they need; None: the whole block.
         dense: outputs of the dense model's layers; with them, cross matrices are accumulated, too.
         passing: numbers of the micro-batches that are run and not measured.
-        experts: as for `WeightNames`.
+        experts: names of modules that may be experts; None: those of `experts_of`.
 
     Raises:
         InputError: a layer shares its input with different layers from one micro-batch to the next.
@@ -79,7 +81,8 @@ def capture(
     grams: dict[str, Tensor] = {}
     crosses: dict[str, Cross] = {}
 
-    def add_gram(name: str, X: Tensor) -> None:
+    def add_gram(name: str, tensor: Tensor, reading: Reading) -> None:
+        X = reading.rows(tensor)
         if name not in grams:
             grams[name] = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float32, device=X.device)
         if j not in passing:
@@ -98,15 +101,16 @@ def capture(
             # Rounded only once, whatever the dtype: torch subtracts in fp32.
             backend.cross_accumulate(crosses[name].matrix, (expected - output).to(X.dtype), X)
 
-    watch = Watch(block, selected, add_gram, stage, record_outputs=dense is not None, experts=experts)
+    names, experts = WeightNames(block), experts_of(block) if experts is None else experts
+    watch = Watch(names, experts, selected, add_gram, stage, record_outputs=dense is not None)
     for j in batches:
         watch.through(partial(run, j))
         if dense:
             add_crosses(dense(j))
-    idle = {name for name, G in grams.items() if is_expert(name, watch.experts) and not G.diagonal().any()}
+    idle = {name for name, G in grams.items() if is_expert(name, experts) and not G.diagonal().any()}
     layers = [layer for layer in watch.layers.values() if layer.gram not in idle]
     grams = {name: backend.mirror_lower(G) for name, G in grams.items() if name not in idle}
-    return Captured(layers, grams, crosses, watch.ignored)
+    return Captured(layers, grams, crosses, [*watch.ignored])
 
 
 def dense_outputs(
@@ -129,13 +133,14 @@ def dense_outputs(
             models are followed as far.
         move: moves the micro-batch on, called with its number and what the run returned. What is made of outputs then,
             between two blocks, is no output of a layer.
-        experts: as for `WeightNames`.
+        experts: names of modules that may be experts; None: those of `experts_of`.
     """
+    names, experts = WeightNames(block), experts_of(block) if experts is None else experts
     moves = stage is not None and (stage.final or stage.behind is not None)
 
     def outputs_of(j: int) -> Callable[[str], Tensor | None]:
         # A new watch for each micro-batch, so that the outputs are freed with it.
-        watch = Watch(block, selected, stage=stage, record_outputs=True, run_on=moves, experts=experts)
+        watch = Watch(names, experts, selected, stage=stage, record_outputs=True, run_on=moves)
         ran = watch.through(partial(run, j))
         if ran is not None:
             move(j, ran)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.errors import InputError
+from sparsefw.model.layers.block_tape import BlockTape, record_block
+from sparsefw.model.layers.experts import experts_of
+from sparsefw.model.layers.flow import Flow
 from sparsefw.model.layers.names import Layer, is_expert, kind_of
-from sparsefw.model.layers.outputs import Outputs
 from sparsefw.model.layers.stage import UNKNOWN_ROLE, Role, Stage, Write, first_segments, is_watched
-from sparsefw.model.layers.trace import Trace
 from sparsefw.model.layers.watch import Selector, Watch, everything
 from sparsefw.model.parts import INPUT, Point, run_part
 from sparsefw.model.stand_ins import hidden_of
@@ -35,7 +36,8 @@ class Survey:
         writes: the layers that write to the stream.
         attention: number of layers that are used before attention is.
         ignored: names of the layers that were seen and not selected.
-        experts: see `WeightNames`.
+        experts: names of modules that may be experts.
+        signature: surveys with equal ones are of blocks that make the same calls.
     """
 
     layers: list[Layer]
@@ -46,6 +48,7 @@ class Survey:
     attention: int = 0
     ignored: tuple[str, ...] = ()
     experts: frozenset[str] = frozenset()
+    signature: tuple = ()
 
 
 def survey(
@@ -61,63 +64,75 @@ def survey(
     """Look at the layers of a block.
 
     Args:
-        block: the block, on its device.
-        run: runs a micro-batch through it.
-        hidden: one micro-batch.
+        block, run, hidden, handed_on: as for `record_block`.
         selected: selects the layers to look at.
-        handed_on: called with what the block has returned; tells the tensors that later blocks are given, beside the
-            hidden states.
-        confirmed: what is known of other blocks. The first block of a kind is run in parts, and the parts are compared
-            with the whole; those that make the same calls are not.
-        experts: as for `WeightNames`.
+        confirmed: what is known of other blocks, see `survey_tape`.
+        experts: names of modules that may be experts; None: those of `experts_of`.
     """
-    watch, trace = Watch(block, selected, record_outputs=True, experts=experts), Trace(block, hidden, experts)
-    returned: list[Any] = []
-
-    def run_traced() -> None:
-        with trace:
-            returned.append(run(hidden))
-
-    with torch.no_grad():
-        watch.through(run_traced)
-    trace.end((hidden_of(returned[0]), handed_on(returned[0])))
-    found = _roles(list(watch.layers.values()), trace, watch.outputs, hidden_of(returned[0]))
-    found = replace(found, ignored=tuple(watch.ignored), experts=trace.experts)
-    watch.outputs.clear()
-    known = {} if confirmed is None else confirmed
-    signature = (*trace.signature, *found.cuts, *found.roles.items())
-    if signature not in known:
-        known[signature] = _runs_in_parts(run, hidden, found, hidden_of(returned.pop()))
-    if known[signature]:
-        return found
-    return replace(found, roles=dict.fromkeys(found.roles, UNKNOWN_ROLE), cuts=[], inputs={}, writes={})
+    tape, returned = record_block(block, run, hidden, handed_on)
+    found = survey_tape(tape, experts_of(block) if experts is None else experts, selected)
+    return confirm(found, run, hidden, hidden_of(returned), {} if confirmed is None else confirmed)
 
 
-def _roles(layers: list[Layer], trace: Trace, outputs: Outputs, output: Tensor) -> Survey:
-    """The survey of layers, in whose block a micro-batch made these calls and recorded these outputs."""
-    cuts, roles, inputs, writes = trace.cuts(), {}, {}, {}
-    for layer in layers:
-        call = trace.call_of(layer.name)
+def survey_tape(tape: BlockTape, experts: frozenset[str], selected: Selector = everything) -> Survey:
+    """What a recorded forward shows of the layers of a block; whether it runs in parts is not known yet.
+
+    Args:
+        tape: the forward.
+        experts: names of modules that may be experts.
+        selected: selects the layers to look at.
+    """
+    watch, flow = Watch(tape.names, experts, selected, record_outputs=True), Flow(tape, experts)
+    watch.look(tape)
+    cuts, roles, inputs, writes = flow.cuts(), dict[str, Role](), dict[str, Point](), dict[str, Write]()
+    for name in watch.layers:
+        call = flow.call_of(name)
         segment = sum(cut.call < call for cut in cuts)
         stream = cuts[segment - 1] if segment else INPUT
-        made = None if is_expert(layer.name, trace.experts) else trace.input_of(layer.name)
+        made = None if is_expert(name, experts) else flow.input_of(name)
         if made is None:
-            roles[layer.name] = Role(segment)
+            roles[name] = Role(segment)
             continue
-        inputs[layer.name] = made
+        inputs[name] = made
         way = "reads"
-        if sums := outputs.sums(layer.name):
+        if sums := watch.outputs.sums.get(name):
             way = "outputs"
             behind = cuts[segment] if segment < len(cuts) else None
-            only = len(sums) == 1 and trace.is_at(sums[0].other, stream)
-            ends = outputs.is_output(output, layer.name) if behind is None else trace.is_at(sums[0].out, behind)
+            only = len(sums) == 1 and flow.is_at(sums[0].other, stream)
+            ends = watch.outputs.is_output(tape.output, name) if behind is None else flow.is_at(sums[0].out, behind)
             if only and ends:
                 way = "writes"
-                writes[layer.name] = Write(stream, behind)
-        saves = way != "outputs" and any(stream.call < use.call < made.call for use in trace.uses)
-        roles[layer.name] = Role(segment, way, saves and trace.enough(made, stream))
-    before = [layer for layer in layers if trace.call_of(layer.name) < (trace.attention or 0)]
-    return Survey(layers, roles, cuts, inputs, writes, len(before))
+                writes[name] = Write(stream, behind)
+        saves = way != "outputs" and any(stream.call < use.call < made.call for use in flow.uses)
+        roles[name] = Role(segment, way, saves and flow.enough(made, stream))
+    return Survey(
+        [*watch.layers.values()],
+        roles,
+        cuts,
+        inputs,
+        writes,
+        attention=sum(flow.call_of(name) < (flow.attention or 0) for name in watch.layers),
+        ignored=tuple(watch.ignored),
+        experts=experts,
+        signature=(*flow.signature, *cuts, *roles.items()),
+    )
+
+
+def confirm(found: Survey, run: RunBlock, hidden: Tensor, output: Tensor, confirmed: Confirmed) -> Survey:
+    """A survey without the points of the block, unless the block runs in parts.
+
+    Args:
+        found: the survey.
+        run, hidden: as for `record_block`.
+        output: the hidden states that the block returned.
+        confirmed: what is known of other blocks. The first block of a kind is run in parts, and the parts are compared
+            with the whole; those that make the same calls are not.
+    """
+    if found.signature not in confirmed:
+        confirmed[found.signature] = _runs_in_parts(run, hidden, found, output)
+    if confirmed[found.signature]:
+        return found
+    return replace(found, roles=dict.fromkeys(found.roles, UNKNOWN_ROLE), cuts=[], inputs={}, writes={})
 
 
 def _runs_in_parts(run: RunBlock, hidden: Tensor, found: Survey, output: Tensor) -> bool:

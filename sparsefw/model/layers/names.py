@@ -35,26 +35,6 @@ class Layer:
     transposed: bool = False
 
 
-def experts_of(block: nn.Module) -> frozenset[str]:
-    """Names of the modules in a block that look like experts: numbered, and one of several that are alike.
-
-    Modules are alike if their parameters have the same names. Those of an `nn.Sequential` are no experts: every token
-    goes through all of them. Nor are parts of a block that are just numbered, as the attention and the MLP of T5. Parts
-    that are alike may still be no experts: what they read shows it, see `find_experts`.
-    """
-    experts: set[str] = set()
-    for name, module in block.named_modules():
-        if type(module).forward is nn.Sequential.forward:
-            continue
-        alike: dict[tuple[str, ...], list[str]] = {}
-        for index, child in module.named_children():
-            parameters = tuple(key for key, _ in child.named_parameters(remove_duplicate=False))
-            if index.isdecimal() and parameters:
-                alike.setdefault(parameters, []).append(f"{name}.{index}".lstrip("."))
-        experts.update(child for children in alike.values() if len(children) > 1 for child in children)
-    return frozenset(experts)
-
-
 def kind_of(name: str, experts: frozenset[str]) -> str:
     """A layer's name without an expert's index: the same for all experts.
 
@@ -122,18 +102,9 @@ def layer_of(block: nn.Module, name: str, gram: str, shape: tuple[int, int], tra
 
 
 class WeightNames:
-    """Finds the name of a weight by its memory: it is one of the block's parameters, or a slice of a stacked one.
+    """Finds the name of a weight by its memory: it is one of the block's parameters, or a slice of a stacked one."""
 
-    Args:
-        block: the block.
-        experts: names of the modules that may be experts; None: those of `experts_of`.
-
-    Attributes:
-        experts: names of the modules that may be experts.
-    """
-
-    def __init__(self, block: nn.Module, experts: frozenset[str] | None = None) -> None:
-        self.experts = experts_of(block) if experts is None else experts
+    def __init__(self, block: nn.Module) -> None:
         self._by_storage: dict[int, list[tuple[Tensor, str]]] = {}
         for name, parameter in block.named_parameters():
             if parameter.dim() in (2, 3):
@@ -145,13 +116,11 @@ class WeightNames:
         """Whether a tensor lies in the memory of one of the block's matrices."""
         return tensor.untyped_storage().data_ptr() in self._by_storage
 
-    def find(self, matrix: Tensor) -> str | None:
-        """The name of a matrix; None if it is not the block's, or a part that is no slice of one of its matrices."""
-        name, _ = self.locate(matrix)
-        return name
-
     def locate(self, matrix: Tensor) -> tuple[str | None, bool]:
-        """The name of a matrix as `find` tells it, and whether the matrix is the transpose of what is stored."""
+        """The name of a matrix, and whether it is the transpose of what is stored.
+
+        None if it is not the block's, or a part that is no slice of one of its matrices.
+        """
         for parameter, name in self._by_storage.get(matrix.untyped_storage().data_ptr(), ()):
             offset, layout = int(matrix.storage_offset()) - int(parameter.storage_offset()), _layout(matrix)
             if parameter.dim() == 2 and not offset and layout == _layout(parameter):

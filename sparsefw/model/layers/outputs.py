@@ -1,6 +1,6 @@
-"""Record outputs of layers. The output of a layer that writes to the residual stream is the sum with the stream."""
+"""Outputs of layers. The output of a layer that writes to the residual stream is the sum with the stream."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.model.layers.names import is_expert
-from sparsefw.model.operands import tensors_in
+from sparsefw.model.tape import Value
 
 # Functions that add a layer's output to something else.
 ADDITIONS = {
@@ -39,11 +39,11 @@ class Sum:
     """
 
     other: Any
-    out: Tensor
+    out: Any
 
 
 class Outputs:
-    """Inputs and outputs of layers in one micro-batch.
+    """Inputs and outputs of layers in one micro-batch: tensors in a forward, values of one that was recorded.
 
     A layer's output is its product, or the sum that the product is added to. Once a sum is read by something that does
     not just pass it on, such as a norm, it is not followed into later sums: they depend on the layer's output by
@@ -51,44 +51,44 @@ class Outputs:
     tokens in the dense model.
 
     Args:
-        experts: see `WeightNames`.
+        experts: names of modules that may be experts.
     """
 
     def __init__(self, experts: frozenset[str]) -> None:
         self._experts = experts
         # By layer: the tensor, and how often it had been written to when it was recorded.
-        self._inputs: dict[str, tuple[Tensor, int]] = {}
-        self._outputs: dict[str, tuple[Tensor, int]] = {}
+        self._inputs: dict[str, tuple[Any, int]] = {}
+        self._outputs: dict[str, tuple[Any, int]] = {}
         # The layers whose output a tensor is, by the tensor's id. The tensor is held, so that no other one takes its
         # id.
-        self._layers_of: dict[int, tuple[Tensor, tuple[str, ...]]] = {}
+        self._layers_of: dict[int, tuple[Any, tuple[str, ...]]] = {}
         # Ids of those tensors that are not followed any more.
         self._read: set[int] = set()
         # By layer: the sums that its output went into.
-        self._sums: dict[str, list[Sum]] = {}
+        self.sums: dict[str, list[Sum]] = {}
 
-    def clear(self) -> None:
-        """Forget the micro-batch."""
-        for record in (self._inputs, self._outputs, self._layers_of, self._read, self._sums):
-            record.clear()
-
-    def add_input(self, layer: str, x: Tensor) -> None:
+    def add_input(self, layer: str, x: Any) -> None:
         """Record the input of a layer."""
         self._inputs[layer] = (x, x._version)
 
-    def add_output(self, layers: tuple[str, ...], out: Tensor) -> None:
+    def add_output(self, layers: Iterable[str], out: Any) -> None:
         """Record a tensor as the output of layers, in addition to those whose output it is already."""
-        layers = tuple(layer for layer in layers if not is_expert(layer, self._experts))
+        layers = [layer for layer in layers if not is_expert(layer, self._experts)]
         _, others = self._layers_of.get(id(out), (out, ()))
         self._layers_of[id(out)] = (out, tuple(dict.fromkeys((*others, *layers))))
         for layer in layers:
             self._outputs[layer] = (out, out._version)
 
-    def follow(self, function: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        """Record the result of a function as an output, if the function passed outputs on or added them up."""
+    def follow(self, function: Any, args: tuple, kwargs: dict, operands: Sequence[Any], out: Any) -> None:
+        """Record the result of a function as an output, if the function passed outputs on or added them up.
+
+        Args:
+            function, args, kwargs, out: the call, and what it returned.
+            operands: the tensors among its arguments.
+        """
         # alpha scales one of the summands.
         if function not in PASS_ON or "alpha" in kwargs:
-            self.note_read(args, kwargs, out)
+            self.note_read(operands, out)
             return
         followed = [id(x) for x in args[:2] if id(x) in self._layers_of and id(x) not in self._read]
         for operand, layers in [self._layers_of[key] for key in followed]:
@@ -97,13 +97,13 @@ class Outputs:
                 if function in ADDITIONS:
                     other = args[1] if operand is args[0] else args[0]
                     for layer in layers:
-                        self._sums.setdefault(layer, []).append(Sum(other, out))
+                        self.sums.setdefault(layer, []).append(Sum(other, out))
 
-    def note_read(self, args: tuple, kwargs: dict, out: Any) -> None:
+    def note_read(self, operands: Sequence[Any], out: Any) -> None:
         """Stop following the tensors that a function made another tensor of."""
         # Shapes, dtypes and the like are no tensors, and `to` may give back the tensor itself.
-        if isinstance(out, Tensor | tuple) and not isinstance(out, torch.Size):
-            self._read.update(id(x) for x in tensors_in((args, kwargs)) if id(x) in self._layers_of and x is not out)
+        if isinstance(out, Tensor | Value | tuple) and not isinstance(out, torch.Size):
+            self._read.update(id(x) for x in operands if id(x) in self._layers_of and x is not out)
 
     def output_of(self, layer: str) -> Tensor | None:
         """A layer's output, (tokens, out); None if there is none, or if it has been written to."""
@@ -112,10 +112,6 @@ class Outputs:
     def is_output(self, tensor: Any, layer: str) -> bool:
         """Whether a tensor is the output of a layer, the object itself."""
         return layer in self._outputs and self._outputs[layer][0] is tensor
-
-    def sums(self, layer: str) -> list[Sum]:
-        """The sums that a layer's output went into; none if its output is its product."""
-        return self._sums.get(layer, [])
 
     def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, input (tokens, in) and output (tokens, out) of each layer that has both."""

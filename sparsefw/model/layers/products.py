@@ -6,12 +6,15 @@ multiplied one at a time or all at once. Every product is read as an equation li
 axes that the input, the weight and the output share.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sparsefw.model.layers.names import WeightNames
+from sparsefw.model.tape import Value
 
 # Stands for any number of axes that only the input and the output have.
 _ELLIPSIS = "..."
@@ -45,23 +48,27 @@ class Reading:
 
 @dataclass(frozen=True)
 class Product:
-    """A call that multiplies an input with a matrix.
+    """A call that multiplies an input with a layer's matrix.
 
     Attributes:
+        layer: the matrix's name in the block.
         X: the tensor that is read.
         reading: how it is read.
         weight: (out, in) view of the matrix.
         bias: (out,), added to the product; None: nothing is.
         alone: whether the call multiplies with nothing else, and the last axis of its output is the matrix's output.
         at_once: whether the call multiplies with other experts, too.
+        transposed: whether the columns of the weight are the rows of what is stored.
     """
 
-    X: Tensor
+    layer: str
+    X: Any
     reading: Reading
     weight: Tensor
-    bias: Tensor | None = None
+    bias: Any = None
     alone: bool = True
     at_once: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,21 +106,31 @@ MIXING = {function.__name__ for function in _CALLS}
 MIXING |= {"einsum", "tensordot", "bilinear", "outer", "conv1d", "conv2d", "embedding", "scaled_dot_product_attention"}
 
 
-def products_of(func: Any, args: tuple, kwargs: dict, is_weight: Callable[[Tensor], bool]) -> Iterator[Product]:
-    """The products with matrices that a function call makes; none if it makes none.
+def products_of(func: Any, args: tuple, kwargs: dict, names: WeightNames) -> list[Product]:
+    """The products with matrices of a block that a call makes.
 
     Args:
-        func, args, kwargs: the call.
-        is_weight: whether a tensor is one of the block's parameters, or a part of one.
+        func, args, kwargs: the call: one that is about to be made, or that of an `Op`, whose tape holds the weights and
+            biases.
+        names: the block's matrices.
     """
-    if func is torch.einsum or func in _CALLS:
-        equation, operands, bias = _equation_of(func, args, kwargs)
-        weights = [isinstance(x, Tensor) and is_weight(x) for x in operands]
-        # A scaled product has no layer's output, and a product of two weights no input.
-        if equation and sum(weights) == 1 and not {"alpha", "beta"} & kwargs.keys():
-            at = weights.index(True)
-            labels, out = equation
-            yield from _products((operands[1 - at], labels[1 - at]), (operands[at], labels[at]), out, bias)
+    if func is not torch.einsum and func not in _CALLS:
+        return []
+    equation, operands, bias = _equation_of(func, args, kwargs)
+    tensors: list[Any] = [x.tensor if isinstance(x, Value) else x for x in operands]
+    weights = [isinstance(x, Tensor) and names.is_weight(x) for x in tensors]
+    # A scaled product has no layer's output, and a product of two weights no input.
+    if not equation or sum(weights) != 1 or {"alpha", "beta"} & kwargs.keys():
+        return []
+    at = weights.index(True)
+    labels, out = equation
+    found = []
+    for product in _products((operands[1 - at], labels[1 - at]), (tensors[at], labels[at]), out, bias):
+        name, transposed = names.locate(product.weight)
+        if name:
+            held = product.bias.tensor if isinstance(product.bias, Value) else product.bias
+            found.append(replace(product, layer=name, bias=held, transposed=transposed))
+    return found
 
 
 def _equation_of(func: Any, args: tuple, kwargs: dict) -> tuple[tuple[list[str], str] | None, list[Any], Any]:
@@ -128,14 +145,14 @@ def _equation_of(func: Any, args: tuple, kwargs: dict) -> tuple[tuple[list[str],
         return _einsum_labels(args[0], operands), operands, None
     left, right, bias = _CALLS[func].operands(args, kwargs)
     operands = [left, right]
-    if not all(isinstance(x, Tensor) and x.dim() for x in operands):
+    if not all(isinstance(x, Tensor | Value) and x.dim() for x in operands):
         return None, operands, bias
     if _CALLS[func].transposed:
         return (["...i", "oi"], "...o"), operands, bias
     return _matmul_labels(left, right), operands, bias
 
 
-def _matmul_labels(left: Tensor, right: Tensor) -> tuple[list[str], str]:
+def _matmul_labels(left: Tensor | Value, right: Tensor | Value) -> tuple[list[str], str]:
     """The labels of a product left @ right: the axes before the last two go together from the end."""
     batch = _UNNAMED[: max(left.dim(), right.dim(), 2) - 2]
     labels = []
@@ -157,7 +174,7 @@ def _einsum_labels(equation: str, operands: list[Any]) -> tuple[list[str], str] 
 
 
 def _products(
-    read: tuple[Tensor, str], multiplied: tuple[Tensor, str], out: str, bias: Tensor | None
+    read: tuple[Tensor | Value, str], multiplied: tuple[Tensor, str], out: str, bias: Tensor | Value | None
 ) -> Iterator[Product]:
     """The products of an equation, an input and a weight, each with the labels of its axes."""
     (X, x_labels), (weight, w_labels) = read, multiplied
@@ -180,13 +197,13 @@ def _products(
         matrix = weight if w_labels[0] == rows[0] else weight.T
         vector = bias is None or bias.dim() == 1
         alone = vector and inputs == -1 and out.endswith(rows[0])
-        yield Product(X, Reading(inputs), matrix, bias if alone else None, alone)
+        yield Product("", X, Reading(inputs), matrix, bias if alone else None, alone)
     elif len(rows) == 2:
         yield from _of_experts(X, x_labels, weight, w_labels, rows, inputs)
 
 
 def _of_experts(
-    X: Tensor, x_labels: str, weight: Tensor, w_labels: str, rows: list[str], inputs: int
+    X: Tensor | Value, x_labels: str, weight: Tensor, w_labels: str, rows: list[str], inputs: int
 ) -> Iterator[Product]:
     """The products of experts that are multiplied at once: the weight has an axis for them."""
     shared = [label for label in rows if label in x_labels]
@@ -205,6 +222,7 @@ def _of_experts(
     for n in range(weight.shape[axis]):
         matrix = weight.select(axis, n)
         yield Product(
+            "",
             X,
             Reading(inputs, None if own is None else (own, 0 if repeated else n)),
             matrix.T if transposed else matrix,

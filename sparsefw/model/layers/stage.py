@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from sparsefw.model.layers.names import Layer, kind_of
-from sparsefw.model.parts import INPUT, PartIsOver, Point
+from sparsefw.model.layers.names import Layer
+from sparsefw.model.parts import INPUT, Point
 
 
 @dataclass(frozen=True)
@@ -84,49 +84,3 @@ class Stage:
     keepable: bool = False
     layers: tuple[Layer, ...] = field(default=(), compare=False)
     writes: dict[str, Write] = field(default_factory=dict, compare=False)
-
-
-class StageIsOver(PartIsOver):
-    """Ends a block's forward after the layers of a stage."""
-
-
-class Progress:
-    """How far a micro-batch has come on its way through a stage.
-
-    Args:
-        stage: None watches the whole block.
-        run_on: after the stage, let the micro-batch run on unwatched instead of ending its forward.
-        experts: see `WeightNames`.
-
-    Attributes:
-        over: whether the rest of the block goes unwatched.
-    """
-
-    def __init__(self, stage: Stage | None, run_on: bool, experts: frozenset[str]) -> None:
-        self._stage, self._run_on, self._experts = stage, run_on, experts
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin with another micro-batch."""
-        self._complete = self.over = False
-
-    def includes(self, gram: str) -> bool:
-        """Whether a layer belongs to the stage; asked before the layer is used.
-
-        Args:
-            gram: name of the Gram matrix of its input.
-
-        Raises:
-            StageIsOver: the stage is complete, and this layer reads another input.
-        """
-        if self._stage is None or self._stage.key == kind_of(gram, self._experts):
-            return True
-        if self._complete and not self._stage.final:
-            if not self._run_on:
-                raise StageIsOver
-            self.over = True
-        return False
-
-    def passed(self, layer: str) -> None:
-        """Note that a layer of the stage is being used."""
-        self._complete = self._complete or (self._stage is not None and self._stage.last == layer)

@@ -1,19 +1,19 @@
-"""Watch a block's forward: see each layer when it is used, with its input and, where asked for, its output."""
+"""See the layers of a block when they are used, with their inputs and, where wanted, their outputs."""
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-
 from sparsefw.errors import InputError
-from sparsefw.model.layers.names import Layer, WeightNames
+from sparsefw.model.layers.block_tape import BlockTape
+from sparsefw.model.layers.names import Layer, WeightNames, kind_of
 from sparsefw.model.layers.outputs import Outputs
 from sparsefw.model.layers.products import Product, Reading, products_of
-from sparsefw.model.layers.stage import Progress, Stage, StageIsOver
+from sparsefw.model.layers.stage import Stage
+from sparsefw.model.parts import PartIsOver
+from sparsefw.model.tape import Calls, tensors_in
 
 # Called with the name of a layer inside its block, such as "mlp.down_proj.weight" or "mlp.experts.down_proj[3]".
 Selector = Callable[[str], bool]
@@ -37,56 +37,55 @@ class _Input:
         taken: whether a selected layer has read it.
     """
 
-    tensor: weakref.ref[Tensor]
+    tensor: weakref.ref[Any]
     gram: str
-    held: Tensor | None = None
+    held: Any = None
     taken: bool = False
 
 
-class Watch(TorchFunctionMode):
-    """Sees the layers of a block when they are used.
+class Watch:
+    """Sees the layers of a block when they are used, in a forward or on its tape.
 
     Args:
-        block: the block.
+        names: the matrices of the block.
+        experts: names of modules that may be experts.
         selected: selects the layers to see.
-        take_input: called as take_input(gram, X) once for each input of selected layers, X (tokens, in).
+        take_input: called as take_input(gram, X, reading) once for each input of selected layers.
         stage: watch its layers only, and end a micro-batch's forward after them; None: the whole block.
         record_outputs: whether to record outputs of layers.
         run_on: after the stage, let a micro-batch run on unwatched instead of ending its forward.
-        experts: as for `WeightNames`.
 
     Attributes:
         layers: all layers seen so far by name, in the order of use.
-        ignored: names of the layers that were seen and not selected.
+        ignored: names of the layers that were seen and not selected, in that order.
         outputs: inputs and outputs of layers in the last micro-batch.
-        experts: see `WeightNames`.
     """
 
     def __init__(
         self,
-        block: nn.Module,
+        names: WeightNames,
+        experts: frozenset[str],
         selected: Selector = everything,
-        take_input: Callable[[str, Tensor], None] = lambda gram, X: None,
+        take_input: Callable[[str, Any, Reading], None] = lambda gram, X, reading: None,
         stage: Stage | None = None,
         *,
         record_outputs: bool = False,
         run_on: bool = False,
-        experts: frozenset[str] | None = None,
     ) -> None:
-        super().__init__()
-        self._names, self._selected = WeightNames(block, experts), functools.cache(selected)
-        self._take_input, self.experts = take_input, self._names.experts
-        self._progress, self._record_outputs = Progress(stage, run_on, self.experts), record_outputs
+        self._names, self._experts, self._selected = names, experts, functools.cache(selected)
+        self._take_input, self._stage = take_input, stage
+        self._record_outputs, self._run_on = record_outputs, run_on
         self.layers: dict[str, Layer] = {}
-        self._ignored: dict[str, None] = {}
-        # Inputs that layers of the micro-batch have read, by the tensor's id and how it is read.
-        self._inputs: dict[tuple[int, Reading], _Input] = {}
-        self.outputs = Outputs(self.experts)
+        self.ignored: dict[str, None] = {}
+        self._restart()
 
-    @property
-    def ignored(self) -> list[str]:
-        """See the class."""
-        return list(self._ignored)
+    def _restart(self) -> None:
+        """Begin with another micro-batch."""
+        # Inputs that layers have read, by the tensor's id and how it is read.
+        self._inputs: dict[tuple[int, Reading], _Input] = {}
+        self.outputs = Outputs(self._experts)
+        # Whether the layers of the stage have been used, and whether the rest of the block goes unwatched.
+        self._complete = self._over = False
 
     def through(self, run: Callable[[], Result]) -> Result | None:
         """Watch one micro-batch on its way through the block, as far as the stage needs it.
@@ -94,59 +93,64 @@ class Watch(TorchFunctionMode):
         Returns:
             What the run returns; None if it ended before.
         """
-        self._inputs.clear()
-        self.outputs.clear()
-        self._progress.restart()
+        self._restart()
         try:
-            with self:
+            with Calls(self._call):
                 return run()
-        except StageIsOver:
+        except PartIsOver:
             return None
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        layers = [] if self._progress.over else self._layers_of(func, args, kwargs)
+    def look(self, tape: BlockTape) -> None:
+        """See the layers of a recorded forward. What is recorded of outputs are its values."""
+        for op in tape.ops:
+            products = self._seen(tape.products.get(op.number, ()))
+            self._follow(products, op.function, op.args, op.kwargs, op.inputs, op.out)
+
+    def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Make a call of a forward."""
+        products = [] if self._over else self._seen(products_of(func, args, kwargs, self._names))
         out = func(*args, **kwargs)
-        if self._record_outputs and not self._progress.over:
-            if layers:
-                self.outputs.note_read(args, kwargs, out)
-                if alone := tuple(name for name, product in layers if product.alone):
-                    self.outputs.add_output(alone, out)
-            else:
-                self.outputs.follow(func, args, kwargs, out)
+        if self._record_outputs and not self._over:
+            self._follow(products, func, args, kwargs, tensors_in((args, kwargs)), out)
         return out
 
-    def _layers_of(self, func: Any, args: tuple, kwargs: dict) -> list[tuple[str, Product]]:
-        """Names and products of the layers that a function call multiplies with; none if it is nothing to be seen."""
-        return [
-            (name, product)
-            for product in products_of(func, args, kwargs, self._names.is_weight)
-            if (name := self._names.find(product.weight)) and self._see(name, product)
-        ]
+    def _seen(self, products: Iterable[Product]) -> list[Product]:
+        return [product for product in products if self._see(product)]
 
-    def _see(self, name: str, product: Product) -> bool:
+    def _follow(
+        self, products: list[Product], func: Any, args: tuple, kwargs: dict, operands: Sequence[Any], out: Any
+    ) -> None:
+        """Record outputs."""
+        if not products:
+            self.outputs.follow(func, args, kwargs, operands, out)
+            return
+        self.outputs.note_read(operands, out)
+        if alone := [product.layer for product in products if product.alone]:
+            self.outputs.add_output(alone, out)
+
+    def _see(self, product: Product) -> bool:
         """Take the input of a product; whether the layer is selected, and belongs to the stage."""
-        X, reading = product.X, product.reading
-        key = id(X), reading
+        name, X, key = product.layer, product.X, (id(product.X), product.reading)
         selected = self._selected(name)
         if not selected:
-            self._ignored[name] = None
+            self.ignored[name] = None
         layer_input = self._inputs.get(key)
         if layer_input is None or layer_input.tensor() is not X:
             # The Gram matrix is named after the first layer that reads the input, selected or not. So all experts agree
             # on the name, whichever of them are selected.
             layer_input = self._inputs[key] = _Input(weakref.ref(X), name)
-        if not self._progress.includes(layer_input.gram):
+        if not self._includes(layer_input.gram):
             return False
         layer_input.held = X
         if not selected:
             return False
         if not layer_input.taken:
             layer_input.taken = True
-            self._take_input(layer_input.gram, reading.rows(X))
+            self._take_input(layer_input.gram, X, product.reading)
         if name not in self.layers:
-            _, transposed = self._names.locate(product.weight)
-            self.layers[name] = Layer(name, product.weight, layer_input.gram, product.bias, product.at_once, transposed)
+            self.layers[name] = Layer(
+                name, product.weight, layer_input.gram, product.bias, product.at_once, product.transposed
+            )
         layer = self.layers[name]
         if layer.gram != layer_input.gram:
             raise InputError(
@@ -154,5 +158,19 @@ class Watch(TorchFunctionMode):
             )
         if self._record_outputs and product.alone:
             self.outputs.add_input(name, X)
-        self._progress.passed(name)
+        self._complete |= self._stage is not None and self._stage.last == name
         return True
+
+    def _includes(self, gram: str) -> bool:
+        """Whether layers of a Gram matrix belong to the stage.
+
+        Raises:
+            PartIsOver: the stage is complete, and these layers read another input.
+        """
+        if self._stage is None or self._stage.key == kind_of(gram, self._experts):
+            return True
+        if self._complete and not self._stage.final:
+            if not self._run_on:
+                raise PartIsOver
+            self._over = True
+        return False
