@@ -21,7 +21,7 @@ from sparsefw.model.extents import Between, Extent
 from sparsefw.model.hidden_states import HiddenStates, embed, embed_batches
 from sparsefw.model.layers import (
     Layer,
-    choose_arbitrarily,
+    choose_all_over,
     confirm,
     experts_of,
     find_no_layers,
@@ -229,7 +229,7 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
     block, inputs = states.model.blocks[i], states.inputs(i, 0)
     run = partial(states.call, i, 0, inputs=inputs)
     parameters, hidden = dict(block.named_parameters()), states.hidden[0]
-    with Calls(choose_arbitrarily):
+    with Calls(choose_all_over):
         handed_on = partial(states.handed_on, i, inputs)
         tape, returned = record_block(block, run, hidden, handed_on, modules=experts_of(block))
         experts = without_parts_in_turn(experts_of(block), tape)

@@ -42,7 +42,7 @@ class BlockShape:
         attention: number of `all_layers` that are used before attention is.
         seen: names of all matrices that were seen in products, layers or not, without an expert's index.
         predicts: whether next tokens are predicted from what it puts out: the last block of a language model.
-        experts: names of modules that may be experts, see `find_experts`.
+        experts: names of modules that may be experts, see `layers.experts`.
     """
 
     nbytes: int

@@ -9,7 +9,7 @@ from torch import nn
 from sparsefw import prune
 from sparsefw.data import batches_of
 from sparsefw.model import resident
-from sparsefw.model.layers import experts_of, find_experts
+from sparsefw.model.layers import experts_of, record_block, without_parts_in_turn
 from sparsefw.model.shape_of import shape_of_resident
 
 QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
@@ -142,7 +142,8 @@ MIXTURES += [two_of_all, with_sum]
 
 def found(block):
     x = torch.randn(TOKENS, D)
-    return find_experts(block, lambda: block(x))
+    experts = experts_of(block)
+    return without_parts_in_turn(experts, record_block(block, block, x, modules=experts)[0])
 
 
 @pytest.mark.parametrize("forward", MIXTURES)

@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsefw.errors import InputError
-from sparsefw.model.parts import INPUT, NumberedCalls, Point, run_part
+from sparsefw.model.parts import INPUT, Point, next_point, run_part
+from sparsefw.model.tape import Calls
 
 TOKENS, D = 5, 8
 CANNOT_GO_ON = "unsupported model: a block cannot go on from its residual stream as it did before"
@@ -27,18 +28,17 @@ class Block(nn.Module):
         return h + self.c(self.b(h.sin()).relu())
 
 
-class Recorded(NumberedCalls):
+class Recorded:
     """The point and a copy of the output of every call."""
 
     def __init__(self):
-        super().__init__()
-        self.outputs = {}
+        self.last, self.outputs = INPUT, {}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        point = self.next_point(func)
-        out = func(*args, **(kwargs or {}))
+    def call(self, func, args, kwargs):
+        self.last = next_point(self.last, func)
+        out = func(*args, **kwargs)
         if isinstance(out, torch.Tensor):
-            self.outputs[point] = out.clone()
+            self.outputs[self.last] = out.clone()
         return out
 
     def named(self, function, number=0):
@@ -69,7 +69,7 @@ def hidden(seed=1):
 def recorded(block, x):
     """The recorded calls of a whole run, and its output."""
     calls, x = Recorded(), x.clone()
-    with torch.no_grad(), calls:
+    with torch.no_grad(), Calls(calls.call):
         output = block(x)
     return calls, output
 

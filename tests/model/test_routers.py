@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsefw.model.layers import find_no_layers
+from sparsefw.model.layers import find_no_layers, record_block
 
 TOKENS, D, E = 6, 8, 4
 
@@ -27,7 +27,7 @@ class Block(nn.Module):
 
 def found(forward, dtype=torch.float32, **others):
     block = Block(forward, **others).to(dtype)
-    return find_no_layers(block, lambda: block(torch.randn(TOKENS, D, dtype=dtype)))
+    return find_no_layers(record_block(block, block, torch.randn(TOKENS, D, dtype=dtype))[0])
 
 
 def combined(x, weights, indices):

@@ -6,7 +6,7 @@ from sparsefw.model.layers.experts import experts_of, without_parts_in_turn
 from sparsefw.model.layers.finding import Confirmed, Survey, confirm, stages, survey, survey_tape
 from sparsefw.model.layers.measure import Pair, measure
 from sparsefw.model.layers.names import Layer, is_expert, kind_of, layer_of, not_pruned, slices_of
-from sparsefw.model.layers.routers import choose_arbitrarily, find_no_layers
+from sparsefw.model.layers.routers import choose_all_over, find_no_layers
 from sparsefw.model.layers.stage import UNKNOWN_ROLE, Role, Stage, first_segments, is_watched
 from sparsefw.model.layers.watch import Selector, everything
 
@@ -23,7 +23,7 @@ __all__ = [
     "Stage",
     "Survey",
     "capture",
-    "choose_arbitrarily",
+    "choose_all_over",
     "confirm",
     "dense_outputs",
     "everything",

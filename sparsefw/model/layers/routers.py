@@ -97,19 +97,24 @@ def find_no_layers(tape: BlockTape) -> frozenset[str]:
     return frozenset(routers | {name for name, names in first.items() if len(names) > 1})
 
 
-def choose_arbitrarily(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Make a call of a torch function. One that chooses among entries chooses by random numbers, the same in every run.
+def choose_all_over(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Make a call of a torch function; one that chooses among entries chooses others for each token.
 
-    Where all weights are zero, all scores are equal, and every token would choose the same entries: those of experts
-    without weights, perhaps, so that no layer of an expert is seen. For `Calls` outside of all that look at a forward.
+    What is found of a block must not depend on which experts a few tokens happen to be sent to: those without weights,
+    perhaps, so that no layer of an expert is seen. Where all weights are zero, all tokens would be sent to the same
+    ones. The first token prefers the first entries here, the last token the last ones, and those between them others in
+    between. For `Calls` outside of all that look at a forward.
     """
     function = name_of(func)
     along = "dim" in kwargs or (len(args) > 1 and isinstance(args[1], int))
     if args and (function in _CHOOSING or (function in _EXTREMES and along)):
         scores = args[0]
-        if isinstance(scores, Tensor) and scores.is_floating_point():
-            random = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
-            args = (scores + random.to(scores), *args[1:])
+        if isinstance(scores, Tensor) and scores.is_floating_point() and scores.dim() and scores.numel():
+            entries = scores.shape[-1]
+            tokens, places = (torch.linspace(0, 1, n) for n in (scores.numel() // entries, entries))
+            distances = (tokens[:, None] - places).abs().view(scores.shape)
+            # Far more than scores differ by, and less than what masks take from them.
+            args = (scores - 100 * distances.to(scores), *args[1:])
     return func(*args, **kwargs)
 
 
