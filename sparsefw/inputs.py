@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,19 +139,6 @@ def _check_datasets(datasets: Sequence[str]) -> None:
         if place in places:
             raise InputError(f"--dataset {shown(name)}: given twice; give it once, with a share: {shown(name)}=2")
         places.add(place)
-
-
-def listed(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of tasks, which may be given together, A,B.
-
-    Raises:
-        InputError: --tasks is given, and names none: nothing would be asked.
-    """
-    given = tuple(names)
-    found = tuple(name.strip() for several in given for name in several.split(",") if name.strip())
-    if given and not found:
-        raise InputError("--tasks: names no task; give tasks, or leave it out")
-    return found
 
 
 def config_for(inputs: Inputs, options: dict[str, Any]) -> PruneConfig:

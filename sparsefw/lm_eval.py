@@ -16,8 +16,7 @@ def main() -> int:
     from sparsefw import evaluation
 
     try:
-        # Raises where the harness is not installed.
-        _ = evaluation.StreamedLM
+        evaluation.check_installed()
         from lm_eval.__main__ import cli_evaluate
 
         cli_evaluate()

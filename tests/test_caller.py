@@ -56,7 +56,7 @@ def plain(source, text, tmp_path_factory):
 
 def results(source, text, output):
     prune(source, output, **OPTIONS)
-    (of_text,) = evaluate(source, texts=text, seqlen=16).evaluation.texts
+    (of_text,) = evaluate(source, texts=text, seqlen=16).texts
     return [path.read_bytes() for path in sorted(output.glob("*.safetensors"))], of_text
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsefw.evaluation.estimates import Estimate, difference, mean, perplexity, weighted_perplexity
+from sparsefw.evaluation.metrics import Estimate, mean, perplexity, weighted_perplexity
 from sparsefw.report import read_report
 
 RESULTS = Path(__file__).parents[1] / "results" / "evaluation-smollm2.json"
@@ -132,10 +132,7 @@ def _run(command: Sequence[object], name: str) -> None:
 
 def estimates(tasks: dict) -> dict[tuple[str, str], Estimate]:
     """The columns of a model, from its answers."""
-    return {
-        (task, metric): formula(dict(enumerate(tasks[task]["metrics"][metric])))
-        for (task, metric), formula in COLUMNS.items()
-    }
+    return {(task, metric): formula(tasks[task]["metrics"][metric]) for (task, metric), formula in COLUMNS.items()}
 
 
 def entry(tasks: dict, dense: dict) -> dict:
@@ -155,7 +152,7 @@ def entry(tasks: dict, dense: dict) -> dict:
 def differences_of(tasks: dict, other: dict) -> dict[str, list[float]]:
     """By column, the paired difference of a model from another, and its standard error."""
     found, of_other = estimates(tasks), estimates(other)
-    pairs = {column: difference(found[column], of_other[column]) for column in COLUMNS}
+    pairs = {column: found[column].minus(of_other[column]) for column in COLUMNS}
     return {f"{task} {metric}": list(vars(pair).values()) for (task, metric), pair in pairs.items()}
 
 

@@ -10,22 +10,24 @@ from tqdm import tqdm
 
 from sparsefw import process
 from sparsefw.cli import Parser, quiet_libraries, say
-from sparsefw.inputs import listed
+from sparsefw.errors import InputError
 
 
 def run(argv: list[str] | None) -> int:
     """Evaluate models, print a table, and write it as JSON."""
     given = _parser().parse_args(argv)
     # This takes seconds, and --help and a mistaken flag need none of it.
-    from sparsefw.evaluation.job import evaluate
-    from sparsefw.evaluation.saved import RESULT
-    from sparsefw.evaluation.tables import summary
+    from sparsefw.evaluation import evaluate
+    from sparsefw.evaluation.table import lines
 
+    tasks = [name.strip() for names in given.tasks for name in names.split(",") if name.strip()]
+    if given.tasks and not tasks:
+        raise InputError("--tasks: names no task; give tasks, or leave it out")
     quiet_libraries()
     process.share_freed()
-    result = evaluate(
+    evaluation = evaluate(
         given.models,
-        listed(given.tasks),
+        tasks,
         texts=given.eval,
         against=given.against,
         limit=given.limit,
@@ -37,19 +39,13 @@ def run(argv: list[str] | None) -> int:
         host_memory=given.host_memory,
         output=given.output,
         overwrite=given.overwrite,
-        restart=given.restart,
-        plan=given.plan,
         # Redraws the progress bar below each line.
         log=tqdm.write,
         progress=True,
     )
-    if result is None:
-        return 0
     say("")
-    for line in summary(result.evaluation):
+    for line in lines(evaluation):
         say(line)
-    if result.output:
-        say(f"written: {result.output / RESULT}")
     return 0
 
 
@@ -76,9 +72,6 @@ def _parser() -> Parser:
     add("--eval-windows", type=int, metavar="N", help="at most this many windows of each text (default: all)")
     add("--gpu-memory", type=float, metavar="GIB", help=f"take at most this of the GPU's memory {free}")
     add("--host-memory", type=float, metavar="GIB", help=f"take at most this of the host's memory {free}")
-    add("--output", type=Path, metavar="DIR", help="folder for evaluation.json; with it, the same command goes on "
-        "after an interruption")  # fmt: skip
-    add("--overwrite", action="store_true", help="replace the older evaluation in the output folder")
-    add("--restart", action="store_true", help="discard what an interrupted evaluation has finished")
-    add("--plan", action="store_true", help="say what would be computed and what memory it takes, and no more")
+    add("--output", type=Path, metavar="DIR", help="folder for evaluation.json")
+    add("--overwrite", action="store_true", help="replace an older evaluation.json there")
     return parser

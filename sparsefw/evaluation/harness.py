@@ -1,354 +1,260 @@
-"""Questions of lm-evaluation-harness, and its own results from the answers.
+"""lm-evaluation-harness: its tasks, and its model "sparsefw", of which one block is in memory at a time.
 
-The harness builds all requests of all tasks before it asks the first one. `questions` lets it go so far and no
-further. So a model is asked once, whatever the number of tasks; and `results` lets the harness go on with the answers.
-Tasks, prompts, filters, metrics and their aggregation are the harness's own.
+The harness asks for all continuations of all tasks at once, and then for all whole texts. So the blocks are read once
+for each of the two kinds of requests. Tasks, prompts, filters, metrics and their aggregation are the harness's own.
 """
 
-import difflib
 import logging
-import math
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from datasets.exceptions import DatasetGenerationError
+import torch
 from jinja2 import TemplateError
-from lm_eval.api import metrics
-from lm_eval.api.model import LM
-from lm_eval.defaults import DEFAULT_OTHER_SEED
-from lm_eval.evaluator import evaluate, simple_evaluate
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import resolve_max_length
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from yaml import YAMLError
 
-from sparsefw.data import failures
+from sparsefw import checkpoint
+from sparsefw.caller import on_cpu_by_default, settings_kept
+from sparsefw.data import failures, load_tokenizer, tokenize
 from sparsefw.errors import InputError, first_line, shown
-from sparsefw.evaluation.encoding import LOGLIKELIHOOD, ROLLING, Answer, Question
-from sparsefw.evaluation.randomness import Randomness, kept_randomness, randomness
-from sparsefw.model.head import exp
+from sparsefw.evaluation.rows import Request, request_of
+from sparsefw.evaluation.streaming import Score, locate, scores_of
+from sparsefw.model import read_config
+from sparsefw.ranks import joined_with
 
 # The tasks of the paper, by the harness's names. The paper says "seven EleutherAI zero-shot tasks" and no more. These
 # are the seven of Wanda, whose masks it starts from, and of most papers on pruning since: Sun et al., "A Simple and
 # Effective Pruning Approach for Large Language Models", section 4.1.
 PAPER = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-# The name that stands for them.
-PAPER_NAME = "paper"
 
 # Types of tasks that ask how likely texts are.
-TYPES = {LOGLIKELIHOOD, ROLLING, "multiple_choice"}
+TYPES = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 
-# Loggers of libraries that say what they do.
-LOGGERS = ("lm_eval", "datasets", "evaluate", "huggingface_hub", "fsspec")
-
-# The harness's switch against processes of its own.
-IN_ONE_PROCESS = "DISABLE_MULTIPROC"
-
-# Names in a message, at most.
-NAMED = 5
-
-
-@dataclass(frozen=True)
-class Questions:
-    """The questions of tasks.
-
-    Attributes:
-        asked: each question once, in the order of the tasks.
-        tasks: names of the tasks, of those in groups, too.
-        loaded: the tasks and groups of the harness.
-        limit: most documents of a task.
-        start: the random numbers after the tasks were loaded.
-    """
-
-    asked: list[Question]
-    tasks: list[str]
-    loaded: Any
-    limit: int | float | None
-    start: Randomness
+# Errors of a task's data, and of what its config has the harness do with a document.
+FAILURES = (
+    *failures(),
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    TypeError,
+    TemplateError,
+    YAMLError,
+)
 
 
-def questions(
-    names: Sequence[str],
-    *,
-    limit: int | float | None = None,
-    num_fewshot: int | None = None,
-    include_path: str | Path | None = None,
-    include_defaults: bool = True,
-) -> Questions:
-    """The questions of tasks.
+class StreamedLM(TemplateLM):
+    """A checkpoint as a model of lm-evaluation-harness. Started by torchrun, the processes share the requests.
 
     Args:
-        names: names of tasks, groups and tags, patterns of these, paths of YAML files; "paper": those of `PAPER`.
-        limit: most documents of a task; below 1: a share of them.
-        num_fewshot: examples before each question; None: as the task says.
-        include_path: a folder with tasks in the harness's format.
-        include_defaults: whether the harness's own tasks are known.
+        pretrained: folder or Hub id of a checkpoint in safetensors, or "default".
+        max_length: most tokens that the model reads at once; None: as its config says.
+        add_bos_token: whether texts get a start token; None: as the tokenizer's files say.
+        prefix_token_id: token before a text that has nothing before it; None: the start token, or else the end token.
+        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
+        batch_size, max_batch_size, device: the harness gives them; batches are made by tokens, as many as fit.
+        log: called with every line of the log.
+        progress: whether to show a progress bar.
+
+    Attributes:
+        checkpoint: the checkpoint.
+        tokenizer: its tokenizer.
 
     Raises:
-        InputError: there is no such task, it generates text, its data cannot be loaded, or `limit` is no such number.
+        InputError: there is no such checkpoint, or no such token.
     """
-    names = list(dict.fromkeys(name for given in names for name in (PAPER if given == PAPER_NAME else [given])))
-    if include_path is not None and not Path(include_path).is_dir():
-        raise InputError(f"{include_path}: no folder of tasks")
-    _check_limit(limit)
-    with _quiet(), kept_randomness():
-        loader = _Loader(include_path=include_path, include_defaults=include_defaults)
-        names = [found for name in names for found in loader.found(name)]
-        try:
-            simple_evaluate(
-                _Stop(), tasks=list(names), num_fewshot=num_fewshot, limit=limit, task_manager=loader, bootstrap_iters=0
+
+    @settings_kept()
+    def __init__(
+        self,
+        pretrained: str | Path,
+        *,
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        gpu_memory: float | None = None,
+        host_memory: float | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | torch.device | None = None,
+        log: Callable[[str], None] = lambda line: None,
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint.inspect(locate(str(pretrained)))
+        self.tokenizer = load_tokenizer(self.checkpoint.folder, add_bos_token)
+        self.max_length = max_length or resolve_max_length(read_config(self.checkpoint), self.tokenizer)
+        self._special = add_bos_token is not False
+        tokens = (prefix_token_id, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        self._prefix = next((token for token in tokens if token is not None), None)
+        if self._prefix is not None and not 0 <= self._prefix < len(self.tokenizer):
+            raise InputError(
+                f"{pretrained}: the tokenizer has no token {self._prefix}: there are {len(self.tokenizer)}"
             )
-        except _Built:
-            pass
-        except InputError:
-            raise
-        except _failures() as error:
-            shots = f"; it may have fewer examples than --num-fewshot {num_fewshot}" if num_fewshot else ""
-            raise InputError(f"{loader.building()}: no questions can be made of it: {_why(error)}{shots}") from error
-    return Questions(_asked(loader.tasks), list(loader.tasks), loader.loaded, limit, loader.start)
-
-
-def results(questions: Questions, answers: Sequence[Answer], bootstrap_iters: int = 100000) -> dict[str, Any]:
-    """The harness's results: metrics with standard errors, versions, examples, and each document's answers and metrics.
-
-    Args:
-        questions: the questions of tasks.
-        answers: the answers, in the order of `questions.asked`.
-        bootstrap_iters: draws for the standard errors that have no formula; 0: no standard errors.
-
-    Raises:
-        InputError: the metrics of a task cannot be made of its documents and answers.
-    """
-    given = {question.key: answer for question, answer in zip(questions.asked, answers, strict=True)}
-
-    def of(loaded: Any) -> dict[str, Any]:
-        # As it was before the questions were made, so that the same are made again.
-        questions.start.set()
-        for task in loaded["tasks"].values():
-            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-        return evaluate(
-            _Answers(given), loaded, limit=questions.limit, bootstrap_iters=bootstrap_iters, fewshot_as_multiturn=True
-        )
-
-    with _quiet(), kept_randomness(), _one_process(), _infinity_for_overflow():
-        try:
-            return of(questions.loaded)
-        except _failures() as error:
-            raise _without_metrics(questions.loaded["tasks"], of, error) from error
-
-
-def _without_metrics(tasks: Mapping[str, Any], of: Callable[[Any], object], error: Exception) -> InputError:
-    """The error that names the task; `of` makes the results of some tasks."""
-    for name, task in tasks.items():
-        try:
-            of({"tasks": {name: task}, "groups": {}})
-        except _failures() as of_task:
-            return InputError(f"task {name}: no metrics can be made of its answers: {_why(of_task)}")
-    return InputError(f"tasks {', '.join(tasks)}: no metrics can be made of their answers: {_why(error)}")
-
-
-def _check_limit(limit: int | float | None) -> None:
-    if limit is not None and not (0 < limit < 1 or (limit >= 1 and float(limit).is_integer())):
-        raise InputError(f"--limit {limit:g}: expected a number of documents, or a share of them between 0 and 1")
-
-
-def _asked(tasks: Mapping[str, Any]) -> list[Question]:
-    asked: dict[tuple, Question] = {}
-    for name, task in tasks.items():
-        for instance in task.instances:
-            if instance.request_type not in (LOGLIKELIHOOD, ROLLING):
-                raise InputError(_generates([name]))
-            question = Question(instance.request_type, instance.args, f"task {name}, document {instance.doc_id}")
-            asked.setdefault(question.key, question)
-    return list(asked.values())
-
-
-def _generates(names: Sequence[str]) -> str:
-    """The line for tasks that generate text."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return (
-        f"task {', '.join(names[:NAMED])}{more}: generates text, and only likelihoods are computed here; leave "
-        f"{'them' if len(names) > 1 else 'it'} out"
-    )
-
-
-class _Loader(TaskManager):
-    """Loads tasks of the harness, and keeps them.
-
-    Attributes:
-        loaded: the tasks and groups.
-        start: the random numbers after they were loaded.
-    """
-
-    loaded: Any = None
-    start: Randomness
+        self._limits, self._log = {"gpu_memory": gpu_memory, "host_memory": host_memory}, log
+        self._progress = progress
 
     @property
-    def tasks(self) -> dict[str, Any]:
-        """All tasks by name, with those of groups."""
-        return self.loaded["tasks"]
+    def eot_token_id(self) -> int | None:
+        """The end token."""
+        return self.tokenizer.eos_token_id
 
-    def found(self, name: str) -> list[str]:
-        """The names that the user's name stands for.
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text that has nothing before it.
 
         Raises:
-            InputError: there is none, or it is a task that generates text.
+            InputError: there is none.
         """
-        if name in self.task_index or Path(name).is_file():
-            return [name]
-        if matches := self.match_tasks([name]):
-            return matches
-        close = difflib.get_close_matches(name, self.all_tasks, 3, 0.5)
-        remedy = f"the closest names are {', '.join(close)}" if close else "`lm_eval ls tasks` lists all names"
-        raise InputError(f"task {shown(name)!r}: unknown; {remedy}")
+        if self._prefix is None:
+            raise InputError(
+                f"{self.checkpoint.folder}: the tokenizer has neither a start token nor an end token, behind which the "
+                "first token of a text is predicted; name bos_token or eos_token in tokenizer_config.json"
+            )
+        return self._prefix
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The tokenizer's name, by which the harness keeps prompts."""
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """The tokens of a text. One that begins with the text of the prefix is given no special tokens."""
+        if add_special_tokens is None:
+            prefix = str(self.tokenizer.decode(self._prefix)) if self._prefix is not None else ""
+            add_special_tokens = self._special and not (prefix and string.startswith(prefix))
+        return tokenize(self.tokenizer, [string], add_special_tokens)[0]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as a text."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """How likely whole texts are: each token is predicted once, in windows of `max_length` tokens."""
+        of_texts = [
+            [
+                make_disjoint_window(window)
+                for window in get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            ]
+            for (text,) in (request.args for request in requests)
+        ]
+        windows = [request_of(before, tokens, self.max_length) for of_text in of_texts for before, tokens in of_text]
+        scores = iter(self.scores(windows, disable_tqdm))
+        return [sum(next(scores).loglikelihood for _ in of_text) for of_text in of_texts]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> NoReturn:
+        """Refuse to generate text.
+
+        Raises:
+            InputError: always; the message names the tasks.
+        """
+        raise generates(sorted({str(request.task_name) for request in requests}))
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_options: Any
+    ) -> list[tuple[float, bool]]:
+        for (_, answer), _before, continuation in requests:
+            if not 0 < len(continuation) <= self.max_length:
+                raise InputError(
+                    f"an answer of {len(continuation)} tokens, {shown(answer)!r}: the model predicts from 1 to "
+                    f"{self.max_length} at once; leave the document out"
+                )
+        made = [request_of(context, continuation, self.max_length) for _, context, continuation in requests]
+        return [(score.loglikelihood, score.greedy) for score in self.scores(made, disable_tqdm)]
+
+    @settings_kept()
+    @on_cpu_by_default()
+    def scores(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[Score]:
+        """The answers to requests, in one pass through the blocks.
+
+        Raises:
+            InputError: as `scores_of`.
+        """
+        with joined_with(self._log) as (ranks, say):
+            return scores_of(
+                self.checkpoint,
+                requests,
+                **self._limits,
+                say=say,
+                progress=self._progress and not disable_tqdm,
+                ranks=ranks,
+            )
+
+
+class Tasks(TaskManager):
+    """Tasks of the harness that ask for likelihoods.
+
+    Attributes:
+        names: the harness's names of the tasks, groups and tags.
+
+    Raises:
+        InputError: there is no such folder or task.
+    """
+
+    def __init__(self, names: Sequence[str], include_path: Path | None, include_defaults: bool = True) -> None:
+        """Look for tasks.
+
+        Args:
+            names: names of tasks, groups and tags, patterns of these, paths of YAML files; "paper": those of PAPER.
+            include_path: a folder with more tasks.
+            include_defaults: whether the harness's own tasks are known.
+        """
+        if include_path is not None and not include_path.is_dir():
+            raise InputError(f"{include_path}: no folder of tasks")
+        # Each of the harness's modules says what it does.
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        super().__init__(include_path=include_path and str(include_path), include_defaults=include_defaults)
+        self.names: list[str] = []
+        for name in [task for given in names for task in (PAPER if given == "paper" else [given])]:
+            found = [name] if Path(name).is_file() else self.match_tasks([name])
+            if not found:
+                raise InputError(f"task {shown(name)!r}: unknown; `lm_eval ls tasks` lists all names")
+            self.names += [task for task in found if task not in self.names]
 
     def load(self, task_list: Any) -> Any:
         """As that of the harness.
 
         Raises:
-            InputError: a task generates text, or cannot be loaded.
+            InputError: a task generates text.
         """
-        # These types are known before anything is downloaded.
-        said = {name: self.task_index[name].cfg or {} for name in task_list if name in self.task_index}
-        self._check_types({name: config.get("output_type") for name, config in said.items()})
+        loaded = super().load(task_list)
+        if others := [name for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE not in TYPES]:
+            raise generates(others)
+        return loaded
+
+    def results(self, model: StreamedLM, limit: float | None, num_fewshot: int | None) -> Mapping[str, Any]:
+        """The harness's own results of a model, with the values of each document; empty on all ranks but the first.
+
+        Raises:
+            InputError: tasks cannot be loaded, or the harness cannot make their prompts or metrics; or as `StreamedLM`.
+        """
         try:
-            # All in one call: tasks may draw random numbers, and so does the harness when it asks for their names.
-            self.loaded = super().load(task_list)
-        except _failures() as error:
-            raise self._of_one(task_list, error) from error
-        self._check_types({name: task.OUTPUT_TYPE for name, task in self.tasks.items()})
-        self.start = randomness()
-        return self.loaded
-
-    def building(self) -> str:
-        """The task that the harness was making questions of."""
-        tasks = self.tasks if self.loaded else {}
-        # Those before it have requests.
-        return next((f"task {name}" for name, task in tasks.items() if not getattr(task, "instances", None)), "tasks")
-
-    def _of_one(self, names: Sequence[str], error: Exception) -> InputError:
-        """The error that names the task."""
-        for name in names:
-            try:
-                super().load([name])
-            except _failures() as of_task:
-                return InputError(f"task {shown(name)}: cannot be loaded: {_why(of_task)}")
-        return InputError(f"tasks {', '.join(names)}: cannot be loaded together: {_why(error)}")
-
-    @staticmethod
-    def _check_types(types: Mapping[str, str | None]) -> None:
-        if others := [name for name, kind in types.items() if kind is not None and kind not in TYPES]:
-            raise InputError(_generates(others))
+            # Standard errors are made of the values of documents.
+            found = simple_evaluate(
+                model, tasks=[*self.names], num_fewshot=num_fewshot, limit=limit, task_manager=self, bootstrap_iters=0
+            )
+            return found or {}
+        except InputError:
+            raise
+        except FAILURES as error:
+            line = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"--tasks {','.join(self.names)}: the harness cannot evaluate them: {line}") from error
 
 
-class _Built(Exception):
-    """All questions have been made."""
-
-
-class _Model(LM):
-    """A model that only its own classes below make use of."""
-
-    def generate_until(self, requests: list) -> NoReturn:
-        raise InputError(_generates(sorted({request.task_name for request in requests})))
-
-
-class _Stop(_Model):
-    """Ends the harness's work with the first request."""
-
-    def loglikelihood(self, requests: list) -> NoReturn:
-        raise _Built
-
-    loglikelihood_rolling = generate_until = loglikelihood
-
-
-class _Answers(_Model):
-    """Knows all answers."""
-
-    def __init__(self, answers: Mapping[tuple[str, tuple[str, ...]], Answer]) -> None:
-        super().__init__()
-        self._answers = answers
-
-    def loglikelihood(self, requests: list) -> list:
-        return self._of(LOGLIKELIHOOD, requests)
-
-    def loglikelihood_rolling(self, requests: list) -> list:
-        return self._of(ROLLING, requests)
-
-    def _of(self, kind: str, requests: Collection[Any]) -> list[Answer]:
-        return [self._answers[kind, request.args] for request in requests]
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """Errors of a task's data, and of what its config has the harness do with a document."""
-    return (
-        *failures(),
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        StopIteration,
-        TypeError,
-        TemplateError,
-        YAMLError,
-    )
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, ConnectionError):
-        return f"the Hub cannot be reached ({first_line(error)})"
-    if isinstance(error, StopIteration):
-        return "there is no document in it"
-    if isinstance(error, DatasetGenerationError) and error.__cause__:
-        # Its own message says nothing.
-        return first_line(error.__cause__)
-    # A KeyError's message is the key.
-    return f"{type(error).__name__}: {first_line(error)}" if isinstance(error, KeyError) else first_line(error)
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """Have the harness draw in this process, the same numbers: it forks, and torch's threads may hold locks then."""
-    before = os.environ.get(IN_ONE_PROCESS)
-    os.environ[IN_ONE_PROCESS] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[IN_ONE_PROCESS]
-        os.environ |= {} if before is None else {IN_ONE_PROCESS: before}
-
-
-@contextmanager
-def _infinity_for_overflow() -> Iterator[None]:
-    """Have the harness compute an infinite perplexity of a model that is of no use; it raises OverflowError instead."""
-    metrics.math = _Math()
-    try:
-        yield
-    finally:
-        metrics.math = math
-
-
-class _Math:
-    """The module `math`, where exp does not overflow."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(math, name)
-
-    exp = staticmethod(exp)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what the harness prints, logs and draws from the terminal; errors are exceptions."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+def generates(names: Sequence[str]) -> InputError:
+    """The error for tasks that generate text."""
+    return InputError(f"task {', '.join(names)}: generates text, and only likelihoods are computed here; leave it out")

@@ -1,151 +1,315 @@
-"""Requests on their way through the blocks of a model: every block is read once, whatever the number of requests."""
+"""Answer requests with a checkpoint of which one block is in memory at a time.
 
+Every block is read once and all rows go through it. Then logits are computed where a token is predicted, and nowhere
+else: log p(target) = logit(target) - log(sum over the vocabulary of exp(logit)).
+
+What rows may hold (`Sharing`) is found on the way. No architecture is named: some requests are computed by themselves,
+too, and their hidden states are compared behind every block. Where they differ, the pass begins anew with rows that
+hold less. Recurrent layers show behind the first block that they take no trees.
+"""
+
+import math
+import sys
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
-from sparsefw.evaluation.packing import Group, Sharing
-from sparsefw.evaluation.request import Request, Score
-from sparsefw.evaluation.room import Room
-from sparsefw.evaluation.scoring import score_groups, tables_of
-from sparsefw.evaluation.sharing import allowed_by
-from sparsefw.model import BlockModel, HiddenStates, embed_batches
-from sparsefw.model.activations import Store
+from sparsefw import checkpoint, process
+from sparsefw.checkpoint import Checkpoint
+from sparsefw.data import token_batch
+from sparsefw.errors import InputError, counted
+from sparsefw.estimate import Workload, memory_limits, place
+from sparsefw.evaluation.rows import Group, Request, Row, Sharing, groups_of, partition, rows_of
+from sparsefw.inputs import DEFAULT, DEFAULT_MODEL
+from sparsefw.model import HiddenStates, ModelShape, Placement, StreamedModel, embed_batches, shape_of
+from sparsefw.model.forward import run_behind_blocks
 from sparsefw.model.hidden_states import check_token
+from sparsefw.model.skeleton import max_seqlen
+from sparsefw.ranks import ALONE, Ranks
+from sparsefw.solver import PruneConfig
+
+# Bytes of logits in fp32 that are computed at once.
+LOGITS = 128 * 2**20
+
+# Relative distance of hidden states that other shapes of products account for, by the bytes of a number.
+TOLERANCE = {4: 1e-3, 2: 0.05}
+# Positions at which they are compared, at most; and the tokens of a request of which half is compared, at least.
+COMPARED, LEAST = 8, 4
+
+# Names of the numbers in a config beyond which local attention does not read: the mask of a tree does not tell it so.
+LOCAL = ("sliding_window", "attention_chunk_size", "window_size")
+
+# The line of the log says this for each kind of row.
+SHARED = {
+    Sharing.NOTHING: "each by itself, as this model looks at whole rows",
+    Sharing.BEGINNINGS: "whole requests shared",
+    Sharing.BRANCHES: "beginnings shared",
+}
 
 
-@dataclass(frozen=True)
-class Packed:
-    """Requests as rows, and what rows may hold.
+class Score(NamedTuple):
+    """The answer to a request.
 
     Attributes:
-        requests: the requests.
-        groups: the rows, by their length.
-        sharing: what a row may hold.
+        loglikelihood: sum of the log-probabilities of all targets, in nats.
+        greedy: whether each target is the most likely token at its position.
     """
 
-    requests: Sequence[Request]
-    groups: list[Group]
-    sharing: Sharing
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all rows, without padding."""
-        return sum(len(row.tokens) for group in self.groups for row in group.rows)
+    loglikelihood: float
+    greedy: bool
 
 
-@dataclass(frozen=True)
-class RequestStates:
-    """Requests between two blocks of a model.
+def locate(name: str) -> Path:
+    """The folder of a checkpoint: "default" is the embedded model, and other names are as for `checkpoint.locate`."""
+    return DEFAULT_MODEL if name == DEFAULT else checkpoint.locate(name)
+
+
+def scores_of(
+    source: Checkpoint,
+    requests: Sequence[Request],
+    *,
+    gpu_memory: float | None = None,
+    host_memory: float | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: bool = False,
+    ranks: Ranks = ALONE,
+) -> list[Score]:
+    """The answers of a checkpoint to requests.
+
+    Args:
+        source: the checkpoint.
+        requests: the requests.
+        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
+        say: called with every line of the log.
+        progress: whether to show a progress bar.
+        ranks: the processes that share the work; all of them have the same requests, and get all answers.
+
+    Raises:
+        InputError: the checkpoint cannot be read or run, memory is too little, or answers are NaN.
+    """
+    # Otherwise what a model before has left counts as taken.
+    process.give_back()
+    device = process.this_device()
+    limits = memory_limits(gpu_memory, host_memory, device, ranks)
+    parts = partition(requests, ranks.count)
+    mine = [requests[n] for n in parts[ranks.number]]
+    with StreamedModel(source, device) as model, process.gpu_limited(limits.get("gpu")), torch.no_grad():
+        say(f"model: {source.folder}, {counted(len(model.blocks), 'block')}, {source.dtype}")
+        check_token(max((max(*r.read, *r.targets) for r in mine), default=0), model.vocabulary)
+        found = _answers(model, shape_of(source), mine, limits, say, progress and ranks.first, ranks) if mine else []
+    answers: dict[int, Score] = {}
+    for numbers, of_rank in zip(parts, ranks.gather(found), strict=True):
+        answers |= zip(numbers, of_rank, strict=True)
+    if none := sum(math.isnan(score.loglikelihood) for score in answers.values()):
+        raise InputError(
+            f"{source.folder}: the log-likelihoods of {none} of {len(requests)} requests are NaN, as behind the last "
+            f"block numbers are too large for {source.dtype}; it is of no use"
+        )
+    return [answers[n] for n in range(len(requests))]
+
+
+def _answers(
+    model: StreamedModel,
+    shape: ModelShape,
+    requests: Sequence[Request],
+    limits: dict[str, int],
+    say: Callable[[str], None],
+    progress: bool,
+    ranks: Ranks,
+) -> list[Score]:
+    """The answers of one rank, in rows that hold as much as the model allows."""
+    config = model.model.config
+    local = [size for name in LOCAL if isinstance(size := getattr(config.get_text_config(), name, None), int) and size]
+    for sharing in sorted(Sharing, reverse=True):
+        rows = rows_of(requests, sharing, min(local, default=math.inf))
+        checks = _checks(rows) if sharing else []
+        if sharing and (not checks or (sharing == Sharing.BRANCHES and not any(row.branches for row in rows))):
+            continue
+        groups = groups_of(rows, sharing, max_seqlen(config) or sys.maxsize)
+        groups += groups_of([check.alone for check in checks], Sharing.NOTHING)
+        placement = _placement(shape, model.device, groups, limits, ranks)
+        say(
+            f"requests: {len(requests)} with {sum(len(request.read) for request in requests)} tokens, computed as "
+            f"{len(rows)} rows with {sum(len(row.tokens) for row in rows)}: {SHARED[sharing]}"
+        )
+        try:
+            found = _Pass(model, shape.by_window, groups, checks, placement).run(progress)
+        except InputError:
+            # Some models take no mask of a tree.
+            if sharing < Sharing.BRANCHES:
+                raise
+            found = None
+        if found is not None:
+            return [found[n] for n in range(len(requests))]
+    raise AssertionError("without sharing nothing is checked")
+
+
+class _Check(NamedTuple):
+    """A request that is computed by itself, too.
 
     Attributes:
-        packed: the requests.
-        states: hidden states of each group.
-        store: where hidden states are.
+        row: the row that holds it.
+        places: places there that are compared.
+        alone: a row that holds it alone.
+        places_alone: the same places there.
     """
 
-    packed: Packed
-    states: list[HiddenStates]
-    store: Store
+    row: Row
+    places: list[int]
+    alone: Row
+    places_alone: list[int]
 
-    def advance(self, i: int) -> None:
-        """As `HiddenStates.advance`."""
-        for of_group in self.states:
-            of_group.advance(i)
-
-    def fork(self) -> "RequestStates":
-        """A copy that runs independently."""
-        return replace(self, states=[of_group.fork() for of_group in self.states])
-
-    def close(self) -> None:
-        """As `HiddenStates.close`."""
-        for of_group in self.states:
-            of_group.close()
-
-    def scores(self) -> list[Score]:
-        """The answers to all requests, behind the last block. The hidden states are gone then."""
-        if not self.states:
-            return []
-        packed = self.packed
-        found = score_groups(self.states[0].model, self.states, packed.groups, packed.requests, self.store)
-        return [found[n] for n in range(len(packed.requests))]
+    @classmethod
+    def of(cls, row: Row, path: list[int], own: list[int]) -> "_Check":
+        """The check of the tokens at a path of places, the last ones of which no other request has."""
+        alone = Row()
+        alone.add(0, Request(array("i", [row.tokens[place] for place in path]), array("i")), 0)
+        compared = own[-COMPARED:]
+        return cls(row, compared, alone, [path.index(place) for place in compared])
 
 
-def pack_for(model: BlockModel, requests: Sequence[Request]) -> Packed:
-    """Pack requests as the model allows.
+def _checks(rows: Sequence[Row]) -> list[_Check]:
+    """Of chains, the first half of the longest; of trees, the last branch of the deepest and of the largest."""
+    checks = []
+    longest = max((row for row in rows if not row.branches), key=lambda row: row.depth, default=None)
+    if longest and longest.depth >= LEAST:
+        half = longest.path[: longest.depth // 2]
+        checks.append(_Check.of(longest, half, half))
+    if trees := [row for row in rows if row.branches]:
+        deepest, largest = max(trees, key=lambda row: row.depth), max(trees, key=lambda row: len(row.tokens))
+        checks += [_Check.of(row, row.path, row.own) for row in {deepest, largest}]
+    return checks
 
-    Args:
-        model: the model, inside `embedded`.
-        requests: the requests.
-    """
-    allowed = allowed_by(model, requests)
-    return Packed(requests, allowed.pack(requests), allowed.sharing)
 
-
-def embed_requests(model: BlockModel, packed: Packed, room: Room) -> RequestStates:
-    """Embed requests: their hidden states before the first block.
-
-    Args:
-        model: the model, inside `embedded`.
-        packed: the requests.
-        room: what is held at once, and where.
+def _placement(
+    shape: ModelShape, device: torch.device, groups: Sequence[Group], limits: dict[str, int], ranks: Ranks
+) -> Placement:
+    """What a pass holds at once: that of a run on as many tokens, in windows of the longest row, that prunes nothing.
 
     Raises:
-        InputError: as `embed_batches`.
+        InputError: nothing fits; the message names the smallest limit that could.
     """
-    store = room.store(model.device)
-    states: list[HiddenStates] = []
-    try:
-        for group in packed.groups:
-            states.append(embed_batches(model, group.split(room.batch(group.length)), store))
-    except BaseException:
-        RequestStates(packed, states, store).close()
-        raise
-    return RequestStates(packed, states, store)
+    seqlen = max(group.length for group in groups)
+    # The mask of a tree has a number for each two of its tokens.
+    tokens = sum(len(group.rows) * group.length * (1 + group.trees * group.length // shape.hidden) for group in groups)
+    workload = Workload(
+        windows=-(-tokens // seqlen),
+        # Logits are computed.
+        evaluation=(0,),
+        seqlen=seqlen,
+        config=PruneConfig(method="magnitude", reconstruct=0),
+        gpu=device.type == "cuda",
+        threads=torch.get_num_threads(),
+        process=process.resident(),
+        held=process.held_on_gpu(device),
+    )
+    placement, _ = place(shape.selected(lambda name: False), workload, limits, fixed={"solver": 0})
+    return placement
 
 
-@contextmanager
-def embedded(model: BlockModel, requests: Sequence[Request]) -> Iterator[None]:
-    """Inside the `with` block, what lies before the first block is on the device for the tokens of all requests.
-
-    Raises:
-        InputError: the model does not know a token, or weights hold NaN or Inf, or cannot be read any more.
-    """
-    # A token that is predicted and not read is looked up nowhere, so that nothing else would refuse it.
-    largest = max((max(max(request.read), max(request.targets)) for request in requests), default=0)
-    check_token(largest, model.vocabulary)
-    tables = tables_of(model)
-    # Rows are padded with token 0.
-    with tables.embeddings({0}.union(*(request.read for request in requests))) if tables else model.outside():
-        yield
-
-
-@torch.no_grad()
-def run_through(
-    model: BlockModel,
-    states: RequestStates,
-    room: Room,
-    begin: int = 0,
-    after_block: Callable[[int], None] = lambda blocks: None,
-) -> None:
-    """Run requests through the blocks of a model, each of which is read once.
+class _Pass:
+    """A pass of rows through a model.
 
     Args:
         model: the model.
-        states: the requests, at the input of block `begin`; behind the last block afterwards.
-        room: what is held at once, and where.
-        begin: number of the first block to run.
-        after_block: called after every block with the number of blocks that are finished.
-
-    Raises:
-        InputError: weights or activations hold NaN or Inf.
+        by_window: whether logits are made of the hidden states of single tokens.
+        groups: the rows.
+        checks: what is compared behind every block.
+        placement: what is held at once, and where.
     """
-    for i in range(begin, len(model.blocks)):
-        # A rank may have no requests.
-        if states.states:
-            model.open(i, room.ahead)
-            states.advance(i)
-            model.close(i)
-        after_block(i + 1)
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        by_window: bool,
+        groups: Sequence[Group],
+        checks: Sequence[_Check],
+        placement: Placement,
+    ) -> None:
+        self._model, self._by_window, self._groups, self._checks = model, by_window, groups, checks
+        self._placement, self._tokens = placement, placement.batch * max(group.length for group in groups)
+        self._dtype = next(x.dtype for x in model.model.parameters() if x.is_floating_point())
+        self._found = {row: (g, n) for g, group in enumerate(groups) for n, row in enumerate(group.rows)}
+        self._states: list[HiddenStates] = []
+
+    def run(self, progress: bool) -> dict[int, Score] | None:
+        """Run all rows; returns the answers by the numbers of requests, or None once a check has failed."""
+        model, store = self._model, self._placement.store(self._model.device)
+        with ExitStack() as stack:
+            with model.outside():
+                for group in self._groups:
+                    self._states.append(embed_batches(model, group.batches(self._tokens, self._dtype), store))
+                    stack.callback(self._states[-1].close)
+            bar = stack.enter_context(tqdm(total=len(model.blocks), unit="block", disable=None if progress else True))
+            for i in range(len(model.blocks)):
+                model.open(i, self._placement.ahead)
+                for states in self._states:
+                    states.advance(i)
+                model.close(i)
+                if not all(map(self._alike, self._checks)):
+                    return None
+                bar.update()
+            with model.outside():
+                return self._scores()
+
+    def _alike(self, check: _Check) -> bool:
+        """Whether a request has the same hidden states by itself and with others, but for what products round.
+
+        The median over positions counts: a router may send single tokens to other experts.
+        """
+        g, _ = self._found[check.alone]
+        if self._states[g].hidden[0].shape[:2] != (self._states[g].windows[0], self._groups[g].length):
+            # The hidden states of tokens cannot be told from each other.
+            return False
+        shared, alone = self._hidden(check.row)[check.places], self._hidden(check.alone)[check.places_alone]
+        distances = (shared - alone).norm(dim=-1) / alone.norm(dim=-1)
+        return float(distances.median()) <= TOLERANCE[self._dtype.itemsize]
+
+    def _hidden(self, row: Row) -> Tensor:
+        """The hidden states (tokens, d) of a row, in fp32."""
+        g, n = self._found[row]
+        j, n = divmod(n, self._states[g].windows[0])
+        return self._states[g].hidden[j][n].float()
+
+    def _scores(self) -> dict[int, Score]:
+        """The answers, from the hidden states behind the last block."""
+        sums: dict[int, float] = {}
+        greedy: dict[int, bool] = {}
+        for group, states in zip(self._groups, self._states, strict=True):
+            for j, rows in enumerate(group.split(self._tokens)):
+                places = [(n, place) for n, row in enumerate(rows) for place in row.targets]
+                for logits, where in self._logits(group, states, j, places):
+                    answers = [(k, *of) for k, (n, place) in enumerate(where) for of in rows[n].targets[place]]
+                    at, numbers, targets = zip(*answers, strict=True)
+                    logprobs = logits[at, targets].double() - logits.logsumexp(-1).double()[[*at]]
+                    best = logits.argmax(-1)[[*at]].tolist()
+                    for number, logprob, most, target in zip(numbers, logprobs.tolist(), best, targets, strict=True):
+                        sums[number] = sums.get(number, 0.0) + logprob
+                        greedy[number] = greedy.get(number, True) and most == target
+        return {number: Score(sums[number], greedy[number]) for number in sums}
+
+    def _logits(
+        self, group: Group, states: HiddenStates, j: int, places: list[tuple[int, int]]
+    ) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
+        """Logits (positions, vocabulary) in fp32 at places of micro-batch j, some at a time, with their places."""
+        model, hidden = self._model, states.hidden[j]
+        if not self._by_window:
+            batch = next(islice(group.batches(self._tokens, self._dtype), j, None))
+            whole = run_behind_blocks(model, batch, hidden, states.behind_last(j)).logits
+        size = max(1, LOGITS // (4 * model.vocabulary))
+        for first in range(0, len(places), size):
+            where = places[first : first + size]
+            n, place = torch.tensor(where, device=hidden.device).T
+            if self._by_window:
+                # The tokens make no difference behind the last block.
+                batch = token_batch(torch.zeros(len(where), 1, dtype=torch.int64))
+                yield run_behind_blocks(model, batch, hidden[n, place][:, None], {}).logits[:, 0].float(), where
+            else:
+                yield whole[n, place].float(), where

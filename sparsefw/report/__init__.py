@@ -16,7 +16,6 @@ from sparsefw.report.content import (
     read_report,
 )
 from sparsefw.report.environment import device_name, machine, versions
-from sparsefw.report.tasks import Difference, Measurement, TaskRecord, TextRecord
 
 __all__ = [
     "DENSE",
@@ -24,15 +23,11 @@ __all__ = [
     "PREDICTIONS",
     "BlockRecord",
     "CalibrationText",
-    "Difference",
     "EvaluationText",
-    "Measurement",
     "MemoryRecord",
     "RankRecord",
     "Reconstruction",
     "Report",
-    "TaskRecord",
-    "TextRecord",
     "amount",
     "device_name",
     "html",

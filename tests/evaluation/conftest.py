@@ -3,15 +3,15 @@
 import datasets
 import lm_eval.evaluator
 import pytest
-from helpers.answering import REQUESTS
-from helpers.evaluated import TEXT, pruned
 from helpers.families import save_model
 from helpers.tasks import write_tasks
 from lm_eval.tasks import TaskManager
 
+import sparsefw
 from sparsefw.evaluation import harness
-from sparsefw.evaluation import saved as saving
-from sparsefw.evaluation.answers import Budget, scores_of
+
+TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(40))
+QUICK = {"nsamples": 4, "seqlen": 32, "sparsity": "0.5", "steps": 2, "reconstruct": 0, "kernel": "torch"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -20,6 +20,8 @@ def no_cache(tmp_path_factory):
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         # Two seconds of programs that describe the machine.
         patch.setattr(lm_eval.evaluator, "add_env_info", lambda storage: None)
+        # The harness takes seconds to look at all of its own tasks.
+        patch.setattr(harness.Tasks.__init__, "__defaults__", (False,))
         yield
 
 
@@ -36,35 +38,11 @@ def manager(tasks):
 
 
 @pytest.fixture(scope="module")
-def only_these_tasks():
-    """The harness takes seconds to look at all of its own tasks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(harness.questions.__kwdefaults__, "include_defaults", False)
-        yield
-
-
-@pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a dense model, a text, and a model that was pruned."""
     folder = tmp_path_factory.mktemp("job")
     save_model(folder / "dense", "llama")
-    (folder / "text.txt").write_text(TEXT)
-    pruned(folder, folder / "pruned")
+    text = folder / "text.txt"
+    text.write_text(TEXT)
+    sparsefw.prune(folder / "dense", folder / "pruned", dataset=text, evaluate=text, eval_windows=3, **QUICK)
     return folder
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("answers") / "llama", "llama")
-
-
-@pytest.fixture(scope="module")
-def answers(llama):
-    return scores_of(llama, REQUESTS, Budget())
-
-
-@pytest.fixture
-def often(monkeypatch):
-    """Hidden states are saved behind every block."""
-    monkeypatch.setattr(saving, "SECONDS", 0.0)
-    monkeypatch.setattr(saving, "TIMES", 0.0)

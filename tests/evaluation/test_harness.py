@@ -1,229 +1,151 @@
-"""Questions of tasks, and the harness's results of the answers."""
+"""The streamed model in lm-evaluation-harness, against the harness's own model; and what is refused."""
 
-import math
-import os
-import random
-import zlib
+import functools
+import sys
 
 import lm_eval
-import numpy as np
+import lm_eval.tasks
 import pytest
-import torch
-from helpers.tasks import GROUP, TAG, TASKS, write_task, write_tasks
-from lm_eval.api.model import LM
-from lm_eval.tasks import TaskManager
+from helpers.families import byte_tokenizer, save_model
+from helpers.tasks import TASKS, write_task
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
 
+import sparsefw.lm_eval as command
+from sparsefw import evaluation
 from sparsefw.errors import InputError
-from sparsefw.evaluation import PAPER, questions, results
-from sparsefw.evaluation.encoding import LOGLIKELIHOOD, ROLLING
+from sparsefw.evaluation import StreamedLM, harness
 
-CHOICES, DOCUMENTS = TASKS["tiny_choices"]
-
-
-def answer(kind, texts):
-    """A number that depends on the texts alone."""
-    number = -(zlib.crc32(repr(texts).encode()) % 1000) / 7
-    return number if kind == ROLLING else (number, number > -70)
+TEMPLATE = "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}{% endfor %}[a]"
 
 
-class Made(LM):
-    """A model of the harness with these answers."""
-
-    def loglikelihood(self, requests):
-        return [answer(LOGLIKELIHOOD, request.args) for request in requests]
-
-    def loglikelihood_rolling(self, requests):
-        return [answer(ROLLING, request.args) for request in requests]
-
-    def generate_until(self, requests):
-        raise AssertionError
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A checkpoint with a chat template."""
+    folder = save_model(tmp_path_factory.mktemp("model"), "llama")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
-def asked(names, folder, **options):
-    return questions(names, include_path=folder, include_defaults=False, **options)
+def hf(folder, **options):
+    # By its formula: older versions of transformers leave softcaps out otherwise.
+    return HFLM(str(folder), device="cpu", dtype="float32", attn_implementation="eager", **options)
 
 
-def results_of(found, bootstrap_iters=100):
-    return results(found, [answer(*question.key) for question in found.asked], bootstrap_iters)
+def evaluated(lm, names, manager, **options):
+    return lm_eval.simple_evaluate(lm, tasks=list(names), task_manager=manager, bootstrap_iters=0, **options)
 
 
-def of_harness(names, folder, **options):
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    return lm_eval.simple_evaluate(Made(), tasks=names, task_manager=manager, bootstrap_iters=100, **options)
+def responses(found):
+    """All answers, in the order of the tasks, documents and requests: a number, and whether it is greedy."""
+    for samples in found["samples"].values():
+        for sample in samples:
+            for (answer,) in sample["resps"]:
+                yield answer if isinstance(answer, tuple) else (answer, False)
 
 
-SHOWN = ("results", "groups", "versions", "n-shot", "higher_is_better", "n-samples", "samples", "group_subtasks")
+def check_same(found, expected):
+    pairs = [*zip(responses(found), responses(expected), strict=True)]
+    for mine, theirs in pairs:
+        assert mine[0] == pytest.approx(theirs[0], abs=1e-3, rel=1e-6)
+        assert mine[1] == theirs[1]
+    for name, metrics in expected["results"].items():
+        for metric, value in metrics.items():
+            # Metrics that count documents are the very same.
+            within = 0 if metric.startswith("acc") else 1e-4
+            assert found["results"][name][metric] == (
+                pytest.approx(value, rel=within) if isinstance(value, float) else value
+            )
+    return len(pairs)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_fewshot": 2}, {"limit": 3}, {"limit": 0.5, "num_fewshot": 1}], ids=str)
-def test_results_are_those_of_the_harness(options, tasks):
-    """Metrics, standard errors, prompts with examples and samples, to the last digit."""
-    names = [GROUP, "tiny_rolling", "tiny_last_word", "tiny_long"]
-    expected = of_harness(names, tasks, **options)
-    found = results_of(asked(names, tasks, **options))
-    for key in SHOWN:
-        assert found[key] == expected[key], key
-    assert set(found["samples"]) == set(TASKS)
-    assert found["n-shot"]["tiny_choices"] == options.get("num_fewshot", 0)
-    # Results do not depend on how often they are made.
-    again = asked(names, tasks, **options)
-    assert results_of(again)["samples"] == results_of(again)["samples"] == expected["samples"]
+# Plain, with softcaps, a mixture, a hybrid, learned positions, and sliding windows.
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "qwen3_next", "gpt2", "mistral"])
+def test_answers_and_metrics_are_those_of_the_harness(family, tmp_path, manager):
+    folder = save_model(tmp_path / "model", family)
+    found = evaluated(StreamedLM(folder), TASKS, manager)
+    assert check_same(found, evaluated(hf(folder, batch_size=3), TASKS, manager)) == 98
 
 
-def test_documents_that_are_drawn_are_drawn_as_the_harness_does(tmp_path):
-    """Some tasks shuffle with the generators of the whole process, each time that their documents are looked at."""
-    folder = write_tasks(tmp_path / "tasks", ["tiny_choices"])
-    (folder / "shuffling.py").write_text(
-        "import random\nimport numpy\n\n"
-        "def shuffled(dataset):\n"
-        "    def one(document):\n"
-        "        order = random.sample(range(4), 4)\n"
-        "        text = f'{document[\"text\"]} {numpy.random.randint(1000)}'\n"
-        "        choices = [document['choices'][n] for n in order]\n"
-        "        return {'text': text, 'choices': choices, 'label': order.index(document['label'])}\n"
-        "    return dataset.map(one, load_from_cache_file=False)\n"
-    )
-    config = (folder / "tiny_choices.yaml").read_text()
-    assert config.endswith("}")
-    (folder / "tiny_choices.yaml").write_text(config[:-1] + ', "process_docs": !function shuffling.shuffled}')
-    expected = of_harness(["tiny_choices"], folder)["samples"]["tiny_choices"]
-    found = asked(["tiny_choices"], folder)
-    assert [sample["arguments"] for sample in results_of(found)["samples"]["tiny_choices"]] == [
-        sample["arguments"] for sample in expected
-    ]
-    assert results_of(found)["samples"]["tiny_choices"] == expected
+def test_the_harness_finds_it_by_its_name(model, manager):
+    """As `lm_eval --model sparsefw --model_args pretrained=...,max_length=48` does, with what the harness adds."""
+    names = ["tiny_choices", "tiny_rolling"]
+    options = {"model_args": f"pretrained={model},max_length=48,add_bos_token=false,host_memory=9.5"}
+    found = evaluated("sparsefw", names, manager, batch_size="auto", max_batch_size=8, device="cpu", **options)
+    check_same(found, evaluated(hf(model, max_length=48, add_bos_token=False), names, manager))
+    assert get_model("sparsefw") is StreamedLM
 
 
-def test_each_question_is_asked_once(tasks):
-    found = asked([TAG, "tiny_choices"], tasks)
-    assert found.tasks == sorted(TASKS)
-    keys = [question.key for question in found.asked]
-    assert len(keys) == len(set(keys))
-    # Documents 0, 3 and 6 of the nine have two answers that are alike.
-    assert len(asked(["tiny_choices"], tasks).asked) == 9 * 4 - 3
-    assert found.asked[0].place == "task tiny_choices, document 0"
+def test_chat_template(model, manager):
+    options = {"apply_chat_template": True, "num_fewshot": 1, "system_instruction": "Be brief."}
+    found = evaluated(StreamedLM(model), ["tiny_choices"], manager, **options)
+    expected = evaluated(hf(model), ["tiny_choices"], manager, **options)
+    prompts = [[of["arguments"] for of in results["samples"]["tiny_choices"]] for results in (found, expected)]
+    assert prompts[0] == prompts[1]
+    check_same(found, expected)
+    assert StreamedLM(model).tokenizer_name == hf(model).tokenizer_name
 
 
-def test_patterns_and_paths_are_names(tasks):
-    assert asked(["tiny_l*"], tasks).tasks == ["tiny_last_word", "tiny_long"]
-    assert asked([str(tasks / "tiny_long.yaml")], tasks).tasks == ["tiny_long"]
-
-
-def test_tasks_that_generate_are_refused_before_anything_is_loaded(tmp_path):
-    folder = write_tasks(tmp_path / "tasks", ["tiny_choices"])
-    for name in ("writes", "writes_too"):
-        config = {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "a"}
-        write_task(folder, name, config, DOCUMENTS)
-        (folder / f"{name}.jsonl").unlink()
-    with pytest.raises(InputError, match=r"^task writes: generates text, and only likelihoods are computed here"):
-        asked(["tiny_choices", "writes"], folder)
-    with pytest.raises(InputError, match=r"^task writes, writes_too: generates text"):
-        asked(["writes*"], folder)
-
-
-def test_a_task_in_a_group_that_generates_is_named(tmp_path):
-    folder = write_tasks(tmp_path / "tasks", ["tiny_choices", "tiny_mutual"])
-    config = {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "a", "tag": TAG}
-    write_task(folder, "writes", config, DOCUMENTS)
+def test_text_is_not_generated(model, tmp_path):
+    asked = Instance("generate_until", {}, ("a", {}), 0, metadata=("gsm8k", 0, 1))
+    with pytest.raises(InputError, match=r"^task gsm8k: generates text, and only likelihoods are computed here"):
+        StreamedLM(model).generate_until([asked])
+    config, documents = TASKS["tiny_last_word"]
+    write_task(tmp_path, "writes", config | {"output_type": "generate_until", "metric_list": []}, documents)
     with pytest.raises(InputError, match=r"^task writes: generates text"):
-        asked([TAG], folder)
+        harness.Tasks(["writes"], tmp_path).results(StreamedLM(model), None, None)
 
 
-def test_unknown_tasks_are_refused(tasks):
-    with pytest.raises(InputError, match=r"^task 'tiny_choice': unknown; the closest names are tiny_choices"):
-        asked(["tiny_choice"], tasks)
-    with pytest.raises(InputError, match=r"^task 'zzzz': unknown; `lm_eval ls tasks` lists all names"):
-        asked(["tiny_long", "zzzz"], tasks)
-    with pytest.raises(InputError, match=r"no/where: no folder of tasks"):
-        questions(["tiny_long"], include_path="no/where")
+def test_an_answer_that_the_model_cannot_read_is_refused(model):
+    lm = StreamedLM(model, max_length=4)
+    for tokens in ([], [5, 6, 7, 8, 9]):
+        with pytest.raises(InputError, match=rf"^an answer of {len(tokens)} tokens, 'b': the model predicts from 1 to"):
+            lm._loglikelihood_tokens([(("a", "b"), [5], tokens)])
 
 
-def test_a_task_whose_data_cannot_be_loaded_is_named(tmp_path):
-    folder = write_tasks(tmp_path / "tasks", ["tiny_choices", "tiny_long"])
-    (folder / "tiny_long.jsonl").unlink()
-    with pytest.raises(InputError, match=r"^task tiny_long: cannot be loaded: Unable to find .*tiny_long.jsonl"):
-        asked(["tiny_choices", "tiny_long"], folder)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metric_list": [{"metric": "f1"}]}, r"^--tasks broken: the harness cannot evaluate them: "),
+        ({"doc_to_text": "{{ 1 / 0 }}"}, r"^--tasks broken: the harness cannot evaluate them: ZeroDivisionError"),
+        ({"test_split": "none"}, r"^--tasks broken: the harness cannot evaluate them: "),
+    ],
+    ids=str,
+)
+def test_a_task_that_fails_is_one_line(change, message, model, tmp_path):
+    config, documents = TASKS["tiny_choices"]
+    write_task(tmp_path, "broken", config | change, documents)
+    with pytest.raises(InputError, match=message):
+        harness.Tasks(["broken"], tmp_path).results(StreamedLM(model), None, None)
 
 
-def test_a_task_whose_documents_do_not_fit_is_named(tmp_path):
-    folder = write_tasks(tmp_path / "tasks", ["tiny_choices"])
-    documents = [DOCUMENTS[0] | {"text": "a:b"}, DOCUMENTS[1] | {"text": "no colon"}]
-    write_task(folder, "broken", CHOICES | {"doc_to_text": "{{text.split(':')[1]}}"}, documents)
-    with pytest.raises(InputError, match=r"^task broken: no questions can be made of it: .*has no element 1"):
-        asked(["tiny_choices", "broken"], folder)
+def test_names_of_tasks(tasks):
+    found = harness.Tasks(["tiny_*ing", "tiny_group", "tiny_tag", f"{tasks}/tiny_long.yaml", "tiny_group"], tasks)
+    assert found.names == ["tiny_rolling", "tiny_group", "tiny_tag", f"{tasks}/tiny_long.yaml"]
+    # The harness's own tasks are not known here.
+    with pytest.raises(InputError, match=r"^task 'boolq': unknown"):
+        harness.Tasks(["paper"], tasks)
 
 
-def test_a_task_whose_metrics_fail_is_named(tmp_path):
-    """The harness makes metrics only behind the last answer."""
-    folder = write_tasks(tmp_path / "tasks", ["tiny_choices", "tiny_rolling"])
-    write_task(folder, "broken", CHOICES | {"process_results": "!function broken.metrics"}, DOCUMENTS)
-    path = folder / "broken.yaml"
-    path.write_text(path.read_text().replace('"!function broken.metrics"', "!function broken.metrics"))
-    (folder / "broken.py").write_text("def metrics(document, answers):\n    return {'acc': document['points']}\n")
-    found = asked(["tiny_choices", "broken", "tiny_rolling"], folder)
-    with pytest.raises(InputError, match=r"^task broken: no metrics can be made of its answers: KeyError: 'points'$"):
-        results_of(found)
+def test_without_the_harness_one_line_says_so(monkeypatch):
+    monkeypatch.setattr("sparsefw.evaluation.run.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"^lm-evaluation-harness is not installed; pip install -e '.\[eval\]'"):
+        evaluation.StreamedLM  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        evaluation.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("limit", [0, -1, 1.5, math.inf, math.nan])
-def test_limits_that_are_no_number_of_documents(limit, tasks):
-    with pytest.raises(InputError, match=rf"^--limit {limit:g}: expected a number of documents, or a share"):
-        asked(["tiny_choices"], tasks, limit=limit)
-
-
-def test_more_examples_than_there_are(tasks):
-    with pytest.raises(InputError, match=r"^task tiny_choices: .*it may have fewer examples than --num-fewshot 100"):
-        asked(["tiny_choices"], tasks, num_fewshot=100)
-
-
-@pytest.mark.parametrize(("data", "why"), [
-    ("", "there is no document in it"), ('{"text": "x', "JSON parse error: Missing a closing quotation mark"),
-])  # fmt: skip
-def test_data_of_a_task_that_is_damaged(data, why, tmp_path, capfd):
-    folder = write_tasks(tmp_path / "tasks", ["tiny_choices"])
-    (folder / "tiny_choices.jsonl").write_text(data)
-    with pytest.raises(InputError, match=rf"^task tiny_choices: cannot be loaded: {why}"):
-        asked(["tiny_choices"], folder)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_task_that_is_no_yaml(tmp_path):
-    (tmp_path / "bad.yaml").write_text("task: [")
-    with pytest.raises(InputError, match=r"^task .*bad.yaml: cannot be loaded: while parsing"):
-        questions([str(tmp_path / "bad.yaml")], include_defaults=False)
-
-
-def test_likelihoods_that_are_very_low(tasks):
-    """The harness cannot compute exp of them."""
-    found = asked(["tiny_rolling", "tiny_last_word"], tasks)
-    answers = [-1e6 if question.kind == ROLLING else (-1e6, False) for question in found.asked]
-    values = results(found, answers, 1000)["results"]
-    assert values["tiny_rolling"]["word_perplexity,none"] == values["tiny_last_word"]["perplexity,none"] == math.inf
-    assert lm_eval.api.metrics.math is math
-
-
-def test_nothing_is_printed_and_nothing_drawn(tasks, capfd):
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    expected = random.random(), np.random.rand(), torch.rand(1)
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    results_of(asked(list(TASKS), tasks, num_fewshot=1))
-    assert capfd.readouterr() == ("", "")
-    assert (random.random(), np.random.rand(), torch.rand(1)) == expected
-
-
-@pytest.mark.slow
-def test_the_tasks_of_the_paper_are_known():
-    """Four seconds: the harness reads the configs of all its tasks."""
-    names = TaskManager().all_tasks
-    assert set(PAPER) <= set(names)
-    # The name that stands for them is no task's.
-    assert "paper" not in names
-
-
-def test_standard_errors_are_drawn_without_other_processes(tasks, monkeypatch):
-    """The harness forks for those of a perplexity, and torch has threads."""
-    found = asked(["tiny_last_word"], tasks)
-    monkeypatch.setattr("os.fork", None)
-    before = dict(os.environ)
-    assert results_of(found, bootstrap_iters=1000)["results"]["tiny_last_word"]["perplexity_stderr,none"] > 0
-    assert dict(os.environ) == before
+def test_the_harness_command_knows_the_model(model, tasks, monkeypatch, capsys):
+    """The harness's own tasks are left out: to read their configs takes seconds."""
+    own = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", own)
+    flags = ["lm_eval", "--model", "sparsefw", "--include_path", str(tasks), "--tasks", "tiny_choices", "--model_args"]
+    monkeypatch.setattr(sys, "argv", [*flags, f"pretrained={model}"])
+    assert command.main() == 0
+    assert "|tiny_choices|" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*flags, "pretrained=nowhere/x/y"])
+    assert command.main() == 2
+    assert "sparsefw: nowhere/x/y: " in capsys.readouterr().err

@@ -1,15 +1,15 @@
-"""Requests that are drawn, and answers compared."""
+"""Requests that are drawn, and answers of whole models."""
 
 import random
 
 import pytest
 import torch
 from helpers.families import VOCABULARY
+from transformers import AutoModelForCausalLM
 
-from sparsefw.evaluation import Request, Score, request_of
-from sparsefw.evaluation.room import Room
-from sparsefw.evaluation.streaming import embed_requests, embedded, pack_for, run_through
-from sparsefw.model import BlockModel
+from sparsefw.checkpoint import inspect
+from sparsefw.evaluation.rows import request_of
+from sparsefw.evaluation.streaming import scores_of
 
 
 def some_requests(seed=0, longest=60):
@@ -23,26 +23,37 @@ def some_requests(seed=0, longest=60):
     for _ in range(6):
         context = tokens(9, 30)
         requests += [request_of(context, tokens(1, 9), longest) for _ in range(4)]
-    requests.append(Request([*requests[0].read, 5, 6], [7]))
+    requests.append(request_of([*requests[0].read, 5, 6], [7], longest))
     requests.append(requests[0])
     # Longer than the model reads, and the shortest that there is.
-    requests += [request_of(tokens(70, 80), tokens(3, 3), longest), request_of([3], [4], longest)]
-    return requests
+    return [*requests, request_of(tokens(70, 80), tokens(3, 3), longest), request_of([3], [4], longest)]
+
+
+REQUESTS = some_requests()
+
+
+def answers(folder, requests=REQUESTS, **options):
+    """The answers of a checkpoint, one block at a time, and what its rows have held in the end."""
+    lines = []
+    scores = scores_of(inspect(folder), requests, say=lines.append, **options)
+    return scores, [line.rpartition(": ")[2] for line in lines if line.startswith("requests")][-1:]
 
 
 @torch.no_grad()
-def score_requests(model: BlockModel, requests: list[Request], room: Room) -> list[Score]:
-    """The answers to requests, in one pass through the blocks."""
-    with embedded(model, requests):
-        states = embed_requests(model, pack_for(model, requests), room)
-    try:
-        run_through(model, states, room)
-        return states.scores()
-    finally:
-        states.close()
+def answers_of_whole(folder, requests=REQUESTS, attention=None, dtype=torch.float32):
+    """The answers of the whole model, one request at a time."""
+    # Some versions of the fused attention leave out a cap on attention logits.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    found = []
+    for request in requests:
+        logits = model(torch.tensor([[*request.read]])).logits[0, -len(request.targets) :].float()
+        targets = torch.tensor([*request.targets])
+        total = logits.log_softmax(-1)[torch.arange(len(targets)), targets].sum().item()
+        found.append((total, bool((logits.argmax(-1) == targets).all())))
+    return found
 
 
-def check_same(answers, others, within=1e-4):
-    for answer, other in zip(answers, others, strict=True):
+def check_same(found, others, within=1e-3):
+    for answer, other in zip(found, others, strict=True):
         assert answer[0] == pytest.approx(other[0], abs=within)
         assert answer[1] == other[1]

@@ -1,0 +1,331 @@
+"""What was measured of models: metrics with standard errors, and differences of models.
+
+A metric is, to first order, a constant and a sum over documents, drawn independently of each other (the delta method).
+Document i adds
+
+    (x_i - mean) / n                        to a mean of x,
+    (l_i - R w_i) / W                       to a ratio R = L / W, where L and W are the sums of l and w,
+    f'(R) times that                        to a function f of such a ratio,
+
+and the metric's variance is n / (n - 1) times the sum of their squares. Two models have answered the same documents. So
+their difference has the differences of these terms, document by document.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from sparsefw.data import Windows
+from sparsefw.model.head import exp
+
+# Papers on pruning average the first of these that a task has.
+MAIN = ("acc_norm", "acc")
+
+# What `lm_eval.simple_evaluate` returns.
+Harness = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of a model from the one that it is compared with.
+
+    Attributes:
+        value: the model's value less the other's.
+        stderr: standard error of the difference, the same documents compared in pairs; None: unknown.
+    """
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A metric of a model.
+
+    Attributes:
+        value: the metric; NaN where the harness gives no number.
+        stderr: its standard error; None: unknown.
+        difference: its difference from the model that it is compared with; None for that model, without one, and for a
+            metric that is no sum over documents, of which the standard error cannot be told.
+    """
+
+    value: float
+    stderr: float | None = None
+    difference: Difference | None = None
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """A metric of a task, or of a group of tasks.
+
+    Attributes:
+        task: name of the task or group.
+        metric: name of the metric.
+        filter: name of the filter that answers went through; "none" without one.
+        documents: number of documents.
+        shots: number of examples before each question.
+        version: version of the task; empty without one.
+        higher_is_better: whether more of it is better; None: unknown.
+        averaged: whether the average over tasks counts it.
+        results: the metric by model.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    documents: int
+    shots: int
+    version: str
+    higher_is_better: bool | None
+    averaged: bool
+    results: dict[str, Measurement]
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """Perplexity on a text.
+
+    Attributes:
+        source: the text, as the user has named it.
+        hash: SHA-256 of the tokens, in hex.
+        windows: number of windows.
+        seqlen: tokens in a window.
+        tokens: number of tokens that are predicted, in all windows.
+        results: perplexity by model.
+    """
+
+    source: str
+    hash: str
+    windows: int
+    seqlen: int
+    tokens: int
+    results: dict[str, Measurement]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of several models, the content of evaluation.json.
+
+    Attributes:
+        models: names of the models, in the order in which the user gave them; first the one that others are compared
+            with.
+        against: name of the model that others are compared with; None: none.
+        tasks: metrics of tasks and of groups of tasks.
+        texts: perplexity on texts.
+    """
+
+    models: list[str]
+    against: str | None
+    tasks: list[TaskRecord]
+    texts: list[TextRecord]
+
+    @property
+    def average(self) -> dict[str, Measurement]:
+        """By model, the mean over tasks of acc_norm where a task has it, else of acc; empty for fewer than two tasks.
+
+        Its standard errors take tasks as independent.
+        """
+        averaged = [task.results for task in self.tasks if task.averaged]
+        return {name: _mean_of([of[name] for of in averaged]) for name in self.models} if len(averaged) > 1 else {}
+
+    def to_json(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric.
+
+    Attributes:
+        value: the metric.
+        terms: what each document adds to the metric, to first order, float64 (documents,).
+    """
+
+    value: float
+    terms: np.ndarray
+
+    @property
+    def stderr(self) -> float | None:
+        """Its standard error; None for a single document, and if some term is infinite."""
+        n = len(self.terms)
+        if n < 2 or not np.isfinite(self.terms).all():
+            return None
+        return math.sqrt(n / (n - 1)) * float(np.linalg.norm(self.terms))
+
+    def minus(self, other: "Estimate") -> Difference:
+        """The difference from another model's metric of the same documents."""
+        with np.errstate(invalid="ignore"):
+            return Difference(self.value - other.value, Estimate(0.0, self.terms - other.terms).stderr)
+
+
+def mean(values: Sequence[Any]) -> Estimate | None:
+    """The mean of a number for each document; None if one of them is none."""
+    return _ratio([(x, 1) for x in values])
+
+
+def perplexity(values: Sequence[Any]) -> Estimate | None:
+    """exp of minus the mean of a log-likelihood for each document."""
+    return _function(mean(values), lambda r: exp(-r), lambda r: -exp(-r))
+
+
+def weighted_perplexity(values: Sequence[Any]) -> Estimate | None:
+    """exp(-L / W), for a log-likelihood and a number of tokens, words or bytes of each document."""
+    return _function(_ratio(values), lambda r: exp(-r), lambda r: -exp(-r))
+
+
+def bits_per_byte(values: Sequence[Any]) -> Estimate | None:
+    """-L / (W log 2), for a log-likelihood and a number of bytes of each document."""
+    return _function(_ratio(values), lambda r: -r / math.log(2), lambda r: -1 / math.log(2))
+
+
+def estimate_of(value: float, values: Sequence[Any]) -> Estimate | None:
+    """The estimate behind a metric of the harness; None if no formula gives the metric from the documents' values."""
+    for formula in (mean, perplexity, weighted_perplexity, bits_per_byte):
+        found = formula(values)
+        if found is not None and math.isclose(found.value, value, rel_tol=1e-9, abs_tol=1e-12):
+            return found
+    return None
+
+
+def _ratio(pairs: Sequence[Any]) -> Estimate | None:
+    """The ratio of two sums over documents; None if there are no two numbers for each."""
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        return None
+    if not all(isinstance(number, Real | np.bool_) for pair in pairs for number in pair):
+        return None
+    sums, weights = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    total = float(weights.sum())
+    if not total > 0:
+        return None
+    ratio = float(sums.sum()) / total
+    with np.errstate(invalid="ignore"):
+        return Estimate(ratio, (sums - ratio * weights) / total)
+
+
+def _function(
+    estimate: Estimate | None, function: Callable[[float], float], derivative: Callable[[float], float]
+) -> Estimate | None:
+    """A function of an estimate."""
+    if estimate is None:
+        return None
+    with np.errstate(invalid="ignore", over="ignore"):
+        return Estimate(function(estimate.value), derivative(estimate.value) * estimate.terms)
+
+
+def _mean_of(measured: Sequence[Measurement]) -> Measurement:
+    """The mean of independent metrics."""
+
+    def stderr(stderrs: Sequence[float | None]) -> float | None:
+        known = [x for x in stderrs if x is not None]
+        return math.hypot(*known) / len(known) if len(known) == len(stderrs) else None
+
+    value = sum(one.value for one in measured) / len(measured)
+    differences = [one.difference for one in measured if one.difference is not None]
+    difference = None
+    if len(differences) == len(measured):
+        of_values = sum(one.value for one in differences) / len(differences)
+        difference = Difference(of_values, stderr([one.stderr for one in differences]))
+    return Measurement(value, stderr([one.stderr for one in measured]), difference)
+
+
+def _compared(
+    values: Mapping[str, float], estimates: Mapping[str, Estimate | None], against: str | None
+) -> dict[str, Measurement]:
+    """A metric by model."""
+    results = {}
+    for name, value in values.items():
+        mine, other = estimates[name], None if against in (None, name) else estimates[str(against)]
+        difference = mine.minus(other) if mine and other and len(mine.terms) == len(other.terms) else None
+        results[name] = Measurement(value, mine.stderr if mine else None, difference)
+    return results
+
+
+def text_record(windows: Windows, likelihoods: Mapping[str, Sequence[float]], against: str | None) -> TextRecord:
+    """Perplexity on a text.
+
+    Args:
+        windows: the windows.
+        likelihoods: by model, for each window the log-likelihood of all its tokens but the first.
+        against: name of the model that others are compared with.
+    """
+    predicted = windows.seqlen - 1
+    estimates = {name: weighted_perplexity([(x, predicted) for x in of]) for name, of in likelihoods.items()}
+    values = {name: found.value for name, found in estimates.items() if found is not None}
+    results = _compared(values, estimates, against)
+    return TextRecord(windows.source, windows.hash, windows.n, windows.seqlen, windows.n * predicted, results)
+
+
+def task_records(found: Mapping[str, Harness], against: str | None) -> list[TaskRecord]:
+    """All metrics of all tasks and groups.
+
+    Args:
+        found: by model, what the harness has returned, with samples; all of the same tasks.
+        against: name of the model that others are compared with.
+    """
+    first = next(iter(found.values()))
+    records = [
+        _record(found, task, key, against)
+        for task, metrics in first["results"].items()
+        for key in metrics
+        if "," in key and not key.partition(",")[0].endswith("_stderr")
+    ]
+    averaged = _averaged(records, first.get("group_subtasks", {}))
+    return [replace(record, averaged=n in averaged) for n, record in enumerate(records)]
+
+
+def _record(found: Mapping[str, Harness], task: str, key: str, against: str | None) -> TaskRecord:
+    """A metric of a task, by the harness's key "metric,filter"."""
+    metric, _, filter_name = key.partition(",")
+    first = next(iter(found.values()))
+    values = {name: _number(harness["results"][task].get(key)) for name, harness in found.items()}
+    documents = {
+        name: {
+            sample["doc_id"]: sample[metric]
+            for sample in harness.get("samples", {}).get(task, [])
+            if sample["filter"] == filter_name and metric in sample
+        }
+        for name, harness in found.items()
+    }
+    estimates = {
+        name: estimate_of(values[name], [of_document for _, of_document in sorted(of.items())])
+        for name, of in documents.items()
+    }
+    version = first.get("versions", {}).get(task)
+    better = first.get("higher_is_better", {}).get(task, {}).get(metric)
+    return TaskRecord(
+        task=task,
+        metric=metric,
+        filter=filter_name,
+        documents=len(documents[next(iter(found))]) or int(first["results"][task].get("sample_len", 0)),
+        shots=int(first.get("n-shot", {}).get(task) or 0),
+        version="" if version in (None, "N/A") else str(version),
+        higher_is_better=None if better is None else bool(better),
+        averaged=False,
+        results=_compared(values, estimates, against),
+    )
+
+
+def _averaged(records: Sequence[TaskRecord], children: Mapping[str, Sequence[str]]) -> set[int]:
+    """Numbers of the records that the average counts.
+
+    A group with an accuracy of its own counts as one task, and the tasks in it do not.
+    """
+    main: dict[str, int] = {}
+    for metric in MAIN:
+        for n, record in enumerate(records):
+            if record.metric == metric:
+                main.setdefault(record.task, n)
+    inside = {name for group in main for name in children.get(group, [])}
+    while more := {name for group in inside for name in children.get(group, [])} - inside:
+        inside |= more
+    return {n for task, n in main.items() if task not in inside}
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, Real) else math.nan

@@ -1,0 +1,133 @@
+"""Whole evaluations."""
+
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from helpers.families import save_model
+from helpers.ranks import on_ranks
+from helpers.texts import make_tokenizer
+
+from sparsefw.errors import InputError
+from sparsefw.evaluate import main
+from sparsefw.evaluation import evaluate, run
+from sparsefw.evaluation.run import RESULT
+
+NAMES = ["tiny_choices", "tiny_rolling", "tiny_last_word"]
+
+
+def evaluated(place, tasks=None, **options):
+    given = {"texts": place / "text.txt", "eval_windows": 3, "seqlen": 32, "against": place / "dense"}
+    with_tasks = {"tasks": NAMES, "include_path": tasks} if tasks else {}
+    return evaluate(place / "pruned", **given | with_tasks | options)
+
+
+def test_perplexity_is_that_of_the_run(place, tasks):
+    found = evaluated(place, tasks)
+    assert found.models == [str(place / "dense"), str(place / "pruned")]
+    assert {record.task for record in found.tasks} == {*NAMES}
+    (text,), (of_run,) = found.texts, json.loads((place / "pruned/report.json").read_text())["evaluation"]
+    for name, its in zip(found.models, ("dense", "sparsefw"), strict=True):
+        assert text.results[name].value == pytest.approx(of_run["perplexity"][its], rel=1e-5)
+    dense, pruned = text.results.values()
+    assert pruned.difference.value == pytest.approx(pruned.value - dense.value)
+
+
+def test_modes_of_the_caller_change_nothing(place, tasks):
+    expected = evaluated(place, tasks)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert evaluated(place, tasks) == expected
+
+
+def test_output(place, tmp_path):
+    output = tmp_path / "a" / "out"
+    result = evaluated(place, output=output)
+    (output / "notes.txt").write_text("mine")
+    assert (output / RESULT).read_text() == result.to_json()
+    with pytest.raises(InputError, match=r"evaluation.json: is there already; give --overwrite to replace it$"):
+        evaluated(place, output=output)
+    assert evaluated(place, output=output, overwrite=True, eval_windows=2) != result
+    assert (output / RESULT).read_text() != result.to_json()
+    assert {path.name for path in output.iterdir()} == {RESULT, "notes.txt"}
+
+
+def test_ranks_evaluate_together(place):
+    expected = evaluated(place)
+    one, other = on_ranks(2, evaluated_on, place)
+    assert one.texts == other.texts
+    for name, measured in expected.texts[0].results.items():
+        assert one.texts[0].results[name].value == pytest.approx(measured.value, rel=1e-5)
+
+
+def evaluated_on(ranks, place):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "joined_with", lambda log: nullcontext((ranks, log)))
+        return evaluated(place)
+
+
+def test_texts_alone_need_no_harness(place, monkeypatch):
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    assert evaluated(place).tasks == []
+    with pytest.raises(InputError, match=r"pip install -e '.\[eval\]'"):
+        evaluate(place / "dense", "tiny_choices")
+
+
+def test_windows_are_as_long_as_the_model_takes(place):
+    (text,) = evaluate(place / "dense", texts=place / "text.txt").texts
+    assert text.seqlen == 64
+
+
+def test_perplexities_in_other_tokens_are_not_compared(place, tmp_path):
+    save_model(tmp_path / "other", "llama", seed=1)
+    make_tokenizer(bos=True).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"reads .* as other tokens than"):
+        evaluate(tmp_path / "other", against=place / "dense", texts=place / "text.txt", seqlen=32)
+
+
+def test_a_model_is_not_compared_with_itself(place):
+    with pytest.raises(InputError, match=r"^--against .*dense: the model itself"):
+        evaluate(f"{place / 'dense'}/", against=place / "dense", texts=place / "text.txt")
+
+
+def test_the_command(place, tasks, capsys):
+    arguments = [str(place / "pruned"), "--against", str(place / "dense"), "--tasks", "tiny_choices, tiny_rolling"]
+    arguments += ["--include-path", str(tasks), "--eval", str(place / "text.txt"), "--seqlen", "32", "--limit", "4"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out.splitlines()
+    at = next(n for n, line in enumerate(out) if line.startswith("tiny_choices") and " acc " in line)
+    assert out[at].split()[2] == "4"
+    assert out[at].endswith("dense")
+    assert out[at + 1].count("±") == 2
+    assert out[at + 1].endswith("pruned")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--tasks", "tiny_chioces"], "task 'tiny_chioces': unknown"),
+    (["--tasks", "", "--eval", "default"], "--tasks: names no task"),
+    ([], "--tasks, --eval: neither is given"),
+    (["--eval", "no.txt"], "no.txt: no such file"),
+    (["--eval", "default", "--against", ""], "'': no such folder; give the folder of a checkpoint"),
+    (["--eval", "default", "--against", "nowhere/x/y"], "nowhere/x/y: neither a local path nor a valid Hub id"),
+    (["--tasks", "tiny_choices", "--limit", "-1"], "--limit -1"),
+    (["--tasks", "tiny_choices", "--num-fewshot", "-1"], "--num-fewshot -1"),
+    (["--tasks", "tiny_choices", "--include-path", "nowhere"], "nowhere: no folder of tasks"),
+    (["--eval", "default", "--seqlen", "1"], "--seqlen 1"),
+    (["--eval", "default", "--host-memory", "0.01"], "--host-memory 0.01: this run needs at least"),
+    (["--eval", "default", "--limit", "3"], "--limit: needs --tasks"),
+    (["--tasks", "tiny_choices", "--seqlen", "32"], "--seqlen: needs --eval"),
+    (["--eval", "default", "--overwrite"], "--overwrite: needs --output"),
+])  # fmt: skip
+def test_mistakes_are_one_line(arguments, message, place, tasks, capsys):
+    given = ["--include-path", str(tasks)] if "--tasks" in arguments and "--include-path" not in arguments else []
+    assert main([str(place / "dense"), *given, *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sparsefw: ")
+    assert message in line
+
+
+@pytest.mark.parametrize("argument", ["models", "tasks", "texts", "against"])
+def test_a_model_in_memory_is_no_name(argument):
+    given = {"models": "pruned", "texts": "default", argument: torch.nn.Linear(2, 2)}
+    with pytest.raises(TypeError, match=f"^{argument}: expected names or paths, got Linear$"):
+        evaluate(**given)
