@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparsefw.kernels import cpu
+from sparsefw.kernels.definitions import RowState
 
 
 def bare_product(E: Tensor, G: Tensor, *, precision: str, out: Tensor | None = None) -> Tensor:
@@ -11,7 +11,7 @@ def bare_product(E: Tensor, G: Tensor, *, precision: str, out: Tensor | None = N
 
     Args:
         E, G: (rows, d) and (d, d), in the dtype that tensor cores read at `precision`: bf16, or fp32 for the others.
-        precision: as in `naive.product`.
+        precision: as in `product`.
         out: written for fp32 operands. The library allocates the fp32 product of bf16 operands.
     """
     if E.dtype == torch.bfloat16:
@@ -32,37 +32,25 @@ def operands(E: Tensor, G: Tensor, precision: str) -> tuple[Tensor, Tensor]:
 
 
 def topk_lmo(score: Tensor, k: int, *, group: int = 0, out: Tensor | None = None) -> Tensor:
-    """`naive.lmo` by `torch.topk` and a scatter, except that ties go to any of the equal scores."""
+    """`lmo` by `torch.topk` and a scatter, except that ties go to any of the equal scores."""
     units = score.reshape(-1, group or score.shape[1])
     V = torch.zeros_like(units, dtype=torch.bool)
     V = V.scatter_(1, units.topk(k, dim=1).indices, True).view(score.shape)
     return V if out is None else out.copy_(V)
 
 
-def topk_step(
-    W: Tensor,
-    diag: Tensor,
-    M: Tensor,
-    R: Tensor,
-    U: Tensor,
-    V: Tensor,
-    E: Tensor,
-    k: int,
-    *,
-    group: int = 0,
-    theta: float = 0.0,
-    next_theta: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """`naive.row_step` with line search as a chain of torch's operations, `topk` and a scatter among them."""
-    W = W.float()
-    q, D = W * W * diag, V.float() - M
+def topk_step(state: RowState, *, theta: float = 0.0, next_theta: float = 0.0) -> None:
+    """`row_step` with line search as a chain of torch's operations, `topk` and a scatter among them."""
+    W, M, R, V = state.W.float(), state.M, state.R, state.V
+    q, D, B = W * W * state.diag, V.float() - M, state.U - R
     lin = (D * (-2 * W * R + theta * q * (1 - 2 * M))).sum(1)
-    quad = (W * D * (R - U)).sum(1) - theta * (q * D * D).sum(1)
-    eta = torch.where(quad > 0, (-lin / (2 * quad)).clamp(0, 1), (lin + quad < 0).float())
-    cpu.convex_update(M, V, R, U, eta)
+    quad = -(W * D * B).sum(1) - theta * (q * D * D).sum(1)
+    state.eta.copy_(torch.where(quad > 0, (-lin / (2 * quad)).clamp(0, 1), (lin + quad < 0).float()))
+    M += state.eta[:, None] * D
+    R += state.eta[:, None] * B
     score = 2 * W * R - next_theta * q * (1 - 2 * M)
-    V.copy_(topk_lmo(score, k, group=group))
+    V.copy_(topk_lmo(score, state.k, group=state.group))
     if next_theta < 1:
         V &= score > 0
-    E.copy_(W * ~V)
-    return eta, (W * (1 - M) * R).sum(1)
+    state.E.copy_(W * ~V)
+    state.error.copy_((W * (1 - M) * R).sum(1))

@@ -3,7 +3,7 @@
 Each launcher is called with tensors on the meta device and a stub in place of the driver. So it compiles what a launch
 would compile: the configuration for the shape, and the specialisation of every argument. A row of the table has the
 registers of a thread, bytes of stack and of shared memory, instructions that load or store spilled registers,
-tensor-core and bulk-copy instructions, and the least cost of the operation (`kernels/cost.py`). With --tflops and
+tensor-core and bulk-copy instructions, and the least cost of the operation (cost.py). With --tflops and
 --bandwidth, the roofs of a card, a row also has the time that they imply.
 
 To compile all of them takes a minute. A row has a fingerprint of all that the compiler is given: with --known, rows of
@@ -22,9 +22,8 @@ from pathlib import Path
 
 import triton
 from compiled_cases import cases
+from cost import Cost
 from triton.backends.compiler import GPUTarget
-
-from sparsefw.kernels.cost import Cost
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -3,16 +3,16 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import cost
 import torch
+from cost import Cost
 from torch import Tensor
 
-from sparsefw.kernels import cost
 from sparsefw.kernels.bound import bound_scores, bound_sums
 from sparsefw.kernels.candidates import candidates
 from sparsefw.kernels.conjugate import conjugate_step
-from sparsefw.kernels.cost import Cost
 from sparsefw.kernels.cross import cross_accumulate
-from sparsefw.kernels.gradient import gradient
+from sparsefw.kernels.definitions import RowState
 from sparsefw.kernels.gram import gram_accumulate
 from sparsefw.kernels.lmo import lmo
 from sparsefw.kernels.mirror import mirror_lower
@@ -22,7 +22,6 @@ from sparsefw.kernels.rounding import rounding_order
 from sparsefw.kernels.rows import row_errors, take_rows
 from sparsefw.kernels.step import row_step
 from sparsefw.kernels.swaps import row_swaps
-from sparsefw.kernels.update import convex_update
 
 ROWS, TOKENS, SWAPS = 4096, 2048, 100
 
@@ -80,8 +79,6 @@ def cases() -> Iterator[Case]:
     yield Case("mirror 4096", ALL, lambda: mirror_lower(G), cost.mirror_lower(4096))
     for d, targets in ((576, HOPPER), (4096, ALL), (28672, HOPPER)):
         yield from _fits(str(d), targets, d)
-    x, v, eta = empty(ROWS, 4096), empty(ROWS, 4096, torch.bool), empty(ROWS, 1)[:, 0]
-    yield Case("update 4096", ALL, lambda: convex_update(x, v, x, x, eta), cost.convex_update(ROWS, 4096))
 
 
 def _products() -> Iterator[Case]:
@@ -117,20 +114,6 @@ def _products() -> Iterator[Case]:
             targets,
             lambda operands=operands, out=out: product(*operands, precision="bf16", out=out, add=True),
             Cost(least.flops, least.bytes + 4 * rows * d),
-        )
-    for text, d, W, G, precision in (
-        ("bf16", 4096, BF16, BF16, "bf16"),
-        ("tf32", 4096, BF16, FP32, "tf32"),
-        ("tf32x3", 4096, BF16, FP32, "tf32x3"),
-        ("bf16 of fp32", 4096, FP32, FP32, "bf16"),
-        ("bf16 of fp32", 576, FP32, FP32, "bf16"),
-    ):
-        operands = empty(d, d, W), empty(d, d), empty(d, d, G)
-        yield Case(
-            f"gradient {text} {d}x{d}",
-            ALL,
-            lambda operands=operands, precision=precision: gradient(*operands, precision=precision),
-            cost.gradient(d, d, W=W.itemsize, G=G.itemsize),
         )
 
 
@@ -177,25 +160,22 @@ def _lmo(text: str, targets: tuple[str, ...], d: int, k: int, *, fixed: bool = F
 
 
 def _step(
-    text: str, targets: tuple[str, ...], d: int, k: int | Tensor, *, fixed: bool = True, target_gap: bool = False,
-    open_loop: bool = False, **options
+    text: str, targets: tuple[str, ...], d: int, k: int | Tensor, *, group: int = 0, fixed: bool = True,
+    target_gap: bool = False, open_loop: bool = False
 ) -> Case:  # fmt: skip
     """A step of bf16 weights, or with `target_gap` of fp32 candidates without fixed entries; products are in bf16.
 
     Without `open_loop` the search for the vertex starts from a threshold.
     """
-    W, state, V = empty(ROWS, d, FP32 if target_gap else BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
-    E, number = empty(ROWS, d, BF16), empty(1, 1)[0, 0]
+    W, x, V = empty(ROWS, d, FP32 if target_gap else BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
+    E, number, vector = empty(ROWS, d, BF16), empty(1, 1)[0, 0], empty(ROWS, 1)[:, 0]
     fixed = fixed and not target_gap
-    options |= {"theta": number, "next_theta": number} | ({"eta": number} if open_loop else {})
-    options |= {"fixed": V if fixed else None, "target_gap": state if target_gap else None}
-    options |= {"threshold": None if open_loop else state[:, 0].contiguous()}
-    return Case(
-        f"step {text}",
-        targets,
-        lambda: row_step(W, state[0], state, state, state, V, E, k, **options),
-        cost.row_step(ROWS, d, W=W.itemsize, E=2, fixed=fixed, target_gap=target_gap),
-    )
+    options = dict(group=group, fixed=V if fixed else None, target_gap=x if target_gap else None)
+    options["threshold"] = None if open_loop else vector
+    state = RowState(W, x[0], x, x, x, V, E, k, vector, vector, **options)
+    numbers = dict(theta=number, next_theta=number) | (dict(eta=number) if open_loop else {})
+    least = cost.row_step(ROWS, d, W=W.itemsize, E=2, fixed=fixed, target_gap=target_gap)
+    return Case(f"step {text}", targets, lambda: row_step(state, **numbers), least)
 
 
 def _swaps(text: str, targets: tuple[str, ...], d: int, *, group: int = 0, fixed: bool = True) -> Case:

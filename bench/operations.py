@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import torch
 import triton
+from cost import Cost
 from timing import GPU, Moment, keep_busy, rounds_of
 from torch import Tensor
 
 from sparsefw.kernels import cpu, triton_ops
-from sparsefw.kernels.cost import Cost
+from sparsefw.kernels.definitions import RowState
 
 DEVICE = "cuda" if GPU else "cpu"
 # (rows, d): projections of 8B (q, down), of 70B (q, down) and of 405B (q, down).
@@ -48,6 +49,14 @@ def gram(d: int) -> Tensor:
     """Gram matrix (d, d) of random inputs."""
     X = normal(TOKENS, d)
     return cpu.mirror_lower(cpu.gram_accumulate(torch.zeros(d, d, device=DEVICE), X))
+
+
+def row_state(
+    W: Tensor, diag: Tensor, M: Tensor, R: Tensor, U: Tensor, V: Tensor, E: Tensor, k: int, **options
+) -> RowState:
+    """A state whose vectors are made here."""
+    eta, error = torch.empty(2, len(W), device=W.device).unbind()
+    return RowState(W, diag, M, R, U, V, E, k, eta, error, **options)
 
 
 def numbers(way: str, **values: float) -> dict[str, float | Tensor]:

@@ -6,15 +6,16 @@ see `Terms`. Other products are "tf32x3": each operand is the sum of two tf32 nu
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import cpu
-from .naive import PRECISIONS
+from .definitions import check_precision
 from .vertex_products import VertexProducts
 
 
@@ -57,7 +58,7 @@ class Backend:
     """The operations of one kernel at one precision.
 
     Attributes:
-        operations: the module with the operations that `naive` specifies: `cpu` or `triton_ops`.
+        operations: the module with the operations: `cpu` or `triton_ops`.
         precision: precision of the products, one of PRECISIONS.
     """
 
@@ -65,8 +66,7 @@ class Backend:
     precision: str = "ieee"
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        check_precision(self.precision)
 
     @property
     def exact_precision(self) -> str:
@@ -92,15 +92,15 @@ class Backend:
         return torch.bfloat16 if self.precision == "bf16" else dtype
 
     def begin_fit(self, W: Tensor, start: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Z = mask * start and the operand W - Z; see `naive_fits.begin_fit`."""
+        """Z = mask * start and the operand W - Z."""
         return self.operations.begin_fit(W, start, mask, dtype=self.operand_dtype(torch.float32))
 
     def product(self, E: Tensor, G: Tensor, out: Tensor | None = None) -> Tensor:
-        """E G, (rows, d) fp32; see `naive.product`."""
+        """E G, (rows, d) fp32."""
         return self.operations.product(E, G, precision=self.precision, out=out)
 
     def product_transposed(self, E: Tensor, C: Tensor) -> Tensor:
-        """E C^T, (rows, d) fp32, for any square matrix C; see `naive.product_transposed`."""
+        """E C^T, (rows, d) fp32, for any square matrix C."""
         return self.operations.product_transposed(E, C, precision=self.precision)
 
     def exact_operand(self, G: Tensor, dtype: torch.dtype) -> Tensor | Terms:
@@ -149,79 +149,16 @@ class Backend:
         return lambda: self.product(E, G, out=out)
 
     def gram_accumulate(self, G: Tensor, X: Tensor) -> Tensor:
-        """Lower triangle of G += X^T X in place; see `naive.gram_accumulate`."""
+        """Lower triangle of G += X^T X in place."""
         return self.operations.gram_accumulate(G, X, precision=self.input_precision)
 
     def cross_accumulate(self, B: Tensor, D: Tensor, X: Tensor) -> Tensor:
-        """B += D^T X in place; see `naive.cross_accumulate`."""
+        """B += D^T X in place."""
         return self.operations.cross_accumulate(B, D, X, precision=self.input_precision)
 
-    # The other operations take no precision.
-
-    @property
-    def mirror_lower(self) -> Callable[[Tensor], Tensor]:
-        """See `naive.mirror_lower`."""
-        return self.operations.mirror_lower
-
-    @property
-    def lmo(self) -> Callable[..., Tensor]:
-        """See `naive.lmo`."""
-        return self.operations.lmo
-
-    @property
-    def row_step(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """See `naive.row_step`."""
-        return self.operations.row_step
-
-    @property
-    def row_swaps(self) -> Callable[..., None]:
-        """See `naive.row_swaps`."""
-        return self.operations.row_swaps
-
-    @property
-    def conjugate_step(self) -> Callable[..., None]:
-        """See `naive_fits.conjugate_step`."""
-        return self.operations.conjugate_step
-
-    @property
-    def repeat(self) -> Callable[..., Iterator[None]]:
-        """See `naive.repeat`."""
-        return self.operations.repeat
-
-    @property
-    def removed(self) -> Callable[..., Tensor]:
-        """See `naive_fits.removed`."""
-        return self.operations.removed
-
-    @property
-    def row_errors(self) -> Callable[..., Tensor]:
-        """See `naive_fits.row_errors`."""
-        return self.operations.row_errors
-
-    @property
-    def take_rows(self) -> Callable[..., None]:
-        """See `naive_fits.take_rows`."""
-        return self.operations.take_rows
-
-    @property
-    def candidates(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """See `naive_fits.candidates`."""
-        return self.operations.candidates
-
-    @property
-    def bound_scores(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """See `naive_fits.bound_scores`."""
-        return self.operations.bound_scores
-
-    @property
-    def bound_sums(self) -> Callable[..., Tensor]:
-        """See `naive_fits.bound_sums`."""
-        return self.operations.bound_sums
-
-    @property
-    def round_mask(self) -> Callable[..., Tensor]:
-        """See `naive_fits.round_mask`."""
-        return self.operations.round_mask
+    def __getattr__(self, name: str) -> Any:
+        """The operations that take no precision, as they are: `lmo`, `row_step`, `removed` and others."""
+        return getattr(self.operations, name)
 
 
 # Plain torch in fp32, which every machine can run.

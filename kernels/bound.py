@@ -71,7 +71,7 @@ def _bound_sums_kernel(
 def bound_scores(
     W: Tensor, R: Tensor, M: Tensor, *, target_gap: Tensor | None = None, damping: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scores of the bound's vertex, and the bound's constant: `naive_fits.bound_scores` up to rounding.
+    """Scores of the bound's vertex, and the bound's constant.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16. The rows of every matrix are contiguous.
@@ -106,7 +106,7 @@ def bound_scores(
 
 
 def bound_sums(score: Tensor, M: Tensor, V: Tensor) -> Tensor:
-    """sum(score * (1 + M - 2 V)) of every row, (rows,) fp32: `naive_fits.bound_sums` up to rounding.
+    """sum(score * (1 + M - 2 V)) of every row, (rows,) fp32.
 
     Args:
         score: (rows, d) fp32, from `bound_scores`. The rows of every matrix are contiguous.

@@ -60,7 +60,7 @@ def candidates(
     margin: Tensor | None = None,
     support: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Candidates and their scores: `naive_fits.candidates` up to rounding.
+    """Candidates and their scores.
 
     Args:
         Z: (rows, d) fp32, refitted weights, 0 outside the mask. The rows of every matrix are contiguous.

@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .definitions import CONVERGED
 from .device import cast, columns
-from .launch import check, check_contiguous_rows, check_matrix, interpreter_tile, on_device, platform, warps
-from .naive_fits import CONVERGED
+from .launch import check_matrix, check_rows, check_vector, interpreter_tile, on_device, platform, row_stride, warps
 
 
 def configuration(rows: int, d: int) -> dict[str, int]:
@@ -165,7 +165,7 @@ def conjugate_step(
     first: bool = False,
     last: bool = False,
 ) -> None:
-    """A step of conjugate gradients, in place: `naive_fits.conjugate_step` up to rounding.
+    """A step of conjugate gradients, in place.
 
     Args:
         Z, R, U: (rows, d) fp32 with contiguous rows (column stride 1).
@@ -173,22 +173,18 @@ def conjugate_step(
         rz, enough: (rows,) fp32, contiguous.
         inverse: (d,) fp32, contiguous.
         mask: (rows, d) bool with contiguous rows, or None.
-        first, last: as in `naive_fits.conjugate_step`.
+        first: before the first move. P, rz and enough are only written, Z and R stay, U is not read.
+        last: after the last product. Z and R move; P, rz and enough stay.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit this description.
     """
-    rows, d = check_matrix("Z", Z, (torch.float32,))
-    matrices = dict(Z=Z, R=R, P=P, U=U) | ({} if mask is None else dict(mask=mask))
-    vectors = dict(rz=rz, enough=enough, inverse=inverse)
-    dtypes = dict(P=(torch.float32, torch.bfloat16), mask=(torch.bool,))
-    for name, matrix in matrices.items():
-        check(name, matrix, (rows, d), dtypes.get(name, (torch.float32,)), Z)
-    check_contiguous_rows(matrices)
-    for name, vector in vectors.items():
-        check(name, vector, (d if name == "inverse" else rows,), (torch.float32,), Z)
-        if len(vector) > 1 and vector.stride(0) != 1:
-            raise ValueError(f"{name}: expected contiguous entries, got strides {vector.stride()}")
+    FP32, DIRECTION = (torch.float32,), (torch.float32, torch.bfloat16)
+    rows, d = check_matrix("Z", Z, FP32)
+    matrices = dict(Z=(Z, FP32), R=(R, FP32), P=(P, DIRECTION), U=(U, FP32), mask=(mask, (torch.bool,)))
+    check_rows((rows, d), Z, matrices)
+    for name, vector, length in (("rz", rz, rows), ("enough", enough, rows), ("inverse", inverse, d)):
+        check_vector(name, vector, length, Z)
     if Z.numel() == 0:
         return
     config = configuration(rows, d)
@@ -196,6 +192,6 @@ def conjugate_step(
         _conjugate_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
             Z=Z, R=R, P=P, U=U, RZ=rz, ENOUGH=enough, INVERSE=inverse, MASK=mask, converged=CONVERGED,
             rows=rows, d=d, stride_z=Z.stride(0), stride_r=R.stride(0), stride_p=P.stride(0), stride_u=U.stride(0),
-            stride_m=0 if mask is None else mask.stride(0),
-            FIRST=first, LAST=last, ONE_CHUNK=config["BLOCK_D"] >= d, enable_fp_fusion=True, **config,
+            stride_m=row_stride(mask), FIRST=first, LAST=last, ONE_CHUNK=config["BLOCK_D"] >= d, enable_fp_fusion=True,
+            **config,
         )  # fmt: skip

@@ -1,54 +1,20 @@
-"""The fast CPU backend, which `--kernel torch` runs: the operations of naive.py with the same names and signatures.
+"""The operations in torch, for a CPU: what `--kernel torch` runs.
 
-It is not the specification: that is naive.py, where formulas and arguments stand. Here every operation is arranged for
-a CPU: in place, in blocks of rows that stay in the cache, without operations on bool tensors (topk_torch.py says why).
-It runs on a GPU too, but is not tuned for one. Results do not depend on the size of the blocks.
+Formulas and arguments of each operation stand with the Triton kernel of its name; tests compare both with a plain
+specification. Here every operation is arranged for a CPU: in place, in blocks of rows that stay in the cache, without
+operations on bool tensors (topk_torch.py says why), and with few temporaries, since one as large as a chunk of rows
+costs more than the arithmetic on it when the system has to hand out its memory. It runs on a GPU too, but is not tuned
+for one. Results do not depend on the size of the blocks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu_fits import (
-    begin_fit,
-    bound_scores,
-    bound_sums,
-    candidates,
-    conjugate_step,
-    removed,
-    round_mask,
-    row_errors,
-    take_rows,
-)
-from .naive import LEAST_GAIN, PRECISIONS, check_budget
-from .topk_torch import as_float, infinite, masked, row_blocks, select
-
-__all__ = [
-    "PRECISIONS",
-    "begin_fit",
-    "bound_scores",
-    "bound_sums",
-    "candidates",
-    "check_budget",
-    "conjugate_step",
-    "convex_update",
-    "cross_accumulate",
-    "gradient",
-    "gram_accumulate",
-    "lmo",
-    "mirror_lower",
-    "product",
-    "product_transposed",
-    "removed",
-    "repeat",
-    "round_mask",
-    "round_operand",
-    "row_errors",
-    "row_step",
-    "row_swaps",
-    "take_rows",
-]
+from .definitions import CONVERGED, LEAST_GAIN, RowState, check_budget, check_precision
+from .topk_torch import as_float, at_least, infinite, masked, row_blocks, select
 
 # Rows of a panel of a Gram matrix: 0.6 to 0.7 of the time of the whole square, where its flops are half.
 PANEL = 192
@@ -58,7 +24,8 @@ MIRRORED = 512
 
 
 def round_operand(X: Tensor, precision: str) -> Tensor:
-    """X in fp32, rounded to what tensor cores read at `precision`. See `naive.round_operand`."""
+    """X in fp32, rounded to what tensor cores read at `precision`."""
+    check_precision(precision)
     X = X.float()
     if precision == "ieee":
         return X
@@ -67,16 +34,14 @@ def round_operand(X: Tensor, precision: str) -> Tensor:
         return round_operand(X - high, "tf32").add_(high)
     if precision == "bf16":
         return X.bfloat16().float()
-    if precision == "tf32":
-        bits = X.view(torch.int32)
-        # Round to nearest even at bit 13, as an integer: the carry into the exponent is the right one.
-        even = (bits >> 13).bitwise_and_(1)
-        return even.add_(bits).add_(0xFFF).bitwise_and_(~0x1FFF).view(torch.float32)
-    raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    bits = X.view(torch.int32)
+    # Round to nearest even at bit 13, as an integer: the carry into the exponent is the right one.
+    even = (bits >> 13).bitwise_and_(1)
+    return even.add_(bits).add_(0xFFF).bitwise_and_(~0x1FFF).view(torch.float32)
 
 
 def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
-    """E G. See `naive.product`."""
+    """E G."""
     if add:
         assert out is not None
         return out.addmm_(round_operand(E, precision), round_operand(G, precision))
@@ -84,19 +49,12 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
 
 
 def product_transposed(E: Tensor, C: Tensor, *, precision: str = "ieee") -> Tensor:
-    """E C^T. See `naive.product_transposed`."""
+    """E C^T."""
     return product(E, C.T, precision=precision)
 
 
-def gradient(W: Tensor, M: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None) -> Tensor:
-    """-2 W * ((W * (1 - M)) G). See `naive.gradient`."""
-    W = W.float()
-    out = product(W * (1 - M), G, precision=precision, out=out)
-    return out.mul_(W).mul_(-2)
-
-
 def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """Lower triangle of G += X^T X in place, in panels of rows. See `naive.gram_accumulate`."""
+    """Lower triangle of G += X^T X in place, in panels of rows."""
     X = round_operand(X, precision)
     for start in range(0, len(G), PANEL):
         stop = start + PANEL
@@ -105,7 +63,7 @@ def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
 
 
 def mirror_lower(G: Tensor) -> Tensor:
-    """Copy the lower triangle of G to the upper one, in place. See `naive.mirror_lower`."""
+    """Copy the lower triangle of G to the upper one, in place."""
     for start in range(0, len(G), MIRRORED):
         stop = start + MIRRORED
         G[start:stop, stop:] = G[stop:, start:stop].T
@@ -115,7 +73,7 @@ def mirror_lower(G: Tensor) -> Tensor:
 
 
 def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """B += D^T X in place. See `naive.cross_accumulate`."""
+    """B += D^T X in place."""
     return B.addmm_(round_operand(D, precision).T, round_operand(X, precision))
 
 
@@ -129,7 +87,7 @@ def lmo(
     checked: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The vertex that keeps the k best scores of every row. See `naive.lmo`; topk_torch.py selects."""
+    """The vertex that keeps the k best scores of every row; topk_torch.py selects."""
     check_budget(score.shape, k, group)
     # A row with a NaN has a NaN as its maximum.
     if checked and score.numel() and score.amax(1).isnan().any():
@@ -138,62 +96,42 @@ def lmo(
     return select(score, k, group=group, fixed=fixed, positive=positive, out=out)
 
 
-def convex_update(M: Tensor, V: Tensor, R: Tensor, U: Tensor, eta: Tensor) -> None:
-    """M += eta (V - M) and R += eta (U - R), in place. See `naive.convex_update`."""
-    eta = eta[:, None]
-    M.add_(as_float(V).sub_(M).mul_(eta))
-    R.add_((U - R).mul_(eta))
-
-
 def row_step(
-    W: Tensor,
-    diag: Tensor,
-    M: Tensor,
-    R: Tensor,
-    U: Tensor,
-    V: Tensor,
-    E: Tensor,
-    k: int | Tensor,
+    state: RowState,
     *,
-    group: int = 0,
-    fixed: Tensor | None = None,
-    target_gap: Tensor | None = None,
     eta: float | Tensor | None = None,
     theta: float | Tensor = 0.0,
     next_theta: float | Tensor = 0.0,
-    threshold: Tensor | None = None,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One Frank-Wolfe step of every row, in place, in blocks of rows that stay in the cache. See `naive.row_step`.
+) -> None:
+    """One Frank-Wolfe step of every row, in place, in blocks of rows that stay in the cache.
 
     The next scores overwrite U. The selection needs no threshold to start from.
     """
-    step, error = out or W.new_empty(2, len(W), dtype=torch.float32).unbind()
+    W, k, fixed, target_gap = state.W, state.k, state.fixed, state.target_gap
     theta, next_theta = float(theta), float(next_theta)
     for rows in row_blocks(W):
-        w, m, r, u, v = W[rows].float(), M[rows], R[rows], U[rows], V[rows]
+        w, m, r, u, v = W[rows].float(), state.M[rows], state.R[rows], state.U[rows], state.V[rows]
         D, B = as_float(v).sub_(m), u.sub_(r)
-        q = w.square().mul_(diag) if theta or next_theta else None
-        step[rows] = _line_search(w, q, m, r, D, B, theta) if eta is None else eta
-        eta_rows = step[rows, None]
+        q = w.square().mul_(state.diag) if theta or next_theta else None
+        state.eta[rows] = _line_search(w, q, m, r, D, B, theta) if eta is None else eta
+        eta_rows = state.eta[rows, None]
         m.addcmul_(D, eta_rows)
         r.addcmul_(B, eta_rows)
         # Half of the score selects the same entries. It overwrites U.
         score = torch.mul(w, r, out=u)
         removed = 1 - m
-        error[rows] = (score * removed).sum(1)
+        state.error[rows] = (score * removed).sum(1)
         if q is not None and next_theta:
             score.addcmul_(removed.sub_(0.5), q, value=-next_theta)
         budget = k[rows] if isinstance(k, Tensor) else k
         fixed_rows = None if fixed is None else fixed[rows]
-        select(score, budget, group=group, fixed=fixed_rows, positive=next_theta < 1, out=v)
+        select(score, budget, group=state.group, fixed=fixed_rows, positive=next_theta < 1, out=v)
         removed = torch.mul(w, as_float(~v), out=removed)
-        E[rows] = removed if target_gap is None else removed.add_(target_gap[rows])
-    return step, error
+        state.E[rows] = removed if target_gap is None else removed.add_(target_gap[rows])
 
 
 def _line_search(w: Tensor, q: Tensor | None, m: Tensor, r: Tensor, D: Tensor, B: Tensor, theta: float) -> Tensor:
-    """The step sizes (rows,) of `naive.row_step`, with D = V - M and B = U - R."""
+    """The step sizes (rows,) of a line search, with D = V - M and B = U - R."""
     wD = w * D
     # Half of -lin, in few calls: a call on one number per row takes as long as arithmetic on whole rows.
     half, quad = (wD * r).sum(1), wD.mul_(B).sum(1).neg_()
@@ -205,7 +143,7 @@ def _line_search(w: Tensor, q: Tensor | None, m: Tensor, r: Tensor, D: Tensor, B
 
 
 def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like: Tensor) -> Iterator[None]:
-    """Run step(*row) for every row of `numbers`; yields after each. See `naive.repeat`."""
+    """Run step(*row) for every row of `numbers`, whatever tensors it is `like`; yields after each. See repeat.py."""
     for row in numbers:
         step(*row)
         yield
@@ -214,7 +152,7 @@ def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like
 def row_swaps(
     W: Tensor, G: Tensor, R: Tensor, V: Tensor, limit: int, *, group: int = 0, fixed: Tensor | None = None
 ) -> None:
-    """Lower the error of every mask by 1-swaps, in place, in all rows at once. See `naive.row_swaps`."""
+    """Lower the error of every mask by 1-swaps, in place, in all rows at once."""
     W = W.float()
     blocks = _diagonal_blocks(G, group or G.shape[1])
     q = W * W * G.diagonal()
@@ -266,3 +204,131 @@ def _best_swap(W: Tensor, a: Tensor, b: Tensor, blocks: Tensor) -> tuple[Tensor,
     p_too, i_too, change_too = partners(b, a)
     better = change_too < change
     return torch.where(better, i_too, i), torch.where(better, p_too, p), torch.minimum(change, change_too)
+
+
+def removed(W: Tensor, mask: Tensor, target_gap: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """target_gap + W * (1 - mask)."""
+    E = masked(W, ~mask)
+    if target_gap is not None:
+        # In place where the sum has the dtype of W.
+        E = E.add_(target_gap) if E.dtype == target_gap.dtype else target_gap + E
+    return E if out is None else out.copy_(E)
+
+
+def begin_fit(W: Tensor, start: Tensor, mask: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Z = mask * start, and W - Z."""
+    Z = masked(start.float(), mask)
+    return Z, torch.sub(W, Z).to(dtype)
+
+
+def row_errors(W: Tensor, R: Tensor, Z: Tensor | None = None) -> Tensor:
+    """sum((W - Z) * R) of every row."""
+    E = W * R if Z is None else W.float().sub(Z).mul_(R)
+    return E.sum(1)
+
+
+def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
+    """X[taken] = Y[taken]."""
+    if X.device.type != "cpu":
+        # Without a list of the rows, for which the host would wait.
+        X.copy_(torch.where(taken[:, None], Y, X))
+        return
+    rows = torch.from_numpy(np.flatnonzero(taken.numpy()))
+    if len(rows):
+        X.index_copy_(0, rows, Y[rows])
+
+
+def candidates(
+    Z: Tensor,
+    R: Tensor,
+    mask: Tensor,
+    inverse: Tensor,
+    root: Tensor,
+    *,
+    margin: Tensor | None = None,
+    support: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Candidates and their scores."""
+    T = masked(R * inverse, ~mask if support is None else ~mask & support).add_(Z)
+    score = torch.abs(T).mul_(root)
+    return T, score if margin is None else score.mul_(as_float(mask).mul_(margin[:, None]).add_(1))
+
+
+def bound_scores(
+    W: Tensor, R: Tensor, M: Tensor, *, target_gap: Tensor | None = None, damping: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """W * R without the share of the damping, and its constant."""
+    if damping is not None:
+        E = (1 - M).mul_(W)
+        E = E if target_gap is None else E.add_(target_gap)
+        R = torch.sub(R, E.mul_(damping), out=E)
+    return W * R, R.new_zeros(len(R)) if target_gap is None else (target_gap * R).sum(1)
+
+
+def bound_sums(score: Tensor, M: Tensor, V: Tensor) -> Tensor:
+    """sum(score * (1 + M - 2 V))."""
+    return as_float(V).mul_(-2).add_(M).add_(1).mul_(score).sum(1)
+
+
+def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) -> Tensor:
+    """The mask of the k highest M, ties by saliency.
+
+    A row (or group) with exactly k entries of at least 1/2 keeps these. After a penalty nearly all rows are such, and
+    numpy takes several times as long to partition entries that are all 0 or 1.
+    """
+    check_budget(M.shape, k, group)
+    shape, width = M.shape, group or M.shape[1]
+    M, saliency = M.reshape(-1, width), saliency.reshape(-1, width)
+    V = at_least(M, 0.5)
+    count = V.view(torch.uint8).sum(1, dtype=torch.int32)
+    rest = (count != (k.to(M.device) if isinstance(k, Tensor) else k)).nonzero().squeeze(1)
+    if len(rest):
+        m, budget = M[rest], k.to(M.device)[rest] if isinstance(k, Tensor) else k
+        first = torch.empty(m.shape, dtype=torch.bool, device=m.device)
+        select(m, budget, group=group, fixed=None, positive=False, out=first)
+        lowest = m.add(as_float(~first), alpha=2).amin(1, keepdim=True)
+        order = as_float(at_least(m, lowest)).sub_(as_float(at_least(lowest, m)))
+        order.mul_(torch.finfo(torch.float32).max).add_(saliency[rest])
+        V[rest] = select(order, budget, group=group, fixed=None, positive=False, out=first)
+    return V.view(shape)
+
+
+def conjugate_step(
+    Z: Tensor,
+    R: Tensor,
+    P: Tensor,
+    U: Tensor,
+    rz: Tensor,
+    enough: Tensor,
+    inverse: Tensor,
+    *,
+    mask: Tensor | None = None,
+    first: bool = False,
+    last: bool = False,
+) -> None:
+    """One step of conjugate gradients of every row, in place, in blocks of rows."""
+    for rows in row_blocks(Z):
+        r, p = R[rows], P[rows].float()
+        if not first:
+            u, before = U[rows], rz[rows]
+            a = ratio(before, (p * u).sum(1)).masked_fill_(before <= enough[rows], 0)[:, None]
+            Z[rows].addcmul_(p, a)
+            r.addcmul_(u, -a)
+        if last:
+            continue
+        r = r if mask is None else masked(r, mask[rows])
+        z = r * inverse
+        now = (r * z).sum(1)
+        if first:
+            p.copy_(z)
+            enough[rows] = CONVERGED * now
+        else:
+            p.mul_(ratio(now, before)[:, None]).add_(z)
+        if p.dtype != P.dtype:
+            P[rows] = p
+        rz[rows] = now
+
+
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, and 0 where the denominator is not positive: nothing is left to gain there."""
+    return torch.where(denominator > 0, numerator / denominator, 0)

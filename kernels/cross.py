@@ -68,7 +68,7 @@ def _cross_kernel(
 
 
 def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """B += D^T X in place: `naive.cross_accumulate` up to rounding.
+    """B += D^T X in place.
 
     Args:
         B: (rows, d) fp32, any strides.

@@ -119,7 +119,7 @@ def move(x, target, eta):
 
 @triton.jit
 def line_terms(w, q, m, r, u, v, theta):
-    """The terms of lin and quad, entry by entry; see `naive.row_step`."""
+    """The terms of lin and quad, entry by entry; see step.py."""
     D = v - m
     WD = w * D
     qD = theta * q * D
@@ -135,5 +135,5 @@ def line_search(lin, quad):
 
 @triton.jit
 def vertex_score(w, q, m, r, theta):
-    """The negative gradient; see `naive.row_step`."""
+    """The negative gradient; see step.py."""
     return 2 * w * r - theta * q * (1 - 2 * m)

@@ -75,7 +75,7 @@ def _gram_kernel(
 
 
 def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """Lower triangle of G += X^T X in place: `naive.gram_accumulate` up to rounding.
+    """Lower triangle of G += X^T X in place.
 
     Args:
         G: (d, d) fp32, any strides. What stands above its diagonal is undefined afterwards; see `mirror_lower`.

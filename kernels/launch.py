@@ -1,6 +1,7 @@
 """Host functions shared by the launchers: checks of arguments, the current device, the target of compilation."""
 
 import contextlib
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -91,13 +92,6 @@ def check_matrix(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> 
     return tensor.shape[0], tensor.shape[1]
 
 
-def check_contiguous_rows(matrices: dict[str, Tensor]) -> None:
-    """Raise ValueError unless the rows of every matrix are contiguous (column stride 1)."""
-    for name, matrix in matrices.items():
-        if matrix.shape[-1] > 1 and matrix.stride(-1) != 1:
-            raise ValueError(f"{name}: expected contiguous rows, got strides {matrix.stride()}")
-
-
 def check_fp32_precision(precision: str) -> None:
     """Raise unless `precision` is "ieee" or "tf32", in which tensor cores read fp32 inputs as they are."""
     if precision not in ("ieee", "tf32"):
@@ -120,13 +114,14 @@ def row_tile(rows: int, d: int) -> dict[str, int]:
 
 
 def check_rows(
-    shape: tuple[int, int], like: Tensor, matrices: dict[str, tuple[Tensor | None, tuple[torch.dtype, ...]]]
+    shape: tuple[int, int], like: Tensor, matrices: Mapping[str, tuple[Tensor | None, tuple[torch.dtype, ...]]]
 ) -> None:
     """Raise unless every matrix that is given has this shape, one of its dtypes, and contiguous rows."""
     for name, (matrix, dtypes) in matrices.items():
         if matrix is not None:
             check(name, matrix, shape, dtypes, like)
-            check_contiguous_rows({name: matrix})
+            if matrix.shape[-1] > 1 and matrix.stride(-1) != 1:
+                raise ValueError(f"{name}: expected contiguous rows, got strides {matrix.stride()}")
 
 
 def check_vector(name: str, vector: object, length: int, like: Tensor) -> None:

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .definitions import check_budget
 from .device import columns
-from .launch import check, check_matrix, interpreter_tile, on_device, platform, warps
-from .naive import check_budget
+from .launch import check, check_matrix, interpreter_tile, on_device, platform, row_stride, warps
 from .topk import NAN_KEY, key_range, kth_key, load_budget, load_keys, lowest_key, take, take_of_groups
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8)
@@ -127,7 +127,7 @@ def lmo(
     checked: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The vertex that keeps the k best scores of every row: equal to `naive.lmo`.
+    """The vertex that keeps the k best scores of every row.
 
     Args:
         score: (rows, d) fp32, any strides.
@@ -155,7 +155,7 @@ def lmo(
         _lmo_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
             SCORE=score, FIXED=fixed, V=out, NAN=nan, k=k, rows=rows, d=d, span=span(d, group),
             stride_sr=score.stride(0), stride_sd=score.stride(1),
-            stride_fr=0 if fixed is None else fixed.stride(0), stride_fd=0 if fixed is None else fixed.stride(1),
+            stride_fr=row_stride(fixed), stride_fd=0 if fixed is None else fixed.stride(1),
             stride_vr=out.stride(0), stride_vd=out.stride(1), stride_k=k.stride(0) if isinstance(k, Tensor) else 0,
             POSITIVE=positive, **selection_options(d, k, group, config), enable_fp_fusion=True, **config,
         )  # fmt: skip

@@ -40,7 +40,7 @@ def _mirror_kernel(G, d, stride_gr, stride_gd, BLOCK: tl.constexpr):
 
 
 def mirror_lower(G: Tensor) -> Tensor:
-    """Copy the lower triangle of G to the upper one, in place: `naive.mirror_lower`.
+    """Copy the lower triangle of G to the upper one, in place.
 
     Args:
         G: (d, d) fp32, any strides.

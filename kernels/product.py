@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .device import dot, grouped_tile
+from .definitions import check_precision
+from .device import dot, grouped_tile, quarters
 from .launch import FLOATS, check, check_matrix, describable, multiprocessors, on_device, platform
-from .naive import PRECISIONS
 
 # Targets on which bulk copies can load tiles.
 DESCRIPTORS = ("sm_90", "interpreter")
@@ -44,9 +44,8 @@ def configuration(
     Args:
         rows, d: shape of the output.
         size: bytes of an entry of the dot's operands.
-        wide: whether registers suffice for tiles of 256 columns. They do not if the left operand is computed from two
-            tiles (gradient), nor for dots without tensor cores.
-        stored: bytes of an entry of each operand in memory. Of an operand that is computed from two tiles: of both.
+        wide: whether registers suffice for tiles of 256 columns. They do not for dots without tensor cores.
+        stored: bytes of an entry of each operand in memory.
         split: whether each operand is split in two parts, which take registers.
     """
     where = platform()
@@ -80,43 +79,6 @@ def configuration(
 
 
 @triton.jit
-def product_tile(
-    E, M, G, rows, d, stride_er, stride_ed, stride_mr, stride_md, stride_gr, stride_gd,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """This program's tile of E G if M is None, else of (E * (1 - M)) G; and the tile's rows and columns."""
-    first_m, first_n = grouped_tile(tl.program_id(0), rows, d, GROUP_M, BLOCK_M, BLOCK_N)
-    offs_m = first_m + tl.arange(0, BLOCK_M)
-    offs_n = first_n + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-
-    # Rows past the edge read the last row again. They are never stored, and the loads need no mask for them.
-    row = tl.minimum(offs_m, rows - 1).to(tl.int64)[:, None]
-    column = tl.minimum(offs_n, d - 1).to(tl.int64)
-    k = offs_k.to(tl.int64)
-    e_ptrs = E + row * stride_er + k[None, :] * stride_ed
-    if M is not None:
-        m_ptrs = M + row * stride_mr + k[None, :] * stride_md
-    # G is symmetric: column n is read as row n, contiguous along k like E. wgmma wants fp32 operands this way. Tiles
-    # read along n would be transposed through registers (206 of them instead of 182 for tf32 on sm_90).
-    g_ptrs = G + column[None, :] * stride_gr + k[:, None] * stride_gd
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, d, BLOCK_K):
-        valid_k = offs_k < d - start
-        e = tl.load(e_ptrs, mask=valid_k[None, :], other=0.0)
-        g = tl.load(g_ptrs, mask=valid_k[:, None], other=0.0)
-        if M is not None:
-            m = tl.load(m_ptrs, mask=valid_k[None, :], other=0.0)
-            e = e.to(tl.float32) * (1 - m)
-            m_ptrs += BLOCK_K * stride_md
-        acc = dot(e, g, acc, DTYPE, PRECISION)
-        e_ptrs += BLOCK_K * stride_ed
-        g_ptrs += BLOCK_K * stride_gd
-    return acc, offs_m, offs_n
-
-
-@triton.jit
 def _store(U, acc, offs_m, offs_n, rows, d, stride_ur, stride_ud, ADD: tl.constexpr):
     valid = (offs_m < rows)[:, None] & (offs_n < d)[None, :]
     row = offs_m.to(tl.int64)[:, None]
@@ -133,17 +95,28 @@ def _product_kernel(
     ADD: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    acc, offs_m, offs_n = product_tile(
-        E, None, G, rows, d, stride_er, stride_ed, 0, 0, stride_gr, stride_gd,
-        DTYPE, PRECISION, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    first_m, first_n = grouped_tile(tl.program_id(0), rows, d, GROUP_M, BLOCK_M, BLOCK_N)
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+
+    # Rows past the edge read the last row again. They are never stored, and the loads need no mask for them.
+    row = tl.minimum(offs_m, rows - 1).to(tl.int64)[:, None]
+    column = tl.minimum(offs_n, d - 1).to(tl.int64)
+    k = offs_k.to(tl.int64)
+    e_ptrs = E + row * stride_er + k[None, :] * stride_ed
+    # G is symmetric: column n is read as row n, contiguous along k like E. wgmma wants fp32 operands this way. Tiles
+    # read along n would be transposed through registers (206 of them instead of 182 for tf32 on sm_90).
+    g_ptrs = G + column[None, :] * stride_gr + k[:, None] * stride_gd
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, d, BLOCK_K):
+        valid_k = offs_k < d - start
+        e = tl.load(e_ptrs, mask=valid_k[None, :], other=0.0)
+        g = tl.load(g_ptrs, mask=valid_k[:, None], other=0.0)
+        acc = dot(e, g, acc, DTYPE, PRECISION)
+        e_ptrs += BLOCK_K * stride_ed
+        g_ptrs += BLOCK_K * stride_gd
     _store(U, acc, offs_m, offs_n, rows, d, stride_ur, stride_ud, ADD)
-
-
-@triton.jit
-def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right half of a tile."""
-    return tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -159,15 +132,13 @@ def _descriptor_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, d, BLOCK_K):
             e = E.load([first_m, start])
-            # Row n of the symmetric G is read for column n, as in product_tile. Entries past the edges read as 0.
+            # Row n of the symmetric G is read for column n, as above. Entries past the edges read as 0.
             g = G.load([first_n, start])
             acc = dot(e, g.T, acc, DTYPE, PRECISION)
         # A tile passes through shared memory on its way to memory. It goes in quarters, since the operands of the next
         # tile fill the rest.
         offs_m = first_m + tl.arange(0, BLOCK_M)
-        left, right = _halves(acc, BLOCK_M, BLOCK_N)
-        first, second = _halves(left, BLOCK_M, BLOCK_N // 2)
-        third, fourth = _halves(right, BLOCK_M, BLOCK_N // 2)
+        first, second, third, fourth = quarters(acc, BLOCK_M, BLOCK_N)
         offs_n = first_n + tl.arange(0, BLOCK_N // 4)
         _store(U, first, offs_m, offs_n, rows, d, stride_ur, stride_ud, ADD)
         _store(U, second, offs_m, offs_n + BLOCK_N // 4, rows, d, stride_ur, stride_ud, ADD)
@@ -181,8 +152,7 @@ def dot_options(operands: tuple[torch.dtype, ...], precision: str) -> dict[str, 
     Raises:
         ValueError: for an unknown precision.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_precision(precision)
     if precision == "bf16" or all(dtype == torch.bfloat16 for dtype in operands):
         return dict(DTYPE=tl.bfloat16, PRECISION="ieee")
     if precision == "tf32x3" and platform() == "hip":
@@ -219,7 +189,7 @@ def _launch(E: Tensor, G: Tensor, out: Tensor, add: bool, options: dict[str, obj
 
 
 def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
-    """E G, accumulated in fp32: `naive.product` up to rounding.
+    """E G, accumulated in fp32.
 
     Args:
         E: (rows, d), fp32 / bf16 / fp16, any strides.
@@ -247,7 +217,7 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
 
 
 def product_transposed(E: Tensor, C: Tensor, *, precision: str = "ieee") -> Tensor:
-    """E C^T, accumulated in fp32: `naive.product_transposed` up to rounding.
+    """E C^T, accumulated in fp32.
 
     The kernels read row n of the matrix for column n of the output, which is this product for any matrix.
     """

@@ -60,7 +60,7 @@ def _begin_fit_kernel(
 
 
 def removed(W: Tensor, mask: Tensor, target_gap: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """The weights that a mask removes, plus the target gap: `naive_fits.removed` up to rounding.
+    """The weights that a mask removes, plus the target gap.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16. The rows of every matrix are contiguous.
@@ -90,7 +90,7 @@ def removed(W: Tensor, mask: Tensor, target_gap: Tensor | None = None, *, out: T
 
 
 def begin_fit(W: Tensor, start: Tensor, mask: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Z = mask * start, and E = W - Z: `naive_fits.begin_fit` up to rounding.
+    """Z = mask * start, and E = W - Z.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16. The rows of every matrix are contiguous.

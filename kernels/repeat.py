@@ -10,14 +10,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import naive
+from . import cpu
 
 # Fewer runs are launched kernel by kernel: making a graph takes the host a while (not measured).
 LEAST = 5
 
 
 def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like: Tensor) -> Iterator[None]:
-    """Run step(*row) for every row of `numbers`; yields after each. See `naive.repeat`.
+    """Run step(*row) for every row of `numbers`; yields after each.
 
     On a GPU, with at least LEAST runs, the step gets its numbers as tensors () fp32. The first run compiles, and
     launches kernel by kernel. The second run is captured in a graph, which is launched for this and all later runs. A
@@ -30,7 +30,7 @@ def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like
         like: a tensor on the device where the step runs.
     """
     if like.device.type != "cuda" or len(numbers) < LEAST:
-        yield from naive.repeat(step, numbers, like)
+        yield from cpu.repeat(step, numbers, like)
         return
     # A copy from memory that is not pinned would wait for the GPU.
     host = torch.empty(len(numbers), len(numbers[0]), dtype=torch.float32, pin_memory=True)

@@ -73,7 +73,7 @@ def rounding_order(M: Tensor, first: Tensor, saliency: Tensor) -> Tensor:
 
 
 def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) -> Tensor:
-    """The binary mask of the k highest M of every row (or group), (rows, d) bool: equal to `naive_fits.round_mask`.
+    """The binary mask of the k highest M of every row (or group), (rows, d) bool.
 
     Args:
         M: (rows, d) fp32, the relaxed mask; its rows are contiguous.

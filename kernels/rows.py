@@ -52,7 +52,7 @@ def _take_rows_kernel(X, Y, TAKEN, rows, d, stride_x, stride_y, BLOCK_R: tl.cons
 
 
 def row_errors(W: Tensor, R: Tensor, Z: Tensor | None = None) -> Tensor:
-    """sum((W - Z) * R) of every row, (rows,) fp32: `naive_fits.row_errors` up to rounding.
+    """sum((W - Z) * R) of every row, (rows,) fp32.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16. The rows of every matrix are contiguous.
@@ -77,7 +77,7 @@ def row_errors(W: Tensor, R: Tensor, Z: Tensor | None = None) -> Tensor:
 
 
 def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
-    """X[taken] = Y[taken], in place: equal to `naive_fits.take_rows`.
+    """X[taken] = Y[taken], in place.
 
     Args:
         X, Y: (rows, d), of one dtype: fp32 / bf16 / fp16 / bool. The rows of both are contiguous.

@@ -32,8 +32,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .definitions import RowState
 from .device import cast, columns, line_search, line_terms, move, vertex_score
-from .launch import FLOATS, check, check_contiguous_rows, check_matrix, interpreter_tile, on_device, platform, warps
+from .launch import (
+    FLOATS,
+    check,
+    check_matrix,
+    check_rows,
+    check_vector,
+    interpreter_tile,
+    on_device,
+    platform,
+    row_stride,
+    warps,
+)
 from .lmo import check_selection, selection_options, span
 from .topk import (
     bracket,
@@ -244,88 +256,56 @@ def _step_kernel(
 
 
 def row_step(
-    W: Tensor,
-    diag: Tensor,
-    M: Tensor,
-    R: Tensor,
-    U: Tensor,
-    V: Tensor,
-    E: Tensor,
-    k: int | Tensor,
+    state: RowState,
     *,
-    group: int = 0,
-    fixed: Tensor | None = None,
-    target_gap: Tensor | None = None,
     eta: float | Tensor | None = None,
     theta: float | Tensor = 0.0,
     next_theta: float | Tensor = 0.0,
-    threshold: Tensor | None = None,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One Frank-Wolfe step of every row, in place: `naive.row_step` up to rounding.
+) -> None:
+    """One Frank-Wolfe step of every row, in place.
 
     Args:
-        W: (rows, d), fp32 / bf16 / fp16. This and every matrix below has its rows contiguous (column stride 1).
-        diag: (d,) fp32, contiguous, the diagonal of G.
-        M, R: (rows, d) fp32, the state; updated.
-        U: (rows, d) fp32, the product of E; its content is undefined afterwards.
-        V: (rows, d) bool, the vertex that U belongs to; replaced by the next one.
-        E: (rows, d), fp32 / bf16 / fp16; replaced.
-        k, group, fixed: as in `lmo`.
-        target_gap: (rows, d) fp32, added to the removed weights; None adds nothing.
+        state: changed in place.
         eta: step size for all rows (open loop); None for the line search. Either all of `eta`, `theta` and `next_theta`
             are numbers, or all are tensors () fp32, which the kernel reads when it runs.
         theta: weight of the integrality penalty that V was chosen with, 0 to 1.
-        next_theta: weight of the penalty that the next V is chosen with.
-        threshold: (rows,) fp32, contiguous, a score per row near which the search for the next vertex starts: any
-            number; replaced by one that separates the entries taken from the others. None starts anew.
-        out: two tensors (rows,) fp32, contiguous, written and returned; allocated when None.
-
-    Returns:
-        eta (rows,) and the relaxed error (rows,) after the update, fp32. A NaN in the state shows in the error.
+        next_theta: weight of the penalty that the next V is chosen with. While it is below 1 a vertex takes only
+            positive scores; from then on it keeps exactly k entries.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: for a state or numbers that do not fit this description.
     """
+    W, k, fixed, target_gap, threshold = state.W, state.k, state.fixed, state.target_gap, state.threshold
     rows, d = check_matrix("W", W, FLOATS)
-    check("diag", diag, (d,), (torch.float32,), W)
-    matrices = dict(W=W, M=M, R=R, U=U, V=V, E=E)
-    dtypes = dict(W=FLOATS, V=(torch.bool,), E=FLOATS)
-    for name, matrix in matrices.items():
-        check(name, matrix, (rows, d), dtypes.get(name, (torch.float32,)), W)
-    check_selection(rows, d, k, group, fixed, W)
-    if fixed is not None:
-        matrices["fixed"] = fixed
-    if target_gap is not None:
-        check("target_gap", target_gap, (rows, d), (torch.float32,), W)
-        matrices["target_gap"] = target_gap
-    check_contiguous_rows(matrices | dict(diag=diag))
+    FP32, BOOL = (torch.float32,), (torch.bool,)
+    check_rows((rows, d), W, dict(W=(W, FLOATS), M=(state.M, FP32), R=(state.R, FP32), U=(state.U, FP32)))
+    check_rows((rows, d), W, dict(V=(state.V, BOOL), E=(state.E, FLOATS), fixed=(fixed, BOOL)))
+    check_rows((rows, d), W, dict(target_gap=(target_gap, FP32)))
+    check_selection(rows, d, k, state.group, fixed, W)
+    check_vector("diag", state.diag, d, W)
+    for name, vector in (("eta", state.eta), ("error", state.error), ("threshold", threshold)):
+        if vector is not None:
+            check_vector(name, vector, rows, W)
     numbers = dict(theta=theta, next_theta=next_theta) | ({} if eta is None else dict(eta=eta))
     stored = any(isinstance(number, Tensor) for number in numbers.values())
     for name, number in numbers.items():
         if stored:
-            check(name, number, (), (torch.float32,), W)
+            check(name, number, (), FP32, W)
         else:
             numbers[name] = float(number)
-    step, error = out or W.new_empty(2, rows, dtype=torch.float32).unbind()
-    vectors = [("out", step), ("out", error)] + ([] if threshold is None else [("threshold", threshold)])
-    for name, vector in vectors:
-        check(name, vector, (rows,), (torch.float32,), W)
-        if not vector.is_contiguous():
-            raise ValueError(f"{name}: expected contiguous entries, got strides {vector.stride()}")
     if W.numel() == 0:
-        return step.zero_(), error.zero_()
-    config = configuration(rows, d, group)
+        state.eta.zero_()
+        state.error.zero_()
+        return
+    config = configuration(rows, d, state.group)
     with on_device(W):
         _step_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            W=W, DIAG=diag, M=M, R=R, U=U, V=V, E=E, FIXED=fixed, TARGET_GAP=target_gap,
-            THRESHOLD=threshold, ETA=step, ERROR=error, k=k, **{"eta": 0.0, **numbers},
-            rows=rows, d=d, span=span(d, group),
-            stride_w=W.stride(0), stride_m=M.stride(0), stride_r=R.stride(0), stride_u=U.stride(0),
-            stride_v=V.stride(0), stride_e=E.stride(0), stride_f=fixed.stride(0) if fixed is not None else 0,
-            stride_t=target_gap.stride(0) if target_gap is not None else 0,
-            stride_k=k.stride(0) if isinstance(k, Tensor) else 0,
-            STORED=stored, LINE_SEARCH=eta is None, **selection_options(d, k, group, config), enable_fp_fusion=True,
-            **config,
+            W=W, DIAG=state.diag, M=state.M, R=state.R, U=state.U, V=state.V, E=state.E, FIXED=fixed,
+            TARGET_GAP=target_gap, THRESHOLD=threshold, ETA=state.eta, ERROR=state.error, k=k,
+            **{"eta": 0.0, **numbers}, rows=rows, d=d, span=span(d, state.group),
+            stride_w=W.stride(0), stride_m=state.M.stride(0), stride_r=state.R.stride(0), stride_u=state.U.stride(0),
+            stride_v=state.V.stride(0), stride_e=state.E.stride(0), stride_f=row_stride(fixed),
+            stride_t=row_stride(target_gap), stride_k=k.stride(0) if isinstance(k, Tensor) else 0,
+            STORED=stored, LINE_SEARCH=eta is None, **selection_options(d, k, state.group, config),
+            enable_fp_fusion=True, **config,
         )  # fmt: skip
-    return step, error

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .definitions import LEAST_GAIN
 from .device import columns
-from .launch import FLOATS, check, check_contiguous_rows, check_matrix, interpreter_tile, on_device, platform, warps
+from .launch import FLOATS, check_matrix, check_rows, interpreter_tile, on_device, platform, row_stride, warps
 from .lmo import check_selection, span
-from .naive import LEAST_GAIN
 
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:
@@ -179,7 +179,7 @@ def _swaps_kernel(
 def row_swaps(
     W: Tensor, G: Tensor, R: Tensor, V: Tensor, limit: int, *, group: int = 0, fixed: Tensor | None = None
 ) -> None:
-    """Best 1-swaps of every row's mask, in place: `naive.row_swaps` up to rounding.
+    """Best 1-swaps of every row's mask, in place.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16. This and every matrix below has its rows contiguous (column stride 1).
@@ -194,13 +194,12 @@ def row_swaps(
         ValueError, TypeError: for arguments that do not fit this description.
     """
     rows, d = check_matrix("W", W, FLOATS)
-    check("G", G, (d, d), (torch.float32,), W)
-    check("R", R, (rows, d), (torch.float32,), W)
-    check("V", V, (rows, d), (torch.bool,), W)
+    FP32, BOOL = (torch.float32,), (torch.bool,)
+    check_rows((d, d), W, dict(G=(G, FP32)))
+    check_rows((rows, d), W, dict(W=(W, FLOATS), R=(R, FP32), V=(V, BOOL), fixed=(fixed, BOOL)))
     check_selection(rows, d, 0, group, fixed, W)
     if limit < 0:
         raise ValueError(f"limit: expected at least 0, got {limit}")
-    check_contiguous_rows(dict(W=W, G=G, R=R, V=V) | ({} if fixed is None else dict(fixed=fixed)))
     if W.numel() == 0:
         return
     config = configuration(rows, d, group)
@@ -208,6 +207,6 @@ def row_swaps(
         _swaps_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
             W=W, G=G, DIAG=G.diagonal().contiguous(), R=R, V=V, FIXED=fixed, limit=limit, least_gain=LEAST_GAIN,
             rows=rows, d=d, span=span(d, group), stride_w=W.stride(0), stride_g=G.stride(0), stride_r=R.stride(0),
-            stride_v=V.stride(0), stride_f=0 if fixed is None else fixed.stride(0),
+            stride_v=V.stride(0), stride_f=row_stride(fixed),
             GROUP=group, PADDED=triton.next_power_of_2(group) if group else 0, enable_fp_fusion=True, **config,
         )  # fmt: skip

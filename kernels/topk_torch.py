@@ -62,7 +62,7 @@ def at_least(X: Tensor, Y: Tensor | float, out: Tensor | None = None) -> Tensor:
 
 
 def select(score: Tensor, k: int | Tensor, *, group: int, fixed: Tensor | None, positive: bool, out: Tensor) -> Tensor:
-    """`naive.lmo` without its checks; written to `out` and returned."""
+    """`lmo` without its checks; written to `out` and returned."""
     if fixed is not None:
         score = torch.maximum(score, infinite(fixed))
     if not group:

@@ -34,7 +34,7 @@ class VertexProducts:
         W: (rows, d), fp32 / bf16 / fp16.
         G: (d, d), symmetric, fp32 or bf16.
         target_gap: (rows, d) fp32, the target minus W; None where the target is W.
-        precision: rounding of both operands, see `naive.round_operand`.
+        precision: rounding of both operands, see `cpu.round_operand`.
     """
 
     def __init__(self, W: Tensor, G: Tensor, target_gap: Tensor | None = None, *, precision: str = "ieee"):

@@ -4,15 +4,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import cost
 import torch
 from bare import bare_product, operands
+from cost import Cost
 from gpu_lines import Part
 from operations import DEVICE, GPU, UNIT, WEIGHT, assert_equal_enough, gram, normal
 from timing import times
 from torch import Tensor
 
-from sparsefw.kernels import cost, triton_ops
-from sparsefw.kernels.cost import Cost
+from sparsefw.kernels import triton_ops
 
 # (rows, d) of products: chunks of a 70B run, chunks that fill the waves of 132 multiprocessors, and an 8B layer.
 PRODUCTS = [(6528, 8192), (4224, 8192), (10240, 8192), (1856, 28672), (4224, 28672), (4096, 4096), (4096, 14336)]

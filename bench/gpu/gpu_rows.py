@@ -7,15 +7,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import cost
 import torch
+from cost import Cost
 from gpu_lines import Part
 from gpu_products import measure
 from gpu_steps import command_of
-from operations import DEVICE, WEIGHT, gram, normal, numbers
+from operations import DEVICE, WEIGHT, gram, normal, numbers, row_state
 from torch import Tensor
 
-from sparsefw.kernels import cost, cpu, triton_ops
-from sparsefw.kernels.cost import Cost
+from sparsefw.kernels import cpu, triton_ops
+from sparsefw.kernels.definitions import RowState
 
 # (rows, d): chunks of a 70B run, and a layer of an 8B run.
 CHUNKS = [(6528, 8192), (1856, 28672), (4096, 4096), (4096, 14336)]
@@ -45,10 +47,13 @@ def step(rows: int, d: int, *, target_gap: bool = False, group: int = 0) -> Oper
 
     def fresh() -> tuple:
         # The step works in place: every call starts from the same state.
-        return W, diag, warm.float(), R.clone(), U.clone(), V.clone(), torch.empty(rows, d, dtype=WEIGHT, device=DEVICE)
+        E = torch.empty(rows, d, dtype=WEIGHT, device=DEVICE)
+        matrices = warm.float(), R.clone(), U.clone(), V.clone(), E
+        return (row_state(W, diag, *matrices, k, group=group, target_gap=gap),)
 
-    def run(*state: Tensor) -> tuple[Tensor, ...]:
-        return *triton_ops.row_step(*state, k, group=group, target_gap=gap, **thetas), *state[2:4], *state[5:]
+    def run(state: RowState) -> tuple[Tensor, ...]:
+        triton_ops.row_step(state, **thetas)
+        return state.eta, state.error, state.M, state.R, state.V, state.E
 
     return run, fresh, cost.row_step(rows, d, W=W.itemsize, E=WEIGHT.itemsize, target_gap=target_gap)
 

@@ -1,10 +1,11 @@
 """conjugate_step: a step of conjugate gradients without its product."""
 
+import cost
 import pytest
 import torch
 from operations import DEVICE, PRECISION, assert_equal_enough, cases, gram, measure, normal, ways
 
-from sparsefw.kernels import cost, cpu
+from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import Backend
 
 WAYS = ways("conjugate_step")

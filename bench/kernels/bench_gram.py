@@ -1,11 +1,12 @@
 """gram_accumulate: lower triangle of G += X^T X; bare is the library's product X^T X, the full square."""
 
+import cost
 import pytest
 import torch
 from bare import bare_product
 from operations import DEVICE, SHAPES, TOKENS, UNIT, WEIGHT, assert_equal_enough, cases, measure, normal, ways
 
-from sparsefw.kernels import cost, cpu
+from sparsefw.kernels import cpu
 
 
 def bare(G: torch.Tensor, X: torch.Tensor) -> torch.Tensor:

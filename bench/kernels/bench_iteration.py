@@ -5,14 +5,16 @@ a card that does f flops in the time of a byte, both one after the other take at
 time.
 """
 
+import cost
 import pytest
 import torch
 from bare import bare_product, operands, topk_step
-from operations import WEIGHT, assert_equal_enough, cases, gram, measure, normal, numbers
+from cost import Cost
+from operations import WEIGHT, assert_equal_enough, cases, gram, measure, normal, numbers, row_state
 
-from sparsefw.kernels import cost, cpu, triton_ops
+from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
-from sparsefw.kernels.cost import Cost
+from sparsefw.kernels.definitions import RowState
 
 THETAS = dict(theta=0.5, next_theta=0.6)
 # Product and row step of each way. Only ways that do both are checked for correctness.
@@ -42,14 +44,17 @@ def test_iteration(benchmark, way, shape, precision):
 
     def fresh() -> tuple:
         # The step works in place: every call starts from the same state.
-        return warm.float(), R.clone(), torch.empty_like(R), V.clone(), E.clone()
+        return (row_state(W, diag, warm.float(), R.clone(), torch.empty_like(R), V.clone(), E.clone(), k),)
 
-    def iteration(M, R, U, V, E, product=product, step=step, thetas=thetas):
-        U = product(E, G, precision=precision, out=U)
-        return step(W, diag, M, R, U, V, E, k, **thetas)[1] if step else U
+    def iteration(state: RowState, product=product, step=step, thetas=thetas) -> RowState:
+        product(state.E, G, precision=precision, out=state.U)
+        if step:
+            step(state, **thetas)
+        return state
 
     if step:
-        assert_equal_enough(iteration(*fresh()), iteration(*fresh(), *WAYS["torch"], THETAS), 1e-3)
+        expected = iteration(*fresh(), *WAYS["torch"], THETAS)
+        assert_equal_enough(iteration(*fresh()).error, expected.error, 1e-3)
     parts = cost.product(rows, d, E=E.itemsize, G=G.itemsize), cost.row_step(rows, d, W=W.itemsize, E=E.itemsize)
     parts = parts if step else parts[:1]
     least = Cost(sum(part.flops for part in parts), sum(part.bytes for part in parts))

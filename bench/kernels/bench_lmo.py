@@ -2,12 +2,13 @@
 
 from functools import partial
 
+import cost
 import pytest
 import torch
 from bare import topk_lmo
 from operations import DEVICE, budget, cases, measure, normal, ways
 
-from sparsefw.kernels import cost, cpu
+from sparsefw.kernels import cpu
 
 WAYS = ways("lmo", topk=topk_lmo)
 

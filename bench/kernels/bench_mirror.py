@@ -1,10 +1,11 @@
 """mirror_lower: the lower triangle of G copied to the upper one."""
 
+import cost
 import pytest
 import torch
 from operations import SHAPES, cases, measure, normal, ways
 
-from sparsefw.kernels import cost, cpu
+from sparsefw.kernels import cpu
 
 WAYS = ways("mirror_lower")
 

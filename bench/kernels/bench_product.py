@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+import cost
 import pytest
 import torch
 from bare import bare_product, operands
 from operations import DEVICE, WEIGHT, assert_equal_enough, cases, gram, measure, normal, ways
 
-from sparsefw.kernels import cost, cpu
+from sparsefw.kernels import cpu
 
 PRECISIONS = {"ieee": 1e-5, "tf32x3": 1e-5, "tf32": 2e-3, "bf16": 2e-2}
 WAYS = ways("product", bare=bare_product)

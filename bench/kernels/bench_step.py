@@ -1,11 +1,25 @@
 """row_step: an iteration without its product; topk is a chain of torch's operations with `topk` and a scatter."""
 
+import cost
 import pytest
 import torch
 from bare import topk_step
-from operations import PRECISION, WEIGHT, assert_equal_enough, budget, cases, gram, measure, normal, numbers, ways
+from operations import (
+    PRECISION,
+    WEIGHT,
+    assert_equal_enough,
+    budget,
+    cases,
+    gram,
+    measure,
+    normal,
+    numbers,
+    row_state,
+    ways,
+)
 
-from sparsefw.kernels import cost, cpu
+from sparsefw.kernels import cpu
+from sparsefw.kernels.definitions import RowState
 
 WAYS = ways("row_step", topk=topk_step)
 
@@ -25,15 +39,18 @@ def test_row_step(benchmark, way, shape, pattern):
 
     def fresh() -> tuple:
         # The step works in place and overwrites U: every call starts from the same state.
-        return W, diag, M.clone(), R.clone(), U.clone(), V.clone(), torch.empty_like(W), k
+        matrices = M.clone(), R.clone(), U.clone(), V.clone(), torch.empty_like(W)
+        return (row_state(W, diag, *matrices, k, group=group),)
 
     thetas = numbers(way, theta=0.5, next_theta=0.6)
 
-    def step(*state: object) -> tuple:
-        return WAYS[way](*state, group=group, **thetas)
+    def step(state: RowState) -> RowState:
+        WAYS[way](state, **thetas)
+        return state
 
-    expected, got = fresh(), fresh()
-    _, error = cpu.row_step(*expected, group=group, theta=0.5, next_theta=0.6)
-    assert_equal_enough(step(*got)[1], error, 1e-4)
-    assert (got[5] != expected[5]).float().mean() < 1e-4
+    (expected,) = fresh()
+    cpu.row_step(expected, theta=0.5, next_theta=0.6)
+    got = step(*fresh())
+    assert_equal_enough(got.error, expected.error, 1e-4)
+    assert (got.V != expected.V).float().mean() < 1e-4
     measure(benchmark, step, cost.row_step(rows, d, W=W.element_size(), E=W.element_size()), setup=fresh)

@@ -1,9 +1,10 @@
 """row_swaps: the search for the best 1-swaps that follows Frank-Wolfe."""
 
+import cost
 import pytest
 from operations import PRECISION, SHAPES, WEIGHT, assert_equal_enough, budget, gram, measure, normal
 
-from sparsefw.kernels import cost, cpu, triton_ops
+from sparsefw.kernels import cpu, triton_ops
 from sparsefw.solver.objective import mask_error
 
 SWAPS = 10

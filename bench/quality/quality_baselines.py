@@ -19,15 +19,15 @@ def _one_budget(rows: Rows, config: PruneConfig) -> int:
 
 def _admm(rows: Rows, config: PruneConfig) -> tuple[Tensor, Tensor]:
     """ADMM, which has a damping of its own."""
-    return baselines.admm(rows.W, rows.G, _one_budget(rows, config), group=config.pattern.group)
+    return baselines.admm(rows.start, rows.G, _one_budget(rows, config), group=config.pattern.group)
 
 
 def _one_swaps(rows: Rows, config: PruneConfig, backend: Backend) -> Choice:
     """Best 1-swaps from the warm start."""
     group = config.pattern.group
     warm = backend.lmo(rows.saliency, _one_budget(rows, config), group=group)
-    mask = baselines.one_swaps(rows.W, rows.G, warm, group=group)
-    error, before = (mask_error(rows.W, m, rows.G, backend=backend) for m in (mask, warm))
+    mask = baselines.one_swaps(rows.start, rows.G, warm, group=group)
+    error, before = (mask_error(rows.start, m, rows.G, backend=backend) for m in (mask, warm))
     return Choice(mask, None, error, error, before, None)
 
 

@@ -6,14 +6,15 @@ are those of SmolLM2-135M's layers only, and the kernels are torch's.
 
 from types import SimpleNamespace
 
+import cost
 import pytest
 import torch
 from baselines import obvious_frank_wolfe
+from cost import Cost
 from operations import GPU, PRECISION, SHAPES, measure, normal
 
-from sparsefw.kernels import cost, cpu, triton_ops
+from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
-from sparsefw.kernels.cost import Cost
 from sparsefw.solver import PruneConfig, prune_layers
 
 STEPS = 30

@@ -12,7 +12,7 @@ from sparsefw.model import Placement
 from sparsefw.model.activations import PLACES
 from sparsefw.model.placement import BATCH_TOKENS, LEAST_BATCHES, SOLVER
 from sparsefw.model.shapes import ModelShape
-from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT
+from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 
 
 def place(

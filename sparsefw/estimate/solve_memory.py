@@ -8,8 +8,8 @@ from sparsefw.estimate.workload import Workload, largest_share
 from sparsefw.model import Placement
 from sparsefw.model.shapes import LayerShape
 from sparsefw.solver import METHODS, PruneConfig
-from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
-from sparsefw.solver.saliency import OF_MATRIX
+from sparsefw.solver.methods import OF_MATRIX
+from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
 
 # Memory of a solve per entry of a chunk, where no mask is chosen again for refitted weights; measured on a CPU.
 BYTES_WITHOUT_ROUNDS = 56

@@ -1,7 +1,8 @@
-"""The function of each method: it chooses masks, and weights if it changes them, for rows that read one input."""
+"""Choices: the function of each method, which chooses masks, and weights if it changes them, for rows of one input."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,11 +10,12 @@ from torch import Tensor
 from sparsefw.finite import all_finite
 from sparsefw.kernels.backend import Backend, Terms
 from sparsefw.kernels.topk_torch import masked
-from sparsefw.solver import frank_wolfe, sparsegpt
+from sparsefw.solver import frank_wolfe, paper
 from sparsefw.solver.config import PruneConfig
+from sparsefw.solver.frank_wolfe import Problem
+from sparsefw.solver.methods import SALIENCIES, sparsegpt
 from sparsefw.solver.objective import check_errors, mask_error, weight_error
-from sparsefw.solver.reselect import reselect
-from sparsefw.solver.saliency import SALIENCIES
+from sparsefw.solver.refit import reselect
 
 
 @dataclass(frozen=True)
@@ -21,45 +23,33 @@ class Rows:
     """Stacked rows that read the same input, and what they may keep.
 
     Attributes:
-        W: (rows, d) weight, or with a refit the target in its place; fp32, or on a GPU the checkpoint's dtype.
+        start: (rows, d) the weights that pruning starts from: the layers' own or, with a refit, their targets; fp32,
+            or on a GPU the checkpoint's dtype.
         G: (d, d) fp32 Gram matrix of the input.
         saliency: (rows, d) fp32 saliency of the warm start.
-        k: kept weights per row, an int or an int64 tensor (rows,); per group under n:m; in all under `whole_matrix`.
+        k: kept weights per row, an int or an int64 tensor (rows,); per group under n:m; of a whole matrix in all.
         dtype: the checkpoint's dtype, to which weights are rounded in the end.
-        target_gap: (rows, d) fp32, the target minus W; None if they are the same, as they are with a refit.
-        damped: (d, d) G damped by the config's `damp`, for methods that use it; fp32, or bf16 where it is an operand
-            of products that round it to bf16.
+        exact: G as `Backend.exact_operand` gives it, made once for all rows.
+        H: (d, d) G damped by the config's `damp`, for methods that use it; fp32, or bf16 where it is only an operand of
+            products that round it to bf16.
+        target_gap: (rows, d) fp32, the target minus `start`; None if they are the same, as they are with a refit.
         support: (rows, d) bool, weights that may be nonzero; None: all.
-        exact: G as `Backend.exact_operand` gives it, made once for all rows; None: G itself.
     """
 
-    W: Tensor
+    start: Tensor
     G: Tensor
     saliency: Tensor
     k: int | Tensor
     dtype: torch.dtype
+    exact: Tensor | Terms
+    H: Tensor | None = None
     target_gap: Tensor | None = None
-    damped: Tensor | None = None
     support: Tensor | None = None
-    exact: Tensor | Terms | None = None
-
-    @property
-    def exact_G(self) -> Tensor | Terms:
-        """G as the operand of exact products."""
-        return self.G if self.exact is None else self.exact
 
     def __getitem__(self, rows: slice) -> "Rows":
-        def part(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[rows]
-
-        return replace(
-            self,
-            W=self.W[rows],
-            saliency=self.saliency[rows],
-            k=self.k[rows] if isinstance(self.k, Tensor) else self.k,
-            target_gap=part(self.target_gap),
-            support=part(self.support),
-        )
+        names = ("start", "saliency", "k", "target_gap", "support")
+        by_row: dict[str, Any] = {name: x[rows] for name in names if isinstance(x := getattr(self, name), Tensor)}
+        return replace(self, **by_row)
 
 
 @dataclass(frozen=True)
@@ -88,40 +78,30 @@ def choose_frank_wolfe(rows: Rows, config: PruneConfig, backend: Backend) -> Cho
     if not config.steps:
         # The errors of steps depend on all weights, that of the warm start's mask only on removed ones.
         _check_finite(rows)
-    whole = config.whole_matrix
-    problem = frank_wolfe.make_problem(
-        rows.W,
-        rows.G,
-        rows.saliency,
-        rows.k,
-        group=config.pattern.group,
-        whole_matrix=whole,
-        alpha=config.alpha,
-        target_gap=rows.target_gap,
-        # Damping made no difference to a mask that a refit starts from and chooses again.
-        damped=None if config.refit else rows.damped,
-        exact=rows.exact,
-        backend=backend,
-    )
-    solution = frank_wolfe.solve(
-        problem,
-        steps=config.steps,
-        step_rule=config.step_rule,
-        penalty=config.penalty,
-        swaps=config.swaps,
-        fallback_to_warm_start=config.fallback_to_warm_start,
-        backend=backend,
-    )
-    bound = None
-    if config.steps:
-        # A whole matrix has one bound; every row gets an equal share of it.
-        bound = solution.bound.expand(len(rows.W)) / (len(rows.W) if whole else 1)
+    if config.whole_matrix:
+        backend = paper.WholeMatrix(backend.operations, backend.precision)
+    assert rows.H is not None
+    # Damping made no difference to a mask that a refit starts from and chooses again.
+    H = rows.G if config.refit else rows.H
+    damping = None if H is rows.G else H.diagonal() - rows.G.diagonal()
+    # NaN shows in the errors of the solution.
+    warm = backend.lmo(rows.saliency, rows.k, group=config.pattern.group, checked=False)
+    by_name: dict[str, Any] = dict(target_gap=rows.target_gap, damping=damping, exact=rows.exact)
+    problem = Problem(rows.start, H, rows.saliency, rows.k, warm, config.pattern.group, **by_name)
+    if config.alpha:
+        problem = replace(problem, fixed=paper.fixed_entries(problem, config.alpha, backend))
+    schedule = frank_wolfe.line_search(config.steps, config.penalty)
+    if config.step_rule == "open-loop":
+        schedule = paper.open_loop(schedule)
+    solution = frank_wolfe.solve(problem, schedule, swaps=config.swaps, backend=backend)
+    if config.fallback_to_warm_start:
+        solution = frank_wolfe.or_warm_start(solution, problem.warm, backend=backend)
+    mask, bound = solution.mask, solution.bound if schedule else None
     if not config.refit:
-        return Choice(solution.mask, None, solution.error, solution.error, solution.error_warm_start, bound)
-    assert rows.damped is not None
+        return Choice(mask, None, solution.error, solution.error, solution.error_warm_start, bound)
     fit = reselect(
-        replace(problem, G=rows.damped),
-        solution.mask,
+        replace(problem, H=rows.H, damping=None),
+        mask,
         steps=config.steps,
         penalty=config.penalty,
         refit_steps=config.refit,
@@ -130,12 +110,11 @@ def choose_frank_wolfe(rows: Rows, config: PruneConfig, backend: Backend) -> Cho
         backend=backend,
     )
     written = fit.Z.to(rows.dtype)
-    error = weight_error(rows.W, written, rows.exact_G, backend=backend)
+    error = weight_error(rows.start, written, rows.exact, backend=backend)
     # Compared row by row, with the weights as they are written: no refit makes a row worse.
     better = error < solution.error
-    mask = solution.mask
     backend.take_rows(mask, fit.mask, better)
-    backend.take_rows(written, masked(rows.W.to(rows.dtype), mask), ~better)
+    backend.take_rows(written, masked(rows.start.to(rows.dtype), mask), ~better)
     error = torch.where(better, error, solution.error)
     return Choice(mask, written, error, solution.error, solution.error_warm_start, bound)
 
@@ -144,22 +123,15 @@ def choose_saliency(rows: Rows, config: PruneConfig, backend: Backend) -> Choice
     """The warm start's mask."""
     _check_finite(rows)
     mask = backend.lmo(rows.saliency, rows.k, group=config.pattern.group)
-    error = mask_error(rows.W, mask, rows.exact_G, backend=backend)
+    error = mask_error(rows.start, mask, rows.exact, backend=backend)
     check_errors(error)
     return Choice(mask, None, error, error, error, None)
 
 
-def _check_finite(rows: Rows) -> None:
-    if not (all_finite(rows.W) & all_finite(rows.G)):
-        raise FloatingPointError("NaN or Inf in the layer's weight or Gram matrix")
-
-
-# Chooses mask and weights, (rows, d) each: called with rows and config.
-PruneRows = Callable[[Rows, PruneConfig], tuple[Tensor, Tensor]]
-
-
-def choose_weights(prune: PruneRows) -> Callable[[Rows, PruneConfig, Backend], Choice]:
-    """The `choose` of a method that chooses mask and weights at once."""
+def choose_weights(
+    prune: Callable[[Rows, PruneConfig], tuple[Tensor, Tensor]],
+) -> Callable[[Rows, PruneConfig, Backend], Choice]:
+    """The `choose` of a method whose `prune` gives mask and weights, (rows, d) each, at once."""
 
     def choose(rows: Rows, config: PruneConfig, backend: Backend) -> Choice:
         _check_finite(rows)
@@ -167,21 +139,24 @@ def choose_weights(prune: PruneRows) -> Callable[[Rows, PruneConfig, Backend], C
         warm = backend.lmo(rows.saliency, rows.k, group=config.pattern.group)
         mask, Z = prune(rows, config)
         written = Z.to(rows.dtype)
-        error = weight_error(rows.W, written, rows.exact_G, backend=backend)
-        error_mask, error_warm_start = (mask_error(rows.W, m, rows.exact_G, backend=backend) for m in (mask, warm))
+        error = weight_error(rows.start, written, rows.exact, backend=backend)
+        error_mask, error_warm_start = (mask_error(rows.start, m, rows.exact, backend=backend) for m in (mask, warm))
         check_errors(torch.stack([error, error_mask, error_warm_start]))
         return Choice(mask, written, error, error_mask, error_warm_start, None)
 
     return choose
 
 
-def _sparsegpt(rows: Rows, config: PruneConfig) -> tuple[Tensor, Tensor]:
-    return sparsegpt.prune(rows.W, rows.G, config.pattern, support=rows.support)
+def _check_finite(rows: Rows) -> None:
+    if not (all_finite(rows.start) & all_finite(rows.G)):
+        raise FloatingPointError("NaN or Inf in the layer's weight or Gram matrix")
 
 
 # The function of each method in METHODS, called with rows, config and backend.
 CHOOSE: dict[str, Callable[[Rows, PruneConfig, Backend], Choice]] = {
     "sparsefw": choose_frank_wolfe,
-    "sparsegpt": choose_weights(_sparsegpt),
+    "sparsegpt": choose_weights(
+        lambda rows, config: sparsegpt(rows.start, rows.G, config.pattern, support=rows.support)
+    ),
     **dict.fromkeys(SALIENCIES, choose_saliency),
 }

@@ -15,15 +15,14 @@ import torch
 from sparsefw.errors import InputError
 from sparsefw.flags import DEPENDS, check_fields, flag, flag_of, given_of, make_tuples, set_field
 from sparsefw.kernels.backend import KERNELS, Backend, load_backend
-from sparsefw.kernels.naive import PRECISIONS
+from sparsefw.kernels.definitions import PRECISIONS
 from sparsefw.solver import patterns, selection
-from sparsefw.solver.frank_wolfe import STEP_RULES
-from sparsefw.solver.methods import METHODS
+from sparsefw.solver.methods import METHODS, OF_MATRIX, SALIENCIES
 from sparsefw.solver.patterns import Pattern
-from sparsefw.solver.saliency import OF_MATRIX, SALIENCIES
 
 # Targets of layers: their outputs in the dense model, or the product of their own weight and input.
 TARGETS = ("dense", "layer")
+STEP_RULES = ("line-search", "open-loop")
 
 # Defaults of each preset.
 PRESETS: dict[str, dict[str, Any]] = {

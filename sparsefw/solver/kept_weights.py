@@ -18,8 +18,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from sparsefw.kernels.cost import Cost
-
 # Decay of m and v.
 DECAYS = (0.9, 0.999)
 
@@ -124,27 +122,15 @@ class _Variable:
         _in_memory(parameter, parameter).view(-1).index_copy_(0, self._index.long(), entries.to(parameter.dtype))
 
 
-def adam_step(weights: int, kept: int, itemsize: int) -> Cost:
-    """The cost of a step of a parameter.
-
-    The gradient in; m, v and the fp32 weight of what is kept in and out; the parameter out. What is read or written in
-    between counts whole: kept weights lie close together.
-
-    Args:
-        weights: number of weights, kept or not.
-        kept: number of those that are kept.
-        itemsize: bytes of a weight.
-    """
-    return Cost(12 * kept, 2 * itemsize * weights + 24 * kept)
-
-
 def bytes_of_state(weights: int, kept: int, itemsize: int) -> int:
     """Bytes of the state of a parameter, beside the parameter itself.
 
     Each weight has a gradient. Each that is kept has its place, what it was, what it is in fp32, m and v.
 
     Args:
-        weights, kept, itemsize: as for `adam_step`.
+        weights: number of weights, kept or not.
+        kept: number of those that are kept.
+        itemsize: bytes of a weight.
     """
     moved = 3 * max(4, itemsize)
     return itemsize * weights + kept * (index_dtype(weights).itemsize + itemsize + moved)

@@ -19,10 +19,9 @@ from sparsefw.kernels.topk_torch import masked
 from sparsefw.ranks import ALONE, Ranks, shares
 from sparsefw.solver import patterns
 from sparsefw.solver.choices import CHOOSE, Choice
-from sparsefw.solver.chunks import ROW_UNIT, by_chunks
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.methods import METHODS
-from sparsefw.solver.stack import Member, Stack, stack_rows
+from sparsefw.solver.stack import ROW_UNIT, Member, Stack, by_chunks, stack_rows
 from sparsefw.solver.target import Cross
 
 
@@ -242,7 +241,7 @@ def _choose_rows(stack: Stack, share: slice, masks: list[Tensor] | None) -> Tens
     def choose(chunk: slice) -> Choice:
         return CHOOSE[stack.method](rows[chunk], stack.config, stack.backend)
 
-    for choice in by_chunks(choose, rows.W, stack.memory, stack.members[0].name, stack.backend):
+    for choice in by_chunks(choose, rows.start, stack.memory, stack.members[0].name, stack.backend):
         part = slice(start, start + len(choice.mask))
         start = part.stop
         _write(stack.weights(part), choice)

@@ -1,8 +1,48 @@
-"""The methods that `--method` names, and what sets them apart; `choices` has what each of them does."""
+"""Methods: what `--method` names, their saliencies, and SparseGPT; `choices` has how each of them chooses masks.
+
+Saliencies say how much a weight matters by itself. They are methods of their own, choose the warm start and the fixed
+entries of Frank-Wolfe, and break its ties. SparseGPT decides mask and weights of one layer in one sweep over its inputs
+(Frantar & Alistarh 2023, arXiv 2301.00774).
+"""
 
 from dataclasses import dataclass
 
-from sparsefw.solver.saliency import SALIENCIES
+import torch
+from torch import Tensor
+
+from sparsefw.kernels import cpu
+from sparsefw.solver import patterns
+from sparsefw.solver.patterns import Pattern
+
+RIA_POWER = 0.5
+
+
+def magnitude(W: Tensor, diag: Tensor) -> Tensor:
+    """|W|."""
+    return W.float().abs()
+
+
+def wanda(W: Tensor, diag: Tensor) -> Tensor:
+    """|W_ij| ||X_j||_2 (Sun et al., arXiv 2306.11695)."""
+    return W.float().abs() * diag.sqrt()
+
+
+def ria(W: Tensor, diag: Tensor) -> Tensor:
+    """|W_ij| (1 / sum_k |W_ik| + 1 / sum_k |W_kj|) ||X_j||_2^0.5 (Zhang et al., ICLR 2024).
+
+    The entries of a row or column of zeros are 0.
+    """
+    A = W.float().abs()
+    tiny = torch.finfo(torch.float32).tiny
+    relative = A / A.sum(1, keepdim=True).clamp(min=tiny) + A / A.sum(0, keepdim=True).clamp(min=tiny)
+    return relative * diag.sqrt().pow(RIA_POWER)
+
+
+# Each takes W (rows, d) and diag (d,), the diagonal of the Gram matrix, and gives (rows, d) fp32, at least 0.
+SALIENCIES = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
+
+# Those of which an entry depends on more of the matrix than its row.
+OF_MATRIX = frozenset({"ria"})
 
 
 @dataclass(frozen=True)
@@ -13,7 +53,7 @@ class Method:
         saliency: saliency of the warm start; None takes the config's.
         rows_independent: whether rows do not depend on each other, so that layers are stacked and solved in chunks.
             Otherwise the rows of a layer share one budget.
-        uses_damping: whether it uses `Rows.damped`.
+        uses_damping: whether it uses `Rows.H`.
         uses_target: whether its layers may approximate the dense model's outputs, see `target`; it then uses damping.
     """
 
@@ -28,3 +68,131 @@ METHODS: dict[str, Method] = {
     "sparsegpt": Method(saliency="wanda", rows_independent=False),
     **{name: Method(saliency=name) for name in SALIENCIES},
 }
+
+
+def sparsegpt(
+    W: Tensor,
+    G: Tensor,
+    pattern: Pattern,
+    *,
+    support: Tensor | None = None,
+    damp: float = 0.01,
+    blocksize: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """Prune one layer in one sweep over its inputs, and update its kept weights.
+
+        minimise ||(W - Z) X||_F^2 = sum((W - Z) * ((W - Z) G)),  G = X X^T,  Z = 0 where the mask is False
+
+    Columns are decided from left to right. The upper Cholesky factor C of the inverse, G^-1 = C^T C, gives the cost of
+    removing W_ij once the columns before j are settled, and the best update of the weights behind it:
+
+        cost   = W_ij^2 / C_jj^2
+        update   W_i,j: -= W_ij / C_jj * C_j,j:
+
+    As published: the mask of a block of columns is chosen once, when the sweep reaches the block, under one budget over
+    all its rows, so the scopes `row` and `layer` are the same here and rows differ in what they keep. Under n:m every
+    group is chosen when the sweep reaches it, and a block is the largest multiple of m that fits (at least one group).
+    Unlike the published code, ties never prune more: the blocks' budgets add up to the layer's exactly.
+
+    Args:
+        W: (rows, d) weight, fp32 / bf16 / fp16.
+        G: (d, d) fp32 Gram matrix. Inputs whose diagonal entry is 0 are dead: their weights become 0.
+        pattern: what is kept; d is a multiple of its group.
+        support: (rows, d) bool, weights that may be nonzero; None: all.
+        damp: addition to the diagonal of G, as a fraction of its mean.
+        blocksize: columns of a block.
+
+    Returns:
+        mask (rows, d) bool, True keeps a weight, and Z (rows, d) fp32, the weights, exactly 0 outside the mask. If
+        numbers overflow on the way, Z is not finite.
+
+    Raises:
+        FloatingPointError: G is not positive definite.
+    """
+    rows, d = W.shape
+    group = pattern.group
+    width = max(group, blocksize // group * group) if group else blocksize
+    C = inverse_factor(G, damp)
+    # A copy: the sweep works in place.
+    Z = W.float().masked_fill(G.diagonal() == 0, 0)
+    mask = torch.empty_like(Z, dtype=torch.bool)
+    for start in range(0, d, width):
+        end = min(start + width, d)
+        chosen, factor = mask[:, start:end], C[start:end, start:end]
+        allowed = None if support is None else support[:, start:end]
+        if not group:
+            # The difference of two totals, so that the roundings of the blocks do not add up.
+            budget = patterns.kept_in_layer(pattern, rows, end) - patterns.kept_in_layer(pattern, rows, start)
+            cost = _cost(Z[:, start:end], factor, allowed)
+            chosen.copy_(_allowed(cpu.lmo(cost.view(1, -1), budget, checked=False).view(cost.shape), allowed))
+        errors = _sweep(Z[:, start:end], chosen, factor, pattern, allowed)
+        Z[:, end:].addmm_(errors, C[start:end, end:], alpha=-1)
+    return mask, Z
+
+
+def inverse_factor(G: Tensor, damp: float) -> Tensor:
+    """The upper Cholesky factor C of the damped inverse, C^T C = (G + damp mean(diag G) I)^-1, (d, d) fp32.
+
+    With rows and columns reversed, the lower factor of a matrix is an upper one: G = P P^T, hence C = P^-1. This takes
+    one decomposition; the published code decomposes, inverts and decomposes again.
+
+    Args:
+        G: (d, d) fp32; a diagonal entry of 0 counts as 1.
+        damp: addition to the diagonal, as a fraction of its mean.
+
+    Raises:
+        FloatingPointError: the damped matrix is not positive definite.
+    """
+    backwards = G.flip((0, 1))
+    diagonal = backwards.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += damp * diagonal.mean()
+    lower, failed = torch.linalg.cholesky_ex(backwards)
+    if failed:
+        raise FloatingPointError(f"the Gram matrix is not positive definite, even with a damping of {damp}")
+    del backwards, diagonal
+    identity = torch.eye(len(G), dtype=G.dtype, device=G.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    # No more than three matrices of this size at once, beside G.
+    del lower, identity
+    return inverse.flip((0, 1))
+
+
+def _sweep(Z: Tensor, mask: Tensor, factor: Tensor, pattern: Pattern, allowed: Tensor | None) -> Tensor:
+    """Settle the columns of one block, in place.
+
+    Args:
+        Z: (rows, width) fp32; zeroed outside the mask, updated inside.
+        mask: (rows, width) bool; given, or under n:m chosen here.
+        factor: (width, width) fp32, the block's part of the Cholesky factor.
+        pattern: what is kept.
+        allowed: (rows, width) bool, weights that may be nonzero; None: all.
+
+    Returns:
+        errors (rows, width) fp32: the removed weights of each column over C_jj; the columns behind the block move by
+        -errors C.
+    """
+    errors = torch.empty_like(Z)
+    group = pattern.group
+    for j in range(Z.shape[1]):
+        if group and j % group == 0:
+            columns = slice(j, j + group)
+            allowed_here = None if allowed is None else allowed[:, columns]
+            cost = _cost(Z[:, columns], factor[columns, columns], allowed_here)
+            chosen = cpu.lmo(cost, patterns.kept_in_group(pattern), group=group, checked=False)
+            mask[:, columns] = _allowed(chosen, allowed_here)
+        errors[:, j] = Z[:, j].masked_fill(mask[:, j], 0) / factor[j, j]
+        Z[:, j].masked_fill_(~mask[:, j], 0)
+        Z[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
+    return errors
+
+
+def _cost(Z: Tensor, factor: Tensor, allowed: Tensor | None) -> Tensor:
+    """The square root of the cost of each removal, which has the same order and does not overflow."""
+    cost = (Z / factor.diagonal()).abs_()
+    # Weights that must stay zero are removed first.
+    return cost if allowed is None else cost.masked_fill_(~allowed, -1)
+
+
+def _allowed(mask: Tensor, allowed: Tensor | None) -> Tensor:
+    return mask if allowed is None else mask & allowed

@@ -1,24 +1,47 @@
-"""Stacks the rows of layers that read the same input: weights, targets, saliencies, budgets."""
+"""Stacks of layers that read the same input, and chunks of their rows.
 
-from collections.abc import Iterable, Iterator, Sequence
+A stack has the layers' rows one below the other, with their targets, saliencies and budgets. It is solved in chunks
+whose state fits the memory, on a CPU the caches too, and on a GPU whole waves of tiles.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from sparsefw.errors import InputError
 from sparsefw.kernels.backend import Backend, Terms
 from sparsefw.ranks import shares
 from sparsefw.solver import patterns
 from sparsefw.solver.choices import Rows
-from sparsefw.solver.chunks import ROW_UNIT, by_chunks
 from sparsefw.solver.config import PruneConfig
-from sparsefw.solver.methods import METHODS
+from sparsefw.solver.methods import METHODS, SALIENCIES
 from sparsefw.solver.objective import damped
-from sparsefw.solver.saliency import SALIENCIES
 from sparsefw.solver.target import Cross, cross_rows, find_target
+
+# The rows of stacks and chunks are multiples of this. A matrix product handles a remainder of rows in another order of
+# summation. Without a remainder, a row's result does not depend on the rows beside it.
+ROW_UNIT = 64
+
+# The longest chunk on a CPU, in rows, or in entries if that is more rows. A longer chunk does not fit the caches. A
+# smaller one leaves too little work between two calls from Python, for which threads wait for each other.
+CPU_ROWS, CPU_ENTRIES = 384, 1 << 19
+
+# Rows and columns of a tile of a large product on sm_90 (`kernels/product.py`); chunks are made for it on every GPU.
+TILE = (128, 256)
+
+# Memory of a solve per entry of a chunk at its peak, as measured on a CPU (88 with the stack's W and saliency): fp32 W,
+# T, the gap between them, M, R, U, E, the fit's Z and R, temporaries of the row step, and bool masks.
+BYTES_PER_ENTRY = 80
 
 # Conjugate-gradient steps from a layer's weight to its target.
 TARGET_STEPS = 4
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -101,35 +124,51 @@ def stack_rows(stack: Stack, share: slice) -> Rows:
         stack: the stack; its layers lose their cross matrices.
         share: the rows of the stack that are wanted. Those behind the last layer are zero.
     """
-    G, method, config, backend = stack.G, stack.method, stack.config, stack.backend
+    G, method, config, backend = stack.G, METHODS[stack.method], stack.config, stack.backend
     parts = stack.weights(share)
     own, lengths = parts[0].dtype, [len(part) for part in parts]
     padding = share.stop - share.start - sum(lengths)
     # bf16 and fp16 arithmetic is slow on a CPU; fp32 holds the same weights.
-    W = _stack_padded(parts, sum(lengths) + padding, torch.float32 if G.device.type == "cpu" else own)
-    support = W != 0 if config.keep_zeros else None
+    start = _stack_padded(parts, sum(lengths) + padding, torch.float32 if G.device.type == "cpu" else own)
+    support = start != 0 if config.keep_zeros else None
     exact = backend.exact_operand(G, own)
     # Refits and targets only multiply with the damped matrix. Swaps of masks need it exactly.
     of_products = torch.bfloat16 if config.refit and backend.precision == "bf16" else torch.float32
-    target_gap, H = None, damped(G, config.damp, of_products) if METHODS[method].uses_damping else None
+    target_gap, H = None, damped(G, config.damp, of_products) if method.uses_damping else None
     if any(member.cross is not None for member in stack.members):
         assert H is not None
-        target_gap, start = None if config.refit else torch.empty_like(W, dtype=torch.float32), 0
-        for T in _targets(stack, share.start, W, exact, H, support):
-            rows = slice(start, start + len(T))
-            # A refit starts from the target. Without one, only the mask can be chosen for it. Rows whose mask stays as
-            # it is keep the target's own weights, so these are what can be written.
-            if target_gap is None:
-                most = min(torch.finfo(own).max, torch.finfo(T.dtype).max)
-                W[rows] = T.clamp(-most, most).to(own)
-            else:
-                target_gap[rows] = T - W[rows]
-            start += len(T)
-    saliency = SALIENCIES[METHODS[method].saliency or config.warm_start]
-    saliencies = [saliency(part, G.diagonal()) for part in W[: sum(lengths)].split(lengths)]
-    k = _kept(saliencies, config, whole_matrix=method == "sparsefw" and config.whole_matrix, padding=padding)
-    S = _stack_padded(saliencies, len(W), torch.float32)
-    return Rows(W, G, S, k, own, target_gap, H, support, exact)
+        targets = _targets(stack, share.start, start, exact, H, support)
+        if config.refit:
+            _replace_by(targets, start, own)
+        else:
+            target_gap = _gaps(targets, start)
+    saliency = SALIENCIES[method.saliency or config.warm_start]
+    saliencies = [saliency(part, G.diagonal()) for part in start[: sum(lengths)].split(lengths)]
+    k = _kept(saliencies, config, whole_matrix=stack.method == "sparsefw" and config.whole_matrix, padding=padding)
+    S = _stack_padded(saliencies, len(start), torch.float32)
+    return Rows(start, G, S, k, own, exact, H, target_gap, support)
+
+
+def _replace_by(targets: Iterable[Tensor], weights: Tensor, own: torch.dtype) -> None:
+    """Put the targets in the place of the weights, chunk by chunk, rounded to the dtype that will be written.
+
+    Rows whose mask stays as it is keep the target's own weights, so these are what can be written.
+    """
+    start = 0
+    for T in targets:
+        most = min(torch.finfo(own).max, torch.finfo(T.dtype).max)
+        weights[start : start + len(T)] = T.clamp(-most, most).to(own)
+        start += len(T)
+
+
+def _gaps(targets: Iterable[Tensor], weights: Tensor) -> Tensor:
+    """The targets minus the weights, (rows, d) fp32: without a refit, only the mask can be chosen for a target."""
+    gaps, start = torch.empty_like(weights, dtype=torch.float32), 0
+    for T in targets:
+        rows = slice(start, start + len(T))
+        gaps[rows] = T - weights[rows]
+        start = rows.stop
+    return gaps
 
 
 def _kept(saliencies: list[Tensor], config: PruneConfig, *, whole_matrix: bool, padding: int) -> int | Tensor:
@@ -177,3 +216,96 @@ def _targets(
         return find_target(W[rows], H, B, TARGET_STEPS, support=support_of_rows, backend=stack.backend)
 
     yield from by_chunks(find, W, stack.memory, stack.members[0].name, stack.backend)
+
+
+def cpu_rows(d: int) -> int:
+    """The most rows of d entries that a thread solves at a time on a CPU."""
+    return max(CPU_ROWS, CPU_ENTRIES // d // ROW_UNIT * ROW_UNIT)
+
+
+def wave_rows(rows: int, d: int, most: int, multiprocessors: int, tile: tuple[int, int] = TILE) -> int:
+    """The height of chunks with which the products of all chunks take the fewest waves of tiles.
+
+    In a wave every multiprocessor computes a tile, and the last wave of a chunk's product is rarely full. Of heights
+    with equally many waves, those with the fewest chunks count, and of these the lowest, which makes chunks equal.
+
+    Args:
+        rows: rows of all chunks.
+        d: columns of the product.
+        most: most rows of a chunk, a multiple of ROW_UNIT. No chunk but the last is less than half as high, since every
+            chunk costs launches.
+        multiprocessors: of the GPU.
+        tile: rows and columns of a tile.
+    """
+    most = min(most, -(-rows // ROW_UNIT) * ROW_UNIT)
+    heights = range(-(-most // (2 * ROW_UNIT)) * ROW_UNIT, most + 1, ROW_UNIT)
+    return min(heights, key=lambda height: (waves(rows, d, height, multiprocessors, tile), -(-rows // height), height))
+
+
+def waves(rows: int, d: int, height: int, multiprocessors: int, tile: tuple[int, int] = TILE) -> int:
+    """Waves of tiles of the products of all chunks of a height; arguments as in `wave_rows`."""
+
+    def waves_of(chunk: int) -> int:
+        return math.ceil(math.ceil(chunk / tile[0]) * math.ceil(d / tile[1]) / multiprocessors)
+
+    chunks, rest = divmod(rows, height)
+    return chunks * waves_of(height) + waves_of(rest)
+
+
+def by_chunks(
+    solve: Callable[[slice], Result], W: Tensor, memory: int | None, name: str, backend: Backend
+) -> Iterator[Result]:
+    """solve(rows) for chunks of the rows of W, in their order.
+
+    On a CPU as many chunks are solved at once as torch has threads, each on one thread. The operations on a chunk are
+    too short to be split over threads, and numpy's selection uses one thread only.
+
+    Args:
+        solve: called with the rows of a chunk, on a CPU in another thread.
+        W: (rows, d).
+        memory: bytes that the state of the chunks may take; None solves all rows at once.
+        name: the layer's name, for the error.
+        backend: the operations.
+
+    Raises:
+        InputError: no chunk fits the memory.
+    """
+    if not len(W):
+        return
+    if memory is None:
+        yield solve(slice(None))
+        return
+    threaded = W.device.type == "cpu" and backend.thread_safe
+    threads = torch.get_num_threads() if threaded else 1
+    height, threads = _height(W, memory, threads, name)
+    chunks = [slice(start, start + height) for start in range(0, len(W), height)]
+    if not threaded:
+        yield from map(solve, chunks)
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(solve, chunks)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _height(W: Tensor, memory: int, threads: int, name: str) -> tuple[int, int]:
+    """The number of rows in a chunk, and the number of threads that the memory allows."""
+    d = W.shape[1]
+    unit = BYTES_PER_ENTRY * d * ROW_UNIT
+    units = memory // unit
+    if not units:
+        raise InputError(
+            f"{name}: a solve needs {unit / 2**30:.3f} GiB at least, and {memory / 2**30:.3f} are set aside"
+        )
+    threads = min(threads, units)
+    if W.device.type == "cpu":
+        # All threads get the same number of chunks.
+        units = min(units // threads, cpu_rows(d) // ROW_UNIT)
+        turns = -(-len(W) // (threads * units * ROW_UNIT))
+        units = -(-len(W) // (threads * turns * ROW_UNIT))
+        return units * ROW_UNIT, threads
+    multiprocessors = torch.cuda.get_device_properties(W.device).multi_processor_count
+    return wave_rows(len(W), d, units * ROW_UNIT, multiprocessors), threads

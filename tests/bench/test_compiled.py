@@ -46,7 +46,7 @@ def label(case: dict) -> str:
 def test_every_kernel_is_compiled_for_every_target(compiled):
     kernels = {case["name"].split()[0] for case in compiled}
     assert kernels == {
-        *("product", "gradient", "gram", "mirror", "cross", "lmo", "step", "swaps", "conjugate", "update"),
+        *("product", "gram", "mirror", "cross", "lmo", "step", "swaps", "conjugate"),
         *("removed", "begin_fit", "row_errors", "take_rows", "candidates", "bound_scores", "bound_sums", "rounding"),
     }
     for kernel in kernels:
@@ -67,14 +67,14 @@ def test_the_committed_table_is_true(compiled):
 def test_what_is_not_the_same_is_compiled_again(tmp_path):
     """As if the table were of another kernel, and its numbers wrong."""
     content = json.loads(COMMITTED.read_text(encoding="utf-8"))
-    rows = [row for row in content["rows"] if row["name"] == "update 4096"]
+    rows = [row for row in content["rows"] if row["name"] == "mirror 4096"]
     assert len(rows) == len(INSTRUCTION)
     others = [row | {"fingerprint": "0", "registers": 0} for row in rows]
     (tmp_path / "known.json").write_text(json.dumps(content | {"rows": others}))
-    assert all(row["registers"] for row in compile_rows(tmp_path, tmp_path / "known.json", "--only", "update 4096"))
+    assert all(row["registers"] for row in compile_rows(tmp_path, tmp_path / "known.json", "--only", "mirror 4096"))
     false = [row | {"registers": 0} for row in rows]
     (tmp_path / "known.json").write_text(json.dumps(content | {"rows": false}))
-    told = compile_rows(tmp_path, tmp_path / "known.json", "--only", "update 4096")
+    told = compile_rows(tmp_path, tmp_path / "known.json", "--only", "mirror 4096")
     same = content["triton"] == triton.__version__
     assert [row["registers"] == 0 for row in told] == [same] * len(told)
 
@@ -91,7 +91,7 @@ def test_shared_memory_fits(compiled):
 
 def test_rows_stay_in_the_registers_they_are_loaded_to(compiled):
     """Shared memory is for sums over a row: no entry goes through it to another thread, whatever its type's size."""
-    rows = [case for case in compiled if case["name"].split()[0] in ("lmo", "step", "conjugate", "update")]
+    rows = [case for case in compiled if case["name"].split()[0] in ("lmo", "step", "conjugate")]
     assert len(rows) > 50
     for case in rows:
         assert case["shared"] <= 256, label(case)
@@ -107,7 +107,7 @@ def test_other_rows_are_under_way_while_one_chooses(compiled):
 
 
 def test_products_use_the_tensor_cores(compiled):
-    products = [case for case in compiled if case["name"].split()[0] in ("product", "gradient", "gram", "cross")]
+    products = [case for case in compiled if case["name"].split()[0] in ("product", "gram", "cross")]
     assert len(products) > 10
     for case in products:
         expected = [] if "ieee" in case["name"] else [INSTRUCTION[case["target"]]]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.pretended_gpu import NAME, pretended_gpu
-from helpers.problems import make_problem
+from helpers.problems import damped_problem, make_problem
 from helpers.problems import on_gpu as problem_on_gpu
 from torch import nn
 
@@ -17,8 +17,8 @@ from sparsefw.kernels import triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.repeat import LEAST, repeat
 from sparsefw.model.activations import Activations, Store
-from sparsefw.solver import frank_wolfe
-from sparsefw.solver.reselect import reselect
+from sparsefw.solver import frank_wolfe, paper
+from sparsefw.solver.refit import reselect
 
 pytestmark = [
     pytest.mark.slow,
@@ -208,27 +208,23 @@ class TestPretence:
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "alpha", "precision", "options"),
-    [
-        ("0.6", 0.0, "tf32", {}),
-        ("layer:0.6", 0.5, "bf16", {"step_rule": "open-loop"}),
-        ("2:4", 0.0, "ieee", {"penalty": 0.0}),
-    ],
+    ("sparsity", "alpha", "precision", "penalty"),
+    [("0.6", 0.0, "tf32", 1.0), ("layer:0.6", 0.5, "bf16", 1.0), ("2:4", 0.0, "ieee", 0.0)],
 )
-def test_a_solve_waits_once_in_the_end(sparsity, alpha, precision, options, gpu, monkeypatch):
+def test_a_solve_waits_once_in_the_end(sparsity, alpha, precision, penalty, gpu, monkeypatch):
     """Everything is launched before the host checks that the errors are finite: no step waits."""
     problem = problem_on_gpu(make_problem(5, 24, sparsity, alpha))
-    problem = replace(problem, damped=problem.G * 1.5, target_gap=problem.W / 2)
-    backend = Backend(triton_ops, precision)
-    options = {"steps": 3, "step_rule": "line-search", "penalty": 1.0, "backend": backend} | options
+    problem = replace(damped_problem(problem, problem.H * 1.5), target_gap=problem.W / 2)
+    backend, schedule = Backend(triton_ops, precision), frank_wolfe.line_search(3, penalty)
+    schedule = paper.open_loop(schedule) if alpha else schedule
     gpu.waits.clear()
-    assert len([state.error for state in frank_wolfe.iterate(problem, **options)]) == 3
+    assert len([state.error for state in frank_wolfe.iterate(problem, schedule, backend=backend)]) == 3
     assert not gpu.waits
-    frank_wolfe.solve(problem, swaps=2, **options)
+    frank_wolfe.solve(problem, schedule, swaps=2, backend=backend)
     assert gpu.waits.total() == 1
     gpu.waits.clear()
     monkeypatch.setattr(frank_wolfe, "check_errors", lambda errors: None)
-    frank_wolfe.solve(problem, swaps=2, **options)
+    frank_wolfe.solve(problem, schedule, swaps=2, backend=backend)
     assert not gpu.waits
 
 

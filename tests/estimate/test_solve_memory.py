@@ -9,7 +9,7 @@ from sparsefw.estimate.solve_memory import stage_bytes
 from sparsefw.model import Placement
 from sparsefw.model.shapes import LayerShape
 from sparsefw.solver import PruneConfig, prune_layers
-from sparsefw.solver.chunks import BYTES_PER_ENTRY, ROW_UNIT
+from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 
 ROWS, D = 4096, 256
 # Room for the fewest rows.

@@ -1,13 +1,14 @@
-"""The backends that tests compare with the specification."""
+"""The implementations that tests compare with the specification."""
 
 from functools import partial
 from types import ModuleType
 
 import pytest
 import torch
+from helpers import naive
 from helpers.kernel_inputs import DEVICE
 
-from sparsefw.kernels import bound, candidates, cpu, naive, removed, rounding, rows, triton_ops
+from sparsefw.kernels import bound, candidates, conjugate, cpu, lmo, removed, rounding, rows, step, swaps, triton_ops
 
 
 @pytest.fixture(autouse=True)
@@ -19,14 +20,21 @@ def tf32_of_tensor_cores(monkeypatch):
 
 @pytest.fixture(params=[cpu, triton_ops], ids=["cpu", "triton"])
 def backend(request) -> ModuleType:
-    """The operations of cpu.py and of triton_ops.py. Tests of kernels that work in chunks have their own fixture."""
+    """The operations of cpu.py and of triton_ops.py."""
     return request.param
 
 
-@pytest.fixture(params=["cpu", "one chunk", "chunks"])
+@pytest.fixture(params=["cpu", "one chunk", pytest.param("chunks", marks=pytest.mark.slow)])
 def row_backend(request, monkeypatch) -> ModuleType:
-    """The same for kernels whose tiles are `row_tile`'s, with rows in one chunk, and in chunks of 64 columns."""
+    """The same for kernels that work on rows: with a row in one chunk, and in chunks of which the last ends inside."""
     if request.param == "chunks":
         for module in (bound, candidates, removed, rounding, rows):
             monkeypatch.setattr(module, "row_tile", lambda rows, d: dict(BLOCK_R=32, BLOCK_D=64))
+        for module, tile in (
+            (lmo, dict(BLOCK_R=256, BLOCK_D=64, SEARCH_D=128)),
+            (step, dict(BLOCK_R=128, BLOCK_D=64, SEARCH_D=128)),
+            (conjugate, dict(BLOCK_R=64, BLOCK_D=64)),
+            (swaps, dict(BLOCK_R=64, BLOCK_D=64)),
+        ):
+            monkeypatch.setattr(module, "configuration", lambda *_, tile=tile: tile)
     return cpu if request.param == "cpu" else triton_ops

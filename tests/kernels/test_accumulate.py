@@ -1,103 +1,182 @@
-"""The kernel of bulk copies behind gram_accumulate and cross_accumulate, and the choice of it."""
+"""Sums over tokens: gram_accumulate with mirror_lower, cross_accumulate, and the bulk copies behind both.
+
+All are compared with the specification in float64.
+"""
 
 import pytest
 import torch
-from helpers.kernel_inputs import DEVICE, SUM_ERROR, assert_near, gram, needs_gpu, normal, strided
+import triton
+import triton.language as tl
+from helpers import naive
+from helpers.kernel_inputs import (
+    DEVICE,
+    DTYPES,
+    PRODUCT_ERROR,
+    SUM_ERROR,
+    assert_near,
+    gram,
+    needs_gpu,
+    normal,
+    strided,
+)
 
 from sparsefw.kernels import accumulate as accumulate_module
+from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels import cross as cross_module
 from sparsefw.kernels import gram as gram_module
-from sparsefw.kernels import naive, triton_ops
-from sparsefw.kernels.accumulate import ENOUGH, TILES, TRANSPOSABLE, configuration, suits, tile_count
-from sparsefw.kernels.launch import platform
+from sparsefw.kernels import mirror as mirror_module
+from sparsefw.kernels.accumulate import ENOUGH, TILES, configuration, suits, tile_count
+from sparsefw.kernels.device import triangle_tile
+from sparsefw.kernels.launch import platform, triangle_tiles
 from sparsefw.kernels.product import DESCRIPTORS
 
 needs_bulk_copies = pytest.mark.skipif(
     platform() not in DESCRIPTORS, reason="bulk copies need an NVIDIA GPU, sm_90 or later"
 )
-# Edges inside of tiles, more tiles than programs, one token, and one tile.
-SHAPES = [(1, 8, 8), (37, 136, 136), (100, 264, 136), (70, 8, 392), (50, 320, 320)]
+
+
+def inputs(tokens, rows, d, dtype=torch.float32):
+    """B (rows, d), D (tokens, rows) and X (tokens, d)."""
+    return normal(rows, d, seed=2), normal(tokens, rows, dtype=dtype), normal(tokens, d, seed=1, dtype=dtype)
+
+
+def check_cross(backend, B, D, X, **options):
+    plain = naive.cross_accumulate(B.clone(), D, X, **options)
+    truth = naive.cross_accumulate(B.double(), D.double(), X.double())
+    assert backend.cross_accumulate(B, D, X, **options) is B
+    assert_near(B, plain, truth)
+
+
+def check_gram(backend, G, X, **options):
+    """The lower triangle of G is right, whatever stands above it, and mirrored it is a symmetric matrix."""
+    plain, truth = naive.gram_accumulate(G.clone(), X, **options), naive.gram_accumulate(G.double(), X.double())
+    G[tuple(torch.triu_indices(*G.shape, 1))] = torch.nan
+    assert backend.gram_accumulate(G, X, **options) is G
+    assert_near(G.tril(), plain.tril(), truth.tril())
+    lower = G.tril()
+    assert backend.mirror_lower(G) is G
+    assert torch.equal(G.tril(), lower)
+    assert torch.equal(G, G.T)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (37, 131, 50), (200, 260, 131), (5, 8, 600)])
+def test_as_close_to_float64_as_naive(backend, shape):
+    B, D, X = inputs(*shape)
+    check_gram(backend, gram(shape[2]), X)
+    check_cross(backend, B, D, X)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype(backend, dtype, precision):
+    B, D, X = inputs(100, 37, 131, dtype)
+    check_gram(backend, gram(131), X, precision=precision)
+    check_cross(backend, B, D, X, precision=precision)
+
+
+def test_strided_operands(backend):
+    """Each operand has strides of its own, so that mixing them up shows."""
+    B, D, X = inputs(100, 37, 131)
+    check_gram(backend, strided(gram(131)), strided(X))
+    for which in range(3):
+        check_cross(backend, *(strided(Y) if i == which else Y.clone() for i, Y in enumerate((B, D, X))))
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 64), (64, 16), (32, 32)])
+def test_every_tile_is_written(monkeypatch, block_m, block_n):
+    """Also of several groups of row tiles, of which the last is short."""
+    config = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64, GROUP_M=2)
+    for module in (gram_module, cross_module):
+        monkeypatch.setattr(module, "configuration", lambda *_: config)
+    monkeypatch.setattr(mirror_module, "configuration", lambda: dict(BLOCK=32))
+    monkeypatch.setattr(cpu, "MIRRORED", 16)
+    B, D, X = inputs(20, 150, 90)
+    check_cross(triton_ops, B, D, X)
+    check_gram(triton_ops, gram(90), X)
+    check_gram(cpu, gram(90), X)
+
+
+def test_sums_over_many_calls_repeat_bit_by_bit(backend):
+    _, D, X = inputs(100, 37, 131)
+
+    def sums(size):
+        G, B = torch.zeros(131, 131, device=DEVICE), torch.zeros(37, 131, device=DEVICE)
+        for x, y in zip(X.split(size), D.split(size), strict=True):
+            backend.gram_accumulate(G, x)
+            backend.cross_accumulate(B, y, x)
+        return G.tril(), B
+
+    once, again, whole = sums(70), sums(70), sums(100)
+    for a, b, plain, left in zip(once, again, whole, (X, D), strict=True):
+        assert torch.equal(a, b)
+        truth = left.double().T @ X.double()
+        assert_near(a, plain, truth.tril() if left is X else truth)
+
+
+def test_no_entries_leave_the_sums_as_they_are(backend):
+    for shape in ((0, 37, 131), (5, 0, 131), (5, 37, 0)):
+        B, D, X = inputs(*shape)
+        assert torch.equal(backend.cross_accumulate(B.clone(), D, X), B)
+    G = gram(131)
+    assert torch.equal(backend.gram_accumulate(G.clone(), torch.empty(0, 131, device=DEVICE)), G)
+    assert backend.mirror_lower(torch.empty(0, 0, device=DEVICE)).shape == (0, 0)
+
+
+@triton.jit
+def _walk_kernel(first, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    tile = tl.program_id(0)
+    first_m, first_n = triangle_tile(tile, d, GROUP_M, BLOCK_M, BLOCK_N)
+    tl.store(first + 2 * tile, first_m)
+    tl.store(first + 2 * tile + 1, first_n)
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (16, 64), (64, 16)])
+def test_the_walk_meets_every_tile_of_the_triangle_once(block_m, block_n):
+    for d in (1, 17, 64, 100, 130, 200):
+        tiles = triangle_tiles(d, block_m, block_n)
+        first = torch.full((tiles, 2), -1, dtype=torch.int32, device=DEVICE)
+        _walk_kernel[(tiles,)](first, d, GROUP_M=3, BLOCK_M=block_m, BLOCK_N=block_n)
+        side = max(block_m, block_n)
+        end = triton.cdiv(d, side) * side
+        every = {(m, n) for m in range(0, end, block_m) for n in range(0, end, block_n)}
+        expected = {(m, n) for m, n in every if n // side <= m // side}
+        assert len(expected) == tiles
+        assert {tuple(x) for x in first.tolist()} == expected
 
 
 @pytest.fixture(params=[(64, 128), (64, 64)], ids=str)
 def only_bulk_copies(request, monkeypatch):
     """Every matrix that the kernel can add to is added to by it, in small tiles."""
     m, n = request.param
-    options = dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=32, GROUP_M=2, num_warps=4, num_stages=2)
+    options = dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=64, GROUP_M=2, num_warps=4, num_stages=2)
     monkeypatch.setattr(accumulate_module, "ENOUGH", 1)
     monkeypatch.setattr(accumulate_module, "TILES", ((1, options),))
     monkeypatch.setattr(gram_module, "_gram_kernel", None)
     monkeypatch.setattr(cross_module, "_cross_kernel", None)
 
 
-def padded(X, dtype=torch.float32):
-    """A view of X in dtype, whose rows are aligned but not contiguous. What stands beside it is NaN."""
-    wide = torch.full((X.shape[0], X.shape[1] + 16), torch.nan, dtype=dtype, device=DEVICE)
-    return wide[:, 8:-8].copy_(X)
-
-
 @needs_bulk_copies
-@pytest.mark.parametrize("dtype", TRANSPOSABLE)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_cross_through_bulk_copies(only_bulk_copies, shape, dtype):
-    tokens, rows, d = shape
-    D, X, B = normal(tokens, rows), normal(tokens, d, seed=1), normal(rows, d, seed=2)
-    D, X, B = padded(D, dtype), padded(X, dtype), padded(B)
-    plain, truth = naive.cross_accumulate(B.clone(), D, X), naive.cross_accumulate(B.double(), D.double(), X.double())
-    assert triton_ops.cross_accumulate(B, D, X) is B
-    assert_near(B, plain, truth)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bulk_copies(only_bulk_copies, dtype):
+    """One tile and one token; edges inside of tiles and more tiles than programs. What stands beside B and G stays.
 
-
-@needs_bulk_copies
-@pytest.mark.parametrize("dtype", TRANSPOSABLE)
-@pytest.mark.parametrize(("tokens", "d"), sorted({(tokens, d) for tokens, _, d in SHAPES}))
-def test_gram_through_bulk_copies(only_bulk_copies, tokens, d, dtype):
-    X, G = padded(normal(tokens, d), dtype), padded(gram(d))
-    plain, truth = naive.gram_accumulate(G.clone(), X), naive.gram_accumulate(G.double(), X.double())
-    G[tuple(torch.triu_indices(d, d, 1))] = torch.nan
-    assert triton_ops.gram_accumulate(G, X) is G
-    assert_near(G.tril(), plain.tril(), truth.tril())
-    triton_ops.mirror_lower(G)
-    assert torch.equal(G, G.T)
-
-
-@needs_bulk_copies
-def test_what_stands_beside_the_sum_stays(only_bulk_copies):
-    wide = torch.full((136, 152), 7.0, device=DEVICE)
-    B, X = wide[:, 8:-8], normal(20, 136, dtype=torch.bfloat16)
-    triton_ops.cross_accumulate(B, X, X)
-    assert (wide[:, :8] == 7).all()
-    assert (wide[:, -8:] == 7).all()
-
-
-@needs_bulk_copies
-def test_sums_over_many_calls_repeat_bit_by_bit(only_bulk_copies):
-    X = normal(200, 136, dtype=torch.bfloat16)
-    D = normal(200, 72, seed=1, dtype=torch.bfloat16)
-
-    def sums():
-        G, B = torch.zeros(136, 136, device=DEVICE), torch.zeros(72, 136, device=DEVICE)
-        for x, y in zip(X.split(70), D.split(70), strict=True):
-            triton_ops.gram_accumulate(G, x)
-            triton_ops.cross_accumulate(B, y, x)
-        return triton_ops.mirror_lower(G), B
-
-    (G, B), (G_again, B_again) = sums(), sums()
-    assert torch.equal(G, G_again)
-    assert torch.equal(B, B_again)
-    X, D = X.double(), D.double()
-    assert_near(G, (X.float().T @ X.float()), X.T @ X)
-    assert_near(B, (D.float().T @ X.float()), D.T @ X)
-
-
-@needs_bulk_copies
-def test_the_triangle_of_a_cross_matrix_is_the_gram_matrix(only_bulk_copies):
-    """Every entry is summed in the same order, in whichever tile it stands."""
-    X = normal(100, 200, dtype=torch.bfloat16)
-    G, C = torch.zeros(200, 200, device=DEVICE), torch.zeros(200, 200, device=DEVICE)
-    triton_ops.gram_accumulate(G, X)
-    triton_ops.cross_accumulate(C, X, X)
-    assert torch.equal(G.tril(), C.tril())
+    Rows are aligned but not contiguous, and beside the inputs there is NaN.
+    """
+    for shape in ((1, 8, 8), (100, 200, 200)):
+        operands, around = [], []
+        for Y, there, beside in zip(
+            inputs(*shape), (torch.float32, dtype, dtype), (7, torch.nan, torch.nan), strict=True
+        ):
+            around.append(torch.full((Y.shape[0], Y.shape[1] + 16), beside, dtype=there, device=DEVICE))
+            operands.append(around[-1][:, 8:-8].copy_(Y))
+        B, D, X = operands
+        check_cross(triton_ops, B, D, X)
+        assert (around[0][:, :8] == 7).all()
+        assert (around[0][:, -8:] == 7).all()
+        check_gram(triton_ops, B if shape[1] != shape[2] else B.copy_(gram(shape[2])), X)
+        # Every entry is summed in the same order, in whichever tile it stands.
+        G, C = torch.zeros(2, shape[2], shape[2], device=DEVICE)
+        assert torch.equal(triton_ops.gram_accumulate(G, X).tril(), triton_ops.cross_accumulate(C, X, X).tril())
 
 
 @pytest.mark.parametrize(
@@ -127,12 +206,12 @@ def on_meta(*shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("where", ["sm_90", "sm_80", "hip"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_choice_depends_on_target_and_dtype(where, dtype, monkeypatch):
+def test_the_choice_depends_on_target_and_dtype(where, monkeypatch):
     monkeypatch.setattr(accumulate_module, "platform", lambda: where)
-    S, X = on_meta(4096, 4096), on_meta(100, 4096, dtype=dtype)
-    expected = where == "sm_90" and dtype != torch.float32
-    assert suits(S, X, X, triangle=True) == suits(S, X, X, triangle=False) == expected
+    for dtype in DTYPES:
+        S, X = on_meta(4096, 4096), on_meta(100, 4096, dtype=dtype)
+        expected = where == "sm_90" and dtype != torch.float32
+        assert suits(S, X, X, triangle=True) == suits(S, X, X, triangle=False) == expected
 
 
 @pytest.mark.parametrize("which", ["S", "D", "X"])
@@ -207,3 +286,17 @@ def test_edges_of_large_tiles_on_a_gpu(d):
     for got, left in ((G, X), (B, D)):
         bound = SUM_ERROR * (left.abs().T @ X.abs())
         assert ((got.double() - left.T @ X).abs() <= bound).all()
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")]
+)
+def test_tensor_cores_keep_the_bits_of_their_precision(dtype, precision):
+    D, X = normal(2048, 4096, seed=1, dtype=dtype), normal(2048, 4096, dtype=dtype)
+    G, B = torch.zeros(2, 4096, 4096, device=DEVICE)
+    triton_ops.mirror_lower(triton_ops.gram_accumulate(G, X, precision=precision))
+    triton_ops.cross_accumulate(B, D, X, precision=precision)
+    for got, left in ((G, X.double()), (B, D.double())):
+        bound = (PRODUCT_ERROR[precision] + SUM_ERROR) * (left.abs().T @ X.double().abs())
+        assert ((got.double() - left.T @ X.double()).abs() <= bound).all()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import triton
 
-from sparsefw.kernels import conjugate, launch, step, update
+from sparsefw.kernels import conjugate, launch, step
 
 
 @pytest.mark.parametrize(
@@ -35,9 +35,7 @@ def test_the_interpreter_is_a_platform(monkeypatch):
 
 
 @pytest.mark.parametrize("d", [120, 360, 480, 960, 4080, 30720])
-@pytest.mark.parametrize(
-    ("module", "more"), [(conjugate, ()), (update, ()), *((step, (group,)) for group in (0, 3, 5, 8, 12))]
-)
+@pytest.mark.parametrize(("module", "more"), [(conjugate, ()), *((step, (group,)) for group in (0, 3, 5, 8, 12))])
 def test_no_entry_belongs_to_two_warps(module, more, d, monkeypatch):
     """Rows change in place, without a barrier between loads and stores: a warp could read what another has stored."""
     monkeypatch.setattr(module, "platform", lambda: "sm_80")

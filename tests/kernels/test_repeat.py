@@ -13,14 +13,10 @@ from helpers.problems import make_problem, on_gpu
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.repeat import LEAST, repeat
-from sparsefw.solver import frank_wolfe
-
-pytestmark = pytest.mark.slow
+from sparsefw.solver import frank_wolfe, paper
 
 REAL = torch.cuda.is_available()
-STEP_BY_STEP = SimpleNamespace(
-    **{name: getattr(triton_ops, name) for name in triton_ops.__all__} | {"repeat": cpu.repeat}
-)
+STEP_BY_STEP = SimpleNamespace(**vars(triton_ops) | {"repeat": cpu.repeat})
 
 
 @pytest.fixture
@@ -58,22 +54,17 @@ def test_a_cpu_takes_the_numbers_as_they_are():
     assert len(seen) == LEAST
 
 
-@pytest.mark.parametrize("step_rule", frank_wolfe.STEP_RULES)
 @pytest.mark.parametrize(
-    ("sparsity", "alpha", "penalty", "precision"),
-    [
-        ("0.6", 0.0, 1.0, "bf16"),
-        ("0.6", 0.5, 0.3, "tf32x3"),
-        ("2:4", 0.0, 1.0, "tf32x3"),
-        ("3:5", 0.5, 0.0, "bf16"),
-    ],
+    ("sparsity", "alpha", "penalty", "precision", "open_loop"),
+    [("0.6", 0.5, 0.3, "tf32x3", False), ("3:5", 0.5, 0.0, "bf16", True)],
 )
-def test_a_solve_has_the_bits_of_one_step_by_step(sparsity, alpha, penalty, precision, step_rule, gpu):
+def test_a_solve_has_the_bits_of_one_step_by_step(sparsity, alpha, penalty, precision, open_loop, gpu):
     problem = on_gpu(make_problem(5, 40, sparsity, alpha))
     problem = replace(problem, target_gap=problem.W.roll(1, 0) / 8)
-    options = {"steps": 8, "penalty": penalty, "step_rule": step_rule}
+    schedule = frank_wolfe.line_search(8, penalty)
+    schedule = paper.open_loop(schedule) if open_loop else schedule
     backends = [Backend(operations, precision) for operations in (triton_ops, STEP_BY_STEP)]
-    solved = [frank_wolfe.solve(problem, backend=backend, **options) for backend in backends]
+    solved = [frank_wolfe.solve(problem, schedule, backend=backend) for backend in backends]
     for field in fields(frank_wolfe.Solution):
         graph, separate = (getattr(solution, field.name) for solution in solved)
         assert torch.equal(graph, separate), field.name

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from helpers import naive
 from helpers.kernel_inputs import PRODUCT_ERROR, garbage, gram, normal, uniform
 
-from sparsefw.kernels import naive, vertex_products
+from sparsefw.kernels import vertex_products
 from sparsefw.kernels.vertex_products import FIRST, REFRESH, VertexProducts
 
 ROWS, D = 37, 131

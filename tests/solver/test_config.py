@@ -10,11 +10,10 @@ import torch
 from sparsefw.errors import InputError
 from sparsefw.flags import DEPENDS
 from sparsefw.kernels import cpu, triton_ops
-from sparsefw.kernels.backend import KERNELS, PRECISIONS, TORCH, Backend
+from sparsefw.kernels.backend import KERNELS, TORCH, Backend
+from sparsefw.kernels.definitions import PRECISIONS
 from sparsefw.solver import PruneConfig, config
-from sparsefw.solver.frank_wolfe import STEP_RULES
-from sparsefw.solver.methods import METHODS
-from sparsefw.solver.saliency import SALIENCIES
+from sparsefw.solver.methods import METHODS, SALIENCIES
 
 FIELDS = {f.name: f for f in dataclasses.fields(PruneConfig)}
 FRANK_WOLFE = [name for name, f in FIELDS.items() if f.metadata.get("frank_wolfe")]
@@ -114,60 +113,23 @@ class TestRefused:
         [
             (dict(method="newton"), "--method newton: expected one of sparsefw, sparsegpt, magnitude, wanda, ria"),
             (dict(compare=("wanda", "newton")), "--compare newton: expected one of sparsefw, sparsegpt, magnitude"),
-            (dict(preset="best"), "--preset best: expected one of sparsefw, fast, paper"),
-            (dict(warm_start="random"), "--warm-start random: expected one of magnitude, wanda, ria"),
-            (dict(step_rule="newton"), "--step-rule newton: expected one of line-search, open-loop"),
-            (dict(target="model"), "--target model: expected one of dense, layer"),
-            (dict(kernel="cuda"), "--kernel cuda: expected one of triton, torch"),
-            (dict(precision="fp8"), "--precision fp8: expected one of ieee, tf32x3, tf32, bf16"),
             (dict(steps=-1), "--steps -1: expected at least 0"),
-            (dict(steps=2.0), "--steps 2.0: expected a whole number"),
             (dict(steps=True), "--steps True: expected a whole number"),
-            (dict(steps="7"), "--steps 7: expected a whole number"),
-            (dict(swaps=-1), "--swaps -1: expected at least 0"),
-            (dict(refit=-1), "--refit -1: expected at least 0"),
-            (dict(rounds=-1), "--rounds -1: expected at least 0"),
-            (dict(alpha=-0.1), "--alpha -0.1: expected at least 0 and at most 1"),
             (dict(alpha=1.5), "--alpha 1.5: expected at least 0 and at most 1"),
-            (dict(alpha="auto"), "--alpha auto: expected a number"),
             (dict(alpha=float("nan")), "--alpha nan: expected at least 0 and at most 1"),
-            (dict(penalty=1.5), "--penalty 1.5: expected at least 0 and at most 1"),
-            (dict(penalty=-1), "--penalty -1: expected at least 0 and at most 1"),
-            (dict(reconstruct=-1), "--reconstruct -1: expected at least 0 and at most 10000"),
             (dict(reconstruct=10**5), "--reconstruct 100000: expected at least 0 and at most 10000"),
-            (dict(reconstruct=0.5), "--reconstruct 0.5: expected a whole number"),
-            (dict(damp=-1), "--damp -1: expected at least 0 and at most 1048576"),
-            (dict(damp=2**21), "--damp 2097152: expected at least 0 and at most 1048576"),
             (dict(damp=float("inf")), "--damp inf: expected at least 0 and at most 1048576"),
             (dict(sparsity="4:2"), "--sparsity 4:2: n:m keeps n of every m weights"),
-            (dict(sparsity="1.5"), "--sparsity 1.5: the fraction removed lies between 0 and 1"),
             (dict(include=("down_proj", "")), "--include: empty"),
-            (dict(ignore=("re:(",)), r"--ignore re:(: not a regular expression"),
-        ],
-        ids=str,
-    )
-    def test_values(self, options, message):
-        with pytest.raises(InputError) as error:
-            PruneConfig(**options)
-        assert str(error.value).startswith(message)
-        assert "\n" not in str(error.value)
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
             (dict(refit=0, rounds=2), "--rounds: masks are chosen again for refitted weights, and --refit 0"),
-            (dict(preset="paper", rounds=2), "--rounds: masks are chosen again for refitted weights, and --refit 0"),
             *(
-                (
-                    dict(preset="paper", sparsity="layer:0.6", **{name: 1}),
-                    f"--{name}: not available with --preset paper",
-                )
+                (dict(preset="paper", sparsity="layer:0.6") | {name: 1}, f"--{name}: not available with --preset paper")
                 for name in ("penalty", "swaps", "refit")
             ),
         ],
         ids=str,
     )
-    def test_combinations(self, options, message):
+    def test_values_and_combinations(self, options, message):
         with pytest.raises(InputError) as error:
             PruneConfig(**options)
         assert str(error.value).startswith(message)
@@ -180,9 +142,8 @@ class TestRefused:
         assert PruneConfig.paper(refit=1, rounds=2).rounds == 2
 
     @pytest.mark.parametrize("name", FRANK_WOLFE)
-    @pytest.mark.parametrize("method", [method for method in METHODS if method != "sparsefw"])
-    def test_options_that_a_method_does_not_use(self, method, name):
-        flag = f"--{name.replace('_', '-')}"
+    def test_options_that_a_method_does_not_use(self, name):
+        method, flag = "wanda", f"--{name.replace('_', '-')}"
         with pytest.raises(InputError, match=f"^{flag}: --method {method} does not use it, only sparsefw does$"):
             PruneConfig(method=method, **{name: OTHER[name]})
         # A compared method may use it.
@@ -285,7 +246,7 @@ class TestFields:
     def test_choices_are_what_there_is(self):
         choices = {name: f.metadata["choices"] for name, f in FIELDS.items() if f.metadata["choices"] is not None}
         assert choices == dict(
-            method=METHODS, compare=METHODS, preset=config.PRESETS, warm_start=SALIENCIES, step_rule=STEP_RULES,
+            method=METHODS, compare=METHODS, preset=config.PRESETS, warm_start=SALIENCIES, step_rule=config.STEP_RULES,
             target=config.TARGETS, kernel=KERNELS, precision=PRECISIONS,
         )  # fmt: skip
 

@@ -7,15 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsefw.solver.kept_weights import (
-    DECAYS,
-    KeptWeights,
-    adam_step,
-    bytes_of_state,
-    index_dtype,
-    kept_entries,
-    rate_at,
-)
+from sparsefw.solver.kept_weights import DECAYS, KeptWeights, bytes_of_state, index_dtype, kept_entries, rate_at
 
 RATE = 0.2
 # Integers as wide as the values: 0.0 and -0.0 differ.
@@ -76,50 +68,33 @@ def moved(matrices, gradients, rate=RATE):
 
 
 def test_the_steps_are_those_of_adam():
-    """Every parameter has its own scale and width."""
-    sources = [pruned(5, 7), pruned(1, 3, seed=2, scale=1e-3), pruned(4, 33, seed=3, scale=100.0)]
+    """Every parameter has its own scale and width: those of the views that are given."""
+    sources = [pruned(5, 7), pruned(1, 3, seed=2, scale=1e-3), pruned(4, 33, seed=3, scale=100.0), pruned(3, 5, 8)]
+    sources[3][0] *= 1000
     parameters = [nn.Parameter(W.clone()) for W in sources]
+    views, kept = [[p.detach()] for p in parameters], [W != 0 for W in sources]
+    views[3], kept[3][0] = [parameters[3].detach()[1].T, parameters[3].detach()[2].T], False
     gradients = [drawn(12, *W.shape, seed=n) for n, W in enumerate(sources)]
-    moved([(p, [p.detach()]) for p in parameters], list(zip(*gradients, strict=True)))
-    for parameter, W, own in zip(parameters, sources, gradients, strict=True):
-        expected = adam(W, W != 0, W.shape[1], own)
-        assert (expected != W).sum() == (W != 0).sum()
+    moved(list(zip(parameters, views, strict=True)), list(zip(*gradients, strict=True)))
+    for parameter, W, view, mine, own in zip(parameters, sources, views, kept, gradients, strict=True):
+        expected = adam(W, mine, view[0].shape[1], own)
+        assert torch.equal(expected != W, mine)
         torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6 * W.abs().max().item())
 
 
-def test_one_step_moves_every_kept_weight_by_the_rate():
-    """All weights of a row that move together change its output by the share that the rate says."""
-    W = torch.ones(3, 16)
-    parameter = nn.Parameter(W.clone())
-    moved([(parameter, [parameter.detach()])], [[torch.full_like(W, 1e-6)]])
-    x = torch.ones(16) / 4
-    assert torch.allclose(parameter @ x, (1 - RATE / 4) * (W @ x), rtol=1e-5)
-
-
-def test_gradients_that_are_sent_have_no_gaps():
-    """NCCL refuses others. A parameter may lie in memory column by column, and its gradient lies as it does."""
-    W = pruned(4, 6)
-    parameter = nn.Parameter(W.T.contiguous().T)
-    weights = KeptWeights([(parameter, [parameter.detach()])], 1, RATE)
-    (parameter * 2).sum().backward()
-    assert not parameter.grad.is_contiguous()
-    (sent,) = weights.gradients()
-    assert sent.is_contiguous()
-    assert sent.data_ptr() == parameter.grad.data_ptr()
-    assert sent.numel() == parameter.grad.numel()
-
-
 def test_gradients_add_up_and_a_step_without_one_goes_on():
+    """They have no gaps, which NCCL refuses, wherever the parameter lies; those of other ranks are added in place."""
     W = pruned(4, 6)
     first, second, none = *drawn(2, 4, 6), torch.zeros(4, 6)
-    parameter = nn.Parameter(W.clone())
+    parameter = nn.Parameter(W.T.contiguous().T)
     weights = KeptWeights([(parameter, [parameter.detach()])], 2, RATE)
     give(parameter, first)
     give(parameter, second)
     (total,) = weights.gradients()
-    torch.testing.assert_close(total, first + second)
-    # The gradients of other ranks are added in place.
-    total.add_(first)
+    assert total.is_contiguous()
+    assert total.data_ptr() == parameter.grad.data_ptr()
+    torch.testing.assert_close(total.T, first + second)
+    total.add_(first.T)
     weights.step()
     assert parameter.grad is None
     (empty,) = weights.gradients()
@@ -138,77 +113,50 @@ def test_tiny_gradients_make_no_large_step(size):
     assert (parameter - W).abs().max() <= 1.001 * most
 
 
-class TestRate:
-    def test_falls_from_the_first_to_nearly_nothing(self):
-        rates = [rate_at(t, 50, 0.3) for t in range(50)]
-        assert rates[0] == 0.3
-        assert rates[25] == pytest.approx(0.15)
-        assert all(a > b > 0 for a, b in pairwise(rates))
-        assert rates[-1] < 0.001
+def test_the_rate_falls_to_nearly_nothing():
+    rates = [rate_at(t, 50, 0.3) for t in range(50)]
+    assert rates[0] == rate_at(0, 1, 0.3) == 0.3
+    assert rates[25] == pytest.approx(0.15)
+    assert all(a > b > 0 for a, b in pairwise(rates))
+    assert rates[-1] < 0.001
 
-    def test_one_step_has_the_whole_rate(self):
-        assert rate_at(0, 1, 0.3) == 0.3
+
+def whole(storage):
+    return nn.Parameter(storage), slice(None), lambda x: [x]
+
+
+# What of a storage is the parameter, which rows of it are given, and their views.
+PLACES = {
+    "rows": whole,
+    "transposed views": lambda storage: (nn.Parameter(storage), slice(None), lambda x: [x.T]),
+    "transposed in memory": lambda storage: whole(storage.T.contiguous().T),
+    # Experts that stay dense; experts may be stacked by rows, and a parameter may begin inside of a storage.
+    "slices": lambda storage: (nn.Parameter(storage.view(3, 3, 7)), [1, 2], lambda x: [x[1], x[2].T]),
+    "rows inside": lambda storage: (nn.Parameter(storage[1:]), [2, 3, 6, 7], lambda x: [x[2:4], x[6:]]),
+}
 
 
 @pytest.mark.parametrize("dtype", BITS)
-class TestWhatDoesNotMove:
-    def check(self, parameter, before, views, kept):
-        """Only kept entries move, and all of them do."""
-        assert torch.equal(kept_entries(parameter, views), kept)
-        moved([(parameter, views)], [[g] for g in drawn(3, *parameter.shape)])
-        assert torch.equal(bits(parameter)[~kept], bits(before)[~kept])
-        # In half precision steps may end where they have begun.
-        assert (bits(parameter)[kept] != bits(before)[kept]).double().mean() > 0.7
-
-    def test_removed_entries(self, dtype):
-        before = pruned(5, 7, dtype=dtype)
-        parameter = nn.Parameter(before.clone())
-        self.check(parameter, before, [parameter.detach()], before != 0)
-
-    def test_of_transposed_views(self, dtype):
-        before = pruned(5, 7, dtype=dtype)
-        parameter = nn.Parameter(before.clone())
-        self.check(parameter, before, [parameter.detach().T], before != 0)
-
-    def test_of_a_parameter_that_lies_transposed(self, dtype):
-        before = pruned(5, 7, dtype=dtype)
-        parameter = nn.Parameter(before.T.contiguous().T)
-        assert not parameter.is_contiguous()
-        self.check(parameter, before, [parameter.detach()], before != 0)
-
-    def test_slices_that_are_not_given(self, dtype):
-        """Experts that stay dense."""
-        before = pruned(4, 5, 7, dtype=dtype)
-        parameter, kept = nn.Parameter(before.clone()), before != 0
-        kept[[0, 2]] = False
-        self.check(parameter, before, [parameter.detach()[1], parameter.detach()[3].T], kept)
-
-    def test_rows_that_are_not_given(self, dtype):
-        """Experts may be stacked by rows, and a parameter may begin inside of a storage."""
-        storage = pruned(9, 7, dtype=dtype)
-        parameter = nn.Parameter(storage[1:])
-        before = parameter.detach().clone()
-        kept = before != 0
-        kept[:2], kept[4:6] = False, False
-        first = storage[0].clone()
-        self.check(parameter, before, [parameter.detach()[2:4], parameter.detach()[6:]], kept)
-        assert torch.equal(bits(storage[0]), bits(first))
-
-    def test_where_all_is_removed(self, dtype):
-        parameter = nn.Parameter(torch.zeros(3, 4, dtype=dtype))
-        moved([(parameter, [parameter.detach()])], [[g] for g in drawn(3, 3, 4)])
-        assert not bits(parameter).any()
+@pytest.mark.parametrize("place", PLACES)
+def test_only_kept_entries_move(place, dtype):
+    storage = pruned(9, 7, dtype=dtype)
+    first = storage[0].clone()
+    parameter, given, views_of = PLACES[place](storage)
+    before, views = parameter.detach().clone(), views_of(parameter.detach())
+    kept = torch.zeros_like(before, dtype=torch.bool)
+    kept[given] = before[given] != 0
+    assert torch.equal(kept_entries(parameter, views), kept)
+    moved([(parameter, views)], [[g] for g in drawn(3, *parameter.shape)])
+    assert torch.equal(bits(parameter)[~kept], bits(before)[~kept])
+    # In half precision steps may end where they have begun.
+    assert (bits(parameter)[kept] != bits(before)[kept]).double().mean() > 0.7
+    assert place != "rows inside" or torch.equal(bits(storage[0]), bits(first))
 
 
-def test_scale_and_width_are_those_of_the_views():
-    """The columns of a transposed view count; weights of other slices count in no mean."""
-    W = pruned(3, 5, 8)
-    W[0] *= 1000
-    parameter, kept = nn.Parameter(W.clone()), W != 0
-    kept[0] = False
-    gradients = drawn(4, 3, 5, 8)
-    moved([(parameter, [parameter.detach()[1].T, parameter.detach()[2].T])], [[g] for g in gradients])
-    torch.testing.assert_close(parameter.detach().double(), adam(W, kept, 5, gradients), rtol=1e-5, atol=1e-6)
+def test_where_all_is_removed():
+    parameter = nn.Parameter(torch.zeros(3, 4))
+    moved([(parameter, [parameter.detach()])], [[g] for g in drawn(3, 3, 4)])
+    assert not bits(parameter).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -218,13 +166,7 @@ def test_many_steps_below_the_last_digit_add_up(dtype):
     # A step is a sixteenth of the distance to the next smaller number.
     eps, steps = torch.finfo(dtype).eps, 400
     parameter, rate = nn.Parameter(W.clone()), eps / 8
-    seen, weights = [], KeptWeights([(parameter, [parameter.detach()])], steps, rate)
-    for _ in range(steps):
-        give(parameter, torch.ones_like(W))
-        weights.step()
-        seen.append(parameter.detach().clone())
-    weights.close()
-    assert torch.equal(seen[0], W)
+    moved([(parameter, [parameter.detach()])], [[torch.ones_like(W)]] * steps, rate)
     expected = adam(W, W != 0, 16, [torch.ones_like(W)] * steps, rate)
     assert expected[0, 0].item() == pytest.approx(1 - steps * rate / 8, rel=1e-3)
     assert torch.equal(parameter.detach(), expected.to(dtype))
@@ -232,43 +174,23 @@ def test_many_steps_below_the_last_digit_add_up(dtype):
 
 
 @pytest.mark.parametrize("dtype", BITS)
-class TestAfterwards:
-    def made(self, dtype):
-        before = [pruned(4, 6, dtype=dtype), pruned(2, 3, 5, seed=4, dtype=dtype)]
-        parameters = [nn.Parameter(W.clone()) for W in before]
-        views = [[parameters[0].detach()], [parameters[1].detach()[0]]]
-        weights = KeptWeights(list(zip(parameters, views, strict=True)), 3, RATE)
-        for _ in range(2):
-            for parameter in parameters:
-                give(parameter, torch.ones_like(parameter))
-            weights.step()
-        return before, parameters, weights
-
-    def test_put_back_is_exact(self, dtype):
-        before, parameters, weights = self.made(dtype)
-        assert all((bits(a) != bits(b)).any() for a, b in zip(parameters, before, strict=True))
-        weights.put_back()
-        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(parameters, before, strict=True))
-
-    def test_put_back_even_what_is_no_number(self, dtype):
-        before, parameters, weights = self.made(dtype)
+def test_put_back_is_exact_and_close_leaves_plain_parameters(dtype):
+    before = [pruned(4, 6, dtype=dtype), pruned(2, 3, 5, seed=4, dtype=dtype)]
+    parameters = [nn.Parameter(W.clone()) for W in before]
+    weights = KeptWeights(
+        [(parameters[0], [parameters[0].detach()]), (parameters[1], [parameters[1].detach()[0]])], 3, RATE
+    )
+    for gradient in (1.0, torch.nan):
         for parameter in parameters:
-            give(parameter, torch.full_like(parameter, torch.nan))
+            give(parameter, torch.full_like(parameter, gradient))
         weights.step()
-        assert parameters[0].isnan().any()
+        assert all((bits(a) != bits(b)).any() for a, b in zip(parameters, before, strict=True))
+        # Even what is no number.
         weights.put_back()
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(parameters, before, strict=True))
-
-    def test_close_leaves_plain_parameters(self, dtype):
-        _, parameters, weights = self.made(dtype)
-        assert all(parameter.requires_grad for parameter in parameters)
-        give(parameters[0], torch.ones_like(parameters[0]))
-        after = [bits(parameter) for parameter in parameters]
-        weights.close()
-        for parameter, expected in zip(parameters, after, strict=True):
-            assert parameter.grad is None
-            assert not parameter.requires_grad
-            assert torch.equal(bits(parameter), expected)
+    give(parameters[0], torch.ones_like(parameters[0]))
+    weights.close()
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in parameters)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -285,4 +207,3 @@ def test_the_state_takes_what_is_expected(dtype):
     held += [state["exp_avg"], state["exp_avg_sq"]]
     assert sum(x.nbytes for x in held) == bytes_of_state(parameter.numel(), kept, parameter.element_size())
     assert index_dtype(2**31) is torch.int64
-    assert adam_step(10, 4, 2).bytes == 2 * adam_step(5, 2, 2).bytes == 136

@@ -1,38 +1,88 @@
 """Layers that share an input: the weights written, the results reported, and the failures."""
 
+import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from helpers.kernel_inputs import generator
-from helpers.layer_inputs import PATTERNS, ROWS, D, assert_same, error, make_config, make_gram, make_layers, run
+from helpers.layer_inputs import (
+    ERRORS,
+    PATTERNS,
+    ROWS,
+    D,
+    assert_same,
+    error,
+    make_config,
+    make_crosses,
+    make_gram,
+    make_layers,
+    run,
+)
 
 from sparsefw.errors import InputError
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.ranks import Ranks
-from sparsefw.solver import METHODS, PruneConfig, choices, patterns, prune_layers, solve_layer
+from sparsefw.solver import METHODS, PruneConfig, choices, frank_wolfe, patterns, prune_layers, solve_layer
+from sparsefw.solver.methods import SALIENCIES
 from sparsefw.solver.objective import damped
-from sparsefw.solver.saliency import SALIENCIES
 from sparsefw.solver.stack import TARGET_STEPS
 from sparsefw.solver.target import Cross, find_target
 
+ALL = pytest.mark.parametrize("text", PATTERNS)
 
-class TestLayers:
-    @pytest.mark.parametrize(("name", "value"), [("W", [[1.0]]), ("G", np.eye(4)), ("B", np.eye(4)), ("G", None)])
-    def test_no_tensors(self, name, value):
-        arguments = dict(W=torch.ones(2, 4), G=torch.eye(4)) | {name: value}
-        with pytest.raises(TypeError, match=f"^{name}: expected a tensor, got {type(value).__name__}$"):
-            solve_layer(**arguments)
 
-    def test_width(self):
-        with pytest.raises(InputError, match="layer1: 30 inputs do not divide into groups of 4"):
-            run(
-                [("layer0", torch.ones(2, 32)), ("layer1", torch.ones(2, 30))], torch.eye(32), config=make_config("2:4")
-            )
+def config_of(method, text="0.6", **options):
+    if method == "sparsefw":
+        return make_config(text, **options)
+    return PruneConfig(text, method, kernel="torch", precision="ieee", **options)
 
-    def test_writes_through_views(self):
+
+class TestWritten:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    @ALL
+    @pytest.mark.parametrize("method", ["sparsefw", "sparsegpt", "wanda", "ria", "magnitude"])
+    def test_errors_are_those_of_what_is_written(self, method, text, dtype):
+        layers, G = make_layers((37, 20), 48, dtype), make_gram(48)
+        before = G.clone()
+        pruned, results = run(layers, G, method, make_config(text))
+        assert torch.equal(G, before)
+        for (name, W), row in zip(layers, results, strict=True):
+            Z = pruned[name]
+            assert (Z.dtype, row.name, row.shape, row.pattern) == (dtype, name, W.shape, text)
+            # Weights before they are rounded to bf16 are off by 1e-4.
+            assert row.error == pytest.approx(error(W, Z, G).sum().item(), rel=1e-5)
+            pattern = patterns.parse(text)
+            assert row.kept == W.numel() - int(pattern.sparsity * W.numel()) or text == "0.6"
+            if text == "0.6" and method != "sparsegpt":
+                assert ((Z != 0).sum(1) == 48 - 28).all()
+            if text == "2:4":
+                assert ((Z != 0).view(-1, 4).sum(1) == 2).all()
+            assert row.kept == (Z != 0).sum()
+            unchanged = error(W, W * (Z != 0), G).sum().item()
+            if method in SALIENCIES:
+                assert row.error == row.error_mask == row.error_warm_start == pytest.approx(unchanged, rel=1e-3)
+                assert torch.equal(Z, W * (Z != 0))
+                assert row.gap is None
+            if method == "sparsegpt":
+                assert row.error < row.error_mask == pytest.approx(unchanged, rel=1e-3)
+            if method == "sparsefw":
+                assert 0 < row.error < row.error_mask < row.error_warm_start
+                assert 0 <= row.gap <= row.error_mask
+            assert row.relative_error == row.error / row.error_warm_start
+            assert row.relative_mask == row.error_mask / row.error_warm_start
+            assert (row.alpha, row.steps) == ((0.5, 9) if method == "sparsefw" else (None, 0))
+
+    def test_without_refit_kept_weights_stay(self):
+        layers = make_layers()
+        pruned, results = run(layers, config=make_config(refit=0))
+        for (name, W), row in zip(layers, results, strict=True):
+            assert torch.equal(pruned[name], W * (pruned[name] != 0))
+            assert row.error == row.error_mask
+            assert row.error < row.error_warm_start or len(W) == 1
+
+    def test_views(self):
         """Weights stored (in, out), as some models do, and slices of a larger tensor."""
         layers = make_layers((37, 20), 48)
         expected = run(layers)
@@ -46,73 +96,30 @@ class TestLayers:
             assert torch.equal(view, expected[0][name])
         assert wide[:, 0].abs().sum() + wide[:, 38:].abs().sum() + block[::2].abs().sum() == 0
 
-
-class TestWritten:
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-    @pytest.mark.parametrize("text", PATTERNS)
-    @pytest.mark.parametrize("method", ["sparsefw", "sparsegpt", "wanda", "ria", "magnitude"])
-    def test_errors_are_those_of_what_is_written(self, method, text, dtype):
-        layers, G = make_layers((37, 20), 48, dtype), make_gram(48)
-        pruned, results = run(layers, G, method, make_config(text))
-        for (name, W), row in zip(layers, results, strict=True):
-            Z = pruned[name]
-            assert Z.dtype == dtype
-            assert row.name == name
-            assert row.shape == W.shape
-            # Weights before they are rounded to bf16 are off by 1e-4.
-            assert row.error == pytest.approx(error(W, Z, G).sum().item(), rel=1e-5)
-            pattern = patterns.parse(text)
-            assert row.kept == W.numel() - int(pattern.sparsity * W.numel()) or text == "0.6"
-            if text == "0.6" and method != "sparsegpt":
-                assert ((Z != 0).sum(1) == 48 - 28).all()
-            if text == "2:4":
-                assert ((Z != 0).view(-1, 4).sum(1) == 2).all()
-            assert row.kept == (Z != 0).sum()
-            unchanged = error(W, W * (Z != 0), G).sum().item()
-            if method in ("wanda", "ria", "magnitude"):
-                assert row.error == row.error_mask == row.error_warm_start == pytest.approx(unchanged, rel=1e-3)
-                assert row.relative_error == row.relative_mask == 1
-                assert torch.equal(Z, W * (Z != 0))
-                assert row.gap is None
-            if method == "sparsegpt":
-                assert row.error_mask == pytest.approx(unchanged, rel=1e-3)
-                assert row.error < row.error_mask
-            if method == "sparsefw":
-                assert 0 < row.error < row.error_mask < row.error_warm_start
-                assert 0 <= row.gap <= row.error_mask
-            assert row.relative_error == row.error / row.error_warm_start
-            assert row.relative_mask == row.error_mask / row.error_warm_start
-            assert row.pattern == text
-            assert row.alpha == (0.5 if method == "sparsefw" else None)
-            assert row.steps == (9 if method == "sparsefw" else 0)
-
-    def test_without_refit_kept_weights_stay(self):
-        layers = make_layers()
-        pruned, results = run(layers, config=make_config(refit=0))
-        for (name, W), row in zip(layers, results, strict=True):
-            assert torch.equal(pruned[name], W * (pruned[name] != 0))
-            assert row.error == row.error_mask
-            assert row.error < row.error_warm_start or len(W) == 1
-
-    def test_gram_matrix_stays(self):
-        G = make_gram()
-        before = G.clone()
-        list(prune_layers(make_layers(), G, "sparsefw", make_config(), TORCH))
-        assert torch.equal(G, before)
-
     def test_options_of_the_config_arrive(self, monkeypatch):
         seen = []
-        solve, reselect = choices.frank_wolfe.solve, choices.reselect
-        monkeypatch.setattr(choices.frank_wolfe, "solve", lambda *a, **o: seen.append(o) or solve(*a, **o))
-        monkeypatch.setattr(choices, "reselect", lambda *a, **o: seen.append(o) or reselect(*a, **o))
-        config = make_config(steps=7, step_rule="open-loop", penalty=0.5, refit=2, rounds=1, swaps=6)
+
+        def spy(function):
+            return lambda *args, **options: seen.append((args, options)) or function(*args, **options)
+
+        monkeypatch.setattr(frank_wolfe, "solve", spy(frank_wolfe.solve))
+        monkeypatch.setattr(choices, "reselect", spy(choices.reselect))
+        config = make_config(steps=7, step_rule="open-loop", penalty=0.5, refit=2, rounds=1, swaps=6, damp=0.5)
         backend = Backend(cpu, "tf32")
         run(make_layers((5,)), config=config, backend=backend)
-        common = {"steps": 7, "penalty": 0.5, "backend": backend}
-        assert seen == [
-            common | {"step_rule": "open-loop", "swaps": 6, "fallback_to_warm_start": True},
-            common | {"refit_steps": 2, "rounds": 1, "support": None},
-        ]
+        (((problem, schedule), mask_options), (refit_args, refit_options)) = seen
+        assert mask_options == dict(swaps=6, backend=backend)
+        assert [eta for _, _, eta in schedule] == [2 / (t + 2) for t in range(7)]
+        assert schedule[-1][1] == 0.5
+        assert problem.fixed.any()
+        # Refits and final masks use the damped matrix.
+        assert problem.damping is None
+        torch.testing.assert_close(refit_args[0].H.diagonal() / problem.H.diagonal(), torch.full((D,), 1.5))
+        expected = dict(steps=7, penalty=0.5, refit_steps=2, rounds=1, support=None, backend=backend)
+        assert refit_options == expected
+        run(make_layers((5,)), config=make_config(damp=0.3, refit=0))
+        problem = seen[-1][0][0]
+        torch.testing.assert_close(problem.H.diagonal() / problem.exact.diagonal(), torch.full((D,), 1.3))
 
 
 class TestNeverWorse:
@@ -157,106 +164,39 @@ class TestNeverWorse:
         for name, W in layers:
             old, new = error(W, mask_only[name], G), error(W, pruned[name], G)
             assert (new <= old * (1 + 1e-5)).all()
-            same = (pruned[name] == mask_only[name]).all(1)
-            assert torch.equal(new[same], old[same])
-            untouched += int(same.sum())
+            untouched += int((pruned[name] == mask_only[name]).all(1).sum())
         assert 0 < untouched < sum(ROWS)
 
 
-class TestFailures:
-    @pytest.mark.parametrize("method", ["sparsefw", "sparsegpt"])
-    @pytest.mark.parametrize("where", ["W", "G"])
-    def test_not_finite_names_the_layers(self, where, method):
-        layers, G = make_layers((3, 4)), make_gram()
-        (layers[0][1] if where == "W" else G)[1, 2] = torch.inf
-        names = "layer0, layer1" if method == "sparsefw" else "layer0"
-        with pytest.raises(FloatingPointError, match=f"^{names}: .*(not finite|NaN or Inf)"):
-            run(layers, G, method)
+class TestTargets:
+    """Layers with a cross matrix: their targets are pruned in place of their weights."""
 
-    def test_not_positive_definite_names_the_layer(self):
-        with pytest.raises(FloatingPointError, match="layer0: the Gram matrix is not positive definite"):
-            run(make_layers((3, 4)), -torch.eye(D) + 2 * torch.ones(D, D), method="sparsegpt")
-
-    def test_gram_matrix_comes_back_when_a_refit_fails(self, monkeypatch):
-        G = make_gram()
-        before = G.clone()
-
-        def fail(*args, **options):
-            raise FloatingPointError("no")
-
-        monkeypatch.setattr(choices, "reselect", fail)
-        with pytest.raises(FloatingPointError, match="layer0, layer1: no"):
-            list(prune_layers(make_layers((3, 4)), G, "sparsefw", make_config(), TORCH))
-        assert torch.equal(G, before)
-
-    # Some squares are below the smallest normal number, so that their reciprocals overflow.
-    @pytest.mark.parametrize("scale", [1e-12, 1e-21, 1e-22])
-    @pytest.mark.parametrize("text", ["0.6", "2:4"])
-    def test_nearly_dead_inputs(self, scale, text):
-        layers, unit = make_layers((37,), 48), torch.ones(48)
-        unit[4:7] = scale
-        G = make_gram(48) * unit * unit[:, None]
-        pruned, results = run(layers, G, config=make_config(text))
-        assert pruned["layer0"].isfinite().all()
-        assert results[0].error < results[0].error_mask
-
-
-class TestSolveLayer:
-    """One layer, for callers with a loop of their own."""
-
-    @pytest.mark.parametrize("text", PATTERNS)
-    @pytest.mark.parametrize("options", [{}, {"refit": 0}, {"method": "sparsegpt"}, {"method": "ria"}], ids=str)
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_as_prune_layers(self, dtype, options, text):
-        config = make_config(text, **options) if "method" not in options else PruneConfig(text, **options)
-        W, G = make_layers((37,), dtype=dtype)[0][1], make_gram()
-        before = W.clone(), G.clone()
-        mask, Z, result = solve_layer(W, G, config, name="mine")
-        masks = []
-        pruned, (row,) = run([("mine", W)], G, config.method, config, masks=masks)
-        assert torch.equal(Z, pruned["mine"])
-        assert torch.equal(mask, masks[0])
-        assert replace(result, seconds=0) == replace(row, seconds=0)
-        assert torch.equal(W, before[0])
-        assert torch.equal(G, before[1])
-        assert (Z.dtype, Z.shape, mask.dtype, mask.shape) == (dtype, W.shape, torch.bool, W.shape)
-
-    @pytest.mark.parametrize("options", [{}, {"method": "sparsegpt"}, {"preset": "paper", "steps": 20}], ids=str)
-    def test_autocast_changes_nothing(self, options):
-        W, G, config = make_layers((37,))[0][1], make_gram(), PruneConfig("layer:0.6", **options)
-        expected = solve_layer(W, G, config)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = solve_layer(W, G, config)
-        assert torch.equal(found[1], expected[1])
-        assert replace(found[2], seconds=0) == replace(expected[2], seconds=0)
-
-    @pytest.mark.parametrize("options", [{}, {"refit": 0}], ids=str)
-    def test_mask_weight_and_errors_by_definition(self, options):
-        W, G = make_layers((37,))[0][1], make_gram()
-        mask, Z, result = solve_layer(W, G, make_config("0.6", **options))
-        assert (mask.sum(1) == D - int(0.6 * D)).all()
-        assert torch.equal(Z != 0, mask)
-        assert torch.equal(Z, W * mask) == (options == {"refit": 0})
-        warm = torch.zeros_like(mask).scatter_(
-            1, (W.float().abs() * G.diagonal().sqrt()).topk(D - int(0.6 * D)).indices, True
-        )
-        assert result.name == "layer"
-        assert result.kept == mask.sum()
-        assert result.error == pytest.approx(error(W, Z, G).sum().item(), rel=1e-5)
-        assert result.error_warm_start == pytest.approx(error(W, W * warm, G).sum().item(), rel=1e-5)
-        assert result.error <= result.error_mask <= result.error_warm_start
-        if options == {"refit": 0}:
-            assert result.error_mask == pytest.approx(error(W, W * mask, G).sum().item(), rel=1e-5)
-
-    def test_default(self):
-        """That of a run whose blocks are not reconstructed."""
-        W, G = make_layers((5,), dtype=torch.float32)[0][1], make_gram()
-        mask, Z, result = solve_layer(W, G)
-        for config in (PruneConfig(), PruneConfig(reconstruct=0), PruneConfig(steps=24, refit=4)):
-            same_mask, same, _ = solve_layer(W, G, config)
-            assert torch.equal(mask, same_mask)
-            assert torch.equal(Z, same)
-        assert (result.pattern, result.method, result.steps) == ("0.6", "sparsefw", 24)
+    @ALL
+    @pytest.mark.parametrize("refit", [0, 3])
+    def test_errors_and_masks_are_those_of_the_targets(self, text, refit):
+        """A layer without a cross matrix is its own target."""
+        config = make_config(text, refit=refit, swaps=0 if refit else 20, alpha=0.5 if refit else 0.0)
+        layers, G, crosses = make_layers(dtype=torch.float32), make_gram(), make_crosses()
+        crosses[2] = None
+        pruned, results = run(layers, G, config=config, crosses=crosses)
+        for_itself, _ = run(layers, G, config=config)
+        for (name, W), cross, row in zip(layers, crosses, results, strict=True):
+            Z, H = pruned[name], damped(G, config.damp)
+            T = W if cross is None else find_target(W, H, cross.matrix.clone(), TARGET_STEPS)
+            assert row.error == pytest.approx(error(T, Z, G).sum().item(), rel=1e-4)
+            assert row.target == ("layer" if cross is None else "dense")
+            if cross is None:
+                assert torch.equal(Z, for_itself[name])
+                continue
+            assert len(W) == 1 or row.error < error(T, for_itself[name], G).sum()
+            if refit:
+                # The result is that of pruning the target by itself.
+                (alone, (other,)) = run([(name, T)], G, config=config)
+                assert torch.equal(alone[name] != 0, Z != 0)
+                torch.testing.assert_close(alone[name], Z, rtol=1e-4, atol=1e-4)
+                assert [getattr(row, e) for e in ERRORS] == pytest.approx([getattr(other, e) for e in ERRORS], rel=1e-3)
+            else:
+                assert torch.equal(Z, W * (Z != 0))
 
     @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 2e4)])
     def test_the_error_is_that_of_the_weights_as_they_are_written(self, dtype, size):
@@ -268,72 +208,265 @@ class TestSolveLayer:
         T = find_target(W, G, B, TARGET_STEPS).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
         assert result.error == pytest.approx(error(T, Z, G).sum().item(), rel=1e-3)
 
-    @pytest.mark.parametrize("refit", [0, 3])
-    def test_target(self, refit):
-        """B is the cross matrix of the wanted output minus the actual output."""
-        W, G = make_layers((37,), dtype=torch.float32)[0][1], make_gram()
-        B = 200 * torch.randn(37, D, generator=generator(50))
-        config = make_config(refit=refit)
-        T = find_target(W, damped(G, config.damp), B.clone(), TARGET_STEPS)
-        mask, Z, result = solve_layer(W, G, config, B=B.clone())
-        masks = []
-        pruned, (row,) = run([("layer", W)], G, config=config, crosses=[Cross("outputs", B)], masks=masks)
-        assert torch.equal(Z, pruned["layer"])
-        assert torch.equal(mask, masks[0])
-        assert result.target == row.target == "dense"
-        assert result.error == row.error == pytest.approx(error(T, Z, G).sum().item(), rel=1e-4)
-        _, for_itself, _ = solve_layer(W, G, config)
-        assert result.error < error(T, for_itself, G).sum()
 
-    def test_methods_without_targets_refuse_one(self):
-        with pytest.raises(ValueError, match="crosses: wanda approximates what the layers themselves put out"):
-            solve_layer(torch.ones(3, D), make_gram(), PruneConfig(method="wanda"), B=torch.ones(3, D))
+class TestKeepZeros:
+    """Weights that are zero stay zero with `keep_zeros`, and masks are no worse for it."""
+
+    def layers(self, dtype=torch.float32):
+        """Weights of one sign, with zeros in every row and every sixth column; some rows have few others."""
+        layers = []
+        for i, (name, W) in enumerate(make_layers(dtype=dtype)):
+            W = W.abs()
+            W[torch.rand(W.shape, generator=generator(70 + i)) < 0.1] = 0
+            W[:, ::6] = 0
+            W[::7, 9:] = 0
+            layers.append((name, W))
+        return layers
+
+    def gram(self):
+        """Every sixth input is the sum of the next five, so that its weight could replace theirs."""
+        X = torch.randn(300, D, generator=generator(0))
+        X[:, ::6] = X.view(300, -1, 6)[:, :, 1:].sum(2) + 0.1 * torch.randn(300, D // 6, generator=generator(2))
+        G = X.T @ X
+        return (G.tril() + G.tril(-1).T).contiguous()
+
+    def kept(self, text, W):
+        """Numbers of nonzero weights by group, row or layer, and the budget of each."""
+        pattern, rows = patterns.parse(text), len(W)
+        budget = {
+            "group": lambda: patterns.kept_in_group(pattern),
+            "row": lambda: patterns.kept_in_row(pattern, D),
+            "layer": lambda: patterns.kept_in_layer(pattern, *W.shape),
+        }[pattern.scope]()
+        shape = (1, 1, -1) if pattern.scope == "layer" else (rows, -1, pattern.group or D)
+        return (W != 0).view(shape).sum(2), budget
+
+    @ALL
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("method", "options", "cross"),
+        [
+            *(("sparsefw", dict(refit=refit), cross) for refit in (0, 4) for cross in (False, True)),
+            *((method, {}, False) for method in METHODS if method != "sparsefw"),
+        ],
+    )
+    def test_nothing_revives(self, method, options, cross, dtype, text):
+        layers, masks = self.layers(dtype), []
+        given = make_crosses() if cross else None
+        config = config_of(method, text, keep_zeros=True, **options)
+        pruned, results = run(layers, self.gram(), method, config, crosses=given, masks=masks)
+        for (name, W), row, mask in zip(layers, results, masks, strict=True):
+            Z, (there, budget), (kept, _) = pruned[name], self.kept(text, W), self.kept(text, pruned[name])
+            assert (Z[W == 0] == 0).all()
+            assert (Z[~mask] == 0).all()
+            assert row.kept == mask.sum()
+            if text == "0.6" and method == "sparsegpt":
+                # One budget covers all rows of a block of columns.
+                assert kept.sum() <= len(W) * budget
+            else:
+                assert (kept <= there.clamp(max=budget)).all()
+            # Weights of 16 bits may be rounded to zero.
+            if options.get("refit") and dtype == torch.float32:
+                assert torch.equal(kept, there.clamp(max=budget))
+            if method != "sparsegpt":
+                assert row.error <= row.error_warm_start * (1 + 1e-6)
+
+    @ALL
+    @pytest.mark.parametrize("cross", [False, True])
+    def test_the_target_is_one_that_the_weights_can_reach_and_masks_are_chosen_for_it(self, cross, text):
+        layers, G, sums = self.layers(), self.gram(), torch.zeros(2, dtype=torch.float64)
+        given, copies = ((make_crosses() if cross else None) for _ in range(2))
+        config = make_config(text, refit=4, keep_zeros=True)
+        keeping, results = run(layers, G, config=config, crosses=copies)
+        free, _ = run(layers, G, config=make_config(text, refit=4), crosses=make_crosses() if cross else None)
+        assert sum((free[name][W == 0] != 0).sum() for name, W in layers) > 10
+        for n, ((name, W), row) in enumerate(zip(layers, results, strict=True)):
+            support, T = W != 0, W
+            if cross:
+                T = find_target(W, damped(G, config.damp), given[n].matrix, TARGET_STEPS, support=support)
+                assert (T[~support] == 0).all()
+            # A row of a single weight fits its target up to the rounding of the weight.
+            rounding = 2.0**-44 * error(T, torch.zeros_like(T), G).sum().item()
+            assert row.error == pytest.approx(error(T, keeping[name], G).sum().item(), rel=1e-4, abs=rounding)
+            put_back = free[name].masked_fill(W == 0, 0)
+            sums += torch.stack([error(T, Z, G).sum() for Z in (keeping[name], put_back)])
+        # A re-selection that chose weights which must stay zero would waste the budget.
+        assert sums[0] < 0.98 * sums[1]
+
+    @ALL
+    def test_weights_without_zeros_are_pruned_as_ever(self, text):
+        layers, G = make_layers(dtype=torch.float32), self.gram()
+        for method in METHODS:
+            assert_same(*(run(layers, G, method, config_of(method, text, keep_zeros=keep)) for keep in (False, True)))
+
+
+class TestSolveLayer:
+    """One layer, for callers with a loop of their own."""
+
+    @ALL
+    @pytest.mark.parametrize("method", ["sparsefw", "sparsegpt", "ria"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_as_prune_layers(self, dtype, method, text):
+        """Also of tensors that record gradients, as those of a hook in a forward pass, and under autocast."""
+        config = config_of(method, text)
+        W, G = make_layers((37,), dtype=dtype)[0][1], make_gram()
+        B = 200 * torch.randn(37, D, generator=generator(50)) if method == "sparsefw" else None
+        before = W.clone(), G.clone()
+        masks = []
+        crosses = [None if B is None else Cross("outputs", B.clone())]
+        pruned, (row,) = run([("mine", W)], G, config.method, config, masks=masks, crosses=crosses)
+        recorded = [None if x is None else x.clone().requires_grad_() for x in (W, G, B)]
+        with torch.autocast("cpu", torch.bfloat16):
+            mask, Z, result = solve_layer(recorded[0], recorded[1], config, name="mine", B=recorded[2])
+        assert torch.equal(Z, pruned["mine"])
+        assert not Z.requires_grad
+        assert torch.equal(mask, masks[0])
+        assert replace(result, seconds=0) == replace(row, seconds=0)
+        assert torch.equal(W, before[0])
+        assert torch.equal(G, before[1])
+        assert (Z.dtype, Z.shape, mask.dtype, mask.shape) == (dtype, W.shape, torch.bool, W.shape)
+
+    @pytest.mark.parametrize("refit", [0, 3])
+    def test_mask_weight_and_errors_by_definition(self, refit):
+        W, G = make_layers((37,))[0][1], make_gram()
+        mask, Z, result = solve_layer(W, G, make_config(refit=refit))
+        assert (mask.sum(1) == D - int(0.6 * D)).all()
+        assert torch.equal(Z != 0, mask)
+        assert torch.equal(Z, W * mask) == (refit == 0)
+        best = (W.float().abs() * G.diagonal().sqrt()).topk(D - int(0.6 * D)).indices
+        warm = torch.zeros_like(mask).scatter_(1, best, True)
+        assert (result.name, result.kept) == ("layer", mask.sum())
+        assert result.error == pytest.approx(error(W, Z, G).sum().item(), rel=1e-5)
+        assert result.error_warm_start == pytest.approx(error(W, W * warm, G).sum().item(), rel=1e-5)
+        assert result.error <= result.error_mask <= result.error_warm_start
+
+    def test_default(self):
+        """That of a run whose blocks are not reconstructed."""
+        W, G = make_layers((5,), dtype=torch.float32)[0][1], make_gram()
+        mask, Z, result = solve_layer(W, G)
+        for config in (PruneConfig(), PruneConfig(reconstruct=0), PruneConfig(steps=24, refit=4)):
+            same_mask, same, _ = solve_layer(W, G, config)
+            assert torch.equal(mask, same_mask)
+            assert torch.equal(Z, same)
+        assert (result.pattern, result.method, result.steps) == ("0.6", "sparsefw", 24)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "match"),
+        [
+            (dict(W=[[1.0]]), TypeError, "W: expected a tensor, got list"),
+            (dict(G=None), TypeError, "G: expected a tensor, got NoneType"),
+            (dict(W=torch.ones(2, 4).double()), TypeError, "W: expected fp32, bf16 or fp16"),
+            (dict(W=torch.ones(4)), ValueError, "W: expected a matrix"),
+            (dict(G=torch.eye(3)), ValueError, r"G: expected shape \(4, 4\), got \(3, 3\)"),
+            (dict(B=torch.eye(4)), ValueError, r"B: expected shape \(2, 4\)"),
+            (dict(config="2:4"), TypeError, "config: expected a PruneConfig, got str"),
+            (dict(config=PruneConfig("2:3")), InputError, "layer: 4 inputs do not divide into groups of 3"),
+            (
+                dict(config=PruneConfig(method="wanda"), B=torch.ones(2, 4)),
+                ValueError,
+                "crosses: wanda approximates what the layers themselves put out",
+            ),
+        ],
+    )
+    def test_refuses_bad_input(self, change, error, match):
+        with pytest.raises(error, match=f"^{match}"):
+            solve_layer(**dict(W=torch.ones(2, 4), G=torch.eye(4)) | change)
+
+
+class TestFailures:
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    @pytest.mark.parametrize("where", ["W", "G"])
+    @ALL
+    @pytest.mark.parametrize("method", METHODS)
+    def test_not_finite(self, method, text, where, value):
+        inputs = {"W": make_layers((3,))[0][1], "G": make_gram()}
+        inputs[where][1, 2] = inputs[where][2, 1] = value
+        with pytest.raises(FloatingPointError, match=r"^mine: .*(not finite|NaN or Inf)"):
+            solve_layer(**inputs, config=config_of(method, text), name="mine")
+
+    @pytest.mark.parametrize("options", [{"refit": 0}, {"refit": 2}, {"refit": 0, "swaps": 3}, {"preset": "paper"}])
+    def test_a_weight_that_the_warm_start_keeps(self, options):
+        """Without a step, no error depends on it."""
+        W = make_layers((3,))[0][1]
+        W[1, 3] = math.inf
+        config = PruneConfig(steps=0, kernel="torch", precision="ieee", **options)
+        with pytest.raises(FloatingPointError, match=r"^mine: .*(not finite|NaN or Inf)"):
+            solve_layer(W, make_gram(), config, name="mine")
+
+    @pytest.mark.parametrize("refit", [0, 3])
+    def test_cross_matrix(self, refit):
+        B = torch.randn(3, D, generator=generator(50))
+        B[1, 2] = math.nan
+        with pytest.raises(FloatingPointError, match=r"^mine: .*not finite"):
+            solve_layer(make_layers((3,))[0][1], make_gram(), make_config(refit=refit), name="mine", B=B)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_too_large_for_errors(self, method):
+        W = 1e30 * make_layers((3,), dtype=torch.float32)[0][1]
+        with pytest.raises(FloatingPointError, match=r"^mine: .*too large"):
+            solve_layer(W, make_gram(), config_of(method), name="mine")
+
+    def test_too_large_on_the_way(self):
+        """What overflows in SparseGPT's sweep reaches later columns; refits are only taken where they are better."""
+        W = 1e38 * torch.rand(3, 2 * 128 + D, generator=generator(1))
+        with pytest.raises(FloatingPointError, match=r"^mine: .*too large"):
+            solve_layer(W, make_gram(W.shape[1]), PruneConfig("2:4", "sparsegpt"), name="mine")
+        # Kept weights grow where they make up for others.
+        W, G = torch.full((3, D), 6e4, dtype=torch.float16), torch.ones(D, D) + torch.eye(D)
+        with pytest.raises(FloatingPointError, match=r"^mine: .*too large"):
+            solve_layer(W, G, PruneConfig("0.6", "sparsegpt"), name="mine")
+        _, Z, result = solve_layer(W, G, make_config("0.6"))
+        assert Z.isfinite().all()
+        assert result.error <= result.error_warm_start
+
+    def test_names_of_all_layers_and_matrices_stay(self, monkeypatch):
+        G = make_gram()
+        before = G.clone()
+
+        def fail(*args, **options):
+            raise FloatingPointError("no")
+
+        monkeypatch.setattr(choices, "reselect", fail)
+        with pytest.raises(FloatingPointError, match="layer0, layer1: no"):
+            list(prune_layers(make_layers((3, 4)), G, "sparsefw", make_config(), TORCH))
+        assert torch.equal(G, before)
+        with pytest.raises(FloatingPointError, match="layer0: the Gram matrix is not positive definite"):
+            run(make_layers((3, 4)), -torch.eye(D) + 2 * torch.ones(D, D), method="sparsegpt")
 
     def test_ranks_share_rows_only_where_rows_do_not_depend_on_each_other(self):
         for method, options in (("sparsegpt", {}), ("ria", {}), ("wanda", {"sparsity": "layer:0.5"})):
             with pytest.raises(ValueError, match=f"ranks: the rows of a layer cannot be solved apart by {method}"):
                 run(make_layers(), method=method, config=PruneConfig(method=method, **options), ranks=Ranks(0, 2))
 
-    @pytest.mark.parametrize("config", ["2:4", {"sparsity": "2:4"}], ids=str)
-    def test_config_of_another_type(self, config):
-        with pytest.raises(TypeError, match=f"^config: expected a PruneConfig, got {type(config).__name__}$"):
-            solve_layer(torch.ones(2, 4), torch.eye(4), config)
+    # Some squares are below the smallest normal number, so that their reciprocals overflow.
+    @pytest.mark.parametrize("scale", [1e-12, 1e-22])
+    @pytest.mark.parametrize("text", ["0.6", "2:4"])
+    def test_nearly_dead_inputs(self, scale, text):
+        layers, unit = make_layers((37,), 48), torch.ones(48)
+        unit[4:7] = scale
+        G = make_gram(48) * unit * unit[:, None]
+        pruned, results = run(layers, G, config=make_config(text))
+        assert pruned["layer0"].isfinite().all()
+        assert results[0].error < results[0].error_mask
 
-    def test_width(self):
-        with pytest.raises(InputError, match="mine: 30 inputs do not divide into groups of 4"):
-            solve_layer(torch.ones(2, 30), torch.eye(30), PruneConfig("2:4"), name="mine")
-
-    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-    @pytest.mark.parametrize("where", ["W", "G"])
-    @pytest.mark.parametrize("method", METHODS)
-    def test_not_finite(self, method, where, value):
-        inputs = {"W": make_layers((3,))[0][1], "G": make_gram()}
-        inputs[where][1, 2] = value
-        with pytest.raises(FloatingPointError, match=r"mine: .*(not finite|NaN or Inf)"):
-            solve_layer(**inputs, config=PruneConfig(method=method), name="mine")
+    def test_a_warm_start_without_error(self):
+        """Wanda loses nothing of these rows; SparseGPT has a budget for each block of columns."""
+        W = torch.zeros(3, 256)
+        W[:, :64] = torch.randn(3, 64, generator=generator(2))
+        for method in METHODS:
+            _, _, result = solve_layer(W, make_gram(256), PruneConfig("0.6", method))
+            assert result.error_warm_start == 0
+            expected = math.inf if method == "sparsegpt" else 1.0
+            assert (result.relative_mask, result.relative_error) == (expected, expected)
 
 
-class TestCompared:
-    """A method compared with the paper's, whose budget covers the whole matrix."""
-
-    @pytest.mark.parametrize("method", ["wanda", "ria", "magnitude"])
-    def test_rows_share_the_budget_as_ever(self, method):
-        config = PruneConfig.paper(sparsity="layer:0.6", compare=(method,), steps=5)
-        plain = PruneConfig(sparsity="layer:0.6", method=method)
-        layers = make_layers()
-        by_method = {name: run(layers, method=name, config=config) for name in config.methods}
-        assert_same(by_method[method], run(layers, method=method, config=plain))
-        for pruned, rows in by_method.values():
-            for (name, W), row in zip(layers, rows, strict=True):
-                assert (pruned[name] != 0).sum() == row.kept == W.numel() - int(config.pattern.sparsity * W.numel())
-        saliency = SALIENCIES[method](layers[3][1], make_gram().diagonal())
-        kept = (by_method[method][0]["layer3"] != 0).sum(1)
-        assert torch.equal(kept, patterns.kept(config.pattern, saliency))
-        assert kept.unique().numel() > 3
-
-    def test_the_paper_s_errors_are_of_the_matrix(self):
-        """The paper's method solves each layer by itself, and its gap is that of all rows together."""
-        config = PruneConfig.paper(sparsity="layer:0.6", steps=50)
-        _, rows = run(make_layers(), config=config)
-        assert all(0 <= row.gap <= row.error for row in rows)
-        assert [row.error_mask for row in rows] == [row.error for row in rows]
+def test_methods_beside_the_paper_s_whole_matrix():
+    """Rows of compared methods have the budget as ever; the paper's errors and gap are of all rows together."""
+    config = PruneConfig.paper(sparsity="layer:0.6", compare=("wanda",), steps=50)
+    layers = make_layers()
+    by_method = {name: run(layers, method=name, config=config) for name in config.methods}
+    assert_same(by_method["wanda"], run(layers, method="wanda", config=PruneConfig("layer:0.6", "wanda")))
+    for pruned, rows in by_method.values():
+        for (name, W), row in zip(layers, rows, strict=True):
+            assert (pruned[name] != 0).sum() == row.kept == W.numel() - int(config.pattern.sparsity * W.numel())
+    assert all(0 <= row.gap <= row.error == row.error_mask for row in by_method["sparsefw"][1])

@@ -1,20 +1,27 @@
-"""The refit against float64 least squares of every row, its invariances, and the weights that it must not change."""
+"""Refits against float64 least squares; masks and weights together against exhaustive search and a refit alone."""
+
+import itertools
 
 import pytest
 import torch
-from helpers.kernel_inputs import DEVICE, gram, normal, uniform
-from helpers.problems import TRITON
+from helpers.kernel_inputs import DEVICE, generator, gram, normal, uniform
+from helpers.problems import TRITON, problem_of
 from helpers.refits import damp_by, error, exact
 
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import TORCH, Backend
-from sparsefw.solver.refit import Fit, inverse_diagonal, refit
+from sparsefw.solver import frank_wolfe, patterns
+from sparsefw.solver import refit as module
+from sparsefw.solver.frank_wolfe import line_search
+from sparsefw.solver.methods import wanda
+from sparsefw.solver.refit import Fit, inverse_diagonal, refit, reselect
 
 ROWS, D = 9, 24
+PATTERNS = ("0.6", "layer:0.6", "2:4", "3:8")
 
 
-def random_mask(rows=ROWS, d=D, share=0.4, seed=7):
-    return uniform(rows, d, seed=seed) < share
+def random_mask(rows=ROWS, d=D):
+    return uniform(rows, d, seed=7) < 0.4
 
 
 def scaled_gram(d=D):
@@ -35,28 +42,31 @@ def run(W, G, mask, steps, start=None, backend=TORCH):
     return refit(W, G, mask, W.float() if start is None else start, steps, backend=backend)
 
 
-class TestLeastSquares:
+class TestRefit:
     @pytest.mark.parametrize("make", [gram, scaled_gram])
     @pytest.mark.parametrize("damp", [0.0, 0.1])
     def test_ends_at_the_exact_solution(self, make, damp):
         W, G, mask = normal(ROWS, D), damp_by(make(D), damp), random_mask()
-        fit, best = run(W, G, mask, 40), exact(W, G, mask)
-        scale = G.diagonal().double().sqrt()
+        # Entries outside of the mask are not read.
+        start = normal(ROWS, D, seed=1).masked_fill(~mask, torch.nan)
+        best, scale = exact(W, G, mask), G.diagonal().double().sqrt()
+        fit = run(W, G, mask, 40)
         torch.testing.assert_close(fit.Z * scale, best * scale, rtol=0, atol=1e-4 * (best * scale).abs().max().item())
-        torch.testing.assert_close(error(W, fit.Z, G), error(W, best, G), rtol=1e-6, atol=0)
+        for other in (fit, run(W, G, mask, 60, start)):
+            torch.testing.assert_close(error(W, other.Z, G), error(W, best, G), rtol=1e-5, atol=0)
         assert error(W, W * mask, G).sum() > 1.3 * error(W, best, G).sum()
+        assert torch.equal(run(W, G, mask, 0, start).Z, start.masked_fill(~mask, 0))
 
-    def test_rank_deficient(self):
+    @pytest.mark.parametrize("damp", [0.1, 0.0])
+    def test_rank_deficient(self, damp):
         """With damping the solution is unique; without it, only its error is."""
-        W, mask = normal(ROWS, D), random_mask()
+        W, mask, G = normal(ROWS, D), random_mask(), damp_by(rank_deficient_gram(), damp)
         mask[:, :4] = True
-        for damp in (0.1, 0.0):
-            G = damp_by(rank_deficient_gram(), damp)
-            fit, best = run(W, G, mask, 20), exact(W, G, mask)
-            excess = error(W, fit.Z, G) - error(W, best, G)
-            assert (excess <= 1e-4 * error(W, W * mask, G)).all()
-            if damp:
-                torch.testing.assert_close(fit.Z.double(), best, rtol=0, atol=1e-4)
+        fit, best = run(W, G, mask, 20), exact(W, G, mask)
+        excess = error(W, fit.Z, G) - error(W, best, G)
+        assert (excess <= 1e-4 * error(W, W * mask, G)).all()
+        if damp:
+            torch.testing.assert_close(fit.Z.double(), best, rtol=0, atol=1e-4)
 
     @pytest.mark.parametrize("exponent", [-40, 0, 40])
     @pytest.mark.parametrize("make", [gram, rank_deficient_gram])
@@ -66,23 +76,10 @@ class TestLeastSquares:
         few, many = (error(W, run(W, G, mask, steps).Z, G) for steps in (20, 200))
         assert (many <= few * (1 + 1e-6)).all()
 
-    def test_conjugate_directions(self):
-        """Two distinct eigenvalues under the mask: two steps of conjugate gradients are exact, of descent are not."""
-        W, mask = normal(ROWS, D), random_mask()
-        G = torch.eye(D, device=DEVICE) + 0.2
-        start = normal(ROWS, D, seed=1)
-        one, two = (error(W, run(W, G, mask, steps, start).Z, G) for steps in (1, 2))
-        best = error(W, exact(W, G, mask), G)
-        torch.testing.assert_close(two, best, rtol=1e-6, atol=0)
-        assert one.sum() > best.sum() * (1 + 1e-2)
-
-    @pytest.mark.parametrize(
-        "make", [gram, scaled_gram, lambda d: damp_by(rank_deficient_gram(d)), rank_deficient_gram]
-    )
+    @pytest.mark.parametrize("make", [gram, scaled_gram, rank_deficient_gram])
     def test_no_step_raises_the_error(self, make):
         W, G, mask = normal(ROWS, D), make(D), random_mask()
-        start = error(W, W * mask, G)
-        last = start
+        start = last = error(W, W * mask, G)
         for steps in range(1, 30):
             now = error(W, run(W, G, mask, steps).Z, G)
             # An error far below the start's is rounding of the start's.
@@ -92,108 +89,33 @@ class TestLeastSquares:
     @pytest.mark.parametrize("steps", [0, 1, 5])
     def test_residual_and_error_are_those_of_the_weights(self, steps):
         W, G, mask = normal(ROWS, D), gram(D), random_mask()
+        before = [X.clone() for X in (W, G, mask)]
         fit = run(W, G, mask, steps)
         R = (W.double() - fit.Z.double()) @ G.double()
         torch.testing.assert_close(fit.R.double(), R, rtol=0, atol=1e-5 * R.abs().max().item())
         torch.testing.assert_close(fit.error.double(), error(W, fit.Z, G), rtol=1e-5, atol=0)
-        assert torch.equal(fit.mask, mask)
+        assert (fit.Z[~mask] == 0).all()
+        assert all(torch.equal(X, Y) for X, Y in zip((W, G, mask), before, strict=True))
 
-    def test_starts_where_it_is_told(self):
-        W, G, mask = normal(ROWS, D), gram(D), random_mask()
-        # Entries outside of the mask are not read.
-        start = normal(ROWS, D, seed=1).masked_fill(~mask, torch.nan)
-        before = start.clone()
-        fit = run(W, G, mask, 0, start)
-        assert torch.equal(fit.Z, start.masked_fill(~mask, 0))
-        fit = run(W, G, mask, 40, start)
-        torch.testing.assert_close(error(W, fit.Z, G), error(W, exact(W, G, mask), G), rtol=1e-5, atol=0)
-        torch.testing.assert_close(start, before, rtol=0, atol=0, equal_nan=True)
-
-
-class TestInvariance:
-    """Powers of two change exponents only, so that these invariances hold bit for bit."""
-
-    def test_scale_of_the_inputs(self):
+    def test_powers_of_two_change_exponents_only(self):
         """The preconditioner is the diagonal, so inputs may have any units."""
-        W, G, mask = normal(ROWS, D), gram(D), random_mask()
-        units = 2.0 ** torch.arange(-12, 12, device=DEVICE)
-        fit, other = run(W, G, mask, 5), run(W / units, G * (units * units[:, None]), mask, 5)
-        assert torch.equal(other.Z, fit.Z / units)
-        assert torch.equal(other.error, fit.error)
-
-    # About 1e-12 and 1e12.
-    @pytest.mark.parametrize("exponent", [-40, 40])
-    def test_scale_of_the_gram_matrix(self, exponent):
-        W, G, mask = normal(ROWS, D), gram(D), random_mask()
-        fit, other = run(W, G, mask, 5), run(W, G * 2.0**exponent, mask, 5)
-        assert torch.equal(other.Z, fit.Z)
-        assert torch.equal(other.error, fit.error * 2.0**exponent)
-
-    def test_scale_of_the_weights(self):
-        W, G, mask = normal(ROWS, D), gram(D), random_mask()
-        assert torch.equal(run(W * 2.0**-30, G, mask, 5).Z, run(W, G, mask, 5).Z * 2.0**-30)
-
-    def test_dtype_of_the_weights(self):
         W, G, mask = normal(ROWS, D, dtype=torch.bfloat16), gram(D), random_mask()
-        fit, other = run(W, G, mask, 5), run(W.float(), G, mask, 5)
-        assert fit.Z.dtype == fit.R.dtype == torch.float32
-        assert torch.equal(fit.Z, other.Z)
-        assert torch.equal(fit.error, other.error)
+        fit = run(W, G, mask, 5)
+        units = 2.0 ** torch.arange(-12, 12, device=DEVICE)
+        assert torch.equal(run(W / units, G * (units * units[:, None]), mask, 5).Z, fit.Z / units)
+        assert torch.equal(run(W, G * 2.0**40, mask, 5).error, fit.error * 2.0**40)
+        assert torch.equal(run(W.float() * 2.0**-30, G, mask, 5).Z, fit.Z * 2.0**-30)
 
-
-class TestEdges:
-    def test_zero_outside_the_mask(self):
-        W, mask = normal(ROWS, D), random_mask()
-        for steps in (0, 1, 4):
-            Z = run(W, scaled_gram(), mask, steps).Z
-            assert (Z[~mask] == 0).all()
-            assert (Z[mask] != 0).all()
-
-    def test_rows_that_keep_nothing_or_everything(self):
+    def test_dead_inputs_stay_and_rows_without_weights_stay_empty(self):
         W, G, mask = normal(ROWS, D), gram(D), random_mask()
-        mask[2], mask[5] = False, True
-        fit = run(W, G, mask, 6)
+        G[3], G[:, 3], mask[2] = 0, 0, False
+        mask[4:, 3] = True
+        fit = run(W, G, mask, 5)
+        assert torch.equal(fit.Z[:, 3], (W * mask)[:, 3])
         assert (fit.Z[2] == 0).all()
-        torch.testing.assert_close(fit.error[2].double(), error(W, torch.zeros_like(W), G)[2], rtol=1e-5, atol=0)
-        assert torch.equal(fit.Z[5], W[5])
-        assert fit.error[5] == 0
-        # The other rows are the same as alone, up to the roundings of a product of fewer rows: close to the
-        # optimum the error feels only the square of a change of Z.
-        others = torch.tensor([0, 1, 3, 4, 6, 7, 8], device=DEVICE)
-        alone = run(W[others], G, mask[others], 6)
-        torch.testing.assert_close(fit.error[others], alone.error, rtol=2e-6, atol=0)
-        torch.testing.assert_close(fit.Z[others], alone.Z, rtol=0, atol=1e-3)
+        assert fit.Z.isfinite().all()
+        assert inverse_diagonal(torch.diag(torch.tensor([4.0, 0.5, 0, 1e-40]))).tolist() == [0.25, 2, 0, 0]
 
-    def test_dead_inputs_stay(self):
-        W, G, mask = normal(ROWS, D), gram(D), random_mask()
-        dead = torch.tensor([0, 3, 17], device=DEVICE)
-        G[dead], G[:, dead] = 0, 0
-        mask[:, 3] = True
-        fit = run(W, G, mask, 30)
-        assert torch.equal(fit.Z[:, dead], (W * mask)[:, dead])
-        live = G.diagonal() > 0
-        best = exact(W[:, live], G[live][:, live], mask[:, live])
-        torch.testing.assert_close(fit.Z[:, live].double(), best, rtol=0, atol=1e-4)
-
-    def test_no_inputs_at_all(self):
-        W, mask = normal(ROWS, D), random_mask()
-        fit = run(W, torch.zeros(D, D, device=DEVICE), mask, 3)
-        assert torch.equal(fit.Z, W.masked_fill(~mask, 0))
-        assert (fit.error == 0).all()
-
-    def test_inverse_diagonal(self):
-        G = torch.tensor([[4.0, 1, 0], [1, 0.5, 0], [0, 0, 0]], device=DEVICE)
-        assert inverse_diagonal(G).tolist() == [0.25, 2, 0]
-
-    def test_leaves_its_inputs(self):
-        W, G, mask = normal(ROWS, D), gram(D), random_mask()
-        start = W.clone()
-        before = [X.clone() for X in (W, G, mask, start)]
-        run(W, G, mask, 3, start)
-        assert all(torch.equal(X, Y) for X, Y in zip((W, G, mask, start), before, strict=True))
-
-
-class TestPrecision:
     @pytest.mark.parametrize("precision", ["tf32", "bf16"])
     @pytest.mark.parametrize("operations", [cpu, triton_ops])
     def test_low_precision_gains_nearly_as_much(self, precision, operations):
@@ -203,25 +125,10 @@ class TestPrecision:
             # Triton's interpreter multiplies fp32 operands as they are.
             assert not torch.equal(fit.Z, exactly.Z)
         gain = error(W, W * mask, G) - error(W, exactly.Z, G)
-        assert (error(W, fit.Z, G) - error(W, exactly.Z, G)).sum() < {"tf32": 1e-4, "bf16": 1e-2}[
-            precision
-        ] * gain.sum()
+        most = {"tf32": 1e-4, "bf16": 1e-2}[precision]
+        assert (error(W, fit.Z, G) - error(W, exactly.Z, G)).sum() < most * gain.sum()
 
-    def test_of_every_product(self, monkeypatch):
-        seen, product = [], cpu.product
-        monkeypatch.setattr(cpu, "product", lambda *a, **o: seen.append(o["precision"]) or product(*a, **o))
-        run(normal(ROWS, D), gram(D), random_mask(), 2, backend=Backend(cpu, "tf32"))
-        assert seen == ["tf32"] * 3
-
-    def test_kernels_agree(self):
-        W, G, mask = normal(37, 40), damp_by(gram(40)), random_mask(37, 40)
-        fit, other = run(W, G, mask, 2), run(W, G, mask, 2, backend=TRITON)
-        torch.testing.assert_close(other.Z, fit.Z, rtol=0, atol=1e-5)
-        torch.testing.assert_close(other.error, fit.error, rtol=1e-5, atol=0)
-
-
-class TestTakeBetter:
-    def test_rows_with_the_lower_error(self):
+    def test_rows_with_the_lower_error_are_taken(self):
         """A row with an equal error stays; NaN is never better."""
 
         def fit(value, errors):
@@ -229,10 +136,191 @@ class TestTakeBetter:
             return Fit(full > 1, full.clone(), 10 * full, torch.tensor(errors))
 
         one, two = fit(1, [1.0, 1.0, 1.0, 1.0]), fit(2, [2.0, 1.0, 0.5, torch.nan])
-        better = one.take_better(two)
-        assert better.tolist() == [False, False, True, False]
+        assert one.take_better(two).tolist() == [False, False, True, False]
         assert one.Z[:, 0].tolist() == [1, 1, 2, 1]
         assert one.R[:, 2].tolist() == [10, 10, 20, 10]
         assert one.mask.any(1).tolist() == [False, False, True, False]
         assert one.error.tolist() == [1, 1, 0.5, 1]
-        assert two.Z.unique().tolist() == [2]
+
+
+def mixed_gram(d, seed):
+    """A Gram matrix of inputs that mix the same few sources, so that kept weights can make up for much."""
+    X = torch.randn(4 * d, d // 2, generator=generator(seed)) @ torch.randn(d // 2, d, generator=generator(seed + 1))
+    X += torch.randn(4 * d, d, generator=generator(seed + 2))
+    return damp_by(X.T @ X).to(DEVICE)
+
+
+def make_problem(rows=48, d=40, sparsity="0.6", k=None, backend=TORCH):
+    W, G, pattern = normal(rows, d), mixed_gram(d, 10), patterns.parse(sparsity)
+    saliency = wanda(W, G.diagonal())
+    k = patterns.kept(pattern, saliency) if k is None else k
+    return problem_of(W, G, saliency, k, pattern.group, backend)
+
+
+def solve(problem, *, steps=24, rounds=3, refit_steps=6, support=None, backend=TORCH):
+    """Frank-Wolfe, then re-selection from its mask."""
+    mask = frank_wolfe.solve(problem, line_search(steps, 1.0), backend=backend).mask
+    options = {"steps": steps, "penalty": 1.0, "refit_steps": refit_steps, "rounds": rounds, "support": support}
+    return reselect(problem, mask, **options, backend=backend)
+
+
+def assert_kept(problem, mask):
+    kept = mask.view(len(mask), -1, problem.group or mask.shape[1]).sum(2)
+    k = problem.k[:, None] if isinstance(problem.k, torch.Tensor) else problem.k
+    assert (kept == k).all()
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The masks that are refitted."""
+    masks = []
+    monkeypatch.setattr(module, "refit", lambda W, G, mask, *a, **o: masks.append(mask) or refit(W, G, mask, *a, **o))
+    return masks
+
+
+class TestReselect:
+    @pytest.mark.parametrize("sparsity", PATTERNS)
+    def test_budget_error_and_never_worse_than_a_refit(self, sparsity, tried):
+        problem = make_problem(sparsity=sparsity)
+        before = [X.clone() for X in (problem.W, problem.H)]
+        alone = solve(problem, rounds=0)
+        assert len(tried) == 1
+        fit = solve(problem)
+        assert len(tried) == 1 + 5
+        for mask in (*tried, fit.mask):
+            assert_kept(problem, mask)
+        assert (fit.Z[~fit.mask] == 0).all()
+        truth, refitted = error(problem.W, fit.Z, problem.H), error(problem.W, alone.Z, problem.H)
+        torch.testing.assert_close(fit.error.double(), truth, rtol=1e-4, atol=0)
+        assert (truth <= refitted * (1 + 1e-5)).all()
+        assert truth.sum() < 0.97 * refitted.sum()
+        assert all(torch.equal(X, Y) for X, Y in zip((problem.W, problem.H), before, strict=True))
+
+    def test_every_round_helps_and_none_harms(self):
+        problem = make_problem()
+        fits = [solve(problem, rounds=rounds).error for rounds in (0, 1, 2)]
+        for fewer, more in itertools.pairwise(fits):
+            assert (more <= fewer).all()
+            assert more.sum() < fewer.sum()
+
+    def test_margin_per_row(self, monkeypatch):
+        """A row has a wider margin after a rejected round, and a narrower one after an accepted round."""
+        problem = make_problem(rows=3)
+        scores, verdicts = [], iter([[0, 0, 0], [1, 0, 0], [1, 0, 1], [0, 1, 1]])
+        lmo = cpu.lmo
+
+        def spy(score, k, **options):
+            if not options.get("positive"):
+                scores.append(score.clone())
+            return lmo(score, k, **options)
+
+        monkeypatch.setattr(cpu, "lmo", spy)
+        mask = frank_wolfe.solve(problem, []).mask
+        # The first verdict is that of the restart. No fit is taken, so that scores differ by the margins only.
+        verdict = lambda *_: torch.tensor(next(verdicts), device=DEVICE).bool()  # noqa: E731
+        monkeypatch.setattr(Fit, "take_better", verdict)
+        fit = reselect(problem, mask, steps=0, penalty=1.0, refit_steps=2, rounds=3)
+        plain = scores[-3]
+        for score, margins in zip(scores[-2:], [[0, 0.1, 0.1], [0, 0.3, 0.07]], strict=True):
+            expected = plain * (1 + torch.tensor(margins, device=DEVICE)[:, None] * fit.mask)
+            torch.testing.assert_close(score, expected)
+
+    def test_restart_solves_for_the_candidates(self, monkeypatch):
+        """The restart's problem is min ||(W - M * T) X||^2, by its first residual and the weights that it may keep."""
+        problem, starts, iterate = make_problem(), [], frank_wolfe.iterate
+        monkeypatch.setattr(frank_wolfe, "iterate", lambda *args, **o: starts.append(args) or iterate(*args, **o))
+        solve(problem, steps=24, rounds=1)
+        (_, first, _), (again, second) = starts
+        assert (len(first), len(second)) == (24, 8)
+        *_, state = iterate(again, second)
+        R = (problem.W.double() - state.M.double() * again.W.double()) @ problem.H.double()
+        torch.testing.assert_close(state.R.double(), R, rtol=0, atol=1e-5 * R.abs().max().item())
+        assert not torch.equal(again.W, problem.W)
+
+    @pytest.mark.parametrize("steps", [0, 1, 2])
+    def test_few_steps(self, steps):
+        """A third of so few steps is no step."""
+        problem = make_problem()
+        fit = solve(problem, steps=steps)
+        assert_kept(problem, fit.mask)
+        assert fit.error.sum() < solve(problem, steps=steps, rounds=0).error.sum()
+
+    @pytest.mark.parametrize("backend", [TORCH, TRITON], ids=["torch", "triton"])
+    def test_a_row_that_overflows_spoils_no_other(self, backend):
+        problem = make_problem(rows=8)
+        options = {"steps": 3, "penalty": 1.0, "refit_steps": 1, "rounds": 1, "backend": backend}
+        expected = reselect(problem, problem.warm, **options)
+        problem.W[3, ~problem.warm[3]] = 1e30
+        fit = reselect(problem, problem.warm, **options)
+        assert fit.error.isfinite().tolist() == [n != 3 for n in range(8)]
+        others = torch.arange(8, device=DEVICE) != 3
+        assert torch.equal(fit.error[others], expected.error[others])
+        assert torch.equal(fit.mask[others], expected.mask[others])
+
+    def test_reruns_are_bit_identical_and_kernels_agree(self):
+        problem = make_problem(rows=11)
+        first, second, other = (solve(problem, steps=6, rounds=1, backend=b) for b in (TORCH, TORCH, TRITON))
+        assert torch.equal(first.mask, second.mask)
+        assert torch.equal(first.Z, second.Z)
+        assert_kept(problem, other.mask)
+        # A nearly tied entry may go either way.
+        torch.testing.assert_close(first.error.sum(), other.error.sum(), rtol=5e-3, atol=0)
+        assert (first.mask != other.mask).sum() <= 6
+
+    @pytest.mark.parametrize("k", [0, 40])
+    def test_nothing_and_everything(self, k):
+        problem = make_problem(rows=5, k=k)
+        assert torch.equal(solve(problem).Z, problem.W if k else torch.zeros_like(problem.W))
+
+    @pytest.mark.parametrize("precision", ["tf32", "bf16"])
+    def test_low_precision_is_nearly_as_good(self, precision):
+        problem = make_problem()
+        fits = solve(problem), solve(problem, rounds=0), solve(problem, backend=Backend(cpu, precision))
+        truth, alone, low = (error(problem.W, fit.Z, problem.H).sum() for fit in fits)
+        assert low - truth < 0.25 * (alone - truth)
+        assert low != truth
+
+    @pytest.mark.parametrize("sparsity", PATTERNS)
+    @pytest.mark.parametrize("rounds", [0, 3])
+    def test_every_mask_is_within_the_support(self, rounds, sparsity, tried):
+        problem = make_problem(sparsity=sparsity)
+        support = uniform(*problem.W.shape, seed=4) < 0.7
+        problem.W.masked_fill_(~support, 0)
+        fit = solve(problem, rounds=rounds, support=support)
+        assert not any((mask & ~support).any() for mask in tried)
+        assert (fit.Z[~support] == 0).all()
+        torch.testing.assert_close(fit.error.double(), error(problem.W, fit.Z, problem.H), rtol=1e-4, atol=0)
+
+    def test_rows_of_eight_against_every_mask(self):
+        """Most rows find the best mask with its exact weights, and no row is far from it."""
+        problem = make_problem(rows=40, d=8, k=3)
+        fit, W, G = solve(problem, rounds=6, refit_steps=12), problem.W, problem.H
+        errors = []
+        for kept in itertools.combinations(range(8), 3):
+            mask = torch.zeros_like(W, dtype=torch.bool)
+            mask[:, list(kept)] = True
+            errors.append(error(W, exact(W, G, mask), G))
+        best = torch.stack(errors).amin(0)
+        ratio, alone = (error(W, x.Z, G) / best for x in (fit, solve(problem, rounds=0, refit_steps=12)))
+        assert (ratio >= 1 - 1e-5).all()
+        assert ratio.mean() - 1 < 0.5 * (alone.mean() - 1)
+        assert (ratio < 1 + 1e-4).double().mean() >= 0.75
+        assert ratio.max() < 1.6
+
+    def test_candidates_stand_where_one_step_of_their_own_takes_them(self):
+        """Their scores are the roots of the errors of single removals."""
+        problem = make_problem(rows=6)
+        W, G, mask = problem.W, problem.H, uniform(6, 40) < 0.4
+        fit = refit(W, G, mask, W, 3)
+        T, score = TORCH.candidates(fit.Z, fit.R, fit.mask, inverse_diagonal(G), G.diagonal().sqrt())
+        assert torch.equal(T[mask], fit.Z[mask])
+        for j in range(40):
+
+            def alone(factor, j=j):
+                return error(W, fit.Z.double().index_fill(1, torch.tensor(j), 0).index_add(
+                    1, torch.tensor(j), T[:, [j]].double() * factor), G)  # fmt: skip
+
+            for factor in (0.9, 1.1):
+                assert (alone(1.0) < alone(factor))[~mask[:, j]].all()
+            gone = error(T, T.index_fill(1, torch.tensor(j), 0), G)
+            torch.testing.assert_close(score[:, j].double() ** 2, gone, rtol=1e-5, atol=0)

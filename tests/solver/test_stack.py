@@ -1,20 +1,147 @@
-"""Stacked rows have their own budget, saliency and target, and no row depends on the others."""
+"""Stacks and chunks of rows change no result; chunks fit the memory, run on several threads and fill waves."""
+
+import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from helpers.layer_inputs import PATTERNS, D, assert_same, make_config, make_gram, make_layers, run, run_alone
+from helpers.kernel_inputs import generator, normal
+from helpers.layer_inputs import PATTERNS, ROWS, D, assert_same, make_config, make_gram, make_layers, run, run_alone
+from helpers.pretended_gpu import pretended_gpu
 
-from sparsefw.solver import choices
+from sparsefw.errors import InputError
+from sparsefw.kernels import cpu, triton_ops
+from sparsefw.kernels.backend import TORCH, Backend
+from sparsefw.solver.choices import CHOOSE
+from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT, TILE, by_chunks, wave_rows
+from sparsefw.solver.target import Cross, cross_rows
+
+UNIT = BYTES_PER_ENTRY * D * ROW_UNIT
+FORMS = ("inputs", "streams", "outputs")
+# A layer of each form beside layers of the others, and one without a target.
+MIXED = [tuple(forms) for forms in itertools.permutations((*FORMS, None))]
+
+
+class Case:
+    """Layers of one input that lose by what was pruned before them, in float64.
+
+    Every layer adds W X to the stream h. The dense model's stream behind it is S = h + W X_dense, so the layer's output
+    falls short by D = W (X_dense - X), whichever way it is measured.
+    """
+
+    def __init__(self, dtype=torch.float32):
+        mix = torch.randn(D // 3, D, generator=generator(100), dtype=torch.float64)
+        self.X = torch.randn(200, D // 3, generator=generator(0), dtype=torch.float64) @ mix
+        self.X += 2 * torch.randn(200, D, generator=generator(1), dtype=torch.float64)
+        self.X_dense = self.X + 0.3 * torch.randn(200, D, generator=generator(2), dtype=torch.float64)
+        self.weights = [normal(n, D, seed=10 + i, dtype=dtype).cpu() for i, n in enumerate(ROWS)]
+        G = (self.X.T @ self.X).float()
+        self.G = (G.tril() + G.tril(-1).T).contiguous()
+        self.layers = [(f"layer{i}", W) for i, W in enumerate(self.weights)]
+        self.truth = torch.cat([W.double() @ (self.X_dense - self.X).T @ self.X for W in self.weights])
+
+    def crosses(self, forms):
+        """The measures of the layers that calibration takes."""
+        X, X_dense, crosses = self.X, self.X_dense, []
+        for W, form in zip(self.weights, forms, strict=True):
+            W = W.double()
+            h = torch.randn(200, len(W), generator=generator(20)).double()
+            matrix = {
+                None: None,
+                "inputs": X.T @ (X_dense - X),
+                "streams": (h + X_dense @ W.T - h).T @ X,
+                "outputs": (X_dense @ W.T - X @ W.T).T @ X,
+            }[form]
+            crosses.append(None if matrix is None else Cross(form, matrix.float()))
+        return crosses
+
+    def stacked(self, forms):
+        """The stack's weights, padded to a multiple of ROW_UNIT, and what `cross_rows` is given of its layers."""
+        W = torch.cat(self.weights)
+        padding = torch.zeros(-len(W) % ROW_UNIT, D, dtype=W.dtype)
+        return torch.cat([W, padding]), list(zip(self.crosses(forms), ROWS, strict=True))
+
+
+class TestCrossRows:
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("operations", [cpu, triton_ops], ids=["cpu", "triton"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_are_those_of_float64(self, dtype, operations, form):
+        case = Case(dtype)
+        W, crosses = case.stacked([form] * len(ROWS))
+        B = cross_rows(crosses, 0, W, case.G, backend=Backend(operations)).double()
+        # The forms differ by what they subtract: products with the whole input, or with the difference of inputs.
+        assert (B[: len(case.truth)] - case.truth).abs().max() < 2e-5 * case.truth.abs().max()
+        assert not B[len(case.truth) :].any()
+
+    @pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32", "bf16"])
+    def test_streams_subtract_products_as_good_as_fp32_and_inputs_are_rounded_once(self, precision):
+        """At bf16, W G alone would be wrong by more than the difference to the dense model is."""
+        case, unit = Case(torch.bfloat16), dict(ieee=2e-6, tf32x3=2e-6, tf32=2.0**-12, bf16=2.0**-9)[precision]
+        for form, most in (("streams", 1e-4), ("inputs", unit)):
+            W, crosses = case.stacked([form] * len(ROWS))
+            B = cross_rows(crosses, 0, W, case.G, backend=Backend(cpu, precision))
+            assert (B[: len(case.truth)] - case.truth).norm() < most * case.truth.norm()
+
+    @pytest.mark.parametrize("forms", MIXED[::3], ids=str)
+    def test_do_not_depend_on_where_a_chunk_begins(self, forms):
+        """Chunks cross the borders of layers, and hold all, some or none of a layer's rows. Other chunks read on."""
+        case = Case()
+        W, crosses = case.stacked(forms)
+        before = [None if cross is None else cross.matrix.clone() for cross, _ in crosses]
+        whole = cross_rows(crosses, 0, W, case.G)
+        for height in (ROW_UNIT, 3 * ROW_UNIT):
+            parts = [cross_rows(crosses, n, W[n : n + height], case.G) for n in range(0, len(W), height)]
+            assert torch.equal(torch.cat(parts), whole)
+        for form, part in zip(forms, whole[: sum(ROWS)].split(ROWS), strict=True):
+            assert part.any() == (form is not None)
+        assert not whole[sum(ROWS) :].any()
+        whole.fill_(torch.nan)
+        for (cross, _), matrix in zip(crosses, before, strict=True):
+            assert cross is None or torch.equal(cross.matrix, matrix)
+
+    @pytest.mark.parametrize("refit", [0, 3])
+    @pytest.mark.parametrize("form", ["inputs", "streams"])
+    def test_all_forms_give_the_same_target(self, form, refit):
+        case, config = Case(), make_config(refit=refit, swaps=0 if refit else 20)
+        pruned, expected = (
+            run(case.layers, case.G, config=config, crosses=case.crosses([f] * len(ROWS)))[0] for f in (form, "outputs")
+        )
+        for name, Z in expected.items():
+            assert torch.equal(pruned[name] != 0, Z != 0)
+            torch.testing.assert_close(pruned[name], Z, rtol=1e-4, atol=1e-4)
 
 
 class TestStack:
     @pytest.mark.parametrize("text", PATTERNS)
-    @pytest.mark.parametrize("warm_start", ["wanda", "ria"])
-    def test_like_each_layer_alone(self, text, warm_start):
+    @pytest.mark.parametrize(
+        "options", [dict(refit=0, swaps=20), dict(warm_start="ria"), dict(keep_zeros=True)], ids=str
+    )
+    @pytest.mark.parametrize("forms", [None, (*FORMS, None)], ids=str)
+    def test_stacks_chunks_and_threads_change_nothing(self, text, options, forms, set_threads):
         """RIA's saliency and a `layer:` budget depend on the whole layer."""
-        layers, config = make_layers(), make_config(text, warm_start=warm_start)
-        together = run(layers, config=config)
-        assert_same(together, run_alone(layers, config))
+        case, config = Case(torch.bfloat16), make_config(text, **options)
+
+        def crosses():
+            return None if forms is None else case.crosses(forms)
+
+        together = run(case.layers, case.G, config=config, memory=1 << 40, crosses=crosses())
+        for threads, memory in ((1, UNIT), (3, 3 * UNIT)):
+            set_threads(threads)
+            assert_same(together, run(case.layers, case.G, config=config, memory=memory, crosses=crosses()))
+        set_threads(1)
+        for n, layer in enumerate(case.layers):
+            (pruned, (row,)) = run([layer], case.G, config=config, crosses=crosses() and [crosses()[n]])
+            assert_same(({layer[0]: together[0][layer[0]]}, [together[1][n]]), (pruned, [row]))
+
+    def test_products_in_bf16(self, set_threads):
+        case, config, backend = Case(torch.bfloat16), make_config(), Backend(cpu, "bf16")
+        results = []
+        for memory in (1 << 40, UNIT):
+            crosses = case.crosses((*FORMS, None))
+            results.append(run(case.layers, case.G, config=config, backend=backend, memory=memory, crosses=crosses))
+        assert_same(*results)
 
     @pytest.mark.parametrize("refit", [0, 3])
     def test_each_layer_is_written_in_its_own_dtype(self, refit):
@@ -26,23 +153,82 @@ class TestStack:
         assert_same(together, run_alone(layers, config))
         assert [W.dtype for W in together[0].values()] == [*dtypes]
 
-    def test_damping_is_that_of_the_config(self, monkeypatch):
-        """Refits and final masks use the damped matrix; errors are on the matrix without damping."""
-        G, seen = make_gram(), []
 
-        def spy(function):
-            def call(problem, *rest, **options):
-                seen.append([None if x is None else x.diagonal() / G.diagonal() for x in (problem.G, problem.damped)])
-                return function(problem, *rest, **options)
+class TestChunks:
+    def test_rows_are_shared_out_over_the_threads_that_the_memory_has_room_for(self, set_threads, monkeypatch):
+        sizes, choose = [], CHOOSE["sparsefw"]
 
-            return call
+        def spy(rows, *rest):
+            sizes[-1].append(len(rows.start))
+            assert torch.get_num_threads() == 1
+            return choose(rows, *rest)
 
-        monkeypatch.setattr(choices, "reselect", spy(choices.reselect))
-        monkeypatch.setattr(choices.frank_wolfe, "solve", spy(choices.frank_wolfe.solve))
-        run(make_layers((5,)), G, config=make_config(damp=0.5))
-        run(make_layers((5,)), G, config=make_config(damp=0.3, refit=0))
-        (mask, no_damping), (refitted, _), (measured, chosen_on) = seen
-        assert no_damping is None
-        torch.testing.assert_close(torch.stack([mask, measured]), torch.ones(2, D))
-        torch.testing.assert_close(refitted, torch.full((D,), 1.5))
-        torch.testing.assert_close(chosen_on, torch.full((D,), 1.3))
+        monkeypatch.setitem(CHOOSE, "sparsefw", spy)
+        for threads in (1, 3):
+            set_threads(threads)
+            for memory in (1 << 40, 3 * UNIT - 1, UNIT):
+                sizes.append([])
+                run(make_layers(), memory=memory)
+                assert torch.get_num_threads() == threads
+        assert sizes == [[256], [128, 128], [64] * 4, [128, 128], [64] * 4, [64] * 4]
+
+    def test_errors_of_threads_arrive(self, set_threads, monkeypatch):
+        def fail(rows, *rest):
+            raise FloatingPointError("no")
+
+        set_threads(3)
+        monkeypatch.setitem(CHOOSE, "sparsefw", fail)
+        with pytest.raises(FloatingPointError, match="layer0, layer1, layer2, layer3: no"):
+            run(make_layers())
+        assert torch.get_num_threads() == 3
+
+    def test_too_little_memory(self):
+        with pytest.raises(InputError, match=r"layer0: a solve needs 0.000 GiB at least, and 0.000 are set aside"):
+            run(make_layers(), memory=UNIT - 1)
+
+
+def waves_by_hand(rows, d, height, multiprocessors, tile):
+    """Waves of all chunks, tile by tile."""
+    total = 0
+    for start in range(0, rows, height):
+        chunk = min(height, rows - start)
+        tiles = [(i, j) for i in range(0, chunk, tile[0]) for j in range(0, d, tile[1])]
+        total += len(range(0, len(tiles), multiprocessors))
+    return total
+
+
+class TestWaves:
+    @pytest.mark.parametrize(("rows", "d", "multiprocessors"), [(320, 520, 1), (1024, 64, 7), (2240, 1024, 132)])
+    def test_no_other_height_takes_fewer_waves(self, rows, d, multiprocessors):
+        for most in range(ROW_UNIT, rows + 2 * ROW_UNIT, 3 * ROW_UNIT):
+            height, highest = wave_rows(rows, d, most, multiprocessors, (128, 256)), min(most, rows)
+            allowed = [h for h in range(ROW_UNIT, highest + 1, ROW_UNIT) if 2 * h >= highest]
+            cost = {h: (waves_by_hand(rows, d, h, multiprocessors, (128, 256)), -(-rows // h), h) for h in allowed}
+            assert cost[height] == min(cost.values())
+
+    def test_the_tile_is_that_of_the_kernel(self):
+        compiled = Path(__file__).resolve().parents[2] / "bench" / "results" / "compiled.json"
+        large = "BLOCK_M={} BLOCK_N={} ".format(*TILE)
+        rows = [row for row in json.loads(compiled.read_text())["rows"] if row["name"] == "product bf16 8192x28672"]
+        assert [row["config"].startswith(large) for row in rows] == [True]
+
+    @pytest.mark.parametrize(("memory_rows", "lengths"), [
+        (1 << 20, [4480]),
+        # 35 x 4 tiles are two waves, however they are cut in two. So chunks are as few as possible, and alike.
+        (4416, [2240, 2240]),
+        (1536, [1536, 1536, 1408]),
+    ])  # fmt: skip
+    def test_chunks_on_a_gpu(self, memory_rows, lengths):
+        with pretended_gpu():
+            W = torch.zeros(4480, 1024, device="cuda")
+            memory = memory_rows * 1024 * BYTES_PER_ENTRY
+            assert list(by_chunks(lambda rows: len(W[rows]), W, memory, "layer0", TORCH)) == lengths
+
+    def test_chunks_of_any_height_give_the_same_bytes_on_a_gpu(self):
+        results = []
+        for memory in (1 << 40, UNIT):
+            with pretended_gpu():
+                layers = [(name, weight.to("cuda")) for name, weight in make_layers()]
+                pruned, rows = run(layers, make_gram().to("cuda"), memory=memory)
+                results.append(({name: weight.cpu() for name, weight in pruned.items()}, rows))
+        assert_same(*results)

@@ -26,11 +26,6 @@ def product(rows: int, d: int, *, E: int, G: int) -> Cost:
     return Cost(2 * rows * d * d, rows * d * (E + 4) + d * d * G)
 
 
-def gradient(rows: int, d: int, *, W: int, G: int) -> Cost:
-    """-2 W * ((W * (1 - M)) G); W is read as an operand of the product, and again for the factor."""
-    return Cost(2 * rows * d * d + 4 * rows * d, rows * d * (2 * W + 4 + 4) + d * d * G)
-
-
 def gram_accumulate(tokens: int, d: int, *, X: int) -> Cost:
     """G += X^T X: products of one triangle, which is read and written."""
     return Cost(tokens * d * (d + 1), tokens * d * X + 4 * d * (d + 1))
@@ -67,11 +62,6 @@ def conjugate_step(
     """P, U, Z, R and mask in; Z, R, P out. The first step reads R and mask and writes P; the last writes no P."""
     moved, turned = 0 if first else 20 + P, 0 if last else (4 if first else 0) + P + mask
     return Cost((0 if first else 6) * rows * d + (0 if last else 6) * rows * d, rows * d * (moved + turned))
-
-
-def convex_update(rows: int, d: int) -> Cost:
-    """M, V, R, U in; M, R out."""
-    return Cost(6 * rows * d, rows * d * (4 + 1 + 4 + 4 + 8))
 
 
 def removed(rows: int, d: int, *, W: int, E: int, target_gap: bool = False) -> Cost:

@@ -1,17 +1,8 @@
-"""The specification: every operation in plain torch, formula by formula.
+"""The specification of the kernels: every operation in plain torch, formula by formula.
 
-Tests hold both backends against it: cpu.py (`--kernel torch`) and triton_ops.py (`--kernel triton`) define the same
-names with the same signatures. Nothing here is meant to be fast. Given float64 tensors an operation computes in
-float64, so that tests can take it for the truth; else it computes in fp32.
-
-    W (rows, d)           weight                             G (d, d)     Gram matrix X^T X of the inputs
-    M (rows, d)           relaxed mask, entries in [0, 1]    diag (d,)    diagonal of G
-    V (rows, d)           vertex: a binary mask, bool        fixed (rows, d)    bool, entries that every vertex keeps
-    target_gap (rows, d)  target minus W, where the masked weights approximate a target other than W; else None
-    E (rows, d)           weights that V removes, W * (1 - V), plus the target gap
-    R (rows, d)           (W * (1 - M)) G, plus the target gap's product
-    U (rows, d)           E G, the same product for V
-    error(M) = sum(W * (1 - M) * R), one quadratic per row
+Tests hold both implementations against it: cpu.py (`--kernel torch`) and triton_ops.py (`--kernel triton`) define the
+same names with the same signatures. Nothing here is meant to be fast. Given float64 tensors an operation computes in
+float64, so that tests can take it for the truth; else it computes in fp32. `kernels/definitions.py` has the notation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
-
-# A swap is made only if it lowers the row's error by more than this fraction of sum(q) over the entries removed at the
-# start. A smaller gain may be rounding, and a search that follows rounding may never end.
-LEAST_GAIN = 1e-6
+from sparsefw.kernels.definitions import CONVERGED, LEAST_GAIN, RowState, check_budget, check_precision
 
 
 def round_operand(X: Tensor, precision: str) -> Tensor:
@@ -41,8 +28,7 @@ def round_operand(X: Tensor, precision: str) -> Tensor:
     Raises:
         ValueError: for any other precision.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_precision(precision)
     X = widened(X)
     if precision == "ieee":
         return X
@@ -91,21 +77,6 @@ def product_transposed(E: Tensor, C: Tensor, *, precision: str = "ieee") -> Tens
         precision: rounding of both operands, see `round_operand`.
     """
     return product(E, C.T, precision=precision)
-
-
-def gradient(W: Tensor, M: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None) -> Tensor:
-    """Gradient of error(M) with respect to M: -2 W * ((W * (1 - M)) G), (rows, d) fp32.
-
-    Args:
-        W: (rows, d), fp32 / bf16 / fp16.
-        M: (rows, d), fp32 in [0, 1].
-        G: (d, d), symmetric, fp32 or bf16.
-        precision: rounding of both operands of the product, see `round_operand`.
-        out: (rows, d) fp32, written and returned; allocated when None.
-    """
-    W = widened(W)
-    slope = -2 * W * product(W * (1 - M), G, precision=precision)
-    return slope if out is None else out.copy_(slope)
 
 
 def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
@@ -193,51 +164,13 @@ def lmo(
     return V if out is None else out.copy_(V)
 
 
-def check_budget(shape: torch.Size, k: int | Tensor, group: int) -> None:
-    """Raise ValueError unless k entries of every row (or of every `group` consecutive entries) can be kept."""
-    rows, d = shape
-    if group < 0 or (group and d % group):
-        raise ValueError(f"group: expected a divisor of d = {d}, got {group}")
-    width = group or d
-    if isinstance(k, Tensor):
-        if group or k.shape != (rows,) or k.is_floating_point():
-            raise ValueError(f"k: expected an int, or {rows} integers where group is 0, got {tuple(k.shape)} {k.dtype}")
-    elif not 0 <= k <= width:
-        raise ValueError(f"k: expected 0 to {width}, got {k}")
-
-
-def convex_update(M: Tensor, V: Tensor, R: Tensor, U: Tensor, eta: Tensor) -> None:
-    """M += eta (V - M) and R += eta (U - R), in place, with one step size per row.
-
-    Args:
-        M, R, U: (rows, d) fp32.
-        V: (rows, d) bool.
-        eta: (rows,) fp32 in [0, 1].
-    """
-    eta = eta[:, None]
-    M += eta * (V.to(M.dtype) - M)
-    R += eta * (U - R)
-
-
 def row_step(
-    W: Tensor,
-    diag: Tensor,
-    M: Tensor,
-    R: Tensor,
-    U: Tensor,
-    V: Tensor,
-    E: Tensor,
-    k: int | Tensor,
+    state: RowState,
     *,
-    group: int = 0,
-    fixed: Tensor | None = None,
-    target_gap: Tensor | None = None,
     eta: float | Tensor | None = None,
     theta: float | Tensor = 0.0,
     next_theta: float | Tensor = 0.0,
-    threshold: Tensor | None = None,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> None:
     """One Frank-Wolfe step of every row, in place: step size, convex update, next vertex, weights that it removes.
 
         D    = V - M                                    q = W^2 diag
@@ -249,41 +182,28 @@ def row_step(
     While next_theta < 1 the vertex takes only positive scores; from then on it keeps exactly k entries.
 
     Args:
-        W: (rows, d), fp32 / bf16 / fp16.
-        diag: (d,) fp32, the diagonal of G.
-        M, R: (rows, d) fp32, the state; updated.
-        U: (rows, d) fp32, the product of E; its content is undefined afterwards.
-        V: (rows, d) bool, the vertex that U belongs to; replaced by the next one.
-        E: (rows, d), dtype of the product's operand; replaced.
-        k, group, fixed: as in `lmo`.
-        target_gap: (rows, d) fp32, added to the removed weights; None adds nothing.
+        state: changed in place.
         eta: step size for all rows (open loop); None for the line search above. `eta`, `theta` and `next_theta` are
             numbers, or tensors () fp32 that are read when the step runs: see `repeat`.
         theta: weight of the integrality penalty that V was chosen with, 0 to 1.
         next_theta: weight of the penalty that the next V is chosen with.
-        threshold: (rows,) fp32, a score per row near which a search for the next vertex may start; replaced by one that
-            is right for this step where a search starts from it. It changes no result.
-        out: two tensors (rows,) fp32, written and returned; allocated when None.
-
-    Returns:
-        eta (rows,) and error(M) (rows,) after the update, fp32. A NaN in the state shows in the error.
     """
-    w, v = widened(W), V.to(M.dtype)
-    q, D = w**2 * diag, v - M
-    step, error = out or M.new_empty(2, len(M)).unbind()
+    w, M, R, U, V = widened(state.W), state.M, state.R, state.U, state.V.to(state.M.dtype)
+    q, D = w**2 * state.diag, V - M
     if eta is None:
         lin = (D * (-2 * w * R + theta * q * (1 - 2 * M))).sum(1)
         quad = (w * D * (R - U)).sum(1) - theta * (q * D**2).sum(1)
-        step.copy_(torch.where(quad > 0, (-lin / (2 * quad)).clamp(0, 1), lin + quad < 0))
+        state.eta.copy_(torch.where(quad > 0, (-lin / (2 * quad)).clamp(0, 1), lin + quad < 0))
     else:
-        step[:] = eta
-    convex_update(M, V, R, U, step)
-    error.copy_((w * (1 - M) * R).sum(1))
+        state.eta[:] = eta
+    M += state.eta[:, None] * D
+    R += state.eta[:, None] * (U - R)
+    state.error.copy_((w * (1 - M) * R).sum(1))
     score = 2 * w * R - next_theta * q * (1 - 2 * M)
-    lmo(score, k, group=group, fixed=fixed, positive=bool(next_theta < 1), checked=False, out=V)
-    removed = w.masked_fill(V, 0)
-    E.copy_(removed if target_gap is None else target_gap + removed)
-    return step, error
+    choice = dict(group=state.group, fixed=state.fixed, positive=bool(next_theta < 1))
+    lmo(score, state.k, **choice, checked=False, out=state.V)
+    removed = w.masked_fill(state.V, 0)
+    state.E.copy_(removed if state.target_gap is None else state.target_gap + removed)
 
 
 def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like: Tensor) -> Iterator[None]:
@@ -344,3 +264,204 @@ def _best_swap(w: Tensor, G: Tensor, a: Tensor, b: Tensor, members: Tensor) -> t
     if with_p.min() < with_i.min():
         return with_p.min().item(), int(members[with_p.argmin()]), int(p)
     return with_i.min().item(), int(i), int(members[with_i.argmin()])
+
+
+def removed(W: Tensor, mask: Tensor, target_gap: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """E = target_gap + W * (1 - mask), the weights that a mask removes, as the left operand of a product.
+
+    Args:
+        W: (rows, d), fp32 / bf16 / fp16.
+        mask: (rows, d) bool, True keeps a weight.
+        target_gap: (rows, d) fp32, the target minus W; None adds nothing.
+        out: (rows, d), fp32 / bf16 / fp16, written and returned. When None it is allocated, in the dtype of W, or with
+            a target gap in fp32.
+    """
+    E = W.masked_fill(mask, 0)
+    E = E if target_gap is None else target_gap + E
+    return E if out is None else out.copy_(E)
+
+
+def begin_fit(W: Tensor, start: Tensor, mask: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """The start of a refit: Z = mask * start, and E = W - Z, the left operand of the product that gives the residual.
+
+    Args:
+        W: (rows, d), fp32 / bf16 / fp16.
+        start: (rows, d), fp32 / bf16 / fp16; entries outside the mask are not read.
+        mask: (rows, d) bool.
+        dtype: the dtype of E, fp32 or bf16.
+
+    Returns:
+        Z (rows, d) fp32, and E (rows, d).
+    """
+    Z = widened(start).masked_fill(~mask, 0)
+    E = widened(W) - Z
+    return Z, E if E.dtype == torch.float64 else E.to(dtype)
+
+
+def row_errors(W: Tensor, R: Tensor, Z: Tensor | None = None) -> Tensor:
+    """sum((W - Z) * R) of every row, (rows,) fp32: the error of weights Z that approximate W, if R = (W - Z) G.
+
+    Args:
+        W: (rows, d), fp32 / bf16 / fp16.
+        R: (rows, d) fp32.
+        Z: (rows, d), fp32 / bf16 / fp16; None subtracts nothing.
+    """
+    E = widened(W) if Z is None else widened(W) - widened(Z)
+    return (E * R).sum(1)
+
+
+def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
+    """X[taken] = Y[taken], in place.
+
+    Args:
+        X, Y: (rows, d), of one dtype.
+        taken: (rows,) bool.
+    """
+    X[taken] = Y[taken]
+
+
+def candidates(
+    Z: Tensor,
+    R: Tensor,
+    mask: Tensor,
+    inverse: Tensor,
+    root: Tensor,
+    *,
+    margin: Tensor | None = None,
+    support: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weights among which a refitted mask is chosen again, and the scores of the choice.
+
+        T     = Z at kept weights and outside the support,  Z + R inverse at the other removed weights
+        score = |T| root (1 + margin mask)
+
+    A removed weight stands where an exact step along its own coordinate puts it. |T| root is the square root of the
+    error of removing that weight alone.
+
+    Args:
+        Z: (rows, d) fp32, refitted weights, 0 outside the mask.
+        R: (rows, d) fp32, (W - Z) G.
+        mask: (rows, d) bool, the weights that are kept.
+        inverse: (d,) fp32, 1 / diag(G).
+        root: (d,) fp32, the square roots of diag(G).
+        margin: (rows,) fp32, by which a removed weight has to be better than a kept one; None: 0.
+        support: (rows, d) bool, weights that may be nonzero; None: all.
+
+    Returns:
+        T and score, (rows, d) fp32 each.
+    """
+    removed = ~mask if support is None else ~mask & support
+    T = Z + (R * inverse).masked_fill(~removed, 0)
+    score = T.abs() * root
+    return T, score if margin is None else score * (1 + margin[:, None] * mask)
+
+
+def bound_scores(
+    W: Tensor, R: Tensor, M: Tensor, *, target_gap: Tensor | None = None, damping: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Half of the negative gradient of the error without penalty, and the part of the lower bound that it lacks.
+
+        r        = R - (target_gap + W * (1 - M)) damping
+        score    = W r
+        constant = sum(target_gap * r)
+
+    Args:
+        W: (rows, d), fp32 / bf16 / fp16.
+        R: (rows, d) fp32, (target_gap + W * (1 - M)) G, on G with `damping` added to its diagonal.
+        M: (rows, d) fp32, the relaxed mask.
+        target_gap: (rows, d) fp32, the target minus W; None if they are the same.
+        damping: (d,) fp32; None: 0.
+
+    Returns:
+        score (rows, d) fp32, and constant (rows,) fp32.
+    """
+    w, r = widened(W), R
+    if damping is not None:
+        E = w * (1 - M)
+        r = R - (E if target_gap is None else target_gap + E) * damping
+    return w * r, r.new_zeros(len(r)) if target_gap is None else (target_gap * r).sum(1)
+
+
+def bound_sums(score: Tensor, M: Tensor, V: Tensor) -> Tensor:
+    """sum(score * (1 + M - 2 V)) of every row, (rows,) fp32: error(M) - <gradient, M - V>, without the target gap.
+
+    Args:
+        score: (rows, d) fp32, from `bound_scores`.
+        M: (rows, d) fp32, the relaxed mask.
+        V: (rows, d) bool, the vertex of the score.
+    """
+    return (score * (1 + M - 2 * V.to(M.dtype))).sum(1)
+
+
+def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) -> Tensor:
+    """The binary mask of the k highest M of every row (or group), (rows, d) bool.
+
+    Exactly k entries are kept. Ties go to the higher saliency, then to the lower index.
+
+    Args:
+        M: (rows, d) fp32, the relaxed mask.
+        saliency: (rows, d) fp32, at least 0.
+        k, group: as in `lmo`.
+    """
+    units = (-1, group or M.shape[1])
+    first = lmo(M, k, group=group)
+    # The lowest M that got in. Entries above it are kept; saliency decides among those equal to it.
+    lowest = M.masked_fill(~first, torch.inf).view(units).amin(1, keepdim=True)
+    order = torch.sign(M.view(units) - lowest).view(M.shape)
+    return lmo(order * torch.finfo(torch.float32).max + saliency, k, group=group)
+
+
+def conjugate_step(
+    Z: Tensor,
+    R: Tensor,
+    P: Tensor,
+    U: Tensor,
+    rz: Tensor,
+    enough: Tensor,
+    inverse: Tensor,
+    *,
+    mask: Tensor | None = None,
+    first: bool = False,
+    last: bool = False,
+) -> None:
+    """One step of preconditioned conjugate gradients of every row, in place: the move along P, and the next P.
+
+        a  = rz / <P, U>                             0 where a row is done, rz <= enough
+        Z += a P                                     R -= a U
+        r  = mask * R     z = r inverse              rz' = <r, z>
+        P  = z + (rz' / rz) P
+
+    A ratio whose denominator is not positive is 0: nothing is left to gain in that row.
+
+    Args:
+        Z: (rows, d) fp32, the iterate.
+        R: (rows, d) fp32, its residual, B - Z G.
+        P: (rows, d), fp32 or the dtype of the product's operand, the direction; replaced by the next one.
+        U: (rows, d) fp32, the product P G.
+        rz: (rows,) fp32, <r, z> of the direction; replaced.
+        enough: (rows,) fp32, the <r, z> at which a row is done.
+        inverse: (d,) fp32, the preconditioner: 1 / diag(G).
+        mask: (rows, d) bool, the entries that move; None moves all.
+        first: before the first move. P, rz and enough are only written, Z and R stay, U is not read.
+        last: after the last product. Z and R move; P, rz and enough stay.
+    """
+    p, before = P.to(Z.dtype), rz.clone()
+    if not first:
+        a = ratio(before, (p * U).sum(1)).masked_fill(before <= enough, 0)[:, None]
+        Z += a * p
+        R -= a * U
+    if last:
+        return
+    r = R if mask is None else R.masked_fill(~mask, 0)
+    z = r * inverse
+    rz.copy_((r * z).sum(1))
+    if first:
+        P.copy_(z)
+        enough.copy_(CONVERGED * rz)
+    else:
+        P.copy_(z + ratio(rz, before)[:, None] * p)
+
+
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, and 0 where the denominator is not positive."""
+    return torch.where(denominator > 0, numerator / denominator, 0)
