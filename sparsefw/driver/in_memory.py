@@ -1,32 +1,43 @@
-"""A run on a model in memory, with batches of its own forward's arguments: any stack of blocks, whatever it reads."""
+"""A run on a model in memory: on text, or on batches of its own forward's arguments, whatever it reads."""
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
+from sparsefw import data
 from sparsefw.checkpoint import Writer, check_free, read_shard
 from sparsefw.data import Batch, Batches
 from sparsefw.driver.job import Job, Prepared
+from sparsefw.driver.loop import Samples
 from sparsefw.driver.run import carry_out, kernel_line, workload_of
 from sparsefw.driver.saved import check_state, save
-from sparsefw.errors import counted
+from sparsefw.driver.texts import windows_of_texts
+from sparsefw.errors import InputError, counted
 from sparsefw.estimate import memory_limits, pruned_shape
-from sparsefw.model import ResidentModel, check_losses, resident, shape_of_resident
+from sparsefw.model import (
+    ModelShape,
+    ResidentModel,
+    check_losses,
+    max_seqlen,
+    resident,
+    shape_of_resident,
+    shape_of_text,
+)
 from sparsefw.process import on_gpu, this_device
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report, amount, log
-from sparsefw.solver.selection import without_index
 
 
 def run_in_memory(
     model: nn.Module,
     job: Job,
-    calibration: Batches,
-    evaluation: Batches | None,
+    batches: tuple[Batches, Batches | None] | None,
     saves: bool,
     say: Callable[[str], None],
     progress: bool,
@@ -39,12 +50,12 @@ def run_in_memory(
     Args:
         model: the model.
         job: the run.
-        calibration: the batches that define the layer problems.
-        evaluation: batches with which the model returns a loss.
+        batches: those that define the layer problems, and those with which the model returns a loss; None: the job
+            names texts, and the model is one of transformers.
         saves: whether the pruned model is written, beside its report.
         say: called with every line of the log.
         progress: whether to show a progress bar.
-        ranks: the processes that share the batches; all of them have the model and all batches.
+        ranks: the processes that share the work; all of them have the model and all batches.
 
     Raises:
         InputError: something that the user gave is wrong; the message names it.
@@ -54,71 +65,73 @@ def run_in_memory(
     if saves:
         check_state(model)
     say(kernel_line(job.config))
-    batch, device = max(calibration.batches, key=_size), _device(model)
+    batch = None if batches is None else max(batches[0].batches, key=lambda x: sum(t.numel() for t in x.tensors))
+    device = next((x.device for x in model.parameters()), torch.device("cpu"))
+    device = this_device() if device.type == "cpu" else device
     # A module's own parameters may ask for gradients.
     with on_gpu(device), torch.no_grad(), resident(model, batch, device) as opened:
-        prepared, tokens = _prepare(job, opened, batch, calibration, evaluation, saves, say, ranks)
-        job = replace(job, inputs=replace(job.inputs, seqlen=max(2, tokens)))
+        if batches is None or batch is None:
+            whole, samples, seqlen = _on_text(job, opened, say, ranks)
+        else:
+            whole, samples, seqlen = _on_batches(opened, batch, *batches)
+            job = replace(job, inputs=replace(job.inputs, seqlen=max(2, seqlen)))
+        calibration, *evaluation = samples
+        for note in opened.notes:
+            say(f"note: {note}")
+        dtype = next(model.parameters()).dtype
+        say(f"model: {type(model).__name__} in memory, {counted(len(opened.firsts), 'block')}, {dtype}")
+        say(f"calibration: {amount(calibration.source, calibration.n, seqlen)}")
+        shape = pruned_shape(whole, job.config)
+        say(log.sparsity_line(job.config, shape, whole))
+        tensors = _tensors(model)
+        prepared = Prepared(
+            device,
+            calibration,
+            evaluation,
+            shape,
+            workload_of(job.config, calibration.n, [text.n for text in evaluation], seqlen, device, ranks=ranks),
+            memory_limits(job.output.gpu_memory, job.output.host_memory, device, ranks),
+            opened.notes,
+            _fingerprint(tensors),
+            # A caller's batches are not cut.
+            fixed={"batch": 1} if batches else {},
+            saved=sum(tensor.nbytes for _, tensor in tensors) if saves else 0,
+        )
 
-        parameters = dict(pair for i in opened.firsts for pair in opened.parameters(i))
-        layers = {name: parameters[without_index(name)] for name in prepared.shape.layer_names}
+        def write(folder: Path) -> None:
+            save(model, folder)
+            if job.tokenizer is not None:
+                job.tokenizer.save_pretrained(folder)
 
         def finish(writer: Writer) -> None:
             for n, i in enumerate(opened.firsts):
                 opened.change(i, read_shard(writer.path(n)))
             with opened.as_configured():
-                writer.finish_as(partial(save, model, layers=layers) if saves else lambda folder: None)
+                writer.finish_as(write if saves else lambda folder: None)
 
         return carry_out(job, opened, prepared, finish, say, progress, ranks)
 
 
-def _prepare(
-    job: Job,
-    model: ResidentModel,
-    batch: Batch,
-    calibration: Batches,
-    evaluation: Batches | None,
-    saves: bool,
-    say: Callable[[str], None],
-    ranks: Ranks,
-) -> tuple[Prepared, int]:
-    """The run before its first block, and the most vectors of a batch between two blocks."""
-    config, device = job.config, model.device
-    whole, tokens = shape_of_resident(model, batch)
+# The shape of a model, what it is calibrated and evaluated on, and the tokens in each.
+_Samples = tuple[ModelShape, list[Samples], int]
+
+
+def _on_text(job: Job, model: ResidentModel, say: Callable[[str], None], ranks: Ranks) -> _Samples:
+    inputs, config = job.inputs, cast(PretrainedConfig, model.model.config)
+    if inputs.evaluate and not model.logits_itemsize:
+        raise InputError(f"evaluate: {type(model.model).__name__} returns no logits, of which perplexity is made")
+    seqlen = data.window_length(inputs.model, inputs.seqlen, max_seqlen(config))
+    if seqlen < inputs.seqlen:
+        say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
+    calibration, evaluation = ranks.on_first(lambda: windows_of_texts(job, seqlen))
+    return shape_of_text(model), [calibration, *evaluation], seqlen
+
+
+def _on_batches(model: ResidentModel, batch: Batch, calibration: Batches, evaluation: Batches | None) -> _Samples:
+    shape, tokens = shape_of_resident(model, batch)
     if evaluation:
         check_losses(model, evaluation.batches)
-    for note in model.notes:
-        say(f"note: {note}")
-    dtype = next(model.model.parameters()).dtype
-    say(f"model: {type(model.model).__name__} in memory, {counted(len(model.firsts), 'block')}, {dtype}")
-    say(f"calibration: {amount(calibration.source, calibration.n, tokens)}")
-    shape = pruned_shape(whole, config)
-    say(log.sparsity_line(config, shape, whole))
-    evaluated = [evaluation] if evaluation else []
-    prepared = Prepared(
-        device,
-        calibration,
-        evaluated,
-        shape,
-        workload_of(config, calibration.n, [batches.n for batches in evaluated], tokens, device, ranks=ranks),
-        memory_limits(job.output.gpu_memory, job.output.host_memory, device, ranks),
-        model.notes,
-        _fingerprint(model.model),
-        # A caller's batches are not cut.
-        fixed={"batch": 1},
-        saved=sum(tensor.nbytes for _, tensor in _tensors(model.model)) if saves else 0,
-    )
-    return prepared, tokens
-
-
-def _size(batch: Batch) -> int:
-    return sum(x.numel() for x in batch.tensors)
-
-
-def _device(model: nn.Module) -> torch.device:
-    """The device of a model on a GPU; otherwise a GPU, if there is one."""
-    own = next((x.device for x in model.parameters()), torch.device("cpu"))
-    return this_device() if own.type == "cpu" else own
+    return shape, [calibration, evaluation] if evaluation else [calibration], tokens
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -126,10 +139,10 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in model.state_dict().items() if isinstance(value, Tensor)]
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """SHA-256 of all tensors of a model, in hex."""
+def _fingerprint(tensors: list[tuple[str, Tensor]]) -> str:
+    """SHA-256 of tensors with their names, in hex."""
     digest = hashlib.sha256()
-    for name, tensor in _tensors(model):
+    for name, tensor in tensors:
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

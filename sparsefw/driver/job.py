@@ -24,28 +24,17 @@ class Job:
         inputs: names of what is read.
         config: how the model is pruned.
         output: where the run writes.
+        dataset: calibration data without a name: documents, or token ids (windows, seqlen); None: `inputs` names it.
+        tokenizer: the model's tokenizer; None: the source's.
+        folder: folder of the source, the checkpoint that is read; None: the model is in memory.
     """
 
     inputs: Inputs
     config: PruneConfig
     output: Output
-
-
-@dataclass(frozen=True)
-class CheckpointJob(Job):
-    """A run on a checkpoint.
-
-    Attributes:
-        folder: folder of the source, the checkpoint that is read.
-        dataset: calibration data without a name: documents, or token ids (windows, seqlen); None: `inputs` names it.
-        tokenizer: the model's tokenizer; None: the source's.
-        in_memory: whether the source is there for this run alone, written from a model in memory.
-    """
-
-    folder: Path
     dataset: Sequence[str] | Tensor | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
-    in_memory: bool = False
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)

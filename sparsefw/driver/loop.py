@@ -22,7 +22,7 @@ from sparsefw.driver.block import DenseReference, Run, find_stages, idle_matrice
 from sparsefw.driver.reconstruct import Parts, make_parts, reconstruct
 from sparsefw.driver.record import FinishedBlock
 from sparsefw.errors import InputError
-from sparsefw.model import HiddenStates, Placement, copy_of_block, embed_batches, perplexity, perplexity_of_batches
+from sparsefw.model import HiddenStates, Placement, embed_batches, perplexity, perplexity_of_batches
 from sparsefw.process import give_back, peak_memory
 from sparsefw.ranks import Ranks
 from sparsefw.report import BlockRecord, Reconstruction
@@ -234,7 +234,7 @@ def _prune_methods(
     block = model.open(i, placement.ahead)
     with timeline.span("read", i):
         # A copy, only if the dense block is needed after it has been pruned.
-        dense = copy_of_block(model, i) if run.config.uses_dense_target or len(methods) > 1 else None
+        dense = model.copy(i) if run.config.uses_dense_target or len(methods) > 1 else None
     _evaluate(run, i, states, DENSE)
     if run.config.uses_dense_stream and not run.config.uses_dense_target:
         # No stage will move them on.

@@ -4,7 +4,7 @@ import socket
 from dataclasses import asdict
 
 from sparsefw import process
-from sparsefw.driver.job import CheckpointJob, Job, Prepared
+from sparsefw.driver.job import Job, Prepared
 from sparsefw.driver.loop import Outcome
 from sparsefw.estimate import MemoryNeeds
 from sparsefw.model import Placement
@@ -69,5 +69,5 @@ def report_of(
         ),
         notes=prepared.notes,
         ranks=[] if ranks.alone else records,
-        in_memory=job.in_memory if isinstance(job, CheckpointJob) else True,
+        in_memory=job.folder is None,
     )

@@ -16,7 +16,7 @@ from sparsefw import checkpoint, data, process
 from sparsefw.checkpoint import Checkpoint, Evidence, Progress, Writer, durably
 from sparsefw.data import Batches
 from sparsefw.driver.block import Run
-from sparsefw.driver.job import CheckpointJob, Job, Prepared
+from sparsefw.driver.job import Job, Prepared
 from sparsefw.driver.loop import prune_model
 from sparsefw.driver.reporting import report_of
 from sparsefw.driver.texts import windows_of_texts
@@ -32,7 +32,7 @@ from sparsefw.solver import PruneConfig
 BY_CONTENT = {"model", "dataset", "evaluate"}
 
 
-def run_job(job: CheckpointJob, say: Callable[[str], None], progress: bool, ranks: Ranks = ALONE) -> Report:
+def run_job(job: Job, say: Callable[[str], None], progress: bool, ranks: Ranks = ALONE) -> Report:
     """Prune a checkpoint, evaluate it, write it and its report.
 
     Args:
@@ -45,6 +45,7 @@ def run_job(job: CheckpointJob, say: Callable[[str], None], progress: bool, rank
         InputError: something that the user gave is wrong; the message names it.
         FloatingPointError: a layer's error is not finite.
     """
+    assert job.folder is not None
     device = process.this_device()
     say(kernel_line(job.config))
     checkpoint.check_output(job.output.folder, job.folder, job.output.overwrite, _files_read(job))
@@ -52,7 +53,7 @@ def run_job(job: CheckpointJob, say: Callable[[str], None], progress: bool, rank
     evidence = Evidence(source)
     with StreamedModel(source, device, evidence.read) as model:
         prepared = _prepare(job, model, source, evidence, say, ranks)
-        return carry_out(job, model, prepared, lambda writer: writer.finish(job.folder), say, progress, ranks)
+        return carry_out(job, model, prepared, partial(Writer.finish, source=job.folder), say, progress, ranks)
 
 
 def carry_out(
@@ -145,7 +146,7 @@ def _why(config: PruneConfig) -> str:
     return "CUDA is available" if cuda else "no CUDA device"
 
 
-def _files_read(job: CheckpointJob) -> list[Path]:
+def _files_read(job: Job) -> list[Path]:
     """Files and folders here that the run reads beside the source: texts, the Hub's caches, temporary files."""
     inputs = job.inputs
     names = [*inputs.evaluate, *(inputs.shares if job.dataset is None else [])]
@@ -154,7 +155,7 @@ def _files_read(job: CheckpointJob) -> list[Path]:
 
 
 def _prepare(
-    job: CheckpointJob,
+    job: Job,
     model: StreamedModel,
     source: Checkpoint,
     evidence: Evidence,
@@ -171,7 +172,7 @@ def _prepare(
     calibration, evaluation = ranks.on_first(lambda: windows_of_texts(job, seqlen))
     # From Python, the process may have had more at some time before: that is not this run's.
     peak = process.peak_memory()["host_bytes"]
-    notes = model.notes + checkpoint.note_of_others(job.folder)
+    notes = model.notes + checkpoint.note_of_others(source.folder)
     for note in notes:
         say(f"note: {note}")
     say(f"model: {inputs.model}, {counted(len(model.firsts), 'block')}, {source.dtype}")

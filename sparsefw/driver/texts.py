@@ -4,11 +4,11 @@ from torch import Tensor
 
 from sparsefw import data
 from sparsefw.data import Windows
-from sparsefw.driver.job import CheckpointJob
+from sparsefw.driver.job import Job
 from sparsefw.errors import InputError
 
 
-def windows_of_texts(job: CheckpointJob, seqlen: int) -> tuple[Windows, list[Windows]]:
+def windows_of_texts(job: Job, seqlen: int) -> tuple[Windows, list[Windows]]:
     """Read and tokenize the texts of a run.
 
     Args:
@@ -31,7 +31,10 @@ def windows_of_texts(job: CheckpointJob, seqlen: int) -> tuple[Windows, list[Win
         if not inputs.evaluate:
             # Nothing has to be tokenized.
             return calibration, []
-    tokenizer = job.tokenizer or data.load_tokenizer(job.folder)
+    tokenizer = job.tokenizer
+    if tokenizer is None:
+        assert job.folder is not None
+        tokenizer = data.load_tokenizer(job.folder)
     nsamples, seed = inputs.nsamples, inputs.seed
     if dataset is None:
         calibration = data.mixed_windows(tokenizer, inputs.shares, nsamples=nsamples, seqlen=seqlen, seed=seed)

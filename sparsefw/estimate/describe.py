@@ -16,9 +16,9 @@ from sparsefw.checkpoint.quantization import Quantization, dtype_in, quantizatio
 from sparsefw.checkpoint.trust import shown
 from sparsefw.errors import InputError, first_line
 from sparsefw.model import shape_of
+from sparsefw.model.hf import from_config
 from sparsefw.model.shapes import LayerShape, ModelShape
 from sparsefw.model.skeleton import LOADING, class_of, forget_quantization, max_seqlen
-from sparsefw.model.transformers_private import from_config
 
 # Dtypes of weights that can be pruned. A model whose config names no dtype is taken to have the first.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -125,7 +125,7 @@ def _answers(
     ranks: Ranks,
 ) -> list[Score]:
     """The answers of one rank, in rows that hold as much as the model allows."""
-    config = model.model.config
+    config = model.config
     local = [size for name in LOCAL if isinstance(size := getattr(config.get_text_config(), name, None), int) and size]
     for sharing in sorted(Sharing, reverse=True):
         rows = rows_of(requests, sharing, min(local, default=math.inf))
@@ -303,7 +303,7 @@ class _Pass:
         if not self._by_window:
             batch = next(islice(group.batches(self._tokens, self._dtype), j, None))
             whole = run_behind_blocks(model, batch, hidden, states.behind_last(j)).logits
-        size = max(1, LOGITS // (4 * model.vocabulary))
+        size = max(1, LOGITS // (4 * (model.vocabulary or 1)))
         for first in range(0, len(places), size):
             where = places[first : first + size]
             n, place = torch.tensor(where, device=hidden.device).T

@@ -1,14 +1,13 @@
 """A model that is run one block at a time: its blocks, their prunable layers, and the hidden states between them."""
 
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.copies import copy_of_block
 from sparsefw.model.head import check_losses, logits, loss, perplexity, perplexity_of_batches
 from sparsefw.model.hidden_states import HiddenStates, embed, embed_batches
 from sparsefw.model.placement import Placement
 from sparsefw.model.resident import ResidentModel, resident
-from sparsefw.model.shape_of import shape_of, shape_of_resident
+from sparsefw.model.shape_of import shape_of, shape_of_resident, shape_of_text
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
-from sparsefw.model.skeleton import load_whole, read_config
+from sparsefw.model.skeleton import max_seqlen, read_config
 from sparsefw.model.streamed import StreamedModel
 
 __all__ = [
@@ -21,16 +20,16 @@ __all__ = [
     "ResidentModel",
     "StreamedModel",
     "check_losses",
-    "copy_of_block",
     "embed",
     "embed_batches",
-    "load_whole",
     "logits",
     "loss",
+    "max_seqlen",
     "perplexity",
     "perplexity_of_batches",
     "read_config",
     "resident",
     "shape_of",
     "shape_of_resident",
+    "shape_of_text",
 ]

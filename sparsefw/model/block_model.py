@@ -1,66 +1,113 @@
-"""What the pruning needs of a model: its blocks, one of which is open at a time, and how they hand tensors on."""
+"""A model that is run one block at a time: a checkpoint's, or one in memory."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from typing import Protocol
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from sparsefw.checkpoint.tensors import Loadable
-from sparsefw.model.flow import Flow
+from sparsefw.errors import InputError, first_line, shown
+from sparsefw.finite import check_finite
+from sparsefw.model.path import Path
 from sparsefw.model.shared import SharedParameters
-from sparsefw.model.stand_ins import Forms, Kind
-from sparsefw.timeline import Timeline
+from sparsefw.model.slots import Slot, fill, restore, slots_of
+from sparsefw.model.stand_ins import kind_of_block
+from sparsefw.process import give_back_page_locked
+from sparsefw.timeline import READ, Timeline
 
 
-class BlockModel(Protocol):
+class BlockModel:
     """A model that runs one block at a time.
 
+    The weights of one block are on the device, or those that the forward needs outside of the blocks. The next block is
+    read while one is worked on. At the end of a `with` statement the model is as it was.
+
+    Args:
+        model: the whole model.
+        path: what its forward runs through.
+        shared: parameters of blocks that stay dense.
+        device: device that it runs on.
+        timeline: receives the time of reading.
+
     Attributes:
-        device: device that the model runs on.
-        given: what the forward is given, in words, for messages.
-        blocks: the blocks that the forward runs through, in the order of their calls. One that is called twice stands
-            there twice, and stays dense.
+        model, device, shared, timeline: these.
+        runs: the module whose forward is run: the model, or its text model, see `Path`.
+        given: what its forward is given, in words, for messages.
+        blocks: the blocks that it runs through, in the order of their calls. One that is called twice stands there
+            twice, and stays dense.
         names: their names in the model, e.g. "model.layers.0".
         kinds: their kinds.
         firsts: numbers of the blocks that are called for the first time.
-        idle: the blocks that it does not run through, by name.
-        shared: parameters of blocks that stay dense.
-        notes: what the user should know of the model, one line each.
-        timeline: receives the time of reading.
+        idle: the blocks that it does not run through, by name. They stay as they are.
         flow: how blocks hand tensors on.
         forms: what blocks return, as far as it is known.
+        logits_itemsize: bytes of an entry of the logits; 0 without any.
+        vocabulary: number of the tokens that the model embeds; None if it may read something else.
+        pieces: names of all tensors outside of `blocks` that are written, as many together as are held anyway.
+        notes: what the user should know of the model, one line each.
+        outside_bytes: bytes on the device of the parameters outside of the blocks, beside what is there anyway.
+        quantized_bytes: most bytes of quantized tensors that are in memory beside what is made of them.
+        joined_bytes: bytes of the largest parameter that is made of several tensors.
     """
 
-    device: torch.device
-    given: str
-    blocks: list[nn.Module]
-    names: list[str]
-    kinds: list[Kind]
-    firsts: list[int]
-    idle: dict[str, nn.Module]
-    shared: SharedParameters
-    notes: list[str]
-    timeline: Timeline
-    flow: Flow
-    forms: Forms
+    def __init__(
+        self,
+        model: nn.Module,
+        path: Path,
+        shared: SharedParameters,
+        device: torch.device,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self.model, self.shared, self.device, self.timeline = (
+            model,
+            shared,
+            torch.device(device),
+            timeline or Timeline(),
+        )
+        self.runs, self.given, self.idle, self.names = path.runs, path.given, path.idle, path.order
+        self.flow, self.forms, self.logits_itemsize = path.flow, path.forms, path.logits_itemsize
+        self.blocks = [path.blocks[name] for name in path.order]
+        self.kinds = [kind_of_block(block) for block in self.blocks]
+        self.firsts = [self.names.index(name) for name in dict.fromkeys(self.names)]
+        self.pieces: list[list[str]] = []
+        self.notes: list[str] = []
+        self.vocabulary: int | None = None
+        self.outside_bytes = self.quantized_bytes = self.joined_bytes = 0
+        inside = {module for block in self.blocks for module in block.modules()}
+        self._others = [(name, module) for name, module in model.named_modules() if module not in inside]
+        # The places of the tensors of what is open: of blocks, and under None of what lies outside of them.
+        self._open: dict[int | None, list[Slot]] = {}
+        # How many `with` blocks of `outside` are open.
+        self._outside = 0
+        self._reader = ThreadPoolExecutor(1)
+        # The block that is being read before it is asked for.
+        self._next: tuple[int, Future[Mapping[str, Loadable]]] | None = None
 
-    @property
-    def model(self) -> nn.Module:
-        """The whole model."""
+    def __enter__(self) -> Self:
+        return self
 
-    @property
-    def runs(self) -> nn.Module:
-        """The module whose forward is run: the model, or a part of it."""
+    def __exit__(self, *error: object) -> None:
+        self._reader.shutdown(cancel_futures=True)
+        self._next = None
+        # An error has left them open.
+        for i in [*self._open]:
+            self.close(i)
 
-    @property
-    def vocabulary(self) -> int | None:
-        """Number of the tokens that the model embeds; None if it may read something else."""
+    def read(self, i: int | None) -> Mapping[str, Loadable]:
+        """Block i's tensors by the names of `block_tensors`; None: those outside of the blocks."""
+        raise NotImplementedError
 
-    @property
-    def pieces(self) -> list[list[str]]:
-        """Names of all tensors outside of `blocks` that are written, as many together as are held in memory anyway."""
+    def _make(self, i: int | None, tensors: Mapping[str, Loadable], slots: list[Slot]) -> Callable[[Slot], Tensor]:
+        """A function that makes the tensor for each place of block i, on the device, of what `read` returned."""
+        raise NotImplementedError
+
+    def _slots(self, i: int | None) -> list[Slot]:
+        """The places in block i, or outside of the blocks, of the tensors that are there now."""
+        return slots_of(self._others if i is None else self.blocks[i].named_modules(prefix=self.names[i]))
 
     def open(self, i: int, ahead: bool = True) -> nn.Module:
         """Block i on the device, its parameters checked for NaN and Inf.
@@ -72,25 +119,109 @@ class BlockModel(Protocol):
         Raises:
             InputError: a parameter holds NaN or Inf.
         """
+        with self.timeline.span("wait", i):
+            tensors = self._next[1].result() if self._next and self._next[0] == i else self._timed_read(i)
+        with self.timeline.span("read", i):
+            block = self.open_as(i, tensors)
+            for name, parameter in block.named_parameters():
+                check_finite(f"{self.names[i]}.{name}", parameter)
+        # The next block is read into the same pinned memory if nothing holds it any more.
+        del tensors
+        self._next = None
+        if not ahead:
+            give_back_page_locked()
+        elif i + 1 < len(self.blocks):
+            self._next = i + 1, self._reader.submit(self._timed_read, i + 1)
+        return block
 
     def open_alone(self, i: int) -> nn.Module:
         """Block i on the device, unchecked, while nothing else is read."""
+        return self.open_as(i, self._timed_read(i))
 
     def open_as(self, i: int, tensors: Mapping[str, Loadable]) -> nn.Module:
         """Block i on the device with these weights, which have the names of `block_tensors`."""
+        if i not in self._open:
+            self._open[i] = self._slots(i)
+        fill(self._open[i], self._make(i, tensors, self._open[i]))
+        return self.blocks[i]
 
-    def close(self, i: int) -> None:
-        """Drop the weights of block i."""
+    def close(self, i: int | None) -> None:
+        """Drop the weights of block i; None: those outside of the blocks."""
+        if i in self._open:
+            restore(self._open.pop(i))
 
-    def outside(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def outside(self) -> Iterator[None]:
         """Inside the `with` block, the weights that the forward needs outside of the blocks are on the device.
+
+        They are embeddings, the final norm and the head.
 
         Raises:
             InputError: they hold NaN or Inf.
         """
+        self._outside += 1
+        try:
+            if self._outside == 1:
+                slots = self._open[None] = self._slots(None)
+                fill(slots, self._make(None, self._timed_read(None), slots))
+                for slot in slots:
+                    tensor = slot.tensors[slot.name]
+                    if isinstance(tensor, nn.Parameter) and not tensor.is_meta:
+                        check_finite(slot.path, tensor)
+                # The embeddings are large, and nothing else is of their size. The checks have waited for the copies.
+                give_back_page_locked()
+            yield
+        finally:
+            self._outside -= 1
+            if not self._outside:
+                self.close(None)
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
         """Block i's tensors by the names that they are written under, on the host; none of a repeat."""
+        raise NotImplementedError
 
     def other_tensors(self, names: list[str]) -> dict[str, Tensor]:
         """Tensors outside of the blocks, on the host; see `pieces`."""
+        return {}
+
+    def copy(self, i: int) -> nn.Module:
+        """A copy of block i, which is open. What lies outside of the block is not copied, though it may refer to it.
+
+        Raises:
+            InputError: the block holds something that cannot be copied, as a lock; or a function in the place of a
+                module's forward would run the block itself, and not the copy.
+        """
+        block, name = self.blocks[i], self.names[i]
+        for inner, module in block.named_modules(prefix=name):
+            if "forward" in vars(module) and _holds_module(vars(module)["forward"]):
+                raise InputError(
+                    f"{inner}: a function that stands in the place of its forward holds a module itself, so that the "
+                    "block cannot be copied; let it take the module as its first argument, and bind it with "
+                    "types.MethodType"
+                )
+        inside = set(block.modules())
+        outside = {id(module): module for module in self.model.modules() if module not in inside}
+        try:
+            return copy.deepcopy(block, outside)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, RuntimeError) as error:
+            raise InputError(
+                f"{name}: cannot be copied, for dense outputs to compare with: {shown(first_line(error))}; take off "
+                "the block what cannot be copied, until the model is pruned"
+            ) from error
+
+    def _timed_read(self, i: int | None) -> Mapping[str, Loadable]:
+        with self.timeline.span("read", i, READ):
+            return self.read(i)
+
+
+def _holds_module(forward: Callable[..., Any]) -> bool:
+    """Whether a function holds a module, or a method of one, in what it closes over or in its defaults.
+
+    A copy of a bound method or of functools.partial is made with a copy of the module. A function is never copied.
+    """
+    function = getattr(forward, "__func__", getattr(forward, "func", forward))
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    held += getattr(function, "__defaults__", None) or ()
+    return any(isinstance(getattr(x, "__self__", x), nn.Module) for x in held)

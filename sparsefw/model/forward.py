@@ -1,4 +1,4 @@
-"""Run a model's own forward with something else in place of its blocks."""
+"""Run an opened model's own forward with something else in place of its blocks."""
 
 import itertools
 from typing import Any
@@ -11,7 +11,7 @@ from sparsefw.model.block_model import BlockModel
 from sparsefw.model.explained import StopForward, explained
 from sparsefw.model.flow import Form, Recording
 from sparsefw.model.parts import DIFFERS
-from sparsefw.model.recording import Recorder, Substitution
+from sparsefw.model.recording import Recorder
 from sparsefw.model.stand_ins import Replacement, form_of_output, run_replaced
 from sparsefw.model.values import rebuilt
 
@@ -84,13 +84,13 @@ def record(model: BlockModel, batch: Batch) -> Recording:
     recorder = Recorder(model.names, type(model.model).__name__, batch.tensors, weights)
 
     def replacement(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with recorder.pause():
+        with recorder.tape.pause():
             output = _stand_in(model, recorder, i, args, kwargs)
         if i == len(model.blocks) - 1:
             raise StopForward
         return output
 
-    with recorder:
+    with recorder.on():
         run_with_blocks_replaced(model, batch, replacement)
     return recorder.recording(model.flow.end)
 
@@ -108,10 +108,10 @@ def run_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor, others: d
         What the model returns.
     """
     batch = batch.to(model.device)
-    recorder = Substitution(model.names, type(model.model).__name__, batch.tensors, others)
+    recorder = Recorder(model.names, type(model.model).__name__, batch.tensors, real=others)
 
     def replacement(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with recorder.pause():
+        with recorder.tape.pause():
             recorder.begun = i == len(model.blocks) - 1
             if not model.flow.by_window:
                 return _stand_in(model, recorder, i, args, kwargs, hidden if recorder.begun else None)
@@ -120,7 +120,7 @@ def run_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor, others: d
             # A view: gradients go through it.
             return form.around(hidden, lambda x: x.view_as(x)) if recorder.begun else form.after(args[0])
 
-    with recorder:
+    with recorder.on():
         return run_with_blocks_replaced(model, batch, replacement)
 
 

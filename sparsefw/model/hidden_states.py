@@ -178,12 +178,6 @@ class HiddenStates:
         self.hidden.clear()
         self.carried, self.constants, self.kept = [], [], None
 
-    def replace(self, hidden: Iterable[Tensor]) -> None:
-        """Put other tensors in the place of all micro-batches, between two blocks."""
-        self.hidden.clear()
-        for x in hidden:
-            self.hidden.append(x)
-
     def inputs(self, i: int, j: int) -> BlockInputs:
         """What micro-batch j gives block i beside the hidden states."""
         if self.store.pins and j + 1 < len(self):

@@ -1,24 +1,23 @@
 """Record what a model's own forward does with its blocks' outputs: which of them later blocks are given, and as what.
 
-Stand-ins take the place of the blocks' outputs. A torch function mode follows them through the forward, so that nothing
-that is made of them between two blocks is lost: the calls are recorded, and made again with the real outputs.
+Stand-ins take the place of the blocks' outputs. The calls that are made of them between two blocks are recorded, so
+that they can be made again with the real outputs.
 """
 
-import weakref
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from sparsefw.errors import InputError
-from sparsefw.model.flow import Call, Recording, Step, name_of, numbers_in
-from sparsefw.model.operands import tensors_in
+from sparsefw.model import tape
+from sparsefw.model.flow import Call, Recording, Step, numbers_in
 from sparsefw.model.parts import DIFFERS, UNSUPPORTED
-from sparsefw.model.values import Box, Constant, Value, leaves_of, objects_of, outline, rebuilt, tensors_of
+from sparsefw.model.tape import Calls, Op, Tape
+from sparsefw.model.values import Box, Constant, Memo, Value, leaves_of, objects_of, outline, rebuilt, tensors_of
 
 # Functions whose results say what values a tensor has, by name. What a forward does next may depend on them.
 _READING = {"__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "item", "tolist", "numpy"}
@@ -28,38 +27,53 @@ _READING |= {"equal", "allclose", "is_nonzero", "__array__", "__dlpack__"}
 _OF_FORM = {"zeros_like", "ones_like", "empty_like", "full_like"}
 _OF_FORM |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 
-
-@dataclass
-class _Known:
-    """A tensor that is followed; held, so that no other one takes its id."""
-
-    tensor: Tensor
-    number: int
+# Functions that ask a tensor for its form alone. Who asks for the device needs the tensor there.
+_FORM = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "requires_grad", "is_meta")}
+_FORM |= {Tensor.size, Tensor.dim, Tensor.numel}
 
 
-class Recorder(TorchFunctionMode):
-    """Follows the outputs of blocks through a model's forward.
+class Recorder:
+    """Follows the outputs of blocks through a model's forward: `with recorder.on(): ...`.
 
     Args:
         names: names of the blocks, for messages.
         model: name of the model's class, for messages.
         given: the tensors that the forward is given.
         weights: weights of the blocks, by their names.
+        real: tensors that take the places of followed ones, by their numbers, once `begun` is true.
+        watched: names of tensors, by their ids.
+
+    Attributes:
+        tape: all calls.
+        begun: whether the last block has been called.
+        read: names of the watched tensors that a function reads, the blocks' own calls included.
+        trace: outlines of what each block is given, and of the calls before it. An outline is equal to that of another
+            forward that does the same.
     """
 
     def __init__(
-        self, names: list[str], model: str, given: list[Tensor], weights: Mapping[str, Tensor] | None = None
+        self,
+        names: list[str],
+        model: str,
+        given: list[Tensor],
+        weights: Mapping[str, Tensor] | None = None,
+        real: Mapping[int, Tensor] | None = None,
+        watched: Mapping[int, str] | None = None,
     ) -> None:
-        super().__init__()
-        self._names, self._model = names, model
-        self._weights = {id(weight): (weight, name) for name, weight in (weights or {}).items()}
-        self._known: dict[int, _Known] = {}
-        # Tensors that are made of those that the forward is given, by their ids.
-        self._of_batch: dict[int, weakref.ref[Tensor]] = {id(x): weakref.ref(x) for x in given}
-        self._count = 0
+        self._names, self._model, self._real, self.begun = names, model, real or {}, False
+        self._watched, self.read = watched or {}, set[str]()
+        self.tape = Tape(given)
+        self.trace: list[list[Any]] = []
+        self._weights = {self.tape.value(weight): name for name, weight in (weights or {}).items()}
+        # The numbers of followed values, and the tensors that calls with them are given beside them.
+        self._numbers: dict[tape.Value, int] = {}
+        self._others: dict[tape.Value, Tensor] = {}
+        # Values that are made of what the forward is given.
+        self._of_batch: set[tape.Value] = set()
         self._calls: dict[int, Call] = {}
-        # The calls since the last block.
+        # The calls since the last block, and their numbers on the tape.
         self._steps: list[Step] = []
+        self._recorded: set[int] = set()
         # Why the model is refused if another block follows.
         self._refusal = ""
         # Objects that blocks are given, by their ids: the object, its outline, and how many blocks are given it.
@@ -67,66 +81,119 @@ class Recorder(TorchFunctionMode):
         # The tensors that blocks are given, by their ids, and how often they had been written to.
         self._given: dict[int, tuple[Tensor, int]] = {}
         self._hidden: Tensor | None = None
-        self._paused = False
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if self._paused:
-            return func(*args, **kwargs)
-        operands = tensors_in((args, kwargs))
-        weight = next((x for x in operands if id(x) in self._weights), None)
-        if weight is not None:
-            return self._of_weight(weight, func, args, kwargs)
-        if not any(id(x) in self._known for x in operands):
-            out = func(*args, **kwargs)
-            if name_of(func) not in _OF_FORM and any(map(self._is_of_batch, operands)):
-                self._of_batch |= {id(x): weakref.ref(x) for x in tensors_in(out)}
-            return out
-        versions = [x._version for x in operands]
-        out = self._called(func, args, kwargs)
-        written = [x for x, version in zip(operands, versions, strict=True) if x._version != version]
-        if written and not (len(written) == 1 and written[0] is out and self._is_alone(out)):
-            self._refusal = "what is made of its output is written to in place"
-        elif written:
-            self._changes(out, func, args, kwargs)
-        elif made := tensors_in(out):
-            self._steps.append(Step(func, args, kwargs, [self._follow(x) for x in made]))
-        elif name_of(func) in _READING:
-            self._refusal = "what follows it depends on the values that it returns"
-        return out
+        # An object counts as it is when a block is given it first: blocks may change it.
+        self._met: Memo = {}
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Inside the `with` block, calls are made as they are: something else than the model's forward runs."""
-        self._paused = True
+    def on(self) -> Iterator[None]:
+        """Inside the `with` block, calls are recorded."""
+        before, self.tape.call = self.tape.call, self._made
         try:
-            yield
+            with Calls(self._record):
+                yield
         finally:
-            self._paused = False
+            # The tape holds the recorder no more, which holds tensors: both go at once.
+            self.tape.call = before
+
+    def _made(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Make a call, with real tensors in the places of what is read behind the last block."""
+        if not (self.begun and self._real):
+            return func(*args, **kwargs)
+
+        def leaf(x: Tensor) -> Tensor:
+            return self._real.get(self._numbers.get(self.tape.value(x), -1), x)
+
+        args, kwargs = tape.with_tensors((args, kwargs), leaf)
+        return func(*args, **kwargs)
+
+    def _record(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        if self._watched and func not in _FORM:
+            self.read |= {self._watched[id(x)] for x in tape.tensors_in((args, kwargs)) if id(x) in self._watched}
+        count = len(self.tape.ops)
+        out = self.tape.record(func, args, kwargs)
+        if len(self.tape.ops) == count:
+            return out
+        op = self.tape.ops[-1]
+        for before, after in op.written:
+            if before in self._weights:
+                self._check_weight(op, before)
+                self._weights[after] = self._weights[before]
+        if any(value in self._numbers for value in op.inputs):
+            tensors = tape.tensors_in((args, kwargs))
+            self._others |= {v: x for v, x in zip(op.inputs, tensors, strict=True) if v not in self._numbers}
+            self._follow(op)
+        elif op.name not in _OF_FORM and any(v.maker == 0 or v in self._of_batch for v in op.inputs):
+            self._of_batch.update(op.made)
+        return out
+
+    def _follow(self, op: Op) -> None:
+        """Note a call with followed values."""
+        makers = {v.maker for v in op.inputs if v not in self._numbers and v.maker}
+        ((_, after),) = op.written if len(op.written) == 1 else ((None, None),)
+        given = op.written and any(x._version != version for x, version in self._given.values())
+        if given or makers & self._recorded or (op.written and (after is None or op.outputs != (after,))):
+            self._refusal = "what is made of its output is written to in place"
+        elif op.outputs:
+            self._recorded.add(op.number)
+            numbers = [self._numbers.setdefault(value, len(self._numbers)) for value in op.outputs]
+            args, kwargs = rebuilt((op.args, op.kwargs), self._leaf)
+            self._steps.append(Step(op.function, args, kwargs, numbers, in_place=bool(op.written)))
+        elif op.name in _READING:
+            self._refusal = "what follows it depends on the values that it returns"
+
+    def _leaf(self, x: Any) -> Any:
+        """What stands for a tensor in a recorded call, if it is followed."""
+        value = self.tape.value(x) if isinstance(x, Tensor) else x
+        return Value(self._numbers[value]) if value in self._numbers else x
+
+    def _check_weight(self, op: Op, weight: tape.Value) -> None:
+        """Refuse a forward that changes a block's weight: the blocks run and are written without this change."""
+        # One that changes nothing, such as * 1, is no harm.
+        before = torch.rand(weight.shape, dtype=weight.dtype)
+        after = before.clone()
+        changes = any(value is not weight for value in op.inputs)
+        if not changes:
+            args, kwargs = rebuilt((op.args, op.kwargs), lambda x: after)
+            op.function(*args, **kwargs)
+        if changes or not torch.equal(before, after):
+            raise InputError(
+                f"{self._weights[weight]}: {UNSUPPORTED} {self._model}: its forward changes this weight of a block; "
+                "prune a checkpoint whose config does not ask for it"
+            )
 
     def arrives(self, i: int, hidden: Tensor, args: tuple, kwargs: dict) -> None:
-        """Record what block i is given.
+        """Record what block i is given, inside `tape.pause`.
 
         Raises:
             InputError: it is not its turn, or what was done with the output of the block before cannot be done again.
         """
         if self._refusal:
-            raise InputError(f"{self._last()}: {UNSUPPORTED} {self._model}: {self._refusal}")
+            raise InputError(f"{self._names[len(self._calls) - 1]}: {UNSUPPORTED} {self._model}: {self._refusal}")
         if i != len(self._calls):
             raise InputError(DIFFERS)
         if not self._calls:
             self._hidden = hidden
-        self._note_objects((*args, *kwargs.values()))
+        for known in objects_of((*args, *kwargs.values())):
+            _, before, count = self._objects.get(id(known), (known, outline(known), 0))
+            self._objects[id(known)] = known, before, count + 1
         self._given |= {id(x): (x, x._version) for x in tensors_of((hidden, args, kwargs)) if id(x) not in self._given}
         self._check_unchanged()
+        self._keep(self._names[i], self._steps, hidden, args, kwargs)
         self._calls[i] = Call(args, kwargs, self._steps, hidden if self._calls else None)
         self._steps = []
 
     def leaves(self, i: int, output: Any) -> None:
-        """Follow what stands for the output of block i."""
+        """Follow what stands for the output of block i, which may have changed the objects that it was given."""
         call = self._calls[i]
-        call.form = rebuilt(output, lambda x: Value(self._follow(x)))
-        call.outputs, call.after = [leaf.number for leaf in leaves_of(call.form)], self._count
+        for x in tensors_of(output):
+            self._numbers.setdefault(self.tape.value(x), len(self._numbers))
+        call.form = rebuilt(output, self._leaf)
+        call.outputs, call.after = [leaf.number for leaf in leaves_of(call.form)], len(self._numbers)
+        self._objects = {key: (known, outline(known), count) for key, (known, _, count) in self._objects.items()}
+
+    def ends(self) -> None:
+        """Note that the forward has ended."""
+        self._keep(self._steps)
 
     def recording(self, end: set[int] | None = None) -> Recording:
         """What was recorded.
@@ -137,22 +204,29 @@ class Recorder(TorchFunctionMode):
         """
         assert self._hidden is not None
         self._check_unchanged()
+        with self.tape.pause():
+            return self._recording(self._hidden, end)
+
+    def _recording(self, hidden: Tensor, end: set[int] | None) -> Recording:
         last = self._calls[len(self._calls) - 1]
-        # Calls of followed tensors alone are recorded.
-        of_batch_behind = any(map(self._is_of_batch, tensors_in([(step.args, step.kwargs) for step in self._steps])))
+        behind = leaves_of([(step.args, step.kwargs) for step in self._steps])
         if end is None:
-            read = {number for step in self._steps for number in self._numbers((step.args, step.kwargs))}
+            read = {leaf.number for leaf in behind if isinstance(leaf, Value)}
             end = {number for number in read if number < last.after and number not in last.outputs[:1]}
-        self._drop_unused_steps(end)
-        constants: dict[int, tuple[int, Tensor]] = {}
+        constants: dict[tape.Value, tuple[int, Tensor]] = {}
 
         def leaf(x: Any) -> Any:
-            if not isinstance(x, Tensor):
+            if isinstance(x, Value):
                 return x
-            if known := self._find(x):
-                return Value(known.number)
-            return Constant(constants.setdefault(id(x), (len(constants), x))[0])
+            value = self.tape.value(x) if isinstance(x, Tensor) else x
+            if value in self._numbers:
+                return Value(self._numbers[value])
+            tensor = x if isinstance(x, Tensor) else self._others[x]
+            return Constant(constants.setdefault(value, (len(constants), tensor))[0])
 
+        for call in self._calls.values():
+            call.hidden = rebuilt(call.hidden, leaf)
+        self._drop_unused_steps(end)
         shared = [known for known, _, count in self._objects.values() if count > 1]
         boxed = {id(known): (known, Box(n)) for n, known in enumerate(shared)}
         boxes = rebuilt(shared, leaf)
@@ -162,79 +236,19 @@ class Recorder(TorchFunctionMode):
             for step in call.steps:
                 step.args, step.kwargs = rebuilt((step.args, step.kwargs), leaf)
             call.args, call.kwargs = rebuilt((call.args, call.kwargs), leaf, dict(boxed))
-            call.hidden = leaf(call.hidden)
-        of_batch = {number for number, x in constants.values() if self._is_of_batch(x)}
-        tensors = [x for _, x in constants.values()]
-        return Recording(self._hidden, self._calls, boxes, tensors, of_batch, end, of_batch_behind)
-
-    def _follow(self, x: Tensor) -> int:
-        """The number of a tensor, which is followed from now on."""
-        if (known := self._find(x)) is None:
-            known = self._known[id(x)] = _Known(x, self._count)
-            self._count += 1
-        return known.number
-
-    def _find(self, x: Tensor) -> _Known | None:
-        return self._known.get(id(x))
-
-    def _is_alone(self, x: Tensor) -> bool:
-        """Whether a tensor is followed, and no other followed one has its memory, nor one that a block is given."""
-        others = [known.tensor for known in self._known.values()] + [given for given, _ in self._given.values()]
-        place = x.untyped_storage().data_ptr()
-        return self._find(x) is not None and not any(
-            y is not x and y.untyped_storage().data_ptr() == place for y in others
+        of_batch = {n for value, (n, _) in constants.items() if self._is_of_batch(value)}
+        return Recording(
+            hidden=hidden,
+            calls=self._calls,
+            boxes=boxes,
+            constants=[x for _, x in constants.values()],
+            of_batch=of_batch,
+            end=end,
+            batch_behind=any(self._is_of_batch(x) for x in behind if isinstance(x, tape.Value)),
         )
 
-    def _changes(self, x: Tensor, func: Any, args: tuple, kwargs: dict) -> None:
-        """Record a call that has written to a followed tensor, which has another number from now on."""
-        before = self._known[id(x)].number
-        for step in (*(step for call in self._calls.values() for step in call.steps), *self._steps):
-            step.args, step.kwargs = rebuilt((step.args, step.kwargs), lambda y: Value(before) if y is x else y)
-        args, kwargs = rebuilt((args, kwargs), lambda y: Value(before) if y is x else y)
-        self._known[id(x)].number, self._count = self._count, self._count + 1
-        self._steps.append(Step(func, args, kwargs, [self._known[id(x)].number], in_place=True))
-
-    def _is_of_batch(self, x: Tensor) -> bool:
-        known = self._of_batch.get(id(x))
-        return known is not None and known() is x
-
-    def _last(self) -> str:
-        return self._names[len(self._calls) - 1]
-
-    def _numbers(self, value: Any) -> set[int]:
-        """Numbers of the followed tensors in a nested value."""
-        return numbers_in(value) | {known.number for x in tensors_of(value) if (known := self._find(x))}
-
-    def _called(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """The result of a function of followed tensors."""
-        return func(*args, **kwargs)
-
-    def _of_weight(self, weight: Tensor, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Call a function of a block's weight, which has no data, and refuse one that changes it."""
-        version = weight._version
-        out = func(*args, **kwargs)
-        if weight._version != version:
-            # The blocks run and are written without this change. One that changes nothing, such as * 1, is no harm.
-            before = torch.rand(weight.shape, dtype=weight.dtype)
-            after = before.clone()
-            others = [x for x in tensors_in((args, kwargs)) if x is not weight and x.is_meta]
-            args, kwargs = rebuilt((args, kwargs), lambda x: after if x is weight else x)
-            changes = bool(others)
-            if not changes:
-                func(*args, **kwargs)
-                changes = not torch.equal(before, after)
-            if changes:
-                raise InputError(
-                    f"{self._weights[id(weight)][1]}: {UNSUPPORTED} {self._model}: its forward changes this weight of "
-                    "a block; prune a checkpoint whose config does not ask for it"
-                )
-        return out
-
-    def _note_objects(self, given: Any) -> None:
-        """Note the objects that a block is given."""
-        for known in objects_of(given):
-            _, before, count = self._objects.get(id(known), (known, outline(known), 0))
-            self._objects[id(known)] = known, before, count + 1
+    def _is_of_batch(self, value: tape.Value) -> bool:
+        return value.maker == 0 or value in self._of_batch
 
     def _check_unchanged(self) -> None:
         """Raise if the forward has changed what it gave a block: the block would be given the changed one."""
@@ -243,41 +257,52 @@ class Recorder(TorchFunctionMode):
         if changed:
             raise InputError(f"{UNSUPPORTED} {self._model}: its forward changes a {changed[0]} that a block was given")
 
-    def _note_objects_anew(self) -> None:
-        """Note what all objects are like now."""
-        self._objects = {key: (known, outline(known), count) for key, (known, _, count) in self._objects.items()}
-
     def _drop_unused_steps(self, end: set[int]) -> None:
         """Leave only the steps that a block's input, or what lies behind the last block, depends on."""
         needed = set(end)
         for call in reversed(self._calls.values()):
-            needed |= self._numbers((call.hidden, call.args, call.kwargs))
+            needed |= numbers_in(rebuilt((call.hidden, call.args, call.kwargs), self._leaf))
             kept = []
             for step in reversed(call.steps):
                 if needed.intersection(step.outputs):
                     kept.append(step)
-                    needed |= self._numbers((step.args, step.kwargs))
+                    needed |= numbers_in((step.args, step.kwargs))
             call.steps = kept[::-1]
 
+    def _keep(self, *what: Any) -> None:
+        self.trace.append(outline(rebuilt(what, self._digest, self._met), by_name=True))
 
-class Substitution(Recorder):
-    """Puts real tensors in the places of those that are read behind the last block.
+    def _digest(self, x: Any) -> str:
+        leaf = self._leaf(x)
+        if isinstance(leaf, Value):
+            return f"value {leaf.number}"
+        tensor = self._others.get(x, x)
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            return f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else str(tensor)
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return f"{tensor.dtype} {tuple(tensor.shape)} {zlib.crc32(data.data)}"
+
+
+def check_same(one: Recorder, other: Recorder, names: list[str], model: str) -> None:
+    """Compare two recorded forwards, in which blocks return other values: what is done around them must be the same.
+
+    A recorder sees the calls of torch functions. What a forward makes of blocks' outputs by other means, or of objects
+    that blocks change, would count as a constant.
 
     Args:
-        names, model, given: as for `Recorder`.
-        real: the tensors by their numbers.
+        one, other: their recorders.
+        names: names of the blocks.
+        model: name of the model's class.
 
-    Attributes:
-        begun: whether the last block has been called.
+    Raises:
+        InputError: they differ.
     """
-
-    def __init__(self, names: list[str], model: str, given: list[Tensor], real: dict[int, Tensor]) -> None:
-        super().__init__(names, model, given)
-        self._real, self.begun = real, False
-
-    def _called(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        def leaf(x: Tensor) -> Tensor:
-            known = self._find(x)
-            return self._real.get(known.number, x) if known else x
-
-        return func(*rebuilt(args, leaf), **rebuilt(kwargs, leaf)) if self.begun else func(*args, **kwargs)
+    if one.trace == other.trace:
+        return
+    pairs = enumerate(zip(one.trace, other.trace, strict=False))
+    first = next((n for n, (a, b) in pairs if a != b), len(names))
+    where = f"before {names[first]}" if first < len(names) else "behind the last block"
+    raise InputError(
+        f"{UNSUPPORTED} {model}: what its forward does {where} depends on what blocks return or change in a way that "
+        "cannot be followed, or on chance"
+    )

@@ -5,6 +5,7 @@ architecture. All its weights are zero, and take no memory: pages that nobody ha
 A model in memory runs on one of its batches, with its own weights.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -18,6 +19,7 @@ from sparsefw.data import Batch
 from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.extents import Between, Extent
+from sparsefw.model.hf import attention_implementation
 from sparsefw.model.hidden_states import HiddenStates, embed, embed_batches
 from sparsefw.model.layers import (
     Layer,
@@ -35,11 +37,9 @@ from sparsefw.model.layers import (
 from sparsefw.model.parts import INPUT
 from sparsefw.model.resident import ResidentModel
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
-from sparsefw.model.slots import is_copied
 from sparsefw.model.stand_ins import hidden_of
 from sparsefw.model.streamed import StreamedModel
 from sparsefw.model.tape import Calls
-from sparsefw.model.transformers_private import attention_implementation
 from sparsefw.solver.selection import without_index
 
 # Tokens that the blocks are run on: enough for every kind of attention, little beside a block.
@@ -63,29 +63,44 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
         InputError: as `StreamedModel`.
     """
     with StreamedModel(checkpoint, torch.device("cpu"), zeros) as model:
-        # Before blocks are opened, which breaks ties.
-        count = _count(model.model)
-        windows = (torch.zeros(1, tokens, dtype=torch.int64) for tokens in (TOKENS, MORE_TOKENS))
-        walks = [_Walk(embed(model, ids, 1)) for ids in windows]
-        states = walks[0].states
-        blocks = _shapes_of_blocks(model, walks)
-    config = model.model.config.get_text_config()
+        shape, config = shape_of_text(model), model.config
+    return replace(
+        shape,
+        vocabulary=config.get_text_config().vocab_size,
+        itemsize=checkpoint.dtype.itemsize,
+        pieces=tuple(sum(checkpoint.tensors[name].nbytes for name in piece) for piece in model.pieces),
+        stored=checkpoint.stored_nbytes / checkpoint.nbytes,
+    )
+
+
+def shape_of_text(model: BlockModel) -> ModelShape:
+    """The shape of a model that reads text.
+
+    Raises:
+        InputError: a block has no layers, or what it hands on cannot be followed.
+    """
+    # Before blocks are opened.
+    count = _count(model.model)
+    windows = (torch.zeros(1, tokens, dtype=torch.int64) for tokens in (TOKENS, MORE_TOKENS))
+    walks = [_Walk(embed(model, ids, 1)) for ids in windows]
+    hidden = walks[0].hidden
+    blocks = _shapes_of_blocks(model, walks)
     by_window = model.flow.by_window and not model.flow.batch_behind
     return ModelShape(
         blocks=tuple(shape for shape, _ in blocks),
         outside=model.outside_bytes,
-        hidden=states.hidden[0].shape[-1],
-        vocabulary=config.vocab_size,
+        hidden=hidden.shape[-1],
+        # Without logits nothing is predicted.
+        vocabulary=(model.vocabulary or 0) if model.logits_itemsize else 0,
         heads=_heads(model.model),
-        itemsize=checkpoint.dtype.itemsize,
+        itemsize=hidden.element_size(),
         parameters=count,
         names_by_block=_layer_names(model, blocks),
-        pieces=tuple(sum(checkpoint.tensors[name].nbytes for name in piece) for piece in model.pieces),
+        pieces=(0,),
         quantized=model.quantized_bytes,
         joined=model.joined_bytes,
-        stored=checkpoint.stored_nbytes / checkpoint.nbytes,
         between=_between(*walks),
-        by_window=by_window and states.hidden[0].shape[:2] == (1, TOKENS),
+        by_window=by_window and hidden.shape[:2] == (1, TOKENS),
         logits_itemsize=model.logits_itemsize,
     )
 
@@ -105,10 +120,9 @@ def shape_of_resident(model: ResidentModel, batch: Batch) -> tuple[ModelShape, i
     walk = _Walk(embed_batches(model, [batch]), every_block=True)
     blocks = _shapes_of_blocks(model, [walk])
     hidden, tokens = walk.widest, walk.most_tokens
-    outside = sum(x.nbytes for _, x in model.parameters(None) if is_copied(x, model.device))
     shape = ModelShape(
         blocks=tuple(shape for shape, _ in blocks),
-        outside=outside,
+        outside=model.outside_bytes,
         hidden=hidden.shape[-1],
         vocabulary=0,
         # Scores are of one sample at a time.

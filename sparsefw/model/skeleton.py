@@ -19,12 +19,12 @@ from transformers.utils import logging
 
 from sparsefw.checkpoint import trust
 from sparsefw.checkpoint.quantization import KEY, ORIGINAL
-from sparsefw.checkpoint.reader import read_tensors
 from sparsefw.checkpoint.source import CONFIG, Checkpoint
 from sparsefw.checkpoint.tensors import Loadable
 from sparsefw.errors import InputError, first_line, shown
-from sparsefw.model import transformers_private as private
-from sparsefw.model.configs import ask_for_no_more
+from sparsefw.model import hf as private
+from sparsefw.model.hf import ask_for_no_more
+from sparsefw.model.slots import restore, slots_of
 
 # Errors of transformers for a config or tensors that do not fit. They cannot be fewer: entries of a config reach the
 # code of a model's class unchecked, and a wrong one fails wherever it is used first, as a size, a key, an attribute or
@@ -66,8 +66,8 @@ class Skeleton:
     unused: list[str]
     replaced: str = ""
 
-    def load(self, tensors: Mapping[str, Loadable], device: torch.device) -> None:
-        """Load tensors of the checkpoint into their parameters. The parameters may share the tensors' memory.
+    def load(self, tensors: Mapping[str, Loadable], device: torch.device) -> dict[str, Tensor]:
+        """Parameters made of tensors of the checkpoint, by their names. They may share the tensors' memory.
 
         Quantized tensors are dequantized on the device.
 
@@ -75,10 +75,19 @@ class Skeleton:
             tensors: tensors by their names in the checkpoint: all those of the parameters that they go into.
             device: device for the parameters.
         """
-        report = private.load_tensors(self.model, tensors, self.dtype, device, self.conversions)
-        # Shapes were compared when the skeleton was built.
-        assert not report.mismatched_keys, report
-        assert not report.conversion_errors, report
+        wanted = {self.goes_into[name] for name in tensors if name in self.goes_into}
+        slots = slots_of(self.model.named_modules(remove_duplicate=False))
+        places = {(id(slot.tensors), slot.name) for slot in slots if slot.path in wanted}
+        # A module may have several names.
+        slots = [slot for slot in slots if (id(slot.tensors), slot.name) in places]
+        try:
+            report = private.load_tensors(self.model, tensors, self.dtype, device, self.conversions)
+            # Shapes were compared when the skeleton was built.
+            assert not report.mismatched_keys, report
+            assert not report.conversion_errors, report
+            return {slot.path: slot.tensors[slot.name] for slot in slots}
+        finally:
+            restore(slots)
 
     def names_of(self, tensors: Iterable[str]) -> dict[str, list[str]]:
         """Names of tensors by the parameter that they go into; those that go into none are left out."""
@@ -136,20 +145,6 @@ def _config(folder: Path) -> PretrainedConfig:
     forget_quantization(config)
     ask_for_no_more(config)
     return config
-
-
-def load_whole(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """All tensors of a model of the class that the config names, by their names in the model, on the host.
-
-    Raises:
-        InputError: as `build` and `read_tensors`.
-    """
-    skeleton = build(checkpoint, as_named=True)
-    wanted = {name: checkpoint.tensors[name] for name in skeleton.goes_into}
-    skeleton.load(read_tensors(wanted), torch.device("cpu"))
-    state = skeleton.model.state_dict()
-    private.tie_parameters(skeleton.model, state.keys() - skeleton.goes_into.values())
-    return {name: tensor for name, tensor in skeleton.model.state_dict().items() if not tensor.is_meta}
 
 
 def forget_quantization(config: Any) -> None:

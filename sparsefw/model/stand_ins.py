@@ -1,4 +1,4 @@
-"""Run a model's own forward with something else in place of its blocks."""
+"""Stand-ins for blocks: run a model's own forward with something else in place of each."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence

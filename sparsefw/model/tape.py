@@ -147,12 +147,12 @@ class Tape:
             return inputs[-1]
 
         own, others = with_tensors((args, kwargs), known)
-        versions = [x._version for x in operands]
+        versions = [_version(x) for x in operands]
         out = self.call(func, args, kwargs)
         number = len(self.ops) + 1
         written = dict[int, tuple[Value, Value]]()
         for x, before, version in zip(operands, inputs, versions, strict=True):
-            if x._version != version and id(x) not in written:
+            if _version(x) != version and id(x) not in written:
                 self._writer[_storage(x)] = number
                 base = x._base
                 if base is not None and id(base) in self._known:
@@ -190,14 +190,14 @@ class Tape:
 
     def _find(self, x: Tensor) -> Value | None:
         known = self._known.get(id(x))
-        return known[1] if known and known[0]() is x and known[2] == x._version else None
+        return known[1] if known and known[0]() is x and known[2] == _version(x) else None
 
     def _add(self, x: Tensor, maker: int | None) -> Value:
         held = x if self.holds(x) else None
         strides = x.stride() if x.layout is torch.strided else ()
         value = Value(self._count, maker, x.shape, strides, x.dtype, held)
         self._count += 1
-        self._known[id(x)] = (weakref.ref(x) if held is None else lambda: held), value, x._version
+        self._known[id(x)] = (weakref.ref(x) if held is None else lambda: held), value, _version(x)
         return value
 
 
@@ -232,6 +232,11 @@ def with_tensors(values: Any, leaf: Callable[[Tensor], Any]) -> Any:
     if kind is dict:
         return {key: with_tensors(value, leaf) for key, value in values.items()}
     return tree_map(lambda x: leaf(x) if isinstance(x, Tensor) else x, values)
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor has been written to. One that was made in inference mode does not tell."""
+    return 0 if x.is_inference() else x._version
 
 
 def _storage(x: Tensor) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsefw.errors import InputError
+from sparsefw.model import tape
 from sparsefw.model.activations import Stored
 from sparsefw.model.parts import UNSUPPORTED
 
@@ -60,7 +61,7 @@ class Box:
     number: int
 
 
-_LEAVES = (Tensor, Stored, Constant, Value, Box)
+_LEAVES = (Tensor, Stored, tape.Value, Constant, Value, Box)
 
 
 def is_atom(value: Any) -> bool:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sparsefw.driver import CheckpointJob, Output, reconstruct, run_job
+from sparsefw.driver import Job, Output, reconstruct, run_job
 from sparsefw.inputs import Inputs
 from sparsefw.ranks import Ranks
 from sparsefw.report import Report
@@ -63,7 +63,7 @@ def prune(
     )
     config = PruneConfig(**dict(kernel="torch", precision="ieee") | config)
     lines: list[str] = []
-    job = CheckpointJob(inputs, config, Output(output, **places), source)
+    job = Job(inputs, config, Output(output, **places), folder=source)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reconstruct, "MOST_ROUNDS", 1)
         return run_job(job, lines.append, False, ranks), lines

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sparsefw import checkpoint
 from sparsefw.model import StreamedModel, embed, logits
-from sparsefw.model.transformers_private import attention_implementation
+from sparsefw.model.hf import attention_implementation
 
 CPU = torch.device("cpu")
 BATCH = 4

@@ -6,7 +6,7 @@ from helpers.stacks import drawn
 
 from sparsefw import InputError
 from sparsefw.data import batches_of
-from sparsefw.model import copy_of_block, resident
+from sparsefw.model import resident
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def test_a_copy_of_a_block_leaves_out_what_lies_outside_of_it():
     block.owners, block.own = [model], block.mlp[0]
     with resident(model, batches_of(batches, "calibration").batches[0], CPU) as opened:
         i = opened.names.index("singles.0")
-        copied = copy_of_block(opened, i)
+        copied = opened.copy(i)
         assert copied.owners[0] is model
         assert copied is not block
         assert copied.own is copied.mlp[0] is not block.mlp[0]

@@ -1,6 +1,5 @@
 """Blocks that run one at a time give the whole model's results, for every family."""
 
-import copy
 import json
 import math
 
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, XLMConfig, XLMWithLMHeadModel
 from sparsefw import checkpoint
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed, logits, loss, perplexity
-from sparsefw.model.transformers_private import attention_implementation
+from sparsefw.model.hf import attention_implementation
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -89,64 +88,12 @@ def test_exported_tensors_are_the_checkpoints(family, tmp_path):
             assert torch.equal(exported[name], shard.get_tensor(name))
 
 
-def test_loss_is_the_models_own(tmp_path):
-    folder = save_model(tmp_path, "gemma2")
-    model, ids = open_model(folder), tokens(2)
-    states = run_through(model, ids, batch_size=2)
-    whole = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").to(DEVICE).eval()
-    with torch.no_grad():
-        expected = whole(ids.to(DEVICE), labels=ids.to(DEVICE)).loss.item()
-    assert loss(model, ids, states.hidden[0]) == pytest.approx(expected, rel=1e-6)
-
-
 def test_perplexity_is_that_of_all_windows(tmp_path):
     """The size of micro-batches does not matter; 5 windows make two and a half."""
     model, ids = open_model(save_model(tmp_path, "gemma2")), tokens(5)
     states = run_through(model, ids, batch_size=2)
     losses = [loss(model, ids[n : n + 1], states.hidden[n // 2][n % 2 : n % 2 + 1]) for n in range(5)]
     assert perplexity(states, ids) == pytest.approx(math.exp(sum(losses) / 5), rel=1e-12)
-
-
-def test_another_module_in_the_place_of_a_block(tmp_path):
-    model = open_model(save_model(tmp_path, "llama"))
-    states = embed(model, tokens(), 2)
-    other, own = copy.deepcopy(model.open(0)), states.fork()
-    other.mlp.down_proj.weight.data.zero_()
-    expected = [states.output(0, j, other).hidden for j in range(len(states))]
-    states.advance(0, other)
-    own.advance(0)
-    for hidden, after_other, after_own in zip(states.hidden, expected, own.hidden, strict=True):
-        assert torch.equal(hidden, after_other)
-        assert not torch.equal(hidden, after_own)
-
-
-def test_reader_ends_with_the_model(tmp_path):
-    with open_model(save_model(tmp_path, "llama")) as model:
-        model.open(0)
-        (thread,) = model._reader._threads
-        assert thread.is_alive()
-    assert not thread.is_alive()
-    with pytest.raises(RuntimeError, match="shutdown"):
-        model.open(1)
-
-
-def test_forked_hidden_states_run_apart(tmp_path):
-    model = open_model(save_model(tmp_path, "llama"))
-    states = embed(model, tokens(), 5)
-    forked = states.fork()
-    model.open(0)
-    states.advance(0)
-    assert not torch.equal(states.hidden[0], forked.hidden[0])
-    forked.advance(0)
-    assert torch.equal(states.hidden[0], forked.hidden[0])
-
-
-def test_closing_a_block_frees_it(tmp_path):
-    model = open_model(save_model(tmp_path, "llama"))
-    model.open(0)
-    assert not any(p.is_meta for p in model.blocks[0].parameters())
-    model.close(0)
-    assert all(p.is_meta for p in model.blocks[0].parameters())
 
 
 def test_blocks_in_several_lists(tmp_path):
@@ -169,14 +116,6 @@ class TestRefused:
         model.open(0)
         with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN"):
             model.open(1)
-
-    def test_inf_in_the_embedding_is_named(self, tmp_path):
-        folder = save_model(tmp_path / "a", "llama")
-        whole = AutoModelForCausalLM.from_pretrained(folder)
-        whole.model.embed_tokens.weight.data[0, 0] = torch.inf
-        whole.save_pretrained(tmp_path / "b")
-        with pytest.raises(InputError, match=r"model\.embed_tokens\.weight"):
-            embed(open_model(tmp_path / "b"), tokens(), 5)
 
     def test_overflowing_activations_are_named(self, tmp_path):
         folder = save_model(tmp_path / "a", "llama", torch.float16)

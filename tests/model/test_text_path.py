@@ -133,21 +133,6 @@ class TestBlocks:
         with pytest.raises(InputError, match=message):
             streamed(save(tmp_path, config))
 
-    def test_a_block_that_runs_twice(self, tmp_path, monkeypatch):
-        from transformers.models.llama.modeling_llama import LlamaModel
-
-        forward = LlamaModel.forward
-
-        def twice(self, *args, **kwargs):
-            forward(self, *args, **kwargs)
-            return forward(self, *args, **kwargs)
-
-        monkeypatch.setattr(LlamaModel, "forward", twice)
-        with pytest.raises(
-            InputError, match=r"unsupported model LlamaForCausalLM: model.layers.0 runs more than once in a "
-        ):
-            streamed(save_model(tmp_path, "llama"))
-
     def test_one_of_several_lists_runs(self, tmp_path):
         """The vision tower of GIT is in the same module as its blocks, and has as many."""
         sizes = dict(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -190,15 +175,6 @@ class TestErrors:
         assert type(error).__name__ in str(caught.value)
         with pytest.raises(InputError, match=r"model\.layers\.0 "):
             shape_of(checkpoint.inspect(folder))
-
-    def test_of_the_embedding_and_the_head(self, folder, monkeypatch):
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-        with streamed(folder) as model:
-            self.failing(monkeypatch, LlamaRotaryEmbedding, KeyError("rope"))
-            with pytest.raises(InputError, match="LlamaForCausalLM: its forward outside of the blocks") as caught:
-                embed(model, IDS, 2)
-        assert isinstance(caught.value.__cause__, KeyError)
 
     @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("full"), InputError("own")])
     def test_that_pass(self, error, folder, monkeypatch):

@@ -4,13 +4,16 @@ transformers may change these in any version. They were tested with 5.17 to 5.24
 file is the place to mend it. `checkpoint.transformers_names` holds what checkpoints need of this kind.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -195,17 +198,6 @@ def destinations(model: PreTrainedModel, names: Iterable[str], conversions: list
     return parameter_of
 
 
-def written_parameters(model: PreTrainedModel, names: Iterable[str]) -> set[str] | None:
-    """The parameters that tensors of these names in the files become; None where names alone do not tell."""
-    conversions = conversions_of(model)
-    if any(
-        isinstance(conversion, WeightConverter) and len(conversion.target_patterns) > 1 for conversion in conversions
-    ):
-        # A tensor becomes several parameters.
-        return None
-    return set(destinations(model, names, conversions).values())
-
-
 def export_tensors(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert parameters, by their names in the model, back to the checkpoint's names and form.
 
@@ -217,16 +209,6 @@ def export_tensors(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[s
 def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
     """For each parameter that is tied to another one, the name of that one."""
     return model.all_tied_weights_keys
-
-
-def tie_parameters(model: PreTrainedModel, missing: set[str]) -> None:
-    """Make tied parameters one tensor again after loading.
-
-    Args:
-        model: the model.
-        missing: parameters that the checkpoint has no tensor for.
-    """
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
 
 
 @contextmanager
@@ -246,3 +228,81 @@ def expert_by_expert(model: nn.Module) -> Iterator[None]:
 def attention_implementation(model: PreTrainedModel) -> str:
     """The name of the attention function: "eager" holds all scores in memory, others do not."""
     return model.config._attn_implementation
+
+
+@contextmanager
+def attention_by_calls() -> Iterator[None]:
+    """Inside the `with` block, `nn.MultiheadAttention` multiplies with one matrix at a time.
+
+    By itself it calls one fused function, or one function of Python whose inside a torch function mode does not see.
+    """
+    fast, whole = torch.backends.mha.get_fastpath_enabled(), functional.multi_head_attention_forward
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        functional.multi_head_attention_forward = _not_dispatched(whole)
+        yield
+    finally:
+        functional.multi_head_attention_forward = whole
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _not_dispatched(function: Any) -> Any:
+    """The same function of Python, which is not handed to a torch function mode as a whole."""
+    names = function.__globals__ | {"has_torch_function": lambda operands: False}
+    same = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    same.__kwdefaults__ = function.__kwdefaults__
+    return same
+
+
+# Entries of a config, and their values in a run.
+OUTPUTS = {"output_hidden_states": False, "output_attentions": False, "output_router_logits": False}
+OUTPUTS |= {"return_dict": True}
+
+# An entry of a config: the config, its name, its value.
+Entry = tuple[Any, str, Any]
+
+
+def ask_for_no_more(config: Any) -> None:
+    """Change a config, and those in it, so that a forward returns what a run needs."""
+    for part in _parts(config):
+        for _, name, value in _others(part, OUTPUTS):
+            setattr(part, name, value)
+
+
+@contextmanager
+def asked_for_no_more(model: nn.Module) -> Iterator[Callable[[], AbstractContextManager[Any]]]:
+    """Inside the `with` block, a model's forward returns what a run needs, and keeps no keys and values.
+
+    Yields a function that makes a context in which the configs are as they were, such as the model is written with.
+    """
+    # Modules may share a config.
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    entries = [entry for config in configs.values() for entry in _others(config, OUTPUTS | {"use_cache": False})]
+    with _set(entries) as as_before:
+        yield as_before
+
+
+@contextmanager
+def _set(entries: list[Entry]) -> Iterator[Callable[[], AbstractContextManager[Any]]]:
+    """Inside the `with` block, entries have these values. Yields the function that makes the inverse of it."""
+    before = [(config, name, getattr(config, name)) for config, name, _ in entries]
+    try:
+        for config, name, value in entries:
+            setattr(config, name, value)
+        yield partial(_set, before)
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)
+
+
+def _others(config: Any, wanted: dict[str, bool]) -> list[Entry]:
+    """The entries that a config has with other values than these, with these values."""
+    its = {name: getattr(config, name, None) for name in wanted}
+    return [(config, name, value) for name, value in wanted.items() if its[name] is not None and its[name] is not value]
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """A config, and those in it."""
+    yield config
+    for name in getattr(config, "sub_configs", ()):
+        yield from _parts(getattr(config, name, None))

@@ -1,0 +1,369 @@
+"""What a model's own forward runs through: its blocks, in the order of their calls, and what they hand on.
+
+A model may hold more: a tower for images or sound, blocks that look at what the tower puts out, layers that predict
+further tokens. The forward itself shows what is used, on a few tokens or on a batch of a caller, so that no
+architecture is named here. Blocks of several lists are one after the other, as those of an encoder and a decoder are.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsefw.data import Batch, token_batch
+from sparsefw.errors import InputError, first_line, shown
+from sparsefw.model.explained import BATCHES, TEXT, ForwardFailed, explained
+from sparsefw.model.flow import Flow, Recording
+from sparsefw.model.recording import Recorder, check_same
+from sparsefw.model.slots import filled, slots_of
+from sparsefw.model.stand_ins import Forms, form_of_output, kind_of_block, run_replaced
+from sparsefw.model.values import objects_of, rebuilt
+
+# A few tokens are enough for every kind of attention.
+FEW_TOKENS = token_batch(torch.zeros(1, 8, dtype=torch.int64))
+
+# Modules whose weights are no layers.
+_NO_LAYERS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+# Inside its `with` block, the tensors of modules are where they are needed.
+Ready = Callable[[Iterable[nn.Module]], AbstractContextManager[None]]
+
+# Lists of modules that may be blocks, by name: for each its modules by their names in the model.
+Stacks = dict[str, dict[str, nn.Module]]
+
+
+class NotABlock(InputError):
+    """What was taken for a block is called in a way that no block is.
+
+    Attributes:
+        name: its name.
+    """
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+@dataclass(frozen=True)
+class Path:
+    """What a forward runs through.
+
+    Attributes:
+        runs: the module whose forward it is: the model, or its text model where the model's own forward cannot do
+            without other input.
+        given: what the forward is given, in words.
+        blocks: the blocks by name.
+        order: their names in the order of their calls. One that is called twice stands there twice.
+        idle: the blocks of the same lists that are not called, by name.
+        reads: names of the parameters and stored buffers outside of the blocks that are read, all names of tied ones.
+        flow: how the blocks hand tensors on.
+        forms: what the blocks return.
+        logits_itemsize: bytes of an entry of the logits; 0 without any.
+        passed_over: by the name of a list, why its modules are no blocks.
+    """
+
+    runs: nn.Module
+    given: str
+    blocks: dict[str, nn.Module]
+    order: list[str]
+    idle: dict[str, nn.Module]
+    reads: frozenset[str]
+    flow: Flow
+    forms: Forms
+    logits_itemsize: int
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+
+def text_path(model: PreTrainedModel, source: str, outside: Ready, inside: Ready) -> Path:
+    """The path of text through a model.
+
+    Args:
+        model: the model.
+        source: where it is from, for messages.
+        outside, inside: for modules outside of the blocks, and in a block.
+
+    Raises:
+        InputError: there is no list of blocks, the forward fails, or it hands tensors on in a way that is not followed.
+    """
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    kind, stacks = type(model).__name__, _stacks_of_text(model, depth)
+    if not stacks:
+        raise InputError(f"{source}: unsupported model {kind}: it has no list of blocks (num_hidden_layers is {depth})")
+    failed: InputError | None = None
+    for runs in (model, *_text_models(model, stacks)):
+        try:
+            if path := _follow(model, runs, stacks, FEW_TOKENS, TEXT, outside, inside):
+                return path
+            raise InputError(
+                f"unsupported model {type(runs).__name__}: its forward on text calls none of the blocks "
+                f"{', '.join(stacks)}"
+            )
+        except InputError as error:
+            failed = failed or error
+            if not isinstance(error, ForwardFailed):
+                # A forward that runs, and is refused for what it does, must not be replaced by another one.
+                break
+    assert failed is not None
+    raise failed
+
+
+def batch_path(model: nn.Module, batch: Batch, outside: Ready, inside: Ready) -> Path:
+    """The path of a batch through a model.
+
+    Args:
+        model: the model.
+        batch: arguments of its forward.
+        outside, inside: as for `text_path`.
+
+    Raises:
+        InputError: it has no list of blocks, the forward fails, or it hands tensors on in a way that is not followed.
+    """
+    passed_over: dict[str, str] = {}
+    while stacks := _stacks(model, passed_over):
+        try:
+            path = _follow(model, model, stacks, batch, BATCHES, outside, inside)
+        except NotABlock as error:
+            # The lists inside of its modules may be such lists.
+            passed_over[next(name for name, stack in stacks.items() if error.name in stack)] = str(error)
+            continue
+        if path is None:
+            break
+        return replace(path, passed_over=passed_over)
+    if passed_over:
+        raise InputError(next(iter(passed_over.values())))
+    raise InputError(
+        f"unsupported model {type(model).__name__}: its forward on these batches calls no modules of a ModuleList or "
+        "Sequential that hold layers"
+    )
+
+
+@torch.no_grad()
+def _follow(
+    model: nn.Module, runs: nn.Module, stacks: Stacks, batch: Batch, given: str, outside: Ready, inside: Ready
+) -> Path | None:
+    """Run a model's own forward with stand-ins for its blocks, and look at what it uses; None if it calls no block."""
+    blocks = {name: block for stack in stacks.values() for name, block in stack.items()}
+    in_blocks = {module for block in blocks.values() for module in block.modules()}
+    followed = _Forward(runs, blocks, batch, given, inside)
+    with outside(module for module in model.modules() if module not in in_blocks):
+        slots = slots_of(model.named_modules(remove_duplicate=False))
+        stored = {slot.path: id(slot.own) for slot in slots if not slot.own.is_meta}
+        found = followed.record({key: name for name, key in stored.items()})
+    if found is None:
+        return None
+    recording, read = found
+    read_ids = {stored[name] for name in read}
+    called = {name: blocks[name] for name in followed.names}
+    used = [stack for stack in stacks.values() if not called.keys().isdisjoint(stack)]
+    flow = recording.flow
+    if given == TEXT:
+        flow = replace(flow, windows_first=recording.hidden.shape[:2] == FEW_TOKENS.tensors[0].shape)
+    return Path(
+        runs=runs,
+        given=given,
+        blocks=called,
+        order=followed.names,
+        idle={name: block for stack in used for name, block in stack.items() if name not in called},
+        reads=frozenset(name for name, key in stored.items() if key in read_ids),
+        flow=flow,
+        forms=followed.forms,
+        logits_itemsize=followed.logits_itemsize,
+    )
+
+
+def _stacks_of_text(model: PreTrainedModel, depth: Any) -> Stacks:
+    """The lists of modules that may be the blocks of text.
+
+    They are those of `depth` modules, or all, in the decoder. Lists inside the modules of another list count only if
+    they have `depth` modules, and no other list has.
+    """
+    with explained(type(model).__name__, "its get_decoder"):
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    # Some classes call their head a decoder.
+    root = decoder if any(isinstance(m, nn.ModuleList) for m in decoder.modules()) else model
+    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    outer, deep = _outermost(lists), [m for m in lists if len(m) == depth]
+    choices = [m for m in outer if m in deep], _outermost(deep), outer
+    found = next((c for c in choices if len(c) == 1), None) or next(filter(None, choices), [])
+    # Norms may stand in lists of their own.
+    return {
+        name: {f"{name}.{i}": block for i, block in enumerate(module) if any(block.children())}
+        for name, module in model.named_modules()
+        if module in found
+    }
+
+
+def _outermost(lists: list[nn.ModuleList]) -> list[nn.ModuleList]:
+    inside = {module for outer in lists for module in outer.modules() if module is not outer}
+    return [module for module in lists if module not in inside]
+
+
+def _text_models(model: PreTrainedModel, stacks: Stacks) -> list[PreTrainedModel]:
+    """Models inside a model that have these lists of modules and a head of their own."""
+    blocks = {block for stack in stacks.values() for block in stack.values()}
+    inner = [m for m in model.modules() if m is not model and isinstance(m, PreTrainedModel)]
+    return [m for m in inner if blocks <= set(m.modules()) and m.get_output_embeddings() is not None]
+
+
+def _stacks(model: nn.Module, passed_over: dict[str, str]) -> Stacks:
+    """The outermost lists of modules that may be blocks."""
+    found: Stacks = {}
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in inside or name in passed_over or not isinstance(module, nn.ModuleList | nn.Sequential):
+            continue
+        stack = {f"{name}.{n}".removeprefix("."): child for n, child in module.named_children() if _may_be_block(child)}
+        if stack:
+            found[name] = stack
+            inside.update(module.modules())
+    return found
+
+
+def _may_be_block(module: nn.Module) -> bool:
+    """Whether a module consists of others, and has a matrix."""
+    if not any(module.children()):
+        return False
+    owners = (m for m in module.modules() if not isinstance(m, _NO_LAYERS))
+    return any(x.dim() in (2, 3) for m in owners for x in m.parameters(recurse=False))
+
+
+class _Forward:
+    """A model's own forward, with stand-ins for the blocks.
+
+    Args:
+        runs: the model whose forward it is. Its weights outside of the blocks are there.
+        blocks: what may be its blocks, by name.
+        batch: the arguments of the forward.
+        given: what these are, in words, for messages.
+        inside: inside its `with` block, modules of a block have their tensors where they are needed.
+
+    Attributes:
+        names: the blocks that were called, in the order of their calls; one that was called twice stands there twice.
+        forms: what blocks return.
+        logits_itemsize: bytes of an entry of the logits that it returns; 0 if it returns none.
+    """
+
+    def __init__(self, runs: nn.Module, blocks: dict[str, nn.Module], batch: Batch, given: str, inside: Ready) -> None:
+        self._runs, self._kind, self._blocks = runs, type(runs).__name__, blocks
+        self._batch, self._given, self._inside = batch, given, inside
+        self._kinds = {name: kind_of_block(block) for name, block in blocks.items()}
+        self._weights = {f"{name}.{n}": x for name, block in blocks.items() for n, x in block.named_parameters()}
+        self.names: list[str] = []
+        self.forms = Forms()
+        self.logits_itemsize = 0
+        # Attributes that blocks have set: the module, its name, and the module's attributes before.
+        self._set: list[tuple[nn.Module, str, dict[str, Any]]] = []
+
+    def record(self, watched: dict[int, str]) -> tuple[Recording, set[str]] | None:
+        """Record the forward, and which watched tensors it reads; None if it calls no block.
+
+        The first block of each kind is run, and shows what the others return. So is each block that is given objects,
+        which it may change. Then the forward is run once more. Nothing in it may depend on what the blocks did.
+
+        Args:
+            watched: names of tensors, by their ids.
+
+        Raises:
+            NotABlock: it gives a block no hidden states.
+            InputError: the forward fails, or hands tensors on in a way that cannot be followed.
+        """
+        try:
+            first = self._run(self._run_block, watched)
+        finally:
+            self._restore_attributes()
+        if not self.names:
+            return None
+        names, self.names = self.names, []
+        try:
+            second = self._run(self._other_values, watched)
+        except ForwardFailed as error:
+            raise InputError(
+                f"unsupported model {self._kind}: its forward depends on what blocks return or change in a way that "
+                f"cannot be followed: without it, {shown(first_line(error.__cause__ or error))}"
+            ) from error
+        check_same(first, second, names, self._kind)
+        if not any(count == 1 for count in Counter(names).values()):
+            raise InputError(
+                f"unsupported model {self._kind}: {names[0]} runs more than once in a forward, and so do all blocks"
+            )
+        return first.recording(), first.read | second.read
+
+    def _run(self, block_output: Callable[[str, tuple, dict], Any], watched: dict[int, str]) -> Recorder:
+        """Run the forward; the function makes what stands for the output of the block of this name."""
+        blocks = list(self._blocks)
+        recorder = Recorder(self.names, self._kind, self._batch.tensors, self._weights, watched=watched)
+
+        def replacement(n: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            name = blocks[n]
+            if not args or not isinstance(args[0], Tensor):
+                raise NotABlock(
+                    f"unsupported model {self._kind}: {name} is not given its hidden states as first argument", name
+                )
+            self.names.append(name)
+            with recorder.tape.pause():
+                recorder.arrives(len(self.names) - 1, args[0], args[1:], kwargs)
+                output = block_output(name, args, kwargs)
+                recorder.leaves(len(self.names) - 1, output)
+            return output
+
+        with explained(self._kind, "its forward", self._given), recorder.on():
+            returned = run_replaced(self._runs, list(self._blocks.values()), self._batch, replacement)
+        recorder.ends()
+        logits = getattr(returned, "logits", None)
+        self.logits_itemsize = logits.element_size() if isinstance(logits, Tensor) else 0
+        return recorder
+
+    def _run_block(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What stands for a block's output, with the block's changes to the objects that it is given."""
+        block, kind, objects = self._blocks[name], self._kinds[name], objects_of((*args, *kwargs.values()))
+        form = self.forms.find(kind, args[0])
+        if objects or form is None:
+            # The objects themselves, with other tensors than those that are followed.
+            memo = {id(known): (known, known) for known in objects}
+            own, others = rebuilt((args, kwargs), Tensor.detach, memo)
+            before = [(module, dict(module.__dict__)) for module in block.modules()]
+            with explained(self._kind, name, self._given), self._inside(block.modules()):
+                output = block(*own, **others)
+            for module, attributes in before:
+                self._set += [(module, k, attributes) for k, x in module.__dict__.items() if attributes.get(k) is not x]
+            form = form or self.forms.add(kind, form_of_output(output, own[0], name, self._kind))
+        return form.after(args[0])
+
+    def _other_values(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What stands for the block's output, with other values than `_run_block` gives it."""
+        form = self.forms.find(self._kinds[name], args[0])
+        assert form is not None, name
+        return form.after(args[0], _other_values)
+
+    def _restore_attributes(self) -> None:
+        """Give the blocks' modules the attributes that they had before the blocks were run."""
+        for module, name, before in reversed(self._set):
+            module.__dict__.pop(name, None)
+            if name in before:
+                module.__dict__[name] = before[name]
+        self._set = []
+
+
+def _other_values(x: Tensor) -> Tensor:
+    """A tensor of the same form with other values; indices are those of the tensor in another order."""
+    if not (x.is_floating_point() or x.is_complex()):
+        return x.flip(tuple(range(x.dim())))
+    return torch.linspace(0.5, 1.5, x.numel(), device=x.device).view(x.shape).to(x.dtype)
+
+
+@contextmanager
+def zeros_in(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the `with` block, these modules have zeros in place of tensors on the meta device; tied ones stay tied.
+
+    All of them are views of one piece of memory, as large as the largest, that is never written to. So it takes none.
+    """
+    slots = [slot for slot in slots_of(("", module) for module in modules) if slot.own.is_meta]
+    memory = torch.from_numpy(np.zeros(max((slot.own.nbytes for slot in slots), default=0), np.uint8))
+    with filled(slots, lambda slot: memory[: slot.own.nbytes].view(slot.own.dtype).view(slot.own.shape)):
+        yield
