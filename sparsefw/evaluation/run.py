@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparsefw import data
 from sparsefw.caller import on_cpu_by_default, settings_kept
@@ -19,9 +19,6 @@ from sparsefw.flags import check_needs, checked_number, checked_path
 from sparsefw.model import read_config
 from sparsefw.model.skeleton import max_seqlen
 from sparsefw.ranks import Ranks, joined_with
-
-if TYPE_CHECKING:
-    from sparsefw.evaluation.harness import Tasks
 
 # The file in the output folder.
 RESULT = "evaluation.json"
@@ -78,8 +75,9 @@ def evaluate(
         InputError: an argument is wrong; the message is one line that names it.
         TypeError: what must be a name or a path is neither.
     """
-    names = list(dict.fromkeys((*(() if against is None else _names("against", [against])), *_names("models", models))))
-    tasks, texts = _names("tasks", tasks), _names("texts", texts)
+    first = None if against is None else _names("against", [against])[0]
+    names = list(dict.fromkeys((*([] if first is None else [first]), *_names("models", models))))
+    tasks, texts = _names("tasks", tasks), tuple(dict.fromkeys(_names("texts", texts)))
     if not tasks and not texts:
         raise InputError("--tasks, --eval: neither is given; give tasks, or a text for perplexity")
     check_needs("tasks", bool(tasks), limit=limit, num_fewshot=num_fewshot, include_path=include_path)
@@ -92,43 +90,38 @@ def evaluate(
     for name, count in {"num_fewshot": num_fewshot, "seqlen": seqlen, "eval_windows": eval_windows}.items():
         if count is not None:
             checked_number(name, count, LEAST[name], None, whole=True)
-    result = None if output is None else _result_path(checked_path("output", output), overwrite)
+    result = None if output is None else checked_path("output", output) / RESULT
+    if result and result.exists() and not overwrite:
+        raise InputError(f"{result}: is there already; give --overwrite to replace it")
     with joined_with(log) as (ranks, say):
-        asked = {"tasks": tasks, "limit": limit, "num_fewshot": num_fewshot, "include_path": str(include_path)}
-        first = None if against is None else str(against)
-        ranks.agree({"models": names, "--against": first, "--eval": texts, **asked})
-        folders = {name: ranks.local_first(partial(locate, name)) for name in names}
-        if against is not None and len({folder.resolve() for folder in folders.values()}) == 1:
-            raise InputError(f"--against {against}: the model itself; compare it with another one, or leave it out")
-        loaded = _tasks(tasks, include_path) if tasks else None
+        ranks.agree({"models": names, "--against": first, "--tasks": tasks, "--eval": texts})
+        sources = {name: inspect(ranks.local_first(partial(locate, name))) for name in names}
+        if first is not None and len({source.folder.resolve() for source in sources.values()}) == 1:
+            raise InputError(f"--against {first}: the model itself; compare it with another one, or leave it out")
+        windows = _windows(sources, texts, seqlen or SEQLEN, eval_windows, ranks)
         found: dict[str, Mapping[str, Any]] = {}
-        windows: list[Windows] = []
-        likelihoods: list[dict[str, list[float]]] = [{} for _ in texts]
-        for name, folder in folders.items():
-            source = inspect(folder)
-            of_model = _windows(source, texts, seqlen or SEQLEN, eval_windows, ranks)
-            windows = windows or of_model
-            for n, of_text in enumerate(of_model):
-                if of_text.hash != windows[n].hash:
-                    raise InputError(
-                        f"{name}: reads {of_text.source} as other tokens than {names[0]}, so that perplexities cannot "
-                        "be compared; evaluate it by itself, or leave out --eval"
-                    )
-                # The last token of a window is predicted, and need not be read.
-                requests = [request_of(ids[:1], ids[1:], of_text.seqlen) for ids in of_text.ids.tolist()]
-                scores = scores_of(source, requests, **of_memory, say=say, progress=progress, ranks=ranks)
-                likelihoods[n][name] = [score.loglikelihood for score in scores]
-            if loaded:
-                from sparsefw.evaluation.harness import StreamedLM
+        if tasks:
+            check_installed()
+            from sparsefw.evaluation.harness import StreamedLM, Tasks
 
-                model = StreamedLM(folder, gpu_memory=gpu_memory, host_memory=host_memory, log=say, progress=progress)
+            loaded = Tasks(tasks, None if include_path is None else checked_path("include_path", include_path))
+            for name, source in sources.items():
+                model = StreamedLM(
+                    source.folder, gpu_memory=gpu_memory, host_memory=host_memory, log=say, progress=progress
+                )
                 found[name] = loaded.results(model, limit, num_fewshot)
-        evaluation = Evaluation(
-            names,
-            first,
-            ranks.broadcast_object(task_records(found, first) if found and ranks.first else []),
-            [text_record(*of_text, first) for of_text in zip(windows, likelihoods, strict=True)],
-        )
+        records = ranks.broadcast_object(task_records(found, first) if found and ranks.first else [])
+        of_texts = []
+        for of_text in windows:
+            # The last token of a window is predicted, and need not be read.
+            requests = [request_of(ids[:1], ids[1:], of_text.seqlen) for ids in of_text.ids.tolist()]
+            scores = {
+                name: scores_of(source, requests, **of_memory, say=say, progress=progress, ranks=ranks)
+                for name, source in sources.items()
+            }
+            likelihoods = {name: [score.loglikelihood for score in of_model] for name, of_model in scores.items()}
+            of_texts.append(text_record(of_text, likelihoods, first))
+        evaluation = Evaluation(names, first, records, of_texts)
         if result and ranks.first:
             _write(result, evaluation.to_json())
     return evaluation
@@ -144,18 +137,6 @@ def check_installed() -> None:
         raise InputError("lm-evaluation-harness is not installed; pip install -e '.[eval]' brings it")
 
 
-def _tasks(names: Sequence[str], include_path: str | Path | None) -> "Tasks":
-    """The harness's tasks.
-
-    Raises:
-        InputError: the harness is not installed; or as `Tasks`.
-    """
-    check_installed()
-    from sparsefw.evaluation.harness import Tasks
-
-    return Tasks(names, None if include_path is None else checked_path("include_path", include_path))
-
-
 def _names(argument: str, given: Any) -> tuple[str, ...]:
     """Names or paths, given as one or as many.
 
@@ -169,34 +150,39 @@ def _names(argument: str, given: Any) -> tuple[str, ...]:
     return tuple(map(str, several))
 
 
-def _result_path(folder: Path, overwrite: bool) -> Path:
-    """The file of the result.
+def _windows(
+    sources: Mapping[str, Checkpoint], texts: Sequence[str], seqlen: int, limit: int | None, ranks: Ranks
+) -> list[Windows]:
+    """The windows of all texts.
 
     Raises:
-        InputError: it is there, and must not be replaced; or there can be no such folder.
+        InputError: models have other tokenizers, or read fewer tokens at once: perplexities cannot be compared.
     """
-    path = folder / RESULT
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: is there already; give --overwrite to replace it")
-    with naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return path
+    of_models = {
+        name: ranks.on_first(partial(_windows_of, source, texts, seqlen, limit)) if texts else []
+        for name, source in sources.items()
+    }
+    first, windows = next(iter(of_models.items()))
+    for name, found in of_models.items():
+        for of_text, of_first in zip(found, windows, strict=True):
+            if of_text.hash != of_first.hash:
+                raise InputError(
+                    f"{name}: reads {of_text.source} as other tokens than {first}, so that perplexities cannot be "
+                    "compared; evaluate it by itself, or leave out --eval"
+                )
+    return windows
+
+
+def _windows_of(source: Checkpoint, texts: Sequence[str], seqlen: int, limit: int | None) -> list[Windows]:
+    seqlen = data.window_length(source.folder, seqlen, max_seqlen(read_config(source)))
+    tokenizer = load_tokenizer(source.folder)
+    return [data.evaluation_windows(tokenizer, text, seqlen=seqlen, limit=limit) for text in texts]
 
 
 def _write(path: Path, text: str) -> None:
     """Write a file, so that it is there once it is whole."""
-    partial_path = path.with_name(f".{path.name}.partial")
+    unfinished = path.with_name(f".{path.name}.partial")
     with naming(path):
-        partial_path.write_text(text, encoding="utf-8")
-        os.replace(partial_path, path)
-
-
-def _windows(source: Checkpoint, texts: Sequence[str], seqlen: int, limit: int | None, ranks: Ranks) -> list[Windows]:
-    """The windows of all texts, which one rank reads."""
-    if not texts:
-        return []
-    tokenizer = load_tokenizer(source.folder)
-    seqlen = data.window_length(source.folder, seqlen, max_seqlen(read_config(source)))
-    return ranks.on_first(
-        lambda: [data.evaluation_windows(tokenizer, name, seqlen=seqlen, limit=limit) for name in dict.fromkeys(texts)]
-    )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
