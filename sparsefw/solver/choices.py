@@ -86,8 +86,10 @@ def choose_frank_wolfe(rows: Rows, config: PruneConfig, backend: Backend) -> Cho
     damping = None if H is rows.G else H.diagonal() - rows.G.diagonal()
     # NaN shows in the errors of the solution.
     warm = backend.lmo(rows.saliency, rows.k, group=config.pattern.group, checked=False)
-    by_name: dict[str, Any] = dict(target_gap=rows.target_gap, damping=damping, exact=rows.exact)
-    problem = Problem(rows.start, H, rows.saliency, rows.k, warm, config.pattern.group, **by_name)
+    problem = Problem(
+        rows.start, H, rows.saliency, rows.k, warm, config.pattern.group,
+        target_gap=rows.target_gap, damping=damping, exact=rows.exact,
+    )  # fmt: skip
     if config.alpha:
         problem = replace(problem, fixed=paper.fixed_entries(problem, config.alpha, backend))
     schedule = frank_wolfe.line_search(config.steps, config.penalty)

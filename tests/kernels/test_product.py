@@ -126,18 +126,6 @@ def test_no_rows(backend):
     assert backend.product(torch.empty(0, 131, device=DEVICE), gram(131)).shape == (0, 131)
 
 
-@pytest.mark.parametrize("stored", [(2, 2), (2, 4), (4, 2), (4, 4)])
-@pytest.mark.parametrize("size", [2, 4])
-def test_stages_of_large_tiles_fit_shared_memory(size, stored, monkeypatch):
-    """The stages fit beside a quarter of the output, also for operands that are rounded after they are loaded."""
-    monkeypatch.setattr(product_module, "platform", lambda: "sm_90")
-    config = product_module.configuration(8192, 8192, size, True, stored=stored)
-    m, n, k = (config[f"BLOCK_{x}"] for x in "MNK")
-    assert n == 256
-    assert config["num_stages"] >= 2
-    assert config["num_stages"] * (m * stored[0] + n * stored[1]) * k + m * n * 4 // 4 < 227 * 1024
-
-
 @needs_gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_tensor_cores_keep_the_bits_of_their_precision(precision):
