@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsefw.model.operands import tensors_in
+from sparsefw.model.tape import tensors_in
 from sparsefw.model.values import Value, leaves_of, rebuilt
 
 

@@ -5,7 +5,6 @@ they compute nothing, yet torch takes 0.2 ms to find the shape of a product and 
 on the shapes, dtypes and constants that a function is given, and on modes of torch, so they are found once.
 """
 
-from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -13,22 +12,13 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_map
 
-from sparsefw.model.operands import tensors_in
+from sparsefw.model.tape import tensors_in, with_tensors
 
 # More results are not remembered: they are forgotten, and found again. One takes about a kilobyte.
 MOST_RESULTS = 10_000
 
-# Makes the result of a call anew, by all that the result depends on.
-_results: dict[Hashable, Callable[[], Any]] = {}
-
-# Types of constants that are known by their values. They are written beside their types: 1, 1.0 and True are equal.
-_CONSTANTS = frozenset(
-    [type(None), type(...), bool, int, float, str, torch.Size, torch.dtype, torch.device, torch.memory_format]
-)
-
-
-class _UnknownError(Exception):
-    """What a function is given has parts that a result may depend on in other ways."""
+# The results of calls, by all that they depend on.
+_results: dict[tuple, Any] = {}
 
 
 def call_without_data(func: Any, args: tuple, kwargs: dict) -> tuple[Any, list[Tensor]]:
@@ -41,10 +31,13 @@ def call_without_data(func: Any, args: tuple, kwargs: dict) -> tuple[Any, list[T
     Returns:
         What the function returns, and those of the tensors with data that it would have written to.
     """
-    key = _key(func, args, kwargs)
-    if key in _results:
-        with torch._C.DisableTorchFunction():
-            return _results[key](), []
+    # Modes would see how tensors are looked at.
+    modes = tuple(type(mode) for mode in _get_current_function_mode_stack())
+    with torch._C.DisableTorchFunction():
+        # Values are told by how they are written: 1, 1.0 and True are equal.
+        key = func, modes, torch.get_default_dtype(), repr(with_tensors((args, kwargs), _form))
+        if key in _results:
+            return with_tensors(_results[key], _like), []
     copies: list[tuple[Tensor, Tensor]] = []
 
     def to_meta(value: Any) -> Any:
@@ -60,60 +53,25 @@ def call_without_data(func: Any, args: tuple, kwargs: dict) -> tuple[Any, list[T
     versions = {id(x): x._version for x in operands}
     out = func(*args, **kwargs)
     written = {id(x) for x in operands if x._version != versions[id(x)]}
-    if key is not None and not written and (anew := _maker(out, operands)):
+    made = tensors_in(out)
+    # Some functions return what they are given, and it may be asked whether they do.
+    if made and not written and all(_is_plain(x) and not any(x is y for y in operands) for x in made):
         if len(_results) >= MOST_RESULTS:
             _results.clear()
-        _results[key] = anew
+        _results[key] = with_tensors(out, Tensor.detach)
     return out, [tensor for tensor, copy in copies if id(copy) in written]
 
 
-def _key(func: Any, args: tuple, kwargs: dict) -> Hashable:
-    """All that the form of a call's result depends on; None if that is not known."""
-    modes = tuple(type(mode) for mode in _get_current_function_mode_stack())
-    try:
-        # Modes would see how tensors are looked at.
-        with torch._C.DisableTorchFunction():
-            return func, modes, torch.get_default_dtype(), _known_by(args), _known_by(kwargs)
-    except _UnknownError:
-        return None
+def _form(x: Tensor) -> tuple[Any, ...]:
+    """All of a tensor that the form of a result depends on."""
+    return type(x), x.dtype, x.layout, tuple(x.shape), x.stride() if x.layout is torch.strided else ()
 
 
-def _known_by(value: Any) -> Hashable:
-    """All of a value that the form of a result depends on.
-
-    Raises:
-        _UnknownError: which that is, is not known.
-    """
-    kind = type(value)
-    if isinstance(value, Tensor):
-        if value.layout is not torch.strided or value.is_quantized or value.dtype.is_complex:
-            raise _UnknownError
-        return kind, value.dtype, value.shape, value.stride()
-    if kind is tuple or kind is list:
-        return kind, *map(_known_by, value)
-    if kind is dict:
-        return kind, *[(key, _known_by(item)) for key, item in value.items()]
-    if kind is slice:
-        return kind, _known_by(value.start), _known_by(value.stop), _known_by(value.step)
-    if kind not in _CONSTANTS:
-        raise _UnknownError
-    return kind, value
+def _is_plain(x: Tensor) -> bool:
+    """Whether there is no more to a tensor than its size, steps and dtype."""
+    return type(x) is Tensor and x.is_meta and x.layout is torch.strided and not x.requires_grad
 
 
-def _maker(out: Any, operands: list[Tensor]) -> Callable[[], Any] | None:
-    """Makes such a result anew; None if there is more to it than tensors of such forms.
-
-    Views become tensors of their own: there is no data that they could share.
-    """
-    if isinstance(out, Tensor):
-        plain = type(out) is Tensor and out.is_meta and out.layout is torch.strided and not out.requires_grad
-        # Some functions return what they are given, and it may be asked whether they do.
-        if not plain or any(out is x for x in operands):
-            return None
-        size, stride, dtype = out.size(), out.stride(), out.dtype
-        return lambda: torch.empty_strided(size, stride, dtype=dtype, device="meta")
-    if type(out) is tuple or type(out) is list:
-        kind, makers = type(out), [_maker(item, operands) for item in out]
-        if all(makers):
-            return lambda: kind([make() for make in makers if make])
-    return None
+def _like(x: Tensor) -> Tensor:
+    """Such a tensor. A view becomes a tensor of its own: there is no data that it could share."""
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")

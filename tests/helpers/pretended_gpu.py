@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from triton.runtime.interpreter import GridExecutor
 
-from sparsefw.model.operands import tensors_in
+from sparsefw.model.tape import tensors_in
 from sparsefw.process import page_locked_bytes
 
 DEVICE = torch.device("cuda", 0)

@@ -1,12 +1,15 @@
-"""Measure a stage against the dense model: Gram and cross matrices of its layers.
+"""Accumulate Gram and cross matrices of a block's layers over the calibration windows.
 
-Both models run only the part of the block that the stage needs, and move on as far as the next stage needs them to: the
-pruned model to the stage's start when the layers before it are pruned, the dense model to the start of the next stage.
+Layers that read the same input share its Gram matrix. A cross matrix compares a layer with the dense model. A stage is
+measured by the part of the block that it needs, in both models. They move on as far as the next stage needs them to:
+the pruned model to the stage's start when the layers before it are pruned, the dense model to the start of the next
+stage.
 """
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +17,150 @@ from torch import Tensor, nn
 from sparsefw.kernels.backend import Backend
 from sparsefw.model.activations import Activations
 from sparsefw.model.hidden_states import BlockOutput, HiddenStates
-from sparsefw.model.layers.capture import Captured, capture, dense_outputs
-from sparsefw.model.layers.names import Layer
+from sparsefw.model.layers.experts import experts_of
+from sparsefw.model.layers.names import Layer, WeightNames, is_expert
 from sparsefw.model.layers.stage import Stage
-from sparsefw.model.layers.watch import Selector
+from sparsefw.model.layers.watch import Selector, Watch, everything
 from sparsefw.model.parts import INPUT, Point
 from sparsefw.solver.target import Cross
+
+# Runs one micro-batch, by its number, through a block.
+Run = Callable[[int], object]
+
+# What a run returns.
+Ran = TypeVar("Ran")
+
+# Outputs of the dense model's layers: called with the number of a micro-batch, then with the name of a layer.
+DenseOutputs = Callable[[int], Callable[[str], Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Layers of a block or of a stage, with the matrices that calibration accumulated.
+
+    Attributes:
+        layers: the selected layers, in the order of use. Experts whose inputs are all zero are none: no token was sent
+            to them.
+        grams: Gram matrices (in, in) fp32, by `Layer.gram`.
+        crosses: cross matrices by layer, see `target`; empty without a comparison with the dense model. Experts have
+            none, since they are sent other tokens than in the dense model.
+        ignored: names of the layers that were seen and not selected.
+    """
+
+    layers: list[Layer]
+    grams: dict[str, Tensor]
+    crosses: dict[str, Cross]
+    ignored: list[str]
+
+
+class _Sums:
+    """Gram and cross matrices by name, in fp32, summed over micro-batches."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.grams: dict[str, Tensor] = {}
+        self.crosses: dict[str, Tensor] = {}
+        self._backend = backend
+
+    def add_gram(self, name: str, X: Tensor, measured: bool = True) -> None:
+        """Add X^T X of inputs X (tokens, in); nothing, if they are not measured."""
+        if name not in self.grams:
+            self.grams[name] = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float32, device=X.device)
+        if measured:
+            self._backend.gram_accumulate(self.grams[name], X)
+
+    def add_cross(self, name: str, A: Tensor, B: Tensor, measured: bool = True) -> None:
+        """Add A^T B of A (tokens, rows) and B (tokens, columns)."""
+        if name not in self.crosses:
+            self.crosses[name] = torch.zeros(A.shape[1], B.shape[1], dtype=torch.float32, device=A.device)
+        if measured:
+            self._backend.cross_accumulate(self.crosses[name], A, B)
+
+
+def capture(
+    block: nn.Module,
+    run: Run,
+    batches: Iterable[int],
+    *,
+    backend: Backend,
+    selected: Selector = everything,
+    stage: Stage | None = None,
+    dense: DenseOutputs | None = None,
+    passing: Container[int] = (),
+    experts: frozenset[str] | None = None,
+) -> Captured:
+    """Run a block over its calibration inputs; find its layers and accumulate the Gram matrices of their inputs.
+
+    Args:
+        block: the block, on its device.
+        run: runs a micro-batch through it.
+        batches: numbers of the micro-batches.
+        backend: its `gram_accumulate`, `mirror_lower` and `cross_accumulate` are used.
+        selected: selects layers by their names inside the block. An input that no selected layer reads has no Gram
+            matrix; like other inputs it stays in memory until the micro-batch has passed.
+        stage: watch its layers only, and run no more of the block than they need; None: the whole block.
+        dense: outputs of the dense model's layers; with them, cross matrices are accumulated, too.
+        passing: numbers of the micro-batches that are run and not measured.
+        experts: names of modules that may be experts; None: those of `experts_of`.
+
+    Raises:
+        InputError: a layer shares its input with different layers from one micro-batch to the next.
+    """
+    sums, names = _Sums(backend), WeightNames(block)
+    experts = experts_of(block) if experts is None else experts
+
+    def take_input(gram: str, X: Tensor) -> None:
+        sums.add_gram(gram, X, j not in passing)
+
+    watch = Watch(names, experts, selected, take_input, stage, record_outputs=dense is not None)
+    for j in batches:
+        watch.through(partial(run, j))
+        dense_output = dense(j) if dense else lambda name: None
+        for name, X, output in watch.outputs.pairs():
+            expected = dense_output(name)
+            if expected is not None and expected.shape == output.shape:
+                # Rounded only once, whatever the dtype: torch subtracts in fp32.
+                sums.add_cross(name, (expected - output).to(X.dtype), X, j not in passing)
+    idle = {name for name, G in sums.grams.items() if is_expert(name, experts) and not G.diagonal().any()}
+    layers = [layer for layer in watch.layers.values() if layer.gram not in idle]
+    grams = {name: backend.mirror_lower(G) for name, G in sums.grams.items() if name not in idle}
+    crosses = {name: Cross("outputs", matrix) for name, matrix in sums.crosses.items()}
+    return Captured(layers, grams, crosses, [*watch.ignored])
+
+
+def dense_outputs(
+    block: nn.Module,
+    run: Callable[[int], Ran],
+    stage: Stage | None = None,
+    selected: Selector = everything,
+    move: Callable[[int, Ran], object] = lambda j, ran: None,
+    experts: frozenset[str] | None = None,
+) -> DenseOutputs:
+    """Outputs of a stage's layers in the dense model.
+
+    A micro-batch is run as far as the stage needs it, and further if the dense model moves on in the stage.
+
+    Args:
+        block: the dense model's block.
+        run: runs one of the dense model's micro-batches through it.
+        stage: None is the whole block.
+        selected: selects the layers whose outputs are recorded; the same as in `capture`, so that outputs of both
+            models are followed as far.
+        move: moves the micro-batch on, called with its number and what the run returned. What is made of outputs then,
+            between two blocks, is no output of a layer.
+        experts: names of modules that may be experts; None: those of `experts_of`.
+    """
+    names, experts = WeightNames(block), experts_of(block) if experts is None else experts
+    moves = stage is not None and (stage.final or stage.behind is not None)
+
+    def outputs_of(j: int) -> Callable[[str], Tensor | None]:
+        # A new watch for each micro-batch, so that the outputs are freed with it.
+        watch = Watch(names, experts, selected, stage=stage, record_outputs=True, run_on=moves)
+        ran = watch.through(partial(run, j))
+        if ran is not None:
+            move(j, ran)
+        return watch.outputs.output_of
+
+    return outputs_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +172,7 @@ class Pair:
         pruned: the windows in the pruned model, whose block is open.
         dense: the windows in the dense model.
         dense_block: the dense model's block.
-        experts: as for `WeightNames`.
+        experts: names of modules that may be experts; None: those of `experts_of`.
     """
 
     number: int
@@ -39,48 +180,6 @@ class Pair:
     dense: HiddenStates
     dense_block: nn.Module
     experts: frozenset[str] | None = None
-
-
-class _Sums:
-    """The matrices of a stage, summed over micro-batches."""
-
-    def __init__(self, stage: Stage, backend: Backend) -> None:
-        self.G: Tensor | None = None
-        # X (X_dense - X)^T, of all layers that do not write to the stream.
-        self.C: Tensor | None = None
-        self.streams: dict[str, Tensor] = {}
-        self._stage, self._backend = stage, backend
-
-    def add_input(self, X: Tensor, X_dense: Tensor | None) -> None:
-        """Add a micro-batch's inputs (tokens, d) of both models."""
-        if self.G is None:
-            self.G = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float32, device=X.device)
-        self._backend.gram_accumulate(self.G, X)
-        if X_dense is not None:
-            if self.C is None:
-                self.C = torch.zeros_like(self.G)
-            self._backend.cross_accumulate(self.C, X, X_dense - X)
-
-    def add_streams(self, layer: Layer, S: Tensor, h: Tensor, X: Tensor) -> None:
-        """Add a micro-batch's input X of a layer that is to fill the gap between streams, S - h (tokens, rows)."""
-        if layer.name not in self.streams:
-            self.streams[layer.name] = torch.zeros(layer.weight.shape, dtype=torch.float32, device=X.device)
-        # Rounded only once: torch subtracts in fp32.
-        self._backend.cross_accumulate(self.streams[layer.name], (S - h).to(X.dtype), X)
-        if layer.bias is not None:
-            # Apart from the gap, which it would make a number with more digits.
-            self.streams[layer.name].addr_(layer.bias.float(), X.float().sum(0), alpha=-1)
-
-    def captured(self) -> Captured:
-        """The matrices by layer."""
-        assert self.G is not None
-        self._backend.mirror_lower(self.G)
-        crosses = {name: Cross("streams", matrix) for name, matrix in self.streams.items()}
-        if self.C is not None:
-            shared = Cross("inputs", self.C)
-            crosses |= {layer.name: shared for layer in self._stage.layers if layer.name not in crosses}
-        gram = self._stage.layers[0].gram
-        return Captured(list(self._stage.layers), {gram: self.G}, crosses, [])
 
 
 def measure(
@@ -118,7 +217,8 @@ def _measure_known(
     stage: Stage, input_point: Point, pair: Pair, backend: Backend, kept: Activations | None, passing: Container[int]
 ) -> Captured:
     """Measure layers whose input is a known point of the block; `kept` receives their inputs."""
-    sums, streams = _Sums(stage, backend), {write.stream for write in stage.writes.values()}
+    sums, streams = _Sums(backend), {write.stream for write in stage.writes.values()}
+    gram = stage.layers[0].gram
     for j in range(len(pair.pruned)):
         taken = _run_pruned(stage, pair, j, take={input_point, *streams}, end=input_point)
         if kept is not None:
@@ -127,11 +227,23 @@ def _measure_known(
         X_dense, behind = _dense_tensors(stage, pair, j)
         if j in passing:
             continue
-        sums.add_input(X, X_dense)
+        sums.add_gram(gram, X)
+        if X_dense is not None:
+            sums.add_cross("inputs", X, X_dense - X)
         for layer in stage.layers:
             if write := stage.writes.get(layer.name):
-                sums.add_streams(layer, behind[write.sum], _as_matrix(taken[write.stream]), X)
-    return sums.captured()
+                # The layer is to fill the gap between the streams. Rounded only once: torch subtracts in fp32.
+                gap = (behind[write.sum] - _as_matrix(taken[write.stream])).to(X.dtype)
+                sums.add_cross(layer.name, gap, X)
+                if layer.bias is not None:
+                    # Apart from the gap, which it would make a number with more digits.
+                    sums.crosses[layer.name].addr_(layer.bias.float(), X.float().sum(0), alpha=-1)
+    backend.mirror_lower(sums.grams[gram])
+    # X^T (X_dense - X), of all layers that do not write to the stream.
+    shared = Cross("inputs", sums.crosses.pop("inputs")) if "inputs" in sums.crosses else None
+    crosses = {name: Cross("streams", matrix) for name, matrix in sums.crosses.items()}
+    crosses |= {layer.name: shared for layer in stage.layers if shared and layer.name not in crosses}
+    return Captured([*stage.layers], sums.grams, crosses, [])
 
 
 def _dense_tensors(stage: Stage, pair: Pair, j: int) -> tuple[Tensor | None, dict[Point | None, Tensor]]:

@@ -71,35 +71,14 @@ class Product:
     transposed: bool = False
 
 
-@dataclass(frozen=True)
-class _Call:
-    """Where a function has its operands.
-
-    Attributes:
-        left, right: position and name of the operands.
-        bias: position and name of what is added to the product; None: nothing is.
-        transposed: whether the right operand is stored (out, in).
-    """
-
-    left: tuple[int, str]
-    right: tuple[int, str]
-    bias: tuple[int, str] | None = None
-    transposed: bool = False
-
-    def operands(self, args: tuple, kwargs: dict) -> list[Any]:
-        """Left and right operand, and the bias; None for those that are not given."""
-        places = (self.left, self.right, self.bias)
-        return [
-            None if place is None else args[place[0]] if len(args) > place[0] else kwargs.get(place[1])
-            for place in places
-        ]
-
-
-_CALLS: dict[Any, _Call] = {nn.functional.linear: _Call((0, "input"), (1, "weight"), (2, "bias"), transposed=True)}
-_CALLS |= dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), _Call((0, "input"), (1, "other")))
-_CALLS |= dict.fromkeys((torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm), _Call((0, "input"), (1, "mat2")))
-_CALLS |= dict.fromkeys((torch.addmm, torch.Tensor.addmm), _Call((1, "mat1"), (2, "mat2"), (0, "input")))
-_CALLS |= dict.fromkeys((torch.baddbmm, torch.Tensor.baddbmm), _Call((1, "batch1"), (2, "batch2"), (0, "input")))
+# By function that multiplies a left operand with a right one: positions and names of both, and of what is added to the
+# product.
+_LINEAR = ((0, "input"), (1, "weight"), (2, "bias"))
+_CALLS: dict[Any, tuple[tuple[int, str], ...]] = {nn.functional.linear: _LINEAR}
+_CALLS |= dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), ((0, "input"), (1, "other")))
+_CALLS |= dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), ((0, "input"), (1, "mat2")))
+_CALLS |= dict.fromkeys((torch.addmm, Tensor.addmm), ((1, "mat1"), (2, "mat2"), (0, "input")))
+_CALLS |= dict.fromkeys((torch.baddbmm, Tensor.baddbmm), ((1, "batch1"), (2, "batch2"), (0, "input")))
 
 # All functions that multiply tensors, by name. Their output is a combination of their input's entries.
 MIXING = {function.__name__ for function in _CALLS}
@@ -143,13 +122,13 @@ def _equation_of(func: Any, args: tuple, kwargs: dict) -> tuple[tuple[list[str],
             return None, [], None
         operands = list(args[1]) if len(args) == 2 and isinstance(args[1], tuple | list) else list(args[1:])
         return _einsum_labels(args[0], operands), operands, None
-    left, right, bias = _CALLS[func].operands(args, kwargs)
-    operands = [left, right]
+    given = [args[at] if len(args) > at else kwargs.get(name) for at, name in _CALLS[func]]
+    operands, bias = given[:2], given[2] if len(given) > 2 else None
     if not all(isinstance(x, Tensor | Value) and x.dim() for x in operands):
         return None, operands, bias
-    if _CALLS[func].transposed:
+    if func is nn.functional.linear:
         return (["...i", "oi"], "...o"), operands, bias
-    return _matmul_labels(left, right), operands, bias
+    return _matmul_labels(*operands), operands, bias
 
 
 def _matmul_labels(left: Tensor | Value, right: Tensor | Value) -> tuple[list[str], str]:

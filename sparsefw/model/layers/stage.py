@@ -14,7 +14,9 @@ class Role:
 
     Attributes:
         segment: number of the cuts before the layer, see `trace`.
-        way: how its cross matrix is measured, one of WAYS.
+        way: how its cross matrix is measured, see `measure`. "reads": from the inputs of both models, where the layer's
+            output is its product; "writes": from the residual streams, where the layer adds its product to the stream;
+            "outputs": from outputs that are recorded.
         keepable: whether the block can go on from the layer's input and the last cut, and saves layers by that.
     """
 
@@ -25,11 +27,6 @@ class Role:
 
 # The role of a layer in a block that has to be run as a whole.
 UNKNOWN_ROLE = Role()
-
-# How a layer's cross matrix is measured, see `measure`: from the inputs of both models, where the layer's output is its
-# product; from the residual streams, where the layer adds its product to the stream; else from outputs that are
-# recorded.
-WAYS = ("reads", "writes", "outputs")
 
 
 def first_segments(stages: Sequence[Sequence[Role]]) -> list[int]:

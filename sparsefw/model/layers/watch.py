@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from sparsefw.errors import InputError
 from sparsefw.model.layers.block_tape import BlockTape
 from sparsefw.model.layers.names import Layer, WeightNames, kind_of
@@ -50,7 +52,7 @@ class Watch:
         names: the matrices of the block.
         experts: names of modules that may be experts.
         selected: selects the layers to see.
-        take_input: called as take_input(gram, X, reading) once for each input of selected layers.
+        take_input: called as take_input(gram, X) once for each input of selected layers, X (tokens, in).
         stage: watch its layers only, and end a micro-batch's forward after them; None: the whole block.
         record_outputs: whether to record outputs of layers.
         run_on: after the stage, let a micro-batch run on unwatched instead of ending its forward.
@@ -66,7 +68,7 @@ class Watch:
         names: WeightNames,
         experts: frozenset[str],
         selected: Selector = everything,
-        take_input: Callable[[str, Any, Reading], None] = lambda gram, X, reading: None,
+        take_input: Callable[[str, Tensor], None] | None = None,
         stage: Stage | None = None,
         *,
         record_outputs: bool = False,
@@ -146,7 +148,8 @@ class Watch:
             return False
         if not layer_input.taken:
             layer_input.taken = True
-            self._take_input(layer_input.gram, X, product.reading)
+            if self._take_input:
+                self._take_input(layer_input.gram, product.reading.rows(X))
         if name not in self.layers:
             self.layers[name] = Layer(
                 name, product.weight, layer_input.gram, product.bias, product.at_once, product.transposed

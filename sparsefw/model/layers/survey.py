@@ -1,4 +1,4 @@
-"""Find the layers of a block, and their stages, by one micro-batch through it."""
+"""What one micro-batch through a block shows of its layers, and the stages in which they are pruned."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from sparsefw.errors import InputError
 from sparsefw.model.layers.block_tape import BlockTape, record_block
+from sparsefw.model.layers.dataflow import Dataflow
 from sparsefw.model.layers.experts import experts_of
-from sparsefw.model.layers.flow import Flow
 from sparsefw.model.layers.names import Layer, is_expert, kind_of
 from sparsefw.model.layers.stage import UNKNOWN_ROLE, Role, Stage, Write, first_segments, is_watched
 from sparsefw.model.layers.watch import Selector, Watch, everything
@@ -82,7 +82,7 @@ def survey_tape(tape: BlockTape, experts: frozenset[str], selected: Selector = e
         experts: names of modules that may be experts.
         selected: selects the layers to look at.
     """
-    watch, flow = Watch(tape.names, experts, selected, record_outputs=True), Flow(tape, experts)
+    watch, flow = Watch(tape.names, experts, selected, record_outputs=True), Dataflow(tape, experts)
     watch.look(tape)
     cuts, roles, inputs, writes = flow.cuts(), dict[str, Role](), dict[str, Point](), dict[str, Write]()
     for name in watch.layers:

@@ -42,7 +42,7 @@ class Use:
     made: Point | None
 
 
-class Flow:
+class Dataflow:
     """What follows from the block's input in a recorded forward. A call is an operation; 0 is the block's input.
 
     Args:
