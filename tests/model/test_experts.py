@@ -3,7 +3,6 @@
 import pytest
 import torch
 import transformers
-from helpers.damaged import damaged_module, stages_of
 from helpers.stacks import VOCABULARY, random_ids
 from torch import nn
 
@@ -61,63 +60,6 @@ def test_names_without_an_experts_index():
     }
     assert {name: kind_of(name, experts) for name in kinds} == kinds
     assert [is_expert(name, experts) for name in kinds] == [True, True, True, False, True]
-
-
-class Block(nn.Module):
-    """A block with an MLP whose layers have names, or numbers."""
-
-    def __init__(self, numbered):
-        super().__init__()
-        self.up, self.down, self.act = nn.Linear(16, 24), nn.Linear(24, 16), nn.GELU()
-        self.mlp = nn.Sequential(self.up, self.act, self.down)
-        if numbered:
-            del self.up, self.down
-        else:
-            del self.mlp
-
-    def forward(self, x):
-        return x + (self.mlp(x) if hasattr(self, "mlp") else self.down(self.act(self.up(x))))
-
-
-class Model(nn.Module):
-    """A stack of such blocks."""
-
-    def __init__(self, numbered):
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Block(numbered) for _ in range(3))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-def test_layers_with_numbers_are_pruned_as_those_with_names():
-    torch.manual_seed(1)
-    batches = [torch.randn(4, 16) for _ in range(12)]
-    models = {numbered: Model(numbered) for numbered in (False, True)}
-    named, numbered = (prune(model, calibration=batches, **QUICK).layers for model in models.values())
-    assert [layer.name for layer in numbered[:2]] == ["blocks.0.mlp.0.weight", "blocks.0.mlp.2.weight"]
-    assert {layer.target for layer in numbered} == {"dense"}
-    assert [layer.error for layer in numbered] == [layer.error for layer in named]
-    for one, other in zip(models[False].parameters(), models[True].parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_stages_of_experts_that_are_sequences():
-    """Their first layers are one stage, their second ones another."""
-
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = nn.ModuleList(nn.Sequential(linear(), nn.ReLU(), linear()) for _ in range(2))
-
-        def forward(self, x):
-            return x + torch.cat([expert(half) for expert, half in zip(self.experts, x.chunk(2), strict=True)])
-
-    keys = [stage.key for stage in stages_of(damaged_module(Experts(), [torch.randn(6, 8)]))]
-    assert keys == ["experts.*.0.weight", "experts.*.2.weight"]
 
 
 def t5():

@@ -71,15 +71,6 @@ def sorted_in_place(block, x):
     return x[order.argsort()]
 
 
-def sorted_in_views(block, x):
-    chosen = block.chosen(x)
-    order = chosen.argsort()
-    x = x[order]
-    for e, tokens in enumerate(x.split([int((chosen == e).sum()) for e in range(E)])):
-        tokens += block.parts[e](tokens)
-    return x[order.argsort()]
-
-
 def chosen_from_all(block, x):
     chosen = block.chosen(x)
     for e, part in enumerate(block.parts):
@@ -92,14 +83,6 @@ def weighted(block, x):
     for _ in range(2):
         weights = block.router(x).softmax(-1)
         x = x + sum(weights[:, e : e + 1] * part(x) for e, part in enumerate(block.parts))
-    return x
-
-
-def two_of_all(block, x):
-    """The micro-batch as a whole is sent to two of the experts."""
-    chosen = block.router(x).sum(0).topk(2).indices.tolist()
-    for _ in range(2):
-        x = x + sum(block.parts[e](x) for e in chosen)
     return x
 
 
@@ -136,8 +119,8 @@ def in_turn_beside_a_mixture(block, x):
     return in_turn(block, x) + out
 
 
-MIXTURES = [by_index, twice, in_place, sorted_in_place, sorted_in_views, chosen_from_all, weighted]
-MIXTURES += [two_of_all, with_sum]
+MIXTURES = [by_index, twice, in_place, sorted_in_place, chosen_from_all, weighted]
+MIXTURES += [with_sum]
 
 
 def found(block):

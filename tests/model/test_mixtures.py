@@ -22,7 +22,6 @@ NO_PRODUCT = re.compile(r"conv|A_log|_bias$|_embed\.weight$")
 GATE = {"mlp.gate.weight": (E, D)}
 ROUTER = {"mlp.router.weight": (E, D)}
 SHARED_GATE = {**GATE, "mlp.shared_expert_gate.weight": (1, D)}
-BLOCK_SPARSE = {"block_sparse_moe.router.weight": (E, D)}
 
 _LATENT = {
     "num_key_value_heads": 4,
@@ -36,8 +35,6 @@ _LATENT = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
-_INDEXER = {"index_n_heads": 4, "index_head_dim": 16, "index_topk": 8, "mlp_layer_types": ["dense"] + 2 * ["sparse"]}
-_GROUPS = {"n_routed_experts": E, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 _LINEAR = {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
@@ -46,11 +43,9 @@ _LINEAR = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "shared_expert_intermediate_size": 40,
 }
-_MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_groups": 1}
 
 # By model_type: what its config adds, and the routers by their names inside a block.
 MIXTURES = {
-    "afmoe": ({"num_dense_layers": 1}, {"mlp.router.gate.weight": (E, D)}),
     "dbrx": (
         {
             "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
@@ -62,13 +57,8 @@ MIXTURES = {
         },
         {"ffn.router.layer.weight": (E, D)},
     ),
-    "deepseek_v2": (_LATENT, GATE),
     "deepseek_v3": (_LATENT, GATE),
-    "deepseek_v32": (_LATENT | _INDEXER, GATE),
     "doge": ({"is_moe": True, "num_experts": 16}, {"mlp.router_gate.weight": (8, D)}),
-    "dots1": (_GROUPS | {"n_shared_experts": 1}, GATE),
-    "ernie4_5_moe": ({"moe_num_experts": E, "moe_k": 2, "moe_layer_start_index": 0}, GATE),
-    "flex_olmo": ({}, GATE),
     "gemma3n_text": (
         {
             "num_hidden_layers": 4,
@@ -98,39 +88,17 @@ MIXTURES = {
         },
         {"router.proj.weight": (E, D)},
     ),
-    "glm4_moe": (_GROUPS, GATE),
-    "glm_moe_dsa": (_LATENT | _INDEXER, GATE),
     "gpt_oss": ({"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, ROUTER),
-    "granitemoe": ({}, BLOCK_SPARSE),
-    "granitemoehybrid": (_MAMBA | {"layer_types": ["mamba", "attention", "mamba"]}, BLOCK_SPARSE),
-    "granitemoeshared": ({"shared_intermediate_size": 40}, BLOCK_SPARSE),
-    "hunyuan_v1_moe": ({"moe_topk": 2}, {"mlp.gate.wg.weight": (E, D)}),
-    "jamba": (
-        {"mamba_d_state": 8, "mamba_dt_rank": 8, "use_mamba_kernels": False, "attn_layer_period": 2}
-        | {"attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-        {"feed_forward.router.weight": (E, D)},
-    ),
     "jetmoe": (
         {"kv_channels": 8},
         {"mlp.router.layer.weight": (E, D), "self_attention.experts.router.layer.weight": (E, D)},
-    ),
-    "lfm2_moe": (
-        {"num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
-        {"feed_forward.gate.weight": (E, D)},
     ),
     "llama4_text": (
         {"num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 40},
         {"feed_forward.router.weight": (E, D)},
     ),
-    "minimax": ({"layer_types": ["linear_attention", "full_attention", "linear_attention"]}, GATE),
-    "minimax_m2": ({}, GATE),
-    "mixtral": ({}, GATE),
-    "olmoe": ({}, GATE),
-    "phimoe": ({}, ROUTER),
     "qwen2_moe": ({"decoder_sparse_step": 1, "shared_expert_intermediate_size": 40}, SHARED_GATE),
-    "qwen3_moe": ({"decoder_sparse_step": 1}, GATE),
     "qwen3_next": (_LINEAR, SHARED_GATE),
-    "qwen3_5_moe_text": (_LINEAR, SHARED_GATE),
 }
 
 

@@ -4,11 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.families import FAMILIES, save_model
+from helpers.families import save_model
 from transformers import AutoModelForCausalLM
 
 from sparsefw import checkpoint
-from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed, predictions
 from sparsefw.model.predictions import divergence, predicts, tokens_of_pass
 
@@ -51,25 +50,6 @@ def test_divergence_and_gradient(opened):
     (7 * found).backward()
     (7 * wanted).backward()
     assert torch.allclose(x.grad.double(), exact.grad, rtol=1e-3, atol=1e-5 * exact.grad.abs().max().item())
-
-
-def test_the_same_predictions_have_no_divergence(opened):
-    _, model, _, hidden, _ = opened
-    x = hidden.clone().requires_grad_()
-    found = divergence(model, IDS, x, hidden)
-    found.backward()
-    assert found.item() == 0
-    assert not x.grad.any()
-
-
-def test_no_gradient_is_made_where_none_is_asked_for(opened, monkeypatch):
-    _, model, _, hidden, dense = opened
-
-    def refuse(*args):
-        raise AssertionError
-
-    monkeypatch.setattr(torch.autograd, "grad", refuse)
-    assert divergence(model, IDS, hidden, dense) > 0
 
 
 def test_logits_of_one_window_at_a_time(opened, monkeypatch):
@@ -159,26 +139,3 @@ def test_a_head_that_mixes_tokens_does_not_predict_one_by_one(opened, monkeypatc
     mixed = model.model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].cumsum(1),))
     assert not predicts(states, IDS)
     mixed.remove()
-
-
-def test_a_head_that_needs_all_tokens_does_not_predict_one_by_one(opened, monkeypatch):
-    monkeypatch.setattr(predictions, "LEAST", 1)
-    _, _, states, *_ = opened
-
-    def refuse(model, batch, hidden, others):
-        if hidden.shape[1] < IDS.shape[1]:
-            raise InputError("too short")
-        return run_behind_blocks(model, batch, hidden, others)
-
-    run_behind_blocks = predictions.run_behind_blocks
-    monkeypatch.setattr(predictions, "run_behind_blocks", refuse)
-    assert not predicts(states, IDS)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_language_models_predict(family, tmp_path):
-    model = StreamedModel(checkpoint.inspect(save_model(tmp_path, family)), CPU)
-    states = embed(model, IDS, 2)
-    with model.outside():
-        assert predicts(states, IDS) == states.flow.by_window

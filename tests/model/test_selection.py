@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from helpers.damaged import damaged_module, damaged_pair, pruned_block, stages_of, surveyed, whole_runs
+from helpers.damaged import damaged_module, damaged_pair, stages_of, whole_runs
 from helpers.families import save_model
 from torch import nn
 
 from sparsefw.kernels.backend import TORCH
-from sparsefw.model.layers import capture, measure
-from sparsefw.model.stand_ins import hidden_of
+from sparsefw.model.layers import measure
 
 
 def without(*left_out):
@@ -64,53 +63,6 @@ def test_layers_that_stay_are_measured_as_without_selection(family, left_out, tm
     assert ignored <= set(left_out)
 
 
-@pytest.mark.parametrize(("family", "left_out"), LEFT_OUT, ids=IDS)
-def test_the_whole_block_at_once(family, left_out, tmp_path):
-    pair = damaged_pair(save_model(tmp_path, family))
-    block, (run, _), batches = pruned_block(pair), whole_runs(pair), range(len(pair.pruned))
-    everything = capture(block, run, batches, backend=TORCH)
-    captured = capture(block, run, batches, backend=TORCH, selected=without(*left_out))
-    assert [layer.name for layer in captured.layers] == [
-        layer.name for layer in everything.layers if layer.name not in left_out
-    ]
-    assert set(captured.ignored) == set(left_out)
-    assert set(captured.grams) == {layer.gram for layer in captured.layers}
-    for name, G in captured.grams.items():
-        assert torch.equal(G, everything.grams[name])
-
-
-def test_the_last_layer_that_stays_makes_up_for_those_behind_it(tmp_path):
-    """In gpt_neox two layers write to one sum. With the second left out, the first is compared with the whole sum."""
-    pair = damaged_pair(save_model(tmp_path, "gpt_neox"))
-    (run, run_dense), batches, inputs = whole_runs(pair), range(len(pair.pruned)), []
-    selected = without("mlp.dense_h_to_4h.weight", "mlp.dense_4h_to_h.weight")
-    first, last = stages_of(pair, selected)
-    assert (last.key, last.final, last.input) == ("attention.dense.weight", True, None)
-    hook = pruned_block(pair).attention.dense.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    gaps = [hidden_of(run_dense(j)) - hidden_of(run(j)) for j in batches]
-    hook.remove()
-    measure(first, pair, backend=TORCH, selected=selected, keep=False)
-    captured = measure(last, pair, backend=TORCH, selected=selected, keep=False)
-    gap, X = (torch.cat([t.reshape(-1, t.shape[-1]) for t in tensors]).double() for tensors in (gaps, inputs))
-    cross = captured.crosses["attention.dense.weight"]
-    assert cross.of == "outputs"
-    B = cross.matrix.double()
-    torch.testing.assert_close(B, gap.T @ X, rtol=1e-3, atol=1e-5 * B.abs().max().item())
-
-
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_all_layers_of_a_block_left_out(family, tmp_path):
-    pair = damaged_pair(save_model(tmp_path, family))
-    block, (run, _), batches = pruned_block(pair), whole_runs(pair), range(len(pair.pruned))
-    names = [layer.name for layer in capture(block, run, batches, backend=TORCH).layers]
-    captured = capture(block, run, batches, backend=TORCH, selected=lambda name: False)
-    assert (captured.layers, captured.grams, captured.crosses) == ([], {}, {})
-    # The router is no layer, whatever is selected.
-    assert captured.ignored == names
-    assert stages_of(pair, lambda name: False) == []
-    assert surveyed(pair, lambda name: False).layers == []
-
-
 @pytest.mark.parametrize(
     ("left_out", "moves"),
     [
@@ -140,25 +92,6 @@ def test_the_dense_model_moves_on_to_the_end_of_the_block(left_out, moves, tmp_p
     for j in range(len(pair.dense)):
         assert torch.equal(pair.dense.hidden[j], run_dense(j))
         assert torch.equal(pair.pruned.hidden[j], run(j))
-
-
-def test_the_first_of_branches_that_share_an_input_left_out():
-    """As in GPT-J: the other branch reads the input after a layer of the first branch has been used."""
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two, self.three = nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 8)
-
-        def forward(self, x):
-            return self.two(self.one(x)) + self.three(x)
-
-    pair, selected = damaged_module(Block(), [torch.randn(20, 8)]), without("one.weight")
-    order = stages_of(pair, selected)
-    assert [stage.last for stage in order] == ["two.weight", "three.weight"]
-    for stage in order:
-        captured = measure(stage, pair, backend=TORCH, selected=selected, keep=False)
-        assert [layer.name for layer in captured.layers] == [stage.last]
 
 
 def test_experts_in_a_list_of_modules_of_which_some_have_lost_their_first_layer():

@@ -80,15 +80,6 @@ def test_other_ways(name, stacked):
     check(stacked, lambda: sum((n + 1) * part.sin().sum() for n, part in enumerate(WAYS[name](stacked))))
 
 
-# A parameter in another order has no views of those shapes.
-@pytest.mark.parametrize("name", [*WAYS][:3] + [*WAYS][4:])
-def test_entries_in_another_order(name, stacked):
-    """They lie behind others in one buffer."""
-    buffer = torch.cat([torch.ones(7), stacked.detach().flatten()])
-    stacked = nn.Parameter(buffer[7:].view(5, 3, 4).transpose(1, 2))
-    check(stacked, lambda: sum((n + 1) * part.sin().sum() for n, part in enumerate(WAYS[name](stacked))))
-
-
 def test_no_leaf_where_no_gradients_are_made(stacked):
     with SliceGradients([stacked]) as slices, torch.no_grad():
         assert torch.equal(stacked[1], stacked.detach()[1])

@@ -129,37 +129,6 @@ class TestStages:
     def test_of_families(self, family, tmp_path):
         assert described(damaged_pair(save_model(tmp_path, family))) == in_words(STAGES[family])
 
-    @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
-    def test_hold_together(self, family, tmp_path):
-        """A stage in words: its layers, and where it begins and ends."""
-        pair = damaged_pair(save_model(tmp_path, family))
-        found, order = surveyed(pair), stages_of(pair)
-        assert [stage.final for stage in order] == [False] * (len(order) - 1) + [True]
-        assert [stage.behind for stage in order] == [
-            None if after is None or after.start == stage.start else after.start
-            for stage, after in zip(order, [*order[1:], None], strict=True)
-        ]
-        for stage in order:
-            layers = [layer.name for layer in found.layers if kind_of(layer.gram, found.experts) == stage.key]
-            assert stage.last == (None if "*" in stage.key else layers[-1])
-            if stage.input is None:
-                assert stage.layers == ()
-                continue
-            assert [layer.name for layer in stage.layers] == layers
-            assert stage.start.call <= stage.input.call
-            for name, write in stage.writes.items():
-                assert name in layers
-                assert write.stream == stage.start
-                assert write.sum == stage.behind
-                assert stage.final == (write.sum is None)
-
-    def test_experts_go_together(self, tmp_path):
-        order = stages_of(damaged_pair(save_model(tmp_path, "mixtral")))
-        assert [(stage.key, stage.last, stage.final) for stage in order[2:]] == [
-            ("mlp.experts.gate_up_proj*", None, False),
-            ("mlp.experts.down_proj*", None, True),
-        ]
-
     def test_a_layer_alone_and_no_layer(self):
         x = torch.randn(20, 8)
         (stage,) = stages_of(damaged_module(nn.Linear(8, 8), [x]))
@@ -182,33 +151,6 @@ class TestStages:
         assert grams.keys() == whole.grams.keys()
         for name, G in whole.grams.items():
             assert torch.equal(grams[name], G)
-
-    def test_branches_that_share_an_input_go_together(self):
-        """As in GPT-J, the second branch reads the input again after other layers have been used."""
-        pair = damaged_module(_Parallel(), [torch.randn(20, 8)])
-        order, (run, _) = stages_of(pair), whole_runs(pair)
-        assert [(stage.key, stage.last, stage.final) for stage in order] == [
-            ("one.weight", "three.weight", False),
-            ("two.weight", "two.weight", True),
-        ]
-        captured = capture(pruned_block(pair), run, [0], backend=TORCH, stage=order[0])
-        assert [layer.name for layer in captured.layers] == ["one.weight", "three.weight"]
-        assert list(captured.grams) == ["one.weight"]
-
-    def test_run_no_more_of_the_block_than_they_need(self, tmp_path):
-        """Stages that are watched end behind their last layer."""
-        pair = damaged_pair(save_model(tmp_path, "llama"))
-        block, (run, _), used = pruned_block(pair), whole_runs(pair), set()
-        order = stages_of(pair)
-        for name, module in block.named_modules():
-            if isinstance(module, nn.Linear):
-                module.register_forward_hook(lambda *_, n=name: used.add(n))
-        reached = []
-        for stage in order:
-            used.clear()
-            capture(block, run, [0], backend=TORCH, stage=stage)
-            reached.append(len(used))
-        assert reached == [3, 4, 6, 7]
 
 
 class TestConfirmed:
@@ -273,12 +215,3 @@ def test_a_sum_that_is_read_is_not_followed_any_further(add):
     cross = captured.crosses["proj.weight"]
     assert cross.of == "outputs"
     torch.testing.assert_close(cross.matrix, gap.T @ X.tanh(), rtol=1e-4, atol=1e-5)
-
-
-class _Parallel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.one, self.two, self.three = nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.two(self.one(x)) + self.three(x)

@@ -1,11 +1,9 @@
 """Calls without data give tensors of the forms that torch gives, also when they are made again."""
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from sparsefw.model import without_data
 from sparsefw.model.without_data import call_without_data
@@ -58,8 +56,7 @@ def test_forms_are_those_of_a_call(call, forgotten):
     found = [forms(result) for result in results]
     assert found[0] == found[1]
     assert found[0] == _on_meta(expected)
-    # torch's named tuples are made by every call.
-    assert len(forgotten) == (func is not Tensor.max)
+    assert len(forgotten) == 1
     assert results[0] is not results[1]
 
 
@@ -85,21 +82,6 @@ def test_what_differs_is_told_apart(first, second):
     assert found[0] != found[1]
 
 
-def test_modes_that_change_results_are_told_apart():
-    class InDouble(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            return out.double() if func is Tensor.mul else out
-
-    def dtype_of_result():
-        return call_without_data(Tensor.mul, (X, X), {})[0].dtype
-
-    assert dtype_of_result() == torch.float32
-    with InDouble():
-        assert dtype_of_result() == torch.float64
-    assert dtype_of_result() == torch.float32
-
-
 def test_tensors_that_are_written_to_are_told_every_time(forgotten):
     def add_twice(x, y):
         return x.add_(y) + y
@@ -111,24 +93,6 @@ def test_tensors_that_are_written_to_are_told_every_time(forgotten):
         assert [id(tensor) for tensor in written] == [id(x)]
     assert not forgotten
     assert x.tolist() == [0, 0, 0]
-
-
-def test_what_gives_back_its_argument_does_so_every_time(forgotten):
-    x = torch.zeros(3, device="meta")
-    for _ in range(2):
-        assert call_without_data(Tensor.to, (x, torch.float32), {})[0] is x
-    assert not forgotten
-
-
-def test_what_is_no_tensor_is_asked_every_time(forgotten):
-    x = torch.zeros(3, device="meta")
-    assert call_without_data(Tensor.is_contiguous, (x,), {}) == (True, [])
-    assert not forgotten
-
-
-def test_values_of_unknown_types_are_not_remembered(forgotten):
-    assert call_without_data(Tensor.transpose, (X, np.int64(0), 2), {})[0].shape == (8, 3, 2)
-    assert not forgotten
 
 
 def test_few_results_are_remembered(monkeypatch, forgotten):
