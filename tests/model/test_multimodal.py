@@ -102,28 +102,6 @@ def test_a_model_in_memory(tmp_path):
     assert all(torch.equal(p, written[name]) for name, p in model.named_parameters())
 
 
-def test_a_run_goes_on_between_two_pieces(tmp_path, monkeypatch):
-    source = save_multimodal(tmp_path / "model", "mllama")
-    (tmp_path / "text.txt").write_text(TEXT)
-    flags = ["--method", "wanda"]
-    assert run(source, tmp_path / "text.txt", tmp_path / "undisturbed", *flags) == 0
-    read, asked = StreamedModel.other_tensors, []
-
-    def interrupted(self, names):
-        asked.append(names)
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        return read(self, names)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(StreamedModel, "other_tensors", interrupted)
-        assert run(source, tmp_path / "text.txt", tmp_path / "out", *flags) == 130
-    assert run(source, tmp_path / "text.txt", tmp_path / "out", *flags) == 0
-    paths = [sorted((tmp_path / name).glob("*.safetensors")) for name in ("undisturbed", "out")]
-    assert [path.name for path in paths[0]] == [path.name for path in paths[1]]
-    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*paths, strict=True))
-
-
 def test_text_model_of_a_class_that_does_not_run_on_text(tmp_path, monkeypatch, capsys):
     source = save_multimodal(tmp_path / "model", "llama4")
 

@@ -194,7 +194,7 @@ class TestUnused:
 
     def test_are_written_as_they_are(self, tmp_path, capsys):
         from helpers.commands import TEXT, run, tensors_of
-        from helpers.verifying import change_tensor, flip_bit, only_failure, put, verdict
+        from helpers.verifying import verdict
 
         source = save_model(tmp_path / "model", "llama", torch.bfloat16)
         shard = min(source.glob("*.safetensors"))
@@ -221,7 +221,3 @@ class TestUnused:
             AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)[1] for folder in (source, output)
         ]
         assert loaded[0]["unexpected_keys"] == loaded[1]["unexpected_keys"] == set(extra)
-        change_tensor(output, "model.mtp.0.weight", put((1, 1), flip_bit))
-        assert only_failure(capsys, output, "others").startswith("model.mtp.0.weight: 1 of 15 values differ")
-        change_tensor(output, "model.mtp.0.weight", lambda tensor: None)
-        assert only_failure(capsys, output, "others") == "model.mtp.0.weight: only in the source"
