@@ -294,7 +294,9 @@ def _check_weights(verdict: Verdict, claims: _Claims, written: _Model, source: _
         for name, W in after.items():
             checks["model"].count += 1
             try:
-                check_finite(name, W)
+                # What the model has no use for may be a mask, with infinity in it.
+                if name not in written.unused:
+                    check_finite(name, W)
             except InputError as error:
                 checks["model"].failures.append(str(error))
             layer = None if name in written.unused else unseen.pop(name, None)

@@ -313,10 +313,10 @@ class TestRefusals:
             ([], "calibration: there is no batch"),
             ("text", "calibration: expected a list of batches, got str"),
             ([{"input_ids": 3}], r"calibration\[0\]: has no tensor"),
-            ([torch.ones(2, 2), torch.ones(0, 2)], r"calibration\[1\]: its tensors are empty"),
+            ([torch.ones(2, 2), torch.ones(0, 2)], r"calibration\[1\]: has no tensor, or empty ones only"),
             ([torch.ones(2, 2), 7], r"calibration\[1\]: expected the arguments of the model's forward"),
             ([torch.tensor([torch.nan])], r"calibration\[0\]: holds NaN"),
-            ([{1: torch.ones(2)}], r"calibration\[0\]: expected the names of arguments"),
+            ([{1: torch.ones(2)}], r"calibration\[0\]: expected the arguments of the model's forward"),
         ],
     )
     def test_batches(self, calibration, line):
