@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from sparsefw.model.extents import Between
 from sparsefw.model.layers import UNKNOWN_ROLE, Role, kind_of
+from sparsefw.model.live_bytes import ForwardBytes
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class BlockShape:
         seen: names of all matrices that were seen in products, layers or not, without an expert's index.
         predicts: whether next tokens are predicted from what it puts out: the last block of a language model.
         experts: names of modules that may be experts, see `layers.experts`.
+        forward: bytes that its forward takes.
     """
 
     nbytes: int
@@ -52,6 +54,7 @@ class BlockShape:
     seen: frozenset[str] = frozenset()
     predicts: bool = False
     experts: frozenset[str] = frozenset()
+    forward: ForwardBytes = ForwardBytes()
 
     def __post_init__(self) -> None:
         if not self.all_layers:
