@@ -220,14 +220,14 @@ def workload_of(
         windows=windows,
         evaluation=tuple(evaluation),
         seqlen=seqlen,
-        config=config,
+        config=config.for_calibration(windows, seqlen, ranks.count),
         gpu=device.type == "cuda",
         threads=torch.get_num_threads() if config.kernel == "torch" else 1,
         process=has,
         held=held,
         peak=had,
         ranks=ranks.count,
-        machines=ranks.count // ranks.here,
+        ranks_here=ranks.here,
     )
 
 

@@ -11,7 +11,7 @@ from sparsefw import data, process
 from sparsefw.errors import InputError, counted
 from sparsefw.estimate.describe import describe
 from sparsefw.estimate.memory import GIB, disk_space
-from sparsefw.estimate.placing import place
+from sparsefw.estimate.placement import place
 from sparsefw.estimate.workload import PROCESS, Workload, pruned_shape
 from sparsefw.flags import checked_number
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs
@@ -107,7 +107,7 @@ def plan(inputs: Inputs, config: PruneConfig, machine: Machine, folder: Path) ->
         windows=inputs.nsamples,
         evaluation=evaluation,
         seqlen=seqlen,
-        config=config,
+        config=config.for_calibration(inputs.nsamples, seqlen),
         gpu=machine.gpu,
         threads=torch.get_num_threads() if config.kernel == "torch" else 1,
         process=PROCESS + data.window_bytes(inputs.nsamples, evaluation, seqlen),

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from sparsefw.model.extents import Between
 from sparsefw.model.layers import UNKNOWN_ROLE, Role, kind_of
@@ -54,7 +54,7 @@ class BlockShape:
     seen: frozenset[str] = frozenset()
     predicts: bool = False
     experts: frozenset[str] = frozenset()
-    forward: ForwardBytes = ForwardBytes()
+    forward: ForwardBytes = field(default_factory=ForwardBytes)
 
     def __post_init__(self) -> None:
         if not self.all_layers:

@@ -1,0 +1,138 @@
+"""The choice of a placement: the one that costs least time among those that fit the memory limits."""
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from sparsefw import process
+from sparsefw.errors import InputError
+from sparsefw.estimate.memory import GIB, MemoryNeeds, keepable_widths, memory_needs
+from sparsefw.estimate.workload import Workload
+from sparsefw.model import Placement
+from sparsefw.model.activations import PLACES
+from sparsefw.model.placement import BATCH_TOKENS, LEAST_BATCHES, SOLVER
+from sparsefw.model.shapes import ModelShape
+from sparsefw.ranks import ALONE, Ranks
+from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
+
+Choice = TypeVar("Choice")
+
+
+def memory_limits(
+    gpu_memory: float | None, host_memory: float | None, device: torch.device, ranks: Ranks = ALONE
+) -> dict[str, int]:
+    """Memory limits of this process in bytes: "host", and with a GPU "gpu"; the lowest ones of all ranks.
+
+    Args:
+        gpu_memory, host_memory: limits that the user has given, in GiB; None: what is free, less a tenth.
+        device: device that it works on.
+        ranks: the ranks on a machine share its memory.
+
+    Raises:
+        InputError: there is a limit for a GPU, and no GPU.
+    """
+    free = process.free_memory(device, ranks.here)
+    if gpu_memory is not None and "gpu" not in free:
+        raise InputError("--gpu-memory: no CUDA device")
+    given = {"gpu": gpu_memory, "host": host_memory and host_memory / ranks.here}
+    limits = {
+        what: int(size * (1 - process.MARGIN) if (gib := given[what]) is None else gib * GIB)
+        for what, size in free.items()
+    }
+    everywhere = ranks.gather(limits)
+    return {what: min(other[what] for other in everywhere) for what in limits}
+
+
+def place(
+    shape: ModelShape,
+    workload: Workload,
+    limits: dict[str, int],
+    folder: Path | None = None,
+    fixed: dict[str, Any] | None = None,
+) -> tuple[Placement, MemoryNeeds]:
+    """The placement that costs least time among those that fit.
+
+    Args:
+        shape: shape of the model.
+        workload: the work.
+        limits: memory limits of a rank in bytes: "host", and with a GPU "gpu".
+        folder: folder for activations in a file.
+        fixed: values of `Placement` that are settled, by field.
+
+    Raises:
+        InputError: none fits; the message names the smallest limit that could.
+    """
+    choices = ((p, memory_needs(shape, workload, p)) for p in _placements(shape, workload, folder, fixed or {}))
+    remedy = "fewer or shorter windows (--nsamples, --seqlen)"
+    if workload.config.reconstruct:
+        remedy += ", or --reconstruct 0"
+    return first_that_fits(choices, limits, workload.ranks_here, remedy)
+
+
+def _placements(
+    shape: ModelShape, workload: Workload, folder: Path | None, fixed: dict[str, Any]
+) -> Iterator[Placement]:
+    """All placements, those that cost least time first."""
+    batch = max(1, BATCH_TOKENS["gpu" if workload.gpu else "cpu"] // workload.seqlen)
+    if workload.config.reconstruct:
+        # Every micro-batch is a step.
+        batch = max(1, min(batch, workload.windows_of_rank // LEAST_BATCHES))
+    widest = max((layer.d for block in shape.blocks for layer in block.layers), default=1)
+    least = BYTES_PER_ENTRY * ROW_UNIT * widest
+    choices: dict[str, Any] = {
+        "batch": [batch >> n for n in range(batch.bit_length())],
+        "place": PLACES if workload.gpu else PLACES[1:],
+        "ahead": [True, False],
+        "solver": sorted({max(least, SOLVER >> n) for n in range(8)}, reverse=True),
+        "kept_width": sorted({0} | keepable_widths(shape, workload), reverse=True),
+    }
+    choices |= {name: [value] for name, value in fixed.items()}
+    # The last of these is given up first.
+    order = ("ahead", "batch", "kept_width", "solver", "place")
+    if not workload.gpu:
+        order = ("batch", "place", "kept_width", "ahead", "solver")
+    for values in product(*(choices[name] for name in order)):
+        placement = Placement(folder=folder, **dict(zip(order, values, strict=True)))
+        # From a disk an input comes no sooner than the block makes it again.
+        if placement.place != "file" or not placement.kept_width:
+            yield placement
+
+
+def first_that_fits(
+    choices: Iterable[tuple[Choice, MemoryNeeds]], limits: dict[str, int], sharing: int, remedy: str
+) -> tuple[Choice, MemoryNeeds]:
+    """The first choice whose needs fit.
+
+    Args:
+        choices: the choices, the best first, with what each needs.
+        limits: memory limits of a rank in bytes: "host", and with a GPU "gpu".
+        sharing: number of ranks that share the memory of the host.
+        remedy: what the user can give beside more memory.
+
+    Raises:
+        InputError: none fits; the message names the smallest limit that could.
+    """
+    tried = []
+    for choice, needs in choices:
+        if needs.gpu <= limits.get("gpu", 0) and needs.host <= limits["host"]:
+            return choice, needs
+        tried.append(needs)
+    for what in ("gpu", "host"):
+        limit = limits.get(what, 0)
+        least = min(getattr(needs, what) for needs in tried)
+        if least > limit:
+            # The user's limit for the host is that of all ranks on a machine. Rounded up, so that what is named is
+            # enough although the same process takes a little more or less each time.
+            among = sharing if what == "host" else 1
+            enough = math.ceil(100 * among * (least / GIB + 0.01)) / 100
+            memory = f"{what.replace('gpu', 'GPU')} memory{f' for {among} ranks' if among > 1 else ''}"
+            raise InputError(
+                f"--{what}-memory {among * limit / GIB:.2f}: this run needs at least {enough:.2f} GiB of "
+                f"{memory}; give more, or {remedy}"
+            )
+        tried = [needs for needs in tried if getattr(needs, what) <= limit]
+    raise AssertionError("a choice fits each limit, and none fits both")
