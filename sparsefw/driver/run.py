@@ -17,7 +17,7 @@ from sparsefw.checkpoint import Checkpoint, Evidence, Progress, Writer, durably
 from sparsefw.data import Batches
 from sparsefw.driver.block import Run
 from sparsefw.driver.job import Job, Prepared
-from sparsefw.driver.loop import prune_model
+from sparsefw.driver.loop import Outcome, prune_model
 from sparsefw.driver.reporting import report_of
 from sparsefw.driver.texts import windows_of_texts
 from sparsefw.errors import InputError, counted
@@ -77,9 +77,12 @@ def carry_out(
     Raises:
         InputError, FloatingPointError: as `run_job`.
     """
+    config, limits = job.config, prepared.limits
     if prepared.calibration.n < ranks.count:
         raise InputError(f"--nsamples {prepared.calibration.n}: {ranks.count} ranks, and each needs a window")
-    wanted, job = job.config.reconstruct, replace(job, config=prepared.workload.config)
+    if config.reconstruct and not prepared.workload.config.reconstruct:
+        say("note: no block is reconstructed: that takes two calibration windows on every rank, one to hold out")
+    job = replace(job, config=prepared.workload.config)
     ranks.agree(_identity(job, prepared, ranks) | {"--output": str(job.output.folder.resolve())})
     placement, _ = _place(job, prepared)
     chosen = {"batch": placement.batch, "solver": placement.solver}
@@ -88,40 +91,13 @@ def carry_out(
             say(f"going on with an unfinished run: {len(writer.finished)} of {writer.shards} parts are there")
         placement, needs = _place(job, prepared, writer.chosen)
         # The disk has a finished block as each method pruned it.
-        written = len(job.config.methods) * writer.written
+        written = len(config.methods) * writer.written
         needed = sum(disk_space(prepared.shape, prepared.workload, placement).values()) + prepared.saved
         writer.check_space(needed - written)
         of_batches = isinstance(prepared.calibration, Batches)
-        say(log.placement_line(placement, needs, prepared.limits, of_batches))
-        if wanted and not job.config.reconstruct:
-            say("note: no block is reconstructed: that takes two calibration windows on every rank, one to hold out")
+        say(log.placement_line(placement, needs, limits, of_batches))
         say(log.layer_header())
-        with (
-            tqdm(total=len(model.blocks), unit="block", disable=None if progress else True) as bar,
-            process.gpu_limited(prepared.limits.get("gpu")),
-        ):
-            outcome = prune_model(
-                Run(
-                    model,
-                    job.config,
-                    job.config.backend,
-                    placement.solver,
-                    frozenset(prepared.shape.layer_names),
-                    placement.kept_width,
-                    tuple(block.seen for block in prepared.shape.blocks),
-                    ranks,
-                    prepared.evidence,
-                    predicts=prepared.shape.blocks[-1].predicts,
-                    experts=tuple(block.experts for block in prepared.shape.blocks),
-                ),
-                prepared.calibration,
-                prepared.evaluation,
-                writer,
-                placement,
-                on_layer=lambda result: say(log.layer_row(result)),
-                on_reconstruction=lambda block, found: say(log.reconstruction_row(block, found)),
-                on_block=bar.update,
-            )
+        outcome, placement = _prune(job, model, prepared, placement, writer, say, progress, ranks)
         # Times differ; all ranks return those of rank 0.
         report = ranks.broadcast_object(report_of(job, prepared, outcome, placement, needs, ranks))
         if ranks.first:
@@ -130,6 +106,37 @@ def carry_out(
                 durably(writer.folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
         finish(writer)
     return report
+
+
+def _prune(
+    job: Job,
+    model: BlockModel,
+    prepared: Prepared,
+    placement: Placement,
+    writer: Writer,
+    say: Callable[[str], None],
+    progress: bool,
+    ranks: Ranks,
+) -> tuple[Outcome, Placement]:
+    """Prune all blocks; on a GPU that is full, go on from the last finished block with half the windows at a time."""
+    while True:
+        run = Run(model, prepared.shape, job.config, job.config.backend, placement, say, ranks)
+        bar = tqdm(total=len(model.blocks), unit="block", disable=None if progress else True)
+        with bar, process.gpu_limited(prepared.limits.get("gpu")):
+            try:
+                outcome = prune_model(
+                    run, prepared.calibration, prepared.evaluation, writer, prepared.evidence, bar.update
+                )
+                return outcome, placement
+            except torch.OutOfMemoryError:
+                # Other ranks would wait for this one; batches of a caller are not cut.
+                if placement.batch == 1 or not ranks.alone:
+                    raise
+        # Outside of the handler, whose traceback holds the tensors of the block.
+        placement = replace(placement, batch=placement.batch // 2)
+        say(f"out of memory on the GPU: going on with {counted(placement.batch, 'window')} at a time")
+        writer.choose({"batch": placement.batch, "solver": placement.solver})
+        process.give_back()
 
 
 def kernel_line(config: PruneConfig) -> str:
