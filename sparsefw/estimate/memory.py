@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from sparsefw import data
 from sparsefw.estimate.workload import Workload, largest_share, stages
 from sparsefw.model import Placement
 from sparsefw.model.layers import is_watched
@@ -29,9 +30,6 @@ GPU_MARGIN, CPU_MARGIN = 0.05, 0.15
 # Code and buffers of a CPU's libraries, bytes; and the code that oneDNN generates for products in half precision, of
 # all the numbers of tokens that experts are sent.
 LIBRARIES, CODE_OF_EXPERTS = 2**26, 2**29
-
-# Bytes while texts are read: a piece that is tokenized, and of each token of the calibration.
-PIECE_OF_TEXT, BYTES_PER_TOKEN = 2**26, 16
 
 # Memory of a solve for each entry of a chunk, where no mask is chosen again for refitted weights; for each entry of a
 # layer that is solved as a whole, by Frank-Wolfe and by SparseGPT; and before a solve, to choose budgets.
@@ -107,7 +105,8 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     if not workload.gpu:
         sent = any(layer.experts for b in blocks for layer in b.all_layers)
         process += LIBRARIES + CODE_OF_EXPERTS * (sent and shape.itemsize == 2)
-    needs = {"texts": (0, max(workload.peak, workload.process + _texts(workload)))}
+    texts = data.reading_bytes(workload.windows, workload.evaluation, workload.seqlen)
+    needs = {"texts": (0, max(workload.peak, workload.process + texts))}
     margin = 1 + (GPU_MARGIN if workload.gpu else CPU_MARGIN)
     for phase, (on_device, on_host) in phases.items():
         device, host = int(margin * (on_device + near)), int(margin * (on_host + far)) + process
@@ -139,11 +138,6 @@ def keepable_widths(shape: ModelShape, workload: Workload) -> set[int]:
     if not workload.config.uses_dense_target:
         return set()
     return {layer.d for block in shape.blocks for layer in block.layers if layer.role.keepable}
-
-
-def _texts(workload: Workload) -> int:
-    tokens = max(BYTES_PER_TOKEN * workload.windows, 4 * max(workload.evaluation, default=0))
-    return PIECE_OF_TEXT + workload.seqlen * tokens
 
 
 def _streams(workload: Workload) -> list[tuple[int, int]]:

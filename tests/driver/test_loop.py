@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 
 from sparsefw import data
 from sparsefw.driver import run as driver_run
-from sparsefw.driver.block import _check_apart
+from sparsefw.driver.block import _check_separate
 from sparsefw.errors import InputError
 from sparsefw.model import HiddenStates
 from sparsefw.model.layers import Layer
@@ -322,7 +322,7 @@ def test_layers_with_weights_in_common_are_refused():
     run = SimpleNamespace(model=SimpleNamespace(names=["block"]))
 
     def check(*matrices):
-        _check_apart(run, 0, [Layer(str(n), matrix, "") for n, matrix in enumerate(matrices)])
+        _check_separate(run, 0, [Layer(str(n), matrix, "") for n, matrix in enumerate(matrices)])
 
     check(W[:2], W[4:], W[2:4].T)
     for matrices in [(W, W.clone(), W), (W[:3], W[2:]), (W.T, W[5:]), (W[4:5], torch.ones(2, 2), W)]:

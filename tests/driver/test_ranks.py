@@ -217,21 +217,21 @@ def test_more_ranks_than_windows_or_rows(tmp_path, text):
 
 def fail_at(ranks, number, block, *args):
     """`prune`, and a rank that fails when it comes to a block."""
-    real = loop._prune_methods
+    real = loop._prune_block
 
-    def prune_methods(run, i, *others):
+    def prune_block(run, i, *others):
         if ranks.number == number and i == block:
             raise InputError("no more")
         return real(run, i, *others)
 
-    loop._prune_methods = prune_methods
+    loop._prune_block = prune_block
     try:
         prune(ranks, *args)
     except (InputError, LostRankError) as error:
         dist.destroy_process_group()
         return type(error).__name__
     finally:
-        loop._prune_methods = real
+        loop._prune_block = real
     return "finished"
 
 
