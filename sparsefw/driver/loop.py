@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsefw.checkpoint import Evidence, Writer, read_shard, typed_json
+from sparsefw.checkpoint import Evidence, Writer, read_shard
+from sparsefw.checkpoint.files import convert
 from sparsefw.data import Batches, Windows
 from sparsefw.driver.block import Run, idle_matrices, kept_dense, prune_block
 from sparsefw.driver.reconstruct import Parts, make_parts, reconstruct
@@ -165,7 +167,7 @@ def _prune_blocks(
     outcome, done = Outcome(timeline), len(writer.finished)
     finished = writer.finished[: len(model.firsts)]
     for record in finished:
-        outcome.add(typed_json.convert(FinishedBlock, record, "the record of a finished block: "))
+        outcome.add(convert(FinishedBlock, record, "the record of a finished block: "))
     # Repeats are not written. Those before the next block that is can be run.
     begin = [*model.firsts, len(model.blocks)][len(finished)]
     for i in range(begin):
@@ -186,12 +188,9 @@ def _prune_blocks(
                 if written and writer.writes(shard):
                     written.result()
             peaks = run.ranks.gather(peak_memory())
-            record.block = replace(
-                record.block,
-                seconds=timeline.seconds(i),
-                sent=dict(run.ranks.sent - sent),
-                **{name: max(peak[name] for peak in peaks) for name in peaks[0]},
-            )
+            measured: dict[str, Any] = {name: max(peak[name] for peak in peaks) for name in peaks[0]}
+            measured |= {"seconds": timeline.seconds(i), "sent": dict(run.ranks.sent - sent)}
+            record.block = replace(record.block, **measured)
             # Each rank writes some of the records. All are those of rank 0, which reports runs that go through.
             record = run.ranks.broadcast_object(record)
             if writer.writes(shard):
