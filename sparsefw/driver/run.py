@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from sparsefw.driver.loop import Outcome, prune_model
 from sparsefw.driver.reporting import report_of
 from sparsefw.driver.texts import windows_of_texts
 from sparsefw.errors import InputError, counted
-from sparsefw.estimate import MemoryNeeds, Workload, disk_space, memory_limits, place, pruned_shape
+from sparsefw.estimate import Workload, disk_space, memory_limits, place, pruned_shape
 from sparsefw.flags import flag_of
 from sparsefw.model import BlockModel, Placement, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
@@ -77,24 +77,26 @@ def carry_out(
     Raises:
         InputError, FloatingPointError: as `run_job`.
     """
-    config, limits = job.config, prepared.limits
-    if prepared.calibration.n < ranks.count:
-        raise InputError(f"--nsamples {prepared.calibration.n}: {ranks.count} ranks, and each needs a window")
-    if config.reconstruct and not prepared.workload.config.reconstruct:
+    limits, calibration = prepared.limits, prepared.calibration
+    if calibration.n < ranks.count:
+        raise InputError(f"--nsamples {calibration.n}: {ranks.count} ranks, and each needs a window")
+    config = job.config.for_calibration(calibration.n, prepared.seqlen, ranks.count)
+    if job.config.reconstruct and not config.reconstruct:
         say("note: no block is reconstructed: that takes two calibration windows on every rank, one to hold out")
-    job = replace(job, config=prepared.workload.config)
+    job, workload = replace(job, config=config), _workload(config, prepared, ranks)
     ranks.agree(_identity(job, prepared, ranks) | {"--output": str(job.output.folder.resolve())})
-    placement, _ = _place(job, prepared)
+    find_place = partial(place, prepared.shape, workload, limits, job.output.folder.resolve().parent)
+    placement, _ = find_place(fixed=prepared.fixed)
     chosen = {"batch": placement.batch, "solver": placement.solver}
     with _writer(job, model, prepared, chosen, Progress(say, progress), ranks) as writer:
         if writer.finished:
             say(f"going on with an unfinished run: {len(writer.finished)} of {writer.shards} parts are there")
-        placement, needs = _place(job, prepared, writer.chosen)
+        placement, needs = find_place(fixed=prepared.fixed | writer.chosen)
         # The disk has a finished block as each method pruned it.
         written = len(config.methods) * writer.written
-        needed = sum(disk_space(prepared.shape, prepared.workload, placement).values()) + prepared.saved
+        needed = sum(disk_space(prepared.shape, workload, placement).values()) + prepared.saved
         writer.check_space(needed - written)
-        of_batches = isinstance(prepared.calibration, Batches)
+        of_batches = isinstance(calibration, Batches)
         say(log.placement_line(placement, needs, limits, of_batches))
         say(log.layer_header())
         outcome, placement = _prune(job, model, prepared, placement, writer, say, progress, ranks)
@@ -187,48 +189,32 @@ def _prepare(
     whole = shape_of(source)
     shape = pruned_shape(whole, config)
     say(log.sparsity_line(config, shape, whole))
-    workload = workload_of(
-        config,
-        calibration.n,
-        [windows.n for windows in evaluation],
-        seqlen,
-        model.device,
-        peak=peak if peak > before else 0,
-        ranks=ranks,
-    )
     return Prepared(
         model.device,
         calibration,
         evaluation,
         shape,
-        workload,
+        seqlen,
         limits,
         notes,
         checkpoint.fingerprint(source),
         evidence,
+        peak=peak if peak > before else 0,
     )
 
 
-def workload_of(
-    config: PruneConfig,
-    windows: int,
-    evaluation: Sequence[int],
-    seqlen: int,
-    device: torch.device,
-    peak: int = 0,
-    ranks: Ranks = ALONE,
-) -> Workload:
-    """The work of a run, see `Workload`; of several ranks, with the memory of the one that has most."""
+def _workload(config: PruneConfig, prepared: Prepared, ranks: Ranks) -> Workload:
+    """The work of a run with this config; of several ranks, with the memory of the one that has most."""
     # Memory that texts and shapes have freed can be taken again: it is no part of what the process keeps.
     process.give_back()
-    mine = process.resident(), process.held_on_gpu(device), peak
+    mine = process.resident(), process.held_on_gpu(prepared.device), prepared.peak
     has, held, had = (max(sizes) for sizes in zip(*ranks.gather(mine), strict=True))
     return Workload(
-        windows=windows,
-        evaluation=tuple(evaluation),
-        seqlen=seqlen,
-        config=config.for_calibration(windows, seqlen, ranks.count),
-        gpu=device.type == "cuda",
+        windows=prepared.calibration.n,
+        evaluation=tuple(samples.n for samples in prepared.evaluation),
+        seqlen=prepared.seqlen,
+        config=config,
+        gpu=prepared.device.type == "cuda",
         threads=torch.get_num_threads() if config.kernel == "torch" else 1,
         process=has,
         held=held,
@@ -236,11 +222,6 @@ def workload_of(
         ranks=ranks.count,
         ranks_here=ranks.here,
     )
-
-
-def _place(job: Job, prepared: Prepared, fixed: dict[str, int] | None = None) -> tuple[Placement, MemoryNeeds]:
-    folder = job.output.folder.resolve().parent
-    return place(prepared.shape, prepared.workload, prepared.limits, folder, fixed=prepared.fixed | (fixed or {}))
 
 
 def _writer(

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from sparsefw.driver.reconstruct import Fit
 from sparsefw.errors import InputError
-from sparsefw.model.deterministic import deterministic, refused
+from sparsefw.model.deterministic import refused
 from sparsefw.model.explained import ForwardFailed
 
 FLAGS = ["--method", "wanda", "--include", "layers.0", "--reconstruct", "1"]
@@ -154,12 +154,6 @@ def test_what_was_refused(said, operation):
     with pytest.raises(ForwardFailed) as raised:
         fail(said)
     assert refused(raised.value) == operation
-
-
-def test_torch_words_are_known():
-    with deterministic(), pytest.raises(RuntimeError) as raised:
-        put_by_index(torch.zeros(1))
-    assert refused(raised.value) == "put_"
 
 
 @pytest.mark.parametrize(
