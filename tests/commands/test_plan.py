@@ -117,7 +117,7 @@ def test_bad_flags_are_one_line(config, flags, line, capsys):
 
 def test_flags_of_a_gpu_that_is_not_here(config, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA device here; say which card" in refused(capsys, "--model", config, *SMALL, "--gpu-memory", "8")
+    assert "--gpu-memory: no CUDA device" in refused(capsys, "--model", config, *SMALL, "--gpu-memory", "8")
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ ENDLESS = {"gpu": 10**18, "host": 10**18}
 def test_goals():
     """The expected memory meets the goals; a GPU has to confirm it."""
     place(LLAMA_70B, work(), {"gpu": 16 * GIB, "host": 32 * GIB})
-    place(LLAMA_405B, work(), {"gpu": 52 * GIB, "host": 64 * GIB})
+    place(LLAMA_405B, work(), {"gpu": 48 * GIB, "host": 64 * GIB})
     place(LLAMA_70B, work(reconstruct=2), {"gpu": 20 * GIB, "host": 64 * GIB})
     place(LLAMA_405B, work(reconstruct=2), {"gpu": 66 * GIB, "host": 96 * GIB})
 
@@ -90,7 +90,7 @@ def test_what_is_given_up_first():
     # Inputs are kept where there is room for them, and never in a file.
     assert [p.kept_width for p in places] == [28672, 28672, 0]
     shape, workload = llama(3072, 8192, 28), work(gpu=False, windows=8, seqlen=128)
-    roomy, tight = (place(shape, workload, {"host": int(g * GIB)})[0] for g in (16, 3.4))
+    roomy, tight = (place(shape, workload, {"host": int(g * GIB)})[0] for g in (16, 2.8))
     assert (roomy.batch, roomy.ahead, roomy.place, roomy.kept_width) == (16, True, "host", 8192)
     assert (tight.batch, tight.place) == (16, "host")
     assert tight.solver < roomy.solver
