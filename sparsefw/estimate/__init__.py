@@ -2,7 +2,7 @@
 
 from sparsefw.estimate.describe import describe
 from sparsefw.estimate.memory import MemoryNeeds, disk_space, memory_needs
-from sparsefw.estimate.placement import first_that_fits, memory_limits, place
+from sparsefw.estimate.placement import memory_limits, place
 from sparsefw.estimate.workload import Workload, pruned_shape
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "Workload",
     "describe",
     "disk_space",
-    "first_that_fits",
     "memory_limits",
     "memory_needs",
     "place",

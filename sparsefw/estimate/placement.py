@@ -1,10 +1,10 @@
 """The choice of a placement: the one that costs least time among those that fit the memory limits."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -18,8 +18,6 @@ from sparsefw.model.placement import BATCH_TOKENS, LEAST_BATCHES, SOLVER
 from sparsefw.model.shapes import ModelShape
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
-
-Choice = TypeVar("Choice")
 
 
 def memory_limits(
@@ -66,11 +64,29 @@ def place(
     Raises:
         InputError: none fits; the message names the smallest limit that could.
     """
-    choices = ((p, memory_needs(shape, workload, p)) for p in _placements(shape, workload, folder, fixed or {}))
+    tried = []
+    for placement in _placements(shape, workload, folder, fixed or {}):
+        needs = memory_needs(shape, workload, placement)
+        if needs.gpu <= limits.get("gpu", 0) and needs.host <= limits["host"]:
+            return placement, needs
+        tried.append(needs)
     remedy = "fewer or shorter windows (--nsamples, --seqlen)"
     if workload.config.reconstruct:
         remedy += ", or --reconstruct 0"
-    return first_that_fits(choices, limits, workload.ranks_here, remedy)
+    for what in ("gpu", "host"):
+        limit, least = limits.get(what, 0), min(getattr(needs, what) for needs in tried)
+        if least > limit:
+            # The user's limit for the host is that of all ranks on a machine. Rounded up, so that what is named is
+            # enough although the same process takes a little more or less each time.
+            among = workload.ranks_here if what == "host" else 1
+            enough = math.ceil(100 * among * (least / GIB + 0.01)) / 100
+            memory = f"{what.replace('gpu', 'GPU')} memory{f' for {among} ranks' if among > 1 else ''}"
+            raise InputError(
+                f"--{what}-memory {among * limit / GIB:.2f}: this run needs at least {enough:.2f} GiB of "
+                f"{memory}; give more, or {remedy}"
+            )
+        tried = [needs for needs in tried if getattr(needs, what) <= limit]
+    raise AssertionError("a placement fits each limit, and none fits both")
 
 
 def _placements(
@@ -100,39 +116,3 @@ def _placements(
         # From a disk an input comes no sooner than the block makes it again.
         if placement.place != "file" or not placement.kept_width:
             yield placement
-
-
-def first_that_fits(
-    choices: Iterable[tuple[Choice, MemoryNeeds]], limits: dict[str, int], sharing: int, remedy: str
-) -> tuple[Choice, MemoryNeeds]:
-    """The first choice whose needs fit.
-
-    Args:
-        choices: the choices, the best first, with what each needs.
-        limits: memory limits of a rank in bytes: "host", and with a GPU "gpu".
-        sharing: number of ranks that share the memory of the host.
-        remedy: what the user can give beside more memory.
-
-    Raises:
-        InputError: none fits; the message names the smallest limit that could.
-    """
-    tried = []
-    for choice, needs in choices:
-        if needs.gpu <= limits.get("gpu", 0) and needs.host <= limits["host"]:
-            return choice, needs
-        tried.append(needs)
-    for what in ("gpu", "host"):
-        limit = limits.get(what, 0)
-        least = min(getattr(needs, what) for needs in tried)
-        if least > limit:
-            # The user's limit for the host is that of all ranks on a machine. Rounded up, so that what is named is
-            # enough although the same process takes a little more or less each time.
-            among = sharing if what == "host" else 1
-            enough = math.ceil(100 * among * (least / GIB + 0.01)) / 100
-            memory = f"{what.replace('gpu', 'GPU')} memory{f' for {among} ranks' if among > 1 else ''}"
-            raise InputError(
-                f"--{what}-memory {among * limit / GIB:.2f}: this run needs at least {enough:.2f} GiB of "
-                f"{memory}; give more, or {remedy}"
-            )
-        tried = [needs for needs in tried if getattr(needs, what) <= limit]
-    raise AssertionError("a choice fits each limit, and none fits both")
