@@ -32,8 +32,10 @@ GPU_MARGIN, CPU_MARGIN = 0.05, 0.15
 LIBRARIES, CODE_OF_EXPERTS = 2**26, 2**29
 
 # Memory of a solve for each entry of a chunk, where no mask is chosen again for refitted weights; for each entry of a
-# layer that is solved as a whole, by Frank-Wolfe and by SparseGPT; and before a solve, to choose budgets.
+# layer that is solved as a whole, by Frank-Wolfe and by SparseGPT; and before a solve, to choose budgets, or for
+# saliencies: of the whole matrix, and of rows that ranks may share.
 BYTES_WITHOUT_ROUNDS, BYTES_OF_WHOLE, BYTES_OF_SWEEP, BYTES_OF_BUDGETS = 56, 48, 20, 23
+BYTES_OF_SALIENCY = {False: 12, True: 4}
 
 
 @dataclass(frozen=True)
@@ -303,8 +305,8 @@ def _solve(stage: Sequence[LayerShape], workload: Workload, placement: Placement
         state = max(12 * d * d, 4 * d * d + BYTES_OF_SWEEP * rows * d)
     else:
         state = BYTES_OF_WHOLE * rows * d
-    budgets = BYTES_OF_BUDGETS * max(layer.rows for layer in stage) * d * (config.pattern.scope == "layer")
-    return matrices + copies + max(state, budgets, 12 * min(rows, max(layer.rows for layer in stage)) * d)
+    before = BYTES_OF_BUDGETS if config.pattern.scope == "layer" else BYTES_OF_SALIENCY[config.rows_shared(method)]
+    return matrices + copies + max(state, before * min(rows, max(layer.rows for layer in stage)) * d)
 
 
 def _reconstruction(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
