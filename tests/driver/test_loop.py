@@ -16,7 +16,6 @@ from sparsefw.driver import loop
 from sparsefw.driver import run as driver_run
 from sparsefw.driver.block import _check_separate
 from sparsefw.errors import InputError
-from sparsefw.model import HiddenStates
 from sparsefw.model.layers import Layer
 from sparsefw.model.placement import BATCH_TOKENS
 from sparsefw.report import read_report
@@ -171,28 +170,6 @@ def test_a_layer_makes_up_for_its_own_output_only(selection, tmp_path):
         T = find_target(W.float(), damped(G, 0.1), B, 4).double()
         error = ((T - Z) @ X.T).square().sum().item()
         assert errors[f"{module}.weight"] == pytest.approx(error, rel=1e-3), module
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "runs"), [("llama", 4), ("gemma2", 4), ("qwen3_moe", 3)])
-def test_dense_model_runs_once_a_stage(family, runs, tmp_path, monkeypatch):
-    """It does not run for experts, which are not compared with it, but to move on in the last stage."""
-    source, seen, part = save_model(tmp_path / "model", family), [], HiddenStates.part
-
-    def spy(self, i, j, block=None, **limits):
-        if block is not None:
-            seen.append((i, j))
-        return part(self, i, j, block, **limits)
-
-    monkeypatch.setattr(HiddenStates, "part", spy)
-    (tmp_path / "text.txt").write_text(TEXT)
-    places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
-    assert (
-        main([*places, "--nsamples", "80", "--seqlen", "32", "--kernel", "torch", "--steps", "2", "--reconstruct", "0"])
-        == 0
-    )
-    # There are two micro-batches.
-    assert {batch: seen.count(batch) for batch in seen} == {(i, j): runs for i in range(3) for j in range(2)}
 
 
 def test_experts_that_no_token_reaches_are_no_model(tmp_path, capsys):

@@ -7,11 +7,8 @@ import sys
 import pytest
 import torch
 from helpers.reconstructed import make_place, run, shards
-from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from sparsefw.driver.reconstruct import Fit
-from sparsefw.errors import InputError
 from sparsefw.model.deterministic import refused
 from sparsefw.model.explained import ForwardFailed
 
@@ -112,20 +109,6 @@ def test_gradients_may_be_refused_inside_a_block_and_behind_the_last_one(kind, p
     assert (told.loss, told.varies) == ("predictions", "cumsum_cuda_kernel")
     assert (told.after, told.steps) == (expected.after, expected.steps)
     assert shards(tmp_path / "refused") == shards(tmp_path / "plain")
-
-
-def test_other_errors_are_raised(monkeypatch):
-    tried = []
-
-    def fail(self, j, of_pass, parameters):
-        tried.append(j)
-        raise InputError("out of order")
-
-    monkeypatch.setattr(Fit, "_add_gradients", fail)
-    fit = Fit(None, 0, None, None, [], [])
-    with pytest.raises(InputError, match="out of order"):
-        fit.add_gradients(3, 0, [nn.Parameter(torch.zeros(1))])
-    assert (tried, fit.varies, torch.get_deterministic_debug_mode()) == ([3], [], USUAL)
 
 
 CUBLAS = (
