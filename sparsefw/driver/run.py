@@ -135,6 +135,8 @@ def _prune(
                 if placement.batch == 1 or not ranks.alone:
                     raise
         # Outside of the handler, whose traceback holds the tensors of the block.
+        for i in range(len(model.blocks)):
+            model.close(i)
         placement = replace(placement, batch=placement.batch // 2)
         say(f"out of memory on the GPU: going on with {counted(placement.batch, 'window')} at a time")
         writer.choose({"batch": placement.batch, "solver": placement.solver})
