@@ -18,7 +18,6 @@ from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.data import Batch
 from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.extents import Between, Extent
 from sparsefw.model.hf import attention_implementation
 from sparsefw.model.hidden_states import HiddenStates, embed, embed_batches
 from sparsefw.model.layers import (
@@ -37,7 +36,7 @@ from sparsefw.model.layers import (
 from sparsefw.model.live_bytes import count_forward
 from sparsefw.model.parts import INPUT
 from sparsefw.model.resident import ResidentModel
-from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
+from sparsefw.model.shapes import Between, BlockShape, Extent, LayerShape, ModelShape
 from sparsefw.model.stand_ins import hidden_of
 from sparsefw.model.streamed import StreamedModel
 from sparsefw.model.tape import Calls
