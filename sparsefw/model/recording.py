@@ -41,7 +41,7 @@ class Recorder:
         given: the tensors that the forward is given.
         weights: weights of the blocks, by their names.
         real: tensors that take the places of followed ones, by their numbers, once `begun` is true.
-        watched: names of tensors, by their ids.
+        watched: names of tensors, by their ids; None: nothing is watched, and no trace is kept.
 
     Attributes:
         tape: all calls.
@@ -61,7 +61,7 @@ class Recorder:
         watched: Mapping[int, str] | None = None,
     ) -> None:
         self._names, self._model, self._real, self.begun = names, model, real or {}, False
-        self._watched, self.read = watched or {}, set[str]()
+        self._traces, self._watched, self.read = watched is not None, watched or {}, set[str]()
         self.tape = Tape(given)
         self.trace: list[list[Any]] = []
         self._weights = {self.tape.value(weight): name for name, weight in (weights or {}).items()}
@@ -270,7 +270,8 @@ class Recorder:
             call.steps = kept[::-1]
 
     def _keep(self, *what: Any) -> None:
-        self.trace.append(outline(rebuilt(what, self._digest, self._met), by_name=True))
+        if self._traces:
+            self.trace.append(outline(rebuilt(what, self._digest, self._met), by_name=True))
 
     def _digest(self, x: Any) -> str:
         leaf = self._leaf(x)
