@@ -85,7 +85,10 @@ def check_fields(settings: Any) -> None:
             value = checked_number(f.name, value, f.metadata["least"], f.metadata["most"], whole=whole)
             set_field(settings, f.name, value)
         elif f.type is bool:
-            set_field(settings, f.name, checked_bool(f.name, value))
+            # numpy's bool is no subclass of Python's.
+            if type(value).__name__ not in ("bool", "bool_"):
+                raise InputError(f"{flag_of(f.name)} {shown(value)}: expected True or False")
+            set_field(settings, f.name, bool(value))
         elif f.type is Path:
             set_field(settings, f.name, checked_path(flag_of(f.name).removeprefix("--"), value))
         else:
@@ -115,18 +118,6 @@ def _check_text(f: Field, text: Any) -> None:
         raise InputError(f"{flag_of(f.name)} {shown(text)}: expected a text, got {type(text).__name__}")
     if choices is not None and text not in choices:
         raise InputError(f"{flag_of(f.name)} {shown(text)}: expected one of {', '.join(choices)}")
-
-
-def checked_bool(name: str, value: Any) -> bool:
-    """The value as a bool.
-
-    Raises:
-        InputError: it is none.
-    """
-    # numpy's bool is no subclass of Python's.
-    if type(value).__name__ not in ("bool", "bool_"):
-        raise InputError(f"{flag_of(name)} {shown(value)}: expected True or False")
-    return bool(value)
 
 
 def checked_number(name: str, value: Any, least: float, most: float | None, *, whole: bool = False) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsefw.errors import InputError, shown
 from sparsefw.flags import DEPENDS, check_fields, check_needs, checked_path, flag, make_tuples, set_field
-from sparsefw.process import MOST_MEMORY
+from sparsefw.memory import MOST_MEMORY
 from sparsefw.solver.config import PruneConfig
 
 # Name of the embedded model, which the package carries, and of the embedded text, which every CPython carries.

@@ -63,7 +63,8 @@ def launch(name: str, argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (Exception, KeyboardInterrupt) as error:
-        status, line = outcome(error)
+        status, message = _outcome(error)
+        line = printable("; ".join([message, *getattr(error, "__notes__", [])]))
     print(f"sparsefw: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
     if rank and argv is None:
         # Python's end would wait for transfers with ranks that are gone.
@@ -71,13 +72,8 @@ def launch(name: str, argv: list[str] | None = None) -> int:
     return status
 
 
-def outcome(error: BaseException) -> tuple[int, str]:
-    """The exit status of an exception, and its message with its notes on one line; a mistake's traceback is printed."""
-    status, message = _outcome(error)
-    return status, printable("; ".join([message, *getattr(error, "__notes__", [])]))
-
-
 def _outcome(error: BaseException) -> tuple[int, str]:
+    """The exit status and the message of an exception; the traceback of a mistake is printed."""
     on_one_line = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT

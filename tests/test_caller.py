@@ -105,29 +105,27 @@ def test_models_may_ask_for_the_precision_of_products(source, tmp_path):
     assert products() == initial
 
 
-@pytest.mark.parametrize("bars", [(True, True), (True, False), (False, True), (False, False)])
-def test_libraries_say_and_show_what_they_did(bars, source, text):
-    of_transformers, of_hub = bars
-
-    def said():
+@pytest.mark.parametrize("shown", [True, False])
+def test_libraries_log_and_show_what_they_did(shown, source, text):
+    def settings():
         return logging.get_verbosity(), logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
 
-    before = said()
-    try:
-        logging.set_verbosity(logging.INFO)
+    def set_bars(of_transformers, of_hub):
         (logging.enable_progress_bar if of_transformers else logging.disable_progress_bar)()
         (hub.enable_progress_bars if of_hub else hub.disable_progress_bars)()
-        # Its tokenizer is loaded in this process.
+
+    verbosity, *bars = settings()
+    try:
+        logging.set_verbosity(logging.INFO)
+        set_bars(shown, not shown)
         model = AutoModelForCausalLM.from_pretrained(source)
         prune(model, kernel="torch", method="magnitude", dataset=text, nsamples=2, seqlen=16)
-        assert said() == (logging.INFO, *bars)
         evaluate(source, texts=text, seqlen=16)
         StreamedLM(source)
-        assert said() == (logging.INFO, *bars)
+        assert settings() == (logging.INFO, shown, not shown)
     finally:
-        logging.set_verbosity(before[0])
-        (logging.enable_progress_bar if before[1] else logging.disable_progress_bar)()
-        (hub.enable_progress_bars if before[2] else hub.disable_progress_bars)()
+        logging.set_verbosity(verbosity)
+        set_bars(*bars)
 
 
 def test_threads_take_turns(source, tmp_path):

@@ -25,7 +25,7 @@ LEVELS = [
     ["solver"],
     ["data"],
     ["checkpoint"],
-    ["kernels", "process", "timeline", "flags", "default"],
+    ["kernels", "memory", "timeline", "flags", "default"],
     ["finite"],
     ["ranks"],
     ["errors", "compiled", "caller"],

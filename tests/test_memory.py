@@ -7,8 +7,8 @@ import psutil
 import pytest
 import torch
 
-from sparsefw import process
-from sparsefw.process import free_memory, left_by_groups, peak_memory, resident, this_device
+from sparsefw import memory
+from sparsefw.memory import free_memory, left_by_groups, peak_memory, resident, this_device
 
 GIB = 2**30
 # No limit in version 1: the largest multiple of a page.
@@ -19,7 +19,7 @@ NONE = 2**63 - 4096
 def test_peak_is_not_that_of_the_process_that_started_this_one():
     held = torch.ones(2**28)
     assert resident() > GIB
-    code = "from sparsefw.process import peak_memory, resident; print(peak_memory()['host_bytes'], resident())"
+    code = "from sparsefw.memory import peak_memory, resident; print(peak_memory()['host_bytes'], resident())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     peak, now = map(int, done.stdout.split())
     assert now <= peak < 0.9 * GIB
@@ -42,7 +42,7 @@ def test_what_is_given_back_is_not_resident():
     # Run in a process of its own, whose heap has no free space from other tests. Holding the last piece keeps the heap
     # from shrinking by itself.
     code = """
-from sparsefw.process import give_back, resident, share_freed
+from sparsefw.memory import give_back, resident, share_freed
 share_freed()
 before = resident()
 pieces = [bytearray(2**16) for _ in range(4000)]
@@ -109,9 +109,9 @@ def test_control_groups_of_version_1(tmp_path):
 
 
 def test_free_memory_is_the_least_of_the_machine_s_and_the_groups(monkeypatch):
-    monkeypatch.setattr(process, "resident", lambda: 1000)
-    monkeypatch.setattr(process, "left_by_groups", lambda: iter([9000, 6000]))
+    monkeypatch.setattr(memory, "resident", lambda: 1000)
+    monkeypatch.setattr(memory, "left_by_groups", lambda: iter([9000, 6000]))
     assert free_memory(torch.device("cpu")) == {"host": 7000}
     assert free_memory(torch.device("cpu"), 3) == {"host": 3000}
-    monkeypatch.setattr(process, "left_by_groups", lambda: iter([]))
+    monkeypatch.setattr(memory, "left_by_groups", lambda: iter([]))
     assert free_memory(torch.device("cpu"))["host"] > psutil.virtual_memory().available // 2

@@ -189,12 +189,8 @@ class PartialFolder:
         self._clear()
         self._records.mkdir()
         self.new.mkdir()
-        self.choose(identity, chosen or {})
-
-    def choose(self, identity: dict[str, Any], chosen: dict[str, int]) -> None:
-        """Record what makes the run the same, and what it chose by itself."""
-        self.chosen = chosen
-        _write_json(self._identity, asdict(_Beginning(identity, chosen)))
+        self.chosen = chosen or {}
+        _write_json(self._identity, asdict(_Beginning(identity, self.chosen)))
 
     def _missing(self) -> list[str]:
         """Names of what nothing goes on without, and is not there."""

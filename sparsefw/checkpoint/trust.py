@@ -22,7 +22,7 @@ from sparsefw.checkpoint.transformers_names import (
     version,
 )
 from sparsefw.errors import InputError, shown
-from sparsefw.process import host_limited
+from sparsefw.memory import host_limited
 
 # Real configs have less than 100 KB; tokenizer configs 2 MB; the indices of models with 10^12 weights 20 MB.
 MAX_CONFIG_BYTES = 2**20

@@ -155,10 +155,6 @@ class Writer:
         """Values that the run which began this output chose by itself."""
         return self._partial.chosen
 
-    def choose(self, chosen: dict[str, int]) -> None:
-        """Record that the run has chosen other values by itself: one that goes on with it takes these."""
-        self._partial.choose(self._identity, chosen)
-
     def check_space(self, size: int) -> None:
         """Refuse to begin a run that the disk has too little space for.
 

@@ -8,41 +8,25 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sparsefw import process
+from sparsefw import memory
 from sparsefw.cli import Parser, quiet_libraries, say
 from sparsefw.errors import InputError
 
 
 def run(argv: list[str] | None) -> int:
     """Evaluate models, print a table, and write it as JSON."""
-    given = _parser().parse_args(argv)
+    arguments = vars(_parser().parse_args(argv))
     # This takes seconds, and --help and a mistaken flag need none of it.
     from sparsefw.evaluation import evaluate
     from sparsefw.evaluation.table import lines
 
-    tasks = [name.strip() for names in given.tasks for name in names.split(",") if name.strip()]
-    if given.tasks and not tasks:
+    tasks = [name.strip() for names in arguments["tasks"] for name in names.split(",") if name.strip()]
+    if arguments["tasks"] and not tasks:
         raise InputError("--tasks: names no task; give tasks, or leave it out")
     quiet_libraries()
-    process.share_freed()
-    evaluation = evaluate(
-        given.models,
-        tasks,
-        texts=given.eval,
-        against=given.against,
-        limit=given.limit,
-        num_fewshot=given.num_fewshot,
-        include_path=given.include_path,
-        seqlen=given.seqlen,
-        eval_windows=given.eval_windows,
-        gpu_memory=given.gpu_memory,
-        host_memory=given.host_memory,
-        output=given.output,
-        overwrite=given.overwrite,
-        # Redraws the progress bar below each line.
-        log=tqdm.write,
-        progress=True,
-    )
+    memory.share_freed()
+    # Redraws the progress bar below each line.
+    evaluation = evaluate(**arguments | {"tasks": tasks}, log=tqdm.write, progress=True)
     say("")
     for line in lines(evaluation):
         say(line)
@@ -52,16 +36,11 @@ def run(argv: list[str] | None) -> int:
 def _parser() -> Parser:
     parser = Parser("evaluate", __doc__)
     add, free = parser.add_argument, "(default: what is free, less a tenth)"
-    add(
-        "models",
-        nargs="+",
-        metavar="MODEL",
-        help="checkpoint folder or Hub id; several are evaluated one after another",
-    )
+    add("models", nargs="+", metavar="MODEL", help="checkpoint folder or Hub id; several are evaluated in turn")
     add("--tasks", action="append", default=[], metavar="A,B", help="tasks, groups and tags of lm-evaluation-harness; "
         "paper: the seven zero-shot tasks of the paper; may be repeated")  # fmt: skip
-    add("--eval", action="append", default=[], metavar="wikitext|PATH", help="text for perplexity: wikitext, c4, a "
-        ".txt, .jsonl or .parquet file, or a datasets id; may be repeated")  # fmt: skip
+    add("--eval", dest="texts", action="append", default=[], metavar="wikitext|PATH", help="text for perplexity: "
+        "wikitext, c4, a .txt, .jsonl or .parquet file, or a datasets id; may be repeated")  # fmt: skip
     add("--against", metavar="DENSE", help="compare all models with this one, the same documents in pairs: differences "
         "with their standard errors")  # fmt: skip
     add("--limit", type=float, metavar="N", help="most documents of each task; below 1: a share of them (default: all)")

@@ -5,7 +5,7 @@ Without arguments it prunes the embedded model, a tiny Llama, on text that every
 
 from tqdm import tqdm
 
-from sparsefw import api, process
+from sparsefw import api, memory
 from sparsefw.cli import inputs_and_config, output_of, quiet_libraries, run_parser, say
 
 
@@ -14,7 +14,7 @@ def run(argv: list[str] | None) -> int:
     arguments = run_parser(__doc__).parse_args(argv)
     (inputs, config), output = inputs_and_config(arguments), output_of(arguments)
     quiet_libraries()
-    process.share_freed()
+    memory.share_freed()
     # Redraws the progress bar below each line.
     report = api.prune_checkpoint(inputs, config, output, log=tqdm.write, progress=True)
 

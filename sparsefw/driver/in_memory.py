@@ -15,11 +15,12 @@ from sparsefw.checkpoint import Writer, check_free, read_shard
 from sparsefw.data import Batch, Batches
 from sparsefw.driver.job import Job, Prepared
 from sparsefw.driver.loop import Samples
-from sparsefw.driver.run import carry_out, kernel_line
+from sparsefw.driver.run import carry_out, kernel_line, workload_of
 from sparsefw.driver.saved import check_state, save
 from sparsefw.driver.texts import windows_of_texts
 from sparsefw.errors import InputError, counted
 from sparsefw.estimate import memory_limits, pruned_shape
+from sparsefw.memory import on_gpu, this_device
 from sparsefw.model import (
     ModelShape,
     ResidentModel,
@@ -29,7 +30,6 @@ from sparsefw.model import (
     shape_of_resident,
     shape_of_text,
 )
-from sparsefw.process import on_gpu, this_device
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report, amount, log
 
@@ -89,7 +89,7 @@ def run_in_memory(
             calibration,
             evaluation,
             shape,
-            seqlen,
+            workload_of(job.config, calibration.n, [text.n for text in evaluation], seqlen, device, ranks=ranks),
             memory_limits(job.output.gpu_memory, job.output.host_memory, device, ranks),
             opened.notes,
             _fingerprint(tensors),

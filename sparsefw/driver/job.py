@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsefw.checkpoint import Evidence
 from sparsefw.driver.loop import Samples
+from sparsefw.estimate import Workload
 from sparsefw.inputs import Inputs, Output
 from sparsefw.model import ModelShape
 from sparsefw.solver import PruneConfig
@@ -44,25 +45,23 @@ class Prepared:
         device: device that the model runs on.
         calibration, evaluation: the windows, or the batches of a caller.
         shape: shape of the model, with the layers that are to be pruned.
-        seqlen: tokens in a window; of batches, the most vectors of one between two blocks.
+        workload: the work to do.
         limits: memory limits in bytes: "host", and with a GPU "gpu".
         notes: what the user should know of the model, one line each.
         fingerprint: tells the model from another one.
         evidence: reads the checkpoint; None: the model is in memory, and the fingerprint is of all its tensors.
         fixed: values of `Placement` that are settled, by field.
         saved: bytes that the end of the run writes while the finished blocks are still on the disk.
-        peak: the most bytes that the process has had on the host while texts were read; 0: not known.
     """
 
     device: torch.device
     calibration: Samples
     evaluation: Sequence[Samples]
     shape: ModelShape
-    seqlen: int
+    workload: Workload
     limits: dict[str, int]
     notes: list[str]
     fingerprint: str
     evidence: Evidence | None = None
     fixed: dict[str, int] = field(default_factory=dict)
     saved: int = 0
-    peak: int = 0

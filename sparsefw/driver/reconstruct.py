@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sparsefw.driver.block import Run
 from sparsefw.errors import InputError, first_line, shown
+from sparsefw.memory import give_back
 from sparsefw.model import HiddenStates
 from sparsefw.model.deterministic import deterministic, refused
 from sparsefw.model.explained import ForwardFailed, explained
@@ -25,7 +26,6 @@ from sparsefw.model.layers import Layer, layer_of
 from sparsefw.model.placement import split_batches
 from sparsefw.model.predictions import divergence, predicts, times_the_passes, tokens_of_pass
 from sparsefw.model.slice_gradients import SliceGradients
-from sparsefw.process import give_back
 from sparsefw.report import HIDDEN, PREDICTIONS, Reconstruction
 from sparsefw.solver import LayerResult
 from sparsefw.solver.kept_weights import KeptWeights
@@ -117,7 +117,7 @@ def _predicted(run: Run, i: int, states: HiddenStates, ids: Tensor | None) -> It
     The model's shape says where there are predictions, as plans have it. The windows of all ranks have to agree: ranks
     make the same steps.
     """
-    if ids is not None and run.of(i).predicts:
+    if ids is not None and run.predicts and i == len(run.model.blocks) - 1:
         with run.model.outside():
             if all(run.ranks.gather(predicts(states, ids))):
                 yield list(ids.split(states.windows))

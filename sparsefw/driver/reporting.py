@@ -3,7 +3,7 @@
 import socket
 from dataclasses import asdict
 
-from sparsefw import process
+from sparsefw import memory
 from sparsefw.driver.job import Job, Prepared
 from sparsefw.driver.loop import Outcome
 from sparsefw.estimate import MemoryNeeds
@@ -25,7 +25,7 @@ def report_of(
     job: Job, prepared: Prepared, outcome: Outcome, placement: Placement, needs: MemoryNeeds, ranks: Ranks
 ) -> Report:
     """The report, on all ranks."""
-    peak = process.peak_memory()
+    peak = memory.peak_memory()
     mine = RankRecord(
         socket.gethostname(),
         device_name(prepared.device),
@@ -38,7 +38,7 @@ def report_of(
     records = ranks.gather(mine)
     timelines = ranks.gather(outcome.timeline.spans)
     calibration, device = prepared.calibration, prepared.device
-    seqlen = prepared.seqlen
+    seqlen = prepared.workload.seqlen
     arguments = asdict(job.inputs) | {"seqlen": seqlen} | asdict(job.config) | asdict(job.output)
     arguments["output"] = str(arguments.pop("folder"))
     peak = {what: max(record.peak_memory[what] for record in records) for what in mine.peak_memory}

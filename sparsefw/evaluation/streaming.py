@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsefw import checkpoint, process
+from sparsefw import checkpoint, memory
 from sparsefw.checkpoint import Checkpoint
 from sparsefw.data import token_batch
 from sparsefw.errors import InputError, counted
@@ -95,12 +95,12 @@ def scores_of(
         InputError: the checkpoint cannot be read or run, memory is too little, or answers are NaN.
     """
     # Otherwise what a model before has left counts as taken.
-    process.give_back()
-    device = process.this_device()
+    memory.give_back()
+    device = memory.this_device()
     limits = memory_limits(gpu_memory, host_memory, device, ranks)
     parts = partition(requests, ranks.count)
     mine = [requests[n] for n in parts[ranks.number]]
-    with StreamedModel(source, device) as model, process.gpu_limited(limits.get("gpu")), torch.no_grad():
+    with StreamedModel(source, device) as model, memory.gpu_limited(limits.get("gpu")), torch.no_grad():
         say(f"model: {source.folder}, {counted(len(model.blocks), 'block')}, {source.dtype}")
         check_token(max((max(*r.read, *r.targets) for r in mine), default=0), model.vocabulary)
         found = _answers(model, shape_of(source), mine, limits, say, progress and ranks.first, ranks) if mine else []
@@ -207,8 +207,8 @@ def _placement(
         config=PruneConfig(method="magnitude", reconstruct=0),
         gpu=device.type == "cuda",
         threads=torch.get_num_threads(),
-        process=process.resident(),
-        held=process.held_on_gpu(device),
+        process=memory.resident(),
+        held=memory.held_on_gpu(device),
     )
     placement, _ = place(shape.selected(lambda name: False), workload, limits, fixed={"solver": 0})
     return placement

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from sparsefw.checkpoint.tensors import Loadable
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.finite import check_finite
+from sparsefw.memory import release_pinned
 from sparsefw.model.path import Path
 from sparsefw.model.shared import SharedParameters
 from sparsefw.model.slots import Slot, fill, restore, slots_of
 from sparsefw.model.stand_ins import kind_of_block
-from sparsefw.process import give_back_page_locked
 from sparsefw.timeline import READ, Timeline
 
 
@@ -129,7 +129,7 @@ class BlockModel:
         del tensors
         self._next = None
         if not ahead:
-            give_back_page_locked()
+            release_pinned()
         elif i + 1 < len(self.blocks):
             self._next = i + 1, self._reader.submit(self._timed_read, i + 1)
         return block
@@ -169,7 +169,7 @@ class BlockModel:
                     if isinstance(tensor, nn.Parameter) and not tensor.is_meta:
                         check_finite(slot.path, tensor)
                 # The embeddings are large, and nothing else is of their size. The checks have waited for the copies.
-                give_back_page_locked()
+                release_pinned()
             yield
         finally:
             self._outside -= 1

@@ -161,7 +161,7 @@ class RankRecord:
         seconds: by phase, on its main lane.
         waited: seconds that the host has waited for transfers to and from other ranks.
         sent: bytes that it has sent, by kind, see `Ranks.sent`.
-        peak_memory: its measured peaks, see `process.peak_memory`.
+        peak_memory: its measured peaks, see `memory.peak_memory`.
     """
 
     machine: str
@@ -188,7 +188,7 @@ class Report:
         seconds: by phase, on the main lane of rank 0.
         blocks: the blocks in their order.
         timeline: what was done when.
-        peak_memory: measured peaks of the whole run, see `process.peak_memory`; of several ranks the highest ones.
+        peak_memory: measured peaks of the whole run, see `memory.peak_memory`; of several ranks the highest ones.
         memory: limits, expected peaks and placement.
         notes: what the user should know of the source, one line each.
         ranks: the processes that have shared the run, if there were several.

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sparsefw.errors import counted
+from sparsefw.memory import peak_memory
 from sparsefw.model import Placement
-from sparsefw.process import peak_memory
 from sparsefw.report.content import DENSE, HIDDEN, RankRecord, Reconstruction, Report, amount, mean
 from sparsefw.report.kinds import kept_dense
 from sparsefw.solver import METHODS, LayerResult, Pattern, PruneConfig, patterns

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from helpers.attacks import Files
 
@@ -19,8 +20,8 @@ from sparsefw.checkpoint.source import inspect
 from sparsefw.data.tokenizer import load_tokenizer, start_tokens, tokenize
 from sparsefw.errors import InputError
 from sparsefw.estimate.describe import describe
+from sparsefw.memory import peak_memory
 from sparsefw.model import StreamedModel
-from sparsefw.process import limit_host, peak_memory, writable
 
 # Where Python and its libraries are, and what the system says about this process.
 OWN = (
@@ -83,7 +84,8 @@ def _read(folder: Path, log: Path) -> None:
     os.setpgid(0, 0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    limit_host(writable() + RESERVED)
+    limit = psutil.Process().memory_info().data + RESERVED
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     before = peak_memory()["host_bytes"]
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 

@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from triton.runtime.interpreter import GridExecutor
 
+from sparsefw.memory import pinned_bytes
 from sparsefw.model.tape import tensors_in
-from sparsefw.process import page_locked_bytes
 
 DEVICE = torch.device("cuda", 0)
 NAME = "pretended GPU"
@@ -155,7 +155,7 @@ class GPU(TorchDispatchMode):
 
     def lock_pages(self, tensor: Tensor) -> None:
         """Count a tensor in page-locked host memory, from a free piece of its size if there is one."""
-        size = page_locked_bytes(tensor.nbytes)
+        size = pinned_bytes(tensor.nbytes)
         with self.lock:
             self.pinned.add(tensor.untyped_storage().data_ptr())
             if self._host_free[size]:
@@ -165,7 +165,7 @@ class GPU(TorchDispatchMode):
                 self.host_peak = max(self.host_peak, self.host_held)
         weakref.finalize(tensor, self._host_free.update, [size])
 
-    def give_back_page_locked(self) -> None:
+    def release_pinned(self) -> None:
         """Forget the free pieces of page-locked host memory."""
         with self.lock:
             self.host_held -= sum(size * count for size, count in self._host_free.items())
@@ -364,7 +364,7 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
             "reset_peak_memory_stats": lambda device=None: setattr(gpu, "peak_since_reset", gpu.allocated),
         }.items():
             patch.setattr(torch.cuda, name, value)
-        patch.setattr(torch.accelerator, "empty_host_cache", gpu.give_back_page_locked, raising=False)
+        patch.setattr(torch.accelerator, "empty_host_cache", gpu.release_pinned, raising=False)
         patch.setattr(GridExecutor, "__call__", launched)
         patch.setattr(torch, "empty", made)
         patch.setattr(Tensor, "to", moved)

@@ -6,8 +6,8 @@ import torch
 from helpers.pretended_gpu import pretended_gpu
 
 from sparsefw import checkpoint
+from sparsefw.memory import pinned_bytes
 from sparsefw.model import StreamedModel
-from sparsefw.process import page_locked_bytes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: no need to pretend one")
 
@@ -23,11 +23,11 @@ def source(tmp_path_factory):
 
 def locked(source, prefix):
     """Bytes for the tensors whose names begin so."""
-    return sum(page_locked_bytes(info.nbytes) for name, info in source.tensors.items() if name.startswith(prefix))
+    return sum(pinned_bytes(info.nbytes) for name, info in source.tensors.items() if name.startswith(prefix))
 
 
 def test_sizes_are_powers_of_two():
-    assert [page_locked_bytes(n) for n in (0, 1, 2, 3, 4, 5, 1024, 1025)] == [0, 1, 2, 4, 4, 8, 1024, 2048]
+    assert [pinned_bytes(n) for n in (0, 1, 2, 3, 4, 5, 1024, 1025)] == [0, 1, 2, 4, 4, 8, 1024, 2048]
 
 
 def test_embeddings_leave_nothing(source):

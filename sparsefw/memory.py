@@ -1,9 +1,7 @@
-"""The memory that this process has taken, and that it may take; and its end."""
+"""The memory that this process has taken, and that it may take."""
 
 import ctypes
-import os
 import resource
-import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
@@ -14,17 +12,11 @@ import torch
 # Number of this option of mallopt in glibc's malloc.h.
 M_ARENA_MAX = -8
 
-# Number of this option of prctl in Linux's prctl.h.
-PR_SET_PDEATHSIG = 1
-
 # The share of free memory that a run leaves to others.
 MARGIN = 0.1
 
 # The largest memory limit, GiB: more than any machine has.
 MOST_MEMORY = 2**20
-
-# Stands for no limit of memory.
-NO_LIMIT = 2**63 - 1
 
 
 def this_device() -> torch.device:
@@ -87,31 +79,14 @@ def host_limited(nbytes: int) -> Iterator[None]:
 
     Python raises MemoryError then, torch RuntimeError, and some libraries abort.
     """
-    before = host_limit()
-    limit_host(min(before, writable() + nbytes))
+    # Not of the address space: CUDA reserves much of that, and takes none of it.
+    before, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = psutil.Process().memory_info().data + nbytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if before == resource.RLIM_INFINITY else min(before, limit), most))
     try:
         yield
     finally:
-        limit_host(before)
-
-
-def host_limit() -> int:
-    """The most bytes of memory that this process may write to and shares with no other; `NO_LIMIT` if there is none."""
-    # Not of the address space: CUDA reserves much of that, and takes none of it.
-    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    return NO_LIMIT if limit == resource.RLIM_INFINITY else limit
-
-
-def limit_host(nbytes: int) -> None:
-    """Set `host_limit`."""
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY if nbytes == NO_LIMIT else nbytes, most))
-
-
-def writable() -> int:
-    """Bytes of memory that this process may write to and shares with no other, resident or not."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
+        resource.setrlimit(resource.RLIMIT_DATA, (before, most))
 
 
 def share_freed() -> None:
@@ -124,26 +99,13 @@ def give_back() -> None:
     _c_library("malloc_trim", 0)
 
 
-def end_with_parent(parent: int) -> None:
-    """Have the system end this process with the thread that forked it, however that ends.
-
-    Args:
-        parent: the id of that thread's process.
-    """
-    # The thread waits for this process as long as it uses it.
-    _c_library("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        # It ended before.
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def page_locked_bytes(nbytes: int) -> int:
-    """Bytes that torch takes for a tensor of `nbytes` in page-locked host memory: the next power of two."""
+def pinned_bytes(nbytes: int) -> int:
+    """Bytes that torch takes for a tensor of `nbytes` in pinned host memory: the next power of two."""
     return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
-def give_back_page_locked() -> None:
-    """Return freed page-locked memory to the system. torch keeps it otherwise, for tensors of the same size.
+def release_pinned() -> None:
+    """Return freed pinned memory to the system. torch keeps it otherwise, for tensors of the same size.
 
     The GPU must have finished all copies from it. Locking pages takes about as long as reading them from a disk. So
     memory that is soon needed again is better kept.
@@ -177,15 +139,6 @@ def free_memory(device: torch.device, sharing: int = 1) -> dict[str, int]:
 def held_on_gpu(device: torch.device) -> int:
     """Bytes that tensors of this process take of a GPU; 0 for the CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def own_peak() -> int:
-    """Peak bytes of this process that are resident on the host and shared with no other process, about."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak, now = (next(int(line.split()[1]) for line in status if line.startswith(name)) for name in ("VmHWM", "VmRSS"))
-    smaps = Path("/proc/self/smaps").read_text().splitlines()
-    own = sum(int(line.split()[1]) for line in smaps if line.startswith("Private_"))
-    return (own + peak - now) * 1024
 
 
 def resident() -> int:
