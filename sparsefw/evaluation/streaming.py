@@ -36,7 +36,7 @@ from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver import PruneConfig
 
 # Bytes of logits in fp32 that are computed at once.
-LOGITS = 128 * 2**20
+LOGITS = 64 * 2**20
 
 # Relative distance of hidden states that other shapes of products account for, by the bytes of a number.
 TOLERANCE = {4: 1e-3, 2: 0.05}
@@ -234,7 +234,8 @@ class _Pass:
         placement: Placement,
     ) -> None:
         self._model, self._by_window, self._groups, self._checks = model, by_window, groups, checks
-        self._placement, self._tokens = placement, placement.batch * max(group.length for group in groups)
+        self._placement, self._longest = placement, max(group.length for group in groups)
+        self._tokens = placement.batch * self._longest
         self._dtype = next(x.dtype for x in model.model.parameters() if x.is_floating_point())
         self._found = {row: (g, n) for g, group in enumerate(groups) for n, row in enumerate(group.rows)}
         self._states: list[HiddenStates] = []
@@ -303,7 +304,8 @@ class _Pass:
         if not self._by_window:
             batch = next(islice(group.batches(self._tokens, self._dtype), j, None))
             whole = run_behind_blocks(model, batch, hidden, states.behind_last(j)).logits
-        size = max(1, LOGITS // (4 * (model.vocabulary or 1)))
+        # The placement has room for logits of the longest row.
+        size = max(1, min(LOGITS // (4 * (model.vocabulary or 1)), self._longest))
         for first in range(0, len(places), size):
             where = places[first : first + size]
             n, place = torch.tensor(where, device=hidden.device).T

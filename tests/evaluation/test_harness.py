@@ -11,6 +11,7 @@ from helpers.tasks import TASKS, write_task
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
 
 import sparsefw.lm_eval as command
 from sparsefw import evaluation
@@ -87,6 +88,22 @@ def test_chat_template(model, manager):
     assert prompts[0] == prompts[1]
     check_same(found, expected)
     assert StreamedLM(model).tokenizer_name == hf(model).tokenizer_name
+
+
+@pytest.mark.parametrize("add_bos_token", [None, True, False])
+def test_special_tokens_are_those_of_the_harness(add_bos_token, tmp_path):
+    folder, tokenizer = save_model(tmp_path, "llama"), byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    mine, theirs = (of(folder, add_bos_token=add_bos_token) for of in (StreamedLM, hf))
+    assert (mine.prefix_token_id, mine.eot_token_id) == (theirs.prefix_token_id, theirs.eot_token_id)
+    for text in ("a heron", f"{tokenizer.bos_token}a heron", ""):
+        for special in (None, True, False):
+            assert mine.tok_encode(text, add_special_tokens=special) == theirs.tok_encode(text, special)
+    start = [] if add_bos_token is False else [tokenizer.bos_token_id]
+    assert mine.tok_encode("a") == [*start, *mine.tok_encode("a", False)]
 
 
 def test_text_is_not_generated(model, tmp_path):
