@@ -270,7 +270,7 @@ class Fit:
                 return
             self.reached.add(j)
             try:
-                with explained(kind, name, model.given):
+                with explained(kind, name, model.input_kind):
                     # Those of a caller's model outside of the blocks may ask for gradients, too.
                     loss.backward(inputs=slices.leaves)
             except ForwardFailed as error:

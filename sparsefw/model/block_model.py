@@ -36,7 +36,7 @@ class BlockModel:
     Attributes:
         model, device, shared, timeline: these.
         runs: the module whose forward is run: the model, or its text model, see `Path`.
-        given: what its forward is given, in words, for messages.
+        input_kind: what its forward is given, in words, for messages.
         blocks: the blocks that it runs through, in the order of their calls. One that is called twice stands there
             twice, and stays dense.
         names: their names in the model, e.g. "model.layers.0".
@@ -68,7 +68,7 @@ class BlockModel:
             torch.device(device),
             timeline or Timeline(),
         )
-        self.runs, self.given, self.idle, self.names = path.runs, path.given, path.idle, path.order
+        self.runs, self.input_kind, self.idle, self.names = path.runs, path.input_kind, path.idle, path.order
         self.flow, self.forms, self.logits_itemsize = path.flow, path.forms, path.logits_itemsize
         self.blocks = [path.blocks[name] for name in path.order]
         self.kinds = [kind_of_block(block) for block in self.blocks]

@@ -29,13 +29,13 @@ PASSED = (InputError, MemoryError, torch.OutOfMemoryError, StopForward, PartIsOv
 
 
 @contextmanager
-def explained(model: str, place: str, given: str = TEXT) -> Iterator[None]:
+def explained(model: str, place: str, input_kind: str = TEXT) -> Iterator[None]:
     """Turn any exception out of a model's own forward, inside the `with` block, into an error of one line.
 
     Args:
         model: name of the model's class.
         place: what runs: the name of a block, or words.
-        given: what its forward is given, in words.
+        input_kind: what its forward is given, in words.
 
     Raises:
         ForwardFailed: an exception came out of it.
@@ -47,6 +47,6 @@ def explained(model: str, place: str, given: str = TEXT) -> Iterator[None]:
     # A model's code may raise whatever there is.
     except Exception as error:
         raise ForwardFailed(
-            f"unsupported model {model}: {place} fails on {given}: {type(error).__name__}: "
-            f"{shown(first_line(error))}; {ADVICE[given]}"
+            f"unsupported model {model}: {place} fails on {input_kind}: {type(error).__name__}: "
+            f"{shown(first_line(error))}; {ADVICE[input_kind]}"
         ) from error

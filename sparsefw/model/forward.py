@@ -37,7 +37,7 @@ def run_with_blocks_replaced(model: BlockModel, batch: Batch, replacement: Repla
             raise InputError(DIFFERS)
         return replacement(i, args, kwargs)
 
-    with explained(type(model.model).__name__, "its forward outside of the blocks", model.given):
+    with explained(type(model.model).__name__, "its forward outside of the blocks", model.input_kind):
         return run_replaced(model.runs, blocks, batch, in_order)
 
 
@@ -57,7 +57,7 @@ def form_of(model: BlockModel, i: int, hidden: Tensor, args: tuple[Any, ...], kw
         block = model.open_alone(i)
         # Copies: what the block changes in them, it changes again when it is run.
         args, kwargs = rebuilt((args, kwargs), lambda x: x)
-        with explained(type(model.model).__name__, model.names[i], model.given):
+        with explained(type(model.model).__name__, model.names[i], model.input_kind):
             output = block(hidden, *args, **kwargs)
         model.close(i)
         known = form_of_output(output, hidden, model.names[i], type(model.model).__name__)

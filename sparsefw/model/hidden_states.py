@@ -198,7 +198,7 @@ class HiddenStates:
             block: the other module.
             inputs: from `inputs`, if they are there already. Then no torch function is called but by the block.
         """
-        with explained(type(self.model.model).__name__, self.model.names[i], self.model.given):
+        with explained(type(self.model.model).__name__, self.model.names[i], self.model.input_kind):
             return (inputs or self.inputs(i, j)).run(block or self.model.blocks[i], hidden)
 
     def behind_last(self, j: int) -> dict[int, Tensor]:

@@ -57,7 +57,7 @@ class Path:
     Attributes:
         runs: the module whose forward it is: the model, or its text model where the model's own forward cannot do
             without other input.
-        given: what the forward is given, in words.
+        input_kind: what the forward is given, in words.
         blocks: the blocks by name.
         order: their names in the order of their calls. One that is called twice stands there twice.
         idle: the blocks of the same lists that are not called, by name.
@@ -69,7 +69,7 @@ class Path:
     """
 
     runs: nn.Module
-    given: str
+    input_kind: str
     blocks: dict[str, nn.Module]
     order: list[str]
     idle: dict[str, nn.Module]
@@ -145,12 +145,12 @@ def batch_path(model: nn.Module, batch: Batch, outside: Ready, inside: Ready) ->
 
 @torch.no_grad()
 def _follow(
-    model: nn.Module, runs: nn.Module, stacks: Stacks, batch: Batch, given: str, outside: Ready, inside: Ready
+    model: nn.Module, runs: nn.Module, stacks: Stacks, batch: Batch, input_kind: str, outside: Ready, inside: Ready
 ) -> Path | None:
     """Run a model's own forward with stand-ins for its blocks, and look at what it uses; None if it calls no block."""
     blocks = {name: block for stack in stacks.values() for name, block in stack.items()}
     in_blocks = {module for block in blocks.values() for module in block.modules()}
-    followed = _Forward(runs, blocks, batch, given, inside)
+    followed = _Forward(runs, blocks, batch, input_kind, inside)
     with outside(module for module in model.modules() if module not in in_blocks):
         slots = slots_of(model.named_modules(remove_duplicate=False))
         stored = {slot.path: id(slot.own) for slot in slots if not slot.own.is_meta}
@@ -162,11 +162,11 @@ def _follow(
     called = {name: blocks[name] for name in followed.names}
     used = [stack for stack in stacks.values() if not called.keys().isdisjoint(stack)]
     flow = recording.flow
-    if given == TEXT:
+    if input_kind == TEXT:
         flow = replace(flow, windows_first=recording.hidden.shape[:2] == FEW_TOKENS.tensors[0].shape)
     return Path(
         runs=runs,
-        given=given,
+        input_kind=input_kind,
         blocks=called,
         order=followed.names,
         idle={name: block for stack in used for name, block in stack.items() if name not in called},
@@ -240,7 +240,7 @@ class _Forward:
         runs: the model whose forward it is. Its weights outside of the blocks are there.
         blocks: what may be its blocks, by name.
         batch: the arguments of the forward.
-        given: what these are, in words, for messages.
+        input_kind: what these are, in words, for messages.
         inside: inside its `with` block, modules of a block have their tensors where they are needed.
 
     Attributes:
@@ -249,9 +249,11 @@ class _Forward:
         logits_itemsize: bytes of an entry of the logits that it returns; 0 if it returns none.
     """
 
-    def __init__(self, runs: nn.Module, blocks: dict[str, nn.Module], batch: Batch, given: str, inside: Ready) -> None:
+    def __init__(
+        self, runs: nn.Module, blocks: dict[str, nn.Module], batch: Batch, input_kind: str, inside: Ready
+    ) -> None:
         self._runs, self._kind, self._blocks = runs, type(runs).__name__, blocks
-        self._batch, self._given, self._inside = batch, given, inside
+        self._batch, self._input_kind, self._inside = batch, input_kind, inside
         self._kinds = {name: kind_of_block(block) for name, block in blocks.items()}
         self._weights = {f"{name}.{n}": x for name, block in blocks.items() for n, x in block.named_parameters()}
         self.names: list[str] = []
@@ -312,7 +314,7 @@ class _Forward:
                 recorder.leaves(len(self.names) - 1, output)
             return output
 
-        with explained(self._kind, "its forward", self._given), recorder.on():
+        with explained(self._kind, "its forward", self._input_kind), recorder.on():
             returned = run_replaced(self._runs, list(self._blocks.values()), self._batch, replacement)
         recorder.ends()
         logits = getattr(returned, "logits", None)
@@ -328,7 +330,7 @@ class _Forward:
             memo = {id(known): (known, known) for known in objects}
             own, others = rebuilt((args, kwargs), Tensor.detach, memo)
             before = [(module, dict(module.__dict__)) for module in block.modules()]
-            with explained(self._kind, name, self._given), self._inside(block.modules()):
+            with explained(self._kind, name, self._input_kind), self._inside(block.modules()):
                 output = block(*own, **others)
             for module, attributes in before:
                 self._set += [(module, k, attributes) for k, x in module.__dict__.items() if attributes.get(k) is not x]

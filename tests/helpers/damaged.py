@@ -34,7 +34,7 @@ def damaged_pair(folder, tokens=TOKENS, store=None, loss: float = 1) -> Pair:
 
 def damaged_module(block: nn.Module, batches: list[Tensor], arguments: tuple = ()) -> Pair:
     """A block of one's own, with its micro-batches and other arguments, in the place of a model's."""
-    model = SimpleNamespace(model=None, given=TEXT, blocks=[block], names=["block"], device=torch.device(DEVICE))
+    model = SimpleNamespace(model=None, input_kind=TEXT, blocks=[block], names=["block"], device=torch.device(DEVICE))
     block.requires_grad_(False).to(DEVICE)
     call = Call(tuple(Box(n) for n in range(len(arguments))), {}, outputs=[0], form=Value(0), after=1)
     store, n = Store(model.device), len(batches)
