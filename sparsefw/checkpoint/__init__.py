@@ -1,13 +1,8 @@
 """Checkpoints on disk: read only if they can be trusted, and written so that an interrupted run can go on."""
 
-from sparsefw.checkpoint.checksums import DIGEST, SUMS, file_digest, read_sums
-from sparsefw.checkpoint.copied import note_of_others
-from sparsefw.checkpoint.evidence import Evidence, fingerprint
-from sparsefw.checkpoint.progress import Progress
+from sparsefw.checkpoint.files import DIGEST, SUMS, durably, file_digest, read_sums
+from sparsefw.checkpoint.output import check_free, check_output
 from sparsefw.checkpoint.reader import read_shard, read_tensors
-from sparsefw.checkpoint.replaced import check_free, check_output
-from sparsefw.checkpoint.resume import durably
-from sparsefw.checkpoint.rewritten import rewritten
 from sparsefw.checkpoint.source import (
     CONFIG,
     DTYPES,
@@ -16,10 +11,13 @@ from sparsefw.checkpoint.source import (
     Checkpoint,
     check_file,
     companions,
+    fingerprint,
     from_hub,
     inspect,
     inspect_tokenizer,
     locate,
+    note_of_others,
+    stamps,
     tensors_in,
 )
 from sparsefw.checkpoint.tensors import TensorInfo
@@ -33,8 +31,6 @@ __all__ = [
     "SINGLE",
     "SUMS",
     "Checkpoint",
-    "Evidence",
-    "Progress",
     "TensorInfo",
     "Writer",
     "check_file",
@@ -52,6 +48,6 @@ __all__ = [
     "read_shard",
     "read_sums",
     "read_tensors",
-    "rewritten",
+    "stamps",
     "tensors_in",
 ]

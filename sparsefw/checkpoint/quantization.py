@@ -4,6 +4,7 @@ FP8 as DeepSeek-V3 and Qwen3 ship it, and MXFP4 as gpt-oss does. Their tensors a
 `tensors`), and what is written is not quantized. All other methods are refused.
 """
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -17,33 +18,11 @@ from sparsefw.checkpoint.tensors import EXPONENT, QuantizedInfo, TensorInfo
 from sparsefw.errors import InputError, shown
 
 KEY = "quantization_config"
-
-# Entries of a quantization config with the values that they may have. MODULES stands for a list of modules' names.
-MODULES = object()
-BLOCK = object()
-_COMMON = {"modules_to_not_convert": MODULES, "dequantize": (None, True, False)}
-ENTRIES: dict[str, dict[str, Any]] = {
-    "fp8": {
-        **_COMMON,
-        "ignored_layers": MODULES,
-        "modules_to_convert": MODULES,
-        "activation_scheme": (None, "dynamic", "static"),
-        "weight_block_size": BLOCK,
-        "fmt": (None, "e4m3", "float8_e4m3fn"),
-        "scale_fmt": (None, "float", "ue8m0"),
-        "expert_dtype": (None, "fp8"),
-    },
-    "mxfp4": _COMMON,
-}
+METHODS = ("fp8", "mxfp4")
 # transformers takes blocks of this size where a config does not say. null means one scale for a matrix.
 DEFAULT_BLOCK = (128, 128)
-LARGEST_BLOCK = 2**16
-# The largest real lists have three names for each of 100 layers; a name is at most as long as that of a tensor.
-MAX_MODULES, MAX_NAME = 2**16, 512
-
-# The way out for methods that are not read. Those that are not listed have ORIGINAL alone.
+# The way out where a checkpoint is not read.
 ORIGINAL = "give the unquantized checkpoint that it was made from"
-WAYS_OUT = {"compressed-tensors": f"{ORIGINAL}, or dequantize it first with the tool that made it"}
 
 FP8 = torch.float8_e4m3fn
 # dtypes in the files of an FP8 checkpoint beside those of others, by their names there.
@@ -62,6 +41,9 @@ SCALE, OTHER_SCALES = "_scale_inv", (".scale", ".qscale_weight")
 BLOCKS, SCALES = "_blocks", "_scales"
 # Scales of activations: nothing is multiplied with them once the weights are not in FP8.
 ACTIVATION_SCALE = "activation_scale"
+
+# A tensor of the model by its name there.
+Joint = tuple[str, QuantizedInfo]
 
 
 @dataclass(frozen=True)
@@ -96,61 +78,40 @@ def quantization_of(config: dict[str, Any], path: Path) -> Quantization | None:
         path: the file's path, for the message.
 
     Raises:
-        InputError: the method is not one that is read, or an entry is not what the method has.
+        InputError: the method is not one that is read, or its blocks are none.
     """
-    given = given_in(config)
+    given = [place[KEY] for place in _places(config) if place.get(KEY) is not None]
     if not given:
         return None
-    if any(other != given[0] for other in given):
-        raise InputError(f"{path}: the text_config is quantized in another way than the rest ({KEY}); remove one")
-    return _parsed(given[0], path)
-
-
-def given_in(config: dict[str, Any]) -> list[Any]:
-    """The quantization configs of a config, in the places where transformers looks for them."""
-    return [place[KEY] for place in _places(config) if place.get(KEY) is not None]
+    content = given[0] if isinstance(given[0], dict) else {}
+    method = content.get("quant_method", "an unnamed method")
+    if method not in METHODS or any(other != content for other in given):
+        raise InputError(f"{path}: the model is quantized by {shown(method)}, which is not read; {ORIGINAL} ({KEY})")
+    block = content.get("weight_block_size", DEFAULT_BLOCK)
+    if method == "mxfp4" or block is None:
+        return Quantization(method)
+    if not (isinstance(block, list | tuple) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
+        raise InputError(f"{path}: weight_block_size is {shown(block)}, not two whole numbers above 0")
+    return Quantization(method, (block[0], block[1]))
 
 
 def _places(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where transformers looks for a quantization config."""
     text_config = config.get("text_config")
     return [config, text_config] if isinstance(text_config, dict) else [config]
 
 
-def _parsed(content: Any, path: Path) -> Quantization:
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: {KEY} is {shown(content)}, not an object; {ORIGINAL}")
-    method = content.get("quant_method")
-    if method is None and (content.get("load_in_8bit") or content.get("load_in_4bit")):
-        method = "bitsandbytes"
-    if not isinstance(method, str) or method not in ENTRIES:
-        # MLX and others name no method.
-        name = "an unnamed method" if method is None else shown(method)
-        way_out = WAYS_OUT.get(name, ORIGINAL)
-        raise InputError(f"{path}: the model is quantized by {name}, which is not read; {way_out} ({KEY})")
-    for key, value in content.items():
-        if key != "quant_method" and not _is_allowed(ENTRIES[method].get(key, ()), value):
-            raise InputError(f"{path}: {key} {shown(value)} is not what {method} has; {ORIGINAL} ({KEY})")
-    block = content.get("weight_block_size", DEFAULT_BLOCK)
-    return Quantization(method, None if block is None or method != "fp8" else (block[0], block[1]))
-
-
-def _is_allowed(allowed: Any, value: Any) -> bool:
-    if allowed is MODULES:
-        names = [] if value is None else value
-        return isinstance(names, list) and len(names) <= MAX_MODULES and all(map(_is_name, names))
-    if allowed is BLOCK:
-        sizes = DEFAULT_BLOCK if value is None else value
-        return (
-            isinstance(sizes, list | tuple)
-            and len(sizes) == 2
-            and all(type(size) is int and 0 < size <= LARGEST_BLOCK for size in sizes)
-        )
-    # In Python 1 equals True.
-    return any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed)
-
-
-def _is_name(name: Any) -> bool:
-    return isinstance(name, str) and name.isprintable() and len(name) <= MAX_NAME
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as that of a model which is not quantized."""
+    if not any(place.get(KEY) is not None for place in _places(config)):
+        return config
+    config = copy.deepcopy(config)
+    named = dtype_in(config)
+    for place in _places(config):
+        # Only a quantized model has another dtype: transformers would cast the weights to it.
+        for key in (KEY, *(() if named else DTYPE_KEYS)):
+            place.pop(key, None)
+    return config
 
 
 def joined(
@@ -173,33 +134,24 @@ def joined(
         InputError: scales are missing, or scales or values have a dtype or shape that does not fit.
     """
     join = _join_fp8 if quantization.method == "fp8" else _join_mxfp4
-    quantized: dict[str, QuantizedInfo] = {}
-    for name in stored:
-        if joint := join(stored, name, quantization):
-            new = name if quantization.method == "fp8" else name.removesuffix(BLOCKS)
-            if new in stored and new != name:
-                raise InputError(f"{stored[new].file}: tensor {new} is there quantized ({name}) and not; keep one")
-            quantized[new] = joint
+    quantized = dict(found for name in stored if (found := join(stored, name, quantization)))
     if not quantized:
         raise InputError(f"{path}: {KEY} says {quantization.method}, but no tensor is quantized; remove the entry")
-    left_out = [name for name in stored if _is_left_out(name, stored)]
+    left_out = [name for name in stored if _scales_activations(name, stored)]
     used = {part for info in quantized.values() for part in info.parts}.union(left_out)
     others = {name: info for name, info in stored.items() if name not in used}
     for name, info in others.items():
-        if info.dtype == EXPONENT or (quantization.method == "fp8" and name.endswith(SCALE)):
-            raise InputError(f"{info.file}: tensor {name} is a scale, and what it scales is missing; {ORIGINAL}")
+        of_fp8 = quantization.method == "fp8" and name.endswith(SCALE)
+        if name in quantized or info.dtype == EXPONENT or of_fp8:
+            raise InputError(f"{info.file}: tensor {name} is quantized twice, or its values are missing; {ORIGINAL}")
     dtype = dtype_in(config) or most_bytes(others.values()) or DTYPES[0]
     return {name: replace(info, dtype=dtype) for name, info in quantized.items()} | others, dtype, left_out
 
 
 def dtype_in(config: dict[str, Any]) -> torch.dtype | None:
     """The dtype that a config names for the weights; None if it names none that can be pruned."""
-    for place in _places(config):
-        for key in DTYPE_KEYS:
-            for dtype in DTYPES:
-                if place.get(key) == str(dtype).removeprefix("torch."):
-                    return dtype
-    return None
+    named = [place.get(key) for place in _places(config) for key in DTYPE_KEYS]
+    return next((dtype for name in named for dtype in DTYPES if f"torch.{name}" == str(dtype)), None)
 
 
 def most_bytes(tensors: Iterable[TensorInfo]) -> torch.dtype | None:
@@ -226,7 +178,7 @@ def note(used: Iterable[TensorInfo], quantization: Quantization | None) -> str:
     )
 
 
-def _is_left_out(name: str, stored: dict[str, TensorInfo]) -> bool:
+def _scales_activations(name: str, stored: dict[str, TensorInfo]) -> bool:
     """Whether a tensor is the scale of an FP8 weight's input."""
     stem = name.removesuffix(ACTIVATION_SCALE)
     return stem != name and any(
@@ -234,65 +186,52 @@ def _is_left_out(name: str, stored: dict[str, TensorInfo]) -> bool:
     )
 
 
-def _join_fp8(stored: dict[str, TensorInfo], name: str, quantization: Quantization) -> QuantizedInfo | None:
-    """The tensor whose values are called `name`; None if that is no tensor in FP8."""
-    values = stored[name]
+def _join_fp8(stored: dict[str, TensorInfo], name: str, quantization: Quantization) -> Joint | None:
+    """The name of the tensor whose values are called `name`, and the tensor; None if that is none in FP8."""
+    values, stem = stored[name], name.removesuffix(".weight")
+    names = [f"{name}{SCALE}", *(f"{stem}{other}" for other in OTHER_SCALES if stem != name)]
+    scale = next((other for other in names if other in stored), None)
     if values.dtype != FP8:
-        if scale := _scale_of(name, stored, ()):
+        if scale == f"{name}{SCALE}":
             raise InputError(f"{values.file}: tensor {name} has a scale, {scale}, but is not in FP8 ({values.dtype})")
         return None
-    scale = _scale_of(name, stored, OTHER_SCALES)
     if scale is None:
         raise InputError(f"{values.file}: tensor {name} is in FP8, and its scale {name}{SCALE} is missing; {ORIGINAL}")
-    *lead, rows, columns = values.shape if len(values.shape) >= 2 else (0, 0, 0)
-    if not rows or not columns:
-        raise InputError(f"{values.file}: tensor {name} is in FP8 and has the shape {values.shape}; {ORIGINAL}")
+    scales, shape = stored[scale], values.shape
+    *lead, rows, columns = shape if len(shape) >= 2 and math.prod(shape) else (0, 0)
     height, width = quantization.block or (rows, columns)
-    grid = (*lead, -(-rows // height), -(-columns // width))
-    scales = stored[scale]
+    grid = (*lead, -(-rows // height), -(-columns // width)) if rows else ()
     # One scale for a matrix may have fewer dimensions.
     fewer = {(1,), tuple(lead)} if not lead else {tuple(lead)}
-    if scales.shape != grid and not (quantization.block is None and scales.shape in fewer):
+    fits = scales.shape == grid or (quantization.block is None and scales.shape in fewer)
+    if not rows or not fits or scales.dtype not in SCALE_DTYPES:
         raise InputError(
-            f"{scales.file}: tensor {scale} has the shape {scales.shape}, and {name} of shape {values.shape} in blocks "
-            f"of {height} x {width} needs {grid}"
+            f"{scales.file}: tensor {scale} of shape {scales.shape} and dtype {scales.dtype} does not fit {name} of "
+            f"shape {shape} in blocks of {height} x {width}, which needs {grid} in floating point"
         )
-    if scales.dtype not in SCALE_DTYPES:
-        raise InputError(f"{scales.file}: tensor {scale} has dtype {scales.dtype}, which no scale of FP8 has")
     parts = {name: values, scale: scales}
-    return QuantizedInfo(values.file, DTYPES[0], values.shape, name, scale, parts, (height, width))
+    return name, QuantizedInfo(values.file, DTYPES[0], shape, name, scale, parts, (height, width))
 
 
-def _scale_of(name: str, stored: dict[str, TensorInfo], others: tuple[str, ...]) -> str | None:
-    """The name of a tensor's scale; None if it has none."""
-    stem = name.removesuffix(".weight")
-    names = [f"{name}{SCALE}", *(f"{stem}{other}" for other in others if stem != name)]
-    return next((candidate for candidate in names if candidate in stored), None)
-
-
-def _join_mxfp4(stored: dict[str, TensorInfo], name: str, quantization: Quantization) -> QuantizedInfo | None:
-    """The tensor whose values are called `name`; None if that is no tensor in MXFP4."""
-    values = stored[name]
-    if values.dtype != torch.uint8:
+def _join_mxfp4(stored: dict[str, TensorInfo], name: str, quantization: Quantization) -> Joint | None:
+    """The name of the tensor whose values are called `name`, and the tensor; None if that is none in MXFP4."""
+    if stored[name].dtype != torch.uint8 or not name.endswith((BLOCKS, SCALES)):
         return None
-    for own, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
-        missing = f"{name.removesuffix(own)}{other}"
-        if name.endswith(own) and missing not in stored:
-            raise InputError(f"{values.file}: tensor {name} is in MXFP4, and {missing} is missing; {ORIGINAL}")
-    if not name.endswith(BLOCKS):
+    joint = name.removesuffix(BLOCKS).removesuffix(SCALES)
+    parts = {part: stored.get(part) for part in (f"{joint}{BLOCKS}", f"{joint}{SCALES}")}
+    values, scales = parts.values()
+    if values is None or scales is None:
+        missing = next(part for part, info in parts.items() if info is None)
+        raise InputError(f"{stored[name].file}: tensor {name} is in MXFP4, and {missing} is missing; {ORIGINAL}")
+    if name.endswith(SCALES):
         return None
-    scale = f"{name.removesuffix(BLOCKS)}{SCALES}"
-    scales = stored[scale]
-    if len(values.shape) != 4 or values.shape[-1] != GROUP_BYTES or not all(values.shape):
+    sound = len(values.shape) == 4 and values.shape[-1] == GROUP_BYTES and all(values.shape)
+    if not sound or (scales.dtype, scales.shape) != (torch.uint8, values.shape[:-1]):
         raise InputError(
-            f"{values.file}: tensor {name} has the shape {values.shape}, and MXFP4 has (experts, rows, groups, "
-            f"{GROUP_BYTES})"
-        )
-    if (scales.dtype, scales.shape) != (torch.uint8, values.shape[:-1]):
-        raise InputError(
-            f"{scales.file}: tensor {scale} has the shape {scales.shape} and dtype {scales.dtype}, and {name} of shape "
-            f"{values.shape} needs {values.shape[:-1]} in uint8"
+            f"{scales.file}: tensor {joint}{SCALES} of shape {scales.shape} and dtype {scales.dtype} does not fit "
+            f"{name} of shape {values.shape}; MXFP4 has (experts, rows, groups, {GROUP_BYTES}) and a byte a group"
         )
     experts, rows, groups, width = values.shape
-    parts = {name: values, scale: scales}
-    return QuantizedInfo(values.file, DTYPES[0], (experts, groups * 2 * width, rows), name, scale, parts, None)
+    used = {name: values, f"{joint}{SCALES}": scales}
+    shape = (experts, groups * 2 * width, rows)
+    return joint, QuantizedInfo(values.file, DTYPES[0], shape, name, f"{joint}{SCALES}", used, None)

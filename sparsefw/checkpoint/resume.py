@@ -13,6 +13,7 @@ The identity and the records are stored with their digests. What is damaged is n
 `restart`.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,11 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sparsefw.checkpoint.checksums import text_digest
-from sparsefw.checkpoint.evidence import FileRead
-from sparsefw.checkpoint.files import convert
+from sparsefw.checkpoint.files import convert, durably
 from sparsefw.checkpoint.locks import LOCK, acquire, acquire_shared, check_apart, is_sole_holder, partial_of, share
-from sparsefw.errors import InputError, first_line, naming
+from sparsefw.errors import InputError, first_line
 
 T = TypeVar("T")
 
@@ -51,7 +50,7 @@ class Part:
     parameters: int
     sha256: str
     kept: dict[str, str]
-    read: list[FileRead]
+    read: list[Any]
     note: Any
 
 
@@ -61,29 +60,6 @@ class _Beginning:
 
     identity: dict[str, Any]
     chosen: dict[str, int]
-
-
-def durably(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that is there whole or not at all, and that survives a power cut once this has returned.
-
-    Args:
-        path: the file; replaced if it is there.
-        write: writes the file to the path that it is called with.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with naming(path):
-        write(temporary)
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class PartialFolder:
@@ -236,7 +212,7 @@ class PartialFolder:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             digest, content = stored["sha256"], stored["content"]
-            intact = digest == text_digest(json.dumps(content))
+            intact = digest == _digest(json.dumps(content))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise self.damaged(path, "it cannot be read, or is of another version") from error
         if not intact:
@@ -325,10 +301,14 @@ def _delete(path: Path) -> None:
 
 def _write_json(path: Path, content: Any) -> None:
     text = json.dumps(content)
-    whole = f'{{"sha256": "{text_digest(text)}", "content": {text}}}'
+    whole = f'{{"sha256": "{_digest(text)}", "content": {text}}}'
     durably(path, lambda temporary: temporary.write_text(whole, encoding="utf-8"))
 
 
 def _abridged(value: Any) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

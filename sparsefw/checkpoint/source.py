@@ -4,11 +4,13 @@ Only safetensors is read: no pickle, and no code from the checkpoint. `inspect` 
 everything that it returns about files and tensors.
 """
 
+import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import huggingface_hub
@@ -17,17 +19,17 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from sparsefw.checkpoint import foreign, tokenizer_trust, trust
-from sparsefw.checkpoint.copied import COPIED, TEMPLATES, in_any_case, is_copied
+from sparsefw.checkpoint import trust
 from sparsefw.checkpoint.files import parse_object, read_bounded
 from sparsefw.checkpoint.quantization import Quantization, joined, most_bytes, quantization_of
-from sparsefw.checkpoint.tensors import TensorInfo
+from sparsefw.checkpoint.tensors import TensorInfo, stamp_of
 from sparsefw.errors import InputError, first_line, shown
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+ADAPTER = "adapter_config.json"
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
 DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
@@ -37,22 +39,40 @@ OTHER_DTYPES = {"F64": torch.float64, "C64": torch.complex64}
 
 # Real headers have 10 KB to 20 MB. safetensors itself takes up to 100 MB, and many times that in memory.
 MAX_HEADER_BYTES = 32 * 2**20
-# Real tensors have at most 100 characters in their names, 5 dimensions and 2^36 elements.
-MAX_NAME = 512
-MAX_DIMENSIONS = 8
+# Real tensors have at most 2^36 elements. An empty one may have other dimensions of any size, and still fit a file.
 MAX_ELEMENTS = 2**48
-
-AGAIN = "download or copy it again"
-
 # The largest tokenizers have about 40 MB; a larger file is no part of a checkpoint.
 MAX_COPIED_BYTES = 256 * 2**20
 
-# Files that transformers reads whole.
-READ = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+AGAIN = "download or copy it again"
 
-# Files that are downloaded from the Hub: weights, what transformers reads, and what is copied. Other folders and
-# consolidated.safetensors hold the same weights in other formats. Patterns of the Hub's library tell capitals apart.
-WANTED = ["*.safetensors", *sorted(f"*{suffix}" for suffix in READ), *map(in_any_case, COPIED)]
+# transformers reads the files of this folder with the tokenizer.
+TEMPLATES = "additional_chat_templates"
+
+# Files of a source that are copied to the output, by patterns of their names in lower case. Folders of checkpoints hold
+# whatever somebody has left there: so this is a list of what belongs to a model.
+COPIED = (
+    *("config.json", "generation_config.json"),
+    # Images, sound, video.
+    *("*processor_config.json", "audio_tokenizer_config.json"),
+    *("chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja"),
+    # Tokenizers.
+    *("tokenizer.json", "tokenizer.*.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "vocab-*.json", "*_vocab.json", "merges.txt", "dict.txt", "bpe.codes"),
+    *("tokenizer.model", "tokenizer.model.v*", "sentencepiece*.model", "spiece.model", "spm.model", "spm_char.model"),
+    *("*.spm", "*.tiktoken", "tekken.json", "prophetnet.tokenizer"),
+    *("normalizer.json", "emoji.json", "byte_maps.json", "word_shape.json", "word_pronunciation.json"),
+    # Terms of use, and the model card.
+    *("licen[cs]e", "licen[cs]e*.md", "licen[cs]e*.txt", "notice", "notice.md", "notice.txt", "use_policy.md"),
+    "readme.md",
+)
+# Files that transformers reads whole, and endings of what a run writes itself, or writes anew.
+READ = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+WRITTEN = (".safetensors", ".safetensors.index.json", "sha256sums", "report.json", "report.html")
+
+# What is downloaded from the Hub. Other folders and consolidated.safetensors hold the same weights in other formats.
+WANTED = [*(f"*{suffix}" for suffix in sorted(READ)), "*.safetensors", "*.spm", "*.codes", "*.tokenizer", "*.model.v*"]
+WANTED += [pattern for name in ("licen[cs]e*", "notice*", "*.md") for pattern in (name, name.upper())]
 UNWANTED = ["*/*", "consolidated*"]
 
 
@@ -86,6 +106,22 @@ class Checkpoint:
     def stored_nbytes(self) -> int:
         """Size of all tensors, as they are stored."""
         return sum(part.nbytes for name, tensor in self.tensors.items() for part in tensor.stored(name).values())
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 of the config, and of names, dtypes and shapes of all tensors, in hex.
+
+    It depends neither on where the files are nor on how tensors are spread over them.
+    """
+    stored = {part: info for name, x in checkpoint.tensors.items() for part, info in x.stored(name).items()}
+    tensors = sorted((name, str(info.dtype), info.shape) for name, info in stored.items())
+    return hashlib.sha256((checkpoint.folder / CONFIG).read_bytes() + repr(tensors).encode()).hexdigest()
+
+
+def stamps(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """Size and time of every file of tensors, by name: what tells the same checkpoint from one that was changed."""
+    infos = (info for name, x in checkpoint.tensors.items() for info in x.stored(name).values())
+    return {info.file.name: info.stamp for info in infos}
 
 
 def locate(model: str) -> Path:
@@ -148,21 +184,24 @@ def inspect(folder: Path) -> Checkpoint:
     Raises:
         InputError: files are missing, damaged, disagree, or lie outside of the folder; only pickle is there; a
             tensor's dtype cannot be pruned; the model is quantized by a method that is not read, or its scales do not
-            fit; a file says what no real one does (see `trust`).
+            fit; a config would be followed elsewhere (see `trust`).
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: not a folder; give the folder of a checkpoint")
+    if os.path.lexists(folder / ADAPTER):
+        raise InputError(
+            f"{folder}: a LoRA adapter ({ADAPTER}); merge it into its base model first: merge_and_unload() of peft, "
+            "then save_pretrained(NEW_FOLDER); remove this file if it is merged"
+        )
     if not os.path.lexists(folder / CONFIG):
-        raise foreign.without_config(folder)
+        raise InputError(f"{folder}: no config.json; give the folder of a Hugging Face checkpoint in safetensors")
     config = read_json(folder / CONFIG, trust.MAX_CONFIG_BYTES)
     trust.check_config(config, folder / CONFIG)
     quantization = quantization_of(config, folder / CONFIG)
     tensors = _read_headers(folder, DTYPES | (quantization.dtypes if quantization else {}))
-    foreign.check_adapter(folder)
     dtype, left_out = None, list[str]()
     if quantization:
         tensors, dtype, left_out = joined(tensors, quantization, config, folder / CONFIG)
-    trust.check_sizes(config, folder / CONFIG, [tensor.shape for tensor in tensors.values()])
     inspect_tokenizer(folder)
     dtype = dtype or most_bytes(tensors.values())
     if dtype is None:
@@ -174,51 +213,23 @@ def inspect_tokenizer(folder: Path) -> None:
     """Check the files of a tokenizer; there need be no model beside them.
 
     Raises:
-        InputError: see `companions`, `tokenizer_trust.check_tokenizer` and `check_followed`.
+        InputError: see `companions` and `trust.check_tokenizer`.
     """
     companions(folder)
-    if os.path.lexists(folder / CONFIG):
-        config = read_json(folder / CONFIG, trust.MAX_CONFIG_BYTES)
-        trust.check_config(config, folder / CONFIG)
-        tokenizer_trust.check_tokenizer(config, folder / CONFIG)
-    if os.path.lexists(folder / TOKENIZER_CONFIG):
-        content = read_json(folder / TOKENIZER_CONFIG, trust.MAX_TOKENIZER_CONFIG_BYTES)
-        tokenizer_trust.check_tokenizer(content, folder / TOKENIZER_CONFIG)
-        tokenizer_trust.check_followed(content, folder / TOKENIZER_CONFIG)
+    for name, limit in ((CONFIG, trust.MAX_CONFIG_BYTES), (TOKENIZER_CONFIG, trust.MAX_TOKENIZER_CONFIG_BYTES)):
+        if os.path.lexists(folder / name):
+            trust.check_tokenizer(read_json(folder / name, limit), folder / name)
 
 
 def root_of(folder: Path) -> Path:
-    """The folder that a checkpoint is a part of: its own, or the model's in the Hub's cache."""
-    folder = folder.resolve()
-    return folder.parent.parent if _is_cached(folder) else folder
+    """The folder that a checkpoint is a part of: its own, or the model's in the Hub's cache.
 
-
-def _is_cached(folder: Path) -> bool:
-    """Whether a folder without links in its path is a snapshot in the Hub's cache, where only the Hub's library writes.
-
-    Another folder that looks like one may come with its links from anybody.
+    Only the Hub's library writes there. Another folder that looks like one may come with its links from anybody.
     """
-    model = folder.parent.parent
-    return (
-        folder.parent.name == "snapshots"
-        and model.name.startswith("models--")
-        and model.parent == Path(constants.HF_HUB_CACHE).resolve()
-    )
-
-
-def _check_link(path: Path, folder: Path) -> None:
-    folder, target = folder.resolve(), path.resolve()
-    roots = [folder]
-    if _is_cached(folder):
-        # Models of the cache share large files.
-        roots += [root_of(folder) / "blobs", root_of(folder).parent / "blobs"]
-    if any(target.is_relative_to(root) for root in roots):
-        return
-    remedy = "put the file itself there"
-    if folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs":
-        cache = folder.parent.parent.parent
-        remedy = f"set HF_HUB_CACHE={cache} if that is a cache of the Hub that you trust, or give the model's Hub id"
-    raise InputError(f"{path}: a link to {shown(target, 4096)}, outside of the checkpoint; {remedy}")
+    folder = folder.resolve()
+    model, cache = folder.parent.parent, Path(constants.HF_HUB_CACHE).resolve()
+    cached = folder.parent.name == "snapshots" and model.name.startswith("models--") and model.parent == cache
+    return model if cached else folder
 
 
 def check_file(path: Path, folder: Path | None = None) -> None:
@@ -233,25 +244,19 @@ def check_file(path: Path, folder: Path | None = None) -> None:
     """
     if not path.is_file():
         raise InputError(f"{path}: missing, or not a file; {AGAIN}")
-    _check_link(path, folder or path.parent)
-
-
-def check_utf8(path: Path) -> None:
-    """Refuse a path that is not UTF-8: the library of safetensors writes files there, and does not open them again.
-
-    Raises:
-        InputError: it is none.
-    """
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
+    folder = (folder or path.parent).resolve()
+    root, target = root_of(folder), path.resolve()
+    # Models of the cache share large files.
+    roots = [folder] if root == folder else [folder, root / "blobs", root.parent / "blobs"]
+    if not any(target.is_relative_to(root) for root in roots):
         raise InputError(
-            f"{path}: no path in UTF-8, and safetensors files are opened by no other; rename it or the folder around it"
-        ) from error
+            f"{path}: a link to {shown(target, 4096)}, outside of the checkpoint; put the file itself there, or give "
+            "the model's Hub id and set HF_HUB_CACHE if that is in a cache of the Hub"
+        )
 
 
 def read_json(path: Path, limit: int) -> dict:
-    """Read a file that holds a JSON object, of at most `limit` bytes.
+    """Read a file of a checkpoint that holds a JSON object, of at most `limit` bytes.
 
     Raises:
         InputError: it is missing, too large, no JSON object, or lies outside of its folder.
@@ -261,17 +266,25 @@ def read_json(path: Path, limit: int) -> dict:
 
 
 def _read_headers(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
-    """All tensors in the files of a folder.
-
-    Args:
-        folder: the checkpoint's folder.
-        dtypes: the dtypes that a tensor may have, by their names in the files.
-    """
+    """All tensors in the files of a folder; `dtypes` are those that a tensor may have, by their names in the files."""
     if os.path.lexists(folder / SINGLE):
         return _read_header(folder / SINGLE, dtypes)
-    if os.path.lexists(folder / INDEX):
-        return _read_shards(folder, dtypes)
-    raise foreign.without_safetensors(folder)
+    if not os.path.lexists(folder / INDEX):
+        raise InputError(
+            f"{folder}: neither {SINGLE} nor {INDEX}; give a checkpoint in safetensors: pickle files are never read, "
+            "since they can run code, nor are other formats"
+        )
+    shard_of = read_json(folder / INDEX, trust.MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise InputError(f"{folder / INDEX}: no weight_map in it; {AGAIN}")
+    for name, shard in shard_of.items():
+        if not (isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard):
+            raise InputError(f"{folder / INDEX}: {shown(name)} is in {shown(shard)}, no .safetensors file beside it")
+    tensors = _merged([folder / shard for shard in sorted(set(shard_of.values()))], dtypes)
+    for name in [*tensors, *shard_of]:
+        if name not in shard_of or name not in tensors or tensors[name].file.name != shard_of[name]:
+            raise InputError(f"{folder / INDEX}: tensor {shown(name)} is not where it says; {AGAIN}")
+    return tensors
 
 
 def tensors_in(folder: Path) -> dict[str, TensorInfo]:
@@ -280,74 +293,49 @@ def tensors_in(folder: Path) -> dict[str, TensorInfo]:
     Raises:
         InputError: there is no such file, one is damaged, or two of them have a tensor of the same name.
     """
-    tensors: dict[str, TensorInfo] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, tensor in _read_header(path, DTYPES | OTHER_DTYPES).items():
-            if name in tensors:
-                raise InputError(f"{path}: tensor {name} is in {tensors[name].file.name} too; keep one")
-            tensors[name] = tensor
+    tensors = _merged(sorted(folder.glob("*.safetensors")), DTYPES | OTHER_DTYPES)
     if not tensors:
         raise InputError(f"{folder}: no tensors in safetensors files; give a folder that sparsefw.run wrote")
     return tensors
 
 
+def _merged(paths: Iterable[Path], dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
+    """The tensors of several files, each of which is in one of them."""
+    tensors: dict[str, TensorInfo] = {}
+    for path in paths:
+        for name, tensor in _read_header(path, dtypes).items():
+            if name in tensors:
+                raise InputError(f"{path}: tensor {name} is in {tensors[name].file.name} too; keep one")
+            tensors[name] = tensor
+    return tensors
+
+
 def _read_header(path: Path, dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
     check_file(path)
-    check_utf8(path)
     try:
         with path.open("rb") as file:
+            stamp = stamp_of(os.fstat(file.fileno()))
             length = int.from_bytes(file.read(8), "little")
             if length > MAX_HEADER_BYTES:
                 raise InputError(f"{path}: not a whole safetensors file (its header says {length} bytes); {AGAIN}")
-            content = file.read(length)
-        # The library compares offsets, shapes, dtypes and the size of the file, but accepts a name that occurs twice.
+            header = parse_object(file.read(length), path)
+        # The library compares offsets, shapes, dtypes and the size of the file.
         with safe_open(path, framework="pt"):
-            header = parse_object(content, path)
-    except (SafetensorError, OSError) as error:
+            header.pop("__metadata__", None)
+    except (SafetensorError, OSError, UnicodeEncodeError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({shown(first_line(error))}); {AGAIN}") from error
-    header.pop("__metadata__", None)
-    return {name: _tensor(path, name, entry, dtypes) for name, entry in header.items()}
-
-
-def _tensor(path: Path, name: str, entry: object, dtypes: dict[str, torch.dtype]) -> TensorInfo:
-    """The tensor that an entry of a header describes; the library has accepted the entry."""
-    if not name.isprintable() or len(name) > MAX_NAME:
-        raise InputError(f"{path}: a tensor is called {shown(name)}, which no tensor of a model is; {AGAIN}")
-    if not isinstance(entry, dict):
-        raise InputError(f"{path}: tensor {name} is described by a list, not by names; {AGAIN}")
-    if entry["dtype"] not in dtypes:
-        raise InputError(f"{path}: tensor {name} has dtype {entry['dtype']}; give a checkpoint in fp32, fp16 or bf16")
-    tensor = TensorInfo(path, dtypes[entry["dtype"]], tuple(entry["shape"]))
-    # An empty tensor may have other dimensions of any size and still fit into the file.
-    if len(tensor.shape) > MAX_DIMENSIONS or math.prod(max(1, d) for d in tensor.shape) > MAX_ELEMENTS:
-        raise InputError(f"{path}: tensor {name} has the shape {shown(tensor.shape)}, which no tensor has; {AGAIN}")
-    return tensor
-
-
-def _read_shards(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
-    index = folder / INDEX
-    shard_of = read_json(index, trust.MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(shard_of, dict) or not shard_of:
-        raise InputError(f"{index}: no weight_map in it; {AGAIN}")
-    for name, shard in shard_of.items():
-        if not (isinstance(shard, str) and shard.endswith(".safetensors") and trust.is_plain(shard)):
+    tensors = {}
+    for name, entry in header.items():
+        if not name.isprintable() or not isinstance(entry, dict):
+            raise InputError(f"{path}: tensor {shown(name)} is no tensor of a model; {AGAIN}")
+        if entry["dtype"] not in dtypes:
             raise InputError(
-                f"{index}: tensor {shown(name)} is in {shown(repr(shard))}, "
-                "which is not the name of a .safetensors file beside it"
+                f"{path}: tensor {name} has dtype {entry['dtype']}; give a checkpoint in fp32, fp16 or bf16"
             )
-    tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(set(shard_of.values())):
-        for name, tensor in _read_header(folder / shard, dtypes).items():
-            if name in tensors:
-                raise InputError(f"{folder / shard}: tensor {name} is in {tensors[name].file.name} too; keep one")
-            if name not in shard_of:
-                raise InputError(
-                    f"{folder / shard}: tensor {name} is missing from the index {INDEX}; rebuild the index"
-                )
-            tensors[name] = tensor
-    for name, shard in shard_of.items():
-        if name not in tensors or tensors[name].file.name != shard:
-            raise InputError(f"{folder / shard}: tensor {shown(name)}, which {INDEX} says is here, is missing")
+        shape, offset = tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        if math.prod(max(1, d) for d in shape) > MAX_ELEMENTS:
+            raise InputError(f"{path}: tensor {name} has the shape {shown(shape)}, which no tensor has; {AGAIN}")
+        tensors[name] = TensorInfo(path, dtypes[entry["dtype"]], shape, offset=offset, stamp=stamp)
     return tensors
 
 
@@ -356,7 +344,7 @@ def companions(folder: Path) -> list[Path]:
 
     Raises:
         InputError: one of these, or another file that transformers may read, is a link out of the checkpoint, a pipe or
-            a device, larger than any that transformers reads, or has a name that cannot be printed.
+            a device, or larger than any that transformers reads.
     """
     templates = [*(folder / TEMPLATES).iterdir()] if (folder / TEMPLATES).is_dir() else []
     copied = []
@@ -364,11 +352,28 @@ def companions(folder: Path) -> list[Path]:
         name = path.relative_to(folder).as_posix()
         if path.is_dir() or not path.exists() or not (is_copied(name) or path.suffix.lower() in READ):
             continue
-        if not path.name.isprintable():
-            raise InputError(f"{path.parent}: a file is called {shown(path.name)}; remove it")
         check_file(path, folder)
         if path.stat().st_size > MAX_COPIED_BYTES:
             raise InputError(f"{path}: {path.stat().st_size // 2**20} MiB, more than any tokenizer has; remove it")
         if is_copied(name):
             copied.append(path)
     return copied
+
+
+def is_copied(name: str) -> bool:
+    """Whether a file is copied; one in a folder is called `folder/name`."""
+    return any(fnmatchcase(name.lower(), pattern) for pattern in COPIED)
+
+
+def note_of_others(folder: Path) -> list[str]:
+    """A line that names what is not copied from a source's folder, but weights and hidden files; none without any."""
+    others = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if not (path.name.startswith(".") or is_copied(path.name) or path.name == TEMPLATES)
+        and not path.name.lower().endswith(WRITTEN)
+    ]
+    if not others:
+        return []
+    named = ", ".join(shown(name, 60) for name in others[:3]) + (", ..." if len(others) > 3 else "")
+    return [f"not copied, since they are no part of a checkpoint: {len(others)} files or folders ({named})"]

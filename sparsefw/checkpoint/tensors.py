@@ -5,7 +5,8 @@ the package sees one tensor of the model's dtype. It stays in its small form unt
 """
 
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,27 @@ EXPONENT = torch.float8_e8m0fnu
 CHUNK = 2**20
 
 
+def stamp_of(stat: os.stat_result) -> tuple[int, int]:
+    """Size of a file, and the time of the last change of its content."""
+    return stat.st_size, stat.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor that is not read: its file, its torch dtype and its shape."""
+    """A tensor that is not read.
+
+    Attributes:
+        file: its file.
+        dtype, shape: its torch dtype and its shape.
+        offset: bytes of the file before it.
+        stamp: tells the file from one with another content, see `stamp_of`.
+    """
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int = field(default=0, kw_only=True)
+    stamp: tuple[int, int] = field(default=(0, 0), kw_only=True)
 
     @property
     def nbytes(self) -> int:

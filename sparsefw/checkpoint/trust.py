@@ -1,14 +1,11 @@
-"""Checks of the entries of a checkpoint's files.
+"""Checks of a checkpoint's configs before transformers sees them, and of the model that a config asks for.
 
-transformers reads the files of a checkpoint, too. Wherever it follows an entry (to another file, to another class, to a
-number of modules), the entry is checked here before transformers sees it. This does not keep out somebody who changes
-files while they are read.
+No code of a checkpoint is run, and nothing is opened outside of its folder. transformers follows a few entries of a
+config to another place: these are refused here.
 """
 
-import json
-import math
+import os
 import re
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from sparsefw.checkpoint.quantization import KEY, ORIGINAL, WAYS_OUT, given_in, quantization_of
-from sparsefw.checkpoint.transformers_names import (
-    knows_model_type,
-    version,
-)
 from sparsefw.errors import InputError, shown
 from sparsefw.memory import host_limited
 
@@ -29,188 +21,76 @@ MAX_CONFIG_BYTES = 2**20
 MAX_TOKENIZER_CONFIG_BYTES = 16 * 2**20
 MAX_INDEX_BYTES = 32 * 2**20
 
-# No real config is nested deeper, and code that recurses may fail on one that is.
-MAX_DEPTH = 32
-
-# Entries of a config that make transformers read other files, or understand entries differently, than was checked.
-REFUSED = {
-    "compression_config": f"the model is quantized by compressed-tensors; {WAYS_OUT['compressed-tensors']}",
-    "configuration_files": "another config would be read in its place; remove the entry",
-    "transformers_weights": "other weights would be read than the usual files hold; remove the entry",
-    "attribute_map": "entries would get other names; remove the entry",
-    "sub_configs": "parts of it would be left out; remove the entry",
-    "sub_configs_defaults": "parts of it would be left out; remove the entry",
-}
-# Entries that name an implementation, usually by a word such as "eager". The name of a repository would make
-# transformers run the code in it.
-IMPLEMENTATIONS = {f"{prefix}{kind}_implementation" for prefix in ("", "_") for kind in ("attn", "experts")}
-
-# Entries that give a number of layers. Each layer has a tensor at least; experts share tensors.
-COUNT = re.compile(r"(^|_)((n|num)_layer|n?layers|blocks|stages|stacks)(_per_[a-z]+)?$")
-# Entries whose length is a number of layers.
-PATTERN = re.compile(r"layer|block|pattern")
-# This many layers are built in a second or two, and every config may ask for them: that of a tiny checkpoint may count
-# more layers than there are tensors.
-COUNT_ALLOWED = 1024
-# Entries that give a number of classes, and the tables of their names. transformers makes entries of the tables for the
-# number, and prints them many times while it checks a config. The most that models of pictures tell apart is 21,841.
-LABELS = re.compile(r"(^|_)num_(labels|classes)$")
-LABEL_TABLES = {"id2label", "label2id"}
-LABELS_ALLOWED = 2**16
-# Only these may be larger than every dimension in the checkpoint: they count positions, tokens and the like.
-LARGE = re.compile(r"theta|base|freq|pos|len|seq|ctx|context|window|chunk|token|scal|seed|param|flop|step|total|sample")
-# A smaller size costs a few MB at most before it is compared with the checkpoint.
-SIZE_ALLOWED = 2**20
+# Modules and parameters that any model may have, and how many for each tensor of its checkpoint.
+PARTS_ALLOWED, PARTS_PER_TENSOR = 2**14, 16
 # The objects of a model and its computed tables, without weights. The largest take some hundred MB.
-BUILDING_ALLOWED = 8 * 2**30
-
-# The models that a config may be made of. transformers makes a config for each, with all its defaults.
-MODELS_ALLOWED = 64
-# Entries that timm takes for the arguments of a function which opens files, and for a model that may have a place.
-TIMM_ARGUMENTS = "model_args"
-TIMM_MODELS = {"architecture", "backbone"}
-TIMM_PLACES = re.compile(r"path|file|url|pretrained|checkpoint|cfg|config|cache|weights|tag")
+BUILDING_ALLOWED = 4 * 2**30
+# transformers makes an entry for every class. The most that models of pictures tell apart is 21,841.
+CLASSES_ALLOWED = 2**16
 
 
 def check_config(config: dict[str, Any], path: Path) -> None:
-    """Refuse a config that makes transformers read something that was not checked, or run code.
+    """Refuse a config that makes transformers run code, or read a model elsewhere.
 
     Args:
         config: the content of config.json.
         path: the file's path, for the message.
-
-    Raises:
-        InputError: it does that, is nested too deeply, holds control characters, or is that of a model which is
-            quantized by a method that is not read.
     """
-    quantized = models = 0
-    for key, value in entries(config, path):
-        if _has_controls(key) or (isinstance(value, str) and _has_controls(value)):
-            raise InputError(f"{path}: control characters in {shown(key)}: {shown(value)}; remove them")
-        quantized += key == KEY and value is not None
-        if value is not None and key in REFUSED:
-            raise InputError(f"{path}: {REFUSED[key]} ({key})")
-        models += key == "model_type"
-        if models > MODELS_ALLOWED:
-            raise InputError(f"{path}: made of more than {MODELS_ALLOWED} models, which no model is")
-        if key in TIMM_MODELS and isinstance(value, str) and ":" in value:
-            raise InputError(f"{path}: {key} {shown(value)} is a model elsewhere; remove the entry")
-        if key == TIMM_ARGUMENTS and isinstance(value, dict) and (named := sorted(filter(TIMM_PLACES.search, value))):
-            raise InputError(f"{path}: {key} names a file or a place ({shown(named[0])}); remove the entry")
-        if key in IMPLEMENTATIONS and "/" in json.dumps(value):
-            raise InputError(f"{path}: {key} {shown(value)} is code on the Hub, which is never run; remove the entry")
-    if quantized > len(given_in(config)):
-        raise InputError(f"{path}: a part of the model is quantized by itself; {ORIGINAL} ({KEY})")
-    quantization_of(config, path)
+    for key, value in entries(config):
+        # An attention may be the name of a kernel on the Hub, and a backbone of timm a model elsewhere, or a pickle.
+        code = key.endswith("_implementation") and "/" in str(value)
+        elsewhere = key in ("architecture", "backbone") and ":" in str(value)
+        if code or elsewhere or (key == "model_args" and re.search("path|file|url|pretrained|cfg|cache", str(value))):
+            raise InputError(f"{path}: {key} {shown(value)} would be followed out of the checkpoint; remove the entry")
+        if key in ("num_labels", "num_classes") and isinstance(value, int) and value > CLASSES_ALLOWED:
+            raise InputError(f"{path}: {key} is {shown(value)}, more classes than any model has")
 
 
 def check_model_type(config: dict[str, Any], path: Path) -> None:
-    """Refuse a model that transformers has no class for.
+    """Refuse a model that transformers has no class for; the message says so if the checkpoint has code of its own."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    Args:
-        config: the content of config.json.
-        path: the file's path, for the message.
-
-    Raises:
-        InputError: it has none; the message says so if the checkpoint has code of its own.
-    """
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or knows_model_type(model_type):
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind in CONFIG_MAPPING:
         return
-    if config.get("auto_map"):
-        raise InputError(
-            f"{path}: model_type {shown(model_type)} exists as code of the checkpoint (auto_map), which is never run, "
-            f"and transformers {version()} has no class for it; give a model that transformers has"
-        )
+    code = (
+        "exists as code of the checkpoint (auto_map), which is never run, and" if config.get("auto_map") else "is new:"
+    )
     raise InputError(
-        f"{path}: transformers {version()} has no class for model_type {shown(model_type)}; give a model that it has, "
-        "or install a later version"
+        f"{path}: model_type {shown(kind)} {code} transformers {transformers.__version__} has no class for it; give a "
+        "model that it has, or install a later version"
     )
 
 
-def _has_controls(text: str) -> bool:
-    # A message that quotes them could change a terminal. Chat templates may have several lines.
-    return any(unicodedata.category(c) == "Cc" and c not in "\t\n\r" for c in text)
-
-
-def check_sizes(config: dict[str, Any], path: Path, shapes: list[tuple[int, ...]]) -> None:
-    """Refuse a config that asks for far more than its checkpoint holds.
-
-    Parameters cost nothing before they are compared with the checkpoint's. But every layer is many objects, and some
-    models compute with other sizes while they are built.
+def check_tokenizer(config: dict[str, Any], path: Path) -> None:
+    """Refuse a config that makes transformers read something else than the tokenizer beside it.
 
     Args:
-        config: the content of config.json.
-        path: the file's path, for the message.
-        shapes: shapes of the checkpoint's tensors.
-
-    Raises:
-        InputError: it asks for more layers or blocks than there are tensors, or for a size larger than any of their
-            dimensions.
+        config: the content of tokenizer_config.json or config.json.
+        path: the file's path.
     """
-    widest = max((d for shape in shapes if math.prod(shape) for d in shape), default=0)
-    _check_labels(config, path)
-    for key, value in entries(config, path):
-        count: float = 0
-        if isinstance(value, list | str):
-            count = len(value) if PATTERN.search(key) else 0
-        elif isinstance(value, int | float) and COUNT.search(key):
-            count = value
-        if count > max(COUNT_ALLOWED, len(shapes)):
-            raise InputError(f"{path}: {shown(key)} asks for {shown(count)} parts, but there are {len(shapes)} tensors")
-    for key, size in numbers(config, path):
-        if not isinstance(size, int) or LARGE.search(key) or COUNT.search(key):
-            continue
-        if size > max(SIZE_ALLOWED, widest):
-            raise InputError(f"{path}: {shown(key)} is {shown(size)}, but no tensor is larger than {widest} in any way")
+    name = config.get("tokenizer_class")
+    # A model's class would be loaded with its weights, pickled ones too.
+    if name is not None and not (isinstance(name, str) and re.fullmatch(r"\w+(Tokenizer|TokenizerFast|Backend)", name)):
+        raise InputError(f"{path}: tokenizer_class {shown(name)} is not the name of a tokenizer")
+    for key, value in entries(config):
+        # Of the name of a file that was there once, the file beside the config takes the place.
+        if isinstance(value, str) and "/" in value and key != "name_or_path" and os.path.exists(value):
+            beside = path.parent / os.path.basename(value)
+            if not os.path.isdir(value) and not (key.endswith("_file") and beside.exists()):
+                raise InputError(
+                    f"{path}: {key} {shown(value)} is a file outside of the checkpoint; remove the entry, and put the "
+                    "files of the tokenizer beside it"
+                )
 
 
-def _check_labels(config: dict[str, Any], path: Path) -> None:
-    """Refuse more classes than any model has, in all of its parts together."""
-    labels: float = sum(size for key, size in numbers(config, path) if LABELS.search(key) and size > 0)
-    labels += sum(len(value) for key, value in entries(config, path) if key in LABEL_TABLES and isinstance(value, dict))
-    if labels > LABELS_ALLOWED:
-        raise InputError(
-            f"{path}: {shown(labels)} classes (num_labels, num_classes, id2label), more than any model has"
-        )
-
-
-def numbers(config: dict[str, Any], path: Path) -> Iterator[tuple[str, int | float]]:
-    """All numbers in a config and in what is nested in it; those in a list come under the list's key."""
-    for key, value in entries(config, path):
-        pending = [value]
-        while pending:
-            inner = pending.pop()
-            if isinstance(inner, int | float):
-                yield key, inner
-            elif isinstance(inner, list):
-                pending.extend(inner)
-
-
-def entries(config: dict[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
-    """All entries of a config and of the objects nested in it; elements of a list come under the list's key."""
-    pending = [("", config, 1)]
-    while pending:
-        key, value, depth = pending.pop()
-        if depth > MAX_DEPTH:
-            raise InputError(f"{path}: nested more than {MAX_DEPTH} deep; no config of a model is")
-        inner = value.items() if isinstance(value, dict) else [(key, element) for element in value]
-        for entry in inner:
-            if isinstance(value, dict):
-                yield entry
-            if isinstance(entry[1], dict | list):
-                pending.append((*entry, depth + 1))
-
-
-def is_plain(name: str) -> bool:
-    """Whether a name is that of a file in the same folder, on any system."""
-    # Without separators, drive letters and control characters, and no longer than file systems allow.
-    return (
-        name.isprintable()
-        and name not in {"", ".", ".."}
-        and not set(name) & set('/\\:*?"<>|')
-        and len(name.encode()) <= 255
-    )
+def entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All entries of a JSON value and of what is nested in it; elements of a list come under the list's key."""
+    for inner_key, inner in value.items() if isinstance(value, dict) else ((key, element) for element in value):
+        yield inner_key, inner
+        if isinstance(inner, dict | list):
+            yield from entries(inner, inner_key)
 
 
 @contextmanager
@@ -226,7 +106,7 @@ def bounded(tensors: int) -> Iterator[None]:
     Raises:
         InputError: the model becomes too large.
     """
-    allowed, built = 16 * max(COUNT_ALLOWED, tensors), 0
+    allowed, built = PARTS_ALLOWED + PARTS_PER_TENSOR * tensors, 0
 
     def count(*_: Any) -> None:
         nonlocal built

@@ -1,52 +1,91 @@
-"""Write a checkpoint shard by shard, so that an interrupted run goes on after the last finished shard."""
+"""Write a checkpoint shard by shard, so that an interrupted run goes on after the last finished shard.
+
+.NAME.partial/          beside the output NAME
+    lock                held by the process at work; a process that ends in any way lets go of it
+    identity.json       what makes the run the same: arguments, model, data, versions
+    records/00001.json  one for each finished shard, with its digest, written once the shard is on disk
+    new/                the new output, until it is complete
+    kept/               files that are needed until the run is finished
+    old/                an older output, while the new one takes its place
+"""
 
 import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+import filelock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from sparsefw.checkpoint.checksums import SUMS, file_digest, sums_text
-from sparsefw.checkpoint.evidence import Evidence
-from sparsefw.checkpoint.progress import SILENT, Progress
-from sparsefw.checkpoint.replaced import check_free
-from sparsefw.checkpoint.resume import SAVED, Part, PartialFolder, durably
-from sparsefw.checkpoint.rewritten import rewritten
-from sparsefw.checkpoint.source import INDEX, check_utf8, companions
+from sparsefw.checkpoint import trust
+from sparsefw.checkpoint.files import SUMS, convert, durably, file_digest, parse_object, sums_text
+from sparsefw.checkpoint.output import check_free, partial_of
+from sparsefw.checkpoint.quantization import without_quantization
+from sparsefw.checkpoint.source import CONFIG, INDEX, TOKENIZER_CONFIG, companions, read_json
 from sparsefw.errors import InputError, first_line
 from sparsefw.ranks import ALONE, Ranks
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished shard.
+
+    Attributes:
+        names: names of its tensors.
+        bytes, parameters: their sizes in all.
+        sha256: digest of the shard.
+        kept: digests of the kept files that belong to it, by name.
+        note: what a later run has to know of it, as JSON values.
+    """
+
+    names: list[str]
+    bytes: int
+    parameters: int
+    sha256: str
+    kept: dict[str, str]
+    note: Any
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """The content of identity.json, see `Writer`."""
+
+    identity: dict[str, Any]
+    chosen: dict[str, int]
 
 
 class Writer:
     """Writes a checkpoint shard by shard; use it in a `with` statement.
 
-    Everything goes into a hidden folder beside `output` (see `resume`), whose content `finish` moves into place.
-    Until then an older output stays as it was. Finished shards survive whatever ends the `with` block, and a writer of
-    the same identity goes on after them, if they and what they were made of are still the same. If no shard is
-    finished, nothing is left behind.
+    Everything goes into a hidden folder beside `output`, whose content `finish` moves into place. Until then an older
+    output stays as it was. Finished shards survive whatever ends the `with` block, and a writer of the same identity
+    goes on after them. If no shard is finished, nothing is left behind.
 
     Args:
         output: folder for the checkpoint.
         shards: number of shards, one for each call of `write`.
-        identity, chosen: what makes a run the same, and what it chose by itself, see `PartialFolder.open`.
-        evidence: reads the source; None: what is read is not compared.
+        identity: what makes a run the same, by names for messages. Only a run of the same identity goes on.
+        chosen: what the run has chosen by itself. The run that began an output decides.
         overwrite: whether an older checkpoint may be replaced.
         restart: whether to discard what an unfinished run left.
-        progress: tells the user of a long wait, and of parts that are of no use any more.
-        ranks: the processes that write, each its share of the shards. Rank 0 opens the folder and finishes it.
+        ranks: the processes that write, each its own shards. Rank 0 opens the folder and finishes it.
 
     Attributes:
         output: folder for the checkpoint, links resolved.
         folder: where the checkpoint is until `finish`. A file put here moves with it, in place of the source's.
-        finished: the notes that `write` was given with the finished shards; those of other ranks as of the beginning.
+        records: the finished shards by their numbers; those of other ranks as of the beginning.
+        chosen: as the run that began this output has chosen.
     """
 
     def __init__(
@@ -56,115 +95,134 @@ class Writer:
         identity: dict[str, Any] | None = None,
         chosen: dict[str, int] | None = None,
         *,
-        evidence: Evidence | None = None,
         overwrite: bool = False,
         restart: bool = False,
-        progress: Progress = SILENT,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.output = output.resolve()
-        self.shards, self.overwrite = shards, overwrite
-        self._identity, self._chosen, self._restart = identity or {}, chosen, restart
-        self._evidence, self._progress, self._ranks = evidence, progress, ranks
-        self._partial = PartialFolder(self.output)
-        self.folder = self._partial.new
+        self.output, self.shards, self.chosen = output.resolve(), shards, chosen or {}
+        self._identity, self._overwrite, self._restart, self._ranks = identity or {}, overwrite, restart, ranks
+        self._partial = partial_of(self.output)
+        self.folder, self._records, self._kept, self._old = (
+            self._partial / name for name in ("new", "records", "kept", "old")
+        )
+        self._identity_file = self._partial / "identity.json"
+        self.records: dict[int, Record] = {}
+        self._lock = filelock.FileLock(self._partial / "lock", timeout=0)
         # Digests of the files that were kept since the last shard, by name.
-        self._kept: dict[str, str] = {}
-        # Folders above the output that this writer made.
-        self._made: list[Path] = []
+        self._new_kept: dict[str, str] = {}
+        # Folders above the output that are not there yet.
+        self._made = [path for path in self.output.parents if not path.exists()]
         self._done = False
 
     def __enter__(self) -> "Writer":
         if self._ranks.first:
-            self._lock()
-        try:
-            if self._ranks.first:
+            try:
+                self._acquire()
                 self._open()
-            parts, self._partial.chosen = self._ranks.broadcast_object((self._partial.parts, self._partial.chosen))
-            if not self._ranks.first:
-                self._partial.join(parts)
-            self._check_read()
-        except BaseException:
-            self._leave()
-            raise
+            except BaseException:
+                self._leave()
+                raise
+        self.records, self.chosen = self._ranks.broadcast_object((self.records, self.chosen))
+        if not self.folder.is_dir():
+            raise InputError(f"{self.output}: rank 0 writes there, and this machine does not see it; share the folder")
         return self
 
-    def _lock(self) -> None:
+    def _acquire(self) -> None:
         """Make the folder, and keep other processes away from it."""
-        check_utf8(self.output)
-        parent = self.output.parent
-        self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         try:
-            parent.mkdir(parents=True, exist_ok=True)
-            self._partial.lock()
-        except OSError as error:
-            self._remove_parents()
+            str(self._partial).encode()
+            self._partial.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except filelock.Timeout as error:
+            raise InputError(
+                f"{self.output}: another run is writing it; wait for its end or choose another --output"
+            ) from error
+        # safetensors opens no path that is not UTF-8.
+        except (OSError, UnicodeEncodeError) as error:
             raise InputError(
                 f"{self.output}: cannot be written ({first_line(error)}); choose another --output"
             ) from error
-        except InputError:
-            self._remove_parents()
-            raise
 
     def _open(self) -> None:
-        """Open the folder, and check what is finished there."""
-        # A kill may have come while the older output was being replaced.
-        self._partial.restore_output()
-        check_free(self.output, self.overwrite)
-        self._partial.check_apart()
-        self._partial.open(self._identity, self._chosen, self._restart, self._progress.say, self._ranks.count)
+        """Load what an unfinished run of the same identity has finished, or begin anew."""
+        if self._old.exists() and not self.output.exists():
+            # A kill came while the older output was being replaced.
+            self._old.rename(self.output)
+        check_free(self.output, self._overwrite)
+        if self._restart or not self._goes_on():
+            self._clear()
+            self.folder.mkdir()
+            self._records.mkdir()
+            durably(self._identity_file, json.dumps(asdict(_Identity(self._identity, self.chosen))))
+            return
+        before = self._read(self._identity_file, _Identity)
+        # As JSON has it: a tuple is a list there.
+        for name, now in json.loads(json.dumps(self._identity)).items():
+            if (then := before.identity.get(name)) != now:
+                raise InputError(
+                    f"{self.output}: an unfinished run of other input is there: {name} was {_abridged(then)}, and is "
+                    f"{_abridged(now)}; give the same to go on, or --restart to discard it, or another --output"
+                )
+        self.chosen = before.chosen
+        # Ranks finish shards in any order: those behind a gap are made again.
+        for n in count():
+            if not self._record(n).exists():
+                break
+            self.records[n] = self._read(self._record(n), Record)
         self._check_finished()
-        if not self._ranks.alone:
-            self._partial.share()
 
     def _check_finished(self) -> None:
-        """Refuse finished parts that are damaged; delete what is none."""
-        parts, digests = self._partial.parts, dict[Path, str]()
-        for n, part in parts.items():
-            digests |= {self.path(n): part.sha256} | {self.kept(name): digest for name, digest in part.kept.items()}
-        for path in digests:
-            if path.is_symlink() or not path.is_file():
-                raise self._partial.damaged(path, "it is missing, or no file")
-        sizes = {path: path.stat().st_size for path in digests}
-        with self._progress.hashing("finished parts", sum(sizes.values())) as done:
-            for path, digest in digests.items():
-                if file_digest(path) != digest:
-                    raise self._partial.damaged(path)
-                done(sizes[path])
-        self._partial.remove_unknown(set(digests))
+        """Refuse finished shards that are damaged; delete what a kill has left beside them."""
+        digests = {self.path(n): record.sha256 for n, record in self.records.items()}
+        digests |= {self.kept(name): digest for record in self.records.values() for name, digest in record.kept.items()}
+        for path, digest in tqdm(digests.items(), desc="finished shards", disable=None):
+            if path.is_symlink() or not path.is_file() or file_digest(path) != digest:
+                raise self._damaged(path, "it is not what was written")
+        known = {*digests, *map(self._record, self.records)}
+        for folder in (self.folder, self._kept, self._records):
+            for path in folder.glob("*"):
+                if path not in known:
+                    _delete(path)
 
-    def _check_read(self) -> None:
-        """Refuse a source of which another one was read for the finished parts. Each rank may have one of its own."""
-        if self._evidence:
-            read = [file for part in self._partial.parts.values() for file in part.read]
-            if (name := self._evidence.find_difference(read, self._progress)) is not None:
-                raise self._partial.other_input(f"the model has another tensor {name} now")
+    def _record(self, n: int) -> Path:
+        return self._records / f"{n + 1:05d}.json"
+
+    def _read(self, path: Path, kind: type[T]) -> T:
+        try:
+            return convert(kind, parse_object(path.read_bytes(), path), "")
+        except (OSError, InputError) as error:
+            raise self._damaged(path, first_line(error)) from error
+
+    def _damaged(self, path: Path, how: str) -> InputError:
+        return InputError(
+            f"{self.output}: the unfinished run there is damaged, {path.relative_to(self._partial)}: {how}; --restart "
+            "discards it, or choose another --output"
+        )
+
+    def _goes_on(self) -> bool:
+        """Whether there are finished shards, damaged or not, with which a run may go on."""
+        return all(path.exists() for path in (self._identity_file, self.folder, self._record(0)))
+
+    def _clear(self) -> None:
+        # Without it nothing goes on with what a kill leaves of the rest.
+        self._identity_file.unlink(missing_ok=True)
+        for path in self._partial.iterdir():
+            if path.name != "lock":
+                _delete(path)
 
     @property
     def finished(self) -> list[Any]:
-        """See the class."""
-        return [self._partial.parts[n].note for n in sorted(self._partial.parts)]
+        """The notes that `write` was given with the finished shards."""
+        return [self.records[n].note for n in sorted(self.records)]
 
     @property
     def written(self) -> int:
         """Bytes of the tensors in the shards that are finished."""
-        return sum(part.bytes for part in self._partial.parts.values())
-
-    @property
-    def chosen(self) -> dict[str, int]:
-        """Values that the run which began this output chose by itself."""
-        return self._partial.chosen
+        return sum(record.bytes for record in self.records.values())
 
     def check_space(self, size: int) -> None:
-        """Refuse to begin a run that the disk has too little space for.
-
-        Args:
-            size: bytes that are still to be written.
-
-        Raises:
-            InputError: the disk has less.
-        """
-        free = shutil.disk_usage(self._partial.folder).free
+        """Refuse to begin a run that the disk has too little space for; `size` bytes are still to be written."""
+        free = shutil.disk_usage(self._partial).free
         if size > free:
             raise InputError(
                 f"{self.output}: {size / 1e9:.2f} GB are still to be written, and the disk has {free / 1e9:.2f} GB "
@@ -194,34 +252,27 @@ class Writer:
             ValueError: a name was written before, or two of the tensors are the same memory.
             InputError: the disk is full or failed.
         """
-        parts = self._partial.parts
-        if repeated := sorted(tensors.keys() & {name for part in parts.values() for name in part.names}):
+        if repeated := sorted(tensors.keys() & {name for record in self.records.values() for name in record.names}):
             raise ValueError(f"{repeated[0]}: this tensor was already written")
-        n = len(parts) if n is None else n
+        n = len(self.records) if n is None else n
         digest = self._save(self.path(n), tensors)
-        kept, self._kept = self._kept, {}
-        part = Part(
-            names=[*tensors],
-            bytes=sum(tensor.nbytes for tensor in tensors.values()),
-            parameters=sum(tensor.numel() for tensor in tensors.values()),
-            sha256=digest,
-            kept=kept,
-            read=self._evidence.take() if self._evidence else [],
-            note=note,
-        )
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        parameters = sum(tensor.numel() for tensor in tensors.values())
+        record = Record([*tensors], size, parameters, digest, self._new_kept, note)
         with self._disk_errors():
-            self._partial.add(n, part)
+            durably(self._record(n), json.dumps(asdict(record)))
+        self.records[n], self._new_kept = record, {}
 
     def keep(self, name: str, tensors: dict[str, Tensor]) -> Path:
-        """Write a file of tensors that is there until `finish`; returns its path, which depends on the name alone."""
-        path = self.kept(name)
-        path.parent.mkdir(exist_ok=True)
-        self._kept[name] = self._save(path, tensors)
-        return path
+        """Write a file of tensors that is there until `finish`, and belongs to the next shard; returns its path."""
+        with self._disk_errors():
+            self._kept.mkdir(exist_ok=True)
+        self._new_kept[name] = self._save(self.kept(name), tensors)
+        return self.kept(name)
 
     def kept(self, name: str) -> Path:
         """Path of a file that `keep` writes."""
-        return self._partial.kept(name)
+        return self._kept / f"{name}.safetensors"
 
     def _save(self, path: Path, tensors: dict[str, Tensor]) -> str:
         """Write a file of tensors; returns its digest."""
@@ -259,22 +310,20 @@ class Writer:
             ValueError: shards are missing.
             InputError: something else came to lie at `output` meanwhile, or the disk is full or failed.
         """
-        parts = self._complete()
-        if not self._ranks.first:
-            self._await_end()
-            return
-        with self._disk_errors():
-            _write_text(self.folder / INDEX, _index(parts, self._name))
+
+        def complete(records: list[Record]) -> Path:
+            durably(self.folder / INDEX, _index(records, self._name))
             for name, content in rewritten(source).items():
-                _write_text(self.folder / name, content)
+                durably(self.folder / name, content)
             for path in companions(source):
                 target = self.folder / path.relative_to(source)
                 if not target.exists():
                     target.parent.mkdir(exist_ok=True)
                     # Content only: the source's files may be read-only or links.
                     durably(target, partial(shutil.copyfile, path))
-        # Those of the shards were made when they were written.
-        self._move(self.folder, {self._name(n): part.sha256 for n, part in enumerate(parts)})
+            return self.folder
+
+        self._finish(complete)
 
     def finish_as(self, save: Callable[[Path], None]) -> None:
         """Write the model otherwise in place of the shards, and move it with the other files to `output`.
@@ -285,106 +334,126 @@ class Writer:
         Raises:
             ValueError, InputError: as `finish`.
         """
-        parts = self._complete()
-        if not self._ranks.first:
-            self._await_end()
-            return
-        with self._disk_errors():
-            scratch = TemporaryDirectory(prefix=SAVED, dir=self._partial.folder)
-        with scratch:
-            # Unlike the folder around it, one with the usual permissions.
-            folder = Path(scratch.name) / self.folder.name
-            with self._disk_errors():
-                folder.mkdir()
-                save(folder)
-                self._complement(folder, {self.path(n) for n in range(len(parts))})
+
+        def complete(records: list[Record]) -> Path:
             # The shards stay until the output is in its place: whatever comes before, a later run goes on.
-            self._move(folder, {})
-
-    def _complement(self, folder: Path, shards: set[Path]) -> None:
-        """Move what lies beside the shards to a model that was saved, and make all of it readable as usual."""
-        for path in self.folder.iterdir():
-            # The model may have files of the same names.
-            if path not in shards and not (folder / path.name).exists():
-                path.rename(folder / path.name)
-        for path in folder.rglob("*"):
-            if path.is_file():
-                # safetensors makes files that only the owner can read.
-                path.chmod(folder.stat().st_mode & 0o666)
-
-    def _complete(self) -> list[Part]:
-        """All parts, in their order, when all ranks have written theirs."""
-        parts = {n: part for known in self._ranks.gather(self._partial.parts) for n, part in known.items()}
-        if len(parts) != self.shards:
-            raise ValueError(f"{len(parts)} shards of {self.shards} were written")
-        return [parts[n] for n in range(self.shards)]
-
-    def _await_end(self) -> None:
-        """Wait until rank 0 has moved all into place, and leave the folder to it."""
-        self._ranks.barrier()
-        self._partial.release()
-        self._done = True
-        self._ranks.barrier()
-
-    def _move(self, folder: Path, digests: dict[str, str]) -> None:
-        """Write SHA256SUMS and make a folder the output; `digests` are those that are known, by name."""
-        with self._disk_errors():
+            folder = self._partial / "saved"
+            if folder.exists():
+                _delete(folder)
+            folder.mkdir()
+            save(folder)
+            for path in self.folder.iterdir():
+                # The model may have files of the same names.
+                if path not in map(self.path, self.records) and not (folder / path.name).exists():
+                    shutil.copyfile(path, folder / path.name)
             for path in folder.rglob("*"):
-                name = path.relative_to(folder).as_posix()
-                if path.is_file() and name not in digests:
-                    digests[name] = file_digest(path)
-            _write_text(folder / SUMS, sums_text(digests))
-        check_free(self.output, self.overwrite)
-        self._partial.move_into_place(folder)
+                if path.is_file():
+                    path.chmod(folder.stat().st_mode & 0o666)
+            return folder
+
+        self._finish(complete)
+
+    def _finish(self, complete: Callable[[list[Record]], Path]) -> None:
+        """Make the output of all shards, on rank 0: `complete` returns the folder that becomes it."""
+        self.records = {n: r for records in self._ranks.gather(self.records) for n, r in records.items()}
+        if len(self.records) != self.shards:
+            raise ValueError(f"{len(self.records)} shards of {self.shards} were written")
+        if self._ranks.first:
+            with self._disk_errors():
+                folder = complete([self.records[n] for n in range(self.shards)])
+                digests = {self._name(n): record.sha256 for n, record in self.records.items()}
+                files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+                known = digests if folder == self.folder else {}
+                durably(
+                    folder / SUMS,
+                    sums_text({name: known.get(name) or file_digest(path) for name, path in files.items()}),
+                )
+                check_free(self.output, self._overwrite)
+                if self.output.exists():
+                    if self._old.exists():
+                        # A kill came after both moves: this is the output that was replaced.
+                        _delete(self._old)
+                    self.output.rename(self._old)
+                folder.rename(self.output)
         self._done = True
-        # The other ranks leave the folder, so that it can be removed.
-        self._ranks.barrier()
         self._ranks.barrier()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._ranks.first:
-            self._partial.restore_output()
-        finished = self._leave()
-        if error and finished and not self._done:
-            error.add_note(f"{finished} of {self.shards} shards are finished: the same command goes on from there")
+        finished = self._leave() if self._ranks.first else len(self.records)
         if error and self._done:
             error.add_note(f"{self.output} is complete")
+        elif error and finished:
+            error.add_note(f"{finished} of {self.shards} shards are finished: the same command goes on from there")
         if kind is None and not self._done:
             raise RuntimeError("finish() was not called, so the output is not there")
 
     def _leave(self) -> int:
-        """Keep the finished parts of an unfinished run, remove everything else; returns the number of parts."""
-        if self._done and not self._ranks.first:
+        """Keep the finished shards of an unfinished run, remove everything else; returns the number of shards."""
+        if not self._lock.is_locked:
             return 0
-        # The shards may still be there, if a model was written in place of them.
-        finished = 0 if self._done else self._partial.finished
-        if finished or not self._ranks.first:
-            self._partial.release()
-        else:
-            self._partial.remove()
-            self._remove_parents()
+        if self._old.exists() and not self.output.exists():
+            self._old.rename(self.output)
+        finished = len([*self._records.glob("*.json")]) if self._goes_on() and not self._done else 0
+        if not finished:
+            self._clear()
+            shutil.rmtree(self._partial)
+            for folder in () if self._done else self._made:
+                # A folder that is in use stays.
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        self._lock.release()
         return finished
 
-    def _remove_parents(self) -> None:
-        for folder in self._made:
-            # A folder that is in use stays.
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+
+def rewritten(folder: Path) -> dict[str, str]:
+    """The content of the files that are written in place of the source's, by name.
+
+    A checkpoint's code is never copied, so `auto_map`, which names it, goes. What is written is not quantized, so the
+    quantization config goes, too. All other files are copied as they are.
+
+    Args:
+        folder: folder of the source, which `inspect` has found sound.
+    """
+    texts = {}
+    for name, limit in ((CONFIG, trust.MAX_CONFIG_BYTES), (TOKENIZER_CONFIG, trust.MAX_TOKENIZER_CONFIG_BYTES)):
+        if (folder / name).is_file():
+            content = read_json(folder / name, limit)
+            changed = without_quantization(content) if name == CONFIG else content
+            # NaN, which a config may hold, does not equal itself. As text it does.
+            text = json.dumps(_without_auto_map(changed), indent=2) + "\n"
+            if text != json.dumps(content, indent=2) + "\n":
+                texts[name] = text
+    return texts
 
 
-def _write_text(path: Path, content: str) -> None:
-    durably(path, partial(Path.write_text, data=content, encoding="utf-8"))
+def _without_auto_map(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_auto_map(inner) for key, inner in value.items() if key != "auto_map"}
+    return [_without_auto_map(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _index(parts: list[Part], name_of: Callable[[int], str]) -> str:
+def _index(records: list[Record], name_of: Callable[[int], str]) -> str:
     """The content of the index of the shards; `name_of` gives their names."""
     index = {
         "metadata": {
-            "total_parameters": sum(part.parameters for part in parts),
-            "total_size": sum(part.bytes for part in parts),
+            "total_parameters": sum(record.parameters for record in records),
+            "total_size": sum(record.bytes for record in records),
         },
-        "weight_map": {name: name_of(n) for n, part in enumerate(parts) for name in part.names},
+        "weight_map": {name: name_of(n) for n, record in enumerate(records) for name in record.names},
     }
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a link, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _abridged(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -12,7 +12,6 @@ from itertools import pairwise
 
 from torch import nn
 
-from sparsefw.checkpoint import Evidence
 from sparsefw.driver.solves import Solve, add_up, combine, exchange, find_solves
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
@@ -51,7 +50,6 @@ class Run:
         kept_width: entries of the widest input that is kept, see `Placement`.
         seen: by block, the kinds of matrices that are known to be in products, see `BlockShape`; empty: not checked.
         ranks: the processes of the run, each with its share of the windows.
-        evidence: what was read of the checkpoint; None: the model is in memory.
         confirmed: what is known of running blocks in parts, see `layers.survey`.
         predicts: whether next tokens are predicted from what the last block puts out, see `BlockShape`.
         experts: by block, names of the modules that may be experts, see `BlockShape`.
@@ -65,7 +63,6 @@ class Run:
     kept_width: int = 0
     seen: tuple[frozenset[str], ...] = ()
     ranks: Ranks = ALONE
-    evidence: Evidence | None = None
     confirmed: Confirmed = field(default_factory=dict)
     predicts: bool = field(kw_only=True)
     experts: tuple[frozenset[str], ...] = field(kw_only=True)

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsefw.checkpoint import Evidence
 from sparsefw.driver.loop import Samples
 from sparsefw.estimate import Workload
 from sparsefw.inputs import Inputs, Output
@@ -49,7 +49,7 @@ class Prepared:
         limits: memory limits in bytes: "host", and with a GPU "gpu".
         notes: what the user should know of the model, one line each.
         fingerprint: tells the model from another one.
-        evidence: reads the checkpoint; None: the model is in memory, and the fingerprint is of all its tensors.
+        files: what tells the checkpoint's files from changed ones; empty: the fingerprint is of all tensors in memory.
         fixed: values of `Placement` that are settled, by field.
         saved: bytes that the end of the run writes while the finished blocks are still on the disk.
     """
@@ -62,6 +62,6 @@ class Prepared:
     limits: dict[str, int]
     notes: list[str]
     fingerprint: str
-    evidence: Evidence | None = None
+    files: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, int] = field(default_factory=dict)
     saved: int = 0

@@ -161,8 +161,6 @@ def _prune_blocks(
             if i not in model.firsts:
                 on_block()
                 continue
-            if run.evidence:
-                run.evidence.agree(run.ranks)
             shard = model.firsts.index(i)
             with timeline.span("wait", i):
                 if written and writer.writes(shard):

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from tqdm import tqdm
 
 from sparsefw import checkpoint, data, memory
-from sparsefw.checkpoint import Checkpoint, Evidence, Progress, Writer, durably
+from sparsefw.checkpoint import Checkpoint, Writer, durably
 from sparsefw.data import Batches
 from sparsefw.driver.block import Run
 from sparsefw.driver.job import Job, Prepared
@@ -50,9 +50,8 @@ def run_job(job: Job, say: Callable[[str], None], progress: bool, ranks: Ranks =
     say(kernel_line(job.config))
     checkpoint.check_output(job.output.folder, job.folder, job.output.overwrite, _files_read(job))
     source = checkpoint.inspect(job.folder)
-    evidence = Evidence(source)
-    with StreamedModel(source, device, evidence.read) as model:
-        prepared = _prepare(job, model, source, evidence, say, ranks)
+    with StreamedModel(source, device) as model:
+        prepared = _prepare(job, model, source, say, ranks)
         return carry_out(job, model, prepared, partial(Writer.finish, source=job.folder), say, progress, ranks)
 
 
@@ -83,7 +82,7 @@ def carry_out(
     ranks.agree(_identity(job, prepared, ranks) | {"--output": str(job.output.folder.resolve())})
     placement, _ = _place(job, prepared)
     chosen = {"batch": placement.batch, "solver": placement.solver}
-    with _writer(job, model, prepared, chosen, Progress(say, progress), ranks) as writer:
+    with _writer(job, model, prepared, chosen, ranks) as writer:
         if writer.finished:
             say(f"going on with an unfinished run: {len(writer.finished)} of {writer.shards} parts are there")
         placement, needs = _place(job, prepared, writer.chosen)
@@ -110,7 +109,6 @@ def carry_out(
                     placement.kept_width,
                     tuple(block.seen for block in prepared.shape.blocks),
                     ranks,
-                    prepared.evidence,
                     predicts=prepared.shape.blocks[-1].predicts,
                     experts=tuple(block.experts for block in prepared.shape.blocks),
                 ),
@@ -158,7 +156,6 @@ def _prepare(
     job: Job,
     model: StreamedModel,
     source: Checkpoint,
-    evidence: Evidence,
     say: Callable[[str], None],
     ranks: Ranks,
 ) -> Prepared:
@@ -198,7 +195,7 @@ def _prepare(
         limits,
         notes,
         checkpoint.fingerprint(source),
-        evidence,
+        checkpoint.stamps(source) if ranks.first else {},
     )
 
 
@@ -241,18 +238,15 @@ def _writer(
     model: BlockModel,
     prepared: Prepared,
     chosen: dict[str, int],
-    progress: Progress,
     ranks: Ranks,
 ) -> Writer:
     return Writer(
         job.output.folder,
         len(model.firsts) + len(model.pieces),
-        _identity(job, prepared, ranks),
+        _identity(job, prepared, ranks) | {"the model's files": prepared.files},
         chosen,
-        evidence=prepared.evidence,
         overwrite=job.output.overwrite,
         restart=job.output.restart,
-        progress=progress,
         ranks=ranks,
     )
 

@@ -10,11 +10,10 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sparsefw import checkpoint
-from sparsefw.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, TensorInfo, foreign, trust
-from sparsefw.checkpoint.files import parse_object
+from sparsefw.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, TensorInfo, trust
+from sparsefw.checkpoint.files import parse_object, read_bounded
 from sparsefw.checkpoint.quantization import Quantization, dtype_in, quantization_of
-from sparsefw.checkpoint.trust import shown
-from sparsefw.errors import InputError, first_line
+from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model import shape_of
 from sparsefw.model.hf import from_config
 from sparsefw.model.shapes import LayerShape, ModelShape
@@ -112,7 +111,7 @@ def _find_config(model: str) -> Path:
         return path
     if model and path.is_dir():
         if not (path / CONFIG).exists():
-            raise foreign.without_config(path, ", or a config file")
+            raise InputError(f"{path}: no config.json; give the folder of a Hugging Face checkpoint, or a config file")
         return path / CONFIG
     if not model or path.exists() or model.startswith((".", "/", "~")):
         raise InputError(f"{model or '--model'}: no such folder or file; give one with a config, or a Hub id")
@@ -127,21 +126,9 @@ def _check_config(path: Path) -> tuple[Quantization | None, torch.dtype | None]:
         How the checkpoint is quantized, and the dtype that the config names.
     """
     checkpoint.check_file(path)
-    try:
-        with path.open("rb") as file:
-            content = file.read(trust.MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {first_line(error)}") from error
-    if len(content) > trust.MAX_CONFIG_BYTES:
-        raise InputError(f"{path}: more than {trust.MAX_CONFIG_BYTES // 2**20} MiB, which no real config has")
-    config = parse_object(content, path)
+    config = parse_object(read_bounded(path, trust.MAX_CONFIG_BYTES), path)
     trust.check_config(config, path)
     trust.check_model_type(config, path)
-    for key, value in trust.numbers(config, path):
-        limit = trust.COUNT_ALLOWED if trust.COUNT.search(key) else trust.SIZE_ALLOWED
-        limit = trust.LABELS_ALLOWED if trust.LABELS.search(key) else limit
-        if value > limit and (limit == trust.COUNT_ALLOWED or not trust.LARGE.search(key)):
-            raise InputError(f"{path}: {shown(key)} is {shown(value)}, which no model has")
     return quantization_of(config, path), dtype_in(config)
 
 

@@ -1,7 +1,7 @@
 """Every private or undocumented name of transformers that the models need, and what each is expected to do.
 
 transformers may change these in any version. They were tested with 5.17 to 5.24; when a later version breaks one, this
-file is the place to mend it. `checkpoint.transformers_names` holds what checkpoints need of this kind.
+file is the place to mend it.
 """
 
 import types

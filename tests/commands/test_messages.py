@@ -11,7 +11,7 @@ from helpers.commands import run
 from helpers.families import save_model
 
 from sparsefw import plan, verify
-from sparsefw.checkpoint import resume
+from sparsefw.checkpoint import files
 from sparsefw.cli import quiet_libraries
 
 LONG = "x/" * 2500
@@ -71,14 +71,14 @@ def test_bad_names_are_bad_input_and_one_line(command, flags, tmp_path, text, ca
 
 @pytest.mark.parametrize("name", ["identity.json", "00002.json", "report.json", "report.html", "config.json"])
 def test_a_full_disk_names_the_file(name, tmp_path, text, capsys, monkeypatch):
-    source, sync = save_model(tmp_path / "model", "llama"), resume._sync
+    source, sync = save_model(tmp_path / "model", "llama"), files._sync
 
     def full(path):
         if path.name == f".{name}.tmp":
             raise OSError(28, "No space left on device")
         sync(path)
 
-    monkeypatch.setattr(resume, "_sync", full)
+    monkeypatch.setattr(files, "_sync", full)
     capsys.readouterr()
     assert run(source, text, tmp_path / "out", "--method", "magnitude") == 2
     error = capsys.readouterr().err.splitlines()[-1]

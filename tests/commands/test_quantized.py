@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparsefw import checkpoint, plan
-from sparsefw.checkpoint import resume
+from sparsefw.checkpoint import files
 from sparsefw.checkpoint.source import CONFIG, SINGLE
 from sparsefw.checkpoint.tensors import dequantize_fp8
 from sparsefw.estimate import Workload, describe, disk_space, memory_needs
@@ -111,7 +111,7 @@ def test_verify_compares_with_the_dequantized_source(name, source, text, tmp_pat
 def test_an_interrupted_run_goes_on(source, text, tmp_path, monkeypatch, capsys):
     folder = save_fp8(tmp_path / "model", "qwen3")
     assert run(folder, text, tmp_path / "expected") == 0
-    left, sync = [14], resume._sync
+    left, sync = [14], files._sync
 
     def count(path):
         left[0] -= 1
@@ -120,7 +120,7 @@ def test_an_interrupted_run_goes_on(source, text, tmp_path, monkeypatch, capsys)
         sync(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(resume, "_sync", count)
+        patched.setattr(files, "_sync", count)
         assert run(folder, text, tmp_path / "out") == 130
     # Another scale is another model.
     change_stored(folder, lambda tensors: tensors[f"{OUT}_scale_inv"].mul_(2))

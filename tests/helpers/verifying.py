@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsefw import run
-from sparsefw.checkpoint.checksums import SUMS, file_digest, sums_text
+from sparsefw.checkpoint.files import SUMS, file_digest, sums_text
 from sparsefw.checkpoint.source import INDEX
 from sparsefw.verify import main
 

@@ -1,0 +1,73 @@
+"""--overwrite deletes an older output, and nothing else."""
+
+import os
+from pathlib import Path
+
+import pytest
+from helpers.checkpoints import make_hub_cache, refused
+
+from sparsefw.checkpoint import check_free, check_output
+
+
+@pytest.fixture
+def old(tmp_path):
+    """An older output."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text("{}")
+    return tmp_path / "old"
+
+
+def test_what_may_be_replaced(old, folder):
+    with refused("exists and is not empty; choose another --output or add --overwrite"):
+        check_output(old, folder, False)
+    check_output(old, folder, True)
+    (old / "config.json").rename(old / "report.json")
+    check_output(old, folder, True)
+    (old / "report.json").rename(old / "thesis.tex")
+    with refused("not a checkpoint .*, so --overwrite will not remove it"):
+        check_output(old, folder, True)
+    with refused("a file; --output is a folder"):
+        check_output(folder / "config.json" / ".." / "config.json", old, True)
+
+
+@pytest.mark.parametrize("place", [".", "..", "sub/dir", "../source", "link"])
+def test_the_model_stays(folder, place):
+    """An output that is its folder, holds it or lies in it, by whatever name."""
+    (folder.parent / "link").symlink_to(folder)
+    output = folder.parent / "link" if place == "link" else folder / place
+    with refused("is, holds or lies in the input folder"):
+        check_output(output, folder, True)
+
+
+def test_a_model_in_the_hubs_cache_stays(folder, hub):
+    snapshot = make_hub_cache(folder, hub)
+    for output in (snapshot, snapshot.parent.parent / "blobs", hub):
+        with refused("is, holds or lies in the input folder"):
+            check_output(output, snapshot, True)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_else_a_run_reads_stays(old, folder, link):
+    """Also where the output does not exist yet: at the end the file would not be there."""
+    text = old / "text.txt"
+    if link:
+        (old.parent / "text.txt").write_text("")
+        text.symlink_to(old.parent / "text.txt")
+    with refused("text.txt lies in it, and would be deleted with it"):
+        check_output(old, folder, True, [text])
+    with refused("text.txt lies in it"):
+        check_output(old.parent / "new", folder, True, [old.parent / ".new.partial" / "text.txt"])
+
+
+@pytest.mark.parametrize("where", ["cwd", "below", "home"])
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_current_folder_and_the_home_stay(old, monkeypatch, where, relative):
+    place = old / "sub" if where == "below" else old
+    place.mkdir(exist_ok=True)
+    if where == "home":
+        monkeypatch.setenv("HOME", str(place))
+    else:
+        monkeypatch.chdir(place)
+    output = Path(os.path.relpath(old)) if relative else old
+    with refused("(home|current) folder lies in it"):
+        check_free(output, True)
