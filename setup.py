@@ -48,6 +48,7 @@ setup(
         "jinja2>=3.1",
         "tqdm>=4.66.3",
         "msgspec>=0.19",
+        "filelock>=3.13",
         # The first with a wheel for Python 3.11; `datasets` needs it anyway.
         "xxhash>=3.1",
     ],
