@@ -7,10 +7,8 @@ from pathlib import Path
 from sparsefw.checkpoint.source import CONFIG, root_of
 from sparsefw.errors import InputError
 
-# Names of files of which an older output has one, and what a folder with such a file is. A model in memory may have no
-# config; its report shows that a folder holds a pruned one.
-Kind = tuple[tuple[str, ...], str]
-CHECKPOINT: Kind = (CONFIG, "report.json"), "a checkpoint"
+# Files of which an older output has one. A model in memory may have no config; its report shows that it was pruned.
+MARKS = (CONFIG, "report.json")
 
 
 def partial_of(output: Path) -> Path:
@@ -18,9 +16,7 @@ def partial_of(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
-def check_output(
-    output: Path, source: Path, overwrite: bool, read: Iterable[Path] = (), kind: Kind = CHECKPOINT
-) -> None:
+def check_output(output: Path, source: Path, overwrite: bool, read: Iterable[Path] = ()) -> None:
     """Refuse an output folder that would harm something.
 
     Args:
@@ -28,7 +24,6 @@ def check_output(
         source: folder of the checkpoint that is read.
         overwrite: whether an older checkpoint may be replaced.
         read: other files and folders that the run reads.
-        kind: see `CHECKPOINT`.
 
     Raises:
         InputError: output and source are one folder or one lies in the other; the run reads a file in the output; or
@@ -37,7 +32,7 @@ def check_output(
     target, root = output.resolve(), root_of(source)
     if target.is_relative_to(root) or root.is_relative_to(target):
         raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another --output")
-    check_free(output, overwrite, kind)
+    check_free(output, overwrite)
     for path in (source, *read):
         # The path itself may be a link in the output.
         for place in (Path(os.path.abspath(path)), path.resolve()):
@@ -45,13 +40,12 @@ def check_output(
                 raise InputError(f"{output}: {path} lies in it, and would be deleted with it; choose another --output")
 
 
-def check_free(output: Path, overwrite: bool, kind: Kind = CHECKPOINT) -> None:
+def check_free(output: Path, overwrite: bool) -> None:
     """Refuse an output folder that is no folder, or has something in it that may not be replaced.
 
     Args:
         output: the folder.
         overwrite: whether an older output may be replaced.
-        kind: see `CHECKPOINT`.
 
     Raises:
         InputError: it is one of these.
@@ -68,6 +62,5 @@ def check_free(output: Path, overwrite: bool, kind: Kind = CHECKPOINT) -> None:
         return
     if not overwrite:
         raise InputError(f"{output}: exists and is not empty; choose another --output or add --overwrite")
-    marks, what = kind
-    if not any((target / name).is_file() for name in marks):
-        raise InputError(f"{output}: not {what} (no {marks[0]}), so --overwrite will not remove it")
+    if not any((target / name).is_file() for name in MARKS):
+        raise InputError(f"{output}: not a checkpoint (no {CONFIG}), so --overwrite will not remove it")

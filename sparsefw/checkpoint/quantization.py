@@ -198,7 +198,7 @@ def _join_fp8(stored: dict[str, TensorInfo], name: str, quantization: Quantizati
     if scale is None:
         raise InputError(f"{values.file}: tensor {name} is in FP8, and its scale {name}{SCALE} is missing; {ORIGINAL}")
     scales, shape = stored[scale], values.shape
-    *lead, rows, columns = shape if len(shape) >= 2 and math.prod(shape) else (0, 0)
+    *lead, rows, columns = shape if len(shape) >= 2 and all(shape) else (0, 0)
     height, width = quantization.block or (rows, columns)
     grid = (*lead, -(-rows // height), -(-columns // width)) if rows else ()
     # One scale for a matrix may have fewer dimensions.
