@@ -309,7 +309,7 @@ class TestPaper:
 
     def test_the_bound_of_a_whole_matrix_holds_for_every_split_of_the_budget(self):
         whole = paper.WholeMatrix(cpu)
-        problem = make_problem(2, 8, "layer:0.5", whole=whole)
+        problem = make_problem(4, 4, "layer:0.5", whole=whole)
         solution = frank_wolfe.solve(problem, paper.open_loop(line_search(100, 0.0)), backend=whole)
         errors = []
         for kept in itertools.combinations(range(16), 8):
