@@ -9,8 +9,7 @@ import base64
 import hashlib
 import math
 import shlex
-from collections import defaultdict
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,33 +20,14 @@ from sparsefw.errors import printable
 from sparsefw.flags import flag_of
 from sparsefw.report import charts, log
 from sparsefw.report.charts import LayerAt
-from sparsefw.report.content import (
-    HIDDEN,
-    Argument,
-    BlockRecord,
-    CalibrationText,
-    EvaluationText,
-    MemoryRecord,
-    Report,
-    amount,
-    mean,
-)
+from sparsefw.report.content import HIDDEN, BlockRecord, CalibrationText, EvaluationText, Report, amount
 from sparsefw.report.kinds import kept_dense, locate, positions_of
-from sparsefw.solver import LayerResult, PruneConfig
+from sparsefw.solver import PruneConfig
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
 # A longer table of layers is left to report.json: a browser would crawl.
 MOST_ROWS = 2000
-
-TYPE_COLUMNS = ("type", "method", "layers", "mask only", "relative", "least", "greatest", "seconds")
-# The legend of the chart of memory.
-MEMORY_NAMES = {
-    "host": "host, peak so far",
-    "gpu": "GPU, tensors at the peak of the block",
-    "reserved": "GPU, taken for them",
-}
-DENSE_COLUMNS = ("type", "matrices", "blocks")
 
 
 def page(report: Report) -> str:
@@ -62,7 +42,14 @@ def page(report: Report) -> str:
     Raises:
         ValueError: a layer lies in none of the blocks.
     """
-    located = _located(report)
+    blocks, methods, positions = report.blocks, report.methods, positions_of(report)
+    located = [LayerAt(*locate(layer.name, positions), layer) for layer in report.layers]
+    # A method that is its own warm start has relative errors of 1.
+    flat = [m for m in methods if all(r.relative_mask == r.relative_error == 1 for r in report.layers_of(m))]
+    curved = [m for m in methods if m not in flat]
+    errors = charts.errors(located, curved, [block.block for block in blocks]) if curved else {}
+    names = [phase for block in blocks for phase in block.seconds] + [span.phase for span in report.timeline]
+    phases = charts.ordered(charts.PHASES, names)
     return _template().render(
         model=report.argument("model", str),
         sparsity=report.argument("sparsity", str),
@@ -71,89 +58,43 @@ def page(report: Report) -> str:
         summary=_summary(report),
         results=_results(report),
         facts=_facts(report),
-        dense_columns=DENSE_COLUMNS,
         kept_dense=kept_dense(report),
         command=_command(report),
-        **_layers(report, located),
-        **_blocks(report, located),
+        flat=flat,
+        curved=curved,
+        # Classes of the style sheet.
+        method_colours={m: f"m{i}" for i, m in enumerate(reversed(methods))},
+        phase_colours={phase: f"p{[*charts.PHASES, phase].index(phase)}" for phase in phases},
+        errors=errors,
+        bands=any(mark["class"] == "band" for chart in errors.values() for mark in chart["marks"]),
+        columns=log.COLUMNS,
+        layers=[log.layer_cells(layer) for layer in report.layers] if len(report.layers) <= MOST_ROWS else None,
+        count=len(report.layers),
+        time=charts.time(blocks, phases),
+        memory=charts.memory(blocks, report.memory.limits),
+        block_columns=_block_columns(phases),
+        block_rows=[_block_cells(block, phases) for block in blocks],
+        timeline=charts.timeline(report.timeline, blocks, phases),
     )
 
 
 @cache
 def _template() -> Template:
-    """The template, compiled once a process."""
+    """The template, compiled once a process. A text has every character that does not print spelled out."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=_printable, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["sha256"] = _sha256
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _layers(report: Report, located: dict[str, list[LayerAt]]) -> dict[str, Any]:
-    """The template's variables for the layers: charts and tables of their errors."""
-    methods, layers = report.methods, report.layers
-    flat = [m for m in methods if all(_is_flat(at.result) for at in located[m])]
-    curved = [m for m in methods if m not in flat]
-    errors = charts.errors(located, curved, [block.block for block in report.blocks]) if curved else {}
-    return {
-        "flat": flat,
-        "curved": curved,
-        # Classes of the style sheet.
-        "method_colours": {m: f"m{i}" for i, m in enumerate(reversed(methods))},
-        "errors": errors,
-        "bands": any(mark["class"] == "band" for chart in errors.values() for mark in chart["marks"]),
-        "type_columns": TYPE_COLUMNS,
-        "types": _types(located, curved),
-        "columns": log.COLUMNS,
-        "layers": [log.layer_cells(layer) for layer in layers] if len(layers) <= MOST_ROWS else None,
-        "count": len(layers),
-    }
-
-
-def _blocks(report: Report, located: dict[str, list[LayerAt]]) -> dict[str, Any]:
-    """The template's variables for the blocks: charts and tables of their time and memory."""
-    blocks = report.blocks
-    names = [phase for block in blocks for phase in block.seconds] + [span.phase for span in report.timeline]
-    phases = charts.ordered(charts.PHASES, names)
-    reconstructed = any(block.reconstruction for block in blocks)
-    pruned = {blocks[at.block].block for layers in located.values() for at in layers}
-    return {
-        # Classes of the style sheet.
-        "phase_colours": {phase: f"p{[*charts.PHASES, phase].index(phase)}" for phase in phases},
-        "time": charts.time(blocks, phases),
-        "memory": charts.memory(blocks, report.memory.limits),
-        "memory_names": MEMORY_NAMES,
-        "block_columns": [
-            *("block", "name", *phases, "host GiB", "GPU GiB", "GPU reserved GiB"),
-            *(["loss before", "loss after"] if reconstructed else []),
-            "calibration",
-        ],
-        "block_rows": [_block_cells(block, phases, reconstructed) for block in blocks],
-        "timeline": charts.timeline(report.timeline, blocks, phases, pruned),
-    }
-
-
-def _printable(value: Any) -> Any:
-    """A text with every character that does not print (controls, marks that turn its direction) spelled out."""
-    return printable(value) if type(value) is str else value
-
-
 def _sha256(text: str) -> str:
     """The source expression of an inline script or style in a Content-Security-Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _located(report: Report) -> dict[str, list[LayerAt]]:
-    """All layers by method."""
-    located, positions = defaultdict(list), positions_of(report)
-    for layer in report.layers:
-        located[layer.method].append(LayerAt(*locate(layer.name, positions), layer))
-    return located
-
-
-def _is_flat(layer: LayerResult) -> bool:
-    """Whether a layer has the warm start's mask and unchanged weights."""
-    return layer.relative_mask == layer.relative_error == 1
 
 
 def _summary(report: Report) -> str:
@@ -174,7 +115,8 @@ def _results(report: Report) -> dict[str, list[Any]]:
     return {"texts": texts, "rows": rows}
 
 
-def _stated(value: Argument) -> str:
+def _stated(value: object) -> str:
+    """A value of a flag or of the placement, in words."""
     if value is None or value == ():
         return "none"
     if isinstance(value, bool):
@@ -190,36 +132,29 @@ def _gib(count: float) -> str:
 
 def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
     """Lists of facts, (name, value), by heading."""
-    data = report.data
-    ranks = [(f"rank {n}", log.rank_line(rank)) for n, rank in enumerate(report.ranks)]
-    return {
+    texts: list[CalibrationText | EvaluationText] = [report.data, *report.evaluation]
+    memory = asdict(report.memory)
+    sizes = {f"{what} limit": size for what, size in memory.pop("limits").items()}
+    sizes |= {f"{what} expected": size for what, size in memory.pop("expected").items()}
+    sizes |= {f"peak {name.removesuffix('_bytes').replace('_', ' ')}": n for name, n in report.peak_memory.items()}
+    sizes["solver"] = memory.pop("solver_bytes")
+    facts = {
         "machine": [("device", report.device), *report.versions.items()],
-        "texts": [("calibration", _text(data)), ("seed", str(data.seed))]
-        + [("evaluation", _text(text)) for text in report.evaluation],
-        "memory": _memory(report.memory, report.peak_memory),
-        **({"ranks": ranks} if ranks else {}),
+        "texts": [
+            (
+                "evaluation" if n else "calibration",
+                f"{amount(t.source, t.windows, t.seqlen)} of {t.source}, sha256 {t.hash}",
+            )
+            for n, t in enumerate(texts)
+        ],
+        "memory": [(name, f"{_gib(size)} GiB") for name, size in sizes.items()]
+        + [(name.replace("_", " "), _stated(value)) for name, value in memory.items()],
+        "ranks": [(f"rank {n}", log.rank_line(rank)) for n, rank in enumerate(report.ranks)],
         "seconds": [(phase, f"{seconds:.1f}") for phase, seconds in report.seconds.items()],
         "arguments": [(name.replace("_", "-"), _stated(value)) for name, value in report.arguments.items()],
-        **({"source": [("note", note) for note in report.notes]} if report.notes else {}),
+        "source": [("note", note) for note in report.notes],
     }
-
-
-def _text(text: CalibrationText | EvaluationText) -> str:
-    return f"{text.source}: {amount(text.source, text.windows, text.seqlen)}, sha256 {text.hash}"
-
-
-def _memory(memory: MemoryRecord, peaks: dict[str, int]) -> list[tuple[str, str]]:
-    measured = {name.removesuffix("_bytes").replace("_", " "): size for name, size in peaks.items()}
-    return [
-        *((f"{name} limit", f"{_gib(size)} GiB") for name, size in memory.limits.items()),
-        *((f"{name} expected", f"{_gib(size)} GiB") for name, size in memory.expected.items()),
-        ("activations", memory.activations),
-        ("batch windows", str(memory.batch_windows)),
-        ("solver", f"{_gib(memory.solver_bytes)} GiB"),
-        ("read ahead", _stated(memory.read_ahead)),
-        ("kept inputs", f"up to {memory.kept_width} entries" if memory.kept_width else "none"),
-        *((f"peak {name}", f"{_gib(size)} GiB") for name, size in measured.items()),
-    ]
+    return {heading: found for heading, found in facts.items() if found}
 
 
 def _command(report: Report) -> list[str]:
@@ -235,34 +170,18 @@ def _command(report: Report) -> list[str]:
     return parts
 
 
-def _types(located: dict[str, list[LayerAt]], methods: list[str]) -> list[list[str]]:
-    """By type and method: layers, means, and the range of the relative error."""
-    groups: dict[tuple[str, str], list[LayerResult]] = defaultdict(list)
-    for method in methods:
-        for _, kind, layer in located[method]:
-            groups[kind, method].append(layer)
-    rows = []
-    for (kind, method), layers in groups.items():
-        errors = [layer.relative_error for layer in layers]
-        numbers = (mean([layer.relative_mask for layer in layers]), mean(errors), min(errors), max(errors))
-        seconds = sum(layer.seconds for layer in layers)
-        rows.append([kind, method, str(len(layers)), *(f"{number:.4f}" for number in numbers), f"{seconds:.2f}"])
-    return rows
+def _block_columns(phases: list[str]) -> list[str]:
+    """Columns of the table of blocks, see `_block_cells`."""
+    memory = ["host GiB", "GPU GiB", "GPU reserved GiB"]
+    return ["block", "name", *phases, *memory, "loss before", "loss after", "calibration"]
 
 
-def _block_cells(block: BlockRecord, phases: list[str], reconstructed: bool) -> list[str]:
+def _block_cells(block: BlockRecord, phases: list[str]) -> list[str]:
+    """A block's seconds, peaks, and losses before and after its reconstruction."""
     seconds = [f"{block.seconds[phase]:.2f}" if phase in block.seconds else "-" for phase in phases]
-    peaks = block.host_bytes, block.gpu_bytes, block.gpu_reserved_bytes
-    return [str(block.block), block.name, *seconds, *map(_gib, peaks), *_losses(block, reconstructed), block.way]
-
-
-def _losses(block: BlockRecord, reconstructed: bool) -> list[str]:
-    """A block's loss before and after its reconstruction, if the model's blocks were reconstructed."""
-    if not reconstructed:
-        return []
-    found = block.reconstruction
-    if not found:
-        return ["-", "-"]
-    notes = [] if found.loss == HIDDEN else [found.loss]
-    notes += ["put back"] if found.put_back else []
-    return [f"{found.before:.5f}", f"{found.after:.5f}" + (f" ({', '.join(notes)})" if notes else "")]
+    peaks = [_gib(count) for count in (block.host_bytes, block.gpu_bytes, block.gpu_reserved_bytes)]
+    losses, found = ["-", "-"], block.reconstruction
+    if found:
+        notes = ([] if found.loss == HIDDEN else [found.loss]) + ["put back"] * found.put_back
+        losses = [f"{found.before:.5f}", f"{found.after:.5f}" + (f" ({', '.join(notes)})" if notes else "")]
+    return [str(block.block), block.name, *seconds, *peaks, *losses, block.way]

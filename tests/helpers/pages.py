@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from html.parser import HTMLParser
 
-from sparsefw.cli import inputs_and_config, run_parser
+from sparsefw.cli import inputs_and_config, output_of, run_parser
 from sparsefw.report import BlockRecord, CalibrationText, EvaluationText, MemoryRecord, Report
 from sparsefw.solver import LayerResult
 from sparsefw.timeline import Span
@@ -78,8 +78,9 @@ def parsed(arguments: list[str]) -> dict:
     """The arguments of a report, from a command line."""
     namespace = run_parser(None).parse_args(arguments)
     inputs, config = inputs_and_config(namespace)
-    output = {name: getattr(namespace, name) for name in ("overwrite", "restart", "gpu_memory", "host_memory")}
-    return asdict(inputs) | asdict(config) | output | {"output": str(namespace.output)}
+    output = asdict(output_of(namespace))
+    output["output"] = str(output.pop("folder"))
+    return asdict(inputs) | asdict(config) | output
 
 
 def report_of_run(blocks: int = 3, prefix: str = "model.layers", arguments: tuple[str, ...] = ()) -> Report:
