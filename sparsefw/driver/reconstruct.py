@@ -20,12 +20,11 @@ from sparsefw.driver.block import Run
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.memory import give_back
 from sparsefw.model import HiddenStates
-from sparsefw.model.deterministic import deterministic, refused
 from sparsefw.model.explained import ForwardFailed, explained
+from sparsefw.model.gradients import SliceGradients, deterministic, refused
 from sparsefw.model.layers import Layer, layer_of
 from sparsefw.model.placement import split_batches
 from sparsefw.model.predictions import divergence, predicts, times_the_passes, tokens_of_pass
-from sparsefw.model.slice_gradients import SliceGradients
 from sparsefw.report import HIDDEN, PREDICTIONS, Reconstruction
 from sparsefw.solver import LayerResult
 from sparsefw.solver.kept_weights import KeptWeights

@@ -287,5 +287,5 @@ def test_the_host_does_not_wait_in_a_step_of_a_reconstruction(tmp_path, monkeypa
     steps = 3
     # To predict, the model's own forward runs, in which transformers looks whether windows are packed.
     (where,) = more = waits[1] - waits[0]
-    assert where.startswith("sparsefw/model/slice_gradients.py")
+    assert where.startswith("sparsefw/model/gradients.py")
     assert more[where] == 2 * steps

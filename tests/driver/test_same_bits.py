@@ -12,8 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from sparsefw.driver.reconstruct import Fit
 from sparsefw.errors import InputError
-from sparsefw.model.deterministic import deterministic, refused
 from sparsefw.model.explained import ForwardFailed
+from sparsefw.model.gradients import deterministic, refused
 
 FLAGS = ["--method", "wanda", "--include", "layers.0", "--reconstruct", "1"]
 # torch's modes: nothing is asked for; what has no deterministic algorithm is warned of; it is refused.

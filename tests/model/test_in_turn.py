@@ -78,14 +78,6 @@ def chosen_from_all(block, x):
     return x
 
 
-def weighted(block, x):
-    """In two rounds, each expert multiplies all tokens, and all outputs are added up."""
-    for _ in range(2):
-        weights = block.router(x).softmax(-1)
-        x = x + sum(weights[:, e : e + 1] * part(x) for e, part in enumerate(block.parts))
-    return x
-
-
 class WithSum(nn.Module):
     """An expert that adds to a sum, such as that of a loss, which goes from expert to expert."""
 
@@ -113,13 +105,7 @@ def in_turn(block, x):
     return x
 
 
-def in_turn_beside_a_mixture(block, x):
-    """The router chooses among other things, before the parts are called."""
-    out = x[block.chosen(x)]
-    return in_turn(block, x) + out
-
-
-MIXTURES = [by_index, twice, in_place, sorted_in_place, chosen_from_all, weighted]
+MIXTURES = [by_index, twice, in_place, sorted_in_place, chosen_from_all]
 MIXTURES += [with_sum]
 
 
@@ -135,7 +121,7 @@ def test_experts_of_a_mixture(forward):
     assert found(block) == experts_of(block) == {f"parts.{e}" for e in range(E)}
 
 
-@pytest.mark.parametrize("forward", [in_turn, in_turn_beside_a_mixture])
+@pytest.mark.parametrize("forward", [in_turn])
 def test_parts_in_turn_are_no_experts(forward):
     block = Parts(forward)
     assert found(block) == set() != experts_of(block)
@@ -171,49 +157,6 @@ def test_two_lists_that_take_turns():
     block = Parts(forward)
     block.resnets = nn.ModuleList(Resnet() for _ in range(E))
     assert found(block) == set() != experts_of(block)
-
-
-class Stage(nn.Module):
-    """A stage of alike parts in a list, or of parts with names."""
-
-    def __init__(self, listed):
-        super().__init__()
-        parts = [expert(), expert()]
-        if listed:
-            self.parts = nn.ModuleList(parts)
-        else:
-            self.first, self.second = parts
-
-    def forward(self, x):
-        for part in self.parts if hasattr(self, "parts") else (self.first, self.second):
-            x = x + part(x)
-        return x
-
-
-class Stages(nn.Module):
-    """A stack of stages."""
-
-    def __init__(self, listed):
-        super().__init__()
-        torch.manual_seed(0)
-        self.stages = nn.ModuleList(Stage(listed) for _ in range(2))
-
-    def forward(self, x):
-        for stage in self.stages:
-            x = stage(x)
-        return x
-
-
-def test_a_list_inside_a_block_is_pruned_as_parts_with_names_are():
-    torch.manual_seed(1)
-    batches = [torch.randn(4, D) for _ in range(12)]
-    models = {listed: Stages(listed) for listed in (False, True)}
-    named, listed = (prune(model, calibration=batches, **QUICK).layers for model in models.values())
-    assert [layer.name for layer in listed[:4]] == [f"stages.0.parts.{i}.{n}.weight" for i in (0, 1) for n in (1, 3)]
-    assert {layer.target for layer in listed} == {"dense"}
-    assert [layer.error for layer in listed] == [layer.error for layer in named]
-    for one, other in zip(models[False].parameters(), models[True].parameters(), strict=True):
-        assert torch.equal(one, other)
 
 
 def longcat():

@@ -187,13 +187,10 @@ class TestErrors:
             lambda block, x: (x + block.a(x.sigmoid())) + block.c(block.b(x).relu()),
             # Fewer calls.
             lambda block, x: x.tanh(),
-            # More calls.
-            lambda block, x: (x + block.a(x.tanh().tanh())) + block.c(block.b(x).relu()),
             # Another shape.
             lambda block, x: x[None] + block.a(x.tanh()),
-            lambda block, x: (x.double() + block.a(x.tanh())).float(),
         ],
-        ids=["function", "path", "fewer", "more", "shape", "dtype"],
+        ids=["function", "path", "fewer", "shape"],
     )
     def test_another_path_to_the_beginning(self, second):
         block, x = Switched(second), hidden()
@@ -220,20 +217,15 @@ class TestErrors:
     @pytest.mark.parametrize(
         "behind",
         [
-            lambda block, x, y, h: h + y,
             lambda block, x, y, h: h + x,
             lambda block, x, y, h: torch.cat([h, y]),
-            lambda block, x, y, h: block.b(y),
             # The output itself was skipped.
-            lambda block, x, y, h: y,
             lambda block, x, y, h: (y, h),
             # Values are read of what was skipped.
             lambda block, x, y, h: h if y.sum() > 0 else -h,
-            lambda block, x, y, h: h * y[0, 0].item(),
-            lambda block, x, y, h: h * float(y[0, 0].numpy()),
             lambda block, x, y, h: h[y > 0],
         ],
-        ids=["sum", "input", "cat", "product", "output", "outputs", "branch", "item", "numpy", "mask"],
+        ids=["input", "cat", "outputs", "branch", "mask"],
     )
     def test_tensors_that_were_skipped(self, behind):
         class Reading(Block):

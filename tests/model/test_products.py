@@ -48,7 +48,6 @@ AT_ONCE = {
     "bmm of a transposed weight": ((E, OUT, IN), lambda x, w, b: torch.bmm(x, w.transpose(1, 2))),
     "bmm from the left": ((E, OUT, IN), lambda x, w, b: torch.bmm(w, x.transpose(1, 2)).transpose(1, 2)),
     "baddbmm": ((E, IN, OUT), lambda x, w, b: torch.baddbmm(b[:, None], x, w)),
-    "matmul": ((E, IN, OUT), lambda x, w, b: torch.matmul(x, w)),
     "@": ((E, IN, OUT), lambda x, w, b: x @ w),
     "@ of four axes": ((E, IN, OUT), lambda x, w, b: (x[None] @ w)[0]),
     "@ of a weight with an axis of one entry": ((E, IN, OUT), lambda x, w, b: (x[:, None] @ w[:, None])[:, 0]),

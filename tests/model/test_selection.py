@@ -31,10 +31,7 @@ def measured_in_stages(pair, selected):
 # block; a whole stage; one expert; all experts but one.
 LEFT_OUT = [
     ("llama", ["self_attn.q_proj.weight"]),
-    ("llama", ["self_attn.k_proj.weight"]),
     ("llama", ["self_attn.v_proj.weight"]),
-    ("llama", ["self_attn.o_proj.weight"]),
-    ("llama", ["mlp.down_proj.weight"]),
     ("llama", ["mlp.gate_proj.weight", "mlp.up_proj.weight"]),
     ("llama", [*(f"self_attn.{part}_proj.weight" for part in "qkv"), "mlp.down_proj.weight"]),
     ("gpt_neox", ["mlp.dense_h_to_4h.weight"]),

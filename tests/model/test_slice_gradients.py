@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from sparsefw.model.slice_gradients import SliceGradients
+from sparsefw.model.gradients import SliceGradients
 
 
 class CountOfSize(TorchDispatchMode):
@@ -80,13 +80,6 @@ def test_other_ways(name, stacked):
     check(stacked, lambda: sum((n + 1) * part.sin().sum() for n, part in enumerate(WAYS[name](stacked))))
 
 
-def test_no_leaf_where_no_gradients_are_made(stacked):
-    with SliceGradients([stacked]) as slices, torch.no_grad():
-        assert torch.equal(stacked[1], stacked.detach()[1])
-    assert len(slices.leaves) == 1
-    assert stacked.grad is None
-
-
 def test_whole_and_in_slices(stacked):
     check(stacked, lambda: stacked.cos().sum() + weighted(stacked, [0, torch.tensor(4)]))
 
@@ -132,11 +125,6 @@ def test_the_same_bits_as_torch(family, dtype, tmp_path):
 EXPERTS = {
     "one by one": lambda w: [w[e] for e in range(16)],
     "of a view": lambda w: [w.view(64, 3).unflatten(0, (16, 4))[e] for e in range(16)],
-    "select": lambda w: [w.select(0, e) for e in range(16)],
-    "torch.select": lambda w: [torch.select(w, 0, e) for e in range(16)],
-    "narrow": lambda w: [w.narrow(0, e, 1) for e in range(16)],
-    "torch.narrow": lambda w: [torch.narrow(w, 0, e, 1) for e in range(16)],
-    "rows": lambda w: [w.view(64, 3)[4 * e : 4 * e + 4] for e in range(16)],
 }
 
 

@@ -62,12 +62,6 @@ def sequential(block, x):
     return h + mlp(block, h)
 
 
-def three_sums(block, x):
-    h = x + block.a(x.tanh())
-    h = h + block.b(h.sin())
-    return h + block.c(h.cos())
-
-
 def parallel(block, x):
     t = x.tanh()
     return x + block.c(block.a(t).sin()) + block.b(t)
@@ -86,11 +80,6 @@ def norm_before_the_sum(block, x):
 def scaled_outputs(block, x):
     h = x + block.a(x.tanh()) * 0.5
     return h + mlp(block, h) * 0.5
-
-
-def scaled_stream(block, x):
-    h = x * 0.5 + block.a(x.tanh())
-    return h * 0.5 + mlp(block, h)
 
 
 def in_place(block, x):
@@ -112,11 +101,6 @@ def views(block, x):
     h = (x.view(1, TOKENS, D) + block.a(x.tanh()).view(1, TOKENS, D)).view(TOKENS, D)
     h = h.reshape(1, TOKENS, D)
     return (h + mlp(block, h)).view(TOKENS, D)
-
-
-def dropout(block, x):
-    h = x + nn.functional.dropout(block.a(x.tanh()), 0.5, False)
-    return h + nn.functional.dropout(mlp(block, h), 0.5, False)
 
 
 def branch_before(block, x):
@@ -184,21 +168,14 @@ READING = ["a: reads from 0, input tanh, to 1", "b: reads from 1, input sin", "c
 WHOLE = ["a: outputs from 0", "b: outputs from 0", "c: outputs from 0"]
 BLOCKS = {
     sequential: SEQUENTIAL,
-    three_sums: [
-        "a: writes from 0, input tanh, to 1",
-        "b: writes from 1, input sin, to 2",
-        "c: writes from 2, input cos",
-    ],
     parallel: ["a+b: reads+outputs from 0", "c: outputs from 0"],
     post_norm: ["a: writes from 0, input tanh, to 1", "b: reads from 1, input sin", "c: outputs from 1"],
     norm_before_the_sum: READING,
     scaled_outputs: READING,
-    scaled_stream: ["a: outputs from 0, to 1", "b: reads from 1, input sin", "c: outputs from 1"],
     in_place: SEQUENTIAL,
     # The sum behind the last layer overwrites the tensor that the second part would begin at.
     stream_in_place: WHOLE,
     views: SEQUENTIAL,
-    dropout: SEQUENTIAL,
     branch_before: WHOLE,
     branch_behind: ["a: writes from 0, input tanh, to 1", "b: outputs from 1", "c: outputs from 1"],
     reads_the_input_again: ["a: outputs from 0", "b: reads from 0, input sin", "c: outputs from 0"],

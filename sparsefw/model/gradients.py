@@ -1,23 +1,30 @@
-"""Gradients of stacked weights, such as those of experts, at the cost of the parts that a forward takes.
+"""Gradients: of slices of stacked weights, such as those of experts, and the same bits in every run.
 
 A forward takes `weights[e]` for each expert that has tokens. For each of them torch makes a gradient of all experts,
 zeros but for one, and adds those up: with E experts, E times the bytes of all weights. Here such a part is a leaf of
 the graph by itself, and its gradient is added to its place in that of the whole. The bits are the same: zeros add
 nothing.
+
+On a GPU some of torch's algorithms add numbers up in the order in which they arrive, such as the gradients of attention
+and of convolutions. For nearly all of them torch has others that do not, and it can be told to refuse the rest.
 """
 
-from collections.abc import Iterable
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+
+from sparsefw.model.tape import Calls
 
 # Functions that take a part of a tensor. Those that cut all of it into parts, such as chunk, have one gradient for all.
 _TAKING = {Tensor.__getitem__, Tensor.select, Tensor.narrow, torch.select, torch.narrow}
 
 
-class SliceGradients(TorchFunctionMode):
+class SliceGradients(Calls):
     """Inside the `with` block, parts that are taken of parameters are leaves of the graph.
 
     Args:
@@ -29,14 +36,13 @@ class SliceGradients(TorchFunctionMode):
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        super().__init__()
+        super().__init__(self._call)
         self.leaves: list[Tensor] = [*parameters]
         self._parameters = {id(parameter): parameter for parameter in self.leaves}
         # By the id of the parameter, and the place of the part in memory.
         self._parts: dict[tuple[Any, ...], Tensor] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+    def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         parameter = self._parameter_of(args[0]) if func in _TAKING and args and torch.is_grad_enabled() else None
         if parameter is not None:
             part = func(args[0].detach(), *args[1:], **kwargs)
@@ -68,3 +74,39 @@ class SliceGradients(TorchFunctionMode):
 def _has_no_gaps(part: Tensor) -> bool:
     """Whether the entries of a part follow each other in memory: a gradient does, and torch warns of others."""
     return torch.empty_like(part, device="meta").stride() == part.stride()
+
+
+@contextmanager
+def deterministic(refuse: bool = True) -> Iterator[None]:
+    """Inside the `with` block, torch takes algorithms that give the same bits in every run.
+
+    Args:
+        refuse: whether torch refuses operations for which it has none, see `refused`. If not, it makes them as usual,
+            and attention, too.
+    """
+    # Its attributes are made when torch is imported: mypy does not see them.
+    memory: Any = torch.utils.deterministic
+    mode, fill = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        # Of operations that are not refused: the caller knows of them.
+        warnings.filterwarnings("ignore", message=".*deterministic")
+        try:
+            # Filled memory shows what reads it before it is written. That takes time, and gives no other bits.
+            memory.fill_uninitialized_memory = False
+            torch.set_deterministic_debug_mode("error" if refuse else "warn")
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(mode)
+            memory.fill_uninitialized_memory = fill
+
+
+def refused(error: BaseException | None) -> str:
+    """The operation that torch has refused inside `deterministic`; empty if the error has no such cause."""
+    while error:
+        said = str(error)
+        if match := re.match(r"(\w+) does not have a deterministic implementation", said):
+            return match[1]
+        if isinstance(error, RuntimeError) and "deterministic" in said.lower():
+            return "cuBLAS" if "CuBLAS" in said else "an operation"
+        error = error.__cause__
+    return ""

@@ -5,14 +5,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsefw.model import without_data
-from sparsefw.model.without_data import call_without_data
+from sparsefw.model import parts
+from sparsefw.model.parts import call_without_data
 
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
     results = {}
-    monkeypatch.setattr(without_data, "_results", results)
+    monkeypatch.setattr(parts, "_results", results)
     return results
 
 
@@ -96,7 +96,7 @@ def test_tensors_that_are_written_to_are_told_every_time(forgotten):
 
 
 def test_few_results_are_remembered(monkeypatch, forgotten):
-    monkeypatch.setattr(without_data, "MOST_RESULTS", 3)
+    monkeypatch.setattr(parts, "MOST_RESULTS", 3)
     for size in range(1, 9):
         assert call_without_data(torch.relu, (torch.zeros(size),), {})[0].shape == (size,)
         assert len(forgotten) <= 3
