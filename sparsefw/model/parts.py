@@ -47,8 +47,8 @@ SAME = {"reshape", "view", "dropout", "to", "float"}
 # Functions that say where a tensor is. What is made there, such as positions, is made as in a whole run.
 _PLACES = {getattr(torch.Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu")}
 
-# The results of calls without data, by all that they depend on. They compute nothing, yet torch takes 0.2 ms to find the
-# shape of a product and 2 ms for that of attention, and every part of every micro-batch makes them again.
+# The results of calls without data, by all that they depend on. Such calls compute nothing, yet torch takes 0.2 ms to
+# find the shape of a product and 2 ms for that of attention, and every part of every micro-batch makes them again.
 _results: dict[tuple, Any] = {}
 
 # More results are not remembered: they are forgotten, and found again. One takes about a kilobyte.

@@ -70,8 +70,11 @@ def survey(
         experts: names of modules that may be experts; None: those of `experts_of`.
     """
     tape, returned = record_block(block, run, hidden, handed_on)
+    # All else that the block returned leaves memory.
+    output = hidden_of(returned)
+    del returned
     found = survey_tape(tape, experts_of(block) if experts is None else experts, selected)
-    return confirm(found, run, hidden, hidden_of(returned), {} if confirmed is None else confirmed)
+    return confirm(found, run, hidden, output, {} if confirmed is None else confirmed)
 
 
 def survey_tape(tape: BlockTape, experts: frozenset[str], selected: Selector = everything) -> Survey:
