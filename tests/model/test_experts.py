@@ -1,4 +1,4 @@
-"""Which numbered modules of a block may be experts, and what becomes of those that are just numbered."""
+"""Experts of a mixture, and numbered parts that are alike and that every token goes through, one after the other."""
 
 import pytest
 import torch
@@ -9,11 +9,12 @@ from torch import nn
 from sparsefw import prune
 from sparsefw.data import batches_of
 from sparsefw.model import resident
-from sparsefw.model.layers import experts_of, is_expert, kind_of
+from sparsefw.model.layers import experts_of, is_expert, kind_of, record_block, without_parts_in_turn
 from sparsefw.model.shape_of import shape_of_resident
 
 QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
 CPU = torch.device("cpu")
+D, E, TOKENS = 8, 3, 16
 
 
 class Router(nn.Sequential):
@@ -104,3 +105,171 @@ def test_the_shape_counts_experts_of_a_list(experts, counts):
     assert len(shape.layer_names) == 2 * 2 * experts
     some = shape.selected(lambda name: "experts.0" in name)
     assert [layer.experts for layer in some.blocks[0].layers] == [min(1, count) for count in counts]
+
+
+def expert():
+    return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.GELU(), nn.Linear(D, D))
+
+
+class Parts(nn.Module):
+    """A block with numbered parts and a router, whose forward is given."""
+
+    def __init__(self, forward, part=expert):
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts = nn.ModuleList(part() for _ in range(E))
+        self.router = nn.Linear(D, E)
+        self._forward = forward
+
+    def forward(self, x):
+        return self._forward(self, x)
+
+    def chosen(self, x):
+        """The part of each token."""
+        return self.router(x).argmax(-1)
+
+
+def by_index(block, x):
+    chosen, out = block.chosen(x), torch.zeros_like(x)
+    for e, part in enumerate(block.parts):
+        tokens = torch.where(chosen == e)[0]
+        out.index_add_(0, tokens, part(x[tokens]))
+    return x + out
+
+
+def twice(block, x):
+    """The experts of the second round read what those of the first have returned."""
+    return by_index(block, by_index(block, x))
+
+
+def in_place(block, x):
+    x, chosen = x.clone(), block.chosen(x)
+    for e, part in enumerate(block.parts):
+        x[chosen == e] = part(x[chosen == e])
+    return x
+
+
+def sorted_in_place(block, x):
+    """Tokens lie in one tensor, those of each expert together, and what it returns takes their place."""
+    chosen = block.chosen(x)
+    order = chosen.argsort()
+    x, begin = x[order], 0
+    for e, part in enumerate(block.parts):
+        end = begin + int((chosen == e).sum())
+        x[begin:end] = part(x[begin:end])
+        begin = end
+    return x[order.argsort()]
+
+
+def chosen_from_all(block, x):
+    chosen = block.chosen(x)
+    for e, part in enumerate(block.parts):
+        x = torch.where((chosen == e)[:, None], part(x), x)
+    return x
+
+
+class WithSum(nn.Module):
+    """An expert that adds to a sum, such as that of a loss, which goes from expert to expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x, total):
+        out = self.linear(x)
+        return out, total + out.square().mean()
+
+
+def with_sum(block, x):
+    chosen, out, total = block.chosen(x), torch.zeros_like(x), torch.zeros(())
+    for e, part in enumerate(block.parts):
+        tokens = torch.where(chosen == e)[0]
+        made, total = part(x[tokens], total)
+        out.index_add_(0, tokens, made)
+    return x + out
+
+
+def in_turn(block, x):
+    for part in block.parts:
+        x = x + part(x)
+    return x
+
+
+MIXTURES = [by_index, twice, in_place, sorted_in_place, chosen_from_all]
+MIXTURES += [with_sum]
+
+
+def found(block):
+    x = torch.randn(TOKENS, D)
+    experts = experts_of(block)
+    return without_parts_in_turn(experts, record_block(block, block, x, modules=experts)[0])
+
+
+@pytest.mark.parametrize("forward", MIXTURES)
+def test_experts_of_a_mixture(forward):
+    block = Parts(forward, WithSum if forward is with_sum else expert)
+    assert found(block) == experts_of(block) == {f"parts.{e}" for e in range(E)}
+
+
+def test_parts_in_turn_are_no_experts():
+    block = Parts(in_turn)
+    assert found(block) == set() != experts_of(block)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+
+
+def test_experts_inside_of_parts_in_turn():
+    block = Parts(in_turn, lambda: Parts(by_index))
+    assert found(block) == {f"parts.{i}.parts.{e}" for i in range(E) for e in range(E)}
+
+
+class Resnet(nn.Module):
+    """Reads the hidden states, and an embedding that it projects."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.proj = nn.Conv1d(D, D, 3, padding=1), nn.Linear(D, D)
+
+    def forward(self, x, embedding):
+        return x + self.conv(x.T).T + self.proj(embedding)
+
+
+def test_two_lists_that_take_turns():
+    """As in a U-Net."""
+
+    def forward(block, x):
+        embedding = x.mean(0)
+        for resnet, attention in zip(block.resnets, block.parts, strict=True):
+            x = resnet(x, embedding)
+            x = x + attention(x)
+        return x
+
+    block = Parts(forward)
+    block.resnets = nn.ModuleList(Resnet() for _ in range(E))
+    assert found(block) == set() != experts_of(block)
+
+
+def longcat():
+    """Each block has two attentions and two MLPs in turn, and a mixture beside them."""
+    config = transformers.LongcatFlashConfig(
+        vocab_size=VOCABULARY, hidden_size=32, ffn_hidden_size=48, expert_ffn_hidden_size=24, num_layers=2,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=E, zero_expert_num=1,
+        moe_topk=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, head_dim=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LongcatFlashForCausalLM(config).eval()
+
+
+def test_attentions_and_mlps_of_longcat_have_the_dense_models_outputs_as_targets():
+    model, batches = longcat(), [{"input_ids": random_ids(2, 9)} for _ in range(4)]
+    batch = batches_of(batches, "calibration").batches[0]
+    with resident(model, batch, CPU) as opened:
+        shape, _ = shape_of_resident(opened, batch)
+    experts = {layer.name: layer.experts for layer in shape.blocks[0].layers}
+    assert {name for name, count in experts.items() if count} == {"mlp.experts.gate_up_proj*", "mlp.experts.down_proj*"}
+    # Five matrices of each attention, three of each MLP.
+    assert sum(not count for count in experts.values()) == 2 * 5 + 2 * 3
+    layers = prune(model, calibration=batches, **QUICK).layers
+    assert {layer.name for layer in layers} <= set(shape.layer_names)
+    targets = {target: {x.name for x in layers if x.target == target} for target in ("dense", "layer")}
+    assert len(targets["dense"]) == 2 * 16
+    assert all("experts" in name for name in targets["layer"])

@@ -13,7 +13,7 @@ class Role:
     """A layer's part in its block.
 
     Attributes:
-        segment: number of the cuts before the layer, see `trace`.
+        segment: number of the cuts before the layer, see `dataflow`.
         way: how its cross matrix is measured, see `measure`. "reads": from the inputs of both models, where the layer's
             output is its product; "writes": from the residual streams, where the layer adds its product to the stream;
             "outputs": from outputs that are recorded.

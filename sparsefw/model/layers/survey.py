@@ -31,7 +31,7 @@ class Survey:
     Attributes:
         layers: the selected layers, in the order of use.
         roles: the role of each.
-        cuts: where the block can go on from its residual stream, see `trace`.
+        cuts: where the block can go on from its residual stream, see `dataflow`.
         inputs: by layer, the point of its input, where it is known.
         writes: the layers that write to the stream.
         attention: number of layers that are used before attention is.
