@@ -111,15 +111,19 @@ def capture(
     def take_input(gram: str, X: Tensor) -> None:
         sums.add_gram(gram, X, j not in passing)
 
-    watch = Watch(names, experts, selected, take_input, stage, record_outputs=dense is not None)
-    for j in batches:
-        watch.through(partial(run, j))
-        dense_output = dense(j) if dense else lambda name: None
+    def add_crosses(dense_output: Callable[[str], Tensor | None]) -> None:
         for name, X, output in watch.outputs.pairs():
             expected = dense_output(name)
             if expected is not None and expected.shape == output.shape:
                 # Rounded only once, whatever the dtype: torch subtracts in fp32.
                 sums.add_cross(name, (expected - output).to(X.dtype), X, j not in passing)
+
+    watch = Watch(names, experts, selected, take_input, stage, record_outputs=dense is not None)
+    for j in batches:
+        watch.through(partial(run, j))
+        # A function of its own: nothing of a micro-batch may outlive it.
+        if dense:
+            add_crosses(dense(j))
     idle = {name for name, G in sums.grams.items() if is_expert(name, experts) and not G.diagonal().any()}
     layers = [layer for layer in watch.layers.values() if layer.gram not in idle]
     grams = {name: backend.mirror_lower(G) for name, G in sums.grams.items() if name not in idle}
@@ -229,18 +233,18 @@ def _measure_known(
             continue
         sums.add_gram(gram, X)
         if X_dense is not None:
-            sums.add_cross("inputs", X, X_dense - X)
+            sums.add_cross("", X, X_dense - X)
         for layer in stage.layers:
             if write := stage.writes.get(layer.name):
                 # The layer is to fill the gap between the streams. Rounded only once: torch subtracts in fp32.
-                gap = (behind[write.sum] - _as_matrix(taken[write.stream])).to(X.dtype)
-                sums.add_cross(layer.name, gap, X)
+                S, h = behind[write.sum], _as_matrix(taken[write.stream])
+                sums.add_cross(layer.name, (S - h).to(X.dtype), X)
                 if layer.bias is not None:
                     # Apart from the gap, which it would make a number with more digits.
                     sums.crosses[layer.name].addr_(layer.bias.float(), X.float().sum(0), alpha=-1)
     backend.mirror_lower(sums.grams[gram])
     # X^T (X_dense - X), of all layers that do not write to the stream.
-    shared = Cross("inputs", sums.crosses.pop("inputs")) if "inputs" in sums.crosses else None
+    shared = Cross("inputs", sums.crosses.pop("")) if "" in sums.crosses else None
     crosses = {name: Cross("streams", matrix) for name, matrix in sums.crosses.items()}
     crosses |= {layer.name: shared for layer in stage.layers if shared and layer.name not in crosses}
     return Captured([*stage.layers], sums.grams, crosses, [])
