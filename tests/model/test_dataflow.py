@@ -285,3 +285,19 @@ class TestExperts:
             first.behind,
         )
         assert [(stage.key, stage.input, stage.start) for stage in rest] == [("c.weight", None, first.behind)] * behind
+
+    def test_nor_behind_those_that_are_multiplied_at_once(self):
+        """Tokens without an expert may be zeros for it here, and be left out elsewhere."""
+
+        class AtOnce(Block):
+            def __init__(self):
+                super().__init__(None)
+                self.w = nn.Parameter(torch.randn(3, D, D))
+
+            def forward(self, x):
+                h = x + self.a(x.tanh())
+                h = h + torch.bmm(h.sin().expand(3, TOKENS, D), self.w).sum(0)
+                return h + self.c(h.cos())
+
+        *_, last = stages(surveyed(damaged_module(AtOnce(), batches())))
+        assert (last.key, last.input) == ("c.weight", None)
