@@ -153,7 +153,7 @@ class Writer:
             self._clear()
             self.folder.mkdir()
             self._records.mkdir()
-            durably(self._identity_file, json.dumps(asdict(_Identity(self._identity, self.chosen))))
+            self._write_identity()
             return
         before = self._read(self._identity_file, _Identity)
         # As JSON has it: a tuple is a list there.
@@ -219,6 +219,14 @@ class Writer:
     def written(self) -> int:
         """Bytes of the tensors in the shards that are finished."""
         return sum(record.bytes for record in self.records.values())
+
+    def choose(self, chosen: dict[str, int]) -> None:
+        """Record that the run has chosen other values by itself: one that goes on with it takes these."""
+        self.chosen = chosen
+        self._write_identity()
+
+    def _write_identity(self) -> None:
+        durably(self._identity_file, json.dumps(asdict(_Identity(self._identity, self.chosen))))
 
     def check_space(self, size: int) -> None:
         """Refuse to begin a run that the disk has too little space for; `size` bytes are still to be written."""

@@ -7,9 +7,11 @@ what is held at once and where, and disk space.
 import json
 from pathlib import Path
 
+import torch
+
 from sparsefw.cli import inputs_and_config, output_of, quiet_libraries, run_parser, say
 from sparsefw.errors import InputError, first_line
-from sparsefw.estimate.plan import CARDS, Machine, lines, plan
+from sparsefw.estimate.plan import CARDS, limits_of, lines, plan
 from sparsefw.flags import checked_path
 
 
@@ -21,12 +23,12 @@ def run(argv: list[str] | None) -> int:
     parser.add_argument("--gpu", choices=CARDS, metavar="CARD", help=cards)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same as JSON")
     arguments = parser.parse_args(argv)
-    machine = Machine(arguments.gpu, arguments.gpu_memory, arguments.host_memory)
-    if machine.gpu:
+    if arguments.gpu or torch.cuda.is_available():
         # The defaults of a run on a GPU, which need not be in this machine.
         arguments.kernel, arguments.precision = arguments.kernel or "triton", arguments.precision or "bf16"
     (inputs, config), output = inputs_and_config(arguments), output_of(arguments)
-    content = plan(inputs, config, machine, output.folder.resolve().parent)
+    limits = limits_of(arguments.gpu, output.gpu_memory, output.host_memory)
+    content = plan(inputs, config, arguments.gpu, limits, output.folder.resolve().parent)
     if arguments.json:
         try:
             checked_path("json", arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from sparsefw.checkpoint import Writer, check_free, read_shard
 from sparsefw.data import Batch, Batches
 from sparsefw.driver.job import Job, Prepared
 from sparsefw.driver.loop import Samples
-from sparsefw.driver.run import carry_out, kernel_line, workload_of
+from sparsefw.driver.run import carry_out, kernel_line
 from sparsefw.driver.saved import check_state, save
 from sparsefw.driver.texts import windows_of_texts
 from sparsefw.errors import InputError, counted
@@ -89,7 +89,7 @@ def run_in_memory(
             calibration,
             evaluation,
             shape,
-            workload_of(job.config, calibration.n, [text.n for text in evaluation], seqlen, device, ranks=ranks),
+            seqlen,
             memory_limits(job.output.gpu_memory, job.output.host_memory, device, ranks),
             opened.notes,
             _fingerprint(tensors),

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsefw.driver.loop import Samples
-from sparsefw.estimate import Workload
 from sparsefw.inputs import Inputs, Output
 from sparsefw.model import ModelShape
 from sparsefw.solver import PruneConfig
@@ -45,23 +44,25 @@ class Prepared:
         device: device that the model runs on.
         calibration, evaluation: the windows, or the batches of a caller.
         shape: shape of the model, with the layers that are to be pruned.
-        workload: the work to do.
+        seqlen: tokens in a window; of batches, the most vectors of one between two blocks.
         limits: memory limits in bytes: "host", and with a GPU "gpu".
         notes: what the user should know of the model, one line each.
         fingerprint: tells the model from another one.
         files: what tells the checkpoint's files from changed ones; empty: the fingerprint is of all tensors in memory.
         fixed: values of `Placement` that are settled, by field.
         saved: bytes that the end of the run writes while the finished blocks are still on the disk.
+        peak: the most bytes that the process has had on the host while texts were read; 0: not known.
     """
 
     device: torch.device
     calibration: Samples
     evaluation: Sequence[Samples]
     shape: ModelShape
-    workload: Workload
+    seqlen: int
     limits: dict[str, int]
     notes: list[str]
     fingerprint: str
     files: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, int] = field(default_factory=dict)
     saved: int = 0
+    peak: int = 0

@@ -116,7 +116,7 @@ def _predicted(run: Run, i: int, states: HiddenStates, ids: Tensor | None) -> It
     The model's shape says where there are predictions, as plans have it. The windows of all ranks have to agree: ranks
     make the same steps.
     """
-    if ids is not None and run.predicts and i == len(run.model.blocks) - 1:
+    if ids is not None and run.of(i).predicts:
         with run.model.outside():
             if all(run.ranks.gather(predicts(states, ids))):
                 yield list(ids.split(states.windows))

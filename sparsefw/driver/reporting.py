@@ -38,7 +38,7 @@ def report_of(
     records = ranks.gather(mine)
     timelines = ranks.gather(outcome.timeline.spans)
     calibration, device = prepared.calibration, prepared.device
-    seqlen = prepared.workload.seqlen
+    seqlen = prepared.seqlen
     arguments = asdict(job.inputs) | {"seqlen": seqlen} | asdict(job.config) | asdict(job.output)
     arguments["output"] = str(arguments.pop("folder"))
     peak = {what: max(record.peak_memory[what] for record in records) for what in mine.peak_memory}

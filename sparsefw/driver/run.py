@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,11 @@ from sparsefw.checkpoint import Checkpoint, Writer, durably
 from sparsefw.data import Batches
 from sparsefw.driver.block import Run
 from sparsefw.driver.job import Job, Prepared
-from sparsefw.driver.loop import prune_model
+from sparsefw.driver.loop import Outcome, prune_model
 from sparsefw.driver.reporting import report_of
 from sparsefw.driver.texts import windows_of_texts
 from sparsefw.errors import InputError, counted
-from sparsefw.estimate import MemoryNeeds, Workload, disk_space, memory_limits, place, pruned_shape
+from sparsefw.estimate import Workload, disk_space, memory_limits, place, pruned_shape
 from sparsefw.flags import flag_of
 from sparsefw.model import BlockModel, Placement, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
@@ -76,50 +76,29 @@ def carry_out(
     Raises:
         InputError, FloatingPointError: as `run_job`.
     """
-    if prepared.calibration.n < ranks.count:
-        raise InputError(f"--nsamples {prepared.calibration.n}: {ranks.count} ranks, and each needs a window")
-    wanted, job = job.config.reconstruct, replace(job, config=prepared.workload.config)
+    limits, calibration = prepared.limits, prepared.calibration
+    if calibration.n < ranks.count:
+        raise InputError(f"--nsamples {calibration.n}: {ranks.count} ranks, and each needs a window")
+    config = job.config.for_calibration(calibration.n, prepared.seqlen, ranks.count)
+    if job.config.reconstruct and not config.reconstruct:
+        say("note: no block is reconstructed: that takes two calibration windows on every rank, one to hold out")
+    job, workload = replace(job, config=config), _workload(config, prepared, ranks)
     ranks.agree(_identity(job, prepared, ranks) | {"--output": str(job.output.folder.resolve())})
-    placement, _ = _place(job, prepared)
+    find_place = partial(place, prepared.shape, workload, limits, job.output.folder.resolve().parent)
+    placement, _ = find_place(fixed=prepared.fixed)
     chosen = {"batch": placement.batch, "solver": placement.solver}
     with _writer(job, model, prepared, chosen, ranks) as writer:
         if writer.finished:
             say(f"going on with an unfinished run: {len(writer.finished)} of {writer.shards} parts are there")
-        placement, needs = _place(job, prepared, writer.chosen)
+        placement, needs = find_place(fixed=prepared.fixed | writer.chosen)
         # The disk has a finished block as each method pruned it.
-        written = len(job.config.methods) * writer.written
-        needed = sum(disk_space(prepared.shape, prepared.workload, placement).values()) + prepared.saved
+        written = len(config.methods) * writer.written
+        needed = sum(disk_space(prepared.shape, workload, placement).values()) + prepared.saved
         writer.check_space(needed - written)
-        of_batches = isinstance(prepared.calibration, Batches)
-        say(log.placement_line(placement, needs, prepared.limits, of_batches))
-        if wanted and not job.config.reconstruct:
-            say("note: no block is reconstructed: that takes two calibration windows on every rank, one to hold out")
+        of_batches = isinstance(calibration, Batches)
+        say(log.placement_line(placement, needs, limits, of_batches))
         say(log.layer_header())
-        with (
-            tqdm(total=len(model.blocks), unit="block", disable=None if progress else True) as bar,
-            memory.gpu_limited(prepared.limits.get("gpu")),
-        ):
-            outcome = prune_model(
-                Run(
-                    model,
-                    job.config,
-                    job.config.backend,
-                    placement.solver,
-                    frozenset(prepared.shape.layer_names),
-                    placement.kept_width,
-                    tuple(block.seen for block in prepared.shape.blocks),
-                    ranks,
-                    predicts=prepared.shape.blocks[-1].predicts,
-                    experts=tuple(block.experts for block in prepared.shape.blocks),
-                ),
-                prepared.calibration,
-                prepared.evaluation,
-                writer,
-                placement,
-                on_layer=lambda result: say(log.layer_row(result)),
-                on_reconstruction=lambda block, found: say(log.reconstruction_row(block, found)),
-                on_block=bar.update,
-            )
+        outcome, placement = _prune(job, model, prepared, placement, writer, say, progress, ranks)
         # Times differ; all ranks return those of rank 0.
         report = ranks.broadcast_object(report_of(job, prepared, outcome, placement, needs, ranks))
         if ranks.first:
@@ -128,6 +107,37 @@ def carry_out(
                 durably(writer.folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
         finish(writer)
     return report
+
+
+def _prune(
+    job: Job,
+    model: BlockModel,
+    prepared: Prepared,
+    placement: Placement,
+    writer: Writer,
+    say: Callable[[str], None],
+    progress: bool,
+    ranks: Ranks,
+) -> tuple[Outcome, Placement]:
+    """Prune all blocks; on a GPU that is full, go on from the last finished block with half the windows at a time."""
+    while True:
+        run = Run(model, prepared.shape, job.config, job.config.backend, placement, say, ranks)
+        bar = tqdm(total=len(model.blocks), unit="block", disable=None if progress else True)
+        with bar, memory.gpu_limited(prepared.limits.get("gpu")):
+            try:
+                outcome = prune_model(run, prepared.calibration, prepared.evaluation, writer, bar.update)
+                return outcome, placement
+            except torch.OutOfMemoryError:
+                # Other ranks would wait for this one; batches of a caller are not cut.
+                if placement.batch == 1 or not ranks.alone:
+                    raise
+        # Outside of the handler, whose traceback holds the tensors of the block.
+        for i in range(len(model.blocks)):
+            model.close(i)
+        placement = replace(placement, batch=placement.batch // 2)
+        say(f"out of memory on the GPU: going on with {counted(placement.batch, 'window')} at a time")
+        writer.choose({"batch": placement.batch, "solver": placement.solver})
+        memory.give_back()
 
 
 def kernel_line(config: PruneConfig) -> str:
@@ -177,60 +187,39 @@ def _prepare(
     whole = shape_of(source)
     shape = pruned_shape(whole, config)
     say(log.sparsity_line(config, shape, whole))
-    workload = workload_of(
-        config,
-        calibration.n,
-        [windows.n for windows in evaluation],
-        seqlen,
-        model.device,
-        peak=peak if peak > before else 0,
-        ranks=ranks,
-    )
     return Prepared(
         model.device,
         calibration,
         evaluation,
         shape,
-        workload,
+        seqlen,
         limits,
         notes,
         checkpoint.fingerprint(source),
         checkpoint.stamps(source) if ranks.first else {},
+        peak=peak if peak > before else 0,
     )
 
 
-def workload_of(
-    config: PruneConfig,
-    windows: int,
-    evaluation: Sequence[int],
-    seqlen: int,
-    device: torch.device,
-    peak: int = 0,
-    ranks: Ranks = ALONE,
-) -> Workload:
-    """The work of a run, see `Workload`; of several ranks, with the memory of the one that has most."""
+def _workload(config: PruneConfig, prepared: Prepared, ranks: Ranks) -> Workload:
+    """The work of a run with this config; of several ranks, with the memory of the one that has most."""
     # Memory that texts and shapes have freed can be taken again: it is no part of what the process keeps.
     memory.give_back()
-    mine = memory.resident(), memory.held_on_gpu(device), peak
+    mine = memory.resident(), memory.held_on_gpu(prepared.device), prepared.peak
     has, held, had = (max(sizes) for sizes in zip(*ranks.gather(mine), strict=True))
     return Workload(
-        windows=windows,
-        evaluation=tuple(evaluation),
-        seqlen=seqlen,
+        windows=prepared.calibration.n,
+        evaluation=tuple(samples.n for samples in prepared.evaluation),
+        seqlen=prepared.seqlen,
         config=config,
-        gpu=device.type == "cuda",
+        gpu=prepared.device.type == "cuda",
         threads=torch.get_num_threads() if config.kernel == "torch" else 1,
         process=has,
         held=held,
         peak=had,
         ranks=ranks.count,
-        machines=ranks.count // ranks.here,
+        ranks_here=ranks.here,
     )
-
-
-def _place(job: Job, prepared: Prepared, fixed: dict[str, int] | None = None) -> tuple[Placement, MemoryNeeds]:
-    folder = job.output.folder.resolve().parent
-    return place(prepared.shape, prepared.workload, prepared.limits, folder, fixed=prepared.fixed | (fixed or {}))
 
 
 def _writer(

@@ -1,9 +1,8 @@
-"""Memory, flops, bytes and time of a run, from the shapes of a model alone."""
+"""Memory and disk of a run, from the shapes of a model alone, and the placement that fits."""
 
 from sparsefw.estimate.describe import describe
-from sparsefw.estimate.limits import first_that_fits, memory_limits
 from sparsefw.estimate.memory import MemoryNeeds, disk_space, memory_needs
-from sparsefw.estimate.placing import place
+from sparsefw.estimate.placement import memory_limits, place
 from sparsefw.estimate.workload import Workload, pruned_shape
 
 __all__ = [
@@ -11,7 +10,6 @@ __all__ = [
     "Workload",
     "describe",
     "disk_space",
-    "first_that_fits",
     "memory_limits",
     "memory_needs",
     "place",

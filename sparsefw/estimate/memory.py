@@ -1,34 +1,41 @@
-"""How much memory and disk a run takes at most, from the shapes alone: the run keeps to it, and the plan prints it.
+"""How much memory and disk a run takes at most: the run keeps to it, and the plan prints it.
 
 Weights are held a block at a time, Gram and cross matrices a stage at a time, the state of a solve a chunk of rows at a
-time. Activations are held a micro-batch at a time where they are used, and of all windows where they are placed. On a
-machine without a GPU all of it is on the host. Of several ranks, all of this is what the one with the most takes.
+time. Activations are held a micro-batch at a time where they are used, and of all windows where they are placed. What a
+forward takes is counted when the shapes are found. On a machine without a GPU all of it is on the host. Of several
+ranks, all of this is what the one with the most takes.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from sparsefw import data
-from sparsefw.estimate.forward_memory import (
-    SLACK,
-    forward_bytes,
-    libraries_bytes,
-    outside_page_locked,
-    page_locked_of_block,
-)
-from sparsefw.estimate.passes import fits_predictions, is_forked, is_kept, stages
-from sparsefw.estimate.reconstruction_memory import prediction_bytes, reconstruction_bytes
-from sparsefw.estimate.sharing import Group, approximates_dense, grams_of_rank, groups
-from sparsefw.estimate.solve_memory import cross_bytes, rows_of_rank, stage_bytes
-from sparsefw.estimate.workload import Workload
+from sparsefw.estimate.workload import Workload, largest_share, stages
 from sparsefw.memory import pinned_bytes
 from sparsefw.model import Placement
-from sparsefw.model.layers import first_segments, is_watched
+from sparsefw.model.layers import is_watched
+from sparsefw.model.predictions import PIECE, tokens_of_pass
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
-from sparsefw.ranks import panels
-from sparsefw.solver import PruneConfig
+from sparsefw.solver import METHODS, PruneConfig, patterns
+from sparsefw.solver.kept_weights import bytes_of_state
+from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
 
 GIB = 2**30
+
+# Share of the tensors' bytes that is expected beside them, on a GPU and on a CPU. On a GPU torch keeps to the limit; a
+# full host is no error that a run could go on from.
+GPU_MARGIN, CPU_MARGIN = 0.05, 0.15
+
+# Code and buffers of a CPU's libraries, bytes; and the code that oneDNN generates for products in half precision, of
+# all the numbers of tokens that experts are sent.
+LIBRARIES, CODE_OF_EXPERTS = 2**26, 2**29
+
+# Memory of a solve for each entry of a chunk, where no mask is chosen again for refitted weights; for each entry of a
+# layer that is solved as a whole, by Frank-Wolfe and by SparseGPT; and before a solve, to choose budgets, or for
+# saliencies: of the whole matrix, and of rows that ranks may share.
+BYTES_WITHOUT_ROUNDS, BYTES_OF_WHOLE, BYTES_OF_SWEEP, BYTES_OF_BUDGETS = 56, 48, 20, 23
+BYTES_OF_SALIENCY = {False: 12, True: 4}
 
 
 @dataclass(frozen=True)
@@ -64,57 +71,49 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     config, blocks = workload.config, list(dict.fromkeys(shape.blocks))
     most = max(workload.windows_of_rank, *workload.evaluation_of_rank, 0)
     tokens = min(placement.batch, most) * workload.seqlen
-    near, far = _activations(shape, workload, placement)
-    kept = _Kept.of(shape, workload, placement, tokens)
     block = max(b.nbytes for b in blocks)
     weights = block * (1 + (config.uses_dense_target or len(config.methods) > 1))
-    others = _other_blocks(shape, workload, placement)
+    kept, kept_on_host = _kept_bytes(blocks, shape, workload, placement, tokens)
     logits = (workload.seqlen if shape.by_window else tokens) * shape.vocabulary * (shape.itemsize + 8)
-    forward = max(forward_bytes(b, shape, workload.seqlen, tokens) for b in blocks)
-    # Weights go to a GPU through page-locked host memory.
-    passing = outside_page_locked(shape) if workload.gpu else 0
-    on_device = {
-        "start": shape.outside + blocks[0].nbytes + max(forward, shape.loading),
-        "calibrate": max(
-            weights + max(_calibration_bytes(b, shape, workload, tokens, kept) for b in blocks),
-            # While a block is loaded.
-            block + shape.loading,
-        ),
-        "solve": weights + max(_solve_bytes(b, shape, workload, placement, kept) for b in blocks),
-        "reconstruct": max(
-            block + max(reconstruction_bytes(b, shape, workload, tokens) for b in blocks),
-            prediction_bytes(shape, workload, tokens),
-        ),
-        "write": weights,
-        "end": shape.outside + max(logits if workload.evaluation else 0, shape.quantized),
-    }
-    pruning = others + kept.far
+    # Weights go to a GPU through pinned host memory.
+    passing = _outside_pinned(shape) if workload.gpu else 0
+    others = _other_blocks(shape, workload, placement)
     # All tensors outside of the blocks are written at the end, piece by piece. They are not loaded for it.
     piece = max(shape.pieces) + shape.quantized
-    on_host = {
-        "start": passing,
-        "calibrate": pruning,
-        "solve": pruning,
-        "reconstruct": others + (passing if fits_predictions(shape, config) else 0),
-        "write": others,
-        "end": max(passing, piece),
+    forward = max(_forward(b, shape, workload, tokens) for b in blocks)
+    end = shape.outside + max(logits if workload.evaluation else 0, shape.quantized)
+    # By phase: on the device, and on the host beside it.
+    phases = {
+        "start": (shape.outside + blocks[0].nbytes + max(forward, shape.loading), passing),
+        "calibrate": (
+            weights + max(shape.loading, kept + max(_calibration(b, shape, workload, tokens) for b in blocks)),
+            others + kept_on_host,
+        ),
+        "solve": (
+            weights + kept + max(_solves(b, workload, placement) for b in blocks),
+            others + kept_on_host,
+        ),
     }
-    if not workload.gpu:
-        on_host["end"] = max(0, piece - on_device["end"])
+    if config.reconstruct:
+        predicts = shape.blocks[-1].predicts and bool(shape.blocks[-1].layers)
+        phases["reconstruct"] = (
+            max(b.nbytes + _reconstruction(b, shape, workload, tokens) for b in blocks),
+            others + (passing if predicts else 0),
+        )
+    phases["write"] = weights, others
+    phases["end"] = end, max(passing, piece) if workload.gpu else max(0, piece - end)
+    near, far = _activations(shape, workload, placement)
     process = workload.process
     if not workload.gpu:
-        process += libraries_bytes(
-            shape, workload.threads, tokens, _batches(workload, placement), config.reconstruct > 0
-        )
+        sent = any(layer.experts for b in blocks for layer in b.all_layers)
+        process += LIBRARIES + CODE_OF_EXPERTS * (sent and shape.itemsize == 2)
     texts = data.reading_bytes(workload.windows, workload.evaluation, workload.seqlen)
-    if not config.reconstruct:
-        del on_device["reconstruct"]
-    phases = {"texts": (0, max(texts + workload.process, workload.peak))}
-    for phase in on_device:
-        device, host = (1 + SLACK) * (on_device[phase] + near), (1 + SLACK) * (on_host[phase] + far)
-        apart = int(device) + workload.held, int(host) + process
-        phases[phase] = apart if workload.gpu else (0, int(device + host) + process)
-    return MemoryNeeds(phases)
+    needs = {"texts": (0, max(workload.peak, workload.process + texts))}
+    margin = 1 + (GPU_MARGIN if workload.gpu else CPU_MARGIN)
+    for phase, (on_device, on_host) in phases.items():
+        device, host = int(margin * (on_device + near)), int(margin * (on_host + far)) + process
+        needs[phase] = (device + workload.held, host) if workload.gpu else (0, device + host)
+    return MemoryNeeds(needs)
 
 
 def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> dict[str, int]:
@@ -122,66 +121,18 @@ def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> d
 
     Activations are those of all ranks.
     """
-    alone = replace(workload, ranks=1)
     inside = sum(block.nbytes for block in shape.blocks)
     return {
         "output": inside + sum(shape.pieces),
         "kept": (len(workload.config.methods) - 1) * inside,
-        "activations": activation_bytes(shape, alone) if placement.place == "file" else 0,
+        "activations": activation_bytes(shape, replace(workload, ranks=1)) if placement.place == "file" else 0,
     }
 
 
 def activation_bytes(shape: ModelShape, workload: Workload) -> int:
     """All that lies between two blocks, of a rank's windows, of every method and, where it is used, the dense model."""
     of_stream, of_text = sum(shape.of_stream(workload.seqlen)), sum(shape.of_text(workload.seqlen))
-    return sum(windows * (streams * of_stream + of_text) for windows, streams in _texts(workload))
-
-
-def _texts(workload: Workload) -> list[tuple[int, int]]:
-    """For the calibration text and each evaluation text, a rank's windows, and the number of streams with them."""
-    methods = len(workload.config.methods)
-    config = workload.config
-    # A reconstruction begins where stages have begun to move the windows on.
-    calibration = workload.windows_of_rank, methods + config.uses_dense_stream + is_forked(config)
-    return [calibration, *((windows, methods + 1) for windows in workload.evaluation_of_rank)]
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Inputs that are kept for the next run of the calibration windows.
-
-    Attributes:
-        placement: says which are.
-        near: bytes on the device for each entry a token.
-        far: bytes on the host beside it.
-    """
-
-    placement: Placement
-    near: int
-    far: int
-
-    @classmethod
-    def of(cls, shape: ModelShape, workload: Workload, placement: Placement, tokens: int) -> "_Kept":
-        """The inputs that a placement keeps; `tokens` are those of a micro-batch."""
-        everything = workload.windows_of_rank * workload.seqlen * shape.itemsize
-        if placement.place == "gpu" or not workload.gpu:
-            return cls(placement, everything, 0)
-        # Every micro-batch is a page-locked tensor, and torch keeps its memory for the next tensor of this size.
-        widths = [width for width in keepable_widths(shape, workload) if width <= placement.kept_width]
-        batches = -(-workload.windows_of_rank // placement.batch)
-        far = sum(batches * pinned_bytes(tokens * width * shape.itemsize) for width in widths)
-        # One micro-batch is on its way to the GPU, and one is at work.
-        return cls(placement, min(everything, 2 * tokens * shape.itemsize), far)
-
-    def by_stage(self, block: BlockShape) -> list[int]:
-        """Bytes on the device while each stage is measured and solved: its inputs, and those of the stage before."""
-        order = stages(block.layers)
-        segments = first_segments([[layer.role for layer in stage] for stage in order])
-        own = [
-            stage[0].d if is_kept(stage, segment, self.placement) else 0
-            for stage, segment in zip(order, segments, strict=True)
-        ]
-        return [self.near * (width + before) for width, before in zip(own, [0, *own], strict=False)]
+    return sum(windows * (streams * of_stream + of_text) for windows, streams in _streams(workload))
 
 
 def keepable_widths(shape: ModelShape, workload: Workload) -> set[int]:
@@ -191,9 +142,18 @@ def keepable_widths(shape: ModelShape, workload: Workload) -> set[int]:
     return {layer.d for block in shape.blocks for layer in block.layers if layer.role.keepable}
 
 
+def _streams(workload: Workload) -> list[tuple[int, int]]:
+    """For the calibration text and each evaluation text, a rank's windows, and the number of streams with them."""
+    config, methods = workload.config, len(workload.config.methods)
+    # A reconstruction begins where stages have begun to move the windows on.
+    forked = config.reconstruct > 0 and config.uses_dense_target and config.method == "sparsefw"
+    calibration = workload.windows_of_rank, methods + config.uses_dense_stream + forked
+    return [calibration, *((windows, methods + 1) for windows in workload.evaluation_of_rank)]
+
+
 def _activations(shape: ModelShape, workload: Workload, placement: Placement) -> tuple[int, int]:
     """Bytes of what lies between two blocks on the device, and on the host beside it."""
-    everything, texts, seqlen = activation_bytes(shape, workload), _texts(workload), workload.seqlen
+    everything, texts, seqlen = activation_bytes(shape, workload), _streams(workload), workload.seqlen
     of_stream, of_text = shape.of_stream(seqlen), shape.of_text(seqlen)
     batch = min(placement.batch, max(windows for windows, _ in texts))
     # Five micro-batches at most. One is on its way in. The next one is launched before the last one is checked, so two
@@ -202,19 +162,43 @@ def _activations(shape: ModelShape, workload: Workload, placement: Placement) ->
     if not workload.gpu:
         return {"gpu": (everything, 0), "host": (moving, everything), "file": (moving, moving)}[placement.place]
 
-    def locked(windows: int, sizes: list[int]) -> int:
-        # On the host of a GPU every micro-batch is a page-locked tensor; the last one of a text may be smaller.
+    def pinned(windows: int, sizes: list[int]) -> int:
+        # On the host of a GPU every micro-batch is a pinned tensor; the last one of a text may be smaller.
         whole, rest = divmod(windows, placement.batch)
         return sum(whole * pinned_bytes(placement.batch * n) + pinned_bytes(rest * n) for n in sizes)
 
-    all_locked = sum(count * locked(n, of_stream) + locked(n, of_text) for n, count in texts)
-    locked_moving = min(all_locked, sum(5 * pinned_bytes(batch * n) for n in of_stream + of_text))
-    return {"gpu": (everything, 0), "host": (moving, all_locked), "file": (moving, locked_moving)}[placement.place]
+    all_pinned = sum(count * pinned(n, of_stream) + pinned(n, of_text) for n, count in texts)
+    moving_pinned = min(all_pinned, sum(5 * pinned_bytes(batch * n) for n in of_stream + of_text))
+    return {"gpu": (everything, 0), "host": (moving, all_pinned), "file": (moving, moving_pinned)}[placement.place]
 
 
-def _batches(workload: Workload, placement: Placement) -> set[int]:
-    """The different numbers of windows in micro-batches: the last one of a text may be smaller."""
-    return {n for count, _ in _texts(workload) for n in (min(count, placement.batch), count % placement.batch)}
+def _kept_bytes(
+    blocks: list[BlockShape], shape: ModelShape, workload: Workload, placement: Placement, tokens: int
+) -> tuple[int, int]:
+    """Bytes on the device and on the host beside it of inputs that are kept for the next run of the windows."""
+    if not workload.config.uses_dense_target:
+        return 0, 0
+    widest = 0
+    for block in blocks:
+        roles = [(stage[0].role.keepable, stage[0].d) for stage in stages(block.layers)]
+        widths = [d if keepable and d <= placement.kept_width else 0 for keepable, d in roles]
+        # A stage's inputs, and those of the stage before.
+        widest = max([widest, *(a + b for a, b in pairwise([0, *widths]))])
+    entries = workload.windows_of_rank * workload.seqlen * widest
+    if placement.place == "gpu" or not workload.gpu:
+        return shape.itemsize * entries, 0
+    # Every micro-batch is a pinned tensor, and torch keeps its memory for the next tensor of this size. One micro-batch
+    # is on its way to the GPU, and one is at work.
+    batches = -(-workload.windows_of_rank // placement.batch)
+    widths = [width for width in keepable_widths(shape, workload) if width <= placement.kept_width]
+    far = sum(batches * pinned_bytes(tokens * width * shape.itemsize) for width in widths)
+    return shape.itemsize * min(entries, 2 * tokens * widest), far
+
+
+def _outside_pinned(shape: ModelShape) -> int:
+    """Pinned memory that the tensors outside of the blocks are read into: embeddings, a head, and little else."""
+    table = shape.vocabulary * shape.hidden * shape.itemsize or shape.outside or 1
+    return shape.outside // table * pinned_bytes(table) + shape.outside % table
 
 
 def _other_blocks(shape: ModelShape, workload: Workload, placement: Placement) -> int:
@@ -222,41 +206,57 @@ def _other_blocks(shape: ModelShape, workload: Workload, placement: Placement) -
     block, methods = max(b.nbytes for b in shape.blocks), len(workload.config.methods)
     if not workload.gpu:
         return block * (min(placement.ahead + 1, len(shape.blocks) - 1) + methods - 1)
-    # torch keeps the page-locked memory of a block for the next one, unless blocks come one after another.
-    locked, written = max(page_locked_of_block(b, shape) for b in shape.blocks), block * methods
-    return locked + written if placement.ahead else max(locked, written)
+    pinned, written = 0, block * methods
+    for b in dict.fromkeys(shape.blocks):
+        sizes = [layer.rows * layer.d * shape.itemsize for layer in b.all_layers for _ in range(layer.experts or 1)]
+        pinned = max(pinned, sum(map(pinned_bytes, sizes)) + max(0, b.nbytes - sum(sizes)))
+    # torch keeps the pinned memory of a block for the next one, unless blocks come one after another.
+    return pinned + written if placement.ahead else max(pinned, written)
 
 
-def _gram_bytes(stage: Sequence[LayerShape]) -> int:
-    """Gram matrices of a stage: one, or one for each expert."""
-    return 4 * stage[0].d ** 2 * max(1, stage[0].experts)
+def _forward(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
+    """A micro-batch inside a block; scores of attention, where they are held, grow with the square of the tokens."""
+    return block.forward.peak(tokens) + shape.heads * workload.seqlen * tokens * (4 + shape.itemsize)
 
 
-def _groups(block: BlockShape, config: PruneConfig, kept: _Kept) -> Iterator[tuple[str, Group, int]]:
-    """For each method, the stages whose inputs are measured together, and the bytes of kept inputs."""
-    for method in config.methods:
-        found = groups(block, config, method)
-        sizes = kept.by_stage(block) if approximates_dense(config, method) else [0] * len(found)
-        for group, size in zip(found, sizes, strict=True):
-            yield method, group, size
+def _approximates_dense(config: PruneConfig, method: str) -> bool:
+    return config.uses_dense_target and method == "sparsefw"
 
 
-def _calibration_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int, kept: _Kept) -> int:
+def _groups(block: BlockShape, config: PruneConfig) -> Iterator[tuple[str, list[list[LayerShape]]]]:
+    """For each method, the stages that are measured together: one by one, or all of them."""
+    order = stages(block.layers)
+    for method in config.methods if order else ():
+        yield from ((method, [s]) for s in order) if _approximates_dense(config, method) else [(method, order)]
+
+
+def _cross_bytes(stage: Sequence[LayerShape], config: PruneConfig, method: str) -> int:
+    """Cross matrices of a stage; layers that do not write to the stream share a square one."""
+    if not _approximates_dense(config, method) or stage[0].experts:
+        return 0
+    watched = is_watched([layer.role for layer in stage])
+    rows = [layer.rows for layer in stage if watched or layer.role.way == "writes"]
+    return 4 * stage[0].d * (sum(rows) + stage[0].d * (len(rows) < len(stage)))
+
+
+def _matrices(group: list[list[LayerShape]], config: PruneConfig, method: str) -> int:
+    """Gram and cross matrices of stages: a Gram matrix each, or one for each expert."""
+    return sum(4 * s[0].d ** 2 * max(1, s[0].experts) + _cross_bytes(s, config, method) for s in group)
+
+
+def _calibration(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
     """Gram and cross matrices, and the inputs and outputs that they are made of."""
-    config = workload.config
-    peak = forward = forward_bytes(block, shape, workload.seqlen, tokens)
-    if config.uses_dense_target:
-        # All stages are watched at once to find them.
-        watched = sum(stage[0].d * stage[0].parts + sum(x.rows for x in stage) for stage in stages(block.layers))
-        peak += tokens * watched * shape.itemsize
-    for method, group, kept_bytes in _groups(block, config, kept):
-        dense = approximates_dense(config, method)
-        matrices = sum(_gram_bytes(stage) + cross_bytes(stage, config, method) for stage in group)
-        d, rows = max(stage[0].d for stage in group), max(layer.rows for stage in group for layer in stage)
+    config, forward = workload.config, _forward(block, shape, workload, tokens)
+    # All stages are watched at once to find them.
+    watched = sum(s[0].d * s[0].parts + sum(x.rows for x in s) for s in stages(block.layers))
+    peak = forward + tokens * shape.itemsize * watched * config.uses_dense_target
+    for method, group in _groups(block, config):
+        dense = _approximates_dense(config, method)
         held = tokens * shape.itemsize * sum(_held(stage, shape, dense) for stage in group)
-        # Operands are made of them while the rest of the block runs, or afterwards. On a CPU both are in fp32.
-        operands = 0 if workload.gpu else 4 * tokens * (d + (rows if dense else 0))
-        peak = max(peak, matrices + kept_bytes + held + max(forward, operands))
+        # On a CPU operands are made in fp32, while the rest of the block runs or afterwards.
+        entries = max(s[0].d for s in group) + dense * max(layer.rows for s in group for layer in s)
+        operands = 0 if workload.gpu else 4 * tokens * entries
+        peak = max(peak, _matrices(group, config, method) + held + max(forward, operands))
     return peak
 
 
@@ -266,33 +266,69 @@ def _held(stage: Sequence[LayerShape], shape: ModelShape, dense: bool) -> int:
     if not dense or stage[0].experts:
         return d * stage[0].parts
     if is_watched([layer.role for layer in stage]):
-        return d + 2 * sum(layer.rows for layer in stage) + max(layer.rows for layer in stage)
-    writes = sum(layer.role.way == "writes" for layer in stage)
-    # Both inputs and their gap, or one input, both streams and theirs.
-    return d * (3 if writes < len(stage) else 1) + 3 * shape.hidden * bool(writes)
+        return d + 3 * sum(layer.rows for layer in stage)
+    # Both inputs and their gap; both streams and theirs.
+    return 3 * d + 3 * shape.hidden * any(layer.role.way == "writes" for layer in stage)
 
 
-def _solve_bytes(block: BlockShape, shape: ModelShape, workload: Workload, placement: Placement, kept: _Kept) -> int:
+def _solves(block: BlockShape, workload: Workload, placement: Placement) -> int:
     """The matrices of the stages that were measured together, and the solve of one of these stages."""
-    peak, config = 0, workload.config
-    for method, group, kept_bytes in _groups(block, config, kept):
-        crosses = kept_bytes + sum(cross_bytes(stage, config, method) for stage in group)
-        waiting = crosses + sum(map(_gram_bytes, group))
-        if workload.ranks > 1:
-            peak = max(peak, waiting + _exchange_bytes(group, shape, workload, method))
-            # Those of other ranks leave memory when they are summed.
-            matrices = grams_of_rank(group, config, workload.ranks)
-            waiting = crosses + sum(4 * stage[0].d ** 2 * n for stage, n in zip(group, matrices, strict=True))
-        for stage in group:
-            peak = max(peak, waiting + stage_bytes(stage, workload, placement, method))
-    return peak
+    groups = [
+        _matrices(group, workload.config, method) + max(_solve(s, workload, placement, method) for s in group)
+        for method, group in _groups(block, workload.config)
+    ]
+    return max(groups, default=0)
 
 
-def _exchange_bytes(group: Group, shape: ModelShape, workload: Workload, method: str) -> int:
-    """Buffers of what is sent: two panels of a Gram matrix, then the rows of a rank, or of an owner."""
-    peak = 0
-    for stage in group:
-        d, rows = stage[0].d, rows_of_rank(stage, workload, method)
-        panel = 4 * max(part.stop * (part.stop - part.start) for part in panels(d))
-        peak = max(peak, 2 * panel, rows * d * shape.itemsize)
-    return peak
+def _solve(stage: Sequence[LayerShape], workload: Workload, placement: Placement, method: str) -> int:
+    """The solve of a stage by a method, beside its Gram and cross matrices."""
+    config, d, gpu = workload.config, stage[0].d, workload.gpu
+    low = gpu and config.precision == "bf16"
+    stacked = config.rows_independent(method)
+    rows = -(-sum(layer.rows for layer in stage) // ROW_UNIT) * ROW_UNIT
+    if not stacked:
+        rows = max(layer.rows for layer in stage)
+    elif not stage[0].experts and config.rows_shared(method):
+        rows = largest_share(rows, workload.ranks, ROW_UNIT)
+    # The damped Gram matrix; and the Gram matrix as two bf16 terms, for exact products.
+    matrices = (2 if low and config.refit else 4) * d * d * METHODS[method].uses_damping
+    matrices += 4 * d * d * (gpu and config.precision in ("tf32", "bf16"))
+    # Weights; saliencies, when the cross matrices have gone; the gap to the targets; weights that may be nonzero.
+    copies = rows * d * (2 if gpu else 4) + max(0, 4 * rows * d - stacked * _cross_bytes(stage, config, method))
+    copies += rows * d * (4 * (_approximates_dense(config, method) and not config.refit) + config.keep_zeros)
+    if stacked:
+        at_once = min(rows, max(ROW_UNIT, placement.solver // (BYTES_PER_ENTRY * d) // ROW_UNIT * ROW_UNIT))
+        at_once = at_once if gpu else min(at_once, workload.threads * cpu_rows(d))
+        state = (BYTES_PER_ENTRY if config.refit and config.rounds else BYTES_WITHOUT_ROUNDS) * at_once * d
+    elif method == "sparsegpt":
+        # The Gram matrix is decomposed and inverted, and the factor is there while weights are removed.
+        state = max(12 * d * d, 4 * d * d + BYTES_OF_SWEEP * rows * d)
+    else:
+        state = BYTES_OF_WHOLE * rows * d
+    before = BYTES_OF_BUDGETS if config.pattern.scope == "layer" else BYTES_OF_SALIENCY[config.rows_shared(method)]
+    return matrices + copies + max(state, before * min(rows, max(layer.rows for layer in stage)) * d)
+
+
+def _reconstruction(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
+    """The state of kept weights, what a micro-batch leaves inside a block for its gradients, and logits."""
+    experts = {layer.name: max(1, layer.experts) for layer in block.all_layers}
+    state, written = 0, 0
+    for layer in block.layers:
+        # Experts that stay dense lie in the parameter of the others; their weights do not move.
+        kept = layer.rows * patterns.kept_in_row(workload.config.pattern, layer.d) * max(1, layer.experts)
+        state += bytes_of_state(layer.rows * layer.d * experts[layer.name], kept, shape.itemsize)
+        # One parameter at a time has the places of its kept weights in 8 bytes each, and their new values.
+        written = max(written, (8 + shape.itemsize) * kept)
+    scores = 2 * shape.heads * workload.seqlen * tokens * (4 + shape.itemsize)
+    backward = block.forward.kept(tokens) + _forward(block, shape, workload, tokens) + scores
+    if not (block.predicts and block.layers):
+        return state + written + backward
+
+    def logits(tokens: int) -> int:
+        # Of both models, and what a head makes them of; of a piece, three distributions in fp32 and a byte.
+        entries = tokens * shape.vocabulary
+        return 3 * shape.logits_itemsize * entries + 13 * min(entries, max(PIECE, shape.vocabulary))
+
+    # A step looks at some tokens. To measure the loss takes all, and no gradients.
+    of_step, measured = logits(len(range(workload.seqlen)[tokens_of_pass(0, workload.seqlen)])), logits(workload.seqlen)
+    return shape.outside + state + written + max(backward + of_step, measured)

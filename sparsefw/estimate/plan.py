@@ -1,7 +1,7 @@
 """The plan of a run: what `sparsefw.plan` prints and writes as JSON."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,8 @@ from sparsefw import data, memory
 from sparsefw.errors import InputError, counted
 from sparsefw.estimate.describe import describe
 from sparsefw.estimate.memory import GIB, disk_space
-from sparsefw.estimate.placing import place
+from sparsefw.estimate.placement import memory_limits, place
 from sparsefw.estimate.workload import PROCESS, Workload, pruned_shape
-from sparsefw.flags import checked_number
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs
 from sparsefw.solver import PruneConfig
 
@@ -40,60 +39,31 @@ UNLIMITED = 2**62
 PLACES = {"gpu": "on the device", "host": "in host memory", "file": "in a file in {folder}"}
 
 
-@dataclass(frozen=True)
-class Machine:
-    """The machine that a run is planned for.
+def limits_of(card: str | None, gpu_memory: float | None, host_memory: float | None) -> dict[str, int]:
+    """Memory limits in bytes: "host", and with a GPU "gpu".
 
-    Attributes:
-        card: its GPU, one of CARDS; None: this machine, with a GPU or without.
-        gpu_memory, host_memory: memory limits in GiB; None: what the card has or what is free here, less a tenth.
+    Args:
+        card: the GPU, one of CARDS; None: this machine's, if there is one.
+        gpu_memory, host_memory: limits in GiB; None: what the card has or what is free here, less a tenth. Beside a
+            card the host has no limit.
 
     Raises:
-        InputError: a limit is out of its range.
+        InputError: there is a limit for a GPU, and no GPU.
     """
-
-    card: str | None = None
-    gpu_memory: float | None = None
-    host_memory: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("gpu_memory", self.gpu_memory), ("host_memory", self.host_memory)):
-            if value is not None:
-                checked_number(name, value, 0, memory.MOST_MEMORY)
-
-    @property
-    def gpu(self) -> bool:
-        """Whether the run has a GPU."""
-        return self.card is not None or torch.cuda.is_available()
-
-    @property
-    def name(self) -> str:
-        """The device's name in the plan."""
-        return self.card or ("this machine's GPU" if self.gpu else "this machine's CPU")
-
-    def limits(self) -> dict[str, int]:
-        """Memory limits in bytes: "host", and with a GPU "gpu".
-
-        Raises:
-            InputError: there is a limit for a GPU, and no GPU.
-        """
-        if self.card:
-            limits = {"gpu": int(CARDS[self.card] * 10**9 * (1 - memory.MARGIN)), "host": UNLIMITED}
-        else:
-            free = memory.free_memory(torch.device("cuda" if self.gpu else "cpu"))
-            limits = {what: int(size * (1 - memory.MARGIN)) for what, size in free.items()}
-        if self.gpu_memory is not None and "gpu" not in limits:
-            raise InputError("--gpu-memory: no CUDA device here; say which card is meant with --gpu")
-        given = {"gpu": self.gpu_memory, "host": self.host_memory}
-        return limits | {what: int(gib * GIB) for what, gib in given.items() if gib is not None}
+    given = {"gpu": gpu_memory, "host": host_memory}
+    if card is None:
+        return memory_limits(gpu_memory, host_memory, memory.this_device())
+    limits = {"gpu": int(CARDS[card] * 10**9 * (1 - memory.MARGIN)), "host": UNLIMITED}
+    return limits | {what: int(gib * GIB) for what, gib in given.items() if gib is not None}
 
 
-def plan(inputs: Inputs, config: PruneConfig, machine: Machine, folder: Path) -> dict[str, Any]:
+def plan(inputs: Inputs, config: PruneConfig, card: str | None, limits: dict[str, int], folder: Path) -> dict[str, Any]:
     """The content of --json; sizes in bytes.
 
     Args:
         inputs, config: inputs and config of the run.
-        machine: the machine that it is planned for.
+        card: the card that it is planned for; None: this machine.
+        limits: memory limits from `limits_of`.
         folder: folder of the output, and of the file of activations if there is one.
 
     Raises:
@@ -107,12 +77,12 @@ def plan(inputs: Inputs, config: PruneConfig, machine: Machine, folder: Path) ->
         windows=inputs.nsamples,
         evaluation=evaluation,
         seqlen=seqlen,
-        config=config,
-        gpu=machine.gpu,
+        config=config.for_calibration(inputs.nsamples, seqlen),
+        gpu="gpu" in limits,
         threads=torch.get_num_threads() if config.kernel == "torch" else 1,
         process=PROCESS + data.window_bytes(inputs.nsamples, evaluation, seqlen),
     )
-    config, limits = workload.config, machine.limits()
+    config = workload.config
     placement, needs = place(shape, workload, limits, folder)
     notes = list(described.notes)
     if seqlen < inputs.seqlen:
@@ -134,7 +104,7 @@ def plan(inputs: Inputs, config: PruneConfig, machine: Machine, folder: Path) ->
             "target": "dense" if config.uses_dense_target else "layer",
             "precision": config.precision,
         },
-        "device": machine.name,
+        "device": card or f"this machine's {'GPU' if workload.gpu else 'CPU'}",
         "limits": {what: None if size == UNLIMITED else size for what, size in limits.items()},
         "memory": {phase: {"gpu": gpu, "host": host} for phase, (gpu, host) in needs.phases.items()},
         "placement": asdict(placement) | {"folder": str(placement.folder)},

@@ -1,9 +1,9 @@
-"""The input of an estimate: a model, the work of a run on it, and the placement."""
+"""The input of an estimate: a model, and the work of a run on it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sparsefw.flags import set_field
-from sparsefw.model.shapes import ModelShape
+from sparsefw.model.shapes import LayerShape, ModelShape
 from sparsefw.ranks import shares
 from sparsefw.solver import PruneConfig, patterns
 from sparsefw.solver.selection import check_used
@@ -39,15 +39,14 @@ class Workload:
         windows: number of calibration windows.
         evaluation: number of windows of each evaluation text.
         seqlen: tokens in a window.
-        config: how the model is pruned. Defaults that depend on the calibration become those of this one, for good:
-            `replace` with other windows or ranks keeps them.
+        config: how the model is pruned, resolved for the calibration, see `PruneConfig.for_calibration`.
         gpu: whether the model is pruned on a GPU.
         threads: threads of torch, if the model is pruned on a CPU.
         process: bytes of host memory that the process has before the run begins, with the tokens of all windows.
         peak: the most that it has had until then, while texts were read; 0: not known.
         held: bytes of the GPU that the process has taken before the run begins: a model in memory may be there.
         ranks: processes that share the work; process, held and peak are those of one of them.
-        machines: machines that the ranks are on, as many on each.
+        ranks_here: those of them that share the memory of a machine.
     """
 
     windows: int
@@ -60,10 +59,7 @@ class Workload:
     held: int = 0
     peak: int = 0
     ranks: int = 1
-    machines: int = 1
-
-    def __post_init__(self) -> None:
-        set_field(self, "config", self.config.for_calibration(self.windows, self.seqlen, self.ranks))
+    ranks_here: int = 1
 
     @property
     def windows_of_rank(self) -> int:
@@ -75,12 +71,15 @@ class Workload:
         """The most windows of each evaluation text that one rank has."""
         return tuple(largest_share(windows, self.ranks) for windows in self.evaluation)
 
-    @property
-    def ranks_here(self) -> int:
-        """The ranks on a machine, which share its memory and its disk."""
-        return self.ranks // self.machines
-
 
 def largest_share(total: int, ranks: int, unit: int = 1) -> int:
     """The most of things in a row that one rank has, see `ranks.shares`."""
     return max(share.stop - share.start for share in shares(total, ranks, unit))
+
+
+def stages(layers: Iterable[LayerShape]) -> list[list[LayerShape]]:
+    """The layers by stage, in the order of use: layers that read one input, whatever is used between them."""
+    by_gram: dict[str, list[LayerShape]] = {}
+    for layer in layers:
+        by_gram.setdefault(layer.gram, []).append(layer)
+    return list(by_gram.values())

@@ -33,6 +33,7 @@ from sparsefw.model.layers import (
     survey_tape,
     without_parts_in_turn,
 )
+from sparsefw.model.live_bytes import count_forward
 from sparsefw.model.parts import INPUT
 from sparsefw.model.resident import ResidentModel
 from sparsefw.model.shapes import Between, BlockShape, Extent, LayerShape, ModelShape
@@ -152,7 +153,9 @@ def _shapes_of_blocks(model: BlockModel, walks: list["_Walk"]) -> list[tuple[Blo
             # Unchecked: most weights are zeros here that take up address space alone, and a check would read them all.
             model.open_alone(i)
             if kind not in known:
-                known[kind] = _find(walks[0].states, i, own)
+                shape, layers = _find(walks[0].states, i, own)
+                runs = [(walk.tokens, partial(walk.states.output, i, 0)) for walk in walks]
+                known[kind] = replace(shape, forward=count_forward(runs)), layers
             for walk in walks:
                 walk.pass_block(i)
             model.close(i)
@@ -186,6 +189,7 @@ class _Walk:
         every_block: whether it has to go through every block.
 
     Attributes:
+        tokens: vectors of the input of the first block.
         hidden: the input of the first block.
         widest: the input of a block that takes most bytes.
         most_tokens: the most vectors that a block's input has.
@@ -196,6 +200,7 @@ class _Walk:
     def __init__(self, states: HiddenStates, every_block: bool = False) -> None:
         self.states = states
         self.hidden = self.widest = states.hidden[0]
+        self.tokens = _vectors(self.hidden)
         self.most_tokens, self.most = _vectors(self.hidden), list[Tensor]()
         self.moves = every_block or any(states.flow.live.values()) or bool(states.carried[0].boxes)
 

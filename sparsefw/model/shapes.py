@@ -3,11 +3,12 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from sparsefw.model.layers import UNKNOWN_ROLE, Role, kind_of
+from sparsefw.model.live_bytes import ForwardBytes
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class BlockShape:
         seen: names of all matrices that were seen in products, layers or not, without an expert's index.
         predicts: whether next tokens are predicted from what it puts out: the last block of a language model.
         experts: names of modules that may be experts, see `layers.experts`.
+        forward: bytes that its forward takes.
     """
 
     nbytes: int
@@ -106,6 +108,7 @@ class BlockShape:
     seen: frozenset[str] = frozenset()
     predicts: bool = False
     experts: frozenset[str] = frozenset()
+    forward: ForwardBytes = field(default_factory=ForwardBytes)
 
     def __post_init__(self) -> None:
         if not self.all_layers:

@@ -24,12 +24,26 @@ from sparsefw.solver.patterns import Pattern
 TARGETS = ("dense", "layer")
 STEP_RULES = ("line-search", "open-loop")
 
-# Defaults of each preset.
-PRESETS: dict[str, dict[str, Any]] = {
-    "sparsefw": dict(warm_start="wanda", step_rule="line-search", alpha=0.0, refit=4),
-    "fast": dict(warm_start="wanda", step_rule="line-search", alpha=0.0, refit=4),
-    "paper": dict(warm_start="wanda", step_rule="open-loop", alpha=0.9, refit=0),
+PRESETS = ("sparsefw", "fast", "paper")
+_SEARCH = dict(warm_start="wanda", step_rule="line-search", alpha=0.0)
+_PAPER = dict(warm_start="wanda", step_rule="open-loop", alpha=0.9)
+# Defaults by preset, with a refit of the kept weights and without one, where the mask is final.
+DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
+    ("sparsefw", True): _SEARCH
+    | dict(steps=24, penalty=0.7, refit=4, rounds=3, swaps=0, target="dense", damp=0.1, reconstruct=2),
+    ("sparsefw", False): _SEARCH
+    | dict(steps=40, penalty=1.0, refit=0, rounds=0, swaps=100, target="layer", damp=0.2, reconstruct=0),
+    ("fast", True): _SEARCH
+    | dict(steps=3, penalty=1.0, refit=4, rounds=0, swaps=0, target="layer", damp=0.1, reconstruct=0),
+    ("fast", False): _SEARCH
+    | dict(steps=10, penalty=1.0, refit=0, rounds=0, swaps=0, target="layer", damp=0.2, reconstruct=0),
+    ("paper", True): _PAPER
+    | dict(steps=2000, penalty=0.0, refit=0, rounds=0, swaps=0, target="dense", damp=0.1, reconstruct=0),
+    ("paper", False): _PAPER
+    | dict(steps=2000, penalty=0.0, refit=0, rounds=0, swaps=0, target="layer", damp=0.0, reconstruct=0),
 }
+# What takes their place where a reconstruction follows: further steps gain nothing before it.
+BEFORE_RECONSTRUCTION = dict(steps=12, refit=2)
 # Unless it is given, the damping of a refit is the most for up to so many tokens: the fewer there are, the less their
 # Gram matrix says of other text. With more tokens it falls, as 1 / tokens, down to the preset's.
 FEW_TOKENS, MOST_DAMP = 32_500, 0.4
@@ -39,19 +53,6 @@ DAMP_BEFORE_RECONSTRUCTION = 1.6
 MANY_WINDOWS, PASSES_OF_MANY = 128, 1
 # Windows that a reconstruction takes of every rank: one to fit weights to, and one to hold out.
 LEAST_WINDOWS = 2
-# Further defaults of each preset: with a refit of the kept weights, and without one, where the mask is final.
-WITH_REFIT: dict[str, dict[str, Any]] = {
-    "sparsefw": dict(steps=24, penalty=0.7, rounds=3, swaps=0, target="dense", damp=0.1, reconstruct=2),
-    "fast": dict(steps=3, penalty=1.0, rounds=0, swaps=0, target="layer", damp=0.1, reconstruct=0),
-    "paper": dict(steps=2000, penalty=0.0, rounds=0, swaps=0, target="dense", damp=0.1, reconstruct=0),
-}
-MASKS_ONLY: dict[str, dict[str, Any]] = {
-    "sparsefw": dict(steps=40, penalty=1.0, rounds=0, swaps=100, target="layer", damp=0.2, reconstruct=0),
-    "fast": dict(steps=10, penalty=1.0, rounds=0, swaps=0, target="layer", damp=0.2, reconstruct=0),
-    "paper": dict(steps=2000, penalty=0.0, rounds=0, swaps=0, target="layer", damp=0.0, reconstruct=0),
-}
-# Values that take the place of these where a reconstruction follows: further steps gain nothing before it.
-BEFORE_RECONSTRUCTION: dict[str, dict[str, Any]] = {"sparsefw": dict(steps=12, refit=2)}
 
 
 @dataclass(frozen=True)
@@ -180,15 +181,14 @@ class PruneConfig:
 
     def _defaults(self) -> dict[str, Any]:
         """The defaults that depend on other fields and on the machine."""
-        preset = PRESETS[self.preset]
-        refit = preset["refit"] if self.refit is DEPENDS else self.refit
+        refit = self.preset != "paper" if self.refit is DEPENDS else self.refit
         cuda = torch.cuda.is_available()
         kernel = dict(kernel="triton", precision="bf16") if cuda else dict(kernel="torch", precision="ieee")
-        others = {} if self.method == "sparsefw" else {"reconstruct": 0}
-        defaults = preset | (WITH_REFIT if refit else MASKS_ONLY)[self.preset] | others | kernel
-        reconstruct = defaults["reconstruct"] if self.reconstruct is DEPENDS else self.reconstruct
-        if reconstruct and refit and self.method == "sparsefw":
-            defaults |= BEFORE_RECONSTRUCTION.get(self.preset, {})
+        defaults = DEFAULTS[self.preset, bool(refit)] | kernel
+        if self.method != "sparsefw":
+            defaults["reconstruct"] = 0
+        elif self.preset == "sparsefw" and refit and (self.reconstruct is DEPENDS or self.reconstruct):
+            defaults |= BEFORE_RECONSTRUCTION
         return defaults
 
     def _check_together(self) -> None:
@@ -217,31 +217,22 @@ class PruneConfig:
         Raises:
             InputError: a reconstruction is asked for, and a rank has too few windows for it.
         """
-        changes: dict[str, Any] = {}
-        if self.reconstruct:
-            changes["reconstruct"] = self._passes_for(windows, ranks)
-        if "damp" not in self.given and self.refit and "sparsefw" in self.methods:
-            changes["damp"] = round(self.replace(**changes)._damp_for(windows * seqlen), 2)
-        return self.replace(**changes)
-
-    def _passes_for(self, windows: int, ranks: int) -> int:
-        """Passes of a reconstruction over calibration windows that ranks share."""
-        fewest, most = windows // ranks, -(-windows // ranks)
-        if "reconstruct" in self.given:
-            if fewest < LEAST_WINDOWS:
+        passes, fewest, most = self.reconstruct, windows // ranks, -(-windows // ranks)
+        if passes and fewest < LEAST_WINDOWS:
+            if "reconstruct" in self.given:
                 raise InputError(
-                    f"--reconstruct {self.reconstruct}: takes {LEAST_WINDOWS} calibration windows or batches on every "
+                    f"--reconstruct {passes}: takes {LEAST_WINDOWS} calibration windows or batches on every "
                     f"rank, one of them to hold out, and one rank has {fewest}; give more, or --reconstruct 0"
                 )
-            return self.reconstruct
-        if fewest < LEAST_WINDOWS:
-            return 0
-        return PASSES_OF_MANY if most >= MANY_WINDOWS else self.reconstruct
-
-    def _damp_for(self, tokens: int) -> float:
-        if self.reconstruct and self.method == "sparsefw":
-            return DAMP_BEFORE_RECONSTRUCTION
-        return max(self.damp, MOST_DAMP * min(1.0, FEW_TOKENS / tokens))
+            passes = 0
+        elif passes and "reconstruct" not in self.given and most >= MANY_WINDOWS:
+            passes = PASSES_OF_MANY
+        config = self.replace(reconstruct=passes) if self.reconstruct else self
+        if "damp" in self.given or not self.refit or "sparsefw" not in self.methods:
+            return config
+        if config.reconstruct and config.method == "sparsefw":
+            return config.replace(damp=DAMP_BEFORE_RECONSTRUCTION)
+        return config.replace(damp=round(max(config.damp, MOST_DAMP * min(1.0, FEW_TOKENS / (windows * seqlen))), 2))
 
     @classmethod
     def paper(cls, **options: Any) -> "PruneConfig":

@@ -91,7 +91,7 @@ def test_without_flags_it_is_the_embedded_models_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ("--gpu-memory 8", "no CUDA device here; say which card"),
+        ("--gpu-memory 8", "--gpu-memory: no CUDA device"),
         ("--gpu nothing", "argument --gpu: invalid choice: 'nothing' (choose from 'a10', "),
         ("--gpu h100 --gpu-memory 0", "--gpu-memory 0.00: this run needs at least"),
         ("--host-memory 0.01", "--host-memory 0.01: this run needs at least"),

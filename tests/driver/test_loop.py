@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama import modeling_llama
 
 from sparsefw import data
+from sparsefw.driver import loop
 from sparsefw.driver import run as driver_run
-from sparsefw.driver.block import _check_apart
+from sparsefw.driver.block import _check_separate
 from sparsefw.errors import InputError
-from sparsefw.model import HiddenStates
 from sparsefw.model.layers import Layer
 from sparsefw.model.placement import BATCH_TOKENS
+from sparsefw.report import read_report
 from sparsefw.run import main
 from sparsefw.solver.objective import damped
 from sparsefw.solver.target import find_target
@@ -171,28 +172,6 @@ def test_a_layer_makes_up_for_its_own_output_only(selection, tmp_path):
         assert errors[f"{module}.weight"] == pytest.approx(error, rel=1e-3), module
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "runs"), [("llama", 4), ("gemma2", 4), ("qwen3_moe", 3)])
-def test_dense_model_runs_once_a_stage(family, runs, tmp_path, monkeypatch):
-    """It does not run for experts, which are not compared with it, but to move on in the last stage."""
-    source, seen, part = save_model(tmp_path / "model", family), [], HiddenStates.part
-
-    def spy(self, i, j, block=None, **limits):
-        if block is not None:
-            seen.append((i, j))
-        return part(self, i, j, block, **limits)
-
-    monkeypatch.setattr(HiddenStates, "part", spy)
-    (tmp_path / "text.txt").write_text(TEXT)
-    places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
-    assert (
-        main([*places, "--nsamples", "80", "--seqlen", "32", "--kernel", "torch", "--steps", "2", "--reconstruct", "0"])
-        == 0
-    )
-    # There are two micro-batches.
-    assert {batch: seen.count(batch) for batch in seen} == {(i, j): runs for i in range(3) for j in range(2)}
-
-
 def test_experts_that_no_token_reaches_are_no_model(tmp_path, capsys):
     """Which experts are reached is known only when their block has run."""
     (tmp_path / "text.txt").write_text("all tokens of so few words reach few experts. " * 9)
@@ -219,18 +198,6 @@ def test_what_a_compared_method_left_dense_is_not_called_dense(tmp_path):
     assert wanda - magnitude
     assert magnitude - wanda <= set(report["kept_dense"])
     assert wanda.isdisjoint(report["kept_dense"])
-
-
-def test_the_peak_of_a_run_is_that_of_its_highest_block(tmp_path, monkeypatch):
-    source = save_model(tmp_path / "model", "llama")
-    names = ("host_bytes", "gpu_bytes", "gpu_reserved_bytes")
-    peaks = iter(dict(zip(names, sizes, strict=True)) for sizes in ((1 << 50, 5, 8), (3, 7, 8), (3, 6, 9)))
-    monkeypatch.setattr("sparsefw.driver.loop.peak_memory", lambda: next(peaks))
-    (tmp_path / "text.txt").write_text(TEXT)
-    places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
-    assert main([*places, "--nsamples", "4", "--seqlen", "32", "--kernel", "torch", "--method", "wanda"]) == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["peak_memory"] == {"host_bytes": 1 << 50, "gpu_bytes": 7, "gpu_reserved_bytes": 9}
 
 
 def test_next_block_is_read_and_the_last_one_written_beside_the_work(pruned):
@@ -292,11 +259,32 @@ def test_placement_does_not_change_the_result(place, ahead, placed, as_usual):
     assert content == other
 
 
-def test_seconds_and_memory_are_reported(pruned):
-    _, _, report, _ = pruned
-    assert {"embed", "read", "calibrate", "solve", "forward", "write"} <= set(report["seconds"])
-    assert report["seconds"]["solve"] >= sum(row["seconds"] for row in report["layers"])
-    assert report["peak_memory"]["host_bytes"] > 2**26
+def test_a_full_gpu_takes_half_the_windows_at_a_time(tmp_path, monkeypatch, capsys):
+    """From the last finished block on, and so does a run that goes on with what is finished."""
+    source, text = save_model(tmp_path / "model", "llama"), tmp_path / "text.txt"
+    text.write_text(TEXT)
+    flags = ["--model", str(source), "--dataset", str(text), "--eval", str(text), "--eval-windows", "3"]
+    flags += ["--nsamples", "9", "--seqlen", "32", "--kernel", "torch", "--method", "wanda"]
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 4 * 32)
+    assert main([*flags, "--output", str(tmp_path / "whole")]) == 0
+    prune, raised, batches = loop.prune_block, [(2, KeyboardInterrupt), (1, torch.OutOfMemoryError)], []
+
+    def full(run, i, *args):
+        batches.append((i, run.placement.batch))
+        if raised and raised[-1][0] == i:
+            raise raised.pop()[1]
+        return prune(run, i, *args)
+
+    monkeypatch.setattr(loop, "prune_block", full)
+    assert main([*flags, "--output", str(tmp_path / "out")]) == 130
+    assert "out of memory on the GPU: going on with 2 windows at a time\n" in capsys.readouterr().out
+    assert batches == [(0, 4), (1, 4), (1, 2), (2, 2)]
+    assert main([*flags, "--output", str(tmp_path / "out")]) == 0
+    assert batches[4:] == [(2, 2)]
+    whole, report = (read_report(tmp_path / name / "report.json") for name in ("whole", "out"))
+    assert report.memory.batch_windows == 2
+    assert [(x.name, x.kept) for x in report.layers] == [(x.name, x.kept) for x in whole.layers]
+    assert report.evaluation[0].perplexity == pytest.approx(whole.evaluation[0].perplexity, rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["sparsefw", "wanda"])
@@ -322,7 +310,7 @@ def test_layers_with_weights_in_common_are_refused():
     run = SimpleNamespace(model=SimpleNamespace(names=["block"]))
 
     def check(*matrices):
-        _check_apart(run, 0, [Layer(str(n), matrix, "") for n, matrix in enumerate(matrices)])
+        _check_separate(run, 0, [Layer(str(n), matrix, "") for n, matrix in enumerate(matrices)])
 
     check(W[:2], W[4:], W[2:4].T)
     for matrices in [(W, W.clone(), W), (W[:3], W[2:]), (W.T, W[5:]), (W[4:5], torch.ones(2, 2), W)]:

@@ -1,6 +1,5 @@
 """Runs with a reconstruction: put back, gone on with, placed otherwise, beside compared methods, and in the log."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -10,11 +9,10 @@ from helpers.commands import tensors_of
 from helpers.reconstructed import METHODS, WINDOWS, flags_of, make_place, run, shards, without_times
 from transformers import AutoModelForCausalLM
 
-from sparsefw.driver import loop, reconstruct, texts
+from sparsefw.driver import reconstruct, texts
 from sparsefw.driver import run as driver_run
 from sparsefw.model.placement import split_batches
 from sparsefw.run import main
-from sparsefw.solver import config
 
 pytestmark = pytest.mark.usefixtures("constants")
 
@@ -122,15 +120,6 @@ MIXTURE = [
 
 
 @pytest.mark.slow
-def test_the_same_bytes_twice(mixture, tmp_path):
-    folder, expected = mixture
-    report, _ = run(folder, tmp_path / "out", *MIXTURE, "--eval", str(folder / "text.txt"))
-    assert shards(tmp_path / "out") == shards(folder / "out")
-    assert without_times(report) == without_times(expected)
-    assert not all(block.reconstruction.put_back for block in report.blocks)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("line", ["layers.1.mlp.experts", "layers.2: reconstructed"])
 def test_goes_on_with_the_same_bytes(line, mixture, tmp_path, monkeypatch):
     """Finished blocks keep their reconstructed weights, and their losses."""
@@ -154,22 +143,6 @@ def test_goes_on_with_the_same_bytes(line, mixture, tmp_path, monkeypatch):
     report, seen = run(folder, tmp_path / "out", *flags)
     # Finished blocks are not reconstructed again.
     assert min(seen.weights) == int(line[7])
-    assert shards(tmp_path / "out") == shards(folder / "out")
-    assert without_times(report) == without_times(expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("place", "ahead"), [("file", True), ("host", False)])
-def test_placement_does_not_change_the_result(place, ahead, mixture, tmp_path, monkeypatch):
-    folder, expected = mixture
-    place_of = driver_run.place
-
-    def chosen(*args, fixed=None, **kwargs):
-        return place_of(*args, **kwargs, fixed={"place": place, "ahead": ahead} | (fixed or {}))
-
-    monkeypatch.setattr(driver_run, "place", chosen)
-    report, _ = run(folder, tmp_path / "out", *MIXTURE, "--eval", str(folder / "text.txt"))
-    assert report.memory.activations == place
     assert shards(tmp_path / "out") == shards(folder / "out")
     assert without_times(report) == without_times(expected)
 
@@ -200,53 +173,3 @@ def test_one_window_is_too_few_and_the_log_says_so(windows, said, llama, tmp_pat
     assert (
         "note: no block is reconstructed: that takes two calibration windows on every rank" in capsys.readouterr().out
     ) == said
-
-
-def test_one_window_is_refused_where_a_reconstruction_is_asked_for(llama, tmp_path, capsys):
-    asked = ["--method", "wanda", "--reconstruct", "1", "--nsamples", "1"]
-    assert main([*flags_of(llama, tmp_path / "out"), *asked]) == 2
-    assert "--reconstruct 1: takes 2 calibration windows or batches on every rank" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "passes", "learned"), [(["31"], 2, 30), (["32"], 1, 30), (["32", "--reconstruct", "2"], 2, 30)]
-)
-def test_few_windows_are_gone_through_twice(flags, passes, learned, llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "MANY_WINDOWS", 32)
-    few = ["--steps", "1", "--refit", "1", "--rounds", "0", "--include", "layers.1", "--seqlen", "8"]
-    report, _ = run(llama, tmp_path / "out", *few, "--nsamples", *flags)
-    assert report.arguments["reconstruct"] == passes
-    assert [x.reconstruction.steps for x in report.blocks if x.reconstruction] == [passes * learned]
-
-
-def test_other_passes_are_refused(llama, tmp_path, monkeypatch, capsys):
-    flags = [*flags_of(llama, tmp_path / "out"), "--method", "wanda", "--reconstruct"]
-
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_evaluate", lambda run, i, *args: stop() if i == 1 else None)
-        assert main([*flags, "2"]) == 130
-    capsys.readouterr()
-    assert main([*flags, "3"]) == 2
-    assert "--reconstruct 2 then, 3 now" in capsys.readouterr().err
-
-
-def test_the_report_on_disk(llama, tmp_path, capsys):
-    report, _ = run(llama, tmp_path / "out", "--method", "wanda", "--reconstruct", "1")
-    printed = capsys.readouterr().out.splitlines()
-    rows = [line for line in printed if ": reconstructed in " in line]
-    assert [row.split(":")[0] for row in rows] == [f"model.layers.{i}" for i in range(3)]
-    # Behind the rows of its block's layers.
-    first = next(n for n, line in enumerate(printed) if line.startswith("model.layers.1."))
-    assert printed.index(rows[0]) == first - 1
-    assert sum(line.startswith("reconstruction: 3 blocks, ") for line in printed) == 1
-    blocks = json.loads((tmp_path / "out" / "report.json").read_text())["blocks"]
-    assert [block["reconstruction"].keys() for block in blocks] == [
-        {"before", "after", "steps", "put_back", "loss", "varies"}
-    ] * 3
-    assert all(block.seconds["reconstruct"] > 0 for block in report.blocks)
-    assert report.arguments["reconstruct"] == 1
-    assert "loss before" in (tmp_path / "out" / "report.html").read_text()

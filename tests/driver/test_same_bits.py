@@ -7,13 +7,10 @@ import sys
 import pytest
 import torch
 from helpers.reconstructed import make_place, run, shards
-from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from sparsefw.driver.reconstruct import Fit
-from sparsefw.errors import InputError
 from sparsefw.model.explained import ForwardFailed
-from sparsefw.model.gradients import deterministic, refused
+from sparsefw.model.gradients import refused
 
 FLAGS = ["--method", "wanda", "--include", "layers.0", "--reconstruct", "1"]
 # torch's modes: nothing is asked for; what has no deterministic algorithm is warned of; it is refused.
@@ -114,20 +111,6 @@ def test_gradients_may_be_refused_inside_a_block_and_behind_the_last_one(kind, p
     assert shards(tmp_path / "refused") == shards(tmp_path / "plain")
 
 
-def test_other_errors_are_raised(monkeypatch):
-    tried = []
-
-    def fail(self, j, of_pass, parameters):
-        tried.append(j)
-        raise InputError("out of order")
-
-    monkeypatch.setattr(Fit, "_add_gradients", fail)
-    fit = Fit(None, 0, None, None, [], [])
-    with pytest.raises(InputError, match="out of order"):
-        fit.add_gradients(3, 0, [nn.Parameter(torch.zeros(1))])
-    assert (tried, fit.varies, torch.get_deterministic_debug_mode()) == ([3], [], USUAL)
-
-
 CUBLAS = (
     "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or "
     "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because it uses CuBLAS"
@@ -154,12 +137,6 @@ def test_what_was_refused(said, operation):
     with pytest.raises(ForwardFailed) as raised:
         fail(said)
     assert refused(raised.value) == operation
-
-
-def test_torch_words_are_known():
-    with deterministic(), pytest.raises(RuntimeError) as raised:
-        put_by_index(torch.zeros(1))
-    assert refused(raised.value) == "put_"
 
 
 @pytest.mark.parametrize(

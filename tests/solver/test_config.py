@@ -100,11 +100,10 @@ class TestDefaults:
     def test_cover_exactly_the_fields_that_depend(self, preset, refit):
         """Every field without a default of its own gets one, once, and each of these is a field."""
         machine = ["kernel", "precision"]
-        names = [*config.PRESETS[preset], *(config.WITH_REFIT if refit else config.MASKS_ONLY)[preset], *machine]
+        names = [*config.DEFAULTS[preset, bool(refit)], *machine]
         assert sorted(names) == sorted(name for name, f in FIELDS.items() if f.default is DEPENDS)
         found = PruneConfig(preset=preset, refit=refit)
         assert all(getattr(found, name) is not DEPENDS for name in FIELDS)
-        assert set(config.WITH_REFIT) == set(config.MASKS_ONLY) == set(config.PRESETS)
 
 
 class TestRefused:

@@ -1,18 +1,48 @@
 """The choice of a placement: the one that costs least time among those that fit the memory limits."""
 
+import math
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sparsefw.estimate.limits import first_that_fits
-from sparsefw.estimate.memory import MemoryNeeds, keepable_widths, memory_needs
+import torch
+
+from sparsefw import memory
+from sparsefw.errors import InputError
+from sparsefw.estimate.memory import GIB, MemoryNeeds, keepable_widths, memory_needs
 from sparsefw.estimate.workload import Workload
 from sparsefw.model import Placement
 from sparsefw.model.activations import PLACES
 from sparsefw.model.placement import BATCH_TOKENS, LEAST_BATCHES, SOLVER
 from sparsefw.model.shapes import ModelShape
+from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
+
+
+def memory_limits(
+    gpu_memory: float | None, host_memory: float | None, device: torch.device, ranks: Ranks = ALONE
+) -> dict[str, int]:
+    """Memory limits of this process in bytes: "host", and with a GPU "gpu"; the lowest ones of all ranks.
+
+    Args:
+        gpu_memory, host_memory: limits that the user has given, in GiB; None: what is free, less a tenth.
+        device: device that it works on.
+        ranks: the ranks on a machine share its memory.
+
+    Raises:
+        InputError: there is a limit for a GPU, and no GPU.
+    """
+    free = memory.free_memory(device, ranks.here)
+    if gpu_memory is not None and "gpu" not in free:
+        raise InputError("--gpu-memory: no CUDA device")
+    given = {"gpu": gpu_memory, "host": host_memory and host_memory / ranks.here}
+    limits = {
+        what: int(size * (1 - memory.MARGIN) if (gib := given[what]) is None else gib * GIB)
+        for what, size in free.items()
+    }
+    everywhere = ranks.gather(limits)
+    return {what: min(other[what] for other in everywhere) for what in limits}
 
 
 def place(
@@ -34,11 +64,29 @@ def place(
     Raises:
         InputError: none fits; the message names the smallest limit that could.
     """
-    choices = ((p, memory_needs(shape, workload, p)) for p in _placements(shape, workload, folder, fixed or {}))
+    tried = []
+    for placement in _placements(shape, workload, folder, fixed or {}):
+        needs = memory_needs(shape, workload, placement)
+        if needs.gpu <= limits.get("gpu", 0) and needs.host <= limits["host"]:
+            return placement, needs
+        tried.append(needs)
     remedy = "fewer or shorter windows (--nsamples, --seqlen)"
     if workload.config.reconstruct:
         remedy += ", or --reconstruct 0"
-    return first_that_fits(choices, limits, workload.ranks_here, remedy)
+    for what in ("gpu", "host"):
+        limit, least = limits.get(what, 0), min(getattr(needs, what) for needs in tried)
+        if least > limit:
+            # The user's limit for the host is that of all ranks on a machine. Rounded up, so that what is named is
+            # enough although the same process takes a little more or less each time.
+            among = workload.ranks_here if what == "host" else 1
+            enough = math.ceil(100 * among * (least / GIB + 0.01)) / 100
+            memory = f"{what.replace('gpu', 'GPU')} memory{f' for {among} ranks' if among > 1 else ''}"
+            raise InputError(
+                f"--{what}-memory {among * limit / GIB:.2f}: this run needs at least {enough:.2f} GiB of "
+                f"{memory}; give more, or {remedy}"
+            )
+        tried = [needs for needs in tried if getattr(needs, what) <= limit]
+    raise AssertionError("a placement fits each limit, and none fits both")
 
 
 def _placements(

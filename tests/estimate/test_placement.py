@@ -1,0 +1,150 @@
+"""A run is placed so that it fits its limits, and what costs least time is given up first."""
+
+from dataclasses import replace
+
+import pytest
+from helpers.checkpoints import refused
+
+from sparsefw.errors import InputError
+from sparsefw.estimate.memory import GIB, activation_bytes, disk_space, memory_needs
+from sparsefw.estimate.placement import place
+from sparsefw.estimate.workload import Workload
+from sparsefw.model.layers import Role
+from sparsefw.model.live_bytes import ForwardBytes
+from sparsefw.model.placement import Placement
+from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
+from sparsefw.solver import PruneConfig
+
+
+def llama(hidden, intermediate, depth, pairs=8, vocabulary=128256):
+    """The shape of a Llama in bf16, with heads of 128 entries."""
+    roles = {
+        "q": Role(0, "reads"),
+        "o": Role(0, "writes", True),
+        "gate": Role(1, "reads"),
+        "down": Role(1, "writes", True),
+    }
+    layers = [("q", hidden, hidden, "q"), ("k", pairs * 128, hidden, "q"), ("v", pairs * 128, hidden, "q")]
+    layers += [("o", hidden, hidden, "o"), ("gate", intermediate, hidden, "gate"), ("up", intermediate, hidden, "gate")]
+    layers.append(("down", hidden, intermediate, "down"))
+    layers = tuple(LayerShape(*layer, role=roles[layer[-1]]) for layer in layers)
+    size, outside = sum(layer.rows * layer.d for layer in layers) + 2 * hidden, 2 * vocabulary * hidden + hidden
+    # As counted of Llama-3-70B.
+    forward = ForwardBytes(((0.0, 25.0 * hidden),), (0.0, 83.0 * hidden))
+    blocks = (BlockShape(2 * size, layers, forward=forward),) * depth
+    return ModelShape(blocks, 2 * outside, hidden, vocabulary, 0, 2, depth * size + outside)
+
+
+def work(gpu=True, windows=256, evaluation=(), seqlen=2048, ranks=1, **options):
+    """The work of a run without a reconstruction, unless the options have one."""
+    config = PruneConfig(**{"reconstruct": 0} | options).for_calibration(windows, seqlen, ranks)
+    return Workload(windows, evaluation, seqlen, config, gpu, 2, ranks=ranks, ranks_here=ranks)
+
+
+LLAMA_70B, LLAMA_405B = llama(8192, 28672, 80), llama(16384, 53248, 126)
+ENDLESS = {"gpu": 10**18, "host": 10**18}
+
+
+def test_goals():
+    """The expected memory meets the goals; a GPU has to confirm it."""
+    place(LLAMA_70B, work(), {"gpu": 16 * GIB, "host": 32 * GIB})
+    place(LLAMA_405B, work(), {"gpu": 48 * GIB, "host": 64 * GIB})
+    place(LLAMA_70B, work(reconstruct=2), {"gpu": 20 * GIB, "host": 64 * GIB})
+    place(LLAMA_405B, work(reconstruct=2), {"gpu": 66 * GIB, "host": 96 * GIB})
+
+
+@pytest.mark.parametrize(("windows", "batch"), [(2, 1), (64, 1), (256, 1), (511, 1), (512, 2), (2048, 8), (10**5, 256)])
+def test_every_micro_batch_is_a_step_of_a_reconstruction(windows, batch):
+    """There are 256 of them where there are windows for them; without a reconstruction they are as large as is fast."""
+    for passes, expected in ((1, batch), (0, 256)):
+        placement, _ = place(LLAMA_70B, work(windows=windows, seqlen=16, reconstruct=passes), ENDLESS)
+        assert placement.batch == expected
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("options", [{}, {"reconstruct": 2}])
+def test_smallest_limit_that_is_named_is_enough(gpu, options, tmp_path):
+    workload = work(gpu, **options)
+    limits = {"gpu": GIB, "host": GIB} if gpu else {"host": GIB}
+    for what in limits:
+        with refused(rf"--{what}-memory 1.00: this run needs at least [\d.]+ GiB of (GPU|host) memory") as caught:
+            place(LLAMA_70B, workload, limits, tmp_path)
+        assert str(caught.value).endswith("or --reconstruct 0") == bool(options)
+        enough = float(str(caught.value).split("at least ")[1].split()[0])
+        limits[what] = int((enough - 0.03) * GIB)
+        with refused(f"--{what}-memory"):
+            place(LLAMA_70B, workload, limits, tmp_path)
+        limits[what] = int(enough * GIB)
+    placement, needed = place(LLAMA_70B, workload, limits, tmp_path)
+    assert needed == memory_needs(LLAMA_70B, workload, placement)
+    assert placement.folder == tmp_path
+
+
+def test_what_is_given_up_first():
+    """On a GPU activations move away first; on a CPU solves become smaller first, and windows go one by one last."""
+    workload = work()
+    places = [
+        place(LLAMA_70B, workload, {"gpu": g * GIB, "host": h * GIB})[0] for g, h in ((100, 64), (24, 64), (24, 12))
+    ]
+    assert [p.place for p in places] == ["gpu", "host", "file"]
+    # Inputs are kept where there is room for them, and never in a file.
+    assert [p.kept_width for p in places] == [28672, 28672, 0]
+    shape, workload = llama(3072, 8192, 28), work(gpu=False, windows=8, seqlen=128)
+    roomy, tight = (place(shape, workload, {"host": int(g * GIB)})[0] for g in (16, 2.8))
+    assert (roomy.batch, roomy.ahead, roomy.place, roomy.kept_width) == (16, True, "host", 8192)
+    assert (tight.batch, tight.place) == (16, "host")
+    assert tight.solver < roomy.solver
+    with pytest.raises(InputError):
+        place(shape, workload, {"host": GIB})
+
+
+def test_what_is_settled_stays():
+    workload = work(gpu=False, windows=8, seqlen=128)
+    placement, _ = place(llama(1024, 4096, 2), workload, {"host": 64 * GIB}, fixed={"batch": 5, "solver": 1 << 30})
+    assert (placement.batch, placement.solver) == (5, 1 << 30)
+
+
+def test_nothing_grows_with_depth_but_the_disk():
+    shallow, deep = (llama(1024, 4096, depth) for depth in (4, 80))
+    for gpu in (True, False):
+        assert memory_needs(shallow, work(gpu=gpu), Placement(2)) == memory_needs(deep, work(gpu=gpu), Placement(2))
+    assert disk_space(deep, work(), Placement(2))["output"] == 2 * deep.parameters
+
+
+def test_activations_of_every_method():
+    shape, window = llama(1024, 4096, 2), 2048 * 1024 * 2
+    assert activation_bytes(shape, work(refit=0, windows=3)) == 3 * window
+    assert activation_bytes(shape, work(windows=3)) == 2 * 3 * window
+    assert activation_bytes(shape, work(windows=3, compare=("wanda",))) == 3 * 3 * window
+    assert activation_bytes(shape, work(windows=3, evaluation=(5, 7))) == (2 * 3 + 2 * 12) * window
+    four = work(refit=0, windows=10, ranks=4)
+    assert activation_bytes(shape, four) == 3 * window
+    assert disk_space(shape, four, Placement(2, "file"))["activations"] == 10 * window
+
+
+def test_ranks_share_rows_and_the_memory_of_a_machine(tmp_path):
+    shape = llama(1024, 4096, 2)
+
+    def solve(ranks, **options):
+        return memory_needs(shape, work(windows=400, ranks=ranks, **options), Placement(2, "host")).phases["solve"][0]
+
+    assert solve(4, sparsity="2:4") < solve(1, sparsity="2:4")
+    # What is known of all rows together is solved by one rank.
+    assert solve(4, method="sparsegpt") == solve(1, method="sparsegpt")
+    workload = work(ranks=8)
+    with refused(r"--host-memory 8.00: this run needs at least [\d.]+ GiB of host memory for 8 ranks") as caught:
+        place(LLAMA_70B, workload, {"gpu": 64 * GIB, "host": GIB}, tmp_path)
+    enough = float(str(caught.value).split("at least ")[1].split()[0])
+    place(LLAMA_70B, workload, {"gpu": 64 * GIB, "host": int(enough * GIB) // 8}, tmp_path)
+
+
+def test_blocks_without_layers():
+    """Such blocks take the memory of their forward, and of no solve."""
+    shape = llama(1024, 4096, 3)
+    every = memory_needs(shape, work(), Placement(2))
+    some, none = (
+        replace(shape, blocks=tuple(replace(b, layers=()) if n in idle else b for n, b in enumerate(shape.blocks)))
+        for idle in ({0, 2}, {0, 1, 2})
+    )
+    assert memory_needs(some, work(), Placement(2)) == every
+    assert every.phases["solve"][0] - memory_needs(none, work(), Placement(2)).phases["solve"][0] > 4 * 4096**2
