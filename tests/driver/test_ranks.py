@@ -223,7 +223,7 @@ def test_goes_on_with_as_many_ranks(number, tmp_path, text):
     assert sorted(ends) == ["InputError", "LostRankError"]
     assert ends[number] == "InputError"
     assert not (tmp_path / "out").exists()
-    with pytest.raises(AssertionError, match=r"an unfinished run .* the number of ranks 2 then, 3 now"):
+    with pytest.raises(AssertionError, match=r"an unfinished run .* the number of ranks was 2, and is 3"):
         on_ranks(3, prune, source, tmp_path / "out", text, config)
     lines = on_ranks(2, prune, source, tmp_path / "out", text, config)[0][1]
     assert any(line.startswith("going on with an unfinished run: ") for line in lines)
