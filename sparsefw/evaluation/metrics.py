@@ -131,7 +131,13 @@ class Evaluation:
         Its standard errors take tasks as independent.
         """
         averaged = [task.results for task in self.tasks if task.averaged]
-        return {name: _mean_of([of[name] for of in averaged]) for name in self.models} if len(averaged) > 1 else {}
+        average = {}
+        for name in self.models if len(averaged) > 1 else []:
+            measured = [results[name] for results in averaged]
+            differences = [one.difference for one in measured if one.difference is not None]
+            difference = Difference(*_mean_of(differences)) if len(differences) == len(measured) else None
+            average[name] = Measurement(*_mean_of(measured), difference)
+        return average
 
     def to_json(self) -> str:
         """As JSON."""
@@ -164,37 +170,29 @@ class Estimate:
             return Difference(self.value - other.value, Estimate(0.0, self.terms - other.terms).stderr)
 
 
-def mean(values: Sequence[Any]) -> Estimate | None:
-    """The mean of a number for each document; None if one of them is none."""
-    return _ratio([(x, 1) for x in values])
+def _perplexity(ratio: float) -> tuple[float, float]:
+    return exp(-ratio), -exp(-ratio)
 
 
-def perplexity(values: Sequence[Any]) -> Estimate | None:
-    """exp of minus the mean of a log-likelihood for each document."""
-    return _function(mean(values), lambda r: exp(-r), lambda r: -exp(-r))
+# What a metric is of a ratio R = L / W, with its derivative, and whether the documents have a W of their own: a number
+# of tokens, words or bytes.
+FORMULAS: dict[str, tuple[Callable[[float], tuple[float, float]], bool]] = {
+    "mean": (lambda ratio: (ratio, 1.0), False),
+    "perplexity": (_perplexity, False),
+    "weighted_perplexity": (_perplexity, True),
+    "bits_per_byte": (lambda ratio: (-ratio / math.log(2), -1 / math.log(2)), True),
+}
 
 
-def weighted_perplexity(values: Sequence[Any]) -> Estimate | None:
-    """exp(-L / W), for a log-likelihood and a number of tokens, words or bytes of each document."""
-    return _function(_ratio(values), lambda r: exp(-r), lambda r: -exp(-r))
+def estimate(formula: str, values: Sequence[Any]) -> Estimate | None:
+    """A metric of the documents' values; None if they are not what the formula takes.
 
-
-def bits_per_byte(values: Sequence[Any]) -> Estimate | None:
-    """-L / (W log 2), for a log-likelihood and a number of bytes of each document."""
-    return _function(_ratio(values), lambda r: -r / math.log(2), lambda r: -1 / math.log(2))
-
-
-def estimate_of(value: float, values: Sequence[Any]) -> Estimate | None:
-    """The estimate behind a metric of the harness; None if no formula gives the metric from the documents' values."""
-    for formula in (mean, perplexity, weighted_perplexity, bits_per_byte):
-        found = formula(values)
-        if found is not None and math.isclose(found.value, value, rel_tol=1e-9, abs_tol=1e-12):
-            return found
-    return None
-
-
-def _ratio(pairs: Sequence[Any]) -> Estimate | None:
-    """The ratio of two sums over documents; None if there are no two numbers for each."""
+    Args:
+        formula: one of FORMULAS.
+        values: for each document a number, or a pair of numbers.
+    """
+    function, weighted = FORMULAS[formula]
+    pairs = values if weighted else [(value, 1) for value in values]
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
         return None
     if not all(isinstance(number, Real | np.bool_) for pair in pairs for number in pair):
@@ -204,34 +202,22 @@ def _ratio(pairs: Sequence[Any]) -> Estimate | None:
     if not total > 0:
         return None
     ratio = float(sums.sum()) / total
-    with np.errstate(invalid="ignore"):
-        return Estimate(ratio, (sums - ratio * weights) / total)
-
-
-def _function(
-    estimate: Estimate | None, function: Callable[[float], float], derivative: Callable[[float], float]
-) -> Estimate | None:
-    """A function of an estimate."""
-    if estimate is None:
-        return None
+    value, derivative = function(ratio)
     with np.errstate(invalid="ignore", over="ignore"):
-        return Estimate(function(estimate.value), derivative(estimate.value) * estimate.terms)
+        return Estimate(value, derivative * ((sums - ratio * weights) / total))
 
 
-def _mean_of(measured: Sequence[Measurement]) -> Measurement:
-    """The mean of independent metrics."""
+def estimate_of(value: float, values: Sequence[Any]) -> Estimate | None:
+    """The estimate behind a metric of the harness; None if no formula gives the metric from the documents' values."""
+    found = (estimate(formula, values) for formula in FORMULAS)
+    return next((x for x in found if x and math.isclose(x.value, value, rel_tol=1e-9, abs_tol=1e-12)), None)
 
-    def stderr(stderrs: Sequence[float | None]) -> float | None:
-        known = [x for x in stderrs if x is not None]
-        return math.hypot(*known) / len(known) if len(known) == len(stderrs) else None
 
-    value = sum(one.value for one in measured) / len(measured)
-    differences = [one.difference for one in measured if one.difference is not None]
-    difference = None
-    if len(differences) == len(measured):
-        of_values = sum(one.value for one in differences) / len(differences)
-        difference = Difference(of_values, stderr([one.stderr for one in differences]))
-    return Measurement(value, stderr([one.stderr for one in measured]), difference)
+def _mean_of(measured: Sequence[Measurement | Difference]) -> tuple[float, float | None]:
+    """The mean of independent values, and its standard error."""
+    stderrs = [one.stderr for one in measured if one.stderr is not None]
+    stderr = math.hypot(*stderrs) / len(stderrs) if len(stderrs) == len(measured) else None
+    return sum(one.value for one in measured) / len(measured), stderr
 
 
 def _compared(
@@ -255,7 +241,9 @@ def text_record(windows: Windows, likelihoods: Mapping[str, Sequence[float]], ag
         against: name of the model that others are compared with.
     """
     predicted = windows.seqlen - 1
-    estimates = {name: weighted_perplexity([(x, predicted) for x in of]) for name, of in likelihoods.items()}
+    estimates = {
+        name: estimate("weighted_perplexity", [(x, predicted) for x in of]) for name, of in likelihoods.items()
+    }
     values = {name: found.value for name, found in estimates.items() if found is not None}
     results = _compared(values, estimates, against)
     return TextRecord(windows.source, windows.hash, windows.n, windows.seqlen, windows.n * predicted, results)
@@ -283,7 +271,8 @@ def _record(found: Mapping[str, Harness], task: str, key: str, against: str | No
     """A metric of a task, by the harness's key "metric,filter"."""
     metric, _, filter_name = key.partition(",")
     first = next(iter(found.values()))
-    values = {name: _number(harness["results"][task].get(key)) for name, harness in found.items()}
+    of_harness = {name: harness["results"][task].get(key) for name, harness in found.items()}
+    values = {name: float(value) if isinstance(value, Real) else math.nan for name, value in of_harness.items()}
     documents = {
         name: {
             sample["doc_id"]: sample[metric]
@@ -325,7 +314,3 @@ def _averaged(records: Sequence[TaskRecord], children: Mapping[str, Sequence[str
     while more := {name for group in inside for name in children.get(group, [])} - inside:
         inside |= more
     return {n for task, n in main.items() if task not in inside}
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, Real) else math.nan

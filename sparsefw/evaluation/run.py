@@ -1,6 +1,5 @@
 """Evaluate checkpoints on tasks of lm-evaluation-harness and on texts, one block in memory at a time."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from typing import Any
 from sparsefw import data
 from sparsefw.caller import on_cpu_by_default, settings_kept
 from sparsefw.checkpoint import Checkpoint, inspect
+from sparsefw.checkpoint.files import durably
 from sparsefw.data import Windows, load_tokenizer
 from sparsefw.errors import InputError, naming
 from sparsefw.evaluation.metrics import Evaluation, task_records, text_record
@@ -22,9 +22,6 @@ from sparsefw.ranks import Ranks, joined_with
 
 # The file in the output folder.
 RESULT = "evaluation.json"
-
-# The least values of whole numbers.
-LEAST = {"num_fewshot": 0, "seqlen": 2, "eval_windows": 1}
 
 # Tokens in a window of a text, unless the user says.
 SEQLEN = 2048
@@ -83,13 +80,17 @@ def evaluate(
     check_needs("tasks", bool(tasks), limit=limit, num_fewshot=num_fewshot, include_path=include_path)
     check_needs("evaluate", bool(texts), seqlen=seqlen, eval_windows=eval_windows)
     check_needs("output", output is not None, overwrite=overwrite or None)
-    of_memory = {"gpu_memory": gpu_memory, "host_memory": host_memory}
-    for name, value in {"limit": limit, **of_memory}.items():
+    options: dict[str, Any] = {"gpu_memory": gpu_memory, "host_memory": host_memory, "progress": progress}
+    for name, value, least, whole in (
+        ("limit", limit, 0, False),
+        ("gpu_memory", gpu_memory, 0, False),
+        ("host_memory", host_memory, 0, False),
+        ("num_fewshot", num_fewshot, 0, True),
+        ("seqlen", seqlen, 2, True),
+        ("eval_windows", eval_windows, 1, True),
+    ):
         if value is not None:
-            checked_number(name, value, 0, None)
-    for name, count in {"num_fewshot": num_fewshot, "seqlen": seqlen, "eval_windows": eval_windows}.items():
-        if count is not None:
-            checked_number(name, count, LEAST[name], None, whole=True)
+            checked_number(name, value, least, None, whole=whole)
     result = None if output is None else checked_path("output", output) / RESULT
     if result and result.exists() and not overwrite:
         raise InputError(f"{result}: is there already; give --overwrite to replace it")
@@ -106,24 +107,22 @@ def evaluate(
 
             loaded = Tasks(tasks, None if include_path is None else checked_path("include_path", include_path))
             for name, source in sources.items():
-                model = StreamedLM(
-                    source.folder, gpu_memory=gpu_memory, host_memory=host_memory, log=say, progress=progress
-                )
-                found[name] = loaded.results(model, limit, num_fewshot)
+                found[name] = loaded.results(StreamedLM(source.folder, log=say, **options), limit, num_fewshot)
         records = ranks.broadcast_object(task_records(found, first) if found and ranks.first else [])
         of_texts = []
         for of_text in windows:
             # The last token of a window is predicted, and need not be read.
             requests = [request_of(ids[:1], ids[1:], of_text.seqlen) for ids in of_text.ids.tolist()]
-            scores = {
-                name: scores_of(source, requests, **of_memory, say=say, progress=progress, ranks=ranks)
+            likelihoods = {
+                name: [score.loglikelihood for score in scores_of(source, requests, say=say, ranks=ranks, **options)]
                 for name, source in sources.items()
             }
-            likelihoods = {name: [score.loglikelihood for score in of_model] for name, of_model in scores.items()}
             of_texts.append(text_record(of_text, likelihoods, first))
         evaluation = Evaluation(names, first, records, of_texts)
         if result and ranks.first:
-            _write(result, evaluation.to_json())
+            with naming(result):
+                result.parent.mkdir(parents=True, exist_ok=True)
+            durably(result, evaluation.to_json())
     return evaluation
 
 
@@ -158,31 +157,21 @@ def _windows(
     Raises:
         InputError: models have other tokenizers, or read fewer tokens at once: perplexities cannot be compared.
     """
-    of_models = {
-        name: ranks.on_first(partial(_windows_of, source, texts, seqlen, limit)) if texts else []
-        for name, source in sources.items()
-    }
-    first, windows = next(iter(of_models.items()))
-    for name, found in of_models.items():
-        for of_text, of_first in zip(found, windows, strict=True):
-            if of_text.hash != of_first.hash:
+
+    def of_model(source: Checkpoint) -> list[Windows]:
+        length = data.window_length(source.folder, seqlen, max_seqlen(read_config(source)))
+        tokenizer = load_tokenizer(source.folder)
+        return [data.evaluation_windows(tokenizer, text, seqlen=length, limit=limit) for text in texts]
+
+    first, windows = "", list[Windows]()
+    for name, source in sources.items() if texts else ():
+        found = ranks.on_first(partial(of_model, source))
+        if not windows:
+            first, windows = name, found
+        for text, expected in zip(found, windows, strict=True):
+            if text.hash != expected.hash:
                 raise InputError(
-                    f"{name}: reads {of_text.source} as other tokens than {first}, so that perplexities cannot be "
+                    f"{name}: reads {text.source} as other tokens than {first}, so that perplexities cannot be "
                     "compared; evaluate it by itself, or leave out --eval"
                 )
     return windows
-
-
-def _windows_of(source: Checkpoint, texts: Sequence[str], seqlen: int, limit: int | None) -> list[Windows]:
-    seqlen = data.window_length(source.folder, seqlen, max_seqlen(read_config(source)))
-    tokenizer = load_tokenizer(source.folder)
-    return [data.evaluation_windows(tokenizer, text, seqlen=seqlen, limit=limit) for text in texts]
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file, so that it is there once it is whole."""
-    unfinished = path.with_name(f".{path.name}.partial")
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)

@@ -10,7 +10,7 @@ import torch
 
 from sparsefw.data import windows_of
 from sparsefw.evaluation import Evaluation, metrics, table
-from sparsefw.evaluation.metrics import estimate_of, task_records, text_record
+from sparsefw.evaluation.metrics import estimate, estimate_of, task_records, text_record
 
 DRAWS = 4000
 
@@ -51,11 +51,11 @@ def test_against_a_bootstrap(name):
     else:
         models = [np.stack([x, tokens], 1) for x in (dense, pruned)]
         values = [[*map(tuple, x.tolist())] for x in models]
-    one, other = (getattr(metrics, name)(x) for x in values)
-    for estimate, model, of_model in zip((one, other), models, values, strict=True):
-        assert estimate.value == pytest.approx(METRICS[name](model[None])[0], rel=1e-12)
-        assert estimate.stderr == pytest.approx(bootstrap(METRICS[name], model), rel=0.06)
-        assert estimate_of(estimate.value, of_model).stderr == estimate.stderr
+    one, other = (estimate(name, x) for x in values)
+    for of_one, model, of_model in zip((one, other), models, values, strict=True):
+        assert of_one.value == pytest.approx(METRICS[name](model[None])[0], rel=1e-12)
+        assert of_one.stderr == pytest.approx(bootstrap(METRICS[name], model), rel=0.06)
+        assert estimate_of(of_one.value, of_model).stderr == of_one.stderr
     found = other.minus(one)
     assert found.value == other.value - one.value
     assert found.stderr == pytest.approx(bootstrap(METRICS[name], models[1], models[0]), rel=0.06)
@@ -67,12 +67,12 @@ def test_mean_of_all_ways_to_draw():
     """Its variance, n / (n - 1) times the variance over all samples that may be drawn, by brute force."""
     x = [0.0, 1.0, 1.0, 5.0]
     means = [statistics.fmean(x[(k // 4**i) % 4] for i in range(4)) for k in range(4**4)]
-    assert metrics.mean(x).stderr ** 2 == pytest.approx(4 / 3 * statistics.pvariance(means))
+    assert estimate("mean", x).stderr ** 2 == pytest.approx(4 / 3 * statistics.pvariance(means))
 
 
 def test_the_same_share_of_all_documents_has_no_error():
     """A ratio of sums that are proportional is known exactly, however different the documents are."""
-    found = metrics.weighted_perplexity([(-20.0, 10), (-2.0, 1), (-200.0, 100)])
+    found = estimate("weighted_perplexity", [(-20.0, 10), (-2.0, 1), (-200.0, 100)])
     assert found.value == pytest.approx(math.exp(2))
     assert found.stderr == pytest.approx(0, abs=1e-12)
 
@@ -93,13 +93,13 @@ def test_other_metrics_have_no_estimate(values):
 @pytest.mark.filterwarnings("error")
 def test_where_there_is_no_standard_error():
     infinite = [-math.inf, -2.0, -3.0]
-    for found in (metrics.perplexity(infinite), metrics.weighted_perplexity([(x, 3) for x in infinite])):
+    for found in (estimate("perplexity", infinite), estimate("weighted_perplexity", [(x, 3) for x in infinite])):
         assert (found.value, found.stderr) == (math.inf, None)
         assert found.minus(found).stderr is None
     # Finite, and yet beyond what a number holds.
-    assert metrics.perplexity([-1e4, -1.1e4]).stderr is None
+    assert estimate("perplexity", [-1e4, -1.1e4]).stderr is None
     # A single document.
-    assert metrics.mean([1]).minus(metrics.mean([0])) == metrics.Difference(1.0, None)
+    assert estimate("mean", [1]).minus(estimate("mean", [0])) == metrics.Difference(1.0, None)
 
 
 def harness_of(seed: int, groups: dict | None = None) -> dict:
