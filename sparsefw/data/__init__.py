@@ -1,7 +1,6 @@
 """Texts to calibrate and evaluate a model on, its tokenizer, and the windows of tokens that are cut from a text."""
 
 from sparsefw.data.batches import BATCHES, Batch, Batches, batches_of, token_batch
-from sparsefw.data.text import failures
 from sparsefw.data.tokenizer import Tokenizer, load_tokenizer, tokenize
 from sparsefw.data.windows import (
     Windows,
@@ -23,7 +22,6 @@ __all__ = [
     "batches_of",
     "calibration_windows",
     "evaluation_windows",
-    "failures",
     "load_tokenizer",
     "mixed_windows",
     "reading_bytes",

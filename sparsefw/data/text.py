@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,15 +85,6 @@ def read_text(dataset: str | Sequence[str], split: Split) -> Text:
     return _from_hub(dataset, split)
 
 
-def failures() -> tuple[type[Exception], ...]:
-    """Errors of what cannot be read; they are imported only once there is one."""
-    from datasets.exceptions import DatasetsError
-    from pyarrow import ArrowException
-
-    # A damaged .gz raises EOFError or zlib.error.
-    return OSError, ValueError, RuntimeError, EOFError, zlib.error, ArrowException, DatasetsError, HTTPError
-
-
 def _documents(records: Iterable[Any], source: str) -> Iterator[list[str]]:
     """The texts of records: strings, or objects with a string `text`."""
     number = 0
@@ -109,7 +99,8 @@ def _documents(records: Iterable[Any], source: str) -> Iterator[list[str]]:
             yield [text]
     except InputError:
         raise
-    except failures() as error:
+    # Readers of files and of the Hub raise errors of many libraries.
+    except Exception as error:
         raise InputError(f"{source}: cannot be read beyond record {number}: {first_line(error)}") from error
 
 
@@ -188,7 +179,7 @@ def _from_hub(dataset: str, split: Split) -> Text:
         ) from error
     except (ConnectionError, HTTPError) as error:
         raise InputError(f"{dataset}: the Hub cannot be reached ({first_line(error)}); {local}") from error
-    except failures() as error:
+    except Exception as error:
         raise InputError(f"{dataset}: cannot be read: {first_line(error)}") from error
     if part is None:
         part = next((one for one in SPLITS[split] if one in records), None)

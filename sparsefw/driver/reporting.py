@@ -9,15 +9,8 @@ from sparsefw.driver.loop import Outcome
 from sparsefw.estimate import MemoryNeeds
 from sparsefw.model import Placement
 from sparsefw.ranks import Ranks
-from sparsefw.report import (
-    CalibrationText,
-    EvaluationText,
-    MemoryRecord,
-    RankRecord,
-    Report,
-    device_name,
-    versions,
-)
+from sparsefw.report.content import CalibrationText, EvaluationText, MemoryRecord, RankRecord, Report
+from sparsefw.report.environment import device_name, versions
 from sparsefw.timeline import of_rank
 
 
@@ -25,27 +18,21 @@ def report_of(
     job: Job, prepared: Prepared, outcome: Outcome, placement: Placement, needs: MemoryNeeds, ranks: Ranks
 ) -> Report:
     """The report, on all ranks."""
-    peak = memory.peak_memory()
+    calibration, device, seqlen = prepared.calibration, device_name(prepared.device), prepared.seqlen
+    seconds = outcome.timeline.seconds()
+    windows = calibration.part(ranks.share(calibration.n)).n
     mine = RankRecord(
-        socket.gethostname(),
-        device_name(prepared.device),
-        prepared.calibration.part(ranks.share(prepared.calibration.n)).n,
-        outcome.timeline.seconds(),
-        ranks.waited,
-        dict(ranks.sent),
-        peak,
+        socket.gethostname(), device, windows, seconds, ranks.waited, dict(ranks.sent), memory.peak_memory()
     )
     records = ranks.gather(mine)
     timelines = ranks.gather(outcome.timeline.spans)
-    calibration, device = prepared.calibration, prepared.device
-    seqlen = prepared.seqlen
     arguments = asdict(job.inputs) | {"seqlen": seqlen} | asdict(job.config) | asdict(job.output)
     arguments["output"] = str(arguments.pop("folder"))
     peak = {what: max(record.peak_memory[what] for record in records) for what in mine.peak_memory}
     return Report(
         arguments=arguments,
         versions=versions(),
-        device=device_name(device),
+        device=device,
         data=CalibrationText(calibration.source, calibration.hash, calibration.n, seqlen, job.inputs.seed),
         evaluation=[
             EvaluationText(samples.source, samples.hash, samples.n, seqlen, outcome.perplexity[samples.source])
@@ -53,7 +40,7 @@ def report_of(
         ],
         layers=outcome.layers,
         kept_dense=outcome.kept_dense,
-        seconds=outcome.timeline.seconds(),
+        seconds=seconds,
         blocks=outcome.blocks,
         timeline=timelines[0]
         + [span for number, spans in enumerate(timelines[1:], 1) for span in of_rank(spans, number)],

@@ -2,37 +2,25 @@
 
 from sparsefw.report import html, log
 from sparsefw.report.content import (
-    DENSE,
     HIDDEN,
     PREDICTIONS,
     BlockRecord,
-    CalibrationText,
-    EvaluationText,
-    MemoryRecord,
-    RankRecord,
     Reconstruction,
     Report,
     amount,
     read_report,
 )
-from sparsefw.report.environment import device_name, machine, versions
+from sparsefw.report.environment import machine
 
 __all__ = [
-    "DENSE",
     "HIDDEN",
     "PREDICTIONS",
     "BlockRecord",
-    "CalibrationText",
-    "EvaluationText",
-    "MemoryRecord",
-    "RankRecord",
     "Reconstruction",
     "Report",
     "amount",
-    "device_name",
     "html",
     "log",
     "machine",
     "read_report",
-    "versions",
 ]

@@ -12,7 +12,6 @@ import shlex
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
@@ -28,6 +27,9 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 # A longer table of layers is left to report.json: a browser would crawl.
 MOST_ROWS = 2000
+
+# Of the table of blocks.
+MEMORY_COLUMNS = ("host GiB", "GPU GiB", "GPU reserved GiB")
 
 
 def page(report: Report) -> str:
@@ -56,7 +58,8 @@ def page(report: Report) -> str:
         method=report.method,
         compare=report.compared,
         summary=_summary(report),
-        results=_results(report),
+        texts=[text.source for text in report.evaluation],
+        results=[*log.result_rows(report)],
         facts=_facts(report),
         kept_dense=kept_dense(report),
         command=_command(report),
@@ -72,7 +75,7 @@ def page(report: Report) -> str:
         count=len(report.layers),
         time=charts.time(blocks, phases),
         memory=charts.memory(blocks, report.memory.limits),
-        block_columns=_block_columns(phases),
+        block_columns=["block", "name", *phases, *MEMORY_COLUMNS, "loss before", "loss after", "calibration"],
         block_rows=[_block_cells(block, phases) for block in blocks],
         timeline=charts.timeline(report.timeline, blocks, phases),
     )
@@ -105,14 +108,6 @@ def _summary(report: Report) -> str:
         f"{kept:,} of {size:,} weights kept ({kept / size:.1%}), in {len(layers):,} layers of {len(report.blocks)} "
         f"blocks{dense}"
     )
-
-
-def _results(report: Report) -> dict[str, list[Any]]:
-    """The table that ends a run's log, see `log.summary`."""
-    texts = [text.source for text in report.evaluation]
-    # The dense model has no errors.
-    rows = [(name, cells + [""] * (len(texts) + 2 - len(cells))) for name, cells in log.result_rows(report)]
-    return {"texts": texts, "rows": rows}
 
 
 def _stated(value: object) -> str:
@@ -168,12 +163,6 @@ def _command(report: Report) -> list[str]:
         for item in value if isinstance(value, tuple) else (value,):
             parts.append(flag_of(name) if item is True else f"{flag_of(name)} {shlex.quote(str(item))}")
     return parts
-
-
-def _block_columns(phases: list[str]) -> list[str]:
-    """Columns of the table of blocks, see `_block_cells`."""
-    memory = ["host GiB", "GPU GiB", "GPU reserved GiB"]
-    return ["block", "name", *phases, *memory, "loss before", "loss after", "calibration"]
 
 
 def _block_cells(block: BlockRecord, phases: list[str]) -> list[str]:

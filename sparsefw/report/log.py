@@ -1,5 +1,6 @@
 """The lines that a run prints: sparsity and memory, a fixed-width row for each layer, the table at the end."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -70,11 +71,11 @@ def reconstruction_row(block: str, found: Reconstruction) -> str:
 def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
     """The dense model and every method: perplexity on each text, mean relative errors of the mask and in the end."""
     for name in ([DENSE] if report.evaluation else []) + report.methods:
-        cells = [f"{text.perplexity[name]:.3f}" for text in report.evaluation]
-        if layers := report.layers_of(name):
-            cells.append(f"{mean([layer.relative_mask for layer in layers]):.4f}")
-            cells.append(f"{mean([layer.relative_error for layer in layers]):.4f}")
-        yield name, cells
+        layers = report.layers_of(name)
+        errors = ([layer.relative_mask for layer in layers], [layer.relative_error for layer in layers])
+        # The dense model has none.
+        cells = [f"{mean(of_layers):.4f}" if of_layers else "" for of_layers in errors]
+        yield name, [f"{text.perplexity[name]:.3f}" for text in report.evaluation] + cells
 
 
 def summary(report: Report) -> Iterator[str]:
@@ -82,7 +83,8 @@ def summary(report: Report) -> Iterator[str]:
     evaluation = report.evaluation
     texts = [f"perplexity {n}" if len(evaluation) > 1 else "perplexity" for n, _ in enumerate(evaluation, 1)]
     yield "".join(f"{name:>16}" for name in ("", *texts, "mask only", "relative error"))
-    yield from (f"{name:16}" + "".join(f"{cell:>16}" for cell in cells) for name, cells in result_rows(report))
+    for name, cells in result_rows(report):
+        yield f"{name:16}{''.join(f'{cell:>16}' for cell in cells)}".rstrip()
     yield ""
     for name, text in zip(texts, evaluation, strict=True):
         yield f"{name}: {amount(text.source, text.windows, text.seqlen)} of {text.source}"
@@ -182,11 +184,10 @@ def sparsity_line(config: PruneConfig, shape: "ModelShape", whole: "ModelShape")
 
 def _sizes(shape: "ModelShape") -> dict[tuple[int, int], int]:
     """How many matrices of each shape (rows, d) there are."""
-    sizes: dict[tuple[int, int], int] = {}
+    sizes = Counter[tuple[int, int]]()
     for block in shape.blocks:
         for layer in block.layers:
-            size = layer.rows, layer.d
-            sizes[size] = sizes.get(size, 0) + max(layer.experts, 1)
+            sizes[layer.rows, layer.d] += max(layer.experts, 1)
     return sizes
 
 

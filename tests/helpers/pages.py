@@ -4,7 +4,7 @@ from dataclasses import asdict
 from html.parser import HTMLParser
 
 from sparsefw.cli import inputs_and_config, output_of, run_parser
-from sparsefw.report import BlockRecord, CalibrationText, EvaluationText, MemoryRecord, Report
+from sparsefw.report.content import BlockRecord, CalibrationText, EvaluationText, MemoryRecord, Report
 from sparsefw.solver import LayerResult
 from sparsefw.timeline import Span
 
