@@ -51,13 +51,6 @@ def test_text_file_is_one_document(tmp_path, monkeypatch):
         assert documents(name) == ["one\n\ntwo é\n"]
 
 
-def test_list_of_documents():
-    text = read_text(["one", "", "two\n"], "train")
-    assert (text.source, whole(text)) == ("texts", ["one", "", "two\n"])
-    with refused("^texts: record 2 is bytes, expected a text$"):
-        documents(["one", b"two"])
-
-
 def test_embedded_text_has_two_halves():
     (train,), (test,) = documents("default"), documents("default", "test")
     assert len(train) > 200_000 > len(test) > 20_000
@@ -95,7 +88,6 @@ def test_unknown_dataset_is_not_looked_up(name, monkeypatch):
         ("x.jsonl", b'{"text": "a"}\n{"text":\n', "cannot be read beyond record 1: Expecting value"),
         ("x.jsonl", b'{"text": "\xff"}\n', "cannot be read beyond record 0"),
         ("x.json.gz", b'{"text": "a"}\n', "cannot be read beyond record 0: Not a gzipped file"),
-        ("x.jsonl.gz", gzip.compress(bytes(range(256)) * 100)[:-40], "cannot be read"),
         ("x.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 100, "cannot be read"),
         ("x.parquet", b"no parquet at all", "cannot be read"),
         ("x.txt", "é".encode("latin-1"), "not UTF-8 text"),
@@ -144,12 +136,6 @@ def test_datasets_of_the_hub(calls):
     assert calls[3] == (("org/name",), None, {"streaming": True})
 
 
-def test_dataset_without_a_split_to_use(monkeypatch):
-    replace_hub(monkeypatch, lambda *_, **__: {"dev": [], "extra": []})
-    with refused("^org/name: no split train, only dev, extra"):
-        read_text("org/name", "train")
-
-
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -170,11 +156,10 @@ def test_failures_of_the_hub_are_one_line(monkeypatch, dataset, error, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("error", [ConnectionError, HTTPError, DatasetsError])
-def test_connection_lost_while_reading(monkeypatch, error):
+def test_connection_lost_while_reading(monkeypatch):
     def rows(*_, **__):
         yield {"text": "one"}
-        raise error("gone")
+        raise DatasetsError("gone")
 
     replace_hub(monkeypatch, rows)
     found = read_text("c4", "train").documents

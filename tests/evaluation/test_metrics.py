@@ -63,20 +63,6 @@ def test_against_a_bootstrap(name):
     assert not 0.8 < math.hypot(one.stderr, other.stderr) / found.stderr < 1.25
 
 
-def test_mean_of_all_ways_to_draw():
-    """Its variance, n / (n - 1) times the variance over all samples that may be drawn, by brute force."""
-    x = [0.0, 1.0, 1.0, 5.0]
-    means = [statistics.fmean(x[(k // 4**i) % 4] for i in range(4)) for k in range(4**4)]
-    assert estimate("mean", x).stderr ** 2 == pytest.approx(4 / 3 * statistics.pvariance(means))
-
-
-def test_the_same_share_of_all_documents_has_no_error():
-    """A ratio of sums that are proportional is known exactly, however different the documents are."""
-    found = estimate("weighted_perplexity", [(-20.0, 10), (-2.0, 1), (-200.0, 100)])
-    assert found.value == pytest.approx(math.exp(2))
-    assert found.stderr == pytest.approx(0, abs=1e-12)
-
-
 @pytest.mark.parametrize("values", [
     [(1, 0), (1, 1), (0, 0)],  # f1: pairs of truth and answer
     [("a", "b"), ("c", "d")],  # bleu

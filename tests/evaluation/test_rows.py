@@ -77,12 +77,6 @@ def test_what_a_row_may_hold(seed):
     assert tokens[0] > tokens[1] > tokens[2]
 
 
-def test_branches_are_no_longer_than_local_attention_reads():
-    requests = [request([*range(12), n], [n]) for n in range(4)]
-    assert any(row.branches for row in rows_of(requests, Sharing.BRANCHES, 13))
-    assert not any(row.branches for row in rows_of(requests, Sharing.BRANCHES, 12))
-
-
 def test_a_row_is_padded_by_a_sixteenth_at_most():
     for length in range(2, 5000):
         assert length <= padded_length(length) <= length + length / 16

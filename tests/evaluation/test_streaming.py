@@ -64,19 +64,13 @@ def test_local_attention_that_its_config_does_not_tell_is_found(tmp_path, monkey
     check_same(found, answers_of_whole(tmp_path))
 
 
-def test_every_block_is_read_once(llama, monkeypatch):
-    opened, open_block = [], StreamedModel.open
-    monkeypatch.setattr(StreamedModel, "open", lambda self, i, ahead: opened.append(i) or open_block(self, i, ahead))
-    answers(llama)
-    assert opened == [0, 1, 2]
-
-
-def test_recurrent_layers_cost_one_block_more(tmp_path, monkeypatch):
-    save_model(tmp_path, "mamba")
+@pytest.mark.parametrize(("family", "expected"), [("llama", [0, 1, 2]), ("mamba", [0, 0, 1, 2])])
+def test_blocks_are_read_once_and_recurrent_layers_cost_one_more(family, expected, tmp_path, monkeypatch):
+    save_model(tmp_path, family)
     opened, open_block = [], StreamedModel.open
     monkeypatch.setattr(StreamedModel, "open", lambda self, i, ahead: opened.append(i) or open_block(self, i, ahead))
     answers(tmp_path)
-    assert opened == [0, 0, 1, 2]
+    assert opened == expected
 
 
 @pytest.mark.parametrize("changes", [{"batch": 1}, {"place": "file"}, {"place": "file", "ahead": False}], ids=str)
@@ -110,10 +104,6 @@ def test_as_many_rows_as_tokens(tmp_path):
     save_model(tmp_path, "xlnet")
     requests = [request_of(range(n, n + 20), [n + 20], 64) for n in range(2, 23)]
     check_same(answers(tmp_path, requests[:20])[0], answers(tmp_path, requests)[0][:20])
-
-
-def test_no_requests(llama):
-    assert answers(llama, [])[0] == []
 
 
 def test_a_target_that_the_model_does_not_know_is_refused(llama):
