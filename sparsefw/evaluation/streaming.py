@@ -46,13 +46,6 @@ COMPARED, LEAST = 8, 4
 # Names of the numbers in a config beyond which local attention does not read: the mask of a tree does not tell it so.
 LOCAL = ("sliding_window", "attention_chunk_size", "window_size")
 
-# The line of the log says this for each kind of row.
-SHARED = {
-    Sharing.NOTHING: "each by itself, as this model looks at whole rows",
-    Sharing.BEGINNINGS: "whole requests shared",
-    Sharing.BRANCHES: "beginnings shared",
-}
-
 
 class Score(NamedTuple):
     """The answer to a request.
@@ -137,7 +130,7 @@ def _answers(
         placement = _placement(shape, model.device, groups, limits, ranks)
         say(
             f"requests: {len(requests)} with {sum(len(request.read) for request in requests)} tokens, computed as "
-            f"{len(rows)} rows with {sum(len(row.tokens) for row in rows)}: {SHARED[sharing]}"
+            f"{len(rows)} rows with {sum(len(row.tokens) for row in rows)}; shared: {sharing.name.lower()}"
         )
         try:
             found = _Pass(model, shape.by_window, groups, checks, placement).run(progress)
@@ -156,35 +149,31 @@ class _Check(NamedTuple):
 
     Attributes:
         row: the row that holds it.
-        places: places there that are compared.
-        alone: a row that holds it alone.
-        places_alone: the same places there.
+        places: places there that are compared: the last ones, which no other request has.
+        alone: a row that holds it alone; the last places there are compared.
     """
 
     row: Row
     places: list[int]
     alone: Row
-    places_alone: list[int]
-
-    @classmethod
-    def of(cls, row: Row, path: list[int], own: list[int]) -> "_Check":
-        """The check of the tokens at a path of places, the last ones of which no other request has."""
-        alone = Row()
-        alone.add(0, Request(array("i", [row.tokens[place] for place in path]), array("i")), 0)
-        compared = own[-COMPARED:]
-        return cls(row, compared, alone, [path.index(place) for place in compared])
 
 
 def _checks(rows: Sequence[Row]) -> list[_Check]:
     """Of chains, the first half of the longest; of trees, the last branch of the deepest and of the largest."""
-    checks = []
+    # Rows, the request's path in each, and those of its places that no other request has.
+    compared: list[tuple[Row, list[int], list[int]]] = []
     longest = max((row for row in rows if not row.branches), key=lambda row: row.depth, default=None)
     if longest and longest.depth >= LEAST:
         half = longest.path[: longest.depth // 2]
-        checks.append(_Check.of(longest, half, half))
+        compared.append((longest, half, half))
     if trees := [row for row in rows if row.branches]:
         deepest, largest = max(trees, key=lambda row: row.depth), max(trees, key=lambda row: len(row.tokens))
-        checks += [_Check.of(row, row.path, row.own) for row in {deepest, largest}]
+        compared += [(row, row.path, row.own) for row in {deepest, largest}]
+    checks = []
+    for row, path, own in compared:
+        alone = Row()
+        alone.add(0, Request(array("i", [row.tokens[place] for place in path]), array("i")), 0)
+        checks.append(_Check(row, own[-COMPARED:], alone))
     return checks
 
 
@@ -269,7 +258,7 @@ class _Pass:
         if self._states[g].hidden[0].shape[:2] != (self._states[g].windows[0], self._groups[g].length):
             # The hidden states of tokens cannot be told from each other.
             return False
-        shared, alone = self._hidden(check.row)[check.places], self._hidden(check.alone)[check.places_alone]
+        shared, alone = self._hidden(check.row)[check.places], self._hidden(check.alone)[-len(check.places) :]
         distances = (shared - alone).norm(dim=-1) / alone.norm(dim=-1)
         return float(distances.median()) <= TOLERANCE[self._dtype.itemsize]
 

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
-from helpers.texts import records, refused, replace_hub, whole
+from helpers.texts import refused, replace_hub, whole
 from huggingface_hub.errors import HTTPError
 
 from sparsefw.data.text import read_text
@@ -100,13 +100,6 @@ def test_damaged_file(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("column", [{"n": [1], "content": ["a"]}, {"text": ["a", None]}, {"text": [["a"]]}])
-def test_parquet_without_texts(tmp_path, column):
-    pyarrow.parquet.write_table(pyarrow.table(column), tmp_path / "x.parquet")
-    with refused("x.parquet: no column `text`, only n, content|x.parquet: record [12] is .*, expected a text"):
-        documents(tmp_path / "x.parquet")
-
-
 # The Hub, replaced
 
 
@@ -166,12 +159,3 @@ def test_connection_lost_while_reading(monkeypatch):
     assert list(next(found)) == ["one"]
     with refused("cannot be read beyond record 1: gone"):
         next(found)
-
-
-def test_bytes_of_a_file_beyond_its_windows_are_not_read(tmp_path):
-    """What comes after them may be damaged, or unpack to any size."""
-    path = records(tmp_path / "x.jsonl.gz", [{"text": f"{n} some words" * 100} for n in range(5000)])
-    (tmp_path / "x.jsonl.gz").write_bytes((tmp_path / "x.jsonl.gz").read_bytes()[:-100])
-    assert "".join(next(read_text(path, "train").documents)).startswith("0 some words")
-    with refused("x.jsonl.gz: cannot be read beyond record"):
-        documents(path)

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from sparsefw.data import tokenizer
-from sparsefw.data.tokenizer import load_tokenizer, start_tokens, tokenize, tokens_of
+from sparsefw.data.tokenizer import load_tokenizer, tokenize, tokens_of
 from sparsefw.default.text import evaluation_text
 from sparsefw.inputs import DEFAULT_MODEL
 
@@ -49,11 +49,6 @@ def test_text_that_a_tokenizer_fails_at(folder, monkeypatch):
     monkeypatch.setattr(type(loaded), "__call__", lambda *_, **__: {}["index out of bounds\nat all"])
     with refused(f"^{folder}: the tokenizer cannot take this text: 'index out of bounds"):
         tokenize(loaded, ["a"])
-
-
-def test_start_token():
-    assert start_tokens(make_tokenizer(bos=True)) == [256]
-    assert start_tokens(make_tokenizer(bos=False)) == []
 
 
 # Tokens of long documents

@@ -15,7 +15,7 @@ from sparsefw.evaluation import streaming
 from sparsefw.evaluation.rows import request_of
 from sparsefw.model import StreamedModel
 
-ALONE, CHAINS, TREES = "each by itself, as this model looks at whole rows", "whole requests shared", "beginnings shared"
+ALONE, CHAINS, TREES = "nothing", "beginnings", "branches"
 # What rows hold in families that take no trees: position biases, states of recurrent layers, several streams.
 NO_TREES = dict.fromkeys(("bloom", "mamba", "qwen3_next", "rwkv", "openai-gpt"), CHAINS)
 NO_TREES |= dict.fromkeys(("xlnet", "gemma3n_text"), ALONE)
