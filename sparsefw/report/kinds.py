@@ -50,12 +50,10 @@ def kept_dense(report: Report) -> list[tuple[str, str, str]]:
 
 def _ranges(numbers: list[int]) -> str:
     """Whole numbers in ascending order, with runs of three or more abridged: "0 to 3, 7, 8"."""
-    ranges: list[tuple[int, int]] = []
+    runs: list[list[int]] = []
     for number in sorted(set(numbers)):
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1] = (ranges[-1][0], number)
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
         else:
-            ranges.append((number, number))
-    return ", ".join(
-        f"{low} to {high}" if high > low + 1 else ", ".join(map(str, range(low, high + 1))) for low, high in ranges
-    )
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

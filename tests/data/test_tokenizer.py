@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.texts import make_tokenizer, refused
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 from sparsefw.data import tokenizer
 from sparsefw.data.tokenizer import load_tokenizer, tokenize, tokens_of
