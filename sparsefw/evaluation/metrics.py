@@ -22,6 +22,7 @@ import numpy as np
 
 from sparsefw.data import Windows
 from sparsefw.model.head import exp
+from sparsefw.report.content import TextWindows
 
 # Papers on pruning average the first of these that a task has.
 MAIN = ("acc_norm", "acc")
@@ -87,22 +88,14 @@ class TaskRecord:
 
 
 @dataclass(frozen=True)
-class TextRecord:
+class TextRecord(TextWindows):
     """Perplexity on a text.
 
     Attributes:
-        source: the text, as the user has named it.
-        hash: SHA-256 of the tokens, in hex.
-        windows: number of windows.
-        seqlen: tokens in a window.
         tokens: number of tokens that are predicted, in all windows.
         results: perplexity by model.
     """
 
-    source: str
-    hash: str
-    windows: int
-    seqlen: int
     tokens: int
     results: dict[str, Measurement]
 

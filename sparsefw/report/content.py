@@ -83,40 +83,41 @@ class BlockRecord:
 
 
 @dataclass(frozen=True)
-class CalibrationText:
-    """The windows that define the layer problems.
+class TextWindows:
+    """The windows of a text.
 
     Attributes:
-        source: the text, as `--dataset` named it.
+        source: the text, as the user has named it.
         hash: SHA-256 of the tokens, in hex.
         windows: number of windows.
         seqlen: tokens in a window.
-        seed: seed of the draw of the windows.
     """
 
     source: str
     hash: str
     windows: int
     seqlen: int
+
+
+@dataclass(frozen=True)
+class CalibrationText(TextWindows):
+    """The windows that define the layer problems.
+
+    Attributes:
+        seed: seed of the draw of the windows.
+    """
+
     seed: int
 
 
 @dataclass(frozen=True)
-class EvaluationText:
+class EvaluationText(TextWindows):
     """A text that perplexity was measured on.
 
     Attributes:
-        source: the text, as `--eval` named it.
-        hash: SHA-256 of the tokens, in hex.
-        windows: number of windows.
-        seqlen: tokens in a window.
         perplexity: perplexity of the dense model ("dense"), and by method.
     """
 
-    source: str
-    hash: str
-    windows: int
-    seqlen: int
     perplexity: dict[str, float]
 
 

@@ -19,7 +19,7 @@ from sparsefw.errors import printable
 from sparsefw.flags import flag_of
 from sparsefw.report import charts, log
 from sparsefw.report.charts import LayerAt
-from sparsefw.report.content import HIDDEN, BlockRecord, CalibrationText, EvaluationText, Report, amount
+from sparsefw.report.content import HIDDEN, BlockRecord, Report, TextWindows, amount
 from sparsefw.report.kinds import kept_dense, locate, positions_of
 from sparsefw.solver import PruneConfig
 
@@ -127,7 +127,7 @@ def _gib(count: float) -> str:
 
 def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
     """Lists of facts, (name, value), by heading."""
-    texts: list[CalibrationText | EvaluationText] = [report.data, *report.evaluation]
+    texts: list[TextWindows] = [report.data, *report.evaluation]
     memory = asdict(report.memory)
     sizes = {f"{what} limit": size for what, size in memory.pop("limits").items()}
     sizes |= {f"{what} expected": size for what, size in memory.pop("expected").items()}
