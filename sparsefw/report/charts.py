@@ -112,15 +112,15 @@ def errors(layers: list[LayerAt], methods: list[str], numbers: list[int]) -> dic
     drawn = [layer for layer in layers if layer.result.method in methods]
     errors = [e for _, _, result in drawn for e in (result.relative_mask, result.relative_error)]
     axes, charts = _Axes(numbers, [1.0, *errors]), {}
+    results: dict[tuple[str, str], dict[int, list[LayerResult]]] = defaultdict(lambda: defaultdict(list))
+    for block, kind, result in drawn:
+        results[kind, result.method][block].append(result)
     for kind in dict.fromkeys(layer.kind for layer in drawn):
         marks, titles = list[Chart](), [list[str]() for _ in numbers]
         for method in methods:
-            results = defaultdict[int, list[LayerResult]](list)
-            for block, its_kind, result in drawn:
-                if (its_kind, result.method) == (kind, method):
-                    results[block].append(result)
-            found = {i: [result.relative_error for result in of_block] for i, of_block in results.items()}
-            masks = {i: mean([result.relative_mask for result in of_block]) for i, of_block in results.items()}
+            of_blocks = results[kind, method]
+            found = {i: [result.relative_error for result in of_block] for i, of_block in of_blocks.items()}
+            masks = {i: mean([result.relative_mask for result in of_block]) for i, of_block in of_blocks.items()}
             means = {i: mean(of_block) for i, of_block in found.items()}
             if any(len(of_block) > 1 for of_block in found.values()):
                 low, high = ({i: pick(of_block) for i, of_block in found.items()} for pick in (min, max))
@@ -132,8 +132,8 @@ def errors(layers: list[LayerAt], methods: list[str], numbers: list[int]) -> dic
                 n = len(of_block)
                 spread = f" (mean of {n}, {min(of_block):.4f} to {max(of_block):.4f})" if n > 1 else ""
                 titles[i].append(f"{method} {means[i]:.4f}{spread}, mask only {masks[i]:.4f}")
-        of_blocks = zip(numbers, titles, strict=True)
-        charts[kind] = axes.chart(marks, [f"block {n}: {'; '.join(title)}" if title else "" for n, title in of_blocks])
+        hits = [f"block {n}: {'; '.join(title)}" if title else "" for n, title in zip(numbers, titles, strict=True)]
+        charts[kind] = axes.chart(marks, hits)
     return charts
 
 
