@@ -15,10 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsefw import checkpoint
-from sparsefw.checkpoint import CONFIG, DIGEST, SUMS, check_file, file_digest, read_sums, read_tensors
-from sparsefw.checkpoint.source import read_json
+from sparsefw.checkpoint import CONFIG, SUMS, file_digest, read_sums, read_tensors
+from sparsefw.checkpoint.files import DIGEST
+from sparsefw.checkpoint.source import check_file, read_json
 from sparsefw.checkpoint.tensors import dequantized
-from sparsefw.checkpoint.trust import MAX_CONFIG_BYTES
 from sparsefw.data import BATCHES
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
@@ -164,7 +164,7 @@ def _check_sums(check: Check, output: Path, digest: str | None) -> str:
 def _find_source(report: Report, output: Path, against: str | None) -> tuple[Path | None, str]:
     """The source's folder, or why there is none. Only a source that `against` names has to be there."""
     model = report.argument("model", str)
-    if against is None and (report.in_memory or _on_batches(report)):
+    if against is None and report.in_memory:
         # The name that it has may be that of other weights: it may have been trained since it was loaded.
         return None, "the model was in memory; name a checkpoint of it with --against"
     if (model if against is None else against) == DEFAULT:
@@ -175,11 +175,6 @@ def _find_source(report: Report, output: Path, against: str | None) -> tuple[Pat
     if folder.resolve() == output.resolve():
         raise InputError(f"{against or model}: the output itself; name the checkpoint that was pruned with --against")
     return folder, ""
-
-
-def _on_batches(report: Report) -> bool:
-    """Whether a model in memory was pruned on batches: whatever it reads, and by whatever library it was written."""
-    return report.arguments["dataset"] == (BATCHES,)
 
 
 @dataclass(frozen=True)
@@ -207,9 +202,6 @@ class _Claims:
         layers = {layer.name: layer for layer in report.layers_of(method)}
         if method not in METHODS or not layers:
             raise InputError(f"{path}: it has no layers pruned by {method}, the method that its arguments name")
-        for layer in layers.values():
-            if min(layer.shape) <= 0 or (pattern.group and layer.shape[1] % pattern.group):
-                raise InputError(f"{path}: {layer.name} of shape {layer.shape} has no pattern {pattern.text}")
         refits = method == "sparsegpt" or report.arguments.get("reconstruct", 0) != 0
         return cls(
             report,
@@ -246,8 +238,9 @@ class _Model:
     """
 
     def __init__(self, folder: Path, report: Report) -> None:
-        batches = _on_batches(report)
-        config = read_json(folder / CONFIG, MAX_CONFIG_BYTES) if (folder / CONFIG).is_file() else {}
+        # A model in memory that was pruned on batches: whatever it reads, and by whatever library it was written.
+        batches = report.arguments["dataset"] == (BATCHES,)
+        config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
         if batches and not has_class(config.get("architectures")):
             # A model of another library, or of the user's own: tensors have the names that the files give them.
             self._skeleton, self._tensors, self.dtype = None, checkpoint.tensors_in(folder), None
@@ -293,19 +286,17 @@ def _check_weights(verdict: Verdict, claims: _Claims, written: _Model, source: _
         before = _by_slices(source.read(group), claims.layers, sizes) if source else {}
         for name, W in after.items():
             checks["model"].count += 1
-            try:
+            if name not in written.unused:
                 # What the model has no use for may be a mask, with infinity in it.
-                if name not in written.unused:
+                try:
                     check_finite(name, W)
-            except InputError as error:
-                checks["model"].failures.append(str(error))
-            layer = None if name in written.unused else unseen.pop(name, None)
-            if layer:
-                _check_layer(verdict, claims, layer, W, before.pop(name, None))
-                continue
-            used = group in blocks and name not in written.unused
-            if used and W.dim() >= 2 and name not in claims.report.kept_dense:
-                checks["report"].fail(name, "neither pruned nor kept dense by the report")
+                except InputError as error:
+                    checks["model"].failures.append(str(error))
+                if layer := unseen.pop(name, None):
+                    _check_layer(verdict, claims, layer, W, before.pop(name, None))
+                    continue
+                if group in blocks and W.dim() >= 2 and name not in claims.report.kept_dense:
+                    checks["report"].fail(name, "neither pruned nor kept dense by the report")
             if source:
                 checks["others"].count += 1
                 if difference := _difference(W, before.pop(name, None)):
@@ -341,14 +332,14 @@ def _check_layer(verdict: Verdict, claims: _Claims, layer: LayerResult, after: T
     verdict.weights, verdict.zeros = verdict.weights + W.numel(), verdict.zeros + int((W == 0).sum())
     width, most = claims.budget(layer.shape)
     checks["pattern"].count += 1
-    if over := _first_over((W != 0).reshape(-1, width).sum(1), most):
-        checks["pattern"].fail(layer.name, f"{_part(claims, layer, over[0])} has {over[1]} weights, {most} may be kept")
-    compared = [check for name, check in checks.items() if name in ("kept", "zeros")]
+    if over := _over_budget(W != 0, width, most):
+        checks["pattern"].fail(layer.name, f"{over} are not zero, {most} may be kept")
+    compared = [checks[name] for name in ("kept", "zeros") if name in checks]
     for check in compared:
         check.count += 1
-        if before is None or before.shape != after.shape or before.dtype != after.dtype:
-            check.fail(layer.name, "not of this shape and dtype in the source")
     if before is None or before.shape != after.shape or before.dtype != after.dtype:
+        for check in compared:
+            check.fail(layer.name, "not of this shape and dtype in the source")
         return
     old = before.T if layer.transposed else before
     if "zeros" in checks and (count := int(((old == 0) & (W != 0)).sum())):
@@ -357,27 +348,18 @@ def _check_layer(verdict: Verdict, claims: _Claims, layer: LayerResult, after: T
         removed = _bits(W) == 0
         if difference := _difference(torch.where(removed, old, W), old):
             checks["kept"].fail(layer.name, difference)
-        if over := _first_over((removed & (_bits(old) != 0)).reshape(-1, width).sum(1), width - most):
-            part = _part(claims, layer, over[0])
-            checks["kept"].fail(layer.name, f"{part} has {over[1]} weights removed, {width - most} are to be")
+        if over := _over_budget(removed & (_bits(old) != 0), width, width - most):
+            checks["kept"].fail(layer.name, f"{over} are removed, {width - most} are to be")
 
 
-def _first_over(counts: Tensor, most: int) -> tuple[int, int] | None:
-    """The index of the first count above a limit, and the count; None if there is none."""
-    if not bool((counts > most).any()):
-        return None
-    first = int((counts > most).view(torch.uint8).argmax())
-    return first, int(counts[first])
-
-
-def _part(claims: _Claims, layer: LayerResult, n: int) -> str:
-    """The n-th of the parts of a layer that have a budget each, in words."""
-    if claims.scope == "layer":
-        return "the matrix"
-    row, first = divmod(n * claims.budget(layer.shape)[0], layer.shape[1])
-    return f"row {row}" + (
-        f", columns {first} to {first + claims.pattern.group - 1}" if claims.scope == "group" else ""
-    )
+def _over_budget(mask: Tensor, width: int, most: int) -> str:
+    """The first `width` entries that share a budget of which more than `most` are set, in words; empty without any."""
+    counts = mask.reshape(-1, width).sum(1)
+    over = counts > most
+    if not bool(over.any()):
+        return ""
+    first = int(over.view(torch.uint8).argmax())
+    return f"from {list(divmod(first * width, mask.shape[1]))} on {int(counts[first])} of {width} weights"
 
 
 def _difference(after: Tensor, before: Tensor | None) -> str:

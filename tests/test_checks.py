@@ -146,16 +146,18 @@ class TestSums:
         assert "tokenizer.json: " in failure
 
     @pytest.mark.parametrize(
-        ("text", "message"),
+        ("change", "message"),
         [
-            (None, "missing"),
-            (f"{'0' * 64}  ../x\n", "line 1 is not a digest"),
-            (f"{'0' * 64}  /etc/passwd\n", "line 1 is not a digest"),
-            ("", "not in SHA256SUMS"),
+            (lambda sums: None, "missing"),
+            (lambda sums: "", "not in SHA256SUMS"),
+            (lambda sums: sums.replace("  ", " "), "is not a digest"),
+            (lambda sums: f"{sums}{'0' * 64}  ../x\n", "x: missing, or not a file"),
+            (lambda sums: f"{sums}{'0' * 64}  /etc/passwd\n", "/etc/passwd: a link to /etc/passwd, outside of the"),
         ],
     )
-    def test_damaged_sums(self, text, message, copied, capsys):
+    def test_damaged_sums(self, change, message, copied, capsys):
         _, output = copied(*WANDA)
+        text = change((output / SUMS).read_text())
         (output / SUMS).unlink()
         if text is not None:
             (output / SUMS).write_text(text)
@@ -166,10 +168,16 @@ class TestPattern:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            (["--method", "wanda"], "row 5 has 14 weights, 13 may be kept"),
-            (["--method", "wanda", "--sparsity", "2:4"], r"row 5, columns (\d+) to \d+ has 3 weights, 2 may be kept"),
-            (["--sparsity", "layer:0.6", "--refit", "0"], "the matrix has 411 weights, 410 may be kept"),
-            (["--method", "sparsegpt"], "the matrix has 411 weights, 410 may be kept"),
+            (["--method", "wanda"], r"from \[5, 0\] on 14 of 32 weights are not zero, 13 may be kept"),
+            (
+                ["--method", "wanda", "--sparsity", "2:4"],
+                r"from \[5, (\d+)\] on 3 of 4 weights are not zero, 2 may be kept",
+            ),
+            (
+                ["--sparsity", "layer:0.6", "--refit", "0"],
+                r"from \[0, 0\] on 411 of 1024 weights are not zero, 410 may be kept",
+            ),
+            (["--method", "sparsegpt"], r"from \[0, 0\] on 411 of 1024 weights are not zero, 410 may be kept"),
         ],
     )
     def test_one_weight_too_many(self, flags, message, copied, capsys):
@@ -187,13 +195,15 @@ class TestPattern:
         name = "transformer.h.1.attn.c_proj.weight"
         column = (tensor_of(output, name)[:, 7] == 0).nonzero()[0].item()
         change_tensor(output, name, put((column, 7), 0.5))
-        assert verdict(capsys, output)[2]["pattern"] == [f"{name}: row 7 has 14 weights, 13 may be kept"]
+        assert verdict(capsys, output)[2]["pattern"] == [
+            f"{name}: from [7, 0] on 14 of 32 weights are not zero, 13 may be kept"
+        ]
 
     def test_expert(self, copied, capsys):
         _, output = copied(*WANDA, family="qwen3_moe")
         change_tensor(output, f"{EXPERT}.3.up_proj.weight", put(slice(4, 7), 0.5))
         # The gate has the first 24 rows.
-        message = "row 28 has 32 weights, 13 may be kept"
+        message = "from [28, 0] on 32 of 32 weights are not zero, 13 may be kept"
         assert verdict(capsys, output)[2]["pattern"] == [f"{EXPERT}.gate_up_proj[3]: {message}"]
 
 
@@ -215,7 +225,10 @@ class TestKept:
         column = tensor_of(output, name)[at].nonzero()[0].item()
         change_tensor(output, name, put((column, 40) if family == "gpt2" else (5, column), 0.0))
         row = 40 if family == "gpt2" else 5
-        assert only_failure(capsys, output, "kept") == f"{name}: row {row} has 20 weights removed, 19 are to be"
+        assert (
+            only_failure(capsys, output, "kept")
+            == f"{name}: from [{row}, 0] on 20 of 32 weights are removed, 19 are to be"
+        )
 
     def test_removed_weights_are_zeros_without_a_sign(self, copied, capsys):
         _, output = copied(*WANDA)

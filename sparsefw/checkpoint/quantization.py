@@ -39,7 +39,6 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 SCALE, OTHER_SCALES = "_scale_inv", (".scale", ".qscale_weight")
 # Ends of the names of values and scales in MXFP4.
 BLOCKS, SCALES = "_blocks", "_scales"
-# Scales of activations: nothing is multiplied with them once the weights are not in FP8.
 ACTIVATION_SCALE = "activation_scale"
 
 # A tensor of the model by its name there.
@@ -116,19 +115,18 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
 
 def joined(
     stored: dict[str, TensorInfo], quantization: Quantization, config: dict[str, Any], path: Path
-) -> tuple[dict[str, TensorInfo], torch.dtype, list[str]]:
+) -> tuple[dict[str, TensorInfo], torch.dtype]:
     """The tensors of a quantized checkpoint as the model has them.
 
     Args:
-        stored: the tensors in the files.
+        stored: the tensors in the files. Scales of activations are left out.
         quantization: how they are quantized.
         config: the content of config.json, which may name the dtype of the result. Else it is the one that most bytes
             have which are not quantized.
         path: the file's path, for messages.
 
     Returns:
-        The tensors by name, the dtype of the result, and the names of stored tensors that are no part of any: scales of
-        activations.
+        The tensors by name, and the dtype of the result.
 
     Raises:
         InputError: scales are missing, or scales or values have a dtype or shape that does not fit.
@@ -137,15 +135,11 @@ def joined(
     quantized = dict(found for name in stored if (found := join(stored, name, quantization)))
     if not quantized:
         raise InputError(f"{path}: {KEY} says {quantization.method}, but no tensor is quantized; remove the entry")
-    left_out = [name for name in stored if _scales_activations(name, stored)]
-    used = {part for info in quantized.values() for part in info.parts}.union(left_out)
+    used = {part for info in quantized.values() for part in info.parts}
+    used |= {name for name in stored if _scales_activations(name, stored)}
     others = {name: info for name, info in stored.items() if name not in used}
-    for name, info in others.items():
-        of_fp8 = quantization.method == "fp8" and name.endswith(SCALE)
-        if name in quantized or info.dtype == EXPONENT or of_fp8:
-            raise InputError(f"{info.file}: tensor {name} is quantized twice, or its values are missing; {ORIGINAL}")
     dtype = dtype_in(config) or most_bytes(others.values()) or DTYPES[0]
-    return {name: replace(info, dtype=dtype) for name, info in quantized.items()} | others, dtype, left_out
+    return {name: replace(info, dtype=dtype) for name, info in quantized.items()} | others, dtype
 
 
 def dtype_in(config: dict[str, Any]) -> torch.dtype | None:
@@ -169,8 +163,7 @@ def note(used: Iterable[TensorInfo], quantization: Quantization | None) -> str:
     quantized = [info for info in infos if isinstance(info, QuantizedInfo)]
     if not quantized or quantization is None:
         return ""
-    written = sum(info.nbytes for info in infos)
-    read = sum(part.nbytes for info in infos for part in info.stored("").values())
+    written, read = sum(info.nbytes for info in infos), sum(info.stored_nbytes for info in infos)
     dtype = str(quantized[0].dtype).removeprefix("torch.")
     return (
         f"the source is quantized ({quantization.method}): {len(quantized)} tensors are dequantized and written as "
@@ -179,11 +172,10 @@ def note(used: Iterable[TensorInfo], quantization: Quantization | None) -> str:
 
 
 def _scales_activations(name: str, stored: dict[str, TensorInfo]) -> bool:
-    """Whether a tensor is the scale of an FP8 weight's input."""
+    """Whether a tensor is the scale of an FP8 weight's input: nothing is multiplied with it once the weight is not."""
     stem = name.removesuffix(ACTIVATION_SCALE)
-    return stem != name and any(
-        other in stored and stored[other].dtype == FP8 for other in (f"{stem}weight", stem.removesuffix("_"))
-    )
+    weights = [stored[other] for other in (f"{stem}weight", stem.removesuffix("_")) if other in stored]
+    return stem != name and any(weight.dtype == FP8 for weight in weights)
 
 
 def _join_fp8(stored: dict[str, TensorInfo], name: str, quantization: Quantization) -> Joint | None:
@@ -202,36 +194,31 @@ def _join_fp8(stored: dict[str, TensorInfo], name: str, quantization: Quantizati
     height, width = quantization.block or (rows, columns)
     grid = (*lead, -(-rows // height), -(-columns // width)) if rows else ()
     # One scale for a matrix may have fewer dimensions.
-    fewer = {(1,), tuple(lead)} if not lead else {tuple(lead)}
+    fewer = {(1,), ()} if not lead else {tuple(lead)}
     fits = scales.shape == grid or (quantization.block is None and scales.shape in fewer)
     if not rows or not fits or scales.dtype not in SCALE_DTYPES:
         raise InputError(
             f"{scales.file}: tensor {scale} of shape {scales.shape} and dtype {scales.dtype} does not fit {name} of "
             f"shape {shape} in blocks of {height} x {width}, which needs {grid} in floating point"
         )
-    parts = {name: values, scale: scales}
-    return name, QuantizedInfo(values.file, DTYPES[0], shape, name, scale, parts, (height, width))
+    return name, QuantizedInfo(values.file, DTYPES[0], shape, {name: values, scale: scales}, (height, width))
 
 
 def _join_mxfp4(stored: dict[str, TensorInfo], name: str, quantization: Quantization) -> Joint | None:
     """The name of the tensor whose values are called `name`, and the tensor; None if that is none in MXFP4."""
-    if stored[name].dtype != torch.uint8 or not name.endswith((BLOCKS, SCALES)):
+    if stored[name].dtype != torch.uint8 or not name.endswith(BLOCKS):
         return None
-    joint = name.removesuffix(BLOCKS).removesuffix(SCALES)
-    parts = {part: stored.get(part) for part in (f"{joint}{BLOCKS}", f"{joint}{SCALES}")}
-    values, scales = parts.values()
-    if values is None or scales is None:
-        missing = next(part for part, info in parts.items() if info is None)
-        raise InputError(f"{stored[name].file}: tensor {name} is in MXFP4, and {missing} is missing; {ORIGINAL}")
-    if name.endswith(SCALES):
-        return None
+    joint = name.removesuffix(BLOCKS)
+    scale = f"{joint}{SCALES}"
+    if scale not in stored:
+        raise InputError(f"{stored[name].file}: tensor {name} is in MXFP4, and {scale} is missing; {ORIGINAL}")
+    values, scales = stored[name], stored[scale]
     sound = len(values.shape) == 4 and values.shape[-1] == GROUP_BYTES and all(values.shape)
     if not sound or (scales.dtype, scales.shape) != (torch.uint8, values.shape[:-1]):
         raise InputError(
-            f"{scales.file}: tensor {joint}{SCALES} of shape {scales.shape} and dtype {scales.dtype} does not fit "
+            f"{scales.file}: tensor {scale} of shape {scales.shape} and dtype {scales.dtype} does not fit "
             f"{name} of shape {values.shape}; MXFP4 has (experts, rows, groups, {GROUP_BYTES}) and a byte a group"
         )
     experts, rows, groups, width = values.shape
-    used = {name: values, f"{joint}{SCALES}": scales}
     shape = (experts, groups * 2 * width, rows)
-    return joint, QuantizedInfo(values.file, DTYPES[0], shape, name, f"{joint}{SCALES}", used, None)
+    return joint, QuantizedInfo(values.file, DTYPES[0], shape, {name: values, scale: scales}, None)

@@ -5,8 +5,6 @@ and products may round differently where memory is aligned differently. Here tor
 """
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
@@ -36,22 +34,28 @@ def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str,
     by_file: dict[Path, list[str]] = {}
     for name in sorted(stored, key=lambda name: stored[name].offset):
         by_file.setdefault(stored[name].file, []).append(name)
-    read = {}
-    for names in by_file.values():
-        with opened(stored[names[0]]) as file:
-            for name in names:
-                tensor = torch.empty(stored[name].shape, dtype=stored[name].dtype, pin_memory=pin)
-                file.seek(stored[name].offset)
-                read_into(
-                    file, tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
-                )
-                read[name] = tensor
+    read: dict[str, Tensor] = {}
+    for path, names in by_file.items():
+        try:
+            with path.open("rb", buffering=0) as file:
+                for name in names:
+                    if stamp_of(os.fstat(file.fileno())) != stored[name].stamp:
+                        raise InputError(f"{path}: was changed since the run began; leave the model as it is meanwhile")
+                    read[name] = torch.empty(stored[name].shape, dtype=stored[name].dtype, pin_memory=pin)
+                    file.seek(stored[name].offset)
+                    if read[name].numel():
+                        _read_into(file, read[name].reshape(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read any more: {first_line(error)}") from error
     loadable: dict[str, Loadable] = {}
     for name, info in tensors.items():
         if isinstance(info, QuantizedInfo):
-            scales = read[info.scales]
-            check_finite(info.scales, (scales.view(EXPONENT) if scales.dtype == torch.uint8 else scales).float())
-        loadable[name] = QuantizedTensor(info, read) if isinstance(info, QuantizedInfo) else read[name]
+            values, scales = (read[part] for part in info.parts)
+            floats = (scales.view(EXPONENT) if scales.dtype == torch.uint8 else scales).float()
+            check_finite(list(info.parts)[1], floats)
+            loadable[name] = QuantizedTensor(info, values, scales)
+        else:
+            loadable[name] = read[name]
     return loadable
 
 
@@ -60,34 +64,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
-def read_rows(name: str, info: TensorInfo, ranges: Iterable[range]) -> Iterator[Tensor]:
-    """Read rows of a tensor: for each range of their numbers those rows, on the host, in the dtype of the file."""
-    row = info.nbytes // max(1, info.shape[0])
-    with opened(info) as file:
-        for rows in ranges:
-            tensor = torch.empty((len(rows), *info.shape[1:]), dtype=info.dtype)
-            file.seek(info.offset + row * rows.start)
-            read_into(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
-            yield tensor
-
-
-@contextmanager
-def opened(info: TensorInfo) -> Iterator[FileIO]:
-    """A tensor's file, which is the one that was inspected.
-
-    Raises:
-        InputError: it was changed since then, or cannot be read.
-    """
-    try:
-        with info.file.open("rb", buffering=0) as file:
-            if stamp_of(os.fstat(file.fileno())) != info.stamp:
-                raise InputError(f"{info.file}: was changed since the run began; leave the model as it is meanwhile")
-            yield file
-    except OSError as error:
-        raise InputError(f"{info.file}: cannot be read any more: {first_line(error)}") from error
-
-
-def read_into(file: FileIO, left: memoryview) -> None:
+def _read_into(file: FileIO, left: memoryview) -> None:
     """Fill memory with the next bytes of a file."""
     while left:
         # Linux reads 2 GiB at most at a time.

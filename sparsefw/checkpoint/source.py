@@ -5,13 +5,13 @@ everything that it returns about files and tensors.
 """
 
 import hashlib
-import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from sparsefw.checkpoint import trust
+from sparsefw.checkpoint import files, trust
 from sparsefw.checkpoint.files import parse_object, read_bounded
 from sparsefw.checkpoint.quantization import Quantization, joined, most_bytes, quantization_of
 from sparsefw.checkpoint.tensors import TensorInfo, stamp_of
@@ -37,10 +37,6 @@ DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)
 # Others that models in memory may have, in schedules of diffusion, say. No layer of a language model has them.
 OTHER_DTYPES = {"F64": torch.float64, "C64": torch.complex64}
 
-# Real headers have 10 KB to 20 MB. safetensors itself takes up to 100 MB, and many times that in memory.
-MAX_HEADER_BYTES = 32 * 2**20
-# Real tensors have at most 2^36 elements. An empty one may have other dimensions of any size, and still fit a file.
-MAX_ELEMENTS = 2**48
 # The largest tokenizers have about 40 MB; a larger file is no part of a checkpoint.
 MAX_COPIED_BYTES = 256 * 2**20
 
@@ -86,8 +82,6 @@ class Checkpoint:
         tensors: every tensor, by its name in the files. A quantized one is called as if it were not.
         dtype: the floating dtype that most bytes have; that of a quantized model once it is dequantized.
         quantization: how some of the tensors are quantized; None if none is.
-        left_out: names of tensors in the files that are not among `tensors`, and are no part of one: scales of the
-            activations of a quantized model.
     """
 
     folder: Path
@@ -95,7 +89,6 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     dtype: torch.dtype
     quantization: Quantization | None = None
-    left_out: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +98,7 @@ class Checkpoint:
     @property
     def stored_nbytes(self) -> int:
         """Size of all tensors, as they are stored."""
-        return sum(part.nbytes for name, tensor in self.tensors.items() for part in tensor.stored(name).values())
+        return sum(tensor.stored_nbytes for tensor in self.tensors.values())
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -184,7 +177,7 @@ def inspect(folder: Path) -> Checkpoint:
     Raises:
         InputError: files are missing, damaged, disagree, or lie outside of the folder; only pickle is there; a
             tensor's dtype cannot be pruned; the model is quantized by a method that is not read, or its scales do not
-            fit; a config would be followed elsewhere (see `trust`).
+            fit; a config leads elsewhere (see `trust`).
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: not a folder; give the folder of a checkpoint")
@@ -195,30 +188,20 @@ def inspect(folder: Path) -> Checkpoint:
         )
     if not os.path.lexists(folder / CONFIG):
         raise InputError(f"{folder}: no config.json; give the folder of a Hugging Face checkpoint in safetensors")
-    config = read_json(folder / CONFIG, trust.MAX_CONFIG_BYTES)
+    config = read_json(folder / CONFIG)
     trust.check_config(config, folder / CONFIG)
     quantization = quantization_of(config, folder / CONFIG)
     tensors = _read_headers(folder, DTYPES | (quantization.dtypes if quantization else {}))
-    dtype, left_out = None, list[str]()
+    dtype = most_bytes(tensors.values())
     if quantization:
-        tensors, dtype, left_out = joined(tensors, quantization, config, folder / CONFIG)
-    inspect_tokenizer(folder)
-    dtype = dtype or most_bytes(tensors.values())
+        tensors, dtype = joined(tensors, quantization, config, folder / CONFIG)
+    companions(folder)
+    trust.check_tokenizer(config, folder / CONFIG)
+    if os.path.lexists(folder / TOKENIZER_CONFIG):
+        trust.check_tokenizer(read_json(folder / TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG)
     if dtype is None:
         raise InputError(f"{folder}: no floating-point tensor in it; give the checkpoint of a language model")
-    return Checkpoint(folder, config, tensors, dtype, quantization, tuple(left_out))
-
-
-def inspect_tokenizer(folder: Path) -> None:
-    """Check the files of a tokenizer; there need be no model beside them.
-
-    Raises:
-        InputError: see `companions` and `trust.check_tokenizer`.
-    """
-    companions(folder)
-    for name, limit in ((CONFIG, trust.MAX_CONFIG_BYTES), (TOKENIZER_CONFIG, trust.MAX_TOKENIZER_CONFIG_BYTES)):
-        if os.path.lexists(folder / name):
-            trust.check_tokenizer(read_json(folder / name, limit), folder / name)
+    return Checkpoint(folder, config, tensors, dtype, quantization)
 
 
 def root_of(folder: Path) -> Path:
@@ -255,34 +238,31 @@ def check_file(path: Path, folder: Path | None = None) -> None:
         )
 
 
-def read_json(path: Path, limit: int) -> dict:
-    """Read a file of a checkpoint that holds a JSON object, of at most `limit` bytes.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a checkpoint that holds a JSON object.
 
     Raises:
         InputError: it is missing, too large, no JSON object, or lies outside of its folder.
     """
     check_file(path)
-    return parse_object(read_bounded(path, limit), path)
+    return parse_object(read_bounded(path, files.MAX_JSON_BYTES), path)
 
 
 def _read_headers(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
     """All tensors in the files of a folder; `dtypes` are those that a tensor may have, by their names in the files."""
     if os.path.lexists(folder / SINGLE):
-        return _read_header(folder / SINGLE, dtypes)
+        return _merged(folder, [SINGLE], dtypes)
     if not os.path.lexists(folder / INDEX):
         raise InputError(
             f"{folder}: neither {SINGLE} nor {INDEX}; give a checkpoint in safetensors: pickle files are never read, "
             "since they can run code, nor are other formats"
         )
-    shard_of = read_json(folder / INDEX, trust.MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(shard_of, dict) or not shard_of:
-        raise InputError(f"{folder / INDEX}: no weight_map in it; {AGAIN}")
-    for name, shard in shard_of.items():
-        if not (isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard):
-            raise InputError(f"{folder / INDEX}: {shown(name)} is in {shown(shard)}, no .safetensors file beside it")
-    tensors = _merged([folder / shard for shard in sorted(set(shard_of.values()))], dtypes)
+    shard_of = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(x, str) for x in shard_of.values()):
+        raise InputError(f"{folder / INDEX}: no weight_map with names of files in it; {AGAIN}")
+    tensors = _merged(folder, sorted({*shard_of.values()}), dtypes)
     for name in [*tensors, *shard_of]:
-        if name not in shard_of or name not in tensors or tensors[name].file.name != shard_of[name]:
+        if name not in shard_of or name not in tensors or tensors[name].file != folder / shard_of[name]:
             raise InputError(f"{folder / INDEX}: tensor {shown(name)} is not where it says; {AGAIN}")
     return tensors
 
@@ -293,16 +273,17 @@ def tensors_in(folder: Path) -> dict[str, TensorInfo]:
     Raises:
         InputError: there is no such file, one is damaged, or two of them have a tensor of the same name.
     """
-    tensors = _merged(sorted(folder.glob("*.safetensors")), DTYPES | OTHER_DTYPES)
+    tensors = _merged(folder, sorted(path.name for path in folder.glob("*.safetensors")), DTYPES | OTHER_DTYPES)
     if not tensors:
         raise InputError(f"{folder}: no tensors in safetensors files; give a folder that sparsefw.run wrote")
     return tensors
 
 
-def _merged(paths: Iterable[Path], dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
+def _merged(folder: Path, names: Iterable[str], dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
     """The tensors of several files, each of which is in one of them."""
     tensors: dict[str, TensorInfo] = {}
-    for path in paths:
+    for path in (folder / name for name in names):
+        check_file(path, folder)
         for name, tensor in _read_header(path, dtypes).items():
             if name in tensors:
                 raise InputError(f"{path}: tensor {name} is in {tensors[name].file.name} too; keep one")
@@ -311,31 +292,24 @@ def _merged(paths: Iterable[Path], dtypes: dict[str, torch.dtype]) -> dict[str, 
 
 
 def _read_header(path: Path, dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
-    check_file(path)
+    tensors = {}
     try:
-        with path.open("rb") as file:
-            stamp = stamp_of(os.fstat(file.fileno()))
-            length = int.from_bytes(file.read(8), "little")
-            if length > MAX_HEADER_BYTES:
-                raise InputError(f"{path}: not a whole safetensors file (its header says {length} bytes); {AGAIN}")
-            header = parse_object(file.read(length), path)
-        # The library compares offsets, shapes, dtypes and the size of the file.
-        with safe_open(path, framework="pt"):
-            header.pop("__metadata__", None)
+        with path.open("rb") as content:
+            stamp = stamp_of(os.fstat(content.fileno()))
+            offset = 8 + int.from_bytes(content.read(8), "little")
+        # The library compares offsets, shapes, dtypes and sizes. The tensors fill the rest of the file, in this order.
+        with safe_open(path, framework="pt") as file:
+            for name in file.offset_keys():
+                entry = file.get_slice(name)
+                if entry.get_dtype() not in dtypes:
+                    raise InputError(
+                        f"{path}: tensor {name} has dtype {entry.get_dtype()}; give a checkpoint in fp32, fp16 or bf16"
+                    )
+                dtype, shape = dtypes[entry.get_dtype()], tuple(entry.get_shape())
+                tensors[name] = TensorInfo(path, dtype, shape, offset=offset, stamp=stamp)
+                offset += tensors[name].nbytes
     except (SafetensorError, OSError, UnicodeEncodeError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({shown(first_line(error))}); {AGAIN}") from error
-    tensors = {}
-    for name, entry in header.items():
-        if not name.isprintable() or not isinstance(entry, dict):
-            raise InputError(f"{path}: tensor {shown(name)} is no tensor of a model; {AGAIN}")
-        if entry["dtype"] not in dtypes:
-            raise InputError(
-                f"{path}: tensor {name} has dtype {entry['dtype']}; give a checkpoint in fp32, fp16 or bf16"
-            )
-        shape, offset = tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
-        if math.prod(max(1, d) for d in shape) > MAX_ELEMENTS:
-            raise InputError(f"{path}: tensor {name} has the shape {shown(shape)}, which no tensor has; {AGAIN}")
-        tensors[name] = TensorInfo(path, dtypes[entry["dtype"]], shape, offset=offset, stamp=stamp)
     return tensors
 
 
@@ -367,12 +341,8 @@ def is_copied(name: str) -> bool:
 
 def note_of_others(folder: Path) -> list[str]:
     """A line that names what is not copied from a source's folder, but weights and hidden files; none without any."""
-    others = [
-        path.name
-        for path in sorted(folder.iterdir())
-        if not (path.name.startswith(".") or is_copied(path.name) or path.name == TEMPLATES)
-        and not path.name.lower().endswith(WRITTEN)
-    ]
+    names = sorted(path.name for path in folder.iterdir() if not path.name.lower().endswith(WRITTEN))
+    others = [name for name in names if not (name.startswith(".") or is_copied(name) or name == TEMPLATES)]
     if not others:
         return []
     named = ", ".join(shown(name, 60) for name in others[:3]) + (", ..." if len(others) > 3 else "")

@@ -49,6 +49,11 @@ class TensorInfo:
         """Size of the data, in the memory of a model."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def stored_nbytes(self) -> int:
+        """Size of the data, as it is stored."""
+        return sum(part.nbytes for part in self.stored("").values())
+
     def stored(self, name: str) -> dict[str, "TensorInfo"]:
         """The tensors in the files that this one is made of, by name; `name` is its own."""
         return {name: self}
@@ -59,24 +64,16 @@ class QuantizedInfo(TensorInfo):
     """A quantized tensor that is not read. `file` is that of the values, dtype and shape are those of the result.
 
     Attributes:
-        values, scales: names of the stored tensors.
-        parts: both of them, by name.
+        parts: the stored values and their scales, in this order, by name.
         block: (rows, columns) that share a scale, for values in FP8. None for values in MXFP4.
     """
 
-    values: str
-    scales: str
     parts: dict[str, TensorInfo]
     block: tuple[int, int] | None
 
     def stored(self, name: str) -> dict[str, TensorInfo]:
         """See `TensorInfo`."""
         return self.parts
-
-    @property
-    def stored_nbytes(self) -> int:
-        """Size of the data, as it is stored."""
-        return sum(part.nbytes for part in self.parts.values())
 
 
 class QuantizedTensor:
@@ -87,12 +84,12 @@ class QuantizedTensor:
 
     Args:
         info: how it is stored.
-        parts: the stored tensors, by name.
+        values, scales: the stored tensors.
     """
 
-    def __init__(self, info: QuantizedInfo, parts: dict[str, Tensor]) -> None:
-        self._values, self._scales, self._block = parts[info.values], parts[info.scales], info.block
-        self.shape, self.dtype, self.device = torch.Size(info.shape), info.dtype, self._values.device
+    def __init__(self, info: QuantizedInfo, values: Tensor, scales: Tensor) -> None:
+        self._values, self._scales, self._block = values, scales, info.block
+        self.shape, self.dtype, self.device = torch.Size(info.shape), info.dtype, values.device
 
     def __getitem__(self, index: Any) -> "QuantizedTensor":
         return self

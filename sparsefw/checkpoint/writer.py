@@ -3,9 +3,9 @@
 .NAME.partial/          beside the output NAME
     lock                held by the process at work; a process that ends in any way lets go of it
     identity.json       what makes the run the same: arguments, model, data, versions
-    records/00001.json  one for each finished shard, with its digest, written once the shard is on disk
+    records/00001.json  one for each finished shard, with digests, written once its files are on disk
     new/                the new output, until it is complete
-    kept/               files that are needed until the run is finished
+    kept/               shards that are no part of the output, and are needed until the run is finished
     old/                an older output, while the new one takes its place
 """
 
@@ -26,12 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsefw.checkpoint import trust
-from sparsefw.checkpoint.files import SUMS, convert, durably, file_digest, parse_object, sums_text
+from sparsefw.checkpoint.files import SUMS, convert, durably, file_digest, parse_object
 from sparsefw.checkpoint.output import check_free, partial_of
 from sparsefw.checkpoint.quantization import without_quantization
 from sparsefw.checkpoint.source import CONFIG, INDEX, TOKENIZER_CONFIG, companions, read_json
-from sparsefw.errors import InputError, first_line
+from sparsefw.errors import InputError, first_line, shown
 from sparsefw.ranks import ALONE, Ranks
 
 T = TypeVar("T")
@@ -44,25 +43,15 @@ class Record:
     Attributes:
         names: names of its tensors.
         bytes, parameters: their sizes in all.
-        sha256: digest of the shard.
-        kept: digests of the kept files that belong to it, by name.
+        digests: SHA-256 of the shard's files, by their paths in the hidden folder; the shard itself comes first.
         note: what a later run has to know of it, as JSON values.
     """
 
     names: list[str]
     bytes: int
     parameters: int
-    sha256: str
-    kept: dict[str, str]
+    digests: dict[str, str]
     note: Any
-
-
-@dataclass(frozen=True)
-class _Identity:
-    """The content of identity.json, see `Writer`."""
-
-    identity: dict[str, Any]
-    chosen: dict[str, int]
 
 
 class Writer:
@@ -70,13 +59,15 @@ class Writer:
 
     Everything goes into a hidden folder beside `output`, whose content `finish` moves into place. Until then an older
     output stays as it was. Finished shards survive whatever ends the `with` block, and a writer of the same identity
-    goes on after them. If no shard is finished, nothing is left behind.
+    goes on after them. If no shard is finished, the hidden folder is deleted.
 
     Args:
         output: folder for the checkpoint.
         shards: number of shards, one for each call of `write`.
         identity: what makes a run the same, by names for messages. Only a run of the same identity goes on.
         chosen: what the run has chosen by itself. The run that began an output decides.
+        source: folder of the checkpoint that is read, whose other files are copied. None: the model is in memory, and
+            the output is what `finish` is given to save it, without the shards.
         overwrite: whether an older checkpoint may be replaced.
         restart: whether to discard what an unfinished run left.
         ranks: the processes that write, each its own shards. Rank 0 opens the folder and finishes it.
@@ -95,23 +86,20 @@ class Writer:
         identity: dict[str, Any] | None = None,
         chosen: dict[str, int] | None = None,
         *,
+        source: Path | None = None,
         overwrite: bool = False,
         restart: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
         self.output, self.shards, self.chosen = output.resolve(), shards, chosen or {}
-        self._identity, self._overwrite, self._restart, self._ranks = identity or {}, overwrite, restart, ranks
+        # As JSON has it: a tuple is a list there.
+        self._identity: dict[str, Any] = json.loads(json.dumps(identity or {}))
+        self._source, self._overwrite, self._restart, self._ranks = source, overwrite, restart, ranks
         self._partial = partial_of(self.output)
-        self.folder, self._records, self._kept, self._old = (
-            self._partial / name for name in ("new", "records", "kept", "old")
-        )
+        self.folder, self._old = self._partial / "new", self._partial / "old"
         self._identity_file = self._partial / "identity.json"
-        self.records: dict[int, Record] = {}
         self._lock = filelock.FileLock(self._partial / "lock", timeout=0)
-        # Digests of the files that were kept since the last shard, by name.
-        self._new_kept: dict[str, str] = {}
-        # Folders above the output that are not there yet.
-        self._made = [path for path in self.output.parents if not path.exists()]
+        self.records: dict[int, Record] = {}
         self._done = False
 
     def __enter__(self) -> "Writer":
@@ -130,6 +118,7 @@ class Writer:
     def _acquire(self) -> None:
         """Make the folder, and keep other processes away from it."""
         try:
+            # safetensors opens no path that is not UTF-8.
             str(self._partial).encode()
             self._partial.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
@@ -137,7 +126,6 @@ class Writer:
             raise InputError(
                 f"{self.output}: another run is writing it; wait for its end or choose another --output"
             ) from error
-        # safetensors opens no path that is not UTF-8.
         except (OSError, UnicodeEncodeError) as error:
             raise InputError(
                 f"{self.output}: cannot be written ({first_line(error)}); choose another --output"
@@ -145,25 +133,22 @@ class Writer:
 
     def _open(self) -> None:
         """Load what an unfinished run of the same identity has finished, or begin anew."""
-        if self._old.exists() and not self.output.exists():
-            # A kill came while the older output was being replaced.
-            self._old.rename(self.output)
+        self._restore_old()
         check_free(self.output, self._overwrite)
         if self._restart or not self._goes_on():
             self._clear()
-            self.folder.mkdir()
-            self._records.mkdir()
+            for name in ("new", "kept", "records"):
+                (self._partial / name).mkdir()
             self._write_identity()
             return
-        before = self._read(self._identity_file, _Identity)
-        # As JSON has it: a tuple is a list there.
-        for name, now in json.loads(json.dumps(self._identity)).items():
-            if (then := before.identity.get(name)) != now:
+        before = self._read(self._identity_file, dict[str, dict[str, Any]])
+        for name, now in self._identity.items():
+            if (then := before["identity"].get(name)) != now:
                 raise InputError(
-                    f"{self.output}: an unfinished run of other input is there: {name} was {_abridged(then)}, and is "
-                    f"{_abridged(now)}; give the same to go on, or --restart to discard it, or another --output"
+                    f"{self.output}: an unfinished run of other input is there: {name} was {shown(then, 60)}, and is "
+                    f"{shown(now, 60)}; give the same to go on, or --restart to discard it, or another --output"
                 )
-        self.chosen = before.chosen
+        self.chosen = before["chosen"]
         # Ranks finish shards in any order: those behind a gap are made again.
         for n in count():
             if not self._record(n).exists():
@@ -173,19 +158,33 @@ class Writer:
 
     def _check_finished(self) -> None:
         """Refuse finished shards that are damaged; delete what a kill has left beside them."""
-        digests = {self.path(n): record.sha256 for n, record in self.records.items()}
-        digests |= {self.kept(name): digest for record in self.records.values() for name, digest in record.kept.items()}
+        digests = {self._partial / name: d for record in self.records.values() for name, d in record.digests.items()}
         for path, digest in tqdm(digests.items(), desc="finished shards", disable=None):
             if path.is_symlink() or not path.is_file() or file_digest(path) != digest:
                 raise self._damaged(path, "it is not what was written")
         known = {*digests, *map(self._record, self.records)}
-        for folder in (self.folder, self._kept, self._records):
-            for path in folder.glob("*"):
-                if path not in known:
-                    _delete(path)
+        for path in self._partial.glob("*/*"):
+            if path not in known and path.parent != self._old:
+                _delete(path)
+
+    def _restore_old(self) -> None:
+        """Put an older output back if a run has ended while it was being replaced."""
+        if self._old.exists() and not self.output.exists():
+            self._old.rename(self.output)
+
+    def _goes_on(self) -> bool:
+        """Whether there are finished shards, damaged or not, with which a run may go on."""
+        return all(path.exists() for path in (self._identity_file, self.folder, self._record(0)))
+
+    def _clear(self) -> None:
+        # Without it nothing goes on with what a kill leaves of the rest.
+        self._identity_file.unlink(missing_ok=True)
+        for path in self._partial.iterdir():
+            if path.name != "lock":
+                _delete(path)
 
     def _record(self, n: int) -> Path:
-        return self._records / f"{n + 1:05d}.json"
+        return self._partial / "records" / f"{n + 1:05d}.json"
 
     def _read(self, path: Path, kind: type[T]) -> T:
         try:
@@ -198,17 +197,6 @@ class Writer:
             f"{self.output}: the unfinished run there is damaged, {path.relative_to(self._partial)}: {how}; --restart "
             "discards it, or choose another --output"
         )
-
-    def _goes_on(self) -> bool:
-        """Whether there are finished shards, damaged or not, with which a run may go on."""
-        return all(path.exists() for path in (self._identity_file, self.folder, self._record(0)))
-
-    def _clear(self) -> None:
-        # Without it nothing goes on with what a kill leaves of the rest.
-        self._identity_file.unlink(missing_ok=True)
-        for path in self._partial.iterdir():
-            if path.name != "lock":
-                _delete(path)
 
     @property
     def finished(self) -> list[Any]:
@@ -226,7 +214,7 @@ class Writer:
         self._write_identity()
 
     def _write_identity(self) -> None:
-        durably(self._identity_file, json.dumps(asdict(_Identity(self._identity, self.chosen))))
+        durably(self._identity_file, json.dumps({"identity": self._identity, "chosen": self.chosen}))
 
     def check_space(self, size: int) -> None:
         """Refuse to begin a run that the disk has too little space for; `size` bytes are still to be written."""
@@ -237,50 +225,43 @@ class Writer:
                 "free; make space or choose another --output"
             )
 
-    def path(self, n: int) -> Path:
-        """Path of the n-th shard, from 0, until `finish`."""
-        return self.folder / self._name(n)
-
-    def _name(self, n: int) -> str:
-        return f"model-{n + 1:05d}-of-{self.shards:05d}.safetensors"
+    def path(self, n: int, method: str | None = None) -> Path:
+        """Path of the n-th shard, from 0, until `finish`; or of the file that a compared method has in its place."""
+        if method is None and self._source is not None:
+            return self.folder / f"model-{n + 1:05d}-of-{self.shards:05d}.safetensors"
+        return self._partial / "kept" / f"{method or 'model'}-{n + 1:05d}.safetensors"
 
     def writes(self, n: int) -> bool:
         """Whether it is for this rank to write the n-th shard."""
         return n % self._ranks.count == self._ranks.number
 
-    def write(self, tensors: dict[str, Tensor], note: Any = None, n: int | None = None) -> None:
+    def write(
+        self,
+        n: int,
+        tensors: dict[str, Tensor],
+        note: Any = None,
+        compared: dict[str, dict[str, Tensor]] | None = None,
+    ) -> None:
         """Write a shard; once this returns it is on disk.
 
         Args:
-            tensors: by name, on any device; none of them may have been written before.
+            n: its number, from 0.
+            tensors: by name, on any device.
             note: what a later run has to know of the shard, as JSON values.
-            n: its number, from 0; None: that of the next one.
+            compared: the tensors as other methods have pruned them, by method. They are there until `finish`.
 
         Raises:
-            ValueError: a name was written before, or two of the tensors are the same memory.
             InputError: the disk is full or failed.
         """
-        if repeated := sorted(tensors.keys() & {name for record in self.records.values() for name in record.names}):
-            raise ValueError(f"{repeated[0]}: this tensor was already written")
-        n = len(self.records) if n is None else n
-        digest = self._save(self.path(n), tensors)
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        parameters = sum(tensor.numel() for tensor in tensors.values())
-        record = Record([*tensors], size, parameters, digest, self._new_kept, note)
+        files = {self.path(n): tensors}
+        files |= {self.path(n, method): others for method, others in (compared or {}).items()}
         with self._disk_errors():
+            digests = {path.relative_to(self._partial).as_posix(): self._save(path, x) for path, x in files.items()}
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            parameters = sum(tensor.numel() for tensor in tensors.values())
+            record = Record([*tensors], size, parameters, digests, note)
             durably(self._record(n), json.dumps(asdict(record)))
-        self.records[n], self._new_kept = record, {}
-
-    def keep(self, name: str, tensors: dict[str, Tensor]) -> Path:
-        """Write a file of tensors that is there until `finish`, and belongs to the next shard; returns its path."""
-        with self._disk_errors():
-            self._kept.mkdir(exist_ok=True)
-        self._new_kept[name] = self._save(self.kept(name), tensors)
-        return self.kept(name)
-
-    def kept(self, name: str) -> Path:
-        """Path of a file that `keep` writes."""
-        return self._kept / f"{name}.safetensors"
+        self.records[n] = record
 
     def _save(self, path: Path, tensors: dict[str, Tensor]) -> str:
         """Write a file of tensors; returns its digest."""
@@ -291,13 +272,9 @@ class Writer:
             # safetensors makes files that only the owner can read.
             temporary.chmod(self.folder.stat().st_mode & 0o666)
 
-        with self._disk_errors():
-            try:
-                durably(path, save)
-                # It is still in the system's memory.
-                return file_digest(path)
-            except RuntimeError as error:
-                raise ValueError(f"tensors that share memory cannot be written: {first_line(error)}") from error
+        durably(path, save)
+        # It is still in the system's memory.
+        return file_digest(path)
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -307,84 +284,58 @@ class Writer:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.output}: writing failed: {first_line(error)}") from error
 
-    def finish(self, source: Path) -> None:
-        """Write the index and SHA256SUMS, copy the other files of the source and move all of it to `output`.
+    def finish(self, save: Callable[[Path], None] | None = None) -> None:
+        """Complete the output, write SHA256SUMS, and move all of it to `output`.
 
         Args:
-            source: folder of the checkpoint that was read. Its config, tokenizer, chat template and what else
-                `companions` finds are copied, but for what `rewritten` changes.
+            save: writes a model in memory into a folder.
 
         Raises:
-            ValueError: shards are missing.
             InputError: something else came to lie at `output` meanwhile, or the disk is full or failed.
         """
-
-        def complete(records: list[Record]) -> Path:
-            durably(self.folder / INDEX, _index(records, self._name))
-            for name, content in rewritten(source).items():
-                durably(self.folder / name, content)
-            for path in companions(source):
-                target = self.folder / path.relative_to(source)
-                if not target.exists():
-                    target.parent.mkdir(exist_ok=True)
-                    # Content only: the source's files may be read-only or links.
-                    durably(target, partial(shutil.copyfile, path))
-            return self.folder
-
-        self._finish(complete)
-
-    def finish_as(self, save: Callable[[Path], None]) -> None:
-        """Write the model otherwise in place of the shards, and move it with the other files to `output`.
-
-        Args:
-            save: writes it into a folder.
-
-        Raises:
-            ValueError, InputError: as `finish`.
-        """
-
-        def complete(records: list[Record]) -> Path:
-            # The shards stay until the output is in its place: whatever comes before, a later run goes on.
-            folder = self._partial / "saved"
-            if folder.exists():
-                _delete(folder)
-            folder.mkdir()
-            save(folder)
-            for path in self.folder.iterdir():
-                # The model may have files of the same names.
-                if path not in map(self.path, self.records) and not (folder / path.name).exists():
-                    shutil.copyfile(path, folder / path.name)
-            for path in folder.rglob("*"):
-                if path.is_file():
-                    path.chmod(folder.stat().st_mode & 0o666)
-            return folder
-
-        self._finish(complete)
-
-    def _finish(self, complete: Callable[[list[Record]], Path]) -> None:
-        """Make the output of all shards, on rank 0: `complete` returns the folder that becomes it."""
         self.records = {n: r for records in self._ranks.gather(self.records) for n, r in records.items()}
-        if len(self.records) != self.shards:
-            raise ValueError(f"{len(self.records)} shards of {self.shards} were written")
         if self._ranks.first:
             with self._disk_errors():
-                folder = complete([self.records[n] for n in range(self.shards)])
-                digests = {self._name(n): record.sha256 for n, record in self.records.items()}
-                files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-                known = digests if folder == self.folder else {}
-                durably(
-                    folder / SUMS,
-                    sums_text({name: known.get(name) or file_digest(path) for name, path in files.items()}),
-                )
+                if save:
+                    save(self.folder)
+                    for path in self.folder.rglob("*"):
+                        if path.is_file():
+                            path.chmod(self.folder.stat().st_mode & 0o666)
+                if self._source is not None:
+                    self._complete(self._source)
+                written = {self._partial / name: d for r in self.records.values() for name, d in r.digests.items()}
+                digests = {
+                    path.relative_to(self.folder).as_posix(): written.get(path) or file_digest(path)
+                    for path in self.folder.rglob("*")
+                    if path.is_file()
+                }
+                durably(self.folder / SUMS, "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))
                 check_free(self.output, self._overwrite)
                 if self.output.exists():
-                    if self._old.exists():
-                        # A kill came after both moves: this is the output that was replaced.
-                        _delete(self._old)
                     self.output.rename(self._old)
-                folder.rename(self.output)
+                self.folder.rename(self.output)
         self._done = True
         self._ranks.barrier()
+
+    def _complete(self, source: Path) -> None:
+        """Write the index, and copy the config, the tokenizer and what else `companions` finds in the source."""
+        records = [self.records[n] for n in range(self.shards)]
+        index = {
+            "metadata": {
+                "total_parameters": sum(record.parameters for record in records),
+                "total_size": sum(record.bytes for record in records),
+            },
+            "weight_map": {name: self.path(n).name for n, record in enumerate(records) for name in record.names},
+        }
+        texts = {INDEX: json.dumps(index, indent=2, sort_keys=True) + "\n"} | rewritten(source)
+        for name, content in texts.items():
+            durably(self.folder / name, content)
+        for path in companions(source):
+            target = self.folder / path.relative_to(source)
+            if not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                # Content only: the source's files may be read-only or links.
+                durably(target, partial(shutil.copyfile, path))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -394,23 +345,16 @@ class Writer:
             error.add_note(f"{self.output} is complete")
         elif error and finished:
             error.add_note(f"{finished} of {self.shards} shards are finished: the same command goes on from there")
-        if kind is None and not self._done:
-            raise RuntimeError("finish() was not called, so the output is not there")
 
     def _leave(self) -> int:
         """Keep the finished shards of an unfinished run, remove everything else; returns the number of shards."""
         if not self._lock.is_locked:
             return 0
-        if self._old.exists() and not self.output.exists():
-            self._old.rename(self.output)
-        finished = len([*self._records.glob("*.json")]) if self._goes_on() and not self._done else 0
+        self._restore_old()
+        finished = 0 if self._done or not self._goes_on() else len([*self._record(0).parent.glob("*.json")])
         if not finished:
             self._clear()
             shutil.rmtree(self._partial)
-            for folder in () if self._done else self._made:
-                # A folder that is in use stays.
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
         self._lock.release()
         return finished
 
@@ -425,9 +369,9 @@ def rewritten(folder: Path) -> dict[str, str]:
         folder: folder of the source, which `inspect` has found sound.
     """
     texts = {}
-    for name, limit in ((CONFIG, trust.MAX_CONFIG_BYTES), (TOKENIZER_CONFIG, trust.MAX_TOKENIZER_CONFIG_BYTES)):
+    for name in (CONFIG, TOKENIZER_CONFIG):
         if (folder / name).is_file():
-            content = read_json(folder / name, limit)
+            content = read_json(folder / name)
             changed = without_quantization(content) if name == CONFIG else content
             # NaN, which a config may hold, does not equal itself. As text it does.
             text = json.dumps(_without_auto_map(changed), indent=2) + "\n"
@@ -442,26 +386,9 @@ def _without_auto_map(value: Any) -> Any:
     return [_without_auto_map(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _index(records: list[Record], name_of: Callable[[int], str]) -> str:
-    """The content of the index of the shards; `name_of` gives their names."""
-    index = {
-        "metadata": {
-            "total_parameters": sum(record.parameters for record in records),
-            "total_size": sum(record.bytes for record in records),
-        },
-        "weight_map": {name: name_of(n) for n, record in enumerate(records) for name in record.names},
-    }
-    return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-
 def _delete(path: Path) -> None:
     """Delete a file, a link, or a folder with all that is in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _abridged(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -201,7 +201,7 @@ def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: Callable[
     for shard, names in enumerate(model.pieces, len(model.firsts)):
         if shard >= done and writer.writes(shard):
             with timeline.span("write"):
-                writer.write(model.other_tensors(names), n=shard)
+                writer.write(shard, model.other_tensors(names))
             # Tensors that are small enough for the C library to keep would lie beside the next ones.
             give_back()
     return outcome
@@ -282,9 +282,8 @@ def _write(run: Run, writer: Writer, shard: int, tensors: Written, record: Finis
     """Write a block as each method pruned it. The tensors of the config's method belong to the checkpoint."""
     i = run.model.firsts[shard]
     with run.model.timeline.span("write", i, WRITE):
-        for method in run.config.compare:
-            writer.keep(f"{method}-{i:05d}", tensors[method])
-        writer.write(tensors[run.config.method], asdict(record), shard)
+        compared = {method: tensors[method] for method in run.config.compare}
+        writer.write(shard, tensors[run.config.method], asdict(record), compared)
 
 
 def _replay(run: Run, i: int, states: _States, writer: Writer) -> None:
@@ -296,8 +295,7 @@ def _replay(run: Run, i: int, states: _States, writer: Writer) -> None:
     for method in run.config.methods:
         with model.timeline.span("read", i):
             if i in model.firsts:
-                own = method == run.config.method
-                path = writer.path(model.firsts.index(i)) if own else writer.kept(f"{method}-{i:05d}")
+                path = writer.path(model.firsts.index(i), None if method == run.config.method else method)
                 model.open_as(i, read_shard(path))
             else:
                 model.open_alone(i)

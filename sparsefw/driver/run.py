@@ -13,7 +13,8 @@ from huggingface_hub import constants
 from tqdm import tqdm
 
 from sparsefw import checkpoint, data, memory
-from sparsefw.checkpoint import Checkpoint, Writer, durably
+from sparsefw.checkpoint import Checkpoint, Writer
+from sparsefw.checkpoint.files import durably
 from sparsefw.data import Batches
 from sparsefw.driver.block import Run
 from sparsefw.driver.job import Job, Prepared
@@ -52,7 +53,7 @@ def run_job(job: Job, say: Callable[[str], None], progress: bool, ranks: Ranks =
     source = checkpoint.inspect(job.folder)
     with StreamedModel(source, device) as model:
         prepared = _prepare(job, model, source, say, ranks)
-        return carry_out(job, model, prepared, partial(Writer.finish, source=job.folder), say, progress, ranks)
+        return carry_out(job, model, prepared, Writer.finish, say, progress, ranks)
 
 
 def carry_out(
@@ -104,7 +105,7 @@ def carry_out(
         if ranks.first:
             texts = {"report.json": report.to_json(), "report.html": html.page(report)}
             for name, text in texts.items():
-                durably(writer.folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
+                durably(writer.folder / name, text)
         finish(writer)
     return report
 
@@ -234,6 +235,7 @@ def _writer(
         len(model.firsts) + len(model.pieces),
         _identity(job, prepared, ranks) | {"the model's files": prepared.files},
         chosen,
+        source=job.folder,
         overwrite=job.output.overwrite,
         restart=job.output.restart,
         ranks=ranks,

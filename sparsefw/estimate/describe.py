@@ -10,9 +10,10 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sparsefw import checkpoint
-from sparsefw.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, TensorInfo, trust
-from sparsefw.checkpoint.files import parse_object, read_bounded
+from sparsefw.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, trust
 from sparsefw.checkpoint.quantization import Quantization, dtype_in, quantization_of
+from sparsefw.checkpoint.source import read_json
+from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model import shape_of
 from sparsefw.model.hf import from_config
@@ -125,8 +126,7 @@ def _check_config(path: Path) -> tuple[Quantization | None, torch.dtype | None]:
     Returns:
         How the checkpoint is quantized, and the dtype that the config names.
     """
-    checkpoint.check_file(path)
-    config = parse_object(read_bounded(path, trust.MAX_CONFIG_BYTES), path)
+    config = read_json(path)
     trust.check_config(config, path)
     trust.check_model_type(config, path)
     return quantization_of(config, path), dtype_in(config)

@@ -181,8 +181,6 @@ class StreamedModel(BlockModel):
         notes += self.shared.notes
         if dequantized := quantization.note(tensors.values(), self._checkpoint.quantization):
             notes.append(dequantized)
-        if scales := self._checkpoint.left_out:
-            notes.append(f"scales of activations are not written: {len(scales)}, {min(scales)} first")
         if self._checkpoint.config.get("auto_map"):
             notes.append("auto_map is not written: it names code of the checkpoint, which is neither run nor copied")
         for what, names in others.items():

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from sparsefw.checkpoint import CONFIG, SINGLE, inspect, read_tensors
 from sparsefw.checkpoint.quantization import Quantization, quantization_of, without_quantization
 from sparsefw.checkpoint.tensors import QuantizedTensor, dequantize_fp8
-from sparsefw.model import StreamedModel
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 Q_SCALE = f"{Q}_scale_inv"
@@ -81,11 +80,7 @@ def test_scales_of_inputs_are_left_out(tmp_path):
     scale = Q.replace("weight", "activation_scale")
     change_stored(folder, lambda tensors: tensors.update({scale: torch.tensor(1.0), "activation_scale": torch.ones(1)}))
     # The other one belongs to no weight.
-    inspected = inspect(folder)
-    assert inspected.tensors.keys() == names | {"activation_scale"}
-    assert inspected.left_out == (scale,)
-    notes = StreamedModel(inspected, torch.device("cpu")).notes
-    assert f"scales of activations are not written: 1, {scale} first" in notes
+    assert inspect(folder).tensors.keys() == names | {"activation_scale"}
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
@@ -139,11 +134,6 @@ def test_the_dtype_that_the_config_names(tmp_path, named, dtype):
         (lambda t: t.update({Q_SCALE: torch.ones(2, 2, dtype=torch.uint8)}), "dtype torch.uint8 does not fit"),
         (lambda t: t.update({Q: t[Q].bfloat16()}), rf"tensor {Q} has a scale, {Q_SCALE}, but is not in FP8"),
         (lambda t: t.update({Q: t[Q].view(-1)}), rf"does not fit {Q} of shape \(1024,\)"),
-        (
-            lambda t: t.update({"x.scale": torch.ones(1).to(torch.float8_e8m0fnu)}),
-            "tensor x.scale .* are missing",
-        ),
-        (lambda t: t.update({"x.weight_scale_inv": torch.ones(1)}), "tensor x.weight_scale_inv .* values are missing"),
         (lambda t: t.update({"x": torch.ones(1).to(torch.float8_e5m2)}), "tensor x has dtype F8_E5M2"),
     ],
 )
@@ -158,11 +148,9 @@ def test_fp8_that_is_not_well_formed(tmp_path, change, message):
     ("change", "message"),
     [
         (lambda t: t.pop(f"{UP}_scales"), rf"tensor {UP}_blocks is in MXFP4, and {UP}_scales is missing"),
-        (lambda t: t.pop(f"{UP}_blocks"), rf"tensor {UP}_scales is in MXFP4, and {UP}_blocks is missing"),
         (lambda t: t.update({f"{UP}_scales": t[f"{UP}_scales"][:, 1:]}), r"of shape \(4, 127, 1\) .* does not fit"),
         (lambda t: t.update({f"{UP}_scales": t[f"{UP}_scales"].float()}), "dtype torch.float32 does not fit"),
         (lambda t: t.update({f"{UP}_blocks": t[f"{UP}_blocks"].view(4, 128, 2, 8)}), "does not fit .*; MXFP4 has"),
-        (lambda t: t.update({UP: torch.ones(1)}), f"tensor {UP} is quantized twice"),
     ],
 )
 def test_mxfp4_that_is_not_well_formed(tmp_path, change, message):

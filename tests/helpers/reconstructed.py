@@ -59,18 +59,19 @@ class Seen:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.weights, self.kept = {}, {}
-        keep = Writer.keep
+        write = Writer.write
 
         def spy(run, i, *args):
             self.weights[i] = {name: x.detach().clone() for name, x in run.model.blocks[i].named_parameters()}
             return reconstruct.reconstruct(run, i, *args)
 
-        def keep_spy(writer, name, tensors):
-            self.kept[name] = {key: x.clone() for key, x in tensors.items()}
-            keep(writer, name, tensors)
+        def write_spy(writer, n, tensors, note=None, compared=None):
+            for method, others in (compared or {}).items():
+                self.kept[f"{method}-{n:05d}"] = {key: x.clone() for key, x in others.items()}
+            write(writer, n, tensors, note, compared)
 
         patch.setattr(loop, "reconstruct", spy)
-        patch.setattr(Writer, "keep", keep_spy)
+        patch.setattr(Writer, "write", write_spy)
 
 
 def flags_of(folder: Path, output: Path) -> list[str]:
