@@ -131,7 +131,7 @@ def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> d
 
 def activation_bytes(shape: ModelShape, workload: Workload) -> int:
     """All that lies between two blocks, of a rank's windows, of every method and, where it is used, the dense model."""
-    of_stream, of_text = sum(shape.of_stream(workload.seqlen)), sum(shape.of_text(workload.seqlen))
+    of_stream, of_text = sum(shape.between.of_stream(workload.seqlen)), sum(shape.between.of_text(workload.seqlen))
     return sum(windows * (streams * of_stream + of_text) for windows, streams in _streams(workload))
 
 
@@ -154,7 +154,7 @@ def _streams(workload: Workload) -> list[tuple[int, int]]:
 def _activations(shape: ModelShape, workload: Workload, placement: Placement) -> tuple[int, int]:
     """Bytes of what lies between two blocks on the device, and on the host beside it."""
     everything, texts, seqlen = activation_bytes(shape, workload), _streams(workload), workload.seqlen
-    of_stream, of_text = shape.of_stream(seqlen), shape.of_text(seqlen)
+    of_stream, of_text = shape.between.of_stream(seqlen), shape.between.of_text(seqlen)
     batch = min(placement.batch, max(windows for windows, _ in texts))
     # Five micro-batches at most. One is on its way in. The next one is launched before the last one is checked, so two
     # are inputs of the block, and two are on their way out.
@@ -235,7 +235,7 @@ def _cross_bytes(stage: Sequence[LayerShape], config: PruneConfig, method: str) 
     if not _approximates_dense(config, method) or stage[0].experts:
         return 0
     watched = is_watched([layer.role for layer in stage])
-    rows = [layer.rows for layer in stage if watched or layer.role.way == "writes"]
+    rows = [layer.rows for layer in stage if watched or layer.role.write]
     return 4 * stage[0].d * (sum(rows) + stage[0].d * (len(rows) < len(stage)))
 
 
@@ -268,7 +268,7 @@ def _held(stage: Sequence[LayerShape], shape: ModelShape, dense: bool) -> int:
     if is_watched([layer.role for layer in stage]):
         return d + 3 * sum(layer.rows for layer in stage)
     # Both inputs and their gap; both streams and theirs.
-    return 3 * d + 3 * shape.hidden * any(layer.role.way == "writes" for layer in stage)
+    return 3 * d + 3 * shape.hidden * any(layer.role.write for layer in stage)
 
 
 def _solves(block: BlockShape, workload: Workload, placement: Placement) -> int:

@@ -61,17 +61,17 @@ def predicts(states: HiddenStates, ids: Tensor) -> bool:
     if not all(model.forms.like(kind, x) for kind in model.kinds for x in (hidden[:1], hidden[:1, some])):
         # One of the blocks would have to be run.
         return False
-    whole = _logits_of(model, ids[:1], hidden[:1])
+    whole = _logits(model, ids[:1], hidden[:1])
     # A classifier's are of the whole window.
-    if whole is None or whole.ndim != 3 or whole.shape[:2] != ids[:1].shape:
+    if not isinstance(whole, Tensor) or whole.ndim != 3 or whole.shape[:2] != ids[:1].shape:
         return False
     try:
-        part = _logits_of(model, ids[:1, some], hidden[:1, some])
+        part = _logits(model, ids[:1, some], hidden[:1, some])
     except InputError:
         # Its forward needs all tokens.
         return False
     # A comparison of all tokens would take several times the memory of their logits.
-    return part is not None and same_logits(whole[:, some][:, -COMPARED:], part[:, -COMPARED:])
+    return same_logits(whole[:, some][:, -COMPARED:], part[:, -COMPARED:])
 
 
 def divergence(model: BlockModel, ids: Tensor, hidden: Tensor, dense: Tensor) -> Tensor:
@@ -163,11 +163,6 @@ def _compare_piece(p_logits: Tensor, q_logits: Tensor, replace: bool) -> Tensor:
     return divergence
 
 
-def _logits_of(model: BlockModel, ids: Tensor, hidden: Tensor) -> Tensor | None:
+def _logits(model: BlockModel, ids: Tensor, hidden: Tensor) -> Any:
     """The logits that the model returns; None if it returns none."""
-    logits = getattr(run_behind_blocks(model, token_batch(ids), hidden, {}), "logits", None)
-    return logits if isinstance(logits, Tensor) else None
-
-
-def _logits(model: BlockModel, ids: Tensor, hidden: Tensor) -> Tensor:
-    return run_behind_blocks(model, token_batch(ids), hidden, {}).logits
+    return getattr(run_behind_blocks(model, token_batch(ids), hidden, {}), "logits", None)

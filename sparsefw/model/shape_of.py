@@ -5,6 +5,7 @@ architecture. All its weights are zero, and take no memory: pages that nobody ha
 A model in memory runs on one of its batches, with its own weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -79,29 +80,19 @@ def shape_of_text(model: BlockModel) -> ModelShape:
     Raises:
         InputError: a block has no layers, or what it hands on cannot be followed.
     """
-    # Before blocks are opened.
-    count = _count(model.model)
     windows = (torch.zeros(1, tokens, dtype=torch.int64) for tokens in (TOKENS, MORE_TOKENS))
-    walks = [_Walk(embed(model, ids, 1)) for ids in windows]
-    hidden = walks[0].hidden
-    blocks = _shapes_of_blocks(model, walks)
+    few, more = (_Walk(embed(model, ids, 1)) for ids in windows)
+    shape = _shape_of(model, few, more)
     by_window = model.flow.by_window and not model.flow.batch_behind
-    return ModelShape(
-        blocks=tuple(shape for shape, _ in blocks),
-        outside=model.outside_bytes,
-        hidden=hidden.shape[-1],
+    return replace(
+        shape,
         # Without logits nothing is predicted.
         vocabulary=(model.vocabulary or 0) if model.logits_itemsize else 0,
+        logits_itemsize=model.logits_itemsize or shape.itemsize,
         heads=_heads(model.model),
-        itemsize=hidden.element_size(),
-        parameters=count,
-        names_by_block=_layer_names(model, blocks),
-        pieces=(0,),
         quantized=model.quantized_bytes,
         joined=model.joined_bytes,
-        between=_between(*walks),
-        by_window=by_window and hidden.shape[:2] == (1, TOKENS),
-        logits_itemsize=model.logits_itemsize,
+        by_window=by_window and few.hidden.shape[:2] == (1, TOKENS),
     )
 
 
@@ -118,30 +109,40 @@ def shape_of_resident(model: ResidentModel, batch: Batch) -> tuple[ModelShape, i
         InputError: a block has no layers, or what it hands on cannot be followed.
     """
     walk = _Walk(embed_batches(model, [batch]), every_block=True)
-    blocks = _shapes_of_blocks(model, [walk])
-    hidden, tokens = walk.widest, walk.most_tokens
-    shape = ModelShape(
+    shape, hidden = _shape_of(model, walk), walk.widest
+    shape = replace(
+        shape,
+        hidden=hidden.shape[-1],
+        itemsize=hidden.element_size(),
+        # Scores are of one sample at a time.
+        heads=-(-_heads(model.model) // hidden.shape[0]),
+        between=replace(shape.between, hidden=Extent.of(hidden, hidden, 0, 1)),
+    )
+    return shape, walk.most_tokens
+
+
+def _shape_of(model: BlockModel, *walks: "_Walk") -> ModelShape:
+    """What is found alike of all models; without logits."""
+    # Each tied one is counted once; before blocks are opened.
+    parameters = sum(parameter.numel() for parameter in model.model.parameters())
+    blocks, hidden = _shapes_of_blocks(model, walks), walks[0].hidden
+    return ModelShape(
         blocks=tuple(shape for shape, _ in blocks),
         outside=model.outside_bytes,
         hidden=hidden.shape[-1],
         vocabulary=0,
-        # Scores are of one sample at a time.
-        heads=-(-_heads(model.model) // hidden.shape[0]),
+        heads=0,
         itemsize=hidden.element_size(),
-        parameters=_count(model.model),
-        names_by_block=_layer_names(model, blocks),
+        logits_itemsize=0,
+        parameters=parameters,
+        names_by_block=tuple((name, layers) for name, (_, layers) in zip(model.names, blocks, strict=True)),
         pieces=(0,),
-        between=Between(
-            Extent.fixed(hidden),
-            tuple(map(Extent.fixed, walk.most)),
-            tuple(map(Extent.fixed, walk.states.beside()[1])),
-        ),
+        between=_between(walks[0], walks[-1]),
         by_window=False,
     )
-    return shape, tokens
 
 
-def _shapes_of_blocks(model: BlockModel, walks: list["_Walk"]) -> list[tuple[BlockShape, tuple[str, ...]]]:
+def _shapes_of_blocks(model: BlockModel, walks: Sequence["_Walk"]) -> list[tuple[BlockShape, tuple[str, ...]]]:
     """By block its shape, and the names of its layers; the walks go through the blocks that they have to."""
     known: dict[tuple, tuple[BlockShape, tuple[str, ...]]] = {}
     blocks = []
@@ -161,17 +162,6 @@ def _shapes_of_blocks(model: BlockModel, walks: list["_Walk"]) -> list[tuple[Blo
             model.close(i)
         blocks.append(known[kind])
     return blocks
-
-
-def _layer_names(
-    model: BlockModel, blocks: list[tuple[BlockShape, tuple[str, ...]]]
-) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    return tuple((name, layers) for name, (_, layers) in zip(model.names, blocks, strict=True))
-
-
-def _count(model: nn.Module) -> int:
-    """The number of parameters; each tied one is counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _heads(model: nn.Module) -> int:
@@ -221,15 +211,14 @@ class _Walk:
 
 
 def _between(few: _Walk, more: _Walk) -> Between:
-    """What lies between two blocks, from windows of two lengths."""
+    """What lies between two blocks, from windows of two lengths; with a single one, nothing depends on the tokens."""
+    lengths = (0, 1) if few is more else (TOKENS, MORE_TOKENS)
 
     def extents(of_few: list[Tensor], of_more: list[Tensor]) -> tuple[Extent, ...]:
-        pairs = zip(of_few, of_more, strict=True)
-        return tuple(Extent.of(a, b, TOKENS, MORE_TOKENS) for a, b in pairs)
+        return tuple(Extent.of(a, b, *lengths) for a, b in zip(of_few, of_more, strict=True))
 
-    (hidden,) = extents([few.hidden], [more.hidden])
     before = extents(few.states.beside()[1], more.states.beside()[1])
-    return Between(hidden, extents(few.most, more.most), before)
+    return Between(*extents([few.hidden], [more.hidden]), extents(few.most, more.most), before)
 
 
 def _vectors(hidden: Tensor) -> int:
@@ -283,7 +272,7 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
     nbytes, shapes = sum(p.nbytes for p in parameters.values()), tuple(layers.values())
     names = tuple(name for name in _names_of_layers(block, layers, experts) if may_be_layer(name))
     seen = frozenset(kind_of(name, experts) for name in (*surveyed.roles, *surveyed.ignored))
-    return BlockShape(nbytes, shapes, attention=surveyed.attention, seen=seen, experts=experts), names
+    return BlockShape(nbytes, shapes, shapes, seen=seen, experts=experts), names
 
 
 def _cut_unevenly(layers: list[Layer]) -> set[str]:

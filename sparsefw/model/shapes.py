@@ -30,11 +30,6 @@ class Extent:
         sizes = [(a - slope * few_tokens, slope) for a, slope in zip(few.shape, slopes, strict=True)]
         return cls(tuple(sizes), few.element_size())
 
-    @classmethod
-    def fixed(cls, x: Tensor) -> "Extent":
-        """The extent of a tensor that does not depend on the number of tokens."""
-        return cls(tuple((float(size), 0.0) for size in x.shape), x.element_size())
-
     def nbytes(self, tokens: int) -> int:
         """Bytes of the tensor for a window of this many tokens."""
         return math.ceil(math.prod(max(0.0, size + slope * tokens) for size, slope in self.sizes)) * self.itemsize
@@ -55,11 +50,11 @@ class Between:
     before: tuple[Extent, ...] = ()
 
     def of_stream(self, tokens: int) -> list[int]:
-        """Bytes of each tensor that every stream has."""
+        """Bytes of each tensor that a window of every stream has, the hidden states first."""
         return [extent.nbytes(tokens) for extent in (self.hidden, *self.handed_on)]
 
     def of_text(self, tokens: int) -> list[int]:
-        """Bytes of each tensor that all streams of a text share."""
+        """Bytes of each tensor that a window has, and that all streams share."""
         return [extent.nbytes(tokens) for extent in self.before]
 
 
@@ -93,8 +88,7 @@ class BlockShape:
     Attributes:
         nbytes: bytes of the parameters.
         layers: the layers that are pruned, in the order of use; `experts` counts the pruned ones only.
-        all_layers: all layers that the windows run through, with those that stay dense. By default `layers`.
-        attention: number of `all_layers` that are used before attention is.
+        all_layers: all layers that the windows run through, with those that stay dense.
         seen: names of all matrices that were seen in products, layers or not, without an expert's index.
         predicts: whether next tokens are predicted from what it puts out: the last block of a language model.
         experts: names of modules that may be experts, see `layers.experts`.
@@ -103,16 +97,11 @@ class BlockShape:
 
     nbytes: int
     layers: tuple[LayerShape, ...]
-    all_layers: tuple[LayerShape, ...] = ()
-    attention: int = 0
+    all_layers: tuple[LayerShape, ...]
     seen: frozenset[str] = frozenset()
     predicts: bool = False
     experts: frozenset[str] = frozenset()
     forward: ForwardBytes = field(default_factory=ForwardBytes)
-
-    def __post_init__(self) -> None:
-        if not self.all_layers:
-            object.__setattr__(self, "all_layers", self.layers)
 
 
 @dataclass(frozen=True)
@@ -126,12 +115,12 @@ class ModelShape:
         vocabulary: entries of a logit vector.
         heads: attention heads, if attention holds all scores at once; else 0.
         itemsize: bytes of an entry of an activation.
-        logits_itemsize: bytes of an entry of the logits, which some heads return in fp32; by default `itemsize`.
+        logits_itemsize: bytes of an entry of the logits, which some heads return in fp32.
         parameters: number of parameters.
-        between: what a window has between two blocks; None: hidden states of that width.
+        pieces: bytes of the pieces in which all tensors outside of the blocks are written.
+        between: what a window has between two blocks.
         by_window: whether logits are made of one window at a time, and not of a micro-batch.
         names_by_block: the name of each block, and the names of its layers inside the block, every expert by itself.
-        pieces: bytes of the pieces in which all tensors outside of the blocks are written; by default `outside`.
         quantized: bytes of quantized tensors as they are stored, at most: those that are in memory at once beside what
             is made of them. 0 if the checkpoint is not quantized.
         joined: bytes of the largest parameter that is made of several tensors of the checkpoint, such as one of stacked
@@ -145,21 +134,17 @@ class ModelShape:
     vocabulary: int
     heads: int
     itemsize: int
+    logits_itemsize: int
     parameters: int
+    pieces: tuple[int, ...]
+    between: Between
     names_by_block: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    between: Between | None = None
     by_window: bool = True
-    pieces: tuple[int, ...] = ()
     quantized: int = 0
     joined: int = 0
     stored: float = 1
-    logits_itemsize: int = 0
 
     def __post_init__(self) -> None:
-        if not self.logits_itemsize:
-            object.__setattr__(self, "logits_itemsize", self.itemsize)
-        if not self.pieces:
-            object.__setattr__(self, "pieces", (self.outside,))
         *blocks, last = self.blocks
         last = replace(last, predicts=self.by_window and self.vocabulary > 0)
         object.__setattr__(self, "blocks", (*blocks, last))
@@ -168,14 +153,6 @@ class ModelShape:
     def loading(self) -> int:
         """Bytes in memory beside a block while it is loaded. Tensors are dequantized before they are joined."""
         return max(self.quantized, self.joined)
-
-    def of_stream(self, tokens: int) -> list[int]:
-        """Bytes of each tensor that a window of every stream has between two blocks, the hidden states first."""
-        return self.between.of_stream(tokens) if self.between else [tokens * self.hidden * self.itemsize]
-
-    def of_text(self, tokens: int) -> list[int]:
-        """Bytes of each tensor that a window has between all blocks, and that all streams share."""
-        return self.between.of_text(tokens) if self.between else []
 
     @property
     def layer_names(self) -> list[str]:

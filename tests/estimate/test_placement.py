@@ -9,20 +9,21 @@ from sparsefw.errors import InputError
 from sparsefw.estimate.memory import GIB, activation_bytes, disk_space, memory_needs
 from sparsefw.estimate.placement import place
 from sparsefw.estimate.workload import Workload
-from sparsefw.model.layers import Role
+from sparsefw.model.layers import Role, Write
 from sparsefw.model.live_bytes import ForwardBytes
+from sparsefw.model.parts import INPUT
 from sparsefw.model.placement import Placement
-from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
+from sparsefw.model.shapes import Between, BlockShape, Extent, LayerShape, ModelShape
 from sparsefw.solver import PruneConfig
 
 
 def llama(hidden, intermediate, depth, pairs=8, vocabulary=128256):
     """The shape of a Llama in bf16, with heads of 128 entries."""
     roles = {
-        "q": Role(0, "reads"),
-        "o": Role(0, "writes", True),
-        "gate": Role(1, "reads"),
-        "down": Role(1, "writes", True),
+        "q": Role(0, INPUT),
+        "o": Role(0, INPUT, Write(INPUT, None), True),
+        "gate": Role(1, INPUT),
+        "down": Role(1, INPUT, Write(INPUT, None), True),
     }
     layers = [("q", hidden, hidden, "q"), ("k", pairs * 128, hidden, "q"), ("v", pairs * 128, hidden, "q")]
     layers += [("o", hidden, hidden, "o"), ("gate", intermediate, hidden, "gate"), ("up", intermediate, hidden, "gate")]
@@ -31,8 +32,9 @@ def llama(hidden, intermediate, depth, pairs=8, vocabulary=128256):
     size, outside = sum(layer.rows * layer.d for layer in layers) + 2 * hidden, 2 * vocabulary * hidden + hidden
     # As counted of Llama-3-70B.
     forward = ForwardBytes(((0.0, 25.0 * hidden),), (0.0, 83.0 * hidden))
-    blocks = (BlockShape(2 * size, layers, forward=forward),) * depth
-    return ModelShape(blocks, 2 * outside, hidden, vocabulary, 0, 2, depth * size + outside)
+    blocks = (BlockShape(2 * size, layers, layers, forward=forward),) * depth
+    between = Between(Extent(((1, 0), (0, 1), (hidden, 0)), 2))
+    return ModelShape(blocks, 2 * outside, hidden, vocabulary, 0, 2, 2, depth * size + outside, (2 * outside,), between)
 
 
 def work(gpu=True, windows=256, evaluation=(), seqlen=2048, ranks=1, **options):

@@ -16,7 +16,7 @@ from sparsefw.model.activations import Activations, Store
 from sparsefw.model.explained import TEXT
 from sparsefw.model.flow import Call, Flow
 from sparsefw.model.hidden_states import HandedOn
-from sparsefw.model.layers import Layer, Pair, Stage, Survey, stages, survey
+from sparsefw.model.layers import Layer, Pair, Stage, Survey, kind_of, stages, survey
 from sparsefw.model.values import Box, Value
 
 
@@ -80,6 +80,28 @@ def surveyed(pair: Pair, selected=is_layer) -> Survey:
 def stages_of(pair: Pair, selected=is_layer) -> list[Stage]:
     """The stages of the block."""
     return stages(surveyed(pair, selected))
+
+
+def described(pair: Pair) -> list[str]:
+    """The stages of the block, a line each.
+
+    It has the layers that share an input (their last part is enough to know them by), how they are measured, the cut
+    that the stage starts at (0 is the block's input), the function that makes their input, whether it can be kept, and
+    the cut that the dense model moves on to.
+    """
+    found, lines = surveyed(pair), []
+    cuts = [0, *(cut.call for cut in found.cuts)]
+    for stage in stages(found):
+        layers = [layer.name for layer in found.layers if kind_of(layer.gram, found.experts) == stage.key]
+        ways = (
+            "outputs" if x.input is None else "writes" if x.write else "reads" for x in map(found.roles.get, layers)
+        )
+        names = (kind_of(name, found.experts).removesuffix(".weight").split(".")[-1] for name in layers)
+        line = [*dict.fromkeys(names), *dict.fromkeys(ways), str(cuts.index(stage.start.call))]
+        line += [stage.input.function or "block"] if stage.input else []
+        line += ["kept"] * stage.keepable + (["to", str(cuts.index(stage.behind.call))] if stage.behind else [])
+        lines.append(" ".join(line))
+    return lines
 
 
 def whole_runs(pair: Pair):

@@ -34,8 +34,6 @@ def linear(*sizes):
         (nn.ModuleList([linear(), linear()]), ["0", "1"]),
         # Experts may be of several sizes, and some of no weights.
         (nn.ModuleList([linear(8, 4), linear(8, 6), nn.Identity()]), ["0", "1"]),
-        (nn.ModuleDict({"0": linear(), "1": linear(), "shared": linear()}), ["0", "1"]),
-        (nn.ModuleList([linear(), linear(), nn.LSTM(8, 8)]), ["0", "1"]),
         (Router(linear(), linear()), ["0", "1"]),
         (nn.ModuleList([nn.Sequential(linear(), nn.ReLU(), linear()) for _ in range(2)]), ["0", "1"]),
         (nn.Sequential(linear(), nn.ReLU(), linear()), []),
@@ -63,22 +61,6 @@ def test_names_without_an_experts_index():
     assert [is_expert(name, experts) for name in kinds] == [True, True, True, False, True]
 
 
-def t5():
-    """Attention and MLP of a block are numbered parts of it."""
-    config = transformers.T5Config(
-        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
-    )
-    torch.manual_seed(0)
-    return transformers.T5ForConditionalGeneration(config).eval()
-
-
-def test_parts_with_numbers_have_the_dense_models_outputs_as_targets():
-    batches = [{"input_ids": random_ids(2, 9), "labels": random_ids(2, 5)} for _ in range(3)]
-    result = prune(t5(), calibration=batches, **QUICK)
-    assert len(result.layers) == 2 * 6 + 2 * 10
-    assert {layer.target for layer in result.layers} == {"dense"}
-
-
 @pytest.mark.parametrize(("experts", "counts"), [(3, [3, 3]), (1, [0, 0])])
 def test_the_shape_counts_experts_of_a_list(experts, counts):
     class Experts(nn.Module):
@@ -90,16 +72,8 @@ def test_the_shape_counts_experts_of_a_list(experts, counts):
             parts = x.chunk(experts)
             return x + torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
 
-    class Stack(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(Experts() for _ in range(2))
-
-        def forward(self, x):
-            return self.blocks[1](self.blocks[0](x))
-
     batch = batches_of([torch.randn(6, 8)], "calibration").batches[0]
-    with resident(Stack(), batch, CPU) as opened:
+    with resident(nn.Sequential(Experts(), Experts()), batch, CPU) as opened:
         shape, _ = shape_of_resident(opened, batch)
     assert [layer.experts for layer in shape.blocks[0].layers] == counts
     assert len(shape.layer_names) == 2 * 2 * experts
@@ -140,13 +114,6 @@ def by_index(block, x):
 def twice(block, x):
     """The experts of the second round read what those of the first have returned."""
     return by_index(block, by_index(block, x))
-
-
-def in_place(block, x):
-    x, chosen = x.clone(), block.chosen(x)
-    for e, part in enumerate(block.parts):
-        x[chosen == e] = part(x[chosen == e])
-    return x
 
 
 def sorted_in_place(block, x):
@@ -195,8 +162,7 @@ def in_turn(block, x):
     return x
 
 
-MIXTURES = [by_index, twice, in_place, sorted_in_place, chosen_from_all]
-MIXTURES += [with_sum]
+MIXTURES = [by_index, twice, sorted_in_place, chosen_from_all, with_sum]
 
 
 def found(block):
@@ -220,32 +186,6 @@ def test_parts_in_turn_are_no_experts():
 def test_experts_inside_of_parts_in_turn():
     block = Parts(in_turn, lambda: Parts(by_index))
     assert found(block) == {f"parts.{i}.parts.{e}" for i in range(E) for e in range(E)}
-
-
-class Resnet(nn.Module):
-    """Reads the hidden states, and an embedding that it projects."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.proj = nn.Conv1d(D, D, 3, padding=1), nn.Linear(D, D)
-
-    def forward(self, x, embedding):
-        return x + self.conv(x.T).T + self.proj(embedding)
-
-
-def test_two_lists_that_take_turns():
-    """As in a U-Net."""
-
-    def forward(block, x):
-        embedding = x.mean(0)
-        for resnet, attention in zip(block.resnets, block.parts, strict=True):
-            x = resnet(x, embedding)
-            x = x + attention(x)
-        return x
-
-    block = Parts(forward)
-    block.resnets = nn.ModuleList(Resnet() for _ in range(E))
-    assert found(block) == set() != experts_of(block)
 
 
 def longcat():

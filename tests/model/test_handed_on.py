@@ -88,11 +88,11 @@ def test_expected_size_is_what_lies_between_blocks(family, tmp_path):
             states.arrive(states.position)
         differing = {*states.constants[0]} - {*states.constants[1]}
         before = sum(x.read().nbytes for x in differing)
-    expected = shape.of_stream(seqlen)
+    expected = shape.between.of_stream(seqlen)
     # Indices are as many as there are tokens, up to a limit that few tokens do not reach.
     assert expected[0] == states.hidden[0].nbytes
     assert most <= sum(expected[1:]) <= (4 if family == "glm_moe_dsa" else 1) * most
-    assert before == sum(shape.of_text(seqlen))
+    assert before == sum(shape.between.of_text(seqlen))
 
 
 def test_a_block_that_writes_to_what_it_is_given_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from helpers.families import COMMON, EXPERTS
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsefw.estimate import describe
 from sparsefw.solver.selection import without_index
@@ -18,10 +18,6 @@ E, D = 4, 32
 
 # Parameters that no product reads: convolutions, decays, biases of experts, tables.
 NO_PRODUCT = re.compile(r"conv|A_log|_bias$|_embed\.weight$")
-
-GATE = {"mlp.gate.weight": (E, D)}
-ROUTER = {"mlp.router.weight": (E, D)}
-SHARED_GATE = {**GATE, "mlp.shared_expert_gate.weight": (1, D)}
 
 _LATENT = {
     "num_key_value_heads": 4,
@@ -35,15 +31,6 @@ _LATENT = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
-_LINEAR = {
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    "shared_expert_intermediate_size": 40,
-}
-
 # By model_type: what its config adds, and the routers by their names inside a block.
 MIXTURES = {
     "dbrx": (
@@ -57,8 +44,7 @@ MIXTURES = {
         },
         {"ffn.router.layer.weight": (E, D)},
     ),
-    "deepseek_v3": (_LATENT, GATE),
-    "doge": ({"is_moe": True, "num_experts": 16}, {"mlp.router_gate.weight": (8, D)}),
+    "deepseek_v3": (_LATENT, {"mlp.gate.weight": (E, D)}),
     "gemma3n_text": (
         {
             "num_hidden_layers": 4,
@@ -76,19 +62,6 @@ MIXTURES = {
             "altup.correction_coefs.weight": (4, 4),
         },
     ),
-    "gemma4_text": (
-        {
-            "enable_moe_block": True,
-            "top_k_experts": 2,
-            "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": 258,
-            "global_head_dim": 8,
-            "num_kv_shared_layers": 0,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-        },
-        {"router.proj.weight": (E, D)},
-    ),
-    "gpt_oss": ({"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, ROUTER),
     "jetmoe": (
         {"kv_channels": 8},
         {"mlp.router.layer.weight": (E, D), "self_attention.experts.router.layer.weight": (E, D)},
@@ -97,16 +70,15 @@ MIXTURES = {
         {"num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 40},
         {"feed_forward.router.weight": (E, D)},
     ),
-    "qwen2_moe": ({"decoder_sparse_step": 1, "shared_expert_intermediate_size": 40}, SHARED_GATE),
-    "qwen3_next": (_LINEAR, SHARED_GATE),
+    "qwen2_moe": (
+        {"decoder_sparse_step": 1, "shared_expert_intermediate_size": 40},
+        {"mlp.gate.weight": (E, D), "mlp.shared_expert_gate.weight": (1, D)},
+    ),
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_only_the_routers_stay_dense(model_type, tmp_path):
-    if model_type not in CONFIG_MAPPING:
-        pytest.skip("this version of transformers does not have it")
     changes, routers = MIXTURES[model_type]
     config = AutoConfig.for_model(**(COMMON | EXPERTS | {"model_type": model_type} | changes))
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"dtype": "float32"}, default=str))
@@ -123,7 +95,7 @@ def test_only_the_routers_stay_dense(model_type, tmp_path):
     assert {name: size for name, size in dense.items() if not NO_PRODUCT.search(name)} == routers
 
 
-@pytest.mark.parametrize(("routed", "idle"), [(E, 60), (1, 20), (1, 28), (2, 40)])
+@pytest.mark.parametrize(("routed", "idle"), [(E, 60), (1, 28)])
 def test_experts_beside_those_without_weights(routed, idle, tmp_path):
     """No choice of the tokens, by which the block is found, hides the experts that have weights."""
     layers = [f"mlp.experts.{name}[{e}]" for name in ("gate_up_proj", "down_proj") for e in range(routed)]

@@ -52,15 +52,7 @@ def test_divergence_and_gradient(opened):
     assert torch.allclose(x.grad.double(), exact.grad, rtol=1e-3, atol=1e-5 * exact.grad.abs().max().item())
 
 
-def test_logits_of_one_window_at_a_time(opened, monkeypatch):
-    _, model, _, hidden, dense = opened
-    seen = []
-    model.model.lm_head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
-    divergence(model, IDS, hidden, dense)
-    assert seen == [1] * 2 * len(IDS)
-
-
-@pytest.mark.parametrize("tokens", [0.5, 1, 3, 10])
+@pytest.mark.parametrize("tokens", [0.5, 3])
 def test_pieces_change_nothing(tokens, opened, monkeypatch):
     """Pieces of so many tokens, of a token at least."""
     _, model, _, hidden, dense = opened

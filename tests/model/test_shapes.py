@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers.families import FAMILIES, OTHERS, TOKENS, is_layer, save_model
+from helpers.families import TOKENS, is_layer, save_model
 
 from sparsefw import checkpoint
 from sparsefw.model import StreamedModel, embed, shape_of
@@ -16,23 +16,27 @@ def shape(folder):
     return shape_of(checkpoint.inspect(folder))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_layer_names_are_those_that_calibration_finds(family, tmp_path):
+def ways(role):
+    """A role without the numbers of calls, which depend on the tokens."""
+    return role.segment, role.input is None, role.write is None, role.keepable
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mamba", "qwen2_moe"])
+def test_layers_are_those_that_calibration_finds(family, tmp_path):
+    """Though all weights of a shape are zero."""
     folder = save_model(tmp_path, family)
-    names = shape(folder).layer_names
-    assert len(set(names)) == len(names)
+    found, seen = shape(folder), []
     with StreamedModel(checkpoint.inspect(folder), torch.device("cpu")) as model:
         # All windows at once reach every expert.
-        states, seen = embed(model, TOKENS, len(TOKENS)), []
+        states = embed(model, TOKENS, len(TOKENS))
         for i, block in enumerate(model.blocks):
             model.open(i)
-            found = survey(block, functools.partial(states.call, i, 0), states.hidden[0], is_layer)
-            seen += [f"{model.names[i]}.{layer.name}" for layer in found.layers]
+            surveyed = survey(block, functools.partial(states.call, i, 0), states.hidden[0], is_layer)
+            seen += [f"{model.names[i]}.{layer.name}" for layer in surveyed.layers]
+            roles = {kind_of(name, surveyed.experts): ways(role) for name, role in surveyed.roles.items()}
+            assert {layer.name: ways(layer.role) for layer in found.blocks[i].layers} == roles
             states.advance(i)
-    assert set(names) == set(seen)
-    if "moe" in family or family == "mixtral":
-        assert "model.layers.0.mlp.experts.down_proj[3]" in names
+    assert sorted(found.layer_names) == sorted(seen)
 
 
 @pytest.mark.parametrize(("family", "itemsize"), [("llama", 2), ("mamba", 4)])
@@ -68,20 +72,3 @@ def test_selected_layers(tmp_path):
     assert third.layers == ()
     assert [block.nbytes for block in some.blocks] == [block.nbytes for block in whole.blocks]
     assert some.parameters == whole.parameters
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
-def test_roles_are_those_that_calibration_finds(family, tmp_path):
-    """Though all weights of a shape are zero."""
-    folder = save_model(tmp_path, family)
-    blocks = shape(folder).blocks
-    with StreamedModel(checkpoint.inspect(folder), torch.device("cpu")) as model:
-        states = embed(model, TOKENS, 2)
-        for i, block in enumerate(model.blocks):
-            model.open(i)
-            found = survey(block, functools.partial(states.call, i, 0), states.hidden[0], is_layer)
-            roles = {kind_of(name, found.experts): role for name, role in found.roles.items()}
-            assert {layer.name: layer.role for layer in blocks[i].layers} == roles
-            assert blocks[i].attention == found.attention
-            states.advance(i)

@@ -30,7 +30,6 @@ def test_tensors_are_numbered_by_their_makers():
     assert cat.kwargs == {"dim": 0}
     assert [value.maker for value in cat.inputs] == [2, 2, 0]
     assert [op.name for op in (product, chunk, cat)] == ["matmul", "chunk", "cat"]
-    assert len({value.number for op in (product, chunk, cat) for value in (*op.inputs, *op.outputs)}) == 6
 
 
 def test_value_has_the_form_of_its_tensor():
@@ -38,21 +37,17 @@ def test_value_has_the_form_of_its_tensor():
     (out,) = op.outputs
     assert isinstance(out, Value)
     assert (out.shape, out.strides, out.dtype) == ((3, 2), (1, 3), torch.float16)
-    assert (out.dim(), out.numel(), out.stride(-1)) == (2, 6, 3)
-
-
-def test_what_is_returned_unchanged_is_no_new_value():
-    (same,) = recorded(lambda x: x.contiguous(), torch.ones(2, 3))
-    assert same.outputs == same.inputs
 
 
 def test_a_write_makes_a_new_value():
     def run(x: Tensor) -> None:
-        y = x + 1
+        y = (x + 1).contiguous()
         y.mul_(2)
         y.sum()
 
-    add, mul, total = recorded(run, torch.ones(2))
+    add, same, mul, total = recorded(run, torch.ones(2))
+    # What is returned unchanged is no new value.
+    assert same.outputs == add.outputs
     assert mul.inputs == add.outputs
     assert mul.written == ((*add.outputs, *mul.outputs),)
     assert mul.outputs != mul.inputs

@@ -22,9 +22,6 @@ _CALLER = 1 << 60
 _VALUES = {"__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "item", "tolist", "numpy"}
 _VALUES |= {"equal", "allclose", "is_nonzero", "nonzero", "argwhere", "unique", "unique_consecutive", "masked_select"}
 
-# Functions that attention calls, by name.
-_ATTENTION = {"scaled_dot_product_attention", "softmax"}
-
 
 @dataclass(frozen=True)
 class Use:
@@ -50,8 +47,8 @@ class Dataflow:
         experts: names of modules that may be experts.
 
     Attributes:
+        cuts: the first cut between each two layers that are used one after the other, where there is one.
         uses: the calls that multiply with a layer, selected or not.
-        attention: number of the first call that mixes tokens by attention; None if there is none.
         signature: function and form of the output of every call. Equal signatures mean equal forwards.
     """
 
@@ -67,7 +64,6 @@ class Dataflow:
         # The first call that reads values, on which later calls may depend.
         self._first_value: int | None = None
         self.signature = [(op.name, tuple(tuple(x.shape) for x in op.made)) for op in tape.ops]
-        self.attention = next((op.number for op in tape.ops if op.name in _ATTENTION), None)
         self.uses: list[Use] = []
         form = tape.hidden.shape, tape.hidden.dtype
         for op in tape.ops:
@@ -90,6 +86,7 @@ class Dataflow:
         for x in (tape.output, *tape.handed_on):
             if (call := self.call_of_value(x)) is not None:
                 self._last_read[call] = _CALLER
+        self.cuts = self._find_cuts()
 
     def call_of_value(self, x: Value) -> int | None:
         """The call that has made a value; None if it does not follow from the block's input."""
@@ -100,7 +97,7 @@ class Dataflow:
         call = self.call_of_value(x) if isinstance(x, Value) else None
         return call is not None and self._same_as[call] == self._same_as[point.call]
 
-    def cuts(self) -> list[Point]:
+    def _find_cuts(self) -> list[Point]:
         """The first cut between each two layers that are used one after the other, if there is one."""
         calls = [use.call for use in self.uses]
         # By call: the last call that reads something made before it.

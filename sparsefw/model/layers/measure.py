@@ -27,7 +27,7 @@ from sparsefw.solver.target import Cross
 # Runs one micro-batch, by its number, through a block.
 Run = Callable[[int], object]
 
-# What a run returns.
+# What a run returns; None if it ended before.
 Ran = TypeVar("Ran")
 
 # Outputs of the dense model's layers: called with the number of a micro-batch, then with the name of a layer.
@@ -61,19 +61,17 @@ class _Sums:
         self.crosses: dict[str, Tensor] = {}
         self._backend = backend
 
-    def add_gram(self, name: str, X: Tensor, measured: bool = True) -> None:
-        """Add X^T X of inputs X (tokens, in); nothing, if they are not measured."""
+    def add_gram(self, name: str, X: Tensor) -> None:
+        """Add X^T X of inputs X (tokens, in)."""
         if name not in self.grams:
             self.grams[name] = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float32, device=X.device)
-        if measured:
-            self._backend.gram_accumulate(self.grams[name], X)
+        self._backend.gram_accumulate(self.grams[name], X)
 
-    def add_cross(self, name: str, A: Tensor, B: Tensor, measured: bool = True) -> None:
+    def add_cross(self, name: str, A: Tensor, B: Tensor) -> None:
         """Add A^T B of A (tokens, rows) and B (tokens, columns)."""
         if name not in self.crosses:
             self.crosses[name] = torch.zeros(A.shape[1], B.shape[1], dtype=torch.float32, device=A.device)
-        if measured:
-            self._backend.cross_accumulate(self.crosses[name], A, B)
+        self._backend.cross_accumulate(self.crosses[name], A, B)
 
 
 def capture(
@@ -85,7 +83,6 @@ def capture(
     selected: Selector = everything,
     stage: Stage | None = None,
     dense: DenseOutputs | None = None,
-    passing: Container[int] = (),
     experts: frozenset[str] | None = None,
 ) -> Captured:
     """Run a block over its calibration inputs; find its layers and accumulate the Gram matrices of their inputs.
@@ -96,10 +93,9 @@ def capture(
         batches: numbers of the micro-batches.
         backend: its `gram_accumulate`, `mirror_lower` and `cross_accumulate` are used.
         selected: selects layers by their names inside the block. An input that no selected layer reads has no Gram
-            matrix; like other inputs it stays in memory until the micro-batch has passed.
+            matrix.
         stage: watch its layers only, and run no more of the block than they need; None: the whole block.
         dense: outputs of the dense model's layers; with them, cross matrices are accumulated, too.
-        passing: numbers of the micro-batches that are run and not measured.
         experts: names of modules that may be experts; None: those of `experts_of`.
 
     Raises:
@@ -108,17 +104,14 @@ def capture(
     sums, names = _Sums(backend), WeightNames(block)
     experts = experts_of(block) if experts is None else experts
 
-    def take_input(gram: str, X: Tensor) -> None:
-        sums.add_gram(gram, X, j not in passing)
-
     def add_crosses(dense_output: Callable[[str], Tensor | None]) -> None:
         for name, X, output in watch.outputs.pairs():
             expected = dense_output(name)
             if expected is not None and expected.shape == output.shape:
                 # Rounded only once, whatever the dtype: torch subtracts in fp32.
-                sums.add_cross(name, (expected - output).to(X.dtype), X, j not in passing)
+                sums.add_cross(name, (expected - output).to(X.dtype), X)
 
-    watch = Watch(names, experts, selected, take_input, stage, record_outputs=dense is not None)
+    watch = Watch(names, experts, selected, sums.add_gram, stage, record_outputs=dense is not None)
     for j in batches:
         watch.through(partial(run, j))
         # A function of its own: nothing of a micro-batch may outlive it.
@@ -136,12 +129,10 @@ def dense_outputs(
     run: Callable[[int], Ran],
     stage: Stage | None = None,
     selected: Selector = everything,
-    move: Callable[[int, Ran], object] = lambda j, ran: None,
+    move: Callable[[int, Ran | None], object] = lambda j, ran: None,
     experts: frozenset[str] | None = None,
 ) -> DenseOutputs:
-    """Outputs of a stage's layers in the dense model.
-
-    A micro-batch is run as far as the stage needs it, and further if the dense model moves on in the stage.
+    """Outputs of a stage's layers in the dense model. A micro-batch is run as far as the stage needs it.
 
     Args:
         block: the dense model's block.
@@ -149,19 +140,16 @@ def dense_outputs(
         stage: None is the whole block.
         selected: selects the layers whose outputs are recorded; the same as in `capture`, so that outputs of both
             models are followed as far.
-        move: moves the micro-batch on, called with its number and what the run returned. What is made of outputs then,
-            between two blocks, is no output of a layer.
+        move: moves the micro-batch on, called with its number and what the run returned, None if it ended before. What
+            is made of outputs then, between two blocks, is no output of a layer.
         experts: names of modules that may be experts; None: those of `experts_of`.
     """
     names, experts = WeightNames(block), experts_of(block) if experts is None else experts
-    moves = stage is not None and (stage.final or stage.behind is not None)
 
     def outputs_of(j: int) -> Callable[[str], Tensor | None]:
         # A new watch for each micro-batch, so that the outputs are freed with it.
-        watch = Watch(names, experts, selected, stage=stage, record_outputs=True, run_on=moves)
-        ran = watch.through(partial(run, j))
-        if ran is not None:
-            move(j, ran)
+        watch = Watch(names, experts, selected, stage=stage, record_outputs=True)
+        move(j, watch.through(partial(run, j)))
         return watch.outputs.output_of
 
     return outputs_of
@@ -271,27 +259,34 @@ def _measure_watched(
     stage: Stage, pair: Pair, backend: Backend, selected: Selector, passing: Container[int]
 ) -> Captured:
     """Measure layers that have to be watched: experts, and layers whose outputs in both models are recorded."""
+
+    def move(j: int, ran: tuple[dict[Point, Tensor], BlockOutput | None] | None) -> None:
+        if stage.final and ran:
+            _move_dense(stage, pair, j, ran)
+        elif stage.final or stage.behind:
+            _run_dense(stage, pair, j, take=() if stage.behind is None else (stage.behind,), end=stage.behind)
+
     outputs = None
     # Experts are not compared with the dense model. For them it runs only to move on.
     if stage.last or stage.final or stage.behind:
-
-        def run_dense(j: int) -> tuple[dict[Point, Tensor], BlockOutput | None]:
-            take = () if stage.behind is None else (stage.behind,)
-            return pair.dense.part(pair.number, j, pair.dense_block, take=take, end=stage.behind)
-
-        move = partial(_move_dense, stage, pair)
+        run_dense = partial(pair.dense.part, pair.number, block=pair.dense_block)
         outputs = dense_outputs(pair.dense_block, run_dense, stage, selected, move, pair.experts)
-    return capture(
+    micro_batches = range(len(pair.pruned))
+    captured = capture(
         pair.pruned.model.blocks[pair.number],
-        lambda j: _run_pruned(stage, pair, j),
-        range(len(pair.pruned)),
+        partial(_run_pruned, stage, pair),
+        [j for j in micro_batches if j not in passing],
         backend=backend,
         selected=selected,
         stage=stage,
         dense=outputs,
-        passing=passing,
         experts=pair.experts,
     )
+    for j in micro_batches:
+        if j in passing:
+            _run_pruned(stage, pair, j, end=stage.start)
+            move(j, None)
+    return captured
 
 
 def _run_pruned(

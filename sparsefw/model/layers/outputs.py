@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.model.layers.names import is_expert
+from sparsefw.model.layers.products import Product
 from sparsefw.model.tape import Value
 
 # Functions that add a layer's output to something else.
@@ -67,11 +68,22 @@ class Outputs:
         # By layer: the sums that its output went into.
         self.sums: dict[str, list[Sum]] = {}
 
-    def add_input(self, layer: str, x: Any) -> None:
-        """Record the input of a layer."""
-        self._inputs[layer] = (x, x._version)
+    def add(self, products: Sequence[Product], operands: Sequence[Any], out: Any) -> None:
+        """Record what products read, and what the call that makes them returns.
 
-    def add_output(self, layers: Iterable[str], out: Any) -> None:
+        Args:
+            products: the products with layers.
+            operands: the tensors among the call's arguments.
+            out: what it returned.
+        """
+        self._note_read(operands, out)
+        alone = [product for product in products if product.alone]
+        for product in alone:
+            self._inputs[product.layer] = (product.X, product.X._version)
+        if alone:
+            self._add_output([product.layer for product in alone], out)
+
+    def _add_output(self, layers: Iterable[str], out: Any) -> None:
         """Record a tensor as the output of layers, in addition to those whose output it is already."""
         layers = [layer for layer in layers if not is_expert(layer, self._experts)]
         _, others = self._layers_of.get(id(out), (out, ()))
@@ -88,18 +100,18 @@ class Outputs:
         """
         # alpha scales one of the summands.
         if function not in PASS_ON or "alpha" in kwargs:
-            self.note_read(operands, out)
+            self._note_read(operands, out)
             return
         followed = [id(x) for x in args[:2] if id(x) in self._layers_of and id(x) not in self._read]
         for operand, layers in [self._layers_of[key] for key in followed]:
             if out.numel() == operand.numel() and out.shape[-1] == operand.shape[-1]:
-                self.add_output(layers, out)
+                self._add_output(layers, out)
                 if function in ADDITIONS:
                     other = args[1] if operand is args[0] else args[0]
                     for layer in layers:
                         self.sums.setdefault(layer, []).append(Sum(other, out))
 
-    def note_read(self, operands: Sequence[Any], out: Any) -> None:
+    def _note_read(self, operands: Sequence[Any], out: Any) -> None:
         """Stop following the tensors that a function made another tensor of."""
         # Shapes, dtypes and the like are no tensors, and `to` may give back the tensor itself.
         if isinstance(out, Tensor | Value | tuple) and not isinstance(out, torch.Size):

@@ -2,42 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 from sparsefw.model.layers.names import Layer
 from sparsefw.model.parts import INPUT, Point
-
-
-@dataclass(frozen=True)
-class Role:
-    """A layer's part in its block.
-
-    Attributes:
-        segment: number of the cuts before the layer, see `dataflow`.
-        way: how its cross matrix is measured, see `measure`. "reads": from the inputs of both models, where the layer's
-            output is its product; "writes": from the residual streams, where the layer adds its product to the stream;
-            "outputs": from outputs that are recorded.
-        keepable: whether the block can go on from the layer's input and the last cut, and saves layers by that.
-    """
-
-    segment: int = 0
-    way: str = "outputs"
-    keepable: bool = False
-
-
-# The role of a layer in a block that has to be run as a whole.
-UNKNOWN_ROLE = Role()
-
-
-def first_segments(stages: Sequence[Sequence[Role]]) -> list[int]:
-    """The segment that the runs of each stage begin with: no layer of this stage or a later one lies before it."""
-    lowest = [min(role.segment for role in roles) for roles in stages]
-    return list(accumulate(reversed(lowest), min))[::-1]
-
-
-def is_watched(roles: Sequence[Role]) -> bool:
-    """Whether a stage has to be watched: the point of its input, or of an output, is not known."""
-    return any(role.way == "outputs" for role in roles)
 
 
 @dataclass(frozen=True)
@@ -51,6 +18,34 @@ class Write:
 
     stream: Point
     sum: Point | None
+
+
+@dataclass(frozen=True)
+class Role:
+    """A layer's part in its block. It says how the layer's cross matrix is measured, see `measure`.
+
+    Attributes:
+        segment: number of the cuts before the layer, see `dataflow`.
+        input: the point of its input; None: outputs in both models have to be recorded, since the input is not known,
+            or its product goes into other sums than the residual stream.
+        write: where it adds its product to the stream, and is measured from the streams of both models. Other layers
+            with an input are measured from the inputs.
+        keepable: whether the block can go on from the input and the last cut, and saves layers by that.
+    """
+
+    segment: int = 0
+    input: Point | None = None
+    write: Write | None = None
+    keepable: bool = False
+
+
+# The role of a layer in a block that has to be run as a whole.
+UNKNOWN_ROLE = Role()
+
+
+def is_watched(roles: Sequence[Role]) -> bool:
+    """Whether a stage has to be watched: the point of its input, or of an output, is not known."""
+    return any(role.input is None for role in roles)
 
 
 @dataclass(frozen=True)

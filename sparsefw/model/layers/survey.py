@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from sparsefw.model.layers.block_tape import BlockTape, record_block
 from sparsefw.model.layers.dataflow import Dataflow
 from sparsefw.model.layers.experts import experts_of
 from sparsefw.model.layers.names import Layer, is_expert, kind_of
-from sparsefw.model.layers.stage import UNKNOWN_ROLE, Role, Stage, Write, first_segments, is_watched
+from sparsefw.model.layers.stage import UNKNOWN_ROLE, Role, Stage, Write, is_watched
 from sparsefw.model.layers.watch import Selector, Watch, everything
 from sparsefw.model.parts import INPUT, Point, run_part
 from sparsefw.model.stand_ins import hidden_of
@@ -32,9 +33,6 @@ class Survey:
         layers: the selected layers, in the order of use.
         roles: the role of each.
         cuts: where the block can go on from its residual stream, see `dataflow`.
-        inputs: by layer, the point of its input, where it is known.
-        writes: the layers that write to the stream.
-        attention: number of layers that are used before attention is.
         ignored: names of the layers that were seen and not selected.
         experts: names of modules that may be experts.
         signature: surveys with equal ones are of blocks that make the same calls.
@@ -43,9 +41,6 @@ class Survey:
     layers: list[Layer]
     roles: dict[str, Role]
     cuts: list[Point]
-    inputs: dict[str, Point]
-    writes: dict[str, Write]
-    attention: int = 0
     ignored: tuple[str, ...] = ()
     experts: frozenset[str] = frozenset()
     signature: tuple = ()
@@ -87,38 +82,26 @@ def survey_tape(tape: BlockTape, experts: frozenset[str], selected: Selector = e
     """
     watch, flow = Watch(tape.names, experts, selected, record_outputs=True), Dataflow(tape, experts)
     watch.look(tape)
-    cuts, roles, inputs, writes = flow.cuts(), dict[str, Role](), dict[str, Point](), dict[str, Write]()
-    for name in watch.layers:
-        call = flow.call_of(name)
-        segment = sum(cut.call < call for cut in cuts)
-        stream = cuts[segment - 1] if segment else INPUT
-        made = None if is_expert(name, experts) else flow.input_of(name)
-        if made is None:
-            roles[name] = Role(segment)
-            continue
-        inputs[name] = made
-        way = "reads"
-        if sums := watch.outputs.sums.get(name):
-            way = "outputs"
-            behind = cuts[segment] if segment < len(cuts) else None
-            only = len(sums) == 1 and flow.is_at(sums[0].other, stream)
-            ends = watch.outputs.is_output(tape.output, name) if behind is None else flow.is_at(sums[0].out, behind)
-            if only and ends:
-                way = "writes"
-                writes[name] = Write(stream, behind)
-        saves = way != "outputs" and any(stream.call < use.call < made.call for use in flow.uses)
-        roles[name] = Role(segment, way, saves and flow.enough(made, stream))
-    return Survey(
-        [*watch.layers.values()],
-        roles,
-        cuts,
-        inputs,
-        writes,
-        attention=sum(flow.call_of(name) < (flow.attention or 0) for name in watch.layers),
-        ignored=tuple(watch.ignored),
-        experts=experts,
-        signature=(*flow.signature, *cuts, *roles.items()),
-    )
+    roles = {name: _role(name, tape, watch, flow, experts) for name in watch.layers}
+    signature = (*flow.signature, *flow.cuts, *roles.items())
+    return Survey([*watch.layers.values()], roles, flow.cuts, tuple(watch.ignored), experts, signature)
+
+
+def _role(name: str, tape: BlockTape, watch: Watch, flow: Dataflow, experts: frozenset[str]) -> Role:
+    call, cuts = flow.call_of(name), flow.cuts
+    segment = sum(cut.call < call for cut in cuts)
+    made = None if is_expert(name, experts) else flow.input_of(name)
+    if made is None:
+        return Role(segment)
+    stream, write = cuts[segment - 1] if segment else INPUT, None
+    if sums := watch.outputs.sums.get(name):
+        behind = cuts[segment] if segment < len(cuts) else None
+        ends = watch.outputs.is_output(tape.output, name) if behind is None else flow.is_at(sums[0].out, behind)
+        if len(sums) > 1 or not flow.is_at(sums[0].other, stream) or not ends:
+            return Role(segment)
+        write = Write(stream, behind)
+    saves = any(stream.call < use.call < made.call for use in flow.uses)
+    return Role(segment, made, write, saves and flow.enough(made, stream))
 
 
 def confirm(found: Survey, run: RunBlock, hidden: Tensor, output: Tensor, confirmed: Confirmed) -> Survey:
@@ -135,22 +118,18 @@ def confirm(found: Survey, run: RunBlock, hidden: Tensor, output: Tensor, confir
         confirmed[found.signature] = _runs_in_parts(run, hidden, found, output)
     if confirmed[found.signature]:
         return found
-    return replace(found, roles=dict.fromkeys(found.roles, UNKNOWN_ROLE), cuts=[], inputs={}, writes={})
+    return replace(found, roles=dict.fromkeys(found.roles, UNKNOWN_ROLE), cuts=[])
 
 
 def _runs_in_parts(run: RunBlock, hidden: Tensor, found: Survey, output: Tensor) -> bool:
     """Whether the parts of a block give what the whole gives, bit for bit."""
     try:
-        points = {*found.cuts, *found.inputs.values()}
-        taken, whole = run_part(run, {INPUT: hidden}, points)
+        roles = [role for role in found.roles.values() if role.input is not None]
+        taken, whole = run_part(run, {INPUT: hidden}, {*found.cuts, *(role.input for role in roles)})
         outputs = [hidden_of(whole)]
-        for cut in found.cuts:
-            outputs.append(hidden_of(run_part(run, {cut: taken[cut]})[1]))
-        for layer, point in found.inputs.items():
-            if found.roles[layer].keepable:
-                segment = found.roles[layer].segment
-                stream = {found.cuts[segment - 1]: taken[found.cuts[segment - 1]]} if segment else {INPUT: hidden}
-                outputs.append(hidden_of(run_part(run, stream | {point: taken[point]})[1]))
+        starts = [{INPUT: hidden}, *({cut: taken[cut]} for cut in found.cuts)]
+        kept = [starts[role.segment] | {role.input: taken[role.input]} for role in roles if role.keepable]
+        outputs += [hidden_of(run_part(run, given)[1]) for given in (*starts[1:], *kept)]
     except torch.OutOfMemoryError:
         raise
     except (InputError, RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, AttributeError):
@@ -165,26 +144,28 @@ def stages(surveyed: Survey) -> list[Stage]:
     for layer in surveyed.layers:
         by_key.setdefault(kind_of(layer.gram, surveyed.experts), []).append(layer)
     roles = [[surveyed.roles[layer.name] for layer in layers] for layers in by_key.values()]
-    segments = first_segments(roles)
-    found = []
+    # No layer of a stage, or of a later one, lies before the segment that its runs begin with.
+    lowest = [min(role.segment for role in of_stage) for of_stage in roles]
+    segments = [*accumulate(reversed(lowest), min)][::-1]
+    starts, found = [INPUT, *surveyed.cuts], []
     for n, (key, layers) in enumerate(by_key.items()):
         final = n == len(by_key) - 1
-        start = surveyed.cuts[segments[n] - 1] if segments[n] else INPUT
         moves = not final and segments[n + 1] > segments[n]
         stage = Stage(
             key,
             last=layers[-1].name if key == layers[0].gram else None,
             final=final,
-            start=start,
-            behind=surveyed.cuts[segments[n + 1] - 1] if moves else None,
+            start=starts[segments[n]],
+            behind=starts[segments[n + 1]] if moves else None,
         )
         if not is_watched(roles[n]):
+            first = roles[n][0]
             stage = replace(
                 stage,
-                input=surveyed.inputs[layers[0].name],
-                keepable=roles[n][0].keepable and roles[n][0].segment == segments[n],
+                input=first.input,
+                keepable=first.keepable and first.segment == segments[n],
                 layers=tuple(layers),
-                writes={layer.name: surveyed.writes[layer.name] for layer in layers if layer.name in surveyed.writes},
+                writes={x.name: role.write for x, role in zip(layers, roles[n], strict=True) if role.write},
             )
         found.append(stage)
     return found

@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,15 +33,13 @@ class _Input:
     """A tensor that layers read.
 
     Attributes:
-        tensor: the tensor.
+        tensor: the tensor. Another one may have its id when it is gone.
         gram: name of its Gram matrix.
-        held: the tensor, if a layer of the stage reads it: its id is no other tensor's then.
         taken: whether a selected layer has read it.
     """
 
     tensor: weakref.ref[Any]
     gram: str
-    held: Any = None
     taken: bool = False
 
 
@@ -55,7 +53,6 @@ class Watch:
         take_input: called as take_input(gram, X) once for each input of selected layers, X (tokens, in).
         stage: watch its layers only, and end a micro-batch's forward after them; None: the whole block.
         record_outputs: whether to record outputs of layers.
-        run_on: after the stage, let a micro-batch run on unwatched instead of ending its forward.
 
     Attributes:
         layers: all layers seen so far by name, in the order of use.
@@ -72,11 +69,9 @@ class Watch:
         stage: Stage | None = None,
         *,
         record_outputs: bool = False,
-        run_on: bool = False,
     ) -> None:
         self._names, self._experts, self._selected = names, experts, functools.cache(selected)
-        self._take_input, self._stage = take_input, stage
-        self._record_outputs, self._run_on = record_outputs, run_on
+        self._take_input, self._stage, self._record_outputs = take_input, stage, record_outputs
         self.layers: dict[str, Layer] = {}
         self.ignored: dict[str, None] = {}
         self._restart()
@@ -86,8 +81,8 @@ class Watch:
         # Inputs that layers have read, by the tensor's id and how it is read.
         self._inputs: dict[tuple[int, Reading], _Input] = {}
         self.outputs = Outputs(self._experts)
-        # Whether the layers of the stage have been used, and whether the rest of the block goes unwatched.
-        self._complete = self._over = False
+        # Whether the layers of the stage have been used.
+        self._complete = False
 
     def through(self, run: Callable[[], Result]) -> Result | None:
         """Watch one micro-batch on its way through the block, as far as the stage needs it.
@@ -105,30 +100,24 @@ class Watch:
     def look(self, tape: BlockTape) -> None:
         """See the layers of a recorded forward. What is recorded of outputs are its values."""
         for op in tape.ops:
-            products = self._seen(tape.products.get(op.number, ()))
+            products = [product for product in tape.products.get(op.number, ()) if self._see(product)]
             self._follow(products, op.function, op.args, op.kwargs, op.inputs, op.out)
 
     def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Make a call of a forward."""
-        products = [] if self._over else self._seen(products_of(func, args, kwargs, self._names))
+        products = [product for product in products_of(func, args, kwargs, self._names) if self._see(product)]
         out = func(*args, **kwargs)
-        if self._record_outputs and not self._over:
+        if self._record_outputs:
             self._follow(products, func, args, kwargs, tensors_in((args, kwargs)), out)
         return out
-
-    def _seen(self, products: Iterable[Product]) -> list[Product]:
-        return [product for product in products if self._see(product)]
 
     def _follow(
         self, products: list[Product], func: Any, args: tuple, kwargs: dict, operands: Sequence[Any], out: Any
     ) -> None:
-        """Record outputs."""
-        if not products:
+        if products:
+            self.outputs.add(products, operands, out)
+        else:
             self.outputs.follow(func, args, kwargs, operands, out)
-            return
-        self.outputs.note_read(operands, out)
-        if alone := [product.layer for product in products if product.alone]:
-            self.outputs.add_output(alone, out)
 
     def _see(self, product: Product) -> bool:
         """Take the input of a product; whether the layer is selected, and belongs to the stage."""
@@ -141,10 +130,7 @@ class Watch:
             # The Gram matrix is named after the first layer that reads the input, selected or not. So all experts agree
             # on the name, whichever of them are selected.
             layer_input = self._inputs[key] = _Input(weakref.ref(X), name)
-        if not self._includes(layer_input.gram):
-            return False
-        layer_input.held = X
-        if not selected:
+        if not self._includes(layer_input.gram) or not selected:
             return False
         if not layer_input.taken:
             layer_input.taken = True
@@ -159,8 +145,6 @@ class Watch:
             raise InputError(
                 f"{name}: unsupported model: shared its input with {layer.gram}, later with {layer_input.gram}"
             )
-        if self._record_outputs and product.alone:
-            self.outputs.add_input(name, X)
         self._complete |= self._stage is not None and self._stage.last == name
         return True
 
@@ -173,7 +157,5 @@ class Watch:
         if self._stage is None or self._stage.key == kind_of(gram, self._experts):
             return True
         if self._complete and not self._stage.final:
-            if not self._run_on:
-                raise PartIsOver
-            self._over = True
+            raise PartIsOver
         return False
