@@ -218,7 +218,8 @@ def _between(few: _Walk, more: _Walk) -> Between:
         return tuple(Extent.of(a, b, *lengths) for a, b in zip(of_few, of_more, strict=True))
 
     before = extents(few.states.beside()[1], more.states.beside()[1])
-    return Between(*extents([few.hidden], [more.hidden]), extents(few.most, more.most), before)
+    (hidden,) = extents([few.hidden], [more.hidden])
+    return Between(hidden, extents(few.most, more.most), before)
 
 
 def _vectors(hidden: Tensor) -> int:

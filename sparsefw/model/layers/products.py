@@ -86,8 +86,8 @@ def products_of(func: Any, args: tuple, kwargs: dict, names: WeightNames) -> lis
     """
     if func not in _CALLS:
         return []
-    operands = [args[at] if len(args) > at else kwargs.get(name) for at, name in _CALLS[func]]
-    tensors = [x.tensor if isinstance(x, Value) else x for x in operands]
+    operands: list[Any] = [args[at] if len(args) > at else kwargs.get(name) for at, name in _CALLS[func]]
+    tensors: list[Any] = [x.tensor if isinstance(x, Value) else x for x in operands]
     weights = [isinstance(x, Tensor) and names.is_weight(x) for x in tensors[:2]]
     # A scaled product has no layer's output, and a product of two weights no input.
     if sum(weights) != 1 or {"alpha", "beta"} & kwargs.keys():

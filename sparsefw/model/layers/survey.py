@@ -124,11 +124,11 @@ def confirm(found: Survey, run: RunBlock, hidden: Tensor, output: Tensor, confir
 def _runs_in_parts(run: RunBlock, hidden: Tensor, found: Survey, output: Tensor) -> bool:
     """Whether the parts of a block give what the whole gives, bit for bit."""
     try:
-        roles = [role for role in found.roles.values() if role.input is not None]
-        taken, whole = run_part(run, {INPUT: hidden}, {*found.cuts, *(role.input for role in roles)})
+        inputs = [(role, role.input) for role in found.roles.values() if role.input is not None]
+        taken, whole = run_part(run, {INPUT: hidden}, {*found.cuts, *(point for _, point in inputs)})
         outputs = [hidden_of(whole)]
-        starts = [{INPUT: hidden}, *({cut: taken[cut]} for cut in found.cuts)]
-        kept = [starts[role.segment] | {role.input: taken[role.input]} for role in roles if role.keepable]
+        starts: list[dict[Point, Tensor]] = [{INPUT: hidden}, *({cut: taken[cut]} for cut in found.cuts)]
+        kept = [starts[role.segment] | {point: taken[point]} for role, point in inputs if role.keepable]
         outputs += [hidden_of(run_part(run, given)[1]) for given in (*starts[1:], *kept)]
     except torch.OutOfMemoryError:
         raise
