@@ -11,6 +11,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatch
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -19,10 +20,9 @@ from typing import Any
 
 import torch
 import transformers
-from classes.apart import Limits, examine_all
-from classes.examine import OUTCOMES, TOLERANCE, WORKS
+from classes.examine import NOT_RUN, OUTCOMES, WORKS
+from classes.process import Limits, examine_in_process
 from classes.table import page
-from classes.tiny_config import LAYERS
 from classes.tiny_model import Case, cases
 
 import sparsefw
@@ -59,7 +59,6 @@ def load_results(path: Path) -> dict[str, Any]:
 
 def save_results(path: Path, results: dict[str, Any]) -> None:
     """Write the results, sorted; a reader never sees half of them."""
-    results["rows"] = dict(sorted(results["rows"].items()))
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     partial.replace(path)
@@ -71,35 +70,32 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="model type or class; * stands for any text (default: all)")
     add("--jobs", type=int, default=1, metavar="N", help="classes at a time, each in one process (default: 1)")
-    add(
-        "--json", type=Path, default=RESULTS, metavar="FILE", help=f"results (default: {RESULTS.name} in bench/results)"
-    )
+    add("--json", type=Path, default=RESULTS, metavar="FILE", help="results (default: bench/results/sweep.json)")
     add("--again", action="store_true", help="examine again what is in the results and does not work")
     add("--seconds", type=float, default=Limits.seconds, help=f"time for one class (default: {Limits.seconds:g})")
     add("--memory", type=float, default=Limits.memory, help=f"GiB for one class (default: {Limits.memory:g})")
     add("--write-docs", action="store_true", help="examine nothing; write docs/models.md")
     arguments = parser.parse_args(argv)
-    path = arguments.json
-    results = load_results(path)
+    results = load_results(arguments.json)
     if arguments.write_docs:
-        PAGE.write_text(page(results, LAYERS, TOLERANCE))
+        PAGE.write_text(page(results))
         return 0
     # Some models of images are timm's.
     timm = version("timm") if find_spec("timm") else "not installed"
     results["versions"] |= {"sparsefw": sparsefw.__version__, "timm": timm}
     chosen = select(arguments.names, results["rows"], arguments.again)
     print(f"sparsefw of {next(iter(sparsefw.__path__))}, {len(chosen)} classes", flush=True)
-    counts: Counter[str] = Counter()
-
-    def keep(case: Case, row: dict[str, Any]) -> None:
-        results["rows"][case.key] = row
-        save_results(path, results)
-        counts[row["outcome"]] += 1
-        print(f"{row['outcome']:9} {case.key}: {row['seconds']} s{row['reason'] and ': '}{row['reason']}", flush=True)
-
-    examine_all(chosen, arguments.jobs, Limits(arguments.seconds, arguments.memory), keep)
+    limits, counts = Limits(arguments.seconds, arguments.memory), Counter[str]()
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        keys = {pool.submit(examine_in_process, case, limits): case.key for case in chosen}
+        for future in as_completed(keys):
+            key, row = keys[future], future.result()
+            results["rows"][key] = row
+            save_results(arguments.json, results)
+            counts[row["outcome"]] += 1
+            print(f"{row['outcome']:9} {key}: {row['seconds']} s{row['reason'] and ': '}{row['reason']}", flush=True)
     print(", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome]))
-    return int(any(row["outcome"] in OUTCOMES[1:4] for row in (results["rows"][case.key] for case in chosen)))
+    return int(not counts.keys() <= {WORKS, NOT_RUN})
 
 
 if __name__ == "__main__":

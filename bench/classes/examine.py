@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 
 import sparsefw.run
 import sparsefw.verify
-from classes.tiny_config import WINDOW
-from classes.tiny_model import Case, build, byte_tokenizer, load, perplexity, random_text, windows_of
+from classes.tiny_model import Case, build, byte_tokenizer, load, perplexity, random_text
 from sparsefw.report import Report, read_report
 
 WORKS, REFUSED, TRACEBACK, WRONG, NOT_RUN = "works", "refused", "traceback", "wrong", "not run"
@@ -46,16 +45,8 @@ class Ended(Exception):
 
 
 def examine(case: Case, folder: Path) -> dict[str, Any]:
-    """Prune a class.
-
-    Args:
-        case: the class and its config.
-        folder: an empty folder for the checkpoints.
-
-    Returns:
-        The row of the results: JSON.
-    """
-    row: dict[str, Any] = {"model_type": case.model_type, "class": case.class_name, "kind": case.kind}
+    """Prune a class, with an empty folder for the checkpoints; returns the row of the results: JSON."""
+    row = case.row
     try:
         _examine(case, folder, row)
         return row | {"outcome": WORKS, "reason": ""}
@@ -64,24 +55,25 @@ def examine(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def _examine(case: Case, folder: Path, row: dict[str, Any]) -> None:
-    windows, dense, original, loading = write_source(case, folder)
+    windows, dense, original, loading = _write_source(case, folder)
     row["architecture"] = type(original).__name__
     _prune(folder)
     report = read_report(folder / OUTPUT / "report.json")
-    with _of_product("load the output"):
+    with _ended_as(TRACEBACK, "load the output"):
         pruned, pruned_loading = load(folder / OUTPUT)
     row |= _pruned_part(report, pruned)
     row["perplexity"] = {"plain": dense, **report.evaluation[0].perplexity}
     _compare_keys(loading, pruned_loading)
     _compare_perplexities(report, windows, dense, pruned)
     _compare_weights(report, original, pruned)
-    _verify(folder)
+    status, line = _run("verify", sparsefw.verify.main, [str(folder / OUTPUT), "--against", str(folder / SOURCE)])
+    if status:
+        outcome, what = (WRONG, "verify") if status == 1 else (TRACEBACK, f"verify ended with status {status}")
+        raise Ended(outcome, f"{what}: {line}")
 
 
-def write_source(
-    case: Case, folder: Path, window: int = WINDOW
-) -> tuple[Tensor, float, PreTrainedModel, dict[str, Any]]:
-    """Write the checkpoint of a class and two texts; `window` as for `tiny_config`.
+def _write_source(case: Case, folder: Path) -> tuple[Tensor, float, PreTrainedModel, dict[str, Any]]:
+    """Write the checkpoint of a class and two texts.
 
     Returns:
         The evaluation windows, the perplexity of plain transformers on them, the model as it is loaded from the
@@ -93,12 +85,13 @@ def write_source(
     tokenizer, text = byte_tokenizer(), random_text(1, EVALUATED * SEQLEN)
     (folder / CALIBRATION).write_text(random_text(0, WINDOWS * SEQLEN))
     (folder / EVALUATION).write_text(text)
-    windows = windows_of(tokenizer, text, SEQLEN, EVALUATED)
-    with _of_transformers("build"):
-        model = build(case, window)
-    with _of_transformers("forward"):
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    windows = torch.tensor(ids[: EVALUATED * SEQLEN]).view(EVALUATED, SEQLEN)
+    with _ended_as(NOT_RUN, "build"):
+        model = build(case)
+    with _ended_as(NOT_RUN, "forward"):
         in_memory = perplexity(model, windows)
-    with _of_transformers("save and load"):
+    with _ended_as(NOT_RUN, "save and load"):
         model.save_pretrained(folder / SOURCE, max_shard_size="1MB")
         tokenizer.save_pretrained(folder / SOURCE)
         original, loading = load(folder / SOURCE)
@@ -108,40 +101,23 @@ def write_source(
     return windows, dense, original, loading
 
 
-def arguments_of(folder: Path) -> list[str]:
-    """The flags that prune the checkpoint in a folder."""
-    texts = ["--dataset", str(folder / CALIBRATION), "--eval", str(folder / EVALUATION)]
-    sizes = ["--nsamples", str(WINDOWS), "--seqlen", str(SEQLEN), "--eval-windows", str(EVALUATED)]
-    return ["--model", str(folder / SOURCE), "--output", str(folder / OUTPUT), *texts, *sizes, *FLAGS]
-
-
 def _prune(folder: Path) -> None:
-    status, said = _run("run", sparsefw.run.main, arguments_of(folder))
-    line = said.replace(str(folder / SOURCE), "MODEL")
+    flags = ["--model", str(folder / SOURCE), "--output", str(folder / OUTPUT), *FLAGS]
+    flags += ["--dataset", str(folder / CALIBRATION), "--eval", str(folder / EVALUATION)]
+    flags += ["--nsamples", str(WINDOWS), "--seqlen", str(SEQLEN), "--eval-windows", str(EVALUATED)]
+    status, line = _run("run", sparsefw.run.main, flags)
+    line = line.replace(str(folder / SOURCE), "MODEL")
     if status == 2:
-        raise Ended(REFUSED, line + (" (after a part was written)" if _is_begun(folder) else ""))
+        begun = any(folder.glob(f".{OUTPUT}.partial/*"))
+        raise Ended(REFUSED, line + " (after a part was written)" * begun)
     if status:
         raise Ended(TRACEBACK, f"run ended with status {status}: {line}")
-
-
-def _is_begun(folder: Path) -> bool:
-    """Whether a run has written a part of its output."""
-    return any(folder.glob(f".{OUTPUT}.partial/*"))
-
-
-def _verify(folder: Path) -> None:
-    arguments = [str(folder / OUTPUT), "--against", str(folder / SOURCE)]
-    status, said = _run("verify", sparsefw.verify.main, arguments)
-    if status == 1:
-        raise Ended(WRONG, f"verify: {said}")
-    if status:
-        raise Ended(TRACEBACK, f"verify ended with status {status}: {said}")
 
 
 def _run(name: str, main: Callable[[list[str]], int], arguments: list[str]) -> tuple[int, str]:
     """Run a command of the product; its exit status, and the line that it ended with, if that was not 0."""
     out, err = io.StringIO(), io.StringIO()
-    with _of_product(name), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with _ended_as(TRACEBACK, name), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(arguments)
     lines = [line.removeprefix("sparsefw: ") for line in err.getvalue().splitlines() if line.startswith("sparsefw: ")]
     failures = [line.strip() for line in out.getvalue().splitlines() if line.startswith("  ")]
@@ -149,31 +125,16 @@ def _run(name: str, main: Callable[[list[str]], int], arguments: list[str]) -> t
 
 
 @contextlib.contextmanager
-def _of_transformers(what: str) -> Iterator[None]:
-    """Errors inside are those of plain transformers."""
+def _ended_as(outcome: str, what: str) -> Iterator[None]:
+    """Any error inside ends the examination; the reason is its type, its message on one line, and its place."""
     try:
         yield
     # A class that does not run may raise anything, and that is a result here.
     except Exception as error:
-        raise Ended(NOT_RUN, f"{what}: {_described(error)}") from error
-
-
-@contextlib.contextmanager
-def _of_product(what: str) -> Iterator[None]:
-    """Errors inside are the product's."""
-    try:
-        yield
-    except Ended:
-        raise
-    except Exception as error:
-        raise Ended(TRACEBACK, f"{what}: {_described(error)}") from error
-
-
-def _described(error: BaseException) -> str:
-    """The type, the message on one line, and the place of an error."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno}"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({place})"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno}"
+        message = " ".join(str(error).split())[:300]
+        raise Ended(outcome, f"{what}: {type(error).__name__}: {message} ({place})") from error
 
 
 def _alike(one: float, other: float) -> bool:
@@ -203,9 +164,11 @@ def _compare_weights(report: Report, original: PreTrainedModel, pruned: PreTrain
     if not layers:
         raise Ended(WRONG, "no layer was pruned")
     for layer in layers:
-        weight = _weight(after, layer.name)
-        if weight is None:
+        # A parameter, or a slice of one.
+        name, _, index = layer.name.removesuffix("]").partition("[")
+        if name not in after:
             raise Ended(WRONG, f"{layer.name}: no such weight in the loaded output")
+        weight = after[name][int(index)] if index else after[name]
         if (kept := int((weight != 0).sum())) > layer.kept:
             raise Ended(WRONG, f"{layer.name}: {kept} weights are not zero, {layer.kept} may be kept")
     touched = {re.sub(r"\[\d+\]$", "", layer.name) for layer in layers}
@@ -218,25 +181,15 @@ def _compare_weights(report: Report, original: PreTrainedModel, pruned: PreTrain
             raise Ended(WRONG, f"{name}: a router is not dense")
 
 
-def _weight(state: dict[str, Tensor], name: str) -> Tensor | None:
-    """A layer's weight: a parameter, or a slice of one."""
-    stacked, _, index = name.removesuffix("]").partition("[")
-    if stacked not in state:
-        return None
-    return state[stacked][int(index)] if index else state[stacked]
-
-
 def _routers(model: nn.Module) -> Iterator[str]:
     """Names of the matrices that choose experts: those of any router, and of a gate beside a module with experts."""
     for path, module in model.named_modules():
         children = dict(module.named_children())
         has_experts = any(name.endswith("experts") for name in children)
         for name in children:
-            if not (_ROUTER.search(name) or (has_experts and _GATE.search(name))):
-                continue
-            for inner, parameter in children[name].named_parameters():
-                if parameter.dim() >= 2:
-                    yield ".".join(filter(None, (path, name, inner)))
+            if _ROUTER.search(name) or (has_experts and _GATE.search(name)):
+                matrices = [inner for inner, p in children[name].named_parameters() if p.dim() >= 2]
+                yield from (".".join(filter(None, (path, name, inner))) for inner in matrices)
 
 
 def _pruned_part(report: Report, model: PreTrainedModel) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """docs/models.md, made of the results of the sweep."""
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
-from classes.examine import NOT_RUN, OUTCOMES, REFUSED, TRACEBACK, WORKS, WRONG
+from classes.examine import NOT_RUN, OUTCOMES, REFUSED, TOLERANCE, TRACEBACK, WORKS, WRONG
+from classes.tiny_config import LAYERS
 
 MEANING = {
     WORKS: "pruned, verified, loaded by plain transformers; perplexities are those of plain transformers",
@@ -28,55 +28,38 @@ A tiny checkpoint shows that the mechanism fits the class. It shows nothing abou
 
 Versions: {versions}.
 """
+CLASSES = """\
+## All classes
+
+Pruned: share of the weights in the blocks' matrices. Dense: matrices of which not all are pruned.
+Of experts with `[*]` some are dense: the few windows send no token to them.
+"""
 
 
-def page(results: dict[str, Any], layers: int, tolerance: float) -> str:
-    """The content of docs/models.md.
-
-    Args:
-        results: content of the results file.
-        layers: layers of a tiny model.
-        tolerance: relative tolerance of perplexities.
-    """
+def page(results: dict[str, Any]) -> str:
+    """The content of docs/models.md, from the content of the results file."""
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
     rows = sorted(results["rows"].values(), key=lambda row: (row["model_type"].lower(), row["class"]))
-    parts = [HEAD.format(layers=layers, tolerance=tolerance, versions=versions)]
-    parts += ["\n".join(_summary(rows)), "\n".join(_classes(rows))]
-    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _head(cells: list[str]) -> Iterator[str]:
-    yield _line(cells)
-    yield _line(["---"] * len(cells))
-
-
-def _summary(rows: list[dict[str, Any]]) -> Iterator[str]:
     counts = Counter((row["kind"], row["outcome"]) for row in rows)
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
-    yield from _head(["outcome", *(KINDS[kind] for kind in kinds), "what it means"])
-    for outcome in OUTCOMES:
-        yield _line([outcome, *(str(counts[kind, outcome]) for kind in kinds), MEANING[outcome]])
-
-
-def _classes(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield "## All classes"
-    yield ""
-    yield "Pruned: share of the weights in the blocks' matrices. Dense: matrices of which not all are pruned."
-    yield "Of experts with `[*]` some are dense: the few windows send no token to them."
-    yield ""
-    yield from _head(["model type", "class", "outcome", "pruned", "dense, or the reason"])
+    summary = [["outcome", *(KINDS[kind] for kind in kinds), "what it means"]]
+    summary += [[end, *(str(counts[kind, end]) for kind in kinds), MEANING[end]] for end in OUTCOMES]
+    classes = [["model type", "class", "outcome", "pruned", "dense, or the reason"]]
     for row in rows:
+        works = row["outcome"] == WORKS
         dense = ", ".join(f"`{name}`" for name in row.get("dense", []))
-        pruned = f"{100 * row['fraction']:.1f} %" if row["outcome"] == WORKS else ""
-        why = dense if row["outcome"] == WORKS else _escaped(row["reason"])
-        yield _line([row["model_type"], row["class"], row["outcome"], pruned, why])
+        pruned = f"{100 * row['fraction']:.1f} %" if works else ""
+        classes.append([row["model_type"], row["class"], row["outcome"], pruned, dense if works else _escaped(row)])
+    head = HEAD.format(layers=LAYERS, tolerance=TOLERANCE, versions=versions)
+    return f"{head}\n{_table(summary)}\n{CLASSES}\n{_table(classes)}"
 
 
-def _escaped(text: str) -> str:
-    """Text for a cell: no sign in it has a meaning in Markdown."""
-    text = "".join(f"\\{char}" if char in r"\|<>*_[]`" else char for char in text)
+def _table(rows: list[list[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _escaped(row: dict[str, Any]) -> str:
+    """The reason of a row for a cell: no sign in it has a meaning in Markdown."""
+    text = "".join(f"\\{char}" if char in r"\|<>*_[]`" else char for char in row["reason"])
     return text if len(text) <= 240 else f"{text[:240].rstrip(chr(92))}..."

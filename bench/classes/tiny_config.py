@@ -59,7 +59,6 @@ CAPS = [
     (r"position|n_ctx|max_seq|max_.*len|seq_len|context_len|seqlen", 128),
     (r"hidden|d_model|embd|embed|width|emb_|^dim$|_dim$|_size$|channels|features", HIDDEN),
 ]  # fmt: skip
-_LOCAL = re.compile(r"window|attention_chunk")
 # Numbers of these names are no sizes, however large they are.
 NO_SIZES = re.compile(r"theta|base|freq|rate|seed|token|scal|fft|mel|hop|sampling|factor|version|time|step|eps|floor")
 TOKEN_ID = re.compile(r"(^|_)token(_id|_index|_idx)?s?$|(^|_)(id|ids|index)$")
@@ -75,14 +74,13 @@ NEEDED = {
 }
 
 
-def tiny_config(config_class: type[PretrainedConfig], window: int = WINDOW) -> PretrainedConfig:
-    """A tiny config of a class; local attention reads as many tokens as `window` has.
+def tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
+    """A tiny config of a class.
 
     Raises:
         Exception: of any type, where the class's code does not take its own defaults or the tiny values.
     """
-    shrinker = _Shrinker(window)
-    entries = shrinker.entries(config_class())
+    entries = _Shrinker().entries(config_class())
     config = config_class(**entries)
     if patterns := list(_incomplete(config_class(), config)):
         # Each type of layer once at least, in the order in which the default has them.
@@ -101,8 +99,8 @@ def parts_of(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 class _Shrinker:
     """Makes the entries of tiny configs; ids of special tokens are given out once each."""
 
-    def __init__(self, window: int) -> None:
-        self._next_id, self._window = TOKENS, window
+    def __init__(self) -> None:
+        self._next_id = TOKENS
 
     def entries(self, config: PretrainedConfig) -> dict[str, Any]:
         """The entries that make a tiny config of the class of `config`, a config with default values."""
@@ -153,8 +151,6 @@ class _Shrinker:
             return value
         unknown = HIDDEN if value > UNKNOWN and not NO_SIZES.search(key) else value
         cap = next((cap for pattern, cap in CAPS if re.search(pattern, key)), unknown)
-        if _LOCAL.search(key) and cap == WINDOW:
-            cap = self._window
         if cap == 2 and re.search("kv|key", key) and value in (values.get(name) for name in _QUERY_HEADS):
             # As many as there are heads of queries.
             cap = HEADS

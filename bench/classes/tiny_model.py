@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto import modeling_auto
 
-from classes.tiny_config import TOKENS, WINDOW, parts_of, tiny_config
+from classes.tiny_config import TOKENS, parts_of, tiny_config
 
 # The mappings of models that generate text, by what a model takes. A class counts for the last one that has it.
 MAPPINGS = {
@@ -45,6 +45,11 @@ class Case:
         """Its name in the results."""
         return f"{self.model_type} {self.class_name}"
 
+    @property
+    def row(self) -> dict[str, Any]:
+        """The beginning of its row of the results."""
+        return {"model_type": self.model_type, "class": self.class_name, "kind": self.kind}
+
 
 def cases() -> Iterator[Case]:
     """Every class once for each of its configs."""
@@ -59,41 +64,35 @@ def cases() -> Iterator[Case]:
             yield Case(model_type, class_name, kind)
 
 
-def build(case: Case, window: int = WINDOW) -> PreTrainedModel:
-    """A tiny random model of a class, in fp32; `window` as for `tiny_config`.
+def build(case: Case) -> PreTrainedModel:
+    """A tiny random model of a class, in fp32.
 
     Raises:
         Exception: of any type, where transformers cannot make one.
     """
     torch.manual_seed(0)
-    model = getattr(transformers, case.class_name)(config_of(case, window)).float().eval().requires_grad_(False)
+    model = getattr(transformers, case.class_name)(config_of(case)).float().eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, std=SCALE)
     return model
 
 
-def config_of(case: Case, window: int = WINDOW) -> PretrainedConfig:
+def config_of(case: Case) -> PretrainedConfig:
     """The tiny config that a class is made of: its own, or the part that it takes of a config with several parts."""
     wanted = getattr(transformers, case.class_name).config_class
-    config = tiny_config(CONFIG_MAPPING[case.model_type], window)
+    config = tiny_config(CONFIG_MAPPING[case.model_type])
     parts = [part for part in parts_of(config) if isinstance(part, wanted)]
     # A class may have two names, and the second a config of its own.
     return parts[0] if parts else config
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model of a checkpoint by the class that its config names, and what loading reports."""
+def load(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model of a checkpoint in fp32, by the class that its config names, and what loading reports."""
     config = transformers.AutoConfig.from_pretrained(folder)
     model_class = getattr(transformers, config.architectures[0])
-    model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     return model.eval(), report
-
-
-def windows_of(tokenizer: PreTrainedTokenizerFast, text: str, seqlen: int, count: int) -> Tensor:
-    """The first windows of a text, (count, seqlen)."""
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    return torch.tensor(ids[: count * seqlen]).view(count, seqlen)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 from prose import FUNCTION_WORDS, Passage, passages, versions, words_of
@@ -45,8 +45,6 @@ USES = 20
 # Words of a document of docs_rolling: at least, and at most. The harness's own model computes the logits of a batch of
 # documents at once, 200 KB of memory for each token.
 DOCUMENT = range(300, 1801)
-
-Items = list[dict]
 
 MULTIPLE_CHOICE = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{label}}"}
 ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
@@ -109,16 +107,11 @@ def true_sentence(prose: Sequence[Passage]) -> Iterator[dict]:
     uses = _uses(prose)
     for sentence in _alone(prose):
         words = sentence.split(" ")
+        # Words of the same ending behind the same word: grammar alone does not tell them apart.
+        forms = [(before, ending(word)) for before, word in pairwise(words)]
+        places = [n for n in range(1, len(words)) if uses[words[n]]]
         pairs = [
-            (n, m)
-            for m in range(1, len(words))
-            for n in range(1, m)
-            if uses[words[n]]
-            and uses[words[m]]
-            and words[n] != words[m]
-            # Grammar alone does not tell them apart then.
-            and ending(words[n]) == ending(words[m])
-            and words[n - 1] == words[m - 1]
+            (n, m) for m in places for n in places if n < m and words[n] != words[m] and forms[n - 1] == forms[m - 1]
         ]
         if pairs:
             n, m = random.Random(sentence).choice(pairs)
@@ -157,18 +150,18 @@ def _beginning(sentences: Sequence[str]) -> str:
 
 
 # Each makes the items of a task one by one, so that no more are made than are asked for.
-TASKS: dict[str, Callable[[Sequence[Passage]], Iterator[dict]]] = {
-    "next_sentence": next_sentence,
-    "word_choice": word_choice,
-    "true_sentence": true_sentence,
-    "word_cloze": word_cloze,
-    "docs_rolling": docs_rolling,
-}
+TASKS: tuple[Callable[[Sequence[Passage]], Iterator[dict]], ...] = (
+    next_sentence,
+    word_choice,
+    true_sentence,
+    word_cloze,
+    docs_rolling,
+)
 
 
-def make_items(prose: Sequence[Passage], most: int) -> dict[str, Items]:
+def make_items(prose: Sequence[Passage], most: int) -> dict[str, list[dict]]:
     """The items of every task, at most so many of each."""
-    return {name: list(islice(make(prose), most)) for name, make in TASKS.items()}
+    return {make.__name__: list(islice(make(prose), most)) for make in TASKS}
 
 
 def alike(word: str, other: str, uses: Counter[str]) -> bool:
@@ -215,12 +208,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def requests_of(items: dict[str, Items]) -> int:
-    """How many log-likelihoods the harness asks for."""
-    return sum(len(item.get("choices", ["one"])) for of_task in items.values() for item in of_task)
-
-
-def write_tasks(folder: Path, items: dict[str, Items], sources: dict[str, str]) -> None:
+def write_tasks(folder: Path, items: dict[str, list[dict]], sources: dict[str, str]) -> None:
     """Write the tasks, and what they are made of."""
     folder.mkdir(parents=True, exist_ok=True)
     hashes = {}
@@ -238,14 +226,14 @@ def write_tasks(folder: Path, items: dict[str, Items], sources: dict[str, str]) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make the tasks, and tell how many requests they are."""
+    """Make the tasks, and print how many they are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder for the tasks")
     parser.add_argument("--items", type=int, default=300, metavar="N", help="items of each task at most (default: 300)")
     arguments = parser.parse_args(argv)
     items = make_items(passages(), arguments.items)
     write_tasks(arguments.folder, items, versions())
-    print(f"{requests_of(items)} requests: " + ", ".join(f"{len(i)} items of {name}" for name, i in items.items()))
+    print(", ".join(f"{len(of_task)} items of {name}" for name, of_task in items.items()))
 
 
 if __name__ == "__main__":

@@ -16,32 +16,11 @@ from pathlib import Path
 
 CPYTHON = "cpython"
 
-# All of them come with `pip install -e '.[dev]'`: name of the module, and of the distribution if it is another.
-PACKAGES = {
-    CPYTHON: CPYTHON,
-    "numpy": "numpy",
-    "pandas": "pandas",
-    "matplotlib": "matplotlib",
-    "sympy": "sympy",
-    "networkx": "networkx",
-    "torch": "torch",
-    "mypy": "mypy",
-    "hypothesis": "hypothesis",
-    "jinja2": "Jinja2",
-}
+# All of them come with `pip install -e '.[dev]'`.
+PACKAGES = (CPYTHON, "numpy", "pandas", "matplotlib", "sympy", "networkx", "torch", "mypy", "hypothesis", "jinja2")
 
 # Folders of code that is no part of a package's own, or not there in every installation.
-PASSED_OVER = {
-    "test",
-    "tests",
-    "site-packages",
-    "dist-packages",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "ensurepip",
-    "_vendor",
-}
+PASSED_OVER = set("test tests site-packages dist-packages idlelib lib2to3 turtledemo ensurepip _vendor".split())  # noqa: SIM905
 
 # A word may have a hyphen or an apostrophe; capitals within a word, digits and underscores are names of code.
 _WORD = r"[A-Za-z][a-z]*(?:['-][A-Za-z]?[a-z]+)*"
@@ -74,25 +53,23 @@ class Passage:
     sentences: tuple[str, ...]
 
 
-def passages(packages: Sequence[str] = tuple(PACKAGES)) -> list[Passage]:
+def passages(packages: Sequence[str] = PACKAGES) -> list[Passage]:
     """The prose of these packages, in the order of the packages and of the names of their files; no sentence twice."""
     seen: set[str] = set()
     return [
         Passage(package, file.relative_to(root).as_posix(), run)
         for package in packages
         for root in (_folder(package),)
-        for file in _source_files(root)
+        for file in sorted(root.rglob("*.py"))
+        if PASSED_OVER.isdisjoint(file.relative_to(root).parts)
         for text in docstrings(file.read_bytes())
         for run in runs_of_sentences(text, seen)
     ]
 
 
-def versions(packages: Sequence[str] = tuple(PACKAGES)) -> dict[str, str]:
-    """The installed version of each of these packages."""
-    return {
-        package: platform.python_version() if package == CPYTHON else importlib.metadata.version(PACKAGES[package])
-        for package in packages
-    }
+def versions() -> dict[str, str]:
+    """The installed version of each package."""
+    return {CPYTHON: platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES[1:]}
 
 
 def docstrings(source: bytes) -> Iterator[str]:
@@ -130,12 +107,8 @@ def is_prose(sentence: str) -> bool:
     """Whether a text is one whole English sentence, without names of code, numbers and formulas."""
     words = words_of(sentence)
     common = sum(word.lower() in FUNCTION_WORDS for word in words)
-    return (
-        len(words) >= LEAST_WORDS
-        and common >= LEAST_FUNCTION_WORDS * len(words)
-        and sentence.count("(") == sentence.count(")")
-        and _SENTENCE.fullmatch(sentence) is not None
-    )
+    enough = len(words) >= LEAST_WORDS and common >= LEAST_FUNCTION_WORDS * len(words)
+    return enough and sentence.count("(") == sentence.count(")") and _SENTENCE.fullmatch(sentence) is not None
 
 
 def words_of(sentence: str) -> list[str]:
@@ -150,7 +123,3 @@ def _folder(package: str) -> Path:
     if found is None or found.origin is None:
         raise SystemExit(f"{package}: the tasks take text from this package, which is not installed")
     return Path(found.origin).parent
-
-
-def _source_files(root: Path) -> list[Path]:
-    return sorted(file for file in root.rglob("*.py") if PASSED_OVER.isdisjoint(file.relative_to(root).parts))

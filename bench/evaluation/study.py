@@ -12,45 +12,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-
-from sparsefw.report import read_report
 
 METHODS = ("wanda", "sparsegpt", "sparsefw")
 TAG = "prose"
 
 # Texts have something in common if they share this many words in a row.
 RUN = 13
-
-
-@dataclass(frozen=True)
-class Study:
-    """The settings that all checkpoints of a study share."""
-
-    model: Path
-    calibration: Path
-    tasks: Path
-    work: Path
-    nsamples: int
-    seqlen: int
-
-
-def prune(study: Study, method: str, sparsity: str) -> Path:
-    """The folder of a checkpoint, which is made if it is not there.
-
-    Raises:
-        SystemExit: the run failed, or another run has made what is there.
-    """
-    folder = study.work / f"{method}-{sparsity}"
-    wanted = {"method": method, "sparsity": sparsity, "nsamples": study.nsamples, "seqlen": study.seqlen}
-    if not folder.exists():
-        flags = [text for name, value in wanted.items() for text in (f"--{name}", value)]
-        _run("sparsefw.run", "--model", study.model, "--dataset", study.calibration, "--output", folder, *flags)
-    made_with = read_report(folder / "report.json").arguments
-    if different := [name for name, value in wanted.items() if made_with[name] != value]:
-        raise SystemExit(f"{folder}: made with {different[0]} {made_with[different[0]]}, not {wanted[different[0]]}")
-    return folder
 
 
 def _run(*command: object) -> None:
@@ -76,22 +45,29 @@ def _runs(text: str) -> Iterator[str]:
 def main(argv: list[str] | None = None) -> None:
     """Prune what is missing, and evaluate all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="the dense checkpoint")
-    parser.add_argument("calibration", type=Path, metavar="CALIBRATION.txt", help="text to calibrate on")
-    parser.add_argument("tasks", type=Path, help="folder of the tasks")
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="keeps checkpoints, gets the results")
-    parser.add_argument("--sparsities", default="0.6", metavar="P,P", help="(default: 0.6)")
-    parser.add_argument("--nsamples", type=int, default=64, help="(default: 64)")
-    parser.add_argument("--seqlen", type=int, default=512, help="(default: 512)")
-    arguments = vars(parser.parse_args(argv))
-    sparsities = arguments.pop("sparsities").split(",")
-    study = Study(**arguments)
-    if shared := next(shared_runs(study.tasks, study.calibration.read_text(encoding="utf-8")), None):
-        raise SystemExit(f"{study.calibration}: has words of the tasks in it: {shared}")
-    study.work.mkdir(parents=True, exist_ok=True)
-    folders = [prune(study, method, sparsity) for sparsity in sparsities for method in METHODS]
-    compared = ["--against", study.model, "--tasks", TAG, "--include-path", study.tasks.resolve()]
-    _run("sparsefw.evaluate", *folders, *compared, "--output", study.work, "--overwrite")
+    add = parser.add_argument
+    add("model", type=Path, help="the dense checkpoint")
+    add("calibration", type=Path, metavar="CALIBRATION.txt", help="text to calibrate on")
+    add("tasks", type=Path, help="folder of the tasks")
+    add("--work", type=Path, required=True, metavar="DIR", help="keeps checkpoints, gets the results")
+    add("--sparsities", default="0.6", metavar="P,P", help="(default: 0.6)")
+    add("--nsamples", type=int, default=64, help="(default: 64)")
+    add("--seqlen", type=int, default=512, help="(default: 512)")
+    arguments = parser.parse_args(argv)
+    calibration, tasks, work = arguments.calibration, arguments.tasks, arguments.work
+    if shared := next(shared_runs(tasks, calibration.read_text(encoding="utf-8")), None):
+        raise SystemExit(f"{calibration}: has words of the tasks in it: {shared}")
+    work.mkdir(parents=True, exist_ok=True)
+    folders = []
+    for sparsity, method in product(arguments.sparsities.split(","), METHODS):
+        folder = work / f"{method}-{sparsity}-{arguments.nsamples}x{arguments.seqlen}"
+        flags = ["--method", method, "--sparsity", sparsity, "--dataset", calibration]
+        flags += ["--nsamples", arguments.nsamples, "--seqlen", arguments.seqlen]
+        if not folder.exists():
+            _run("sparsefw.run", "--model", arguments.model, "--output", folder, *flags)
+        folders.append(folder)
+    compared = ["--against", arguments.model, "--tasks", TAG, "--include-path", tasks.resolve()]
+    _run("sparsefw.evaluate", *folders, *compared, "--output", work, "--overwrite")
 
 
 if __name__ == "__main__":

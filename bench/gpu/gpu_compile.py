@@ -27,26 +27,14 @@ TINY_CASES = "lmo 576"
 
 def machine(part: Part) -> None:
     """The card, the machine and the versions."""
+    installed = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
     names = ("torch", "triton", "transformers", "safetensors", "numpy", "pytest", "pytest-xdist", "datasets")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    part.add(versions=versions, python=sys.version.split()[0], cpus=os.cpu_count(), ncu=shutil.which("ncu"))
+    part.add(versions={name: installed.get(name, "not installed") for name in names}, python=sys.version.split()[0])
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    part.add(host_gib=memory / 2**30, disk_free_gib=shutil.disk_usage(part.scratch).free / 2**30)
+    disk = shutil.disk_usage(part.scratch).free
+    part.add(cpus=os.cpu_count(), host_gib=memory / 2**30, disk_free_gib=disk / 2**30, ncu=shutil.which("ncu"))
     if torch.cuda.is_available():
-        known = torch.cuda.get_device_properties(0)
-        part.add(
-            card=known.name,
-            capability=torch.cuda.get_device_capability(0),
-            gpu_gib=known.total_memory / 2**30,
-            multiprocessors=known.multi_processor_count,
-        )
-    else:
-        part.add(card="none")
+        part.add(card=str(torch.cuda.get_device_properties(0)))
     if shutil.which("nvidia-smi"):
         query = "--query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
         done = subprocess.run(["nvidia-smi", query, "--format=csv"], capture_output=True, text=True, check=False)
@@ -112,11 +100,9 @@ def compile_kernels(part: Part) -> None:
 def kernel_tests(part: Part) -> None:
     """The tests of the kernels on the GPU; each result is on the disk as soon as it is there."""
     tests = "tests/kernels/test_update.py" if part.tiny else "tests/kernels"
-    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu or not gpu", tests]
+    command = [sys.executable, "-m", "pytest", "-v", "-rN", "-m", "gpu or not gpu", tests]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(1 if part.tiny else WORKERS)]
-    else:
-        part.add(note="pytest-xdist is not installed: one process runs the tests")
     path, started = part.folder / "kernel-tests-results.txt", time.perf_counter()
     try:
         with path.open("w", encoding="utf-8") as output:
@@ -129,10 +115,8 @@ def kernel_tests(part: Part) -> None:
 
 
 def results_of(path: Path) -> dict[str, Any]:
-    """How many tests ended how, and which failed, from the lines of `pytest -v`, with workers or without."""
-    # Without workers a test's result stands behind its name, with workers before it.
-    word = r"(PASSED|FAILED|ERROR|SKIPPED)"
-    found = re.findall(rf"(?:^\[gw\d+\].*?{word} (\S+))|(?:^(\S+::.*?) {word})", path.read_text(errors="replace"), re.M)
-    ends = {before or after: end or late for end, before, after, late in found}
-    failed = [name for name, end in ends.items() if end in ("FAILED", "ERROR")]
-    return {"ends": dict(Counter(ends.values())), "failed": failed}
+    """How many tests ended how, and the lines of those that failed, from what `pytest -v -rN` printed."""
+    lines = [line for line in path.read_text(errors="replace").splitlines() if "::" in line]
+    ends = [(re.search(r"(?:^|\s)(PASSED|FAILED|ERROR|SKIPPED)(?:\s|$)", line), line) for line in lines]
+    failed = [line for end, line in ends if end and end[1] in ("FAILED", "ERROR")]
+    return {"ends": dict(Counter(end[1] for end, _ in ends if end)), "failed": failed}

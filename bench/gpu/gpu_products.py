@@ -84,39 +84,39 @@ def checked(part: Part, got: Tensor, expected: Tensor, tolerance: float, **what:
     return True
 
 
+def beside_the_library(
+    part: Part, bare: Callable[[], Tensor], ours: Callable[[], Tensor], least: Cost, tolerance: float, *, unit: str,
+    lower: bool = False, **what: Any
+) -> None:  # fmt: skip
+    """Time the library's product and the kernel, once their results (or lower triangles) have been compared."""
+    library = measure(part, bare, least, unit=unit, way="bare", **what)
+    got, expected = (x.tril() if lower else x for x in (ours(), bare()))
+    if checked(part, got, expected, tolerance, **what):
+        seconds = measure(part, ours, least, unit=unit, way="triton", **what)
+        part.add(**what, speed_of_the_library=library / seconds)
+
+
 def products(part: Part) -> None:
     """U = E G by the kernel and by the library, in every precision of a run."""
     for precision in PRECISIONS:
         for rows, d in TINY if part.tiny else PRODUCTS:
-            _compare_product(part, rows, d, precision)
-
-
-def _compare_product(part: Part, rows: int, d: int, precision: str) -> None:
-    E, G = operands(normal(rows, d, dtype=WEIGHT), gram(d), precision)
-    out = torch.empty(rows, d, device=DEVICE)
-    what = {"operation": "product", "precision": precision, "rows": rows, "d": d}
-    least = cost.product(rows, d, E=E.itemsize, G=G.itemsize)
-    bare = measure(part, partial(bare_product, E, G, precision=precision), least, unit=precision, way="bare", **what)
-    expected = bare_product(E, G, precision=precision)
-    ours = partial(triton_ops.product, E, G, precision=precision, out=out)
-    if checked(part, ours(), expected, TOLERANCES[precision], **what):
-        seconds = measure(part, ours, least, unit=precision, way="triton", **what)
-        part.add(**what, speed_of_the_library=bare / seconds)
+            E, G = operands(normal(rows, d, dtype=WEIGHT), gram(d), precision)
+            out = torch.empty(rows, d, device=DEVICE)
+            bare = partial(bare_product, E, G, precision=precision)
+            ours = partial(triton_ops.product, E, G, precision=precision, out=out)
+            least, tolerance = cost.product(rows, d, E=E.itemsize, G=G.itemsize), TOLERANCES[precision]
+            what = {"operation": "product", "precision": precision, "rows": rows, "d": d}
+            beside_the_library(part, bare, ours, least, tolerance, unit=precision, **what)
 
 
 def grams(part: Part) -> None:
     """G += X^T X by the kernel, and the library's full square."""
     for tokens, d in [(100, d) for _, d in TINY] if part.tiny else GRAMS:
         X, G = normal(tokens, d, dtype=WEIGHT), torch.zeros(d, d, device=DEVICE)
-        what = {"operation": "gram", "tokens": tokens, "d": d}
-        least = cost.gram_accumulate(tokens, d, X=X.itemsize)
-        bare = measure(part, partial(bare_product, X.T, X, precision="ieee"), least, unit=UNIT, way="bare", **what)
-        expected = bare_product(X.T, X, precision="ieee")
-        ours = partial(triton_ops.gram_accumulate, G, X)
+        bare, ours = partial(bare_product, X.T, X, precision="ieee"), partial(triton_ops.gram_accumulate, G, X)
+        least, what = cost.gram_accumulate(tokens, d, X=X.itemsize), {"operation": "gram", "tokens": tokens, "d": d}
         # Above the diagonal the sum is undefined until it is mirrored.
-        if checked(part, ours().tril(), expected.tril(), SUMS, **what):
-            seconds = measure(part, ours, least, unit=UNIT, way="triton", **what)
-            part.add(**what, speed_of_the_library=bare / seconds)
+        beside_the_library(part, bare, ours, least, SUMS, unit=UNIT, lower=True, **what)
 
 
 def crosses(part: Part) -> None:
@@ -124,14 +124,10 @@ def crosses(part: Part) -> None:
     for tokens, rows, d in [(100, *shape) for shape in TINY] if part.tiny else CROSSES:
         D, X = normal(tokens, rows, dtype=WEIGHT), normal(tokens, d, dtype=WEIGHT, seed=1)
         B = torch.zeros(rows, d, device=DEVICE)
-        what = {"operation": "cross", "tokens": tokens, "rows": rows, "d": d}
+        bare, ours = partial(bare_product, D.T, X, precision="ieee"), partial(triton_ops.cross_accumulate, B, D, X)
         least = cost.cross_accumulate(tokens, rows, d, X=X.itemsize)
-        bare = measure(part, partial(bare_product, D.T, X, precision="ieee"), least, unit=UNIT, way="bare", **what)
-        expected = bare_product(D.T, X, precision="ieee")
-        ours = partial(triton_ops.cross_accumulate, B, D, X)
-        if checked(part, ours(), expected, SUMS, **what):
-            seconds = measure(part, ours, least, unit=UNIT, way="triton", **what)
-            part.add(**what, speed_of_the_library=bare / seconds)
+        what = {"operation": "cross", "tokens": tokens, "rows": rows, "d": d}
+        beside_the_library(part, bare, ours, least, SUMS, unit=UNIT, **what)
 
 
 def exact_products(part: Part) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,16 @@ from gpu_trace import summary
 from kill_runs import outputs
 
 GPU = torch.cuda.is_available()
+RUN = [sys.executable, "-m", "sparsefw.run"]
 
 _LLAMA = {"vocab_size": 2048, "num_key_value_heads": 8, "max_position_embeddings": 2048}
-_TINY = {"vocab_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-# Sizes of the checkpoints, full and tiny. A run needs one block at a time, so one of 80, or 3 of 32, tell the rest.
-# Random weights are reconstructed in up to four times the steps of others: more blocks would not end in time.
+# Sizes of the checkpoints. A run needs one block at a time, so one of 80, or 3 of 32, tell the rest. Random weights are
+# reconstructed in up to four times the steps of others: more blocks would not end in time.
 SIZES = {
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 1},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 3},
 }
-TINY_SIZES = {
-    "70B": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1},
-    "8B": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
-}
+TINY_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 8, "num_hidden_layers": 2}
 # Calibration windows, and tokens in a window.
 WINDOWS, TINY_WINDOWS = (256, 2048), (4, 32)
 TINY_FLAGS = ["--steps", 1, "--refit", 1, "--rounds", 0]
@@ -49,7 +45,7 @@ def checkpoint(part: Part, name: str) -> Path:
 
         shutil.rmtree(folder, ignore_errors=True)
         started = time.perf_counter()
-        sizes = _TINY | TINY_SIZES[name] if part.tiny else _LLAMA | SIZES[name]
+        sizes = _LLAMA | (TINY_SIZES if part.tiny else SIZES[name])
         generate(folder, "llama", device="cuda" if GPU else "cpu", **sizes)
         part.add(checkpoint=name, made_s=round(time.perf_counter() - started, 1), sizes=sizes)
     return folder
@@ -57,12 +53,10 @@ def checkpoint(part: Part, name: str) -> Path:
 
 def text(part: Part) -> Path:
     """A text that is long enough for all windows, made once."""
-    path, words = part.scratch / "text.txt", random.Random(0)
+    path, drawn = part.scratch / "text.txt", random.Random(0)
     if not path.exists():
-        letters = "etaoinshrdlu"
-        vocabulary = ["".join(words.choices(letters, k=words.randint(1, 9))) for _ in range(5000)]
-        lines = (" ".join(words.choices(vocabulary, k=12)) for _ in range(1000 if part.tiny else 100_000))
-        path.write_text("\n".join(lines), encoding="utf-8")
+        numbers = (drawn.randrange(10**6) for _ in range(2000 if part.tiny else 250_000))
+        path.write_text(" ".join(map(str, numbers)))
     return path
 
 
@@ -74,44 +68,49 @@ def flags(part: Part, name: str, output: str, *more: str) -> list[str]:
     return [*map(str, [*places, *sizes]), "--overwrite", *more]
 
 
-def told(output: Path) -> dict[str, Any]:
+def run_report(output: Path) -> dict[str, Any]:
     """The time and the memory of a run, from its report."""
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
-    layers = report["layers"]
-    return {
-        "seconds": report["seconds"],
-        "block_seconds": [block["seconds"] for block in report["blocks"]],
-        "peak_memory": report["peak_memory"],
-        "memory": report["memory"],
-        "relative_error": sum(layer["relative_error"] for layer in layers) / len(layers),
-    }
+    errors = [layer["relative_error"] for layer in report["layers"]]
+    kept = {name: report[name] for name in ("seconds", "peak_memory", "memory")}
+    blocks = [block["seconds"] for block in report["blocks"]]
+    return kept | {"block_seconds": blocks, "relative_error": sum(errors) / len(errors)}
 
 
-def run_and_tell(part: Part, arguments: Sequence[str], output: str, environment: dict[str, str] | None = None) -> float:
-    """Run `sparsefw.run` in a process of its own, and add a line; returns its seconds.
+def run(part: Part, name: str, output: str, *more: str, same_as: str = "", cached: bool = True) -> None:
+    """Run `sparsefw.run` on a checkpoint in a process of its own, and add a line.
+
+    Args:
+        part: receives the line.
+        name: the checkpoint.
+        output: name of the output.
+        more: further flags.
+        same_as: an earlier output; the line says whether both have the same bytes.
+        cached: whether kernels are compiled into a cache of their own.
 
     Raises:
         RuntimeError: the run failed.
     """
-    started = time.perf_counter()
-    done = subprocess.run(command(arguments), env=environment, capture_output=True, text=True, check=False)
-    took = time.perf_counter() - started
+    arguments, started = flags(part, name, output, *more), time.perf_counter()
+    done = subprocess.run([*RUN, *arguments], env=environment(part) if cached else None, stderr=subprocess.PIPE,
+                          text=True, check=False)  # fmt: skip
     if done.returncode:
         part.add(run=output, failed=done.stderr.splitlines()[-5:])
         raise RuntimeError(f"{output}: status {done.returncode}")
-    part.add(run=output, process_s=took, **told(part.scratch / output))
-    return took
+    part.add(run=output, process_s=time.perf_counter() - started, **run_report(part.scratch / output))
+    if same_as and (part.scratch / same_as).exists():
+        one, other = (outputs(part.scratch / folder) for folder in (output, same_as))
+        part.add(**{f"same_bytes_as_{same_as.removeprefix('8B-')}": one == other})
 
 
-def command(arguments: Sequence[str]) -> list[str]:
-    """The command line of a run."""
-    return [sys.executable, "-m", "sparsefw.run", *arguments]
+def environment(part: Part) -> dict[str, str]:
+    """An environment in which kernels are compiled into a cache of their own."""
+    return os.environ | {"TRITON_CACHE_DIR": str(part.scratch / "cache-8B")}
 
 
 def block_compiled(part: Part) -> None:
     """A 70B block on few windows: afterwards all of its kernels are compiled."""
-    few = ["--nsamples", "2" if part.tiny else "8"]
-    run_and_tell(part, flags(part, "70B", "70B-compiled", *few), "70B-compiled")
+    run(part, "70B", "70B-compiled", "--nsamples", "2" if part.tiny else "8", cached=False)
 
 
 def block_on_the_gpu(part: Part) -> None:
@@ -127,66 +126,49 @@ def block_in_host_memory(part: Part) -> None:
 def _profiled(part: Part, output: str, *more: str) -> None:
     from torch.profiler import ProfilerActivity, profile
 
-    from sparsefw import run
+    import sparsefw.run
 
     arguments, trace = flags(part, "70B", output, *more), part.scratch / f"{output}-trace.json"
     with profile(activities=[ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU]) as profiled:
         started = time.perf_counter()
-        status = run.main(arguments)
+        status = sparsefw.run.main(arguments)
         took = time.perf_counter() - started
         if status:
             raise SystemExit(status)
         # Before the profiler ends and the trace is read, which take a while.
-        part.add(run=output, run_s=took, **told(part.scratch / output))
+        part.add(run=output, run_s=took, **run_report(part.scratch / output))
     if GPU and hasattr(torch.cuda, "host_memory_stats"):
-        part.add(page_locked={name: n for name, n in torch.cuda.host_memory_stats().items() if "bytes" in name})
+        part.add(pinned={name: n for name, n in torch.cuda.host_memory_stats().items() if "bytes" in name})
     profiled.export_chrome_trace(str(trace))
     part.add(run=output, **summary(trace))
-
-
-def _cached(part: Part) -> dict[str, str]:
-    """An environment in which kernels are compiled into a cache of their own."""
-    return os.environ | {"TRITON_CACHE_DIR": str(part.scratch / "cache-8B")}
 
 
 def cold(part: Part) -> None:
     """3 of 32 blocks with no kernel compiled before."""
     shutil.rmtree(part.scratch / "cache-8B", ignore_errors=True)
-    run_and_tell(part, flags(part, "8B", "8B-cold"), "8B-cold", _cached(part))
+    run(part, "8B", "8B-cold")
 
 
 def warm(part: Part) -> None:
     """The same with all kernels compiled; the bytes must be those of the cold run."""
-    run_and_tell(part, flags(part, "8B", "8B-warm"), "8B-warm", _cached(part))
-    part.add(same_bytes_as_cold=same_bytes(part, "8B-warm", "8B-cold"))
+    run(part, "8B", "8B-warm", same_as="8B-cold")
 
 
 def within(part: Part) -> None:
     """The same within the memory of a small card and a small host."""
-    limits = ["--gpu-memory", str(SMALL), "--host-memory", str(SMALL)] if GPU else ["--host-memory", str(SMALL)]
-    run_and_tell(part, flags(part, "8B", "8B-within", *limits), "8B-within", _cached(part))
+    limits = ["--gpu-memory", str(SMALL)] * GPU + ["--host-memory", str(SMALL)]
     # Other chunks of rows may round otherwise: worth knowing, not an error.
-    part.add(same_bytes_as_warm=same_bytes(part, "8B-within", "8B-warm"))
+    run(part, "8B", "8B-within", *limits, same_as="8B-warm")
 
 
 def killed(part: Part) -> None:
     """The same, killed after a block and started again; the bytes must be those of the undisturbed run."""
-    arguments, output = flags(part, "8B", "8B-killed"), part.scratch / "8B-killed"
+    arguments, output = flags(part, "8B", "8B-killed", "--restart"), part.scratch / "8B-killed"
     shutil.rmtree(output, ignore_errors=True)
-    process = subprocess.Popen(command([*arguments, "--restart"]), env=_cached(part), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*RUN, *arguments], env=environment(part), stdout=subprocess.DEVNULL)
     records = output.with_name(f".{output.name}.partial") / "records"
     while process.poll() is None and not list(records.glob("*.json")):
         time.sleep(0.02)
     process.kill()
     part.add(killed=process.wait() == -signal.SIGKILL, finished=len(list(records.glob("*.json"))))
-    run_and_tell(part, arguments, "8B-killed", _cached(part))
-    part.add(same_bytes_as_warm=same_bytes(part, "8B-killed", "8B-warm"))
-
-
-def same_bytes(part: Part, *names: str) -> bool | None:
-    """Whether two outputs have the same bytes; None if one of them is not there."""
-    folders = [part.scratch / name for name in names]
-    if not all(folder.exists() for folder in folders):
-        return None
-    one, other = map(outputs, folders)
-    return one == other
+    run(part, "8B", "8B-killed", same_as="8B-warm")

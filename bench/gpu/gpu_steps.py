@@ -24,44 +24,40 @@ from pathlib import Path
 
 from gpu_lines import Part
 
-BENCH = Path(__file__).resolve().parents[1]
-
-# The parts of every step with their limits in seconds. A step's limits add up to less than 8 minutes.
+# Every step's parts: limit in seconds, module and function. A step's limits add up to less than 8 minutes.
 STEPS = {
-    1: {"machine": 30, "compile": 160, "kernel tests": 270},
-    2: {"roofs": 60, "product": 130, "gram": 90, "cross": 90, "exact": 90},
-    3: {"row kernels": 160, "repeats": 120, "counters": 180},
-    4: {"block compiled": 130, "block on the GPU": 165, "block in host memory": 165},
-    5: {"8B cold": 170, "8B warm": 70, "8B within 16 GiB": 90, "8B killed": 130},
+    "1": {
+        "machine": (30, "gpu_compile.machine"),
+        "compile": (160, "gpu_compile.compile_kernels"),
+        "kernel tests": (270, "gpu_compile.kernel_tests"),
+    },
+    "2": {
+        "roofs": (60, "gpu_products.roofs"),
+        "product": (130, "gpu_products.products"),
+        "gram": (90, "gpu_products.grams"),
+        "cross": (90, "gpu_products.crosses"),
+        "exact": (90, "gpu_products.exact_products"),
+    },
+    "3": {
+        "row kernels": (160, "gpu_rows.row_kernels"),
+        "repeats": (120, "gpu_rows.repeats"),
+        "counters": (180, "gpu_rows.counters"),
+    },
+    "4": {
+        "block compiled": (130, "gpu_runs.block_compiled"),
+        "block on the GPU": (165, "gpu_runs.block_on_the_gpu"),
+        "block in host memory": (165, "gpu_runs.block_in_host_memory"),
+    },
+    "5": {
+        "8B cold": (170, "gpu_runs.cold"),
+        "8B warm": (70, "gpu_runs.warm"),
+        "8B within 16 GiB": (90, "gpu_runs.within"),
+        "8B killed": (130, "gpu_runs.killed"),
+    },
 }
-# Module and function of every part.
-PARTS = {
-    "machine": "gpu_compile.machine",
-    "compile": "gpu_compile.compile_kernels",
-    "kernel tests": "gpu_compile.kernel_tests",
-    "roofs": "gpu_products.roofs",
-    "product": "gpu_products.products",
-    "gram": "gpu_products.grams",
-    "cross": "gpu_products.crosses",
-    "exact": "gpu_products.exact_products",
-    "row kernels": "gpu_rows.row_kernels",
-    "repeats": "gpu_rows.repeats",
-    "counters": "gpu_rows.counters",
-    "counted": "gpu_rows.counted",
-    "block compiled": "gpu_runs.block_compiled",
-    "block on the GPU": "gpu_runs.block_on_the_gpu",
-    "block in host memory": "gpu_runs.block_in_host_memory",
-    "8B cold": "gpu_runs.cold",
-    "8B warm": "gpu_runs.warm",
-    "8B within 16 GiB": "gpu_runs.within",
-    "8B killed": "gpu_runs.killed",
-}
-
-
-def run_part(part: Part) -> None:
-    """Run a part in this process."""
-    module, _, function = PARTS[part.name].rpartition(".")
-    getattr(importlib.import_module(module), function)(part)
+# "counted" is what Nsight Compute runs for "counters".
+FUNCTIONS = {name: path for parts in STEPS.values() for name, (_, path) in parts.items()}
+FUNCTIONS |= {"counted": "gpu_rows.counted"}
 
 
 def command_of(part: Part) -> list[str]:
@@ -93,33 +89,27 @@ def run_limited(part: Part, limit: float) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     last = path.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-    told = {} if end == "done" else {"last_lines": last}
-    part.add(end=end, seconds=round(time.monotonic() - started, 1), **told)
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of the results")
-    parser.add_argument(
-        "step", choices=[*map(str, STEPS), *PARTS], metavar="STEP", help="1 to 5, or the name of a part"
-    )
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "sparsefw-gpu", metavar="DIR",
-                        help="folder for checkpoints and caches, 30 GB (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try everything out without a GPU")
-    return parser.parse_args(argv)
+    part.add(end=end, seconds=round(time.monotonic() - started, 1), **{} if end == "done" else {"last_lines": last})
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run a step, part by part, or a single part."""
-    arguments = parse(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folder", type=Path, help="folder of the results")
+    add("step", choices=[*STEPS, *FUNCTIONS], metavar="STEP", help="1 to 5, or the name of a part")
+    add("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "sparsefw-gpu", metavar="DIR",
+        help="folder for checkpoints and caches, 30 GB (default: %(default)s)")  # fmt: skip
+    add("--tiny", action="store_true", help="tiny sizes, to try everything out without a GPU")
+    arguments = parser.parse_args(argv)
     folder, scratch = arguments.folder.resolve(), arguments.scratch.resolve()
     for path in (folder, scratch):
         path.mkdir(parents=True, exist_ok=True)
-    if arguments.step in PARTS:
-        run_part(Part(arguments.step, folder, scratch, arguments.tiny))
+    if arguments.step in FUNCTIONS:
+        module, _, function = FUNCTIONS[arguments.step].partition(".")
+        getattr(importlib.import_module(module), function)(Part(arguments.step, folder, scratch, arguments.tiny))
         return
-    for name, limit in STEPS[int(arguments.step)].items():
+    for name, (limit, _) in STEPS[arguments.step].items():
         run_limited(Part(name, folder, scratch, arguments.tiny), limit)
 
 

@@ -5,7 +5,7 @@
     obvious_frank_wolfe   the product's own mask selection, as one would write it down
 
 W (rows, d), the Gram matrix G (d, d) fp32 and the budget are those of `sparsefw.kernels.cpu`: k weights are kept
-per row or, with `group`, per group.
+per row or, with `group`, per group. `register` makes the first two methods of the product, which `--method` takes.
 """
 
 from itertools import count, islice
@@ -13,8 +13,13 @@ from itertools import count, islice
 import torch
 from torch import Tensor
 
+from sparsefw.errors import InputError
 from sparsefw.kernels import cpu
+from sparsefw.kernels.backend import Backend
+from sparsefw.solver import METHODS, PruneConfig
+from sparsefw.solver.choices import CHOOSE, Choice, Rows, choose_weights
 from sparsefw.solver.frank_wolfe import RAMP
+from sparsefw.solver.methods import Method
 from sparsefw.solver.objective import mask_error
 
 # A swap counts only if it lowers the row's error by this fraction of the first error. A smaller gain may be rounding,
@@ -112,60 +117,23 @@ def _swap_row(w: Tensor, G: Tensor, mask: Tensor, group: int, limit: int | None)
     R = G @ removed
     error = float(removed @ R)
     least = TOLERANCE * error
-    if group:
-        pairs = _pairs_in_groups(w, G, group)
-    else:
-        pairs = (G * w).mul_(2 * w[:, None])
-        gain = pairs.masked_fill(mask, -torch.inf).amax(1)
+    # 2 W_i W_p G_ip of the pairs within every group; without groups the row is one.
+    index = torch.arange(len(w), device=w.device).view(-1, group or len(w))
+    pairs = G[index[:, :, None], index[:, None, :]] * w[index][:, None, :] * (2 * w[index][:, :, None])
     for _ in islice(count(), limit):
         lin = 2 * w * R
         a, b = (q + lin).masked_fill_(~mask, torch.inf), (q - lin).masked_fill_(mask, torch.inf)
-        i, p, change = _best_in_groups(a, b, pairs) if group else _best_in_row(a, b, pairs, gain)
+        # The best partner of every i, then the best i.
+        change, partner = (b[index][:, None, :] - pairs).min(2)
+        change = change.view(-1) + a
+        i = int(change.argmin())
+        p = int(index[i // index.shape[1], partner.view(-1)[i]])
         # Nothing is left to gain once the changes add up to the whole error; only rounding could go on.
-        if not change < -least or error <= 0:
+        if not change[i] < -least or error <= 0:
             return
-        error += change
+        error += float(change[i])
         mask[i], mask[p] = False, True
         R.add_(G[i] * w[i]).sub_(G[p] * w[p])
-        if not group:
-            torch.maximum(gain, pairs[:, i], out=gain)
-
-
-def _best_in_row(a: Tensor, b: Tensor, pairs: Tensor, gain: Tensor) -> tuple[int, int, float]:
-    """The best pair of a row and its change. A bound excludes most pairs unseen.
-
-    The swaps of i change at least a_i + min(b) - gain_i; they are evaluated only where one might beat the best swap of
-    the i with the lowest a_i.
-
-    Args:
-        a, b: (d,) fp32, the change of a removal and of a restoration by itself; inf where there is none.
-        pairs: (d, d) fp32, 2 W_i W_p G_ip.
-        gain: (d,) fp32, at least the maximum of a row of pairs over the removed p.
-    """
-    first = int(a.argmin())
-    possible = (a + b.min()).sub_(gain) <= (b - pairs[first]).min() + a[first]
-    # Its own bound holds for it, but for rounding. Without this line rounding could leave no row.
-    possible[first] = True
-    rows = possible.nonzero().squeeze(1)
-    change = (b - pairs[rows]).amin(1) + a[rows]
-    best = int(change.argmin())
-    i = int(rows[best])
-    return i, int((b - pairs[i]).argmin()), float(change[best])
-
-
-def _pairs_in_groups(w: Tensor, G: Tensor, group: int) -> Tensor:
-    """2 W_i W_p G_ip of the pairs within every group, (d / group, group, group) fp32."""
-    index = torch.arange(len(w), device=w.device).view(-1, group)
-    return 2 * w[index][:, :, None] * w[index][:, None, :] * G[index[:, :, None], index[:, None, :]]
-
-
-def _best_in_groups(a: Tensor, b: Tensor, pairs: Tensor) -> tuple[int, int, float]:
-    """The best pair within one group and its change, from all `pairs`; a and b as in `_best_in_row`."""
-    groups, m, _ = pairs.shape
-    change = (a.view(groups, m, 1) + b.view(groups, 1, m)).sub_(pairs).view(-1)
-    best = int(change.argmin())
-    i, offset = divmod(best, m)
-    return i, i // m * m + offset, float(change[best])
 
 
 def obvious_frank_wolfe(W: Tensor, G: Tensor, k: int, steps: int) -> tuple[Tensor, Tensor]:
@@ -207,3 +175,40 @@ def obvious_frank_wolfe(W: Tensor, G: Tensor, k: int, steps: int) -> tuple[Tenso
     mask = best(M)
     before, after = error(warm), error(mask)
     return torch.where((after < before)[:, None], mask, warm), torch.minimum(before, after)
+
+
+def _one_budget(rows: Rows, config: PruneConfig) -> int:
+    if isinstance(rows.k, Tensor):
+        raise InputError(f"--sparsity {config.sparsity}: this method takes the same budget in every row only")
+    return rows.k
+
+
+def _admm(rows: Rows, config: PruneConfig) -> tuple[Tensor, Tensor]:
+    """ADMM, which has a damping of its own."""
+    return admm(rows.start, rows.G, _one_budget(rows, config), group=config.pattern.group)
+
+
+def _one_swaps(rows: Rows, config: PruneConfig, backend: Backend) -> Choice:
+    """Best 1-swaps from the warm start."""
+    group = config.pattern.group
+    warm = backend.lmo(rows.saliency, _one_budget(rows, config), group=group)
+    mask = one_swaps(rows.start, rows.G, warm, group=group)
+    error, before = (mask_error(rows.start, m, rows.G, backend=backend) for m in (mask, warm))
+    return Choice(mask, None, error, error, before, None)
+
+
+# ADMM factors G in every call, so rows are not solved in chunks.
+BASELINES = {
+    "one-swaps": Method(saliency="wanda"),
+    "admm": Method(saliency="wanda", rows_independent=False),
+}
+CHOOSE_BASELINES = {
+    "one-swaps": _one_swaps,
+    "admm": choose_weights(_admm),
+}
+
+
+def register() -> None:
+    """Add the baselines to the methods of this process."""
+    METHODS.update(BASELINES)
+    CHOOSE.update(CHOOSE_BASELINES)

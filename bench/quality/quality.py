@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import quality_baselines
+import baselines
 import texts
 from checkpoint_smollm2 import build_checkpoint
 from quality_cells import EVAL_WINDOWS, METHODS, OWN, SEQLEN, Cell, cells
@@ -59,26 +59,21 @@ def check_texts(results: dict, texts_of_study: list[Path]) -> None:
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in texts_of_study}
     known = results["texts"]
     if changed := [name for name, digest in hashes.items() if known.get(name, digest) != digest]:
-        raise SystemExit(
-            f"{changed[0]}: the results are of another text of this name; give another file with --results"
-        )
+        raise SystemExit(f"{changed[0]}: the results are of another text of this name; see --results")
     known |= hashes
 
 
 def commit() -> str:
     """The commit of the code, with a + if its files differ from it."""
-    commands = (
-        ["rev-parse", "--short=12", "HEAD"],
-        ["status", "--porcelain", "--", "sparsefw", "kernels", "bench/quality"],
-    )
-    head, changes = (
-        subprocess.run(["git", "-C", ROOT, *c], capture_output=True, text=True, check=True).stdout.strip()
-        for c in commands
-    )
-    return head + "+" * bool(changes)
+
+    def git(command: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *command.split()], capture_output=True, text=True, check=True).stdout
+
+    changes = git("status --porcelain -- sparsefw kernels bench/quality")
+    return git("rev-parse --short=12 HEAD").strip() + "+" * bool(changes)
 
 
-def run_apart(flags: list[str]) -> int:
+def run_in_process(flags: list[str]) -> int:
     """Run the product, with the baselines among its methods, in a process of its own."""
     return subprocess.run([sys.executable, __file__, "--cell", *flags]).returncode
 
@@ -138,24 +133,24 @@ def _run(arguments: argparse.Namespace, results: dict, launch: Callable[[list[st
         save(arguments.results, results)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        reference = texts.write_reference(Path(scratch))
-        check_texts(results, [reference.calibration, reference.test])
+        reference, reference_test = texts.write_reference(Path(scratch))
+        check_texts(results, [reference, reference_test])
         for cell in (cell for cell in cells() if arguments.only in cell.key):
             known = results["cells"].get(cell.key)
             if known and (known.get("commit") == commit() or not arguments.again):
                 continue
-            text = calibration if cell.calibrated_on == OWN else reference.calibration
+            text = calibration if cell.calibrated_on == OWN else reference
             with tempfile.TemporaryDirectory() as folder:
-                every = [*held_out, reference.test]
+                every = [*held_out, reference_test]
                 entry = run_cell(cell, arguments.model, text, every, Path(folder, "out"), launch)
             results["cells"][cell.key] = entry
             save(arguments.results, results)
             print(f"{cell.key}: {entry['perplexity']}", file=sys.stderr, flush=True)
 
 
-def main(argv: list[str] | None = None, launch: Callable[[list[str]], int] = run_apart) -> None:
+def main(argv: list[str] | None = None, launch: Callable[[list[str]], int] = run_in_process) -> None:
     """Run what is missing, and print the tables."""
-    quality_baselines.register()
+    baselines.register()
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--cell"]:
         sys.exit(sparsefw.run.main(argv[1:]))

@@ -4,17 +4,26 @@ A perplexity for every setting and pattern would take days on a CPU. The inputs 
 setting sees the same ones, and weights approximate the layer's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from dense_layers import dense_layers
+import torch
 from quality_cells import EVAL_WINDOWS, NSAMPLES, PATTERNS, SEQLEN
 from torch import Tensor
+from transformers import AutoTokenizer
 
+from sparsefw import checkpoint, data
 from sparsefw.cli import inputs_and_config, run_parser
 from sparsefw.kernels.backend import TORCH
+from sparsefw.model import StreamedModel, embed
+from sparsefw.model.layers import capture
+from sparsefw.model.placement import BATCH_TOKENS
 from sparsefw.solver import prune_layers
+
+# The layers that are taken of every block: one for each kind of input.
+KINDS = ("q_proj", "o_proj", "up_proj", "down_proj")
 
 # Rows of a layer, spread over all of it.
 SAMPLE_ROWS = 96
@@ -34,21 +43,46 @@ def rows() -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for base, varied in VARIED.items():
         found.append(base)
-        for word in varied.split():
-            if word.startswith("--"):
-                name = word
-            else:
-                found.append((*base, name, word))
+        for setting in varied.split("--")[1:]:
+            name, *values = setting.split()
+            found += [(*base, f"--{name}", value) for value in values]
     return found
 
 
+def dense_layers(
+    folder: Path, calibration: Path, held_out: list[Path], blocks: list[int]
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Run texts through the dense model, block by block.
+
+    Yields:
+        Weight (rows, d) fp32 of each of the KINDS in these blocks, and the Gram matrix (d, d) fp32 of each text, the
+        calibration's first.
+    """
+    with StreamedModel(checkpoint.inspect(folder), torch.device("cpu")) as model:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        size = dict(seqlen=min(SEQLEN, model.max_seqlen or SEQLEN))
+        windows = [data.calibration_windows(tokenizer, str(calibration), nsamples=NSAMPLES, seed=0, **size)]
+        windows += [data.evaluation_windows(tokenizer, str(text), limit=EVAL_WINDOWS, **size) for text in held_out]
+        states = [embed(model, text.ids, max(1, BATCH_TOKENS["cpu"] // size["seqlen"])) for text in windows]
+        for i in range(max(blocks) + 1):
+            block = model.open(i)
+            if i in blocks:
+                captured = [capture(block, partial(s.output, i), range(len(s)), backend=TORCH) for s in states]
+                for layer in captured[0].layers:
+                    if layer.name.split(".")[-2] in KINDS:
+                        yield layer.weight.float(), [on_text.grams[layer.gram] for on_text in captured]
+            if i < max(blocks):
+                for hidden_states in states:
+                    hidden_states.advance(i)
+            model.close(i)
+
+
 def measure(
-    model: Path, calibration: Path, held_out: list[Path], blocks: list[int], nsamples: int = NSAMPLES
+    model: Path, calibration: Path, held_out: list[Path], blocks: list[int]
 ) -> dict[str, dict[str, list[float]]]:
     """Errors by pattern, then by flags: on the calibration text and on each held-out one, relative to Wanda's mask."""
-    windows = dict(nsamples=nsamples, seqlen=SEQLEN, limit=EVAL_WINDOWS)
     ratios: dict[str, dict[str, list[list[float]]]] = {pattern: {} for pattern in PATTERNS}
-    for _, _, weight, grams in dense_layers(model, calibration, held_out, blocks, **windows):
+    for weight, grams in dense_layers(model, calibration, held_out, blocks):
         W = weight[:: -(-len(weight) // SAMPLE_ROWS)].contiguous()
         for pattern, by_flags in ratios.items():
             warm = _errors(W, grams, (*WANDA, "--sparsity", pattern))

@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -72,21 +74,12 @@ def run(*flags: str, ranks: int = 1) -> Callable[[Path], dict[str, Any]]:
     """A run by the command line."""
 
     def do(folder: Path) -> dict[str, Any]:
-        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        command = [
-            sys.executable,
-            *torchrun,
-            "-m",
-            "sparsefw.run",
-            "--kernel",
-            "torch",
-            "--output",
-            str(folder / "out"),
-        ]
+        command = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+        command += ["-m", "sparsefw.run", "--kernel", "torch", "--output", str(folder / "out"), *flags]
         environment = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run([*command, *flags], cwd=folder, env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode:
-            sys.exit(f"{' '.join([*command, *flags])}: exit {done.returncode}\n{done.stderr[-2000:]}")
+            sys.exit(f"{' '.join(command)}: exit {done.returncode}\n{done.stderr[-2000:]}")
         return result_of(folder / "out")
 
     return do
@@ -98,31 +91,20 @@ def tiny(save: Callable[[Path], Any], *flags: str, ranks: int = 1) -> Callable[[
     def do(folder: Path) -> dict[str, Any]:
         save(folder / "model")
         (folder / "a.txt").write_text(TEXT)
-        (folder / "b.jsonl").write_text(
-            "".join(json.dumps({"text": OTHER[i : i + 500]}) + "\n" for i in range(0, 9000, 500))
-        )
+        lines = (json.dumps({"text": OTHER[i : i + 500]}) + "\n" for i in range(0, 9000, 500))
+        (folder / "b.jsonl").write_text("".join(lines))
         texts = ["--dataset", "a.txt=2", "--dataset", "b.jsonl", "--eval", "a.txt"]
         return run("--model", str(folder / "model"), *texts, *TINY, *flags, ranks=ranks)(folder)
 
     return do
 
 
-def _family(name: str, **changes: Any) -> Callable[[Path], Any]:
-    def save(folder: Path) -> None:
-        from helpers.families import save_model
-
-        save_model(folder, name, **changes)
-
-    return save
+def _saved(module: str, function: str, *args: Any, **changes: Any) -> Callable[[Path], Any]:
+    """What writes a checkpoint: a function of tests/helpers."""
+    return lambda folder: getattr(import_module(f"helpers.{module}"), function)(folder, *args, **changes)
 
 
-def _quantized(kind: str, *args: Any) -> Callable[[Path], Any]:
-    def save(folder: Path) -> None:
-        from helpers import quantized
-
-        getattr(quantized, f"save_{kind}")(folder, *args)
-
-    return save
+_family = partial(_saved, "families", "save_model")
 
 
 def in_memory(folder: Path) -> dict[str, Any]:
@@ -162,8 +144,8 @@ RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "experts-bf16": tiny(_family("qwen2_moe", dtype=torch.bfloat16), "--sparsity", "2:4"),
     "handed-on": tiny(_family("gemma3n_text")),
     "parallel": tiny(_family("gptj")),
-    "fp8": tiny(_quantized("fp8", "deepseek_v3")),
-    "mxfp4": tiny(_quantized("mxfp4")),
+    "fp8": tiny(_saved("quantized", "save_fp8", "deepseek_v3")),
+    "mxfp4": tiny(_saved("quantized", "save_mxfp4")),
     "in-memory": in_memory,
     "batches": on_batches,
     "ranks": run(*SHORT, ranks=2),
@@ -184,9 +166,8 @@ def smollm2(model: str) -> Callable[[Path], dict[str, Any]]:
 
 def machine() -> dict[str, str]:
     """What digests depend on beside the code."""
-    cpu = next(
-        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine()
-    )
+    names = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+    cpu = next(names, platform.machine())
     return {"cpu": cpu.partition(":")[2].strip(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
@@ -202,9 +183,7 @@ def main() -> int:
     runs = RUNS | ({"smollm2": smollm2(str(Path(arguments.smollm2).resolve()))} if arguments.smollm2 else {})
     known = json.loads(DIGESTS.read_text()) if DIGESTS.exists() else {"machine": machine(), "runs": {}}
     if known["machine"] != machine():
-        sys.exit(
-            f"{DIGESTS}: made on {known['machine']}, and this is {machine()}: write them by the code before the change"
-        )
+        sys.exit(f"{DIGESTS}: made on {known['machine']}, this is {machine()}: write them before the change")
     changed = []
     for name in arguments.names or runs:
         with tempfile.TemporaryDirectory() as scratch:

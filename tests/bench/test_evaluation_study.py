@@ -1,7 +1,6 @@
 """The study of pruned models on tasks: what is made and kept, texts in common."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import study
@@ -19,12 +18,7 @@ def commands(monkeypatch):
         if command[0] == "sparsefw.run":
             command[command.index("--output") + 1].mkdir()
 
-    def report(path):
-        method, _, sparsity = path.parent.name.partition("-")
-        return SimpleNamespace(arguments={"method": method, "sparsity": sparsity, "nsamples": 64, "seqlen": 512})
-
     monkeypatch.setattr(study, "_run", run)
-    monkeypatch.setattr(study, "read_report", report)
     return ran
 
 
@@ -38,9 +32,9 @@ def test_what_is_there_is_not_made_again(commands, tmp_path):
     assert [command[0] for command in commands] == ["sparsefw.run"] * 3 + ["sparsefw.evaluate"]
     main(tmp_path, "--sparsities", "0.6,0.5")
     assert [command[0] for command in commands[4:]] == ["sparsefw.run"] * 3 + ["sparsefw.evaluate"]
-    assert f"{tmp_path}/work/wanda-0.5" in commands[-1]
-    with pytest.raises(SystemExit, match=r"wanda-0.6: made with nsamples 64, not 32"):
-        main(tmp_path, "--nsamples", "32")
+    assert f"{tmp_path}/work/wanda-0.5-64x512" in commands[-1]
+    main(tmp_path, "--nsamples", "32")
+    assert [command[0] for command in commands[8:]] == ["sparsefw.run"] * 3 + ["sparsefw.evaluate"]
 
 
 def test_a_study_of_texts_in_common_is_refused(commands, tmp_path):

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import baselines
 import pytest
 import quality
-import quality_baselines
 import quality_cells
 import quality_settings
 import quality_tables
@@ -24,9 +24,9 @@ REPO = Path(quality.__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     """The benchmark's methods, for the time of a test."""
-    for name, method in quality_baselines.BASELINES.items():
+    for name, method in baselines.BASELINES.items():
         monkeypatch.setitem(METHODS, name, method)
-        monkeypatch.setitem(CHOOSE, name, quality_baselines.CHOOSE_BASELINES[name])
+        monkeypatch.setitem(CHOOSE, name, baselines.CHOOSE_BASELINES[name])
 
 
 def test_documents_have_the_committed_numbers():

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import sweep
 from classes import examine, table
-from classes.apart import Limits, examine_all
 from classes.examine import NOT_RUN, REFUSED, TRACEBACK, WORKS, WRONG
+from classes.process import Limits, examine_in_process
 from classes.tiny_config import LAYERS, VOCABULARY, parts_of, tiny_config
 from classes.tiny_model import build, cases
 from safetensors.torch import load_file, save_file
@@ -62,65 +62,40 @@ class TestMistakes:
         row = examine.examine(CASES["stablelm"], folder)
         return row["outcome"], row["reason"]
 
-    def changed(self, monkeypatch, folder, change, what="*.safetensors"):
-        """The outcome where a function changes the tensors of every file of weights after the run."""
-        prune = sparsefw.run.main
-
-        def main(arguments):
-            status = prune(arguments)
-            for path in (folder / examine.OUTPUT).glob(what):
-                tensors = load_file(path)
-                change(tensors)
-                save_file(tensors, path, metadata={"format": "pt"})
-            return status
-
-        monkeypatch.setattr(sparsefw.run, "main", main)
-        return self.examined(folder)
-
     def test_refusal(self, monkeypatch, tmp_path):
         monkeypatch.setattr(examine, "FLAGS", [*examine.FLAGS, "--ignore", "no_such_layer"])
         outcome, reason = self.examined(tmp_path)
         assert outcome == REFUSED
         assert "no_such_layer" in reason
 
-    def test_zeros_that_are_none(self, monkeypatch, tmp_path):
-        def revive(tensors):
-            for name in tensors:
-                if name.endswith("q_proj.weight"):
-                    tensors[name] += 1e-9 * (tensors[name] == 0)
+    @pytest.mark.parametrize(
+        ("layer", "change", "reason"),
+        [
+            ("q_proj.weight", lambda weight: weight + 1e-9 * (weight == 0), "may be kept"),
+            ("q_proj.weight", lambda weight: weight * 1.5, "pruned perplexity"),
+            ("layernorm", lambda weight: weight + 1e-7, "not reported as pruned"),
+            ("q_proj.weight", None, "missing_keys"),
+        ],
+        ids=["zeros that are none", "kept weights", "other weights", "missing weights"],
+    )
+    def test_weights(self, layer, change, reason, monkeypatch, tmp_path):
+        """Tensors of the output are changed after the run."""
+        prune = sparsefw.run.main
 
-        outcome, reason = self.changed(monkeypatch, tmp_path, revive)
+        def main(arguments):
+            status = prune(arguments)
+            for path in (tmp_path / examine.OUTPUT).glob("*.safetensors"):
+                tensors = load_file(path)
+                for name in [name for name in tensors if layer in name]:
+                    weight = tensors.pop(name)
+                    tensors |= {name: change(weight)} if change else {}
+                save_file(tensors, path, metadata={"format": "pt"})
+            return status
+
+        monkeypatch.setattr(sparsefw.run, "main", main)
+        outcome, found = self.examined(tmp_path)
         assert outcome == WRONG
-        assert "may be kept" in reason
-
-    def test_kept_weights_that_differ(self, monkeypatch, tmp_path):
-        def scale(tensors):
-            for name in tensors:
-                if name.endswith("q_proj.weight"):
-                    tensors[name] *= 1.5
-
-        outcome, reason = self.changed(monkeypatch, tmp_path, scale)
-        assert outcome == WRONG
-        assert reason.startswith("pruned perplexity")
-
-    def test_other_weights_that_differ(self, monkeypatch, tmp_path):
-        def nudge(tensors):
-            for name in tensors:
-                if "layernorm" in name:
-                    tensors[name] += 1e-7
-
-        outcome, reason = self.changed(monkeypatch, tmp_path, nudge)
-        assert outcome == WRONG
-        assert "not reported as pruned" in reason
-
-    def test_weights_that_are_missing(self, monkeypatch, tmp_path):
-        def drop(tensors):
-            for name in [name for name in tensors if name.endswith("q_proj.weight")]:
-                del tensors[name]
-
-        outcome, reason = self.changed(monkeypatch, tmp_path, drop)
-        assert outcome == WRONG
-        assert "missing_keys" in reason
+        assert reason in found
 
 
 def test_a_router_that_is_pruned_is_wrong():
@@ -145,29 +120,19 @@ def test_nothing_is_like_nan():
 class TestProcesses:
     """A class that crashes, hangs or takes too much memory is one row, and no more."""
 
-    def row(self, function, limits):
-        rows = []
-        examine_all([CASES["llama"], CASES["qwen2"]], 2, limits, lambda case, row: rows.append(row), function)
-        assert {row["model_type"] for row in rows} == {"llama", "qwen2"}
-        return rows[0]
-
-    def test_result(self):
-        row = self.row(lambda case, folder: {"model_type": case.model_type, "a": 1}, Limits())
-        assert row["a"] == 1
+    def reason(self, function, **limits):
+        row = examine_in_process(CASES["llama"], Limits(**limits), function)
+        assert (row["model_type"], row["outcome"]) == ("llama", TRACEBACK)
+        return row["reason"]
 
     def test_crash(self):
-        row = self.row(lambda case, folder: os.kill(os.getpid(), signal.SIGKILL), Limits())
-        assert row["outcome"] == TRACEBACK
-        assert "SIGKILL" in row["reason"]
+        assert "SIGKILL" in self.reason(lambda case, folder: os.kill(os.getpid(), signal.SIGKILL))
 
     def test_time(self):
-        row = self.row(lambda case, folder: time.sleep(60), Limits(seconds=0.2))
-        assert row["reason"].startswith("took more than 0.2 s")
+        assert self.reason(lambda case, folder: time.sleep(60), seconds=0.2).startswith("took more than 0.2 s")
 
     def test_memory(self):
-        row = self.row(lambda case, folder: {"n": len(bytearray(2**30))}, Limits(memory=0.5))
-        assert row["outcome"] == TRACEBACK
-        assert "MemoryError" in row["reason"]
+        assert "MemoryError" in self.reason(lambda case, folder: {"n": len(bytearray(2**30))}, memory=0.5)
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl", "deepseek_v3", "whisper", "nemotron_h", "qwen3_next"])
@@ -192,6 +157,16 @@ ROWS = {
 
 
 class TestCommand:
+    def test_results_are_kept(self, monkeypatch, tmp_path):
+        """Two classes at a time; the exit status tells whether one is refused."""
+        ends = {"llama": WORKS, "qwen2": REFUSED}
+        rows = {name: CASES[name].row | {"outcome": end, "reason": "", "seconds": 1} for name, end in ends.items()}
+        monkeypatch.setattr(sweep, "examine_in_process", lambda case, limits: rows[case.model_type])
+        path = tmp_path / "sweep.json"
+        assert sweep.main(["llama", "--json", str(path)]) == 0
+        assert sweep.main(["llama", "qwen2", "--jobs", "2", "--json", str(path)]) == 1
+        assert json.loads(path.read_text())["rows"] == {CASES[name].key: row for name, row in rows.items()}
+
     def test_what_is_selected(self):
         known = list(cases())
         assert len({case.key for case in known}) == len(known) > 200
@@ -214,6 +189,6 @@ class TestCommand:
             sweep.load_results(path)
 
     def test_page(self):
-        page = table.page({"versions": {"torch": "2"}, "rows": ROWS}, LAYERS, 1e-3)
+        page = table.page({"versions": {"torch": "2"}, "rows": ROWS})
         assert page.index("| a | A | works | 91.2 % | `mlp.gate.weight` |") < page.index("| b | B | refused |  | a\\|b")
         assert "| works | 1 |" in page
