@@ -3,8 +3,7 @@
 Each launcher is called with tensors on the meta device and a stub in place of the driver. So it compiles what a launch
 would compile: the configuration for the shape, and the specialisation of every argument. A row of the table has the
 registers of a thread, bytes of stack and of shared memory, instructions that load or store spilled registers,
-tensor-core and bulk-copy instructions, and the least cost of the operation (cost.py). With --tflops and
---bandwidth, the roofs of a card, a row also has the time that they imply.
+tensor-core and bulk-copy instructions, and the least cost of the operation (cost.py).
 
 To compile all of them takes a minute. A row has a fingerprint of all that the compiler is given: with --known, rows of
 launches that are the same are taken from a file that the same version of Triton has made.
@@ -19,10 +18,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import triton
 from compiled_cases import cases
-from cost import Cost
 from triton.backends.compiler import GPUTarget
 
 TARGETS = {
@@ -38,20 +37,10 @@ BULK_COPY = "cp.async.bulk.tensor"
 RESULTS = Path(__file__).with_name("results") / "compiled.json"
 
 
-class StubDriver:
+def stub_driver(target: GPUTarget) -> SimpleNamespace:
     """The part of a driver that compiling needs."""
-
-    def __init__(self, target: GPUTarget):
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
+    functions = {"device": lambda: 0, "stream": lambda device=None: 0, "target": lambda: target}
+    return SimpleNamespace(**{f"get_current_{name}": function for name, function in functions.items()})
 
 
 class Compiled(Exception):
@@ -99,7 +88,7 @@ def compile_launch(target: str, launch: Callable[[], object], known: Mapping[str
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         raise Compiled(kernel, {k: v for k, v in kwargs.items() if k.startswith("BLOCK_") or k == "SEARCH_D"})
 
-    triton.runtime.driver.set_active(StubDriver(TARGETS[target]))
+    triton.runtime.driver.set_active(stub_driver(TARGETS[target]))
     triton.JITFunction.run, triton.knobs.runtime.jit_cache_hook = compile_only, is_known
     try:
         launch()
@@ -163,18 +152,15 @@ def compile_all(pattern: str = "", known: Mapping[str, dict] | None = None) -> I
                 yield about | compile_launch(target, case.launch, known)
 
 
-def table(rows: list[dict], roofs: tuple[float, float] | None = None) -> str:
-    """The table in Markdown. `roofs`, in flops and bytes per second, add a column with the time that they imply."""
-    head = ["launch", "target", "tile", "warps", "stages", "registers", "stack", "spills", "shared", "instructions"]
-    head += ["Gflop", "MB"] + (["ms"] if roofs else [])
-    lines = [head, ["---"] * len(head)]
+def table(rows: list[dict]) -> str:
+    """The table in Markdown."""
+    names = ("name", "target", "config", "warps", "stages", "registers", "stack", "spills", "shared")
+    lines = [[*names, "instructions", "Gflop", "MB"], ["---"] * (len(names) + 3)]
     for row in rows:
-        instructions = row["tensor_cores"] + [BULK_COPY] * row["bulk_copies"]
-        line = [row[name] for name in ("name", "target", "config", "warps", "stages", "registers", "stack", "spills")]
-        line += [row["shared"], " ".join(instructions), f"{row['flops'] / 1e9:.1f}", f"{row['bytes'] / 1e6:.0f}"]
-        line += [f"{1e3 * Cost(row['flops'], row['bytes']).seconds(*roofs):.3f}"] if roofs else []
-        lines.append(line)
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+        instructions = " ".join(row["tensor_cores"] + [BULK_COPY] * row["bulk_copies"])
+        lines.append([*(row[name] for name in names), instructions, row["flops"] / 1e9, row["bytes"] / 1e6])
+    cells = ([f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -182,19 +168,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", default="", metavar="TEXT", help="launches whose name contains this")
-    add(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help=f"write the rows there (committed: {RESULTS.parent.name}/{RESULTS.name})",
-    )
+    add("--json", type=Path, metavar="FILE", help="write the rows there (committed: results/compiled.json)")
     add("--known", type=Path, metavar="FILE", help="take the rows of launches that are the same from there")
     add("--table", action="store_true", help="compile nothing, print what is committed")
-    add("--tflops", type=float, help="roof of arithmetic, measured, in Tflop/s")
-    add("--bandwidth", type=float, help="roof of memory, measured, in GB/s")
     arguments = parser.parse_args(argv)
-    if (arguments.tflops is None) != (arguments.bandwidth is None):
-        parser.error("--tflops and --bandwidth belong together")
     if triton.knobs.runtime.interpret and not arguments.table:
         sys.exit("TRITON_INTERPRET is set: the interpreter compiles nothing")
     if arguments.table:
@@ -205,8 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
         content = f'{{\n "triton": "{triton.__version__}",\n "rows": [\n{lines}\n ]\n}}\n'
         arguments.json.write_text(content, encoding="utf-8")
-    roofs = (arguments.tflops * 1e12, arguments.bandwidth * 1e9) if arguments.tflops else None
-    print(table(rows, roofs))
+    print(table(rows))
 
 
 if __name__ == "__main__":

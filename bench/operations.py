@@ -71,19 +71,6 @@ def budget(pattern: str, d: int) -> tuple[int, int, int]:
     return (int(0.4 * d), 0, d) if pattern == "rows" else (2, 4, d)
 
 
-def record(benchmark, cost: Cost, *, unit: str | None = None, note: str = "") -> None:
-    """Add the flops and bytes, the machine and the versions to a benchmark's time."""
-    benchmark.extra_info |= {
-        "flops": cost.flops,
-        "bytes": cost.bytes,
-        "unit": unit,
-        "note": note,
-        "device": torch.cuda.get_device_name() if GPU else "cpu, Triton's interpreter",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
-
-
 def measure(
     benchmark, run: Callable, cost: Cost, *, unit: str | None = None, setup: Callable[[], tuple] = tuple
 ) -> None:
@@ -98,7 +85,9 @@ def measure(
         unit: precision of the products whose roof bounds the flops; None for operations bound by bytes.
         setup: returns fresh arguments before every call, untimed.
     """
-    record(benchmark, cost, unit=unit)
+    device = torch.cuda.get_device_name() if GPU else "cpu, Triton's interpreter"
+    benchmark.extra_info |= {"flops": cost.flops, "bytes": cost.bytes, "unit": unit}
+    benchmark.extra_info |= {"device": device, "torch": torch.__version__, "triton": triton.__version__}
     seconds = 0.0
 
     def prepare() -> tuple[tuple, dict]:

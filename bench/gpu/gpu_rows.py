@@ -1,6 +1,5 @@
 """Step 3: row kernels at the chunks of real runs, whether their bits repeat, and what a profiler counts of them."""
 
-import csv
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -128,21 +127,18 @@ def repeats(part: Part) -> None:
 
 def differing(run: Callable[..., Any], fresh: Callable[[], tuple], count: int) -> dict[str, int]:
     """How many of so many runs gave other bits than the first, and how many entries differed at most."""
-    first = [x.clone() for x in _tensors(run(*fresh()))]
-    wrong = most = 0
-    for _ in range(count - 1):
+
+    def bits() -> list[Tensor]:
         # Compared as integers: NaN equals NaN, and -0.0 differs from 0.0.
-        entries = sum(int((_bits(a) != _bits(b)).sum()) for a, b in zip(_tensors(run(*fresh())), first, strict=True))
+        result = run(*fresh())
+        tensors = [result] if isinstance(result, Tensor) else result
+        return [x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.itemsize]).clone() for x in tensors]
+
+    first, wrong, most = bits(), 0, 0
+    for _ in range(count - 1):
+        entries = sum(int((a != b).sum()) for a, b in zip(bits(), first, strict=True))
         wrong, most = wrong + bool(entries), max(most, entries)
     return {"repeats": count, "runs_that_differ": wrong, "most_entries_that_differ": most}
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
-
-
-def _bits(x: Tensor) -> Tensor:
-    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.itemsize])
 
 
 def counted(part: Part) -> None:
@@ -156,7 +152,7 @@ def counted(part: Part) -> None:
 
 
 def counters(part: Part) -> None:
-    """Bytes of the memory and hits of the cache, as Nsight Compute counts them for our kernels."""
+    """Bytes of the memory and hits of the cache, as Nsight Compute counts them for our kernels: counters.csv."""
     tool = shutil.which("ncu")
     if not tool:
         part.add(skipped="ncu is not installed: no counters of the memory")
@@ -166,19 +162,5 @@ def counters(part: Part) -> None:
     command = [tool, "--csv", "--metrics", ",".join(METRICS), "--kernel-name", "regex:^_[a-z]+_kernel$"]
     with path.open("w", encoding="utf-8") as output:
         done = subprocess.run([*command, *command_of(inner)], stdout=output, stderr=subprocess.STDOUT, check=False)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    rows = launches_of(lines)
-    if not rows:
-        part.add(skipped=f"ncu counted nothing (status {done.returncode})", last_lines=lines[-5:])
-    for row in rows:
-        part.add(**row)
-
-
-def launches_of(lines: list[str]) -> list[dict[str, Any]]:
-    """The counters of every launch, from the lines that `ncu --csv` prints among others."""
-    start = next((n for n, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
-    launches: dict[str, dict[str, Any]] = {}
-    for row in csv.DictReader(line for line in lines[start:] if line.startswith('"')):
-        launch = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"], "grid": row.get("Grid Size")})
-        launch[row["Metric Name"]] = f"{row['Metric Value']} {row['Metric Unit']}"
-    return list(launches.values())
+    last = path.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+    part.add(file=path.name, status=done.returncode, **{"last_lines": last} if done.returncode else {})

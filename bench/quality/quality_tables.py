@@ -3,30 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
+import quality_cells as study
 import texts
-from quality_cells import (
-    ADMM,
-    DEFAULT,
-    LAYERWISE,
-    MASKS,
-    METHODS,
-    MORE_WINDOWS,
-    OF_LAYER,
-    ONE_OF_EACH_KIND,
-    ONE_SWAPS,
-    PAPER,
-    PAPER_SHORT,
-    PATTERNS,
-    REFERENCE,
-    ROWS_OF_SEEDS,
-    ROWS_OF_WINDOWS,
-    ROWS_ON_REFERENCE,
-    SEEDS,
-    SPARSEGPT,
-    UNRECONSTRUCTED,
-    WANDA,
-    Cell,
-)
 
 # Names of the texts in the results.
 TEXTS = {"Wikipedia": "wiki_test.txt", "news": "news.txt", "language reference": texts.TEST}
@@ -62,7 +40,7 @@ def percent(pattern: str) -> str:
     return pattern if ":" in pattern else f"{100 * float(pattern):.0f} %"
 
 
-def by_pattern(number: Number, patterns: Sequence[str] = PATTERNS) -> dict[str, tuple[str, dict, Number]]:
+def by_pattern(number: Number, patterns: Sequence[str] = study.PATTERNS) -> dict[str, tuple[str, dict, Number]]:
     """A column for each pattern."""
     return {percent(pattern): (pattern, {}, number) for pattern in patterns}
 
@@ -75,15 +53,15 @@ def by_text(**options: object) -> dict[str, tuple[str, dict, Number]]:
 # By name: rows, and columns by their heads: pattern, other fields of the cells, number.
 TABLES: dict[str, tuple[Sequence[str], Mapping[str, tuple[str, dict, Number]]]] = {
     "readme": (
-        (WANDA, SPARSEGPT, ADMM, MASKS, UNRECONSTRUCTED, DEFAULT),
+        (study.WANDA, study.SPARSEGPT, study.ADMM, study.MASKS, study.UNRECONSTRUCTED, study.DEFAULT),
         by_pattern(perplexity("Wikipedia", "news")),
     ),
-    "perplexity": ((DENSE, *METHODS), by_pattern(perplexity("Wikipedia", "news"))),
-    "reference": ((DENSE, *METHODS), by_pattern(perplexity("language reference"))),
-    "calibrated-on-reference": ((DENSE, *ROWS_ON_REFERENCE), by_text(calibrated_on=REFERENCE)),
-    "windows": (ROWS_OF_WINDOWS, by_text(nsamples=MORE_WINDOWS)),
+    "perplexity": ((DENSE, *study.METHODS), by_pattern(perplexity("Wikipedia", "news"))),
+    "reference": ((DENSE, *study.METHODS), by_pattern(perplexity("language reference"))),
+    "calibrated-on-reference": ((DENSE, *study.ROWS_ON_REFERENCE), by_text(calibrated_on=study.REFERENCE)),
+    "windows": (study.ROWS_OF_WINDOWS, by_text(nsamples=study.MORE_WINDOWS)),
     "cost": (
-        list(METHODS),
+        list(study.METHODS),
         {
             "Tflop": ("0.6", {}, total("tflop", 1)),
             "Tflop, solves": ("0.6", {}, total("tflop", 1, "solve")),
@@ -92,8 +70,8 @@ TABLES: dict[str, tuple[Sequence[str], Mapping[str, tuple[str, dict, Number]]]] 
         },
     ),
     "errors": (
-        (ONE_SWAPS, PAPER_SHORT, PAPER, MASKS, SPARSEGPT, ADMM, LAYERWISE),
-        by_pattern(relative_error, (*PATTERNS, OF_LAYER)),
+        (study.ONE_SWAPS, study.PAPER_SHORT, study.PAPER, study.MASKS, study.SPARSEGPT, study.ADMM, study.LAYERWISE),
+        by_pattern(relative_error, (*study.PATTERNS, study.OF_LAYER)),
     ),
 }
 
@@ -111,7 +89,7 @@ def table(rows: Sequence[str], columns: Mapping[str, tuple[str, dict, Number]], 
         cells = []
         for pattern, options, number in columns.values():
             # Every run has the dense model's perplexities.
-            cell = Cell(WANDA if method == DENSE else method, pattern, **options)
+            cell = study.Cell(study.WANDA if method == DENSE else method, pattern, **options)
             run = results["cells"].get(cell.key)
             cells.append(number({"perplexity": run["dense"]} if method == DENSE else run) if run else "")
         lines.append([label(method), *cells])
@@ -120,12 +98,12 @@ def table(rows: Sequence[str], columns: Mapping[str, tuple[str, dict, Number]], 
 
 def of_seeds(results: dict) -> str:
     """Mean and (maximum - minimum) over the seeds."""
-    heads = [(pattern, text) for pattern in ONE_OF_EACH_KIND for text in TEXTS]
+    heads = [(pattern, text) for pattern in study.ONE_OF_EACH_KIND for text in TEXTS]
     lines = []
-    for method in ROWS_OF_SEEDS:
+    for method in study.ROWS_OF_SEEDS:
         cells = []
         for pattern, text in heads:
-            runs = [results["cells"].get(Cell(method, pattern, seed).key) for seed in SEEDS]
+            runs = [results["cells"].get(study.Cell(method, pattern, seed).key) for seed in study.SEEDS]
             values = [run["perplexity"][TEXTS[text]] for run in runs if run]
             cells.append(f"{fmean(values):.1f} ({max(values) - min(values):.1f})" if all(runs) else "")
         lines.append([label(method), *cells])
@@ -134,9 +112,9 @@ def of_seeds(results: dict) -> str:
 
 def label(method: str) -> str:
     """The label of a row: its name with its flags, or the place of its code."""
-    if method in (ONE_SWAPS, ADMM):
+    if method in (study.ONE_SWAPS, study.ADMM):
         return f"{method} (in `bench/`)"
-    flags = METHODS.get(method)
+    flags = study.METHODS.get(method)
     return f"{method} (`{' '.join(flags)}`)" if flags and "`" not in method else method
 
 

@@ -137,19 +137,6 @@ def test_results_of_pytest(line, tmp_path):
     assert found["failed"] == [line.format(*ends[n]) for n in (1, 3)]
 
 
-def test_counters_of_ncu():
-    lines = ["==PROF== Connected", "row step, 48 x 96: at least 1 MB", '"ID","Kernel Name","Grid Size","Metric Name",'
-             '"Metric Unit","Metric Value"']  # fmt: skip
-    lines += ['"0","_step_kernel","(48, 1, 1)","dram__bytes_read.sum","Mbyte","1,393.2"', "a line in between"]
-    lines += ['"0","_step_kernel","(48, 1, 1)","lts__t_sector_hit_rate.pct","%","41.5"']
-    lines += ['"1","_lmo_kernel","(8, 1, 1)","dram__bytes_read.sum","Kbyte","7"']
-    step, lmo = gpu_rows.launches_of(lines)
-    assert (step["kernel"], step["dram__bytes_read.sum"]) == ("_step_kernel", "1,393.2 Mbyte")
-    assert step["lts__t_sector_hit_rate.pct"] == "41.5 %"
-    assert (lmo["kernel"], lmo["dram__bytes_read.sum"]) == ("_lmo_kernel", "7 Kbyte")
-    assert gpu_rows.launches_of(["==ERROR== ERR_NVGPUCTRPERM"]) == []
-
-
 def test_bits_that_differ_are_counted():
     values = iter([1.0, 1.0, -0.0, torch.nan, torch.nan])
     # From one state: 1, 1, -0, NaN.
