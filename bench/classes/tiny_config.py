@@ -82,9 +82,8 @@ def tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
     """
     entries = _Shrinker().entries(config_class())
     config = config_class(**entries)
-    if patterns := list(_incomplete(config_class(), config)):
-        # Each type of layer once at least, in the order in which the default has them.
-        config = config_class(**_with_patterns(entries, patterns))
+    if _complete(config_class(), config, entries):
+        config = config_class(**entries)
     return config
 
 
@@ -191,34 +190,28 @@ def _keep_product(values: dict[str, Any], tiny: dict[str, Any]) -> None:
                     tiny[heads] = expand * HIDDEN // tiny[width]
 
 
-def _incomplete(default: PretrainedConfig, tiny: PretrainedConfig) -> Iterator[tuple[list[str], list[str]]]:
-    """Lists with the types of layers that lack a type in the tiny config: their place, and a list that has all."""
-    pairs = [([], default, tiny)]
-    while pairs:
-        place, large, small = pairs.pop()
-        for key, value in vars(large).items():
-            other = vars(small).get(key)
-            if isinstance(value, PretrainedConfig) and isinstance(other, PretrainedConfig):
-                pairs.append(([*place, key], value, other))
-            if not (isinstance(value, list) and value and all(isinstance(item, str) for item in value)):
-                continue
-            if isinstance(other, list) and len(other) in (LAYERS, _depth(vars(small))) and set(other) != set(value):
-                kinds = list(dict.fromkeys(value))
-                count = max(len(other), len(kinds))
-                yield [*place, key], [kinds[n % len(kinds)] for n in range(count)]
+def _complete(default: PretrainedConfig, tiny: PretrainedConfig, entries: dict[str, Any]) -> bool:
+    """Give the entries lists with each type of layer once at least, in the order in which the default has them.
 
-
-def _with_patterns(entries: dict[str, Any], patterns: list[tuple[list[str], list[str]]]) -> dict[str, Any]:
-    """The entries with these lists of types, at their places, and with as many layers."""
-    for place, pattern in patterns:
-        inner = entries
-        for key in place[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[place[-1]] = pattern
-        for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-            if name in inner and inner[name] < len(pattern):
-                inner[name] = len(pattern)
-    return entries
+    Returns:
+        Whether a list lacked a type. There are as many layers as the list has entries.
+    """
+    lacked = False
+    for key, value in vars(default).items():
+        other = vars(tiny).get(key)
+        if isinstance(value, PretrainedConfig) and isinstance(other, PretrainedConfig):
+            inner = entries.get(key, {})
+            if _complete(value, other, inner):
+                entries[key], lacked = inner, True
+        if not (isinstance(value, list) and value and all(isinstance(item, str) for item in value)):
+            continue
+        if isinstance(other, list) and len(other) in (LAYERS, _depth(vars(tiny))) and set(other) != set(value):
+            kinds, lacked = list(dict.fromkeys(value)), True
+            entries[key] = [kinds[n % len(kinds)] for n in range(max(len(other), len(kinds)))]
+            for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+                if name in entries:
+                    entries[name] = max(entries[name], len(entries[key]))
+    return lacked
 
 
 def _fit_rotary_sections(config: PretrainedConfig, tiny: dict[str, Any]) -> None:
