@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 from classes.examine import NOT_RUN, OUTCOMES, WORKS
-from classes.process import Limits, examine_in_process
+from classes.process import examine_in_process
 from classes.table import page
 from classes.tiny_model import Case, cases
 
@@ -72,8 +72,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--jobs", type=int, default=1, metavar="N", help="classes at a time, each in one process (default: 1)")
     add("--json", type=Path, default=RESULTS, metavar="FILE", help="results (default: bench/results/sweep.json)")
     add("--again", action="store_true", help="examine again what is in the results and does not work")
-    add("--seconds", type=float, default=Limits.seconds, help=f"time for one class (default: {Limits.seconds:g})")
-    add("--memory", type=float, default=Limits.memory, help=f"GiB for one class (default: {Limits.memory:g})")
     add("--write-docs", action="store_true", help="examine nothing; write docs/models.md")
     arguments = parser.parse_args(argv)
     results = load_results(arguments.json)
@@ -85,9 +83,9 @@ def main(argv: list[str] | None = None) -> int:
     results["versions"] |= {"sparsefw": sparsefw.__version__, "timm": timm}
     chosen = select(arguments.names, results["rows"], arguments.again)
     print(f"sparsefw of {next(iter(sparsefw.__path__))}, {len(chosen)} classes", flush=True)
-    limits, counts = Limits(arguments.seconds, arguments.memory), Counter[str]()
+    counts = Counter[str]()
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        keys = {pool.submit(examine_in_process, case, limits): case.key for case in chosen}
+        keys = {pool.submit(examine_in_process, case): case.key for case in chosen}
         for future in as_completed(keys):
             key, row = keys[future], future.result()
             results["rows"][key] = row

@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +26,19 @@ FORK = multiprocessing.get_context("fork")
 STARTING = threading.Lock()
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one class may take: seconds of wall time, and GiB of memory beyond what the imports take."""
-
-    seconds: float = 180.0
-    memory: float = 4.0
+# What one class may take: seconds of wall time, and GiB of memory beyond what the imports take.
+SECONDS, MEMORY = 180.0, 4.0
 
 
-def examine_in_process(
-    case: Case, limits: Limits, examine: Callable[[Case, Path], dict[str, Any]] = examine
-) -> dict[str, Any]:
+def examine_in_process(case: Case, examine: Callable[[Case, Path], dict[str, Any]] = examine) -> dict[str, Any]:
     """The row of a class, whatever happens to the process; `examine` gets the class and an empty folder."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
         row_file, output = Path(folder, "row.json"), Path(folder, "output.txt")
-        process = FORK.Process(target=_child, args=(case, Path(folder), output, row_file, limits, examine))
+        process = FORK.Process(target=_child, args=(case, Path(folder), output, row_file, examine))
         with STARTING:
             process.start()
-        process.join(limits.seconds)
+        process.join(SECONDS)
         overdue = process.is_alive()
         process.kill()
         process.join()
@@ -54,19 +47,19 @@ def examine_in_process(
         else:
             code = process.exitcode or 0
             end = signal.Signals(-code).name if code < 0 else f"status {code}"
-            why = f"took more than {limits.seconds:g} s" if overdue else f"the process ended with {end}"
+            why = f"took more than {SECONDS:g} s" if overdue else f"the process ended with {end}"
             last = output.read_text(errors="replace").splitlines()[-1:] if output.exists() else []
             row = case.row | {"outcome": TRACEBACK, "reason": ": ".join([why, *last])}
     return row | {"seconds": round(time.monotonic() - started, 1)}
 
 
-def _child(case: Case, folder: Path, output: Path, row_file: Path, limits: Limits, examine: Callable) -> None:
+def _child(case: Case, folder: Path, output: Path, row_file: Path, examine: Callable) -> None:
     # Libraries print much. Only the last line of a crash is of interest.
     sys.stdout = sys.stderr = output.open("w")
     os.dup2(sys.stderr.fileno(), 1)
     os.dup2(sys.stderr.fileno(), 2)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    allowed = pages * resource.getpagesize() + int(limits.memory * 2**30)
+    allowed = pages * resource.getpagesize() + int(MEMORY * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
     torch.set_num_threads(1)
     row_file.write_text(json.dumps(examine(case, folder)))

@@ -67,16 +67,12 @@ def test_the_committed_table_is_true(compiled):
 def test_what_is_not_the_same_is_compiled_again(tmp_path):
     """As if the table were of another kernel, and its numbers wrong."""
     content = json.loads(COMMITTED.read_text(encoding="utf-8"))
-    rows = [row for row in content["rows"] if row["name"] == "mirror 4096"]
+    for row in content["rows"]:
+        row |= {"fingerprint": "0", "registers": 0}
+    (tmp_path / "known.json").write_text(json.dumps(content))
+    rows = compile_rows(tmp_path, tmp_path / "known.json", "--only", "mirror 4096")
     assert len(rows) == len(INSTRUCTION)
-    others = [row | {"fingerprint": "0", "registers": 0} for row in rows]
-    (tmp_path / "known.json").write_text(json.dumps(content | {"rows": others}))
-    assert all(row["registers"] for row in compile_rows(tmp_path, tmp_path / "known.json", "--only", "mirror 4096"))
-    false = [row | {"registers": 0} for row in rows]
-    (tmp_path / "known.json").write_text(json.dumps(content | {"rows": false}))
-    told = compile_rows(tmp_path, tmp_path / "known.json", "--only", "mirror 4096")
-    same = content["triton"] == triton.__version__
-    assert [row["registers"] == 0 for row in told] == [same] * len(told)
+    assert all(row["registers"] for row in rows)
 
 
 def test_nothing_spills(compiled):

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import sweep
-from classes import examine, table
+from classes import examine, process, table
 from classes.examine import NOT_RUN, REFUSED, TRACEBACK, WORKS, WRONG
-from classes.process import Limits, examine_in_process
 from classes.tiny_config import LAYERS, VOCABULARY, parts_of, tiny_config
 from classes.tiny_model import build, cases
 from safetensors.torch import load_file, save_file
@@ -120,19 +119,21 @@ def test_nothing_is_like_nan():
 class TestProcesses:
     """A class that crashes, hangs or takes too much memory is one row, and no more."""
 
-    def reason(self, function, **limits):
-        row = examine_in_process(CASES["llama"], Limits(**limits), function)
+    @pytest.mark.parametrize(
+        ("function", "reason"),
+        [
+            (lambda case, folder: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL"),
+            (lambda case, folder: time.sleep(600), "took more than 1 s"),
+            (lambda case, folder: {"n": len(bytearray(2**30))}, "MemoryError"),
+        ],
+        ids=["crash", "time", "memory"],
+    )
+    def test_reason(self, function, reason, monkeypatch):
+        monkeypatch.setattr(process, "SECONDS", 1 if "took" in reason else 60)
+        monkeypatch.setattr(process, "MEMORY", 0.5)
+        row = process.examine_in_process(CASES["llama"], function)
         assert (row["model_type"], row["outcome"]) == ("llama", TRACEBACK)
-        return row["reason"]
-
-    def test_crash(self):
-        assert "SIGKILL" in self.reason(lambda case, folder: os.kill(os.getpid(), signal.SIGKILL))
-
-    def test_time(self):
-        assert self.reason(lambda case, folder: time.sleep(60), seconds=0.2).startswith("took more than 0.2 s")
-
-    def test_memory(self):
-        assert "MemoryError" in self.reason(lambda case, folder: {"n": len(bytearray(2**30))}, memory=0.5)
+        assert reason in row["reason"]
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl", "deepseek_v3", "whisper", "nemotron_h", "qwen3_next"])
@@ -161,7 +162,7 @@ class TestCommand:
         """Two classes at a time; the exit status tells whether one is refused."""
         ends = {"llama": WORKS, "qwen2": REFUSED}
         rows = {name: CASES[name].row | {"outcome": end, "reason": "", "seconds": 1} for name, end in ends.items()}
-        monkeypatch.setattr(sweep, "examine_in_process", lambda case, limits: rows[case.model_type])
+        monkeypatch.setattr(sweep, "examine_in_process", lambda case: rows[case.model_type])
         path = tmp_path / "sweep.json"
         assert sweep.main(["llama", "--json", str(path)]) == 0
         assert sweep.main(["llama", "qwen2", "--jobs", "2", "--json", str(path)]) == 1
