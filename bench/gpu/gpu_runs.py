@@ -39,7 +39,7 @@ GPU_PLACED, HOST_PLACED, SMALL = 75, 24, 16
 def checkpoint(part: Part, name: str) -> Path:
     """A random checkpoint of SIZES, made once."""
     folder = part.scratch / f"{name}{'-tiny' * part.tiny}"
-    if not (folder / "config.json").exists():
+    if not (folder / "tokenizer.json").exists():
         # Imports transformers, which takes seconds.
         from random_checkpoint import generate
 
