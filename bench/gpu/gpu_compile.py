@@ -79,9 +79,6 @@ def compile_kernels(part: Part) -> None:
     # The interpreter compiles nothing. Set before anything imports Triton, for the workers too.
     os.environ["TRITON_INTERPRET"] = "0"
     number, started = capability(), time.perf_counter()
-    if torch.version.hip:
-        part.add(skipped="this step compiles for NVIDIA cards only")
-        return
     names = [name for name in _cases(number) if not part.tiny or name == TINY_CASES]
     spilled = []
     # Not forked: this process may have used the GPU.
