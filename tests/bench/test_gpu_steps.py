@@ -45,7 +45,7 @@ def test_kernels_are_compiled_and_tested(tmp_path, scratch):
     assert row["registers"] > 0
     (row,) = (row for row in lines["kernel tests"] if "ends" in row)
     assert (row["end_of_tests"], set(row["ends"]), row["failed"]) == ("status 0", {"PASSED"}, [])
-    assert row["ends"]["PASSED"] > 20
+    assert row["ends"]["PASSED"] > 5
 
 
 def test_products_stand_beside_the_library_and_their_roof(tmp_path, scratch):
