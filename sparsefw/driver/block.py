@@ -199,7 +199,7 @@ def _solve_one(run: Run, i: int, captured: Captured, method: str, solve: Solve) 
 
 def kept_dense(model: BlockModel, i: int, pruned: list[LayerResult]) -> list[str]:
     """Names of the matrices of block i that were not pruned; none of a repeat."""
-    if i not in model.firsts:
+    if i not in model.unique_blocks:
         return []
     prefix = f"{model.names[i]}."
     layers = {result.name.removeprefix(prefix): math.prod(result.shape) for result in pruned}
@@ -208,7 +208,7 @@ def kept_dense(model: BlockModel, i: int, pruned: list[LayerResult]) -> list[str
 
 def idle_matrices(model: BlockModel) -> list[str]:
     """Names of the matrices in blocks that the model does not run through: they stay dense."""
-    return [f"{block}.{name}" for block, module in model.idle.items() for name in not_pruned(module, {})]
+    return [f"{block}.{name}" for block, module in model.unused.items() for name in not_pruned(module, {})]
 
 
 def find_stages(run: Run, i: int, states: HiddenStates) -> list[Stage]:

@@ -79,7 +79,7 @@ def run_in_memory(
         for note in opened.notes:
             say(f"note: {note}")
         dtype = next(model.parameters()).dtype
-        say(f"model: {type(model).__name__} in memory, {counted(len(opened.firsts), 'block')}, {dtype}")
+        say(f"model: {type(model).__name__} in memory, {counted(len(opened.unique_blocks), 'block')}, {dtype}")
         say(f"calibration: {amount(calibration.source, calibration.n, seqlen)}")
         shape = pruned_shape(whole, job.config)
         say(log.sparsity_line(job.config, shape, whole))
@@ -104,7 +104,7 @@ def run_in_memory(
                 job.tokenizer.save_pretrained(folder)
 
         def finish(writer: Writer) -> None:
-            for n, i in enumerate(opened.firsts):
+            for n, i in enumerate(opened.unique_blocks):
                 opened.change(i, read_shard(writer.path(n)))
             with opened.as_configured():
                 writer.finish(write if saves else None)

@@ -161,11 +161,11 @@ def _perplexity(states: HiddenStates, samples: Samples, ranks: Ranks) -> float:
 def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: Callable[[], None]) -> Outcome:
     model, timeline = run.model, run.model.timeline
     outcome, done = Outcome(timeline), len(writer.finished)
-    finished = writer.finished[: len(model.firsts)]
+    finished = writer.finished[: len(model.unique_blocks)]
     for record in finished:
         outcome.add(convert(FinishedBlock, record, "the record of a finished block: "))
     # Repeats are not written. Those before the next block that is can be run.
-    begin = [*model.firsts, len(model.blocks)][len(finished)]
+    begin = [*model.unique_blocks, len(model.blocks)][len(finished)]
     for i in range(begin):
         _replay(run, i, states, writer)
         on_block()
@@ -175,9 +175,9 @@ def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: Callable[
             sent = run.ranks.sent.copy()
             record, tensors = _prune_block(run, i, states, writer)
             on_block()
-            if i not in model.firsts:
+            if i not in model.unique_blocks:
                 continue
-            shard = model.firsts.index(i)
+            shard = model.unique_blocks.index(i)
             with timeline.span("wait", i):
                 if written and writer.writes(shard):
                     written.result()
@@ -198,7 +198,7 @@ def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: Callable[
             if written:
                 written.result()
     outcome.kept_dense += idle_matrices(model)
-    for shard, names in enumerate(model.pieces, len(model.firsts)):
+    for shard, names in enumerate(model.pieces, len(model.unique_blocks)):
         if shard >= done and writer.writes(shard):
             with timeline.span("write"):
                 writer.write(shard, model.other_tensors(names))
@@ -248,7 +248,7 @@ def _prune_block(run: Run, i: int, states: _States, writer: Writer) -> tuple[Fin
             record.block = replace(record.block, way=way, reconstruction=found)
         _advance(run, i, "forward", [pruned])
         _advance(run, i, "evaluate", states.evaluated(method))
-        if i in model.firsts and writer.writes(model.firsts.index(i)):
+        if i in model.unique_blocks and writer.writes(model.unique_blocks.index(i)):
             with timeline.span("write", i):
                 tensors[method] = model.block_tensors(i)
                 if not own:
@@ -280,7 +280,7 @@ def _reconstruct(
 
 def _write(run: Run, writer: Writer, shard: int, tensors: Written, record: FinishedBlock) -> None:
     """Write a block as each method pruned it. The tensors of the config's method belong to the checkpoint."""
-    i = run.model.firsts[shard]
+    i = run.model.unique_blocks[shard]
     with run.model.timeline.span("write", i, WRITE):
         compared = {method: tensors[method] for method in run.config.compare}
         writer.write(shard, tensors[run.config.method], asdict(record), compared)
@@ -294,8 +294,8 @@ def _replay(run: Run, i: int, states: _States, writer: Writer) -> None:
         _advance(run, i, "forward", states.of(DENSE))
     for method in run.config.methods:
         with model.timeline.span("read", i):
-            if i in model.firsts:
-                path = writer.path(model.firsts.index(i), None if method == run.config.method else method)
+            if i in model.unique_blocks:
+                path = writer.path(model.unique_blocks.index(i), None if method == run.config.method else method)
                 model.open_as(i, read_shard(path))
             else:
                 model.open_alone(i)

@@ -183,7 +183,7 @@ def _prepare(
     notes = model.notes + checkpoint.note_of_others(source.folder)
     for note in notes:
         say(f"note: {note}")
-    say(f"model: {inputs.model}, {counted(len(model.firsts), 'block')}, {source.dtype}")
+    say(f"model: {inputs.model}, {counted(len(model.unique_blocks), 'block')}, {source.dtype}")
     say(f"calibration: {amount(calibration.source, calibration.n, calibration.seqlen)} of {calibration.source}")
     whole = shape_of(source)
     shape = pruned_shape(whole, config)
@@ -232,7 +232,7 @@ def _writer(
 ) -> Writer:
     return Writer(
         job.output.folder,
-        len(model.firsts) + len(model.pieces),
+        len(model.unique_blocks) + len(model.pieces),
         _identity(job, prepared, ranks) | {"the model's files": prepared.files},
         chosen,
         source=job.folder,

@@ -16,7 +16,7 @@ from sparsefw.memory import release_pinned
 from sparsefw.model.path import Path
 from sparsefw.model.shared import SharedParameters
 from sparsefw.model.slots import Slot, fill, restore, slots_of
-from sparsefw.model.stand_ins import kind_of_block
+from sparsefw.model.stand_ins import block_type
 from sparsefw.timeline import READ, Timeline
 
 
@@ -40,9 +40,9 @@ class BlockModel:
         blocks: the blocks that it runs through, in the order of their calls. One that is called twice stands there
             twice, and stays dense.
         names: their names in the model, e.g. "model.layers.0".
-        kinds: their kinds.
-        firsts: numbers of the blocks that are called for the first time.
-        idle: the blocks that it does not run through, by name. They stay as they are.
+        block_types: their types.
+        unique_blocks: numbers of the blocks that are called for the first time.
+        unused: the blocks that it does not run through, by name. They stay as they are.
         flow: how blocks hand tensors on.
         forms: what blocks return, as far as it is known.
         logits_itemsize: bytes of an entry of the logits; 0 without any.
@@ -68,11 +68,11 @@ class BlockModel:
             torch.device(device),
             timeline or Timeline(),
         )
-        self.runs, self.input_kind, self.idle, self.names = path.runs, path.input_kind, path.idle, path.order
+        self.runs, self.input_kind, self.unused, self.names = path.runs, path.input_kind, path.unused, path.order
         self.flow, self.forms, self.logits_itemsize = path.flow, path.forms, path.logits_itemsize
         self.blocks = [path.blocks[name] for name in path.order]
-        self.kinds = [kind_of_block(block) for block in self.blocks]
-        self.firsts = [self.names.index(name) for name in dict.fromkeys(self.names)]
+        self.block_types = [block_type(block) for block in self.blocks]
+        self.unique_blocks = [self.names.index(name) for name in dict.fromkeys(self.names)]
         self.pieces: list[list[str]] = []
         self.notes: list[str] = []
         self.vocabulary: int | None = None

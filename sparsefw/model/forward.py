@@ -52,7 +52,7 @@ def form_of(model: BlockModel, i: int, hidden: Tensor, args: tuple[Any, ...], kw
     Raises:
         InputError: it returns no tensor.
     """
-    known = model.forms.find(model.kinds[i], hidden)
+    known = model.forms.find(model.block_types[i], hidden)
     if known is None:
         block = model.open_alone(i)
         # Copies: what the block changes in them, it changes again when it is run.
@@ -61,7 +61,7 @@ def form_of(model: BlockModel, i: int, hidden: Tensor, args: tuple[Any, ...], kw
             output = block(hidden, *args, **kwargs)
         model.close(i)
         known = form_of_output(output, hidden, model.names[i], type(model.model).__name__)
-        model.forms.add(model.kinds[i], known)
+        model.forms.add(model.block_types[i], known)
     return known
 
 
@@ -116,7 +116,7 @@ def run_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor, others: d
             if not model.flow.by_window:
                 return _stand_in(model, recorder, i, args, kwargs, hidden if recorder.begun else None)
             # Nobody reads the other tensors, whose shape may be another one.
-            form = model.forms.like(model.kinds[i], args[0]) or form_of(model, i, args[0], args[1:], kwargs)
+            form = model.forms.like(model.block_types[i], args[0]) or form_of(model, i, args[0], args[1:], kwargs)
             # A view: gradients go through it.
             return form.around(hidden, lambda x: x.view_as(x)) if recorder.begun else form.after(args[0])
 

@@ -22,7 +22,7 @@ from sparsefw.model.explained import BATCHES, TEXT, ForwardFailed, explained
 from sparsefw.model.flow import Flow, Recording
 from sparsefw.model.recording import Recorder, check_same
 from sparsefw.model.slots import filled, slots_of
-from sparsefw.model.stand_ins import Forms, form_of_output, kind_of_block, run_replaced
+from sparsefw.model.stand_ins import Forms, block_type, form_of_output, run_replaced
 from sparsefw.model.values import objects_of, rebuilt
 
 # A few tokens are enough for every kind of attention.
@@ -60,7 +60,7 @@ class Path:
         input_kind: what the forward is given, in words.
         blocks: the blocks by name.
         order: their names in the order of their calls. One that is called twice stands there twice.
-        idle: the blocks of the same lists that are not called, by name.
+        unused: the blocks of the same lists that are not called, by name.
         reads: names of the parameters and stored buffers outside of the blocks that are read, all names of tied ones.
         flow: how the blocks hand tensors on.
         forms: what the blocks return.
@@ -72,7 +72,7 @@ class Path:
     input_kind: str
     blocks: dict[str, nn.Module]
     order: list[str]
-    idle: dict[str, nn.Module]
+    unused: dict[str, nn.Module]
     reads: frozenset[str]
     flow: Flow
     forms: Forms
@@ -169,7 +169,7 @@ def _follow(
         input_kind=input_kind,
         blocks=called,
         order=followed.names,
-        idle={name: block for stack in used for name, block in stack.items() if name not in called},
+        unused={name: block for stack in used for name, block in stack.items() if name not in called},
         reads=frozenset(name for name, key in stored.items() if key in read_ids),
         flow=flow,
         forms=followed.forms,
@@ -254,7 +254,7 @@ class _Forward:
     ) -> None:
         self._runs, self._kind, self._blocks = runs, type(runs).__name__, blocks
         self._batch, self._input_kind, self._inside = batch, input_kind, inside
-        self._kinds = {name: kind_of_block(block) for name, block in blocks.items()}
+        self._kinds = {name: block_type(block) for name, block in blocks.items()}
         self._weights = {f"{name}.{n}": x for name, block in blocks.items() for n, x in block.named_parameters()}
         self.names: list[str] = []
         self.forms = Forms()

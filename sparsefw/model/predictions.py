@@ -58,7 +58,7 @@ def predicts(states: HiddenStates, ids: Tensor) -> bool:
     if not states.flow.by_window or hidden.shape[:2] != ids[: states.windows[0]].shape:
         return False
     some = tokens_of_pass(0, ids.shape[1])
-    if not all(model.forms.like(kind, x) for kind in model.kinds for x in (hidden[:1], hidden[:1, some])):
+    if not all(model.forms.like(kind, x) for kind in model.block_types for x in (hidden[:1], hidden[:1, some])):
         # One of the blocks would have to be run.
         return False
     whole = _logits(model, ids[:1], hidden[:1])

@@ -110,7 +110,7 @@ class ResidentModel(BlockModel):
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
         """As `BlockModel.block_tensors`. They are those of the open block, which are others when it is opened again."""
-        if i not in self.firsts:
+        if i not in self.unique_blocks:
             return {}
         # By their places, which hooks of `state_dict` may leave parts out of. Buffers are not changed.
         parameters = [slot for slot in self._slots(i) if isinstance(slot.own, nn.Parameter)]

@@ -16,7 +16,7 @@ from sparsefw.model.parts import UNSUPPORTED
 from sparsefw.model.values import leaves_of, rebuilt
 
 # Blocks of one kind return the same.
-Kind = tuple[Any, ...]
+BlockType = tuple[Any, ...]
 
 # Stands for a block: called with the block's number and what the block is given.
 Replacement = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
@@ -38,24 +38,24 @@ class Forms:
 
     def __init__(self) -> None:
         # By kind, and shape of the input; None for any shape.
-        self._known: dict[tuple[Kind, tuple[int, ...] | None], Form] = {}
+        self._known: dict[tuple[BlockType, tuple[int, ...] | None], Form] = {}
 
-    def find(self, kind: Kind, hidden: Tensor) -> Form | None:
+    def find(self, kind: BlockType, hidden: Tensor) -> Form | None:
         """What a block of a kind returns for this input; None if it is not known."""
         return self._known.get((kind, None)) or self._known.get((kind, tuple(hidden.shape)))
 
-    def like(self, kind: Kind, hidden: Tensor) -> Form | None:
+    def like(self, kind: BlockType, hidden: Tensor) -> Form | None:
         """As `find`, or what it returns for another input, if it keeps the form of hidden states."""
         others = (form for (known, _), form in self._known.items() if known == kind and form.keeps)
         return self.find(kind, hidden) or next(others, None)
 
-    def add(self, kind: Kind, form: Form) -> Form:
+    def add(self, kind: BlockType, form: Form) -> Form:
         """Note a form, and return it. Other tensors than hidden states have another shape for another input."""
         self._known[kind, None if form.only_hidden else form.shape] = form
         return form
 
 
-def kind_of_block(block: nn.Module) -> Kind:
+def block_type(block: nn.Module) -> BlockType:
     """The class of a block, with the names and shapes of its parameters."""
     return type(block), *((name, x.shape) for name, x in block.named_parameters())
 

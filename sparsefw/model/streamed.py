@@ -60,7 +60,7 @@ class StreamedModel(BlockModel):
         path = text_path(model, str(checkpoint.folder), zeros_in, zeros_in)
         shared = shared_parameters(model, path.order, tied_parameters(model), self._skeleton.goes_into.values())
         super().__init__(model, path, shared, device, timeline)
-        self._number = {self.names[i]: i for i in self.firsts}
+        self._number = {self.names[i]: i for i in self.unique_blocks}
         # The skeleton's own tensors; tied parameters are one.
         self._own = model.state_dict(keep_vars=True)
         reads = path.reads & self._own.keys()
@@ -108,7 +108,7 @@ class StreamedModel(BlockModel):
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
         """As `BlockModel.block_tensors`, under the checkpoint's names and in its form."""
-        if i not in self.firsts:
+        if i not in self.unique_blocks:
             return {}
         state = self.blocks[i].state_dict(prefix=f"{self.names[i]}.")
         own = {name: tensor for name, tensor in state.items() if name not in self.shared.sources}
@@ -189,7 +189,7 @@ class StreamedModel(BlockModel):
                 notes.append(f"not pruned: {len(names)} tensors that {what}, {size:.2f} GB, {names[0]} first")
         state = self.model.state_dict()
         changed: dict[torch.dtype, list[str]] = {}
-        for name in (name for i in self.firsts for name in self._tensors_of[i]):
+        for name in (name for i in self.unique_blocks for name in self._tensors_of[i]):
             dtype = state[built.goes_into[name]].dtype
             if tensors[name].dtype.is_floating_point and tensors[name].dtype != dtype:
                 changed.setdefault(dtype, []).append(name)

@@ -140,7 +140,7 @@ class TestBlocks:
         config = AutoConfig.for_model("git", **sizes, vision_config=vision | dict(image_size=16, patch_size=8))
         with streamed(save(tmp_path, config)) as model:
             assert model.names == ["git.encoder.layer.0", "git.encoder.layer.1"]
-            assert not model.idle
+            assert not model.unused
 
     def test_no_limit_of_tokens(self):
         assert max_seqlen(XLNetConfig()) is None
