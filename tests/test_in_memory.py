@@ -12,7 +12,7 @@ from torch import nn
 from sparsefw import InputError, prune
 from sparsefw.data import BATCHES
 from sparsefw.model.activations import Store
-from sparsefw.model.hidden_states import _Constants
+from sparsefw.model.forward import _Constants
 
 QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
 CPU = torch.device("cpu")

@@ -29,8 +29,7 @@ from sparsefw.estimate import Workload, memory_limits, place
 from sparsefw.evaluation.rows import Group, Request, Row, Sharing, groups_of, partition, rows_of
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL
 from sparsefw.model import HiddenStates, ModelShape, Placement, StreamedModel, embed_batches, shape_of
-from sparsefw.model.forward import run_behind_blocks
-from sparsefw.model.hidden_states import check_token
+from sparsefw.model.forward import check_token, run_behind_blocks
 from sparsefw.model.skeleton import max_seqlen
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver import PruneConfig

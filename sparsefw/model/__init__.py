@@ -1,8 +1,9 @@
 """A model that is run one block at a time: its blocks, their prunable layers, and the hidden states between them."""
 
 from sparsefw.model.block_model import BlockModel
+from sparsefw.model.forward import embed, embed_batches
 from sparsefw.model.head import check_losses, logits, loss, perplexity, perplexity_of_batches
-from sparsefw.model.hidden_states import HiddenStates, embed, embed_batches
+from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.model.placement import Placement
 from sparsefw.model.resident import ResidentModel, resident
 from sparsefw.model.shape_of import shape_of, shape_of_resident, shape_of_text

@@ -1,18 +1,24 @@
-"""Run an opened model's own forward with something else in place of its blocks."""
+"""Run an opened model's own forward with something else in place of its blocks: record it, or run what is behind them.
+
+What it gives every block (masks, rotary tables, per-layer windows) is recorded, so that no architecture is named here.
+"""
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sparsefw.data import Batch
+from sparsefw.data import Batch, token_batch
 from sparsefw.errors import InputError
+from sparsefw.model.activations import Activations, Store, Stored
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.explained import StopForward, explained
-from sparsefw.model.flow import Form, Recording
+from sparsefw.model.hidden_states import HandedOn, HiddenStates
 from sparsefw.model.parts import DIFFERS
-from sparsefw.model.recording import Recorder
-from sparsefw.model.stand_ins import Replacement, form_of_output, run_replaced
+from sparsefw.model.recording import Recorder, Recording
+from sparsefw.model.stand_ins import Form, Replacement, form_of_output, run_replaced
 from sparsefw.model.values import rebuilt
 
 
@@ -93,6 +99,103 @@ def record(model: BlockModel, batch: Batch) -> Recording:
     with recorder.on():
         run_with_blocks_replaced(model, batch, replacement)
     return recorder.recording(model.flow.end)
+
+
+def embed(model: BlockModel, ids: Tensor, batch_size: int, store: Store | None = None) -> HiddenStates:
+    """Embed windows of tokens (windows, seqlen), `batch_size` of them in a micro-batch. As `embed_batches`."""
+    return embed_batches(model, map(token_batch, ids.split(batch_size)), store)
+
+
+def check_token(token: int, vocabulary: int | None) -> None:
+    """Refuse the largest token of a text if the model has no embedding for it.
+
+    Args:
+        token: the token.
+        vocabulary: number of the tokens that the model embeds; None: it may read something else.
+    """
+    if vocabulary is not None and token >= vocabulary:
+        raise InputError(f"token {token}: the model embeds {vocabulary} tokens; give those of its own tokenizer")
+
+
+@torch.no_grad()
+def embed_batches(model: BlockModel, batches: Iterable[Batch], store: Store | None = None) -> HiddenStates:
+    """Embed batches, and record what the model passes to every block.
+
+    Args:
+        model: the model.
+        batches: arguments of its forward, for each micro-batch.
+        store: where hidden states are; None: where the work is.
+
+    Raises:
+        InputError: the model has no embedding for a token, weights hold NaN or Inf, or its blocks hand tensors on in a
+            way that cannot be followed.
+    """
+    vocabulary, store = model.vocabulary, store or Store(model.device)
+    with model.outside():
+        states = HiddenStates(model, store, Activations(store), [], [], [], model.flow)
+        constants = _Constants(store)
+        for batch in batches:
+            if vocabulary is not None:
+                # Other models read no tokens.
+                check_token(max(int(ids.max()) for ids in batch.tensors), vocabulary)
+            recording = record(model, batch)
+            if recording.signature != model.flow.signature:
+                raise InputError(DIFFERS)
+            if not states.windows:
+                states.of_batch = recording.of_batch
+            states.windows.append(batch.windows)
+            states.hidden.append(recording.hidden)
+            states.calls.append(recording.calls)
+            states.carried.append(HandedOn({}, recording.boxes))
+            constants.append(recording.constants)
+        states.constants = constants.stored
+    return states
+
+
+class _Constants:
+    """The tensors that the model's forward makes before its first block, of all micro-batches.
+
+    Those that are equal in all micro-batches are held once, on the device.
+
+    Args:
+        store: where the others are.
+
+    Attributes:
+        stored: the tensors of each micro-batch.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store, self.stored = store, list[list[Stored]]()
+        self._shared: dict[int, Tensor] = {}
+
+    def append(self, tensors: list[Tensor]) -> None:
+        """Add the tensors of a micro-batch.
+
+        Raises:
+            InputError: there are more or fewer of them than in the first micro-batch.
+        """
+        if not self.stored:
+            self._shared = dict(enumerate(tensors))
+            on_device = Store(self._store.device)
+            self.stored.append([Stored(on_device, x, tuple(range(x.dim()))) for x in tensors])
+            return
+        if len(tensors) != len(self.stored[0]):
+            raise InputError(DIFFERS)
+        self.stored.append([self._put(n, x) for n, x in enumerate(tensors)])
+
+    def _put(self, n: int, x: Tensor) -> Stored:
+        """Store the n-th tensor of a micro-batch, unless it is equal to that of all before."""
+        first = self._shared.get(n)
+        alike = first is not None and (x.shape, x.dtype) == (first.shape, first.dtype)
+        if first is not None and (x is first or (alike and torch.equal(first, x))):
+            return self.stored[0][n]
+        self._shared.pop(n, None)
+        if first is not None and alike:
+            # They differ from micro-batch to micro-batch. One of another form may be the last.
+            one = self._store.put(first)
+            for before in self.stored:
+                before[n] = one
+        return self._store.put(x)
 
 
 def run_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor, others: dict[int, Tensor]) -> Any:

@@ -34,10 +34,6 @@ Conversion = WeightTransform
 _GENERATING = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
 
 
-# The attribute of a config that says how experts are multiplied.
-_EXPERTS = "_experts_implementation_internal"
-
-
 class LoadReport(Protocol):
     """What transformers reports after loading.
 
@@ -211,20 +207,6 @@ def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
     return model.all_tied_weights_keys
 
 
-@contextmanager
-def expert_by_expert(model: nn.Module) -> Iterator[None]:
-    """Inside the `with` block, the mixtures of a model multiply with one expert at a time, where its input is seen."""
-    configs = {id(config): config for config in (getattr(m, "config", None) for m in model.modules())}
-    before = [(config, getattr(config, _EXPERTS)) for config in configs.values() if hasattr(config, _EXPERTS)]
-    try:
-        for config, _ in before:
-            setattr(config, _EXPERTS, "eager")
-        yield
-    finally:
-        for config, implementation in before:
-            setattr(config, _EXPERTS, implementation)
-
-
 def attention_implementation(model: PreTrainedModel) -> str:
     """The name of the attention function: "eager" holds all scores in memory, others do not."""
     return model.config._attn_implementation
@@ -254,9 +236,13 @@ def _not_dispatched(function: Any) -> Any:
     return same
 
 
-# Entries of a config, and their values in a run.
-OUTPUTS = {"output_hidden_states": False, "output_attentions": False, "output_router_logits": False}
-OUTPUTS |= {"return_dict": True}
+# Entries of a config, and their values where a forward returns no more than a run needs.
+_OUTPUTS = {"output_hidden_states": False, "output_attentions": False, "output_router_logits": False}
+_OUTPUTS |= {"return_dict": True}
+
+# The same for a model in memory: it keeps no keys and values, and its mixtures multiply with one expert at a time,
+# where the input of each is seen.
+_IN_MEMORY = _OUTPUTS | {"use_cache": False, "_experts_implementation_internal": "eager"}
 
 # An entry of a config: the config, its name, its value.
 Entry = tuple[Any, str, Any]
@@ -264,45 +250,39 @@ Entry = tuple[Any, str, Any]
 
 def ask_for_no_more(config: Any) -> None:
     """Change a config, and those in it, so that a forward returns what a run needs."""
-    for part in _parts(config):
-        for _, name, value in _others(part, OUTPUTS):
-            setattr(part, name, value)
+    _set(_entries(config, _OUTPUTS))
+    for name in getattr(config, "sub_configs", ()):
+        ask_for_no_more(getattr(config, name, None))
 
 
 @contextmanager
 def asked_for_no_more(model: nn.Module) -> Iterator[Callable[[], AbstractContextManager[Any]]]:
-    """Inside the `with` block, a model's forward returns what a run needs, and keeps no keys and values.
+    """Inside the `with` block, the configs of a model in memory have the entries of a run.
 
     Yields a function that makes a context in which the configs are as they were, such as the model is written with.
     """
     # Modules may share a config.
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    entries = [entry for config in configs.values() for entry in _others(config, OUTPUTS | {"use_cache": False})]
-    with _set(entries) as as_before:
+    with _changed([entry for config in configs.values() for entry in _entries(config, _IN_MEMORY)]) as as_before:
         yield as_before
 
 
 @contextmanager
-def _set(entries: list[Entry]) -> Iterator[Callable[[], AbstractContextManager[Any]]]:
+def _changed(entries: list[Entry]) -> Iterator[Callable[[], AbstractContextManager[Any]]]:
     """Inside the `with` block, entries have these values. Yields the function that makes the inverse of it."""
     before = [(config, name, getattr(config, name)) for config, name, _ in entries]
     try:
-        for config, name, value in entries:
-            setattr(config, name, value)
-        yield partial(_set, before)
+        _set(entries)
+        yield partial(_changed, before)
     finally:
-        for config, name, value in before:
-            setattr(config, name, value)
+        _set(before)
 
 
-def _others(config: Any, wanted: dict[str, bool]) -> list[Entry]:
-    """The entries that a config has with other values than these, with these values."""
-    its = {name: getattr(config, name, None) for name in wanted}
-    return [(config, name, value) for name, value in wanted.items() if its[name] is not None and its[name] is not value]
+def _entries(config: Any, values: dict[str, Any]) -> list[Entry]:
+    """Those of these entries that a config has, with these values."""
+    return [(config, name, value) for name, value in values.items() if getattr(config, name, None) is not None]
 
 
-def _parts(config: Any) -> Iterator[Any]:
-    """A config, and those in it."""
-    yield config
-    for name in getattr(config, "sub_configs", ()):
-        yield from _parts(getattr(config, name, None))
+def _set(entries: Iterable[Entry]) -> None:
+    for config, name, value in entries:
+        setattr(config, name, value)

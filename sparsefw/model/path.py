@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 from sparsefw.data import Batch, token_batch
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model.explained import BATCHES, TEXT, ForwardFailed, explained
-from sparsefw.model.flow import Flow, Recording
-from sparsefw.model.recording import Recorder, check_same
+from sparsefw.model.recording import Flow, Recorder, Recording, check_same
 from sparsefw.model.slots import filled, slots_of
 from sparsefw.model.stand_ins import Forms, block_type, form_of_output, run_replaced
 from sparsefw.model.values import objects_of, rebuilt
@@ -80,30 +79,25 @@ class Path:
     passed_over: dict[str, str] = field(default_factory=dict)
 
 
-def text_path(model: PreTrainedModel, source: str, outside: Ready, inside: Ready) -> Path:
-    """The path of text through a model.
+def path_through(model: nn.Module, batch: Batch | None, outside: Ready, inside: Ready) -> Path:
+    """The path of a batch through a model.
 
     Args:
         model: the model.
-        source: where it is from, for messages.
+        batch: arguments of its forward; None: a few tokens. Where the model's own forward fails on them, that of a text
+            model inside of it is taken.
         outside, inside: for modules outside of the blocks, and in a block.
 
     Raises:
-        InputError: there is no list of blocks, the forward fails, or it hands tensors on in a way that is not followed.
+        InputError: it has no list of blocks, the forward fails, or it hands tensors on in a way that is not followed.
     """
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    kind, stacks = type(model).__name__, _stacks_of_text(model, depth)
-    if not stacks:
-        raise InputError(f"{source}: unsupported model {kind}: it has no list of blocks (num_hidden_layers is {depth})")
+    if batch is not None:
+        return _path(model, model, batch, BATCHES, outside, inside)
+    inner = (m for m in model.modules() if m is not model and isinstance(m, PreTrainedModel))
     failed: InputError | None = None
-    for runs in (model, *_text_models(model, stacks)):
+    for runs in (model, *(m for m in inner if m.get_output_embeddings() is not None)):
         try:
-            if path := _follow(model, runs, stacks, FEW_TOKENS, TEXT, outside, inside):
-                return path
-            raise InputError(
-                f"unsupported model {type(runs).__name__}: its forward on text calls none of the blocks "
-                f"{', '.join(stacks)}"
-            )
+            return _path(model, runs, FEW_TOKENS, TEXT, outside, inside)
         except InputError as error:
             failed = failed or error
             if not isinstance(error, ForwardFailed):
@@ -113,21 +107,11 @@ def text_path(model: PreTrainedModel, source: str, outside: Ready, inside: Ready
     raise failed
 
 
-def batch_path(model: nn.Module, batch: Batch, outside: Ready, inside: Ready) -> Path:
-    """The path of a batch through a model.
-
-    Args:
-        model: the model.
-        batch: arguments of its forward.
-        outside, inside: as for `text_path`.
-
-    Raises:
-        InputError: it has no list of blocks, the forward fails, or it hands tensors on in a way that is not followed.
-    """
+def _path(model: nn.Module, runs: nn.Module, batch: Batch, input_kind: str, outside: Ready, inside: Ready) -> Path:
     passed_over: dict[str, str] = {}
     while stacks := _stacks(model, passed_over):
         try:
-            path = _follow(model, model, stacks, batch, BATCHES, outside, inside)
+            path = _follow(model, runs, stacks, batch, input_kind, outside, inside)
         except NotABlock as error:
             # The lists inside of its modules may be such lists.
             passed_over[next(name for name, stack in stacks.items() if error.name in stack)] = str(error)
@@ -138,7 +122,7 @@ def batch_path(model: nn.Module, batch: Batch, outside: Ready, inside: Ready) ->
     if passed_over:
         raise InputError(next(iter(passed_over.values())))
     raise InputError(
-        f"unsupported model {type(model).__name__}: its forward on these batches calls no modules of a ModuleList or "
+        f"unsupported model {type(model).__name__}: its forward on {input_kind} calls no modules of a ModuleList or "
         "Sequential that hold layers"
     )
 
@@ -175,40 +159,6 @@ def _follow(
         forms=followed.forms,
         logits_itemsize=followed.logits_itemsize,
     )
-
-
-def _stacks_of_text(model: PreTrainedModel, depth: Any) -> Stacks:
-    """The lists of modules that may be the blocks of text.
-
-    They are those of `depth` modules, or all, in the decoder. Lists inside the modules of another list count only if
-    they have `depth` modules, and no other list has.
-    """
-    with explained(type(model).__name__, "its get_decoder"):
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    # Some classes call their head a decoder.
-    root = decoder if any(isinstance(m, nn.ModuleList) for m in decoder.modules()) else model
-    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    outer, deep = _outermost(lists), [m for m in lists if len(m) == depth]
-    choices = [m for m in outer if m in deep], _outermost(deep), outer
-    found = next((c for c in choices if len(c) == 1), None) or next(filter(None, choices), [])
-    # Norms may stand in lists of their own.
-    return {
-        name: {f"{name}.{i}": block for i, block in enumerate(module) if any(block.children())}
-        for name, module in model.named_modules()
-        if module in found
-    }
-
-
-def _outermost(lists: list[nn.ModuleList]) -> list[nn.ModuleList]:
-    inside = {module for outer in lists for module in outer.modules() if module is not outer}
-    return [module for module in lists if module not in inside]
-
-
-def _text_models(model: PreTrainedModel, stacks: Stacks) -> list[PreTrainedModel]:
-    """Models inside a model that have these lists of modules and a head of their own."""
-    blocks = {block for stack in stacks.values() for block in stack.values()}
-    inner = [m for m in model.modules() if m is not model and isinstance(m, PreTrainedModel)]
-    return [m for m in inner if blocks <= set(m.modules()) and m.get_output_embeddings() is not None]
 
 
 def _stacks(model: nn.Module, passed_over: dict[str, str]) -> Stacks:
@@ -254,7 +204,7 @@ class _Forward:
     ) -> None:
         self._runs, self._kind, self._blocks = runs, type(runs).__name__, blocks
         self._batch, self._input_kind, self._inside = batch, input_kind, inside
-        self._kinds = {name: block_type(block) for name, block in blocks.items()}
+        self._types = {name: block_type(block) for name, block in blocks.items()}
         self._weights = {f"{name}.{n}": x for name, block in blocks.items() for n, x in block.named_parameters()}
         self.names: list[str] = []
         self.forms = Forms()
@@ -323,7 +273,7 @@ class _Forward:
 
     def _run_block(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What stands for a block's output, with the block's changes to the objects that it is given."""
-        block, kind, objects = self._blocks[name], self._kinds[name], objects_of((*args, *kwargs.values()))
+        block, kind, objects = self._blocks[name], self._types[name], objects_of((*args, *kwargs.values()))
         form = self.forms.find(kind, args[0])
         if objects or form is None:
             # The objects themselves, with other tensors than those that are followed.
@@ -339,7 +289,7 @@ class _Forward:
 
     def _other_values(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What stands for the block's output, with other values than `_run_block` gives it."""
-        form = self.forms.find(self._kinds[name], args[0])
+        form = self.forms.find(self._types[name], args[0])
         assert form is not None, name
         return form.after(args[0], _other_values)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from sparsefw.data import Batch
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.hf import asked_for_no_more, attention_by_calls, expert_by_expert
-from sparsefw.model.path import batch_path, text_path
+from sparsefw.model.hf import asked_for_no_more, attention_by_calls
+from sparsefw.model.path import path_through
 from sparsefw.model.shared import shared_parameters
 from sparsefw.model.slots import Slot, is_copied, on_device, overwrite, slots_of
 
@@ -34,14 +34,13 @@ def resident(model: nn.Module, batch: Batch | None, device: torch.device) -> Ite
         device: device that it runs on.
 
     Raises:
-        InputError: as `batch_path` or `text_path`; or its weights hold NaN or Inf.
+        InputError: as `path_through`; or its weights hold NaN or Inf.
     """
     with (
         as_python(),
         _evaluating(model),
         asked_for_no_more(model) as as_configured,
         attention_by_calls(),
-        expert_by_expert(model),
         ResidentModel(model, batch, device, as_configured) as opened,
     ):
         yield opened
@@ -75,10 +74,7 @@ class ResidentModel(BlockModel):
     ) -> None:
         self.as_configured = as_configured
         outside, inside = partial(on_device, device=device), partial(on_device, device=device, copy_buffers=True)
-        if batch is None:
-            path = text_path(cast(PreTrainedModel, model), type(model).__name__, outside, inside)
-        else:
-            path = batch_path(model, batch.to(device), outside, inside)
+        path = path_through(model, None if batch is None else batch.to(device), outside, inside)
         everything = {slot.path for slot in slots_of(model.named_modules(remove_duplicate=False))}
         super().__init__(model, path, shared_parameters(model, path.order, {}, everything), device)
         self.notes = [f"not pruned: {reason}" for reason in path.passed_over.values()] + self.shared.notes

@@ -19,8 +19,9 @@ from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.data import Batch
 from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel
+from sparsefw.model.forward import embed, embed_batches
 from sparsefw.model.hf import attention_implementation
-from sparsefw.model.hidden_states import HiddenStates, embed, embed_batches
+from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.model.layers import (
     Layer,
     choose_all_over,

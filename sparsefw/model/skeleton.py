@@ -6,7 +6,8 @@ time, and renamed or stacked on the way as transformers does it for the whole mo
 are stacked at a time.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,15 +114,9 @@ def build(checkpoint: Checkpoint, as_named: bool = False) -> Skeleton:
     """
     # transformers would draw a progress bar for every block.
     logging.disable_progress_bar()
-    try:
-        trust.check_model_type(checkpoint.config, checkpoint.folder / CONFIG)
-        # The model is built twice.
-        with trust.bounded(2 * len(checkpoint.tensors)):
-            return _build(checkpoint, _config(checkpoint.folder), as_named)
-    except InputError:
-        raise
-    except LOADING as error:
-        raise InputError(f"{checkpoint.folder}: transformers cannot load this model: {first_line(error)}") from error
+    # The model is built twice.
+    with _loading(checkpoint, "model", 2):
+        return _build(checkpoint, _config(checkpoint.folder), as_named)
 
 
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
@@ -130,14 +125,27 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     Raises:
         InputError: transformers cannot load it.
     """
+    with _loading(checkpoint, "config", 1):
+        return _config(checkpoint.folder)
+
+
+@contextmanager
+def _loading(checkpoint: Checkpoint, what: str, times: int) -> Iterator[None]:
+    """Turn errors of transformers, inside the `with` block, into one line.
+
+    Args:
+        checkpoint: the checkpoint.
+        what: what is loaded, for the message.
+        times: how often.
+    """
     try:
         trust.check_model_type(checkpoint.config, checkpoint.folder / CONFIG)
-        with trust.bounded(len(checkpoint.tensors)):
-            return _config(checkpoint.folder)
+        with trust.bounded(times * len(checkpoint.tensors)):
+            yield
     except InputError:
         raise
     except LOADING as error:
-        raise InputError(f"{checkpoint.folder}: transformers cannot load this config: {first_line(error)}") from error
+        raise InputError(f"{checkpoint.folder}: transformers cannot load this {what}: {first_line(error)}") from error
 
 
 def _config(folder: Path) -> PretrainedConfig:

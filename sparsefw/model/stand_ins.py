@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from sparsefw.data import Batch
 from sparsefw.errors import InputError
 from sparsefw.model.explained import StopForward
-from sparsefw.model.flow import Form
 from sparsefw.model.parts import UNSUPPORTED
 from sparsefw.model.values import leaves_of, rebuilt
 
@@ -31,6 +31,44 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
+
+
+@dataclass(frozen=True)
+class Form:
+    """What blocks of a class return.
+
+    Attributes:
+        output: what one of them returned. Hidden states of the form of its input are a meta tensor.
+        shape: shape of its input.
+    """
+
+    output: Any
+    shape: tuple[int, ...]
+
+    @property
+    def only_hidden(self) -> bool:
+        """Whether the hidden states are the only tensor, and have the form of the input."""
+        return self.keeps and len(leaves_of(self.output)) == 1
+
+    @property
+    def keeps(self) -> bool:
+        """Whether hidden states have the form of the input."""
+        return leaves_of(self.output)[0].is_meta
+
+    def after(self, hidden: Tensor, change: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
+        """A stand-in for the output of a block. Each of its tensors is a new object.
+
+        Args:
+            hidden: the block's input, which is the stand-in's hidden states if they have the same form.
+            change: makes each tensor of the stand-in.
+        """
+        return self.around(hidden if self.keeps else leaves_of(self.output)[0], change)
+
+    def around(self, hidden: Tensor, change: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
+        """A stand-in for an output with these hidden states, as `after`."""
+        # The hidden states come first.
+        stand_ins = iter([hidden, *leaves_of(self.output)[1:]])
+        return rebuilt(self.output, lambda _: change(next(stand_ins)))
 
 
 class Forms:

@@ -20,7 +20,7 @@ from sparsefw.model import skeleton
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.explained import explained
 from sparsefw.model.hf import tied_parameters
-from sparsefw.model.path import text_path, zeros_in
+from sparsefw.model.path import path_through, zeros_in
 from sparsefw.model.shared import shared_parameters
 from sparsefw.model.slots import Slot
 from sparsefw.timeline import Timeline
@@ -57,7 +57,7 @@ class StreamedModel(BlockModel):
         model = self._skeleton.model
         self.config: Any = model.config
         self.max_seqlen = skeleton.max_seqlen(self.config)
-        path = text_path(model, str(checkpoint.folder), zeros_in, zeros_in)
+        path = path_through(model, None, zeros_in, zeros_in)
         shared = shared_parameters(model, path.order, tied_parameters(model), self._skeleton.goes_into.values())
         super().__init__(model, path, shared, device, timeline)
         self._number = {self.names[i]: i for i in self.unique_blocks}

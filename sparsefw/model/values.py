@@ -72,7 +72,7 @@ def is_atom(value: Any) -> bool:
     """
     if isinstance(value, _ATOMS) or callable(value):
         return True
-    if not hasattr(value, "__dict__") and not _is_built_in(value):
+    if not hasattr(value, "__dict__") and not isinstance(value, list | tuple | dict):
         raise InputError(f"{UNSUPPORTED}: its blocks are given or return a {type(value).__name__}")
     return False
 
@@ -120,6 +120,11 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
 
 
+def numbers_in(value: Any) -> set[int]:
+    """Numbers of the `Value`s in a nested value."""
+    return {leaf.number for leaf in leaves_of(value) if isinstance(leaf, Value)}
+
+
 def objects_of(value: Any) -> list[Any]:
     """The objects in a nested value that may be changed, the outer ones first."""
     memo: Memo = {}
@@ -127,34 +132,27 @@ def objects_of(value: Any) -> list[Any]:
     return [known for known, _ in memo.values()]
 
 
-def outline(value: Any, by_name: bool = False) -> list[Any]:
+def outline(value: Any) -> list[Any]:
     """The parts of a nested value, for a comparison: equal outlines mean the same tensors in the same places.
 
-    Args:
-        value: the value.
-        by_name: whether functions are equal that have the same name, and are made anew in each forward.
+    Functions of one name are equal: they may be made anew in each forward.
     """
-    return list(_parts(value, {}, by_name))
+    return list(_parts(value, {}))
 
 
-def _parts(value: Any, seen: Memo, by_name: bool) -> Iterator[Any]:
+def _parts(value: Any, known: Memo) -> Iterator[Any]:
     if isinstance(value, _LEAVES):
         yield "tensor", id(value)
-    elif id(value) in seen:
-        yield "seen", seen[id(value)][1]
+    elif id(value) in known:
+        yield "again", known[id(value)][1]
     elif is_atom(value):
-        what = value if isinstance(value, _ATOMS) else getattr(value, "__qualname__", "") if by_name else id(value)
-        yield type(value), what
+        yield type(value), value if isinstance(value, _ATOMS) else getattr(value, "__qualname__", "")
     else:
-        seen[id(value)] = value, len(seen)
+        known[id(value)] = value, len(known)
         yield type(value), len(value) if hasattr(value, "__len__") else 0
         for item in value if isinstance(value, list | tuple) else ():
-            yield from _parts(item, seen, by_name)
-        for known in (value if isinstance(value, dict) else {}, getattr(value, "__dict__", {})):
-            for name, item in known.items():
+            yield from _parts(item, known)
+        for items in (value if isinstance(value, dict) else {}, getattr(value, "__dict__", {})):
+            for name, item in items.items():
                 yield name
-                yield from _parts(item, seen, by_name)
-
-
-def _is_built_in(value: Any) -> bool:
-    return isinstance(value, list | tuple | dict)
+                yield from _parts(item, known)

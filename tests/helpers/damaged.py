@@ -14,7 +14,6 @@ from sparsefw import checkpoint
 from sparsefw.model import HiddenStates, StreamedModel, embed
 from sparsefw.model.activations import Activations, Store
 from sparsefw.model.explained import TEXT
-from sparsefw.model.flow import Call, Flow
 from sparsefw.model.hidden_states import HandedOn
 from sparsefw.model.layers import Layer, Pair, Stage, Survey, kind_of, stages, survey
 from sparsefw.model.values import Box, Value
