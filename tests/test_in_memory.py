@@ -5,17 +5,14 @@ import types
 
 import pytest
 import torch
-from helpers.stacks import drawn, perplexity_of_whole, random_ids
+from helpers.stacks import perplexity_of_whole
 from safetensors.torch import load_model
 from torch import nn
 
 from sparsefw import InputError, prune
 from sparsefw.data import BATCHES
-from sparsefw.model.activations import Store
-from sparsefw.model.forward import _Constants
 
 QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
-CPU = torch.device("cpu")
 
 
 class Block(nn.Module):
@@ -38,15 +35,6 @@ class Stack(nn.Module):
     def forward(self, x, target, scale=None):
         for block in self.blocks:
             x = block(x, scale=scale)
-        return {"loss": (x - target).square().mean()}
-
-
-class Tupled(Stack):
-    """Its blocks have to return tuples."""
-
-    def forward(self, x, target):
-        for block in self.blocks:
-            (x,) = block(x)
         return {"loss": (x - target).square().mean()}
 
 
@@ -86,23 +74,6 @@ class TestBatchesOfSeveralSizes:
             batch["scale"] = torch.rand(size)
         check(model, batches)
 
-    @pytest.mark.parametrize("place", ["gpu", "file"])
-    @pytest.mark.parametrize("forms", ["aab", "aba", "abA", "aaAb", "abcA", "aAbB", "at", "abt"])
-    def test_constants(self, forms, place):
-        torch.manual_seed(0)
-        drawn = {
-            "a": torch.randn(2, 5), "A": torch.randn(2, 5), "b": torch.randn(2, 7), "B": torch.randn(2, 7),
-            "c": torch.randn(5), "t": torch.randn(5, 2).T,
-        }  # fmt: skip
-        constants = _Constants(Store(CPU, place))
-        for form in forms:
-            constants.append([drawn[form].clone(), torch.ones(3)])
-        for j, form in enumerate(forms):
-            one, other = (x.read() for x in constants.stored[j])
-            assert torch.equal(one, drawn[form])
-            assert one.stride() == drawn[form].stride()
-            assert torch.equal(other, torch.ones(3))
-
 
 class TestHooks:
     """Hooks of blocks run once for a block's own run, as in the model."""
@@ -121,14 +92,6 @@ class TestHooks:
         for block, hooks in zip(model.blocks, before, strict=True):
             for now, known in zip((x for x in vars(block).values() if isinstance(x, dict)), hooks, strict=True):
                 assert now.keys() == known.keys()
-
-    def test_that_change_the_form(self):
-        """A block is run with its hooks to see what it returns."""
-        torch.manual_seed(0)
-        model = Tupled().eval()
-        for block in model.blocks:
-            block.register_forward_hook(lambda module, args, output: (output,))
-        check(model, batches_like((2, 5)))
 
 
 class Forwards:
@@ -239,9 +202,3 @@ class TestInferenceMode:
         weights = [block.fc1.weight for block in model.blocks]
         check(model, batches, **options)
         assert all(block.fc1.weight is weight for block, weight in zip(model.blocks, weights, strict=True))
-
-    def test_language_model(self):
-        with torch.inference_mode():
-            model, _ = drawn("mixtral")
-            result = prune(model, dataset=random_ids(4, 12), **QUICK)
-        assert (model.get_parameter(result.layers[0].name) == 0).any()

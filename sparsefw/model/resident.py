@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from sparsefw.checkpoint.tensors import Loadable, dequantized
 from sparsefw.compiled import as_python
 from sparsefw.data import Batch
-from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.hf import asked_for_no_more, attention_by_calls
@@ -97,8 +96,6 @@ class ResidentModel(BlockModel):
         return {}
 
     def _make(self, i: int | None, tensors: Mapping[str, Loadable], slots: list[Slot]) -> Callable[[Slot], Tensor]:
-        _check_places(slots, tensors)
-
         def copied(slot: Slot) -> Tensor:
             return dequantized(tensors.get(slot.path, slot.own)).detach().to(self.device, copy=True)
 
@@ -119,14 +116,6 @@ class ResidentModel(BlockModel):
 
         Buffers stay as they are. Entries of theirs may share memory, which nothing can be copied to.
         """
-        slots = self._slots(i)
-        _check_places(slots, tensors)
-        for slot in slots:
+        for slot in self._slots(i):
             if slot.path in tensors and isinstance(slot.own, nn.Parameter):
                 overwrite(slot.own, tensors[slot.path])
-
-
-def _check_places(slots: list[Slot], tensors: Mapping[str, Any]) -> None:
-    """Refuse tensors that have no place any more: weights would stay dense unsaid."""
-    if lost := sorted(tensors.keys() - {slot.path for slot in slots}):
-        raise InputError(f"{lost[0]}: the model had this tensor, and has it no more; its modules change while it runs")

@@ -26,10 +26,6 @@ def locked(source, prefix):
     return sum(pinned_bytes(info.nbytes) for name, info in source.tensors.items() if name.startswith(prefix))
 
 
-def test_sizes_are_powers_of_two():
-    assert [pinned_bytes(n) for n in (0, 1, 2, 3, 4, 5, 1024, 1025)] == [0, 1, 2, 4, 4, 8, 1024, 2048]
-
-
 def test_embeddings_leave_nothing(source):
     with pretended_gpu() as gpu, StreamedModel(source, torch.device("cuda")) as model:
         with model.outside():

@@ -106,41 +106,36 @@ class TestClass:
             class_of(config, tmp_path)
 
 
+SIZES = dict(vocab_size=258, hidden_size=32, intermediate_size=48, num_attention_heads=4)
+TOKENS = dict(bos_token_id=0, eos_token_id=1, pad_token_id=1)
+# Other lists of modules are inside of the blocks, or in a tower that text does not run through.
+BLOCKS = {
+    "longcat_flash": (
+        dict(ffn_hidden_size=48, expert_ffn_hidden_size=24, num_layers=3, q_lora_rank=16, kv_lora_rank=16, head_dim=8)
+        | dict(qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, zero_expert_num=1, moe_topk=2),
+        [f"model.layers.{i}" for i in range(3)],
+    ),
+    "git": (
+        dict(num_hidden_layers=1, vision_config=SIZES | dict(num_hidden_layers=2, image_size=16, patch_size=8)),
+        ["git.encoder.layer.0"],
+    ),
+    "xlm": (dict(emb_dim=32, n_layers=1, n_heads=2), ["transformer.attentions.0", "transformer.ffns.0"]),
+}
+
+
 class TestBlocks:
-    @pytest.mark.parametrize("depth", [1, 3])
-    def test_a_list_of_another_length(self, depth, tmp_path):
-        """A block of LongCat counts as two layers, and has lists of two modules inside."""
-        config = AutoConfig.for_model(
-            "longcat_flash",
-            **dict(vocab_size=258, hidden_size=32, ffn_hidden_size=48, expert_ffn_hidden_size=24, num_layers=depth),
-            **dict(num_attention_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8),
-            **dict(v_head_dim=8, head_dim=8, n_routed_experts=4, zero_expert_num=1, moe_topk=2),
-            **dict(bos_token_id=0, eos_token_id=1, pad_token_id=1),
-        )
-        with streamed(save(tmp_path, config)) as model:
-            assert model.names == [f"model.layers.{i}" for i in range(depth)]
+    @pytest.mark.parametrize("family", BLOCKS)
+    def test_are_what_the_forward_calls_one_after_the_other(self, family, tmp_path):
+        sizes, names = BLOCKS[family]
+        with streamed(save(tmp_path, AutoConfig.for_model(family, **SIZES | TOKENS | sizes))) as model:
+            assert model.names == names
+            assert not model.unused
 
-    def test_a_class_that_calls_its_head_a_decoder(self, tmp_path):
-        sizes = dict(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
-        tokens = dict(bos_token_id=0, eos_token_id=1, pad_token_id=1, cls_token_id=0, sep_token_id=1)
-        with streamed(save(tmp_path, AutoConfig.for_model("modernbert-decoder", **sizes, **tokens))) as model:
-            assert model.names == [f"model.layers.{i}" for i in range(3)]
-
-    def test_blocks_in_two_lists(self, tmp_path):
-        sizes = dict(vocab_size=258, hidden_size=32, intermediate_size=48, num_attention_heads=4, head_dim=8)
-        config = HrmTextConfig(**sizes, num_layers_per_stack=2, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    def test_that_all_run_more_than_once(self, tmp_path):
+        config = HrmTextConfig(**SIZES, **TOKENS, num_layers_per_stack=2, head_dim=8)
         message = r"unsupported model HrmTextForCausalLM: model.L_module.layers.0 runs more than once in a forward"
         with pytest.raises(InputError, match=message):
             streamed(save(tmp_path, config))
-
-    def test_one_of_several_lists_runs(self, tmp_path):
-        """The vision tower of GIT is in the same module as its blocks, and has as many."""
-        sizes = dict(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-        vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-        config = AutoConfig.for_model("git", **sizes, vision_config=vision | dict(image_size=16, patch_size=8))
-        with streamed(save(tmp_path, config)) as model:
-            assert model.names == ["git.encoder.layer.0", "git.encoder.layer.1"]
-            assert not model.unused
 
     def test_no_limit_of_tokens(self):
         assert max_seqlen(XLNetConfig()) is None
