@@ -127,7 +127,7 @@ REFUSED = {
     "an attribute": (each(lambda block, x, kwargs: block(x, **kwargs) + getattr(block, "made", 0)), UNSEEN),
     "an object between": (read_between, UNSEEN),
     "an object behind": (read_behind, "behind the last block .*in a way that cannot be followed"),
-    "an entry behind": (needed_behind, "in a way that cannot be followed: without it, KeyError"),
+    "an entry behind": (needed_behind, "in a way that cannot be followed: without it, 2"),
 }
 
 
