@@ -16,6 +16,7 @@ from sparsefw.model.activations import Activations, Store
 from sparsefw.model.explained import TEXT
 from sparsefw.model.hidden_states import HandedOn
 from sparsefw.model.layers import Layer, Pair, Stage, Survey, kind_of, stages, survey
+from sparsefw.model.recording import Call, Flow
 from sparsefw.model.values import Box, Value
 
 
