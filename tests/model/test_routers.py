@@ -81,16 +81,6 @@ def test_a_matrix_whose_outputs_are_chosen_from(forward):
     assert found(forward) == found(forward, torch.bfloat16) == {"g.weight"}
 
 
-def test_the_layer_before_a_router_is_an_ordinary_one():
-    """The stream that it writes to goes on."""
-
-    def forward(b, x):
-        h = b.a(x).relu() + x
-        return combined(h, *b.g(h).topk(2, -1))
-
-    assert found(forward) == {"g.weight"}
-
-
 def normed(x):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.damaged import damaged_module, damaged_pair, described, pruned_block, stages_of, whole_runs
-from helpers.families import is_layer, save_model
+from helpers.families import save_model
 from torch import nn
 
 from sparsefw.kernels.backend import TORCH
@@ -70,21 +70,6 @@ class TestStages:
         norm = nn.Sequential(nn.LayerNorm(8), nn.Unflatten(1, (2, 4)), nn.Flatten())
         norm.register_parameter("unused", nn.Parameter(torch.ones(2, 2)))
         assert stages_of(damaged_module(norm, [x])) == []
-
-    @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_neox"])
-    def test_give_what_the_whole_block_gives(self, family, tmp_path):
-        pair = damaged_pair(save_model(tmp_path, family))
-        block, (run, _), batches = pruned_block(pair), whole_runs(pair), range(len(pair.pruned))
-        whole = capture(block, run, batches, backend=TORCH, selected=is_layer)
-        layers, grams = [], {}
-        for stage in stages_of(pair):
-            captured = capture(block, run, batches, backend=TORCH, selected=is_layer, stage=stage)
-            layers += captured.layers
-            grams |= captured.grams
-        assert {(layer.name, layer.gram) for layer in layers} == {(layer.name, layer.gram) for layer in whole.layers}
-        assert grams.keys() == whole.grams.keys()
-        for name, G in whole.grams.items():
-            assert torch.equal(grams[name], G)
 
 
 class TestConfirmed:
