@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from sparsefw.model.tape import Calls
+from torch.overrides import TorchFunctionMode
 
 # Functions that take a part of a tensor. Those that cut all of it into parts, such as chunk, have one gradient for all.
 _TAKING = {Tensor.__getitem__, Tensor.select, Tensor.narrow, torch.select, torch.narrow}
 
 
-class SliceGradients(Calls):
+class SliceGradients(TorchFunctionMode):
     """Inside the `with` block, parts that are taken of parameters are leaves of the graph.
 
     Args:
@@ -36,13 +35,14 @@ class SliceGradients(Calls):
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        super().__init__(self._call)
+        super().__init__()
         self.leaves: list[Tensor] = [*parameters]
         self._parameters = {id(parameter): parameter for parameter in self.leaves}
         # By the id of the parameter, and the place of the part in memory.
         self._parts: dict[tuple[Any, ...], Tensor] = {}
 
-    def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
         parameter = self._parameter_of(args[0]) if func in _TAKING and args and torch.is_grad_enabled() else None
         if parameter is not None:
             part = func(args[0].detach(), *args[1:], **kwargs)
