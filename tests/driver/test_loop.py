@@ -13,7 +13,6 @@ from transformers.models.llama import modeling_llama
 
 from sparsefw import data
 from sparsefw.driver import loop
-from sparsefw.driver import run as driver_run
 from sparsefw.driver.block import _check_separate
 from sparsefw.errors import InputError
 from sparsefw.model.layers import Layer
@@ -26,20 +25,35 @@ from sparsefw.solver.target import find_target
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
 
 
-@pytest.fixture
-def pruned(tmp_path):
+FEW_STEPS = ["--steps", "9", "--reconstruct", "0", "--damp", "0.1"]
+
+
+def prune(folder, *flags, family="llama", **changes):
+    """Prune a small model on a few windows, in a folder; returns the exit status, and the report if there is one."""
+    if not (folder / "model").exists():
+        save_model(folder / "model", family, **changes)
+        (folder / "text.txt").write_text(TEXT)
+    places = ["--model", folder / "model", "--dataset", folder / "text.txt", "--output", folder / "out"]
+    windows = ["--nsamples", "40", "--seqlen", "32", "--kernel", "torch", "--precision", "ieee"]
+    status = main([*map(str, places), *windows, *flags])
+    return status, None if status else json.loads((folder / "out" / "report.json").read_text())
+
+
+def dense_and_pruned(folder):
+    """The model before and after, and the calibration windows."""
+    ids = data.calibration_windows(
+        AutoTokenizer.from_pretrained(folder / "model"), str(folder / "text.txt"), nsamples=40, seqlen=32, seed=0
+    ).ids
+    return *(AutoModelForCausalLM.from_pretrained(folder / name) for name in ("model", "out")), ids
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
     """A model pruned by magnitude; its dense and pruned forms, the report and the calibration windows."""
-    source = save_model(tmp_path / "model", "llama")
-    (tmp_path / "text.txt").write_text(TEXT)
-    flags = ["--nsamples", "40", "--seqlen", "32", "--method", "magnitude", "--kernel", "torch", "--precision", "ieee"]
-    places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
-    assert main([*places, *flags]) == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    windows = data.calibration_windows(tokenizer, str(tmp_path / "text.txt"), nsamples=40, seqlen=32, seed=0)
-    assert windows.hash == report["data"]["hash"]
-    dense, sparse = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "out"))
-    return dense, sparse, report, windows.ids
+    folder = tmp_path_factory.mktemp("pruned")
+    _, report = prune(folder, "--method", "magnitude")
+    dense, sparse, ids = dense_and_pruned(folder)
+    return dense, sparse, report, ids
 
 
 def test_blocks_are_calibrated_on_what_the_pruned_blocks_before_them_give(pruned):
@@ -90,22 +104,14 @@ def linears_seen(model, ids):
 @torch.no_grad()
 def test_layers_approximate_what_the_dense_model_puts_out(tmp_path):
     """Errors are those of their definition, with inputs behind all layers pruned before, even in the same block."""
-    source = save_model(tmp_path / "model", "llama")
-    (tmp_path / "text.txt").write_text(TEXT)
-    flags = ["--nsamples", "40", "--seqlen", "32", "--kernel", "torch", "--precision", "ieee", "--steps", "9"]
-    flags += ["--reconstruct", "0", "--damp", "0.1"]
     lost = {}
     for target in ("dense", "layer"):
-        places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / target)]
-        assert main([*places, *flags, "--target", target]) == 0
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        ids = data.calibration_windows(tokenizer, str(tmp_path / "text.txt"), nsamples=40, seqlen=32, seed=0).ids
-        dense, sparse = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / target))
+        _, report = prune(tmp_path, *FEW_STEPS, "--target", target, "--overwrite")
+        dense, sparse, ids = dense_and_pruned(tmp_path)
         (X_dense, hidden_dense), (X, hidden) = linears_seen(dense, ids), linears_seen(sparse, ids)
         lost[target] = [(a - b).square().sum().item() for a, b in zip(hidden_dense[1:], hidden[1:], strict=True)]
         if target == "layer":
             continue
-        report = json.loads((tmp_path / target / "report.json").read_text())
         errors = {row["name"]: row["error"] for row in report["layers"]}
         assert {row["target"] for row in report["layers"]} == {"dense"}
         for i in range(3):
@@ -148,17 +154,9 @@ def stream_behind_attention(model, ids):
 @pytest.mark.parametrize("selection", [["--ignore", "mlp"], ["--include", "o_proj"]], ids=" ".join)
 def test_a_layer_makes_up_for_its_own_output_only(selection, tmp_path):
     """The MLP behind it stays dense, and what that adds to the stream is not the layer's to repair."""
-    source = save_model(tmp_path / "model", "llama")
-    (tmp_path / "text.txt").write_text(TEXT)
-    flags = ["--nsamples", "40", "--seqlen", "32", "--kernel", "torch", "--precision", "ieee", "--steps", "9"]
-    flags += ["--reconstruct", "0", "--damp", "0.1"]
-    places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
-    assert main([*places, *flags, *selection]) == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    _, report = prune(tmp_path, *FEW_STEPS, *selection)
     errors = {row["name"]: row["error"] for row in report["layers"]}
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    ids = data.calibration_windows(tokenizer, str(tmp_path / "text.txt"), nsamples=40, seqlen=32, seed=0).ids
-    dense, sparse = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "out"))
+    dense, sparse, ids = dense_and_pruned(tmp_path)
     streams = [stream_behind_attention(model, ids) for model in (dense, sparse)]
     inputs, _ = linears_seen(sparse, ids)
     for i in range(3):
@@ -187,12 +185,8 @@ def test_experts_that_no_token_reaches_are_no_model(tmp_path, capsys):
 
 
 def test_what_a_compared_method_left_dense_is_not_called_dense(tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
-    folder = save_model(tmp_path / "model", "mixtral", num_local_experts=32, num_experts_per_tok=1)
-    few = ["--model", str(folder), "--dataset", str(tmp_path / "text.txt"), "--nsamples", "2", "--seqlen", "8"]
-    flags = ["--sparsity", "0.8", "--method", "wanda", "--compare", "magnitude", "--output", str(tmp_path / "out")]
-    assert main([*few, *flags]) == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    flags = ["--nsamples", "2", "--seqlen", "8", "--sparsity", "0.8", "--method", "wanda", "--compare", "magnitude"]
+    _, report = prune(tmp_path, *flags, family="mixtral", num_local_experts=32, num_experts_per_tok=1)
     wanda, magnitude = ({x["name"] for x in report["layers"] if x["method"] == m} for m in ("wanda", "magnitude"))
     # Other tokens come to the experts of the later blocks.
     assert wanda - magnitude
@@ -218,47 +212,6 @@ def test_next_block_is_read_and_the_last_one_written_beside_the_work(pruned):
         assert block["host_bytes"] > 2**26
 
 
-@pytest.fixture(scope="module")
-def placed(tmp_path_factory):
-    """Prunes one model by windows of four, with other settings of the placement; gives the memory and what came out."""
-    folder = tmp_path_factory.mktemp("placed")
-    source, text = save_model(folder / "model", "qwen3_moe", torch.bfloat16, num_hidden_layers=2), folder / "text.txt"
-    text.write_text(TEXT)
-    flags = ["--model", source, "--dataset", text, "--eval", text, "--eval-windows", 3, "--nsamples", 9, "--seqlen", 32]
-    flags += ["--kernel", "torch", "--steps", 2, "--reconstruct", "0"]
-    place_of = driver_run.place
-
-    def prune(name, **settings):
-        def chosen(*args, fixed=None, **kwargs):
-            return place_of(*args, **kwargs, fixed=settings | (fixed or {}))
-
-        output = folder / name
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(BATCH_TOKENS, "cpu", 4 * 32)
-            patch.setattr(driver_run, "place", chosen)
-            assert main([*map(str, flags), "--output", str(output)]) == 0
-        report = json.loads((output / "report.json").read_text())
-        return report["memory"], [report["evaluation"], *(p.read_bytes() for p in sorted(output.glob("*.safetensors")))]
-
-    return prune
-
-
-@pytest.fixture(scope="module")
-def as_usual(placed):
-    return placed("usual")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ahead", [True, False])
-@pytest.mark.parametrize("place", ["host", "file"])
-def test_placement_does_not_change_the_result(place, ahead, placed, as_usual):
-    usual, content = as_usual
-    memory, other = placed(f"{place} {ahead}", batch=4, place=place, ahead=ahead)
-    assert usual["batch_windows"] == memory["batch_windows"] == 4
-    assert (memory["activations"], memory["read_ahead"]) == (place, ahead)
-    assert content == other
-
-
 def test_a_full_gpu_takes_half_the_windows_at_a_time(tmp_path, monkeypatch, capsys):
     """From the last finished block on, and so does a run that goes on with what is finished."""
     source, text = save_model(tmp_path / "model", "llama"), tmp_path / "text.txt"
@@ -271,9 +224,11 @@ def test_a_full_gpu_takes_half_the_windows_at_a_time(tmp_path, monkeypatch, caps
 
     def full(run, i, *args):
         batches.append((i, run.placement.batch))
+        # Its layers are written in place.
+        pruned = prune(run, i, *args)
         if raised and raised[-1][0] == i:
             raise raised.pop()[1]
-        return prune(run, i, *args)
+        return pruned
 
     monkeypatch.setattr(loop, "prune_block", full)
     assert main([*flags, "--output", str(tmp_path / "out")]) == 130
@@ -290,18 +245,14 @@ def test_a_full_gpu_takes_half_the_windows_at_a_time(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("method", ["sparsefw", "wanda"])
 def test_a_layer_that_only_real_data_reaches_is_refused(method, tmp_path, monkeypatch, capsys):
     """Without weights, nothing but zeros comes to it."""
-    source = save_model(tmp_path / "model", "llama")
-    (tmp_path / "text.txt").write_text(TEXT)
     forward = modeling_llama.LlamaMLP.forward
 
     def branching(self, x):
         return forward(self, x) if x.abs().max() > 0 else self.down_proj(self.gate_proj(x))
 
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", branching)
-    flags = ["--nsamples", "2", "--seqlen", "16", "--kernel", "torch", "--method", method]
-    flags += ["--steps", "2", "--reconstruct", "0"] * (method == "sparsefw")
-    places = ["--model", str(source), "--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
-    assert main([*places, *flags]) == 2
+    few_steps = FEW_STEPS if method == "sparsefw" else []
+    assert prune(tmp_path, "--nsamples", "2", "--method", method, *few_steps) == (2, None)
     assert "model.layers.0.mlp.up_proj.weight: unsupported model" in capsys.readouterr().err
 
 

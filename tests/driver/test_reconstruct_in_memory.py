@@ -11,7 +11,6 @@ from helpers.stacks import STACKS, drawn
 from sparsefw import in_memory, prune
 from sparsefw.driver import loop, reconstruct
 from sparsefw.errors import InputError
-from sparsefw.ranks import ALONE
 from sparsefw.report import HIDDEN, PREDICTIONS
 from sparsefw.solver import PruneConfig
 
@@ -197,27 +196,9 @@ def prune_mixtures(ranks, chosen):
     return found, [parameter.detach() for parameter in model.parameters()]
 
 
-def test_a_micro_batch_that_reaches_no_pruned_weight_has_zero_gradients():
-    found, _ = prune_mixtures(ALONE, [2, 0, 1, 2, 0, 1, 0, 1])
-    assert [x.steps for x in found] == [8 * 7] * 2
-    assert all(x.after < x.before for x in found)
-
-
 def test_a_rank_that_reaches_no_pruned_weight_learns_from_the_others():
     (found, weights), (other, same) = on_ranks(2, prune_mixtures, [2, 2, 2, 2, 0, 1, 0, 1])
     assert found == other
     assert [x.steps for x in found] == [8 * 3] * 2
     assert all(x.after < x.before for x in found)
     assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
-
-
-def refused(ranks):
-    model, batches = _Stack([_NoGradients(fails=False)]).eval(), [*torch.randn(4, 2, 4, 8)]
-    config = PruneConfig(method="wanda", kernel="torch", sparsity="0.5", reconstruct=1)
-    with pytest.raises(InputError, match=NO_GRADIENTS) as caught:
-        in_memory.prune_on_batches(model, batches, None, config, None, PLACES, lambda line: None, False, ranks)
-    return str(caught.value)
-
-
-def test_all_ranks_refuse_a_block_that_none_of_them_has_gradients_for():
-    assert len(set(on_ranks(2, refused))) == 1

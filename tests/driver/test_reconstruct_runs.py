@@ -147,24 +147,6 @@ def test_goes_on_with_the_same_bytes(line, mixture, tmp_path, monkeypatch):
     assert without_times(report) == without_times(expected)
 
 
-def test_gradients_of_experts_are_those_of_their_slices(mixture, tmp_path, monkeypatch):
-    """Each expert that has tokens has one by itself, beside those of all parameters."""
-    folder, _ = mixture
-    seen = []
-
-    class Spied(reconstruct.SliceGradients):
-        def __exit__(self, *args):
-            seen.append((len(self.leaves), sum(leaf.dim() == 3 for leaf in self.leaves)))
-            return super().__exit__(*args)
-
-    monkeypatch.setattr(reconstruct, "SliceGradients", Spied)
-    run(folder, tmp_path / "out", "--method", "wanda", "--reconstruct", "1")
-    assert seen
-    # Two matrices of up to four experts, two stacks of them, and four matrices of attention.
-    assert {stacks for _, stacks in seen} == {2}
-    assert all(6 < leaves <= 6 + 8 for leaves, _ in seen)
-
-
 @pytest.mark.parametrize(("windows", "said"), [(1, True), (2, False)])
 def test_one_window_is_too_few_and_the_log_says_so(windows, said, llama, tmp_path, capsys):
     report, _ = run(llama, tmp_path / "out", "--nsamples", str(windows))

@@ -30,7 +30,11 @@ RUNS = {
 
 
 class Watched(LiveBytes):
-    """Counts what other threads have made as well, such as weights, from its first use on."""
+    """Counts what other threads have made as well, such as weights, from its first use on, and nothing without data."""
+
+    def add(self, storage):
+        if storage.device.type != "meta":
+            super().add(storage)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for x in tree_leaves((args, kwargs)):

@@ -24,86 +24,53 @@ OTHER = dict(
 )  # fmt: skip
 
 
-class TestDefaults:
-    @pytest.mark.parametrize(
-        ("options", "expected"),
-        [
-            ({}, dict(steps=12, penalty=0.7, alpha=0, swaps=0, refit=2, rounds=3, target="dense", damp=0.1)),
-            (dict(refit=3), dict(steps=12, alpha=0, swaps=0, refit=3, rounds=3, target="dense", damp=0.1)),
-            (dict(refit=0), dict(steps=40, penalty=1, alpha=0, swaps=100, refit=0, rounds=0, target="layer", damp=0.2)),
-            (dict(refit=0, alpha=0.25, swaps=0, damp=0), dict(alpha=0.25, swaps=0, damp=0)),
-            (dict(alpha=0.5, target="layer"), dict(alpha=0.5, target="layer")),
-            (dict(preset="fast"), dict(steps=3, penalty=1, alpha=0, swaps=0, refit=4, rounds=0, target="layer")),
-            (dict(preset="fast", refit=0), dict(steps=10, swaps=0, refit=0, rounds=0, target="layer", damp=0.2)),
-            (dict(preset="paper"), dict(alpha=0.9, swaps=0, refit=0, rounds=0, target="layer", damp=0)),
-            (dict(preset="paper", refit=2), dict(alpha=0.9, swaps=0, rounds=0, target="dense", damp=0.1)),
-        ],
-    )
-    def test_go_with_the_refit(self, options, expected):
-        assert expected.items() <= dataclasses.asdict(PruneConfig(**options)).items()
+PAPER = dict(step_rule="open-loop", alpha=0.9, steps=2000, penalty=0, refit=0, swaps=0, rounds=0, reconstruct=0)
 
-    @pytest.mark.parametrize(
-        ("options", "expected"),
-        [
-            (dict(reconstruct=0), (24, 4)),
-            (dict(reconstruct=0, refit=2), (24, 2)),
-            (dict(reconstruct=3), (12, 2)),
-            (dict(reconstruct=1, steps=5), (5, 2)),
-            (dict(target="layer"), (12, 2)),
-            (dict(compare=("wanda",)), (12, 2)),
-            # The run reconstructs Wanda's blocks.
-            (dict(method="wanda", reconstruct=2, compare=("sparsefw",)), (24, 4)),
-            (dict(refit=0, reconstruct=2), (40, 0)),
-            (dict(preset="fast", reconstruct=2), (3, 4)),
-            (dict(preset="paper", reconstruct=2), (2000, 0)),
-        ],
-    )
-    def test_go_with_the_reconstruction(self, options, expected):
-        found = PruneConfig(**options)
-        assert (found.steps, found.refit) == expected
 
-    @pytest.mark.parametrize(
-        ("options", "passes"),
-        [
-            ({}, 2),
-            (dict(target="layer"), 2),
-            (dict(compare=("wanda",)), 2),
-            (dict(reconstruct=0), 0),
-            (dict(refit=0), 0),
-            (dict(preset="fast"), 0),
-            (dict(preset="paper", refit=2), 0),
-            (dict(method="sparsegpt"), 0),
-            (dict(method="wanda", compare=("sparsefw",)), 0),
-            (dict(method="wanda", reconstruct=3), 3),
-        ],
-    )
-    def test_which_runs_reconstruct(self, options, passes):
-        assert PruneConfig(**options).reconstruct == passes
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, dict(sparsity="0.6", method="sparsefw", compare=(), preset="sparsefw", include=(), ignore=())),
+        ({}, dict(keep_zeros=False, warm_start="wanda", step_rule="line-search", alpha=0, penalty=0.7, swaps=0)),
+        ({}, dict(steps=12, refit=2, rounds=3, target="dense", damp=0.1, reconstruct=2)),
+        (dict(refit=3, alpha=0.5), dict(steps=12, alpha=0.5, refit=3, rounds=3, target="dense", damp=0.1)),
+        (dict(target="layer"), dict(steps=12, refit=2, reconstruct=2)),
+        (dict(compare=("wanda",)), dict(steps=12, refit=2, reconstruct=2)),
+        (dict(reconstruct=1, steps=5), dict(steps=5, refit=2)),
+        (dict(reconstruct=0), dict(steps=24, refit=4)),
+        (dict(reconstruct=0, refit=2), dict(steps=24, refit=2)),
+        (dict(refit=0), dict(steps=40, penalty=1, swaps=100, rounds=0, target="layer", damp=0.2, reconstruct=0)),
+        (dict(refit=0, swaps=0, damp=0, reconstruct=2), dict(steps=40, refit=0, swaps=0, damp=0, reconstruct=2)),
+        # The run reconstructs Wanda's blocks.
+        (dict(method="wanda", reconstruct=3, compare=("sparsefw",)), dict(steps=24, refit=4, reconstruct=3)),
+        (dict(method="wanda", compare=("sparsefw",)), dict(reconstruct=0)),
+        (dict(method="sparsegpt"), dict(reconstruct=0)),
+        (dict(preset="fast"), dict(steps=3, penalty=1, refit=4, rounds=0, target="layer", damp=0.1, reconstruct=0)),
+        (dict(preset="fast", refit=0), dict(steps=10, swaps=0, refit=0, rounds=0, target="layer", damp=0.2)),
+        (dict(preset="fast", reconstruct=2), dict(steps=3, refit=4)),
+        (dict(preset="paper"), PAPER | dict(target="layer", damp=0)),
+        (dict(preset="paper", refit=2), PAPER | dict(refit=2, target="dense", damp=0.1)),
+        (dict(preset="paper", reconstruct=2), dict(steps=2000, refit=0)),
+    ],
+    ids=str,
+)
+def test_defaults(options, expected):
+    assert expected.items() <= dataclasses.asdict(PruneConfig(**options)).items()
 
-    def test_do_not_depend_on_more(self):
-        found = PruneConfig()
-        assert (found.sparsity, found.method, found.compare, found.preset) == ("0.6", "sparsefw", (), "sparsefw")
-        assert (found.include, found.ignore, found.keep_zeros, found.warm_start) == ((), (), False, "wanda")
-        assert found.step_rule == "line-search"
-        assert (PruneConfig.paper().step_rule, PruneConfig.paper().penalty) == ("open-loop", 0)
-        assert PruneConfig.paper().steps == PruneConfig.paper(refit=2).steps == 2000
 
-    @pytest.mark.parametrize(("cuda", "expected"), [(True, ("triton", "bf16")), (False, ("torch", "ieee"))])
-    def test_go_with_the_machine(self, cuda, expected, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-        found = PruneConfig()
-        assert (found.kernel, found.precision) == expected
-        assert PruneConfig(kernel="torch").precision == expected[1]
+@pytest.mark.parametrize(("cuda", "expected"), [(True, ("triton", "bf16")), (False, ("torch", "ieee"))])
+def test_defaults_go_with_the_machine(cuda, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    found = PruneConfig()
+    assert (found.kernel, found.precision) == expected
+    assert PruneConfig(kernel="torch").precision == expected[1]
 
-    @pytest.mark.parametrize("refit", [0, 4])
-    @pytest.mark.parametrize("preset", config.PRESETS)
-    def test_cover_exactly_the_fields_that_depend(self, preset, refit):
-        """Every field without a default of its own gets one, once, and each of these is a field."""
-        machine = ["kernel", "precision"]
-        names = [*config.DEFAULTS[preset, bool(refit)], *machine]
-        assert sorted(names) == sorted(name for name, f in FIELDS.items() if f.default is DEPENDS)
-        found = PruneConfig(preset=preset, refit=refit)
-        assert all(getattr(found, name) is not DEPENDS for name in FIELDS)
+
+@pytest.mark.parametrize("refit", [0, 4])
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_every_field_that_depends_has_a_default(preset, refit):
+    found = PruneConfig(preset=preset, refit=refit)
+    assert all(getattr(found, name) is not DEPENDS for name in FIELDS)
 
 
 class TestRefused:
@@ -134,12 +101,6 @@ class TestRefused:
         assert str(error.value).startswith(message)
         assert "\n" not in str(error.value)
 
-    def test_the_same_is_allowed_of_rows(self):
-        for name in ("penalty", "swaps", "refit"):
-            assert getattr(PruneConfig.paper(**{name: 1}), name) == 1
-            assert getattr(PruneConfig(sparsity="layer:0.6", **{name: 1}), name) == 1
-        assert PruneConfig.paper(refit=1, rounds=2).rounds == 2
-
     @pytest.mark.parametrize("name", FRANK_WOLFE)
     def test_options_that_a_method_does_not_use(self, name):
         method, flag = "wanda", f"--{name.replace('_', '-')}"
@@ -161,84 +122,55 @@ class TestValues:
     def test_several_take_lists_and_strings(self):
         found = PruneConfig(compare="wanda", include=["mlp", "re:.*attn"], ignore=iter(["down_proj"]))
         assert (found.compare, found.include, found.ignore) == (("wanda",), ("mlp", "re:.*attn"), ("down_proj",))
+        assert found.selects("model.layers.0.mlp.up_proj.weight")
+        assert not found.selects("model.layers.0.mlp.down_proj.weight")
 
     def test_methods_once_and_the_written_one_last(self):
         found = PruneConfig(method="ria", compare=["wanda", "ria", "sparsefw", "wanda"])
         assert found.compare == ("wanda", "sparsefw")
         assert found.methods == ("wanda", "sparsefw", "ria")
 
-    def test_whole_numbers_where_fractions_are_allowed(self):
-        assert PruneConfig(alpha=1, damp=0, penalty=0).alpha == 1
-
     def test_equal_where_their_values_are(self):
         assert PruneConfig() == PruneConfig(refit=2, steps=12, include=[])
         assert hash(PruneConfig()) == hash(PruneConfig(refit=2))
         assert PruneConfig() != PruneConfig(refit=3)
-        assert PruneConfig(compare=["wanda"]) == PruneConfig(compare=("wanda", "wanda"))
+        assert PruneConfig.paper(steps=5) == PruneConfig(preset="paper", steps=5)
+        assert PruneConfig.masks_only(steps=5) == PruneConfig(refit=0, steps=5)
 
-    def test_given(self):
-        assert PruneConfig().given == {}
-        assert PruneConfig(refit=4, sparsity="2:4", compare="ria").given == dict(
-            refit=4, sparsity="2:4", compare=("ria",)
-        )
-
-    def test_replace_finds_dependent_defaults_anew(self):
+    def test_replace_finds_dependent_defaults_anew_and_checks(self):
         first = PruneConfig(sparsity="2:4", alpha=0.5)
         masks = first.replace(refit=0)
         assert masks == PruneConfig(sparsity="2:4", alpha=0.5, refit=0)
         assert (masks.steps, masks.swaps, masks.target, masks.damp, masks.alpha) == (40, 100, "layer", 0.2, 0.5)
-        assert (first.steps, first.refit) == (12, 2)
         assert masks.replace(refit=2) == first
-        assert first.replace(preset="paper").alpha == 0.5
         assert first.replace(sparsity="0.3").pattern.sparsity == PruneConfig(sparsity="0.3").pattern.sparsity
-
-    def test_replace_checks(self):
         with pytest.raises(InputError, match="--rounds"):
             PruneConfig(rounds=2).replace(refit=0)
-        with pytest.raises(InputError, match="--steps -1"):
-            PruneConfig().replace(steps=-1)
         with pytest.raises(TypeError, match="stepps"):
             PruneConfig().replace(stepps=1)
-
-    def test_cannot_be_changed(self):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            PruneConfig().steps = 3
-
-    def test_named_configs(self):
-        assert PruneConfig.paper(steps=5) == PruneConfig(preset="paper", steps=5)
-        assert PruneConfig.masks_only(steps=5) == PruneConfig(refit=0, steps=5)
-
-    def test_what_follows(self):
-        assert PruneConfig(sparsity="layer:0.6").pattern.scope == "layer"
-        whole = [PruneConfig(preset=p, sparsity=s).whole_matrix for p in config.PRESETS for s in ("0.6", "layer:0.6")]
-        assert whole == [False, False, False, False, False, True]
-        assert PruneConfig().fallback_to_warm_start
-        assert not PruneConfig.paper().fallback_to_warm_start
-        assert PruneConfig().uses_dense_target
-        assert PruneConfig(method="wanda", compare="sparsefw").uses_dense_target
-        assert not PruneConfig(method="wanda").uses_dense_target
-        assert not PruneConfig(target="layer").uses_dense_target
 
     @pytest.mark.parametrize("passes", [0, 2])
     def test_a_reconstruction_needs_the_dense_model_and_changes_no_target(self, passes):
         """Whatever the method; compared methods are not reconstructed."""
-        for options in ({}, dict(refit=0), dict(method="wanda"), dict(method="sparsegpt"), dict(preset="fast")):
+        for options, dense in [
+            ({}, True),
+            (dict(method="wanda", compare="sparsefw"), True),
+            (dict(target="layer"), False),
+            (dict(refit=0), False),
+            (dict(method="wanda"), False),
+        ]:
             found = PruneConfig(reconstruct=passes, **options)
-            assert found.uses_dense_target == PruneConfig(reconstruct=0, **options).uses_dense_target
-            assert found.uses_dense_stream == (found.uses_dense_target or passes > 0)
-            assert found.replace(reconstruct=0) == PruneConfig(reconstruct=0, **options)
+            assert found.uses_dense_target == dense
+            assert found.uses_dense_stream == (dense or passes > 0)
 
     def test_rows_of_a_method(self):
         rows = {method: PruneConfig().rows_independent(method) for method in METHODS}
         assert rows == {method: method != "sparsegpt" for method in METHODS}
         whole = PruneConfig.paper(sparsity="layer:0.6")
         assert [method for method in METHODS if not whole.rows_independent(method)] == ["sparsefw", "sparsegpt"]
-
-    def test_selects(self):
-        found = PruneConfig(include="mlp", ignore="down_proj")
-        assert found.selects("model.layers.0.mlp.up_proj.weight")
-        assert not found.selects("model.layers.0.mlp.down_proj.weight")
-        assert not found.selects("model.layers.0.self_attn.q_proj.weight")
+        for name in ("penalty", "swaps", "refit"):
+            assert getattr(PruneConfig.paper(**{name: 1}), name) == 1
+            assert not PruneConfig(sparsity="layer:0.6", **{name: 1}).whole_matrix
 
 
 class TestFields:

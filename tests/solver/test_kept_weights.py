@@ -1,13 +1,12 @@
 """Steps on kept weights are those of Adam, and nothing else in a parameter moves."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from sparsefw.solver.kept_weights import DECAYS, KeptWeights, bytes_of_state, index_dtype, kept_entries, rate_at
+from sparsefw.solver.kept_weights import DECAYS, KeptWeights, bytes_of_state, index_dtype, kept_entries
 
 RATE = 0.2
 # Integers as wide as the values: 0.0 and -0.0 differ.
@@ -111,14 +110,6 @@ def test_tiny_gradients_make_no_large_step(size):
     parameter, most = nn.Parameter(W.clone()), RATE * W[W != 0].square().mean().sqrt() / math.sqrt(6)
     moved([(parameter, [parameter.detach()])], [[torch.full_like(W, size)]])
     assert (parameter - W).abs().max() <= 1.001 * most
-
-
-def test_the_rate_falls_to_nearly_nothing():
-    rates = [rate_at(t, 50, 0.3) for t in range(50)]
-    assert rates[0] == rate_at(0, 1, 0.3) == 0.3
-    assert rates[25] == pytest.approx(0.15)
-    assert all(a > b > 0 for a, b in pairwise(rates))
-    assert rates[-1] < 0.001
 
 
 def whole(storage):

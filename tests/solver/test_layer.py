@@ -74,14 +74,6 @@ class TestWritten:
             assert row.relative_mask == row.error_mask / row.error_warm_start
             assert (row.alpha, row.steps) == ((0.5, 9) if method == "sparsefw" else (None, 0))
 
-    def test_without_refit_kept_weights_stay(self):
-        layers = make_layers()
-        pruned, results = run(layers, config=make_config(refit=0))
-        for (name, W), row in zip(layers, results, strict=True):
-            assert torch.equal(pruned[name], W * (pruned[name] != 0))
-            assert row.error == row.error_mask
-            assert row.error < row.error_warm_start or len(W) == 1
-
     def test_views(self):
         """Weights stored (in, out), as some models do, and slices of a larger tensor."""
         layers = make_layers((37, 20), 48)
@@ -152,20 +144,6 @@ class TestNeverWorse:
         for (name, W), row in zip(layers, results, strict=True):
             assert row.error == pytest.approx(error(W, pruned[name], G).sum().item(), rel=1e-3)
             assert row.kept == (pruned[name] != 0).sum()
-
-    def test_row_by_row(self):
-        """With hardly correlated inputs and weights of few bits, rounding undoes the gain of a refit in some rows."""
-        G = torch.eye(D) + 1e-3 * make_gram() / make_gram().diagonal().mean()
-        G = (G + G.T) / 2
-        layers = make_layers()
-        mask_only, _ = run(layers, G, config=make_config(refit=0))
-        pruned, _ = run(layers, G)
-        untouched = 0
-        for name, W in layers:
-            old, new = error(W, mask_only[name], G), error(W, pruned[name], G)
-            assert (new <= old * (1 + 1e-5)).all()
-            untouched += int((pruned[name] == mask_only[name]).all(1).sum())
-        assert 0 < untouched < sum(ROWS)
 
 
 class TestTargets:
@@ -326,20 +304,6 @@ class TestSolveLayer:
         assert torch.equal(G, before[1])
         assert (Z.dtype, Z.shape, mask.dtype, mask.shape) == (dtype, W.shape, torch.bool, W.shape)
 
-    @pytest.mark.parametrize("refit", [0, 3])
-    def test_mask_weight_and_errors_by_definition(self, refit):
-        W, G = make_layers((37,))[0][1], make_gram()
-        mask, Z, result = solve_layer(W, G, make_config(refit=refit))
-        assert (mask.sum(1) == D - int(0.6 * D)).all()
-        assert torch.equal(Z != 0, mask)
-        assert torch.equal(Z, W * mask) == (refit == 0)
-        best = (W.float().abs() * G.diagonal().sqrt()).topk(D - int(0.6 * D)).indices
-        warm = torch.zeros_like(mask).scatter_(1, best, True)
-        assert (result.name, result.kept) == ("layer", mask.sum())
-        assert result.error == pytest.approx(error(W, Z, G).sum().item(), rel=1e-5)
-        assert result.error_warm_start == pytest.approx(error(W, W * warm, G).sum().item(), rel=1e-5)
-        assert result.error <= result.error_mask <= result.error_warm_start
-
     def test_default(self):
         """That of a run whose blocks are not reconstructed."""
         W, G = make_layers((5,), dtype=torch.float32)[0][1], make_gram()
@@ -374,14 +338,18 @@ class TestSolveLayer:
 
 
 class TestFailures:
-    @pytest.mark.parametrize("value", [math.nan, math.inf])
-    @pytest.mark.parametrize("where", ["W", "G"])
+    @pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+    @pytest.mark.parametrize("where", ["W", "G", "B"])
     @ALL
     @pytest.mark.parametrize("method", METHODS)
-    def test_not_finite(self, method, text, where, value):
-        inputs = {"W": make_layers((3,))[0][1], "G": make_gram()}
+    def test_not_finite_or_too_large(self, method, text, where, value):
+        inputs = {"W": make_layers((3,), dtype=torch.float32)[0][1], "G": make_gram()}
+        if where == "B":
+            if not METHODS[method].uses_target or value == 1e38:
+                return
+            inputs["B"] = torch.randn(3, D, generator=generator(50))
         inputs[where][1, 2] = inputs[where][2, 1] = value
-        with pytest.raises(FloatingPointError, match=r"^mine: .*(not finite|NaN or Inf)"):
+        with pytest.raises(FloatingPointError, match=r"^mine: .*(not finite|NaN or Inf|not positive definite)"):
             solve_layer(**inputs, config=config_of(method, text), name="mine")
 
     @pytest.mark.parametrize("options", [{"refit": 0}, {"refit": 2}, {"refit": 0, "swaps": 3}, {"preset": "paper"}])
@@ -392,19 +360,6 @@ class TestFailures:
         config = PruneConfig(steps=0, kernel="torch", precision="ieee", **options)
         with pytest.raises(FloatingPointError, match=r"^mine: .*(not finite|NaN or Inf)"):
             solve_layer(W, make_gram(), config, name="mine")
-
-    @pytest.mark.parametrize("refit", [0, 3])
-    def test_cross_matrix(self, refit):
-        B = torch.randn(3, D, generator=generator(50))
-        B[1, 2] = math.nan
-        with pytest.raises(FloatingPointError, match=r"^mine: .*not finite"):
-            solve_layer(make_layers((3,))[0][1], make_gram(), make_config(refit=refit), name="mine", B=B)
-
-    @pytest.mark.parametrize("method", METHODS)
-    def test_too_large_for_errors(self, method):
-        W = 1e30 * make_layers((3,), dtype=torch.float32)[0][1]
-        with pytest.raises(FloatingPointError, match=r"^mine: .*too large"):
-            solve_layer(W, make_gram(), config_of(method), name="mine")
 
     def test_too_large_on_the_way(self):
         """What overflows in SparseGPT's sweep reaches later columns; refits are only taken where they are better."""
