@@ -1,7 +1,7 @@
 """A run on a model in memory: on text, or on batches of its own forward's arguments, whatever it reads."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from sparsefw import data
 from sparsefw.checkpoint import Writer, check_free, read_shard
 from sparsefw.data import Batch, Batches
-from sparsefw.driver.job import Job, Prepared
+from sparsefw.driver.job import Job
 from sparsefw.driver.loop import Samples
-from sparsefw.driver.run import carry_out, kernel_line
+from sparsefw.driver.run import carry_out, kernel_line, prepare
 from sparsefw.driver.saved import check_state, save
 from sparsefw.driver.texts import windows_of_texts
-from sparsefw.errors import InputError, counted
-from sparsefw.estimate import memory_limits, pruned_shape
+from sparsefw.errors import InputError
 from sparsefw.memory import on_gpu, this_device
 from sparsefw.model import (
     ModelShape,
@@ -31,7 +29,7 @@ from sparsefw.model import (
     shape_of_text,
 )
 from sparsefw.ranks import ALONE, Ranks
-from sparsefw.report import Report, amount, log
+from sparsefw.report import Report
 
 
 def run_in_memory(
@@ -75,28 +73,16 @@ def run_in_memory(
         else:
             whole, samples, seqlen = _on_batches(opened, batch, *batches)
             job = replace(job, inputs=replace(job.inputs, seqlen=max(2, seqlen)))
-        calibration, *evaluation = samples
-        for note in opened.notes:
-            say(f"note: {note}")
-        dtype = next(model.parameters()).dtype
-        say(f"model: {type(model).__name__} in memory, {counted(len(opened.unique_blocks), 'block')}, {dtype}")
-        say(f"calibration: {amount(calibration.source, calibration.n, seqlen)}")
-        shape = pruned_shape(whole, job.config)
-        say(log.sparsity_line(job.config, shape, whole))
         tensors = _tensors(model)
-        prepared = Prepared(
-            device,
-            calibration,
-            evaluation,
-            shape,
-            seqlen,
-            memory_limits(job.output.gpu_memory, job.output.host_memory, device, ranks),
-            opened.notes,
-            _fingerprint(tensors),
+        name, dtype = f"{type(model).__name__} in memory", next(model.parameters()).dtype
+        prepared = prepare(
+            job, opened, name, dtype, whole, samples, seqlen, say, ranks,
+            notes=opened.notes,
+            fingerprint=_fingerprint(tensors),
             # A caller's batches are not cut.
             fixed={"batch": 1} if batches else {},
             saved=sum(tensor.nbytes for _, tensor in tensors) if saves else 0,
-        )
+        )  # fmt: skip
 
         def write(folder: Path) -> None:
             save(model, folder)
@@ -113,25 +99,22 @@ def run_in_memory(
 
 
 # The shape of a model, what it is calibrated and evaluated on, and the tokens in each.
-_Samples = tuple[ModelShape, list[Samples], int]
+_Samples = tuple[ModelShape, tuple[Samples, Sequence[Samples]], int]
 
 
 def _on_text(job: Job, model: ResidentModel, say: Callable[[str], None], ranks: Ranks) -> _Samples:
-    inputs, config = job.inputs, cast(PretrainedConfig, model.model.config)
-    if inputs.evaluate and not model.logits_itemsize:
+    config = cast(PretrainedConfig, model.model.config)
+    if job.inputs.evaluate and not model.logits_itemsize:
         raise InputError(f"evaluate: {type(model.model).__name__} returns no logits, of which perplexity is made")
-    seqlen = data.window_length(inputs.model, inputs.seqlen, max_seqlen(config))
-    if seqlen < inputs.seqlen:
-        say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
-    calibration, evaluation = ranks.on_first(lambda: windows_of_texts(job, seqlen))
-    return shape_of_text(model), [calibration, *evaluation], seqlen
+    samples, seqlen = windows_of_texts(job, max_seqlen(config), say, ranks)
+    return shape_of_text(model), samples, seqlen
 
 
 def _on_batches(model: ResidentModel, batch: Batch, calibration: Batches, evaluation: Batches | None) -> _Samples:
     shape, tokens = shape_of_resident(model, batch)
     if evaluation:
         check_losses(model, evaluation.batches)
-    return shape, [calibration, evaluation] if evaluation else [calibration], tokens
+    return shape, (calibration, [evaluation] if evaluation else []), tokens
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -51,7 +51,6 @@ class Prepared:
         files: what tells the checkpoint's files from changed ones; empty: the fingerprint is of all tensors in memory.
         fixed: values of `Placement` that are settled, by field.
         saved: bytes that the end of the run writes while the finished blocks are still on the disk.
-        peak: the most bytes that the process has had on the host while texts were read; 0: not known.
     """
 
     device: torch.device
@@ -65,4 +64,3 @@ class Prepared:
     files: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, int] = field(default_factory=dict)
     saved: int = 0
-    peak: int = 0

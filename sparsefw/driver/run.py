@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,19 +12,19 @@ import torch
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from sparsefw import checkpoint, data, memory
-from sparsefw.checkpoint import Checkpoint, Writer
+from sparsefw import checkpoint, memory
+from sparsefw.checkpoint import Writer
 from sparsefw.checkpoint.files import durably
-from sparsefw.data import Batches
+from sparsefw.data import Batches, Windows
 from sparsefw.driver.block import Run
 from sparsefw.driver.job import Job, Prepared
-from sparsefw.driver.loop import Outcome, prune_model
+from sparsefw.driver.loop import Outcome, Samples, prune_model
 from sparsefw.driver.reporting import report_of
 from sparsefw.driver.texts import windows_of_texts
 from sparsefw.errors import InputError, counted
 from sparsefw.estimate import Workload, disk_space, memory_limits, place, pruned_shape
 from sparsefw.flags import flag_of
-from sparsefw.model import BlockModel, Placement, StreamedModel, shape_of
+from sparsefw.model import BlockModel, ModelShape, Placement, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report, amount, html, log, machine
 from sparsefw.solver import PruneConfig
@@ -52,7 +52,13 @@ def run_job(job: Job, say: Callable[[str], None], progress: bool, ranks: Ranks =
     checkpoint.check_output(job.output.folder, job.folder, job.output.overwrite, _files_read(job))
     source = checkpoint.inspect(job.folder)
     with StreamedModel(source, device) as model:
-        prepared = _prepare(job, model, source, say, ranks)
+        samples, seqlen = windows_of_texts(job, model.max_seqlen, say, ranks)
+        prepared = prepare(
+            job, model, job.inputs.model, source.dtype, shape_of(source), samples, seqlen, say, ranks,
+            notes=model.notes + checkpoint.note_of_others(source.folder),
+            fingerprint=checkpoint.fingerprint(source),
+            files=checkpoint.stamps(source) if ranks.first else {},
+        )  # fmt: skip
         return carry_out(job, model, prepared, Writer.finish, say, progress, ranks)
 
 
@@ -163,51 +169,49 @@ def _files_read(job: Job) -> list[Path]:
     return [*texts, Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE), Path(tempfile.gettempdir())]
 
 
-def _prepare(
+def prepare(
     job: Job,
-    model: StreamedModel,
-    source: Checkpoint,
+    model: BlockModel,
+    name: str,
+    dtype: torch.dtype,
+    whole: ModelShape,
+    samples: tuple[Samples, Sequence[Samples]],
+    seqlen: int,
     say: Callable[[str], None],
     ranks: Ranks,
+    **others: Any,
 ) -> Prepared:
-    inputs, config = job.inputs, job.config
-    seqlen = data.window_length(inputs.model, inputs.seqlen, model.max_seqlen)
-    if seqlen < inputs.seqlen:
-        say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
-    limits = memory_limits(job.output.gpu_memory, job.output.host_memory, model.device, ranks)
-    before = memory.peak_memory()["host_bytes"]
-    # One rank reads the texts, and all have the same tokens.
-    calibration, evaluation = ranks.on_first(lambda: windows_of_texts(job, seqlen))
-    # From Python, the process may have had more at some time before: that is not this run's.
-    peak = memory.peak_memory()["host_bytes"]
-    notes = model.notes + checkpoint.note_of_others(source.folder)
-    for note in notes:
+    """A run before its first block; the log says what it is.
+
+    Args:
+        job, say, ranks: as for `run_job`.
+        model: the model.
+        name, dtype: name and dtype of the model, for the log.
+        whole: shape of the model with all prunable layers.
+        samples: those that it is calibrated on, and of each evaluation text.
+        seqlen: tokens in a window; of batches, the most vectors of one between two blocks.
+        others: further fields of `Prepared`.
+    """
+    calibration, evaluation = samples
+    for note in others["notes"]:
         say(f"note: {note}")
-    say(f"model: {inputs.model}, {counted(len(model.unique_blocks), 'block')}, {source.dtype}")
-    say(f"calibration: {amount(calibration.source, calibration.n, calibration.seqlen)} of {calibration.source}")
-    whole = shape_of(source)
-    shape = pruned_shape(whole, config)
-    say(log.sparsity_line(config, shape, whole))
-    return Prepared(
-        model.device,
-        calibration,
-        evaluation,
-        shape,
-        seqlen,
-        limits,
-        notes,
-        checkpoint.fingerprint(source),
-        checkpoint.stamps(source) if ranks.first else {},
-        peak=peak if peak > before else 0,
-    )
+    say(f"model: {name}, {counted(len(model.unique_blocks), 'block')}, {dtype}")
+    length, text = seqlen, ""
+    if isinstance(calibration, Windows):
+        length, text = calibration.seqlen, f" of {calibration.source}"
+    say(f"calibration: {amount(calibration.source, calibration.n, length)}{text}")
+    shape = pruned_shape(whole, job.config)
+    say(log.sparsity_line(job.config, shape, whole))
+    limits = memory_limits(job.output.gpu_memory, job.output.host_memory, model.device, ranks)
+    return Prepared(model.device, calibration, evaluation, shape, seqlen, limits, **others)
 
 
 def _workload(config: PruneConfig, prepared: Prepared, ranks: Ranks) -> Workload:
     """The work of a run with this config; of several ranks, with the memory of the one that has most."""
     # Memory that texts and shapes have freed can be taken again: it is no part of what the process keeps.
     memory.give_back()
-    mine = memory.resident(), memory.held_on_gpu(prepared.device), prepared.peak
-    has, held, had = (max(sizes) for sizes in zip(*ranks.gather(mine), strict=True))
+    mine = memory.resident(), memory.held_on_gpu(prepared.device)
+    has, held = (max(sizes) for sizes in zip(*ranks.gather(mine), strict=True))
     return Workload(
         windows=prepared.calibration.n,
         evaluation=tuple(samples.n for samples in prepared.evaluation),
@@ -217,7 +221,6 @@ def _workload(config: PruneConfig, prepared: Prepared, ranks: Ranks) -> Workload
         threads=torch.get_num_threads() if config.kernel == "torch" else 1,
         process=has,
         held=held,
-        peak=had,
         ranks=ranks.count,
         ranks_here=ranks.here,
     )

@@ -1,26 +1,39 @@
 """The texts of a run as tokens: windows to calibrate and evaluate on."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from sparsefw import data
 from sparsefw.data import Windows
 from sparsefw.driver.job import Job
 from sparsefw.errors import InputError
+from sparsefw.ranks import Ranks
 
 
-def windows_of_texts(job: Job, seqlen: int) -> tuple[Windows, list[Windows]]:
-    """Read and tokenize the texts of a run.
+def windows_of_texts(
+    job: Job, longest: int | None, say: Callable[[str], None], ranks: Ranks
+) -> tuple[tuple[Windows, list[Windows]], int]:
+    """Read and tokenize the texts of a run. One rank reads them, and all have the same tokens.
 
     Args:
-        job: the run.
-        seqlen: tokens in a window.
+        job, say, ranks: as for `run_job`.
+        longest: tokens in the longest window that the model takes; None: not known.
 
     Returns:
-        The calibration windows, and the windows of each evaluation text.
+        The calibration windows with the windows of each evaluation text, and the tokens in a window.
 
     Raises:
         InputError: a text cannot be read or is too short, or the tokenizer cannot take it.
     """
+    inputs = job.inputs
+    seqlen = data.window_length(inputs.model, inputs.seqlen, longest)
+    if seqlen < inputs.seqlen:
+        say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
+    return ranks.on_first(lambda: _read(job, seqlen)), seqlen
+
+
+def _read(job: Job, seqlen: int) -> tuple[Windows, list[Windows]]:
     inputs, dataset = job.inputs, job.dataset
     if isinstance(dataset, Tensor):
         calibration = data.windows_of(dataset, inputs.dataset[0])

@@ -108,7 +108,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
         sent = any(layer.experts for b in blocks for layer in b.all_layers)
         process += LIBRARIES + CODE_OF_EXPERTS * (sent and shape.itemsize == 2)
     texts = data.reading_bytes(workload.windows, workload.evaluation, workload.seqlen)
-    needs = {"texts": (0, max(workload.peak, workload.process + texts))}
+    needs = {"texts": (0, workload.process + texts)}
     margin = 1 + (GPU_MARGIN if workload.gpu else CPU_MARGIN)
     for phase, (on_device, on_host) in phases.items():
         device, host = int(margin * (on_device + near)), int(margin * (on_host + far)) + process

@@ -43,9 +43,8 @@ class Workload:
         gpu: whether the model is pruned on a GPU.
         threads: threads of torch, if the model is pruned on a CPU.
         process: bytes of host memory that the process has before the run begins, with the tokens of all windows.
-        peak: the most that it has had until then, while texts were read; 0: not known.
         held: bytes of the GPU that the process has taken before the run begins: a model in memory may be there.
-        ranks: processes that share the work; process, held and peak are those of one of them.
+        ranks: processes that share the work; process and held are those of one of them.
         ranks_here: those of them that share the memory of a machine.
     """
 
@@ -57,7 +56,6 @@ class Workload:
     threads: int
     process: int = PROCESS
     held: int = 0
-    peak: int = 0
     ranks: int = 1
     ranks_here: int = 1
 

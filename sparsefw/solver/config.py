@@ -25,22 +25,15 @@ TARGETS = ("dense", "layer")
 STEP_RULES = ("line-search", "open-loop")
 
 PRESETS = ("sparsefw", "fast", "paper")
-_SEARCH = dict(warm_start="wanda", step_rule="line-search", alpha=0.0)
-_PAPER = dict(warm_start="wanda", step_rule="open-loop", alpha=0.9)
 # Defaults by preset, with a refit of the kept weights and without one, where the mask is final.
-DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
-    ("sparsefw", True): _SEARCH
-    | dict(steps=24, penalty=0.7, refit=4, rounds=3, swaps=0, target="dense", damp=0.1, reconstruct=2),
-    ("sparsefw", False): _SEARCH
-    | dict(steps=40, penalty=1.0, refit=0, rounds=0, swaps=100, target="layer", damp=0.2, reconstruct=0),
-    ("fast", True): _SEARCH
-    | dict(steps=3, penalty=1.0, refit=4, rounds=0, swaps=0, target="layer", damp=0.1, reconstruct=0),
-    ("fast", False): _SEARCH
-    | dict(steps=10, penalty=1.0, refit=0, rounds=0, swaps=0, target="layer", damp=0.2, reconstruct=0),
-    ("paper", True): _PAPER
-    | dict(steps=2000, penalty=0.0, refit=0, rounds=0, swaps=0, target="dense", damp=0.1, reconstruct=0),
-    ("paper", False): _PAPER
-    | dict(steps=2000, penalty=0.0, refit=0, rounds=0, swaps=0, target="layer", damp=0.0, reconstruct=0),
+_NAMES = ("steps", "step_rule", "alpha", "penalty", "swaps", "refit", "rounds", "target", "damp", "reconstruct")
+DEFAULTS = {
+    ("sparsefw", True): (24, "line-search", 0.0, 0.7, 0, 4, 3, "dense", 0.1, 2),
+    ("sparsefw", False): (40, "line-search", 0.0, 1.0, 100, 0, 0, "layer", 0.2, 0),
+    ("fast", True): (3, "line-search", 0.0, 1.0, 0, 4, 0, "layer", 0.1, 0),
+    ("fast", False): (10, "line-search", 0.0, 1.0, 0, 0, 0, "layer", 0.2, 0),
+    ("paper", True): (2000, "open-loop", 0.9, 0.0, 0, 0, 0, "dense", 0.1, 0),
+    ("paper", False): (2000, "open-loop", 0.9, 0.0, 0, 0, 0, "layer", 0.0, 0),
 }
 # What takes their place where a reconstruction follows: further steps gain nothing before it.
 BEFORE_RECONSTRUCTION = dict(steps=12, refit=2)
@@ -74,11 +67,8 @@ class PruneConfig:
     compare: tuple[str, ...] = flag(
         "prune with this method too, of those that --method takes, for the table; may be repeated (default: none; "
         "embedded model: wanda)",
-        (),
-        metavar="METHOD",
-        choices=METHODS,
-        several=True,
-    )
+        (), metavar="METHOD", choices=METHODS, several=True,
+    )  # fmt: skip
     preset: str = flag(
         "sparsefw: line search, integrality penalty, 12 steps, alpha 0, refit 2, 3 rounds; with --reconstruct 0, 24 "
         "steps and refit 4; with --refit 0, 40 steps and swaps; fast: 3 steps, one refit and targets of the layers "
@@ -94,25 +84,19 @@ class PruneConfig:
     )  # fmt: skip
     ignore: tuple[str, ...] = flag(
         "leave these layers dense, named as for --include; may be repeated (default: none)",
-        (),
-        metavar="NAME",
-        several=True,
-    )
+        (), metavar="NAME", several=True,
+    )  # fmt: skip
     keep_zeros: bool = flag("weights that are zero in the input stay zero (default: a refit may revive them)", False)
     warm_start: str = flag("saliency of the first mask (default: wanda)", choices=SALIENCIES, frank_wolfe=True)
     steps: int = flag(
         "Frank-Wolfe steps (default: 12; 24 with --reconstruct 0; 40 with --refit 0; 3 with --preset fast, 10 with "
         "both; 2000 with --preset paper)",
-        metavar="N",
-        least=0,
-        most=10**6,
-        frank_wolfe=True,
-    )
+        metavar="N", least=0, most=10**6, frank_wolfe=True,
+    )  # fmt: skip
     step_rule: str = flag(
         "exact line search, or steps of 2 / (t + 2) (default: line-search; open-loop with --preset paper)",
-        choices=STEP_RULES,
-        frank_wolfe=True,
-    )
+        choices=STEP_RULES, frank_wolfe=True,
+    )  # fmt: skip
     alpha: float = flag(
         "fraction of kept weights fixed by saliency (default: 0; 0.9 with --preset paper)",
         metavar="A", least=0, most=1, frank_wolfe=True,
@@ -184,7 +168,8 @@ class PruneConfig:
         refit = self.preset != "paper" if self.refit is DEPENDS else self.refit
         cuda = torch.cuda.is_available()
         kernel = dict(kernel="triton", precision="bf16") if cuda else dict(kernel="torch", precision="ieee")
-        defaults = DEFAULTS[self.preset, bool(refit)] | kernel
+        values = DEFAULTS[self.preset, bool(refit)]
+        defaults: dict[str, Any] = dict(zip(_NAMES, values, strict=True)) | dict(warm_start="wanda") | kernel
         if self.method != "sparsefw":
             defaults["reconstruct"] = 0
         elif self.preset == "sparsefw" and refit and (self.reconstruct is DEPENDS or self.reconstruct):
