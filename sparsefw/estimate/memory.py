@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from sparsefw import data
 from sparsefw.estimate.workload import Workload, largest_share, stages
+from sparsefw.kernels.cpu import MIRRORED
 from sparsefw.memory import pinned_bytes
 from sparsefw.model import Placement
 from sparsefw.model.layers import is_watched
@@ -253,9 +254,11 @@ def _calibration(block: BlockShape, shape: ModelShape, workload: Workload, token
     for method, group in _groups(block, config):
         dense = _approximates_dense(config, method)
         held = tokens * shape.itemsize * sum(_held(stage, shape, dense) for stage in group)
-        # On a CPU operands are made in fp32, while the rest of the block runs or afterwards.
-        entries = max(s[0].d for s in group) + dense * max(layer.rows for s in group for layer in s)
-        operands = 0 if workload.gpu else 4 * tokens * entries
+        # On a CPU operands are made in fp32, while the rest of the block runs or afterwards; then Gram matrices are
+        # mirrored, by pieces.
+        widest = max(s[0].d for s in group)
+        entries = widest + dense * max(layer.rows for s in group for layer in s)
+        operands = 0 if workload.gpu else max(4 * tokens * entries, 12 * min(widest, MIRRORED) ** 2)
         peak = max(peak, _matrices(group, config, method) + held + max(forward, operands))
     return peak
 

@@ -10,10 +10,9 @@ import torch
 from sparsefw.errors import InputError
 from sparsefw.flags import DEPENDS
 from sparsefw.kernels import cpu, triton_ops
-from sparsefw.kernels.backend import KERNELS, TORCH, Backend
-from sparsefw.kernels.definitions import PRECISIONS
+from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.solver import PruneConfig, config
-from sparsefw.solver.methods import METHODS, SALIENCIES
+from sparsefw.solver.methods import METHODS
 
 FIELDS = {f.name: f for f in dataclasses.fields(PruneConfig)}
 FRANK_WOLFE = [name for name, f in FIELDS.items() if f.metadata.get("frank_wolfe")]
@@ -174,13 +173,6 @@ class TestValues:
 
 
 class TestFields:
-    def test_choices_are_what_there_is(self):
-        choices = {name: f.metadata["choices"] for name, f in FIELDS.items() if f.metadata["choices"] is not None}
-        assert choices == dict(
-            method=METHODS, compare=METHODS, preset=config.PRESETS, warm_start=SALIENCIES, step_rule=config.STEP_RULES,
-            target=config.TARGETS, kernel=KERNELS, precision=PRECISIONS,
-        )  # fmt: skip
-
     def test_each_has_help_and_numbers_a_range(self):
         for name, f in FIELDS.items():
             assert f.metadata["help"], name

@@ -144,12 +144,6 @@ def test_only_kept_entries_move(place, dtype):
     assert place != "rows inside" or torch.equal(bits(storage[0]), bits(first))
 
 
-def test_where_all_is_removed():
-    parameter = nn.Parameter(torch.zeros(3, 4))
-    moved([(parameter, [parameter.detach()])], [[g] for g in drawn(3, 3, 4)])
-    assert not bits(parameter).any()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_steps_below_the_last_digit_add_up(dtype):
     """Half precision alone would lose each of them."""

@@ -21,10 +21,9 @@ from helpers.layer_inputs import (
 )
 
 from sparsefw.errors import InputError
-from sparsefw.kernels import cpu
-from sparsefw.kernels.backend import TORCH, Backend
+from sparsefw.kernels.backend import TORCH
 from sparsefw.ranks import Ranks
-from sparsefw.solver import METHODS, PruneConfig, choices, frank_wolfe, patterns, prune_layers, solve_layer
+from sparsefw.solver import METHODS, PruneConfig, choices, patterns, prune_layers, solve_layer
 from sparsefw.solver.methods import SALIENCIES
 from sparsefw.solver.objective import damped
 from sparsefw.solver.stack import TARGET_STEPS
@@ -87,31 +86,6 @@ class TestWritten:
         for name, view in views:
             assert torch.equal(view, expected[0][name])
         assert wide[:, 0].abs().sum() + wide[:, 38:].abs().sum() + block[::2].abs().sum() == 0
-
-    def test_options_of_the_config_arrive(self, monkeypatch):
-        seen = []
-
-        def spy(function):
-            return lambda *args, **options: seen.append((args, options)) or function(*args, **options)
-
-        monkeypatch.setattr(frank_wolfe, "solve", spy(frank_wolfe.solve))
-        monkeypatch.setattr(choices, "reselect", spy(choices.reselect))
-        config = make_config(steps=7, step_rule="open-loop", penalty=0.5, refit=2, rounds=1, swaps=6, damp=0.5)
-        backend = Backend(cpu, "tf32")
-        run(make_layers((5,)), config=config, backend=backend)
-        (((problem, schedule), mask_options), (refit_args, refit_options)) = seen
-        assert mask_options == dict(swaps=6, backend=backend)
-        assert [eta for _, _, eta in schedule] == [2 / (t + 2) for t in range(7)]
-        assert schedule[-1][1] == 0.5
-        assert problem.fixed.any()
-        # Refits and final masks use the damped matrix.
-        assert problem.damping is None
-        torch.testing.assert_close(refit_args[0].H.diagonal() / problem.H.diagonal(), torch.full((D,), 1.5))
-        expected = dict(steps=7, penalty=0.5, refit_steps=2, rounds=1, support=None, backend=backend)
-        assert refit_options == expected
-        run(make_layers((5,)), config=make_config(damp=0.3, refit=0))
-        problem = seen[-1][0][0]
-        torch.testing.assert_close(problem.H.diagonal() / problem.exact.diagonal(), torch.full((D,), 1.3))
 
 
 class TestNeverWorse:
