@@ -312,19 +312,25 @@ class TestSolveLayer:
 
 
 class TestFailures:
-    @pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
     @pytest.mark.parametrize("where", ["W", "G", "B"])
     @ALL
     @pytest.mark.parametrize("method", METHODS)
-    def test_not_finite_or_too_large(self, method, text, where, value):
-        inputs = {"W": make_layers((3,), dtype=torch.float32)[0][1], "G": make_gram()}
+    def test_not_finite(self, method, text, where, value):
+        inputs = {"W": make_layers((3,))[0][1], "G": make_gram()}
         if where == "B":
-            if not METHODS[method].uses_target or value == 1e38:
+            if not METHODS[method].uses_target:
                 return
             inputs["B"] = torch.randn(3, D, generator=generator(50))
         inputs[where][1, 2] = inputs[where][2, 1] = value
-        with pytest.raises(FloatingPointError, match=r"^mine: .*(not finite|NaN or Inf|not positive definite)"):
+        with pytest.raises(FloatingPointError, match=r"^mine: .*(not finite|NaN or Inf)"):
             solve_layer(**inputs, config=config_of(method, text), name="mine")
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_too_large_for_errors(self, method):
+        W = 1e30 * make_layers((3,), dtype=torch.float32)[0][1]
+        with pytest.raises(FloatingPointError, match=r"^mine: .*too large"):
+            solve_layer(W, make_gram(), config_of(method), name="mine")
 
     @pytest.mark.parametrize("options", [{"refit": 0}, {"refit": 2}, {"refit": 0, "swaps": 3}, {"preset": "paper"}])
     def test_a_weight_that_the_warm_start_keeps(self, options):
