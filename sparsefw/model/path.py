@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from sparsefw.data import Batch, token_batch
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model.explained import BATCHES, TEXT, ForwardFailed, explained
-from sparsefw.model.recording import Flow, Recorder, Recording, check_same
+from sparsefw.model.recorder import Recorder, check_same
+from sparsefw.model.recording import Flow, Recording
 from sparsefw.model.slots import filled, slots_of
 from sparsefw.model.stand_ins import Forms, block_type, form_of_output, run_replaced
 from sparsefw.model.values import objects_of, rebuilt

@@ -1,0 +1,320 @@
+"""Record what a model's own forward does with its blocks' outputs: which of them later blocks are given, and as what.
+
+Stand-ins take the place of the blocks' outputs. The calls that are made of them between two blocks are recorded, so
+that they can be made again with the real outputs.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsefw.errors import InputError
+from sparsefw.model import tape
+from sparsefw.model.parts import DIFFERS, UNSUPPORTED
+from sparsefw.model.recording import Call, Recording, Step
+from sparsefw.model.tape import Calls, Op, Tape, tensors_in
+from sparsefw.model.values import (
+    Box,
+    Constant,
+    Memo,
+    Value,
+    leaves_of,
+    numbers_in,
+    objects_of,
+    outline,
+    rebuilt,
+    tensors_of,
+)
+
+# Functions whose results say what values a tensor has, by name. What a forward does next may depend on them.
+_READING = {"__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "item", "tolist", "numpy"}
+_READING |= {"equal", "allclose", "is_nonzero", "__array__", "__dlpack__"}
+
+# Functions that take only the form of a tensor, by name.
+_OF_FORM = {"zeros_like", "ones_like", "empty_like", "full_like"}
+_OF_FORM |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
+
+# Functions that ask a tensor for its form alone. Who asks for the device needs the tensor there.
+_FORM = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "requires_grad", "is_meta")}
+_FORM |= {Tensor.size, Tensor.dim, Tensor.numel}
+
+
+class Recorder:
+    """Follows the outputs of blocks through a model's forward: `with recorder.on(): ...`.
+
+    Args:
+        names: names of the blocks, for messages.
+        model: name of the model's class, for messages.
+        given: the tensors that the forward is given.
+        weights: weights of the blocks, by their names.
+        real: tensors that take the places of followed ones, by their numbers, once `begun` is true.
+        watched: names of tensors, by their ids; None: nothing is watched, and no trace is kept.
+
+    Attributes:
+        tape: all calls.
+        begun: whether the last block has been called.
+        read: names of the watched tensors that a function reads, the blocks' own calls included.
+        trace: outlines of what each block is given, and of the calls before it. An outline is equal to that of another
+            forward that does the same.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        model: str,
+        given: list[Tensor],
+        weights: Mapping[str, Tensor] | None = None,
+        real: Mapping[int, Tensor] | None = None,
+        watched: Mapping[int, str] | None = None,
+    ) -> None:
+        self._names, self._model, self._real, self.begun = names, model, real or {}, False
+        self._traces, self._watched, self.read = watched is not None, watched or {}, set[str]()
+        self.tape = Tape(given)
+        self.trace: list[list[Any]] = []
+        self._weights = {self.tape.value(weight): name for name, weight in (weights or {}).items()}
+        # The numbers of followed values, and the tensors that calls with them are given beside them.
+        self._numbers: dict[tape.Value, int] = {}
+        self._others: dict[tape.Value, Tensor] = {}
+        # Values that are made of what the forward is given.
+        self._of_batch: set[tape.Value] = set()
+        self._calls: dict[int, Call] = {}
+        # The calls since the last block, and their numbers on the tape.
+        self._steps: list[Step] = []
+        self._recorded: set[int] = set()
+        # Why the model is refused if another block follows.
+        self._refusal = ""
+        # Objects that blocks are given, by their ids: the object, its outline, and how many blocks are given it.
+        self._objects: dict[int, tuple[Any, list[Any], int]] = {}
+        # The tensors that blocks are given, by their ids, and how often they had been written to.
+        self._given: dict[int, tuple[Tensor, int]] = {}
+        self._hidden: Tensor | None = None
+        # An object counts as it is when a block is given it first: blocks may change it.
+        self._met: Memo = {}
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Inside the `with` block, calls are recorded."""
+        before, self.tape.call = self.tape.call, self._made
+        try:
+            with Calls(self._record):
+                yield
+        finally:
+            # The tape holds the recorder no more, which holds tensors: both go at once.
+            self.tape.call = before
+
+    def _made(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Make a call, with real tensors in the places of what is read behind the last block."""
+        if not (self.begun and self._real):
+            return func(*args, **kwargs)
+
+        def leaf(x: Tensor) -> Tensor:
+            return self._real.get(self._numbers.get(self.tape.value(x), -1), x)
+
+        args, kwargs = tape.with_tensors((args, kwargs), leaf)
+        return func(*args, **kwargs)
+
+    def _record(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        if self._watched and func not in _FORM:
+            self.read |= {self._watched[id(x)] for x in tensors_in((args, kwargs)) if id(x) in self._watched}
+        count = len(self.tape.ops)
+        out = self.tape.record(func, args, kwargs)
+        if len(self.tape.ops) == count:
+            return out
+        op = self.tape.ops[-1]
+        for before, after in op.written:
+            if before in self._weights:
+                self._check_weight(op, before)
+                self._weights[after] = self._weights[before]
+        if any(value in self._numbers for value in op.inputs):
+            tensors = tensors_in((args, kwargs))
+            self._others |= {v: x for v, x in zip(op.inputs, tensors, strict=True) if v not in self._numbers}
+            self._follow(op)
+        elif op.name not in _OF_FORM and any(v.maker == 0 or v in self._of_batch for v in op.inputs):
+            self._of_batch.update(op.made)
+        return out
+
+    def _follow(self, op: Op) -> None:
+        """Note a call with followed values."""
+        makers = {v.maker for v in op.inputs if v not in self._numbers and v.maker}
+        ((_, after),) = op.written if len(op.written) == 1 else ((None, None),)
+        given = op.written and any(x._version != version for x, version in self._given.values())
+        if given or makers & self._recorded or (op.written and (after is None or op.outputs != (after,))):
+            self._refusal = "what is made of its output is written to in place"
+        elif op.outputs:
+            self._recorded.add(op.number)
+            numbers = [self._numbers.setdefault(value, len(self._numbers)) for value in op.outputs]
+            args, kwargs = rebuilt((op.args, op.kwargs), self._leaf)
+            self._steps.append(Step(op.function, args, kwargs, numbers, in_place=bool(op.written)))
+        elif op.name in _READING:
+            self._refusal = "what follows it depends on the values that it returns"
+
+    def _leaf(self, x: Any) -> Any:
+        """What stands for a tensor in a recorded call, if it is followed."""
+        value = self.tape.value(x) if isinstance(x, Tensor) else x
+        return Value(self._numbers[value]) if value in self._numbers else x
+
+    def _check_weight(self, op: Op, weight: tape.Value) -> None:
+        """Refuse a forward that changes a block's weight: the blocks run and are written without this change."""
+        # One that changes nothing, such as * 1, is no harm.
+        before = torch.rand(weight.shape, dtype=weight.dtype)
+        after = before.clone()
+        changes = any(value is not weight for value in op.inputs)
+        if not changes:
+            args, kwargs = rebuilt((op.args, op.kwargs), lambda x: after)
+            op.function(*args, **kwargs)
+        if changes or not torch.equal(before, after):
+            raise InputError(
+                f"{self._weights[weight]}: {UNSUPPORTED} {self._model}: its forward changes this weight of a block; "
+                "prune a checkpoint whose config does not ask for it"
+            )
+
+    def arrives(self, i: int, hidden: Tensor, args: tuple, kwargs: dict) -> None:
+        """Record what block i is given, inside `tape.pause`.
+
+        Raises:
+            InputError: it is not its turn, or what was done with the output of the block before cannot be done again.
+        """
+        if self._refusal:
+            raise InputError(f"{self._names[len(self._calls) - 1]}: {UNSUPPORTED} {self._model}: {self._refusal}")
+        if i != len(self._calls):
+            raise InputError(DIFFERS)
+        if not self._calls:
+            self._hidden = hidden
+        for known in objects_of((*args, *kwargs.values())):
+            _, before, count = self._objects.get(id(known), (known, outline(known), 0))
+            self._objects[id(known)] = known, before, count + 1
+        self._given |= {id(x): (x, x._version) for x in tensors_of((hidden, args, kwargs)) if id(x) not in self._given}
+        self._check_unchanged()
+        self._keep(self._names[i], self._steps, hidden, args, kwargs)
+        self._calls[i] = Call(args, kwargs, self._steps, hidden if self._calls else None)
+        self._steps = []
+
+    def leaves(self, i: int, output: Any) -> None:
+        """Follow what stands for the output of block i, which may have changed the objects that it was given."""
+        call = self._calls[i]
+        for x in tensors_of(output):
+            self._numbers.setdefault(self.tape.value(x), len(self._numbers))
+        call.form = rebuilt(output, self._leaf)
+        call.outputs, call.after = [leaf.number for leaf in leaves_of(call.form)], len(self._numbers)
+        self._objects = {key: (known, outline(known), count) for key, (known, _, count) in self._objects.items()}
+
+    def ends(self) -> None:
+        """Note that the forward has ended."""
+        self._keep(self._steps)
+
+    def recording(self, end: set[int] | None = None) -> Recording:
+        """What was recorded.
+
+        Args:
+            end: numbers of the tensors that are read behind the last block, but for its hidden states; None: they are
+                found, if the forward was recorded to its end.
+        """
+        assert self._hidden is not None
+        self._check_unchanged()
+        with self.tape.pause():
+            return self._recording(self._hidden, end)
+
+    def _recording(self, hidden: Tensor, end: set[int] | None) -> Recording:
+        last = self._calls[len(self._calls) - 1]
+        behind = leaves_of([(step.args, step.kwargs) for step in self._steps])
+        if end is None:
+            read = {leaf.number for leaf in behind if isinstance(leaf, Value)}
+            end = {number for number in read if number < last.after and number not in last.outputs[:1]}
+        constants: dict[tape.Value, tuple[int, Tensor]] = {}
+
+        def leaf(x: Any) -> Any:
+            if isinstance(x, Value):
+                return x
+            value = self.tape.value(x) if isinstance(x, Tensor) else x
+            if value in self._numbers:
+                return Value(self._numbers[value])
+            tensor = x if isinstance(x, Tensor) else self._others[x]
+            return Constant(constants.setdefault(value, (len(constants), tensor))[0])
+
+        for call in self._calls.values():
+            call.hidden = rebuilt(call.hidden, leaf)
+        self._drop_unused_steps(end)
+        shared = [known for known, _, count in self._objects.values() if count > 1]
+        boxed = {id(known): (known, Box(n)) for n, known in enumerate(shared)}
+        boxes = rebuilt(shared, leaf)
+        if numbers_in(boxes):
+            raise InputError(f"{UNSUPPORTED} {self._model}: its forward puts a block's output into an object of others")
+        for call in self._calls.values():
+            for step in call.steps:
+                step.args, step.kwargs = rebuilt((step.args, step.kwargs), leaf)
+            call.args, call.kwargs = rebuilt((call.args, call.kwargs), leaf, dict(boxed))
+        of_batch = {n for value, (n, _) in constants.items() if self._is_of_batch(value)}
+        return Recording(
+            hidden=hidden,
+            calls=self._calls,
+            boxes=boxes,
+            constants=[x for _, x in constants.values()],
+            of_batch=of_batch,
+            end=end,
+            batch_behind=any(self._is_of_batch(x) for x in behind if isinstance(x, tape.Value)),
+        )
+
+    def _is_of_batch(self, value: tape.Value) -> bool:
+        return value.maker == 0 or value in self._of_batch
+
+    def _check_unchanged(self) -> None:
+        """Raise if the forward has changed what it gave a block: the block would be given the changed one."""
+        changed = [type(known).__name__ for known, before, _ in self._objects.values() if outline(known) != before]
+        changed += [type(x).__name__ for x, version in self._given.values() if x._version != version]
+        if changed:
+            raise InputError(f"{UNSUPPORTED} {self._model}: its forward changes a {changed[0]} that a block was given")
+
+    def _drop_unused_steps(self, end: set[int]) -> None:
+        """Leave only the steps that a block's input, or what lies behind the last block, depends on."""
+        needed = set(end)
+        for call in reversed(self._calls.values()):
+            needed |= numbers_in(rebuilt((call.hidden, call.args, call.kwargs), self._leaf))
+            kept = []
+            for step in reversed(call.steps):
+                if needed.intersection(step.outputs):
+                    kept.append(step)
+                    needed |= numbers_in((step.args, step.kwargs))
+            call.steps = kept[::-1]
+
+    def _keep(self, *what: Any) -> None:
+        if self._traces:
+            self.trace.append(outline(rebuilt(what, self._digest, self._met)))
+
+    def _digest(self, x: Any) -> str:
+        leaf = self._leaf(x)
+        if isinstance(leaf, Value):
+            return f"value {leaf.number}"
+        tensor = self._others.get(x, x)
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            return f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else str(tensor)
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return f"{tensor.dtype} {tuple(tensor.shape)} {zlib.crc32(data.data)}"
+
+
+def check_same(one: Recorder, other: Recorder, names: list[str], model: str) -> None:
+    """Compare two recorded forwards, in which blocks return other values: what is done around them must be the same.
+
+    A recorder sees the calls of torch functions. What a forward makes of blocks' outputs by other means, or of objects
+    that blocks change, would count as a constant.
+
+    Args:
+        one, other: their recorders.
+        names: names of the blocks.
+        model: name of the model's class.
+
+    Raises:
+        InputError: they differ.
+    """
+    if one.trace == other.trace:
+        return
+    pairs = enumerate(zip(one.trace, other.trace, strict=False))
+    first = next((n for n, (a, b) in pairs if a != b), len(names))
+    where = f"before {names[first]}" if first < len(names) else "behind the last block"
+    raise InputError(
+        f"{UNSUPPORTED} {model}: what its forward does {where} depends on what blocks return or change in a way that "
+        "cannot be followed, or on chance"
+    )
