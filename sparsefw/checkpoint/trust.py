@@ -33,6 +33,9 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         # An attention may be the name of a kernel on the Hub.
         if key.endswith("_implementation") and "/" in str(value):
             raise InputError(f"{path}: {key} {shown(value)} is code from elsewhere, which is not run; remove the entry")
+        # timm opens what such a name leads to, pickles too.
+        if isinstance(value, str) and value.startswith(("local-dir:", "hf-hub:", "hf_hub:")):
+            raise InputError(f"{path}: {key} {shown(value)} lies outside of the checkpoint; remove the entry")
 
 
 def check_model_type(config: dict[str, Any], path: Path) -> None:

@@ -313,11 +313,12 @@ class TestConfigs:
         [
             {"attn_implementation": "org/kernel"},
             {"text_config": {"_experts_implementation": {"": "org/kernel@main"}}},
+            {"vision_config": {"architecture": "local-dir:/elsewhere"}},
         ],
     )
     def test_that_lead_to_code_or_weights_elsewhere(self, folder, config):
         (folder / "config.json").write_text(json.dumps(config))
-        with refused("config.json: .* is code from elsewhere, which is not run; remove the entry"):
+        with refused("config.json: .* (is code from elsewhere|lies outside of the checkpoint).*; remove the entry"):
             inspect(folder)
 
     @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -159,3 +161,20 @@ def test_connection_lost_while_reading(monkeypatch):
     assert list(next(found)) == ["one"]
     with refused("cannot be read beyond record 1: gone"):
         next(found)
+
+
+def test_memory_of_a_large_text(tmp_path):
+    """120 MB, of which the windows take a few: less than 0.8 GiB beside the libraries."""
+    line = "some words of a text that has many lines, of which one is like another, and so on. " * 10 + "\n\n"
+    (tmp_path / "x.txt").write_text(line * (120_000_000 // len(line)))
+    code = f"""if True:
+        import resource
+        from sparsefw import data
+        from sparsefw.inputs import DEFAULT_MODEL
+        tokenizer, text = data.load_tokenizer(DEFAULT_MODEL), {str(tmp_path / "x.txt")!r}
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        data.calibration_windows(tokenizer, text, nsamples=64, seqlen=2048, seed=0)
+        data.evaluation_windows(tokenizer, text, seqlen=2048, limit=64)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 0.8 * 2**30

@@ -16,14 +16,14 @@ import os, sys
 from sparsefw.driver import loop
 from sparsefw.launch import launch
 
-prune_methods = loop._prune_methods
+prune_block = loop.prune_block
 
-def fail(run, i, *others):
+def fail(run, i, *others, **options):
     if i == 1 and run.ranks.number == 1:
         raise FloatingPointError("rank 1 has had enough")
-    return prune_methods(run, i, *others)
+    return prune_block(run, i, *others, **options)
 
-loop._prune_methods = fail
+loop.prune_block = fail
 launch("run")
 """
 
