@@ -136,7 +136,7 @@ class TestRefused:
             ({"intermediate_size": 64}, r"mlp\.\w+_proj\.weight: the checkpoint has shape"),
             ({"num_hidden_layers": 4}, r"model\.layers\.3\..* missing from the checkpoint \(9 in all\)"),
             ({"model_type": "nonsense"}, "has no class for model_type nonsense"),
-            ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}, "which is never run"),
+            ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}, "is never run"),
             ({"hidden_size": "many"}, "cannot load"),
             ({"hidden_size": -4}, "cannot load"),
         ],
