@@ -5,10 +5,8 @@ interprets its kernels, and the config settles that.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from numbers import Real
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,7 +15,7 @@ from sparsefw.caller import on_cpu_by_default, settings_kept
 from sparsefw.compiled import unwrapped
 from sparsefw.errors import InputError
 from sparsefw.flags import checked_path
-from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, Output, config_for, with_share
+from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, Output, config_for
 from sparsefw.ranks import joined_with
 from sparsefw.solver.config import PruneConfig
 
@@ -117,7 +115,10 @@ def prune(
         TypeError: an option is unknown, or stands beside a config; or an argument is of another type.
         FloatingPointError: a layer's error is not finite.
     """
-    _check_options(config, options)
+    if config is not None and not isinstance(config, PruneConfig):
+        raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
+    if config is not None and options:
+        raise TypeError(f"prune() got a config and {next(iter(options))!r}, which belongs into it")
     folder = None if output is None else checked_path("output", output)
     places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
     # Batches are not drawn: a seed would have no effect there. 0 is the default.
@@ -129,18 +130,19 @@ def prune(
         if calibration is not None:
             if given := [name for name, value in (text | {"tokenizer": tokenizer}).items() if value is not None]:
                 raise TypeError(f"prune() got calibration and {given[0]!r}, which belongs to a text")
-            config = config or PruneConfig(**options)
-            in_memory = _in_memory(config)
-            report = in_memory.prune_on_batches(model, calibration, evaluate, config, folder, places, *run)
+            config = _backend_settled(config or PruneConfig(**options))
+            from sparsefw.in_memory import prune_on_batches
+
+            report = prune_on_batches(model, calibration, evaluate, config, folder, places, *run)
             return PruneResult(report, folder)
-        _check_tokenizer(tokenizer)
         inputs = _inputs(model, text, evaluate)
-        config = config or config_for(inputs, options)
+        config = _backend_settled(config or config_for(inputs, options))
         documents = None if isinstance(dataset, str | Path | Mapping) else dataset
         if not isinstance(model, str | Path):
+            from sparsefw.in_memory import prune_on_text
+
             with on_cpu_by_default():
-                in_memory = _in_memory(config)
-                report = in_memory.prune_on_text(model, inputs, documents, tokenizer, config, folder, places, *run)
+                report = prune_on_text(model, inputs, documents, tokenizer, config, folder, places, *run)
         elif folder is None:
             raise InputError("output: where the pruned checkpoint goes is left out")
         else:
@@ -170,90 +172,48 @@ def prune_checkpoint(
     Raises:
         InputError, FloatingPointError: see `prune`.
     """
-    # Settles whether Triton interprets its kernels, before anything imports Triton.
-    _ = config.backend
-
+    config = _backend_settled(config)
+    from sparsefw import checkpoint
     from sparsefw.driver import Job, run_job
 
     with joined_with(log) as (ranks, say), on_cpu_by_default():
-        folder = ranks.local_first(lambda: _locate(inputs))
+        folder = ranks.local_first(lambda: DEFAULT_MODEL if inputs.embedded else checkpoint.locate(inputs.model))
         job = Job(inputs, config, output, dataset, tokenizer, folder)
         return run_job(job, say, progress and ranks.first, ranks)
 
 
-def _check_options(config: PruneConfig | None, options: dict[str, Any]) -> None:
-    """Refuse options that are unknown, or stand beside a config."""
-    if unknown := [name for name in options if name not in {f.name for f in fields(PruneConfig)}]:
-        raise TypeError(f"prune() got an unexpected keyword argument {unknown[0]!r}")
-    if config is not None and options:
-        raise TypeError(f"prune() got a config and {next(iter(options))!r}, which belongs into it")
-    if config is not None and not isinstance(config, PruneConfig):
-        raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
-
-
-def _check_tokenizer(tokenizer: Any) -> None:
-    from transformers import PreTrainedTokenizerBase
-
-    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise TypeError(
-            f"tokenizer: expected a tokenizer of transformers, got {type(tokenizer).__name__}; load it first"
-        )
+def _backend_settled(config: PruneConfig) -> PruneConfig:
+    """The config, once it is settled whether Triton interprets its kernels: before anything imports Triton."""
+    _ = config.backend
+    return config
 
 
 def _inputs(model: "str | Path | nn.Module", text: dict[str, Any], evaluate: Any) -> Inputs:
-    source, nsamples, seqlen = _named(text["dataset"], text["nsamples"], text["seqlen"])
-    known = text | dict(dataset=source, nsamples=nsamples, seqlen=seqlen, evaluate=_names(evaluate))
-    return Inputs(model=_name(model), **{name: x for name, x in known.items() if x is not None})
+    """The names of what a run on text reads."""
+    name = model if isinstance(model, str | Path) else getattr(model, "name_or_path", "") or type(model).__name__
+    named = text | _named(text["dataset"], text["nsamples"], text["seqlen"])
+    if evaluate is not None:
+        named["evaluate"] = tuple(map(str, [evaluate] if isinstance(evaluate, str | Path) else evaluate))
+    return Inputs(model=str(name), **{name: x for name, x in named.items() if x is not None})
 
 
-def _in_memory(config: PruneConfig) -> ModuleType:
-    # As in `prune_checkpoint`.
-    _ = config.backend
-
-    from sparsefw import in_memory
-
-    return in_memory
-
-
-def _named(
-    dataset: Dataset | None, nsamples: int | None, seqlen: int | None
-) -> tuple[str | tuple[str, ...] | None, int | None, int | None]:
-    """What Inputs calls the dataset, nsamples and seqlen. Token ids have both numbers in their shape."""
-    if dataset is None or isinstance(dataset, str | Path):
-        return None if dataset is None else str(dataset), nsamples, seqlen
+def _named(dataset: Dataset | None, nsamples: int | None, seqlen: int | None) -> dict[str, Any]:
+    """What Inputs calls the dataset, and the shape of token ids."""
+    if dataset is None:
+        return {}
+    if isinstance(dataset, str | Path):
+        return {"dataset": str(dataset)}
     if isinstance(dataset, Mapping):
-        if not all(isinstance(share, Real) for share in dataset.values()):
-            raise TypeError("dataset: expected a number for the share of each text")
-        return tuple(with_share(str(name), float(share)) for name, share in dataset.items()), nsamples, seqlen
+        return {"dataset": tuple(f"{name}={share}" for name, share in dataset.items())}
     if not isinstance(dataset, Tensor):
         if not isinstance(dataset, Sequence) or not all(isinstance(text, str) for text in dataset):
             raise TypeError("dataset: expected a name, a path, a mapping of names to shares, a list of texts, or token "
                             "ids (windows, seqlen)")  # fmt: skip
-        return TEXTS, nsamples, seqlen
+        return {"dataset": TEXTS}
     if dataset.ndim != 2:
         raise InputError(f"dataset: expected tokens (windows, seqlen), got shape {tuple(dataset.shape)}")
-    for name, value, size in zip(("nsamples", "seqlen"), (nsamples, seqlen), dataset.shape, strict=True):
-        if value not in (None, size):
-            raise InputError(f"{name} {value}: the tokens have {size}; leave it out")
-    return TOKENS, *dataset.shape
-
-
-def _names(texts: Any) -> tuple[str, ...] | None:
-    if texts is None:
-        return None
-    names = [texts] if isinstance(texts, str | Path) else texts
-    if not isinstance(names, Sequence) or not all(isinstance(name, str | Path) for name in names):
-        raise TypeError("evaluate: expected names or paths of texts")
-    return tuple(map(str, names))
-
-
-def _name(model: "str | Path | nn.Module") -> str:
-    if isinstance(model, str | Path):
-        return str(model)
-    return str(getattr(model, "name_or_path", "") or type(model).__name__)
-
-
-def _locate(inputs: Inputs) -> Path:
-    from sparsefw import checkpoint
-
-    return DEFAULT_MODEL if inputs.embedded else checkpoint.locate(inputs.model)
+    shape = dict(zip(("nsamples", "seqlen"), dataset.shape, strict=True))
+    for name, value in dict(nsamples=nsamples, seqlen=seqlen).items():
+        if value not in (None, shape[name]):
+            raise InputError(f"{name} {value}: the tokens have {shape[name]}; leave it out")
+    return {"dataset": TOKENS} | shape

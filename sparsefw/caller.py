@@ -16,9 +16,9 @@ _turn = RLock()
 
 @contextmanager
 def settings_kept() -> Iterator[None]:
-    """Inside the `with` block is one thread at a time. Behind it, libraries tell and show what they did before."""
+    """Inside the `with` block is one thread at a time. Behind it, libraries show what they did before."""
     # Tensors that are made in inference mode do not tell when they are written to.
-    with _turn, torch.inference_mode(False), without_autocast(), _exact_products(), _libraries_as_before():
+    with _turn, torch.inference_mode(False), without_autocast(), _exact_products(), _progress_bars_kept():
         yield
 
 
@@ -65,17 +65,12 @@ def _of_all_libraries() -> str | None:
 
 
 @contextmanager
-def _libraries_as_before() -> Iterator[None]:
-    verbosity, bars, bars_of_hub = (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        not are_progress_bars_disabled(),
-    )
+def _progress_bars_kept() -> Iterator[None]:
+    """Reading a model turns off those of transformers, and with them the Hub's."""
+    of_transformers, of_hub = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            # Those of the Hub's library, too.
+        if of_transformers:
             logging.enable_progress_bar()
-        (enable_progress_bars if bars_of_hub else disable_progress_bars)()
+        (enable_progress_bars if of_hub else disable_progress_bars)()

@@ -116,12 +116,6 @@ def name_and_share(dataset: str) -> tuple[str, float]:
         return dataset, 1.0
 
 
-def with_share(name: str, share: float) -> str:
-    """What `name_and_share` reads: NAME=SHARE, or NAME alone where that says the same."""
-    dataset = f"{name}={int(share) if share.is_integer() else share}"
-    return name if name_and_share(name) == name_and_share(dataset) else dataset
-
-
 def _check_datasets(datasets: Sequence[str]) -> None:
     """Refuse shares that are not above 0, and a text that is given twice or not at all.
 

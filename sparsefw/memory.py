@@ -91,12 +91,12 @@ def host_limited(nbytes: int) -> Iterator[None]:
 
 def share_freed() -> None:
     """Have all threads allocate from one heap; in heaps of their own they keep up to 64 MiB of freed memory each."""
-    _c_library("mallopt", M_ARENA_MAX, 1)
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def give_back() -> None:
     """Return freed memory to the system. The C library keeps it otherwise; texts and tokens leave many small pieces."""
-    _c_library("malloc_trim", 0)
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def pinned_bytes(nbytes: int) -> int:
@@ -114,13 +114,6 @@ def release_pinned() -> None:
         # Newer versions of torch have a public name for it.
         public = getattr(torch.accelerator, "empty_host_cache", None)
         (public or torch._C._host_emptyCache)()
-
-
-def _c_library(name: str, *numbers: int) -> None:
-    """Call a function of the C library if it is there. No result depends on it."""
-    function = getattr(ctypes.CDLL(None), name, None)
-    if function:
-        function(*numbers)
 
 
 def free_memory(device: torch.device, sharing: int = 1) -> dict[str, int]:

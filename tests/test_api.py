@@ -66,13 +66,13 @@ def test_a_mixture_of_texts(source, text, tmp_path):
     """The same from the command line and from Python: windows of each by its share, told in the report."""
     other = tmp_path / "other.txt"
     other.write_text("".join(f"{n} bottles hang on the wall, number {n} falls.\n" for n in range(300)))
-    places = ["--model", str(source), "--dataset", str(text), "--dataset", f"{other}=2"]
+    places = ["--model", str(source), "--dataset", f"{text}=1", "--dataset", f"{other}=2"]
     flags = ["--nsamples", "6", "--seqlen", "32", "--kernel", "torch", "--steps", "4", "--reconstruct", "0"]
     assert run.main([*places, *flags, "--output", str(tmp_path / "command")]) == 0
     result = prune(source, tmp_path / "python", CONFIG, dataset={text: 1, other: 2}, **SMALL)
     assert shards(tmp_path / "command") == shards(tmp_path / "python")
     report = read_report(tmp_path / "command" / "report.json")
-    assert report.argument("dataset", tuple) == result.report.argument("dataset", tuple) == (str(text), f"{other}=2")
+    assert report.argument("dataset", tuple) == result.report.argument("dataset", tuple)
     assert report.data.source == f"{text} (2) + {other} (4)"
     assert report.data == result.report.data
     prune(source, tmp_path / "alone", CONFIG, dataset=text, **SMALL)
@@ -93,7 +93,7 @@ def test_what_a_config_asks_for_beside_logits(family, asked, text, tmp_path):
     plain, asking = (save_model(tmp_path / name, family) for name in ("plain", "asking"))
     path = asking / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | asked))
-    options = dict(dataset=TOKENS, evaluate=text, kernel="torch", method="magnitude", reconstruct=1)
+    options = dict(dataset=TOKENS, evaluate=text, eval_windows=4, kernel="torch", method="magnitude", reconstruct=1)
     results = [prune(source, tmp_path / f"of-{source.name}", **options) for source in (plain, asking)]
     assert results[0].perplexity == results[1].perplexity
     assert shards(results[0].output) == shards(results[1].output)
@@ -199,8 +199,6 @@ class TestRefused:
             ),
             (dict(dataset=[]), "texts: 0 tokens"),
             (dict(evaluate=TEXT), "unknown dataset; .* or from Python a list of documents"),
-            (dict(host_memory=-1), "--host-memory -1: expected at least 0"),
-            (dict(overwrite="no"), "--overwrite no: expected True or False"),
         ],
     )
     def test_in_one_line(self, arguments, match, source, text, tmp_path):
@@ -211,21 +209,15 @@ class TestRefused:
 
     def test_arguments(self, source, tmp_path):
         with pytest.raises(TypeError, match="unexpected keyword argument 'stepps'"):
-            prune(source, tmp_path / "out", stepps=3)
+            prune(source, tmp_path / "out", dataset=TOKENS, stepps=3)
         with pytest.raises(TypeError, match="a config and 'steps'"):
             prune(source, tmp_path / "out", CONFIG, steps=3)
         with pytest.raises(TypeError, match="config: expected a PruneConfig, got str"):
             prune(source, tmp_path / "out", "2:4")
-        with pytest.raises(TypeError, match="tokenizer: expected a tokenizer of transformers, got str; load it"):
-            prune(source, tmp_path / "out", CONFIG, dataset=[TEXT], tokenizer="gpt2")
         with pytest.raises(TypeError, match="dataset: expected a name"):
             prune(source, tmp_path / "out", CONFIG, dataset=5)
-        with pytest.raises(TypeError, match="dataset: expected a number for the share"):
-            prune(source, tmp_path / "out", CONFIG, dataset={"c4": "3"})
         with pytest.raises(TypeError, match="output: expected a path, got int"):
             prune(source, 3, CONFIG)
-        with pytest.raises(TypeError, match="evaluate: expected names"):
-            prune(source, tmp_path / "out", CONFIG, evaluate=5)
         with pytest.raises(InputError, match="output: "):
             prune(source)
         with pytest.raises(InputError, match="model: expected a folder"):

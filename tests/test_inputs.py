@@ -3,7 +3,7 @@
 import pytest
 from helpers.texts import refused
 
-from sparsefw.inputs import Inputs, name_and_share, with_share
+from sparsefw.inputs import Inputs, name_and_share
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,6 @@ from sparsefw.inputs import Inputs, name_and_share, with_share
 )
 def test_names_and_shares(dataset, found):
     assert name_and_share(dataset) == found
-    assert with_share(*found) == dataset
 
 
 def test_shares_by_name():

@@ -79,24 +79,22 @@ def test_a_mistake_is_a_traceback(command):
 
 HELP = """
 import sys
+from contextlib import suppress
 from sparsefw.launch import main
 
-try:
-    main()
-except SystemExit as end:
-    assert end.code == 0
+for command in ("run", "verify", "evaluate"):
+    sys.argv = ["sparsefw", command, "--help"]
+    with suppress(SystemExit):
+        main()
 assert "sparsefw.model" not in sys.modules
+sys.argv = ["sparsefw", "prune"]
+assert main() == 2
 """
 
 
-@pytest.mark.parametrize("command", ["run", "verify", "evaluate"])
-def test_help_does_not_wait_for_the_models_code(command):
-    printed = subprocess.run([sys.executable, "-c", HELP, command, "--help"], check=True, stdout=subprocess.PIPE).stdout
-    assert printed.startswith(f"usage: sparsefw {command} ".encode())
-
-
-def test_a_command_that_is_none():
-    done = subprocess.run([sys.executable, "-c", HELP, "prune"], capture_output=True, text=True, check=True)
+def test_help_does_not_wait_for_the_models_code():
+    done = subprocess.run([sys.executable, "-c", HELP], check=True, capture_output=True, text=True)
+    assert [f"usage: sparsefw {command} " in done.stdout for command in ("run", "verify", "evaluate")] == [True] * 3
     assert done.stderr.startswith("usage: sparsefw {run,plan,verify,evaluate} ")
 
 
@@ -119,41 +117,26 @@ def test_output_that_cannot_be_written(output, line):
     assert (done.returncode, done.stderr) == (1, line)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """A folder with a model, a text and a run's output, and the command of that run without its output."""
-    folder = tmp_path_factory.mktemp("launch")
-    save_model(folder / "model", "llama", num_hidden_layers=4)
-    (folder / "text.txt").write_text(TEXT)
-    command = [sys.executable, "-m", "sparsefw.run", "--model", folder / "model", "--dataset", folder / "text.txt"]
-    command += ["--nsamples", "6", "--seqlen", "32", "--kernel", "torch", "--steps", "4"]
-    subprocess.run([*command, "--output", folder / "undisturbed"], check=True)
-    return folder, command
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_ended_goes_on_with_the_same_bytes(undisturbed, number):
-    folder, command = undisturbed
-    output = ["--output", str(folder / number.name)]
-    # A shell has what runs in its background ignore SIGINT.
-    options = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), text=True)
-    run = subprocess.Popen([*command, *output], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+def test_a_run_that_is_terminated_goes_on_with_the_same_bytes(tmp_path):
+    """Ctrl-C and kills: commands/test_resume.py."""
+    save_model(tmp_path / "model", "llama", num_hidden_layers=4)
+    (tmp_path / "text.txt").write_text(TEXT)
+    command = [sys.executable, "-m", "sparsefw.run", "--model", tmp_path / "model", "--dataset", tmp_path / "text.txt"]
+    command += ["--nsamples", "6", "--seqlen", "32", "--kernel", "torch", "--steps", "4", "--output"]
+    subprocess.run([*command, tmp_path / "undisturbed"], check=True)
+    run = subprocess.Popen([*command, tmp_path / "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in run.stdout:
         # Logged once block 0 is finished.
         if "model.layers.1." in line:
-            run.send_signal(number)
-    errors = run.stderr.read().splitlines()
-    status = run.wait()
-    if number is signal.SIGKILL:
-        assert status == -number
-    else:
-        assert status == 128 + number
-        assert errors[-1].startswith("sparsefw: interrupted; ")
-        assert "the same command goes on" in errors[-1]
-    assert not (folder / number.name).exists()
-    again = subprocess.run([*command, *output], check=True, capture_output=True, text=True)
+            run.send_signal(signal.SIGTERM)
+    error = run.stderr.read().splitlines()[-1]
+    assert run.wait() == 128 + signal.SIGTERM
+    assert error.startswith("sparsefw: interrupted; ")
+    assert "the same command goes on" in error
+    assert not (tmp_path / "out").exists()
+    again = subprocess.run([*command, tmp_path / "out"], check=True, capture_output=True, text=True)
     assert "going on with an unfinished run" in again.stdout
-    tensors, expected = tensors_of(folder / number.name), tensors_of(folder / "undisturbed")
+    tensors, expected = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "undisturbed")
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)

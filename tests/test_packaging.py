@@ -69,13 +69,6 @@ def archive(copy) -> Path:
     return folder
 
 
-def test_kernels_is_a_link_without_an_init():
-    # transformers imports Hugging Face's package `kernels`. In a process started from the repository a folder with
-    # an __init__.py would be found in its place.
-    assert not (REPO / "kernels/__init__.py").exists()
-    assert (REPO / "sparsefw/kernels").readlink() == Path("../kernels")
-
-
 def test_wheel(wheel, expected):
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()

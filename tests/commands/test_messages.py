@@ -11,7 +11,6 @@ from helpers.commands import run
 from helpers.families import save_model
 
 from sparsefw import plan, verify
-from sparsefw.checkpoint import files
 from sparsefw.cli import quiet_libraries
 
 LONG = "x/" * 2500
@@ -67,24 +66,6 @@ def test_bad_names_are_bad_input_and_one_line(command, flags, tmp_path, text, ca
     assert error.count("\n") == 1
     assert error.startswith("sparsefw: ")
     assert error[:-1].isprintable()
-
-
-@pytest.mark.parametrize("name", ["identity.json", "00002.json", "report.json", "report.html", "config.json"])
-def test_a_full_disk_names_the_file(name, tmp_path, text, capsys, monkeypatch):
-    source, sync = save_model(tmp_path / "model", "llama"), files._sync
-
-    def full(path):
-        if path.name == f".{name}.tmp":
-            raise OSError(28, "No space left on device")
-        sync(path)
-
-    monkeypatch.setattr(files, "_sync", full)
-    capsys.readouterr()
-    assert run(source, text, tmp_path / "out", "--method", "magnitude") == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("sparsefw: ")
-    assert str(tmp_path) in error
-    assert "No space left on device" in error
 
 
 def test_libraries_do_not_warn_beside_the_one_line(tmp_path, text, capsys):

@@ -109,12 +109,10 @@ def test_bad_flags_are_one_line(config, flags, line, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ("{", "config.json: not JSON"),
         ("{}", "transformers cannot build this model"),
         ('{"model_type": "unheard_of"}', "has no class for model_type unheard_of"),
         ('{"model_type": "llama", "quantization_config": {"bits": 4}}', "the model is quantized"),
         ('{"model_type": "llama", "num_hidden_layers": 1000000000}', "asks for a model of more parts than any has"),
-        ('{"model_type": "llama", "hidden_size": -1}', "transformers cannot build this model"),
     ],
 )
 def test_bad_configs_are_one_line(content, line, tmp_path, capsys):
@@ -152,6 +150,7 @@ def test_a_hub_id_needs_its_config_only(config, capsys, monkeypatch):
     assert "org/name, LlamaForCausalLM" in said(capsys, "--model", "org/name", *SMALL)
 
 
+@pytest.mark.slow
 def test_llama_3_70b(tmp_path, capsys):
     """Its 141 GB of weights are never there."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.families import save_model
 from helpers.interruption import interrupted_at
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sparsefw.checkpoint import SUMS, file_digest, files, read_sums
 from sparsefw.run import main
@@ -131,24 +131,6 @@ def test_other_arguments_model_or_text_are_refused(place, tmp_path, monkeypatch,
     finally:
         os.rename(place / "moved", place / "model")
     assert content(place, "other") == content(place, "undisturbed")
-
-
-def test_a_model_that_changes_between_two_runs(tmp_path, monkeypatch, capsys):
-    """Finished blocks were made of the old one. The time of its files tells, or their size."""
-    save_model(tmp_path / "model", "llama", torch.bfloat16)
-    (tmp_path / "text.txt").write_text(TEXT)
-    with monkeypatch.context() as patched:
-        interrupted_at(patched, 12)
-        assert run(tmp_path, "out") == 130
-    file = next((tmp_path / "model").glob("*.safetensors"))
-    before = file.stat()
-    save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
-    assert file.stat().st_size == before.st_size
-    capsys.readouterr()
-    assert run(tmp_path, "out") == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "an unfinished run of other input is there: the model's files was " in error
 
 
 def test_a_model_that_changes_during_a_run(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparsefw import checkpoint
 from sparsefw.cli import inputs_and_config, run_parser
 from sparsefw.run import main
-from sparsefw.solver.methods import METHODS
 
 
 def perplexities(report, text=0):
@@ -19,10 +18,9 @@ def perplexities(report, text=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("refit", ["4", "0"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "refit"), [*((family, "4") for family in FAMILIES), ("llama", "0")])
 def test_every_family_end_to_end(family, refit, tmp_path, text):
-    """Logits and perplexity measured while streaming are those of the written checkpoint."""
+    """The perplexity that is measured while streaming is that of the written checkpoint."""
     source = save_model(tmp_path / "model", family, torch.bfloat16)
     evaluation = ["--eval", str(text), "--eval-windows", "3"]
     assert run(source, text, tmp_path / "out", "--sparsity", "2:4", "--refit", refit, *evaluation) == 0
@@ -48,31 +46,6 @@ def test_every_family_end_to_end(family, refit, tmp_path, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sparsity", "method"), [*(("0.6", method) for method in METHODS), ("layer:0.6", "sparsefw"), ("3:8", "ria")]
-)
-def test_exact_sparsity(sparsity, method, tmp_path, text):
-    source = save_model(tmp_path / "model", "llama", torch.float32)
-    assert run(source, text, tmp_path / "out", "--sparsity", sparsity, "--method", method) == 0
-    after = tensors_of(tmp_path / "out")
-    for name, weight in after.items():
-        if "_proj" not in name:
-            continue
-        rows, d = weight.shape
-        kept = weight != 0
-        if method == "sparsegpt":
-            # One budget covers a block of columns, so rows differ in what they keep.
-            assert kept.sum() == rows * d - int(0.6 * rows * d + 1e-9)
-        elif sparsity == "0.6":
-            assert (kept.sum(1) == d - int(0.6 * d + 1e-9)).all()
-        elif sparsity == "3:8":
-            assert (kept.view(-1, 8).sum(1) == 3).all()
-        else:
-            assert kept.sum() == rows * d - int(0.6 * rows * d + 1e-9)
-            assert kept.sum(1).unique().numel() > 1
-
-
-@pytest.mark.slow
 def test_compare_prunes_each_method_as_if_alone(tmp_path, text):
     source = save_model(tmp_path / "model", "llama", torch.bfloat16)
     evaluation = ["--eval", str(text), "--eval-windows", "4"]
@@ -86,6 +59,9 @@ def test_compare_prunes_each_method_as_if_alone(tmp_path, text):
     assert perplexities(both)["dense"] == perplexities(alone)["dense"]
     first, second = (tensors_of(tmp_path / name) for name in ("both", "sparsefw"))
     assert all(torch.equal(first[n], second[n]) for n in first)
+    rows = [row for row in both["layers"] if row["method"] == "sparsefw"]
+    assert len(rows) == 3 * 7
+    assert all(row["error"] < row["error_mask"] <= row["error_warm_start"] and row["gap"] >= 0 for row in rows)
 
 
 def test_tied_embeddings_stay_tied(tmp_path, text):
@@ -94,17 +70,6 @@ def test_tied_embeddings_stay_tied(tmp_path, text):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert "lm_head.weight" not in checkpoint.inspect(tmp_path / "out").tensors
-
-
-def test_report_of_a_compared_run(tmp_path, text):
-    source = save_model(tmp_path / "model", "llama")
-    assert run(source, text, tmp_path / "out", "--compare", "wanda", "--eval", str(text)) == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert set(perplexities(report)) == {"dense", "wanda", "sparsefw"}
-    assert report["arguments"]["seqlen"] == 32
-    mine = [row for row in report["layers"] if row["method"] == "sparsefw"]
-    assert len(mine) == 3 * 7
-    assert all(row["error"] < row["error_mask"] <= row["error_warm_start"] and row["gap"] >= 0 for row in mine)
 
 
 def test_paper_preset(tmp_path, text):
@@ -122,14 +87,6 @@ def test_paper_preset(tmp_path, text):
 
 def config_of(flags):
     return inputs_and_config(run_parser(None).parse_args(flags))[1]
-
-
-@pytest.mark.parametrize(
-    ("flags", "damp"), [([], 0.4), (["--reconstruct", "1"], 1.6), (["--damp", "0.3"], 0.3), (["--refit", "0"], 0.2)]
-)
-def test_few_tokens_are_damped_more(flags, damp, tmp_path, text):
-    assert run(save_model(tmp_path / "model", "llama"), text, tmp_path / "out", *flags) == 0
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["arguments"]["damp"] == damp
 
 
 def test_flags_arrive_in_the_config():
@@ -166,10 +123,6 @@ def test_several_held_out_texts(tmp_path, text, capsys):
     assert perplexities(report, 0) != perplexities(report, 1)
     out = capsys.readouterr().out
     assert "perplexity 2: 3 windows of 32 tokens" in out
-    # A text has the same perplexity when it is evaluated alone.
-    assert run(source, text, tmp_path / "alone", *evaluation[2:]) == 0
-    alone = json.loads((tmp_path / "alone" / "report.json").read_text())
-    assert perplexities(alone) == perplexities(report, 1)
 
 
 def test_log(tmp_path, text, capsys):
@@ -228,14 +181,6 @@ class TestRefused:
     def test_flags_that_do_not_parse(self, flags, capsys):
         assert main(flags) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
-
-    def test_model_without_layers(self, tmp_path, text, capsys, monkeypatch):
-        source = save_model(tmp_path / "model", "llama")
-        monkeypatch.setattr("sparsefw.model.layers.products._CALLS", {})
-        capsys.readouterr()
-        self.refused(
-            capsys, tmp_path, run(source, text, tmp_path / "out"), "model.layers.0: unsupported model: no matrix"
-        )
 
     def test_nan_in_a_late_block_keeps_what_is_finished(self, tmp_path, text, capsys):
         source = save_model(tmp_path / "model", "llama")
