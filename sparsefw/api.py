@@ -216,4 +216,4 @@ def _named(dataset: Dataset | None, nsamples: int | None, seqlen: int | None) ->
     for name, value in dict(nsamples=nsamples, seqlen=seqlen).items():
         if value not in (None, shape[name]):
             raise InputError(f"{name} {value}: the tokens have {shape[name]}; leave it out")
-    return {"dataset": TOKENS} | shape
+    return {"dataset": TOKENS, **shape}

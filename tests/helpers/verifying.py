@@ -7,11 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from classes.tiny_model import byte_tokenizer
 from helpers.families import save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsefw import run
 from sparsefw.checkpoint.files import SUMS, file_digest
@@ -26,18 +24,6 @@ NORM = "model.layers.1.input_layernorm.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 WANDA = ("--method", "wanda")
-
-
-def save_gpt2(folder: Path, dtype: torch.dtype) -> Path:
-    """A model of two blocks whose layers are stored (in, out); each block has a square one."""
-    torch.manual_seed(0)
-    sizes = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=48, vocab_size=258)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes), dtype=dtype)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def prune(source: Path, output: Path, *flags: str) -> None:
@@ -56,10 +42,8 @@ def outputs(folders) -> Callable[..., tuple[Path, Path]]:
         key = flags, family, dtype
         if key not in runs:
             folder = folders.mktemp("pruned")
-            if family == "gpt2":
-                source = save_gpt2(folder / "model", dtype)
-            else:
-                source = save_model(folder / "model", family, dtype, num_hidden_layers=2)
+            depth = {"n_layer": 2} if family == "gpt2" else {}
+            source = save_model(folder / "model", family, dtype, num_hidden_layers=2, **depth)
             prune(source, folder / "out", *flags)
             runs[key] = source, folder / "out"
         return runs[key]
