@@ -25,7 +25,7 @@ from sparsefw.checkpoint.tensors import Loadable
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model import hf as private
 from sparsefw.model.hf import ask_for_no_more
-from sparsefw.model.slots import restore, slots_of
+from sparsefw.model.slots import Slot, restore, slots_of
 
 # Errors of transformers for a config or tensors that do not fit. They cannot be fewer: entries of a config reach the
 # code of a model's class unchecked, and a wrong one fails wherever it is used first, as a size, a key, an attribute or
@@ -76,19 +76,20 @@ class Skeleton:
             tensors: tensors by their names in the checkpoint: all those of the parameters that they go into.
             device: device for the parameters.
         """
-        wanted = {self.goes_into[name] for name in tensors if name in self.goes_into}
         slots = slots_of(self.model.named_modules(remove_duplicate=False))
-        places = {(id(slot.tensors), slot.name) for slot in slots if slot.path in wanted}
-        # A module may have several names.
-        slots = [slot for slot in slots if (id(slot.tensors), slot.name) in places]
+
+        def loaded() -> list[Slot]:
+            # A tensor may go into several parameters, as one of queries, keys and values does.
+            return [slot for slot in slots if slot.tensors[slot.name] is not slot.own]
+
         try:
             report = private.load_tensors(self.model, tensors, self.dtype, device, self.conversions)
             # Shapes were compared when the skeleton was built.
             assert not report.mismatched_keys, report
             assert not report.conversion_errors, report
-            return {slot.path: slot.tensors[slot.name] for slot in slots}
+            return {slot.path: slot.tensors[slot.name] for slot in loaded()}
         finally:
-            restore(slots)
+            restore(loaded())
 
     def names_of(self, tensors: Iterable[str]) -> dict[str, list[str]]:
         """Names of tensors by the parameter that they go into; those that go into none are left out."""
