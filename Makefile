@@ -7,16 +7,17 @@ lint:
 	ruff check .
 	ruff format --check .
 	mypy
+	python tests/size.py
 
 format:
 	ruff check --fix .
 	ruff format .
 
-# Six minutes on two cores: all but what is marked slow.
+# All but what is marked slow.
 test:
 	pytest -q -n $(WORKERS) -m "not gpu and not slow"
 
-# All that needs no GPU: ten to fifteen minutes. A file goes to one worker, so that what its tests share (compiled kernels,
+# All that needs no GPU. A file goes to one worker, so that what its tests share (compiled kernels,
 # pruned models) is made once; in the order of the files, or the longest one, which has few tests, would come last.
 test-all:
 	pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder

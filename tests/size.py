@@ -10,12 +10,12 @@ REPO = Path(__file__).resolve().parents[1]
 
 # Lines of code are without docstrings, comments and blank lines. Words are those of README.md and docs/.
 LIMITS = {
-    "sparsefw: files": 127,
-    "sparsefw: code lines": 11_030,
+    "sparsefw: files": 126,
+    "sparsefw: code lines": 10_900,
     "kernels: code lines": 2_300,
-    "bench: code lines": 3_815,
-    "tests: code lines": 15_825,
-    "documents: words": 14_185,
+    "bench: code lines": 3_060,
+    "tests: code lines": 14_950,
+    "documents: words": 14_000,
 }
 # Tables of facts, which are not counted.
 TABLES = {"models.md", "flags.md"}
