@@ -14,8 +14,8 @@ from sparsefw.checkpoint import Writer, check_free, read_shard
 from sparsefw.data import Batch, Batches
 from sparsefw.driver.job import Job
 from sparsefw.driver.loop import Samples
-from sparsefw.driver.run import carry_out, kernel_line, prepare
 from sparsefw.driver.module_output import check_state, save
+from sparsefw.driver.run import carry_out, kernel_line, prepare
 from sparsefw.driver.texts import windows_of_texts
 from sparsefw.errors import InputError
 from sparsefw.memory import on_gpu, this_device
