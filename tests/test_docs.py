@@ -113,12 +113,6 @@ def test_the_flag_table_is_complete():
     assert flag_rows(FLAGS).keys() == parser - {"-h", "--help"}
 
 
-def test_the_readme_gives_the_same_defaults():
-    rows, all_rows = flag_rows(README), flag_rows(FLAGS)
-    assert rows
-    assert rows == {flag: all_rows[flag] for flag in rows}
-
-
 def default_of(flag: str, condition: str, monkeypatch: pytest.MonkeyPatch) -> object:
     """The default of a flag in a run.
 
