@@ -49,8 +49,6 @@ setup(
         "tqdm>=4.66.3",
         "msgspec>=0.19",
         "filelock>=3.13",
-        # The first with a wheel for Python 3.11; `datasets` needs it anyway.
-        "xxhash>=3.1",
     ],
     extras_require={"eval": EVAL, "test": TEST, "dev": [*TEST, "ruff", "pre-commit"]},
     entry_points={"console_scripts": ["sparsefw=sparsefw.launch:main"]},
