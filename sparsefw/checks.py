@@ -232,6 +232,7 @@ class _Model:
         dtype: the floating dtype that most of it has.
         groups: names of the tensors in the files, by block or, outside of the blocks, by parameter.
         unused: names of the tensors that the model has no use for.
+        buffers: names of its buffers, where transformers knows the model.
 
     Raises:
         InputError: the files are not sound, or transformers cannot load them.
@@ -250,6 +251,8 @@ class _Model:
             self._skeleton, self._tensors, self.dtype = build(found, as_named=batches), found.tensors, found.dtype
             parameter_of = {name: self._skeleton.goes_into.get(name, name) for name in self._tensors}
             self.unused = {*self._skeleton.unused}
+        model = self._skeleton.model if self._skeleton else None
+        self.buffers = {name for name, _ in model.named_buffers()} if model else set[str]()
         blocks = {block.name for block in report.blocks}
         self.groups: dict[str, list[str]] = defaultdict(list)
         for name, parameter in parameter_of.items():
@@ -295,8 +298,8 @@ def _check_weights(verdict: Verdict, claims: _Claims, written: _Model, source: _
                 if layer := unseen.pop(name, None):
                     _check_layer(verdict, claims, layer, W, before.pop(name, None))
                     continue
-                # A table of integers, as of experts by token, is no matrix.
-                matrix = W.dim() >= 2 and W.is_floating_point()
+                # A buffer, such as a table of experts by token, is no matrix.
+                matrix = W.dim() >= 2 and without_index(name) not in written.buffers
                 if group in blocks and matrix and name not in claims.report.kept_dense:
                     checks["report"].fail(name, "neither pruned nor kept dense by the report")
             if source:

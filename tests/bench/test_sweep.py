@@ -34,6 +34,7 @@ KINDS = {
     "starcoder2": "no gate in the MLP",
     "qwen3_5": "images beside text, and linear attention",
     "gemma3n_text": "keys and values that blocks share",
+    "minimax": "buffers in its blocks that look like matrices",
     "sarvam_moe": "one tensor of the checkpoint for queries, keys and values",
     "llama4_text": "experts in one product",
 }
