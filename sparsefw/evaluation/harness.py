@@ -233,7 +233,8 @@ class Tasks(TaskManager):
                 model, tasks=[*self.names], num_fewshot=num_fewshot, limit=limit, task_manager=self, bootstrap_iters=0
             )
             return found or {}
-        except InputError:
+        # The model is run in there, too: these are its own ends.
+        except (InputError, FloatingPointError, MemoryError, torch.OutOfMemoryError):
             raise
         # A task has the harness do anything with a document.
         except Exception as error:
