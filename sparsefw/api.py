@@ -174,7 +174,8 @@ def prune_checkpoint(
     """
     config = _backend_settled(config)
     from sparsefw import checkpoint
-    from sparsefw.driver import Job, run_job
+    from sparsefw.driver.job import Job
+    from sparsefw.driver.run import run_job
 
     with joined_with(log) as (ranks, say), on_cpu_by_default():
         folder = ranks.local_first(lambda: DEFAULT_MODEL if inputs.embedded else checkpoint.locate(inputs.model))

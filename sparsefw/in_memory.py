@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsefw import checkpoint, data
-from sparsefw.driver import Job, Output, run_in_memory
+from sparsefw.driver.in_memory import run_in_memory
+from sparsefw.driver.job import Job
 from sparsefw.errors import InputError
-from sparsefw.inputs import Inputs
+from sparsefw.inputs import Inputs, Output
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report
 from sparsefw.solver import PruneConfig

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 from sparsefw import prune
 from sparsefw.checkpoint import SUMS, file_digest
 from sparsefw.checkpoint.source import INDEX, SINGLE
-from sparsefw.driver.module_output import save
+from sparsefw.driver.in_memory import save
 from sparsefw.verify import main
 
 QUICK = dict(kernel="torch", method="wanda", sparsity="0.5")

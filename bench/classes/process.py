@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 # Children take what is imported here from their parent: to import it takes longer than to examine a class.
-import sparsefw.driver  # noqa: F401
+import sparsefw.driver.run  # noqa: F401
 from classes.examine import TRACEBACK, examine
 from classes.tiny_model import Case
 

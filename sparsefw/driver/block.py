@@ -15,7 +15,6 @@ from torch import nn
 from sparsefw.driver.solves import Solve, add_up, combine, exchange, find_solves
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
-from sparsefw.kernels.backend import Backend
 from sparsefw.memory import give_back
 from sparsefw.model import BlockModel, BlockShape, HiddenStates, ModelShape, Placement
 from sparsefw.model.layers import (
@@ -46,7 +45,6 @@ class Run:
         model: the model.
         shape: its shape, with the layers that are pruned.
         config: how the model is pruned.
-        backend: the operations.
         placement: what is held at once, and where.
         say: called with every line of the log.
         ranks: the processes of the run, each with its share of the windows.
@@ -56,7 +54,6 @@ class Run:
     model: BlockModel
     shape: ModelShape
     config: PruneConfig
-    backend: Backend
     placement: Placement
     say: Callable[[str], None]
     ranks: Ranks = ALONE
@@ -119,7 +116,7 @@ def prune_block(
             captured = measure(
                 stage,
                 pair,
-                backend=run.backend,
+                backend=run.config.backend,
                 selected=run.selected(i).__contains__,
                 keep=_is_kept(run, stage),
                 passing=held_out,
@@ -152,7 +149,7 @@ def _solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResul
     solves = find_solves(captured, method, run.config, ranks, run.of(i).experts)
     if not ranks.alone:
         with timeline.span("exchange", i):
-            add_up(captured, solves, ranks, run.backend)
+            add_up(captured, solves, ranks, run.config.backend)
     for gram, G in captured.grams.items():
         # The diagonal bounds all other entries of G.
         check_finite(f"inputs of {run.model.names[i]}.{gram} (their squares, summed)", G.diagonal())
@@ -163,19 +160,16 @@ def _solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResul
                 results |= _solve_one(run, i, captured, method, solve)
         if n == last[solve.gram]:
             captured.grams.pop(solve.gram, None)
-        if ranks.alone:
-            for layer in solve.layers:
-                run.say(log.layer_row(results[layer.name]))
-    found = [layer.name for solve in solves for layer in solve.layers]
     if not ranks.alone:
         with timeline.span("exchange", i):
             for cross in captured.crosses.values():
                 # Those of other ranks' solves: nothing of theirs may be under way when their memory is used again.
                 cross.arrived.wait()
             results = exchange(solves, results, ranks)
-        for name in found:
-            run.say(log.layer_row(results[name]))
-    return [results[name] for name in found]
+    found = [results[layer.name] for solve in solves for layer in solve.layers]
+    for result in found:
+        run.say(log.layer_row(result))
+    return found
 
 
 def _solve_one(run: Run, i: int, captured: Captured, method: str, solve: Solve) -> dict[str, LayerResult]:
@@ -186,7 +180,7 @@ def _solve_one(run: Run, i: int, captured: Captured, method: str, solve: Solve) 
         captured.grams[solve.gram],
         method,
         run.config,
-        run.backend,
+        run.config.backend,
         memory=run.placement.solver,
         crosses=[captured.crosses.pop(layer.name, None) for layer in solve.layers],
         ranks=ranks,
@@ -206,7 +200,7 @@ def kept_dense(model: BlockModel, i: int, pruned: list[LayerResult]) -> list[str
     return [prefix + name for name in not_pruned(model.blocks[i], layers)]
 
 
-def idle_matrices(model: BlockModel) -> list[str]:
+def unused_matrices(model: BlockModel) -> list[str]:
     """Names of the matrices in blocks that the model does not run through: they stay dense."""
     return [f"{block}.{name}" for block, module in model.unused.items() for name in not_pruned(module, {})]
 
@@ -249,7 +243,7 @@ def _capture(run: Run, i: int, states: HiddenStates, held_out: Container[int]) -
         run.model.blocks[i],
         partial(states.output, i),
         [j for j in range(len(states)) if j not in held_out],
-        backend=run.backend,
+        backend=run.config.backend,
         selected=run.selected(i).__contains__,
         experts=run.of(i).experts,
     )

@@ -1,33 +1,30 @@
-"""A run on a model in memory: on text, or on batches of its own forward's arguments, whatever it reads."""
+"""A run on a model in memory: on text, or on batches of its own forward's arguments, whatever it reads.
+
+The model is written as its own library does it.
+"""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
+import safetensors.torch
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sparsefw.checkpoint import Writer, check_free, read_shard
-from sparsefw.data import Batch, Batches
-from sparsefw.driver.job import Job
-from sparsefw.driver.loop import Samples
-from sparsefw.driver.module_output import check_state, save
-from sparsefw.driver.run import carry_out, kernel_line, prepare
-from sparsefw.driver.texts import windows_of_texts
-from sparsefw.errors import InputError
+from sparsefw.data import Batches
+from sparsefw.driver.job import Job, Prepared, Samples, windows_of_texts
+from sparsefw.driver.run import carry_out, kernel_line
+from sparsefw.errors import InputError, first_line, shown
 from sparsefw.memory import on_gpu, this_device
-from sparsefw.model import (
-    ModelShape,
-    ResidentModel,
-    check_losses,
-    max_seqlen,
-    resident,
-    shape_of_resident,
-    shape_of_text,
-)
+from sparsefw.model import check_losses, max_seqlen, resident, shape_of_resident, shape_of_text
+from sparsefw.model.slots import filled, slots_of
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report
 
@@ -68,21 +65,33 @@ def run_in_memory(
     device = this_device() if device.type == "cpu" else device
     # A module's own parameters may ask for gradients.
     with on_gpu(device), torch.no_grad(), resident(model, batch, device) as opened:
+        samples: tuple[Samples, list[Samples], int]
         if batches is None or batch is None:
-            whole, samples, seqlen = _on_text(job, opened, say, ranks)
+            if job.inputs.evaluate and not opened.logits_itemsize:
+                raise InputError(f"evaluate: {type(model).__name__} returns no logits, of which perplexity is made")
+            samples = windows_of_texts(job, max_seqlen(cast(PretrainedConfig, model.config)), say, ranks)
+            shape = shape_of_text(opened)
         else:
-            whole, samples, seqlen = _on_batches(opened, batch, *batches)
+            calibration, evaluation = batches
+            shape, seqlen = shape_of_resident(opened, batch)
+            if evaluation:
+                check_losses(opened, evaluation.batches)
+            samples = calibration, [evaluation] if evaluation else [], seqlen
             job = replace(job, inputs=replace(job.inputs, seqlen=max(2, seqlen)))
-        tensors = _tensors(model)
-        name, dtype = f"{type(model).__name__} in memory", next(model.parameters()).dtype
-        prepared = prepare(
-            job, opened, name, dtype, whole, samples, seqlen, say, ranks,
+        # A module may put anything else into its state, too.
+        tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+        prepared = Prepared(
+            opened,
+            f"{type(model).__name__} in memory",
+            next(model.parameters()).dtype,
+            shape,
+            *samples,
             notes=opened.notes,
             fingerprint=_fingerprint(tensors),
             # A caller's batches are not cut.
             fixed={"batch": 1} if batches else {},
-            saved=sum(tensor.nbytes for _, tensor in tensors) if saves else 0,
-        )  # fmt: skip
+            saved=sum(tensor.nbytes for tensor in tensors.values()) if saves else 0,
+        )
 
         def write(folder: Path) -> None:
             save(model, folder)
@@ -95,37 +104,67 @@ def run_in_memory(
             with opened.as_configured():
                 writer.finish(write if saves else None)
 
-        return carry_out(job, opened, prepared, finish, say, progress, ranks)
+        return carry_out(job, prepared, finish, say, progress, ranks)
 
 
-# The shape of a model, what it is calibrated and evaluated on, and the tokens in each.
-_Samples = tuple[ModelShape, tuple[Samples, Sequence[Samples]], int]
-
-
-def _on_text(job: Job, model: ResidentModel, say: Callable[[str], None], ranks: Ranks) -> _Samples:
-    config = cast(PretrainedConfig, model.model.config)
-    if job.inputs.evaluate and not model.logits_itemsize:
-        raise InputError(f"evaluate: {type(model.model).__name__} returns no logits, of which perplexity is made")
-    samples, seqlen = windows_of_texts(job, max_seqlen(config), say, ranks)
-    return shape_of_text(model), samples, seqlen
-
-
-def _on_batches(model: ResidentModel, batch: Batch, calibration: Batches, evaluation: Batches | None) -> _Samples:
-    shape, tokens = shape_of_resident(model, batch)
-    if evaluation:
-        check_losses(model, evaluation.batches)
-    return shape, (calibration, [evaluation] if evaluation else []), tokens
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """The tensors of a model's state. A module may put anything else into it, too."""
-    return [(name, value) for name, value in model.state_dict().items() if isinstance(value, Tensor)]
-
-
-def _fingerprint(tensors: list[tuple[str, Tensor]]) -> str:
+def _fingerprint(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of tensors with their names, in hex."""
     digest = hashlib.sha256()
-    for name, tensor in tensors:
+    for name, tensor in tensors.items():
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def check_state(model: nn.Module) -> None:
+    """Refuse a model that cannot be written as a safetensors file, and has no library that writes it otherwise.
+
+    Of a model of transformers the library checks the configs when it writes them, which is at the end of a run. So they
+    are written once before it.
+    """
+    if getattr(type(model), "save_pretrained", None) is PreTrainedModel.save_pretrained:
+        assert isinstance(model, PreTrainedModel)
+        with explained_saving(model), TemporaryDirectory(prefix="sparsefw-") as folder:
+            model.config.save_pretrained(folder)
+            if model.can_generate():
+                model.generation_config.save_pretrained(folder)
+    if hasattr(model, "save_pretrained"):
+        return
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{name}: is a {type(value).__name__} in the model's state; safetensors files take tensors alone; "
+                "prune without output, which changes the model in place, and write it yourself"
+            )
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Write a model as its own library does, or as a single safetensors file, into an empty folder.
+
+    Raises:
+        InputError: the model cannot be written.
+    """
+    own: Any = getattr(model, "save_pretrained", None)
+    # safetensors takes no tensor that is a part of a larger one, as weights in one flat buffer are.
+    slots = [] if own else slots_of(model.named_modules())
+    parts = [slot for slot in slots if slot.own.untyped_storage().nbytes() > slot.own.nbytes]
+    with explained_saving(model), filled(parts, lambda slot: slot.own.detach().clone()):
+        if own:
+            own(folder)
+        else:
+            safetensors.torch.save_model(model, str(folder / "model.safetensors"))
+
+
+@contextmanager
+def explained_saving(model: nn.Module) -> Iterator[None]:
+    """Turn what a library raises when it cannot write a model, inside the `with` block, into an error of one line.
+
+    Weights that lie in the same memory are one reason: safetensors takes only some of them. A config that its library
+    does not take is another, such as a temperature without sampling.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, StrictDataclassError) as error:
+        raise InputError(f"model: {type(model).__name__} cannot be written: {shown(first_line(error), 600)}") from error

@@ -1,6 +1,6 @@
-"""A run that is asked for, and what it is before its first block."""
+"""A run that is asked for, the texts that it reads, and what it prunes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsefw.driver.loop import Samples
+from sparsefw import data
+from sparsefw.data import Batches, Windows
+from sparsefw.errors import InputError
 from sparsefw.inputs import Inputs, Output
-from sparsefw.model import ModelShape
+from sparsefw.model import BlockModel, ModelShape
+from sparsefw.ranks import Ranks
 from sparsefw.solver import PruneConfig
+
+# What runs through a model: windows of tokens, or a caller's batches.
+Samples = Windows | Batches
 
 
 @dataclass(frozen=True)
@@ -38,14 +44,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run before its first block.
+    """A model before its first block, and what runs through it.
 
     Attributes:
-        device: device that the model runs on.
-        calibration, evaluation: the windows, or the batches of a caller.
-        shape: shape of the model, with the layers that are to be pruned.
+        model: the model.
+        name, dtype: its name and dtype, for the log.
+        shape: its shape, with all prunable layers.
+        calibration: the windows that it is calibrated on, or the batches of a caller.
+        evaluation: those of each evaluation text.
         seqlen: tokens in a window; of batches, the most vectors of one between two blocks.
-        limits: memory limits in bytes: "host", and with a GPU "gpu".
         notes: what the user should know of the model, one line each.
         fingerprint: tells the model from another one.
         files: what tells the checkpoint's files from changed ones; empty: the fingerprint is of all tensors in memory.
@@ -53,14 +60,63 @@ class Prepared:
         saved: bytes that the end of the run writes while the finished blocks are still on the disk.
     """
 
-    device: torch.device
+    model: BlockModel
+    name: str
+    dtype: torch.dtype
+    shape: ModelShape
     calibration: Samples
     evaluation: Sequence[Samples]
-    shape: ModelShape
     seqlen: int
-    limits: dict[str, int]
     notes: list[str]
     fingerprint: str
     files: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, int] = field(default_factory=dict)
     saved: int = 0
+
+
+def windows_of_texts(
+    job: Job, longest: int | None, say: Callable[[str], None], ranks: Ranks
+) -> tuple[Windows, list[Windows], int]:
+    """Read and tokenize the texts of a run. One rank reads them, and all have the same tokens.
+
+    Args:
+        job, say, ranks: as for `run_job`.
+        longest: tokens in the longest window that the model takes; None: not known.
+
+    Returns:
+        The calibration windows, the windows of each evaluation text, and the tokens in a window.
+
+    Raises:
+        InputError: a text cannot be read or is too short, or the tokenizer cannot take it.
+    """
+    inputs = job.inputs
+    seqlen = data.window_length(inputs.model, inputs.seqlen, longest)
+    if seqlen < inputs.seqlen:
+        say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
+    return *ranks.on_first(lambda: _read(job, seqlen)), seqlen
+
+
+def _read(job: Job, seqlen: int) -> tuple[Windows, list[Windows]]:
+    inputs, dataset = job.inputs, job.dataset
+    if isinstance(dataset, Tensor):
+        calibration = data.windows_of(dataset, inputs.dataset[0])
+        if calibration.seqlen > seqlen:
+            raise InputError(
+                f"{calibration.source}: windows of {calibration.seqlen} tokens, and the model takes {seqlen} at most"
+            )
+        if not inputs.evaluate:
+            # Nothing has to be tokenized.
+            return calibration, []
+    tokenizer = job.tokenizer
+    if tokenizer is None:
+        assert job.folder is not None
+        tokenizer = data.load_tokenizer(job.folder)
+    drawn = dict(nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)
+    if dataset is None:
+        calibration = data.mixed_windows(tokenizer, inputs.shares, **drawn)
+    elif not isinstance(dataset, Tensor):
+        calibration = data.calibration_windows(tokenizer, dataset, **drawn)
+    return calibration, [
+        data.evaluation_windows(tokenizer, name, seqlen=seqlen, limit=inputs.eval_windows)
+        for name in dict.fromkeys(inputs.evaluate)
+    ]

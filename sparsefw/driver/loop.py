@@ -19,22 +19,20 @@ from torch import Tensor
 
 from sparsefw.checkpoint import Writer, read_shard
 from sparsefw.checkpoint.files import convert
-from sparsefw.data import Batches, Windows
-from sparsefw.driver.block import Run, idle_matrices, kept_dense, prune_block
-from sparsefw.driver.reconstruct import Parts, make_parts, reconstruct
+from sparsefw.data import Windows
+from sparsefw.driver.block import Run, kept_dense, prune_block, unused_matrices
+from sparsefw.driver.job import Samples
+from sparsefw.driver.reconstruct import reconstruct
 from sparsefw.errors import InputError
 from sparsefw.memory import give_back, peak_memory
-from sparsefw.model import HiddenStates, embed_batches, perplexity, perplexity_of_batches
-from sparsefw.ranks import Ranks
+from sparsefw.model import HiddenStates, embed_batches, perplexity
+from sparsefw.model.placement import held_out_batches
 from sparsefw.report import BlockRecord, Reconstruction, log
 from sparsefw.solver import LayerResult
-from sparsefw.timeline import WRITE, Timeline
+from sparsefw.timeline import WRITE
 
 # Name of the hidden states in the dense model.
 DENSE = "dense"
-
-# What runs through a model: windows of tokens, or a caller's batches.
-Samples = Windows | Batches
 
 # Tensors of a block on the host by method, then by their names in the checkpoint.
 Written = dict[str, dict[str, Tensor]]
@@ -55,50 +53,38 @@ class FinishedBlock:
     kept_dense: list[str] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
     """Measurements of a run.
 
     Attributes:
-        timeline: what was done when. Blocks that an earlier run finished are only read and run.
-        layers: a result for each layer and method.
+        finished: the blocks. Those that an earlier run finished are as that run measured them.
+        unused: names of the matrices in blocks that the model does not run through.
         perplexity: by evaluation text, then by "dense" and by method; empty without evaluation.
-        kept_dense: names of the matrices inside the blocks that were not pruned.
-        blocks: name, seconds by phase and peak memory of each block, as the run that pruned it measured them.
     """
 
-    timeline: Timeline
-    layers: list[LayerResult] = field(default_factory=list)
-    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
-    kept_dense: list[str] = field(default_factory=list)
-    blocks: list[BlockRecord] = field(default_factory=list)
-
-    def add(self, finished: FinishedBlock) -> None:
-        """Add a finished block."""
-        self.layers += finished.layers
-        self.kept_dense += finished.kept_dense
-        self.blocks.append(finished.block)
+    finished: list[FinishedBlock]
+    unused: list[str]
+    perplexity: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class _States:
-    """Hidden states by method and "dense": of the calibration, and of every evaluation text.
+    """Hidden states, by method and "dense".
 
-    `ids` are the tokens of the calibration windows; None: the calibration is no text. `parts` are its micro-batches.
+    Attributes:
+        calibration: of the calibration.
+        evaluation: of every evaluation text.
+        ids: the tokens of the calibration windows; None: the calibration is no text.
     """
 
-    ids: Tensor | None
-    parts: Parts
     calibration: dict[str, HiddenStates]
-    evaluation: list[tuple[Samples, dict[str, HiddenStates]]]
-
-    def evaluated(self, name: str) -> list[HiddenStates]:
-        """Those of all evaluation texts, of a method or of "dense"."""
-        return [by_name[name] for _, by_name in self.evaluation]
+    evaluation: dict[str, list[HiddenStates]]
+    ids: Tensor | None
 
     def of(self, name: str) -> list[HiddenStates]:
         """All of a method, or of "dense"."""
-        return [*([self.calibration[name]] if name in self.calibration else []), *self.evaluated(name)]
+        return [*([self.calibration[name]] if name in self.calibration else []), *self.evaluation[name]]
 
 
 def prune_model(
@@ -126,23 +112,24 @@ def prune_model(
         with timeline.span("embed"), model.outside():
             calibration, *evaluation = (x.part(run.ranks.share(x.n)) for x in (calibration, *evaluation))
             calibrated = _embed(run, calibration, names[not run.config.uses_dense_stream :])
-            ids = calibration.ids if isinstance(calibration, Windows) else None
-            parts = make_parts(run, calibrated[run.config.method])
-            states = _States(ids, parts, calibrated, [(text, _embed(run, text, names)) for text in evaluation])
+            evaluated = [_embed(run, samples, names) for samples in evaluation]
+        ids = calibration.ids if isinstance(calibration, Windows) else None
+        states = _States(calibrated, {name: [by_name[name] for by_name in evaluated] for name in names}, ids)
         for name in names:
             for hidden_states in states.of(name):
                 open_states.callback(hidden_states.close)
-        outcome = _prune_blocks(run, states, writer, on_block)
-        if run.shape.layer_names and not outcome.layers:
+        finished = _prune_blocks(run, states, writer, on_block)
+        if run.shape.layer_names and not any(block.layers for block in finished):
             raise InputError(
                 "nothing was pruned: no calibration token reaches the selected experts; give more calibration windows, "
                 "or select other layers"
             )
         with timeline.span("evaluate"), model.outside():
-            for samples, by_name in states.evaluation:
-                perplexities = {name: _perplexity(s, samples, run.ranks) for name, s in by_name.items()}
-                outcome.perplexity[samples.source] = perplexities
-        return outcome
+            perplexities = {
+                samples.source: {name: perplexity(x, samples, run.ranks) for name, x in by_name.items()}
+                for samples, by_name in zip(evaluation, evaluated, strict=True)
+            }
+        return Outcome(finished, unused_matrices(model), perplexities)
 
 
 def _embed(run: Run, samples: Samples, names: Sequence[str]) -> dict[str, HiddenStates]:
@@ -152,18 +139,10 @@ def _embed(run: Run, samples: Samples, names: Sequence[str]) -> dict[str, Hidden
     return {name: states.fork() if n else states for n, name in enumerate(names)}
 
 
-def _perplexity(states: HiddenStates, samples: Samples, ranks: Ranks) -> float:
-    if isinstance(samples, Windows):
-        return perplexity(states, samples.ids, ranks)
-    return perplexity_of_batches(states, samples.batches, ranks)
-
-
-def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: Callable[[], None]) -> Outcome:
-    model, timeline = run.model, run.model.timeline
-    outcome, done = Outcome(timeline), len(writer.finished)
-    finished = writer.finished[: len(model.unique_blocks)]
-    for record in finished:
-        outcome.add(convert(FinishedBlock, record, "the record of a finished block: "))
+def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: Callable[[], None]) -> list[FinishedBlock]:
+    model, timeline, done = run.model, run.model.timeline, len(writer.finished)
+    records = writer.finished[: len(model.unique_blocks)]
+    finished = [convert(FinishedBlock, record, "the record of a finished block: ") for record in records]
     # Repeats are not written. Those before the next block that is can be run.
     begin = [*model.unique_blocks, len(model.blocks)][len(finished)]
     for i in range(begin):
@@ -193,18 +172,17 @@ def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: Callable[
                     written.result()
             del tensors
             give_back()
-            outcome.add(record)
+            finished.append(record)
         with timeline.span("wait"):
             if written:
                 written.result()
-    outcome.kept_dense += idle_matrices(model)
     for shard, names in enumerate(model.pieces, len(model.unique_blocks)):
         if shard >= done and writer.writes(shard):
             with timeline.span("write"):
                 writer.write(shard, model.other_tensors(names))
             # Tensors that are small enough for the C library to keep would lie beside the next ones.
             give_back()
-    return outcome
+    return finished
 
 
 def _prune_block(run: Run, i: int, states: _States, writer: Writer) -> tuple[FinishedBlock, Written]:
@@ -220,7 +198,7 @@ def _prune_block(run: Run, i: int, states: _States, writer: Writer) -> tuple[Fin
     with timeline.span("read", i):
         # A copy, only if the dense block is needed after it has been pruned.
         dense = model.copy(i) if config.uses_dense_target or len(config.methods) > 1 else None
-    _advance(run, i, "evaluate", states.evaluated(DENSE))
+    _advance(run, i, "evaluate", states.evaluation[DENSE])
     if config.uses_dense_stream and not config.uses_dense_target:
         # No stage will move them on.
         _advance(run, i, "reconstruct", [states.calibration[DENSE]])
@@ -237,7 +215,8 @@ def _prune_block(run: Run, i: int, states: _States, writer: Writer) -> tuple[Fin
         # Stages move the windows on inside the block, and a reconstruction runs from its input.
         start = pruned.fork() if own and config.reconstruct and reference else None
         # The loss on what is held out tells what a reconstruction is worth only if no layer was fitted to it, either.
-        results, way = prune_block(run, i, method, pruned, reference, states.parts.held_out if own else ())
+        held_out = held_out_batches(len(pruned)) if own and config.reconstruct else ()
+        results, way = prune_block(run, i, method, pruned, reference, held_out)
         record.layers += results
         if own:
             # It is the last method: nothing needs the dense block any more.
@@ -247,7 +226,7 @@ def _prune_block(run: Run, i: int, states: _States, writer: Writer) -> tuple[Fin
             found = _reconstruct(run, i, states, start, results) if config.reconstruct else None
             record.block = replace(record.block, way=way, reconstruction=found)
         _advance(run, i, "forward", [pruned])
-        _advance(run, i, "evaluate", states.evaluated(method))
+        _advance(run, i, "evaluate", states.evaluation[method])
         if i in model.unique_blocks and writer.writes(model.unique_blocks.index(i)):
             with timeline.span("write", i):
                 tensors[method] = model.block_tensors(i)
@@ -272,7 +251,7 @@ def _reconstruct(
     with run.model.timeline.span("reconstruct", i):
         if start is not None:
             pruned.go_back(start)
-        found = reconstruct(run, i, pruned, states.calibration[DENSE], results, states.parts, states.ids)
+        found = reconstruct(run, i, pruned, states.calibration[DENSE], results, states.ids)
     if found:
         run.say(log.reconstruction_row(run.model.names[i], found))
     return found

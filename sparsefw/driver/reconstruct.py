@@ -22,7 +22,7 @@ from sparsefw.memory import give_back
 from sparsefw.model import HiddenStates
 from sparsefw.model.explained import ForwardFailed, explained
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
-from sparsefw.model.layers import Layer, layer_of
+from sparsefw.model.layers import layer_of
 from sparsefw.model.placement import split_batches
 from sparsefw.model.predictions import divergence, predicts, times_the_passes, tokens_of_pass
 from sparsefw.report import HIDDEN, PREDICTIONS, Reconstruction
@@ -43,7 +43,6 @@ def reconstruct(
     states: HiddenStates,
     dense: HiddenStates,
     results: Sequence[LayerResult],
-    parts: "Parts",
     ids: Tensor | None = None,
 ) -> Reconstruction | None:
     """Reconstruct block i, which is open and pruned.
@@ -54,7 +53,6 @@ def reconstruct(
         states: the calibration windows before the block in the pruned model.
         dense: the same behind the block in the dense model.
         results: the block's pruned layers.
-        parts: what it is fitted to, and what is held out.
         ids: (windows, seqlen) the windows' tokens; None: they are no text.
 
     Returns:
@@ -67,11 +65,12 @@ def reconstruct(
     if not results or not states.goes_on(i):
         return None
     with _predicted(run, i, states, ids) as tokens:
+        learned, held_out = split_batches(len(states))
         # Ranks have about as many micro-batches; those with fewer begin again.
-        steps = run.config.reconstruct * parts.most
+        steps = run.config.reconstruct * max(run.ranks.gather(len(learned)))
         if tokens:
             steps *= times_the_passes(tokens[0].shape[1])
-        fit = Fit(run, i, states, dense, parts.learned, parts.held_out, tokens)
+        fit = Fit(run, i, states, dense, learned, held_out, tokens)
         losses = _rounds(fit, results, steps)
         # Experts of one rank's windows may have an operation that no other rank has seen.
         varies = dict.fromkeys(name for names in run.ranks.gather(fit.varies) for name in names)
@@ -87,26 +86,6 @@ def reconstruct(
         loss=PREDICTIONS if tokens else HIDDEN,
         varies=", ".join(varies),
     )
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The micro-batches of a rank.
-
-    Attributes:
-        learned, held_out: numbers of those that layers and blocks are fitted to, and of the others.
-        most: how many of the former a rank has at most.
-    """
-
-    learned: list[int]
-    held_out: list[int]
-    most: int
-
-
-def make_parts(run: Run, states: HiddenStates) -> Parts:
-    """The same for all blocks. None is held out if nothing is reconstructed."""
-    learned, held_out = split_batches(len(states)) if run.config.reconstruct else ([*range(len(states))], [])
-    return Parts(learned, held_out, max(run.ranks.gather(len(learned))))
 
 
 @contextmanager
@@ -128,12 +107,13 @@ def _rounds(fit: "Fit", results: Sequence[LayerResult], steps: int) -> list[floa
     """Make as many rounds as pay. The losses before the first one and behind all of them."""
     model, number = fit.run.model, fit.number
     block, prefix = model.blocks[number], f"{model.names[number]}."
-    layers = [
-        layer_of(block, result.name.removeprefix(prefix), "", result.shape, result.transposed) for result in results
-    ]
+    views: dict[str, list[Tensor]] = {}
+    for result in results:
+        layer = layer_of(block, result.name.removeprefix(prefix), "", result.shape, result.transposed)
+        views.setdefault(without_index(layer.name), []).append(layer.weight)
     losses = [fit.loss()]
-    while _pays(losses):
-        weights = KeptWeights(_by_parameter(block, layers), steps, RATE)
+    while len(losses) == 1 or (len(losses) <= MOST_ROUNDS and losses[-1] < (1 - WORTH) * losses[-2]):
+        weights = KeptWeights([(block.get_parameter(name), listed) for name, listed in views.items()], steps, RATE)
         try:
             losses.append(fit.round(weights, steps, losses[-1]))
         finally:
@@ -141,11 +121,6 @@ def _rounds(fit: "Fit", results: Sequence[LayerResult], steps: int) -> list[floa
         # The state of the next round would lie beside the holes that this one leaves.
         give_back()
     return losses
-
-
-def _pays(losses: list[float]) -> bool:
-    """Whether another round pays, after the losses before the first one and behind all of them."""
-    return len(losses) == 1 or (len(losses) <= MOST_ROUNDS and losses[-1] < (1 - WORTH) * losses[-2])
 
 
 def relative_loss(out: Tensor, target: Tensor) -> Tensor:
@@ -277,11 +252,3 @@ class Fit:
                 raise InputError(
                     f"{name}: unsupported model: no gradients go through it: {what}; use --reconstruct 0"
                 ) from error
-
-
-def _by_parameter(block: nn.Module, layers: Sequence[Layer]) -> list[tuple[nn.Parameter, list[Tensor]]]:
-    """The block's parameters that hold these layers, with the layers' weights."""
-    found: dict[str, list[Tensor]] = {}
-    for layer in layers:
-        found.setdefault(without_index(layer.name), []).append(layer.weight)
-    return [(block.get_parameter(name), views) for name, views in found.items()]

@@ -2,7 +2,7 @@
 
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.forward import embed, embed_batches
-from sparsefw.model.head import check_losses, logits, loss, perplexity, perplexity_of_batches
+from sparsefw.model.head import check_losses, logits, loss, perplexity
 from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.model.placement import Placement
 from sparsefw.model.resident import ResidentModel, resident
@@ -27,7 +27,6 @@ __all__ = [
     "loss",
     "max_seqlen",
     "perplexity",
-    "perplexity_of_batches",
     "read_config",
     "resident",
     "shape_of",

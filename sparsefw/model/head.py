@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefw.data import Batch, token_batch
+from sparsefw.data import Batch, Batches, Windows, token_batch
 from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.forward import form_of, run_behind_blocks, run_with_blocks_replaced
@@ -19,57 +19,38 @@ from sparsefw.ranks import ALONE, Ranks
 LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
-def perplexity(states: HiddenStates, ids: Tensor, ranks: Ranks = ALONE) -> float:
-    """exp of the mean negative log-likelihood over all windows.
+@torch.no_grad()
+def perplexity(states: HiddenStates, samples: Windows | Batches, ranks: Ranks = ALONE) -> float:
+    """exp of the mean negative log-likelihood over all windows, or of the losses that the model itself returns.
 
     Args:
-        states: the windows after the last block.
-        ids: (windows, seqlen) their tokens.
-        ranks: each has some of the windows.
+        states: the windows or batches after the last block.
+        samples: these windows; or these batches, with what the model makes a loss of. All count alike.
+        ranks: each has some of them.
+
+    Raises:
+        InputError: the model returns no loss for a batch.
     """
     total, count, model = 0.0, 0, states.model
     with model.outside():
         for j, windows in enumerate(states.windows):
             hidden, others = states.hidden[j], states.behind_last(j)
-            batch = ids[count : count + windows]
-            if states.flow.by_window and hidden.shape[:2] == batch.shape:
+            if isinstance(samples, Batches):
+                total += _loss_in(run_behind_blocks(model, samples.batches[j], hidden, others), model, j).item()
+            elif states.flow.by_window and hidden.shape[:2] == (windows, samples.seqlen):
                 # One window at a time: logits over a large vocabulary are the largest tensor of a run.
-                total += sum(loss(model, batch[n : n + 1], hidden[n : n + 1]) for n in range(windows))
+                ids = samples.ids[count : count + windows]
+                total += sum(loss(model, ids[n : n + 1], hidden[n : n + 1]) for n in range(windows))
             else:
-                total += windows * loss(model, batch, hidden, others)
+                total += windows * loss(model, samples.ids[count : count + windows], hidden, others)
             count += windows
-    return _exp_of_mean(total, count, ranks)
-
-
-def _exp_of_mean(total: float, count: int, ranks: Ranks) -> float:
-    """exp of the mean of numbers of which every rank has some."""
     sums = ranks.gather((total, count))
     return exp(sum(total for total, _ in sums) / sum(count for _, count in sums))
 
 
 def exp(x: float) -> float:
-    """exp(x), and infinity where a float has no room for it."""
+    """exp(x); infinity where it is beyond the largest float."""
     return math.inf if x > LARGEST_EXPONENT else math.exp(x)
-
-
-@torch.no_grad()
-def perplexity_of_batches(states: HiddenStates, batches: Iterable[Batch], ranks: Ranks = ALONE) -> float:
-    """exp of the mean of the losses that the model itself returns, all batches alike.
-
-    Args:
-        states: the batches after the last block.
-        batches: the batches, with what the model makes a loss of.
-        ranks: each has some of the batches.
-
-    Raises:
-        InputError: the model returns no loss.
-    """
-    losses, model = [], states.model
-    with model.outside():
-        for j, batch in enumerate(batches):
-            returned = run_behind_blocks(model, batch, states.hidden[j], states.behind_last(j))
-            losses.append(_loss_in(returned, model, j).item())
-    return _exp_of_mean(sum(losses), len(losses), ranks)
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def prune_watched(ranks, *args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "layer_row", row)
         patch.setattr(Fit, "loss", watched("losses", Fit.loss))
-        patch.setattr(loop, "_perplexity", watched("perplexities", loop._perplexity))
+        patch.setattr(loop, "perplexity", watched("perplexities", loop.perplexity))
         report, _ = prune(ranks, *args)
     return report, found
 

@@ -9,7 +9,7 @@ from helpers.commands import tensors_of
 from helpers.reconstructed import METHODS, WINDOWS, flags_of, make_place, run, shards, without_times
 from transformers import AutoModelForCausalLM
 
-from sparsefw.driver import reconstruct, texts
+from sparsefw.driver import job, reconstruct
 from sparsefw.driver import run as driver_run
 from sparsefw.model.placement import split_batches
 from sparsefw.run import main
@@ -59,14 +59,14 @@ def test_nothing_is_fitted_to_what_is_held_out(way, family, tmp_path, monkeypatc
     """Layers are those of a run on the other windows alone, up to the first block that is reconstructed."""
     folder = make_place(tmp_path, family)
     report, seen = run(folder, tmp_path / "out", *METHODS[way], "--reconstruct", "1")
-    drawn = texts.data.mixed_windows
+    drawn = job.data.mixed_windows
     learned, _ = split_batches(WINDOWS)
 
     def fewer(*args, nsamples, **kwargs):
         windows = drawn(*args, nsamples=WINDOWS, **kwargs)
         return replace(windows, ids=windows.ids[learned])
 
-    monkeypatch.setattr(texts.data, "mixed_windows", fewer)
+    monkeypatch.setattr(job.data, "mixed_windows", fewer)
     alone, _ = run(folder, tmp_path / "alone", *METHODS[way], "--nsamples", str(len(learned)))
     loaded, (first, *_) = AutoModelForCausalLM.from_pretrained(tmp_path / "alone"), report.blocks
     written = dict(loaded.named_parameters())

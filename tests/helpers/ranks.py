@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sparsefw.driver import Job, Output, reconstruct, run_job
-from sparsefw.inputs import Inputs
+from sparsefw.driver import reconstruct
+from sparsefw.driver.job import Job
+from sparsefw.driver.run import run_job
+from sparsefw.inputs import Inputs, Output
 from sparsefw.ranks import Ranks
 from sparsefw.report import Report
 from sparsefw.solver import PruneConfig

@@ -9,6 +9,7 @@ from helpers.whole import BATCH, CPU, all_logits, plain_logits, whole_model
 from torch import nn
 
 from sparsefw import checkpoint
+from sparsefw.data import windows_of
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed, perplexity, shape_of
 from sparsefw.model.activations import Store
@@ -53,7 +54,7 @@ def test_streams_equal_the_whole_models(family, place, tmp_path):
         assert torch.equal(all_logits(model, pruned), expected_pruned)
         assert torch.equal(all_logits(model, other), expected_pruned)
         loss = nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
-        assert perplexity(dense, TOKENS) == pytest.approx(loss.exp().item(), rel=1e-5)
+        assert perplexity(dense, windows_of(TOKENS, "")) == pytest.approx(loss.exp().item(), rel=1e-5)
         for states in (dense, pruned, other):
             states.close()
 
@@ -69,7 +70,8 @@ def test_perplexity_of_as_many_windows_as_tokens(tmp_path):
             apart.advance(i)
             model.close(i)
         assert together.hidden[0].shape[:2] == ids.shape
-        assert perplexity(together, ids) == pytest.approx(perplexity(apart, ids), rel=1e-5)
+        windows = windows_of(ids, "")
+        assert perplexity(together, windows) == pytest.approx(perplexity(apart, windows), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", HANDING_ON)

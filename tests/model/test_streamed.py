@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from sparsefw import checkpoint
+from sparsefw.data import windows_of
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed, logits, loss, perplexity
 from sparsefw.model.hf import attention_implementation
@@ -98,7 +99,7 @@ def test_perplexity_is_that_of_all_windows(tmp_path):
     model, ids = open_model(save_model(tmp_path, "gemma2")), tokens(5)
     states = run_through(model, ids, batch_size=2)
     losses = [loss(model, ids[n : n + 1], states.hidden[n // 2][n % 2 : n % 2 + 1]) for n in range(5)]
-    assert perplexity(states, ids) == pytest.approx(math.exp(sum(losses) / 5), rel=1e-12)
+    assert perplexity(states, windows_of(ids, "")) == pytest.approx(math.exp(sum(losses) / 5), rel=1e-12)
 
 
 class TestRefused:
