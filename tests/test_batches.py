@@ -10,8 +10,9 @@ from torch import nn
 
 from sparsefw import InputError, prune
 from sparsefw.data import batches_of
-from sparsefw.model import embed_batches, resident
+from sparsefw.model import resident
 from sparsefw.model.activations import Store
+from sparsefw.model.forward import embed_batches
 
 NAME = "batches given in Python"
 QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")

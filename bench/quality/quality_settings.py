@@ -18,8 +18,8 @@ from sparsefw import checkpoint, data
 from sparsefw.cli import inputs_and_config, run_parser
 from sparsefw.kernels.backend import TORCH
 from sparsefw.model import StreamedModel, embed
+from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.model.layers import capture
-from sparsefw.model.placement import BATCH_TOKENS
 from sparsefw.solver import prune_layers
 
 # The layers that are taken of every block: one for each kind of input.

@@ -16,7 +16,8 @@ from sparsefw.driver.solves import Solve, add_up, combine, exchange, find_solves
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
 from sparsefw.memory import give_back
-from sparsefw.model import BlockModel, BlockShape, HiddenStates, ModelShape, Placement
+from sparsefw.model import HiddenStates, ModelShape, Placement
+from sparsefw.model.block_model import BlockModel
 from sparsefw.model.layers import (
     Captured,
     Confirmed,
@@ -31,6 +32,7 @@ from sparsefw.model.layers import (
     survey,
 )
 from sparsefw.model.parts import INPUT
+from sparsefw.model.shapes import BlockShape
 from sparsefw.model.slots import addresses
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import log
@@ -213,13 +215,13 @@ def find_stages(run: Run, i: int, states: HiddenStates) -> list[Stage]:
     if not kinds:
         return []
     with run.model.timeline.span("calibrate", i):
-        inputs = states.inputs(i, 0)
+        run_block = states.run_of(i, 0)
         surveyed = survey(
             run.model.blocks[i],
-            lambda hidden: states.call(i, 0, hidden, inputs=inputs),
+            run_block,
             states.hidden[0],
             lambda name: kind_of(name, experts) in kinds,
-            handed_on=partial(states.handed_on, i, inputs),
+            handed_on=lambda _: states.handed_on(i, run_block),
             confirmed=run.confirmed,
             experts=experts,
         )

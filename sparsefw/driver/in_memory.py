@@ -4,7 +4,7 @@ The model is written as its own library does it.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,10 @@ from sparsefw.driver.job import Job, Prepared, Samples, windows_of_texts
 from sparsefw.driver.run import carry_out, kernel_line
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.memory import on_gpu, this_device
-from sparsefw.model import check_losses, max_seqlen, resident, shape_of_resident, shape_of_text
+from sparsefw.model import resident
+from sparsefw.model.head import check_losses
+from sparsefw.model.shape_of import shape_of_resident, shape_of_text
+from sparsefw.model.skeleton import max_seqlen
 from sparsefw.model.slots import filled, slots_of
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report
@@ -65,18 +68,21 @@ def run_in_memory(
     device = this_device() if device.type == "cpu" else device
     # A module's own parameters may ask for gradients.
     with on_gpu(device), torch.no_grad(), resident(model, batch, device) as opened:
-        samples: tuple[Samples, list[Samples], int]
+        calibration: Samples
+        evaluation: Sequence[Samples]
         if batches is None or batch is None:
             if job.inputs.evaluate and not opened.logits_itemsize:
                 raise InputError(f"evaluate: {type(model).__name__} returns no logits, of which perplexity is made")
-            samples = windows_of_texts(job, max_seqlen(cast(PretrainedConfig, model.config)), say, ranks)
+            calibration, evaluation, seqlen = windows_of_texts(
+                job, max_seqlen(cast(PretrainedConfig, model.config)), say, ranks
+            )
             shape = shape_of_text(opened)
         else:
-            calibration, evaluation = batches
+            calibration, evaluated = batches
+            evaluation = [evaluated] if evaluated else []
             shape, seqlen = shape_of_resident(opened, batch)
-            if evaluation:
-                check_losses(opened, evaluation.batches)
-            samples = calibration, [evaluation] if evaluation else [], seqlen
+            if evaluated:
+                check_losses(opened, evaluated.batches)
             job = replace(job, inputs=replace(job.inputs, seqlen=max(2, seqlen)))
         # A module may put anything else into its state, too.
         tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
@@ -85,7 +91,9 @@ def run_in_memory(
             f"{type(model).__name__} in memory",
             next(model.parameters()).dtype,
             shape,
-            *samples,
+            calibration,
+            evaluation,
+            seqlen,
             notes=opened.notes,
             fingerprint=_fingerprint(tensors),
             # A caller's batches are not cut.

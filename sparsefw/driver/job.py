@@ -13,7 +13,8 @@ from sparsefw import data
 from sparsefw.data import Batches, Windows
 from sparsefw.errors import InputError
 from sparsefw.inputs import Inputs, Output
-from sparsefw.model import BlockModel, ModelShape
+from sparsefw.model import ModelShape
+from sparsefw.model.block_model import BlockModel
 from sparsefw.ranks import Ranks
 from sparsefw.solver import PruneConfig
 

@@ -25,8 +25,9 @@ from sparsefw.driver.job import Samples
 from sparsefw.driver.reconstruct import reconstruct
 from sparsefw.errors import InputError
 from sparsefw.memory import give_back, peak_memory
-from sparsefw.model import HiddenStates, embed_batches, perplexity
-from sparsefw.model.placement import held_out_batches
+from sparsefw.model import HiddenStates, perplexity
+from sparsefw.model.activations import held_out_batches
+from sparsefw.model.forward import embed_batches
 from sparsefw.report import BlockRecord, Reconstruction, log
 from sparsefw.solver import LayerResult
 from sparsefw.timeline import WRITE

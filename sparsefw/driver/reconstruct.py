@@ -2,7 +2,7 @@
 
 The loss of a token is the squared distance between the input of the next block in the pruned and in the dense model,
 relative to the square of the latter: a few tokens have hidden states a thousand times larger than others. Behind the
-last block of a language model it is the divergence of what both models predict, see `model.predictions`.
+last block of a language model it is the divergence of what both models predict, see `model.head`.
 
 A step takes the gradients of one micro-batch on every rank. Some micro-batches are held out. Weights that do no better
 on these are put back. As long as a round of passes lowers the loss there by much, another one follows: a few blocks
@@ -20,11 +20,11 @@ from sparsefw.driver.block import Run
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.memory import give_back
 from sparsefw.model import HiddenStates
+from sparsefw.model.activations import split_batches
 from sparsefw.model.explained import ForwardFailed, explained
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
+from sparsefw.model.head import divergence, predicts, times_the_passes, tokens_of_pass
 from sparsefw.model.layers import layer_of
-from sparsefw.model.placement import split_batches
-from sparsefw.model.predictions import divergence, predicts, times_the_passes, tokens_of_pass
 from sparsefw.report import HIDDEN, PREDICTIONS, Reconstruction
 from sparsefw.solver import LayerResult
 from sparsefw.solver.kept_weights import KeptWeights

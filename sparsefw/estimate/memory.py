@@ -15,8 +15,8 @@ from sparsefw.estimate.workload import Workload, largest_share, stages
 from sparsefw.kernels.cpu import MIRRORED
 from sparsefw.memory import pinned_bytes
 from sparsefw.model import Placement
+from sparsefw.model.head import PIECE, tokens_of_pass
 from sparsefw.model.layers import is_watched
-from sparsefw.model.predictions import PIECE, tokens_of_pass
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.solver import METHODS, PruneConfig, patterns
 from sparsefw.solver.kept_weights import bytes_of_state

@@ -13,8 +13,7 @@ from sparsefw.errors import InputError
 from sparsefw.estimate.memory import GIB, MemoryNeeds, keepable_widths, memory_needs
 from sparsefw.estimate.workload import Workload
 from sparsefw.model import Placement
-from sparsefw.model.activations import PLACES
-from sparsefw.model.placement import BATCH_TOKENS, LEAST_BATCHES, SOLVER
+from sparsefw.model.activations import BATCH_TOKENS, LEAST_BATCHES, PLACES, SOLVER
 from sparsefw.model.shapes import ModelShape
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT

@@ -23,7 +23,7 @@ from sparsefw.data import load_tokenizer, tokenize
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.evaluation.rows import Request, request_of
 from sparsefw.evaluation.streaming import Score, locate, scores_of
-from sparsefw.model import read_config
+from sparsefw.model.skeleton import read_config
 from sparsefw.ranks import joined_with
 
 # The tasks of the paper, by the harness's names. The paper says "seven EleutherAI zero-shot tasks" and no more. These

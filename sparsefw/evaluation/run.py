@@ -16,8 +16,7 @@ from sparsefw.evaluation.metrics import Evaluation, task_records, text_record
 from sparsefw.evaluation.rows import request_of
 from sparsefw.evaluation.streaming import locate, scores_of
 from sparsefw.flags import check_needs, checked_number, checked_path
-from sparsefw.model import read_config
-from sparsefw.model.skeleton import max_seqlen
+from sparsefw.model.skeleton import max_seqlen, read_config
 from sparsefw.ranks import Ranks, joined_with
 
 # The file in the output folder.

@@ -28,8 +28,8 @@ from sparsefw.errors import InputError, counted
 from sparsefw.estimate import Workload, memory_limits, place
 from sparsefw.evaluation.rows import Group, Request, Row, Sharing, groups_of, partition, rows_of
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL
-from sparsefw.model import HiddenStates, ModelShape, Placement, StreamedModel, embed_batches, shape_of
-from sparsefw.model.forward import check_token, run_behind_blocks
+from sparsefw.model import HiddenStates, ModelShape, Placement, StreamedModel, shape_of
+from sparsefw.model.forward import check_token, embed_batches, run_behind_blocks
 from sparsefw.model.skeleton import max_seqlen
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver import PruneConfig

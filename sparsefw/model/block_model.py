@@ -1,21 +1,35 @@
-"""A model that is run one block at a time: a checkpoint's, or one in memory."""
+"""A model that is run one block at a time; and one in memory, of which the block that is worked on is a copy."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from sparsefw.checkpoint.tensors import Loadable
+from sparsefw.checkpoint.tensors import Loadable, dequantized
+from sparsefw.compiled import as_python
+from sparsefw.data import Batch
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.finite import check_finite
 from sparsefw.memory import release_pinned
-from sparsefw.model.path import Path
-from sparsefw.model.shared import SharedParameters
-from sparsefw.model.slots import Slot, fill, restore, slots_of
+from sparsefw.model.explained import TEXT, explained
+from sparsefw.model.hf import asked_for_no_more, attention_by_calls
+from sparsefw.model.path import Path, path_through
+from sparsefw.model.slots import (
+    SharedParameters,
+    Slot,
+    fill,
+    is_copied,
+    on_device,
+    overwrite,
+    restore,
+    shared_parameters,
+    slots_of,
+)
 from sparsefw.model.stand_ins import block_type
 from sparsefw.timeline import READ, Timeline
 
@@ -31,10 +45,10 @@ class BlockModel:
         path: what its forward runs through.
         shared: parameters of blocks that stay dense.
         device: device that it runs on.
-        timeline: receives the time of reading.
 
     Attributes:
-        model, device, shared, timeline: these.
+        model, device, shared: these.
+        timeline: what is done when.
         runs: the module whose forward is run: the model, or its text model, see `Path`.
         input_kind: what its forward is given, in words, for messages.
         blocks: the blocks that it runs through, in the order of their calls. One that is called twice stands there
@@ -54,20 +68,8 @@ class BlockModel:
         joined_bytes: bytes of the largest parameter that is made of several tensors.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        path: Path,
-        shared: SharedParameters,
-        device: torch.device,
-        timeline: Timeline | None = None,
-    ) -> None:
-        self.model, self.shared, self.device, self.timeline = (
-            model,
-            shared,
-            torch.device(device),
-            timeline or Timeline(),
-        )
+    def __init__(self, model: nn.Module, path: Path, shared: SharedParameters, device: torch.device) -> None:
+        self.model, self.shared, self.device, self.timeline = model, shared, torch.device(device), Timeline()
         self.runs, self.input_kind, self.unused, self.names = path.runs, path.input_kind, path.unused, path.order
         self.flow, self.forms, self.logits_itemsize = path.flow, path.forms, path.logits_itemsize
         self.blocks = [path.blocks[name] for name in path.order]
@@ -76,6 +78,10 @@ class BlockModel:
         self.pieces: list[list[str]] = []
         self.notes: list[str] = []
         self.vocabulary: int | None = None
+        if path.input_kind == TEXT:
+            with explained(type(model).__name__, "its embedding"):
+                embeddings: Any = model
+                self.vocabulary = embeddings.get_input_embeddings().weight.shape[0]
         self.outside_bytes = self.quantized_bytes = self.joined_bytes = 0
         inside = {module for block in self.blocks for module in block.modules()}
         self._others = [(name, module) for name, module in model.named_modules() if module not in inside]
@@ -101,7 +107,7 @@ class BlockModel:
         """Block i's tensors by the names of `block_tensors`; None: those outside of the blocks."""
         raise NotImplementedError
 
-    def _make(self, i: int | None, tensors: Mapping[str, Loadable], slots: list[Slot]) -> Callable[[Slot], Tensor]:
+    def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[Slot], Tensor]:
         """A function that makes the tensor for each place of block i, on the device, of what `read` returned."""
         raise NotImplementedError
 
@@ -140,10 +146,15 @@ class BlockModel:
 
     def open_as(self, i: int, tensors: Mapping[str, Loadable]) -> nn.Module:
         """Block i on the device with these weights, which have the names of `block_tensors`."""
+        self._fill(i, tensors)
+        return self.blocks[i]
+
+    def _fill(self, i: int | None, tensors: Mapping[str, Loadable]) -> list[Slot]:
+        """Put weights in their places, which are returned."""
         if i not in self._open:
             self._open[i] = self._slots(i)
-        fill(self._open[i], self._make(i, tensors, self._open[i]))
-        return self.blocks[i]
+        fill(self._open[i], self._make(i, tensors))
+        return self._open[i]
 
     def close(self, i: int | None) -> None:
         """Drop the weights of block i; None: those outside of the blocks."""
@@ -162,9 +173,7 @@ class BlockModel:
         self._outside += 1
         try:
             if self._outside == 1:
-                slots = self._open[None] = self._slots(None)
-                fill(slots, self._make(None, self._timed_read(None), slots))
-                for slot in slots:
+                for slot in self._fill(None, self._timed_read(None)):
                     tensor = slot.tensors[slot.name]
                     if isinstance(tensor, nn.Parameter) and not tensor.is_meta:
                         check_finite(slot.path, tensor)
@@ -225,3 +234,101 @@ def _holds_module(forward: Callable[..., Any]) -> bool:
     held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     held += getattr(function, "__defaults__", None) or ()
     return any(isinstance(getattr(x, "__self__", x), nn.Module) for x in held)
+
+
+@contextmanager
+def resident(model: nn.Module, batch: Batch | None, device: torch.device) -> Iterator["ResidentModel"]:
+    """Inside the `with` block, a model in memory can be run one block at a time.
+
+    It is in evaluation mode, keeps no cache of keys and values, returns no more than is needed, runs nothing compiled,
+    and calls its layers one by one. At the end it is as it was.
+
+    Args:
+        model: the model.
+        batch: arguments of its forward; None: it is a model of transformers, and runs on text.
+        device: device that it runs on.
+
+    Raises:
+        InputError: as `path_through`; or its weights hold NaN or Inf.
+    """
+    with (
+        as_python(),
+        _evaluating(model),
+        asked_for_no_more(model) as as_configured,
+        attention_by_calls(),
+        ResidentModel(model, batch, device, as_configured) as opened,
+    ):
+        yield opened
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class ResidentModel(BlockModel):
+    """A `BlockModel` in memory. Use `resident`.
+
+    Args:
+        model, batch, device: as for `resident`.
+        as_configured: makes a context in which the model's configs are those of its caller.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch | None,
+        device: torch.device,
+        as_configured: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.as_configured = as_configured
+        outside, inside = partial(on_device, device=device), partial(on_device, device=device, copy_buffers=True)
+        path = path_through(model, None if batch is None else batch.to(device), outside, inside)
+        everything = {slot.path for slot in slots_of(model.named_modules(remove_duplicate=False))}
+        super().__init__(model, path, shared_parameters(model, path.order, {}, everything), device)
+        self.notes = [f"not pruned: {reason}" for reason in path.passed_over.values()] + self.shared.notes
+        prefixes = tuple(f"{name}." for name in self.names)
+        others = [(name, x) for name, x in model.named_parameters() if not name.startswith(prefixes)]
+        for name, parameter in others:
+            check_finite(name, parameter)
+        self.outside_bytes = sum(x.nbytes for _, x in others if is_copied(x, self.device))
+
+    def _slots(self, i: int | None) -> list[Slot]:
+        slots = super()._slots(i)
+        # What is on the device is used there.
+        return slots if i is not None else [slot for slot in slots if is_copied(slot.own, self.device)]
+
+    def read(self, i: int | None) -> Mapping[str, Loadable]:
+        """Nothing: all tensors are in memory."""
+        return {}
+
+    def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[Slot], Tensor]:
+        def copied(slot: Slot) -> Tensor:
+            return dequantized(tensors.get(slot.path, slot.own)).detach().to(self.device, copy=True)
+
+        return copied
+
+    def block_tensors(self, i: int) -> dict[str, Tensor]:
+        """As `BlockModel.block_tensors`. They are those of the open block, which are others when it is opened again."""
+        if i not in self.unique_blocks:
+            return {}
+        # By their places, which hooks of `state_dict` may leave parts out of. Buffers are not changed.
+        parameters = [slot for slot in self._slots(i) if isinstance(slot.own, nn.Parameter)]
+        # A tensor that has several places is written once.
+        first = {id(slot.own): slot for slot in reversed(parameters)}
+        return {slot.path: slot.own.detach().cpu() for slot in reversed(first.values())}
+
+    def change(self, i: int, tensors: Mapping[str, Tensor]) -> None:
+        """Give block i these weights for good, in place.
+
+        Buffers stay as they are. Entries of theirs may share memory, which nothing can be copied to.
+        """
+        for slot in self._slots(i):
+            if slot.path in tensors and isinstance(slot.own, nn.Parameter):
+                overwrite(slot.own, tensors[slot.path])

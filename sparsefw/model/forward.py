@@ -18,9 +18,8 @@ from sparsefw.model.explained import StopForward, explained
 from sparsefw.model.hidden_states import HandedOn, HiddenStates
 from sparsefw.model.parts import DIFFERS
 from sparsefw.model.recorder import Recorder
-from sparsefw.model.recording import Recording
+from sparsefw.model.recording import Recording, rebuilt
 from sparsefw.model.stand_ins import Form, Replacement, form_of_output, run_replaced
-from sparsefw.model.values import rebuilt
 
 
 def run_with_blocks_replaced(model: BlockModel, batch: Batch, replacement: Replacement) -> Any:

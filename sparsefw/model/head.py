@@ -1,4 +1,15 @@
-"""Logits, loss and perplexity after the last block, through the model's own final norm, head and caps."""
+"""Behind the last block, through the model's own final norm, head and caps: logits, perplexity, and predicted tokens.
+
+A pruned model's predictions are compared with those of the dense model:
+
+    divergence = sum over tokens and vocabulary of p (log p - log q)        p: dense, q: pruned (Kullback and Leibler)
+
+Its gradient by q's logits is q - p. It is taken back to the hidden states while the logits are there, so that those of
+one window at a time are in memory, and distributions in fp32 of a piece of it.
+
+The head of a small model costs more than its last block. So a step of a reconstruction looks at some tokens of a long
+window only, and there are more steps.
+"""
 
 import math
 import sys
@@ -14,6 +25,15 @@ from sparsefw.model.block_model import BlockModel
 from sparsefw.model.forward import form_of, run_behind_blocks, run_with_blocks_replaced
 from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.ranks import ALONE, Ranks
+
+# Entries of the logits whose distributions are in memory at once; at least those of a token.
+PIECE = 2**24
+
+# A step looks at one token in EVERY where a window has EVERY * LEAST or more; there are TIMES the passes then.
+EVERY, LEAST, TIMES = 8, 64, 2
+
+# The last tokens by which logits of a part of a window are compared with those of the whole.
+COMPARED = 4
 
 # math.exp overflows beyond it.
 LARGEST_EXPONENT = math.log(sys.float_info.max)
@@ -118,3 +138,140 @@ def same_logits(logits: Tensor, others: Tensor) -> bool:
     finite = logits[logits.isfinite()]
     within = 0.01 * float(finite.abs().max()) if len(finite) else 0.0
     return logits.shape == others.shape and torch.allclose(logits, others, rtol=0.01, atol=within, equal_nan=True)
+
+
+def _every(seqlen: int) -> int:
+    return EVERY if seqlen >= EVERY * LEAST else 1
+
+
+def tokens_of_pass(n: int, seqlen: int) -> slice:
+    """The tokens of a window that steps look at in pass n over the windows: others than in the pass before."""
+    every = _every(seqlen)
+    return slice(n % every, None, every)
+
+
+def times_the_passes(seqlen: int) -> int:
+    """How often the windows are gone through for each pass over them in other blocks."""
+    return TIMES if _every(seqlen) > 1 else 1
+
+
+@torch.no_grad()
+def predicts(states: HiddenStates, ids: Tensor) -> bool:
+    """Whether a token's hidden state behind the last block tells by itself which token comes next.
+
+    Args:
+        states: windows of tokens before any block; inside `BlockModel.outside`.
+        ids: (windows, seqlen) their tokens.
+    """
+    model, hidden = states.model, states.hidden[0]
+    if not states.flow.by_window or hidden.shape[:2] != ids[: states.windows[0]].shape:
+        return False
+    some = tokens_of_pass(0, ids.shape[1])
+    if not all(model.forms.like(kind, x) for kind in model.block_types for x in (hidden[:1], hidden[:1, some])):
+        # One of the blocks would have to be run.
+        return False
+    whole = _logits(model, ids[:1], hidden[:1])
+    # A classifier's are of the whole window.
+    if not isinstance(whole, Tensor) or whole.ndim != 3 or whole.shape[:2] != ids[:1].shape:
+        return False
+    try:
+        part = _logits(model, ids[:1, some], hidden[:1, some])
+    except InputError:
+        # Its forward needs all tokens.
+        return False
+    # A comparison of all tokens would take several times the memory of their logits.
+    return same_logits(whole[:, some][:, -COMPARED:], part[:, -COMPARED:])
+
+
+def divergence(model: BlockModel, ids: Tensor, hidden: Tensor, dense: Tensor) -> Tensor:
+    """The divergence, summed over all tokens, () fp32. It has a gradient by `hidden`.
+
+    Args:
+        model: the model, inside `BlockModel.outside`.
+        ids: (windows, seqlen) tokens.
+        hidden, dense: (windows, seqlen, d) the last block's output in the pruned and in the dense model.
+    """
+    total: Tensor = _Divergence.apply(hidden, dense, ids, model)
+    return total
+
+
+class _Divergence(torch.autograd.Function):
+    """`divergence`, with its gradient made on the way forward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, dense: Tensor, ids: Tensor, model: BlockModel) -> Tensor:
+        total, asked = hidden.new_zeros((), dtype=torch.float32), ctx.needs_input_grad[0]
+        gradients: list[Tensor] = []
+        for n in range(len(ids)):
+            window = slice(n, n + 1)
+            x = hidden[window].detach().requires_grad_(asked)
+            sums, of_window = _compare(model, ids[window], x, dense[window])
+            for part in sums:
+                total += part
+            gradients += of_window
+        if asked:
+            ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return outer[0] * gradient, None, None, None
+
+
+class _Given(torch.autograd.Function):
+    """A number whose gradient by the logits is given. It keeps no logits, and lets the gradient go when it is used.
+
+    A head that caps its logits makes further gradients of the same size of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, gradient: list[Tensor]) -> Tensor:
+        ctx.gradient = gradient
+        return logits.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient.pop(), None
+
+
+def _compare(model: BlockModel, ids: Tensor, x: Tensor, dense: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Compare the predictions of one window.
+
+    Args:
+        model, ids, dense: as for `divergence`.
+        x: the hidden states in the pruned model; asks for a gradient where one is wanted.
+
+    Returns:
+        The divergence of each piece, and the gradient by x, if it is wanted, in a list.
+    """
+    of_dense = _logits(model, ids, dense)
+    with torch.set_grad_enabled(x.requires_grad):
+        z = _logits(model, ids, x)
+        tokens = max(1, PIECE // z.shape[-1])
+        sums = [
+            _compare_piece(p_logits, q_logits, x.requires_grad)
+            for p_logits, q_logits in zip(of_dense.split(tokens, 1), z.detach().split(tokens, 1), strict=True)
+        ]
+        if not x.requires_grad:
+            return sums, []
+        number = _Given.apply(z, [of_dense])
+        # Nothing else has them, so that they leave memory on the way back.
+        del of_dense, z
+        return sums, [*torch.autograd.grad(number, x)]
+
+
+def _compare_piece(p_logits: Tensor, q_logits: Tensor, replace: bool) -> Tensor:
+    """The divergence of a piece, () fp32. With `replace`, its gradient by q_logits takes the place of p_logits."""
+    log_p, log_q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
+    p = log_p.exp()
+    # A token that never comes, whose logit is -inf, counts nothing.
+    divergence = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum()
+    if replace:
+        p_logits.copy_(log_q.exp_().sub_(p))
+    return divergence
+
+
+def _logits(model: BlockModel, ids: Tensor, hidden: Tensor) -> Any:
+    """The logits that the model returns; None if it returns none."""
+    return getattr(run_behind_blocks(model, token_batch(ids), hidden, {}), "logits", None)

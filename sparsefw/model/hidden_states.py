@@ -16,9 +16,8 @@ from sparsefw.model.activations import Activations, Store, Stored
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.explained import explained
 from sparsefw.model.parts import CANNOT_GO_ON, INPUT, UNSUPPORTED, Point, run_part
-from sparsefw.model.recording import Call, Flow, Step
+from sparsefw.model.recording import Box, Call, Constant, Recording, Value, leaves_of, outline, rebuilt, tensors_of
 from sparsefw.model.stand_ins import hidden_of
-from sparsefw.model.values import Box, Constant, Value, leaves_of, outline, rebuilt, tensors_of
 
 
 @dataclass(frozen=True)
@@ -34,23 +33,34 @@ class HandedOn:
     boxes: list[Any] = field(default_factory=list)
 
 
-class BlockInputs:
-    """The arguments of a block for one micro-batch. Every run begins with the objects as they were before the block.
+class BlockRun:
+    """Runs a block on one micro-batch: called with its hidden states, it returns what the block does.
+
+    Every run begins with the objects as they were before the block. No torch function is called but by the block.
 
     Args:
+        model: the model.
+        i: number of the block.
+        block: another module in its place; None: the block itself.
         call: what the model's forward gives the block.
         constants: the micro-batch's tensors from before the first block.
         carried: what it has from the blocks before.
+
+    Attributes:
+        returned: what the block returned in the last run.
     """
 
-    def __init__(self, call: Call, constants: list[Stored], carried: HandedOn) -> None:
-        self._call, self._constants = call, constants
-        self._tensors: dict[Stored, Tensor] = {}
-        self._values = {n: self.tensor(x) for n, x in carried.values.items()}
-        self._given = rebuilt((carried.boxes, call.args, call.kwargs), self.tensor)
+    def __init__(
+        self, model: BlockModel, i: int, block: nn.Module | None, call: Call, constants: list[Stored], carried: HandedOn
+    ) -> None:
+        self._model, self._number, self._block, self._call = model, i, block or model.blocks[i], call
+        self._constants, self._tensors = constants, dict[Stored, Tensor]()
+        self._values = {n: self._tensor(x) for n, x in carried.values.items()}
+        self._given = rebuilt((carried.boxes, call.args, call.kwargs), self._tensor)
         self._boxes: list[Any] = []
+        self.returned: Any = None
 
-    def tensor(self, leaf: Any) -> Any:
+    def _tensor(self, leaf: Any) -> Any:
         """The tensor that something stands for."""
         if isinstance(leaf, Value):
             return self._values[leaf.number]
@@ -62,38 +72,42 @@ class BlockInputs:
             self._tensors[leaf] = leaf.read()
         return self._tensors[leaf]
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Any:
-        """Run the block, or another module in its place. No torch function is called but by the block."""
-        boxes, args, kwargs = rebuilt(self._given, lambda leaf: leaf)
+    def __call__(self, hidden: Tensor) -> Any:
+        self.returned = None
+        self._boxes, args, kwargs = rebuilt(self._given, lambda leaf: leaf)
+        boxes = self._boxes
         args, kwargs = rebuilt((args, kwargs), lambda leaf: boxes[leaf.number] if isinstance(leaf, Box) else leaf)
-        self._boxes = boxes
-        return block(hidden, *args, **kwargs)
+        with explained(type(self._model.model).__name__, self._model.names[self._number], self._model.input_kind):
+            self.returned = self._block(hidden, *args, **kwargs)
+        return self.returned
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states that the block returned."""
+        return hidden_of(self.returned)
 
     def versions(self) -> list[int]:
         """How often each of the given tensors has been written to."""
         return [x._version for x in tensors_of(self._given)]
 
-    def handed_on(self, returned: Any, live: list[int]) -> HandedOn:
-        """What later blocks are given after the last run.
+    def handed_on(self) -> HandedOn:
+        """All that later blocks may be given after the last run."""
+        return HandedOn(
+            self._values | dict(zip(self._call.outputs, leaves_of(self.returned), strict=False)), self._boxes
+        )
 
-        Args:
-            returned: what the block has returned.
-            live: numbers of the tensors that are needed.
-        """
-        outputs = dict(zip(self._call.outputs, leaves_of(returned), strict=False))
-        values = self._values | outputs
-        return HandedOn({number: values[number] for number in live if number in values}, self._boxes)
+    def input_of(self, following: Call | None) -> tuple[HandedOn, Tensor]:
+        """All tensors when the next block begins, and its input; None: it was the last block."""
+        made = self.handed_on()
+        if following is None:
+            return made, self.hidden
 
-    def made_by(self, steps: list[Step], values: dict[int, Tensor]) -> dict[int, Tensor]:
-        """The tensors by their numbers, with those that steps between this block and the next make of them."""
-        values = dict(values)
+        def leaf(x: Any) -> Any:
+            return made.values[x.number] if isinstance(x, Value) else self._tensor(x)
 
-        def leaf(x: Any) -> Tensor:
-            return values[x.number] if isinstance(x, Value) else self.tensor(x)
-
-        for step in steps:
-            values |= step.run(leaf)
-        return values
+        for step in following.steps:
+            made.values.update(step.run(leaf))
+        return made, leaf(following.hidden)
 
     def stored(self, made: HandedOn, store: Store) -> HandedOn:
         """The same with all tensors in a store; those that the micro-batch had before are there already."""
@@ -105,21 +119,6 @@ class BlockInputs:
             return where[id(x)]
 
         return HandedOn(*rebuilt((made.values, made.boxes), leaf))
-
-
-@dataclass
-class BlockOutput:
-    """What a block has returned for one micro-batch.
-
-    Attributes:
-        hidden: the hidden states.
-        returned: all of it.
-        inputs: what the block was given, as it is after the run.
-    """
-
-    hidden: Tensor
-    returned: Any
-    inputs: BlockInputs
 
 
 @dataclass
@@ -149,7 +148,7 @@ class HiddenStates:
     calls: list[dict[int, Call]]
     constants: list[list[Stored]]
     carried: list[HandedOn]
-    flow: Flow
+    flow: Recording
     windows: list[int] = field(default_factory=list)
     of_batch: set[int] = field(default_factory=set)
     position: Point = INPUT
@@ -175,28 +174,14 @@ class HiddenStates:
         self.hidden.clear()
         self.carried, self.constants, self.kept = [], [], None
 
-    def inputs(self, i: int, j: int) -> BlockInputs:
-        """What micro-batch j gives block i beside the hidden states."""
+    def run_of(self, i: int, j: int, block: nn.Module | None = None) -> BlockRun:
+        """Runs block i, or another module in its place, with what micro-batch j gives it beside the hidden states."""
         if self.store.pins and j + 1 < len(self):
             following, call = self.carried[j + 1], self.calls[j + 1][i]
             for leaf in leaves_of([following.values, following.boxes, call.args, call.kwargs]):
                 if isinstance(leaf, Stored | Constant):
                     (self.constants[j + 1][leaf.number] if isinstance(leaf, Constant) else leaf).fetch()
-        return BlockInputs(self.calls[j][i], self.constants[j], self.carried[j])
-
-    def call(
-        self, i: int, j: int, hidden: Tensor, block: nn.Module | None = None, inputs: BlockInputs | None = None
-    ) -> Any:
-        """Run block i, or another module in its place, on a tensor in the place of micro-batch j.
-
-        Args:
-            i, j: number of the block and of the micro-batch.
-            hidden: the tensor.
-            block: the other module.
-            inputs: from `inputs`, if they are there already. Then no torch function is called but by the block.
-        """
-        with explained(type(self.model.model).__name__, self.model.names[i], self.model.input_kind):
-            return (inputs or self.inputs(i, j)).run(block or self.model.blocks[i], hidden)
+        return BlockRun(self.model, i, block, self.calls[j][i], self.constants[j], self.carried[j])
 
     def behind_last(self, j: int) -> dict[int, Tensor]:
         """The tensors of micro-batch j that are read behind the last block, beside its hidden states."""
@@ -211,14 +196,14 @@ class HiddenStates:
         handed_on = [x.read() for x in stored if x not in self.constants[0]]
         return handed_on, [self.constants[0][n].read() for n in sorted(self.of_batch)]
 
-    def handed_on(self, i: int, inputs: BlockInputs, returned: Any) -> list[Tensor]:
+    def handed_on(self, i: int, run: BlockRun) -> list[Tensor]:
         """The tensors of a run of block i that later blocks are given, beside the hidden states."""
-        held = inputs.handed_on(returned, self.flow.live.get(i, []))
-        return tensors_of([held.values, held.boxes])
+        held = run.handed_on()
+        return tensors_of([[held.values[n] for n in self.flow.live.get(i, []) if n in held.values], held.boxes])
 
     def part(
         self, i: int, j: int, block: nn.Module | None = None, *, take: Iterable[Point] = (), end: Point | None = None
-    ) -> tuple[dict[Point, Tensor], BlockOutput | None]:
+    ) -> tuple[dict[Point, Tensor], BlockRun | None]:
         """Run micro-batch j from where it is through a part of block i, or of another module in its place.
 
         Args:
@@ -227,7 +212,7 @@ class HiddenStates:
             take, end: as in `run_part`.
 
         Returns:
-            The wanted tensors, and what the block returned; None if the run ended before.
+            The wanted tensors, and the run; None if it ended before the end of the block.
 
         Raises:
             InputError: as `run_part`; or the block writes to a tensor that it is given.
@@ -235,19 +220,19 @@ class HiddenStates:
         given = {self.position: self.hidden[j]}
         if self.kept:
             given[self.kept[0]] = self.kept[1][j]
-        inputs = self.inputs(i, j)
-        versions = inputs.versions()
-        taken, returned = run_part(lambda hidden: self.call(i, j, hidden, block, inputs), given, take, end)
-        if inputs.versions() != versions:
+        run = self.run_of(i, j, block)
+        versions = run.versions()
+        taken, returned = run_part(run, given, take, end)
+        if run.versions() != versions:
             # Other streams are given it, too.
             raise InputError(f"{self.model.names[i]}: {UNSUPPORTED}: the block writes to a tensor that it is given")
-        return taken, None if returned is None else BlockOutput(hidden_of(returned), returned, inputs)
+        return taken, None if returned is None else run
 
-    def output(self, i: int, j: int, block: nn.Module | None = None) -> BlockOutput:
-        """What block i, or another module in its place, returns for micro-batch j."""
-        _, output = self.part(i, j, block)
-        assert output is not None
-        return output
+    def output(self, i: int, j: int, block: nn.Module | None = None) -> BlockRun:
+        """A run of micro-batch j through block i, or another module in its place."""
+        _, run = self.part(i, j, block)
+        assert run is not None
+        return run
 
     def advance(self, i: int, block: nn.Module | None = None) -> None:
         """Run all micro-batches through block i, or another module in its place; they are then the next block's input.
@@ -259,33 +244,23 @@ class HiddenStates:
             self.leave(i, j, self.output(i, j, block))
         self.arrive(INPUT)
 
-    def leave(self, i: int, j: int, output: BlockOutput) -> None:
+    def leave(self, i: int, j: int, run: BlockRun) -> None:
         """Move micro-batch j on to the input of the block behind block i, with all that later blocks are given.
 
         Raises:
             InputError: the block returned something else than others of its class; or as `put`.
         """
-        if _form_of(output.returned) != _form_of(self.calls[j][i].form):
+        if _form_of(run.returned) != _form_of(self.calls[j][i].form):
             raise InputError(
                 f"{self.model.names[i]}: {UNSUPPORTED}: it does not return the same as other blocks of its class"
             )
         with torch.no_grad():
-            made, hidden = self._made(i, j, output)
+            made, hidden = run.input_of(self.calls[j].get(i + 1))
         made = HandedOn({number: made.values[number] for number in self.flow.live[i]}, made.boxes)
         if any(x.is_meta for x in tensors_of([made.values, made.boxes])):
             raise InputError(CANNOT_GO_ON)
-        self.carried[j] = output.inputs.stored(made, self.store)
+        self.carried[j] = run.stored(made, self.store)
         self.put(i, j, hidden)
-
-    def _made(self, i: int, j: int, output: BlockOutput) -> tuple[HandedOn, Tensor]:
-        """All tensors of micro-batch j when the block behind block i begins, and the input of that block."""
-        call, following = self.calls[j][i], self.calls[j].get(i + 1)
-        made = output.inputs.handed_on(output.returned, [*range(call.after)])
-        if following is None:
-            return made, output.hidden
-        made = HandedOn(output.inputs.made_by(following.steps, made.values), made.boxes)
-        first = following.hidden
-        return made, output.inputs.tensor(first) if isinstance(first, Constant) else made.values[first.number]
 
     def goes_on(self, i: int) -> bool:
         """Whether the input of the block behind block i is made of what block i returns; else something else begins."""
@@ -300,9 +275,9 @@ class HiddenStates:
 
     def next_input(self, i: int, j: int) -> Tensor:
         """The input that block i makes of micro-batch j for the next block, with its graph of gradients."""
-        inputs = self.inputs(i, j)
-        returned = self.call(i, j, self.hidden[j], inputs=inputs)
-        return self._made(i, j, BlockOutput(hidden_of(returned), returned, inputs))[1]
+        run = self.run_of(i, j)
+        run(self.hidden[j])
+        return run.input_of(self.calls[j].get(i + 1))[1]
 
     def arrive(self, position: Point, kept: tuple[Point, Activations] | None = None) -> None:
         """Note where all micro-batches are now, `INPUT` for the next block's input, and what is kept of them."""

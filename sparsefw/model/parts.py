@@ -6,7 +6,8 @@ the call that the part begins at is replaced by the tensor that is given, and fr
 """
 
 import zlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,46 +67,32 @@ def next_point(last: Point, function: Any) -> Point:
 
 
 class _Part:
-    """Runs a part of a block, see `run_part`."""
+    """Makes the calls of a block's forward in a part of it, see `run_part`."""
 
-    def __init__(self, given: dict[Point, Tensor], take: Collection[Point], end: Point | None) -> None:
+    def __init__(self, given: dict[Point, Tensor], take: set[Point], end: Point | None) -> None:
         self.last = INPUT
         self._given = {point.call: (point, tensor) for point, tensor in given.items()}
-        self._begin, self._take, self._end = max(self._given), set(take), end
+        self.begin, self._take, self._end = max(self._given), take, end
         self._place = next(iter(given.values()))
         # The given tensors of the calls so far. What is made of them before the beginning is a meta tensor, too.
         self._known = [tensor for point, tensor in given.items() if point == INPUT]
-        self.taken = {point: tensor for point, tensor in given.items() if point in self._take}
+        self.taken = {point: tensor for point, tensor in given.items() if point in take}
         # Tensors with data that were to be written to before the beginning, by the address of their storage. The
         # tensors are held, so that no others take their addresses.
         self._outdated: dict[int, Tensor] = {}
         # Given and wanted tensors, and how often they had been written to when they were given or made.
         self._versions = [(tensor, tensor._version) for tensor in given.values()]
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether the run begins at the block's input, and no tensor inside is wanted."""
-        return not self._begin and not self._take
-
-    def check(self) -> None:
-        """Raise unless the run began, made what is wanted, and did not write to given and wanted tensors."""
-        begun = self.last.call >= self._begin
-        unchanged = all(tensor._version == version for tensor, version in self._versions)
-        if not begun or len(self.taken) < len(self._take) or not unchanged:
-            raise InputError(DIFFERS)
+    def unchanged(self) -> bool:
+        """Whether no given or wanted tensor was written to."""
+        return all(tensor._version == version for tensor, version in self._versions)
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Make the next call of the block, or skip it."""
         point = self.last = next_point(self.last, func)
-        if not self._begin:
-            # Nothing is skipped.
-            out = func(*args, **kwargs)
-        elif point.call > self._begin:
-            out = self._run(func, args, kwargs)
-        else:
-            out = self._skip(func, args, kwargs)
-            if point.call in self._given:
-                out = self._replaced(point, out)
+        out = self._make(func, args, kwargs) if self.begin else func(*args, **kwargs)
+        if point.call <= self.begin and point.call in self._given:
+            out = self._replaced(point, out)
         if point in self._take:
             if not isinstance(out, Tensor) or out.is_meta:
                 raise InputError(DIFFERS)
@@ -115,31 +102,27 @@ class _Part:
             raise PartIsOver
         return out
 
-    def _run(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Make a call behind the beginning."""
-        if not any(self._is_skipped(x) for x in tensors_in((args, kwargs))):
+    def _make(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Make a call in a part that does not begin at the block's input."""
+        behind = self.last.call > self.begin
+        sources = [x for x in tensors_in((args, kwargs)) if self._is_skipped(x) or (not behind and self._is_known(x))]
+        if not sources:
+            # It does not depend on the block's input, or on nothing that was skipped.
             return func(*args, **kwargs)
         if func in _PLACES:
             return func(self._place)
-        out = self._without_data(func, args, kwargs)
+        if not behind and self.last.function in SAME and self._is_known(sources[0]):
+            self._known.append(func(*args, **kwargs))
+            return self._known[-1]
+        try:
+            out, written = call_without_data(func, args, kwargs)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            raise InputError(CANNOT_GO_ON) from error
+        self._outdated |= {tensor.untyped_storage().data_ptr(): tensor for tensor in written}
         # A shape or a dtype may be asked of any tensor.
-        if tensors_in(out):
+        if behind and tensors_in(out):
             raise InputError(CANNOT_GO_ON)
         return out
-
-    def _skip(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Make a call before the beginning, or the one that the part begins at."""
-        sources = [x for x in tensors_in((args, kwargs)) if self._is_skipped(x) or self._is_known(x)]
-        if not sources:
-            # It does not depend on the block's input.
-            return func(*args, **kwargs)
-        if func in _PLACES:
-            return func(self._place)
-        if self.last.function in SAME and self._is_known(sources[0]):
-            out = func(*args, **kwargs)
-            self._known.append(out)
-            return out
-        return self._without_data(func, args, kwargs)
 
     def _is_skipped(self, x: Tensor) -> bool:
         """Whether a tensor has no data, or not those of a whole run."""
@@ -147,15 +130,6 @@ class _Part:
 
     def _is_known(self, x: Tensor) -> bool:
         return any(x is known for known in self._known)
-
-    def _without_data(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """The result of a function for tensors without data."""
-        try:
-            out, written = call_without_data(func, args, kwargs)
-        except (RuntimeError, NotImplementedError, TypeError) as error:
-            raise InputError(CANNOT_GO_ON) from error
-        self._outdated |= {tensor.untyped_storage().data_ptr(): tensor for tensor in written}
-        return out
 
     def _replaced(self, point: Point, out: Any) -> Tensor:
         expected, tensor = self._given[point.call]
@@ -184,27 +158,19 @@ def run_part(
     Raises:
         InputError: the block does not make these tensors, reads others, or writes to them.
     """
-    part, output = _Part(given, tuple(take), end), None
-    if end is None and part.is_whole:
-        # No call has to be seen.
-        with torch.no_grad():
-            output = run(given[INPUT])
-        part.check()
-        return {}, output
-    hidden = given[INPUT] if INPUT in given else next(iter(given.values())).to("meta")
-    if end is None or end not in given:
-        try:
-            # Entered first: it is a call, too.
-            with torch.no_grad(), Calls(part.call):
-                output = run(hidden)
-        except PartIsOver:
-            pass
-        part.check()
-        # The hidden states come first.
-        if any(tensor.is_meta for tensor in tensors_in(output)[:1]):
-            raise InputError(CANNOT_GO_ON)
-    elif len(part.taken) < len(set(take)):
+    part, output = _Part(given, wanted := set(take), end), None
+    if runs := end not in given:
+        hidden = given[INPUT] if INPUT in given else next(iter(given.values())).to("meta")
+        # A whole run has no call that has to be seen.
+        seen = Calls(part.call) if part.begin or wanted or end else nullcontext()
+        # no_grad is entered first: it is a call, too.
+        with suppress(PartIsOver), torch.no_grad(), seen:
+            output = run(hidden)
+    if (runs and part.last.call < part.begin) or len(part.taken) < len(wanted) or not part.unchanged():
         raise InputError(DIFFERS)
+    # The hidden states come first.
+    if any(tensor.is_meta for tensor in tensors_in(output)[:1]):
+        raise InputError(CANNOT_GO_ON)
     return part.taken, output
 
 
@@ -224,7 +190,7 @@ def call_without_data(func: Any, args: tuple, kwargs: dict) -> tuple[Any, list[T
         # Values are told by how they are written: 1, 1.0 and True are equal.
         key = func, modes, torch.get_default_dtype(), repr(with_tensors((args, kwargs), _form))
         if key in _results:
-            return with_tensors(_results[key], _like), []
+            return with_tensors(_results[key], Tensor.detach), []
     copies: list[tuple[Tensor, Tensor]] = []
 
     def to_meta(value: Any) -> Any:
@@ -242,7 +208,7 @@ def call_without_data(func: Any, args: tuple, kwargs: dict) -> tuple[Any, list[T
     written = {id(x) for x in operands if x._version != versions[id(x)]}
     made = tensors_in(out)
     # Some functions return what they are given, and it may be asked whether they do.
-    if made and not written and all(_is_plain(x) and not any(x is y for y in operands) for x in made):
+    if made and not written and all(x.is_meta and not any(x is y for y in operands) for x in made):
         if len(_results) >= MOST_RESULTS:
             _results.clear()
         _results[key] = with_tensors(out, Tensor.detach)
@@ -252,13 +218,3 @@ def call_without_data(func: Any, args: tuple, kwargs: dict) -> tuple[Any, list[T
 def _form(x: Tensor) -> tuple[Any, ...]:
     """All of a tensor that the form of a result depends on."""
     return type(x), x.dtype, x.layout, tuple(x.shape), x.stride() if x.layout is torch.strided else ()
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether there is no more to a tensor than its size, steps and dtype."""
-    return type(x) is Tensor and x.is_meta and x.layout is torch.strided and not x.requires_grad
-
-
-def _like(x: Tensor) -> Tensor:
-    """Such a tensor. A view becomes a tensor of its own: there is no data that it could share."""
-    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")

@@ -20,10 +20,9 @@ from sparsefw.data import Batch, token_batch
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model.explained import BATCHES, TEXT, ForwardFailed, explained
 from sparsefw.model.recorder import Recorder, check_same
-from sparsefw.model.recording import Flow, Recording
+from sparsefw.model.recording import Recording, objects_of, rebuilt
 from sparsefw.model.slots import filled, slots_of
 from sparsefw.model.stand_ins import Forms, block_type, form_of_output, run_replaced
-from sparsefw.model.values import objects_of, rebuilt
 
 # A few tokens are enough for every kind of attention.
 FEW_TOKENS = token_batch(torch.zeros(1, 8, dtype=torch.int64))
@@ -74,7 +73,7 @@ class Path:
     order: list[str]
     unused: dict[str, nn.Module]
     reads: frozenset[str]
-    flow: Flow
+    flow: Recording
     forms: Forms
     logits_itemsize: int
     passed_over: dict[str, str] = field(default_factory=dict)
@@ -146,9 +145,7 @@ def _follow(
     read_ids = {stored[name] for name in read}
     called = {name: blocks[name] for name in followed.names}
     used = [stack for stack in stacks.values() if not called.keys().isdisjoint(stack)]
-    flow = recording.flow
-    if input_kind == TEXT:
-        flow = replace(flow, windows_first=recording.hidden.shape[:2] == FEW_TOKENS.tensors[0].shape)
+    windows_first = input_kind != TEXT or recording.hidden.shape[:2] == FEW_TOKENS.tensors[0].shape
     return Path(
         runs=runs,
         input_kind=input_kind,
@@ -156,7 +153,8 @@ def _follow(
         order=followed.names,
         unused={name: block for stack in used for name, block in stack.items() if name not in called},
         reads=frozenset(name for name, key in stored.items() if key in read_ids),
-        flow=flow,
+        # They are those of a few tokens, and may be copies of weights.
+        flow=replace(recording, constants=[], windows_first=windows_first),
         forms=followed.forms,
         logits_itemsize=followed.logits_itemsize,
     )

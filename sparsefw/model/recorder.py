@@ -15,12 +15,13 @@ from torch import Tensor
 from sparsefw.errors import InputError
 from sparsefw.model import tape
 from sparsefw.model.parts import DIFFERS, UNSUPPORTED
-from sparsefw.model.recording import Call, Recording, Step
-from sparsefw.model.tape import Calls, Op, Tape, tensors_in
-from sparsefw.model.values import (
+from sparsefw.model.recording import (
     Box,
+    Call,
     Constant,
     Memo,
+    Recording,
+    Step,
     Value,
     leaves_of,
     numbers_in,
@@ -29,6 +30,7 @@ from sparsefw.model.values import (
     rebuilt,
     tensors_of,
 )
+from sparsefw.model.tape import Calls, Op, Tape, tensors_in
 
 # Functions whose results say what values a tensor has, by name. What a forward does next may depend on them.
 _READING = {"__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "item", "tolist", "numpy"}
@@ -91,7 +93,6 @@ class Recorder:
         self._objects: dict[int, tuple[Any, list[Any], int]] = {}
         # The tensors that blocks are given, by their ids, and how often they had been written to.
         self._given: dict[int, tuple[Tensor, int]] = {}
-        self._hidden: Tensor | None = None
         # An object counts as it is when a block is given it first: blocks may change it.
         self._met: Memo = {}
 
@@ -140,9 +141,10 @@ class Recorder:
     def _follow(self, op: Op) -> None:
         """Note a call with followed values."""
         makers = {v.maker for v in op.inputs if v not in self._numbers and v.maker}
-        ((_, after),) = op.written if len(op.written) == 1 else ((None, None),)
         given = op.written and any(x._version != version for x, version in self._given.values())
-        if given or makers & self._recorded or (op.written and (after is None or op.outputs != (after,))):
+        # Such a step writes to one tensor, and returns it.
+        other = op.written and (len(op.written) > 1 or op.outputs != (op.written[0][1],))
+        if given or other or makers & self._recorded:
             self._refusal = "what is made of its output is written to in place"
         elif op.outputs:
             self._recorded.add(op.number)
@@ -182,15 +184,13 @@ class Recorder:
             raise InputError(f"{self._names[len(self._calls) - 1]}: {UNSUPPORTED} {self._model}: {self._refusal}")
         if i != len(self._calls):
             raise InputError(DIFFERS)
-        if not self._calls:
-            self._hidden = hidden
         for known in objects_of((*args, *kwargs.values())):
             _, before, count = self._objects.get(id(known), (known, outline(known), 0))
             self._objects[id(known)] = known, before, count + 1
         self._given |= {id(x): (x, x._version) for x in tensors_of((hidden, args, kwargs)) if id(x) not in self._given}
         self._check_unchanged()
         self._keep(self._names[i], self._steps, hidden, args, kwargs)
-        self._calls[i] = Call(args, kwargs, self._steps, hidden if self._calls else None)
+        self._calls[i] = Call(args, kwargs, self._steps, hidden)
         self._steps = []
 
     def leaves(self, i: int, output: Any) -> None:
@@ -213,12 +213,11 @@ class Recorder:
             end: numbers of the tensors that are read behind the last block, but for its hidden states; None: they are
                 found, if the forward was recorded to its end.
         """
-        assert self._hidden is not None
         self._check_unchanged()
         with self.tape.pause():
-            return self._recording(self._hidden, end)
+            return self._recording(end)
 
-    def _recording(self, hidden: Tensor, end: set[int] | None) -> Recording:
+    def _recording(self, end: set[int] | None) -> Recording:
         last = self._calls[len(self._calls) - 1]
         behind = leaves_of([(step.args, step.kwargs) for step in self._steps])
         if end is None:
@@ -227,17 +226,15 @@ class Recorder:
         constants: dict[tape.Value, tuple[int, Tensor]] = {}
 
         def leaf(x: Any) -> Any:
-            if isinstance(x, Value):
-                return x
-            value = self.tape.value(x) if isinstance(x, Tensor) else x
-            if value in self._numbers:
-                return Value(self._numbers[value])
-            tensor = x if isinstance(x, Tensor) else self._others[x]
+            if isinstance(followed := self._leaf(x), Value):
+                return followed
+            value, tensor = (self.tape.value(x), x) if isinstance(x, Tensor) else (x, self._others[x])
             return Constant(constants.setdefault(value, (len(constants), tensor))[0])
 
+        hidden, self._calls[0].hidden = self._calls[0].hidden, None
         for call in self._calls.values():
             call.hidden = rebuilt(call.hidden, leaf)
-        self._drop_unused_steps(end)
+        live = self._live(end)
         shared = [known for known, _, count in self._objects.values() if count > 1]
         boxed = {id(known): (known, Box(n)) for n, known in enumerate(shared)}
         boxes = rebuilt(shared, leaf)
@@ -247,13 +244,13 @@ class Recorder:
             for step in call.steps:
                 step.args, step.kwargs = rebuilt((step.args, step.kwargs), leaf)
             call.args, call.kwargs = rebuilt((call.args, call.kwargs), leaf, dict(boxed))
-        of_batch = {n for value, (n, _) in constants.items() if self._is_of_batch(value)}
         return Recording(
-            hidden=hidden,
-            calls=self._calls,
-            boxes=boxes,
+            self._calls,
+            hidden,
+            live,
             constants=[x for _, x in constants.values()],
-            of_batch=of_batch,
+            boxes=boxes,
+            of_batch={n for value, (n, _) in constants.items() if self._is_of_batch(value)},
             end=end,
             batch_behind=any(self._is_of_batch(x) for x in behind if isinstance(x, tape.Value)),
         )
@@ -268,31 +265,35 @@ class Recorder:
         if changed:
             raise InputError(f"{UNSUPPORTED} {self._model}: its forward changes a {changed[0]} that a block was given")
 
-    def _drop_unused_steps(self, end: set[int]) -> None:
-        """Leave only the steps that a block's input, or what lies behind the last block, depends on."""
-        needed = set(end)
-        for call in reversed(self._calls.values()):
-            needed |= numbers_in(rebuilt((call.hidden, call.args, call.kwargs), self._leaf))
-            kept = []
-            for step in reversed(call.steps):
-                if needed.intersection(step.outputs):
-                    kept.append(step)
-                    needed |= numbers_in((step.args, step.kwargs))
-            call.steps = kept[::-1]
+    def _live(self, end: set[int]) -> dict[int, list[int]]:
+        """As of `Recording`. Leaves only the steps that a block, or what lies behind the last one, depends on."""
+        live, needed = dict[int, list[int]](), set(end)
+        following: Call | None = None
+        for i, call in reversed(self._calls.items()):
+            live[i] = sorted(needed)
+            if following:
+                needed |= numbers_in(following.hidden)
+                steps, following.steps = following.steps, []
+                for step in reversed(steps):
+                    if needed.intersection(step.outputs):
+                        following.steps.insert(0, step)
+                        needed = needed.difference(step.outputs) | numbers_in((step.args, step.kwargs))
+            needed = needed.difference(call.outputs) | numbers_in(rebuilt((call.args, call.kwargs), self._leaf))
+            following = call
+        return live
 
     def _keep(self, *what: Any) -> None:
         if self._traces:
             self.trace.append(outline(rebuilt(what, self._digest, self._met)))
 
     def _digest(self, x: Any) -> str:
-        leaf = self._leaf(x)
-        if isinstance(leaf, Value):
-            return f"value {leaf.number}"
+        if isinstance(followed := self._leaf(x), Value):
+            return f"value {followed.number}"
         tensor = self._others.get(x, x)
-        if not isinstance(tensor, Tensor) or tensor.is_meta:
-            return f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else str(tensor)
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return f"{tensor.dtype} {tuple(tensor.shape)} {zlib.crc32(data.data)}"
+        if not isinstance(tensor, Tensor):
+            return str(tensor)
+        data = b"" if tensor.is_meta else tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        return f"{tensor.dtype} {tuple(tensor.shape)} {zlib.crc32(data)}"
 
 
 def check_same(one: Recorder, other: Recorder, names: list[str], model: str) -> None:

@@ -1,13 +1,177 @@
-"""How a model's blocks hand tensors on, as a recorded forward shows it."""
+"""How a model's blocks hand tensors on: nested values with what stands for their tensors, and the calls between blocks.
 
-from collections.abc import Callable, Iterable
+What blocks are given and return holds tensors inside lists, dicts and other objects.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from sparsefw.errors import InputError
+from sparsefw.model import tape
+from sparsefw.model.activations import Stored
+from sparsefw.model.parts import UNSUPPORTED
 from sparsefw.model.tape import name_of, tensors_in
-from sparsefw.model.values import numbers_in, rebuilt
+
+# Values without parts: they are never changed.
+_ATOMS = (
+    type(None),
+    type(...),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    slice,
+    frozenset,
+    np.generic,
+    Enum,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.Size,
+)
+
+# Parts of a nested value: a tensor, something without parts, something with parts, the number of one that was met, and
+# the key under which the next part is found.
+LEAF, ATOM, OBJECT, AGAIN, KEY = "leaf", "atom", "object", "again", "key"
+
+# An object that was met, by its id, and its stand-in. The object is held, so that no other one takes its id.
+Memo = dict[int, tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Stands for a tensor that the model's forward makes before its first block, or an outside weight."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Value:
+    """Stands for a tensor that a block returns, or that the model's forward makes of such tensors."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Box:
+    """Stands for an object that several blocks are given, and may change."""
+
+    number: int
+
+
+_LEAVES = (Tensor, Stored, tape.Value, Constant, Value, Box)
+
+
+def is_atom(value: Any) -> bool:
+    """Whether a value has no parts. Functions, classes and modules count as atoms: they are not changed.
+
+    Raises:
+        InputError: it may have parts, but which ones is not known, as in a set or an array.
+    """
+    if isinstance(value, _ATOMS) or callable(value):
+        return True
+    if not hasattr(value, "__dict__") and not isinstance(value, list | tuple | dict):
+        raise InputError(f"{UNSUPPORTED}: its blocks are given or return a {type(value).__name__}")
+    return False
+
+
+def rebuilt(value: Any, leaf: Callable[[Any], Any], memo: Memo | None = None) -> Any:
+    """A copy of a nested value with other leaves. Parts that were one object are one object in the copy.
+
+    Args:
+        value: the value.
+        leaf: called with each tensor, or what stands for one; returns what takes its place.
+        memo: what stands for objects that are known; the new ones are added.
+    """
+    memo = {} if memo is None else memo
+    if id(value) in memo:
+        return memo[id(value)][1]
+    if isinstance(value, _LEAVES):
+        return leaf(value)
+    if isinstance(value, tuple) and not isinstance(value, torch.Size):
+        items = [rebuilt(item, leaf, memo) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if is_atom(value):
+        return value
+    new = copy.copy(value)
+    # Before its parts, which may hold it.
+    memo[id(value)] = value, new
+    if isinstance(value, list):
+        new[:] = [rebuilt(item, leaf, memo) for item in value]
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            dict.__setitem__(new, key, rebuilt(item, leaf, memo))
+    for name, item in getattr(value, "__dict__", {}).items():
+        new.__dict__[name] = rebuilt(item, leaf, memo)
+    return new
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """The tensors in a nested value, or what stands for them, in order."""
+    return [part for kind, part in _walk(value, {}) if kind is LEAF]
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in a nested value, in order."""
+    return [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
+
+
+def numbers_in(value: Any) -> set[int]:
+    """Numbers of the `Value`s in a nested value."""
+    return {leaf.number for leaf in leaves_of(value) if isinstance(leaf, Value)}
+
+
+def objects_of(value: Any) -> list[Any]:
+    """The objects in a nested value that may be changed, the outer ones first."""
+    return [part for kind, part in _walk(value, {}) if kind is OBJECT and not isinstance(part, tuple)]
+
+
+def outline(value: Any) -> list[Any]:
+    """The parts of a nested value, for a comparison: equal outlines mean the same tensors in the same places.
+
+    Functions of one name are equal: they may be made anew in each forward.
+    """
+    found = []
+    for kind, part in _walk(value, {}):
+        if kind is ATOM:
+            what = part if isinstance(part, _ATOMS) else getattr(part, "__qualname__", "")
+        elif kind is OBJECT:
+            what = len(part) if hasattr(part, "__len__") else 0
+        else:
+            what = id(part) if kind is LEAF else part
+        found.append((kind, type(part), what))
+    return found
+
+
+def _walk(value: Any, met: Memo) -> Iterator[tuple[str, Any]]:
+    """All parts of a nested value with their kinds, each behind the key under which it is found."""
+    if isinstance(value, _LEAVES):
+        yield LEAF, value
+    elif id(value) in met:
+        yield AGAIN, met[id(value)][1]
+    elif is_atom(value):
+        yield ATOM, value
+    else:
+        if not isinstance(value, tuple):
+            met[id(value)] = value, len(met)
+        yield OBJECT, value
+        items = (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+        )
+        for key, item in (*items, *getattr(value, "__dict__", {}).items()):
+            yield KEY, key
+            yield from _walk(item, met)
 
 
 @dataclass
@@ -59,56 +223,39 @@ class Call:
     after: int = 0
 
 
-@dataclass(frozen=True)
-class Flow:
-    """How a model's blocks hand tensors on.
+@dataclass
+class Recording:
+    """How a model's blocks hand tensors on, as one forward has shown it.
 
     Attributes:
-        live: by block, numbers of the tensors that are needed after the next one has begun, beside hidden states.
+        calls: what each block is given, by its number, in the order of the calls.
+        hidden: the input of the first block.
+        live: by block, numbers of the tensors that are needed after the next block has begun, its hidden states aside.
+        constants: the tensors for which `Constant`s stand.
+        boxes: the objects that several blocks are given, as they are before the first block.
+        of_batch: numbers of the constants that depend on what the forward is given.
         end: numbers of the tensors that are read behind the last block, beside its hidden states.
-        has_steps: whether calls are made between blocks.
-        signature: see `Recording`.
-        batch_behind: see `Recording`.
+        batch_behind: whether what the forward is given is read behind the last block, too, or what is made of it.
         windows_first: whether hidden states are (windows, tokens, d); a model may have tokens first. Their shape does
             not tell where a micro-batch has as many windows as tokens.
     """
 
+    calls: dict[int, Call]
+    hidden: Tensor
     live: dict[int, list[int]]
-    end: set[int]
-    has_steps: bool
-    signature: list[Any]
+    constants: list[Tensor] = field(default_factory=list)
+    boxes: list[Any] = field(default_factory=list)
+    of_batch: set[int] = field(default_factory=set)
+    end: set[int] = field(default_factory=set)
     batch_behind: bool = False
     windows_first: bool = True
 
     @property
     def by_window(self) -> bool:
         """Whether what lies behind the last block can be run with each window by itself."""
-        return self.windows_first and not self.has_steps and not self.end
+        return self.windows_first and not self.end and not any(call.steps for call in self.calls.values())
 
-
-@dataclass
-class Recording:
-    """One forward.
-
-    Attributes:
-        hidden: the input of the first block.
-        calls: what each block is given, by its number, in the order of the calls.
-        boxes: the objects that several blocks are given, as they are before the first block.
-        constants: the tensors for which `Constant`s stand.
-        of_batch: numbers of the constants that depend on what the forward is given.
-        end: numbers of the tensors that are read behind the last block, but for its hidden states.
-        batch_behind: whether what the forward is given is read behind the last block, too, or what is made of it.
-    """
-
-    hidden: Tensor
-    calls: dict[int, Call]
-    boxes: list[Any]
-    constants: list[Tensor]
-    of_batch: set[int]
-    end: set[int]
-    batch_behind: bool = False
-
-    @property
+    @cached_property
     def signature(self) -> list[Any]:
         """Equal signatures mean that the same tensors are handed on in the same way."""
         return [
@@ -121,26 +268,3 @@ class Recording:
             )
             for i, call in self.calls.items()
         ]
-
-    @property
-    def flow(self) -> Flow:
-        """How tensors are handed on, if the whole forward was recorded."""
-        has_steps = any(call.steps for call in self.calls.values())
-        return Flow(self.live(), self.end, has_steps, self.signature, self.batch_behind)
-
-    def live(self) -> dict[int, list[int]]:
-        """By block, numbers of the tensors that are needed after the next block has begun, its hidden states aside."""
-        order = list(self.calls)
-        # The run of the n-th block is at the time 2n, what lies between it and the next one at 2n + 1.
-        made: dict[int, int] = {}
-        used = dict.fromkeys(self.end, 2 * len(order))
-        for n, call in enumerate(self.calls.values()):
-            for step in call.steps:
-                # A step may return what it is given.
-                made |= {number: made.get(number, 2 * n - 1) for number in step.outputs}
-                used |= {number: max(used.get(number, 0), 2 * n - 1) for number in numbers_in((step.args, step.kwargs))}
-            used |= {number: max(used.get(number, 0), 2 * n - 1) for number in numbers_in(call.hidden)}
-            used |= {number: max(used.get(number, 0), 2 * n) for number in numbers_in((call.args, call.kwargs))}
-            made |= dict.fromkeys(call.outputs, 2 * n + 1)
-        times = {i: 2 * n + 1 for n, i in enumerate(order)}
-        return {i: sorted(v for v in used if made[v] <= time < used[v]) for i, time in times.items()}

@@ -18,7 +18,7 @@ from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.data import Batch
 from sparsefw.errors import InputError
-from sparsefw.model.block_model import BlockModel
+from sparsefw.model.block_model import BlockModel, ResidentModel
 from sparsefw.model.forward import embed, embed_batches
 from sparsefw.model.hf import attention_implementation
 from sparsefw.model.hidden_states import HiddenStates
@@ -37,7 +37,6 @@ from sparsefw.model.layers import (
 )
 from sparsefw.model.live_bytes import count_forward
 from sparsefw.model.parts import INPUT
-from sparsefw.model.resident import ResidentModel
 from sparsefw.model.shapes import Between, BlockShape, Extent, LayerShape, ModelShape
 from sparsefw.model.stand_ins import hidden_of
 from sparsefw.model.streamed import StreamedModel
@@ -235,12 +234,10 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
         i: number of the block.
         shared: names of matrices inside the block that are others' as well.
     """
-    block, inputs = states.model.blocks[i], states.inputs(i, 0)
-    run = partial(states.call, i, 0, inputs=inputs)
+    block, run = states.model.blocks[i], states.run_of(i, 0)
     parameters, hidden = dict(block.named_parameters()), states.hidden[0]
     with Calls(choose_all_over):
-        handed_on = partial(states.handed_on, i, inputs)
-        tape, returned = record_block(block, run, hidden, handed_on, modules=experts_of(block))
+        tape, returned = record_block(block, run, hidden, lambda _: states.handed_on(i, run), modules=experts_of(block))
         experts = without_parts_in_turn(experts_of(block), tape)
         no_layers = shared | find_no_layers(tape)
 

@@ -13,7 +13,7 @@ from sparsefw.data import Batch
 from sparsefw.errors import InputError
 from sparsefw.model.explained import StopForward
 from sparsefw.model.parts import UNSUPPORTED
-from sparsefw.model.values import leaves_of, rebuilt
+from sparsefw.model.recording import leaves_of, rebuilt
 
 # Blocks of one kind return the same.
 BlockType = tuple[Any, ...]

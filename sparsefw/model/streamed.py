@@ -18,12 +18,9 @@ from sparsefw.checkpoint.tensors import Loadable, QuantizedInfo, TensorInfo, deq
 from sparsefw.errors import counted
 from sparsefw.model import skeleton
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.explained import explained
 from sparsefw.model.hf import tied_parameters
 from sparsefw.model.path import path_through, zeros_in
-from sparsefw.model.shared import shared_parameters
-from sparsefw.model.slots import Slot
-from sparsefw.timeline import Timeline
+from sparsefw.model.slots import Slot, shared_parameters
 
 
 class StreamedModel(BlockModel):
@@ -33,7 +30,6 @@ class StreamedModel(BlockModel):
         checkpoint: from `sparsefw.checkpoint.inspect`.
         device: device that the model runs on.
         read: reads tensors of the checkpoint, into pinned memory if its second argument is true.
-        timeline: receives the time of reading.
 
     Attributes:
         infos: all tensors of the checkpoint by name, none of them read.
@@ -50,7 +46,6 @@ class StreamedModel(BlockModel):
         checkpoint: Checkpoint,
         device: torch.device,
         read: Callable[[dict[str, TensorInfo], bool], Mapping[str, Loadable]] = read_tensors,
-        timeline: Timeline | None = None,
     ) -> None:
         self._checkpoint, self._read_tensors, self.infos = checkpoint, read, checkpoint.tensors
         self._skeleton = skeleton.build(checkpoint)
@@ -59,7 +54,7 @@ class StreamedModel(BlockModel):
         self.max_seqlen = skeleton.max_seqlen(self.config)
         path = path_through(model, None, zeros_in, zeros_in)
         shared = shared_parameters(model, path.order, tied_parameters(model), self._skeleton.goes_into.values())
-        super().__init__(model, path, shared, device, timeline)
+        super().__init__(model, path, shared, device)
         self._number = {self.names[i]: i for i in self.unique_blocks}
         # The skeleton's own tensors; tied parameters are one.
         self._own = model.state_dict(keep_vars=True)
@@ -74,9 +69,6 @@ class StreamedModel(BlockModel):
         self.quantized_bytes = max(map(self._stored_bytes, (*self._tensors_of.values(), *one_by_one)))
         parts = Counter(self._skeleton.goes_into.values())
         self.joined_bytes = max((x.nbytes for name, x in model.named_parameters() if parts[name] > 1), default=0)
-        with explained(type(model).__name__, "its embedding"):
-            embeddings: Any = model.get_input_embeddings()
-            self.vocabulary = embeddings.weight.shape[0]
         for buffer in model.buffers():
             if not buffer.is_meta:
                 buffer.data = buffer.data.to(self.device)
@@ -89,7 +81,7 @@ class StreamedModel(BlockModel):
         # Buffers that are computed are there.
         return [slot for slot in super()._slots(i) if slot.path in self._own and slot.own.is_meta]
 
-    def _make(self, i: int | None, tensors: Mapping[str, Loadable], slots: list[Slot]) -> Callable[[Slot], Tensor]:
+    def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[Slot], Tensor]:
         goes_into = self._skeleton.goes_into
         # Tensors that a block shares with others may be missing. They are never changed, so the checkpoint's are read.
         inside = "" if i is None else f"{self.names[i]}."
@@ -153,18 +145,18 @@ class StreamedModel(BlockModel):
 
         What text needs is held together in any case. A single tensor may be larger than a piece should be.
         """
-        most = max(block_bytes, self._bytes_of(None))
+        most, size = max(block_bytes, self._bytes_of(None)), 0
         inside = {name for name, parameter in self._skeleton.goes_into.items() if self._block_of(parameter) is not None}
-        pieces: list[list[str]] = []
-        size = most
-        # First what text needs.
         needed = self._tensors_of[None]
+        pieces: list[list[str]] = [[]]
+        # First what text needs.
         for name in (*needed, *sorted(self.infos.keys() - inside.union(needed))):
-            size += (nbytes := self.infos[name].nbytes)
-            if size > most or not pieces:
+            nbytes = self.infos[name].nbytes
+            if pieces[-1] and size + nbytes > most:
                 pieces.append([])
-                size = nbytes
+                size = 0
             pieces[-1].append(name)
+            size += nbytes
         return pieces
 
     def _notes(self) -> list[str]:

@@ -15,8 +15,8 @@ from sparsefw import data
 from sparsefw.driver import loop
 from sparsefw.driver.block import _check_separate
 from sparsefw.errors import InputError
+from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.model.layers import Layer
-from sparsefw.model.placement import BATCH_TOKENS
 from sparsefw.report import read_report
 from sparsefw.run import main
 from sparsefw.solver.objective import damped

@@ -1,6 +1,5 @@
 """A run that several ranks share: what one process gives, but for rounding, and the same bytes every time."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -15,7 +14,6 @@ from sparsefw import in_memory
 from sparsefw.driver import loop
 from sparsefw.driver.reconstruct import Fit
 from sparsefw.errors import InputError
-from sparsefw.model.placement import split_batches
 from sparsefw.ranks import ALONE, LostRankError
 from sparsefw.report import log
 from sparsefw.solver import PruneConfig
@@ -76,9 +74,7 @@ def differing(first, second):
 # Rows are shared out; whole layers go to ranks, since a budget, a saliency or a decomposition is of all their rows; and
 # experts do.
 @pytest.mark.parametrize(("family", "config"), [
-    ("llama", {"method": "wanda"}),
     ("llama", {"method": "sparsegpt"}),
-    ("llama", {"sparsity": "layer:0.5", "preset": "paper", "steps": 9}),
     ("llama", {"sparsity": "layer:0.5", "preset": "paper", "steps": 9, "target": "dense"}),
     ("mixtral", {"method": "ria", "compare": ("wanda",)}),
 ], ids=str)  # fmt: skip
@@ -100,16 +96,6 @@ def test_masks_are_those_of_one_process(family, config, tmp_path, text):
     assert not alone.ranks
 
 
-def test_the_same_ranks_give_the_same_bytes(tmp_path, text):
-    source = save_model(tmp_path / "model", "mixtral")
-    for name in ("first", "second"):
-        on_ranks(2, prune, source, tmp_path / name, text, QUICK | {"compare": ("wanda",)})
-    assert shards(tmp_path / "first") == shards(tmp_path / "second")
-    names = {"model.safetensors.index.json", "report.json", "report.html", "SHA256SUMS", "config.json"}
-    assert names <= set(os.listdir(tmp_path / "first"))
-    assert not (tmp_path / ".first.partial").exists()
-
-
 def prune_only(*args):
     """`prune`, with no block reconstructed."""
     with pytest.MonkeyPatch.context() as patch:
@@ -117,29 +103,23 @@ def prune_only(*args):
         return prune(*args)
 
 
-@pytest.mark.parametrize(
-    ("family", "count", "config", "windows"),
-    [
-        ("llama", 2, QUICK, 10),
-        # Ranks have 3, 3 and 4 windows, and learn from 2, 2 and 3. All make the steps of the one with most.
-        ("mixtral", 3, {"method": "wanda", "compare": ("magnitude",)}, 10),
-    ],
-    ids=["llama", "mixtral"],
-)
-def test_ranks_reconstruct_together(family, count, config, windows, tmp_path, text):
-    """All take the same steps, and measure the same losses, on the windows that each of them has held out."""
-    source, config = save_model(tmp_path / "model", family, num_hidden_layers=2), config | {"reconstruct": 2}
+def test_ranks_reconstruct_together(tmp_path, text):
+    """All take the same steps, and measure the same losses, on the windows that each of them has held out.
+
+    Ranks have 2 and 3 windows, and learn from 1 and 2. Both make the steps of the one with more.
+    """
+    source, windows = save_model(tmp_path / "model", "mixtral", num_hidden_layers=2), 5
+    config = {"method": "wanda", "compare": ("magnitude",), "reconstruct": 2}
     for name in ("first", "second"):
-        (report, found), *others = on_ranks(count, prune_watched, source, tmp_path / name, text, config, windows)
-        assert all(other == found for _, other in others)
+        (report, found), other = on_ranks(2, prune_watched, source, tmp_path / name, text, config, windows)
+        assert other[1] == found
         blocks = [block.reconstruction for block in report.blocks]
         assert found["losses"] == [loss for block in blocks for loss in (block.before, block.after)]
     assert shards(tmp_path / "first") == shards(tmp_path / "second")
-    most = max(len(split_batches(rank.windows)[0]) for rank in report.ranks)
-    assert [block.steps for block in blocks] == [2 * most] * 2
+    assert [block.steps for block in blocks] == [2 * 2] * 2
     assert not all(block.put_back for block in blocks)
     # Zeros stay: the masks of the first block are those before it is reconstructed.
-    (plain, _), *_ = on_ranks(count, prune_only, source, tmp_path / "plain", text, config, windows)
+    (plain, _), _ = on_ranks(2, prune_only, source, tmp_path / "plain", text, config, windows)
     first, expected = (
         {name: W for name, W in weights(tmp_path / output).items() if ".layers.0." in name}
         for output in ("first", "plain")
@@ -214,14 +194,11 @@ def fail_at(ranks, number, block, *args):
     return "finished"
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_goes_on_with_as_many_ranks(number, tmp_path, text):
+def test_goes_on_with_as_many_ranks(tmp_path, text):
     source = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
     config = QUICK | {"compare": ("wanda",)}
     on_ranks(2, prune, source, tmp_path / "whole", text, config)
-    ends = on_ranks(2, fail_at, number, 1, source, tmp_path / "out", text, config)
-    assert sorted(ends) == ["InputError", "LostRankError"]
-    assert ends[number] == "InputError"
+    assert on_ranks(2, fail_at, 1, 1, source, tmp_path / "out", text, config) == ["LostRankError", "InputError"]
     assert not (tmp_path / "out").exists()
     with pytest.raises(AssertionError, match=r"an unfinished run .* the number of ranks was 2, and is 3"):
         on_ranks(3, prune, source, tmp_path / "out", text, config)
@@ -251,7 +228,8 @@ def test_finished_blocks_are_reported_as_without_an_interruption(tmp_path, text)
     (whole, lines), _ = on_ranks(2, varying, prune, source, tmp_path / "whole", text, config)
     assert [block.reconstruction.varies for block in whole.blocks] == ["put_"] * 3
     assert sum("another run may give other bits: put_" in line for line in lines) == 3
-    on_ranks(2, varying, fail_at, 0, 2, source, tmp_path / "out", text, config)
+    ends = on_ranks(2, varying, fail_at, 0, 2, source, tmp_path / "out", text, config)
+    assert ends == ["InputError", "LostRankError"]
     # No operation is refused now: those that are named come from the records.
     (report, lines), _ = on_ranks(2, prune, source, tmp_path / "out", text, config)
     assert any(line.startswith("going on with an unfinished run: 2 of ") for line in lines)

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefw import checkpoint, data
 from sparsefw.driver import reconstruct
-from sparsefw.model import StreamedModel, embed
-from sparsefw.model import predictions as predicted
-from sparsefw.model.placement import HELD_OUT, split_batches
+from sparsefw.model import StreamedModel, embed, head
+from sparsefw.model.activations import HELD_OUT, split_batches
 from sparsefw.solver.kept_weights import KeptWeights
 
 CPU = torch.device("cpu")
@@ -63,20 +62,14 @@ def divergence(log_q: torch.Tensor, log_p: torch.Tensor) -> float:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
-# Every method with a budget of some kind.
-SPARSITY = dict(zip(METHODS, ["0.6", "2:4", "layer:0.5", "3:8", "layer:0.6", "2:4", "0.7", "2:4"], strict=True))
+# A budget of each kind.
+SPARSITY = {"dense targets": "0.6", "masks only": "layer:0.5", "sparsegpt": "2:4", "compared with sparsefw": "0.7"}
 
 
-@pytest.fixture(scope="module", params=METHODS)
-def method(request):
-    """The tests of a method are run together."""
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def reconstructed(method, llama, constants):
+@pytest.fixture(scope="module", params=SPARSITY)
+def reconstructed(request, llama, constants):
     """The output of a run, its report, and what was seen of it."""
-    output = llama / method
+    method, output = request.param, llama / request.param
     return output, *run(llama, output, *METHODS[method], "--reconstruct", "2", "--sparsity", SPARSITY[method])
 
 
@@ -127,10 +120,8 @@ def test_zeros_stay_and_all_else_is_the_dense_models(reconstructed, llama, capsy
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--ignore", "down_proj", "--ignore", "layers.1"],
         ["--include", "o_proj"],
-        ["--ignore", "self_attn", "--method", "wanda"],
-        ["--include", "layers.2", "--method", "sparsegpt"],
+        ["--ignore", "self_attn", "--ignore", "layers.1", "--method", "wanda"],
     ],
     ids=" ".join,
 )
@@ -153,14 +144,10 @@ def test_layers_that_are_not_selected_stay_dense(flags, llama, tmp_path, capsys)
     ("family", "dtype"),
     [
         ("llama", torch.bfloat16),
-        ("llama", torch.float16),
-        ("gpt2", torch.float32),
+        ("gpt2", torch.float16),
         ("mixtral", torch.float32),
-        ("qwen3_next", torch.float32),
         ("mamba", torch.float32),
         ("gemma3n_text", torch.float32),
-        ("xlnet", torch.float32),
-        ("glm_moe_dsa", torch.float32),
     ],
 )
 def test_families(family, dtype, tmp_path, capsys):
@@ -227,7 +214,7 @@ class TestLoss:
 def test_steps_compare_some_predictions_and_losses_all_of_them(least, every, passes, llama, tmp_path, monkeypatch):
     """A step looks at every eighth token of a long window, in each pass at others, and there are twice the passes."""
     seen, divergence_of = [], reconstruct.divergence
-    monkeypatch.setattr(predicted, "LEAST", least)
+    monkeypatch.setattr(head, "LEAST", least)
 
     def spy(model, ids, hidden, dense):
         assert hidden.shape[:2] == dense.shape[:2] == ids.shape

@@ -10,7 +10,7 @@ from helpers.reconstructed import RATE, WINDOWS, run
 
 from sparsefw.driver import reconstruct
 from sparsefw.driver.reconstruct import Fit
-from sparsefw.model.placement import split_batches
+from sparsefw.model.activations import split_batches
 
 pytestmark = pytest.mark.usefixtures("constants")
 

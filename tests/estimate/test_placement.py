@@ -9,10 +9,10 @@ from sparsefw.errors import InputError
 from sparsefw.estimate.memory import GIB, activation_bytes, disk_space, memory_needs
 from sparsefw.estimate.placement import place
 from sparsefw.estimate.workload import Workload
+from sparsefw.model.activations import Placement
 from sparsefw.model.layers import Role, Write
 from sparsefw.model.live_bytes import ForwardBytes
 from sparsefw.model.parts import INPUT
-from sparsefw.model.placement import Placement
 from sparsefw.model.shapes import Between, BlockShape, Extent, LayerShape, ModelShape
 from sparsefw.solver import PruneConfig
 

@@ -1,7 +1,6 @@
 """A block of a tiny model in two states: dense, and as if blocks and layers before had been pruned."""
 
 import copy
-import functools
 from collections.abc import Iterable
 from types import SimpleNamespace
 
@@ -16,8 +15,7 @@ from sparsefw.model.activations import Activations, Store
 from sparsefw.model.explained import TEXT
 from sparsefw.model.hidden_states import HandedOn
 from sparsefw.model.layers import Layer, Pair, Stage, Survey, kind_of, stages, survey
-from sparsefw.model.recording import Call, Flow
-from sparsefw.model.values import Box, Value
+from sparsefw.model.recording import Box, Call, Recording, Value
 
 
 def damaged_pair(folder, tokens=TOKENS, store=None, loss: float = 1) -> Pair:
@@ -39,7 +37,7 @@ def damaged_module(block: nn.Module, batches: list[Tensor], arguments: tuple = (
     call = Call(tuple(Box(n) for n in range(len(arguments))), {}, outputs=[0], form=Value(0), after=1)
     store, n = Store(model.device), len(batches)
     carried = [HandedOn({}, [*arguments]) for _ in batches]
-    flow = Flow({0: []}, set(), False, [])
+    flow = Recording({0: call}, batches[0], {0: []})
     states = HiddenStates(model, store, Activations(store), [{0: call}] * n, [[]] * n, carried, flow)
     for batch in batches:
         states.hidden.append(batch.to(DEVICE))
@@ -67,13 +65,13 @@ def pruned_block(pair: Pair) -> nn.Module:
 
 def surveyed(pair: Pair, selected=is_layer) -> Survey:
     """The survey of the pruned model's block by the first micro-batch."""
-    inputs = pair.pruned.inputs(pair.number, 0)
+    run = pair.pruned.run_of(pair.number, 0)
     return survey(
         pruned_block(pair),
-        lambda hidden: pair.pruned.call(pair.number, 0, hidden, inputs=inputs),
+        run,
         pair.pruned.hidden[0],
         selected,
-        handed_on=functools.partial(pair.pruned.handed_on, pair.number, inputs),
+        handed_on=lambda _: pair.pruned.handed_on(pair.number, run),
     )
 
 
@@ -113,10 +111,10 @@ def whole_runs(pair: Pair):
 
     def run(j: int):
         with torch.no_grad():
-            return pair.pruned.call(pair.number, j, inputs[0][j].clone())
+            return pair.pruned.run_of(pair.number, j)(inputs[0][j].clone())
 
     def run_dense(j: int):
         with torch.no_grad():
-            return pair.dense.call(pair.number, j, inputs[1][j].clone(), pair.dense_block)
+            return pair.dense.run_of(pair.number, j, pair.dense_block)(inputs[1][j].clone())
 
     return run, run_dense

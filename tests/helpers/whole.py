@@ -8,7 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sparsefw import checkpoint
-from sparsefw.model import StreamedModel, embed, logits
+from sparsefw.model import StreamedModel, embed
+from sparsefw.model.head import logits
 from sparsefw.model.hf import attention_implementation
 
 CPU = torch.device("cpu")

@@ -9,7 +9,8 @@ from helpers.multimodal import MULTIMODAL, load_as_named, save_multimodal
 from helpers.verifying import verdict
 
 from sparsefw import InputError, PruneConfig, checkpoint, prune
-from sparsefw.model import StreamedModel, embed, logits, shape_of
+from sparsefw.model import StreamedModel, embed, shape_of
+from sparsefw.model.head import logits
 
 IDS = torch.randint(4, 250, (3, 24), generator=torch.Generator().manual_seed(0))
 

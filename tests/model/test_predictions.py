@@ -8,8 +8,8 @@ from helpers.families import save_model
 from transformers import AutoModelForCausalLM
 
 from sparsefw import checkpoint
-from sparsefw.model import StreamedModel, embed, predictions
-from sparsefw.model.predictions import divergence, predicts, tokens_of_pass
+from sparsefw.model import StreamedModel, embed, head
+from sparsefw.model.head import divergence, predicts, tokens_of_pass
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 250, (3, 10), generator=torch.Generator().manual_seed(0))
@@ -57,8 +57,8 @@ def test_pieces_change_nothing(tokens, opened, monkeypatch):
     """Pieces of so many tokens, of a token at least."""
     _, model, _, hidden, dense = opened
     found = []
-    for entries in (predictions.PIECE, int(tokens * model.model.config.vocab_size)):
-        monkeypatch.setattr(predictions, "PIECE", entries)
+    for entries in (head.PIECE, int(tokens * model.model.config.vocab_size)):
+        monkeypatch.setattr(head, "PIECE", entries)
         x = hidden.clone().requires_grad_()
         divergence(model, IDS, x, dense).backward()
         found.append((x.grad, divergence(model, IDS, hidden, dense)))
@@ -69,7 +69,7 @@ def test_pieces_change_nothing(tokens, opened, monkeypatch):
 @pytest.mark.parametrize(("seqlen", "every", "times"), [(1, 1, 1), (511, 1, 1), (512, 8, 2), (2050, 8, 2)])
 def test_passes_look_at_all_tokens_in_turn(seqlen, every, times):
     """Those of a long window: 64 tokens at least in a step."""
-    assert predictions.times_the_passes(seqlen) == times
+    assert head.times_the_passes(seqlen) == times
     passes = [[*range(seqlen)[tokens_of_pass(n, seqlen)]] for n in range(2 * every)]
     assert min(map(len, passes)) >= min(seqlen, 64)
     assert sorted(n for tokens in passes[:every] for n in tokens) == [*range(seqlen)]
@@ -78,13 +78,13 @@ def test_passes_look_at_all_tokens_in_turn(seqlen, every, times):
 
 def test_tokens_are_predicted_one_by_one(opened, monkeypatch):
     """What is compared of some tokens is what is compared of them beside the others."""
-    monkeypatch.setattr(predictions, "LEAST", 1)
+    monkeypatch.setattr(head, "LEAST", 1)
     _, model, _, hidden, dense = opened
     x = hidden.clone().requires_grad_()
     total = divergence(model, IDS, x, dense)
     total.backward()
     found = 0.0
-    for n in range(predictions.EVERY):
+    for n in range(head.EVERY):
         some = tokens_of_pass(n, IDS.shape[1])
         part = hidden[:, some].clone().requires_grad_()
         of_part = divergence(model, IDS[:, some], part, dense[:, some])
@@ -120,12 +120,12 @@ def test_tokens_that_never_come_count_nothing(opened):
 def test_a_classifier_predicts_no_tokens(opened, monkeypatch):
     _, _, states, *_ = opened
     for logits in (torch.zeros(1, 3), torch.zeros(1, 1, 250), None):
-        monkeypatch.setattr(predictions, "run_behind_blocks", lambda *args, x=logits: SimpleNamespace(logits=x))
+        monkeypatch.setattr(head, "run_behind_blocks", lambda *args, x=logits: SimpleNamespace(logits=x))
         assert not predicts(states, IDS)
 
 
 def test_a_head_that_mixes_tokens_does_not_predict_one_by_one(opened, monkeypatch):
-    monkeypatch.setattr(predictions, "LEAST", 1)
+    monkeypatch.setattr(head, "LEAST", 1)
     _, model, states, *_ = opened
     assert predicts(states, IDS)
     mixed = model.model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].cumsum(1),))

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from sparsefw import checkpoint, prune
 from sparsefw.errors import InputError
-from sparsefw.model import StreamedModel, embed, logits, shape_of
+from sparsefw.model import StreamedModel, embed, shape_of
+from sparsefw.model.head import logits
 from sparsefw.model.hf import attention_implementation
-from sparsefw.model.shared import shared_parameters
-from sparsefw.model.slots import slots_of
+from sparsefw.model.slots import shared_parameters, slots_of
 from sparsefw.solver.selection import without_index
 
 # Two models whose attention is one module at several depths.

@@ -80,7 +80,7 @@ class TestConfirmed:
 
         def counted(hidden):
             runs.append(hidden)
-            return pair.pruned.call(0, 0, hidden)
+            return pair.pruned.run_of(0, 0)(hidden)
 
         first = survey(pruned_block(pair), counted, pair.pruned.hidden[0], confirmed=known)
         # The block as it is; whole, at its cut, and at the two inputs that can be kept.

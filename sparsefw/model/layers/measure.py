@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsefw.kernels.backend import Backend
 from sparsefw.model.activations import Activations
-from sparsefw.model.hidden_states import BlockOutput, HiddenStates
+from sparsefw.model.hidden_states import BlockRun, HiddenStates
 from sparsefw.model.layers.experts import experts_of
 from sparsefw.model.layers.names import Layer, WeightNames, is_expert
 from sparsefw.model.layers.stage import Stage
@@ -260,7 +260,7 @@ def _measure_watched(
 ) -> Captured:
     """Measure layers that have to be watched: experts, and layers whose outputs in both models are recorded."""
 
-    def move(j: int, ran: tuple[dict[Point, Tensor], BlockOutput | None] | None) -> None:
+    def move(j: int, ran: tuple[dict[Point, Tensor], BlockRun | None] | None) -> None:
         if stage.final and ran:
             _move_dense(stage, pair, j, ran)
         elif stage.final or stage.behind:
@@ -302,14 +302,14 @@ def _run_pruned(
 
 def _run_dense(
     stage: Stage, pair: Pair, j: int, *, take: Iterable[Point], end: Point | None
-) -> tuple[dict[Point, Tensor], BlockOutput | None]:
+) -> tuple[dict[Point, Tensor], BlockRun | None]:
     """Run micro-batch j of the dense model as far as a stage needs it, and move it on to where the next one starts."""
     ran = pair.dense.part(pair.number, j, pair.dense_block, take=take, end=end)
     _move_dense(stage, pair, j, ran)
     return ran
 
 
-def _move_dense(stage: Stage, pair: Pair, j: int, ran: tuple[dict[Point, Tensor], BlockOutput | None]) -> None:
+def _move_dense(stage: Stage, pair: Pair, j: int, ran: tuple[dict[Point, Tensor], BlockRun | None]) -> None:
     """Move micro-batch j of the dense model on to where the next stage starts, by what a run of it returned."""
     taken, output = ran
     if stage.final and output is not None:
