@@ -2,8 +2,8 @@
 
 Each launcher is called with tensors on the meta device and a stub in place of the driver. So it compiles what a launch
 would compile: the configuration for the shape, and the specialisation of every argument. A row of the table has the
-registers of a thread, bytes of stack and of shared memory, instructions that load or store spilled registers,
-tensor-core and bulk-copy instructions, and the least cost of the operation (cost.py).
+registers of a thread, bytes of stack and of shared memory, instructions that load or store spilled registers, and
+tensor-core and bulk-copy instructions.
 
 To compile all of them takes a minute. A row has a fingerprint of all that the compiler is given: with --known, rows of
 launches that are the same are taken from a file that the same version of Triton has made.
@@ -52,7 +52,7 @@ class Compiled(Exception):
 
 
 # What a launch's row says of the launch itself. The rest follows from the fingerprint.
-LAUNCH = ("name", "target", "flops", "bytes")
+LAUNCH = ("name", "target")
 
 
 def fingerprint(function: triton.JITFunction, specialization: str) -> str:
@@ -148,19 +148,17 @@ def compile_all(pattern: str = "", known: Mapping[str, dict] | None = None) -> I
     for case in cases():
         for target in case.targets:
             if pattern in case.name:
-                about = dict(name=case.name, target=target, flops=case.cost.flops, bytes=case.cost.bytes)
-                yield about | compile_launch(target, case.launch, known)
+                yield dict(name=case.name) | compile_launch(target, case.launch, known)
 
 
 def table(rows: list[dict]) -> str:
     """The table in Markdown."""
     names = ("name", "target", "config", "warps", "stages", "registers", "stack", "spills", "shared")
-    lines = [[*names, "instructions", "Gflop", "MB"], ["---"] * (len(names) + 3)]
+    lines = [[*names, "instructions"], ["---"] * (len(names) + 1)]
     for row in rows:
         instructions = " ".join(row["tensor_cores"] + [BULK_COPY] * row["bulk_copies"])
-        lines.append([*(row[name] for name in names), instructions, row["flops"] / 1e9, row["bytes"] / 1e6])
-    cells = ([f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        lines.append([*(str(row[name]) for name in names), instructions])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv: list[str] | None = None) -> None:

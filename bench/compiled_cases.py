@@ -4,9 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import cost
 import torch
-from cost import Cost
 from torch import Tensor
 
 from sparsefw.kernels.bound import bound_scores, bound_sums
@@ -29,12 +27,11 @@ ROWS, TOKENS, SWAPS = 4096, 2048, 100
 
 @dataclass(frozen=True)
 class Case:
-    """One launch: its name, the targets it is compiled for, and its least cost."""
+    """One launch: its name, and the targets it is compiled for."""
 
     name: str
     targets: tuple[str, ...]
     launch: Callable[[], object]
-    cost: Cost
 
 
 def empty(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -77,7 +74,7 @@ def cases() -> Iterator[Case]:
     for d in (4096, 28672):
         yield _conjugate(f"fp32 {d}", HOPPER, d, P=FP32)
     G = empty(4096, 4096)
-    yield Case("mirror 4096", ALL, partial(mirror_lower, G), cost.mirror_lower(4096))
+    yield Case("mirror 4096", ALL, partial(mirror_lower, G))
     for d, targets in ((576, HOPPER), (4096, ALL), (28672, HOPPER)):
         yield from _fits(str(d), targets, d)
 
@@ -101,16 +98,12 @@ def _products() -> Iterator[Case]:
         ("mixed", HOPPER, 4096, 14336, BF16, FP32, "tf32"),
     ):
         launch = partial(product, empty(rows, d, E), empty(d, d, G), precision=precision)
-        least = cost.product(rows, d, E=E.itemsize, G=G.itemsize)
-        yield Case(f"product {text} {rows}x{d}", targets, launch, least)
+        yield Case(f"product {text} {rows}x{d}", targets, launch)
     for rows, d, targets in ((4096, 4096, ALL), (8192, 28672, HOPPER), (576, 576, HOPPER)):
         options = dict(precision="bf16", out=empty(rows, d), add=True)
-        launch, least = (
-            partial(product, empty(rows, d, BF16), empty(d, d, BF16), **options),
-            cost.product(rows, d, E=2, G=2),
+        yield Case(
+            f"product added {rows}x{d}", targets, partial(product, empty(rows, d, BF16), empty(d, d, BF16), **options)
         )
-        least = Cost(least.flops, least.bytes + 4 * rows * d)
-        yield Case(f"product added {rows}x{d}", targets, launch, least)
 
 
 def _accumulations() -> Iterator[Case]:
@@ -124,7 +117,7 @@ def _accumulations() -> Iterator[Case]:
         ("tf32", NVIDIA, 4096, FP32, "tf32"),
     ):
         launch = partial(gram_accumulate, empty(d, d), empty(TOKENS, d, dtype), precision=precision)
-        yield Case(f"gram {text} {d}", targets, launch, cost.gram_accumulate(TOKENS, d, X=dtype.itemsize))
+        yield Case(f"gram {text} {d}", targets, launch)
     for text, targets, rows, d, dtype, precision in (
         ("bf16", HOPPER, 1536, 576, BF16, "ieee"),
         ("bf16", ALL, 4096, 4096, BF16, "ieee"),
@@ -136,13 +129,12 @@ def _accumulations() -> Iterator[Case]:
     ):
         operands = empty(rows, d), empty(TOKENS, rows, dtype), empty(TOKENS, d, dtype)
         launch = partial(cross_accumulate, *operands, precision=precision)
-        least = cost.cross_accumulate(TOKENS, rows, d, X=dtype.itemsize)
-        yield Case(f"cross {text} {rows}x{d}", targets, launch, least)
+        yield Case(f"cross {text} {rows}x{d}", targets, launch)
 
 
 def _lmo(text: str, targets: tuple[str, ...], d: int, k: int, *, fixed: bool = False, **options) -> Case:
     launch = partial(lmo, empty(ROWS, d), k, fixed=empty(ROWS, d, torch.bool) if fixed else None, **options)
-    return Case(f"lmo {text}", targets, launch, cost.lmo(ROWS, d, fixed=fixed))
+    return Case(f"lmo {text}", targets, launch)
 
 
 def _step(
@@ -160,14 +152,13 @@ def _step(
     options["threshold"] = None if open_loop else vector
     state = RowState(W, x[0], x, x, x, V, E, k, vector, vector, **options)
     numbers = dict(theta=number, next_theta=number) | (dict(eta=number) if open_loop else {})
-    least = cost.row_step(ROWS, d, W=W.itemsize, E=2, fixed=fixed, target_gap=target_gap)
-    return Case(f"step {text}", targets, partial(row_step, state, **numbers), least)
+    return Case(f"step {text}", targets, partial(row_step, state, **numbers))
 
 
 def _swaps(text: str, targets: tuple[str, ...], d: int, *, group: int = 0, fixed: bool = True) -> Case:
     W, G, R, V = empty(ROWS, d, BF16), empty(d, d), empty(ROWS, d), empty(ROWS, d, torch.bool)
     launch = partial(row_swaps, W, G, R, V, SWAPS, group=group, fixed=V if fixed else None)
-    return Case(f"swaps {text}", targets, launch, cost.row_swaps(ROWS, d, SWAPS, W=2))
+    return Case(f"swaps {text}", targets, launch)
 
 
 def _conjugate(
@@ -176,7 +167,7 @@ def _conjugate(
     state, (rz, inverse) = empty(ROWS, d), (empty(n, 1)[:, 0] for n in (ROWS, d))
     options = dict(mask=empty(ROWS, d, torch.bool) if mask else None, **place)
     launch = partial(conjugate_step, state, state, empty(ROWS, d, P), state, rz, rz, inverse, **options)
-    return Case(f"conjugate {text}", targets, launch, cost.conjugate_step(ROWS, d, P=P.itemsize, mask=mask, **place))
+    return Case(f"conjugate {text}", targets, launch)
 
 
 def _fits(text: str, targets: tuple[str, ...], d: int) -> Iterator[Case]:
@@ -185,18 +176,18 @@ def _fits(text: str, targets: tuple[str, ...], d: int) -> Iterator[Case]:
     of_rows, of_columns, taken = empty(ROWS, 1)[:, 0], empty(d, 1)[:, 0], empty(ROWS, 1, torch.bool)[:, 0]
     searched = partial(candidates, x, x, V, of_columns, of_columns, margin=of_rows, support=V)
     bounded = partial(bound_scores, W, x, x, target_gap=x, damping=of_columns)
-    for name, launch, least in (
-        ("removed", partial(removed, W, V), cost.removed(ROWS, d, W=2, E=2)),
-        ("removed of a target", partial(removed, W, V, x), cost.removed(ROWS, d, W=2, E=4, target_gap=True)),
-        ("begin_fit", partial(begin_fit, W, x, V, dtype=BF16), cost.begin_fit(ROWS, d, W=2, start=4, E=2)),
-        ("row_errors", partial(row_errors, W, x), cost.row_errors(ROWS, d, W=2)),
-        ("row_errors of a fit", partial(row_errors, W, x, x), cost.row_errors(ROWS, d, W=2, Z=4)),
-        ("take_rows", partial(take_rows, x, x, taken), cost.take_rows(ROWS, d, X=4)),
-        ("take_rows of a mask", partial(take_rows, V, V, taken), cost.take_rows(ROWS, d, X=1)),
-        ("candidates", searched, cost.candidates(ROWS, d, support=True)),
-        ("bound_scores", bounded, cost.bound_scores(ROWS, d, W=2, target_gap=True, damping=True)),
-        ("bound_sums", partial(bound_sums, x, x, V), cost.bound_sums(ROWS, d)),
+    for name, launch in (
+        ("removed", partial(removed, W, V)),
+        ("removed of a target", partial(removed, W, V, x)),
+        ("begin_fit", partial(begin_fit, W, x, V, dtype=BF16)),
+        ("row_errors", partial(row_errors, W, x)),
+        ("row_errors of a fit", partial(row_errors, W, x, x)),
+        ("take_rows", partial(take_rows, x, x, taken)),
+        ("take_rows of a mask", partial(take_rows, V, V, taken)),
+        ("candidates", searched),
+        ("bound_scores", bounded),
+        ("bound_sums", partial(bound_sums, x, x, V)),
         # The second of the three launches of round_mask.
-        ("rounding", partial(rounding_order, x, V, x), Cost(3 * ROWS * d, 13 * ROWS * d)),
+        ("rounding", partial(rounding_order, x, V, x)),
     ):
-        yield Case(f"{name} {text}", targets, launch, least)
+        yield Case(f"{name} {text}", targets, launch)

@@ -1,10 +1,42 @@
 """On a GPU, benchmarks are timed by events in the GPU's queue."""
 
+from collections.abc import Callable
+
 import pytest
-from timing import GPU, Moment
+import torch
+import triton
+from operations import Operation
+from timing import GPU, Moment, keep_busy, rounds_of
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if GPU:
             item.add_marker(pytest.mark.benchmark(timer=Moment))
+
+
+@pytest.fixture
+def measure(benchmark) -> Callable[[Operation, str], None]:
+    """Compares a way of an operation with torch's, then times it, and records the least flops and bytes."""
+
+    def measure(operation: Operation, way: str) -> None:
+        if way != "torch":
+            operation.check(operation.result(way), operation.result("torch"))
+        device = torch.cuda.get_device_name() if GPU else "cpu, Triton's interpreter"
+        benchmark.extra_info |= {"flops": operation.cost.flops, "bytes": operation.cost.bytes, "unit": operation.unit}
+        benchmark.extra_info |= {"device": device, "torch": torch.__version__, "triton": triton.__version__}
+        run, seconds = operation.ways[way], 0.0
+
+        def prepare() -> tuple[tuple, dict]:
+            arguments = operation.fresh()
+            keep_busy()
+            return arguments, {}
+
+        if GPU:
+            arguments = operation.fresh()
+            started = Moment()
+            run(*arguments)
+            seconds = Moment() - started
+        benchmark.pedantic(run, setup=prepare, rounds=rounds_of(seconds), warmup_rounds=1)
+
+    return measure

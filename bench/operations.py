@@ -1,43 +1,110 @@
-"""Shared by the benchmarks: shapes, inputs, ways to do an operation, the correctness check, the measurement.
+"""The operations that benchmarks measure: inputs of any size, the ways to do each, the check of its result, its cost.
 
 On a GPU the shapes are those of Llama-3.1-8B, Llama-3-70B and Llama-3.1-405B, with as many rows as one solve takes.
 Without a GPU they are tiny, and the Triton kernels run in the interpreter, whose times say nothing about a GPU.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
-import triton
-from cost import Cost
-from timing import GPU, Moment, keep_busy, rounds_of
+from bare import bare_product, operands, topk_lmo, topk_step
+from timing import GPU
 from torch import Tensor
 
 from sparsefw.kernels import cpu, triton_ops
+from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.definitions import RowState
+from sparsefw.solver.objective import mask_error
 
 DEVICE = "cuda" if GPU else "cpu"
 # (rows, d): projections of 8B (q, down), of 70B (q, down) and of 405B (q, down).
 LLAMA = [(4096, 4096), (4096, 14336), (8192, 8192), (4096, 28672), (4096, 16384), (2048, 53248)]
-SHAPES = LLAMA if GPU else [(48, 96), (40, 131)]
+TINY = [(48, 96), (40, 131)]
+SHAPES = LLAMA if GPU else TINY
 TOKENS = 8192 if GPU else 100
 PRECISION = "bf16" if GPU else "ieee"
 WEIGHT = torch.bfloat16 if GPU else torch.float32
-# Precision of products of inputs, which have the dtype of the weights.
-UNIT = "bf16" if GPU else "ieee"
+
+# Tolerances of products by precision, relative to the largest value.
+PRECISIONS = {"ieee": 1e-5, "tf32x3": 1e-5, "tf32": 2e-3, "bf16": 2e-2}
+# Tensor cores cut off what a sum has no room for, and the library may sum in parts. Over 16,384 tokens that is more
+# than rounding alone would be.
+SUMS = 2.0**-14
+SWAPS = 10
+THETAS = dict(theta=0.5, next_theta=0.6)
 
 COMPILE = "torch.compile"
+Tensors = tuple[Tensor, ...]
 
 
-def ways(operation: str, **others: Callable) -> dict[str, Callable]:
-    """The ways to do an operation, by name: cpu.py, cpu.py compiled by torch, `others`, and the Triton kernel."""
-    plain = getattr(cpu, operation)
-    compiled = {COMPILE: torch.compile(plain, dynamic=False)} if GPU else {}
-    return {"torch": plain} | compiled | others | {"triton": getattr(triton_ops, operation)}
+@dataclass(frozen=True)
+class Cost:
+    """The least work of a call: flops, and bytes that pass between the chip and its memory.
+
+    Each operand counts once, as if everything that is read again came from a cache. The formula is in the docstring of
+    each kernel; comparisons do not count as flops.
+    """
+
+    flops: int
+    bytes: int
+
+    def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """The least time of a call at these roofs, in seconds."""
+        return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
-def cases(ways: dict[str, Callable], shapes: list = SHAPES) -> list[tuple]:
-    """Way and shape of every benchmark. torch.compile takes seconds for each shape, so only the first shape has it."""
-    return [(way, shape) for shape in shapes for way in ways if way != COMPILE or shape == shapes[0]]
+@dataclass(frozen=True)
+class Operation:
+    """An operation at one size.
+
+    Attributes:
+        ways: functions of the arguments by name; each returns the tensors of its result, which the next call may
+            overwrite. "torch" is cpu.py, COMPILE the same by torch's compiler, "triton" the kernel; others are rivals.
+        cost: least work of a call.
+        check: asserts that one result is near enough to another.
+        fresh: returns the arguments of a call; a way may change them.
+        unit: precision of the products whose roof bounds the flops; None for operations bound by bytes.
+    """
+
+    ways: dict[str, Callable[..., Tensors]]
+    cost: Cost
+    check: Callable[[Tensors, Tensors], None]
+    fresh: Callable[[], tuple] = tuple
+    unit: str | None = None
+
+    def result(self, way: str) -> Tensors:
+        """The result of a way, which stays as it is."""
+        return tuple(x.clone() for x in self.ways[way](*self.fresh()))
+
+
+def ways(name: str, way: Callable[[Callable], Callable[..., Tensors]], **rivals: Callable) -> dict[str, Callable]:
+    """The ways to do the operation `name`: `way` makes one of any implementation of it."""
+    plain = getattr(cpu, name)
+    implementations = {"torch": plain, "triton": getattr(triton_ops, name)} | rivals
+    if GPU:
+        implementations[COMPILE] = torch.compile(plain, dynamic=False)
+    return {label: way(implementation) for label, implementation in implementations.items()}
+
+
+def assert_near(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Compare two tensors; the tolerance is relative to the largest expected value."""
+    # In pieces, since float64 copies of the largest matrices would not fit.
+    difference, largest = 0.0, 0.0
+    for a, b in zip(got.split(1024), expected.split(1024), strict=True):
+        difference = max(difference, (a.double() - b.double()).abs().max().item())
+        largest = max(largest, b.double().abs().max().item())
+    assert difference <= tolerance * largest, f"differs by {difference}"
+
+
+def near(*tolerances: float, lower: bool = False) -> Callable[[Tensors, Tensors], None]:
+    """A check of as many tensors of the result as there are tolerances, or of their lower triangles."""
+
+    def check(got: Tensors, expected: Tensors) -> None:
+        for a, b, tolerance in zip(got, expected, tolerances, strict=False):
+            assert_near(*(x.tril() if lower else x for x in (a, b)), tolerance)
+
+    return check
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -51,63 +118,202 @@ def gram(d: int) -> Tensor:
     return cpu.mirror_lower(cpu.gram_accumulate(torch.zeros(d, d, device=DEVICE), X))
 
 
-def row_state(
-    W: Tensor, diag: Tensor, M: Tensor, R: Tensor, U: Tensor, V: Tensor, E: Tensor, k: int, **options
-) -> RowState:
-    """A state whose vectors are made here."""
-    eta, error = torch.empty(2, len(W), device=W.device).unbind()
-    return RowState(W, diag, M, R, U, V, E, k, eta, error, **options)
-
-
-def numbers(way: str, **values: float) -> dict[str, float | Tensor]:
+def numbers(implementation: Callable, **values: float) -> dict[str, float | Tensor]:
     """The scalars of a step: tensors for the Triton kernel on a GPU, as in a solve; floats for other ways."""
-    stored = GPU and way == "triton"
+    stored = GPU and implementation is triton_ops.row_step
     return {name: torch.tensor(value, device=DEVICE) if stored else value for name, value in values.items()}
 
 
-def budget(pattern: str, d: int) -> tuple[int, int, int]:
-    """(k, group, d), with d rounded down to a multiple of 4. "rows" keeps 0.4 of a row, "2:4" keeps 2 of every 4."""
-    d -= d % 4
-    return (int(0.4 * d), 0, d) if pattern == "rows" else (2, 4, d)
+def budget(d: int, group: int) -> tuple[int, int]:
+    """(k, d): 0.4 of a row, or 2 of every 4 with d rounded down to a multiple of 4."""
+    return (2, d - d % group) if group else (int(0.4 * d), d)
 
 
-def measure(
-    benchmark, run: Callable, cost: Cost, *, unit: str | None = None, setup: Callable[[], tuple] = tuple
-) -> None:
-    """Time `run(*setup())`, and record its least flops and bytes.
+def product(rows: int, d: int, *, precision: str = PRECISION) -> Operation:
+    """U = E G; bare is the library's product of two operands of one type."""
+    E, G = normal(rows, d, dtype=WEIGHT), gram(d)
+    G = G.bfloat16() if precision == "bf16" else G
+    of_one_type, out = operands(E, G, precision), torch.empty(rows, d, device=DEVICE)
+    times, unit = (3, "tf32") if precision == "tf32x3" else (1, precision)
+    # U is written in fp32.
+    least = Cost(times * 2 * rows * d * d, rows * d * (E.itemsize + 4) + d * d * G.itemsize)
 
-    On a GPU the timer is `Moment` (see conftest.py), and the GPU is busy while the host prepares the launches.
+    def way(implementation: Callable) -> Callable[[], Tensors]:
+        pair = of_one_type if implementation is bare_product else (E, G)
+        return lambda: (implementation(*pair, precision=precision, out=out),)
 
-    Args:
-        benchmark: pytest-benchmark's fixture.
-        run: the operation.
-        cost: least work of one call.
-        unit: precision of the products whose roof bounds the flops; None for operations bound by bytes.
-        setup: returns fresh arguments before every call, untimed.
+    return Operation(ways("product", way, bare=bare_product), least, near(PRECISIONS[precision]), unit=unit)
+
+
+def gram_accumulate(tokens: int, d: int) -> Operation:
+    """Lower triangle of G += X^T X, undefined above the diagonal; bare is the library's full square."""
+    X = normal(tokens, d, dtype=WEIGHT)
+
+    def way(implementation: Callable) -> Callable[[Tensor], Tensors]:
+        return lambda G: (implementation(G, X),)
+
+    def bare(G: Tensor, X: Tensor) -> Tensor:
+        return bare_product(X.T, X, precision="ieee")
+
+    # Products of one triangle, which is read and written.
+    least = Cost(tokens * d * (d + 1), tokens * d * X.itemsize + 4 * d * (d + 1))
+    fresh = lambda: (torch.zeros(d, d, device=DEVICE),)  # noqa: E731
+    return Operation(ways("gram_accumulate", way, bare=bare), least, near(SUMS, lower=True), fresh, PRECISION)
+
+
+def cross_accumulate(tokens: int, rows: int, d: int) -> Operation:
+    """B += D^T X; bare is the library's product."""
+    D, X = normal(tokens, rows, dtype=WEIGHT), normal(tokens, d, dtype=WEIGHT, seed=1)
+
+    def way(implementation: Callable) -> Callable[[Tensor], Tensors]:
+        return lambda B: (implementation(B, D, X),)
+
+    def bare(B: Tensor, D: Tensor, X: Tensor) -> Tensor:
+        return bare_product(D.T, X, precision="ieee")
+
+    least = Cost(2 * tokens * rows * d, tokens * (rows + d) * X.itemsize + 8 * rows * d)
+    fresh = lambda: (torch.zeros(rows, d, device=DEVICE),)  # noqa: E731
+    return Operation(ways("cross_accumulate", way, bare=bare), least, near(SUMS), fresh, PRECISION)
+
+
+def mirror_lower(d: int) -> Operation:
+    """G made symmetric."""
+    G = normal(d, d)
+    made = ways("mirror_lower", lambda implementation: lambda: (implementation(G),))
+    # One triangle is read, the other one is written, without the diagonal.
+    return Operation(made, Cost(0, 4 * d * (d - 1)), near(0.0))
+
+
+def lmo(rows: int, d: int, *, group: int = 0) -> Operation:
+    """The k best scores of every row, or n of every m; topk is `torch.topk` and a scatter."""
+    k, d = budget(d, group)
+    score, out = normal(rows, d), torch.empty(rows, d, dtype=torch.bool, device=DEVICE)
+
+    def way(implementation: Callable) -> Callable[[], Tensors]:
+        # As in a solve: a check for NaN would wait for the GPU, and the wait would be timed. `topk` makes none.
+        options = {} if implementation is topk_lmo else {"checked": False}
+        return lambda: (implementation(score, k, group=group, out=out, **options),)
+
+    return Operation(ways("lmo", way, topk=topk_lmo), Cost(0, 5 * rows * d), near(0.0))
+
+
+def row_step(rows: int, d: int, *, group: int = 0, target_gap: bool = False) -> Operation:
+    """A Frank-Wolfe step of weights, or of fp32 weights with a gap to their target; topk is a chain with `topk`."""
+    k, d = budget(d, group)
+    W, G = normal(rows, d, dtype=torch.float32 if target_gap else WEIGHT), gram(d)
+    gap = 0.1 * normal(rows, d, seed=5) if target_gap else None
+    diag = G.diagonal().contiguous()
+    V, warm = (cpu.lmo(normal(rows, d, seed=seed), k, group=group) for seed in (1, 2))
+    R, U = (cpu.product(W.masked_fill(mask, 0), G, precision=PRECISION) for mask in (warm, V))
+
+    def fresh() -> tuple:
+        # A step works in place: every call starts from the same state.
+        E = torch.empty(rows, d, dtype=WEIGHT, device=DEVICE)
+        eta, error = torch.empty(2, rows, device=DEVICE).unbind()
+        state = W, diag, warm.float(), R.clone(), U.clone(), V.clone(), E, k, eta, error
+        return (RowState(*state, group=group, target_gap=gap),)
+
+    def way(implementation: Callable) -> Callable[[RowState], Tensors]:
+        thetas = numbers(implementation, **THETAS)
+
+        def run(state: RowState) -> Tensors:
+            implementation(state, **thetas)
+            return state.error, state.V, state.eta, state.M, state.R, state.E
+
+        return run
+
+    def check(got: Tensors, expected: Tensors) -> None:
+        assert_near(got[0], expected[0], 1e-4)
+        assert (got[1] != expected[1]).float().mean() < 1e-4
+
+    # W, M, R, U, V and the gap are read; M, R, V, E are written.
+    entry = W.itemsize + 13 + 4 * target_gap + 9 + WEIGHT.itemsize
+    least = Cost(30 * rows * d, rows * d * entry)
+    return Operation(ways("row_step", way, topk=topk_step), least, check, fresh)
+
+
+def iteration(rows: int, d: int, *, precision: str = PRECISION) -> Operation:
+    """A whole Frank-Wolfe iteration, product and row step; bare is the library's product alone.
+
+    For a bf16 weight and bf16 products the row step reads and writes 26 bytes an entry, and the product does 2 d flops.
+    On a card that does f flops in the time of a byte, both one after the other take at least 1 + 13 f / d of the
+    product's time.
     """
-    device = torch.cuda.get_device_name() if GPU else "cpu, Triton's interpreter"
-    benchmark.extra_info |= {"flops": cost.flops, "bytes": cost.bytes, "unit": unit}
-    benchmark.extra_info |= {"device": device, "torch": torch.__version__, "triton": triton.__version__}
-    seconds = 0.0
+    multiply, step = product(rows, d, precision=precision), row_step(rows, d)
+    G = Backend(cpu, precision).operand(gram(d))
 
-    def prepare() -> tuple[tuple, dict]:
-        arguments = setup()
-        keep_busy()
-        return arguments, {}
+    def way(multiplied: Callable, stepped: Callable) -> Callable[[RowState], Tensors]:
+        thetas = numbers(stepped, **THETAS)
 
-    if GPU:
-        # The first call compiles. The second says how long a call takes.
-        run(*setup())
-        arguments = setup()
-        started = Moment()
-        run(*arguments)
-        seconds = Moment() - started
-    benchmark.pedantic(run, setup=prepare, rounds=rounds_of(seconds), warmup_rounds=1)
+        def run(state: RowState) -> Tensors:
+            multiplied(state.E, G, precision=precision, out=state.U)
+            stepped(state, **thetas)
+            return (state.error,)
+
+        return run
+
+    def fresh() -> tuple:
+        (state,) = step.fresh()
+        # The vertex's operand, whose product takes the place of U.
+        state.E.copy_(state.W.masked_fill(state.V, 0))
+        return (replace(state, E=Backend(cpu, precision).operand(state.E)),)
+
+    made = {"torch": way(cpu.product, cpu.row_step), "topk": way(cpu.product, topk_step)}
+    made |= {"triton": way(triton_ops.product, triton_ops.row_step), "bare": lambda state: multiply.ways["bare"]()[1:]}
+    least = Cost(multiply.cost.flops + step.cost.flops, multiply.cost.bytes + step.cost.bytes)
+    return Operation(made, least, near(1e-3), fresh, precision)
 
 
-def assert_equal_enough(got: Tensor, expected: Tensor, tolerance: float) -> None:
-    """The check before a timing; the tolerance is relative to the largest expected value."""
-    # In parts, since float64 copies of the largest matrices would not fit.
-    parts = list(zip(got.split(1024), expected.split(1024), strict=True))
-    difference = max((a.double() - b.double()).abs().max().item() for a, b in parts)
-    assert difference <= tolerance * expected.abs().max().item(), f"differs by {difference}"
+def row_swaps(rows: int, d: int, *, group: int = 0) -> Operation:
+    """The search for the best 1-swaps that follows Frank-Wolfe."""
+    k, d = budget(d, group)
+    W, G = normal(rows, d, dtype=WEIGHT), gram(d)
+    # From Wanda's mask every row has enough swaps to make.
+    V = cpu.lmo(W.float().abs() * G.diagonal().sqrt(), k, group=group)
+    R = cpu.product(W.masked_fill(V, 0), G, precision=PRECISION)
+
+    def way(implementation: Callable) -> Callable[..., Tensors]:
+        def run(R: Tensor, V: Tensor) -> Tensors:
+            implementation(W, G, R, V, SWAPS, group=group)
+            return R, V
+
+        return run
+
+    def check(got: Tensors, expected: Tensors) -> None:
+        # Swaps that are equal up to rounding may be made in either order, so the final errors are compared.
+        assert_near(*(mask_error(W.float(), V, G).double().sum(0, keepdim=True) for _, V in (got, expected)), 1e-3)
+
+    # W, R, V are read, R and V written; three rows of G for every swap. Every row is taken to make all swaps.
+    least = Cost(30 * SWAPS * rows * d, rows * d * (W.itemsize + 10) + 12 * SWAPS * rows * d)
+    return Operation(ways("row_swaps", way), least, check, lambda: (R.clone(), V.clone()))
+
+
+def conjugate_step(rows: int, d: int) -> Operation:
+    """A step of conjugate gradients without its product."""
+    G = gram(d)
+    inverse, mask = 1 / G.diagonal(), normal(rows, d, seed=3) > 0
+    Z, R = (normal(rows, d, seed=seed) for seed in range(2))
+    P = Backend(cpu, PRECISION).operand(normal(rows, d, seed=2))
+    U = cpu.product(P, G, precision=PRECISION)
+
+    def fresh() -> tuple:
+        rz = torch.ones(rows, device=DEVICE)
+        return Z.clone(), R.clone(), P.clone(), U, rz, 1e-12 * rz, inverse
+
+    def way(implementation: Callable) -> Callable[..., Tensors]:
+        def run(*state: Tensor) -> Tensors:
+            implementation(*state, mask=mask)
+            return state[:3]
+
+        return run
+
+    # Z, R, P, U and the mask are read; Z, R, P are written.
+    least = Cost(12 * rows * d, rows * d * (21 + 2 * P.itemsize))
+    return Operation(ways("conjugate_step", way), least, near(1e-4, 1e-4, 1e-2), fresh)
+
+
+def copy(size: int) -> Operation:
+    """A copy on the device, read once and written once: the roof of bytes."""
+    source = torch.ones(size, dtype=torch.int8, device=DEVICE)
+    target = torch.empty_like(source)
+    return Operation({"torch": lambda: (target.copy_(source),)}, Cost(0, 2 * size), near(0.0))

@@ -96,10 +96,10 @@ def compile_kernels(part: Part) -> None:
 
 def kernel_tests(part: Part) -> None:
     """The tests of the kernels on the GPU; each result is on the disk as soon as it is there."""
-    tests = "tests/kernels/test_vertex_products.py" if part.tiny else "tests/kernels"
+    tests = "tests/kernels/test_launch.py" if part.tiny else "tests/kernels"
     command = [sys.executable, "-m", "pytest", "-v", "-rN", "-m", "gpu or not gpu", tests]
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", str(1 if part.tiny else WORKERS)]
+    if importlib.util.find_spec("xdist") and not part.tiny:
+        command += ["-n", str(WORKERS)]
     path, started = part.folder / "kernel-tests-results.txt", time.perf_counter()
     try:
         with path.open("w", encoding="utf-8") as output:

@@ -92,15 +92,20 @@ def run(part: Part, name: str, output: str, *more: str, same_as: str = "", cache
         RuntimeError: the run failed.
     """
     arguments, started = flags(part, name, output, *more), time.perf_counter()
-    done = subprocess.run([*RUN, *arguments], env=environment(part) if cached else None, stderr=subprocess.PIPE,
-                          text=True, check=False)  # fmt: skip
-    if done.returncode:
-        part.add(run=output, failed=done.stderr.splitlines()[-5:])
-        raise RuntimeError(f"{output}: status {done.returncode}")
+    status, errors = launch(arguments, environment(part) if cached else None)
+    if status:
+        part.add(run=output, failed=errors.splitlines()[-5:])
+        raise RuntimeError(f"{output}: status {status}")
     part.add(run=output, process_s=time.perf_counter() - started, **run_report(part.scratch / output))
     if same_as and (part.scratch / same_as).exists():
         one, other = (outputs(part.scratch / folder) for folder in (output, same_as))
         part.add(**{f"same_bytes_as_{same_as.removeprefix('8B-')}": one == other})
+
+
+def launch(arguments: list[str], environment: dict[str, str] | None) -> tuple[int, str]:
+    """Run `sparsefw.run` in a process of its own; returns its status and its errors."""
+    done = subprocess.run([*RUN, *arguments], env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    return done.returncode, done.stderr
 
 
 def environment(part: Part) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The steps of the first hour on a GPU, at tiny sizes and without one; their limits; what is read from other tools."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -8,12 +9,17 @@ from pathlib import Path
 
 import gpu_compile
 import gpu_lines
+import gpu_products
 import gpu_rows
+import gpu_runs
 import gpu_steps
 import gpu_trace
+import operations
 import pytest
 import torch
 from helpers.pretended_gpu import pretended_gpu
+
+import sparsefw.run
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 pytestmark = pytest.mark.slow
@@ -24,45 +30,59 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("scratch")
 
 
-def step(number, folder, scratch):
-    """The lines of a step, by part."""
+@pytest.fixture
+def lines(tmp_path, scratch):
+    """Runs a part in this process, at tiny sizes; returns its lines."""
+
+    def run(name):
+        module, _, function = gpu_steps.FUNCTIONS[name].partition(".")
+        part = gpu_lines.Part(name, tmp_path, scratch, tiny=True)
+        getattr(importlib.import_module(module), function)(part)
+        assert not any("wrong" in row for row in part.lines(name))
+        return part.lines(name)
+
+    return run
+
+
+def test_the_script_runs_a_part(tmp_path):
     tools = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [BENCH / "gpu.sh", folder, str(number), "--tiny", "--scratch", scratch]
-    done = subprocess.run(command, env=os.environ | tools, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = [json.loads(line) for line in (folder / gpu_lines.NAME).read_text().splitlines()]
-    lines = {name: [row for row in rows if row["part"] == name] for name in gpu_steps.STEPS[str(number)]}
-    for name in lines:
-        assert lines[name][-1]["end"] == "done", (folder / f"{name.replace(' ', '-')}.txt").read_text()[-4000:]
-        assert not any("wrong" in row for row in lines[name])
-    return lines
+    command = [BENCH / "gpu.sh", tmp_path, "machine", "--tiny", "--scratch", tmp_path]
+    subprocess.run(command, env=os.environ | tools, capture_output=True, check=True)
+    assert "torch" in gpu_lines.Part("machine", tmp_path, tmp_path).lines("machine")[0]["versions"]
 
 
-def test_kernels_are_compiled_and_tested(tmp_path, scratch):
-    lines = step(1, tmp_path, scratch)
-    (row,) = (row for row in lines["compile"] if "case" in row)
-    assert (row["target"], row["spills"]) == ("sm_90", 0)
-    assert row["registers"] > 0
-    (row,) = (row for row in lines["kernel tests"] if "ends" in row)
+def test_every_part_is_there():
+    for path in gpu_steps.FUNCTIONS.values():
+        module, _, function = path.partition(".")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_kernels_are_tested(lines):
+    (row,) = lines("kernel tests")
     assert (row["end_of_tests"], set(row["ends"]), row["failed"]) == ("status 0", {"PASSED"}, [])
-    assert row["ends"]["PASSED"] > 5
 
 
-def test_products_stand_beside_the_library_and_their_roof(tmp_path, scratch):
-    lines = step(2, tmp_path, scratch)
-    assert {row.get("roof") for row in lines["roofs"]} == {"copy", "bf16", "tf32", "ieee", None}
-    for part in ("product", "gram", "cross"):
-        ways = [row["way"] for row in lines[part] if "way" in row]
-        assert ways == ["bare", "triton"] * 2
-        assert all(row["share_of_roof"] > 0 for row in lines[part] if "way" in row)
-        assert sum("speed_of_the_library" in row for row in lines[part]) == 2
-    assert sum("products_in_bf16" in row for row in lines["exact"]) == 2
+def test_products_stand_beside_the_library_and_their_roof(lines):
+    assert {row["roof"] for row in lines("roofs")} == {"copy", "bf16", "tf32", "ieee"}
+    for name in ("product", "gram", "cross"):
+        rows = lines(name)
+        assert [row["way"] for row in rows if "way" in row] == ["bare", "triton"] * 2
+        assert all(row["share_of_roof"] > 0 for row in rows if "way" in row)
+        assert sum("speed_of_the_library" in row for row in rows) == 2
+    assert sum("products_in_bf16" in row for row in lines("exact")) == 2
 
 
-def test_row_kernels_are_timed_and_repeated(tmp_path, scratch):
-    lines = step(3, tmp_path, scratch)
-    assert {row["operation"] for row in lines["row kernels"][:-1]} == set(gpu_rows.OPERATIONS)
-    assert [row["runs_that_differ"] for row in lines["repeats"][:-1]] == [0] * len(gpu_rows.REPEATED)
+def test_a_wrong_product_gets_no_time(tmp_path, monkeypatch):
+    part = gpu_lines.Part("product", tmp_path, tmp_path, tiny=True)
+    made = gpu_products.product(5, 12)
+    made.ways["triton"] = lambda: (2 * made.ways["bare"]()[0],)
+    assert gpu_products.beside_the_library(part, made, rows=5) is None
+    assert [row.get("way", row.get("wrong", "")[:7]) for row in part.lines("product")] == ["bare", "differs"]
+
+
+def test_row_kernels_are_timed_and_repeated(lines):
+    assert {row["operation"] for row in lines("row kernels")} == set(gpu_rows.OPERATIONS)
+    assert [row["runs_that_differ"] for row in lines("repeats")] == [0] * len(gpu_rows.REPEATED)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: no need to pretend one")
@@ -73,26 +93,25 @@ def test_the_host_does_not_wait_in_what_is_timed(name, monkeypatch):
     def normal(*shape, dtype=torch.float32, seed=0):
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
 
-    monkeypatch.setattr(gpu_rows, "DEVICE", "cuda")
-    monkeypatch.setattr(gpu_rows, "normal", normal)
+    monkeypatch.setattr(operations, "DEVICE", "cuda")
+    monkeypatch.setattr(operations, "normal", normal)
     with pretended_gpu() as gpu:
-        run, fresh, _ = gpu_rows.OPERATIONS[name](8, 32)
-        arguments = fresh()
+        operation = gpu_rows.OPERATIONS[name](8, 32)
+        arguments = operation.fresh()
         gpu.waits.clear()
-        run(*arguments)
+        operation.ways["triton"](*arguments)
         assert not gpu.waits
 
 
-@pytest.mark.parametrize("number", [4, 5])
-def test_runs(number, tmp_path, scratch):
-    lines = step(number, tmp_path, scratch)
-    for name, rows in lines.items():
-        (row,) = (row for row in rows if "peak_memory" in row)
-        assert 0 < row["relative_error"] < 1, name
-        assert row["seconds"]["solve"] > 0
-    if number == 5:
-        same = [row for rows in lines.values() for row in rows if any("same_bytes" in name for name in row)]
-        assert [value for row in same for name, value in row.items() if "same_bytes" in name] == [True] * 3
+@pytest.mark.parametrize("step", ["4", "5"])
+def test_runs(step, lines, monkeypatch):
+    monkeypatch.setattr(gpu_runs, "launch", lambda arguments, environment: (sparsefw.run.main(arguments), ""))
+    rows = [row for name in gpu_steps.STEPS[step] for row in lines(name)]
+    reports = [row for row in rows if "peak_memory" in row]
+    assert len(reports) == len(gpu_steps.STEPS[step])
+    assert all(0 < row["relative_error"] < 1 and row["seconds"]["solve"] > 0 for row in reports)
+    same = [value for row in rows for name, value in row.items() if name.startswith("same_bytes")]
+    assert same == [True] * 3 * (step == "5")
 
 
 def test_limits_of_a_step_fit_into_eight_minutes():
@@ -140,9 +159,9 @@ def test_results_of_pytest(line, tmp_path):
 def test_bits_that_differ_are_counted():
     values = iter([1.0, 1.0, -0.0, torch.nan, torch.nan])
     # From one state: 1, 1, -0, NaN.
-    told = gpu_rows.differing(lambda x: torch.tensor([0.0, x]), lambda: (next(values),), 4)
-    assert told == {"repeats": 4, "runs_that_differ": 2, "most_entries_that_differ": 1}
-    assert gpu_rows.differing(lambda: torch.tensor([torch.nan]), tuple, 3)["runs_that_differ"] == 0
+    found = gpu_rows.differing(lambda: (torch.tensor([0.0, next(values)]),), 4)
+    assert found == {"repeats": 4, "runs_that_differ": 2, "most_entries_that_differ": 1}
+    assert gpu_rows.differing(lambda: (torch.tensor([torch.nan]),), 3)["runs_that_differ"] == 0
 
 
 def test_summary_of_a_trace(tmp_path):
@@ -169,26 +188,30 @@ def test_summary_of_a_trace(tmp_path):
     assert gpu_trace.summary(path) == {"kernels": 0}
 
 
-LAUNCH = """
+LAUNCHES = """
+import sys
+from pathlib import Path
 import compiled, compiled_cases, gpu_compile
 gpu_compile._cases(90)
-score, fixed = compiled_cases.empty({rows}, 576), compiled_cases.empty({rows}, 576, compiled_cases.torch.bool)
-compiled.compile_launch("here", lambda: compiled_cases.lmo(score, {k}, fixed=fixed, positive=True))
+for rows in (2048, 2047):
+    score, fixed = compiled_cases.empty(rows, 576), compiled_cases.empty(rows, 576, compiled_cases.torch.bool)
+    compiled.compile_launch("here", lambda: compiled_cases.lmo(score, 100, fixed=fixed, positive=True))
+    print(len([*Path(sys.argv[1]).rglob("*.cubin")]))
 """
 
 
-def test_launches_find_what_was_compiled_before(tmp_path):
+def test_launches_find_what_was_compiled_before(lines, tmp_path, monkeypatch):
     """In another process, with another number of rows and another budget: the cache has all that they need."""
     cache = tmp_path / "cache"
-    places = {"PYTHONPATH": f"{BENCH.parent}:{BENCH}:{BENCH / 'gpu'}", "TRITON_CACHE_DIR": str(cache)}
-    environment = os.environ | places | {"TRITON_INTERPRET": "0"}
-
-    def run(code):
-        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-        return {path: path.stat().st_mtime_ns for path in cache.rglob("*.cubin")}
-
-    compiled = run("import gpu_compile; gpu_compile.compile_case('lmo 576', 90)")
-    assert len(compiled) == 1
-    assert run(LAUNCH.format(rows=2048, k=100)) == compiled
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    # `compile_kernels` sets it.
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
+    row, summary = lines("compile")
+    assert (row["target"], row["spills"], summary["cases"], summary["spilled"]) == ("sm_90", 0, 1, [])
+    assert row["registers"] > 0
+    assert len([*cache.rglob("*.cubin")]) == 1
+    environment = os.environ | {"PYTHONPATH": f"{BENCH.parent}:{BENCH}:{BENCH / 'gpu'}"}
+    command = [sys.executable, "-c", LAUNCHES, str(cache)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     # A number of rows that is no multiple of 16 is another kernel.
-    assert len(run(LAUNCH.format(rows=2047, k=100))) == 2
+    assert done.stdout.split() == ["1", "2"]

@@ -10,122 +10,81 @@ VOCABULARY = 256 + 2
 # Tokens for six windows.
 TOKENS = torch.randint(2, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))
 
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
-_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+COMMON = dict(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+)  # fmt: skip
+_SLIDING = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+EXPERTS = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 
 # By model_type: what the tiny config adds to the common part.
 FAMILIES = {
-    "llama": {"tie_word_embeddings": True},
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 1, **_SLIDING},
+    "llama": dict(tie_word_embeddings=True),
+    "qwen2": dict(use_sliding_window=True, max_window_layers=1, **_SLIDING),
     "qwen3": {},
-    "mistral": {"sliding_window": 8},
-    "gemma2": {"query_pre_attn_scalar": 8, **_SLIDING},
-    "gemma3_text": {"query_pre_attn_scalar": 8, **_SLIDING},
+    "mistral": dict(sliding_window=8),
+    "gemma2": dict(query_pre_attn_scalar=8, **_SLIDING),
+    "gemma3_text": dict(query_pre_attn_scalar=8, **_SLIDING),
     "phi3": {},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
+    "opt": dict(ffn_dim=48, word_embed_proj_dim=32, do_layer_norm_before=True),
     "gpt_neox": {},
     "mixtral": EXPERTS,
-    "qwen2_moe": {"decoder_sparse_step": 1, "shared_expert_intermediate_size": 40, **EXPERTS},
-    "qwen3_moe": {"decoder_sparse_step": 1, **EXPERTS},
+    "qwen2_moe": dict(decoder_sparse_step=1, shared_expert_intermediate_size=40, **EXPERTS),
+    "qwen3_moe": dict(decoder_sparse_step=1, **EXPERTS),
 }
 
-_GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48}
+_GPT = dict(n_embd=32, n_layer=3, n_head=4, n_positions=64, n_inner=48)
 
 # Blocks that are made otherwise: parallel branches, transposed weights, biases, scaled sums, norms behind layers,
 # linear attention, state spaces. `model_type` is given where it is not the name.
 OTHERS = {
-    "llama with biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama with biases": dict(model_type="llama", attention_bias=True, mlp_bias=True),
     "gpt2": _GPT,
-    "bloom": {"n_layer": 3, "n_head": 4},
-    "gptj": {"rotary_dim": 4, **_GPT},
+    "bloom": dict(n_layer=3, n_head=4),
+    "gptj": dict(rotary_dim=4, **_GPT),
     "cohere": {},
-    "granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    "granite": dict(residual_multiplier=0.5, attention_multiplier=0.3),
     "olmo2": {},
-    "mamba": {"state_size": 8, "expand": 2, "time_step_rank": 4},
-    "qwen3_next": {
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "shared_expert_intermediate_size": 40,
-        "decoder_sparse_step": 1,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        **EXPERTS,
-    },
-}
+    "mamba": dict(state_size=8, expand=2, time_step_rank=4),
+    "qwen3_next": dict(
+        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        shared_expert_intermediate_size=40, decoder_sparse_step=1,
+        layer_types=["linear_attention", "full_attention", "linear_attention"], **EXPERTS,
+    ),
+}  # fmt: skip
 
-_SHARED_KEYS = {
-    "num_hidden_layers": 6,
-    "layer_types": ["sliding_attention", "full_attention"] * 3,
-    "sliding_window": 8,
-    "num_kv_shared_layers": 2,
-    "vocab_size_per_layer_input": VOCABULARY,
-    "hidden_size_per_layer_input": 8,
-}
-_INDEXED = {
-    "num_key_value_heads": 4,
-    "head_dim": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "index_n_heads": 2,
-    "index_head_dim": 8,
+_SHARED_KEYS = dict(
+    num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3, sliding_window=8,
+    num_kv_shared_layers=2, vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=8,
+)  # fmt: skip
+_INDEXED = dict(
+    num_key_value_heads=4, head_dim=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8,
+    v_head_dim=8, index_n_heads=2, index_head_dim=8,
     # Fewer than there are tokens.
-    "index_topk": 6,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "mlp_layer_types": ["dense", "sparse", "sparse"],
-    "indexer_types": ["full", "shared", "shared"],
-    **EXPERTS,
-}
+    index_topk=6,
+    n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, mlp_layer_types=["dense", "sparse", "sparse"],
+    indexer_types=["full", "shared", "shared"], **EXPERTS,
+)  # fmt: skip
 
 # Blocks that hand on more than hidden states: keys and values in a dict, indices, lists, sums of what lies before.
 HANDING_ON = {
-    "gemma3n_text": {
+    "gemma3n_text": dict(
+        altup_num_inputs=4, laurel_rank=8, intermediate_size=[48] * 6, activation_sparsity_pattern=[0.0] * 6,
         **_SHARED_KEYS,
-        "altup_num_inputs": 4,
-        "laurel_rank": 8,
-        "intermediate_size": [48] * 6,
-        "activation_sparsity_pattern": [0.0] * 6,
-    },
+    ),
     "gemma4_text": _SHARED_KEYS,
     "glm_moe_dsa": _INDEXED,
-    "rwkv": {"attention_hidden_size": 32, "context_length": 64},
+    "rwkv": dict(attention_hidden_size=32, context_length=64),
     # Hidden states of (tokens, windows).
-    "xlnet": {"d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48, "max_position_embeddings": None},
+    "xlnet": dict(d_model=32, n_layer=3, n_head=4, d_inner=48, max_position_embeddings=None),
     "openai-gpt": _GPT,
-    "inkling2_text": {
-        "num_hidden_layers": 5,
-        "n_layers_per_attn_res_block": 2,
-        "unpadded_vocab_size": VOCABULARY,
-        "layer_types": ["hybrid_sliding", "hybrid"] * 2 + ["hybrid"],
-        "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 2,
-        "swa_head_dim": 8,
-        "sliding_window_size": 8,
-        "d_rel": 4,
-        "rel_extent": 64,
-        "n_routed_experts": 4,
+    "inkling2_text": dict(
+        num_hidden_layers=5, n_layers_per_attn_res_block=2, unpadded_vocab_size=VOCABULARY,
+        layer_types=["hybrid_sliding", "hybrid"] * 2 + ["hybrid"], swa_num_attention_heads=4,
+        swa_num_key_value_heads=2, swa_head_dim=8, sliding_window_size=8, d_rel=4, rel_extent=64, n_routed_experts=4,
         **EXPERTS,
-    },
-}
+    ),
+}  # fmt: skip
 
 
 def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Path:

@@ -18,65 +18,63 @@ def _choices(n: int) -> dict:
     return {"text": _sentence(n, 2), "choices": [one, two, "x", _sentence(n + 5, 3)], "label": n % 4}
 
 
-_CHOICES = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{text}}:",
-    "doc_to_choice": "choices",
-    "doc_to_target": "label",
-    "fewshot_split": "train",
-}
-_MEAN = {"aggregation": "mean", "higher_is_better": True}
+_CHOICES = dict(
+    output_type="multiple_choice", doc_to_text="{{text}}:", doc_to_choice="choices", doc_to_target="label",
+    fewshot_split="train",
+)  # fmt: skip
+
+
+def _metric(name: str, aggregation: str = "mean", higher: bool = True) -> dict:
+    return dict(metric=name, aggregation=aggregation, higher_is_better=higher)
+
 
 # By name: the task, and its documents.
 TASKS: dict[str, tuple[dict, list[dict]]] = {
     "tiny_choices": (
-        _CHOICES | {"metric_list": [{"metric": "acc", **_MEAN}, {"metric": "acc_norm", **_MEAN}]},
+        _CHOICES | dict(metric_list=[_metric("acc"), _metric("acc_norm")]),
         [_choices(n) for n in range(9)],
     ),
     "tiny_rolling": (
-        {
-            "output_type": "loglikelihood_rolling",
-            "doc_to_text": "",
-            "doc_to_target": "{{text}}",
-            "metric_list": [
-                {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
-                {"metric": "byte_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
-                {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False},
+        dict(
+            output_type="loglikelihood_rolling",
+            doc_to_text="",
+            doc_to_target="{{text}}",
+            metric_list=[
+                _metric("word_perplexity", "weighted_perplexity", False),
+                _metric("byte_perplexity", "weighted_perplexity", False),
+                _metric("bits_per_byte", "bits_per_byte", False),
             ],
-        },
+        ),
         # No token, one, as many as the model reads, one more, one less, and several windows.
         [{"text": text} for text in ("", "a", _sentence(1, 40)[:64], _sentence(2, 40)[:65], _sentence(3, 40)[:63])]
         + [{"text": _sentence(4, 40)[:190]}, {"text": _sentence(5, 40)[:128]}],
     ),
     "tiny_last_word": (
-        {
-            "output_type": "loglikelihood",
+        dict(
+            output_type="loglikelihood",
             # The space belongs to the word.
-            "doc_to_text": "{{text.rsplit(' ', 1)[0]}} ",
-            "doc_to_target": "{{text.rsplit(' ', 1)[1]}}",
-            "target_delimiter": "",
-            "metric_list": [
-                {"metric": "acc", **_MEAN},
-                {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-            ],
-        },
+            doc_to_text="{{text.rsplit(' ', 1)[0]}} ",
+            doc_to_target="{{text.rsplit(' ', 1)[1]}}",
+            target_delimiter="",
+            metric_list=[_metric("acc"), _metric("perplexity", "perplexity", False)],
+        ),
         [{"text": _sentence(n, 6)} for n in range(6)],
     ),
     # Contexts longer than the model takes, and the longest answers that it does.
     "tiny_long": (
-        _CHOICES | {"metric_list": [{"metric": "acc", **_MEAN}]},
+        _CHOICES | dict(metric_list=[_metric("acc")]),
         [
-            {
-                "text": _sentence(n, 30 + n),
-                "choices": ["one", _sentence(n, 40)[:63], _sentence(n, 30)[: 40 + n]],
-                "label": 0,
-            }
+            dict(
+                text=_sentence(n, 30 + n),
+                choices=["one", _sentence(n, 40)[:63], _sentence(n, 30)[: 40 + n]],
+                label=0,
+            )
             for n in range(3)
         ],
     ),
     # Each answer also behind nothing.
     "tiny_mutual": (
-        _CHOICES | {"metric_list": [{"metric": "acc", **_MEAN}, {"metric": "acc_mutual_info", **_MEAN}]},
+        _CHOICES | dict(metric_list=[_metric("acc"), _metric("acc_mutual_info")]),
         [_choices(n) for n in range(1, 6)],
     ),
 }

@@ -25,7 +25,7 @@ from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels import cross as cross_module
 from sparsefw.kernels import gram as gram_module
 from sparsefw.kernels import mirror as mirror_module
-from sparsefw.kernels.accumulate import ENOUGH, configuration, suits, tile_count
+from sparsefw.kernels.accumulate import suits
 from sparsefw.kernels.device import triangle_tile
 from sparsefw.kernels.launch import platform, triangle_tiles
 from sparsefw.kernels.product import DESCRIPTORS
@@ -206,62 +206,22 @@ def on_meta(*shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("where", ["sm_90", "sm_80", "hip"])
-def test_the_choice_depends_on_target_and_dtype(where, monkeypatch):
+def test_bulk_copies_are_for_targets_and_operands_that_have_them(where, monkeypatch):
+    """16-bit operands on Hopper and later, with aligned rows, and enough tiles for all programs."""
     monkeypatch.setattr(accumulate_module, "platform", lambda: where)
     for dtype in DTYPES:
         S, X = on_meta(4096, 4096), on_meta(100, 4096, dtype=dtype)
         expected = where == "sm_90" and dtype != torch.float32
         assert suits(S, X, X, triangle=True) == suits(S, X, X, triangle=False) == expected
-
-
-@pytest.mark.parametrize("which", ["S", "D", "X"])
-@pytest.mark.parametrize("change", ["rows", "columns"])
-def test_the_choice_depends_on_the_strides_of_every_operand(which, change, monkeypatch):
-    monkeypatch.setattr(accumulate_module, "platform", lambda: "sm_90")
-    operands = dict(
-        S=on_meta(4096, 2048),
-        D=on_meta(96, 4096, dtype=torch.bfloat16),
-        X=on_meta(96, 2048, dtype=torch.bfloat16),
-    )
-    assert suits(**operands, triangle=False)
-    (m, n), dtype = operands[which].shape, operands[which].dtype
-    other = on_meta(n, m, dtype=dtype).T if change == "columns" else on_meta(m, n + 1, dtype=dtype)[:, :n]
-    assert not suits(**operands | {which: other}, triangle=False)
-
-
-@pytest.mark.parametrize(
-    ("rows", "d", "triangle", "expected"),
-    [
-        (576, 576, True, False),
-        (1920, 1920, True, False),
-        (2048, 2048, True, True),
-        (28672, 28672, True, True),
-        (1024, 1920, False, False),
-        (1024, 2048, False, True),
-    ],
-)
-def test_the_choice_depends_on_the_number_of_tiles(rows, d, triangle, expected, monkeypatch):
-    monkeypatch.setattr(accumulate_module, "platform", lambda: "sm_90")
-    D, X = (on_meta(100, n, dtype=torch.bfloat16) for n in (rows, d))
-    assert (tile_count(rows, d, triangle, 128, 128) >= ENOUGH) == expected
-    assert suits(on_meta(rows, d), D, X, triangle=triangle) == expected
-
-
-@pytest.mark.parametrize(
-    ("rows", "d", "triangle", "programs", "columns"),
-    [
-        # 272 large tiles would take three rounds, the last one of 8 tiles; 528 small tiles fill four.
-        (4096, 4096, True, 132, 128),
-        (4096, 4096, True, 148, 256),
-        # 1056 tiles are 8 rounds.
-        (8192, 8192, True, 132, 256),
-        (28672, 28672, True, 132, 256),
-        (4096, 4096, False, 132, 256),
-        (2048, 2048, True, 132, 256),
-    ],
-)
-def test_tiles_are_those_that_fill_the_rounds(rows, d, triangle, programs, columns):
-    assert configuration(rows, d, triangle, programs)["BLOCK_N"] == columns
+    X = on_meta(100, 576, dtype=torch.bfloat16)
+    assert not suits(on_meta(576, 576), X, X, triangle=True)
+    operands = dict(S=on_meta(4096, 2048), D=on_meta(96, 4096, dtype=torch.bfloat16),
+                    X=on_meta(96, 2048, dtype=torch.bfloat16))  # fmt: skip
+    assert suits(**operands, triangle=False) == (where == "sm_90")
+    for name, x in operands.items():
+        m, n = x.shape
+        for other in (on_meta(n, m, dtype=x.dtype).T, on_meta(m, n + 1, dtype=x.dtype)[:, :n]):
+            assert not suits(**operands | {name: other}, triangle=False)
 
 
 @needs_gpu
