@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.definitions import RowState
-from sparsefw.solver.objective import mask_error
+from sparsefw.solver.frank_wolfe import mask_error
 
 DEVICE = "cuda" if GPU else "cpu"
 # (rows, d): projections of 8B (q, down), of 70B (q, down) and of 405B (q, down).

@@ -17,7 +17,7 @@ __all__ = ["InputError", "PruneConfig", "PruneResult", "__version__", "prune"]
 if TYPE_CHECKING:
     from sparsefw.api import PruneResult, prune
     from sparsefw.errors import InputError
-    from sparsefw.solver import PruneConfig
+    from sparsefw.solver.config import PruneConfig
 
 # The module of each name. Names are imported on first use, because torch takes a second to import.
 _HOMES = {

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sparsefw.report import Report
-    from sparsefw.solver import LayerResult
+    from sparsefw.solver.layer import LayerResult
 
 # Calibration data, see `prune`.
 Dataset = str | Path | Mapping[Any, float] | Sequence[str] | Tensor

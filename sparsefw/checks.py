@@ -27,8 +27,10 @@ from sparsefw.model.hf import has_class
 from sparsefw.model.layers import slices_of
 from sparsefw.model.skeleton import build
 from sparsefw.report import Report, read_report
-from sparsefw.solver import METHODS, LayerResult, Pattern, patterns
-from sparsefw.solver.selection import without_index
+from sparsefw.solver import patterns
+from sparsefw.solver.config import METHODS
+from sparsefw.solver.layer import LayerResult
+from sparsefw.solver.patterns import Pattern, without_index
 
 # Integers as wide as the values. Read as integers, a NaN equals itself, and -0.0 differs from 0.0.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -17,7 +17,7 @@ from sparsefw.errors import InputError
 from sparsefw.inputs import Inputs, Output
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report
-from sparsefw.solver import PruneConfig
+from sparsefw.solver.config import PruneConfig
 
 
 def prune_on_text(

@@ -12,7 +12,7 @@ import torch
 from sparsefw.cli import run_parser
 from sparsefw.flags import flag_of
 from sparsefw.inputs import Inputs, config_for
-from sparsefw.solver import PruneConfig
+from sparsefw.solver.config import PruneConfig
 
 REPO = next(folder for folder in Path(__file__).resolve().parents if (folder / "setup.py").exists())
 README, FLAGS = REPO / "README.md", REPO / "docs/flags.md"

@@ -16,11 +16,9 @@ from torch import Tensor
 from sparsefw.errors import InputError
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import Backend
-from sparsefw.solver import METHODS, PruneConfig
-from sparsefw.solver.choices import CHOOSE, Choice, Rows, choose_weights
-from sparsefw.solver.frank_wolfe import RAMP
-from sparsefw.solver.methods import Method
-from sparsefw.solver.objective import mask_error
+from sparsefw.solver.config import METHODS, Method, PruneConfig
+from sparsefw.solver.frank_wolfe import RAMP, mask_error
+from sparsefw.solver.methods import CHOOSE, Choice, Rows, choose_weights
 
 # A swap counts only if it lowers the row's error by this fraction of the first error. A smaller gain may be rounding,
 # and a search that follows rounding may never end.

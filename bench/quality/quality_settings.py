@@ -20,7 +20,7 @@ from sparsefw.kernels.backend import TORCH
 from sparsefw.model import StreamedModel, embed
 from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.model.layers import capture
-from sparsefw.solver import prune_layers
+from sparsefw.solver.layer import prune_layers
 
 # The layers that are taken of every block: one for each kind of input.
 KINDS = ("q_proj", "o_proj", "up_proj", "down_proj")

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
-from sparsefw.solver import PruneConfig, prune_layers
+from sparsefw.solver.config import PruneConfig
+from sparsefw.solver.layer import prune_layers
 
 STEPS = 30
 LAYERS = SHAPES[:3] * GPU + [(1536, 576), (576, 1536)]
-CONFIG = PruneConfig.masks_only(sparsity="0.6", steps=STEPS, swaps=0, damp=0.0, precision=PRECISION)
+CONFIG = PruneConfig(sparsity="0.6", refit=0, steps=STEPS, swaps=0, damp=0.0, precision=PRECISION)
 OURS = Backend(triton_ops if GPU else cpu, PRECISION)
 STEP_BY_STEP = Backend(SimpleNamespace(**vars(triton_ops) | {"repeat": cpu.repeat}), PRECISION)
 

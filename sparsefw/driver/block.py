@@ -36,7 +36,8 @@ from sparsefw.model.shapes import BlockShape
 from sparsefw.model.slots import addresses
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import log
-from sparsefw.solver import LayerResult, PruneConfig, prune_layers
+from sparsefw.solver.config import PruneConfig
+from sparsefw.solver.layer import LayerResult, prune_layers
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from sparsefw.inputs import Inputs, Output
 from sparsefw.model import ModelShape
 from sparsefw.model.block_model import BlockModel
 from sparsefw.ranks import Ranks
-from sparsefw.solver import PruneConfig
+from sparsefw.solver.config import PruneConfig
 
 # What runs through a model: windows of tokens, or a caller's batches.
 Samples = Windows | Batches

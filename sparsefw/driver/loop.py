@@ -29,7 +29,7 @@ from sparsefw.model import HiddenStates, perplexity
 from sparsefw.model.activations import held_out_batches
 from sparsefw.model.forward import embed_batches
 from sparsefw.report import BlockRecord, Reconstruction, log
-from sparsefw.solver import LayerResult
+from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import WRITE
 
 # Name of the hidden states in the dense model.

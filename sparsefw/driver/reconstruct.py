@@ -26,9 +26,9 @@ from sparsefw.model.gradients import SliceGradients, deterministic, refused
 from sparsefw.model.head import divergence, predicts, times_the_passes, tokens_of_pass
 from sparsefw.model.layers import layer_of
 from sparsefw.report import HIDDEN, PREDICTIONS, Reconstruction
-from sparsefw.solver import LayerResult
 from sparsefw.solver.kept_weights import KeptWeights
-from sparsefw.solver.selection import without_index
+from sparsefw.solver.layer import LayerResult
+from sparsefw.solver.patterns import without_index
 
 # The first rate, see `kept_weights`.
 RATE = 0.16

@@ -28,7 +28,7 @@ from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import Report, amount, html, log, machine
 from sparsefw.report.content import CalibrationText, EvaluationText, MemoryRecord, RankRecord
 from sparsefw.report.environment import device_name, versions
-from sparsefw.solver import PruneConfig
+from sparsefw.solver.config import PruneConfig
 from sparsefw.timeline import of_rank
 
 # Inputs that are compared by their content, not by name, when a run goes on with what another has finished.

@@ -16,7 +16,9 @@ from sparsefw.errors import InputError
 from sparsefw.kernels.backend import Backend
 from sparsefw.model.layers import Captured, Layer, is_expert, layer_of
 from sparsefw.ranks import Handle, Ranks, balanced
-from sparsefw.solver import LayerResult, PruneConfig, cost_of_solve, rows_by_rank
+from sparsefw.solver.config import PruneConfig
+from sparsefw.solver.layer import LayerResult
+from sparsefw.solver.stack import cost_of_solve, rows_by_rank
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from sparsefw.model import Placement
 from sparsefw.model.head import PIECE, tokens_of_pass
 from sparsefw.model.layers import is_watched
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
-from sparsefw.solver import METHODS, PruneConfig, patterns
+from sparsefw.solver import patterns
+from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.kept_weights import bytes_of_state
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
 
@@ -294,7 +295,7 @@ def _solve(stage: Sequence[LayerShape], workload: Workload, placement: Placement
     elif not stage[0].experts and config.rows_shared(method):
         rows = largest_share(rows, workload.ranks, ROW_UNIT)
     # The damped Gram matrix; and the Gram matrix as two bf16 terms, for exact products.
-    matrices = (2 if low and config.refit else 4) * d * d * METHODS[method].uses_damping
+    matrices = (2 if low and config.refit else 4) * d * d * METHODS[method].uses_target
     matrices += 4 * d * d * (gpu and config.precision in ("tf32", "bf16"))
     # Weights; saliencies, when the cross matrices have gone; the gap to the targets; weights that may be nonzero.
     copies = rows * d * (2 if gpu else 4) + max(0, 4 * rows * d - stacked * _cross_bytes(stage, config, method))

@@ -14,7 +14,7 @@ from sparsefw.estimate.memory import GIB, disk_space
 from sparsefw.estimate.placement import memory_limits, place
 from sparsefw.estimate.workload import PROCESS, Workload, pruned_shape
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs
-from sparsefw.solver import PruneConfig
+from sparsefw.solver.config import PruneConfig
 
 # Memory of a card as it is sold, in 10^9 bytes. The chips hold a little more, which is left to the driver.
 CARDS = {

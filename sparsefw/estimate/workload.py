@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from sparsefw.model.shapes import LayerShape, ModelShape
 from sparsefw.ranks import shares
-from sparsefw.solver import PruneConfig, patterns
-from sparsefw.solver.selection import check_used
+from sparsefw.solver import patterns
+from sparsefw.solver.config import PruneConfig
+from sparsefw.solver.patterns import check_used
 
 # Bytes of a Python process with torch and transformers loaded and a text tokenized, as measured.
 PROCESS = 570 * 2**20

@@ -32,7 +32,7 @@ from sparsefw.model import HiddenStates, ModelShape, Placement, StreamedModel, s
 from sparsefw.model.forward import check_token, embed_batches, run_behind_blocks
 from sparsefw.model.skeleton import max_seqlen
 from sparsefw.ranks import ALONE, Ranks
-from sparsefw.solver import PruneConfig
+from sparsefw.solver.config import PruneConfig
 
 # Bytes of logits in fp32 that are computed at once.
 LOGITS = 64 * 2**20

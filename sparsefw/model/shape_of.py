@@ -41,7 +41,7 @@ from sparsefw.model.shapes import Between, BlockShape, Extent, LayerShape, Model
 from sparsefw.model.stand_ins import hidden_of
 from sparsefw.model.streamed import StreamedModel
 from sparsefw.model.tape import Calls
-from sparsefw.solver.selection import without_index
+from sparsefw.solver.patterns import without_index
 
 # Tokens that the blocks are run on: enough for every kind of attention, little beside a block.
 TOKENS = 8

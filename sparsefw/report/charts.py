@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sparsefw.report.content import BlockRecord, mean
-from sparsefw.solver import LayerResult
+from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import Span
 
 # Phases in the order of their colours. Other phases have the last colour.

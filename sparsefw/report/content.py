@@ -9,7 +9,7 @@ from typing import TypeVar
 from sparsefw.checkpoint.files import parse, read_bounded
 from sparsefw.data.batches import BATCHES
 from sparsefw.errors import InputError, counted
-from sparsefw.solver import LayerResult
+from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import Span
 
 # 200,000 layers, as the largest mixtures have with their experts, take about 110 MiB.

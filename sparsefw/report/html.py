@@ -21,7 +21,7 @@ from sparsefw.report import charts, log
 from sparsefw.report.charts import LayerAt
 from sparsefw.report.content import HIDDEN, BlockRecord, Report, TextWindows, amount
 from sparsefw.report.kinds import kept_dense, locate, positions_of
-from sparsefw.solver import PruneConfig
+from sparsefw.solver.config import PruneConfig
 
 TEMPLATE = Path(__file__).with_name("page.html")
 

@@ -9,7 +9,10 @@ from sparsefw.memory import peak_memory
 from sparsefw.model import Placement
 from sparsefw.report.content import DENSE, HIDDEN, RankRecord, Reconstruction, Report, amount, mean
 from sparsefw.report.kinds import kept_dense
-from sparsefw.solver import METHODS, LayerResult, Pattern, PruneConfig, patterns
+from sparsefw.solver import patterns
+from sparsefw.solver.config import METHODS, PruneConfig
+from sparsefw.solver.layer import LayerResult
+from sparsefw.solver.patterns import Pattern
 
 if TYPE_CHECKING:
     from sparsefw.estimate import MemoryNeeds

@@ -16,9 +16,35 @@ from sparsefw.errors import InputError
 from sparsefw.flags import DEPENDS, check_fields, flag, flag_of, given_of, make_tuples, set_field
 from sparsefw.kernels.backend import KERNELS, Backend, load_backend
 from sparsefw.kernels.definitions import PRECISIONS
-from sparsefw.solver import patterns, selection
-from sparsefw.solver.methods import METHODS, OF_MATRIX, SALIENCIES
+from sparsefw.solver import patterns
 from sparsefw.solver.patterns import Pattern
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a run has to know of a method; `methods.CHOOSE` has its function.
+
+    Attributes:
+        saliency: saliency of the warm start; None takes the config's.
+        rows_independent: whether rows do not depend on each other, so that layers are stacked and solved in chunks.
+            Otherwise the rows of a layer share one budget.
+        uses_target: whether it chooses on a damped Gram matrix, and its layers may approximate the dense model's
+            outputs, see `refit`.
+    """
+
+    saliency: str | None = None
+    rows_independent: bool = True
+    uses_target: bool = False
+
+
+# Saliencies, each of which is a method, too; and those of which an entry depends on more of the matrix than its row.
+WARM_STARTS, OF_MATRIX = ("magnitude", "wanda", "ria"), ("ria",)
+
+METHODS: dict[str, Method] = {
+    "sparsefw": Method(uses_target=True),
+    "sparsegpt": Method(saliency="wanda", rows_independent=False),
+    **{name: Method(saliency=name) for name in WARM_STARTS},
+}
 
 # Targets of layers: their outputs in the dense model, or the product of their own weight and input.
 TARGETS = ("dense", "layer")
@@ -87,7 +113,7 @@ class PruneConfig:
         (), metavar="NAME", several=True,
     )  # fmt: skip
     keep_zeros: bool = flag("weights that are zero in the input stay zero (default: a refit may revive them)", False)
-    warm_start: str = flag("saliency of the first mask (default: wanda)", choices=SALIENCIES, frank_wolfe=True)
+    warm_start: str = flag("saliency of the first mask (default: wanda)", choices=WARM_STARTS, frank_wolfe=True)
     steps: int = flag(
         "Frank-Wolfe steps (default: 12; 24 with --reconstruct 0; 40 with --refit 0; 3 with --preset fast, 10 with "
         "both; 2000 with --preset paper)",
@@ -161,7 +187,7 @@ class PruneConfig:
                 set_field(self, name, default)
         self._check_together()
         for name in ("include", "ignore"):
-            selection.check_patterns(flag_of(name), getattr(self, name))
+            patterns.check_patterns(flag_of(name), getattr(self, name))
 
     def _defaults(self) -> dict[str, Any]:
         """The defaults that depend on other fields and on the machine."""
@@ -219,16 +245,6 @@ class PruneConfig:
             return config.replace(damp=DAMP_BEFORE_RECONSTRUCTION)
         return config.replace(damp=round(max(config.damp, MOST_DAMP * min(1.0, FEW_TOKENS / (windows * seqlen))), 2))
 
-    @classmethod
-    def paper(cls, **options: Any) -> "PruneConfig":
-        """The published algorithm (arXiv 2510.13713): open-loop steps, no penalty, alpha 0.9, weights unchanged."""
-        return cls(preset="paper", **options)
-
-    @classmethod
-    def masks_only(cls, **options: Any) -> "PruneConfig":
-        """A config without refits: kept weights stay as they are."""
-        return cls(refit=0, **options)
-
     @property
     def given(self) -> dict[str, Any]:
         """Names and values of the fields that differ from the default in the class."""
@@ -259,11 +275,6 @@ class PruneConfig:
         return self.rows_independent(method) and self.pattern.scope != "layer" and by_row
 
     @property
-    def fallback_to_warm_start(self) -> bool:
-        """Whether rows keep the warm start's mask where that is better; the paper rounds its last iterate."""
-        return self.preset != "paper"
-
-    @property
     def uses_dense_target(self) -> bool:
         """Whether layers approximate the dense model's outputs."""
         return self.target == "dense" and "sparsefw" in self.methods
@@ -286,7 +297,7 @@ class PruneConfig:
 
     def selects(self, layer: str) -> bool:
         """Whether a layer of this name is to be pruned."""
-        return selection.selected(layer, self.include, self.ignore)
+        return patterns.selected(layer, self.include, self.ignore)
 
 
 def _interpret_triton() -> None:

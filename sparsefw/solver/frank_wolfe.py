@@ -6,12 +6,12 @@ over masks of a given budget per row or group. The iterate M moves towards the v
 minimization oracle returns; R = E G is carried along, so a step costs one product, of a binary mask. An integrality
 penalty, ramped up over the steps, drives M to a vertex, so that rounding loses little.
 
-Masks may be chosen on H, a damped G (see `objective`); errors and bounds are always on G. paper.py has what the
-published algorithm does otherwise.
+Masks may be chosen on H, a damped G, so that what is chosen on one text holds on others (`damped`); errors and bounds
+are always on G. paper.py has what the published algorithm does otherwise.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 from sparsefw.kernels.backend import TORCH, Backend, Terms
 from sparsefw.kernels.definitions import RowState
 from sparsefw.kernels.topk_torch import as_float, infinite
-from sparsefw.solver.objective import check_errors, mask_error
 
 # The penalty's weight grows over this share of the steps and stays constant after it.
 RAMP = 0.8
@@ -28,6 +27,10 @@ RAMP = 0.8
 # Shares of the steps after which the lower bound is computed; each costs an LMO. Without penalty the last bound is the
 # largest. With penalty it peaks early (measured at 0.3), before the penalty pulls M away from the convex optimum.
 CERTIFIED = (0.2, 0.3, 0.4, 1.0)
+
+# The damping of an input counts its diagonal entry as at least this share of the median entry of inputs that are not
+# dead. Without it, the weights of a nearly dead input could become huge and ruin the first text in which it is alive.
+FLOOR = 0.01
 
 # For each step the arguments of `row_step`: theta, next_theta and, if there is no line search, eta.
 Schedule = Sequence[tuple[float, ...]]
@@ -64,20 +67,67 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Solution:
-    """A binary mask and its errors, (rows,) fp32 each.
+class Choice:
+    """The mask and weights that a method chose, with errors (rows,) fp32 on the Gram matrix without damping.
 
     Attributes:
         mask: (rows, d) bool, True keeps a weight.
-        error: error of the mask.
+        weight: (rows, d) in the checkpoint's dtype, 0 outside the mask; None leaves the kept weights as they are.
+        error: error of the weights that are written.
+        error_mask: error of the best mask found for unchanged weights; equals `error` without a refit.
         error_warm_start: error of the warm start's mask.
-        bound: no mask that keeps the fixed entries has a lower error; 0 without a step.
+        bound: no mask of unchanged weights that keeps the fixed entries has a lower error; None if not known.
     """
 
     mask: Tensor
+    weight: Tensor | None
     error: Tensor
+    error_mask: Tensor
     error_warm_start: Tensor
-    bound: Tensor
+    bound: Tensor | None
+
+
+def damped(G: Tensor, damp: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A copy of G (d, d) with damp max(diag G, FLOOR m) added to its diagonal, where m is the median of its positive
+    entries.
+
+    Damping treats every input as slightly more independent of the others. It draws refitted weights towards the layer's
+    own, and masks towards the weights that matter most by themselves.
+
+    Args:
+        G: (d, d) fp32.
+        damp: share of the diagonal that is added.
+        dtype: dtype of the result. In fp32 and without damping it is G itself.
+    """
+    if not damp:
+        return G.to(dtype)
+    diagonal = G.diagonal()
+    H = G.to(dtype, copy=True)
+    # NaN, if all inputs are dead.
+    median = diagonal.where(diagonal > 0, torch.nan).nanmedian().item()
+    H.diagonal().copy_(diagonal + diagonal.clamp(min=FLOOR * median if median > 0 else 0.0) * damp)
+    return H
+
+
+def mask_error(
+    W: Tensor, mask: Tensor, G: Tensor | Terms, target_gap: Tensor | None = None, *, backend: Backend = TORCH
+) -> Tensor:
+    """Error of a binary mask of unchanged weights, one number per row, (rows,) fp32; G as in `Backend.errors`."""
+    return backend.errors(backend.removed(W, mask, target_gap), G)
+
+
+def weight_error(T: Tensor, Z: Tensor, G: Tensor | Terms, *, backend: Backend = TORCH) -> Tensor:
+    """Error of weights Z that approximate T, one number per row, (rows,) fp32; G as in `Backend.errors`."""
+    return backend.errors(T.float() - Z.float(), G)
+
+
+def check_errors(errors: Tensor) -> None:
+    """Raise FloatingPointError unless all errors, of any shape, are finite."""
+    if not errors.isfinite().all():
+        raise FloatingPointError(
+            "the layer's error is not finite: NaN or Inf in its weight or Gram matrix, or numbers too large for their "
+            "dtype"
+        )
 
 
 def line_search(steps: int, penalty: float) -> Schedule:
@@ -85,7 +135,7 @@ def line_search(steps: int, penalty: float) -> Schedule:
     return list(pairwise([0.0] + [penalty * min(1.0, t / (RAMP * steps)) for t in range(1, steps + 1)]))
 
 
-def solve(problem: Problem, schedule: Schedule, *, swaps: int = 0, backend: Backend = TORCH) -> Solution:
+def solve(problem: Problem, schedule: Schedule, *, swaps: int = 0, backend: Backend = TORCH) -> Choice:
     """Choose a mask by Frank-Wolfe; in some rows the warm start's may be better, see `or_warm_start`.
 
     Everything is launched before the host waits for anything, so errors are checked at the end.
@@ -127,15 +177,15 @@ def solve(problem: Problem, schedule: Schedule, *, swaps: int = 0, backend: Back
         del R
     error = mask_error(problem.W, mask, problem.exact, problem.target_gap, backend=backend)
     check_errors(torch.cat([*finite, error]))
-    return Solution(mask, error, error_warm_start, bound)
+    return Choice(mask, None, error, error, error_warm_start, bound if schedule else None)
 
 
-def or_warm_start(solution: Solution, warm: Tensor, *, backend: Backend = TORCH) -> Solution:
+def or_warm_start(solution: Choice, warm: Tensor, *, backend: Backend = TORCH) -> Choice:
     """The solution with the warm start's mask in the rows where its own is no better; the mask is changed in place."""
     better = solution.error < solution.error_warm_start
     backend.take_rows(solution.mask, warm, ~better)
     error = torch.where(better, solution.error, solution.error_warm_start)
-    return Solution(solution.mask, error, solution.error_warm_start, solution.bound)
+    return replace(solution, error=error, error_mask=error)
 
 
 def iterate(

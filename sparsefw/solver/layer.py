@@ -18,11 +18,10 @@ from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.topk_torch import masked
 from sparsefw.ranks import ALONE, Ranks, shares
 from sparsefw.solver import patterns
-from sparsefw.solver.choices import CHOOSE, Choice
-from sparsefw.solver.config import PruneConfig
-from sparsefw.solver.methods import METHODS
+from sparsefw.solver.config import METHODS, PruneConfig
+from sparsefw.solver.methods import CHOOSE, Choice
+from sparsefw.solver.refit import Cross
 from sparsefw.solver.stack import ROW_UNIT, Member, Stack, by_chunks, stack_rows
-from sparsefw.solver.target import Cross
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def solve_layer(
             include, ignore) play no part, and no reconstruction follows.
         name: the layer's name, for messages.
         B: (rows, d) fp32 cross matrix D X^T, where D (rows, tokens) is the wanted output minus W X. With it the layer's
-            target is pruned in place of W, see `target`.
+            target is pruned in place of W, see `refit`.
 
     Returns:
         mask (rows, d) bool, True keeps a weight; the pruned weight (rows, d) in the dtype of W; and its errors.
@@ -146,7 +145,7 @@ def prune_layers(
         backend: the operations.
         memory: bytes that the state of one solve may take; longer stacks are solved in chunks of rows.
         crosses: what was measured of each layer's difference to the dense model, or None. With it, the layer's target
-            is pruned in place of its weight, see `target`.
+            is pruned in place of its weight, see `refit`.
         masks: a list to which the mask of every layer, (out, in) bool, is appended.
         ranks: each solves its share of the rows, if `PruneConfig.rows_shared`, and has all of them in the end. Layers
             of one dtype that follow each other are shared out together. Of a cross matrix with rows a rank needs those

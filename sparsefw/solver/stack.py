@@ -1,10 +1,9 @@
 """Stacks of layers that read the same input, and chunks of their rows.
 
 A stack has the layers' rows one below the other, with their targets, saliencies and budgets. It is solved in chunks
-whose state fits the memory, on a CPU the caches too, and on a GPU whole waves of tiles.
+whose state fits the memory, and on a CPU the caches too.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,11 +16,10 @@ from sparsefw.errors import InputError
 from sparsefw.kernels.backend import Backend, Terms
 from sparsefw.ranks import shares
 from sparsefw.solver import patterns
-from sparsefw.solver.choices import Rows
-from sparsefw.solver.config import PruneConfig
-from sparsefw.solver.methods import METHODS, SALIENCIES
-from sparsefw.solver.objective import damped
-from sparsefw.solver.target import Cross, cross_rows, find_target
+from sparsefw.solver.config import METHODS, PruneConfig
+from sparsefw.solver.frank_wolfe import damped
+from sparsefw.solver.methods import SALIENCIES, Rows
+from sparsefw.solver.refit import Cross, cross_rows, find_target
 
 # The rows of stacks and chunks are multiples of this. A matrix product handles a remainder of rows in another order of
 # summation. Without a remainder, a row's result does not depend on the rows beside it.
@@ -30,9 +28,6 @@ ROW_UNIT = 64
 # The longest chunk on a CPU, in rows, or in entries if that is more rows. A longer chunk does not fit the caches. A
 # smaller one leaves too little work between two calls from Python, for which threads wait for each other.
 CPU_ROWS, CPU_ENTRIES = 384, 1 << 19
-
-# Rows and columns of a tile of a large product on sm_90 (`kernels/product.py`); chunks are made for it on every GPU.
-TILE = (128, 256)
 
 # Memory of a solve per entry of a chunk at its peak, as measured on a CPU (88 with the stack's W and saliency): fp32 W,
 # T, the gap between them, M, R, U, E, the fit's Z and R, temporaries of the row step, and bool masks.
@@ -46,7 +41,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class Member:
-    """A layer in a stack. `cross`, see `target`, is dropped when the stack's targets are computed."""
+    """A layer in a stack. `cross`, see `refit`, is dropped when the stack's targets are computed."""
 
     name: str
     weight: Tensor
@@ -134,41 +129,13 @@ def stack_rows(stack: Stack, share: slice) -> Rows:
     exact = backend.exact_operand(G, own)
     # Refits and targets only multiply with the damped matrix. Swaps of masks need it exactly.
     of_products = torch.bfloat16 if config.refit and backend.precision == "bf16" else torch.float32
-    target_gap, H = None, damped(G, config.damp, of_products) if method.uses_damping else None
-    if any(member.cross is not None for member in stack.members):
-        assert H is not None
-        targets = _targets(stack, share.start, start, exact, H, support)
-        if config.refit:
-            _replace_by(targets, start, own)
-        else:
-            target_gap = _gaps(targets, start)
+    H = damped(G, config.damp, of_products) if method.uses_target else None
+    target_gap = None if H is None else _to_targets(stack, share.start, start, exact, H, support)
     saliency = SALIENCIES[method.saliency or config.warm_start]
     saliencies = [saliency(part, G.diagonal()) for part in start[: sum(lengths)].split(lengths)]
     k = _kept(saliencies, config, whole_matrix=stack.method == "sparsefw" and config.whole_matrix, padding=padding)
     S = _stack_padded(saliencies, len(start), torch.float32)
     return Rows(start, G, S, k, own, exact, H, target_gap, support)
-
-
-def _replace_by(targets: Iterable[Tensor], weights: Tensor, own: torch.dtype) -> None:
-    """Put the targets in the place of the weights, chunk by chunk, rounded to the dtype that will be written.
-
-    Rows whose mask stays as it is keep the target's own weights, so these are what can be written.
-    """
-    start = 0
-    for T in targets:
-        most = min(torch.finfo(own).max, torch.finfo(T.dtype).max)
-        weights[start : start + len(T)] = T.clamp(-most, most).to(own)
-        start += len(T)
-
-
-def _gaps(targets: Iterable[Tensor], weights: Tensor) -> Tensor:
-    """The targets minus the weights, (rows, d) fp32: without a refit, only the mask can be chosen for a target."""
-    gaps, start = torch.empty_like(weights, dtype=torch.float32), 0
-    for T in targets:
-        rows = slice(start, start + len(T))
-        gaps[rows] = T - weights[rows]
-        start = rows.stop
-    return gaps
 
 
 def _kept(saliencies: list[Tensor], config: PruneConfig, *, whole_matrix: bool, padding: int) -> int | Tensor:
@@ -195,61 +162,52 @@ def _stack_padded(parts: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
     return stacked
 
 
-def _targets(
+def _to_targets(
     stack: Stack, first: int, W: Tensor, G: Tensor | Terms, H: Tensor, support: Tensor | None
-) -> Iterator[Tensor]:
-    """The targets of stacked rows W, of which the first has this number, in chunks of rows, (rows, d) fp32.
+) -> Tensor | None:
+    """Put the targets of stacked rows W, of which the first has this number, in their place, chunk by chunk.
 
-    G comes from `Backend.exact_operand`, and H is the damped matrix. For the other arguments see `stack_rows`.
+    The target of a layer without a cross matrix is its weight, and that of the padding is zero. Targets are rounded to
+    the dtype that will be written: rows whose mask stays as it is keep the target's own weights.
 
-    The target of a layer without a cross matrix is its weight, and that of the padding is zero.
+    Args:
+        stack: the stack; its layers lose their cross matrices.
+        first, W, support: as in `stack_rows`.
+        G: from `Backend.exact_operand`.
+        H: the damped matrix.
+
+    Returns:
+        Without a refit only the mask can be chosen for a target. Then W stays, and this is the target minus W, (rows,
+        d) fp32. Otherwise, and if no layer has a cross matrix, None.
     """
     crosses = [(member.cross, len(member.weight)) for member in stack.members]
+    if not any(cross is not None for cross, _ in crosses):
+        return None
     for member in stack.members:
         if member.cross is not None:
             member.cross.arrived.wait()
             member.cross = None
+    gap = None if stack.config.refit else torch.empty_like(W, dtype=torch.float32)
+    own = stack.members[0].weight.dtype
+    most = min(torch.finfo(own).max, torch.finfo(torch.float32).max)
 
-    def find(rows: slice) -> Tensor:
-        B = cross_rows(crosses, first + (rows.start or 0), W[rows], G, backend=stack.backend)
+    def put(rows: slice) -> None:
+        B = cross_rows(crosses, first + rows.start, W[rows], G, backend=stack.backend)
         support_of_rows = None if support is None else support[rows]
-        return find_target(W[rows], H, B, TARGET_STEPS, support=support_of_rows, backend=stack.backend)
+        T = find_target(W[rows], H, B, TARGET_STEPS, support=support_of_rows, backend=stack.backend)
+        if gap is None:
+            W[rows] = T.clamp(-most, most).to(own)
+        else:
+            gap[rows] = T - W[rows]
 
-    yield from by_chunks(find, W, stack.memory, stack.members[0].name, stack.backend)
+    for _ in by_chunks(put, W, stack.memory, stack.members[0].name, stack.backend):
+        pass
+    return gap
 
 
 def cpu_rows(d: int) -> int:
     """The most rows of d entries that a thread solves at a time on a CPU."""
     return max(CPU_ROWS, CPU_ENTRIES // d // ROW_UNIT * ROW_UNIT)
-
-
-def wave_rows(rows: int, d: int, most: int, multiprocessors: int, tile: tuple[int, int] = TILE) -> int:
-    """The height of chunks with which the products of all chunks take the fewest waves of tiles.
-
-    In a wave every multiprocessor computes a tile, and the last wave of a chunk's product is rarely full. Of heights
-    with equally many waves, those with the fewest chunks count, and of these the lowest, which makes chunks equal.
-
-    Args:
-        rows: rows of all chunks.
-        d: columns of the product.
-        most: most rows of a chunk, a multiple of ROW_UNIT. No chunk but the last is less than half as high, since every
-            chunk costs launches.
-        multiprocessors: of the GPU.
-        tile: rows and columns of a tile.
-    """
-    most = min(most, -(-rows // ROW_UNIT) * ROW_UNIT)
-    heights = range(-(-most // (2 * ROW_UNIT)) * ROW_UNIT, most + 1, ROW_UNIT)
-    return min(heights, key=lambda height: (waves(rows, d, height, multiprocessors, tile), -(-rows // height), height))
-
-
-def waves(rows: int, d: int, height: int, multiprocessors: int, tile: tuple[int, int] = TILE) -> int:
-    """Waves of tiles of the products of all chunks of a height; arguments as in `wave_rows`."""
-
-    def waves_of(chunk: int) -> int:
-        return math.ceil(math.ceil(chunk / tile[0]) * math.ceil(d / tile[1]) / multiprocessors)
-
-    chunks, rest = divmod(rows, height)
-    return chunks * waves_of(height) + waves_of(rest)
 
 
 def by_chunks(
@@ -273,7 +231,7 @@ def by_chunks(
     if not len(W):
         return
     if memory is None:
-        yield solve(slice(None))
+        yield solve(slice(0, len(W)))
         return
     threaded = W.device.type == "cpu" and backend.thread_safe
     threads = torch.get_num_threads() if threaded else 1
@@ -302,10 +260,8 @@ def _height(W: Tensor, memory: int, threads: int, name: str) -> tuple[int, int]:
         )
     threads = min(threads, units)
     if W.device.type == "cpu":
-        # All threads get the same number of chunks.
         units = min(units // threads, cpu_rows(d) // ROW_UNIT)
-        turns = -(-len(W) // (threads * units * ROW_UNIT))
-        units = -(-len(W) // (threads * turns * ROW_UNIT))
-        return units * ROW_UNIT, threads
-    multiprocessors = torch.cuda.get_device_properties(W.device).multi_processor_count
-    return wave_rows(len(W), d, units * ROW_UNIT, multiprocessors), threads
+    # All threads get the same number of chunks, and chunks are alike.
+    turns = -(-len(W) // (threads * units * ROW_UNIT))
+    units = -(-len(W) // (threads * turns * ROW_UNIT))
+    return units * ROW_UNIT, threads

@@ -8,7 +8,7 @@ import torch
 from helpers.kernel_inputs import DEVICE, gram, normal
 
 from sparsefw.kernels import cpu
-from sparsefw.solver.objective import mask_error
+from sparsefw.solver.frank_wolfe import mask_error
 
 # k and group: per row, and n:m.
 BUDGETS = [(10, 0), (2, 4), (1, 3), (5, 8)]

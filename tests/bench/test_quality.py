@@ -15,8 +15,8 @@ import texts
 from helpers.families import save_model
 
 import sparsefw.run
-from sparsefw.solver import METHODS
-from sparsefw.solver.choices import CHOOSE
+from sparsefw.solver.config import METHODS
+from sparsefw.solver.methods import CHOOSE
 
 REPO = Path(quality.__file__).resolve().parents[2]
 

@@ -97,7 +97,7 @@ def test_flags_arrive_in_the_config():
     config = config_of([*flags, "--precision", "bf16"])
     assert values.items() <= vars(config).items()
     assert (config.pattern.text, config.warm_start, config.step_rule) == ("2:4", "ria", "open-loop")
-    assert (config.precision, config.fallback_to_warm_start, config.keep_zeros) == ("bf16", True, True)
+    assert (config.precision, config.keep_zeros) == ("bf16", True)
     assert (config.ignore, config.include) == (("down_proj", "re:.*q_proj"), ("layers.1",))
     assert config.methods == ("wanda", "sparsefw")
 

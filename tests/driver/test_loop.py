@@ -19,8 +19,8 @@ from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.model.layers import Layer
 from sparsefw.report import read_report
 from sparsefw.run import main
-from sparsefw.solver.objective import damped
-from sparsefw.solver.target import find_target
+from sparsefw.solver.frank_wolfe import damped
+from sparsefw.solver.refit import find_target
 
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
 

@@ -16,7 +16,7 @@ from sparsefw.driver.reconstruct import Fit
 from sparsefw.errors import InputError
 from sparsefw.ranks import ALONE, LostRankError
 from sparsefw.report import log
-from sparsefw.solver import PruneConfig
+from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.kept_weights import KeptWeights
 
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))

@@ -12,7 +12,7 @@ from sparsefw import in_memory, prune
 from sparsefw.driver import loop, reconstruct
 from sparsefw.errors import InputError
 from sparsefw.report import HIDDEN, PREDICTIONS
-from sparsefw.solver import PruneConfig
+from sparsefw.solver.config import PruneConfig
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import torch
 from sparsefw.driver.solves import find_solves
 from sparsefw.model.layers import Captured, Layer
 from sparsefw.ranks import ALONE, Ranks
-from sparsefw.solver import PruneConfig
+from sparsefw.solver.config import PruneConfig
 
 
 @pytest.mark.parametrize("ranks", [ALONE, Ranks(1, 2)], ids=["alone", "shared"])

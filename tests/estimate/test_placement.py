@@ -14,7 +14,7 @@ from sparsefw.model.layers import Role, Write
 from sparsefw.model.live_bytes import ForwardBytes
 from sparsefw.model.parts import INPUT
 from sparsefw.model.shapes import Between, BlockShape, Extent, LayerShape, ModelShape
-from sparsefw.solver import PruneConfig
+from sparsefw.solver.config import PruneConfig
 
 
 def llama(hidden, intermediate, depth, pairs=8, vocabulary=128256):

@@ -6,7 +6,7 @@ from helpers.kernel_inputs import generator
 from sparsefw.kernels.backend import TORCH
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.layer import prune_layers
-from sparsefw.solver.target import Cross
+from sparsefw.solver.refit import Cross
 
 D = 96
 # One of them has one row: its product takes another path through the library.

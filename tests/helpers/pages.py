@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 from sparsefw.cli import inputs_and_config, output_of, run_parser
 from sparsefw.report.content import BlockRecord, CalibrationText, EvaluationText, MemoryRecord, Report
-from sparsefw.solver import LayerResult
+from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import Span
 
 VOID = {"meta", "br"}

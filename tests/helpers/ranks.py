@@ -19,7 +19,7 @@ from sparsefw.driver.run import run_job
 from sparsefw.inputs import Inputs, Output
 from sparsefw.ranks import Ranks
 from sparsefw.report import Report
-from sparsefw.solver import PruneConfig
+from sparsefw.solver.config import PruneConfig
 
 # Tokens of a window of `prune`.
 SEQLEN = 24

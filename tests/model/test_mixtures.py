@@ -12,7 +12,7 @@ from helpers.families import COMMON, EXPERTS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsefw.estimate import describe
-from sparsefw.solver.selection import without_index
+from sparsefw.solver.patterns import without_index
 
 E, D = 4, 32
 

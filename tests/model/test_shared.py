@@ -17,7 +17,7 @@ from sparsefw.model import StreamedModel, embed, shape_of
 from sparsefw.model.head import logits
 from sparsefw.model.hf import attention_implementation
 from sparsefw.model.slots import shared_parameters, slots_of
-from sparsefw.solver.selection import without_index
+from sparsefw.solver.patterns import without_index
 
 # Two models whose attention is one module at several depths.
 ZAMBA = {

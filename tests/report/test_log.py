@@ -9,7 +9,7 @@ from helpers.pages import report_of_run
 
 from sparsefw.model import Placement
 from sparsefw.report import HIDDEN, PREDICTIONS, Reconstruction, log
-from sparsefw.solver import PruneConfig
+from sparsefw.solver.config import PruneConfig
 
 
 def shape_of(*blocks: list[tuple[int, ...]]) -> SimpleNamespace:

@@ -11,8 +11,8 @@ from sparsefw.errors import InputError
 from sparsefw.flags import DEPENDS
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import TORCH, Backend
-from sparsefw.solver import PruneConfig, config
-from sparsefw.solver.methods import METHODS
+from sparsefw.solver import config
+from sparsefw.solver.config import METHODS, PruneConfig
 
 FIELDS = {f.name: f for f in dataclasses.fields(PruneConfig)}
 FRANK_WOLFE = [name for name, f in FIELDS.items() if f.metadata.get("frank_wolfe")]
@@ -133,8 +133,6 @@ class TestValues:
         assert PruneConfig() == PruneConfig(refit=2, steps=12, include=[])
         assert hash(PruneConfig()) == hash(PruneConfig(refit=2))
         assert PruneConfig() != PruneConfig(refit=3)
-        assert PruneConfig.paper(steps=5) == PruneConfig(preset="paper", steps=5)
-        assert PruneConfig.masks_only(steps=5) == PruneConfig(refit=0, steps=5)
 
     def test_replace_finds_dependent_defaults_anew_and_checks(self):
         first = PruneConfig(sparsity="2:4", alpha=0.5)
@@ -165,10 +163,10 @@ class TestValues:
     def test_rows_of_a_method(self):
         rows = {method: PruneConfig().rows_independent(method) for method in METHODS}
         assert rows == {method: method != "sparsegpt" for method in METHODS}
-        whole = PruneConfig.paper(sparsity="layer:0.6")
+        whole = PruneConfig(preset="paper", sparsity="layer:0.6")
         assert [method for method in METHODS if not whole.rows_independent(method)] == ["sparsefw", "sparsegpt"]
         for name in ("penalty", "swaps", "refit"):
-            assert getattr(PruneConfig.paper(**{name: 1}), name) == 1
+            assert getattr(PruneConfig(preset="paper", **{name: 1}), name) == 1
             assert not PruneConfig(sparsity="layer:0.6", **{name: 1}).whole_matrix
 
 
@@ -184,7 +182,7 @@ class TestFields:
 FRESH = """
 import os, sys
 {before}
-from sparsefw.solver import PruneConfig
+from sparsefw.solver.config import PruneConfig
 from sparsefw.errors import InputError
 config = PruneConfig(kernel="triton")
 try:

@@ -3,7 +3,7 @@
 import pytest
 
 from sparsefw.errors import InputError
-from sparsefw.solver import PruneConfig
+from sparsefw.solver.config import PruneConfig
 
 
 class TestForCalibration:

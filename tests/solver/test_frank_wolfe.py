@@ -11,9 +11,8 @@ from helpers.problems import TRITON, damped_problem, exhaustive, make_problem, p
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.solver import frank_wolfe, paper
-from sparsefw.solver.frank_wolfe import line_search, or_warm_start
+from sparsefw.solver.frank_wolfe import damped, line_search, mask_error, or_warm_start
 from sparsefw.solver.methods import SALIENCIES
-from sparsefw.solver.objective import damped, mask_error
 
 PATTERNS = ("0.6", "layer:0.6", "2:4", "3:5")
 

@@ -23,11 +23,13 @@ from helpers.layer_inputs import (
 from sparsefw.errors import InputError
 from sparsefw.kernels.backend import TORCH
 from sparsefw.ranks import Ranks
-from sparsefw.solver import METHODS, PruneConfig, choices, patterns, prune_layers, solve_layer
+from sparsefw.solver import methods, patterns
+from sparsefw.solver.config import METHODS, PruneConfig
+from sparsefw.solver.frank_wolfe import damped
+from sparsefw.solver.layer import prune_layers, solve_layer
 from sparsefw.solver.methods import SALIENCIES
-from sparsefw.solver.objective import damped
+from sparsefw.solver.refit import Cross, find_target
 from sparsefw.solver.stack import TARGET_STEPS
-from sparsefw.solver.target import Cross, find_target
 
 ALL = pytest.mark.parametrize("text", PATTERNS)
 
@@ -93,7 +95,7 @@ class TestNeverWorse:
         """Two rows of three get garbage, NaN and Inf; every third row is refitted."""
         # All rows in one chunk.
         set_threads(1)
-        layers, reselect = make_layers(), choices.reselect
+        layers, reselect = make_layers(), methods.reselect
         # Without damping and with the same penalty, like the mask that a refit starts from.
         mask_only, _ = run(layers, config=make_config(refit=0, damp=0.0, penalty=make_config().penalty))
         good, _ = run(layers)
@@ -108,7 +110,7 @@ class TestNeverWorse:
             fit.error.zero_()
             return fit
 
-        monkeypatch.setattr(choices, "reselect", garbage)
+        monkeypatch.setattr(methods, "reselect", garbage)
         G = make_gram()
         pruned, results = run(layers, G)
         bad = torch.arange(sum(ROWS)) % 3 < 2
@@ -361,7 +363,7 @@ class TestFailures:
         def fail(*args, **options):
             raise FloatingPointError("no")
 
-        monkeypatch.setattr(choices, "reselect", fail)
+        monkeypatch.setattr(methods, "reselect", fail)
         with pytest.raises(FloatingPointError, match="layer0, layer1: no"):
             list(prune_layers(make_layers((3, 4)), G, "sparsefw", make_config(), TORCH))
         assert torch.equal(G, before)
@@ -397,7 +399,7 @@ class TestFailures:
 
 def test_methods_beside_the_paper_s_whole_matrix():
     """Rows of compared methods have the budget as ever; the paper's errors and gap are of all rows together."""
-    config = PruneConfig.paper(sparsity="layer:0.6", compare=("wanda",), steps=50)
+    config = PruneConfig(preset="paper", sparsity="layer:0.6", compare=("wanda",), steps=50)
     layers = make_layers()
     by_method = {name: run(layers, method=name, config=config) for name in config.methods}
     assert_same(by_method["wanda"], run(layers, method="wanda", config=PruneConfig("layer:0.6", "wanda")))

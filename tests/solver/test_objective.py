@@ -4,10 +4,9 @@ import pytest
 import torch
 from helpers.kernel_inputs import DEVICE, gram, normal, uniform
 
+from sparsefw.solver.frank_wolfe import damped
 from sparsefw.solver.methods import SALIENCIES
-from sparsefw.solver.objective import damped
-from sparsefw.solver.refit import refit
-from sparsefw.solver.target import find_target
+from sparsefw.solver.refit import find_target, refit
 
 ROWS, D = 13, 40
 

@@ -8,8 +8,8 @@ from helpers.kernel_inputs import DEVICE, gram, normal, strided, uniform
 
 from sparsefw.kernels import cpu
 from sparsefw.solver import patterns
+from sparsefw.solver.frank_wolfe import mask_error
 from sparsefw.solver.methods import inverse_factor, sparsegpt, wanda
-from sparsefw.solver.objective import mask_error
 
 PATTERNS = ("0.6", "0.29", "layer:0.6", "2:4", "1:3", "5:24")
 

@@ -1,8 +1,6 @@
-"""Stacks and chunks of rows change no result; chunks fit the memory, run on several threads and fill waves."""
+"""Stacks and chunks of rows change no result; chunks fit the memory and run on several threads."""
 
 import itertools
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +10,10 @@ from helpers.pretended_gpu import pretended_gpu
 
 from sparsefw.errors import InputError
 from sparsefw.kernels import cpu, triton_ops
-from sparsefw.kernels.backend import TORCH, Backend
-from sparsefw.solver.choices import CHOOSE
-from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT, TILE, by_chunks, wave_rows
-from sparsefw.solver.target import Cross, cross_rows
+from sparsefw.kernels.backend import Backend
+from sparsefw.solver.methods import CHOOSE
+from sparsefw.solver.refit import Cross, cross_rows
+from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 
 UNIT = BYTES_PER_ENTRY * D * ROW_UNIT
 FORMS = ("inputs", "streams", "outputs")
@@ -174,44 +172,6 @@ class TestChunks:
     def test_too_little_memory(self):
         with pytest.raises(InputError, match=r"layer0: a solve needs 0.000 GiB at least, and 0.000 are set aside"):
             run(make_layers(), memory=UNIT - 1)
-
-
-def waves_by_hand(rows, d, height, multiprocessors, tile):
-    """Waves of all chunks, tile by tile."""
-    total = 0
-    for start in range(0, rows, height):
-        chunk = min(height, rows - start)
-        tiles = [(i, j) for i in range(0, chunk, tile[0]) for j in range(0, d, tile[1])]
-        total += len(range(0, len(tiles), multiprocessors))
-    return total
-
-
-class TestWaves:
-    @pytest.mark.parametrize(("rows", "d", "multiprocessors"), [(320, 520, 1), (1024, 64, 7), (2240, 1024, 132)])
-    def test_no_other_height_takes_fewer_waves(self, rows, d, multiprocessors):
-        for most in range(ROW_UNIT, rows + 2 * ROW_UNIT, 3 * ROW_UNIT):
-            height, highest = wave_rows(rows, d, most, multiprocessors, (128, 256)), min(most, rows)
-            allowed = [h for h in range(ROW_UNIT, highest + 1, ROW_UNIT) if 2 * h >= highest]
-            cost = {h: (waves_by_hand(rows, d, h, multiprocessors, (128, 256)), -(-rows // h), h) for h in allowed}
-            assert cost[height] == min(cost.values())
-
-    def test_the_tile_is_that_of_the_kernel(self):
-        compiled = Path(__file__).resolve().parents[2] / "bench" / "results" / "compiled.json"
-        large = "BLOCK_M={} BLOCK_N={} ".format(*TILE)
-        rows = [row for row in json.loads(compiled.read_text())["rows"] if row["name"] == "product bf16 8192x28672"]
-        assert [row["config"].startswith(large) for row in rows] == [True]
-
-    @pytest.mark.parametrize(("memory_rows", "lengths"), [
-        (1 << 20, [4480]),
-        # 35 x 4 tiles are two waves, however they are cut in two. So chunks are as few as possible, and alike.
-        (4416, [2240, 2240]),
-        (1536, [1536, 1536, 1408]),
-    ])  # fmt: skip
-    def test_chunks_on_a_gpu(self, memory_rows, lengths):
-        with pretended_gpu():
-            W = torch.zeros(4480, 1024, device="cuda")
-            memory = memory_rows * 1024 * BYTES_PER_ENTRY
-            assert list(by_chunks(lambda rows: len(W[rows]), W, memory, "layer0", TORCH)) == lengths
 
     def test_chunks_of_any_height_give_the_same_bytes_on_a_gpu(self):
         results = []

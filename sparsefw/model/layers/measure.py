@@ -22,7 +22,7 @@ from sparsefw.model.layers.names import Layer, WeightNames, is_expert
 from sparsefw.model.layers.stage import Stage
 from sparsefw.model.layers.watch import Selector, Watch, everything
 from sparsefw.model.parts import INPUT, Point
-from sparsefw.solver.target import Cross
+from sparsefw.solver.refit import Cross
 
 # Runs one micro-batch, by its number, through a block.
 Run = Callable[[int], object]

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from torch import Tensor, nn
 
-from sparsefw.solver.selection import without_index
+from sparsefw.solver.patterns import without_index
 
 # The index of a slice of a parameter.
 _SLICE = re.compile(r"\[\d+\]")
