@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from sparsefw.driver.solves import Solve, add_up, combine, exchange, find_solves
+from sparsefw.driver.solves import add_up, combine, exchange, find_solves
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
 from sparsefw.memory import give_back
@@ -97,17 +97,25 @@ def prune_block(
     Raises:
         InputError: activations hold NaN or Inf, a layer does not fit the pattern, or the block has no layers.
     """
-    timeline, results = run.model.timeline, list[LayerResult]()
+    timeline, results, selected = run.model.timeline, list[LayerResult](), run.selected(i)
     order = find_stages(run, i, states) if dense else []
     if dense and not order:
         # There is no stage to move the dense windows on.
         with timeline.span("calibrate", i):
             dense[1].advance(i, dense[0])
     if not order:
-        if run.selected(i):
+        if selected:
             # All layers of the block are measured at once.
             with timeline.span("calibrate", i):
-                captured = _capture(run, i, states, held_out)
+                captured = capture(
+                    run.model.blocks[i],
+                    partial(states.output, i),
+                    [j for j in range(len(states)) if j not in held_out],
+                    backend=run.config.backend,
+                    selected=selected.__contains__,
+                    experts=run.of(i).experts,
+                )
+                captured = _combined(run, i, captured)
                 _check_known(run, i, captured.ignored)
                 _check_separate(run, i, captured.layers)
             results = _solve(run, i, captured, method)
@@ -116,13 +124,9 @@ def prune_block(
     pair, pruned = Pair(i, states, dense[1], dense[0], run.of(i).experts), list[Layer]()
     for stage in order:
         with timeline.span("calibrate", i):
+            keep, backend = _is_kept(run, stage), run.config.backend
             captured = measure(
-                stage,
-                pair,
-                backend=run.config.backend,
-                selected=run.selected(i).__contains__,
-                keep=_is_kept(run, stage),
-                passing=held_out,
+                stage, pair, backend=backend, selected=selected.__contains__, keep=keep, passing=held_out
             )
             captured = _combined(run, i, captured)
             pruned += captured.layers
@@ -134,11 +138,9 @@ def prune_block(
 
 
 def _way(run: Run, order: list[Stage]) -> str:
-    starts = {stage.start for stage in order} - {INPUT}
+    start = "a point inside the block" if any(stage.start != INPUT for stage in order) else "the start"
     kept = [layer.name for stage in order if _is_kept(run, stage) for layer in stage.layers]
-    origin = f"{len(starts)} points inside the block" if len(starts) > 1 else "a point inside the block"
-    runs = f"stage by stage, from {origin if starts else 'the start'}"
-    return runs + (f"; kept: the input of {', '.join(kept)}" if kept else "")
+    return f"stage by stage, from {start}" + (f"; kept: the input of {', '.join(kept)}" if kept else "")
 
 
 def _is_kept(run: Run, stage: Stage) -> bool:
@@ -160,7 +162,18 @@ def _solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResul
     for n, solve in enumerate(solves):
         if solve.owner in (None, ranks.number):
             with timeline.span("solve", i):
-                results |= _solve_one(run, i, captured, method, solve)
+                solved = prune_layers(
+                    [(f"{run.model.names[i]}.{layer.name}", layer.weight) for layer in solve.layers],
+                    captured.grams[solve.gram],
+                    method,
+                    run.config,
+                    run.config.backend,
+                    memory=run.placement.solver,
+                    crosses=[captured.crosses.pop(layer.name, None) for layer in solve.layers],
+                    ranks=ranks if solve.owner is None else ALONE,
+                )
+            for layer, result in zip(solve.layers, solved, strict=True):
+                results[layer.name] = replace(result, transposed=layer.transposed)
         if n == last[solve.gram]:
             captured.grams.pop(solve.gram, None)
     if not ranks.alone:
@@ -173,25 +186,6 @@ def _solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResul
     for result in found:
         run.say(log.layer_row(result))
     return found
-
-
-def _solve_one(run: Run, i: int, captured: Captured, method: str, solve: Solve) -> dict[str, LayerResult]:
-    """The results of a solve, by the names of its layers in block i."""
-    ranks = run.ranks if solve.owner is None else ALONE
-    results = prune_layers(
-        [(f"{run.model.names[i]}.{layer.name}", layer.weight) for layer in solve.layers],
-        captured.grams[solve.gram],
-        method,
-        run.config,
-        run.config.backend,
-        memory=run.placement.solver,
-        crosses=[captured.crosses.pop(layer.name, None) for layer in solve.layers],
-        ranks=ranks,
-    )
-    return {
-        layer.name: replace(result, transposed=layer.transposed)
-        for layer, result in zip(solve.layers, results, strict=True)
-    }
 
 
 def kept_dense(model: BlockModel, i: int, pruned: list[LayerResult]) -> list[str]:
@@ -228,29 +222,13 @@ def find_stages(run: Run, i: int, states: HiddenStates) -> list[Stage]:
         )
     _check_known(run, i, surveyed.ignored)
     found = stages(surveyed)
-    if any(other != _outline(found) for other in run.ranks.gather(_outline(found))):
+    # Ranks must agree on the stages, and on the layers that write to the stream.
+    outline = [(stage.key, sorted(stage.writes)) for stage in found]
+    if any(other != outline for other in run.ranks.gather(outline)):
         raise InputError(
             f"{run.model.names[i]}: unsupported model: windows on other ranks run through it in another way"
         )
     return found
-
-
-def _outline(order: list[Stage]) -> list[tuple[str, list[str]]]:
-    """The stages, and the layers that write to the stream: ranks must agree on them."""
-    return [(stage.key, sorted(stage.writes)) for stage in order]
-
-
-def _capture(run: Run, i: int, states: HiddenStates, held_out: Container[int]) -> Captured:
-    """Gram matrices of all layers of block i, by all calibration windows that are not held out."""
-    captured = capture(
-        run.model.blocks[i],
-        partial(states.output, i),
-        [j for j in range(len(states)) if j not in held_out],
-        backend=run.config.backend,
-        selected=run.selected(i).__contains__,
-        experts=run.of(i).experts,
-    )
-    return _combined(run, i, captured)
 
 
 def _combined(run: Run, i: int, captured: Captured) -> Captured:

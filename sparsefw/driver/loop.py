@@ -28,7 +28,7 @@ from sparsefw.memory import give_back, peak_memory
 from sparsefw.model import HiddenStates, perplexity
 from sparsefw.model.activations import held_out_batches
 from sparsefw.model.forward import embed_batches
-from sparsefw.report import BlockRecord, Reconstruction, log
+from sparsefw.report import BlockRecord, log
 from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import WRITE
 
@@ -224,8 +224,15 @@ def _prune_block(run: Run, i: int, states: _States, writer: Writer) -> tuple[Fin
             dense = reference = None
             # Tokens may reach other experts in the model of another method, which is not written.
             record.kept_dense = kept_dense(model, i, results)
-            found = _reconstruct(run, i, states, start, results) if config.reconstruct else None
-            record.block = replace(record.block, way=way, reconstruction=found)
+            record.block = replace(record.block, way=way)
+            if config.reconstruct:
+                with timeline.span("reconstruct", i):
+                    if start is not None:
+                        pruned.go_back(start)
+                    found = reconstruct(run, i, pruned, states.calibration[DENSE], results, states.ids)
+                if found:
+                    run.say(log.reconstruction_row(model.names[i], found))
+                    record.block = replace(record.block, reconstruction=found)
         _advance(run, i, "forward", [pruned])
         _advance(run, i, "evaluate", states.evaluation[method])
         if i in model.unique_blocks and writer.writes(model.unique_blocks.index(i)):
@@ -236,26 +243,6 @@ def _prune_block(run: Run, i: int, states: _States, writer: Writer) -> tuple[Fin
                     tensors[method] = {name: tensor.clone() for name, tensor in tensors[method].items()}
     model.close(i)
     return record, tensors
-
-
-def _reconstruct(
-    run: Run, i: int, states: _States, start: HiddenStates | None, results: list[LayerResult]
-) -> Reconstruction | None:
-    """Reconstruct block i, as the config's method has pruned it.
-
-    Args:
-        run, i, results: as for `reconstruct`.
-        states: all windows; those of the calibration are behind the block in the dense model.
-        start: the method's windows before the block, if stages have moved the others on.
-    """
-    pruned = states.calibration[run.config.method]
-    with run.model.timeline.span("reconstruct", i):
-        if start is not None:
-            pruned.go_back(start)
-        found = reconstruct(run, i, pruned, states.calibration[DENSE], results, states.ids)
-    if found:
-        run.say(log.reconstruction_row(run.model.names[i], found))
-    return found
 
 
 def _write(run: Run, writer: Writer, shard: int, tensors: Written, record: FinishedBlock) -> None:

@@ -98,7 +98,8 @@ def _predicted(run: Run, i: int, states: HiddenStates, ids: Tensor | None) -> It
     if ids is not None and run.of(i).predicts:
         with run.model.outside():
             if all(run.ranks.gather(predicts(states, ids))):
-                yield list(ids.split(states.windows))
+                # On the device: to copy some of them there, the host would wait for all that was launched.
+                yield list(ids.to(run.model.device).split(states.windows))
                 return
     yield None
 
@@ -202,10 +203,6 @@ class Fit:
         if of_pass is not None:
             some = tokens_of_pass(of_pass, ids.shape[1])
             ids, out, target = ids[:, some], out[:, some], target[:, some]
-        if out.is_cuda:
-            # From page-locked memory: otherwise the host would wait for all that was launched.
-            locked = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True).copy_(ids)
-            ids = locked.to(out.device, non_blocking=True)
         return divergence(self.run.model, ids, out, target), target.shape
 
     def add_gradients(self, j: int, of_pass: int, parameters: list[nn.Parameter]) -> None:

@@ -104,8 +104,8 @@ class BlockModel:
             self.close(i)
 
     def read(self, i: int | None) -> Mapping[str, Loadable]:
-        """Block i's tensors by the names of `block_tensors`; None: those outside of the blocks."""
-        raise NotImplementedError
+        """Tensors of block i that are not in memory, named as in `block_tensors`; None: those outside of blocks."""
+        return {}
 
     def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[Slot], Tensor]:
         """A function that makes the tensor for each place of block i, on the device, of what `read` returned."""
@@ -304,15 +304,8 @@ class ResidentModel(BlockModel):
         # What is on the device is used there.
         return slots if i is not None else [slot for slot in slots if is_copied(slot.own, self.device)]
 
-    def read(self, i: int | None) -> Mapping[str, Loadable]:
-        """Nothing: all tensors are in memory."""
-        return {}
-
     def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[Slot], Tensor]:
-        def copied(slot: Slot) -> Tensor:
-            return dequantized(tensors.get(slot.path, slot.own)).detach().to(self.device, copy=True)
-
-        return copied
+        return lambda slot: dequantized(tensors.get(slot.path, slot.own)).detach().to(self.device, copy=True)
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
         """As `BlockModel.block_tensors`. They are those of the open block, which are others when it is opened again."""

@@ -15,7 +15,7 @@ from sparsefw.errors import InputError
 from sparsefw.model.activations import Activations, Store, Stored
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.explained import StopForward, explained
-from sparsefw.model.hidden_states import HandedOn, HiddenStates
+from sparsefw.model.hidden_states import Carried, HiddenStates
 from sparsefw.model.parts import DIFFERS
 from sparsefw.model.recorder import Recorder
 from sparsefw.model.recording import Recording, rebuilt
@@ -132,7 +132,7 @@ def embed_batches(model: BlockModel, batches: Iterable[Batch], store: Store | No
     """
     vocabulary, store = model.vocabulary, store or Store(model.device)
     with model.outside():
-        states = HiddenStates(model, store, Activations(store), [], [], [], model.flow)
+        states = HiddenStates(model, store, Activations(store), [], [], model.flow)
         constants = _Constants(store)
         for batch in batches:
             if vocabulary is not None:
@@ -146,9 +146,9 @@ def embed_batches(model: BlockModel, batches: Iterable[Batch], store: Store | No
             states.windows.append(batch.windows)
             states.hidden.append(recording.hidden)
             states.calls.append(recording.calls)
-            states.carried.append(HandedOn({}, recording.boxes))
             constants.append(recording.constants)
-        states.constants = constants.stored
+            # The list changes until it is known which tensors are equal in all micro-batches.
+            states.carried.append(Carried(constants.stored[-1], recording.boxes))
     return states
 
 

@@ -21,16 +21,18 @@ from sparsefw.model.stand_ins import hidden_of
 
 
 @dataclass(frozen=True)
-class HandedOn:
+class Carried:
     """What one micro-batch has between two blocks beside its hidden states, as keys and values that blocks share.
 
     Attributes:
-        values: tensors by their numbers in the recording, or where they are stored.
+        constants: the tensors that the model's forward makes before its first block. All streams share them.
         boxes: the objects that several blocks are given.
+        values: tensors by their numbers in the recording, or where they are stored.
     """
 
+    constants: list[Stored]
+    boxes: list[Any]
     values: dict[int, Any] = field(default_factory=dict)
-    boxes: list[Any] = field(default_factory=list)
 
 
 class BlockRun:
@@ -43,18 +45,15 @@ class BlockRun:
         i: number of the block.
         block: another module in its place; None: the block itself.
         call: what the model's forward gives the block.
-        constants: the micro-batch's tensors from before the first block.
-        carried: what it has from the blocks before.
+        carried: what the micro-batch has from before the block.
 
     Attributes:
         returned: what the block returned in the last run.
     """
 
-    def __init__(
-        self, model: BlockModel, i: int, block: nn.Module | None, call: Call, constants: list[Stored], carried: HandedOn
-    ) -> None:
+    def __init__(self, model: BlockModel, i: int, block: nn.Module | None, call: Call, carried: Carried) -> None:
         self._model, self._number, self._block, self._call = model, i, block or model.blocks[i], call
-        self._constants, self._tensors = constants, dict[Stored, Tensor]()
+        self._constants, self._tensors = carried.constants, dict[Stored, Tensor]()
         self._values = {n: self._tensor(x) for n, x in carried.values.items()}
         self._given = rebuilt((carried.boxes, call.args, call.kwargs), self._tensor)
         self._boxes: list[Any] = []
@@ -90,13 +89,12 @@ class BlockRun:
         """How often each of the given tensors has been written to."""
         return [x._version for x in tensors_of(self._given)]
 
-    def handed_on(self) -> HandedOn:
+    def handed_on(self) -> Carried:
         """All that later blocks may be given after the last run."""
-        return HandedOn(
-            self._values | dict(zip(self._call.outputs, leaves_of(self.returned), strict=False)), self._boxes
-        )
+        outputs = dict(zip(self._call.outputs, leaves_of(self.returned), strict=False))
+        return Carried(self._constants, self._boxes, self._values | outputs)
 
-    def input_of(self, following: Call | None) -> tuple[HandedOn, Tensor]:
+    def input_of(self, following: Call | None) -> tuple[Carried, Tensor]:
         """All tensors when the next block begins, and its input; None: it was the last block."""
         made = self.handed_on()
         if following is None:
@@ -109,7 +107,7 @@ class BlockRun:
             made.values.update(step.run(leaf))
         return made, leaf(following.hidden)
 
-    def stored(self, made: HandedOn, store: Store) -> HandedOn:
+    def stored(self, made: Carried, store: Store) -> Carried:
         """The same with all tensors in a store; those that the micro-batch had before are there already."""
         where = {id(x): known for known, x in self._tensors.items()}
 
@@ -118,7 +116,7 @@ class BlockRun:
                 where[id(x)] = store.put(x)
             return where[id(x)]
 
-        return HandedOn(*rebuilt((made.values, made.boxes), leaf))
+        return Carried(made.constants, *rebuilt((made.boxes, made.values), leaf))
 
 
 @dataclass
@@ -131,8 +129,7 @@ class HiddenStates:
         hidden: per micro-batch, the input of the next block, (batch, seqlen, d) in most models; or the stream at a
             later point of it.
         calls: per micro-batch and block, what the model's forward gives the block.
-        constants: per micro-batch, the tensors that it makes before its first block. All streams share them.
-        carried: per micro-batch, what blocks before hand on to later ones.
+        carried: per micro-batch, what it has beside its hidden states.
         flow: how blocks hand tensors on.
         windows: number of windows in each micro-batch.
         of_batch: numbers of the constants that depend on what the forward is given.
@@ -146,8 +143,7 @@ class HiddenStates:
     store: Store
     hidden: Activations
     calls: list[dict[int, Call]]
-    constants: list[list[Stored]]
-    carried: list[HandedOn]
+    carried: list[Carried]
     flow: Recording
     windows: list[int] = field(default_factory=list)
     of_batch: set[int] = field(default_factory=set)
@@ -172,7 +168,7 @@ class HiddenStates:
     def close(self) -> None:
         """Let all tensors go."""
         self.hidden.clear()
-        self.carried, self.constants, self.kept = [], [], None
+        self.carried, self.kept = [], None
 
     def run_of(self, i: int, j: int, block: nn.Module | None = None) -> BlockRun:
         """Runs block i, or another module in its place, with what micro-batch j gives it beside the hidden states."""
@@ -180,8 +176,8 @@ class HiddenStates:
             following, call = self.carried[j + 1], self.calls[j + 1][i]
             for leaf in leaves_of([following.values, following.boxes, call.args, call.kwargs]):
                 if isinstance(leaf, Stored | Constant):
-                    (self.constants[j + 1][leaf.number] if isinstance(leaf, Constant) else leaf).fetch()
-        return BlockRun(self.model, i, block, self.calls[j][i], self.constants[j], self.carried[j])
+                    (following.constants[leaf.number] if isinstance(leaf, Constant) else leaf).fetch()
+        return BlockRun(self.model, i, block, self.calls[j][i], self.carried[j])
 
     def behind_last(self, j: int) -> dict[int, Tensor]:
         """The tensors of micro-batch j that are read behind the last block, beside its hidden states."""
@@ -192,9 +188,10 @@ class HiddenStates:
 
         Of the constants only those that depend on what the forward is given: they differ from window to window.
         """
-        stored = dict.fromkeys(leaves_of([self.carried[0].values, self.carried[0].boxes]))
-        handed_on = [x.read() for x in stored if x not in self.constants[0]]
-        return handed_on, [self.constants[0][n].read() for n in sorted(self.of_batch)]
+        first = self.carried[0]
+        stored = dict.fromkeys(leaves_of([first.values, first.boxes]))
+        handed_on = [x.read() for x in stored if x not in first.constants]
+        return handed_on, [first.constants[n].read() for n in sorted(self.of_batch)]
 
     def handed_on(self, i: int, run: BlockRun) -> list[Tensor]:
         """The tensors of a run of block i that later blocks are given, beside the hidden states."""
@@ -256,7 +253,7 @@ class HiddenStates:
             )
         with torch.no_grad():
             made, hidden = run.input_of(self.calls[j].get(i + 1))
-        made = HandedOn({number: made.values[number] for number in self.flow.live[i]}, made.boxes)
+        made = replace(made, values={number: made.values[number] for number in self.flow.live[i]})
         if any(x.is_meta for x in tensors_of([made.values, made.boxes])):
             raise InputError(CANNOT_GO_ON)
         self.carried[j] = run.stored(made, self.store)

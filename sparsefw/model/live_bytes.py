@@ -89,15 +89,10 @@ def count_forward(runs: Sequence[tuple[int, Callable[[], object]]]) -> ForwardBy
     # Blocks whose operations depend on the tokens have other points.
     points = zip(few.points, more.points, strict=True) if len(few.points) == len(more.points) else []
     lines = {_line(tokens, pair) for pair in [*points, (few.peak, more.peak)]}
-    highest = {line for line in lines if not any(line != other and _below(line, other) for other in lines)}
-    return ForwardBytes(tuple(sorted(highest)), _line(tokens, (few.made, more.made)))
+    return ForwardBytes(tuple(sorted(lines)), _line(tokens, (few.made, more.made)))
 
 
 def _line(tokens: tuple[int, int], counts: tuple[int, int]) -> tuple[float, float]:
     """The line through two counts; neither end of it falls."""
     slope = max(0.0, (counts[1] - counts[0]) / (tokens[1] - tokens[0])) if tokens[1] > tokens[0] else 0.0
     return max(0.0, counts[0] - slope * tokens[0]), slope
-
-
-def _below(line: tuple[float, float], other: tuple[float, float]) -> bool:
-    return line[0] <= other[0] and line[1] <= other[1]

@@ -65,8 +65,9 @@ class StreamedModel(BlockModel):
         self.pieces = self._cut(max(map(self._bytes_of, range(len(self.blocks)))))
         self.notes = self._notes()
         # Of tensors that are written as they are, one is dequantized at a time.
-        one_by_one = ([name] for piece in self.pieces for name in piece)
-        self.quantized_bytes = max(map(self._stored_bytes, (*self._tensors_of.values(), *one_by_one)))
+        together = [*self._tensors_of.values(), *([name] for piece in self.pieces for name in piece)]
+        stored = {name: x.stored_nbytes for name, x in self.infos.items() if isinstance(x, QuantizedInfo)}
+        self.quantized_bytes = max(sum(stored.get(name, 0) for name in names) for names in together)
         parts = Counter(self._skeleton.goes_into.values())
         self.joined_bytes = max((x.nbytes for name, x in model.named_parameters() if parts[name] > 1), default=0)
         for buffer in model.buffers():
@@ -93,10 +94,7 @@ class StreamedModel(BlockModel):
         of_tied = {id(self._own[name]): value for name, value in values.items()}
         values |= {name: values[source] for name, source in self.shared.sources.items() if source in values}
 
-        def loaded(slot: Slot) -> Tensor:
-            return values.get(slot.path, of_tied.get(id(self._own[slot.path]), slot.own))
-
-        return loaded
+        return lambda slot: values.get(slot.path, of_tied.get(id(self._own[slot.path]), slot.own))
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
         """As `BlockModel.block_tensors`, under the checkpoint's names and in its form."""
@@ -115,11 +113,6 @@ class StreamedModel(BlockModel):
         read = dict(self._read_tensors({name: self.infos[name] for name in names}, False))
         # A stored form goes as soon as it is dequantized.
         return {name: dequantized(read.pop(name)) for name in [*read]}
-
-    def _stored_bytes(self, names: Iterable[str]) -> int:
-        """Bytes of the quantized ones of these tensors as they are stored."""
-        infos = (self.infos[name] for name in names)
-        return sum(info.stored_nbytes for info in infos if isinstance(info, QuantizedInfo))
 
     def _sorted(self, reads: frozenset[str]) -> dict[int | None, list[str]]:
         """Names of the checkpoint's tensors by block; under None those of the parameters in `reads`."""

@@ -37,18 +37,12 @@ def prune(source, output, *flags, stand_ins=False):
     return gpu, json.loads((output / "report.json").read_text())
 
 
-@pytest.mark.parametrize(
-    ("flags", "kernel"),
-    [([], "triton (CUDA is available)"), (["--kernel", "torch"], "torch (as asked)")],
-    ids=["default", "torch"],
-)
-def test_whole_run(flags, kernel, tmp_path, capsys):
+def test_whole_run(tmp_path, capsys):
     # A small model, since Triton's interpreter is slow.
     source = save_model(tmp_path / "model", "llama", torch.bfloat16, num_hidden_layers=1)
     little = ["--nsamples", "2", "--seqlen", "16", "--steps", "1", "--refit", "1", "--rounds", "1"]
-    little += ["--reconstruct", "0"]
-    gpu, report = prune(source, tmp_path / "out", *little, *flags)
-    assert f"kernel: {kernel}, precision " in capsys.readouterr().out
+    gpu, report = prune(source, tmp_path / "out", *little, "--reconstruct", "0")
+    assert "kernel: triton (CUDA is available), precision " in capsys.readouterr().out
     assert report["device"] == NAME
     assert report["memory"]["limits"]["gpu"] == int(0.9 * (80 << 30))
     assert report["memory"]["activations"] == "gpu"
@@ -89,7 +83,6 @@ def test_a_model_in_memory_is_limited_on_its_own_gpu():
 def test_placement_does_not_change_the_result(tmp_path, monkeypatch):
     source = save_model(tmp_path / "model", "qwen3_moe", torch.bfloat16, num_hidden_layers=2)
     flags = ["--nsamples", "5", "--seqlen", "32", "--steps", "1", "--refit", "1", "--rounds", "0"]
-    flags += ["--reconstruct", "0"]
     flags += ["--eval", str(tmp_path / "text.txt"), "--eval-windows", "3", "--reconstruct", "1"]
     place_of, contents = driver_run.place, {}
     for place in PLACES:

@@ -17,7 +17,6 @@ from sparsefw.errors import InputError
 from sparsefw.ranks import ALONE, LostRankError
 from sparsefw.report import log
 from sparsefw.solver.config import PruneConfig
-from sparsefw.solver.kept_weights import KeptWeights
 
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
 
@@ -127,40 +126,6 @@ def test_ranks_reconstruct_together(tmp_path, text):
     assert differing(first, expected) == 0
     assert any(not torch.equal(first[name], expected[name]) for name in first)
     assert [one.kept for one in report.layers] == [one.kept for one in plain.layers]
-
-
-def gradients_of_ranks(ranks, source, text, output):
-    """The gradients of the first step, on every rank, and of one window of this rank alone."""
-    summed, own = [], []
-    gradients, add = KeptWeights.gradients, Fit.add_gradients
-
-    def add_spy(*args):
-        add(*args)
-        if not own:
-            own.extend(p.grad.clone() for p in args[-1])
-
-    step = KeptWeights.step
-
-    def step_spy(self):
-        if not summed:
-            summed.extend(g.clone() for g in gradients(self))
-        step(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Fit, "add_gradients", add_spy)
-        patch.setattr(KeptWeights, "step", step_spy)
-        prune(ranks, source, output, text, {"method": "wanda", "reconstruct": 1}, 4)
-    return summed, own
-
-
-def test_a_step_takes_the_gradients_of_all_ranks(tmp_path, text):
-    source = save_model(tmp_path / "model", "llama", num_hidden_layers=1)
-    (first, own), (second, other) = on_ranks(2, gradients_of_ranks, source, text, tmp_path / "out")
-    assert len(first) == 7
-    for a, b, mine, theirs in zip(first, second, own, other, strict=True):
-        assert torch.equal(a, b)
-        torch.testing.assert_close(a, mine + theirs)
-        assert not torch.equal(mine, theirs)
 
 
 def test_more_ranks_than_windows_or_rows(tmp_path, text):

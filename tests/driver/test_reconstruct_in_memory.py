@@ -51,20 +51,7 @@ class TestModelInMemory:
     def test_weights_outside_of_the_blocks_gather_no_gradients(self):
         """Though blocks are given them, and the model asks for their gradients."""
 
-        class Block(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
-
-            def forward(self, x, scale):
-                return x + self.down(self.up(x * scale).relu())
-
-        class Stack(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.scale = torch.nn.Parameter(torch.ones(8))
-                self.blocks = torch.nn.ModuleList(Block() for _ in range(3))
-
+        class Scaled(_Stack):
             def forward(self, x):
                 for block in self.blocks:
                     # A call between two blocks that uses it, too.
@@ -72,7 +59,8 @@ class TestModelInMemory:
                 return x
 
         torch.manual_seed(0)
-        model, batches = Stack().eval(), [torch.randn(4, 6, 8) for _ in range(4)]
+        model, batches = Scaled(_Block() for _ in range(3)).eval(), [torch.randn(4, 6, 8) for _ in range(4)]
+        model.scale = torch.nn.Parameter(torch.ones(8))
         result = prune(model, calibration=batches, method="wanda", kernel="torch", sparsity="0.5", reconstruct=4)
         assert all(block.reconstruction.after < block.reconstruction.before for block in result.report.blocks)
         assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
@@ -93,7 +81,6 @@ class TestModelInMemory:
             assert name.startswith(last) or torch.equal(a, b)
 
 
-NO_GRADIENTS = r"^blocks\.0: unsupported model: its output has no gradients; use --reconstruct 0$"
 # No output is written.
 PLACES = dict(overwrite=False, restart=False, gpu_memory=None, host_memory=None)
 
@@ -109,19 +96,23 @@ class _Stack(torch.nn.Module):
         return x
 
 
-class _NoGradients(torch.nn.Module):
-    """A block that can only be run forwards."""
-
-    def __init__(self, fails: bool) -> None:
+class _Block(torch.nn.Module):
+    def __init__(self) -> None:
         super().__init__()
-        self.up, self.down, self.fails = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8), fails
+        self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
 
+    def forward(self, x: torch.Tensor, scale: torch.Tensor | int = 1) -> torch.Tensor:
+        return x + self.down(self.up(x * scale).relu())
+
+
+class _Detached(_Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.up(x).relu()
-        if self.fails:
-            x = x + self.down(_OneWay.apply(hidden))
-            return x
-        return (x + self.down(hidden)).detach()
+        return super().forward(x).detach()
+
+
+class _Failing(_Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _OneWay.apply(super().forward(x))
 
 
 class _OneWay(torch.autograd.Function):
@@ -135,15 +126,18 @@ class _OneWay(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("fails", "message"),
+    ("kind", "message"),
     [
-        (False, NO_GRADIENTS),
-        (True, r"^blocks\.0: unsupported model: no gradients go through it: .*only forwards.*; use --reconstruct 0$"),
+        (_Detached, r"^blocks\.0: unsupported model: its output has no gradients; use --reconstruct 0$"),
+        (
+            _Failing,
+            r"^blocks\.0: unsupported model: no gradients go through it: .*only forwards.*; use --reconstruct 0$",
+        ),
     ],
 )
-def test_blocks_without_gradients_are_refused_in_one_line(fails, message):
+def test_blocks_without_gradients_are_refused_in_one_line(kind, message):
     torch.manual_seed(0)
-    model, batches = _Stack(_NoGradients(fails) for _ in range(2)).eval(), [torch.randn(2, 4, 8) for _ in range(3)]
+    model, batches = _Stack(kind() for _ in range(2)).eval(), [torch.randn(2, 4, 8) for _ in range(3)]
     options = dict(method="wanda", kernel="torch", sparsity="0.5")
     before = copy.deepcopy(model)
     with pytest.raises(InputError, match=message) as caught:

@@ -21,14 +21,11 @@ STEPS = len(split_batches(WINDOWS)[0])
 @pytest.mark.parametrize(
     ("found", "steps", "after", "put_back"),
     [
-        # One that pays little is the last one.
-        ([0.98], 1, 0.98, False),
         # Others follow as long as one pays, up to four.
         ([0.9, 0.8, 0.79], 3, 0.79, False),
         ([0.9, 0.8, 0.7, 0.6], 4, 0.6, False),
         # A last one that has lost is put back, those before it stay.
         ([0.9, 0.95], 2, 0.9, False),
-        ([1.5], 1, 1.5, True),
         ([math.nan], 1, math.nan, True),
     ],
 )

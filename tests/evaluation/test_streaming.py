@@ -64,7 +64,7 @@ def test_local_attention_that_its_config_does_not_tell_is_found(tmp_path, monkey
     check_same(found, answers_of_whole(tmp_path))
 
 
-@pytest.mark.parametrize(("family", "expected"), [("llama", [0, 1, 2]), ("mamba", [0, 0, 1, 2])])
+@pytest.mark.parametrize(("family", "expected"), [("llama", [0, 1, 2]), ("rwkv", [0, 0, 1, 2])])
 def test_blocks_are_read_once_and_recurrent_layers_cost_one_more(family, expected, tmp_path, monkeypatch):
     save_model(tmp_path, family)
     opened, open_block = [], StreamedModel.open

@@ -13,7 +13,7 @@ from sparsefw import checkpoint
 from sparsefw.model import HiddenStates, StreamedModel, embed
 from sparsefw.model.activations import Activations, Store
 from sparsefw.model.explained import TEXT
-from sparsefw.model.hidden_states import HandedOn
+from sparsefw.model.hidden_states import Carried
 from sparsefw.model.layers import Layer, Pair, Stage, Survey, kind_of, stages, survey
 from sparsefw.model.recording import Box, Call, Recording, Value
 
@@ -36,9 +36,9 @@ def damaged_module(block: nn.Module, batches: list[Tensor], arguments: tuple = (
     block.requires_grad_(False).to(DEVICE)
     call = Call(tuple(Box(n) for n in range(len(arguments))), {}, outputs=[0], form=Value(0), after=1)
     store, n = Store(model.device), len(batches)
-    carried = [HandedOn({}, [*arguments]) for _ in batches]
+    carried = [Carried([], [*arguments]) for _ in batches]
     flow = Recording({0: call}, batches[0], {0: []})
-    states = HiddenStates(model, store, Activations(store), [{0: call}] * n, [[]] * n, carried, flow)
+    states = HiddenStates(model, store, Activations(store), [{0: call}] * n, carried, flow)
     for batch in batches:
         states.hidden.append(batch.to(DEVICE))
     return _damaged(Pair(0, states.fork(), states, copy.deepcopy(block)), 1)

@@ -8,7 +8,6 @@ import torch
 from helpers import verifying
 from helpers.families import save_model
 
-from sparsefw.checkpoint import Writer
 from sparsefw.driver import loop, reconstruct
 from sparsefw.driver.reconstruct import Fit
 from sparsefw.model.activations import BATCH_TOKENS
@@ -54,24 +53,16 @@ class Seen:
 
     Attributes:
         weights: by block, the tensors of the block before it is reconstructed.
-        kept: by name, the tensors of the blocks of compared methods.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.weights, self.kept = {}, {}
-        write = Writer.write
+        self.weights = {}
 
         def spy(run, i, *args):
             self.weights[i] = {name: x.detach().clone() for name, x in run.model.blocks[i].named_parameters()}
             return reconstruct.reconstruct(run, i, *args)
 
-        def write_spy(writer, n, tensors, note=None, compared=None):
-            for method, others in (compared or {}).items():
-                self.kept[f"{method}-{n:05d}"] = {key: x.clone() for key, x in others.items()}
-            write(writer, n, tensors, note, compared)
-
         patch.setattr(loop, "reconstruct", spy)
-        patch.setattr(Writer, "write", write_spy)
 
 
 def flags_of(folder: Path, output: Path) -> list[str]:

@@ -1,6 +1,5 @@
 """Shapes of models without their weights: names of layers, and shapes with layers left out."""
 
-import functools
 from collections import Counter
 
 import pytest
@@ -31,7 +30,7 @@ def test_layers_are_those_that_calibration_finds(family, tmp_path):
         states = embed(model, TOKENS, len(TOKENS))
         for i, block in enumerate(model.blocks):
             model.open(i)
-            surveyed = survey(block, functools.partial(states.call, i, 0), states.hidden[0], is_layer)
+            surveyed = survey(block, states.run_of(i, 0), states.hidden[0], is_layer)
             seen += [f"{model.names[i]}.{layer.name}" for layer in surveyed.layers]
             roles = {kind_of(name, surveyed.experts): ways(role) for name, role in surveyed.roles.items()}
             assert {layer.name: ways(layer.role) for layer in found.blocks[i].layers} == roles

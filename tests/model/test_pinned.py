@@ -1,4 +1,4 @@
-"""Page-locked host memory that weights go through on their way to a GPU, counted on a pretended one."""
+"""Pinned host memory that weights go through on their way to a GPU, counted on a pretended one."""
 
 import pytest
 import random_checkpoint
@@ -21,7 +21,7 @@ def source(tmp_path_factory):
     return checkpoint.inspect(folder)
 
 
-def locked(source, prefix):
+def pinned(source, prefix):
     """Bytes for the tensors whose names begin so."""
     return sum(pinned_bytes(info.nbytes) for name, info in source.tensors.items() if name.startswith(prefix))
 
@@ -30,7 +30,7 @@ def test_embeddings_leave_nothing(source):
     with pretended_gpu() as gpu, StreamedModel(source, torch.device("cuda")) as model:
         with model.outside():
             assert gpu.host_held == 0
-        assert gpu.host_peak == locked(source, "") - locked(source, "model.layers.")
+        assert gpu.host_peak == pinned(source, "") - pinned(source, "model.layers.")
 
 
 def test_blocks_are_read_into_the_same_memory(source):
@@ -39,7 +39,7 @@ def test_blocks_are_read_into_the_same_memory(source):
             model.open(i)
             if model._next:
                 model._next[1].result()
-            assert gpu.host_held == locked(source, "model.layers.0.")
+            assert gpu.host_held == pinned(source, "model.layers.0.")
             model.close(i)
 
 
@@ -49,4 +49,4 @@ def test_blocks_one_after_another_leave_nothing(source):
             model.open(i, ahead=False)
             assert gpu.host_held == 0
             model.close(i)
-        assert gpu.host_peak == locked(source, "model.layers.0.")
+        assert gpu.host_peak == pinned(source, "model.layers.0.")
