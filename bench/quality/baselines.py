@@ -1,11 +1,10 @@
 """Methods that the benchmarks compare with and the product does not offer.
 
-    admm                  gradual mask and weight update (Boza 2024, arXiv 2401.02938)
-    one_swaps             best-1-swap local search on a mask (SparseSwaps, arXiv 2512.10922)
-    obvious_frank_wolfe   the product's own mask selection, as one would write it down
+    admm        gradual mask and weight update (Boza 2024, arXiv 2401.02938)
+    one_swaps   best-1-swap local search on a mask (SparseSwaps, arXiv 2512.10922)
 
 W (rows, d), the Gram matrix G (d, d) fp32 and the budget are those of `sparsefw.kernels.cpu`: k weights are kept
-per row or, with `group`, per group. `register` makes the first two methods of the product, which `--method` takes.
+per row or, with `group`, per group. `register` makes them methods of the product, which `--method` takes.
 """
 
 from itertools import count, islice
@@ -17,7 +16,7 @@ from sparsefw.errors import InputError
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import Backend
 from sparsefw.solver.config import METHODS, Method, PruneConfig
-from sparsefw.solver.frank_wolfe import RAMP, mask_error
+from sparsefw.solver.frank_wolfe import mask_error
 from sparsefw.solver.methods import CHOOSE, Choice, Rows, choose_weights
 
 # A swap counts only if it lowers the row's error by this fraction of the first error. A smaller gain may be rounding,
@@ -132,47 +131,6 @@ def _swap_row(w: Tensor, G: Tensor, mask: Tensor, group: int, limit: int | None)
         error += float(change[i])
         mask[i], mask[p] = False, True
         R.add_(G[i] * w[i]).sub_(G[p] * w[p])
-
-
-def obvious_frank_wolfe(W: Tensor, G: Tensor, k: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Frank-Wolfe with line search and integrality penalty on dense masks: what the product's solver is raced with.
-
-    Every step takes one product for the gradient and one for the curvature, takes the vertex from `topk`, and makes new
-    tensors throughout.
-
-    Args:
-        W: (rows, d) fp32 weight.
-        G: (d, d) fp32 Gram matrix.
-        k: kept weights per row.
-        steps: number of steps, as in `frank_wolfe.solve`.
-
-    Returns:
-        Mask (rows, d), 0 and 1 in fp32, and its error (rows,).
-    """
-
-    def best(score: Tensor) -> Tensor:
-        return torch.zeros_like(score).scatter_(1, score.topk(k, dim=1).indices, 1.0)
-
-    def error(mask: Tensor) -> Tensor:
-        E = W - W * mask
-        return (E * (E @ G)).sum(1)
-
-    q = W * W * G.diagonal()
-    M = warm = best(W.abs() * G.diagonal().sqrt())
-    for t in range(steps):
-        theta = min(1.0, t / (RAMP * steps))
-        gradient = -2 * W * ((W - W * M) @ G) + theta * q * (1 - 2 * M)
-        V = best(-gradient)
-        if theta < 1:
-            V = V * (gradient < 0)
-        D = V - M
-        lin = (gradient * D).sum(1)
-        quad = (W * D * ((W * D) @ G)).sum(1) - theta * (q * D * D).sum(1)
-        eta = torch.where(quad > 0, (-lin / (2 * quad)).clamp(0, 1), (lin + quad < 0).float())
-        M = M + eta[:, None] * D
-    mask = best(M)
-    before, after = error(warm), error(mask)
-    return torch.where((after < before)[:, None], mask, warm), torch.minimum(before, after)
 
 
 def _one_budget(rows: Rows, config: PruneConfig) -> int:

@@ -1,14 +1,14 @@
-"""A whole solve, 30 steps at 60 %, by shape: the product's way, the obvious way, and the matrix products alone.
+"""A whole solve, 30 steps at 60 %, by shape, and its matrix products alone.
 
-On a GPU there is also the product's way without a CUDA graph, every step launched by itself. Without a GPU the shapes
-are those of SmolLM2-135M's layers only, and the kernels are torch's.
+On a GPU: by torch, by Triton with a CUDA graph, and with every step launched by itself. Without a GPU the shapes are
+those of SmolLM2-135M's layers only, and the kernels are torch's.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from baselines import obvious_frank_wolfe
 from operations import GPU, PRECISION, SHAPES, Cost, Operation, Tensors, near, normal
 from torch import Tensor
 
@@ -20,8 +20,12 @@ from sparsefw.solver.layer import prune_layers
 STEPS = 30
 LAYERS = SHAPES[:3] * GPU + [(1536, 576), (576, 1536)]
 CONFIG = PruneConfig(sparsity="0.6", refit=0, steps=STEPS, swaps=0, damp=0.0, precision=PRECISION)
-OURS = Backend(triton_ops if GPU else cpu, PRECISION)
-STEP_BY_STEP = Backend(SimpleNamespace(**vars(triton_ops) | {"repeat": cpu.repeat}), PRECISION)
+KERNELS = {
+    "torch": cpu,
+    "triton": triton_ops,
+    "step by step": SimpleNamespace(**vars(triton_ops) | {"repeat": cpu.repeat}),
+}
+WAYS = ["torch", *["triton", "step by step"] * GPU, "products"]
 
 
 def solve(rows: int, d: int) -> Operation:
@@ -31,31 +35,25 @@ def solve(rows: int, d: int) -> Operation:
     X = normal(4096, d, seed=1) @ normal(d, d, seed=2) / d**0.5
     G = X.T @ X
 
-    def ours(backend: Backend, W: Tensor) -> Tensors:
-        (result,) = prune_layers([("layer", W)], G, "sparsefw", CONFIG, backend)
+    def by(name: str, W: Tensor) -> Tensors:
+        (result,) = prune_layers([("layer", W)], G, "sparsefw", CONFIG, Backend(KERNELS[name], PRECISION))
         return (torch.tensor([result.error]),)
-
-    def obvious(W: Tensor) -> Tensors:
-        mask, error = obvious_frank_wolfe(W, G, d - int(0.6 * d), STEPS)
-        W *= mask
-        return (error.double().sum(0, keepdim=True).cpu(),)
 
     def products(W: Tensor) -> Tensors:
         for _ in range(STEPS + 3):
             W @ G
         return ()
 
-    ways = {"torch": obvious, "ours": lambda W: ours(OURS, W), "products": products}
-    ways["step by step"] = lambda W: ours(STEP_BY_STEP, W)
+    ways = {name: partial(by, name) for name in KERNELS} | {"products": products}
     # Each product reads E and G and writes U; each step reads and writes 30 bytes an entry. All are fp32.
-    products_of_all, entries = STEPS + 3, rows * d
-    flops = products_of_all * 2 * entries * d + STEPS * 30 * entries
-    least = Cost(flops, products_of_all * (8 * entries + 4 * d * d) + STEPS * 30 * entries)
+    entries = rows * d
+    flops = (STEPS + 3) * 2 * entries * d + STEPS * 30 * entries
+    least = Cost(flops, (STEPS + 3) * (8 * entries + 4 * d * d) + STEPS * 30 * entries)
     return Operation(ways, least, near(5e-3), lambda: (W.clone(),), PRECISION)
 
 
 @pytest.mark.parametrize("shape", LAYERS, ids=str)
-@pytest.mark.parametrize("way", ["torch", "ours", *["step by step"] * GPU, "products"])
+@pytest.mark.parametrize("way", WAYS)
 def test_solve(measure, way, shape):
     with torch.no_grad():
         measure(solve(*shape), way)

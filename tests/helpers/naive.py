@@ -1,8 +1,9 @@
 """The specification of the kernels: every operation in plain torch, formula by formula.
 
 Tests hold both implementations against it: cpu.py (`--kernel torch`) and triton_ops.py (`--kernel triton`) define the
-same names with the same signatures. Nothing here is meant to be fast. Given float64 tensors an operation computes in
-float64, so that tests can take it for the truth; else it computes in fp32. `kernels/definitions.py` has the notation.
+same names with the same signatures, and their docstrings say what each argument is. Nothing here is meant to be fast.
+Given float64 tensors an operation computes in float64, so that tests can take it for the truth; else it computes in
+fp32. `kernels/definitions.py` has the notation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,20 +15,7 @@ from sparsefw.kernels.definitions import CONVERGED, LEAST_GAIN, RowState, check_
 
 
 def round_operand(X: Tensor, precision: str) -> Tensor:
-    """X rounded to the numbers that tensor cores read at `precision`.
-
-    Args:
-        X: any floating tensor.
-        precision: "ieee" (fp32, no rounding), "tf32" (10 explicit mantissa bits, to nearest even; a GPU may cut the
-            others off), "tf32x3" (the sum of two tf32 numbers: X rounded, and the rounded rest) or "bf16" (7 explicit
-            mantissa bits).
-
-    Returns:
-        The rounded numbers in float64 if X is float64, else in fp32.
-
-    Raises:
-        ValueError: for any other precision.
-    """
+    """X rounded to the numbers that tensor cores read at `precision`."""
     check_precision(precision)
     X = widened(X)
     if precision == "ieee":
@@ -52,15 +40,7 @@ def _to_tf32(X: Tensor, whole: Callable[[Tensor], Tensor] = torch.round) -> Tens
 
 
 def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
-    """E G, the one matrix product of an iteration, accumulated in fp32.
-
-    Args:
-        E: (rows, d), fp32 / bf16 / fp16.
-        G: (d, d), symmetric, fp32 or bf16.
-        precision: rounding of both operands, see `round_operand`.
-        out: (rows, d) fp32, written and returned; allocated when None.
-        add: add the product to what `out` holds.
-    """
+    """E G, the one matrix product of an iteration, accumulated in fp32."""
     EG = round_operand(E, precision) @ round_operand(G, precision)
     if add:
         assert out is not None
@@ -69,55 +49,23 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
 
 
 def product_transposed(E: Tensor, C: Tensor, *, precision: str = "ieee") -> Tensor:
-    """E C^T, (rows, d) fp32, for a matrix that need not be symmetric.
-
-    Args:
-        E: (rows, d), fp32 / bf16 / fp16.
-        C: (d, d), fp32 or bf16.
-        precision: rounding of both operands, see `round_operand`.
-    """
+    """E C^T, (rows, d) fp32, for a matrix that need not be symmetric."""
     return product(E, C.T, precision=precision)
 
 
 def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """Lower triangle of G += X^T X in place, accumulated in fp32. `mirror_lower` completes G after the last call.
-
-    Args:
-        G: (d, d) fp32. What stands above its diagonal is not read, and is undefined afterwards.
-        X: (tokens, d), fp32 / bf16 / fp16. Products of two bf16 or two fp16 numbers are exact at any precision.
-        precision: rounding of fp32 inputs, "ieee" or "tf32".
-
-    Returns:
-        G.
-    """
+    """Lower triangle of G += X^T X in place, accumulated in fp32. `mirror_lower` completes G after the last call."""
     X = round_operand(X, precision)
     return G.add_(X.T @ X)
 
 
 def mirror_lower(G: Tensor) -> Tensor:
-    """Copy the lower triangle of G to the upper one, in place, so that G is exactly symmetric.
-
-    Args:
-        G: (d, d) fp32. What stands above its diagonal is not read.
-
-    Returns:
-        G.
-    """
+    """Copy the lower triangle of G to the upper one, in place, so that G is exactly symmetric."""
     return G.copy_(G.tril() + G.tril(-1).T)
 
 
 def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """B += D^T X in place, accumulated in fp32: correlates a layer's output error with its input.
-
-    Args:
-        B: (rows, d) fp32, the cross matrix.
-        D: (tokens, rows), dtype of X: the desired output minus the actual output.
-        X: (tokens, d), fp32 / bf16 / fp16, the input.
-        precision: rounding of fp32 operands, "ieee" or "tf32".
-
-    Returns:
-        B.
-    """
+    """B += D^T X in place, accumulated in fp32: correlates a layer's output error with its input."""
     return B.add_(round_operand(D, precision).T @ round_operand(X, precision))
 
 
@@ -134,19 +82,6 @@ def lmo(
     """Linear minimization oracle: the vertex that keeps the k best scores of every row, (rows, d) bool.
 
     Exactly k entries are kept (fewer only under `positive`). Equal scores go to the lower index; -0 equals +0.
-
-    Args:
-        score: (rows, d) fp32, the negative gradient. +inf and -inf are scores like others.
-        k: entries kept per row, an int or an int tensor (rows,); with `group`, entries kept per group, an int.
-        group: 0 for whole rows, else m of n:m: every m consecutive entries of a row keep k of their own.
-        fixed: (rows, d) bool, entries whose score counts as +inf; at most k in a row (or group).
-        positive: keep only scores above 0. A row (or group) that has fewer than k of them keeps fewer.
-        checked: whether to look for NaN, which waits for the GPU. A caller that passes False has to find a NaN by other
-            means: the choice in a row with a NaN is undefined.
-        out: (rows, d) bool, written and returned; allocated when None.
-
-    Raises:
-        ValueError: k out of range, d not a multiple of `group`, or a NaN among checked scores.
     """
     check_budget(score.shape, k, group)
     if checked and score.isnan().any():
@@ -180,13 +115,6 @@ def row_step(
         V    = lmo(2 W R - next_theta q (1 - 2 M))      E    = target_gap + W * (1 - V)
 
     While next_theta < 1 the vertex takes only positive scores; from then on it keeps exactly k entries.
-
-    Args:
-        state: changed in place.
-        eta: step size for all rows (open loop); None for the line search above. `eta`, `theta` and `next_theta` are
-            numbers, or tensors () fp32 that are read when the step runs: see `repeat`.
-        theta: weight of the integrality penalty that V was chosen with, 0 to 1.
-        next_theta: weight of the penalty that the next V is chosen with.
     """
     w, M, R, U, V = widened(state.W), state.M, state.R, state.U, state.V.to(state.M.dtype)
     q, D = w**2 * state.diag, V - M
@@ -207,13 +135,7 @@ def row_step(
 
 
 def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like: Tensor) -> Iterator[None]:
-    """Run step(*row) for every row of `numbers`; yields after each.
-
-    Args:
-        step: launches the same operations on the same tensors every time, whatever its numbers are.
-        numbers: (runs, n), the numbers of every run.
-        like: a tensor on the device where the step runs.
-    """
+    """Run step(*row) for every row of `numbers`; yields after each."""
     for row in numbers:
         step(*row)
         yield
@@ -230,15 +152,6 @@ def row_swaps(
 
     and R by W_i G_i - W_p G_p, without a product. The search looks only at pairs that hold the lowest a or the lowest b
     of their row (or group), and makes the best of these swaps. Ties go to the lower index.
-
-    Args:
-        W: (rows, d), fp32 / bf16 / fp16.
-        G: (d, d) fp32, symmetric.
-        R: (rows, d) fp32, the product E G of the removed weights plus the target gap; updated.
-        V: (rows, d) bool; updated. Every row (or group) keeps as many entries as before.
-        limit: swaps per row at most.
-        group: m of n:m, whose swaps stay within a group; else 0.
-        fixed: (rows, d) bool, entries that are never removed.
     """
     never = torch.zeros_like(V) if fixed is None else fixed
     for w, r, v, kept in zip(widened(W), R, V, never, strict=True):
@@ -267,56 +180,27 @@ def _best_swap(w: Tensor, G: Tensor, a: Tensor, b: Tensor, members: Tensor) -> t
 
 
 def removed(W: Tensor, mask: Tensor, target_gap: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """E = target_gap + W * (1 - mask), the weights that a mask removes, as the left operand of a product.
-
-    Args:
-        W: (rows, d), fp32 / bf16 / fp16.
-        mask: (rows, d) bool, True keeps a weight.
-        target_gap: (rows, d) fp32, the target minus W; None adds nothing.
-        out: (rows, d), fp32 / bf16 / fp16, written and returned. When None it is allocated, in the dtype of W, or with
-            a target gap in fp32.
-    """
+    """E = target_gap + W * (1 - mask), the weights that a mask removes, as the left operand of a product."""
     E = W.masked_fill(mask, 0)
     E = E if target_gap is None else target_gap + E
     return E if out is None else out.copy_(E)
 
 
 def begin_fit(W: Tensor, start: Tensor, mask: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The start of a refit: Z = mask * start, and E = W - Z, the left operand of the product that gives the residual.
-
-    Args:
-        W: (rows, d), fp32 / bf16 / fp16.
-        start: (rows, d), fp32 / bf16 / fp16; entries outside the mask are not read.
-        mask: (rows, d) bool.
-        dtype: the dtype of E, fp32 or bf16.
-
-    Returns:
-        Z (rows, d) fp32, and E (rows, d).
-    """
+    """The start of a refit: Z = mask * start, and E = W - Z, whose product is the residual."""
     Z = widened(start).masked_fill(~mask, 0)
     E = widened(W) - Z
     return Z, E if E.dtype == torch.float64 else E.to(dtype)
 
 
 def row_errors(W: Tensor, R: Tensor, Z: Tensor | None = None) -> Tensor:
-    """sum((W - Z) * R) of every row, (rows,) fp32: the error of weights Z that approximate W, if R = (W - Z) G.
-
-    Args:
-        W: (rows, d), fp32 / bf16 / fp16.
-        R: (rows, d) fp32.
-        Z: (rows, d), fp32 / bf16 / fp16; None subtracts nothing.
-    """
+    """sum((W - Z) * R) of every row, (rows,) fp32: the error of weights Z that approximate W, if R = (W - Z) G."""
     E = widened(W) if Z is None else widened(W) - widened(Z)
     return (E * R).sum(1)
 
 
 def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
-    """X[taken] = Y[taken], in place.
-
-    Args:
-        X, Y: (rows, d), of one dtype.
-        taken: (rows,) bool.
-    """
+    """X[taken] = Y[taken], in place."""
     X[taken] = Y[taken]
 
 
@@ -337,18 +221,6 @@ def candidates(
 
     A removed weight stands where an exact step along its own coordinate puts it. |T| root is the square root of the
     error of removing that weight alone.
-
-    Args:
-        Z: (rows, d) fp32, refitted weights, 0 outside the mask.
-        R: (rows, d) fp32, (W - Z) G.
-        mask: (rows, d) bool, the weights that are kept.
-        inverse: (d,) fp32, 1 / diag(G).
-        root: (d,) fp32, the square roots of diag(G).
-        margin: (rows,) fp32, by which a removed weight has to be better than a kept one; None: 0.
-        support: (rows, d) bool, weights that may be nonzero; None: all.
-
-    Returns:
-        T and score, (rows, d) fp32 each.
     """
     removed = ~mask if support is None else ~mask & support
     T = Z + (R * inverse).masked_fill(~removed, 0)
@@ -361,19 +233,9 @@ def bound_scores(
 ) -> tuple[Tensor, Tensor]:
     """Half of the negative gradient of the error without penalty, and the part of the lower bound that it lacks.
 
-        r        = R - (target_gap + W * (1 - M)) damping
-        score    = W r
-        constant = sum(target_gap * r)
-
-    Args:
-        W: (rows, d), fp32 / bf16 / fp16.
-        R: (rows, d) fp32, (target_gap + W * (1 - M)) G, on G with `damping` added to its diagonal.
-        M: (rows, d) fp32, the relaxed mask.
-        target_gap: (rows, d) fp32, the target minus W; None if they are the same.
-        damping: (d,) fp32; None: 0.
-
-    Returns:
-        score (rows, d) fp32, and constant (rows,) fp32.
+    r        = R - (target_gap + W * (1 - M)) damping
+    score    = W r
+    constant = sum(target_gap * r)
     """
     w, r = widened(W), R
     if damping is not None:
@@ -383,13 +245,7 @@ def bound_scores(
 
 
 def bound_sums(score: Tensor, M: Tensor, V: Tensor) -> Tensor:
-    """sum(score * (1 + M - 2 V)) of every row, (rows,) fp32: error(M) - <gradient, M - V>, without the target gap.
-
-    Args:
-        score: (rows, d) fp32, from `bound_scores`.
-        M: (rows, d) fp32, the relaxed mask.
-        V: (rows, d) bool, the vertex of the score.
-    """
+    """sum(score * (1 + M - 2 V)) of every row, (rows,) fp32: error(M) - <gradient, M - V>, without the target gap."""
     return (score * (1 + M - 2 * V.to(M.dtype))).sum(1)
 
 
@@ -397,11 +253,6 @@ def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) 
     """The binary mask of the k highest M of every row (or group), (rows, d) bool.
 
     Exactly k entries are kept. Ties go to the higher saliency, then to the lower index.
-
-    Args:
-        M: (rows, d) fp32, the relaxed mask.
-        saliency: (rows, d) fp32, at least 0.
-        k, group: as in `lmo`.
     """
     units = (-1, group or M.shape[1])
     first = lmo(M, k, group=group)
@@ -432,18 +283,6 @@ def conjugate_step(
         P  = z + (rz' / rz) P
 
     A ratio whose denominator is not positive is 0: nothing is left to gain in that row.
-
-    Args:
-        Z: (rows, d) fp32, the iterate.
-        R: (rows, d) fp32, its residual, B - Z G.
-        P: (rows, d), fp32 or the dtype of the product's operand, the direction; replaced by the next one.
-        U: (rows, d) fp32, the product P G.
-        rz: (rows,) fp32, <r, z> of the direction; replaced.
-        enough: (rows,) fp32, the <r, z> at which a row is done.
-        inverse: (d,) fp32, the preconditioner: 1 / diag(G).
-        mask: (rows, d) bool, the entries that move; None moves all.
-        first: before the first move. P, rz and enough are only written, Z and R stay, U is not read.
-        last: after the last product. Z and R move; P, rz and enough stay.
     """
     p, before = P.to(Z.dtype), rz.clone()
     if not first:

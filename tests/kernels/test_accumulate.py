@@ -5,8 +5,6 @@ All are compared with the specification in float64.
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from helpers import naive
 from helpers.kernel_inputs import (
     DEVICE,
@@ -26,8 +24,7 @@ from sparsefw.kernels import cross as cross_module
 from sparsefw.kernels import gram as gram_module
 from sparsefw.kernels import mirror as mirror_module
 from sparsefw.kernels.accumulate import suits
-from sparsefw.kernels.device import triangle_tile
-from sparsefw.kernels.launch import platform, triangle_tiles
+from sparsefw.kernels.launch import platform
 from sparsefw.kernels.product import DESCRIPTORS
 
 needs_bulk_copies = pytest.mark.skipif(
@@ -90,10 +87,11 @@ def test_every_tile_is_written(monkeypatch, block_m, block_n):
         monkeypatch.setattr(module, "configuration", lambda *_: config)
     monkeypatch.setattr(mirror_module, "configuration", lambda: dict(BLOCK=32))
     monkeypatch.setattr(cpu, "MIRRORED", 16)
-    B, D, X = inputs(20, 150, 90)
-    check_cross(triton_ops, B, D, X)
-    check_gram(triton_ops, gram(90), X)
-    check_gram(cpu, gram(90), X)
+    for rows, d in ((150, 90), (17, 200)):
+        B, D, X = inputs(20, rows, d)
+        check_cross(triton_ops, B, D, X)
+        for backend in (triton_ops, cpu):
+            check_gram(backend, gram(d), X)
 
 
 def test_sums_over_many_calls_repeat_bit_by_bit(backend):
@@ -120,28 +118,6 @@ def test_no_entries_leave_the_sums_as_they_are(backend):
     G = gram(131)
     assert torch.equal(backend.gram_accumulate(G.clone(), torch.empty(0, 131, device=DEVICE)), G)
     assert backend.mirror_lower(torch.empty(0, 0, device=DEVICE)).shape == (0, 0)
-
-
-@triton.jit
-def _walk_kernel(first, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    tile = tl.program_id(0)
-    first_m, first_n = triangle_tile(tile, d, GROUP_M, BLOCK_M, BLOCK_N)
-    tl.store(first + 2 * tile, first_m)
-    tl.store(first + 2 * tile + 1, first_n)
-
-
-@pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (16, 64), (64, 16)])
-def test_the_walk_meets_every_tile_of_the_triangle_once(block_m, block_n):
-    for d in (1, 17, 64, 100, 130, 200):
-        tiles = triangle_tiles(d, block_m, block_n)
-        first = torch.full((tiles, 2), -1, dtype=torch.int32, device=DEVICE)
-        _walk_kernel[(tiles,)](first, d, GROUP_M=3, BLOCK_M=block_m, BLOCK_N=block_n)
-        side = max(block_m, block_n)
-        end = triton.cdiv(d, side) * side
-        every = {(m, n) for m in range(0, end, block_m) for n in range(0, end, block_n)}
-        expected = {(m, n) for m, n in every if n // side <= m // side}
-        assert len(expected) == tiles
-        assert {tuple(x) for x in first.tolist()} == expected
 
 
 @pytest.fixture(params=[(64, 128), (64, 64)], ids=str)

@@ -7,7 +7,7 @@ from helpers.kernel_inputs import DEVICE, DTYPES, copied, gram, normal, row_stat
 
 from sparsefw.kernels import cpu, topk_torch
 from sparsefw.kernels.definitions import PRECISIONS
-from sparsefw.kernels.topk_torch import as_float, at_least, infinite, kth_by_bits, masked
+from sparsefw.kernels.topk_torch import kth_by_bits, masked
 
 MASK = normal(7, 33, seed=1) > 0.3
 
@@ -53,18 +53,6 @@ def test_masked_gives_the_very_entries_and_zeros(dtype):
         assert torch.equal(kept, X.masked_fill(~MASK, 0))
         # No -0, which would get into the checkpoint.
         assert not kept[~MASK].signbit().any()
-
-
-def test_masks_as_numbers_and_comparisons():
-    assert torch.equal(as_float(MASK), MASK.float())
-    X, Y = normal(7, 33), normal(7, 1, seed=2)
-    assert torch.equal(torch.maximum(X, infinite(MASK)), X.masked_fill(MASK, torch.inf))
-    X[:, :3] = Y
-    out = torch.zeros(7, 66, dtype=torch.bool, device=DEVICE)[:, ::2]
-    for other in (Y, 0.5):
-        at_least(X, other, out=out)
-        assert torch.equal(at_least(X, other), other <= X)
-        assert torch.equal(out, other <= X)
 
 
 @pytest.mark.parametrize("k", [0, 1, 30, 59, 60, torch.tensor([[0], [17], [60]])])

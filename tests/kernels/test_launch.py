@@ -29,11 +29,6 @@ def test_platform_of_every_target(backend, arch, expected, monkeypatch):
     assert launch.platform() == expected
 
 
-def test_the_interpreter_is_a_platform(monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRET", True)
-    assert launch.platform() == "interpreter"
-
-
 @pytest.mark.parametrize("d", [120, 360, 480, 960, 4080, 30720])
 @pytest.mark.parametrize(("module", "more"), [(conjugate, ()), *((step, (group,)) for group in (0, 3, 5, 8, 12))])
 def test_no_entry_belongs_to_two_warps(module, more, d, monkeypatch):
