@@ -51,5 +51,5 @@ setup(
         "filelock>=3.13",
     ],
     extras_require={"eval": EVAL, "test": TEST, "dev": [*TEST, "ruff", "pre-commit"]},
-    entry_points={"console_scripts": ["sparsefw=sparsefw.launch:main"]},
+    entry_points={"console_scripts": ["sparsefw=sparsefw.cli:main"]},
 )

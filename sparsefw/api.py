@@ -1,29 +1,30 @@
-"""`prune` prunes a model from Python. The command line calls it.
+"""`prune` prunes a model from Python: a checkpoint, or a model in memory, whose layers are changed in place.
 
-The driver is imported inside `prune`, after the config is made. Triton decides at its first import whether it
+The driver is imported inside of functions, after the config is made. Triton decides at its first import whether it
 interprets its kernels, and the config settles that.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparsefw.caller import on_cpu_by_default, settings_kept
-from sparsefw.compiled import unwrapped
+from sparsefw.caller import on_cpu_by_default, settings_kept, unwrapped
 from sparsefw.errors import InputError
 from sparsefw.flags import checked_path
-from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, Output, config_for
-from sparsefw.ranks import joined_with
+from sparsefw.inputs import DEFAULT, Inputs, Output, locate
+from sparsefw.ranks import Ranks, joined_with
 from sparsefw.solver.config import PruneConfig
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from sparsefw.report import Report
+    from sparsefw.data import Batches
+    from sparsefw.report.content import Report
     from sparsefw.solver.layer import LayerResult
 
 # Calibration data, see `prune`.
@@ -59,7 +60,7 @@ class PruneResult:
 
 @settings_kept()
 def prune(
-    model: "str | Path | nn.Module" = DEFAULT,
+    model: str | Path | nn.Module = DEFAULT,
     output: str | Path | None = None,
     config: PruneConfig | None = None,
     *,
@@ -119,38 +120,44 @@ def prune(
         raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
     if config is not None and options:
         raise TypeError(f"prune() got a config and {next(iter(options))!r}, which belongs into it")
+    # Batches are not drawn: a seed would have no effect there. 0 is the default.
+    text = dict(dataset=dataset, nsamples=nsamples, seqlen=seqlen, seed=seed or None, eval_windows=eval_windows)
+    of_text = [name for name, value in (text | {"tokenizer": tokenizer}).items() if value is not None]
+    if calibration is not None and of_text:
+        raise TypeError(f"prune() got calibration and {of_text[0]!r}, which belongs to a text")
     folder = None if output is None else checked_path("output", output)
     places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
-    # Batches are not drawn: a seed would have no effect there. 0 is the default.
-    drawn = None if seed == 0 else seed
-    text = dict(dataset=dataset, nsamples=nsamples, seqlen=seqlen, seed=drawn, eval_windows=eval_windows)
-    # Names a model as what torch.compile was given.
-    with joined_with(log) as (ranks, say), unwrapped(model) as model:
-        run = say, progress and ranks.first, ranks
-        if calibration is not None:
-            if given := [name for name, value in (text | {"tokenizer": tokenizer}).items() if value is not None]:
-                raise TypeError(f"prune() got calibration and {given[0]!r}, which belongs to a text")
-            config = _backend_settled(config or PruneConfig(**options))
-            from sparsefw.in_memory import prune_on_batches
-
-            report = prune_on_batches(model, calibration, evaluate, config, folder, places, *run)
-            return PruneResult(report, folder)
-        inputs = _inputs(model, text, evaluate)
-        config = _backend_settled(config or config_for(inputs, options))
-        documents = None if isinstance(dataset, str | Path | Mapping) else dataset
-        if not isinstance(model, str | Path):
-            from sparsefw.in_memory import prune_on_text
-
-            with on_cpu_by_default():
-                report = prune_on_text(model, inputs, documents, tokenizer, config, folder, places, *run)
-        elif folder is None:
+    documents = None if isinstance(dataset, str | Path | Mapping) else dataset
+    if isinstance(model, str | Path) and calibration is None:
+        inputs = _inputs(str(model), text, evaluate)
+        if folder is None:
             raise InputError("output: where the pruned checkpoint goes is left out")
-        else:
-            report = prune_checkpoint(inputs, config, Output(folder, **places), documents, tokenizer, say, progress)
+        config = config or PruneConfig(**inputs.options | options)
+        report = prune_checkpoint(inputs, config, Output(folder, **places), documents, tokenizer, log, progress)
         return PruneResult(report, folder)
+    # Names a model as what torch.compile was given.
+    with joined_with(log) as (ranks, say), unwrapped(model) as module:
+        batches = None
+        if calibration is None:
+            inputs = _inputs(getattr(module, "name_or_path", "") or type(module).__name__, text, evaluate)
+        config = _backend_settled(config or PruneConfig(**options))
+        from sparsefw.driver.in_memory import run_in_memory
+        from sparsefw.driver.job import Job
+
+        _check(module, calibration is not None)
+        if calibration is not None:
+            inputs, batches = _batches(type(module).__name__, calibration, evaluate)
+        elif tokenizer is None and not (isinstance(dataset, Tensor) and not inputs.evaluate):
+            tokenizer = _tokenizer_of(module)
+        with _folder(folder, ranks) as written, nullcontext() if batches else on_cpu_by_default():
+            job = Job(inputs, config, Output(written, **places), documents, tokenizer)
+            report = run_in_memory(module, job, batches, folder is not None, say, progress and ranks.first, ranks)
+    # A temporary folder is gone.
+    return PruneResult(report if folder else replace(report, arguments=report.arguments | {"output": None}), folder)
 
 
 @settings_kept()
+@on_cpu_by_default()
 def prune_checkpoint(
     inputs: Inputs,
     config: PruneConfig,
@@ -173,12 +180,11 @@ def prune_checkpoint(
         InputError, FloatingPointError: see `prune`.
     """
     config = _backend_settled(config)
-    from sparsefw import checkpoint
     from sparsefw.driver.job import Job
     from sparsefw.driver.run import run_job
 
-    with joined_with(log) as (ranks, say), on_cpu_by_default():
-        folder = ranks.local_first(lambda: DEFAULT_MODEL if inputs.embedded else checkpoint.locate(inputs.model))
+    with joined_with(log) as (ranks, say):
+        folder = ranks.local_first(lambda: locate(inputs.model))
         job = Job(inputs, config, output, dataset, tokenizer, folder)
         return run_job(job, say, progress and ranks.first, ranks)
 
@@ -189,13 +195,12 @@ def _backend_settled(config: PruneConfig) -> PruneConfig:
     return config
 
 
-def _inputs(model: "str | Path | nn.Module", text: dict[str, Any], evaluate: Any) -> Inputs:
+def _inputs(model: str, text: dict[str, Any], evaluate: Any) -> Inputs:
     """The names of what a run on text reads."""
-    name = model if isinstance(model, str | Path) else getattr(model, "name_or_path", "") or type(model).__name__
     named = text | _named(text["dataset"], text["nsamples"], text["seqlen"])
     if evaluate is not None:
         named["evaluate"] = tuple(map(str, [evaluate] if isinstance(evaluate, str | Path) else evaluate))
-    return Inputs(model=str(name), **{name: x for name, x in named.items() if x is not None})
+    return Inputs(model=model, **{name: x for name, x in named.items() if x is not None})
 
 
 def _named(dataset: Dataset | None, nsamples: int | None, seqlen: int | None) -> dict[str, Any]:
@@ -218,3 +223,94 @@ def _named(dataset: Dataset | None, nsamples: int | None, seqlen: int | None) ->
         if value not in (None, shape[name]):
             raise InputError(f"{name} {value}: the tokens have {shape[name]}; leave it out")
     return {"dataset": TOKENS, **shape}
+
+
+def _batches(model: str, calibration: Iterable[Any], evaluate: Any) -> "tuple[Inputs, tuple[Batches, Batches | None]]":
+    """What a run on batches reads, and the batches: those to calibrate on, and to evaluate on."""
+    from sparsefw.data import BATCHES, batches_of
+
+    batches = batches_of(calibration, "calibration")
+    evaluated = None if evaluate is None else batches_of(evaluate, "evaluate")
+    texts = (BATCHES,) if evaluated else ()
+    return Inputs(model=model, dataset=(BATCHES,), nsamples=batches.n, evaluate=texts), (batches, evaluated)
+
+
+def _check(model: Any, on_batches: bool) -> None:
+    """Refuse what is no model in memory, and a model with a weight that cannot be written to where it is.
+
+    The library of adapters writes these alone, and merged later they fill the zeros. Weights that a library has
+    offloaded are elsewhere. One of which several entries are the same place cannot be pruned one by one.
+
+    Raises:
+        InputError: the message names the weight.
+    """
+    from transformers import PreTrainedModel
+
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"calibration: batches are for a model in memory, and model is a {kind}; load it first"
+            if on_batches
+            else f"model: expected a folder, a Hub id or a transformers model, got {kind}"
+        )
+    # Earlier versions of peft leave the config on a model whose adapters were merged, and none of their modules.
+    of_peft = any(kind.__module__.split(".")[0] == "peft" for m in model.modules() for kind in type(m).__mro__)
+    for name, module in model.named_modules():
+        config = getattr(module, "peft_config", None)
+        if getattr(module, "_hf_peft_config_loaded", False) or (config and of_peft):
+            raise InputError(f"{name or 'model'}: has adapters of peft; merge the adapters first: merge_and_unload()")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise InputError(
+                f"{name}: is on the meta device, without data; give a model with its weights, or a language model as "
+                "the folder or Hub id of its checkpoint, which is read block by block"
+            )
+        if not _are_disjoint(parameter):
+            raise InputError(f"{name}: its entries share memory, and cannot be pruned one by one; give .clone()")
+    if not on_batches and not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"model: expected a folder, a Hub id or a transformers model, got {kind}; any other module needs batches: "
+            "calibration="
+        )
+
+
+def _are_disjoint(tensor: Tensor) -> bool:
+    """Whether each entry of a tensor has its own memory: every step leads beyond all that smaller steps reach."""
+    end = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if step <= end:
+                return False
+            end += step * (size - 1)
+    return True
+
+
+@contextmanager
+def _folder(output: Path | None, ranks: Ranks) -> Iterator[Path]:
+    """The folder that a run writes to: the output, or a temporary one, the same for all ranks."""
+    if output is not None:
+        yield output
+        return
+    with tempfile.TemporaryDirectory(prefix="sparsefw-") as scratch:
+        try:
+            yield ranks.broadcast_object(Path(scratch) / "pruned")
+        except BaseException as error:
+            # They promise that the run can go on. The folder is gone with what was finished.
+            getattr(error, "__notes__", []).clear()
+            raise
+
+
+def _tokenizer_of(model: Any) -> "PreTrainedTokenizerBase":
+    """The tokenizer beside the checkpoint that a model of transformers was loaded from.
+
+    Raises:
+        InputError: there is none.
+    """
+    from sparsefw.data import load_tokenizer
+
+    try:
+        if model.name_or_path:
+            return load_tokenizer(locate(model.name_or_path))
+    except InputError as error:
+        raise InputError(f"tokenizer: the model in memory has none ({error}); give tokenizer=") from error
+    raise InputError("tokenizer: the model in memory was not loaded from a checkpoint that has one; give tokenizer=")

@@ -1,14 +1,16 @@
-"""What a caller from Python has set in the process: it stays, and where it would change results it has no effect."""
+"""What a caller from Python has set in the process, or wrapped around a model.
 
+It stays, and where it would change results it has no effect.
+"""
+
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from threading import RLock
+from typing import Any
 
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from transformers.utils import logging
-
-from sparsefw.autocast import without_autocast
+from torch import nn
 
 # Settings of torch and transformers, and limits of memory, are those of the whole process.
 _turn = RLock()
@@ -19,6 +21,20 @@ def settings_kept() -> Iterator[None]:
     """Inside the `with` block is one thread at a time. Behind it, libraries show what they did before."""
     # Tensors that are made in inference mode do not tell when they are written to.
     with _turn, torch.inference_mode(False), without_autocast(), _exact_products(), _progress_bars_kept():
+        yield
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Inside the `with` block, torch casts nothing by itself.
+
+    Products of a solver would be less exact than they are said to be. And weights that ask for gradients would be cast
+    once, so that forwards would not see their later values.
+    """
+    with ExitStack() as left:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                left.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
@@ -42,7 +58,12 @@ def _exact_products() -> Iterator[None]:
     """
     # The module of oneDNN is replaced by an object when it is imported, which types do not tell.
     products = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before, of_all = [of_library.fp32_precision for of_library in products], _of_all_libraries()
+    before = [of_library.fp32_precision for of_library in products]
+    try:
+        of_all = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # The libraries' own contradict it.
+        of_all = None
     try:
         if of_all:
             torch.set_float32_matmul_precision("highest")
@@ -56,17 +77,13 @@ def _exact_products() -> Iterator[None]:
             of_library.fp32_precision = precision
 
 
-def _of_all_libraries() -> str | None:
-    """The precision of fp32 products that torch was told for all libraries; None if others of theirs contradict it."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return None
-
-
 @contextmanager
 def _progress_bars_kept() -> Iterator[None]:
     """Reading a model turns off those of transformers, and with them the Hub's."""
+    # The solver needs neither.
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
     of_transformers, of_hub = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     try:
         yield
@@ -74,3 +91,40 @@ def _progress_bars_kept() -> Iterator[None]:
         if of_transformers:
             logging.enable_progress_bar()
         (enable_progress_bars if of_hub else disable_progress_bars)()
+
+
+@contextmanager
+def unwrapped(model: Any) -> Iterator[Any]:
+    """Inside the `with` block, modules are in the places of what `torch.compile` has made of them.
+
+    Compiled code hides what it does from torch's modes, and wrappers change names. Yields the model itself, or
+    unchanged what is no module.
+    """
+    model = _inner(model)
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    wrapped = [(m, name, x) for m in modules for name, x in m._modules.items() if _inner(x) is not x]
+    try:
+        for module, name, wrapper in wrapped:
+            module._modules[name] = _inner(wrapper)
+        yield model
+    finally:
+        for module, name, wrapper in wrapped:
+            module._modules[name] = wrapper
+
+
+def _inner(module: Any) -> Any:
+    """What `torch.compile` was given; a wrapper that has hooks of its own stays."""
+    # The class of wrappers is in the compiler, which takes seconds to import.
+    while (
+        isinstance(module, nn.Module)
+        and "_orig_mod" in module._modules
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    ):
+        module = module._modules["_orig_mod"]
+    return module
+
+
+def as_python() -> AbstractContextManager[Any]:
+    """Inside the `with` block, compiled code runs as Python."""
+    # If the compiler has not been imported, nothing is compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

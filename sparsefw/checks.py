@@ -22,11 +22,11 @@ from sparsefw.checkpoint.tensors import dequantized
 from sparsefw.data import BATCHES
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
-from sparsefw.inputs import DEFAULT, DEFAULT_MODEL
+from sparsefw.inputs import DEFAULT, locate
 from sparsefw.model.hf import has_class
 from sparsefw.model.layers import slices_of
 from sparsefw.model.skeleton import build
-from sparsefw.report import Report, read_report
+from sparsefw.report.content import Report, read_report
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS
 from sparsefw.solver.layer import LayerResult
@@ -109,7 +109,7 @@ def verify(output: Path, against: str | None = None, digest: str | None = None) 
         raise InputError(f"--digest {digest}: expected 64 digits of 0 to 9 and a to f, as the run has printed them")
     if not (output / "report.json").is_file():
         raise InputError(f"{output}: no report.json in it; give a folder that sparsefw.run wrote")
-    claims = _Claims.of(read_report(output / "report.json"), output / "report.json")
+    claims = _claims(output / "report.json")
     verdict = Verdict({
         "sums": Check(f"all files are in {SUMS}, and as the run wrote them"),
         "model": Check("it loads, no tensor is missing, none has NaN or Inf"),
@@ -123,15 +123,13 @@ def verify(output: Path, against: str | None = None, digest: str | None = None) 
     except InputError as error:
         verdict.checks["model"].failures.append(str(error))
         return verdict
-    source = None
-    if folder is not None:
-        try:
-            source = _Model(folder, claims.report)
-        except InputError as error:
-            raise InputError(f"the source: {error}") from error
-        if claims.report.in_memory and source.dtype != written.dtype:
-            verdict.not_compared = f"the model in memory was of {written.dtype}, and the source is of {source.dtype}"
-            source = None
+    try:
+        source = _Model(folder, claims.report) if folder else None
+    except InputError as error:
+        raise InputError(f"the source: {error}") from error
+    if source and claims.report.in_memory and source.dtype != written.dtype:
+        verdict.not_compared = f"the model in memory was of {written.dtype}, and the source is of {source.dtype}"
+        source = None
     _check_weights(verdict, claims, written, source)
     return verdict
 
@@ -147,10 +145,8 @@ def _check_sums(check: Check, output: Path, digest: str | None) -> str:
     if digest not in (None, actual):
         check.fail(SUMS, f"its SHA-256 is {actual}, not that of --digest")
     # Links to folders are files of this walk, and not followed.
-    there = {
-        path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_symlink() or not path.is_dir()
-    }
-    for name in sorted(there - sums.keys() - {SUMS}):
+    files = (path for path in output.rglob("*") if path.is_symlink() or not path.is_dir())
+    for name in sorted({path.relative_to(output).as_posix() for path in files} - sums.keys() - {SUMS}):
         check.fail(name, f"not in {SUMS}")
     for name in tqdm(sums, unit="file", disable=None):
         check.count += 1
@@ -169,11 +165,9 @@ def _find_source(report: Report, output: Path, against: str | None) -> tuple[Pat
     if against is None and report.in_memory:
         # The name that it has may be that of other weights: it may have been trained since it was loaded.
         return None, "the model was in memory; name a checkpoint of it with --against"
-    if (model if against is None else against) == DEFAULT:
-        return DEFAULT_MODEL, ""
-    if against is None and not os.path.isdir(os.path.expanduser(model)):
+    if against is None and model != DEFAULT and not os.path.isdir(os.path.expanduser(model)):
         return None, f"{model or 'the report'}: no such folder here; name the source with --against"
-    folder = checkpoint.locate(model if against is None else against)
+    folder = locate(model if against is None else against)
     if folder.resolve() == output.resolve():
         raise InputError(f"{against or model}: the output itself; name the checkpoint that was pruned with --against")
     return folder, ""
@@ -197,22 +191,6 @@ class _Claims:
     refits: bool
     layers: dict[str, LayerResult]
 
-    @classmethod
-    def of(cls, report: Report, path: Path) -> "_Claims":
-        """The claims of the report in a file."""
-        method, pattern = report.method, patterns.parse(report.argument("sparsity", str))
-        layers = {layer.name: layer for layer in report.layers_of(method)}
-        if method not in METHODS or not layers:
-            raise InputError(f"{path}: it has no layers pruned by {method}, the method that its arguments name")
-        refits = method == "sparsegpt" or report.arguments.get("reconstruct", 0) != 0
-        return cls(
-            report,
-            pattern,
-            "layer" if pattern.scope == "row" and not METHODS[method].rows_independent else pattern.scope,
-            refits or (method == "sparsefw" and report.argument("refit", int) > 0),
-            layers,
-        )
-
     def budget(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Weights that share a budget in a layer, which follow each other, and how many of them may be kept."""
         rows, d = shape
@@ -221,6 +199,19 @@ class _Claims:
         if self.scope == "group":
             return self.pattern.group, patterns.kept_in_group(self.pattern)
         return d, patterns.kept_in_row(self.pattern, d)
+
+
+def _claims(path: Path) -> _Claims:
+    """The claims of the report in a file."""
+    report = read_report(path)
+    method, pattern = report.method, patterns.parse(report.argument("sparsity", str))
+    layers = {layer.name: layer for layer in report.layers_of(method)}
+    if method not in METHODS or not layers:
+        raise InputError(f"{path}: it has no layers pruned by {method}, the method that its arguments name")
+    refits = method == "sparsegpt" or (method == "sparsefw" and report.argument("refit", int) > 0)
+    shared = pattern.scope == "row" and not METHODS[method].rows_independent
+    reconstructed = report.arguments.get("reconstruct", 0) != 0
+    return _Claims(report, pattern, "layer" if shared else pattern.scope, refits or reconstructed, layers)
 
 
 class _Model:

@@ -1,17 +1,146 @@
-"""Shared by the commands: flags made from the fields of Inputs, PruneConfig and Output, and what is printed."""
+"""The command line: a command is launched, its flags are parsed, and its lines are printed.
+
+An error is one line on stderr, and the exit status says what became of the command. It may be killed at any time: what
+a run has finished is safe on the disk, and the same command goes on from there. So signals need no care beyond a line
+that says so. Whatever takes seconds to import is imported inside of a command, so that --help does not wait for it.
+"""
 
 import argparse
+import importlib
+import os
+import signal
+import sys
+import time
+import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from transformers.utils import logging
-
-from sparsefw.errors import InputError, printable
+from sparsefw.errors import InputError, printable, shown
 from sparsefw.flags import DEPENDS, flag_of
-from sparsefw.inputs import Inputs, Output, config_for
-from sparsefw.solver.config import PruneConfig
+from sparsefw.inputs import Inputs, Output
+
+if TYPE_CHECKING:
+    from sparsefw.solver.config import PruneConfig
+
+COMMANDS = ("run", "plan", "verify", "evaluate")
+
+# A command: takes its arguments, None for those of the process, and returns the exit status.
+Command = Callable[[list[str] | None], int]
+
+# Exit statuses. The third one, EX_SOFTWARE of sysexits.h, is none that a failed check could have. An interrupted
+# command has 128 + the signal's number, as in a shell.
+FAILED, BAD_INPUT, MISTAKE = 1, 2, 70
+
+# Seconds that a rank which has lost another one gives the launcher.
+PATIENCE = 10
+
+GOES_ON = "the same command goes on from what is finished"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come."""
+
+
+def main() -> int:
+    """The command `sparsefw`: its first argument names one of `COMMANDS`, whose arguments follow."""
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if name in COMMANDS:
+        return int(importlib.import_module(f"sparsefw.{name}").main())
+    print(f"usage: sparsefw {{{','.join(COMMANDS)}}} ... (--help after a command lists its options)", file=sys.stderr)
+    return 0 if name in ("-h", "--help") else BAD_INPUT
+
+
+def launch(command: Command, argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        command: the command.
+        argv: its arguments; None: those of the process.
+
+    Returns:
+        The exit status: 0; 1 (a run or a check failed), 2 (bad input), 70 (a mistake in sparsefw), 130 (SIGINT), 143
+        (SIGTERM).
+    """
+    rank = os.environ.get("RANK", "") if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    if argv is None:
+        _prepare_process(rank)
+    try:
+        return _run_rank(command, argv) if rank else command(argv)
+    except BrokenPipeError:
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (Exception, KeyboardInterrupt) as error:
+        status, message = _outcome(error)
+        line = printable("; ".join([message, *getattr(error, "__notes__", [])]))
+    print(f"sparsefw: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
+    if rank and argv is None:
+        # Python's end would wait for transfers with ranks that are gone.
+        os._exit(status)
+    return status
+
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    """The exit status and the message of an exception; the traceback of a mistake is printed."""
+    on_one_line = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        return 128 + number, "interrupted" if hasattr(error, "__notes__") else f"interrupted; {GOES_ON}"
+    if isinstance(error, InputError):
+        return BAD_INPUT, str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return BAD_INPUT, f"{shown(os.fsdecode(error.filename))}: {error.strerror}"
+    name = type(error).__name__
+    if name == "SafetensorError":
+        return BAD_INPUT, on_one_line
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in on_one_line:
+        # torch has no class of its own for it.
+        return FAILED, "the host's memory is full; give fewer or shorter windows (--nsamples, --seqlen)"
+    if name == "AcceleratorError" and "out of memory" in on_one_line:
+        # CUDA's own: pinned memory of the host, or what CUDA itself takes of a GPU.
+        return FAILED, f"memory is full; give less (--host-memory, --gpu-memory), or fewer windows: {on_one_line}"
+    if isinstance(error, OSError | FloatingPointError) or name in ("OutOfMemoryError", "LostRankError"):
+        return FAILED, on_one_line
+    traceback.print_exception(error)
+    return MISTAKE, f"a mistake in sparsefw, with the traceback above: please report it ({name})"
+
+
+def _run_rank(command: Command, argv: list[str] | None) -> int:
+    """Run a command on one of several ranks, and leave its error to torchrun, which reports the first one."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from sparsefw.ranks import LostRankError
+
+    def run() -> int:
+        try:
+            return command(argv)
+        except LostRankError:
+            # Another rank has failed. The launcher ends this one meanwhile.
+            time.sleep(PATIENCE)
+            raise
+
+    return record(run)() or 0
+
+
+def _prepare_process(rank: str) -> None:
+    """Have SIGTERM raise `Terminated` unless it is ignored, and print by lines, of several ranks on the first alone."""
+    if rank not in ("", "0"):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    # A launcher sends it to all ranks if one has failed; they need not say so.
+    if not rank and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+    # A full disk shows while it can be reported. Characters that the terminal does not have are spelled out.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,16 +165,19 @@ class Parser(argparse.ArgumentParser):
 
 def run_parser(description: str | None, command: str = "run") -> Parser:
     """The parser of `sparsefw run`: flags for all fields of Inputs, PruneConfig and Output."""
+    from sparsefw.solver.config import PruneConfig
+
     parser = Parser(command, description)
     for f in (*fields(Inputs), *fields(PruneConfig), *fields(Output)):
-        _add_flag(parser, f)
+        add_flag(parser, f)
     return parser
 
 
-def _add_flag(parser: Parser, f: Field) -> None:
+def add_flag(parser: Parser, f: Field) -> None:
+    """Add the flag of a dataclass's field."""
     text, several = f.metadata["help"], f.metadata["several"]
     if f.type in (bool, "bool"):
-        parser.add_argument(flag_of(f.name), action="store_true", help=text, default=None)
+        parser.add_argument(flag_of(f.name), dest=f.name, action="store_true", help=text, default=None)
         return
     if f.default is not DEPENDS and not several and "(default:" not in text:
         text = f"{text} (default: {f.default})"
@@ -61,26 +193,19 @@ def _add_flag(parser: Parser, f: Field) -> None:
     )
 
 
-def inputs_and_config(arguments: argparse.Namespace) -> tuple[Inputs, PruneConfig]:
-    """The inputs and the config of the parsed flags.
+def settings_of(arguments: argparse.Namespace) -> tuple[Inputs, "PruneConfig", Output]:
+    """The inputs, the config and the output of the parsed flags.
 
     Raises:
         InputError: a value is out of its range, or values do not go together.
     """
-    inputs = Inputs(**_given(arguments, Inputs))
-    return inputs, config_for(inputs, _given(arguments, PruneConfig))
+    from sparsefw.solver.config import PruneConfig
+
+    inputs = Inputs(**given(arguments, Inputs))
+    return inputs, PruneConfig(**inputs.options | given(arguments, PruneConfig)), Output(**given(arguments, Output))
 
 
-def output_of(arguments: argparse.Namespace) -> Output:
-    """The output of the parsed flags.
-
-    Raises:
-        InputError: a value is out of its range.
-    """
-    return Output(**_given(arguments, Output))
-
-
-def _given(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
+def given(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
     """The values of a dataclass's fields that were given as flags."""
     values = {f.name: getattr(arguments, f.name) for f in fields(settings)}
     return {name: value for name, value in values.items() if value is not None}
@@ -96,6 +221,8 @@ def quiet_libraries() -> None:
 
     transformers prints no warnings either. What matters of them is checked here, or comes with an exception.
     """
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.formatwarning = lambda message, category, *_: printable(f"{category.__name__}: {message}") + "\n"

@@ -1,13 +1,43 @@
-"""The command `python -m sparsefw.evaluate`, the same as `sparsefw evaluate`."""
+"""Evaluate checkpoints: `sparsefw evaluate MODEL --tasks hellaswag,arc_easy --eval wikitext`.
+
+MODEL is a folder or a Hub id, dense or pruned; one block of it is in memory at a time. All requests of all tasks go
+through block 0, then through block 1, and so on. Tasks are those of lm-evaluation-harness that ask for likelihoods.
+"""
 
 import sys
+from dataclasses import fields
 
-from sparsefw.launch import launch
+from sparsefw.cli import Parser, add_flag, given, launch, quiet_libraries, say
+from sparsefw.inputs import EvaluationInputs
+
+
+def command(argv: list[str] | None) -> int:
+    """Evaluate models, print a table, and write it as JSON."""
+    parser = Parser("evaluate", __doc__)
+    models, *flags = fields(EvaluationInputs)
+    parser.add_argument(models.name, nargs="+", metavar=models.metadata["metavar"], help=models.metadata["help"])
+    for f in flags:
+        add_flag(parser, f)
+    arguments = given(parser.parse_args(argv), EvaluationInputs)
+    from tqdm import tqdm
+
+    from sparsefw import memory
+    from sparsefw.evaluation.metrics import lines
+    from sparsefw.evaluation.run import evaluate
+
+    quiet_libraries()
+    memory.share_freed()
+    # Redraws the progress bar below each line.
+    evaluation = evaluate(**arguments, log=tqdm.write, progress=True)
+    say("")
+    for line in lines(evaluation):
+        say(line)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate from the command line; returns the exit status, see `launch`."""
-    return launch("evaluate", argv)
+    return launch(command, argv)
 
 
 if __name__ == "__main__":

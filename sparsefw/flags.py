@@ -14,7 +14,7 @@ from sparsefw.errors import InputError, shown
 DEPENDS: Any = None
 
 # Flags that are shorter than their field.
-SHORT = {"evaluate": "--eval", "folder": "--output"}
+SHORT = {"evaluate": "--eval", "texts": "--eval", "folder": "--output"}
 
 
 def flag(
@@ -55,6 +55,7 @@ def make_tuples(settings: Any) -> None:
         if f.metadata["several"] and value is not DEPENDS:
             several = isinstance(value, Iterable) and not isinstance(value, str)
             values = () if value is None else tuple(value) if several else (value,)
+            values = tuple(str(x) if isinstance(x, Path) else x for x in values)
             set_field(settings, f.name, values)
 
 
@@ -89,9 +90,12 @@ def check_fields(settings: Any) -> None:
             if type(value).__name__ not in ("bool", "bool_"):
                 raise InputError(f"{flag_of(f.name)} {shown(value)}: expected True or False")
             set_field(settings, f.name, bool(value))
-        elif f.type is Path:
+        elif f.type in (Path, Path | None):
             set_field(settings, f.name, checked_path(flag_of(f.name).removeprefix("--"), value))
         else:
+            if isinstance(value, Path):
+                value = str(value)
+                set_field(settings, f.name, value)
             for text in value if f.metadata["several"] else (value,):
                 _check_text(f, text)
 

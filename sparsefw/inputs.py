@@ -1,4 +1,4 @@
-"""What a run reads and where it writes. Flags, ranges and help are made from these fields, as from PruneConfig's."""
+"""What the commands read and where they write. Flags, ranges and help are made of these fields, as of PruneConfig's."""
 
 import math
 import os
@@ -9,16 +9,23 @@ from typing import Any
 
 from sparsefw.errors import InputError, shown
 from sparsefw.flags import DEPENDS, check_fields, check_needs, checked_path, flag, make_tuples, set_field
-from sparsefw.memory import MOST_MEMORY
-from sparsefw.solver.config import PruneConfig
 
 # Name of the embedded model, which the package carries, and of the embedded text, which every CPython carries.
 DEFAULT = "default"
 DEFAULT_MODEL = Path(__file__).with_name("default") / "model"
 
+# The largest memory limit, GiB: more than any machine has.
+MOST_MEMORY = 2**20
+
 # Defaults with the embedded model, and with other models.
 EMBEDDED = dict(dataset=(DEFAULT,), nsamples=64, seqlen=128, evaluate=(DEFAULT,))
 OTHERS = dict(dataset=("c4",), nsamples=256, seqlen=2048, evaluate=())
+
+
+def _memory_flag(what: str) -> Any:
+    """The field of a memory limit."""
+    text = f"take at most this of the {what}'s memory (default: what is free, less a tenth)"
+    return flag(text, metavar="GIB", least=0, most=MOST_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,11 @@ class Inputs:
         return self.model == DEFAULT
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Other defaults of PruneConfig with this model: the embedded one is compared with Wanda."""
+        return {"compare": ("wanda",)} if self.embedded else {}
+
+    @property
     def shares(self) -> dict[str, float]:
         """The share of each calibration text in the windows, by its name."""
         return dict(map(name_and_share, self.dataset))
@@ -90,21 +102,80 @@ class Output:
     restart: bool = flag(
         "discard what an interrupted run has finished; without it the same command goes on from there", False
     )
-    gpu_memory: float | None = flag(
-        "the run takes at most this of the GPU's memory (default: what is free, less a tenth)",
-        metavar="GIB",
-        least=0,
-        most=MOST_MEMORY,
-    )
-    host_memory: float | None = flag(
-        "the run takes at most this of the host's memory (default: what is free, less a tenth)",
-        metavar="GIB",
-        least=0,
-        most=MOST_MEMORY,
-    )
+    gpu_memory: float | None = _memory_flag("GPU")
+    host_memory: float | None = _memory_flag("host")
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What an evaluation reads, how it asks, and where it writes.
+
+    Attributes:
+        models: folders or Hub ids of checkpoints in safetensors; the one that others are compared with comes first.
+        tasks: names of tasks, groups and tags of lm-evaluation-harness; "paper": the paper's seven zero-shot tasks.
+        texts: texts for perplexity, by name or path as for `--eval`.
+        against: a checkpoint that all others are compared with, the same documents in pairs; None: none.
+        limit: most documents of each task; below 1: a share of them; None: all.
+        num_fewshot: examples before each question; None: as the task says.
+        include_path: a folder with more tasks in the harness's format.
+        seqlen: tokens in a window of a text; None: 2048.
+        eval_windows: most windows of each text; None: all.
+        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
+        output: folder for evaluation.json; None: nothing is written.
+        overwrite: whether an older evaluation.json there is replaced.
+
+    Raises:
+        InputError: a value is no name or path, or out of its range; or values do not go together.
+    """
+
+    models: tuple[str, ...] = flag(
+        "checkpoint folder or Hub id; several are evaluated in turn", (), metavar="MODEL", several=True
+    )
+    tasks: tuple[str, ...] = flag(
+        "tasks, groups and tags of lm-evaluation-harness; paper: the seven zero-shot tasks of the paper; may be "
+        "repeated", (), metavar="A,B", several=True,
+    )  # fmt: skip
+    texts: tuple[str, ...] = flag(
+        "text for perplexity: wikitext, c4, a .txt, .jsonl or .parquet file, or a datasets id; may be repeated", (),
+        metavar="wikitext|PATH", several=True,
+    )  # fmt: skip
+    against: str | None = flag(
+        "compare all models with this one, the same documents in pairs: differences with their standard errors",
+        metavar="DENSE",
+    )
+    limit: float | None = flag(
+        "most documents of each task; below 1: a share of them (default: all)", metavar="N", least=0
+    )
+    num_fewshot: int | None = flag("examples before each question (default: as the task says)", metavar="K", least=0)
+    include_path: Path | None = flag("folder with more tasks in the harness's format", metavar="DIR")
+    seqlen: int | None = flag(
+        "tokens in a window of a text, at most the model's maximum (default: 2048)", metavar="N", least=2
+    )
+    eval_windows: int | None = flag("at most this many windows of each text (default: all)", metavar="N", least=1)
+    gpu_memory: float | None = _memory_flag("GPU")
+    host_memory: float | None = _memory_flag("host")
+    output: Path | None = flag("folder for evaluation.json", metavar="DIR")
+    overwrite: bool = flag("replace an older evaluation.json there", False)
+
+    def __post_init__(self) -> None:
+        make_tuples(self)
+        check_fields(self)
+        names = tuple(name.strip() for several in self.tasks for name in several.split(",") if name.strip())
+        if self.tasks and not names:
+            raise InputError("--tasks: names no task; give tasks, or leave it out")
+        set_field(self, "tasks", names)
+        first = () if self.against is None else (self.against,)
+        set_field(self, "models", tuple(dict.fromkeys([*first, *self.models])))
+        set_field(self, "texts", tuple(dict.fromkeys(self.texts)))
+        if not names and not self.texts:
+            raise InputError("--tasks, --eval: neither is given; give tasks, or a text for perplexity")
+        of_tasks = {name: getattr(self, name) for name in ("limit", "num_fewshot", "include_path")}
+        check_needs("tasks", bool(names), **of_tasks)
+        check_needs("evaluate", bool(self.texts), seqlen=self.seqlen, eval_windows=self.eval_windows)
+        check_needs("output", self.output is not None, overwrite=self.overwrite or None)
 
 
 def name_and_share(dataset: str) -> tuple[str, float]:
@@ -135,6 +206,8 @@ def _check_datasets(datasets: Sequence[str]) -> None:
         places.add(place)
 
 
-def config_for(inputs: Inputs, options: dict[str, Any]) -> PruneConfig:
-    """The config of these options. By default the embedded model is compared with Wanda."""
-    return PruneConfig(**({"compare": ("wanda",)} if inputs.embedded else {}) | options)
+def locate(model: str) -> Path:
+    """The folder of a checkpoint: that of the embedded model for "default", else as `checkpoint.locate`."""
+    from sparsefw import checkpoint
+
+    return DEFAULT_MODEL if model == DEFAULT else checkpoint.locate(model)

@@ -13,10 +13,10 @@ from sparsefw.errors import InputError
 def main() -> int:
     """Run the harness's command; returns the exit status, 2 for bad input."""
     # Registers the model.
-    from sparsefw import evaluation
+    from sparsefw.evaluation.run import check_installed
 
     try:
-        evaluation.check_installed()
+        check_installed()
         from lm_eval.__main__ import cli_evaluate
 
         cli_evaluate()

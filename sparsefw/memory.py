@@ -15,9 +15,6 @@ M_ARENA_MAX = -8
 # The share of free memory that a run leaves to others.
 MARGIN = 0.1
 
-# The largest memory limit, GiB: more than any machine has.
-MOST_MEMORY = 2**20
-
 
 def this_device() -> torch.device:
     """The GPU of this process; without one the CPU.

@@ -1,13 +1,48 @@
-"""The command `python -m sparsefw.plan`, the same as `sparsefw plan`."""
+"""Plan a run: `sparsefw plan --model MODEL --gpu h100`, with the flags of `sparsefw run`.
 
+A plan needs config.json alone, which --model may name, and downloads nothing else. It prints peak memory by phase,
+what is held at once and where, and disk space.
+"""
+
+import json
 import sys
+from pathlib import Path
 
-from sparsefw.launch import launch
+from sparsefw.cli import launch, quiet_libraries, run_parser, say, settings_of
+from sparsefw.errors import InputError, first_line
+from sparsefw.flags import checked_path
+
+
+def command(argv: list[str] | None) -> int:
+    """Plan a run, print the plan and write it as JSON."""
+    quiet_libraries()
+    import torch
+
+    from sparsefw.estimate.plan import CARDS, lines, plan
+
+    parser = run_parser(__doc__, "plan")
+    cards = f"on this card: {', '.join(CARDS)} (default: on this machine)"
+    parser.add_argument("--gpu", choices=CARDS, metavar="CARD", help=cards)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same as JSON")
+    arguments = parser.parse_args(argv)
+    if arguments.gpu or torch.cuda.is_available():
+        # The defaults of a run on a GPU, which need not be in this machine.
+        arguments.kernel, arguments.precision = arguments.kernel or "triton", arguments.precision or "bf16"
+    inputs, config, output = settings_of(arguments)
+    content = plan(inputs, config, output, arguments.gpu)
+    if arguments.json:
+        try:
+            checked_path("json", arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--json {arguments.json}: cannot be written: {first_line(error)}") from error
+    for line in lines(content):
+        say(line)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Plan from the command line; returns the exit status, see `launch`."""
-    return launch("plan", argv)
+    return launch(command, argv)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparsefw.errors import InputError, first_line, printable, shown
 
-# The triangle of a symmetric matrix is summed in this number of panels of rows. Two of them are in buffers at a time.
+# The triangle of a symmetric matrix is summed in this number of panels of rows. One of them is in a buffer at a time.
 PANELS = 16
 
 # How long a transfer may wait for the slowest rank. One rank reads a Hub model or the texts for all, which may take
@@ -101,21 +101,12 @@ class Ranks:
         """
         if self.alone:
             return
-        pending: list[tuple[slice, Tensor, Handle]] = []
-
-        def unpack() -> None:
-            panel, packed, handle = pending.pop(0)
-            handle.wait()
-            G[panel, : panel.stop] = packed
-
-        for panel in panels(len(G)):
+        # A panel ends at the diagonal.
+        d, height = len(G), -(-len(G) // PANELS)
+        for panel in (slice(start, min(d, start + height)) for start in range(0, d, height)):
             packed = G[panel, : panel.stop].contiguous()
-            handle = self.all_reduce(packed) if owner is None else self.reduce(owner, packed)
-            if pending:
-                unpack()
-            pending.append((panel, packed, handle))
-        if pending:
-            unpack()
+            (self.all_reduce(packed) if owner is None else self.reduce(owner, packed)).wait()
+            G[panel, : panel.stop] = packed
 
     def broadcast(self, owner: int, tensor: Tensor) -> "Handle":
         """Begin to copy a tensor of one rank to all others, in place."""
@@ -225,12 +216,6 @@ ALONE = Ranks()
 DONE = Handle(ALONE)
 
 
-def panels(d: int) -> Iterator[slice]:
-    """The panels of rows in which the lower triangle of a matrix (d, d) is summed. A panel ends at the diagonal."""
-    height = -(-d // PANELS)
-    return (slice(start, min(d, start + height)) for start in range(0, d, height))
-
-
 def shares(total: int, count: int, unit: int = 1) -> list[slice]:
     """Equal shares of a row of items, as slices in the order of the ranks.
 
@@ -262,38 +247,32 @@ def balanced(costs: Sequence[float], count: int) -> list[int]:
 
 @contextmanager
 def joined_with(log: Callable[[str], None]) -> Iterator[tuple[Ranks, Callable[[str], None]]]:
-    """As `joined`, with a function that logs a line on rank 0 alone.
+    """Inside the `with` block, the process is one of the ranks that a launcher has started. Without one it is alone.
+
+    A process group that the caller has made is used. Each rank takes a GPU, where there are any.
 
     Args:
         log: called with every line. Names in it come from files, so what does not print is spelled out.
-    """
-    with joined() as ranks:
 
-        def say(line: str) -> None:
-            if ranks.first:
-                log(printable(line))
-
-        yield ranks, say
-
-
-@contextmanager
-def joined(on_gpus: bool = True) -> Iterator[Ranks]:
-    """Inside the `with` block, the process is one of the ranks that a launcher has started. Without one it is alone.
-
-    A process group that the caller has made is used.
-
-    Args:
-        on_gpus: whether each rank takes a GPU, where there are any.
+    Yields:
+        The ranks, and a function that logs a line on rank 0 alone.
 
     Raises:
         InputError: a variable of the launcher is wrong, or not every rank has a GPU of its own.
     """
+    ranks = ALONE
+
+    def say(line: str) -> None:
+        if ranks.first:
+            log(printable(line))
+
     made = not dist.is_initialized()
-    if not (is_rank() if made else dist.get_world_size() > 1):
-        yield ALONE
+    started = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if not (started if made else dist.get_world_size() > 1):
+        yield ranks, say
         return
     here, local = _number("LOCAL_WORLD_SIZE", "1"), _number("LOCAL_RANK", "0")
-    has_gpu = on_gpus and torch.cuda.is_available()
+    has_gpu = torch.cuda.is_available()
     if has_gpu:
         torch.cuda.set_device(_gpu_of(here, local))
     if made:
@@ -302,17 +281,11 @@ def joined(on_gpus: bool = True) -> Iterator[Ranks]:
         except (RuntimeError, ValueError, OSError) as error:
             raise InputError(f"the other ranks cannot be reached: {first_line(error)}; start with torchrun") from error
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), here, local)
-    if on_gpus:
-        _check_gpus(ranks, has_gpu)
-    yield ranks
+    _check_gpus(ranks, has_gpu)
+    yield ranks, say
     # Not after an error: to leave a group in which a rank is lost may never end.
     if made:
         dist.destroy_process_group()
-
-
-def is_rank() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _number(variable: str, default: str) -> int:

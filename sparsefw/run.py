@@ -1,13 +1,43 @@
-"""The command `python -m sparsefw.run`, the same as `sparsefw run`."""
+"""Prune a Hugging Face checkpoint: `sparsefw run --model MODEL --sparsity 0.6 --output pruned/`.
+
+Without arguments it prunes the embedded model, a tiny Llama, on text that every CPython carries.
+"""
 
 import sys
 
-from sparsefw.launch import launch
+from sparsefw.cli import launch, quiet_libraries, run_parser, say, settings_of
+
+
+def command(argv: list[str] | None) -> int:
+    """Prune, evaluate and write a model, and print a summary."""
+    inputs, config, output = settings_of(run_parser(__doc__).parse_args(argv))
+    from tqdm import tqdm
+
+    from sparsefw import memory
+    from sparsefw.api import prune_checkpoint
+
+    quiet_libraries()
+    memory.share_freed()
+    # Redraws the progress bar below each line.
+    report = prune_checkpoint(inputs, config, output, log=tqdm.write, progress=True)
+
+    from sparsefw.checkpoint import SUMS, file_digest
+    from sparsefw.report import log
+
+    if kept_dense := log.kept_dense_line(report):
+        say(kept_dense)
+    say("")
+    for line in log.summary(report):
+        say(line)
+    say(f"checkpoint: {output.folder}")
+    say(f"report: {output.folder / 'report.html'}, {output.folder / 'report.json'}")
+    say(f"SHA-256 of {output.folder / SUMS}: {file_digest(output.folder / SUMS)}")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prune from the command line; returns the exit status, see `launch`."""
-    return launch("run", argv)
+    return launch(command, argv)
 
 
 if __name__ == "__main__":

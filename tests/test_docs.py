@@ -11,7 +11,7 @@ import torch
 
 from sparsefw.cli import run_parser
 from sparsefw.flags import flag_of
-from sparsefw.inputs import Inputs, config_for
+from sparsefw.inputs import Inputs
 from sparsefw.solver.config import PruneConfig
 
 REPO = next(folder for folder in Path(__file__).resolve().parents if (folder / "setup.py").exists())
@@ -130,9 +130,9 @@ def default_of(flag: str, condition: str, monkeypatch: pytest.MonkeyPatch) -> ob
     if flag == "--model":
         inputs = Inputs()
     windows = int(few[1]) - 1 if few else inputs.nsamples
-    config = config_for(inputs, options).for_calibration(windows, inputs.seqlen)
+    config = PruneConfig(**inputs.options | options).for_calibration(windows, inputs.seqlen)
     if few:
-        enough = config_for(inputs, options).for_calibration(windows + 1, inputs.seqlen)
+        enough = PruneConfig(**inputs.options | options).for_calibration(windows + 1, inputs.seqlen)
         assert getattr(enough, FIELDS[flag].name) == default_of(flag, "", monkeypatch)
     return getattr(inputs if hasattr(inputs, FIELDS[flag].name) else config, FIELDS[flag].name)
 

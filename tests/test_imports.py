@@ -12,24 +12,20 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sparsefw"
 # level.
 LEVELS = [
     ["run", "plan", "verify", "evaluate", "lm_eval"],
-    ["launch"],
-    ["commands"],
     ["cli", "api"],
-    ["in_memory"],
     ["driver", "checks"],
     ["evaluation"],
     ["report"],
     ["estimate"],
     ["model"],
-    ["inputs"],
     ["solver"],
     ["data"],
+    ["inputs"],
     ["checkpoint"],
     ["kernels", "memory", "timeline", "flags", "default"],
     ["finite"],
     ["ranks"],
-    ["errors", "compiled", "caller"],
-    ["autocast"],
+    ["errors", "caller"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # Packages that must not import others: solving one layer takes no model and no file.

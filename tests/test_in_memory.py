@@ -182,18 +182,6 @@ class TestCompiled:
         check(given, batches_like((2, 5)), target="layer")
 
 
-class TestAutocast:
-    @pytest.mark.parametrize("settings", [{}, {"reconstruct": 2}], ids=str)
-    def test_changes_nothing(self, settings):
-        (model, other), batches = (made(), made()), batches_like((2, 5), (2, 5))
-        expected = prune(model, calibration=batches, evaluate=batches, **QUICK | settings)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = prune(other, calibration=batches, evaluate=batches, **QUICK | settings)
-            assert torch.is_autocast_enabled("cpu")
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-        assert found.perplexity == expected.perplexity
-
-
 class TestInferenceMode:
     @pytest.mark.parametrize("options", [{}, {"reconstruct": 2}], ids=str)
     def test_model_and_batches_made_in_it(self, options):

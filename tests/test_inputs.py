@@ -1,9 +1,10 @@
 """Inputs: calibration texts and their shares."""
 
+import numpy as np
 import pytest
 from helpers.texts import refused
 
-from sparsefw.inputs import Inputs, name_and_share
+from sparsefw.inputs import Inputs, Output, name_and_share
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,9 @@ def test_texts_are_given_once(tmp_path, monkeypatch):
 def test_windows_of_no_text():
     with refused("--eval-windows: needs --eval"):
         Inputs(model="m", eval_windows=4)
+
+
+def test_numbers_of_numpy_are_numbers():
+    inputs = Inputs(model="m", nsamples=np.int64(6), seqlen=np.int32(32))
+    assert [type(x) for x in (inputs.nsamples, inputs.seqlen)] == [int, int]
+    assert type(Output(host_memory=np.float32(4)).host_memory) is float

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,20 +12,19 @@ from helpers.commands import TEXT, tensors_of
 from helpers.families import save_model
 from safetensors import SafetensorError
 
+from sparsefw.cli import launch
 from sparsefw.errors import InputError
-from sparsefw.launch import launch
 
 FULL = "the host's memory is full; give fewer or shorter windows (--nsamples, --seqlen)"
 GOES_ON = "interrupted; the same command goes on from what is finished"
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(capsys):
     """Launches a function as a command; gives the exit status and what it has printed on stderr."""
 
     def run(body) -> tuple[int, str]:
-        monkeypatch.setitem(sys.modules, "sparsefw.commands.fake", SimpleNamespace(run=body))
-        return launch("fake", []), capsys.readouterr().err
+        return launch(body, []), capsys.readouterr().err
 
     return run
 
@@ -80,7 +78,7 @@ def test_a_mistake_is_a_traceback(command):
 HELP = """
 import sys
 from contextlib import suppress
-from sparsefw.launch import main
+from sparsefw.cli import main
 
 for command in ("run", "verify", "evaluate"):
     sys.argv = ["sparsefw", command, "--help"]
@@ -107,11 +105,7 @@ def test_output_that_cannot_be_written(output, line):
     os.close(reads)
     if output:
         os.dup2(os.open(output, os.O_WRONLY), stdout)
-    code = (
-        "import sys; from types import SimpleNamespace; from sparsefw.launch import launch; "
-        "sys.modules['sparsefw.commands.fake'] = SimpleNamespace(run=lambda argv: print('much')); "
-        "sys.exit(launch('fake'))"
-    )
+    code = "import sys; from sparsefw.cli import launch; sys.exit(launch(lambda argv: print('much')))"
     done = subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
     os.close(stdout)
     assert (done.returncode, done.stderr) == (1, line)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsefw import memory
-from sparsefw.memory import free_memory, left_by_groups, peak_memory, resident, this_device
+from sparsefw.memory import free_memory, left_by_groups, peak_memory, resident
 
 GIB = 2**30
 # No limit in version 1: the largest multiple of a page.
@@ -28,15 +28,6 @@ def test_peak_is_not_that_of_the_process_that_started_this_one():
     # In this order: to look takes a page, too.
     mine = resident()
     assert peak_memory()["host_bytes"] >= mine > held.nbytes
-
-
-def test_the_gpu_of_a_rank_has_its_number(monkeypatch):
-    """Threads of libraries start with GPU 0, whatever this thread has set."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert this_device() == torch.device("cuda", 3)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert this_device() == torch.device("cpu")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import sparsefw.run
 import sparsefw.verify
 from classes.tiny_model import Case, build, byte_tokenizer, load, perplexity, random_text
-from sparsefw.report import Report, read_report
+from sparsefw.report.content import Report, read_report
 
 WORKS, REFUSED, TRACEBACK, WRONG, NOT_RUN = "works", "refused", "traceback", "wrong", "not run"
 OUTCOMES = (WORKS, REFUSED, TRACEBACK, WRONG, NOT_RUN)

@@ -26,7 +26,7 @@ from quality_settings import table as settings_table
 from quality_tables import tables
 
 import sparsefw.run
-from sparsefw.report import read_report
+from sparsefw.report.content import read_report
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "smollm2-quality.json"

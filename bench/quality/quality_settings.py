@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from sparsefw import checkpoint, data
-from sparsefw.cli import inputs_and_config, run_parser
+from sparsefw.cli import run_parser, settings_of
 from sparsefw.kernels.backend import TORCH
 from sparsefw.model import StreamedModel, embed
 from sparsefw.model.activations import BATCH_TOKENS
@@ -99,7 +99,7 @@ def measure(
 
 def _errors(W: Tensor, grams: list[Tensor], flags: Sequence[str]) -> list[float]:
     """Prune a layer with these flags on the first Gram matrix; returns the errors on all of them."""
-    _, config = inputs_and_config(run_parser(None).parse_args([*flags, "--kernel", "torch"]))
+    _, config, _ = settings_of(run_parser(None).parse_args([*flags, "--kernel", "torch"]))
     Z = W.clone()
     list(prune_layers([("layer", Z)], grams[0].clone(), config.method, config, TORCH))
     E = (W - Z).double()

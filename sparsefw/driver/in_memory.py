@@ -29,7 +29,7 @@ from sparsefw.model.shape_of import shape_of_resident, shape_of_text
 from sparsefw.model.skeleton import max_seqlen
 from sparsefw.model.slots import filled, slots_of
 from sparsefw.ranks import ALONE, Ranks
-from sparsefw.report import Report
+from sparsefw.report.content import Report
 
 
 def run_in_memory(

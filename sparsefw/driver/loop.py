@@ -28,7 +28,8 @@ from sparsefw.memory import give_back, peak_memory
 from sparsefw.model import HiddenStates, perplexity
 from sparsefw.model.activations import held_out_batches
 from sparsefw.model.forward import embed_batches
-from sparsefw.report import BlockRecord, log
+from sparsefw.report import log
+from sparsefw.report.content import BlockRecord
 from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import WRITE
 

@@ -25,7 +25,7 @@ from sparsefw.model.explained import ForwardFailed, explained
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
 from sparsefw.model.head import divergence, predicts, times_the_passes, tokens_of_pass
 from sparsefw.model.layers import layer_of
-from sparsefw.report import HIDDEN, PREDICTIONS, Reconstruction
+from sparsefw.report.content import HIDDEN, PREDICTIONS, Reconstruction
 from sparsefw.solver.kept_weights import KeptWeights
 from sparsefw.solver.layer import LayerResult
 from sparsefw.solver.patterns import without_index

@@ -21,13 +21,23 @@ from sparsefw.driver.block import Run
 from sparsefw.driver.job import Job, Prepared, windows_of_texts
 from sparsefw.driver.loop import Outcome, prune_model
 from sparsefw.errors import InputError, counted
-from sparsefw.estimate import MemoryNeeds, Workload, disk_space, memory_limits, place, pruned_shape
+from sparsefw.estimate.memory import MemoryNeeds, Workload, disk_space, pruned_shape
+from sparsefw.estimate.placement import memory_limits, place
 from sparsefw.flags import flag_of
 from sparsefw.model import Placement, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
-from sparsefw.report import Report, amount, html, log, machine
-from sparsefw.report.content import CalibrationText, EvaluationText, MemoryRecord, RankRecord
-from sparsefw.report.environment import device_name, versions
+from sparsefw.report import html, log
+from sparsefw.report.content import (
+    CalibrationText,
+    EvaluationText,
+    MemoryRecord,
+    RankRecord,
+    Report,
+    amount,
+    device_name,
+    machine,
+    versions,
+)
 from sparsefw.solver.config import PruneConfig
 from sparsefw.timeline import of_rank
 
@@ -111,7 +121,8 @@ def carry_out(
     _say_what_is_pruned(prepared, say)
     shape = pruned_shape(prepared.shape, job.config)
     say(log.sparsity_line(job.config, shape, prepared.shape))
-    limits = memory_limits(job.output.gpu_memory, job.output.host_memory, model.device, ranks)
+    free = memory.free_memory(model.device, ranks.here)
+    limits = memory_limits(job.output.gpu_memory, job.output.host_memory, free, ranks)
     if calibration.n < ranks.count:
         raise InputError(f"--nsamples {calibration.n}: {ranks.count} ranks, and each needs a window")
     config = job.config.for_calibration(calibration.n, prepared.seqlen, ranks.count)

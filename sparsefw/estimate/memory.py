@@ -6,21 +6,22 @@ forward takes is counted when the shapes are found. On a machine without a GPU a
 ranks, all of this is what the one with the most takes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from sparsefw import data
-from sparsefw.estimate.workload import Workload, largest_share, stages
 from sparsefw.kernels.cpu import MIRRORED
 from sparsefw.memory import pinned_bytes
 from sparsefw.model import Placement
 from sparsefw.model.head import PIECE, tokens_of_pass
 from sparsefw.model.layers import is_watched
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
+from sparsefw.ranks import shares
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.kept_weights import bytes_of_state
+from sparsefw.solver.patterns import check_used
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
 
 GIB = 2**30
@@ -38,6 +39,81 @@ LIBRARIES, CODE_OF_EXPERTS = 2**26, 2**29
 # saliencies: of the whole matrix, and of rows that ranks may share.
 BYTES_WITHOUT_ROUNDS, BYTES_OF_WHOLE, BYTES_OF_SWEEP, BYTES_OF_BUDGETS = 56, 48, 20, 23
 BYTES_OF_SALIENCY = {False: 12, True: 4}
+
+
+# Bytes of a Python process with torch and transformers loaded and a text tokenized, as measured.
+PROCESS = 570 * 2**20
+
+
+def pruned_shape(whole: ModelShape, config: PruneConfig) -> ModelShape:
+    """The shape of a model with the layers that a run prunes.
+
+    A layer that does not fit the pattern is found here: one of a late block would end the run after hours.
+
+    Args:
+        whole: the same with all prunable layers.
+        config: selects the layers.
+
+    Raises:
+        InputError: as `check_used`; or the rows of a layer do not divide into the pattern's groups.
+    """
+    check_used(whole.layer_names, config.include, config.ignore)
+    shape = whole.selected(config.selects)
+    for name, d in shape.widths:
+        patterns.check_width(config.pattern, d, name)
+    return shape
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The work of a run.
+
+    Attributes:
+        windows: number of calibration windows.
+        evaluation: number of windows of each evaluation text.
+        seqlen: tokens in a window.
+        config: how the model is pruned, resolved for the calibration, see `PruneConfig.for_calibration`.
+        gpu: whether the model is pruned on a GPU.
+        threads: threads of torch, if the model is pruned on a CPU.
+        process: bytes of host memory that the process has before the run begins, with the tokens of all windows.
+        held: bytes of the GPU that the process has taken before the run begins: a model in memory may be there.
+        ranks: processes that share the work; process and held are those of one of them.
+        ranks_here: those of them that share the memory of a machine.
+    """
+
+    windows: int
+    evaluation: tuple[int, ...]
+    seqlen: int
+    config: PruneConfig
+    gpu: bool
+    threads: int
+    process: int = PROCESS
+    held: int = 0
+    ranks: int = 1
+    ranks_here: int = 1
+
+    @property
+    def windows_of_rank(self) -> int:
+        """The most calibration windows that one rank has."""
+        return largest_share(self.windows, self.ranks)
+
+    @property
+    def evaluation_of_rank(self) -> tuple[int, ...]:
+        """The most windows of each evaluation text that one rank has."""
+        return tuple(largest_share(windows, self.ranks) for windows in self.evaluation)
+
+
+def largest_share(total: int, ranks: int, unit: int = 1) -> int:
+    """The most of things in a row that one rank has, see `ranks.shares`."""
+    return max(share.stop - share.start for share in shares(total, ranks, unit))
+
+
+def stages(layers: Iterable[LayerShape]) -> list[list[LayerShape]]:
+    """The layers by stage, in the order of use: layers that read one input, whatever is used between them."""
+    by_gram: dict[str, list[LayerShape]] = {}
+    for layer in layers:
+        by_gram.setdefault(layer.gram, []).append(layer)
+    return list(by_gram.values())
 
 
 @dataclass(frozen=True)
@@ -83,18 +159,14 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     # All tensors outside of the blocks are written at the end, piece by piece. They are not loaded for it.
     piece = max(shape.pieces) + shape.quantized
     forward = max(_forward(b, shape, workload, tokens) for b in blocks)
+    peaks = [_stages_of_block(b, shape, workload, placement, tokens) for b in blocks]
+    calibrate, solve = map(max, zip(*peaks, strict=True))
     end = shape.outside + max(logits if workload.evaluation else 0, shape.quantized)
     # By phase: on the device, and on the host beside it.
     phases = {
         "start": (shape.outside + blocks[0].nbytes + max(forward, shape.loading), passing),
-        "calibrate": (
-            weights + max(shape.loading, kept + max(_calibration(b, shape, workload, tokens) for b in blocks)),
-            others + kept_on_host,
-        ),
-        "solve": (
-            weights + kept + max(_solves(b, workload, placement) for b in blocks),
-            others + kept_on_host,
-        ),
+        "calibrate": (weights + max(shape.loading, kept + calibrate), others + kept_on_host),
+        "solve": (weights + kept + solve, others + kept_on_host),
     }
     if config.reconstruct:
         predicts = shape.blocks[-1].predicts and bool(shape.blocks[-1].layers)
@@ -221,70 +293,44 @@ def _forward(block: BlockShape, shape: ModelShape, workload: Workload, tokens: i
     return block.forward.peak(tokens) + shape.heads * workload.seqlen * tokens * (4 + shape.itemsize)
 
 
-def _approximates_dense(config: PruneConfig, method: str) -> bool:
-    return config.uses_dense_target and method == "sparsefw"
-
-
-def _groups(block: BlockShape, config: PruneConfig) -> Iterator[tuple[str, list[list[LayerShape]]]]:
-    """For each method, the stages that are measured together: one by one, or all of them."""
-    order = stages(block.layers)
-    for method in config.methods if order else ():
-        yield from ((method, [s]) for s in order) if _approximates_dense(config, method) else [(method, order)]
-
-
-def _cross_bytes(stage: Sequence[LayerShape], config: PruneConfig, method: str) -> int:
+def _cross_bytes(stage: Sequence[LayerShape], dense: bool) -> int:
     """Cross matrices of a stage; layers that do not write to the stream share a square one."""
-    if not _approximates_dense(config, method) or stage[0].experts:
+    if not dense or stage[0].experts:
         return 0
     watched = is_watched([layer.role for layer in stage])
     rows = [layer.rows for layer in stage if watched or layer.role.write]
     return 4 * stage[0].d * (sum(rows) + stage[0].d * (len(rows) < len(stage)))
 
 
-def _matrices(group: list[list[LayerShape]], config: PruneConfig, method: str) -> int:
-    """Gram and cross matrices of stages: a Gram matrix each, or one for each expert."""
-    return sum(4 * s[0].d ** 2 * max(1, s[0].experts) + _cross_bytes(s, config, method) for s in group)
-
-
-def _calibration(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
-    """Gram and cross matrices, and the inputs and outputs that they are made of."""
+def _stages_of_block(
+    block: BlockShape, shape: ModelShape, workload: Workload, placement: Placement, tokens: int
+) -> tuple[int, int]:
+    """To calibrate a block and to solve it: Gram and cross matrices with what they are made of, and with a solve."""
     config, forward = workload.config, _forward(block, shape, workload, tokens)
+    order = stages(block.layers)
     # All stages are watched at once to find them.
-    watched = sum(s[0].d * s[0].parts + sum(x.rows for x in s) for s in stages(block.layers))
-    peak = forward + tokens * shape.itemsize * watched * config.uses_dense_target
-    for method, group in _groups(block, config):
-        dense = _approximates_dense(config, method)
-        held = tokens * shape.itemsize * sum(_held(stage, shape, dense) for stage in group)
-        # On a CPU operands are made in fp32, while the rest of the block runs or afterwards; then Gram matrices are
-        # mirrored, by pieces.
-        widest = max(s[0].d for s in group)
-        entries = widest + dense * max(layer.rows for s in group for layer in s)
-        operands = 0 if workload.gpu else max(4 * tokens * entries, 12 * min(widest, MIRRORED) ** 2)
-        peak = max(peak, _matrices(group, config, method) + held + max(forward, operands))
-    return peak
+    watched = sum(s[0].d * s[0].parts + sum(x.rows for x in s) for s in order)
+    calibrate, solve = forward + tokens * shape.itemsize * watched * config.uses_dense_target, 0
+    for method in config.methods if order else ():
+        dense = config.uses_dense_target and method == "sparsefw"
+        # Stages that approximate the dense model are measured one by one, others all at once.
+        for group in [[s] for s in order] if dense else [order]:
+            # A Gram matrix each, or one for each expert.
+            matrices = sum(4 * s[0].d ** 2 * max(1, s[0].experts) + _cross_bytes(s, dense) for s in group)
+            # Inputs; of both models with outputs, and the gaps between them.
+            entries = [3 * (s[0].d + sum(x.rows for x in s)) if dense and not s[0].experts else s[0].d * s[0].parts
+                       for s in group]  # fmt: skip
+            # On a CPU operands are made in fp32, while the rest of the block runs or afterwards; then Gram matrices
+            # are mirrored, by pieces.
+            widest = max(s[0].d for s in group)
+            operands = 4 * tokens * (widest + dense * max(layer.rows for s in group for layer in s))
+            operands = 0 if workload.gpu else max(operands, 12 * min(widest, MIRRORED) ** 2)
+            calibrate = max(calibrate, matrices + tokens * shape.itemsize * sum(entries) + max(forward, operands))
+            solve = max(solve, matrices + max(_solve(s, workload, placement, method, dense) for s in group))
+    return calibrate, solve
 
 
-def _held(stage: Sequence[LayerShape], shape: ModelShape, dense: bool) -> int:
-    """Entries a token that are held beside a block's forward: inputs and outputs of a stage, and their gaps."""
-    d = stage[0].d
-    if not dense or stage[0].experts:
-        return d * stage[0].parts
-    if is_watched([layer.role for layer in stage]):
-        return d + 3 * sum(layer.rows for layer in stage)
-    # Both inputs and their gap; both streams and theirs.
-    return 3 * d + 3 * shape.hidden * any(layer.role.write for layer in stage)
-
-
-def _solves(block: BlockShape, workload: Workload, placement: Placement) -> int:
-    """The matrices of the stages that were measured together, and the solve of one of these stages."""
-    groups = [
-        _matrices(group, workload.config, method) + max(_solve(s, workload, placement, method) for s in group)
-        for method, group in _groups(block, workload.config)
-    ]
-    return max(groups, default=0)
-
-
-def _solve(stage: Sequence[LayerShape], workload: Workload, placement: Placement, method: str) -> int:
+def _solve(stage: Sequence[LayerShape], workload: Workload, placement: Placement, method: str, dense: bool) -> int:
     """The solve of a stage by a method, beside its Gram and cross matrices."""
     config, d, gpu = workload.config, stage[0].d, workload.gpu
     low = gpu and config.precision == "bf16"
@@ -298,8 +344,8 @@ def _solve(stage: Sequence[LayerShape], workload: Workload, placement: Placement
     matrices = (2 if low and config.refit else 4) * d * d * METHODS[method].uses_target
     matrices += 4 * d * d * (gpu and config.precision in ("tf32", "bf16"))
     # Weights; saliencies, when the cross matrices have gone; the gap to the targets; weights that may be nonzero.
-    copies = rows * d * (2 if gpu else 4) + max(0, 4 * rows * d - stacked * _cross_bytes(stage, config, method))
-    copies += rows * d * (4 * (_approximates_dense(config, method) and not config.refit) + config.keep_zeros)
+    copies = rows * d * (2 if gpu else 4) + max(0, 4 * rows * d - stacked * _cross_bytes(stage, dense))
+    copies += rows * d * (4 * (dense and not config.refit) + config.keep_zeros)
     if stacked:
         at_once = min(rows, max(ROW_UNIT, placement.solver // (BYTES_PER_ENTRY * d) // ROW_UNIT * ROW_UNIT))
         at_once = at_once if gpu else min(at_once, workload.threads * cpu_rows(d))

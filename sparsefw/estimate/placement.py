@@ -6,12 +6,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparsefw import memory
 from sparsefw.errors import InputError
-from sparsefw.estimate.memory import GIB, MemoryNeeds, keepable_widths, memory_needs
-from sparsefw.estimate.workload import Workload
+from sparsefw.estimate.memory import GIB, MemoryNeeds, Workload, keepable_widths, memory_needs
 from sparsefw.model import Placement
 from sparsefw.model.activations import BATCH_TOKENS, LEAST_BATCHES, PLACES, SOLVER
 from sparsefw.model.shapes import ModelShape
@@ -20,19 +17,18 @@ from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 
 
 def memory_limits(
-    gpu_memory: float | None, host_memory: float | None, device: torch.device, ranks: Ranks = ALONE
+    gpu_memory: float | None, host_memory: float | None, free: dict[str, int], ranks: Ranks = ALONE
 ) -> dict[str, int]:
     """Memory limits of this process in bytes: "host", and with a GPU "gpu"; the lowest ones of all ranks.
 
     Args:
         gpu_memory, host_memory: limits that the user has given, in GiB; None: what is free, less a tenth.
-        device: device that it works on.
+        free: what is free, see `memory.free_memory`.
         ranks: the ranks on a machine share its memory.
 
     Raises:
         InputError: there is a limit for a GPU, and no GPU.
     """
-    free = memory.free_memory(device, ranks.here)
     if gpu_memory is not None and "gpu" not in free:
         raise InputError("--gpu-memory: no CUDA device")
     given = {"gpu": gpu_memory, "host": host_memory and host_memory / ranks.here}

@@ -1,19 +1,28 @@
-"""The plan of a run: what `sparsefw.plan` prints and writes as JSON."""
+"""The plan of a run, from its model's config alone: what `sparsefw.plan` prints and writes as JSON."""
 
+import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
+from transformers import AutoConfig
 
-from sparsefw import data, memory
-from sparsefw.errors import InputError, counted
-from sparsefw.estimate.describe import describe
-from sparsefw.estimate.memory import GIB, disk_space
+from sparsefw import checkpoint, data, memory
+from sparsefw.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, trust
+from sparsefw.checkpoint.quantization import dtype_in, quantization_of
+from sparsefw.checkpoint.source import read_json
+from sparsefw.checkpoint.tensors import TensorInfo
+from sparsefw.errors import InputError, counted, first_line, shown
+from sparsefw.estimate.memory import GIB, PROCESS, Workload, disk_space, pruned_shape
 from sparsefw.estimate.placement import memory_limits, place
-from sparsefw.estimate.workload import PROCESS, Workload, pruned_shape
-from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs
+from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, Output
+from sparsefw.model import shape_of
+from sparsefw.model.hf import from_config
+from sparsefw.model.shapes import ModelShape
+from sparsefw.model.skeleton import LOADING, class_of, forget_quantization, max_seqlen
 from sparsefw.solver.config import PruneConfig
 
 # Memory of a card as it is sold, in 10^9 bytes. The chips hold a little more, which is left to the driver.
@@ -33,42 +42,121 @@ CARDS = {
     "v100-32gb": 32,
 }
 
-# Stands for no memory limit, in bytes: more than any machine has.
-UNLIMITED = 2**62
+# Dtypes of weights that can be pruned. A model whose config names no dtype is taken to have the first.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# The most tensors that a model may have; `trust.bounded` lets many times as many modules and parameters be made.
+MAX_TENSORS = 4096
+
+# Stands for a host's memory that is not known, in bytes: more than any machine has.
+ENDLESS = 2**62
 
 PLACES = {"gpu": "on the device", "host": "in host memory", "file": "in a file in {folder}"}
 
 
-def limits_of(card: str | None, gpu_memory: float | None, host_memory: float | None) -> dict[str, int]:
-    """Memory limits in bytes: "host", and with a GPU "gpu".
+@dataclass(frozen=True)
+class DescribedModel:
+    """A model as its config describes it.
+
+    Attributes:
+        name: name of the model's class.
+        shape: shape of the model.
+        dtype: dtype of the weights.
+        max_seqlen: tokens in the longest window that it takes; None if the config does not say.
+        notes: what was assumed, one line each.
+    """
+
+    name: str
+    shape: ModelShape
+    dtype: torch.dtype
+    max_seqlen: int | None
+    notes: list[str]
+
+
+def describe(model: str) -> DescribedModel:
+    """The model of a config. Nothing else is downloaded, and no weights are read.
 
     Args:
-        card: the GPU, one of CARDS; None: this machine's, if there is one.
-        gpu_memory, host_memory: limits in GiB; None: what the card has or what is free here, less a tenth. Beside a
-            card the host has no limit.
+        model: a folder with a config.json, a config file, or a Hub id.
 
     Raises:
-        InputError: there is a limit for a GPU, and no GPU.
+        InputError: there is no such model; its config is damaged, asks for what no model has, or describes one that
+            transformers does not know.
     """
-    given = {"gpu": gpu_memory, "host": host_memory}
-    if card is None:
-        return memory_limits(gpu_memory, host_memory, memory.this_device())
-    limits = {"gpu": int(CARDS[card] * 10**9 * (1 - memory.MARGIN)), "host": UNLIMITED}
-    return limits | {what: int(gib * GIB) for what, gib in given.items() if gib is not None}
+    path = _find_config(model)
+    named = read_json(path)
+    trust.check_config(named, path)
+    trust.check_model_type(named, path)
+    quantization, notes = quantization_of(named, path), list[str]()
+    folder = path.parent if path.name == CONFIG else path
+    # The dtype of weights that are there counts more than the config's.
+    beside = path.name == CONFIG and any((folder / name).exists() for name in (SINGLE, INDEX))
+    stored = checkpoint.inspect(folder) if beside else None
+    try:
+        with trust.bounded(MAX_TENSORS):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            forget_quantization(config)
+            dtype = (stored.dtype if stored else dtype_in(named) if quantization else config.dtype) or DTYPES[0]
+            if dtype not in DTYPES:
+                raise InputError(f"{path}: weights in {dtype} cannot be pruned; give a model in fp32, fp16 or bf16")
+            if quantization:
+                written = str(dtype).removeprefix("torch.")
+                notes.append(f"{path}: quantized by {quantization.method}: tensors are dequantized and written as "
+                             f"{written}")  # fmt: skip
+            elif not stored and config.dtype is None:
+                notes.append(f"{path}: names no dtype: taken for {dtype}")
+            if not getattr(config.get_text_config(), "num_hidden_layers", 1):
+                raise InputError(f"{path}: num_hidden_layers is 0: there is nothing to prune")
+            kind, config = class_of(config, path)
+            with torch.device("meta"):
+                empty = from_config(kind, config, dtype=dtype)
+        # Each tied tensor once, as in a checkpoint.
+        tied = empty.all_tied_weights_keys
+        tensors = {n: TensorInfo(path, t.dtype, tuple(t.shape)) for n, t in empty.state_dict().items() if n not in tied}
+        shape, longest = shape_of(Checkpoint(folder, {}, tensors, dtype)), max_seqlen(config)
+    except InputError:
+        raise
+    # A block runs the code of its architecture on sizes that the config chose.
+    except (*LOADING, MemoryError) as error:
+        line = shown(first_line(error))
+        raise InputError(f"{path}: unsupported model: transformers cannot build or run it: {line}") from error
+    # As if each expert were a tensor of its own.
+    sizes = (layer.experts * layer.rows * layer.d for block in shape.blocks for layer in block.layers)
+    shape = replace(shape, joined=dtype.itemsize * max(sizes, default=0))
+    if quantization:
+        # As if all of a block were quantized. Without the weights as if everything were, which is the least to read.
+        share = quantization.share(dtype)
+        quantized = int(share * max(block.nbytes for block in shape.blocks))
+        shape = replace(shape, quantized=quantized, stored=stored.stored_nbytes / stored.nbytes if stored else share)
+    return DescribedModel(type(empty).__name__, shape, dtype, longest, notes)
 
 
-def plan(inputs: Inputs, config: PruneConfig, card: str | None, limits: dict[str, int], folder: Path) -> dict[str, Any]:
+def _find_config(model: str) -> Path:
+    path = Path(os.path.expanduser(model))
+    if model and path.is_file():
+        return path
+    if model and path.is_dir():
+        if not (path / CONFIG).exists():
+            raise InputError(f"{path}: no config.json; give the folder of a Hugging Face checkpoint, or a config file")
+        return path / CONFIG
+    if not model or path.exists() or model.startswith((".", "/", "~")):
+        raise InputError(f"{model or '--model'}: no such folder or file; give one with a config, or a Hub id")
+    with checkpoint.from_hub(model):
+        return Path(huggingface_hub.hf_hub_download(model, CONFIG))
+
+
+def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) -> dict[str, Any]:
     """The content of --json; sizes in bytes.
 
     Args:
-        inputs, config: inputs and config of the run.
-        card: the card that it is planned for; None: this machine.
-        limits: memory limits from `limits_of`.
-        folder: folder of the output, and of the file of activations if there is one.
+        inputs, config, output: those of the run.
+        card: the card that it is planned for, one of CARDS, beside a host without a limit; None: this machine.
 
     Raises:
-        InputError: there is no such model or layer, or memory is too little.
+        InputError: there is no such model or layer, memory is too little, or there is a limit for a GPU, and no GPU.
     """
+    free = {"gpu": CARDS[card] * 10**9, "host": ENDLESS} if card else memory.free_memory(memory.this_device())
+    limits = memory_limits(output.gpu_memory, output.host_memory, free)
     described = describe(str(DEFAULT_MODEL) if inputs.embedded else inputs.model)
     shape = pruned_shape(described.shape, config)
     seqlen = data.window_length(inputs.model, inputs.seqlen, described.max_seqlen)
@@ -83,7 +171,7 @@ def plan(inputs: Inputs, config: PruneConfig, card: str | None, limits: dict[str
         process=PROCESS + data.window_bytes(inputs.nsamples, evaluation, seqlen),
     )
     config = workload.config
-    placement, needs = place(shape, workload, limits, folder)
+    placement, needs = place(shape, workload, limits, output.folder.resolve().parent)
     notes = list(described.notes)
     if seqlen < inputs.seqlen:
         notes.append(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
@@ -105,7 +193,7 @@ def plan(inputs: Inputs, config: PruneConfig, card: str | None, limits: dict[str
             "precision": config.precision,
         },
         "device": card or f"this machine's {'GPU' if workload.gpu else 'CPU'}",
-        "limits": {what: None if size == UNLIMITED else size for what, size in limits.items()},
+        "limits": {what: None if size > ENDLESS // 2 else size for what, size in limits.items()},
         "memory": {phase: {"gpu": gpu, "host": host} for phase, (gpu, host) in needs.phases.items()},
         "placement": asdict(placement) | {"folder": str(placement.folder)},
         "disk": disk_space(shape, workload, placement),

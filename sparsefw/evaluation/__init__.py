@@ -5,25 +5,10 @@ what needs it.
 """
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
 
-from sparsefw.evaluation.metrics import Evaluation
-from sparsefw.evaluation.run import check_installed, evaluate
+from sparsefw.evaluation.run import evaluate
 
-if TYPE_CHECKING:
-    from sparsefw.evaluation.harness import StreamedLM
-
-__all__ = ["Evaluation", "StreamedLM", "check_installed", "evaluate"]
-
-
-def __getattr__(name: str) -> Any:
-    if name != "StreamedLM":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    check_installed()
-    from sparsefw.evaluation.harness import StreamedLM
-
-    return StreamedLM
-
+__all__ = ["evaluate"]
 
 if find_spec("lm_eval"):
     # Imports the harness's list of names, and no more.

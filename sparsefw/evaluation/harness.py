@@ -22,7 +22,8 @@ from sparsefw.caller import on_cpu_by_default, settings_kept
 from sparsefw.data import load_tokenizer, tokenize
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.evaluation.rows import Request, request_of
-from sparsefw.evaluation.streaming import Score, locate, scores_of
+from sparsefw.evaluation.streaming import Score, scores_of
+from sparsefw.inputs import locate
 from sparsefw.model.skeleton import read_config
 from sparsefw.ranks import joined_with
 
@@ -51,6 +52,7 @@ class StreamedLM(TemplateLM):
     Attributes:
         checkpoint: the checkpoint.
         tokenizer: its tokenizer.
+        failure: what has ended `scores`; None: nothing.
 
     Raises:
         InputError: there is no such checkpoint, or no such token.
@@ -85,6 +87,7 @@ class StreamedLM(TemplateLM):
             )
         self._limits, self._log = {"gpu_memory": gpu_memory, "host_memory": host_memory}, log
         self._progress = progress
+        self.failure: BaseException | None = None
 
     @property
     def eot_token_id(self) -> int | None:
@@ -169,15 +172,13 @@ class StreamedLM(TemplateLM):
         Raises:
             InputError: as `scores_of`.
         """
-        with joined_with(self._log) as (ranks, say):
-            return scores_of(
-                self.checkpoint,
-                requests,
-                **self._limits,
-                say=say,
-                progress=self._progress and not disable_tqdm,
-                ranks=ranks,
-            )
+        shown = self._progress and not disable_tqdm
+        try:
+            with joined_with(self._log) as (ranks, say):
+                return scores_of(self.checkpoint, requests, **self._limits, say=say, progress=shown, ranks=ranks)
+        except Exception as error:
+            self.failure = error
+            raise
 
 
 class Tasks(TaskManager):
@@ -227,17 +228,17 @@ class Tasks(TaskManager):
         Raises:
             InputError: tasks cannot be loaded, or the harness cannot make their prompts or metrics; or as `StreamedLM`.
         """
+        model.failure = None
         try:
             # Standard errors are made of the values of documents.
             found = simple_evaluate(
                 model, tasks=[*self.names], num_fewshot=num_fewshot, limit=limit, task_manager=self, bootstrap_iters=0
             )
             return found or {}
-        # The model is run in there, too: these are its own ends.
-        except (InputError, FloatingPointError, MemoryError, torch.OutOfMemoryError):
-            raise
-        # A task has the harness do anything with a document.
+        # A task has the harness do anything with a document. The model is run in there, too: that ends as it does.
         except Exception as error:
+            if isinstance(error, InputError | MemoryError) or error is model.failure:
+                raise
             line = f"{type(error).__name__}: {first_line(error)}"
             raise InputError(f"--tasks {','.join(self.names)}: the harness cannot evaluate them: {line}") from error
 

@@ -4,7 +4,6 @@ A row is a tree of tokens: a token's parent is the token before it. Requests tha
 question, are branches of one tree. A token attends to itself and to the tokens before it on its branch.
 """
 
-import math
 import sys
 from array import array
 from bisect import bisect_right
@@ -89,20 +88,18 @@ class Row:
         """Whether it is more than a chain."""
         return len(self.tokens) > self.depth
 
-    def takes(self, length: int, common: int, sharing: Sharing, longest: float) -> bool:
+    def takes(self, length: int, common: int, sharing: Sharing) -> bool:
         """Whether a request joins the row.
 
         Args:
             length: number of its tokens.
             common: number of tokens that it and the last request begin with.
             sharing: what a row may hold.
-            longest: most tokens of a branch of a tree.
         """
         if common == len(self.path) and not self.branches and (sharing or length == common):
             return True
-        depth = max(self.depth, length)
-        fits = len(self.tokens) + length - common <= BRANCHES * depth
-        return sharing == Sharing.BRANCHES and common >= SHARED_TOKENS and depth <= longest and fits
+        fits = len(self.tokens) + length - common <= BRANCHES * max(self.depth, length)
+        return sharing == Sharing.BRANCHES and common >= SHARED_TOKENS and fits
 
     def add(self, number: int, request: Request, common: int) -> None:
         """Add request `number`, which has its first `common` tokens in common with the last one."""
@@ -142,13 +139,12 @@ class Group:
         return (self.rows[first : first + size] for first in range(0, len(self.rows), size))
 
 
-def rows_of(requests: Sequence[Request], sharing: Sharing, longest: float = math.inf) -> list[Row]:
+def rows_of(requests: Sequence[Request], sharing: Sharing) -> list[Row]:
     """The rows that hold all requests.
 
     Args:
         requests: the requests.
         sharing: what a row may hold.
-        longest: most tokens of a branch of a tree.
     """
     rows: list[Row] = []
     before = array("i")
@@ -157,7 +153,7 @@ def rows_of(requests: Sequence[Request], sharing: Sharing, longest: float = math
     for number in sorted(range(len(requests)), key=lambda n: requests[n].read):
         read = requests[number].read
         common = _common(before, read)
-        if not rows or not rows[-1].takes(len(read), common, sharing, longest):
+        if not rows or not rows[-1].takes(len(read), common, sharing):
             rows.append(Row())
             common = 0
         rows[-1].add(number, requests[number], common)

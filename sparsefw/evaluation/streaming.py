@@ -14,20 +14,19 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsefw import checkpoint, memory
+from sparsefw import memory
 from sparsefw.checkpoint import Checkpoint
 from sparsefw.data import token_batch
 from sparsefw.errors import InputError, counted
-from sparsefw.estimate import Workload, memory_limits, place
+from sparsefw.estimate.memory import Workload
+from sparsefw.estimate.placement import memory_limits, place
 from sparsefw.evaluation.rows import Group, Request, Row, Sharing, groups_of, partition, rows_of
-from sparsefw.inputs import DEFAULT, DEFAULT_MODEL
 from sparsefw.model import HiddenStates, ModelShape, Placement, StreamedModel, shape_of
 from sparsefw.model.forward import check_token, embed_batches, run_behind_blocks
 from sparsefw.model.skeleton import max_seqlen
@@ -42,9 +41,6 @@ TOLERANCE = {4: 1e-3, 2: 0.05}
 # Positions at which they are compared, at most; and the tokens of a request of which half is compared, at least.
 COMPARED, LEAST = 8, 4
 
-# Names of the numbers in a config beyond which local attention does not read: the mask of a tree does not tell it so.
-LOCAL = ("sliding_window", "attention_chunk_size", "window_size")
-
 
 class Score(NamedTuple):
     """The answer to a request.
@@ -56,11 +52,6 @@ class Score(NamedTuple):
 
     loglikelihood: float
     greedy: bool
-
-
-def locate(name: str) -> Path:
-    """The folder of a checkpoint: "default" is the embedded model, and other names are as for `checkpoint.locate`."""
-    return DEFAULT_MODEL if name == DEFAULT else checkpoint.locate(name)
 
 
 def scores_of(
@@ -89,7 +80,7 @@ def scores_of(
     # Otherwise what a model before has left counts as taken.
     memory.give_back()
     device = memory.this_device()
-    limits = memory_limits(gpu_memory, host_memory, device, ranks)
+    limits = memory_limits(gpu_memory, host_memory, memory.free_memory(device, ranks.here), ranks)
     parts = partition(requests, ranks.count)
     mine = [requests[n] for n in parts[ranks.number]]
     with StreamedModel(source, device) as model, memory.gpu_limited(limits.get("gpu")), torch.no_grad():
@@ -117,14 +108,12 @@ def _answers(
     ranks: Ranks,
 ) -> list[Score]:
     """The answers of one rank, in rows that hold as much as the model allows."""
-    config = model.config
-    local = [size for name in LOCAL if isinstance(size := getattr(config.get_text_config(), name, None), int) and size]
     for sharing in sorted(Sharing, reverse=True):
-        rows = rows_of(requests, sharing, min(local, default=math.inf))
+        rows = rows_of(requests, sharing)
         checks = _checks(rows) if sharing else []
         if sharing and (not checks or (sharing == Sharing.BRANCHES and not any(row.branches for row in rows))):
             continue
-        groups = groups_of(rows, sharing, max_seqlen(config) or sys.maxsize)
+        groups = groups_of(rows, sharing, max_seqlen(model.config) or sys.maxsize)
         groups += groups_of([check.alone for check in checks], Sharing.NOTHING)
         placement = _placement(shape, model.device, groups, limits, ranks)
         say(
@@ -158,18 +147,15 @@ class _Check(NamedTuple):
 
 
 def _checks(rows: Sequence[Row]) -> list[_Check]:
-    """Of chains, the first half of the longest; of trees, the last branch of the deepest and of the largest."""
-    # Rows, the request's path in each, and those of its places that no other request has.
-    compared: list[tuple[Row, list[int], list[int]]] = []
-    longest = max((row for row in rows if not row.branches), key=lambda row: row.depth, default=None)
-    if longest and longest.depth >= LEAST:
-        half = longest.path[: longest.depth // 2]
-        compared.append((longest, half, half))
-    if trees := [row for row in rows if row.branches]:
-        deepest, largest = max(trees, key=lambda row: row.depth), max(trees, key=lambda row: len(row.tokens))
-        compared += [(row, row.path, row.own) for row in {deepest, largest}]
+    """Of the longest chain, the first half; of the deepest and of the largest tree, the last branch."""
+    picked = ((False, lambda row: row.depth), (True, lambda row: row.depth), (True, lambda row: len(row.tokens)))
+    found = [max((row for row in rows if row.branches == trees), key=key, default=None) for trees, key in picked]
     checks = []
-    for row, path, own in compared:
+    for row in dict.fromkeys(found):
+        if row is None or row.depth < LEAST:
+            continue
+        # The request's path, and those of its places that no other request has.
+        path, own = (row.path, row.own) if row.branches else [row.path[: row.depth // 2]] * 2
         alone = Row()
         alone.add(0, Request(array("i", [row.tokens[place] for place in path]), array("i")), 0)
         checks.append(_Check(row, own[-COMPARED:], alone))

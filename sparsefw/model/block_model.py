@@ -10,8 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sparsefw.caller import as_python
 from sparsefw.checkpoint.tensors import Loadable, dequantized
-from sparsefw.compiled import as_python
 from sparsefw.data import Batch
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.finite import check_finite

@@ -1,11 +1,15 @@
 """`Report`: all that a run reports. It is written to report.json and read from there."""
 
+import importlib.metadata
 import json
-from collections.abc import Sequence
+import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
+import sparsefw
 from sparsefw.checkpoint.files import parse, read_bounded
 from sparsefw.data.batches import BATCHES
 from sparsefw.errors import InputError, counted
@@ -20,11 +24,8 @@ Argument = str | int | float | bool | tuple[str, ...] | None
 
 T = TypeVar("T", bound=Argument)
 
-
-def mean(values: Sequence[float]) -> float:
-    """The mean of at least one value."""
-    return sum(values) / len(values)
-
+# Beside this package and Python, a result's last bits depend on these.
+LIBRARIES = ("torch", "triton", "transformers", "datasets", "safetensors")
 
 # The name of the model before pruning, beside the methods.
 DENSE = "dense"
@@ -256,3 +257,25 @@ def read_report(path: Path) -> Report:
         InputError: it is missing, too large, not JSON, or not what `sparsefw.run` writes; the line names the place.
     """
     return parse(Report, read_bounded(path, MAX_REPORT_BYTES), path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and the libraries that the numbers depend on."""
+    by_name = {"python": platform.python_version(), "sparsefw": sparsefw.__version__}
+    for name in LIBRARIES:
+        try:
+            by_name[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            by_name[name] = "not installed"
+    return by_name
+
+
+def device_name(device: torch.device) -> str:
+    """Name of a GPU, or the architecture of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Device, number of threads and versions: a result's last bits depend on them."""
+    threads = {"threads": str(torch.get_num_threads())} if device.type == "cpu" else {}
+    return {"device": device_name(device)} | threads | versions()

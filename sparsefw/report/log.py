@@ -1,65 +1,65 @@
-"""The lines that a run prints: sparsity and memory, a fixed-width row for each layer, the table at the end."""
+"""The lines that a run prints: sparsity and memory, a fixed-width row for each layer, the table at the end.
 
-from collections import Counter
-from collections.abc import Iterator
+Layers are of a type by their name inside their block, the same for all blocks and all experts.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from sparsefw.errors import counted
 from sparsefw.memory import peak_memory
 from sparsefw.model import Placement
-from sparsefw.report.content import DENSE, HIDDEN, RankRecord, Reconstruction, Report, amount, mean
-from sparsefw.report.kinds import kept_dense
+from sparsefw.report.content import DENSE, HIDDEN, RankRecord, Reconstruction, Report, amount
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.layer import LayerResult
 from sparsefw.solver.patterns import Pattern
 
 if TYPE_CHECKING:
-    from sparsefw.estimate import MemoryNeeds
+    from sparsefw.estimate.memory import MemoryNeeds
     from sparsefw.model import ModelShape
 
-_COLUMNS = (
-    ("layer", "<44"),
-    ("shape", ">13"),
-    ("method", ">9"),
-    ("steps", ">5"),
-    ("error", ">11"),
-    ("mask only", ">9"),
-    ("relative", ">8"),
-    ("gap", ">11"),
-    ("seconds", ">7"),
-    ("peak GiB", ">8"),
+# A slice of a stacked parameter, or the position in a list of modules.
+_EXPERT = re.compile(r"(?<![^.\[])\d+(?![^.\]])")
+
+# Name, layout and text of each column but the last one, the peak of memory so far, which is known only while the run
+# goes on.
+_COLUMNS: tuple[tuple[str, str, Callable[[LayerResult], str]], ...] = (
+    ("layer", "<44", lambda layer: layer.name),
+    ("shape", ">13", lambda layer: "x".join(map(str, layer.shape))),
+    ("method", ">9", lambda layer: layer.method),
+    ("steps", ">5", lambda layer: str(layer.steps)),
+    ("error", ">11", lambda layer: f"{layer.error:.4e}"),
+    ("mask only", ">9", lambda layer: f"{layer.relative_mask:.4f}"),
+    ("relative", ">8", lambda layer: f"{layer.relative_error:.4f}"),
+    ("gap", ">11", lambda layer: "-" if layer.gap is None else f"{layer.gap:.4e}"),
+    ("seconds", ">7", lambda layer: f"{layer.seconds:.2f}"),
 )
-
-# The columns of `layer_cells`: all but the peak of memory so far, which is known only while the run goes on.
-COLUMNS = tuple(name for name, _ in _COLUMNS[:-1])
-
-
-def layer_header() -> str:
-    """Column names of the rows of `layer_row`."""
-    return " ".join(f"{name:{layout}}" for name, layout in _COLUMNS)
+COLUMNS = tuple(name for name, *_ in _COLUMNS)
 
 
 def layer_cells(layer: LayerResult) -> list[str]:
     """One layer's result, a text for each of COLUMNS."""
-    return [
-        layer.name,
-        "x".join(map(str, layer.shape)),
-        layer.method,
-        str(layer.steps),
-        f"{layer.error:.4e}",
-        f"{layer.relative_mask:.4f}",
-        f"{layer.relative_error:.4f}",
-        "-" if layer.gap is None else f"{layer.gap:.4e}",
-        f"{layer.seconds:.2f}",
-    ]
+    return [text(layer) for *_, text in _COLUMNS]
+
+
+def layer_header() -> str:
+    """Column names of the rows of `layer_row`."""
+    return _row(COLUMNS, "peak GiB")
 
 
 def layer_row(layer: LayerResult) -> str:
     """One layer's result; the peak is the GPU's where there is one, else the host's."""
     peak = peak_memory()
-    cells = [*layer_cells(layer), f"{(peak['gpu_bytes'] or peak['host_bytes']) / 2**30:.2f}"]
-    return " ".join(f"{cell:{layout}}" for cell, (_, layout) in zip(cells, _COLUMNS, strict=True))
+    return _row(layer_cells(layer), f"{(peak['gpu_bytes'] or peak['host_bytes']) / 2**30:.2f}")
+
+
+def _row(cells: Sequence[str], peak: str) -> str:
+    return " ".join([*(f"{x:{layout}}" for x, (_, layout, _) in zip(cells, _COLUMNS, strict=True)), f"{peak:>8}"])
 
 
 def reconstruction_row(block: str, found: Reconstruction) -> str:
@@ -77,7 +77,7 @@ def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
         layers = report.layers_of(name)
         errors = ([layer.relative_mask for layer in layers], [layer.relative_error for layer in layers])
         # The dense model has none.
-        cells = [f"{mean(of_layers):.4f}" if of_layers else "" for of_layers in errors]
+        cells = [f"{fmean(of_layers):.4f}" if of_layers else "" for of_layers in errors]
         yield name, [f"{text.perplexity[name]:.3f}" for text in report.evaluation] + cells
 
 
@@ -107,7 +107,7 @@ def reconstruction_line(report: Report) -> str:
     ratios = [1.0 if one.put_back or not one.before else one.after / one.before for one in found]
     back = sum(one.put_back for one in found)
     return (
-        f"reconstruction: {counted(len(found), 'block')}, loss on held-out windows x {mean(ratios):.3f} in the mean; "
+        f"reconstruction: {counted(len(found), 'block')}, loss on held-out windows x {fmean(ratios):.3f} in the mean; "
         f"{back} put back. Errors of layers are those before it"
     )
 
@@ -187,11 +187,9 @@ def sparsity_line(config: PruneConfig, shape: "ModelShape", whole: "ModelShape")
 
 def _sizes(shape: "ModelShape") -> dict[tuple[int, int], int]:
     """How many matrices of each shape (rows, d) there are."""
-    sizes = Counter[tuple[int, int]]()
-    for block in shape.blocks:
-        for layer in block.layers:
-            sizes[layer.rows, layer.d] += max(layer.experts, 1)
-    return sizes
+    return Counter(
+        (layer.rows, layer.d) for block in shape.blocks for layer in block.layers for _ in range(layer.experts or 1)
+    )
 
 
 def _weights(sizes: dict[tuple[int, int], int]) -> int:
@@ -202,18 +200,64 @@ def _removed(pattern: Pattern, method: str, sizes: dict[tuple[int, int], int]) -
     """The share that a method removes from matrices of these sizes, in words that "of N weights" may follow."""
     if pattern.scope == "group":
         n = patterns.kept_in_group(pattern)
-        return (
-            f"{n} of every {pattern.group} weights are kept, which removes {_percent(pattern.group - n, pattern.group)}"
-        )
-    sparsity = pattern.text.removeprefix("layer:")
+        removed = _percent(pattern.group - n, pattern.group)
+        return f"{n} of every {pattern.group} weights are kept, which removes {removed}"
+    sparsity, total = pattern.text.removeprefix("layer:"), _weights(sizes)
     if pattern.scope == "layer" or not METHODS[method].rows_independent:
         kept = sum(patterns.kept_in_layer(pattern, rows, d) * count for (rows, d), count in sizes.items())
-        return f"{sparsity} of every matrix: {_percent(_weights(sizes) - kept, _weights(sizes))}"
-    removed = {d: d - patterns.kept_in_row(pattern, d) for d in sorted({d for _, d in sizes})}
-    rows = ", ".join(f"{n} of {d} ({_percent(n, d)})" for d, n in removed.items())
-    total = sum(rows * removed[d] * count for (rows, d), count in sizes.items())
-    return f"{sparsity} of every row: {rows}; {_percent(total, _weights(sizes))}"
+        return f"{sparsity} of every matrix: {_percent(total - kept, total)}"
+    of_row = {d: d - patterns.kept_in_row(pattern, d) for d in sorted({d for _, d in sizes})}
+    words = ", ".join(f"{n} of {d} ({_percent(n, d)})" for d, n in of_row.items())
+    gone = sum(rows * of_row[d] * count for (rows, d), count in sizes.items())
+    return f"{sparsity} of every row: {words}; {_percent(gone, total)}"
 
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f} %"
+
+
+def positions_of(report: Report) -> dict[str, int]:
+    """The position of every block by its name."""
+    return {block.name: i for i, block in enumerate(report.blocks)}
+
+
+def locate(name: str, positions: dict[str, int]) -> tuple[int, str]:
+    """The position of a tensor's block, and the tensor's type: its name inside the block, `*` for an expert's number.
+
+    Args:
+        name: name of the tensor.
+        positions: positions of the blocks, see `positions_of`.
+
+    Raises:
+        ValueError: the tensor lies in none of the blocks.
+    """
+    for dot in re.finditer(r"\.", name):
+        if (prefix := name[: dot.start()]) in positions:
+            return positions[prefix], _EXPERT.sub("*", name[dot.end() :].removesuffix(".weight"))
+    raise ValueError(f"{name}: in none of the blocks")
+
+
+def kept_dense(report: Report) -> list[tuple[str, str, str]]:
+    """The types of the matrices that were not pruned: type, how many, and in which blocks.
+
+    Those in blocks that text does not run through are types of their own, named in full.
+    """
+    numbers: dict[str, list[int]] = defaultdict(list)
+    positions, idle = positions_of(report), Counter[str]()
+    for name in report.kept_dense:
+        try:
+            position, kind = locate(name, positions)
+        except ValueError:
+            idle[_EXPERT.sub("*", name.removesuffix(".weight"))] += 1
+            continue
+        numbers[kind].append(report.blocks[position].block)
+    rows = [(kind, f"{len(blocks):,}", _ranges(blocks)) for kind, blocks in numbers.items()]
+    return rows + [(kind, f"{count:,}", "text does not run through them") for kind, count in idle.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Whole numbers in ascending order, with runs of three or more abridged: "0 to 3, 7, 8"."""
+    # In a run, numbers go up as their positions do.
+    by_run = groupby(enumerate(sorted(set(numbers))), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in run] for _, run in by_run]
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from sparsefw.autocast import without_autocast
+from sparsefw.caller import without_autocast
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.topk_torch import masked
 from sparsefw.ranks import ALONE, Ranks, shares

@@ -43,10 +43,7 @@ def test_the_log_of_hostile_names(tmp_path, text, capsys):
     ("command", "flags"),
     [
         (run, ["--model", LONG]),
-        (run, ["--dataset", f"{LONG}.txt"]),
         (run, ["--dataset", HOSTILE]),
-        (run, ["--ignore", HOSTILE]),
-        (run, ["--sparsity", HOSTILE]),
         (run, ["--output", "a\0b"]),
         (plan.main, ["--json", "a\0b"]),
         (verify.main, [HOSTILE]),

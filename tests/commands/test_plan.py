@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import huggingface_hub
 import pytest
@@ -93,10 +92,8 @@ def test_without_flags_it_is_the_embedded_models_run(tmp_path, capsys):
     [
         ("--gpu-memory 8", "--gpu-memory: no CUDA device"),
         ("--gpu nothing", "argument --gpu: invalid choice: 'nothing' (choose from 'a10', "),
-        ("--gpu h100 --gpu-memory 0", "--gpu-memory 0.00: this run needs at least"),
         ("--host-memory 0.01", "--host-memory 0.01: this run needs at least"),
         ("--eval text.txt", "--eval text.txt: texts are not read here; say how long it is with --eval-windows"),
-        ("--host-memory 1e7", "--host-memory 10000000.0: expected at least 0 and at most 1048576"),
         ("--json /nowhere/plan.json", "--json /nowhere/plan.json: cannot be written"),
         ("--unheard-of", "unrecognized arguments: --unheard-of (--help lists the options)"),
     ],
@@ -109,24 +106,14 @@ def test_bad_flags_are_one_line(config, flags, line, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ("{}", "transformers cannot build this model"),
-        ('{"model_type": "unheard_of"}', "has no class for model_type unheard_of"),
+        ("{}", "unsupported model: transformers cannot build or run it: "),
         ('{"model_type": "llama", "quantization_config": {"bits": 4}}', "the model is quantized"),
-        ('{"model_type": "llama", "num_hidden_layers": 1000000000}', "asks for a model of more parts than any has"),
+        ('{"model_type": "llama", "num_hidden_layers": 1000000000}', "asks for a model of more than"),
     ],
 )
 def test_bad_configs_are_one_line(content, line, tmp_path, capsys):
     (tmp_path / "config.json").write_text(content)
     assert line in refused(capsys, "--model", tmp_path, *SMALL, "--gpu", "h100")
-
-
-def test_a_block_that_cannot_be_run_is_one_line(config, capsys, monkeypatch):
-    def fails(model):
-        raise RuntimeError("no such kernel\nat all")
-
-    # The package exports a function of the module's name.
-    monkeypatch.setattr(sys.modules["sparsefw.estimate.describe"], "shape_of", fails)
-    assert "unsupported model: a block cannot be run: no such kernel\n" in refused(capsys, "--model", config, *SMALL)
 
 
 def test_no_model_there(tmp_path, capsys, monkeypatch):

@@ -133,16 +133,6 @@ def test_other_arguments_model_or_text_are_refused(place, tmp_path, monkeypatch,
     assert content(place, "other") == content(place, "undisturbed")
 
 
-def test_a_model_that_changes_during_a_run(tmp_path, monkeypatch, capsys):
-    save_model(tmp_path / "model", "llama", torch.bfloat16, num_hidden_layers=5)
-    (tmp_path / "text.txt").write_text(TEXT)
-    with monkeypatch.context() as patched:
-        interrupted_at(patched, 8, lambda: [os.utime(file) for file in (tmp_path / "model").glob("*.safetensors")])
-        assert run(tmp_path, "out") == 2
-    error = capsys.readouterr().err
-    assert "was changed since the run began; leave the model as it is meanwhile" in error
-
-
 def test_full_disk_is_one_line_and_the_run_goes_on_with_space(place, monkeypatch, capsys):
     def full(path, write):
         if path.name.startswith("model-00003"):

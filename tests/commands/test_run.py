@@ -9,7 +9,6 @@ from helpers.families import FAMILIES, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefw import checkpoint
-from sparsefw.cli import inputs_and_config, run_parser
 from sparsefw.run import main
 
 
@@ -85,23 +84,6 @@ def test_paper_preset(tmp_path, text):
     assert (weight != 0).sum() == weight.numel() / 2
 
 
-def config_of(flags):
-    return inputs_and_config(run_parser(None).parse_args(flags))[1]
-
-
-def test_flags_arrive_in_the_config():
-    values = dict(steps=7, alpha=0.3, penalty=0.4, swaps=5, refit=2, rounds=1, target="layer", damp=0.7)
-    flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    flags += ["--sparsity", "2:4", "--warm-start", "ria", "--step-rule", "open-loop", "--keep-zeros"]
-    flags += ["--ignore", "down_proj", "--ignore", "re:.*q_proj", "--include", "layers.1", "--compare", "wanda"]
-    config = config_of([*flags, "--precision", "bf16"])
-    assert values.items() <= vars(config).items()
-    assert (config.pattern.text, config.warm_start, config.step_rule) == ("2:4", "ria", "open-loop")
-    assert (config.precision, config.keep_zeros) == ("bf16", True)
-    assert (config.ignore, config.include) == (("down_proj", "re:.*q_proj"), ("layers.1",))
-    assert config.methods == ("wanda", "sparsefw")
-
-
 def test_experts_are_their_own_targets(tmp_path, text):
     """Experts are sent other tokens than in the dense model. The report says which target each layer had."""
     source = save_model(tmp_path / "model", "qwen3_moe")
@@ -112,28 +94,17 @@ def test_experts_are_their_own_targets(tmp_path, text):
     assert report["kept_dense"] == [f"model.layers.{i}.mlp.gate.weight" for i in range(3)]
 
 
-@pytest.mark.slow
-def test_several_held_out_texts(tmp_path, text, capsys):
-    source = save_model(tmp_path / "model", "llama")
-    (tmp_path / "other.txt").write_text("Something else altogether, and more of it. " * 100)
-    evaluation = ["--eval", str(text), "--eval", str(tmp_path / "other.txt"), "--eval-windows", "3"]
-    assert run(source, text, tmp_path / "out", *evaluation) == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [e["source"] for e in report["evaluation"]] == [str(text), str(tmp_path / "other.txt")]
-    assert perplexities(report, 0) != perplexities(report, 1)
-    out = capsys.readouterr().out
-    assert "perplexity 2: 3 windows of 32 tokens" in out
-
-
 def test_log(tmp_path, text, capsys):
     source = save_model(tmp_path / "model", "llama")
-    assert run(source, text, tmp_path / "out", "--seqlen", "1000", "--eval", str(text), "--eval-windows", "3") == 0
+    (tmp_path / "other.txt").write_text("Something else altogether, and more of it. " * 100)
+    flags = ["--eval", str(text), "--eval", str(tmp_path / "other.txt"), "--eval-windows", "3"]
+    assert run(source, text, tmp_path / "out", "--seqlen", "1000", *flags) == 0
     out = capsys.readouterr().out
     assert out.startswith("kernel: torch (as asked), precision ")
     for line in (
         "seqlen: 64 tokens, the model's maximum (asked for 1000)",
         "6 windows of 64 tokens",
-        "perplexity: 3 windows of 64 tokens",
+        "perplexity 2: 3 windows of 64 tokens of ",
         "sparsity: 0.6 of every row: ",
         "model.layers.2.mlp.down_proj.weight",
     ):
@@ -155,19 +126,13 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("flags", "parts"),
         [
-            (["--sparsity", "1.2"], ["--sparsity 1.2"]),
             (["--sparsity", "2:5"], ["32 inputs do not divide into groups of 5"]),
             (["--alpha", "1.5"], ["--alpha 1.5: expected at least 0 and at most 1"]),
             (["--ignore", "no_such_layer"], ["--ignore no_such_layer: no layer of the model"]),
-            (["--ignore", "re:.*"], ["--include, --ignore: no layer is left to prune"]),
-            (["--preset", "paper", "--penalty", "1", "--sparsity", "layer:0.5"], ["--penalty: not available"]),
             (["--method", "ria", "--damp", "0.1"], ["--damp", "--method ria"]),
-            (["--refit", "0", "--rounds", "2"], ["--rounds", "--refit 0"]),
-            (["--host-memory", "inf"], ["--host-memory inf: expected at least 0 and at most 1048576"]),
             (["--host-memory", "0.1"], ["--host-memory 0.10: this run needs at least ", " GiB of host memory"]),
             (["--gpu-memory", "8"], ["--gpu-memory: no CUDA device"]),
             (["--nsamples", "100000"], ["--nsamples"]),
-            (["--dataset", "nosuchdataset"], ["nosuchdataset"]),
             (["--eval", "./missing.txt"], ["missing.txt"]),
             (["--model", "./nowhere"], ["nowhere"]),
         ],
@@ -177,7 +142,7 @@ class TestRefused:
         capsys.readouterr()
         self.refused(capsys, tmp_path, run(source, text, tmp_path / "out", *flags), *parts)
 
-    @pytest.mark.parametrize("flags", [["--kernel", "cuda"], ["--steps", "many"], ["--nonsense"], ["--spars", "0.5"]])
+    @pytest.mark.parametrize("flags", [["--steps", "many"], ["--spars", "0.5"]])
     def test_flags_that_do_not_parse(self, flags, capsys):
         assert main(flags) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1

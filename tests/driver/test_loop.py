@@ -17,7 +17,7 @@ from sparsefw.driver.block import _check_separate
 from sparsefw.errors import InputError
 from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.model.layers import Layer
-from sparsefw.report import read_report
+from sparsefw.report.content import read_report
 from sparsefw.run import main
 from sparsefw.solver.frank_wolfe import damped
 from sparsefw.solver.refit import find_target

@@ -9,7 +9,7 @@ from sparsefw.driver import reconstruct
 from sparsefw.driver.reconstruct import Fit
 from sparsefw.model import head, shape_of
 from sparsefw.model.activations import split_batches
-from sparsefw.report import HIDDEN, PREDICTIONS
+from sparsefw.report.content import HIDDEN, PREDICTIONS
 
 pytestmark = pytest.mark.usefixtures("constants")
 

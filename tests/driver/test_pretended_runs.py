@@ -16,7 +16,7 @@ from sparsefw.driver import reconstruct
 from sparsefw.driver import run as driver_run
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.model.activations import PLACES
-from sparsefw.report import PREDICTIONS
+from sparsefw.report.content import PREDICTIONS
 
 pytestmark = [
     pytest.mark.slow,

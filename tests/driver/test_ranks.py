@@ -10,7 +10,7 @@ from helpers.ranks import on_ranks, prune
 from safetensors.torch import load_file
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-from sparsefw import in_memory
+from sparsefw import prune as prune_in_memory
 from sparsefw.driver import loop
 from sparsefw.driver.reconstruct import Fit
 from sparsefw.errors import InputError
@@ -220,9 +220,8 @@ def prune_batches(ranks, batches, output):
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dropout=0.0)
     model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
-    places = dict(overwrite=False, restart=False, gpu_memory=None, host_memory=None)
     config = PruneConfig(method="wanda", kernel="torch", precision="ieee")
-    in_memory.prune_on_batches(model, batches, None, config, output, places, lambda line: None, False, ranks)
+    prune_in_memory(model, output, config, calibration=batches)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 

@@ -8,10 +8,10 @@ import torch
 from helpers.ranks import on_ranks
 from helpers.stacks import STACKS, drawn
 
-from sparsefw import in_memory, prune
+from sparsefw import prune
 from sparsefw.driver import loop, reconstruct
 from sparsefw.errors import InputError
-from sparsefw.report import HIDDEN, PREDICTIONS
+from sparsefw.report.content import HIDDEN, PREDICTIONS
 from sparsefw.solver.config import PruneConfig
 
 CPU = torch.device("cpu")
@@ -82,7 +82,6 @@ class TestModelInMemory:
 
 
 # No output is written.
-PLACES = dict(overwrite=False, restart=False, gpu_memory=None, host_memory=None)
 
 
 class _Stack(torch.nn.Module):
@@ -185,7 +184,7 @@ def prune_mixtures(ranks, chosen):
     with pytest.MonkeyPatch.context() as patch:
         made = reconstruct.reconstruct
         patch.setattr(loop, "reconstruct", lambda *args: found.append(made(*args)) or found[-1])
-        in_memory.prune_on_batches(model, [*windows], None, config, None, PLACES, lambda line: None, False, ranks)
+        prune(model, config=config, calibration=[*windows])
     return found, [parameter.detach() for parameter in model.parameters()]
 
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from sparsefw.checkpoint import inspect
 from sparsefw.errors import InputError
-from sparsefw.estimate.describe import describe
+from sparsefw.estimate.plan import describe
 from sparsefw.model import shape_of
 
 

@@ -6,9 +6,8 @@ import pytest
 from helpers.checkpoints import refused
 
 from sparsefw.errors import InputError
-from sparsefw.estimate.memory import GIB, activation_bytes, disk_space, memory_needs
+from sparsefw.estimate.memory import GIB, Workload, activation_bytes, disk_space, memory_needs
 from sparsefw.estimate.placement import place
-from sparsefw.estimate.workload import Workload
 from sparsefw.model.activations import Placement
 from sparsefw.model.layers import Role, Write
 from sparsefw.model.live_bytes import ForwardBytes

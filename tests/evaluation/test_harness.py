@@ -14,9 +14,9 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 
 import sparsefw.lm_eval as command
-from sparsefw import evaluation
 from sparsefw.errors import InputError
-from sparsefw.evaluation import StreamedLM, harness
+from sparsefw.evaluation import harness, run
+from sparsefw.evaluation.harness import StreamedLM
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}{% endfor %}[a]"
 
@@ -147,12 +147,22 @@ def test_names_of_tasks(tasks):
         harness.Tasks(["paper"], tasks)
 
 
-def test_without_the_harness_one_line_says_so(monkeypatch):
-    monkeypatch.setattr("sparsefw.evaluation.run.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"^lm-evaluation-harness is not installed; pip install -e '.\[eval\]'"):
-        evaluation.StreamedLM  # noqa: B018
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        evaluation.nothing  # noqa: B018
+def test_without_the_harness_one_line_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    assert command.main() == 2
+    line = "sparsefw: lm-evaluation-harness is not installed; pip install -e '.[eval]' brings it\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_mistake_of_the_model_is_none_of_the_tasks(model, tasks, monkeypatch):
+    """Nobody looks for it in a task."""
+
+    def fails(*args, **options):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(harness, "scores_of", fails)
+    with pytest.raises(RuntimeError, match=r"^a mistake$"):
+        harness.Tasks(["tiny_choices"], tasks).results(StreamedLM(model), None, None)
 
 
 def test_the_harness_command_knows_the_model(model, tasks, monkeypatch, capsys):

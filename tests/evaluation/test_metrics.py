@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sparsefw.data import windows_of
-from sparsefw.evaluation import Evaluation, metrics, table
-from sparsefw.evaluation.metrics import estimate, estimate_of, task_records, text_record
+from sparsefw.evaluation import metrics
+from sparsefw.evaluation.metrics import Evaluation, estimate, estimate_of, task_records, text_record
 
 DRAWS = 4000
 
@@ -164,20 +164,13 @@ def test_the_average(found):
     assert Evaluation(["dense"], None, without[:1], []).average == {}
 
 
-def test_a_metric_without_a_number(found):
-    found["pruned"]["results"]["boolq"]["acc,none"] = "N/A"
-    (record,) = (record for record in task_records(found, "dense") if record.task == "boolq")
-    assert math.isnan(record.results["pruned"].value)
-    assert record.results["pruned"].difference is None
-
-
 def test_the_table(found):
     windows = windows_of(torch.zeros(4, 8, dtype=torch.int64), "a \x1b text")
     text = text_record(windows, {"dense": [-7.0, -7.0, -14.0, -7.0], "pruned": [-14.0] * 4}, "dense")
     assert (text.windows, text.seqlen, text.tokens) == (4, 8, 28)
     assert text.results["pruned"].value == pytest.approx(math.exp(2))
     evaluation = Evaluation(["dense", "pruned"], "dense", task_records(found, "dense"), [text])
-    lines = [" ".join(line.split()) for line in table.lines(evaluation)]
+    lines = [" ".join(line.split()) for line in metrics.lines(evaluation)]
     assert lines[0] == "task metric n shots value difference errors model"
     assert lines[1].startswith(r"a \x1b text perplexity 4 3.4903 ± ")
     assert lines[1].endswith(" dense")

@@ -84,13 +84,6 @@ def test_a_row_is_padded_by_a_sixteenth_at_most():
     assert len({padded_length(length) for length in range(1, 2049)}) < 140
 
 
-def test_rows_are_not_padded_beyond_the_positions_of_a_model():
-    (group,) = groups_of(rows_of([request(range(37), [1])], Sharing.BEGINNINGS), Sharing.BEGINNINGS, most=37)
-    assert group.length == 37
-    # The positions of a tree are fewer than its tokens.
-    assert padded_length(39, 37) == padded_length(39) == 40
-
-
 def test_groups_are_of_one_length_and_the_longest_comes_first():
     groups = groups_of(rows_of(drawn(1), Sharing.BRANCHES), Sharing.BRANCHES)
     lengths = [group.length for group in groups]

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from html.parser import HTMLParser
 
-from sparsefw.cli import inputs_and_config, output_of, run_parser
+from sparsefw.cli import run_parser, settings_of
 from sparsefw.report.content import BlockRecord, CalibrationText, EvaluationText, MemoryRecord, Report
 from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import Span
@@ -76,11 +76,9 @@ def layer(name: str, method: str, mask: float, error: float, shape: tuple[int, i
 
 def parsed(arguments: list[str]) -> dict:
     """The arguments of a report, from a command line."""
-    namespace = run_parser(None).parse_args(arguments)
-    inputs, config = inputs_and_config(namespace)
-    output = asdict(output_of(namespace))
-    output["output"] = str(output.pop("folder"))
-    return asdict(inputs) | asdict(config) | output
+    inputs, config, output = settings_of(run_parser(None).parse_args(arguments))
+    found = asdict(inputs) | asdict(config) | asdict(output)
+    return found | {"output": str(found.pop("folder"))}
 
 
 def report_of_run(blocks: int = 3, prefix: str = "model.layers", arguments: tuple[str, ...] = ()) -> Report:

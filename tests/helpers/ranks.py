@@ -18,7 +18,7 @@ from sparsefw.driver.job import Job
 from sparsefw.driver.run import run_job
 from sparsefw.inputs import Inputs, Output
 from sparsefw.ranks import Ranks
-from sparsefw.report import Report
+from sparsefw.report.content import Report
 from sparsefw.solver.config import PruneConfig
 
 # Tokens of a window of `prune`.

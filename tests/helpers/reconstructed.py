@@ -11,7 +11,7 @@ from helpers.families import save_model
 from sparsefw.driver import loop, reconstruct
 from sparsefw.driver.reconstruct import Fit
 from sparsefw.model.activations import BATCH_TOKENS
-from sparsefw.report import Report, read_report
+from sparsefw.report.content import Report, read_report
 from sparsefw.run import main
 
 SEQLEN, WINDOWS = 48, 16

@@ -11,7 +11,7 @@ import torch
 from helpers.families import COMMON, EXPERTS
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sparsefw.estimate import describe
+from sparsefw.estimate.plan import describe
 from sparsefw.solver.patterns import without_index
 
 E, D = 4, 32

@@ -7,14 +7,14 @@ import sys
 import pytest
 from helpers.families import save_model
 
-from sparsefw.report import read_report
+from sparsefw.report.content import read_report
 
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(200))
 # Ends rank 1 in the second block, as an error of its own GPU might.
 FAILING = """
 import os, sys
 from sparsefw.driver import loop
-from sparsefw.launch import launch
+from sparsefw.run import main
 
 prune_block = loop.prune_block
 
@@ -24,7 +24,7 @@ def fail(run, i, *others, **options):
     return prune_block(run, i, *others, **options)
 
 loop.prune_block = fail
-launch("run")
+main()
 """
 
 

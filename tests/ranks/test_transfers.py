@@ -10,7 +10,7 @@ from helpers.ranks import on_ranks
 
 from sparsefw import ranks as module
 from sparsefw.errors import InputError
-from sparsefw.ranks import ALONE, DONE, PANELS, LostRankError, Ranks, joined
+from sparsefw.ranks import ALONE, DONE, PANELS, LostRankError, Ranks, joined_with
 
 COUNT = 3
 
@@ -141,7 +141,7 @@ def choose_gpu(ranks, shown):
         AcceleratorError=torch.AcceleratorError,
     )
     try:
-        with joined():
+        with joined_with(print):
             return chosen
     except InputError as error:
         return str(error)
@@ -178,8 +178,11 @@ def test_variables_of_a_launcher_that_are_wrong(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(InputError, match=r"^the other ranks cannot be reached: .*; start with torchrun$"), joined():
+    with (
+        pytest.raises(InputError, match=r"^the other ranks cannot be reached: .*; start with torchrun$"),
+        joined_with(print),
+    ):
         pass
     monkeypatch.setenv("LOCAL_RANK", "one")
-    with pytest.raises(InputError, match=r"^LOCAL_RANK=one: expected a number; torchrun sets it$"), joined():
+    with pytest.raises(InputError, match=r"^LOCAL_RANK=one: expected a number; torchrun sets it$"), joined_with(print):
         pass

@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 from dataclasses import replace
 
 import pytest
 from helpers.pages import report_of_run
 
 from sparsefw.errors import InputError
-from sparsefw.report import Reconstruction, content, read_report
+from sparsefw.report.content import Reconstruction, read_report
 
 
 @pytest.fixture
@@ -86,16 +85,6 @@ def test_values_of_another_kind(change, place, path):
 @pytest.mark.parametrize("text", ["", "[]", "{", "\ufeff{}", '{"layers": ' + "[" * 10**5, "\ud800", b"\xff\xfe\x00"])
 def test_not_a_report(text, path):
     assert refused(path, text)
-
-
-def test_files_that_are_none(path, monkeypatch):
-    for make in (lambda: None, lambda: os.mkfifo(path)):
-        make()
-        with pytest.raises(InputError, match=r"report\.json: missing, or not a file"):
-            read_report(path)
-    path.unlink()
-    monkeypatch.setattr(content, "MAX_REPORT_BYTES", 1 << 20)
-    assert refused(path, " " * ((1 << 20) + 1)).startswith("more than 1 MiB")
 
 
 def test_arguments(path):

@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 from helpers.pages import TYPES, Document, layer, parsed, report_of_run
 
-from sparsefw.report import PREDICTIONS, BlockRecord, Reconstruction, Report, charts, log
-from sparsefw.report.charts import LayerAt
+from sparsefw.report import html as charts
+from sparsefw.report import log
+from sparsefw.report.content import PREDICTIONS, BlockRecord, Reconstruction, Report
 from sparsefw.report.html import MOST_ROWS, page
 from sparsefw.timeline import Span
 
@@ -72,9 +73,9 @@ NAMES = [f"model.layers.{i}" for i in range(3)]
 
 def test_errors_by_type():
     """A chart for each type, with y from 0 to a little above 1; masks are drawn for refitted layers only."""
-    layers = [LayerAt(i, kind, layer("", "sparsefw", 0.8, 0.5)) for i in range(2) for kind in TYPES]
-    layers[2] = layers[2]._replace(result=layer("", "sparsefw", 0.8, 0.21))
-    panels = charts.errors(layers, ["sparsefw"], [0, 1])
+    layers = [layer(f"model.layers.{i}.{kind}.weight", "sparsefw", 0.8, 0.5) for i in range(2) for kind in TYPES]
+    layers[2] = replace(layers[2], relative_error=0.21)
+    panels = charts.error_charts(replace(report_of_run(blocks=2), layers=layers), ["sparsefw"])
     assert list(panels) == list(TYPES)
     marks = {mark["class"]: mark["path"] for mark in panels[TYPES[0]]["marks"]}
     # In the chart 0 is at y = 1000, and 1 at y = 1000 - 1000 / 1.05.
@@ -100,7 +101,7 @@ def test_experts_are_one_type():
 
 def test_time_is_stacked():
     blocks = [BlockRecord(n, "", "", seconds, 0, 0) for n, seconds in ((7, {"solve": 3.0, "read": 1.0}), (8, {}))]
-    chart = charts.time(blocks, ["solve", "read"])
+    chart = charts.time_chart(blocks, ["solve", "read"])
     assert [mark["path"] for mark in chart["marks"]] == ["M50 1000V285.7h400V1000z", "M50 285.7V47.62h400V285.7z"]
     assert chart["x"] == [("250", "7"), ("750", "8")]
     assert chart["hits"][0][2] == "block 7: 4.00 s (solve 3.00, read 1.00)"
@@ -110,11 +111,11 @@ def test_time_is_stacked():
 def test_memory(limits, drawn):
     """The GPU is drawn only where there is one, and a limit only where it would not press the lines flat."""
     report = report_of_run()
-    chart = charts.memory(report.blocks, limits)
+    chart = charts.memory_chart(report.blocks, limits)
     assert {"class": "mask", "colour": "host", "path": "M0 47.62L1000 47.62"} in chart["marks"] or not drawn
     assert (chart["limits"], chart["used"]) == ([("host", "4.00")] * drawn, ["host"])
     blocks = [replace(block, gpu_bytes=1 << 30, gpu_reserved_bytes=3 << 29) for block in report.blocks]
-    chart = charts.memory(blocks, limits)
+    chart = charts.memory_chart(blocks, limits)
     assert chart["used"] == ["host", "gpu", "reserved"]
     assert chart["hits"][0][2] == "block 0: host 1.00 GiB, gpu 1.00 GiB, reserved 1.50 GiB"
 
@@ -150,15 +151,6 @@ def test_spans_that_follow_each_other_at_once_are_one():
     bars = charts.timeline([Span(*part) for part in parts], [], ["solve", "read"])["bars"]
     assert [bar[:4] for bar in bars[0]] == [("0", "2", 0, "solve"), ("2.1", "0.9", 0, "solve")]
     assert [bar[:2] for bar in bars[1]] == [("3", "1"), ("4", "1"), ("5", "1"), ("0.5", "4")]
-
-
-def test_methods_that_are_their_own_warm_start_are_not_drawn():
-    report = report_of_run()
-    report.layers[:] = report.layers_of("wanda")
-    report.arguments.update(method="wanda", compare=())
-    html = page(report)
-    assert "Not drawn: wanda" in html
-    assert "relative error of" not in html
 
 
 def test_what_has_no_place_in_a_chart():

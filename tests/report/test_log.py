@@ -8,7 +8,8 @@ import pytest
 from helpers.pages import report_of_run
 
 from sparsefw.model import Placement
-from sparsefw.report import HIDDEN, PREDICTIONS, Reconstruction, log
+from sparsefw.report import log
+from sparsefw.report.content import Reconstruction
 from sparsefw.solver.config import PruneConfig
 
 
@@ -88,17 +89,6 @@ def test_summary():
     report.memory.limits.update(gpu=8 << 30)
     report.peak_memory.update(gpu_bytes=5 << 30, gpu_reserved_bytes=6 << 30)
     assert [*log.summary(report)][-2].endswith("(host), 6.00 of 8.00 GiB (gpu; 5.00 in use)")
-
-
-def test_reconstruction_row():
-    row = "model.layers.3: reconstructed in 112 steps, loss{} 0.25000 -> 0.12346{}"
-    for rest, what, notes in (
-        ([False], "", ""),
-        ([True, PREDICTIONS], " of predictions", "; put back"),
-        ([False, HIDDEN, "put_"], "", "; another run may give other bits: put_"),
-    ):
-        found = Reconstruction(0.25, 0.123456, 112, *rest)
-        assert log.reconstruction_row("model.layers.3", found) == row.format(what, notes)
 
 
 def test_reconstruction_line():
