@@ -34,7 +34,8 @@ from sparsefw.driver.in_memory import save
 from sparsefw.verify import main
 
 QUICK = dict(kernel="torch", method="wanda", sparsity="0.5")
-EXPERT = "model.layers.1.mlp.experts"
+EXPERT, ROUTER = "model.layers.1.mlp.experts", "model.layers.0.mlp.gate.weight"
+C_PROJ = "transformer.h.1.attn.c_proj.weight"
 
 
 def row(printed, check):
@@ -149,77 +150,63 @@ class TestSums:
         assert message in verdict(capsys, output, summed=False)[2]["sums"][0]
 
 
-class TestPattern:
-    @pytest.mark.parametrize(
-        ("flags", "message"),
-        [
-            (["--method", "wanda"], r"from \[5, 0\] on 14 of 32 weights are not zero, 13 may be kept"),
-            (
-                ["--method", "wanda", "--sparsity", "2:4"],
-                r"from \[5, (\d+)\] on 3 of 4 weights are not zero, 2 may be kept",
-            ),
-            (
-                ["--sparsity", "layer:0.6", "--refit", "0"],
-                r"from \[0, 0\] on 411 of 1024 weights are not zero, 410 may be kept",
-            ),
-        ],
-    )
-    def test_one_weight_too_many(self, flags, message, copied, capsys):
-        """The extra weight is the source's own, so that nothing else is wrong."""
-        source, output = copied(*flags)
-        column = (tensor_of(output, Q)[5] == 0).nonzero()[-1].item()
-        change_tensor(output, Q, put((5, column), tensor_of(source, Q)[5, column]))
-        match = re.match(rf"{Q}: {message}", only_failure(capsys, output, "pattern"))
-        assert match
-        if match.groups():
-            assert int(match[1]) == column // 4 * 4
+def in_row_5(kept, value):
+    """A change of the first weight of a row that was kept, or that was removed."""
 
-    def test_layer_stored_the_other_way_round(self, copied, capsys):
-        _, output = copied(*WANDA, family="gpt2")
-        name = "transformer.h.1.attn.c_proj.weight"
-        column = (tensor_of(output, name)[:, 7] == 0).nonzero()[0].item()
-        change_tensor(output, name, put((column, 7), 0.5))
-        assert verdict(capsys, output)[2]["pattern"] == [
-            f"{name}: from [7, 0] on 14 of 32 weights are not zero, 13 may be kept"
-        ]
+    def change(W):
+        return put((5, ((W[5] != 0) == kept).nonzero()[0].item()), value)(W)
 
-    def test_expert(self, copied, capsys):
-        _, output = copied(*WANDA, family="qwen3_moe")
-        change_tensor(output, f"{EXPERT}.3.up_proj.weight", put(slice(4, 7), 0.5))
-        # The gate has the first 24 rows.
-        message = "from [28, 0] on 32 of 32 weights are not zero, 13 may be kept"
-        assert verdict(capsys, output)[2]["pattern"] == [f"{EXPERT}.gate_up_proj[3]: {message}"]
+    return change
+
+
+def turned(change):
+    """The same change of a layer that is stored the other way round."""
+    return lambda W: change(W.T).T.contiguous()
+
+
+TOO_MANY = r"from \[5, 0\] on 14 of 32 weights are not zero, 13 may be kept"
+TOO_FEW = r"from \[5, 0\] on 20 of 32 weights are removed, 19 are to be"
+ONE_BIT = r"1 of 1024 values differ, first at \[5, \d+\]: \S+, in the source \S+$"
+CHANGES = {
+    "one too many": (WANDA, {}, Q, in_row_5(False, 0.5), "pattern", TOO_MANY),
+    "of a group": (
+        (*WANDA, "--sparsity", "2:4"), {}, Q, in_row_5(False, 0.5), "pattern",
+        r"from \[5, \d+\] on 3 of 4 weights are not zero, 2 may be kept",
+    ),
+    "of a matrix": (
+        ("--sparsity", "layer:0.6", "--refit", "0"), {}, Q, in_row_5(False, 0.5), "pattern",
+        r"from \[0, 0\] on 411 of 1024 weights are not zero, 410 may be kept",
+    ),
+    "turned": (WANDA, {"family": "gpt2"}, C_PROJ, turned(in_row_5(False, 0.5)), "pattern", TOO_MANY),
+    # The gate has the first 24 rows.
+    "of an expert": (
+        WANDA, {"family": "qwen3_moe"}, f"{EXPERT}.3.up_proj.weight", put(slice(4, 7), 0.5), "pattern",
+        r"from \[28, 0\] on 32 of 32 weights are not zero, 13 may be kept",
+    ),
+    "one bit": (WANDA, {}, Q, in_row_5(True, flip_bit), "kept", ONE_BIT),
+    "one bit of bf16": (WANDA, {"dtype": torch.bfloat16}, Q, in_row_5(True, flip_bit), "kept", ONE_BIT),
+    "one too few": (WANDA, {}, Q, in_row_5(True, 0.0), "kept", TOO_FEW),
+    "turned, too few": (WANDA, {"family": "gpt2"}, C_PROJ, turned(in_row_5(True, 0.0)), "kept", TOO_FEW),
+    "zero with a sign": (
+        WANDA, {}, Q, in_row_5(False, -0.0), "kept", r"1 of 1024 .* first at \[5, \d+\]: -0.0, in the source",
+    ),
+    "norm": (WANDA, {"dtype": torch.bfloat16}, NORM, put(3, flip_bit), "others", r"1 of 32 .* first at \[3\]: "),
+    "embedding": (WANDA, {}, EMBEDDING, put((257, 31), flip_bit), "others", r"1 of \d+ .* first at \[257, 31\]: "),
+    "router": (WANDA, {"family": "qwen3_moe"}, ROUTER, put((1, 1), flip_bit), "others", r"1 of .* first at \[1, 1\]: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_found_and_its_place_is_named(change, copied, capsys):
+    flags, model, name, do, check, message = CHANGES[change]
+    _, output = copied(*flags, **model)
+    change_tensor(output, name, do)
+    (failure,) = verdict(capsys, output)[2][check]
+    assert re.search(f": {message}", failure), failure
+    assert failure.startswith(f"{EXPERT}.gate_up_proj[3]: " if name.startswith(EXPERT) else f"{name}: ")
 
 
 class TestKept:
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    def test_one_bit_of_a_kept_weight(self, dtype, copied, capsys):
-        source, output = copied(*WANDA, dtype=dtype)
-        column = tensor_of(output, Q)[5].nonzero()[0].item()
-        change_tensor(output, Q, put((5, column), flip_bit))
-        values = f"{tensor_of(output, Q)[5, column].item()}, in the source {tensor_of(source, Q)[5, column].item()}"
-        message = f"1 of 1024 values differ, first at [5, {column}]: {values}"
-        assert only_failure(capsys, output, "kept") == f"{Q}: {message}"
-
-    @pytest.mark.parametrize(
-        ("family", "name", "at"), [("llama", Q, 5), ("gpt2", "transformer.h.1.mlp.c_fc.weight", (slice(None), 40))]
-    )
-    def test_one_weight_too_few(self, family, name, at, copied, capsys):
-        _, output = copied(*WANDA, family=family)
-        column = tensor_of(output, name)[at].nonzero()[0].item()
-        change_tensor(output, name, put((column, 40) if family == "gpt2" else (5, column), 0.0))
-        row = 40 if family == "gpt2" else 5
-        assert (
-            only_failure(capsys, output, "kept")
-            == f"{name}: from [{row}, 0] on 20 of 32 weights are removed, 19 are to be"
-        )
-
-    def test_removed_weights_are_zeros_without_a_sign(self, copied, capsys):
-        _, output = copied(*WANDA)
-        column = (tensor_of(output, Q)[5] == 0).nonzero()[0].item()
-        change_tensor(output, Q, put((5, column), -0.0))
-        assert f"first at [5, {column}]: -0.0, in the source" in only_failure(capsys, output, "kept")
-
     @pytest.mark.parametrize(("passes", "failing"), [(0, {"kept"}), (2, set())])
     def test_kept_weights_may_change_where_blocks_were_reconstructed(self, passes, failing, copied, capsys):
         _, output = copied(*WANDA, "--reconstruct", str(passes))
@@ -243,21 +230,6 @@ class TestKept:
 
 
 class TestOthers:
-    @pytest.mark.parametrize(
-        ("family", "dtype", "name", "at"),
-        [
-            ("llama", torch.bfloat16, NORM, [3]),
-            ("llama", torch.float32, EMBEDDING, [257, 31]),
-            ("qwen3_moe", torch.float32, "model.layers.0.mlp.gate.weight", [1, 1]),
-            ("gpt2", torch.float32, "transformer.h.0.attn.c_attn.bias", [95]),
-        ],
-    )
-    def test_one_bit(self, family, dtype, name, at, copied, capsys):
-        _, output = copied(*WANDA, family=family, dtype=dtype)
-        change_tensor(output, name, put(tuple(at), flip_bit))
-        failure = only_failure(capsys, output, "others")
-        assert failure.startswith(f"{name}: 1 of {tensor_of(output, name).numel()} values differ, first at {at}: ")
-
     @pytest.mark.parametrize(
         ("family", "ignored", "stored", "name"),
         [

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -57,33 +56,12 @@ def wheel(copy) -> Path:
     return build_wheel(copy, copy.parent / "wheel")
 
 
-@pytest.fixture(scope="module")
-def archive(copy) -> Path:
-    """The source archive, unpacked."""
-    build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
-    call(sys.executable, "-c", build, copy.parent, cwd=copy)
-    (packed,) = copy.parent.glob("*.tar.gz")
-    with tarfile.open(packed) as tar:
-        tar.extractall(copy.parent / "unpacked", filter="data")
-    (folder,) = (copy.parent / "unpacked").iterdir()
-    return folder
-
-
 def test_wheel(wheel, expected):
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
     assert package_files(names) == expected
     # Nothing beside the package: no tests, no top-level `kernels` over Hugging Face's.
     assert {name.split("/")[0] for name in names} == {"sparsefw", f"{wheel.name.split('-py3')[0]}.dist-info"}
-
-
-def test_source_archive(archive, expected):
-    names = [path.relative_to(archive).as_posix() for path in archive.rglob("*") if path.is_file()]
-    assert package_files(names) == expected
-    # The link has become a folder, as wheels have it.
-    assert not (archive / "sparsefw/kernels").is_symlink()
-    top = {path.name for path in archive.iterdir()} - {"sparsefw.egg-info", "setup.cfg", "PKG-INFO"}
-    assert top == {"sparsefw", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"}
 
 
 def test_wheel_starts_elsewhere(wheel, tmp_path):

@@ -10,6 +10,7 @@ from helpers.families import config_of, save_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from sparsefw import data
+from sparsefw.estimate import plan as estimate_plan
 from sparsefw.inputs import DEFAULT_MODEL
 from sparsefw.plan import main
 
@@ -111,7 +112,8 @@ def test_bad_flags_are_one_line(config, flags, line, capsys, monkeypatch):
         ('{"model_type": "llama", "num_hidden_layers": 1000000000}', "asks for a model of more than"),
     ],
 )
-def test_bad_configs_are_one_line(content, line, tmp_path, capsys):
+def test_bad_configs_are_one_line(content, line, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(estimate_plan, "MAX_TENSORS", 16)
     (tmp_path / "config.json").write_text(content)
     assert line in refused(capsys, "--model", tmp_path, *SMALL, "--gpu", "h100")
 

@@ -63,8 +63,8 @@ def check_same(found, expected):
     return len(pairs)
 
 
-# Plain, with softcaps, a mixture, a hybrid, learned positions, and sliding windows.
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "qwen3_next", "gpt2", "mistral"])
+# Plain, with softcaps, and a hybrid.
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_next"])
 def test_answers_and_metrics_are_those_of_the_harness(family, tmp_path, manager):
     folder = save_model(tmp_path / "model", family)
     found = evaluated(StreamedLM(folder), TASKS, manager)

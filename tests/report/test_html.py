@@ -36,23 +36,6 @@ def test_numbers_are_those_of_the_log():
     assert ["layer", *log.COLUMNS[1:]] in cells
 
 
-def test_facts():
-    report = report_of_run(arguments=("--ignore", "q_proj", "--ignore", "layers.1"))
-    report.memory.limits.update(gpu=2 << 30)
-    report.peak_memory.update(gpu_reserved_bytes=3 << 29)
-    document = Document(page(report))
-    facts = dict(zip(*([e["text"] for e in document.all(tag)] for tag in ("dt", "dd")), strict=True))
-    expected = {
-        "calibration": "8 windows of 128 tokens of a text, sha256 abc123",
-        "gpu limit": "2.00 GiB",
-        "read ahead": "yes",
-        "peak gpu reserved": "1.50 GiB",
-        "include": "none",
-        "ignore": "q_proj, layers.1",
-    }
-    assert facts.items() >= expected.items()
-
-
 def test_blocks():
     report = report_of_run()
     found = Reconstruction(0.25, 0.123456, 18, False), None, Reconstruction(0.5, math.inf, 18, True, PREDICTIONS)
