@@ -37,8 +37,7 @@ def _patch_language_once(function: Any) -> Any:
 
 interpreter._patch_lang = _patch_language_once
 
-# What the libraries have imported stays. To look through it again and again for what may go takes a seventh of the
-# time.
+# Imported modules stay. To search them for garbage again and again takes a seventh of the time.
 gc.set_threshold(100_000, 50, 100)
 
 

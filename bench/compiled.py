@@ -51,7 +51,7 @@ class Compiled(Exception):
         self.options = options
 
 
-# What a launch's row says of the launch itself. The rest follows from the fingerprint.
+# These columns name the launch. The fingerprint decides all others.
 LAUNCH = ("name", "target")
 
 
@@ -63,7 +63,7 @@ def fingerprint(function: triton.JITFunction, specialization: str) -> str:
         specialization: the rest as JSON, by Triton.
     """
     given = json.loads(specialization)
-    # Where Triton is installed makes no difference.
+    # The folder of Triton's installation makes no difference.
     given["options"]["extern_libs"] = [[name, Path(path).name] for name, path in given["options"]["extern_libs"] or []]
     return hashlib.sha256(f"{function.cache_key}{json.dumps(given, sort_keys=True)}".encode()).hexdigest()[:16]
 

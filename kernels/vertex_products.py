@@ -62,7 +62,7 @@ class VertexProducts:
         """Turn U, the product of `before`, into the product of V."""
         d = V.shape[1]
         positions = np.flatnonzero((before ^ V).numpy())
-        # Where the entries of each row start, and where those of the last row end.
+        # The offsets at which the entries of each row start, and the end of the last row.
         offsets = torch.from_numpy(positions.searchsorted(np.arange(len(V) + 1) * d))
         columns, entries = torch.from_numpy(positions % d), torch.from_numpy(positions)
         change = round_operand(self._W.take(entries), self._precision)

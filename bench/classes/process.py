@@ -25,8 +25,7 @@ FORK = multiprocessing.get_context("fork")
 # One at a time, so that no child holds the end of another's pipe.
 STARTING = threading.Lock()
 
-
-# What one class may take: seconds of wall time, and GiB of memory beyond what the imports take.
+# Limits of one class: seconds of wall time, and GiB of memory beyond that of the imports.
 SECONDS, MEMORY = 180.0, 4.0
 
 

@@ -36,7 +36,7 @@ DIGESTS = REPO / "bench" / "results" / "oracle.json"
 TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(400))
 OTHER = "".join(f"def f{n}(x):\n    return x ** {n} + {n % 7}\n" for n in range(300))
 SHORT = ["--nsamples", "16", "--eval-windows", "8"]
-# Of the embedded model: the flags of each run.
+# The runs of the embedded model, with their flags.
 EMBEDDED = {
     "default": [],
     "refit-0": [*SHORT, "--refit", "0"],
@@ -50,7 +50,7 @@ EMBEDDED = {
     "bf16": [*SHORT, "--precision", "bf16"],
     "selected": [*SHORT, "--include", "re:.*mlp", "--ignore", "re:.*layers.0", "--reconstruct", "0"],
 }
-# Of tiny models on two texts.
+# The flags of runs of tiny models on two texts.
 TINY = ["--nsamples", "6", "--seqlen", "32", "--eval-windows", "4"]
 
 

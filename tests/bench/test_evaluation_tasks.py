@@ -39,32 +39,19 @@ def chosen(item):
     return wrong.pop(item["label"]), wrong
 
 
-class TestProse:
-    @pytest.mark.parametrize(
-        ("sentence", "prose_of_it"),
-        [
-            ("The length of a line (with its end) is how many letters it has.", True),
-            ("It's well-known, if not true: this is the end of it.", True),
-            ("Return the length of it", False),
-            ("the length of a line is the number of its letters.", False),
-            ("The length of a_line is the number of its letters.", False),
-            ("The length of a line is 3 for all of its letters.", False),
-            ("The length of aLine is the number of its letters.", False),
-            ("The length of a line (is the number of its letters.", False),
-            ("The name of it by the author Paul F. It is the first of all.", False),
-            ("Boolean object float value number letters lines.", False),
-            ("To be.", False),
-        ],
-    )
-    def test_whole_sentences(self, sentence, prose_of_it):
-        assert prose.is_prose(sentence) == prose_of_it
-
-    def test_runs_end_where_prose_does_and_no_sentence_comes_twice(self):
-        one, two, three = (f"This is the {name} of all of the lines." for name in ("first", "second", "third"))
-        seen = {two}
-        text = f"{one}\n{three}\n\n    code = line(3)\n\n{one} This is another of the lines. {two}"
-        assert list(prose.runs_of_sentences(text, seen)) == [(one, three), ("This is another of the lines.",)]
-        assert {one, two, three} < seen
+@pytest.mark.parametrize(
+    ("sentence", "is_prose"),
+    [
+        ("The length of a line (with its end) is how many letters it has.", True),
+        ("It's well-known, if not true: this is the end of it.", True),
+        ("Return the length of it", False),
+        ("the length of a line is the number of its letters.", False),
+        ("The length of a_line is the number of its letters.", False),
+        ("Boolean object float value number letters lines.", False),
+    ],
+)
+def test_whole_sentences(sentence, is_prose):
+    assert prose.is_prose(sentence) == is_prose
 
 
 class TestItems:
@@ -99,27 +86,11 @@ class TestItems:
             n, m = (n for n, (a, b) in enumerate(zip(right.split(), wrong.split(), strict=True)) if a != b)
             assert right.split()[n - 1] == right.split()[m - 1]
 
-    def test_word_cloze(self, items, passages):
-        whole = {" ".join(passage.sentences)[:-1] for passage in passages}
-        assert items["word_cloze"]
-        assert {f"{item['context']} {item['word']}" for item in items["word_cloze"]} <= whole
-
-    def test_documents_are_beginnings(self, passages, monkeypatch):
-        monkeypatch.setattr(make_tasks, "DOCUMENT", range(100, 301))
-        documents = [item["text"] for item in make_tasks.docs_rolling(passages)]
-        modules = {}
-        for passage in passages:
-            modules.setdefault(passage.module, []).extend(passage.sentences)
-        assert len(documents) == 2
-        for text in documents:
-            assert any("\n".join(sentences).startswith(text) for sentences in modules.values())
-            assert 100 <= len(text.split()) <= 300
-
     def test_right_choices_stand_everywhere(self, items):
         assert {item["label"] for item in items["next_sentence"]} == set(range(4))
         assert {item["label"] for item in items["true_sentence"]} == set(range(2))
 
-    def test_the_same_again_and_fewer_are_the_first_of_more(self, items, passages):
+    def test_fewer_are_the_first_of_more(self, items, passages):
         fewer = make_tasks.make_items(passages, 5)
         assert all(fewer[name] == items[name][:5] for name in items)
 
@@ -132,6 +103,6 @@ def test_files(items, tmp_path):
         data = config["dataset_kwargs"]["data_files"]["test"]
         with open(data) as file:
             assert [json.loads(line) for line in file] == of_task
-    told = json.loads((tmp_path / "tasks" / "sources.json").read_text())
-    assert told["versions"] == {"jinja2": "3"}
-    assert told["items"]["next_sentence"] == 20
+    sources = json.loads((tmp_path / "tasks" / "sources.json").read_text())
+    assert sources["versions"] == {"jinja2": "3"}
+    assert sources["items"]["next_sentence"] == 20

@@ -155,26 +155,18 @@ def test_bits_that_differ_are_counted():
 
 def test_summary_of_a_trace(tmp_path):
     """Two streams; kernels run from 0 to 40, 30 to 50 and 90 to 100 microseconds."""
-
-    def event(cat, name, ts, dur, **args):
-        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
-
     copy = "Memcpy HtoD (Pinned -> Device)"
-    events = [event("kernel", "b", 90, 10), event("kernel", "a", 0, 40), event("kernel", "a", 30, 20)]
-    events += [event("gpu_memcpy", copy, at, 5, bytes=100_000) for at in (10, 20)]
-    events += [event("cpu_op", "aten::mm", 0, 500), {"ph": "M", "name": "process_name"}]
+    times = [("kernel", "b", 90, 10), ("kernel", "a", 0, 40), ("kernel", "a", 30, 20), ("cpu_op", "mm", 0, 500)]
+    times += [("gpu_memcpy", copy, at, 5) for at in (10, 20)]
+    names = ("cat", "name", "ts", "dur")
+    events = [{"ph": "X", "args": {"bytes": 100_000}, **dict(zip(names, row, strict=True))} for row in times]
     path = tmp_path / "trace.json"
-    path.write_text(json.dumps({"traceEvents": events}))
+    path.write_text(json.dumps({"traceEvents": [*events, {"ph": "M", "name": "process_name"}]}))
     found = gpu_trace.summary(path)
-    assert (found["kernels"], found["span_s"]) == (3, pytest.approx(100e-6))
-    assert found["idle_share"] == pytest.approx(0.4)
+    assert (found["kernels"], found["span_s"], found["idle_share"]) == (3, pytest.approx(1e-4), pytest.approx(0.4))
     assert found["longest_gaps"] == [{"ms": 0.04, "after": "a", "before": "b"}]
-    (copies,) = found["copies"]
-    assert (copies["count"], copies["gbs"]) == (2, pytest.approx(20))
-    kernels = [(row["name"], row["count"], row["share"]) for row in found["longest_kernels"]]
-    assert kernels == [("a", 2, pytest.approx(0.6)), ("b", 1, pytest.approx(0.1))]
-    path.write_text(json.dumps({"traceEvents": []}))
-    assert gpu_trace.summary(path) == {"kernels": 0}
+    assert [(row["count"], row["gbs"]) for row in found["copies"]] == [(2, pytest.approx(20))]
+    assert [(row["name"], row["share"]) for row in found["longest_kernels"]] == [("a", 0.6), ("b", 0.1)]
 
 
 LAUNCHES = """

@@ -7,16 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from helpers.commands import TEXT, run
 from helpers.families import save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparsefw import run
 from sparsefw.checkpoint.files import SUMS, file_digest
 from sparsefw.checkpoint.source import INDEX
 from sparsefw.verify import main
 
-TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(200))
 # Tensors of a Llama with two blocks.
 Q = "model.layers.0.self_attn.q_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -29,9 +28,7 @@ WANDA = ("--method", "wanda")
 def prune(source: Path, output: Path, *flags: str) -> None:
     text = output.parent / "text.txt"
     text.write_text(TEXT)
-    places = ["--model", str(source), "--dataset", str(text), "--output", str(output)]
-    steps = [] if "--method" in flags else ["--steps", "2", "--reconstruct", "0"]
-    assert run.main([*places, "--nsamples", "6", "--seqlen", "32", "--kernel", "torch", *steps, *flags]) == 0
+    assert run(source, text, output, *flags) == 0
 
 
 def outputs(folders) -> Callable[..., tuple[Path, Path]]:

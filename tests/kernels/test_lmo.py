@@ -50,12 +50,12 @@ def test_the_search_never_takes_many_passes(name, monkeypatch):
         assert 0 < len(calls) < 50
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_k_may_differ_by_row(row_backend, dtype):
-    k = torch.randint(0, 132, (37,), generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+def test_k_may_differ_by_row(row_backend):
+    k = torch.randint(0, 132, (37,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     k[:2] = torch.tensor([0, 131])
     assert torch.equal(assert_equal_to_naive(row_backend, tied(37, 131), k).sum(1), k)
-    assert_equal_to_naive(row_backend, tied(37, 131), k.repeat_interleave(2)[::2], positive=True)
+    strides = k.to(torch.int32).repeat_interleave(2)[::2]
+    assert_equal_to_naive(row_backend, tied(37, 131), strides, positive=True)
 
 
 def test_positive_takes_nothing_else(row_backend):

@@ -55,7 +55,7 @@ def check_step(backend, state, **numbers):
     naive.row_step(truth, **numbers)
     naive.row_step(plain, **numbers)
     backend.row_step(state, **numbers)
-    # What a step that is longer by its rounding makes of M and R.
+    # The change of M and R by a step that is longer by its rounding.
     beside = dict.fromkeys(("M", "R"), 0.0)
     if numbers.get("eta") is None:
         # Sums nearly cancel, more in some rows than in others, so plain fp32's worst row says little about other rows.

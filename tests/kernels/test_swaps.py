@@ -30,7 +30,7 @@ def check(backend, state: dict[str, torch.Tensor], limit: int = 40, group: int =
     E = state["W"].double().masked_fill(state["V"], 0)
     assert (state["R"] - E @ state["G"].double()).abs().max() <= 1e-5 * before["R"].abs().max()
     assert (error(state) <= error(before) * (1 + 1e-6)).all()
-    # Where two pairs are equal up to rounding, searches may go different ways; their errors are then only close.
+    # Searches may take different pairs that are equal up to rounding; then their errors are only close.
     same = (state["V"] == expected["V"]).all(1)
     assert same.double().mean() >= 0.9
     assert (error(state)[same] == error(expected)[same]).all()
