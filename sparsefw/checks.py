@@ -23,9 +23,8 @@ from sparsefw.data import BATCHES
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
 from sparsefw.inputs import DEFAULT, locate
-from sparsefw.model.hf import has_class
 from sparsefw.model.layers import slices_of
-from sparsefw.model.skeleton import build
+from sparsefw.model.skeleton import build, has_class
 from sparsefw.report.content import Report, read_report
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS

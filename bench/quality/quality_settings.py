@@ -19,7 +19,7 @@ from sparsefw.cli import run_parser, settings_of
 from sparsefw.kernels.backend import TORCH
 from sparsefw.model import StreamedModel, embed
 from sparsefw.model.activations import BATCH_TOKENS
-from sparsefw.model.layers import capture
+from sparsefw.model.measure import capture
 from sparsefw.solver.layer import prune_layers
 
 # The layers that are taken of every block: one for each kind of input.

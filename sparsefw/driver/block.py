@@ -18,22 +18,12 @@ from sparsefw.finite import check_finite
 from sparsefw.memory import give_back
 from sparsefw.model import HiddenStates, ModelShape, Placement
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.layers import (
-    Captured,
-    Confirmed,
-    Layer,
-    Pair,
-    Stage,
-    capture,
-    kind_of,
-    measure,
-    not_pruned,
-    stages,
-    survey,
-)
+from sparsefw.model.layers import Layer, Stage, kind_of, not_pruned
+from sparsefw.model.measure import Captured, Pair, capture, measure
 from sparsefw.model.parts import INPUT
 from sparsefw.model.shapes import BlockShape
 from sparsefw.model.slots import addresses
+from sparsefw.model.stages import Confirmed, stages, survey
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import log
 from sparsefw.solver.config import PruneConfig
@@ -51,7 +41,7 @@ class Run:
         placement: what is held at once, and where.
         say: called with every line of the log.
         ranks: the processes of the run, each with its share of the windows.
-        confirmed: what is known of running blocks in parts, see `layers.survey`.
+        confirmed: what is known of running blocks in parts, see `stages.survey`.
     """
 
     model: BlockModel

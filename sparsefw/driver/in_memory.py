@@ -25,7 +25,7 @@ from sparsefw.errors import InputError, first_line, shown
 from sparsefw.memory import on_gpu, this_device
 from sparsefw.model import resident
 from sparsefw.model.head import check_losses
-from sparsefw.model.shape_of import shape_of_resident, shape_of_text
+from sparsefw.model.shapes import shape_of_resident, shape_of_text
 from sparsefw.model.skeleton import max_seqlen
 from sparsefw.model.slots import filled, slots_of
 from sparsefw.ranks import ALONE, Ranks

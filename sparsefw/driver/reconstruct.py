@@ -21,10 +21,10 @@ from sparsefw.errors import InputError, first_line, shown
 from sparsefw.memory import give_back
 from sparsefw.model import HiddenStates
 from sparsefw.model.activations import split_batches
-from sparsefw.model.explained import ForwardFailed, explained
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
 from sparsefw.model.head import divergence, predicts, times_the_passes, tokens_of_pass
 from sparsefw.model.layers import layer_of
+from sparsefw.model.stand_ins import ForwardFailed, explained
 from sparsefw.report.content import HIDDEN, PREDICTIONS, Reconstruction
 from sparsefw.solver.kept_weights import KeptWeights
 from sparsefw.solver.layer import LayerResult

@@ -14,7 +14,8 @@ from torch import nn
 
 from sparsefw.errors import InputError
 from sparsefw.kernels.backend import Backend
-from sparsefw.model.layers import Captured, Layer, is_expert, layer_of
+from sparsefw.model.layers import Layer, is_expert, layer_of
+from sparsefw.model.measure import Captured
 from sparsefw.ranks import Handle, Ranks, balanced
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.layer import LayerResult

@@ -20,9 +20,8 @@ from sparsefw.estimate.memory import GIB, PROCESS, Workload, disk_space, pruned_
 from sparsefw.estimate.placement import memory_limits, place
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, Output
 from sparsefw.model import shape_of
-from sparsefw.model.hf import from_config
 from sparsefw.model.shapes import ModelShape
-from sparsefw.model.skeleton import LOADING, class_of, forget_quantization, max_seqlen
+from sparsefw.model.skeleton import LOADING, class_of, forget_quantization, from_config, max_seqlen
 from sparsefw.solver.config import PruneConfig
 
 # Memory of a card as it is sold, in 10^9 bytes. The chips hold a little more, which is left to the driver.

@@ -16,9 +16,8 @@ from sparsefw.data import Batch
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.finite import check_finite
 from sparsefw.memory import release_pinned
-from sparsefw.model.explained import TEXT, explained
-from sparsefw.model.hf import asked_for_no_more, attention_by_calls
 from sparsefw.model.path import Path, path_through
+from sparsefw.model.skeleton import asked_for_no_more, attention_by_calls
 from sparsefw.model.slots import (
     SharedParameters,
     Slot,
@@ -30,7 +29,7 @@ from sparsefw.model.slots import (
     shared_parameters,
     slots_of,
 )
-from sparsefw.model.stand_ins import block_type
+from sparsefw.model.stand_ins import TEXT, block_type, explained
 from sparsefw.timeline import READ, Timeline
 
 

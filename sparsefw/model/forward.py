@@ -3,8 +3,7 @@
 What it gives every block (masks, rotary tables, per-layer windows) is recorded, so that no architecture is named here.
 """
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,60 +13,34 @@ from sparsefw.data import Batch, token_batch
 from sparsefw.errors import InputError
 from sparsefw.model.activations import Activations, Store, Stored
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.explained import StopForward, explained
 from sparsefw.model.hidden_states import Carried, HiddenStates
 from sparsefw.model.parts import DIFFERS
 from sparsefw.model.recorder import Recorder
 from sparsefw.model.recording import Recording, rebuilt
-from sparsefw.model.stand_ins import Form, Replacement, form_of_output, run_replaced
+from sparsefw.model.stand_ins import Form, explained, run_replaced
 
 
-def run_with_blocks_replaced(model: BlockModel, batch: Batch, replacement: Replacement) -> Any:
-    """Run the model's own forward.
-
-    Args:
-        model: the model, inside `BlockModel.outside`, which puts the weights outside of the blocks on the device.
-        batch, replacement: as for `run_replaced`.
-
-    Returns:
-        As `run_replaced`.
-
-    Raises:
-        InputError: the model's code outside of its blocks fails.
-    """
-    blocks, calls = list(dict.fromkeys(model.blocks)), itertools.count()
-
-    def in_order(n: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        i = next(calls)
-        if i >= len(model.blocks) or model.blocks[i] is not blocks[n]:
-            raise InputError(DIFFERS)
-        return replacement(i, args, kwargs)
-
-    with explained(type(model.model).__name__, "its forward outside of the blocks", model.input_kind):
-        return run_replaced(model.runs, blocks, batch, in_order)
-
-
-def form_of(model: BlockModel, i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
+def form_of(model: BlockModel, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
     """What block i returns. The class does not tell, so one block of each kind is run.
 
     Args:
         model: the model.
         i: number of the block.
-        hidden, args, kwargs: its input, and its other arguments, which stay as they are.
+        args, kwargs: its input, and its other arguments, which stay as they are.
 
     Raises:
         InputError: it returns no tensor.
     """
+    hidden, *others = args
     known = model.forms.find(model.block_types[i], hidden)
     if known is None:
         block = model.open_alone(i)
         # Copies: what the block changes in them, it changes again when it is run.
-        args, kwargs = rebuilt((args, kwargs), lambda x: x)
+        others, kwargs = rebuilt((others, kwargs), lambda x: x)
         with explained(type(model.model).__name__, model.names[i], model.input_kind):
-            output = block(hidden, *args, **kwargs)
+            output = block(hidden, *others, **kwargs)
         model.close(i)
-        known = form_of_output(output, hidden, model.names[i], type(model.model).__name__)
-        model.forms.add(model.block_types[i], known)
+        known = model.forms.add(model.block_types[i], output, hidden, model.names[i], type(model.model).__name__)
     return known
 
 
@@ -81,24 +54,42 @@ def record(model: BlockModel, batch: Batch) -> Recording:
     Raises:
         InputError: its blocks hand tensors on in a way that cannot be followed.
     """
-    batch = batch.to(model.device)
+    batch, last = batch.to(model.device), len(model.blocks) - 1
     weights = {
         f"{name}.{inner}": weight
         for name, block in zip(model.names, model.blocks, strict=True)
         for inner, weight in block.named_parameters()
     }
-    recorder = Recorder(model.names, type(model.model).__name__, batch.tensors, weights)
+    recorder = Recorder(type(model.model).__name__, batch.tensors, weights)
 
-    def replacement(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with recorder.tape.pause():
-            output = _stand_in(model, recorder, i, args, kwargs)
-        if i == len(model.blocks) - 1:
-            raise StopForward
-        return output
+    def stand_in(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return form_of(model, i, args, kwargs).after(args[0])
 
-    with recorder.on():
-        run_with_blocks_replaced(model, batch, replacement)
+    _run(model, batch, stand_in, recorder, last)
     return recorder.recording(model.flow.end)
+
+
+def _run(
+    model: BlockModel,
+    batch: Batch,
+    stand_in: Callable[[int, tuple, dict], Any],
+    recorder: Recorder | None = None,
+    last: int | None = None,
+) -> Any:
+    """As `run_replaced`, for the model's blocks in the order in which they are called.
+
+    Raises:
+        InputError: the model's code outside of its blocks fails, or it calls its blocks in another order.
+    """
+
+    def in_order(i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if model.names[i : i + 1] != [name]:
+            raise InputError(DIFFERS)
+        return stand_in(i, args, kwargs)
+
+    blocks = dict(zip(model.names, model.blocks, strict=True))
+    with explained(type(model.model).__name__, "its forward outside of the blocks", model.input_kind):
+        return run_replaced(model.runs, blocks, batch, in_order, recorder, last)
 
 
 def embed(model: BlockModel, ids: Tensor, batch_size: int, store: Store | None = None) -> HiddenStates:
@@ -198,54 +189,31 @@ class _Constants:
         return self._store.put(x)
 
 
-def run_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor, others: dict[int, Tensor]) -> Any:
+def run_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor | None, others: dict[int, Tensor]) -> Any:
     """Run what lies behind the last block.
 
     Args:
         model: the model, inside `BlockModel.outside`.
         batch: arguments of the forward.
-        hidden: what the last block returns. Gradients go back to it where windows are run by themselves.
+        hidden: what the last block returns; None: something of its form. Gradients go back to it where windows are run
+            by themselves.
         others: the other tensors that are read there, by their numbers in the recording.
 
     Returns:
         What the model returns.
     """
-    batch = batch.to(model.device)
-    recorder = Recorder(model.names, type(model.model).__name__, batch.tensors, real=others)
+    batch, last = batch.to(model.device), len(model.blocks) - 1
+    recorder = None if model.flow.by_window else Recorder(type(model.model).__name__, batch.tensors, real=others)
 
-    def replacement(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with recorder.tape.pause():
-            recorder.begun = i == len(model.blocks) - 1
-            if not model.flow.by_window:
-                return _stand_in(model, recorder, i, args, kwargs, hidden if recorder.begun else None)
+    def stand_in(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        form = None
+        if recorder is None:
             # Nobody reads the other tensors, whose shape may be another one.
-            form = model.forms.like(model.block_types[i], args[0]) or form_of(model, i, args[0], args[1:], kwargs)
-            # A view: gradients go through it.
-            return form.around(hidden, lambda x: x.view_as(x)) if recorder.begun else form.after(args[0])
+            form = model.forms.like(model.block_types[i], args[0])
+        else:
+            recorder.begun = i == last
+        form = form or form_of(model, i, args, kwargs)
+        # A view: gradients go through it.
+        return form.after(args[0]) if i < last or hidden is None else form.around(hidden, lambda x: x.view_as(x))
 
-    with recorder.on():
-        return run_with_blocks_replaced(model, batch, replacement)
-
-
-def _stand_in(
-    model: BlockModel,
-    recorder: Recorder,
-    i: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Tensor | None = None,
-) -> Any:
-    """What stands for the output of block i in a forward that is recorded.
-
-    Args:
-        model, recorder: the model and its recorder.
-        i: number of the block.
-        args, kwargs: what it is given, the hidden states first.
-        output: the hidden states that it returns; None: those of a stand-in.
-    """
-    hidden, *others = args
-    recorder.arrives(i, hidden, tuple(others), kwargs)
-    form = form_of(model, i, hidden, tuple(others), kwargs)
-    stand_in = form.after(hidden) if output is None else form.around(output)
-    recorder.leaves(i, stand_in)
-    return stand_in
+    return _run(model, batch, stand_in, recorder)

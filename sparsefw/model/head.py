@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparsefw.data import Batch, Batches, Windows, token_batch
 from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.forward import form_of, run_behind_blocks, run_with_blocks_replaced
+from sparsefw.model.forward import run_behind_blocks
 from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.ranks import ALONE, Ranks
 
@@ -83,12 +83,9 @@ def check_losses(model: BlockModel, batches: Iterable[Batch]) -> None:
         InputError: the model returns no loss for a batch.
     """
 
-    def stand_in(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return form_of(model, i, args[0], args[1:], kwargs).after(args[0])
-
     with model.outside():
         for j, batch in enumerate(batches):
-            _loss_in(run_with_blocks_replaced(model, batch.to(model.device), stand_in), model, j)
+            _loss_in(run_behind_blocks(model, batch, None, {}), model, j)
 
 
 def _loss_in(returned: Any, model: BlockModel, j: int) -> Tensor:

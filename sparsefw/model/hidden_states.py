@@ -14,10 +14,9 @@ from sparsefw.errors import InputError
 from sparsefw.finite import OnItsWay, all_finite, check_finite
 from sparsefw.model.activations import Activations, Store, Stored
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.explained import explained
 from sparsefw.model.parts import CANNOT_GO_ON, INPUT, UNSUPPORTED, Point, run_part
 from sparsefw.model.recording import Box, Call, Constant, Recording, Value, leaves_of, outline, rebuilt, tensors_of
-from sparsefw.model.stand_ins import hidden_of
+from sparsefw.model.stand_ins import explained, hidden_of
 
 
 @dataclass(frozen=True)

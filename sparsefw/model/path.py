@@ -18,11 +18,20 @@ from transformers import PreTrainedModel
 
 from sparsefw.data import Batch, token_batch
 from sparsefw.errors import InputError, first_line, shown
-from sparsefw.model.explained import BATCHES, TEXT, ForwardFailed, explained
 from sparsefw.model.recorder import Recorder, check_same
 from sparsefw.model.recording import Recording, objects_of, rebuilt
 from sparsefw.model.slots import filled, slots_of
-from sparsefw.model.stand_ins import Forms, block_type, form_of_output, run_replaced
+from sparsefw.model.stand_ins import (
+    BATCHES,
+    TEXT,
+    Forms,
+    ForwardFailed,
+    NotABlock,
+    StandIn,
+    block_type,
+    explained,
+    run_replaced,
+)
 
 # A few tokens are enough for every kind of attention.
 FEW_TOKENS = token_batch(torch.zeros(1, 8, dtype=torch.int64))
@@ -35,18 +44,6 @@ Ready = Callable[[Iterable[nn.Module]], AbstractContextManager[None]]
 
 # Lists of modules that may be blocks, by name: for each its modules by their names in the model.
 Stacks = dict[str, dict[str, nn.Module]]
-
-
-class NotABlock(InputError):
-    """What was taken for a block is called in a way that no block is.
-
-    Attributes:
-        name: its name.
-    """
-
-    def __init__(self, message: str, name: str) -> None:
-        super().__init__(message)
-        self.name = name
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def _path(model: nn.Module, runs: nn.Module, batch: Batch, input_kind: str, outs
     passed_over: dict[str, str] = {}
     while stacks := _stacks(model, passed_over):
         try:
-            path = _follow(model, runs, stacks, batch, input_kind, outside, inside)
+            path = _Forward(runs, stacks, batch, input_kind, inside).path(model, outside)
         except NotABlock as error:
             # The lists inside of its modules may be such lists.
             passed_over[next(name for name, stack in stacks.items() if error.name in stack)] = str(error)
@@ -124,39 +121,6 @@ def _path(model: nn.Module, runs: nn.Module, batch: Batch, input_kind: str, outs
     raise InputError(
         f"unsupported model {type(model).__name__}: its forward on {input_kind} calls no modules of a ModuleList or "
         "Sequential that hold layers"
-    )
-
-
-@torch.no_grad()
-def _follow(
-    model: nn.Module, runs: nn.Module, stacks: Stacks, batch: Batch, input_kind: str, outside: Ready, inside: Ready
-) -> Path | None:
-    """Run a model's own forward with stand-ins for its blocks, and look at what it uses; None if it calls no block."""
-    blocks = {name: block for stack in stacks.values() for name, block in stack.items()}
-    in_blocks = {module for block in blocks.values() for module in block.modules()}
-    followed = _Forward(runs, blocks, batch, input_kind, inside)
-    with outside(module for module in model.modules() if module not in in_blocks):
-        slots = slots_of(model.named_modules(remove_duplicate=False))
-        stored = {slot.path: id(slot.own) for slot in slots if not slot.own.is_meta}
-        found = followed.record({key: name for name, key in stored.items()})
-    if found is None:
-        return None
-    recording, read = found
-    read_ids = {stored[name] for name in read}
-    called = {name: blocks[name] for name in followed.names}
-    used = [stack for stack in stacks.values() if not called.keys().isdisjoint(stack)]
-    windows_first = input_kind != TEXT or recording.hidden.shape[:2] == FEW_TOKENS.tensors[0].shape
-    return Path(
-        runs=runs,
-        input_kind=input_kind,
-        blocks=called,
-        order=followed.names,
-        unused={name: block for stack in used for name, block in stack.items() if name not in called},
-        reads=frozenset(name for name, key in stored.items() if key in read_ids),
-        # They are those of a few tokens, and may be copies of weights.
-        flow=replace(recording, constants=[], windows_first=windows_first),
-        forms=followed.forms,
-        logits_itemsize=followed.logits_itemsize,
     )
 
 
@@ -186,94 +150,93 @@ class _Forward:
     """A model's own forward, with stand-ins for the blocks.
 
     Args:
-        runs: the model whose forward it is. Its weights outside of the blocks are there.
-        blocks: what may be its blocks, by name.
+        runs: the model whose forward it is.
+        stacks: lists of what may be its blocks.
         batch: the arguments of the forward.
         input_kind: what these are, in words, for messages.
         inside: inside its `with` block, modules of a block have their tensors where they are needed.
-
-    Attributes:
-        names: the blocks that were called, in the order of their calls; one that was called twice stands there twice.
-        forms: what blocks return.
-        logits_itemsize: bytes of an entry of the logits that it returns; 0 if it returns none.
     """
 
-    def __init__(
-        self, runs: nn.Module, blocks: dict[str, nn.Module], batch: Batch, input_kind: str, inside: Ready
-    ) -> None:
-        self._runs, self._kind, self._blocks = runs, type(runs).__name__, blocks
+    def __init__(self, runs: nn.Module, stacks: Stacks, batch: Batch, input_kind: str, inside: Ready) -> None:
+        self._runs, self._kind, self._stacks = runs, type(runs).__name__, stacks
         self._batch, self._input_kind, self._inside = batch, input_kind, inside
-        self._types = {name: block_type(block) for name, block in blocks.items()}
-        self._weights = {f"{name}.{n}": x for name, block in blocks.items() for n, x in block.named_parameters()}
-        self.names: list[str] = []
-        self.forms = Forms()
-        self.logits_itemsize = 0
+        self._blocks = {name: block for stack in stacks.values() for name, block in stack.items()}
+        self._forms = Forms()
+        self._logits_itemsize = 0
         # Attributes that blocks have set: the module, its name, and the module's attributes before.
         self._set: list[tuple[nn.Module, str, dict[str, Any]]] = []
 
-    def record(self, watched: dict[int, str]) -> tuple[Recording, set[str]] | None:
-        """Record the forward, and which watched tensors it reads; None if it calls no block.
+    @torch.no_grad()
+    def path(self, model: nn.Module, outside: Ready) -> Path | None:
+        """Run the forward, and look at what it uses; None if it calls no block.
 
         The first block of each kind is run, and shows what the others return. So is each block that is given objects,
         which it may change. Then the forward is run once more. Nothing in it may depend on what the blocks did.
 
         Args:
-            watched: names of tensors, by their ids.
+            model: the whole model.
+            outside: as for `path_through`.
 
         Raises:
             NotABlock: it gives a block no hidden states.
             InputError: the forward fails, or hands tensors on in a way that cannot be followed.
         """
-        try:
-            first = self._run(self._run_block, watched)
-        finally:
-            self._restore_attributes()
-        if not self.names:
-            return None
-        names, self.names = self.names, []
-        try:
-            second = self._run(self._other_values, watched)
-        except ForwardFailed as error:
-            raise InputError(
-                f"unsupported model {self._kind}: its forward depends on what blocks return or change in a way that "
-                f"cannot be followed: without it, {shown(first_line(error.__cause__ or error))}"
-            ) from error
-        check_same(first, second, names, self._kind)
-        if not any(count == 1 for count in Counter(names).values()):
-            raise InputError(
-                f"unsupported model {self._kind}: {names[0]} runs more than once in a forward, and so do all blocks"
-            )
-        return first.recording(), first.read | second.read
-
-    def _run(self, block_output: Callable[[str, tuple, dict], Any], watched: dict[int, str]) -> Recorder:
-        """Run the forward; the function makes what stands for the output of the block of this name."""
-        blocks = list(self._blocks)
-        recorder = Recorder(self.names, self._kind, self._batch.tensors, self._weights, watched=watched)
-
-        def replacement(n: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            name = blocks[n]
-            if not args or not isinstance(args[0], Tensor):
-                raise NotABlock(
-                    f"unsupported model {self._kind}: {name} is not given its hidden states as first argument", name
+        in_blocks = {module for block in self._blocks.values() for module in block.modules()}
+        with outside(module for module in model.modules() if module not in in_blocks):
+            slots = slots_of(model.named_modules(remove_duplicate=False))
+            stored = {slot.path: id(slot.own) for slot in slots if not slot.own.is_meta}
+            watched = {key: name for name, key in stored.items()}
+            try:
+                first = self._run(self._run_block, watched)
+            finally:
+                self._restore_attributes()
+            if not (names := first.names):
+                return None
+            try:
+                second = self._run(self._other_values, watched)
+            except ForwardFailed as error:
+                raise InputError(
+                    f"unsupported model {self._kind}: its forward depends on what blocks return or change in a way "
+                    f"that cannot be followed: without it, {shown(first_line(error.__cause__ or error))}"
+                ) from error
+            check_same(first, second, names, self._kind)
+            if not any(count == 1 for count in Counter(names).values()):
+                raise InputError(
+                    f"unsupported model {self._kind}: {names[0]} runs more than once in a forward, and so do all blocks"
                 )
-            self.names.append(name)
-            with recorder.tape.pause():
-                recorder.arrives(len(self.names) - 1, args[0], args[1:], kwargs)
-                output = block_output(name, args, kwargs)
-                recorder.leaves(len(self.names) - 1, output)
-            return output
+            recording = first.recording()
+        read = {stored[name] for name in first.read | second.read}
+        windows_first = self._input_kind != TEXT or recording.hidden.shape[:2] == FEW_TOKENS.tensors[0].shape
+        used = [stack for stack in self._stacks.values() if not stack.keys().isdisjoint(names)]
+        return Path(
+            runs=self._runs,
+            input_kind=self._input_kind,
+            blocks={name: self._blocks[name] for name in names},
+            order=names,
+            unused={name: block for stack in used for name, block in stack.items() if name not in names},
+            reads=frozenset(name for name, key in stored.items() if key in read),
+            # They are those of a few tokens, and may be copies of weights.
+            flow=replace(recording, constants=[], windows_first=windows_first),
+            forms=self._forms,
+            logits_itemsize=self._logits_itemsize,
+        )
 
-        with explained(self._kind, "its forward", self._input_kind), recorder.on():
-            returned = run_replaced(self._runs, list(self._blocks.values()), self._batch, replacement)
+    def _run(self, stand_in: StandIn, watched: dict[int, str]) -> Recorder:
+        """Run the forward."""
+        weights = {f"{name}.{n}": x for name, block in self._blocks.items() for n, x in block.named_parameters()}
+        recorder = Recorder(self._kind, self._batch.tensors, weights, watched=watched)
+        with explained(self._kind, "its forward", self._input_kind):
+            returned = run_replaced(self._runs, self._blocks, self._batch, stand_in, recorder)
         recorder.ends()
         logits = getattr(returned, "logits", None)
-        self.logits_itemsize = logits.element_size() if isinstance(logits, Tensor) else 0
+        self._logits_itemsize = logits.element_size() if isinstance(logits, Tensor) else 0
         return recorder
 
-    def _run_block(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_block(self, i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What stands for a block's output, with the block's changes to the objects that it is given."""
-        block, kind, objects = self._blocks[name], self._types[name], objects_of((*args, *kwargs.values()))
-        form = self.forms.find(kind, args[0])
+        block, objects = self._blocks[name], objects_of((*args, *kwargs.values()))
+        kind = block_type(block)
+        form = self._forms.find(kind, args[0])
         if objects or form is None:
             # The objects themselves, with other tensors than those that are followed.
             memo = {id(known): (known, known) for known in objects}
@@ -283,12 +246,12 @@ class _Forward:
                 output = block(*own, **others)
             for module, attributes in before:
                 self._set += [(module, k, attributes) for k, x in module.__dict__.items() if attributes.get(k) is not x]
-            form = form or self.forms.add(kind, form_of_output(output, own[0], name, self._kind))
+            form = form or self._forms.add(kind, output, own[0], name, self._kind)
         return form.after(args[0])
 
-    def _other_values(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _other_values(self, i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What stands for the block's output, with other values than `_run_block` gives it."""
-        form = self.forms.find(self._types[name], args[0])
+        form = self._forms.find(block_type(self._blocks[name]), args[0])
         assert form is not None, name
         return form.after(args[0], _other_values)
 

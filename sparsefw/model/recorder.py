@@ -49,7 +49,6 @@ class Recorder:
     """Follows the outputs of blocks through a model's forward: `with recorder.on(): ...`.
 
     Args:
-        names: names of the blocks, for messages.
         model: name of the model's class, for messages.
         given: the tensors that the forward is given.
         weights: weights of the blocks, by their names.
@@ -57,6 +56,7 @@ class Recorder:
         watched: names of tensors, by their ids; None: nothing is watched, and no trace is kept.
 
     Attributes:
+        names: names of the blocks that have been called, in this order.
         tape: all calls.
         begun: whether the last block has been called.
         read: names of the watched tensors that a function reads, the blocks' own calls included.
@@ -66,14 +66,13 @@ class Recorder:
 
     def __init__(
         self,
-        names: list[str],
         model: str,
         given: list[Tensor],
         weights: Mapping[str, Tensor] | None = None,
         real: Mapping[int, Tensor] | None = None,
         watched: Mapping[int, str] | None = None,
     ) -> None:
-        self._names, self._model, self._real, self.begun = names, model, real or {}, False
+        self._model, self._real, self.begun, self.names = model, real or {}, False, list[str]()
         self._traces, self._watched, self.read = watched is not None, watched or {}, set[str]()
         self.tape = Tape(given)
         self.trace: list[list[Any]] = []
@@ -174,22 +173,23 @@ class Recorder:
                 "prune a checkpoint whose config does not ask for it"
             )
 
-    def arrives(self, i: int, hidden: Tensor, args: tuple, kwargs: dict) -> None:
-        """Record what block i is given, inside `tape.pause`.
+    def arrives(self, i: int, name: str, hidden: Tensor, args: tuple, kwargs: dict) -> None:
+        """Record what block i, of this name, is given, inside `tape.pause`.
 
         Raises:
             InputError: it is not its turn, or what was done with the output of the block before cannot be done again.
         """
         if self._refusal:
-            raise InputError(f"{self._names[len(self._calls) - 1]}: {UNSUPPORTED} {self._model}: {self._refusal}")
+            raise InputError(f"{self.names[-1]}: {UNSUPPORTED} {self._model}: {self._refusal}")
         if i != len(self._calls):
             raise InputError(DIFFERS)
+        self.names.append(name)
         for known in objects_of((*args, *kwargs.values())):
             _, before, count = self._objects.get(id(known), (known, outline(known), 0))
             self._objects[id(known)] = known, before, count + 1
         self._given |= {id(x): (x, x._version) for x in tensors_of((hidden, args, kwargs)) if id(x) not in self._given}
         self._check_unchanged()
-        self._keep(self._names[i], self._steps, hidden, args, kwargs)
+        self._keep(name, self._steps, hidden, args, kwargs)
         self._calls[i] = Call(args, kwargs, self._steps, hidden)
         self._steps = []
 

@@ -1,21 +1,39 @@
-"""A checkpoint's model without its weights, and how tensors of the checkpoint get into it.
+"""A checkpoint's model without its weights, how tensors get into it, and all else that is private to transformers.
 
 The skeleton is the model's own class, whole, and costs no memory: parameters are on the meta device, and only buffers
 that are computed, not stored (rotary tables, masks), are real. Tensors are loaded when they are needed, a block at a
 time, and renamed or stacked on the way as transformers does it for the whole model. So the experts of only one block
 are stacked at a time.
+
+Every private or undocumented name of transformers that the models need stands here. transformers may change these in
+any version. They were tested with 5.17 to 5.24; when a later version breaks one, this file is the place to mend it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from sparsefw.checkpoint import trust
@@ -23,8 +41,6 @@ from sparsefw.checkpoint.quantization import KEY, ORIGINAL
 from sparsefw.checkpoint.source import CONFIG, Checkpoint
 from sparsefw.checkpoint.tensors import Loadable
 from sparsefw.errors import InputError, first_line, shown
-from sparsefw.model import hf as private
-from sparsefw.model.hf import ask_for_no_more
 from sparsefw.model.slots import Slot, restore, slots_of
 
 # Errors of transformers for a config or tensors that do not fit. They cannot be fewer: entries of a config reach the
@@ -46,6 +62,9 @@ LOADING = (
 # Computed buffers of real models take a few MiB; a config that asks for more than its checkpoint's size is no model's.
 BUFFERS_ALLOWED = 64 * 2**20
 
+# The lists of classes that generate text, by type of config. Where no class is named, the first that has one counts.
+_GENERATING = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+
 
 @dataclass(frozen=True)
 class Skeleton:
@@ -62,7 +81,7 @@ class Skeleton:
 
     model: PreTrainedModel
     goes_into: dict[str, str]
-    conversions: list[private.Conversion]
+    conversions: list[WeightTransform]
     dtype: torch.dtype
     unused: list[str]
     replaced: str = ""
@@ -83,7 +102,7 @@ class Skeleton:
             return [slot for slot in slots if slot.tensors[slot.name] is not slot.own]
 
         try:
-            report = private.load_tensors(self.model, tensors, self.dtype, device, self.conversions)
+            report = _load_tensors(self.model, tensors, self.dtype, device, self.conversions)
             # Shapes were compared when the skeleton was built.
             assert not report.mismatched_keys, report
             assert not report.conversion_errors, report
@@ -94,13 +113,13 @@ class Skeleton:
     def names_of(self, tensors: Iterable[str]) -> dict[str, list[str]]:
         """Names of tensors by the parameter that they go into; those that go into none are left out."""
         names: dict[str, list[str]] = {}
-        for name, parameter in private.destinations(self.model, tensors, self.conversions).items():
+        for name, parameter in _destinations(self.model, tensors, self.conversions).items():
             names.setdefault(parameter, []).append(name)
         return names
 
     def exported(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters by their names in the model, under the checkpoint's names and in its form; on the host."""
-        return {k: v.cpu().contiguous() for k, v in private.export_tensors(self.model, tensors).items()}
+        return {k: v.cpu().contiguous() for k, v in revert_weight_conversion(self.model, tensors).items()}
 
 
 def build(checkpoint: Checkpoint, as_named: bool = False) -> Skeleton:
@@ -176,18 +195,23 @@ def _build(checkpoint: Checkpoint, config: Any, as_named: bool) -> Skeleton:
         "experts_implementation": "eager",
     }
     named = config.architectures or []
-    named_class = private.named_class(config) if as_named else None
-    kind, config = (named_class, config) if named_class else class_of(config, checkpoint.folder)
+    kind = _named_class(config) if as_named else None
+    if kind is None:
+        kind, config = class_of(config, checkpoint.folder)
+    promises = {name: PromisedTensor(info.shape, info.dtype) for name, info in checkpoint.tensors.items()}
     with torch.device("meta"):
-        empty = private.from_config(kind, config, **options)
-    conversions = private.conversions_of(empty)
+        empty = from_config(kind, config, **options)
+    conversions = get_model_conversion_mapping(empty)
     # First on the meta device, where nothing is allocated: `from_pretrained` would make up what is missing.
-    report = private.load_tensors(empty, _promises(checkpoint), checkpoint.dtype, torch.device("meta"), conversions)
-    private.forgive(empty, report)
+    report = _load_tensors(empty, promises, checkpoint.dtype, torch.device("meta"), conversions)
+    # Names that the class knows to be missing or superfluous.
+    empty._adjust_missing_and_unexpected_keys(report)
     _check(report, empty, checkpoint)
-    model = private.from_promises(type(empty), config, _promises(checkpoint), **options)
+    # Not by a method of the class itself: those that have one look for more files, and ask the Hub for them.
+    make: Any = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+    model: PreTrainedModel = make(type(empty), None, config=config, state_dict=promises, **options)
     model.eval().requires_grad_(False)
-    goes_into = private.destinations(model, checkpoint.tensors, conversions)
+    goes_into = _destinations(model, checkpoint.tensors, conversions)
     _check_dtypes(goes_into, model, checkpoint)
     unused = sorted(checkpoint.tensors.keys() - goes_into.keys())
     replaced = "" if kind.__name__ in named or not named else shown(named[0])
@@ -207,7 +231,7 @@ def class_of(config: PretrainedConfig, place: Path) -> tuple[type[PreTrainedMode
     Raises:
         InputError: there is none.
     """
-    kind = private.generating_class(config)
+    kind = _generating_class(config)
     if kind is None:
         named = shown(", ".join(map(str, config.architectures or [])) or config.model_type)
         why = (
@@ -224,14 +248,134 @@ def class_of(config: PretrainedConfig, place: Path) -> tuple[type[PreTrainedMode
     return kind, text if takes_text else config
 
 
+def _generating_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of transformers that the config names, if it is in a list of those that generate text, and takes it.
+
+    Otherwise the class that the lists have for this type of config; None if they have none. The config of an encoder
+    and a decoder has to name its class, and the class has to be in the first list: there are decoders in it that run
+    alone. Another one's decoder would be pruned without what it reads of the encoder.
+    """
+    lists = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING") for task in _GENERATING]
+    lists = lists[:1] if config.is_encoder_decoder else lists
+    # A list has a name, or several, for every type of model.
+    listed = [entry for classes in lists for entry in classes._model_mapping.values()]
+    known = {name for entry in listed for name in ([entry] if isinstance(entry, str) else entry)}
+    taken = {type(config), type(config.get_text_config())}
+    for name in config.architectures or []:
+        if isinstance(name, str) and name in known:
+            kind = getattr(transformers, name)
+            if getattr(kind, "config_class", None) in taken:
+                return kind
+    for classes in [] if config.is_encoder_decoder else lists:
+        if found := classes.get(type(config), None):
+            return found[0] if isinstance(found, tuple | list) else found
+    return None
+
+
+def _named_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of transformers that the config names, whatever it is made for, if it takes this type of config."""
+    for name in config.architectures or []:
+        kind = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.config_class is type(config):
+            return kind
+    return None
+
+
+def has_class(names: object) -> bool:
+    """Whether transformers has a class of one of the names that a config lists."""
+    listed = names if isinstance(names, list) else []
+    return any(isinstance(name, str) and isinstance(getattr(transformers, name, None), type) for name in listed)
+
+
+def from_config(kind: type[PreTrainedModel], config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model of this class without weights, on torch's default device."""
+    return kind._from_config(config, **options)
+
+
 def max_seqlen(config: PretrainedConfig) -> int | None:
     """Tokens in the longest window that a model takes; None if its config sets no limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def _promises(checkpoint: Checkpoint) -> dict[str, private.PromisedTensor]:
-    return {name: private.PromisedTensor(info.shape, info.dtype) for name, info in checkpoint.tensors.items()}
+class PromisedTensor:
+    """Stands for a tensor of the checkpoint that is not read.
+
+    transformers loads a slice of a safetensors file by its shape and dtype, `slice[...]` and `.to(device, dtype)`. Here
+    that gives a meta tensor.
+    """
+
+    def __init__(self, shape: Iterable[int], dtype: torch.dtype) -> None:
+        self.shape, self.dtype, self.device = torch.Size(shape), dtype, torch.device("meta")
+
+    def __getitem__(self, index: Any) -> "PromisedTensor":
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        """A meta tensor, whatever the device."""
+        return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
+
+
+def _load_tensors(
+    model: PreTrainedModel,
+    tensors: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    conversions: list[WeightTransform],
+) -> Any:
+    """Convert tensors and put them into a model, as `from_pretrained` does; what transformers reports of it.
+
+    Args:
+        model: the model, whose other parameters stay as they are.
+        tensors: tensors of the checkpoint, or what is loaded like a `PromisedTensor`, by name: all those of the
+            parameters that they go into.
+        dtype: dtype for the parameters.
+        device: device for the parameters.
+        conversions: how tensors of a checkpoint get into a model of its class; e.g. experts are stacked.
+
+    Raises:
+        OutOfMemoryError: the GPU's memory is full.
+        MemoryError: that of the host is.
+    """
+    conversions_of_all = getattr(model, "_weight_conversions", None)
+    options = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        # Its annotation names two of the subclasses, and it takes all.
+        weight_mapping=conversions,  # type: ignore[arg-type]
+    )
+    # It lists all parameters of the model. Whoever watches for one that is read would take that for reading.
+    with torch._C.DisableTorchFunction():
+        report, _ = convert_and_load_state_dict_in_model(model, dict(tensors), options)
+    # Loading replaces these conversions by those of the loaded tensors. `Skeleton.exported` needs those of all tensors.
+    if conversions_of_all is not None:
+        model._weight_conversions = conversions_of_all
+    _raise_for_memory(report.conversion_errors.values())
+    return report
+
+
+def _raise_for_memory(tracebacks: Iterable[str]) -> None:
+    """Raise what transformers has caught while it joined tensors, if memory was full."""
+    for text in tracebacks:
+        if "OutOfMemoryError" in text:
+            raise torch.OutOfMemoryError(next(line for line in text.splitlines() if "OutOfMemoryError" in line))
+        if "MemoryError" in text or "DefaultCPUAllocator" in text:
+            raise MemoryError
+
+
+def _destinations(model: PreTrainedModel, names: Iterable[str], conversions: list[WeightTransform]) -> dict[str, str]:
+    """The parameter that each tensor of a checkpoint becomes, or becomes a part of. Unused tensors are left out."""
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    state, parameter_of = model.state_dict(), {}
+    for name in names:
+        parameter, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if parameter not in state and name in state:
+            parameter = name
+        if parameter in state:
+            parameter_of[name] = parameter
+    return parameter_of
 
 
 def _check_dtypes(goes_into: dict[str, str], model: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -246,7 +390,7 @@ def _check_dtypes(goes_into: dict[str, str], model: PreTrainedModel, checkpoint:
             )
 
 
-def _check(report: private.LoadReport, empty: PreTrainedModel, checkpoint: Checkpoint) -> None:
+def _check(report: Any, empty: PreTrainedModel, checkpoint: Checkpoint) -> None:
     if report.conversion_errors:
         name, error = sorted(report.conversion_errors.items())[0]
         raise InputError(f"{name}: cannot be made of the checkpoint's tensors: {first_line(error)}")
@@ -254,9 +398,90 @@ def _check(report: private.LoadReport, empty: PreTrainedModel, checkpoint: Check
         name, stored, expected = mismatched[0]
         raise InputError(f"{name}: the checkpoint has shape {tuple(stored)}, the config asks for {tuple(expected)}")
     # One tensor is enough for parameters that are tied.
-    tied = [pair for pair in private.tied_parameters(empty).items() if not report.missing_keys.issuperset(pair)]
+    tied = [pair for pair in empty.all_tied_weights_keys.items() if not report.missing_keys.issuperset(pair)]
     if missing := sorted(report.missing_keys.difference(*tied)):
         raise InputError(f"{missing[0]}: this tensor is missing from the checkpoint ({len(missing)} in all)")
     size = sum(buffer.nbytes for buffer in empty.buffers())
     if size > BUFFERS_ALLOWED + checkpoint.nbytes:
         raise InputError(f"{checkpoint.folder / CONFIG}: asks for tables of {size / 2**30:.1f} GiB beside the weights")
+
+
+def attention_implementation(model: PreTrainedModel) -> str:
+    """The name of the attention function: "eager" holds all scores in memory, others do not."""
+    return model.config._attn_implementation
+
+
+@contextmanager
+def attention_by_calls() -> Iterator[None]:
+    """Inside the `with` block, `nn.MultiheadAttention` multiplies with one matrix at a time.
+
+    By itself it calls one fused function, or one function of Python whose inside a torch function mode does not see.
+    """
+    fast, whole = torch.backends.mha.get_fastpath_enabled(), functional.multi_head_attention_forward
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        functional.multi_head_attention_forward = _not_dispatched(whole)
+        yield
+    finally:
+        functional.multi_head_attention_forward = whole
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _not_dispatched(function: Any) -> Any:
+    """The same function of Python, which is not handed to a torch function mode as a whole."""
+    names = function.__globals__ | {"has_torch_function": lambda operands: False}
+    same = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    same.__kwdefaults__ = function.__kwdefaults__
+    return same
+
+
+# Entries of a config, and their values where a forward returns no more than a run needs.
+_OUTPUTS = {"output_hidden_states": False, "output_attentions": False, "output_router_logits": False}
+_OUTPUTS |= {"return_dict": True}
+
+# The same for a model in memory: it keeps no keys and values, and its mixtures multiply with one expert at a time,
+# where the input of each is seen.
+_IN_MEMORY = _OUTPUTS | {"use_cache": False, "_experts_implementation_internal": "eager"}
+
+# An entry of a config: the config, its name, its value.
+Entry = tuple[Any, str, Any]
+
+
+def ask_for_no_more(config: Any) -> None:
+    """Change a config, and those in it, so that a forward returns what a run needs."""
+    _set(_entries(config, _OUTPUTS))
+    for name in getattr(config, "sub_configs", ()):
+        ask_for_no_more(getattr(config, name, None))
+
+
+@contextmanager
+def asked_for_no_more(model: nn.Module) -> Iterator[Callable[[], AbstractContextManager[Any]]]:
+    """Inside the `with` block, the configs of a model in memory have the entries of a run.
+
+    Yields a function that makes a context in which the configs are as they were, such as the model is written with.
+    """
+    # Modules may share a config.
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    with _changed([entry for config in configs.values() for entry in _entries(config, _IN_MEMORY)]) as as_before:
+        yield as_before
+
+
+@contextmanager
+def _changed(entries: list[Entry]) -> Iterator[Callable[[], AbstractContextManager[Any]]]:
+    """Inside the `with` block, entries have these values. Yields the function that makes the inverse of it."""
+    before = [(config, name, getattr(config, name)) for config, name, _ in entries]
+    try:
+        _set(entries)
+        yield partial(_changed, before)
+    finally:
+        _set(before)
+
+
+def _entries(config: Any, values: dict[str, Any]) -> list[Entry]:
+    """Those of these entries that a config has, with these values."""
+    return [(config, name, value) for name, value in values.items() if getattr(config, name, None) is not None]
+
+
+def _set(entries: Iterable[Entry]) -> None:
+    for config, name, value in entries:
+        setattr(config, name, value)

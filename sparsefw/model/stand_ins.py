@@ -1,25 +1,28 @@
-"""Stand-ins for blocks: run a model's own forward with something else in place of each."""
+"""Run a model's own forward with something else in place of each block; its errors are told in one line."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsefw.data import Batch
-from sparsefw.errors import InputError
-from sparsefw.model.explained import StopForward
-from sparsefw.model.parts import UNSUPPORTED
+from sparsefw.errors import InputError, first_line, shown
+from sparsefw.model.parts import UNSUPPORTED, PartIsOver
+from sparsefw.model.recorder import Recorder
 from sparsefw.model.recording import leaves_of, rebuilt
 
 # Blocks of one kind return the same.
 BlockType = tuple[Any, ...]
 
-# Stands for a block: called with the block's number and what the block is given.
-Replacement = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+# What stands for a block's output: called with the number of the call, the block's name, and what the block is given.
+StandIn = Callable[[int, str, tuple[Any, ...], dict[str, Any]], Any]
 
 # The attributes of a module that hold what runs before and after its forward.
 _HOOKS = (
@@ -33,22 +36,70 @@ _HOOKS = (
 )
 
 
+class StopForward(Exception):
+    """Ends the model's forward early."""
+
+
+class ForwardFailed(InputError):
+    """A model's own code raised an exception, which is the cause of this one."""
+
+
+class NotABlock(InputError):
+    """What was taken for a block is called in a way that no block is.
+
+    Attributes:
+        name: its name.
+    """
+
+    def __init__(self, model: str, name: str) -> None:
+        super().__init__(f"unsupported model {model}: {name} is not given its hidden states as first argument")
+        self.name = name
+
+
+# What a model's forward is given, in words, and what to do where it fails on that.
+TEXT, BATCHES = "text alone", "these batches"
+ADVICE = {
+    TEXT: "see whether transformers runs this model on tokens without other input",
+    BATCHES: "see whether the model itself runs on them",
+}
+
+# Exceptions that go through a model's forward as they are.
+PASSED = (InputError, MemoryError, torch.OutOfMemoryError, StopForward, PartIsOver)
+
+
+@contextmanager
+def explained(model: str, place: str, input_kind: str = TEXT) -> Iterator[None]:
+    """Turn any exception out of a model's own forward, inside the `with` block, into an error of one line.
+
+    Args:
+        model: name of the model's class.
+        place: what runs: the name of a block, or words.
+        input_kind: what its forward is given, in words.
+
+    Raises:
+        ForwardFailed: an exception came out of it.
+    """
+    try:
+        yield
+    except PASSED:
+        raise
+    # A model's code may raise whatever there is.
+    except Exception as error:
+        raise ForwardFailed(
+            f"unsupported model {model}: {place} fails on {input_kind}: {type(error).__name__}: "
+            f"{shown(first_line(error))}; {ADVICE[input_kind]}"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Form:
     """What blocks of a class return.
 
     Attributes:
         output: what one of them returned. Hidden states of the form of its input are a meta tensor.
-        shape: shape of its input.
     """
 
     output: Any
-    shape: tuple[int, ...]
-
-    @property
-    def only_hidden(self) -> bool:
-        """Whether the hidden states are the only tensor, and have the form of the input."""
-        return self.keeps and len(leaves_of(self.output)) == 1
 
     @property
     def keeps(self) -> bool:
@@ -87,9 +138,29 @@ class Forms:
         others = (form for (known, _), form in self._known.items() if known == kind and form.keeps)
         return self.find(kind, hidden) or next(others, None)
 
-    def add(self, kind: BlockType, form: Form) -> Form:
-        """Note a form, and return it. Other tensors than hidden states have another shape for another input."""
-        self._known[kind, None if form.only_hidden else form.shape] = form
+    def add(self, kind: BlockType, output: Any, hidden: Tensor, block: str, model: str) -> Form:
+        """Note what a block has returned.
+
+        Args:
+            kind: its kind.
+            output: what it has returned.
+            hidden: its input.
+            block: its name, for the message.
+            model: name of the model's class, for the message.
+
+        Raises:
+            InputError: it returns no tensor.
+        """
+        if not (leaves := leaves_of(output)):
+            kind_of_output = type(output).__name__
+            raise InputError(f"{block}: {UNSUPPORTED} {model}: the block returns a {kind_of_output} without tensors")
+        first, shape = leaves[0], tuple(hidden.shape)
+        # They are given anew each time, unless the block gives them another form.
+        same = (first.shape, first.dtype) == (hidden.shape, hidden.dtype)
+        others = iter([hidden.to("meta") if same else first.new_zeros(()).expand(first.shape), *leaves[1:]])
+        form = Form(rebuilt(output, lambda _: next(others)))
+        # Other tensors than hidden states have another shape for another input.
+        self._known[kind, None if same and len(leaves) == 1 else shape] = form
         return form
 
 
@@ -98,23 +169,53 @@ def block_type(block: nn.Module) -> BlockType:
     return type(block), *((name, x.shape) for name, x in block.named_parameters())
 
 
-def run_replaced(runs: nn.Module, blocks: Sequence[nn.Module], batch: Batch, replacement: Replacement) -> Any:
+def run_replaced(
+    runs: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    batch: Batch,
+    stand_in: StandIn,
+    recorder: Recorder | None = None,
+    last: int | None = None,
+) -> Any:
     """Run a model's own forward.
 
     Args:
         runs: the model.
-        blocks: its blocks.
+        blocks: its blocks, by name.
         batch: its arguments, where the model's weights are.
-        replacement: called for every block, returns what the block would. The hidden states are the first of the
-            arguments that it is called with, even if the model's forward gives them by name. Meanwhile the block is
-            what it is outside, and can be run.
+        stand_in: called for every block, returns what the block would. The hidden states are the first of the arguments
+            that it is called with, even if the model's forward gives them by name. Meanwhile the block is what it is
+            outside, and can be run.
+        recorder: records the forward, but for what the stand-in does.
+        last: the forward ends behind this call of a block; None: it goes to its end.
 
     Returns:
-        What the model returns; None if the replacement raised `StopForward`.
+        What the model returns; None if it ended before.
+
+    Raises:
+        NotABlock: it gives a block no hidden states.
     """
+    calls = itertools.count()
+
+    def replacement(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not args or not isinstance(args[0], Tensor):
+            raise NotABlock(type(runs).__name__, name)
+        i = next(calls)
+        if recorder is None:
+            return stand_in(i, name, args, kwargs)
+        with recorder.tape.pause():
+            recorder.arrives(i, name, args[0], args[1:], kwargs)
+            output = stand_in(i, name, args, kwargs)
+            recorder.leaves(i, output)
+        if i == last:
+            raise StopForward
+        return output
+
     with ExitStack() as replaced:
-        for i, block in enumerate(blocks):
-            replaced.enter_context(_replaced(block, i, replacement))
+        for name, block in blocks.items():
+            replaced.enter_context(_replaced(block, partial(replacement, name)))
+        if recorder is not None:
+            replaced.enter_context(recorder.on())
         try:
             return runs(*batch.args, **batch.kwargs)
         except StopForward:
@@ -122,15 +223,15 @@ def run_replaced(runs: nn.Module, blocks: Sequence[nn.Module], batch: Batch, rep
 
 
 @contextmanager
-def _replaced(block: nn.Module, i: int, replacement: Replacement) -> Iterator[None]:
-    """Inside the `with` block, a call of block i calls the replacement alone, without the block's hooks."""
+def _replaced(block: nn.Module, replacement: Callable[[tuple, dict], Any]) -> Iterator[None]:
+    """Inside the `with` block, a call of a block calls the replacement alone, without the block's hooks."""
     first = _first_parameter(block)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not args and first in kwargs:
             args = (kwargs.pop(first),)
         with _called_with(block, own):
-            return replacement(i, args, kwargs)
+            return replacement(args, kwargs)
 
     with _called_with(block, {"forward": forward} | {name: {} for name in _HOOKS}) as own:
         yield
@@ -161,25 +262,3 @@ def _first_parameter(block: nn.Module) -> str:
 def hidden_of(block_output: Any) -> Tensor:
     """The hidden states among what a block returned: its first tensor."""
     return block_output if isinstance(block_output, Tensor) else leaves_of(block_output)[0]
-
-
-def form_of_output(output: Any, hidden: Tensor, block: str, model: str) -> Form:
-    """The form of what a block has returned.
-
-    Args:
-        output: what it has returned.
-        hidden: its input.
-        block: its name, for the message.
-        model: name of the model's class, for the message.
-
-    Raises:
-        InputError: it returns no tensor.
-    """
-    leaves = leaves_of(output)
-    if not leaves:
-        raise InputError(f"{block}: {UNSUPPORTED} {model}: the block returns a {type(output).__name__} without tensors")
-    first = leaves[0]
-    # They are given anew each time, unless the block gives them another form.
-    same = (first.shape, first.dtype) == (hidden.shape, hidden.dtype)
-    others = iter([hidden.to("meta") if same else first.new_zeros(()).expand(first.shape), *leaves[1:]])
-    return Form(rebuilt(output, lambda _: next(others)), tuple(hidden.shape))

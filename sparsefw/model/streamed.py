@@ -18,7 +18,6 @@ from sparsefw.checkpoint.tensors import Loadable, QuantizedInfo, TensorInfo, deq
 from sparsefw.errors import counted
 from sparsefw.model import skeleton
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.hf import tied_parameters
 from sparsefw.model.path import path_through, zeros_in
 from sparsefw.model.slots import Slot, shared_parameters
 
@@ -53,7 +52,7 @@ class StreamedModel(BlockModel):
         self.config: Any = model.config
         self.max_seqlen = skeleton.max_seqlen(self.config)
         path = path_through(model, None, zeros_in, zeros_in)
-        shared = shared_parameters(model, path.order, tied_parameters(model), self._skeleton.goes_into.values())
+        shared = shared_parameters(model, path.order, model.all_tied_weights_keys, self._skeleton.goes_into.values())
         super().__init__(model, path, shared, device)
         self._number = {self.names[i]: i for i in self.unique_blocks}
         # The skeleton's own tensors; tied parameters are one.

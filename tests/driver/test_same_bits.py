@@ -10,8 +10,8 @@ import torch
 from helpers.reconstructed import run, shards
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from sparsefw.model.explained import ForwardFailed
 from sparsefw.model.gradients import refused
+from sparsefw.model.stand_ins import ForwardFailed
 
 FLAGS = ["--method", "wanda", "--include", "layers.0", "--reconstruct", "1"]
 # torch's modes: nothing is asked for; what has no deterministic algorithm is warned of; it is refused.

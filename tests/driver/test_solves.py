@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sparsefw.driver.solves import find_solves
-from sparsefw.model.layers import Captured, Layer
+from sparsefw.model.layers import Layer
+from sparsefw.model.measure import Captured
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver.config import PruneConfig
 

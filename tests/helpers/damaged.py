@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from sparsefw import checkpoint
 from sparsefw.model import HiddenStates, StreamedModel, embed
 from sparsefw.model.activations import Activations, Store
-from sparsefw.model.explained import TEXT
 from sparsefw.model.hidden_states import Carried
-from sparsefw.model.layers import Layer, Pair, Stage, Survey, kind_of, stages, survey
+from sparsefw.model.layers import Layer, Stage, kind_of
+from sparsefw.model.measure import Pair
 from sparsefw.model.recording import Box, Call, Recording, Value
+from sparsefw.model.stages import Survey, stages, survey
+from sparsefw.model.stand_ins import TEXT
 
 
 def damaged_pair(folder, tokens=TOKENS, store=None, loss: float = 1) -> Pair:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from sparsefw import checkpoint
 from sparsefw.model import StreamedModel, embed
 from sparsefw.model.head import logits
-from sparsefw.model.hf import attention_implementation
+from sparsefw.model.skeleton import attention_implementation
 
 CPU = torch.device("cpu")
 BATCH = 4

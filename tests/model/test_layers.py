@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 from sparsefw import checkpoint
 from sparsefw.kernels.backend import TORCH
 from sparsefw.model import StreamedModel, embed
-from sparsefw.model.layers import capture, layer_of, not_pruned
+from sparsefw.model.layers import layer_of, not_pruned
+from sparsefw.model.measure import capture
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

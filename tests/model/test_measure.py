@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsefw.kernels.backend import TORCH
 from sparsefw.model.activations import Store
-from sparsefw.model.layers import measure
+from sparsefw.model.measure import measure
 from sparsefw.model.parts import INPUT
 from sparsefw.model.stand_ins import hidden_of
 from sparsefw.solver.refit import cross_rows

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsefw.kernels.backend import TORCH
-from sparsefw.model.layers import capture, dense_outputs
+from sparsefw.model.measure import capture, dense_outputs
 
 
 class TestOutputs:

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from sparsefw.kernels.backend import TORCH
-from sparsefw.model.layers import capture, not_pruned
+from sparsefw.model.layers import not_pruned
+from sparsefw.model.measure import capture
 
 E, TOKENS, IN, OUT = 3, 7, 5, 4
 

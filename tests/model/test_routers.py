@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparsefw.model.layers import find_no_layers, record_block
+from sparsefw.model.experts import find_no_layers
+from sparsefw.model.products import record_block
 
 TOKENS, D, E = 6, 8, 4
 

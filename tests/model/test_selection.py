@@ -7,7 +7,7 @@ from helpers.families import save_model
 from torch import nn
 
 from sparsefw.kernels.backend import TORCH
-from sparsefw.model.layers import measure
+from sparsefw.model.measure import measure
 
 
 def without(*left_out):

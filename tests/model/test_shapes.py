@@ -8,7 +8,8 @@ from helpers.families import TOKENS, is_layer, save_model
 
 from sparsefw import checkpoint
 from sparsefw.model import StreamedModel, embed, shape_of
-from sparsefw.model.layers import kind_of, survey
+from sparsefw.model.layers import kind_of
+from sparsefw.model.stages import survey
 
 
 def shape(folder):

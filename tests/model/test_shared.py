@@ -15,7 +15,7 @@ from sparsefw import checkpoint, prune
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed, shape_of
 from sparsefw.model.head import logits
-from sparsefw.model.hf import attention_implementation
+from sparsefw.model.skeleton import attention_implementation
 from sparsefw.model.slots import shared_parameters, slots_of
 from sparsefw.solver.patterns import without_index
 

@@ -7,7 +7,8 @@ from helpers.families import save_model
 from torch import nn
 
 from sparsefw.kernels.backend import TORCH
-from sparsefw.model.layers import capture, dense_outputs, survey
+from sparsefw.model.measure import capture, dense_outputs
+from sparsefw.model.stages import survey
 
 # By family, the stages of its first block as `described` has them.
 LLAMA = """

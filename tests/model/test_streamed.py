@@ -15,7 +15,7 @@ from sparsefw.data import windows_of
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed, perplexity
 from sparsefw.model.head import logits, loss
-from sparsefw.model.hf import attention_implementation
+from sparsefw.model.skeleton import attention_implementation
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

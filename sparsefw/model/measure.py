@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from sparsefw.kernels.backend import Backend
 from sparsefw.model.activations import Activations
+from sparsefw.model.experts import experts_of
 from sparsefw.model.hidden_states import BlockRun, HiddenStates
-from sparsefw.model.layers.experts import experts_of
-from sparsefw.model.layers.names import Layer, WeightNames, is_expert
-from sparsefw.model.layers.stage import Stage
-from sparsefw.model.layers.watch import Selector, Watch, everything
+from sparsefw.model.layers import Layer, Stage, is_expert
 from sparsefw.model.parts import INPUT, Point
+from sparsefw.model.products import WeightNames
+from sparsefw.model.watch import Selector, Watch, everything
 from sparsefw.solver.refit import Cross
 
 # Runs one micro-batch, by its number, through a block.

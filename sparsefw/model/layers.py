@@ -1,13 +1,14 @@
-"""Layers and their names: which matrix of a block a weight is, and which matrices are not layers."""
+"""Layers of a block, their names, their roles in the block, and the stages in which they are pruned."""
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from torch import Tensor, nn
 
+from sparsefw.model.parts import INPUT, Point
 from sparsefw.solver.patterns import without_index
 
 # The index of a slice of a parameter.
@@ -101,52 +102,70 @@ def layer_of(block: nn.Module, name: str, gram: str, shape: tuple[int, int], tra
     return Layer(name, matrix.T if transposed else matrix, gram, transposed=transposed)
 
 
-class WeightNames:
-    """Finds the name of a weight by its memory: it is one of the block's parameters, or a slice of a stacked one."""
+@dataclass(frozen=True)
+class Write:
+    """The stream before and behind a layer that writes to it.
 
-    def __init__(self, block: nn.Module) -> None:
-        self._by_storage: dict[int, list[tuple[Tensor, str]]] = {}
-        for name, parameter in block.named_parameters():
-            if parameter.dim() in (2, 3):
-                self._by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append((parameter, name))
-        # Tensors without data have no address.
-        self._by_storage.pop(0, None)
+    Attributes:
+        stream: the stream before it.
+        sum: the stream behind it; None: it is the block's output.
+    """
 
-    def is_weight(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in the memory of one of the block's matrices."""
-        return tensor.untyped_storage().data_ptr() in self._by_storage
-
-    def locate(self, matrix: Tensor) -> tuple[str | None, bool]:
-        """The name of a matrix, and whether it is the transpose of what is stored.
-
-        None if it is not the block's, or a part that is no slice of one of its matrices.
-        """
-        for parameter, name in self._by_storage.get(matrix.untyped_storage().data_ptr(), ()):
-            offset, layout = int(matrix.storage_offset()) - int(parameter.storage_offset()), _layout(matrix)
-            if parameter.dim() == 2 and not offset and layout == _layout(parameter):
-                return name, _is_transposed(matrix, parameter)
-            stacked = parameter
-            if parameter.dim() == 2 and parameter.is_contiguous() and matrix.numel() > 0:
-                # Slices of some rows each.
-                count = parameter.numel() // matrix.numel()
-                if count > 1 and not len(parameter) % count:
-                    stacked = parameter.unflatten(0, (count, -1))
-            if stacked.dim() == 3:
-                index, rest = divmod(offset, stacked.stride(0))
-                if not rest and 0 <= index < len(stacked) and layout == _layout(stacked[index]):
-                    return f"{name}[{index}]", _is_transposed(matrix, stacked[index])
-        return None, False
+    stream: Point
+    sum: Point | None
 
 
-def _layout(matrix: Tensor) -> list[tuple[int, int]]:
-    """Steps in memory and sizes of the axes, whatever their order."""
-    return sorted(_axes(matrix))
+@dataclass(frozen=True)
+class Role:
+    """A layer's part in its block. It says how the layer's cross matrix is measured, see `measure`.
+
+    The default is that of a layer in a block that has to be run as a whole.
+
+    Attributes:
+        segment: number of the cuts before the layer, see `stages`.
+        input: the point of its input; None: outputs in both models have to be recorded, since the input is not known,
+            or its product goes into other sums than the residual stream.
+        write: where it adds its product to the stream, and is measured from the streams of both models. Other layers
+            with an input are measured from the inputs.
+        keepable: whether the block can go on from the input and the last cut, and saves layers by that.
+    """
+
+    segment: int = 0
+    input: Point | None = None
+    write: Write | None = None
+    keepable: bool = False
 
 
-def _is_transposed(matrix: Tensor, stored: Tensor) -> bool:
-    """Whether a view of what is stored has its axes in the other order."""
-    return matrix.shape != stored.shape or _axes(matrix) != _axes(stored)
+def is_watched(roles: Sequence[Role]) -> bool:
+    """Whether a stage has to be watched: the point of its input, or of an output, is not known."""
+    return any(role.input is None for role in roles)
 
 
-def _axes(matrix: Tensor) -> list[tuple[int, int]]:
-    return [(step, size) for step, size in zip(matrix.stride(), matrix.shape, strict=True) if size > 1]
+@dataclass(frozen=True)
+class Stage:
+    """Layers that read one input. They are pruned before the inputs of later layers are measured.
+
+    The same layers of all experts are one stage, too.
+
+    Attributes:
+        key: name of their Gram matrix, without an expert's index.
+        last: name of the layer that a micro-batch uses last; None for experts, where any may be the last.
+        final: whether no stage follows.
+        start: the cut that the stage's runs begin at, or the block's input.
+        behind: the cut at which the runs of the next stage begin, if it is a later one. The dense model's micro-batches
+            move on to it in this stage, and in the final stage to the end of the block.
+        input: the point of the layers' input; None: the stage is watched.
+        keepable: whether the pruned model's next run can begin at the input.
+        layers: the layers, if the stage is not watched. A micro-batch may show others, if they are experts.
+        writes: the layers that write to the stream.
+    """
+
+    key: str
+    last: str | None
+    final: bool = False
+    start: Point = INPUT
+    behind: Point | None = None
+    input: Point | None = None
+    keepable: bool = False
+    layers: tuple[Layer, ...] = field(default=(), compare=False)
+    writes: dict[str, Write] = field(default_factory=dict, compare=False)

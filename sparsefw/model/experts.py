@@ -1,18 +1,18 @@
-"""Find the matrices that are multiplied with an input and stay dense.
+"""What is special in a mixture: which of a block's numbered modules are experts, and which matrices are no layers.
 
-Most of them decide what a block does: routers, and gates of a single number. They are small, and much depends on them.
-They are known by what the forward does with them. A name tells only of routers that mix streams and choose nothing.
+Experts, and parts that every token goes through one after the other, both are numbered modules that are alike. A
+mixture chooses its experts, and all read what was there before the choice. Parts in turn read what the part before them
+has returned: the two attentions of a block of LongCat-Flash, say, or the blocks of a stage of Swin.
 """
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparsefw.model.layers.block_tape import BlockTape
-from sparsefw.model.layers.products import MIXING, Reading
+from sparsefw.model.products import MIXING, BlockTape, Reading
 from sparsefw.model.tape import Op, Value, name_of
 
 _ROUTER = re.compile("router")
@@ -34,6 +34,74 @@ _CUTTING = {"__getitem__", "chunk", "split", "narrow", "unbind", "select", "tens
 _RAISING = {"float", "double", "type"}
 
 _NOTHING: frozenset[str] = frozenset()
+
+
+def experts_of(block: nn.Module) -> frozenset[str]:
+    """Names of the modules in a block that look like experts: numbered, and one of several that are alike.
+
+    Modules are alike if their parameters have the same names. Those of an `nn.Sequential` are no experts: every token
+    goes through all of them. Nor are parts of a block that are just numbered, as the attention and the MLP of T5. Parts
+    that are alike may still be no experts: what they read shows it, see `without_parts_in_turn`.
+    """
+    experts: set[str] = set()
+    for name, module in block.named_modules():
+        if type(module).forward is nn.Sequential.forward:
+            continue
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for index, child in module.named_children():
+            parameters = tuple(key for key, _ in child.named_parameters(remove_duplicate=False))
+            if index.isdecimal() and parameters:
+                alike.setdefault(parameters, []).append(f"{name}.{index}".lstrip("."))
+        experts.update(child for children in alike.values() if len(children) > 1 for child in children)
+    return frozenset(experts)
+
+
+def without_parts_in_turn(experts: frozenset[str], tape: BlockTape) -> frozenset[str]:
+    """Those of `experts_of` that are no parts in turn.
+
+    The modules of a list are parts in turn if all are called, and all but one read what others have returned.
+
+    Args:
+        experts: names of modules.
+        tape: a forward, with the calls of these modules.
+    """
+    read = _modules_read(tape)
+    lists: dict[str, set[str]] = {}
+    for name in experts:
+        lists.setdefault(name.rpartition(".")[0], set()).add(name)
+    in_turn = (
+        names
+        for names in lists.values()
+        if names <= read.keys() and sum(names.isdisjoint(read[name]) for name in names) == 1
+    )
+    return experts.difference(*in_turn)
+
+
+def _modules_read(tape: BlockTape) -> dict[str, Set[str]]:
+    """By name of a module that was called, those modules whose outputs its input was made of.
+
+    Outputs are followed as long as all entries of them go on. A function that is given integers or booleans may choose
+    among the entries, and so may one that writes to a part of a tensor: what it makes is not followed.
+    """
+    returned: dict[Value, set[str]] = {}
+    for name, _, values in tape.modules:
+        for value in values:
+            returned.setdefault(value, set()).add(name)
+    made_of: dict[Value, Set[str]] = {}
+
+    def sources(values: Iterable[Value]) -> Set[str]:
+        return _NOTHING.union(*(made_of.get(x, _NOTHING) | returned.get(x, _NOTHING) for x in values))
+
+    for op in tape.ops:
+        keeps_all = op.function is not Tensor.__setitem__ and all(x.dtype.is_floating_point for x in op.inputs)
+        followed = sources(op.inputs) if keeps_all else _NOTHING
+        made_of |= {value: made_of.get(value, _NOTHING) | followed for value in op.made}
+        made_of |= {after: made_of[after] | sources([before]) for before, after in op.written}
+    read: dict[str, Set[str]] = {}
+    for name, values, _ in tape.modules:
+        # A module may write to what it is given, and return that.
+        read[name] = read.get(name, _NOTHING) | (sources(values) - {name})
+    return read
 
 
 def find_no_layers(tape: BlockTape) -> frozenset[str]:
@@ -72,12 +140,12 @@ def find_no_layers(tape: BlockTape) -> frozenset[str]:
         chosen.update(*(indices.get(x, _NOTHING) for x in op.inputs))
         products = tape.products.get(op.number, ())
         for product in products:
-            name = product.layer
+            name = product.layer.name
             readers.setdefault(name, set()).update(layers.get(product.X, _NOTHING))
             first.setdefault(name, set()).add(first_reader.setdefault((product.X, product.reading), name))
-            if _ROUTER.search(name) or product.weight.shape[0] == 1:
+            if _ROUTER.search(name) or product.layer.weight.shape[0] == 1:
                 chosen.add(name)
-        multiplied = frozenset(product.layer for product in products)
+        multiplied = frozenset(product.layer.name for product in products)
         follows = _NOTHING.union(*(origins.get(x, _NOTHING) for x in op.inputs))
         if op.name in _EXTREMES and isinstance(op.out, tuple):
             indices[op.outputs[1]] = layers.get(op.inputs[0], _NOTHING)
