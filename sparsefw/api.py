@@ -23,7 +23,7 @@ from sparsefw.solver.config import PruneConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sparsefw.data import Batches
+    from sparsefw.data.batches import Batches
     from sparsefw.report.content import Report
     from sparsefw.solver.layer import LayerResult
 
@@ -227,7 +227,7 @@ def _named(dataset: Dataset | None, nsamples: int | None, seqlen: int | None) ->
 
 def _batches(model: str, calibration: Iterable[Any], evaluate: Any) -> "tuple[Inputs, tuple[Batches, Batches | None]]":
     """What a run on batches reads, and the batches: those to calibrate on, and to evaluate on."""
-    from sparsefw.data import BATCHES, batches_of
+    from sparsefw.data.batches import BATCHES, batches_of
 
     batches = batches_of(calibration, "calibration")
     evaluated = None if evaluate is None else batches_of(evaluate, "evaluate")
@@ -306,7 +306,7 @@ def _tokenizer_of(model: Any) -> "PreTrainedTokenizerBase":
     Raises:
         InputError: there is none.
     """
-    from sparsefw.data import load_tokenizer
+    from sparsefw.data.windows import load_tokenizer
 
     try:
         if model.name_or_path:

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsefw import checkpoint
-from sparsefw.checkpoint import CONFIG, SUMS, file_digest, read_sums, read_tensors
-from sparsefw.checkpoint.files import DIGEST
-from sparsefw.checkpoint.source import check_file, read_json
-from sparsefw.checkpoint.tensors import dequantized
-from sparsefw.data import BATCHES
+from sparsefw.checkpoint.files import DIGEST, SUMS, file_digest, read_sums
+from sparsefw.checkpoint.source import CONFIG, check_file, inspect, read_json, tensors_in
+from sparsefw.checkpoint.tensors import dequantized, read_tensors
+from sparsefw.data.batches import BATCHES
 from sparsefw.errors import InputError
 from sparsefw.finite import check_finite
 from sparsefw.inputs import DEFAULT, locate
@@ -236,10 +234,10 @@ class _Model:
         config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
         if batches and not has_class(config.get("architectures")):
             # A model of another library, or of the user's own: tensors have the names that the files give them.
-            self._skeleton, self._tensors, self.dtype = None, checkpoint.tensors_in(folder), None
+            self._skeleton, self._tensors, self.dtype = None, tensors_in(folder), None
             parameter_of, self.unused = {name: name for name in self._tensors}, set[str]()
         else:
-            found = checkpoint.inspect(folder)
+            found = inspect(folder)
             self._skeleton, self._tensors, self.dtype = build(found, as_named=batches), found.tensors, found.dtype
             parameter_of = {name: self._skeleton.goes_into.get(name, name) for name in self._tensors}
             self.unused = {*self._skeleton.unused}

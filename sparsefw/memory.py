@@ -1,7 +1,6 @@
 """The memory that this process has taken, and that it may take."""
 
 import ctypes
-import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
@@ -68,22 +67,6 @@ def gpu_limited(limit: int | None) -> Iterator[None]:
         ) from error
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-@contextmanager
-def host_limited(nbytes: int) -> Iterator[None]:
-    """Inside the `with` block, this process takes at most `nbytes` of the host beside what it has: no more can be had.
-
-    Python raises MemoryError then, torch RuntimeError, and some libraries abort.
-    """
-    # Not of the address space: CUDA reserves much of that, and takes none of it.
-    before, most = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = psutil.Process().memory_info().data + nbytes
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if before == resource.RLIM_INFINITY else min(before, limit), most))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (before, most))
 
 
 def share_freed() -> None:

@@ -21,7 +21,7 @@ def command(argv: list[str] | None) -> int:
     # Redraws the progress bar below each line.
     report = prune_checkpoint(inputs, config, output, log=tqdm.write, progress=True)
 
-    from sparsefw.checkpoint import SUMS, file_digest
+    from sparsefw.checkpoint.files import SUMS, file_digest
     from sparsefw.report import log
 
     if kept_dense := log.kept_dense_line(report):

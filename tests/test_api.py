@@ -10,7 +10,8 @@ import torch
 from helpers.families import TOKENS, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsefw import InputError, PruneConfig, data, prune, run, verify
+from sparsefw import InputError, PruneConfig, prune, run, verify
+from sparsefw.data.windows import calibration_windows
 from sparsefw.report.content import read_report
 
 TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(200))
@@ -55,7 +56,7 @@ def test_documents_and_tokens(source, text, tmp_path):
     prune(source, tmp_path / "name", CONFIG, dataset=text, **SMALL)
     prune(source, tmp_path / "texts", CONFIG, dataset=[TEXT], **SMALL)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    windows = data.calibration_windows(tokenizer, str(text), **SMALL, seed=0)
+    windows = calibration_windows(tokenizer, str(text), **SMALL, seed=0)
     result = prune(source, tmp_path / "tokens", CONFIG, dataset=windows.ids)
     assert shards(tmp_path / "name") == shards(tmp_path / "texts") == shards(tmp_path / "tokens")
     assert (result.report.data.windows, result.report.data.seqlen) == (6, 32)

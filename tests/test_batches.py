@@ -9,7 +9,7 @@ from safetensors.torch import load_model
 from torch import nn
 
 from sparsefw import InputError, prune
-from sparsefw.data import batches_of
+from sparsefw.data.batches import batches_of
 from sparsefw.model import resident
 from sparsefw.model.activations import Store
 from sparsefw.model.forward import embed_batches

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sparsefw import prune
-from sparsefw.checkpoint import SUMS, file_digest
+from sparsefw.checkpoint.files import SUMS, file_digest
 from sparsefw.checkpoint.source import INDEX, SINGLE
 from sparsefw.driver.in_memory import save
 from sparsefw.verify import main

@@ -10,7 +10,7 @@ from safetensors.torch import load_model
 from torch import nn
 
 from sparsefw import InputError, prune
-from sparsefw.data import BATCHES
+from sparsefw.data.batches import BATCHES
 
 QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
 

@@ -14,8 +14,9 @@ from quality_cells import EVAL_WINDOWS, NSAMPLES, PATTERNS, SEQLEN
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from sparsefw import checkpoint, data
+from sparsefw.checkpoint.source import inspect
 from sparsefw.cli import run_parser, settings_of
+from sparsefw.data.windows import calibration_windows, evaluation_windows
 from sparsefw.kernels.backend import TORCH
 from sparsefw.model import StreamedModel, embed
 from sparsefw.model.activations import BATCH_TOKENS
@@ -58,11 +59,11 @@ def dense_layers(
         Weight (rows, d) fp32 of each of the KINDS in these blocks, and the Gram matrix (d, d) fp32 of each text, the
         calibration's first.
     """
-    with StreamedModel(checkpoint.inspect(folder), torch.device("cpu")) as model:
+    with StreamedModel(inspect(folder), torch.device("cpu")) as model:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         size = dict(seqlen=min(SEQLEN, model.max_seqlen or SEQLEN))
-        windows = [data.calibration_windows(tokenizer, str(calibration), nsamples=NSAMPLES, seed=0, **size)]
-        windows += [data.evaluation_windows(tokenizer, str(text), limit=EVAL_WINDOWS, **size) for text in held_out]
+        windows = [calibration_windows(tokenizer, str(calibration), nsamples=NSAMPLES, seed=0, **size)]
+        windows += [evaluation_windows(tokenizer, str(text), limit=EVAL_WINDOWS, **size) for text in held_out]
         states = [embed(model, text.ids, max(1, BATCH_TOKENS["cpu"] // size["seqlen"])) for text in windows]
         for i in range(max(blocks) + 1):
             block = model.open(i)

@@ -63,11 +63,6 @@ class Quantization:
             return (GROUP_BYTES + 1) / (2 * GROUP_BYTES * dtype.itemsize)
         return (1 + (4 / math.prod(self.block) if self.block else 0)) / dtype.itemsize
 
-    @property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """dtypes in the files beside those of other checkpoints, by their names there."""
-        return FP8_DTYPES if self.method == "fp8" else {}
-
 
 def quantization_of(config: dict[str, Any], path: Path) -> Quantization | None:
     """How a checkpoint with this config is quantized; None if it is not.
@@ -77,21 +72,15 @@ def quantization_of(config: dict[str, Any], path: Path) -> Quantization | None:
         path: the file's path, for the message.
 
     Raises:
-        InputError: the method is not one that is read, or its blocks are none.
+        InputError: the method is not one that is read.
     """
-    given = [place[KEY] for place in _places(config) if place.get(KEY) is not None]
-    if not given:
+    content = next((place[KEY] for place in _places(config) if place.get(KEY) is not None), None)
+    if content is None:
         return None
-    content = given[0] if isinstance(given[0], dict) else {}
-    method = content.get("quant_method", "an unnamed method")
-    if method not in METHODS or any(other != content for other in given):
+    method, block = content.get("quant_method", "an unnamed method"), content.get("weight_block_size", DEFAULT_BLOCK)
+    if method not in METHODS:
         raise InputError(f"{path}: the model is quantized by {shown(method)}, which is not read; {ORIGINAL} ({KEY})")
-    block = content.get("weight_block_size", DEFAULT_BLOCK)
-    if method == "mxfp4" or block is None:
-        return Quantization(method)
-    if not (isinstance(block, list | tuple) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
-        raise InputError(f"{path}: weight_block_size is {shown(block)}, not two whole numbers above 0")
-    return Quantization(method, (block[0], block[1]))
+    return Quantization(method, tuple(block) if block and method == "fp8" else None)
 
 
 def _places(config: dict[str, Any]) -> list[dict[str, Any]]:

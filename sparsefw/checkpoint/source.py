@@ -1,7 +1,7 @@
 """Find a checkpoint, and check all that can be checked without loading a tensor.
 
-Only safetensors is read: no pickle, and no code from the checkpoint. `inspect` reads the headers, and has checked
-everything that it returns about files and tensors.
+Only safetensors is read: no pickle, and no code from the checkpoint. Nothing is opened outside of its folder and the
+Hub's cache. `inspect` reads the headers, and has checked everything that it returns about files and tensors.
 """
 
 import hashlib
@@ -16,12 +16,12 @@ from typing import Any
 import huggingface_hub
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import SafetensorError, safe_open
 
-from sparsefw.checkpoint import files, trust
+from sparsefw.checkpoint import files
 from sparsefw.checkpoint.files import parse_object, read_bounded
-from sparsefw.checkpoint.quantization import Quantization, joined, most_bytes, quantization_of
+from sparsefw.checkpoint.quantization import FP8_DTYPES, Quantization, joined, most_bytes, quantization_of
 from sparsefw.checkpoint.tensors import TensorInfo, stamp_of
 from sparsefw.errors import InputError, first_line, shown
 
@@ -32,13 +32,13 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 ADAPTER = "adapter_config.json"
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
-DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
-DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
+DTYPES |= {
+    f"{kind}{bits}": getattr(torch, f"{name}{bits}")
+    for kind, name in (("I", "int"), ("U", "uint"))
+    for bits in (8, 16, 32, 64)
+}
 # Others that models in memory may have, in schedules of diffusion, say. No layer of a language model has them.
 OTHER_DTYPES = {"F64": torch.float64, "C64": torch.complex64}
-
-# The largest tokenizers have about 40 MB; a larger file is no part of a checkpoint.
-MAX_COPIED_BYTES = 256 * 2**20
 
 AGAIN = "download or copy it again"
 
@@ -62,14 +62,13 @@ COPIED = (
     *("licen[cs]e", "licen[cs]e*.md", "licen[cs]e*.txt", "notice", "notice.md", "notice.txt", "use_policy.md"),
     "readme.md",
 )
-# Files that transformers reads whole, and endings of what a run writes itself, or writes anew.
-READ = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+# Endings of what a run writes itself, or writes anew.
 WRITTEN = (".safetensors", ".safetensors.index.json", "sha256sums", "report.json", "report.html")
 
-# What is downloaded from the Hub. Other folders and consolidated.safetensors hold the same weights in other formats.
-WANTED = [*(f"*{suffix}" for suffix in sorted(READ)), "*.safetensors", "*.spm", "*.codes", "*.tokenizer", "*.model.v*"]
-WANTED += [pattern for name in ("licen[cs]e*", "notice*", "*.md") for pattern in (name, name.upper())]
-UNWANTED = ["*/*", "consolidated*"]
+# What is downloaded from the Hub, whose patterns tell capitals. Other folders, but that of templates, and
+# consolidated.safetensors hold the same weights in other formats.
+WANTED = [*COPIED, "*.safetensors", INDEX, ADAPTER, "LICEN[CS]E*", "NOTICE*", "*.md"]
+UNWANTED = ["[!a]*/*", "consolidated*"]
 
 
 @dataclass(frozen=True)
@@ -136,10 +135,7 @@ def locate(model: str) -> Path:
     if not model or model.startswith((".", "/", "~")):
         raise InputError(f"{model or repr(model)}: no such folder; give the folder of a checkpoint or a Hub id")
     with from_hub(model):
-        folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED))
-        # No pattern tells this folder from others. The snapshot's name is that of its commit.
-        huggingface_hub.snapshot_download(model, revision=folder.name, allow_patterns=[f"{TEMPLATES}/*.jinja"])
-        return folder
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED))
 
 
 @contextmanager
@@ -151,18 +147,11 @@ def from_hub(model: str) -> Iterator[None]:
     """
     try:
         yield
-    except HFValidationError as error:
-        raise InputError(f"{model}: neither a local path nor a valid Hub id (ORG/NAME)") from error
-    except RepositoryNotFoundError as error:
+    # The Hub's library passes on the HTTPError of a proxy.
+    except (HFValidationError, HTTPError, OSError) as error:
         raise InputError(
-            f"{model}: no such folder and no such model on the Hub, or you have no access to it; "
-            "check the name, and log in with `hf auth login` if it is gated"
-        ) from error
-    # The Hub's library passes on the HTTPError of a proxy as it is.
-    except (OSError, HTTPError) as error:
-        raise InputError(
-            f"{model}: no such folder, and it could not be downloaded from the Hub ({shown(first_line(error))}); "
-            "give the path of a local checkpoint"
+            f"{model}: no such folder, and it could not be downloaded from the Hub ({shown(first_line(error))}); check "
+            "the name, log in with `hf auth login` if the model is gated, or give the path of a local checkpoint"
         ) from error
 
 
@@ -177,10 +166,8 @@ def inspect(folder: Path) -> Checkpoint:
     Raises:
         InputError: files are missing, damaged, disagree, or lie outside of the folder; only pickle is there; a
             tensor's dtype cannot be pruned; the model is quantized by a method that is not read, or its scales do not
-            fit; a config leads elsewhere (see `trust`).
+            fit; a config leads elsewhere (see `check_config`).
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: not a folder; give the folder of a checkpoint")
     if os.path.lexists(folder / ADAPTER):
         raise InputError(
             f"{folder}: a LoRA adapter ({ADAPTER}); merge it into its base model first: merge_and_unload() of peft, "
@@ -189,30 +176,61 @@ def inspect(folder: Path) -> Checkpoint:
     if not os.path.lexists(folder / CONFIG):
         raise InputError(f"{folder}: no config.json; give the folder of a Hugging Face checkpoint in safetensors")
     config = read_json(folder / CONFIG)
-    trust.check_config(config, folder / CONFIG)
+    check_config(config, folder / CONFIG)
+    if os.path.lexists(folder / TOKENIZER_CONFIG):
+        check_config(read_json(folder / TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG)
     quantization = quantization_of(config, folder / CONFIG)
-    tensors = _read_headers(folder, DTYPES | (quantization.dtypes if quantization else {}))
+    tensors = _read_headers(folder, DTYPES | (FP8_DTYPES if quantization else {}))
     dtype = most_bytes(tensors.values())
     if quantization:
         tensors, dtype = joined(tensors, quantization, config, folder / CONFIG)
     companions(folder)
-    trust.check_tokenizer(config, folder / CONFIG)
-    if os.path.lexists(folder / TOKENIZER_CONFIG):
-        trust.check_tokenizer(read_json(folder / TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG)
     if dtype is None:
         raise InputError(f"{folder}: no floating-point tensor in it; give the checkpoint of a language model")
     return Checkpoint(folder, config, tensors, dtype, quantization)
 
 
-def root_of(folder: Path) -> Path:
-    """The folder that a checkpoint is a part of: its own, or the model's in the Hub's cache.
+def check_config(config: dict[str, Any], path: Path) -> None:
+    """Refuse a config with which transformers would run code, or open files outside of the checkpoint.
 
-    Only the Hub's library writes there. Another folder that looks like one may come with its links from anybody.
+    Args:
+        config: the content of config.json or tokenizer_config.json.
+        path: the file's path.
+
+    Raises:
+        InputError: an entry does so, or transformers has no class for the model.
     """
-    folder = folder.resolve()
-    model, cache = folder.parent.parent, Path(constants.HF_HUB_CACHE).resolve()
-    cached = folder.parent.name == "snapshots" and model.name.startswith("models--") and model.parent == cache
-    return model if cached else folder
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+        raise InputError(
+            f"{path}: transformers {transformers.__version__} has no class for model_type {shown(kind)}; give another "
+            "model, or install a later version: code of a checkpoint (auto_map) is never run"
+        )
+    for key, value in _entries(config):
+        text = str(value)
+        # An attention may be the name of a kernel on the Hub. timm opens what such a name leads to.
+        elsewhere = (key.endswith("_implementation") and "/" in text) or text.startswith(("local-dir:", "hf-hub:"))
+        # Configs hold paths of the machine that they were saved on. The file beside the config takes the place.
+        if key.endswith("_file") and "/" in text and os.path.isfile(text):
+            elsewhere = not (path.parent / os.path.basename(text)).exists()
+        if elsewhere:
+            raise InputError(f"{path}: {key} {shown(text)} lies outside of the checkpoint; remove the entry")
+
+
+def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All entries of a JSON value and of what is nested in it; elements of a list come under the list's key."""
+    for inner_key, inner in value.items() if isinstance(value, dict) else ((key, element) for element in value):
+        yield inner_key, inner
+        if isinstance(inner, dict | list):
+            yield from _entries(inner, inner_key)
+
+
+def roots_of(folder: Path) -> tuple[Path, Path]:
+    """The folders that the files of a checkpoint may lie in: its own, and the Hub's cache, whose files are links."""
+    return folder.resolve(), Path(constants.HF_HUB_CACHE).resolve()
 
 
 def check_file(path: Path, folder: Path | None = None) -> None:
@@ -227,14 +245,11 @@ def check_file(path: Path, folder: Path | None = None) -> None:
     """
     if not path.is_file():
         raise InputError(f"{path}: missing, or not a file; {AGAIN}")
-    folder = (folder or path.parent).resolve()
-    root, target = root_of(folder), path.resolve()
-    # Models of the cache share large files.
-    roots = [folder] if root == folder else [folder, root / "blobs", root.parent / "blobs"]
-    if not any(target.is_relative_to(root) for root in roots):
+    target = path.resolve()
+    if not any(target.is_relative_to(root) for root in roots_of(folder or path.parent)):
         raise InputError(
-            f"{path}: a link to {shown(target, 4096)}, outside of the checkpoint; put the file itself there, or give "
-            "the model's Hub id and set HF_HUB_CACHE if that is in a cache of the Hub"
+            f"{path}: a link to {shown(target, 4096)}, outside of the checkpoint; put the file itself there, or set "
+            "HF_HUB_CACHE if it is in a cache of the Hub"
         )
 
 
@@ -317,20 +332,12 @@ def companions(folder: Path) -> list[Path]:
     """The small files of a checkpoint that are copied to the output: config, tokenizer, chat templates, license.
 
     Raises:
-        InputError: one of these, or another file that transformers may read, is a link out of the checkpoint, a pipe or
-            a device, or larger than any that transformers reads.
+        InputError: one of these is a link out of the checkpoint, a pipe or a device.
     """
-    templates = [*(folder / TEMPLATES).iterdir()] if (folder / TEMPLATES).is_dir() else []
-    copied = []
-    for path in sorted([*folder.iterdir(), *templates]):
-        name = path.relative_to(folder).as_posix()
-        if path.is_dir() or not path.exists() or not (is_copied(name) or path.suffix.lower() in READ):
-            continue
+    paths = [*folder.iterdir(), *(folder / TEMPLATES).glob("*")]
+    copied = [path for path in sorted(paths) if is_copied(path.relative_to(folder).as_posix()) and not path.is_dir()]
+    for path in copied:
         check_file(path, folder)
-        if path.stat().st_size > MAX_COPIED_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size // 2**20} MiB, more than any tokenizer has; remove it")
-        if is_copied(name):
-            copied.append(path)
     return copied
 
 
@@ -341,8 +348,8 @@ def is_copied(name: str) -> bool:
 
 def note_of_others(folder: Path) -> list[str]:
     """A line that names what is not copied from a source's folder, but weights and hidden files; none without any."""
-    names = sorted(path.name for path in folder.iterdir() if not path.name.lower().endswith(WRITTEN))
-    others = [name for name in names if not (name.startswith(".") or is_copied(name) or name == TEMPLATES)]
+    names = sorted(path.name for path in folder.iterdir() if not path.name.lower().endswith((*WRITTEN, TEMPLATES)))
+    others = [name for name in names if not (name.startswith(".") or is_copied(name))]
     if not others:
         return []
     named = ", ".join(shown(name, 60) for name in others[:3]) + (", ..." if len(others) > 3 else "")

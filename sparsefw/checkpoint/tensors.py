@@ -1,5 +1,9 @@
 """Tensors of a checkpoint: those that are not read yet, and quantized ones, which are read in their stored form.
 
+Tensors are read into memory of our own. Mapping the files would be simpler. But pages of a mapped file stay resident as
+long as any of its tensors is in use, and products may round differently where memory is aligned differently. Here torch
+aligns every tensor.
+
 A quantized tensor is several tensors in the files: its values, and scales that they are multiplied with. The rest of
 the package sees one tensor of the model's dtype. It stays in its small form until a model is loaded with it.
 """
@@ -11,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+
+from sparsefw.errors import InputError, first_line
+from sparsefw.finite import check_finite
 
 # Values of a 4-bit float with one mantissa bit (E2M1), by its bits.
 FP4_VALUES = [sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
@@ -104,6 +112,52 @@ class QuantizedTensor:
 
 # A tensor that a model can be loaded with.
 Loadable = Tensor | QuantizedTensor
+
+
+def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Loadable]:
+    """Read tensors of a checkpoint that `checkpoint.inspect` has found sound.
+
+    Args:
+        tensors: the tensors to read, by name.
+        pin: whether to read into pinned memory, from which a GPU copies while the host goes on.
+
+    Returns:
+        The tensors by name, on the host, in the dtype of the file; quantized ones in the form that they are stored in.
+
+    Raises:
+        InputError: a file was changed or removed since then, or cannot be read, or a scale is NaN or Inf.
+    """
+    stored = {part: info for name, tensor in tensors.items() for part, info in tensor.stored(name).items()}
+    by_file: dict[Path, list[str]] = {}
+    for name in sorted(stored, key=lambda name: stored[name].offset):
+        by_file.setdefault(stored[name].file, []).append(name)
+    read: dict[str, Tensor] = {}
+    for path, names in by_file.items():
+        try:
+            with path.open("rb") as file:
+                for name in names:
+                    read[name] = torch.empty(stored[name].shape, dtype=stored[name].dtype, pin_memory=pin)
+                    file.seek(stored[name].offset)
+                    count = file.readinto(read[name].reshape(-1).view(torch.uint8).numpy().data)
+                    if stamp_of(os.fstat(file.fileno())) != stored[name].stamp or count != read[name].nbytes:
+                        raise InputError(f"{path}: was changed since the run began; leave the model as it is meanwhile")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read any more: {first_line(error)}") from error
+    loadable: dict[str, Loadable] = {}
+    for name, info in tensors.items():
+        if isinstance(info, QuantizedInfo):
+            values, scales = (read[part] for part in info.parts)
+            floats = (scales.view(EXPONENT) if scales.dtype == torch.uint8 else scales).float()
+            check_finite(list(info.parts)[1], floats)
+            loadable[name] = QuantizedTensor(info, values, scales)
+        else:
+            loadable[name] = read[name]
+    return loadable
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file that a run has written, in memory of our own."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def dequantized(tensor: Loadable) -> Tensor:

@@ -11,8 +11,9 @@
 
 import contextlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
@@ -27,13 +28,67 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsefw.checkpoint.files import SUMS, convert, durably, file_digest, parse_object
-from sparsefw.checkpoint.output import check_free, partial_of
 from sparsefw.checkpoint.quantization import without_quantization
-from sparsefw.checkpoint.source import CONFIG, INDEX, TOKENIZER_CONFIG, companions, read_json
+from sparsefw.checkpoint.source import CONFIG, INDEX, TOKENIZER_CONFIG, companions, read_json, roots_of
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.ranks import ALONE, Ranks
 
 T = TypeVar("T")
+
+# Files of which an older output has one. A model in memory may have no config; its report shows that it was pruned.
+MARKS = (CONFIG, "report.json")
+
+
+def partial_of(output: Path) -> Path:
+    """The folder of an unfinished run into `output`."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def check_output(output: Path, source: Path, overwrite: bool, read: Iterable[Path] = ()) -> None:
+    """Refuse an output folder that would harm something.
+
+    Args:
+        output: folder for the pruned checkpoint.
+        source: folder of the checkpoint that is read.
+        overwrite: whether an older checkpoint may be replaced.
+        read: other files and folders that the run reads.
+
+    Raises:
+        InputError: output and source, or the Hub's cache, are one folder or one lies in the other; the run reads a file
+            in the output; or as `check_free`.
+    """
+    target = output.resolve()
+    if any(target.is_relative_to(root) or root.is_relative_to(target) for root in roots_of(source)):
+        raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another --output")
+    check_free(output, overwrite)
+    for path in (source, *read):
+        # The path itself may be a link in the output.
+        for there in (Path(os.path.abspath(path)), path.resolve()):
+            if there.is_relative_to(target) or there.is_relative_to(partial_of(target)):
+                raise InputError(f"{output}: {path} lies in it, and would be deleted with it; choose another --output")
+
+
+def check_free(output: Path, overwrite: bool) -> None:
+    """Refuse an output folder that is no folder, or has something in it that may not be replaced.
+
+    Args:
+        output: the folder.
+        overwrite: whether an older output may be replaced.
+
+    Raises:
+        InputError: it is one of these.
+    """
+    target = output.resolve()
+    if target.is_mount():
+        raise InputError(f"{output}: a mount point, which cannot be replaced; give a folder inside it")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{output}: a file; --output is a folder")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"{output}: exists and is not empty; choose another --output or add --overwrite")
+    if not any((target / name).is_file() for name in MARKS):
+        raise InputError(f"{output}: not a checkpoint (no {CONFIG}), so --overwrite will not remove it")
 
 
 @dataclass(frozen=True)
@@ -266,13 +321,7 @@ class Writer:
     def _save(self, path: Path, tensors: dict[str, Tensor]) -> str:
         """Write a file of tensors; returns its digest."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-        def save(temporary: Path) -> None:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-            # safetensors makes files that only the owner can read.
-            temporary.chmod(self.folder.stat().st_mode & 0o666)
-
-        durably(path, save)
+        durably(path, partial(save_file, tensors, metadata={"format": "pt"}))
         # It is still in the system's memory.
         return file_digest(path)
 
@@ -298,18 +347,18 @@ class Writer:
             with self._disk_errors():
                 if save:
                     save(self.folder)
-                    for path in self.folder.rglob("*"):
-                        if path.is_file():
-                            path.chmod(self.folder.stat().st_mode & 0o666)
                 if self._source is not None:
                     self._complete(self._source)
                 written = {self._partial / name: d for r in self.records.values() for name, d in r.digests.items()}
-                digests = {
-                    path.relative_to(self.folder).as_posix(): written.get(path) or file_digest(path)
-                    for path in self.folder.rglob("*")
-                    if path.is_file()
-                }
-                durably(self.folder / SUMS, "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))
+                lines = []
+                for name in sorted(
+                    p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file()
+                ):
+                    path = self.folder / name
+                    # safetensors makes files that only the owner can read.
+                    path.chmod(self.folder.stat().st_mode & 0o666)
+                    lines.append(f"{written.get(path) or file_digest(path)}  {name}\n")
+                durably(self.folder / SUMS, "".join(lines))
                 check_free(self.output, self._overwrite)
                 if self.output.exists():
                     self.output.rename(self._old)

@@ -85,23 +85,30 @@ def read_text(dataset: str | Sequence[str], split: Split) -> Text:
     return _from_hub(dataset, split)
 
 
+def _read(items: Iterable[Any], source: str) -> Iterator[Any]:
+    """What a reader of a file or of the Hub yields; an error of its library is one of the input."""
+    items = iter(items)
+    for number in itertools.count():
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        # Those of gzip, zlib, JSON, pyarrow, datasets and the libraries that it downloads with have no class in common.
+        except Exception as error:
+            raise InputError(f"{source}: cannot be read beyond record {number}: {first_line(error)}") from error
+        yield item
+
+
 def _documents(records: Iterable[Any], source: str) -> Iterator[list[str]]:
     """The texts of records: strings, or objects with a string `text`."""
-    number = 0
-    try:
-        for number, record in enumerate(records, 1):
-            if isinstance(record, Mapping) and "text" not in record:
-                columns = shown(", ".join(record))
-                raise InputError(f"{source}: no column `text`, only {columns}; rename the one with the text")
-            text = record["text"] if isinstance(record, Mapping) else record
-            if not isinstance(text, str):
-                raise InputError(f"{source}: record {number} is {type(text).__name__}, expected a text")
-            yield [text]
-    except InputError:
-        raise
-    # Readers of files and of the Hub raise errors of many libraries.
-    except Exception as error:
-        raise InputError(f"{source}: cannot be read beyond record {number}: {first_line(error)}") from error
+    for number, record in enumerate(records, 1):
+        if isinstance(record, Mapping) and "text" not in record:
+            columns = shown(", ".join(record))
+            raise InputError(f"{source}: no column `text`, only {columns}; rename the one with the text")
+        text = record["text"] if isinstance(record, Mapping) else record
+        if not isinstance(text, str):
+            raise InputError(f"{source}: record {number} is {type(text).__name__}, expected a text")
+        yield [text]
 
 
 def _embedded(split: Split) -> Text:
@@ -119,21 +126,16 @@ def _local(dataset: str, path: Path) -> Text:
     if not name.endswith(FILES) or not path.is_file():
         raise InputError(f"{dataset}: not a file of text; give one of {', '.join(FILES)}")
     if name.endswith(".txt"):
-        return Text(dataset, iter([_strings(dataset, path)]))
-    return Text(dataset, _documents((_rows if name.endswith(".parquet") else _values)(path), dataset))
+        return Text(dataset, iter([_read(_strings(path), dataset)]))
+    return Text(dataset, _documents(_read((_rows if name.endswith(".parquet") else _values)(path), dataset), dataset))
 
 
-def _strings(dataset: str, path: Path) -> Iterator[str]:
+def _strings(path: Path) -> Iterator[str]:
     """The content of a text file, a piece at a time."""
-    try:
-        # The -sig variant leaves out a byte order mark.
-        with path.open(encoding="utf-8-sig") as file:
-            while string := file.read(CHARACTERS):
-                yield string
-    except UnicodeDecodeError as error:
-        raise InputError(f"{dataset}: not UTF-8 text ({error.reason}); convert it") from error
-    except OSError as error:
-        raise InputError(f"{dataset}: cannot be read: {first_line(error)}") from error
+    # The -sig variant leaves out a byte order mark.
+    with path.open(encoding="utf-8-sig") as file:
+        while string := file.read(CHARACTERS):
+            yield string
 
 
 def _values(path: Path) -> Iterator[Any]:
@@ -161,7 +163,7 @@ def _rows(path: Path) -> Iterator[Any]:
 
 def _from_hub(dataset: str, split: Split) -> Text:
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetsError
 
     name, detail, part = NAMED.get((dataset, split), (dataset, "", None))
     if detail.endswith(".gz"):
@@ -169,22 +171,17 @@ def _from_hub(dataset: str, split: Split) -> Text:
     else:
         # A configuration is small enough to be kept in the cache of `datasets`, where it is found without a network.
         options = {"name": detail} if detail else {"streaming": True}
-    local = f"give a local file with {FLAG[split]} PATH"
     try:
         records = datasets.load_dataset(name, split=part, **options)
-    except DatasetNotFoundError as error:
+    except (OSError, RuntimeError, ValueError, HTTPError, DatasetsError) as error:
         raise InputError(
-            f"{dataset}: neither a file nor a dataset of the Hub that you have access to; check the name, log in with "
-            f"`hf auth login` if it is gated, or {local}"
+            f"{dataset}: cannot be read from the Hub ({first_line(error)}); check the name, log in with `hf auth "
+            f"login` if it is gated, or give a local file with {FLAG[split]} PATH"
         ) from error
-    except (ConnectionError, HTTPError) as error:
-        raise InputError(f"{dataset}: the Hub cannot be reached ({first_line(error)}); {local}") from error
-    except Exception as error:
-        raise InputError(f"{dataset}: cannot be read: {first_line(error)}") from error
     if part is None:
         part = next((one for one in SPLITS[split] if one in records), None)
         if part is None:
             raise InputError(f"{dataset}: no split {' or '.join(SPLITS[split])}, only {shown(', '.join(records))}")
         records = records[part]
     source = " ".join(filter(None, (name, detail, part)))
-    return Text(source, _documents(records, source))
+    return Text(source, _documents(_read(records, source), source))

@@ -17,8 +17,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sparsefw.checkpoint import Writer, check_free, read_shard
-from sparsefw.data import Batches
+from sparsefw.checkpoint.tensors import read_shard
+from sparsefw.checkpoint.writer import Writer, check_free
+from sparsefw.data.batches import Batches
 from sparsefw.driver.job import Job, Prepared, Samples, windows_of_texts
 from sparsefw.driver.run import carry_out, kernel_line
 from sparsefw.errors import InputError, first_line, shown

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefw.checkpoint import Writer, read_shard
 from sparsefw.checkpoint.files import convert
-from sparsefw.data import Windows
+from sparsefw.checkpoint.tensors import read_shard
+from sparsefw.checkpoint.writer import Writer
+from sparsefw.data.windows import Windows
 from sparsefw.driver.block import Run, kept_dense, prune_block, unused_matrices
 from sparsefw.driver.job import Samples
 from sparsefw.driver.reconstruct import reconstruct

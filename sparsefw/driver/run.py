@@ -13,10 +13,12 @@ import torch
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from sparsefw import checkpoint, memory
-from sparsefw.checkpoint import Writer
+from sparsefw import memory
 from sparsefw.checkpoint.files import durably
-from sparsefw.data import Batches, Windows
+from sparsefw.checkpoint.source import fingerprint, inspect, note_of_others, stamps
+from sparsefw.checkpoint.writer import Writer, check_output
+from sparsefw.data.batches import Batches
+from sparsefw.data.windows import Windows
 from sparsefw.driver.block import Run
 from sparsefw.driver.job import Job, Prepared, windows_of_texts
 from sparsefw.driver.loop import Outcome, prune_model
@@ -61,8 +63,8 @@ def run_job(job: Job, say: Callable[[str], None], progress: bool, ranks: Ranks =
     assert job.folder is not None
     device = memory.this_device()
     say(kernel_line(job.config))
-    checkpoint.check_output(job.output.folder, job.folder, job.output.overwrite, _files_read(job))
-    source = checkpoint.inspect(job.folder)
+    check_output(job.output.folder, job.folder, job.output.overwrite, _files_read(job))
+    source = inspect(job.folder)
     with StreamedModel(source, device) as model:
         calibration, evaluation, seqlen = windows_of_texts(job, model.max_seqlen, say, ranks)
         prepared = Prepared(
@@ -73,9 +75,9 @@ def run_job(job: Job, say: Callable[[str], None], progress: bool, ranks: Ranks =
             calibration=calibration,
             evaluation=evaluation,
             seqlen=seqlen,
-            notes=model.notes + checkpoint.note_of_others(source.folder),
-            fingerprint=checkpoint.fingerprint(source),
-            files=checkpoint.stamps(source) if ranks.first else {},
+            notes=model.notes + note_of_others(source.folder),
+            fingerprint=fingerprint(source),
+            files=stamps(source) if ranks.first else {},
         )
         return carry_out(job, prepared, Writer.finish, say, progress, ranks)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from sparsefw import data
+from sparsefw.data.windows import reading_bytes
 from sparsefw.kernels.cpu import MIRRORED
 from sparsefw.memory import pinned_bytes
 from sparsefw.model import Placement
@@ -181,7 +181,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     if not workload.gpu:
         sent = any(layer.experts for b in blocks for layer in b.all_layers)
         process += LIBRARIES + CODE_OF_EXPERTS * (sent and shape.itemsize == 2)
-    texts = data.reading_bytes(workload.windows, workload.evaluation, workload.seqlen)
+    texts = reading_bytes(workload.windows, workload.evaluation, workload.seqlen)
     needs = {"texts": (0, workload.process + texts)}
     margin = 1 + (GPU_MARGIN if workload.gpu else CPU_MARGIN)
     for phase, (on_device, on_host) in phases.items():

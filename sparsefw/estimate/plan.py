@@ -10,11 +10,11 @@ import huggingface_hub
 import torch
 from transformers import AutoConfig
 
-from sparsefw import checkpoint, data, memory
-from sparsefw.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, trust
+from sparsefw import memory
 from sparsefw.checkpoint.quantization import dtype_in, quantization_of
-from sparsefw.checkpoint.source import read_json
+from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, check_config, from_hub, inspect, read_json
 from sparsefw.checkpoint.tensors import TensorInfo
+from sparsefw.data.windows import evaluation_windows, load_tokenizer, window_bytes, window_length
 from sparsefw.errors import InputError, counted, first_line, shown
 from sparsefw.estimate.memory import GIB, PROCESS, Workload, disk_space, pruned_shape
 from sparsefw.estimate.placement import memory_limits, place
@@ -43,9 +43,6 @@ CARDS = {
 
 # Dtypes of weights that can be pruned. A model whose config names no dtype is taken to have the first.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-# The most tensors that a model may have; `trust.bounded` lets many times as many modules and parameters be made.
-MAX_TENSORS = 4096
 
 # Stands for a host's memory that is not known, in bytes: more than any machine has.
 ENDLESS = 2**62
@@ -84,31 +81,29 @@ def describe(model: str) -> DescribedModel:
     """
     path = _find_config(model)
     named = read_json(path)
-    trust.check_config(named, path)
-    trust.check_model_type(named, path)
+    check_config(named, path)
     quantization, notes = quantization_of(named, path), list[str]()
     folder = path.parent if path.name == CONFIG else path
     # The dtype of weights that are there counts more than the config's.
     beside = path.name == CONFIG and any((folder / name).exists() for name in (SINGLE, INDEX))
-    stored = checkpoint.inspect(folder) if beside else None
+    stored = inspect(folder) if beside else None
     try:
-        with trust.bounded(MAX_TENSORS):
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            forget_quantization(config)
-            dtype = (stored.dtype if stored else dtype_in(named) if quantization else config.dtype) or DTYPES[0]
-            if dtype not in DTYPES:
-                raise InputError(f"{path}: weights in {dtype} cannot be pruned; give a model in fp32, fp16 or bf16")
-            if quantization:
-                written = str(dtype).removeprefix("torch.")
-                notes.append(f"{path}: quantized by {quantization.method}: tensors are dequantized and written as "
-                             f"{written}")  # fmt: skip
-            elif not stored and config.dtype is None:
-                notes.append(f"{path}: names no dtype: taken for {dtype}")
-            if not getattr(config.get_text_config(), "num_hidden_layers", 1):
-                raise InputError(f"{path}: num_hidden_layers is 0: there is nothing to prune")
-            kind, config = class_of(config, path)
-            with torch.device("meta"):
-                empty = from_config(kind, config, dtype=dtype)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        forget_quantization(config)
+        dtype = (stored.dtype if stored else dtype_in(named) if quantization else config.dtype) or DTYPES[0]
+        if dtype not in DTYPES:
+            raise InputError(f"{path}: weights in {dtype} cannot be pruned; give a model in fp32, fp16 or bf16")
+        if quantization:
+            written = str(dtype).removeprefix("torch.")
+            notes.append(f"{path}: quantized by {quantization.method}: tensors are dequantized and written as "
+                         f"{written}")  # fmt: skip
+        elif not stored and config.dtype is None:
+            notes.append(f"{path}: names no dtype: taken for {dtype}")
+        if not getattr(config.get_text_config(), "num_hidden_layers", 1):
+            raise InputError(f"{path}: num_hidden_layers is 0: there is nothing to prune")
+        kind, config = class_of(config, path)
+        with torch.device("meta"):
+            empty = from_config(kind, config, dtype=dtype)
         # Each tied tensor once, as in a checkpoint.
         tied = empty.all_tied_weights_keys
         tensors = {n: TensorInfo(path, t.dtype, tuple(t.shape)) for n, t in empty.state_dict().items() if n not in tied}
@@ -140,7 +135,7 @@ def _find_config(model: str) -> Path:
         return path / CONFIG
     if not model or path.exists() or model.startswith((".", "/", "~")):
         raise InputError(f"{model or '--model'}: no such folder or file; give one with a config, or a Hub id")
-    with checkpoint.from_hub(model):
+    with from_hub(model):
         return Path(huggingface_hub.hf_hub_download(model, CONFIG))
 
 
@@ -158,7 +153,7 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
     limits = memory_limits(output.gpu_memory, output.host_memory, free)
     described = describe(str(DEFAULT_MODEL) if inputs.embedded else inputs.model)
     shape = pruned_shape(described.shape, config)
-    seqlen = data.window_length(inputs.model, inputs.seqlen, described.max_seqlen)
+    seqlen = window_length(inputs.model, inputs.seqlen, described.max_seqlen)
     evaluation = tuple(_evaluation_windows(inputs, name, seqlen) for name in dict.fromkeys(inputs.evaluate))
     workload = Workload(
         windows=inputs.nsamples,
@@ -167,7 +162,7 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
         config=config.for_calibration(inputs.nsamples, seqlen),
         gpu="gpu" in limits,
         threads=torch.get_num_threads() if config.kernel == "torch" else 1,
-        process=PROCESS + data.window_bytes(inputs.nsamples, evaluation, seqlen),
+        process=PROCESS + window_bytes(inputs.nsamples, evaluation, seqlen),
     )
     config = workload.config
     placement, needs = place(shape, workload, limits, output.folder.resolve().parent)
@@ -206,7 +201,7 @@ def _evaluation_windows(inputs: Inputs, name: str, seqlen: int) -> int:
         return inputs.eval_windows
     if not inputs.embedded or name != DEFAULT:
         raise InputError(f"--eval {name}: texts are not read here; say how long it is with --eval-windows")
-    return data.evaluation_windows(data.load_tokenizer(DEFAULT_MODEL), name, seqlen=seqlen).n
+    return evaluation_windows(load_tokenizer(DEFAULT_MODEL), name, seqlen=seqlen).n
 
 
 def lines(content: dict[str, Any]) -> Iterator[str]:

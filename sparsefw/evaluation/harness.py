@@ -17,9 +17,9 @@ from lm_eval.models.utils import resolve_max_length
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from sparsefw import checkpoint
 from sparsefw.caller import on_cpu_by_default, settings_kept
-from sparsefw.data import load_tokenizer, tokenize
+from sparsefw.checkpoint.source import inspect
+from sparsefw.data.windows import load_tokenizer, tokenize
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.evaluation.rows import Request, request_of
 from sparsefw.evaluation.streaming import Score, scores_of
@@ -75,7 +75,7 @@ class StreamedLM(TemplateLM):
         progress: bool = True,
     ) -> None:
         super().__init__()
-        self.checkpoint = checkpoint.inspect(locate(str(pretrained)))
+        self.checkpoint = inspect(locate(str(pretrained)))
         self.tokenizer = load_tokenizer(self.checkpoint.folder, add_bos_token)
         self.max_length = max_length or resolve_max_length(read_config(self.checkpoint), self.tokenizer)
         self._special = add_bos_token is not False

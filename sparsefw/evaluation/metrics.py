@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsefw.data import Windows
+from sparsefw.data.windows import Windows
 from sparsefw.errors import printable
 from sparsefw.model.head import exp
 from sparsefw.report.content import TextWindows, amount

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsefw.data import Batch, token_batch
+from sparsefw.data.batches import Batch, token_batch
 
 # A row is padded to a length that leaves at most 1 / PADDING of it empty, so that few lengths occur.
 PADDING = 16

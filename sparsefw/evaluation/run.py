@@ -6,11 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sparsefw import data
 from sparsefw.caller import on_cpu_by_default, settings_kept
-from sparsefw.checkpoint import Checkpoint, inspect
 from sparsefw.checkpoint.files import durably
-from sparsefw.data import Windows, load_tokenizer
+from sparsefw.checkpoint.source import Checkpoint, inspect
+from sparsefw.data.windows import Windows, evaluation_windows, load_tokenizer, window_length
 from sparsefw.errors import InputError, naming
 from sparsefw.evaluation.metrics import Evaluation, task_records, text_record
 from sparsefw.evaluation.rows import request_of
@@ -108,9 +107,9 @@ def _windows(sources: Mapping[str, Checkpoint], inputs: EvaluationInputs, ranks:
     """
 
     def of_model(source: Checkpoint) -> list[Windows]:
-        length = data.window_length(source.folder, inputs.seqlen or SEQLEN, max_seqlen(read_config(source)))
+        length = window_length(source.folder, inputs.seqlen or SEQLEN, max_seqlen(read_config(source)))
         tokenizer, limit = load_tokenizer(source.folder), inputs.eval_windows
-        return [data.evaluation_windows(tokenizer, text, seqlen=length, limit=limit) for text in inputs.texts]
+        return [evaluation_windows(tokenizer, text, seqlen=length, limit=limit) for text in inputs.texts]
 
     first, windows = "", list[Windows]()
     for name, source in sources.items() if inputs.texts else ():

@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsefw import memory
-from sparsefw.checkpoint import Checkpoint
-from sparsefw.data import token_batch
+from sparsefw.checkpoint.source import Checkpoint
+from sparsefw.data.batches import token_batch
 from sparsefw.errors import InputError, counted
 from sparsefw.estimate.memory import Workload
 from sparsefw.estimate.placement import memory_limits, place

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsefw.caller import as_python
 from sparsefw.checkpoint.tensors import Loadable, dequantized
-from sparsefw.data import Batch
+from sparsefw.data.batches import Batch
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.finite import check_finite
 from sparsefw.memory import release_pinned

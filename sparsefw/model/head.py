@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefw.data import Batch, Batches, Windows, token_batch
+from sparsefw.data.batches import Batch, Batches, token_batch
+from sparsefw.data.windows import Windows
 from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.forward import run_behind_blocks

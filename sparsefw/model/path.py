@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsefw.data import Batch, token_batch
+from sparsefw.data.batches import Batch, token_batch
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model.recorder import Recorder, check_same
 from sparsefw.model.recording import Recording, objects_of, rebuilt

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.checkpoint.tensors import TensorInfo
-from sparsefw.data import Batch
+from sparsefw.data.batches import Batch
 from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel, ResidentModel
 from sparsefw.model.experts import choose_all_over, experts_of, find_no_layers, without_parts_in_turn

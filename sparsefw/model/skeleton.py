@@ -36,7 +36,6 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
-from sparsefw.checkpoint import trust
 from sparsefw.checkpoint.quantization import KEY, ORIGINAL
 from sparsefw.checkpoint.source import CONFIG, Checkpoint
 from sparsefw.checkpoint.tensors import Loadable
@@ -134,8 +133,7 @@ def build(checkpoint: Checkpoint, as_named: bool = False) -> Skeleton:
     """
     # transformers would draw a progress bar for every block.
     logging.disable_progress_bar()
-    # The model is built twice.
-    with _loading(checkpoint, "model", 2):
+    with _loading(checkpoint, "model"):
         return _build(checkpoint, _config(checkpoint.folder), as_named)
 
 
@@ -145,23 +143,15 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     Raises:
         InputError: transformers cannot load it.
     """
-    with _loading(checkpoint, "config", 1):
+    with _loading(checkpoint, "config"):
         return _config(checkpoint.folder)
 
 
 @contextmanager
-def _loading(checkpoint: Checkpoint, what: str, times: int) -> Iterator[None]:
-    """Turn errors of transformers, inside the `with` block, into one line.
-
-    Args:
-        checkpoint: the checkpoint.
-        what: what is loaded, for the message.
-        times: how often.
-    """
+def _loading(checkpoint: Checkpoint, what: str) -> Iterator[None]:
+    """Turn errors of transformers, inside the `with` block, into one line; `what` is loaded."""
     try:
-        trust.check_model_type(checkpoint.config, checkpoint.folder / CONFIG)
-        with trust.bounded(times * len(checkpoint.tensors)):
-            yield
+        yield
     except InputError:
         raise
     except LOADING as error:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefw.data import Batch
+from sparsefw.data.batches import Batch
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model.parts import UNSUPPORTED, PartIsOver
 from sparsefw.model.recorder import Recorder

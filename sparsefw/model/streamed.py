@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from sparsefw.checkpoint import quantization
-from sparsefw.checkpoint.reader import read_tensors
 from sparsefw.checkpoint.source import Checkpoint
-from sparsefw.checkpoint.tensors import Loadable, QuantizedInfo, TensorInfo, dequantized
+from sparsefw.checkpoint.tensors import Loadable, QuantizedInfo, TensorInfo, dequantized, read_tensors
 from sparsefw.errors import counted
 from sparsefw.model import skeleton
 from sparsefw.model.block_model import BlockModel

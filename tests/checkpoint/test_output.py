@@ -1,12 +1,9 @@
 """--overwrite deletes an older output, and nothing else."""
 
-import os
-from pathlib import Path
-
 import pytest
 from helpers.checkpoints import make_hub_cache, refused
 
-from sparsefw.checkpoint import check_free, check_output
+from sparsefw.checkpoint.writer import check_output
 
 
 @pytest.fixture
@@ -57,17 +54,3 @@ def test_what_else_a_run_reads_stays(old, folder, link):
         check_output(old, folder, True, [text])
     with refused("text.txt lies in it"):
         check_output(old.parent / "new", folder, True, [old.parent / ".new.partial" / "text.txt"])
-
-
-@pytest.mark.parametrize("where", ["cwd", "below", "home"])
-@pytest.mark.parametrize("relative", [False, True])
-def test_the_current_folder_and_the_home_stay(old, monkeypatch, where, relative):
-    place = old / "sub" if where == "below" else old
-    place.mkdir(exist_ok=True)
-    if where == "home":
-        monkeypatch.setenv("HOME", str(place))
-    else:
-        monkeypatch.chdir(place)
-    output = Path(os.path.relpath(old)) if relative else old
-    with refused("(home|current) folder lies in it"):
-        check_free(output, True)

@@ -9,9 +9,9 @@ from helpers.checkpoints import TENSORS, refused
 from helpers.quantized import change_stored, save_fp8, save_mxfp4
 from safetensors.torch import load_file, save_file
 
-from sparsefw.checkpoint import CONFIG, SINGLE, inspect, read_tensors
 from sparsefw.checkpoint.quantization import Quantization, quantization_of, without_quantization
-from sparsefw.checkpoint.tensors import QuantizedTensor, dequantize_fp8
+from sparsefw.checkpoint.source import CONFIG, SINGLE, inspect
+from sparsefw.checkpoint.tensors import QuantizedTensor, dequantize_fp8, read_tensors
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 Q_SCALE = f"{Q}_scale_inv"
@@ -39,16 +39,6 @@ class TestConfigs:
     def test_of_other_methods(self, method):
         with refused("config.json: the model is quantized by .*, which is not read; give the unquantized checkpoint"):
             quantization_of({"quantization_config": {"quant_method": method}}, PATH)
-
-    @pytest.mark.parametrize("block", [[128], [0, 1], [True, 1], "xy", [2.0, 2]])
-    def test_blocks_that_are_none(self, block):
-        with refused("config.json: weight_block_size is "):
-            quantization_of({"quantization_config": {"quant_method": "fp8", "weight_block_size": block}}, PATH)
-
-    def test_two_that_differ(self):
-        config = {"quantization_config": {"quant_method": "fp8"}}
-        with refused("which is not read"):
-            quantization_of(config | {"text_config": {"quantization_config": {"quant_method": "mxfp4"}}}, PATH)
 
     @pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", {"dtype": "bfloat16"}), ("float8_e4m3fn", {})])
     def test_what_is_written(self, dtype, kept):
@@ -85,19 +75,14 @@ def test_scales_of_inputs_are_left_out(tmp_path):
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_one_scale_for_a_matrix(tmp_path, shape):
-    folder = save_fp8(tmp_path, "qwen3", None)
-    change_stored(folder, lambda tensors: tensors.update({Q_SCALE: torch.full(shape, 0.5)}))
-    read = read_tensors(inspect(folder).tensors)[Q].to(dtype=torch.float32)
-    assert torch.equal(read, load_file(folder / SINGLE)[Q].float() / 2)
-
-
-def test_one_scale_for_each_expert(tmp_path):
-    folder = save_fp8(tmp_path, "qwen3", None)
+    """Of a stack of matrices, each has one."""
+    folder, factors = save_fp8(tmp_path, "qwen3", None), torch.tensor([0.5, 2.0])
     values = load_file(folder / SINGLE)[Q]
-    stack, factors = torch.stack([values, values]), torch.tensor([0.5, 2.0])
-    change_stored(folder, lambda tensors: tensors.update(x=stack, x_scale_inv=factors))
-    read = read_tensors(inspect(folder).tensors)["x"].to(dtype=torch.float32)
-    assert torch.equal(read, values.float() * factors[:, None, None])
+    scales = {Q_SCALE: torch.full(shape, 0.5), "x": torch.stack([values, values]), "x_scale_inv": factors}
+    change_stored(folder, lambda tensors: tensors.update(scales))
+    read = read_tensors(inspect(folder).tensors)
+    assert torch.equal(read[Q].to(dtype=torch.float32), values.float() / 2)
+    assert torch.equal(read["x"].to(dtype=torch.float32), values.float() * factors[:, None, None])
     change_stored(folder, lambda tensors: tensors.update(x_scale_inv=torch.tensor(1.0)))
     with refused(r"tensor x_scale_inv of shape \(\) .* does not fit x .* which needs \(2, 1, 1\)"):
         inspect(folder)

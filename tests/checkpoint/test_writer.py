@@ -16,7 +16,10 @@ from helpers.checkpoints import TENSORS, contents, make_hub_cache, refused
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from sparsefw.checkpoint import INDEX, SUMS, Writer, files, inspect
+from sparsefw.checkpoint import files
+from sparsefw.checkpoint.files import SUMS
+from sparsefw.checkpoint.source import INDEX, inspect
+from sparsefw.checkpoint.writer import Writer
 
 NAMES = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 

@@ -12,8 +12,7 @@ from helpers.verifying import change_tensor, flip_bit, only_failure, put, verdic
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sparsefw import checkpoint
-from sparsefw.checkpoint.source import CONFIG, SINGLE
+from sparsefw.checkpoint.source import CONFIG, SINGLE, inspect
 from sparsefw.checkpoint.tensors import dequantize_fp8
 from sparsefw.estimate.plan import describe
 from sparsefw.model import shape_of
@@ -135,7 +134,7 @@ def test_bad_values_are_one_line(source, text, tmp_path, capsys):
 def test_quantized_tensors_outside_of_the_blocks(text, tmp_path, capsys):
     """Embeddings, and a layer that the model's class has no use for, larger than a block."""
     folder = save_fp8(tmp_path / "model", "qwen3")
-    small = shape_of(checkpoint.inspect(folder)).quantized
+    small = shape_of(inspect(folder)).quantized
     embeddings, unused = "model.embed_tokens.weight", "model.layers.3.eh_proj.weight"
     x, scale = torch.randn(512, 32), f"{unused}_scale_inv"
 
@@ -144,7 +143,7 @@ def test_quantized_tensors_outside_of_the_blocks(text, tmp_path, capsys):
             tensors[name], tensors[f"{name}_scale_inv"] = fp8(tensor, (16, 16))
 
     change_stored(folder, quantize)
-    shape, stored = shape_of(checkpoint.inspect(folder)), load_file(folder / SINGLE)
+    shape, stored = shape_of(inspect(folder)), load_file(folder / SINGLE)
     assert shape.quantized == stored[unused].nbytes + stored[scale].nbytes > small
     assert run(folder, text, tmp_path / "out", "--method", "wanda") == 0
     assert verdict(capsys, tmp_path / "out")[0] == 0
@@ -160,8 +159,8 @@ def test_quantized_tensors_outside_of_the_blocks(text, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
 def test_estimates_know_both_sizes(name, source, tmp_path):
     quantized, plain = (
-        shape_of(checkpoint.inspect(source(name))),
-        shape_of(checkpoint.inspect(dequantized(source(name), tmp_path / "plain"))),
+        shape_of(inspect(source(name))),
+        shape_of(inspect(dequantized(source(name), tmp_path / "plain"))),
     )
     assert quantized.blocks == plain.blocks
     assert (plain.quantized, plain.stored) == (0, 1)

@@ -11,7 +11,8 @@ from helpers.families import save_model
 from helpers.interruption import interrupted_at
 from safetensors.torch import load_file
 
-from sparsefw.checkpoint import SUMS, file_digest, files, read_sums
+from sparsefw.checkpoint import files
+from sparsefw.checkpoint.files import SUMS, file_digest, read_sums
 from sparsefw.run import main
 
 pytestmark = pytest.mark.slow

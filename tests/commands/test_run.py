@@ -8,7 +8,7 @@ from helpers.commands import TEXT, run, tensors_of
 from helpers.families import FAMILIES, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsefw import checkpoint
+from sparsefw.checkpoint.source import inspect
 from sparsefw.run import main
 
 
@@ -68,7 +68,7 @@ def test_tied_embeddings_stay_tied(tmp_path, text):
     assert run(source, text, tmp_path / "out") == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    assert "lm_head.weight" not in checkpoint.inspect(tmp_path / "out").tensors
+    assert "lm_head.weight" not in inspect(tmp_path / "out").tensors
 
 
 def test_paper_preset(tmp_path, text):

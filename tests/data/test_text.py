@@ -3,8 +3,6 @@
 import gzip
 import json
 import os
-import subprocess
-import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -13,6 +11,7 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from helpers.texts import refused, replace_hub, whole
 from huggingface_hub.errors import HTTPError
 
+from sparsefw.data import text
 from sparsefw.data.text import read_text
 
 TEXTS = ["", "one", 'a "quote" \\ and / \n\t', "é 日本 \U0001f600", "[{", "}]", " , ", "x" * 50]
@@ -51,6 +50,9 @@ def test_text_file_is_one_document(tmp_path, monkeypatch):
     for name in (str(tmp_path / "a [1] * file.TXT"), "~/a [1] * file.TXT", "a [1] * file.TXT"):
         assert read_text(name, "train").source == name
         assert documents(name) == ["one\n\ntwo é\n"]
+    # It is read as far as it is needed.
+    monkeypatch.setattr(text, "CHARACTERS", 4)
+    assert list(next(read_text(name, "train").documents)) == ["one\n", "\ntwo", " é\n"]
 
 
 def test_embedded_text_has_two_halves():
@@ -92,7 +94,7 @@ def test_unknown_dataset_is_not_looked_up(name, monkeypatch):
         ("x.json.gz", b'{"text": "a"}\n', "cannot be read beyond record 0: Not a gzipped file"),
         ("x.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 100, "cannot be read"),
         ("x.parquet", b"no parquet at all", "cannot be read"),
-        ("x.txt", "é".encode("latin-1"), "not UTF-8 text"),
+        ("x.txt", "é".encode("latin-1"), "cannot be read beyond record 0: .utf-8. codec"),
     ],
 )
 def test_damaged_file(tmp_path, name, content, message):
@@ -132,21 +134,21 @@ def test_datasets_of_the_hub(calls):
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
+    "error",
     [
-        (ConnectionError("No\nway"), r"the Hub cannot be reached \(No\); give a local file with --eval PATH"),
-        (HTTPError("proxy"), "the Hub cannot be reached"),
-        (DatasetNotFoundError("no"), "neither a file nor a dataset of the Hub that you have access to; .*--eval PATH"),
-        (RuntimeError("Dataset scripts are no longer supported"), "cannot be read: Dataset scripts"),
+        ConnectionError("No\nway"),
+        HTTPError("No"),
+        DatasetNotFoundError("No"),
+        RuntimeError("No, dataset scripts are no longer supported"),
     ],
 )
 @pytest.mark.parametrize("dataset", ["c4", "org/name"])
-def test_failures_of_the_hub_are_one_line(monkeypatch, dataset, error, message):
+def test_failures_of_the_hub_are_one_line(monkeypatch, dataset, error):
     def fail(*_, **__):
         raise error
 
     replace_hub(monkeypatch, fail)
-    with refused(f"^{dataset}: {message}") as caught:
+    with refused(rf"^{dataset}: cannot be read from the Hub \(No.*log in with `hf auth login`.*--eval PATH$") as caught:
         read_text(dataset, "test")
     assert "\n" not in str(caught.value)
 
@@ -161,20 +163,3 @@ def test_connection_lost_while_reading(monkeypatch):
     assert list(next(found)) == ["one"]
     with refused("cannot be read beyond record 1: gone"):
         next(found)
-
-
-def test_memory_of_a_large_text(tmp_path):
-    """120 MB, of which the windows take a few: less than 0.8 GiB beside the libraries."""
-    line = "some words of a text that has many lines, of which one is like another, and so on. " * 10 + "\n\n"
-    (tmp_path / "x.txt").write_text(line * (120_000_000 // len(line)))
-    code = f"""if True:
-        import resource
-        from sparsefw import data
-        from sparsefw.inputs import DEFAULT_MODEL
-        tokenizer, text = data.load_tokenizer(DEFAULT_MODEL), {str(tmp_path / "x.txt")!r}
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        data.calibration_windows(tokenizer, text, nsamples=64, seqlen=2048, seed=0)
-        data.evaluation_windows(tokenizer, text, seqlen=2048, limit=64)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) * 1024 < 0.8 * 2**30

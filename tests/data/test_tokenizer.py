@@ -10,8 +10,8 @@ from helpers.texts import make_tokenizer, refused
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sparsefw.data import tokenizer
-from sparsefw.data.tokenizer import load_tokenizer, tokenize, tokens_of
+from sparsefw.data import windows
+from sparsefw.data.windows import load_tokenizer, tokenize, tokens_of
 from sparsefw.default.text import evaluation_text
 from sparsefw.inputs import DEFAULT_MODEL
 
@@ -27,9 +27,8 @@ def change(path: Path, **entries: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
-@pytest.mark.parametrize("entries", [{"model": {}}, {"pre_tokenizer": "\x1b[31m"}])
-def test_damaged_tokenizer_is_refused_in_one_line(entries, folder):
-    change(folder / "tokenizer.json", **entries)
+def test_damaged_tokenizer_is_refused_in_one_line(folder):
+    change(folder / "tokenizer.json", pre_tokenizer="\x1b[31m")
     with refused(f"^{folder}: no tokenizer could be loaded: ") as caught:
         load_tokenizer(folder)
     assert str(caught.value).isprintable()
@@ -101,7 +100,7 @@ KINDS = {
 def small(monkeypatch):
     """Pieces of 1000 characters, in place of 65536."""
     for name, value in {"PIECE": 1000, "CONTEXT": 100, "SEARCHED": 300}.items():
-        monkeypatch.setattr(tokenizer, name, value)
+        monkeypatch.setattr(windows, name, value)
 
 
 def all_tokens(of: PreTrainedTokenizerFast, strings: list[str]) -> list[int]:
@@ -112,19 +111,19 @@ def all_tokens(of: PreTrainedTokenizerFast, strings: list[str]) -> list[int]:
 def test_tokens_of_pieces_are_those_of_the_whole_text(kind, small, monkeypatch):
     made = PreTrainedTokenizerFast(tokenizer_object=KINDS[kind]())
     (expected,) = tokenize(made, [TEXT])
-    assert len(list(tokenizer._pieces(made, [TEXT]))) > 10
+    assert len(list(windows._pieces(made, [TEXT]))) > 10
     assert all_tokens(made, [TEXT]) == expected
     # However it is read.
     assert all_tokens(made, [TEXT[n : n + 77] for n in range(0, len(TEXT), 77)]) == expected
     # The places that are refused are places where tokens change.
-    monkeypatch.setattr(tokenizer, "_place_of_cut", lambda *_: 900)
+    monkeypatch.setattr(windows, "_place_of_cut", lambda *_: 900)
     assert all_tokens(made, [TEXT]) != expected
 
 
 @pytest.mark.parametrize("text", ["", "a", " ", "a" * 1001, "a" * 5000, "\n" * 5000, "日本" * 2500, "a b\n\n" * 1200])
 def test_nothing_is_lost(small, text):
     plain = make_tokenizer(bos=False)
-    pieces = [piece for _, piece in tokenizer._pieces(plain, [text])]
+    pieces = [piece for _, piece in windows._pieces(plain, [text])]
     assert "".join(pieces) == text
     assert all(len(piece) <= 1000 for piece in pieces)
     assert plain.decode(all_tokens(plain, [text])) == text
@@ -142,7 +141,7 @@ def test_no_more_is_read_or_tokenized_than_a_piece(small, monkeypatch):
         sizes.append(sum(map(len, texts)))
         return tokenize(of, texts)
 
-    monkeypatch.setattr(tokenizer, "tokenize", watched)
+    monkeypatch.setattr(windows, "tokenize", watched)
     for found in itertools.islice(tokens_of(make_tokenizer(bos=False), [endless()]), 5):
         assert found
     assert max(sizes) <= 2 * (1000 + 100)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparsefw.data import evaluation_windows, load_tokenizer
+from sparsefw.data.windows import evaluation_windows, load_tokenizer
 from sparsefw.default import text
 from sparsefw.inputs import DEFAULT_MODEL
 

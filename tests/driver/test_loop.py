@@ -11,7 +11,7 @@ from helpers.families import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama import modeling_llama
 
-from sparsefw import data
+from sparsefw.data.windows import calibration_windows
 from sparsefw.driver import loop
 from sparsefw.driver.block import _check_separate
 from sparsefw.errors import InputError
@@ -41,7 +41,7 @@ def prune(folder, *flags, family="llama", **changes):
 
 def dense_and_pruned(folder):
     """The model before and after, and the calibration windows."""
-    ids = data.calibration_windows(
+    ids = calibration_windows(
         AutoTokenizer.from_pretrained(folder / "model"), str(folder / "text.txt"), nsamples=40, seqlen=32, seed=0
     ).ids
     return *(AutoModelForCausalLM.from_pretrained(folder / name) for name in ("model", "out")), ids

@@ -4,7 +4,7 @@ import pytest
 from helpers.ranks import on_ranks, prune
 from helpers.reconstructed import SEQLEN, WINDOWS, make_place, run
 
-from sparsefw.checkpoint import inspect
+from sparsefw.checkpoint.source import inspect
 from sparsefw.driver import reconstruct
 from sparsefw.driver.reconstruct import Fit
 from sparsefw.model import head, shape_of

@@ -11,7 +11,8 @@ from helpers.families import FAMILIES, HANDING_ON, OTHERS, TOKENS, save_model
 from helpers.reconstructed import METHODS, QUICK, SEQLEN, WINDOWS, make_place, no_loss, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsefw import checkpoint, data
+from sparsefw.checkpoint.source import inspect
+from sparsefw.data.windows import calibration_windows
 from sparsefw.driver import reconstruct
 from sparsefw.model import StreamedModel, embed, head
 from sparsefw.model.activations import HELD_OUT, split_batches
@@ -29,7 +30,7 @@ def loaded(folder: Path) -> torch.nn.Module:
 
 def windows_of(folder: Path) -> torch.Tensor:
     tokenizer, text = AutoTokenizer.from_pretrained(folder / "model"), str(folder / "text.txt")
-    return data.calibration_windows(tokenizer, text, nsamples=WINDOWS, seqlen=SEQLEN, seed=0).ids
+    return calibration_windows(tokenizer, text, nsamples=WINDOWS, seqlen=SEQLEN, seed=0).ids
 
 
 @torch.no_grad()
@@ -195,7 +196,7 @@ def test_gradients_that_fp16_has_no_room_for_as_sums(tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES | OTHERS | HANDING_ON)
 def test_a_dense_block_has_no_loss(family, tmp_path):
     """It is compared with what it puts out itself, whatever blocks hand on beside it."""
-    model = StreamedModel(checkpoint.inspect(save_model(tmp_path, family)), CPU)
+    model = StreamedModel(inspect(save_model(tmp_path, family)), CPU)
     assert all(no_loss(model, embed(model, TOKENS, 4)))
 
 

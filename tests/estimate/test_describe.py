@@ -7,7 +7,7 @@ import torch
 from helpers.families import FAMILIES, config_of, save_model
 from transformers import AutoConfig
 
-from sparsefw.checkpoint import inspect
+from sparsefw.checkpoint.source import inspect
 from sparsefw.errors import InputError
 from sparsefw.estimate.plan import describe
 from sparsefw.model import shape_of

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsefw.data import windows_of
+from sparsefw.data.windows import windows_of
 from sparsefw.evaluation import metrics
 from sparsefw.evaluation.metrics import Evaluation, estimate, estimate_of, task_records, text_record
 

@@ -99,7 +99,7 @@ def test_the_command(place, tasks, capsys):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--tasks", "tiny_chioces"], "task 'tiny_chioces': unknown"),
     ([], "--tasks, --eval: neither is given"),
-    (["--eval", "default", "--against", "nowhere/x/y"], "nowhere/x/y: neither a local path nor a valid Hub id"),
+    (["--eval", "default", "--against", "nowhere/x/y"], "nowhere/x/y: no such folder, and it could not be downloaded"),
     (["--tasks", "tiny_choices", "--limit", "-1"], "--limit -1"),
     (["--eval", "default", "--host-memory", "0.01"], "--host-memory 0.01: this run needs at least"),
     (["--eval", "default", "--limit", "3"], "--limit: needs --tasks"),

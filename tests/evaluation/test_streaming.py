@@ -9,7 +9,7 @@ from helpers.ranks import on_ranks
 from helpers.requests import REQUESTS, answers, answers_of_whole, check_same
 from safetensors.torch import load_file, save_file
 
-from sparsefw.checkpoint import inspect
+from sparsefw.checkpoint.source import inspect
 from sparsefw.errors import InputError
 from sparsefw.evaluation import streaming
 from sparsefw.evaluation.rows import request_of

@@ -9,7 +9,7 @@ from helpers.families import TOKENS, is_layer
 from helpers.kernel_inputs import DEVICE
 from torch import Tensor, nn
 
-from sparsefw import checkpoint
+from sparsefw.checkpoint.source import inspect
 from sparsefw.model import HiddenStates, StreamedModel, embed
 from sparsefw.model.activations import Activations, Store
 from sparsefw.model.hidden_states import Carried
@@ -22,7 +22,7 @@ from sparsefw.model.stand_ins import TEXT
 
 def damaged_pair(folder, tokens=TOKENS, store=None, loss: float = 1) -> Pair:
     """The first block of a model. The pruned model's windows have lost this part of every third entry."""
-    model = StreamedModel(checkpoint.inspect(folder), DEVICE)
+    model = StreamedModel(inspect(folder), DEVICE)
     dense = embed(model, tokens, 2, store)
     block = model.open(0)
     for name, parameter in block.named_parameters():

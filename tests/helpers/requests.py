@@ -7,7 +7,7 @@ import torch
 from helpers.families import VOCABULARY
 from transformers import AutoModelForCausalLM
 
-from sparsefw.checkpoint import inspect
+from sparsefw.checkpoint.source import inspect
 from sparsefw.evaluation.rows import request_of
 from sparsefw.evaluation.streaming import scores_of
 

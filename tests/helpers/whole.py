@@ -7,7 +7,7 @@ from helpers.families import TOKENS, save_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from sparsefw import checkpoint
+from sparsefw.checkpoint.source import inspect
 from sparsefw.model import StreamedModel, embed
 from sparsefw.model.head import logits
 from sparsefw.model.skeleton import attention_implementation
@@ -59,7 +59,7 @@ class ChangedForward:
             return output
 
         monkeypatch.setattr(LlamaForCausalLM, "forward", whole_forward)
-        self.model = StreamedModel(checkpoint.inspect(folder), CPU)
+        self.model = StreamedModel(inspect(folder), CPU)
         self.folder = folder
 
     def check(self):

@@ -7,7 +7,7 @@ from helpers.stacks import VOCABULARY, random_ids
 from torch import nn
 
 from sparsefw import prune
-from sparsefw.data import batches_of
+from sparsefw.data.batches import batches_of
 from sparsefw.model import resident
 from sparsefw.model.experts import experts_of, without_parts_in_turn
 from sparsefw.model.layers import is_expert, kind_of

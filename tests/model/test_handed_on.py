@@ -8,8 +8,8 @@ from helpers.families import HANDING_ON, TOKENS, save_model
 from helpers.whole import BATCH, CPU, all_logits, plain_logits, whole_model
 from torch import nn
 
-from sparsefw import checkpoint
-from sparsefw.data import windows_of
+from sparsefw.checkpoint.source import inspect
+from sparsefw.data.windows import windows_of
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed, perplexity, shape_of
 from sparsefw.model.activations import Store
@@ -30,7 +30,7 @@ def blocks_of(whole, model):
 def test_streams_equal_the_whole_models(family, place, tmp_path):
     """A dense stream and two pruned ones, which take turns; four windows in a micro-batch, and two."""
     folder = save_model(tmp_path, family)
-    with StreamedModel(checkpoint.inspect(folder), CPU) as model:
+    with StreamedModel(inspect(folder), CPU) as model:
         dense = embed(model, TOKENS, BATCH, Store(CPU, place))
         pruned, other = dense.fork(), dense.fork()
         for i in range(len(model.blocks)):
@@ -61,7 +61,7 @@ def test_streams_equal_the_whole_models(family, place, tmp_path):
 def test_perplexity_of_as_many_windows_as_tokens(tmp_path):
     """Where hidden states have tokens first, their shape does not show it then."""
     folder, ids = save_model(tmp_path, "xlnet"), TOKENS[:, : len(TOKENS)]
-    with StreamedModel(checkpoint.inspect(folder), CPU) as model:
+    with StreamedModel(inspect(folder), CPU) as model:
         together, apart = embed(model, ids, len(ids)), embed(model, ids, 1)
         for i in range(len(model.blocks)):
             model.open(i)
@@ -76,7 +76,7 @@ def test_perplexity_of_as_many_windows_as_tokens(tmp_path):
 @pytest.mark.parametrize("family", HANDING_ON)
 def test_expected_size_is_what_lies_between_blocks(family, tmp_path):
     """Bytes of a window, from windows of other lengths."""
-    source, seqlen = checkpoint.inspect(save_model(tmp_path, family)), TOKENS.shape[1]
+    source, seqlen = inspect(save_model(tmp_path, family)), TOKENS.shape[1]
     shape, most = shape_of(source), 0
     with StreamedModel(source, CPU) as model:
         # Windows of one micro-batch each, so that what differs between them shows.
@@ -98,7 +98,7 @@ def test_expected_size_is_what_lies_between_blocks(family, tmp_path):
 
 def test_a_block_that_writes_to_what_it_is_given_is_refused(tmp_path):
     """Other streams would see it."""
-    model = StreamedModel(checkpoint.inspect(save_model(tmp_path, "llama")), CPU)
+    model = StreamedModel(inspect(save_model(tmp_path, "llama")), CPU)
     states = embed(model, TOKENS, BATCH)
     block = model.open(0)
     run = block.self_attn.forward
@@ -113,7 +113,7 @@ def test_a_block_that_writes_to_what_it_is_given_is_refused(tmp_path):
 
 
 def test_a_block_that_returns_something_else_is_refused(tmp_path):
-    model = StreamedModel(checkpoint.inspect(save_model(tmp_path, "llama")), CPU)
+    model = StreamedModel(inspect(save_model(tmp_path, "llama")), CPU)
     states = embed(model, TOKENS, BATCH)
     block = model.open(0)
     run = block.forward

@@ -6,7 +6,7 @@ from helpers.families import TOKENS, is_layer, save_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsefw import checkpoint
+from sparsefw.checkpoint.source import inspect
 from sparsefw.kernels.backend import TORCH
 from sparsefw.model import StreamedModel, embed
 from sparsefw.model.layers import layer_of, not_pruned
@@ -23,7 +23,7 @@ def sizes(layers):
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "qwen2_moe"])
 def test_gram_is_that_of_the_inputs(family, tmp_path):
     """Gram matrices are those of forward hooks on the linear modules, for every family that has them."""
-    model = StreamedModel(checkpoint.inspect(save_model(tmp_path, family)), DEVICE)
+    model = StreamedModel(inspect(save_model(tmp_path, family)), DEVICE)
     states, block, truth = embed(model, TOKENS, 2), model.open(0), {}
     captured = capture(block, lambda j: states.output(0, j), range(len(states)), backend=TORCH, selected=is_layer)
     assert (captured.crosses, [*filter(is_layer, captured.ignored)]) == ({}, [])

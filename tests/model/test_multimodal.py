@@ -8,7 +8,8 @@ from helpers.commands import TEXT, run, tensors_of
 from helpers.multimodal import MULTIMODAL, load_as_named, save_multimodal
 from helpers.verifying import verdict
 
-from sparsefw import InputError, PruneConfig, checkpoint, prune
+from sparsefw import InputError, PruneConfig, prune
+from sparsefw.checkpoint.source import inspect
 from sparsefw.model import StreamedModel, embed, shape_of
 from sparsefw.model.head import logits
 
@@ -16,7 +17,7 @@ IDS = torch.randint(4, 250, (3, 24), generator=torch.Generator().manual_seed(0))
 
 
 def streamed(folder):
-    return StreamedModel(checkpoint.inspect(folder), torch.device("cpu"))
+    return StreamedModel(inspect(folder), torch.device("cpu"))
 
 
 def streamed_logits(folder):
@@ -72,9 +73,9 @@ def test_only_what_text_needs_is_loaded(pruned):
     assert len(other) == (family == "qwen2_audio")
     # The embedding, the last norm, and the head where it is not tied.
     assert len(loaded) - len(other) == (2 if family == "gemma3" else 3)
-    shape = shape_of(checkpoint.inspect(source))
+    shape = shape_of(inspect(source))
     assert shape.outside == sum(loaded.values())
-    assert sum(shape.pieces) + sum(block.nbytes for block in shape.blocks) == checkpoint.inspect(source).nbytes
+    assert sum(shape.pieces) + sum(block.nbytes for block in shape.blocks) == inspect(source).nbytes
 
 
 def test_blocks_that_text_does_not_run_through_stay_dense(tmp_path, capsys):

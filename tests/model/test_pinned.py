@@ -5,7 +5,7 @@ import random_checkpoint
 import torch
 from helpers.pretended_gpu import pretended_gpu
 
-from sparsefw import checkpoint
+from sparsefw.checkpoint.source import inspect
 from sparsefw.memory import pinned_bytes
 from sparsefw.model import StreamedModel
 
@@ -18,7 +18,7 @@ SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = random_checkpoint.generate(tmp_path_factory.mktemp("random") / "model", "llama", **SIZES)
-    return checkpoint.inspect(folder)
+    return inspect(folder)
 
 
 def pinned(source, prefix):

@@ -7,7 +7,7 @@ import torch
 from helpers.families import save_model
 from transformers import AutoModelForCausalLM
 
-from sparsefw import checkpoint
+from sparsefw.checkpoint.source import inspect
 from sparsefw.model import StreamedModel, embed, head
 from sparsefw.model.head import divergence, predicts, tokens_of_pass
 
@@ -20,7 +20,7 @@ def opened(request, tmp_path):
     """A model, and hidden states behind its last block, when it is pruned and when it is dense. One caps its logits."""
     kinds = {"layer_types": ["full_attention"]} if request.param == "gemma2" else {}
     source = save_model(tmp_path, request.param, num_hidden_layers=1, **kinds)
-    model, generator = StreamedModel(checkpoint.inspect(source), CPU), torch.Generator().manual_seed(1)
+    model, generator = StreamedModel(inspect(source), CPU), torch.Generator().manual_seed(1)
     states = embed(model, IDS, 2)
     hidden, dense = 3 * torch.randn(2, *IDS.shape, states.hidden[0].shape[-1], generator=generator)
     with model.outside():

@@ -3,7 +3,7 @@
 import torch
 from helpers.stacks import drawn
 
-from sparsefw.data import batches_of
+from sparsefw.data.batches import batches_of
 from sparsefw.model import resident
 
 CPU = torch.device("cpu")

@@ -6,14 +6,14 @@ import pytest
 import torch
 from helpers.families import TOKENS, is_layer, save_model
 
-from sparsefw import checkpoint
+from sparsefw.checkpoint.source import inspect
 from sparsefw.model import StreamedModel, embed, shape_of
 from sparsefw.model.layers import kind_of
 from sparsefw.model.stages import survey
 
 
 def shape(folder):
-    return shape_of(checkpoint.inspect(folder))
+    return shape_of(inspect(folder))
 
 
 def ways(role):
@@ -26,7 +26,7 @@ def test_layers_are_those_that_calibration_finds(family, tmp_path):
     """Though all weights of a shape are zero."""
     folder = save_model(tmp_path, family)
     found, seen = shape(folder), []
-    with StreamedModel(checkpoint.inspect(folder), torch.device("cpu")) as model:
+    with StreamedModel(inspect(folder), torch.device("cpu")) as model:
         # All windows at once reach every expert.
         states = embed(model, TOKENS, len(TOKENS))
         for i, block in enumerate(model.blocks):

@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
-from sparsefw import checkpoint, prune
+from sparsefw import prune
+from sparsefw.checkpoint.source import inspect
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed, shape_of
 from sparsefw.model.head import logits
@@ -43,7 +44,7 @@ def source(tmp_path_factory):
 
 
 def test_blocks_run_as_in_the_whole_model(source):
-    with StreamedModel(checkpoint.inspect(source), torch.device("cpu")) as model:
+    with StreamedModel(inspect(source), torch.device("cpu")) as model:
         assert model.shared.sources
         assert any(note.startswith(f"stay dense: {len(model.shared.names)} parameters") for note in model.notes)
         states = embed(model, TOKENS, 2)
@@ -62,7 +63,7 @@ def test_blocks_run_as_in_the_whole_model(source):
 
 def test_an_open_block_keeps_what_it_shares(source):
     """Weights outside of the blocks come and go while its predictions are compared."""
-    with StreamedModel(checkpoint.inspect(source), torch.device("cpu")) as model:
+    with StreamedModel(inspect(source), torch.device("cpu")) as model:
         for i in range(len(model.blocks)):
             block = model.open(i)
             before = dict(block.named_parameters())
@@ -96,7 +97,7 @@ def test_what_is_shared_stays_dense_and_the_rest_is_pruned(options, source, tmp_
 
 
 def test_plan_and_run_agree(source):
-    shape = shape_of(checkpoint.inspect(source))
+    shape = shape_of(inspect(source))
     assert not any("shared_transf" in name for name in shape.layer_names)
     whole = AutoModelForCausalLM.from_pretrained(source)
     # Each tensor once, though a shared one is in memory with each of its blocks.

@@ -10,8 +10,8 @@ from helpers.verifying import change_tensor
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from sparsefw import checkpoint
-from sparsefw.data import windows_of
+from sparsefw.checkpoint.source import inspect
+from sparsefw.data.windows import windows_of
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed, perplexity
 from sparsefw.model.head import logits, loss
@@ -25,7 +25,7 @@ def tokens(n=5, seqlen=24):
 
 
 def open_model(folder):
-    return StreamedModel(checkpoint.inspect(folder), DEVICE)
+    return StreamedModel(inspect(folder), DEVICE)
 
 
 def change_config(folder, **changes):
@@ -82,7 +82,7 @@ def test_memory_that_is_full_while_experts_are_stacked(error, raised, tmp_path, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exported_tensors_are_the_checkpoints(family, tmp_path):
     folder = save_model(tmp_path, family, torch.bfloat16)
-    source = checkpoint.inspect(folder)
+    source = inspect(folder)
     model = open_model(folder)
     exported = {name: t for piece in model.pieces for name, t in model.other_tensors(piece).items()}
     for i in range(len(model.blocks)):

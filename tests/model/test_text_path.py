@@ -20,7 +20,7 @@ from transformers import (
     XLNetConfig,
 )
 
-from sparsefw import checkpoint
+from sparsefw.checkpoint.source import inspect
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed, shape_of
 from sparsefw.model.skeleton import class_of, max_seqlen
@@ -29,7 +29,7 @@ IDS = torch.randint(2, 250, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
 def streamed(folder):
-    return StreamedModel(checkpoint.inspect(folder), torch.device("cpu"))
+    return StreamedModel(inspect(folder), torch.device("cpu"))
 
 
 def save(folder, config, make=AutoModelForCausalLM.from_config):
@@ -169,7 +169,7 @@ class TestErrors:
         assert "\n" not in str(caught.value)
         assert type(error).__name__ in str(caught.value)
         with pytest.raises(InputError, match=r"model\.layers\.0 "):
-            shape_of(checkpoint.inspect(folder))
+            shape_of(inspect(folder))
 
     @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("full"), InputError("own")])
     def test_that_pass(self, error, folder, monkeypatch):
