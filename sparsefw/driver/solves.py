@@ -7,7 +7,6 @@ every rank has measured on its own windows are summed, where they are needed. Af
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -75,14 +74,19 @@ def combine(block: nn.Module, captured: Captured, ranks: Ranks, experts: frozens
     """
     if ranks.alone:
         return captured
-    seen = [dict(rows) for rows in ranks.gather([(x.name, _form_of(x, captured)) for x in captured.layers])]
+    # What ranks must agree on: the matrices that were measured, the weight's shape, and whether it is transposed.
+    mine = {layer.name: layer for layer in captured.layers}
+    of = {name: cross.of for name, cross in captured.crosses.items()}
+    seen = ranks.gather(
+        {name: (x.gram, of.get(name), (len(x.weight), x.weight.shape[1]), x.transposed) for name, x in mine.items()}
+    )
     forms = {name: form for layers in seen for name, form in layers.items()}
     for name, form in forms.items():
         if not is_expert(name, experts) and any(layers.get(name) != form for layers in seen):
             raise InputError(f"{name}: unsupported model: windows on other ranks use it in another way")
-    mine = {layer.name: layer for layer in captured.layers}
     layers = [
-        mine.get(name) or layer_of(block, name, form.gram, form.shape, form.transposed) for name, form in forms.items()
+        mine.get(name) or layer_of(block, name, gram, shape, transposed)
+        for name, (gram, _, shape, transposed) in forms.items()
     ]
     grams = dict(captured.grams)
     for layer in layers:
@@ -90,20 +94,6 @@ def combine(block: nn.Module, captured: Captured, ranks: Ranks, experts: frozens
             d = layer.weight.shape[1]
             grams[layer.gram] = torch.zeros(d, d, dtype=torch.float32, device=layer.weight.device)
     return Captured(layers, grams, captured.crosses, captured.ignored)
-
-
-class _Form(NamedTuple):
-    """The matrices that were measured, the weight's shape, and whether it is transposed: ranks must agree on them."""
-
-    gram: str
-    cross: str | None
-    shape: tuple[int, int]
-    transposed: bool
-
-
-def _form_of(layer: Layer, captured: Captured) -> _Form:
-    cross, (rows, d) = captured.crosses.get(layer.name), layer.weight.shape
-    return _Form(layer.gram, cross.of if cross else None, (rows, d), layer.transposed)
 
 
 def add_up(captured: Captured, solves: list[Solve], ranks: Ranks, backend: Backend) -> None:

@@ -128,16 +128,6 @@ def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Ten
         return run_behind_blocks(model, token_batch(ids), hidden.to(model.device), others or {}).logits
 
 
-def same_logits(logits: Tensor, others: Tensor) -> bool:
-    """Whether logits are the same but for their rounding, which products of other shapes have.
-
-    A model may give no chance to a token, and a damaged one NaN.
-    """
-    finite = logits[logits.isfinite()]
-    within = 0.01 * float(finite.abs().max()) if len(finite) else 0.0
-    return logits.shape == others.shape and torch.allclose(logits, others, rtol=0.01, atol=within, equal_nan=True)
-
-
 def _every(seqlen: int) -> int:
     return EVERY if seqlen >= EVERY * LEAST else 1
 
@@ -178,7 +168,11 @@ def predicts(states: HiddenStates, ids: Tensor) -> bool:
         # Its forward needs all tokens.
         return False
     # A comparison of all tokens would take several times the memory of their logits.
-    return same_logits(whole[:, some][:, -COMPARED:], part[:, -COMPARED:])
+    last, others = whole[:, some][:, -COMPARED:], part[:, -COMPARED:]
+    # A model may give no chance to a token, and a damaged one NaN. Products of other shapes round otherwise.
+    finite = last[last.isfinite()]
+    within = 0.01 * float(finite.abs().max()) if len(finite) else 0.0
+    return last.shape == others.shape and torch.allclose(last, others, rtol=0.01, atol=within, equal_nan=True)
 
 
 def divergence(model: BlockModel, ids: Tensor, hidden: Tensor, dense: Tensor) -> Tensor:

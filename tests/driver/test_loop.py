@@ -56,6 +56,25 @@ def pruned(tmp_path_factory):
     return dense, sparse, report, ids
 
 
+@torch.no_grad()
+def seen_by(model, ids):
+    """The inputs of all modules with weights inside the blocks, by name, as matrices in double; and hidden states."""
+    seen = {}
+
+    def keep(module, x, name):
+        seen[name] = x[0].reshape(-1, x[0].shape[-1]).double()
+
+    handles = [
+        module.register_forward_pre_hook(functools.partial(keep, name=name))
+        for name, module in model.named_modules()
+        if ".layers." in name and hasattr(module, "weight")
+    ]
+    hidden = model(ids, output_hidden_states=True).hidden_states
+    for handle in handles:
+        handle.remove()
+    return seen, hidden
+
+
 def test_blocks_are_calibrated_on_what_the_pruned_blocks_before_them_give(pruned):
     """The error of every layer is that of its definition, ||W X - (M * W) X||^2, with hooks in the whole model."""
     dense, sparse, report, ids = pruned
@@ -64,109 +83,64 @@ def test_blocks_are_calibrated_on_what_the_pruned_blocks_before_them_give(pruned
     for i in range(3):
         # With the blocks before i pruned and block i dense, its inputs are those of the calibration.
         block = sparse.model.layers[i]
-        after = {name: p.clone() for name, p in block.named_parameters()}
+        after = {name: x.clone() for name, x in block.state_dict().items()}
         block.load_state_dict(dense.model.layers[i].state_dict())
-        truth = {}
-
-        def hook(module, x, name, after=after, truth=truth):
-            removed = (module.weight - after[f"{name}.weight"]).double()
-            truth[name] = (x[0].double() @ removed.T).square().sum().item()
-
-        linears = [(name, m) for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)]
-        handles = [m.register_forward_pre_hook(functools.partial(hook, name=name)) for name, m in linears]
-        with torch.no_grad():
-            sparse(ids)
-        for handle in handles:
-            handle.remove()
+        seen, _ = seen_by(sparse, ids)
         block.load_state_dict(after)
-        for name, error in truth.items():
-            assert errors[f"model.layers.{i}.{name}.weight"] == pytest.approx(error, rel=1e-3)
+        for name, W in dense.model.layers[i].state_dict().items():
+            if W.dim() == 2:
+                layer = f"model.layers.{i}.{name}"
+                outputs = seen[layer.removesuffix(".weight")] @ (W - after[name]).double().T
+                assert errors[layer] == pytest.approx(outputs.square().sum().item(), rel=1e-3)
 
 
-def linears_seen(model, ids):
-    """Inputs of all linear modules inside the blocks, by name, as matrices in double."""
-    seen = {}
-
-    def keep(module, x, name):
-        seen[name] = x[0].reshape(-1, x[0].shape[-1]).double()
-
-    handles = [
-        m.register_forward_pre_hook(functools.partial(keep, name=name))
-        for name, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear) and "layers" in name
-    ]
-    hidden = model(ids, output_hidden_states=True).hidden_states
-    for handle in handles:
-        handle.remove()
-    return seen, hidden
+def error_of(W, Z, X, gap):
+    """||T X - Z X||^2 with the target T that makes up for a gap of the outputs."""
+    G, B = (X.T @ X).float(), (gap.T @ X).float()
+    T = find_target(W.float(), damped(G, 0.1), B, 4).double()
+    return pytest.approx(((T - Z) @ X.T).square().sum().item(), rel=1e-3)
 
 
-@torch.no_grad()
+def weights_of(module, *models):
+    return (model.get_submodule(module).weight.detach().double() for model in models)
+
+
 def test_layers_approximate_what_the_dense_model_puts_out(tmp_path):
     """Errors are those of their definition, with inputs behind all layers pruned before, even in the same block."""
     lost = {}
-    for target in ("dense", "layer"):
+    for target in ("layer", "dense"):
         _, report = prune(tmp_path, *FEW_STEPS, "--target", target, "--overwrite")
         dense, sparse, ids = dense_and_pruned(tmp_path)
-        (X_dense, hidden_dense), (X, hidden) = linears_seen(dense, ids), linears_seen(sparse, ids)
+        (X_dense, hidden_dense), (X, hidden) = seen_by(dense, ids), seen_by(sparse, ids)
         lost[target] = [(a - b).square().sum().item() for a, b in zip(hidden_dense[1:], hidden[1:], strict=True)]
-        if target == "layer":
-            continue
-        errors = {row["name"]: row["error"] for row in report["layers"]}
-        assert {row["target"] for row in report["layers"]} == {"dense"}
-        for i in range(3):
-            block = f"model.layers.{i}"
-            # The last of the hidden states has passed the final norm, so the last block's output is not among them.
-            stream = {"mlp.down_proj": hidden_dense[i + 1] - hidden[i + 1]} if i < 2 else {}
-            for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", *stream):
-                module = f"{block}.{name}"
-                W, Z = (m.get_submodule(module).weight.double() for m in (dense, sparse))
-                gap = (X_dense[module] - X[module]) @ W.T
-                if name in stream:
-                    # The gap of the stream without the layer's own pruning.
-                    gap = stream[name].reshape(gap.shape).double() - X[module] @ (W - Z).T
-                G, B = (X[module].T @ X[module]).float(), (gap.T @ X[module]).float()
-                T = find_target(W.float(), damped(G, 0.1), B, 4).double()
-                error = ((T - Z) @ X[module].T).square().sum().item()
-                assert errors[f"{module}.weight"] == pytest.approx(error, rel=1e-3), module
     # Dense targets serve this purpose: less is lost in every block.
     assert all(a < b for a, b in zip(lost["dense"], lost["layer"], strict=True))
+    errors = {row["name"]: row["error"] for row in report["layers"]}
+    assert {row["target"] for row in report["layers"]} == {"dense"}
+    for i in range(3):
+        # The last of the hidden states has passed the final norm, so the last block's output is not among them.
+        stream = {"mlp.down_proj": hidden_dense[i + 1] - hidden[i + 1]} if i < 2 else {}
+        for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", *stream):
+            module = f"model.layers.{i}.{name}"
+            W, Z = weights_of(module, dense, sparse)
+            gap = (X_dense[module] - X[module]) @ W.T
+            if name in stream:
+                # The gap of the stream without the layer's own pruning.
+                gap = stream[name].reshape(gap.shape).double() - X[module] @ (W - Z).T
+            assert errors[f"{module}.weight"] == error_of(W, Z, X[module], gap), module
 
 
-def stream_behind_attention(model, ids):
-    """The residual stream between the two halves of every block, as matrices in double."""
-    seen = {}
-
-    def keep(module, x, name):
-        seen[name] = x[0].reshape(-1, x[0].shape[-1]).double()
-
-    handles = [
-        block.post_attention_layernorm.register_forward_pre_hook(functools.partial(keep, name=i))
-        for i, block in enumerate(model.model.layers)
-    ]
-    model(ids)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
-@torch.no_grad()
 def test_a_layer_makes_up_for_its_own_output_only(tmp_path):
     """The MLP behind it stays dense, and what that adds to the stream is not the layer's to repair."""
     _, report = prune(tmp_path, *FEW_STEPS, "--ignore", "mlp")
     errors = {row["name"]: row["error"] for row in report["layers"]}
     dense, sparse, ids = dense_and_pruned(tmp_path)
-    streams = [stream_behind_attention(model, ids) for model in (dense, sparse)]
-    inputs, _ = linears_seen(sparse, ids)
+    (in_dense, _), (in_sparse, _) = seen_by(dense, ids), seen_by(sparse, ids)
     for i in range(3):
-        module = f"model.layers.{i}.self_attn.o_proj"
-        W, Z = (model.get_submodule(module).weight.double() for model in (dense, sparse))
-        X = inputs[module]
-        gap = streams[0][i] - streams[1][i] - X @ (W - Z).T
-        G, B = (X.T @ X).float(), (gap.T @ X).float()
-        T = find_target(W.float(), damped(G, 0.1), B, 4).double()
-        error = ((T - Z) @ X.T).square().sum().item()
-        assert errors[f"{module}.weight"] == pytest.approx(error, rel=1e-3), module
+        module, behind = f"model.layers.{i}.self_attn.o_proj", f"model.layers.{i}.post_attention_layernorm"
+        W, Z = weights_of(module, dense, sparse)
+        gap = in_dense[behind] - in_sparse[behind] - in_sparse[module] @ (W - Z).T
+        assert errors[f"{module}.weight"] == error_of(W, Z, in_sparse[module], gap), module
 
 
 def test_experts_that_no_token_reaches_are_no_model(tmp_path, capsys):

@@ -1,20 +1,29 @@
-"""The pretended GPU refuses and counts as CUDA would; and solves on it wait for nothing but their end."""
+"""On a pretended GPU: solves wait for nothing but their end; results, placements and memory of whole runs."""
 
+import json
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.pretended_gpu import pretended_gpu
+from helpers import verifying
+from helpers.families import save_model
+from helpers.pretended_gpu import DEVICE, NAME, SEGMENT, pretended_gpu
 from helpers.problems import damped_problem, make_problem
 from helpers.problems import on_gpu as problem_on_gpu
+from helpers.stacks import drawn
 
+from sparsefw import prune as prune_in_memory
+from sparsefw import run
+from sparsefw.driver import reconstruct
+from sparsefw.driver import run as driver_run
 from sparsefw.finite import OnItsWay, all_finite
-from sparsefw.kernels import triton_ops
+from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.repeat import LEAST, repeat
-from sparsefw.model.activations import Activations, Store
+from sparsefw.model.activations import PLACES, Activations, Store
+from sparsefw.report.content import PREDICTIONS
 from sparsefw.solver import frank_wolfe, paper
 from sparsefw.solver.refit import reselect
 
@@ -34,38 +43,16 @@ def on_gpu(*shape):
     return torch.arange(float(np.prod(shape)), device="cuda").view(shape)
 
 
-class TestPretence:
-    @pytest.mark.parametrize(
-        ("operate", "waits"),
-        [
-            (lambda x: x[0, 0].item(), 1),
-            (lambda x: torch.empty(3, 4).copy_(x), 1),
-            (lambda x: torch.ones(3).to("cuda", non_blocking=True), 1),
-            (lambda x: x[x > 0], 1),
-            (lambda x: torch.cuda.synchronize(), 1),
-            (lambda x: torch.empty(3, 4).copy_(x, non_blocking=True), 0),
-            (lambda x: torch.empty(3, pin_memory=True).to("cuda", non_blocking=True), 0),
-            (lambda x: x.__setitem__(x > 0, 1.0), 0),
-            (lambda x: (x @ x.T).kthvalue(2).values.sum() + 1, 0),
-        ],
-    )
-    def test_waits_of_the_host_are_counted_by_line(self, operate, waits, gpu):
-        x = on_gpu(3, 4)
-        operate(x)
-        line = f"tests/driver/{Path(__file__).name}:{operate.__code__.co_firstlineno} "
-        assert gpu.waits.total() == waits
-        assert all(where.startswith(line) for where in gpu.waits)
-
-    @pytest.mark.parametrize("finite", [True, False])
-    def test_a_bool_on_its_way_waits_for_its_copy_alone(self, finite, gpu):
-        """To read the bool of the GPU itself waits for all that was launched."""
-        flag = all_finite(on_gpu(3, 4) / finite)
-        gpu.waits.clear()
-        on_its_way = OnItsWay(flag)
-        assert not gpu.waits
-        assert bool(on_its_way) == finite
-        assert [where.rpartition(" ")[2] for where in gpu.waits] == ["synchronize"]
-        assert bool(OnItsWay(all_finite(torch.ones(3) / finite))) == finite
+@pytest.mark.parametrize("finite", [True, False])
+def test_a_bool_on_its_way_waits_for_its_copy_alone(finite, gpu):
+    """To read the bool of the GPU itself waits for all that was launched."""
+    flag = all_finite(on_gpu(3, 4) / finite)
+    gpu.waits.clear()
+    on_its_way = OnItsWay(flag)
+    assert not gpu.waits
+    assert bool(on_its_way) == finite
+    assert [where.rpartition(" ")[2] for where in gpu.waits] == ["synchronize"]
+    assert bool(OnItsWay(all_finite(torch.ones(3) / finite))) == finite
 
 
 @pytest.mark.parametrize(
@@ -117,3 +104,97 @@ def test_the_host_is_no_more_than_one_micro_batch_ahead(place, gpu, tmp_path):
         assert activations[n].tolist() == [2 * [3 * [n]]]
     waits = {where.split()[0].rpartition("/")[2].partition(":")[0]: times for where, times in gpu.waits.items()}
     assert waits["activations.py"] == 3
+
+
+def prune(source, output, *flags, stand_ins=False):
+    """Prune on a pretended GPU; returns it with the report. Stand-ins for the kernels need no interpreter."""
+    text = output.parent / "text.txt"
+    text.write_text(5 * verifying.TEXT)
+    places = ["--model", str(source), "--dataset", str(text), "--output", str(output)]
+    with pretended_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
+        for name, operation in vars(triton_ops).copy().items() if stand_ins else ():
+            if callable(operation) and name != "repeat":
+                patch.setattr(triton_ops, name, gpu.as_kernel(getattr(cpu, name)))
+        assert run.main([*places, *flags]) == 0
+    return gpu, json.loads((output / "report.json").read_text())
+
+
+def test_whole_run(tmp_path, capsys):
+    # A small model, since Triton's interpreter is slow.
+    source = save_model(tmp_path / "model", "llama", torch.bfloat16, num_hidden_layers=1)
+    little = ["--nsamples", "2", "--seqlen", "16", "--steps", "1", "--refit", "1", "--rounds", "1"]
+    gpu, report = prune(source, tmp_path / "out", *little, "--reconstruct", "0")
+    assert "kernel: triton (CUDA is available), precision " in capsys.readouterr().out
+    assert report["device"] == NAME
+    assert report["memory"]["limits"]["gpu"] == int(0.9 * (80 << 30))
+    assert report["memory"]["activations"] == "gpu"
+    assert 0 < report["blocks"][0]["gpu_bytes"] <= gpu.peak
+    assert 0 < report["peak_memory"]["gpu_bytes"] <= gpu.peak
+    assert report["peak_memory"]["gpu_bytes"] < report["peak_memory"]["gpu_reserved_bytes"] <= gpu.peak + SEGMENT
+    assert report["blocks"][0]["gpu_reserved_bytes"] == report["peak_memory"]["gpu_reserved_bytes"]
+    assert gpu.allocated == 0
+    _, said, failures = verifying.verdict(capsys, tmp_path / "out")
+    assert not failures, said
+
+
+def test_a_model_in_memory_is_limited_on_its_own_gpu():
+    """It may be on another GPU than the caller's current one; torch limits and measures the current one."""
+    model, batches = drawn("diffusion", 2)
+    current, seen = [torch.device("cuda", 1)], []
+
+    @contextmanager
+    def device(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    def on_current(function):
+        return lambda *args, **kwargs: (seen.append(current[-1]), function(*args, **kwargs))[1]
+
+    names = ("mem_get_info", "synchronize", "max_memory_allocated", "set_per_process_memory_fraction")
+    with pretended_gpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device", device)
+        for name in names:
+            patch.setattr(torch.cuda, name, on_current(getattr(torch.cuda, name)))
+        flags = {"kernel": "torch", "steps": 1, "refit": 0, "reconstruct": 0, "gpu_memory": 1}
+        result = prune_in_memory(model.to("cuda"), calibration=batches, **flags)
+    assert len(result.layers) > 0
+    assert {*seen} == {DEVICE}
+
+
+def test_placement_does_not_change_the_result(tmp_path, monkeypatch):
+    source = save_model(tmp_path / "model", "qwen3_moe", torch.bfloat16, num_hidden_layers=2)
+    flags = ["--nsamples", "5", "--seqlen", "32", "--steps", "1", "--refit", "1", "--rounds", "0"]
+    flags += ["--eval", str(tmp_path / "text.txt"), "--eval-windows", "3", "--reconstruct", "1"]
+    place_of, contents = driver_run.place, {}
+    for place in PLACES:
+
+        def placed(*args, fixed=None, place=place, **kwargs):
+            chosen = {"batch": 2, "place": place, "ahead": place != "host"}
+            return place_of(*args, **kwargs, fixed=chosen | (fixed or {}))
+
+        monkeypatch.setattr(driver_run, "place", placed)
+        output = tmp_path / place
+        gpu, report = prune(source, output, *flags, stand_ins=True)
+        assert (report["memory"]["activations"], report["memory"]["batch_windows"]) == (place, 2)
+        assert gpu.allocated == 0
+        contents[place] = [report["evaluation"], *(p.read_bytes() for p in sorted(output.glob("*.safetensors")))]
+    assert set(report["evaluation"][0]["perplexity"]) == {"dense", "sparsefw"}
+    assert contents["host"] == contents["gpu"]
+    assert contents["file"] == contents["gpu"]
+
+
+def test_the_host_does_not_wait_in_a_step_of_a_reconstruction(tmp_path, monkeypatch):
+    """Twice the steps, and no more waits of this project's, also where predictions are compared."""
+    monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 1)
+    source, waits = save_model(tmp_path / "model", "llama", torch.bfloat16), []
+    for passes in ("1", "2"):
+        flags = ["--nsamples", "4", "--seqlen", "16", "--method", "wanda", "--reconstruct", passes]
+        gpu, report = prune(source, tmp_path / passes, *flags, stand_ins=True)
+        assert report["blocks"][-1]["reconstruction"]["loss"] == PREDICTIONS
+        waits.append(gpu.waits)
+    steps = 3
+    # To predict, the model's own forward runs, in which transformers looks whether windows are packed.
+    (where,) = more = waits[1] - waits[0]
+    assert where.startswith("sparsefw/model/gradients.py")
+    assert more[where] == 2 * steps

@@ -1,16 +1,18 @@
-"""Runs with a reconstruction: put back, gone on with, placed otherwise, beside compared methods, and in the log."""
+"""Runs with a reconstruction: in rounds, put back, gone on with, and in the log."""
 
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers.commands import tensors_of
-from helpers.reconstructed import METHODS, WINDOWS, flags_of, make_place, run, shards, without_times
+from helpers.reconstructed import METHODS, RATE, WINDOWS, flags_of, make_place, run, shards, without_times
 from transformers import AutoModelForCausalLM
 
 from sparsefw.driver import job, reconstruct
 from sparsefw.driver import run as driver_run
+from sparsefw.driver.reconstruct import Fit
 from sparsefw.model.activations import split_batches
 from sparsefw.run import main
 
@@ -38,8 +40,6 @@ def test_a_block_that_gets_worse_is_put_back(way, rate, llama, tmp_path, monkeyp
         for name, before in seen.weights[i].items():
             assert torch.equal(written[f"{block.name}.{name}"], before)
     # Nothing of what was put back runs on through the model.
-    again, _ = run(llama, tmp_path / "again", *METHODS[way], *evaluation, "--reconstruct", "1")
-    assert again.evaluation == report.evaluation
     assert all(math.isfinite(x) for x in report.evaluation[0].perplexity.values())
 
 
@@ -73,52 +73,28 @@ def test_nothing_is_fitted_to_what_is_held_out(way, family, tmp_path, monkeypatc
     assert errors[0] == errors[1]
 
 
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory):
-    """A folder with a mixture in bf16, a text, and what a run gives."""
-    folder = make_place(tmp_path_factory.mktemp("mixture"), "qwen3_moe", torch.bfloat16)
-    report, _ = run(folder, folder / "out", *MIXTURE, "--eval", str(folder / "text.txt"))
-    return folder, report
-
-
-MIXTURE = [
-    *METHODS["masks only, dense targets"],
-    "--nsamples",
-    "10",
-    "--reconstruct",
-    "1",
-    "--compare",
-    "wanda",
-    "--eval-windows",
-    "2",
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("line", ["layers.1.mlp.experts", "layers.2: reconstructed"])
-def test_goes_on_with_the_same_bytes(line, mixture, tmp_path, monkeypatch):
+def test_goes_on_with_the_same_bytes(tmp_path, monkeypatch):
     """Finished blocks keep their reconstructed weights, and their losses."""
-    folder, expected = mixture
-    say = driver_run.log.layer_row, driver_run.log.reconstruction_row
+    folder = make_place(tmp_path, "qwen3_moe", torch.bfloat16)
+    flags = [*METHODS["masks only, dense targets"], "--compare", "wanda", "--nsamples", "10", "--reconstruct", "1"]
+    flags += ["--eval", str(folder / "text.txt"), "--eval-windows", "2"]
+    expected, _ = run(folder, folder / "whole", *flags)
+    reconstruction_row = driver_run.log.reconstruction_row
 
-    def interrupted(write):
-        def row(*args):
-            if line in (text := write(*args)):
-                raise KeyboardInterrupt
-            return text
+    def interrupted(block, found):
+        if block.endswith("layers.2"):
+            raise KeyboardInterrupt
+        return reconstruction_row(block, found)
 
-        return row
-
-    flags = [*MIXTURE, "--eval", str(folder / "text.txt")]
     with monkeypatch.context() as patch:
-        patch.setattr(driver_run.log, "layer_row", interrupted(say[0]))
-        patch.setattr(driver_run.log, "reconstruction_row", interrupted(say[1]))
+        patch.setattr(driver_run.log, "reconstruction_row", interrupted)
         assert main([*flags_of(folder, tmp_path / "out"), *flags]) == 130
     assert (tmp_path / ".out.partial").exists()
     report, seen = run(folder, tmp_path / "out", *flags)
     # Finished blocks are not reconstructed again.
-    assert min(seen.weights) == int(line[7])
-    assert shards(tmp_path / "out") == shards(folder / "out")
+    assert min(seen.weights) == 2
+    assert shards(tmp_path / "out") == shards(folder / "whole")
     assert without_times(report) == without_times(expected)
 
 
@@ -130,3 +106,61 @@ def test_one_window_is_too_few_and_the_log_says_so(windows, said, llama, tmp_pat
     assert (
         "note: no block is reconstructed: that takes two calibration windows on every rank" in capsys.readouterr().out
     ) == said
+
+
+FIRST_BLOCK = ["--method", "wanda", "--include", "layers.0", "--reconstruct", "1"]
+STEPS = len(split_batches(WINDOWS)[0])
+
+
+@pytest.mark.parametrize(
+    ("found", "steps", "after", "put_back"),
+    [
+        # Others follow as long as one pays, up to four.
+        ([0.9, 0.8, 0.79], 3, 0.79, False),
+        ([0.9, 0.8, 0.7, 0.6], 4, 0.6, False),
+        # A last one that has lost is put back, those before it stay.
+        ([0.9, 0.95], 2, 0.9, False),
+        ([math.nan], 1, math.nan, True),
+    ],
+)
+def test_rounds_follow_each_other_as_long_as_they_pay(found, steps, after, put_back, llama, tmp_path, monkeypatch):
+    losses = iter(found)
+    monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 4)
+    monkeypatch.setattr(Fit, "loss", lambda self: 1.0)
+    monkeypatch.setattr(Fit, "round", lambda self, weights, steps, before: next(losses))
+    report, _ = run(llama, tmp_path / "out", *FIRST_BLOCK)
+    record = report.blocks[0].reconstruction
+    assert next(losses, None) is None
+    assert record.steps == steps * STEPS
+    assert record.put_back is put_back
+    assert record.after == pytest.approx(after, nan_ok=True)
+
+
+@pytest.mark.parametrize(("rate", "gains"), [(RATE, True), (1e3, False)], ids=["gains", "loses"])
+def test_a_second_round_begins_behind_the_first_and_is_put_back_to_there(rate, gains, llama, tmp_path, monkeypatch):
+    losses, weights, measure = [], [], Fit.loss
+
+    def watched(fit):
+        losses.append(measure(fit))
+        block = fit.run.model.blocks[fit.number]
+        weights.append({f"model.layers.0.{name}": x.detach().clone() for name, x in block.named_parameters()})
+        # Rounds after the first have this rate.
+        monkeypatch.setattr(reconstruct, "RATE", rate if len(losses) > 1 else RATE)
+        return losses[-1]
+
+    monkeypatch.setattr(Fit, "loss", watched)
+    monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 2)
+    monkeypatch.setattr(reconstruct, "WORTH", 0.0)
+    report, _ = run(llama, tmp_path / "out", *FIRST_BLOCK)
+    before, first, second = losses
+    assert first < before
+    assert (second < first) is gains
+    found = report.blocks[0].reconstruction
+    assert (found.before, found.after) == (before, min(first, second))
+    assert found.steps == 2 * STEPS
+    assert not found.put_back
+    written = tensors_of(tmp_path / "out")
+    for layer in report.layers:
+        of_round = [behind[layer.name] for behind in weights]
+        assert torch.equal(written[layer.name], of_round[2 if gains else 1])
+        assert all((a != b).sum() > 0.9 * (a != 0).sum() for a, b in itertools.pairwise(of_round))

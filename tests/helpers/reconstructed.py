@@ -21,13 +21,11 @@ SMALL = ["--nsamples", str(WINDOWS), "--seqlen", str(SEQLEN), "--kernel", "torch
 QUICK = ["--steps", "2", "--refit", "1", "--rounds", "0", "--damp", "0.3", "--reconstruct", "0"]
 METHODS = {
     "dense targets": QUICK,
-    "own targets": [*QUICK, "--target", "layer"],
     "masks only": ["--steps", "2", "--refit", "0"],
     "masks only, dense targets": ["--steps", "2", "--refit", "0", "--target", "dense"],
     "wanda": ["--method", "wanda"],
     "sparsegpt": ["--method", "sparsegpt"],
     "compared with sparsefw": ["--method", "wanda", "--compare", "sparsefw", *QUICK],
-    "compared with wanda": [*QUICK, "--compare", "wanda"],
 }
 
 # Few steps, on models that are made of noise, gain by low rates only.

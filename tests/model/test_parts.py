@@ -200,8 +200,10 @@ class TestErrors:
             lambda block, x, y, h: (y, h),
             # Values are read of what was skipped.
             lambda block, x, y, h: h if y.sum() > 0 else -h,
+            # Nothing of it is in the output.
+            lambda block, x, y, h: [h, y.relu()][0],
         ],
-        ids=["input", "output", "branch"],
+        ids=["input", "output", "branch", "unused"],
     )
     def test_tensors_that_were_skipped(self, behind):
         class Reading(Block):

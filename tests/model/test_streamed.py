@@ -107,12 +107,14 @@ class TestRefused:
     def test_nan_in_a_weight_is_named(self, tmp_path):
         folder = save_model(tmp_path / "a", "llama")
         whole = AutoModelForCausalLM.from_pretrained(folder)
-        whole.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
+        whole.model.layers[1].mlp.up_proj.weight.data[3, 5] = whole.model.norm.weight.data[3] = torch.nan
         whole.save_pretrained(tmp_path / "b")
         model = open_model(tmp_path / "b")
         model.open(0)
         with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN"):
             model.open(1)
+        with pytest.raises(InputError, match=r"model\.norm\.weight.*NaN"), model.outside():
+            pass
 
     def test_overflowing_activations_are_named(self, tmp_path):
         folder = save_model(tmp_path / "a", "llama", torch.float16)
