@@ -54,8 +54,11 @@ class BlockRun:
         self._model, self._number, self._block, self._call = model, i, block or model.blocks[i], call
         self._constants, self._tensors = carried.constants, dict[Stored, Tensor]()
         self._values = {n: self._tensor(x) for n, x in carried.values.items()}
-        self._given = rebuilt((carried.boxes, call.args, call.kwargs), self._tensor)
-        self._boxes: list[Any] = []
+        self._boxes = boxes = rebuilt(carried.boxes, self._tensor)
+        args, kwargs = rebuilt(
+            (call.args, call.kwargs), lambda x: boxes[x.number] if isinstance(x, Box) else self._tensor(x)
+        )
+        self._given = boxes, args, kwargs
         self.returned: Any = None
 
     def _tensor(self, leaf: Any) -> Any:
@@ -73,8 +76,6 @@ class BlockRun:
     def __call__(self, hidden: Tensor) -> Any:
         self.returned = None
         self._boxes, args, kwargs = rebuilt(self._given, lambda leaf: leaf)
-        boxes = self._boxes
-        args, kwargs = rebuilt((args, kwargs), lambda leaf: boxes[leaf.number] if isinstance(leaf, Box) else leaf)
         with explained(type(self._model.model).__name__, self._model.names[self._number], self._model.input_kind):
             self.returned = self._block(hidden, *args, **kwargs)
         return self.returned
