@@ -32,11 +32,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 ADAPTER = "adapter_config.json"
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
-DTYPES |= {
-    f"{kind}{bits}": getattr(torch, f"{name}{bits}")
-    for kind, name in (("I", "int"), ("U", "uint"))
-    for bits in (8, 16, 32, 64)
-}
+DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
+DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
 # Others that models in memory may have, in schedules of diffusion, say. No layer of a language model has them.
 OTHER_DTYPES = {"F64": torch.float64, "C64": torch.complex64}
 

@@ -423,16 +423,11 @@ def rewritten(folder: Path) -> dict[str, str]:
             content = read_json(folder / name)
             changed = without_quantization(content) if name == CONFIG else content
             # NaN, which a config may hold, does not equal itself. As text it does.
-            text = json.dumps(_without_auto_map(changed), indent=2) + "\n"
+            plain = json.loads(json.dumps(changed), object_hook=lambda x: {k: x[k] for k in x if k != "auto_map"})
+            text = json.dumps(plain, indent=2) + "\n"
             if text != json.dumps(content, indent=2) + "\n":
                 texts[name] = text
     return texts
-
-
-def _without_auto_map(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_auto_map(inner) for key, inner in value.items() if key != "auto_map"}
-    return [_without_auto_map(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _delete(path: Path) -> None:

@@ -114,10 +114,7 @@ def _documents(records: Iterable[Any], source: str) -> Iterator[list[str]]:
 def _embedded(split: Split) -> Text:
     from sparsefw.default.text import evaluation_text, training_text
 
-    try:
-        document = training_text() if split == "train" else evaluation_text()
-    except RuntimeError as error:
-        raise InputError(f"default: {first_line(error)}; give a file with {FLAG[split]} PATH") from error
+    document = training_text() if split == "train" else evaluation_text()
     return Text(f"default, {'training' if split == 'train' else 'held-out'} text", iter([[document]]))
 
 

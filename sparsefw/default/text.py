@@ -7,6 +7,8 @@ Therefore repeated paragraphs are left out, and no paragraph of the evaluation t
 
 import re
 
+from sparsefw.errors import InputError
+
 # About a tenth of the text in CPython 3.11 to 3.14, and of every kind: grammar, prose, lists and examples.
 EVALUATION_TOPICS = ("calls", "import", "naming", "numeric-types", "raise", "with")
 
@@ -18,7 +20,7 @@ def training_text() -> str:
     """The text to train and to calibrate on: every topic but those of the evaluation text, in order of name.
 
     Raises:
-        RuntimeError: this Python's `pydoc_data.topics` is missing or holds too little.
+        InputError: this Python's `pydoc_data.topics` is missing or holds too little.
     """
     topics = _topics()
     seen = {paragraph_key(paragraph) for paragraph in split_paragraphs(evaluation_text())}
@@ -30,7 +32,7 @@ def evaluation_text() -> str:
     """The text to evaluate on, which shares no paragraph with `training_text`.
 
     Raises:
-        RuntimeError: this Python's `pydoc_data.topics` is missing or holds too little.
+        InputError: this Python's `pydoc_data.topics` is missing or holds too little.
     """
     topics = _topics()
     names = [name for name in EVALUATION_TOPICS if name in topics]
@@ -51,7 +53,7 @@ def _topics() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
     except ModuleNotFoundError as error:
-        raise RuntimeError("the embedded text is pydoc_data.topics, which this Python lacks") from error
+        raise InputError("default: the text is pydoc_data.topics, which this Python lacks; give a file") from error
     return topics
 
 
@@ -70,7 +72,8 @@ def _new_paragraphs(topics: dict[str, str], names: list[str], seen: set[str]) ->
 def _join(what: str, paragraphs: list[str], min_chars: int) -> str:
     text = "\n\n".join(paragraphs) + "\n"
     if len(text) < min_chars:
-        raise RuntimeError(
-            f"pydoc_data.topics of this Python has {len(text)} characters of {what} text, expected at least {min_chars}"
+        raise InputError(
+            f"default: pydoc_data.topics of this Python has {len(text)} characters of {what} text, expected at least "
+            f"{min_chars}; give a file"
         )
     return text

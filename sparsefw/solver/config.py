@@ -46,10 +46,6 @@ METHODS: dict[str, Method] = {
     **{name: Method(saliency=name) for name in WARM_STARTS},
 }
 
-# Targets of layers: their outputs in the dense model, or the product of their own weight and input.
-TARGETS = ("dense", "layer")
-STEP_RULES = ("line-search", "open-loop")
-
 PRESETS = ("sparsefw", "fast", "paper")
 # Defaults by preset, with a refit of the kept weights and without one, where the mask is final.
 _NAMES = ("steps", "step_rule", "alpha", "penalty", "swaps", "refit", "rounds", "target", "damp", "reconstruct")
@@ -121,7 +117,7 @@ class PruneConfig:
     )  # fmt: skip
     step_rule: str = flag(
         "exact line search, or steps of 2 / (t + 2) (default: line-search; open-loop with --preset paper)",
-        choices=STEP_RULES, frank_wolfe=True,
+        choices=("line-search", "open-loop"), frank_wolfe=True,
     )  # fmt: skip
     alpha: float = flag(
         "fraction of kept weights fixed by saliency (default: 0; 0.9 with --preset paper)",
@@ -151,7 +147,7 @@ class PruneConfig:
         "what layers approximate. dense: the dense model's outputs, so that they make up for pruned ones before them; "
         "layer: what the layer itself makes of its input, without the dense model (default: dense; layer with "
         "--refit 0 and with --preset fast and paper)",
-        choices=TARGETS, frank_wolfe=True,
+        choices=("dense", "layer"), frank_wolfe=True,
     )  # fmt: skip
     damp: float = flag(
         "this share of the Gram matrix's diagonal is added to it where masks and weights are chosen, so that they hold "
@@ -292,21 +288,15 @@ class PruneConfig:
             InputError: the kernel is Triton's, there is no GPU, and this process cannot interpret kernels any more.
         """
         if self.kernel == "triton" and not torch.cuda.is_available():
-            _interpret_triton()
+            # Triton decides whether it interprets its kernels when it is first imported.
+            if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+                raise InputError(
+                    "--kernel triton: there is no CUDA device, and Triton was imported before it could be told to "
+                    "interpret its kernels; set TRITON_INTERPRET=1 before Python starts, or use --kernel torch"
+                )
+            os.environ["TRITON_INTERPRET"] = "1"
         return load_backend(self.kernel, self.precision)
 
     def selects(self, layer: str) -> bool:
         """Whether a layer of this name is to be pruned."""
         return patterns.selected(layer, self.include, self.ignore)
-
-
-def _interpret_triton() -> None:
-    """Make Triton interpret its kernels. Triton decides that when it is first imported."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return
-    if "triton" in sys.modules:
-        raise InputError(
-            "--kernel triton: there is no CUDA device, and Triton was imported before it could be told to interpret "
-            "its kernels; set TRITON_INTERPRET=1 before Python starts, or use --kernel torch"
-        )
-    os.environ["TRITON_INTERPRET"] = "1"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,20 +98,10 @@ def solve_layer(
         InputError: d does not divide into the pattern's groups.
         FloatingPointError: W, G or B hold NaN or Inf, or numbers too large for the errors.
     """
-    for argument, value in (("W", W), ("G", G), ("B", B)):
-        if not isinstance(value, Tensor) and not (value is None and argument == "B"):
-            raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
-    if W.ndim != 2 or not W.numel():
-        raise ValueError(f"W: expected a matrix (rows, d) that is not empty, got shape {tuple(W.shape)}")
-    if W.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"W: expected fp32, bf16 or fp16, got {W.dtype}")
-    for argument, matrix, shape in (("G", G, (W.shape[1], W.shape[1])), ("B", B, W.shape)):
-        if matrix is None:
-            continue
-        if matrix.shape != shape:
-            raise ValueError(f"{argument}: expected shape {tuple(shape)}, got {tuple(matrix.shape)}")
-        if matrix.dtype != torch.float32:
-            raise TypeError(f"{argument}: expected fp32, got {matrix.dtype}")
+    _check_matrix("W", W, None, torch.float32, torch.bfloat16, torch.float16)
+    _check_matrix("G", G, (W.shape[1], W.shape[1]), torch.float32)
+    if B is not None:
+        _check_matrix("B", B, W.shape, torch.float32)
     if config is not None and not isinstance(config, PruneConfig):
         raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
     # No reconstruction makes up for fewer steps here.
@@ -121,6 +112,14 @@ def solve_layer(
     G, cross = G.detach(), None if B is None else Cross("outputs", B.detach())
     (result,) = prune_layers([(name, pruned)], G, config.method, config, config.backend, crosses=[cross], masks=masks)
     return masks[0], pruned, result
+
+
+def _check_matrix(name: str, x: Any, shape: tuple[int, ...] | None, *dtypes: torch.dtype) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in dtypes:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected a tensor in {', '.join(map(str, dtypes))}, got {got}")
+    if x.ndim != 2 or not x.numel() or shape not in (None, x.shape):
+        raise ValueError(f"{name}: expected a matrix of shape {shape or '(rows, d)'}, not empty, got {tuple(x.shape)}")
 
 
 def prune_layers(

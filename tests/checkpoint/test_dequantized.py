@@ -3,7 +3,6 @@
 import pytest
 import torch
 from helpers.quantized import fp8, mxfp4
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -48,31 +47,6 @@ def test_blocks_of_fp8_that_are_smaller_at_the_ends(chunk, monkeypatch):
         for j in range(131):
             assert result[i, j] == values[i, j].float() * scales[i // 16, j // 48]
     assert (result - x).abs().max() < 0.07 * x.abs().max()
-
-
-class Largest(TorchDispatchMode):
-    """Inside the `with` block `entries` becomes that of the largest tensor in fp32 that torch makes."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
-            self.entries = max(self.entries, out.numel())
-        return out
-
-
-@pytest.mark.parametrize("block", [(16, 16), (512, 40), (2**16, 1), (1, 2**16), (2**16, 2**16)])
-def test_no_block_of_fp8_takes_memory_of_its_size(block, monkeypatch):
-    monkeypatch.setattr(tensors, "CHUNK", 400)
-    values = random(512, 40).to(torch.float8_e4m3fn)
-    scales = random(-(-512 // block[0]), -(-40 // block[1])).bfloat16()
-    with Largest() as largest:
-        result = dequantize_fp8(values, scales, block, torch.bfloat16)
-    # Factors are cut to the matrix after they were repeated, and the scales are there in fp32.
-    assert largest.entries <= max(2 * 400, scales.numel())
-    each = scales.float()[torch.arange(512)[:, None] // block[0], torch.arange(40) // block[1]]
-    assert torch.equal(result, (values.float() * each).bfloat16())
 
 
 def test_stacked_fp8_and_scales_that_are_exponents():

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsefw.data.windows import evaluation_windows, load_tokenizer
 from sparsefw.default import text
+from sparsefw.errors import InputError
 from sparsefw.inputs import DEFAULT_MODEL
 
 
@@ -40,7 +41,7 @@ def test_split_is_by_name_and_paragraph(monkeypatch):
         "compound": "First.\n\nLast.\n\n   code\n",
     }
     monkeypatch.setattr("pydoc_data.topics.topics", topics)
-    with pytest.raises(RuntimeError, match="20 characters of held-out text, expected at least 20000"):
+    with pytest.raises(InputError, match="20 characters of held-out text, expected at least 20000"):
         text.evaluation_text()
     monkeypatch.setattr(text, "MIN_TRAINING_CHARS", 1)
     monkeypatch.setattr(text, "MIN_EVALUATION_CHARS", 1)

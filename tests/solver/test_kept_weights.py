@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsefw.solver.kept_weights import DECAYS, KeptWeights, bytes_of_state, index_dtype, kept_entries
+from sparsefw.solver.kept_weights import DECAYS, KeptWeights, kept_entries
 
 RATE = 0.2
 # Integers as wide as the values: 0.0 and -0.0 differ.
@@ -176,19 +176,3 @@ def test_put_back_is_exact_and_close_leaves_plain_parameters(dtype):
     give(parameters[0], torch.ones_like(parameters[0]))
     weights.close()
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in parameters)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_state_takes_what_is_expected(dtype):
-    """Beside the weights: gradients, and of those that are kept their places, old values, values in fp32, m and v."""
-    parameter = nn.Parameter(pruned(64, 96, dtype=dtype))
-    kept = int(parameter.count_nonzero())
-    weights = KeptWeights([(parameter, [parameter.detach()])], 2, RATE)
-    give(parameter, torch.ones_like(parameter))
-    (variable,) = weights._variables
-    held = [variable._index, variable._before, variable._weight, *weights.gradients()]
-    weights.step()
-    (state,) = variable._optimizer.state.values()
-    held += [state["exp_avg"], state["exp_avg_sq"]]
-    assert sum(x.nbytes for x in held) == bytes_of_state(parameter.numel(), kept, parameter.element_size())
-    assert index_dtype(2**31) is torch.int64

@@ -225,34 +225,6 @@ class TestKeepZeros:
             if method != "sparsegpt":
                 assert row.error <= row.error_warm_start * (1 + 1e-6)
 
-    @ALL
-    @pytest.mark.parametrize("cross", [False, True])
-    def test_the_target_is_one_that_the_weights_can_reach_and_masks_are_chosen_for_it(self, cross, text):
-        layers, G, sums = self.layers(), self.gram(), torch.zeros(2, dtype=torch.float64)
-        given, copies = ((make_crosses() if cross else None) for _ in range(2))
-        config = make_config(text, refit=4, keep_zeros=True)
-        keeping, results = run(layers, G, config=config, crosses=copies)
-        free, _ = run(layers, G, config=make_config(text, refit=4), crosses=make_crosses() if cross else None)
-        assert sum((free[name][W == 0] != 0).sum() for name, W in layers) > 10
-        for n, ((name, W), row) in enumerate(zip(layers, results, strict=True)):
-            support, T = W != 0, W
-            if cross:
-                T = find_target(W, damped(G, config.damp), given[n].matrix, TARGET_STEPS, support=support)
-                assert (T[~support] == 0).all()
-            # A row of a single weight fits its target up to the rounding of the weight.
-            rounding = 2.0**-44 * error(T, torch.zeros_like(T), G).sum().item()
-            assert row.error == pytest.approx(error(T, keeping[name], G).sum().item(), rel=1e-4, abs=rounding)
-            put_back = free[name].masked_fill(W == 0, 0)
-            sums += torch.stack([error(T, Z, G).sum() for Z in (keeping[name], put_back)])
-        # A re-selection that chose weights which must stay zero would waste the budget.
-        assert sums[0] < 0.98 * sums[1]
-
-    @ALL
-    def test_weights_without_zeros_are_pruned_as_ever(self, text):
-        layers, G = make_layers(dtype=torch.float32), self.gram()
-        for method in METHODS:
-            assert_same(*(run(layers, G, method, config_of(method, text, keep_zeros=keep)) for keep in (False, True)))
-
 
 class TestSolveLayer:
     """One layer, for callers with a loop of their own."""
@@ -293,12 +265,12 @@ class TestSolveLayer:
     @pytest.mark.parametrize(
         ("change", "error", "match"),
         [
-            (dict(W=[[1.0]]), TypeError, "W: expected a tensor, got list"),
-            (dict(G=None), TypeError, "G: expected a tensor, got NoneType"),
-            (dict(W=torch.ones(2, 4).double()), TypeError, "W: expected fp32, bf16 or fp16"),
-            (dict(W=torch.ones(4)), ValueError, "W: expected a matrix"),
-            (dict(G=torch.eye(3)), ValueError, r"G: expected shape \(4, 4\), got \(3, 3\)"),
-            (dict(B=torch.eye(4)), ValueError, r"B: expected shape \(2, 4\)"),
+            (dict(W=[[1.0]]), TypeError, "W: expected a tensor in .*, got list"),
+            (dict(G=None), TypeError, "G: expected a tensor in torch.float32, got NoneType"),
+            (dict(W=torch.ones(2, 4).double()), TypeError, "W: .* got torch.float64"),
+            (dict(W=torch.ones(4)), ValueError, r"W: expected a matrix of shape \(rows, d\), not empty, got \(4,\)"),
+            (dict(G=torch.eye(3)), ValueError, r"G: expected a matrix of shape \(4, 4\), not empty, got \(3, 3\)"),
+            (dict(B=torch.eye(4)), ValueError, r"B: expected a matrix of shape .*\[2, 4\]"),
             (dict(config="2:4"), TypeError, "config: expected a PruneConfig, got str"),
             (dict(config=PruneConfig("2:3")), InputError, "layer: 4 inputs do not divide into groups of 3"),
             (
@@ -376,16 +348,6 @@ class TestFailures:
                 run(make_layers(), method=method, config=PruneConfig(method=method, **options), ranks=Ranks(0, 2))
 
     # Some squares are below the smallest normal number, so that their reciprocals overflow.
-    @pytest.mark.parametrize("scale", [1e-12, 1e-22])
-    @pytest.mark.parametrize("text", ["0.6", "2:4"])
-    def test_nearly_dead_inputs(self, scale, text):
-        layers, unit = make_layers((37,), 48), torch.ones(48)
-        unit[4:7] = scale
-        G = make_gram(48) * unit * unit[:, None]
-        pruned, results = run(layers, G, config=make_config(text))
-        assert pruned["layer0"].isfinite().all()
-        assert results[0].error < results[0].error_mask
-
     def test_a_warm_start_without_error(self):
         """Wanda loses nothing of these rows; SparseGPT has a budget for each block of columns."""
         W = torch.zeros(3, 256)

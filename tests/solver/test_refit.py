@@ -68,14 +68,6 @@ class TestRefit:
         if damp:
             torch.testing.assert_close(fit.Z.double(), best, rtol=0, atol=1e-4)
 
-    @pytest.mark.parametrize("exponent", [-40, 0, 40])
-    @pytest.mark.parametrize("make", [gram, rank_deficient_gram])
-    def test_more_steps_than_there_is_to_gain(self, make, exponent):
-        """A row's gain falls below the smallest number long before the last step."""
-        W, G, mask = normal(200, D), damp_by(make(D)) * 2.0**exponent, random_mask(200)
-        few, many = (error(W, run(W, G, mask, steps).Z, G) for steps in (20, 200))
-        assert (many <= few * (1 + 1e-6)).all()
-
     @pytest.mark.parametrize("make", [gram, scaled_gram, rank_deficient_gram])
     def test_no_step_raises_the_error(self, make):
         W, G, mask = normal(ROWS, D), make(D), random_mask()
@@ -202,40 +194,6 @@ class TestReselect:
         for fewer, more in itertools.pairwise(fits):
             assert (more <= fewer).all()
             assert more.sum() < fewer.sum()
-
-    def test_margin_per_row(self, monkeypatch):
-        """A row has a wider margin after a rejected round, and a narrower one after an accepted round."""
-        problem = make_problem(rows=3)
-        scores, verdicts = [], iter([[0, 0, 0], [1, 0, 0], [1, 0, 1], [0, 1, 1]])
-        lmo = cpu.lmo
-
-        def spy(score, k, **options):
-            if not options.get("positive"):
-                scores.append(score.clone())
-            return lmo(score, k, **options)
-
-        monkeypatch.setattr(cpu, "lmo", spy)
-        mask = frank_wolfe.solve(problem, []).mask
-        # The first verdict is that of the restart. No fit is taken, so that scores differ by the margins only.
-        verdict = lambda *_: torch.tensor(next(verdicts), device=DEVICE).bool()  # noqa: E731
-        monkeypatch.setattr(Fit, "take_better", verdict)
-        fit = reselect(problem, mask, steps=0, penalty=1.0, refit_steps=2, rounds=3)
-        plain = scores[-3]
-        for score, margins in zip(scores[-2:], [[0, 0.1, 0.1], [0, 0.3, 0.07]], strict=True):
-            expected = plain * (1 + torch.tensor(margins, device=DEVICE)[:, None] * fit.mask)
-            torch.testing.assert_close(score, expected)
-
-    def test_restart_solves_for_the_candidates(self, monkeypatch):
-        """The restart's problem is min ||(W - M * T) X||^2, by its first residual and the weights that it may keep."""
-        problem, starts, iterate = make_problem(), [], frank_wolfe.iterate
-        monkeypatch.setattr(frank_wolfe, "iterate", lambda *args, **o: starts.append(args) or iterate(*args, **o))
-        solve(problem, steps=24, rounds=1)
-        (_, first, _), (again, second) = starts
-        assert (len(first), len(second)) == (24, 8)
-        *_, state = iterate(again, second)
-        R = (problem.W.double() - state.M.double() * again.W.double()) @ problem.H.double()
-        torch.testing.assert_close(state.R.double(), R, rtol=0, atol=1e-5 * R.abs().max().item())
-        assert not torch.equal(again.W, problem.W)
 
     @pytest.mark.parametrize("backend", [TORCH, TRITON], ids=["torch", "triton"])
     def test_a_row_that_overflows_spoils_no_other(self, backend):

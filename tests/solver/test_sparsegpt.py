@@ -6,10 +6,8 @@ import pytest
 import torch
 from helpers.kernel_inputs import DEVICE, gram, normal, strided, uniform
 
-from sparsefw.kernels import cpu
 from sparsefw.solver import patterns
-from sparsefw.solver.frank_wolfe import mask_error
-from sparsefw.solver.methods import inverse_factor, sparsegpt, wanda
+from sparsefw.solver.methods import inverse_factor, sparsegpt
 
 PATTERNS = ("0.6", "0.29", "layer:0.6", "2:4", "1:3", "5:24")
 
@@ -129,15 +127,6 @@ def test_nothing_revives_outside_of_the_support(text, blocksize):
     assert torch.equal(Z != 0, mask)
     plain, all_of_them = (sparsegpt(W, G, patterns.parse(text), support=s) for s in (None, torch.ones_like(support)))
     assert torch.equal(plain[1], all_of_them[1])
-
-
-@pytest.mark.parametrize("text", ["0.6", "layer:0.5", "2:4"])
-def test_beats_the_mask_of_wanda(text):
-    W, G, pattern = normal(64, 96), gram(96), patterns.parse(text)
-    saliency = wanda(W, G.diagonal())
-    warm = cpu.lmo(saliency, patterns.kept(pattern, saliency), group=pattern.group)
-    _, Z = sparsegpt(W, G, pattern, blocksize=32)
-    assert error(W, Z, G) < 0.8 * mask_error(W, warm, G).double().sum()
 
 
 def test_nearly_singular_and_not_positive_definite():

@@ -1,12 +1,9 @@
 """Stacks and chunks of rows change no result; chunks fit the memory and run on several threads."""
 
-import itertools
-
 import pytest
 import torch
 from helpers.kernel_inputs import generator, normal
-from helpers.layer_inputs import PATTERNS, ROWS, D, assert_same, make_config, make_gram, make_layers, run, run_alone
-from helpers.pretended_gpu import pretended_gpu
+from helpers.layer_inputs import PATTERNS, ROWS, D, assert_same, make_config, make_layers, run, run_alone
 
 from sparsefw.errors import InputError
 from sparsefw.kernels import cpu, triton_ops
@@ -17,8 +14,6 @@ from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 
 UNIT = BYTES_PER_ENTRY * D * ROW_UNIT
 FORMS = ("inputs", "streams", "outputs")
-# A layer of each form beside layers of the others, and one without a target.
-MIXED = [tuple(forms) for forms in itertools.permutations((*FORMS, None))]
 
 
 class Case:
@@ -81,23 +76,6 @@ class TestCrossRows:
             W, crosses = case.stacked([form] * len(ROWS))
             B = cross_rows(crosses, 0, W, case.G, backend=Backend(cpu, precision))
             assert (B[: len(case.truth)] - case.truth).norm() < most * case.truth.norm()
-
-    @pytest.mark.parametrize("forms", MIXED[::3], ids=str)
-    def test_do_not_depend_on_where_a_chunk_begins(self, forms):
-        """Chunks cross the borders of layers, and hold all, some or none of a layer's rows. Other chunks read on."""
-        case = Case()
-        W, crosses = case.stacked(forms)
-        before = [None if cross is None else cross.matrix.clone() for cross, _ in crosses]
-        whole = cross_rows(crosses, 0, W, case.G)
-        for height in (ROW_UNIT, 3 * ROW_UNIT):
-            parts = [cross_rows(crosses, n, W[n : n + height], case.G) for n in range(0, len(W), height)]
-            assert torch.equal(torch.cat(parts), whole)
-        for form, part in zip(forms, whole[: sum(ROWS)].split(ROWS), strict=True):
-            assert part.any() == (form is not None)
-        assert not whole[sum(ROWS) :].any()
-        whole.fill_(torch.nan)
-        for (cross, _), matrix in zip(crosses, before, strict=True):
-            assert cross is None or torch.equal(cross.matrix, matrix)
 
 
 class TestStack:
@@ -172,12 +150,3 @@ class TestChunks:
     def test_too_little_memory(self):
         with pytest.raises(InputError, match=r"layer0: a solve needs 0.000 GiB at least, and 0.000 are set aside"):
             run(make_layers(), memory=UNIT - 1)
-
-    def test_chunks_of_any_height_give_the_same_bytes_on_a_gpu(self):
-        results = []
-        for memory in (1 << 40, UNIT):
-            with pretended_gpu():
-                layers = [(name, weight.to("cuda")) for name, weight in make_layers()]
-                pruned, rows = run(layers, make_gram().to("cuda"), memory=memory)
-                results.append(({name: weight.cpu() for name, weight in pruned.items()}, rows))
-        assert_same(*results)
