@@ -127,9 +127,7 @@ def locate(model: str) -> Path:
     path = Path(os.path.expanduser(model))
     if model and path.is_dir():
         return path
-    if model and path.exists():
-        raise InputError(f"{model}: a file; give the folder of a checkpoint or a Hub id")
-    if not model or model.startswith((".", "/", "~")):
+    if not model or path.exists() or model.startswith((".", "/", "~")):
         raise InputError(f"{model or repr(model)}: no such folder; give the folder of a checkpoint or a Hub id")
     with from_hub(model):
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED))

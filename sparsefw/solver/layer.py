@@ -111,7 +111,7 @@ def solve_layer(
     # Threads that solve chunks of rows would record gradients.
     G, cross = G.detach(), None if B is None else Cross("outputs", B.detach())
     (result,) = prune_layers([(name, pruned)], G, config.method, config, config.backend, crosses=[cross], masks=masks)
-    return masks[0], pruned, result
+    return torch.cat(masks)[: len(W)], pruned, result
 
 
 def _check_matrix(name: str, x: Any, shape: tuple[int, ...] | None, *dtypes: torch.dtype) -> None:
@@ -145,22 +145,20 @@ def prune_layers(
         memory: bytes that the state of one solve may take; longer stacks are solved in chunks of rows.
         crosses: what was measured of each layer's difference to the dense model, or None. With it, the layer's target
             is pruned in place of its weight, see `refit`.
-        masks: a list to which the mask of every layer, (out, in) bool, is appended.
+        masks: a list to which the masks of the stacked rows, (rows, in) bool, and of those that pad a stack are
+            appended chunk by chunk.
         ranks: each solves its share of the rows, if `PruneConfig.rows_shared`, and has all of them in the end. Layers
             of one dtype that follow each other are shared out together. Of a cross matrix with rows a rank needs those
             of its share.
 
     Raises:
         InputError: the rows do not divide into the pattern's groups, or the memory is too little for any chunk.
-        ValueError: there is a cross matrix, and the method approximates only the layer itself; or there are ranks,
-            and rows cannot be shared.
+        ValueError: there is a cross matrix, and the method approximates only the layer itself.
         FloatingPointError: an error is not finite, or G is not positive definite for a method that needs it; the
             message names the layer.
     """
     if any(cross is not None for cross in crosses or []) and not METHODS[method].uses_target:
         raise ValueError(f"crosses: {method} approximates what the layers themselves put out")
-    if not ranks.alone and not config.rows_shared(method):
-        raise ValueError(f"ranks: the rows of a layer cannot be solved apart by {method}")
     for name, weight in layers:
         patterns.check_width(config.pattern, weight.shape[1], name)
     members = [
@@ -183,15 +181,10 @@ def prune_layers(
 
 def _prune_stack(stack: Stack, masks: list[Tensor] | None, ranks: Ranks) -> list[LayerResult]:
     started = time.perf_counter()
-    chosen: list[Tensor] = []
-    sums = _choose_rows(stack, ranks.share(stack.height, ROW_UNIT), None if masks is None else chosen)
+    sums = _choose_rows(stack, ranks.share(stack.height, ROW_UNIT), masks)
     if not ranks.alone:
         sums = _exchange(stack, sums, ranks)
-    lengths = stack.lengths
-    if masks is not None:
-        # The padding below the last layer is cut off.
-        masks += torch.cat(chosen)[: sum(lengths)].split(lengths)
-    seconds = (time.perf_counter() - started) / sum(lengths)
+    seconds = (time.perf_counter() - started) / sum(stack.lengths)
     return [_result(stack, *row, seconds) for row in zip(stack.members, sums.tolist(), strict=True)]
 
 

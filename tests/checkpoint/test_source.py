@@ -42,18 +42,17 @@ class TestLocate:
         assert offline == []
 
     @pytest.mark.parametrize("model", ["./no/where", "/no/where", "~no-user/x", "../no-where", ""])
-    def test_a_path_is_never_looked_up(self, model, offline):
-        with refused("no such folder; give the folder of a checkpoint or a Hub id"):
-            locate(model)
+    def test_a_path_is_never_looked_up(self, model, offline, folder):
+        for name in (model, str(folder / SINGLE)):
+            with refused("no such folder; give the folder of a checkpoint or a Hub id"):
+                locate(name)
         assert offline == []
 
     @pytest.mark.parametrize("name", ["org/name", "org//name"])
-    def test_no_download(self, folder, offline, name):
+    def test_no_download(self, offline, name):
         with refused(rf"^{name}: .*Cannot reach the Hub.*give the path of a local checkpoint$"):
             locate(name)
         assert offline == [name]
-        with refused("config.json: a file; give the folder"):
-            locate(str(folder / "config.json"))
 
     def test_what_is_copied_is_downloaded_and_no_pickle_and_no_code(self, monkeypatch):
         from huggingface_hub.utils import filter_repo_objects

@@ -128,6 +128,7 @@ class TestSolve:
         solution = or_warm_start(solution, problem.warm)
         assert_budget(problem, solution.mask)
         assert (solution.error <= solution.error_warm_start).all()
+        assert torch.equal(solution.error_mask, solution.error)
         torch.testing.assert_close(solution.error.double(), error(problem, solution.mask), rtol=1e-5, atol=0)
 
     def test_penalty_beats_the_plain_relaxation_after_rounding(self):

@@ -22,7 +22,6 @@ from helpers.layer_inputs import (
 
 from sparsefw.errors import InputError
 from sparsefw.kernels.backend import TORCH
-from sparsefw.ranks import Ranks
 from sparsefw.solver import methods, patterns
 from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.frank_wolfe import damped
@@ -209,7 +208,7 @@ class TestKeepZeros:
         given = make_crosses() if cross else None
         config = config_of(method, text, keep_zeros=True, **options)
         pruned, results = run(layers, self.gram(), method, config, crosses=given, masks=masks)
-        for (name, W), row, mask in zip(layers, results, masks, strict=True):
+        for (name, W), row, mask in zip(layers, results, torch.cat(masks)[: sum(ROWS)].split(ROWS), strict=True):
             Z, (there, budget), (kept, _) = pruned[name], self.kept(text, W), self.kept(text, pruned[name])
             assert (Z[W == 0] == 0).all()
             assert (Z[~mask] == 0).all()
@@ -246,7 +245,7 @@ class TestSolveLayer:
             mask, Z, result = solve_layer(recorded[0], recorded[1], config, name="mine", B=recorded[2])
         assert torch.equal(Z, pruned["mine"])
         assert not Z.requires_grad
-        assert torch.equal(mask, masks[0])
+        assert torch.equal(mask, torch.cat(masks)[:37])
         assert replace(result, seconds=0) == replace(row, seconds=0)
         assert torch.equal(W, before[0])
         assert torch.equal(G, before[1])
@@ -341,11 +340,6 @@ class TestFailures:
         assert torch.equal(G, before)
         with pytest.raises(FloatingPointError, match="layer0: the Gram matrix is not positive definite"):
             run(make_layers((3, 4)), -torch.eye(D) + 2 * torch.ones(D, D), method="sparsegpt")
-
-    def test_ranks_share_rows_only_where_rows_do_not_depend_on_each_other(self):
-        for method, options in (("sparsegpt", {}), ("ria", {}), ("wanda", {"sparsity": "layer:0.5"})):
-            with pytest.raises(ValueError, match=f"ranks: the rows of a layer cannot be solved apart by {method}"):
-                run(make_layers(), method=method, config=PruneConfig(method=method, **options), ranks=Ranks(0, 2))
 
     # Some squares are below the smallest normal number, so that their reciprocals overflow.
     def test_a_warm_start_without_error(self):
