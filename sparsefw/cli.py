@@ -8,7 +8,6 @@ that says so. Whatever takes seconds to import is imported inside of a command, 
 import argparse
 import importlib
 import os
-import signal
 import sys
 import time
 import traceback
@@ -16,7 +15,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sparsefw.errors import InputError, printable, shown
@@ -31,18 +29,14 @@ COMMANDS = ("run", "plan", "verify", "evaluate")
 # A command: takes its arguments, None for those of the process, and returns the exit status.
 Command = Callable[[list[str] | None], int]
 
-# Exit statuses. The third one, EX_SOFTWARE of sysexits.h, is none that a failed check could have. An interrupted
-# command has 128 + the signal's number, as in a shell.
-FAILED, BAD_INPUT, MISTAKE = 1, 2, 70
+# Exit statuses. The third one, EX_SOFTWARE of sysexits.h, is none that a failed check could have. The last one is that
+# of Ctrl-C in a shell.
+FAILED, BAD_INPUT, MISTAKE, INTERRUPTED = 1, 2, 70, 130
 
 # Seconds that a rank which has lost another one gives the launcher.
 PATIENCE = 10
 
 GOES_ON = "the same command goes on from what is finished"
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM has come."""
 
 
 def main() -> int:
@@ -62,8 +56,7 @@ def launch(command: Command, argv: list[str] | None = None) -> int:
         argv: its arguments; None: those of the process.
 
     Returns:
-        The exit status: 0; 1 (a run or a check failed), 2 (bad input), 70 (a mistake in sparsefw), 130 (SIGINT), 143
-        (SIGTERM).
+        The exit status: 0; 1 (a run or a check failed), 2 (bad input), 70 (a mistake in sparsefw), 130 (Ctrl-C).
     """
     rank = os.environ.get("RANK", "") if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     if argv is None:
@@ -88,8 +81,7 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     """The exit status and the message of an exception; the traceback of a mistake is printed."""
     on_one_line = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
-        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-        return 128 + number, "interrupted" if hasattr(error, "__notes__") else f"interrupted; {GOES_ON}"
+        return INTERRUPTED, "interrupted" if hasattr(error, "__notes__") else f"interrupted; {GOES_ON}"
     if isinstance(error, InputError):
         return BAD_INPUT, str(error)
     if isinstance(error, OSError) and error.filename is not None:
@@ -127,20 +119,13 @@ def _run_rank(command: Command, argv: list[str] | None) -> int:
 
 
 def _prepare_process(rank: str) -> None:
-    """Have SIGTERM raise `Terminated` unless it is ignored, and print by lines, of several ranks on the first alone."""
+    """Print by lines, of several ranks on the first alone."""
     if rank not in ("", "0"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    # A launcher sends it to all ranks if one has failed; they need not say so.
-    if not rank and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)
     # A full disk shows while it can be reported. Characters that the terminal does not have are spelled out.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,14 +1,13 @@
 """What the commands read and where they write. Flags, ranges and help are made of these fields, as of PruneConfig's."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsefw.errors import InputError, shown
-from sparsefw.flags import DEPENDS, check_fields, check_needs, checked_path, flag, make_tuples, set_field
+from sparsefw.flags import DEPENDS, check_fields, check_needs, flag, make_tuples, set_field
 
 # Name of the embedded model, which the package carries, and of the embedded text, which every CPython carries.
 DEFAULT = "default"
@@ -194,16 +193,14 @@ def _check_datasets(datasets: Sequence[str]) -> None:
     """
     if not datasets:
         raise InputError("--dataset: no text is named")
-    places = set()
+    names = set()
     for dataset in datasets:
         name, share = name_and_share(dataset)
         if not 0 < share < math.inf:
             raise InputError(f"--dataset {shown(dataset)}: expected a share above 0 behind the last =")
-        # A file may be given by several names.
-        place = os.path.realpath(checked_path("dataset", name))
-        if place in places:
+        if name in names:
             raise InputError(f"--dataset {shown(name)}: given twice; give it once, with a share: {shown(name)}=2")
-        places.add(place)
+        names.add(name)
 
 
 def locate(model: str) -> Path:

