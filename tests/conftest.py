@@ -6,6 +6,7 @@ import huggingface_hub
 import pytest
 import torch
 from helpers.checkpoints import TENSORS, write_index
+from helpers.commands import TEXT
 from helpers.verifying import copies, outputs
 from safetensors.torch import save_file
 
@@ -51,6 +52,14 @@ def pruned(tmp_path_factory):
 def copied(pruned, tmp_path):
     """Source and a copy of the output that may be changed, see `verifying.copies`."""
     return copies(pruned, tmp_path)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """The text that small runs calibrate on."""
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
 
 
 @pytest.fixture

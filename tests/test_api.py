@@ -7,23 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.commands import TEXT, run
 from helpers.families import TOKENS, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsefw import InputError, PruneConfig, prune, run, verify
+from sparsefw import InputError, PruneConfig, prune, verify
 from sparsefw.data.windows import calibration_windows
 from sparsefw.report.content import read_report
 
-TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(200))
 SMALL = dict(nsamples=6, seqlen=32)
 CONFIG = PruneConfig(kernel="torch", steps=4, reconstruct=0)
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture
@@ -36,10 +29,8 @@ def shards(folder):
 
 
 def test_the_same_bytes_as_the_command_line(source, text, tmp_path):
-    flags = ["--nsamples", "6", "--seqlen", "32", "--kernel", "torch", "--steps", "4", "--sparsity", "2:4"]
-    flags += ["--reconstruct", "0", "--eval", str(text), "--eval-windows", "2"]
-    places = ["--model", str(source), "--dataset", str(text), "--output", str(tmp_path / "a")]
-    assert run.main([*places, *flags]) == 0
+    flags = ["--sparsity", "2:4", "--eval", str(text), "--eval-windows", "2"]
+    assert run(source, text, tmp_path / "a", *flags) == 0
     lines = []
     options = dict(dataset=text, **SMALL, evaluate=text, eval_windows=2, kernel="torch", steps=4, reconstruct=0)
     result = prune(source, tmp_path / "b", **options, sparsity="2:4", log=lines.append)
@@ -66,9 +57,8 @@ def test_a_mixture_of_texts(source, text, tmp_path):
     """The same from the command line and from Python: windows of each by its share, told in the report."""
     other = tmp_path / "other.txt"
     other.write_text("".join(f"{n} bottles hang on the wall, number {n} falls.\n" for n in range(300)))
-    places = ["--model", str(source), "--dataset", f"{text}=1", "--dataset", f"{other}=2"]
-    flags = ["--nsamples", "6", "--seqlen", "32", "--kernel", "torch", "--steps", "4", "--reconstruct", "0"]
-    assert run.main([*places, *flags, "--output", str(tmp_path / "command")]) == 0
+    texts = ["--dataset", f"{text}=1", "--dataset", f"{other}=2"]
+    assert run(source, text, tmp_path / "command", *texts) == 0
     result = prune(source, tmp_path / "python", CONFIG, dataset={text: 1, other: 2}, **SMALL)
     assert shards(tmp_path / "command") == shards(tmp_path / "python")
     report = read_report(tmp_path / "command" / "report.json")
@@ -155,8 +145,7 @@ def test_a_folder_of_the_user(source, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     options = dict(dataset="~/text.txt", **SMALL, kernel="torch", method="magnitude")
     assert prune("~/model", "~/a", **options).output == tmp_path / "a"
-    flags = ["--dataset=~/text.txt", "--nsamples=6", "--seqlen=32", "--kernel=torch", "--method=magnitude"]
-    assert run.main(["--model=~/model", "--output=~/b", *flags]) == 0
+    assert run("~/model", "~/text.txt", "~/b", "--method", "magnitude") == 0
     assert f"checkpoint: {tmp_path / 'b'}\n" in capsys.readouterr().out
     assert shards(tmp_path / "a") == shards(tmp_path / "b")
     assert not [*here.iterdir()]

@@ -264,29 +264,22 @@ def task_records(found: Mapping[str, Harness], against: str | None) -> list[Task
 def _record(found: Mapping[str, Harness], task: str, key: str, against: str | None) -> TaskRecord:
     """A metric of a task, by the harness's key "metric,filter"."""
     metric, _, filter_name = key.partition(",")
-    first = next(iter(found.values()))
-    of_harness = {name: harness["results"][task].get(key) for name, harness in found.items()}
-    values = {name: float(value) if isinstance(value, Real) else math.nan for name, value in of_harness.items()}
-    documents = {
-        name: {
-            sample["doc_id"]: sample[metric]
-            for sample in harness.get("samples", {}).get(task, [])
-            if sample["filter"] == filter_name and metric in sample
-        }
-        for name, harness in found.items()
-    }
-    estimates = {
-        name: estimate_of(values[name], [of_document for _, of_document in sorted(of.items())])
-        for name, of in documents.items()
-    }
-    version = first.get("versions", {}).get(task)
-    better = first.get("higher_is_better", {}).get(task, {}).get(metric)
+    values: dict[str, float] = {}
+    estimates: dict[str, Estimate | None] = {}
+    for name, harness in found.items():
+        value = harness["results"][task].get(key)
+        values[name] = float(value) if isinstance(value, Real) else math.nan
+        samples = sorted(harness.get("samples", {}).get(task, []), key=lambda sample: sample["doc_id"])
+        documents = [x[metric] for x in samples if x["filter"] == filter_name and metric in x]
+        estimates[name] = estimate_of(values[name], documents)
+    version = harness.get("versions", {}).get(task)
+    better = harness.get("higher_is_better", {}).get(task, {}).get(metric)
     return TaskRecord(
         task=task,
         metric=metric,
         filter=filter_name,
-        documents=len(documents[next(iter(found))]) or int(first["results"][task].get("sample_len", 0)),
-        shots=int(first.get("n-shot", {}).get(task) or 0),
+        documents=len(documents) or int(harness["results"][task].get("sample_len", 0)),
+        shots=int(harness.get("n-shot", {}).get(task) or 0),
         version="" if version in (None, "N/A") else str(version),
         higher_is_better=None if better is None else bool(better),
         averaged=False,

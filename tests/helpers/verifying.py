@@ -25,12 +25,6 @@ EMBEDDING = "model.embed_tokens.weight"
 WANDA = ("--method", "wanda")
 
 
-def prune(source: Path, output: Path, *flags: str) -> None:
-    text = output.parent / "text.txt"
-    text.write_text(TEXT)
-    assert run(source, text, output, *flags) == 0
-
-
 def outputs(folders) -> Callable[..., tuple[Path, Path]]:
     """make(*flags, family, dtype) -> source and output of a run; each is made once, and must not be changed."""
     runs: dict[tuple, tuple[Path, Path]] = {}
@@ -41,7 +35,8 @@ def outputs(folders) -> Callable[..., tuple[Path, Path]]:
             folder = folders.mktemp("pruned")
             depth = {"n_layer": 2} if family == "gpt2" else {}
             source = save_model(folder / "model", family, dtype, num_hidden_layers=2, **depth)
-            prune(source, folder / "out", *flags)
+            (folder / "text.txt").write_text(TEXT)
+            assert run(source, folder / "text.txt", folder / "out", *flags) == 0
             runs[key] = source, folder / "out"
         return runs[key]
 
