@@ -44,9 +44,10 @@ class Check:
     count: int = 0
     failures: list[str] = field(default_factory=list)
 
-    def fail(self, name: str, why: str) -> None:
-        """Add a failure."""
-        self.failures.append(f"{name}: {why}")
+    def add(self, name: str, why: str = "") -> None:
+        """Count a thing, and its failure if `why` is not empty."""
+        self.count += 1
+        self.failures += [f"{name}: {why}"] if why else []
 
 
 @dataclass
@@ -140,17 +141,15 @@ def _check_sums(check: Check, output: Path, digest: str | None) -> str:
         return ""
     actual = file_digest(output / SUMS)
     if digest not in (None, actual):
-        check.fail(SUMS, f"its SHA-256 is {actual}, not that of --digest")
+        check.failures.append(f"{SUMS}: its SHA-256 is {actual}, not that of --digest")
     # Links to folders are files of this walk, and not followed.
     files = (path for path in output.rglob("*") if path.is_symlink() or not path.is_dir())
     for name in sorted({path.relative_to(output).as_posix() for path in files} - sums.keys() - {SUMS}):
-        check.fail(name, f"not in {SUMS}")
+        check.failures.append(f"{name}: not in {SUMS}")
     for name in tqdm(sums, unit="file", disable=None):
-        check.count += 1
         try:
             check_file(output / name, output)
-            if file_digest(output / name) != sums[name]:
-                check.fail(name, "not what the run wrote")
+            check.add(name, "" if file_digest(output / name) == sums[name] else "not what the run wrote")
         except InputError as error:
             check.failures.append(str(error))
     return actual
@@ -279,27 +278,25 @@ def _check_weights(verdict: Verdict, claims: _Claims, written: _Model, source: _
         before = _by_slices(source.read(group), claims.layers, sizes) if source else {}
         for name, W in after.items():
             checks["model"].count += 1
+            old, layer = before.pop(name, None), unseen.pop(name, None)
+            # What the model has no use for may be a mask, with infinity in it.
             if name not in written.unused:
-                # What the model has no use for may be a mask, with infinity in it.
                 try:
                     check_finite(name, W)
                 except InputError as error:
                     checks["model"].failures.append(str(error))
-                if layer := unseen.pop(name, None):
-                    _check_layer(verdict, claims, layer, W, before.pop(name, None))
-                    continue
-                # A buffer, such as a table of experts by token, is no matrix.
-                matrix = W.dim() >= 2 and without_index(name) not in written.buffers
-                if group in blocks and matrix and name not in claims.report.kept_dense:
-                    checks["report"].fail(name, "neither pruned nor kept dense by the report")
+            if layer:
+                _check_layer(verdict, claims, layer, W, old)
+                continue
+            # A buffer, such as a table of experts by token, is no matrix.
+            matrix = W.dim() >= 2 and without_index(name) not in written.buffers and name not in written.unused
+            if group in blocks and matrix and name not in claims.report.kept_dense:
+                checks["report"].failures.append(f"{name}: neither pruned nor kept dense by the report")
             if source:
-                checks["others"].count += 1
-                if difference := _difference(W, before.pop(name, None)):
-                    checks["others"].fail(name, difference)
+                checks["others"].add(name, _difference(W, old))
         for name in before:
-            checks["others"].fail(name, "only in the source")
-    for name in unseen:
-        checks["report"].fail(name, "no such matrix in the model")
+            checks["others"].failures.append(f"{name}: only in the source")
+    checks["report"].failures += [f"{name}: no such matrix in the model" for name in unseen]
 
 
 def _by_slices(state: dict[str, Tensor], layers: dict[str, LayerResult], sizes: dict[str, int]) -> dict[str, Tensor]:
@@ -317,34 +314,27 @@ def _by_slices(state: dict[str, Tensor], layers: dict[str, LayerResult], sizes: 
 
 def _check_layer(verdict: Verdict, claims: _Claims, layer: LayerResult, after: Tensor, before: Tensor | None) -> None:
     """Check a pruned layer; `before` is the source's, None without a source or such a tensor in it."""
-    checks = verdict.checks
-    checks["report"].count += 1
+    checks, name = verdict.checks, layer.name
     stored = layer.shape[::-1] if layer.transposed else layer.shape
     if after.shape != stored:
-        checks["report"].fail(layer.name, f"has the shape {tuple(after.shape)} in the model, {stored} by the report")
+        checks["report"].add(name, f"has the shape {tuple(after.shape)} in the model, {stored} by the report")
         return
+    checks["report"].add(name)
     W = after.T if layer.transposed else after
     verdict.weights, verdict.zeros = verdict.weights + W.numel(), verdict.zeros + int((W == 0).sum())
     width, most = claims.budget(layer.shape)
-    checks["pattern"].count += 1
-    if over := _over_budget(W != 0, width, most):
-        checks["pattern"].fail(layer.name, f"{over} are not zero, {most} may be kept")
-    compared = [checks[name] for name in ("kept", "zeros") if name in checks]
-    for check in compared:
-        check.count += 1
-    if before is None or before.shape != after.shape or before.dtype != after.dtype:
-        for check in compared:
-            check.fail(layer.name, "not of this shape and dtype in the source")
-        return
-    old = before.T if layer.transposed else before
-    if "zeros" in checks and (count := int(((old == 0) & (W != 0)).sum())):
-        checks["zeros"].fail(layer.name, f"{count} values are zero in the source, and are not any more")
-    if "kept" in checks:
-        removed = _bits(W) == 0
-        if difference := _difference(torch.where(removed, old, W), old):
-            checks["kept"].fail(layer.name, difference)
-        if over := _over_budget(removed & (_bits(old) != 0), width, width - most):
-            checks["kept"].fail(layer.name, f"{over} are removed, {width - most} are to be")
+    over = _over_budget(W != 0, width, most)
+    checks["pattern"].add(name, over and f"{over} are not zero, {most} may be kept")
+    why = {"kept": _other_form(after, before), "zeros": _other_form(after, before)}
+    if before is not None and not why["kept"]:
+        old, removed = before.T if layer.transposed else before, _bits(W) == 0
+        over = _over_budget(removed & (_bits(old) != 0), width, width - most)
+        why["kept"] = _difference(torch.where(removed, old, W), old)
+        why["kept"] = why["kept"] or (over and f"{over} are removed, {width - most} are to be")
+        count = int(((old == 0) & (W != 0)).sum())
+        why["zeros"] = f"{count} values are zero in the source, and are not any more" if count else ""
+    for check in why.keys() & checks.keys():
+        checks[check].add(name, why[check])
 
 
 def _over_budget(mask: Tensor, width: int, most: int) -> str:
@@ -357,12 +347,20 @@ def _over_budget(mask: Tensor, width: int, most: int) -> str:
     return f"from {list(divmod(first * width, mask.shape[1]))} on {int(counts[first])} of {width} weights"
 
 
-def _difference(after: Tensor, before: Tensor | None) -> str:
-    """How a tensor differs from the source's, in words; empty if it does not."""
+def _other_form(after: Tensor, before: Tensor | None) -> str:
+    """How the shape or the dtype of a tensor differs from the source's, in words; empty if neither does."""
     if before is None:
         return "not in the source"
-    if after.shape != before.shape or after.dtype != before.dtype:
-        return f"{after.dtype} {tuple(after.shape)}, in the source {before.dtype} {tuple(before.shape)}"
+    if after.shape == before.shape and after.dtype == before.dtype:
+        return ""
+    return f"{after.dtype} {tuple(after.shape)}, in the source {before.dtype} {tuple(before.shape)}"
+
+
+def _difference(after: Tensor, before: Tensor | None) -> str:
+    """How a tensor differs from the source's, in words; empty if it does not."""
+    other = _other_form(after, before)
+    if before is None or other:
+        return other
     if torch.equal(_bits(after), _bits(before)):
         return ""
     differ = _bits(after) != _bits(before)

@@ -189,7 +189,6 @@ def _workload(config: PruneConfig, prepared: Prepared, ranks: Ranks) -> Workload
         seqlen=prepared.seqlen,
         config=config,
         gpu=device.type == "cuda",
-        threads=torch.get_num_threads() if config.kernel == "torch" else 1,
         process=has,
         held=held,
         ranks=ranks.count,

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import torch
+
 from sparsefw.data.windows import reading_bytes
 from sparsefw.kernels.cpu import MIRRORED
 from sparsefw.memory import pinned_bytes
@@ -74,7 +76,6 @@ class Workload:
         seqlen: tokens in a window.
         config: how the model is pruned, resolved for the calibration, see `PruneConfig.for_calibration`.
         gpu: whether the model is pruned on a GPU.
-        threads: threads of torch, if the model is pruned on a CPU.
         process: bytes of host memory that the process has before the run begins, with the tokens of all windows.
         held: bytes of the GPU that the process has taken before the run begins: a model in memory may be there.
         ranks: processes that share the work; process and held are those of one of them.
@@ -86,7 +87,6 @@ class Workload:
     seqlen: int
     config: PruneConfig
     gpu: bool
-    threads: int
     process: int = PROCESS
     held: int = 0
     ranks: int = 1
@@ -348,7 +348,8 @@ def _solve(stage: Sequence[LayerShape], workload: Workload, placement: Placement
     copies += rows * d * (4 * (dense and not config.refit) + config.keep_zeros)
     if stacked:
         at_once = min(rows, max(ROW_UNIT, placement.solver // (BYTES_PER_ENTRY * d) // ROW_UNIT * ROW_UNIT))
-        at_once = at_once if gpu else min(at_once, workload.threads * cpu_rows(d))
+        threads = torch.get_num_threads() if config.kernel == "torch" else 1
+        at_once = at_once if gpu else min(at_once, threads * cpu_rows(d))
         state = (BYTES_PER_ENTRY if config.refit and config.rounds else BYTES_WITHOUT_ROUNDS) * at_once * d
     elif method == "sparsegpt":
         # The Gram matrix is decomposed and inverted, and the factor is there while weights are removed.

@@ -161,7 +161,6 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
         seqlen=seqlen,
         config=config.for_calibration(inputs.nsamples, seqlen),
         gpu="gpu" in limits,
-        threads=torch.get_num_threads() if config.kernel == "torch" else 1,
         process=PROCESS + window_bytes(inputs.nsamples, evaluation, seqlen),
     )
     config = workload.config

@@ -180,7 +180,6 @@ def _placement(
         seqlen=seqlen,
         config=PruneConfig(method="magnitude", reconstruct=0),
         gpu=device.type == "cuda",
-        threads=torch.get_num_threads(),
         process=memory.resident(),
         held=memory.held_on_gpu(device),
     )

@@ -132,17 +132,6 @@ def _summary(report: Report) -> str:
     )
 
 
-def _stated(value: object) -> str:
-    """A value of a flag or of the placement, in words."""
-    if value is None or value == ():
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, tuple):
-        return ", ".join(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _gib(count: float) -> str:
     return f"{count / 2**30:.2f}"
 
@@ -159,10 +148,9 @@ def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
         "machine": [("device", report.device), *report.versions.items()],
         "texts": [(n, f"{amount(t.source, t.windows, t.seqlen)} of {t.source}, sha256 {t.hash}") for n, t in texts],
         "memory": [(name, f"{_gib(size)} GiB") for name, size in sizes.items()]
-        + [(name.replace("_", " "), _stated(value)) for name, value in memory.items()],
+        + [(name.replace("_", " "), str(value)) for name, value in memory.items()],
         "ranks": [(f"rank {n}", log.rank_line(rank)) for n, rank in enumerate(report.ranks)],
         "seconds": [(phase, f"{seconds:.1f}") for phase, seconds in report.seconds.items()],
-        "arguments": [(name.replace("_", "-"), _stated(value)) for name, value in report.arguments.items()],
         "source": [("note", note) for note in report.notes],
     }
     return {heading: found for heading, found in facts.items() if found}

@@ -39,7 +39,7 @@ def llama(hidden, intermediate, depth, pairs=8, vocabulary=128256):
 def work(gpu=True, windows=256, evaluation=(), seqlen=2048, ranks=1, **options):
     """The work of a run without a reconstruction, unless the options have one."""
     config = PruneConfig(**{"reconstruct": 0} | options).for_calibration(windows, seqlen, ranks)
-    return Workload(windows, evaluation, seqlen, config, gpu, 2, ranks=ranks, ranks_here=ranks)
+    return Workload(windows, evaluation, seqlen, config, gpu, ranks=ranks, ranks_here=ranks)
 
 
 LLAMA_70B, LLAMA_405B = llama(8192, 28672, 80), llama(16384, 53248, 126)
