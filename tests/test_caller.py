@@ -91,6 +91,12 @@ def test_models_may_ask_for_the_precision_of_products(source, tmp_path):
         before = products()
         prune(source, tmp_path / "first", **OPTIONS, log=lambda line: seen.append(products()))
         assert products() == before
+        # By the libraries' own settings alone.
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        before = products()
+        prune(source, tmp_path / "second", **OPTIONS, log=lambda line: seen.append(products()))
+        assert products() == before
     finally:
         torch.set_float32_matmul_precision("highest")
         for of_library, precision in zip((torch.backends.mkldnn, torch.backends.cuda), initial[2:], strict=True):

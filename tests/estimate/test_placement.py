@@ -148,4 +148,7 @@ def test_blocks_without_layers():
         for idle in ({0, 2}, {0, 1, 2})
     )
     assert memory_needs(some, work(), Placement(2)) == every
-    assert every.phases["solve"][0] - memory_needs(none, work(), Placement(2)).phases["solve"][0] > 4 * 4096**2
+    for phase, (gpu, _) in every.phases.items():
+        if phase in ("calibrate", "solve"):
+            # A Gram matrix at least.
+            assert gpu - memory_needs(none, work(), Placement(2)).phases[phase][0] > 4 * 4096**2
