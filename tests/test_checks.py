@@ -253,6 +253,13 @@ class TestOthers:
         assert failures["report"] == [f"{Q}: neither pruned nor kept dense by the report"]
         assert failures["others"][0].startswith(f"{Q}: 608 of 1024 values differ")
 
+    @pytest.mark.parametrize("change", [{"name": "model.layers.7.x.weight"}, {"shape": [48, 64]}])
+    def test_a_layer_that_the_model_has_not(self, change, copied, capsys):
+        _, output = copied(*WANDA)
+        change_report(output, lambda report: report["layers"][0].update(change))
+        failures = verdict(capsys, output)[2]["report"]
+        assert any(failure.startswith(f"{change.get('name', Q)}: ") for failure in failures)
+
 
 class TestModel:
     def test_a_truncated_shard(self, copied, capsys):

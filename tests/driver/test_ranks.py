@@ -210,20 +210,22 @@ def prune_with_own_flags(ranks, configs, *args):
 
 
 def prune_batches(ranks, batches, output):
-    """Prune a model in memory; returns its weights."""
+    """Prune a model in memory; returns its weights, and the number of the lines that were logged."""
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dropout=0.0)
     model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     config = PruneConfig(method="wanda", kernel="torch", precision="ieee")
-    prune_in_memory(model, output, config, calibration=batches)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    lines = []
+    prune_in_memory(model, output, config, calibration=batches, log=lines.append)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}, len(lines)
 
 
 def test_a_model_in_memory_is_changed_on_all_ranks(tmp_path):
     batches = list(torch.randn(5, 2, 8, 32, generator=torch.Generator().manual_seed(1)))
-    alone = prune_batches(ALONE, batches, tmp_path / "alone")
+    alone, _ = prune_batches(ALONE, batches, tmp_path / "alone")
     # Without an output, the ranks write to a temporary folder of rank 0.
-    first, second = on_ranks(2, prune_batches, batches, None)
+    (first, logged), (second, logged_too) = on_ranks(2, prune_batches, batches, None)
+    assert logged > logged_too == 0
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert differing(first, alone) <= 1e-3
     assert any((W == 0).any() for W in first.values() if W.dim() > 1)

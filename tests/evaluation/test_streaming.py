@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from sparsefw.checkpoint.source import inspect
 from sparsefw.errors import InputError
 from sparsefw.evaluation import streaming
-from sparsefw.evaluation.rows import request_of
+from sparsefw.evaluation.rows import Sharing, request_of, rows_of
 from sparsefw.model import StreamedModel
 
 ALONE, CHAINS, TREES = "nothing", "beginnings", "branches"
@@ -49,6 +49,15 @@ def test_half_precision_shares_the_same(family, tmp_path):
     assert shared == NO_TREES.get(family, TREES)
     expected = answers_of_whole(tmp_path, dtype=torch.bfloat16)
     assert [x for x, _ in found] == pytest.approx([x for x, _ in expected], abs=0.1)
+
+
+def test_the_deepest_and_the_largest_tree_are_checked():
+    """Attention may be local by the positions of tokens, or by their places in a row."""
+    deep = [request_of(range(2, 42), [n], 64) for n in (5, 6)] + [request_of([*range(2, 30), 7, 7], [8], 64)]
+    wide = [request_of([*range(100, 112), *[n] * 12], [n], 64) for n in range(3)]
+    rows = rows_of([*deep, *wide], Sharing.BRANCHES)
+    assert {len(row.tokens) for row in rows} == {42, 48}
+    assert [len(check.row.tokens) for check in streaming._checks(rows)] == [42, 48]
 
 
 def test_local_attention_is_found(tmp_path):

@@ -40,7 +40,9 @@ def test_blocks():
     report = report_of_run()
     found = Reconstruction(0.25, 0.123456, 18, False), None, Reconstruction(0.5, math.inf, 18, True, PREDICTIONS)
     blocks = [replace(block, reconstruction=x) for block, x in zip(report.blocks, found, strict=True)]
-    rows = [row for row in Document(page(replace(report, blocks=blocks))).cells() if row[1:2] and row[1] in NAMES]
+    cells = Document(page(replace(report, blocks=blocks))).cells()
+    assert ["block", "name", "solve", "calibrate", "forward", "read", "embed"] in [row[:7] for row in cells]
+    rows = [row for row in cells if row[1:2] and row[1] in NAMES]
     assert [row[-3:] for row in rows] == [
         ["0.25000", "0.12346", "once"],
         ["-", "-", "once"],
