@@ -81,8 +81,10 @@ def test_smallest_limit_that_is_named_is_enough(gpu, options, tmp_path):
     assert placement.folder == tmp_path
 
 
-def test_what_is_given_up_first():
+def test_what_is_given_up_first(set_threads):
     """On a GPU activations move away first; on a CPU solves become smaller first, and windows go one by one last."""
+    # Each has rows at work.
+    set_threads(2)
     workload = work()
     places = [
         place(LLAMA_70B, workload, {"gpu": g * GIB, "host": h * GIB})[0] for g, h in ((100, 64), (24, 64), (24, 12))
