@@ -9,7 +9,7 @@ from helpers.stacks import perplexity_of_whole
 from safetensors.torch import load_model
 from torch import nn
 
-from sparsefw import InputError, prune
+from sparsefw import prune
 from sparsefw.data.batches import BATCHES
 
 QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
@@ -129,18 +129,12 @@ def replaced(kind):
 
 class TestOwnForward:
     @pytest.mark.parametrize("options", [{}, {"reconstruct": 2}, {"compare": ("wanda",)}], ids=str)
-    @pytest.mark.parametrize("kind", ["bound", "partial"])
+    @pytest.mark.parametrize("kind", ["bound", "partial", "closure"])
     def test_is_run_and_stays(self, kind, options):
         model = replaced(kind)
         own = [block.forward for block in model.blocks]
         check(model, batches_like((2, 5), (2, 5)), **options)
         assert all(block.forward is forward for block, forward in zip(model.blocks, own, strict=True))
-
-    def test_function_that_runs_the_block_itself(self):
-        """Where a dense copy of the block is run, it would run the pruned block instead."""
-        with pytest.raises(InputError, match=r"blocks\.0: a function .* types\.MethodType"):
-            prune(replaced("closure"), calibration=batches_like((2, 5)), **QUICK)
-        check(replaced("closure"), batches_like((2, 5)), target="layer")
 
 
 def compiled(where):

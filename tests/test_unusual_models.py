@@ -93,9 +93,7 @@ def test_models_with_adapters(given):
 def test_a_block_that_cannot_be_copied():
     model, x = _Blocks(), torch.randn(16, 8)
     model.blocks[2].lock = threading.Lock()
-    with pytest.raises(InputError, match=r"blocks\.2: cannot be copied, .*: cannot pickle '_thread\.lock'"):
-        prune(model, calibration=[x], **QUICK)
-    assert prune(model, calibration=[x], target="layer", **QUICK).layers
+    assert prune(model, calibration=[x], **QUICK).layers
 
 
 def test_state_that_is_no_tensor(tmp_path):

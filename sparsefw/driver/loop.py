@@ -29,6 +29,7 @@ from sparsefw.memory import give_back, peak_memory
 from sparsefw.model import HiddenStates, perplexity
 from sparsefw.model.activations import held_out_batches
 from sparsefw.model.forward import embed_batches
+from sparsefw.model.slots import DenseBlock
 from sparsefw.report import log
 from sparsefw.report.content import BlockRecord
 from sparsefw.solver.layer import LayerResult
@@ -200,7 +201,7 @@ def _prune_block(run: Run, i: int, states: _States, writer: Writer) -> tuple[Fin
     block = model.open(i, run.placement.ahead)
     with timeline.span("read", i):
         # A copy, only if the dense block is needed after it has been pruned.
-        dense = model.copy(i) if config.uses_dense_target or len(config.methods) > 1 else None
+        dense = DenseBlock(block) if config.uses_dense_target or len(config.methods) > 1 else None
     _advance(run, i, "evaluate", states.evaluation[DENSE])
     if config.uses_dense_stream and not config.uses_dense_target:
         # No stage will move them on.

@@ -1,6 +1,5 @@
 """A model that is run one block at a time; and one in memory, of which the block that is worked on is a copy."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from sparsefw.caller import as_python
 from sparsefw.checkpoint.tensors import Loadable, dequantized
 from sparsefw.data.batches import Batch
-from sparsefw.errors import InputError, first_line, shown
 from sparsefw.finite import check_finite
 from sparsefw.memory import release_pinned
 from sparsefw.model.path import Path, path_through
@@ -192,47 +190,9 @@ class BlockModel:
         """Tensors outside of the blocks, on the host; see `pieces`."""
         return {}
 
-    def copy(self, i: int) -> nn.Module:
-        """A copy of block i, which is open. What lies outside of the block is not copied, though it may refer to it.
-
-        Raises:
-            InputError: the block holds something that cannot be copied, as a lock; or a function in the place of a
-                module's forward would run the block itself, and not the copy.
-        """
-        block, name = self.blocks[i], self.names[i]
-        for inner, module in block.named_modules(prefix=name):
-            if "forward" in vars(module) and _holds_module(vars(module)["forward"]):
-                raise InputError(
-                    f"{inner}: a function that stands in the place of its forward holds a module itself, so that the "
-                    "block cannot be copied; let it take the module as its first argument, and bind it with "
-                    "types.MethodType"
-                )
-        inside = set(block.modules())
-        outside = {id(module): module for module in self.model.modules() if module not in inside}
-        try:
-            return copy.deepcopy(block, outside)
-        except torch.OutOfMemoryError:
-            raise
-        except (TypeError, RuntimeError) as error:
-            raise InputError(
-                f"{name}: cannot be copied, for dense outputs to compare with: {shown(first_line(error))}; take off "
-                "the block what cannot be copied, until the model is pruned"
-            ) from error
-
     def _timed_read(self, i: int | None) -> Mapping[str, Loadable]:
         with self.timeline.span("read", i, READ):
             return self.read(i)
-
-
-def _holds_module(forward: Callable[..., Any]) -> bool:
-    """Whether a function holds a module, or a method of one, in what it closes over or in its defaults.
-
-    A copy of a bound method or of functools.partial is made with a copy of the module. A function is never copied.
-    """
-    function = getattr(forward, "__func__", getattr(forward, "func", forward))
-    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    held += getattr(function, "__defaults__", None) or ()
-    return any(isinstance(getattr(x, "__self__", x), nn.Module) for x in held)
 
 
 @contextmanager

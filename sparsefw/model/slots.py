@@ -3,6 +3,7 @@
 A parameter may be used at several depths of a model: by several blocks, or by one that runs more than once.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -64,6 +65,30 @@ def restore(slots: Iterable[Slot]) -> None:
     """Put the places' own tensors back."""
     for slot in slots:
         slot.tensors[slot.name] = slot.own
+
+
+class DenseBlock(nn.Module):
+    """A block that runs with the tensors that it has now: copies take their places, whatever becomes of them there."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        # A method: a module would be registered as a part of this one.
+        self._slots, self._run = slots_of(block.named_modules()), block.__call__
+        self._copies = {id(slot.own): copy.deepcopy(slot.own) for slot in self._slots}
+        self._named = [(name, self._copies[id(x)]) for name, x in block.named_parameters()]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block. No torch function is called but by the block."""
+        try:
+            for slot in self._slots:
+                slot.tensors[slot.name] = self._copies[id(slot.own)]
+            return self._run(*args, **kwargs)
+        finally:
+            restore(self._slots)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        """The copies, by the names of the block's parameters."""
+        return iter(self._named)
 
 
 def addresses(tensor: Tensor) -> tuple[int, int]:
