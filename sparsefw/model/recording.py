@@ -21,25 +21,8 @@ from sparsefw.model.parts import UNSUPPORTED
 from sparsefw.model.tape import name_of, tensors_in
 
 # Values without parts: they are never changed.
-_ATOMS = (
-    type(None),
-    type(...),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    range,
-    slice,
-    frozenset,
-    np.generic,
-    Enum,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.Size,
-)
+_ATOMS: tuple[type, ...] = (type(None), type(...), int, float, complex, str, bytes, range, slice, frozenset, np.generic)
+_ATOMS += (Enum, torch.dtype, torch.device, torch.layout, torch.Size)
 
 # Parts of a nested value: a tensor, something without parts, something with parts, the number of one that was met, and
 # the key under which the next part is found.
