@@ -6,6 +6,7 @@ import baselines
 import pytest
 import torch
 from helpers.kernel_inputs import DEVICE, gram, normal
+from helpers.problems import error
 
 from sparsefw.kernels import cpu
 from sparsefw.solver.frank_wolfe import mask_error
@@ -16,12 +17,6 @@ BUDGETS = [(10, 0), (2, 4), (1, 3), (5, 8)]
 
 def wanda_mask(W, G, k, group=0):
     return cpu.lmo(W.abs() * G.diagonal().sqrt(), k, group=group)
-
-
-def error(W, Z, G):
-    """||(W - Z) X||^2 of every row, in float64."""
-    E = W.double() - Z.double()
-    return (E * (E @ G.double())).sum(1)
 
 
 class TestAdmm:

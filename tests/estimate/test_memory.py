@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import random_checkpoint
 from helpers import verifying
+from helpers.families import first_is_fast
 from torch.utils._pytree import tree_leaves
 
 from sparsefw.driver import run as driver_run
@@ -56,7 +57,7 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", first_is_fast(RUNS))
 def test_a_run_takes_what_is_expected(name, models, tmp_path, monkeypatch):
     family, flags = RUNS[name]
     text, expected, watched = str(models / "text.txt"), [], Watched()

@@ -1,7 +1,10 @@
 """Tiny random models of every family that must work, as checkpoints on disk."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from classes.tiny_model import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -100,6 +103,12 @@ def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, se
     model.save_pretrained(folder, max_shard_size="40KB")
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def first_is_fast(values: Iterable[Any]) -> list[Any]:
+    """Values of a parameter, of which `make test` takes the first: the other ones are slow."""
+    first, *others = values
+    return [first, *(pytest.param(value, marks=pytest.mark.slow) for value in others)]
 
 
 def is_layer(name: str) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.kernel_inputs import generator
-from helpers.layer_inputs import (
+from helpers.problems import (
     ERRORS,
     PATTERNS,
     ROWS,

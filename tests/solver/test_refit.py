@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.kernel_inputs import DEVICE, generator, gram, normal, uniform
-from helpers.problems import TRITON, problem_of
+from helpers.problems import TRITON, error, problem_of
 
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import TORCH, Backend
@@ -21,12 +21,6 @@ PATTERNS = ("0.6", "layer:0.6", "2:4", "3:8")
 
 def damp_by(G, damp=0.1):
     return G + damp * G.diagonal().diag()
-
-
-def error(W, Z, G):
-    """The error of weights from its definition, (rows,) float64."""
-    E = W.double() - Z.double()
-    return (E * (E @ G.double())).sum(1)
 
 
 def exact(W, G, mask):
