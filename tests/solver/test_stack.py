@@ -3,12 +3,7 @@
 import pytest
 import torch
 from helpers.kernel_inputs import generator, normal
-<<<<<<< HEAD
-from helpers.layer_inputs import PATTERNS, ROWS, D, assert_same, make_config, make_layers, run, run_alone
-=======
-from helpers.pretended_gpu import pretended_gpu
-from helpers.problems import PATTERNS, ROWS, D, assert_same, make_config, make_gram, make_layers, run, run_alone
->>>>>>> 3589675 (Put each helper of tests beside its only user, and layers and problems in one file)
+from helpers.problems import PATTERNS, ROWS, D, assert_same, make_config, make_layers, run, run_alone
 
 from sparsefw.errors import InputError
 from sparsefw.kernels import cpu, triton_ops
