@@ -39,6 +39,9 @@ OTHER_DTYPES = {"F64": torch.float64, "C64": torch.complex64}
 
 AGAIN = "download or copy it again"
 
+# timm downloads and opens what a name with such a beginning leads to.
+TIMM = ("local-dir:", "hf-hub:", "hf_hub:")
+
 # transformers reads the files of this folder with the tokenizer.
 TEMPLATES = "additional_chat_templates"
 
@@ -199,15 +202,15 @@ def check_config(config: dict[str, Any], path: Path) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = config.get("model_type")
-    if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+    if isinstance(kind, str) and kind not in CONFIG_MAPPING and path.name != TOKENIZER_CONFIG:
         raise InputError(
             f"{path}: transformers {transformers.__version__} has no class for model_type {shown(kind)}; give another "
             "model, or install a later version: code of a checkpoint (auto_map) is never run"
         )
     for key, value in _entries(config):
         text = str(value)
-        # An attention may be the name of a kernel on the Hub. timm opens what such a name leads to.
-        elsewhere = (key.endswith("_implementation") and "/" in text) or text.startswith(("local-dir:", "hf-hub:"))
+        # An attention may be the name of a kernel on the Hub.
+        elsewhere = (key.endswith("_implementation") and "/" in text) or text.startswith(TIMM)
         # Configs hold paths of the machine that they were saved on. The file beside the config takes the place.
         if key.endswith("_file") and "/" in text and os.path.isfile(text):
             elsewhere = not (path.parent / os.path.basename(text)).exists()

@@ -54,11 +54,14 @@ def check_output(output: Path, source: Path, overwrite: bool, read: Iterable[Pat
         read: other files and folders that the run reads.
 
     Raises:
-        InputError: output and source, or the Hub's cache, are one folder or one lies in the other; the run reads a file
-            in the output; or as `check_free`.
+        InputError: output and source are one folder or one lies in the other; the run reads a file in the output; or
+            as `check_free`.
     """
-    target = output.resolve()
-    if any(target.is_relative_to(root) or root.is_relative_to(target) for root in roots_of(source)):
+    target, (root, cache) = output.resolve(), roots_of(source)
+    if cache in root.parents:
+        # All that the Hub's library has of the model.
+        root = cache / root.relative_to(cache).parts[0]
+    if target.is_relative_to(root) or root.is_relative_to(target):
         raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another --output")
     check_free(output, overwrite)
     for path in (source, *read):

@@ -58,7 +58,8 @@ class KeptWeights:
 
     def step(self) -> None:
         """Move the weights against the gradients, which are gone then."""
-        rate = rate_at(self._done, self._steps, self._rate)
+        # Half a period of a cosine, from the first rate to 0.
+        rate = self._rate * (1 + math.cos(math.pi * self._done / self._steps)) / 2
         for variable in self._variables:
             variable.step(rate)
         self._done += 1
@@ -144,11 +145,6 @@ def index_dtype(entries: int) -> torch.dtype:
 def _in_memory(tensor: Tensor, like: Tensor) -> Tensor:
     """A tensor whose entries, read row by row, have the order in which those of `like` lie in memory."""
     return tensor.permute(sorted(range(like.ndim), key=like.stride, reverse=True))
-
-
-def rate_at(step: int, steps: int, rate: float) -> float:
-    """The rate of a step, counted from 0: half a period of a cosine, from `rate` to 0."""
-    return rate * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def kept_entries(parameter: Tensor, views: Iterable[Tensor]) -> Tensor:

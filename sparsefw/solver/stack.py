@@ -101,11 +101,6 @@ def rows_within(lengths: Iterable[int], share: slice) -> list[slice]:
     return found
 
 
-def cost_of_solve(rows: int, d: int) -> int:
-    """Flops of a product of rows, and of a decomposition of the Gram matrix: what whole solves are shared out by."""
-    return rows * d**2 + d**3
-
-
 def rows_by_rank(lengths: Sequence[int], count: int) -> list[list[slice]]:
     """The rows of each layer of a stack that each rank solves, by layer, then by rank."""
     parts = shares(_padded(sum(lengths)), count, ROW_UNIT)

@@ -41,6 +41,7 @@ def test_a_model_in_the_hubs_cache_stays(folder, hub):
     for output in (snapshot, snapshot.parent.parent / "blobs", hub):
         with refused("is, holds or lies in the input folder"):
             check_output(output, snapshot, True)
+    check_output(hub / "pruned", snapshot, True)
 
 
 @pytest.mark.parametrize("link", [False, True])

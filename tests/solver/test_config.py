@@ -198,7 +198,9 @@ class TestForCalibration:
             config = PruneConfig(**options)
             assert config.for_calibration(2, tokens // 2) == config.replace(damp=1.6)
 
-    @pytest.mark.parametrize("options", [dict(damp=0.3), dict(damp=0), dict(refit=0), dict(preset="paper")])
+    @pytest.mark.parametrize(
+        "options", [dict(damp=0.3), dict(damp=0), dict(refit=0), dict(preset="paper"), dict(method="wanda")]
+    )
     def test_nothing_else_changes(self, options):
         config = PruneConfig(**options)
         assert config.for_calibration(2, 8) == config
@@ -232,7 +234,3 @@ class TestForCalibration:
             asked = PruneConfig(method=method, reconstruct=2)
             with pytest.raises(InputError, match=r"--reconstruct 2: takes 2 calibration .* one rank has 1; give more"):
                 asked.for_calibration(windows, 16, ranks)
-
-    def test_of_methods_without_damping(self):
-        config = PruneConfig(method="wanda")
-        assert config.for_calibration(2, 8) == config
