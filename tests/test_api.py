@@ -175,14 +175,10 @@ class TestRefused:
     def test_arguments(self, source, tmp_path):
         with pytest.raises(TypeError, match="unexpected keyword argument 'stepps'"):
             prune(source, tmp_path / "out", dataset=TOKENS, stepps=3)
-        with pytest.raises(TypeError, match="a config and 'steps'"):
-            prune(source, tmp_path / "out", CONFIG, steps=3)
         with pytest.raises(TypeError, match="config: expected a PruneConfig, got str"):
             prune(source, tmp_path / "out", "2:4")
         with pytest.raises(TypeError, match="dataset: expected a name"):
             prune(source, tmp_path / "out", CONFIG, dataset=5)
-        with pytest.raises(TypeError, match="output: expected a path, got int"):
-            prune(source, 3, CONFIG)
         with pytest.raises(InputError, match="output: "):
             prune(source)
         with pytest.raises(InputError, match="model: expected a folder"):

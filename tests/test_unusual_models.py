@@ -57,19 +57,6 @@ def test_weights_in_one_memory_stay_dense(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("reconstruct", [0, 1])
-def test_double_precision(reconstruct):
-    """Layers are solved in fp32 all the same."""
-    models, x = [_Blocks(), _Blocks().double()], torch.randn(2, 16, 8)
-    models[1].load_state_dict(models[0].state_dict())
-    for model in models:
-        dtype = model.blocks[0][0].weight.dtype
-        prune(model, calibration=[*x.to(dtype)], **QUICK | {"reconstruct": reconstruct})
-        assert model.blocks[0][0].weight.dtype == dtype
-    for a, b in zip(*(model.parameters() for model in models), strict=True):
-        torch.testing.assert_close(a, b, check_dtype=False, rtol=0, atol=1e-3)
-
-
 @pytest.mark.parametrize("given", ["calibration", "dataset"])
 def test_models_with_adapters(given):
     """Their library writes the adapters alone."""

@@ -159,13 +159,3 @@ class TestRefused:
         assert line.startswith("sparsefw: model.layers.2.self_attn.o_proj.weight: holds 1 NaN")
         assert line.endswith("; 2 of 4 shards are finished: the same command goes on from there")
         assert not (tmp_path / "out").exists()
-
-    def test_output_that_is_not_empty_and_overwrite(self, tmp_path, text, capsys):
-        source = save_model(tmp_path / "model", "llama")
-        assert run(source, text, tmp_path / "out") == 0
-        before = tensors_of(tmp_path / "out")
-        assert run(source, text, tmp_path / "out", "--sparsity", "0.3") == 2
-        assert "--overwrite" in capsys.readouterr().err
-        assert run(source, text, tmp_path / "out", "--sparsity", "0.3", "--overwrite") == 0
-        after = tensors_of(tmp_path / "out")
-        assert any(not torch.equal(before[n], after[n]) for n in before)

@@ -27,16 +27,6 @@ class TestSelection:
         out = capsys.readouterr().out
         assert "kept dense: " in out
 
-    def test_one_block_alone(self, tmp_path, text):
-        """Other blocks stay as they were; the errors are those of a model whose other blocks are dense."""
-        source = save_model(tmp_path / "model", "llama")
-        assert run(source, text, tmp_path / "out", "--include", "layers.1") == 0
-        report = json.loads((tmp_path / "out" / "report.json").read_text())
-        assert len(report["layers"]) == 7
-        assert all(".layers.1." in row["name"] for row in report["layers"])
-        before, after = tensors_of(source), tensors_of(tmp_path / "out")
-        assert {n for n in before if not torch.equal(before[n], after[n])} == {row["name"] for row in report["layers"]}
-
     @pytest.mark.parametrize(
         "flags", [["--sparsity", "2:4"], ["--method", "sparsegpt", "--sparsity", "0.1"]], ids=" ".join
     )

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 from helpers.pages import report_of_run
 
-from sparsefw.model import Placement
 from sparsefw.report import log
 from sparsefw.report.content import Reconstruction
 from sparsefw.solver.config import PruneConfig
@@ -52,15 +51,6 @@ def test_sparsity_of_a_selection_with_experts():
     selected, whole = shape_of([(6, 10)], [], [(3, 10)]), shape_of([(6, 10)], [(5, 12)], [(3, 10, 2), (5, 10)])
     line = log.sparsity_line(PruneConfig(ignore="x"), selected, whole)
     assert line.endswith("60.00 % of 90 weights; selected: 90 of 230 prunable weights (39.13 %)")
-
-
-def test_placement_line():
-    needs, limits = SimpleNamespace(host=1 << 30, gpu=2 << 30), {"host": 4 << 30, "gpu": 3 << 30}
-    line = log.placement_line(Placement(batch=8, place="host", solver=3 << 29), needs, {"host": 4 << 30})
-    assert line == "memory: 1.00 of 4.00 GiB (host) expected at the peak; 8 windows at a time, solves in 1.5 GiB"
-    line = log.placement_line(Placement(batch=1, place="disk", ahead=False), needs, limits)
-    assert "1.00 of 4.00 GiB (host), 2.00 of 3.00 GiB (gpu) expected at the peak; 1 window at a time" in line
-    assert line.endswith("; activations: disk; nothing read ahead")
 
 
 def test_kept_dense_line():
