@@ -189,17 +189,16 @@ def _build(checkpoint: Checkpoint, config: Any, as_named: bool) -> Skeleton:
     if kind is None:
         kind, config = class_of(config, checkpoint.folder)
     promises = {name: PromisedTensor(info.shape, info.dtype) for name, info in checkpoint.tensors.items()}
+    # On the meta device, where nothing is allocated: `from_pretrained` would make up what is missing.
     with torch.device("meta"):
-        empty = from_config(kind, config, **options)
-    conversions = get_model_conversion_mapping(empty)
-    # First on the meta device, where nothing is allocated: `from_pretrained` would make up what is missing.
-    report = _load_tensors(empty, promises, checkpoint.dtype, torch.device("meta"), conversions)
+        model = from_config(kind, config, **options)
+    conversions = get_model_conversion_mapping(model)
+    report = _load_tensors(model, promises, checkpoint.dtype, torch.device("meta"), conversions)
     # Names that the class knows to be missing or superfluous.
-    empty._adjust_missing_and_unexpected_keys(report)
-    _check(report, empty, checkpoint)
-    # Not by a method of the class itself: those that have one look for more files, and ask the Hub for them.
-    make: Any = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
-    model: PreTrainedModel = make(type(empty), None, config=config, state_dict=promises, **options)
+    model._adjust_missing_and_unexpected_keys(report)
+    _check(report, model, checkpoint)
+    # Tied parameters become one, and buffers are computed.
+    model._finalize_model_loading(model, LoadStateDictConfig(device_map={"": torch.device("cpu")}), report)
     model.eval().requires_grad_(False)
     goes_into = _destinations(model, checkpoint.tensors, conversions)
     _check_dtypes(goes_into, model, checkpoint)

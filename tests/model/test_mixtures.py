@@ -33,35 +33,7 @@ _LATENT = {
 }
 # By model_type: what its config adds, and the routers by their names inside a block.
 MIXTURES = {
-    "dbrx": (
-        {
-            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-            "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": E, "moe_top_k": 2, "hidden_size": D},
-            "d_model": D,
-            "n_heads": 4,
-            "n_layers": 3,
-            "max_seq_len": 64,
-        },
-        {"ffn.router.layer.weight": (E, D)},
-    ),
     "deepseek_v3": (_LATENT, {"mlp.gate.weight": (E, D)}),
-    "gemma3n_text": (
-        {
-            "num_hidden_layers": 4,
-            "intermediate_size": 48,
-            "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
-            "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": 258,
-            "laurel_rank": 8,
-            "num_kv_shared_layers": 0,
-            "layer_types": 2 * ["sliding_attention", "full_attention"],
-        },
-        {
-            "altup.modality_router.weight": (4, D),
-            "altup.prediction_coefs.weight": (16, 4),
-            "altup.correction_coefs.weight": (4, 4),
-        },
-    ),
     "jetmoe": (
         {"kv_channels": 8},
         {"mlp.router.layer.weight": (E, D), "self_attention.experts.router.layer.weight": (E, D)},

@@ -16,7 +16,7 @@ def without(*left_out):
 
 def measured_in_stages(pair, selected):
     """Names of the layers, Gram and cross matrices, and names left out, over all stages of a damaged block."""
-    layers, grams, crosses, ignored = [], {}, {}, set()
+    (run, run_dense), layers, grams, crosses, ignored = whole_runs(pair), [], {}, {}, set()
     for stage in stages_of(pair, selected):
         captured = measure(stage, pair, backend=TORCH, selected=selected, keep=stage.keepable)
         layers += [layer.name for layer in captured.layers]
@@ -24,6 +24,11 @@ def measured_in_stages(pair, selected):
         assert set(captured.grams) == {layer.gram for layer in captured.layers}
         crosses |= captured.crosses
         ignored |= set(captured.ignored)
+    # Both models have moved on to the end of the block, whichever layers are left out.
+    pair.pruned.advance(0)
+    for j in range(len(pair.dense)):
+        assert torch.equal(pair.dense.hidden[j], run_dense(j))
+        assert torch.equal(pair.pruned.hidden[j], run(j))
     return layers, grams, crosses, ignored
 
 
@@ -54,33 +59,6 @@ def test_layers_that_stay_are_measured_as_without_selection(family, left_out, tm
         assert cross.of == everything[2][name].of
         assert torch.equal(cross.matrix, everything[2][name].matrix), name
     assert ignored <= set(left_out)
-
-
-@pytest.mark.parametrize(
-    ("left_out", "moves"),
-    [
-        # The second stage moves the dense model on to the sum behind the attention, the last one to the end.
-        ([], [False, True, False, True]),
-        (["mlp.gate_proj.weight", "mlp.up_proj.weight"], [False, True, True]),
-        (["self_attn.o_proj.weight"], [True, False, True]),
-        ([f"self_attn.{p}_proj.weight" for p in "qkvo"] + ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [True]),
-    ],
-    ids=["nothing", "gate+up", "o", "all but down"],
-)
-def test_the_dense_model_moves_on_to_the_end_of_the_block(left_out, moves, tmp_path):
-    pair, selected = damaged_pair(save_model(tmp_path, "llama")), without(*left_out)
-    (run, run_dense), order = whole_runs(pair), stages_of(pair, selected)
-    assert [stage.final or stage.behind is not None for stage in order] == moves
-    assert [stage.final for stage in order] == [False] * (len(order) - 1) + [True]
-    for stage in order:
-        before = [pair.dense.hidden[j] for j in range(len(pair.dense))]
-        measure(stage, pair, backend=TORCH, selected=selected, keep=False)
-        moved = [not torch.equal(pair.dense.hidden[j], hidden) for j, hidden in enumerate(before)]
-        assert all(moved) == any(moved) == (stage.final or stage.behind is not None)
-    pair.pruned.advance(0)
-    for j in range(len(pair.dense)):
-        assert torch.equal(pair.dense.hidden[j], run_dense(j))
-        assert torch.equal(pair.pruned.hidden[j], run(j))
 
 
 def test_experts_in_a_list_of_modules_of_which_some_have_lost_their_first_layer():

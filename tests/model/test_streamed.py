@@ -8,6 +8,7 @@ import torch
 from helpers.families import FAMILIES, VOCABULARY, save_model
 from helpers.verifying import change_tensor
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparsefw.checkpoint.source import inspect
@@ -164,9 +165,17 @@ class TestRefused:
             open_model(folder)
 
 
-def test_tensors_that_the_model_does_not_use_are_named(tmp_path):
+def test_tensors_that_the_model_does_not_use_are_named_and_written(tmp_path):
     folder = save_model(tmp_path, "llama")
+    # In another dtype than the model, and with a value that no weight may have.
+    name = "model.layers.2.input_layernorm.weight"
+    change_tensor(folder, name, lambda x: x.to(torch.bfloat16).index_fill(0, torch.tensor([1]), -torch.inf))
     change_config(folder, num_hidden_layers=2)
-    notes = open_model(folder).notes
-    (note,) = (note for note in notes if "9 tensors that LlamaForCausalLM has no use for" in note)
-    assert note.endswith("model.layers.2.input_layernorm.weight first")
+    model = open_model(folder)
+    (note,) = model.notes
+    assert note.startswith("not pruned: 9 tensors that LlamaForCausalLM has no use for")
+    assert note.endswith(f"{name} first")
+    written = {name: tensor for piece in model.pieces for name, tensor in model.other_tensors(piece).items()}
+    stored = {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+    assert {n for n in stored if "layers.2." in n} < written.keys()
+    assert all(torch.equal(x, stored[n]) and x.dtype == stored[n].dtype for n, x in written.items())

@@ -6,7 +6,6 @@ import pytest
 import torch
 from classes.tiny_model import byte_tokenizer
 from helpers.families import save_model
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -182,37 +181,3 @@ class TestErrors:
             with pytest.raises(type(error)) as caught:
                 states.output(1, 0)
         assert caught.value is error
-
-
-class TestUnused:
-    """Tensors that the class has no use for, such as layers that predict further tokens."""
-
-    def test_are_written_as_they_are(self, tmp_path, capsys):
-        from helpers.commands import TEXT, run, tensors_of
-        from helpers.verifying import verdict
-
-        source = save_model(tmp_path / "model", "llama", torch.bfloat16)
-        shard = min(source.glob("*.safetensors"))
-        index = source / "model.safetensors.index.json"
-        # In another dtype than the model, and with values that no weight may have.
-        extra = {"model.mtp.0.weight": torch.randn(3, 5), "model.mtp.0.mask": torch.tensor([0.0, -torch.inf])}
-        save_file(load_file(shard) | extra, shard, metadata={"format": "pt"})
-        content = json.loads(index.read_text())
-        content["weight_map"] |= dict.fromkeys(extra, shard.name)
-        index.write_text(json.dumps(content))
-        (tmp_path / "text.txt").write_text(TEXT)
-        output = tmp_path / "out"
-        assert run(source, tmp_path / "text.txt", output, "--method", "wanda") == 0
-        said = capsys.readouterr().out
-        assert "note: not pruned: 2 tensors that LlamaForCausalLM has no use for" in said
-        assert "of another dtype" not in said
-        written = tensors_of(output)
-        assert written.keys() == tensors_of(source).keys()
-        for name, tensor in extra.items():
-            assert torch.equal(written[name], tensor)
-        status, printed, _ = verdict(capsys, output)
-        assert status == 0, printed
-        loaded = [
-            AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)[1] for folder in (source, output)
-        ]
-        assert loaded[0]["unexpected_keys"] == loaded[1]["unexpected_keys"] == set(extra)
