@@ -30,6 +30,9 @@ Run = Callable[[int], object]
 # What a run returns; None if it ended before.
 Ran = TypeVar("Ran")
 
+# Tensors at points of a block, and what the block returned; None if the run ended before.
+_Ran = tuple[dict[Point, Tensor], BlockRun | None]
+
 # Outputs of the dense model's layers: called with the number of a micro-batch, then with the name of a layer.
 DenseOutputs = Callable[[int], Callable[[str], Tensor | None]]
 
@@ -260,11 +263,10 @@ def _measure_watched(
 ) -> Captured:
     """Measure layers that have to be watched: experts, and layers whose outputs in both models are recorded."""
 
-    def move(j: int, ran: tuple[dict[Point, Tensor], BlockRun | None] | None) -> None:
-        if stage.final and ran:
-            _move_dense(stage, pair, j, ran)
-        elif stage.final or stage.behind:
-            _run_dense(stage, pair, j, take=() if stage.behind is None else (stage.behind,), end=stage.behind)
+    def move(j: int, ran: _Ran | None) -> None:
+        if stage.final or stage.behind:
+            take = () if stage.behind is None else (stage.behind,)
+            _run_dense(stage, pair, j, take=take, end=stage.behind, ran=ran if stage.final else None)
 
     outputs = None
     # Experts are not compared with the dense model. For them it runs only to move on.
@@ -301,21 +303,22 @@ def _run_pruned(
 
 
 def _run_dense(
-    stage: Stage, pair: Pair, j: int, *, take: Iterable[Point], end: Point | None
-) -> tuple[dict[Point, Tensor], BlockRun | None]:
-    """Run micro-batch j of the dense model as far as a stage needs it, and move it on to where the next one starts."""
-    ran = pair.dense.part(pair.number, j, pair.dense_block, take=take, end=end)
-    _move_dense(stage, pair, j, ran)
-    return ran
+    stage: Stage, pair: Pair, j: int, *, take: Iterable[Point], end: Point | None, ran: _Ran | None = None
+) -> _Ran:
+    """Run micro-batch j of the dense model as far as a stage needs it, and move it on to where the next one starts.
 
-
-def _move_dense(stage: Stage, pair: Pair, j: int, ran: tuple[dict[Point, Tensor], BlockRun | None]) -> None:
-    """Move micro-batch j of the dense model on to where the next stage starts, by what a run of it returned."""
+    Args:
+        stage, pair, j: the stage, the block and the micro-batch.
+        take, end: as for `HiddenStates.part`.
+        ran: what a run that is as long has returned; None: it is run.
+    """
+    ran = ran or pair.dense.part(pair.number, j, pair.dense_block, take=take, end=end)
     taken, output = ran
     if stage.final and output is not None:
         pair.dense.leave(pair.number, j, output)
     elif stage.behind is not None:
         pair.dense.put(pair.number, j, taken[stage.behind])
+    return ran
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

@@ -163,8 +163,8 @@ class _Forward:
         self._blocks = {name: block for stack in stacks.values() for name, block in stack.items()}
         self._forms = Forms()
         self._logits_itemsize = 0
-        # Attributes that blocks have set: the module, its name, and the module's attributes before.
-        self._set: list[tuple[nn.Module, str, dict[str, Any]]] = []
+        # The attributes of modules before they were run.
+        self._before: dict[nn.Module, dict[str, Any]] = {}
 
     @torch.no_grad()
     def path(self, model: nn.Module, outside: Ready) -> Path | None:
@@ -189,7 +189,9 @@ class _Forward:
             try:
                 first = self._run(self._run_block, watched)
             finally:
-                self._restore_attributes()
+                for module, attributes in self._before.items():
+                    vars(module).clear()
+                    vars(module).update(attributes)
             if not (names := first.names):
                 return None
             try:
@@ -241,11 +243,9 @@ class _Forward:
             # The objects themselves, with other tensors than those that are followed.
             memo = {id(known): (known, known) for known in objects}
             own, others = rebuilt((args, kwargs), Tensor.detach, memo)
-            before = [(module, dict(module.__dict__)) for module in block.modules()]
+            self._before = {module: dict(vars(module)) for module in block.modules()} | self._before
             with explained(self._kind, name, self._input_kind), self._inside(block.modules()):
                 output = block(*own, **others)
-            for module, attributes in before:
-                self._set += [(module, k, attributes) for k, x in module.__dict__.items() if attributes.get(k) is not x]
             form = form or self._forms.add(kind, output, own[0], name, self._kind)
         return form.after(args[0])
 
@@ -254,14 +254,6 @@ class _Forward:
         form = self._forms.find(block_type(self._blocks[name]), args[0])
         assert form is not None, name
         return form.after(args[0], _other_values)
-
-    def _restore_attributes(self) -> None:
-        """Give the blocks' modules the attributes that they had before the blocks were run."""
-        for module, name, before in reversed(self._set):
-            module.__dict__.pop(name, None)
-            if name in before:
-                module.__dict__[name] = before[name]
-        self._set = []
 
 
 def _other_values(x: Tensor) -> Tensor:

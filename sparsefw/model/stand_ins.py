@@ -3,9 +3,8 @@
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -23,17 +22,6 @@ BlockType = tuple[Any, ...]
 
 # What stands for a block's output: called with the number of the call, the block's name, and what the block is given.
 StandIn = Callable[[int, str, tuple[Any, ...], dict[str, Any]], Any]
-
-# The attributes of a module that hold what runs before and after its forward.
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
 
 
 class StopForward(Exception):
@@ -211,11 +199,7 @@ def run_replaced(
             raise StopForward
         return output
 
-    with ExitStack() as replaced:
-        for name, block in blocks.items():
-            replaced.enter_context(_replaced(block, partial(replacement, name)))
-        if recorder is not None:
-            replaced.enter_context(recorder.on())
+    with _calls_replaced(blocks, replacement), recorder.on() if recorder else nullcontext():
         try:
             return runs(*batch.args, **batch.kwargs)
         except StopForward:
@@ -223,31 +207,34 @@ def run_replaced(
 
 
 @contextmanager
-def _replaced(block: nn.Module, replacement: Callable[[tuple, dict], Any]) -> Iterator[None]:
-    """Inside the `with` block, a call of a block calls the replacement alone, without the block's hooks."""
-    first = _first_parameter(block)
+def _calls_replaced(blocks: Mapping[str, nn.Module], replacement: Callable[[str, tuple, dict], Any]) -> Iterator[None]:
+    """Inside the `with` block, a call of a block calls the replacement alone, without the block's hooks.
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not args and first in kwargs:
+    Inside the replacement all modules are what they are outside.
+    """
+    names, call = {block: name for name, block in blocks.items()}, nn.Module.__call__
+
+    def replaced(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if module not in names:
+            return call(module, *args, **kwargs)
+        if not args and (first := _first_parameter(module)) in kwargs:
             args = (kwargs.pop(first),)
-        with _called_with(block, own):
-            return replacement(args, kwargs)
+        with _called_by(call):
+            return replacement(names[module], args, kwargs)
 
-    with _called_with(block, {"forward": forward} | {name: {} for name in _HOOKS}) as own:
+    with _called_by(replaced):
         yield
 
 
 @contextmanager
-def _called_with(block: nn.Module, attributes: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Inside the `with` block, a block has another forward, or its class's, and other hooks; yields its own ones."""
-    own = {name: vars(block)[name] for name in ("forward", *_HOOKS) if name in vars(block)}
+def _called_by(function: Callable[..., Any]) -> Iterator[None]:
+    """Inside the `with` block, a call of any module calls this function."""
+    before = nn.Module.__call__
+    nn.Module.__call__ = function  # type: ignore[method-assign]
     try:
-        vars(block).pop("forward", None)
-        vars(block).update(attributes)
-        yield own
+        yield
     finally:
-        vars(block).pop("forward", None)
-        vars(block).update(own)
+        nn.Module.__call__ = before  # type: ignore[method-assign]
 
 
 def _first_parameter(block: nn.Module) -> str:

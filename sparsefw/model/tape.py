@@ -4,8 +4,7 @@ What is to be known of a forward is a function over the list of its operations. 
 value is a tensor between two writes to it. So it is made once, and never changes.
 """
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 # Types of values without tensors inside. They are told by their types: torch's own search, which knows all containers,
 # takes ten times as long.
@@ -123,8 +123,8 @@ class Tape:
     holds: Callable[[Tensor], bool] = lambda x: False
     call: Callable[[Any, tuple, dict], Any] = lambda func, args, kwargs: func(*args, **kwargs)
     ops: list[Op] = field(default_factory=list)
-    # By a tensor's id: the tensor, its value, and how often it had been written to.
-    _known: dict[int, tuple[Callable[[], Tensor | None], Value, int]] = field(default_factory=dict)
+    # By tensor: its value, and how often it had been written to.
+    _known: MutableMapping[Tensor, tuple[Value, int]] = field(default_factory=WeakIdKeyDictionary)
     # By the storage of a tensor: the last operation that wrote to it.
     _writer: dict[int, int] = field(default_factory=dict)
     _count: int = 0
@@ -155,8 +155,8 @@ class Tape:
             if _version(x) != version and id(x) not in written:
                 self._writer[_storage(x)] = number
                 base = x._base
-                if base is not None and id(base) in self._known:
-                    written[id(base)] = self._known[id(base)][1], self._add(base, number)
+                if base is not None and base in self._known:
+                    written[id(base)] = self._known[base][0], self._add(base, number)
                 written[id(x)] = before, self._add(x, number)
         outputs: list[Value] = []
 
@@ -175,9 +175,8 @@ class Tape:
         """
         if (found := self._find(x)) is not None:
             return found
-        # It was written to by another view of its memory.
-        stale = id(x) in self._known and self._known[id(x)][0]() is x
-        return self._add(x, self._writer.get(_storage(x)) if stale else None)
+        # One that is known was written to by another view of its memory.
+        return self._add(x, self._writer.get(_storage(x)) if x in self._known else None)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -189,15 +188,14 @@ class Tape:
             self._paused = before
 
     def _find(self, x: Tensor) -> Value | None:
-        known = self._known.get(id(x))
-        return known[1] if known and known[0]() is x and known[2] == _version(x) else None
+        value, version = self._known.get(x, (None, 0))
+        return value if version == _version(x) else None
 
     def _add(self, x: Tensor, maker: int | None) -> Value:
-        held = x if self.holds(x) else None
         strides = x.stride() if x.layout is torch.strided else ()
-        value = Value(self._count, maker, x.shape, strides, x.dtype, held)
+        value = Value(self._count, maker, x.shape, strides, x.dtype, x if self.holds(x) else None)
         self._count += 1
-        self._known[id(x)] = (weakref.ref(x) if held is None else lambda: held), value, _version(x)
+        self._known[x] = value, _version(x)
         return value
 
 
