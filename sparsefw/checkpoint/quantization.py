@@ -74,16 +74,17 @@ def quantization_of(config: dict[str, Any], path: Path) -> Quantization | None:
     Raises:
         InputError: the method is not one that is read.
     """
-    content = next((place[KEY] for place in _places(config) if place.get(KEY) is not None), None)
+    content = next((section[KEY] for section in _configs(config) if section.get(KEY) is not None), None)
     if content is None:
         return None
-    method, block = content.get("quant_method", "an unnamed method"), content.get("weight_block_size", DEFAULT_BLOCK)
+    method = content.get("quant_method", "an unnamed method") if isinstance(content, dict) else content
     if method not in METHODS:
         raise InputError(f"{path}: the model is quantized by {shown(method)}, which is not read; {ORIGINAL} ({KEY})")
+    block = content.get("weight_block_size", DEFAULT_BLOCK)
     return Quantization(method, tuple(block) if block and method == "fp8" else None)
 
 
-def _places(config: dict[str, Any]) -> list[dict[str, Any]]:
+def _configs(config: dict[str, Any]) -> list[dict[str, Any]]:
     """Where transformers looks for a quantization config."""
     text_config = config.get("text_config")
     return [config, text_config] if isinstance(text_config, dict) else [config]
@@ -91,14 +92,14 @@ def _places(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     """A config as that of a model which is not quantized."""
-    if not any(place.get(KEY) is not None for place in _places(config)):
+    if not any(section.get(KEY) is not None for section in _configs(config)):
         return config
     config = copy.deepcopy(config)
     named = dtype_in(config)
-    for place in _places(config):
+    for section in _configs(config):
         # Only a quantized model has another dtype: transformers would cast the weights to it.
         for key in (KEY, *(() if named else DTYPE_KEYS)):
-            place.pop(key, None)
+            section.pop(key, None)
     return config
 
 
@@ -133,7 +134,7 @@ def joined(
 
 def dtype_in(config: dict[str, Any]) -> torch.dtype | None:
     """The dtype that a config names for the weights; None if it names none that can be pruned."""
-    named = [place.get(key) for place in _places(config) for key in DTYPE_KEYS]
+    named = [section.get(key) for section in _configs(config) for key in DTYPE_KEYS]
     return next((dtype for name in named for dtype in DTYPES if f"torch.{name}" == str(dtype)), None)
 
 

@@ -216,11 +216,11 @@ def mixed_windows(
     # Some of the windows are held out, and all are learned from in turn: each part has some of every text.
     order = torch.randperm(nsamples, generator=torch.Generator().manual_seed(seed)).argsort()
     sources, numbers = [], counts(nsamples, list(shares.values()))
-    for (name, share), n, places in zip(shares.items(), numbers, order.split(numbers), strict=True):
+    for (name, share), n, rows in zip(shares.items(), numbers, order.split(numbers), strict=True):
         if not n:
             raise InputError(f"--dataset {shown(name)}: its share, {share:g}, is none of {nsamples} windows; give more")
         windows = calibration_windows(tokenizer, name, nsamples=n, seqlen=seqlen, seed=seed)
-        ids[places] = windows.ids
+        ids[rows] = windows.ids
         sources.append(f"{windows.source} ({n})")
     return _windows(ids, " + ".join(sources))
 
@@ -341,26 +341,26 @@ def _pieces(tokenizer: Tokenizer, document: Iterable[str]) -> Iterator[tuple[str
         for start in range(0, len(string), PIECE):
             rest += string[start : start + PIECE]
             while len(rest) > PIECE:
-                at = _place_of_cut(tokenizer, rest)
+                at = _find_cut(tokenizer, rest)
                 yield lead, rest[:at]
                 lead, rest = rest[max(0, at - CONTEXT) : at], rest[at:]
     yield lead, rest
 
 
-def _place_of_cut(tokenizer: Tokenizer, text: str) -> int:
+def _find_cut(tokenizer: Tokenizer, text: str) -> int:
     """Where to cut a text that is longer than a piece: before an empty line, before white space, or anywhere."""
     end = PIECE - CONTEXT
-    places = []
+    cuts = []
     for separator in (r"\n\s*\n", r"\s+"):
         found = [match.start() for match in re.compile(separator).finditer(text, max(1, end - SEARCHED), end)]
-        places += found[: -TRIED - 1 : -1]
-    places += range(end, max(0, end - TRIED), -1)
-    for at in places:
+        cuts += found[: -TRIED - 1 : -1]
+    cuts += range(end, max(0, end - TRIED), -1)
+    for at in cuts:
         before = text[max(0, at - CONTEXT) : at]
         alone, followed = tokenize(tokenizer, [before, before + text[at : at + CONTEXT]])
         if followed[: len(alone)] == alone:
             return at
-    return places[0]
+    return cuts[0]
 
 
 @contextmanager

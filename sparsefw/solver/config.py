@@ -266,7 +266,7 @@ class PruneConfig:
         return METHODS[method].rows_independent and not (method == "sparsefw" and self.whole_matrix)
 
     def rows_shared(self, method: str) -> bool:
-        """Whether the rows of a layer may be solved apart from each other: nothing is known of all of them together."""
+        """Whether the rows of a layer may be solved separately: nothing is known of all of them together."""
         by_row = (METHODS[method].saliency or self.warm_start) not in OF_MATRIX
         return self.rows_independent(method) and self.pattern.scope != "layer" and by_row
 

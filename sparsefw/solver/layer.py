@@ -78,7 +78,7 @@ def solve_layer(
 ) -> tuple[Tensor, Tensor, LayerResult]:
     """Prune one layer, for callers with a loop of their own.
 
-    Products of fp32 are as exact as `torch.set_float32_matmul_precision` has been told.
+    Products of fp32 are as exact as `torch.set_float32_matmul_precision` says.
 
     Args:
         W: (rows, d) weight, fp32 / bf16 / fp16; left as it is.

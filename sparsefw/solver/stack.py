@@ -160,7 +160,7 @@ def _stack_padded(parts: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
 def _to_targets(
     stack: Stack, first: int, W: Tensor, G: Tensor | Terms, H: Tensor, support: Tensor | None
 ) -> Tensor | None:
-    """Put the targets of stacked rows W, of which the first has this number, in their place, chunk by chunk.
+    """Replace stacked rows W, of which the first has this number, by their targets, chunk by chunk.
 
     The target of a layer without a cross matrix is its weight, and that of the padding is zero. Targets are rounded to
     the dtype that will be written: rows whose mask stays as it is keep the target's own weights.

@@ -116,7 +116,7 @@ def test_tokens_of_pieces_are_those_of_the_whole_text(kind, small, monkeypatch):
     # However it is read.
     assert all_tokens(made, [TEXT[n : n + 77] for n in range(0, len(TEXT), 77)]) == expected
     # The places that are refused are places where tokens change.
-    monkeypatch.setattr(windows, "_place_of_cut", lambda *_: 900)
+    monkeypatch.setattr(windows, "_find_cut", lambda *_: 900)
     assert all_tokens(made, [TEXT]) != expected
 
 
