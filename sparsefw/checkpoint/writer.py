@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -208,9 +208,7 @@ class Writer:
                 )
         self.chosen = before["chosen"]
         # Ranks finish shards in any order: those behind a gap are made again.
-        for n in count():
-            if not self._record(n).exists():
-                break
+        for n in takewhile(lambda n: self._record(n).exists(), count()):
             self.records[n] = self._read(self._record(n), Record)
         self._check_finished()
 
