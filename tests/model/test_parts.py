@@ -48,17 +48,15 @@ class Recorded:
 
 
 class RealProducts(TorchDispatchMode):
-    """Counts operations on tensors with data, and products among them."""
+    """Counts products of tensors with data."""
 
     def __init__(self):
         super().__init__()
-        self.operations = self.products = 0
+        self.products = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor) and not out.is_meta:
-            # A view has no cost.
-            self.operations += not func.is_view
             self.products += func.overloadpacket._qualified_op_name in ("aten::addmm", "aten::mm", "aten::bmm")
         return out
 
@@ -85,42 +83,29 @@ class TestParts:
         for point, tensor in calls.outputs.items():
             assert torch.equal(taken[point], tensor)
 
-    def test_begin_at_the_sum(self):
-        """Only the layers behind it run, and the block's input is not needed."""
+    @pytest.mark.parametrize(
+        ("given", "end", "products"),
+        [
+            # Only the layers behind the sum run, and the block's input is not needed.
+            (["add"], None, 2),
+            # The tensors before are given: the stream, which is the block's input or the sum, and a layer's input.
+            (["input", "tanh"], None, 3),
+            (["add", "relu"], None, 1),
+            (["input"], "relu", 2),
+            (["add"], "relu", 1),
+        ],
+    )
+    def test_only_a_part_runs(self, given, end, products):
         block, x = Block(), hidden()
         calls, output = recorded(block, x)
-        cut, later = calls.named("add"), calls.named("relu")
+        points = {name: calls.named(name) for name in ("tanh", "add", "relu")} | {"input": INPUT}
+        tensors, wanted = calls.outputs | {INPUT: x}, points["relu"]
         with RealProducts() as real:
-            taken, whole = run_part(block, {cut: calls.outputs[cut]}, [cut, later])
-        # sin, b, relu, c and the sum.
-        assert (real.products, real.operations) == (2, 5)
-        assert torch.equal(whole, output)
-        assert torch.equal(taken[later], calls.outputs[later])
-        assert torch.equal(taken[cut], calls.outputs[cut])
-
-    def test_begin_at_a_kept_input(self):
-        """The tensors before are given: the stream, which is the block's input or the sum, and the layer's input."""
-        block, x = Block(), hidden()
-        calls, output = recorded(block, x)
-        cut, first, second = calls.named("add"), calls.named("tanh"), calls.named("relu")
-        for given, products in (
-            ({INPUT: x, first: calls.outputs[first]}, 3),
-            ({cut: calls.outputs[cut], second: calls.outputs[second]}, 1),
-        ):
-            with RealProducts() as real:
-                _, whole = run_part(block, given)
-            assert real.products == products
-            assert torch.equal(whole, output)
-
-    def test_end_at_a_point(self):
-        block, x = Block(), hidden()
-        calls, _ = recorded(block, x)
-        cut, end = calls.named("add"), calls.named("relu")
-        for given, products in (({INPUT: x}, 2), ({cut: calls.outputs[cut]}, 1)):
-            with RealProducts() as real:
-                taken, output = run_part(block, given, [end], end)
-            assert (real.products, output) == (products, None)
-            assert torch.equal(taken[end], calls.outputs[end])
+            start = {points[name]: tensors[points[name]] for name in given}
+            taken, whole = run_part(block, start, [wanted], end and points[end])
+        assert real.products == products
+        assert torch.equal(taken[wanted], tensors[wanted])
+        assert whole is None if end else torch.equal(whole, output)
 
     def test_what_does_not_depend_on_the_input_is_made_for_real(self):
         """Positions that are made before the sum may be read behind it, and states are written step by step."""
