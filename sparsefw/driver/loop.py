@@ -264,11 +264,10 @@ def _replay(run: Run, i: int, states: _States, writer: Writer) -> None:
         _advance(run, i, "forward", states.of(DENSE))
     for method in run.config.methods:
         with model.timeline.span("read", i):
+            path = None
             if i in model.unique_blocks:
                 path = writer.path(model.unique_blocks.index(i), None if method == run.config.method else method)
-                model.open_as(i, read_shard(path))
-            else:
-                model.open_alone(i)
+            model.open_alone(i, read_shard(path) if path else None)
         _advance(run, i, "forward", states.of(method))
     model.close(i)
 

@@ -125,7 +125,7 @@ class BlockModel:
         with self.timeline.span("wait", i):
             tensors = self._next[1].result() if self._next and self._next[0] == i else self._timed_read(i)
         with self.timeline.span("read", i):
-            block = self.open_as(i, tensors)
+            block = self.open_alone(i, tensors)
             for name, parameter in block.named_parameters():
                 check_finite(f"{self.names[i]}.{name}", parameter)
         # The next block is read into the same pinned memory if nothing holds it any more.
@@ -137,13 +137,9 @@ class BlockModel:
             self._next = i + 1, self._reader.submit(self._timed_read, i + 1)
         return block
 
-    def open_alone(self, i: int) -> nn.Module:
-        """Block i on the device, unchecked, while nothing else is read."""
-        return self.open_as(i, self._timed_read(i))
-
-    def open_as(self, i: int, tensors: Mapping[str, Loadable]) -> nn.Module:
-        """Block i on the device with these weights, which have the names of `block_tensors`."""
-        self._fill(i, tensors)
+    def open_alone(self, i: int, tensors: Mapping[str, Loadable] | None = None) -> nn.Module:
+        """Block i on the device, unchecked, with these weights, named as in `block_tensors`; None: its own."""
+        self._fill(i, self._timed_read(i) if tensors is None else tensors)
         return self.blocks[i]
 
     def _fill(self, i: int | None, tensors: Mapping[str, Loadable]) -> list[Slot]:
