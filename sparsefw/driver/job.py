@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sparsefw.data import windows
 from sparsefw.data.batches import Batches
-from sparsefw.data.windows import (
-    Windows,
-    calibration_windows,
-    evaluation_windows,
-    load_tokenizer,
-    mixed_windows,
-    window_length,
-    windows_of,
-)
+from sparsefw.data.windows import Windows
 from sparsefw.errors import InputError
 from sparsefw.inputs import Inputs, Output
 from sparsefw.model import ModelShape
@@ -99,7 +92,7 @@ def windows_of_texts(
         InputError: a text cannot be read or is too short, or the tokenizer cannot take it.
     """
     inputs = job.inputs
-    seqlen = window_length(inputs.model, inputs.seqlen, longest)
+    seqlen = windows.window_length(inputs.model, inputs.seqlen, longest)
     if seqlen < inputs.seqlen:
         say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
     return *ranks.on_first(lambda: _read(job, seqlen)), seqlen
@@ -108,7 +101,7 @@ def windows_of_texts(
 def _read(job: Job, seqlen: int) -> tuple[Windows, list[Windows]]:
     inputs, dataset = job.inputs, job.dataset
     if isinstance(dataset, Tensor):
-        calibration = windows_of(dataset, inputs.dataset[0])
+        calibration = windows.windows_of(dataset, inputs.dataset[0])
         if calibration.seqlen > seqlen:
             raise InputError(
                 f"{calibration.source}: windows of {calibration.seqlen} tokens, and the model takes {seqlen} at most"
@@ -119,13 +112,13 @@ def _read(job: Job, seqlen: int) -> tuple[Windows, list[Windows]]:
     tokenizer = job.tokenizer
     if tokenizer is None:
         assert job.folder is not None
-        tokenizer = load_tokenizer(job.folder)
+        tokenizer = windows.load_tokenizer(job.folder)
     drawn = dict(nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)
     if dataset is None:
-        calibration = mixed_windows(tokenizer, inputs.shares, **drawn)
+        calibration = windows.mixed_windows(tokenizer, inputs.shares, **drawn)
     elif not isinstance(dataset, Tensor):
-        calibration = calibration_windows(tokenizer, dataset, **drawn)
+        calibration = windows.calibration_windows(tokenizer, dataset, **drawn)
     return calibration, [
-        evaluation_windows(tokenizer, name, seqlen=seqlen, limit=inputs.eval_windows)
+        windows.evaluation_windows(tokenizer, name, seqlen=seqlen, limit=inputs.eval_windows)
         for name in dict.fromkeys(inputs.evaluate)
     ]

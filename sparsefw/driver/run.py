@@ -28,18 +28,7 @@ from sparsefw.estimate.placement import memory_limits, place
 from sparsefw.flags import flag_of
 from sparsefw.model import Placement, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
-from sparsefw.report import html, log
-from sparsefw.report.content import (
-    CalibrationText,
-    EvaluationText,
-    MemoryRecord,
-    RankRecord,
-    Report,
-    amount,
-    device_name,
-    machine,
-    versions,
-)
+from sparsefw.report import content, html, log
 from sparsefw.solver.config import PruneConfig
 from sparsefw.timeline import of_rank
 
@@ -47,7 +36,7 @@ from sparsefw.timeline import of_rank
 BY_CONTENT = {"model", "dataset", "evaluate"}
 
 
-def run_job(job: Job, say: Callable[[str], None], progress: bool, ranks: Ranks = ALONE) -> Report:
+def run_job(job: Job, say: Callable[[str], None], progress: bool, ranks: Ranks = ALONE) -> content.Report:
     """Prune a checkpoint, evaluate it, write it and its report.
 
     Args:
@@ -107,7 +96,7 @@ def carry_out(
     say: Callable[[str], None],
     progress: bool,
     ranks: Ranks,
-) -> Report:
+) -> content.Report:
     """Prune a model that is ready for it, evaluate it, and write its report.
 
     Args:
@@ -173,7 +162,7 @@ def _say_what_is_pruned(prepared: Prepared, say: Callable[[str], None]) -> None:
     calibration, length, text = prepared.calibration, prepared.seqlen, ""
     if isinstance(calibration, Windows):
         length, text = calibration.seqlen, f" of {calibration.source}"
-    say(f"calibration: {amount(calibration.source, calibration.n, length)}{text}")
+    say(f"calibration: {content.amount(calibration.source, calibration.n, length)}{text}")
 
 
 def _workload(config: PruneConfig, prepared: Prepared, ranks: Ranks) -> Workload:
@@ -204,8 +193,8 @@ def _identity(job: Job, prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
         values[name] = sorted(values[name])
     flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT}
     texts = {f"the text of --eval {samples.source}": samples.hash for samples in prepared.evaluation}
-    model = {"the model": prepared.fingerprint, "the number of ranks": ranks.count}
-    return flags | model | {"the calibration text": prepared.calibration.hash} | texts | machine(prepared.model.device)
+    read = {"the model": prepared.fingerprint, "the calibration text": prepared.calibration.hash} | texts
+    return flags | read | {"the number of ranks": ranks.count} | content.machine(prepared.model.device)
 
 
 def _prune(
@@ -240,12 +229,12 @@ def _report(
     placement: Placement,
     needs: MemoryNeeds,
     ranks: Ranks,
-) -> Report:
+) -> content.Report:
     """The report, on all ranks, from what was measured on all of them."""
     calibration, timeline, seqlen = prepared.calibration, prepared.model.timeline, prepared.seqlen
-    device, seconds = device_name(prepared.model.device), timeline.seconds()
+    device, seconds = content.device_name(prepared.model.device), timeline.seconds()
     windows = calibration.part(ranks.share(calibration.n)).n
-    mine = RankRecord(
+    mine = content.RankRecord(
         socket.gethostname(), device, windows, seconds, ranks.waited, dict(ranks.sent), memory.peak_memory()
     )
     records, timelines = ranks.gather(mine), ranks.gather(timeline.spans)
@@ -253,13 +242,13 @@ def _report(
     arguments["output"] = str(arguments.pop("folder"))
     blocks = [finished.block for finished in outcome.finished]
     peak = {what: max(record.peak_memory[what] for record in records) for what in mine.peak_memory}
-    return Report(
+    return content.Report(
         arguments=arguments,
-        versions=versions(),
+        versions=content.versions(),
         device=device,
-        data=CalibrationText(calibration.source, calibration.hash, calibration.n, seqlen, job.inputs.seed),
+        data=content.CalibrationText(calibration.source, calibration.hash, calibration.n, seqlen, job.inputs.seed),
         evaluation=[
-            EvaluationText(samples.source, samples.hash, samples.n, seqlen, outcome.perplexity[samples.source])
+            content.EvaluationText(samples.source, samples.hash, samples.n, seqlen, outcome.perplexity[samples.source])
             for samples in prepared.evaluation
         ],
         layers=[layer for finished in outcome.finished for layer in finished.layers],
@@ -269,7 +258,7 @@ def _report(
         timeline=timelines[0]
         + [span for number, spans in enumerate(timelines[1:], 1) for span in of_rank(spans, number)],
         peak_memory={what: max(n, *(getattr(block, what) for block in blocks)) for what, n in peak.items()},
-        memory=MemoryRecord(
+        memory=content.MemoryRecord(
             limits=limits,
             expected={what: getattr(needs, what) for what in limits},
             activations=placement.place,
