@@ -22,7 +22,6 @@ from sparsefw.model.slots import (
     fill,
     is_copied,
     on_device,
-    overwrite,
     restore,
     shared_parameters,
     slots_of,
@@ -279,4 +278,6 @@ class ResidentModel(BlockModel):
         """
         for slot in self._slots(i):
             if slot.path in tensors and isinstance(slot.own, nn.Parameter):
-                overwrite(slot.own, tensors[slot.path])
+                # One that was made in inference mode can be written to only there.
+                with torch.inference_mode() if slot.own.is_inference() else torch.no_grad():
+                    slot.own.copy_(tensors[slot.path])

@@ -127,12 +127,6 @@ def is_copied(tensor: Tensor, device: torch.device) -> bool:
     return tensor.device != device or tensor.is_inference()
 
 
-def overwrite(tensor: Tensor, values: Tensor) -> None:
-    """Give a tensor other values in place. One that was made in inference mode can be written to only there."""
-    with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
-        tensor.copy_(values)
-
-
 @dataclass(frozen=True)
 class SharedParameters:
     """Parameters of blocks that stay dense, by their names in the model: they have inputs of several depths.
