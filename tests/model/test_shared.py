@@ -17,7 +17,7 @@ from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed, shape_of
 from sparsefw.model.head import logits
 from sparsefw.model.skeleton import attention_implementation
-from sparsefw.model.slots import shared_parameters, slots_of
+from sparsefw.model.slots import DenseBlock, shared_parameters, slots_of
 from sparsefw.solver.patterns import without_index
 
 # A model whose attention is one module at several depths.
@@ -183,3 +183,21 @@ def test_a_tensor_of_a_block_outside_of_the_blocks_is_refused():
     tied = {"head.weight": "blocks.0.a.weight"}
     with pytest.raises(InputError, match=r"head.weight: unsupported model _Tied: .* one tensor with blocks.0.a.weight"):
         shared_parameters(_Tied(), BLOCKS, tied, ["blocks.0.a.weight"])
+
+
+@torch.no_grad()
+def test_a_dense_block_runs_with_the_weights_that_it_had():
+    """Its parameters are those that it multiplies with, so that its products are found."""
+    block, x, used = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4), []
+    block[1].weight = block[0].weight
+    block[0].register_forward_pre_hook(lambda module, args: used.append(module.weight))
+    expected, dense = block(x), DenseBlock(block)
+    for parameter in block.parameters():
+        parameter.zero_()
+    assert torch.equal(dense(x), expected)
+    assert not block(x).any()
+    parameters = dict(dense.named_parameters())
+    assert parameters.keys() == dict(block.named_parameters()).keys()
+    assert [id(weight) for weight in used] == [
+        id(x) for x in (block[0].weight, parameters["0.weight"], block[0].weight)
+    ]
