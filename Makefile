@@ -15,7 +15,7 @@ format:
 
 # All but what is marked slow.
 test:
-	pytest -q -n $(WORKERS) -m "not gpu and not slow"
+	pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not slow"
 
 # All that needs no GPU. A file goes to one worker, so that what its tests share (compiled kernels,
 # pruned models) is made once; in the order of the files, or the longest one, which has few tests, would come last.

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers.families import first_is_fast
 from helpers.stacks import STACKS, drawn, perplexity_of_whole, random_ids
 from safetensors.torch import load_model
 from torch import nn
@@ -21,7 +22,7 @@ def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("name", first_is_fast(STACKS))
 class TestStacks:
     def test_pruned_in_place(self, name):
         model, batches = drawn(name)

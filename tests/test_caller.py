@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import huggingface_hub.utils as hub
 import pytest
 import torch
-from helpers.families import TOKENS, save_model
+from helpers.families import TOKENS, first_is_fast, save_model
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -61,7 +61,7 @@ def results(source, text, output):
     return [path.read_bytes() for path in sorted(output.glob("*.safetensors"))], of_text
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", first_is_fast(MODES))
 def test_modes_of_the_caller_change_nothing(mode, source, text, plain, tmp_path):
     with MODES[mode]():
         assert results(source, text, tmp_path / "out") == plain

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.families import save_model
+from helpers.families import first_is_fast, save_model
 from helpers.stacks import STACKS, drawn
 from helpers.verifying import (
     DOWN,
@@ -46,13 +46,15 @@ def row(printed, check):
 class TestPasses:
     @pytest.mark.parametrize(
         ("family", "dtype", "flags"),
-        [
-            ("llama", torch.float32, ["--sparsity", "layer:0.6", "--refit", "0"]),
-            ("llama", torch.bfloat16, ["--compare", "wanda", "--compare", "sparsegpt"]),
-            ("opt", torch.bfloat16, ["--refit", "0"]),
-            ("mixtral", torch.float32, ["--sparsity", "2:4"]),
-            ("gpt2", torch.bfloat16, ["--sparsity", "2:4", "--refit", "0"]),
-        ],
+        first_is_fast(
+            [
+                ("llama", torch.float32, ["--sparsity", "layer:0.6", "--refit", "0"]),
+                ("llama", torch.bfloat16, ["--compare", "wanda", "--compare", "sparsegpt"]),
+                ("opt", torch.bfloat16, ["--refit", "0"]),
+                ("mixtral", torch.float32, ["--sparsity", "2:4"]),
+                ("gpt2", torch.bfloat16, ["--sparsity", "2:4", "--refit", "0"]),
+            ]
+        ),
     )
     def test_families_and_methods(self, family, dtype, flags, pruned, capsys):
         _, output = pruned(*flags, family=family, dtype=dtype)
@@ -334,7 +336,7 @@ def test_bad_input(pruned, tmp_path, capsys):
     refused(capsys, r".*report\.json: it has no layers pruned by wanda", copy)
 
 
-@pytest.fixture(scope="module", params=STACKS)
+@pytest.fixture(scope="module", params=first_is_fast(STACKS))
 def stack(request, tmp_path_factory):
     """Source and output of a model in memory that was pruned on batches."""
     folder, (model, batches) = tmp_path_factory.mktemp(request.param), drawn(request.param, 2)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers.commands import run, tensors_of
-from helpers.families import config_of
+from helpers.families import config_of, first_is_fast
 from helpers.interruption import interrupted_at
 from helpers.quantized import change_stored, dequantized, fp8, save_fp8, save_mxfp4
 from helpers.verifying import change_tensor, flip_bit, only_failure, put, verdict
@@ -51,7 +51,7 @@ def assert_equal_files(folder, expected) -> None:
         assert torch.equal(tensor.view(torch.uint8), old[name].view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("name", SAVE)
+@pytest.mark.parametrize("name", first_is_fast(SAVE))
 def test_pruned_as_the_checkpoint_that_transformers_dequantizes(name, source, text, tmp_path, capsys):
     plain = dequantized(source(name), tmp_path / "plain")
     assert run(source(name), text, tmp_path / "out") == 0

@@ -1,6 +1,7 @@
 """Where the last block is fitted to predictions: where plans have it, if the data agree, and on all ranks alike."""
 
 import pytest
+from helpers.families import first_is_fast
 from helpers.ranks import on_ranks, prune
 from helpers.reconstructed import SEQLEN, WINDOWS, make_place, run
 
@@ -47,11 +48,8 @@ class Watched:
 
 @pytest.mark.parametrize(
     ("family", "changes", "predicts"),
-    [
-        ("llama", {}, True),
-        # Behind the last block more is read than its hidden states.
-        ("gemma4_text", {}, False),
-    ],
+    # Behind the last block of the second more is read than its hidden states.
+    first_is_fast([("llama", {}, True), ("gemma4_text", {}, False)]),
 )
 def test_a_run_predicts_where_its_plan_does(family, changes, predicts, tmp_path, monkeypatch):
     folder, seen = make_place(tmp_path, family, **changes), Watched(monkeypatch)
@@ -84,7 +82,7 @@ def fitted_to(ranks, answers, folder, output):
     return [PREDICTIONS if fit.tokens else HIDDEN for fit in seen.fits]
 
 
-@pytest.mark.parametrize("answers", [(True, True), (True, False)], ids=str)
+@pytest.mark.parametrize("answers", [(True, False), pytest.param((True, True), marks=pytest.mark.slow)], ids=str)
 def test_ranks_agree_on_what_the_last_block_is_fitted_to(answers, llama, tmp_path):
     """Otherwise they would make different numbers of steps, and wait for each other."""
     last = PREDICTIONS if all(answers) else HIDDEN

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.families import save_model
+from helpers.families import first_is_fast, save_model
 from helpers.ranks import on_ranks, prune
 from safetensors.torch import load_file
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
@@ -82,11 +82,11 @@ def differing(first, second):
 
 # Rows are shared out; whole layers go to ranks, since a budget, a saliency or a decomposition is of all their rows; and
 # experts do.
-@pytest.mark.parametrize(("family", "config"), [
+@pytest.mark.parametrize(("family", "config"), first_is_fast([
     ("llama", {"method": "sparsegpt"}),
     ("llama", {"sparsity": "layer:0.5", "preset": "paper", "steps": 9, "target": "dense"}),
     ("mixtral", {"method": "ria", "compare": ("wanda",)}),
-], ids=str)  # fmt: skip
+]), ids=str)  # fmt: skip
 def test_masks_are_those_of_one_process(family, config, tmp_path, text):
     source = save_model(tmp_path / "model", family)
     alone, _ = prune(ALONE, source, tmp_path / "alone", text, config)
@@ -122,6 +122,7 @@ def test_ranks_reconstruct_together(tmp_path, text):
     assert not all(block.put_back for block in blocks)
 
 
+@pytest.mark.slow
 def test_more_ranks_than_windows_or_rows(tmp_path, text):
     """Ranks without windows of a text, and without rows of a layer, still take part."""
     source = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
@@ -180,6 +181,7 @@ def varying(ranks, do, *args):
         return do(ranks, *args)
 
 
+@pytest.mark.slow
 def test_finished_blocks_are_reported_as_without_an_interruption(tmp_path, text):
     """Rank 1 has written the second one. It has sent other experts than rank 0 has."""
     source = save_model(tmp_path / "model", "mixtral")

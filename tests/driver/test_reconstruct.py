@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import verifying
 from helpers.commands import tensors_of
-from helpers.families import HANDING_ON, TOKENS, save_model
+from helpers.families import HANDING_ON, TOKENS, first_is_fast, save_model
 from helpers.reconstructed import METHODS, QUICK, SEQLEN, WINDOWS, make_place, no_loss, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -57,7 +57,7 @@ def divergence(log_q: torch.Tensor, log_p: torch.Tensor) -> float:
 SPARSITY = {"dense targets": "0.6", "masks only": "layer:0.5", "sparsegpt": "2:4", "compared with sparsefw": "0.7"}
 
 
-@pytest.fixture(scope="module", params=SPARSITY)
+@pytest.fixture(scope="module", params=first_is_fast(SPARSITY))
 def reconstructed(request, llama, constants):
     """The output of a run, its report, and what was seen of it."""
     method, output = request.param, llama / request.param
@@ -130,13 +130,15 @@ def test_layers_that_are_not_selected_stay_dense(flags, llama, tmp_path, capsys)
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [
-        ("llama", torch.bfloat16),
-        ("gpt2", torch.float16),
-        ("mixtral", torch.float32),
-        ("mamba", torch.float32),
-        ("gemma3n_text", torch.float32),
-    ],
+    first_is_fast(
+        [
+            ("llama", torch.bfloat16),
+            ("gpt2", torch.float16),
+            ("mixtral", torch.float32),
+            ("mamba", torch.float32),
+            ("gemma3n_text", torch.float32),
+        ]
+    ),
 )
 def test_families(family, dtype, tmp_path, capsys):
     """Blocks of all kinds get better on held-out windows, and keep to their budgets."""

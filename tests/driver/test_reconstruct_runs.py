@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.commands import tensors_of
+from helpers.families import first_is_fast
 from helpers.reconstructed import METHODS, RATE, WINDOWS, flags_of, make_place, run, shards, without_times
 from transformers import AutoModelForCausalLM
 
@@ -21,10 +22,7 @@ pytestmark = pytest.mark.usefixtures("constants")
 
 @pytest.mark.parametrize(
     ("way", "rate"),
-    [
-        ("wanda", 1e30),
-        ("dense targets", 1e3),
-    ],
+    first_is_fast([("wanda", 1e30), ("dense targets", 1e3)]),
 )
 def test_a_block_that_gets_worse_is_put_back(way, rate, llama, tmp_path, monkeypatch):
     """Then its weights are what they were, bit for bit, even if they had gone beyond all numbers."""
@@ -45,12 +43,8 @@ def test_a_block_that_gets_worse_is_put_back(way, rate, llama, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("way", "family"),
-    [
-        ("wanda", "llama"),
-        ("dense targets", "llama"),
-        # Its experts are watched while the block runs, and outputs are compared.
-        ("dense targets", "qwen3_moe"),
-    ],
+    # Experts are watched while the block runs, and outputs are compared.
+    first_is_fast([("wanda", "llama"), ("dense targets", "llama"), ("dense targets", "qwen3_moe")]),
 )
 def test_nothing_is_fitted_to_what_is_held_out(way, family, tmp_path, monkeypatch):
     """Layers are those of a run on the other windows alone, up to the first block that is reconstructed."""

@@ -106,9 +106,10 @@ def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, se
 
 
 def first_is_fast(values: Iterable[Any]) -> list[Any]:
-    """Values of a parameter, of which `make test` takes the first: the other ones are slow."""
+    """Values of a parameter, or tuples of values, of which `make test` takes the first: the other ones are slow."""
     first, *others = values
-    return [first, *(pytest.param(value, marks=pytest.mark.slow) for value in others)]
+    as_tuples = (value if isinstance(value, tuple) else (value,) for value in others)
+    return [first, *(pytest.param(*value, marks=pytest.mark.slow) for value in as_tuples)]
 
 
 def is_layer(name: str) -> bool:

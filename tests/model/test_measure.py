@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from helpers.damaged import damage, damaged_module, damaged_pair, pruned_block, stages_of, whole_runs
-from helpers.families import is_layer, save_model
+from helpers.families import first_is_fast, is_layer, save_model
 from helpers.kernel_inputs import DEVICE
 from torch import nn
 
@@ -207,7 +207,7 @@ def assert_equal(found, expected):
     assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mixtral", "mamba"])
+@pytest.mark.parametrize("family", first_is_fast(["llama", "gpt_neox", "mixtral", "mamba"]))
 def test_kept_inputs_and_placement_change_nothing(family, tmp_path):
     # Blocks of mamba in bf16 return fp32, which does not fit the place of their input.
     folder = save_model(tmp_path, family, torch.float32 if family == "mamba" else torch.bfloat16)
