@@ -7,20 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsefw.kernels.bound import bound_scores, bound_sums
-from sparsefw.kernels.candidates import candidates
-from sparsefw.kernels.conjugate import conjugate_step
-from sparsefw.kernels.cross import cross_accumulate
+from sparsefw.kernels import triton_ops
 from sparsefw.kernels.definitions import RowState
-from sparsefw.kernels.gram import gram_accumulate
-from sparsefw.kernels.lmo import lmo
-from sparsefw.kernels.mirror import mirror_lower
-from sparsefw.kernels.product import product
-from sparsefw.kernels.removed import begin_fit, removed
 from sparsefw.kernels.rounding import rounding_order
-from sparsefw.kernels.rows import row_errors, take_rows
-from sparsefw.kernels.step import row_step
-from sparsefw.kernels.swaps import row_swaps
 
 ROWS, TOKENS, SWAPS = 4096, 2048, 100
 
@@ -74,7 +63,7 @@ def cases() -> Iterator[Case]:
     for d in (4096, 28672):
         yield _conjugate(f"fp32 {d}", HOPPER, d, P=FP32)
     G = empty(4096, 4096)
-    yield Case("mirror 4096", ALL, partial(mirror_lower, G))
+    yield Case("mirror 4096", ALL, partial(triton_ops.mirror_lower, G))
     for d, targets in ((576, HOPPER), (4096, ALL), (28672, HOPPER)):
         yield from _fits(str(d), targets, d)
 
@@ -97,13 +86,12 @@ def _products() -> Iterator[Case]:
         # Operands of a bf16 weight and an fp32 Gram matrix.
         ("mixed", HOPPER, 4096, 14336, BF16, FP32, "tf32"),
     ):
-        launch = partial(product, empty(rows, d, E), empty(d, d, G), precision=precision)
+        launch = partial(triton_ops.product, empty(rows, d, E), empty(d, d, G), precision=precision)
         yield Case(f"product {text} {rows}x{d}", targets, launch)
     for rows, d, targets in ((4096, 4096, ALL), (8192, 28672, HOPPER), (576, 576, HOPPER)):
-        options = dict(precision="bf16", out=empty(rows, d), add=True)
-        yield Case(
-            f"product added {rows}x{d}", targets, partial(product, empty(rows, d, BF16), empty(d, d, BF16), **options)
-        )
+        operands, out = (empty(rows, d, BF16), empty(d, d, BF16)), empty(rows, d)
+        launch = partial(triton_ops.product, *operands, precision="bf16", out=out, add=True)
+        yield Case(f"product added {rows}x{d}", targets, launch)
 
 
 def _accumulations() -> Iterator[Case]:
@@ -116,7 +104,7 @@ def _accumulations() -> Iterator[Case]:
         ("bf16", BULK, 4100, BF16, "ieee"),
         ("tf32", NVIDIA, 4096, FP32, "tf32"),
     ):
-        launch = partial(gram_accumulate, empty(d, d), empty(TOKENS, d, dtype), precision=precision)
+        launch = partial(triton_ops.gram_accumulate, empty(d, d), empty(TOKENS, d, dtype), precision=precision)
         yield Case(f"gram {text} {d}", targets, launch)
     for text, targets, rows, d, dtype, precision in (
         ("bf16", HOPPER, 1536, 576, BF16, "ieee"),
@@ -128,12 +116,12 @@ def _accumulations() -> Iterator[Case]:
         ("ieee", NVIDIA, 576, 576, FP32, "ieee"),
     ):
         operands = empty(rows, d), empty(TOKENS, rows, dtype), empty(TOKENS, d, dtype)
-        launch = partial(cross_accumulate, *operands, precision=precision)
+        launch = partial(triton_ops.cross_accumulate, *operands, precision=precision)
         yield Case(f"cross {text} {rows}x{d}", targets, launch)
 
 
 def _lmo(text: str, targets: tuple[str, ...], d: int, k: int, *, fixed: bool = False, **options) -> Case:
-    launch = partial(lmo, empty(ROWS, d), k, fixed=empty(ROWS, d, torch.bool) if fixed else None, **options)
+    launch = partial(triton_ops.lmo, empty(ROWS, d), k, fixed=empty(ROWS, d, torch.bool) if fixed else None, **options)
     return Case(f"lmo {text}", targets, launch)
 
 
@@ -152,12 +140,12 @@ def _step(
     options["threshold"] = None if open_loop else vector
     state = RowState(W, x[0], x, x, x, V, E, k, vector, vector, **options)
     numbers = dict(theta=number, next_theta=number) | (dict(eta=number) if open_loop else {})
-    return Case(f"step {text}", targets, partial(row_step, state, **numbers))
+    return Case(f"step {text}", targets, partial(triton_ops.row_step, state, **numbers))
 
 
 def _swaps(text: str, targets: tuple[str, ...], d: int, *, group: int = 0, fixed: bool = True) -> Case:
     W, G, R, V = empty(ROWS, d, BF16), empty(d, d), empty(ROWS, d), empty(ROWS, d, torch.bool)
-    launch = partial(row_swaps, W, G, R, V, SWAPS, group=group, fixed=V if fixed else None)
+    launch = partial(triton_ops.row_swaps, W, G, R, V, SWAPS, group=group, fixed=V if fixed else None)
     return Case(f"swaps {text}", targets, launch)
 
 
@@ -166,7 +154,7 @@ def _conjugate(
 ) -> Case:
     state, (rz, inverse) = empty(ROWS, d), (empty(n, 1)[:, 0] for n in (ROWS, d))
     options = dict(mask=empty(ROWS, d, torch.bool) if mask else None, **place)
-    launch = partial(conjugate_step, state, state, empty(ROWS, d, P), state, rz, rz, inverse, **options)
+    launch = partial(triton_ops.conjugate_step, state, state, empty(ROWS, d, P), state, rz, rz, inverse, **options)
     return Case(f"conjugate {text}", targets, launch)
 
 
@@ -174,19 +162,19 @@ def _fits(text: str, targets: tuple[str, ...], d: int) -> Iterator[Case]:
     """The operations of refits, rounds and errors besides products and steps, for bf16 weights and products in bf16."""
     W, x, V = empty(ROWS, d, BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
     of_rows, of_columns, taken = empty(ROWS, 1)[:, 0], empty(d, 1)[:, 0], empty(ROWS, 1, torch.bool)[:, 0]
-    searched = partial(candidates, x, x, V, of_columns, of_columns, margin=of_rows, support=V)
-    bounded = partial(bound_scores, W, x, x, target_gap=x, damping=of_columns)
+    searched = partial(triton_ops.candidates, x, x, V, of_columns, of_columns, margin=of_rows, support=V)
+    bounded = partial(triton_ops.bound_scores, W, x, x, target_gap=x, damping=of_columns)
     for name, launch in (
-        ("removed", partial(removed, W, V)),
-        ("removed of a target", partial(removed, W, V, x)),
-        ("begin_fit", partial(begin_fit, W, x, V, dtype=BF16)),
-        ("row_errors", partial(row_errors, W, x)),
-        ("row_errors of a fit", partial(row_errors, W, x, x)),
-        ("take_rows", partial(take_rows, x, x, taken)),
-        ("take_rows of a mask", partial(take_rows, V, V, taken)),
+        ("removed", partial(triton_ops.removed, W, V)),
+        ("removed of a target", partial(triton_ops.removed, W, V, x)),
+        ("begin_fit", partial(triton_ops.begin_fit, W, x, V, dtype=BF16)),
+        ("row_errors", partial(triton_ops.row_errors, W, x)),
+        ("row_errors of a fit", partial(triton_ops.row_errors, W, x, x)),
+        ("take_rows", partial(triton_ops.take_rows, x, x, taken)),
+        ("take_rows of a mask", partial(triton_ops.take_rows, V, V, taken)),
         ("candidates", searched),
         ("bound_scores", bounded),
-        ("bound_sums", partial(bound_sums, x, x, V)),
+        ("bound_sums", partial(triton_ops.bound_sums, x, x, V)),
         # The second of the three launches of round_mask.
         ("rounding", partial(rounding_order, x, V, x)),
     ):

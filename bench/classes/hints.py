@@ -5,6 +5,10 @@ from typing import Any
 _SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _CODEBOOK = {"codebook_size": 16}
+_HYBRID = {
+    "num_hidden_layers": 5,
+    "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
+}
 
 HINTS: dict[str, dict[str, Any]] = {
     # The default names no bands of the tokens of images.
@@ -74,12 +78,6 @@ HINTS: dict[str, dict[str, Any]] = {
     # The adapter of one language, which is chosen when a model is loaded.
     "XmodConfig": {"default_language": "en_XX"},
     # Two blocks with the shared layers at least.
-    "ZambaConfig": {
-        "num_hidden_layers": 5,
-        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
-    },
-    "Zamba2Config": {
-        "num_hidden_layers": 5,
-        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
-    },
+    "ZambaConfig": _HYBRID,
+    "Zamba2Config": _HYBRID,
 }  # fmt: skip

@@ -49,25 +49,25 @@ DOCUMENT = range(300, 1801)
 MULTIPLE_CHOICE = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{label}}"}
 ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 
+
+def _metrics(*names: str) -> list[dict]:
+    return [ACCURACY | {"metric": name} for name in names]
+
+
 # The entries of a task's YAML beside its name and its file.
 SETTINGS: dict[str, dict] = {
-    "next_sentence": MULTIPLE_CHOICE
-    | {"doc_to_text": "{{context}}", "metric_list": [ACCURACY, ACCURACY | {"metric": "acc_norm"}]},
-    "word_choice": MULTIPLE_CHOICE | {"doc_to_text": "{{context}}", "metric_list": [ACCURACY]},
-    "true_sentence": MULTIPLE_CHOICE | {"doc_to_text": "", "metric_list": [ACCURACY]},
-    "word_cloze": {
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{context}}",
-        "doc_to_target": "{{' ' + word}}",
-        "metric_list": [ACCURACY, {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
-    },
-    "docs_rolling": {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}],
-    },
-}
+    "next_sentence": MULTIPLE_CHOICE | dict(doc_to_text="{{context}}", metric_list=_metrics("acc", "acc_norm")),
+    "word_choice": MULTIPLE_CHOICE | dict(doc_to_text="{{context}}", metric_list=_metrics("acc")),
+    "true_sentence": MULTIPLE_CHOICE | dict(doc_to_text="", metric_list=_metrics("acc")),
+    "word_cloze": dict(
+        output_type="loglikelihood", doc_to_text="{{context}}", doc_to_target="{{' ' + word}}",
+        metric_list=[*_metrics("acc"), dict(metric="perplexity", aggregation="perplexity", higher_is_better=False)],
+    ),
+    "docs_rolling": dict(
+        output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}",
+        metric_list=[dict(metric=name) for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+    ),
+}  # fmt: skip
 
 
 def next_sentence(prose: Sequence[Passage]) -> Iterator[dict]:

@@ -1,39 +1,24 @@
 """Every operation, by shape and setting, done in each way that there is: first compared, then timed."""
 
+import operations
 import pytest
-from operations import (
-    COMPILE,
-    GPU,
-    PRECISIONS,
-    SHAPES,
-    TOKENS,
-    conjugate_step,
-    copy,
-    cross_accumulate,
-    gram_accumulate,
-    iteration,
-    lmo,
-    mirror_lower,
-    product,
-    row_step,
-    row_swaps,
-)
+from operations import COMPILE, GPU, PRECISIONS, SHAPES, TOKENS
 
 WIDTHS = sorted({(d,) for _, d in SHAPES})
 PATTERNS = [{}, {"group": 4}]
 OURS = ("torch", "triton", *[COMPILE] * GPU)
 # Each operation with its sizes, its settings, and the ways to do it.
 OPERATIONS = [
-    (copy, [(1 << (30 if GPU else 16),)], [{}], ("torch",)),
-    (product, SHAPES, [{"precision": precision} for precision in PRECISIONS], (*OURS, "bare")),
-    (gram_accumulate, [(TOKENS, *width) for width in WIDTHS], [{}], (*OURS, "bare")),
-    (cross_accumulate, [(TOKENS, *shape) for shape in SHAPES], [{}], (*OURS, "bare")),
-    (mirror_lower, WIDTHS, [{}], OURS),
-    (lmo, SHAPES, PATTERNS, (*OURS, "topk")),
-    (row_step, SHAPES, PATTERNS, (*OURS, "topk")),
-    (iteration, SHAPES, [{"precision": "tf32"}, {"precision": "bf16"}], ("torch", "topk", "triton", "bare")),
-    (row_swaps, SHAPES, PATTERNS, ("torch", "triton")),
-    (conjugate_step, SHAPES, [{}], OURS),
+    (operations.copy, [(1 << (30 if GPU else 16),)], [{}], ("torch",)),
+    (operations.product, SHAPES, [{"precision": precision} for precision in PRECISIONS], (*OURS, "bare")),
+    (operations.gram_accumulate, [(TOKENS, *width) for width in WIDTHS], [{}], (*OURS, "bare")),
+    (operations.cross_accumulate, [(TOKENS, *shape) for shape in SHAPES], [{}], (*OURS, "bare")),
+    (operations.mirror_lower, WIDTHS, [{}], OURS),
+    (operations.lmo, SHAPES, PATTERNS, (*OURS, "topk")),
+    (operations.row_step, SHAPES, PATTERNS, (*OURS, "topk")),
+    (operations.iteration, SHAPES, [{"precision": "tf32"}, {"precision": "bf16"}], ("torch", "topk", "triton", "bare")),
+    (operations.row_swaps, SHAPES, PATTERNS, ("torch", "triton")),
+    (operations.conjugate_step, SHAPES, [{}], OURS),
 ]
 # torch's compiler takes seconds for each size, so only the first size has it.
 CASES = [

@@ -176,7 +176,7 @@ import compiled, compiled_cases, gpu_compile
 gpu_compile._cases(90)
 for rows in (2048, 2047):
     score, fixed = compiled_cases.empty(rows, 576), compiled_cases.empty(rows, 576, compiled_cases.torch.bool)
-    compiled.compile_launch("here", lambda: compiled_cases.lmo(score, 100, fixed=fixed, positive=True))
+    compiled.compile_launch("here", lambda: compiled_cases.triton_ops.lmo(score, 100, fixed=fixed, positive=True))
     print(len([*Path(sys.argv[1]).rglob("*.cubin")]))
 """
 

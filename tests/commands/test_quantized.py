@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers.commands import run, tensors_of
+from helpers.commands import interrupted_at, run, tensors_of
 from helpers.families import config_of, first_is_fast
-from helpers.interruption import interrupted_at
 from helpers.quantized import change_stored, dequantized, fp8, save_fp8, save_mxfp4
 from helpers.verifying import change_tensor, flip_bit, only_failure, put, verdict
 from safetensors.torch import load_file

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.commands import interrupted_at
 from helpers.families import save_model
-from helpers.interruption import interrupted_at
 from safetensors.torch import load_file
 
 from sparsefw.checkpoint import files

@@ -1,10 +1,11 @@
-"""Small runs through the command line."""
+"""Small runs through the command line, and their ends at any step of the disk."""
 
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sparsefw.checkpoint import files
 from sparsefw.run import main
 
 TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(200))
@@ -24,3 +25,20 @@ def run(model: Path, text: Path, output: Path, *flags: str) -> int:
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint."""
     return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def interrupted_at(monkeypatch, n, end=interrupt):
+    """From now on, the n-th call that makes a file durable ends the run, by default as Ctrl-C does."""
+    left, sync = [n], files._sync
+
+    def count(path):
+        left[0] -= 1
+        if left[0] == 0:
+            end()
+        sync(path)
+
+    monkeypatch.setattr(files, "_sync", count)

@@ -1,54 +1,13 @@
-"""The report of a run, and a page taken apart."""
+"""The report of a run."""
 
 from dataclasses import asdict
-from html.parser import HTMLParser
 
 from sparsefw.cli import run_parser, settings_of
 from sparsefw.report.content import BlockRecord, CalibrationText, EvaluationText, MemoryRecord, Report
 from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import Span
 
-VOID = {"meta", "br"}
 TYPES = ("self_attn.q_proj", "mlp.down_proj")
-
-
-class Document(HTMLParser):
-    """The elements of a page in their order, with what was wrong in their nesting."""
-
-    def __init__(self, html: str):
-        super().__init__(convert_charrefs=True)
-        self.elements, self.open, self.texts = [], [], []
-        self.feed(html)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        assert len(dict(attributes)) == len(attributes)
-        element = {"tag": tag, "text": "", **dict(attributes)}
-        self.elements.append(element)
-        if tag not in VOID:
-            self.open.append(element)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()["tag"] == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-        for element in self.open:
-            element["text"] += data
-
-    def all(self, tag: str, **attributes: str) -> list[dict]:
-        return [e for e in self.elements if e["tag"] == tag and attributes.items() <= e.items()]
-
-    def cells(self) -> list[list[str]]:
-        """The rows of all tables."""
-        rows = []
-        for element in self.elements:
-            if element["tag"] == "tr":
-                rows.append([])
-            elif element["tag"] in ("td", "th"):
-                rows[-1].append(element["text"])
-        return rows
 
 
 def layer(name: str, method: str, mask: float, error: float, shape: tuple[int, int] = (4, 8)) -> LayerResult:

@@ -1,14 +1,9 @@
-"""The whole model beside one that runs block by block, and models with another forward around their blocks."""
-
-from functools import partial
+"""The whole model beside one that runs block by block."""
 
 import torch
-from helpers.families import TOKENS, save_model
-from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from helpers.families import TOKENS
+from transformers import AutoModelForCausalLM
 
-from sparsefw.checkpoint.source import inspect
-from sparsefw.model import StreamedModel, embed
 from sparsefw.model.head import logits
 from sparsefw.model.skeleton import attention_implementation
 
@@ -36,36 +31,3 @@ def all_logits(model, states):
 def plain_logits(whole):
     """The logits of TOKENS by the model's own forward."""
     return torch.cat([whole(ids, use_cache=False).logits for ids in TOKENS.split(BATCH)])
-
-
-class ChangedForward:
-    """A model with another forward around its blocks."""
-
-    def __init__(self, tmp_path, monkeypatch, forward):
-        class Decoder(nn.Module):
-            def forward(self, decoder, ids):
-                return forward(decoder.layers, decoder.embed_tokens(ids), partial(self.given, decoder))
-
-            def given(self, decoder, hidden):
-                positions = torch.arange(hidden.shape[1])[None]
-                return {"position_embeddings": decoder.rotary_emb(hidden, position_ids=positions)}
-
-        folder = save_model(tmp_path, "llama")
-
-        def whole_forward(model, input_ids, use_cache=False):
-            hidden = Decoder()(model.model, input_ids)
-            output = type("Output", (), {})()
-            output.logits = model.lm_head(model.model.norm(hidden))
-            return output
-
-        monkeypatch.setattr(LlamaForCausalLM, "forward", whole_forward)
-        self.model = StreamedModel(inspect(folder), CPU)
-        self.folder = folder
-
-    def check(self):
-        """The blocks one by one give the logits of the whole."""
-        states = embed(self.model, TOKENS, BATCH)
-        for i in range(len(self.model.blocks)):
-            self.model.open(i)
-            states.advance(i)
-        assert torch.equal(all_logits(self.model, states), plain_logits(whole_model(self.model, self.folder)))

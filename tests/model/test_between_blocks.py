@@ -1,13 +1,51 @@
 """What a model's forward does between its blocks is done again with what they really return, or it is refused."""
 
+from functools import partial
+
 import pytest
 import torch
-from helpers.families import TOKENS
-from helpers.whole import BATCH, ChangedForward
+from helpers.families import TOKENS, save_model
+from helpers.whole import BATCH, CPU, all_logits, plain_logits, whole_model
+from torch import nn
+from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from sparsefw.checkpoint.source import inspect
 from sparsefw.errors import InputError
-from sparsefw.model import embed
+from sparsefw.model import StreamedModel, embed
+
+
+class ChangedForward:
+    """A model with another forward around its blocks."""
+
+    def __init__(self, tmp_path, monkeypatch, forward):
+        class Decoder(nn.Module):
+            def forward(self, decoder, ids):
+                return forward(decoder.layers, decoder.embed_tokens(ids), partial(self.given, decoder))
+
+            def given(self, decoder, hidden):
+                positions = torch.arange(hidden.shape[1])[None]
+                return {"position_embeddings": decoder.rotary_emb(hidden, position_ids=positions)}
+
+        folder = save_model(tmp_path, "llama")
+
+        def whole_forward(model, input_ids, use_cache=False):
+            hidden = Decoder()(model.model, input_ids)
+            output = type("Output", (), {})()
+            output.logits = model.lm_head(model.model.norm(hidden))
+            return output
+
+        monkeypatch.setattr(LlamaForCausalLM, "forward", whole_forward)
+        self.model = StreamedModel(inspect(folder), CPU)
+        self.folder = folder
+
+    def check(self):
+        """The blocks one by one give the logits of the whole."""
+        states = embed(self.model, TOKENS, BATCH)
+        for i in range(len(self.model.blocks)):
+            self.model.open(i)
+            states.advance(i)
+        assert torch.equal(all_logits(self.model, states), plain_logits(whole_model(self.model, self.folder)))
 
 
 def each(step):

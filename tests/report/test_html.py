@@ -6,15 +6,58 @@ import math
 import re
 import shlex
 from dataclasses import replace
+from html.parser import HTMLParser
 
 import pytest
-from helpers.pages import TYPES, Document, layer, parsed, report_of_run
+from helpers.pages import TYPES, layer, parsed, report_of_run
 
 from sparsefw.report import html as charts
 from sparsefw.report import log
 from sparsefw.report.content import PREDICTIONS, BlockRecord, Reconstruction, Report
 from sparsefw.report.html import MOST_ROWS, page
 from sparsefw.timeline import Span
+
+VOID = {"meta", "br"}
+
+
+class Document(HTMLParser):
+    """The elements of a page in their order, with what was wrong in their nesting."""
+
+    def __init__(self, html: str):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.open, self.texts = [], [], []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        assert len(dict(attributes)) == len(attributes)
+        element = {"tag": tag, "text": "", **dict(attributes)}
+        self.elements.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()["tag"] == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        for element in self.open:
+            element["text"] += data
+
+    def all(self, tag: str, **attributes: str) -> list[dict]:
+        return [e for e in self.elements if e["tag"] == tag and attributes.items() <= e.items()]
+
+    def cells(self) -> list[list[str]]:
+        """The rows of all tables."""
+        rows = []
+        for element in self.elements:
+            if element["tag"] == "tr":
+                rows.append([])
+            elif element["tag"] in ("td", "th"):
+                rows[-1].append(element["text"])
+        return rows
+
 
 HOSTILE = (
     "</script><script>alert(1)</script>",
