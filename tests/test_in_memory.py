@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from helpers.families import first_is_fast
 from helpers.stacks import perplexity_of_whole
 from safetensors.torch import load_model
 from torch import nn
@@ -158,7 +159,9 @@ def compiled(where):
 
 
 class TestCompiled:
-    @pytest.mark.parametrize("where", ["model", "model in place", "blocks", "blocks in place", "functions"])
+    @pytest.mark.parametrize(
+        "where", first_is_fast(["model", "model in place", "blocks", "blocks in place", "functions"])
+    )
     def test_names_are_those_of_the_model_itself(self, where, tmp_path):
         given, model = compiled(where)
         parts = dict(given.named_modules())

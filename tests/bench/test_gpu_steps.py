@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu_compile
 import gpu_lines
 import gpu_products
 import gpu_rows
@@ -133,16 +132,6 @@ def test_a_part_leaves_its_lines_and_says_how_it_ended(code, limit, end, tmp_pat
     assert last["end"].startswith(end)
     if code.startswith("raise"):
         assert last["last_lines"][-1] == "RuntimeError: an illegal memory access"
-
-
-@pytest.mark.parametrize("line", ["[gw1] [ 50%] {1} {0} ", "{0} {1}   [ 50%]"], ids=["workers", "one process"])
-def test_results_of_pytest(line, tmp_path):
-    ends = [("a.py::one[x-1]", "PASSED"), ("a.py::two", "FAILED"), ("a.py::three", "SKIPPED"), ("b.py::four", "ERROR")]
-    path = tmp_path / "results.txt"
-    path.write_text("\n".join(["collected 4 items", "a.py::one[x-1] ", *(line.format(*end) for end in ends)]))
-    found = gpu_compile.results_of(path)
-    assert found["ends"] == {"PASSED": 1, "FAILED": 1, "SKIPPED": 1, "ERROR": 1}
-    assert found["failed"] == [line.format(*ends[n]) for n in (1, 3)]
 
 
 def test_bits_that_differ_are_counted():

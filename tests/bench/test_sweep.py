@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import sweep
-from classes import examine, process, table
+from classes import examine, process
 from classes.examine import NOT_RUN, REFUSED, TRACEBACK, WORKS, WRONG
 from classes.tiny_model import build, cases
 from safetensors.torch import load_file, save_file
@@ -163,8 +163,3 @@ class TestCommand:
         path.write_text(json.dumps(content))
         with pytest.raises(SystemExit, match=r"4\.0"):
             sweep.load_results(path)
-
-    def test_page(self):
-        page = table.page({"versions": {"torch": "2"}, "rows": ROWS})
-        assert page.index("| a | A | works | 91.2 % | `mlp.gate.weight` |") < page.index("| b | B | refused |  | a\\|b")
-        assert "| works | 1 |" in page

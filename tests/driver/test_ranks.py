@@ -154,6 +154,7 @@ def fail_at(ranks, number, block, *args):
     return "finished"
 
 
+@pytest.mark.slow
 def test_goes_on_with_as_many_ranks(tmp_path, text):
     source = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
     config = QUICK | {"compare": ("wanda",)}

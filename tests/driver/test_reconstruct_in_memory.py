@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from helpers.families import first_is_fast
 from helpers.ranks import on_ranks
 from helpers.stacks import STACKS, drawn
 
@@ -26,7 +27,9 @@ class TestModelInMemory:
         whisper=[True, False, True, True], clip=[True, False, True, True], diffusion=[True] * 4
     )
 
-    @pytest.mark.parametrize(("name", "method"), [*((name, "wanda") for name in STACKS), ("whisper", "sparsefw")])
+    @pytest.mark.parametrize(
+        ("name", "method"), first_is_fast([*((name, "wanda") for name in STACKS), ("whisper", "sparsefw")])
+    )
     def test_on_batches(self, name, method):
         """The model is as it was but for its layers, and asks for no less gradients."""
         model, batches = drawn(name, 4)

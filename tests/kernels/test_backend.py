@@ -8,7 +8,7 @@ from helpers.kernel_inputs import DEVICE, SHAPES, gram, normal, uniform
 
 from sparsefw.kernels import backend as module
 from sparsefw.kernels import cpu, triton_ops
-from sparsefw.kernels.backend import KERNELS, Backend, Terms, load_backend
+from sparsefw.kernels.backend import Backend, Terms, load_backend
 from sparsefw.kernels.definitions import PRECISIONS
 from sparsefw.kernels.vertex_products import FIRST, REFRESH
 
@@ -90,16 +90,6 @@ def test_errors_are_exact_whatever_the_precision(precision, operations):
     # Products of bf16 would not do.
     rough = (E * Backend(cpu, "bf16").product(E, G)).sum(1).double()
     assert not ((rough - truth).abs() <= 2e-6 * terms).all()
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_every_kernel_has_every_operation(kernel):
-    backend = load_backend(kernel, "ieee")
-    for name in ("mirror_lower", "lmo", "row_step", "row_swaps", "conjugate_step", "repeat", "removed", "row_errors",
-                 "take_rows", "candidates", "bound_scores", "bound_sums", "round_mask"):  # fmt: skip
-        assert getattr(backend, name) is getattr(backend.operations, name)
-    with pytest.raises(AttributeError, match="lmoo"):
-        _ = backend.lmoo
 
 
 def test_torch_imports_no_triton(monkeypatch):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.families import HANDING_ON, TOKENS, save_model
+from helpers.families import HANDING_ON, TOKENS, first_is_fast, save_model
 from helpers.whole import BATCH, CPU, all_logits, plain_logits, whole_model
 from torch import nn
 
@@ -26,7 +26,9 @@ def blocks_of(whole, model):
     return whole.get_submodule(model.names[0].rpartition(".")[0])
 
 
-@pytest.mark.parametrize(("family", "place"), [*((family, "gpu") for family in HANDING_ON), ("gemma4_text", "file")])
+@pytest.mark.parametrize(
+    ("family", "place"), first_is_fast([*((family, "gpu") for family in HANDING_ON), ("gemma4_text", "file")])
+)
 def test_streams_equal_the_whole_models(family, place, tmp_path):
     """A dense stream and two pruned ones, which take turns; four windows in a micro-batch, and two."""
     folder = save_model(tmp_path, family)
@@ -73,7 +75,7 @@ def test_perplexity_of_as_many_windows_as_tokens(tmp_path):
         assert perplexity(together, windows) == pytest.approx(perplexity(apart, windows), rel=1e-5)
 
 
-@pytest.mark.parametrize("family", HANDING_ON)
+@pytest.mark.parametrize("family", first_is_fast(HANDING_ON))
 def test_expected_size_is_what_lies_between_blocks(family, tmp_path):
     """Bytes of a window, from windows of other lengths."""
     source, seqlen = inspect(save_model(tmp_path, family)), TOKENS.shape[1]

@@ -8,7 +8,7 @@ import torch
 import transformers
 from classes.tiny_model import byte_tokenizer
 from helpers.commands import TEXT, run, tensors_of
-from helpers.families import COMMON
+from helpers.families import COMMON, first_is_fast
 from helpers.verifying import verdict
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
@@ -95,7 +95,7 @@ def streamed_logits(folder):
         return logits(model, IDS, states.hidden[0])
 
 
-@pytest.fixture(scope="module", params=MULTIMODAL)
+@pytest.fixture(scope="module", params=first_is_fast(MULTIMODAL))
 def pruned(request, tmp_path_factory):
     """Family, source and output."""
     folder = tmp_path_factory.mktemp(request.param)

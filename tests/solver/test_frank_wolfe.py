@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.families import first_is_fast
 from helpers.problems import TRITON, damped_problem, exhaustive, make_problem, penalized_error, problem_of
 
 from sparsefw.kernels import cpu
@@ -152,7 +153,7 @@ class TestSolve:
         assert_budget(problem, solution.mask)
         assert solution.error[2] == 0
 
-    @pytest.mark.parametrize("backend", [TORCH, TRITON], ids=["torch", "triton"])
+    @pytest.mark.parametrize("backend", first_is_fast([TORCH, TRITON]), ids=["torch", "triton"])
     @pytest.mark.parametrize("text", ["0.5", "2:4"])
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     def test_not_finite_is_an_error(self, value, text, backend):
