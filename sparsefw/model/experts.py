@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefw.model.products import MIXING, BlockTape, Reading
+from sparsefw.model.layers import MIXING, BlockTape, Reading
 from sparsefw.model.tape import Op, Value, name_of
 
 _ROUTER = re.compile("router")

@@ -18,9 +18,8 @@ from sparsefw.kernels.backend import Backend
 from sparsefw.model.activations import Activations
 from sparsefw.model.experts import experts_of
 from sparsefw.model.hidden_states import BlockRun, HiddenStates
-from sparsefw.model.layers import Layer, Stage, is_expert
+from sparsefw.model.layers import Layer, Stage, WeightNames, is_expert
 from sparsefw.model.parts import INPUT, Point
-from sparsefw.model.products import WeightNames
 from sparsefw.model.watch import Selector, Watch, everything
 from sparsefw.solver.refit import Cross
 

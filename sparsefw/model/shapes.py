@@ -24,10 +24,9 @@ from sparsefw.model.block_model import BlockModel, ResidentModel
 from sparsefw.model.experts import choose_all_over, experts_of, find_no_layers, without_parts_in_turn
 from sparsefw.model.forward import embed, embed_batches
 from sparsefw.model.hidden_states import HiddenStates
-from sparsefw.model.layers import Layer, Role, is_expert, kind_of, slices_of
+from sparsefw.model.layers import Layer, Role, is_expert, kind_of, record_block, slices_of
 from sparsefw.model.live_bytes import ForwardBytes, count_forward
 from sparsefw.model.parts import INPUT
-from sparsefw.model.products import record_block
 from sparsefw.model.skeleton import attention_implementation
 from sparsefw.model.stages import confirm, survey_tape
 from sparsefw.model.streamed import StreamedModel

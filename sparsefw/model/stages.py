@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from sparsefw.errors import InputError
 from sparsefw.model.experts import experts_of
-from sparsefw.model.layers import Layer, Role, Stage, Write, is_expert, is_watched, kind_of
+from sparsefw.model.layers import BlockTape, Layer, Role, Stage, Write, is_expert, is_watched, kind_of, record_block
 from sparsefw.model.parts import INPUT, SAME, Point, next_point, run_part
-from sparsefw.model.products import BlockTape, record_block
 from sparsefw.model.stand_ins import hidden_of
 from sparsefw.model.tape import Op, Value
 from sparsefw.model.watch import Outputs, Selector, Watch, everything

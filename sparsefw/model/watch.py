@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsefw.errors import InputError
-from sparsefw.model.layers import Layer, Stage, is_expert, kind_of
+from sparsefw.model.layers import Layer, Product, Reading, Stage, WeightNames, is_expert, kind_of, products_of
 from sparsefw.model.parts import PartIsOver
-from sparsefw.model.products import Product, Reading, WeightNames, products_of
 from sparsefw.model.tape import Calls, Value, name_of, tensors_in
 
 # Called with the name of a layer inside its block, such as "mlp.down_proj.weight" or "mlp.experts.down_proj[3]".

@@ -144,40 +144,31 @@ class TestBlocks:
 class TestErrors:
     """Whatever comes out of a model's own code is one line, with the exception as its cause."""
 
-    @pytest.fixture
-    def folder(self, tmp_path):
-        return save_model(tmp_path, "llama")
-
-    def failing(self, monkeypatch, owner, error):
+    @pytest.mark.parametrize(
+        ("error", "passes"),
+        [
+            *((KeyError("sound"), False), (IndexError("list\nindex"), False), (NameError("x"), False)),
+            *((StopIteration(), False), (MemoryError(), True), (InputError("own"), True)),
+            (torch.OutOfMemoryError("full"), True),
+        ],
+    )
+    def test_of_a_block(self, error, passes, tmp_path, monkeypatch):
         def fails(*args, **kwargs):
             raise error
 
-        monkeypatch.setattr(owner, "forward", fails)
-
-    @pytest.mark.parametrize("error", [KeyError("sound"), IndexError("list\nindex"), NameError("x"), StopIteration()])
-    def test_of_a_block(self, error, folder, monkeypatch):
-        from transformers.models.llama.modeling_llama import LlamaMLP
-
+        folder = save_model(tmp_path, "llama")
         with streamed(folder) as model:
             states = embed(model, IDS, 2)
             model.open(1)
-            self.failing(monkeypatch, LlamaMLP, error)
-            with pytest.raises(InputError, match=r"unsupported model LlamaForCausalLM: model\.layers\.1 ") as caught:
+            monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", fails)
+            with pytest.raises(type(error) if passes else InputError) as caught:
                 states.output(1, 0)
+        if passes:
+            assert caught.value is error
+            return
         assert caught.value.__cause__ is error
+        assert str(caught.value).startswith("unsupported model LlamaForCausalLM: model.layers.1 ")
         assert "\n" not in str(caught.value)
         assert type(error).__name__ in str(caught.value)
         with pytest.raises(InputError, match=r"model\.layers\.0 "):
             shape_of(inspect(folder))
-
-    @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("full"), InputError("own")])
-    def test_that_pass(self, error, folder, monkeypatch):
-        from transformers.models.llama.modeling_llama import LlamaMLP
-
-        with streamed(folder) as model:
-            states = embed(model, IDS, 2)
-            model.open(1)
-            self.failing(monkeypatch, LlamaMLP, error)
-            with pytest.raises(type(error)) as caught:
-                states.output(1, 0)
-        assert caught.value is error
