@@ -157,8 +157,8 @@ def gram_accumulate(tokens: int, d: int) -> Operation:
 
     # Products of one triangle, which is read and written.
     least = Cost(tokens * d * (d + 1), tokens * d * X.itemsize + 4 * d * (d + 1))
-    fresh = lambda: (torch.zeros(d, d, device=DEVICE),)  # noqa: E731
-    return Operation(ways("gram_accumulate", way, bare=bare), least, near(SUMS, lower=True), fresh, PRECISION)
+    made, check = ways("gram_accumulate", way, bare=bare), near(SUMS, lower=True)
+    return Operation(made, least, check, lambda: (torch.zeros(d, d, device=DEVICE),), PRECISION)
 
 
 def cross_accumulate(tokens: int, rows: int, d: int) -> Operation:
@@ -172,8 +172,8 @@ def cross_accumulate(tokens: int, rows: int, d: int) -> Operation:
         return bare_product(D.T, X, precision="ieee")
 
     least = Cost(2 * tokens * rows * d, tokens * (rows + d) * X.itemsize + 8 * rows * d)
-    fresh = lambda: (torch.zeros(rows, d, device=DEVICE),)  # noqa: E731
-    return Operation(ways("cross_accumulate", way, bare=bare), least, near(SUMS), fresh, PRECISION)
+    made = ways("cross_accumulate", way, bare=bare)
+    return Operation(made, least, near(SUMS), lambda: (torch.zeros(rows, d, device=DEVICE),), PRECISION)
 
 
 def mirror_lower(d: int) -> Operation:

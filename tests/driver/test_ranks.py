@@ -105,6 +105,7 @@ def test_masks_are_those_of_one_process(family, config, tmp_path, text):
     assert not alone.ranks
 
 
+@pytest.mark.slow
 def test_ranks_reconstruct_together(tmp_path, text):
     """All take the same steps, and measure the same losses, on the windows that each of them has held out.
 

@@ -131,7 +131,7 @@ def test_logits_that_overflow_are_refused(tmp_path):
         answers(tmp_path)
 
 
-@pytest.mark.parametrize("requests", [REQUESTS, REQUESTS[:1]], ids=["many", "fewer than ranks"])
+@pytest.mark.parametrize("requests", first_is_fast([REQUESTS, REQUESTS[:1]]), ids=["many", "fewer than ranks"])
 def test_ranks_share_the_requests(requests, llama):
     for of_rank in on_ranks(2, answers_on, llama, requests):
         check_same(of_rank, answers(llama, requests)[0], 1e-4)

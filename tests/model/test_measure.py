@@ -121,7 +121,7 @@ def errors_by_layer(family, pair, loss):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", [*WRITERS, "gemma2"])
+@pytest.mark.parametrize("family", first_is_fast([*WRITERS, "gemma2"]))
 def test_crosses_are_those_of_float64(family, dtype, tmp_path):
     """Every layer reads the stream or writes to it.
 

@@ -226,7 +226,7 @@ def papers_algorithm(W, G, saliency, k, unit, alpha, steps):
 
 class TestPaper:
     @pytest.mark.parametrize("sparsity", ["layer:0.6", "0.6", "2:4"])
-    @pytest.mark.parametrize("alpha", [0.0, 0.9])
+    @pytest.mark.parametrize("alpha", first_is_fast([0.9, 0.0]))
     def test_matches_a_transcription(self, sparsity, alpha):
         whole = paper.WholeMatrix(cpu) if sparsity.startswith("layer") else None
         problem = make_problem(6, 20, sparsity, alpha, whole=whole)

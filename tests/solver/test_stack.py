@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.families import first_is_fast
 from helpers.kernel_inputs import generator, normal
 from helpers.problems import PATTERNS, ROWS, D, assert_same, make_config, make_layers, run, run_alone
 
@@ -79,7 +80,7 @@ class TestCrossRows:
 
 
 class TestStack:
-    @pytest.mark.parametrize("text", PATTERNS)
+    @pytest.mark.parametrize("text", first_is_fast(PATTERNS))
     @pytest.mark.parametrize(
         "options", [dict(refit=0, swaps=20), dict(warm_start="ria"), dict(keep_zeros=True)], ids=str
     )
