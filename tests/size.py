@@ -10,11 +10,11 @@ REPO = Path(__file__).resolve().parents[1]
 
 # Lines of code are without docstrings, comments and blank lines. Words are those of README.md and docs/.
 LIMITS = {
-    "sparsefw: files": 126,
-    "sparsefw: code lines": 10_900,
-    "kernels: code lines": 2_300,
-    "bench: code lines": 3_060,
-    "tests: code lines": 14_950,
+    "sparsefw: files": 86,
+    "sparsefw: code lines": 9_830,
+    "kernels: code lines": 2_190,
+    "bench: code lines": 2_790,
+    "tests: code lines": 13_590,
     "documents: words": 14_000,
 }
 # Tables of facts, which are not counted.

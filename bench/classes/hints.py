@@ -5,10 +5,8 @@ from typing import Any
 _SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _CODEBOOK = {"codebook_size": 16}
-_HYBRID = {
-    "num_hidden_layers": 5,
-    "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
-}
+_LINEAR = "linear_attention"
+_HYBRID = dict(num_hidden_layers=5, layers_block_type=[_LINEAR, _LINEAR, "hybrid", _LINEAR, "hybrid"])
 
 HINTS: dict[str, dict[str, Any]] = {
     # The default names no bands of the tokens of images.

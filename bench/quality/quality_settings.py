@@ -11,6 +11,7 @@ from statistics import fmean
 
 import torch
 from quality_cells import EVAL_WINDOWS, NSAMPLES, PATTERNS, SEQLEN
+from quality_tables import markdown
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -110,6 +111,5 @@ def _errors(W: Tensor, grams: list[Tensor], flags: Sequence[str]) -> list[float]
 def table(measured: dict[str, dict[str, list[float]]]) -> str:
     """Markdown with a row for each setting; its columns are the mean errors on held-out text, by pattern."""
     flags = dict.fromkeys(flags for by_flags in measured.values() for flags in by_flags)
-    lines = [["", *measured], ["---"] * (len(measured) + 1)]
-    lines += [[f"`{name}`", *(f"{fmean(by[name][1:]):.3f}" for by in measured.values())] for name in flags]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    rows = [[f"`{name}`", *(f"{fmean(by[name][1:]):.3f}" for by in measured.values())] for name in flags]
+    return markdown(["", *measured], rows)

@@ -20,11 +20,8 @@ from sparsefw.solver.layer import prune_layers
 STEPS = 30
 LAYERS = SHAPES[:3] * GPU + [(1536, 576), (576, 1536)]
 CONFIG = PruneConfig(sparsity="0.6", refit=0, steps=STEPS, swaps=0, damp=0.0, precision=PRECISION)
-KERNELS = {
-    "torch": cpu,
-    "triton": triton_ops,
-    "step by step": SimpleNamespace(**vars(triton_ops) | {"repeat": cpu.repeat}),
-}
+STEP_BY_STEP = SimpleNamespace(**vars(triton_ops) | {"repeat": cpu.repeat})
+KERNELS = {"torch": cpu, "triton": triton_ops, "step by step": STEP_BY_STEP}
 WAYS = ["torch", *["triton", "step by step"] * GPU, "products"]
 
 
