@@ -21,6 +21,8 @@ class TestOutputs:
             (lambda x, a, b: x + (a(x) + b(x)), dict.fromkeys("ab", lambda x, a, b: x + a(x) + b(x))),
             (lambda x, a, b: x + a(x).view(4, 5, 8).view(20, 8), {"a": lambda x, a, b: x + a(x)}),
             (lambda x, a, b: x + nn.functional.dropout(a(x), 0.5, False), {"a": lambda x, a, b: x + a(x)}),
+            # The tensor itself is returned.
+            (lambda x, a, b: x + a(x).to(x.dtype), {"a": lambda x, a, b: x + a(x)}),
             # The result is no longer the layer's output: scaled, or of another shape.
             (lambda x, a, b: torch.add(x, a(x), alpha=3), {"a": lambda x, a, b: a(x)}),
             (lambda x, a, b: x + 3 * a(x), {"a": lambda x, a, b: a(x)}),
