@@ -102,6 +102,9 @@ def main(argv: list[str] | None = None) -> None:
         help="folder for checkpoints and caches, 30 GB (default: %(default)s)")  # fmt: skip
     add("--tiny", action="store_true", help="tiny sizes, to try everything out without a GPU")
     arguments = parser.parse_args(argv)
+    if arguments.tiny:
+        # Set before a part imports triton.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     folder, scratch = arguments.folder.resolve(), arguments.scratch.resolve()
     for path in (folder, scratch):
         path.mkdir(parents=True, exist_ok=True)
