@@ -22,7 +22,7 @@ LEVELS = [
     ["data"],
     ["inputs"],
     ["checkpoint"],
-    ["kernels", "memory", "timeline", "flags", "default"],
+    ["kernels", "memory", "arithmetic", "timeline", "flags", "default"],
     ["finite"],
     ["ranks"],
     ["errors", "caller"],

@@ -94,11 +94,6 @@ class Checkpoint:
         """Size of all tensors, in the memory of a model."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    @property
-    def stored_nbytes(self) -> int:
-        """Size of all tensors, as they are stored."""
-        return sum(tensor.stored_nbytes for tensor in self.tensors.values())
-
 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """SHA-256 of the config, and of names, dtypes and shapes of all tensors, in hex.

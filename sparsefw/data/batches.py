@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sparsefw.arithmetic import computed
 from sparsefw.errors import InputError
 
 
@@ -30,9 +31,9 @@ class Batch:
         """The tensors among the arguments."""
         return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch with its tensors on a device."""
-        return self.map(lambda x: x.to(device))
+    def to(self, device: torch.device, in_fp32: bool = False) -> "Batch":
+        """The same batch with its tensors on a device, and those of half precision in fp32 if `in_fp32`."""
+        return self.map(lambda x: computed(x.to(device), in_fp32))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with other tensors, each made of the one in its place."""

@@ -236,6 +236,7 @@ def _prune_block(run: Run, i: int, states: _States, writer: Writer) -> tuple[Fin
                 if found:
                     run.say(log.reconstruction_row(model.names[i], found))
                     record.block = replace(record.block, reconstruction=found)
+        model.round(i)
         _advance(run, i, "forward", [pruned])
         _advance(run, i, "evaluate", states.evaluation[method])
         if i in model.unique_blocks and writer.writes(model.unique_blocks.index(i)):

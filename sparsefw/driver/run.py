@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from sparsefw import memory
+from sparsefw import arithmetic, memory
 from sparsefw.checkpoint.files import durably
 from sparsefw.checkpoint.source import fingerprint, inspect, note_of_others, stamps
 from sparsefw.checkpoint.writer import Writer, check_output
@@ -54,13 +54,14 @@ def run_job(job: Job, say: Callable[[str], None], progress: bool, ranks: Ranks =
     say(kernel_line(job.config))
     check_output(job.output.folder, job.folder, job.output.overwrite, _files_read(job))
     source = inspect(job.folder)
-    with StreamedModel(source, device) as model:
+    in_fp32 = ranks.on_first(lambda: arithmetic.computes_in_fp32(source.dtype, device))
+    with StreamedModel(source, device, in_fp32=in_fp32) as model:
         calibration, evaluation, seqlen = windows_of_texts(job, model.max_seqlen, say, ranks)
         prepared = Prepared(
             model,
             name=job.inputs.model,
             dtype=source.dtype,
-            shape=shape_of(source),
+            shape=shape_of(source, in_fp32),
             calibration=calibration,
             evaluation=evaluation,
             seqlen=seqlen,
@@ -194,7 +195,8 @@ def _identity(job: Job, prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
     flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT}
     texts = {f"the text of --eval {samples.source}": samples.hash for samples in prepared.evaluation}
     read = {"the model": prepared.fingerprint, "the calibration text": prepared.calibration.hash} | texts
-    return flags | read | {"the number of ranks": ranks.count} | content.machine(prepared.model.device)
+    work = {"whether it computes in fp32": prepared.model.in_fp32, "the number of ranks": ranks.count}
+    return flags | read | work | content.machine(prepared.model.device)
 
 
 def _prune(

@@ -195,7 +195,7 @@ def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> d
 
     Activations are those of all ranks.
     """
-    inside = sum(block.nbytes for block in shape.blocks)
+    inside = int(shape.written * sum(block.nbytes for block in shape.blocks))
     return {
         "output": inside + sum(shape.pieces),
         "kept": (len(workload.config.methods) - 1) * inside,

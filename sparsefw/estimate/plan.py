@@ -11,6 +11,8 @@ import torch
 from transformers import AutoConfig
 
 from sparsefw import memory
+from sparsefw.arithmetic import computes_in_fp32
+from sparsefw.arithmetic import note as arithmetic_note
 from sparsefw.checkpoint.quantization import dtype_in, quantization_of
 from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, check_config, from_hub, inspect, read_json
 from sparsefw.checkpoint.tensors import TensorInfo
@@ -41,6 +43,8 @@ CARDS = {
     "v100-32gb": 32,
 }
 
+CPU = torch.device("cpu")
+
 # Dtypes of weights that can be pruned. A model whose config names no dtype is taken to have the first.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -69,11 +73,12 @@ class DescribedModel:
     notes: list[str]
 
 
-def describe(model: str) -> DescribedModel:
+def describe(model: str, device: torch.device = CPU) -> DescribedModel:
     """The model of a config. Nothing else is downloaded, and no weights are read.
 
     Args:
         model: a folder with a config.json, a config file, or a Hub id.
+        device: device that it will run on.
 
     Raises:
         InputError: there is no such model; its config is damaged, asks for what no model has, or describes one that
@@ -107,7 +112,8 @@ def describe(model: str) -> DescribedModel:
         # Each tied tensor once, as in a checkpoint.
         tied = empty.all_tied_weights_keys
         tensors = {n: TensorInfo(path, t.dtype, tuple(t.shape)) for n, t in empty.state_dict().items() if n not in tied}
-        shape, longest = shape_of(Checkpoint(folder, {}, tensors, dtype)), max_seqlen(config)
+        in_fp32 = computes_in_fp32(dtype, device)
+        shape, longest = shape_of(Checkpoint(folder, {}, tensors, dtype), in_fp32), max_seqlen(config)
     except InputError:
         raise
     # A block runs the code of its architecture on sizes that the config chose.
@@ -116,12 +122,14 @@ def describe(model: str) -> DescribedModel:
         raise InputError(f"{path}: unsupported model: transformers cannot build or run it: {line}") from error
     # As if each expert were a tensor of its own.
     sizes = (layer.experts * layer.rows * layer.d for block in shape.blocks for layer in block.layers)
-    shape = replace(shape, joined=dtype.itemsize * max(sizes, default=0))
+    shape = replace(shape, joined=shape.itemsize * max(sizes, default=0))
+    if in_fp32:
+        notes.append(arithmetic_note(dtype))
     if quantization:
         # As if all of a block were quantized. Without the weights as if everything were, which is the least to read.
         share = quantization.share(dtype)
-        quantized = int(share * max(block.nbytes for block in shape.blocks))
-        shape = replace(shape, quantized=quantized, stored=stored.stored_nbytes / stored.nbytes if stored else share)
+        quantized = int(share * shape.written * max(block.nbytes for block in shape.blocks))
+        shape = replace(shape, quantized=shape.quantized + quantized)
     return DescribedModel(type(empty).__name__, shape, dtype, longest, notes)
 
 
@@ -151,7 +159,8 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
     """
     free = {"gpu": CARDS[card] * 10**9, "host": ENDLESS} if card else memory.free_memory(memory.this_device())
     limits = memory_limits(output.gpu_memory, output.host_memory, free)
-    described = describe(str(DEFAULT_MODEL) if inputs.embedded else inputs.model)
+    device = torch.device("cuda" if "gpu" in limits else "cpu")
+    described = describe(str(DEFAULT_MODEL) if inputs.embedded else inputs.model, device)
     shape = pruned_shape(described.shape, config)
     seqlen = window_length(inputs.model, inputs.seqlen, described.max_seqlen)
     evaluation = tuple(_evaluation_windows(inputs, name, seqlen) for name in dict.fromkeys(inputs.evaluate))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsefw import memory
+from sparsefw import arithmetic, memory
 from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.data.batches import token_batch
 from sparsefw.errors import InputError, counted
@@ -83,10 +83,18 @@ def scores_of(
     limits = memory_limits(gpu_memory, host_memory, memory.free_memory(device, ranks.here), ranks)
     parts = partition(requests, ranks.count)
     mine = [requests[n] for n in parts[ranks.number]]
-    with StreamedModel(source, device) as model, memory.gpu_limited(limits.get("gpu")), torch.no_grad():
+    in_fp32 = ranks.on_first(lambda: arithmetic.computes_in_fp32(source.dtype, device))
+    with (
+        StreamedModel(source, device, in_fp32=in_fp32) as model,
+        memory.gpu_limited(limits.get("gpu")),
+        torch.no_grad(),
+    ):
         say(f"model: {source.folder}, {counted(len(model.blocks), 'block')}, {source.dtype}")
+        if in_fp32:
+            say(f"note: {arithmetic.note(source.dtype)}")
         check_token(max((max(*r.read, *r.targets) for r in mine), default=0), model.vocabulary)
-        found = _answers(model, shape_of(source), mine, limits, say, progress and ranks.first, ranks) if mine else []
+        shape = shape_of(source, in_fp32)
+        found = _answers(model, shape, mine, limits, say, progress and ranks.first, ranks) if mine else []
     answers: dict[int, Score] = {}
     for numbers, of_rank in zip(parts, ranks.gather(found), strict=True):
         answers |= zip(numbers, of_rank, strict=True)
@@ -210,6 +218,7 @@ class _Pass:
         self._placement, self._longest = placement, max(group.length for group in groups)
         self._tokens = placement.batch * self._longest
         self._dtype = next(x.dtype for x in model.model.parameters() if x.is_floating_point())
+        self._dtype = torch.float32 if model.in_fp32 else self._dtype
         self._found = {row: (g, n) for g, group in enumerate(groups) for n, row in enumerate(group.rows)}
         self._states: list[HiddenStates] = []
 

@@ -9,6 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sparsefw import arithmetic
+from sparsefw.arithmetic import computed, computes_in_fp32
 from sparsefw.caller import as_python
 from sparsefw.checkpoint.tensors import Loadable, dequantized
 from sparsefw.data.batches import Batch
@@ -41,9 +43,10 @@ class BlockModel:
         path: what its forward runs through.
         shared: parameters of blocks that stay dense.
         device: device that it runs on.
+        in_fp32: whether it computes in fp32, though its weights are in half precision.
 
     Attributes:
-        model, device, shared: these.
+        model, device, shared, in_fp32: these.
         timeline: what is done when.
         runs: the module whose forward is run: the model, or its text model, see `Path`.
         input_kind: what its forward is given, in words, for messages.
@@ -60,12 +63,15 @@ class BlockModel:
         pieces: names of all tensors outside of `blocks` that are written, as many together as are held anyway.
         notes: what the user should know of the model, one line each.
         outside_bytes: bytes on the device of the parameters outside of the blocks, beside what is there anyway.
-        quantized_bytes: most bytes of quantized tensors that are in memory beside what is made of them.
+        quantized_bytes: most bytes of tensors as they are stored that are in memory beside what is made of them.
         joined_bytes: bytes of the largest parameter that is made of several tensors.
     """
 
-    def __init__(self, model: nn.Module, path: Path, shared: SharedParameters, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, path: Path, shared: SharedParameters, device: torch.device, in_fp32: bool = False
+    ) -> None:
         self.model, self.shared, self.device, self.timeline = model, shared, torch.device(device), Timeline()
+        self.in_fp32 = in_fp32
         self.runs, self.input_kind, self.unused, self.names = path.runs, path.input_kind, path.unused, path.order
         self.flow, self.forms, self.logits_itemsize = path.flow, path.forms, path.logits_itemsize
         self.blocks = [path.blocks[name] for name in path.order]
@@ -145,8 +151,16 @@ class BlockModel:
         """Put weights in their places, which are returned."""
         if i not in self._open:
             self._open[i] = self._slots(i)
-        fill(self._open[i], self._make(i, tensors))
+        make = self._make(i, tensors)
+        fill(self._open[i], lambda slot: computed(make(slot), self.in_fp32))
         return self._open[i]
+
+    def round(self, i: int) -> None:
+        """Round the weights of block i, which is open, to the dtypes that they are written in."""
+        for slot in self._open[i]:
+            x = slot.tensors[slot.name]
+            if x.dtype != slot.own.dtype:
+                x.detach().copy_(x.to(slot.own.dtype))
 
     def close(self, i: int | None) -> None:
         """Drop the weights of block i; None: those outside of the blocks."""
@@ -242,21 +256,26 @@ class ResidentModel(BlockModel):
         as_configured: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.as_configured = as_configured
-        outside, inside = partial(on_device, device=device), partial(on_device, device=device, copy_buffers=True)
-        path = path_through(model, None if batch is None else batch.to(device), outside, inside)
+        slow = next((x.dtype for x in model.parameters() if computes_in_fp32(x.dtype, device)), None)
+        in_fp32 = slow is not None
+        outside = partial(on_device, device=device, in_fp32=in_fp32)
+        given = None if batch is None else batch.to(device, in_fp32)
+        path = path_through(model, given, outside, partial(outside, copy_buffers=True))
         everything = {slot.path for slot in slots_of(model.named_modules(remove_duplicate=False))}
-        super().__init__(model, path, shared_parameters(model, path.order, {}, everything), device)
+        super().__init__(model, path, shared_parameters(model, path.order, {}, everything), device, in_fp32)
         self.notes = [f"not pruned: {reason}" for reason in path.passed_over.values()] + self.shared.notes
+        self.notes += [arithmetic.note(slow)] if slow else []
         prefixes = tuple(f"{name}." for name in self.names)
         others = [(name, x) for name, x in model.named_parameters() if not name.startswith(prefixes)]
         for name, parameter in others:
             check_finite(name, parameter)
-        self.outside_bytes = sum(x.nbytes for _, x in others if is_copied(x, self.device))
+        copied = [x.to("meta") for _, x in others if is_copied(x, self.device, in_fp32)]
+        self.outside_bytes = sum(computed(x, in_fp32).nbytes for x in copied)
 
     def _slots(self, i: int | None) -> list[Slot]:
         slots = super()._slots(i)
         # What is on the device is used there.
-        return slots if i is not None else [slot for slot in slots if is_copied(slot.own, self.device)]
+        return slots if i is not None else [slot for slot in slots if is_copied(slot.own, self.device, self.in_fp32)]
 
     def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[Slot], Tensor]:
         return lambda slot: dequantized(tensors.get(slot.path, slot.own)).detach().to(self.device, copy=True)
@@ -266,10 +285,11 @@ class ResidentModel(BlockModel):
         if i not in self.unique_blocks:
             return {}
         # By their places, which hooks of `state_dict` may leave parts out of. Buffers are not changed.
-        parameters = [slot for slot in self._slots(i) if isinstance(slot.own, nn.Parameter)]
+        parameters = [slot for slot in self._open[i] if isinstance(slot.own, nn.Parameter)]
         # A tensor that has several places is written once.
         first = {id(slot.own): slot for slot in reversed(parameters)}
-        return {slot.path: slot.own.detach().cpu() for slot in reversed(first.values())}
+        tensors = {slot.path: (slot.tensors[slot.name], slot.own.dtype) for slot in reversed(first.values())}
+        return {path: x.detach().to(dtype).cpu() for path, (x, dtype) in tensors.items()}
 
     def change(self, i: int, tensors: Mapping[str, Tensor]) -> None:
         """Give block i these weights for good, in place.

@@ -54,7 +54,7 @@ def record(model: BlockModel, batch: Batch) -> Recording:
     Raises:
         InputError: its blocks hand tensors on in a way that cannot be followed.
     """
-    batch, last = batch.to(model.device), len(model.blocks) - 1
+    batch, last = batch.to(model.device, model.in_fp32), len(model.blocks) - 1
     weights = {
         f"{name}.{inner}": weight
         for name, block in zip(model.names, model.blocks, strict=True)
@@ -202,7 +202,7 @@ def run_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor | None, ot
     Returns:
         What the model returns.
     """
-    batch, last = batch.to(model.device), len(model.blocks) - 1
+    batch, last = batch.to(model.device, model.in_fp32), len(model.blocks) - 1
     recorder = None if model.flow.by_window else Recorder(type(model.model).__name__, batch.tensors, real=others)
 
     def stand_in(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsefw.arithmetic import computed
 from sparsefw.data.batches import Batch, token_batch
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model.recorder import Recorder, check_same
@@ -264,12 +265,13 @@ def _other_values(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def zeros_in(modules: Iterable[nn.Module]) -> Iterator[None]:
+def zeros_in(modules: Iterable[nn.Module], in_fp32: bool = False) -> Iterator[None]:
     """Inside the `with` block, these modules have zeros in place of tensors on the meta device; tied ones stay tied.
 
     All of them are views of one piece of memory, as large as the largest, that is never written to. So it takes none.
     """
     slots = [slot for slot in slots_of(("", module) for module in modules) if slot.own.is_meta]
-    memory = torch.from_numpy(np.zeros(max((slot.own.nbytes for slot in slots), default=0), np.uint8))
-    with filled(slots, lambda slot: memory[: slot.own.nbytes].view(slot.own.dtype).view(slot.own.shape)):
+    forms = {slot: computed(slot.own, in_fp32) for slot in slots}
+    memory = torch.from_numpy(np.zeros(max((x.nbytes for x in forms.values()), default=0), np.uint8))
+    with filled(slots, lambda slot: memory[: forms[slot].nbytes].view(forms[slot].dtype).view(slot.own.shape)):
         yield

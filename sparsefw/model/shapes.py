@@ -149,11 +149,11 @@ class ModelShape:
         between: what a window has between two blocks.
         by_window: whether logits are made of one window at a time, and not of a micro-batch.
         names_by_block: the name of each block, and the names of its layers inside the block, every expert by itself.
-        quantized: bytes of quantized tensors as they are stored, at most: those that are in memory at once beside what
-            is made of them. 0 if the checkpoint is not quantized.
+        quantized: bytes of tensors as they are stored, at most: those that are in memory at once beside what is made of
+            them. 0 if they are used as they are.
         joined: bytes of the largest parameter that is made of several tensors of the checkpoint, such as one of stacked
             experts. Both are in memory until it is made.
-        stored: bytes of the checkpoint for each byte of the parameters.
+        written: bytes that are written for each byte of a block's parameters in memory.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -170,7 +170,7 @@ class ModelShape:
     by_window: bool = True
     quantized: int = 0
     joined: int = 0
-    stored: float = 1
+    written: float = 1
 
     def __post_init__(self) -> None:
         *blocks, last = self.blocks
@@ -230,20 +230,19 @@ def zeros(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Tensor
     }
 
 
-def shape_of(checkpoint: Checkpoint) -> ModelShape:
-    """The shape of a checkpoint's model; its tensors are not read.
+def shape_of(checkpoint: Checkpoint, in_fp32: bool = False) -> ModelShape:
+    """The shape of a checkpoint's model; its tensors are not read. `in_fp32` is as for `BlockModel`.
 
     Raises:
         InputError: as `StreamedModel`.
     """
-    with StreamedModel(checkpoint, torch.device("cpu"), zeros) as model:
+    with StreamedModel(checkpoint, torch.device("cpu"), zeros, in_fp32) as model:
         shape, config = shape_of_text(model), model.config
     return replace(
         shape,
         vocabulary=config.get_text_config().vocab_size,
-        itemsize=checkpoint.dtype.itemsize,
+        itemsize=4 if in_fp32 else checkpoint.dtype.itemsize,
         pieces=tuple(sum(checkpoint.tensors[name].nbytes for name in piece) for piece in model.pieces),
-        stored=checkpoint.stored_nbytes / checkpoint.nbytes,
     )
 
 
@@ -319,6 +318,7 @@ def _shape_of(model: BlockModel, walks: list["_Walk"], vocabulary: int, by_windo
         names_by_block=tuple((name, layers) for name, (_, layers) in zip(model.names, blocks, strict=True)),
         by_window=by_window,
         quantized=model.quantized_bytes,
+        written=0.5 if model.in_fp32 else 1,
         joined=model.joined_bytes,
     )
 

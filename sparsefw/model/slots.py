@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefw.arithmetic import HALF, computed
 from sparsefw.errors import InputError
 
 
@@ -108,23 +109,30 @@ def filled(slots: list[Slot], make: Callable[[Slot], Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def on_device(modules: Iterable[nn.Module], device: torch.device, copy_buffers: bool = False) -> Iterator[None]:
+def on_device(
+    modules: Iterable[nn.Module], device: torch.device, in_fp32: bool = False, copy_buffers: bool = False
+) -> Iterator[None]:
     """Inside the `with` block the tensors of modules are on a device, and none of them was made in inference mode.
 
     Args:
         modules: the modules.
         device: the device.
+        in_fp32: whether those of half precision are in fp32.
         copy_buffers: whether buffers are copies in any case. The modules may write to them.
     """
     slots = slots_of(("", module) for module in modules)
-    others = [s for s in slots if is_copied(s.own, device) or (copy_buffers and not isinstance(s.own, nn.Parameter))]
-    with filled(others, lambda slot: slot.own.detach().to(device, copy=True)):
+    others = [
+        slot
+        for slot in slots
+        if is_copied(slot.own, device, in_fp32) or (copy_buffers and not isinstance(slot.own, nn.Parameter))
+    ]
+    with filled(others, lambda slot: computed(slot.own.detach().to(device, copy=True), in_fp32)):
         yield
 
 
-def is_copied(tensor: Tensor, device: torch.device) -> bool:
+def is_copied(tensor: Tensor, device: torch.device, in_fp32: bool) -> bool:
     """Whether `on_device` copies a tensor."""
-    return tensor.device != device or tensor.is_inference()
+    return tensor.device != device or tensor.is_inference() or (in_fp32 and tensor.dtype in HALF)
 
 
 @dataclass(frozen=True)

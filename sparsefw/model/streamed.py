@@ -6,11 +6,14 @@ that the model's class has no use for.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsefw import arithmetic
+from sparsefw.arithmetic import computed
 from sparsefw.checkpoint import quantization
 from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.checkpoint.tensors import Loadable, QuantizedInfo, TensorInfo, dequantized, read_tensors
@@ -28,6 +31,7 @@ class StreamedModel(BlockModel):
         checkpoint: from `sparsefw.checkpoint.inspect`.
         device: device that the model runs on.
         read: reads tensors of the checkpoint, into pinned memory if its second argument is true.
+        in_fp32: as for `BlockModel`.
 
     Attributes:
         infos: all tensors of the checkpoint by name, none of them read.
@@ -44,20 +48,26 @@ class StreamedModel(BlockModel):
         checkpoint: Checkpoint,
         device: torch.device,
         read: Callable[[dict[str, TensorInfo], bool], Mapping[str, Loadable]] = read_tensors,
+        in_fp32: bool = False,
     ) -> None:
         self._checkpoint, self._read_tensors, self.infos = checkpoint, read, checkpoint.tensors
         self._skeleton = skeleton.build(checkpoint)
         model = self._skeleton.model
         self.config: Any = model.config
         self.max_seqlen = skeleton.max_seqlen(self.config)
-        path = path_through(model, None, zeros_in, zeros_in)
+        for buffer in model.buffers():
+            if not buffer.is_meta:
+                buffer.data = computed(buffer.data, in_fp32)
+        zeros = partial(zeros_in, in_fp32=in_fp32)
+        path = path_through(model, None, zeros, zeros)
         shared = shared_parameters(model, path.order, model.all_tied_weights_keys, self._skeleton.goes_into.values())
-        super().__init__(model, path, shared, device)
+        super().__init__(model, path, shared, device, in_fp32)
         self._number = {self.names[i]: i for i in self.unique_blocks}
         # The skeleton's own tensors; tied parameters are one.
         self._own = model.state_dict(keep_vars=True)
         reads = path.reads & self._own.keys()
-        self.outside_bytes = sum({id(self._own[name]): self._own[name].nbytes for name in reads}.values())
+        outside = {id(self._own[name]): computed(self._own[name], in_fp32).nbytes for name in reads}
+        self.outside_bytes = sum(outside.values())
         # The checkpoint's tensors by block; under None those outside of the blocks that are loaded.
         self._tensors_of = self._sorted(reads)
         self.pieces = self._cut(max(map(self._bytes_of, range(len(self.blocks)))))
@@ -65,6 +75,8 @@ class StreamedModel(BlockModel):
         # Of tensors that are written as they are, one is dequantized at a time.
         together = [*self._tensors_of.values(), *([name] for piece in self.pieces for name in piece)]
         stored = {name: x.stored_nbytes for name, x in self.infos.items() if isinstance(x, QuantizedInfo)}
+        if in_fp32:
+            stored = {name: stored.get(name, 0) + x.nbytes for name, x in self.infos.items()}
         self.quantized_bytes = max(sum(stored.get(name, 0) for name in names) for names in together)
         parts = Counter(self._skeleton.goes_into.values())
         self.joined_bytes = max((x.nbytes for name, x in model.named_parameters() if parts[name] > 1), default=0)
@@ -99,7 +111,8 @@ class StreamedModel(BlockModel):
         if i not in self.unique_blocks:
             return {}
         state = self.blocks[i].state_dict(prefix=f"{self.names[i]}.")
-        own = {name: tensor for name, tensor in state.items() if name not in self.shared.sources}
+        sources = self.shared.sources
+        own = {name: x.to(self._own[name].dtype) for name, x in state.items() if name not in sources}
         tensors = self._skeleton.exported(own)
         # A parameter that is one tensor of the checkpoint may have several names that transformers understands.
         mine, its = self._skeleton.names_of(tensors), self._skeleton.names_of(self._tensors_of[i])
@@ -161,7 +174,7 @@ class StreamedModel(BlockModel):
         notes = [f"config.json names {built.replaced}: pruned as {kind}"] if built.replaced else []
         if self.runs is not self.model:
             notes.append(f"{kind} does not run on text alone: its {type(self.runs).__name__} is run in its place")
-        notes += self.shared.notes
+        notes += self.shared.notes + ([arithmetic.note(self._checkpoint.dtype)] if self.in_fp32 else [])
         if dequantized := quantization.note(tensors.values(), self._checkpoint.quantization):
             notes.append(dequantized)
         if self._checkpoint.config.get("auto_map"):

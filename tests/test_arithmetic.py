@@ -1,0 +1,93 @@
+"""A model of half precision computes in fp32 where half precision is slow, and stays what it is on the disk."""
+
+import copy
+
+import pytest
+import torch
+from helpers.families import TOKENS, save_model
+from helpers.stacks import Diffusion, perplexity_of_whole
+from transformers import AutoModelForCausalLM
+
+from sparsefw import arithmetic, prune
+from sparsefw.data.batches import BATCHES
+
+BF16, FP16 = torch.bfloat16, torch.float16
+OPTIONS = dict(kernel="torch", steps=3, refit=2, rounds=0, sparsity="0.5", dataset=TOKENS)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Half precision is slow on this processor."""
+    monkeypatch.setattr(arithmetic, "slowdown", lambda dtype: 20.0)
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+
+
+def test_only_half_precision_on_a_slow_cpu(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert arithmetic.slowdown(torch.float32) == 1
+    monkeypatch.setattr(arithmetic, "slowdown", lambda dtype: {BF16: 20.0, FP16: 0.9}[dtype])
+    cases = [(BF16, cpu), (FP16, cpu), (torch.float32, cpu), (BF16, gpu)]
+    assert [arithmetic.computes_in_fp32(*case) for case in cases] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_pruned_as_in_fp32_and_rounded(family, dtype, slow, tmp_path):
+    half = save_model(tmp_path / "half", family, dtype)
+    model = AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "full")
+    result = prune(half, tmp_path / "of-half", reconstruct=0, **OPTIONS)
+    full = prune(tmp_path / "full", tmp_path / "of-full", reconstruct=0, **OPTIONS)
+    assert any("computed in fp32" in note for note in result.report.notes)
+    assert not any("computed in fp32" in note for note in full.report.notes)
+    written, expected = weights(result.output), weights(full.output)
+    assert {x.dtype for x in written.values()} == {dtype}
+    # The first block has the same inputs; those of the others come through weights that were rounded.
+    first = [name for name in written if ".layers.0." in name]
+    assert all(torch.equal(written[name], expected[name].to(dtype)) for name in first)
+    # A model in memory is pruned to the same weights.
+    model = AutoModelForCausalLM.from_pretrained(half, dtype=dtype)
+    prune(model, reconstruct=0, **OPTIONS)
+    assert all(torch.equal(x, written[name]) for name, x in model.state_dict().items())
+
+
+def test_blocks_are_reconstructed_and_go_on_in_fp32(slow, tmp_path):
+    """A run that goes on reads blocks that are rounded; those in memory are rounded as well."""
+    half, written = save_model(tmp_path / "half", "llama", BF16), []
+
+    def stop(line):
+        written.append(line)
+        if line.startswith("model.layers.2"):
+            raise KeyboardInterrupt
+
+    whole = prune(half, tmp_path / "whole", **OPTIONS)
+    with pytest.raises(KeyboardInterrupt):
+        prune(half, tmp_path / "out", log=stop, **OPTIONS)
+    lines = []
+    prune(half, tmp_path / "out", log=lines.append, **OPTIONS)
+    assert any("going on" in line for line in lines)
+    assert any(block.reconstruction for block in whole.report.blocks)
+    again = weights(tmp_path / "out")
+    assert all(torch.equal(x, again[name]) for name, x in weights(whole.output).items())
+
+
+def test_batches_of_half_precision(slow):
+    """A module in memory on batches of its own dtype."""
+    torch.manual_seed(0)
+    half = Diffusion().to(BF16).eval()
+    full = copy.deepcopy(half).float()
+    sizes = dict(noisy=(2, 6, 4), time=(2, 1), text=(2, 5, 8), noise=(2, 6, 4))
+    batches = [{name: torch.randn(*size).to(BF16) for name, size in sizes.items()} for _ in range(3)]
+    options = {name: value for name, value in OPTIONS.items() if name != "dataset"} | dict(reconstruct=0)
+    result = prune(half, calibration=batches, evaluate=batches, **options)
+    in_full = [{name: x.float() for name, x in batch.items()} for batch in batches]
+    expected = prune(full, calibration=in_full, evaluate=in_full, **options)
+    assert {x.dtype for x in half.parameters()} == {BF16}
+    first = zip(half.doubles[0].parameters(), full.doubles[0].parameters(), strict=True)
+    assert all(torch.equal(x, y.to(BF16)) for x, y in first)
+    found, dense = result.perplexity[BATCHES], expected.perplexity[BATCHES]["dense"]
+    assert found["dense"] == pytest.approx(dense, rel=1e-6)
+    assert found["sparsefw"] == pytest.approx(perplexity_of_whole(half.float(), in_full), rel=1e-5)
