@@ -38,6 +38,7 @@ def test_documents_have_the_committed_numbers():
     assert [row for row in rows if row not in pages] == []
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path, capsys, monkeypatch):
     """A cell and the settings run once; no path of the machine gets into the results."""
     model = save_model(tmp_path / "model", "llama", num_hidden_layers=2)

@@ -63,6 +63,7 @@ class TestMistakes:
         assert row["outcome"] == REFUSED
         assert "no_such_layer" in row["reason"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("layer", "change", "reason"),
         [
