@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from helpers.families import first_is_fast, save_model
 from helpers.ranks import on_ranks, prune
+from helpers.stacks import drawn
 from safetensors.torch import load_file
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
@@ -22,9 +23,6 @@ from sparsefw.report import log
 from sparsefw.solver.config import PruneConfig
 
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
-
-# The default with few steps.
-QUICK = {"steps": 3, "rounds": 0, "refit": 1, "reconstruct": 0}
 
 
 @pytest.fixture
@@ -155,21 +153,6 @@ def fail_at(ranks, number, block, *args):
     return "finished"
 
 
-@pytest.mark.slow
-def test_goes_on_with_as_many_ranks(tmp_path, text):
-    source = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
-    config = QUICK | {"compare": ("wanda",)}
-    on_ranks(2, prune, source, tmp_path / "whole", text, config)
-    assert on_ranks(2, fail_at, 1, 1, source, tmp_path / "out", text, config) == ["LostRankError", "InputError"]
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(AssertionError, match=r"an unfinished run .* the number of ranks was 2, and is 3"):
-        on_ranks(3, prune, source, tmp_path / "out", text, config)
-    lines = on_ranks(2, prune, source, tmp_path / "out", text, config)[0][1]
-    assert any(line.startswith("going on with an unfinished run: ") for line in lines)
-    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
-    assert not (tmp_path / ".out.partial").exists()
-
-
 def varying(ranks, do, *args):
     """Call do(ranks, *args), with an operation on rank 1 that torch refuses where bits have to be the same."""
     forward = MixtralRMSNorm.forward
@@ -184,8 +167,11 @@ def varying(ranks, do, *args):
 
 
 @pytest.mark.slow
-def test_finished_blocks_are_reported_as_without_an_interruption(tmp_path, text):
-    """Rank 1 has written the second one. It has sent other experts than rank 0 has."""
+def test_goes_on_with_as_many_ranks(tmp_path, text):
+    """Finished blocks are reported as without an interruption.
+
+    Rank 1 has written the second one. It has sent other experts than rank 0 has.
+    """
     source = save_model(tmp_path / "model", "mixtral")
     config = {"method": "wanda", "reconstruct": 1}
     (whole, lines), _ = on_ranks(2, varying, prune, source, tmp_path / "whole", text, config)
@@ -193,12 +179,17 @@ def test_finished_blocks_are_reported_as_without_an_interruption(tmp_path, text)
     assert sum("another run may give other bits: put_" in line for line in lines) == 3
     ends = on_ranks(2, varying, fail_at, 0, 2, source, tmp_path / "out", text, config)
     assert ends == ["InputError", "LostRankError"]
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(AssertionError, match=r"an unfinished run .* the number of ranks was 2, and is 3"):
+        on_ranks(3, prune, source, tmp_path / "out", text, config)
     # No operation is refused now: those that are named come from the records.
     (report, lines), _ = on_ranks(2, prune, source, tmp_path / "out", text, config)
     assert any(line.startswith("going on with an unfinished run: 2 of ") for line in lines)
     assert [block.reconstruction.varies for block in report.blocks] == ["put_", "put_", ""]
     for mine, theirs in zip(report.blocks[:2], whole.blocks, strict=False):
         assert (mine.reconstruction, mine.sent) == (theirs.reconstruction, theirs.sent)
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_other_flags_on_a_rank_are_named(tmp_path, text):
@@ -213,11 +204,9 @@ def prune_with_own_flags(ranks, configs, *args):
     return prune(ranks, *args, configs[ranks.number] | {"method": "magnitude"})
 
 
-def prune_batches(ranks, batches, output):
+def prune_batches(ranks, output):
     """Prune a model in memory; returns its weights, and the number of the lines that were logged."""
-    torch.manual_seed(0)
-    layer = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dropout=0.0)
-    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    model, batches = drawn("diffusion", 5)
     config = PruneConfig(method="wanda", kernel="torch", precision="ieee")
     lines = []
     prune_in_memory(model, output, config, calibration=batches, log=lines.append)
@@ -225,10 +214,9 @@ def prune_batches(ranks, batches, output):
 
 
 def test_a_model_in_memory_is_changed_on_all_ranks(tmp_path):
-    batches = list(torch.randn(5, 2, 8, 32, generator=torch.Generator().manual_seed(1)))
-    alone, _ = prune_batches(ALONE, batches, tmp_path / "alone")
+    alone, _ = prune_batches(ALONE, tmp_path / "alone")
     # Without an output, the ranks write to a temporary folder of rank 0.
-    (first, logged), (second, logged_too) = on_ranks(2, prune_batches, batches, None)
+    (first, logged), (second, logged_too) = on_ranks(2, prune_batches, None)
     assert logged > logged_too == 0
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert differing(first, alone) <= 1e-3

@@ -5,6 +5,8 @@ import torch
 from helpers.damaged import damaged_module, described, stages_of
 from torch import nn
 
+from sparsefw.model.tape import Calls, Tape
+
 TOKENS, D = 6, 8
 
 
@@ -103,11 +105,14 @@ def stream_of_a_layer(block, x):
     return h + block.b(h.relu())
 
 
-SEQUENTIAL = [
-    "a writes 0 tanh to 1",
-    "b reads 1 sin",
-    "c writes 1 relu kept",
-]
+def counting(block, x):
+    """It adds what it was called how often, so that it gives something else in parts."""
+    block.calls = getattr(block, "calls", 0) + 1
+    h = x + block.a(x.tanh())
+    return h + block.b(h.sin()) * block.calls
+
+
+SEQUENTIAL = ["a writes 0 tanh to 1", "b reads 1 sin", "c writes 1 relu kept"]
 READING = ["a reads 0 tanh to 1", "b reads 1 sin", "c reads 1 relu kept"]
 HANDED_ON = ["a outputs 0", "b reads 0 sin", "c outputs 0"]
 WHOLE = ["a outputs 0", "b outputs 0", "c outputs 0"]
@@ -120,21 +125,29 @@ BLOCKS = {
     branch_behind: ["a writes 0 tanh to 1", "b outputs 1", "c outputs 1"],
     reads_the_input_again: HANDED_ON,
     reads_an_earlier_tensor_again: ["a outputs 0", "b reads 0 sin", "c reads 0 relu"],
-    gated: [
-        "a writes 0 tanh to 1",
-        "d reads 1 sin",
-        "b reads 1 cos",
-        "c reads 1 relu",
-    ],
+    gated: ["a writes 0 tanh to 1", "d reads 1 sin", "b reads 1 cos", "c reads 1 relu"],
     input_written_to: HANDED_ON,
     stream_of_a_layer: ["a reads 0 block to 1", "b writes 1 relu"],
     used_twice: ["a outputs 0"],
+    counting: ["a outputs 0", "b outputs 0"],
 }
 
 
 @pytest.mark.parametrize("forward", BLOCKS, ids=lambda forward: forward.__name__)
 def test_blocks(forward):
     assert described(damaged_module(Block(forward), batches())) == BLOCKS[forward]
+
+
+def test_a_write_to_a_view_changes_its_base_and_other_views():
+    tape = Tape()
+    with Calls(tape.record):
+        y = torch.ones(2, 2) + 1
+        row, column = y[0], y[:, 0]
+        row.zero_()
+        y.sum()
+        column.sum()
+    *_, write, total, other = tape.ops
+    assert total.inputs[0].maker == other.inputs[0].maker == write.number
 
 
 class TestStates:
@@ -205,12 +218,8 @@ class TestExperts:
         pair = damaged_module(self.Experts(behind), batches())
         first, experts, *rest = stages_of(pair)
         assert (first.key, first.behind.function, first.input.function) == ("a.weight", "add", "tanh")
-        assert (experts.key, experts.input, experts.behind, experts.start) == (
-            "experts.*.weight",
-            None,
-            None,
-            first.behind,
-        )
+        assert (experts.key, experts.start) == ("experts.*.weight", first.behind)
+        assert experts.input is experts.behind is None
         assert [(stage.key, stage.input, stage.start) for stage in rest] == [("c.weight", None, first.behind)] * behind
 
     def test_nor_behind_those_that_are_multiplied_at_once(self):

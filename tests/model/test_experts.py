@@ -2,11 +2,8 @@
 
 import pytest
 import torch
-import transformers
-from helpers.stacks import VOCABULARY, random_ids
 from torch import nn
 
-from sparsefw import prune
 from sparsefw.data.batches import batches_of
 from sparsefw.model import resident
 from sparsefw.model.experts import experts_of, without_parts_in_turn
@@ -187,30 +184,3 @@ def test_parts_in_turn_are_no_experts():
 def test_experts_inside_of_parts_in_turn():
     block = Parts(in_turn, lambda: Parts(by_index))
     assert found(block) == {f"parts.{i}.parts.{e}" for i in range(E) for e in range(E)}
-
-
-def longcat():
-    """Each block has two attentions and two MLPs in turn, and a mixture beside them."""
-    config = transformers.LongcatFlashConfig(
-        vocab_size=VOCABULARY, hidden_size=32, ffn_hidden_size=48, expert_ffn_hidden_size=24, num_layers=2,
-        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=E, zero_expert_num=1,
-        moe_topk=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, head_dim=4,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.LongcatFlashForCausalLM(config).eval()
-
-
-def test_attentions_and_mlps_of_longcat_have_the_dense_models_outputs_as_targets():
-    model, batches = longcat(), [{"input_ids": random_ids(2, 9)} for _ in range(4)]
-    batch = batches_of(batches, "calibration").batches[0]
-    with resident(model, batch, CPU) as opened:
-        shape, _ = shape_of_resident(opened, batch)
-    experts = {layer.name: layer.experts for layer in shape.blocks[0].layers}
-    assert {name for name, count in experts.items() if count} == {"mlp.experts.gate_up_proj*", "mlp.experts.down_proj*"}
-    # Five matrices of each attention, three of each MLP.
-    assert sum(not count for count in experts.values()) == 2 * 5 + 2 * 3
-    layers = prune(model, calibration=batches, **QUICK).layers
-    assert {layer.name for layer in layers} <= set(shape.layer_names)
-    targets = {target: {x.name for x in layers if x.target == target} for target in ("dense", "layer")}
-    assert len(targets["dense"]) == 2 * 16
-    assert all("experts" in name for name in targets["layer"])

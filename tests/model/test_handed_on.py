@@ -1,10 +1,11 @@
 """What blocks hand on beside hidden states arrives at later blocks as in the whole model, in every stream by itself."""
 
 import copy
+import functools
 
 import pytest
 import torch
-from helpers.families import HANDING_ON, TOKENS, first_is_fast, save_model
+from helpers.families import FAMILIES, HANDING_ON, TOKENS, first_is_fast, save_model
 from helpers.whole import BATCH, CPU, all_logits, plain_logits, whole_model
 from torch import nn
 
@@ -26,12 +27,17 @@ def blocks_of(whole, model):
     return whole.get_submodule(model.names[0].rpartition(".")[0])
 
 
+STREAMS = [(family, torch.float32, "gpu") for family in HANDING_ON] + [("gemma4_text", torch.float32, "file")]
+
+
 @pytest.mark.parametrize(
-    ("family", "place"), first_is_fast([*((family, "gpu") for family in HANDING_ON), ("gemma4_text", "file")])
+    ("family", "dtype", "place"),
+    first_is_fast([*STREAMS, *((family, torch.bfloat16, "gpu") for family in FAMILIES)]),
+    ids=str,
 )
-def test_streams_equal_the_whole_models(family, place, tmp_path):
+def test_streams_equal_the_whole_models(family, dtype, place, tmp_path):
     """A dense stream and two pruned ones, which take turns; four windows in a micro-batch, and two."""
-    folder = save_model(tmp_path, family)
+    folder = save_model(tmp_path, family, dtype)
     with StreamedModel(inspect(folder), CPU) as model:
         dense = embed(model, TOKENS, BATCH, Store(CPU, place))
         pruned, other = dense.fork(), dense.fork()
@@ -54,7 +60,7 @@ def test_streams_equal_the_whole_models(family, place, tmp_path):
         assert torch.equal(all_logits(model, dense), expected)
         assert torch.equal(all_logits(model, pruned), expected_pruned)
         assert torch.equal(all_logits(model, other), expected_pruned)
-        loss = nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+        loss = nn.functional.cross_entropy(expected[:, :-1].double().flatten(0, 1), TOKENS[:, 1:].flatten())
         assert perplexity(dense, windows_of(TOKENS, "")) == pytest.approx(loss.exp().item(), rel=1e-5)
         for states in (dense, pruned, other):
             states.close()
@@ -98,27 +104,26 @@ def test_expected_size_is_what_lies_between_blocks(family, tmp_path):
     assert before == sum(shape.between.of_text(seqlen))
 
 
-def test_a_block_that_writes_to_what_it_is_given_is_refused(tmp_path):
+def writing(run, *args, position_embeddings, **kwargs):
     """Other streams would see it."""
+    position_embeddings[0].add_(1)
+    return run(*args, position_embeddings=position_embeddings, **kwargs)
+
+
+def returning_more(run, *args, **kwargs):
+    return run(*args, **kwargs), torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (writing, "the block writes to a tensor that it is given"),
+        (returning_more, "does not return the same as other blocks of its class"),
+    ],
+)
+def test_blocks_that_are_refused(forward, message, tmp_path):
     model = StreamedModel(inspect(save_model(tmp_path, "llama")), CPU)
-    states = embed(model, TOKENS, BATCH)
-    block = model.open(0)
-    run = block.self_attn.forward
-
-    def forward(*args, position_embeddings, **kwargs):
-        position_embeddings[0].add_(1)
-        return run(*args, position_embeddings=position_embeddings, **kwargs)
-
-    block.self_attn.forward = forward
-    with pytest.raises(InputError, match=r"model\.layers\.0: .* the block writes to a tensor that it is given"):
-        states.advance(0)
-
-
-def test_a_block_that_returns_something_else_is_refused(tmp_path):
-    model = StreamedModel(inspect(save_model(tmp_path, "llama")), CPU)
-    states = embed(model, TOKENS, BATCH)
-    block = model.open(0)
-    run = block.forward
-    block.forward = lambda *args, **kwargs: (run(*args, **kwargs), torch.ones(1))
-    with pytest.raises(InputError, match=r"model\.layers\.0: .* does not return the same as other blocks of its class"):
+    states, block = embed(model, TOKENS, BATCH), model.open(0)
+    block.forward = functools.partial(forward, block.forward)
+    with pytest.raises(InputError, match=rf"model\.layers\.0: .* {message}"):
         states.advance(0)

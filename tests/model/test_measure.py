@@ -28,11 +28,6 @@ WRITERS = {
     "gpt2": {"attn.c_proj": "ln_2", "mlp.c_proj": ""},
     "mamba": {"mixer.out_proj": ""},
 }
-# Layers whose outputs are recorded, with the sum that holds them: both branches of a parallel block go into one sum.
-RECORDED = {
-    "gpt_neox": {"attention.dense": None, "mlp.dense_4h_to_h": ""},
-    "gptj": {"attn.out_proj": None, "mlp.fc_out": ""},
-}
 
 
 class Seen:
@@ -151,69 +146,35 @@ LOSS = 0.1
 LINEAR = ("Linear", "Conv1D")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", RECORDED)
-def test_parallel_branches_are_measured_by_recorded_outputs(family, dtype, tmp_path):
-    pair = damaged_pair(save_model(tmp_path, family, DTYPES[dtype]))
-    block, (run, run_dense), count = pruned_block(pair), whole_runs(pair), len(pair.dense)
-    dense, names = Seen(pair.dense_block, run_dense, count), []
-    for captured in measured_stages(pair):
-        pruned = Seen(block, run, count)
-        for layer in captured.layers:
-            name, cross = layer.name.removesuffix(".weight"), captured.crosses[layer.name]
-            names.append(name)
-            if name not in RECORDED[family]:
-                assert cross.of == "inputs"
-                continue
-            assert cross.of == "outputs"
-            module = RECORDED[family][name]
-            Y, Y_dense = (seen.output(name) if module is None else seen.stream(module) for seen in (pruned, dense))
-            B = (Y_dense - Y).double().T @ pruned.input(name).double()
-            torch.testing.assert_close(cross.matrix.double(), B, rtol=1e-3, atol=1e-5 * B.abs().max().item())
-    assert set(RECORDED[family]) < set(names)
-
-
-def copied(captured):
-    crosses = {name: (cross.of, cross.matrix.clone()) for name, cross in captured.crosses.items()}
-    return {name: G.clone() for name, G in captured.grams.items()}, crosses
-
-
 def results_of(folder, place, keep):
     """All matrices of a block, and its windows in both models behind it."""
-    pair = damaged_pair(folder, store=Store(DEVICE, place))
+    pair, found = damaged_pair(folder, store=Store(DEVICE, place)), {}
     run, run_dense = whole_runs(pair)
-    found = [copied(captured) for captured in measured_stages(pair, keep)]
+    for n, captured in enumerate(measured_stages(pair, keep)):
+        found |= {(n, name): G.clone() for name, G in captured.grams.items()}
+        found |= {(n, name, cross.of): cross.matrix.clone() for name, cross in captured.crosses.items()}
     pair.pruned.advance(0)
     assert pair.pruned.position == pair.dense.position == INPUT
     assert pair.pruned.kept is pair.dense.kept is None
     for j in range(len(pair.dense)):
+        found |= {("pruned", j): pair.pruned.hidden[j], ("dense", j): pair.dense.hidden[j]}
         # The whole blocks, run from their inputs.
-        assert torch.equal(pair.pruned.hidden[j], hidden_of(run(j)))
-        assert torch.equal(pair.dense.hidden[j], hidden_of(run_dense(j)))
-    states = [states.hidden[j] for states in (pair.pruned, pair.dense) for j in range(len(states))]
+        assert torch.equal(found["pruned", j], hidden_of(run(j)))
+        assert torch.equal(found["dense", j], hidden_of(run_dense(j)))
     for windows in (pair.pruned, pair.dense):
         windows.close()
-    return found, states
+    return found
 
 
-def assert_equal(found, expected):
-    for (grams, crosses), (other_grams, other_crosses) in zip(found[0], expected[0], strict=True):
-        assert grams.keys() == other_grams.keys()
-        assert crosses.keys() == other_crosses.keys()
-        assert all(torch.equal(G, other_grams[name]) for name, G in grams.items())
-        for name, (form, matrix) in crosses.items():
-            assert form == other_crosses[name][0]
-            assert torch.equal(matrix, other_crosses[name][1])
-    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
-
-
-@pytest.mark.parametrize("family", first_is_fast(["llama", "gpt_neox", "mixtral", "mamba"]))
+@pytest.mark.parametrize("family", first_is_fast(["llama", "mixtral", "mamba"]))
 def test_kept_inputs_and_placement_change_nothing(family, tmp_path):
     # Blocks of mamba in bf16 return fp32, which does not fit the place of their input.
     folder = save_model(tmp_path, family, torch.float32 if family == "mamba" else torch.bfloat16)
     plain = results_of(folder, "gpu", keep=False)
     for place, keep in (("gpu", True), ("host", True), ("file", False), ("file", True)):
-        assert_equal(results_of(folder, place, keep), plain)
+        found = results_of(folder, place, keep)
+        assert found.keys() == plain.keys()
+        assert all(torch.equal(x, plain[key]) for key, x in found.items())
 
 
 class Counted:

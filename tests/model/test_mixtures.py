@@ -77,5 +77,7 @@ def test_experts_beside_those_without_weights(routed, idle, tmp_path):
     options = COMMON | latent | changes | {"model_type": "longcat_flash", "num_layers": 2, "num_hidden_layers": 4}
     config = AutoConfig.for_model(**options)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"dtype": "float32"}, default=str))
-    names = describe(str(tmp_path)).shape.layer_names
-    assert {name for name in names if "experts" in name} >= {f"model.layers.0.{layer}" for layer in layers}
+    shape = describe(str(tmp_path)).shape
+    assert set(shape.layer_names) >= {f"model.layers.0.{layer}" for layer in layers}
+    # The two attentions and the two MLPs of a block, which are numbered, are no experts.
+    assert all(("experts" in layer.name) == bool(layer.experts) for layer in shape.blocks[0].layers)

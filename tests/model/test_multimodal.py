@@ -105,14 +105,18 @@ def pruned(request, tmp_path_factory):
     return request.param, source, folder / "out"
 
 
-def test_output_is_a_whole_model_of_the_class_that_the_config_names(pruned):
-    _, _, output = pruned
+def check_whole(output, text_model=""):
+    """Assert that it is a whole model of the class that the config names, whose logits, or its part's, are streamed."""
     model, loaded = load_as_named(output)
     assert not any(loaded[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     with torch.no_grad():
-        expected = model.eval()(input_ids=IDS, use_cache=False).logits
+        expected = model.eval().get_submodule(text_model)(input_ids=IDS, use_cache=False).logits
     assert expected.std() > 0.1
     assert torch.equal(streamed_logits(output), expected)
+
+
+def test_output_is_a_whole_model_of_the_class_that_the_config_names(pruned):
+    check_whole(pruned[2])
 
 
 def test_all_but_the_pruned_layers_is_the_sources(pruned):
@@ -184,12 +188,7 @@ def test_text_model_of_a_class_that_does_not_run_on_text(tmp_path, monkeypatch, 
     )
     status, printed, _ = verdict(capsys, tmp_path / "out")
     assert status == 0, printed
-    model, loaded = load_as_named(tmp_path / "out")
-    assert not any(loaded[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
-    with torch.no_grad():
-        expected = model.language_model.eval()(input_ids=IDS, use_cache=False).logits
-    assert expected.std() > 0.1
-    assert torch.equal(streamed_logits(tmp_path / "out"), expected)
+    check_whole(tmp_path / "out", "language_model")
 
 
 def test_text_model_is_not_run_in_the_place_of_a_forward_that_is_refused(tmp_path, monkeypatch):

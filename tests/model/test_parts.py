@@ -110,19 +110,17 @@ class TestParts:
     def test_what_does_not_depend_on_the_input_is_made_for_real(self):
         """Positions that are made before the sum may be read behind it, and states are written step by step."""
 
-        class Recurrent(Block):
-            def forward(self, x):
-                positions = torch.arange(len(x), device=x.device).to(x.device, x.dtype)
-                states = torch.zeros(x.shape, device=x.device)
-                for n in range(TOKENS):
-                    states[n] = x[n].tanh()
-                return super().forward(states) * positions[:, None].expand(x.shape)
+        def recurrent(block, x):
+            positions = torch.arange(len(x), device=x.device).to(x.device, x.dtype)
+            states = torch.zeros(x.shape, device=x.device)
+            for n in range(TOKENS):
+                states[n] = x[n].tanh()
+            return Block.forward(block, states) * positions[:, None].expand(x.shape)
 
-        block, x = Recurrent(), hidden()
-        calls, output = recorded(block, x)
-        cut = calls.named("add")
+        block = Other(recurrent)
+        _, output, start = behind_sum(block)
         with RealProducts() as real:
-            _, whole = run_part(block, {cut: calls.outputs[cut]})
+            _, whole = run_part(block, start)
         assert real.products == 2
         assert torch.equal(whole, output)
 
@@ -134,15 +132,44 @@ def fails(match, block, given, take=(), end=None):
     assert "\n" not in str(caught.value)
 
 
-class Switched(Block):
-    """A block whose forward can be exchanged."""
+class Other(Block):
+    """A block with another forward."""
 
-    def __init__(self, second):
+    def __init__(self, forward):
         super().__init__()
-        self.second, self.switched = second, False
+        self._forward = forward
 
     def forward(self, x):
-        return self.second(self, x) if self.switched else super().forward(x)
+        return self._forward(self, x)
+
+
+def behind_sum(block):
+    """The points and outputs of a whole run, and those that a part behind the first sum begins with."""
+    calls, output = recorded(block, hidden())
+    return calls, output, {calls.named("add"): calls.outputs[calls.named("add")]}
+
+
+def stateful(block, x):
+    """A state with data is written to before the sum, through a view of it, and read behind it."""
+    state = torch.ones(TOKENS, D)
+    state.view(-1).copy_(x.tanh().view(-1))
+    return x.add(block.a(x)) + state
+
+
+def reading(behind):
+    """A forward that reads something behind its sum: the input, the layer's output or the sum."""
+
+    def forward(block, x):
+        y = block.a(x.tanh())
+        return behind(x, y, x.add(y))
+
+    return forward
+
+
+def in_place(block, x):
+    h = x + block.a(x.tanh())
+    h += block.b(h.sin())
+    return h
 
 
 class TestErrors:
@@ -157,10 +184,8 @@ class TestErrors:
         ids=["path", "shape"],
     )
     def test_another_path_to_the_beginning(self, second):
-        block, x = Switched(second), hidden()
-        calls, _ = recorded(block, x)
-        block.switched, cut = True, calls.named("add")
-        fails(DIFFERS, block, {cut: calls.outputs[cut]})
+        *_, start = behind_sum(Block())
+        fails(DIFFERS, Other(second), start)
 
     @pytest.mark.parametrize(
         "second",
@@ -171,81 +196,45 @@ class TestErrors:
         ids=["fewer", "path"],
     )
     def test_wanted_points_that_are_not_reached(self, second):
-        block, x = Switched(second), hidden()
-        calls, _ = recorded(block, x)
-        block.switched, wanted = True, calls.named("relu")
+        wanted = recorded(Block(), hidden())[0].named("relu")
         for end in (wanted, None):
-            fails(DIFFERS, block, {INPUT: x}, [wanted], end)
+            fails(DIFFERS, Other(second), {INPUT: hidden()}, [wanted], end)
 
     @pytest.mark.parametrize(
-        "behind",
+        "forward",
         [
-            lambda block, x, y, h: torch.cat([h, x]),
+            stateful,
+            reading(lambda x, y, h: torch.cat([h, x])),
             # The output itself was skipped.
-            lambda block, x, y, h: (y, h),
+            reading(lambda x, y, h: (y, h)),
             # Values are read of what was skipped.
-            lambda block, x, y, h: h if y.sum() > 0 else -h,
+            reading(lambda x, y, h: h if y.sum() > 0 else -h),
             # Nothing of it is in the output.
-            lambda block, x, y, h: [h, y.relu()][0],
+            reading(lambda x, y, h: [h, y.relu()][0]),
         ],
-        ids=["input", "output", "branch", "unused"],
+        ids=["state", "input", "output", "branch", "unused"],
     )
-    def test_tensors_that_were_skipped(self, behind):
-        class Reading(Block):
-            def forward(self, x):
-                y = self.a(x.tanh())
-                return behind(self, x, y, x.add(y))
-
-        block, x = Reading(), hidden()
-        calls, _ = recorded(block, x)
-        cut = calls.named("add")
-        fails(CANNOT_GO_ON, block, {cut: calls.outputs[cut]})
+    def test_tensors_that_were_skipped(self, forward):
+        block = Other(forward)
+        *_, start = behind_sum(block)
+        fails(CANNOT_GO_ON, block, start)
 
     def test_what_it_returns_beside_the_hidden_states_may_have_been_skipped(self):
-        class Attention(Block):
-            def forward(self, x):
-                y = self.a(x.tanh())
-                return x.add(y), y
-
-        block, x = Attention(), hidden()
-        calls, (output, _) = recorded(block, x)
-        cut = calls.named("add")
-        _, (whole, _) = run_part(block, {cut: calls.outputs[cut]})
+        block = Other(reading(lambda x, y, h: (h, y)))
+        _, (output, _), start = behind_sum(block)
+        _, (whole, _) = run_part(block, start)
         assert torch.equal(whole, output)
-
-    def test_states_that_would_lack_what_was_skipped(self):
-        """A state with data is written to before the sum, through a view of it, and read behind it."""
-
-        class Stateful(Block):
-            def forward(self, x):
-                state = torch.ones(TOKENS, D)
-                state.view(-1).copy_(x.tanh().view(-1))
-                return x.add(self.a(x)) + state
-
-        block, x = Stateful(), hidden()
-        calls, _ = recorded(block, x)
-        cut = calls.named("add")
-        fails(CANNOT_GO_ON, block, {cut: calls.outputs[cut]})
 
     def test_a_given_tensor_is_written_to(self):
         """Through a view of it."""
-        block, x = Switched(lambda block, x: x + block.a(x.view(-1).tanh_().view(TOKENS, D))), hidden()
-        block.switched = True
-        fails(DIFFERS, block, {INPUT: x})
+        fails(DIFFERS, Other(lambda block, x: x + block.a(x.view(-1).tanh_().view(TOKENS, D))), {INPUT: hidden()})
 
     def test_a_wanted_tensor_is_written_to_later(self):
         """Whoever wants it would read something else."""
-
-        class InPlace(Block):
-            def forward(self, x):
-                h = x + self.a(x.tanh())
-                h += self.b(h.sin())
-                return h
-
-        block, x = InPlace(), hidden()
-        calls, output = recorded(block, x)
-        fails(DIFFERS, block, {INPUT: x}, [calls.named("add")])
-        fails(DIFFERS, block, {calls.named("add"): calls.outputs[calls.named("add")]})
+        block, x = Other(in_place), hidden()
+        calls, output, start = behind_sum(block)
+        fails(DIFFERS, block, {INPUT: x}, [*start])
+        fails(DIFFERS, block, start)
         # The sum that was written to is a point of its own.
         (last,) = [point for point in calls.outputs if point.call == max(p.call for p in calls.outputs)]
         taken, _ = run_part(block, {INPUT: x}, [last])

@@ -76,24 +76,6 @@ def test_passes_look_at_all_tokens_in_turn(seqlen, every, times):
     assert passes[every:] == passes[:every]
 
 
-def test_tokens_are_predicted_one_by_one(opened, monkeypatch):
-    """What is compared of some tokens is what is compared of them beside the others."""
-    monkeypatch.setattr(head, "LEAST", 1)
-    _, model, _, hidden, dense = opened
-    x = hidden.clone().requires_grad_()
-    total = divergence(model, IDS, x, dense)
-    total.backward()
-    found = 0.0
-    for n in range(head.EVERY):
-        some = tokens_of_pass(n, IDS.shape[1])
-        part = hidden[:, some].clone().requires_grad_()
-        of_part = divergence(model, IDS[:, some], part, dense[:, some])
-        of_part.backward()
-        found += of_part.item()
-        torch.testing.assert_close(part.grad, x.grad[:, some], rtol=1e-4, atol=1e-6)
-    assert found == pytest.approx(total.item(), rel=1e-5)
-
-
 def test_tokens_that_never_come_count_nothing(opened):
     """Some models mask tokens of their vocabulary, such as those of images."""
     _, model, _, hidden, dense = opened

@@ -61,20 +61,6 @@ def test_blocks_run_as_in_the_whole_model(source):
             assert torch.equal(logits(model, batch, hidden), expected)
 
 
-def test_an_open_block_keeps_what_it_shares(source):
-    """Weights outside of the blocks come and go while its predictions are compared."""
-    with StreamedModel(inspect(source), torch.device("cpu")) as model:
-        for i in range(len(model.blocks)):
-            block = model.open(i)
-            before = dict(block.named_parameters())
-            with model.outside():
-                after = dict(block.named_parameters())
-                assert all(after[name] is parameter for name, parameter in before.items())
-            assert not any(parameter.is_meta for parameter in block.parameters())
-            model.close(i)
-        assert all(parameter.is_meta for parameter in model.model.parameters())
-
-
 @pytest.mark.parametrize("options", [{"steps": 2}, {"method": "wanda"}])
 def test_what_is_shared_stays_dense_and_the_rest_is_pruned(options, source, tmp_path, capsys):
     result = prune(source, tmp_path / "out", dataset=TOKENS, kernel="torch", **options)
@@ -130,24 +116,6 @@ def test_one_tensor_under_two_names_is_found():
         assert shared.sources == dict.fromkeys(names - {source}, source)
         assert set(shared.places(source)) == names
         assert shared.places("head.weight") == ["head.weight"]
-
-
-def test_one_memory_under_two_parameters_is_found():
-    """Views of one buffer that lie apart are not the same."""
-    model, flat = _Tied(), torch.zeros(32)
-    a, b = (nn.ModuleList([block["a"], block["b"]]) for block in model.blocks)
-    for n, layer in enumerate((*a, *b)):
-        layer.weight.data = flat[4 * n : 4 * n + 4].view(2, 2)
-    names = [name for name, _ in model.named_parameters()]
-    assert not shared_parameters(model, BLOCKS, {}, names).names
-    b[1].weight.data = flat[3:7].view(2, 2)
-    shared = {"blocks.0.a.weight", "blocks.0.b.weight", "blocks.1.b.weight"}
-    assert shared_parameters(model, BLOCKS, {}, names).names == shared
-    model.head.weight = nn.Parameter(b[0].weight.detach())
-    found = shared_parameters(model, BLOCKS, {}, names)
-    assert found.names == shared | {"blocks.1.a.weight", "head.weight"}
-    assert not found.sources
-    assert not shared_parameters(model.to("meta"), BLOCKS, {}, names).names
 
 
 def test_a_block_names_its_parameters_itself():

@@ -73,39 +73,21 @@ class TestStages:
         assert stages_of(damaged_module(norm, [x])) == []
 
 
-class TestConfirmed:
+def test_blocks_of_a_kind_are_tried_once(tmp_path):
     """The first block of a kind is run in parts; those that make the same calls are not."""
+    pair, known, runs = damaged_pair(save_model(tmp_path, "llama")), {}, []
 
-    def test_blocks_of_a_kind_are_tried_once(self, tmp_path):
-        pair, known, runs = damaged_pair(save_model(tmp_path, "llama")), {}, []
+    def counted(hidden):
+        runs.append(hidden)
+        return pair.pruned.run_of(0, 0)(hidden)
 
-        def counted(hidden):
-            runs.append(hidden)
-            return pair.pruned.run_of(0, 0)(hidden)
-
-        first = survey(pruned_block(pair), counted, pair.pruned.hidden[0], confirmed=known)
-        # The block as it is; whole, at its cut, and at the two inputs that can be kept.
-        assert (len(runs), list(known.values())) == (5, [True])
-        runs.clear()
-        second = survey(pruned_block(pair), counted, pair.pruned.hidden[0], confirmed=known)
-        assert len(runs) == 1
-        assert (second.roles, second.cuts) == (first.roles, first.cuts)
-
-    def test_a_block_that_gives_something_else_in_parts_runs_as_a_whole(self, tmp_path):
-        """Here it adds what it was called how often."""
-
-        class Counting(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.a, self.b, self.calls = nn.Linear(8, 8), nn.Linear(8, 8), 0
-
-            def forward(self, x):
-                self.calls += 1
-                h = x + self.a(x.tanh())
-                return h + self.b(h.sin()) * self.calls
-
-        pair = damaged_module(Counting(), [torch.randn(20, 8)])
-        assert described(pair) == ["a outputs 0", "b outputs 0"]
+    first = survey(pruned_block(pair), counted, pair.pruned.hidden[0], confirmed=known)
+    # The block as it is; whole, at its cut, and at the two inputs that can be kept.
+    assert (len(runs), list(known.values())) == (5, [True])
+    runs.clear()
+    second = survey(pruned_block(pair), counted, pair.pruned.hidden[0], confirmed=known)
+    assert len(runs) == 1
+    assert (second.roles, second.cuts) == (first.roles, first.cuts)
 
 
 class _Unseen(nn.Module):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers.families import FAMILIES, VOCABULARY, save_model
+from helpers.families import VOCABULARY, save_model
 from helpers.verifying import change_tensor
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -15,8 +15,7 @@ from sparsefw.checkpoint.source import inspect
 from sparsefw.data.windows import windows_of
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed, perplexity
-from sparsefw.model.head import logits, loss
-from sparsefw.model.skeleton import attention_implementation
+from sparsefw.model.head import loss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -42,23 +41,6 @@ def run_through(model, ids, batch_size):
     return states
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_streamed_logits_equal_the_whole_models(family, dtype, tmp_path):
-    folder = save_model(tmp_path, family, dtype)
-    model, ids = open_model(folder), tokens()
-    states = run_through(model, ids, batch_size=2)
-    # The same implementations of attention and experts, since others sum in another order.
-    same = {"attn_implementation": attention_implementation(model.model), "experts_implementation": "eager"}
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **same).to(DEVICE).eval()
-    for hidden, batch in zip(states.hidden, ids.split(2), strict=True):
-        with torch.no_grad():
-            expected = whole(batch.to(DEVICE), use_cache=False).logits
-        assert expected.std() > 0.1
-        assert torch.equal(logits(model, batch, hidden), expected)
-
-
 @pytest.mark.parametrize(
     ("error", "raised"),
     [
@@ -79,8 +61,7 @@ def test_memory_that_is_full_while_experts_are_stacked(error, raised, tmp_path, 
         model.open(0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_exported_tensors_are_the_checkpoints(family, tmp_path):
     folder = save_model(tmp_path, family, torch.bfloat16)
     source = inspect(folder)

@@ -11,7 +11,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     Gemma3Config,
-    HrmTextConfig,
     LlamaConfig,
     Qwen3_5Config,
     WhisperForCausalLM,
@@ -129,12 +128,6 @@ class TestBlocks:
         with streamed(save(tmp_path, AutoConfig.for_model(family, **SIZES | TOKENS | sizes))) as model:
             assert model.names == names
             assert not model.unused
-
-    def test_that_all_run_more_than_once(self, tmp_path):
-        config = HrmTextConfig(**SIZES, **TOKENS, num_layers_per_stack=2, head_dim=8)
-        message = r"unsupported model HrmTextForCausalLM: model.L_module.layers.0 runs more than once in a forward"
-        with pytest.raises(InputError, match=message):
-            streamed(save(tmp_path, config))
 
     def test_no_limit_of_tokens(self):
         assert max_seqlen(XLNetConfig()) is None
