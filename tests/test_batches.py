@@ -176,24 +176,14 @@ class TestManners:
         prune(model, calibration=batches, **QUICK)
         assert not any(buffer.any() for buffer in model.buffers())
 
-    def test_weights_in_another_order_in_memory(self, tmp_path):
-        """The result is that of the usual order, and the report says how the matrices are stored."""
-        (model, batches), (turned, _) = drawn("diffusion"), drawn("diffusion")
-        for module in turned.modules():
-            if isinstance(module, nn.Linear):
-                module.weight = nn.Parameter(module.weight.detach().T.clone().T)
-        settings = QUICK | {"reconstruct": 2}
-        one, other = (prune(m, calibration=batches, **settings) for m in (model, turned))
-        assert not any(layer.transposed for layer in (*one.layers, *other.layers))
-        for name, tensor in turned.state_dict().items():
-            torch.testing.assert_close(tensor, model.state_dict()[name])
-
     def test_nothing_changes_if_it_fails(self):
         model, batches = drawn("vit")
         before = weights(model)
         batches[2]["pixel_values"] = torch.full_like(batches[2]["pixel_values"], torch.inf)
-        with pytest.raises(InputError, match="hold"):
+        with pytest.raises(InputError, match="hold") as failed:
             prune(model, calibration=batches, **QUICK)
+        # There is nothing that the same command would go on from.
+        assert not getattr(failed.value, "__notes__", [])
         assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 

@@ -1,6 +1,5 @@
 """The verdict on outputs: unchanged ones pass, whatever the flags; every change is found, and its place is named."""
 
-import os
 import re
 import shutil
 
@@ -10,7 +9,6 @@ from helpers.families import first_is_fast, save_model
 from helpers.stacks import STACKS, drawn
 from helpers.verifying import (
     DOWN,
-    EMBEDDING,
     NORM,
     WANDA,
     Q,
@@ -29,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsefw import prune
 from sparsefw.checkpoint.files import SUMS, file_digest
-from sparsefw.checkpoint.source import INDEX, SINGLE
+from sparsefw.checkpoint.source import INDEX
 from sparsefw.driver.in_memory import save
 from sparsefw.verify import main
 
@@ -125,15 +123,6 @@ class TestSums:
         (output / name).write_text("{}")
         assert verdict(capsys, output, summed=False)[2] == {"sums": [f"{name}: not in SHA256SUMS"]}
 
-    @pytest.mark.parametrize("make", [None, os.mkfifo, lambda path: path.symlink_to("/etc/hostname")])
-    def test_what_is_no_file_is_not_opened(self, make, copied, capsys):
-        _, output = copied(*WANDA)
-        (output / "tokenizer.json").unlink()
-        if make:
-            make(output / "tokenizer.json")
-        (failure,) = verdict(capsys, output, summed=False)[2]["sums"]
-        assert "tokenizer.json: " in failure
-
     @pytest.mark.parametrize(
         ("change", "message"),
         [
@@ -186,14 +175,11 @@ CHANGES = {
         r"from \[28, 0\] on 32 of 32 weights are not zero, 13 may be kept",
     ),
     "one bit": (WANDA, {}, Q, in_row_5(True, flip_bit), "kept", ONE_BIT),
-    "one bit of bf16": (WANDA, {"dtype": torch.bfloat16}, Q, in_row_5(True, flip_bit), "kept", ONE_BIT),
     "one too few": (WANDA, {}, Q, in_row_5(True, 0.0), "kept", TOO_FEW),
-    "turned, too few": (WANDA, {"family": "gpt2"}, C_PROJ, turned(in_row_5(True, 0.0)), "kept", TOO_FEW),
     "zero with a sign": (
         WANDA, {}, Q, in_row_5(False, -0.0), "kept", r"1 of 1024 .* first at \[5, \d+\]: -0.0, in the source",
     ),
     "norm": (WANDA, {"dtype": torch.bfloat16}, NORM, put(3, flip_bit), "others", r"1 of 32 .* first at \[3\]: "),
-    "embedding": (WANDA, {}, EMBEDDING, put((257, 31), flip_bit), "others", r"1 of \d+ .* first at \[257, 31\]: "),
     "router": (WANDA, {"family": "qwen3_moe"}, ROUTER, put((1, 1), flip_bit), "others", r"1 of .* first at \[1, 1\]: "),
 }  # fmt: skip
 
@@ -247,14 +233,6 @@ class TestOthers:
         change_tensor(output, stored, put((3, 2), flip_bit))
         assert only_failure(capsys, output, "others").startswith(f"{name}: 1 of ")
 
-    def test_a_pruned_layer_that_the_report_hides(self, copied, capsys):
-        _, output = copied(*WANDA)
-        change_report(output, lambda report: report["layers"].pop(0))
-        failures = verdict(capsys, output)[2]
-        assert failures.keys() == {"report", "others"}
-        assert failures["report"] == [f"{Q}: neither pruned nor kept dense by the report"]
-        assert failures["others"][0].startswith(f"{Q}: 608 of 1024 values differ")
-
     @pytest.mark.parametrize("change", [{"name": "model.layers.7.x.weight"}, {"shape": [48, 64]}])
     def test_a_layer_that_the_model_has_not(self, change, copied, capsys):
         _, output = copied(*WANDA)
@@ -264,12 +242,6 @@ class TestOthers:
 
 
 class TestModel:
-    def test_a_truncated_shard(self, copied, capsys):
-        _, output = copied(*WANDA)
-        shard = output / "model-00002-of-00003.safetensors"
-        shard.write_bytes(shard.read_bytes()[:-1])
-        assert only_failure(capsys, output, "model").startswith(f"{shard}: not a whole safetensors file")
-
     @pytest.mark.parametrize(
         ("change", "message"),
         [
@@ -297,17 +269,10 @@ class TestSource:
         # With --against the source is compared.
         assert only_failure(capsys, output, "kept", "--against", str(source)).startswith(Q)
 
-    @pytest.mark.parametrize(
-        ("change", "failing"),
-        [
-            ({"hidden_size": 64}, {"kept", "others"}),
-            ({"num_hidden_layers": 3}, {"others"}),
-        ],
-    )
-    def test_another_model(self, change, failing, pruned, tmp_path, capsys):
+    def test_another_model(self, pruned, tmp_path, capsys):
         _, output = pruned(*WANDA)
-        other = save_model(tmp_path / "other", "llama", **({"num_hidden_layers": 2} | change))
-        assert verdict(capsys, output, "--against", str(other))[2].keys() >= failing
+        other = save_model(tmp_path / "other", "llama", num_hidden_layers=2, hidden_size=64)
+        assert verdict(capsys, output, "--against", str(other))[2].keys() >= {"kept", "others"}
 
     @pytest.mark.parametrize(
         ("against", "message"),
@@ -346,7 +311,7 @@ def stack(request, tmp_path_factory):
     return folder / "source", folder / "out"
 
 
-def test_models_in_memory_on_batches(stack, capsys, tmp_path):
+def test_models_in_memory_on_batches(stack, capsys):
     """Whatever they read, and whoever made their class. A source has to be named."""
     source, output = stack
     status, printed, _ = verdict(capsys, output, summed=False)
@@ -356,13 +321,7 @@ def test_models_in_memory_on_batches(stack, capsys, tmp_path):
     status, printed, _ = verdict(capsys, output, *against, summed=False)
     assert status == 0, printed
     assert printed.endswith("\nall checks passed\n")
-    copy = shutil.copytree(output, tmp_path / "out")
-    name, tensor = max(load_file(copy / SINGLE).items(), key=lambda item: item[1].numel() * (item[1].dim() == 2))
-    tensors = load_file(copy / SINGLE) | {name: put(tuple(tensor.nonzero()[0]), flip_bit)(tensor.clone())}
-    save_file(tensors, copy / SINGLE, metadata={"format": "pt"})
-    failures = verdict(capsys, copy, *against)[2]
-    assert len(failures) == 1
-    assert failures.keys() <= {"kept", "others"}
+    assert row(printed, "kept") == row(printed, "pattern") > 0
 
 
 @pytest.mark.parametrize("dtype", ["auto", torch.float32])

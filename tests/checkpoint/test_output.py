@@ -42,16 +42,3 @@ def test_a_model_in_the_hubs_cache_stays(folder, hub):
         with refused("is, holds or lies in the input folder"):
             check_output(output, snapshot, True)
     check_output(hub / "pruned", snapshot, True)
-
-
-@pytest.mark.parametrize("link", [False, True])
-def test_what_else_a_run_reads_stays(old, folder, link):
-    """Also where the output does not exist yet: at the end the file would not be there."""
-    text = old / "text.txt"
-    if link:
-        (old.parent / "text.txt").write_text("")
-        text.symlink_to(old.parent / "text.txt")
-    with refused("text.txt lies in it, and would be deleted with it"):
-        check_output(old, folder, True, [text])
-    with refused("text.txt lies in it"):
-        check_output(old.parent / "new", folder, True, [old.parent / ".new.partial" / "text.txt"])

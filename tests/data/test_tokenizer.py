@@ -1,6 +1,5 @@
 """A checkpoint's tokenizer: loaded as by transformers or refused in one line, and a long text's tokens those of all."""
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -127,22 +126,3 @@ def test_nothing_is_lost(small, text):
     assert "".join(pieces) == text
     assert all(len(piece) <= 1000 for piece in pieces)
     assert plain.decode(all_tokens(plain, [text])) == text
-
-
-def test_no_more_is_read_or_tokenized_than_a_piece(small, monkeypatch):
-    read, sizes = [], []
-
-    def endless():
-        for n in itertools.count():
-            read.append(n)
-            yield "some words " * 10
-
-    def watched(of, texts):
-        sizes.append(sum(map(len, texts)))
-        return tokenize(of, texts)
-
-    monkeypatch.setattr(windows, "tokenize", watched)
-    for found in itertools.islice(tokens_of(make_tokenizer(bos=False), [endless()]), 5):
-        assert found
-    assert max(sizes) <= 2 * (1000 + 100)
-    assert len(read) < 7 * 1000 / 110

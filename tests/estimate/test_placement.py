@@ -1,12 +1,11 @@
 """A run is placed so that it fits its limits, and what costs least time is given up first."""
 
-from dataclasses import replace
 
 import pytest
 from helpers.checkpoints import refused
 
 from sparsefw.errors import InputError
-from sparsefw.estimate.memory import GIB, Workload, activation_bytes, disk_space, memory_needs
+from sparsefw.estimate.memory import GIB, Workload, disk_space, memory_needs
 from sparsefw.estimate.placement import place
 from sparsefw.model.activations import Placement
 from sparsefw.model.layers import Role, Write
@@ -114,17 +113,6 @@ def test_nothing_grows_with_depth_but_the_disk():
     assert disk_space(deep, work(), Placement(2))["output"] == 2 * deep.parameters
 
 
-def test_activations_of_every_method():
-    shape, window = llama(1024, 4096, 2), 2048 * 1024 * 2
-    assert activation_bytes(shape, work(refit=0, windows=3)) == 3 * window
-    assert activation_bytes(shape, work(windows=3)) == 2 * 3 * window
-    assert activation_bytes(shape, work(windows=3, compare=("wanda",))) == 3 * 3 * window
-    assert activation_bytes(shape, work(windows=3, evaluation=(5, 7))) == (2 * 3 + 2 * 12) * window
-    four = work(refit=0, windows=10, ranks=4)
-    assert activation_bytes(shape, four) == 3 * window
-    assert disk_space(shape, four, Placement(2, "file"))["activations"] == 10 * window
-
-
 def test_ranks_share_rows_and_the_memory_of_a_machine(tmp_path):
     shape = llama(1024, 4096, 2)
 
@@ -139,17 +127,3 @@ def test_ranks_share_rows_and_the_memory_of_a_machine(tmp_path):
         place(LLAMA_70B, workload, {"gpu": 64 * GIB, "host": GIB}, tmp_path)
     enough = float(str(caught.value).split("at least ")[1].split()[0])
     place(LLAMA_70B, workload, {"gpu": 64 * GIB, "host": int(enough * GIB) // 8}, tmp_path)
-
-
-def test_blocks_without_layers():
-    """Such blocks take the memory of their forward, and of no solve."""
-    # Of few tokens, whose activations are less than a Gram matrix.
-    shape, workload = llama(1024, 4096, 3), work(seqlen=16)
-    every = memory_needs(shape, workload, Placement(2))
-    some, none = (
-        replace(shape, blocks=tuple(replace(b, layers=()) if n in idle else b for n, b in enumerate(shape.blocks)))
-        for idle in ({0, 2}, {0, 1, 2})
-    )
-    assert memory_needs(some, workload, Placement(2)) == every
-    for phase in ("calibrate", "solve"):
-        assert every.phases[phase][0] - memory_needs(none, workload, Placement(2)).phases[phase][0] > 4 * 4096**2

@@ -12,8 +12,6 @@ from sparsefw.evaluation.rows import (
     SHARED_TOKENS,
     Request,
     Sharing,
-    groups_of,
-    padded_length,
     partition,
     request_of,
     rows_of,
@@ -75,26 +73,6 @@ def test_what_a_row_may_hold(seed):
         assert not row.branches or len(path_to(row, SHARED_TOKENS)) == SHARED_TOKENS + 1 or row.depth <= SHARED_TOKENS
     tokens = [sum(len(row.tokens) for row in rows[sharing]) for sharing in Sharing]
     assert tokens[0] > tokens[1] > tokens[2]
-
-
-def test_a_row_is_padded_by_a_sixteenth_at_most():
-    for length in range(2, 5000):
-        assert length <= padded_length(length) <= length + length / 16
-    # A length of its own for each would leave most micro-batches small.
-    assert len({padded_length(length) for length in range(1, 2049)}) < 140
-
-
-def test_groups_are_of_one_length_and_the_longest_comes_first():
-    groups = groups_of(rows_of(drawn(1), Sharing.BRANCHES), Sharing.BRANCHES)
-    lengths = [group.length for group in groups]
-    assert lengths == sorted(lengths, reverse=True)
-    for group in groups:
-        assert {row.branches for row in group.rows} == {group.trees}
-        for tokens in (1, 30, 1000):
-            sizes = [batch.windows for batch in group.batches(tokens, torch.float32)]
-            assert sizes == [len(rows) for rows in group.split(tokens)]
-            assert sum(sizes) == len(group.rows)
-            assert max(sizes) * group.length <= max(tokens, group.length)
 
 
 def test_a_token_of_a_tree_attends_to_its_branch_alone():

@@ -20,7 +20,6 @@ from sparsefw.verify import main
 Q = "model.layers.0.self_attn.q_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 NORM = "model.layers.1.input_layernorm.weight"
-EMBEDDING = "model.embed_tokens.weight"
 
 WANDA = ("--method", "wanda")
 

@@ -10,7 +10,7 @@ from helpers.ranks import on_ranks
 
 from sparsefw import ranks as module
 from sparsefw.errors import InputError
-from sparsefw.ranks import ALONE, DONE, PANELS, LostRankError, Ranks, joined_with
+from sparsefw.ranks import DONE, PANELS, LostRankError, Ranks, joined_with
 
 COUNT = 3
 
@@ -62,19 +62,6 @@ def test_nothing_is_no_transfer():
     ranks = Ranks(0, 2)
     assert ranks.reduce(1, torch.empty(0, 3)) is ranks.broadcast(1, torch.empty(0, 3)) is DONE
     assert not any(ranks.sent.values())
-
-
-def test_alone_nothing_is_sent():
-    x, G = torch.arange(3.0), matrix(0)
-    before = G.clone()
-    for handle in (ALONE.all_reduce(x), ALONE.reduce(0, x), ALONE.broadcast(0, x)):
-        handle.wait()
-    ALONE.reduce_triangle(G)
-    ALONE.agree({"a": 1})
-    assert x.tolist() == [0, 1, 2]
-    assert torch.equal(G, before)
-    assert not ALONE.sent
-    assert (ALONE.gather("a"), ALONE.broadcast_object("a"), ALONE.share(7)) == (["a"], "a", slice(0, 7))
 
 
 def lose(ranks):

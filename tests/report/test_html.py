@@ -15,7 +15,6 @@ from sparsefw.report import html as charts
 from sparsefw.report import log
 from sparsefw.report.content import PREDICTIONS, BlockRecord, Reconstruction, Report
 from sparsefw.report.html import MOST_ROWS, page
-from sparsefw.timeline import Span
 
 VOID = {"meta", "br"}
 
@@ -163,22 +162,6 @@ def test_timeline():
     assert [option["value"] for option in options if "selected" in option] == ["7"]
     report.timeline.clear()
     assert "Timeline" not in page(report)
-
-
-def test_spans_that_follow_each_other_at_once_are_one():
-    """Spans of experts have one lane, block and phase, with next to nothing in between."""
-    parts = [
-        (0, "main", "solve", 0.0, 1.0),
-        (0, "main", "solve", 1.01, 2.0),
-        (0, "main", "solve", 2.1, 3.0),
-        (1, "main", "solve", 3.0, 4.0),
-        (1, "read", "solve", 0.5, 4.5),
-        (1, "main", "read", 4.0, 5.0),
-        (1, "main", "solve", 5.0, 6.0),
-    ]
-    bars = charts.timeline([Span(*part) for part in parts], [], ["solve", "read"])["bars"]
-    assert [bar[:4] for bar in bars[0]] == [("0", "2", 0, "solve"), ("2.1", "0.9", 0, "solve")]
-    assert [bar[:2] for bar in bars[1]] == [("3", "1"), ("4", "1"), ("5", "1"), ("0.5", "4")]
 
 
 def test_what_has_no_place_in_a_chart():

@@ -12,7 +12,7 @@ from sparsefw.flags import DEPENDS
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.solver import config
-from sparsefw.solver.config import METHODS, PruneConfig
+from sparsefw.solver.config import PruneConfig
 
 FIELDS = {f.name: f for f in dataclasses.fields(PruneConfig)}
 FRANK_WOLFE = [name for name, f in FIELDS.items() if f.metadata.get("frank_wolfe")]
@@ -135,29 +135,6 @@ class TestValues:
             PruneConfig(rounds=2).replace(refit=0)
         with pytest.raises(TypeError, match="stepps"):
             PruneConfig().replace(stepps=1)
-
-    @pytest.mark.parametrize("passes", [0, 2])
-    def test_a_reconstruction_needs_the_dense_model_and_changes_no_target(self, passes):
-        """Whatever the method; compared methods are not reconstructed."""
-        for options, dense in [
-            ({}, True),
-            (dict(method="wanda", compare="sparsefw"), True),
-            (dict(target="layer"), False),
-            (dict(refit=0), False),
-            (dict(method="wanda"), False),
-        ]:
-            found = PruneConfig(reconstruct=passes, **options)
-            assert found.uses_dense_target == dense
-            assert found.uses_dense_stream == (dense or passes > 0)
-
-    def test_rows_of_a_method(self):
-        rows = {method: PruneConfig().rows_independent(method) for method in METHODS}
-        assert rows == {method: method != "sparsegpt" for method in METHODS}
-        whole = PruneConfig(preset="paper", sparsity="layer:0.6")
-        assert [method for method in METHODS if not whole.rows_independent(method)] == ["sparsefw", "sparsegpt"]
-        for name in ("penalty", "swaps", "refit"):
-            assert getattr(PruneConfig(preset="paper", **{name: 1}), name) == 1
-            assert not PruneConfig(sparsity="layer:0.6", **{name: 1}).whole_matrix
 
 
 class TestBackend:

@@ -176,24 +176,6 @@ class TestKeepZeros:
             layers.append((name, W))
         return layers
 
-    def gram(self):
-        """Every sixth input is the sum of the next five, so that its weight could replace theirs."""
-        X = torch.randn(300, D, generator=generator(0))
-        X[:, ::6] = X.view(300, -1, 6)[:, :, 1:].sum(2) + 0.1 * torch.randn(300, D // 6, generator=generator(2))
-        G = X.T @ X
-        return (G.tril() + G.tril(-1).T).contiguous()
-
-    def kept(self, text, W):
-        """Numbers of nonzero weights by group, row or layer, and the budget of each."""
-        pattern, rows = patterns.parse(text), len(W)
-        budget = {
-            "group": lambda: patterns.kept_in_group(pattern),
-            "row": lambda: patterns.kept_in_row(pattern, D),
-            "layer": lambda: patterns.kept_in_layer(pattern, *W.shape),
-        }[pattern.scope]()
-        shape = (1, 1, -1) if pattern.scope == "layer" else (rows, -1, pattern.group or D)
-        return (W != 0).view(shape).sum(2), budget
-
     @ALL
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize(
@@ -207,20 +189,12 @@ class TestKeepZeros:
         layers, masks = self.layers(dtype), []
         given = make_crosses() if cross else None
         config = config_of(method, text, keep_zeros=True, **options)
-        pruned, results = run(layers, self.gram(), method, config, crosses=given, masks=masks)
+        pruned, results = run(layers, None, method, config, crosses=given, masks=masks)
         for (name, W), row, mask in zip(layers, results, torch.cat(masks)[: sum(ROWS)].split(ROWS), strict=True):
-            Z, (there, budget), (kept, _) = pruned[name], self.kept(text, W), self.kept(text, pruned[name])
+            Z = pruned[name]
             assert (Z[W == 0] == 0).all()
             assert (Z[~mask] == 0).all()
             assert row.kept == mask.sum()
-            if text == "0.6" and method == "sparsegpt":
-                # One budget covers all rows of a block of columns.
-                assert kept.sum() <= len(W) * budget
-            else:
-                assert (kept <= there.clamp(max=budget)).all()
-            # Weights of 16 bits may be rounded to zero.
-            if options.get("refit") and dtype == torch.float32:
-                assert torch.equal(kept, there.clamp(max=budget))
             if method != "sparsegpt":
                 assert row.error <= row.error_warm_start * (1 + 1e-6)
 
@@ -265,9 +239,7 @@ class TestSolveLayer:
         ("change", "error", "match"),
         [
             (dict(W=[[1.0]]), TypeError, "W: expected a tensor in .*, got list"),
-            (dict(G=None), TypeError, "G: expected a tensor in torch.float32, got NoneType"),
             (dict(W=torch.ones(2, 4).double()), TypeError, "W: .* got torch.float64"),
-            (dict(W=torch.ones(4)), ValueError, r"W: expected a matrix of shape \(rows, d\), not empty, got \(4,\)"),
             (dict(G=torch.eye(3)), ValueError, r"G: expected a matrix of shape \(4, 4\), not empty, got \(3, 3\)"),
             (dict(B=torch.eye(4)), ValueError, r"B: expected a matrix of shape .*\[2, 4\]"),
             (dict(config="2:4"), TypeError, "config: expected a PruneConfig, got str"),
@@ -326,20 +298,6 @@ class TestFailures:
         _, Z, result = solve_layer(W, G, make_config("0.6"))
         assert Z.isfinite().all()
         assert result.error <= result.error_warm_start
-
-    def test_names_of_all_layers_and_matrices_stay(self, monkeypatch):
-        G = make_gram()
-        before = G.clone()
-
-        def fail(*args, **options):
-            raise FloatingPointError("no")
-
-        monkeypatch.setattr(methods, "reselect", fail)
-        with pytest.raises(FloatingPointError, match="layer0, layer1: no"):
-            list(prune_layers(make_layers((3, 4)), G, "sparsefw", make_config(), TORCH))
-        assert torch.equal(G, before)
-        with pytest.raises(FloatingPointError, match="layer0: the Gram matrix is not positive definite"):
-            run(make_layers((3, 4)), -torch.eye(D) + 2 * torch.ones(D, D), method="sparsegpt")
 
     # Some squares are below the smallest normal number, so that their reciprocals overflow.
     def test_a_warm_start_without_error(self):
