@@ -74,7 +74,7 @@ def test_interrupted_anywhere_ends_with_the_same_bytes(place, monkeypatch, capsy
     assert not (place / ".interrupted.partial").exists()
 
 
-@pytest.mark.parametrize("n", [9, 31])
+@pytest.mark.parametrize("n", [14, 31])
 def test_killed_ends_with_the_same_bytes(place, n, monkeypatch, capsys):
     output = f"killed-{n}"
     # A copy of this process, which need not import anything.
@@ -136,7 +136,7 @@ def test_other_arguments_model_or_text_are_refused(place, tmp_path, monkeypatch,
 def test_a_run_that_goes_on_knows_what_it_has_to_write(place, monkeypatch, capsys):
     """The last block by both methods, and the other tensors."""
     with monkeypatch.context() as patched:
-        interrupted_at(patched, 26)
+        interrupted_at(patched, 17)
         assert run(place, "full") == 130
     assert "2 of 4 shards are finished" in capsys.readouterr().err
     shards = [load_file(place / "undisturbed" / f"model-0000{n}-of-00004.safetensors") for n in (3, 4)]

@@ -1,6 +1,5 @@
 """A run is placed so that it fits its limits, and what costs least time is given up first."""
 
-
 import pytest
 from helpers.checkpoints import refused
 
