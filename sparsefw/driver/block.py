@@ -134,7 +134,10 @@ def _way(run: Run, order: list[Stage]) -> str:
 
 
 def _is_kept(run: Run, stage: Stage) -> bool:
-    return stage.keepable and stage.layers[0].weight.shape[1] <= run.placement.kept_width
+    # What would run from the last stage's input is the rest of the block, and a reconstruction begins before it.
+    if not stage.keepable or (stage.final and run.config.goes_back):
+        return False
+    return stage.layers[0].weight.shape[1] <= run.placement.kept_width
 
 
 def _solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult]:

@@ -217,7 +217,7 @@ def _prune_block(run: Run, i: int, states: _States, writer: Writer) -> tuple[Fin
         if dense and config.uses_dense_target and method == "sparsefw":
             reference = dense, states.calibration[DENSE]
         # Stages move the windows on inside the block, and a reconstruction runs from its input.
-        start = pruned.fork() if own and config.reconstruct and reference else None
+        start = pruned.fork() if own and config.goes_back else None
         # The loss on what is held out tells what a reconstruction is worth only if no layer was fitted to it, either.
         held_out = held_out_batches(len(pruned)) if own and config.reconstruct else ()
         results, way = prune_block(run, i, method, pruned, reference, held_out)

@@ -213,15 +213,21 @@ def keepable_widths(shape: ModelShape, workload: Workload) -> set[int]:
     """Widths of the inputs that can be kept."""
     if not workload.config.uses_dense_target:
         return set()
-    return {layer.d for block in shape.blocks for layer in block.layers if layer.role.keepable}
+    widths = {width for block in dict.fromkeys(shape.blocks) for width in _keepable(block, workload.config)}
+    return widths - {0}
+
+
+def _keepable(block: BlockShape, config: PruneConfig) -> list[int]:
+    """By stage of a block, the width of its input; 0 where it is not kept, as in `driver.block`."""
+    order = stages(block.layers)
+    widths = [stage[0].d if stage[0].role.keepable else 0 for stage in order]
+    return [*widths[:-1], 0] if config.goes_back and widths else widths
 
 
 def _streams(workload: Workload) -> list[tuple[int, int]]:
     """For the calibration text and each evaluation text, a rank's windows, and the number of streams with them."""
     config, methods = workload.config, len(workload.config.methods)
-    # A reconstruction begins where stages have begun to move the windows on.
-    forked = config.reconstruct > 0 and config.uses_dense_target and config.method == "sparsefw"
-    calibration = workload.windows_of_rank, methods + config.uses_dense_stream + forked
+    calibration = workload.windows_of_rank, methods + config.uses_dense_stream + config.goes_back
     return [calibration, *((windows, methods + 1) for windows in workload.evaluation_of_rank)]
 
 
@@ -254,8 +260,7 @@ def _kept_bytes(
         return 0, 0
     widest = 0
     for block in blocks:
-        roles = [(stage[0].role.keepable, stage[0].d) for stage in stages(block.layers)]
-        widths = [d if keepable and d <= placement.kept_width else 0 for keepable, d in roles]
+        widths = [d if d <= placement.kept_width else 0 for d in _keepable(block, workload.config)]
         # A stage's inputs, and those of the stage before.
         widest = max([widest, *(a + b for a, b in pairwise([0, *widths]))])
     entries = workload.windows_of_rank * workload.seqlen * widest

@@ -281,6 +281,11 @@ class PruneConfig:
         return self.uses_dense_target or self.reconstruct > 0
 
     @property
+    def goes_back(self) -> bool:
+        """Whether a reconstruction begins at a block's input, from which stages have moved the windows on."""
+        return self.reconstruct > 0 and self.uses_dense_target and self.method == "sparsefw"
+
+    @property
     def backend(self) -> Backend:
         """The operations of the kernel at the precision.
 

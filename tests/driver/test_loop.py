@@ -229,3 +229,11 @@ def test_layers_with_weights_in_common_are_refused():
     for matrices in [(W, W.clone(), W), (W[:3], W[2:]), (W.T, W[5:]), (W[4:5], torch.ones(2, 2), W)]:
         with pytest.raises(InputError, match=r"block\.\d: unsupported model: it has weights in common with \d"):
             check(*matrices)
+
+
+@pytest.mark.parametrize(
+    ("passes", "kept"), [("0", "self_attn.o_proj.weight, mlp.down_proj.weight"), ("1", "self_attn.o_proj.weight")]
+)
+def test_inputs_that_a_reconstruction_drops_are_not_kept(passes, kept, tmp_path):
+    _, report = prune(tmp_path, "--steps", "2", "--refit", "1", "--reconstruct", passes)
+    assert {block["way"].partition("; ")[2] for block in report["blocks"]} == {f"kept: the input of {kept}"}

@@ -90,6 +90,9 @@ def test_what_is_given_up_first(set_threads):
     assert [p.place for p in places] == ["gpu", "host", "file"]
     # Inputs are kept where there is room for them, and never in a file.
     assert [p.kept_width for p in places] == [28672, 28672, 0]
+    # A reconstruction begins before the input of the last layers.
+    again, _ = place(LLAMA_70B, work(reconstruct=1), {"gpu": 100 * GIB, "host": 64 * GIB})
+    assert (again.place, again.kept_width) == ("gpu", 8192)
     shape, workload = llama(3072, 8192, 28), work(gpu=False, windows=8, seqlen=128)
     roomy, tight = (place(shape, workload, {"host": int(g * GIB)})[0] for g in (16, 2.8))
     assert (roomy.batch, roomy.ahead, roomy.place, roomy.kept_width) == (16, True, "host", 8192)
