@@ -46,7 +46,6 @@ def slowdown(dtype: torch.dtype) -> float:
 
 def note(dtype: torch.dtype) -> str:
     """The line of the log for a model that computes in fp32."""
-    return (
-        f"computed in fp32: products in {str(dtype).removeprefix('torch.')} take {slowdown(dtype):.0f} times as long "
-        "on this processor; weights are read and written as they are"
-    )
+    own = str(dtype).removeprefix("torch.")
+    times = f"{slowdown(dtype):.0f} times as long"
+    return f"read and written in {own}, computed in fp32: products in {own} take {times} on this processor"

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from triton.runtime.interpreter import GridExecutor
@@ -365,6 +366,8 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
         }.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch.accelerator, "empty_host_cache", gpu.release_pinned, raising=False)
+        # A build of torch for CUDA would ask the driver for its stream.
+        patch.setattr(Optimizer, "_accelerator_graph_capture_health_check", lambda optimizer: None)
         patch.setattr(GridExecutor, "__call__", launched)
         patch.setattr(torch, "empty", made)
         patch.setattr(Tensor, "to", moved)
