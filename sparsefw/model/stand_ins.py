@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -16,6 +16,17 @@ from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model.parts import UNSUPPORTED, PartIsOver
 from sparsefw.model.recorder import Recorder
 from sparsefw.model.recording import leaves_of, rebuilt
+
+# The attributes of a module that hold what runs before and after its forward.
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 
 # Blocks of one kind return the same.
 BlockType = tuple[Any, ...]
@@ -199,7 +210,10 @@ def run_replaced(
             raise StopForward
         return output
 
-    with _calls_replaced(blocks, replacement), recorder.on() if recorder else nullcontext():
+    with ExitStack() as stack:
+        for name, block in blocks.items():
+            stack.enter_context(_replaced(name, block, replacement))
+        stack.enter_context(recorder.on() if recorder else nullcontext())
         try:
             return runs(*batch.args, **batch.kwargs)
         except StopForward:
@@ -207,34 +221,34 @@ def run_replaced(
 
 
 @contextmanager
-def _calls_replaced(blocks: Mapping[str, nn.Module], replacement: Callable[[str, tuple, dict], Any]) -> Iterator[None]:
-    """Inside the `with` block, a call of a block calls the replacement alone, without the block's hooks.
+def _replaced(name: str, block: nn.Module, replacement: Callable[[str, tuple, dict], Any]) -> Iterator[None]:
+    """Inside the `with` block, a call of a block, or of its forward, calls the replacement alone, without hooks.
 
-    Inside the replacement all modules are what they are outside.
+    Inside the replacement the block is what it is outside.
     """
-    names, call = {block: name for name, block in blocks.items()}, nn.Module.__call__
+    first = _first_parameter(block)
 
-    def replaced(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if module not in names:
-            return call(module, *args, **kwargs)
-        if not args and (first := _first_parameter(module)) in kwargs:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not args and first in kwargs:
             args = (kwargs.pop(first),)
-        with _called_by(call):
-            return replacement(names[module], args, kwargs)
+        with _called_with(block, own):
+            return replacement(name, args, kwargs)
 
-    with _called_by(replaced):
+    with _called_with(block, {"forward": forward} | {hooks: {} for hooks in _HOOKS}) as own:
         yield
 
 
 @contextmanager
-def _called_by(function: Callable[..., Any]) -> Iterator[None]:
-    """Inside the `with` block, a call of any module calls this function."""
-    before = nn.Module.__call__
-    nn.Module.__call__ = function  # type: ignore[method-assign]
+def _called_with(block: nn.Module, attributes: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Inside the `with` block, a block has another forward, or its class's, and other hooks; yields its own ones."""
+    own = {name: vars(block)[name] for name in ("forward", *_HOOKS) if name in vars(block)}
     try:
-        yield
+        vars(block).pop("forward", None)
+        vars(block).update(attributes)
+        yield own
     finally:
-        nn.Module.__call__ = before  # type: ignore[method-assign]
+        vars(block).pop("forward", None)
+        vars(block).update(own)
 
 
 def _first_parameter(block: nn.Module) -> str:
