@@ -1,14 +1,17 @@
-"""Whether a model computes in its own dtype, or in fp32 since half precision is slow on this processor.
+"""The dtype that a model computes in, and the refusal of NaN and Inf.
 
-Processors without instructions for bf16 or fp16 take many times as long for products in it. Weights of such a model are
-read and written in its own dtype all the same.
+The dtype is the model's own, or fp32 on a processor that is slow in half precision: without instructions for bf16 or
+fp16 products in it take many times as long. The model is read and written in its own dtype all the same.
 """
 
 import time
 from functools import cache
 
 import torch
+from torch import Tensor, aminmax
 from torch.nn.functional import linear
+
+from sparsefw.errors import InputError
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -49,3 +52,51 @@ def note(dtype: torch.dtype) -> str:
     own = str(dtype).removeprefix("torch.")
     times = f"{slowdown(dtype):.0f} times as long"
     return f"read and written in {own}, computed in fp32: products in {own} take {times} on this processor"
+
+
+class OnItsWay:
+    """A bool that is copied to the host beside other work.
+
+    Reading it waits for what was launched before it, and not for what has been launched since: to read a tensor of a
+    GPU would wait for all of it.
+
+    Args:
+        flag: () bool, on any device.
+    """
+
+    def __init__(self, flag: Tensor) -> None:
+        self._flag, self._arrived = flag, None
+        if flag.device.type == "cuda":
+            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._flag.copy_(flag, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(flag.device).record_event()
+
+    def __bool__(self) -> bool:
+        if self._arrived:
+            self._arrived.synchronize()
+        return bool(self._flag)
+
+
+def all_finite(tensor: Tensor) -> Tensor:
+    """Whether a floating tensor that is not empty has no NaN or Inf: a bool on its device; the host does not wait."""
+    # Both ends are finite exactly if all values are: NaN spreads to them. One pass, and no copy of a large tensor.
+    low, high = aminmax(tensor)
+    return low.isfinite() & high.isfinite()
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor with NaN or Inf.
+
+    Args:
+        name: the tensor's name, for the message.
+        tensor: any shape, dtype and device.
+
+    Raises:
+        InputError: it holds NaN or Inf; the message says how many.
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    if bool(all_finite(tensor)):
+        return
+    nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    raise InputError(f"{name}: holds {nan} NaN and {inf} Inf among {tensor.numel()} values; finite ones are needed")

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sparsefw.arithmetic import check_finite
 from sparsefw.checkpoint.files import DIGEST, SUMS, file_digest, read_sums
 from sparsefw.checkpoint.source import CONFIG, check_file, inspect, read_json, tensors_in
 from sparsefw.checkpoint.tensors import dequantized, read_tensors
 from sparsefw.data.batches import BATCHES
 from sparsefw.errors import InputError
-from sparsefw.finite import check_finite
 from sparsefw.inputs import DEFAULT, locate
 from sparsefw.model.layers import slices_of
 from sparsefw.model.skeleton import build, has_class
@@ -279,7 +279,7 @@ def _check_weights(verdict: Verdict, claims: _Claims, written: _Model, source: _
         for name, W in after.items():
             checks["model"].count += 1
             old, layer = before.pop(name, None), unseen.pop(name, None)
-            # What the model has no use for may be a mask, with infinity in it.
+            # A tensor that the model has no use for may be a mask, with infinity in it.
             if name not in written.unused:
                 try:
                     check_finite(name, W)

@@ -1,14 +1,16 @@
-"""A model of half precision computes in fp32 where half precision is slow, and stays what it is on the disk."""
+"""A model computes in fp32 where half precision is slow, and stays what it is on the disk; NaN and Inf are found."""
 
 import copy
 
 import pytest
 import torch
+from helpers.checkpoints import refused
 from helpers.families import TOKENS, save_model
 from helpers.stacks import Diffusion, perplexity_of_whole
 from transformers import AutoModelForCausalLM
 
 from sparsefw import arithmetic, prune
+from sparsefw.arithmetic import check_finite
 from sparsefw.data.batches import BATCHES
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -91,3 +93,19 @@ def test_batches_of_half_precision(slow):
     found, dense = result.perplexity[BATCHES], expected.perplexity[BATCHES]["dense"]
     assert found["dense"] == pytest.approx(dense, rel=1e-6)
     assert found["sparsefw"] == pytest.approx(perplexity_of_whole(half.float(), in_full), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_check_finite(dtype):
+    tensor = torch.linspace(-1, 1, 37 * 131).view(37, 131).to(dtype)
+    tensor[0, 0] = torch.finfo(dtype).max
+    check_finite("w", tensor)
+    check_finite("w", tensor.T)
+    check_finite("w", tensor[:0])
+    check_finite("n", torch.zeros(3, dtype=torch.int64))
+    tensor[3, 5] = float("-inf")
+    with refused("w: holds 0 NaN and 1 Inf among 4847 values"):
+        check_finite("w", tensor)
+    tensor[36, 130] = tensor[7, 7] = float("nan")
+    with refused("w: holds 2 NaN and 1 Inf"):
+        check_finite("w", tensor)

@@ -22,8 +22,8 @@ LEVELS = [
     ["data"],
     ["inputs"],
     ["checkpoint"],
-    ["kernels", "memory", "arithmetic", "timeline", "flags", "default"],
-    ["finite"],
+    ["kernels", "memory", "timeline", "flags", "default"],
+    ["arithmetic"],
     ["ranks"],
     ["errors", "caller"],
 ]

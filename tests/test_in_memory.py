@@ -129,7 +129,6 @@ class TestOwnForward:
         check(model, batches_like((2, 5), (2, 5)), **options)
         assert all(block.forward is forward for block, forward in zip(model.blocks, own, strict=True))
 
-
     @pytest.mark.parametrize("options", [{}, {"reconstruct": 2}], ids=str)
     def test_may_be_called_without_the_module(self, options, monkeypatch):
         monkeypatch.setattr(Block, "__call__", lambda block, *args, **kwargs: block.forward(*args, **kwargs))

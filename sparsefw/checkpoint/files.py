@@ -1,18 +1,24 @@
-"""Small files: JSON of a bounded size, read as typed records; files that are there whole or not at all; digests."""
+"""Small files, read with a bounded size and written whole or not at all; the folder that an output may take."""
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from huggingface_hub import constants
 
 from sparsefw.errors import InputError, first_line, naming, shown
 
 T = TypeVar("T")
+
+CONFIG = "config.json"
+
+# Files of which an older output has one. A model in memory may have no config; its report shows that it was pruned.
+MARKS = (CONFIG, "report.json")
 
 # Real configs have less than 100 KB, tokenizer configs 2 MB, the indices of models with 10^12 weights 20 MB.
 MAX_JSON_BYTES = 32 * 2**20
@@ -126,3 +132,63 @@ def read_sums(path: Path) -> dict[str, str]:
             raise InputError(f"{path}: {shown(line, 80)} is not a digest and the name of a file")
         digests[name] = digest
     return digests
+
+
+def roots_of(folder: Path) -> tuple[Path, Path]:
+    """The folders that the files of a checkpoint may lie in: its own, and the Hub's cache, whose files are links."""
+    return folder.resolve(), Path(constants.HF_HUB_CACHE).resolve()
+
+
+def partial_of(output: Path) -> Path:
+    """The folder of an unfinished run into `output`."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def check_output(output: Path, source: Path, overwrite: bool, read: Iterable[Path] = ()) -> None:
+    """Refuse an output folder that would harm something.
+
+    Args:
+        output: folder for the pruned checkpoint.
+        source: folder of the checkpoint that is read.
+        overwrite: whether an older checkpoint may be replaced.
+        read: other files and folders that the run reads.
+
+    Raises:
+        InputError: output and source are one folder or one lies in the other; the run reads a file in the output; or
+            as `check_free`.
+    """
+    target, (root, cache) = output.resolve(), roots_of(source)
+    if cache in root.parents:
+        # All that the Hub's library has of the model.
+        root = cache / root.relative_to(cache).parts[0]
+    if target.is_relative_to(root) or root.is_relative_to(target):
+        raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another --output")
+    check_free(output, overwrite)
+    for path in (source, *read):
+        # The path itself may be a link in the output.
+        for there in (Path(os.path.abspath(path)), path.resolve()):
+            if there.is_relative_to(target) or there.is_relative_to(partial_of(target)):
+                raise InputError(f"{output}: {path} lies in it, and would be deleted with it; choose another --output")
+
+
+def check_free(output: Path, overwrite: bool) -> None:
+    """Refuse an output folder that is no folder, or has something in it that may not be replaced.
+
+    Args:
+        output: the folder.
+        overwrite: whether an older output may be replaced.
+
+    Raises:
+        InputError: it is one of these.
+    """
+    target = output.resolve()
+    if target.is_mount():
+        raise InputError(f"{output}: a mount point, which cannot be replaced; give a folder inside it")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{output}: a file; --output is a folder")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"{output}: exists and is not empty; choose another --output or add --overwrite")
+    if not any((target / name).is_file() for name in MARKS):
+        raise InputError(f"{output}: not a checkpoint (no {CONFIG}), so --overwrite will not remove it")

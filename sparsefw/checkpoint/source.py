@@ -15,17 +15,15 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import SafetensorError, safe_open
 
 from sparsefw.checkpoint import files
-from sparsefw.checkpoint.files import parse_object, read_bounded
+from sparsefw.checkpoint.files import CONFIG, parse_object, read_bounded, roots_of
 from sparsefw.checkpoint.quantization import FP8_DTYPES, Quantization, joined, most_bytes, quantization_of
 from sparsefw.checkpoint.tensors import TensorInfo, stamp_of
 from sparsefw.errors import InputError, first_line, shown
 
-CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -65,7 +63,7 @@ COPIED = (
 # Endings of what a run writes itself, or writes anew.
 WRITTEN = (".safetensors", ".safetensors.index.json", "sha256sums", "report.json", "report.html")
 
-# What is downloaded from the Hub, whose patterns tell capitals. Other folders, but that of templates, and
+# Files that are downloaded from the Hub, whose patterns tell capitals. Other folders, but that of templates, and
 # consolidated.safetensors hold the same weights in other formats.
 WANTED = [*COPIED, "*.safetensors", INDEX, ADAPTER, "LICEN[CS]E*", "NOTICE*", "*.md"]
 UNWANTED = ["[!a]*/*", "consolidated*"]
@@ -219,11 +217,6 @@ def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield inner_key, inner
         if isinstance(inner, dict | list):
             yield from _entries(inner, inner_key)
-
-
-def roots_of(folder: Path) -> tuple[Path, Path]:
-    """The folders that the files of a checkpoint may lie in: its own, and the Hub's cache, whose files are links."""
-    return folder.resolve(), Path(constants.HF_HUB_CACHE).resolve()
 
 
 def check_file(path: Path, folder: Path | None = None) -> None:

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sparsefw.arithmetic import check_finite
 from sparsefw.errors import InputError, first_line
-from sparsefw.finite import check_finite
 
 # Values of a 4-bit float with one mantissa bit (E2M1), by its bits.
 FP4_VALUES = [sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]

@@ -11,9 +11,8 @@
 
 import contextlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count, takewhile
@@ -27,71 +26,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsefw.checkpoint.files import SUMS, convert, durably, file_digest, parse_object
+from sparsefw.checkpoint.files import (
+    CONFIG,
+    SUMS,
+    check_free,
+    convert,
+    durably,
+    file_digest,
+    parse_object,
+    partial_of,
+)
 from sparsefw.checkpoint.quantization import without_quantization
-from sparsefw.checkpoint.source import CONFIG, INDEX, TOKENIZER_CONFIG, companions, read_json, roots_of
+from sparsefw.checkpoint.source import INDEX, TOKENIZER_CONFIG, companions, read_json
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.ranks import ALONE, Ranks
 
 T = TypeVar("T")
-
-# Files of which an older output has one. A model in memory may have no config; its report shows that it was pruned.
-MARKS = (CONFIG, "report.json")
-
-
-def partial_of(output: Path) -> Path:
-    """The folder of an unfinished run into `output`."""
-    return output.with_name(f".{output.name}.partial")
-
-
-def check_output(output: Path, source: Path, overwrite: bool, read: Iterable[Path] = ()) -> None:
-    """Refuse an output folder that would harm something.
-
-    Args:
-        output: folder for the pruned checkpoint.
-        source: folder of the checkpoint that is read.
-        overwrite: whether an older checkpoint may be replaced.
-        read: other files and folders that the run reads.
-
-    Raises:
-        InputError: output and source are one folder or one lies in the other; the run reads a file in the output; or
-            as `check_free`.
-    """
-    target, (root, cache) = output.resolve(), roots_of(source)
-    if cache in root.parents:
-        # All that the Hub's library has of the model.
-        root = cache / root.relative_to(cache).parts[0]
-    if target.is_relative_to(root) or root.is_relative_to(target):
-        raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another --output")
-    check_free(output, overwrite)
-    for path in (source, *read):
-        # The path itself may be a link in the output.
-        for there in (Path(os.path.abspath(path)), path.resolve()):
-            if there.is_relative_to(target) or there.is_relative_to(partial_of(target)):
-                raise InputError(f"{output}: {path} lies in it, and would be deleted with it; choose another --output")
-
-
-def check_free(output: Path, overwrite: bool) -> None:
-    """Refuse an output folder that is no folder, or has something in it that may not be replaced.
-
-    Args:
-        output: the folder.
-        overwrite: whether an older output may be replaced.
-
-    Raises:
-        InputError: it is one of these.
-    """
-    target = output.resolve()
-    if target.is_mount():
-        raise InputError(f"{output}: a mount point, which cannot be replaced; give a folder inside it")
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{output}: a file; --output is a folder")
-    if not target.is_dir() or not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise InputError(f"{output}: exists and is not empty; choose another --output or add --overwrite")
-    if not any((target / name).is_file() for name in MARKS):
-        raise InputError(f"{output}: not a checkpoint (no {CONFIG}), so --overwrite will not remove it")
 
 
 @dataclass(frozen=True)

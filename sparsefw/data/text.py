@@ -93,6 +93,8 @@ def _read(items: Iterable[Any], source: str) -> Iterator[Any]:
             item = next(items)
         except StopIteration:
             return
+        except MemoryError:
+            raise
         # Those of gzip, zlib, JSON, pyarrow, datasets and the libraries that it downloads with have no class in common.
         except Exception as error:
             raise InputError(f"{source}: cannot be read beyond record {number}: {first_line(error)}") from error

@@ -367,6 +367,8 @@ def _find_cut(tokenizer: Tokenizer, text: str) -> int:
 def _errors_in_one_line(what: str) -> Iterator[None]:
     try:
         yield
+    except MemoryError:
+        raise
     # Tokenizers raise plain Exception for most mistakes.
     except Exception as error:
         raise InputError(f"{what}: {shown(first_line(error))}") from error

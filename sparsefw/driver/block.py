@@ -12,9 +12,9 @@ from itertools import pairwise
 
 from torch import nn
 
+from sparsefw.arithmetic import check_finite
 from sparsefw.driver.solves import add_up, combine, exchange, find_solves
 from sparsefw.errors import InputError
-from sparsefw.finite import check_finite
 from sparsefw.memory import give_back
 from sparsefw.model import HiddenStates, ModelShape, Placement
 from sparsefw.model.block_model import BlockModel
@@ -134,7 +134,7 @@ def _way(run: Run, order: list[Stage]) -> str:
 
 
 def _is_kept(run: Run, stage: Stage) -> bool:
-    # What would run from the last stage's input is the rest of the block, and a reconstruction begins before it.
+    # Only the rest of the block would run from the last stage's input, and a reconstruction begins before it.
     if not stage.keepable or (stage.final and run.config.goes_back):
         return False
     return stage.layers[0].weight.shape[1] <= run.placement.kept_width

@@ -17,8 +17,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sparsefw.checkpoint.files import check_free
 from sparsefw.checkpoint.tensors import read_shard
-from sparsefw.checkpoint.writer import Writer, check_free
+from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import Batches
 from sparsefw.driver.job import Job, Prepared, Samples, windows_of_texts
 from sparsefw.driver.run import carry_out, kernel_line
@@ -26,7 +27,7 @@ from sparsefw.errors import InputError, first_line, shown
 from sparsefw.memory import on_gpu, this_device
 from sparsefw.model import resident
 from sparsefw.model.head import check_losses
-from sparsefw.model.shapes import shape_of_resident, shape_of_text
+from sparsefw.model.shape_of import shape_of_resident, shape_of_text
 from sparsefw.model.skeleton import max_seqlen
 from sparsefw.model.slots import filled, slots_of
 from sparsefw.ranks import ALONE, Ranks

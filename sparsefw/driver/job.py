@@ -19,7 +19,7 @@ from sparsefw.model.block_model import BlockModel
 from sparsefw.ranks import Ranks
 from sparsefw.solver.config import PruneConfig
 
-# What runs through a model: windows of tokens, or a caller's batches.
+# Samples run through a model: windows of tokens, or a caller's batches.
 Samples = Windows | Batches
 
 

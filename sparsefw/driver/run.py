@@ -14,9 +14,9 @@ from huggingface_hub import constants
 from tqdm import tqdm
 
 from sparsefw import arithmetic, memory
-from sparsefw.checkpoint.files import durably
+from sparsefw.checkpoint.files import check_output, durably
 from sparsefw.checkpoint.source import fingerprint, inspect, note_of_others, stamps
-from sparsefw.checkpoint.writer import Writer, check_output
+from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import Batches
 from sparsefw.data.windows import Windows
 from sparsefw.driver.block import Run

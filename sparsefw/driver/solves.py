@@ -75,7 +75,7 @@ def combine(block: nn.Module, captured: Captured, ranks: Ranks, experts: frozens
     """
     if ranks.alone:
         return captured
-    # What ranks must agree on: the matrices that were measured, the weight's shape, and whether it is transposed.
+    # Ranks must agree on the matrices that were measured, the weight's shape, and whether it is transposed.
     mine = {layer.name: layer for layer in captured.layers}
     of = {name: cross.of for name, cross in captured.crosses.items()}
     seen = ranks.gather(

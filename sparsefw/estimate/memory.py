@@ -381,7 +381,7 @@ def _reconstruction(block: BlockShape, shape: ModelShape, workload: Workload, to
         return state + written + backward
 
     def logits(tokens: int) -> int:
-        # Of both models, and what a head makes them of; of a piece, three distributions in fp32 and a byte.
+        # Both models have logits, and a head makes them of others; a piece has three distributions in fp32 and a byte.
         entries = tokens * shape.vocabulary
         return 3 * shape.logits_itemsize * entries + 13 * min(entries, max(PIECE, shape.vocabulary))
 

@@ -28,7 +28,7 @@ from sparsefw.report.content import TextWindows, amount
 # Papers on pruning average the first of these that a task has.
 MAIN = ("acc_norm", "acc")
 
-# What `lm_eval.simple_evaluate` returns.
+# `lm_eval.simple_evaluate` returns these.
 Harness = Mapping[str, Any]
 
 
@@ -168,8 +168,8 @@ def _perplexity(ratio: float) -> tuple[float, float]:
     return exp(-ratio), -exp(-ratio)
 
 
-# What a metric is of a ratio R = L / W, with its derivative, and whether the documents have a W of their own: a number
-# of tokens, words or bytes.
+# A metric is a function of a ratio R = L / W: here with its derivative, and whether the documents have a W of their own:
+# a number of tokens, words or bytes.
 FORMULAS: dict[str, tuple[Callable[[float], tuple[float, float]], bool]] = {
     "mean": (lambda ratio: (ratio, 1.0), False),
     "perplexity": (_perplexity, False),

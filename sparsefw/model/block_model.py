@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw import arithmetic
-from sparsefw.arithmetic import computed, computes_in_fp32
+from sparsefw.arithmetic import check_finite, computed, computes_in_fp32
 from sparsefw.caller import as_python
 from sparsefw.checkpoint.tensors import Loadable, dequantized
 from sparsefw.data.batches import Batch
-from sparsefw.finite import check_finite
 from sparsefw.memory import release_pinned
 from sparsefw.model.path import Path, path_through
-from sparsefw.model.skeleton import asked_for_no_more, attention_by_calls
+from sparsefw.model.settings import asked_for_no_more, attention_by_calls
 from sparsefw.model.slots import (
     SharedParameters,
     Slot,
@@ -274,7 +273,7 @@ class ResidentModel(BlockModel):
 
     def _slots(self, i: int | None) -> list[Slot]:
         slots = super()._slots(i)
-        # What is on the device is used there.
+        # Tensors that are on the device are used there.
         return slots if i is not None else [slot for slot in slots if is_copied(slot.own, self.device, self.in_fp32)]
 
     def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[Slot], Tensor]:

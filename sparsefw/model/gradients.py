@@ -88,7 +88,7 @@ def deterministic(refuse: bool = True) -> Iterator[None]:
     memory: Any = torch.utils.deterministic
     mode, fill = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
     with warnings.catch_warnings():
-        # Of operations that are not refused: the caller knows of them.
+        # The caller knows of operations that are not refused.
         warnings.filterwarnings("ignore", message=".*deterministic")
         try:
             # Filled memory shows what reads it before it is written. That takes time, and gives no other bits.

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefw.arithmetic import OnItsWay, all_finite, check_finite
 from sparsefw.errors import InputError
-from sparsefw.finite import OnItsWay, all_finite, check_finite
 from sparsefw.model.activations import Activations, Store, Stored
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.parts import CANNOT_GO_ON, INPUT, UNSUPPORTED, Point, run_part

@@ -26,7 +26,7 @@ from sparsefw.solver.refit import Cross
 # Runs one micro-batch, by its number, through a block.
 Run = Callable[[int], object]
 
-# What a run returns; None if it ended before.
+# A run returns this; None if it ended before.
 Ran = TypeVar("Ran")
 
 # Tensors at points of a block, and what the block returned; None if the run ended before.

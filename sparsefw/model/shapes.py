@@ -1,42 +1,34 @@
-"""Shapes of a model, its blocks and its layers: all that an estimate needs to know of it, found before it is pruned.
-
-One block of each kind is run on a few tokens, so that layers are found as the pruning finds them, whatever the
-architecture. All its weights are zero, and take no memory: pages that nobody has written to are all the same page.
-A model in memory runs on one of its batches, with its own weights.
-"""
+"""Shapes of a model, its blocks and its layers: all that an estimate needs to know of it."""
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from sparsefw.checkpoint.source import Checkpoint
-from sparsefw.checkpoint.tensors import TensorInfo
-from sparsefw.data.batches import Batch
-from sparsefw.errors import InputError
-from sparsefw.model.block_model import BlockModel, ResidentModel
-from sparsefw.model.experts import choose_all_over, experts_of, find_no_layers, without_parts_in_turn
-from sparsefw.model.forward import embed, embed_batches
-from sparsefw.model.hidden_states import HiddenStates
-from sparsefw.model.layers import Layer, Role, is_expert, kind_of, record_block, slices_of
-from sparsefw.model.live_bytes import ForwardBytes, count_forward
-from sparsefw.model.parts import INPUT
-from sparsefw.model.skeleton import attention_implementation
-from sparsefw.model.stages import confirm, survey_tape
-from sparsefw.model.streamed import StreamedModel
-from sparsefw.model.tape import Calls
-from sparsefw.solver.patterns import without_index
+from sparsefw.model.layers import Role, kind_of
 
-# Tokens that the blocks are run on: enough for every kind of attention, little beside a block.
-TOKENS = 8
-# Tokens of a second window, which shows what grows with the first.
-MORE_TOKENS = 12
+
+@dataclass(frozen=True)
+class ForwardBytes:
+    """Bytes that a block's forward takes beside its weights and its input, for any number of tokens.
+
+    Attributes:
+        live: those at its points, as lines: bytes without tokens, and bytes for each token.
+        made: the same of all that it makes.
+    """
+
+    live: tuple[tuple[float, float], ...] = ((0, 0),)
+    made: tuple[float, float] = (0, 0)
+
+    def peak(self, tokens: int) -> int:
+        """The most bytes at once, without gradients."""
+        return int(max(fixed + slope * tokens for fixed, slope in self.live))
+
+    def kept(self, tokens: int) -> int:
+        """The most bytes that are kept for gradients."""
+        return int(self.made[0] + self.made[1] * tokens)
 
 
 @dataclass(frozen=True)
@@ -220,237 +212,3 @@ def _with_layers(shape: BlockShape, counts: Counter[str]) -> BlockShape:
         if counts[layer.name]
     )
     return replace(shape, layers=layers)
-
-
-def zeros(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Tensor]:
-    """Stands for `checkpoint.read_tensors`: tensors of zeros that take no memory as long as they are only read."""
-    return {
-        name: torch.from_numpy(np.zeros(info.nbytes, np.uint8)).view(info.dtype).view(info.shape)
-        for name, info in tensors.items()
-    }
-
-
-def shape_of(checkpoint: Checkpoint, in_fp32: bool = False) -> ModelShape:
-    """The shape of a checkpoint's model; its tensors are not read. `in_fp32` is as for `BlockModel`.
-
-    Raises:
-        InputError: as `StreamedModel`.
-    """
-    with StreamedModel(checkpoint, torch.device("cpu"), zeros, in_fp32) as model:
-        shape, config = shape_of_text(model), model.config
-    return replace(
-        shape,
-        vocabulary=config.get_text_config().vocab_size,
-        itemsize=4 if in_fp32 else checkpoint.dtype.itemsize,
-        pieces=tuple(sum(checkpoint.tensors[name].nbytes for name in piece) for piece in model.pieces),
-    )
-
-
-def shape_of_text(model: BlockModel) -> ModelShape:
-    """The shape of a model that reads text.
-
-    Raises:
-        InputError: a block has no layers, or what it hands on cannot be followed.
-    """
-    windows = (torch.zeros(1, tokens, dtype=torch.int64) for tokens in (TOKENS, MORE_TOKENS))
-    walks = [_Walk(embed(model, ids, 1)) for ids in windows]
-    shape = _shape_of(
-        model,
-        walks,
-        # Without logits nothing is predicted.
-        vocabulary=(model.vocabulary or 0) if model.logits_itemsize else 0,
-        by_window=model.flow.by_window and not model.flow.batch_behind,
-    )
-    return replace(shape, logits_itemsize=model.logits_itemsize or shape.itemsize)
-
-
-def shape_of_resident(model: ResidentModel, batch: Batch) -> tuple[ModelShape, int]:
-    """The shape of a model in memory, and the most tokens, or other vectors, that a batch has between two blocks.
-
-    A batch takes the place of a window: sizes do not depend on the number of tokens.
-
-    Args:
-        model: the model.
-        batch: the largest of the batches.
-
-    Raises:
-        InputError: a block has no layers, or what it hands on cannot be followed.
-    """
-    walk = _Walk(embed_batches(model, [batch]), every_block=True)
-    shape = _shape_of(model, [walk], vocabulary=0, by_window=False)
-    # Scores are of one sample at a time.
-    return replace(shape, heads=-(-shape.heads // walk.hidden.shape[0])), walk.most_tokens
-
-
-def _shape_of(model: BlockModel, walks: list["_Walk"], vocabulary: int, by_window: bool) -> ModelShape:
-    """The shape of a model; the walks go through the blocks that they have to."""
-    # Each tied one is counted once; before blocks are opened.
-    parameters = sum(parameter.numel() for parameter in model.model.parameters())
-    known: dict[tuple, tuple[BlockShape, tuple[str, ...]]] = {}
-    blocks = []
-    for i, block in enumerate(model.blocks):
-        prefix = f"{model.names[i]}."
-        own = {name.removeprefix(prefix) for name in model.shared.names if name.startswith(prefix)}
-        kind = tuple((name, parameter.shape, name in own) for name, parameter in block.named_parameters())
-        if kind not in known or walks[0].moves:
-            # Unchecked: most weights are zeros here that take up address space alone, and a check would read them all.
-            model.open_alone(i)
-            if kind not in known:
-                shape, layers = _find(walks[0].states, i, own)
-                runs = [(walk.tokens, partial(walk.states.output, i, 0)) for walk in walks]
-                known[kind] = replace(shape, forward=count_forward(runs)), layers
-            for walk in walks:
-                walk.pass_block(i)
-            model.close(i)
-        blocks.append(known[kind])
-    hidden = walks[0].hidden
-    return ModelShape(
-        blocks=tuple(shape for shape, _ in blocks),
-        outside=model.outside_bytes,
-        hidden=hidden.shape[-1],
-        vocabulary=vocabulary,
-        heads=_heads(model.model),
-        itemsize=hidden.element_size(),
-        logits_itemsize=0,
-        parameters=parameters,
-        pieces=(0,),
-        between=_between(walks[0], walks[-1]),
-        names_by_block=tuple((name, layers) for name, (_, layers) in zip(model.names, blocks, strict=True)),
-        by_window=by_window,
-        quantized=model.quantized_bytes,
-        written=0.5 if model.in_fp32 else 1,
-        joined=model.joined_bytes,
-    )
-
-
-def _heads(model: nn.Module) -> int:
-    """Attention heads, if attention holds all scores at once; else 0."""
-    if not isinstance(model, PreTrainedModel) or attention_implementation(model) != "eager":
-        return 0
-    return getattr(model.config.get_text_config(), "num_attention_heads", 0)
-
-
-class _Walk:
-    """One micro-batch on its way through the blocks, as far as it has to go.
-
-    Args:
-        states: it, before the first block.
-        every_block: whether it has to go through every block.
-
-    Attributes:
-        tokens: vectors of the input of the first block.
-        hidden: the input of a block that takes most bytes.
-        most_tokens: the most vectors that a block's input has.
-        most: what was handed on between two blocks, where it was most.
-        moves: whether every block has to be run, because blocks may hand something on.
-    """
-
-    def __init__(self, states: HiddenStates, every_block: bool = False) -> None:
-        self.states, self.hidden = states, states.hidden[0]
-        self.tokens = self.most_tokens = _vectors(self.hidden)
-        self.most = list[Tensor]()
-        self.moves = every_block or any(states.flow.live.values()) or bool(states.carried[0].boxes)
-
-    def pass_block(self, i: int) -> None:
-        """Run the window through block i, which is open."""
-        if not self.moves:
-            return
-        # Zeros may become NaN, which says nothing of the model.
-        self.states.leave(i, 0, self.states.output(i, 0))
-        self.states.unchecked = None
-        self.states.arrive(INPUT)
-        hidden = self.states.hidden[0]
-        self.hidden = max(self.hidden, hidden, key=lambda x: x.nbytes)
-        self.most_tokens = max(self.most_tokens, _vectors(hidden))
-        tensors, _ = self.states.beside()
-        if sum(x.nbytes for x in tensors) > sum(x.nbytes for x in self.most):
-            self.most = tensors
-
-
-def _vectors(hidden: Tensor) -> int:
-    return hidden.numel() // hidden.shape[-1]
-
-
-def _between(few: _Walk, more: _Walk) -> Between:
-    """What lies between two blocks, from windows of two lengths; with a single one, nothing depends on the tokens."""
-    lengths = (0, 1) if few is more else (TOKENS, MORE_TOKENS)
-
-    def extents(of_few: list[Tensor], of_more: list[Tensor]) -> tuple[Extent, ...]:
-        return tuple(Extent.of(a, b, *lengths) for a, b in zip(of_few, of_more, strict=True))
-
-    before = extents(few.states.beside()[1], more.states.beside()[1])
-    (hidden,) = extents([few.hidden], [more.hidden])
-    return Between(hidden, extents(few.most, more.most), before)
-
-
-def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, tuple[str, ...]]:
-    """The shape of block i, and the names of its layers, every expert by itself.
-
-    Args:
-        states: one micro-batch before the block.
-        i: number of the block.
-        shared: names of matrices inside the block that are others' as well.
-    """
-    block, run = states.model.blocks[i], states.run_of(i, 0)
-    parameters, hidden = dict(block.named_parameters()), states.hidden[0]
-    with Calls(choose_all_over):
-        tape, output = record_block(block, run, hidden, lambda _: states.handed_on(i, run), modules=experts_of(block))
-        experts = without_parts_in_turn(experts_of(block), tape)
-        no_layers = shared | find_no_layers(tape)
-
-        def may_be_layer(name: str) -> bool:
-            # Experts are slices of a parameter that may be shared as a whole.
-            return name not in no_layers and without_index(name) not in shared
-
-        surveyed = survey_tape(tape, experts, may_be_layer)
-        if uneven := _cut_unevenly(surveyed.layers):
-            no_layers |= uneven
-            surveyed = survey_tape(tape, experts, may_be_layer)
-        surveyed = confirm(surveyed, run, hidden, output, {})
-    first: dict[str, Layer] = {}
-    for layer in surveyed.layers:
-        first.setdefault(kind_of(layer.name, experts), layer)
-    if not first and not shared.issuperset(parameters):
-        raise InputError(f"{states.model.names[i]}: unsupported model: no matrix of this block was seen in a product")
-    names = _names_by_kind(block, first, experts)
-    shapes = tuple(
-        LayerShape(
-            name=kind,
-            rows=layer.weight.shape[0],
-            d=layer.weight.shape[1],
-            gram=kind_of(layer.gram, experts),
-            experts=len(names[kind]) if is_expert(layer.name, experts) else 0,
-            role=surveyed.roles[layer.name],
-            parts=len(names[kind]) if layer.at_once else 1,
-        )
-        for kind, layer in first.items()
-    )
-    seen = frozenset(kind_of(name, experts) for name in (*surveyed.roles, *surveyed.ignored))
-    nbytes = sum(parameter.nbytes for parameter in parameters.values())
-    layers = tuple(name for of_kind in names.values() for name in of_kind if may_be_layer(name))
-    return BlockShape(nbytes, shapes, shapes, seen=seen, experts=experts), layers
-
-
-def _cut_unevenly(layers: list[Layer]) -> set[str]:
-    """Names of layers that are slices of one parameter, of different sizes: an index does not tell which."""
-    sizes: dict[str, set[int]] = {}
-    for layer in layers:
-        sizes.setdefault(without_index(layer.name), set()).add(layer.weight.numel())
-    return {layer.name for layer in layers if len(sizes[without_index(layer.name)]) > 1}
-
-
-def _names_by_kind(block: nn.Module, first: dict[str, Layer], experts: frozenset[str]) -> dict[str, list[str]]:
-    """Names of all layers of these kinds, with the experts that no token has reached.
-
-    Args:
-        block: the block.
-        first: a layer of each kind.
-        experts: as for `kind_of`.
-    """
-    names = {kind: list[str]() for kind in first}
-    for name, parameter in block.named_parameters():
-        sliced = first.get(kind_of(f"{name}[0]", experts))
-        for layer in slices_of(name, parameter, sliced.weight.numel() if sliced else None) or [name]:
-            if (kind := kind_of(layer, experts)) in names:
-                names[kind].append(layer)
-    return names

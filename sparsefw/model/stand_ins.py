@@ -31,7 +31,7 @@ _HOOKS = (
 # Blocks of one kind return the same.
 BlockType = tuple[Any, ...]
 
-# What stands for a block's output: called with the number of the call, the block's name, and what the block is given.
+# Makes what stands for a block's output: called with the number of the call, the block's name, and its arguments.
 StandIn = Callable[[int, str, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -55,7 +55,7 @@ class NotABlock(InputError):
         self.name = name
 
 
-# What a model's forward is given, in words, and what to do where it fails on that.
+# These are inputs of a model's forward, in words, each with the advice to follow where it fails on them.
 TEXT, BATCHES = "text alone", "these batches"
 ADVICE = {
     TEXT: "see whether transformers runs this model on tokens without other input",

@@ -72,7 +72,7 @@ class StreamedModel(BlockModel):
         self._tensors_of = self._sorted(reads)
         self.pieces = self._cut(max(map(self._bytes_of, range(len(self.blocks)))))
         self.notes = self._notes()
-        # Of tensors that are written as they are, one is dequantized at a time.
+        # Tensors that are written as they are, are dequantized one at a time.
         together = [*self._tensors_of.values(), *([name] for piece in self.pieces for name in piece)]
         stored = {name: x.stored_nbytes for name, x in self.infos.items() if isinstance(x, QuantizedInfo)}
         if in_fp32:

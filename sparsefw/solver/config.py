@@ -57,7 +57,7 @@ DEFAULTS = {
     ("paper", True): (2000, "open-loop", 0.9, 0.0, 0, 0, 0, "dense", 0.1, 0),
     ("paper", False): (2000, "open-loop", 0.9, 0.0, 0, 0, 0, "layer", 0.0, 0),
 }
-# What takes their place where a reconstruction follows: further steps gain nothing before it.
+# These take their place where a reconstruction follows: further steps gain nothing before it.
 BEFORE_RECONSTRUCTION = dict(steps=12, refit=2)
 # Unless it is given, the damping of a refit is the most for up to so many tokens: the fewer there are, the less their
 # Gram matrix says of other text. With more tokens it falls, as 1 / tokens, down to the preset's.

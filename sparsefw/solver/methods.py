@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefw.finite import all_finite
+from sparsefw.arithmetic import all_finite
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import Backend, Terms
 from sparsefw.kernels.topk_torch import masked

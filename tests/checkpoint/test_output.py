@@ -3,7 +3,7 @@
 import pytest
 from helpers.checkpoints import make_hub_cache, refused
 
-from sparsefw.checkpoint.writer import check_output
+from sparsefw.checkpoint.files import check_output
 
 
 @pytest.fixture

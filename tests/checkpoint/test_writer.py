@@ -109,7 +109,7 @@ class TestOutput:
         expected = {"model_type": "llama", "a": [{}], "n": float("nan")}
         assert (tmp_path / "pruned/config.json").read_text() == json.dumps(expected, indent=2) + "\n"
         assert json.loads((tmp_path / "pruned/tokenizer_config.json").read_text()) == {"b": 1}
-        # What needs no change is copied byte by byte.
+        # A file that needs no change is copied byte by byte.
         assert (tmp_path / "pruned/generation_config.json").read_text() == '{"auto_map": {},"b":1}'
 
     def test_an_older_output_is_replaced_as_a_whole(self, folder, tmp_path):
@@ -234,7 +234,7 @@ class TestInterrupted:
         begin(tmp_path / "pruned")
         with refused(r"an unfinished run of other input is there: x was \[1, 2\], and is \[1, 3\]; .*--restart"):
             Writer(tmp_path / "pruned", 2, {"x": (1, 3)}).__enter__()
-        # What the first run has chosen holds.
+        # The choice of the first run holds.
         with Writer(tmp_path / "pruned", 2, {"x": (1, 2)}, {"batch": 4}, source=folder) as writer:
             assert writer.chosen == {"batch": 3}
             writer.write(1, {"c": TENSORS["c"]})

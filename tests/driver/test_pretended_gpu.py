@@ -16,9 +16,9 @@ from helpers.stacks import drawn
 
 from sparsefw import prune as prune_in_memory
 from sparsefw import run
+from sparsefw.arithmetic import OnItsWay, all_finite
 from sparsefw.driver import reconstruct
 from sparsefw.driver import run as driver_run
-from sparsefw.finite import OnItsWay, all_finite
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.repeat import LEAST, repeat

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparsefw.driver import run as driver_run
 from sparsefw.estimate.memory import CODE_OF_EXPERTS, LIBRARIES
-from sparsefw.model.live_bytes import LiveBytes
+from sparsefw.model.shape_of import LiveBytes
 from sparsefw.run import main
 from sparsefw.solver import stack
 

@@ -8,9 +8,8 @@ from sparsefw.estimate.memory import GIB, Workload, disk_space, memory_needs
 from sparsefw.estimate.placement import place
 from sparsefw.model.activations import Placement
 from sparsefw.model.layers import Role, Write
-from sparsefw.model.live_bytes import ForwardBytes
 from sparsefw.model.parts import INPUT
-from sparsefw.model.shapes import Between, BlockShape, Extent, LayerShape, ModelShape
+from sparsefw.model.shapes import Between, BlockShape, Extent, ForwardBytes, LayerShape, ModelShape
 from sparsefw.solver.config import PruneConfig
 
 
@@ -122,7 +121,7 @@ def test_ranks_share_rows_and_the_memory_of_a_machine(tmp_path):
         return memory_needs(shape, work(windows=400, ranks=ranks, **options), Placement(2, "host")).phases["solve"][0]
 
     assert solve(4, sparsity="2:4") < solve(1, sparsity="2:4")
-    # What is known of all rows together is solved by one rank.
+    # One rank solves a problem that takes all rows together.
     assert solve(4, method="sparsegpt") == solve(1, method="sparsegpt")
     workload = work(ranks=8)
     with refused(r"--host-memory 8.00: this run needs at least [\d.]+ GiB of host memory for 8 ranks") as caught:

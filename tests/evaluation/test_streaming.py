@@ -16,7 +16,7 @@ from sparsefw.evaluation.rows import Sharing, request_of, rows_of
 from sparsefw.model import StreamedModel
 
 ALONE, CHAINS, TREES = "nothing", "beginnings", "branches"
-# What rows hold in families that take no trees: position biases, states of recurrent layers, several streams.
+# Rows of families that take no trees hold position biases, states of recurrent layers, several streams.
 NO_TREES = dict.fromkeys(("bloom", "mamba", "qwen3_next", "rwkv", "openai-gpt"), CHAINS)
 NO_TREES |= dict.fromkeys(("xlnet", "gemma3n_text"), ALONE)
 # With few heads, scores of the index are often zero, and torch may take any of those that are equal.

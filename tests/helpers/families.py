@@ -95,7 +95,11 @@ def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, se
     torch.manual_seed(seed)
     options = COMMON | {"model_type": family} | (FAMILIES | OTHERS | HANDING_ON)[family] | changes
     config = AutoConfig.for_model(**{name: value for name, value in options.items() if value is not None})
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return write_random(AutoModelForCausalLM.from_config(config, dtype=dtype), folder)
+
+
+def write_random(model: torch.nn.Module, folder: Path) -> Path:
+    """Give a model random matrices, and write it to a folder with a byte-level tokenizer."""
     for parameter in model.parameters():
         # With the usual initialisation, all logits would be nearly equal.
         if parameter.dim() >= 2:

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from classes.tiny_model import byte_tokenizer
 from helpers.commands import TEXT, run, tensors_of
-from helpers.families import COMMON, first_is_fast
+from helpers.families import COMMON, first_is_fast, write_random
 from helpers.verifying import verdict
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
@@ -62,12 +61,7 @@ def save_multimodal(folder: Path, family: str, dtype: torch.dtype = torch.float3
     model = AutoModelForMultimodalLM.from_config(
         AutoConfig.for_model(family, **(MULTIMODAL | NOT_ON_TEXT)[family]), dtype=dtype
     )
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder, max_shard_size="40KB")
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return write_random(model, folder)
 
 
 def load_as_named(folder: Path) -> tuple[torch.nn.Module, dict]:

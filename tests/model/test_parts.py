@@ -274,7 +274,7 @@ def test_calls_without_data_give_the_forms_that_torch_gives_also_when_they_are_m
         assert forms(both[0]) == forms(both[1]) == forms(func(*args), meta=True)
         assert both[0] is not both[1]
     assert len(results) == len(CALLS)
-    # What is written to is named every time.
+    # A tensor that is written to is named every time.
     x, y = torch.zeros(3), torch.ones(3)
     for _ in range(2):
         _, written = call_without_data(lambda x, y: x.add_(y) + y, (x, y), {})

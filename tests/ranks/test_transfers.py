@@ -76,7 +76,7 @@ def lose(ranks):
 
 def test_a_lost_rank_is_named_as_the_cause():
     on_ranks(2, lose)
-    # What this rank's own GPU says is not another rank's doing.
+    # An error of this rank's own GPU is not another rank's doing.
     with pytest.raises(torch.AcceleratorError), Ranks().waiting():
         raise torch.AcceleratorError("CUDA error: illegal")
 

@@ -116,7 +116,7 @@ def whole(storage):
     return nn.Parameter(storage), slice(None), lambda x: [x]
 
 
-# What of a storage is the parameter, which rows of it are given, and their views.
+# By case: the parameter in a storage, the rows of it that are given, and their views.
 PLACES = {
     "rows": whole,
     "transposed views": lambda storage: (nn.Parameter(storage), slice(None), lambda x: [x.T]),
