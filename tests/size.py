@@ -11,7 +11,7 @@ REPO = Path(__file__).resolve().parents[1]
 # Lines of code are without docstrings, comments and blank lines. Words are those of README.md and docs/.
 LIMITS = {
     "sparsefw: files": 85,
-    "sparsefw: code lines": 9_850,
+    "sparsefw: code lines": 9_870,
     "kernels: code lines": 2_190,
     "bench: code lines": 2_790,
     "tests: code lines": 13_000,

@@ -20,12 +20,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sparsefw.checkpoint.files import check_free
 from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer
-from sparsefw.data.batches import Batches
+from sparsefw.data.batches import Batch, Batches
 from sparsefw.driver.job import Job, Prepared, Samples, windows_of_texts
 from sparsefw.driver.run import carry_out, kernel_line
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.memory import on_gpu, this_device
 from sparsefw.model import resident
+from sparsefw.model.block_model import ResidentModel
 from sparsefw.model.head import check_losses
 from sparsefw.model.shape_of import shape_of_resident, shape_of_text
 from sparsefw.model.skeleton import max_seqlen
@@ -65,43 +66,12 @@ def run_in_memory(
     if saves:
         check_state(model)
     say(kernel_line(job.config))
-    batch = None if batches is None else max(batches[0].batches, key=lambda x: sum(t.numel() for t in x.tensors))
+    batch = None if batches is None else _largest(batches[0])
     device = next((x.device for x in model.parameters()), torch.device("cpu"))
     device = this_device() if device.type == "cpu" else device
     # A module's own parameters may ask for gradients.
     with on_gpu(device), torch.no_grad(), resident(model, batch, device) as opened:
-        calibration: Samples
-        evaluation: Sequence[Samples]
-        if batches is None or batch is None:
-            if job.inputs.evaluate and not opened.logits_itemsize:
-                raise InputError(f"evaluate: {type(model).__name__} returns no logits, of which perplexity is made")
-            calibration, evaluation, seqlen = windows_of_texts(
-                job, max_seqlen(cast(PretrainedConfig, model.config)), say, ranks
-            )
-            shape = shape_of_text(opened)
-        else:
-            calibration, evaluated = batches
-            evaluation = [evaluated] if evaluated else []
-            shape, seqlen = shape_of_resident(opened, batch)
-            if evaluated:
-                check_losses(opened, evaluated.batches)
-            job = replace(job, inputs=replace(job.inputs, seqlen=max(2, seqlen)))
-        # A module may put anything else into its state, too.
-        tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-        prepared = Prepared(
-            opened,
-            f"{type(model).__name__} in memory",
-            next(model.parameters()).dtype,
-            shape,
-            calibration,
-            evaluation,
-            seqlen,
-            notes=opened.notes,
-            fingerprint=_fingerprint(tensors),
-            # A caller's batches are not cut.
-            fixed={"batch": 1} if batches else {},
-            saved=sum(tensor.nbytes for tensor in tensors.values()) if saves else 0,
-        )
+        job, prepared = _prepared(job, opened, batches, saves, say, ranks)
 
         def write(folder: Path) -> None:
             save(model, folder)
@@ -115,6 +85,54 @@ def run_in_memory(
                 writer.finish(write if saves else None)
 
         return carry_out(job, prepared, finish, say, progress, ranks)
+
+
+def _prepared(
+    job: Job,
+    opened: ResidentModel,
+    batches: tuple[Batches, Batches | None] | None,
+    saves: bool,
+    say: Callable[[str], None],
+    ranks: Ranks,
+) -> tuple[Job, Prepared]:
+    """The model before its first block, and the job, which batches tell the length of a window."""
+    calibration: Samples
+    evaluation: Sequence[Samples]
+    if batches is None:
+        if job.inputs.evaluate and not opened.logits_itemsize:
+            raise InputError(f"evaluate: {type(opened.model).__name__} returns no logits, of which perplexity is made")
+        calibration, evaluation, seqlen = windows_of_texts(
+            job, max_seqlen(cast(PretrainedConfig, opened.model.config)), say, ranks
+        )
+        shape = shape_of_text(opened)
+    else:
+        calibration, evaluated = batches
+        evaluation = [evaluated] if evaluated else []
+        shape, seqlen = shape_of_resident(opened, _largest(calibration))
+        if evaluated:
+            check_losses(opened, evaluated.batches)
+        job = replace(job, inputs=replace(job.inputs, seqlen=max(2, seqlen)))
+    # A module may put anything else into its state, too.
+    tensors = {name: value for name, value in opened.model.state_dict().items() if isinstance(value, Tensor)}
+    return job, Prepared(
+        opened,
+        f"{type(opened.model).__name__} in memory",
+        next(opened.model.parameters()).dtype,
+        shape,
+        calibration,
+        evaluation,
+        seqlen,
+        notes=opened.notes,
+        fingerprint=_fingerprint(tensors),
+        # A caller's batches are not cut.
+        fixed={"batch": 1} if batches else {},
+        saved=sum(tensor.nbytes for tensor in tensors.values()) if saves else 0,
+    )
+
+
+def _largest(batches: Batches) -> Batch:
+    """The batch with most entries."""
+    return max(batches.batches, key=lambda batch: sum(x.numel() for x in batch.tensors))
 
 
 def _fingerprint(tensors: dict[str, Tensor]) -> str:

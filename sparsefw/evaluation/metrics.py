@@ -168,8 +168,8 @@ def _perplexity(ratio: float) -> tuple[float, float]:
     return exp(-ratio), -exp(-ratio)
 
 
-# A metric is a function of a ratio R = L / W: here with its derivative, and whether the documents have a W of their own:
-# a number of tokens, words or bytes.
+# A metric is a function of a ratio R = L / W. It stands here with its derivative, and with whether the documents have a
+# W of their own: a number of tokens, words or bytes.
 FORMULAS: dict[str, tuple[Callable[[float], tuple[float, float]], bool]] = {
     "mean": (lambda ratio: (ratio, 1.0), False),
     "perplexity": (_perplexity, False),
