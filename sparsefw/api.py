@@ -239,50 +239,26 @@ def _check(model: Any, on_batches: bool) -> None:
     """Refuse what is no model in memory, and a model with a weight that cannot be written to where it is.
 
     The library of adapters writes these alone, and merged later they fill the zeros. Weights that a library has
-    offloaded are elsewhere. One of which several entries are the same place cannot be pruned one by one.
+    offloaded are elsewhere.
 
     Raises:
         InputError: the message names the weight.
     """
     from transformers import PreTrainedModel
 
-    kind = type(model).__name__
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"calibration: batches are for a model in memory, and model is a {kind}; load it first"
-            if on_batches
-            else f"model: expected a folder, a Hub id or a transformers model, got {kind}"
-        )
-    # Earlier versions of peft leave the config on a model whose adapters were merged, and none of their modules.
-    of_peft = any(kind.__module__.split(".")[0] == "peft" for m in model.modules() for kind in type(m).__mro__)
-    for name, module in model.named_modules():
-        config = getattr(module, "peft_config", None)
-        if getattr(module, "_hf_peft_config_loaded", False) or (config and of_peft):
-            raise InputError(f"{name or 'model'}: has adapters of peft; merge the adapters first: merge_and_unload()")
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if type(module).__module__.split(".")[0] == "peft":
+            raise InputError(f"{name or 'model'}: is an adapter of peft; merge the adapters first: merge_and_unload()")
+    if not isinstance(model, nn.Module if on_batches else PreTrainedModel):
+        expected = "a folder, a Hub id or a transformers model; any other module needs batches: calibration="
+        expected = "a module in memory, since calibration= is given" if on_batches else expected
+        raise InputError(f"model: got {type(model).__name__}, expected {expected}")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise InputError(
                 f"{name}: is on the meta device, without data; give a model with its weights, or a language model as "
                 "the folder or Hub id of its checkpoint, which is read block by block"
             )
-        if not _are_disjoint(parameter):
-            raise InputError(f"{name}: its entries share memory, and cannot be pruned one by one; give .clone()")
-    if not on_batches and not isinstance(model, PreTrainedModel):
-        raise InputError(
-            f"model: expected a folder, a Hub id or a transformers model, got {kind}; any other module needs batches: "
-            "calibration="
-        )
-
-
-def _are_disjoint(tensor: Tensor) -> bool:
-    """Whether each entry of a tensor has its own memory: every step leads beyond all that smaller steps reach."""
-    end = 0
-    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if step <= end:
-                return False
-            end += step * (size - 1)
-    return True
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import numbers
 import os
 from collections.abc import Collection, Iterable
-from contextlib import suppress
 from dataclasses import Field, field, fields
 from pathlib import Path
 from typing import Any
@@ -141,18 +140,12 @@ def checked_number(name: str, value: Any, least: float, most: float | None, *, w
 
 
 def checked_path(name: str, value: str | Path) -> Path:
-    """The value as a path, in which `~` at the beginning is the user's own folder; nothing need be there.
+    """The value as a path, in which `~` at the beginning is the user's own folder.
 
     Raises:
-        InputError: it holds what no path can hold, such as a null character.
         TypeError: it is neither a text nor a path.
     """
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name}: expected a path, got {type(value).__name__}")
-    try:
-        with suppress(OSError):
-            os.lstat(value)
-    except ValueError as error:
-        raise InputError(f"{flag_of(name)} {shown(value)}: not a path ({error})") from error
     # A shell leaves `--output=~/pruned` as it is.
     return Path(os.path.expanduser(value))

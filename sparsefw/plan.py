@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from sparsefw.cli import launch, quiet_libraries, run_parser, say, settings_of
-from sparsefw.errors import InputError, first_line
 from sparsefw.flags import checked_path
 
 
@@ -31,10 +30,7 @@ def command(argv: list[str] | None) -> int:
     inputs, config, output = settings_of(arguments)
     content = plan(inputs, config, output, arguments.gpu)
     if arguments.json:
-        try:
-            checked_path("json", arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--json {arguments.json}: cannot be written: {first_line(error)}") from error
+        checked_path("json", arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for line in lines(content):
         say(line)
     return 0

@@ -152,7 +152,7 @@ class TestRefused:
             prune(source, tmp_path / "out", CONFIG, dataset=5)
         with pytest.raises(InputError, match="output: "):
             prune(source)
-        with pytest.raises(InputError, match="model: expected a folder"):
+        with pytest.raises(InputError, match="model: got Linear, expected a folder"):
             prune(torch.nn.Linear(2, 2), config=CONFIG, dataset=torch.zeros(2, 8, dtype=torch.int64))
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,11 +36,8 @@ def read_bounded(path: Path, limit: int) -> bytes:
     """
     if not path.is_file():
         raise InputError(f"{path}: missing, or not a file")
-    try:
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {shown(first_line(error))}") from error
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
     if len(content) > limit:
         raise InputError(f"{path}: more than {limit // 2**20} MiB, which no real one has")
     return content
@@ -139,23 +136,16 @@ def roots_of(folder: Path) -> tuple[Path, Path]:
     return folder.resolve(), Path(constants.HF_HUB_CACHE).resolve()
 
 
-def partial_of(output: Path) -> Path:
-    """The folder of an unfinished run into `output`."""
-    return output.with_name(f".{output.name}.partial")
-
-
-def check_output(output: Path, source: Path, overwrite: bool, read: Iterable[Path] = ()) -> None:
+def check_output(output: Path, source: Path, overwrite: bool) -> None:
     """Refuse an output folder that would harm something.
 
     Args:
         output: folder for the pruned checkpoint.
         source: folder of the checkpoint that is read.
         overwrite: whether an older checkpoint may be replaced.
-        read: other files and folders that the run reads.
 
     Raises:
-        InputError: output and source are one folder or one lies in the other; the run reads a file in the output; or
-            as `check_free`.
+        InputError: output and source are one folder or one lies in the other; or as `check_free`.
     """
     target, (root, cache) = output.resolve(), roots_of(source)
     if cache in root.parents:
@@ -164,11 +154,6 @@ def check_output(output: Path, source: Path, overwrite: bool, read: Iterable[Pat
     if target.is_relative_to(root) or root.is_relative_to(target):
         raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another --output")
     check_free(output, overwrite)
-    for path in (source, *read):
-        # The path itself may be a link in the output.
-        for there in (Path(os.path.abspath(path)), path.resolve()):
-            if there.is_relative_to(target) or there.is_relative_to(partial_of(target)):
-                raise InputError(f"{output}: {path} lies in it, and would be deleted with it; choose another --output")
 
 
 def check_free(output: Path, overwrite: bool) -> None:

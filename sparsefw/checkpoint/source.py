@@ -309,7 +309,7 @@ def _read_header(path: Path, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor
                 dtype, shape = dtypes[entry.get_dtype()], tuple(entry.get_shape())
                 tensors[name] = TensorInfo(path, dtype, shape, offset=offset, stamp=stamp)
                 offset += tensors[name].nbytes
-    except (SafetensorError, OSError, UnicodeEncodeError) as error:
+    except SafetensorError as error:
         raise InputError(f"{path}: not a whole safetensors file ({shown(first_line(error))}); {AGAIN}") from error
     return tensors
 

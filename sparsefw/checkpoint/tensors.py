@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsefw.arithmetic import check_finite
-from sparsefw.errors import InputError, first_line
+from sparsefw.errors import InputError
 
 # Values of a 4-bit float with one mantissa bit (E2M1), by its bits.
 FP4_VALUES = [sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
@@ -125,7 +125,8 @@ def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str,
         The tensors by name, on the host, in the dtype of the file; quantized ones in the form that they are stored in.
 
     Raises:
-        InputError: a file was changed or removed since then, or cannot be read, or a scale is NaN or Inf.
+        InputError: a file was changed since then, or a scale is NaN or Inf.
+        OSError: a file was removed, or cannot be read.
     """
     stored = {part: info for name, tensor in tensors.items() for part, info in tensor.stored(name).items()}
     by_file: dict[Path, list[str]] = {}
@@ -133,16 +134,13 @@ def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str,
         by_file.setdefault(stored[name].file, []).append(name)
     read: dict[str, Tensor] = {}
     for path, names in by_file.items():
-        try:
-            with path.open("rb") as file:
-                for name in names:
-                    read[name] = torch.empty(stored[name].shape, dtype=stored[name].dtype, pin_memory=pin)
-                    file.seek(stored[name].offset)
-                    count = file.readinto(read[name].reshape(-1).view(torch.uint8).numpy().data)
-                    if stamp_of(os.fstat(file.fileno())) != stored[name].stamp or count != read[name].nbytes:
-                        raise InputError(f"{path}: was changed since the run began; leave the model as it is meanwhile")
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read any more: {first_line(error)}") from error
+        with path.open("rb") as file:
+            for name in names:
+                read[name] = torch.empty(stored[name].shape, dtype=stored[name].dtype, pin_memory=pin)
+                file.seek(stored[name].offset)
+                count = file.readinto(read[name].reshape(-1).view(torch.uint8).numpy().data)
+                if stamp_of(os.fstat(file.fileno())) != stored[name].stamp or count != read[name].nbytes:
+                    raise InputError(f"{path}: was changed since the run began; leave the model as it is meanwhile")
     loadable: dict[str, Loadable] = {}
     for name, info in tensors.items():
         if isinstance(info, QuantizedInfo):

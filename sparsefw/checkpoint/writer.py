@@ -9,10 +9,9 @@
     old/                an older output, while the new one takes its place
 """
 
-import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count, takewhile
@@ -21,7 +20,6 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import filelock
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -34,7 +32,6 @@ from sparsefw.checkpoint.files import (
     durably,
     file_digest,
     parse_object,
-    partial_of,
 )
 from sparsefw.checkpoint.quantization import without_quantization
 from sparsefw.checkpoint.source import INDEX, TOKENIZER_CONFIG, companions, read_json
@@ -103,7 +100,7 @@ class Writer:
         # As JSON has it: a tuple is a list there.
         self._identity: dict[str, Any] = json.loads(json.dumps(identity or {}))
         self._source, self._overwrite, self._restart, self._ranks = source, overwrite, restart, ranks
-        self._partial = partial_of(self.output)
+        self._partial = self.output.with_name(f".{self.output.name}.partial")
         self.folder, self._old = self._partial / "new", self._partial / "old"
         self._identity_file = self._partial / "identity.json"
         self._lock = filelock.FileLock(self._partial / "lock", timeout=0)
@@ -125,18 +122,12 @@ class Writer:
 
     def _acquire(self) -> None:
         """Make the folder, and keep other processes away from it."""
+        self._partial.mkdir(parents=True, exist_ok=True)
         try:
-            # safetensors opens no path that is not UTF-8.
-            str(self._partial).encode()
-            self._partial.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except filelock.Timeout as error:
             raise InputError(
                 f"{self.output}: another run is writing it; wait for its end or choose another --output"
-            ) from error
-        except (OSError, UnicodeEncodeError) as error:
-            raise InputError(
-                f"{self.output}: cannot be written ({first_line(error)}); choose another --output"
             ) from error
 
     def _open(self) -> None:
@@ -257,16 +248,15 @@ class Writer:
             compared: the tensors as other methods have pruned them, by method. They are there until `finish`.
 
         Raises:
-            InputError: the disk is full or failed.
+            OSError, SafetensorError: the disk is full or failed.
         """
         files = {self.path(n): tensors}
         files |= {self.path(n, method): others for method, others in (compared or {}).items()}
-        with self._disk_errors():
-            digests = {path.relative_to(self._partial).as_posix(): self._save(path, x) for path, x in files.items()}
-            size = sum(tensor.nbytes for tensor in tensors.values())
-            parameters = sum(tensor.numel() for tensor in tensors.values())
-            record = Record([*tensors], size, parameters, digests, note)
-            durably(self._record(n), json.dumps(asdict(record)))
+        digests = {path.relative_to(self._partial).as_posix(): self._save(path, x) for path, x in files.items()}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        parameters = sum(tensor.numel() for tensor in tensors.values())
+        record = Record([*tensors], size, parameters, digests, note)
+        durably(self._record(n), json.dumps(asdict(record)))
         self.records[n] = record
 
     def _save(self, path: Path, tensors: dict[str, Tensor]) -> str:
@@ -276,14 +266,6 @@ class Writer:
         # It is still in the system's memory.
         return file_digest(path)
 
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        """Turn a full or failed disk into an error of one line."""
-        try:
-            yield
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.output}: writing failed: {first_line(error)}") from error
-
     def finish(self, save: Callable[[Path], None] | None = None) -> None:
         """Complete the output, write SHA256SUMS, and move all of it to `output`.
 
@@ -291,29 +273,26 @@ class Writer:
             save: writes a model in memory into a folder.
 
         Raises:
-            InputError: something else came to lie at `output` meanwhile, or the disk is full or failed.
+            InputError: something else came to lie at `output` meanwhile.
         """
         self.records = {n: r for records in self._ranks.gather(self.records) for n, r in records.items()}
         if self._ranks.first:
-            with self._disk_errors():
-                if save:
-                    save(self.folder)
-                if self._source is not None:
-                    self._complete(self._source)
-                written = {self._partial / name: d for r in self.records.values() for name, d in r.digests.items()}
-                lines = []
-                for name in sorted(
-                    p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file()
-                ):
-                    path = self.folder / name
-                    # safetensors makes files that only the owner can read.
-                    path.chmod(self.folder.stat().st_mode & 0o666)
-                    lines.append(f"{written.get(path) or file_digest(path)}  {name}\n")
-                durably(self.folder / SUMS, "".join(lines))
-                check_free(self.output, self._overwrite)
-                if self.output.exists():
-                    self.output.rename(self._old)
-                self.folder.rename(self.output)
+            if save:
+                save(self.folder)
+            if self._source is not None:
+                self._complete(self._source)
+            written = {self._partial / name: d for r in self.records.values() for name, d in r.digests.items()}
+            lines = []
+            for name in sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file()):
+                path = self.folder / name
+                # safetensors makes files that only the owner can read.
+                path.chmod(self.folder.stat().st_mode & 0o666)
+                lines.append(f"{written.get(path) or file_digest(path)}  {name}\n")
+            durably(self.folder / SUMS, "".join(lines))
+            check_free(self.output, self._overwrite)
+            if self.output.exists():
+                self.output.rename(self._old)
+            self.folder.rename(self.output)
         self._done = True
         self._ranks.barrier()
 

@@ -1,16 +1,12 @@
 """One run: a checkpoint in, a pruned checkpoint with its report out."""
 
-import os
 import socket
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from tqdm import tqdm
 
 from sparsefw import arithmetic, memory
@@ -52,7 +48,7 @@ def run_job(job: Job, say: Callable[[str], None], progress: bool, ranks: Ranks =
     assert job.folder is not None
     device = memory.this_device()
     say(kernel_line(job.config))
-    check_output(job.output.folder, job.folder, job.output.overwrite, _files_read(job))
+    check_output(job.output.folder, job.folder, job.output.overwrite)
     source = inspect(job.folder)
     in_fp32 = ranks.on_first(lambda: arithmetic.computes_in_fp32(source.dtype, device))
     with StreamedModel(source, device, in_fp32=in_fp32) as model:
@@ -80,14 +76,6 @@ def kernel_line(config: PruneConfig) -> str:
     else:
         why = "as asked" if "kernel" in config.given else "CUDA is available" if cuda else "no CUDA device"
     return f"kernel: {config.kernel} ({why}), precision {config.precision}"
-
-
-def _files_read(job: Job) -> list[Path]:
-    """Files and folders here that the run reads beside the source: texts, the Hub's caches, temporary files."""
-    inputs = job.inputs
-    names = [*inputs.evaluate, *(inputs.shares if job.dataset is None else [])]
-    texts = [Path(path) for path in map(os.path.expanduser, names) if os.path.lexists(path)]
-    return [*texts, Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE), Path(tempfile.gettempdir())]
 
 
 def carry_out(

@@ -104,18 +104,16 @@ class TestTensors:
             for read in (read_tensors(inspect(folder).tensors), read_shard(folder / SINGLE)):
                 assert all(tensor.data_ptr() % 64 == 0 for tensor in read.values())
 
-    @pytest.mark.parametrize("how", ["shorter", "gone", "other", "touched"])
+    @pytest.mark.parametrize("how", ["shorter", "other", "touched"])
     def test_files_that_are_changed_while_a_run_reads_them(self, folder, how):
         tensors, path = inspect(folder).tensors, folder / SINGLE
         if how == "shorter":
             path.write_bytes(path.read_bytes()[:-4])
-        elif how == "gone":
-            path.unlink()
         elif how == "other":
             save_file({"a": torch.ones(2)}, path)
         else:
             os.utime(path, ns=(1, 1))
-        with refused(r"model.safetensors: (was changed since the run began|cannot be read any more)"):
+        with refused("model.safetensors: was changed since the run began"):
             read_tensors(tensors)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.complex64])
