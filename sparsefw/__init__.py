@@ -12,19 +12,21 @@ os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 __version__ = "0.2.0"
 
-__all__ = ["InputError", "PruneConfig", "PruneResult", "__version__", "prune"]
+__all__ = ["InputError", "PruneConfig", "PruneResult", "__version__", "prune", "solve_layer"]
 
 if TYPE_CHECKING:
     from sparsefw.api import PruneResult, prune
     from sparsefw.errors import InputError
     from sparsefw.solver.config import PruneConfig
+    from sparsefw.solver.layer import solve_layer
 
 # The module of each name. Names are imported on first use, because torch takes a second to import.
 _HOMES = {
     "InputError": "sparsefw.errors",
-    "PruneConfig": "sparsefw.solver",
+    "PruneConfig": "sparsefw.solver.config",
     "PruneResult": "sparsefw.api",
     "prune": "sparsefw.api",
+    "solve_layer": "sparsefw.solver.layer",
 }
 
 

@@ -15,14 +15,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from sparsefw.errors import InputError, printable, shown
 from sparsefw.flags import DEPENDS, flag_of
 from sparsefw.inputs import Inputs, Output
-
-if TYPE_CHECKING:
-    from sparsefw.solver.config import PruneConfig
+from sparsefw.solver.config import PruneConfig
 
 COMMANDS = ("run", "plan", "verify", "evaluate")
 
@@ -62,13 +60,16 @@ def launch(command: Command, argv: list[str] | None = None) -> int:
     if argv is None:
         _prepare_process(rank)
     try:
-        return _run_rank(command, argv) if rank else command(argv)
+        return command(argv)
     except BrokenPipeError:
         # Python flushes once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (Exception, KeyboardInterrupt) as error:
         status, message = _outcome(error)
+        if type(error).__name__ == "LostRankError":
+            # Another rank has failed. The launcher names it, and ends this one meanwhile.
+            time.sleep(PATIENCE)
         line = printable("; ".join([message, *getattr(error, "__notes__", [])]))
     print(f"sparsefw: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
     if rank and argv is None:
@@ -99,23 +100,6 @@ def _outcome(error: BaseException) -> tuple[int, str]:
         return FAILED, on_one_line
     traceback.print_exception(error)
     return MISTAKE, f"a mistake in sparsefw, with the traceback above: please report it ({name})"
-
-
-def _run_rank(command: Command, argv: list[str] | None) -> int:
-    """Run a command on one of several ranks, and leave its error to torchrun, which reports the first one."""
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    from sparsefw.ranks import LostRankError
-
-    def run() -> int:
-        try:
-            return command(argv)
-        except LostRankError:
-            # Another rank has failed. The launcher ends this one meanwhile.
-            time.sleep(PATIENCE)
-            raise
-
-    return record(run)() or 0
 
 
 def _prepare_process(rank: str) -> None:
@@ -150,8 +134,6 @@ class Parser(argparse.ArgumentParser):
 
 def run_parser(description: str | None, command: str = "run") -> Parser:
     """The parser of `sparsefw run`: flags for all fields of Inputs, PruneConfig and Output."""
-    from sparsefw.solver.config import PruneConfig
-
     parser = Parser(command, description)
     for f in (*fields(Inputs), *fields(PruneConfig), *fields(Output)):
         add_flag(parser, f)
@@ -178,14 +160,12 @@ def add_flag(parser: Parser, f: Field) -> None:
     )
 
 
-def settings_of(arguments: argparse.Namespace) -> tuple[Inputs, "PruneConfig", Output]:
+def settings_of(arguments: argparse.Namespace) -> tuple[Inputs, PruneConfig, Output]:
     """The inputs, the config and the output of the parsed flags.
 
     Raises:
         InputError: a value is out of its range, or values do not go together.
     """
-    from sparsefw.solver.config import PruneConfig
-
     inputs = Inputs(**given(arguments, Inputs))
     return inputs, PruneConfig(**inputs.options | given(arguments, PruneConfig)), Output(**given(arguments, Output))
 

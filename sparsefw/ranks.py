@@ -258,7 +258,7 @@ def joined_with(log: Callable[[str], None]) -> Iterator[tuple[Ranks, Callable[[s
         The ranks, and a function that logs a line on rank 0 alone.
 
     Raises:
-        InputError: a variable of the launcher is wrong, or not every rank has a GPU of its own.
+        InputError: the ranks do not reach each other, or not every rank has a GPU of its own.
     """
     ranks = ALONE
 
@@ -271,10 +271,11 @@ def joined_with(log: Callable[[str], None]) -> Iterator[tuple[Ranks, Callable[[s
     if not (started if made else dist.get_world_size() > 1):
         yield ranks, say
         return
-    here, local = _number("LOCAL_WORLD_SIZE", "1"), _number("LOCAL_RANK", "0")
+    here, local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     has_gpu = torch.cuda.is_available()
     if has_gpu:
-        torch.cuda.set_device(_gpu_of(here, local))
+        # A rank sees all GPUs of its machine, or its own alone.
+        torch.cuda.set_device(local % torch.cuda.device_count())
     if made:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=TIMEOUT)
@@ -288,31 +289,12 @@ def joined_with(log: Callable[[str], None]) -> Iterator[tuple[Ranks, Callable[[s
         dist.destroy_process_group()
 
 
-def _number(variable: str, default: str) -> int:
-    text = os.environ.get(variable, default)
-    if not text.isdecimal():
-        raise InputError(f"{variable}={shown(text)}: expected a number; torchrun sets it")
-    return int(text)
-
-
-def _gpu_of(here: int, local: int) -> int:
-    """The number of this rank's GPU among those that it sees: all of its machine, or its own alone."""
-    gpus = torch.cuda.device_count()
-    if gpus == 1:
-        return 0
-    if local >= gpus:
-        raise InputError(f"{here} ranks on this machine, and {gpus} GPUs (CUDA_VISIBLE_DEVICES): each needs one")
-    return local
-
-
 def _check_gpus(ranks: Ranks, has_gpu: bool) -> None:
     """Refuse ranks of which some have a GPU and others none, and two on one, which NCCL refuses in its own words."""
     gpus = ranks.gather(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if has_gpu else "")
     for number, gpu in enumerate(gpus):
-        if any(gpus) and not gpu:
-            raise InputError(f"rank {number} sees no GPU, and another rank does (CUDA_VISIBLE_DEVICES)")
-        if gpu and (other := gpus.index(gpu)) < number:
+        if any(gpus) and (not gpu or gpu in gpus[:number]):
             raise InputError(
-                f"ranks {other} and {number} have the same GPU: start one rank for each, which sees all of its machine "
-                "or its own alone (CUDA_VISIBLE_DEVICES)"
+                f"rank {number} of {len(gpus)} has no GPU of its own: start one rank for each GPU, which sees all of "
+                "its machine or its own alone (CUDA_VISIBLE_DEVICES)"
             )

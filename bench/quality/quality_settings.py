@@ -103,7 +103,7 @@ def _errors(W: Tensor, grams: list[Tensor], flags: Sequence[str]) -> list[float]
     """Prune a layer with these flags on the first Gram matrix; returns the errors on all of them."""
     _, config, _ = settings_of(run_parser(None).parse_args([*flags, "--kernel", "torch"]))
     Z = W.clone()
-    list(prune_layers([("layer", Z)], grams[0].clone(), config.method, config, TORCH))
+    prune_layers([("layer", Z)], grams[0].clone(), config.method, config, TORCH)
     E = (W - Z).double()
     return [(E * (E @ G.double())).sum().item() for G in grams]
 

@@ -23,7 +23,7 @@ from sparsefw.solver.stack import rows_by_rank
 
 @dataclass(frozen=True)
 class Solve:
-    """Layers of one dtype that read one input and are solved together.
+    """Layers of one dtype that read one input and are solved together: a stack.
 
     Attributes:
         layers: the layers.
@@ -48,13 +48,14 @@ class Solve:
 def find_solves(
     captured: Captured, method: str, config: PruneConfig, ranks: Ranks, experts: frozenset[str]
 ) -> list[Solve]:
-    """The solves of all layers of a block, in the order of the layers' use; `experts` as for `kind_of`."""
+    """The solves of all layers of a block, in the order of the layers' use; `experts` as for `kind_of`.
+
+    A layer whose rows depend on each other has a solve of its own.
+    """
     alike: dict[tuple[str, torch.dtype], list[Layer]] = defaultdict(list)
     for layer in captured.layers:
         alike[layer.gram, layer.weight.dtype].append(layer)
     together = list(alike.values())
-    if ranks.alone:
-        return [Solve(layers) for layers in together]
     if not config.rows_independent(method):
         together = [[layer] for layers in together for layer in layers]
     rows_shared = config.rows_shared(method)

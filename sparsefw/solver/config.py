@@ -8,16 +8,15 @@ import numbers
 import os
 import sys
 from dataclasses import dataclass, fields
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from sparsefw.errors import InputError
 from sparsefw.flags import DEPENDS, check_fields, flag, flag_of, given_of, make_tuples, set_field
-from sparsefw.kernels.backend import KERNELS, Backend, load_backend
-from sparsefw.kernels.definitions import PRECISIONS
 from sparsefw.solver import patterns
 from sparsefw.solver.patterns import Pattern
+
+if TYPE_CHECKING:
+    from sparsefw.kernels.backend import Backend
 
 
 @dataclass(frozen=True)
@@ -165,9 +164,12 @@ class PruneConfig:
     kernel: str = flag(
         "triton without a GPU runs in the interpreter: exact and slow (default: triton where CUDA is available, else "
         "torch)",
-        choices=KERNELS,
+        choices=("triton", "torch"),
     )  # fmt: skip
-    precision: str = flag("precision of the matrix products (default: bf16 on a GPU, else ieee)", choices=PRECISIONS)
+    precision: str = flag(
+        "precision of the matrix products (default: bf16 on a GPU, else ieee)",
+        choices=("ieee", "tf32x3", "tf32", "bf16"),
+    )
 
     def __post_init__(self) -> None:
         make_tuples(self)
@@ -188,6 +190,9 @@ class PruneConfig:
     def _defaults(self) -> dict[str, Any]:
         """The defaults that depend on other fields and on the machine."""
         refit = self.preset != "paper" if self.refit is DEPENDS else self.refit
+        # Imported here, as below: --help does not wait for it.
+        import torch
+
         cuda = torch.cuda.is_available()
         kernel = dict(kernel="triton", precision="bf16") if cuda else dict(kernel="torch", precision="ieee")
         values = DEFAULTS[self.preset, bool(refit)]
@@ -286,12 +291,16 @@ class PruneConfig:
         return self.reconstruct > 0 and self.uses_dense_target and self.method == "sparsefw"
 
     @property
-    def backend(self) -> Backend:
+    def backend(self) -> "Backend":
         """The operations of the kernel at the precision.
 
         Raises:
             InputError: the kernel is Triton's, there is no GPU, and this process cannot interpret kernels any more.
         """
+        import torch
+
+        from sparsefw.kernels.backend import load_backend
+
         if self.kernel == "triton" and not torch.cuda.is_available():
             # Triton decides whether it interprets its kernels when it is first imported.
             if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":

@@ -6,9 +6,7 @@ independent, so neither stacks nor chunks change the result.
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -133,11 +131,12 @@ def prune_layers(
     crosses: list[Cross | None] | None = None,
     masks: list[Tensor] | None = None,
     ranks: Ranks = ALONE,
-) -> Iterator[LayerResult]:
-    """Choose masks and weights of layers that read the same input, write them in place, yield a result for each.
+) -> list[LayerResult]:
+    """Choose masks and weights of layers that read the same input, and write them in place; a result for each layer.
 
     Args:
-        layers: (name, weight) with weight a (out, in) view into the block, fp32 / bf16 / fp16, any strides.
+        layers: (name, weight) with weight a (out, in) view into the block, fp32 / bf16 / fp16, any strides. Several are
+            of one dtype, and stacked: only where `PruneConfig.rows_independent`.
         G: (in, in) fp32 Gram matrix of their input.
         method: one of METHODS.
         config: the config of the run.
@@ -147,9 +146,8 @@ def prune_layers(
             is pruned in place of its weight, see `refit`.
         masks: a list to which the masks of the stacked rows, (rows, in) bool, and of those that pad a stack are
             appended chunk by chunk.
-        ranks: each solves its share of the rows, if `PruneConfig.rows_shared`, and has all of them in the end. Layers
-            of one dtype that follow each other are shared out together. Of a cross matrix with rows a rank needs those
-            of its share.
+        ranks: each solves its share of the rows, if `PruneConfig.rows_shared`, and has all of them in the end. Of a
+            cross matrix with rows a rank needs those of its share.
 
     Raises:
         InputError: the rows do not divide into the pattern's groups, or the memory is too little for any chunk.
@@ -167,21 +165,12 @@ def prune_layers(
     ]
     # Cross matrices may be as large as the weights: only the members may keep them.
     del crosses
-    independent = config.rows_independent(method)
-    # A stack is written in one dtype. Those of one dtype may be several: results come in the order of the layers.
-    by_dtype = [list(alike) for _, alike in groupby(members, key=lambda member: member.weight.dtype)]
-    for stacked in by_dtype if independent else [[member] for member in members]:
-        stack = Stack(stacked, G, method, config, backend, memory if independent else None)
-        try:
-            results = _prune_stack(stack, masks, ranks)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{', '.join(member.name for member in stacked)}: {error}") from error
-        yield from results
-
-
-def _prune_stack(stack: Stack, masks: list[Tensor] | None, ranks: Ranks) -> list[LayerResult]:
+    stack = Stack(members, G, method, config, backend, memory if config.rows_independent(method) else None)
     started = time.perf_counter()
-    sums = _choose_rows(stack, ranks.share(stack.height, ROW_UNIT), masks)
+    try:
+        sums = _choose_rows(stack, ranks.share(stack.height, ROW_UNIT), masks)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{', '.join(name for name, _ in layers)}: {error}") from error
     if not ranks.alone:
         sums = _exchange(stack, sums, ranks)
     seconds = (time.perf_counter() - started) / sum(stack.lengths)

@@ -13,10 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from torch import Tensor
-
 from sparsefw.errors import InputError, first_line, shown
-from sparsefw.kernels import cpu
 
 LARGEST_GROUP = 32
 
@@ -87,24 +84,6 @@ def kept_in_group(pattern: Pattern) -> int:
 def kept_in_layer(pattern: Pattern, rows: int, d: int) -> int:
     """Weights that a whole (rows, d) matrix keeps under one budget."""
     return rows * d - int(pattern.sparsity * rows * d)
-
-
-def kept(pattern: Pattern, saliency: Tensor) -> int | Tensor:
-    """How many weights the LMO keeps: k per row (an int, or a tensor if a layer's budget is split), or n per group.
-
-    Args:
-        pattern: the pattern. Callers also pass its `group` to the LMO.
-        saliency: (rows, d) fp32 of the warm start. A `layer:` budget goes to its highest entries in the whole
-            matrix, and each row keeps the number it got.
-    """
-    rows, d = saliency.shape
-    if pattern.scope == "group":
-        return kept_in_group(pattern)
-    if pattern.scope == "row":
-        return kept_in_row(pattern, d)
-    # A NaN shows in the errors, which name the layer.
-    highest = cpu.lmo(saliency.reshape(1, -1), kept_in_layer(pattern, rows, d), checked=False)
-    return highest.view(rows, d).sum(1)
 
 
 def matches(pattern: str, layer: str) -> bool:

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.errors import InputError
+from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import Backend, Terms
 from sparsefw.ranks import shares
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.frank_wolfe import damped
 from sparsefw.solver.methods import SALIENCIES, Rows
+from sparsefw.solver.patterns import Pattern
 from sparsefw.solver.refit import Cross, cross_rows, find_target
 
 # The rows of stacks and chunks are multiples of this. A matrix product handles a remainder of rows in another order of
@@ -128,21 +130,28 @@ def stack_rows(stack: Stack, share: slice) -> Rows:
     target_gap = None if H is None else _to_targets(stack, share.start, start, exact, H, support)
     saliency = SALIENCIES[method.saliency or config.warm_start]
     saliencies = [saliency(part, G.diagonal()) for part in start[: sum(lengths)].split(lengths)]
-    k = _kept(saliencies, config, whole_matrix=stack.method == "sparsefw" and config.whole_matrix, padding=padding)
+    whole_matrix = stack.method == "sparsefw" and config.whole_matrix
+    k = kept(saliencies, config.pattern, whole_matrix=whole_matrix, padding=padding)
     S = _stack_padded(saliencies, len(start), torch.float32)
     return Rows(start, G, S, k, own, exact, H, target_gap, support)
 
 
-def _kept(saliencies: list[Tensor], config: PruneConfig, *, whole_matrix: bool, padding: int) -> int | Tensor:
-    """The budgets of the stacked rows, see `Rows.k`; `padding` rows of zeros pad the stack."""
+def kept(saliencies: list[Tensor], pattern: Pattern, *, whole_matrix: bool, padding: int = 0) -> int | Tensor:
+    """The budgets of the stacked rows, see `Rows.k`; `padding` rows of zeros pad the stack.
+
+    A `layer:` budget goes to the highest saliencies of a whole matrix, and each row keeps the number that it got.
+    """
+    rows, d = saliencies[0].shape
+    if pattern.scope == "group":
+        return patterns.kept_in_group(pattern)
+    if pattern.scope == "row":
+        return patterns.kept_in_row(pattern, d)
     if whole_matrix:
-        return patterns.kept_in_layer(config.pattern, *saliencies[0].shape)
-    ks = [patterns.kept(config.pattern, saliency) for saliency in saliencies]
-    if not any(isinstance(k, Tensor) or k != ks[0] for k in ks):
-        return ks[0]
-    device = saliencies[0].device
-    rows = [torch.as_tensor(k, device=device).expand(len(s)) for k, s in zip(ks, saliencies, strict=True)]
-    return nn.functional.pad(torch.cat(rows), (0, padding))
+        return patterns.kept_in_layer(pattern, rows, d)
+    budgets = [(s, patterns.kept_in_layer(pattern, len(s), d)) for s in saliencies]
+    # A NaN shows in the errors, which name the layer.
+    highest = [cpu.lmo(s.reshape(1, -1), budget, checked=False).view(s.shape) for s, budget in budgets]
+    return nn.functional.pad(torch.cat([mask.sum(1) for mask in highest]), (0, padding))
 
 
 def _stack_padded(parts: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:

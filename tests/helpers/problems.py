@@ -8,7 +8,7 @@ from helpers.kernel_inputs import generator
 
 from sparsefw.kernels import triton_ops
 from sparsefw.kernels.backend import TORCH, Backend
-from sparsefw.solver import paper, patterns
+from sparsefw.solver import paper, patterns, stack
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.frank_wolfe import Problem
 from sparsefw.solver.layer import prune_layers
@@ -35,7 +35,7 @@ def make_problem(rows, d, sparsity="0.6", alpha=0.0, seed=0, warm_start="wanda",
     G = (G + G.T) / 2
     saliency = SALIENCIES[warm_start](W, G.diagonal())
     pattern = patterns.parse(sparsity)
-    k = patterns.kept(pattern, saliency) if whole is None else patterns.kept_in_layer(pattern, rows, d)
+    k = stack.kept([saliency], pattern, whole_matrix=whole is not None)
     backend = TORCH if whole is None else whole
     problem = problem_of(W, G, saliency, k, pattern.group, backend)
     return replace(problem, fixed=paper.fixed_entries(problem, alpha, backend)) if alpha else problem
@@ -102,17 +102,16 @@ def make_config(sparsity="0.6", **options):
 
 
 def run(layers, G=None, method="sparsefw", config=None, backend=TORCH, **options):
-    """Prune copies of the layers; returns them by name, and the results."""
-    pruned = [(name, W.clone()) for name, W in layers]
+    """Prune copies of the layers, in one stack where that is possible; returns them by name, and the results."""
+    pruned, config = [(name, W.clone()) for name, W in layers], config or make_config()
     G = make_gram(layers[0][1].shape[1]) if G is None else G.clone()
-    return dict(pruned), list(prune_layers(pruned, G, method, config or make_config(), backend, **options))
-
-
-def run_alone(layers, config, crosses=None):
-    """`run` with each layer in a stack of its own."""
-    crosses = crosses or [None] * len(layers)
-    runs = [run([layer], config=config, crosses=[cross]) for layer, cross in zip(layers, crosses, strict=True)]
-    return {name: W for pruned, _ in runs for name, W in pruned.items()}, [row for _, rows in runs for row in rows]
+    crosses = options.pop("crosses", None) or [None] * len(layers)
+    height = len(layers) if config.rows_independent(method) else 1
+    results = []
+    for n in range(0, len(layers), height):
+        stacked, own = pruned[n : n + height], crosses[n : n + height]
+        results += prune_layers(stacked, G, method, config, backend, crosses=own, **options)
+    return dict(pruned), results
 
 
 def assert_same(first, second):

@@ -10,7 +10,8 @@ import torch
 from sparsefw.errors import InputError
 from sparsefw.flags import DEPENDS
 from sparsefw.kernels import cpu, triton_ops
-from sparsefw.kernels.backend import Backend
+from sparsefw.kernels.backend import KERNELS, Backend
+from sparsefw.kernels.definitions import PRECISIONS
 from sparsefw.solver import config
 from sparsefw.solver.config import PruneConfig
 
@@ -139,6 +140,8 @@ class TestValues:
 
 class TestBackend:
     def test_of_the_kernel_at_the_precision(self):
+        assert {*FIELDS["kernel"].metadata["choices"]} == {*KERNELS}
+        assert FIELDS["precision"].metadata["choices"] == PRECISIONS
         assert PruneConfig(kernel="torch", precision="tf32").backend == Backend(cpu, "tf32")
         assert PruneConfig(kernel="triton", precision="bf16").backend == Backend(triton_ops, "bf16")
 

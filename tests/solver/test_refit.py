@@ -9,7 +9,7 @@ from helpers.problems import TRITON, error, problem_of
 
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import TORCH, Backend
-from sparsefw.solver import frank_wolfe, patterns
+from sparsefw.solver import frank_wolfe, patterns, stack
 from sparsefw.solver import refit as module
 from sparsefw.solver.frank_wolfe import line_search
 from sparsefw.solver.methods import wanda
@@ -150,7 +150,7 @@ def mixed_gram(d, seed):
 def make_problem(rows=48, d=40, sparsity="0.6", k=None, backend=TORCH):
     W, G, pattern = normal(rows, d), mixed_gram(d, 10), patterns.parse(sparsity)
     saliency = wanda(W, G.diagonal())
-    k = patterns.kept(pattern, saliency) if k is None else k
+    k = stack.kept([saliency], pattern, whole_matrix=False) if k is None else k
     return problem_of(W, G, saliency, k, pattern.group, backend)
 
 

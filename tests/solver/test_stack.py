@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.families import first_is_fast
 from helpers.kernel_inputs import generator, normal
-from helpers.problems import PATTERNS, ROWS, D, assert_same, make_config, make_layers, run, run_alone
+from helpers.problems import PATTERNS, ROWS, D, assert_same, make_config, make_layers, run
 
 from sparsefw.errors import InputError
 from sparsefw.kernels import cpu, triton_ops
@@ -108,16 +108,6 @@ class TestStack:
             crosses = case.crosses((*FORMS, None))
             results.append(run(case.layers, case.G, config=config, backend=backend, memory=memory, crosses=crosses))
         assert_same(*results)
-
-    @pytest.mark.parametrize("refit", [0, 3])
-    def test_each_layer_is_written_in_its_own_dtype(self, refit):
-        """One of fp32 is not rounded to the fp16 of the layer before it."""
-        layers, config = make_layers(dtype=torch.float32), make_config(refit=refit)
-        dtypes = (torch.float16, torch.float32, torch.float32, torch.bfloat16)
-        layers = [(name, W.to(dtype)) for (name, W), dtype in zip(layers, dtypes, strict=True)]
-        together = run(layers, config=config)
-        assert_same(together, run_alone(layers, config))
-        assert [W.dtype for W in together[0].values()] == [*dtypes]
 
 
 class TestChunks:
