@@ -162,8 +162,8 @@ def _workload(config: PruneConfig, prepared: Prepared, ranks: Ranks) -> Workload
     mine = memory.resident(), memory.held_on_gpu(device)
     has, held = (max(sizes) for sizes in zip(*ranks.gather(mine), strict=True))
     return Workload(
-        windows=prepared.calibration.n,
-        evaluation=tuple(samples.n for samples in prepared.evaluation),
+        windows=-(-prepared.calibration.n // ranks.count),
+        evaluation=tuple(-(-samples.n // ranks.count) for samples in prepared.evaluation),
         seqlen=prepared.seqlen,
         config=config,
         gpu=device.type == "cuda",

@@ -7,7 +7,7 @@ ranks, all of this is what the one with the most takes.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -19,7 +19,6 @@ from sparsefw.model import Placement
 from sparsefw.model.head import PIECE, tokens_of_pass
 from sparsefw.model.layers import is_watched
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
-from sparsefw.ranks import shares
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.kept_weights import bytes_of_state
@@ -36,10 +35,9 @@ GPU_MARGIN, CPU_MARGIN = 0.05, 0.15
 # all the numbers of tokens that experts are sent.
 LIBRARIES, CODE_OF_EXPERTS = 2**26, 2**29
 
-# Memory of a solve for each entry of a chunk, where no mask is chosen again for refitted weights; for each entry of a
-# layer that is solved as a whole, by Frank-Wolfe and by SparseGPT; and before a solve, to choose budgets, or for
-# saliencies: of the whole matrix, and of rows that ranks may share.
-BYTES_WITHOUT_ROUNDS, BYTES_OF_WHOLE, BYTES_OF_SWEEP, BYTES_OF_BUDGETS = 56, 48, 20, 23
+# Memory of a solve for each entry of a layer that is solved as a whole, by Frank-Wolfe and by SparseGPT; and before a
+# solve, to choose budgets, or for saliencies: of the whole matrix, and of rows that ranks may share.
+BYTES_OF_WHOLE, BYTES_OF_SWEEP, BYTES_OF_BUDGETS = 48, 20, 23
 BYTES_OF_SALIENCY = {False: 12, True: 4}
 
 
@@ -71,8 +69,8 @@ class Workload:
     """The work of a run.
 
     Attributes:
-        windows: number of calibration windows.
-        evaluation: number of windows of each evaluation text.
+        windows: number of calibration windows; of several ranks, the most that one has.
+        evaluation: the same of each evaluation text.
         seqlen: tokens in a window.
         config: how the model is pruned, resolved for the calibration, see `PruneConfig.for_calibration`.
         gpu: whether the model is pruned on a GPU.
@@ -91,21 +89,6 @@ class Workload:
     held: int = 0
     ranks: int = 1
     ranks_here: int = 1
-
-    @property
-    def windows_of_rank(self) -> int:
-        """The most calibration windows that one rank has."""
-        return largest_share(self.windows, self.ranks)
-
-    @property
-    def evaluation_of_rank(self) -> tuple[int, ...]:
-        """The most windows of each evaluation text that one rank has."""
-        return tuple(largest_share(windows, self.ranks) for windows in self.evaluation)
-
-
-def largest_share(total: int, ranks: int, unit: int = 1) -> int:
-    """The most of things in a row that one rank has, see `ranks.shares`."""
-    return max(share.stop - share.start for share in shares(total, ranks, unit))
 
 
 def stages(layers: Iterable[LayerShape]) -> list[list[LayerShape]]:
@@ -147,7 +130,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     """
     # Most blocks of a model are alike.
     config, blocks = workload.config, list(dict.fromkeys(shape.blocks))
-    most = max(workload.windows_of_rank, *workload.evaluation_of_rank, 0)
+    most = max(workload.windows, *workload.evaluation, 0)
     tokens = min(placement.batch, most) * workload.seqlen
     block = max(b.nbytes for b in blocks)
     weights = block * (1 + (config.uses_dense_target or len(config.methods) > 1))
@@ -199,14 +182,14 @@ def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> d
     return {
         "output": inside + sum(shape.pieces),
         "kept": (len(workload.config.methods) - 1) * inside,
-        "activations": activation_bytes(shape, replace(workload, ranks=1)) if placement.place == "file" else 0,
+        "activations": workload.ranks * activation_bytes(shape, workload) if placement.place == "file" else 0,
     }
 
 
 def activation_bytes(shape: ModelShape, workload: Workload) -> int:
     """All that lies between two blocks, of a rank's windows, of every method and, where it is used, the dense model."""
-    of_stream, of_text = sum(shape.between.of_stream(workload.seqlen)), sum(shape.between.of_text(workload.seqlen))
-    return sum(windows * (streams * of_stream + of_text) for windows, streams in _streams(workload))
+    of_window = sum(x.nbytes(workload.seqlen) for x in shape.between)
+    return of_window * sum(windows * streams for windows, streams in _streams(workload))
 
 
 def keepable_widths(shape: ModelShape, workload: Workload) -> set[int]:
@@ -227,48 +210,40 @@ def _keepable(block: BlockShape, config: PruneConfig) -> list[int]:
 def _streams(workload: Workload) -> list[tuple[int, int]]:
     """For the calibration text and each evaluation text, a rank's windows, and the number of streams with them."""
     config, methods = workload.config, len(workload.config.methods)
-    calibration = workload.windows_of_rank, methods + config.uses_dense_stream + config.goes_back
-    return [calibration, *((windows, methods + 1) for windows in workload.evaluation_of_rank)]
+    calibration = workload.windows, methods + config.uses_dense_stream + config.goes_back
+    return [calibration, *((windows, methods + 1) for windows in workload.evaluation)]
 
 
 def _activations(shape: ModelShape, workload: Workload, placement: Placement) -> tuple[int, int]:
     """Bytes of what lies between two blocks on the device, and on the host beside it."""
-    everything, texts, seqlen = activation_bytes(shape, workload), _streams(workload), workload.seqlen
-    of_stream, of_text = shape.between.of_stream(seqlen), shape.between.of_text(seqlen)
+    sizes, texts = [x.nbytes(workload.seqlen) for x in shape.between], _streams(workload)
+    everything = kept = activation_bytes(shape, workload)
     batch = min(placement.batch, max(windows for windows, _ in texts))
     # Five micro-batches at most. One is on its way in. The next one is launched before the last one is checked, so two
     # are inputs of the block, and two are on their way out.
-    moving = min(everything, 5 * batch * sum(of_stream + of_text))
-    if not workload.gpu:
-        return {"gpu": (everything, 0), "host": (moving, everything), "file": (moving, moving)}[placement.place]
-
-    def pinned(windows: int, sizes: list[int]) -> int:
-        # On the host of a GPU every micro-batch is a pinned tensor; the last one of a text may be smaller.
-        whole, rest = divmod(windows, placement.batch)
-        return sum(whole * pinned_bytes(placement.batch * n) + pinned_bytes(rest * n) for n in sizes)
-
-    all_pinned = sum(count * pinned(n, of_stream) + pinned(n, of_text) for n, count in texts)
-    moving_pinned = min(all_pinned, sum(5 * pinned_bytes(batch * n) for n in of_stream + of_text))
-    return {"gpu": (everything, 0), "host": (moving, all_pinned), "file": (moving, moving_pinned)}[placement.place]
+    moving = min(everything, 5 * batch * sum(sizes))
+    if workload.gpu:
+        # Every micro-batch is a pinned tensor.
+        batches = sum(streams * -(-windows // batch) for windows, streams in texts)
+        kept = batches * sum(pinned_bytes(batch * n) for n in sizes)
+    return {"gpu": (everything, 0), "host": (moving, kept), "file": (moving, moving)}[placement.place]
 
 
 def _kept_bytes(
     blocks: list[BlockShape], shape: ModelShape, workload: Workload, placement: Placement, tokens: int
 ) -> tuple[int, int]:
     """Bytes on the device and on the host beside it of inputs that are kept for the next run of the windows."""
-    if not workload.config.uses_dense_target:
-        return 0, 0
     widest = 0
     for block in blocks:
         widths = [d if d <= placement.kept_width else 0 for d in _keepable(block, workload.config)]
         # A stage's inputs, and those of the stage before.
         widest = max([widest, *(a + b for a, b in pairwise([0, *widths]))])
-    entries = workload.windows_of_rank * workload.seqlen * widest
+    entries = workload.windows * workload.seqlen * widest
     if placement.place == "gpu" or not workload.gpu:
         return shape.itemsize * entries, 0
     # Every micro-batch is a pinned tensor, and torch keeps its memory for the next tensor of this size. One micro-batch
     # is on its way to the GPU, and one is at work.
-    batches = -(-workload.windows_of_rank // placement.batch)
+    batches = -(-workload.windows // placement.batch)
     widths = [width for width in keepable_widths(shape, workload) if width <= placement.kept_width]
     far = sum(batches * pinned_bytes(tokens * width * shape.itemsize) for width in widths)
     return shape.itemsize * min(entries, 2 * tokens * widest), far
@@ -344,7 +319,8 @@ def _solve(stage: Sequence[LayerShape], workload: Workload, placement: Placement
     if not stacked:
         rows = max(layer.rows for layer in stage)
     elif not stage[0].experts and config.rows_shared(method):
-        rows = largest_share(rows, workload.ranks, ROW_UNIT)
+        # The most that one rank has, see `ranks.shares`.
+        rows = -(-rows // (ROW_UNIT * workload.ranks)) * ROW_UNIT
     # The damped Gram matrix; and the Gram matrix as two bf16 terms, for exact products.
     matrices = (2 if low and config.refit else 4) * d * d * METHODS[method].uses_target
     matrices += 4 * d * d * (gpu and config.precision in ("tf32", "bf16"))
@@ -355,7 +331,7 @@ def _solve(stage: Sequence[LayerShape], workload: Workload, placement: Placement
         at_once = min(rows, max(ROW_UNIT, placement.solver // (BYTES_PER_ENTRY * d) // ROW_UNIT * ROW_UNIT))
         threads = torch.get_num_threads() if config.kernel == "torch" else 1
         at_once = at_once if gpu else min(at_once, threads * cpu_rows(d))
-        state = (BYTES_PER_ENTRY if config.refit and config.rounds else BYTES_WITHOUT_ROUNDS) * at_once * d
+        state = BYTES_PER_ENTRY * at_once * d
     elif method == "sparsegpt":
         # The Gram matrix is decomposed and inverted, and the factor is there while weights are removed.
         state = max(12 * d * d, 4 * d * d + BYTES_OF_SWEEP * rows * d)

@@ -91,7 +91,7 @@ def _placements(
     batch = max(1, BATCH_TOKENS["gpu" if workload.gpu else "cpu"] // workload.seqlen)
     if workload.config.reconstruct:
         # Every micro-batch is a step.
-        batch = max(1, min(batch, workload.windows_of_rank // LEAST_BATCHES))
+        batch = max(1, min(batch, workload.windows // LEAST_BATCHES))
     widest = max((layer.d for block in shape.blocks for layer in block.layers), default=1)
     least = BYTES_PER_ENTRY * ROW_UNIT * widest
     choices: dict[str, Any] = {

@@ -59,7 +59,8 @@ class BlockModel:
         forms: what blocks return, as far as it is known.
         logits_itemsize: bytes of an entry of the logits; 0 without any.
         vocabulary: number of the tokens that the model embeds; None if it may read something else.
-        pieces: names of all tensors outside of `blocks` that are written, as many together as are held anyway.
+        pieces, piece_bytes: names of all tensors outside of `blocks` that are written, as many together as are held
+            anyway; and their bytes.
         notes: what the user should know of the model, one line each.
         outside_bytes: bytes on the device of the parameters outside of the blocks, beside what is there anyway.
         quantized_bytes: most bytes of tensors as they are stored that are in memory beside what is made of them.
@@ -77,6 +78,7 @@ class BlockModel:
         self.block_types = [block_type(block) for block in self.blocks]
         self.unique_blocks = [self.names.index(name) for name in dict.fromkeys(self.names)]
         self.pieces: list[list[str]] = []
+        self.piece_bytes: list[int] = []
         self.notes: list[str] = []
         self.vocabulary: int | None = None
         if path.input_kind == TEXT:

@@ -114,9 +114,8 @@ def loss(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Tenso
     return nn.functional.cross_entropy(predictions.flatten(0, 1), targets.flatten()).item()
 
 
-@torch.no_grad()
-def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Tensor] | None = None) -> Tensor:
-    """Logits (batch, seqlen, vocabulary); inside `BlockModel.outside` weights are not read anew.
+def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Tensor] | None = None) -> Any:
+    """Logits (batch, seqlen, vocabulary), None if the model returns none. Inside `BlockModel.outside`.
 
     Args:
         model: the model, for which `embed` has run.
@@ -124,8 +123,7 @@ def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Ten
         hidden: (batch, seqlen, d) in most models, the last block's output.
         others: tensors of earlier blocks that are read behind the last one, see `HiddenStates.behind_last`.
     """
-    with model.outside():
-        return run_behind_blocks(model, token_batch(ids), hidden.to(model.device), others or {}).logits
+    return getattr(run_behind_blocks(model, token_batch(ids), hidden, others or {}), "logits", None)
 
 
 def _every(seqlen: int) -> int:
@@ -158,12 +156,12 @@ def predicts(states: HiddenStates, ids: Tensor) -> bool:
     if not all(model.forms.like(kind, x) for kind in model.block_types for x in (hidden[:1], hidden[:1, some])):
         # One of the blocks would have to be run.
         return False
-    whole = _logits(model, ids[:1], hidden[:1])
+    whole = logits(model, ids[:1], hidden[:1])
     # A classifier's are of the whole window.
     if not isinstance(whole, Tensor) or whole.ndim != 3 or whole.shape[:2] != ids[:1].shape:
         return False
     try:
-        part = _logits(model, ids[:1, some], hidden[:1, some])
+        part = logits(model, ids[:1, some], hidden[:1, some])
     except InputError:
         # Its forward needs all tokens.
         return False
@@ -197,10 +195,16 @@ class _Divergence(torch.autograd.Function):
         for n in range(len(ids)):
             window = slice(n, n + 1)
             x = hidden[window].detach().requires_grad_(asked)
-            sums, of_window = _compare(model, ids[window], x, dense[window])
-            for part in sums:
-                total += part
-            gradients += of_window
+            p_logits = logits(model, ids[window], dense[window])
+            with torch.set_grad_enabled(asked):
+                q_logits = logits(model, ids[window], x)
+            tokens = max(1, PIECE // q_logits.shape[-1])
+            for p, q in zip(p_logits.split(tokens, 1), q_logits.detach().split(tokens, 1), strict=True):
+                total += _compare_piece(p, q, asked)
+            if asked:
+                gradients += torch.autograd.grad(q_logits, x, p_logits)
+            # The next window's come in their place.
+            del p_logits, q_logits, p, q
         if asked:
             ctx.save_for_backward(torch.cat(gradients))
         return total
@@ -209,48 +213,6 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return outer[0] * gradient, None, None, None
-
-
-class _Given(torch.autograd.Function):
-    """A number whose gradient by the logits is given. It keeps no logits, and lets the gradient go when it is used.
-
-    A head that caps its logits makes further gradients of the same size of it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, gradient: list[Tensor]) -> Tensor:
-        ctx.gradient = gradient
-        return logits.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
-        return ctx.gradient.pop(), None
-
-
-def _compare(model: BlockModel, ids: Tensor, x: Tensor, dense: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Compare the predictions of one window.
-
-    Args:
-        model, ids, dense: as for `divergence`.
-        x: the hidden states in the pruned model; asks for a gradient where one is wanted.
-
-    Returns:
-        The divergence of each piece, and the gradient by x, if it is wanted, in a list.
-    """
-    of_dense = _logits(model, ids, dense)
-    with torch.set_grad_enabled(x.requires_grad):
-        z = _logits(model, ids, x)
-        tokens = max(1, PIECE // z.shape[-1])
-        sums = [
-            _compare_piece(p_logits, q_logits, x.requires_grad)
-            for p_logits, q_logits in zip(of_dense.split(tokens, 1), z.detach().split(tokens, 1), strict=True)
-        ]
-        if not x.requires_grad:
-            return sums, []
-        number = _Given.apply(z, [of_dense])
-        # Nothing else has them, so that they leave memory on the way back.
-        del of_dense, z
-        return sums, [*torch.autograd.grad(number, x)]
 
 
 def _compare_piece(p_logits: Tensor, q_logits: Tensor, replace: bool) -> Tensor:
@@ -262,8 +224,3 @@ def _compare_piece(p_logits: Tensor, q_logits: Tensor, replace: bool) -> Tensor:
     if replace:
         p_logits.copy_(log_q.exp_().sub_(p))
     return divergence
-
-
-def _logits(model: BlockModel, ids: Tensor, hidden: Tensor) -> Any:
-    """The logits that the model returns; None if it returns none."""
-    return getattr(run_behind_blocks(model, token_batch(ids), hidden, {}), "logits", None)

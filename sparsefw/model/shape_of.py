@@ -28,7 +28,7 @@ from sparsefw.model.forward import embed, embed_batches
 from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.model.layers import Layer, is_expert, kind_of, record_block, slices_of
 from sparsefw.model.parts import INPUT
-from sparsefw.model.shapes import Between, BlockShape, Extent, ForwardBytes, LayerShape, ModelShape
+from sparsefw.model.shapes import BlockShape, Extent, ForwardBytes, LayerShape, ModelShape
 from sparsefw.model.skeleton import attention_implementation
 from sparsefw.model.stages import confirm, survey_tape
 from sparsefw.model.streamed import StreamedModel
@@ -56,13 +56,7 @@ def shape_of(checkpoint: Checkpoint, in_fp32: bool = False) -> ModelShape:
         InputError: as `StreamedModel`.
     """
     with StreamedModel(checkpoint, torch.device("cpu"), zeros, in_fp32) as model:
-        shape, config = shape_of_text(model), model.config
-    return replace(
-        shape,
-        vocabulary=config.get_text_config().vocab_size,
-        itemsize=4 if in_fp32 else checkpoint.dtype.itemsize,
-        pieces=tuple(sum(checkpoint.tensors[name].nbytes for name in piece) for piece in model.pieces),
-    )
+        return shape_of_text(model)
 
 
 def shape_of_text(model: BlockModel) -> ModelShape:
@@ -72,15 +66,10 @@ def shape_of_text(model: BlockModel) -> ModelShape:
         InputError: a block has no layers, or what it hands on cannot be followed.
     """
     windows = (torch.zeros(1, tokens, dtype=torch.int64) for tokens in (TOKENS, MORE_TOKENS))
-    walks = [_Walk(embed(model, ids, 1)) for ids in windows]
-    shape = _shape_of(
-        model,
-        walks,
-        # Without logits nothing is predicted.
-        vocabulary=(model.vocabulary or 0) if model.logits_itemsize else 0,
-        by_window=model.flow.by_window and not model.flow.batch_behind,
-    )
-    return replace(shape, logits_itemsize=model.logits_itemsize or shape.itemsize)
+    # Without logits nothing is predicted.
+    vocabulary = (model.vocabulary or 0) if model.logits_itemsize else 0
+    by_window = model.flow.by_window and not model.flow.batch_behind
+    return _shape_of(model, [_Walk(embed(model, ids, 1)) for ids in windows], vocabulary, by_window)
 
 
 def shape_of_resident(model: ResidentModel, batch: Batch) -> tuple[ModelShape, int]:
@@ -130,9 +119,9 @@ def _shape_of(model: BlockModel, walks: list["_Walk"], vocabulary: int, by_windo
         vocabulary=vocabulary,
         heads=_heads(model.model),
         itemsize=hidden.element_size(),
-        logits_itemsize=0,
+        logits_itemsize=model.logits_itemsize,
         parameters=parameters,
-        pieces=(0,),
+        pieces=tuple(model.piece_bytes),
         between=_between(walks[0], walks[-1]),
         names_by_block=tuple((name, layers) for name, (_, layers) in zip(model.names, blocks, strict=True)),
         by_window=by_window,
@@ -190,16 +179,11 @@ def _vectors(hidden: Tensor) -> int:
     return hidden.numel() // hidden.shape[-1]
 
 
-def _between(few: _Walk, more: _Walk) -> Between:
+def _between(few: _Walk, more: _Walk) -> tuple[Extent, ...]:
     """What lies between two blocks, from windows of two lengths; with a single one, nothing depends on the tokens."""
     lengths = (0, 1) if few is more else (TOKENS, MORE_TOKENS)
-
-    def extents(of_few: list[Tensor], of_more: list[Tensor]) -> tuple[Extent, ...]:
-        return tuple(Extent.of(a, b, *lengths) for a, b in zip(of_few, of_more, strict=True))
-
-    before = extents(few.states.beside()[1], more.states.beside()[1])
-    (hidden,) = extents([few.hidden], [more.hidden])
-    return Between(hidden, extents(few.most, more.most), before)
+    tensors = ([walk.hidden, *walk.most, *walk.states.beside()[1]] for walk in (few, more))
+    return tuple(Extent.of(a, b, *lengths) for a, b in zip(*tensors, strict=True))
 
 
 def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, tuple[str, ...]]:

@@ -56,29 +56,6 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class Between:
-    """What a window has between two blocks.
-
-    Attributes:
-        hidden: the hidden states.
-        handed_on: what blocks hand on beside them, where it is most.
-        before: what the model's forward makes of the tokens before its first block, for later ones.
-    """
-
-    hidden: Extent
-    handed_on: tuple[Extent, ...] = ()
-    before: tuple[Extent, ...] = ()
-
-    def of_stream(self, tokens: int) -> list[int]:
-        """Bytes of each tensor that a window of every stream has, the hidden states first."""
-        return [extent.nbytes(tokens) for extent in (self.hidden, *self.handed_on)]
-
-    def of_text(self, tokens: int) -> list[int]:
-        """Bytes of each tensor that a window has, and that all streams share."""
-        return [extent.nbytes(tokens) for extent in self.before]
-
-
-@dataclass(frozen=True)
 class LayerShape:
     """A prunable matrix; in a mixture, the same matrix of all experts.
 
@@ -138,7 +115,8 @@ class ModelShape:
         logits_itemsize: bytes of an entry of the logits, which some heads return in fp32.
         parameters: number of parameters.
         pieces: bytes of the pieces in which all tensors outside of the blocks are written.
-        between: what a window has between two blocks.
+        between: what a window has between two blocks: the hidden states; what blocks hand on beside them, where it is
+            most; and what the model's forward makes of the tokens before its first block, for later ones.
         by_window: whether logits are made of one window at a time, and not of a micro-batch.
         names_by_block: the name of each block, and the names of its layers inside the block, every expert by itself.
         quantized: bytes of tensors as they are stored, at most: those that are in memory at once beside what is made of
@@ -157,7 +135,7 @@ class ModelShape:
     logits_itemsize: int
     parameters: int
     pieces: tuple[int, ...]
-    between: Between
+    between: tuple[Extent, ...]
     names_by_block: tuple[tuple[str, tuple[str, ...]], ...] = ()
     by_window: bool = True
     quantized: int = 0

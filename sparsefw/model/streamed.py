@@ -71,6 +71,7 @@ class StreamedModel(BlockModel):
         # The checkpoint's tensors by block; under None those outside of the blocks that are loaded.
         self._tensors_of = self._sorted(reads)
         self.pieces = self._cut(max(map(self._bytes_of, range(len(self.blocks)))))
+        self.piece_bytes = [sum(self.infos[name].nbytes for name in piece) for piece in self.pieces]
         self.notes = self._notes()
         # Tensors that are written as they are, are dequantized one at a time.
         together = [*self._tensors_of.values(), *([name] for piece in self.pieces for name in piece)]

@@ -9,7 +9,7 @@ from sparsefw.estimate.placement import place
 from sparsefw.model.activations import Placement
 from sparsefw.model.layers import Role, Write
 from sparsefw.model.parts import INPUT
-from sparsefw.model.shapes import Between, BlockShape, Extent, ForwardBytes, LayerShape, ModelShape
+from sparsefw.model.shapes import BlockShape, Extent, ForwardBytes, LayerShape, ModelShape
 from sparsefw.solver.config import PruneConfig
 
 
@@ -29,14 +29,14 @@ def llama(hidden, intermediate, depth, pairs=8, vocabulary=128256):
     # As counted of Llama-3-70B.
     forward = ForwardBytes(((0.0, 25.0 * hidden),), (0.0, 83.0 * hidden))
     blocks = (BlockShape(2 * size, layers, layers, forward=forward),) * depth
-    between = Between(Extent(((1, 0), (0, 1), (hidden, 0)), 2))
+    between = (Extent(((1, 0), (0, 1), (hidden, 0)), 2),)
     return ModelShape(blocks, 2 * outside, hidden, vocabulary, 0, 2, 2, depth * size + outside, (2 * outside,), between)
 
 
 def work(gpu=True, windows=256, evaluation=(), seqlen=2048, ranks=1, **options):
     """The work of a run without a reconstruction, unless the options have one."""
     config = PruneConfig(**{"reconstruct": 0} | options).for_calibration(windows, seqlen, ranks)
-    return Workload(windows, evaluation, seqlen, config, gpu, ranks=ranks, ranks_here=ranks)
+    return Workload(-(-windows // ranks), evaluation, seqlen, config, gpu, ranks=ranks, ranks_here=ranks)
 
 
 LLAMA_70B, LLAMA_405B = llama(8192, 28672, 80), llama(16384, 53248, 126)
