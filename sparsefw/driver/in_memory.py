@@ -81,8 +81,8 @@ def run_in_memory(
         def finish(writer: Writer) -> None:
             for n, i in enumerate(opened.unique_blocks):
                 opened.change(i, read_shard(writer.path(n)))
-            with opened.as_configured():
-                writer.finish(write if saves else None)
+            opened.set_back()
+            writer.finish(write if saves else None)
 
         return carry_out(job, prepared, finish, say, progress, ranks)
 

@@ -8,22 +8,19 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from transformers import AutoConfig
 
 from sparsefw import memory
 from sparsefw.arithmetic import computes_in_fp32
-from sparsefw.arithmetic import note as arithmetic_note
-from sparsefw.checkpoint.quantization import dtype_in, quantization_of
+from sparsefw.checkpoint.quantization import DTYPES, dtype_in, quantization_of
 from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, check_config, from_hub, inspect, read_json
-from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.data.windows import evaluation_windows, load_tokenizer, window_bytes, window_length
-from sparsefw.errors import InputError, counted, first_line, shown
+from sparsefw.errors import InputError, counted
 from sparsefw.estimate.memory import GIB, PROCESS, Workload, disk_space, pruned_shape
 from sparsefw.estimate.placement import memory_limits, place
 from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, Output
-from sparsefw.model import shape_of
+from sparsefw.model import StreamedModel
+from sparsefw.model.shape_of import shape_of_text, zeros
 from sparsefw.model.shapes import ModelShape
-from sparsefw.model.skeleton import LOADING, class_of, forget_quantization, from_config, max_seqlen
 from sparsefw.solver.config import PruneConfig
 
 # Memory of a card as it is sold, in 10^9 bytes. The chips hold a little more, which is left to the driver.
@@ -45,9 +42,6 @@ CARDS = {
 
 CPU = torch.device("cpu")
 
-# Dtypes of weights that can be pruned. A model whose config names no dtype is taken to have the first.
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
 # Stands for a host's memory that is not known, in bytes: more than any machine has.
 ENDLESS = 2**62
 
@@ -63,7 +57,7 @@ class DescribedModel:
         shape: shape of the model.
         dtype: dtype of the weights.
         max_seqlen: tokens in the longest window that it takes; None if the config does not say.
-        notes: what was assumed, one line each.
+        notes: what was assumed, and what the user should know of the model, one line each.
     """
 
     name: str
@@ -82,7 +76,7 @@ def describe(model: str, device: torch.device = CPU) -> DescribedModel:
 
     Raises:
         InputError: there is no such model; its config is damaged, asks for what no model has, or describes one that
-            transformers does not know.
+            transformers does not know or cannot load.
     """
     path = _find_config(model)
     named = read_json(path)
@@ -91,46 +85,24 @@ def describe(model: str, device: torch.device = CPU) -> DescribedModel:
     folder = path.parent if path.name == CONFIG else path
     # The dtype of weights that are there counts more than the config's.
     beside = path.name == CONFIG and any((folder / name).exists() for name in (SINGLE, INDEX))
-    stored = inspect(folder) if beside else None
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        forget_quantization(config)
-        dtype = (stored.dtype if stored else dtype_in(named) if quantization else config.dtype) or DTYPES[0]
-        if dtype not in DTYPES:
-            raise InputError(f"{path}: weights in {dtype} cannot be pruned; give a model in fp32, fp16 or bf16")
-        if quantization:
-            written = str(dtype).removeprefix("torch.")
-            notes.append(f"{path}: quantized by {quantization.method}: tensors are dequantized and written as "
-                         f"{written}")  # fmt: skip
-        elif not stored and config.dtype is None:
-            notes.append(f"{path}: names no dtype: taken for {dtype}")
-        if not getattr(config.get_text_config(), "num_hidden_layers", 1):
-            raise InputError(f"{path}: num_hidden_layers is 0: there is nothing to prune")
-        kind, config = class_of(config, path)
-        with torch.device("meta"):
-            empty = from_config(kind, config, dtype=dtype)
-        # Each tied tensor once, as in a checkpoint.
-        tied = empty.all_tied_weights_keys
-        tensors = {n: TensorInfo(path, t.dtype, tuple(t.shape)) for n, t in empty.state_dict().items() if n not in tied}
-        in_fp32 = computes_in_fp32(dtype, device)
-        shape, longest = shape_of(Checkpoint(folder, {}, tensors, dtype), in_fp32), max_seqlen(config)
-    except InputError:
-        raise
-    # A block runs the code of its architecture on sizes that the config chose.
-    except (*LOADING, MemoryError) as error:
-        line = shown(first_line(error))
-        raise InputError(f"{path}: unsupported model: transformers cannot build or run it: {line}") from error
+    dtype = inspect(folder).dtype if beside else dtype_in(named)
+    if dtype is None:
+        dtype = DTYPES[0]
+        notes.append(f"{path}: names no dtype: taken for {dtype}")
+    if quantization:
+        written = str(dtype).removeprefix("torch.")
+        notes.append(f"{path}: quantized by {quantization.method}: tensors are dequantized and written as {written}")
+    with StreamedModel(Checkpoint(folder, {}, {}, dtype), CPU, zeros, computes_in_fp32(dtype, device)) as built:
+        shape = shape_of_text(built)
     # As if each expert were a tensor of its own.
     sizes = (layer.experts * layer.rows * layer.d for block in shape.blocks for layer in block.layers)
     shape = replace(shape, joined=shape.itemsize * max(sizes, default=0))
-    if in_fp32:
-        notes.append(arithmetic_note(dtype))
     if quantization:
         # As if all of a block were quantized. Without the weights as if everything were, which is the least to read.
         share = quantization.share(dtype)
         quantized = int(share * shape.written * max(block.nbytes for block in shape.blocks))
         shape = replace(shape, quantized=shape.quantized + quantized)
-    return DescribedModel(type(empty).__name__, shape, dtype, longest, notes)
+    return DescribedModel(type(built.model).__name__, shape, dtype, built.max_seqlen, notes + built.notes)
 
 
 def _find_config(model: str) -> Path:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
 
@@ -223,9 +223,9 @@ def resident(model: nn.Module, batch: Batch | None, device: torch.device) -> Ite
     with (
         as_python(),
         _evaluating(model),
-        asked_for_no_more(model) as as_configured,
+        asked_for_no_more(model) as set_back,
         attention_by_calls(),
-        ResidentModel(model, batch, device, as_configured) as opened,
+        ResidentModel(model, batch, device, set_back) as opened,
     ):
         yield opened
 
@@ -246,7 +246,7 @@ class ResidentModel(BlockModel):
 
     Args:
         model, batch, device: as for `resident`.
-        as_configured: makes a context in which the model's configs are those of its caller.
+        set_back: makes the model's configs those of its caller again.
     """
 
     def __init__(
@@ -254,9 +254,9 @@ class ResidentModel(BlockModel):
         model: nn.Module,
         batch: Batch | None,
         device: torch.device,
-        as_configured: Callable[[], AbstractContextManager[Any]],
+        set_back: Callable[[], None],
     ) -> None:
-        self.as_configured = as_configured
+        self.set_back = set_back
         slow = next((x.dtype for x in model.parameters() if computes_in_fp32(x.dtype, device)), None)
         in_fp32 = slow is not None
         outside = partial(on_device, device=device, in_fp32=in_fp32)

@@ -1,9 +1,8 @@
 """Settings under which a forward returns no more than a run needs, and shows all its products."""
 
 import types
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,53 +34,43 @@ def _not_dispatched(function: Any) -> Any:
     return same
 
 
-# Entries of a config, and their values where a forward returns no more than a run needs.
-_OUTPUTS = {"output_hidden_states": False, "output_attentions": False, "output_router_logits": False}
-_OUTPUTS |= {"return_dict": True}
-
-# The same for a model in memory: it keeps no keys and values, and its mixtures multiply with one expert at a time,
-# where the input of each is seen.
-_IN_MEMORY = _OUTPUTS | {"use_cache": False, "_experts_implementation_internal": "eager"}
-
-# An entry of a config: the config, its name, its value.
-Entry = tuple[Any, str, Any]
+# Entries of a config, and their values in a run: a forward returns no more than is needed, and keeps no keys and values
+# of a cache; mixtures multiply with one expert at a time, where the input of each is seen.
+_ENTRIES = {"output_hidden_states": False, "output_attentions": False, "output_router_logits": False}
+_ENTRIES |= {"return_dict": True, "use_cache": False, "_experts_implementation_internal": "eager"}
 
 
 def ask_for_no_more(config: Any) -> None:
     """Change a config, and those in it, so that a forward returns what a run needs."""
-    _set(_entries(config, _OUTPUTS))
+    _ask(config)
     for name in getattr(config, "sub_configs", ()):
         ask_for_no_more(getattr(config, name, None))
 
 
+def _ask(config: Any) -> None:
+    for name, value in _ENTRIES.items():
+        if getattr(config, name, None) is not None:
+            setattr(config, name, value)
+
+
 @contextmanager
-def asked_for_no_more(model: nn.Module) -> Iterator[Callable[[], AbstractContextManager[Any]]]:
+def asked_for_no_more(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Inside the `with` block, the configs of a model in memory have the entries of a run.
 
-    Yields a function that makes a context in which the configs are as they were, such as the model is written with.
+    Yields a function that sets them back before its end: a model is written with its own.
     """
     # Modules may share a config.
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    with _changed([entry for config in configs.values() for entry in _entries(config, _IN_MEMORY)]) as as_before:
-        yield as_before
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    before = [(config, name, getattr(config, name, None)) for config in configs for name in _ENTRIES]
 
+    def set_back() -> None:
+        for config, name, value in before:
+            if value is not None:
+                setattr(config, name, value)
 
-@contextmanager
-def _changed(entries: list[Entry]) -> Iterator[Callable[[], AbstractContextManager[Any]]]:
-    """Inside the `with` block, entries have these values. Yields the function that makes the inverse of it."""
-    before = [(config, name, getattr(config, name)) for config, name, _ in entries]
     try:
-        _set(entries)
-        yield partial(_changed, before)
+        for config in configs:
+            _ask(config)
+        yield set_back
     finally:
-        _set(before)
-
-
-def _entries(config: Any, values: dict[str, Any]) -> list[Entry]:
-    """Those of these entries that a config has, with these values."""
-    return [(config, name, value) for name, value in values.items() if getattr(config, name, None) is not None]
-
-
-def _set(entries: Iterable[Entry]) -> None:
-    for config, name, value in entries:
-        setattr(config, name, value)
+        set_back()

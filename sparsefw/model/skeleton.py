@@ -12,7 +12,7 @@ breaks one, this file is the place to mend it.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from transformers.utils import logging
 
 from sparsefw.checkpoint.quantization import KEY, ORIGINAL
 from sparsefw.checkpoint.source import CONFIG, Checkpoint
-from sparsefw.checkpoint.tensors import Loadable
+from sparsefw.checkpoint.tensors import Loadable, TensorInfo
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model.settings import ask_for_no_more
 from sparsefw.model.slots import Slot, restore, slots_of
@@ -72,7 +72,7 @@ class Skeleton:
         model: the model; its computed buffers are real, on the host.
         goes_into: the parameter that a tensor becomes, or becomes a part of, by the tensor's name in the checkpoint.
         conversions: how transformers renames and stacks tensors.
-        dtype: dtype of the model.
+        checkpoint: the checkpoint.
         unused: names of tensors that the model has no use for.
         replaced: the class that the config names, where another one was built; else "".
     """
@@ -80,7 +80,7 @@ class Skeleton:
     model: PreTrainedModel
     goes_into: dict[str, str]
     conversions: list[WeightTransform]
-    dtype: torch.dtype
+    checkpoint: Checkpoint
     unused: list[str]
     replaced: str = ""
 
@@ -100,7 +100,7 @@ class Skeleton:
             return [slot for slot in slots if slot.tensors[slot.name] is not slot.own]
 
         try:
-            report = _load_tensors(self.model, tensors, self.dtype, device, self.conversions)
+            report = _load_tensors(self.model, tensors, self.checkpoint.dtype, device, self.conversions)
             # Shapes were compared when the skeleton was built.
             assert not report.mismatched_keys, report
             assert not report.conversion_errors, report
@@ -124,7 +124,7 @@ def build(checkpoint: Checkpoint, as_named: bool = False) -> Skeleton:
     """Build a checkpoint's model from its config, and compare it with the checkpoint's headers; reads no tensor.
 
     Args:
-        checkpoint: the checkpoint.
+        checkpoint: the checkpoint. Without tensors it is a config alone: all that its class has are taken to be there.
         as_named: whether to take the class that the config names, though it may generate no text.
 
     Raises:
@@ -132,18 +132,27 @@ def build(checkpoint: Checkpoint, as_named: bool = False) -> Skeleton:
     """
     # transformers would draw a progress bar for every block.
     logging.disable_progress_bar()
+    config: Any = read_config(checkpoint)
     with _loading(checkpoint, "model"):
-        return _build(checkpoint, _config(checkpoint.folder), as_named)
+        return _build(checkpoint, config, as_named)
 
 
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """The config of a checkpoint, with the defaults of its class.
+    """The config of a checkpoint, with the defaults of its class, and without quantization.
+
+    For a quantized model transformers would ask for the libraries and the GPU that it needs. The checkpoint's tensors
+    are dequantized before transformers sees them.
 
     Raises:
         InputError: transformers cannot load it.
     """
     with _loading(checkpoint, "config"):
-        return _config(checkpoint.folder)
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        for part in (config, getattr(config, "text_config", None)):
+            if hasattr(part, KEY):
+                delattr(part, KEY)
+        ask_for_no_more(config)
+        return config
 
 
 @contextmanager
@@ -155,23 +164,6 @@ def _loading(checkpoint: Checkpoint, what: str) -> Iterator[None]:
         raise
     except LOADING as error:
         raise InputError(f"{checkpoint.folder}: transformers cannot load this {what}: {first_line(error)}") from error
-
-
-def _config(folder: Path) -> PretrainedConfig:
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    forget_quantization(config)
-    ask_for_no_more(config)
-    return config
-
-
-def forget_quantization(config: Any) -> None:
-    """Take the quantization out of a config: transformers would ask for the libraries and the GPU that it needs.
-
-    The checkpoint's tensors are dequantized before transformers sees them.
-    """
-    for part in (config, getattr(config, "text_config", None)):
-        if hasattr(part, KEY):
-            delattr(part, KEY)
 
 
 def _build(checkpoint: Checkpoint, config: Any, as_named: bool) -> Skeleton:
@@ -187,10 +179,15 @@ def _build(checkpoint: Checkpoint, config: Any, as_named: bool) -> Skeleton:
     kind = _named_class(config) if as_named else None
     if kind is None:
         kind, config = class_of(config, checkpoint.folder)
-    promises = {name: PromisedTensor(info.shape, info.dtype) for name, info in checkpoint.tensors.items()}
     # On the meta device, where nothing is allocated: `from_pretrained` would make up what is missing.
     with torch.device("meta"):
-        model = from_config(kind, config, **options)
+        model = kind._from_config(config, **options)
+        if not checkpoint.tensors:
+            # Each tied tensor once.
+            state = {n: x for n, x in model.state_dict().items() if n not in model.all_tied_weights_keys}
+            infos = {name: TensorInfo(checkpoint.folder, x.dtype, tuple(x.shape)) for name, x in state.items()}
+            checkpoint = replace(checkpoint, tensors=infos)
+        promises = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in checkpoint.tensors.items()}
     conversions = get_model_conversion_mapping(model)
     report = _load_tensors(model, promises, checkpoint.dtype, torch.device("meta"), conversions)
     # Names that the class knows to be missing or superfluous.
@@ -203,7 +200,7 @@ def _build(checkpoint: Checkpoint, config: Any, as_named: bool) -> Skeleton:
     _check_dtypes(goes_into, model, checkpoint)
     unused = sorted(checkpoint.tensors.keys() - goes_into.keys())
     replaced = "" if kind.__name__ in named or not named else shown(named[0])
-    return Skeleton(model, goes_into, conversions, checkpoint.dtype, unused, replaced)
+    return Skeleton(model, goes_into, conversions, checkpoint, unused, replaced)
 
 
 def class_of(config: PretrainedConfig, place: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
@@ -275,33 +272,10 @@ def has_class(names: object) -> bool:
     return any(isinstance(name, str) and isinstance(getattr(transformers, name, None), type) for name in listed)
 
 
-def from_config(kind: type[PreTrainedModel], config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """A model of this class without weights, on torch's default device."""
-    return kind._from_config(config, **options)
-
-
 def max_seqlen(config: PretrainedConfig) -> int | None:
     """Tokens in the longest window that a model takes; None if its config sets no limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
-
-
-class PromisedTensor:
-    """Stands for a tensor of the checkpoint that is not read.
-
-    transformers loads a slice of a safetensors file by its shape and dtype, `slice[...]` and `.to(device, dtype)`. Here
-    that gives a meta tensor.
-    """
-
-    def __init__(self, shape: Iterable[int], dtype: torch.dtype) -> None:
-        self.shape, self.dtype, self.device = torch.Size(shape), dtype, torch.device("meta")
-
-    def __getitem__(self, index: Any) -> "PromisedTensor":
-        return self
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        """A meta tensor, whatever the device."""
-        return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
 
 
 def _load_tensors(
@@ -315,8 +289,7 @@ def _load_tensors(
 
     Args:
         model: the model, whose other parameters stay as they are.
-        tensors: tensors of the checkpoint, or what is loaded like a `PromisedTensor`, by name: all those of the
-            parameters that they go into.
+        tensors: tensors of the checkpoint by name, all those of the parameters that they go into; or meta tensors.
         dtype: dtype for the parameters.
         device: device for the parameters.
         conversions: how tensors of a checkpoint get into a model of its class; e.g. experts are stacked.

@@ -50,8 +50,9 @@ class StreamedModel(BlockModel):
         read: Callable[[dict[str, TensorInfo], bool], Mapping[str, Loadable]] = read_tensors,
         in_fp32: bool = False,
     ) -> None:
-        self._checkpoint, self._read_tensors, self.infos = checkpoint, read, checkpoint.tensors
-        self._skeleton = skeleton.build(checkpoint)
+        self._read_tensors, self._skeleton = read, skeleton.build(checkpoint)
+        self._checkpoint = self._skeleton.checkpoint
+        self.infos = self._checkpoint.tensors
         model = self._skeleton.model
         self.config: Any = model.config
         self.max_seqlen = skeleton.max_seqlen(self.config)

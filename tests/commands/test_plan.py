@@ -106,7 +106,7 @@ def test_bad_flags_are_one_line(config, flags, line, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ("{}", "unsupported model: transformers cannot build or run it: "),
+        ("{}", "transformers cannot load this config: "),
         ('{"model_type": "llama", "quantization_config": {"bits": 4}}', "the model is quantized"),
     ],
 )
