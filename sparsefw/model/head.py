@@ -115,7 +115,7 @@ def loss(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Tenso
 
 
 def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Tensor] | None = None) -> Any:
-    """Logits (batch, seqlen, vocabulary), None if the model returns none. Inside `BlockModel.outside`.
+    """Logits (batch, seqlen, vocabulary); None: the model returns none. Inside `outside` no weights are read anew.
 
     Args:
         model: the model, for which `embed` has run.
@@ -123,7 +123,8 @@ def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Ten
         hidden: (batch, seqlen, d) in most models, the last block's output.
         others: tensors of earlier blocks that are read behind the last one, see `HiddenStates.behind_last`.
     """
-    return getattr(run_behind_blocks(model, token_batch(ids), hidden, others or {}), "logits", None)
+    with model.outside():
+        return getattr(run_behind_blocks(model, token_batch(ids), hidden, others or {}), "logits", None)
 
 
 def _every(seqlen: int) -> int:
