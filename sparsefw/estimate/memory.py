@@ -17,7 +17,6 @@ from sparsefw.kernels.cpu import MIRRORED
 from sparsefw.memory import pinned_bytes
 from sparsefw.model import Placement
 from sparsefw.model.head import PIECE, tokens_of_pass
-from sparsefw.model.layers import is_watched
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
@@ -59,8 +58,9 @@ def pruned_shape(whole: ModelShape, config: PruneConfig) -> ModelShape:
     """
     check_used(whole.layer_names, config.include, config.ignore)
     shape = whole.selected(config.selects)
-    for name, d in shape.widths:
-        patterns.check_width(config.pattern, d, name)
+    for block, (name, _) in zip(shape.blocks, shape.names_by_block, strict=True):
+        for layer in block.layers:
+            patterns.check_width(config.pattern, layer.d, f"{name}.{layer.name}")
     return shape
 
 
@@ -140,7 +140,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     passing = _outside_pinned(shape) if workload.gpu else 0
     others = _other_blocks(shape, workload, placement)
     # All tensors outside of the blocks are written at the end, piece by piece. They are not loaded for it.
-    piece = max(shape.pieces) + shape.quantized
+    piece = max(shape.pieces, default=0) + shape.quantized
     forward = max(_forward(b, shape, workload, tokens) for b in blocks)
     peaks = [_stages_of_block(b, shape, workload, placement, tokens) for b in blocks]
     calibrate, solve = map(max, zip(*peaks, strict=True))
@@ -277,7 +277,7 @@ def _cross_bytes(stage: Sequence[LayerShape], dense: bool) -> int:
     """Cross matrices of a stage; layers that do not write to the stream share a square one."""
     if not dense or stage[0].experts:
         return 0
-    watched = is_watched([layer.role for layer in stage])
+    watched = any(layer.role.input is None for layer in stage)
     rows = [layer.rows for layer in stage if watched or layer.role.write]
     return 4 * stage[0].d * (sum(rows) + stage[0].d * (len(rows) < len(stage)))
 

@@ -49,21 +49,17 @@ class Store:
 
     def put(self, x: Tensor) -> "Stored":
         """Store a tensor with its dimensions in the order in which they lie in memory, and nothing beside it."""
-        strides = x.stride()
-        order = tuple(sorted(range(x.dim()), key=lambda n: (-strides[n], n)))
-        lying = x.permute(order)
-        if x.untyped_storage().nbytes() != x.nbytes or not lying.is_contiguous():
-            # Otherwise a slice would hold all of what it is cut from.
-            lying = lying.clone(memory_format=torch.contiguous_format)
-        back = tuple(sorted(range(len(order)), key=order.__getitem__))
-        return Stored(self, self._written(lying), back)
+        if x.untyped_storage().nbytes() != x.nbytes:
+            # A slice would hold all of what it is cut from.
+            x = x.clone()
+        return Stored(self, self._written(x))
 
     def _written(self, x: Tensor) -> Tensor:
         if self.place == "file" and x.numel():
             return _mapped(x, self.folder).copy_(x)
         if not self.pins:
             return x
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        host = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, pin_memory=True)
         self.copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.copies):
             host.copy_(x, non_blocking=True)
@@ -77,13 +73,11 @@ class Stored:
 
     Attributes:
         store: the store.
-        kept: the tensor there, with its dimensions in the order in which they lie in memory.
-        back: the dimensions in the order of the tensor itself.
+        kept: the tensor there.
     """
 
     store: Store
     kept: Tensor
-    back: tuple[int, ...]
     _arriving: tuple[Tensor, torch.cuda.Event] | None = None
 
     def fetch(self) -> None:
@@ -96,13 +90,13 @@ class Stored:
         """The tensor, on the device."""
         self.fetch()
         if self._arriving is None:
-            return self.kept.to(self.store.device).permute(self.back)
+            return self.kept.to(self.store.device)
         (x, arrived), self._arriving = self._arriving, None
         work = torch.cuda.current_stream(self.store.device)
         work.wait_event(arrived)
         # The memory belongs to the stream of the copies, which must not use it again before the work is done.
         x.record_stream(work)
-        return x.permute(self.back)
+        return x
 
 
 class Activations:
@@ -164,7 +158,8 @@ def _mapped(like: Tensor, folder: Path | None) -> Tensor:
     with naming(place), tempfile.NamedTemporaryFile(dir=place) as file:
         # A full disk shows here: a mapped file would end the process when it is written to.
         os.posix_fallocate(file.fileno(), 0, like.nbytes)
-        return torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
+        mapped = torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype)
+        return mapped.as_strided(like.shape, like.stride())
 
 
 @dataclass(frozen=True)

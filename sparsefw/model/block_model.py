@@ -90,8 +90,6 @@ class BlockModel:
         self._others = [(name, module) for name, module in model.named_modules() if module not in inside]
         # The places of the tensors of what is open: of blocks, and under None of what lies outside of them.
         self._open: dict[int | None, list[Slot]] = {}
-        # How many `with` blocks of `outside` are open.
-        self._outside = 0
         self._reader = ThreadPoolExecutor(1)
         # The block that is being read before it is asked for.
         self._next: tuple[int, Future[Mapping[str, Loadable]]] | None = None
@@ -112,7 +110,7 @@ class BlockModel:
 
     def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[Slot], Tensor]:
         """A function that makes the tensor for each place of block i, on the device, of what `read` returned."""
-        raise NotImplementedError
+        return lambda slot: dequantized(tensors.get(slot.path, slot.own)).detach().to(self.device, copy=True)
 
     def _slots(self, i: int | None) -> list[Slot]:
         """The places in block i, or outside of the blocks, of the tensors that are there now."""
@@ -177,9 +175,9 @@ class BlockModel:
         Raises:
             InputError: they hold NaN or Inf.
         """
-        self._outside += 1
+        inner = None in self._open
         try:
-            if self._outside == 1:
+            if not inner:
                 for slot in self._fill(None, self._timed_read(None)):
                     tensor = slot.tensors[slot.name]
                     if isinstance(tensor, nn.Parameter) and not tensor.is_meta:
@@ -188,13 +186,22 @@ class BlockModel:
                 release_pinned()
             yield
         finally:
-            self._outside -= 1
-            if not self._outside:
+            if not inner:
                 self.close(None)
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
-        """Block i's tensors by the names that they are written under, on the host; none of a repeat."""
-        raise NotImplementedError
+        """Block i's tensors by the names that they are written under, on the host; none of a repeat.
+
+        They are those of the open block, which are others when it is opened again.
+        """
+        if i not in self.unique_blocks:
+            return {}
+        # By their places, which hooks of `state_dict` may leave parts out of. Buffers are not changed.
+        parameters = [slot for slot in self._open[i] if isinstance(slot.own, nn.Parameter)]
+        # A tensor that has several places is written once.
+        first = {id(slot.own): slot for slot in reversed(parameters)}
+        tensors = {slot.path: (slot.tensors[slot.name], slot.own.dtype) for slot in reversed(first.values())}
+        return {path: x.detach().to(dtype).cpu() for path, (x, dtype) in tensors.items()}
 
     def other_tensors(self, names: list[str]) -> dict[str, Tensor]:
         """Tensors outside of the blocks, on the host; see `pieces`."""
@@ -277,20 +284,6 @@ class ResidentModel(BlockModel):
         slots = super()._slots(i)
         # Tensors that are on the device are used there.
         return slots if i is not None else [slot for slot in slots if is_copied(slot.own, self.device, self.in_fp32)]
-
-    def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[Slot], Tensor]:
-        return lambda slot: dequantized(tensors.get(slot.path, slot.own)).detach().to(self.device, copy=True)
-
-    def block_tensors(self, i: int) -> dict[str, Tensor]:
-        """As `BlockModel.block_tensors`. They are those of the open block, which are others when it is opened again."""
-        if i not in self.unique_blocks:
-            return {}
-        # By their places, which hooks of `state_dict` may leave parts out of. Buffers are not changed.
-        parameters = [slot for slot in self._open[i] if isinstance(slot.own, nn.Parameter)]
-        # A tensor that has several places is written once.
-        first = {id(slot.own): slot for slot in reversed(parameters)}
-        tensors = {slot.path: (slot.tensors[slot.name], slot.own.dtype) for slot in reversed(first.values())}
-        return {path: x.detach().to(dtype).cpu() for path, (x, dtype) in tensors.items()}
 
     def change(self, i: int, tensors: Mapping[str, Tensor]) -> None:
         """Give block i these weights for good, in place.

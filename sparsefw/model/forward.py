@@ -168,7 +168,7 @@ class _Constants:
         if not self.stored:
             self._shared = dict(enumerate(tensors))
             on_device = Store(self._store.device)
-            self.stored.append([Stored(on_device, x, tuple(range(x.dim()))) for x in tensors])
+            self.stored.append([Stored(on_device, x) for x in tensors])
             return
         if len(tensors) != len(self.stored[0]):
             raise InputError(DIFFERS)

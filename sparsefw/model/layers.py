@@ -7,7 +7,7 @@ multiplied one at a time or all at once. Every product is read as a product left
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -145,11 +145,6 @@ class Role:
     input: Point | None = None
     write: Write | None = None
     keepable: bool = False
-
-
-def is_watched(roles: Sequence[Role]) -> bool:
-    """Whether a stage has to be watched: the point of its input, or of an output, is not known."""
-    return any(role.input is None for role in roles)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -156,14 +156,6 @@ class ModelShape:
     def layer_names(self) -> list[str]:
         """Full names of all prunable layers, as a run reports them."""
         return [f"{block}.{layer}" for block, layers in self.names_by_block for layer in layers]
-
-    @property
-    def widths(self) -> Iterator[tuple[str, int]]:
-        """Full name and number of inputs of every layer that is pruned."""
-        for shape, (block, layers) in zip(self.blocks, self.names_by_block, strict=True):
-            widths = {layer.name: layer.d for layer in shape.layers}
-            for layer in layers:
-                yield f"{block}.{layer}", widths[kind_of(layer, shape.experts)]
 
     def selected(self, selects: Callable[[str], bool]) -> "ModelShape":
         """The same model with fewer layers; blocks stay even if they have none.

@@ -176,9 +176,7 @@ def _build(checkpoint: Checkpoint, config: Any, as_named: bool) -> Skeleton:
         "experts_implementation": "eager",
     }
     named = config.architectures or []
-    kind = _named_class(config) if as_named else None
-    if kind is None:
-        kind, config = class_of(config, checkpoint.folder)
+    kind, config = class_of(config, checkpoint.folder, as_named)
     # On the meta device, where nothing is allocated: `from_pretrained` would make up what is missing.
     with torch.device("meta"):
         model = kind._from_config(config, **options)
@@ -203,7 +201,9 @@ def _build(checkpoint: Checkpoint, config: Any, as_named: bool) -> Skeleton:
     return Skeleton(model, goes_into, conversions, checkpoint, unused, replaced)
 
 
-def class_of(config: PretrainedConfig, place: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+def class_of(
+    config: PretrainedConfig, place: Path, as_named: bool = False
+) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     """The class of a config's model, and the config that the class takes: the text part of one, for a class of text.
 
     It is the class that the config names, if transformers lists it for generating text. Otherwise it is what the lists
@@ -212,11 +212,12 @@ def class_of(config: PretrainedConfig, place: Path) -> tuple[type[PreTrainedMode
     Args:
         config: the config as transformers has read it.
         place: folder or file of the config, for the message.
+        as_named: as for `build`.
 
     Raises:
         InputError: there is none.
     """
-    kind = _generating_class(config)
+    kind = _generating_class(config, as_named)
     if kind is None:
         named = shown(", ".join(map(str, config.architectures or [])) or config.model_type)
         why = (
@@ -233,7 +234,7 @@ def class_of(config: PretrainedConfig, place: Path) -> tuple[type[PreTrainedMode
     return kind, text if takes_text else config
 
 
-def _generating_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+def _generating_class(config: PretrainedConfig, as_named: bool) -> type[PreTrainedModel] | None:
     """The class of transformers that the config names, if it is in a list of those that generate text, and takes it.
 
     Otherwise the class that the lists have for this type of config; None if they have none. The config of an encoder
@@ -247,22 +248,12 @@ def _generating_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     known = {name for entry in listed for name in ([entry] if isinstance(entry, str) else entry)}
     taken = {type(config), type(config.get_text_config())}
     for name in config.architectures or []:
-        if isinstance(name, str) and name in known:
-            kind = getattr(transformers, name)
-            if getattr(kind, "config_class", None) in taken:
-                return kind
+        kind = getattr(transformers, name, None) if isinstance(name, str) and (as_named or name in known) else None
+        if kind is not None and getattr(kind, "config_class", None) in taken:
+            return kind
     for classes in [] if config.is_encoder_decoder else lists:
         if found := classes.get(type(config), None):
             return found[0] if isinstance(found, tuple | list) else found
-    return None
-
-
-def _named_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """The class of transformers that the config names, whatever it is made for, if it takes this type of config."""
-    for name in config.architectures or []:
-        kind = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.config_class is type(config):
-            return kind
     return None
 
 
@@ -312,17 +303,13 @@ def _load_tensors(
     # Loading replaces these conversions by those of the loaded tensors. `Skeleton.exported` needs those of all tensors.
     if conversions_of_all is not None:
         model._weight_conversions = conversions_of_all
-    _raise_for_memory(report.conversion_errors.values())
-    return report
-
-
-def _raise_for_memory(tracebacks: Iterable[str]) -> None:
-    """Raise what transformers has caught while it joined tensors, if memory was full."""
-    for text in tracebacks:
+    # transformers has caught what was raised while it joined tensors.
+    for text in report.conversion_errors.values():
         if "OutOfMemoryError" in text:
             raise torch.OutOfMemoryError(next(line for line in text.splitlines() if "OutOfMemoryError" in line))
         if "MemoryError" in text or "DefaultCPUAllocator" in text:
             raise MemoryError
+    return report
 
 
 def _destinations(model: PreTrainedModel, names: Iterable[str], conversions: list[WeightTransform]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsefw.errors import InputError
 from sparsefw.model.experts import experts_of
-from sparsefw.model.layers import BlockTape, Layer, Role, Stage, Write, is_expert, is_watched, kind_of, record_block
+from sparsefw.model.layers import BlockTape, Layer, Role, Stage, Write, is_expert, kind_of, record_block
 from sparsefw.model.parts import INPUT, SAME, Point, next_point, run_part
 from sparsefw.model.stand_ins import hidden_of
 from sparsefw.model.tape import Op, Value
@@ -267,7 +267,8 @@ def stages(surveyed: Survey) -> list[Stage]:
             start=starts[segments[n]],
             behind=starts[segments[n + 1]] if moves else None,
         )
-        if not is_watched(roles[n]):
+        # Otherwise it has to be watched.
+        if all(role.input is not None for role in roles[n]):
             first = roles[n][0]
             stage = replace(
                 stage,
