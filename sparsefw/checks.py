@@ -23,6 +23,7 @@ from sparsefw.errors import InputError
 from sparsefw.inputs import DEFAULT, locate
 from sparsefw.model.layers import slices_of
 from sparsefw.model.skeleton import build, has_class
+from sparsefw.model.slots import block_of
 from sparsefw.report.content import Report, read_report
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS
@@ -254,12 +255,6 @@ class _Model:
             return {name: dequantized(tensor) for name, tensor in tensors.items()}
         unused = {name: dequantized(tensors.pop(name)) for name in self.unused & tensors.keys()}
         return (self._skeleton.load(tensors, torch.device("cpu")) if tensors else {}) | unused
-
-
-def block_of(parameter: str, blocks: set[str]) -> str | None:
-    """The name of the block that a parameter belongs to; None if it is outside of the blocks."""
-    parts = parameter.split(".")
-    return next((name for n in range(1, len(parts)) if (name := ".".join(parts[:n])) in blocks), None)
 
 
 def _check_weights(verdict: Verdict, claims: _Claims, written: _Model, source: _Model | None) -> None:

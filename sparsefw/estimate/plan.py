@@ -110,8 +110,6 @@ def _find_config(model: str) -> Path:
     if model and path.is_file():
         return path
     if model and path.is_dir():
-        if not (path / CONFIG).exists():
-            raise InputError(f"{path}: no config.json; give the folder of a Hugging Face checkpoint, or a config file")
         return path / CONFIG
     if not model or path.exists() or model.startswith((".", "/", "~")):
         raise InputError(f"{model or '--model'}: no such folder or file; give one with a config, or a Hub id")

@@ -183,15 +183,15 @@ class HiddenStates:
         """The tensors of micro-batch j that are read behind the last block, beside its hidden states."""
         return {number: self.carried[j].values[number].read() for number in self.flow.end}
 
-    def beside(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The tensors of the first micro-batch beside its hidden states: what blocks have handed on, and constants.
+    def between(self) -> list[Tensor]:
+        """The tensors of the first micro-batch: its hidden states, what blocks have handed on, and constants.
 
         Of the constants only those that depend on what the forward is given: they differ from window to window.
         """
         first = self.carried[0]
         stored = dict.fromkeys(leaves_of([first.values, first.boxes]))
         handed_on = [x.read() for x in stored if x not in first.constants]
-        return handed_on, [first.constants[n].read() for n in sorted(self.of_batch)]
+        return [self.hidden[0], *handed_on, *(first.constants[n].read() for n in sorted(self.of_batch))]
 
     def handed_on(self, i: int, run: BlockRun) -> list[Tensor]:
         """The tensors of a run of block i that later blocks are given, beside the hidden states."""

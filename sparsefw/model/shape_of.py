@@ -87,7 +87,7 @@ def shape_of_resident(model: ResidentModel, batch: Batch) -> tuple[ModelShape, i
     walk = _Walk(embed_batches(model, [batch]), every_block=True)
     shape = _shape_of(model, [walk], vocabulary=0, by_window=False)
     # Scores are of one sample at a time.
-    return replace(shape, heads=-(-shape.heads // walk.hidden.shape[0])), walk.most_tokens
+    return replace(shape, heads=-(-shape.heads // walk.between[0].shape[0])), walk.most_tokens
 
 
 def _shape_of(model: BlockModel, walks: list["_Walk"], vocabulary: int, by_window: bool) -> ModelShape:
@@ -111,18 +111,20 @@ def _shape_of(model: BlockModel, walks: list["_Walk"], vocabulary: int, by_windo
                 walk.pass_block(i)
             model.close(i)
         blocks.append(known[kind])
-    hidden = walks[0].hidden
+    few, more = walks[0].between, walks[-1].between
+    # With a single length, nothing depends on the tokens.
+    lengths = (TOKENS, MORE_TOKENS) if len(walks) > 1 else (0, 1)
     return ModelShape(
         blocks=tuple(shape for shape, _ in blocks),
         outside=model.outside_bytes,
-        hidden=hidden.shape[-1],
+        hidden=few[0].shape[-1],
         vocabulary=vocabulary,
         heads=_heads(model.model),
-        itemsize=hidden.element_size(),
+        itemsize=few[0].element_size(),
         logits_itemsize=model.logits_itemsize,
         parameters=parameters,
         pieces=tuple(model.piece_bytes),
-        between=_between(walks[0], walks[-1]),
+        between=tuple(Extent.of(a, b, *lengths) for a, b in zip(few, more, strict=True)),
         names_by_block=tuple((name, layers) for name, (_, layers) in zip(model.names, blocks, strict=True)),
         by_window=by_window,
         quantized=model.quantized_bytes,
@@ -147,16 +149,14 @@ class _Walk:
 
     Attributes:
         tokens: vectors of the input of the first block.
-        hidden: the input of a block that takes most bytes.
         most_tokens: the most vectors that a block's input has.
-        most: what was handed on between two blocks, where it was most.
+        between: what lies between two blocks, where it is most, the hidden states first.
         moves: whether every block has to be run, because blocks may hand something on.
     """
 
     def __init__(self, states: HiddenStates, every_block: bool = False) -> None:
-        self.states, self.hidden = states, states.hidden[0]
-        self.tokens = self.most_tokens = _vectors(self.hidden)
-        self.most = list[Tensor]()
+        self.states, self.between = states, states.between()
+        self.tokens = self.most_tokens = _vectors(states.hidden[0])
         self.moves = every_block or any(states.flow.live.values()) or bool(states.carried[0].boxes)
 
     def pass_block(self, i: int) -> None:
@@ -167,23 +167,12 @@ class _Walk:
         self.states.leave(i, 0, self.states.output(i, 0))
         self.states.unchecked = None
         self.states.arrive(INPUT)
-        hidden = self.states.hidden[0]
-        self.hidden = max(self.hidden, hidden, key=lambda x: x.nbytes)
-        self.most_tokens = max(self.most_tokens, _vectors(hidden))
-        tensors, _ = self.states.beside()
-        if sum(x.nbytes for x in tensors) > sum(x.nbytes for x in self.most):
-            self.most = tensors
+        self.most_tokens = max(self.most_tokens, _vectors(self.states.hidden[0]))
+        self.between = max(self.between, self.states.between(), key=lambda tensors: sum(x.nbytes for x in tensors))
 
 
 def _vectors(hidden: Tensor) -> int:
     return hidden.numel() // hidden.shape[-1]
-
-
-def _between(few: _Walk, more: _Walk) -> tuple[Extent, ...]:
-    """What lies between two blocks, from windows of two lengths; with a single one, nothing depends on the tokens."""
-    lengths = (0, 1) if few is more else (TOKENS, MORE_TOKENS)
-    tensors = ([walk.hidden, *walk.most, *walk.states.beside()[1]] for walk in (few, more))
-    return tuple(Extent.of(a, b, *lengths) for a, b in zip(*tensors, strict=True))
 
 
 def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, tuple[str, ...]]:

@@ -39,7 +39,7 @@ from sparsefw.checkpoint.source import CONFIG, Checkpoint
 from sparsefw.checkpoint.tensors import Loadable, TensorInfo
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model.settings import ask_for_no_more
-from sparsefw.model.slots import Slot, restore, slots_of
+from sparsefw.model.slots import restore, slots_of
 
 # Errors of transformers for a config or tensors that do not fit. They cannot be fewer: entries of a config reach the
 # code of a model's class unchecked, and a wrong one fails wherever it is used first, as a size, a key, an attribute or
@@ -94,19 +94,15 @@ class Skeleton:
             device: device for the parameters.
         """
         slots = slots_of(self.model.named_modules(remove_duplicate=False))
-
-        def loaded() -> list[Slot]:
-            # A tensor may go into several parameters, as one of queries, keys and values does.
-            return [slot for slot in slots if slot.tensors[slot.name] is not slot.own]
-
         try:
             report = _load_tensors(self.model, tensors, self.checkpoint.dtype, device, self.conversions)
             # Shapes were compared when the skeleton was built.
             assert not report.mismatched_keys, report
             assert not report.conversion_errors, report
-            return {slot.path: slot.tensors[slot.name] for slot in loaded()}
+            # A tensor may go into several parameters, as one of queries, keys and values does.
+            return {slot.path: x for slot in slots if (x := slot.tensors[slot.name]) is not slot.own}
         finally:
-            restore(loaded())
+            restore(slots)
 
     def names_of(self, tensors: Iterable[str]) -> dict[str, list[str]]:
         """Names of tensors by the parameter that they go into; those that go into none are left out."""

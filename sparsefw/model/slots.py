@@ -5,7 +5,7 @@ A parameter may be used at several depths of a model: by several blocks, or by o
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -161,9 +161,11 @@ class SharedParameters:
             notes.append(f"stay dense: {count} blocks that run more than once in a forward, {first} first")
         return notes
 
-    def places(self, parameter: str) -> list[str]:
-        """The parameters that the tensor of a parameter becomes."""
-        return [parameter, *(name for name, source in self.sources.items() if source == parameter)]
+
+def block_of(parameter: str, blocks: Container[str]) -> str | None:
+    """The name of the block that a parameter belongs to; None if it is outside of the blocks."""
+    parts = parameter.split(".")
+    return next((name for n in range(1, len(parts)) if (name := ".".join(parts[:n])) in blocks), None)
 
 
 def shared_parameters(

@@ -4,7 +4,7 @@ All other tensors of the checkpoint are never loaded: a tower for images, blocks
 that the model's class has no use for.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from sparsefw.errors import counted
 from sparsefw.model import skeleton
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.path import path_through, zeros_in
-from sparsefw.model.slots import Slot, shared_parameters
+from sparsefw.model.slots import Slot, block_of, shared_parameters
 
 
 class StreamedModel(BlockModel):
@@ -63,19 +63,24 @@ class StreamedModel(BlockModel):
         path = path_through(model, None, zeros, zeros)
         shared = shared_parameters(model, path.order, model.all_tied_weights_keys, self._skeleton.goes_into.values())
         super().__init__(model, path, shared, device, in_fp32)
-        self._number = {self.names[i]: i for i in self.unique_blocks}
         # The skeleton's own tensors; tied parameters are one.
         self._own = model.state_dict(keep_vars=True)
         reads = path.reads & self._own.keys()
         outside = {id(self._own[name]): computed(self._own[name], in_fp32).nbytes for name in reads}
         self.outside_bytes = sum(outside.values())
-        # The checkpoint's tensors by block; under None those outside of the blocks that are loaded.
-        self._tensors_of = self._sorted(reads)
+        # The checkpoint's tensors by the name of a block; under None those outside of the blocks that are loaded.
+        self._tensors: dict[str | None, list[str]] = defaultdict(list)
+        for name, parameter in self._skeleton.goes_into.items():
+            # All that it becomes.
+            places = [parameter, *(place for place, source in shared.sources.items() if source == parameter)]
+            for block in {block_of(place, path.blocks) for place in places}:
+                if block is not None or not reads.isdisjoint(places):
+                    self._tensors[block].append(name)
         self.pieces = self._cut(max(map(self._bytes_of, range(len(self.blocks)))))
         self.piece_bytes = [sum(self.infos[name].nbytes for name in piece) for piece in self.pieces]
         self.notes = self._notes()
         # Tensors that are written as they are, are dequantized one at a time.
-        together = [*self._tensors_of.values(), *([name] for piece in self.pieces for name in piece)]
+        together = [*self._tensors.values(), *([name] for piece in self.pieces for name in piece)]
         stored = {name: x.stored_nbytes for name, x in self.infos.items() if isinstance(x, QuantizedInfo)}
         if in_fp32:
             stored = {name: stored.get(name, 0) + x.nbytes for name, x in self.infos.items()}
@@ -88,7 +93,7 @@ class StreamedModel(BlockModel):
 
     def read(self, i: int | None) -> Mapping[str, Loadable]:
         """Block i's tensors as they are stored, on the host; None: those outside of the blocks that text needs."""
-        return self._read_tensors({name: self.infos[name] for name in self._tensors_of[i]}, self.device.type == "cuda")
+        return self._read_tensors({name: self.infos[name] for name in self._tensors_of(i)}, self.device.type == "cuda")
 
     def _slots(self, i: int | None) -> list[Slot]:
         # Buffers that are computed are there.
@@ -98,7 +103,7 @@ class StreamedModel(BlockModel):
         goes_into = self._skeleton.goes_into
         # Tensors that a block shares with others may be missing. They are never changed, so the checkpoint's are read.
         inside = "" if i is None else f"{self.names[i]}."
-        others = [name for name in self._tensors_of[i] if not goes_into[name].startswith(inside)]
+        others = [name for name in self._tensors_of(i) if not goes_into[name].startswith(inside)]
         if missing := {name: self.infos[name] for name in others if name not in tensors}:
             tensors = {**tensors, **self._read_tensors(missing, False)}
         values = self._skeleton.load(tensors, self.device)
@@ -117,7 +122,7 @@ class StreamedModel(BlockModel):
         own = {name: x.to(self._own[name].dtype) for name, x in state.items() if name not in sources}
         tensors = self._skeleton.exported(own)
         # A parameter that is one tensor of the checkpoint may have several names that transformers understands.
-        mine, its = self._skeleton.names_of(tensors), self._skeleton.names_of(self._tensors_of[i])
+        mine, its = self._skeleton.names_of(tensors), self._skeleton.names_of(self._tensors_of(i))
         same = {mine[p][0]: its[p][0] for p in mine if len(mine[p]) == len(its.get(p, ())) == 1}
         return {same.get(name, name): tensor for name, tensor in tensors.items()}
 
@@ -127,24 +132,11 @@ class StreamedModel(BlockModel):
         # A stored form goes as soon as it is dequantized.
         return {name: dequantized(read.pop(name)) for name in [*read]}
 
-    def _sorted(self, reads: frozenset[str]) -> dict[int | None, list[str]]:
-        """Names of the checkpoint's tensors by block; under None those of the parameters in `reads`."""
-        tensors: dict[int | None, list[str]] = {i: [] for i in (*range(len(self.names)), None)}
-        for name, parameter in self._skeleton.goes_into.items():
-            places = self.shared.places(parameter)
-            for i in {self._block_of(place) for place in places}:
-                if i is not None or not reads.isdisjoint(places):
-                    tensors[i].append(name)
-        return tensors | {i: tensors[self._number[name]] for i, name in enumerate(self.names)}
-
-    def _block_of(self, parameter: str) -> int | None:
-        """The number of the block that a parameter belongs to; None if it is outside of the blocks."""
-        parts = parameter.split(".")
-        places = (".".join(parts[:n]) for n in range(1, len(parts)))
-        return next((self._number[place] for place in places if place in self._number), None)
+    def _tensors_of(self, i: int | None) -> list[str]:
+        return self._tensors[None if i is None else self.names[i]]
 
     def _bytes_of(self, i: int | None) -> int:
-        return sum(self.infos[name].nbytes for name in self._tensors_of[i])
+        return sum(self.infos[name].nbytes for name in self._tensors_of(i))
 
     def _cut(self, block_bytes: int) -> list[list[str]]:
         """Cut the list of all tensors outside of the blocks into pieces; `block_bytes` are those of the largest block.
@@ -152,8 +144,8 @@ class StreamedModel(BlockModel):
         What text needs is held together in any case. A single tensor may be larger than a piece should be.
         """
         most, size = max(block_bytes, self._bytes_of(None)), 0
-        inside = {name for name, parameter in self._skeleton.goes_into.items() if self._block_of(parameter) is not None}
-        needed = self._tensors_of[None]
+        blocks, needed = frozenset(self.names), self._tensors_of(None)
+        inside = {name for name, parameter in self._skeleton.goes_into.items() if block_of(parameter, blocks)}
         pieces: list[list[str]] = [[]]
         # First what text needs.
         for name in (*needed, *sorted(self.infos.keys() - inside.union(needed))):
@@ -167,7 +159,7 @@ class StreamedModel(BlockModel):
 
     def _notes(self) -> list[str]:
         tensors, built, kind = self.infos, self._skeleton, type(self.model).__name__
-        needed = {*self._tensors_of[None], *built.unused}
+        needed = {*self._tensors_of(None), *built.unused}
         # By what is said of them: tensors outside of the blocks that are not loaded.
         others = {
             f"{kind} has no use for": built.unused,
@@ -187,7 +179,7 @@ class StreamedModel(BlockModel):
                 notes.append(f"not pruned: {len(names)} tensors that {what}, {size:.2f} GB, {names[0]} first")
         state = self.model.state_dict()
         changed: dict[torch.dtype, list[str]] = {}
-        for name in (name for i in self.unique_blocks for name in self._tensors_of[i]):
+        for name in (name for i in self.unique_blocks for name in self._tensors_of(i)):
             dtype = state[built.goes_into[name]].dtype
             if tensors[name].dtype.is_floating_point and tensors[name].dtype != dtype:
                 changed.setdefault(dtype, []).append(name)

@@ -116,7 +116,7 @@ def test_bad_configs_are_one_line(content, line, tmp_path, capsys):
 
 
 def test_no_model_there(tmp_path, capsys, monkeypatch):
-    assert "no config.json" in refused(capsys, "--model", tmp_path)
+    assert "config.json: missing" in refused(capsys, "--model", tmp_path)
     assert "no such folder or file" in refused(capsys, "--model", tmp_path / "nothing")
     assert "could not be downloaded from the Hub" in refused(capsys, "--model", "a/b/c")
     asked = []
