@@ -93,15 +93,14 @@ def test_expected_size_is_what_lies_between_blocks(family, tmp_path):
             model.open(i)
             for j in range(len(states)):
                 states.leave(i, j, states.output(i, j))
-            most = max(most, sum(x.nbytes for x in states.beside()[0]))
+            most = max(most, sum(x.nbytes for x in states.between()))
             states.arrive(states.position)
         differing = {*states.carried[0].constants} - {*states.carried[1].constants}
-        before = sum(x.read().nbytes for x in differing)
-    expected = shape.between.of_stream(seqlen)
+        assert differing == {states.carried[0].constants[n] for n in states.of_batch}
+    expected = [x.nbytes(seqlen) for x in shape.between]
     # Indices are as many as there are tokens, up to a limit that few tokens do not reach.
     assert expected[0] == states.hidden[0].nbytes
-    assert most <= sum(expected[1:]) <= (4 if family == "glm_moe_dsa" else 1) * most
-    assert before == sum(shape.between.of_text(seqlen))
+    assert most <= sum(expected) <= (4 if family == "glm_moe_dsa" else 1) * most
 
 
 def writing(run, *args, position_embeddings, **kwargs):
