@@ -152,11 +152,8 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
         "solve": (weights + kept + solve, others + kept_on_host),
     }
     if config.reconstruct:
-        predicts = shape.blocks[-1].predicts and bool(shape.blocks[-1].layers)
-        phases["reconstruct"] = (
-            max(b.nbytes + _reconstruction(b, shape, workload, tokens) for b in blocks),
-            others + (passing if predicts else 0),
-        )
+        fitted = max(b.nbytes + _reconstruction(b, shape, workload, tokens) for b in blocks)
+        phases["reconstruct"] = fitted, others + passing
     phases["write"] = weights, others
     phases["end"] = end, max(passing, piece) if workload.gpu else max(0, piece - end)
     near, far = _activations(shape, workload, placement)
@@ -164,7 +161,8 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     if not workload.gpu:
         sent = any(layer.experts for b in blocks for layer in b.all_layers)
         process += LIBRARIES + CODE_OF_EXPERTS * (sent and shape.itemsize == 2)
-    texts = reading_bytes(workload.windows, workload.evaluation, workload.seqlen)
+    # One rank reads the texts of all.
+    texts = workload.ranks * reading_bytes(workload.windows, workload.evaluation, workload.seqlen)
     needs = {"texts": (0, workload.process + texts)}
     margin = 1 + (GPU_MARGIN if workload.gpu else CPU_MARGIN)
     for phase, (on_device, on_host) in phases.items():
@@ -194,16 +192,13 @@ def activation_bytes(shape: ModelShape, workload: Workload) -> int:
 
 def keepable_widths(shape: ModelShape, workload: Workload) -> set[int]:
     """Widths of the inputs that can be kept."""
-    if not workload.config.uses_dense_target:
-        return set()
-    widths = {width for block in dict.fromkeys(shape.blocks) for width in _keepable(block, workload.config)}
-    return widths - {0}
+    return {width for block in dict.fromkeys(shape.blocks) for width in _keepable(block, workload.config)} - {0}
 
 
 def _keepable(block: BlockShape, config: PruneConfig) -> list[int]:
     """By stage of a block, the width of its input; 0 where it is not kept, as in `driver.block`."""
     order = stages(block.layers)
-    widths = [stage[0].d if stage[0].role.keepable else 0 for stage in order]
+    widths = [stage[0].d if config.uses_dense_target and stage[0].role.keepable else 0 for stage in order]
     return [*widths[:-1], 0] if config.goes_back and widths else widths
 
 
