@@ -162,7 +162,8 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
         sent = any(layer.experts for b in blocks for layer in b.all_layers)
         process += LIBRARIES + CODE_OF_EXPERTS * (sent and shape.itemsize == 2)
     # One rank reads the texts of all.
-    texts = workload.ranks * reading_bytes(workload.windows, workload.evaluation, workload.seqlen)
+    read = [workload.ranks * n for n in (workload.windows, *workload.evaluation)]
+    texts = reading_bytes(read[0], read[1:], workload.seqlen)
     needs = {"texts": (0, workload.process + texts)}
     margin = 1 + (GPU_MARGIN if workload.gpu else CPU_MARGIN)
     for phase, (on_device, on_host) in phases.items():

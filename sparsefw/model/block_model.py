@@ -266,9 +266,9 @@ class ResidentModel(BlockModel):
         self.set_back = set_back
         slow = next((x.dtype for x in model.parameters() if computes_in_fp32(x.dtype, device)), None)
         in_fp32 = slow is not None
-        outside = partial(on_device, device=device, in_fp32=in_fp32)
+        ready = partial(on_device, device=device, in_fp32=in_fp32)
         given = None if batch is None else batch.to(device, in_fp32)
-        path = path_through(model, given, outside, partial(outside, copy_buffers=True))
+        path = path_through(model, given, ready, ready)
         everything = {slot.path for slot in slots_of(model.named_modules(remove_duplicate=False))}
         super().__init__(model, path, shared_parameters(model, path.order, {}, everything), device, in_fp32)
         self.notes = [f"not pruned: {reason}" for reason in path.passed_over.values()] + self.shared.notes

@@ -109,29 +109,24 @@ def filled(slots: list[Slot], make: Callable[[Slot], Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def on_device(
-    modules: Iterable[nn.Module], device: torch.device, in_fp32: bool = False, copy_buffers: bool = False
-) -> Iterator[None]:
+def on_device(modules: Iterable[nn.Module], device: torch.device, in_fp32: bool = False) -> Iterator[None]:
     """Inside the `with` block the tensors of modules are on a device, and none of them was made in inference mode.
+
+    Buffers are copies in any case: the modules may write to them.
 
     Args:
         modules: the modules.
         device: the device.
         in_fp32: whether those of half precision are in fp32.
-        copy_buffers: whether buffers are copies in any case. The modules may write to them.
     """
     slots = slots_of(("", module) for module in modules)
-    others = [
-        slot
-        for slot in slots
-        if is_copied(slot.own, device, in_fp32) or (copy_buffers and not isinstance(slot.own, nn.Parameter))
-    ]
+    others = [slot for slot in slots if not isinstance(slot.own, nn.Parameter) or is_copied(slot.own, device, in_fp32)]
     with filled(others, lambda slot: computed(slot.own.detach().to(device, copy=True), in_fp32)):
         yield
 
 
 def is_copied(tensor: Tensor, device: torch.device, in_fp32: bool) -> bool:
-    """Whether `on_device` copies a tensor."""
+    """Whether `on_device` copies a parameter."""
     return tensor.device != device or tensor.is_inference() or (in_fp32 and tensor.dtype in HALF)
 
 
