@@ -109,7 +109,7 @@ class ModelShape:
         blocks: in their order.
         outside: bytes of the parameters outside of the blocks that are loaded.
         hidden: width of the residual stream.
-        vocabulary: entries of a logit vector.
+        vocabulary: number of the tokens that it embeds, and about the entries of a logit vector; 0: it has no logits.
         heads: attention heads, if attention holds all scores at once; else 0.
         itemsize: bytes of an entry of an activation.
         logits_itemsize: bytes of an entry of the logits, which some heads return in fp32.
@@ -163,22 +163,11 @@ class ModelShape:
         Args:
             selects: called with the full name of a layer; each expert has a name of its own.
         """
-        names = tuple(
-            (block, tuple(layer for layer in layers if selects(f"{block}.{layer}")))
-            for block, layers in self.names_by_block
-        )
-        blocks = tuple(
-            _with_layers(shape, Counter(kind_of(layer, shape.experts) for layer in layers))
-            for shape, (_, layers) in zip(self.blocks, names, strict=True)
-        )
-        return replace(self, blocks=blocks, names_by_block=names)
-
-
-def _with_layers(shape: BlockShape, counts: Counter[str]) -> BlockShape:
-    """The shape of a block with `counts` matrices of each kind left to prune."""
-    layers = tuple(
-        replace(layer, experts=counts[layer.name] if layer.experts else 0)
-        for layer in shape.layers
-        if counts[layer.name]
-    )
-    return replace(shape, layers=layers)
+        blocks, names = [], []
+        for shape, (block, every) in zip(self.blocks, self.names_by_block, strict=True):
+            layers = tuple(layer for layer in every if selects(f"{block}.{layer}"))
+            counts = Counter(kind_of(layer, shape.experts) for layer in layers)
+            left = (replace(x, experts=counts[x.name] if x.experts else 0) for x in shape.layers if counts[x.name])
+            blocks.append(replace(shape, layers=tuple(left)))
+            names.append((block, layers))
+        return replace(self, blocks=tuple(blocks), names_by_block=tuple(names))
