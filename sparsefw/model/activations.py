@@ -49,8 +49,8 @@ class Store:
 
     def put(self, x: Tensor) -> "Stored":
         """Store a tensor with its dimensions in the order in which they lie in memory, and nothing beside it."""
-        if x.untyped_storage().nbytes() != x.nbytes:
-            # A slice would hold all of what it is cut from.
+        if x.untyped_storage().nbytes() != x.nbytes or 0 in x.stride():
+            # A slice would hold all of what it is cut from, and nothing is copied to repeated entries.
             x = x.clone()
         return Stored(self, self._written(x))
 
