@@ -217,8 +217,7 @@ class Product:
 
 # By function that multiplies a left operand with a right one: positions and names of both, and of what is added to the
 # product.
-_LINEAR = ((0, "input"), (1, "weight"), (2, "bias"))
-_CALLS: dict[Any, tuple[tuple[int, str], ...]] = {nn.functional.linear: _LINEAR}
+_CALLS: dict[Any, tuple[tuple[int, str], ...]] = {nn.functional.linear: ((0, "input"), (1, "weight"), (2, "bias"))}
 _CALLS |= dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), ((0, "input"), (1, "other")))
 _CALLS |= dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), ((0, "input"), (1, "mat2")))
 _CALLS |= dict.fromkeys((torch.addmm, Tensor.addmm), ((1, "mat1"), (2, "mat2"), (0, "input")))
