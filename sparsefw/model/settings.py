@@ -36,7 +36,7 @@ def _not_dispatched(function: Any) -> Any:
 
 # Entries of a config, and their values in a run: a forward returns no more than is needed, and keeps no keys and values
 # of a cache; mixtures multiply with one expert at a time, where the input of each is seen.
-_ENTRIES = {"output_hidden_states": False, "output_attentions": False, "output_router_logits": False}
+_ENTRIES: dict[str, Any] = {"output_hidden_states": False, "output_attentions": False, "output_router_logits": False}
 _ENTRIES |= {"return_dict": True, "use_cache": False, "_experts_implementation_internal": "eager"}
 
 
