@@ -7,7 +7,8 @@ question, are branches of one tree. A token attends to itself and to the tokens 
 import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import accumulate
@@ -15,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sparsefw.data.batches import Batch, token_batch
+from sparsefw.model import HiddenStates
 
 # A row is padded to a length that leaves at most 1 / PADDING of it empty, so that few lengths occur.
 PADDING = 16
@@ -69,18 +70,13 @@ class Row:
 
     Attributes:
         tokens: the tokens of the tree; each comes behind its parent.
-        parents: place of each token's parent in `tokens`; -1 for the first.
-        targets: by place, the tokens that are predicted there, each with the number of its request.
-        path: places of the tokens of the request that was added last.
-        own: places of the tokens that the last branch does not share.
+        paths: by the number of a request, the places of its tokens in `tokens`. Those that no request before it has
+            follow each other at the end.
         depth: number of tokens of the longest request.
     """
 
     tokens: "array[int]" = field(default_factory=lambda: array("i"))
-    parents: "array[int]" = field(default_factory=lambda: array("i"))
-    targets: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    path: list[int] = field(default_factory=list)
-    own: list[int] = field(default_factory=list)
+    paths: dict[int, "array[int]"] = field(default_factory=dict)
     depth: int = 0
 
     @property
@@ -96,47 +92,35 @@ class Row:
             common: number of tokens that it and the last request begin with.
             sharing: what a row may hold.
         """
-        if common == len(self.path) and not self.branches and (sharing or length == common):
+        if common == len(self.tokens) and (sharing or length == common):
             return True
         fits = len(self.tokens) + length - common <= BRANCHES * max(self.depth, length)
         return sharing == Sharing.BRANCHES and common >= SHARED_TOKENS and fits
 
-    def add(self, number: int, request: Request, common: int) -> None:
-        """Add request `number`, which has its first `common` tokens in common with the last one."""
-        path, first = self.path[:common], len(self.tokens)
-        for token in request.read[common:]:
-            self.parents.append(path[-1] if path else -1)
-            path.append(len(self.tokens))
-            self.tokens.append(token)
-        for place, target in zip(path[len(path) - len(request.targets) :], request.targets, strict=True):
-            self.targets.setdefault(place, []).append((number, target))
-        self.path, self.depth = path, max(self.depth, len(path))
-        self.own = [*range(first, len(self.tokens))] or self.own
+    def add(self, number: int, read: "array[int]", shared: "array[int]") -> "array[int]":
+        """Add request `number`, which has the tokens at the places `shared` in common with others; returns its path."""
+        added = read[len(shared) :]
+        path = shared + array("i", range(len(self.tokens), len(self.tokens) + len(added)))
+        self.tokens += added
+        self.paths[number], self.depth = path, max(self.depth, len(path))
+        return path
 
 
-@dataclass(frozen=True)
+@dataclass
 class Group:
-    """Rows that are padded to the same length.
+    """Rows that are padded to the same length, all of them trees or none.
 
     Attributes:
         length: tokens in a row.
         rows: the rows.
-        trees: whether rows have branches.
+        batches: the rows of each micro-batch, during a pass.
+        states: the hidden states of these.
     """
 
     length: int
     rows: list[Row]
-    trees: bool
-
-    def batches(self, tokens: int, dtype: torch.dtype) -> Iterator[Batch]:
-        """Micro-batches of `tokens` tokens, at least one row each; `dtype` is that of the masks of trees."""
-        for rows in self.split(tokens):
-            yield tree_batch(rows, self.length, dtype) if self.trees else token_batch(padded(rows, self.length))
-
-    def split(self, tokens: int) -> Iterator[list[Row]]:
-        """The rows of each micro-batch."""
-        size = max(1, tokens // self.length)
-        return (self.rows[first : first + size] for first in range(0, len(self.rows), size))
+    batches: list[list[Row]] = field(init=False)
+    states: HiddenStates = field(init=False)
 
 
 def rows_of(requests: Sequence[Request], sharing: Sharing) -> list[Row]:
@@ -147,7 +131,7 @@ def rows_of(requests: Sequence[Request], sharing: Sharing) -> list[Row]:
         sharing: what a row may hold.
     """
     rows: list[Row] = []
-    before = array("i")
+    before = path = array("i")
     # In this order, the request before is the one with the most tokens in common, and a beginning comes before what
     # it is the beginning of.
     for number in sorted(range(len(requests)), key=lambda n: requests[n].read):
@@ -156,18 +140,16 @@ def rows_of(requests: Sequence[Request], sharing: Sharing) -> list[Row]:
         if not rows or not rows[-1].takes(len(read), common, sharing):
             rows.append(Row())
             common = 0
-        rows[-1].add(number, requests[number], common)
-        before = read
+        before, path = read, rows[-1].add(number, read, path[:common])
     return rows
 
 
 def groups_of(rows: Sequence[Row], sharing: Sharing, most: int = sys.maxsize) -> list[Group]:
     """Rows by their padded length, the longest first; `most` is the number of tokens that the model reads at once."""
-    by_length: dict[tuple[int, bool], list[Row]] = {}
+    groups: dict[tuple[int, bool], list[Row]] = defaultdict(list)
     for row in rows:
-        length = padded_length(len(row.tokens), most) if sharing else len(row.tokens)
-        by_length.setdefault((length, row.branches), []).append(row)
-    return [Group(length, of_length, trees) for (length, trees), of_length in sorted(by_length.items(), reverse=True)]
+        groups[padded_length(len(row.tokens), most) if sharing else len(row.tokens), row.branches].append(row)
+    return [Group(length, of_length) for (length, _), of_length in sorted(groups.items(), reverse=True)]
 
 
 def padded_length(length: int, most: int = sys.maxsize) -> int:
@@ -177,26 +159,28 @@ def padded_length(length: int, most: int = sys.maxsize) -> int:
     return most if length <= most < rounded else rounded
 
 
-def padded(rows: Sequence[Row], length: int) -> Tensor:
-    """Tokens of rows (rows, length), padded on the right, where no other token reads."""
+def batch_of(rows: Sequence[Row], length: int, dtype: torch.dtype) -> Batch:
+    """Rows of a group as a batch of a language model, padded on the right, where no other token reads.
+
+    Trees have the positions of their tokens, and a mask in `dtype` of what each token attends to.
+    """
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     for n, row in enumerate(rows):
         ids[n, : len(row.tokens)] = torch.tensor(row.tokens)
-    return ids
-
-
-def tree_batch(rows: Sequence[Row], length: int, dtype: torch.dtype) -> Batch:
-    """Trees as a batch of a language model: with the positions of the tokens, and the mask of what each attends to."""
+    batch = token_batch(ids)
+    if not rows[0].branches:
+        return batch
     positions = np.zeros((len(rows), length), dtype=np.int64)
     attends = np.broadcast_to(np.eye(length, dtype=bool), (len(rows), length, length)).copy()
     for n, row in enumerate(rows):
-        for place, parent in enumerate(row.parents):
-            if parent >= 0:
-                positions[n, place] = positions[n, parent] + 1
-                attends[n, place, : parent + 1] = attends[n, parent, : parent + 1]
+        placed = 0
+        for path in map(np.array, row.paths.values()):
+            shared = int(np.searchsorted(path, placed))
+            own, placed = path[shared:], placed + len(path) - shared
+            positions[n, own] = np.arange(shared, len(path))
+            attends[n][np.ix_(own, path)] = np.tri(len(own), len(path), shared, dtype=bool)
     # Added to the scores of attention: every implementation of it takes this form.
     mask = torch.zeros(attends.shape, dtype=dtype).masked_fill_(~torch.from_numpy(attends), torch.finfo(dtype).min)
-    batch = token_batch(padded(rows, length))
     arguments = {"attention_mask": mask[:, None], "position_ids": torch.from_numpy(positions)}
     return Batch(batch.args, batch.kwargs | arguments, batch.windows)
 

@@ -11,11 +11,10 @@ hold less. Recurrent layers show behind the first block that they take no trees.
 import math
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from itertools import islice
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -26,8 +25,8 @@ from sparsefw.data.batches import token_batch
 from sparsefw.errors import InputError, counted
 from sparsefw.estimate.memory import Workload
 from sparsefw.estimate.placement import memory_limits, place
-from sparsefw.evaluation.rows import Group, Request, Row, Sharing, groups_of, partition, rows_of
-from sparsefw.model import HiddenStates, ModelShape, Placement, StreamedModel, shape_of
+from sparsefw.evaluation.rows import Group, Request, Row, Sharing, batch_of, groups_of, partition, rows_of
+from sparsefw.model import ModelShape, Placement, StreamedModel, shape_of
 from sparsefw.model.forward import check_token, embed_batches, run_behind_blocks
 from sparsefw.model.skeleton import max_seqlen
 from sparsefw.ranks import ALONE, Ranks
@@ -94,7 +93,7 @@ def scores_of(
             say(f"note: {arithmetic.note(source.dtype)}")
         check_token(max((max(*r.read, *r.targets) for r in mine), default=0), model.vocabulary)
         shape = shape_of(source, in_fp32)
-        found = _answers(model, shape, mine, limits, say, progress and ranks.first, ranks) if mine else []
+        found = _answers(model, shape, mine, limits, say, progress and ranks.first) if mine else []
     answers: dict[int, Score] = {}
     for numbers, of_rank in zip(parts, ranks.gather(found), strict=True):
         answers |= zip(numbers, of_rank, strict=True)
@@ -113,7 +112,6 @@ def _answers(
     limits: dict[str, int],
     say: Callable[[str], None],
     progress: bool,
-    ranks: Ranks,
 ) -> list[Score]:
     """The answers of one rank, in rows that hold as much as the model allows."""
     for sharing in sorted(Sharing, reverse=True):
@@ -121,22 +119,20 @@ def _answers(
         checks = _checks(rows) if sharing else []
         if sharing and (not checks or (sharing == Sharing.BRANCHES and not any(row.branches for row in rows))):
             continue
-        groups = groups_of(rows, sharing, max_seqlen(model.config) or sys.maxsize)
-        groups += groups_of([check.alone for check in checks], Sharing.NOTHING)
-        placement = _placement(shape, model.device, groups, limits, ranks)
+        groups = groups_of(rows, sharing, max_seqlen(model.config) or sys.maxsize) + [check.alone for check in checks]
+        placement = _placement(shape, model.device, groups, limits)
         say(
             f"requests: {len(requests)} with {sum(len(request.read) for request in requests)} tokens, computed as "
             f"{len(rows)} rows with {sum(len(row.tokens) for row in rows)}; shared: {sharing.name.lower()}"
         )
         try:
-            found = _Pass(model, shape.by_window, groups, checks, placement).run(progress)
+            if _pass(model, groups, checks, placement, progress):
+                with model.outside():
+                    return _scores(model, shape.by_window, requests, groups)
         except InputError:
             # Some models take no mask of a tree.
             if sharing < Sharing.BRANCHES:
                 raise
-            found = None
-        if found is not None:
-            return [found[n] for n in range(len(requests))]
     raise AssertionError("without sharing nothing is checked")
 
 
@@ -146,12 +142,12 @@ class _Check(NamedTuple):
     Attributes:
         row: the row that holds it.
         places: places there that are compared: the last ones, which no other request has.
-        alone: a row that holds it alone; the last places there are compared.
+        alone: the request alone; the last places there are compared.
     """
 
     row: Row
     places: list[int]
-    alone: Row
+    alone: Group
 
 
 def _checks(rows: Sequence[Row]) -> list[_Check]:
@@ -162,17 +158,15 @@ def _checks(rows: Sequence[Row]) -> list[_Check]:
     for row in dict.fromkeys(found):
         if row is None or row.depth < LEAST:
             continue
-        # The request's path, and those of its places that no other request has.
-        path, own = (row.path, row.own) if row.branches else [row.path[: row.depth // 2]] * 2
-        alone = Row()
-        alone.add(0, Request(array("i", [row.tokens[place] for place in path]), array("i")), 0)
-        checks.append(_Check(row, own[-COMPARED:], alone))
+        path = np.array([*row.paths.values()][-1]) if row.branches else np.arange(row.depth // 2)
+        # The last places that follow each other are those of the branch.
+        own = np.split(path, np.flatnonzero(np.diff(path) != 1) + 1)[-1]
+        alone = Row(array("i", [row.tokens[place] for place in path]), depth=len(path))
+        checks.append(_Check(row, own[-COMPARED:].tolist(), Group(len(path), [alone])))
     return checks
 
 
-def _placement(
-    shape: ModelShape, device: torch.device, groups: Sequence[Group], limits: dict[str, int], ranks: Ranks
-) -> Placement:
+def _placement(shape: ModelShape, device: torch.device, groups: Sequence[Group], limits: dict[str, int]) -> Placement:
     """What a pass holds at once: that of a run on as many tokens, in windows of the longest row, that prunes nothing.
 
     Raises:
@@ -180,7 +174,8 @@ def _placement(
     """
     seqlen = max(group.length for group in groups)
     # The mask of a tree has a number for each two of its tokens.
-    tokens = sum(len(group.rows) * group.length * (1 + group.trees * group.length // shape.hidden) for group in groups)
+    masks = [group.rows[0].branches * group.length // shape.hidden for group in groups]
+    tokens = sum(len(group.rows) * group.length * (1 + n) for group, n in zip(groups, masks, strict=True))
     workload = Workload(
         windows=-(-tokens // seqlen),
         # Logits are computed.
@@ -195,105 +190,89 @@ def _placement(
     return placement
 
 
-class _Pass:
-    """A pass of rows through a model.
+def _pass(
+    model: StreamedModel, groups: Sequence[Group], checks: Sequence[_Check], placement: Placement, progress: bool
+) -> bool:
+    """Run all rows through all blocks; False once a check has failed."""
+    store, tokens = placement.store(model.device), placement.batch * max(group.length for group in groups)
+    dtypes = (x.dtype for x in model.model.parameters() if x.is_floating_point())
+    dtype = torch.float32 if model.in_fp32 else next(dtypes)
+    with model.outside():
+        for group in groups:
+            size = max(1, tokens // group.length)
+            group.batches = [group.rows[first : first + size] for first in range(0, len(group.rows), size)]
+            batches = (batch_of(rows, group.length, dtype) for rows in group.batches)
+            group.states = embed_batches(model, batches, store)
+    with tqdm(total=len(model.blocks), unit="block", disable=None if progress else True) as bar:
+        for i in range(len(model.blocks)):
+            model.open(i, placement.ahead)
+            for group in groups:
+                group.states.advance(i)
+            model.close(i)
+            if not all(_alike(check, groups) for check in checks):
+                return False
+            bar.update()
+    return True
+
+
+def _alike(check: _Check, groups: Sequence[Group]) -> bool:
+    """Whether a request has the same hidden states by itself and with others, but for what products round.
+
+    The median over positions counts: a router may send single tokens to other experts.
+    """
+    alone = check.alone.states.hidden[0]
+    if alone.shape[:2] != (1, check.alone.length):
+        # The hidden states of tokens cannot be told from each other.
+        return False
+    group = next(group for group in groups if check.row in group.rows)
+    j, n = divmod(group.rows.index(check.row), len(group.batches[0]))
+    shared, own = group.states.hidden[j][n, check.places].float(), alone[0, -len(check.places) :].float()
+    distances = (shared - own).norm(dim=-1) / own.norm(dim=-1)
+    return float(distances.median()) <= TOLERANCE[alone.dtype.itemsize]
+
+
+def _scores(model: StreamedModel, by_window: bool, requests: Sequence[Request], groups: Sequence[Group]) -> list[Score]:
+    """The answers, from the hidden states behind the last block.
 
     Args:
         model: the model.
         by_window: whether logits are made of the hidden states of single tokens.
-        groups: the rows.
-        checks: what is compared behind every block.
-        placement: what is held at once, and where.
+        requests: the requests.
+        groups: their rows.
     """
+    sums = torch.zeros(len(requests), dtype=torch.float64)
+    greedy = torch.ones(len(requests), dtype=torch.bool)
+    # The placement has room for logits of the longest row.
+    size = max(1, min(LOGITS // (4 * (model.vocabulary or 1)), max(group.length for group in groups)))
+    for group in groups:
+        for j, rows in enumerate(group.batches):
+            predicted = [
+                (n, place, number, target)
+                for n, row in enumerate(rows)
+                for number, path in row.paths.items()
+                for place, target in zip(path[-len(requests[number].targets) :], requests[number].targets, strict=True)
+            ]
+            logits_at = _logits(model, by_window, group, j)
+            for first in range(0, len(predicted), size):
+                n, place, numbers, targets = torch.tensor(predicted[first : first + size]).T
+                logits = logits_at(n, place).float()
+                logprobs = logits[torch.arange(len(targets)), targets].double() - logits.logsumexp(-1).double()
+                sums.index_add_(0, numbers, logprobs.cpu())
+                greedy[numbers[logits.argmax(-1).cpu() != targets]] = False
+    return [Score(*of) for of in zip(sums.tolist(), greedy.tolist(), strict=True)]
 
-    def __init__(
-        self,
-        model: StreamedModel,
-        by_window: bool,
-        groups: Sequence[Group],
-        checks: Sequence[_Check],
-        placement: Placement,
-    ) -> None:
-        self._model, self._by_window, self._groups, self._checks = model, by_window, groups, checks
-        self._placement, self._longest = placement, max(group.length for group in groups)
-        self._tokens = placement.batch * self._longest
-        self._dtype = next(x.dtype for x in model.model.parameters() if x.is_floating_point())
-        self._dtype = torch.float32 if model.in_fp32 else self._dtype
-        self._found = {row: (g, n) for g, group in enumerate(groups) for n, row in enumerate(group.rows)}
-        self._states: list[HiddenStates] = []
 
-    def run(self, progress: bool) -> dict[int, Score] | None:
-        """Run all rows; returns the answers by the numbers of requests, or None once a check has failed."""
-        model, store = self._model, self._placement.store(self._model.device)
-        with ExitStack() as stack:
-            with model.outside():
-                for group in self._groups:
-                    self._states.append(embed_batches(model, group.batches(self._tokens, self._dtype), store))
-                    stack.callback(self._states[-1].close)
-            bar = stack.enter_context(tqdm(total=len(model.blocks), unit="block", disable=None if progress else True))
-            for i in range(len(model.blocks)):
-                model.open(i, self._placement.ahead)
-                for states in self._states:
-                    states.advance(i)
-                model.close(i)
-                if not all(map(self._alike, self._checks)):
-                    return None
-                bar.update()
-            with model.outside():
-                return self._scores()
+def _logits(model: StreamedModel, by_window: bool, group: Group, j: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """What gives the logits (positions, vocabulary) of micro-batch j at numbers of rows and places in them."""
+    hidden = group.states.hidden[j]
+    if not by_window:
+        batch = batch_of(group.batches[j], group.length, hidden.dtype)
+        whole = run_behind_blocks(model, batch, hidden, group.states.behind_last(j)).logits
+        return lambda n, place: whole[n, place]
 
-    def _alike(self, check: _Check) -> bool:
-        """Whether a request has the same hidden states by itself and with others, but for what products round.
+    def logits_at(n: Tensor, place: Tensor) -> Tensor:
+        # The tokens make no difference behind the last block.
+        batch = token_batch(torch.zeros(len(n), 1, dtype=torch.int64))
+        return run_behind_blocks(model, batch, hidden[n, place][:, None], {}).logits[:, 0]
 
-        The median over positions counts: a router may send single tokens to other experts.
-        """
-        g, _ = self._found[check.alone]
-        if self._states[g].hidden[0].shape[:2] != (self._states[g].windows[0], self._groups[g].length):
-            # The hidden states of tokens cannot be told from each other.
-            return False
-        shared, alone = self._hidden(check.row)[check.places], self._hidden(check.alone)[-len(check.places) :]
-        distances = (shared - alone).norm(dim=-1) / alone.norm(dim=-1)
-        return float(distances.median()) <= TOLERANCE[self._dtype.itemsize]
-
-    def _hidden(self, row: Row) -> Tensor:
-        """The hidden states (tokens, d) of a row, in fp32."""
-        g, n = self._found[row]
-        j, n = divmod(n, self._states[g].windows[0])
-        return self._states[g].hidden[j][n].float()
-
-    def _scores(self) -> dict[int, Score]:
-        """The answers, from the hidden states behind the last block."""
-        sums: dict[int, float] = {}
-        greedy: dict[int, bool] = {}
-        for group, states in zip(self._groups, self._states, strict=True):
-            for j, rows in enumerate(group.split(self._tokens)):
-                places = [(n, place) for n, row in enumerate(rows) for place in row.targets]
-                for logits, where in self._logits(group, states, j, places):
-                    answers = [(k, *of) for k, (n, place) in enumerate(where) for of in rows[n].targets[place]]
-                    at, numbers, targets = zip(*answers, strict=True)
-                    logprobs = logits[at, targets].double() - logits.logsumexp(-1).double()[[*at]]
-                    best = logits.argmax(-1)[[*at]].tolist()
-                    for number, logprob, most, target in zip(numbers, logprobs.tolist(), best, targets, strict=True):
-                        sums[number] = sums.get(number, 0.0) + logprob
-                        greedy[number] = greedy.get(number, True) and most == target
-        return {number: Score(sums[number], greedy[number]) for number in sums}
-
-    def _logits(
-        self, group: Group, states: HiddenStates, j: int, places: list[tuple[int, int]]
-    ) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
-        """Logits (positions, vocabulary) in fp32 at places of micro-batch j, some at a time, with their places."""
-        model, hidden = self._model, states.hidden[j]
-        if not self._by_window:
-            batch = next(islice(group.batches(self._tokens, self._dtype), j, None))
-            whole = run_behind_blocks(model, batch, hidden, states.behind_last(j)).logits
-        # The placement has room for logits of the longest row.
-        size = max(1, min(LOGITS // (4 * (model.vocabulary or 1)), self._longest))
-        for first in range(0, len(places), size):
-            where = places[first : first + size]
-            n, place = torch.tensor(where, device=hidden.device).T
-            if self._by_window:
-                # The tokens make no difference behind the last block.
-                batch = token_batch(torch.zeros(len(where), 1, dtype=torch.int64))
-                yield run_behind_blocks(model, batch, hidden[n, place][:, None], {}).logits[:, 0].float(), where
-            else:
-                yield whole[n, place].float(), where
+    return logits_at

@@ -12,10 +12,10 @@ from sparsefw.evaluation.rows import (
     SHARED_TOKENS,
     Request,
     Sharing,
+    batch_of,
     partition,
     request_of,
     rows_of,
-    tree_batch,
 )
 
 
@@ -34,13 +34,6 @@ def drawn(seed, count=60):
     return requests
 
 
-def path_to(row, place):
-    path = [place]
-    while row.parents[path[-1]] >= 0:
-        path.append(row.parents[path[-1]])
-    return path[::-1]
-
-
 def test_requests_are_cut_on_the_left():
     assert request_of([1, 2, 3, 4], [5, 6], 3) == request([3, 4, 5], [5, 6])
     assert request_of([1], [5, 6], 9) == request([1, 5], [5, 6])
@@ -51,13 +44,11 @@ def test_requests_are_cut_on_the_left():
 def test_every_request_is_a_branch_of_one_row(sharing, seed):
     requests, found = drawn(seed), {}
     for row in rows_of(requests, sharing):
-        last = {n: place for place, of in sorted(row.targets.items()) for n, _ in of}
-        for number, place in last.items():
+        for number, path in row.paths.items():
             assert number not in found
-            path, targets = path_to(row, place), len(requests[number].targets)
-            predicted = [token for place in path[-targets:] for n, token in row.targets[place] if n == number]
-            found[number] = request([row.tokens[place] for place in path], predicted)
-    assert [found[n] for n in range(len(requests))] == requests
+            assert sorted(path) == [*path]
+            found[number] = [row.tokens[place] for place in path]
+    assert [found[n] for n in range(len(requests))] == [[*request.read] for request in requests]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -65,27 +56,29 @@ def test_what_a_row_may_hold(seed):
     requests = drawn(seed)
     rows = {sharing: rows_of(requests, sharing) for sharing in Sharing}
     for row in rows[Sharing.NOTHING]:
-        assert len({bytes(requests[n].read) for of in row.targets.values() for n, _ in of}) == 1
+        assert len({bytes(requests[n].read) for n in row.paths}) == 1
     assert not any(row.branches for row in rows[Sharing.BEGINNINGS])
     assert any(row.branches for row in rows[Sharing.BRANCHES])
     for row in rows[Sharing.BRANCHES]:
         assert len(row.tokens) <= BRANCHES * row.depth
-        assert not row.branches or len(path_to(row, SHARED_TOKENS)) == SHARED_TOKENS + 1 or row.depth <= SHARED_TOKENS
+        assert all([*path[:SHARED_TOKENS]] == [*range(len(path))][:SHARED_TOKENS] for path in row.paths.values())
     tokens = [sum(len(row.tokens) for row in rows[sharing]) for sharing in Sharing]
     assert tokens[0] > tokens[1] > tokens[2]
 
 
 def test_a_token_of_a_tree_attends_to_its_branch_alone():
-    requests = [request([*range(1, 9), 10, 11], [0]), request([*range(1, 9), 20, 21, 22], [0])]
+    stem = [*range(1, 10)]
+    requests = [request([*stem, *own], [0]) for own in ([10, 11], [20, 21, 22], [20, 21, 30], [40])]
     (row,) = rows_of(requests, Sharing.BRANCHES)
-    batch = tree_batch([row], 16, torch.float32)
+    assert len(row.tokens) == 9 + 2 + 3 + 1 + 1
+    batch = batch_of([row], 20, torch.float32)
     mask, positions = batch.kwargs["attention_mask"][0, 0], batch.kwargs["position_ids"][0]
-    for place in range(len(row.tokens)):
-        path = path_to(row, place)
-        assert torch.nonzero(mask[place] == 0).flatten().tolist() == path
-        assert positions[place] == len(path) - 1
+    for path in row.paths.values():
+        assert positions[[*path]].tolist() == [*range(len(path))]
+        for n, place in enumerate(path):
+            assert torch.nonzero(mask[place] == 0).flatten().tolist() == [*path[: n + 1]]
     # Padding attends to itself, so that no sum of probabilities is 0 / 0.
-    for place in range(len(row.tokens), 16):
+    for place in range(len(row.tokens), 20):
         assert torch.nonzero(mask[place] == 0).flatten().tolist() == [place]
 
 
