@@ -9,11 +9,10 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-from huggingface_hub.errors import HTTPError
 
 from sparsefw.errors import InputError, first_line, shown
 
@@ -85,19 +84,25 @@ def read_text(dataset: str | Sequence[str], split: Split) -> Text:
     return _from_hub(dataset, split)
 
 
+@contextmanager
+def errors_in_one_line(what: str) -> Iterator[None]:
+    """Make an error of a library, which may be any exception, one of the input; `what` could not be done."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {shown(first_line(error))}") from error
+
+
 def _read(items: Iterable[Any], source: str) -> Iterator[Any]:
-    """What a reader of a file or of the Hub yields; an error of its library is one of the input."""
-    items = iter(items)
+    """What a reader of a file or of the Hub yields."""
+    items, end = iter(items), object()
     for number in itertools.count():
-        try:
-            item = next(items)
-        except StopIteration:
+        with errors_in_one_line(f"{source}: cannot be read beyond record {number}"):
+            item = next(items, end)
+        if item is end:
             return
-        except MemoryError:
-            raise
-        # Those of gzip, zlib, JSON, pyarrow, datasets and the libraries that it downloads with have no class in common.
-        except Exception as error:
-            raise InputError(f"{source}: cannot be read beyond record {number}: {first_line(error)}") from error
         yield item
 
 
@@ -162,7 +167,6 @@ def _rows(path: Path) -> Iterator[Any]:
 
 def _from_hub(dataset: str, split: Split) -> Text:
     import datasets
-    from datasets.exceptions import DatasetsError
 
     name, detail, part = NAMED.get((dataset, split), (dataset, "", None))
     if detail.endswith(".gz"):
@@ -170,13 +174,11 @@ def _from_hub(dataset: str, split: Split) -> Text:
     else:
         # A configuration is small enough to be kept in the cache of `datasets`, where it is found without a network.
         options = {"name": detail} if detail else {"streaming": True}
-    try:
+    with errors_in_one_line(
+        f"{dataset}: cannot be read from the Hub (check the name, log in with `hf auth login` if it is gated, or give "
+        f"a local file with {FLAG[split]} PATH)"
+    ):
         records = datasets.load_dataset(name, split=part, **options)
-    except (OSError, RuntimeError, ValueError, HTTPError, DatasetsError) as error:
-        raise InputError(
-            f"{dataset}: cannot be read from the Hub ({first_line(error)}); check the name, log in with `hf auth "
-            f"login` if it is gated, or give a local file with {FLAG[split]} PATH"
-        ) from error
     if part is None:
         part = next((one for one in SPLITS[split] if one in records), None)
         if part is None:

@@ -15,7 +15,6 @@ import math
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,12 +23,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sparsefw.data.batches import Batch, token_batch
-from sparsefw.data.text import read_text
-from sparsefw.errors import InputError, first_line, shown
+from sparsefw.data.text import errors_in_one_line, read_text
+from sparsefw.errors import InputError, shown
 
 Tokenizer = PreTrainedTokenizerBase
 
-# Characters of a piece, and of those that are tokenized at once, which takes more threads.
+# Characters of a piece.
 PIECE = 2**16
 # Characters before and after a cut that decide about it.
 CONTEXT = 512
@@ -276,7 +275,7 @@ def load_tokenizer(folder: Path, add_bos_token: bool | None = None) -> Tokenizer
     """
     # An option that is None would count as given.
     options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
-    with _errors_in_one_line(f"{folder}: no tokenizer could be loaded"):
+    with errors_in_one_line(f"{folder}: no tokenizer could be loaded"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
 
 
@@ -286,7 +285,7 @@ def tokenize(tokenizer: Tokenizer, texts: list[str], special: bool = False) -> l
     Raises:
         InputError: the tokenizer fails.
     """
-    with _errors_in_one_line(f"{tokenizer.name_or_path}: the tokenizer cannot take this text"):
+    with errors_in_one_line(f"{tokenizer.name_or_path}: the tokenizer cannot take this text"):
         # Not verbose: a text longer than the model's maximum is no mistake here.
         return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
 
@@ -311,26 +310,14 @@ def tokens_of(tokenizer: Tokenizer, documents: Iterable[Iterable[str]]) -> Itera
     Raises:
         InputError: the tokenizer fails.
     """
-    batch, size = list[tuple[str, str]](), 0
     for document in documents:
-        for piece in _pieces(tokenizer, document):
-            batch.append(piece)
-            size += len(piece[1])
-            if size >= PIECE:
-                yield from _tokens_of_pieces(tokenizer, batch)
-                batch, size = [], 0
-    if batch:
-        yield from _tokens_of_pieces(tokenizer, batch)
-
-
-def _tokens_of_pieces(tokenizer: Tokenizer, pieces: list[tuple[str, str]]) -> Iterator[list[int]]:
-    found = tokenize(tokenizer, [lead + text for lead, text in pieces])
-    for (lead, text), ids in zip(pieces, found, strict=True):
-        if lead:
-            (before,) = tokenize(tokenizer, [lead])
-            # Otherwise the document was cut inside a token.
-            ids = ids[len(before) :] if ids[: len(before)] == before else tokenize(tokenizer, [text])[0]
-        yield ids
+        for lead, text in _pieces(tokenizer, document):
+            (ids,) = tokenize(tokenizer, [lead + text])
+            if lead:
+                (before,) = tokenize(tokenizer, [lead])
+                # Otherwise the document was cut inside a token.
+                ids = ids[len(before) :] if ids[: len(before)] == before else tokenize(tokenizer, [text])[0]
+            yield ids
 
 
 def _pieces(tokenizer: Tokenizer, document: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -361,14 +348,3 @@ def _find_cut(tokenizer: Tokenizer, text: str) -> int:
         if followed[: len(alone)] == alone:
             return at
     return cuts[0]
-
-
-@contextmanager
-def _errors_in_one_line(what: str) -> Iterator[None]:
-    try:
-        yield
-    except MemoryError:
-        raise
-    # Tokenizers raise plain Exception for most mistakes.
-    except Exception as error:
-        raise InputError(f"{what}: {shown(first_line(error))}") from error

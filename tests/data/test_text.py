@@ -148,7 +148,7 @@ def test_failures_of_the_hub_are_one_line(monkeypatch, dataset, error):
         raise error
 
     replace_hub(monkeypatch, fail)
-    with refused(rf"^{dataset}: cannot be read from the Hub \(No.*log in with `hf auth login`.*--eval PATH$") as caught:
+    with refused(rf"^{dataset}: cannot be read from the Hub .*`hf auth login`.*--eval PATH\): No") as caught:
         read_text(dataset, "test")
     assert "\n" not in str(caught.value)
 
