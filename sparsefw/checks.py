@@ -177,25 +177,14 @@ class _Claims:
     Attributes:
         report: the report.
         pattern: sparsity pattern.
-        scope: what one budget covers: "row", "layer" or "group"; never "row" for a method whose rows share a budget.
         refits: whether kept weights were changed.
         layers: results of the pruned layers by name.
     """
 
     report: Report
     pattern: Pattern
-    scope: str
     refits: bool
     layers: dict[str, LayerResult]
-
-    def budget(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Weights that share a budget in a layer, which follow each other, and how many of them may be kept."""
-        rows, d = shape
-        if self.scope == "layer":
-            return rows * d, patterns.kept_in_layer(self.pattern, rows, d)
-        if self.scope == "group":
-            return self.pattern.group, patterns.kept_in_group(self.pattern)
-        return d, patterns.kept_in_row(self.pattern, d)
 
 
 def _claims(path: Path) -> _Claims:
@@ -206,9 +195,8 @@ def _claims(path: Path) -> _Claims:
     if method not in METHODS or not layers:
         raise InputError(f"{path}: it has no layers pruned by {method}, the method that its arguments name")
     refits = method == "sparsegpt" or (method == "sparsefw" and report.argument("refit", int) > 0)
-    shared = pattern.scope == "row" and not METHODS[method].rows_independent
     reconstructed = report.arguments.get("reconstruct", 0) != 0
-    return _Claims(report, pattern, "layer" if shared else pattern.scope, refits or reconstructed, layers)
+    return _Claims(report, pattern, refits or reconstructed, layers)
 
 
 class _Model:
@@ -317,7 +305,7 @@ def _check_layer(verdict: Verdict, claims: _Claims, layer: LayerResult, after: T
     checks["report"].add(name)
     W = after.T if layer.transposed else after
     verdict.weights, verdict.zeros = verdict.weights + W.numel(), verdict.zeros + int((W == 0).sum())
-    width, most = claims.budget(layer.shape)
+    width, most = patterns.budget(claims.pattern, *layer.shape, METHODS[layer.method].rows_independent)
     over = _over_budget(W != 0, width, most)
     checks["pattern"].add(name, over and f"{over} are not zero, {most} may be kept")
     why = {"kept": _other_form(after, before), "zeros": _other_form(after, before)}

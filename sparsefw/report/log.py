@@ -17,7 +17,6 @@ from sparsefw.report.content import DENSE, HIDDEN, RankRecord, Reconstruction, R
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.layer import LayerResult
-from sparsefw.solver.patterns import Pattern
 
 if TYPE_CHECKING:
     from sparsefw.estimate.memory import MemoryNeeds
@@ -161,27 +160,28 @@ def placement_line(placement: Placement, needs: "MemoryNeeds", limits: dict[str,
 
 
 def sparsity_line(config: PruneConfig, shape: "ModelShape", whole: "ModelShape") -> str:
-    """The share of the weights that the pattern removes, which may differ a little from the pattern's.
+    """The share of the weights that is removed, which may differ a little from --sparsity.
 
-    Every row or matrix loses a whole number of weights.
+    Every row, group or matrix loses a whole number of weights. Compared methods are named if they remove another share.
 
     Args:
         config: pattern, methods and selection of layers.
         shape: shape of the model with the layers that are pruned.
         whole: the same with all prunable layers.
     """
-    sizes = _sizes(shape)
-    total = _weights(sizes)
-    # Compared methods are named only if they remove other numbers of weights than --method.
-    described = {method: _removed(config.pattern, method, sizes) for method in config.methods}
-    own = described.pop(config.method)
+    total, prunable = (sum(rows * d * n for (rows, d), n in _sizes(of).items()) for of in (shape, whole))
+    removed = {}
+    for method in config.methods:
+        kept = 0
+        for (rows, d), n in _sizes(shape).items():
+            size, kept_of_size = patterns.budget(config.pattern, rows, d, METHODS[method].rows_independent)
+            kept += n * rows * d // size * kept_of_size
+        removed[method] = f"{1 - kept / total:.2%}"
+    own = removed[config.method]
     line = f"sparsity: {own} of {total:,} weights"
-    for removed in dict.fromkeys(described.values()):
-        if removed != own:
-            line += f"; {', '.join(m for m in described if described[m] == removed)}: {removed}"
+    line += "".join(f"; {method}: {share}" for method, share in removed.items() if share != own)
     if config.include or config.ignore:
-        prunable = _weights(_sizes(whole))
-        line += f"; selected: {total:,} of {prunable:,} prunable weights ({_percent(total, prunable)})"
+        line += f"; selected: {total:,} of {prunable:,} prunable weights ({total / prunable:.2%})"
     return line
 
 
@@ -190,30 +190,6 @@ def _sizes(shape: "ModelShape") -> dict[tuple[int, int], int]:
     return Counter(
         (layer.rows, layer.d) for block in shape.blocks for layer in block.layers for _ in range(layer.experts or 1)
     )
-
-
-def _weights(sizes: dict[tuple[int, int], int]) -> int:
-    return sum(rows * d * count for (rows, d), count in sizes.items())
-
-
-def _removed(pattern: Pattern, method: str, sizes: dict[tuple[int, int], int]) -> str:
-    """The share that a method removes from matrices of these sizes, in words that "of N weights" may follow."""
-    if pattern.scope == "group":
-        n = patterns.kept_in_group(pattern)
-        removed = _percent(pattern.group - n, pattern.group)
-        return f"{n} of every {pattern.group} weights are kept, which removes {removed}"
-    sparsity, total = pattern.text.removeprefix("layer:"), _weights(sizes)
-    if pattern.scope == "layer" or not METHODS[method].rows_independent:
-        kept = sum(patterns.kept_in_layer(pattern, rows, d) * count for (rows, d), count in sizes.items())
-        return f"{sparsity} of every matrix: {_percent(total - kept, total)}"
-    of_row = {d: d - patterns.kept_in_row(pattern, d) for d in sorted({d for _, d in sizes})}
-    words = ", ".join(f"{n} of {d} ({_percent(n, d)})" for d, n in of_row.items())
-    gone = sum(rows * of_row[d] * count for (rows, d), count in sizes.items())
-    return f"{sparsity} of every row: {words}; {_percent(gone, total)}"
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.2f} %"
 
 
 def positions_of(report: Report) -> dict[str, int]:

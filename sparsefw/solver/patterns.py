@@ -86,6 +86,18 @@ def kept_in_layer(pattern: Pattern, rows: int, d: int) -> int:
     return rows * d - int(pattern.sparsity * rows * d)
 
 
+def budget(pattern: Pattern, rows: int, d: int, rows_independent: bool) -> tuple[int, int]:
+    """Weights that share a budget in a (rows, d) matrix, which follow each other, and how many of them are kept.
+
+    Rows that depend on each other share one budget.
+    """
+    if pattern.scope == "group":
+        return pattern.group, kept_in_group(pattern)
+    if pattern.scope == "row" and rows_independent:
+        return d, kept_in_row(pattern, d)
+    return rows * d, kept_in_layer(pattern, rows, d)
+
+
 def matches(pattern: str, layer: str) -> bool:
     """Whether a pattern stands for a layer.
 

@@ -25,21 +25,14 @@ def shape_of(*blocks: list[tuple[int, ...]]) -> SimpleNamespace:
 SMOL = shape_of(*[[(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]] * 30)
 
 
-ROWS = "0.6 of every row: 345 of 576 (59.90 %), 921 of 1536 (59.96 %); 59.91 %"
-MATRICES = "0.6 of every matrix: 60.00 %"
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({}, f"{ROWS} of 106,168,320 weights"),
-        ({"sparsity": "layer:0.6"}, f"{MATRICES} of 106,168,320 weights"),
-        ({"sparsity": "2:4"}, "2 of every 4 weights are kept, which removes 50.00 % of 106,168,320 weights"),
-        ({"compare": ("wanda", "sparsegpt")}, f"{ROWS} of 106,168,320 weights; sparsegpt: {MATRICES}"),
-        (
-            {"method": "sparsegpt", "compare": ("wanda", "ria")},
-            f"{MATRICES} of 106,168,320 weights; wanda, ria: {ROWS}",
-        ),
+        ({}, "59.91% of 106,168,320 weights"),
+        ({"sparsity": "layer:0.6"}, "60.00% of 106,168,320 weights"),
+        ({"sparsity": "2:4"}, "50.00% of 106,168,320 weights"),
+        ({"compare": ("wanda", "sparsegpt")}, "59.91% of 106,168,320 weights; sparsegpt: 60.00%"),
+        ({"method": "sparsegpt", "compare": ("wanda",)}, "60.00% of 106,168,320 weights; wanda: 59.91%"),
     ],
 )
 def test_sparsity_of_patterns_and_methods(config, message):
@@ -50,7 +43,7 @@ def test_sparsity_of_a_selection_with_experts():
     """A layer of experts counts as one matrix for each expert."""
     selected, whole = shape_of([(6, 10)], [], [(3, 10)]), shape_of([(6, 10)], [(5, 12)], [(3, 10, 2), (5, 10)])
     line = log.sparsity_line(PruneConfig(ignore="x"), selected, whole)
-    assert line.endswith("60.00 % of 90 weights; selected: 90 of 230 prunable weights (39.13 %)")
+    assert line.endswith("60.00% of 90 weights; selected: 90 of 230 prunable weights (39.13%)")
 
 
 def test_kept_dense_line():
