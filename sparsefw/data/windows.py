@@ -4,7 +4,7 @@ Documents are separated by an empty line. The only special token is the one that
 of a text, once, before the first document.
 
 A tokenizer takes about 200 bytes of memory for every character. So a document of more than `PIECE` characters is cut,
-at an empty line where there is one, and each piece is tokenized together with the text before it. A place is cut if
+at white space where there is some, and each piece is tokenized together with the text before it. A place is cut if
 the tokenizer itself ends a token there. So the tokens are those of the whole document, if a token depends on no more
 than `CONTEXT` characters around it. Where no such place is found, tokens beside the cut may differ.
 """
@@ -32,7 +32,8 @@ Tokenizer = PreTrainedTokenizerBase
 PIECE = 2**16
 # Characters before and after a cut that decide about it.
 CONTEXT = 512
-# Characters at the end of a piece in which a cut is searched for, and the most places of a kind that are tried.
+# Characters at the end of a piece in which white space is searched for; and the most places that are tried there, and
+# anywhere.
 SEARCHED, TRIED = 4096, 8
 
 SEPARATOR = "\n\n"
@@ -335,13 +336,10 @@ def _pieces(tokenizer: Tokenizer, document: Iterable[str]) -> Iterator[tuple[str
 
 
 def _find_cut(tokenizer: Tokenizer, text: str) -> int:
-    """Where to cut a text that is longer than a piece: before an empty line, before white space, or anywhere."""
+    """Where to cut a text that is longer than a piece: before white space, or anywhere."""
     end = PIECE - CONTEXT
-    cuts = []
-    for separator in (r"\n\s*\n", r"\s+"):
-        found = [match.start() for match in re.compile(separator).finditer(text, max(1, end - SEARCHED), end)]
-        cuts += found[: -TRIED - 1 : -1]
-    cuts += range(end, max(0, end - TRIED), -1)
+    spaces = [match.start() for match in re.compile(r"\s+").finditer(text, max(1, end - SEARCHED), end)]
+    cuts = [*spaces[: -TRIED - 1 : -1], *range(end, max(0, end - TRIED), -1)]
     for at in cuts:
         before = text[max(0, at - CONTEXT) : at]
         alone, followed = tokenize(tokenizer, [before, before + text[at : at + CONTEXT]])

@@ -81,10 +81,6 @@ class StreamedLM(TemplateLM):
         self._special = add_bos_token is not False
         tokens = (prefix_token_id, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         self._prefix = next((token for token in tokens if token is not None), None)
-        if self._prefix is not None and not 0 <= self._prefix < len(self.tokenizer):
-            raise InputError(
-                f"{pretrained}: the tokenizer has no token {self._prefix}: there are {len(self.tokenizer)}"
-            )
         self._limits, self._log = {"gpu_memory": gpu_memory, "host_memory": host_memory}, log
         self._progress = progress
         self.failure: BaseException | None = None
@@ -122,14 +118,8 @@ class StreamedLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as a text."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """How likely whole texts are: each token is predicted once, in windows of `max_length` tokens."""
