@@ -118,7 +118,8 @@ class StreamedLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as a text."""
-        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        options: dict[str, Any] = {"continue_final_message": not add_generation_prompt}
+        options["add_generation_prompt"] = add_generation_prompt
         return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
