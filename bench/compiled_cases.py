@@ -62,6 +62,8 @@ def cases() -> Iterator[Case]:
     yield _conjugate("target 4096", HOPPER, 4096, mask=False)
     for d in (4096, 28672):
         yield _conjugate(f"fp32 {d}", HOPPER, d, P=FP32)
+    for dtype, index in ((BF16, torch.int32), (torch.float16, torch.int32), (FP32, torch.int32), (BF16, torch.int64)):
+        yield _adam(dtype, index)
     G = empty(4096, 4096)
     yield Case("mirror 4096", ALL, partial(triton_ops.mirror_lower, G))
     for d, targets in ((576, HOPPER), (4096, ALL), (28672, HOPPER)):
@@ -156,6 +158,13 @@ def _conjugate(
     options = dict(mask=empty(ROWS, d, torch.bool) if mask else None, **place)
     launch = partial(triton_ops.conjugate_step, state, state, empty(ROWS, d, P), state, rz, rz, inverse, **options)
     return Case(f"conjugate {text}", targets, launch)
+
+
+def _adam(dtype: torch.dtype, index: torch.dtype) -> Case:
+    W, (place, weight) = empty(1, ROWS * ROWS, dtype)[0], (empty(1, ROWS * ROWS // 2, t)[0] for t in (index, FP32))
+    launch = partial(triton_ops.adam_step, W, W, place, weight, weight, weight, rate=0.01, step=3)
+    name, of = (str(x).removeprefix("torch.") for x in (dtype, index))
+    return Case(f"adam {name} {of}", ALL if dtype == BF16 else HOPPER, launch)
 
 
 def _fits(text: str, targets: tuple[str, ...], d: int) -> Iterator[Case]:

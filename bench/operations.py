@@ -312,6 +312,25 @@ def conjugate_step(rows: int, d: int) -> Operation:
     return Operation(ways("conjugate_step", way), least, near(1e-4, 1e-4, 1e-2), fresh)
 
 
+def adam_step(rows: int, d: int) -> Operation:
+    """A step of Adam of two of five entries, as a reconstruction makes it of every matrix."""
+    W, gradient = (normal(rows * d, dtype=WEIGHT, seed=seed) for seed in range(2))
+    index = torch.nonzero(normal(rows * d, seed=2) > 0.25).flatten().int()
+    weight, zeros = W[index.long()].float(), torch.zeros(len(index), device=DEVICE)
+
+    def way(implementation: Callable) -> Callable[..., Tensors]:
+        def run(*state: Tensor) -> Tensors:
+            implementation(W, gradient, index, *state, rate=0.01, step=1)
+            return (*state, W)
+
+        return run
+
+    # The index, the entries, m and v are read, the last three written; W and its gradient go over whole.
+    least = Cost(12 * len(index), 28 * len(index) + 3 * W.nbytes)
+    made = ways("adam_step", way)
+    return Operation(made, least, near(1e-5, 1e-5, 1e-5, 1e-2), lambda: (weight.clone(), zeros.clone(), zeros.clone()))
+
+
 def copy(size: int) -> Operation:
     """A copy on the device, read once and written once: the roof of bytes."""
     source = torch.ones(size, dtype=torch.int8, device=DEVICE)

@@ -25,6 +25,11 @@ LEAST_GAIN = 1e-6
 # made of rounding errors.
 CONVERGED = 1e-12
 
+# Decay of the mean gradient and of the mean square in Adam, and what is added to the root of the latter. The squares of
+# smaller gradients are nothing in fp32: the root would be 0, and the step endless.
+DECAYS = (0.9, 0.999)
+ADAM_EPSILON = 1e-16
+
 
 @dataclass
 class RowState:

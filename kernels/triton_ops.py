@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401, `backend` looks for these names here.
 
+from .adam import adam_step
 from .bound import bound_scores, bound_sums
 from .candidates import candidates
 from .conjugate import conjugate_step

@@ -12,7 +12,7 @@ REPO = Path(__file__).resolve().parents[1]
 LIMITS = {
     "sparsefw: files": 85,
     "sparsefw: code lines": 9_870,
-    "kernels: code lines": 2_190,
+    "kernels: code lines": 2_240,
     "bench: code lines": 2_790,
     "tests: code lines": 13_000,
     "documents: words": 14_000,

@@ -9,7 +9,7 @@ import torch
 from gpu_lines import Part
 from gpu_products import measure
 from gpu_steps import command_of
-from operations import TINY, Operation, conjugate_step, gram_accumulate, lmo, product, row_step
+from operations import TINY, Operation, adam_step, conjugate_step, gram_accumulate, lmo, product, row_step
 from torch import Tensor
 
 # (rows, d): chunks of a 70B run, and a layer of an 8B run.
@@ -28,6 +28,7 @@ OPERATIONS: dict[str, Callable[[int, int], Operation]] = {
     "row step, 2:4": partial(row_step, group=4),
     "conjugate step": conjugate_step,
     "lmo": lmo,
+    "adam step": adam_step,
 }
 # The Gram matrix is of as many tokens as there are rows.
 REPEATED = OPERATIONS | {"product": product, "gram": gram_accumulate}

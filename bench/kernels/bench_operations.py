@@ -19,6 +19,7 @@ OPERATIONS = [
     (operations.iteration, SHAPES, [{"precision": "tf32"}, {"precision": "bf16"}], ("torch", "topk", "triton", "bare")),
     (operations.row_swaps, SHAPES, PATTERNS, ("torch", "triton")),
     (operations.conjugate_step, SHAPES, [{}], OURS),
+    (operations.adam_step, SHAPES, [{}], OURS),
 ]
 # torch's compiler takes seconds for each size, so only the first size has it.
 CASES = [

@@ -114,7 +114,8 @@ def _rounds(fit: "Fit", results: Sequence[LayerResult], steps: int) -> list[floa
         views.setdefault(without_index(layer.name), []).append(layer.weight)
     losses = [fit.loss()]
     while len(losses) == 1 or (len(losses) <= MOST_ROUNDS and losses[-1] < (1 - WORTH) * losses[-2]):
-        weights = KeptWeights([(block.get_parameter(name), listed) for name, listed in views.items()], steps, RATE)
+        matrices = [(block.get_parameter(name), listed) for name, listed in views.items()]
+        weights = KeptWeights(matrices, steps, RATE, fit.run.config.backend)
         try:
             losses.append(fit.round(weights, steps, losses[-1]))
         finally:

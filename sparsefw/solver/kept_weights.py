@@ -18,11 +18,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-# Decay of m and v.
-DECAYS = (0.9, 0.999)
-
-# Is added to sqrt(v'). The squares of smaller gradients are nothing in fp32: v would be 0, and m / sqrt(v) endless.
-LEAST = 1e-16
+from sparsefw.kernels.backend import TORCH, Backend
 
 
 class KeptWeights:
@@ -33,11 +29,14 @@ class KeptWeights:
             in it stays as it is.
         steps: number of steps that will be made.
         rate: the first rate, see above.
+        backend: the operations.
     """
 
-    def __init__(self, matrices: Iterable[tuple[nn.Parameter, list[Tensor]]], steps: int, rate: float) -> None:
+    def __init__(
+        self, matrices: Iterable[tuple[nn.Parameter, list[Tensor]]], steps: int, rate: float, backend: Backend = TORCH
+    ) -> None:
         self._variables = [_Variable(parameter, views) for parameter, views in matrices]
-        self._steps, self._rate, self._done = steps, rate, 0
+        self._steps, self._rate, self._backend, self._done = steps, rate, backend, 0
         for parameter in self.parameters:
             parameter.requires_grad_()
 
@@ -60,9 +59,9 @@ class KeptWeights:
         """Move the weights against the gradients, which are gone then."""
         # Half a period of a cosine, from the first rate to 0.
         rate = self._rate * (1 + math.cos(math.pi * self._done / self._steps)) / 2
-        for variable in self._variables:
-            variable.step(rate)
         self._done += 1
+        for variable in self._variables:
+            variable.step(rate, self._done, self._backend)
 
     def put_back(self) -> None:
         """Make all weights what they were before the first step."""
@@ -81,46 +80,32 @@ class _Variable:
 
     def __init__(self, parameter: nn.Parameter, views: list[Tensor]) -> None:
         self.parameter = parameter
+        self._flat = _in_memory(parameter.detach(), parameter).view(-1)
         kept = _in_memory(kept_entries(parameter, views), parameter).reshape(-1).nonzero().flatten()
         self._index = kept.to(index_dtype(parameter.numel()))
-        self._before = self._entries(parameter.detach())
-        weight = self._before.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
-        self._scale = weight.square().mean().sqrt().item() / math.sqrt(views[0].shape[1]) if len(kept) else 0.0
-        self._weight = weight.requires_grad_()
-        self._optimizer = torch.optim.Adam([self._weight], lr=0.0, betas=DECAYS, eps=LEAST, fused=True)
+        self._before = self._flat.index_select(0, self._index)
+        self._weight = self._before.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+        self._m, self._v = torch.zeros_like(self._weight), torch.zeros_like(self._weight)
+        self._scale = self._weight.square().mean().sqrt().item() / math.sqrt(views[0].shape[1]) if len(kept) else 0.0
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
+    def step(self, rate: float, step: int, backend: Backend) -> None:
         """Move the kept entries against their gradients."""
         assert self.parameter.grad is not None
-        self._weight.grad = self._entries(self.parameter.grad).to(self._weight.dtype)
+        gradient, state = _in_memory(self.parameter.grad, self.parameter), (self._weight, self._m, self._v)
+        rate *= self._scale
+        backend.adam_step(self._flat, gradient.reshape(-1), self._index, *state, rate=rate, step=step)
         self.parameter.grad = None
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate * self._scale
-        self._optimizer.step()
-        self._weight.grad = None
-        self._write(self._weight)
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Make the parameter what it was."""
-        self._write(self._before)
+        self._flat.index_copy_(0, self._index.long(), self._before)
 
     def close(self) -> None:
-        """Let the state go. Optimizers hold themselves, and would keep theirs until Python looks for such circles."""
+        """The parameter asks for no gradient any more."""
         self.parameter.requires_grad_(False)
         self.parameter.grad = None
-        self._optimizer.state.clear()
-        self._optimizer.param_groups.clear()
-
-    def _entries(self, tensor: Tensor) -> Tensor:
-        """The kept entries of a tensor like the parameter, (kept,)."""
-        return _in_memory(tensor, self.parameter).reshape(-1).index_select(0, self._index)
-
-    def _write(self, entries: Tensor) -> None:
-        """Make these the parameter's kept entries."""
-        parameter = self.parameter.detach()
-        _in_memory(parameter, parameter).view(-1).index_copy_(0, self._index.long(), entries.to(parameter.dtype))
 
 
 def bytes_of_state(weights: int, kept: int, itemsize: int) -> int:

@@ -46,7 +46,7 @@ def label(case: dict) -> str:
 def test_every_kernel_is_compiled_for_every_target(compiled):
     kernels = {case["name"].split()[0] for case in compiled}
     assert kernels == {
-        *("product", "gram", "mirror", "cross", "lmo", "step", "swaps", "conjugate"),
+        *("product", "gram", "mirror", "cross", "lmo", "step", "swaps", "conjugate", "adam"),
         *("removed", "begin_fit", "row_errors", "take_rows", "candidates", "bound_scores", "bound_sums", "rounding"),
     }
     for kernel in kernels:

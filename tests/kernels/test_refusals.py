@@ -8,7 +8,7 @@ from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
 
 Z, ONES, MASK = torch.zeros(3, 4), torch.ones(4), torch.zeros(3, 4, dtype=torch.bool)
-SQUARE, ROWS = torch.zeros(4, 4), torch.zeros(3)
+SQUARE, ROWS, INDEX = torch.zeros(4, 4), torch.zeros(3), torch.arange(3)
 VALID = {
     "product": dict(E=Z, G=SQUARE),
     "gram_accumulate": dict(G=SQUARE, X=torch.zeros(5, 4)),
@@ -25,6 +25,7 @@ VALID = {
     "bound_scores": dict(W=Z, R=Z, M=Z, damping=ONES),
     "bound_sums": dict(score=Z, M=Z, V=MASK),
     "round_mask": dict(M=Z, saliency=Z, k=2),
+    "adam_step": dict(W=ONES, gradient=ONES, index=INDEX, weight=ROWS, m=ROWS, v=ROWS, rate=0.1, step=1),
 }
 TURNED, HALF, EVERY_SECOND = torch.zeros(4, 3), torch.zeros(3, 4, dtype=torch.bfloat16), torch.zeros(6)[::2]
 CASES = [
@@ -50,6 +51,10 @@ CASES = [
     ("take_rows", dict(Y=HALF), TypeError, "Y: expected torch.float32"),
     ("take_rows", dict(taken=MASK[:, 0]), ValueError, "taken: expected contiguous entries"),
     ("bound_scores", dict(damping=ROWS), ValueError, r"damping: expected shape \(4,\)"),
+    ("adam_step", dict(gradient=HALF[0]), TypeError, "gradient: expected torch.float32"),
+    ("adam_step", dict(index=ROWS), TypeError, "index: expected torch.int32 or torch.int64"),
+    ("adam_step", dict(m=ONES), ValueError, r"m: expected shape \(3,\)"),
+    ("adam_step", dict(v=EVERY_SECOND), ValueError, "v: expected contiguous entries"),
 ]
 
 

@@ -176,6 +176,35 @@ def test_rounding_of_groups(row_backend, n, m):
     assert torch.equal(saliency, before[1])
 
 
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("entries", [1, 1000, 300_000])
+def test_a_step_of_adam(backend, entries, index_dtype):
+    """Some steps in a row, the third of which has no gradient and one of which has gradients whose squares vanish."""
+    for dtype in DTYPES:
+        W = normal(entries, dtype=dtype)
+        index = torch.nonzero(uniform(entries, seed=1) < 0.9).flatten().to(index_dtype)
+        weight, m, v = W[index.long()].float(), *torch.zeros(2, len(index), device=DEVICE)
+        truth = [x.double() for x in (W, weight, m, v)]
+        plain = [W.clone(), weight.clone(), m.clone(), v.clone()]
+        others = torch.ones(entries, dtype=torch.bool, device=DEVICE).index_fill_(0, index.long(), False)
+        before = W[others].clone()
+        for step, size in enumerate((1.0, 1e-3, 0.0, 1e-22, 10.0), 1):
+            gradient = (size * normal(entries, seed=step)).to(dtype)
+            backend.adam_step(W, gradient, index, weight, m, v, rate=0.01, step=step)
+            naive.adam_step(plain[0], gradient, index, *plain[1:], rate=0.01, step=step)
+            naive.adam_step(truth[0], gradient, index, *truth[1:], rate=0.01, step=step)
+            for got, other, true in zip((weight, m, v), plain[1:], truth[1:], strict=True):
+                assert_near(got, other, true)
+            assert torch.equal(W[index.long()], weight.to(dtype))
+        assert torch.equal(W[others], before)
+
+
+def test_no_entry_moves_where_none_is_kept(backend):
+    W, none = normal(5), torch.empty(0, device=DEVICE)
+    backend.adam_step(W, W, none.int(), none, none, none, rate=0.1, step=1)
+    assert torch.equal(W, normal(5))
+
+
 def test_no_rows(row_backend):
     X = torch.empty(0, 8, device=DEVICE)
     mask, vector = X > 0, torch.ones(8, device=DEVICE)

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from sparsefw.solver.kept_weights import DECAYS, KeptWeights, kept_entries
+from sparsefw.kernels import triton_ops
+from sparsefw.kernels.backend import TORCH, Backend
+from sparsefw.kernels.definitions import DECAYS
+from sparsefw.solver.kept_weights import KeptWeights, kept_entries
 
 RATE = 0.2
 # Integers as wide as the values: 0.0 and -0.0 differ.
@@ -55,9 +58,9 @@ def adam(W, kept, d, gradients, rate=RATE):
     return W
 
 
-def moved(matrices, gradients, rate=RATE):
+def moved(matrices, gradients, rate=RATE, backend=TORCH):
     """Make a step with each of the gradients, lists with one for each parameter."""
-    weights = KeptWeights(matrices, len(gradients), rate)
+    weights = KeptWeights(matrices, len(gradients), rate, backend)
     for of_step in gradients:
         for (parameter, _), gradient in zip(matrices, of_step, strict=True):
             give(parameter, gradient)
@@ -66,7 +69,8 @@ def moved(matrices, gradients, rate=RATE):
     weights.close()
 
 
-def test_the_steps_are_those_of_adam():
+@pytest.mark.parametrize("backend", [TORCH, Backend(triton_ops)], ids=["cpu", "triton"])
+def test_the_steps_are_those_of_adam(backend):
     """Every parameter has its own scale and width: those of the views that are given."""
     sources = [pruned(5, 7), pruned(1, 3, seed=2, scale=1e-3), pruned(4, 33, seed=3, scale=100.0), pruned(3, 5, 8)]
     sources[3][0] *= 1000
@@ -74,7 +78,7 @@ def test_the_steps_are_those_of_adam():
     views, kept = [[p.detach()] for p in parameters], [W != 0 for W in sources]
     views[3], kept[3][0] = [parameters[3].detach()[1].T, parameters[3].detach()[2].T], False
     gradients = [drawn(12, *W.shape, seed=n) for n, W in enumerate(sources)]
-    moved(list(zip(parameters, views, strict=True)), list(zip(*gradients, strict=True)))
+    moved(list(zip(parameters, views, strict=True)), list(zip(*gradients, strict=True)), backend=backend)
     for parameter, W, view, mine, own in zip(parameters, sources, views, kept, gradients, strict=True):
         expected = adam(W, mine, view[0].shape[1], own)
         assert torch.equal(expected != W, mine)
@@ -127,9 +131,10 @@ PLACES = {
 }
 
 
+@pytest.mark.parametrize("backend", [TORCH, Backend(triton_ops)], ids=["cpu", "triton"])
 @pytest.mark.parametrize("dtype", BITS)
 @pytest.mark.parametrize("place", PLACES)
-def test_only_kept_entries_move(place, dtype):
+def test_only_kept_entries_move(place, dtype, backend):
     storage = pruned(9, 7, dtype=dtype)
     first = storage[0].clone()
     parameter, given, views_of = PLACES[place](storage)
@@ -137,7 +142,7 @@ def test_only_kept_entries_move(place, dtype):
     kept = torch.zeros_like(before, dtype=torch.bool)
     kept[given] = before[given] != 0
     assert torch.equal(kept_entries(parameter, views), kept)
-    moved([(parameter, views)], [[g] for g in drawn(3, *parameter.shape)])
+    moved([(parameter, views)], [[g] for g in drawn(3, *parameter.shape)], backend=backend)
     assert torch.equal(bits(parameter)[~kept], bits(before)[~kept])
     # In half precision steps may end where they have begun.
     assert (bits(parameter)[kept] != bits(before)[kept]).double().mean() > 0.7

@@ -1,0 +1,81 @@
+"""adam_step: a step of Adam of the kept entries of a parameter, in place, in one pass.
+
+    g = gradient[index];   m += 0.1 (g - m);   v += 0.001 (g^2 - v)
+    weight -= rate m' / (sqrt(v') + epsilon);   W[index] = weight, rounded
+
+    m' = m / (1 - 0.9^step),   v' = v / (1 - 0.999^step),   epsilon = 1e-16
+    W, gradient (n,) floating     index (kept,) int32 or int64     weight, m, v (kept,) fp32
+
+    flops = 12 kept
+    bytes = kept (size(index) + 24) + n (size(gradient) + 2 size(W))
+
+The floor is the bytes' time. Where two of five entries are kept, nearly all sectors of the gradient are read, and those
+of W are read and written, since a part of each is kept. As separate operations of torch the same step moves 2.4 times
+the bytes: entries are gathered, widened, narrowed and scattered by passes of their own, with an index in int64.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .definitions import ADAM_EPSILON, DECAYS
+from .device import cast
+from .launch import FLOATS, INTERPRET, check, on_device, warps
+
+
+@triton.jit
+def _adam_kernel(
+    W, GRADIENT, INDEX, WEIGHT, M, V, kept, share_m, share_v, rate, root, epsilon, BLOCK: tl.constexpr
+):  # fmt: skip
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = entry < kept
+    place = tl.load(INDEX + entry, mask=valid, other=0).to(tl.int64)
+    m = tl.load(M + entry, mask=valid, other=0.0)
+    v = tl.load(V + entry, mask=valid, other=0.0)
+    g = tl.load(GRADIENT + place, mask=valid, other=0.0).to(m.dtype)
+    m += share_m * (g - m)
+    v += share_v * (g * g - v)
+    w = tl.load(WEIGHT + entry, mask=valid, other=0.0) - rate * m / (tl.sqrt(v) * root + epsilon)
+    tl.store(M + entry, m, mask=valid)
+    tl.store(V + entry, v, mask=valid)
+    tl.store(WEIGHT + entry, w, mask=valid)
+    tl.store(W + place, cast(w, W.dtype.element_ty), mask=valid)
+
+
+def adam_step(
+    W: Tensor, gradient: Tensor, index: Tensor, weight: Tensor, m: Tensor, v: Tensor, *, rate: float, step: int
+) -> None:
+    """Move the kept entries of W against their gradient. No tensor has gaps.
+
+    Args:
+        W: (n,), fp32 / bf16 / fp16 / fp64, written at `index`.
+        gradient: (n,), in the dtype of W.
+        index: (kept,) int32 or int64, places of the kept entries, each at most once.
+        weight: (kept,) fp32, or fp64 if W is: the kept entries as they are moved; changed.
+        m, v: (kept,), in the dtype of `weight`: the means of the gradient and of its square, 0 at first; changed.
+        rate: the length of a step whose gradients are equal.
+        step: number of the step, from 1.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit this description.
+    """
+    wide = torch.promote_types(W.dtype, torch.float32)
+    check("W", W, (W.numel(),), (*FLOATS, torch.float64), W)
+    check("gradient", gradient, W.shape, (W.dtype,), W)
+    check("index", index, (len(index),), (torch.int32, torch.int64), W)
+    for name, tensor in dict(weight=weight, m=m, v=v).items():
+        check(name, tensor, index.shape, (wide,), W)
+    for name, tensor in dict(W=W, gradient=gradient, index=index, weight=weight, m=m, v=v).items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous entries, got strides {tensor.stride()}")
+    if not len(index):
+        return
+    BLOCK = 1 << 18 if INTERPRET else 1024
+    of_m, of_v = DECAYS
+    with on_device(W):
+        _adam_kernel[(triton.cdiv(len(index), BLOCK),)](
+            W=W, GRADIENT=gradient, INDEX=index, WEIGHT=weight, M=m, V=v, kept=len(index), share_m=1 - of_m,
+            share_v=1 - of_v, rate=rate / (1 - of_m**step), root=(1 - of_v**step) ** -0.5, epsilon=ADAM_EPSILON,
+            enable_fp_fusion=True, BLOCK=BLOCK, num_warps=warps(4),
+        )  # fmt: skip
