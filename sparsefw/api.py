@@ -1,7 +1,7 @@
 """`prune` prunes a model from Python: a checkpoint, or a model in memory, whose layers are changed in place.
 
-The driver is imported inside of functions, after the config is made. Triton decides at its first import whether it
-interprets its kernels, and the config settles that.
+The driver is imported inside of functions, after `config.backend` is made. Triton decides at its first import whether
+it interprets its kernels, and that settles it.
 """
 
 import tempfile
@@ -140,7 +140,8 @@ def prune(
         batches = None
         if calibration is None:
             inputs = _inputs(getattr(module, "name_or_path", "") or type(module).__name__, text, evaluate)
-        config = _backend_settled(config or PruneConfig(**options))
+        config = config or PruneConfig(**options)
+        _ = config.backend
         from sparsefw.driver.in_memory import run_in_memory
         from sparsefw.driver.job import Job
 
@@ -179,7 +180,7 @@ def prune_checkpoint(
     Raises:
         InputError, FloatingPointError: see `prune`.
     """
-    config = _backend_settled(config)
+    _ = config.backend
     from sparsefw.driver.job import Job
     from sparsefw.driver.run import run_job
 
@@ -187,12 +188,6 @@ def prune_checkpoint(
         folder = ranks.local_first(lambda: locate(inputs.model))
         job = Job(inputs, config, output, dataset, tokenizer, folder)
         return run_job(job, say, progress and ranks.first, ranks)
-
-
-def _backend_settled(config: PruneConfig) -> PruneConfig:
-    """The config, once it is settled whether Triton interprets its kernels: before anything imports Triton."""
-    _ = config.backend
-    return config
 
 
 def _inputs(model: str, text: dict[str, Any], evaluate: Any) -> Inputs:

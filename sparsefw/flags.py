@@ -47,31 +47,16 @@ def flag_of(name: str) -> str:
     return SHORT.get(name) or f"--{name.replace('_', '-')}"
 
 
-def make_tuples(settings: Any) -> None:
-    """Make a tuple of each field that holds several values; it may have been given as a list or as one value."""
-    for f in fields(settings):
-        value = getattr(settings, f.name)
-        if f.metadata["several"] and value is not DEPENDS:
-            several = isinstance(value, Iterable) and not isinstance(value, str)
-            values = () if value is None else tuple(value) if several else (value,)
-            values = tuple(str(x) if isinstance(x, Path) else x for x in values)
-            set_field(settings, f.name, values)
-
-
-def given_of(settings: Any) -> dict[str, Any]:
-    """Names and values of the fields that differ from the default in their class."""
-    return {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) != f.default}
-
-
 def set_field(settings: Any, name: str, value: Any) -> None:
     """Set a field of a frozen dataclass. Only its `__post_init__` may do so."""
     object.__setattr__(settings, name, value)
 
 
 def check_fields(settings: Any) -> None:
-    """Check types, choices and ranges, and store numbers as Python's own.
+    """Check types, choices and ranges, and store numbers as Python's own, paths as text where a field is one.
 
-    A field whose default depends on others may still be `DEPENDS`.
+    A field of several values may be given as a list or as one value, and becomes a tuple. One whose default depends on
+    others may still be `DEPENDS`.
 
     Raises:
         InputError: a value has the wrong type, is none of the choices, or is out of its range.
@@ -92,11 +77,11 @@ def check_fields(settings: Any) -> None:
         elif f.type in (Path, Path | None):
             set_field(settings, f.name, checked_path(flag_of(f.name).removeprefix("--"), value))
         else:
-            if isinstance(value, Path):
-                value = str(value)
-                set_field(settings, f.name, value)
-            for text in value if f.metadata["several"] else (value,):
+            listed = f.metadata["several"] and isinstance(value, Iterable) and not isinstance(value, str)
+            texts = tuple(str(x) if isinstance(x, Path) else x for x in (value if listed else (value,)))
+            for text in texts:
                 _check_text(f, text)
+            set_field(settings, f.name, texts if f.metadata["several"] else texts[0])
 
 
 def check_needs(name: str, given: bool, **settings: Any) -> None:

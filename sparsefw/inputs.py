@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsefw.errors import InputError, shown
-from sparsefw.flags import DEPENDS, check_fields, check_needs, flag, make_tuples, set_field
+from sparsefw.flags import DEPENDS, check_fields, check_needs, flag, set_field
 
 # Name of the embedded model, which the package carries, and of the embedded text, which every CPython carries.
 DEFAULT = "default"
@@ -58,7 +58,6 @@ class Inputs:
     )
 
     def __post_init__(self) -> None:
-        make_tuples(self)
         check_fields(self)
         for name, default in (EMBEDDED if self.embedded else OTHERS).items():
             if getattr(self, name) is DEPENDS:
@@ -160,7 +159,6 @@ class EvaluationInputs:
     overwrite: bool = flag("replace an older evaluation.json there", False)
 
     def __post_init__(self) -> None:
-        make_tuples(self)
         check_fields(self)
         names = tuple(name.strip() for several in self.tasks for name in several.split(",") if name.strip())
         if self.tasks and not names:

@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 import filelock
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from sparsefw.checkpoint.files import (
     CONFIG,
@@ -109,9 +108,14 @@ class Writer:
 
     def __enter__(self) -> "Writer":
         if self._ranks.first:
+            self._partial.mkdir(parents=True, exist_ok=True)
             try:
-                self._acquire()
+                self._lock.acquire()
                 self._open()
+            except filelock.Timeout as error:
+                raise InputError(
+                    f"{self.output}: another run is writing it; wait for its end or choose another --output"
+                ) from error
             except BaseException:
                 self._leave()
                 raise
@@ -119,16 +123,6 @@ class Writer:
         if not self.folder.is_dir():
             raise InputError(f"{self.output}: rank 0 writes there, and this machine does not see it; share the folder")
         return self
-
-    def _acquire(self) -> None:
-        """Make the folder, and keep other processes away from it."""
-        self._partial.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire()
-        except filelock.Timeout as error:
-            raise InputError(
-                f"{self.output}: another run is writing it; wait for its end or choose another --output"
-            ) from error
 
     def _open(self) -> None:
         """Load what an unfinished run of the same identity has finished, or begin anew."""
@@ -151,15 +145,9 @@ class Writer:
         # Ranks finish shards in any order: those behind a gap are made again.
         for n in takewhile(lambda n: self._record(n).exists(), count()):
             self.records[n] = self._read(self._record(n), Record)
-        self._check_finished()
-
-    def _check_finished(self) -> None:
-        """Refuse finished shards that are damaged; delete what a kill has left beside them."""
-        digests = {self._partial / name: d for record in self.records.values() for name, d in record.digests.items()}
-        for path, digest in tqdm(digests.items(), desc="finished shards", disable=None):
-            if path.is_symlink() or not path.is_file() or file_digest(path) != digest:
-                raise self._damaged(path, "it is not what was written")
-        known = {*digests, *map(self._record, self.records)}
+        known = {self._partial / name for record in self.records.values() for name in record.digests}
+        known |= {*map(self._record, self.records)}
+        # What a kill has left beside them.
         for path in self._partial.glob("*/*"):
             if path not in known and path.parent != self._old:
                 _delete(path)
@@ -187,13 +175,10 @@ class Writer:
         try:
             return convert(kind, parse_object(path.read_bytes(), path), "")
         except (OSError, InputError) as error:
-            raise self._damaged(path, first_line(error)) from error
-
-    def _damaged(self, path: Path, how: str) -> InputError:
-        return InputError(
-            f"{self.output}: the unfinished run there is damaged, {path.relative_to(self._partial)}: {how}; --restart "
-            "discards it, or choose another --output"
-        )
+            raise InputError(
+                f"{self.output}: the unfinished run there is damaged: {first_line(error)}; --restart discards it, or "
+                "choose another --output"
+            ) from error
 
     @property
     def finished(self) -> list[Any]:

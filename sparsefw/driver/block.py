@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 
 from torch import nn
 
@@ -18,11 +17,10 @@ from sparsefw.errors import InputError
 from sparsefw.memory import give_back
 from sparsefw.model import HiddenStates, ModelShape, Placement
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.layers import Layer, Stage, kind_of, not_pruned
+from sparsefw.model.layers import Stage, kind_of, not_pruned
 from sparsefw.model.measure import Captured, Pair, capture, measure
 from sparsefw.model.parts import INPUT
 from sparsefw.model.shapes import BlockShape
-from sparsefw.model.slots import addresses
 from sparsefw.model.stages import Confirmed, stages, survey
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import log
@@ -107,11 +105,10 @@ def prune_block(
                 )
                 captured = _combined(run, i, captured)
                 _check_known(run, i, captured.ignored)
-                _check_separate(run, i, captured.layers)
             results = _solve(run, i, captured, method)
         return results, "once through the block"
     assert dense is not None
-    pair, pruned = Pair(i, states, dense[1], dense[0], run.of(i).experts), list[Layer]()
+    pair = Pair(i, states, dense[1], dense[0], run.of(i).experts)
     for stage in order:
         with timeline.span("calibrate", i):
             keep, backend = _is_kept(run, stage), run.config.backend
@@ -119,8 +116,6 @@ def prune_block(
                 stage, pair, backend=backend, selected=selected.__contains__, keep=keep, passing=held_out
             )
             captured = _combined(run, i, captured)
-            pruned += captured.layers
-            _check_separate(run, i, pruned)
             # The solve allocates other sizes than the micro-batches have left.
             give_back()
         results += _solve(run, i, captured, method)
@@ -243,11 +238,3 @@ def _check_known(run: Run, i: int, unselected: Iterable[str]) -> None:
     unknown = [name for name in others if kind_of(name, run.of(i).experts) not in run.of(i).seen]
     if unknown:
         raise InputError(f"{block}.{unknown[0]}: unsupported model: the block multiplies with it for some tokens only")
-
-
-def _check_separate(run: Run, i: int, layers: list[Layer]) -> None:
-    """Refuse a block with layers that have weights in common: they would be pruned twice."""
-    places = sorted((*addresses(layer.weight), layer.name) for layer in layers)
-    for (_, end, name), (start, _, other) in pairwise(places):
-        if start < end:
-            raise InputError(f"{run.model.names[i]}.{other}: unsupported model: it has weights in common with {name}")

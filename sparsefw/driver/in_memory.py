@@ -64,7 +64,7 @@ def run_in_memory(
     """
     check_free(job.output.folder, job.output.overwrite)
     if saves:
-        check_state(model)
+        check_configs(model)
     say(kernel_line(job.config))
     batch = None if batches is None else _largest(batches[0])
     device = next((x.device for x in model.parameters()), torch.device("cpu"))
@@ -144,11 +144,11 @@ def _fingerprint(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_state(model: nn.Module) -> None:
-    """Refuse a model that cannot be written as a safetensors file, and has no library that writes it otherwise.
+def check_configs(model: nn.Module) -> None:
+    """Refuse a model of transformers with a config that the library will not write, as it would at the end of a run.
 
-    Of a model of transformers the library checks the configs when it writes them, which is at the end of a run. So they
-    are written once before it.
+    Raises:
+        InputError: such as a temperature without sampling.
     """
     if getattr(type(model), "save_pretrained", None) is PreTrainedModel.save_pretrained:
         assert isinstance(model, PreTrainedModel)
@@ -156,14 +156,6 @@ def check_state(model: nn.Module) -> None:
             model.config.save_pretrained(folder)
             if model.can_generate():
                 model.generation_config.save_pretrained(folder)
-    if hasattr(model, "save_pretrained"):
-        return
-    for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise InputError(
-                f"{name}: is a {type(value).__name__} in the model's state; safetensors files take tensors alone; "
-                "prune without output, which changes the model in place, and write it yourself"
-            )
 
 
 def save(model: nn.Module, folder: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from sparsefw.errors import InputError
-from sparsefw.flags import DEPENDS, check_fields, flag, flag_of, given_of, make_tuples, set_field
+from sparsefw.flags import DEPENDS, check_fields, flag, flag_of, set_field
 from sparsefw.solver import patterns
 from sparsefw.solver.patterns import Pattern
 
@@ -172,12 +172,12 @@ class PruneConfig:
     )
 
     def __post_init__(self) -> None:
-        make_tuples(self)
         # Python users write a number where the command line has a text.
         if isinstance(self.sparsity, numbers.Real):
             set_field(self, "sparsity", str(float(self.sparsity)))
-        set_field(self, "_given", given_of(self))
         check_fields(self)
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        set_field(self, "_given", {name: value for name, (value, default) in values.items() if value != default})
         set_field(self, "compare", tuple(name for name in dict.fromkeys(self.compare) if name != self.method))
         set_field(self, "_pattern", patterns.parse(self.sparsity))
         for name, default in self._defaults().items():

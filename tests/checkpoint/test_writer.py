@@ -211,20 +211,13 @@ class TestInterrupted:
         assert sorted(contents(tmp_path / "pruned")) == sorted([*NAMES, INDEX, "config.json", "report.json", SUMS])
         assert os.listdir(folder)
 
-    @pytest.mark.parametrize(
-        "damage",
-        [
-            lambda path: path.write_bytes(path.read_bytes()[:-2] + b"x" + path.read_bytes()[-1:]),
-            lambda path: path.write_bytes(path.read_bytes()[:-1]),
-            lambda path: path.unlink() or path.mkdir(),
-        ],
-    )
-    @pytest.mark.parametrize("name", [f"new/{NAMES[0]}", "kept/wanda-00001.safetensors", "records/00001.json"])
-    def test_damage_is_named_and_nothing_is_deleted(self, folder, tmp_path, damage, name):
+    @pytest.mark.parametrize("content", [b"", b"{", b'{"names": 1}'])
+    @pytest.mark.parametrize("name", ["identity.json", "records/00001.json"])
+    def test_damage_is_named_and_nothing_is_deleted(self, folder, tmp_path, content, name):
         partial = begin(tmp_path / "pruned")
-        damage(partial / name)
+        (partial / name).write_bytes(content)
         before = contents(partial)
-        with refused(f"pruned: the unfinished run there is damaged, {name}: .*; --restart discards it"):
+        with refused("pruned: the unfinished run there is damaged: .*; --restart discards it"):
             write(tmp_path / "pruned", folder)
         assert contents(partial) == before
         assert write(tmp_path / "pruned", folder, restart=True) == []

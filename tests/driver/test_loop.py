@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +12,7 @@ from transformers.models.llama import modeling_llama
 
 from sparsefw.data.windows import calibration_windows
 from sparsefw.driver import loop
-from sparsefw.driver.block import _check_separate
-from sparsefw.errors import InputError
 from sparsefw.model.activations import BATCH_TOKENS
-from sparsefw.model.layers import Layer
 from sparsefw.report.content import read_report
 from sparsefw.run import main
 from sparsefw.solver.frank_wolfe import damped
@@ -216,19 +212,6 @@ def test_a_layer_that_only_real_data_reaches_is_refused(method, tmp_path, monkey
     few_steps = FEW_STEPS if method == "sparsefw" else []
     assert prune(tmp_path, "--nsamples", "2", "--method", method, *few_steps) == (2, None)
     assert "model.layers.0.mlp.up_proj.weight: unsupported model" in capsys.readouterr().err
-
-
-def test_layers_with_weights_in_common_are_refused():
-    W = torch.zeros(6, 4)
-    run = SimpleNamespace(model=SimpleNamespace(names=["block"]))
-
-    def check(*matrices):
-        _check_separate(run, 0, [Layer(str(n), matrix, "") for n, matrix in enumerate(matrices)])
-
-    check(W[:2], W[4:], W[2:4].T)
-    for matrices in [(W, W.clone(), W), (W[:3], W[2:]), (W.T, W[5:]), (W[4:5], torch.ones(2, 2), W)]:
-        with pytest.raises(InputError, match=r"block\.\d: unsupported model: it has weights in common with \d"):
-            check(*matrices)
 
 
 @pytest.mark.parametrize(
