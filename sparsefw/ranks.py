@@ -7,10 +7,9 @@ launcher, torchrun or another one, then ends the others.
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any, TypeVar, cast
@@ -45,8 +44,6 @@ class Ranks:
         here: number of the ranks on this machine.
         local: number of this rank among them.
         waited: seconds that the host has waited for transfers.
-        sent: bytes of tensors that this rank has sent, by "all_reduce", "reduce" and "broadcast", as rings of ranks
-            take them.
     """
 
     number: int = 0
@@ -54,7 +51,6 @@ class Ranks:
     here: int = 1
     local: int = 0
     waited: float = 0
-    sent: Counter[str] = field(default_factory=Counter)
 
     @property
     def alone(self) -> bool:
@@ -77,7 +73,6 @@ class Ranks:
         """
         if self.alone:
             return DONE
-        self.sent["all_reduce"] += 2 * (self.count - 1) * tensor.nbytes // self.count
         with self.waiting():
             return Handle(self, dist.all_reduce(tensor, async_op=True))
 
@@ -88,7 +83,6 @@ class Ranks:
         """
         if self.alone or not tensor.numel():
             return DONE
-        self.sent["reduce"] += (self.count - 1) * tensor.nbytes // self.count
         with self.waiting():
             return Handle(self, dist.reduce(tensor, owner, async_op=True))
 
@@ -112,8 +106,6 @@ class Ranks:
         """Begin to copy a tensor of one rank to all others, in place."""
         if self.alone or not tensor.numel():
             return DONE
-        if owner == self.number:
-            self.sent["broadcast"] += tensor.nbytes
         with self.waiting():
             return Handle(self, dist.broadcast(tensor, owner, async_op=True))
 

@@ -155,7 +155,6 @@ def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: Callable[
     with ThreadPoolExecutor(1) as background:
         written: Future[None] | None = None
         for i in range(begin, len(model.blocks)):
-            sent = run.ranks.sent.copy()
             record, tensors = _prune_block(run, i, states, writer)
             on_block()
             if i not in model.unique_blocks:
@@ -166,8 +165,7 @@ def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: Callable[
                     written.result()
             peaks = run.ranks.gather(peak_memory())
             measured: dict[str, Any] = {name: max(peak[name] for peak in peaks) for name in peaks[0]}
-            measured |= {"seconds": timeline.seconds(i), "sent": dict(run.ranks.sent - sent)}
-            record.block = replace(record.block, **measured)
+            record.block = replace(record.block, seconds=timeline.seconds(i), **measured)
             # Each rank writes some of the records. All are those of rank 0, which reports runs that go through.
             record = run.ranks.broadcast_object(record)
             if writer.writes(shard):

@@ -224,9 +224,7 @@ def _report(
     calibration, timeline, seqlen = prepared.calibration, prepared.model.timeline, prepared.seqlen
     device, seconds = content.device_name(prepared.model.device), timeline.seconds()
     windows = calibration.part(ranks.share(calibration.n)).n
-    mine = content.RankRecord(
-        socket.gethostname(), device, windows, seconds, ranks.waited, dict(ranks.sent), memory.peak_memory()
-    )
+    mine = content.RankRecord(socket.gethostname(), device, windows, seconds, ranks.waited, memory.peak_memory())
     records, timelines = ranks.gather(mine), ranks.gather(timeline.spans)
     arguments = asdict(job.inputs) | {"seqlen": seqlen} | asdict(job.config) | asdict(job.output)
     arguments["output"] = str(arguments.pop("folder"))

@@ -68,7 +68,6 @@ class BlockRecord:
         host_bytes: peak memory of the process on the host, up to the end of this block; of several ranks the highest.
         gpu_bytes: peak bytes of tensors on the GPU, in this block; 0 without one.
         gpu_reserved_bytes: peak bytes that torch took from the GPU for them, which count against the memory limit.
-        sent: bytes that rank 0 has sent to other ranks, by kind, see `Ranks.sent`.
         reconstruction: how its weights were fitted together; None: they were not.
     """
 
@@ -79,7 +78,6 @@ class BlockRecord:
     host_bytes: int
     gpu_bytes: int
     gpu_reserved_bytes: int = 0
-    sent: dict[str, int] = field(default_factory=dict)
     reconstruction: Reconstruction | None = None
 
 
@@ -162,7 +160,6 @@ class RankRecord:
         windows: number of its calibration windows.
         seconds: by phase, on its main lane.
         waited: seconds that the host has waited for transfers to and from other ranks.
-        sent: bytes that it has sent, by kind, see `Ranks.sent`.
         peak_memory: its measured peaks, see `memory.peak_memory`.
     """
 
@@ -171,7 +168,6 @@ class RankRecord:
     windows: int
     seconds: dict[str, float]
     waited: float
-    sent: dict[str, int]
     peak_memory: dict[str, int]
 
 

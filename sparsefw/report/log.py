@@ -115,8 +115,7 @@ def rank_line(rank: RankRecord) -> str:
     """The work, the waits and the memory of one of several processes."""
     seconds = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in rank.seconds.items())
     return (
-        f"{counted(rank.windows, 'window')}; {sum(rank.sent.values()) / 1e9:.3f} GB sent, "
-        f"{rank.waited:.1f} s waited for others; "
+        f"{counted(rank.windows, 'window')}; {rank.waited:.1f} s waited for others; "
         f"{rank.peak_memory['host_bytes'] / 2**30:.2f} GiB (host); {seconds}; {rank.device} of {rank.machine}"
     )
 
