@@ -1,7 +1,9 @@
 """Without a GPU the Triton kernels of every test run in the interpreter."""
 
+import functools
 import gc
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,31 +13,43 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
 
-if not torch.cuda.is_available():
-    # Set before anything imports triton, as the models of transformers do: its own library is decorated at import.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from triton import language
-from triton.runtime import interpreter
-
-_patch_language = interpreter._patch_lang
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepare a process that runs tests; the one that hands them to workers waits for no import of torch."""
+    if config.getoption("dist", "no") == "no":
+        _prepare_triton()
 
 
-def _patch_language_once(function: Any) -> Any:
-    """Replace the functions of the languages that a kernel sees, unless they are replaced.
+def _prepare_triton() -> None:
+    import torch
 
-    Triton does so for every call of a function in a kernel, and looks through all of the language each time. The scope
-    of a launch puts them back; that of a call inside is dropped.
-    """
-    seen = [value for value in function.__globals__.values() if value is language or value is language.core]
-    if any(language.core.is_builtin(module.load) for module in seen):
-        return _patch_language(function)
-    return interpreter._LangPatchScope()
+    if not torch.cuda.is_available():
+        # Set before anything imports triton, as the models of transformers do: its own library is decorated at import.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
+    from triton import language
+    from triton.runtime import interpreter
 
-interpreter._patch_lang = _patch_language_once
+    patch_language = interpreter._patch_lang
+
+    def patch_language_once(function: Any) -> Any:
+        """Replace the functions of the languages that a kernel sees, unless they are replaced.
+
+        Triton does so for every call of a function in a kernel, and looks through all of the language each time. The
+        scope of a launch puts them back; that of a call inside is dropped.
+        """
+        seen = [value for value in function.__globals__.values() if value is language or value is language.core]
+        if any(language.core.is_builtin(module.load) for module in seen):
+            return patch_language(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_language_once
+    # A third of the interpreter's time: a sum in 64 bits beside each of integers, for an assertion that is off.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
+    # It makes a table of all types for each value.
+    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
+
 
 # Imported modules stay. To search them for garbage again and again takes a seventh of the time.
 gc.set_threshold(100_000, 50, 100)

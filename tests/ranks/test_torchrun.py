@@ -1,63 +1,55 @@
-"""The command, started by torchrun on two ranks."""
+"""The command, started as torchrun does on two ranks, which are forked: they need not import torch again."""
 
 import os
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from helpers.families import save_model
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from sparsefw.report.content import read_report
-
-TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(200))
-# Ends rank 1 in the second block, as an error of its own GPU might.
-FAILING = """
-import os, sys
 from sparsefw.driver import loop
+from sparsefw.report.content import read_report
 from sparsefw.run import main
 
-prune_block = loop.prune_block
-
-def fail(run, i, *others, **options):
-    if i == 1 and run.ranks.number == 1:
-        raise FloatingPointError("rank 1 has had enough")
-    return prune_block(run, i, *others, **options)
-
-loop.prune_block = fail
-main()
-"""
+TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(200))
+TORCHRUN = LaunchConfig(1, 1, nproc_per_node=2, start_method="fork", rdzv_backend="c10d", rdzv_endpoint="localhost:0")
 
 
-@pytest.fixture
-def torchrun(tmp_path):
-    """Runs a module or a script on two ranks, which prune a small model into `out`."""
-    source = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
-    (tmp_path / "text.txt").write_text(TEXT)
-    flags = ["--nsamples", "6", "--seqlen", "24", "--kernel", "torch", "--method", "wanda"]
-    flags += ["--model", source, "--dataset", tmp_path / "text.txt", "--output", tmp_path / "out"]
+def be_rank(folder: Path, fails: bool) -> None:
+    """The process of a rank. An error of rank 1's own GPU may end it in the second block."""
+    os.dup2(os.open(folder / "stdout", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+    sys.stdout = os.fdopen(1, "w")
+    torch.set_num_threads(1)
+    prune_block = loop.prune_block
 
-    def run(*command, **options):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command, *flags]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    def prune_or_fail(run, i, *others, **options):
+        if fails and i == 1 and run.ranks.number == 1:
+            raise FloatingPointError("rank 1 has had enough")
+        return prune_block(run, i, *others, **options)
 
-    return run
+    loop.prune_block = prune_or_fail
+    sys.argv = ["run", "--nsamples", "6", "--seqlen", "24", "--kernel", "torch", "--method", "wanda"]
+    sys.argv += [f"--model={folder / 'model'}", f"--dataset={folder / 'text.txt'}", f"--output={folder / 'out'}"]
+    sys.exit(main())
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_ends_all_and_is_named(torchrun, tmp_path):
-    (tmp_path / "failing.py").write_text(FAILING)
-    ended = torchrun(tmp_path / "failing.py")
-    assert ended.returncode == 1
-    assert "sparsefw: rank 1: rank 1 has had enough" in ended.stderr
+def test_a_rank_that_fails_ends_all_and_is_named(tmp_path, capfd):
+    save_model(tmp_path / "model", "llama", num_hidden_layers=2)
+    (tmp_path / "text.txt").write_text(TEXT)
     # torchrun's report: the rank that failed first.
-    assert "rank      : 1 " in ended.stderr.partition("Root Cause")[2]
-    assert "the connection to another rank broke" not in ended.stderr
+    with pytest.raises(ChildFailedError, match=r"(?s)Root Cause.*rank      : 1 "):
+        elastic_launch(TORCHRUN, be_rank)(tmp_path, True)
+    printed = capfd.readouterr().err
+    assert "sparsefw: rank 1: rank 1 has had enough" in printed
+    assert "the connection to another rank broke" not in printed
     assert not (tmp_path / "out").exists()
     # The same command goes on, and two ranks give one output and one log.
-    ended = torchrun("-m", "sparsefw.run")
-    assert ended.returncode == 0, ended.stderr
-    lines = ended.stdout.splitlines()
+    elastic_launch(TORCHRUN, be_rank)(tmp_path, False)
+    lines = (tmp_path / "stdout").read_text().splitlines()
     assert len([line for line in lines if line.startswith("kernel: ")]) == 1
     assert len([line for line in lines if line.startswith("checkpoint: ")]) == 1
     assert [line.split(" windows")[0] for line in lines if line.startswith("rank ")] == ["rank 0: 3", "rank 1: 3"]
