@@ -1,25 +1,31 @@
 """On a GPU, benchmarks are timed by events in the GPU's queue."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-import triton
-from operations import Operation
-from timing import GPU, Moment, keep_busy, rounds_of
+
+if TYPE_CHECKING:
+    # The process that hands benchmarks to workers waits for no import of torch.
+    from operations import Operation
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from timing import GPU, Moment
+
     for item in items:
         if GPU:
             item.add_marker(pytest.mark.benchmark(timer=Moment))
 
 
 @pytest.fixture
-def measure(benchmark) -> Callable[[Operation, str], None]:
+def measure(benchmark) -> Callable[["Operation", str], None]:
     """Compares a way of an operation with torch's, then times it, and records the least flops and bytes."""
+    import torch
+    import triton
+    from timing import GPU, Moment, keep_busy, rounds_of
 
-    def measure(operation: Operation, way: str) -> None:
+    def measure(operation: "Operation", way: str) -> None:
         if way != "torch":
             operation.check(operation.result(way), operation.result("torch"))
         device = torch.cuda.get_device_name() if GPU else "cpu, Triton's interpreter"

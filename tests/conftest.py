@@ -1,31 +1,32 @@
-"""Checkpoints on disk, outputs of runs and settings of torch that several test files start from."""
+"""Checkpoints on disk, outputs of runs and settings of torch that several test files start from.
+
+Fixtures import what they take: the process that hands tests to workers waits for no import of torch.
+"""
 
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-import torch
-from helpers.checkpoints import TENSORS, write_index
-from helpers.commands import TEXT
-from helpers.verifying import copies, outputs
-from safetensors.torch import save_file
-
-from sparsefw.checkpoint.source import SINGLE
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A checkpoint of one file."""
+    from helpers.checkpoints import TENSORS
+    from safetensors.torch import save_file
+
     path = tmp_path / "source"
     path.mkdir()
     (path / "config.json").write_text('{"model_type": "llama"}')
-    save_file(TENSORS, path / SINGLE)
+    save_file(TENSORS, path / "model.safetensors")
     return path
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     """The same tensors in two shards."""
+    from helpers.checkpoints import TENSORS, write_index
+    from safetensors.torch import save_file
+
     path = tmp_path / "shards"
     path.mkdir()
     (path / "config.json").write_text("{}")
@@ -38,25 +39,31 @@ def shards(tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the Hub's cache."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
 
 @pytest.fixture(scope="session")
 def pruned(tmp_path_factory):
     """Source and output of a run, see `verifying.outputs`."""
+    from helpers.verifying import outputs
+
     return outputs(tmp_path_factory)
 
 
 @pytest.fixture
 def copied(pruned, tmp_path):
     """Source and a copy of the output that may be changed, see `verifying.copies`."""
+    from helpers.verifying import copies
+
     return copies(pruned, tmp_path)
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     """The text that small runs calibrate on."""
+    from helpers.commands import TEXT
+
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return path
@@ -65,6 +72,8 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture
 def set_threads():
     """Sets the number of torch's threads for one test."""
+    import torch
+
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

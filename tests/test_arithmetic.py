@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers.checkpoints import refused
-from helpers.families import TOKENS, save_model
+from helpers.families import TOKENS, first_is_fast, save_model
 from helpers.stacks import Diffusion, perplexity_of_whole
 from transformers import AutoModelForCausalLM
 
@@ -35,10 +35,9 @@ def test_only_half_precision_on_a_slow_cpu(monkeypatch):
     assert [arithmetic.computes_in_fp32(*case) for case in cases] == [True, False, False, False]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(("family", "dtype"), first_is_fast([("llama", BF16), ("qwen3_moe", FP16)]))
 def test_pruned_as_in_fp32_and_rounded(family, dtype, slow, tmp_path):
-    half = save_model(tmp_path / "half", family, dtype)
+    half = save_model(tmp_path / "half", family, dtype, num_hidden_layers=2)
     model = AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32)
     model.save_pretrained(tmp_path / "full")
     result = prune(half, tmp_path / "of-half", reconstruct=0, **OPTIONS)

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.reconstructed import make_place, set_constants
 
 
 @pytest.fixture(scope="module")
 def constants() -> Iterator[None]:
     """The constants of a reconstruction that suit models made of noise."""
+    from helpers.reconstructed import set_constants
+
     with pytest.MonkeyPatch.context() as patch:
         set_constants(patch)
         yield
@@ -18,4 +19,6 @@ def constants() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and a text."""
+    from helpers.reconstructed import make_place
+
     return make_place(tmp_path_factory.mktemp("llama"), "llama")

@@ -1,14 +1,6 @@
 """What is evaluated, and tasks in the harness's format, kept out of the user's caches, without its slow notes."""
 
-import datasets
-import lm_eval.evaluator
 import pytest
-from helpers.families import save_model
-from helpers.tasks import write_tasks
-from lm_eval.tasks import TaskManager
-
-import sparsefw
-from sparsefw.evaluation import harness
 
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(40))
 QUICK = {"nsamples": 4, "seqlen": 32, "sparsity": "0.5", "steps": 2, "reconstruct": 0, "kernel": "torch"}
@@ -16,10 +8,12 @@ QUICK = {"nsamples": 4, "seqlen": 32, "sparsity": "0.5", "steps": 2, "reconstruc
 
 @pytest.fixture(autouse=True, scope="module")
 def no_cache(tmp_path_factory):
+    from sparsefw.evaluation import harness
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         # Two seconds of programs that describe the machine.
-        patch.setattr(lm_eval.evaluator, "add_env_info", lambda storage: None)
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
         # The harness takes seconds to look at all of its own tasks.
         patch.setattr(harness.Tasks.__init__, "__defaults__", (False,))
         yield
@@ -28,18 +22,26 @@ def no_cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     """The folder of the tasks."""
+    from helpers.tasks import write_tasks
+
     return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture
 def manager(tasks):
     """The harness's own manager of tasks."""
+    from lm_eval.tasks import TaskManager
+
     return TaskManager(include_path=str(tasks), include_defaults=False)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a dense model, a text, and a model that was pruned."""
+    from helpers.families import save_model
+
+    import sparsefw
+
     folder = tmp_path_factory.mktemp("job")
     save_model(folder / "dense", "llama")
     text = folder / "text.txt"

@@ -13,6 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One entry, odd sizes, and more than one tile in every direction.
 SHAPES = ((1, 1), (37, 131), (150, 260))
+shapes = pytest.mark.parametrize("shape", [*SHAPES[:2], pytest.param(SHAPES[2], marks=pytest.mark.slow)])
 
 # Relative rounding of one product of two operands at a precision, with the sum of thousands of products in fp32: tensor
 # cores truncate the bits that they shift out.

@@ -1,32 +1,46 @@
 """The implementations that tests compare with the specification."""
 
 from functools import partial
+from importlib import import_module
 from types import ModuleType
 
 import pytest
-import torch
-from helpers import naive
-from helpers.kernel_inputs import DEVICE
-
-from sparsefw.kernels import bound, candidates, conjugate, cpu, lmo, removed, rounding, rows, step, swaps, triton_ops
 
 
 @pytest.fixture(autouse=True)
 def tf32_of_tensor_cores(monkeypatch):
     """On a GPU the specification cuts tf32 operands off, as tensor cores do. Triton's interpreter rounds them."""
+    import torch
+    from helpers import naive
+    from helpers.kernel_inputs import DEVICE
+
     if DEVICE == "cuda":
         monkeypatch.setattr(naive, "_to_tf32", partial(naive._to_tf32, whole=torch.trunc))
 
 
-@pytest.fixture(params=[cpu, triton_ops], ids=["cpu", "triton"])
+@pytest.fixture(params=["cpu", "triton_ops"], ids=["cpu", "triton"])
 def backend(request) -> ModuleType:
     """The operations of cpu.py and of triton_ops.py."""
-    return request.param
+    return import_module(f"sparsefw.kernels.{request.param}")
 
 
 @pytest.fixture(params=["cpu", "one chunk", pytest.param("chunks", marks=pytest.mark.slow)])
 def row_backend(request, monkeypatch) -> ModuleType:
     """The same for kernels that work on rows: with a row in one chunk, and in chunks of which the last ends inside."""
+    from sparsefw.kernels import (
+        bound,
+        candidates,
+        conjugate,
+        cpu,
+        lmo,
+        removed,
+        rounding,
+        rows,
+        step,
+        swaps,
+        triton_ops,
+    )
+
     if request.param == "chunks":
         for module in (bound, candidates, removed, rounding, rows):
             monkeypatch.setattr(module, "row_tile", lambda rows, d: dict(BLOCK_R=32, BLOCK_D=64))

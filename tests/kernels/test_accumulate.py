@@ -87,7 +87,7 @@ def test_every_tile_is_written(monkeypatch, block_m, block_n):
         monkeypatch.setattr(module, "configuration", lambda *_: config)
     monkeypatch.setattr(mirror_module, "configuration", lambda: dict(BLOCK=32))
     monkeypatch.setattr(cpu, "MIRRORED", 16)
-    for rows, d in ((150, 90), (17, 200)):
+    for rows, d in ((2 * block_m + 10, 90), (17, 2 * block_m + 10)):
         B, D, X = inputs(20, rows, d)
         check_cross(triton_ops, B, D, X)
         for backend in (triton_ops, cpu):

@@ -7,13 +7,13 @@ from helpers.kernel_inputs import (
     DEVICE,
     DTYPES,
     PRODUCT_ERROR,
-    SHAPES,
     SUM_ERROR,
     assert_near,
     garbage,
     gram,
     needs_gpu,
     normal,
+    shapes,
     strided,
 )
 
@@ -24,7 +24,7 @@ from sparsefw.kernels.product import product
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("shape", SHAPES)
+@shapes
 def test_as_close_to_float64_as_naive(backend, shape, precision):
     E, G = normal(*shape), gram(shape[1])
     out = garbage(*shape)

@@ -6,7 +6,6 @@ from helpers import naive
 from helpers.kernel_inputs import (
     DEVICE,
     DTYPES,
-    SHAPES,
     assert_near,
     assert_sums_near,
     copied,
@@ -14,6 +13,7 @@ from helpers.kernel_inputs import (
     gram,
     in_float64,
     normal,
+    shapes,
     uniform,
 )
 
@@ -27,7 +27,7 @@ def of_wider(X):
     return torch.cat((X, X), 1)[:, X.shape[1] :]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@shapes
 @pytest.mark.parametrize("gap", [False, True])
 def test_removed_is_rounded_once(row_backend, gap, shape):
     for dtype in DTYPES:
@@ -42,7 +42,7 @@ def test_removed_is_rounded_once(row_backend, gap, shape):
         assert torch.equal(out, truth.float().bfloat16())
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@shapes
 @pytest.mark.parametrize("e_dtype", [torch.float32, torch.bfloat16])
 def test_fits_begin_at_the_kept_weights(row_backend, e_dtype, shape):
     for dtype in DTYPES:
@@ -55,7 +55,7 @@ def test_fits_begin_at_the_kept_weights(row_backend, e_dtype, shape):
         assert torch.equal(E, (W.float() - Z).to(e_dtype))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@shapes
 @pytest.mark.parametrize("minus", [*DTYPES, None])
 def test_row_errors_are_sums_of_a_few_roundings(row_backend, minus, shape):
     W, R = normal(*shape, dtype=torch.bfloat16), normal(*shape, seed=1)
@@ -74,7 +74,7 @@ def test_a_long_rows_rounding_does_not_grow_with_its_length(row_backend):
     assert ((row_backend.row_errors(E, R).double() - truth).abs() <= 12 * 2.0**-24 * truth).all()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@shapes
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bool])
 def test_rows_that_are_taken(row_backend, dtype, shape):
     X, Y = (normal(*shape, seed=n) > 0 if dtype == torch.bool else normal(*shape, seed=n, dtype=dtype) for n in (0, 1))
@@ -90,7 +90,7 @@ def test_rows_that_are_taken(row_backend, dtype, shape):
         torch.testing.assert_close(same, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@shapes
 @pytest.mark.parametrize(("margin", "support"), [(False, False), (True, True)])
 def test_candidates_are_as_close_to_float64_as_naive(row_backend, margin, support, shape):
     mask, diagonal = a_mask(*shape), gram(shape[1]).diagonal()
@@ -113,7 +113,7 @@ def test_candidates_are_as_close_to_float64_as_naive(row_backend, margin, suppor
         assert torch.equal(x[1:], y[1:])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@shapes
 @pytest.mark.parametrize(("gap", "damping"), [(False, False), (True, False), (True, True), (False, True)])
 def test_scores_of_the_bound(row_backend, gap, damping, shape):
     given = dict(
@@ -133,7 +133,7 @@ def test_scores_of_the_bound(row_backend, gap, damping, shape):
     assert ((constant.double() - truth[1]).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@shapes
 def test_sums_of_the_bound(row_backend, shape):
     score, M, V = normal(*shape), uniform(*shape, seed=2), a_mask(*shape)
     terms = score.double() * (1 + M.double() - 2 * V.double())
@@ -155,7 +155,7 @@ def saliencies(rows, d):
     return (3 * uniform(rows, d, seed=1)).round()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@shapes
 def test_rounding(row_backend, shape):
     M, saliency = relaxed(*shape), saliencies(*shape)
     k = (shape[1] * uniform(shape[0], seed=2)).long()
