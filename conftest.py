@@ -1,6 +1,5 @@
 """Without a GPU the Triton kernels of every test run in the interpreter."""
 
-import functools
 import gc
 import os
 from dataclasses import replace
@@ -47,8 +46,6 @@ def _prepare_triton() -> None:
     # A third of the interpreter's time: a sum in 64 bits beside each of integers, for an assertion that is off.
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
-    # It makes a table of all types for each value.
-    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
 
 
 # Imported modules stay. To search them for garbage again and again takes a seventh of the time.

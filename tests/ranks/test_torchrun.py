@@ -15,7 +15,9 @@ from sparsefw.report.content import read_report
 from sparsefw.run import main
 
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(200))
-TORCHRUN = LaunchConfig(1, 1, nproc_per_node=2, start_method="fork", rdzv_backend="c10d", rdzv_endpoint="localhost:0")
+TORCHRUN = LaunchConfig(
+    *(1, 1, 2), start_method="fork", rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="a test", max_restarts=0
+)
 
 
 def be_rank(folder: Path, fails: bool) -> None:
