@@ -13,7 +13,7 @@ LIMITS = {
     "sparsefw: files": 85,
     "sparsefw: code lines": 9_870,
     "kernels: code lines": 2_240,
-    "bench: code lines": 2_790,
+    "bench: code lines": 2_895,
     "tests: code lines": 13_000,
     "documents: words": 14_000,
 }

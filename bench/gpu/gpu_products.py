@@ -1,4 +1,4 @@
-"""Step 2: the roofs, and the matrix products of a run beside the library's and beside the roofs."""
+"""Step 3: the roofs, and the matrix products of a run beside the library's and beside the roofs."""
 
 from functools import partial
 from typing import Any

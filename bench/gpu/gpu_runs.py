@@ -1,4 +1,4 @@
-"""Steps 4 and 5: whole runs of `sparsefw.run` on random checkpoints of Llama's sizes, made here."""
+"""Steps 2 and 5: whole runs of `sparsefw.run` on random checkpoints of Llama's sizes, made here."""
 
 import json
 import os
@@ -19,16 +19,17 @@ from kill_runs import outputs
 GPU = torch.cuda.is_available()
 RUN = [sys.executable, "-m", "sparsefw.run"]
 
-_LLAMA = {"vocab_size": 2048, "num_key_value_heads": 8, "max_position_embeddings": 2048}
-# Sizes of the checkpoints. A run needs one block at a time, so one of 80, or 3 of 32, tell the rest. Random weights are
-# reconstructed in up to four times the steps of others: more blocks would not end in time.
+LLAMA = {"vocab_size": 2048, "num_key_value_heads": 8, "max_position_embeddings": 2048}
+# Sizes of the checkpoints. A run needs one block at a time, so one of 80, or 2 of 32, tell the rest. The last one is
+# fitted to predictions, in twice the steps, and random weights in up to four rounds: the runs leave it out.
 SIZES = {
-    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 1},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 2},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 3},
 }
 TINY_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 8, "num_hidden_layers": 2}
-# Calibration windows, and tokens in a window.
-WINDOWS, TINY_WINDOWS = (256, 2048), (4, 32)
+# The layers that a run prunes, and its calibration windows.
+PRUNED = {"70B": (r"re:model\.layers\.0\.", 256), "8B": (r"re:model\.layers\.[01]\.", 64)}
+TINY_WINDOWS, SEQLEN, TINY_SEQLEN = 4, 2048, 32
 TINY_FLAGS = ["--steps", 1, "--refit", 1, "--rounds", 0]
 
 # Limits of GPU memory with which the activations of a 70B block stay on a card of 80 GiB, and with which they move to
@@ -45,7 +46,7 @@ def checkpoint(part: Part, name: str) -> Path:
 
         shutil.rmtree(folder, ignore_errors=True)
         started = time.perf_counter()
-        sizes = _LLAMA | (TINY_SIZES if part.tiny else SIZES[name])
+        sizes = LLAMA | (TINY_SIZES if part.tiny else SIZES[name])
         generate(folder, "llama", device="cuda" if GPU else "cpu", **sizes)
         part.add(checkpoint=name, made_s=round(time.perf_counter() - started, 1), sizes=sizes)
     return folder
@@ -62,9 +63,10 @@ def text(part: Part) -> Path:
 
 def flags(part: Part, name: str, output: str, *more: str) -> list[str]:
     """The flags of a run of a checkpoint. `more` comes last, and may change the windows."""
-    windows, seqlen = TINY_WINDOWS if part.tiny else WINDOWS
+    (layers, windows), seqlen = PRUNED[name], TINY_SEQLEN if part.tiny else SEQLEN
     places = ["--model", checkpoint(part, name), "--dataset", text(part), "--output", part.scratch / output]
-    sizes = ["--nsamples", windows, "--seqlen", seqlen, *(TINY_FLAGS if part.tiny else [])]
+    sizes = ["--nsamples", TINY_WINDOWS if part.tiny else windows, "--seqlen", seqlen, "--include", layers]
+    sizes += TINY_FLAGS if part.tiny else []
     return [*map(str, [*places, *sizes]), "--overwrite", *more]
 
 
@@ -73,8 +75,8 @@ def run_report(output: Path) -> dict[str, Any]:
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     errors = [layer["relative_error"] for layer in report["layers"]]
     kept = {name: report[name] for name in ("seconds", "peak_memory", "memory")}
-    blocks = [block["seconds"] for block in report["blocks"]]
-    return kept | {"block_seconds": blocks, "relative_error": sum(errors) / len(errors)}
+    blocks = [{name: block[name] for name in ("seconds", "way", "reconstruction")} for block in report["blocks"]]
+    return kept | {"blocks": blocks, "relative_error": sum(errors) / len(errors)}
 
 
 def run(part: Part, name: str, output: str, *more: str, same_as: str = "", cached: bool = True) -> None:
@@ -99,7 +101,7 @@ def run(part: Part, name: str, output: str, *more: str, same_as: str = "", cache
     part.add(run=output, process_s=time.perf_counter() - started, **run_report(part.scratch / output))
     if same_as and (part.scratch / same_as).exists():
         one, other = (outputs(part.scratch / folder) for folder in (output, same_as))
-        part.add(**{f"same_bytes_as_{same_as.removeprefix('8B-')}": one == other})
+        part.add(**{f"same_bytes_as_{same_as}": one == other})
 
 
 def launch(arguments: list[str], environment: dict[str, str] | None) -> tuple[int, str]:
@@ -118,14 +120,20 @@ def block_compiled(part: Part) -> None:
     run(part, "70B", "70B-compiled", "--nsamples", "2" if part.tiny else "8", cached=False)
 
 
+def block_profiled(part: Part) -> None:
+    """A 70B block without a reconstruction, under the profiler."""
+    _profiled(part, "70B-profiled", "--reconstruct", "0")
+
+
 def block_on_the_gpu(part: Part) -> None:
-    """A 70B block by the default config, its activations on the GPU, under the profiler."""
-    _profiled(part, "70B-gpu", *(["--gpu-memory", str(GPU_PLACED)] if GPU else []))
+    """A 70B block by the default config, its activations on the GPU."""
+    run(part, "70B", "70B-gpu", *(["--gpu-memory", str(GPU_PLACED)] if GPU else []), cached=False)
 
 
 def block_in_host_memory(part: Part) -> None:
-    """The same with activations in host memory."""
-    _profiled(part, "70B-host", *(["--gpu-memory", str(HOST_PLACED)] if GPU else []))
+    """The same with activations in host memory; other micro-batches may round otherwise."""
+    limits = ["--gpu-memory", str(HOST_PLACED)] if GPU else []
+    run(part, "70B", "70B-host", *limits, same_as="70B-gpu", cached=False)
 
 
 def _profiled(part: Part, output: str, *more: str) -> None:
@@ -149,7 +157,7 @@ def _profiled(part: Part, output: str, *more: str) -> None:
 
 
 def cold(part: Part) -> None:
-    """3 of 32 blocks with no kernel compiled before."""
+    """2 of 32 blocks with no kernel compiled before."""
     shutil.rmtree(part.scratch / "cache-8B", ignore_errors=True)
     run(part, "8B", "8B-cold")
 

@@ -1,10 +1,10 @@
 """The first hour on a GPU, in five steps: `bench/gpu.sh FOLDER STEP` for STEP = 1 to 5, in this order.
 
     1  compile all kernels for this card with many processes; run the kernels' tests
-    2  roofs; products, Gram and cross matrices, exact products, each beside the library and its roof
-    3  row kernels at the chunks of real runs; hundreds of repeats, bits compared; counters of the memory
-    4  a block of Llama-3-70B's sizes under the profiler, activations on the GPU and in host memory
-    5  blocks of Llama-3.1-8B's sizes: cold, warm, within 16 GiB, and killed
+    2  steps of a reconstruction on one block; a block of Llama-3-70B's sizes without one, under the profiler
+    3  roofs; products, Gram and cross matrices, exact products, each beside the library and its roof
+    4  row kernels at the chunks of real runs; hundreds of repeats, bits compared; counters of the memory
+    5  a 70B block by default, activations on the GPU and in host memory; 8B blocks cold, warm, small, and killed
 
 A step ends within 8 minutes. Each of its parts is a process with a time limit of its own, so neither a hang nor a fault
 of the GPU takes the others with it. Results go to FOLDER/results.jsonl line by line, what a part prints to
@@ -32,27 +32,29 @@ STEPS = {
         "kernel tests": (270, "gpu_compile.kernel_tests"),
     },
     "2": {
+        "reconstruction": (150, "gpu_reconstruct.steps"),
+        "block compiled": (120, "gpu_runs.block_compiled"),
+        "block profiled": (130, "gpu_runs.block_profiled"),
+    },
+    "3": {
         "roofs": (60, "gpu_products.roofs"),
         "product": (130, "gpu_products.products"),
         "gram": (90, "gpu_products.grams"),
         "cross": (90, "gpu_products.crosses"),
         "exact": (90, "gpu_products.exact_products"),
     },
-    "3": {
+    "4": {
         "row kernels": (160, "gpu_rows.row_kernels"),
         "repeats": (120, "gpu_rows.repeats"),
         "counters": (180, "gpu_rows.counters"),
     },
-    "4": {
-        "block compiled": (130, "gpu_runs.block_compiled"),
-        "block on the GPU": (165, "gpu_runs.block_on_the_gpu"),
-        "block in host memory": (165, "gpu_runs.block_in_host_memory"),
-    },
     "5": {
-        "8B cold": (170, "gpu_runs.cold"),
-        "8B warm": (70, "gpu_runs.warm"),
-        "8B within 16 GiB": (90, "gpu_runs.within"),
-        "8B killed": (130, "gpu_runs.killed"),
+        "block on the GPU": (90, "gpu_runs.block_on_the_gpu"),
+        "block in host memory": (90, "gpu_runs.block_in_host_memory"),
+        "8B cold": (90, "gpu_runs.cold"),
+        "8B warm": (50, "gpu_runs.warm"),
+        "8B within 16 GiB": (60, "gpu_runs.within"),
+        "8B killed": (90, "gpu_runs.killed"),
     },
 }
 # "counted" is what Nsight Compute runs for "counters".

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import gpu_lines
 import gpu_products
+import gpu_reconstruct
 import gpu_rows
 import gpu_runs
 import gpu_steps
@@ -98,15 +99,22 @@ def test_the_host_does_not_wait_in_what_is_timed(name, monkeypatch):
         assert not gpu.waits
 
 
-@pytest.mark.parametrize("step", ["4", "5"])
-def test_runs(step, lines, monkeypatch):
+def test_steps_of_a_reconstruction_are_timed_and_give_the_same_bits(lines):
+    rows = lines("reconstruction")
+    assert [row["model"] for row in rows] == [name for name in gpu_reconstruct.BLOCKS for _ in range(3)]
+    assert all(row["gradients_ms"] > 0 and row["adam_ms"] > 0 for row in rows if "adam_ms" in row)
+    assert [row["differs"] for row in rows if "differs" in row] == [0] * 3
+
+
+@pytest.mark.parametrize(("step", "same"), [("2", []), ("5", [True] * 4)])
+def test_runs(step, same, lines, monkeypatch):
     monkeypatch.setattr(gpu_runs, "launch", lambda arguments, environment: (sparsefw.run.main(arguments), ""))
-    rows = [row for name in gpu_steps.STEPS[step] for row in lines(name)]
+    names = [name for name in gpu_steps.STEPS[step] if name != "reconstruction"]
+    rows = [row for name in names for row in lines(name)]
     reports = [row for row in rows if "peak_memory" in row]
-    assert len(reports) == len(gpu_steps.STEPS[step])
+    assert len(reports) == len(names)
     assert all(0 < row["relative_error"] < 1 and row["seconds"]["solve"] > 0 for row in reports)
-    same = [value for row in rows for name, value in row.items() if name.startswith("same_bytes")]
-    assert same == [True] * 3 * (step == "5")
+    assert [value for row in rows for name, value in row.items() if name.startswith("same_bytes")] == same
 
 
 def test_limits_of_a_step_fit_into_eight_minutes():
