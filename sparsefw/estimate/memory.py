@@ -142,13 +142,15 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     # All tensors outside of the blocks are written at the end, piece by piece. They are not loaded for it.
     piece = max(shape.pieces, default=0) + shape.quantized
     forward = max(_forward(b, shape, workload, tokens) for b in blocks)
+    # Beside a block while it is loaded. Tensors are dequantized before they are joined.
+    loading = max(shape.quantized, shape.joined)
     peaks = [_stages_of_block(b, shape, workload, placement, tokens) for b in blocks]
     calibrate, solve = map(max, zip(*peaks, strict=True))
     end = shape.outside + max(logits if workload.evaluation else 0, shape.quantized)
     # By phase: on the device, and on the host beside it.
     phases = {
-        "start": (shape.outside + blocks[0].nbytes + max(forward, shape.loading), passing),
-        "calibrate": (weights + max(shape.loading, kept + calibrate), others + kept_on_host),
+        "start": (shape.outside + blocks[0].nbytes + max(forward, loading), passing),
+        "calibrate": (weights + max(loading, kept + calibrate), others + kept_on_host),
         "solve": (weights + kept + solve, others + kept_on_host),
     }
     if config.reconstruct:

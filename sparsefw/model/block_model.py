@@ -229,7 +229,6 @@ def resident(model: nn.Module, batch: Batch | None, device: torch.device) -> Ite
     """
     with (
         as_python(),
-        _evaluating(model),
         asked_for_no_more(model) as set_back,
         attention_by_calls(),
         ResidentModel(model, batch, device, set_back) as opened,
@@ -237,23 +236,12 @@ def resident(model: nn.Module, batch: Batch | None, device: torch.device) -> Ite
         yield opened
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 class ResidentModel(BlockModel):
     """A `BlockModel` in memory. Use `resident`.
 
     Args:
         model, batch, device: as for `resident`.
-        set_back: makes the model's configs those of its caller again.
+        set_back: sets back what the run has changed of the model's configs and mode.
     """
 
     def __init__(

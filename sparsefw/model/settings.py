@@ -55,20 +55,22 @@ def _ask(config: Any) -> None:
 
 @contextmanager
 def asked_for_no_more(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Inside the `with` block, the configs of a model in memory have the entries of a run.
+    """Inside the `with` block, a model in memory is in evaluation mode, and its configs have the entries of a run.
 
-    Yields a function that sets them back before its end: a model is written with its own.
+    Yields a function that sets all back before its end: a model is written with its own config.
     """
     # Modules may share a config.
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     before = [(config, name, getattr(config, name, None)) for config in configs for name in _ENTRIES]
+    before += [(module, "training", module.training) for module in model.modules()]
 
     def set_back() -> None:
-        for config, name, value in before:
+        for owner, name, value in before:
             if value is not None:
-                setattr(config, name, value)
+                setattr(owner, name, value)
 
     try:
+        model.eval()
         for config in configs:
             _ask(config)
         yield set_back

@@ -95,7 +95,7 @@ def _shape_of(model: BlockModel, walks: list["_Walk"], vocabulary: int, by_windo
     # Each tied one is counted once; before blocks are opened.
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
     known: dict[tuple, tuple[BlockShape, tuple[str, ...]]] = {}
-    blocks = []
+    blocks, names = [], []
     for i, block in enumerate(model.blocks):
         prefix = f"{model.names[i]}."
         own = {name.removeprefix(prefix) for name in model.shared.names if name.startswith(prefix)}
@@ -110,12 +110,16 @@ def _shape_of(model: BlockModel, walks: list["_Walk"], vocabulary: int, by_windo
             for walk in walks:
                 walk.pass_block(i)
             model.close(i)
-        blocks.append(known[kind])
+        shape, layers = known[kind]
+        blocks.append(shape)
+        names.append((model.names[i], layers))
+    # Next tokens are predicted from what the last block puts out.
+    blocks[-1] = replace(blocks[-1], predicts=by_window and vocabulary > 0)
     few, more = walks[0].between, walks[-1].between
     # With a single length, nothing depends on the tokens.
     lengths = (TOKENS, MORE_TOKENS) if len(walks) > 1 else (0, 1)
     return ModelShape(
-        blocks=tuple(shape for shape, _ in blocks),
+        blocks=tuple(blocks),
         outside=model.outside_bytes,
         hidden=few[0].shape[-1],
         vocabulary=vocabulary,
@@ -125,7 +129,7 @@ def _shape_of(model: BlockModel, walks: list["_Walk"], vocabulary: int, by_windo
         parameters=parameters,
         pieces=tuple(model.piece_bytes),
         between=tuple(Extent.of(a, b, *lengths) for a, b in zip(few, more, strict=True)),
-        names_by_block=tuple((name, layers) for name, (_, layers) in zip(model.names, blocks, strict=True)),
+        names_by_block=tuple(names),
         by_window=by_window,
         quantized=model.quantized_bytes,
         written=0.5 if model.in_fp32 else 1,
@@ -252,14 +256,14 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all memory that operations take inside the `with` block of this thread, until it is free.
 
     Attributes:
-        live, peak: bytes now, and the most so far.
+        live: bytes now.
         made: bytes of everything that was made.
         points: `live` behind each operation that made something.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.made = 0
+        self.live = self.made = 0
         self.points: list[int] = []
         self._known: set[int] = set()
 
@@ -280,7 +284,6 @@ class LiveBytes(TorchDispatchMode):
         self._known.add(key)
         self.live += nbytes
         self.made += nbytes
-        self.peak = max(self.peak, self.live)
         self.points.append(self.live)
         weakref.finalize(storage, self._free, key, nbytes)
 
@@ -303,8 +306,9 @@ def count_forward(runs: Sequence[tuple[int, Callable[[], object]]]) -> ForwardBy
     few, more = counts[0], counts[-1]
     tokens = runs[0][0], runs[-1][0]
     # Blocks whose operations depend on the tokens have other points.
-    points = zip(few.points, more.points, strict=True) if len(few.points) == len(more.points) else []
-    lines = {_line(tokens, pair) for pair in [*points, (few.peak, more.peak)]}
+    points = [*zip(few.points, more.points, strict=True)] if len(few.points) == len(more.points) else []
+    peaks = max(few.points, default=0), max(more.points, default=0)
+    lines = {_line(tokens, pair) for pair in points or [peaks]}
     return ForwardBytes(tuple(sorted(lines)), _line(tokens, (few.made, more.made)))
 
 

@@ -142,16 +142,6 @@ class ModelShape:
     joined: int = 0
     written: float = 1
 
-    def __post_init__(self) -> None:
-        *blocks, last = self.blocks
-        last = replace(last, predicts=self.by_window and self.vocabulary > 0)
-        object.__setattr__(self, "blocks", (*blocks, last))
-
-    @property
-    def loading(self) -> int:
-        """Bytes in memory beside a block while it is loaded. Tensors are dequantized before they are joined."""
-        return max(self.quantized, self.joined)
-
     @property
     def layer_names(self) -> list[str]:
         """Full names of all prunable layers, as a run reports them."""

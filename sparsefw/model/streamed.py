@@ -51,8 +51,7 @@ class StreamedModel(BlockModel):
         in_fp32: bool = False,
     ) -> None:
         self._read_tensors, self._skeleton = read, skeleton.build(checkpoint)
-        self._checkpoint = self._skeleton.checkpoint
-        self.infos = self._checkpoint.tensors
+        self.infos = self._skeleton.checkpoint.tensors
         model = self._skeleton.model
         self.config: Any = model.config
         self.max_seqlen = skeleton.max_seqlen(self.config)
@@ -159,6 +158,7 @@ class StreamedModel(BlockModel):
 
     def _notes(self) -> list[str]:
         tensors, built, kind = self.infos, self._skeleton, type(self.model).__name__
+        source = built.checkpoint
         needed = {*self._tensors_of(None), *built.unused}
         # By what is said of them: tensors outside of the blocks that are not loaded.
         others = {
@@ -168,19 +168,18 @@ class StreamedModel(BlockModel):
         notes = [f"config.json names {built.replaced}: pruned as {kind}"] if built.replaced else []
         if self.runs is not self.model:
             notes.append(f"{kind} does not run on text alone: its {type(self.runs).__name__} is run in its place")
-        notes += self.shared.notes + ([arithmetic.note(self._checkpoint.dtype)] if self.in_fp32 else [])
-        if dequantized := quantization.note(tensors.values(), self._checkpoint.quantization):
+        notes += self.shared.notes + ([arithmetic.note(source.dtype)] if self.in_fp32 else [])
+        if dequantized := quantization.note(tensors.values(), source.quantization):
             notes.append(dequantized)
-        if self._checkpoint.config.get("auto_map"):
+        if source.config.get("auto_map"):
             notes.append("auto_map is not written: it names code of the checkpoint, which is neither run nor copied")
         for what, names in others.items():
             if names:
                 size = sum(tensors[name].nbytes for name in names) / 1e9
                 notes.append(f"not pruned: {len(names)} tensors that {what}, {size:.2f} GB, {names[0]} first")
-        state = self.model.state_dict()
         changed: dict[torch.dtype, list[str]] = {}
         for name in (name for i in self.unique_blocks for name in self._tensors_of(i)):
-            dtype = state[built.goes_into[name]].dtype
+            dtype = self._own[built.goes_into[name]].dtype
             if tensors[name].dtype.is_floating_point and tensors[name].dtype != dtype:
                 changed.setdefault(dtype, []).append(name)
         for dtype, names in changed.items():

@@ -1,5 +1,7 @@
 """A run is placed so that it fits its limits, and what costs least time is given up first."""
 
+from dataclasses import replace
+
 import pytest
 from helpers.checkpoints import refused
 
@@ -28,7 +30,8 @@ def llama(hidden, intermediate, depth, pairs=8, vocabulary=128256):
     size, outside = sum(layer.rows * layer.d for layer in layers) + 2 * hidden, 2 * vocabulary * hidden + hidden
     # As counted of Llama-3-70B.
     forward = ForwardBytes(((0.0, 25.0 * hidden),), (0.0, 83.0 * hidden))
-    blocks = (BlockShape(2 * size, layers, layers, forward=forward),) * depth
+    block = BlockShape(2 * size, layers, layers, forward=forward)
+    blocks = *[block] * (depth - 1), replace(block, predicts=True)
     between = (Extent(((1, 0), (0, 1), (hidden, 0)), 2),)
     return ModelShape(blocks, 2 * outside, hidden, vocabulary, 0, 2, 2, depth * size + outside, (2 * outside,), between)
 
