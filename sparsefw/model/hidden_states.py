@@ -190,7 +190,7 @@ class HiddenStates:
         """
         first = self.carried[0]
         stored = dict.fromkeys(leaves_of([first.values, first.boxes]))
-        handed_on = [x.read() for x in stored if x not in first.constants]
+        handed_on = [x.read() for x in stored if isinstance(x, Stored) and x not in first.constants]
         return [self.hidden[0], *handed_on, *(first.constants[n].read() for n in sorted(self.of_batch))]
 
     def handed_on(self, i: int, run: BlockRun) -> list[Tensor]:
