@@ -55,12 +55,7 @@ def record(model: BlockModel, batch: Batch) -> Recording:
         InputError: its blocks hand tensors on in a way that cannot be followed.
     """
     batch, last = batch.to(model.device, model.in_fp32), len(model.blocks) - 1
-    weights = {
-        f"{name}.{inner}": weight
-        for name, block in zip(model.names, model.blocks, strict=True)
-        for inner, weight in block.named_parameters()
-    }
-    recorder = Recorder(type(model.model).__name__, batch.tensors, weights)
+    recorder = Recorder(type(model.model).__name__, batch.tensors, dict(zip(model.names, model.blocks, strict=True)))
 
     def stand_in(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return form_of(model, i, args, kwargs).after(args[0])
@@ -203,7 +198,7 @@ def run_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor | None, ot
         What the model returns.
     """
     batch, last = batch.to(model.device, model.in_fp32), len(model.blocks) - 1
-    recorder = None if model.flow.by_window else Recorder(type(model.model).__name__, batch.tensors, real=others)
+    recorder = None if model.flow.by_window else Recorder(type(model.model).__name__, batch.tensors, {}, others)
 
     def stand_in(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         form = None

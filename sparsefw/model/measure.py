@@ -9,7 +9,7 @@ stage.
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +24,7 @@ from sparsefw.model.watch import Selector, Watch, everything
 from sparsefw.solver.refit import Cross
 
 # Runs one micro-batch, by its number, through a block.
-Run = Callable[[int], object]
-
-# A run returns this; None if it ended before.
-Ran = TypeVar("Ran")
-
-# Tensors at points of a block, and what the block returned; None if the run ended before.
-_Ran = tuple[dict[Point, Tensor], BlockRun | None]
-
-# Outputs of the dense model's layers: called with the number of a micro-batch, then with the name of a layer.
-DenseOutputs = Callable[[int], Callable[[str], Tensor | None]]
+Run = Callable[[int], Any]
 
 
 @dataclass(frozen=True)
@@ -84,7 +75,8 @@ def capture(
     backend: Backend,
     selected: Selector = everything,
     stage: Stage | None = None,
-    dense: DenseOutputs | None = None,
+    dense: tuple[nn.Module, Run] | None = None,
+    move: Callable[[int, Any], None] = lambda j, ran: None,
     experts: frozenset[str] | None = None,
 ) -> Captured:
     """Run a block over its calibration inputs; find its layers and accumulate the Gram matrices of their inputs.
@@ -97,18 +89,24 @@ def capture(
         selected: selects layers by their names inside the block. An input that no selected layer reads has no Gram
             matrix.
         stage: watch its layers only, and run no more of the block than they need; None: the whole block.
-        dense: outputs of the dense model's layers; with them, cross matrices are accumulated, too.
+        dense: the dense model's block, and what runs one of its micro-batches; with them, cross matrices are
+            accumulated, too.
+        move: called behind each run of the dense model with the number of the micro-batch and what the run returned,
+            None if it ended before. What is made of outputs then, between two blocks, is no output of a layer.
         experts: names of modules that may be experts; None: those of `experts_of`.
 
     Raises:
         InputError: a layer shares its input with different layers from one micro-batch to the next.
     """
-    sums, names = _Sums(backend), WeightNames(block)
+    sums, names, dense_names = _Sums(backend), WeightNames(block), WeightNames((dense or [block])[0])
     experts = experts_of(block) if experts is None else experts
 
-    def add_crosses(dense_output: Callable[[str], Tensor | None]) -> None:
+    def add_crosses(j: int, run_dense: Run) -> None:
+        # A new watch for each micro-batch, so that the outputs are freed with it.
+        dense_watch = Watch(dense_names, experts, selected, stage=stage, record_outputs=True)
+        move(j, dense_watch.through(partial(run_dense, j)))
         for name, X, output in watch.outputs.pairs():
-            expected = dense_output(name)
+            expected = dense_watch.outputs.output_of(name)
             if expected is not None and expected.shape == output.shape:
                 # Rounded only once, whatever the dtype: torch subtracts in fp32.
                 sums.add_cross(name, (expected - output).to(X.dtype), X)
@@ -118,43 +116,12 @@ def capture(
         watch.through(partial(run, j))
         # A function of its own: nothing of a micro-batch may outlive it.
         if dense:
-            add_crosses(dense(j))
+            add_crosses(j, dense[1])
     idle = {name for name, G in sums.grams.items() if is_expert(name, experts) and not G.diagonal().any()}
     layers = [layer for layer in watch.layers.values() if layer.gram not in idle]
     grams = {name: backend.mirror_lower(G) for name, G in sums.grams.items() if name not in idle}
     crosses = {name: Cross("outputs", matrix) for name, matrix in sums.crosses.items()}
     return Captured(layers, grams, crosses, [*watch.ignored])
-
-
-def dense_outputs(
-    block: nn.Module,
-    run: Callable[[int], Ran],
-    stage: Stage | None = None,
-    selected: Selector = everything,
-    move: Callable[[int, Ran | None], object] = lambda j, ran: None,
-    experts: frozenset[str] | None = None,
-) -> DenseOutputs:
-    """Outputs of a stage's layers in the dense model. A micro-batch is run as far as the stage needs it.
-
-    Args:
-        block: the dense model's block.
-        run: runs one of the dense model's micro-batches through it.
-        stage: None is the whole block.
-        selected: selects the layers whose outputs are recorded; the same as in `capture`, so that outputs of both
-            models are followed as far.
-        move: moves the micro-batch on, called with its number and what the run returned, None if it ended before. What
-            is made of outputs then, between two blocks, is no output of a layer.
-        experts: names of modules that may be experts; None: those of `experts_of`.
-    """
-    names, experts = WeightNames(block), experts_of(block) if experts is None else experts
-
-    def outputs_of(j: int) -> Callable[[str], Tensor | None]:
-        # A new watch for each micro-batch, so that the outputs are freed with it.
-        watch = Watch(names, experts, selected, stage=stage, record_outputs=True)
-        move(j, watch.through(partial(run, j)))
-        return watch.outputs.output_of
-
-    return outputs_of
 
 
 @dataclass(frozen=True)
@@ -249,7 +216,11 @@ def _dense_tensors(stage: Stage, pair: Pair, j: int) -> tuple[Tensor | None, dic
     reads = len(stage.writes) < len(stage.layers)
     wanted = {point for point in (stage.input if reads else None, stage.behind, *sums) if point is not None}
     end = None if stage.final or None in sums else max(wanted, key=lambda point: point.call)
-    taken, output = _run_dense(stage, pair, j, take=wanted, end=end)
+    taken, output = pair.dense.part(pair.number, j, pair.dense_block, take=wanted, end=end)
+    if stage.final and output is not None:
+        pair.dense.leave(pair.number, j, output)
+    elif stage.behind is not None:
+        pair.dense.put(pair.number, j, taken[stage.behind])
     X_dense = _as_matrix(taken[stage.input]) if reads and stage.input is not None else None
     streams: dict[Point | None, Tensor] = {point: _as_matrix(taken[point]) for point in sums if point is not None}
     if output is not None:
@@ -261,18 +232,18 @@ def _measure_watched(
     stage: Stage, pair: Pair, backend: Backend, selected: Selector, passing: Container[int]
 ) -> Captured:
     """Measure layers that have to be watched: experts, and layers whose outputs in both models are recorded."""
+    run_dense = partial(pair.dense.part, pair.number, block=pair.dense_block)
 
-    def move(j: int, ran: _Ran | None) -> None:
-        if stage.final or stage.behind:
-            take = () if stage.behind is None else (stage.behind,)
-            _run_dense(stage, pair, j, take=take, end=stage.behind, ran=ran if stage.final else None)
+    def move(j: int, ran: tuple[object, BlockRun] | None) -> None:
+        """Move the dense model's micro-batch on, with a run that is as long where there is one."""
+        if stage.final:
+            pair.dense.leave(pair.number, j, ran[1] if ran else pair.dense.output(pair.number, j, pair.dense_block))
+        elif stage.behind is not None:
+            taken, _ = run_dense(j, take=(stage.behind,), end=stage.behind)
+            pair.dense.put(pair.number, j, taken[stage.behind])
 
-    outputs = None
-    # Experts are not compared with the dense model. For them it runs only to move on.
-    if stage.last or stage.final or stage.behind:
-        run_dense = partial(pair.dense.part, pair.number, block=pair.dense_block)
-        outputs = dense_outputs(pair.dense_block, run_dense, stage, selected, move, pair.experts)
     micro_batches = range(len(pair.pruned))
+    # Experts are not compared with the dense model.
     captured = capture(
         pair.pruned.model.blocks[pair.number],
         partial(_run_pruned, stage, pair),
@@ -280,12 +251,14 @@ def _measure_watched(
         backend=backend,
         selected=selected,
         stage=stage,
-        dense=outputs,
+        dense=(pair.dense_block, run_dense) if stage.last else None,
+        move=move,
         experts=pair.experts,
     )
     for j in micro_batches:
         if j in passing:
             _run_pruned(stage, pair, j, end=stage.start)
+        if j in passing or not stage.last:
             move(j, None)
     return captured
 
@@ -299,25 +272,6 @@ def _run_pruned(
     if moves:
         pair.pruned.put(pair.number, j, taken[stage.start])
     return taken
-
-
-def _run_dense(
-    stage: Stage, pair: Pair, j: int, *, take: Iterable[Point], end: Point | None, ran: _Ran | None = None
-) -> _Ran:
-    """Run micro-batch j of the dense model as far as a stage needs it, and move it on to where the next one starts.
-
-    Args:
-        stage, pair, j: the stage, the block and the micro-batch.
-        take, end: as for `HiddenStates.part`.
-        ran: what a run that is as long has returned; None: it is run.
-    """
-    ran = ran or pair.dense.part(pair.number, j, pair.dense_block, take=take, end=end)
-    taken, output = ran
-    if stage.final and output is not None:
-        pair.dense.leave(pair.number, j, output)
-    elif stage.behind is not None:
-        pair.dense.put(pair.number, j, taken[stage.behind])
-    return ran
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

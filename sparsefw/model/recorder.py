@@ -5,16 +5,15 @@ that they can be made again with the real outputs.
 """
 
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsefw.errors import InputError
 from sparsefw.model import tape
-from sparsefw.model.parts import DIFFERS, UNSUPPORTED
+from sparsefw.model.parts import UNSUPPORTED
 from sparsefw.model.recording import (
     Box,
     Call,
@@ -30,7 +29,7 @@ from sparsefw.model.recording import (
     rebuilt,
     tensors_of,
 )
-from sparsefw.model.tape import Calls, Op, Tape, tensors_in
+from sparsefw.model.tape import Op, Tape, tensors_in, with_tensors
 
 # Functions whose results say what values a tensor has, by name. What a forward does next may depend on them.
 _READING = {"__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "item", "tolist", "numpy"}
@@ -46,12 +45,12 @@ _FORM |= {Tensor.size, Tensor.dim, Tensor.numel}
 
 
 class Recorder:
-    """Follows the outputs of blocks through a model's forward: `with recorder.on(): ...`.
+    """Follows the outputs of blocks through a model's forward: `with Calls(recorder.record): ...`.
 
     Args:
         model: name of the model's class, for messages.
         given: the tensors that the forward is given.
-        weights: weights of the blocks, by their names.
+        blocks: the blocks, by their names.
         real: tensors that take the places of followed ones, by their numbers, once `begun` is true.
         watched: names of tensors, by their ids; None: nothing is watched, and no trace is kept.
 
@@ -60,23 +59,27 @@ class Recorder:
         tape: all calls.
         begun: whether the last block has been called.
         read: names of the watched tensors that a function reads, the blocks' own calls included.
-        trace: outlines of what each block is given, and of the calls before it. An outline is equal to that of another
-            forward that does the same.
+        trace: outlines of what each block is given, and of the calls with what blocks return. They are equal to those
+            of another forward that does the same.
     """
 
     def __init__(
         self,
         model: str,
         given: list[Tensor],
-        weights: Mapping[str, Tensor] | None = None,
+        blocks: Mapping[str, nn.Module],
         real: Mapping[int, Tensor] | None = None,
         watched: Mapping[int, str] | None = None,
     ) -> None:
         self._model, self._real, self.begun, self.names = model, real or {}, False, list[str]()
-        self._traces, self._watched, self.read = watched is not None, watched or {}, set[str]()
+        self._watched, self.read = watched or {}, set[str]()
+        self.trace: list[list[Any]] | None = None if watched is None else []
         self.tape = Tape(given)
-        self.trace: list[list[Any]] = []
-        self._weights = {self.tape.value(weight): name for name, weight in (weights or {}).items()}
+        self._weights = {
+            self.tape.value(x): f"{name}.{inner}"
+            for name, block in blocks.items()
+            for inner, x in block.named_parameters()
+        }
         # The numbers of followed values, and the tensors that calls with them are given beside them.
         self._numbers: dict[tape.Value, int] = {}
         self._others: dict[tape.Value, Tensor] = {}
@@ -95,31 +98,15 @@ class Recorder:
         # An object counts as it is when a block is given it first: blocks may change it.
         self._met: Memo = {}
 
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        """Inside the `with` block, calls are recorded."""
-        before, self.tape.call = self.tape.call, self._made
-        try:
-            with Calls(self._record):
-                yield
-        finally:
-            # The tape holds the recorder no more, which holds tensors: both go at once.
-            self.tape.call = before
-
-    def _made(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Make a call, with real tensors in the places of what is read behind the last block."""
-        if not (self.begun and self._real):
-            return func(*args, **kwargs)
-
-        def leaf(x: Tensor) -> Tensor:
-            return self._real.get(self._numbers.get(self.tape.value(x), -1), x)
-
-        args, kwargs = tape.with_tensors((args, kwargs), leaf)
-        return func(*args, **kwargs)
-
-    def _record(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def record(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Make a call, and record it."""
         if self._watched and func not in _FORM:
             self.read |= {self._watched[id(x)] for x in tensors_in((args, kwargs)) if id(x) in self._watched}
+        if self.begun and not self.tape.paused:
+            # Real tensors take the places of what is read behind the last block.
+            numbers, real = self._numbers, self._real
+            args, kwargs = with_tensors((args, kwargs), lambda x: real.get(numbers.get(self.tape.value(x), -1), x))
+            return func(*args, **kwargs)
         count = len(self.tape.ops)
         out = self.tape.record(func, args, kwargs)
         if len(self.tape.ops) == count:
@@ -150,6 +137,7 @@ class Recorder:
             numbers = [self._numbers.setdefault(value, len(self._numbers)) for value in op.outputs]
             args, kwargs = rebuilt((op.args, op.kwargs), self._leaf)
             self._steps.append(Step(op.function, args, kwargs, numbers, in_place=bool(op.written)))
+            self._keep(self._steps[-1])
         elif op.name in _READING:
             self._refusal = "what follows it depends on the values that it returns"
 
@@ -177,19 +165,17 @@ class Recorder:
         """Record what block i, of this name, is given, inside `tape.pause`.
 
         Raises:
-            InputError: it is not its turn, or what was done with the output of the block before cannot be done again.
+            InputError: what was done with the output of the block before cannot be done again.
         """
         if self._refusal:
             raise InputError(f"{self.names[-1]}: {UNSUPPORTED} {self._model}: {self._refusal}")
-        if i != len(self._calls):
-            raise InputError(DIFFERS)
         self.names.append(name)
         for known in objects_of((*args, *kwargs.values())):
             _, before, count = self._objects.get(id(known), (known, outline(known), 0))
             self._objects[id(known)] = known, before, count + 1
         self._given |= {id(x): (x, x._version) for x in tensors_of((hidden, args, kwargs)) if id(x) not in self._given}
         self._check_unchanged()
-        self._keep(name, self._steps, hidden, args, kwargs)
+        self._keep(name, hidden, args, kwargs)
         self._calls[i] = Call(args, kwargs, self._steps, hidden)
         self._steps = []
 
@@ -202,10 +188,6 @@ class Recorder:
         call.outputs, call.after = [leaf.number for leaf in leaves_of(call.form)], len(self._numbers)
         self._objects = {key: (known, outline(known), count) for key, (known, _, count) in self._objects.items()}
 
-    def ends(self) -> None:
-        """Note that the forward has ended."""
-        self._keep(self._steps)
-
     def recording(self, end: set[int] | None = None) -> Recording:
         """What was recorded.
 
@@ -214,15 +196,10 @@ class Recorder:
                 found, if the forward was recorded to its end.
         """
         self._check_unchanged()
-        with self.tape.pause():
-            return self._recording(end)
-
-    def _recording(self, end: set[int] | None) -> Recording:
         last = self._calls[len(self._calls) - 1]
         behind = leaves_of([(step.args, step.kwargs) for step in self._steps])
         if end is None:
-            read = {leaf.number for leaf in behind if isinstance(leaf, Value)}
-            end = {number for number in read if number < last.after and number not in last.outputs[:1]}
+            end = {number for number in numbers_in(behind) - {*last.outputs[:1]} if number < last.after}
         constants: dict[tape.Value, tuple[int, Tensor]] = {}
 
         def leaf(x: Any) -> Any:
@@ -283,39 +260,12 @@ class Recorder:
         return live
 
     def _keep(self, *what: Any) -> None:
-        if self._traces:
+        if self.trace is not None:
             self.trace.append(outline(rebuilt(what, self._digest, self._met)))
 
     def _digest(self, x: Any) -> str:
         if isinstance(followed := self._leaf(x), Value):
             return f"value {followed.number}"
-        tensor = self._others.get(x, x)
-        if not isinstance(tensor, Tensor):
-            return str(tensor)
-        data = b"" if tensor.is_meta else tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        return f"{tensor.dtype} {tuple(tensor.shape)} {zlib.crc32(data)}"
-
-
-def check_same(one: Recorder, other: Recorder, names: list[str], model: str) -> None:
-    """Compare two recorded forwards, in which blocks return other values: what is done around them must be the same.
-
-    A recorder sees the calls of torch functions. What a forward makes of blocks' outputs by other means, or of objects
-    that blocks change, would count as a constant.
-
-    Args:
-        one, other: their recorders.
-        names: names of the blocks.
-        model: name of the model's class.
-
-    Raises:
-        InputError: they differ.
-    """
-    if one.trace == other.trace:
-        return
-    pairs = enumerate(zip(one.trace, other.trace, strict=False))
-    first = next((n for n, (a, b) in pairs if a != b), len(names))
-    where = f"before {names[first]}" if first < len(names) else "behind the last block"
-    raise InputError(
-        f"{UNSUPPORTED} {model}: what its forward does {where} depends on what blocks return or change in a way that "
-        "cannot be followed, or on chance"
-    )
+        x = self._others.get(x, x)
+        data = b"" if x.is_meta else x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        return f"{x.dtype} {tuple(x.shape)} {zlib.crc32(data)}"

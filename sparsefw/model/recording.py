@@ -102,7 +102,7 @@ def rebuilt(value: Any, leaf: Callable[[Any], Any], memo: Memo | None = None) ->
 
 def leaves_of(value: Any) -> list[Any]:
     """The tensors in a nested value, or what stands for them, in order."""
-    return [part for kind, part in _walk(value, {}) if kind is LEAF]
+    return [part for kind, part, _ in _walk(value, {}) if kind is LEAF]
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -117,7 +117,7 @@ def numbers_in(value: Any) -> set[int]:
 
 def objects_of(value: Any) -> list[Any]:
     """The objects in a nested value that may be changed, the outer ones first."""
-    return [part for kind, part in _walk(value, {}) if kind is OBJECT and not isinstance(part, tuple)]
+    return [part for kind, part, _ in _walk(value, {}) if kind is OBJECT and not isinstance(part, tuple)]
 
 
 def outline(value: Any) -> list[Any]:
@@ -125,35 +125,26 @@ def outline(value: Any) -> list[Any]:
 
     Functions of one name are equal: they may be made anew in each forward.
     """
-    found = []
-    for kind, part in _walk(value, {}):
-        if kind is ATOM:
-            what = part if isinstance(part, _ATOMS) else getattr(part, "__qualname__", "")
-        elif kind is OBJECT:
-            what = len(part) if hasattr(part, "__len__") else 0
-        else:
-            what = id(part) if kind is LEAF else part
-        found.append((kind, type(part), what))
-    return found
+    return [(kind, type(part), what) for kind, part, what in _walk(value, {})]
 
 
-def _walk(value: Any, met: Memo) -> Iterator[tuple[str, Any]]:
-    """All parts of a nested value with their kinds, each behind the key under which it is found."""
+def _walk(value: Any, met: Memo) -> Iterator[tuple[str, Any, Any]]:
+    """All parts of a nested value: the kind, the part, and what it is compared by; each behind its key."""
     if isinstance(value, _LEAVES):
-        yield LEAF, value
+        yield LEAF, value, id(value)
     elif id(value) in met:
-        yield AGAIN, met[id(value)][1]
+        yield AGAIN, value, met[id(value)][1]
     elif is_atom(value):
-        yield ATOM, value
+        yield ATOM, value, value if isinstance(value, _ATOMS) else getattr(value, "__qualname__", "")
     else:
         if not isinstance(value, tuple):
             met[id(value)] = value, len(met)
-        yield OBJECT, value
+        yield OBJECT, value, len(value) if hasattr(value, "__len__") else 0
         items = (
             value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
         )
         for key, item in (*items, *getattr(value, "__dict__", {}).items()):
-            yield KEY, key
+            yield KEY, key, key
             yield from _walk(item, met)
 
 

@@ -16,6 +16,7 @@ from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model.parts import UNSUPPORTED, PartIsOver
 from sparsefw.model.recorder import Recorder
 from sparsefw.model.recording import leaves_of, rebuilt
+from sparsefw.model.tape import Calls
 
 # The attributes of a module that hold what runs before and after its forward.
 _HOOKS = (
@@ -213,7 +214,7 @@ def run_replaced(
     with ExitStack() as stack:
         for name, block in blocks.items():
             stack.enter_context(_replaced(name, block, replacement))
-        stack.enter_context(recorder.on() if recorder else nullcontext())
+        stack.enter_context(Calls(recorder.record) if recorder else nullcontext())
         try:
             return runs(*batch.args, **batch.kwargs)
         except StopForward:

@@ -115,20 +115,19 @@ class Tape:
     Attributes:
         given: the tensors that the forward is given.
         holds: whether the tape holds a tensor, so that it stays in memory, and is found in its value.
-        call: makes the calls.
         ops: the operations so far.
+        paused: whether calls are not recorded.
     """
 
     given: Iterable[Tensor] = ()
     holds: Callable[[Tensor], bool] = lambda x: False
-    call: Callable[[Any, tuple, dict], Any] = lambda func, args, kwargs: func(*args, **kwargs)
     ops: list[Op] = field(default_factory=list)
+    paused: bool = False
     # By tensor: its value, and how often it had been written to.
     _known: MutableMapping[Tensor, tuple[Value, int]] = field(default_factory=WeakIdKeyDictionary)
     # By the storage of a tensor: the last operation that wrote to it.
     _writer: dict[int, int] = field(default_factory=dict)
     _count: int = 0
-    _paused: bool = False
 
     def __post_init__(self) -> None:
         for x in self.given:
@@ -136,7 +135,7 @@ class Tape:
 
     def record(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Make a call, and record it."""
-        if self._paused:
+        if self.paused:
             return func(*args, **kwargs)
         operands: list[Tensor] = []
         inputs: list[Value] = []
@@ -148,7 +147,7 @@ class Tape:
 
         own, others = with_tensors((args, kwargs), known)
         versions = [_version(x) for x in operands]
-        out = self.call(func, args, kwargs)
+        out = func(*args, **kwargs)
         number = len(self.ops) + 1
         written = dict[int, tuple[Value, Value]]()
         for x, before, version in zip(operands, inputs, versions, strict=True):
@@ -181,11 +180,11 @@ class Tape:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Inside the `with` block, nothing is recorded."""
-        before, self._paused = self._paused, True
+        before, self.paused = self.paused, True
         try:
             yield
         finally:
-            self._paused = before
+            self.paused = before
 
     def _find(self, x: Tensor) -> Value | None:
         value, version = self._known.get(x, (None, 0))

@@ -144,7 +144,7 @@ def read_behind(blocks, hidden, given):
     return hidden + sum(kept.values())
 
 
-UNSEEN = r"before model\.layers\.1 .*in a way that cannot be followed"
+UNSEEN = "what its forward does around its blocks .*in a way that cannot be followed, or on chance"
 REFUSED = {
     "in place": (each(lambda block, x, kwargs: block(x, **kwargs).add_(1)), "layers.*is written to in place"),
     "all twice": (all_twice, r"layers\.0 runs more than once in a forward, and so do all blocks"),
@@ -156,7 +156,7 @@ REFUSED = {
     # The comparison of two forwards shows what no call of a torch function does.
     "by chance": (each(lambda block, x, kwargs: block(x, **kwargs) * torch.rand(1)), UNSEEN),
     "an object between": (read_between, UNSEEN),
-    "an object behind": (read_behind, "behind the last block .*in a way that cannot be followed"),
+    "an object behind": (read_behind, UNSEEN),
 }
 
 

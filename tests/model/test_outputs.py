@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsefw.kernels.backend import TORCH
-from sparsefw.model.measure import capture, dense_outputs
+from sparsefw.model.measure import capture
 
 
 class TestOutputs:
@@ -36,7 +36,7 @@ class TestOutputs:
         dense, x, lossy = copy.deepcopy(block), torch.randn(20, 8), torch.randn(20, 8)
         x[0, 1], lossy[0, 1] = 0, -100
         runs = (lambda j: combine(lossy, *block.values())), (lambda j: combine(x, *dense.values()))
-        crosses = capture(block, runs[0], [0], backend=TORCH, dense=dense_outputs(dense, runs[1])).crosses
+        crosses = capture(block, runs[0], [0], backend=TORCH, dense=(dense, runs[1])).crosses
         assert set(crosses) == {f"{name}.weight" for name in sums}
         for name, what in sums.items():
             D = what(x, *dense.values()) - what(lossy, *block.values())
@@ -47,8 +47,7 @@ class TestOutputs:
         block = nn.Sequential(nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 8)).requires_grad_(False)
         dense, x = copy.deepcopy(block), torch.randn(20, 8)
         block[0].weight[:, ::2] = 0
-        outputs = dense_outputs(dense, lambda j: dense(x))
-        captured = capture(block, lambda j: block(x), [0], backend=TORCH, dense=outputs)
+        captured = capture(block, lambda j: block(x), [0], backend=TORCH, dense=(dense, lambda j: dense(x)))
         assert [layer.name for layer in captured.layers] == ["0.weight", "2.weight"]
         assert set(captured.crosses) == {"2.weight"}
 
@@ -64,5 +63,5 @@ class TestOutputs:
             kept.extend((j, weakref.ref(tensor)) for tensor in (x, out))
 
         runs = functools.partial(run, block), functools.partial(run, dense)
-        captured = capture(block, runs[0], range(3), backend=TORCH, dense=dense_outputs(dense, runs[1]))
+        captured = capture(block, runs[0], range(3), backend=TORCH, dense=(dense, runs[1]))
         assert (len(kept), set(captured.crosses)) == (12, {"weight"})

@@ -7,7 +7,7 @@ from helpers.families import save_model
 from torch import nn
 
 from sparsefw.kernels.backend import TORCH
-from sparsefw.model.measure import capture, dense_outputs
+from sparsefw.model.measure import capture
 from sparsefw.model.stages import survey
 
 # By family, the stages of its first block as `described` has them.
@@ -111,7 +111,7 @@ def test_a_sum_that_is_read_is_not_followed_any_further(add):
     block, dense, (run, run_dense) = pruned_block(pair), pair.dense_block, whole_runs(pair)
     (stage,) = stages_of(pair)
     assert (stage.final, stage.input) == (True, None)
-    captured = capture(block, run, range(1), backend=TORCH, stage=stage, dense=dense_outputs(dense, run_dense, stage))
+    captured = capture(block, run, range(1), backend=TORCH, stage=stage, dense=(dense, run_dense))
     X, X_dense = pair.pruned.hidden[0], pair.dense.hidden[0]
     gap = (X_dense + dense.proj(X_dense.tanh())) - (X + block.proj(X.tanh()))
     cross = captured.crosses["proj.weight"]
