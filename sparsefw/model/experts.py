@@ -5,7 +5,6 @@ mixture chooses its experts, and all read what was there before the choice. Part
 has returned: the two attentions of a block of LongCat-Flash, say, or the blocks of a stage of Swin.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 
 from sparsefw.model.layers import MIXING, BlockTape, Reading
 from sparsefw.model.tape import Op, Value, name_of
-
-_ROUTER = re.compile("router")
 
 # Functions that choose among the entries of a tensor, by name.
 _CHOOSING = {"topk", "argmax", "argmin", "sort", "argsort", "msort", "kthvalue", "multinomial"}
@@ -143,7 +140,7 @@ def find_no_layers(tape: BlockTape) -> frozenset[str]:
             name = product.layer.name
             readers.setdefault(name, set()).update(layers.get(product.X, _NOTHING))
             first.setdefault(name, set()).add(first_reader.setdefault((product.X, product.reading), name))
-            if _ROUTER.search(name) or product.layer.weight.shape[0] == 1:
+            if "router" in name or product.layer.weight.shape[0] == 1:
                 chosen.add(name)
         multiplied = frozenset(product.layer.name for product in products)
         follows = _NOTHING.union(*(origins.get(x, _NOTHING) for x in op.inputs))

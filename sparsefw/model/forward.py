@@ -3,7 +3,7 @@
 What it gives every block (masks, rotary tables, per-layer windows) is recorded, so that no architecture is named here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,39 +52,20 @@ def record(model: BlockModel, batch: Batch) -> Recording:
         batch: arguments of the forward.
 
     Raises:
-        InputError: its blocks hand tensors on in a way that cannot be followed.
+        InputError: the model's code outside of its blocks fails, it calls its blocks in another order, or they hand
+            tensors on in a way that cannot be followed.
     """
     batch, last = batch.to(model.device, model.in_fp32), len(model.blocks) - 1
-    recorder = Recorder(type(model.model).__name__, batch.tensors, dict(zip(model.names, model.blocks, strict=True)))
+    blocks = dict(zip(model.names, model.blocks, strict=True))
+    recorder = Recorder(type(model.model).__name__, batch.tensors, blocks)
 
-    def stand_in(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def stand_in(i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if model.names[i] != name:
+            raise InputError(DIFFERS)
         return form_of(model, i, args, kwargs).after(args[0])
 
-    _run(model, batch, stand_in, recorder, last)
+    run_replaced(model.runs, blocks, batch, model.input_kind, stand_in, recorder, last)
     return recorder.recording(model.flow.end)
-
-
-def _run(
-    model: BlockModel,
-    batch: Batch,
-    stand_in: Callable[[int, tuple, dict], Any],
-    recorder: Recorder | None = None,
-    last: int | None = None,
-) -> Any:
-    """As `run_replaced`, for the model's blocks in the order in which they are called.
-
-    Raises:
-        InputError: the model's code outside of its blocks fails, or it calls its blocks in another order.
-    """
-
-    def in_order(i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if model.names[i : i + 1] != [name]:
-            raise InputError(DIFFERS)
-        return stand_in(i, args, kwargs)
-
-    blocks = dict(zip(model.names, model.blocks, strict=True))
-    with explained(type(model.model).__name__, "its forward outside of the blocks", model.input_kind):
-        return run_replaced(model.runs, blocks, batch, in_order, recorder, last)
 
 
 def embed(model: BlockModel, ids: Tensor, batch_size: int, store: Store | None = None) -> HiddenStates:
@@ -119,7 +100,7 @@ def embed_batches(model: BlockModel, batches: Iterable[Batch], store: Store | No
     vocabulary, store = model.vocabulary, store or Store(model.device)
     with model.outside():
         states = HiddenStates(model, store, Activations(store), [], [], model.flow)
-        constants = _Constants(store)
+        first = list[Stored]()
         for batch in batches:
             if vocabulary is not None:
                 # Other models read no tokens.
@@ -128,60 +109,30 @@ def embed_batches(model: BlockModel, batches: Iterable[Batch], store: Store | No
             if recording.signature != model.flow.signature:
                 raise InputError(DIFFERS)
             if not states.windows:
-                states.of_batch = recording.of_batch
+                states.of_batch, on_device = recording.of_batch, Store(model.device)
+                first = [Stored(on_device, x) for x in recording.constants]
             states.windows.append(batch.windows)
             states.hidden.append(recording.hidden)
             states.calls.append(recording.calls)
-            constants.append(recording.constants)
-            # The list changes until it is known which tensors are equal in all micro-batches.
-            states.carried.append(Carried(constants.stored[-1], recording.boxes))
+            states.carried.append(Carried(_stored(recording.constants, first, store), recording.boxes))
     return states
 
 
-class _Constants:
-    """The tensors that the model's forward makes before its first block, of all micro-batches.
+def _stored(tensors: list[Tensor], first: list[Stored], store: Store) -> list[Stored]:
+    """The tensors that the model's forward makes of a micro-batch before its first block, in a store.
 
-    Those that are equal in all micro-batches are held once, on the device.
+    Those that are equal to the first micro-batch's, in `first`, are held once.
 
-    Args:
-        store: where the others are.
-
-    Attributes:
-        stored: the tensors of each micro-batch.
+    Raises:
+        InputError: there are more or fewer of them than in the first micro-batch.
     """
-
-    def __init__(self, store: Store) -> None:
-        self._store, self.stored = store, list[list[Stored]]()
-        self._shared: dict[int, Tensor] = {}
-
-    def append(self, tensors: list[Tensor]) -> None:
-        """Add the tensors of a micro-batch.
-
-        Raises:
-            InputError: there are more or fewer of them than in the first micro-batch.
-        """
-        if not self.stored:
-            self._shared = dict(enumerate(tensors))
-            on_device = Store(self._store.device)
-            self.stored.append([Stored(on_device, x) for x in tensors])
-            return
-        if len(tensors) != len(self.stored[0]):
-            raise InputError(DIFFERS)
-        self.stored.append([self._put(n, x) for n, x in enumerate(tensors)])
-
-    def _put(self, n: int, x: Tensor) -> Stored:
-        """Store the n-th tensor of a micro-batch, unless it is equal to that of all before."""
-        first = self._shared.get(n)
-        alike = first is not None and (x.shape, x.dtype) == (first.shape, first.dtype)
-        if first is not None and (x is first or (alike and torch.equal(first, x))):
-            return self.stored[0][n]
-        self._shared.pop(n, None)
-        if first is not None and alike:
-            # They differ from micro-batch to micro-batch. One of another form may be the last.
-            one = self._store.put(first)
-            for before in self.stored:
-                before[n] = one
-        return self._store.put(x)
+    if len(tensors) != len(first):
+        raise InputError(DIFFERS)
+    found = []
+    for x, known in zip(tensors, first, strict=True):
+        same = (x.shape, x.dtype) == (known.kept.shape, known.kept.dtype) and torch.equal(x, known.kept)
+        found.append(known if same else store.put(x))
+    return found
 
 
 def run_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor | None, others: dict[int, Tensor]) -> Any:
@@ -200,15 +151,14 @@ def run_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor | None, ot
     batch, last = batch.to(model.device, model.in_fp32), len(model.blocks) - 1
     recorder = None if model.flow.by_window else Recorder(type(model.model).__name__, batch.tensors, {}, others)
 
-    def stand_in(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        form = None
-        if recorder is None:
-            # Nobody reads the other tensors, whose shape may be another one.
-            form = model.forms.like(model.block_types[i], args[0])
-        else:
-            recorder.begun = i == last
+    def stand_in(i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Without a recorder nobody reads the other tensors, whose shape may be another one.
+        form = None if recorder else model.forms.like(model.block_types[i], args[0])
         form = form or form_of(model, i, args, kwargs)
+        if recorder:
+            recorder.begun = i == last
         # A view: gradients go through it.
         return form.after(args[0]) if i < last or hidden is None else form.around(hidden, lambda x: x.view_as(x))
 
-    return _run(model, batch, stand_in, recorder)
+    blocks = dict(zip(model.names, model.blocks, strict=True))
+    return run_replaced(model.runs, blocks, batch, model.input_kind, stand_in, recorder)

@@ -46,9 +46,9 @@ class SliceGradients(TorchFunctionMode):
         parameter = self._parameter_of(args[0]) if func in _TAKING and args and torch.is_grad_enabled() else None
         if parameter is not None:
             part = func(args[0].detach(), *args[1:], **kwargs)
-            # A mask or a list of numbers makes a copy.
+            # A mask or a list of numbers makes a copy. A gradient has no gaps in memory, and torch warns of others.
             in_place = part.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
-            if in_place and _has_no_gaps(part):
+            if in_place and torch.empty_like(part, device="meta").stride() == part.stride():
                 return self._leaf(parameter, part)
         return func(*args, **kwargs)
 
@@ -57,23 +57,16 @@ class SliceGradients(TorchFunctionMode):
         return self._parameters.get(id(tensor), self._parameters.get(id(tensor._base)))
 
     def _leaf(self, parameter: Tensor, part: Tensor) -> Tensor:
-        place = part.shape, part.stride(), part.storage_offset()
-        key = id(parameter), *place
+        key = id(parameter), part.shape, part.stride(), part.storage_offset()
         if key not in self._parts:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            leaf = part.requires_grad_()
+            self._parts[key] = part.requires_grad_()
             # torch adds to a gradient that is there in place.
-            shape, steps, offset = place
-            leaf.grad = parameter.grad.as_strided(shape, steps, offset - parameter.storage_offset())
-            self._parts[key] = leaf
-            self.leaves.append(leaf)
+            offset = part.storage_offset() - parameter.storage_offset()
+            part.grad = parameter.grad.as_strided(part.shape, part.stride(), offset)
+            self.leaves.append(part)
         return self._parts[key]
-
-
-def _has_no_gaps(part: Tensor) -> bool:
-    """Whether the entries of a part follow each other in memory: a gradient does, and torch warns of others."""
-    return torch.empty_like(part, device="meta").stride() == part.stride()
 
 
 @contextmanager

@@ -80,15 +80,6 @@ class BlockRun:
             self.returned = self._block(hidden, *args, **kwargs)
         return self.returned
 
-    @property
-    def hidden(self) -> Tensor:
-        """The hidden states that the block returned."""
-        return hidden_of(self.returned)
-
-    def versions(self) -> list[int]:
-        """How often each of the given tensors has been written to."""
-        return [x._version for x in tensors_of(self._given)]
-
     def handed_on(self) -> Carried:
         """All that later blocks may be given after the last run."""
         outputs = dict(zip(self._call.outputs, leaves_of(self.returned), strict=False))
@@ -98,7 +89,7 @@ class BlockRun:
         """All tensors when the next block begins, and its input; None: it was the last block."""
         made = self.handed_on()
         if following is None:
-            return made, self.hidden
+            return made, hidden_of(self.returned)
 
         def leaf(x: Any) -> Any:
             return made.values[x.number] if isinstance(x, Value) else self._tensor(x)
@@ -212,17 +203,13 @@ class HiddenStates:
             The wanted tensors, and the run; None if it ended before the end of the block.
 
         Raises:
-            InputError: as `run_part`; or the block writes to a tensor that it is given.
+            InputError: as `run_part`.
         """
         given = {self.position: self.hidden[j]}
         if self.kept:
             given[self.kept[0]] = self.kept[1][j]
         run = self.run_of(i, j, block)
-        versions = run.versions()
         taken, returned = run_part(run, given, take, end)
-        if run.versions() != versions:
-            # Other streams are given it, too.
-            raise InputError(f"{self.model.names[i]}: {UNSUPPORTED}: the block writes to a tensor that it is given")
         return taken, None if returned is None else run
 
     def output(self, i: int, j: int, block: nn.Module | None = None) -> BlockRun:

@@ -20,6 +20,7 @@ from sparsefw.model.experts import experts_of
 from sparsefw.model.hidden_states import BlockRun, HiddenStates
 from sparsefw.model.layers import Layer, Stage, WeightNames, is_expert
 from sparsefw.model.parts import INPUT, Point
+from sparsefw.model.stand_ins import hidden_of
 from sparsefw.model.watch import Selector, Watch, everything
 from sparsefw.solver.refit import Cross
 
@@ -185,16 +186,16 @@ def _measure_known(
         if kept is not None:
             kept.append(taken[input_point])
         X = _as_matrix(taken[input_point])
-        X_dense, behind = _dense_tensors(stage, pair, j)
+        dense = _dense_tensors(stage, pair, j)
         if j in passing:
             continue
         sums.add_gram(gram, X)
-        if X_dense is not None:
-            sums.add_cross("", X, X_dense - X)
+        if input_point in dense:
+            sums.add_cross("", X, dense[input_point] - X)
         for layer in stage.layers:
             if write := stage.writes.get(layer.name):
                 # The layer is to fill the gap between the streams. Rounded only once: torch subtracts in fp32.
-                S, h = behind[write.sum], _as_matrix(taken[write.stream])
+                S, h = dense[write.sum], _as_matrix(taken[write.stream])
                 sums.add_cross(layer.name, (S - h).to(X.dtype), X)
                 if layer.bias is not None:
                     # Apart from the gap, which it would make a number with more digits.
@@ -207,25 +208,26 @@ def _measure_known(
     return Captured([*stage.layers], sums.grams, crosses, [])
 
 
-def _dense_tensors(stage: Stage, pair: Pair, j: int) -> tuple[Tensor | None, dict[Point | None, Tensor]]:
-    """The dense model's input of a stage in micro-batch j, and its streams behind the layers that write to them.
+def _dense_tensors(stage: Stage, pair: Pair, j: int) -> dict[Point | None, Tensor]:
+    """What a stage is compared with in micro-batch j of the dense model, which moves on.
 
-    The input is None if no layer needs it. All are matrices, (tokens, width).
+    By point, the input if a layer needs it, and the streams behind the layers that write to them; None is the block's
+    output. All are matrices, (tokens, width).
     """
-    sums = {write.sum for write in stage.writes.values()}
-    reads = len(stage.writes) < len(stage.layers)
-    wanted = {point for point in (stage.input if reads else None, stage.behind, *sums) if point is not None}
-    end = None if stage.final or None in sums else max(wanted, key=lambda point: point.call)
+    compared = {write.sum for write in stage.writes.values()}
+    if len(stage.writes) < len(stage.layers):
+        compared.add(stage.input)
+    wanted = {point for point in (*compared, stage.behind) if point is not None}
+    end = None if stage.final or None in compared else max(wanted, key=lambda point: point.call)
     taken, output = pair.dense.part(pair.number, j, pair.dense_block, take=wanted, end=end)
+    tensors: dict[Point | None, Tensor] = {**taken}
+    if output is not None:
+        tensors[None] = hidden_of(output.returned)
     if stage.final and output is not None:
         pair.dense.leave(pair.number, j, output)
     elif stage.behind is not None:
         pair.dense.put(pair.number, j, taken[stage.behind])
-    X_dense = _as_matrix(taken[stage.input]) if reads and stage.input is not None else None
-    streams: dict[Point | None, Tensor] = {point: _as_matrix(taken[point]) for point in sums if point is not None}
-    if output is not None:
-        streams[None] = _as_matrix(output.hidden)
-    return X_dense, streams
+    return {point: _as_matrix(tensors[point]) for point in compared}
 
 
 def _measure_watched(

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_map
 
 from sparsefw.errors import InputError
@@ -56,8 +55,8 @@ _results: dict[tuple, Any] = {}
 MOST_RESULTS = 10_000
 
 
-class PartIsOver(Exception):
-    """Ends a block's forward early."""
+class ForwardIsOver(Exception):
+    """Ends a forward early, of a block or of the model."""
 
 
 def next_point(last: Point, function: Any) -> Point:
@@ -77,9 +76,6 @@ class _Part:
         # The given tensors of the calls so far. What is made of them before the beginning is a meta tensor, too.
         self._known = [tensor for point, tensor in given.items() if point == INPUT]
         self.taken = {point: tensor for point, tensor in given.items() if point in take}
-        # Tensors with data that were to be written to before the beginning, by the address of their storage. The
-        # tensors are held, so that no others take their addresses.
-        self._outdated: dict[int, Tensor] = {}
         # Given and wanted tensors, and how often they had been written to when they were given or made.
         self._versions = [(tensor, tensor._version) for tensor in given.values()]
 
@@ -99,13 +95,13 @@ class _Part:
             self.taken[point] = out
             self._versions.append((out, out._version))
         if point == self._end:
-            raise PartIsOver
+            raise ForwardIsOver
         return out
 
     def _make(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Make a call in a part that does not begin at the block's input."""
         behind = self.last.call > self.begin
-        sources = [x for x in tensors_in((args, kwargs)) if self._is_skipped(x) or (not behind and self._is_known(x))]
+        sources = [x for x in tensors_in((args, kwargs)) if x.is_meta or (not behind and self._is_known(x))]
         if not sources:
             # It does not depend on the block's input, or on nothing that was skipped.
             return func(*args, **kwargs)
@@ -115,18 +111,13 @@ class _Part:
             self._known.append(func(*args, **kwargs))
             return self._known[-1]
         try:
-            out, written = call_without_data(func, args, kwargs)
+            out = call_without_data(func, args, kwargs)
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise InputError(CANNOT_GO_ON) from error
-        self._outdated |= {tensor.untyped_storage().data_ptr(): tensor for tensor in written}
         # A shape or a dtype may be asked of any tensor.
         if behind and tensors_in(out):
             raise InputError(CANNOT_GO_ON)
         return out
-
-    def _is_skipped(self, x: Tensor) -> bool:
-        """Whether a tensor has no data, or not those of a whole run."""
-        return x.is_meta or (bool(self._outdated) and x.untyped_storage().data_ptr() in self._outdated)
 
     def _is_known(self, x: Tensor) -> bool:
         return any(x is known for known in self._known)
@@ -164,7 +155,7 @@ def run_part(
         # A whole run has no call that has to be seen.
         seen = Calls(part.call) if part.begin or wanted or end else nullcontext()
         # no_grad is entered first: it is a call, too.
-        with suppress(PartIsOver), torch.no_grad(), seen:
+        with suppress(ForwardIsOver), torch.no_grad(), seen:
             output = run(hidden)
     if (runs and part.last.call < part.begin) or len(part.taken) < len(wanted) or not part.unchanged():
         raise InputError(DIFFERS)
@@ -174,7 +165,7 @@ def run_part(
     return part.taken, output
 
 
-def call_without_data(func: Any, args: tuple, kwargs: dict) -> tuple[Any, list[Tensor]]:
+def call_without_data(func: Any, args: tuple, kwargs: dict) -> Any:
     """Call a function with meta tensors in place of its tensors.
 
     Args:
@@ -182,37 +173,32 @@ def call_without_data(func: Any, args: tuple, kwargs: dict) -> tuple[Any, list[T
         args, kwargs: what it is given. Tensors with data are not touched, and a device is taken for the meta device.
 
     Returns:
-        What the function returns, and those of the tensors with data that it would have written to.
+        What the function returns.
     """
     # Modes would see how tensors are looked at.
-    modes = tuple(type(mode) for mode in _get_current_function_mode_stack())
     with torch._C.DisableTorchFunction():
         # Values are told by how they are written: 1, 1.0 and True are equal.
-        key = func, modes, torch.get_default_dtype(), repr(with_tensors((args, kwargs), _form))
+        key = func, torch.get_default_dtype(), repr(with_tensors((args, kwargs), _form))
         if key in _results:
-            return with_tensors(_results[key], Tensor.detach), []
-    copies: list[tuple[Tensor, Tensor]] = []
+            return with_tensors(_results[key], Tensor.detach)
 
     def to_meta(value: Any) -> Any:
         if isinstance(value, torch.device):
             return torch.device("meta")
-        if not isinstance(value, Tensor) or value.is_meta:
-            return value
-        copies.append((value, value.to("meta")))
-        return copies[-1][1]
+        return value.to("meta") if isinstance(value, Tensor) else value
 
     args, kwargs = tree_map(to_meta, (args, kwargs))
     operands = tensors_in((args, kwargs))
-    versions = {id(x): x._version for x in operands}
+    versions = [x._version for x in operands]
     out = func(*args, **kwargs)
-    written = {id(x) for x in operands if x._version != versions[id(x)]}
+    written = versions != [x._version for x in operands]
     made = tensors_in(out)
     # Some functions return what they are given, and it may be asked whether they do.
     if made and not written and all(x.is_meta and not any(x is y for y in operands) for x in made):
         if len(_results) >= MOST_RESULTS:
             _results.clear()
         _results[key] = with_tensors(out, Tensor.detach)
-    return out, [tensor for tensor, copy in copies if id(copy) in written]
+    return out
 
 
 def _form(x: Tensor) -> tuple[Any, ...]:

@@ -230,8 +230,7 @@ class _Forward:
     def _run(self, stand_in: StandIn, watched: dict[int, str]) -> Recorder:
         """Run the forward."""
         recorder = Recorder(self._kind, self._batch.tensors, self._blocks, watched=watched)
-        with explained(self._kind, "its forward", self._input_kind):
-            returned = run_replaced(self._runs, self._blocks, self._batch, stand_in, recorder)
+        returned = run_replaced(self._runs, self._blocks, self._batch, self._input_kind, stand_in, recorder)
         logits = getattr(returned, "logits", None)
         self._logits_itemsize = logits.element_size() if isinstance(logits, Tensor) else 0
         return recorder

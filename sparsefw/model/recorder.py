@@ -127,10 +127,9 @@ class Recorder:
     def _follow(self, op: Op) -> None:
         """Note a call with followed values."""
         makers = {v.maker for v in op.inputs if v not in self._numbers and v.maker}
-        given = op.written and any(x._version != version for x, version in self._given.values())
         # Such a step writes to one tensor, and returns it.
         other = op.written and (len(op.written) > 1 or op.outputs != (op.written[0][1],))
-        if given or other or makers & self._recorded:
+        if other or makers & self._recorded:
             self._refusal = "what is made of its output is written to in place"
         elif op.outputs:
             self._recorded.add(op.number)

@@ -33,27 +33,25 @@ Memo = dict[int, tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
-class Constant:
+class _Numbered:
+    """Stands for something, by its number."""
+
+    number: int
+
+
+class Constant(_Numbered):
     """Stands for a tensor that the model's forward makes before its first block, or an outside weight."""
 
-    number: int
 
-
-@dataclass(frozen=True)
-class Value:
+class Value(_Numbered):
     """Stands for a tensor that a block returns, or that the model's forward makes of such tensors."""
 
-    number: int
 
-
-@dataclass(frozen=True)
-class Box:
+class Box(_Numbered):
     """Stands for an object that several blocks are given, and may change."""
 
-    number: int
 
-
-_LEAVES = (Tensor, Stored, tape.Value, Constant, Value, Box)
+_LEAVES = (Tensor, Stored, tape.Value, _Numbered)
 
 
 def is_atom(value: Any) -> bool:
@@ -234,11 +232,9 @@ class Recording:
         """Equal signatures mean that the same tensors are handed on in the same way."""
         return [
             (
-                i,
-                sorted(numbers_in(call.hidden)),
-                call.outputs,
-                [(name_of(x.function), x.outputs) for x in call.steps],
-                sorted(numbers_in((call.args, call.kwargs))),
+                numbers_in((x.hidden, x.args, x.kwargs)),
+                x.outputs,
+                [(name_of(step.function), step.outputs) for step in x.steps],
             )
-            for i, call in self.calls.items()
+            for x in self.calls.values()
         ]

@@ -91,7 +91,7 @@ def survey_tape(tape: BlockTape, experts: frozenset[str], selected: Selector = e
     """
     watch, flow = Watch(tape.names, experts, selected), _Dataflow(tape, experts)
     for op in tape.ops:
-        products = watch.see(tape.products.get(op.number, ()))
+        products = [*filter(watch.see, tape.products.get(op.number, ()))]
         watch.outputs.follow(products, op.function, op.args, op.kwargs, op.inputs, op.out)
     roles = {name: flow.role(name, watch.outputs) for name in watch.layers}
     # Equal functions and forms of all outputs mean equal forwards.

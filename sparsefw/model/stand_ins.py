@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsefw.data.batches import Batch
 from sparsefw.errors import InputError, first_line, shown
-from sparsefw.model.parts import UNSUPPORTED, PartIsOver
+from sparsefw.model.parts import UNSUPPORTED, ForwardIsOver
 from sparsefw.model.recorder import Recorder
 from sparsefw.model.recording import leaves_of, rebuilt
 from sparsefw.model.tape import Calls
@@ -34,10 +34,6 @@ BlockType = tuple[Any, ...]
 
 # Makes what stands for a block's output: called with the number of the call, the block's name, and its arguments.
 StandIn = Callable[[int, str, tuple[Any, ...], dict[str, Any]], Any]
-
-
-class StopForward(Exception):
-    """Ends the model's forward early."""
 
 
 class ForwardFailed(InputError):
@@ -64,7 +60,7 @@ ADVICE = {
 }
 
 # Exceptions that go through a model's forward as they are.
-PASSED = (InputError, MemoryError, torch.OutOfMemoryError, StopForward, PartIsOver)
+PASSED = (InputError, MemoryError, torch.OutOfMemoryError, ForwardIsOver)
 
 
 @contextmanager
@@ -173,6 +169,7 @@ def run_replaced(
     runs: nn.Module,
     blocks: Mapping[str, nn.Module],
     batch: Batch,
+    input_kind: str,
     stand_in: StandIn,
     recorder: Recorder | None = None,
     last: int | None = None,
@@ -183,6 +180,7 @@ def run_replaced(
         runs: the model.
         blocks: its blocks, by name.
         batch: its arguments, where the model's weights are.
+        input_kind: what these are, in words.
         stand_in: called for every block, returns what the block would. The hidden states are the first of the arguments
             that it is called with, even if the model's forward gives them by name. Meanwhile the block is what it is
             outside, and can be run.
@@ -194,6 +192,7 @@ def run_replaced(
 
     Raises:
         NotABlock: it gives a block no hidden states.
+        ForwardFailed: it fails.
     """
     calls = itertools.count()
 
@@ -208,17 +207,17 @@ def run_replaced(
             output = stand_in(i, name, args, kwargs)
             recorder.leaves(i, output)
         if i == last:
-            raise StopForward
+            raise ForwardIsOver
         return output
 
     with ExitStack() as stack:
         for name, block in blocks.items():
             stack.enter_context(_replaced(name, block, replacement))
         stack.enter_context(Calls(recorder.record) if recorder else nullcontext())
-        try:
-            return runs(*batch.args, **batch.kwargs)
-        except StopForward:
-            return None
+        stack.enter_context(explained(type(runs).__name__, "its forward", input_kind))
+        stack.enter_context(suppress(ForwardIsOver))
+        return runs(*batch.args, **batch.kwargs)
+    return None
 
 
 @contextmanager

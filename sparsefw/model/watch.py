@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsefw.errors import InputError
 from sparsefw.model.layers import Layer, Product, Reading, Stage, WeightNames, is_expert, kind_of, products_of
-from sparsefw.model.parts import PartIsOver
+from sparsefw.model.parts import ForwardIsOver
 from sparsefw.model.tape import Calls, Value, name_of, tensors_in
 
 # Called with the name of a layer inside its block, such as "mlp.down_proj.weight" or "mlp.experts.down_proj[3]".
@@ -173,25 +173,22 @@ class Watch:
         try:
             with Calls(self._call):
                 return run()
-        except PartIsOver:
+        except ForwardIsOver:
             return None
 
     def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        products = self.see(products_of(func, args, kwargs, self._names))
+        products = [*filter(self.see, products_of(func, args, kwargs, self._names))]
         out = func(*args, **kwargs)
         if self._record_outputs:
             self.outputs.follow(products, func, args, kwargs, tensors_in((args, kwargs)), out)
         return out
 
-    def see(self, products: Iterable[Product]) -> list[Product]:
-        """Take the inputs of a call's products; those whose layer is selected, and belongs to the stage.
+    def see(self, product: Product) -> bool:
+        """Take the input of a product, if its layer is selected, and belongs to the stage; whether it is so.
 
         Raises:
-            PartIsOver: the stage is complete, and a layer reads another input.
+            ForwardIsOver: the stage is complete, and a layer reads another input.
         """
-        return [product for product in products if self._see(product)]
-
-    def _see(self, product: Product) -> bool:
         name, X = product.layer.name, product.X
         # The Gram matrix is named after the first layer that reads the input, selected or not. So all experts agree on
         # the name, whichever of them are selected.
@@ -200,7 +197,7 @@ class Watch:
             self.ignored[name] = None
         if self._stage and self._stage.key != kind_of(read.gram, self._experts):
             if self._complete and not self._stage.final:
-                raise PartIsOver
+                raise ForwardIsOver
             return False
         if not selected:
             return False

@@ -110,6 +110,12 @@ def by_value(block, x, kwargs):
     return y * 2 if y.sum() > 0 else y
 
 
+def in_place_by_a_view(block, x, kwargs):
+    y = block(x, **kwargs).sin()
+    y[:, :1].mul_(2)
+    return y
+
+
 def changed_weight(block, x, kwargs):
     block.mlp.up_proj.weight.mul_(0.5)
     return block(x, **kwargs)
@@ -146,11 +152,16 @@ def read_behind(blocks, hidden, given):
 
 UNSEEN = "what its forward does around its blocks .*in a way that cannot be followed, or on chance"
 REFUSED = {
-    "in place": (each(lambda block, x, kwargs: block(x, **kwargs).add_(1)), "layers.*is written to in place"),
+    "in place": (each(lambda block, x, kwargs: block(x, **kwargs).add_(1)), "changes a Tensor that a block was given"),
+    "in place by a view": (each(in_place_by_a_view), "layers.*is written to in place"),
     "all twice": (all_twice, r"layers\.0 runs more than once in a forward, and so do all blocks"),
     "by value": (each(by_value), r"layers\.\d: .*depends on the values that it returns"),
     "a changed weight": (each(changed_weight), r"layers\.\d.*weight: .*its forward changes this weight of a block"),
     "a changed tensor": (changed_tensor, "its forward changes a Tensor that a block was given"),
+    "a tensor that a block changes": (
+        each(lambda block, x, kwargs: block(x, writes=True, **kwargs)),
+        "changes a Tensor that a block was given",
+    ),
     "a changed dict": (each(changed_dict), "its forward changes a dict that a block was given"),
     "a set": (each(lambda block, x, kwargs: block(x, kept={1}, **kwargs)), "its blocks are given or return a set"),
     # The comparison of two forwards shows what no call of a torch function does.
@@ -166,7 +177,9 @@ def test_what_cannot_be_done_again_is_refused(case, tmp_path, monkeypatch):
     forward, message = REFUSED[case]
     run = LlamaDecoderLayer.forward
 
-    def layer(self, hidden, kept=None, **kwargs):
+    def layer(self, hidden, kept=None, writes=False, **kwargs):
+        if writes:
+            kwargs["position_embeddings"][0].add_(1)
         if isinstance(kept, dict) and (self.self_attn.layer_idx == 2 or forward is read_between):
             kept[self.self_attn.layer_idx] = hidden * 0.1
         return run(self, hidden, **kwargs)
