@@ -80,14 +80,12 @@ def _modules_read(tape: BlockTape) -> dict[str, Set[str]]:
     Outputs are followed as long as all entries of them go on. A function that is given integers or booleans may choose
     among the entries, and so may one that writes to a part of a tensor: what it makes is not followed.
     """
-    returned: dict[Value, set[str]] = {}
-    for name, _, values in tape.modules:
-        for value in values:
-            returned.setdefault(value, set()).add(name)
     made_of: dict[Value, Set[str]] = {}
+    for name, _, values in tape.modules:
+        made_of |= {value: made_of.get(value, _NOTHING) | {name} for value in values}
 
     def sources(values: Iterable[Value]) -> Set[str]:
-        return _NOTHING.union(*(made_of.get(x, _NOTHING) | returned.get(x, _NOTHING) for x in values))
+        return _NOTHING.union(*(made_of.get(x, _NOTHING) for x in values))
 
     for op in tape.ops:
         keeps_all = op.function is not Tensor.__setitem__ and all(x.dtype.is_floating_point for x in op.inputs)

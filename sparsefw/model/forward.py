@@ -32,8 +32,7 @@ def form_of(model: BlockModel, i: int, args: tuple[Any, ...], kwargs: dict[str, 
         InputError: it returns no tensor.
     """
     hidden, *others = args
-    known = model.forms.find(model.block_types[i], hidden)
-    if known is None:
+    if (known := model.forms.find(model.block_types[i], hidden)) is None:
         block = model.open_alone(i)
         # Copies: what the block changes in them, it changes again when it is run.
         others, kwargs = rebuilt((others, kwargs), lambda x: x)

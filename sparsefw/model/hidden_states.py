@@ -14,7 +14,7 @@ from sparsefw.arithmetic import OnItsWay, all_finite, check_finite
 from sparsefw.errors import InputError
 from sparsefw.model.activations import Activations, Store, Stored
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.parts import CANNOT_GO_ON, INPUT, UNSUPPORTED, Point, run_part
+from sparsefw.model.parts import INPUT, UNSUPPORTED, Point, run_part
 from sparsefw.model.recording import Box, Call, Constant, Recording, Value, leaves_of, outline, rebuilt, tensors_of
 from sparsefw.model.stand_ins import explained, hidden_of
 
@@ -241,8 +241,6 @@ class HiddenStates:
         with torch.no_grad():
             made, hidden = run.input_of(self.calls[j].get(i + 1))
         made = replace(made, values={number: made.values[number] for number in self.flow.live[i]})
-        if any(x.is_meta for x in tensors_of([made.values, made.boxes])):
-            raise InputError(CANNOT_GO_ON)
         self.carried[j] = run.stored(made, self.store)
         self.put(i, j, hidden)
 

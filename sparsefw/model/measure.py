@@ -160,12 +160,10 @@ def measure(
     Raises:
         InputError: the block runs differently from one micro-batch to the next, or activations hold NaN or Inf.
     """
-    kept = None
+    kept = (stage.input, Activations(pair.pruned.store)) if keep and stage.input is not None else None
     if stage.input is None:
         captured = _measure_watched(stage, pair, backend, selected, passing)
     else:
-        if keep:
-            kept = stage.input, Activations(pair.pruned.store)
         captured = _measure_known(stage, stage.input, pair, backend, kept and kept[1], passing)
     pair.pruned.arrive(stage.start, kept)
     if stage.final:
@@ -220,7 +218,7 @@ def _dense_tensors(stage: Stage, pair: Pair, j: int) -> dict[Point | None, Tenso
     wanted = {point for point in (*compared, stage.behind) if point is not None}
     end = None if stage.final or None in compared else max(wanted, key=lambda point: point.call)
     taken, output = pair.dense.part(pair.number, j, pair.dense_block, take=wanted, end=end)
-    tensors: dict[Point | None, Tensor] = {**taken}
+    tensors: dict[Point | None, Tensor] = dict(taken.items())
     if output is not None:
         tensors[None] = hidden_of(output.returned)
     if stage.final and output is not None:

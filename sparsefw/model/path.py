@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -196,7 +197,7 @@ class _Forward:
             if not (names := first.names):
                 return None
             try:
-                same = self._run(self._other_values, watched).trace == first.trace
+                same = self._run(partial(self._run_block, again=True), watched).trace == first.trace
             except ForwardFailed:
                 same = False
             if not same:
@@ -235,12 +236,15 @@ class _Forward:
         self._logits_itemsize = logits.element_size() if isinstance(logits, Tensor) else 0
         return recorder
 
-    def _run_block(self, i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What stands for a block's output, with the block's changes to the objects that it is given."""
+    def _run_block(self, i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool = False) -> Any:
+        """What stands for a block's output, with the block's changes to the objects that it is given.
+
+        In a second forward, `again`, it has other values, and there are no changes.
+        """
         block, objects = self._blocks[name], objects_of((*args, *kwargs.values()))
         kind = block_type(block)
         form = self._forms.find(kind, args[0])
-        if objects or form is None:
+        if form is None or (objects and not again):
             # The objects themselves, with other tensors than those that are followed.
             memo = {id(known): (known, known) for known in objects}
             own, others = rebuilt((args, kwargs), Tensor.detach, memo)
@@ -248,13 +252,7 @@ class _Forward:
             with explained(self._kind, name, self._input_kind), self._inside(block.modules()):
                 output = block(*own, **others)
             form = form or self._forms.add(kind, output, own[0], name, self._kind)
-        return form.after(args[0])
-
-    def _other_values(self, i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What stands for the block's output, with other values than `_run_block` gives it."""
-        form = self._forms.find(block_type(self._blocks[name]), args[0])
-        assert form is not None, name
-        return form.after(args[0], _other_values)
+        return form.after(args[0], _other_values if again else Tensor.detach)
 
 
 def _other_values(x: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def _walk(value: Any, met: Memo) -> Iterator[tuple[str, Any, Any]]:
             met[id(value)] = value, len(met)
         yield OBJECT, value, len(value) if hasattr(value, "__len__") else 0
         items = (
-            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+            value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list | tuple) else ())
         )
         for key, item in (*items, *getattr(value, "__dict__", {}).items()):
             yield KEY, key, key

@@ -18,16 +18,8 @@ from sparsefw.model.recorder import Recorder
 from sparsefw.model.recording import leaves_of, rebuilt
 from sparsefw.model.tape import Calls
 
-# The attributes of a module that hold what runs before and after its forward.
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
+# The attributes of a module that hold what runs before and after its forward, say.
+_HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 
 # Blocks of one kind return the same.
 BlockType = tuple[Any, ...]
@@ -92,15 +84,12 @@ class Form:
     """What blocks of a class return.
 
     Attributes:
-        output: what one of them returned. Hidden states of the form of its input are a meta tensor.
+        output: what one of them returned.
+        keeps: whether hidden states have the form of the input.
     """
 
     output: Any
-
-    @property
-    def keeps(self) -> bool:
-        """Whether hidden states have the form of the input."""
-        return leaves_of(self.output)[0].is_meta
+    keeps: bool
 
     def after(self, hidden: Tensor, change: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
         """A stand-in for the output of a block. Each of its tensors is a new object.
@@ -151,10 +140,10 @@ class Forms:
             kind_of_output = type(output).__name__
             raise InputError(f"{block}: {UNSUPPORTED} {model}: the block returns a {kind_of_output} without tensors")
         first, shape = leaves[0], tuple(hidden.shape)
-        # They are given anew each time, unless the block gives them another form.
         same = (first.shape, first.dtype) == (hidden.shape, hidden.dtype)
-        others = iter([hidden.to("meta") if same else first.new_zeros(()).expand(first.shape), *leaves[1:]])
-        form = Form(rebuilt(output, lambda _: next(others)))
+        # They are given anew each time, unless the block gives them another form.
+        others = iter([first.new_zeros(()).expand(first.shape), *leaves[1:]])
+        form = Form(rebuilt(output, lambda _: next(others)), same)
         # Other tensors than hidden states have another shape for another input.
         self._known[kind, None if same and len(leaves) == 1 else shape] = form
         return form

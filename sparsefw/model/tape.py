@@ -38,7 +38,7 @@ class Calls(TorchFunctionMode):
         return self._handle(func, args, kwargs or {})
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class Value:
     """A tensor of a recorded forward, as it is between two writes to it. It has the tensor's form, not its numbers.
 
@@ -70,9 +70,6 @@ class Value:
     def stride(self, axis: int) -> int:
         """Step in memory along an axis."""
         return self.strides[axis]
-
-    def __repr__(self) -> str:
-        return f"Value({self.number})"
 
 
 @dataclass(frozen=True)
@@ -222,10 +219,8 @@ def with_tensors(values: Any, leaf: Callable[[Tensor], Any]) -> Any:
         return values
     if isinstance(values, Tensor):
         return leaf(values)
-    if kind is tuple:
-        return tuple([with_tensors(value, leaf) for value in values])
-    if kind is list:
-        return [with_tensors(value, leaf) for value in values]
+    if kind is tuple or kind is list:
+        return kind([with_tensors(value, leaf) for value in values])
     if kind is dict:
         return {key: with_tensors(value, leaf) for key, value in values.items()}
     return tree_map(lambda x: leaf(x) if isinstance(x, Tensor) else x, values)
