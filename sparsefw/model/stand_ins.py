@@ -18,7 +18,7 @@ from sparsefw.model.recorder import Recorder
 from sparsefw.model.recording import leaves_of, rebuilt
 from sparsefw.model.tape import Calls
 
-# The attributes of a module that hold what runs before and after its forward, say.
+# The attributes of a module that hold hooks: those that run before and after its forward, and others.
 _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 
 # Blocks of one kind return the same.
