@@ -86,7 +86,7 @@ def differing(first, second):
     ("mixtral", {"method": "ria", "compare": ("wanda",)}),
 ]), ids=str)  # fmt: skip
 def test_masks_are_those_of_one_process(family, config, tmp_path, text):
-    source = save_model(tmp_path / "model", family)
+    source = save_model(tmp_path / "model", family, num_hidden_layers=2)
     alone, _ = prune(ALONE, source, tmp_path / "alone", text, config)
     (report, found), *others = on_ranks(3, prune_watched, source, tmp_path / "three", text, config)
     assert all(other == found for _, other in others)
@@ -173,17 +173,17 @@ def test_goes_on_with_as_many_ranks(tmp_path, text):
     Rank 1 has written the second one.
     """
     source = save_model(tmp_path / "model", "mixtral")
-    config = {"method": "wanda", "reconstruct": 1}
-    (whole, lines), _ = on_ranks(2, varying, prune, source, tmp_path / "whole", text, config)
+    on = text, {"method": "wanda", "reconstruct": 1}, 6, 2
+    (whole, lines), _ = on_ranks(2, varying, prune, source, tmp_path / "whole", *on)
     assert [block.reconstruction.varies for block in whole.blocks] == ["put_"] * 3
     assert sum("another run may give other bits: put_" in line for line in lines) == 3
-    ends = on_ranks(2, varying, fail_at, 0, 2, source, tmp_path / "out", text, config)
+    ends = on_ranks(2, varying, fail_at, 0, 2, source, tmp_path / "out", *on)
     assert ends == ["InputError", "LostRankError"]
     assert not (tmp_path / "out").exists()
     with pytest.raises(AssertionError, match=r"an unfinished run .* the number of ranks was 2, and is 3"):
-        on_ranks(3, prune, source, tmp_path / "out", text, config)
+        on_ranks(3, prune, source, tmp_path / "out", *on)
     # No operation is refused now: those that are named come from the records.
-    (report, lines), _ = on_ranks(2, prune, source, tmp_path / "out", text, config)
+    (report, lines), _ = on_ranks(2, prune, source, tmp_path / "out", *on)
     assert any(line.startswith("going on with an unfinished run: 2 of ") for line in lines)
     assert [block.reconstruction.varies for block in report.blocks] == ["put_", "put_", ""]
     for mine, theirs in zip(report.blocks[:2], whole.blocks, strict=False):

@@ -17,7 +17,7 @@ from sparsefw.solver import stack
 
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 1024}
 SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "head_dim": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "head_dim": 16}
 WINDOWS = ["--nsamples", "8", "--seqlen", "64", "--steps", "1"]
 RUNS = {
     "default": ("llama", [*WINDOWS, "--reconstruct", "0"]),
@@ -30,7 +30,7 @@ RUNS = {
     "reconstruct, long windows": (
         "llama", ["--nsamples", "4", "--seqlen", "512", "--method", "wanda", "--reconstruct", "1"],
     ),
-    "mixture": ("qwen3_moe", [*WINDOWS[:4], "--method", "wanda", "--reconstruct", "1"]),
+    "mixture": ("qwen3_moe", ["--nsamples", "4", "--seqlen", "64", "--method", "wanda", "--reconstruct", "1"]),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.report.content import Report, read_report
 from sparsefw.run import main
 
-SEQLEN, WINDOWS = 48, 16
+SEQLEN, WINDOWS = 48, 8
 SMALL = ["--nsamples", str(WINDOWS), "--seqlen", str(SEQLEN), "--kernel", "torch", "--precision", "ieee"]
 # The default with few steps, and without a reconstruction unless a test asks for one.
 # The damping is that of neither kind of run, so that runs with a reconstruction and without one can be compared.
