@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import safetensors.torch
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparsefw.checkpoint.files import check_free
 from sparsefw.checkpoint.tensors import read_shard
@@ -29,7 +29,6 @@ from sparsefw.model import resident
 from sparsefw.model.block_model import ResidentModel
 from sparsefw.model.head import check_losses
 from sparsefw.model.shape_of import shape_of_resident, shape_of_text
-from sparsefw.model.skeleton import max_seqlen
 from sparsefw.model.slots import filled, slots_of
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report.content import Report
@@ -101,9 +100,7 @@ def _prepared(
     if batches is None:
         if job.inputs.evaluate and not opened.logits_itemsize:
             raise InputError(f"evaluate: {type(opened.model).__name__} returns no logits, of which perplexity is made")
-        calibration, evaluation, seqlen = windows_of_texts(
-            job, max_seqlen(cast(PretrainedConfig, opened.model.config)), say, ranks
-        )
+        calibration, evaluation, seqlen = windows_of_texts(job, opened.max_seqlen, say, ranks)
         shape = shape_of_text(opened)
     else:
         calibration, evaluated = batches

@@ -88,7 +88,7 @@ def describe(model: str, device: torch.device = CPU) -> DescribedModel:
     dtype = inspect(folder).dtype if beside else dtype_in(named)
     if dtype is None:
         dtype = DTYPES[0]
-        notes.append(f"{path}: names no dtype: taken for {dtype}")
+        notes.append(f"{path}: names no dtype of weights that can be pruned: taken for {dtype}")
     if quantization:
         written = str(dtype).removeprefix("torch.")
         notes.append(f"{path}: quantized by {quantization.method}: tensors are dequantized and written as {written}")

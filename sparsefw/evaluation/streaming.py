@@ -28,7 +28,6 @@ from sparsefw.estimate.placement import memory_limits, place
 from sparsefw.evaluation.rows import Group, Request, Row, Sharing, batch_of, groups_of, partition, rows_of
 from sparsefw.model import ModelShape, Placement, StreamedModel, shape_of
 from sparsefw.model.forward import check_token, embed_batches, run_behind_blocks
-from sparsefw.model.skeleton import max_seqlen
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver.config import PruneConfig
 
@@ -119,7 +118,7 @@ def _answers(
         checks = _checks(rows) if sharing else []
         if sharing and (not checks or (sharing == Sharing.BRANCHES and not any(row.branches for row in rows))):
             continue
-        groups = groups_of(rows, sharing, max_seqlen(model.config) or sys.maxsize) + [check.alone for check in checks]
+        groups = groups_of(rows, sharing, model.max_seqlen or sys.maxsize) + [check.alone for check in checks]
         placement = _placement(shape, model.device, groups, limits)
         say(
             f"requests: {len(requests)} with {sum(len(request.read) for request in requests)} tokens, computed as "

@@ -17,6 +17,7 @@ from sparsefw.data.batches import Batch
 from sparsefw.memory import release_pinned
 from sparsefw.model.path import Path, path_through
 from sparsefw.model.settings import asked_for_no_more, attention_by_calls
+from sparsefw.model.skeleton import max_seqlen
 from sparsefw.model.slots import (
     SharedParameters,
     Slot,
@@ -59,6 +60,7 @@ class BlockModel:
         forms: what blocks return, as far as it is known.
         logits_itemsize: bytes of an entry of the logits; 0 without any.
         vocabulary: number of the tokens that the model embeds; None if it may read something else.
+        max_seqlen: tokens in the longest window that the model takes; None if its config does not say.
         pieces, piece_bytes: names of all tensors outside of `blocks` that are written, as many together as are held
             anyway; and their bytes.
         notes: what the user should know of the model, one line each.
@@ -81,10 +83,12 @@ class BlockModel:
         self.piece_bytes: list[int] = []
         self.notes: list[str] = []
         self.vocabulary: int | None = None
+        self.max_seqlen: int | None = None
         if path.input_kind == TEXT:
+            of_text: Any = model
+            self.max_seqlen = max_seqlen(of_text.config)
             with explained(type(model).__name__, "its embedding"):
-                embeddings: Any = model
-                self.vocabulary = embeddings.get_input_embeddings().weight.shape[0]
+                self.vocabulary = of_text.get_input_embeddings().weight.shape[0]
         self.outside_bytes = self.quantized_bytes = self.joined_bytes = 0
         inside = {module for block in self.blocks for module in block.modules()}
         self._others = [(name, module) for name, module in model.named_modules() if module not in inside]

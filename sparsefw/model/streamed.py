@@ -7,7 +7,6 @@ that the model's class has no use for.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +34,6 @@ class StreamedModel(BlockModel):
 
     Attributes:
         infos: all tensors of the checkpoint by name, none of them read.
-        config: the model's config.
-        max_seqlen: tokens in the longest window that the model takes; None if its config does not say.
 
     Raises:
         InputError: transformers cannot load it or run it on text, tensors are missing or do not fit, or no stack of
@@ -53,8 +50,6 @@ class StreamedModel(BlockModel):
         self._read_tensors, self._skeleton = read, skeleton.build(checkpoint)
         self.infos = self._skeleton.checkpoint.tensors
         model = self._skeleton.model
-        self.config: Any = model.config
-        self.max_seqlen = skeleton.max_seqlen(self.config)
         for buffer in model.buffers():
             if not buffer.is_meta:
                 buffer.data = computed(buffer.data, in_fp32)
