@@ -124,13 +124,12 @@ def windows_of(ids: Tensor, source: str) -> Windows:
     Raises:
         InputError: `ids` is no such tensor, or has no token to predict.
     """
-    if ids.dim() != 2:
-        raise InputError(f"{source}: tokens of shape {tuple(ids.shape)}; give a tensor (windows, seqlen)")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise InputError(f"{source}: tokens of dtype {ids.dtype}; give integers")
-    n, seqlen = ids.shape
-    if n < 1 or seqlen < 2:
-        raise InputError(f"{source}: {n} windows of {seqlen} tokens; give at least one window, of at least 2 tokens")
+    integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if not integers or ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < LEAST:
+        raise InputError(
+            f"{source}: {ids.dtype} of shape {tuple(ids.shape)}; give integers (windows, seqlen), at least one window, "
+            f"of at least {LEAST} tokens"
+        )
     ids = ids.detach().to("cpu", torch.int64).contiguous()
     if ids.min() < 0:
         raise InputError(f"{source}: token {int(ids.min())}; no token is negative")

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from sparsefw import arithmetic, memory
@@ -251,27 +250,19 @@ def _scores(model: StreamedModel, by_window: bool, requests: Sequence[Request], 
                 for number, path in row.paths.items()
                 for place, target in zip(path[-len(requests[number].targets) :], requests[number].targets, strict=True)
             ]
-            logits_at = _logits(model, by_window, group, j)
+            hidden, whole = group.states.hidden[j], None
+            if not by_window:
+                batch = batch_of(rows, group.length, hidden.dtype)
+                whole = run_behind_blocks(model, batch, hidden, group.states.behind_last(j)).logits
             for first in range(0, len(predicted), size):
                 n, place, numbers, targets = torch.tensor(predicted[first : first + size]).T
-                logits = logits_at(n, place).float()
+                if whole is None:
+                    # The tokens make no difference behind the last block.
+                    batch = token_batch(torch.zeros(len(n), 1, dtype=torch.int64))
+                    logits = run_behind_blocks(model, batch, hidden[n, place][:, None], {}).logits[:, 0].float()
+                else:
+                    logits = whole[n, place].float()
                 logprobs = logits[torch.arange(len(targets)), targets].double() - logits.logsumexp(-1).double()
                 sums.index_add_(0, numbers, logprobs.cpu())
                 greedy[numbers[logits.argmax(-1).cpu() != targets]] = False
     return [Score(*of) for of in zip(sums.tolist(), greedy.tolist(), strict=True)]
-
-
-def _logits(model: StreamedModel, by_window: bool, group: Group, j: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """What gives the logits (positions, vocabulary) of micro-batch j at numbers of rows and places in them."""
-    hidden = group.states.hidden[j]
-    if not by_window:
-        batch = batch_of(group.batches[j], group.length, hidden.dtype)
-        whole = run_behind_blocks(model, batch, hidden, group.states.behind_last(j)).logits
-        return lambda n, place: whole[n, place]
-
-    def logits_at(n: Tensor, place: Tensor) -> Tensor:
-        # The tokens make no difference behind the last block.
-        batch = token_batch(torch.zeros(len(n), 1, dtype=torch.int64))
-        return run_behind_blocks(model, batch, hidden[n, place][:, None], {}).logits[:, 0]
-
-    return logits_at

@@ -37,19 +37,17 @@ MOST_ROWS = 2000
 PHASES = ("solve", "calibrate", "forward", "evaluate", "read", "write", "reconstruct", "embed", "wait")
 LANES = ("main", "read", "write")
 
-# Up to this many blocks, the timeline shows the whole run first.
-FEW_BLOCKS = 4
-
 # Most dots on a line. More would run into each other.
 MOST_DOTS = 48
 
-# Peaks of a block by their names in the chart of memory, and in the table of blocks.
+# Peaks of a block by their names.
 PEAKS = {"host": "host_bytes", "gpu": "gpu_bytes", "reserved": "gpu_reserved_bytes"}
-PEAK_COLUMNS = ("host GiB", "GPU GiB", "GPU reserved GiB")
 
-# A chart, or a mark of it, as the template reads it; and values of the y axis by position of the block.
+# A chart as the template reads it.
 Chart = dict[str, Any]
-Values = Mapping[Any, float]
+# Its kind, the name that its colour stands for, and values of the y axis by position of the block: those of a line or
+# of an upper edge, and those of the lower edge of a band or of bars.
+Mark = tuple[str, str, Mapping[Any, float], Mapping[Any, float]]
 
 
 def page(report: Report) -> str:
@@ -68,6 +66,7 @@ def page(report: Report) -> str:
     errors = error_charts(report)
     names = [phase for block in blocks for phase in block.seconds] + [span.phase for span in report.timeline]
     phases = _ordered(PHASES, names)
+    columns = ["block", "name", *phases, *(f"{name} GiB" for name in PEAKS), "loss before", "loss after", "calibration"]
     return _template().render(
         report=report,
         log=log,
@@ -82,9 +81,9 @@ def page(report: Report) -> str:
         layers=[log.layer_cells(layer) for layer in report.layers] if len(report.layers) <= MOST_ROWS else None,
         time=time_chart(blocks, phases),
         memory=memory_chart(blocks, report.memory.limits),
-        block_columns=["block", "name", *phases, *PEAK_COLUMNS, "loss before", "loss after", "calibration"],
+        block_columns=columns,
         block_rows=[_block_cells(block, phases) for block in blocks],
-        timeline=timeline(report.timeline, blocks, phases),
+        timeline=timeline(report.timeline, blocks),
     )
 
 
@@ -167,53 +166,46 @@ def _ordered(known: Sequence[str], names: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(names), key=lambda name: [*known, name].index(name))
 
 
-class _Axes:
-    """The axes of a chart over the blocks: y goes from 0 to a little above the greatest value."""
+def _chart(blocks: Sequence[BlockRecord], marks: Sequence[Mark], titles: Sequence[str], top: float = 0.0) -> Chart:
+    """A chart over the blocks: y goes from 0 to a little above the greatest value.
 
-    def __init__(self, numbers: list[int], values: Iterable[float]) -> None:
-        self.numbers, self.width = numbers, 1000 / len(numbers)
-        self.top = max((value for value in values if math.isfinite(value)), default=0.0) * 1.05 or 1.0
+    Args:
+        blocks: the blocks.
+        marks: what is drawn. Lines have dots at their values, if these would not run into each other.
+        titles: for each block, what is shown when it is pointed at; empty: nothing.
+        top: the greatest value, or a greater one.
+    """
+    edges = [value for *_, high, low in marks for value in (*high.values(), *low.values()) if math.isfinite(value)]
+    width, top = 1000 / len(blocks), max([top, *edges]) * 1.05 or 1.0
 
-    def line(self, kind: str, colour: str, values: Values, back: Values | None = None) -> Chart:
-        """A line through values, and back through others; or dots at them, if they would not run into each other."""
-        pairs = [*sorted(values.items()), *sorted((back or {}).items(), reverse=True)]
-        points = [self._point(i, v) for i, v in pairs if math.isfinite(v)]
-        if kind == "dots":
+    def x(i: float) -> str:
+        return f"{(i + 0.5) * width:.4g}"
+
+    def y(value: float) -> str:
+        return f"{1000 - value * 1000 / top:.4g}"
+
+    paths = []
+    for kind, colour, high, low in marks:
+        pairs = [*sorted(high.items()), *sorted(low.items(), reverse=True)]
+        points = [f"{x(i)} {y(value)}" for i, value in pairs if math.isfinite(value)]
+        path = "M" + "L".join(points) if points else ""
+        if kind == "fill":
+            bars = (f"M{x(i - 0.4)} {y(low[i])}V{y(end)}H{x(i + 0.4)}V{y(low[i])}z" for i, end in high.items())
+            path = "".join(bars)
+        paths.append({"class": kind, "colour": colour, "path": path})
+        if kind == "line" and len(points) <= MOST_DOTS:
             # Lines of no length, which their round ends make dots.
-            path = "".join(f"M{point}h0" for point in points) if len(points) <= MOST_DOTS else ""
-        else:
-            path = "M" + "L".join(points) if points else ""
-        return {"class": kind, "colour": colour, "path": path}
-
-    def bars(self, colour: str, lows: list[float], heights: list[float]) -> Chart:
-        """Bars, one for each block."""
-        corners = [
-            [self._point(i + x, y) for x, y in ((-0.4, low), (-0.4, low + height), (0.4, low + height), (0.4, low))]
-            for i, (low, height) in enumerate(zip(lows, heights, strict=True))
-            if height
-        ]
-        return {"class": "fill", "colour": colour, "path": "".join(f"M{'L'.join(points)}z" for points in corners)}
-
-    def chart(self, marks: list[Chart], titles: Sequence[str]) -> Chart:
-        """The chart of marks, with a title for each block: none where that is empty."""
-        hits = [
-            (f"{i * self.width:.4g}", f"{self.width:.4g}", f"block {number}: {title}")
-            for i, (number, title) in enumerate(zip(self.numbers, titles, strict=True))
+            paths.append({"class": "dots", "colour": colour, "path": "".join(f"M{at}h0" for at in points)})
+    return {
+        "y": [(y(value), label) for value, label in _ticks(top, 5)],
+        "x": [(x(i), str(blocks[round(i)].block)) for i, _ in _ticks(len(blocks) - 1, 7, whole=True)],
+        "marks": [mark for mark in paths if mark["path"]],
+        "hits": [
+            (f"{i * width:.4g}", f"{width:.4g}", f"block {block.block}: {title}")
+            for i, (block, title) in enumerate(zip(blocks, titles, strict=True))
             if title
-        ]
-        blocks = _ticks(len(self.numbers) - 1, 7, whole=True)
-        return {
-            "y": [(f"{self._y(value):.4g}", label) for value, label in _ticks(self.top, 5)],
-            "x": [(f"{(i + 0.5) * self.width:.4g}", str(self.numbers[round(i)])) for i, _ in blocks],
-            "marks": [mark for mark in marks if mark["path"]],
-            "hits": hits,
-        }
-
-    def _point(self, i: float, value: float) -> str:
-        return f"{(i + 0.5) * self.width:.4g} {self._y(value):.4g}"
-
-    def _y(self, value: float) -> float:
-        return 1000 - value * 1000 / self.top
+        ],
+    }
 
 
 def _ticks(high: float, most: int, whole: bool = False) -> list[tuple[float, str]]:
@@ -228,50 +220,48 @@ def _ticks(high: float, most: int, whole: bool = False) -> list[tuple[float, str
 
 def error_charts(report: Report) -> dict[str, Chart]:
     """Relative errors of the layers by method: a chart for each type of layer, all of one scale."""
-    positions, scale = log.positions_of(report), [1.0]
+    positions, top, charts = log.positions_of(report), 1.0, {}
     found: dict[str, dict[str, dict[int, list[LayerResult]]]] = defaultdict(lambda: defaultdict(dict))
     for layer in report.layers:
         position, kind = log.locate(layer.name, positions)
         found[kind][layer.method].setdefault(position, []).append(layer)
-        scale += [layer.relative_mask, layer.relative_error]
-    axes, charts = _Axes([block.block for block in report.blocks], scale), {}
+        top = max([top, *filter(math.isfinite, (layer.relative_mask, layer.relative_error))])
     for kind, by_method in found.items():
-        marks, titles = list[Chart](), [list[str]() for _ in report.blocks]
+        marks, titles = list[Mark](), [list[str]() for _ in report.blocks]
         for method, of_blocks in by_method.items():
             errors = {i: [layer.relative_error for layer in layers] for i, layers in of_blocks.items()}
             low, high, means = ({i: pick(values) for i, values in errors.items()} for pick in (min, max, fmean))
             masks = {i: fmean(layer.relative_mask for layer in layers) for i, layers in of_blocks.items()}
-            marks += [axes.line("band", method, high, low)] if low != high else []
-            marks += [axes.line("mask", method, masks)] if masks != means else []
-            marks += [axes.line("line", method, means), axes.line("dots", method, means)]
+            marks += [("band", method, high, low)] if low != high else []
+            marks += [("mask", method, masks, {})] if masks != means else []
+            marks += [("line", method, means, {})]
             for i, values in errors.items():
                 n = len(values)
                 spread = f" (mean of {n}, {low[i]:.4f} to {high[i]:.4f})" if n > 1 else ""
                 titles[i].append(f"{method} {means[i]:.4f}{spread}, mask only {masks[i]:.4f}")
-        charts[kind] = axes.chart(marks, ["; ".join(of_block) for of_block in titles])
+        charts[kind] = _chart(report.blocks, marks, ["; ".join(of_block) for of_block in titles], top)
     return charts
 
 
 def time_chart(blocks: list[BlockRecord], phases: list[str]) -> Chart:
     """Seconds of each block by phase, stacked."""
-    axes = _Axes([block.block for block in blocks], (sum(block.seconds.values()) for block in blocks))
-    lows, marks = [0.0] * len(blocks), []
+    marks, tops = list[Mark](), [0.0] * len(blocks)
     for phase in phases:
-        seconds = [block.seconds.get(phase, 0.0) for block in blocks]
-        marks.append(axes.bars(phase, lows, seconds))
-        lows = [low + n for low, n in zip(lows, seconds, strict=True)]
+        lows, tops = tops, [low + block.seconds.get(phase, 0.0) for low, block in zip(tops, blocks, strict=True)]
+        bars = {i: top for i, top in enumerate(tops) if top > lows[i]}
+        marks.append(("fill", phase, bars, dict(enumerate(lows))))
     titles = [
         f"{sum(block.seconds.values()):.2f} s "
         f"({', '.join(f'{phase} {block.seconds[phase]:.2f}' for phase in phases if phase in block.seconds)})"
         for block in blocks
     ]
-    return axes.chart(marks, titles)
+    return _chart(blocks, marks, titles)
 
 
 def memory_chart(blocks: list[BlockRecord], limits: dict[str, int]) -> Chart:
     """Peaks of memory in GiB, and the limits that are near them.
 
-    The chart also has `used`, the peaks that are not zero, and `limits`, (place, GiB) of the limits drawn.
+    The chart also has `used`, the names of the peaks that are not zero, and `limits`, GiB of the limits drawn, by name.
 
     Args:
         blocks: the blocks, with their peaks in bytes.
@@ -282,21 +272,18 @@ def memory_chart(blocks: list[BlockRecord], limits: dict[str, int]) -> Chart:
     top = max((max(sizes) for sizes in used.values()), default=0.0)
     # A limit far above the peaks would press the lines flat.
     near = {name: limits[name] / 2**30 for name in used if name in limits and limits[name] / 2**30 <= 3 * top}
-    axes = _Axes([block.block for block in blocks], [top, *near.values()])
-    marks = [axes.line("mask", name, {-0.5: limit, len(blocks) - 0.5: limit}) for name, limit in near.items()]
-    marks += [axes.line(kind, name, dict(enumerate(used[name]))) for name in used for kind in ("line", "dots")]
+    marks: list[Mark] = [("mask", name, {-0.5: n, len(blocks) - 0.5: n}, {}) for name, n in near.items()]
+    marks += [("line", name, dict(enumerate(sizes)), {}) for name, sizes in used.items()]
     titles = [", ".join(f"{name} {sizes[i]:.2f} GiB" for name, sizes in used.items()) for i in range(len(blocks))]
-    drawn = [(name, f"{limit:.2f}") for name, limit in near.items()]
-    return axes.chart(marks, titles) | {"used": list(used), "limits": drawn}
+    return _chart(blocks, marks, titles) | {"used": list(used), "limits": near}
 
 
-def timeline(spans: list[Span], blocks: list[BlockRecord], phases: list[str]) -> Chart | None:
+def timeline(spans: list[Span], blocks: list[BlockRecord]) -> Chart | None:
     """Bars by block, in seconds and lanes; None without spans.
 
     Args:
         spans: what was done when.
         blocks: the blocks in their order.
-        phases: phases that have a colour.
     """
     spans = _merged(spans)
     if not spans:
@@ -309,16 +296,12 @@ def timeline(spans: list[Span], blocks: list[BlockRecord], phases: list[str]) ->
         bar = (f"{span.start:.8g}", f"{span.end - span.start:.8g}", lanes.index(span.lane), span.phase, title)
         bars[span.block].append(bar)
     shown = [block for block in blocks if block.block in bars]
-    # Blocks that an earlier run has pruned have less to show.
-    solved = [block.block for block in shown if any(phase == "solve" for *_, phase, _ in bars[block.block])]
     start, end = min(span.start for span in spans), max(span.end for span in spans)
     return {
         "lanes": lanes,
         "bars": bars,
         "box": f"{start:.8g} 0 {max(end - start, 1e-5):.8g} {len(lanes)}",
-        "options": [("all", "the whole run")] + [(str(b.block), f"block {b.block}, {b.name}") for b in shown],
-        "first": str(solved[len(solved) // 2]) if solved and len(shown) > FEW_BLOCKS else "all",
-        "phases": [phase for phase in phases if any(span.phase == phase for span in spans)],
+        "options": {"all": "the whole run"} | {str(b.block): f"block {b.block}, {b.name}" for b in shown},
     }
 
 

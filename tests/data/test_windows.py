@@ -136,9 +136,9 @@ def test_windows_of_tokens(dtype):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (torch.arange(6), r"tokens of shape \(6,\); give a tensor \(windows, seqlen\)"),
-        (torch.zeros(2, 3), "tokens of dtype torch.float32; give integers"),
-        (torch.zeros(3, 1, dtype=torch.int64), "3 windows of 1 tokens; give at least one window, of at least 2"),
+        (torch.arange(6), r"torch.int64 of shape \(6,\); give integers \(windows, seqlen\)"),
+        (torch.zeros(2, 3), "torch.float32 of shape"),
+        (torch.zeros(3, 1, dtype=torch.int64), r"torch.int64 of shape \(3, 1\); give integers .* of at least 2 tokens"),
         (torch.tensor([[5, 3], [-100, 2]]), "token -100; no token is negative"),
     ],
 )

@@ -127,10 +127,7 @@ def test_experts_are_one_type():
 def test_time_is_stacked():
     blocks = [BlockRecord(n, "", "", seconds, 0, 0) for n, seconds in ((7, {"solve": 3.0, "read": 1.0}), (8, {}))]
     chart = charts.time_chart(blocks, ["solve", "read"])
-    assert [mark["path"] for mark in chart["marks"]] == [
-        "M50 1000L50 285.7L450 285.7L450 1000z",
-        "M50 285.7L50 47.62L450 47.62L450 285.7z",
-    ]
+    assert [mark["path"] for mark in chart["marks"]] == ["M50 1000V285.7H450V1000z", "M50 285.7V47.62H450V285.7z"]
     assert chart["x"] == [("250", "7"), ("750", "8")]
     assert chart["hits"][0][2] == "block 7: 4.00 s (solve 3.00, read 1.00)"
 
@@ -141,7 +138,7 @@ def test_memory(limits, drawn):
     report = report_of_run()
     chart = charts.memory_chart(report.blocks, limits)
     assert {"class": "mask", "colour": "host", "path": "M0 47.62L1000 47.62"} in chart["marks"] or not drawn
-    assert (chart["limits"], chart["used"]) == ([("host", "4.00")] * drawn, ["host"])
+    assert (chart["limits"], chart["used"]) == ({"host": 4.0} if drawn else {}, ["host"])
     blocks = [replace(block, gpu_bytes=1 << 30, gpu_reserved_bytes=3 << 29) for block in report.blocks]
     chart = charts.memory_chart(blocks, limits)
     assert chart["used"] == ["host", "gpu", "reserved"]
@@ -149,18 +146,13 @@ def test_memory(limits, drawn):
 
 
 def test_timeline():
-    """It begins with a block in the middle, of those that this run has pruned."""
     report = report_of_run(blocks=9)
     document = Document(page(report))
     options = document.all("option")
     assert [option["value"] for option in options] == ["all", *map(str, range(9))]
-    assert [option["value"] for option in options if "selected" in option] == ["4"]
     assert document.all("svg", id="timeline")[0]["viewbox"] == "-5 0 97 2"
     bar = document.all("rect", x="45", y="0.12", width="6")[0]
     assert (bar["class"], bar["text"].strip()) == ("p0", "block 4, solve: 6.000 s from 45.000 s")
-    report.timeline[:] = [span for span in report.timeline if span.block not in range(6) or span.lane == "read"]
-    options = Document(page(report)).all("option")
-    assert [option["value"] for option in options if "selected" in option] == ["7"]
     report.timeline.clear()
     assert "Timeline" not in page(report)
 
