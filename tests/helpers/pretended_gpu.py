@@ -14,6 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -309,7 +310,7 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
     # would keep the `made` of below for ever, and models on the meta device would take memory.
     with torch.device("cpu"):
         torch.empty(0)
-    empty, to, data, lifts = torch.empty, Tensor.to, Tensor.data, torch._C._only_lift_cpu_tensors()
+    to, data, lifts = Tensor.to, Tensor.data, torch._C._only_lift_cpu_tensors()
 
     def moved(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
@@ -324,8 +325,8 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
         # Not through torch, which would ask for CUDA, and knows nothing of the mode in another thread.
         return gpu.compute(aten._to_copy.default, (tensor,), form)
 
-    def made(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
-        tensor = empty(*args, **kwargs)
+    def made(make: Callable[..., Tensor], *args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        tensor = make(*args, **kwargs)
         if pin_memory:
             gpu.lock_pages(tensor)
         return tensor
@@ -369,7 +370,8 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
         # A build of torch for CUDA would ask the driver for its stream.
         patch.setattr(Optimizer, "_accelerator_graph_capture_health_check", lambda optimizer: None)
         patch.setattr(GridExecutor, "__call__", launched)
-        patch.setattr(torch, "empty", made)
+        patch.setattr(torch, "empty", partial(made, torch.empty))
+        patch.setattr(torch, "empty_strided", partial(made, torch.empty_strided))
         patch.setattr(Tensor, "to", moved)
         patch.setattr(Tensor, "data", property(data.__get__, replaced))
         # torch's own code makes `one_hot` of several operations.
