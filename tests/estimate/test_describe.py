@@ -33,6 +33,12 @@ def test_experts_are_joined_of_as_many_bytes_as_in_the_checkpoint(family, tmp_pa
     assert (joined > 0) == (family != "llama")
 
 
+def test_a_tied_tensor_is_written_once(tmp_path):
+    source = save_model(tmp_path / "model", "llama", tie_word_embeddings=True)
+    described = describe(str(config_of(source, tmp_path / "config")))
+    assert sum(described.shape.pieces) == sum(shape_of(inspect(source)).pieces)
+
+
 def test_the_dtype(tmp_path):
     """The dtype is that of the weights if there are some, else the config's, else bf16 with a note."""
     source = save_model(tmp_path / "model", "llama", torch.float16)

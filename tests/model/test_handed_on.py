@@ -95,7 +95,7 @@ def test_expected_size_is_what_lies_between_blocks(family, tmp_path):
             most = max(most, sum(x.nbytes for x in states.between()))
             states.arrive(states.position)
         differing = {*states.carried[0].constants} - {*states.carried[1].constants}
-        assert differing == {states.carried[0].constants[n] for n in states.of_batch}
+        assert {x.read().data_ptr() for x in differing} <= {x.data_ptr() for x in states.between()}
     expected = [x.nbytes(seqlen) for x in shape.between]
     # Indices are as many as there are tokens, up to a limit that few tokens do not reach.
     assert expected[0] == states.hidden[0].nbytes
