@@ -7,7 +7,7 @@ target_gap (rows, d)  target minus W, where the masked weights approximate a tar
 E (rows, d)           weights that V removes, W * (1 - V), plus the target gap
 R (rows, d)           (W * (1 - M)) G, plus the target gap's product
 U (rows, d)           E G, the same product for V
-error(M) = sum(W * (1 - M) * R), one quadratic per row
+error(M) = sum(W * (1 - M) * R), one quadratic per row, plus the target gap's share
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """What a caller from Python has set in the process, or wrapped around a model.
 
-It stays, and where it would change results it has no effect.
+It is as it was at the end. Meanwhile nothing of it changes results.
 """
 
 import sys

@@ -12,7 +12,7 @@ from sparsefw.errors import InputError, shown
 # Marks a default that depends on other fields; `__post_init__` replaces it by the value.
 DEPENDS: Any = None
 
-# Flags that are shorter than their field.
+# Flags that have another name than their field.
 SHORT = {"evaluate": "--eval", "texts": "--eval", "folder": "--output"}
 
 

@@ -202,7 +202,7 @@ def _check_datasets(datasets: Sequence[str]) -> None:
 
 
 def locate(model: str) -> Path:
-    """The folder of a checkpoint: that of the embedded model for "default", else as `locate`."""
+    """The folder of a checkpoint: that of the embedded model for "default", else as `source.locate`."""
     from sparsefw.checkpoint import source
 
     return DEFAULT_MODEL if model == DEFAULT else source.locate(model)

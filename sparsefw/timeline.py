@@ -15,7 +15,7 @@ MAIN, READ, WRITE = "main", "read", "write"
 
 @dataclass(frozen=True)
 class Span:
-    """A phase of a block, or of the whole model (block None), in seconds since the run's start."""
+    """A phase of a block, or of the whole model (block None), in seconds since the model was found."""
 
     block: int | None
     lane: str

@@ -11,9 +11,9 @@ REPO = Path(__file__).resolve().parents[1]
 # Lines of code are without docstrings, comments and blank lines. Words are those of README.md and docs/.
 LIMITS = {
     "sparsefw: files": 85,
-    "sparsefw: code lines": 9_870,
+    "sparsefw: code lines": 9_500,
     "kernels: code lines": 2_240,
-    "bench: code lines": 2_895,
+    "bench: code lines": 2_900,
     "tests: code lines": 13_000,
     "documents: words": 14_000,
 }

@@ -264,7 +264,7 @@ def _leading_tokens(tokenizer: Tokenizer, documents: Iterable[Iterable[str]], wa
 
 
 def load_tokenizer(folder: Path, add_bos_token: bool | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint that `checkpoint.inspect` has looked at.
+    """The tokenizer of a checkpoint.
 
     Args:
         folder: the checkpoint's folder.

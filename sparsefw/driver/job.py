@@ -57,7 +57,8 @@ class Prepared:
         seqlen: tokens in a window; of batches, the most vectors of one between two blocks.
         notes: what the user should know of the model, one line each.
         fingerprint: tells the model from another one.
-        files: what tells the checkpoint's files from changed ones; empty: the fingerprint is of all tensors in memory.
+        files: on rank 0, what tells the checkpoint's files from changed ones; empty for a model in memory, of whose
+            tensors the fingerprint is.
         fixed: values of `Placement` that are settled, by field.
         saved: bytes that the end of the run writes while the finished blocks are still on the disk.
     """

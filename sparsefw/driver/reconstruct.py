@@ -22,7 +22,7 @@ from sparsefw.memory import give_back
 from sparsefw.model import HiddenStates
 from sparsefw.model.activations import split_batches
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
-from sparsefw.model.head import divergence, predicts, times_the_passes, tokens_of_pass
+from sparsefw.model.head import divergence, predicts, tokens_and_passes, tokens_of_pass
 from sparsefw.model.layers import layer_of
 from sparsefw.model.stand_ins import ForwardFailed, explained
 from sparsefw.report.content import HIDDEN, PREDICTIONS, Reconstruction
@@ -68,9 +68,8 @@ def reconstruct(
         learned, held_out = split_batches(len(states))
         # Ranks have about as many micro-batches; those with fewer begin again.
         steps = run.config.reconstruct * max(run.ranks.gather(len(learned)))
-        if tokens:
-            steps *= times_the_passes(tokens[0].shape[1])
-        fit = Fit(run, i, states, dense, learned, held_out, tokens)
+        every, times = tokens_and_passes(run.of(i), run.shape, tokens[0].shape[1]) if tokens else (1, 1)
+        fit, steps = Fit(run, i, states, dense, learned, held_out, tokens, every), steps * times
         losses = _rounds(fit, results, steps)
         # Experts of one rank's windows may have an operation that no other rank has seen.
         varies = dict.fromkeys(name for names in run.ranks.gather(fit.varies) for name in names)
@@ -97,7 +96,8 @@ def _predicted(run: Run, i: int, states: HiddenStates, ids: Tensor | None) -> It
     """
     if ids is not None and run.of(i).predicts:
         with run.model.outside():
-            if all(run.ranks.gather(predicts(states, ids))):
+            every, _ = tokens_and_passes(run.of(i), run.shape, ids.shape[1])
+            if all(run.ranks.gather(predicts(states, ids, every))):
                 # On the device: to copy some of them there, the host would wait for all that was launched.
                 yield list(ids.to(run.model.device).split(states.windows))
                 return
@@ -146,6 +146,7 @@ class Fit:
         states, dense: the windows before the block in the pruned model, and behind it in the dense one.
         learned, held_out: numbers of the micro-batches to learn from, and of the others.
         tokens: the tokens of each micro-batch, where predictions are compared; None: hidden states are.
+        every: a step compares the predictions of one token in so many.
         reached: numbers of the micro-batches whose loss had gradients so far.
         varies: the operation whose result may be another in another run, if this rank has seen one in the block.
     """
@@ -157,6 +158,7 @@ class Fit:
     learned: list[int]
     held_out: list[int]
     tokens: list[Tensor] | None = None
+    every: int = 1
     reached: set[int] = field(default_factory=set)
     varies: list[str] = field(default_factory=list)
 
@@ -202,7 +204,7 @@ class Fit:
             return relative_loss(out, target), target.shape
         ids = self.tokens[j]
         if of_pass is not None:
-            some = tokens_of_pass(of_pass, ids.shape[1])
+            some = tokens_of_pass(of_pass, self.every)
             ids, out, target = ids[:, some], out[:, some], target[:, some]
         return divergence(self.run.model, ids, out, target), target.shape
 

@@ -16,7 +16,7 @@ from sparsefw.data.windows import reading_bytes
 from sparsefw.kernels.cpu import MIRRORED
 from sparsefw.memory import pinned_bytes
 from sparsefw.model import Placement
-from sparsefw.model.head import PIECE, tokens_of_pass
+from sparsefw.model.head import PIECE, tokens_and_passes, tokens_of_pass
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
@@ -357,8 +357,11 @@ def _reconstruction(block: BlockShape, shape: ModelShape, workload: Workload, to
     def logits(tokens: int) -> int:
         # Both models have logits, and a head makes them of others; a piece has three distributions in fp32 and a byte.
         entries = tokens * shape.vocabulary
-        return 3 * shape.logits_itemsize * entries + 13 * min(entries, max(PIECE, shape.vocabulary))
+        return 3 * shape.logits_itemsize * entries + 13 * min(
+            entries, max(PIECE["cuda" if workload.gpu else "cpu"], shape.vocabulary)
+        )
 
     # A step looks at some tokens. To measure the loss takes all, and no gradients.
-    of_step, measured = logits(len(range(workload.seqlen)[tokens_of_pass(0, workload.seqlen)])), logits(workload.seqlen)
+    (every, _), seqlen = tokens_and_passes(block, shape, workload.seqlen), workload.seqlen
+    of_step, measured = logits(len(range(seqlen)[tokens_of_pass(0, every)])), logits(seqlen)
     return shape.outside + state + written + max(backward + of_step, measured)

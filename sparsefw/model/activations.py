@@ -1,4 +1,4 @@
-"""Where tensors wait between two blocks, and how many at once: on the device, in pinned memory, or in mapped files."""
+"""Where tensors wait between two blocks: on the device, in pinned memory, or in mapped files. How many at once."""
 
 import os
 import tempfile

@@ -7,8 +7,8 @@ A pruned model's predictions are compared with those of the dense model:
 Its gradient by q's logits is q - p. It is taken back to the hidden states while the logits are there, so that those of
 one window at a time are in memory, and distributions in fp32 of a piece of it.
 
-The head of a small model costs more than its last block. So a step of a reconstruction looks at some tokens of a long
-window only, and there are more steps.
+The head of a small model costs more than its last block, up to thirty times with a large vocabulary. So a step of a
+reconstruction looks at some tokens of a window only, and there are more steps.
 """
 
 import math
@@ -25,13 +25,17 @@ from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.forward import run_behind_blocks
 from sparsefw.model.hidden_states import HiddenStates
+from sparsefw.model.shapes import BlockShape, ModelShape
 from sparsefw.ranks import ALONE, Ranks
 
-# Entries of the logits whose distributions are in memory at once; at least those of a token.
-PIECE = 2**24
+# Entries of the logits whose distributions are in memory at once, at least those of a token: few stay in a processor's
+# cache, and their memory is used again.
+PIECE = {"cpu": 2**18, "cuda": 2**24}
 
-# A step looks at one token in EVERY where a window has EVERY * LEAST or more; there are TIMES the passes then.
-EVERY, LEAST, TIMES = 8, 64, 2
+# A step looks at one token in EVERY where a window has EVERY * LEAST or more. A head of more than SMALL weights that
+# still costs over twice what the block does looks at fewer, so that it costs as much, down to FEWEST of a window.
+# Where steps look at some tokens there are TIMES the passes.
+EVERY, LEAST, SMALL, FEWEST, TIMES = 8, 64, 2**24, 8, 2
 
 # The last tokens by which logits of a part of a window are compared with those of the whole.
 COMPARED = 4
@@ -127,33 +131,38 @@ def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Ten
         return getattr(run_behind_blocks(model, token_batch(ids), hidden, others or {}), "logits", None)
 
 
-def _every(seqlen: int) -> int:
-    return EVERY if seqlen >= EVERY * LEAST else 1
+def tokens_and_passes(block: BlockShape, shape: ModelShape, seqlen: int) -> tuple[int, int]:
+    """A step of the last block's reconstruction looks at one token in so many, in so many times the usual passes.
+
+    Args:
+        block, shape: the last block, and the model.
+        seqlen: tokens in a window.
+    """
+    every, head = EVERY if seqlen >= EVERY * LEAST else 1, shape.vocabulary * shape.hidden
+    ratio = head / max(1, sum(layer.rows * layer.d * layer.parts for layer in block.all_layers))
+    if head > SMALL and ratio > 2 * every:
+        every = max(every, min(round(ratio), seqlen // FEWEST))
+    return every, TIMES if every > 1 else 1
 
 
-def tokens_of_pass(n: int, seqlen: int) -> slice:
+def tokens_of_pass(n: int, every: int) -> slice:
     """The tokens of a window that steps look at in pass n over the windows: others than in the pass before."""
-    every = _every(seqlen)
     return slice(n % every, None, every)
 
 
-def times_the_passes(seqlen: int) -> int:
-    """How often the windows are gone through for each pass over them in other blocks."""
-    return TIMES if _every(seqlen) > 1 else 1
-
-
 @torch.no_grad()
-def predicts(states: HiddenStates, ids: Tensor) -> bool:
+def predicts(states: HiddenStates, ids: Tensor, every: int) -> bool:
     """Whether a token's hidden state behind the last block tells by itself which token comes next.
 
     Args:
         states: windows of tokens before any block; inside `BlockModel.outside`.
         ids: (windows, seqlen) their tokens.
+        every: a step looks at one token in so many.
     """
     model, hidden = states.model, states.hidden[0]
     if not states.flow.by_window or hidden.shape[:2] != ids[: states.windows[0]].shape:
         return False
-    some = tokens_of_pass(0, ids.shape[1])
+    some = tokens_of_pass(0, every)
     if not all(model.forms.like(kind, x) for kind in model.block_types for x in (hidden[:1], hidden[:1, some])):
         # One of the blocks would have to be run.
         return False
@@ -199,7 +208,7 @@ class _Divergence(torch.autograd.Function):
             p_logits = logits(model, ids[window], dense[window])
             with torch.set_grad_enabled(asked):
                 q_logits = logits(model, ids[window], x)
-            tokens = max(1, PIECE // q_logits.shape[-1])
+            tokens = max(1, PIECE[hidden.device.type] // q_logits.shape[-1])
             for p, q in zip(p_logits.split(tokens, 1), q_logits.detach().split(tokens, 1), strict=True):
                 total += _compare_piece(p, q, asked)
             if asked:

@@ -33,11 +33,10 @@ class Captured:
     """Layers of a block or of a stage, with the matrices that calibration accumulated.
 
     Attributes:
-        layers: the selected layers, in the order of use. Experts whose inputs are all zero are none: no token was sent
-            to them.
+        layers: the selected layers, in the order of use, without the experts that no token was sent to.
         grams: Gram matrices (in, in) fp32, by `Layer.gram`.
-        crosses: cross matrices by layer, see `target`; empty without a comparison with the dense model. Experts have
-            none, since they are sent other tokens than in the dense model.
+        crosses: cross matrices by layer, see `refit.target`; empty without a comparison with the dense model. Experts
+            have none, since they are sent other tokens than in the dense model.
         ignored: names of the layers that were seen and not selected.
     """
 

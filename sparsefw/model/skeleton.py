@@ -5,8 +5,8 @@ that are computed, not stored (rotary tables, masks), are real. Tensors are load
 time, and renamed or stacked on the way as transformers does it for the whole model. So the experts of only one block
 are stacked at a time.
 
-Every private or undocumented name of transformers that the models need stands here, but for an entry of configs in
-`settings`. transformers may change these in any version. They were tested with 5.17 to 5.24; when a later version
+Nearly every private or undocumented name of transformers that the models need stands here; the others in `settings`
+and `streamed`. transformers may change these in any version. They were tested with 5.17 to 5.24; when a later version
 breaks one, this file is the place to mend it.
 """
 

@@ -1,4 +1,4 @@
-"""The lines that a run prints: sparsity and memory, a fixed-width row for each layer, the table at the end.
+"""Lines that a run prints: sparsity and memory, a fixed-width row for each layer, the table at the end.
 
 Layers are of a type by their name inside their block, the same for all blocks and all experts.
 """

@@ -58,8 +58,8 @@ DEFAULTS = {
 }
 # These take their place where a reconstruction follows: further steps gain nothing before it.
 BEFORE_RECONSTRUCTION = dict(steps=12, refit=2)
-# Unless it is given, the damping of a refit is the most for up to so many tokens: the fewer there are, the less their
-# Gram matrix says of other text. With more tokens it falls, as 1 / tokens, down to the preset's.
+# The fewer tokens there are, the less their Gram matrix says of other text. So the damping of a refit, unless it is
+# given, is MOST_DAMP for up to FEW_TOKENS, and falls as 1 / tokens with more, down to the preset's.
 FEW_TOKENS, MOST_DAMP = 32_500, 0.4
 # A reconstruction makes up for most of what damping costs on the same text, and what it gains on other text stays.
 DAMP_BEFORE_RECONSTRUCTION = 1.6
@@ -145,13 +145,14 @@ class PruneConfig:
     target: str = flag(
         "what layers approximate. dense: the dense model's outputs, so that they make up for pruned ones before them; "
         "layer: what the layer itself makes of its input, without the dense model (default: dense; layer with "
-        "--refit 0 and with --preset fast and paper)",
+        "--refit 0 and with --preset fast, and with --preset paper unless --refit is given)",
         choices=("dense", "layer"), frank_wolfe=True,
     )  # fmt: skip
     damp: float = flag(
         "this share of the Gram matrix's diagonal is added to it where masks and weights are chosen, so that they hold "
         "on other text (default: 1.6; with --reconstruct 0 and with --preset fast: 0.4 with up to 32500 tokens of "
-        "calibration, with more 13000 / tokens, at least 0.1; 0.2 with --refit 0; 0 with --preset paper)",
+        "calibration, with more 13000 / tokens, at least 0.1; 0.2 with --refit 0; 0 with "
+        "--preset paper unless --refit is given)",
         # Far more than is of use; a diagonal of real inputs stays finite in fp32 with it.
         metavar="D", least=0, most=2**20, frank_wolfe=True,
     )  # fmt: skip

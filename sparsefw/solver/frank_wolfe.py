@@ -42,7 +42,8 @@ class Problem:
 
     Attributes:
         W: (rows, d) the weights.
-        H: (d, d) fp32, the Gram matrix on which the mask is chosen: damped, or G itself.
+        H: (d, d), the Gram matrix on which the mask is chosen, damped or G itself; an operand in the products' dtype
+            where a mask is chosen again.
         saliency: (rows, d) fp32; the warm start keeps its highest entries, and it breaks ties when rounding.
         k: kept weights per row, an int or an int tensor (rows,); with `group`, per group.
         warm: (rows, d) bool, the warm start's mask.
@@ -50,7 +51,7 @@ class Problem:
         fixed: (rows, d) bool, entries that every mask keeps, or None.
         target_gap: (rows, d) fp32, T - W if masked weights approximate a target T: the error is that of E = T - M * W.
             None if T is W.
-        damping: (d,) fp32, the diagonal of H - G; None if H is G.
+        damping: (d,) fp32, the diagonal of H - G; None if H is G, or where errors on G are not asked for.
         exact: G as `Backend.exact_operand` gives it; None in a problem whose errors on G nobody needs.
     """
 

@@ -1,7 +1,7 @@
 """Prune the layers that share an input, and report their errors.
 
-Rows of one dtype are stacked and solved in chunks that fit a memory limit, on a CPU several chunks at once. Rows are
-independent, so neither stacks nor chunks change the result.
+Rows of one dtype are stacked. Where they are independent they are solved in chunks that fit a memory limit, on a CPU
+several at once, and neither stacks nor chunks change the result.
 """
 
 import math

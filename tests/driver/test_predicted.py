@@ -55,7 +55,7 @@ def test_a_run_predicts_where_its_plan_does(family, changes, predicts, tmp_path,
     folder, seen = make_place(tmp_path, family, **changes), Watched(monkeypatch)
     report, _ = run(folder, tmp_path / "out", *FLAGS)
     shape, steps = shape_of(inspect(folder / "model")), 2 * len(split_batches(WINDOWS)[0])
-    times = head.times_the_passes(SEQLEN) if predicts else 1
+    times = head.TIMES if predicts else 1
     planned = [*[steps] * (len(shape.blocks) - 1), times * steps]
     assert [block.reconstruction.steps for block in report.blocks] == planned
     assert report.blocks[-1].reconstruction.loss == (PREDICTIONS if predicts else HIDDEN)

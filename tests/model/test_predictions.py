@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from sparsefw.checkpoint.source import inspect
 from sparsefw.model import StreamedModel, embed, head
 from sparsefw.model.head import divergence, predicts, tokens_of_pass
+from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 250, (3, 10), generator=torch.Generator().manual_seed(0))
@@ -42,7 +43,7 @@ def expected(source, hidden, dense):
 
 def test_divergence_and_gradient(opened):
     source, model, states, hidden, dense = opened
-    assert predicts(states, IDS)
+    assert predicts(states, IDS, 1)
     x, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     found, wanted = divergence(model, IDS, x, dense), expected(source, exact, dense.double())
     assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
@@ -57,8 +58,8 @@ def test_pieces_change_nothing(tokens, opened, monkeypatch):
     """Pieces of so many tokens, of a token at least."""
     _, model, _, hidden, dense = opened
     found = []
-    for entries in (head.PIECE, int(tokens * model.model.config.vocab_size)):
-        monkeypatch.setattr(head, "PIECE", entries)
+    for entries in (head.PIECE["cpu"], int(tokens * model.model.config.vocab_size)):
+        monkeypatch.setitem(head.PIECE, "cpu", entries)
         x = hidden.clone().requires_grad_()
         divergence(model, IDS, x, dense).backward()
         found.append((x.grad, divergence(model, IDS, hidden, dense)))
@@ -66,12 +67,24 @@ def test_pieces_change_nothing(tokens, opened, monkeypatch):
     assert torch.allclose(found[0][1], found[1][1], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("seqlen", "every", "times"), [(1, 1, 1), (511, 1, 1), (512, 8, 2), (2050, 8, 2)])
-def test_passes_look_at_all_tokens_in_turn(seqlen, every, times):
-    """Those of a long window: 64 tokens at least in a step."""
-    assert head.times_the_passes(seqlen) == times
-    passes = [[*range(seqlen)[tokens_of_pass(n, seqlen)]] for n in range(2 * every)]
-    assert min(map(len, passes)) >= min(seqlen, 64)
+# By the sizes of the head and of the block's layers: small models; large vocabularies; a model of 70B.
+@pytest.mark.parametrize(
+    ("head_size", "layer", "seqlen", "every", "times"),
+    [
+        *(((1024, 64), 49_152, *seen) for seen in ((1, 1, 1), (511, 1, 1), (512, 8, 2), (2050, 8, 2))),
+        *(((49_152, 576), 3_540_000, *seen) for seen in ((128, 8, 2), (512, 8, 2))),
+        *(((262_144, 640), 5_600_000, *seen) for seen in ((4, 1, 1), (64, 8, 2), (256, 30, 2), (2048, 30, 2))),
+        ((128_256, 8192), 856_000_000, 256, 1, 1),
+    ],
+)
+def test_passes_look_at_all_tokens_in_turn(head_size, layer, seqlen, every, times):
+    """A step looks at some tokens of a window where the head costs more than the block."""
+    vocabulary, hidden = head_size
+    block = BlockShape(0, (), (LayerShape("linear", layer, 1, "linear"),))
+    shape = ModelShape((block,), 0, hidden, vocabulary, 0, 2, 2, 0, (), ())
+    assert head.tokens_and_passes(block, shape, seqlen) == (every, times)
+    passes = [[*range(seqlen)[tokens_of_pass(n, every)]] for n in range(2 * every)]
+    assert min(map(len, passes)) >= min(seqlen, 8)
     assert sorted(n for tokens in passes[:every] for n in tokens) == [*range(seqlen)]
     assert passes[every:] == passes[:every]
 
@@ -103,13 +116,12 @@ def test_a_classifier_predicts_no_tokens(opened, monkeypatch):
     _, _, states, *_ = opened
     for logits in (torch.zeros(1, 3), torch.zeros(1, 1, 250), None):
         monkeypatch.setattr(head, "run_behind_blocks", lambda *args, x=logits: SimpleNamespace(logits=x))
-        assert not predicts(states, IDS)
+        assert not predicts(states, IDS, 1)
 
 
-def test_a_head_that_mixes_tokens_does_not_predict_one_by_one(opened, monkeypatch):
-    monkeypatch.setattr(head, "LEAST", 1)
+def test_a_head_that_mixes_tokens_does_not_predict_one_by_one(opened):
     _, model, states, *_ = opened
-    assert predicts(states, IDS)
+    assert predicts(states, IDS, 2)
     mixed = model.model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].cumsum(1),))
-    assert not predicts(states, IDS)
+    assert not predicts(states, IDS, 2)
     mixed.remove()
