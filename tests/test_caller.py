@@ -39,7 +39,7 @@ MODES = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("caller") / "model", "llama")
+    return save_model(tmp_path_factory.mktemp("caller") / "model", "llama", num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_products_are_exact_meanwhile(source, tmp_path):
     assert {*seen} == {"ieee", "highest"}
 
 
-@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("shown", first_is_fast([True, False]))
 def test_libraries_show_what_they_did(shown, source, text):
     def settings():
         return logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()

@@ -65,7 +65,7 @@ def _weight(model, name):
 
 
 class TestBatchesOfSeveralSizes:
-    @pytest.mark.parametrize("scale", [(-1, -1, 1), (-1, 1, 8)])
+    @pytest.mark.parametrize("scale", [(-1, -1, 1), pytest.param((-1, 1, 8), marks=pytest.mark.slow)])
     @pytest.mark.parametrize("shapes", [((2, 5), (2, 7), (2, 5)), ((1, 5), (2, 5), (1, 5), (2, 5))])
     def test_each_has_its_own_condition(self, shapes, scale):
         model, batches = made(), batches_like(*shapes)
@@ -122,7 +122,7 @@ def replaced(kind):
 
 class TestOwnForward:
     @pytest.mark.parametrize("options", [{}, {"reconstruct": 2}, {"compare": ("wanda",)}], ids=str)
-    @pytest.mark.parametrize("kind", ["partial", "closure"])
+    @pytest.mark.parametrize("kind", first_is_fast(["partial", "closure"]))
     def test_is_run_and_stays(self, kind, options):
         model = replaced(kind)
         own = [block.forward for block in model.blocks]

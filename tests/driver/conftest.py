@@ -21,4 +21,4 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and a text."""
     from helpers.reconstructed import make_place
 
-    return make_place(tmp_path_factory.mktemp("llama"), "llama")
+    return make_place(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=2)

@@ -210,7 +210,7 @@ def test_a_layer_that_only_real_data_reaches_is_refused(method, tmp_path, monkey
 
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", branching)
     few_steps = FEW_STEPS if method == "sparsefw" else []
-    assert prune(tmp_path, "--nsamples", "2", "--method", method, *few_steps) == (2, None)
+    assert prune(tmp_path, "--nsamples", "2", "--method", method, *few_steps, num_hidden_layers=1) == (2, None)
     assert "model.layers.0.mlp.up_proj.weight: unsupported model" in capsys.readouterr().err
 
 
@@ -218,5 +218,7 @@ def test_a_layer_that_only_real_data_reaches_is_refused(method, tmp_path, monkey
     ("passes", "kept"), [("0", "self_attn.o_proj.weight, mlp.down_proj.weight"), ("1", "self_attn.o_proj.weight")]
 )
 def test_inputs_that_a_reconstruction_drops_are_not_kept(passes, kept, tmp_path):
-    _, report = prune(tmp_path, "--steps", "2", "--refit", "1", "--reconstruct", passes, "--nsamples", "8")
+    _, report = prune(
+        tmp_path, "--steps", "2", "--refit", "1", "--reconstruct", passes, "--nsamples", "8", num_hidden_layers=1
+    )
     assert {block["way"].partition("; ")[2] for block in report["blocks"]} == {f"kept: the input of {kept}"}

@@ -213,6 +213,7 @@ def prune_batches(ranks, output):
     return {name: parameter.detach() for name, parameter in model.named_parameters()}, len(lines)
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_is_changed_on_all_ranks(tmp_path):
     alone, _ = prune_batches(ALONE, tmp_path / "alone")
     # Without an output, the ranks write to a temporary folder of rank 0.

@@ -71,7 +71,7 @@ def test_losses_are_those_of_their_definition(reconstructed, llama):
     ids = windows_of(llama)[held_out]
     dense, sparse = behind_blocks(loaded(llama / "model"), ids), loaded(output)
     after = behind_blocks(sparse, ids)
-    assert len(report.blocks) == 3
+    assert len(report.blocks) == 2
     for i, block in enumerate(report.blocks):
         found, last = block.reconstruction, i == len(report.blocks) - 1
         assert found.steps == 2 * len(learned)
@@ -168,7 +168,7 @@ def test_a_token_without_a_target_does_not_count():
     assert out.grad[0].all()
 
 
-@pytest.mark.parametrize(("least", "every", "passes"), [(SEQLEN // 8, 8, 4), (SEQLEN // 8 + 1, 1, 2)])
+@pytest.mark.parametrize(("least", "every", "passes"), first_is_fast([(SEQLEN // 8, 8, 4), (SEQLEN // 8 + 1, 1, 2)]))
 def test_steps_compare_some_predictions_and_losses_all_of_them(least, every, passes, llama, tmp_path, monkeypatch):
     """A step looks at every eighth token of a long window, in each pass at others, and there are twice the passes."""
     seen, divergence_of = [], reconstruct.divergence
@@ -180,9 +180,9 @@ def test_steps_compare_some_predictions_and_losses_all_of_them(least, every, pas
         return divergence_of(model, ids, hidden, dense)
 
     monkeypatch.setattr(reconstruct, "divergence", spy)
-    report, _ = run(llama, tmp_path / "out", "--method", "wanda", "--include", "layers.2", "--reconstruct", "2")
+    report, _ = run(llama, tmp_path / "out", "--method", "wanda", "--include", "layers.1", "--reconstruct", "2")
     # A block without pruned layers is as it was.
-    assert [bool(block.reconstruction) for block in report.blocks] == [False, False, True]
+    assert [bool(block.reconstruction) for block in report.blocks] == [False, True]
     windows, (learned, held_out) = windows_of(llama), split_batches(WINDOWS)
     of_steps = [(True, windows[j, n % every :: every]) for n in range(passes) for j in learned]
     of_losses = [(False, windows[j]) for j in held_out]

@@ -68,6 +68,7 @@ class TestModelInMemory:
         assert all(block.reconstruction.after < block.reconstruction.before for block in result.report.blocks)
         assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
+    @pytest.mark.slow
     def test_a_language_model_on_tokens(self):
         """The same weights as on batches, but for the last block, which is fitted to what tokens are predicted."""
         model, _ = drawn("mixtral")

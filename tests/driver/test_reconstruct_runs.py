@@ -75,7 +75,7 @@ def test_goes_on_with_the_same_bytes(llama, tmp_path, monkeypatch):
     reconstruction_row = driver_run.log.reconstruction_row
 
     def interrupted(block, found):
-        if block.endswith("layers.2"):
+        if block.endswith("layers.1"):
             raise KeyboardInterrupt
         return reconstruction_row(block, found)
 
@@ -84,12 +84,12 @@ def test_goes_on_with_the_same_bytes(llama, tmp_path, monkeypatch):
         assert main([*flags_of(llama, tmp_path / "out"), *flags]) == 130
     report, seen = run(llama, tmp_path / "out", *flags)
     # Finished blocks are not reconstructed again.
-    assert min(seen.weights) == 2
+    assert min(seen.weights) == 1
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
     assert without_times(report) == without_times(expected)
 
 
-@pytest.mark.parametrize(("windows", "said"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("windows", "said"), first_is_fast([(1, True), (2, False)]))
 def test_one_window_is_too_few_and_the_log_says_so(windows, said, llama, tmp_path, capsys):
     report, _ = run(llama, tmp_path / "out", "--nsamples", str(windows))
     assert all((block.reconstruction is None) == said for block in report.blocks)
@@ -108,7 +108,7 @@ STEPS = len(split_batches(WINDOWS)[0])
     [
         # Others follow as long as one pays, up to four.
         ([0.9, 0.8, 0.79], 3, 0.79, False),
-        ([0.9, 0.8, 0.7, 0.6], 4, 0.6, False),
+        pytest.param([0.9, 0.8, 0.7, 0.6], 4, 0.6, False, marks=pytest.mark.slow),
         # A last one that has lost is put back, those before it stay.
         ([0.9, 0.95], 2, 0.9, False),
         ([math.nan], 1, math.nan, True),
@@ -127,7 +127,7 @@ def test_rounds_follow_each_other_as_long_as_they_pay(found, steps, after, put_b
     assert record.after == pytest.approx(after, nan_ok=True)
 
 
-@pytest.mark.parametrize(("rate", "gains"), [(RATE, True), (1e3, False)], ids=["gains", "loses"])
+@pytest.mark.parametrize(("rate", "gains"), first_is_fast([(1e3, False), (RATE, True)]), ids=["loses", "gains"])
 def test_a_second_round_begins_behind_the_first_and_is_put_back_to_there(rate, gains, llama, tmp_path, monkeypatch):
     losses, weights, measure = [], [], Fit.loss
 

@@ -43,7 +43,7 @@ def place(tmp_path_factory):
     import sparsefw
 
     folder = tmp_path_factory.mktemp("job")
-    save_model(folder / "dense", "llama")
+    save_model(folder / "dense", "llama", num_hidden_layers=1)
     text = folder / "text.txt"
     text.write_text(TEXT)
     sparsefw.prune(folder / "dense", folder / "pruned", dataset=text, evaluate=text, eval_windows=3, **QUICK)

@@ -24,7 +24,7 @@ def evaluated(place, tasks=None, **options):
 
 
 def test_perplexity_is_that_of_the_run(place, tasks):
-    found = evaluated(place, tasks)
+    found = evaluated(place, tasks, limit=4)
     assert found.models == [str(place / "dense"), str(place / "pruned")]
     assert {record.task for record in found.tasks} == {*NAMES}
     (text,), (of_run,) = found.texts, json.loads((place / "pruned/report.json").read_text())["evaluation"]
@@ -46,6 +46,7 @@ def test_output(place, tmp_path):
     assert {path.name for path in output.iterdir()} == {RESULT, "notes.txt"}
 
 
+@pytest.mark.slow
 def test_ranks_evaluate_together(place):
     expected = evaluated(place)
     one, other = on_ranks(2, evaluated_on, place)
@@ -87,6 +88,7 @@ def test_a_model_is_not_compared_with_itself(place):
 def test_the_command(place, tasks, capsys):
     arguments = [str(place / "pruned"), "--against", str(place / "dense"), "--tasks", "tiny_choices, tiny_rolling"]
     arguments += ["--include-path", str(tasks), "--eval", str(place / "text.txt"), "--seqlen", "32", "--limit", "4"]
+    arguments += ["--eval-windows", "3"]
     assert main(arguments) == 0
     out = capsys.readouterr().out.splitlines()
     at = next(n for n, line in enumerate(out) if line.startswith("tiny_choices") and " acc " in line)

@@ -109,11 +109,11 @@ def write_random(model: torch.nn.Module, folder: Path) -> Path:
     return folder
 
 
-def first_is_fast(values: Iterable[Any]) -> list[Any]:
-    """Values of a parameter, or tuples of values, of which `make test` takes the first: the other ones are slow."""
-    first, *others = values
-    as_tuples = (value if isinstance(value, tuple) else (value,) for value in others)
-    return [first, *(pytest.param(*value, marks=pytest.mark.slow) for value in as_tuples)]
+def first_is_fast(values: Iterable[Any], fast: int = 1) -> list[Any]:
+    """Values of a parameter, or tuples of values, of which `make test` takes the first ones: the others are slow."""
+    values = list(values)
+    as_tuples = (value if isinstance(value, tuple) else (value,) for value in values[fast:])
+    return [*values[:fast], *(pytest.param(*value, marks=pytest.mark.slow) for value in as_tuples)]
 
 
 def is_layer(name: str) -> bool:

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from helpers.families import COMMON, EXPERTS
+from helpers.families import COMMON, EXPERTS, first_is_fast
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsefw.estimate.plan import describe
@@ -49,7 +49,7 @@ MIXTURES = {
 }
 
 
-@pytest.mark.parametrize("model_type", MIXTURES)
+@pytest.mark.parametrize("model_type", first_is_fast(MIXTURES))
 def test_only_the_routers_stay_dense(model_type, tmp_path):
     changes, routers = MIXTURES[model_type]
     config = AutoConfig.for_model(**(COMMON | EXPERTS | {"model_type": model_type} | changes))

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers.families import TOKENS, is_layer, save_model
+from helpers.families import TOKENS, first_is_fast, is_layer, save_model
 
 from sparsefw.checkpoint.source import inspect
 from sparsefw.model import StreamedModel, embed, shape_of
@@ -21,7 +21,7 @@ def ways(role):
     return role.segment, role.input is None, role.write is None, role.keepable
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mamba", "qwen2_moe"])
+@pytest.mark.parametrize("family", first_is_fast(["qwen2_moe", "llama", "gpt_neox", "mamba"]))
 def test_layers_are_those_that_calibration_finds(family, tmp_path):
     """Though all weights of a shape are zero."""
     folder = save_model(tmp_path, family)

@@ -84,7 +84,7 @@ class TestStack:
     @pytest.mark.parametrize(
         "options", [dict(refit=0, swaps=20), dict(warm_start="ria"), dict(keep_zeros=True)], ids=str
     )
-    @pytest.mark.parametrize("forms", [None, (*FORMS, None)], ids=str)
+    @pytest.mark.parametrize("forms", first_is_fast([(*FORMS, None), None]), ids=str)
     def test_stacks_chunks_and_threads_change_nothing(self, text, options, forms, set_threads):
         """RIA's saliency and a `layer:` budget depend on the whole layer."""
         case, config = Case(torch.bfloat16), make_config(text, **options)
