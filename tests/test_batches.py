@@ -117,6 +117,7 @@ class TestOutput:
             assert x.data_ptr() == place.data_ptr()
             assert torch.equal(x, saved)
 
+    @pytest.mark.slow
     def test_goes_on_after_an_interruption(self, tmp_path):
         whole, batches = drawn("whisper")
         prune(whole, tmp_path / "whole", calibration=batches, **WANDA)

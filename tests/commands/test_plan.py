@@ -21,7 +21,7 @@ LLAMA_70B = dict(
 
 @pytest.fixture
 def config(tmp_path):
-    return config_of(save_model(tmp_path / "model", "llama"), tmp_path / "config")
+    return config_of(save_model(tmp_path / "model", "llama", num_hidden_layers=1), tmp_path / "config")
 
 
 SMALL = ["--nsamples", "8", "--seqlen", "32"]

@@ -218,7 +218,6 @@ def test_a_layer_that_only_real_data_reaches_is_refused(method, tmp_path, monkey
     ("passes", "kept"), [("0", "self_attn.o_proj.weight, mlp.down_proj.weight"), ("1", "self_attn.o_proj.weight")]
 )
 def test_inputs_that_a_reconstruction_drops_are_not_kept(passes, kept, tmp_path):
-    _, report = prune(
-        tmp_path, "--steps", "2", "--refit", "1", "--reconstruct", passes, "--nsamples", "8", num_hidden_layers=1
-    )
+    flags = f"--steps 2 --refit 1 --reconstruct {passes} --nsamples 8".split()
+    _, report = prune(tmp_path, *flags, num_hidden_layers=1)
     assert {block["way"].partition("; ")[2] for block in report["blocks"]} == {f"kept: the input of {kept}"}

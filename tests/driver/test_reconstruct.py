@@ -140,7 +140,7 @@ def test_gradients_that_fp16_has_no_room_for_as_sums(tmp_path, monkeypatch):
     monkeypatch.setattr(KeptWeights, "gradients", spy)
     few = ["--method", "wanda", "--reconstruct", "1", "--include", "layers.0"]
     for dtype in (torch.float32, torch.float16):
-        make_place(tmp_path / str(dtype), "llama", dtype)
+        make_place(tmp_path / str(dtype), "llama", dtype, num_hidden_layers=1)
     run(tmp_path / "torch.float32", tmp_path / "out", *few)
     factor = 2 * torch.finfo(torch.float16).max / largest[0]
     monkeypatch.setattr(reconstruct, "relative_loss", lambda out, target: factor * loss(out, target))

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.families import TOKENS, first_is_fast, save_model
+from helpers.families import TOKENS, save_model
 from helpers.whole import BATCH, CPU, all_logits, plain_logits, whole_model
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -96,9 +96,7 @@ def weight_times_one(block, x, kwargs):
     return block(x, **kwargs)
 
 
-@pytest.mark.parametrize(
-    "forward", first_is_fast([skip, two_streams, in_place_on_its_own, once_more, each(weight_times_one)], 3)
-)
+@pytest.mark.parametrize("forward", [skip, two_streams, in_place_on_its_own, once_more, each(weight_times_one)])
 def test_what_is_done_between_blocks_is_done_again(forward, tmp_path, monkeypatch):
     ChangedForward(tmp_path, monkeypatch, forward).check()
 

@@ -67,7 +67,7 @@ def test_only_the_routers_stay_dense(model_type, tmp_path):
     assert {name: size for name, size in dense.items() if not NO_PRODUCT.search(name)} == routers
 
 
-@pytest.mark.parametrize(("routed", "idle"), [(E, 60), (1, 28)])
+@pytest.mark.parametrize(("routed", "idle"), first_is_fast([(E, 60), (1, 28)]))
 def test_experts_beside_those_without_weights(routed, idle, tmp_path):
     """No choice of the tokens, by which the block is found, hides the experts that have weights."""
     layers = [f"mlp.experts.{name}[{e}]" for name in ("gate_up_proj", "down_proj") for e in range(routed)]

@@ -122,7 +122,7 @@ BLOCKS = {
 
 
 class TestBlocks:
-    @pytest.mark.parametrize("family", BLOCKS)
+    @pytest.mark.parametrize("family", first_is_fast(BLOCKS))
     def test_are_what_the_forward_calls_one_after_the_other(self, family, tmp_path):
         sizes, names = BLOCKS[family]
         with streamed(save(tmp_path, AutoConfig.for_model(family, **SIZES | TOKENS | sizes))) as model:

@@ -100,7 +100,7 @@ class TestSolve:
             assert (solution.error - optimum).sum() < 0.5 * (warm - optimum).sum()
 
     @pytest.mark.parametrize("sparsity", [*PATTERNS, "1:20"])
-    @pytest.mark.parametrize("open_loop", [False, True])
+    @pytest.mark.parametrize("open_loop", first_is_fast([False, True]))
     @pytest.mark.parametrize("warm_start", SALIENCIES)
     def test_exact_budget_and_never_worse_than_the_warm_start(self, sparsity, open_loop, warm_start):
         problem = make_problem(7, 20, sparsity, 0.5, warm_start=warm_start)
