@@ -14,7 +14,7 @@ from sparsefw.verify import main as verify_main
 class TestSelection:
     def test_what_is_ignored_stays_as_it_was(self, tmp_path, text, capsys):
         source = save_model(tmp_path / "model", "llama", torch.bfloat16)
-        flags = "--ignore down_proj --ignore re:model.layers.1.self_attn --sparsity 2:4 --method wanda".split()
+        flags = ["--ignore", "down_proj", "--ignore", "re:model.layers.1.self_attn", "--method", "wanda"]
         assert run(source, text, tmp_path / "out", *flags) == 0
         before, after = tensors_of(source), tensors_of(tmp_path / "out")
         report = json.loads((tmp_path / "out" / "report.json").read_text())

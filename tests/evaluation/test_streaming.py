@@ -84,7 +84,7 @@ def test_blocks_are_read_once_and_recurrent_layers_cost_one_more(family, expecte
     assert opened == expected
 
 
-@pytest.mark.parametrize("changes", first_is_fast([{"place": "file", "ahead": False}, {"batch": 1}]), ids=str)
+@pytest.mark.parametrize("changes", first_is_fast([{"place": "file", "ahead": False}, {"place": "file"}, {"batch": 1}]))
 def test_answers_do_not_depend_on_the_placement(changes, llama, expected, monkeypatch):
     place = streaming.place
     monkeypatch.setattr(streaming, "place", lambda *args, fixed: place(*args, fixed=fixed | changes))
