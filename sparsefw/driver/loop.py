@@ -90,6 +90,10 @@ class _States:
         """All of a method, or of "dense"."""
         return [*([self.calibration[name]] if name in self.calibration else []), *self.evaluation[name]]
 
+    def alike(self) -> list[list[HiddenStates]]:
+        """Those of the same windows, which are equal up to the first block that is pruned."""
+        return [[*self.calibration.values()], *map(list, zip(*self.evaluation.values(), strict=True))]
+
 
 def prune_model(
     run: Run,
@@ -152,10 +156,12 @@ def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: Callable[
     for i in range(begin):
         _replay(run, i, states, writer)
         on_block()
+    pruned = [i for i in range(len(model.blocks)) if run.selected(i)] or [0]
     with ThreadPoolExecutor(1) as background:
         written: Future[None] | None = None
         for i in range(begin, len(model.blocks)):
-            record, tensors = _prune_block(run, i, states, writer)
+            make = _prune_block if pruned[0] <= i <= pruned[-1] else _pass_block
+            record, tensors = make(run, i, states, writer)
             on_block()
             if i not in model.unique_blocks:
                 continue
@@ -243,6 +249,30 @@ def _prune_block(run: Run, i: int, states: _States, writer: Writer) -> tuple[Fin
                 if not own:
                     # The next method overwrites the block's memory.
                     tensors[method] = {name: tensor.clone() for name, tensor in tensors[method].items()}
+    model.close(i)
+    return record, tensors
+
+
+def _pass_block(run: Run, i: int, states: _States, writer: Writer) -> tuple[FinishedBlock, Written]:
+    """As `_prune_block`, for a block before the first one that is pruned, or behind the last one."""
+    model, methods = run.model, run.config.methods
+    model.open(i, run.placement.ahead)
+    if not any(map(run.selected, range(i, len(model.blocks)))):
+        # Nothing is measured any more.
+        while states.calibration:
+            states.calibration.popitem()[1].close()
+    for n, streams in enumerate(states.alike()):
+        # Behind the last one each method has its own windows.
+        moving = streams[:1] if states.calibration else streams
+        _advance(run, i, "evaluate" if n else "forward", moving)
+        for other in streams[len(moving) :]:
+            other.go_back(streams[0].fork())
+    tensors = Written()
+    if i in model.unique_blocks and writer.writes(model.unique_blocks.index(i)):
+        with model.timeline.span("write", i):
+            tensors = dict.fromkeys(methods, model.block_tensors(i))
+    record = FinishedBlock(BlockRecord(i, model.names[i], "once through the block", {}, 0, 0))
+    record.kept_dense = kept_dense(model, i, [])
     model.close(i)
     return record, tensors
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers.models.llama import modeling_llama
 
 from sparsefw.data.windows import calibration_windows
 from sparsefw.driver import loop
+from sparsefw.model import HiddenStates
 from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.report.content import read_report
 from sparsefw.run import main
@@ -140,6 +142,22 @@ def test_experts_that_no_token_reaches_are_no_model(tmp_path, capsys):
     assert main([*few, "--method", "wanda", *only]) == 2
     assert "nothing was pruned: no calibration token reaches the selected experts" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_windows_run_no_more_than_they_must_around_the_blocks_that_are_pruned(tmp_path, monkeypatch):
+    """Before the first one all hidden states are the dense model's; behind the last one nothing is calibrated."""
+    flags = ["--include", "layers.1", "--compare", "magnitude", "--eval", str(tmp_path / "text.txt"), *FEW_STEPS]
+    ran, advance = Counter(), HiddenStates.advance
+    monkeypatch.setattr(HiddenStates, "advance", lambda self, i, *block: (ran.update([i]), advance(self, i, *block)))
+    _, once = prune(tmp_path, *flags, "--eval-windows", "2")
+    # Two kinds of windows; then those of the evaluation in three models.
+    assert (ran[0], ran[2]) == (2, 3)
+    monkeypatch.setattr(loop, "_pass_block", loop._prune_block)
+    _, each = prune(tmp_path, *flags, "--eval-windows", "2", "--overwrite")
+    assert ran[0] - 2 > 2
+    assert each["evaluation"] == once["evaluation"]
+    assert [layer["error"] for layer in each["layers"]] == [layer["error"] for layer in once["layers"]]
+    assert each["kept_dense"] == once["kept_dense"]
 
 
 def test_what_a_compared_method_left_dense_is_not_called_dense(tmp_path):
