@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
+# Stages of a block take tensors of other sizes. With this, memory of a GPU that is freed can be used for any size.
+# torch reads all of these names: what the caller has set counts alone.
+if os.environ.keys().isdisjoint(f"PYTORCH_{kind}ALLOC_CONF" for kind in ("", "CUDA_", "HIP_")):
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
 __version__ = "0.2.0"
 
 __all__ = ["InputError", "PruneConfig", "PruneResult", "__version__", "prune", "solve_layer"]

@@ -98,12 +98,25 @@ def test_what_was_refused(said, operation):
 
 
 VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0"}
+ALLOCATION = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+def environment_with(given):
+    """The environment after the package is imported, with these of its variables set before."""
+    names = {*VARIABLES, *ALLOCATION, "PYTORCH_CUDA_ALLOC_CONF"}
+    before = {name: value for name, value in os.environ.items() if name not in names} | given
+    code = "import sparsefw, sys, os, json; assert 'torch' not in sys.modules; print(json.dumps(dict(os.environ)))"
+    done = subprocess.run([sys.executable, "-c", code], env=before, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("given", [{}, {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "NCCL_NVLS_ENABLE": "1"}], ids=str)
 def test_the_package_asks_libraries_for_the_same_bits(given):
     """torch looks before its first product, which may be one of the caller's own."""
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | given
-    code = "import sparsefw, sys, os, json; assert 'torch' not in sys.modules; print(json.dumps(dict(os.environ)))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert (VARIABLES | given).items() <= json.loads(done.stdout).items()
+    assert (VARIABLES | ALLOCATION | given).items() <= environment_with(given).items()
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_allocation_stays_as_the_caller_has_set_it(name):
+    after = environment_with({name: "max_split_size_mb:64"})
+    assert {key: value for key, value in after.items() if key.endswith("ALLOC_CONF")} == {name: "max_split_size_mb:64"}
