@@ -9,9 +9,10 @@ on these are put back. As long as a round of passes lowers the loss there by muc
 need far more steps than others, such as the one that gives the first token its large hidden state.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from sparsefw.report.content import HIDDEN, PREDICTIONS, Reconstruction
 from sparsefw.solver.kept_weights import KeptWeights
 from sparsefw.solver.layer import LayerResult
 from sparsefw.solver.patterns import without_index
+
+T = TypeVar("T")
 
 # The first rate, see `kept_weights`.
 RATE = 0.16
@@ -164,8 +167,8 @@ class Fit:
 
     @torch.no_grad()
     def loss(self) -> float:
-        """The mean loss of a token, over what is held out on all ranks."""
-        sums, shapes = zip(*map(self.loss_of, self.held_out), strict=True)
+        """The mean loss of a token, over what is held out on all ranks. The algorithms are those of the steps."""
+        sums, shapes = zip(*self._with_same_bits(lambda: [*map(self.loss_of, self.held_out)]), strict=True)
         tokens = sum(shape[:-1].numel() for shape in shapes)
         gathered = self.run.ranks.gather((sum(x.item() for x in sums), tokens))
         return sum(loss for loss, _ in gathered) / sum(tokens for _, tokens in gathered)
@@ -211,14 +214,19 @@ class Fit:
     def add_gradients(self, j: int, of_pass: int, parameters: list[nn.Parameter]) -> None:
         """Add the gradients of the loss of micro-batch j in pass `of_pass` of a round.
 
-        They are the same bits in every run, unless torch has no such algorithm for an operation of the block. There are
-        none where the micro-batch reaches no pruned weight.
+        There are none where the micro-batch reaches no pruned weight.
+        """
+        self._with_same_bits(lambda: self._add_gradients(j, of_pass, parameters), parameters)
+
+    def _with_same_bits(self, work: Callable[[], T], parameters: Sequence[nn.Parameter] = ()) -> T:
+        """What `work` returns, with the same bits in every run, unless torch has no such algorithm for an operation.
+
+        It is called again if torch refuses one. `parameters` lose the gradients that it has left them then.
         """
         if not self.varies:
             try:
                 with deterministic():
-                    self._add_gradients(j, of_pass, parameters)
-                return
+                    return work()
             except (InputError, RuntimeError) as error:
                 operation = refused(error)
                 if not operation:
@@ -227,7 +235,7 @@ class Fit:
                 for parameter in parameters:
                     parameter.grad = None
         with deterministic(refuse=False):
-            self._add_gradients(j, of_pass, parameters)
+            return work()
 
     def _add_gradients(self, j: int, of_pass: int, parameters: list[nn.Parameter]) -> None:
         model = self.run.model

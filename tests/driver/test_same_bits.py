@@ -10,6 +10,7 @@ import torch
 from helpers.reconstructed import run, shards
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from sparsefw.driver.reconstruct import Fit
 from sparsefw.model.gradients import refused
 from sparsefw.model.stand_ins import ForwardFailed
 
@@ -46,10 +47,18 @@ def with_mlp(patch, change):
 
 
 def test_gradients_are_made_in_the_deterministic_mode(llama, tmp_path, monkeypatch):
-    forwards, backwards = [], []
+    forwards, backwards, losses, loss_of = [], [], [], Fit.loss_of
     with_mlp(monkeypatch, lambda x: Watched.apply(x, forwards, backwards))
+
+    def spy(fit, *args):
+        losses.append(torch.get_deterministic_debug_mode())
+        return loss_of(fit, *args)
+
+    monkeypatch.setattr(Fit, "loss_of", spy)
     report, _ = run(llama, tmp_path / "out", *FLAGS)
     assert report.blocks[0].reconstruction.varies == ""
+    # Of the steps, and of what is held out, so that both take the same algorithms.
+    assert set(losses) == {REFUSES}
     assert backwards
     assert set(backwards) == {(REFUSES, False)}
     assert torch.utils.deterministic.fill_uninitialized_memory
