@@ -103,7 +103,8 @@ class Activations:
     """One tensor of every micro-batch. While one is worked on, the next one is copied to the device.
 
     The host launches work before the GPU gets to it, and every micro-batch at work takes memory. So a read waits until
-    the GPU has finished all micro-batches but the last one, unless the tensors are there anyway.
+    the GPU has finished all micro-batches but the last one, unless the tensors are there anyway. What is put takes
+    memory until it is copied out, so two copies at most are on their way.
 
     Args:
         store: where they are.
@@ -114,6 +115,8 @@ class Activations:
         self._stored: list[Stored] = []
         # The end of the work that had been launched when a micro-batch was read last.
         self._launched: torch.cuda.Event | None = None
+        # The end of the last copy out.
+        self._left: torch.cuda.Event | None = None
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -123,12 +126,20 @@ class Activations:
 
     def append(self, x: Tensor) -> None:
         """Add a micro-batch."""
-        self._stored.append(self.store.put(x))
+        self._stored.append(self._put(x))
 
     def __setitem__(self, j: int, x: Tensor) -> None:
         # The old one goes first, so that memory does not have both.
         del self._stored[j]
-        self._stored.insert(j, self.store.put(x))
+        self._stored.insert(j, self._put(x))
+
+    def _put(self, x: Tensor) -> Stored:
+        stored, before = self.store.put(x), self._left
+        if self.store.pins:
+            self._left = self.store.copies.record_event()
+            if before:
+                before.synchronize()
+        return stored
 
     def __getitem__(self, j: int) -> Tensor:
         """The tensor of micro-batch j, on the device."""

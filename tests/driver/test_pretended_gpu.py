@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,6 +105,24 @@ def test_the_host_is_no_more_than_one_micro_batch_ahead(place, gpu, tmp_path):
         assert activations[n].tolist() == [2 * [3 * [n]]]
     waits = {where.split()[0].rpartition("/")[2].partition(":")[0]: times for where, times in gpu.waits.items()}
     assert waits["activations.py"] == 3
+
+
+def test_two_copies_out_at_most_are_on_their_way(gpu, monkeypatch):
+    """Each holds a micro-batch on the GPU. A link may be slower than the work, and kept inputs are only added to."""
+    under_way, most = [], []
+
+    def recorded():
+        under_way.append(copy := SimpleNamespace(synchronize=lambda: under_way.remove(copy)))
+        most.append(len(under_way))
+        return copy
+
+    activations = Activations(Store(torch.device("cuda"), "host"))
+    monkeypatch.setattr(activations.store.copies, "record_event", recorded)
+    for n in range(4):
+        activations.append(torch.full((1, 2, 3), float(n), device="cuda"))
+    for n in range(4):
+        activations[n] = torch.full((1, 2, 3), float(n), device="cuda")
+    assert (len(most), max(most)) == (8, 2)
 
 
 def prune(source, output, *flags, stand_ins=False):
