@@ -26,8 +26,10 @@ FP4_VALUES = [sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 
 # An exponent without sign and mantissa (E8M0): the power of two that a group of 4-bit floats is multiplied with.
 EXPONENT = torch.float8_e8m0fnu
 
-# Entries that are dequantized at once, in fp32 and in as many bytes again of operands.
-CHUNK = 2**20
+# Entries that are dequantized at once, by type of device, and the bytes that each takes meanwhile. A chunk takes some
+# launches of a GPU.
+CHUNK = {"cpu": 2**20, "cuda": 2**24}
+BYTES_OF_CHUNK = 12
 
 
 def stamp_of(stat: os.stat_result) -> tuple[int, int]:
@@ -180,7 +182,7 @@ def dequantize_fp8(values: Tensor, scales: Tensor, block: tuple[int, int], dtype
     matrices = values.reshape(-1, rows, columns)
     grids = scales.float().reshape(len(matrices), -(-rows // height), -(-columns // width))
     out = torch.empty(matrices.shape, dtype=dtype, device=values.device)
-    step = max(1, CHUNK // columns)
+    step = max(1, CHUNK[values.device.type] // columns)
     # The block of each row. Blocks may be far larger than the matrix.
     row_blocks, width = torch.arange(rows, device=values.device) // height, min(width, columns)
     for matrix, grid, result in zip(matrices, grids, out, strict=True):
@@ -205,7 +207,7 @@ def dequantize_mxfp4(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
     experts, rows, groups, width = values.shape
     table = torch.tensor(FP4_VALUES, device=values.device)
     out = torch.empty((experts, groups * 2 * width, rows), dtype=dtype, device=values.device)
-    step = max(1, CHUNK // (groups * 2 * width))
+    step = max(1, CHUNK[values.device.type] // (groups * 2 * width))
     for packed, exponents, result in zip(values, scales, out, strict=True):
         for first in range(0, rows, step):
             chunk = packed[first : first + step]

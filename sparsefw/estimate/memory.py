@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 
+from sparsefw.checkpoint.tensors import BYTES_OF_CHUNK, CHUNK
 from sparsefw.data.windows import reading_bytes
 from sparsefw.kernels.cpu import MIRRORED
 from sparsefw.memory import pinned_bytes
@@ -142,11 +143,14 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     # All tensors outside of the blocks are written at the end, piece by piece. They are not loaded for it.
     piece = max(shape.pieces, default=0) + shape.quantized
     forward = max(_forward(b, shape, workload, tokens) for b in blocks)
+    # Beside what is loaded, a chunk of its entries is dequantized.
+    chunk = min(CHUNK["cuda"], block // shape.itemsize) if workload.gpu and shape.quantized else 0
+    quantized = shape.quantized + BYTES_OF_CHUNK * chunk
     # Beside a block while it is loaded. Tensors are dequantized before they are joined.
-    loading = max(shape.quantized, shape.joined)
+    loading = max(quantized, shape.joined)
     peaks = [_stages_of_block(b, shape, workload, placement, tokens) for b in blocks]
     calibrate, solve = map(max, zip(*peaks, strict=True))
-    end = shape.outside + max(logits if workload.evaluation else 0, shape.quantized)
+    end = shape.outside + max(logits if workload.evaluation else 0, quantized)
     # By phase: on the device, and on the host beside it.
     phases = {
         "start": (shape.outside + blocks[0].nbytes + max(forward, loading), passing),

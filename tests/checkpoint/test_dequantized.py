@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from helpers.pretended_gpu import pretended_gpu
 from helpers.quantized import fp8, mxfp4
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from sparsefw.checkpoint import tensors
-from sparsefw.checkpoint.tensors import dequantize_fp8, dequantize_mxfp4
+from sparsefw.checkpoint.tensors import BYTES_OF_CHUNK, dequantize_fp8, dequantize_mxfp4
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -26,7 +27,7 @@ CHUNKS = pytest.mark.parametrize("chunk", [1, 200, 2**20])
 @DTYPES
 @CHUNKS
 def test_fp8_is_what_transformers_makes_of_it(dtype, chunk, monkeypatch):
-    monkeypatch.setattr(tensors, "CHUNK", chunk)
+    monkeypatch.setitem(tensors.CHUNK, "cpu", chunk)
     for shape, block in [((48, 32), (16, 16)), ((48, 32), (24, 8)), ((37, 131), (37, 131))]:
         values, scales = fp8(random(*shape), block)
         expected = Fp8Dequantize(None)._dequantize_one(values, scales, dtype)
@@ -38,7 +39,7 @@ def test_fp8_is_what_transformers_makes_of_it(dtype, chunk, monkeypatch):
 
 @CHUNKS
 def test_blocks_of_fp8_that_are_smaller_at_the_ends(chunk, monkeypatch):
-    monkeypatch.setattr(tensors, "CHUNK", chunk)
+    monkeypatch.setitem(tensors.CHUNK, "cpu", chunk)
     x = random(37, 131)
     values, scales = fp8(x, (16, 48))
     assert scales.shape == (3, 3)
@@ -64,7 +65,7 @@ def test_stacked_fp8_and_scales_that_are_exponents():
 @DTYPES
 @CHUNKS
 def test_mxfp4_is_what_transformers_makes_of_it(dtype, chunk, monkeypatch):
-    monkeypatch.setattr(tensors, "CHUNK", chunk)
+    monkeypatch.setitem(tensors.CHUNK, "cpu", chunk)
     x = random(3, 96, 37)
     values, scales = mxfp4(x)
     assert values.shape == (3, 37, 3, 16)
@@ -78,3 +79,36 @@ def test_mxfp4_is_what_transformers_makes_of_it(dtype, chunk, monkeypatch):
     scales = torch.tensor([0, 1, 100, 127, 128, 139, 140, 251] * 2, dtype=torch.uint8).view(1, 4, 4)
     expected = convert_moe_packed_tensors(values, scales, dtype=dtype)
     assert torch.equal(bits(dequantize_mxfp4(values, scales, dtype)), bits(expected))
+
+
+def of_method(method, values, scales):
+    if method == "mxfp4":
+        return dequantize_mxfp4(values, scales, torch.bfloat16)
+    return dequantize_fp8(values, scales, (16, 16), torch.bfloat16)
+
+
+def on_gpu(method, values, scales):
+    """The result, the number of operations, and the most bytes beside the operands and the result."""
+    with pretended_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
+        calls, compute = [], gpu.compute
+        patch.setattr(gpu, "compute", lambda func, *args: (calls.append(func), compute(func, *args))[1])
+        stored = values.to("cuda"), scales.to("cuda")
+        before = gpu.peak = gpu.allocated
+        result = of_method(method, *stored)
+        return result.inner, len(calls), gpu.peak - before - result.nbytes
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: no need to pretend one")
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_a_gpu_makes_a_matrix_at_once(method, monkeypatch):
+    """Every chunk takes launches; its memory is what plans count."""
+    x = random(2, 128, 64)
+    stored = mxfp4(x) if method == "mxfp4" else fp8(x.reshape(256, 64), (16, 16))
+    whole, calls, peak = on_gpu(method, *stored)
+    monkeypatch.setattr(tensors, "CHUNK", dict.fromkeys(tensors.CHUNK, 1024))
+    pieces, more_calls, _ = on_gpu(method, *stored)
+    assert more_calls > 3 * calls
+    assert torch.equal(bits(whole), bits(pieces))
+    assert torch.equal(bits(whole), bits(of_method(method, *stored)))
+    entries = (x if method == "fp8" else x[0]).numel()
+    assert entries * BYTES_OF_CHUNK / 2 < peak < 1.1 * entries * BYTES_OF_CHUNK
