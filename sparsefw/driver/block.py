@@ -197,6 +197,7 @@ def find_stages(run: Run, i: int, states: HiddenStates) -> list[Stage]:
     kinds = {kind_of(layer, experts) for layer in run.selected(i)}
     if not kinds:
         return []
+    known = len(run.confirmed)
     with run.model.timeline.span("calibrate", i):
         run_block = states.run_of(i, 0)
         surveyed = survey(
@@ -208,6 +209,8 @@ def find_stages(run: Run, i: int, states: HiddenStates) -> list[Stage]:
             confirmed=run.confirmed,
             experts=experts,
         )
+    for why in filter(None, [*run.confirmed.values()][known:]):
+        run.say(f"{run.model.names[i]}: every stage begins at the block's start, as in all blocks like it: {why}")
     _check_known(run, i, surveyed.ignored)
     found = stages(surveyed)
     # Ranks must agree on the stages, and on the layers that write to the stream.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefw.errors import InputError
+from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model.experts import experts_of
 from sparsefw.model.layers import BlockTape, Layer, Role, Stage, Write, is_expert, kind_of, record_block
 from sparsefw.model.parts import INPUT, SAME, Point, next_point, run_part
@@ -32,8 +32,8 @@ _VALUES |= {"equal", "allclose", "is_nonzero", "nonzero", "argwhere", "unique", 
 # Runs a micro-batch through a block: called with the block's input, returns what the block does.
 RunBlock = Callable[[Tensor], Any]
 
-# Whether blocks with a trace of this signature can be run in parts.
-Confirmed = dict[tuple, bool]
+# Why blocks with a trace of this signature cannot be run in parts; empty if they can.
+Confirmed = dict[tuple, str]
 
 
 @dataclass(frozen=True)
@@ -224,14 +224,14 @@ def confirm(found: Survey, run: RunBlock, hidden: Tensor, output: Tensor, confir
             with the whole; those that make the same calls are not.
     """
     if found.signature not in confirmed:
-        confirmed[found.signature] = _runs_in_parts(run, hidden, found, output)
-    if confirmed[found.signature]:
+        confirmed[found.signature] = _stays_whole(run, hidden, found, output)
+    if not confirmed[found.signature]:
         return found
     return replace(found, roles=dict.fromkeys(found.roles, Role()), cuts=[])
 
 
-def _runs_in_parts(run: RunBlock, hidden: Tensor, found: Survey, output: Tensor) -> bool:
-    """Whether the parts of a block give what the whole gives, bit for bit."""
+def _stays_whole(run: RunBlock, hidden: Tensor, found: Survey, output: Tensor) -> str:
+    """Why a block cannot be run in parts; empty if its parts give what the whole gives, bit for bit."""
     try:
         inputs = [(role, role.input) for role in found.roles.values() if role.input is not None]
         taken, whole = run_part(run, {INPUT: hidden}, {*found.cuts, *(point for _, point in inputs)})
@@ -241,10 +241,11 @@ def _runs_in_parts(run: RunBlock, hidden: Tensor, found: Survey, output: Tensor)
         outputs += [hidden_of(run_part(run, given)[1]) for given in (*starts[1:], *kept)]
     except torch.OutOfMemoryError:
         raise
-    except (InputError, RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, AttributeError):
+    except (InputError, RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, AttributeError) as error:
         # A block that cannot do without data, because it branches on a value, say, is run as a whole.
-        return False
-    return all(torch.allclose(part, output, rtol=0, atol=0, equal_nan=True) for part in outputs)
+        return shown(first_line(error))
+    same = all(torch.allclose(part, output, rtol=0, atol=0, equal_nan=True) for part in outputs)
+    return "" if same else "its parts give other bits than the whole"
 
 
 def stages(surveyed: Survey) -> list[Stage]:

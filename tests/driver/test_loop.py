@@ -4,6 +4,7 @@ import functools
 import json
 import re
 from collections import Counter
+from itertools import count
 
 import pytest
 import torch
@@ -239,3 +240,14 @@ def test_inputs_that_a_reconstruction_drops_are_not_kept(passes, kept, tmp_path)
     flags = f"--steps 2 --refit 1 --reconstruct {passes} --nsamples 8".split()
     _, report = prune(tmp_path, *flags, num_hidden_layers=1)
     assert {block["way"].partition("; ")[2] for block in report["blocks"]} == {f"kept: the input of {kept}"}
+
+
+def test_a_kind_of_block_that_does_not_run_in_parts_is_named_once(tmp_path, monkeypatch, capsys):
+    """Every call rounds in another way, as algorithms that add up in any order do."""
+    forward, calls = modeling_llama.LlamaMLP.forward, count()
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: forward(self, x) * (1 + next(calls) / 1e6))
+    _, report = prune(tmp_path, *FEW_STEPS, "--nsamples", "2")
+    said = "every stage begins at the block's start, as in all blocks like it: its parts give other bits than the whole"
+    lines = [line for line in capsys.readouterr().out.splitlines() if said in line]
+    assert [line.partition(":")[0] for line in lines] == ["model.layers.0"]
+    assert {block["way"] for block in report["blocks"]} == {"stage by stage, from the start"}

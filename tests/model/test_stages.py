@@ -85,7 +85,7 @@ def test_blocks_of_a_kind_are_tried_once(tmp_path):
 
     first = survey(pruned_block(pair), counted, pair.pruned.hidden[0], confirmed=known)
     # The block as it is; whole, at its cut, and at the two inputs that can be kept.
-    assert (len(runs), list(known.values())) == (5, [True])
+    assert (len(runs), list(known.values())) == (5, [""])
     runs.clear()
     second = survey(pruned_block(pair), counted, pair.pruned.hidden[0], confirmed=known)
     assert len(runs) == 1
