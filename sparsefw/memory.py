@@ -84,6 +84,17 @@ def pinned_bytes(nbytes: int) -> int:
     return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
+def to_host(x: torch.Tensor) -> torch.Tensor:
+    """A tensor on the host, without gaps: itself if it is one.
+
+    One on a GPU is copied to pinned memory while the host goes on. It is there when the GPU gets to an event that is
+    recorded on the current stream afterwards. Later work of this stream may overwrite x.
+    """
+    if x.device.type != "cuda":
+        return x.cpu().contiguous()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
 def release_pinned() -> None:
     """Return freed pinned memory to the system. torch keeps it otherwise, for tensors of the same size.
 

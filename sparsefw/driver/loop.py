@@ -25,7 +25,7 @@ from sparsefw.driver.block import Run, kept_dense, prune_block, unused_matrices
 from sparsefw.driver.job import Samples
 from sparsefw.driver.reconstruct import reconstruct
 from sparsefw.errors import InputError
-from sparsefw.memory import give_back, peak_memory
+from sparsefw.memory import give_back, peak_memory, release_pinned
 from sparsefw.model import HiddenStates, perplexity
 from sparsefw.model.activations import held_out_batches
 from sparsefw.model.forward import embed_batches
@@ -175,7 +175,9 @@ def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: Callable[
             # Each rank writes some of the records. All are those of rank 0, which reports runs that go through.
             record = run.ranks.broadcast_object(record)
             if writer.writes(shard):
-                written = background.submit(_write, run, writer, shard, tensors, record)
+                cuda = model.device.type == "cuda"
+                copied = torch.cuda.current_stream(model.device).record_event() if cuda else None
+                written = background.submit(_write, run, writer, shard, tensors, record, copied)
                 if not run.placement.ahead:
                     written.result()
             del tensors
@@ -184,6 +186,7 @@ def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: Callable[
         with timeline.span("wait"):
             if written:
                 written.result()
+    release_pinned()
     for shard, names in enumerate(model.pieces, len(model.unique_blocks)):
         if shard >= done and writer.writes(shard):
             with timeline.span("write"):
@@ -246,7 +249,7 @@ def _prune_block(run: Run, i: int, states: _States, writer: Writer) -> tuple[Fin
         if i in model.unique_blocks and writer.writes(model.unique_blocks.index(i)):
             with timeline.span("write", i):
                 tensors[method] = model.block_tensors(i)
-                if not own:
+                if not own and model.device.type == "cpu":
                     # The next method overwrites the block's memory.
                     tensors[method] = {name: tensor.clone() for name, tensor in tensors[method].items()}
     model.close(i)
@@ -277,10 +280,17 @@ def _pass_block(run: Run, i: int, states: _States, writer: Writer) -> tuple[Fini
     return record, tensors
 
 
-def _write(run: Run, writer: Writer, shard: int, tensors: Written, record: FinishedBlock) -> None:
-    """Write a block as each method pruned it. The tensors of the config's method belong to the checkpoint."""
+def _write(
+    run: Run, writer: Writer, shard: int, tensors: Written, record: FinishedBlock, copied: torch.cuda.Event | None
+) -> None:
+    """Write a block as each method pruned it. The tensors of the config's method belong to the checkpoint.
+
+    They are on the host once they are `copied`.
+    """
     i = run.model.unique_blocks[shard]
     with run.model.timeline.span("write", i, WRITE):
+        if copied:
+            copied.synchronize()
         compared = {method: tensors[method] for method in run.config.compare}
         writer.write(shard, tensors[run.config.method], asdict(record), compared)
 

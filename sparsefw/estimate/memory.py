@@ -262,12 +262,12 @@ def _other_blocks(shape: ModelShape, workload: Workload, placement: Placement) -
     block, methods = max(b.nbytes for b in shape.blocks), len(workload.config.methods)
     if not workload.gpu:
         return block * (min(placement.ahead + 1, len(shape.blocks) - 1) + methods - 1)
-    pinned, written = 0, block * methods
+    pinned = 0
     for b in dict.fromkeys(shape.blocks):
         sizes = [layer.rows * layer.d * shape.itemsize for layer in b.all_layers for _ in range(layer.experts or 1)]
         pinned = max(pinned, sum(map(pinned_bytes, sizes)) + max(0, b.nbytes - sum(sizes)))
-    # torch keeps the pinned memory of a block for the next one, unless blocks come one after another.
-    return pinned + written if placement.ahead else max(pinned, written)
+    # torch keeps the pinned memory of a block for the next one. Those that come one after another have the same.
+    return pinned * (methods + placement.ahead)
 
 
 def _forward(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:

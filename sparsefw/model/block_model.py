@@ -14,7 +14,7 @@ from sparsefw.arithmetic import check_finite, computed, computes_in_fp32
 from sparsefw.caller import as_python
 from sparsefw.checkpoint.tensors import Loadable, dequantized
 from sparsefw.data.batches import Batch
-from sparsefw.memory import release_pinned
+from sparsefw.memory import release_pinned, to_host
 from sparsefw.model.path import Path, path_through
 from sparsefw.model.settings import asked_for_no_more, attention_by_calls
 from sparsefw.model.skeleton import max_seqlen
@@ -196,7 +196,8 @@ class BlockModel:
     def block_tensors(self, i: int) -> dict[str, Tensor]:
         """Block i's tensors by the names that they are written under, on the host; none of a repeat.
 
-        They are those of the open block, which are others when it is opened again.
+        They are those of the open block, which are others when it is opened again. Those on a GPU are copied, see
+        `to_host`.
         """
         if i not in self.unique_blocks:
             return {}
@@ -205,7 +206,7 @@ class BlockModel:
         # A tensor that has several places is written once.
         first = {id(slot.own): slot for slot in reversed(parameters)}
         tensors = {slot.path: (slot.tensors[slot.name], slot.own.dtype) for slot in reversed(first.values())}
-        return {path: x.detach().to(dtype).cpu() for path, (x, dtype) in tensors.items()}
+        return {path: to_host(x.detach().to(dtype)) for path, (x, dtype) in tensors.items()}
 
     def other_tensors(self, names: list[str]) -> dict[str, Tensor]:
         """Tensors outside of the blocks, on the host; see `pieces`."""

@@ -38,6 +38,7 @@ from sparsefw.checkpoint.quantization import KEY, ORIGINAL
 from sparsefw.checkpoint.source import CONFIG, Checkpoint
 from sparsefw.checkpoint.tensors import Loadable, TensorInfo
 from sparsefw.errors import InputError, first_line, shown
+from sparsefw.memory import to_host
 from sparsefw.model.settings import ask_for_no_more
 from sparsefw.model.slots import restore, slots_of
 
@@ -112,8 +113,8 @@ class Skeleton:
         return names
 
     def exported(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters by their names in the model, under the checkpoint's names and in its form; on the host."""
-        return {k: v.cpu().contiguous() for k, v in revert_weight_conversion(self.model, tensors).items()}
+        """Parameters by their names in the model, under the checkpoint's names and in its form, see `to_host`."""
+        return {k: to_host(v) for k, v in revert_weight_conversion(self.model, tensors).items()}
 
 
 def build(checkpoint: Checkpoint, as_named: bool = False) -> Skeleton:

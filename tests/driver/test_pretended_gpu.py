@@ -1,6 +1,7 @@
 """On a pretended GPU: solves wait for nothing but their end; results, placements and memory of whole runs."""
 
 import json
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,19 +11,21 @@ import pytest
 import torch
 from helpers import verifying
 from helpers.families import save_model
-from helpers.pretended_gpu import DEVICE, NAME, SEGMENT, pretended_gpu
+from helpers.pretended_gpu import DEVICE, NAME, SEGMENT, _Stream, pretended_gpu
 from helpers.problems import damped_problem, make_problem
 from helpers.problems import on_gpu as problem_on_gpu
 from helpers.stacks import drawn
+from torch import Tensor
 
+from sparsefw import memory, run
 from sparsefw import prune as prune_in_memory
-from sparsefw import run
 from sparsefw.arithmetic import OnItsWay, all_finite
 from sparsefw.driver import reconstruct
 from sparsefw.driver import run as driver_run
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.repeat import LEAST, repeat
+from sparsefw.model import skeleton
 from sparsefw.model.activations import PLACES, Activations, Store
 from sparsefw.report.content import PREDICTIONS
 from sparsefw.solver import frank_wolfe, paper
@@ -201,6 +204,37 @@ def test_placement_does_not_change_the_result(tmp_path, monkeypatch):
     assert set(report["evaluation"][0]["perplexity"]) == {"dense", "sparsefw"}
     assert contents["host"] == contents["gpu"]
     assert contents["file"] == contents["gpu"]
+
+
+def test_the_thread_that_writes_a_block_waits_for_its_copies(tmp_path, monkeypatch):
+    """The main thread goes on; nothing is there before the event behind the copies."""
+    source, to_host, pending = save_model(tmp_path / "model", "llama", torch.bfloat16), memory.to_host, []
+    flags = ["--nsamples", "2", "--seqlen", "16", "--method", "wanda", "--compare", "magnitude", "--reconstruct", "0"]
+    gpu, report = prune(source, tmp_path / "plain", *flags, stand_ins=True)
+    waits = Counter(where.partition(":")[0] for where in gpu.waits.elements())
+    assert not waits.keys() & {"sparsefw/model/skeleton.py", "sparsefw/memory.py"}
+    assert waits["sparsefw/driver/loop.py"] == len(report["blocks"])
+    place_of, begin = driver_run.place, _Stream.__init__
+
+    def copied(x):
+        pending.append((host := torch.zeros(x.shape, dtype=x.dtype), to_host(x)))
+        return host
+
+    def arrive():
+        while pending:
+            Tensor.copy_(*pending.pop())
+
+    def stream_begins(stream, device=None):
+        begin(stream)
+        stream.record_event = lambda: SimpleNamespace(synchronize=arrive)
+
+    # The main thread waits for no event while a block is written then.
+    monkeypatch.setattr(driver_run, "place", lambda *args, fixed: place_of(*args, fixed=fixed | {"ahead": False}))
+    monkeypatch.setattr(skeleton, "to_host", copied)
+    monkeypatch.setattr(_Stream, "__init__", stream_begins)
+    prune(source, tmp_path / "late", *flags, stand_ins=True)
+    plain, late = (sorted((tmp_path / name).glob("*.safetensors")) for name in ("plain", "late"))
+    assert [path.read_bytes() for path in plain] == [path.read_bytes() for path in late]
 
 
 def test_the_host_does_not_wait_in_a_step_of_a_reconstruction(tmp_path, monkeypatch):

@@ -33,13 +33,18 @@ def test_embeddings_leave_nothing(source):
         assert gpu.host_peak == pinned(source, "") - pinned(source, "model.layers.")
 
 
-def test_blocks_are_read_into_the_same_memory(source):
+def test_blocks_are_read_and_written_through_the_same_memory(source):
+    of_block = pinned(source, "model.layers.0.")
     with pretended_gpu() as gpu, StreamedModel(source, torch.device("cuda")) as model:
         for i in range(4):
             model.open(i)
             if model._next:
                 model._next[1].result()
-            assert gpu.host_held == pinned(source, "model.layers.0.")
+            assert gpu.host_held == of_block * (2 if i else 1)
+            written = model.block_tensors(i)
+            assert gpu.host_held == 2 * of_block
+            assert all(x.device.type == "cpu" for x in written.values())
+            del written
             model.close(i)
 
 
