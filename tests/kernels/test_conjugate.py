@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import naive
-from helpers.kernel_inputs import SHAPES, assert_near, copied, garbage, gram, in_float64, normal, uniform
+from helpers.kernel_inputs import assert_near, copied, garbage, gram, in_float64, normal, shapes, uniform
 
 PLACES = {"first": dict(first=True), "between": {}, "last": dict(last=True)}
 
@@ -22,7 +22,7 @@ def arguments(rows: int, d: int, *, masked: bool = True, dtype: torch.dtype = to
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@shapes
 @pytest.mark.parametrize("place", PLACES)
 def test_as_close_to_float64_as_naive(row_backend, place, shape):
     for masked, dtype in ((True, torch.float32), (False, torch.bfloat16)):

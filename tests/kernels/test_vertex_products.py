@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import naive
-from helpers.kernel_inputs import DTYPES, PRODUCT_ERROR, SHAPES, garbage, gram, normal, uniform
+from helpers.kernel_inputs import DTYPES, PRODUCT_ERROR, garbage, gram, normal, shapes, uniform
 
 from sparsefw.kernels import vertex_products
 from sparsefw.kernels.vertex_products import FIRST, REFRESH, VertexProducts
@@ -47,7 +47,7 @@ def assert_near(products, W, G, vertices, target_gap=0.0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@shapes
 def test_against_float64(shape, dtype):
     W, G, vertices = inputs(*shape, dtype=dtype)
     target_gap = normal(*shape, seed=9).cpu()

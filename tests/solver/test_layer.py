@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.families import first_is_fast
 from helpers.kernel_inputs import generator
 from helpers.problems import (
     ERRORS,
@@ -40,7 +41,7 @@ def config_of(method, text="0.6", **options):
 
 
 class TestWritten:
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    @pytest.mark.parametrize("dtype", first_is_fast([torch.bfloat16, torch.float16, torch.float32]))
     @ALL
     @pytest.mark.parametrize("method", ["sparsefw", "sparsegpt", "wanda", "ria", "magnitude"])
     def test_errors_are_those_of_what_is_written(self, method, text, dtype):
@@ -184,7 +185,7 @@ class TestKeepZeros:
         return (G.tril() + G.tril(-1).T).contiguous()
 
     @ALL
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", first_is_fast([torch.bfloat16, torch.float32]))
     @pytest.mark.parametrize(
         ("method", "options", "cross"),
         [
@@ -268,7 +269,7 @@ class TestSolveLayer:
 
 
 class TestFailures:
-    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    @pytest.mark.parametrize("value", first_is_fast([math.nan, math.inf]))
     @pytest.mark.parametrize("where", ["W", "G", "B"])
     @ALL
     @pytest.mark.parametrize("method", METHODS)

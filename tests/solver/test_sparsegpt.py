@@ -107,7 +107,7 @@ def test_ties_go_to_the_lower_index():
 
 
 @pytest.mark.parametrize("text", PATTERNS)
-@pytest.mark.parametrize("blocksize", [16, 128])
+@pytest.mark.parametrize("blocksize", first_is_fast([16, 128]))
 def test_nothing_revives_outside_of_the_support(text, blocksize):
     """Inputs mix a few sources, so that each weight can make up for many others."""
     W = normal(5, 72).masked_fill(uniform(5, 72, seed=4) < 0.4, 0)
