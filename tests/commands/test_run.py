@@ -108,7 +108,7 @@ class TestRefused:
         ],
     )
     def test_bad_flags(self, flags, parts, tmp_path, text, capsys):
-        source = save_model(tmp_path / "model", "llama")
+        source = save_model(tmp_path / "model", "llama", num_hidden_layers=1)
         capsys.readouterr()
         self.refused(capsys, tmp_path, run(source, text, tmp_path / "out", *flags), *parts)
 

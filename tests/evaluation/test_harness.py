@@ -129,9 +129,7 @@ def test_an_answer_that_the_model_cannot_read_is_refused(model):
     [
         ({"doc_to_text": "{{ 1 / 0 }}"}, r"^--tasks broken: the harness cannot evaluate them: ZeroDivisionError"),
         ({"test_split": "none"}, r"^--tasks broken: the harness cannot evaluate them: "),
-        pytest.param(
-            {"metric_list": [{"metric": "f1"}]}, r"^--tasks broken: the harness cannot", marks=pytest.mark.slow
-        ),
+        pytest.param({"metric_list": [{"metric": "f1"}]}, r"^--tasks broken: the harness", marks=pytest.mark.slow),
     ],
     ids=str,
 )

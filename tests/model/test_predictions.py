@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.families import save_model
+from helpers.families import first_is_fast, save_model
 from transformers import AutoModelForCausalLM
 
 from sparsefw.checkpoint.source import inspect
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 IDS = torch.randint(3, 250, (3, 10), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=["llama", "gemma2"])
+@pytest.fixture(params=first_is_fast(["gemma2", "llama"]))
 def opened(request, tmp_path):
     """A model, and hidden states behind its last block, when it is pruned and when it is dense. One caps its logits."""
     kinds = {"layer_types": ["full_attention"]} if request.param == "gemma2" else {}
