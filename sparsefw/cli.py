@@ -6,6 +6,7 @@ that says so. Whatever takes seconds to import is imported inside of a command, 
 """
 
 import argparse
+import gc
 import importlib
 import os
 import sys
@@ -57,12 +58,22 @@ def launch(command: Command, argv: list[str] | None = None) -> int:
         The exit status: 0; 1 (a run or a check failed), 2 (bad input), 70 (a mistake in sparsefw), 130 (Ctrl-C).
     """
     rank = os.environ.get("RANK", "") if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    if argv is None:
-        _prepare_process(rank)
+    if argv is not None:
+        return _status(command, argv, rank)
+    _prepare_process(rank)
+    status = _status(command, argv, rank)
+    # Python's end takes seconds to free what libraries have made, and waits for transfers with ranks that are gone.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _status(command: Command, argv: list[str] | None, rank: str) -> int:
+    """Run a command, and print its error; returns the exit status."""
     try:
         return command(argv)
     except BrokenPipeError:
-        # Python flushes once more at its end.
+        # It is flushed once more at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (Exception, KeyboardInterrupt) as error:
@@ -72,9 +83,6 @@ def launch(command: Command, argv: list[str] | None = None) -> int:
             time.sleep(PATIENCE)
         line = printable("; ".join([message, *getattr(error, "__notes__", [])]))
     print(f"sparsefw: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
-    if rank and argv is None:
-        # Python's end would wait for transfers with ranks that are gone.
-        os._exit(status)
     return status
 
 
@@ -103,7 +111,8 @@ def _outcome(error: BaseException) -> tuple[int, str]:
 
 
 def _prepare_process(rank: str) -> None:
-    """Print by lines, of several ranks on the first alone."""
+    """Print by lines, of several ranks on the first alone. Garbage is collected from `load_libraries` on."""
+    gc.disable()
     if rank not in ("", "0"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     # A full disk shows while it can be reported. Characters that the terminal does not have are spelled out.
@@ -181,13 +190,21 @@ def say(line: str) -> None:
     print(printable(line))
 
 
-def quiet_libraries() -> None:
-    """Have libraries print nothing but errors and warnings, each warning on one line in which names are spelled out.
+def load_libraries() -> None:
+    """Load torch and transformers, which takes seconds; a terminal is told. They print nothing but errors and warnings.
 
-    transformers prints no warnings either. What matters of them is checked here, or comes with an exception.
+    Each warning is on one line, in which names are spelled out. transformers prints no warnings either: what matters of
+    them is checked here, or comes with an exception.
     """
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        print("loading torch and transformers ...", file=sys.stderr)
+    from transformers import PreTrainedModel  # noqa: F401  # loads what every model needs
     from transformers.utils import logging
 
+    if not gc.isenabled():
+        # What libraries have made is no garbage. To look for it while they load, and later again, takes a second.
+        gc.freeze()
+        gc.enable()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.formatwarning = lambda message, category, *_: printable(f"{category.__name__}: {message}") + "\n"

@@ -7,7 +7,7 @@ through block 0, then through block 1, and so on. Tasks are those of lm-evaluati
 import sys
 from dataclasses import fields
 
-from sparsefw.cli import Parser, add_flag, given, launch, quiet_libraries, say
+from sparsefw.cli import Parser, add_flag, given, launch, load_libraries, say
 from sparsefw.inputs import EvaluationInputs
 
 
@@ -19,13 +19,13 @@ def command(argv: list[str] | None) -> int:
     for f in flags:
         add_flag(parser, f)
     arguments = given(parser.parse_args(argv), EvaluationInputs)
+    load_libraries()
     from tqdm import tqdm
 
     from sparsefw import memory
     from sparsefw.evaluation.metrics import lines
     from sparsefw.evaluation.run import evaluate
 
-    quiet_libraries()
     memory.share_freed()
     # Redraws the progress bar below each line.
     evaluation = evaluate(**arguments, log=tqdm.write, progress=True)

@@ -16,6 +16,23 @@ DEFAULT_MODEL = Path(__file__).with_name("default") / "model"
 # The largest memory limit, GiB: more than any machine has.
 MOST_MEMORY = 2**20
 
+# Memory of a card as it is sold, in 10^9 bytes. The chips hold a little more, which is left to the driver.
+CARDS = {
+    "a10": 24,
+    "a100-40gb": 40,
+    "a100-80gb": 80,
+    "a6000": 48,
+    "b200": 180,
+    "h100": 80,
+    "h200": 141,
+    "l4": 24,
+    "l40s": 48,
+    "rtx3090": 24,
+    "rtx4090": 24,
+    "rtx5090": 32,
+    "v100-32gb": 32,
+}
+
 # Defaults with the embedded model, and with other models.
 EMBEDDED = dict(dataset=(DEFAULT,), nsamples=64, seqlen=128, evaluate=(DEFAULT,))
 OTHERS = dict(dataset=("c4",), nsamples=256, seqlen=2048, evaluate=())

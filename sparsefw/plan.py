@@ -8,22 +8,23 @@ import json
 import sys
 from pathlib import Path
 
-from sparsefw.cli import launch, quiet_libraries, run_parser, say, settings_of
+from sparsefw.cli import launch, load_libraries, run_parser, say, settings_of
 from sparsefw.flags import checked_path
+from sparsefw.inputs import CARDS
 
 
 def command(argv: list[str] | None) -> int:
     """Plan a run, print the plan and write it as JSON."""
-    quiet_libraries()
-    import torch
-
-    from sparsefw.estimate.plan import CARDS, lines, plan
-
     parser = run_parser(__doc__, "plan")
     cards = f"on this card: {', '.join(CARDS)} (default: on this machine)"
     parser.add_argument("--gpu", choices=CARDS, metavar="CARD", help=cards)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same as JSON")
     arguments = parser.parse_args(argv)
+    load_libraries()
+    import torch
+
+    from sparsefw.estimate.plan import lines, plan
+
     if arguments.gpu or torch.cuda.is_available():
         # The defaults of a run on a GPU, which need not be in this machine.
         arguments.kernel, arguments.precision = arguments.kernel or "triton", arguments.precision or "bf16"

@@ -5,18 +5,20 @@ Without arguments it prunes the embedded model, a tiny Llama, on text that every
 
 import sys
 
-from sparsefw.cli import launch, quiet_libraries, run_parser, say, settings_of
+from sparsefw.cli import launch, load_libraries, run_parser, say, settings_of
 
 
 def command(argv: list[str] | None) -> int:
     """Prune, evaluate and write a model, and print a summary."""
     inputs, config, output = settings_of(run_parser(__doc__).parse_args(argv))
+    # Before the libraries, which load Triton.
+    _ = config.backend
+    load_libraries()
     from tqdm import tqdm
 
     from sparsefw import memory
     from sparsefw.api import prune_checkpoint
 
-    quiet_libraries()
     memory.share_freed()
     # Redraws the progress bar below each line.
     report = prune_checkpoint(inputs, config, output, log=tqdm.write, progress=True)

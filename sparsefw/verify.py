@@ -9,7 +9,7 @@ all is well; 1: a check failed, and the culprits are listed; 2: bad input, as wh
 import sys
 from pathlib import Path
 
-from sparsefw.cli import Parser, launch, quiet_libraries, say
+from sparsefw.cli import Parser, launch, load_libraries, say
 
 
 def command(argv: list[str] | None) -> int:
@@ -21,9 +21,9 @@ def command(argv: list[str] | None) -> int:
     parser.add_argument("--digest", metavar="HEX", help="SHA-256 of OUTPUT/SHA256SUMS, as the run has printed it: with "
         "it no change of any file goes unseen")  # fmt: skip
     arguments = parser.parse_args(argv)
+    load_libraries()
     from sparsefw.checks import lines, verify
 
-    quiet_libraries()
     verdict = verify(arguments.output, arguments.against, arguments.digest)
     for line in lines(verdict):
         say(line)

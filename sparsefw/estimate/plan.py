@@ -17,28 +17,10 @@ from sparsefw.data.windows import evaluation_windows, load_tokenizer, window_byt
 from sparsefw.errors import InputError, counted
 from sparsefw.estimate.memory import GIB, PROCESS, Workload, disk_space, pruned_shape
 from sparsefw.estimate.placement import memory_limits, place
-from sparsefw.inputs import DEFAULT, DEFAULT_MODEL, Inputs, Output
-from sparsefw.model import StreamedModel
-from sparsefw.model.shape_of import shape_of_text, zeros
+from sparsefw.inputs import CARDS, DEFAULT, DEFAULT_MODEL, Inputs, Output
+from sparsefw.model.shape_of import shape_of_text, without_weights
 from sparsefw.model.shapes import ModelShape
 from sparsefw.solver.config import PruneConfig
-
-# Memory of a card as it is sold, in 10^9 bytes. The chips hold a little more, which is left to the driver.
-CARDS = {
-    "a10": 24,
-    "a100-40gb": 40,
-    "a100-80gb": 80,
-    "a6000": 48,
-    "b200": 180,
-    "h100": 80,
-    "h200": 141,
-    "l4": 24,
-    "l40s": 48,
-    "rtx3090": 24,
-    "rtx4090": 24,
-    "rtx5090": 32,
-    "v100-32gb": 32,
-}
 
 CPU = torch.device("cpu")
 
@@ -92,7 +74,7 @@ def describe(model: str, device: torch.device = CPU) -> DescribedModel:
     if quantization:
         written = str(dtype).removeprefix("torch.")
         notes.append(f"{path}: quantized by {quantization.method}: tensors are dequantized and written as {written}")
-    with StreamedModel(Checkpoint(folder, {}, {}, dtype), CPU, zeros, computes_in_fp32(dtype, device)) as built:
+    with without_weights(Checkpoint(folder, {}, {}, dtype), computes_in_fp32(dtype, device)) as built:
         shape = shape_of_text(built)
     # As if each expert were a tensor of its own.
     sizes = (layer.experts * layer.rows * layer.d for block in shape.blocks for layer in block.layers)

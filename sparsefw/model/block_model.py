@@ -171,10 +171,10 @@ class BlockModel:
             restore(self._open.pop(i))
 
     @contextmanager
-    def outside(self) -> Iterator[None]:
+    def outside(self, checked: bool = True) -> Iterator[None]:
         """Inside the `with` block, the weights that the forward needs outside of the blocks are on the device.
 
-        They are embeddings, the final norm and the head.
+        They are embeddings, the final norm and the head. They are checked for NaN and Inf, unless `checked` is false.
 
         Raises:
             InputError: they hold NaN or Inf.
@@ -184,7 +184,7 @@ class BlockModel:
             if not inner:
                 for slot in self._fill(None, self._timed_read(None)):
                     tensor = slot.tensors[slot.name]
-                    if isinstance(tensor, nn.Parameter) and not tensor.is_meta:
+                    if checked and isinstance(tensor, nn.Parameter) and not tensor.is_meta:
                         check_finite(slot.path, tensor)
                 # The embeddings are large, and nothing else is of their size. The checks have waited for the copies.
                 release_pinned()

@@ -6,7 +6,8 @@ A model in memory runs on one of its batches, with its own weights. The bytes th
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,6 +41,10 @@ TOKENS = 8
 # Tokens of a second window, which shows what grows with the first.
 MORE_TOKENS = 12
 
+# Products of matrices, the right one last; and the entries of a large one, which no activations of few tokens have.
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+LARGE = 2**20
+
 
 def zeros(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Tensor]:
     """Stands for `checkpoint.read_tensors`: tensors of zeros that take no memory as long as they are only read."""
@@ -55,8 +60,15 @@ def shape_of(checkpoint: Checkpoint, in_fp32: bool = False) -> ModelShape:
     Raises:
         InputError: as `StreamedModel`.
     """
-    with StreamedModel(checkpoint, torch.device("cpu"), zeros, in_fp32) as model:
+    with without_weights(checkpoint, in_fp32) as model:
         return shape_of_text(model)
+
+
+@contextmanager
+def without_weights(checkpoint: Checkpoint, in_fp32: bool = False) -> Iterator[StreamedModel]:
+    """Inside the `with` block, a checkpoint's model whose weights are zero, on the host. As `shape_of`."""
+    with _ZeroProducts(), StreamedModel(checkpoint, torch.device("cpu"), zeros, in_fp32) as model:
+        yield model
 
 
 def shape_of_text(model: BlockModel) -> ModelShape:
@@ -69,7 +81,10 @@ def shape_of_text(model: BlockModel) -> ModelShape:
     # Without logits nothing is predicted.
     vocabulary = (model.vocabulary or 0) if model.logits_itemsize else 0
     by_window = model.flow.by_window and not model.flow.batch_behind
-    return _shape_of(model, [_Walk(embed(model, ids, 1)) for ids in windows], vocabulary, by_window)
+    # The weights of a model in memory are checked already, and others are zero.
+    with model.outside(checked=False):
+        walks = [_Walk(embed(model, ids, 1)) for ids in windows]
+    return _shape_of(model, walks, vocabulary, by_window)
 
 
 def shape_of_resident(model: ResidentModel, batch: Batch) -> tuple[ModelShape, int]:
@@ -250,6 +265,16 @@ def _names_by_kind(block: nn.Module, first: dict[str, Layer], experts: frozenset
             if (kind := kind_of(layer, experts)) in names:
                 names[kind].append(layer)
     return names
+
+
+class _ZeroProducts(TorchDispatchMode):
+    """Inside the `with` block products with large matrices, which are zero, are not computed."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS and args[-1].numel() >= LARGE:
+            A, B = args[-2:]
+            return A.new_zeros(*A.shape[:-1], B.shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 class LiveBytes(TorchDispatchMode):

@@ -11,7 +11,7 @@ from helpers.commands import run
 from helpers.families import save_model
 
 from sparsefw import plan, verify
-from sparsefw.cli import quiet_libraries
+from sparsefw.cli import load_libraries
 
 LONG = "x/" * 2500
 # It clears the screen, breaks the line, and turns the direction of what follows.
@@ -76,5 +76,5 @@ def test_libraries_do_not_warn_beside_the_one_line(tmp_path, text, capsys):
 
 def test_what_libraries_warn_of_is_one_line(monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    quiet_libraries()
+    load_libraries()
     assert warnings.formatwarning(UserWarning(HOSTILE), UserWarning, "file.py", 1) == f"UserWarning: {SHOWN}\n"
