@@ -152,7 +152,7 @@ def compiled(where):
 
 
 class TestCompiled:
-    @pytest.mark.parametrize("where", first_is_fast(["model", "model in place", "blocks", "blocks in place"]))
+    @pytest.mark.parametrize("where", first_is_fast(["blocks", "model", "model in place", "blocks in place"]))
     def test_names_are_those_of_the_model_itself(self, where, tmp_path):
         given, model = compiled(where)
         parts = dict(given.named_modules())
