@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsefw.caller import on_cpu_by_default, settings_kept, unwrapped
 from sparsefw.errors import InputError
-from sparsefw.flags import checked_path
+from sparsefw.fields import checked_path
 from sparsefw.inputs import DEFAULT, Inputs, Output, locate
 from sparsefw.ranks import Ranks, joined_with
 from sparsefw.solver.config import PruneConfig

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparsefw.errors import InputError, printable, shown
-from sparsefw.flags import DEPENDS, flag_of
+from sparsefw.fields import DEPENDS, flag_of
 from sparsefw.inputs import Inputs, Output
 from sparsefw.solver.config import PruneConfig
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsefw.errors import InputError, shown
-from sparsefw.flags import DEPENDS, check_fields, check_needs, flag, set_field
+from sparsefw.fields import DEPENDS, check_fields, check_needs, flag, set_field
 
 # Name of the embedded model, which the package carries, and of the embedded text, which every CPython carries.
 DEFAULT = "default"

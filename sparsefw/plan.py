@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from sparsefw.cli import launch, load_libraries, run_parser, say, settings_of
-from sparsefw.flags import checked_path
+from sparsefw.fields import checked_path
 from sparsefw.inputs import CARDS
 
 

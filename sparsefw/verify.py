@@ -22,7 +22,7 @@ def command(argv: list[str] | None) -> int:
         "it no change of any file goes unseen")  # fmt: skip
     arguments = parser.parse_args(argv)
     load_libraries()
-    from sparsefw.checks import lines, verify
+    from sparsefw.verification import lines, verify
 
     verdict = verify(arguments.output, arguments.against, arguments.digest)
     for line in lines(verdict):

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sparsefw"
 LEVELS = [
     ["run", "plan", "verify", "evaluate", "lm_eval"],
     ["cli", "api"],
-    ["driver", "checks"],
+    ["driver", "verification"],
     ["evaluation"],
     ["report"],
     ["estimate"],
@@ -22,7 +22,7 @@ LEVELS = [
     ["data"],
     ["inputs"],
     ["checkpoint"],
-    ["kernels", "memory", "timeline", "flags", "default"],
+    ["kernels", "memory", "timeline", "fields", "default"],
     ["arithmetic"],
     ["ranks"],
     ["errors", "caller"],

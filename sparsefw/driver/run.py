@@ -21,7 +21,7 @@ from sparsefw.driver.loop import Outcome, prune_model
 from sparsefw.errors import InputError, counted
 from sparsefw.estimate.memory import MemoryNeeds, Workload, disk_space, pruned_shape
 from sparsefw.estimate.placement import memory_limits, place
-from sparsefw.flags import flag_of
+from sparsefw.fields import flag_of
 from sparsefw.model import Placement, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import content, html, log

@@ -21,7 +21,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 
 from sparsefw.errors import printable
-from sparsefw.flags import flag_of
+from sparsefw.fields import flag_of
 from sparsefw.report import log
 from sparsefw.report.content import HIDDEN, BlockRecord, Report, amount
 from sparsefw.solver.config import PruneConfig

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from sparsefw.errors import InputError
-from sparsefw.flags import DEPENDS, check_fields, flag, flag_of, set_field
+from sparsefw.fields import DEPENDS, check_fields, flag, flag_of, set_field
 from sparsefw.solver import patterns
 from sparsefw.solver.patterns import Pattern
 

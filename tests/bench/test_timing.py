@@ -59,20 +59,13 @@ def clocks(monkeypatch):
     return Clocks(monkeypatch)
 
 
-@pytest.mark.parametrize("launches", [1, 20])
+@pytest.mark.parametrize("launches", [1, 20, 100])
 def test_time_of_the_host_does_not_count(launches, clocks):
-    """Each kernel takes 10 us, and the host 50 us to launch it."""
+    """Each kernel takes 10 us, and the host 50 us to launch it: 100 take it longer than the first sleep."""
     measured = timing.times(lambda: clocks.operation(launches, 50e-6, 10e-6))
     assert measured.rounds == pytest.approx([launches * 10e-6] * 5)
     assert measured.late == 0
     assert clocks.log[-4 - launches :] == ["fill", "sleep", "event", *["kernel"] * launches, "event"]
-
-
-def test_the_gpu_sleeps_longer_for_a_slow_host(clocks):
-    """100 launches take 5 ms, longer than the first sleep."""
-    measured = timing.times(lambda: clocks.operation(100, 50e-6, 10e-6))
-    assert measured.rounds == pytest.approx([100 * 10e-6] * 5)
-    assert measured.late == 0
 
 
 def test_waits_that_remain_are_told(clocks, monkeypatch):

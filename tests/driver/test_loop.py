@@ -155,7 +155,6 @@ def test_windows_run_no_more_than_they_must_around_the_blocks_that_are_pruned(tm
     assert (ran[0], ran[2]) == (2, 3)
     monkeypatch.setattr(loop, "_pass_block", loop._prune_block)
     _, each = prune(tmp_path, *flags, "--eval-windows", "2", "--overwrite")
-    assert ran[0] - 2 > 2
     assert each["evaluation"] == once["evaluation"]
     assert [layer["error"] for layer in each["layers"]] == [layer["error"] for layer in once["layers"]]
     assert each["kept_dense"] == once["kept_dense"]

@@ -11,15 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sparsefw.kernels.definitions import (
-    ADAM_EPSILON,
-    CONVERGED,
-    DECAYS,
-    LEAST_GAIN,
-    RowState,
-    check_budget,
-    check_precision,
-)
+from sparsefw.kernels import definitions
+from sparsefw.kernels.definitions import CONVERGED, LEAST_GAIN, RowState, check_budget, check_precision
 
 
 def round_operand(X: Tensor, precision: str) -> Tensor:
@@ -318,8 +311,8 @@ def adam_step(
     W: Tensor, gradient: Tensor, index: Tensor, weight: Tensor, m: Tensor, v: Tensor, *, rate: float, step: int
 ) -> None:
     """A step of Adam (arXiv 1412.6980) of the entries of W at `index`: m, v and the entries are kept unrounded."""
-    (beta, gamma), g = DECAYS, gradient[index.long()].to(m.dtype)
+    (beta, gamma), g = definitions.DECAYS, gradient[index.long()].to(m.dtype)
     m.copy_(beta * m + (1 - beta) * g)
     v.copy_(gamma * v + (1 - gamma) * g**2)
-    weight -= rate * (m / (1 - beta**step)) / ((v / (1 - gamma**step)).sqrt() + ADAM_EPSILON)
+    weight -= rate * (m / (1 - beta**step)) / ((v / (1 - gamma**step)).sqrt() + definitions.ADAM_EPSILON)
     W[index.long()] = weight.to(W.dtype)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsefw.errors import InputError
-from sparsefw.flags import DEPENDS
+from sparsefw.fields import DEPENDS
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import KERNELS, Backend
 from sparsefw.kernels.definitions import PRECISIONS
