@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -136,16 +136,18 @@ def roots_of(folder: Path) -> tuple[Path, Path]:
     return folder.resolve(), Path(constants.HF_HUB_CACHE).resolve()
 
 
-def check_output(output: Path, source: Path, overwrite: bool) -> None:
+def check_output(output: Path, source: Path, overwrite: bool, texts: Iterable[Path] = ()) -> None:
     """Refuse an output folder that would harm something.
 
     Args:
         output: folder for the pruned checkpoint.
         source: folder of the checkpoint that is read.
         overwrite: whether an older checkpoint may be replaced.
+        texts: what else is read, if it is here.
 
     Raises:
-        InputError: output and source are one folder or one lies in the other; or as `check_free`.
+        InputError: output and source are one folder or one lies in the other; a text lies in the output; or as
+            `check_free`.
     """
     target, (root, cache) = output.resolve(), roots_of(source)
     if cache in root.parents:
@@ -153,6 +155,10 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         root = cache / root.relative_to(cache).parts[0]
     if target.is_relative_to(root) or root.is_relative_to(target):
         raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another --output")
+    for text in filter(Path.exists, texts):
+        # The text itself may be a link in the output.
+        if any(path.is_relative_to(target) for path in (Path(os.path.abspath(text)), text.resolve())):
+            raise InputError(f"{output}: {text} lies in it, and would be deleted with it; choose another --output")
     check_free(output, overwrite)
 
 

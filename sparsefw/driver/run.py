@@ -4,6 +4,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ def run_job(job: Job, say: Callable[[str], None], progress: bool, ranks: Ranks =
     assert job.folder is not None
     device = memory.this_device()
     say(kernel_line(job.config))
-    check_output(job.output.folder, job.folder, job.output.overwrite)
+    texts = [Path(name).expanduser() for name in (*job.inputs.shares, *job.inputs.evaluate)]
+    check_output(job.output.folder, job.folder, job.output.overwrite, texts)
     source = inspect(job.folder)
     in_fp32 = ranks.on_first(lambda: arithmetic.computes_in_fp32(source.dtype, device))
     with StreamedModel(source, device, in_fp32=in_fp32) as model:

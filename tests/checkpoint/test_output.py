@@ -42,3 +42,15 @@ def test_a_model_in_the_hubs_cache_stays(folder, hub):
         with refused("is, holds or lies in the input folder"):
             check_output(output, snapshot, True)
     check_output(hub / "pruned", snapshot, True)
+
+
+def test_a_text_that_a_run_reads_stays(old, folder):
+    """Also one that lies elsewhere, but is named by a link in the output, and one that lies there behind a link."""
+    outside, linked, link = old.parent / "text.txt", old / "linked.txt", old.parent / "link.txt"
+    outside.write_text("")
+    linked.symlink_to(outside)
+    link.symlink_to(old / "config.json")
+    for text in (old / "config.json", linked, link):
+        with refused(f"{text.name} lies in it, and would be deleted with it"):
+            check_output(old, folder, True, [text])
+    check_output(old, folder, True, [outside])
