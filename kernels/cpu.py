@@ -335,7 +335,8 @@ def adam_step(
 ) -> None:
     """A step of Adam of the entries of W at `index`."""
     # torch counts the step before it makes it.
-    done, g = torch.full((), step - 1.0, device=W.device), gradient.index_select(0, index).to(weight.dtype)
+    done = torch.full((), step - 1.0, dtype=torch.float32, device=W.device)
+    g = gradient.index_select(0, index).to(weight.dtype)
     adam(
         [weight], [g], [m], [v], [], [done], fused=True, amsgrad=False, maximize=False, weight_decay=0.0,
         beta1=DECAYS[0], beta2=DECAYS[1], lr=rate, eps=ADAM_EPSILON,
