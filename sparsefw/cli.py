@@ -206,7 +206,7 @@ def load_libraries() -> None:
     from transformers.utils import logging
 
     if not gc.isenabled():
-        # What libraries have made is no garbage. To look for it while they load, and later again, takes a second.
+        # Objects of libraries are no garbage. To look through them while they load, and later again, takes a second.
         gc.freeze()
         gc.enable()
     logging.set_verbosity_error()

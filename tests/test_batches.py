@@ -24,30 +24,29 @@ def weights(model):
 
 
 @pytest.mark.parametrize("name", first_is_fast(STACKS))
-class TestStacks:
-    def test_pruned_in_place(self, name):
-        model, batches = drawn(name)
-        before, dense = weights(model), perplexity_of_whole(model, batches)
-        result = prune(model, calibration=batches, evaluate=batches, **QUICK)
-        # The report is of the model itself.
-        assert result.perplexity[NAME]["dense"] == pytest.approx(dense, rel=1e-5)
-        assert result.perplexity[NAME]["sparsefw"] == pytest.approx(perplexity_of_whole(model, batches), rel=1e-5)
-        names = {layer.name.partition("[")[0] for layer in result.layers}
-        for key, tensor in model.state_dict().items():
-            assert torch.equal(tensor, before[key]) == (key not in names)
-        for layer in result.layers:
-            key, _, index = layer.name.partition("[")
-            W = model.state_dict()[key]
-            W = W[int(index.rstrip("]"))] if index else W
-            assert ((W != 0).sum(1) <= W.shape[1] // 2).all()
-        assert result.output is None
-        assert result.report.data.windows == len(batches)
-        with resident(model, batches_of(batches, "calibration").batches[0], CPU) as opened:
-            matrices = sum(x.dim() >= 2 for block in opened.blocks for x in block.parameters())
-        # The routers of a mixture stay dense.
-        routers = [f"model.layers.{n}.mlp.gate.weight" for n in range(2) if name == "mixtral"]
-        assert result.report.kept_dense == routers
-        assert len(names) + len(routers) == matrices
+def test_pruned_in_place(name):
+    model, batches = drawn(name)
+    before, dense = weights(model), perplexity_of_whole(model, batches)
+    result = prune(model, calibration=batches, evaluate=batches, **QUICK)
+    # The report is of the model itself.
+    assert result.perplexity[NAME]["dense"] == pytest.approx(dense, rel=1e-5)
+    assert result.perplexity[NAME]["sparsefw"] == pytest.approx(perplexity_of_whole(model, batches), rel=1e-5)
+    names = {layer.name.partition("[")[0] for layer in result.layers}
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key]) == (key not in names)
+    for layer in result.layers:
+        key, _, index = layer.name.partition("[")
+        W = model.state_dict()[key]
+        W = W[int(index.rstrip("]"))] if index else W
+        assert ((W != 0).sum(1) <= W.shape[1] // 2).all()
+    assert result.output is None
+    assert result.report.data.windows == len(batches)
+    with resident(model, batches_of(batches, "calibration").batches[0], CPU) as opened:
+        matrices = sum(x.dim() >= 2 for block in opened.blocks for x in block.parameters())
+    # The routers of a mixture stay dense.
+    routers = [f"model.layers.{n}.mlp.gate.weight" for n in range(2) if name == "mixtral"]
+    assert result.report.kept_dense == routers
+    assert len(names) + len(routers) == matrices
 
 
 def test_the_same_as_on_tokens():
@@ -202,17 +201,16 @@ class _Loop(nn.Module):
         return {"x": x} if target is None else {"loss": (x - target).square().mean()}
 
 
-class TestRepeats:
-    def test_a_block_that_runs_more_than_once_stays_dense(self):
-        torch.manual_seed(0)
-        model, batches = _Loop().eval(), [{"x": torch.randn(4, 8), "target": torch.randn(4, 8)} for _ in range(3)]
-        result = prune(model, calibration=batches, evaluate=batches, compare=("wanda",), **QUICK)
-        assert [layer.name for layer in result.report.layers_of("sparsefw")] == [
-            f"blocks.{n}.{i}.weight" for n in (0, 2, 3) for i in (0, 2)
-        ]
-        assert result.report.kept_dense == ["blocks.1.0.weight", "blocks.1.2.weight"]
-        assert result.report.notes == ["stay dense: 1 blocks that run more than once in a forward, blocks.1 first"]
-        assert result.perplexity[NAME]["sparsefw"] == pytest.approx(perplexity_of_whole(model, batches), rel=1e-5)
+def test_a_block_that_runs_more_than_once_stays_dense():
+    torch.manual_seed(0)
+    model, batches = _Loop().eval(), [{"x": torch.randn(4, 8), "target": torch.randn(4, 8)} for _ in range(3)]
+    result = prune(model, calibration=batches, evaluate=batches, compare=("wanda",), **QUICK)
+    assert [layer.name for layer in result.report.layers_of("sparsefw")] == [
+        f"blocks.{n}.{i}.weight" for n in (0, 2, 3) for i in (0, 2)
+    ]
+    assert result.report.kept_dense == ["blocks.1.0.weight", "blocks.1.2.weight"]
+    assert result.report.notes == ["stay dense: 1 blocks that run more than once in a forward, blocks.1 first"]
+    assert result.perplexity[NAME]["sparsefw"] == pytest.approx(perplexity_of_whole(model, batches), rel=1e-5)
 
 
 class _Twice(nn.Module):

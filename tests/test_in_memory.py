@@ -64,15 +64,14 @@ def _weight(model, name):
     return {key.replace("_orig_mod.", ""): x for key, x in model.named_parameters()}[name.replace("_orig_mod.", "")]
 
 
-class TestBatchesOfSeveralSizes:
-    @pytest.mark.parametrize("scale", [(-1, -1, 1), pytest.param((-1, 1, 8), marks=pytest.mark.slow)])
-    @pytest.mark.parametrize("shapes", [((2, 5), (2, 7), (2, 5)), ((1, 5), (2, 5), (1, 5), (2, 5))])
-    def test_each_has_its_own_condition(self, shapes, scale):
-        model, batches = made(), batches_like(*shapes)
-        for batch in batches:
-            size = [own if given == -1 else given for own, given in zip(batch["x"].shape, scale, strict=True)]
-            batch["scale"] = torch.rand(size)
-        check(model, batches)
+@pytest.mark.parametrize("scale", [(-1, -1, 1), pytest.param((-1, 1, 8), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shapes", [((2, 5), (2, 7), (2, 5)), ((1, 5), (2, 5), (1, 5), (2, 5))])
+def test_each_has_its_own_condition(shapes, scale):
+    model, batches = made(), batches_like(*shapes)
+    for batch in batches:
+        size = [own if given == -1 else given for own, given in zip(batch["x"].shape, scale, strict=True)]
+        batch["scale"] = torch.rand(size)
+    check(model, batches)
 
 
 class TestHooks:
@@ -151,26 +150,24 @@ def compiled(where):
     return given, model
 
 
-class TestCompiled:
-    @pytest.mark.parametrize("where", first_is_fast(["blocks", "model", "model in place", "blocks in place"]))
-    def test_names_are_those_of_the_model_itself(self, where, tmp_path):
-        given, model = compiled(where)
-        parts = dict(given.named_modules())
-        result = check(given, batches_like((2, 5)), output=tmp_path / "out")
-        assert [layer.name for layer in result.layers[::2]] == [f"blocks.{n}.fc1.weight" for n in (0, 1)]
-        assert result.report.argument("model", str) == "Stack"
-        loaded = made()
-        load_model(loaded, tmp_path / "out" / "model.safetensors")
-        for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
-            assert torch.equal(a, b)
-        assert all(part is parts[name] for name, part in given.named_modules())
+@pytest.mark.parametrize("where", first_is_fast(["blocks", "model", "model in place", "blocks in place"]))
+def test_names_are_those_of_the_model_itself(where, tmp_path):
+    given, model = compiled(where)
+    parts = dict(given.named_modules())
+    result = check(given, batches_like((2, 5)), output=tmp_path / "out")
+    assert [layer.name for layer in result.layers[::2]] == [f"blocks.{n}.fc1.weight" for n in (0, 1)]
+    assert result.report.argument("model", str) == "Stack"
+    loaded = made()
+    load_model(loaded, tmp_path / "out" / "model.safetensors")
+    for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert all(part is parts[name] for name, part in given.named_modules())
 
 
-class TestInferenceMode:
-    @pytest.mark.parametrize("options", [{}, {"reconstruct": 2}], ids=str)
-    def test_model_and_batches_made_in_it(self, options):
-        with torch.inference_mode():
-            model, batches = made(), batches_like((2, 5), (2, 5))
-        weights = [block.fc1.weight for block in model.blocks]
-        check(model, batches, **options)
-        assert all(block.fc1.weight is weight for block, weight in zip(model.blocks, weights, strict=True))
+@pytest.mark.parametrize("options", [{}, {"reconstruct": 2}], ids=str)
+def test_model_and_batches_made_in_it(options):
+    with torch.inference_mode():
+        model, batches = made(), batches_like((2, 5), (2, 5))
+    weights = [block.fc1.weight for block in model.blocks]
+    check(model, batches, **options)
+    assert all(block.fc1.weight is weight for block, weight in zip(model.blocks, weights, strict=True))

@@ -248,18 +248,17 @@ class TestOthers:
         assert any(failure.startswith(f"{change.get('name', Q)}: ") for failure in failures)
 
 
-class TestModel:
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (lambda tensor: None, "this tensor is missing from the checkpoint (1 in all)"),
-            (lambda tensor: tensor * torch.nan, "holds 32 NaN and 0 Inf among 32 values; finite ones are needed"),
-        ],
-    )
-    def test_tensors(self, change, message, copied, capsys):
-        _, output = copied(*WANDA)
-        change_tensor(output, NORM, change)
-        assert verdict(capsys, output)[2]["model"] == [f"{NORM}: {message}"]
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: None, "this tensor is missing from the checkpoint (1 in all)"),
+        (lambda tensor: tensor * torch.nan, "holds 32 NaN and 0 Inf among 32 values; finite ones are needed"),
+    ],
+)
+def test_tensors(change, message, copied, capsys):
+    _, output = copied(*WANDA)
+    change_tensor(output, NORM, change)
+    assert verdict(capsys, output)[2]["model"] == [f"{NORM}: {message}"]
 
 
 class TestSource:

@@ -147,7 +147,7 @@ class Writer:
             self.records[n] = self._read(self._record(n), Record)
         known = {self._partial / name for record in self.records.values() for name in record.digests}
         known |= {*map(self._record, self.records)}
-        # What a kill has left beside them.
+        # A kill may have left others beside them.
         for path in self._partial.glob("*/*"):
             if path not in known and path.parent != self._old:
                 _delete(path)

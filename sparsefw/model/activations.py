@@ -1,4 +1,4 @@
-"""Where tensors wait between two blocks: on the device, in pinned memory, or in mapped files. How many at once."""
+"""Places where tensors wait between two blocks: the device, pinned memory, or mapped files. And how many at once."""
 
 import os
 import tempfile

@@ -34,7 +34,7 @@ PIECE = {"cpu": 2**18, "cuda": 2**24}
 
 # A step looks at one token in EVERY where a window has EVERY * LEAST or more. A head of more than SMALL weights that
 # still costs over twice what the block does looks at fewer, so that it costs as much, down to FEWEST of a window.
-# Where steps look at some tokens there are TIMES the passes.
+# There are TIMES the passes where a step does not look at every token.
 EVERY, LEAST, SMALL, FEWEST, TIMES = 8, 64, 2**24, 8, 2
 
 # The last tokens by which logits of a part of a window are compared with those of the whole.

@@ -90,10 +90,6 @@ class TestItems:
         assert {item["label"] for item in items["next_sentence"]} == set(range(4))
         assert {item["label"] for item in items["true_sentence"]} == set(range(2))
 
-    def test_fewer_are_the_first_of_more(self, items, passages):
-        fewer = make_tasks.make_items(passages, 5)
-        assert all(fewer[name] == items[name][:5] for name in items)
-
 
 def test_files(items, tmp_path):
     make_tasks.write_tasks(tmp_path / "tasks", items, {"jinja2": "3"})

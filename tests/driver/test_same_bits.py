@@ -57,7 +57,7 @@ def test_gradients_are_made_in_the_deterministic_mode(llama, tmp_path, monkeypat
     monkeypatch.setattr(Fit, "loss_of", spy)
     report, _ = run(llama, tmp_path / "out", *FLAGS)
     assert report.blocks[0].reconstruction.varies == ""
-    # Of the steps, and of what is held out, so that both take the same algorithms.
+    # The steps take the same algorithms as what is held out.
     assert set(losses) == {REFUSES}
     assert backwards
     assert set(backwards) == {(REFUSES, False)}

@@ -156,17 +156,16 @@ class TestSolve:
         torch.testing.assert_close(solution.error_warm_start.double(), error(problem, problem.warm), rtol=1e-5, atol=0)
 
 
-class TestSwaps:
-    @pytest.mark.parametrize("target", [False, True])
-    @pytest.mark.parametrize("sparsity", PATTERNS)
-    def test_no_row_is_worse_for_them(self, sparsity, target):
-        problem = make_problem(40, 20, sparsity, 0.0 if target else 0.5)
-        problem = with_target(problem) if target else problem
-        plain, swapped = (solve(problem, 5, swaps=swaps) for swaps in (0, 100))
-        assert (swapped.error <= plain.error * (1 + 1e-5)).all()
-        assert swapped.error.sum() < 0.99 * plain.error.sum()
-        assert torch.equal(swapped.bound, plain.bound)
-        assert_budget(problem, swapped.mask)
+@pytest.mark.parametrize("target", [False, True])
+@pytest.mark.parametrize("sparsity", PATTERNS)
+def test_no_row_is_worse_for_them(sparsity, target):
+    problem = make_problem(40, 20, sparsity, 0.0 if target else 0.5)
+    problem = with_target(problem) if target else problem
+    plain, swapped = (solve(problem, 5, swaps=swaps) for swaps in (0, 100))
+    assert (swapped.error <= plain.error * (1 + 1e-5)).all()
+    assert swapped.error.sum() < 0.99 * plain.error.sum()
+    assert torch.equal(swapped.bound, plain.bound)
+    assert_budget(problem, swapped.mask)
 
 
 class TestDamping:

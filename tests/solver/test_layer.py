@@ -90,36 +90,35 @@ class TestWritten:
         assert wide[:, 0].abs().sum() + wide[:, 38:].abs().sum() + block[::2].abs().sum() == 0
 
 
-class TestNeverWorse:
-    def test_rows_that_a_refit_would_hurt_keep_their_weights(self, set_threads, monkeypatch):
-        """Two rows of three get garbage, NaN and Inf; every third row is refitted."""
-        # All rows in one chunk.
-        set_threads(1)
-        layers, reselect = make_layers(), methods.reselect
-        # Without damping and with the same penalty, like the mask that a refit starts from.
-        mask_only, _ = run(layers, config=make_config(refit=0, damp=0.0, penalty=make_config().penalty))
-        good, _ = run(layers)
+def test_rows_that_a_refit_would_hurt_keep_their_weights(set_threads, monkeypatch):
+    """Two rows of three get garbage, NaN and Inf; every third row is refitted."""
+    # All rows in one chunk.
+    set_threads(1)
+    layers, reselect = make_layers(), methods.reselect
+    # Without damping and with the same penalty, like the mask that a refit starts from.
+    mask_only, _ = run(layers, config=make_config(refit=0, damp=0.0, penalty=make_config().penalty))
+    good, _ = run(layers)
 
-        def garbage(*args, **options):
-            fit = reselect(*args, **options)
-            fit.mask[::3] = ~fit.mask[::3]
-            fit.Z[::3] = torch.randn(fit.Z[::3].shape, generator=generator(3)) * 5
-            fit.Z[1::3] = torch.nan
-            fit.Z[1] = torch.inf
-            # The fit's own error does not count.
-            fit.error.zero_()
-            return fit
+    def garbage(*args, **options):
+        fit = reselect(*args, **options)
+        fit.mask[::3] = ~fit.mask[::3]
+        fit.Z[::3] = torch.randn(fit.Z[::3].shape, generator=generator(3)) * 5
+        fit.Z[1::3] = torch.nan
+        fit.Z[1] = torch.inf
+        # The fit's own error does not count.
+        fit.error.zero_()
+        return fit
 
-        monkeypatch.setattr(methods, "reselect", garbage)
-        G = make_gram()
-        pruned, results = run(layers, G)
-        bad = torch.arange(sum(ROWS)) % 3 < 2
-        stacked, before, refitted = (torch.cat(list(x.values())) for x in (pruned, mask_only, good))
-        assert torch.equal(stacked[bad], before[bad])
-        assert torch.equal(stacked[~bad], refitted[~bad])
-        for (name, W), row in zip(layers, results, strict=True):
-            assert row.error == pytest.approx(error(W, pruned[name], G).sum().item(), rel=1e-3)
-            assert row.kept == (pruned[name] != 0).sum()
+    monkeypatch.setattr(methods, "reselect", garbage)
+    G = make_gram()
+    pruned, results = run(layers, G)
+    bad = torch.arange(sum(ROWS)) % 3 < 2
+    stacked, before, refitted = (torch.cat(list(x.values())) for x in (pruned, mask_only, good))
+    assert torch.equal(stacked[bad], before[bad])
+    assert torch.equal(stacked[~bad], refitted[~bad])
+    for (name, W), row in zip(layers, results, strict=True):
+        assert row.error == pytest.approx(error(W, pruned[name], G).sum().item(), rel=1e-3)
+        assert row.kept == (pruned[name] != 0).sum()
 
 
 class TestTargets:
