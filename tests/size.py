@@ -11,11 +11,11 @@ REPO = Path(__file__).resolve().parents[1]
 # Lines of code are without docstrings, comments and blank lines. Words are those of README.md and docs/.
 LIMITS = {
     "sparsefw: files": 85,
-    "sparsefw: code lines": 9_500,
+    "sparsefw: code lines": 9_800,
     "kernels: code lines": 2_240,
     "bench: code lines": 2_900,
-    "tests: code lines": 13_000,
-    "documents: words": 14_000,
+    "tests: code lines": 13_400,
+    "documents: words": 14_400,
 }
 # Tables of facts, which are not counted.
 TABLES = {"models.md", "flags.md"}
