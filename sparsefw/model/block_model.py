@@ -58,6 +58,8 @@ class BlockModel:
         unused: the blocks that it does not run through, by name. They stay as they are.
         flow: how blocks hand tensors on.
         forms: what blocks return, as far as it is known.
+        behind_blocks: by the shapes of its inputs, what makes logits again while the weights outside of the blocks are
+            there, see `forward.logits_behind_blocks`.
         logits_itemsize: bytes of an entry of the logits; 0 without any.
         vocabulary: number of the tokens that the model embeds; None if it may read something else.
         max_seqlen: tokens in the longest window that the model takes; None if its config does not say.
@@ -94,6 +96,7 @@ class BlockModel:
         self._others = [(name, module) for name, module in model.named_modules() if module not in inside]
         # The places of the tensors of what is open: of blocks, and under None of what lies outside of them.
         self._open: dict[int | None, list[Slot]] = {}
+        self.behind_blocks: dict[tuple[torch.Size, ...], Callable[[Tensor], Tensor] | None] = {}
         self._reader = ThreadPoolExecutor(1)
         # The block that is being read before it is asked for.
         self._next: tuple[int, Future[Mapping[str, Loadable]]] | None = None
@@ -167,6 +170,8 @@ class BlockModel:
 
     def close(self, i: int | None) -> None:
         """Drop the weights of block i; None: those outside of the blocks."""
+        if i is None:
+            self.behind_blocks.clear()
         if i in self._open:
             restore(self._open.pop(i))
 

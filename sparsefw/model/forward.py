@@ -3,7 +3,7 @@
 What it gives every block (masks, rotary tables, per-layer windows) is recorded, so that no architecture is named here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from sparsefw.model.block_model import BlockModel
 from sparsefw.model.hidden_states import Carried, HiddenStates
 from sparsefw.model.parts import DIFFERS
 from sparsefw.model.recorder import Recorder
-from sparsefw.model.recording import Recording, rebuilt
+from sparsefw.model.recording import Recording, Value, numbers_in, rebuilt
 from sparsefw.model.stand_ins import Form, explained, run_replaced
 
 
@@ -134,7 +134,9 @@ def _stored(tensors: list[Tensor], first: list[Stored], store: Store) -> list[St
     return found
 
 
-def run_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor | None, others: dict[int, Tensor]) -> Any:
+def run_behind_blocks(
+    model: BlockModel, batch: Batch, hidden: Tensor | None, others: dict[int, Tensor], recorder: Recorder | None = None
+) -> Any:
     """Run what lies behind the last block.
 
     Args:
@@ -143,21 +145,68 @@ def run_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor | None, ot
         hidden: what the last block returns; None: something of its form. Gradients go back to it where windows are run
             by themselves.
         others: the other tensors that are read there, by their numbers in the recording.
+        recorder: records the forward, where windows are run by themselves.
 
     Returns:
         What the model returns.
     """
-    batch, last = batch.to(model.device, model.in_fp32), len(model.blocks) - 1
-    recorder = None if model.flow.by_window else Recorder(type(model.model).__name__, batch.tensors, {}, others)
+    batch, last, by_window = batch.to(model.device, model.in_fp32), len(model.blocks) - 1, model.flow.by_window
+    if not by_window:
+        recorder = Recorder(type(model.model).__name__, batch.tensors, {}, others)
 
     def stand_in(i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # Without a recorder nobody reads the other tensors, whose shape may be another one.
-        form = None if recorder else model.forms.like(model.block_types[i], args[0])
+        # By windows nobody reads the other tensors, whose shape may be another one.
+        form = model.forms.like(model.block_types[i], args[0]) if by_window else None
         form = form or form_of(model, i, args, kwargs)
-        if recorder:
+        if recorder and not by_window:
             recorder.begun = i == last
         # A view: gradients go through it.
         return form.after(args[0]) if i < last or hidden is None else form.around(hidden, lambda x: x.view_as(x))
 
     blocks = dict(zip(model.names, model.blocks, strict=True))
     return run_replaced(model.runs, blocks, batch, model.input_kind, stand_in, recorder)
+
+
+def logits_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor) -> Any:
+    """The logits of what `run_behind_blocks` returns, with the same bits; None: there are none.
+
+    The model's forward goes through stand-ins of all blocks. So it runs once for each shape: the calls behind the last
+    block are recorded, and made again as long as the weights outside of the blocks are there. What is made there of the
+    batch, or in a way that cannot be followed, takes the model's forward each time.
+
+    Args:
+        model, batch: as for `run_behind_blocks`; windows are run by themselves.
+        hidden: what the last block returns. Gradients go back to it.
+    """
+    shapes = hidden.shape, *(x.shape for x in batch.tensors)
+    if again := model.behind_blocks.get(shapes):
+        return again(hidden)
+    known = shapes in model.behind_blocks or model.flow.batch_behind
+    recorder = None if known else Recorder(type(model.model).__name__, batch.tensors, {})
+    logits = getattr(run_behind_blocks(model, batch, hidden, {}, recorder), "logits", None)
+    if recorder:
+        model.behind_blocks[shapes] = _again(recorder, len(model.blocks), logits)
+    return logits
+
+
+def _again(recorder: Recorder, count: int, logits: Any) -> Callable[[Tensor], Tensor] | None:
+    """Makes logits of what the last of so many blocks returns, as was recorded; None: they cannot be made again."""
+    try:
+        # As if they were what another block is given.
+        recorder.arrives(count, "logits", logits, (), {})
+        recording = recorder.recording()
+    except InputError:
+        return None
+    first, call, constants = recording.calls[count - 1].outputs[0], recording.calls[count], recording.constants
+    read = [numbers_in((step.args, step.kwargs)) for step in call.steps] + [numbers_in(call.hidden)]
+
+    def again(hidden: Tensor) -> Tensor:
+        values = {first: hidden}
+        for k, step in enumerate(call.steps, 1):
+            values.update(step.run(lambda x: values[x.number] if isinstance(x, Value) else constants[x.number]))
+            # Logits are large: what is not read any more goes.
+            for n in values.keys() - set().union(*read[k:]):
+                del values[n]
+        return values[call.hidden.number]
+
+    return again if isinstance(call.hidden, Value) else None

@@ -23,7 +23,7 @@ from sparsefw.data.batches import Batch, Batches, token_batch
 from sparsefw.data.windows import Windows
 from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.forward import run_behind_blocks
+from sparsefw.model.forward import logits_behind_blocks, run_behind_blocks
 from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.model.shapes import BlockShape, ModelShape
 from sparsefw.ranks import ALONE, Ranks
@@ -128,6 +128,8 @@ def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Ten
         others: tensors of earlier blocks that are read behind the last one, see `HiddenStates.behind_last`.
     """
     with model.outside():
+        if model.flow.by_window:
+            return logits_behind_blocks(model, token_batch(ids), hidden)
         return getattr(run_behind_blocks(model, token_batch(ids), hidden, others or {}), "logits", None)
 
 

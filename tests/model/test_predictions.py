@@ -1,14 +1,12 @@
 """The divergence of predicted tokens, and its gradient by hidden states."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from helpers.families import first_is_fast, save_model
 from transformers import AutoModelForCausalLM
 
 from sparsefw.checkpoint.source import inspect
-from sparsefw.model import StreamedModel, embed, head
+from sparsefw.model import StreamedModel, embed, forward, head
 from sparsefw.model.head import divergence, predicts, tokens_of_pass
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 
@@ -51,6 +49,25 @@ def test_divergence_and_gradient(opened):
     (7 * found).backward()
     (7 * wanted).backward()
     assert torch.allclose(x.grad.double(), exact.grad, rtol=1e-3, atol=1e-5 * exact.grad.abs().max().item())
+
+
+def test_the_models_forward_runs_once_for_each_shape(opened, monkeypatch):
+    """What it does behind the last block is made again with the same bits."""
+    _, model, _, hidden, dense = opened
+    run, runs, found = forward.run_replaced, [], []
+    monkeypatch.setattr(forward, "run_replaced", lambda *args: runs.append(args) or run(*args))
+    for some in (slice(None), slice(0, None, 3), slice(None)):
+        x = hidden[:1, some].clone().requires_grad_()
+        divergence(model, IDS[:1, some], x, dense[:1, some]).backward()
+        found.append((divergence(model, IDS[:1, some], x, dense[:1, some]), x.grad))
+    assert len(runs) == 2
+    monkeypatch.setattr(head, "logits_behind_blocks", lambda *args: forward.run_behind_blocks(*args, {}).logits)
+    x = hidden[:1].clone().requires_grad_()
+    divergence(model, IDS[:1], x, dense[:1]).backward()
+    assert len(runs) == 4
+    for loss, gradient in found[::2]:
+        assert torch.equal(loss, divergence(model, IDS[:1], x, dense[:1]))
+        assert torch.equal(gradient, x.grad)
 
 
 @pytest.mark.parametrize("tokens", [0.5, 3])
@@ -115,7 +132,7 @@ def test_tokens_that_never_come_count_nothing(opened):
 def test_a_classifier_predicts_no_tokens(opened, monkeypatch):
     _, _, states, *_ = opened
     for logits in (torch.zeros(1, 3), torch.zeros(1, 1, 250), None):
-        monkeypatch.setattr(head, "run_behind_blocks", lambda *args, x=logits: SimpleNamespace(logits=x))
+        monkeypatch.setattr(head, "logits", lambda *args, x=logits: x)
         assert not predicts(states, IDS, 1)
 
 
@@ -123,5 +140,6 @@ def test_a_head_that_mixes_tokens_does_not_predict_one_by_one(opened):
     _, model, states, *_ = opened
     assert predicts(states, IDS, 2)
     mixed = model.model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].cumsum(1),))
+    model.behind_blocks.clear()
     assert not predicts(states, IDS, 2)
     mixed.remove()
