@@ -85,7 +85,7 @@ def _timed(fit: Fit, matrices: list, count: int) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     for step in range(count):
         moments.append([_now()])
-        fit.add_gradients(fit.learned[step % len(fit.learned)], 0, weights.parameters)
+        fit.add_gradients(step % len(fit.learned), 0, weights.parameters)
         weights.gradients()
         moments[-1].append(_now())
         weights.step()
@@ -123,7 +123,7 @@ def _watched(fit: Fit, matrices: list, trace: Path) -> dict[str, Any]:
 
 
 def _step(fit: Fit, weights: KeptWeights, n: int) -> None:
-    fit.add_gradients(fit.learned[n], 0, weights.parameters)
+    fit.add_gradients(n, 0, weights.parameters)
     weights.gradients()
     weights.step()
 

@@ -119,7 +119,10 @@ def prune_model(
     with ExitStack() as open_states:
         with timeline.span("embed"), model.outside():
             calibration, *evaluation = (x.part(run.ranks.share(x.n)) for x in (calibration, *evaluation))
-            calibrated = _embed(run, calibration, names[not run.config.uses_dense_stream :])
+            # Steps of a reconstruction take pieces of the micro-batches; the last piece may be smaller.
+            step = run.placement.step
+            pieces = [calibration.part(slice(n)) for n in {step, calibration.n % step} - {0}] if step else []
+            calibrated = _embed(run, calibration, names[not run.config.uses_dense_stream :], pieces)
             evaluated = [_embed(run, samples, names) for samples in evaluation]
         ids = calibration.ids if isinstance(calibration, Windows) else None
         states = _States(calibrated, {name: [by_name[name] for by_name in evaluated] for name in names}, ids)
@@ -140,10 +143,10 @@ def prune_model(
         return Outcome(finished, unused_matrices(model), perplexities)
 
 
-def _embed(run: Run, samples: Samples, names: Sequence[str]) -> dict[str, HiddenStates]:
-    """The hidden states of samples before the first block, by name."""
+def _embed(run: Run, samples: Samples, names: Sequence[str], pieces: Sequence[Samples] = ()) -> dict[str, HiddenStates]:
+    """The hidden states of samples before the first block, by name; `pieces` are of the sizes that steps take."""
     batch, store = run.placement.batch, run.placement.store(run.model.device)
-    states = embed_batches(run.model, samples.split(batch), store)
+    states = embed_batches(run.model, samples.split(batch), store, (x for piece in pieces for x in piece.split(batch)))
     return {name: states.fork() if n else states for n, name in enumerate(names)}
 
 

@@ -4,14 +4,16 @@ The loss of a token is the squared distance between the input of the next block 
 relative to the square of the latter: a few tokens have hidden states a thousand times larger than others. Behind the
 last block of a language model it is the divergence of what both models predict, see `model.head`.
 
-A step takes the gradients of one micro-batch on every rank. Some micro-batches are held out. Weights that do no better
-on these are put back. As long as a round of passes lowers the loss there by much, another one follows: a few blocks
-need far more steps than others, such as the one that gives the first token its large hidden state.
+A step takes the gradients of one micro-batch on every rank, or of a piece of it. Some micro-batches are held out.
+Weights that do no better on these are put back. As long as a round of passes lowers the loss there by much, another
+one follows: a few blocks need far more steps than others, such as the one that gives the first token its large hidden
+state.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -69,10 +71,10 @@ def reconstruct(
         return None
     with _predicted(run, i, states, ids) as tokens:
         learned, held_out = split_batches(len(states))
-        # Ranks have about as many micro-batches; those with fewer begin again.
-        steps = run.config.reconstruct * max(run.ranks.gather(len(learned)))
         every, times = tokens_and_passes(run.of(i), run.shape, tokens[0].shape[1]) if tokens else (1, 1)
-        fit, steps = Fit(run, i, states, dense, learned, held_out, tokens, every), steps * times
+        fit = Fit(run, i, states, dense, learned, held_out, tokens, every)
+        # Ranks have about as many micro-batches; those with fewer begin again.
+        steps = run.config.reconstruct * times * max(run.ranks.gather(len(fit.steps[0])))
         losses = _rounds(fit, results, steps)
         # Experts of one rank's windows may have an operation that no other rank has seen.
         varies = dict.fromkeys(name for names in run.ranks.gather(fit.varies) for name in names)
@@ -150,7 +152,7 @@ class Fit:
         learned, held_out: numbers of the micro-batches to learn from, and of the others.
         tokens: the tokens of each micro-batch, where predictions are compared; None: hidden states are.
         every: a step compares the predictions of one token in so many.
-        reached: numbers of the micro-batches whose loss had gradients so far.
+        reached: numbers of the steps in a pass whose loss had gradients so far.
         varies: the operation whose result may be another in another run, if this rank has seen one in the block.
     """
 
@@ -164,6 +166,13 @@ class Fit:
     every: int = 1
     reached: set[int] = field(default_factory=set)
     varies: list[str] = field(default_factory=list)
+
+    @cached_property
+    def steps(self) -> tuple[HiddenStates, HiddenStates, Sequence[Tensor]]:
+        """`states`, `dense` and `tokens` of what is learned from, in pieces where there are any."""
+        states, dense = (x.some(self.learned, divided=True) for x in (self.states, self.dense))
+        tokens = torch.cat([self.tokens[j] for j in self.learned]).split(states.windows) if self.tokens else ()
+        return states, dense, tokens
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -181,8 +190,8 @@ class Fit:
         """
         for step in range(steps):
             # Windows were drawn at random: no other order is needed.
-            of_pass, n = divmod(step, len(self.learned))
-            self.add_gradients(self.learned[n], of_pass, weights.parameters)
+            of_pass, n = divmod(step, len(self.steps[0]))
+            self.add_gradients(n, of_pass, weights.parameters)
             for handle in [self.run.ranks.all_reduce(gradient) for gradient in weights.gradients()]:
                 handle.wait()
             weights.step()
@@ -195,24 +204,25 @@ class Fit:
         return after
 
     def loss_of(self, j: int, of_pass: int | None = None) -> tuple[Tensor, torch.Size]:
-        """The loss of micro-batch j, summed over its tokens, and the shape of their hidden states.
+        """The loss of a micro-batch, summed over its tokens, and the shape of their hidden states.
 
         Args:
-            j: number of the micro-batch.
+            j: number of the micro-batch; with `of_pass` among those of `steps`.
             of_pass: compare the predictions of the tokens of this pass alone, see `tokens_of_pass`.
         """
+        states, dense, tokens = (self.states, self.dense, self.tokens) if of_pass is None else self.steps
         # Read once: from the host it is a copy, and the next micro-batch is read ahead.
-        out, target = self.states.next_input(self.number, j), self.dense.hidden[j]
-        if self.tokens is None:
+        out, target = states.next_input(self.number, j), dense.hidden[j]
+        if not tokens:
             return relative_loss(out, target), target.shape
-        ids = self.tokens[j]
+        ids = tokens[j]
         if of_pass is not None:
             some = tokens_of_pass(of_pass, self.every)
             ids, out, target = ids[:, some], out[:, some], target[:, some]
         return divergence(self.run.model, ids, out, target), target.shape
 
     def add_gradients(self, j: int, of_pass: int, parameters: list[nn.Parameter]) -> None:
-        """Add the gradients of the loss of micro-batch j in pass `of_pass` of a round.
+        """Add the gradients of the loss of micro-batch j of `steps` in pass `of_pass` of a round.
 
         There are none where the micro-batch reaches no pruned weight.
         """

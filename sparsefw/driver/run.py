@@ -206,7 +206,8 @@ def _prune(
         # Outside of the handler, whose traceback holds the tensors of the block.
         for i in range(len(model.blocks)):
             model.close(i)
-        placement = replace(run.placement, batch=run.placement.batch // 2)
+        batch = run.placement.batch // 2
+        placement = replace(run.placement, batch=batch, step=run.placement.step if run.placement.step < batch else 0)
         run = replace(run, placement=placement, confirmed={})
         run.say(f"out of memory on the GPU: going on with {counted(placement.batch, 'window')} at a time")
         writer.choose({"batch": placement.batch, "solver": placement.solver})
@@ -256,6 +257,7 @@ def _report(
             solver_bytes=placement.solver,
             read_ahead=placement.ahead,
             kept_width=placement.kept_width,
+            step_windows=placement.step,
         ),
         notes=prepared.notes,
         ranks=[] if ranks.alone else records,

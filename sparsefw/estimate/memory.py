@@ -158,7 +158,10 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
         "solve": (weights + kept + solve, others + kept_on_host),
     }
     if config.reconstruct:
-        fitted = max(b.nbytes + _reconstruction(b, shape, workload, tokens) for b in blocks)
+        of_step = min(placement.step or placement.batch, most) * workload.seqlen
+        # The loss of a micro-batch that is held out: its hidden states and those of the dense model four times in fp32.
+        loss = max(forward, 16 * tokens * shape.hidden) + 2 * tokens * shape.hidden * shape.itemsize
+        fitted = max(b.nbytes + _reconstruction(b, shape, workload, of_step, loss) for b in blocks)
         phases["reconstruct"] = fitted, others + passing
     phases["write"] = weights, others
     phases["end"] = end, max(passing, piece) if workload.gpu else max(0, piece - end)
@@ -343,8 +346,8 @@ def _solve(stage: Sequence[LayerShape], workload: Workload, placement: Placement
     return matrices + copies + max(state, before * min(rows, max(layer.rows for layer in stage)) * d)
 
 
-def _reconstruction(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
-    """The state of kept weights, what a micro-batch leaves inside a block for its gradients, and logits."""
+def _reconstruction(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int, loss: int) -> int:
+    """The state of kept weights; what the tokens of a step leave inside a block for its gradients, or a loss takes."""
     experts = {layer.name: max(1, layer.experts) for layer in block.all_layers}
     state, written = 0, 0
     for layer in block.layers:
@@ -356,7 +359,7 @@ def _reconstruction(block: BlockShape, shape: ModelShape, workload: Workload, to
     scores = 2 * shape.heads * workload.seqlen * tokens * (4 + shape.itemsize)
     backward = block.forward.kept(tokens) + _forward(block, shape, workload, tokens) + scores
     if not (block.predicts and block.layers):
-        return state + written + backward
+        return state + written + max(backward, loss)
 
     def logits(tokens: int) -> int:
         # Both models have logits, and a head makes them of others; a piece has three distributions in fp32 and a byte.
@@ -368,4 +371,4 @@ def _reconstruction(block: BlockShape, shape: ModelShape, workload: Workload, to
     # A step looks at some tokens. To measure the loss takes all, and no gradients.
     (every, _), seqlen = tokens_and_passes(block, shape, workload.seqlen), workload.seqlen
     of_step, measured = logits(len(range(seqlen)[tokens_of_pass(0, every)])), logits(seqlen)
-    return shape.outside + state + written + max(backward + of_step, measured)
+    return shape.outside + state + written + max(backward + of_step, measured, loss)

@@ -10,7 +10,7 @@ from sparsefw import memory
 from sparsefw.errors import InputError
 from sparsefw.estimate.memory import GIB, MemoryNeeds, Workload, keepable_widths, memory_needs
 from sparsefw.model import Placement
-from sparsefw.model.activations import BATCH_TOKENS, LEAST_BATCHES, PLACES, SOLVER
+from sparsefw.model.activations import BATCH_TOKENS, HELD_OUT, LEAST_STEPS, PLACES, SOLVER
 from sparsefw.model.shapes import ModelShape
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
@@ -88,10 +88,14 @@ def _placements(
     shape: ModelShape, workload: Workload, folder: Path | None, fixed: dict[str, Any]
 ) -> Iterator[Placement]:
     """All placements, those that cost least time first."""
-    batch = max(1, BATCH_TOKENS["gpu" if workload.gpu else "cpu"] // workload.seqlen)
+    batch = step = max(1, BATCH_TOKENS["gpu" if workload.gpu else "cpu"] // workload.seqlen)
+    # A CPU gains nothing by micro-batches of several steps.
+    divided = workload.config.reconstruct and workload.gpu and shape.divisible
     if workload.config.reconstruct:
-        # Every micro-batch is a step.
-        batch = max(1, min(batch, workload.windows // LEAST_BATCHES))
+        step = max(1, min(batch, workload.windows // LEAST_STEPS))
+        # A sixteenth of the micro-batches is held out.
+        steps = min(batch, workload.windows // HELD_OUT) // step if divided else 1
+        batch = step << max(0, steps.bit_length() - 1)
     widest = max((layer.d for block in shape.blocks for layer in block.layers), default=1)
     least = BYTES_PER_ENTRY * ROW_UNIT * widest
     choices: dict[str, Any] = {
@@ -107,7 +111,8 @@ def _placements(
     if not workload.gpu:
         order = ("batch", "place", "kept_width", "ahead", "solver")
     for values in product(*(choices[name] for name in order)):
-        placement = Placement(folder=folder, **dict(zip(order, values, strict=True)))
+        chosen = dict(zip(order, values, strict=True))
+        placement = Placement(folder=folder, step=step if divided and step < chosen["batch"] else 0, **chosen)
         # From a disk an input comes no sooner than the block makes it again.
         if placement.place != "file" or not placement.kept_width:
             yield placement

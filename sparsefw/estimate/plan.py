@@ -191,9 +191,10 @@ def lines(content: dict[str, Any]) -> Iterator[str]:
     where = PLACES[placement["place"]].format(folder=placement["folder"])
     together = "the next block is read and the last one written meanwhile"
     ahead = together if placement["ahead"] else "blocks one after another"
+    step = f", {placement['step']} in a step" if placement["step"] else ""
     kept = f", inputs of up to {placement['kept_width']} entries kept" if placement["kept_width"] else ""
     yield (
-        f"placement: micro-batches of {counted(placement['batch'], 'window')}, activations {where}, {ahead}, "
+        f"placement: micro-batches of {counted(placement['batch'], 'window')}{step}, activations {where}, {ahead}, "
         f"solves in {placement['solver'] / GIB:.2f} GiB{kept}"
     )
     disk = content["disk"]

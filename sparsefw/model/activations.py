@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from sparsefw.errors import naming
 PLACES = ("gpu", "host", "file")
 
 
-# Tokens in one micro-batch: enough to fill a GPU, little beside a block's weights. A CPU is busy with fewer, and the
-# micro-batch that shows the stages of a block is a smaller share of all.
-BATCH_TOKENS = {"gpu": 4096, "cpu": 2048}
+# Tokens in one micro-batch: a GPU works on them for longer than the host takes to launch that, and they are little
+# beside a block's weights. A CPU is busy with fewer, and the micro-batch that shows the stages of a block is a smaller
+# share of all.
+BATCH_TOKENS = {"gpu": 16384, "cpu": 2048}
 
-# Micro-batches of the calibration windows, at least, where there are windows for them and each is a step of a block's
-# reconstruction: many steps on few windows do more than few on many.
-LEAST_BATCHES = 256
+# Steps of a pass over the calibration windows in a block's reconstruction, at least, where there are windows for them:
+# many steps on few windows do more than few on many.
+LEAST_STEPS = 256
 
 # One of so many micro-batches is held out of all that is fitted.
 HELD_OUT = 16
@@ -158,6 +159,12 @@ class Activations:
         copy._stored = list(self._stored)
         return copy
 
+    def some(self, numbers: Sequence[int], size: int = 0) -> "Activations":
+        """Some of the tensors; with a size in pieces of as many windows, the first axis, which are views of them."""
+        found, chosen = Activations(self.store), [self._stored[j] for j in numbers]
+        found._stored = [Stored(self.store, x) for whole in chosen for x in whole.kept.split(size)] if size else chosen
+        return found
+
     def clear(self) -> None:
         """Let the tensors go."""
         self._stored = []
@@ -185,6 +192,7 @@ class Placement:
         solver: bytes that the state of a solve may take; its rows are solved in chunks.
         kept_width: inputs of layers of at most this many entries a token are kept where the activations are, so that
             the next run of the windows begins there; 0: none.
+        step: windows in a step of a reconstruction, of which a micro-batch has several; 0: it takes a micro-batch.
     """
 
     batch: int
@@ -193,6 +201,7 @@ class Placement:
     ahead: bool = True
     solver: int = SOLVER
     kept_width: int = 0
+    step: int = 0
 
     def store(self, device: torch.device) -> Store:
         """A store for activations at this place, for work on `device`."""

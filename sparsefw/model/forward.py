@@ -84,13 +84,16 @@ def check_token(token: int, vocabulary: int | None) -> None:
 
 
 @torch.no_grad()
-def embed_batches(model: BlockModel, batches: Iterable[Batch], store: Store | None = None) -> HiddenStates:
+def embed_batches(
+    model: BlockModel, batches: Iterable[Batch], store: Store | None = None, pieces: Iterable[Batch] = ()
+) -> HiddenStates:
     """Embed batches, and record what the model passes to every block.
 
     Args:
         model: the model.
         batches: arguments of its forward, for each micro-batch.
         store: where hidden states are; None: where the work is.
+        pieces: a batch of each size in which pieces of the micro-batches are run, too, see `HiddenStates.some`.
 
     Raises:
         InputError: the model has no embedding for a token, weights hold NaN or Inf, or its blocks hand tensors on in a
@@ -114,6 +117,10 @@ def embed_batches(model: BlockModel, batches: Iterable[Batch], store: Store | No
             states.hidden.append(recording.hidden)
             states.calls.append(recording.calls)
             states.carried.append(Carried(_stored(recording.constants, first, store), recording.boxes))
+        for batch in pieces:
+            recording = record(model, batch)
+            constants = _stored(recording.constants, first, Store(model.device))
+            states.pieces[batch.windows] = recording.calls, Carried(constants, recording.boxes)
     return states
 
 

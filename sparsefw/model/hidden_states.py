@@ -3,7 +3,7 @@
 The blocks run one by one, each with what the model's own forward gives it, as `forward.embed` has recorded it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,6 +124,7 @@ class HiddenStates:
         flow: how blocks hand tensors on.
         windows: number of windows in each micro-batch.
         of_batch: numbers of the constants that depend on what the forward is given.
+        pieces: by number of windows, what the forward gives the blocks for a piece of a micro-batch, see `some`.
         position: the point of the block at which `hidden` is.
         kept: a later point of the block that runs begin at, and its tensors; None: they begin at `position`.
         unchecked: pending NaN check: block, micro-batch, and whether it is finite, which is read one step late so that
@@ -138,6 +139,7 @@ class HiddenStates:
     flow: Recording
     windows: list[int] = field(default_factory=list)
     of_batch: set[int] = field(default_factory=set)
+    pieces: dict[int, tuple[dict[int, Call], Carried]] = field(default_factory=dict)
     position: Point = INPUT
     kept: tuple[Point, Activations] | None = None
     unchecked: tuple[int, int, OnItsWay] | None = None
@@ -151,6 +153,20 @@ class HiddenStates:
         return replace(
             self, hidden=self.hidden.fork(), carried=[*self.carried], position=INPUT, kept=None, unchecked=None
         )
+
+    def some(self, numbers: Sequence[int], divided: bool = False) -> "HiddenStates":
+        """Some of the micro-batches, at the input of a block; with `divided` in pieces, if there are any.
+
+        Pieces are views: nothing is copied. What the forward gives the blocks is the same for all pieces of a size.
+        """
+        size = max(self.pieces, default=0) if divided else 0
+        windows = [self.windows[j] for j in numbers]
+        hidden, given = self.hidden.some(numbers, size), [(self.calls[j], self.carried[j]) for j in numbers]
+        if size:
+            windows = [min(size, n - first) for n in windows for first in range(0, n, size)]
+            given = [self.pieces[n] for n in windows]
+        calls, carried = [calls for calls, _ in given], [carried for _, carried in given]
+        return replace(self, hidden=hidden, calls=calls, carried=carried, windows=windows, kept=None, unchecked=None)
 
     def go_back(self, start: "HiddenStates") -> None:
         """Become what a fork of these micro-batches is, at the input of a block."""

@@ -227,6 +227,11 @@ class Recording:
         """Whether what lies behind the last block can be run with each window by itself."""
         return self.windows_first and not self.end and not any(call.steps for call in self.calls.values())
 
+    @property
+    def divisible(self) -> bool:
+        """Whether some windows of a micro-batch can be run by themselves: hidden states are all that a window has."""
+        return self.windows_first and not (self.of_batch or self.boxes or any(self.live.values()))
+
     @cached_property
     def signature(self) -> list[Any]:
         """Equal signatures mean that the same tensors are handed on in the same way."""

@@ -146,6 +146,7 @@ def _shape_of(model: BlockModel, walks: list["_Walk"], vocabulary: int, by_windo
         between=tuple(Extent.of(a, b, *lengths) for a, b in zip(few, more, strict=True)),
         names_by_block=tuple(names),
         by_window=by_window,
+        divisible=model.flow.divisible,
         quantized=model.quantized_bytes,
         written=0.5 if model.in_fp32 else 1,
         joined=model.joined_bytes,

@@ -118,6 +118,7 @@ class ModelShape:
         between: what a window has between two blocks: the hidden states; what blocks hand on beside them, where it is
             most; and what the model's forward makes of the tokens before its first block, for later ones.
         by_window: whether logits are made of one window at a time, and not of a micro-batch.
+        divisible: whether some windows of a micro-batch can be run by themselves, see `Recording.divisible`.
         names_by_block: the name of each block, and the names of its layers inside the block, every expert by itself.
         quantized: bytes of tensors as they are stored, at most: those that are in memory at once beside what is made of
             them. 0 if they are used as they are.
@@ -138,6 +139,7 @@ class ModelShape:
     between: tuple[Extent, ...]
     names_by_block: tuple[tuple[str, tuple[str, ...]], ...] = ()
     by_window: bool = True
+    divisible: bool = True
     quantized: int = 0
     joined: int = 0
     written: float = 1

@@ -39,7 +39,7 @@ from sparsefw.checkpoint.source import CONFIG, Checkpoint
 from sparsefw.checkpoint.tensors import Loadable, TensorInfo
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.memory import to_host
-from sparsefw.model.settings import ask_for_no_more
+from sparsefw.model.settings import ONE_BY_ONE, ask_for_no_more
 from sparsefw.model.slots import restore, slots_of
 
 # Errors of transformers for a config or tensors that do not fit. They cannot be fewer: entries of a config reach the
@@ -170,7 +170,7 @@ def _build(checkpoint: Checkpoint, config: Any, as_named: bool) -> Skeleton:
         "dtype": checkpoint.dtype,
         "attn_implementation": "eager" if capped else None,
         # One product per expert, where its inputs can be seen.
-        "experts_implementation": "eager",
+        "experts_implementation": ONE_BY_ONE,
     }
     named = config.architectures or []
     kind, config = class_of(config, checkpoint.folder, as_named)

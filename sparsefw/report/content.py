@@ -139,6 +139,7 @@ class MemoryRecord:
         solver_bytes: bytes that the state of one solve may take.
         read_ahead: whether the next block is read while one is worked on.
         kept_width: entries of the widest input of a layer that is kept for the next run; 0: none is.
+        step_windows: windows in a step of a reconstruction, if it takes a piece of a micro-batch; else 0.
     """
 
     limits: dict[str, int]
@@ -148,6 +149,7 @@ class MemoryRecord:
     solver_bytes: int
     read_ahead: bool
     kept_width: int
+    step_windows: int = 0
 
 
 @dataclass(frozen=True)

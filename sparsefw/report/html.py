@@ -119,7 +119,7 @@ def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
     memory = report.memory
     sizes = {"limit": memory.limits, "expected": memory.expected, "peak": report.peak_memory}
     sizes["most at once"] = {"solver": memory.solver_bytes}
-    placement = ("activations", "batch_windows", "read_ahead", "kept_width")
+    placement = ("activations", "batch_windows", "step_windows", "read_ahead", "kept_width")
     texts = [("calibration", report.data), *(("evaluation", text) for text in report.evaluation)]
     facts = {
         "machine": [("device", report.device), *report.versions.items()],

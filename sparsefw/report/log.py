@@ -150,10 +150,11 @@ def placement_line(placement: Placement, needs: "MemoryNeeds", limits: dict[str,
     held = "a batch" if of_batches else counted(placement.batch, "window")
     peaks = [f"{getattr(needs, what) / 2**30:.2f} of {n / 2**30:.2f} GiB ({what})" for what, n in limits.items()]
     where = "" if "gpu" not in limits and placement.place == "host" else f"; activations: {placement.place}"
+    step = f", {placement.step} in a step" if placement.step else ""
     ahead = "" if placement.ahead else "; nothing read ahead"
     kept = f"; inputs of up to {placement.kept_width} entries kept" if placement.kept_width else ""
     return (
-        f"memory: {', '.join(peaks)} expected at the peak; {held} at a time, solves in "
+        f"memory: {', '.join(peaks)} expected at the peak; {held} at a time{step}, solves in "
         f"{placement.solver / 2**30:.3g} GiB{where}{ahead}{kept}"
     )
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import verifying
-from helpers.families import save_model
+from helpers.families import experts_like, save_model
 from helpers.pretended_gpu import DEVICE, NAME, SEGMENT, _Stream, pretended_gpu
 from helpers.problems import damped_problem, make_problem
 from helpers.problems import on_gpu as problem_on_gpu
 from helpers.stacks import drawn
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparsefw import memory, run
 from sparsefw import prune as prune_in_memory
@@ -27,6 +28,7 @@ from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.repeat import LEAST, repeat
 from sparsefw.model import skeleton
 from sparsefw.model.activations import PLACES, Activations, Store
+from sparsefw.model.settings import ONE_BY_ONE
 from sparsefw.report.content import PREDICTIONS
 from sparsefw.solver import frank_wolfe, paper
 from sparsefw.solver.refit import reselect
@@ -199,6 +201,8 @@ def test_placement_does_not_change_the_result(tmp_path, monkeypatch):
         output = tmp_path / place
         gpu, report = prune(source, output, *flags, stand_ins=True)
         assert (report["memory"]["activations"], report["memory"]["batch_windows"]) == (place, 2)
+        # The third micro-batch is held out; steps take one window of the others.
+        assert (report["memory"]["step_windows"], report["blocks"][0]["reconstruction"]["steps"]) == (1, 4)
         assert gpu.allocated == 0
         contents[place] = [report["evaluation"], *(p.read_bytes() for p in sorted(output.glob("*.safetensors")))]
     assert set(report["evaluation"][0]["perplexity"]) == {"dense", "sparsefw"}
@@ -251,3 +255,34 @@ def test_the_host_does_not_wait_in_a_step_of_a_reconstruction(tmp_path, monkeypa
     (where,) = more = waits[1] - waits[0]
     assert where.startswith("sparsefw/model/gradients.py")
     assert more[where] == 2 * steps
+
+
+def test_all_phases_but_steps_take_several_windows(tmp_path, monkeypatch):
+    """Of 32 windows a sixteenth is held out; steps take one each."""
+    monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 1)
+    source, forward, calls = save_model(tmp_path / "model", "llama", torch.bfloat16), LlamaMLP.forward, Counter()
+
+    def counted(module, x):
+        calls[x.shape[0]] += x.is_cuda
+        return forward(module, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    flags = ["--nsamples", "32", "--seqlen", "16", "--eval", str(tmp_path / "text.txt"), "--eval-windows", "4"]
+    _, report = prune(source, tmp_path / "out", *flags, "--method", "wanda", "--reconstruct", "1", stand_ins=True)
+    assert (report["memory"]["batch_windows"], report["memory"]["step_windows"]) == (2, 1)
+    steps = sum(block["reconstruction"]["steps"] for block in report["blocks"])
+    assert (calls[1], steps) == (steps, 30 * len(report["blocks"]))
+    # To calibrate, run both models on, and measure the loss twice; and both models' windows for evaluation.
+    assert calls[2] == len(report["blocks"]) * (15 + 2 * 16 + 2 + 2 * 2)
+
+
+def test_the_host_waits_once_in_a_forward_of_experts(gpu):
+    waits = []
+    for name in ("eager", ONE_BY_ONE):
+        experts, inputs = experts_like("qwen3_moe")
+        experts.config._experts_implementation = name
+        experts, inputs = experts.to("cuda"), [x.to("cuda") for x in inputs]
+        gpu.waits.clear()
+        experts(*inputs)
+        waits.append(gpu.waits.total())
+    assert waits == [5 * experts.num_experts + 1, 1]

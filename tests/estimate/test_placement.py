@@ -55,12 +55,33 @@ def test_goals():
     place(LLAMA_405B, work(reconstruct=2), {"gpu": 66 * GIB, "host": 96 * GIB})
 
 
-@pytest.mark.parametrize(("windows", "batch"), [(2, 1), (64, 1), (256, 1), (511, 1), (512, 2), (2048, 8), (10**5, 256)])
-def test_every_micro_batch_is_a_step_of_a_reconstruction(windows, batch):
-    """There are 256 of them where there are windows for them; without a reconstruction they are as large as is fast."""
-    for passes, expected in ((1, batch), (0, 256)):
-        placement, _ = place(LLAMA_70B, work(windows=windows, seqlen=16, reconstruct=passes), ENDLESS)
-        assert placement.batch == expected
+@pytest.mark.parametrize(
+    ("windows", "step", "batch"),
+    [(2, 1, 1), (64, 1, 4), (256, 1, 16), (511, 1, 16), (512, 2, 32), (2048, 8, 128), (10**5, 390, 780)],
+)
+def test_a_micro_batch_is_one_step_of_a_reconstruction_or_several(windows, step, batch):
+    """There are 256 steps where there are windows for them, and 16 micro-batches, each of as many tokens as is fast.
+
+    On a CPU, and where windows have more than hidden states, a micro-batch is a step.
+    """
+
+    def chosen(shape, gpu=True, passes=1):
+        placement, _ = place(shape, work(gpu, windows=windows, seqlen=16, reconstruct=passes), ENDLESS)
+        return placement.batch, placement.step
+
+    assert chosen(LLAMA_70B) == (batch, step if step < batch else 0)
+    assert chosen(replace(LLAMA_70B, divisible=False)) == (step, 0)
+    assert chosen(LLAMA_70B, gpu=False) == (min(step, 128), 0)
+    assert (chosen(LLAMA_70B, passes=0), chosen(LLAMA_70B, False, 0)) == ((1024, 0), (128, 0))
+
+
+def test_a_reconstruction_takes_the_memory_of_its_steps():
+    """A micro-batch of several costs what its loss takes, without gradients."""
+    fitted = [
+        memory_needs(LLAMA_70B, work(reconstruct=1), Placement(batch, "host", step=step)).phases["reconstruct"][0]
+        for batch, step in ((1, 0), (8, 1), (8, 0))
+    ]
+    assert fitted[0] < fitted[1] < (fitted[0] + fitted[2]) / 2
 
 
 @pytest.mark.parametrize("gpu", [True, False])

@@ -98,6 +98,18 @@ def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, se
     return write_random(AutoModelForCausalLM.from_config(config, dtype=dtype), folder)
 
 
+def experts_like(family: str, tokens: int = 7, **changes) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+    """The experts of a block of a family, random, and what they are given: hidden states, numbers, weights."""
+    config = AutoConfig.for_model(**(COMMON | EXPERTS | {"model_type": family} | changes))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    experts = next(module for module in model.modules() if hasattr(module, "_apply_gate"))
+    scores, numbers = torch.randn(tokens, experts.num_experts).topk(2)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return experts, [torch.randn(tokens, config.hidden_size), numbers, scores]
+
+
 def write_random(model: torch.nn.Module, folder: Path) -> Path:
     """Give a model random matrices, and write it to a folder with a byte-level tokenizer."""
     for parameter in model.parameters():

@@ -4,15 +4,17 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.families import TOKENS, save_model
+from helpers.families import TOKENS, first_is_fast, save_model
 from helpers.whole import BATCH, CPU, all_logits, plain_logits, whole_model
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sparsefw.checkpoint.source import inspect
+from sparsefw.data.batches import token_batch
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed
+from sparsefw.model.forward import embed_batches
 
 
 class ChangedForward:
@@ -216,3 +218,23 @@ def test_another_order_with_other_tokens_is_refused(tmp_path, monkeypatch):
     changed = ChangedForward(tmp_path, monkeypatch, forward)
     with pytest.raises(InputError, match="a block runs differently from one micro-batch to the next"):
         embed(changed.model, TOKENS, BATCH)
+
+
+@pytest.mark.parametrize("family", first_is_fast(["mistral", "gemma3_text", "qwen3_moe", "gpt2"]))
+def test_pieces_of_micro_batches_are_views_and_run_as_the_whole(family, tmp_path):
+    """The last micro-batch is smaller, and so is its piece. The blocks of the first have masks as large as it."""
+    ids, batches = TOKENS[:5], partial(map, token_batch)
+    with StreamedModel(inspect(save_model(tmp_path, family)), CPU) as model, torch.no_grad():
+        states = embed_batches(model, batches(ids.split(4)), pieces=batches([ids[:2], ids[:1]]))
+        for i in range(len(model.blocks)):
+            model.open(i)
+            pieces = states.some([1, 0], divided=True)
+            assert pieces.windows == [1, 2, 2]
+            assert [x.data_ptr() for x in pieces.hidden][:2] == [x.data_ptr() for x in states.some([1, 0]).hidden]
+            found = torch.cat([pieces.next_input(i, j) for j in range(3)])
+            states.advance(i)
+            torch.testing.assert_close(found, torch.cat([states.hidden[1], states.hidden[0]]), rtol=1e-4, atol=1e-5)
+
+
+def test_what_windows_have_beside_hidden_states_is_not_divided(tmp_path):
+    assert not StreamedModel(inspect(save_model(tmp_path, "gemma3n_text")), CPU).flow.divisible

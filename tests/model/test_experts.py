@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from helpers.families import experts_like
 from torch import nn
 
 from sparsefw.data.batches import batches_of
 from sparsefw.model import resident
 from sparsefw.model.experts import experts_of, without_parts_in_turn
 from sparsefw.model.layers import is_expert, kind_of, record_block
+from sparsefw.model.settings import ONE_BY_ONE
 from sparsefw.model.shape_of import shape_of_resident
 
 QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
@@ -184,3 +186,20 @@ def test_parts_in_turn_are_no_experts():
 def test_experts_inside_of_parts_in_turn():
     block = Parts(in_turn, lambda: Parts(by_index))
     assert found(block) == {f"parts.{i}.parts.{e}" for i in range(E) for e in range(E)}
+
+
+# The last two have transposed weights, and the last one biases.
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "aria_text", "gpt_oss"])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_experts_one_by_one_give_the_bits_of_transformers_own_loop(family, tokens):
+    """And gradients. Not all experts have tokens where there is one."""
+    found = []
+    for name in ("eager", ONE_BY_ONE):
+        experts, (hidden, numbers, weights) = experts_like(family, tokens)
+        experts.config._experts_implementation = name
+        leaves = [hidden.requires_grad_(), weights.requires_grad_(), *experts.parameters()]
+        out = experts(hidden, numbers, weights)
+        out.square().sum().backward()
+        found.append([out, *(leaf.grad for leaf in leaves)])
+    for own, theirs in zip(*found, strict=True):
+        assert torch.equal(own, theirs)
