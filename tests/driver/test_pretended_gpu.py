@@ -23,6 +23,7 @@ from sparsefw import prune as prune_in_memory
 from sparsefw.arithmetic import OnItsWay, all_finite
 from sparsefw.driver import reconstruct
 from sparsefw.driver import run as driver_run
+from sparsefw.estimate import placement
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.repeat import LEAST, repeat
@@ -258,22 +259,24 @@ def test_the_host_does_not_wait_in_a_step_of_a_reconstruction(tmp_path, monkeypa
 
 
 def test_all_phases_but_steps_take_several_windows(tmp_path, monkeypatch):
-    """Of 32 windows a sixteenth is held out; steps take one each."""
+    """Of 17 micro-batches of four windows, the last one of three, one is held out. Steps take two windows, or one."""
     monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 1)
-    source, forward, calls = save_model(tmp_path / "model", "llama", torch.bfloat16), LlamaMLP.forward, Counter()
+    monkeypatch.setattr(placement, "LEAST_STEPS", 33)
+    source = save_model(tmp_path / "model", "llama", torch.bfloat16, num_hidden_layers=2)
+    forward, calls = LlamaMLP.forward, Counter()
 
     def counted(module, x):
         calls[x.shape[0]] += x.is_cuda
         return forward(module, x)
 
     monkeypatch.setattr(LlamaMLP, "forward", counted)
-    flags = ["--nsamples", "32", "--seqlen", "16", "--eval", str(tmp_path / "text.txt"), "--eval-windows", "4"]
+    flags = ["--nsamples", "67", "--seqlen", "16", "--eval", str(tmp_path / "text.txt"), "--eval-windows", "4"]
     _, report = prune(source, tmp_path / "out", *flags, "--method", "wanda", "--reconstruct", "1", stand_ins=True)
-    assert (report["memory"]["batch_windows"], report["memory"]["step_windows"]) == (2, 1)
-    steps = sum(block["reconstruction"]["steps"] for block in report["blocks"])
-    assert (calls[1], steps) == (steps, 30 * len(report["blocks"]))
-    # To calibrate, run both models on, and measure the loss twice; and both models' windows for evaluation.
-    assert calls[2] == len(report["blocks"]) * (15 + 2 * 16 + 2 + 2 * 2)
+    assert (report["memory"]["batch_windows"], report["memory"]["step_windows"]) == (4, 2)
+    assert [block["reconstruction"]["steps"] for block in report["blocks"]] == [32, 32]
+    # To calibrate, to run both models on, to measure the loss twice, and to run both on for evaluation.
+    of_block = {4: 15 + 2 * 16 + 2 + 2, 3: 1 + 2, 2: 31, 1: 1}
+    assert calls == {size: 2 * count for size, count in of_block.items()}
 
 
 def test_the_host_waits_once_in_a_forward_of_experts(gpu):

@@ -1,6 +1,7 @@
 """The expected memory is what a run takes, by the bytes of its tensors."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparsefw.driver import loop
 from sparsefw.driver import run as driver_run
-from sparsefw.estimate.memory import CODE_OF_EXPERTS, LIBRARIES
+from sparsefw.estimate.memory import CODE_OF_EXPERTS, LIBRARIES, memory_needs
 from sparsefw.model.shape_of import LiveBytes
 from sparsefw.run import main
 from sparsefw.solver import stack
@@ -31,6 +32,7 @@ RUNS = {
     "reconstruct, long windows": (
         "llama", ["--nsamples", "4", "--seqlen", "512", "--method", "wanda", "--reconstruct", "1"],
     ),
+    "reconstruct, pieces": ("llama", [*WINDOWS[:3], "256", "--method", "wanda", "--reconstruct", "1"]),
     "mixture": ("qwen3_moe", ["--nsamples", "4", "--seqlen", "64", "--method", "wanda", "--reconstruct", "1"]),
 }  # fmt: skip
 
@@ -70,6 +72,9 @@ def test_a_run_takes_what_is_expected(name, models, tmp_path, monkeypatch):
     def placed(shape, workload, limits, folder, fixed):
         # Other threads hold no block that would go uncounted.
         placement, needs = place(shape, workload, limits, folder, fixed | {"ahead": False})
+        if "pieces" in name:
+            placement = replace(placement, batch=4, step=1)
+            needs = memory_needs(shape, workload, placement)
         blocks = shape.blocks[0].nbytes
         phases = ["reconstruct"] if fits else needs.phases.keys() - {"texts"}
         peak = max(needs.phases[phase][1] for phase in phases)

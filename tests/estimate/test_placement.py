@@ -75,15 +75,6 @@ def test_a_micro_batch_is_one_step_of_a_reconstruction_or_several(windows, step,
     assert (chosen(LLAMA_70B, passes=0), chosen(LLAMA_70B, False, 0)) == ((1024, 0), (128, 0))
 
 
-def test_a_reconstruction_takes_the_memory_of_its_steps():
-    """A micro-batch of several costs what its loss takes, without gradients."""
-    fitted = [
-        memory_needs(LLAMA_70B, work(reconstruct=1), Placement(batch, "host", step=step)).phases["reconstruct"][0]
-        for batch, step in ((1, 0), (8, 1), (8, 0))
-    ]
-    assert fitted[0] < fitted[1] < (fitted[0] + fitted[2]) / 2
-
-
 @pytest.mark.parametrize("gpu", [True, False])
 @pytest.mark.parametrize("options", first_is_fast([{"reconstruct": 2}, {}]))
 def test_smallest_limit_that_is_named_is_enough(gpu, options, tmp_path):
