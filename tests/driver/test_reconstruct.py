@@ -222,6 +222,8 @@ def test_steps_on_pieces_are_those_on_micro_batches_of_their_own(i, llama):
             run = SimpleNamespace(model=model, ranks=ALONE)
             fit = Fit(run, i, states, dense, learned, held_out, [*ids.split(size)] if i else None, every=2)
             assert (len(fit.steps[0]), len(fit.steps[1])) == (4, 4)
+            assert torch.equal(torch.cat([*fit.steps[0].hidden]), torch.cat([states.hidden[j] for j in learned]))
+            assert not i or torch.equal(torch.cat(fit.steps[2]), ids[4:])
             found.append([torch.tensor(fit.loss())])
             for n in range(4):
                 fit.add_gradients(n, n, [weight])

@@ -1,5 +1,6 @@
 """What a model's forward does between its blocks is done again with what they really return, or it is refused."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from sparsefw.data.batches import token_batch
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed
 from sparsefw.model.forward import embed_batches
+from sparsefw.model.recording import Recording
 
 
 class ChangedForward:
@@ -236,5 +238,10 @@ def test_pieces_of_micro_batches_are_views_and_run_as_the_whole(family, tmp_path
             torch.testing.assert_close(found, torch.cat([states.hidden[1], states.hidden[0]]), rtol=1e-4, atol=1e-5)
 
 
-def test_what_windows_have_beside_hidden_states_is_not_divided(tmp_path):
-    assert not StreamedModel(inspect(save_model(tmp_path, "gemma3n_text")), CPU).flow.divisible
+@pytest.mark.parametrize(
+    "more", [{"of_batch": {0}}, {"boxes": [{}]}, {"live": {0: [], 1: [1]}}, {"windows_first": False}]
+)
+def test_what_windows_have_beside_hidden_states_is_not_divided(more):
+    recording = Recording({}, torch.zeros(1), {0: []})
+    assert recording.divisible
+    assert not replace(recording, **more).divisible
