@@ -5,8 +5,11 @@ would compile: the configuration for the shape, and the specialisation of every 
 registers of a thread, bytes of stack and of shared memory, instructions that load or store spilled registers, and
 tensor-core and bulk-copy instructions.
 
-To compile all of them takes a minute. A row has a fingerprint of all that the compiler is given: with --known, rows of
-launches that are the same are taken from a file that the same version of Triton has made.
+A row has a fingerprint of all that the compiler is given: rows of launches that have not changed are those of the
+committed table, if the same version of Triton has made it. To compile all others takes minutes. What a GPU would refuse
+or slow down ends in an error: too much shared memory, a stack, spilled registers.
+
+After an edit of one kernel: `python bench/compiled.py --only gram --test`.
 """
 
 import argparse
@@ -16,12 +19,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
+# The package of this checkout, whatever is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import triton
-from compiled_cases import cases
+from compiled_cases import Case, operations, select
 from triton.backends.compiler import GPUTarget
 
 TARGETS = {
@@ -30,11 +36,15 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Shared memory that one program may ask for, bytes. Of the cards that count as sm_80, those of sm_86, sm_89 and
+# sm_120 have 99 KiB in place of 163.
+SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # mma.sync is Ampere's, wgmma Hopper's and tcgen05 Blackwell's. No name contains another.
 TENSOR_CORES = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "v_mfma")
 BULK_COPY = "cp.async.bulk.tensor"
 
-RESULTS = Path(__file__).with_name("results") / "compiled.json"
+REPO = Path(__file__).resolve().parents[1]
+RESULTS = REPO / "bench/results/compiled.json"
 
 
 def stub_driver(target: GPUTarget) -> SimpleNamespace:
@@ -44,15 +54,7 @@ def stub_driver(target: GPUTarget) -> SimpleNamespace:
 
 
 class Compiled(Exception):
-    """Raised in a launcher in place of the launch; carries the compiled kernel, None if it is known."""
-
-    def __init__(self, kernel, options: dict):
-        self.kernel = kernel
-        self.options = options
-
-
-# These columns name the launch. The fingerprint decides all others.
-LAUNCH = ("name", "target")
+    """Raised in a launcher in place of the launch: with the compiled kernel, None if it is known, and its options."""
 
 
 def fingerprint(function: triton.JITFunction, specialization: str) -> str:
@@ -68,12 +70,12 @@ def fingerprint(function: triton.JITFunction, specialization: str) -> str:
     return hashlib.sha256(f"{function.cache_key}{json.dumps(given, sort_keys=True)}".encode()).hexdigest()[:16]
 
 
-def compile_launch(target: str, launch: Callable[[], object], known: Mapping[str, dict] | None = None) -> dict:
-    """What `launch` would run on `target`: configuration, registers, stack and shared memory in bytes, instructions.
+def compile_launch(target: str, case: Case, known: Mapping[str, dict] | None = None) -> dict:
+    """What a launch would run on `target`: configuration, registers, stack and shared memory in bytes, instructions.
 
     Args:
         target: one of TARGETS.
-        launch: calls a launcher.
+        case: the launch.
         known: rows by their fingerprint, which need not be compiled.
     """
     run, found = triton.JITFunction.run, []
@@ -85,22 +87,27 @@ def compile_launch(target: str, launch: Callable[[], object], known: Mapping[str
     def compile_only(self, *args, grid, warmup, **kwargs):
         # The keys of this cache hold the device's number only, so it would return the binary of the last target.
         self.device_caches.clear()
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        raise Compiled(kernel, {k: v for k, v in kwargs.items() if k.startswith("BLOCK_") or k == "SEARCH_D"})
+        options = {k: v for k, v in kwargs.items() if k.startswith("BLOCK_") or k == "SEARCH_D"}
+        try:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        except Exception as error:
+            error.add_note(f"{case.name} on {target} does not compile with {options}")
+            raise
+        raise Compiled(kernel, options)
 
     triton.runtime.driver.set_active(stub_driver(TARGETS[target]))
     triton.JITFunction.run, triton.knobs.runtime.jit_cache_hook = compile_only, is_known
     try:
-        launch()
+        case.launch()
     except Compiled as compiled:
-        kernel, options = compiled.kernel, compiled.options
+        kernel, options = compiled.args
     finally:
         triton.JITFunction.run, triton.knobs.runtime.jit_cache_hook = run, None
     if kernel is None:
-        return {name: value for name, value in known[found[-1]].items() if name not in LAUNCH} | {"target": target}
+        # The fingerprint decides all but these.
+        return known[found[-1]] | {"name": case.name, "target": target}
     code = kernel.asm["amdgcn"] if target == "gfx942" else kernel.asm["ptx"]
     return dict(
-        target=target,
         fingerprint=found[-1],
         config=" ".join(f"{key}={value}" for key, value in options.items()),
         warps=kernel.metadata.num_warps,
@@ -109,6 +116,7 @@ def compile_launch(target: str, launch: Callable[[], object], known: Mapping[str
         tensor_cores=[name for name in TENSOR_CORES if name in code],
         bulk_copies=BULK_COPY in code,
         **(_amd_usage(code) if target == "gfx942" else _nvidia_usage(kernel.asm["cubin"])),
+        target=target,
     )
 
 
@@ -129,58 +137,69 @@ def _nvidia_usage(cubin: bytes) -> dict:
 
 
 def _amd_usage(code: str) -> dict:
-    def read(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", code).group(1))
-
     # Spilled scalar registers do not count: they go to lanes of vector registers, not to memory.
-    stack = read("private_segment_fixed_size")
-    return dict(registers=read("vgpr_count"), stack=stack, spills=read("vgpr_spill_count"))
+    names = dict(registers="vgpr_count", stack="private_segment_fixed_size", spills="vgpr_spill_count")
+    return {key: int(re.search(rf"\.{name}:\s+(\d+)", code)[1]) for key, name in names.items()}
 
 
-def read_known(path: Path | None) -> dict[str, dict]:
+def read_known(path: Path) -> dict[str, dict]:
     """The rows of a file by their fingerprint; none if another version of Triton has made them."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path else {"triton": None}
+    content = json.loads(path.read_text(encoding="utf-8"))
     return {row["fingerprint"]: row for row in content["rows"]} if content["triton"] == triton.__version__ else {}
 
 
-def compile_all(pattern: str = "", known: Mapping[str, dict] | None = None) -> Iterator[dict]:
-    """A row of the table for every target of every case whose name contains `pattern`; `known` as `compile_launch`."""
-    for case in cases():
-        for target in case.targets:
-            if pattern in case.name:
-                yield dict(name=case.name) | compile_launch(target, case.launch, known)
+def problems(row: dict) -> list[str]:
+    """What of a row is above its limit."""
+    limits = {"shared": SHARED[row["target"]], "stack": 0, "spills": 0}
+    label = f"{row['name']} on {row['target']} ({row['config']})"
+    return [f"{label}: {row[name]} {name}, limit {limit}" for name, limit in limits.items() if row[name] > limit]
+
+
+def run_tests(chosen: Iterable[Case]) -> int:
+    """Run the tests that name an operation of these cases, without a GPU in the interpreter; returns their status."""
+    names = "|".join({name for case in chosen for name in operations(case)})
+    tests = [
+        p for p in sorted((REPO / "tests/kernels").glob("test_*.py")) if re.search(rf"\b({names})\b", p.read_text())
+    ]
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=REPO).returncode
 
 
 def table(rows: list[dict]) -> str:
-    """The table in Markdown."""
-    names = ("name", "target", "config", "warps", "stages", "registers", "stack", "spills", "shared")
-    lines = [[*names, "instructions"], ["---"] * (len(names) + 1)]
+    """The table in Markdown; what differs from the committed one stands behind what it was there."""
+    committed = {(row["name"], row["target"]): row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
+    names = ["name", "target", *(name for name in rows[0] if name not in ("name", "target", "fingerprint"))]
+    lines = [names, ["---"] * len(names)]
     for row in rows:
-        instructions = " ".join(row["tensor_cores"] + [BULK_COPY] * row["bulk_copies"])
-        lines.append([*(str(row[name]) for name in names), instructions])
+        pairs = [(row[name], committed.get((row["name"], row["target"]), row)[name]) for name in names]
+        lines.append([f"{new}" if new == old else f"{old} -> {new}" for new, old in pairs])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Compile, or read the committed rows, and print the table."""
+    """Compile, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", default="", metavar="TEXT", help="launches whose name contains this")
+    add("--only", default="", metavar="TEXT", help="launches with this name, or of this operation or file of kernels/")
+    add("--test", action="store_true", help="run the tests of these kernels first")
     add("--json", type=Path, metavar="FILE", help="write the rows there (committed: results/compiled.json)")
-    add("--known", type=Path, metavar="FILE", help="take the rows of launches that are the same from there")
-    add("--table", action="store_true", help="compile nothing, print what is committed")
+    add("--known", type=Path, default=RESULTS, metavar="FILE", help="rows of launches that are the same are from there")
     arguments = parser.parse_args(argv)
-    if triton.knobs.runtime.interpret and not arguments.table:
-        sys.exit("TRITON_INTERPRET is set: the interpreter compiles nothing")
-    if arguments.table:
-        rows = [row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if arguments.only in row["name"]]
-    else:
-        rows = list(compile_all(arguments.only, read_known(arguments.known)))
+    chosen = select(arguments.only)
+    if arguments.only and arguments.json and arguments.json.resolve() == RESULTS:
+        parser.error("the committed table has all kernels: leave out --only")
+    if arguments.test and (status := run_tests(chosen)):
+        sys.exit(status)
+    if triton.knobs.runtime.interpret:
+        sys.exit("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
+    known = read_known(arguments.known)
+    rows = [{"name": c.name} | compile_launch(target, c, known) for c in chosen for target in c.targets]
     if arguments.json:
         lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
         content = f'{{\n "triton": "{triton.__version__}",\n "rows": [\n{lines}\n ]\n}}\n'
         arguments.json.write_text(content, encoding="utf-8")
     print(table(rows))
+    if above := [line for row in rows for line in problems(row)]:
+        sys.exit("\n".join(above))
 
 
 if __name__ == "__main__":

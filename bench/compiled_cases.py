@@ -1,6 +1,9 @@
 """The launches that compiled.py compiles: realistic shapes, with each configuration of each kernel at least once."""
 
-from collections.abc import Callable, Iterator
+import inspect
+import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +23,30 @@ class Case:
 
     name: str
     targets: tuple[str, ...]
-    launch: Callable[[], object]
+    launch: partial
+
+
+def operations(case: Case) -> list[str]:
+    """The operations in the file of a case's kernel, by the names that users import."""
+    return [name for name, f in vars(triton_ops).items() if getattr(f, "__module__", "") == case.launch.func.__module__]
+
+
+def select(text: str) -> list[Case]:
+    """The cases with `text` in their name, or whose file or operation it is; else those whose file imports that file.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    every, names, imported = list(cases()), {}, {}
+    for case in every:
+        module = sys.modules[case.launch.func.__module__]
+        names[case] = [case.name, module.__name__.rpartition(".")[2], *operations(case)]
+        imported[case] = re.findall(r"^from \.(\w+) import", inspect.getsource(module), re.MULTILINE)
+    chosen = [case for case in every if text in names[case][0] or text in names[case]]
+    if chosen := chosen or [case for case in every if text in imported[case]]:
+        return chosen
+    known = sorted({name for case in every for name in (*names[case][1:], *imported[case])})
+    sys.exit(f"{text}: no launch, no operation and no file of kernels/; there are {', '.join(known)}")
 
 
 def empty(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:

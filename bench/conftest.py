@@ -1,6 +1,7 @@
 """On a GPU, benchmarks are timed by events in the GPU's queue."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,9 +11,14 @@ if TYPE_CHECKING:
     from operations import Operation
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     from timing import GPU, Moment
 
+    names = sorted({re.split(r"[\[ ]", item.name)[1] for item in items if item.path.name == "bench_operations.py"})
+    yield
+    if names and not items:
+        raise pytest.UsageError(f"no benchmark has this name; operations: {', '.join(names)}")
     for item in items:
         if GPU:
             item.add_marker(pytest.mark.benchmark(timer=Moment))

@@ -148,31 +148,19 @@ def product(rows: int, d: int, *, precision: str = PRECISION) -> Operation:
 def gram_accumulate(tokens: int, d: int) -> Operation:
     """Lower triangle of G += X^T X, undefined above the diagonal; bare is the library's full square."""
     X = normal(tokens, d, dtype=WEIGHT)
-
-    def way(implementation: Callable) -> Callable[[Tensor], Tensors]:
-        return lambda G: (implementation(G, X),)
-
-    def bare(G: Tensor, X: Tensor) -> Tensor:
-        return bare_product(X.T, X, precision="ieee")
-
+    rivals = {"bare": lambda G, X: bare_product(X.T, X, precision="ieee")}
+    made = ways("gram_accumulate", lambda implementation: lambda G: (implementation(G, X),), **rivals)
     # Products of one triangle, which is read and written.
     least = Cost(tokens * d * (d + 1), tokens * d * X.itemsize + 4 * d * (d + 1))
-    made, check = ways("gram_accumulate", way, bare=bare), near(SUMS, lower=True)
-    return Operation(made, least, check, lambda: (torch.zeros(d, d, device=DEVICE),), PRECISION)
+    return Operation(made, least, near(SUMS, lower=True), lambda: (torch.zeros(d, d, device=DEVICE),), PRECISION)
 
 
 def cross_accumulate(tokens: int, rows: int, d: int) -> Operation:
     """B += D^T X; bare is the library's product."""
     D, X = normal(tokens, rows, dtype=WEIGHT), normal(tokens, d, dtype=WEIGHT, seed=1)
-
-    def way(implementation: Callable) -> Callable[[Tensor], Tensors]:
-        return lambda B: (implementation(B, D, X),)
-
-    def bare(B: Tensor, D: Tensor, X: Tensor) -> Tensor:
-        return bare_product(D.T, X, precision="ieee")
-
+    rivals = {"bare": lambda B, D, X: bare_product(D.T, X, precision="ieee")}
+    made = ways("cross_accumulate", lambda implementation: lambda B: (implementation(B, D, X),), **rivals)
     least = Cost(2 * tokens * rows * d, tokens * (rows + d) * X.itemsize + 8 * rows * d)
-    made = ways("cross_accumulate", way, bare=bare)
     return Operation(made, least, near(SUMS), lambda: (torch.zeros(rows, d, device=DEVICE),), PRECISION)
 
 

@@ -12,11 +12,15 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+# The package of this checkout, whatever is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
@@ -43,7 +47,10 @@ def select(names: Sequence[str], rows: dict[str, Any], again: bool) -> list[Case
     if names:
         chosen = [c for c in known if any(fnmatch(c.model_type, n) or fnmatch(c.class_name, n) for n in names)]
         if not chosen:
-            sys.exit(f"{', '.join(names)}: no model type and no class of transformers {transformers.__version__}")
+            near = get_close_matches(names[0], {name for c in known for name in (c.model_type, c.class_name)})
+            sys.exit(
+                f"{', '.join(names)}: not in transformers {transformers.__version__}; nearest: {', '.join(near) or '-'}"
+            )
         return chosen
     return [c for c in known if c.key not in rows or (again and rows[c.key]["outcome"] != WORKS)]
 

@@ -10,8 +10,12 @@ Python's topics.
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Any
+
+# The package of this checkout, whatever is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,15 +28,8 @@ from sparsefw.inputs import DEFAULT_MODEL
 
 VOCABULARY = 1024
 END = "<|endoftext|>"
-SHAPE: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}
+SHAPE: dict[str, Any] = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4)
+SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True)
 
 SEED, STEPS, BATCH, SEQLEN, WARMUP = 0, 1500, 6, 256, 100
 LEARNING_RATE, WEIGHT_DECAY = 8e-3, 0.1
@@ -160,7 +157,5 @@ def main(output: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "output", nargs="?", type=Path, default=DEFAULT_MODEL, help="folder to write (default: the shipped one)"
-    )
+    parser.add_argument("output", nargs="?", type=Path, default=DEFAULT_MODEL, help="folder (default: the shipped one)")
     main(parser.parse_args().output)

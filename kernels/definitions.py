@@ -1,6 +1,6 @@
 """What all implementations of the operations share: precisions, constants, budgets, and the state of a step.
 
-W (rows, d)           weight                             G (d, d)     Gram matrix X^T X of the inputs
+W (rows, d)           weight                             G (d, d)     Gram matrix (Hessian) X^T X of the inputs
 M (rows, d)           relaxed mask, entries in [0, 1]    diag (d,)    diagonal of G
 V (rows, d)           vertex: a binary mask, bool        fixed (rows, d)    bool, entries that every vertex keeps
 target_gap (rows, d)  target minus W, where the masked weights approximate a target other than W; else None

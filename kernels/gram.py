@@ -1,4 +1,4 @@
-"""gram_accumulate: lower triangle of G += X^T X, in place.
+"""gram_accumulate: lower triangle of G += X^T X, the Gram matrix (the Hessian of SparseGPT and GPTQ), in place.
 
     X (tokens, d) fp32 / bf16 / fp16     G (d, d) fp32
 

@@ -58,9 +58,14 @@ class Inputs:
         "as many of the windows, or its share of them where =N follows (default: c4; the embedded text for the "
         "embedded model)", metavar="NAME|PATH[=N]", several=True,
     )  # fmt: skip
-    nsamples: int = flag("calibration windows (default: 256; embedded model: 64)", metavar="N", least=1, most=10**9)
+    nsamples: int = flag(
+        "calibration sequences, here called windows (default: 256; embedded model: 64)",
+        metavar="N",
+        least=1,
+        most=10**9,
+    )
     seqlen: int = flag(
-        "tokens in a window, at most the model's maximum (default: 2048; embedded model: 128)",
+        "sequence length: tokens in a window, at most the model's maximum (default: 2048; embedded model: 128)",
         metavar="N",
         least=2,
         most=10**9,
@@ -167,7 +172,9 @@ class EvaluationInputs:
     num_fewshot: int | None = flag("examples before each question (default: as the task says)", metavar="K", least=0)
     include_path: Path | None = flag("folder with more tasks in the harness's format", metavar="DIR")
     seqlen: int | None = flag(
-        "tokens in a window of a text, at most the model's maximum (default: 2048)", metavar="N", least=2
+        "sequence length: tokens in a window of a text, at most the model's maximum (default: 2048)",
+        metavar="N",
+        least=2,
     )
     eval_windows: int | None = flag("at most this many windows of each text (default: all)", metavar="N", least=1)
     gpu_memory: float | None = _memory_flag("GPU")

@@ -189,3 +189,9 @@ def test_examples_run(example, tmp_path, monkeypatch):
         assert torch.equal(names["mask"].sum(1), torch.full((64,), 64))
         assert names["weight"].count_nonzero() <= names["mask"].sum()
         assert names["errors"].relative_error <= 1
+
+
+@pytest.mark.parametrize("example", code_blocks(REPO / "docs/kernels.md", "python"))
+def test_a_kernel_runs_on_a_users_tensors(example):
+    exec(compile(example, "kernels.md", "exec"), names := {})
+    assert torch.allclose(names["G"].double(), names["X"].double().T @ names["X"].double(), atol=1e-3)

@@ -37,11 +37,7 @@ _ROUTER, _GATE = re.compile(r"(^|_)router$"), re.compile(r"(^|_)gate$")
 
 
 class Ended(Exception):
-    """Ends an examination: its outcome and the reason."""
-
-    def __init__(self, outcome: str, reason: str) -> None:
-        super().__init__(reason)
-        self.outcome, self.reason = outcome, reason
+    """Ends an examination; its arguments are the outcome and the reason."""
 
 
 def examine(case: Case, folder: Path) -> dict[str, Any]:
@@ -51,7 +47,7 @@ def examine(case: Case, folder: Path) -> dict[str, Any]:
         _examine(case, folder, row)
         return row | {"outcome": WORKS, "reason": ""}
     except Ended as ended:
-        return row | {"outcome": ended.outcome, "reason": ended.reason}
+        return row | dict(zip(("outcome", "reason"), ended.args, strict=True))
 
 
 def _examine(case: Case, folder: Path, row: dict[str, Any]) -> None:

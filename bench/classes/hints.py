@@ -10,9 +10,8 @@ _HYBRID = dict(num_hidden_layers=5, layers_block_type=[_LINEAR, _LINEAR, "hybrid
 
 HINTS: dict[str, dict[str, Any]] = {
     # The default names no bands of the tokens of images.
-    "Apertus1p5Config": dict(
-        image_token_offset=280, audio_token_offset=296, vision_config=_CODEBOOK, audio_config=_CODEBOOK
-    ),
+    "Apertus1p5Config": dict(image_token_offset=280, audio_token_offset=296, vision_config=_CODEBOOK,
+        audio_config=_CODEBOOK),
     # The default has state spaces only.
     "BambaConfig": {"attn_layer_indices": [1, 3]},
     # Ids of the tokens of images, which real configs list.
@@ -27,10 +26,8 @@ HINTS: dict[str, dict[str, Any]] = {
     # The default has experts and no sizes of them.
     "DiffusionGemmaTextConfig": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
     # Sizes of the layers with a window, which are not among the fields of the class.
-    "Dots3NoteTextConfig": dict(
-        swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_q_lora_rank=16, swa_kv_lora_rank=16,
-        swa_head_dim=32, swa_qk_nope_head_dim=16, swa_v_head_dim=16,
-    ),
+    "Dots3NoteTextConfig": dict(swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_q_lora_rank=16,
+        swa_kv_lora_rank=16, swa_head_dim=32, swa_qk_nope_head_dim=16, swa_v_head_dim=16),
     # The number of experts of each layer.
     "Dots3NoteVisionConfig": {"pyramid_num_routed": [-1, -1, 4, 4]},
     # A quarter of the width of the text.
@@ -42,13 +39,10 @@ HINTS: dict[str, dict[str, Any]] = {
     # A pattern and how often it is repeated.
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
     # Pairs of a layer of the images' model and a layer of the text's.
-    "Granite4VisionConfig": dict(
-        deepstack_layer_map=[[1, 0], [2, 1]], spatial_target_layers=[2, 3], downsample_rate="1/2"
-    ),
+    "Granite4VisionConfig": dict(deepstack_layer_map=[[1, 0], [2, 1]], spatial_target_layers=[2, 3],
+        downsample_rate="1/2"),
     # Bounds of the layers that run several times.
-    "Inkling2LoopTextConfig": dict(
-        n_layers_per_attn_res_block=1, loop_layer_index_start=1, loop_layer_index_end=3
-    ),
+    "Inkling2LoopTextConfig": dict(n_layers_per_attn_res_block=1, loop_layer_index_start=1, loop_layer_index_end=3),
     # The widths of layers are made of the patch's prime factors, one factor a layer.
     "InklingVisionConfig": {"patch_size": 4, "num_hidden_layers": 3},
     # The default has none.
@@ -60,13 +54,11 @@ HINTS: dict[str, dict[str, Any]] = {
     # Less than chunk_length.
     "Nemotron3DiarizationConfig": {"chunk_right_context": 4},
     # The default has no sizes of the index.
-    "Qwen4ExpTextConfig": dict(
-        indexer_n_heads=4, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=2
-    ),
+    "Qwen4ExpTextConfig": dict(indexer_n_heads=4, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8,
+        indexer_compress_ratio=2),
     # Factors of max_position_embeddings and of hidden_size.
-    "ReformerConfig": dict(
-        is_decoder=True, axial_pos_shape=[8, 16], axial_pos_embds_dim=[32, 32], attn_layers=["local", "lsh"] * 2
-    ),
+    "ReformerConfig": dict(is_decoder=True, axial_pos_shape=[8, 16], axial_pos_embds_dim=[32, 32],
+        attn_layers=["local", "lsh"] * 2),
     # The default has layers of that type and no width of their window.
     "Step3p7TextConfig": {"sliding_window": 8},
     # A multiple of the tokenizer's hop.

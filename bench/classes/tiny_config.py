@@ -34,14 +34,12 @@ CAPS = [
     (r"dense_(replace|layers)|num_dense|hash_layers|layer_start|start_layer", 1),
     (r"experts_per_tok|experts_per_token|top_?k(_experts)?$|moe_k$|selected_experts|num_activated", 2),
     (r"topk_group", 1),
-    (r"n_groups?$|num_groups?$|ngroups$", 2),
-    (r"shared_experts?$", 2),
+    (r"n_groups?$|num_groups?$|ngroups$|shared_experts?$", 2),
     (r"experts?$|expert_num$|num_.*experts", 4),
     (r"head_dim|dim_head|d_head|head_size|d_kv$|head_width|kv_channels", HEAD_DIM),
     (r"key_heads|kv_heads|kv_n_heads|key_value_heads|head_kv|num_kv", 2),
     (r"heads?$|^heads_|_heads_", HEADS),
-    (r"offset$", LAYERS - 1),
-    (r"layer_(index|idx|id)$|feature_layer$|_layer_idx|select_layer", LAYERS - 1),
+    (r"offset$|layer_(index|idx|id)$|feature_layer$|_layer_idx|select_layer", LAYERS - 1),
     (r"interval|period|every|_step$|_freq$|pattern$|cadence", LAYERS),
     (r"^n_(in|out)put_layers$", 1),
     (r"layers?$|^depths?$|_depth$|^num_blocks$|n_blocks|nlayers|layers_per|_layers_", LAYERS),
@@ -65,13 +63,8 @@ TOKEN_ID = re.compile(r"(^|_)token(_id|_index|_idx)?s?$|(^|_)(id|ids|index)$")
 LAYER_LIST = re.compile(r"index(es)?$|indices$|layers?$|layer_ids?$|blocks?$|idxs?$|_ids$")
 
 # Entries that some classes need and leave empty.
-NEEDED = {
-    "head_dim": HEAD_DIM,
-    "num_key_value_heads": HEADS,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-}
+NEEDED = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS}
+NEEDED |= {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
 
 
 def tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:

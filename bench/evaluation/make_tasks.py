@@ -20,7 +20,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
@@ -150,13 +150,7 @@ def _beginning(sentences: Sequence[str]) -> str:
 
 
 # Each makes the items of a task one by one, so that no more are made than are asked for.
-TASKS: tuple[Callable[[Sequence[Passage]], Iterator[dict]], ...] = (
-    next_sentence,
-    word_choice,
-    true_sentence,
-    word_cloze,
-    docs_rolling,
-)
+TASKS = (next_sentence, word_choice, true_sentence, word_cloze, docs_rolling)
 
 
 def make_items(prose: Sequence[Passage], most: int) -> dict[str, list[dict]]:

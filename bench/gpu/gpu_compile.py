@@ -58,7 +58,7 @@ def _cases(number: int) -> dict[str, Any]:
     import compiled
 
     compiled.TARGETS["here"] = compiled.GPUTarget("cuda", number, 32)
-    return {case.name: case for case in compiled.cases() if target_of(number) in case.targets}
+    return {case.name: case for case in compiled.select("") if target_of(number) in case.targets}
 
 
 def compile_case(name: str, number: int) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def compile_case(name: str, number: int) -> dict[str, Any]:
 
     started, case = time.perf_counter(), _cases(number)[name]
     try:
-        row = compiled.compile_launch("here", case.launch)
+        row = compiled.compile_launch("here", case)
     except (OSError, subprocess.CalledProcessError) as error:
         # The kernel is compiled by then. The tool that counts its registers is missing or fails.
         row = {"not_counted": str(error).splitlines()[0]}

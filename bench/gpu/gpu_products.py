@@ -25,11 +25,9 @@ def roofs(part: Part) -> None:
     copied = copy(1 << (16 if part.tiny else 30))
     measured = times(copied.ways["torch"])
     part.add(roof="copy", rate=copied.cost.bytes / measured.median, **measured.as_dict())
-    for precision in ("bf16", "tf32", "ieee"):
-        for d in (64,) if part.tiny else (8192, 16384):
+    for precision, sizes in {"bf16": (8192, 16384), "tf32": (8192, 16384), "ieee": (8192,)}.items():
+        for d in (64,) if part.tiny else sizes:
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-            if precision == "ieee" and d > 8192:
-                continue
             E, G = normal(d, d, dtype=dtype), normal(d, d, dtype=dtype, seed=1)
             measured = times(partial(bare_product, E, G, precision=precision))
             part.add(roof=precision, d=d, rate=2 * d**3 / measured.median, **measured.as_dict())

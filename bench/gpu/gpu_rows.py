@@ -35,8 +35,9 @@ REPEATED = OPERATIONS | {"product": product, "gram": gram_accumulate}
 
 
 def row_kernels(part: Part) -> None:
-    """Times of the row kernels, and their share of the bandwidth of a copy."""
-    for name, make in OPERATIONS.items():
+    """Times of the row kernels, or of one of them, and their share of the bandwidth of a copy."""
+    named = {name: make for name, make in OPERATIONS.items() if name.startswith(part.name.replace("_", " "))}
+    for name, make in (named or OPERATIONS).items():
         for rows, d in TINY if part.tiny else CHUNKS:
             measure(part, make(rows, d), "triton", operation=name, rows=rows, d=d)
 

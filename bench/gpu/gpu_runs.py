@@ -120,11 +120,6 @@ def block_compiled(part: Part) -> None:
     run(part, "70B", "70B-compiled", "--nsamples", "2" if part.tiny else "8", cached=False)
 
 
-def block_profiled(part: Part) -> None:
-    """A 70B block without a reconstruction, under the profiler."""
-    _profiled(part, "70B-profiled", "--reconstruct", "0")
-
-
 def block_on_the_gpu(part: Part) -> None:
     """A 70B block by the default config, its activations on the GPU."""
     run(part, "70B", "70B-gpu", *(["--gpu-memory", str(GPU_PLACED)] if GPU else []), cached=False)
@@ -136,12 +131,14 @@ def block_in_host_memory(part: Part) -> None:
     run(part, "70B", "70B-host", *limits, same_as="70B-gpu", cached=False)
 
 
-def _profiled(part: Part, output: str, *more: str) -> None:
+def block_profiled(part: Part) -> None:
+    """A 70B block without a reconstruction, under the profiler."""
     from torch.profiler import ProfilerActivity, profile
 
     import sparsefw.run
 
-    arguments, trace = flags(part, "70B", output, *more), part.scratch / f"{output}-trace.json"
+    output, trace = "70B-profiled", part.scratch / "70B-profiled-trace.json"
+    arguments = flags(part, "70B", output, "--reconstruct", "0")
     with profile(activities=[ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU]) as profiled:
         started = time.perf_counter()
         status = sparsefw.run.main(arguments)

@@ -57,9 +57,10 @@ STEPS = {
         "8B killed": (90, "gpu_runs.killed"),
     },
 }
-# "counted" is what Nsight Compute runs for "counters".
+# "counted" is what Nsight Compute runs for "counters". Operations are parts, too.
 FUNCTIONS = {name: path for parts in STEPS.values() for name, (_, path) in parts.items()}
-FUNCTIONS |= {"counted": "gpu_rows.counted"}
+FUNCTIONS |= dict(counted="gpu_rows.counted", gram_accumulate=FUNCTIONS["gram"], cross_accumulate=FUNCTIONS["cross"])
+FUNCTIONS |= dict.fromkeys(("row_step", "conjugate_step", "lmo", "adam_step"), "gpu_rows.row_kernels")
 
 
 def command_of(part: Part) -> list[str]:
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folder", type=Path, help="folder of the results")
-    add("step", choices=[*STEPS, *FUNCTIONS], metavar="STEP", help="1 to 5, or the name of a part")
+    add("step", choices=[*STEPS, *FUNCTIONS], metavar="STEP", help="1 to 5, or the name of a part or an operation")
     add("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "sparsefw-gpu", metavar="DIR",
         help="folder for checkpoints and caches, 30 GB (default: %(default)s)")  # fmt: skip
     add("--tiny", action="store_true", help="tiny sizes, to try everything out without a GPU")

@@ -49,13 +49,8 @@ def _by_name(events: Sequence[dict]) -> list[dict[str, Any]]:
     found = defaultdict(list)
     for event in events:
         found[event["name"][:120]].append(event)
-    rows = [
-        {
-            "name": name,
-            "count": len(of_name),
-            "s": sum(event["dur"] for event in of_name) / 1e6,
-            "gb": sum(event["args"].get("bytes", 0) for event in of_name) / 1e9,
-        }
-        for name, of_name in found.items()
-    ]
+    rows = []
+    for name, each in found.items():
+        s, gb = sum(event["dur"] for event in each) / 1e6, sum(event["args"].get("bytes", 0) for event in each) / 1e9
+        rows.append({"name": name, "count": len(each), "s": s, "gb": gb})
     return sorted(rows, key=lambda row: -row["s"])

@@ -153,18 +153,14 @@ def _one_swaps(rows: Rows, config: PruneConfig, backend: Backend) -> Choice:
     return Choice(mask, None, error, error, before, None)
 
 
-# ADMM factors G in every call, so rows are not solved in chunks.
 BASELINES = {
-    "one-swaps": Method(saliency="wanda"),
-    "admm": Method(saliency="wanda", rows_independent=False),
-}
-CHOOSE_BASELINES = {
-    "one-swaps": _one_swaps,
-    "admm": choose_weights(_admm),
+    "one-swaps": (Method(saliency="wanda"), _one_swaps),
+    # It factors G in every call, so rows are not solved in chunks.
+    "admm": (Method(saliency="wanda", rows_independent=False), choose_weights(_admm)),
 }
 
 
 def register() -> None:
     """Add the baselines to the methods of this process."""
-    METHODS.update(BASELINES)
-    CHOOSE.update(CHOOSE_BASELINES)
+    for name, methods in BASELINES.items():
+        METHODS[name], CHOOSE[name] = methods

@@ -17,6 +17,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+# The package of this checkout, whatever is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import baselines
 import texts
 from checkpoint_smollm2 import build_checkpoint
@@ -118,6 +121,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.table and len(arguments.texts) < 2:
         parser.error("a text to calibrate on and a held-out text are needed")
+    if not any(arguments.only in cell.key for cell in cells()):
+        parser.error(
+            f"--only {arguments.only}: no cell has this in its name, {cells()[0].key!r}; methods: {[*METHODS]}"
+        )
     return arguments
 
 

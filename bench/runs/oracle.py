@@ -181,6 +181,8 @@ def main() -> int:
     parser.add_argument("--smollm2", metavar="FOLDER", help="checkpoint of SmolLM2: one more run")
     arguments = parser.parse_args()
     runs = RUNS | ({"smollm2": smollm2(str(Path(arguments.smollm2).resolve()))} if arguments.smollm2 else {})
+    if unknown := [name for name in arguments.names if name not in runs]:
+        parser.error(f"{', '.join(unknown)}: no such run; there are {', '.join(runs)}")
     known = json.loads(DIGESTS.read_text()) if DIGESTS.exists() else {"machine": machine(), "runs": {}}
     if known["machine"] != machine():
         sys.exit(f"{DIGESTS}: made on {known['machine']}, this is {machine()}: write them before the change")

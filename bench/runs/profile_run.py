@@ -4,6 +4,10 @@ All threads are counted together, and so are kernels on a GPU.
 """
 
 import sys
+from pathlib import Path
+
+# The package of this checkout, whatever is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch._C._profiler import _ExperimentalConfig

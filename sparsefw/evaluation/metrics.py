@@ -309,7 +309,7 @@ _LAYOUT = "{:28} {:18} {:>7} {:>5} {:>20} {:>20} {:>7}  {}"
 
 def lines(evaluation: Evaluation) -> Iterator[str]:
     """The table of an evaluation: all texts, all metrics of tasks, and the average over tasks."""
-    yield _LAYOUT.format("task", "metric", "n", "shots", "value", "difference", "errors", "model")
+    yield _LAYOUT.format("task", "metric", "n", "shots", "value", "difference", "z-score", "model")
     for text in evaluation.texts:
         yield from _rows([text.source, "perplexity", text.windows, ""], text.results)
     for task in evaluation.tasks:
@@ -321,8 +321,8 @@ def lines(evaluation: Evaluation) -> Iterator[str]:
     yield "n: documents of a task, windows of a text, tasks of the average; ±: standard error"
     if evaluation.against is not None:
         yield (
-            f"difference: from {printable(evaluation.against)}, the same documents in pairs; errors: how many of its "
-            "standard errors"
+            f"difference: from {printable(evaluation.against)}, the same documents in pairs; z-score: difference / "
+            "its standard error"
         )
     for text in evaluation.texts:
         yield f"perplexity: {amount(text.source, text.windows, text.seqlen)} of {printable(text.source)}"
@@ -331,8 +331,8 @@ def lines(evaluation: Evaluation) -> Iterator[str]:
 def _rows(cells: list[object], results: Mapping[str, Measurement]) -> Iterator[str]:
     for n, (name, measured) in enumerate(results.items()):
         difference = measured.difference
-        errors = f"{difference.value / difference.stderr:+.1f}" if difference and difference.stderr else ""
-        numbers = [_number(measured), "" if difference is None else _number(difference), errors]
+        z = f"{difference.value / difference.stderr:+.1f}" if difference and difference.stderr else ""
+        numbers = [_number(measured), "" if difference is None else _number(difference), z]
         yield _LAYOUT.format(*(printable(str(x)) if n == 0 else "" for x in cells), *numbers, printable(name))
 
 

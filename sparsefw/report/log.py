@@ -35,7 +35,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[LayerResult], str]], ...] = (
     ("error", ">11", lambda layer: f"{layer.error:.4e}"),
     ("mask only", ">9", lambda layer: f"{layer.relative_mask:.4f}"),
     ("relative", ">8", lambda layer: f"{layer.relative_error:.4f}"),
-    ("gap", ">11", lambda layer: "-" if layer.gap is None else f"{layer.gap:.4e}"),
+    ("duality gap", ">11", lambda layer: "-" if layer.gap is None else f"{layer.gap:.4e}"),
     ("seconds", ">7", lambda layer: f"{layer.seconds:.2f}"),
 )
 COLUMNS = tuple(name for name, *_ in _COLUMNS)
@@ -90,7 +90,7 @@ def summary(report: Report) -> Iterator[str]:
     yield ""
     for name, text in zip(texts, evaluation, strict=True):
         yield f"{name}: {amount(text.source, text.windows, text.seqlen)} of {text.source}"
-    yield "relative error: error / error of the warm start's mask, mean over layers; mask only: before the refit"
+    yield "relative error: error / error of the warm start's mask, mean of layers; mask only: before weight updates"
     if line := reconstruction_line(report):
         yield line
     yield f"peak memory: {_peaks(report)}"

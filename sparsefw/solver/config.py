@@ -81,7 +81,8 @@ class PruneConfig:
     """
 
     sparsity: str = flag(
-        "0.6: that fraction of every row is removed; layer:0.6: of every matrix; 2:4: 2 of every 4 weights are kept",
+        "0.6: that fraction of every row is removed; layer:0.6: of every matrix; 2:4 (semi-structured): 2 of every 4 "
+        "weights are kept",
         "0.6", metavar="PATTERN",
     )  # fmt: skip
     method: str = flag("how masks are chosen", "sparsefw", choices=METHODS)
@@ -108,7 +109,9 @@ class PruneConfig:
         (), metavar="NAME", several=True,
     )  # fmt: skip
     keep_zeros: bool = flag("weights that are zero in the input stay zero (default: a refit may revive them)", False)
-    warm_start: str = flag("saliency of the first mask (default: wanda)", choices=WARM_STARTS, frank_wolfe=True)
+    warm_start: str = flag(
+        "saliency (importance score) of the first mask (default: wanda)", choices=WARM_STARTS, frank_wolfe=True
+    )
     steps: int = flag(
         "Frank-Wolfe steps (default: 12; 24 with --reconstruct 0; 40 with --refit 0; 3 with --preset fast, 10 with "
         "both; 2000 with --preset paper)",
@@ -133,8 +136,9 @@ class PruneConfig:
         metavar="N", least=0, most=10**6, frank_wolfe=True,
     )  # fmt: skip
     refit: int = flag(
-        "conjugate-gradient steps with which kept weights make up for removed ones, in each refit; 0 leaves kept "
-        "weights as they are (default: 2; 4 with --reconstruct 0 and with --preset fast; 0 with --preset paper)",
+        "weight update: conjugate-gradient steps with which kept weights make up for removed ones, in each refit; 0 "
+        "leaves kept weights as they are (default: 2; 4 with --reconstruct 0 and with --preset fast; 0 with --preset "
+        "paper)",
         metavar="STEPS", least=0, most=10**6, frank_wolfe=True,
     )  # fmt: skip
     rounds: int = flag(
@@ -149,17 +153,17 @@ class PruneConfig:
         choices=("dense", "layer"), frank_wolfe=True,
     )  # fmt: skip
     damp: float = flag(
-        "this share of the Gram matrix's diagonal is added to it where masks and weights are chosen, so that they hold "
-        "on other text (default: 1.6; with --reconstruct 0 and with --preset fast: 0.4 with up to 32500 tokens of "
-        "calibration, with more 13000 / tokens, at least 0.1; 0.2 with --refit 0; 0 with "
-        "--preset paper unless --refit is given)",
+        "dampening: this share of the diagonal of the Gram matrix (the Hessian X X^T) is added to it where masks and "
+        "weights are chosen, so that they hold on other text (default: 1.6; with --reconstruct 0 and with --preset "
+        "fast: 0.4 with up to 32500 tokens of calibration, with more 13000 / tokens, at least 0.1; 0.2 with --refit 0; "
+        "0 with --preset paper unless --refit is given)",
         # Far more than is of use; a diagonal of real inputs stays finite in fp32 with it.
         metavar="D", least=0, most=2**20, frank_wolfe=True,
     )  # fmt: skip
     reconstruct: int = flag(
-        "passes over the calibration windows that fit the kept weights of each block together, after --method; 0 "
-        "leaves them as the method makes them (default: 1; 2 with fewer than 128 windows on a rank; 0 with --refit 0, "
-        "with another --method or --preset, and with a single window on a rank)",
+        "block-wise reconstruction: passes over the calibration windows that fit the kept weights of each block "
+        "together, after --method; 0 leaves them as the method makes them (default: 1; 2 with fewer than 128 windows "
+        "on a rank; 0 with --refit 0, with another --method or --preset, and with a single window on a rank)",
         metavar="PASSES", least=0, most=10**4,
     )  # fmt: skip
     kernel: str = flag(

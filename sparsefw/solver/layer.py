@@ -80,7 +80,7 @@ def solve_layer(
 
     Args:
         W: (rows, d) weight, fp32 / bf16 / fp16; left as it is.
-        G: (d, d) fp32 Gram matrix X X^T of its inputs X (d, tokens).
+        G: (d, d) fp32 Gram matrix (Hessian) X X^T of its inputs X (d, tokens).
         config: how to prune; None is the default. Its fields about a whole model (compare, target,
             include, ignore) play no part, and no reconstruction follows.
         name: the layer's name, for messages.

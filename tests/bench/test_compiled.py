@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import compiled as compiler
 import pytest
 import triton
 
@@ -13,30 +15,26 @@ pytestmark = pytest.mark.slow
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 COMMITTED = BENCH / "results" / "compiled.json"
-# Shared memory that one program may ask for, bytes. Of the cards that count as sm_80, those of sm_86, sm_89 and
-# sm_120 have 99 KiB in place of 163.
-SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list[dict]:
     """Every row of compiled.py. Launches that are the same as in the committed table need not be compiled."""
-    return compile_rows(tmp_path_factory.mktemp("triton"), COMMITTED)
+    return compile_rows(tmp_path_factory.mktemp("triton"))
 
 
-def compile_rows(folder: Path, known: Path, *flags: str) -> list[dict]:
-    """Rows from a process of its own: in this one the interpreter may be on."""
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(folder / "cache"),
-        "PYTHONPATH": str(BENCH.parent),
-    }
-    command = [sys.executable, str(BENCH / "compiled.py"), "--json", str(folder / "compiled.json")]
-    command += ["--known", str(known), *flags]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+def compile_rows(folder: Path, *flags: str) -> list[dict]:
+    """Rows of the table."""
+    run = in_process([str(BENCH / "compiled.py"), "--json", str(folder / "compiled.json"), *flags], folder)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads((folder / "compiled.json").read_text())["rows"]
+
+
+def in_process(arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
+    """Run Python in a process of its own: in this one the interpreter may be on."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
 def label(case: dict) -> str:
@@ -70,15 +68,67 @@ def test_what_is_not_the_same_is_compiled_again(tmp_path):
     for row in content["rows"]:
         row |= {"fingerprint": "0", "registers": 0}
     (tmp_path / "known.json").write_text(json.dumps(content))
-    rows = compile_rows(tmp_path, tmp_path / "known.json", "--only", "mirror 4096")
+    rows = compile_rows(tmp_path, "--known", str(tmp_path / "known.json"), "--only", "mirror 4096")
     assert len(rows) == len(INSTRUCTION)
     assert all(row["registers"] for row in rows)
 
 
 def test_nothing_spills_and_shared_memory_fits(compiled):
     for case in compiled:
-        assert case["spills"] == case["stack"] == 0, label(case)
-        assert case["shared"] <= SHARED[case["target"]], label(case)
+        assert compiler.problems(case) == []
+    small = next(case for case in compiled if case["target"] == "sm_80")
+    (line,) = compiler.problems(small | {"shared": 100 * 1024})
+    assert line == f"{small['name']} on sm_80 ({small['config']}): 102400 shared, limit 101376"
+
+
+# Tiles that the interpreter never sees: it has its own.
+INVALID = f"""
+import sys
+sys.path[:0] = [{str(BENCH)!r}, {str(BENCH.parent)!r}]
+import compiled
+from sparsefw.kernels import mirror
+mirror.configuration = lambda: dict(BLOCK=48)
+compiled.main(["--only", "mirror_lower"])
+"""
+
+
+def test_a_launch_that_does_not_compile_is_named(tmp_path):
+    run = in_process(["-c", INVALID], tmp_path)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == "mirror 4096 on sm_80 does not compile with {'BLOCK': 48}"
+
+
+@pytest.mark.parametrize(
+    ("text", "kernels"),
+    [
+        ("gram_accumulate", {"gram"}),
+        ("rounding", {"rounding"}),
+        ("round_mask", {"rounding"}),
+        ("rows", {"row_errors", "take_rows"}),
+        # What both share.
+        ("accumulate", {"gram", "cross"}),
+        ("lmo 576", {"lmo"}),
+    ],
+)
+def test_a_kernel_is_selected_by_its_file_or_operation(text, kernels):
+    assert {case.name.split()[0] for case in compiler.select(text)} == kernels
+
+
+def test_a_name_of_nothing_ends_in_the_names_that_there_are():
+    with pytest.raises(SystemExit, match=r"^grm: no .* accumulate, adam, adam_step, .*, gram, gram_accumulate, "):
+        compiler.select("grm")
+
+
+def test_the_tests_of_a_kernel_are_run_first(monkeypatch):
+    """Those that name its operation; nothing is compiled if they fail."""
+    commands = []
+    monkeypatch.setattr(compiler.subprocess, "run", lambda c, **_: commands.append(c) or SimpleNamespace(returncode=3))
+    monkeypatch.setattr(compiler, "compile_launch", None)
+    with pytest.raises(SystemExit, match=r"^3$"):
+        compiler.main(["--only", "mirror", "--test"])
+    names = {Path(argument).name for argument in commands[0]}
+    assert "test_accumulate.py" in names
+    assert "test_lmo.py" not in names
 
 
 def test_rows_stay_in_the_registers_they_are_loaded_to(compiled):

@@ -170,12 +170,14 @@ def test_summary_of_a_trace(tmp_path):
 
 LAUNCHES = """
 import sys
+from functools import partial
 from pathlib import Path
 import compiled, compiled_cases, gpu_compile
 gpu_compile._cases(90)
 for rows in (2048, 2047):
     score, fixed = compiled_cases.empty(rows, 576), compiled_cases.empty(rows, 576, compiled_cases.torch.bool)
-    compiled.compile_launch("here", lambda: compiled_cases.triton_ops.lmo(score, 100, fixed=fixed, positive=True))
+    launch = partial(compiled_cases.triton_ops.lmo, score, 100, fixed=fixed, positive=True)
+    compiled.compile_launch("here", compiled_cases.Case("lmo", (), launch))
     print(len([*Path(sys.argv[1]).rglob("*.cubin")]))
 """
 

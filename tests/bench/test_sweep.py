@@ -103,7 +103,7 @@ def test_a_router_that_is_pruned_is_wrong():
     report = SimpleNamespace(method="sparsefw", layers_of=lambda method: [layer])
     with pytest.raises(examine.Ended, match=f"{name}: a router is not dense") as ended:
         examine._compare_weights(report, original, pruned)
-    assert ended.value.outcome == WRONG
+    assert ended.value.args[0] == WRONG
 
 
 class TestProcesses:

@@ -171,12 +171,12 @@ def test_the_table(found):
     assert text.results["pruned"].value == pytest.approx(math.exp(2))
     evaluation = Evaluation(["dense", "pruned"], "dense", task_records(found, "dense"), [text])
     lines = [" ".join(line.split()) for line in metrics.lines(evaluation)]
-    assert lines[0] == "task metric n shots value difference errors model"
+    assert lines[0] == "task metric n shots value difference z-score model"
     assert lines[1].startswith(r"a \x1b text perplexity 4 3.4903 ± ")
     assert lines[1].endswith(" dense")
     value, difference = text.results["pruned"], text.results["pruned"].difference
-    errors = difference.value / difference.stderr
-    numbers = f"{value.value:.4f} ± 0.0000 +{difference.value:.4f} ± {difference.stderr:.4f} {errors:+.1f}"
+    z = difference.value / difference.stderr
+    numbers = f"{value.value:.4f} ± 0.0000 +{difference.value:.4f} ± {difference.stderr:.4f} {z:+.1f}"
     assert lines[2] == f"{numbers} pruned"
     assert any(line.startswith("average acc_norm or acc 3 ") for line in lines)
     content = json.loads(evaluation.to_json())
