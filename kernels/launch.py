@@ -78,7 +78,8 @@ def check(name: str, tensor: object, shape: tuple[int, ...], dtypes: tuple[torch
         raise ValueError(f"{name}: expected device {like.device}, got {tensor.device}")
     if tensor.device.type == "cpu" and not INTERPRET:
         raise ValueError(
-            f"{name}: the Triton kernels need a GPU, got {tensor.device}; use --kernel torch, or set TRITON_INTERPRET=1"
+            f"{name}: the Triton kernels need a GPU, got {tensor.device}; use --kernel torch, or set "
+            "TRITON_INTERPRET=1 before Python starts"
         )
 
 
