@@ -87,13 +87,13 @@ def compile_launch(target: str, case: Case, known: Mapping[str, dict] | None = N
     def compile_only(self, *args, grid, warmup, **kwargs):
         # The keys of this cache hold the device's number only, so it would return the binary of the last target.
         self.device_caches.clear()
-        options = {k: v for k, v in kwargs.items() if k.startswith("BLOCK_") or k == "SEARCH_D"}
+        options = {k: v for k, v in kwargs.items() if k.isupper() or k.startswith("num_")}
         try:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         except Exception as error:
             error.add_note(f"{case.name} on {target} does not compile with {options}")
             raise
-        raise Compiled(kernel, options)
+        raise Compiled(kernel, {k: v for k, v in options.items() if k.startswith("BLOCK") or k == "SEARCH_D"})
 
     triton.runtime.driver.set_active(stub_driver(TARGETS[target]))
     triton.JITFunction.run, triton.knobs.runtime.jit_cache_hook = compile_only, is_known

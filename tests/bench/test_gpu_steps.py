@@ -60,7 +60,7 @@ def test_kernels_are_tested(lines):
 
 def test_products_stand_beside_the_library_and_their_roof(lines):
     assert {row["roof"] for row in lines("roofs")} == {"copy", "bf16", "tf32", "ieee"}
-    for name in ("product", "gram", "cross"):
+    for name in ("product", "gram_accumulate", "cross"):
         rows = lines(name)
         assert [row["way"] for row in rows if "way" in row] == ["bare", "triton"] * 2
         assert all(row["share_of_roof"] > 0 for row in rows if "way" in row)
@@ -78,6 +78,7 @@ def test_a_wrong_product_gets_no_time(tmp_path, monkeypatch):
 
 def test_row_kernels_are_timed_and_repeated(lines):
     assert {row["operation"] for row in lines("row kernels")} == set(gpu_rows.OPERATIONS)
+    assert {row["operation"] for row in lines("lmo")} == {"lmo"}
     assert [row["runs_that_differ"] for row in lines("repeats")] == [0] * len(gpu_rows.REPEATED)
 
 
