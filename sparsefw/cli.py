@@ -18,8 +18,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparsefw.errors import InputError, printable, shown
-from sparsefw.fields import DEPENDS, flag_of
+from sparsefw.errors import InputError, by_command, flag_of, printable, shown
+from sparsefw.fields import DEPENDS
 from sparsefw.inputs import Inputs, Output
 from sparsefw.solver.config import PruneConfig
 
@@ -75,7 +75,8 @@ def launch(command: Command, argv: list[str] | None = None) -> int:
 def _status(command: Command, argv: list[str] | None, rank: str) -> int:
     """Run a command, and print its error; returns the exit status."""
     try:
-        return command(argv)
+        with by_command():
+            return command(argv)
     except BrokenPipeError:
         # It is flushed once more at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Flags that have another name than their field.
+SHORT = {"evaluate": "--eval", "texts": "--eval", "folder": "--output"}
+
+# What the user has made: a call from Python or, see `by_command`, a command. Options are named in messages as in it.
+_invocation = "call"
+
 
 class InputError(ValueError):
     """The user gave something wrong; the message is one line that names the culprit and the remedy.
@@ -14,6 +20,45 @@ class InputError(ValueError):
 
     def __init__(self, message: object) -> None:
         super().__init__(printable(str(message)))
+
+
+@contextmanager
+def by_command() -> Iterator[None]:
+    """Inside the `with` block, messages speak to a user of the command line."""
+    global _invocation
+    before, _invocation = _invocation, "command"
+    try:
+        yield
+    finally:
+        _invocation = before
+
+
+def invocation() -> str:
+    """What the user has made, for messages: "call" or "command"."""
+    return _invocation
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field or of an argument."""
+    return SHORT.get(name) or f"--{name.replace('_', '-')}"
+
+
+def option(name: str, value: object = None) -> str:
+    """An option as the user writes it: `reconstruct=0` in Python, `--reconstruct 0` on the command line.
+
+    Args:
+        name: name of the field or of the argument.
+        value: its value; None: the option without a value.
+    """
+    if _invocation == "command":
+        return flag_of(name) if value is None or value is True else f"{flag_of(name)} {shown(value)}"
+    name = "output" if name == "folder" else name
+    return name if value is None else f"{name}={shown(repr(value))}"
+
+
+def worded(flag: str) -> str:
+    """A flag as the user writes it, see `option`; unchanged what is no flag."""
+    return option(flag.removeprefix("--").replace("-", "_")) if flag.startswith("--") else flag
 
 
 def first_line(error: BaseException) -> str:

@@ -7,13 +7,10 @@ from dataclasses import Field, field, fields
 from pathlib import Path
 from typing import Any
 
-from sparsefw.errors import InputError, shown
+from sparsefw.errors import InputError, option
 
 # Marks a default that depends on other fields; `__post_init__` replaces it by the value.
 DEPENDS: Any = None
-
-# Flags that have another name than their field.
-SHORT = {"evaluate": "--eval", "texts": "--eval", "folder": "--output"}
 
 
 def flag(
@@ -42,11 +39,6 @@ def flag(
     return field(default=default, metadata=known | others)
 
 
-def flag_of(name: str) -> str:
-    """The flag of a field or of an argument."""
-    return SHORT.get(name) or f"--{name.replace('_', '-')}"
-
-
 def set_field(settings: Any, name: str, value: Any) -> None:
     """Set a field of a frozen dataclass. Only its `__post_init__` may do so."""
     object.__setattr__(settings, name, value)
@@ -72,10 +64,10 @@ def check_fields(settings: Any) -> None:
         elif f.type is bool:
             # numpy's bool is no subclass of Python's.
             if type(value).__name__ not in ("bool", "bool_"):
-                raise InputError(f"{flag_of(f.name)} {shown(value)}: expected True or False")
+                raise InputError(f"{option(f.name, value)}: expected True or False")
             set_field(settings, f.name, bool(value))
         elif f.type in (Path, Path | None):
-            set_field(settings, f.name, checked_path(flag_of(f.name).removeprefix("--"), value))
+            set_field(settings, f.name, checked_path(f.name, value))
         else:
             listed = f.metadata["several"] and isinstance(value, Iterable) and not isinstance(value, str)
             texts = tuple(str(x) if isinstance(x, Path) else x for x in (value if listed else (value,)))
@@ -97,15 +89,15 @@ def check_needs(name: str, given: bool, **settings: Any) -> None:
     """
     for setting, value in settings.items():
         if value is not None and not given:
-            raise InputError(f"{flag_of(setting)}: needs {flag_of(name)}")
+            raise InputError(f"{option(setting)}: needs {option(name)}")
 
 
 def _check_text(f: Field, text: Any) -> None:
     choices = f.metadata["choices"]
     if not isinstance(text, str):
-        raise InputError(f"{flag_of(f.name)} {shown(text)}: expected a text, got {type(text).__name__}")
+        raise InputError(f"{option(f.name, text)}: expected a text, got {type(text).__name__}")
     if choices is not None and text not in choices:
-        raise InputError(f"{flag_of(f.name)} {shown(text)}: expected one of {', '.join(choices)}")
+        raise InputError(f"{option(f.name, text)}: expected one of {', '.join(choices)}")
 
 
 def checked_number(name: str, value: Any, least: float, most: float | None, *, whole: bool = False) -> Any:
@@ -116,11 +108,11 @@ def checked_number(name: str, value: Any, least: float, most: float | None, *, w
     """
     integral = isinstance(value, numbers.Integral)
     if isinstance(value, bool) or not (integral or (isinstance(value, numbers.Real) and not whole)):
-        raise InputError(f"{flag_of(name)} {shown(value)}: expected a {'whole ' if whole else ''}number")
+        raise InputError(f"{option(name, value)}: expected a {'whole ' if whole else ''}number")
     number = int(value) if integral else float(value)
     if not (least <= number and (most is None or number <= most)):
         upper = "" if most is None else f" and at most {most}"
-        raise InputError(f"{flag_of(name)} {shown(value)}: expected at least {least}{upper}")
+        raise InputError(f"{option(name, value)}: expected at least {least}{upper}")
     return number
 
 
@@ -131,6 +123,6 @@ def checked_path(name: str, value: str | Path) -> Path:
         TypeError: it is neither a text nor a path.
     """
     if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"{name}: expected a path, got {type(value).__name__}")
+        raise TypeError(f"{option(name)}: expected a path, got {type(value).__name__}")
     # A shell leaves `--output=~/pruned` as it is.
     return Path(os.path.expanduser(value))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsefw.errors import InputError, shown
+from sparsefw.errors import InputError, option, shown
 from sparsefw.fields import DEPENDS, check_fields, check_needs, flag, set_field
 
 # Name of the embedded model, which the package carries, and of the embedded text, which every CPython carries.
@@ -186,16 +186,16 @@ class EvaluationInputs:
         check_fields(self)
         names = tuple(name.strip() for several in self.tasks for name in several.split(",") if name.strip())
         if self.tasks and not names:
-            raise InputError("--tasks: names no task; give tasks, or leave it out")
+            raise InputError(f"{option('tasks')}: names no task; give tasks, or leave it out")
         set_field(self, "tasks", names)
         first = () if self.against is None else (self.against,)
         set_field(self, "models", tuple(dict.fromkeys([*first, *self.models])))
         set_field(self, "texts", tuple(dict.fromkeys(self.texts)))
         if not names and not self.texts:
-            raise InputError("--tasks, --eval: neither is given; give tasks, or a text for perplexity")
+            raise InputError(f"{option('tasks')}, {option('texts')}: give tasks, or a text for perplexity")
         of_tasks = {name: getattr(self, name) for name in ("limit", "num_fewshot", "include_path")}
         check_needs("tasks", bool(names), **of_tasks)
-        check_needs("evaluate", bool(self.texts), seqlen=self.seqlen, eval_windows=self.eval_windows)
+        check_needs("texts", bool(self.texts), seqlen=self.seqlen, eval_windows=self.eval_windows)
         check_needs("output", self.output is not None, overwrite=self.overwrite or None)
 
 
@@ -214,14 +214,14 @@ def _check_datasets(datasets: Sequence[str]) -> None:
     Windows of a text that is drawn from twice would be there twice, and what is held out would be learned, too.
     """
     if not datasets:
-        raise InputError("--dataset: no text is named")
+        raise InputError(f"{option('dataset')}: no text is named")
     names = set()
     for dataset in datasets:
         name, share = name_and_share(dataset)
         if not 0 < share < math.inf:
-            raise InputError(f"--dataset {shown(dataset)}: expected a share above 0 behind the last =")
+            raise InputError(f"{option('dataset', dataset)}: expected a share above 0 behind the last =")
         if name in names:
-            raise InputError(f"--dataset {shown(name)}: given twice; give it once, with a share: {shown(name)}=2")
+            raise InputError(f"{option('dataset', name)}: given twice; give it once, with a share: {shown(name)}=2")
         names.add(name)
 
 

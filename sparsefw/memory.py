@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath
 import psutil
 import torch
 
+from sparsefw.errors import option
+
 # Number of this option of mallopt in glibc's malloc.h.
 M_ARENA_MAX = -8
 
@@ -62,8 +64,8 @@ def gpu_limited(limit: int | None) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         reserved = torch.cuda.max_memory_reserved() / 2**30
         raise torch.OutOfMemoryError(
-            f"--gpu-memory {limit / 2**30:.2f}: the run needed more of the GPU's memory, after {reserved:.2f} GiB; "
-            "give more, or fewer or shorter windows (--nsamples, --seqlen)"
+            f"{option('gpu_memory', round(limit / 2**30, 2))}: the run needed more of the GPU's memory, after "
+            f"{reserved:.2f} GiB; give more, or fewer or shorter windows ({option('nsamples')}, {option('seqlen')})"
         ) from error
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsefw.errors import InputError, first_line, printable, shown
+from sparsefw.errors import InputError, first_line, invocation, printable, shown, worded
 
 # The triangle of a symmetric matrix is summed in this number of panels of rows. One of them is in a buffer at a time.
 PANELS = 16
@@ -155,8 +155,8 @@ class Ranks:
             for name in [*first, *other]:
                 if first.get(name) != other.get(name):
                     raise InputError(
-                        f"rank {number}: {name} is {shown(other.get(name), 60)}, and that of rank 0 is "
-                        f"{shown(first.get(name), 60)}; start all ranks with the same command"
+                        f"rank {number}: {worded(name)} is {shown(other.get(name), 60)}, and that of rank 0 is "
+                        f"{shown(first.get(name), 60)}; start all ranks with the same {invocation()}"
                     )
 
     @contextmanager

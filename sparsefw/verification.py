@@ -19,7 +19,7 @@ from sparsefw.checkpoint.files import DIGEST, SUMS, file_digest, read_sums
 from sparsefw.checkpoint.source import CONFIG, check_file, inspect, read_json, tensors_in
 from sparsefw.checkpoint.tensors import dequantized, read_tensors
 from sparsefw.data.batches import BATCHES
-from sparsefw.errors import InputError
+from sparsefw.errors import InputError, option
 from sparsefw.inputs import DEFAULT, locate
 from sparsefw.model.layers import slices_of
 from sparsefw.model.skeleton import build, has_class
@@ -105,7 +105,7 @@ def verify(output: Path, against: str | None = None, digest: str | None = None) 
         InputError: the output has no report of a run, the source cannot be used, or the digest is none.
     """
     if digest is not None and not DIGEST.fullmatch(digest):
-        raise InputError(f"--digest {digest}: expected 64 digits of 0 to 9 and a to f, as the run has printed them")
+        raise InputError(f"{option('digest', digest)}: expected 64 digits, 0 to 9 and a to f, as printed by the run")
     if not (output / "report.json").is_file():
         raise InputError(f"{output}: no report.json in it; give a folder that sparsefw.run wrote")
     claims = _claims(output / "report.json")
@@ -139,7 +139,7 @@ def _check_sums(check: Check, output: Path, digest: str | None) -> str:
         return ""
     actual = file_digest(output / SUMS)
     if digest not in (None, actual):
-        check.failures.append(f"{SUMS}: its SHA-256 is {actual}, not that of --digest")
+        check.failures.append(f"{SUMS}: its SHA-256 is {actual}, not that of {option('digest')}")
     # Links to folders are files of this walk, and not followed.
     files = (path for path in output.rglob("*") if path.is_symlink() or not path.is_dir())
     for name in sorted({path.relative_to(output).as_posix() for path in files} - sums.keys() - {SUMS}):
@@ -158,12 +158,12 @@ def _find_source(report: Report, output: Path, against: str | None) -> tuple[Pat
     model = report.argument("model", str)
     if against is None and report.in_memory:
         # The name that it has may be that of other weights: it may have been trained since it was loaded.
-        return None, "the model was in memory; name a checkpoint of it with --against"
+        return None, f"the model was in memory; name a checkpoint of it with {option('against')}"
     if against is None and model != DEFAULT and not os.path.isdir(os.path.expanduser(model)):
-        return None, f"{model or 'the report'}: no such folder here; name the source with --against"
+        return None, f"{model or 'the report'}: no such folder here; name the source with {option('against')}"
     folder = locate(model if against is None else against)
     if folder.resolve() == output.resolve():
-        raise InputError(f"{against or model}: the output itself; name the checkpoint that was pruned with --against")
+        raise InputError(f"{against or model}: the output itself; name what was pruned with {option('against')}")
     return folder, ""
 
 

@@ -1,10 +1,15 @@
 """Text from strangers is made safe to print on one line."""
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
 
-from sparsefw.errors import InputError, first_line, naming, shown
+from sparsefw import errors
+from sparsefw.errors import InputError, by_command, first_line, naming, option, shown, worded
+
+PACKAGE = Path(errors.__file__).parent
 
 
 @pytest.mark.parametrize(
@@ -48,3 +53,35 @@ def test_the_first_line_says_something(message, line):
     error = KeyError()
     error.args = ()
     assert first_line(ValueError(message) if message else error) == line
+
+
+def test_options_in_the_words_of_the_caller():
+    def words():
+        return [option("nsamples", 3), option("overwrite", True), option("evaluate", "a b"), option("folder"),
+                option("steps", 1), worded("--eval-windows"), worded("threads"), errors.invocation()]  # fmt: skip
+
+    python = ["nsamples=3", "overwrite=True", "evaluate='a b'", "output", "steps=1", "eval_windows", "threads", "call"]
+    flags = ["--nsamples 3", "--overwrite", "--eval a b", "--output", "--steps 1", "--eval-windows", "threads"]
+    assert words() == python
+    with by_command():
+        assert words() == [*flags, "command"]
+    assert words() == python
+
+
+def test_no_message_names_a_flag_by_itself():
+    """`option` does, in the words of the caller. Only commands speak of flags alone, and the help of a flag."""
+    commands = [PACKAGE / f"{name}.py" for name in ("cli", "plan", "verify", "evaluate", "run")]
+    for path in {*PACKAGE.rglob("*.py")} - {*commands}:
+        nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+        help = [
+            x
+            for node in nodes
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "flag"
+            for x in ast.walk(node)
+        ]
+        docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
+        texts = {
+            x.value for x in {*nodes} - {*help, *docstrings} if isinstance(x, ast.Constant) and isinstance(x.value, str)
+        }
+        # What is a flag and nothing else is a name, which `worded` takes.
+        assert not [text for text in texts if re.search(r"(^(?!--[a-z-]*$)|[ (])--[a-z]{2}", text)], path

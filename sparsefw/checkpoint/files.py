@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 from huggingface_hub import constants
 
-from sparsefw.errors import InputError, first_line, naming, shown
+from sparsefw.errors import InputError, first_line, naming, option, shown
 
 T = TypeVar("T")
 
@@ -154,11 +154,13 @@ def check_output(output: Path, source: Path, overwrite: bool, texts: Iterable[Pa
         # All that the Hub's library has of the model.
         root = cache / root.relative_to(cache).parts[0]
     if target.is_relative_to(root) or root.is_relative_to(target):
-        raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another --output")
+        raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another {option('output')}")
     for text in filter(Path.exists, texts):
         # The text itself may be a link in the output.
         if any(path.is_relative_to(target) for path in (Path(os.path.abspath(text)), text.resolve())):
-            raise InputError(f"{output}: {text} lies in it, and would be deleted with it; choose another --output")
+            raise InputError(
+                f"{output}: {text} lies in it, and would be deleted with it; choose another {option('output')}"
+            )
     check_free(output, overwrite)
 
 
@@ -176,10 +178,12 @@ def check_free(output: Path, overwrite: bool) -> None:
     if target.is_mount():
         raise InputError(f"{output}: a mount point, which cannot be replaced; give a folder inside it")
     if target.exists() and not target.is_dir():
-        raise InputError(f"{output}: a file; --output is a folder")
+        raise InputError(f"{output}: a file; {option('output')} is a folder")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise InputError(f"{output}: exists and is not empty; choose another --output or add --overwrite")
+        raise InputError(
+            f"{output}: exists and is not empty; choose another {option('output')} or add {option('overwrite', True)}"
+        )
     if not any((target / name).is_file() for name in MARKS):
-        raise InputError(f"{output}: not a checkpoint (no {CONFIG}), so --overwrite will not remove it")
+        raise InputError(f"{output}: not a checkpoint (no {CONFIG}), so {option('overwrite', True)} will not remove it")

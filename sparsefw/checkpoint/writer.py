@@ -34,7 +34,7 @@ from sparsefw.checkpoint.files import (
 )
 from sparsefw.checkpoint.quantization import without_quantization
 from sparsefw.checkpoint.source import INDEX, TOKENIZER_CONFIG, companions, read_json
-from sparsefw.errors import InputError, first_line, shown
+from sparsefw.errors import InputError, first_line, invocation, option, shown, worded
 from sparsefw.ranks import ALONE, Ranks
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ class Writer:
                 self._open()
             except filelock.Timeout as error:
                 raise InputError(
-                    f"{self.output}: another run is writing it; wait for its end or choose another --output"
+                    f"{self.output}: another run is writing it; wait for its end or choose another {option('output')}"
                 ) from error
             except BaseException:
                 self._leave()
@@ -138,8 +138,9 @@ class Writer:
         for name, now in self._identity.items():
             if (then := before["identity"].get(name)) != now:
                 raise InputError(
-                    f"{self.output}: an unfinished run of other input is there: {name} was {shown(then, 60)}, and is "
-                    f"{shown(now, 60)}; give the same to go on, or --restart to discard it, or another --output"
+                    f"{self.output}: an unfinished run of other input is there: {worded(name)} was {shown(then, 60)}, "
+                    f"and is {shown(now, 60)}; give the same to go on, or {option('restart', True)} to discard it, or "
+                    f"another {option('output')}"
                 )
         self.chosen = before["chosen"]
         # Ranks finish shards in any order: those behind a gap are made again.
@@ -176,8 +177,8 @@ class Writer:
             return convert(kind, parse_object(path.read_bytes(), path), "")
         except (OSError, InputError) as error:
             raise InputError(
-                f"{self.output}: the unfinished run there is damaged: {first_line(error)}; --restart discards it, or "
-                "choose another --output"
+                f"{self.output}: the unfinished run there is damaged: {first_line(error)}; {option('restart', True)} "
+                f"discards it, or choose another {option('output')}"
             ) from error
 
     @property
@@ -204,7 +205,7 @@ class Writer:
         if size > free:
             raise InputError(
                 f"{self.output}: {size / 1e9:.2f} GB are still to be written, and the disk has {free / 1e9:.2f} GB "
-                "free; make space or choose another --output"
+                f"free; make space or choose another {option('output')}"
             )
 
     def path(self, n: int, method: str | None = None) -> Path:
@@ -308,7 +309,9 @@ class Writer:
         if error and self._done:
             error.add_note(f"{self.output} is complete")
         elif error and finished:
-            error.add_note(f"{finished} of {self.shards} shards are finished: the same command goes on from there")
+            error.add_note(
+                f"{finished} of {self.shards} shards are finished: the same {invocation()} goes on from there"
+            )
 
     def _leave(self) -> int:
         """Keep the finished shards of an unfinished run, remove everything else; returns the number of shards."""

@@ -19,8 +19,6 @@ from sparsefw.errors import InputError, first_line, shown
 # Which half of a dataset: what models are calibrated on, or what they are evaluated on.
 Split = Literal["train", "test"]
 
-FLAG: dict[Split, str] = {"train": "--dataset", "test": "--eval"}
-
 # Texts with a short name: a dataset of the Hub, one of its files or configurations, and a split.
 NAMED: dict[tuple[str, Split], tuple[str, str, str]] = {
     ("c4", "train"): ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "train"),
@@ -74,11 +72,11 @@ def read_text(dataset: str | Sequence[str], split: Split) -> Text:
     if (dataset, split) not in NAMED and dataset and os.path.exists(path):
         return _local(dataset, path)
     if dataset.startswith((".", "/", "~")) or dataset.lower().endswith(FILES):
-        raise InputError(f"{dataset}: no such file; check the path after {FLAG[split]}")
+        raise InputError(f"{dataset}: no such file; check the path")
     # A bare word never reaches `datasets`, which would take "text" or "json" for all such files of this folder.
     if (dataset, split) not in NAMED and not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
         raise InputError(
-            f"{shown(dataset, 60) or FLAG[split]}: unknown dataset; give default, c4, wikitext, a file or a Hub id "
+            f"{shown(repr(dataset), 60)}: unknown dataset; give default, c4, wikitext, a file or a Hub id "
             "ORG/NAME, or from Python a list of documents"
         )
     return _from_hub(dataset, split)
@@ -176,7 +174,7 @@ def _from_hub(dataset: str, split: Split) -> Text:
         options = {"name": detail} if detail else {"streaming": True}
     with errors_in_one_line(
         f"{dataset}: cannot be read from the Hub (check the name, log in with `hf auth login` if it is gated, or give "
-        f"a local file with {FLAG[split]} PATH)"
+        "a local file)"
     ):
         records = datasets.load_dataset(name, split=part, **options)
     if part is None:

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sparsefw.data.batches import Batch, token_batch
 from sparsefw.data.text import errors_in_one_line, read_text
-from sparsefw.errors import InputError, shown
+from sparsefw.errors import InputError, option
 
 Tokenizer = PreTrainedTokenizerBase
 
@@ -160,7 +160,7 @@ def calibration_windows(
     if len(ids) < needed:
         raise InputError(
             f"{text.source}: {len(ids)} tokens, but {nsamples} windows of {seqlen} need {needed}; use a longer text, "
-            f"at most {len(ids) // seqlen} windows of it (--nsamples), or --seqlen {len(ids) // nsamples}"
+            f"or at most {option('nsamples', len(ids) // seqlen)} or {option('seqlen', len(ids) // nsamples)}"
         )
     generator = torch.Generator().manual_seed(seed)
     offset = int(torch.randint(min(seqlen - 1, len(ids) - needed) + 1, (1,), generator=generator))
@@ -191,7 +191,7 @@ def evaluation_windows(
     if len(ids) < seqlen:
         raise InputError(
             f"{text.source}: {len(ids)} tokens, fewer than one window of {seqlen}; use a longer text or shorter "
-            "windows (--seqlen)"
+            f"windows ({option('seqlen')})"
         )
     return _windows(_cut(ids, seqlen).long(), text.source)
 
@@ -217,7 +217,8 @@ def mixed_windows(
     sources, numbers = [], counts(nsamples, list(shares.values()))
     for (name, share), n, rows in zip(shares.items(), numbers, order.split(numbers), strict=True):
         if not n:
-            raise InputError(f"--dataset {shown(name)}: its share, {share:g}, is none of {nsamples} windows; give more")
+            share_of = f"{option('dataset', name)}: its share, {share:g}"
+            raise InputError(f"{share_of}, is none of {nsamples} windows; give more")
         windows = calibration_windows(tokenizer, name, nsamples=n, seqlen=seqlen, seed=seed)
         ids[rows] = windows.ids
         sources.append(f"{windows.source} ({n})")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.driver.block import Run
-from sparsefw.errors import InputError, first_line, shown
+from sparsefw.errors import InputError, first_line, option, shown
 from sparsefw.memory import give_back
 from sparsefw.model import HiddenStates
 from sparsefw.model.activations import split_batches
@@ -197,7 +197,7 @@ class Fit:
             weights.step()
         if not any(self.run.ranks.gather(bool(self.reached))):
             name = self.run.model.names[self.number]
-            raise InputError(f"{name}: unsupported model: its output has no gradients; use --reconstruct 0")
+            raise InputError(f"{name}: unsupported model: its output has no gradients; use {option('reconstruct', 0)}")
         after = self.loss()
         if not after < before:
             weights.put_back()
@@ -268,5 +268,5 @@ class Fit:
             except ForwardFailed as error:
                 what = shown(first_line(error.__cause__ or error))
                 raise InputError(
-                    f"{name}: unsupported model: no gradients go through it: {what}; use --reconstruct 0"
+                    f"{name}: unsupported model: no gradients go through it: {what}; use {option('reconstruct', 0)}"
                 ) from error

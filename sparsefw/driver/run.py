@@ -19,10 +19,9 @@ from sparsefw.data.windows import Windows
 from sparsefw.driver.block import Run
 from sparsefw.driver.job import Job, Prepared, windows_of_texts
 from sparsefw.driver.loop import Outcome, prune_model
-from sparsefw.errors import InputError, counted
+from sparsefw.errors import InputError, counted, flag_of, option
 from sparsefw.estimate.memory import MemoryNeeds, Workload, disk_space, pruned_shape
 from sparsefw.estimate.placement import memory_limits, place
-from sparsefw.fields import flag_of
 from sparsefw.model import Placement, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import content, html, log
@@ -106,7 +105,7 @@ def carry_out(
     free = memory.free_memory(model.device, ranks.here)
     limits = memory_limits(job.output.gpu_memory, job.output.host_memory, free, ranks)
     if calibration.n < ranks.count:
-        raise InputError(f"--nsamples {calibration.n}: {ranks.count} ranks, and each needs a window")
+        raise InputError(f"{option('nsamples', calibration.n)}: {ranks.count} ranks, and each needs a window")
     config = job.config.for_calibration(calibration.n, prepared.seqlen, ranks.count)
     if job.config.reconstruct and not config.reconstruct:
         say("note: no block is reconstructed: that takes two calibration windows on every rank, one to hold out")
@@ -183,7 +182,7 @@ def _identity(job: Job, prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
         # Their order makes no difference.
         values[name] = sorted(values[name])
     flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT}
-    texts = {f"the text of --eval {samples.source}": samples.hash for samples in prepared.evaluation}
+    texts = {f"the evaluation text {samples.source}": samples.hash for samples in prepared.evaluation}
     read = {"the model": prepared.fingerprint, "the calibration text": prepared.calibration.hash} | texts
     work = {"whether it computes in fp32": prepared.model.in_fp32, "the number of ranks": ranks.count}
     return flags | read | work | content.machine(prepared.model.device)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsefw import memory
-from sparsefw.errors import InputError
+from sparsefw.errors import InputError, option
 from sparsefw.estimate.memory import GIB, MemoryNeeds, Workload, keepable_widths, memory_needs
 from sparsefw.model import Placement
 from sparsefw.model.activations import BATCH_TOKENS, HELD_OUT, LEAST_STEPS, PLACES, SOLVER
@@ -30,7 +30,7 @@ def memory_limits(
         InputError: there is a limit for a GPU, and no GPU.
     """
     if gpu_memory is not None and "gpu" not in free:
-        raise InputError("--gpu-memory: no CUDA device")
+        raise InputError(f"{option('gpu_memory')}: no CUDA device")
     given = {"gpu": gpu_memory, "host": host_memory and host_memory / ranks.here}
     limits = {
         what: int(size * (1 - memory.MARGIN) if (gib := given[what]) is None else gib * GIB)
@@ -65,9 +65,9 @@ def place(
         if needs.gpu <= limits.get("gpu", 0) and needs.host <= limits["host"]:
             return placement, needs
         tried.append(needs)
-    remedy = "fewer or shorter windows (--nsamples, --seqlen)"
+    remedy = f"fewer or shorter windows ({option('nsamples')}, {option('seqlen')})"
     if workload.config.reconstruct:
-        remedy += ", or --reconstruct 0"
+        remedy += f", or {option('reconstruct', 0)}"
     for what in ("gpu", "host"):
         limit, least = limits.get(what, 0), min(getattr(needs, what) for needs in tried)
         if least > limit:
@@ -77,8 +77,8 @@ def place(
             enough = math.ceil(100 * among * (least / GIB + 0.01)) / 100
             memory = f"{what.replace('gpu', 'GPU')} memory{f' for {among} ranks' if among > 1 else ''}"
             raise InputError(
-                f"--{what}-memory {among * limit / GIB:.2f}: this run needs at least {enough:.2f} GiB of "
-                f"{memory}; give more, or {remedy}"
+                f"{option(f'{what}_memory', round(among * limit / GIB, 2))}: this run needs at least {enough:.2f} GiB "
+                f"of {memory}; give more, or {remedy}"
             )
         tried = [needs for needs in tried if getattr(needs, what) <= limit]
     raise AssertionError("a placement fits each limit, and none fits both")

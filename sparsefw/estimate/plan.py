@@ -14,7 +14,7 @@ from sparsefw.arithmetic import computes_in_fp32
 from sparsefw.checkpoint.quantization import DTYPES, dtype_in, quantization_of
 from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, check_config, from_hub, inspect, read_json
 from sparsefw.data.windows import evaluation_windows, load_tokenizer, window_bytes, window_length
-from sparsefw.errors import InputError, counted
+from sparsefw.errors import InputError, counted, option
 from sparsefw.estimate.memory import GIB, PROCESS, Workload, disk_space, pruned_shape
 from sparsefw.estimate.placement import memory_limits, place
 from sparsefw.inputs import CARDS, DEFAULT, DEFAULT_MODEL, Inputs, Output
@@ -94,7 +94,7 @@ def _find_config(model: str) -> Path:
     if model and path.is_dir():
         return path / CONFIG
     if not model or path.exists() or model.startswith((".", "/", "~")):
-        raise InputError(f"{model or '--model'}: no such folder or file; give one with a config, or a Hub id")
+        raise InputError(f"{model or option('model')}: no such folder or file; give one with a config, or a Hub id")
     with from_hub(model):
         return Path(huggingface_hub.hf_hub_download(model, CONFIG))
 
@@ -160,7 +160,7 @@ def _evaluation_windows(inputs: Inputs, name: str, seqlen: int) -> int:
     if inputs.eval_windows is not None:
         return inputs.eval_windows
     if not inputs.embedded or name != DEFAULT:
-        raise InputError(f"--eval {name}: texts are not read here; say how long it is with --eval-windows")
+        raise InputError(f"{option('evaluate', name)}: texts are not read here; give {option('eval_windows')}")
     return evaluation_windows(load_tokenizer(DEFAULT_MODEL), name, seqlen=seqlen).n
 
 

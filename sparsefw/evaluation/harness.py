@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from sparsefw.caller import on_cpu_by_default, settings_kept
 from sparsefw.checkpoint.source import inspect
 from sparsefw.data.windows import load_tokenizer, tokenize
-from sparsefw.errors import InputError, first_line, shown
+from sparsefw.errors import InputError, first_line, option, shown
 from sparsefw.evaluation.rows import Request, request_of
 from sparsefw.evaluation.streaming import Score, scores_of
 from sparsefw.inputs import locate
@@ -231,7 +231,8 @@ class Tasks(TaskManager):
             if isinstance(error, InputError | MemoryError) or error is model.failure:
                 raise
             line = f"{type(error).__name__}: {first_line(error)}"
-            raise InputError(f"--tasks {','.join(self.names)}: the harness cannot evaluate them: {line}") from error
+            tasks = option("tasks", ",".join(self.names))
+            raise InputError(f"{tasks}: the harness cannot evaluate them: {line}") from error
 
 
 def generates(names: Sequence[str]) -> InputError:

@@ -10,7 +10,7 @@ from sparsefw.caller import on_cpu_by_default, settings_kept
 from sparsefw.checkpoint.files import durably
 from sparsefw.checkpoint.source import Checkpoint, inspect
 from sparsefw.data.windows import Windows, evaluation_windows, load_tokenizer, window_length
-from sparsefw.errors import InputError, naming
+from sparsefw.errors import InputError, naming, option
 from sparsefw.evaluation.metrics import Evaluation, task_records, text_record
 from sparsefw.evaluation.rows import request_of
 from sparsefw.evaluation.streaming import scores_of
@@ -55,12 +55,12 @@ def evaluate(
     limits: dict[str, Any] = {"gpu_memory": inputs.gpu_memory, "host_memory": inputs.host_memory, "progress": progress}
     result = None if inputs.output is None else inputs.output / RESULT
     if result and result.exists() and not inputs.overwrite:
-        raise InputError(f"{result}: is there already; give --overwrite to replace it")
+        raise InputError(f"{result}: is there already; give {option('overwrite', True)} to replace it")
     with joined_with(log) as (ranks, say):
-        ranks.agree({"models": names, "--against": first, "--tasks": inputs.tasks, "--eval": inputs.texts})
+        ranks.agree({"models": names, "--against": first, "--tasks": inputs.tasks, "--texts": inputs.texts})
         sources = {name: inspect(ranks.local_first(partial(locate, name))) for name in names}
         if first is not None and len({source.folder.resolve() for source in sources.values()}) == 1:
-            raise InputError(f"--against {first}: the model itself; compare it with another one, or leave it out")
+            raise InputError(f"{option('against', first)}: the model itself; name another one, or leave it out")
         windows = _windows(sources, inputs, ranks)
         found: dict[str, Mapping[str, Any]] = {}
         if inputs.tasks:
@@ -120,6 +120,6 @@ def _windows(sources: Mapping[str, Checkpoint], inputs: EvaluationInputs, ranks:
             if text.hash != expected.hash:
                 raise InputError(
                     f"{name}: reads {text.source} as other tokens than {first}, so that perplexities cannot be "
-                    "compared; evaluate it by itself, or leave out --eval"
+                    f"compared; evaluate it by itself, or leave out {option('texts')}"
                 )
     return windows

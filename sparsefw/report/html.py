@@ -20,8 +20,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from sparsefw.errors import printable
-from sparsefw.fields import flag_of
+from sparsefw.errors import flag_of, printable
 from sparsefw.report import log
 from sparsefw.report.content import HIDDEN, BlockRecord, Report, amount
 from sparsefw.solver.config import PruneConfig

@@ -10,8 +10,8 @@ import sys
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from sparsefw.errors import InputError
-from sparsefw.fields import DEPENDS, check_fields, flag, flag_of, set_field
+from sparsefw.errors import InputError, option
+from sparsefw.fields import DEPENDS, check_fields, flag, set_field
 from sparsefw.solver import patterns
 from sparsefw.solver.patterns import Pattern
 
@@ -190,7 +190,7 @@ class PruneConfig:
                 set_field(self, name, default)
         self._check_together()
         for name in ("include", "ignore"):
-            patterns.check_patterns(flag_of(name), getattr(self, name))
+            patterns.check_patterns(name, getattr(self, name))
 
     def _defaults(self) -> dict[str, Any]:
         """The defaults that depend on other fields and on the machine."""
@@ -211,13 +211,14 @@ class PruneConfig:
     def _check_together(self) -> None:
         unused = [f.name for f in fields(self) if f.metadata.get("frank_wolfe") and f.name in self.given]
         if unused and "sparsefw" not in self.methods:
-            raise InputError(f"{flag_of(unused[0])}: --method {self.method} does not use it, only sparsefw does")
+            raise InputError(f"{option(unused[0])}: not used by {option('method', self.method)}, only by sparsefw")
         if self.rounds and not self.refit:
-            raise InputError("--rounds: masks are chosen again for refitted weights, and --refit 0 refits none")
+            raise InputError(f"{option('rounds')}: masks for refitted weights, and {option('refit', 0)} refits none")
         for name in ("penalty", "swaps", "refit"):
             if self.whole_matrix and getattr(self, name):
                 raise InputError(
-                    f"{flag_of(name)}: not available with --preset paper and layer:, which take a matrix as a whole"
+                    f"{option(name)}: not available with {option('preset', 'paper')} and layer:, which take a matrix "
+                    "as a whole"
                 )
 
     def replace(self, **changes: Any) -> "PruneConfig":
@@ -238,8 +239,8 @@ class PruneConfig:
         if passes and fewest < LEAST_WINDOWS:
             if "reconstruct" in self.given:
                 raise InputError(
-                    f"--reconstruct {passes}: takes {LEAST_WINDOWS} calibration windows or batches on every "
-                    f"rank, one of them to hold out, and one rank has {fewest}; give more, or --reconstruct 0"
+                    f"{option('reconstruct', passes)}: takes {LEAST_WINDOWS} calibration windows or batches on "
+                    f"every rank, one to hold out, and one rank has {fewest}; give more, or {option('reconstruct', 0)}"
                 )
             passes = 0
         elif passes and "reconstruct" not in self.given and most >= MANY_WINDOWS:
@@ -310,8 +311,9 @@ class PruneConfig:
             # Triton decides whether it interprets its kernels when it is first imported.
             if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
                 raise InputError(
-                    "--kernel triton: there is no CUDA device, and Triton was imported before it could be told to "
-                    "interpret its kernels; set TRITON_INTERPRET=1 before Python starts, or use --kernel torch"
+                    f"{option('kernel', 'triton')}: there is no CUDA device, and Triton was imported before it could "
+                    "be told to interpret its kernels; set TRITON_INTERPRET=1 before Python starts, or use "
+                    f"{option('kernel', 'torch')}"
                 )
             os.environ["TRITON_INTERPRET"] = "1"
         return load_backend(self.kernel, self.precision)

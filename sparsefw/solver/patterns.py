@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from sparsefw.errors import InputError, first_line, shown
+from sparsefw.errors import InputError, first_line, option
 
 LARGEST_GROUP = 32
 
@@ -50,7 +50,7 @@ def parse(text: str) -> Pattern:
         n, m = int(match[1]), int(match[2])
         if not 0 < n < m <= LARGEST_GROUP:
             raise InputError(
-                f"--sparsity {shown(text)}: n:m keeps n of every m weights, with 0 < n < m <= {LARGEST_GROUP}"
+                f"{option('sparsity', text)}: n:m keeps n of every m weights, with 0 < n < m <= {LARGEST_GROUP}"
             )
         return Pattern(text, 1 - Fraction(n, m), "group", m)
     if match := re.fullmatch(r"(layer:)?([0-9]{0,9}(?:\.[0-9]{0,30})?)", text):
@@ -60,15 +60,16 @@ def parse(text: str) -> Pattern:
             sparsity = None
         if sparsity is not None:
             if not 0 < sparsity < 1:
-                raise InputError(f"--sparsity {text}: the fraction removed lies between 0 and 1, both excluded")
+                raise InputError(f"{option('sparsity', text)}: removes a fraction between 0 and 1, both excluded")
             return Pattern(text, sparsity, "layer" if match[1] else "row")
-    raise InputError(f"--sparsity {shown(text)}: expected a fraction (0.6), layer:0.6 or n:m (2:4)")
+    raise InputError(f"{option('sparsity', text)}: expected a fraction (0.6), layer:0.6 or n:m (2:4)")
 
 
 def check_width(pattern: Pattern, d: int, name: str) -> None:
     """Raise InputError unless rows of d weights divide into the groups of the pattern."""
     if pattern.group and d % pattern.group:
-        raise InputError(f"{name}: {d} inputs do not divide into groups of {pattern.group} (--sparsity {pattern.text})")
+        of = option("sparsity", pattern.text)
+        raise InputError(f"{name}: {d} inputs do not divide into groups of {pattern.group} ({of})")
 
 
 def kept_in_row(pattern: Pattern, d: int) -> int:
@@ -126,17 +127,17 @@ def selected(layer: str, include: Iterable[str], ignore: Iterable[str]) -> bool:
     return not any(matches(pattern, layer) for pattern in ignore)
 
 
-def check_patterns(flag: str, patterns: Iterable[str]) -> None:
+def check_patterns(name: str, patterns: Iterable[str]) -> None:
     """Raise InputError if a pattern is empty or no regular expression."""
     for pattern in patterns:
         if not pattern.removeprefix(REGEX):
-            raise InputError(f"{flag}: empty; give the name of a layer or block, or {REGEX}PATTERN")
+            raise InputError(f"{option(name)}: empty; give the name of a layer or block, or {REGEX}PATTERN")
         if pattern.startswith(REGEX):
             try:
                 re.compile(pattern.removeprefix(REGEX))
             # The others are those of repetitions and nesting beyond what Python can compile.
             except (re.error, OverflowError, RecursionError) as error:
-                raise InputError(f"{flag} {shown(pattern)}: not a regular expression ({first_line(error)})") from error
+                raise InputError(f"{option(name, pattern)}: not a regular expression ({first_line(error)})") from error
 
 
 def check_used(layers: Iterable[str], include: Iterable[str], ignore: Iterable[str]) -> None:
@@ -150,10 +151,10 @@ def check_used(layers: Iterable[str], include: Iterable[str], ignore: Iterable[s
         InputError: a pattern matches no layer, or no layer is selected.
     """
     layers, include, ignore = list(layers), tuple(include), tuple(ignore)
-    for flag, patterns in (("--include", include), ("--ignore", ignore)):
+    for name, patterns in (("include", include), ("ignore", ignore)):
         for pattern in patterns:
             if not any(matches(pattern, layer) for layer in layers):
                 example = f"; one is {layers[0]}" if layers else ""
-                raise InputError(f"{flag} {pattern}: no layer of the model has this name{example}")
+                raise InputError(f"{option(name, pattern)}: no layer of the model has this name{example}")
     if not any(selected(layer, include, ignore) for layer in layers):
-        raise InputError("--include, --ignore: no layer is left to prune")
+        raise InputError(f"{option('include')}, {option('ignore')}: no layer is left to prune")

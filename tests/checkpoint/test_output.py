@@ -15,15 +15,15 @@ def old(tmp_path):
 
 
 def test_what_may_be_replaced(old, folder):
-    with refused("exists and is not empty; choose another --output or add --overwrite"):
+    with refused("exists and is not empty; choose another output or add overwrite=True"):
         check_output(old, folder, False)
     check_output(old, folder, True)
     (old / "config.json").rename(old / "report.json")
     check_output(old, folder, True)
     (old / "report.json").rename(old / "thesis.tex")
-    with refused("not a checkpoint .*, so --overwrite will not remove it"):
+    with refused("not a checkpoint .*, so overwrite=True will not remove it"):
         check_output(old, folder, True)
-    with refused("a file; --output is a folder"):
+    with refused("a file; output is a folder"):
         check_output(folder / "config.json" / ".." / "config.json", old, True)
 
 

@@ -191,7 +191,7 @@ class TestInterrupted:
             with pytest.raises(KeyboardInterrupt) as caught:
                 write(output, folder, overwrite=True)
         assert contents(output) == before
-        assert caught.value.__notes__ == ["2 of 2 shards are finished: the same command goes on from there"]
+        assert caught.value.__notes__ == ["2 of 2 shards are finished: the same call goes on from there"]
 
     def test_what_appears_meanwhile_is_kept(self, folder, tmp_path):
         write(tmp_path / "other", folder)
@@ -217,14 +217,14 @@ class TestInterrupted:
         partial = begin(tmp_path / "pruned")
         (partial / name).write_bytes(content)
         before = contents(partial)
-        with refused("pruned: the unfinished run there is damaged: .*; --restart discards it"):
+        with refused("pruned: the unfinished run there is damaged: .*; restart=True discards it"):
             write(tmp_path / "pruned", folder)
         assert contents(partial) == before
         assert write(tmp_path / "pruned", folder, restart=True) == []
 
     def test_another_run_is_refused(self, folder, tmp_path):
         begin(tmp_path / "pruned")
-        with refused(r"an unfinished run of other input is there: x was \[1, 2\], and is \[1, 3\]; .*--restart"):
+        with refused(r"an unfinished run of other input is there: x was \[1, 2\], and is \[1, 3\]; .*restart=True"):
             Writer(tmp_path / "pruned", 2, {"x": (1, 3)}).__enter__()
         # The choice of the first run holds.
         with Writer(tmp_path / "pruned", 2, {"x": (1, 2)}, {"batch": 4}, source=folder) as writer:
@@ -234,7 +234,7 @@ class TestInterrupted:
 
     def test_one_run_at_a_time(self, folder, tmp_path):
         with Writer(tmp_path / "pruned", 2, {"x": (1, 2)}, {"batch": 3}, source=folder) as writer:
-            with refused("pruned: another run is writing it; wait for its end or choose another --output"):
+            with refused("pruned: another run is writing it; wait for its end or choose another output"):
                 write(tmp_path / "pruned", folder)
             writer.write(0, {"a": TENSORS["a"]})
             writer.write(1, {"c": TENSORS["c"]})

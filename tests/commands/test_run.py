@@ -100,7 +100,7 @@ class TestRefused:
             (["--alpha", "1.5"], ["--alpha 1.5: expected at least 0 and at most 1"]),
             (["--ignore", "no_such_layer"], ["--ignore no_such_layer: no layer of the model"]),
             (["--method", "ria", "--damp", "0.1"], ["--damp", "--method ria"]),
-            (["--host-memory", "0.1"], ["--host-memory 0.10: this run needs at least ", " GiB of host memory"]),
+            (["--host-memory", "0.1"], ["--host-memory 0.1: this run needs at least ", " GiB of host memory"]),
             (["--gpu-memory", "8"], ["--gpu-memory: no CUDA device"]),
             (["--nsamples", "100000"], ["--nsamples"]),
             (["--eval", "./missing.txt"], ["missing.txt"]),

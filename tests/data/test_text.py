@@ -62,7 +62,7 @@ def test_embedded_text_has_two_halves():
 
 @pytest.mark.parametrize("name", ["gone.txt", "no/gone.jsonl", "./gone", "/gone", "~/gone.parquet"])
 def test_missing_file(name):
-    with refused(f"^{name}: no such file; check the path after --eval"):
+    with refused(f"^{name}: no such file; check the path"):
         read_text(name, "test")
 
 
@@ -148,7 +148,7 @@ def test_failures_of_the_hub_are_one_line(monkeypatch, dataset, error):
         raise error
 
     replace_hub(monkeypatch, fail)
-    with refused(rf"^{dataset}: cannot be read from the Hub .*`hf auth login`.*--eval PATH\): No") as caught:
+    with refused(rf"^{dataset}: cannot be read from the Hub .*`hf auth login`.*a local file\): No") as caught:
         read_text(dataset, "test")
     assert "\n" not in str(caught.value)
 

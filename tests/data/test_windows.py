@@ -81,9 +81,7 @@ def test_only_as_much_is_read_as_needed(plain, monkeypatch):
 
 
 def test_too_short_for_calibration(plain, text):
-    message = (
-        r"1000 tokens, but 11 windows of 100 need 1100; use .*at most 10 windows of it \(--nsamples\), or --seqlen 90"
-    )
+    message = r"1000 tokens, but 11 windows of 100 need 1100; use .*at most nsamples=10 or seqlen=90"
     with refused(f"text.txt: {message}$"):
         calibration_windows(plain, text, nsamples=11, seqlen=100, seed=0)
     assert calibration_windows(plain, text, nsamples=10, seqlen=100, seed=0).n == 10
@@ -108,7 +106,7 @@ def test_evaluation_is_the_joined_text_from_its_start(plain, tmp_path):
 
 @pytest.mark.parametrize("text", [[], [""], ["a"]])
 def test_too_short_for_evaluation(plain, text):
-    with refused(r"^texts: [01] tokens, fewer than one window of 2; use a longer text or shorter windows \(--seqlen\)"):
+    with refused(r"^texts: [01] tokens, fewer than one window of 2; use a longer text or shorter windows \(seqlen\)"):
         evaluation_windows(plain, text, seqlen=2)
 
 
@@ -191,5 +189,5 @@ def test_a_mixture_has_the_windows_of_each_text(plain, texts):
 
 
 def test_share_of_no_window(plain, texts):
-    with refused(r"b.txt: its share, 0.1, is none of 8 windows; give more"):
+    with refused(r"b.txt': its share, 0.1, is none of 8 windows; give more"):
         mixed_windows(plain, {texts[0]: 99, texts[1]: 0.1}, nsamples=8, seqlen=8, seed=3)

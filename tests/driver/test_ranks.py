@@ -194,7 +194,7 @@ def test_goes_on_with_as_many_ranks(tmp_path, text):
 
 def test_other_flags_on_a_rank_are_named(tmp_path, text):
     source = save_model(tmp_path / "model", "llama", num_hidden_layers=1)
-    line = r"InputError: rank 1: --sparsity is 0.5, and that of rank 0 is 0.6; start all ranks with the same command"
+    line = r"InputError: rank 1: sparsity is 0.5, and that of rank 0 is 0.6; start all ranks with the same call"
     with pytest.raises(AssertionError, match=line):
         on_ranks(2, prune_with_own_flags, [{}, {"sparsity": "0.5"}], source, tmp_path / "out", text)
     assert not (tmp_path / ".out.partial").exists()
@@ -226,7 +226,7 @@ def test_a_model_in_memory_is_changed_on_all_ranks(tmp_path):
 
 def test_every_rank_needs_a_window(tmp_path, text):
     source = save_model(tmp_path / "model", "llama", num_hidden_layers=1)
-    with pytest.raises(AssertionError, match=r"InputError: --nsamples 2: 3 ranks, and each needs a window"):
+    with pytest.raises(AssertionError, match=r"InputError: nsamples=2: 3 ranks, and each needs a window"):
         on_ranks(3, prune, source, tmp_path / "out", text, {"method": "magnitude"}, 2)
 
 

@@ -131,10 +131,10 @@ class _OneWay(torch.autograd.Function):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (_Detached, r"^blocks\.0: unsupported model: its output has no gradients; use --reconstruct 0$"),
+        (_Detached, r"^blocks\.0: unsupported model: its output has no gradients; use reconstruct=0$"),
         (
             _Failing,
-            r"^blocks\.0: unsupported model: no gradients go through it: .*only forwards.*; use --reconstruct 0$",
+            r"^blocks\.0: unsupported model: no gradients go through it: .*only forwards.*; use reconstruct=0$",
         ),
     ],
 )

@@ -81,12 +81,12 @@ def test_smallest_limit_that_is_named_is_enough(gpu, options, tmp_path):
     workload = work(gpu, **options)
     limits = {"gpu": GIB, "host": GIB} if gpu else {"host": GIB}
     for what in limits:
-        with refused(rf"--{what}-memory 1.00: this run needs at least [\d.]+ GiB of (GPU|host) memory") as caught:
+        with refused(rf"{what}_memory=1.0: this run needs at least [\d.]+ GiB of (GPU|host) memory") as caught:
             place(LLAMA_70B, workload, limits, tmp_path)
-        assert str(caught.value).endswith("or --reconstruct 0") == bool(options)
+        assert str(caught.value).endswith("or reconstruct=0") == bool(options)
         enough = float(str(caught.value).split("at least ")[1].split()[0])
         limits[what] = int((enough - 0.03) * GIB)
-        with refused(f"--{what}-memory"):
+        with refused(f"{what}_memory"):
             place(LLAMA_70B, workload, limits, tmp_path)
         limits[what] = int(enough * GIB)
     placement, needed = place(LLAMA_70B, workload, limits, tmp_path)
@@ -140,7 +140,7 @@ def test_ranks_share_rows_and_the_memory_of_a_machine(tmp_path):
     # One rank solves a problem that takes all rows together.
     assert solve(4, method="sparsegpt") == solve(1, method="sparsegpt")
     workload = work(ranks=8)
-    with refused(r"--host-memory 8.00: this run needs at least [\d.]+ GiB of host memory for 8 ranks") as caught:
+    with refused(r"host_memory=8.0: this run needs at least [\d.]+ GiB of host memory for 8 ranks") as caught:
         place(LLAMA_70B, workload, {"gpu": 64 * GIB, "host": GIB}, tmp_path)
     enough = float(str(caught.value).split("at least ")[1].split()[0])
     place(LLAMA_70B, workload, {"gpu": 64 * GIB, "host": int(enough * GIB) // 8}, tmp_path)

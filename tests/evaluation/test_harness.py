@@ -127,9 +127,9 @@ def test_an_answer_that_the_model_cannot_read_is_refused(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"doc_to_text": "{{ 1 / 0 }}"}, r"^--tasks broken: the harness cannot evaluate them: ZeroDivisionError"),
-        ({"test_split": "none"}, r"^--tasks broken: the harness cannot evaluate them: "),
-        pytest.param({"metric_list": [{"metric": "f1"}]}, r"^--tasks broken: the harness", marks=pytest.mark.slow),
+        ({"doc_to_text": "{{ 1 / 0 }}"}, r"^tasks='broken': the harness cannot evaluate them: ZeroDivisionError"),
+        ({"test_split": "none"}, r"^tasks='broken': the harness cannot evaluate them: "),
+        pytest.param({"metric_list": [{"metric": "f1"}]}, r"^tasks='broken': the harness", marks=pytest.mark.slow),
     ],
     ids=str,
 )

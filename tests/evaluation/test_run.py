@@ -39,7 +39,7 @@ def test_output(place, tmp_path):
     result = evaluated(place, output=output)
     (output / "notes.txt").write_text("mine")
     assert (output / RESULT).read_text() == result.to_json()
-    with pytest.raises(InputError, match=r"evaluation.json: is there already; give --overwrite to replace it$"):
+    with pytest.raises(InputError, match=r"evaluation.json: is there already; give overwrite=True to replace it$"):
         evaluated(place, output=output)
     assert evaluated(place, output=output, overwrite=True, eval_windows=2) != result
     assert (output / RESULT).read_text() != result.to_json()
@@ -81,7 +81,7 @@ def test_perplexities_in_other_tokens_are_not_compared(place, tmp_path):
 
 
 def test_a_model_is_not_compared_with_itself(place):
-    with pytest.raises(InputError, match=r"^--against .*dense: the model itself"):
+    with pytest.raises(InputError, match=r"^against='.*dense': the model itself"):
         evaluate(f"{place / 'dense'}/", against=place / "dense", texts=place / "text.txt")
 
 
@@ -100,7 +100,7 @@ def test_the_command(place, tasks, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--tasks", "tiny_chioces"], "task 'tiny_chioces': unknown"),
-    ([], "--tasks, --eval: neither is given"),
+    ([], "--tasks, --eval: give tasks, or a text"),
     (["--eval", "default", "--against", "nowhere/x/y"], "nowhere/x/y: no such folder, and it could not be downloaded"),
     (["--tasks", "tiny_choices", "--limit", "-1"], "--limit -1"),
     (["--eval", "default", "--host-memory", "0.01"], "--host-memory 0.01: this run needs at least"),

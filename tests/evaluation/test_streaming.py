@@ -97,7 +97,7 @@ def test_logits_come_in_pieces(llama, expected, monkeypatch):
 
 
 def test_a_limit_that_is_too_low_names_one_that_is_enough(llama, expected):
-    with pytest.raises(InputError, match=r"--host-memory 0.01: this run needs at least ([\d.]+) GiB") as error:
+    with pytest.raises(InputError, match=r"host_memory=0.01: this run needs at least ([\d.]+) GiB") as error:
         answers(llama, host_memory=0.01)
     enough = float(re.search(r"at least ([\d.]+)", str(error.value))[1])
     # The process grows from run to run.

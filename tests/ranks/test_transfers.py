@@ -84,7 +84,7 @@ def disagree(ranks, name, values):
 
 
 def test_ranks_that_disagree_are_named():
-    line = "rank 2: --steps is 5, and that of rank 0 is 4; start all ranks with the same command"
+    line = "rank 2: steps is 5, and that of rank 0 is 4; start all ranks with the same call"
     assert on_ranks(COUNT, disagree, "--steps", [4, 4, 5]) == [line] * COUNT
     assert on_ranks(2, disagree, "--steps", [4, 4]) == [None, None]
 

@@ -57,12 +57,12 @@ def test_included_and_not_ignored(include, ignore, expected):
 
 @pytest.mark.parametrize("pattern", ["re:(", "re:*", "re:(?P<x>a)(?P<x>b)", "re:a{99999999999}", "re:" + "(" * 5000])
 def test_not_a_regular_expression(pattern):
-    with pytest.raises(InputError, match=r"^--include re:.*: not a regular expression \(.*\)$"):
-        check_patterns("--include", [pattern])
-    check_patterns("--include", ["down_proj", "re:.*", "(", "re:a|b"])
+    with pytest.raises(InputError, match=r"^include='re:.*: not a regular expression \(.*\)$"):
+        check_patterns("include", [pattern])
+    check_patterns("include", ["down_proj", "re:.*", "(", "re:a|b"])
     for empty in ("", "re:"):
-        with pytest.raises(InputError, match=r"^--ignore: empty; give the name of a layer or block, or re:PATTERN$"):
-            check_patterns("--ignore", ["mlp", empty])
+        with pytest.raises(InputError, match=r"^ignore: empty; give the name of a layer or block, or re:PATTERN$"):
+            check_patterns("ignore", ["mlp", empty])
 
 
 LAYERS = ("model.layers.0.q.weight", "model.layers.0.k.weight", "model.layers.10.q.weight")
@@ -71,11 +71,11 @@ LAYERS = ("model.layers.0.q.weight", "model.layers.0.k.weight", "model.layers.10
 def test_every_pattern_stands_for_something():
     for include, ignore in (((), ()), (("q",), ()), (("layers.0",), ("k",)), ((), ("re:.*k",))):
         check_used(iter(LAYERS), iter(include), iter(ignore))
-    for flag, pattern in (("--include", "down_proj"), ("--ignore", "layers.1"), ("--ignore", "re:q")):
-        given = {"--include": (), "--ignore": ()} | {flag: ("k", pattern)}
+    for name, pattern in (("include", "down_proj"), ("ignore", "layers.1"), ("ignore", "re:q")):
+        given = {"include": (), "ignore": ()} | {name: ("k", pattern)}
         with pytest.raises(InputError) as error:
             check_used(LAYERS, *given.values())
-        assert str(error.value) == f"{flag} {pattern}: no layer of the model has this name; one is {LAYERS[0]}"
+        assert str(error.value) == f"{name}={pattern!r}: no layer of the model has this name; one is {LAYERS[0]}"
     for include, ignore in ((("q",), ("q",)), ((), ("model",))):
-        with pytest.raises(InputError, match=r"^--include, --ignore: no layer is left to prune$"):
+        with pytest.raises(InputError, match=r"^include, ignore: no layer is left to prune$"):
             check_used(LAYERS, include, ignore)
