@@ -4,37 +4,46 @@ The driver is imported inside of functions, after `config.backend` is made. Trit
 it interprets its kernels, and that settles it.
 """
 
+import inspect
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from sparsefw.caller import on_cpu_by_default, settings_kept, unwrapped
-from sparsefw.errors import InputError
-from sparsefw.fields import checked_path
+from sparsefw.caller import bars_wanted, on_cpu_by_default, settings_kept, to_logger, unwrapped
+from sparsefw.errors import InputError, option, shown
+from sparsefw.fields import check_names, checked_path
 from sparsefw.inputs import DEFAULT, Inputs, Output, locate
 from sparsefw.ranks import Ranks, joined_with
 from sparsefw.solver.config import PruneConfig
 
 if TYPE_CHECKING:
+    import pandas
     from transformers import PreTrainedTokenizerBase
 
     from sparsefw.data.batches import Batches
     from sparsefw.report.content import Report
+    from sparsefw.report.log import Progress
     from sparsefw.solver.layer import LayerResult
 
 # Calibration data, see `prune`.
-Dataset = str | Path | Mapping[Any, float] | Sequence[str] | Tensor
+Dataset = str | Path | Mapping[Any, Any] | Iterable[Any] | Tensor
 
 # Names of calibration data given as documents, and as token ids.
 TEXTS, TOKENS = "texts", "token ids"
 
+# What calibration data may be.
+EXPECTED = "a name or path, a mapping of these to shares, texts, tokens, or records of text, messages or input_ids"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class PruneResult:
     """The result of `prune`.
 
@@ -57,6 +66,23 @@ class PruneResult:
         names = dict.fromkeys(self.report.argument("evaluate", tuple))
         return {name: text.perplexity for name, text in zip(names, self.report.evaluation, strict=True)}
 
+    def __repr__(self) -> str:
+        """The table at the end of a run, and where the checkpoint is."""
+        from sparsefw.report import log
+
+        end = "pruned in place" if self.output is None else f"checkpoint: {self.output}"
+        return "\n".join([*log.summary(self.report), end])
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """The table of layers, a row for each layer and method, see `LayerResult`; needs pandas.
+
+        Raises:
+            ImportError: it is not installed.
+        """
+        import pandas
+
+        return pandas.DataFrame([asdict(layer) for layer in self.layers])
+
 
 @settings_kept()
 def prune(
@@ -76,8 +102,8 @@ def prune(
     host_memory: float | None = None,
     overwrite: bool = False,
     restart: bool = False,
-    log: Callable[[str], None] = lambda line: None,
-    progress: bool = False,
+    log: Callable[[str], None] = to_logger,
+    progress: "bool | Callable[[Progress], None]" = True,
     **options: Any,
 ) -> PruneResult:
     """Prune a model, and write the pruned checkpoint with its report.
@@ -89,13 +115,15 @@ def prune(
             memory, or, with `calibration`, any module in memory: these are pruned in place.
         output: folder for the pruned checkpoint; None only for a model in memory.
         config: how to prune; None makes a config of `options`.
-        dataset: calibration text: a name or path as for `--dataset`, a mapping of several with the share of the windows
-            that each has, a list of documents, or token ids (windows, seqlen). None: c4, or the embedded text for the
-            embedded model.
+        dataset: calibration text: a name or path as for `--dataset`, or a mapping of several with the share of the
+            windows that each has; a list, a generator, a datasets.Dataset or a DataLoader of texts, of records with
+            `text` or `messages`, or of tokenized ones with `input_ids`; or token ids (windows, seqlen). None: c4, or
+            the embedded text for the embedded model.
         calibration: in place of a text: for each batch the arguments of the model's forward, as a mapping, a tuple or
             a single tensor. Pixels, masked tokens, features of sound: whatever a stack of blocks is made for.
         nsamples, seqlen: number of calibration windows, and tokens in each. None: the shape of the token ids, else 256
-            and 2048 (embedded model: 64 and 128).
+            and 2048 (embedded model: 64 and 128). Tokenized records of one length are windows; others are cut from
+            them joined.
         seed: seed of the draw of the calibration windows.
         evaluate: evaluation texts for perplexity, by name or path; with `calibration` batches for which the model
             returns a loss, whose perplexity is exp of the mean loss.
@@ -104,8 +132,10 @@ def prune(
         gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
         overwrite: whether an older checkpoint in `output` may be replaced.
         restart: whether to discard what an interrupted run has finished.
-        log: called with every line of the log.
-        progress: whether to show a progress bar.
+        log: called with every line of the log. By default they go to the logger "sparsefw": warnings are shown, and
+            all after `logging.basicConfig(level=logging.INFO)`.
+        progress: whether to show a progress bar over the blocks, unless bars are turned off for huggingface_hub; or
+            what is called with a record of each finished block, a `Progress`.
         options: fields of PruneConfig, in place of `config`.
 
     Returns:
@@ -116,30 +146,34 @@ def prune(
         TypeError: an option is unknown, or stands beside a config; or an argument is of another type.
         FloatingPointError: a layer's error is not finite.
     """
+    own = [name for name in inspect.signature(prune).parameters if name != "options"]
+    check_names("prune", options, [*own, *(f.name for f in fields(PruneConfig))])
     if config is not None and not isinstance(config, PruneConfig):
         raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
     if config is not None and options:
         raise TypeError(f"prune() got a config and {next(iter(options))!r}, which belongs into it")
+    progress = progress if callable(progress) else progress and bars_wanted()
     # Batches are not drawn: a seed would have no effect there. 0 is the default.
-    text = dict(dataset=dataset, nsamples=nsamples, seqlen=seqlen, seed=seed or None, eval_windows=eval_windows)
-    of_text = [name for name, value in (text | {"tokenizer": tokenizer}).items() if value is not None]
+    numbers = dict(nsamples=nsamples, seqlen=seqlen, seed=seed or None, eval_windows=eval_windows)
+    text = numbers | dict(dataset=dataset, tokenizer=tokenizer)
+    of_text = [name for name, value in text.items() if value is not None]
     if calibration is not None and of_text:
         raise TypeError(f"prune() got calibration and {of_text[0]!r}, which belongs to a text")
     folder = None if output is None else checked_path("output", output)
     places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
-    documents = None if isinstance(dataset, str | Path | Mapping) else dataset
     if isinstance(model, str | Path) and calibration is None:
-        inputs = _inputs(str(model), text, evaluate)
+        inputs, documents = _inputs(str(model), dataset, evaluate, **numbers)
         if folder is None:
-            raise InputError("output: where the pruned checkpoint goes is left out")
+            raise InputError("output: give a folder for the pruned checkpoint")
         config = config or PruneConfig(**inputs.options | options)
         report = prune_checkpoint(inputs, config, Output(folder, **places), documents, tokenizer, log, progress)
         return PruneResult(report, folder)
     # Names a model as what torch.compile was given.
     with joined_with(log) as (ranks, say), unwrapped(model) as module:
-        batches = None
+        batches = documents = None
         if calibration is None:
-            inputs = _inputs(getattr(module, "name_or_path", "") or type(module).__name__, text, evaluate)
+            name = getattr(module, "name_or_path", "") or type(module).__name__
+            inputs, documents = _inputs(name, dataset, evaluate, **numbers)
         config = config or PruneConfig(**options)
         _ = config.backend
         from sparsefw.driver.in_memory import run_in_memory
@@ -148,11 +182,11 @@ def prune(
         _check(module, calibration is not None)
         if calibration is not None:
             inputs, batches = _batches(type(module).__name__, calibration, evaluate)
-        elif tokenizer is None and not (isinstance(dataset, Tensor) and not inputs.evaluate):
+        elif tokenizer is None and not (isinstance(documents, Tensor) and not inputs.evaluate):
             tokenizer = _tokenizer_of(module)
         with _folder(folder, ranks) as written, nullcontext() if batches else on_cpu_by_default():
             job = Job(inputs, config, Output(written, **places), documents, tokenizer)
-            report = run_in_memory(module, job, batches, folder is not None, say, progress and ranks.first, ranks)
+            report = run_in_memory(module, job, batches, folder is not None, say, ranks.first and progress, ranks)
     # A temporary folder is gone.
     return PruneResult(report if folder else replace(report, arguments=report.arguments | {"output": None}), folder)
 
@@ -163,10 +197,10 @@ def prune_checkpoint(
     inputs: Inputs,
     config: PruneConfig,
     output: Output,
-    dataset: Sequence[str] | Tensor | None = None,
+    dataset: Iterable[Any] | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-    log: Callable[[str], None] = lambda line: None,
-    progress: bool = False,
+    log: Callable[[str], None] = to_logger,
+    progress: "bool | Callable[[Progress], None] | None" = None,
 ) -> "Report":
     """Prune a checkpoint, and write the pruned one with its report, whose content is returned.
 
@@ -175,7 +209,7 @@ def prune_checkpoint(
         config: how to prune.
         output: where to write, and the memory to take.
         dataset: calibration data without a name: documents, or token ids (windows, seqlen); None: `inputs` names it.
-        tokenizer, log, progress: see `prune`.
+        tokenizer, log, progress: see `prune`; progress None: a bar in a terminal alone.
 
     Raises:
         InputError, FloatingPointError: see `prune`.
@@ -187,37 +221,70 @@ def prune_checkpoint(
     with joined_with(log) as (ranks, say):
         folder = ranks.local_first(lambda: locate(inputs.model))
         job = Job(inputs, config, output, dataset, tokenizer, folder)
-        return run_job(job, say, progress and ranks.first, ranks)
+        return run_job(job, say, ranks.first and progress, ranks)
 
 
-def _inputs(model: str, text: dict[str, Any], evaluate: Any) -> Inputs:
-    """The names of what a run on text reads."""
-    named = text | _named(text["dataset"], text["nsamples"], text["seqlen"])
-    if evaluate is not None:
-        named["evaluate"] = tuple(map(str, [evaluate] if isinstance(evaluate, str | Path) else evaluate))
-    return Inputs(model=model, **{name: x for name, x in named.items() if x is not None})
+def _inputs(model: str, dataset: Any, evaluate: Any, **numbers: int | None) -> tuple[Inputs, Iterable[Any] | None]:
+    """The names of what a run on text reads, and the calibration data that has none.
 
-
-def _named(dataset: Dataset | None, nsamples: int | None, seqlen: int | None) -> dict[str, Any]:
-    """What Inputs calls the dataset, and the shape of token ids."""
+    Args:
+        model: name of the model.
+        dataset, evaluate: as for `prune`.
+        numbers: nsamples, seqlen, seed and eval_windows; None: not given.
+    """
+    named: dict[str, Any] = numbers | {"evaluate": evaluate}
+    inputs = Inputs(model=model, **{name: value for name, value in named.items() if value is not None})
     if dataset is None:
-        return {}
+        return inputs, None
     if isinstance(dataset, str | Path):
-        return {"dataset": str(dataset)}
-    if isinstance(dataset, Mapping):
-        return {"dataset": tuple(f"{name}={share}" for name, share in dataset.items())}
+        return replace(inputs, dataset=(str(dataset),)), None
+    if isinstance(dataset, Mapping) and all(isinstance(share, Real) for share in dataset.values()):
+        return replace(inputs, dataset=tuple(f"{name}={share}" for name, share in dataset.items())), None
     if not isinstance(dataset, Tensor):
-        if not isinstance(dataset, Sequence) or not all(isinstance(text, str) for text in dataset):
-            raise TypeError("dataset: expected a name, a path, a mapping of names to shares, a list of texts, or token "
-                            "ids (windows, seqlen)")  # fmt: skip
-        return {"dataset": TEXTS}
+        dataset = _texts_or_tokens(dataset, inputs, numbers["seqlen"])
+    if not isinstance(dataset, Tensor):
+        return replace(inputs, dataset=(TEXTS,)), dataset
     if dataset.ndim != 2:
         raise InputError(f"dataset: expected tokens (windows, seqlen), got shape {tuple(dataset.shape)}")
-    shape = dict(zip(("nsamples", "seqlen"), dataset.shape, strict=True))
-    for name, value in dict(nsamples=nsamples, seqlen=seqlen).items():
-        if value not in (None, shape[name]):
-            raise InputError(f"{name} {value}: the tokens have {shape[name]}; leave it out")
-    return {"dataset": TOKENS, **shape}
+    shape: dict[str, Any] = dict(zip(("nsamples", "seqlen"), dataset.shape, strict=True))
+    for name, value in shape.items():
+        if numbers[name] not in (None, value):
+            raise InputError(f"{option(name, numbers[name])}: the tokens have {value}; leave it out")
+    return replace(inputs, dataset=(TOKENS,), **shape), dataset
+
+
+def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterable[Any]:
+    """Texts or records with text, unchanged; or windows of records with tokens.
+
+    Raises:
+        TypeError: they are something else.
+        InputError: there are none, they are names, or their tokens make no windows.
+    """
+    from sparsefw.data.windows import windows_of_records
+
+    kind = type(dataset).__name__
+    # Of a data frame these are the names of its columns.
+    if not isinstance(dataset, Iterable) or kind in ("DataFrame", "bytes"):
+        raise TypeError(f"dataset: got {kind}, expected {EXPECTED}")
+    # Columns, as tokenizers and slices of datasets return them, are a batch of records.
+    records = iter([dataset] if isinstance(dataset, Mapping) else dataset)
+    item = inner = next(records, None)
+    if item is None:
+        raise InputError(f"dataset: the {kind} has no record")
+    records, columns = chain([item], records), [*item] if isinstance(item, Mapping) else []
+    while isinstance(inner, list | tuple) and inner:
+        inner = inner[0]
+    texts = isinstance(inner, str) or bool({"text", "messages"} & {*columns})
+    rows = hasattr(item, "ndim") or (inner is not item and isinstance(inner, Integral))
+    if "input_ids" in columns or (rows and not texts):
+        return windows_of_records(records, TOKENS, nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)
+    if isinstance(item, str) and (item in ("c4", "wikitext") or os.path.isfile(item)):
+        raise InputError(f"dataset: {shown(item)} is a text's name; give it alone, or a mapping of names to shares")
+    if texts:
+        return records
+    of = kind if item is dataset else f"{kind} of {type(item).__name__}"
+    of += f" with {shown(', '.join(map(str, columns)))}" if columns else ""
+    raise TypeError(f"dataset: got {of}, expected {EXPECTED}")
 
 
 def _batches(model: str, calibration: Iterable[Any], evaluate: Any) -> "tuple[Inputs, tuple[Batches, Batches | None]]":

@@ -1,8 +1,9 @@
-"""What a caller from Python has set in the process, or wrapped around a model.
+"""What a caller from Python has set in the process, or wrapped around a model, and what it is shown.
 
-It is as it was at the end. Meanwhile nothing of it changes results.
+Settings are as they were at the end. Meanwhile none of them changes results.
 """
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -14,6 +15,35 @@ from torch import nn
 
 # Settings of torch and transformers, and limits of memory, are those of the whole process.
 _turn = RLock()
+
+
+# How lines begin that a caller should see who has not asked for the log: others are of level INFO.
+WARNINGS = ("note: ", "seqlen: ", "out of memory ")
+
+
+def to_logger(line: str) -> None:
+    """Log a line by the logger "sparsefw", which shows warnings alone unless `logging` is told otherwise."""
+    logging.getLogger("sparsefw").log(logging.WARNING if line.startswith(WARNINGS) else logging.INFO, line)
+
+
+def bar_of_blocks(blocks: int, shown: bool | None) -> Any:
+    """A progress bar over the blocks of a model, of tqdm.
+
+    Args:
+        blocks: number of the blocks.
+        shown: whether it is shown; None: in a terminal alone.
+    """
+    from tqdm.auto import tqdm
+
+    # Unless it is given, tqdm asks the environment (TQDM_DISABLE).
+    return tqdm(total=blocks, unit="block", **({} if shown else {"disable": None if shown is None else True}))
+
+
+def bars_wanted() -> bool:
+    """Whether the caller has not turned off the progress bars of transformers or of the Hub, or "sparsefw" there."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    return not are_progress_bars_disabled("sparsefw")
 
 
 @contextmanager

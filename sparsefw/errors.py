@@ -52,7 +52,6 @@ def option(name: str, value: object = None) -> str:
     """
     if _invocation == "command":
         return flag_of(name) if value is None or value is True else f"{flag_of(name)} {shown(value)}"
-    name = "output" if name == "folder" else name
     return name if value is None else f"{name}={shown(repr(value))}"
 
 

@@ -28,7 +28,7 @@ def command(argv: list[str] | None) -> int:
 
     memory.share_freed()
     # Redraws the progress bar below each line.
-    evaluation = evaluate(**arguments, log=tqdm.write, progress=True)
+    evaluation = evaluate(**arguments, log=tqdm.write, progress=None)
     say("")
     for line in lines(evaluation):
         say(line)

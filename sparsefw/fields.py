@@ -4,10 +4,14 @@ import numbers
 import os
 from collections.abc import Collection, Iterable
 from dataclasses import Field, field, fields
+from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sparsefw.errors import InputError, option
+
+Settings = TypeVar("Settings")
 
 # Marks a default that depends on other fields; `__post_init__` replaces it by the value.
 DEPENDS: Any = None
@@ -37,6 +41,41 @@ def flag(
     """
     known = dict(help=help, metavar=metavar, choices=choices, least=least, most=most, several=several)
     return field(default=default, metadata=known | others)
+
+
+# Arguments of other libraries by what they are here; "": they are nothing here.
+ELSEWHERE = {
+    "block_size": "", "blocksize": "", "dampening_frac": "damp", "percdamp": "damp", "targets": "include",
+    "max_seq_length": "seqlen", "num_calibration_samples": "nsamples", "output_dir": "output", "verbose": "progress",
+    "prune_method": "method", "mask_structure": "sparsity", "prunem": "sparsity", "prunen": "sparsity",
+    "sparsity_profile": "sparsity", "sparsity_ratio": "sparsity", "sparsity_type": "sparsity",
+}  # fmt: skip
+
+
+def check_names(call: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Refuse arguments that a call does not have, and name those that may be meant.
+
+    Raises:
+        TypeError: a name is unknown.
+    """
+    for name in names:
+        if name not in known:
+            near = get_close_matches(ELSEWHERE.get(name, name), known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise TypeError(f"{call}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def names_checked(settings: type[Settings]) -> type[Settings]:
+    """Have a dataclass refuse unknown arguments as `check_names` does."""
+    make = settings.__init__
+
+    @wraps(make)
+    def checked(self: Any, *args: Any, **options: Any) -> None:
+        check_names(settings.__name__, options, [f.name for f in fields(settings)])  # type: ignore[arg-type]
+        make(self, *args, **options)
+
+    settings.__init__ = checked  # type: ignore[method-assign]
+    return settings
 
 
 def set_field(settings: Any, name: str, value: Any) -> None:
@@ -95,7 +134,7 @@ def check_needs(name: str, given: bool, **settings: Any) -> None:
 def _check_text(f: Field, text: Any) -> None:
     choices = f.metadata["choices"]
     if not isinstance(text, str):
-        raise InputError(f"{option(f.name, text)}: expected a text, got {type(text).__name__}")
+        raise InputError(f"{option(f.name)}: expected a name or a path, got {type(text).__name__}")
     if choices is not None and text not in choices:
         raise InputError(f"{option(f.name, text)}: expected one of {', '.join(choices)}")
 

@@ -21,7 +21,7 @@ def command(argv: list[str] | None) -> int:
 
     memory.share_freed()
     # Redraws the progress bar below each line.
-    report = prune_checkpoint(inputs, config, output, log=tqdm.write, progress=True)
+    report = prune_checkpoint(inputs, config, output, log=tqdm.write, progress=None)
 
     from sparsefw.checkpoint.files import SUMS, file_digest
     from sparsefw.report import log

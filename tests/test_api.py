@@ -1,17 +1,23 @@
 """`prune` from Python: the same bytes as the command line, texts and tokens in place of names, models in memory."""
 
 import json
+import logging
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import huggingface_hub.utils as hub
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from helpers.commands import TEXT, run
 from helpers.families import TOKENS, first_is_fast, save_model
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefw import InputError, PruneConfig, prune, verify
+from sparsefw.caller import to_logger
 from sparsefw.data.windows import calibration_windows
 from sparsefw.report.content import read_report
 
@@ -51,6 +57,58 @@ def test_documents_and_tokens(source, text, tmp_path):
     result = prune(source, tmp_path / "tokens", CONFIG, dataset=windows.ids)
     assert shards(tmp_path / "name") == shards(tmp_path / "texts") == shards(tmp_path / "tokens")
     assert (result.report.data.windows, result.report.data.seqlen) == (6, 32)
+
+
+PARTS = [TEXT[at : at + 400] for at in range(0, len(TEXT), 400)]
+RECORDS = Dataset.from_list([{"text": part, "number": n} for n, part in enumerate(PARTS)])
+TEXTS = {
+    "generator": lambda: iter(PARTS),
+    "records": lambda: [{"text": part} for part in PARTS],
+    "messages": lambda: [{"messages": [{"role": "user", "content": part}]} for part in PARTS],
+    "Dataset": lambda: RECORDS,
+    "IterableDataset": RECORDS.to_iterable_dataset,
+    "columns": lambda: RECORDS[:],
+    "column": lambda: RECORDS["text"],
+    "DataLoader": lambda: DataLoader(RECORDS, batch_size=3),
+    "DataLoader of texts": lambda: DataLoader(PARTS, batch_size=3),
+}
+ROWS = [list(range(n, n + 16)) for n in range(2, 8)]
+PADDED = {"input_ids": [[2, 3, 4, 0], [5, 6, 7, 8]], "attention_mask": [[1, 1, 1, 0], [1, 1, 1, 1]]}
+
+
+def template(tokenizer):
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_kinds_of_texts(kind, source, tmp_path):
+    """The same texts in whatever holds them are the same windows."""
+    tokenizer = template(AutoTokenizer.from_pretrained(source))
+    magnitude = partial(prune, source, kernel="torch", method="magnitude", tokenizer=tokenizer, **SMALL)
+    found = [magnitude(tmp_path / str(n), dataset=texts).report.data for n, texts in enumerate((PARTS, TEXTS[kind]()))]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "shape", "expected"),
+    [
+        ([{"input_ids": row} for row in ROWS], {}, ROWS),
+        (Dataset.from_list([{"input_ids": row} for row in ROWS]).with_format("torch"), {}, ROWS),
+        (DataLoader([{"input_ids": torch.tensor(row)} for row in ROWS], batch_size=4), {}, ROWS),
+        (torch.tensor(ROWS).numpy(), {}, ROWS),
+        (iter(ROWS), dict(nsamples=6, seqlen=16), ROWS),
+        # Joined, and without padding.
+        (PADDED, dict(nsamples=1, seqlen=7), [[2, 3, 4, 5, 6, 7, 8]]),
+        ([[2, 3, 4], [5, 6]], dict(nsamples=1, seqlen=5), [[2, 3, 4, 5, 6]]),
+    ],
+)
+def test_kinds_of_tokens(dataset, shape, expected, source, tmp_path):
+    config = PruneConfig(kernel="torch", method="magnitude")
+    found = prune(source, tmp_path / "kind", config, dataset=dataset, **shape).report.data
+    assert found == prune(source, tmp_path / "windows", config, dataset=torch.tensor(expected)).report.data
+    some = prune(source, tmp_path / "some", config, dataset=iter(ROWS), nsamples=2).report.data
+    assert (some.windows, some.seqlen) == (2, 16)
 
 
 def test_a_mixture_of_texts(source, text, tmp_path):
@@ -129,7 +187,13 @@ class TestRefused:
         ("arguments", "match"),
         [
             (dict(dataset=torch.zeros(4, dtype=torch.int64)), r"dataset: expected tokens \(windows, seqlen\)"),
-            (dict(dataset=torch.zeros(4, 8, dtype=torch.int64), nsamples=3), "nsamples 3: the tokens have 4"),
+            (dict(dataset=torch.zeros(4, 8, dtype=torch.int64), nsamples=3), "nsamples=3: the tokens have 4"),
+            (dict(dataset=[{"input_ids": [0.5]}]), "token ids: record 1: expected tokens"),
+            (dict(dataset=["c4", "wikitext"]), "dataset: c4 is a text's name; give it alone, or a mapping"),
+            (dict(dataset=[]), "dataset: the list has no record"),
+            (dict(dataset=[{"messages": []}]), "record 1: no text can be made of its messages: .*chat_template"),
+            (dict(dataset="a rose is a rose. " * 300), "unknown dataset"),
+            (dict(evaluate=[{"text": "a"}]), "evaluate: expected a name or a path, got dict"),
             (dict(dataset=torch.zeros(4, 8), nsamples=None, seqlen=None), "token ids: "),
             (
                 dict(dataset=torch.ones(2, 65, dtype=torch.int64), nsamples=None, seqlen=None),
@@ -144,16 +208,47 @@ class TestRefused:
         assert not (tmp_path / "out").exists()
 
     def test_arguments(self, source, tmp_path):
-        with pytest.raises(TypeError, match="unexpected keyword argument 'stepps'"):
-            prune(source, tmp_path / "out", dataset=TOKENS, stepps=3)
+        for name, hint in dict(stepps="steps", num_calibration_samples="nsamples", sparsity_ratio="sparsity").items():
+            line = rf"^prune\(\) got an unexpected keyword argument '{name}'; did you mean {hint}\?$"
+            with pytest.raises(TypeError, match=line):
+                prune(source, tmp_path / "out", CONFIG, dataset=TOKENS, **{name: 3})
+        with pytest.raises(TypeError, match=r"^PruneConfig\(\) got .* 'targets'; did you mean include\?$"):
+            PruneConfig(targets="mlp")
         with pytest.raises(TypeError, match="config: expected a PruneConfig, got str"):
             prune(source, tmp_path / "out", "2:4")
-        with pytest.raises(TypeError, match="dataset: expected a name"):
-            prune(source, tmp_path / "out", CONFIG, dataset=5)
+        others = {"int": 5, "bytes": b"a", "DatasetDict with train": DatasetDict(train=RECORDS)}
+        for got, other in (others | {"list of dict with body": [{"body": "a"}]}).items():
+            with pytest.raises(TypeError, match=f"^dataset: got {got}, expected a name or path"):
+                prune(source, tmp_path / "out", CONFIG, dataset=other)
         with pytest.raises(InputError, match="output: "):
             prune(source)
         with pytest.raises(InputError, match="model: got Linear, expected a folder"):
             prune(torch.nn.Linear(2, 2), config=CONFIG, dataset=torch.zeros(2, 8, dtype=torch.int64))
+
+
+def test_what_a_caller_sees(source, tmp_path, caplog, capsys):
+    """By default a bar, and warnings by the logger; or what the caller wants."""
+    caplog.set_level(logging.INFO, "sparsefw")
+    hub.enable_progress_bars()
+    records = []
+    shows = partial(prune, source, dataset=TOKENS, seqlen=None, kernel="torch", method="magnitude")
+    result = shows(tmp_path / "bar", reconstruct=0)
+    shown = capsys.readouterr()
+    assert "1/1 [" in shown.err
+    assert not shown.out
+    assert {r.levelname for r in caplog.records if r.message.startswith("sparsity: ")} == {"INFO"}
+    to_logger("note: its experts stay dense")
+    assert caplog.records[-1].levelname == "WARNING"
+    shows(tmp_path / "called", progress=records.append, log=lambda line: None)
+    assert [(r.done, r.total, r.block.name, len(r.layers)) for r in records] == [(1, 1, "model.layers.0", 7)]
+    shows(tmp_path / "none", progress=False)
+    hub.disable_progress_bars()
+    shows(tmp_path / "off")
+    hub.enable_progress_bars()
+    assert not capsys.readouterr().err
+    assert repr(result).splitlines()[-1] == f"checkpoint: {result.output}"
+    assert len(repr(result)) < 1000
+    assert list(result.to_pandas()["name"]) == [layer.name for layer in result.layers]
 
 
 def test_importing_the_package_takes_nothing_along():

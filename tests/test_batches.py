@@ -231,7 +231,12 @@ class TestRefusals:
         ("calibration", "line"),
         [
             ([], "calibration: there is no batch"),
-            ([torch.ones(2, 2), torch.ones(0, 2)], r"calibration\[1\]: has no tensor, or empty ones only"),
+            ([torch.ones(2, 2), torch.ones(0, 2)], r"calibration\[1\]: holds Tensor, and no tensor with entries"),
+            (
+                "c4",
+                "calibration: got str, expected a list, .*; texts and tokens go into dataset",
+            ),
+            ([{"input_ids": [1, 2]}], r"calibration\[0\]: holds list, and no tensor with entries; a DataLoader makes"),
             ([torch.ones(2, 2), 7], r"calibration\[1\]: expected the arguments of the model's forward"),
             ([torch.tensor([torch.nan])], r"calibration\[0\]: holds NaN"),
         ],

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparsefw.cli import run_parser
-from sparsefw.fields import flag_of
+from sparsefw.errors import flag_of
 from sparsefw.inputs import Inputs
 from sparsefw.solver.config import PruneConfig
 

@@ -57,11 +57,11 @@ def test_the_first_line_says_something(message, line):
 
 def test_options_in_the_words_of_the_caller():
     def words():
-        return [option("nsamples", 3), option("overwrite", True), option("evaluate", "a b"), option("folder"),
+        return [option("nsamples", 3), option("overwrite", True), option("evaluate", "a b"),
                 option("steps", 1), worded("--eval-windows"), worded("threads"), errors.invocation()]  # fmt: skip
 
-    python = ["nsamples=3", "overwrite=True", "evaluate='a b'", "output", "steps=1", "eval_windows", "threads", "call"]
-    flags = ["--nsamples 3", "--overwrite", "--eval a b", "--output", "--steps 1", "--eval-windows", "threads"]
+    python = ["nsamples=3", "overwrite=True", "evaluate='a b'", "steps=1", "eval_windows", "threads", "call"]
+    flags = ["--nsamples 3", "--overwrite", "--eval a b", "--steps 1", "--eval-windows", "threads"]
     assert words() == python
     with by_command():
         assert words() == [*flags, "command"]

@@ -154,13 +154,12 @@ def check_output(output: Path, source: Path, overwrite: bool, texts: Iterable[Pa
         # All that the Hub's library has of the model.
         root = cache / root.relative_to(cache).parts[0]
     if target.is_relative_to(root) or root.is_relative_to(target):
-        raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another {option('output')}")
-    for text in filter(Path.exists, texts):
+        raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another folder")
+    # os.path: what is too long for a path does not exist.
+    for text in filter(os.path.exists, texts):
         # The text itself may be a link in the output.
         if any(path.is_relative_to(target) for path in (Path(os.path.abspath(text)), text.resolve())):
-            raise InputError(
-                f"{output}: {text} lies in it, and would be deleted with it; choose another {option('output')}"
-            )
+            raise InputError(f"{output}: {text} lies in it, and would be deleted with it; choose another folder")
     check_free(output, overwrite)
 
 
@@ -182,8 +181,6 @@ def check_free(output: Path, overwrite: bool) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise InputError(
-            f"{output}: exists and is not empty; choose another {option('output')} or add {option('overwrite', True)}"
-        )
+        raise InputError(f"{output}: exists and is not empty; choose another folder or add {option('overwrite', True)}")
     if not any((target / name).is_file() for name in MARKS):
         raise InputError(f"{output}: not a checkpoint (no {CONFIG}), so {option('overwrite', True)} will not remove it")

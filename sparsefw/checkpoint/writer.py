@@ -114,7 +114,7 @@ class Writer:
                 self._open()
             except filelock.Timeout as error:
                 raise InputError(
-                    f"{self.output}: another run is writing it; wait for its end or choose another {option('output')}"
+                    f"{self.output}: another run is writing it; wait for its end or choose another folder"
                 ) from error
             except BaseException:
                 self._leave()
@@ -140,7 +140,7 @@ class Writer:
                 raise InputError(
                     f"{self.output}: an unfinished run of other input is there: {worded(name)} was {shown(then, 60)}, "
                     f"and is {shown(now, 60)}; give the same to go on, or {option('restart', True)} to discard it, or "
-                    f"another {option('output')}"
+                    "choose another folder"
                 )
         self.chosen = before["chosen"]
         # Ranks finish shards in any order: those behind a gap are made again.
@@ -178,7 +178,7 @@ class Writer:
         except (OSError, InputError) as error:
             raise InputError(
                 f"{self.output}: the unfinished run there is damaged: {first_line(error)}; {option('restart', True)} "
-                f"discards it, or choose another {option('output')}"
+                f"discards it, or choose another folder"
             ) from error
 
     @property
@@ -205,7 +205,7 @@ class Writer:
         if size > free:
             raise InputError(
                 f"{self.output}: {size / 1e9:.2f} GB are still to be written, and the disk has {free / 1e9:.2f} GB "
-                f"free; make space or choose another {option('output')}"
+                f"free; make space or choose another folder"
             )
 
     def path(self, n: int, method: str | None = None) -> Path:

@@ -89,7 +89,10 @@ def batches_of(items: Iterable[Any], argument: str) -> Batches:
         InputError: there is none, one is something else or has no tensor or empty ones only, or a tensor holds NaN.
     """
     if isinstance(items, str | bytes | Mapping | Tensor) or not isinstance(items, Iterable):
-        raise InputError(f"{argument}: expected a list of batches, got {type(items).__name__}")
+        raise InputError(
+            f"{argument}: got {type(items).__name__}, expected a list, a generator or a DataLoader of batches; "
+            "texts and tokens go into dataset"
+        )
     batches = [_batch_of(item, f"{argument}[{n}]") for n, item in enumerate(items)]
     if not batches:
         raise InputError(f"{argument}: there is no batch")
@@ -111,10 +114,11 @@ def _batch_of(item: Any, name: str) -> Batch:
     else:
         raise InputError(
             f"{name}: expected the arguments of the model's forward, as a mapping by name, a tuple or a tensor; got "
-            f"{type(item).__name__}"
+            f"{type(item).__name__}; texts go into dataset"
         )
     if not any(x.numel() for x in batch.tensors):
-        raise InputError(f"{name}: has no tensor, or empty ones only")
+        held = ", ".join(dict.fromkeys(type(x).__name__ for x in (*batch.args, *batch.kwargs.values()))) or "nothing"
+        raise InputError(f"{name}: holds {held}, and no tensor with entries; a DataLoader makes batches of tensors")
     # Infinity is all right: masks have it.
     if any(x.is_floating_point() and bool(x.isnan().any()) for x in batch.tensors):
         raise InputError(f"{name}: holds NaN")

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,34 +52,34 @@ class Text:
     documents: Iterator[Iterable[str]]
 
 
-def read_text(dataset: str | Sequence[str], split: Split) -> Text:
+def read_text(dataset: str | Iterable[Any], split: Split, chat: Callable[[Any], Any] | None = None) -> Text:
     """Open a text.
 
     Args:
         dataset: "default", "c4", "wikitext", the path of a .txt (one document), .jsonl, .json (also .gz) or
-            .parquet file (one document per record, in `text`), or a Hub id ORG/NAME of a dataset with such records;
-            or the documents themselves.
+            .parquet file (one document per record, in `text` or `messages`), or a Hub id ORG/NAME of a dataset with
+            such records; or the documents or records themselves.
         split: the split of a named dataset. A file is read from its start for both.
+        chat: makes a text of the messages of a record, by the tokenizer's chat template.
 
     Raises:
         InputError: there is no such text; while the documents are read: it cannot be read.
     """
     if not isinstance(dataset, str):
-        return Text(TEXTS, _documents(dataset, TEXTS))
+        return Text(TEXTS, _documents(dataset, TEXTS, chat))
     if dataset == "default":
         return _embedded(split)
     path = Path(os.path.expanduser(dataset))
     if (dataset, split) not in NAMED and dataset and os.path.exists(path):
-        return _local(dataset, path)
+        return _local(dataset, path, chat)
     if dataset.startswith((".", "/", "~")) or dataset.lower().endswith(FILES):
         raise InputError(f"{dataset}: no such file; check the path")
     # A bare word never reaches `datasets`, which would take "text" or "json" for all such files of this folder.
     if (dataset, split) not in NAMED and not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
         raise InputError(
-            f"{shown(repr(dataset), 60)}: unknown dataset; give default, c4, wikitext, a file or a Hub id "
-            "ORG/NAME, or from Python a list of documents"
+            f"{shown(repr(dataset), 60)}: unknown dataset; give default, c4, wikitext, a file or a Hub id ORG/NAME"
         )
-    return _from_hub(dataset, split)
+    return _from_hub(dataset, split, chat)
 
 
 @contextmanager
@@ -104,16 +104,26 @@ def _read(items: Iterable[Any], source: str) -> Iterator[Any]:
         yield item
 
 
-def _documents(records: Iterable[Any], source: str) -> Iterator[list[str]]:
-    """The texts of records: strings, or objects with a string `text`."""
+def _documents(records: Iterable[Any], source: str, chat: Callable[[Any], Any] | None) -> Iterator[list[str]]:
+    """The texts of records: strings, or objects with a `text`, or with `messages`; several of a record that is a batch.
+
+    Raises:
+        InputError: a record has none, or the tokenizer has no template for messages.
+    """
     for number, record in enumerate(records, 1):
-        if isinstance(record, Mapping) and "text" not in record:
-            columns = shown(", ".join(record))
-            raise InputError(f"{source}: no column `text`, only {columns}; rename the one with the text")
-        text = record["text"] if isinstance(record, Mapping) else record
-        if not isinstance(text, str):
-            raise InputError(f"{source}: record {number} is {type(text).__name__}, expected a text")
-        yield [text]
+        if isinstance(record, Mapping) and not {"text", "messages"} & record.keys():
+            columns = shown(", ".join(map(str, record)))
+            raise InputError(f"{source}: no column `text` or `messages`, only {columns}; rename the one with the text")
+        texts = record
+        if isinstance(record, Mapping):
+            texts = record.get("text")
+            if texts is None and chat:
+                with errors_in_one_line(f"{source}: record {number}: no text can be made of its messages"):
+                    texts = chat(record["messages"])
+        for text in texts if isinstance(texts, list | tuple) else (texts,):
+            if not isinstance(text, str):
+                raise InputError(f"{source}: record {number} is {type(text).__name__}, expected a text")
+            yield [text]
 
 
 def _embedded(split: Split) -> Text:
@@ -123,13 +133,14 @@ def _embedded(split: Split) -> Text:
     return Text(f"default, {'training' if split == 'train' else 'held-out'} text", iter([[document]]))
 
 
-def _local(dataset: str, path: Path) -> Text:
+def _local(dataset: str, path: Path, chat: Callable[[Any], Any] | None) -> Text:
     name = path.name.lower()
     if not name.endswith(FILES) or not path.is_file():
         raise InputError(f"{dataset}: not a file of text; give one of {', '.join(FILES)}")
     if name.endswith(".txt"):
         return Text(dataset, iter([_read(_strings(path), dataset)]))
-    return Text(dataset, _documents(_read((_rows if name.endswith(".parquet") else _values)(path), dataset), dataset))
+    records = (_rows if name.endswith(".parquet") else _values)(path)
+    return Text(dataset, _documents(_read(records, dataset), dataset, chat))
 
 
 def _strings(path: Path) -> Iterator[str]:
@@ -163,7 +174,7 @@ def _rows(path: Path) -> Iterator[Any]:
             yield from batch.to_pylist()
 
 
-def _from_hub(dataset: str, split: Split) -> Text:
+def _from_hub(dataset: str, split: Split, chat: Callable[[Any], Any] | None) -> Text:
     import datasets
 
     name, detail, part = NAMED.get((dataset, split), (dataset, "", None))
@@ -183,4 +194,4 @@ def _from_hub(dataset: str, split: Split) -> Text:
             raise InputError(f"{dataset}: no split {' or '.join(SPLITS[split])}, only {shown(', '.join(records))}")
         records = records[part]
     source = " ".join(filter(None, (name, detail, part)))
-    return Text(source, _documents(_read(records, source), source))
+    return Text(source, _documents(_read(records, source), source, chat))

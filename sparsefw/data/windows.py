@@ -16,8 +16,11 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -137,7 +140,7 @@ def windows_of(ids: Tensor, source: str) -> Windows:
 
 
 def calibration_windows(
-    tokenizer: Tokenizer, dataset: str | Sequence[str], *, nsamples: int, seqlen: int, seed: int
+    tokenizer: Tokenizer, dataset: str | Iterable[Any], *, nsamples: int, seqlen: int, seed: int
 ) -> Windows:
     """Draw disjoint windows at random.
 
@@ -154,23 +157,71 @@ def calibration_windows(
     Raises:
         InputError: the text cannot be read, or is too short.
     """
-    text = read_text(dataset, "train")
+    text = read_text(dataset, "train", partial(tokenizer.apply_chat_template, tokenize=False))
+    ids = _leading_tokens(tokenizer, _separated(text.documents), TOKENS_READ * nsamples * seqlen)
+    return _windows(_drawn(ids, text.source, nsamples, seqlen, seed), text.source)
+
+
+def _drawn(ids: "array[int]", source: str, nsamples: int, seqlen: int, seed: int) -> Tensor:
+    """Windows cut from tokens and drawn, see `calibration_windows`: (nsamples, seqlen) int64."""
     needed = nsamples * seqlen
-    ids = _leading_tokens(tokenizer, _separated(text.documents), TOKENS_READ * needed)
     if len(ids) < needed:
         raise InputError(
-            f"{text.source}: {len(ids)} tokens, but {nsamples} windows of {seqlen} need {needed}; use a longer text, "
+            f"{source}: {len(ids)} tokens, but {nsamples} windows of {seqlen} need {needed}; use a longer text, "
             f"or at most {option('nsamples', len(ids) // seqlen)} or {option('seqlen', len(ids) // nsamples)}"
         )
     generator = torch.Generator().manual_seed(seed)
     offset = int(torch.randint(min(seqlen - 1, len(ids) - needed) + 1, (1,), generator=generator))
     slots = _cut(ids, seqlen, offset)
-    drawn = slots[torch.randperm(len(slots), generator=generator)[:nsamples]]
-    return _windows(drawn.long(), text.source)
+    return slots[torch.randperm(len(slots), generator=generator)[:nsamples]].long()
+
+
+def windows_of_records(records: Iterable[Any], source: str, *, nsamples: int, seqlen: int | None, seed: int) -> Tensor:
+    """Windows of tokenized records: the records, if they are of one length, else cut from them as from a text.
+
+    Args:
+        records: rows of tokens, or mappings with them in `input_ids`, or batches of either. What an `attention_mask`
+            hides is left out. They are read as far as `calibration_windows` reads a text.
+        source: name of the records, for messages.
+        nsamples: number of windows; of records of one length, at most.
+        seqlen: tokens in a window; None: those of the longest record.
+        seed: seed of the draw.
+
+    Returns:
+        (windows, seqlen) int64.
+
+    Raises:
+        InputError: a record holds no tokens, or there are too few.
+    """
+    rows, ids = list[Tensor](), array("i")
+    for number, record in enumerate(records, 1):
+        with errors_in_one_line(f"{source}: record {number}: expected tokens"):
+            for row in _rows(record):
+                rows.append(row)
+                ids.extend(row.tolist())
+        if len(ids) >= TOKENS_READ * nsamples * (seqlen or len(rows[0])):
+            break
+    seqlen = seqlen or max(LEAST, *map(len, rows))
+    if any(len(row) != seqlen for row in rows):
+        return _drawn(ids, source, nsamples, seqlen, seed)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return torch.stack(rows)[order[:nsamples].sort().values]
+
+
+def _rows(ids: Any, mask: Any = None) -> Iterator[Tensor]:
+    """The rows of tokens of a record, or of a batch of records."""
+    if isinstance(ids, Mapping):
+        yield from _rows(ids["input_ids"], ids.get("attention_mask"))
+    elif np.ndim(ids[0]):
+        for n, row in enumerate(ids):
+            yield from _rows(row, None if mask is None else mask[n])
+    else:
+        row = torch.as_tensor(ids, device="cpu")
+        yield row if mask is None else row[torch.as_tensor(mask, device="cpu").bool()]
 
 
 def evaluation_windows(
-    tokenizer: Tokenizer, dataset: str | Sequence[str], *, seqlen: int, limit: int | None = None
+    tokenizer: Tokenizer, dataset: str | Iterable[Any], *, seqlen: int, limit: int | None = None
 ) -> Windows:
     """Cut a text into consecutive windows from its start, as it is done for the perplexity on WikiText-2.
 
@@ -185,7 +236,7 @@ def evaluation_windows(
     Raises:
         InputError: the text cannot be read, or holds no window.
     """
-    text = read_text(dataset, "test")
+    text = read_text(dataset, "test", partial(tokenizer.apply_chat_template, tokenize=False))
     joined = itertools.chain.from_iterable(_separated(text.documents))
     ids = _leading_tokens(tokenizer, [joined], None if limit is None else limit * seqlen)
     if len(ids) < seqlen:

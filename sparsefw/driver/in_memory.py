@@ -22,7 +22,7 @@ from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import Batch, Batches
 from sparsefw.driver.job import Job, Prepared, Samples, windows_of_texts
-from sparsefw.driver.run import carry_out, kernel_line
+from sparsefw.driver.run import Shown, carry_out, kernel_line
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.memory import on_gpu, this_device
 from sparsefw.model import resident
@@ -40,7 +40,7 @@ def run_in_memory(
     batches: tuple[Batches, Batches | None] | None,
     saves: bool,
     say: Callable[[str], None],
-    progress: bool,
+    progress: Shown,
     ranks: Ranks = ALONE,
 ) -> Report:
     """Prune a model in place, evaluate it, and write it with its report.
@@ -54,7 +54,7 @@ def run_in_memory(
             names texts, and the model is one of transformers.
         saves: whether the pruned model is written, beside its report.
         say: called with every line of the log.
-        progress: whether to show a progress bar.
+        progress: how progress is shown, see `log.progress_of`.
         ranks: the processes that share the work; all of them have the model and all batches.
 
     Raises:

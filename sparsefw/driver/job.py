@@ -1,6 +1,6 @@
 """A run that is asked for, the texts that it reads, and what it prunes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Job:
     inputs: Inputs
     config: PruneConfig
     output: Output
-    dataset: Sequence[str] | Tensor | None = None
+    dataset: Iterable[Any] | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     folder: Path | None = None
 

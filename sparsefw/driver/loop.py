@@ -38,6 +38,9 @@ from sparsefw.timeline import WRITE
 # Name of the hidden states in the dense model.
 DENSE = "dense"
 
+# Is called with a finished block and the results of its layers.
+OnBlock = Callable[[BlockRecord, list[LayerResult]], None]
+
 # Tensors of a block on the host by method, then by their names in the checkpoint.
 Written = dict[str, dict[str, Tensor]]
 
@@ -100,7 +103,7 @@ def prune_model(
     calibration: Samples,
     evaluation: Sequence[Samples],
     writer: Writer,
-    on_block: Callable[[], None] = lambda: None,
+    on_block: OnBlock = lambda block, layers: None,
 ) -> Outcome:
     """Prune every block of a model.
 
@@ -109,7 +112,7 @@ def prune_model(
         calibration: windows or batches whose activations define the layer problems.
         evaluation: those of each evaluation text.
         writer: receives a shard for each block and each piece of the rest. The run goes on after those that it has.
-        on_block: called after every block.
+        on_block: called with the record and the results of every block when it is finished.
 
     Raises:
         InputError: weights or activations hold NaN or Inf, a layer does not fit the pattern, nothing was
@@ -150,7 +153,7 @@ def _embed(run: Run, samples: Samples, names: Sequence[str], pieces: Sequence[Sa
     return {name: states.fork() if n else states for n, name in enumerate(names)}
 
 
-def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: Callable[[], None]) -> list[FinishedBlock]:
+def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: OnBlock) -> list[FinishedBlock]:
     model, timeline, done = run.model, run.model.timeline, len(writer.finished)
     records = writer.finished[: len(model.unique_blocks)]
     finished = [convert(FinishedBlock, record, "the record of a finished block: ") for record in records]
@@ -158,15 +161,17 @@ def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: Callable[
     begin = [*model.unique_blocks, len(model.blocks)][len(finished)]
     for i in range(begin):
         _replay(run, i, states, writer)
-        on_block()
+        once = FinishedBlock(BlockRecord(i, model.names[i], "", {}, 0, 0))
+        found = finished[model.unique_blocks.index(i)] if i in model.unique_blocks else once
+        on_block(found.block, found.layers)
     pruned = [i for i in range(len(model.blocks)) if run.selected(i)] or [0]
     with ThreadPoolExecutor(1) as background:
         written: Future[None] | None = None
         for i in range(begin, len(model.blocks)):
             make = _prune_block if pruned[0] <= i <= pruned[-1] else _pass_block
             record, tensors = make(run, i, states, writer)
-            on_block()
             if i not in model.unique_blocks:
+                on_block(record.block, record.layers)
                 continue
             shard = model.unique_blocks.index(i)
             with timeline.span("wait", i):
@@ -186,6 +191,7 @@ def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: Callable[
             del tensors
             give_back()
             finished.append(record)
+            on_block(record.block, record.layers)
         with timeline.span("wait"):
             if written:
                 written.result()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from sparsefw import arithmetic, memory
 from sparsefw.checkpoint.files import check_output, durably
@@ -28,17 +27,20 @@ from sparsefw.report import content, html, log
 from sparsefw.solver.config import PruneConfig
 from sparsefw.timeline import of_rank
 
+# Whether a progress bar is shown, None: in a terminal alone; or what is called with every finished block.
+Shown = bool | Callable[[log.Progress], None] | None
+
 # Inputs that are compared by their content, not by name, when a run goes on with what another has finished.
 BY_CONTENT = {"model", "dataset", "evaluate"}
 
 
-def run_job(job: Job, say: Callable[[str], None], progress: bool, ranks: Ranks = ALONE) -> content.Report:
+def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks = ALONE) -> content.Report:
     """Prune a checkpoint, evaluate it, write it and its report.
 
     Args:
         job: the run.
         say: called with every line of the log.
-        progress: whether to show a progress bar.
+        progress: how progress is shown, see `log.progress_of`.
         ranks: the processes that share the work; all of them have the same job.
 
     Raises:
@@ -84,7 +86,7 @@ def carry_out(
     prepared: Prepared,
     finish: Callable[[Writer], None],
     say: Callable[[str], None],
-    progress: bool,
+    progress: Shown,
     ranks: Ranks,
 ) -> content.Report:
     """Prune a model that is ready for it, evaluate it, and write its report.
@@ -189,15 +191,14 @@ def _identity(job: Job, prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
 
 
 def _prune(
-    run: Run, prepared: Prepared, writer: Writer, gpu_limit: int | None, progress: bool
+    run: Run, prepared: Prepared, writer: Writer, gpu_limit: int | None, progress: Shown
 ) -> tuple[Outcome, Placement]:
     """Prune all blocks; on a GPU that is full, go on from the last finished block with half the windows at a time."""
     model = run.model
     while True:
-        bar = tqdm(total=len(model.blocks), unit="block", disable=None if progress else True)
-        with bar, memory.gpu_limited(gpu_limit):
+        with log.progress_of(len(model.blocks), progress) as on_block, memory.gpu_limited(gpu_limit):
             try:
-                return prune_model(run, prepared.calibration, prepared.evaluation, writer, bar.update), run.placement
+                return prune_model(run, prepared.calibration, prepared.evaluation, writer, on_block), run.placement
             except torch.OutOfMemoryError:
                 # Other ranks would wait for this one; batches of a caller are not cut.
                 if run.placement.batch == 1 or not run.ranks.alone:

@@ -57,7 +57,7 @@ def pruned_shape(whole: ModelShape, config: PruneConfig) -> ModelShape:
     Raises:
         InputError: as `check_used`; or the rows of a layer do not divide into the pattern's groups.
     """
-    check_used(whole.layer_names, config.include, config.ignore)
+    check_used(whole.layer_names, config.include, config.ignore, whole.modules)
     shape = whole.selected(config.selects)
     for block, (name, _) in zip(shape.blocks, shape.names_by_block, strict=True):
         for layer in block.layers:

@@ -160,7 +160,8 @@ def _evaluation_windows(inputs: Inputs, name: str, seqlen: int) -> int:
     if inputs.eval_windows is not None:
         return inputs.eval_windows
     if not inputs.embedded or name != DEFAULT:
-        raise InputError(f"{option('evaluate', name)}: texts are not read here; give {option('eval_windows')}")
+        how_long = f"say how long it is with {option('eval_windows')}"
+        raise InputError(f"{option('evaluate', name)}: texts are not read here; {how_long}")
     return evaluation_windows(load_tokenizer(DEFAULT_MODEL), name, seqlen=seqlen).n
 
 

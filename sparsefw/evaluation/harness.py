@@ -47,7 +47,7 @@ class StreamedLM(TemplateLM):
         gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
         batch_size, max_batch_size, device: the harness gives them; batches are made by tokens, as many as fit.
         log: called with every line of the log.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar; None: in a terminal alone.
 
     Attributes:
         checkpoint: the checkpoint.
@@ -72,7 +72,7 @@ class StreamedLM(TemplateLM):
         max_batch_size: int | None = None,
         device: str | torch.device | None = None,
         log: Callable[[str], None] = lambda line: None,
-        progress: bool = True,
+        progress: bool | None = None,
     ) -> None:
         super().__init__()
         self.checkpoint = inspect(locate(str(pretrained)))
@@ -163,7 +163,7 @@ class StreamedLM(TemplateLM):
         Raises:
             InputError: as `scores_of`.
         """
-        shown = self._progress and not disable_tqdm
+        shown = False if disable_tqdm else self._progress
         try:
             with joined_with(self._log) as (ranks, say):
                 return scores_of(self.checkpoint, requests, **self._limits, say=say, progress=shown, ranks=ranks)

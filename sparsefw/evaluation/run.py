@@ -1,12 +1,13 @@
 """Evaluate checkpoints on tasks of lm-evaluation-harness and on texts, one block in memory at a time."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sparsefw.caller import on_cpu_by_default, settings_kept
+from sparsefw.caller import bars_wanted, on_cpu_by_default, settings_kept, to_logger
 from sparsefw.checkpoint.files import durably
 from sparsefw.checkpoint.source import Checkpoint, inspect
 from sparsefw.data.windows import Windows, evaluation_windows, load_tokenizer, window_length
@@ -14,6 +15,7 @@ from sparsefw.errors import InputError, naming, option
 from sparsefw.evaluation.metrics import Evaluation, task_records, text_record
 from sparsefw.evaluation.rows import request_of
 from sparsefw.evaluation.streaming import scores_of
+from sparsefw.fields import check_names
 from sparsefw.inputs import EvaluationInputs, locate
 from sparsefw.model.skeleton import max_seqlen, read_config
 from sparsefw.ranks import Ranks, joined_with
@@ -31,8 +33,8 @@ def evaluate(
     models: str | Path | Sequence[str | Path],
     tasks: str | Sequence[str] = (),
     *,
-    log: Callable[[str], None] = lambda line: None,
-    progress: bool = False,
+    log: Callable[[str], None] = to_logger,
+    progress: bool | None = True,
     **options: Any,
 ) -> Evaluation:
     """Evaluate checkpoints, dense or pruned, of which one block is in memory at a time.
@@ -40,8 +42,8 @@ def evaluate(
     Args:
         models: folders or Hub ids of checkpoints in safetensors.
         tasks: names of tasks, groups and tags of lm-evaluation-harness; "paper": the paper's seven zero-shot tasks.
-        log: called with every line of the log.
-        progress: whether to show a progress bar.
+        log: called with every line of the log; by default they go to the logger "sparsefw", see `prune`.
+        progress: whether to show a progress bar; None: in a terminal alone.
         options: other fields of `EvaluationInputs`, such as `texts`, `against` and `output`.
 
     Returns:
@@ -50,9 +52,11 @@ def evaluate(
     Raises:
         InputError: an argument is wrong; the message is one line that names it.
     """
+    check_names("evaluate", options, [f.name for f in fields(EvaluationInputs)])
     inputs = EvaluationInputs(models, tasks, **options)  # type: ignore[arg-type]
     names, first = inputs.models, inputs.against
-    limits: dict[str, Any] = {"gpu_memory": inputs.gpu_memory, "host_memory": inputs.host_memory, "progress": progress}
+    limits: dict[str, Any] = {"gpu_memory": inputs.gpu_memory, "host_memory": inputs.host_memory}
+    limits["progress"] = progress and bars_wanted()
     result = None if inputs.output is None else inputs.output / RESULT
     if result and result.exists() and not inputs.overwrite:
         raise InputError(f"{result}: is there already; give {option('overwrite', True)} to replace it")

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sparsefw import arithmetic, memory
+from sparsefw.caller import bar_of_blocks
 from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.data.batches import token_batch
 from sparsefw.errors import InputError, counted
@@ -58,7 +58,7 @@ def scores_of(
     gpu_memory: float | None = None,
     host_memory: float | None = None,
     say: Callable[[str], None] = lambda line: None,
-    progress: bool = False,
+    progress: bool | None = False,
     ranks: Ranks = ALONE,
 ) -> list[Score]:
     """The answers of a checkpoint to requests.
@@ -68,7 +68,7 @@ def scores_of(
         requests: the requests.
         gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
         say: called with every line of the log.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar; None: in a terminal alone.
         ranks: the processes that share the work; all of them have the same requests, and get all answers.
 
     Raises:
@@ -91,7 +91,7 @@ def scores_of(
             say(f"note: {arithmetic.note(source.dtype)}")
         check_token(max((max(*r.read, *r.targets) for r in mine), default=0), model.vocabulary)
         shape = shape_of(source, in_fp32)
-        found = _answers(model, shape, mine, limits, say, progress and ranks.first) if mine else []
+        found = _answers(model, shape, mine, limits, say, progress if ranks.first else False) if mine else []
     answers: dict[int, Score] = {}
     for numbers, of_rank in zip(parts, ranks.gather(found), strict=True):
         answers |= zip(numbers, of_rank, strict=True)
@@ -109,7 +109,7 @@ def _answers(
     requests: Sequence[Request],
     limits: dict[str, int],
     say: Callable[[str], None],
-    progress: bool,
+    progress: bool | None,
 ) -> list[Score]:
     """The answers of one rank, in rows that hold as much as the model allows."""
     for sharing in sorted(Sharing, reverse=True):
@@ -189,7 +189,7 @@ def _placement(shape: ModelShape, device: torch.device, groups: Sequence[Group],
 
 
 def _pass(
-    model: StreamedModel, groups: Sequence[Group], checks: Sequence[_Check], placement: Placement, progress: bool
+    model: StreamedModel, groups: Sequence[Group], checks: Sequence[_Check], placement: Placement, progress: bool | None
 ) -> bool:
     """Run all rows through all blocks; False once a check has failed."""
     store, tokens = placement.store(model.device), placement.batch * max(group.length for group in groups)
@@ -201,7 +201,7 @@ def _pass(
             group.batches = [group.rows[first : first + size] for first in range(0, len(group.rows), size)]
             batches = (batch_of(rows, group.length, dtype) for rows in group.batches)
             group.states = embed_batches(model, batches, store)
-    with tqdm(total=len(model.blocks), unit="block", disable=None if progress else True) as bar:
+    with bar_of_blocks(len(model.blocks), progress) as bar:
         for i in range(len(model.blocks)):
             model.open(i, placement.ahead)
             for group in groups:

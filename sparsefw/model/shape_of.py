@@ -150,6 +150,7 @@ def _shape_of(model: BlockModel, walks: list["_Walk"], vocabulary: int, by_windo
         quantized=model.quantized_bytes,
         written=0.5 if model.in_fp32 else 1,
         joined=model.joined_bytes,
+        modules=tuple(name for name, _ in model.model.named_modules()),
     )
 
 

@@ -125,6 +125,7 @@ class ModelShape:
         joined: bytes of the largest parameter that is made of several tensors of the checkpoint, such as one of stacked
             experts. Both are in memory until it is made.
         written: bytes that are written for each byte of a block's parameters in memory.
+        modules: names of all modules.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -143,6 +144,7 @@ class ModelShape:
     quantized: int = 0
     joined: int = 0
     written: float = 1
+    modules: tuple[str, ...] = ()
 
     @property
     def layer_names(self) -> list[str]:

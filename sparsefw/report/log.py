@@ -6,14 +6,17 @@ Layers are of a type by their name inside their block, the same for all blocks a
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count, groupby
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from sparsefw.caller import bar_of_blocks
 from sparsefw.errors import counted
 from sparsefw.memory import peak_memory
 from sparsefw.model import Placement
-from sparsefw.report.content import DENSE, HIDDEN, RankRecord, Reconstruction, Report, amount
+from sparsefw.report.content import DENSE, HIDDEN, BlockRecord, RankRecord, Reconstruction, Report, amount
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.layer import LayerResult
@@ -39,6 +42,46 @@ _COLUMNS: tuple[tuple[str, str, Callable[[LayerResult], str]], ...] = (
     ("seconds", ">7", lambda layer: f"{layer.seconds:.2f}"),
 )
 COLUMNS = tuple(name for name, *_ in _COLUMNS)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A block that is finished, for whoever shows the progress of a run.
+
+    Attributes:
+        done, total: number of finished blocks, with this one, and of all.
+        block: its name, seconds and memory.
+        layers: a result for each of its layers and methods.
+    """
+
+    done: int
+    total: int
+    block: BlockRecord
+    layers: list[LayerResult] = field(repr=False)
+
+
+@contextmanager
+def progress_of(
+    blocks: int, progress: bool | Callable[[Progress], None] | None
+) -> Iterator[Callable[[BlockRecord, list[LayerResult]], None]]:
+    """Inside the `with` block, progress is shown; yields what is called with every finished block.
+
+    Args:
+        blocks: number of the blocks.
+        progress: what is called with the progress, or whether a bar is shown, see `bar_of_blocks`.
+    """
+    if callable(progress):
+        done = count(1)
+        yield lambda block, layers: progress(Progress(next(done), blocks, block, layers))
+        return
+    with bar_of_blocks(blocks, progress) as bar:
+
+        def update(block: BlockRecord, layers: list[LayerResult]) -> None:
+            errors = [layer.relative_error for layer in layers if layer.method == layers[-1].method]
+            bar.set_postfix_str(f"relative error {fmean(errors):.3f}" if errors else "", refresh=False)
+            bar.update()
+
+        yield update
 
 
 def layer_cells(layer: LayerResult) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from sparsefw.errors import InputError, option
-from sparsefw.fields import DEPENDS, check_fields, flag, set_field
+from sparsefw.fields import DEPENDS, check_fields, flag, names_checked, set_field
 from sparsefw.solver import patterns
 from sparsefw.solver.patterns import Pattern
 
@@ -69,6 +69,7 @@ MANY_WINDOWS, PASSES_OF_MANY = 128, 1
 LEAST_WINDOWS = 2
 
 
+@names_checked
 @dataclass(frozen=True)
 class PruneConfig:
     """How a model is pruned; the defaults are the product's.
@@ -217,8 +218,7 @@ class PruneConfig:
         for name in ("penalty", "swaps", "refit"):
             if self.whole_matrix and getattr(self, name):
                 raise InputError(
-                    f"{option(name)}: not available with {option('preset', 'paper')} and layer:, which take a matrix "
-                    "as a whole"
+                    f"{option(name)}: not of {option('preset', 'paper')} with layer:, which solves by matrix"
                 )
 
     def replace(self, **changes: Any) -> "PruneConfig":

@@ -11,6 +11,7 @@ re:.*layers\.(0|1)\.                       layers whose name the regular express
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fractions import Fraction
 
 from sparsefw.errors import InputError, first_line, option
@@ -140,21 +141,34 @@ def check_patterns(name: str, patterns: Iterable[str]) -> None:
                 raise InputError(f"{option(name, pattern)}: not a regular expression ({first_line(error)})") from error
 
 
-def check_used(layers: Iterable[str], include: Iterable[str], ignore: Iterable[str]) -> None:
+def check_used(
+    layers: Iterable[str], include: Iterable[str], ignore: Iterable[str], modules: Iterable[str] = ()
+) -> None:
     """Refuse patterns that match no layer, and selections without a layer.
 
     Args:
         layers: names of all prunable layers of the model.
         include, ignore: patterns of layers, see above.
+        modules: names of all modules of the model. What is never pruned, such as a head, may be ignored by name.
 
     Raises:
         InputError: a pattern matches no layer, or no layer is selected.
     """
-    layers, include, ignore = list(layers), tuple(include), tuple(ignore)
+    layers, include, ignore, modules = list(layers), tuple(include), tuple(ignore), list(modules)
     for name, patterns in (("include", include), ("ignore", ignore)):
         for pattern in patterns:
-            if not any(matches(pattern, layer) for layer in layers):
-                example = f"; one is {layers[0]}" if layers else ""
-                raise InputError(f"{option(name, pattern)}: no layer of the model has this name{example}")
+            dense = any(matches(pattern, module) for module in modules)
+            if not any(matches(pattern, layer) for layer in layers) and not (dense and name == "ignore"):
+                what = "is never pruned" if dense else "no layer of the model has this name"
+                raise InputError(f"{option(name, pattern)}: {what}{_example(pattern, layers)}")
     if not any(selected(layer, include, ignore) for layer in layers):
         raise InputError(f"{option('include')}, {option('ignore')}: no layer is left to prune")
+
+
+def _example(pattern: str, layers: list[str]) -> str:
+    """Names like a pattern that matches no layer, for its error; else any layer."""
+    plain = re.sub(rf"^{REGEX}|[^\w.]", "", pattern).strip(".")
+    names, length = [name.removesuffix(".weight").split(".") for name in layers], plain.count(".") + 1
+    parts = sorted({".".join(name[i : i + length]) for name in names for i in range(len(name) - length + 1)})
+    near = get_close_matches(plain, parts)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; one is {layers[0]}" if layers else ""

@@ -15,7 +15,7 @@ def old(tmp_path):
 
 
 def test_what_may_be_replaced(old, folder):
-    with refused("exists and is not empty; choose another output or add overwrite=True"):
+    with refused("exists and is not empty; choose another folder or add overwrite=True"):
         check_output(old, folder, False)
     check_output(old, folder, True)
     (old / "config.json").rename(old / "report.json")

@@ -234,7 +234,7 @@ class TestInterrupted:
 
     def test_one_run_at_a_time(self, folder, tmp_path):
         with Writer(tmp_path / "pruned", 2, {"x": (1, 2)}, {"batch": 3}, source=folder) as writer:
-            with refused("pruned: another run is writing it; wait for its end or choose another output"):
+            with refused("pruned: another run is writing it; wait for its end or choose another folder"):
                 write(tmp_path / "pruned", folder)
             writer.write(0, {"a": TENSORS["a"]})
             writer.write(1, {"c": TENSORS["c"]})

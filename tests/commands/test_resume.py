@@ -144,7 +144,7 @@ def test_a_run_that_goes_on_knows_what_it_has_to_write(place, monkeypatch, capsy
     free = [2 * third + outside - 1]
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free[0]))
     assert run(place, "full") == 2
-    assert "GB free; make space or choose another --output; 2 of 4 shards are" in capsys.readouterr().err
+    assert "GB free; make space or choose another folder; 2 of 4 shards are" in capsys.readouterr().err
     free[0] += 1
     assert run(place, "full") == 0
     assert content(place, "full") == content(place, "undisturbed")

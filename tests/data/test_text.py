@@ -86,9 +86,9 @@ def test_unknown_dataset_is_not_looked_up(name, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", b'{"content": "a", "id": 1}', "no column `text`, only content, id; rename"),
+        ("x.jsonl", b'{"content": "a", "id": 1}', "no column `text` or `messages`, only content, id; rename"),
         ("x.jsonl", b'{"text": "a"}\n{"text": 3}', "record 2 is int, expected a text"),
-        ("x.json", b'[["a"]]', "record 1 is list"),
+        ("x.json", b"[[1]]", "record 1 is int"),
         ("x.jsonl", b'{"text": "a"}\n{"text":\n', "cannot be read beyond record 1: Expecting value"),
         ("x.jsonl", b'{"text": "\xff"}\n', "cannot be read beyond record 0"),
         ("x.json.gz", b'{"text": "a"}\n', "cannot be read beyond record 0: Not a gzipped file"),

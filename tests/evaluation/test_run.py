@@ -118,5 +118,5 @@ def test_mistakes_are_one_line(arguments, message, place, tasks, capsys):
 @pytest.mark.parametrize("argument", ["models", "tasks", "texts", "against"])
 def test_a_model_in_memory_is_no_name(argument):
     given = {"models": "pruned", "texts": "default", argument: torch.nn.Linear(2, 2)}
-    with pytest.raises(InputError, match=r": expected a text, got Linear$"):
+    with pytest.raises(InputError, match=r": expected a name or a path, got Linear$"):
         evaluate(**given)

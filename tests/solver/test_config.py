@@ -79,7 +79,7 @@ class TestRefused:
             (dict(include=("down_proj", "")), "include: empty"),
             (dict(refit=0, rounds=2), "rounds: masks for refitted weights, and refit=0 refits none"),
             *(
-                (dict(preset="paper", sparsity="layer:0.6") | {name: 1}, f"{name}: not available with preset='paper'")
+                (dict(preset="paper", sparsity="layer:0.6") | {name: 1}, f"{name}: not of preset='paper' with layer:")
                 for name in ("penalty", "swaps", "refit")
             ),
         ],

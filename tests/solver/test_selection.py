@@ -71,11 +71,20 @@ LAYERS = ("model.layers.0.q.weight", "model.layers.0.k.weight", "model.layers.10
 def test_every_pattern_stands_for_something():
     for include, ignore in (((), ()), (("q",), ()), (("layers.0",), ("k",)), ((), ("re:.*k",))):
         check_used(iter(LAYERS), iter(include), iter(ignore))
-    for name, pattern in (("include", "down_proj"), ("ignore", "layers.1"), ("ignore", "re:q")):
+    for name, pattern, hint in (
+        ("include", "down_proj", f"; one is {LAYERS[0]}"),
+        ("ignore", "layers.1", "; did you mean layers.10 or layers.0 or model.layers?"),
+        ("ignore", "re:.*layrs", "; did you mean layers?"),
+        ("include", "model.layers.*.q", "; did you mean model.layers.0.q or model.layers.10.q or model.layers.0.k?"),
+    ):
         given = {"include": (), "ignore": ()} | {name: ("k", pattern)}
         with pytest.raises(InputError) as error:
             check_used(LAYERS, *given.values())
-        assert str(error.value) == f"{name}={pattern!r}: no layer of the model has this name; one is {LAYERS[0]}"
+        assert str(error.value) == f"{name}={pattern!r}: no layer of the model has this name{hint}"
+    # A head is never pruned: to ignore it is no mistake, as it is with libraries that would prune it.
+    check_used(LAYERS, (), ("lm_head", "re:.*head", "k"), ("model", "lm_head"))
+    with pytest.raises(InputError, match=r"^include='lm_head': is never pruned; one is model"):
+        check_used(LAYERS, ("lm_head",), (), ("model", "lm_head"))
     for include, ignore in ((("q",), ("q",)), ((), ("model",))):
         with pytest.raises(InputError, match=r"^include, ignore: no layer is left to prune$"):
             check_used(LAYERS, include, ignore)
