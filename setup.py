@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 # Read as text: to import the package takes torch, which an isolated build does not have.
@@ -20,6 +20,17 @@ TEST.append("mypy")
 # tests/test_packaging.py builds without isolation; older ones need the package wheel for it.
 TEST.append("setuptools>=70.1")
 
+# Products with packed matrices on a CPU: no module of Python's, kernels/packed_cpu.py loads it. Without a
+# compiler the package is installed without it, and torch does that work.
+PACKED = Extension(
+    "sparsefw.kernels._packed",
+    ["kernels/packed.cpp"],
+    depends=["kernels/packed_loops.h"],
+    extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-Wno-psabi"],
+    extra_link_args=["-fopenmp"],
+    optional=True,
+)
+
 setup(
     name="sparsefw",
     version=re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1],
@@ -32,13 +43,14 @@ setup(
     packages=[*find_packages(include=["sparsefw", "sparsefw.*"]), "sparsefw.kernels"],
     package_data={"sparsefw": ["py.typed"], "sparsefw.report": ["page.html"], "sparsefw.default": ["model/*"]},
     # `make versions` reads the lower bounds from here and tests with exactly these.
+    ext_modules=[PACKED],
     install_requires=[
         "torch>=2.10",
         # torch for the CPU brings no Triton; torch for CUDA pins its own (2.10 and 2.11: 3.6, 2.15: 3.9).
         # The interpreter of 3.5 takes a tensor descriptor's strides for bytes and refuses half of the good ones.
         "triton>=3.6; platform_system == 'Linux'",
         # Private names of it are used (see sparsefw/model), which a new major version may move.
-        "transformers>=5.17,<6",
+        "transformers>=5.22,<6",
         "numpy>=2.0",
         "psutil>=5.9",
         "datasets>=4.0",

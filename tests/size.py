@@ -10,12 +10,12 @@ REPO = Path(__file__).resolve().parents[1]
 
 # Lines of code are without docstrings, comments and blank lines. Words are those of README.md and docs/.
 LIMITS = {
-    "sparsefw: files": 85,
-    "sparsefw: code lines": 9_800,
-    "kernels: code lines": 2_240,
+    "sparsefw: files": 91,
+    "sparsefw: code lines": 10_600,
+    "kernels: code lines": 2_500,
     "bench: code lines": 2_900,
-    "tests: code lines": 13_400,
-    "documents: words": 14_400,
+    "tests: code lines": 14_100,
+    "documents: words": 15_200,
 }
 # Tables of facts, which are not counted.
 TABLES = {"models.md", "flags.md"}

@@ -1,0 +1,118 @@
+"""packed_product, unpack: products with packed matrices on a CPU, and their expansion.
+
+    y = x W^T      W[r, c] = values[starts[r] + rank], where bit c % 8 of mask[r, c / 8] is set, else 0
+                   rank = the number of bits set before c in row r
+
+    values (rows, k) or (n,)      mask (rows, ceil(cols / 8)) uint8      x (batch, cols)      y (batch, rows)
+
+    flops = 2 batch rows cols
+    bytes = rows (k size(values) + cols / 8) + batch (cols + rows) size(x)
+
+packed.cpp does it at the best level of instructions that the processor has, if it was compiled when the package was
+installed. Then the floor of up to 16 rows of x is the bytes' time. More rows are multiplied by torch, which gets some
+rows of W at a time with zeros. So are other dtypes than fp32 and bf16, and widths that 32 does not divide.
+"""
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Levels of instructions, in the order of packed.cpp.
+LEVELS = ("portable", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
+# Rows of x that packed.cpp multiplies in one call at most.
+MOST = 16
+# Entries of W that are expanded at once for more rows.
+EXPANDED = 1 << 22
+
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """packed.cpp; None if it was not compiled."""
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := Path(__file__).with_name(f"_packed{suffix}")).exists()]
+    if not found:
+        return None
+    library = ctypes.CDLL(str(found[0]))
+    matrix: list[Any] = [_INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG]
+    library.packed_product.argtypes = [_INT, _INT, _INT, _POINTER, _LONG, *matrix, _POINTER]
+    library.packed_unpack.argtypes = [_INT, _INT, *matrix, _LONG, _LONG, _POINTER]
+    library.packed_product.restype = library.packed_unpack.restype = None
+    return library
+
+
+@cache
+def level() -> int | None:
+    """The index in LEVELS of the best instructions that packed.cpp has here; None where torch does the work."""
+    library = _library()
+    return None if library is None else library.packed_level()
+
+
+def _library_for(values: Tensor, cols: int) -> ctypes.CDLL | None:
+    suits = level() is not None and values.device.type == "cpu" and values.dtype in _DTYPES and cols % 32 == 0
+    return _library() if suits else None
+
+
+def _matrix(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -> list[int | None]:
+    """The arguments of packed.cpp that describe W."""
+    k = values.shape[1] if starts is None else 0
+    half = int(values.dtype == torch.bfloat16)
+    return [half, *(t if t is None else t.data_ptr() for t in (values, mask, starts)), len(mask), cols, k]
+
+
+def kept_bits(mask: Tensor, cols: int) -> Tensor:
+    """mask (rows, ceil(cols / 8)) uint8 as (rows, cols) bool."""
+    bits = mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
+    return bits.flatten(1)[:, :cols].bool()
+
+
+def unpack(
+    values: Tensor, mask: Tensor, starts: Tensor | None = None, *, cols: int, first: int = 0, last: int | None = None
+) -> Tensor:
+    """Rows first to last of a packed matrix with zeros, (last - first, cols) in the dtype of the values.
+
+    Args:
+        values: (rows, k), or (n,) with `starts`. Contiguous, as all others.
+        mask: (rows, ceil(cols / 8)) uint8. Bits behind the last column are 0.
+        starts: (rows + 1,) int64, where each row begins in the values, and where the last one ends.
+        cols: columns of the matrix.
+        first, last: the rows that are wanted; all without `last`.
+    """
+    last = len(mask) if last is None else last
+    if library := _library_for(values, cols):
+        out = values.new_empty(last - first, cols)
+        arguments = [*_matrix(values, mask, starts, cols), first, last, out.data_ptr()]
+        library.packed_unpack(level(), torch.get_num_threads(), *arguments)
+        return out
+    part = values[first:last] if starts is None else values[starts[first] : starts[last]]
+    return values.new_zeros(last - first, cols).masked_scatter_(kept_bits(mask[first:last], cols), part)
+
+
+def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | None = None) -> Tensor:
+    """x W^T, (batch, rows) in the dtype of x; sums are made in fp32.
+
+    Args:
+        x: (batch, cols) floating, contiguous.
+        values, mask, starts: the packed matrix, as `unpack` takes it.
+    """
+    batch, cols = x.shape
+    rows = len(mask)
+    y = x.new_empty(batch, rows)
+    if batch <= MOST and x.dtype in _DTYPES and (library := _library_for(values, cols)):
+        half = int(x.dtype == torch.bfloat16)
+        arguments = [half, x.data_ptr(), batch, *_matrix(values, mask, starts, cols), y.data_ptr()]
+        library.packed_product(level(), torch.get_num_threads(), *arguments)
+        return y
+    size = max(1, EXPANDED // cols)
+    for first in range(0, rows, size):
+        last = min(first + size, rows)
+        W = unpack(values, mask, starts, cols=cols, first=first, last=last)
+        y[:, first:last] = F.linear(x, W.to(x.dtype))
+    return y

@@ -1,0 +1,98 @@
+"""Products with packed matrices and their expansion, on every level of instructions that this processor has."""
+
+import ctypes
+import mmap
+
+import pytest
+import torch
+from helpers.kernel_inputs import normal
+
+from sparsefw.kernels import packed_cpu
+
+DTYPES = (torch.float32, torch.bfloat16)
+# What each product is allowed beside the rounding of its result: the rounding of a sum in fp32.
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
+
+
+def packed(rows, cols, dtype, *, ragged=False, share=0.4):
+    """A matrix with zeros, and it packed: values, mask, starts."""
+    scores = normal(rows, cols, seed=1)
+    kept = scores > scores.quantile(1 - share) if ragged else scores >= scores.topk(int(share * cols)).values[:, -1:]
+    W = (normal(rows, cols) * kept).to(dtype)
+    bits = torch.nn.functional.pad(kept, (0, -cols % 8)).view(rows, -1, 8)
+    mask = (bits.int() << torch.arange(8, dtype=torch.int32)).sum(-1).to(torch.uint8)
+    if not ragged:
+        return W, (W[kept].view(rows, -1), mask, None)
+    return W, (W[kept], mask, torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)]))
+
+
+@pytest.fixture(params=["torch", *packed_cpu.LEVELS])
+def level(request, monkeypatch):
+    """A level of instructions, or torch, in place of the best one."""
+    best = packed_cpu.level()
+    number = None if request.param == "torch" else packed_cpu.LEVELS.index(request.param)
+    if number is not None and best is None:
+        pytest.skip("packed.cpp was not compiled: the package was installed where no C++ compiler was found")
+    if number is not None and number > best:
+        pytest.skip(f"takes a processor with {request.param}")
+    monkeypatch.setattr(packed_cpu, "level", lambda: number)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize(("rows", "cols", "ragged"), [(33, 64, False), (5, 1056, True), (4, 50, True)])
+def test_unpacked_matrices_are_those_with_zeros(level, rows, cols, ragged, dtype):
+    W, matrix = packed(rows, cols, dtype, ragged=ragged)
+    assert torch.equal(packed_cpu.unpack(*matrix, cols=cols), W)
+    assert torch.equal(packed_cpu.unpack(*matrix, cols=cols, first=1, last=3), W[1:3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "cols", "ragged"), [(33, 64, False), (19, 1056, True), (3, 50, False)])
+def test_products_are_those_of_matrices_with_zeros(level, rows, cols, ragged, x_dtype, dtype):
+    W, matrix = packed(rows, cols, dtype, ragged=ragged)
+    for batch in (1, 2, 3, 4, 5, 13, 16, 17):
+        x = normal(batch, cols, seed=batch).to(x_dtype)
+        y = packed_cpu.packed_product(x, *matrix)
+        # Where torch multiplies, it gets W in the dtype of x.
+        truth = x.double() @ W.double().T
+        scale = x.double().abs() @ W.double().abs().T
+        allowed = ROUNDING[x_dtype] * (truth.abs() if x_dtype == torch.bfloat16 else 0) + 2e-6 * scale
+        if x_dtype == torch.bfloat16 and dtype == torch.float32:
+            allowed += 2**-8 * scale
+        assert y.dtype == x_dtype
+        assert ((y.double() - truth).abs() <= allowed).all(), batch
+
+
+def test_threads_do_not_change_a_bit(level):
+    _, matrix = packed(70, 576, torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        for batch in (1, 16, 17):
+            x = normal(batch, 576, seed=2).bfloat16()
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(packed_cpu.packed_product(x, *matrix))
+            assert torch.equal(results[0], results[1])
+            assert torch.equal(results[0], results[2])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_read_behind_the_values(level, dtype):
+    """The values end where the memory does: a byte behind them ends the process."""
+    W, (values, mask, _) = packed(4, 64, dtype, share=0.1)
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 2 * page)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(whole.data_ptr() + page), ctypes.c_size_t(page), 0) == 0
+    size = values.numel() * values.element_size()
+    moved = whole[page - size : page].view(dtype).view(values.shape)
+    moved.copy_(values)
+    assert torch.equal(packed_cpu.unpack(moved, mask, cols=64), W)
+    for batch in (1, 16):
+        x = normal(batch, 64, seed=3).to(dtype)
+        assert torch.equal(packed_cpu.packed_product(x, moved, mask), packed_cpu.packed_product(x, values, mask))
