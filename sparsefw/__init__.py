@@ -1,6 +1,12 @@
 """Prune large language models by Frank-Wolfe on the convex relaxation of mask selection (arXiv 2510.13713)."""
 
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import os
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 # The same bits in every run. Without the first, cuBLAS may choose its algorithm by what else runs, and torch refuses
@@ -38,10 +44,36 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
+
+
+class _WhenQuantizersLoad(importlib.abc.MetaPathFinder):
+    """Tells transformers how to load packed checkpoints, as soon as its own quantizers are imported."""
+
+    module = "transformers.quantizers.auto"
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        """The module's own spec, whose loader imports `sparsefw.packed` at the end."""
+        if name != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            load, loader = spec.loader.exec_module, spec.loader
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                importlib.import_module("sparsefw.packed")
+
+            loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one loader
+        return spec
+
+
+if _WhenQuantizersLoad.module in sys.modules:
+    importlib.import_module("sparsefw.packed")
+else:
+    sys.meta_path.insert(0, _WhenQuantizersLoad())

@@ -23,7 +23,7 @@ from sparsefw.fields import DEPENDS
 from sparsefw.inputs import Inputs, Output
 from sparsefw.solver.config import PruneConfig
 
-COMMANDS = ("run", "plan", "verify", "evaluate")
+COMMANDS = ("run", "plan", "verify", "evaluate", "pack", "unpack")
 
 # A command: takes its arguments, None for those of the process, and returns the exit status.
 Command = Callable[[list[str] | None], int]

@@ -126,8 +126,14 @@ def verify(output: Path, against: str | None = None, digest: str | None = None) 
     if source and claims.report.in_memory and source.dtype != written.dtype:
         verdict.not_compared = f"the model in memory was of {written.dtype}, and the source is of {source.dtype}"
         source = None
-    _check_weights(verdict, claims, written, source)
+    _check_weights(verdict, claims, written, source, _same_run(output, folder))
     return verdict
+
+
+def _same_run(output: Path, folder: Path | None) -> bool:
+    """Whether the source is the same pruned checkpoint, packed or unpacked."""
+    reports = [path / "report.json" for path in (output, folder) if path]
+    return len(reports) == 2 and reports[1].is_file() and file_digest(reports[0]) == file_digest(reports[1])
 
 
 def _check_sums(check: Check, output: Path, digest: str | None) -> str:
@@ -242,11 +248,11 @@ class _Model:
         return (self._skeleton.load(tensors, torch.device("cpu")) if tensors else {}) | unused
 
 
-def _check_weights(verdict: Verdict, claims: _Claims, written: _Model, source: _Model | None) -> None:
-    """Check all weights, a group at a time."""
+def _check_weights(verdict: Verdict, claims: _Claims, written: _Model, source: _Model | None, same_run: bool) -> None:
+    """Check all weights, a group at a time; of a source that the same run has written, the pruned layers, too."""
     checks, unseen = verdict.checks, dict(claims.layers)
     if source:
-        checks["others"] = Check("all but the pruned layers is the source's, bit for bit")
+        checks["others"] = Check(f"all{'' if same_run else ' but the pruned layers'} is the source's, bit for bit")
         if not claims.refits:
             checks["kept"] = Check("kept weights are the source's, bit for bit")
         if claims.report.argument("keep_zeros", bool):
@@ -267,6 +273,8 @@ def _check_weights(verdict: Verdict, claims: _Claims, written: _Model, source: _
                     checks["model"].failures.append(str(error))
             if layer:
                 _check_layer(verdict, claims, layer, W, old)
+                if same_run:
+                    checks["others"].add(name, _difference(W, old))
                 continue
             # A buffer, such as a table of experts by token, is no matrix.
             matrix = W.dim() >= 2 and without_index(name) not in written.buffers and name not in written.unused

@@ -11,13 +11,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sparsefw"
 # From the top down. A module imports from its own package or from a lower level, never from another package of its
 # level.
 LEVELS = [
-    ["run", "plan", "verify", "evaluate", "lm_eval"],
+    ["unpack"],
+    ["run", "plan", "verify", "evaluate", "lm_eval", "pack"],
     ["cli", "api"],
-    ["driver", "verification"],
+    ["driver", "verification", "packing"],
     ["evaluation"],
     ["report"],
     ["estimate"],
-    ["model"],
+    ["model", "packed"],
     ["solver"],
     ["data"],
     ["inputs"],

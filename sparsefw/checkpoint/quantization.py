@@ -1,7 +1,8 @@
 """Quantized checkpoints: which are read, and which tensors in their files make one tensor of the model.
 
-FP8 as DeepSeek-V3 and Qwen3 ship it, and MXFP4 as gpt-oss does. Their tensors are dequantized where they are used (see
-`tensors`), and what is written is not quantized. All other methods are refused.
+FP8 as DeepSeek-V3 and Qwen3 ship it, MXFP4 as gpt-oss does, and packed ones, whose matrices lack their zeros (see
+`packed`). Their tensors are dequantized where they are used (see `tensors`), and what is written is not quantized. All
+other methods are refused.
 """
 
 import copy
@@ -14,11 +15,14 @@ from typing import Any
 
 import torch
 
+from sparsefw.checkpoint.packed import MASK
 from sparsefw.checkpoint.tensors import EXPONENT, QuantizedInfo, TensorInfo
 from sparsefw.errors import InputError, shown
 
 KEY = "quantization_config"
-METHODS = ("fp8", "mxfp4")
+METHODS = ("fp8", "mxfp4", "sparsefw")
+# transformers' own key for the name of the weights' file. What is no name of one keeps it from loading packed matrices.
+GUARD = "transformers_weights"
 # transformers takes blocks of this size where a config does not say. null means one scale for a matrix.
 DEFAULT_BLOCK = (128, 128)
 # The way out where a checkpoint is not read.
@@ -50,17 +54,21 @@ class Quantization:
     """How a checkpoint is quantized.
 
     Attributes:
-        method: "fp8" or "mxfp4".
+        method: one of METHODS.
         block: (rows, columns) that share a scale in FP8; None: all of a matrix.
+        kept: fraction of the weights that a packed matrix keeps.
     """
 
     method: str
     block: tuple[int, int] | None = None
+    kept: float = 0.0
 
     def share(self, dtype: torch.dtype) -> float:
         """Bytes of a quantized tensor as it is stored, for each byte of it in another dtype."""
         if self.method == "mxfp4":
             return (GROUP_BYTES + 1) / (2 * GROUP_BYTES * dtype.itemsize)
+        if self.method == "sparsefw":
+            return self.kept + 1 / (8 * dtype.itemsize)
         return (1 + (4 / math.prod(self.block) if self.block else 0)) / dtype.itemsize
 
 
@@ -80,6 +88,8 @@ def quantization_of(config: dict[str, Any], path: Path) -> Quantization | None:
     method = content.get("quant_method", "an unnamed method") if isinstance(content, dict) else content
     if method not in METHODS:
         raise InputError(f"{path}: the model is quantized by {shown(method)}, which is not read; {ORIGINAL} ({KEY})")
+    if method == "sparsefw":
+        return Quantization(method, kept=float(content["kept"]))
     block = content.get("weight_block_size", DEFAULT_BLOCK)
     return Quantization(method, tuple(block) if block and method == "fp8" else None)
 
@@ -95,6 +105,7 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     if not any(section.get(KEY) is not None for section in _configs(config)):
         return config
     config = copy.deepcopy(config)
+    config.pop(GUARD, None)
     named = dtype_in(config)
     for section in _configs(config):
         # Only a quantized model has another dtype: transformers would cast the weights to it.
@@ -121,13 +132,15 @@ def joined(
     Raises:
         InputError: scales are missing, or scales or values have a dtype or shape that does not fit.
     """
-    join = _join_fp8 if quantization.method == "fp8" else _join_mxfp4
+    join = {"fp8": _join_fp8, "mxfp4": _join_mxfp4, "sparsefw": _join_packed}[quantization.method]
     quantized = dict(found for name in stored if (found := join(stored, name, quantization)))
     if not quantized:
         raise InputError(f"{path}: {KEY} says {quantization.method}, but no tensor is quantized; remove the entry")
     used = {part for info in quantized.values() for part in info.parts}
     used |= {name for name in stored if _scales_activations(name, stored)}
     others = {name: info for name, info in stored.items() if name not in used}
+    if quantization.method == "sparsefw":
+        return quantized | others, most_bytes([*quantized.values(), *others.values()]) or DTYPES[0]
     dtype = dtype_in(config) or most_bytes(others.values()) or DTYPES[0]
     return {name: replace(info, dtype=dtype) for name, info in quantized.items()} | others, dtype
 
@@ -191,7 +204,7 @@ def _join_fp8(stored: dict[str, TensorInfo], name: str, quantization: Quantizati
             f"{scales.file}: tensor {scale} of shape {scales.shape} and dtype {scales.dtype} does not fit {name} of "
             f"shape {shape} in blocks of {height} x {width}, which needs {grid} in floating point"
         )
-    return name, QuantizedInfo(values.file, DTYPES[0], shape, {name: values, scale: scales}, (height, width))
+    return name, QuantizedInfo(values.file, DTYPES[0], shape, "fp8", {name: values, scale: scales}, (height, width))
 
 
 def _join_mxfp4(stored: dict[str, TensorInfo], name: str, quantization: Quantization) -> Joint | None:
@@ -211,4 +224,20 @@ def _join_mxfp4(stored: dict[str, TensorInfo], name: str, quantization: Quantiza
         )
     experts, rows, groups, width = values.shape
     shape = (experts, groups * 2 * width, rows)
-    return joint, QuantizedInfo(values.file, DTYPES[0], shape, {name: values, scale: scales}, None)
+    return joint, QuantizedInfo(values.file, DTYPES[0], shape, "mxfp4", {name: values, scale: scales})
+
+
+def _join_packed(stored: dict[str, TensorInfo], name: str, quantization: Quantization) -> Joint | None:
+    """The tensor whose values are called `name`, and that name; None if it is not packed."""
+    values, mask = stored[name], stored.get(name + MASK)
+    if mask is None:
+        return None
+    kept = (*mask.shape[:-1], values.shape[-1]) if values.shape else ()
+    sound = mask.dtype == torch.uint8 and len(mask.shape) > 1 and values.shape in (kept, kept[-1:])
+    if not sound or not values.dtype.is_floating_point:
+        raise InputError(
+            f"{mask.file}: tensor {name}{MASK} of shape {mask.shape} and dtype {mask.dtype} does not fit {name} of "
+            f"shape {values.shape}; a mask has a row for each row, and a byte for 8 columns"
+        )
+    shape = (*mask.shape[:-1], 8 * mask.shape[-1])
+    return name, QuantizedInfo(values.file, values.dtype, shape, "sparsefw", {name: values, name + MASK: mask})

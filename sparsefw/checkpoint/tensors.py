@@ -4,8 +4,9 @@ Tensors are read into memory of our own. Mapping the files would be simpler. But
 long as any of its tensors is in use, and products may round differently where memory is aligned differently. Here torch
 aligns every tensor.
 
-A quantized tensor is several tensors in the files: its values, and scales that they are multiplied with. The rest of
-the package sees one tensor of the model's dtype. It stays in its small form until a model is loaded with it.
+A quantized tensor is several tensors in the files: its values, and scales that they are multiplied with. So is a packed
+one: its values, and a mask. The rest of the package sees one tensor of the model's dtype. It stays in its small form
+until a model is loaded with it.
 """
 
 import math
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsefw.arithmetic import check_finite
+from sparsefw.checkpoint.packed import unpack
 from sparsefw.errors import InputError
 
 # Values of a 4-bit float with one mantissa bit (E2M1), by its bits.
@@ -74,12 +76,14 @@ class QuantizedInfo(TensorInfo):
     """A quantized tensor that is not read. `file` is that of the values, dtype and shape are those of the result.
 
     Attributes:
-        parts: the stored values and their scales, in this order, by name.
-        block: (rows, columns) that share a scale, for values in FP8. None for values in MXFP4.
+        method: "fp8", "mxfp4", or "sparsefw": packed.
+        parts: the stored values and their scales, or their mask, in this order, by name.
+        block: (rows, columns) that share a scale, for values in FP8.
     """
 
+    method: str
     parts: dict[str, TensorInfo]
-    block: tuple[int, int] | None
+    block: tuple[int, int] = (0, 0)
 
     def stored(self, name: str) -> dict[str, TensorInfo]:
         """See `TensorInfo`."""
@@ -94,11 +98,11 @@ class QuantizedTensor:
 
     Args:
         info: how it is stored.
-        values, scales: the stored tensors.
+        values, scales: the stored tensors; of a packed one the values and the mask.
     """
 
     def __init__(self, info: QuantizedInfo, values: Tensor, scales: Tensor) -> None:
-        self._values, self._scales, self._block = values, scales, info.block
+        self._values, self._scales, self._method, self._block = values, scales, info.method, info.block
         self.shape, self.dtype, self.device = torch.Size(info.shape), info.dtype, values.device
 
     def __getitem__(self, index: Any) -> "QuantizedTensor":
@@ -107,7 +111,9 @@ class QuantizedTensor:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The dequantized tensor."""
         values, scales = self._values.to(device), self._scales.to(device)
-        if self._block is None:
+        if self._method == "sparsefw":
+            return unpack(values, scales).to(dtype or self.dtype)
+        if self._method == "mxfp4":
             return dequantize_mxfp4(values, scales, dtype or self.dtype)
         return dequantize_fp8(values, scales, self._block, dtype or self.dtype)
 
@@ -147,8 +153,9 @@ def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str,
     for name, info in tensors.items():
         if isinstance(info, QuantizedInfo):
             values, scales = (read[part] for part in info.parts)
-            floats = (scales.view(EXPONENT) if scales.dtype == torch.uint8 else scales).float()
-            check_finite(list(info.parts)[1], floats)
+            if info.method != "sparsefw":
+                floats = (scales.view(EXPONENT) if scales.dtype == torch.uint8 else scales).float()
+                check_finite(list(info.parts)[1], floats)
             loadable[name] = QuantizedTensor(info, values, scales)
         else:
             loadable[name] = read[name]

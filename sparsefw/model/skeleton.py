@@ -6,7 +6,7 @@ time, and renamed or stacked on the way as transformers does it for the whole mo
 are stacked at a time.
 
 Nearly every private or undocumented name of transformers that the models need stands here; the others in `settings`
-and `streamed`. transformers may change these in any version. They were tested with 5.17 to 5.24; when a later version
+and `streamed`. transformers may change these in any version. They were tested with 5.22 to 5.24; when a later version
 breaks one, this file is the place to mend it.
 """
 
@@ -34,7 +34,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
-from sparsefw.checkpoint.quantization import KEY, ORIGINAL
+from sparsefw.checkpoint.quantization import GUARD, KEY, ORIGINAL
 from sparsefw.checkpoint.source import CONFIG, Checkpoint
 from sparsefw.checkpoint.tensors import Loadable, TensorInfo
 from sparsefw.errors import InputError, first_line, shown
@@ -146,8 +146,9 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     with _loading(checkpoint, "config"):
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
         for part in (config, getattr(config, "text_config", None)):
-            if hasattr(part, KEY):
-                delattr(part, KEY)
+            for key in (KEY, GUARD):
+                if hasattr(part, key):
+                    delattr(part, key)
         ask_for_no_more(config)
         return config
 

@@ -1,0 +1,44 @@
+"""Pack a pruned checkpoint, so that its zeros take no space: `sparsefw pack PRUNED PACKED`.
+
+Each pruned matrix becomes its kept weights and a bit for each weight: at 60 %, 0.46 of its bytes in bf16. All else is
+copied. After `import sparsefw`, transformers loads the folder, and `sparsefw unpack` gives the same bits back. An
+interrupted command goes on where it was.
+"""
+
+import sys
+from pathlib import Path
+
+from sparsefw.cli import Parser, launch, load_libraries, say
+
+
+def packer(command: str, description: str | None, argv: list[str] | None) -> int:
+    """Pack or unpack, and print the sizes; `command` says which."""
+    parser = Parser(command, description)
+    parser.add_argument("source", type=Path, metavar="PRUNED" if command == "pack" else "PACKED", help="a folder")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the result")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older checkpoint in OUTPUT")
+    parser.add_argument("--restart", action="store_true", help="discard what an interrupted command left")
+    arguments = parser.parse_args(argv)
+    load_libraries()
+    from sparsefw import packing
+
+    convert = packing.pack_folder if command == "pack" else packing.unpack_folder
+    before, after = convert(
+        arguments.source, arguments.output, overwrite=arguments.overwrite, restart=arguments.restart
+    )
+    say(f"{arguments.output}: {after / 1e9:.3f} GB of tensors, {after / before:.3f} of {arguments.source}")
+    return 0
+
+
+def command(argv: list[str] | None) -> int:
+    """Pack a checkpoint."""
+    return packer("pack", __doc__, argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Pack from the command line; returns the exit status, see `launch`."""
+    return launch(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Pack the matrices of a pruned checkpoint, so that its zeros take no space, and unpack them again.
+
+Both ways a shard is read and written at a time, into a hidden folder beside the output, and an interrupted command goes
+on after the last finished shard. What is unpacked has the bits that were packed.
+"""
+
+import json
+import math
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from sparsefw.checkpoint.files import durably, file_digest
+from sparsefw.checkpoint.packed import FORMAT, MASK, form_of, pack
+from sparsefw.checkpoint.quantization import GUARD, KEY, without_quantization
+from sparsefw.checkpoint.source import CONFIG, Checkpoint, inspect, stamps
+from sparsefw.checkpoint.tensors import dequantized, read_tensors
+from sparsefw.checkpoint.writer import Writer
+from sparsefw.data.batches import BATCHES
+from sparsefw.errors import InputError
+from sparsefw.model.skeleton import Skeleton, build
+from sparsefw.report.content import Report, read_report
+from sparsefw.solver import patterns
+from sparsefw.solver.config import METHODS
+from sparsefw.solver.patterns import Pattern, without_index
+
+REPORTS = ("report.json", "report.html")
+
+# What transformers says where sparsefw is not imported: its loader knows no other way to ask for a package.
+ADVICE = "packed by sparsefw: pip install sparsefw, and import sparsefw before from_pretrained"
+
+
+def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart: bool = False) -> tuple[int, int]:
+    """Pack a checkpoint that `sparsefw run` has pruned.
+
+    Args:
+        pruned: its folder.
+        packed: folder for the packed checkpoint.
+        overwrite: whether an older checkpoint may be replaced.
+        restart: whether to discard what an interrupted command left.
+
+    Returns:
+        Bytes of all tensors before and after.
+
+    Raises:
+        InputError: there is no report of a run, the checkpoint is packed already, its weights are not those of its
+            report, or no matrix would become smaller.
+    """
+    if not (pruned / "report.json").is_file():
+        raise InputError(f"{pruned}: no report.json in it; give a folder that sparsefw run wrote")
+    report, checkpoint = read_report(pruned / "report.json"), inspect(pruned)
+    if checkpoint.quantization:
+        raise InputError(f"{pruned}: packed already; sparsefw unpack makes it dense again")
+    pattern = patterns.parse(report.argument("sparsity", str))
+    skeleton = build(checkpoint, as_named=report.arguments["dataset"] == (BATCHES,))
+    whole = not METHODS[report.method].rows_independent or pattern.scope == "layer"
+    whole &= pattern.scope != "group"
+    kept = _kept(skeleton, report, pattern, whole)
+    if not kept:
+        raise InputError(f"{pruned}: no matrix would become smaller by leaving out its zeros")
+    facts = {
+        "quant_method": "sparsefw",
+        "format": FORMAT,
+        "sparsity": pattern.text,
+        "budget": "layer" if whole else "row",
+        "kept": 1 - float(pattern.sparsity),
+        "parameters": generalized({skeleton.goes_into[name] for name in kept}, dict(skeleton.model.named_parameters())),
+    }
+    config = checkpoint.config | {KEY: facts, GUARD: ADVICE}
+
+    def packed_form(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if name not in kept:
+            return {name: tensor}
+        return dict(zip((name, name + MASK), pack(name, tensor, kept[name], whole), strict=True))
+
+    return _rewrite(checkpoint, packed, config, packed_form, overwrite=overwrite, restart=restart)
+
+
+def unpack_folder(packed: Path, output: Path, *, overwrite: bool = False, restart: bool = False) -> tuple[int, int]:
+    """The checkpoint that was packed, with the same bits; see `pack_folder` for the arguments.
+
+    Raises:
+        InputError: the checkpoint is not packed, or not sound.
+    """
+    checkpoint = inspect(packed)
+    if checkpoint.quantization is None or checkpoint.quantization.method != "sparsefw":
+        raise InputError(f"{packed}: not packed; give a folder that sparsefw pack wrote")
+    config = without_quantization(checkpoint.config)
+    return _rewrite(
+        checkpoint, output, config, lambda name, tensor: {name: tensor}, overwrite=overwrite, restart=restart
+    )
+
+
+def _kept(skeleton: Skeleton, report: Report, pattern: Pattern, whole: bool) -> dict[str, int]:
+    """Weights kept in each row, or in the whole, of each tensor that becomes smaller by it, by name."""
+    sizes, inputs = Counter[str](), dict[str, int]()
+    for layer in report.layers_of(report.method):
+        if not layer.transposed:
+            sizes[without_index(layer.name)] += math.prod(layer.shape)
+            inputs[without_index(layer.name)] = layer.shape[1]
+    parts = skeleton.names_of(skeleton.checkpoint.tensors)
+    kept = {}
+    for parameter, names in parts.items():
+        # A stacked parameter is packed if all of its slices were pruned.
+        if sizes[parameter] != skeleton.model.get_parameter(parameter).numel():
+            continue
+        for name in names:
+            info = skeleton.checkpoint.tensors[name]
+            rows, cols = info.shape[-2:]
+            width, most = patterns.budget(pattern, rows, cols, not whole)
+            # A budget of a whole matrix says nothing of its parts.
+            if cols != inputs[parameter] or cols % 8 or (whole and (len(names) > 1 or len(info.shape) > 2)):
+                continue
+            if most / width + 1 / (8 * info.dtype.itemsize) < 1:
+                kept[name] = most if whole else cols // width * most
+    return kept
+
+
+def generalized(chosen: Iterable[str], parameters: Iterable[str]) -> list[str]:
+    """Names of parameters, where `*` stands for any number if all parameters of that form are chosen."""
+    chosen, forms = set(chosen), defaultdict(set)
+    for name in parameters:
+        forms[form_of(name)].add(name)
+    return sorted(x for form, names in forms.items() for x in ({form} if names <= chosen else names & chosen))
+
+
+def _rewrite(
+    checkpoint: Checkpoint,
+    output: Path,
+    config: dict[str, Any],
+    form: Callable[[str, Tensor], dict[str, Tensor]],
+    *,
+    overwrite: bool,
+    restart: bool,
+) -> tuple[int, int]:
+    """Write a checkpoint whose tensors have another form; returns the bytes of all tensors before and after."""
+    folder = checkpoint.folder
+    if output.resolve() == folder.resolve():
+        raise InputError(f"{output}: the checkpoint itself; give another folder for the output")
+    files = defaultdict(list)
+    for name, info in checkpoint.tensors.items():
+        files[info.file].append(name)
+    identity = {"source": str(folder.resolve()), "files": stamps(checkpoint), "config": file_digest(folder / CONFIG)}
+    with Writer(
+        output, len(files), {**identity, "form": config}, source=folder, overwrite=overwrite, restart=restart
+    ) as writer:
+        for n, file in enumerate(tqdm(sorted(files), unit="shard", disable=None)):
+            if n in writer.records:
+                continue
+            read = read_tensors({name: checkpoint.tensors[name] for name in files[file]})
+            tensors: dict[str, Tensor] = {}
+            for name in files[file]:
+                tensors |= form(name, dequantized(read.pop(name)))
+            writer.write(n, tensors)
+        durably(writer.folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        for name in REPORTS:
+            if (folder / name).is_file():
+                durably(writer.folder / name, partial(shutil.copyfile, folder / name))
+        writer.finish()
+        before = sum(info.stored_nbytes for info in checkpoint.tensors.values())
+        return before, writer.written

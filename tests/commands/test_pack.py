@@ -1,0 +1,177 @@
+"""Packed checkpoints: what is packed, how it is loaded, and that unpacking gives the same bytes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.checkpoints import contents
+from helpers.commands import interrupted_at, tensors_of
+from helpers.families import first_is_fast
+from helpers.verifying import DOWN, WANDA, change_tensor, put
+from transformers import AutoModel, AutoModelForCausalLM
+
+from sparsefw import evaluate, pack, unpack, verify
+from sparsefw.checkpoint import packed as layout
+from sparsefw.errors import InputError
+from sparsefw.packed import PackedConfig, PackedLinear
+
+TOKENS = torch.arange(40).view(2, 20)
+
+
+def packed_of(output, folder):
+    assert pack.main([str(output), str(folder / "packed")]) == 0
+    return folder / "packed"
+
+
+def logits(model, tokens=TOKENS):
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "flags"),
+    first_is_fast(
+        [
+            ("llama", torch.bfloat16, WANDA),
+            ("llama", torch.float32, (*WANDA, "--sparsity", "layer:0.6")),
+            ("llama", torch.float32, (*WANDA, "--sparsity", "2:4")),
+            ("mixtral", torch.float32, WANDA),
+            ("phi3", torch.float16, WANDA),
+        ]
+    ),
+)
+def test_packed_checkpoints_are_smaller_and_the_same(pruned, tmp_path, capsys, family, dtype, flags):
+    _, output = pruned(*flags, family=family, dtype=dtype)
+    folder = packed_of(output, tmp_path)
+    dense, small = tensors_of(output), tensors_of(folder)
+    masked = [name for name in dense if name + layout.MASK in small]
+    # Every matrix that was pruned.
+    assert len(masked) >= 8
+    for name in masked:
+        share = small[name].nbytes + small[name + layout.MASK].nbytes
+        kept = (0.5 if "2:4" in flags else 0.4) + 1 / (8 * dtype.itemsize)
+        assert share <= (kept + 0.04) * dense[name].nbytes
+    assert verify.main([str(folder), "--against", str(output)]) == 0
+    assert "all is the source's, bit for bit" in capsys.readouterr().out
+    assert unpack.main([str(folder), str(tmp_path / "dense")]) == 0
+    assert contents(tmp_path / "dense") == contents(output)
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    truth = AutoModelForCausalLM.from_pretrained(output)
+    exact = 1e-5 if dtype == torch.float32 else 2e-2
+    for tokens in (TOKENS, TOKENS[:1, :4]):
+        assert (logits(model, tokens) - logits(truth, tokens)).abs().max() <= exact * logits(truth, tokens).abs().max()
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))
+    restored = AutoModelForCausalLM.from_pretrained(folder, quantization_config=PackedConfig(dequantize=True))
+    assert not hasattr(restored.config, "quantization_config")
+    for state in (restored.state_dict(), model.dequantize().state_dict()):
+        assert state.keys() == truth.state_dict().keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in truth.state_dict().items())
+
+
+def test_the_same_model_without_its_head(pruned, tmp_path):
+    _, output = pruned(*WANDA)
+    model = AutoModel.from_pretrained(packed_of(output, tmp_path))
+    assert isinstance(model.layers[0].mlp.down_proj, PackedLinear)
+
+
+def test_gradients_of_inputs_are_those_of_the_dense_model(pruned, tmp_path):
+    _, output = pruned(*WANDA)
+    gradients = []
+    for folder in (output, packed_of(output, tmp_path)):
+        layer = AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp.down_proj
+        x = torch.ones(3, layer.in_features, requires_grad=True)
+        layer(x).square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_without_sparsefw_loading_fails(pruned, tmp_path):
+    """transformers alone makes no weights up: it says what to install, or, in a copy of its own, that shapes differ."""
+    _, output = pruned(*WANDA)
+    folder = packed_of(output, tmp_path)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    load = f"""
+import transformers
+for folder in ({str(folder)!r}, {str(tmp_path / "saved")!r}):
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+    except (ValueError, RuntimeError) as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", load], cwd=tmp_path, capture_output=True, text=True, check=True)
+    packed, saved = done.stdout.splitlines()
+    assert packed.endswith("packed by sparsefw: pip install sparsefw, and import sparsefw before from_pretrained")
+    assert "ignore_mismatched_sizes" in saved
+
+
+def test_perplexity_is_that_of_the_dense_checkpoint(pruned, tmp_path, capsys):
+    source, output = pruned(*WANDA, dtype=torch.bfloat16)
+    text = str(source.parent / "text.txt")
+    printed = []
+    for folder in (output, packed_of(output, tmp_path)):
+        capsys.readouterr()
+        assert evaluate.main([str(folder), "--eval", text, "--seqlen", "32"]) == 0
+        printed.append([line.split("±")[0] for line in capsys.readouterr().out.splitlines() if "perplexity  " in line])
+    assert printed[0] == printed[1] != []
+
+
+def test_an_interrupted_command_goes_on(pruned, tmp_path, monkeypatch, capsys):
+    _, output = pruned(*WANDA)
+    whole = contents(packed_of(output, tmp_path / "whole"))
+    with monkeypatch.context() as patched:
+        # Behind the first shard and its record.
+        interrupted_at(patched, 8)
+        assert pack.main([str(output), str(tmp_path / "packed")]) == 130
+    assert "shards are finished: the same command goes on from there" in capsys.readouterr().err
+    assert contents(packed_of(output, tmp_path)) == whole
+
+
+def test_what_cannot_be_packed_is_refused(pruned, copied, tmp_path, capsys):
+    source, output = pruned(*WANDA)
+    folder = packed_of(output, tmp_path)
+    for arguments, message in (
+        ([pack, source, tmp_path / "x"], "no report.json in it"),
+        ([pack, folder, tmp_path / "x"], "packed already"),
+        ([pack, output, output], "the checkpoint itself"),
+        ([pack, output, folder], "--overwrite"),
+        ([unpack, output, tmp_path / "x"], "not packed"),
+    ):
+        command, *paths = arguments
+        capsys.readouterr()
+        assert command.main([str(path) for path in paths]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    _, changed = copied(*WANDA)
+    change_tensor(changed, DOWN, lambda tensor: tensor + 1)
+    assert pack.main([str(changed), str(tmp_path / "x")]) == 2
+    assert f"{DOWN}: a row has 48 weights that are not zero, and may keep 20" in capsys.readouterr().err
+
+
+def test_a_changed_bit_is_found(pruned, tmp_path, capsys):
+    _, output = pruned(*WANDA)
+    folder = packed_of(output, tmp_path)
+    change_tensor(folder, DOWN, put((0, 0), 7.0))
+    assert verify.main([str(folder), "--against", str(output)]) == 1
+    assert f"{DOWN}: 1 of " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_rows_with_fewer_weights_are_filled_up(whole):
+    W = torch.tensor([[0.0, 1, 0, 2, 0, 0, 3, 0], [-0.0, 0, 0, 0, 0, 0, 0, 4], [0.0, 0, 0, 0, 0, 0, 0, 0]])
+    values, mask = layout.pack("W", W, 8 if whole else 3, whole)
+    assert values.shape == ((8,) if whole else (3, 3))
+    bits = W.view(torch.int32)
+    assert torch.equal(layout.unpack(values, mask).view(torch.int32), bits)
+    with pytest.raises(InputError, match="W: "):
+        layout.pack("W", W, 4 if whole else 2, whole)
+
+
+def test_names_with_numbers_are_written_once():
+    from sparsefw.packing import generalized
+
+    every = [f"layers.{n}.{part}.weight" for n in range(3) for part in ("a", "b")]
+    assert generalized(every[:5], every) == ["layers.*.a.weight", "layers.0.b.weight", "layers.1.b.weight"]
