@@ -45,6 +45,8 @@ BULK_COPY = "cp.async.bulk.tensor"
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "bench/results/compiled.json"
+# The name of a test and what follows it, up to the next name at the margin.
+TEST = re.compile(r"^def (test_\w+)(.*?)(?=^[\w@]|\Z)", re.MULTILINE | re.DOTALL)
 
 
 def stub_driver(target: GPUTarget) -> SimpleNamespace:
@@ -156,11 +158,16 @@ def problems(row: dict) -> list[str]:
 
 
 def run_tests(chosen: Iterable[Case]) -> int:
-    """Run the tests that name an operation of these cases, without a GPU in the interpreter; returns their status."""
-    names = "|".join({name for case in chosen for name in operations(case)})
-    tests = [
-        p for p in sorted((REPO / "tests/kernels").glob("test_*.py")) if re.search(rf"\b({names})\b", p.read_text())
-    ]
+    """Run the tests of these cases' operations, without a GPU in the interpreter; returns their status.
+
+    They are in files that name one of the operations. A test there that calls others alone is left out.
+    """
+    named, every = ({name for case in of for name in operations(case)} for of in (chosen, select("")))
+    tests = []
+    for path in sorted((REPO / "tests/kernels").glob("test_*.py")):
+        called = [(test, {*re.findall(r"\.(\w+)", body)}) for test, body in TEST.findall(path.read_text())]
+        if named & {*re.findall(r"\w+", path.read_text())}:
+            tests += [f"{path}::{test}" for test, names in called if named & names or not every & names]
     return subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=REPO).returncode
 
 

@@ -109,10 +109,8 @@ def train(model: LlamaForCausalLM, fit: Tensor, validation: Tensor) -> None:
     """Train on windows of `fit` at random offsets, and leave the model at its best validation perplexity."""
     add_dropout(model)
     # Weight decay on matrices only.
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    matrices, others = ([p for p in model.parameters() if (p.ndim >= 2) is large] for large in (True, False))
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
     draw = torch.Generator().manual_seed(SEED)
     best, best_state = math.inf, {}

@@ -26,8 +26,7 @@ from pathlib import Path
 
 from prose import FUNCTION_WORDS, Passage, passages, versions, words_of
 
-TAG = "prose"
-CHOICES = 4
+TAG, CHOICES = "prose", 4
 
 # Words of what goes on after a passage, and of a sentence that is judged alone.
 CONTINUATION = range(6, 31)

@@ -128,9 +128,13 @@ def test_the_tests_of_a_kernel_are_run_first(monkeypatch):
     monkeypatch.setattr(compiler, "compile_launch", None)
     with pytest.raises(SystemExit, match=r"^3$"):
         compiler.main(["--only", "mirror", "--test"])
-    names = {Path(argument).name for argument in commands[0]}
-    assert "test_accumulate.py" in names
-    assert "test_lmo.py" not in names
+    tests = "\n".join(commands[0])
+    assert "test_accumulate.py::test_every_tile_is_written\n" in tests
+    assert "test_lmo.py" not in tests
+    with pytest.raises(SystemExit):
+        compiler.main(["--only", "adam_step", "--test"])
+    tests = [argument.partition("test_row_kernels.py::")[2] for argument in commands[1]]
+    assert [test for test in tests if test] == ["test_a_step_of_adam", "test_no_rows"]
 
 
 def test_rows_stay_in_the_registers_they_are_loaded_to(compiled):
