@@ -1,4 +1,4 @@
-"""Train the embedded model: `python bench/train_default.py [OUTPUT]`, some five minutes of one CPU core.
+"""Train the built-in model: `python bench/train_default.py [OUTPUT]`, some five minutes of one CPU core.
 
 It makes a byte-level BPE tokenizer and a small Llama, both from `training_text`. The model is small and trained for
 long, so that it has few weights to spare and pruning shows. The step to keep is chosen on windows cut from the training

@@ -111,18 +111,18 @@ def prune(
     After an interruption the same call goes on after the last finished block. Threads of one process take turns.
 
     Args:
-        model: folder or Hub id of a checkpoint in safetensors; "default", the embedded model; a transformers model in
+        model: folder or Hub id of a checkpoint in safetensors; "default", the built-in model; a transformers model in
             memory, or, with `calibration`, any module in memory: these are pruned in place.
         output: folder for the pruned checkpoint; None only for a model in memory.
         config: how to prune; None makes a config of `options`.
         dataset: calibration text: a name or path as for `--dataset`, or a mapping of several with the share of the
             windows that each has; a list, a generator, a datasets.Dataset or a DataLoader of texts, of records with
             `text` or `messages`, or of tokenized ones with `input_ids`; or token ids (windows, seqlen). None: c4, or
-            the embedded text for the embedded model.
+            the built-in text for the built-in model.
         calibration: in place of a text: for each batch the arguments of the model's forward, as a mapping, a tuple or
             a single tensor. Pixels, masked tokens, features of sound: whatever a stack of blocks is made for.
         nsamples, seqlen: number of calibration windows, and tokens in each. None: the shape of the token ids, else 256
-            and 2048 (embedded model: 64 and 128). Tokenized records of one length are windows; others are cut from
+            and 2048 (built-in model: 64 and 128). Tokenized records of one length are windows; others are cut from
             them joined.
         seed: seed of the draw of the calibration windows.
         evaluate: evaluation texts for perplexity, by name or path; with `calibration` batches for which the model

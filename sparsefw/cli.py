@@ -13,12 +13,12 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparsefw.errors import InputError, by_command, flag_of, printable, shown
+from sparsefw.errors import InputError, by_command, fitted, flag_of, printable, shown
 from sparsefw.fields import DEPENDS
 from sparsefw.inputs import Inputs, Output
 from sparsefw.solver.config import PruneConfig
@@ -193,6 +193,12 @@ def given(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
 def say(line: str) -> None:
     """Print a line on stdout. Names in it come from files: what does not print is spelled out."""
     print(printable(line))
+
+
+def say_fitted(lines: Iterable[str]) -> None:
+    """Print lines on stdout, each in as many as a terminal takes."""
+    for line in lines:
+        print(*fitted(line), sep="\n")
 
 
 def load_libraries() -> None:

@@ -1,5 +1,6 @@
 """The exception for mistakes that a user can mend, and what messages are made of."""
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,9 @@ SHORT = {"evaluate": "--eval", "texts": "--eval", "folder": "--output"}
 
 # What the user has made: a call from Python or, see `by_command`, a command. Options are named in messages as in it.
 _invocation = "call"
+
+# Columns of a terminal that a line of a run takes.
+WIDTH = 100
 
 
 class InputError(ValueError):
@@ -69,6 +73,14 @@ def first_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """Text on one line, in which every character that does not print is spelled out: controls, marks of direction."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def fitted(line: str) -> list[str]:
+    """Text as `printable`, in lines of at most WIDTH columns; a longer word, such as a path, stays whole."""
+    wrapped = textwrap.wrap(
+        printable(line), WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    return wrapped or [""]
 
 
 def shown(text: object, limit: int = 200) -> str:

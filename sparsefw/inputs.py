@@ -9,7 +9,7 @@ from typing import Any
 from sparsefw.errors import InputError, option, shown
 from sparsefw.fields import DEPENDS, check_fields, check_needs, flag, set_field
 
-# Name of the embedded model, which the package carries, and of the embedded text, which every CPython carries.
+# Name of the built-in model, which the package carries, and of the built-in text, which every CPython carries.
 DEFAULT = "default"
 DEFAULT_MODEL = Path(__file__).with_name("default") / "model"
 
@@ -33,8 +33,8 @@ CARDS = {
     "v100-32gb": 32,
 }
 
-# Defaults with the embedded model, and with other models.
-EMBEDDED = dict(dataset=(DEFAULT,), nsamples=64, seqlen=128, evaluate=(DEFAULT,))
+# Defaults with the built-in model, and with other models.
+BUILT_IN = dict(dataset=(DEFAULT,), nsamples=64, seqlen=128, evaluate=(DEFAULT,))
 OTHERS = dict(dataset=("c4",), nsamples=256, seqlen=2048, evaluate=())
 
 
@@ -52,27 +52,27 @@ class Inputs:
         InputError: a value is out of its range.
     """
 
-    model: str = flag("checkpoint folder or Hub id (default: the embedded model)", DEFAULT, metavar="ID|PATH")
+    model: str = flag("checkpoint folder or Hub id (default: the built-in model)", DEFAULT, metavar="ID|PATH")
     dataset: tuple[str, ...] = flag(
         "calibration text: c4, wikitext, a .txt, .jsonl or .parquet file, or a datasets id; may be repeated: each has "
-        "as many of the windows, or its share of them where =N follows (default: c4; the embedded text for the "
-        "embedded model)", metavar="NAME|PATH[=N]", several=True,
+        "as many of the windows, or its share of them where =N follows (default: c4; the built-in text for the "
+        "built-in model)", metavar="NAME|PATH[=N]", several=True,
     )  # fmt: skip
     nsamples: int = flag(
-        "calibration sequences, here called windows (default: 256; embedded model: 64)",
+        "calibration sequences, here called windows (default: 256; built-in model: 64)",
         metavar="N",
         least=1,
         most=10**9,
     )
     seqlen: int = flag(
-        "sequence length: tokens in a window, at most the model's maximum (default: 2048; embedded model: 128)",
+        "sequence length: tokens in a window, at most the model's maximum (default: 2048; built-in model: 128)",
         metavar="N",
         least=2,
         most=10**9,
     )
     seed: int = flag("seed of the drawing of calibration windows", 0, metavar="N", least=0, most=2**63 - 1)
     evaluate: tuple[str, ...] = flag(
-        "held-out text for perplexity, named like a dataset; may be repeated (default: none; embedded model: its own)",
+        "held-out text for perplexity, named like a dataset; may be repeated (default: none; built-in model: its own)",
         metavar="wikitext|PATH", several=True,
     )  # fmt: skip
     eval_windows: int | None = flag(
@@ -81,21 +81,21 @@ class Inputs:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name, default in (EMBEDDED if self.embedded else OTHERS).items():
+        for name, default in (BUILT_IN if self.built_in else OTHERS).items():
             if getattr(self, name) is DEPENDS:
                 set_field(self, name, default)
         _check_datasets(self.dataset)
         check_needs("evaluate", bool(self.evaluate), eval_windows=self.eval_windows)
 
     @property
-    def embedded(self) -> bool:
-        """Whether the model is the embedded one."""
+    def built_in(self) -> bool:
+        """Whether the model is the built-in one."""
         return self.model == DEFAULT
 
     @property
     def options(self) -> dict[str, Any]:
-        """Other defaults of PruneConfig with this model: the embedded one is compared with Wanda."""
-        return {"compare": ("wanda",)} if self.embedded else {}
+        """Other defaults of PruneConfig with this model: the built-in one is compared with Wanda."""
+        return {"compare": ("wanda",)} if self.built_in else {}
 
     @property
     def shares(self) -> dict[str, float]:
@@ -226,7 +226,7 @@ def _check_datasets(datasets: Sequence[str]) -> None:
 
 
 def locate(model: str) -> Path:
-    """The folder of a checkpoint: that of the embedded model for "default", else as `source.locate`."""
+    """The folder of a checkpoint: that of the built-in model for "default", else as `source.locate`."""
     from sparsefw.checkpoint import source
 
     return DEFAULT_MODEL if model == DEFAULT else source.locate(model)

@@ -71,6 +71,11 @@ def gpu_limited(limit: int | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+def gib(size: int) -> str:
+    """Bytes in GiB: two digits behind the point, or as many as show it."""
+    return f"{size / 2**30:.2f}" if size >= 2**30 / 10 else f"{size / 2**30:.1g}"
+
+
 def share_freed() -> None:
     """Have all threads allocate from one heap; in heaps of their own they keep up to 64 MiB of freed memory each."""
     ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)

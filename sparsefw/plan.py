@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from sparsefw.cli import launch, load_libraries, run_parser, say, settings_of
+from sparsefw.cli import launch, load_libraries, run_parser, say_fitted, settings_of
 from sparsefw.fields import checked_path
 from sparsefw.inputs import CARDS
 
@@ -32,8 +32,7 @@ def command(argv: list[str] | None) -> int:
     content = plan(inputs, config, output, arguments.gpu)
     if arguments.json:
         checked_path("json", arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for line in lines(content):
-        say(line)
+    say_fitted(lines(content))
     return 0
 
 

@@ -1,11 +1,11 @@
 """Prune a Hugging Face checkpoint: `sparsefw run --model MODEL --sparsity 0.6 --output pruned/`.
 
-Without arguments it prunes the embedded model, a tiny Llama, on text that every CPython carries.
+Without arguments it prunes the built-in model, a tiny Llama, on text that every CPython carries.
 """
 
 import sys
 
-from sparsefw.cli import launch, load_libraries, run_parser, say, settings_of
+from sparsefw.cli import launch, load_libraries, run_parser, say, say_fitted, settings_of
 
 
 def command(argv: list[str] | None) -> int:
@@ -26,11 +26,7 @@ def command(argv: list[str] | None) -> int:
     from sparsefw.checkpoint.files import SUMS, file_digest
     from sparsefw.report import log
 
-    if kept_dense := log.kept_dense_line(report):
-        say(kept_dense)
-    say("")
-    for line in log.summary(report):
-        say(line)
+    say_fitted([*filter(None, [log.kept_dense_line(report)]), "", *log.summary(report)])
     say(f"checkpoint: {output.folder}")
     say(f"report: {output.folder / 'report.html'}, {output.folder / 'report.json'}")
     say(f"SHA-256 of {output.folder / SUMS}: {file_digest(output.folder / SUMS)}")

@@ -1,7 +1,9 @@
 """The documents are true of the code: links, files, commands, flags and defaults, Python examples."""
 
+import hashlib
 import importlib
 import importlib.util
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -99,6 +101,15 @@ def test_flags_that_are_named_exist(page, capsys):
     assert named <= set().union(*(options(command, capsys) for command in commands))
 
 
+def test_the_first_run_has_the_numbers_of_its_picture():
+    """`bench/first_run.sh` makes the picture and the results of one run."""
+    found = json.loads((REPO / "bench/results/first-run.json").read_text())
+    rows = re.findall(r"^(dense|wanda|sparsefw) +([\d. ]+)$", text_of(README), re.MULTILINE)
+    numbers = {name: " ".join(cells).split() for name, cells in found["rows"].items()}
+    assert {name: text.split() for name, text in rows} == numbers
+    assert hashlib.sha256((REPO / "docs/report.png").read_bytes()).hexdigest() == found["picture"]
+
+
 def flag_rows(page: Path) -> dict[str, str]:
     """The flags in the tables | flag | default | what |, with the cell of their default."""
     tables = re.findall(r"^\| flag \| default \| what \|\n\|[ |-]+\|\n((?:\|.*\n)+)", text_of(page), re.MULTILINE)
@@ -118,14 +129,14 @@ def default_of(flag: str, condition: str, monkeypatch: pytest.MonkeyPatch) -> ob
 
     Args:
         flag: the flag.
-        condition: the words after the value in the document: "with `--refit 0`", "for the embedded model", "on a GPU",
+        condition: the words after the value in the document: "with `--refit 0`", "for the built-in model", "on a GPU",
             "with fewer than 9 windows on a rank".
     """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: condition == "on a GPU")
-    inputs = Inputs() if condition == "for the embedded model" else Inputs(model="another")
+    inputs = Inputs() if condition == "for the built-in model" else Inputs(model="another")
     given = dict(re.findall(r"--(\S+) ([^\s`]+)", condition.replace("any other `--method`", "`--method wanda`")))
     few = re.fullmatch(r"with fewer than (\d+) windows on a rank", condition)
-    assert given or few or condition in ("", "for the embedded model", "on a GPU"), condition
+    assert given or few or condition in ("", "for the built-in model", "on a GPU"), condition
     options = {name: int(value) if value.isdigit() else value for name, value in given.items()}
     if flag == "--model":
         inputs = Inputs()
@@ -141,7 +152,7 @@ def default_of(flag: str, condition: str, monkeypatch: pytest.MonkeyPatch) -> ob
 def test_defaults_in_the_flag_table(flag, monkeypatch):
     # A clause of a cell is a value, followed by the condition that it holds under.
     for clause in flag_rows(FLAGS)[flag].split("; "):
-        words = {"none": ((), None), "all": ((), None), "off": (False,), "the embedded model": ("default",)}
+        words = {"none": ((), None), "all": ((), None), "off": (False,), "the built-in model": ("default",)}
         if clause in words:
             assert default_of(flag, "", monkeypatch) in words[clause]
             continue
@@ -152,7 +163,7 @@ def test_defaults_in_the_flag_table(flag, monkeypatch):
         assert value == (f"{default:g}" if isinstance(default, float) else str(default)), clause
 
 
-CONDITIONS = ("with `--refit 0`", "with `--preset fast`", "with `--preset paper`", "on a GPU", "for the embedded model")
+CONDITIONS = ("with `--refit 0`", "with `--preset fast`", "with `--preset paper`", "on a GPU", "for the built-in model")
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)

@@ -44,7 +44,7 @@ def copy(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(copy) -> set[str]:
-    """The package's files in the repository: modules, kernels, the page and the embedded model."""
+    """The package's files in the repository: modules, kernels, the page and the built-in model."""
     files = {path.relative_to(copy).as_posix() for path in (copy / "sparsefw").rglob("*.py")}
     files |= {f"sparsefw/kernels/{path.name}" for path in (copy / "kernels").glob("*.py")}
     files |= {path.relative_to(copy).as_posix() for path in (copy / "sparsefw/default/model").iterdir()}

@@ -4,7 +4,7 @@
     python bench/runs/kill_runs.py FOLDER --kills 20 --ranks 3
 
 A run that is killed is started again with the same command. Once it has come through, the next one begins anew. All
-outputs must have the bytes of the undisturbed run. The runs prune the embedded model, into FOLDER. Of several ranks one
+outputs must have the bytes of the undisturbed run. The runs prune the built-in model, into FOLDER. Of several ranks one
 is killed, and the others must end by themselves.
 """
 
@@ -30,7 +30,7 @@ def outputs(folder: Path) -> dict[str, bytes]:
 
 
 def start(output: Path, ranks: int) -> subprocess.Popen:
-    """A run of the embedded model."""
+    """A run of the built-in model."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "sparsefw.run", "--output", str(output)]
     # The package of this checkout, whatever is installed.

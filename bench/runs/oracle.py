@@ -4,7 +4,7 @@
     python bench/runs/oracle.py [NAME ...]       # after it: exit status 1 if a checkpoint has other tensors
     python bench/runs/oracle.py --smollm2 FOLDER smollm2
 
-The runs prune the embedded model and tiny random models, one thread each, with the kernels of torch. A digest covers
+The runs prune the built-in model and tiny random models, one thread each, with the kernels of torch. A digest covers
 names, dtypes, shapes and bytes of all tensors of the output, beside the perplexities that the run gives; how tensors
 are divided into files does not count. Digests are of one processor and one version of torch and transformers, which
 the file names.
@@ -36,8 +36,8 @@ DIGESTS = REPO / "bench" / "results" / "oracle.json"
 TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(400))
 OTHER = "".join(f"def f{n}(x):\n    return x ** {n} + {n % 7}\n" for n in range(300))
 SHORT = ["--nsamples", "16", "--eval-windows", "8"]
-# The runs of the embedded model, with their flags.
-EMBEDDED = {
+# The runs of the built-in model, with their flags.
+BUILT_IN = {
     "default": [],
     "refit-0": [*SHORT, "--refit", "0"],
     "2-4": [*SHORT, "--sparsity", "2:4"],
@@ -138,7 +138,7 @@ def on_batches(folder: Path) -> dict[str, Any]:
 
 
 RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    **{name: run(*flags) for name, flags in EMBEDDED.items()},
+    **{name: run(*flags) for name, flags in BUILT_IN.items()},
     "llama": tiny(_family("llama")),
     "mixture": tiny(_family("mixtral"), "--reconstruct", "1"),
     "experts-bf16": tiny(_family("qwen2_moe", dtype=torch.bfloat16), "--sparsity", "2:4"),

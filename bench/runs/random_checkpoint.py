@@ -10,7 +10,7 @@ from sparsefw.inputs import DEFAULT_MODEL
 
 
 def generate(folder: Path, family: str, device: str = "cpu", **sizes: int) -> Path:
-    """Write a checkpoint in bf16, with the embedded model's tokenizer.
+    """Write a checkpoint in bf16, with the built-in model's tokenizer.
 
     Args:
         folder: folder of the checkpoint, made with its parents.

@@ -1,6 +1,6 @@
-"""Texts: documents of the embedded text, a file, a dataset of the Hub, or a list.
+"""Texts: documents of the built-in text, a file, a dataset of the Hub, or a list.
 
-`default` is the embedded text; `c4` and `wikitext` are datasets of the Hub.
+`default` is the built-in text; `c4` and `wikitext` are datasets of the Hub.
 """
 
 import gzip
@@ -68,7 +68,7 @@ def read_text(dataset: str | Iterable[Any], split: Split, chat: Callable[[Any], 
     if not isinstance(dataset, str):
         return Text(TEXTS, _documents(dataset, TEXTS, chat))
     if dataset == "default":
-        return _embedded(split)
+        return _built_in(split)
     path = Path(os.path.expanduser(dataset))
     if (dataset, split) not in NAMED and dataset and os.path.exists(path):
         return _local(dataset, path, chat)
@@ -80,6 +80,11 @@ def read_text(dataset: str | Iterable[Any], split: Split, chat: Callable[[Any], 
             f"{shown(repr(dataset), 60)}: unknown dataset; give default, c4, wikitext, a file or a Hub id ORG/NAME"
         )
     return _from_hub(dataset, split, chat)
+
+
+def takes_library(dataset: str) -> bool:
+    """Whether a library that takes much memory reads a text: one of the Hub, or a parquet file."""
+    return dataset != "default" and not dataset.lower().endswith(tuple(x for x in FILES if x != ".parquet"))
 
 
 @contextmanager
@@ -126,7 +131,7 @@ def _documents(records: Iterable[Any], source: str, chat: Callable[[Any], Any] |
             yield [text]
 
 
-def _embedded(split: Split) -> Text:
+def _built_in(split: Split) -> Text:
     from sparsefw.default.text import evaluation_text, training_text
 
     document = training_text() if split == "train" else evaluation_text()

@@ -1,1 +1,1 @@
-"""The embedded model, and the text that it is trained, calibrated and evaluated on."""
+"""The built-in model, and the text that it is trained, calibrated and evaluated on."""

@@ -172,7 +172,7 @@ def _solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResul
             results = exchange(solves, results, ranks)
     found = [results[layer.name] for solve in solves for layer in solve.layers]
     for result in found:
-        run.say(log.layer_row(result))
+        run.say(log.layer_row(result, run.model.names[i]))
     return found
 
 

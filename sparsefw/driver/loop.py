@@ -8,6 +8,7 @@ written meanwhile.
 Blocks that an earlier run has finished are not pruned again. Their weights are read, and the windows run through them.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -161,15 +162,23 @@ def _prune_blocks(run: Run, states: _States, writer: Writer, on_block: OnBlock) 
     begin = [*model.unique_blocks, len(model.blocks)][len(finished)]
     for i in range(begin):
         _replay(run, i, states, writer)
+        run.say(log.block_row(model.names[i], i + 1, len(model.blocks)))
         once = FinishedBlock(BlockRecord(i, model.names[i], "", {}, 0, 0))
         found = finished[model.unique_blocks.index(i)] if i in model.unique_blocks else once
         on_block(found.block, found.layers)
     pruned = [i for i in range(len(model.blocks)) if run.selected(i)] or [0]
+    first, started = max(begin, pruned[0]), time.perf_counter()
     with ThreadPoolExecutor(1) as background:
         written: Future[None] | None = None
         for i in range(begin, len(model.blocks)):
             make = _prune_block if pruned[0] <= i <= pruned[-1] else _pass_block
+            if i == first:
+                started = time.perf_counter()
             record, tensors = make(run, i, states, writer)
+            # Blocks that nothing is pruned in take little.
+            left = (pruned[-1] - i) * (time.perf_counter() - started) / (i + 1 - first) if i >= first else 0.0
+            reconstruction = record.block.reconstruction
+            run.say(log.block_row(model.names[i], i + 1, len(model.blocks), max(left, 0.0), reconstruction))
             if i not in model.unique_blocks:
                 on_block(record.block, record.layers)
                 continue
@@ -250,7 +259,6 @@ def _prune_block(run: Run, i: int, states: _States, writer: Writer) -> tuple[Fin
                         pruned.go_back(start)
                     found = reconstruct(run, i, pruned, states.calibration[DENSE], results, states.ids)
                 if found:
-                    run.say(log.reconstruction_row(model.names[i], found))
                     record.block = replace(record.block, reconstruction=found)
         model.round(i)
         _advance(run, i, "forward", [pruned])

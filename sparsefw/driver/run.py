@@ -1,7 +1,7 @@
 """One run: a checkpoint in, a pruned checkpoint with its report out."""
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,14 +14,14 @@ from sparsefw.checkpoint.files import check_output, durably
 from sparsefw.checkpoint.source import fingerprint, inspect, note_of_others, stamps
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import Batches
-from sparsefw.data.windows import Windows
+from sparsefw.data.windows import Windows, window_length
 from sparsefw.driver.block import Run
 from sparsefw.driver.job import Job, Prepared, windows_of_texts
 from sparsefw.driver.loop import Outcome, prune_model
 from sparsefw.errors import InputError, counted, flag_of, option
-from sparsefw.estimate.memory import MemoryNeeds, Workload, disk_space, pruned_shape
+from sparsefw.estimate.memory import MemoryNeeds, Workload, disk_space, process_bytes, pruned_shape
 from sparsefw.estimate.placement import memory_limits, place
-from sparsefw.model import Placement, StreamedModel, shape_of
+from sparsefw.model import ModelShape, Placement, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import content, html, log
 from sparsefw.solver.config import PruneConfig
@@ -55,12 +55,14 @@ def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks 
     source = inspect(job.folder)
     in_fp32 = ranks.on_first(lambda: arithmetic.computes_in_fp32(source.dtype, device))
     with StreamedModel(source, device, in_fp32=in_fp32) as model:
+        shape = shape_of(source, in_fp32)
+        _check_memory(job, shape, model, ranks)
         calibration, evaluation, seqlen = windows_of_texts(job, model.max_seqlen, say, ranks)
         prepared = Prepared(
             model,
             name=job.inputs.model,
             dtype=source.dtype,
-            shape=shape_of(source, in_fp32),
+            shape=shape,
             calibration=calibration,
             evaluation=evaluation,
             seqlen=seqlen,
@@ -69,6 +71,28 @@ def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks 
             files=stamps(source) if ranks.first else {},
         )
         return carry_out(job, prepared, Writer.finish, say, progress, ranks)
+
+
+def _check_memory(job: Job, shape: ModelShape, model: StreamedModel, ranks: Ranks) -> None:
+    """Refuse what the plan of the run refuses, in the same words, before texts are read: that may take long.
+
+    Of several ranks it is found out later: they may have been given different flags.
+
+    Raises:
+        InputError: memory is too little.
+    """
+    inputs, texts = job.inputs, len(dict.fromkeys(job.inputs.evaluate))
+    if ranks.alone and job.dataset is None and (inputs.eval_windows or not texts):
+        seqlen = window_length(inputs.model, inputs.seqlen, model.max_seqlen)
+        config = job.config.for_calibration(inputs.nsamples, seqlen)
+        windows = [inputs.nsamples, *texts * [inputs.eval_windows or 0]]
+        workload = _workload(job, config, windows, seqlen, model.device, ranks)
+        place(pruned_shape(shape, config), workload, _limits(job, model.device, ranks))
+
+
+def _limits(job: Job, device: torch.device, ranks: Ranks) -> dict[str, int]:
+    free = memory.free_memory(device, ranks.here)
+    return memory_limits(job.output.gpu_memory, job.output.host_memory, free, ranks)
 
 
 def kernel_line(config: PruneConfig) -> str:
@@ -104,14 +128,15 @@ def carry_out(
     _say_what_is_pruned(prepared, say)
     shape = pruned_shape(prepared.shape, job.config)
     say(log.sparsity_line(job.config, shape, prepared.shape))
-    free = memory.free_memory(model.device, ranks.here)
-    limits = memory_limits(job.output.gpu_memory, job.output.host_memory, free, ranks)
+    limits = _limits(job, model.device, ranks)
     if calibration.n < ranks.count:
         raise InputError(f"{option('nsamples', calibration.n)}: {ranks.count} ranks, and each needs a window")
     config = job.config.for_calibration(calibration.n, prepared.seqlen, ranks.count)
     if job.config.reconstruct and not config.reconstruct:
         say("note: no block is reconstructed: that takes two calibration windows on every rank, one to hold out")
-    job, workload = replace(job, config=config), _workload(config, prepared, ranks)
+    windows = [samples.n for samples in (calibration, *prepared.evaluation)]
+    workload = _workload(job, config, windows, prepared.seqlen, model.device, ranks)
+    job = replace(job, config=config)
     identity = _identity(job, prepared, ranks)
     ranks.agree(identity | {"--output": str(job.output.folder.resolve())})
     find_place = partial(place, shape, workload, limits, job.output.folder.resolve().parent)
@@ -127,7 +152,7 @@ def carry_out(
         ranks=ranks,
     ) as writer:
         if writer.finished:
-            say(f"going on with an unfinished run: {len(writer.finished)} of {writer.shards} parts are there")
+            say(f"going on with an unfinished run: {len(writer.finished)} of {writer.shards} shards are finished")
         placement, needs = find_place(fixed=prepared.fixed | writer.chosen)
         # The disk has a finished block as each method pruned it.
         written = len(config.methods) * writer.written
@@ -157,17 +182,24 @@ def _say_what_is_pruned(prepared: Prepared, say: Callable[[str], None]) -> None:
     say(f"calibration: {content.amount(calibration.source, calibration.n, length)}{text}")
 
 
-def _workload(config: PruneConfig, prepared: Prepared, ranks: Ranks) -> Workload:
-    """The work of a run with this config; of several ranks, with the memory of the one that has most."""
-    device = prepared.model.device
+def _workload(
+    job: Job, config: PruneConfig, windows: Sequence[int], seqlen: int, device: torch.device, ranks: Ranks
+) -> Workload:
+    """The work of a run with this config on so many windows of each text, the first of which calibrates.
+
+    Of several ranks, with the memory of the one that has most.
+    """
     # Memory that texts and shapes have freed can be taken again: it is no part of what the process keeps.
     memory.give_back()
     mine = memory.resident(), memory.held_on_gpu(device)
     has, held = (max(sizes) for sizes in zip(*ranks.gather(mine), strict=True))
+    if job.folder is not None and job.dataset is None:
+        # What the plan expects of a process, which has less now.
+        has = max(has, process_bytes(job.inputs, windows[1:], seqlen, 0))
     return Workload(
-        windows=-(-prepared.calibration.n // ranks.count),
-        evaluation=tuple(-(-samples.n // ranks.count) for samples in prepared.evaluation),
-        seqlen=prepared.seqlen,
+        windows=-(-windows[0] // ranks.count),
+        evaluation=tuple(-(-n // ranks.count) for n in windows[1:]),
+        seqlen=seqlen,
         config=config,
         gpu=device.type == "cuda",
         process=has,

@@ -13,7 +13,9 @@ from itertools import pairwise
 import torch
 
 from sparsefw.checkpoint.tensors import BYTES_OF_CHUNK, CHUNK
-from sparsefw.data.windows import reading_bytes
+from sparsefw.data.text import takes_library
+from sparsefw.data.windows import reading_bytes, window_bytes
+from sparsefw.inputs import Inputs
 from sparsefw.kernels.cpu import MIRRORED
 from sparsefw.memory import pinned_bytes
 from sparsefw.model import Placement
@@ -41,8 +43,22 @@ BYTES_OF_WHOLE, BYTES_OF_SWEEP, BYTES_OF_BUDGETS = 48, 20, 23
 BYTES_OF_SALIENCY = {False: 12, True: 4}
 
 
-# Bytes of a Python process with torch and transformers loaded and a text tokenized, as measured.
-PROCESS = 570 * 2**20
+# Bytes of a Python process with torch and transformers loaded and a text tokenized, as measured; those of a plan that
+# are not there yet; and those of the libraries that read a text of the Hub or of parquet.
+PROCESS, BEYOND_PLAN, READERS = 500 * 2**20, 64 * 2**20, 100 * 2**20
+
+
+def process_bytes(inputs: Inputs, evaluation: Sequence[int], seqlen: int, taken: int) -> int:
+    """Bytes of a run's process before its first block, with all windows: the same in the plan as in the run.
+
+    Args:
+        inputs: names of what the run reads.
+        evaluation: number of windows of each evaluation text.
+        seqlen: tokens in a window.
+        taken: bytes that this process takes now, beside which those of libraries that load later count.
+    """
+    readers = READERS * any(map(takes_library, (*inputs.shares, *inputs.evaluate)))
+    return max(PROCESS, taken + BEYOND_PLAN) + readers + window_bytes(inputs.nsamples, evaluation, seqlen)
 
 
 def pruned_shape(whole: ModelShape, config: PruneConfig) -> ModelShape:
@@ -333,10 +349,7 @@ def _solve(stage: Sequence[LayerShape], workload: Workload, placement: Placement
     copies = rows * d * (2 if gpu else 4) + max(0, 4 * rows * d - stacked * _cross_bytes(stage, dense))
     copies += rows * d * (4 * (dense and not config.refit) + config.keep_zeros)
     if stacked:
-        at_once = min(rows, max(ROW_UNIT, placement.solver // (BYTES_PER_ENTRY * d) // ROW_UNIT * ROW_UNIT))
-        threads = torch.get_num_threads() if config.kernel == "torch" else 1
-        at_once = at_once if gpu else min(at_once, threads * cpu_rows(d))
-        state = BYTES_PER_ENTRY * at_once * d
+        state = BYTES_PER_ENTRY * d * _rows_at_once(rows, d, workload, placement.solver)
     elif method == "sparsegpt":
         # The Gram matrix is decomposed and inverted, and the factor is there while weights are removed.
         state = max(12 * d * d, 4 * d * d + BYTES_OF_SWEEP * rows * d)
@@ -344,6 +357,26 @@ def _solve(stage: Sequence[LayerShape], workload: Workload, placement: Placement
         state = BYTES_OF_WHOLE * rows * d
     before = BYTES_OF_BUDGETS if config.pattern.scope == "layer" else BYTES_OF_SALIENCY[config.rows_shared(method)]
     return matrices + copies + max(state, before * min(rows, max(layer.rows for layer in stage)) * d)
+
+
+def _rows_at_once(rows: int, d: int, workload: Workload, memory: int) -> int:
+    """The most rows that are solved at once, on all threads together, with this memory for their state."""
+    rows = min(rows, max(ROW_UNIT, memory // (BYTES_PER_ENTRY * d) // ROW_UNIT * ROW_UNIT))
+    threads = torch.get_num_threads() if workload.config.kernel == "torch" else 1
+    return rows if workload.gpu else min(rows, threads * cpu_rows(d))
+
+
+def solver_bytes(shape: ModelShape, workload: Workload, memory: int) -> int:
+    """Bytes that the state of one solve takes of `memory`: no layer has more rows to solve at once."""
+    # Each thread has as many rows.
+    threads = ROW_UNIT * (1 if workload.gpu else torch.get_num_threads())
+    sizes = [
+        BYTES_PER_ENTRY * stage[0].d * (-(-_rows_at_once(rows, stage[0].d, workload, memory) // threads) * threads)
+        for block in dict.fromkeys(shape.blocks)
+        for stage in stages(block.layers)
+        if (rows := -(-sum(layer.rows for layer in stage) // ROW_UNIT) * ROW_UNIT)
+    ]
+    return min(memory, max(sizes, default=memory))
 
 
 def _reconstruction(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int, loss: int) -> int:

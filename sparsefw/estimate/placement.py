@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsefw import memory
 from sparsefw.errors import InputError, option
-from sparsefw.estimate.memory import GIB, MemoryNeeds, Workload, keepable_widths, memory_needs
+from sparsefw.estimate.memory import GIB, MemoryNeeds, Workload, keepable_widths, memory_needs, solver_bytes
 from sparsefw.model import Placement
 from sparsefw.model.activations import BATCH_TOKENS, HELD_OUT, LEAST_STEPS, PLACES, SOLVER
 from sparsefw.model.shapes import ModelShape
@@ -102,7 +102,7 @@ def _placements(
         "batch": [batch >> n for n in range(batch.bit_length())],
         "place": PLACES if workload.gpu else PLACES[1:],
         "ahead": [True, False],
-        "solver": sorted({max(least, SOLVER >> n) for n in range(8)}, reverse=True),
+        "solver": sorted({max(least, solver_bytes(shape, workload, SOLVER >> n)) for n in range(8)}, reverse=True),
         "kept_width": sorted({0} | keepable_widths(shape, workload), reverse=True),
     }
     choices |= {name: [value] for name, value in fixed.items()}

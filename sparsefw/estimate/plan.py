@@ -13,9 +13,9 @@ from sparsefw import memory
 from sparsefw.arithmetic import computes_in_fp32
 from sparsefw.checkpoint.quantization import DTYPES, dtype_in, quantization_of
 from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, check_config, from_hub, inspect, read_json
-from sparsefw.data.windows import evaluation_windows, load_tokenizer, window_bytes, window_length
+from sparsefw.data.windows import evaluation_windows, load_tokenizer, window_length
 from sparsefw.errors import InputError, counted, option
-from sparsefw.estimate.memory import GIB, PROCESS, Workload, disk_space, pruned_shape
+from sparsefw.estimate.memory import GIB, Workload, disk_space, process_bytes, pruned_shape
 from sparsefw.estimate.placement import memory_limits, place
 from sparsefw.inputs import CARDS, DEFAULT, DEFAULT_MODEL, Inputs, Output
 from sparsefw.model.shape_of import shape_of_text, without_weights
@@ -65,22 +65,24 @@ def describe(model: str, device: torch.device = CPU) -> DescribedModel:
     check_config(named, path)
     quantization, notes = quantization_of(named, path), list[str]()
     folder = path.parent if path.name == CONFIG else path
-    # The dtype of weights that are there counts more than the config's.
-    beside = path.name == CONFIG and any((folder / name).exists() for name in (SINGLE, INDEX))
-    dtype = inspect(folder).dtype if beside else dtype_in(named)
+    # Weights that are there count more than the config: a run finds the same.
+    there = path.name == CONFIG and any((folder / name).exists() for name in (SINGLE, INDEX))
+    checkpoint = inspect(folder) if there else None
+    dtype = checkpoint.dtype if checkpoint else dtype_in(named)
     if dtype is None:
         dtype = DTYPES[0]
         notes.append(f"{path}: names no dtype of weights that can be pruned: taken for {dtype}")
     if quantization:
         written = str(dtype).removeprefix("torch.")
         notes.append(f"{path}: quantized by {quantization.method}: tensors are dequantized and written as {written}")
-    with without_weights(Checkpoint(folder, {}, {}, dtype), computes_in_fp32(dtype, device)) as built:
+    with without_weights(checkpoint or Checkpoint(folder, {}, {}, dtype), computes_in_fp32(dtype, device)) as built:
         shape = shape_of_text(built)
-    # As if each expert were a tensor of its own.
-    sizes = (layer.experts * layer.rows * layer.d for block in shape.blocks for layer in block.layers)
-    shape = replace(shape, joined=shape.itemsize * max(sizes, default=0))
-    if quantization:
-        # As if all of a block were quantized. Without the weights as if everything were, which is the least to read.
+    if not checkpoint:
+        # As if each expert were a tensor of its own.
+        sizes = (layer.experts * layer.rows * layer.d for block in shape.blocks for layer in block.layers)
+        shape = replace(shape, joined=shape.itemsize * max(sizes, default=0))
+    if quantization and not checkpoint:
+        # As if everything were quantized, which is the least to read.
         share = quantization.share(dtype)
         quantized = int(share * shape.written * max(block.nbytes for block in shape.blocks))
         shape = replace(shape, quantized=shape.quantized + quantized)
@@ -112,7 +114,7 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
     free = {"gpu": CARDS[card] * 10**9, "host": ENDLESS} if card else memory.free_memory(memory.this_device())
     limits = memory_limits(output.gpu_memory, output.host_memory, free)
     device = torch.device("cuda" if "gpu" in limits else "cpu")
-    described = describe(str(DEFAULT_MODEL) if inputs.embedded else inputs.model, device)
+    described = describe(str(DEFAULT_MODEL) if inputs.built_in else inputs.model, device)
     shape = pruned_shape(described.shape, config)
     seqlen = window_length(inputs.model, inputs.seqlen, described.max_seqlen)
     evaluation = tuple(_evaluation_windows(inputs, name, seqlen) for name in dict.fromkeys(inputs.evaluate))
@@ -122,7 +124,7 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
         seqlen=seqlen,
         config=config.for_calibration(inputs.nsamples, seqlen),
         gpu="gpu" in limits,
-        process=PROCESS + window_bytes(inputs.nsamples, evaluation, seqlen),
+        process=process_bytes(inputs, evaluation, seqlen, 0 if card else memory.resident()),
     )
     config = workload.config
     placement, needs = place(shape, workload, limits, output.folder.resolve().parent)
@@ -156,10 +158,10 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
 
 
 def _evaluation_windows(inputs: Inputs, name: str, seqlen: int) -> int:
-    """The number of windows of an evaluation text. The embedded model's own text is read, no other."""
+    """The number of windows of an evaluation text. The built-in model's own text is read, no other."""
     if inputs.eval_windows is not None:
         return inputs.eval_windows
-    if not inputs.embedded or name != DEFAULT:
+    if not inputs.built_in or name != DEFAULT:
         how_long = f"say how long it is with {option('eval_windows')}"
         raise InputError(f"{option('evaluate', name)}: texts are not read here; {how_long}")
     return evaluation_windows(load_tokenizer(DEFAULT_MODEL), name, seqlen=seqlen).n
@@ -196,7 +198,7 @@ def lines(content: dict[str, Any]) -> Iterator[str]:
     kept = f", inputs of up to {placement['kept_width']} entries kept" if placement["kept_width"] else ""
     yield (
         f"placement: micro-batches of {counted(placement['batch'], 'window')}{step}, activations {where}, {ahead}, "
-        f"solves in {placement['solver'] / GIB:.2f} GiB{kept}"
+        f"solves in {memory.gib(placement['solver'])} GiB{kept}"
     )
     disk = content["disk"]
     yield (

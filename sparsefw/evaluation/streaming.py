@@ -10,6 +10,7 @@ hold less. Recurrent layers show behind the first block that they take no trees.
 
 import math
 import sys
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from sparsefw.evaluation.rows import Group, Request, Row, Sharing, batch_of, gro
 from sparsefw.model import ModelShape, Placement, StreamedModel, shape_of
 from sparsefw.model.forward import check_token, embed_batches, run_behind_blocks
 from sparsefw.ranks import ALONE, Ranks
+from sparsefw.report.log import block_row
 from sparsefw.solver.config import PruneConfig
 
 # Bytes of logits in fp32 that are computed at once.
@@ -124,7 +126,7 @@ def _answers(
             f"{len(rows)} rows with {sum(len(row.tokens) for row in rows)}; shared: {sharing.name.lower()}"
         )
         try:
-            if _pass(model, groups, checks, placement, progress):
+            if _pass(model, groups, checks, placement, say, progress):
                 with model.outside():
                     return _scores(model, shape.by_window, requests, groups)
         except InputError:
@@ -189,7 +191,12 @@ def _placement(shape: ModelShape, device: torch.device, groups: Sequence[Group],
 
 
 def _pass(
-    model: StreamedModel, groups: Sequence[Group], checks: Sequence[_Check], placement: Placement, progress: bool | None
+    model: StreamedModel,
+    groups: Sequence[Group],
+    checks: Sequence[_Check],
+    placement: Placement,
+    say: Callable[[str], None],
+    progress: bool | None,
 ) -> bool:
     """Run all rows through all blocks; False once a check has failed."""
     store, tokens = placement.store(model.device), placement.batch * max(group.length for group in groups)
@@ -201,8 +208,9 @@ def _pass(
             group.batches = [group.rows[first : first + size] for first in range(0, len(group.rows), size)]
             batches = (batch_of(rows, group.length, dtype) for rows in group.batches)
             group.states = embed_batches(model, batches, store)
-    with bar_of_blocks(len(model.blocks), progress) as bar:
-        for i in range(len(model.blocks)):
+    count, started = len(model.blocks), time.perf_counter()
+    with bar_of_blocks(count, progress) as bar:
+        for i in range(count):
             model.open(i, placement.ahead)
             for group in groups:
                 group.states.advance(i)
@@ -210,6 +218,9 @@ def _pass(
             if not all(_alike(check, groups) for check in checks):
                 return False
             bar.update()
+            if progress is None and bar.disable:
+                # Where a bar is no use.
+                say(block_row(model.names[i], i + 1, count, (count / (i + 1) - 1) * (time.perf_counter() - started)))
     return True
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 
 from sparsefw.errors import flag_of, printable
+from sparsefw.memory import gib
 from sparsefw.report import log
 from sparsefw.report.content import HIDDEN, BlockRecord, Report, amount
 from sparsefw.solver.config import PruneConfig
@@ -65,7 +66,8 @@ def page(report: Report) -> str:
     errors = error_charts(report)
     names = [phase for block in blocks for phase in block.seconds] + [span.phase for span in report.timeline]
     phases = _ordered(PHASES, names)
-    columns = ["block", "name", *phases, *(f"{name} GiB" for name in PEAKS), "loss before", "loss after", "calibration"]
+    sizes = [*(f"{phase} s" for phase in phases), *(f"{name} GiB" for name in PEAKS)]
+    columns = ["block", "name", *sizes, "loss before", "loss after", "calibration"]
     return _template().render(
         report=report,
         log=log,
@@ -109,10 +111,6 @@ def _summary(report: Report) -> str:
     )
 
 
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f}"
-
-
 def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
     """Lists of facts, (name, value), by heading."""
     memory = report.memory
@@ -124,13 +122,13 @@ def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
         "machine": [("device", report.device), *report.versions.items()],
         "texts": [(n, f"{amount(t.source, t.windows, t.seqlen)} of {t.source}, sha256 {t.hash}") for n, t in texts],
         "memory": [
-            (f"{kind}, {what.removesuffix('_bytes').replace('_', ' ')}", f"{_gib(size)} GiB")
+            (f"{kind}, {what.removesuffix('_bytes').replace('_', ' ')}", f"{gib(size)} GiB")
             for kind, of_kind in sizes.items()
             for what, size in of_kind.items()
         ]
         + [(name.replace("_", " "), str(getattr(memory, name))) for name in placement],
         "ranks": [(f"rank {n}", log.rank_line(rank)) for n, rank in enumerate(report.ranks)],
-        "seconds": [(phase, f"{seconds:.1f}") for phase, seconds in report.seconds.items()],
+        "time": [(phase, f"{seconds:.1f} s") for phase, seconds in report.seconds.items()],
         "source": [("note", note) for note in report.notes],
     }
     return {heading: found for heading, found in facts.items() if found}
@@ -152,7 +150,7 @@ def _command(report: Report) -> list[str]:
 def _block_cells(block: BlockRecord, phases: list[str]) -> list[str]:
     """A block's seconds, peaks, and losses before and after its reconstruction."""
     seconds = [f"{block.seconds[phase]:.2f}" if phase in block.seconds else "-" for phase in phases]
-    peaks = [_gib(getattr(block, name)) for name in PEAKS.values()]
+    peaks = [f"{getattr(block, name) / 2**30:.2f}" for name in PEAKS.values()]
     losses, found = ["-", "-"], block.reconstruction
     if found:
         notes = ([] if found.loss == HIDDEN else [found.loss]) + ["put back"] * found.put_back

@@ -12,9 +12,11 @@ from itertools import count, groupby
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from sparsefw.caller import bar_of_blocks
 from sparsefw.errors import counted
-from sparsefw.memory import peak_memory
+from sparsefw.memory import gib, peak_memory
 from sparsefw.model import Placement
 from sparsefw.report.content import DENSE, HIDDEN, BlockRecord, RankRecord, Reconstruction, Report, amount
 from sparsefw.solver import patterns
@@ -28,18 +30,17 @@ if TYPE_CHECKING:
 # A slice of a stacked parameter, or the position in a list of modules.
 _EXPERT = re.compile(r"(?<![^.\[])\d+(?![^.\]])")
 
-# Name, layout and text of each column but the last one, the peak of memory so far, which is known only while the run
-# goes on.
+# Name with its unit, layout in the log (none: on the page alone), and text of each column.
 _COLUMNS: tuple[tuple[str, str, Callable[[LayerResult], str]], ...] = (
-    ("layer", "<44", lambda layer: layer.name),
-    ("shape", ">13", lambda layer: "x".join(map(str, layer.shape))),
+    ("layer", "<40", lambda layer: layer.name),
+    ("shape", ">12", lambda layer: "x".join(map(str, layer.shape))),
     ("method", ">9", lambda layer: layer.method),
     ("steps", ">5", lambda layer: str(layer.steps)),
-    ("error", ">11", lambda layer: f"{layer.error:.4e}"),
-    ("mask only", ">9", lambda layer: f"{layer.relative_mask:.4f}"),
-    ("relative", ">8", lambda layer: f"{layer.relative_error:.4f}"),
-    ("duality gap", ">11", lambda layer: "-" if layer.gap is None else f"{layer.gap:.4e}"),
-    ("seconds", ">7", lambda layer: f"{layer.seconds:.2f}"),
+    ("error", "", lambda layer: f"{layer.error:.4e}"),
+    ("mask %", ">7", lambda layer: percent(layer.relative_mask)),
+    ("error %", ">7", lambda layer: percent(layer.relative_error)),
+    ("duality gap", "", lambda layer: "-" if layer.gap is None else f"{layer.gap:.4e}"),
+    ("s", ">6", lambda layer: f"{layer.seconds:.1f}"),
 )
 COLUMNS = tuple(name for name, *_ in _COLUMNS)
 
@@ -84,24 +85,52 @@ def progress_of(
         yield update
 
 
+def percent(share: float) -> str:
+    """A relative error in %."""
+    return f"{100 * share:.2f}"
+
+
 def layer_cells(layer: LayerResult) -> list[str]:
     """One layer's result, a text for each of COLUMNS."""
     return [text(layer) for *_, text in _COLUMNS]
 
 
 def layer_header() -> str:
-    """Column names of the rows of `layer_row`."""
-    return _row(COLUMNS, "peak GiB")
+    """Column names of the rows of `layer_row`. The last one is the peak of memory so far, which only the run knows."""
+    return _row(COLUMNS, "GiB")
 
 
-def layer_row(layer: LayerResult) -> str:
-    """One layer's result; the peak is the GPU's where there is one, else the host's."""
+def layer_row(layer: LayerResult, block: str) -> str:
+    """One layer's result, in no more than 100 columns; the peak is the GPU's where there is one, else the host's.
+
+    Args:
+        layer: the result.
+        block: name of its block, of which the last two words are shown, as `--include` takes them: layers.0.
+    """
     peak = peak_memory()
-    return _row(layer_cells(layer), f"{(peak['gpu_bytes'] or peak['host_bytes']) / 2**30:.2f}")
+    start = len(".".join(block.split(".")[:-2]))
+    name = layer.name.removesuffix(".weight")[start:].removeprefix(".")
+    # Its ends tell most of it.
+    name = name if len(name) <= 40 else f"{name[:12]}..{name[-26:]}"
+    return _row([name, *layer_cells(layer)[1:]], f"{(peak['gpu_bytes'] or peak['host_bytes']) / 2**30:.2f}")
 
 
 def _row(cells: Sequence[str], peak: str) -> str:
-    return " ".join([*(f"{x:{layout}}" for x, (_, layout, _) in zip(cells, _COLUMNS, strict=True)), f"{peak:>8}"])
+    shown = (f"{cell:{layout}}" for cell, (_, layout, _) in zip(cells, _COLUMNS, strict=True) if layout)
+    return " ".join([*shown, f"{peak:>6}"])
+
+
+def block_row(name: str, number: int, count: int, left: float = 0.0, found: Reconstruction | None = None) -> str:
+    """The end of a block.
+
+    Args:
+        name: its name.
+        number, count: which one it is, from 1, and of how many.
+        left: seconds that the blocks behind it are expected to take; 0: none, or not known.
+        found: how it was reconstructed; None: it was not.
+    """
+    time = f", {tqdm.format_interval(left)} left" if left else ""
+    return f"block {number}/{count}{time}: {reconstruction_row(name, found) if found else name}"
 
 
 def reconstruction_row(block: str, found: Reconstruction) -> str:
@@ -114,12 +143,12 @@ def reconstruction_row(block: str, found: Reconstruction) -> str:
 
 
 def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
-    """The dense model and every method: perplexity on each text, mean relative errors of the mask and in the end."""
+    """The dense model and every method: perplexity on each text, mean errors in % of the mask and in the end."""
     for name in ([DENSE] if report.evaluation else []) + report.methods:
         layers = report.layers_of(name)
         errors = ([layer.relative_mask for layer in layers], [layer.relative_error for layer in layers])
         # The dense model has none.
-        cells = [f"{fmean(of_layers):.4f}" if of_layers else "" for of_layers in errors]
+        cells = [percent(fmean(of_layers)) if of_layers else "" for of_layers in errors]
         yield name, [f"{text.perplexity[name]:.3f}" for text in report.evaluation] + cells
 
 
@@ -127,17 +156,17 @@ def summary(report: Report) -> Iterator[str]:
     """The table at the end of a run: perplexity, and mean relative errors by method; peak memory, seconds."""
     evaluation = report.evaluation
     texts = [f"perplexity {n}" if len(evaluation) > 1 else "perplexity" for n, _ in enumerate(evaluation, 1)]
-    yield "".join(f"{name:>16}" for name in ("", *texts, "mask only", "relative error"))
+    yield "".join(f"{name:>14}" for name in ("", *texts, "mask only, %", "error, %"))
     for name, cells in result_rows(report):
-        yield f"{name:16}{''.join(f'{cell:>16}' for cell in cells)}".rstrip()
+        yield f"{name:14}{''.join(f'{cell:>14}' for cell in cells)}".rstrip()
     yield ""
     for name, text in zip(texts, evaluation, strict=True):
         yield f"{name}: {amount(text.source, text.windows, text.seqlen)} of {text.source}"
-    yield "relative error: error / error of the warm start's mask, mean of layers; mask only: before weight updates"
+    yield "error: relative to that of the warm start's mask, mean of layers; mask only: before weight updates"
     if line := reconstruction_line(report):
         yield line
     yield f"peak memory: {_peaks(report)}"
-    yield "seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
+    yield "time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report.seconds.items())
     yield from (f"rank {n}: {rank_line(rank)}" for n, rank in enumerate(report.ranks))
 
 
@@ -156,7 +185,7 @@ def reconstruction_line(report: Report) -> str:
 
 def rank_line(rank: RankRecord) -> str:
     """The work, the waits and the memory of one of several processes."""
-    seconds = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in rank.seconds.items())
+    seconds = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in rank.seconds.items())
     return (
         f"{counted(rank.windows, 'window')}; {rank.waited:.1f} s waited for others; "
         f"{rank.peak_memory['host_bytes'] / 2**30:.2f} GiB (host); {seconds}; {rank.device} of {rank.machine}"
@@ -198,7 +227,7 @@ def placement_line(placement: Placement, needs: "MemoryNeeds", limits: dict[str,
     kept = f"; inputs of up to {placement.kept_width} entries kept" if placement.kept_width else ""
     return (
         f"memory: {', '.join(peaks)} expected at the peak; {held} at a time{step}, solves in "
-        f"{placement.solver / 2**30:.3g} GiB{where}{ahead}{kept}"
+        f"{gib(placement.solver)} GiB{where}{ahead}{kept}"
     )
 
 

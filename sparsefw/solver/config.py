@@ -89,7 +89,7 @@ class PruneConfig:
     method: str = flag("how masks are chosen", "sparsefw", choices=METHODS)
     compare: tuple[str, ...] = flag(
         "prune with this method too, of those that --method takes, for the table; may be repeated (default: none; "
-        "embedded model: wanda)",
+        "built-in model: wanda)",
         (), metavar="METHOD", choices=METHODS, several=True,
     )  # fmt: skip
     preset: str = flag(

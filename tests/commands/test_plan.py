@@ -9,6 +9,7 @@ import torch
 from helpers.families import config_of, save_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+import sparsefw.run
 from sparsefw.data.windows import evaluation_windows, load_tokenizer
 from sparsefw.inputs import DEFAULT_MODEL
 from sparsefw.plan import main
@@ -78,7 +79,7 @@ def test_defaults_are_those_of_a_run_on_that_device(config, tmp_path, capsys):
     assert workload("--eval", "a", "--eval", "b", "--eval-windows", "5")["evaluation"] == [5, 5]
 
 
-def test_without_flags_it_is_the_embedded_models_run(tmp_path, capsys):
+def test_without_flags_it_is_the_built_in_models_run(tmp_path, capsys):
     """Its text is there: nobody has to say how long it is."""
     plan = planned(capsys, tmp_path)
     (windows,) = plan["workload"]["evaluation"]
@@ -134,6 +135,30 @@ def test_no_model_there(tmp_path, capsys, monkeypatch):
 def test_a_hub_id_needs_its_config_only(config, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *what: str(config / "config.json"))
     assert "org/name, LlamaForCausalLM" in said(capsys, "--model", "org/name", *SMALL)
+
+
+def test_a_run_expects_and_refuses_what_its_plan_does(tmp_path, capsys, monkeypatch):
+    """It refuses before a text is read: there is none here. What the plan names is enough for both."""
+    # Other tests have made this process larger.
+    monkeypatch.setattr("sparsefw.memory.resident", lambda: 400 << 20)
+    text = tmp_path / "text.txt"
+    source = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
+    flags = ["--model", source, "--dataset", text, *SMALL, "--method", "wanda"]
+    line = refused(capsys, *flags, "--host-memory", "0.1")
+    run = [*map(str, flags), "--output", str(tmp_path / "out"), "--host-memory"]
+    assert sparsefw.run.main([*run, "0.1"]) == 2
+    assert capsys.readouterr().err == line
+    enough = re.search(r"at least ([\d.]+) GiB", line)[1]
+    plan = said(capsys, *flags, "--host-memory", enough)
+    text.write_text(100 * "A rose is a rose is a rose. ")
+    assert sparsefw.run.main([*run, enough]) == 0
+    out = capsys.readouterr().out
+    expected = re.search(r"^all +0.00 +([\d.]+)$", plan, re.MULTILINE)[1]
+    (solves,) = re.findall(r"solves in ([\d.e-]+) GiB", " ".join(plan.split()))
+    assert float(solves) < float(enough)
+    for part in (f"memory: {expected} of {enough} GiB", f"solves in {solves} GiB", "block 1/2, ", "block 2/2: "):
+        assert part in " ".join(out.split())
+    assert max(len(row) for row in out.splitlines() if str(tmp_path) not in row) <= 100
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def test_text_file_is_one_document(tmp_path, monkeypatch):
     assert list(next(read_text(name, "train").documents)) == ["one\n", "\ntwo", " é\n"]
 
 
-def test_embedded_text_has_two_halves():
+def test_built_in_text_has_two_halves():
     (train,), (test,) = documents("default"), documents("default", "test")
     assert len(train) > 200_000 > len(test) > 20_000
 

@@ -1,4 +1,4 @@
-"""The embedded model is small, loads, predicts the evaluation text, and is hurt by pruning."""
+"""The built-in model is small, loads, predicts the evaluation text, and is hurt by pruning."""
 
 import math
 

@@ -69,9 +69,9 @@ def test_a_run_takes_what_is_expected(name, models, tmp_path, monkeypatch):
     module, function = (loop, "reconstruct") if fits else (driver_run, "prune_model")
     place, work = driver_run.place, getattr(module, function)
 
-    def placed(shape, workload, limits, folder, fixed):
+    def placed(shape, workload, limits, folder=None, fixed=None):
         # Other threads hold no block that would go uncounted.
-        placement, needs = place(shape, workload, limits, folder, fixed | {"ahead": False})
+        placement, needs = place(shape, workload, limits, folder, (fixed or {}) | {"ahead": False})
         if "pieces" in name:
             placement = replace(placement, batch=4, step=1)
             needs = memory_needs(shape, workload, placement)

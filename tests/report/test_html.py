@@ -71,8 +71,8 @@ def test_numbers_are_those_of_the_log():
     for line in [*log.summary(report)][1:4]:
         assert line.split() in [[cell for cell in row if cell] for row in cells]
     for result in report.layers:
-        # A row of the log has one more cell, the peak of memory so far.
-        assert log.layer_row(result).split()[:-1] in cells, result
+        # A row of the log has some of its cells, and the peak of memory so far.
+        assert any({*log.layer_row(result, "").split()[1:-1]} <= {*row} for row in cells), result
     assert ["layer", *log.COLUMNS[1:]] in cells
 
 
@@ -81,7 +81,7 @@ def test_blocks():
     found = Reconstruction(0.25, 0.123456, 18, False), None, Reconstruction(0.5, math.inf, 18, True, PREDICTIONS)
     blocks = [replace(block, reconstruction=x) for block, x in zip(report.blocks, found, strict=True)]
     cells = Document(page(replace(report, blocks=blocks))).cells()
-    assert ["block", "name", "solve", "calibrate", "forward", "read", "embed"] in [row[:7] for row in cells]
+    assert ["block", "name", "solve s", "calibrate s", "forward s", "read s", "embed s"] in [row[:7] for row in cells]
     rows = [row for row in cells if row[1:2] and row[1] in NAMES]
     assert [row[-3:] for row in rows] == [
         ["0.25000", "0.12346", "once"],

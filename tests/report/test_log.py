@@ -5,8 +5,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from helpers.pages import report_of_run
+from helpers.pages import layer, report_of_run
 
+from sparsefw.errors import fitted
 from sparsefw.report import log
 from sparsefw.report.content import Reconstruction
 from sparsefw.solver.config import PruneConfig
@@ -60,18 +61,49 @@ def test_summary():
     report = report_of_run()
     lines = [*log.summary(report)]
     assert [line.split() for line in lines[:5]] == [
-        ["perplexity", "mask", "only", "relative", "error"],
+        ["perplexity", "mask", "only,", "%", "error,", "%"],
         ["dense", "10.000"],
-        ["wanda", "20.123", "1.0000", "1.0000"],
-        ["sparsefw", "15.500", "0.8000", "0.6000"],
+        ["wanda", "20.123", "100.00", "100.00"],
+        ["sparsefw", "15.500", "80.00", "60.00"],
         [],
     ]
     assert lines[5] == "perplexity: 4 windows of 128 tokens of evaluation text"
-    assert lines[-2:] == ["peak memory: 3.00 of 4.00 GiB (host)", "seconds: calibrate 9.0, solve 18.0"]
+    assert lines[-2:] == ["peak memory: 3.00 of 4.00 GiB (host)", "time: calibrate 9.0 s, solve 18.0 s"]
     # Reserved memory stands beside the limit, since it counts against it.
     report.memory.limits.update(gpu=8 << 30)
     report.peak_memory.update(gpu_bytes=5 << 30, gpu_reserved_bytes=6 << 30)
     assert [*log.summary(report)][-2].endswith("(host), 6.00 of 8.00 GiB (gpu; 5.00 in use)")
+
+
+LONG = "block_sparse_moe.experts.127.shared_gate.w1"
+
+
+@pytest.mark.parametrize(
+    ("block", "name", "shown"),
+    [
+        ("model.language_model.layers.60", "mlp.experts.up_proj[255]", "layers.60.mlp.experts.up_proj[255]"),
+        ("0", "q", "0.q"),
+        ("model.vision_tower.layers.102", LONG, "layers.102.b..experts.127.shared_gate.w1"),
+    ],
+)
+def test_rows_fit_a_terminal(block, name, shown):
+    """The longest cells of every column, under the names of the columns; the end of a long name is seen."""
+    result = layer(f"{block}.{name}.weight", "magnitude", 12.345, 12.345, (151936, 16384))
+    rows = log.layer_header(), log.layer_row(replace(result, steps=2000, seconds=3600.0), block)
+    assert {len(row) for row in rows} == {99}
+    assert rows[1].split()[:3] == [shown, "151936x16384", "magnitude"]
+
+
+def test_block_row():
+    row = log.block_row("model.layers.2", 3, 80, 3723.4, Reconstruction(0.5, 0.25, 18, False))
+    assert row == "block 3/80, 1:02:03 left: model.layers.2: reconstructed in 18 steps, loss 0.50000 -> 0.25000"
+    assert log.block_row("model.layers.79", 80, 80) == "block 80/80: model.layers.79"
+
+
+def test_long_lines_are_broken_and_paths_are_not():
+    lines = fitted(f"note: /{120 * 'x'}: {'a rose is ' * 30}\x1b")
+    assert [len(line) > 100 for line in lines] == [False, True, False, False, False, False]
+    assert lines[-1].endswith("a rose is \\x1b")
 
 
 def test_reconstruction_line():
