@@ -102,6 +102,7 @@ def prune(
     host_memory: float | None = None,
     overwrite: bool = False,
     restart: bool = False,
+    packed: str | Path | None = None,
     log: Callable[[str], None] = to_logger,
     progress: "bool | Callable[[Progress], None]" = True,
     **options: Any,
@@ -132,6 +133,7 @@ def prune(
         gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
         overwrite: whether an older checkpoint in `output` may be replaced.
         restart: whether to discard what an interrupted run has finished.
+        packed: folder for a packed copy of the output, see `packing`.
         log: called with every line of the log. By default they go to the logger "sparsefw": warnings are shown, and
             all after `logging.basicConfig(level=logging.INFO)`.
         progress: whether to show a progress bar over the blocks, unless bars are turned off for huggingface_hub; or
@@ -160,7 +162,12 @@ def prune(
     if calibration is not None and of_text:
         raise TypeError(f"prune() got calibration and {of_text[0]!r}, which belongs to a text")
     folder = None if output is None else checked_path("output", output)
+    if packed is not None:
+        packed = checked_path("packed", packed)
+        if folder is None:
+            raise InputError("packed: a copy of the output, and there is none; give output, too")
     places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
+    places |= dict(packed=packed)
     if isinstance(model, str | Path) and calibration is None:
         inputs, documents = _inputs(str(model), dataset, evaluate, **numbers)
         if folder is None:
@@ -186,7 +193,8 @@ def prune(
             tokenizer = _tokenizer_of(module)
         with _folder(folder, ranks) as written, nullcontext() if batches else on_cpu_by_default():
             job = Job(inputs, config, Output(written, **places), documents, tokenizer)
-            report = run_in_memory(module, job, batches, folder is not None, say, ranks.first and progress, ranks)
+            with _packing(job.output, ranks):
+                report = run_in_memory(module, job, batches, folder is not None, say, ranks.first and progress, ranks)
     # A temporary folder is gone.
     return PruneResult(report if folder else replace(report, arguments=report.arguments | {"output": None}), folder)
 
@@ -221,7 +229,26 @@ def prune_checkpoint(
     with joined_with(log) as (ranks, say):
         folder = ranks.local_first(lambda: locate(inputs.model))
         job = Job(inputs, config, output, dataset, tokenizer, folder)
-        return run_job(job, say, ranks.first and progress, ranks)
+        with _packing(output, ranks):
+            return run_job(job, say, ranks.first and progress, ranks)
+
+
+@contextmanager
+def _packing(output: Output, ranks: Ranks) -> Iterator[None]:
+    """Pack what is written inside, if a packed copy is wanted."""
+    if output.packed is None:
+        yield
+        return
+    from sparsefw.checkpoint.files import check_free
+    from sparsefw.packing import pack_folder
+
+    if output.packed.resolve() == output.folder.resolve():
+        raise InputError(f"{output.packed}: the output itself; give another folder for its packed copy")
+    check_free(output.packed, output.overwrite)
+    yield
+    if ranks.first:
+        pack_folder(output.folder, output.packed, overwrite=output.overwrite, restart=output.restart)
+    ranks.barrier()
 
 
 def _inputs(model: str, dataset: Any, evaluate: Any, **numbers: int | None) -> tuple[Inputs, Iterable[Any] | None]:

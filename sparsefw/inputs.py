@@ -112,6 +112,7 @@ class Output:
         overwrite: whether an older checkpoint may be replaced.
         restart: whether to discard what an unfinished run left.
         gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
+        packed: folder for a packed copy; None: there is none.
 
     Raises:
         InputError: a value is out of its range.
@@ -124,6 +125,7 @@ class Output:
     )
     gpu_memory: float | None = _memory_flag("GPU")
     host_memory: float | None = _memory_flag("host")
+    packed: Path | None = flag("folder for a packed copy, whose zeros take no space", None, metavar="DIR")
 
     def __post_init__(self) -> None:
         check_fields(self)

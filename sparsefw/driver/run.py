@@ -262,7 +262,7 @@ def _report(
     mine = content.RankRecord(socket.gethostname(), device, windows, seconds, ranks.waited, memory.peak_memory())
     records, timelines = ranks.gather(mine), ranks.gather(timeline.spans)
     arguments = asdict(job.inputs) | {"seqlen": seqlen} | asdict(job.config) | asdict(job.output)
-    arguments["output"] = str(arguments.pop("folder"))
+    arguments |= {"output": str(arguments.pop("folder")), "packed": job.output.packed and str(job.output.packed)}
     blocks = [finished.block for finished in outcome.finished]
     peak = {what: max(record.peak_memory[what] for record in records) for what in mine.peak_memory}
     return content.Report(

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 from helpers.checkpoints import contents
-from helpers.commands import interrupted_at, tensors_of
-from helpers.families import first_is_fast
+from helpers.commands import TEXT, interrupted_at, run, tensors_of
+from helpers.families import first_is_fast, save_model
 from helpers.verifying import DOWN, WANDA, change_tensor, put
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -128,6 +128,17 @@ def test_an_interrupted_command_goes_on(pruned, tmp_path, monkeypatch, capsys):
         assert pack.main([str(output), str(tmp_path / "packed")]) == 130
     assert "shards are finished: the same command goes on from there" in capsys.readouterr().err
     assert contents(packed_of(output, tmp_path)) == whole
+
+
+def test_a_run_writes_a_packed_copy(tmp_path, capsys):
+    source = save_model(tmp_path / "model", "llama", num_hidden_layers=1)
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert run(source, tmp_path / "text.txt", tmp_path / "out", *WANDA, "--packed", str(tmp_path / "packed")) == 0
+    assert contents(packed_of(tmp_path / "out", tmp_path / "by hand")) == contents(tmp_path / "packed")
+    # What is there is found before the run.
+    assert run(source, tmp_path / "text.txt", tmp_path / "x", *WANDA, "--packed", str(tmp_path / "packed")) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_what_cannot_be_packed_is_refused(pruned, copied, tmp_path, capsys):
