@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from sparsefw.cli import launch, load_libraries, run_parser, say_fitted, settings_of
+from sparsefw.cli import launch, load_libraries, run_parser, say, settings_of
 from sparsefw.fields import checked_path
 from sparsefw.inputs import CARDS
 
@@ -32,7 +32,8 @@ def command(argv: list[str] | None) -> int:
     content = plan(inputs, config, output, arguments.gpu)
     if arguments.json:
         checked_path("json", arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    say_fitted(lines(content))
+    for line in lines(content):
+        say(line)
     return 0
 
 

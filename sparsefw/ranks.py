@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsefw.errors import InputError, first_line, fitted, invocation, shown, worded
+from sparsefw.errors import InputError, first_line, invocation, printable, shown, worded
 
 # The triangle of a symmetric matrix is summed in this number of panels of rows. One of them is in a buffer at a time.
 PANELS = 16
@@ -255,8 +255,8 @@ def joined_with(log: Callable[[str], None]) -> Iterator[tuple[Ranks, Callable[[s
     ranks = ALONE
 
     def say(line: str) -> None:
-        for piece in fitted(line) if ranks.first else ():
-            log(piece)
+        if ranks.first:
+            log(printable(line))
 
     made = not dist.is_initialized()
     started = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"

@@ -18,7 +18,7 @@ from sparsefw.data.windows import Windows, window_length
 from sparsefw.driver.block import Run
 from sparsefw.driver.job import Job, Prepared, windows_of_texts
 from sparsefw.driver.loop import Outcome, prune_model
-from sparsefw.errors import InputError, counted, flag_of, option
+from sparsefw.errors import InputError, counted, fitted, flag_of, option
 from sparsefw.estimate.memory import MemoryNeeds, Workload, disk_space, process_bytes, pruned_shape
 from sparsefw.estimate.placement import memory_limits, place
 from sparsefw.model import ModelShape, Placement, StreamedModel, shape_of
@@ -158,7 +158,8 @@ def carry_out(
         written = len(config.methods) * writer.written
         needed = sum(disk_space(shape, workload, placement).values()) + prepared.saved
         writer.check_space(needed - written)
-        say(log.placement_line(placement, needs, limits, isinstance(calibration, Batches)))
+        for line in fitted(log.placement_line(placement, needs, limits, isinstance(calibration, Batches))):
+            say(line)
         say(log.layer_header())
         run = Run(model, shape, config, placement, say, ranks)
         outcome, placement = _prune(run, prepared, writer, limits.get("gpu"), progress)

@@ -14,7 +14,7 @@ from sparsefw.arithmetic import computes_in_fp32
 from sparsefw.checkpoint.quantization import DTYPES, dtype_in, quantization_of
 from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, check_config, from_hub, inspect, read_json
 from sparsefw.data.windows import evaluation_windows, load_tokenizer, window_length
-from sparsefw.errors import InputError, counted, option
+from sparsefw.errors import InputError, counted, fitted, option
 from sparsefw.estimate.memory import GIB, Workload, disk_space, process_bytes, pruned_shape
 from sparsefw.estimate.placement import memory_limits, place
 from sparsefw.inputs import CARDS, DEFAULT, DEFAULT_MODEL, Inputs, Output
@@ -196,12 +196,12 @@ def lines(content: dict[str, Any]) -> Iterator[str]:
     ahead = together if placement["ahead"] else "blocks one after another"
     step = f", {placement['step']} in a step" if placement["step"] else ""
     kept = f", inputs of up to {placement['kept_width']} entries kept" if placement["kept_width"] else ""
-    yield (
+    yield from fitted(
         f"placement: micro-batches of {counted(placement['batch'], 'window')}{step}, activations {where}, {ahead}, "
         f"solves in {memory.gib(placement['solver'])} GiB{kept}"
     )
     disk = content["disk"]
-    yield (
+    yield from fitted(
         f"disk: {disk['output'] / 1e9:.2f} GB of output; until the end also {disk['kept'] / 1e9:.2f} GB of compared "
         f"methods, {disk['activations'] / 1e9:.2f} GB of activations"
     )

@@ -105,11 +105,12 @@ def layer_row(layer: LayerResult, block: str) -> str:
 
     Args:
         layer: the result.
-        block: name of its block, of which the last two words are shown, as `--include` takes them: layers.0.
+        block: name of its block; where the row is too long, its last two words are shown, as in layers.0.
     """
     peak = peak_memory()
-    start = len(".".join(block.split(".")[:-2]))
-    name = layer.name.removesuffix(".weight")[start:].removeprefix(".")
+    name = layer.name.removesuffix(".weight").removeprefix("model.")
+    if len(name) > 40:
+        name = layer.name.removesuffix(".weight")[len(".".join(block.split(".")[:-2])) :].removeprefix(".")
     # Its ends tell most of it.
     name = name if len(name) <= 40 else f"{name[:12]}..{name[-26:]}"
     return _row([name, *layer_cells(layer)[1:]], f"{(peak['gpu_bytes'] or peak['host_bytes']) / 2**30:.2f}")
