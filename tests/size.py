@@ -13,7 +13,7 @@ LIMITS = {
     "sparsefw: files": 91,
     "sparsefw: code lines": 10_600,
     "kernels: code lines": 2_500,
-    "bench: code lines": 2_900,
+    "bench: code lines": 3_100,
     "tests: code lines": 14_100,
     "documents: words": 15_200,
 }
