@@ -23,7 +23,7 @@ PAGES = [README, REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 # Options of `run` that are no field of Inputs or PruneConfig.
-OUTPUT_FLAGS = {"--gpu-memory", "--host-memory", "--output", "--overwrite", "--restart"}
+OUTPUT_FLAGS = {"--gpu-memory", "--host-memory", "--output", "--overwrite", "--restart", "--packed"}
 
 # The fields of Inputs and PruneConfig by their flag.
 FIELDS = {flag_of(f.name): f for f in (*fields(Inputs), *fields(PruneConfig))}
