@@ -15,6 +15,9 @@ from sparsefw.model.shapes import ModelShape
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 
+# Tokens in a micro-batch of which a GPU holds no fewer as long as there is something else to give up.
+FEW = 4096
+
 
 def memory_limits(
     gpu_memory: float | None, host_memory: float | None, free: dict[str, int], ranks: Ranks = ALONE
@@ -107,11 +110,13 @@ def _placements(
     }
     choices |= {name: [value] for name, value in fixed.items()}
     # The last of these is given up first.
-    order = ("ahead", "batch", "kept_width", "solver", "place")
+    order = ("ahead", "kept_width", "solver", "place", "batch")
     if not workload.gpu:
         order = ("batch", "place", "kept_width", "ahead", "solver")
-    for values in product(*(choices[name] for name in order)):
-        chosen = dict(zip(order, values, strict=True))
+    found = [dict(zip(order, values, strict=True)) for values in product(*(choices[name] for name in order))]
+    if workload.gpu:
+        found.sort(key=lambda chosen: (not chosen["ahead"], -min(chosen["batch"], max(1, FEW // workload.seqlen))))
+    for chosen in found:
         placement = Placement(folder=folder, step=step if divided and step < chosen["batch"] else 0, **chosen)
         # From a disk an input comes no sooner than the block makes it again.
         if placement.place != "file" or not placement.kept_width:
