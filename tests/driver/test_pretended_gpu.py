@@ -243,7 +243,7 @@ def test_the_thread_that_writes_a_block_waits_for_its_copies(tmp_path, monkeypat
 
 
 def test_the_host_does_not_wait_in_a_step_of_a_reconstruction(tmp_path, monkeypatch):
-    """Twice the steps, and no more waits of this project's, also where predictions are compared."""
+    """Twice the steps, and no more waits, also where predictions are compared."""
     monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 1)
     source, waits = save_model(tmp_path / "model", "llama", torch.bfloat16), []
     for passes in ("1", "2"):
@@ -251,11 +251,7 @@ def test_the_host_does_not_wait_in_a_step_of_a_reconstruction(tmp_path, monkeypa
         gpu, report = prune(source, tmp_path / passes, *flags, stand_ins=True)
         assert report["blocks"][-1]["reconstruction"]["loss"] == PREDICTIONS
         waits.append(gpu.waits)
-    steps = 3
-    # To predict, the model's own forward runs, in which transformers looks whether windows are packed.
-    (where,) = more = waits[1] - waits[0]
-    assert where.startswith("sparsefw/model/gradients.py")
-    assert more[where] == 2 * steps
+    assert not waits[1] - waits[0]
 
 
 def test_all_phases_but_steps_take_several_windows(tmp_path, monkeypatch):
