@@ -234,7 +234,7 @@ def test_the_thread_that_writes_a_block_waits_for_its_copies(tmp_path, monkeypat
         stream.record_event = lambda: SimpleNamespace(synchronize=arrive)
 
     # The main thread waits for no event while a block is written then.
-    monkeypatch.setattr(driver_run, "place", lambda *args, fixed: place_of(*args, fixed=fixed | {"ahead": False}))
+    monkeypatch.setattr(driver_run, "place", lambda *args, **options: place_of(*args, fixed={"ahead": False}))
     monkeypatch.setattr(skeleton, "to_host", copied)
     monkeypatch.setattr(_Stream, "__init__", stream_begins)
     prune(source, tmp_path / "late", *flags, stand_ins=True)
