@@ -1,17 +1,19 @@
 """Packed matrices on a CPU: products against torch's, and what a packed checkpoint gives when text is generated.
 
-    python bench/runs/packed.py product [--threads N]
+    python bench/runs/packed.py product [--threads N] [--level AVX2]
     python bench/runs/packed.py generate PRUNED PACKED [--threads N]
 
-Products read 8 matrices in turn, which no cache holds; the least of 7 times. Generation is greedy, each model in a
-process of its own, in turns; the median of 3.
+Products are those of bf16 weights, by torch also of fp32; "loop" is dense.cpp. They read 8 matrices in turn, which no
+cache holds; the least of 7 times. Generation is greedy, each model in a process of its own, in turns; the median of 3.
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -38,10 +40,31 @@ def least_ms(call, matrices) -> float:
     return 1e3 * min(times)
 
 
-def products() -> None:
-    """Print ms of torch in bf16 and fp32, and of packed matrices, by shape, rows of x and sparsity."""
-    print(f"{packed_cpu.LEVELS[packed_cpu.level()]}, {torch.get_num_threads()} threads, ms")
-    print(f"{'matrix':14}{'rows of x':>10}{'torch bf16':>12}{'torch fp32':>12}", *(f"{s:>9.0%}" for s in SPARSITIES))
+def dense_loop(level: str):
+    """A function of x and W that gives W x by dense.cpp, compiled with the instructions of a level."""
+    target = Path(tempfile.mkdtemp()) / "dense.so"
+    machine = "-mavx2 -mfma" if level == "AVX2" else "-march=native"
+    flags = [*machine.split(), "-O3", "-fopenmp", "-fPIC", "-shared", "-o", str(target)]
+    subprocess.run(["g++", *flags, str(Path(__file__).with_name("dense.cpp"))], check=True)
+    product, y = ctypes.CDLL(str(target)).dense_product, torch.empty(max(rows for rows, _ in SHAPES))
+
+    def call(x: torch.Tensor, W: torch.Tensor) -> None:
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, x.float(), W)]
+        sizes = [ctypes.c_int64(n) for n in W.shape]
+        product(torch.get_num_threads(), *pointers, *sizes, ctypes.c_void_p(y.data_ptr()))
+
+    return call
+
+
+def products(level: str) -> None:
+    """Print ms of torch in bf16 and fp32, of a dense loop, and of packed matrices, by shape, rows of x and sparsity."""
+    number = packed_cpu.LEVELS.index(level) if level else packed_cpu.level()
+    assert number <= packed_cpu.level()
+    packed_cpu.level = lambda: number
+    loop = dense_loop(packed_cpu.LEVELS[number])
+    print(f"{packed_cpu.LEVELS[number]}, {torch.get_num_threads()} threads, ms")
+    names = ("torch bf16", "torch fp32", "loop", *(f"{s:.0%}" for s in SPARSITIES))
+    print(f"{'matrix':14}{'rows of x':>10}", *(f"{name:>10}" for name in names))
     for rows, cols in SHAPES:
         dense = [torch.randn(rows, cols).bfloat16() for _ in range(COPIES)]
         wide = [W.float() for W in dense]
@@ -55,8 +78,9 @@ def products() -> None:
             x = torch.randn(batch, cols)
             half = x.bfloat16()
             times = [least_ms(lambda W, x=half: x @ W.T, dense), least_ms(lambda W, x=x: x @ W.T, wide)]
+            times.append(least_ms(lambda W, x=half: loop(x, W), dense) if batch == 1 else float("nan"))
             times += [least_ms(lambda W, x=half: packed_cpu.packed_product(x, *W), matrices) for matrices in packed]
-            print(f"{rows} x {cols:<7}{batch:>9}", *(f"{t:>11.2f}" for t in times))
+            print(f"{f'{rows} x {cols}':14}{batch:>10}", *(f"{t:>10.2f}" for t in times))
 
 
 def generate_once(folder: str, dtype: str) -> None:
@@ -93,11 +117,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["product", "generate", "once"])
     parser.add_argument("arguments", nargs="*")
+    parser.add_argument("--level", choices=packed_cpu.LEVELS[1:], default="", help="instructions (default: the best)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.what == "product":
-        products()
+        products(arguments.level)
     elif arguments.what == "generate":
         generation(*arguments.arguments, arguments.threads)
     else:
