@@ -161,6 +161,8 @@ def prune(
     of_text = [name for name, value in text.items() if value is not None]
     if calibration is not None and of_text:
         raise TypeError(f"prune() got calibration and {of_text[0]!r}, which belongs to a text")
+    if tokenizer is not None and not callable(tokenizer):
+        raise TypeError(f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}")
     folder = None if output is None else checked_path("output", output)
     if packed is not None:
         packed = checked_path("packed", packed)

@@ -7,11 +7,9 @@ from dataclasses import Field, field, fields
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from sparsefw.errors import InputError, option
-
-Settings = TypeVar("Settings")
 
 # Marks a default that depends on other fields; `__post_init__` replaces it by the value.
 DEPENDS: Any = None
@@ -65,16 +63,16 @@ def check_names(call: str, names: Iterable[str], known: Collection[str]) -> None
             raise TypeError(f"{call}() got an unexpected keyword argument {name!r}{hint}")
 
 
-def names_checked(settings: type[Settings]) -> type[Settings]:
+def names_checked(settings: Any) -> Any:
     """Have a dataclass refuse unknown arguments as `check_names` does."""
     make = settings.__init__
 
     @wraps(make)
     def checked(self: Any, *args: Any, **options: Any) -> None:
-        check_names(settings.__name__, options, [f.name for f in fields(settings)])  # type: ignore[arg-type]
+        check_names(settings.__name__, options, [f.name for f in fields(settings)])
         make(self, *args, **options)
 
-    settings.__init__ = checked  # type: ignore[method-assign]
+    settings.__init__ = checked
     return settings
 
 

@@ -61,39 +61,29 @@ def test_documents_and_tokens(source, text, tmp_path):
 
 PARTS = [TEXT[at : at + 400] for at in range(0, len(TEXT), 400)]
 RECORDS = Dataset.from_list([{"text": part, "number": n} for n, part in enumerate(PARTS)])
+MESSAGES = [{"messages": [{"role": "user", "content": part}]} for part in PARTS]
 TEXTS = {
-    "generator": lambda: iter(PARTS),
-    "records": lambda: [{"text": part} for part in PARTS],
-    "messages": lambda: [{"messages": [{"role": "user", "content": part}]} for part in PARTS],
-    "Dataset": lambda: RECORDS,
-    "IterableDataset": RECORDS.to_iterable_dataset,
-    "columns": lambda: RECORDS[:],
-    "column": lambda: RECORDS["text"],
-    "DataLoader": lambda: DataLoader(RECORDS, batch_size=3),
-    "DataLoader of texts": lambda: DataLoader(PARTS, batch_size=3),
-}
+    "generator": iter(PARTS), "records": [{"text": part} for part in PARTS], "messages": MESSAGES, "Dataset": RECORDS,
+    "IterableDataset": RECORDS.to_iterable_dataset(), "columns": RECORDS[:], "column": RECORDS["text"],
+    "DataLoader": DataLoader(RECORDS, batch_size=3), "DataLoader of texts": DataLoader(PARTS, batch_size=3),
+}  # fmt: skip
 ROWS = [list(range(n, n + 16)) for n in range(2, 8)]
 PADDED = {"input_ids": [[2, 3, 4, 0], [5, 6, 7, 8]], "attention_mask": [[1, 1, 1, 0], [1, 1, 1, 1]]}
-
-
-def template(tokenizer):
-    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    return tokenizer
 
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_kinds_of_texts(kind, source, tmp_path):
     """The same texts in whatever holds them are the same windows."""
-    tokenizer = template(AutoTokenizer.from_pretrained(source))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = "{{ messages[0].content }}"
     magnitude = partial(prune, source, kernel="torch", method="magnitude", tokenizer=tokenizer, **SMALL)
-    found = [magnitude(tmp_path / str(n), dataset=texts).report.data for n, texts in enumerate((PARTS, TEXTS[kind]()))]
-    assert found[0] == found[1]
+    plain, found = magnitude(tmp_path / "plain", dataset=PARTS), magnitude(tmp_path / kind, dataset=TEXTS[kind])
+    assert found.report.data == plain.report.data
 
 
 @pytest.mark.parametrize(
     ("dataset", "shape", "expected"),
     [
-        ([{"input_ids": row} for row in ROWS], {}, ROWS),
         (Dataset.from_list([{"input_ids": row} for row in ROWS]).with_format("torch"), {}, ROWS),
         (DataLoader([{"input_ids": torch.tensor(row)} for row in ROWS], batch_size=4), {}, ROWS),
         (torch.tensor(ROWS).numpy(), {}, ROWS),
@@ -214,6 +204,8 @@ class TestRefused:
                 prune(source, tmp_path / "out", CONFIG, dataset=TOKENS, **{name: 3})
         with pytest.raises(TypeError, match=r"^PruneConfig\(\) got .* 'targets'; did you mean include\?$"):
             PruneConfig(targets="mlp")
+        with pytest.raises(TypeError, match="tokenizer: expected one of transformers, got str"):
+            prune(source, tmp_path / "out", CONFIG, tokenizer="gpt2")
         with pytest.raises(TypeError, match="config: expected a PruneConfig, got str"):
             prune(source, tmp_path / "out", "2:4")
         others = {"int": 5, "bytes": b"a", "DatasetDict with train": DatasetDict(train=RECORDS)}
@@ -231,8 +223,8 @@ def test_what_a_caller_sees(source, tmp_path, caplog, capsys):
     caplog.set_level(logging.INFO, "sparsefw")
     hub.enable_progress_bars()
     records = []
-    shows = partial(prune, source, dataset=TOKENS, seqlen=None, kernel="torch", method="magnitude")
-    result = shows(tmp_path / "bar", reconstruct=0)
+    shows = partial(prune, source, config=CONFIG, dataset=TOKENS)
+    result = shows(tmp_path / "bar")
     shown = capsys.readouterr()
     assert "1/1 [" in shown.err
     assert not shown.out
