@@ -97,7 +97,8 @@ def prune(
     seed: int = 0,
     evaluate: str | Path | Sequence[str | Path] | Iterable[Any] | None = None,
     eval_windows: int | None = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: Any = None,
+    processing_class: Any = None,
     gpu_memory: float | None = None,
     host_memory: float | None = None,
     overwrite: bool = False,
@@ -129,7 +130,9 @@ def prune(
         evaluate: evaluation texts for perplexity, by name or path; with `calibration` batches for which the model
             returns a loss, whose perplexity is exp of the mean loss.
         eval_windows: most windows of each evaluation text; None: all.
-        tokenizer: the model's tokenizer; None: the one beside the checkpoint.
+        tokenizer: the model's tokenizer; None: the one beside the checkpoint. With `calibration` it is written beside
+            the model, and may be a processor, too: of images, sound, or several.
+        processing_class: the same, by the name that a Trainer gives it.
         gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
         overwrite: whether an older checkpoint in `output` may be replaced.
         restart: whether to discard what an interrupted run has finished.
@@ -157,8 +160,11 @@ def prune(
     progress = progress if callable(progress) else progress and bars_wanted()
     # Batches are not drawn: a seed would have no effect there. 0 is the default.
     numbers = dict(nsamples=nsamples, seqlen=seqlen, seed=seed or None, eval_windows=eval_windows)
-    text = numbers | dict(dataset=dataset, tokenizer=tokenizer)
+    text = numbers | dict(dataset=dataset)
     of_text = [name for name, value in text.items() if value is not None]
+    tokenizer = processing_class if tokenizer is None else tokenizer
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise TypeError(f"tokenizer: expected a tokenizer or processor of transformers, got {type(tokenizer).__name__}")
     if calibration is not None and of_text:
         raise TypeError(f"prune() got calibration and {of_text[0]!r}, which belongs to a text")
     if tokenizer is not None and not callable(tokenizer):
@@ -342,7 +348,8 @@ def _check(model: Any, on_batches: bool) -> None:
             raise InputError(f"{name or 'model'}: is an adapter of peft; merge the adapters first: merge_and_unload()")
     if not isinstance(model, nn.Module if on_batches else PreTrainedModel):
         expected = "a folder, a Hub id or a transformers model; any other module needs batches: calibration="
-        expected = "a module in memory, since calibration= is given" if on_batches else expected
+        loads = f": AutoModel.from_pretrained({str(model)!r})" if isinstance(model, str | Path) else ""
+        expected = f"a module in memory, since calibration= is given{loads}" if on_batches else expected
         raise InputError(f"model: got {type(model).__name__}, expected {expected}")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -373,11 +380,12 @@ def _tokenizer_of(model: Any) -> "PreTrainedTokenizerBase":
     Raises:
         InputError: there is none.
     """
+    from sparsefw.checkpoint.source import SMALL, locate
     from sparsefw.data.windows import load_tokenizer
 
     try:
         if model.name_or_path:
-            return load_tokenizer(locate(model.name_or_path))
+            return load_tokenizer(locate(model.name_or_path, SMALL))
     except InputError as error:
         raise InputError(f"tokenizer: the model in memory has none ({error}); give tokenizer=") from error
     raise InputError("tokenizer: the model in memory was not loaded from a checkpoint that has one; give tokenizer=")

@@ -1,9 +1,12 @@
 """`prune(model, calibration=batches)`: any stack of blocks in memory, on batches of its own forward's arguments."""
 
 import copy
+import json
+import re
 
 import pytest
 import torch
+import transformers
 from helpers.families import first_is_fast
 from helpers.stacks import STACKS, drawn, perplexity_of_whole, random_ids
 from safetensors.torch import load_model
@@ -12,6 +15,7 @@ from torch import nn
 from sparsefw import InputError, prune
 from sparsefw.data.batches import batches_of
 from sparsefw.model import resident
+from sparsefw.model.recording import unpadded_of
 
 NAME = "batches given in Python"
 QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
@@ -77,6 +81,30 @@ class TestOutput:
             path.name for path in result.output.iterdir()
         }
 
+    @pytest.mark.parametrize("given", [False, True])
+    def test_what_makes_inputs_comes_along(self, tmp_path, given):
+        """From beside the checkpoint that the model was loaded from, but a tokenizer that is given."""
+        model, batches = drawn("bert")
+        model.save_pretrained(tmp_path / "in")
+        pooling = {"modules.json", "1_Pooling/config.json", "sentence_bert_config.json"}
+        for name in (*pooling, "tokenizer.json", "tokenizer_config.json", "vocab.txt", "modeling.py"):
+            (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "in" / name).write_text('{"auto_map": {}, "a": 1}')
+        model = type(model).from_pretrained(tmp_path / "in")
+        prune(model, tmp_path / "out", calibration=batches, processing_class=_Tokenizer() if given else None, **WANDA)
+        read = {p.relative_to(tmp_path / "out").as_posix(): p for p in (tmp_path / "out").rglob("*") if p.is_file()}
+        written = {"SHA256SUMS", "config.json", "model.safetensors", "report.html", "report.json"}
+        tokenizer = {"tokenizer_config.json"} if given else {"tokenizer.json", "tokenizer_config.json", "vocab.txt"}
+        assert read.keys() == written | pooling | tokenizer
+        assert json.loads(read["tokenizer_config.json"].read_text()) == {"a": 2 if given else 1}
+        assert json.loads(read["config.json"].read_text())["architectures"] == ["BertForMaskedLM"]
+
+    def test_nothing_that_makes_inputs(self, tmp_path):
+        model, batches = drawn("bert")
+        with pytest.warns(UserWarning, match="no tokenizer or processor is written .*; give tokenizer="):
+            result = prune(model, tmp_path / "out", calibration=batches, **WANDA)
+        assert any("no tokenizer" in note for note in result.report.notes)
+
     def test_the_config_is_that_of_the_model(self, tmp_path):
         """What a run makes of it meanwhile is not written: without a cache, a model writes texts slowly."""
         model, batches = drawn("whisper")
@@ -140,6 +168,83 @@ def _interrupt_at(layer):
             raise KeyboardInterrupt
 
     return log
+
+
+class _Tokenizer:
+    def save_pretrained(self, folder):
+        (folder / "tokenizer_config.json").write_text('{"a": 2}')
+
+
+class TestPadding:
+    """Texts of several lengths in a batch, and batches with and without padding."""
+
+    RECONSTRUCTED = WANDA | {"reconstruct": 1}
+
+    @pytest.mark.parametrize(
+        ("kind", "options"),
+        [("bert", WANDA), ("bert", QUICK), ("bert", RECONSTRUCTED), ("t5", QUICK), ("torch", WANDA)],
+    )
+    def test_does_not_count(self, kind, options):
+        """More padding changes nothing. Without any more of it, the second batch has none."""
+        results = []
+        for more in (0, 5):
+            model, batch = _encoder(kind)
+            batches = [batch(lengths, max(lengths) + more) for lengths in ((3, 9, 4), (7, 7, 7), (5, 8, 8), (9, 2, 6))]
+            results.append(prune(model, calibration=batches, **options).report)
+        for few, more in zip(*(report.layers for report in results), strict=True):
+            # torch's attention gives one layer all tokens in one row, in which padding counts.
+            if kind != "torch" or not re.search("out_proj|layers.1", few.name):
+                assert few.error == pytest.approx(more.error, rel=1e-2)
+        for few, more in zip(*(report.blocks for report in results), strict=True):
+            if options is self.RECONSTRUCTED:
+                assert few.reconstruction.before == pytest.approx(more.reconstruction.before, rel=1e-2)
+        counted = any(note.startswith("75 of 159 positions count") for note in results[1].notes)
+        assert counted == (kind != "torch")
+
+    def test_a_batch_without_a_mask(self):
+        model, batch = _encoder("bert")
+        bare = {"input_ids": random_ids(2, 5)}
+        with pytest.raises(InputError, match=r"calibration\[1\]: .*layer\.0 is given attention_mask either for this"):
+            prune(model, calibration=[batch((3, 5), 5), bare], **WANDA)
+
+    @pytest.mark.parametrize(
+        ("mask", "expected"),
+        [
+            (torch.tensor([[True, False]]).expand(2, 1, 2, 2), [[True, False]] * 2),
+            (torch.tensor([[0, torch.finfo(torch.float16).min], [0, 0]])[:, None, None], [[True, False], [True, True]]),
+            (torch.tensor([[1, 0], [1, 1]]), [[True, False], [True, True]]),
+            # The last position is seen from itself alone.
+            (torch.ones(2, 1, 2, 2).tril().bool(), None),
+            (torch.zeros(2, 1, 1, 2), None),
+            (torch.zeros(2, 2, dtype=torch.bool), None),
+        ],
+    )
+    def test_masks(self, mask, expected):
+        found = unpadded_of([mask])
+        assert (found if found is None else found.tolist()) == expected
+
+
+def _encoder(kind):
+    """A model that reads padded sentences, and a function of their lengths and the padded length that makes a batch."""
+    torch.manual_seed(0)
+    if kind == "torch":
+        layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    elif kind == "t5":
+        sizes = dict(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=99)
+        model = transformers.T5EncoderModel(transformers.T5Config(**sizes))
+    else:
+        model, _ = drawn("bert")
+
+    def batch(lengths, length):
+        ids = torch.zeros(len(lengths), length, dtype=torch.int64)
+        for row, n in zip(ids, lengths, strict=True):
+            row[:n] = torch.arange(n * 7, n * 8) % 90 + 3
+        if kind == "torch":
+            return {"src": torch.sin(ids[..., None] * torch.arange(1.0, 17)), "src_key_padding_mask": ids == 0}
+        return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+    return model.eval(), batch
 
 
 class TestManners:
@@ -248,7 +353,7 @@ class TestRefusals:
     def test_models(self):
         x = torch.randn(2, 8)
         with pytest.raises(
-            InputError, match="model: got str, expected a module in memory, since calibration= is given"
+            InputError, match=r"got str, expected a module in memory, since .*AutoModel\.from_pretrained\('default'\)"
         ):
             prune("default", "out", calibration=[x])
         with pytest.raises(InputError, match=r"Linear: its forward on these batches calls no modules of a ModuleList"):
@@ -282,7 +387,7 @@ class TestRefusals:
         # At the end, what was pruned would be lost: with other batches it is another run.
         assert not any("q_proj" in line for line in lines)
 
-    @pytest.mark.parametrize("argument", ["dataset", "seed", "tokenizer"])
+    @pytest.mark.parametrize("argument", ["dataset", "seed"])
     def test_arguments_of_a_text(self, argument):
         with pytest.raises(TypeError, match=f"calibration and '{argument}', which belongs to a text"):
             prune(nn.Linear(2, 2), calibration=[torch.ones(1)], **{argument: 3})

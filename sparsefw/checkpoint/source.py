@@ -43,19 +43,25 @@ TIMM = ("local-dir:", "hf-hub:", "hf_hub:")
 # transformers reads the files of this folder with the tokenizer.
 TEMPLATES = "additional_chat_templates"
 
-# Files of a source that are copied to the output, by patterns of their names in lower case. Folders of checkpoints hold
-# whatever somebody has left there: so this is a list of what belongs to a model.
-COPIED = (
-    *("config.json", "generation_config.json"),
-    # Images, sound, video.
-    *("*processor_config.json", "audio_tokenizer_config.json"),
-    *("chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja"),
-    # Tokenizers.
+# Files that make a model's inputs, by patterns of their names in lower case: of tokenizers; of images, sound, video.
+TOKENIZERS = (
     *("tokenizer.json", "tokenizer.*.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "vocab-*.json", "*_vocab.json", "merges.txt", "dict.txt", "bpe.codes"),
     *("tokenizer.model", "tokenizer.model.v*", "sentencepiece*.model", "spiece.model", "spm.model", "spm_char.model"),
     *("*.spm", "*.tiktoken", "tekken.json", "prophetnet.tokenizer"),
     *("normalizer.json", "emoji.json", "byte_maps.json", "word_shape.json", "word_pronunciation.json"),
+)
+PROCESSORS = ("*processor_config.json", "audio_tokenizer_config.json")
+
+# Files of a source that are copied to the output, by patterns of their names in lower case. Folders of checkpoints hold
+# whatever somebody has left there: so this is a list of what belongs to a model.
+COPIED = (
+    *("config.json", "generation_config.json"),
+    *(*PROCESSORS, *TOKENIZERS),
+    *("chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja"),
+    # What sentence-transformers does to tokens and to hidden states: pooling, or a dense layer with its weights.
+    *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
+    *("[0-9]_*/*.json", "[0-9]_*/model.safetensors"),
     # Terms of use, and the model card.
     *("licen[cs]e", "licen[cs]e*.md", "licen[cs]e*.txt", "notice", "notice.md", "notice.txt", "use_policy.md"),
     "readme.md",
@@ -65,8 +71,9 @@ WRITTEN = (".safetensors", ".safetensors.index.json", "sha256sums", "report.json
 
 # Files that are downloaded from the Hub, whose patterns tell capitals. Other folders, but that of templates, and
 # consolidated.safetensors hold the same weights in other formats.
-WANTED = [*COPIED, "*.safetensors", INDEX, ADAPTER, "LICEN[CS]E*", "NOTICE*", "*.md"]
-UNWANTED = ["[!a]*/*", "consolidated*"]
+SMALL = [*COPIED, "LICEN[CS]E*", "NOTICE*", "*.md"]
+WANTED = [*SMALL, "*.safetensors", INDEX, ADAPTER]
+UNWANTED = ["[!a0-9]*/*", "[0-9][!_]*/*", "consolidated*"]
 
 
 @dataclass(frozen=True)
@@ -109,12 +116,13 @@ def stamps(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     return {info.file.name: info.stamp for info in infos}
 
 
-def locate(model: str) -> Path:
+def locate(model: str, wanted: list[str] = WANTED) -> Path:
     """The folder of a checkpoint, downloaded if it has to be.
 
     Args:
         model: a local folder, or a Hub id such as "org/name". A name that starts with `.`, `/` or `~`, or that
             exists, is local and never looked up on the Hub.
+        wanted: patterns of the files to download.
 
     Raises:
         InputError: there is no such folder, no such id, or no network and no cached copy.
@@ -126,7 +134,7 @@ def locate(model: str) -> Path:
     if not model or path.exists() or model.startswith((".", "/", "~")):
         raise InputError(f"{model or repr(model)}: no such folder; give the folder of a checkpoint or a Hub id")
     with from_hub(model):
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted, ignore_patterns=UNWANTED))
 
 
 @contextmanager
@@ -320,22 +328,25 @@ def companions(folder: Path) -> list[Path]:
     Raises:
         InputError: one of these is a link out of the checkpoint, a pipe or a device.
     """
-    paths = [*folder.iterdir(), *(folder / TEMPLATES).glob("*")]
-    copied = [path for path in sorted(paths) if is_copied(path.relative_to(folder).as_posix()) and not path.is_dir()]
+    paths = {
+        path.relative_to(folder).as_posix().lower(): path for path in (*folder.iterdir(), *folder.glob("[a0-9]*/*"))
+    }
+    copied = [path for name, path in paths.items() if matches(name, COPIED) and not path.is_dir()]
     for path in copied:
         check_file(path, folder)
-    return copied
+    return sorted(copied)
 
 
-def is_copied(name: str) -> bool:
-    """Whether a file is copied; one in a folder is called `folder/name`."""
-    return any(fnmatchcase(name.lower(), pattern) for pattern in COPIED)
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name, in lower case, is one of those that patterns stand for."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def note_of_others(folder: Path) -> list[str]:
     """A line that names what is not copied from a source's folder, but weights and hidden files; none without any."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.lower().endswith((*WRITTEN, TEMPLATES)))
-    others = [name for name in names if not (name.startswith(".") or is_copied(name))]
+    copied = {path.relative_to(folder).parts[0] for path in companions(folder)}
+    others = [name for name in names if not (name.startswith(".") or name in copied)]
     if not others:
         return []
     named = ", ".join(shown(name, 60) for name in others[:3]) + (", ..." if len(others) > 3 else "")

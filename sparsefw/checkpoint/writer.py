@@ -11,7 +11,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count, takewhile
@@ -33,7 +33,7 @@ from sparsefw.checkpoint.files import (
     parse_object,
 )
 from sparsefw.checkpoint.quantization import without_quantization
-from sparsefw.checkpoint.source import INDEX, TOKENIZER_CONFIG, companions, read_json
+from sparsefw.checkpoint.source import INDEX, TOKENIZER_CONFIG, companions, matches, read_json
 from sparsefw.errors import InputError, first_line, invocation, option, shown, worded
 from sparsefw.ranks import ALONE, Ranks
 
@@ -292,15 +292,8 @@ class Writer:
             },
             "weight_map": {name: self.path(n).name for n, record in enumerate(records) for name in record.names},
         }
-        texts = {INDEX: json.dumps(index, indent=2, sort_keys=True) + "\n"} | rewritten(source)
-        for name, content in texts.items():
-            durably(self.folder / name, content)
-        for path in companions(source):
-            target = self.folder / path.relative_to(source)
-            if not target.exists():
-                target.parent.mkdir(exist_ok=True)
-                # Content only: the source's files may be read-only or links.
-                durably(target, partial(shutil.copyfile, path))
+        durably(self.folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        copy_companions(source, self.folder)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -324,6 +317,17 @@ class Writer:
             shutil.rmtree(self._partial)
         self._lock.release()
         return finished
+
+
+def copy_companions(source: Path, folder: Path, ignored: Iterable[str] = ()) -> None:
+    """Copy a source's `companions`, as `rewritten` has them; not those of `ignored` patterns. Files there stay."""
+    texts = rewritten(source)
+    for path in companions(source):
+        target = folder / path.relative_to(source)
+        if not matches(path.name.lower(), ignored) and not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            # Content only: the source's files may be read-only or links.
+            durably(target, texts.get(str(target.relative_to(folder))) or partial(shutil.copyfile, path))
 
 
 def rewritten(folder: Path) -> dict[str, str]:

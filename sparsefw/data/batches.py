@@ -20,11 +20,13 @@ class Batch:
     Attributes:
         args, kwargs: the arguments, with tensors inside.
         windows: number of windows of tokens in it; 1 if it is none of them.
+        name: its name for messages, as "calibration[3]"; "" for windows.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     windows: int = 1
+    name: str = ""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -38,7 +40,7 @@ class Batch:
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with other tensors, each made of the one in its place."""
         args, kwargs = tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
-        return Batch(args, kwargs, self.windows)
+        return Batch(args, kwargs, self.windows, self.name)
 
 
 # The name of a caller's batches, where a text has its own.
@@ -108,13 +110,13 @@ def batches_of(items: Iterable[Any], argument: str) -> Batches:
 
 def _batch_of(item: Any, name: str) -> Batch:
     if isinstance(item, Mapping) and all(isinstance(key, str) for key in item):
-        batch = Batch((), dict(item))
+        batch = Batch((), dict(item), name=name)
     elif isinstance(item, tuple | list | Tensor):
-        batch = Batch((item,) if isinstance(item, Tensor) else tuple(item))
+        batch = Batch((item,) if isinstance(item, Tensor) else tuple(item), name=name)
     else:
         raise InputError(
             f"{name}: expected the arguments of the model's forward, as a mapping by name, a tuple or a tensor; got "
-            f"{type(item).__name__}; texts go into dataset"
+            f"{type(item).__name__}; texts go into dataset, or through the model's tokenizer"
         )
     if not any(x.numel() for x in batch.tensors):
         held = ", ".join(dict.fromkeys(type(x).__name__ for x in (*batch.args, *batch.kwargs.values()))) or "nothing"

@@ -101,6 +101,7 @@ def prune_block(
                     [j for j in range(len(states)) if j not in held_out],
                     backend=run.config.backend,
                     selected=selected.__contains__,
+                    unpadded=partial(states.unpadded, i),
                     experts=run.of(i).experts,
                 )
                 captured = _combined(run, i, captured)

@@ -4,8 +4,9 @@ The model is written as its own library does it.
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsefw.checkpoint.files import check_free
+from sparsefw.checkpoint.source import PROCESSORS, SMALL, TOKENIZER_CONFIG, TOKENIZERS, companions, locate, matches
 from sparsefw.checkpoint.tensors import read_shard
-from sparsefw.checkpoint.writer import Writer
+from sparsefw.checkpoint.writer import Writer, copy_companions
 from sparsefw.data.batches import Batch, Batches
 from sparsefw.driver.job import Job, Prepared, Samples, windows_of_texts
 from sparsefw.driver.run import Shown, carry_out, kernel_line
@@ -69,13 +71,19 @@ def run_in_memory(
     device = next((x.device for x in model.parameters()), torch.device("cpu"))
     device = this_device() if device.type == "cpu" else device
     # A module's own parameters may ask for gradients.
+    source, notes = _source(model, job.tokenizer) if saves and ranks.first else (None, [])
     with on_gpu(device), torch.no_grad(), resident(model, batch, device) as opened:
+        opened.notes += notes
         job, prepared = _prepared(job, opened, batches, saves, say, ranks)
 
         def write(folder: Path) -> None:
             save(model, folder)
             if job.tokenizer is not None:
                 job.tokenizer.save_pretrained(folder)
+            if source is not None:
+                # Files of another tokenizer than the one that is given would contradict it.
+                own = (folder / TOKENIZER_CONFIG).exists()
+                copy_companions(source, folder, TOKENIZERS if own else ())
 
         def finish(writer: Writer) -> None:
             for n, i in enumerate(opened.unique_blocks):
@@ -97,6 +105,7 @@ def _prepared(
     """The model before its first block, and the job, which batches tell the length of a window."""
     calibration: Samples
     evaluation: Sequence[Samples]
+    tokens = 0
     if batches is None:
         if job.inputs.evaluate and not opened.logits_itemsize:
             raise InputError(f"evaluate: {type(opened.model).__name__} returns no logits, of which perplexity is made")
@@ -106,6 +115,13 @@ def _prepared(
         calibration, evaluated = batches
         evaluation = [evaluated] if evaluated else []
         shape, seqlen = shape_of_resident(opened, _largest(calibration))
+        masks = [x for batch in calibration.batches if isinstance(x := batch.kwargs.get("attention_mask"), Tensor)]
+        # A mask of sound is of samples, of which several make a position.
+        if len(masks) == calibration.n and max(x.numel() for x in masks) == seqlen:
+            tokens, positions = sum(int((x != 0).sum()) for x in masks), sum(x.numel() for x in masks)
+            opened.notes += (
+                [f"{tokens} of {positions} positions count, the others are padding"] if tokens < positions else []
+            )
         if evaluated:
             check_losses(opened, evaluated.batches)
         job = replace(job, inputs=replace(job.inputs, seqlen=max(2, seqlen)))
@@ -124,7 +140,30 @@ def _prepared(
         # A caller's batches are not cut.
         fixed={"batch": 1} if batches else {},
         saved=sum(tensor.nbytes for tensor in tensors.values()) if saves else 0,
+        tokens=tokens,
     )
+
+
+def _source(model: nn.Module, tokenizer: Any) -> tuple[Path | None, list[str]]:
+    """The folder that a model of transformers was loaded from, whose small files are written beside the pruned one.
+
+    If neither it nor the caller has what makes the model's inputs, a warning says so, and so does a note in the list.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return None, []
+    folder: Path | None = None
+    names: list[str] = []
+    with suppress(InputError):
+        if model.name_or_path:
+            found = locate(model.name_or_path, SMALL)
+            # A file that leads elsewhere would be refused at the end of the run.
+            names, folder = [path.name.lower() for path in companions(found)], found
+    if tokenizer is not None or any(matches(name, (*TOKENIZERS, *PROCESSORS)) for name in names):
+        return folder, []
+    why = f"none is found at {shown(model.name_or_path)}" if model.name_or_path else "it is not of a checkpoint"
+    note = f"no tokenizer or processor is written beside the model: {why}; give tokenizer="
+    warnings.warn(note, stacklevel=2)
+    return folder, [note]
 
 
 def _largest(batches: Batches) -> Batch:

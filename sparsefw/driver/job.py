@@ -60,6 +60,7 @@ class Prepared:
         files: on rank 0, what tells the checkpoint's files from changed ones; empty for a model in memory, of whose
             tensors the fingerprint is.
         fixed: values of `Placement` that are settled, by field.
+        tokens: calibration tokens without padding; 0: all positions count.
         saved: bytes that the end of the run writes while the finished blocks are still on the disk.
     """
 
@@ -75,6 +76,7 @@ class Prepared:
     files: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, int] = field(default_factory=dict)
     saved: int = 0
+    tokens: int = 0
 
 
 def windows_of_texts(

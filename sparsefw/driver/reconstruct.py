@@ -27,6 +27,7 @@ from sparsefw.model.activations import split_batches
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
 from sparsefw.model.head import divergence, predicts, tokens_and_passes, tokens_of_pass
 from sparsefw.model.layers import layer_of
+from sparsefw.model.recording import without_padding
 from sparsefw.model.stand_ins import ForwardFailed, explained
 from sparsefw.report.content import HIDDEN, PREDICTIONS, Reconstruction
 from sparsefw.solver.kept_weights import KeptWeights
@@ -177,9 +178,8 @@ class Fit:
     @torch.no_grad()
     def loss(self) -> float:
         """The mean loss of a token, over what is held out on all ranks. The algorithms are those of the steps."""
-        sums, shapes = zip(*self._with_same_bits(lambda: [*map(self.loss_of, self.held_out)]), strict=True)
-        tokens = sum(shape[:-1].numel() for shape in shapes)
-        gathered = self.run.ranks.gather((sum(x.item() for x in sums), tokens))
+        losses = self._with_same_bits(lambda: [*map(self.loss_of, self.held_out)])
+        gathered = self.run.ranks.gather((sum(x.item() for x, *_ in losses), sum(tokens for _, tokens, _ in losses)))
         return sum(loss for loss, _ in gathered) / sum(tokens for _, tokens in gathered)
 
     def round(self, weights: KeptWeights, steps: int, before: float) -> float:
@@ -203,8 +203,8 @@ class Fit:
             weights.put_back()
         return after
 
-    def loss_of(self, j: int, of_pass: int | None = None) -> tuple[Tensor, torch.Size]:
-        """The loss of a micro-batch, summed over its tokens, and the shape of their hidden states.
+    def loss_of(self, j: int, of_pass: int | None = None) -> tuple[Tensor, int, int]:
+        """The loss of micro-batch j, summed over its tokens; their number without padding; the width of hidden states.
 
         Args:
             j: number of the micro-batch; with `of_pass` among those of `steps`.
@@ -214,12 +214,16 @@ class Fit:
         # Read once: from the host it is a copy, and the next micro-batch is read ahead.
         out, target = states.next_input(self.number, j), dense.hidden[j]
         if not tokens:
-            return relative_loss(out, target), target.shape
+            unpadded = states.unpadded(self.number, j)
+            # Zeros do not count.
+            kept = without_padding(target, unpadded)
+            number = target.shape[:-1].numel() if kept is target or unpadded is None else int(unpadded.sum())
+            return relative_loss(out, kept), number, target.shape[-1]
         ids = tokens[j]
         if of_pass is not None:
             some = tokens_of_pass(of_pass, self.every)
             ids, out, target = ids[:, some], out[:, some], target[:, some]
-        return divergence(self.run.model, ids, out, target), target.shape
+        return divergence(self.run.model, ids, out, target), target.shape[:-1].numel(), target.shape[-1]
 
     def add_gradients(self, j: int, of_pass: int, parameters: list[nn.Parameter]) -> None:
         """Add the gradients of the loss of micro-batch j of `steps` in pass `of_pass` of a round.
@@ -253,10 +257,10 @@ class Fit:
         slices = SliceGradients(parameters)
         with torch.enable_grad():
             with slices:
-                loss, shape = self.loss_of(j, of_pass)
+                loss, tokens, width = self.loss_of(j, of_pass)
                 # By entry: in half precision, gradients of the mean over all entries would be too small. Those of a sum
                 # over tokens are too large for fp16. Adam makes the same steps of both.
-                loss = loss * (shape[-1] / (shape[:-1].numel() if parameters[0].dtype == torch.float16 else 1))
+                loss = loss * (width / (tokens if parameters[0].dtype == torch.float16 else 1))
             if not loss.requires_grad:
                 # A mixture may send all tokens to experts that are not pruned.
                 return

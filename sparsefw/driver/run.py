@@ -131,7 +131,9 @@ def carry_out(
     limits = _limits(job, model.device, ranks)
     if calibration.n < ranks.count:
         raise InputError(f"{option('nsamples', calibration.n)}: {ranks.count} ranks, and each needs a window")
-    config = job.config.for_calibration(calibration.n, prepared.seqlen, ranks.count)
+    # In the mean over batches, since they may have different sizes.
+    length = prepared.tokens // calibration.n or prepared.seqlen
+    config = job.config.for_calibration(calibration.n, length, ranks.count)
     if job.config.reconstruct and not config.reconstruct:
         say("note: no block is reconstructed: that takes two calibration windows on every rank, one to hold out")
     windows = [samples.n for samples in (calibration, *prepared.evaluation)]

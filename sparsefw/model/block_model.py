@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from sparsefw.checkpoint.tensors import Loadable, dequantized
 from sparsefw.data.batches import Batch
 from sparsefw.memory import release_pinned, to_host
 from sparsefw.model.path import Path, path_through
-from sparsefw.model.settings import asked_for_no_more, attention_by_calls
+from sparsefw.model.settings import asked_for_no_more, attention_by_calls, masks_kept
 from sparsefw.model.skeleton import max_seqlen
 from sparsefw.model.slots import (
     SharedParameters,
@@ -241,6 +241,7 @@ def resident(model: nn.Module, batch: Batch | None, device: torch.device) -> Ite
         as_python(),
         asked_for_no_more(model) as set_back,
         attention_by_calls(),
+        nullcontext() if batch is None else masks_kept(),
         ResidentModel(model, batch, device, set_back) as opened,
     ):
         yield opened

@@ -3,6 +3,8 @@
 What it gives every block (masks, rotary tables, per-layer windows) is recorded, so that no architecture is named here.
 """
 
+import inspect
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,8 +18,8 @@ from sparsefw.model.block_model import BlockModel
 from sparsefw.model.hidden_states import Carried, HiddenStates
 from sparsefw.model.parts import DIFFERS
 from sparsefw.model.recorder import Recorder
-from sparsefw.model.recording import Recording, Value, numbers_in, rebuilt
-from sparsefw.model.stand_ins import Form, explained, run_replaced
+from sparsefw.model.recording import Call, Constant, Recording, Value, numbers_in, rebuilt, unpadded_of
+from sparsefw.model.stand_ins import BATCHES, Form, explained, run_replaced
 
 
 def form_of(model: BlockModel, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
@@ -108,14 +110,17 @@ def embed_batches(
                 # Other models read no tokens.
                 check_token(max(int(ids.max()) for ids in batch.tensors), vocabulary)
             recording = record(model, batch)
-            if recording.signature != model.flow.signature:
-                raise InputError(DIFFERS)
+            if recording.signature != model.flow.signature or (first and len(recording.constants) != len(first)):
+                raise InputError(_difference(model, batch, states, recording))
             if not states.windows:
                 states.of_batch, on_device = recording.of_batch, Store(model.device)
                 first = [Stored(on_device, x) for x in recording.constants]
             states.windows.append(batch.windows)
             states.hidden.append(recording.hidden)
             states.calls.append(recording.calls)
+            if model.input_kind == BATCHES:
+                _find_padding(model, recording)
+            states.names.append(batch.name)
             states.carried.append(Carried(_stored(recording.constants, first, store), recording.boxes))
         for batch in pieces:
             recording = record(model, batch)
@@ -124,16 +129,43 @@ def embed_batches(
     return states
 
 
+def _arguments(model: BlockModel, i: int, call: Call) -> dict[str, Any]:
+    """What block i is given beside its hidden states, by the names of its parameters."""
+    names = [*inspect.signature(model.blocks[i].forward).parameters][1:]
+    return dict(zip(names, call.args, strict=False)) | call.kwargs
+
+
+def _find_padding(model: BlockModel, recording: Recording) -> None:
+    """Note the positions of a micro-batch that masks hide from a block, which its layers are not fitted to."""
+    for i, call in recording.calls.items():
+        masks = (
+            (name, recording.constants[x.number])
+            for name, x in _arguments(model, i, call).items()
+            # Those of a cross-attention are of other positions.
+            if isinstance(x, Constant) and re.search("^(?!.*(encoder|cross|memory)).*(attention|padding)_mask", name)
+        )
+        # In torch's own layers, true means that a position is padding.
+        call.unpadded = unpadded_of(~x if x.dtype == torch.bool and "padding" in name else x for name, x in masks)
+
+
+def _difference(model: BlockModel, batch: Batch, states: HiddenStates, recording: Recording) -> str:
+    """Why a batch cannot be run like the first one, in a line."""
+    for i, call in recording.calls.items():
+        first, now = (_arguments(model, i, x) for x in (states.calls[0][i], call))
+        for name in first | now if batch.name else ():
+            if (first.get(name) is None) != (now.get(name) is None):
+                either = (
+                    f"{batch.name}: {model.names[i]} is given {name} either for this batch or for {states.names[0]}"
+                )
+                return f"{either}; give all batches the same arguments, such as an attention_mask"
+    return f"{batch.name}: {DIFFERS}".removeprefix(": ")
+
+
 def _stored(tensors: list[Tensor], first: list[Stored], store: Store) -> list[Stored]:
     """The tensors that the model's forward makes of a micro-batch before its first block, in a store.
 
     Those that are equal to the first micro-batch's, in `first`, are held once.
-
-    Raises:
-        InputError: there are more or fewer of them than in the first micro-batch.
     """
-    if len(tensors) != len(first):
-        raise InputError(DIFFERS)
     found = []
     for x, known in zip(tensors, first, strict=True):
         same = (x.shape, x.dtype) == (known.kept.shape, known.kept.dtype) and torch.equal(x, known.kept)

@@ -123,6 +123,7 @@ class HiddenStates:
         carried: per micro-batch, what it has beside its hidden states.
         flow: how blocks hand tensors on.
         windows: number of windows in each micro-batch.
+        names: names of batches for messages.
         of_batch: numbers of the constants that depend on what the forward is given.
         pieces: by number of windows, what the forward gives the blocks for a piece of a micro-batch, see `some`.
         position: the point of the block at which `hidden` is.
@@ -138,6 +139,7 @@ class HiddenStates:
     carried: list[Carried]
     flow: Recording
     windows: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     of_batch: set[int] = field(default_factory=set)
     pieces: dict[int, tuple[dict[int, Call], Carried]] = field(default_factory=dict)
     position: Point = INPUT
@@ -166,7 +168,9 @@ class HiddenStates:
             windows = [min(size, n - first) for n in windows for first in range(0, n, size)]
             given = [self.pieces[n] for n in windows]
         calls, carried = [calls for calls, _ in given], [carried for _, carried in given]
-        return replace(self, hidden=hidden, calls=calls, carried=carried, windows=windows, kept=None, unchecked=None)
+        names = [] if size else [name for j in numbers for name in self.names[j : j + 1]]
+        moved = replace(self, hidden=hidden, calls=calls, carried=carried, windows=windows, names=names)
+        return replace(moved, kept=None, unchecked=None)
 
     def go_back(self, start: "HiddenStates") -> None:
         """Become what a fork of these micro-batches is, at the input of a block."""
@@ -185,6 +189,10 @@ class HiddenStates:
                 if isinstance(leaf, Stored | Constant):
                     (following.constants[leaf.number] if isinstance(leaf, Constant) else leaf).fetch()
         return BlockRun(self.model, i, block, self.calls[j][i], self.carried[j])
+
+    def unpadded(self, i: int, j: int) -> Tensor | None:
+        """The positions of micro-batch j in block i that count; None: all."""
+        return self.calls[j][i].unpadded
 
     def behind_last(self, j: int) -> dict[int, Tensor]:
         """The tensors of micro-batch j that are read behind the last block, beside its hidden states."""
@@ -225,7 +233,12 @@ class HiddenStates:
         if self.kept:
             given[self.kept[0]] = self.kept[1][j]
         run = self.run_of(i, j, block)
-        taken, returned = run_part(run, given, take, end)
+        try:
+            taken, returned = run_part(run, given, take, end)
+        except InputError as error:
+            if not any(self.names[j : j + 1]):
+                raise
+            raise InputError(f"{self.names[j]}: {error}") from error
         return taken, None if returned is None else run
 
     def output(self, i: int, j: int, block: nn.Module | None = None) -> BlockRun:

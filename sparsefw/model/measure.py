@@ -20,6 +20,7 @@ from sparsefw.model.experts import experts_of
 from sparsefw.model.hidden_states import BlockRun, HiddenStates
 from sparsefw.model.layers import Layer, Stage, WeightNames, is_expert
 from sparsefw.model.parts import INPUT, Point
+from sparsefw.model.recording import without_padding
 from sparsefw.model.stand_ins import hidden_of
 from sparsefw.model.watch import Selector, Watch, everything
 from sparsefw.solver.refit import Cross
@@ -76,6 +77,7 @@ def capture(
     selected: Selector = everything,
     stage: Stage | None = None,
     dense: tuple[nn.Module, Run] | None = None,
+    unpadded: Callable[[int], Tensor | None] = lambda j: None,
     move: Callable[[int, Any], None] = lambda j, ran: None,
     experts: frozenset[str] | None = None,
 ) -> Captured:
@@ -91,6 +93,7 @@ def capture(
         stage: watch its layers only, and run no more of the block than they need; None: the whole block.
         dense: the dense model's block, and what runs one of its micro-batches; with them, cross matrices are
             accumulated, too.
+        unpadded: gives the positions of a micro-batch that count; None: all.
         move: called behind each run of the dense model with the number of the micro-batch and what the run returned,
             None if it ended before. What is made of outputs then, between two blocks, is no output of a layer.
         experts: names of modules that may be experts; None: those of `experts_of`.
@@ -105,7 +108,7 @@ def capture(
         # A new watch for each micro-batch, so that the outputs are freed with it.
         dense_watch = Watch(dense_names, experts, selected, stage=stage, record_outputs=True)
         move(j, dense_watch.through(partial(run_dense, j)))
-        for name, X, output in watch.outputs.pairs():
+        for name, X, output in watch.outputs.pairs(unpadded(j)):
             expected = dense_watch.outputs.output_of(name)
             if expected is not None and expected.shape == output.shape:
                 # Rounded only once, whatever the dtype: torch subtracts in fp32.
@@ -113,7 +116,7 @@ def capture(
 
     watch = Watch(names, experts, selected, sums.add_gram, stage, record_outputs=dense is not None)
     for j in batches:
-        watch.through(partial(run, j))
+        watch.through(partial(run, j), unpadded(j))
         # A function of its own: nothing of a micro-batch may outlive it.
         if dense:
             add_crosses(j, dense[1])
@@ -182,7 +185,7 @@ def _measure_known(
         taken = _run_pruned(stage, pair, j, take={input_point, *streams}, end=input_point)
         if kept is not None:
             kept.append(taken[input_point])
-        X = _as_matrix(taken[input_point])
+        X = _as_matrix(without_padding(taken[input_point], pair.pruned.unpadded(pair.number, j)))
         dense = _dense_tensors(stage, pair, j)
         if j in passing:
             continue
@@ -251,6 +254,7 @@ def _measure_watched(
         selected=selected,
         stage=stage,
         dense=(pair.dense_block, run_dense) if stage.last else None,
+        unpadded=partial(pair.pruned.unpadded, pair.number),
         move=move,
         experts=pair.experts,
     )

@@ -28,6 +28,9 @@ _ATOMS += (Enum, torch.dtype, torch.device, torch.layout, torch.Size)
 # the key under which the next part is found.
 LEAF, ATOM, OBJECT, AGAIN, KEY = "leaf", "atom", "object", "again", "key"
 
+# A mask that is added to scores hides what has less.
+HIDDEN = -1e3
+
 # An object that was met, by its id, and its stand-in. The object is held, so that no other one takes its id.
 Memo = dict[int, tuple[Any, Any]]
 
@@ -172,6 +175,33 @@ class Step:
         return zip(self.outputs, tensors_in(out), strict=True)
 
 
+def unpadded_of(masks: Iterable[Tensor]) -> Tensor | None:
+    """The positions (batch, seqlen) that masks of attention do not hide from all others; None: all, or it is not known.
+
+    Args:
+        masks: (batch, seqlen) or (batch, ..., seqlen), true or not 0 where a position is seen, or what is added to
+            scores, far below 0 where it is not.
+    """
+    found: Tensor | None = None
+    for x in masks:
+        seen = x > HIDDEN if x.is_floating_point() else x != 0
+        seen = seen.flatten(1, -2).any(1) if x.dim() > 2 else seen
+        found = seen if found is None else found & seen if found.shape == seen.shape else found
+    return None if found is None or found.all() or not found.any() else found
+
+
+def without_padding(x: Tensor, unpadded: Tensor | None) -> Tensor:
+    """A tensor (batch, seqlen, d) or (seqlen, batch, d) with zeros at the positions of padding.
+
+    A tensor of another form is returned as it is, and so is one with as many windows as tokens: which come first is not
+    known of what lies inside a block, nor of tokens in one row.
+    """
+    for seen in () if unpadded is None or unpadded.shape == unpadded.T.shape else (unpadded, unpadded.T):
+        if x.shape[:-1] == seen.shape:
+            return x.masked_fill(~seen[..., None], 0)
+    return x
+
+
 @dataclass
 class Call:
     """What the model's forward gives a block.
@@ -184,6 +214,7 @@ class Call:
         outputs: numbers of the tensors that the block returns, the hidden states first.
         form: what the block returns, with `Value`s.
         after: the first number of what is made later.
+        unpadded: (batch, seqlen) true at the positions that count; None: all do.
     """
 
     args: Any
@@ -193,6 +224,7 @@ class Call:
     outputs: list[int] = field(default_factory=list)
     form: Any = None
     after: int = 0
+    unpadded: Tensor | None = None
 
 
 @dataclass

@@ -3,12 +3,14 @@
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import masking_utils
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 
@@ -79,6 +81,29 @@ def one_by_one(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
 
 ONE_BY_ONE = "sparsefw_one_by_one"
 ALL_EXPERTS_FUNCTIONS.register(ONE_BY_ONE, one_by_one)
+
+
+@contextmanager
+def masks_kept() -> Iterator[None]:
+    """Inside the `with` block, blocks of transformers are given a mask wherever a batch has one, or they have a window.
+
+    By itself it leaves out a mask that hides nothing. So a block would run otherwise for a batch without padding, or
+    for one that is shorter than the window, than for others.
+    """
+    # They say whether a mask is left out.
+    names = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
+    before = {name: getattr(masking_utils, name) for name in names}
+    try:
+        vars(masking_utils).update({name: partial(_ignores_none, ignores) for name, ignores in before.items()})
+        yield
+    finally:
+        vars(masking_utils).update(before)
+
+
+def _ignores_none(ignores: Callable[..., bool], mask: Tensor | None, *sizes: Any) -> bool:
+    # The last of the sizes is the window.
+    return mask is None and sizes[-1] is None and ignores(mask, *sizes)
+
 
 # Entries of a config, and their values in a run: a forward returns no more than is needed, and keeps no keys and values
 # of a cache; mixtures multiply with one expert at a time, where the input of each is seen.

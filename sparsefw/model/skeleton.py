@@ -225,7 +225,7 @@ def class_of(
         )
         raise InputError(
             f"{place}: transformers cannot load this model: unsupported architecture: {named} {why}; give a model that "
-            "generates text from text"
+            f"generates text from text, or prune this one {_on_batches(config.architectures, place)}"
         )
     text = config.get_text_config()
     takes_text = kind.config_class is type(text) and kind.config_class is not type(config)
@@ -253,6 +253,17 @@ def _generating_class(config: PretrainedConfig, as_named: bool) -> type[PreTrain
         if found := classes.get(type(config), None):
             return found[0] if isinstance(found, tuple | list) else found
     return None
+
+
+def _on_batches(names: Any, place: Path) -> str:
+    """How a model of a class that a config names is pruned from Python."""
+    name = names[0] if isinstance(names, list) and has_class(names[:1]) else "AutoModel"
+    reads = getattr(getattr(transformers, name), "main_input_name", "input_ids")
+    return (
+        f"on batches, from Python: from transformers import {name}; from sparsefw import prune; "
+        f"model = {name}.from_pretrained({str(place)!r}); "
+        f"prune(model, 'pruned/', calibration=[{{'{reads}': ...}}, ...]), see docs/batches.md"
+    )
 
 
 def has_class(names: object) -> bool:
@@ -346,7 +357,12 @@ def _check(report: Any, empty: PreTrainedModel, checkpoint: Checkpoint) -> None:
     # One tensor is enough for parameters that are tied.
     tied = [pair for pair in empty.all_tied_weights_keys.items() if not report.missing_keys.issuperset(pair)]
     if missing := sorted(report.missing_keys.difference(*tied)):
-        raise InputError(f"{missing[0]}: this tensor is missing from the checkpoint ({len(missing)} in all)")
+        text = f"{missing[0]}: this tensor is missing from the checkpoint ({len(missing)} in all)"
+        named = checkpoint.config.get("architectures")
+        if has_class(named) and type(empty).__name__ not in named:
+            # Its own class may have all, as that of an encoder without a head has.
+            text += f": {named[0]} generates no text; prune it {_on_batches(named, checkpoint.folder)}"
+        raise InputError(text)
     size = sum(buffer.nbytes for buffer in empty.buffers())
     if size > BUFFERS_ALLOWED + checkpoint.nbytes:
         raise InputError(f"{checkpoint.folder / CONFIG}: asks for tables of {size / 2**30:.1f} GiB beside the weights")

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sparsefw.errors import InputError
 from sparsefw.model.layers import Layer, Product, Reading, Stage, WeightNames, is_expert, kind_of, products_of
 from sparsefw.model.parts import ForwardIsOver
+from sparsefw.model.recording import without_padding
 from sparsefw.model.tape import Calls, Value, name_of, tensors_in
 
 # Called with the name of a layer inside its block, such as "mlp.down_proj.weight" or "mlp.experts.down_proj[3]".
@@ -100,18 +101,18 @@ class Outputs:
         """Whether a tensor is the output of a layer, the object itself."""
         return layer in self._outputs and self._outputs[layer][0] is tensor
 
-    def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name, input (tokens, in) and output (tokens, out) of each layer that has both."""
+    def pairs(self, unpadded: Tensor | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, input (tokens, in), zero for padding, and output (tokens, out) of each layer that has both."""
         for layer in self._outputs:
-            x, out = _as_matrix(self._inputs[layer]), self.output_of(layer)
+            x, out = _as_matrix(self._inputs[layer], unpadded), self.output_of(layer)
             if x is not None and out is not None:
                 yield layer, x, out
 
 
-def _as_matrix(recorded: tuple[Tensor, int]) -> Tensor | None:
+def _as_matrix(recorded: tuple[Tensor, int], unpadded: Tensor | None = None) -> Tensor | None:
     """The tensor as a matrix; None if it has been written to since it was recorded."""
     tensor, version = recorded
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor._version == version else None
+    return without_padding(tensor, unpadded).reshape(-1, tensor.shape[-1]) if tensor._version == version else None
 
 
 @dataclass
@@ -151,6 +152,7 @@ class Watch:
     ) -> None:
         self._names, self._experts, self._selected = names, experts, functools.cache(selected)
         self._take_input, self._stage, self._record_outputs = take_input, stage, record_outputs
+        self._unpadded: Tensor | None = None
         self.layers: dict[str, Layer] = {}
         self.ignored: dict[str, None] = {}
         self._restart()
@@ -163,13 +165,18 @@ class Watch:
         # Whether the layers of the stage have been used.
         self._complete = False
 
-    def through(self, run: Callable[[], Result]) -> Result | None:
+    def through(self, run: Callable[[], Result], unpadded: Tensor | None = None) -> Result | None:
         """Watch one micro-batch on its way through the block, as far as the stage needs it.
+
+        Args:
+            run: runs it.
+            unpadded: its positions that count; None: all.
 
         Returns:
             What the run returns; None if it ended before.
         """
         self._restart()
+        self._unpadded = unpadded
         try:
             with Calls(self._call):
                 return run()
@@ -203,7 +210,7 @@ class Watch:
             return False
         if self._take_input and not read.taken:
             read.taken = True
-            self._take_input(read.gram, product.reading.rows(X))
+            self._take_input(read.gram, product.reading.rows(without_padding(X, self._unpadded)))
         layer = self.layers.setdefault(name, replace(product.layer, gram=read.gram))
         if layer.gram != read.gram:
             raise InputError(f"{name}: unsupported model: shared its input with {layer.gram}, later with {read.gram}")

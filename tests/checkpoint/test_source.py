@@ -61,10 +61,12 @@ class TestLocate:
             *("config.json", "model-00001-of-00002.safetensors", INDEX, "tokenizer.json", "tokenizer.model"),
             *("chat_template.jinja", "additional_chat_templates/tool.jinja", "source.spm", "bpe.codes", "README.md"),
             *("LICENSE", "LICENCE.txt", "NOTICE", "USE_POLICY.md", "prophetnet.tokenizer", "tokenizer.model.v3"),
+            *("modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "2_Dense/model.safetensors"),
         ]
         unwanted = [
             *("pytorch_model.bin", "model.pt", "modeling_x.py", "consolidated.safetensors", "onnx/config.json", ".env"),
             *("original/consolidated.00.pth", "original/model.safetensors", "additional_chat_templates/x.py"),
+            *("8bit/model.safetensors", "1_Pooling/x.py"),
         ]
         got = []
 
@@ -192,6 +194,7 @@ class TestFiles:
 
     def test_what_is_copied(self, folder):
         names = ["config.json", "tokenizer.json", "LICENSE.txt", "additional_chat_templates/a.jinja"]
+        names += ["modules.json", "1_Pooling/config.json"]
         others = ["modeling.py", "pytorch_model.bin", ".env", "notes.json", "additional_chat_templates/a.py"]
         for name in (*names, *others):
             (folder / name).parent.mkdir(exist_ok=True)

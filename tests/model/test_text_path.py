@@ -8,6 +8,7 @@ from classes.tiny_model import byte_tokenizer
 from helpers.families import first_is_fast, save_model
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     Gemma3Config,
@@ -100,8 +101,18 @@ class TestClass:
         config = AutoConfig.for_model("vit")
         config.architectures = ["ViTModel"]
         message = "unsupported architecture: ViTModel is none that generates text, and transformers has none for vit; "
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=message) as refused:
             class_of(config, tmp_path)
+        assert f"model = ViTModel.from_pretrained('{tmp_path}'); prune(model, " in str(refused.value)
+        assert "calibration=[{'pixel_values': ...}, ...])" in str(refused.value)
+
+    def test_an_encoder_without_the_head_of_a_class_that_does(self, tmp_path):
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+        folder = save(tmp_path / "bert", AutoConfig.for_model("bert", **sizes), AutoModel.from_config)
+        with pytest.raises(
+            InputError, match=r"missing from .*: BertModel generates no text; prune it on batches, from"
+        ):
+            streamed(folder)
 
 
 SIZES = dict(vocab_size=258, hidden_size=32, intermediate_size=48, num_attention_heads=4)
