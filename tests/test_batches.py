@@ -101,9 +101,9 @@ class TestOutput:
 
     def test_nothing_that_makes_inputs(self, tmp_path):
         model, batches = drawn("bert")
-        with pytest.warns(UserWarning, match="no tokenizer or processor is written .*; give tokenizer="):
-            result = prune(model, tmp_path / "out", calibration=batches, **WANDA)
-        assert any("no tokenizer" in note for note in result.report.notes)
+        (note,) = prune(model, tmp_path / "out", calibration=batches, **WANDA).report.notes
+        assert note.startswith("no tokenizer or processor is written")
+        assert note.endswith("; give tokenizer=")
 
     def test_the_config_is_that_of_the_model(self, tmp_path):
         """What a run makes of it meanwhile is not written: without a cache, a model writes texts slowly."""

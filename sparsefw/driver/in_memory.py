@@ -4,7 +4,6 @@ The model is written as its own library does it.
 """
 
 import hashlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -119,9 +118,8 @@ def _prepared(
         # A mask of sound is of samples, of which several make a position.
         if len(masks) == calibration.n and max(x.numel() for x in masks) == seqlen:
             tokens, positions = sum(int((x != 0).sum()) for x in masks), sum(x.numel() for x in masks)
-            opened.notes += (
-                [f"{tokens} of {positions} positions count, the others are padding"] if tokens < positions else []
-            )
+            if tokens < positions:
+                opened.notes.append(f"{tokens} of {positions} positions count, the others are padding")
         if evaluated:
             check_losses(opened, evaluated.batches)
         job = replace(job, inputs=replace(job.inputs, seqlen=max(2, seqlen)))
@@ -147,7 +145,7 @@ def _prepared(
 def _source(model: nn.Module, tokenizer: Any) -> tuple[Path | None, list[str]]:
     """The folder that a model of transformers was loaded from, whose small files are written beside the pruned one.
 
-    If neither it nor the caller has what makes the model's inputs, a warning says so, and so does a note in the list.
+    If neither it nor the caller has what makes the model's inputs, a note in the list says so.
     """
     if not isinstance(model, PreTrainedModel):
         return None, []
@@ -161,9 +159,7 @@ def _source(model: nn.Module, tokenizer: Any) -> tuple[Path | None, list[str]]:
     if tokenizer is not None or any(matches(name, (*TOKENIZERS, *PROCESSORS)) for name in names):
         return folder, []
     why = f"none is found at {shown(model.name_or_path)}" if model.name_or_path else "it is not of a checkpoint"
-    note = f"no tokenizer or processor is written beside the model: {why}; give tokenizer="
-    warnings.warn(note, stacklevel=2)
-    return folder, [note]
+    return folder, [f"no tokenizer or processor is written beside the model: {why}; give tokenizer="]
 
 
 def _largest(batches: Batches) -> Batch:
