@@ -358,7 +358,7 @@ def _check(report: Any, empty: PreTrainedModel, checkpoint: Checkpoint) -> None:
     tied = [pair for pair in empty.all_tied_weights_keys.items() if not report.missing_keys.issuperset(pair)]
     if missing := sorted(report.missing_keys.difference(*tied)):
         text = f"{missing[0]}: this tensor is missing from the checkpoint ({len(missing)} in all)"
-        named = checkpoint.config.get("architectures")
+        named: Any = checkpoint.config.get("architectures")
         if has_class(named) and type(empty).__name__ not in named:
             # Its own class may have all, as that of an encoder without a head has.
             text += f": {named[0]} generates no text; prune it {_on_batches(named, checkpoint.folder)}"
