@@ -12,6 +12,9 @@ import torch
 # Lanes: the main thread, and the threads that read and write beside it.
 MAIN, READ, WRITE = "main", "read", "write"
 
+# Phases of the main lane that launch nothing but copies out. The thread that writes these waits for them.
+OF_HOST = ("wait", "write")
+
 
 @dataclass(frozen=True)
 class Span:
@@ -39,12 +42,12 @@ class Timeline:
 
     @contextmanager
     def span(self, phase: str, block: int | None = None, lane: str = MAIN) -> Iterator[None]:
-        """Time the work inside. On the main lane that includes the work that it launches on a GPU."""
+        """Time the work inside. On the main lane that includes what it launches on a GPU, but for copies out."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            if lane == MAIN and torch.cuda.is_available():
+            if lane == MAIN and phase not in OF_HOST and torch.cuda.is_available():
                 torch.cuda.synchronize()
             end = time.perf_counter()
             with self._lock:

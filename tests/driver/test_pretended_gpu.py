@@ -219,6 +219,8 @@ def test_the_thread_that_writes_a_block_waits_for_its_copies(tmp_path, monkeypat
     waits = Counter(where.partition(":")[0] for where in gpu.waits.elements())
     assert not waits.keys() & {"sparsefw/model/skeleton.py", "sparsefw/memory.py"}
     assert waits["sparsefw/driver/loop.py"] == len(report["blocks"])
+    spans = [span["phase"] for span in report["timeline"] if span["lane"] == "main"]
+    assert waits["sparsefw/timeline.py"] == sum(phase not in ("wait", "write") for phase in spans)
     place_of, begin = driver_run.place, _Stream.__init__
 
     def copied(x):
