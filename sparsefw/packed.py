@@ -94,7 +94,6 @@ class PackedStack:
         return unpack(self._values[index], self._mask[index])
 
 
-@auto.register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
     """Puts packed tensors into a model's modules."""
 
@@ -168,6 +167,8 @@ def _packed_in(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (own[name], own[name + MASK]) for name in own if name + MASK in own}
 
 
-auto.register_quantization_config(METHOD)(PackedConfig)
+# As its decorators do it, which refuse a module that is loaded anew.
+auto.AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PackedConfig
 # Whose `get_loading_attributes` count, if they are an argument of `from_pretrained`.
 auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (PackedConfig,)  # type: ignore[assignment]  # a tuple of eight there
