@@ -11,6 +11,9 @@ import re
 import sys
 from pathlib import Path
 
+# The package of this checkout, whatever is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
