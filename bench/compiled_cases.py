@@ -90,6 +90,7 @@ def cases() -> Iterator[Case]:
         yield _conjugate(f"fp32 {d}", HOPPER, d, P=FP32)
     for dtype, index in ((BF16, torch.int32), (torch.float16, torch.int32), (FP32, torch.int32), (BF16, torch.int64)):
         yield _adam(dtype, index)
+    yield from _packed()
     G = empty(4096, 4096)
     yield Case("mirror 4096", ALL, partial(triton_ops.mirror_lower, G))
     for d, targets in ((576, HOPPER), (4096, ALL), (28672, HOPPER)):
@@ -191,6 +192,27 @@ def _adam(dtype: torch.dtype, index: torch.dtype) -> Case:
     launch = partial(triton_ops.adam_step, W, W, place, weight, weight, weight, rate=0.01, step=3)
     name, of = (str(x).removeprefix("torch.") for x in (dtype, index))
     return Case(f"adam {name} {of}", ALL if dtype == BF16 else HOPPER, launch)
+
+
+def _packed() -> Iterator[Case]:
+    """Matrices at 60 % with row budgets, or with `starts`."""
+    for text, targets, dtype, batch, cols, ragged in (
+        ("bf16 1", ALL, BF16, 1, 8192, False),
+        ("bf16 16", ALL, BF16, 16, 8192, False),
+        ("fp16 16", HOPPER, torch.float16, 16, 28672, False),
+        ("bf16 8 of starts", ALL, BF16, 8, 4096, True),
+        ("fp32 1", ALL, FP32, 1, 4096, False),
+        ("fp32 16", ALL, FP32, 16, 4096, False),
+        # Words of 8 columns.
+        ("bf16 1", HOPPER, BF16, 1, 4104, False),
+    ):
+        kept, starts = empty(ROWS, cols * 2 // 5, dtype), empty(1, ROWS + 1, torch.int64)[0]
+        matrix = (kept.flatten() if ragged else kept, empty(ROWS, cols // 8, torch.uint8), starts if ragged else None)
+        product = partial(triton_ops.packed_product, empty(batch, cols, dtype), *matrix)
+        yield Case(f"packed_product {text} {cols}", targets, product)
+        if batch == 1:
+            name = f"unpack {text.split()[0]} {cols}"
+            yield Case(name, targets, partial(triton_ops.unpack, *matrix, cols=cols))
 
 
 def _fits(text: str, targets: tuple[str, ...], d: int) -> Iterator[Case]:

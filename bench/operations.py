@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from bare import bare_product, operands, topk_lmo, topk_step
-from timing import GPU
+from timing import FLUSH, GPU
 from torch import Tensor
+from torch.nn import functional as F
 
-from sparsefw.kernels import cpu, triton_ops
+from sparsefw.kernels import cpu, packed_cpu, triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.definitions import RowState
 from sparsefw.solver.frank_wolfe import mask_error
@@ -317,6 +318,28 @@ def adam_step(rows: int, d: int) -> Operation:
     least = Cost(12 * len(index), 28 * len(index) + 3 * W.nbytes)
     made = ways("adam_step", way)
     return Operation(made, least, near(1e-5, 1e-5, 1e-5, 1e-2), lambda: (weight.clone(), zeros.clone(), zeros.clone()))
+
+
+def packed_product(rows: int, d: int, *, batch: int = 1) -> Operation:
+    """x W^T with two of five weights of W, packed; bare is the library's product with its zeros.
+
+    A call multiplies with copies of W one after the other. Together they do not fit into a cache.
+    """
+    W, x = normal(rows, d, dtype=WEIGHT), normal(batch, d, dtype=WEIGHT, seed=1)
+    kept = cpu.lmo(W.float().abs(), int(0.4 * d))
+    W.masked_fill_(~kept, 0)
+    bits = F.pad(kept, (0, -d % 8)).view(rows, -1, 8) * 2 ** torch.arange(8, device=DEVICE)
+    values, mask = W[kept].view(rows, -1), bits.sum(-1).to(torch.uint8)
+    copies = max(1, FLUSH // W.nbytes) if GPU else 1
+    dense, packed = ([[t.clone() for t in each] for _ in range(copies)] for each in ((W,), (values, mask)))
+
+    def way(implementation: Callable, matrices: list[list[Tensor]]) -> Callable[[], Tensors]:
+        return lambda: tuple(implementation(x, *matrix) for matrix in matrices)
+
+    made = {"torch": way(packed_cpu.packed_product, packed), "triton": way(triton_ops.packed_product, packed)}
+    made |= {"bare": way(F.linear, dense)}
+    least = copies * (values.nbytes + mask.nbytes + batch * (rows + d) * x.itemsize)
+    return Operation(made, Cost(2 * copies * batch * rows * d, least), near(1e-2))
 
 
 def copy(size: int) -> Operation:

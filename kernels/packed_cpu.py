@@ -14,6 +14,7 @@ rows of W at a time with zeros. So are other dtypes than fp32 and bf16, and widt
 """
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -103,13 +104,21 @@ def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | Non
         values, mask, starts: the packed matrix, as `unpack` takes it.
     """
     batch, cols = x.shape
-    rows = len(mask)
-    y = x.new_empty(batch, rows)
     if batch <= MOST and x.dtype in _DTYPES and (library := _library_for(values, cols)):
+        y = x.new_empty(batch, len(mask))
         half = int(x.dtype == torch.bfloat16)
         arguments = [half, x.data_ptr(), batch, *_matrix(values, mask, starts, cols), y.data_ptr()]
         library.packed_product(level(), torch.get_num_threads(), *arguments)
         return y
+    return unpacked_product(x, values, mask, starts, unpack)
+
+
+def unpacked_product(
+    x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | None, unpack: Callable[..., Tensor]
+) -> Tensor:
+    """x W^T by torch, some rows of W at a time, which `unpack` expands; arguments as in `packed_product`."""
+    cols, rows = x.shape[1], len(mask)
+    y = x.new_empty(len(x), rows)
     size = max(1, EXPANDED // cols)
     for first in range(0, rows, size):
         last = min(first + size, rows)

@@ -1,4 +1,4 @@
-"""The operations as Triton kernels, which `--kernel triton` runs: the names and signatures of cpu.py."""
+"""The operations as Triton kernels, which `--kernel triton` runs, named as in cpu.py and packed_cpu.py."""
 
 # ruff: noqa: F401, `backend` looks for these names here.
 
@@ -10,6 +10,7 @@ from .cross import cross_accumulate
 from .gram import gram_accumulate
 from .lmo import lmo
 from .mirror import mirror_lower
+from .packed import packed_product, unpack
 from .product import product, product_transposed
 from .removed import begin_fit, removed
 from .repeat import repeat

@@ -14,10 +14,9 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparsefw.checkpoint.packed import FORMAT, MASK, form_of, starts_of, unpack
+from sparsefw.checkpoint.packed import FORMAT, MASK, form_of, kernels_for, starts_of, unpack
 from sparsefw.checkpoint.quantization import GUARD
 from sparsefw.errors import InputError
-from sparsefw.kernels.packed_cpu import packed_product
 from sparsefw.solver import patterns
 
 METHOD = "sparsefw"
@@ -78,6 +77,7 @@ class PackedLinear(nn.Linear):
             return F.linear(x, unpack(self.weight, self.weight_mask).to(x.dtype), self.bias)
         if self.weight.dim() == 1 and self.starts is None:
             self.starts = starts_of(self.weight_mask)
+        packed_product = kernels_for(x, self.weight).packed_product
         y = packed_product(x.reshape(-1, x.shape[-1]).contiguous(), self.weight, self.weight_mask, self.starts)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias

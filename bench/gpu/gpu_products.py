@@ -6,7 +6,18 @@ from typing import Any
 import torch
 from bare import bare_product
 from gpu_lines import Part
-from operations import GPU, TINY, Cost, Operation, copy, cross_accumulate, gram_accumulate, normal, product
+from operations import (
+    GPU,
+    TINY,
+    Cost,
+    Operation,
+    copy,
+    cross_accumulate,
+    gram_accumulate,
+    normal,
+    packed_product,
+    product,
+)
 from timing import times
 
 # (rows, d) of products: chunks of a 70B run, chunks that fill the waves of 132 multiprocessors, and an 8B layer.
@@ -15,6 +26,8 @@ PRODUCTS = [(6528, 8192), (4224, 8192), (10240, 8192), (1856, 28672), (4224, 286
 GRAMS = [(4096, 4096), (4096, 8192), (16384, 8192), (4096, 14336), (4096, 28672), (16384, 28672)]
 CROSSES = [(4096, 4096, 4096), (4096, 8192, 8192), (16384, 8192, 8192), (4096, 8192, 28672), (4096, 28672, 28672)]
 EXACT = [(6528, 8192), (1856, 28672), (4096, 4096)]
+# Matrices of 8B and 70B, and rows of x that a packed matrix multiplies.
+PACKED, BATCHES = [(4096, 4096), (8192, 8192), (8192, 28672)], (1, 4, 16)
 
 # Precisions whose kernels are measured: those of runs on a GPU. The interpreter multiplies in fp32 anyway.
 PRECISIONS = ("bf16", "tf32") if GPU else ("ieee",)
@@ -91,3 +104,11 @@ def exact_products(part: Part) -> None:
         if seconds:
             low = measure(part, product(rows, d, precision="bf16"), "triton", **labels | {"operation": "in bf16"})
             part.add(**labels, products_in_bf16=seconds / low)
+
+
+def packed(part: Part) -> None:
+    """y = x W^T of packed matrices by the kernel, and the library's product of dense ones."""
+    for rows, d in TINY if part.tiny else PACKED:
+        for batch in (16,) if part.tiny else BATCHES:
+            labels = {"operation": "packed product", "rows": rows, "d": d, "batch": batch}
+            beside_the_library(part, packed_product(rows, d, batch=batch), **labels)

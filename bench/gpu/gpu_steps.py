@@ -3,7 +3,8 @@
     1  compile all kernels for this card with many processes; run the kernels' tests
     2  steps of a reconstruction on one block; a block of Llama-3-70B's sizes without one, under the profiler
     3  roofs; products, Gram and cross matrices, exact products, each beside the library and its roof
-    4  row kernels at the chunks of real runs; hundreds of repeats, bits compared; counters of the memory
+    4  row kernels at the chunks of real runs; hundreds of repeats, bits compared; counters of the memory; packed
+       matrices beside dense ones
     5  a 70B block by default, activations on the GPU and in host memory; 8B blocks cold, warm, small, and killed
 
 A step ends within 8 minutes. Each of its parts is a process with a time limit of its own, so neither a hang nor a fault
@@ -45,8 +46,9 @@ STEPS = {
     },
     "4": {
         "row kernels": (160, "gpu_rows.row_kernels"),
-        "repeats": (120, "gpu_rows.repeats"),
+        "repeats": (90, "gpu_rows.repeats"),
         "counters": (180, "gpu_rows.counters"),
+        "packed": (40, "gpu_products.packed"),
     },
     "5": {
         "block on the GPU": (90, "gpu_runs.block_on_the_gpu"),
@@ -60,6 +62,7 @@ STEPS = {
 # "counted" is what Nsight Compute runs for "counters". Operations are parts, too.
 FUNCTIONS = {name: path for parts in STEPS.values() for name, (_, path) in parts.items()}
 FUNCTIONS |= dict(counted="gpu_rows.counted", gram_accumulate=FUNCTIONS["gram"], cross_accumulate=FUNCTIONS["cross"])
+FUNCTIONS["packed_product"] = FUNCTIONS["packed"]
 FUNCTIONS |= dict.fromkeys(("row_step", "conjugate_step", "lmo", "adam_step"), "gpu_rows.row_kernels")
 
 

@@ -20,6 +20,7 @@ OPERATIONS = [
     (operations.row_swaps, SHAPES, PATTERNS, ("torch", "triton")),
     (operations.conjugate_step, SHAPES, [{}], OURS),
     (operations.adam_step, SHAPES, [{}], OURS),
+    (operations.packed_product, SHAPES, [{"batch": batch} for batch in (1, 4, 16)], ("torch", "triton", "bare")),
 ]
 # torch's compiler takes seconds for each size, so only the first size has it.
 CASES = [

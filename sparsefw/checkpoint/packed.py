@@ -8,6 +8,10 @@ shape there and refuses it, while it would make up a matrix that it does not fin
 """
 
 import re
+import warnings
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -82,14 +86,30 @@ def _fill(bits: Tensor, missing: Tensor) -> None:
         bits[row, (~bits[row]).nonzero().flatten()[: int(missing[row])]] = True
 
 
+@cache
+def _triton() -> ModuleType:
+    """The kernels for a GPU, or what torch's operations do there, which one warning says."""
+    try:
+        return import_module("sparsefw.kernels.packed")
+    except ImportError as error:
+        warnings.warn(f"packed matrices are unpacked by torch's slower operations: {error}", stacklevel=2)
+        return packed_cpu
+
+
+def kernels_for(*tensors: Tensor) -> ModuleType:
+    """The module whose `unpack` and `packed_product` suit the tensors. Only for those on a GPU Triton is imported."""
+    suits = all(tensor.is_cuda and tensor.dtype != torch.float64 for tensor in tensors)
+    return _triton() if suits else packed_cpu
+
+
 def unpack(values: Tensor, mask: Tensor) -> Tensor:
     """A packed matrix with its zeros, (..., rows, cols), on the device of its values."""
-    cols = 8 * mask.shape[-1]
+    cols, kernels = 8 * mask.shape[-1], kernels_for(values)
     flat = mask.reshape(-1, mask.shape[-1])
     if values.dim() == mask.dim():
-        out = packed_cpu.unpack(values.reshape(len(flat), -1), flat, cols=cols)
+        out = kernels.unpack(values.reshape(len(flat), -1), flat, cols=cols)
     else:
-        out = packed_cpu.unpack(values, flat, starts_of(flat), cols=cols)
+        out = kernels.unpack(values, flat, starts_of(flat), cols=cols)
     return out.reshape(*mask.shape[:-1], cols)
 
 

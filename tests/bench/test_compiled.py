@@ -44,8 +44,9 @@ def label(case: dict) -> str:
 def test_every_kernel_is_compiled_for_every_target(compiled):
     kernels = {case["name"].split()[0] for case in compiled}
     assert kernels == {
-        *("product", "gram", "mirror", "cross", "lmo", "step", "swaps", "conjugate", "adam"),
+        *("product", "gram", "mirror", "cross", "lmo", "step", "swaps", "conjugate", "adam", "packed_product"),
         *("removed", "begin_fit", "row_errors", "take_rows", "candidates", "bound_scores", "bound_sums", "rounding"),
+        "unpack",
     }
     for kernel in kernels:
         assert {case["target"] for case in compiled if case["name"].startswith(kernel)} == set(INSTRUCTION)

@@ -60,7 +60,7 @@ def test_kernels_are_tested(lines):
 
 def test_products_stand_beside_the_library_and_their_roof(lines):
     assert {row["roof"] for row in lines("roofs")} == {"copy", "bf16", "tf32", "ieee"}
-    for name in ("product", "gram_accumulate", "cross"):
+    for name in ("product", "gram_accumulate", "cross", "packed"):
         rows = lines(name)
         assert [row["way"] for row in rows if "way" in row] == ["bare", "triton"] * 2
         assert all(row["share_of_roof"] > 0 for row in rows if "way" in row)

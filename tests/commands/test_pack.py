@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers.checkpoints import contents
 from helpers.commands import TEXT, interrupted_at, run, tensors_of
 from helpers.families import first_is_fast, save_model
+from helpers.pretended_gpu import pretended_gpu
 from helpers.verifying import DOWN, WANDA, change_tensor, put
+from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from sparsefw import evaluate, pack, unpack, verify
@@ -179,6 +183,31 @@ def test_rows_with_fewer_weights_are_filled_up(whole):
     assert torch.equal(layout.unpack(values, mask).view(torch.int32), bits)
     with pytest.raises(InputError, match="W: "):
         layout.pack("W", W, 4 if whole else 2, whole)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_gpu_multiplies_by_triton_where_it_is_installed(installed, monkeypatch):
+    layout._triton.cache_clear()
+    if not installed:
+        monkeypatch.setitem(sys.modules, "sparsefw.kernels.packed", None)
+    W, x = (torch.randn(n, 32, generator=torch.Generator().manual_seed(n)) for n in (5, 2))
+    W.masked_fill_(W < 0.5, 0)
+    layer = PackedLinear(32, 5, bias=False)
+    for name, tensor in zip(("weight", f"weight{layout.MASK}"), layout.pack("W", W, 16, False), strict=True):
+        layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    with nullcontext() if torch.cuda.is_available() else pretended_gpu():
+        warned = nullcontext() if installed else pytest.warns(UserWarning, match=r"torch's slower.*kernels\.packed")
+        layer, on_gpu = layer.to("cuda"), x.to("cuda")
+        with warned:
+            name = layout.kernels_for(on_gpu).__name__
+        assert name == f"sparsefw.kernels.packed{'' if installed else '_cpu'}"
+        with warnings.catch_warnings():
+            # It was said.
+            warnings.simplefilter("error")
+            y, unpacked = layer(on_gpu).cpu(), layout.unpack(layer.weight, layer.weight_mask).cpu()
+    torch.testing.assert_close(y, x @ W.T)
+    assert torch.equal(unpacked, W)
+    layout._triton.cache_clear()
 
 
 def test_names_with_numbers_are_written_once():

@@ -1,20 +1,28 @@
-"""Products with packed matrices and their expansion, on every level of instructions that this processor has."""
+"""Products with packed matrices and their expansion, on every level of instructions of this processor and by Triton."""
 
 import ctypes
 import mmap
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.kernel_inputs import normal
+from helpers.kernel_inputs import DEVICE, SUM_ERROR
+from helpers.kernel_inputs import normal as drawn
 
-from sparsefw.kernels import packed_cpu
+from sparsefw.kernels import packed, packed_cpu
 
-DTYPES = (torch.float32, torch.bfloat16)
-# What each product is allowed beside the rounding of its result: the rounding of a sum in fp32.
-ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
+LEVELS = ["torch", *packed_cpu.LEVELS]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The rounding of a result, and of a sum in fp32.
+ROUNDING = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+SUM = SUM_ERROR if DEVICE == "cuda" else 2e-6
 
 
-def packed(rows, cols, dtype, *, ragged=False, share=0.4):
+def normal(*shape, seed=0):
+    return drawn(*shape, seed=seed).cpu()
+
+
+def packed_matrix(rows, cols, dtype, *, ragged=False, share=0.4):
     """A matrix with zeros, and it packed: values, mask, starts."""
     scores = normal(rows, cols, seed=1)
     kept = scores > scores.quantile(1 - share) if ragged else scores >= scores.topk(int(share * cols)).values[:, -1:]
@@ -26,9 +34,20 @@ def packed(rows, cols, dtype, *, ragged=False, share=0.4):
     return W, (W[kept], mask, torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)]))
 
 
-@pytest.fixture(params=["torch", *packed_cpu.LEVELS])
+def on_gpu(operation):
+    """An operation of tensors that are moved to the GPU, if there is one; its result is moved back."""
+
+    def call(*tensors, **options):
+        return operation(*(x if x is None else x.to(DEVICE) for x in tensors), **options).cpu()
+
+    return call
+
+
+@pytest.fixture(params=[*LEVELS, "triton"])
 def level(request, monkeypatch):
-    """A level of instructions, or torch, in place of the best one."""
+    """The operations by Triton, or with a level of instructions, or torch, in place of the best one."""
+    if request.param == "triton":
+        return SimpleNamespace(**{name: on_gpu(vars(packed)[name]) for name in ("unpack", "packed_product")})
     best = packed_cpu.level()
     number = None if request.param == "torch" else packed_cpu.LEVELS.index(request.param)
     if number is not None and best is None:
@@ -36,36 +55,38 @@ def level(request, monkeypatch):
     if number is not None and number > best:
         pytest.skip(f"takes a processor with {request.param}")
     monkeypatch.setattr(packed_cpu, "level", lambda: number)
+    return packed_cpu
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "cols", "ragged"), [(33, 64, False), (5, 1056, True), (4, 50, True)])
 def test_unpacked_matrices_are_those_with_zeros(level, rows, cols, ragged, dtype):
-    W, matrix = packed(rows, cols, dtype, ragged=ragged)
-    assert torch.equal(packed_cpu.unpack(*matrix, cols=cols), W)
-    assert torch.equal(packed_cpu.unpack(*matrix, cols=cols, first=1, last=3), W[1:3])
+    W, matrix = packed_matrix(rows, cols, dtype, ragged=ragged)
+    assert torch.equal(level.unpack(*matrix, cols=cols), W)
+    assert torch.equal(level.unpack(*matrix, cols=cols, first=1, last=3), W[1:3])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("x_dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "cols", "ragged"), [(33, 64, False), (19, 1056, True), (3, 50, False)])
 def test_products_are_those_of_matrices_with_zeros(level, rows, cols, ragged, x_dtype, dtype):
-    W, matrix = packed(rows, cols, dtype, ragged=ragged)
+    W, matrix = packed_matrix(rows, cols, dtype, ragged=ragged)
     for batch in (1, 2, 3, 4, 5, 13, 16, 17):
         x = normal(batch, cols, seed=batch).to(x_dtype)
-        y = packed_cpu.packed_product(x, *matrix)
+        y = level.packed_product(x, *matrix)
         # Where torch multiplies, it gets W in the dtype of x.
         truth = x.double() @ W.double().T
         scale = x.double().abs() @ W.double().abs().T
-        allowed = ROUNDING[x_dtype] * (truth.abs() if x_dtype == torch.bfloat16 else 0) + 2e-6 * scale
-        if x_dtype == torch.bfloat16 and dtype == torch.float32:
-            allowed += 2**-8 * scale
+        allowed = ROUNDING[x_dtype] * truth.abs() + SUM * scale
+        if x_dtype != dtype:
+            allowed += ROUNDING[x_dtype] * scale
         assert y.dtype == x_dtype
         assert ((y.double() - truth).abs() <= allowed).all(), batch
 
 
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
 def test_threads_do_not_change_a_bit(level):
-    _, matrix = packed(70, 576, torch.bfloat16)
+    _, matrix = packed_matrix(70, 576, torch.bfloat16)
     before = torch.get_num_threads()
     try:
         for batch in (1, 16, 17):
@@ -73,7 +94,7 @@ def test_threads_do_not_change_a_bit(level):
             results = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                results.append(packed_cpu.packed_product(x, *matrix))
+                results.append(level.packed_product(x, *matrix))
             assert torch.equal(results[0], results[1])
             assert torch.equal(results[0], results[2])
     finally:
@@ -83,7 +104,7 @@ def test_threads_do_not_change_a_bit(level):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_is_read_behind_the_values(level, dtype):
     """The values end where the memory does: a byte behind them ends the process."""
-    W, (values, mask, _) = packed(4, 64, dtype, share=0.1)
+    W, (values, mask, _) = packed_matrix(4, 64, dtype, share=0.1)
     page = mmap.PAGESIZE
     memory = mmap.mmap(-1, 2 * page)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
@@ -92,7 +113,7 @@ def test_nothing_is_read_behind_the_values(level, dtype):
     size = values.numel() * values.element_size()
     moved = whole[page - size : page].view(dtype).view(values.shape)
     moved.copy_(values)
-    assert torch.equal(packed_cpu.unpack(moved, mask, cols=64), W)
+    assert torch.equal(level.unpack(moved, mask, cols=64), W)
     for batch in (1, 16):
         x = normal(batch, 64, seed=3).to(dtype)
-        assert torch.equal(packed_cpu.packed_product(x, moved, mask), packed_cpu.packed_product(x, values, mask))
+        assert torch.equal(level.packed_product(x, moved, mask), level.packed_product(x, values, mask))

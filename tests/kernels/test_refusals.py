@@ -9,6 +9,7 @@ from sparsefw.kernels.backend import Backend
 
 Z, ONES, MASK = torch.zeros(3, 4), torch.ones(4), torch.zeros(3, 4, dtype=torch.bool)
 SQUARE, ROWS, INDEX = torch.zeros(4, 4), torch.zeros(3), torch.arange(3)
+BITS = torch.zeros(3, 2, dtype=torch.uint8)
 VALID = {
     "product": dict(E=Z, G=SQUARE),
     "gram_accumulate": dict(G=SQUARE, X=torch.zeros(5, 4)),
@@ -26,6 +27,8 @@ VALID = {
     "bound_sums": dict(score=Z, M=Z, V=MASK),
     "round_mask": dict(M=Z, saliency=Z, k=2),
     "adam_step": dict(W=ONES, gradient=ONES, index=INDEX, weight=ROWS, m=ROWS, v=ROWS, rate=0.1, step=1),
+    "packed_product": dict(x=torch.zeros(5, 16), values=Z, mask=BITS),
+    "unpack": dict(values=Z, mask=BITS, cols=16),
 }
 TURNED, HALF, EVERY_SECOND = torch.zeros(4, 3), torch.zeros(3, 4, dtype=torch.bfloat16), torch.zeros(6)[::2]
 CASES = [
@@ -55,6 +58,14 @@ CASES = [
     ("adam_step", dict(index=ROWS), TypeError, "index: expected torch.int32 or torch.int64"),
     ("adam_step", dict(m=ONES), ValueError, r"m: expected shape \(3,\)"),
     ("adam_step", dict(v=EVERY_SECOND), ValueError, "v: expected contiguous entries"),
+    ("packed_product", dict(x=Z), ValueError, r"mask: expected shape \(3, 1\), got \(3, 2\)"),
+    ("packed_product", dict(x=torch.zeros(16, 5).T), ValueError, "x: expected contiguous entries"),
+    ("packed_product", dict(starts=INDEX), ValueError, r"values: expected shape \(12,\)"),
+    ("packed_product", dict(values=ONES, starts=INDEX), ValueError, r"starts: expected shape \(4,\)"),
+    ("unpack", dict(values=Z.int()), TypeError, "values: expected .*float32.*got torch.int32"),
+    ("unpack", dict(values=TURNED.T), ValueError, "values: expected contiguous entries"),
+    ("unpack", dict(mask=BITS.bool()), TypeError, "mask: expected torch.uint8"),
+    ("unpack", dict(last=4), ValueError, "first, last: expected rows of 3, got 0 to 4"),
 ]
 
 
