@@ -163,11 +163,9 @@ def prune(
     text = numbers | dict(dataset=dataset)
     of_text = [name for name, value in text.items() if value is not None]
     tokenizer = processing_class if tokenizer is None else tokenizer
-    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
-        raise TypeError(f"tokenizer: expected a tokenizer or processor of transformers, got {type(tokenizer).__name__}")
     if calibration is not None and of_text:
         raise TypeError(f"prune() got calibration and {of_text[0]!r}, which belongs to a text")
-    if tokenizer is not None and not callable(tokenizer):
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):
         raise TypeError(f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}")
     folder = None if output is None else checked_path("output", output)
     if packed is not None:
