@@ -50,7 +50,7 @@ def slowdown(dtype: torch.dtype) -> float:
 def note(dtype: torch.dtype) -> str:
     """The line of the log for a model that computes in fp32."""
     own = str(dtype).removeprefix("torch.")
-    times = f"{slowdown(dtype):.0f} times as long"
+    times = f"{slowdown(dtype):.2g} times as long"
     return f"read and written in {own}, computed in fp32: products in {own} take {times} on this processor"
 
 

@@ -56,22 +56,26 @@ def test_pruned_as_in_fp32_and_rounded(family, dtype, slow, tmp_path):
     assert all(torch.equal(x, written[name]) for name, x in model.state_dict().items())
 
 
-@pytest.mark.slow
-def test_blocks_are_reconstructed_and_go_on_in_fp32(slow, tmp_path):
-    """A run that goes on reads blocks that are rounded; those in memory are rounded as well."""
+@pytest.mark.parametrize(("began", "now"), first_is_fast([(20.0, 1.2), (1.2, 20.0)]))
+def test_a_run_that_goes_on_computes_as_it_began(began, now, tmp_path, monkeypatch):
+    """Though the timing says something else by then. Blocks that are read are rounded; those in memory are, too."""
     half, written = save_model(tmp_path / "half", "llama", BF16, num_hidden_layers=2), []
+    monkeypatch.setattr(arithmetic, "slowdown", lambda dtype: began)
 
     def stop(line):
         written.append(line)
-        if line.startswith("model.layers.1"):
+        if line.startswith("layers.1"):
             raise KeyboardInterrupt
 
     whole = prune(half, tmp_path / "whole", **WANDA)
     with pytest.raises(KeyboardInterrupt):
         prune(half, tmp_path / "out", log=stop, **WANDA)
     lines = []
+    monkeypatch.setattr(arithmetic, "slowdown", lambda dtype: now)
     prune(half, tmp_path / "out", log=lines.append, **WANDA)
     assert any("going on" in line for line in lines)
+    arithmetic_then = "fp32" if began > arithmetic.SLOW else "bfloat16"
+    assert f"computed in {arithmetic_then}, as in the unfinished run that this one goes on with" in lines
     assert any(block.reconstruction for block in whole.report.blocks)
     again = weights(tmp_path / "out")
     assert all(torch.equal(x, again[name]) for name, x in weights(whole.output).items())

@@ -128,13 +128,12 @@ class Writer:
         """Load what an unfinished run of the same identity has finished, or begin anew."""
         self._restore_old()
         check_free(self.output, self._overwrite)
-        if self._restart or not self._goes_on():
+        if not (before := self.begun()):
             self._clear()
             for name in ("new", "kept", "records"):
                 (self._partial / name).mkdir()
             self._write_identity()
             return
-        before = self._read(self._identity_file, dict[str, dict[str, Any]])
         for name, now in self._identity.items():
             if (then := before["identity"].get(name)) != now:
                 raise InputError(
@@ -152,6 +151,16 @@ class Writer:
         for path in self._partial.glob("*/*"):
             if path not in known and path.parent != self._old:
                 _delete(path)
+
+    def begun(self) -> dict[str, dict[str, Any]]:
+        """Identity and choices of the unfinished run with which this one goes on; empty: there is none.
+
+        Raises:
+            InputError: its record is damaged.
+        """
+        if self._restart or not self._goes_on():
+            return {}
+        return self._read(self._identity_file, dict[str, dict[str, Any]])
 
     def _restore_old(self) -> None:
         """Put an older output back if a run has ended while it was being replaced."""

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +24,7 @@ from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer, copy_companions
 from sparsefw.data.batches import Batch, Batches
 from sparsefw.driver.job import Job, Prepared, Samples, windows_of_texts
-from sparsefw.driver.run import Shown, carry_out, kernel_line
+from sparsefw.driver.run import Shown, carry_out, computes_in_fp32, kernel_line
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.memory import on_gpu, this_device
 from sparsefw.model import resident
@@ -71,7 +72,7 @@ def run_in_memory(
     device = this_device() if device.type == "cpu" else device
     # A module's own parameters may ask for gradients.
     source, notes = _source(model, job.tokenizer) if saves and ranks.first else (None, [])
-    with on_gpu(device), torch.no_grad(), resident(model, batch, device) as opened:
+    with on_gpu(device), torch.no_grad(), resident(model, batch, device, partial(computes_in_fp32, job, say)) as opened:
         opened.notes += notes
         job, prepared = _prepared(job, opened, batches, saves, say, ranks)
 

@@ -33,6 +33,9 @@ Shown = bool | Callable[[log.Progress], None] | None
 # Inputs that are compared by their content, not by name, when a run goes on with what another has finished.
 BY_CONTENT = {"model", "dataset", "evaluate"}
 
+# The name of the run's arithmetic among these.
+IN_FP32 = "whether it computes in fp32"
+
 
 def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks = ALONE) -> content.Report:
     """Prune a checkpoint, evaluate it, write it and its report.
@@ -53,7 +56,7 @@ def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks 
     texts = [Path(name).expanduser() for name in (*job.inputs.shares, *job.inputs.evaluate)]
     check_output(job.output.folder, job.folder, job.output.overwrite, texts)
     source = inspect(job.folder)
-    in_fp32 = ranks.on_first(lambda: arithmetic.computes_in_fp32(source.dtype, device))
+    in_fp32 = ranks.on_first(lambda: computes_in_fp32(job, say, source.dtype, device))
     with StreamedModel(source, device, in_fp32=in_fp32) as model:
         shape = shape_of(source, in_fp32)
         _check_memory(job, shape, model, ranks)
@@ -93,6 +96,17 @@ def _check_memory(job: Job, shape: ModelShape, model: StreamedModel, ranks: Rank
 def _limits(job: Job, device: torch.device, ranks: Ranks) -> dict[str, int]:
     free = memory.free_memory(device, ranks.here)
     return memory_limits(job.output.gpu_memory, job.output.host_memory, free, ranks)
+
+
+def computes_in_fp32(job: Job, say: Callable[[str], None], dtype: torch.dtype, device: torch.device) -> bool:
+    """As of `arithmetic`; but a run that goes on with an unfinished one computes as that does, and says so."""
+    found = arithmetic.computes_in_fp32(dtype, device)
+    begun = Writer(job.output.folder, 0, restart=job.output.restart).begun().get("identity", {}).get(IN_FP32, found)
+    if begun == found or dtype not in arithmetic.HALF:
+        return found
+    own = str(dtype).removeprefix("torch.")
+    say(f"computed in {'fp32' if begun else own}, as in the unfinished run that this one goes on with")
+    return begun
 
 
 def kernel_line(config: PruneConfig) -> str:
@@ -221,7 +235,7 @@ def _identity(job: Job, prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
     flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT}
     texts = {f"the evaluation text {samples.source}": samples.hash for samples in prepared.evaluation}
     read = {"the model": prepared.fingerprint, "the calibration text": prepared.calibration.hash} | texts
-    work = {"whether it computes in fp32": prepared.model.in_fp32, "the number of ranks": ranks.count}
+    work = {IN_FP32: prepared.model.in_fp32, "the number of ranks": ranks.count}
     return flags | read | work | content.machine(prepared.model.device)
 
 

@@ -31,6 +31,9 @@ from sparsefw.model.slots import (
 from sparsefw.model.stand_ins import TEXT, block_type, explained
 from sparsefw.timeline import READ, Timeline
 
+# Whether a model of a dtype computes in fp32 on a device.
+InFp32 = Callable[[torch.dtype, torch.device], bool]
+
 
 class BlockModel:
     """A model that runs one block at a time.
@@ -223,7 +226,9 @@ class BlockModel:
 
 
 @contextmanager
-def resident(model: nn.Module, batch: Batch | None, device: torch.device) -> Iterator["ResidentModel"]:
+def resident(
+    model: nn.Module, batch: Batch | None, device: torch.device, in_fp32: InFp32 = computes_in_fp32
+) -> Iterator["ResidentModel"]:
     """Inside the `with` block, a model in memory can be run one block at a time.
 
     It is in evaluation mode, keeps no cache of keys and values, returns no more than is needed, runs nothing compiled,
@@ -233,6 +238,7 @@ def resident(model: nn.Module, batch: Batch | None, device: torch.device) -> Ite
         model: the model.
         batch: arguments of its forward; None: it is a model of transformers, and runs on text.
         device: device that it runs on.
+        in_fp32: whether a model of a dtype computes in fp32 on a device.
 
     Raises:
         InputError: as `path_through`; or its weights hold NaN or Inf.
@@ -242,7 +248,7 @@ def resident(model: nn.Module, batch: Batch | None, device: torch.device) -> Ite
         asked_for_no_more(model) as set_back,
         attention_by_calls(),
         nullcontext() if batch is None else masks_kept(),
-        ResidentModel(model, batch, device, set_back) as opened,
+        ResidentModel(model, batch, device, in_fp32, set_back) as opened,
     ):
         yield opened
 
@@ -251,7 +257,7 @@ class ResidentModel(BlockModel):
     """A `BlockModel` in memory. Use `resident`.
 
     Args:
-        model, batch, device: as for `resident`.
+        model, batch, device, in_fp32: as for `resident`.
         set_back: sets back what the run has changed of the model's configs and mode.
     """
 
@@ -260,24 +266,25 @@ class ResidentModel(BlockModel):
         model: nn.Module,
         batch: Batch | None,
         device: torch.device,
+        in_fp32: InFp32,
         set_back: Callable[[], None],
     ) -> None:
         self.set_back = set_back
-        slow = next((x.dtype for x in model.parameters() if computes_in_fp32(x.dtype, device)), None)
-        in_fp32 = slow is not None
-        ready = partial(on_device, device=device, in_fp32=in_fp32)
-        given = None if batch is None else batch.to(device, in_fp32)
+        dtypes = dict.fromkeys(x.dtype for x in model.parameters())
+        slow = next((dtype for dtype in dtypes if in_fp32(dtype, device)), None)
+        ready = partial(on_device, device=device, in_fp32=slow is not None)
+        given = None if batch is None else batch.to(device, slow is not None)
         path = path_through(model, given, ready, ready)
         everything = {slot.path for slot in slots_of(model.named_modules(remove_duplicate=False))}
-        super().__init__(model, path, shared_parameters(model, path.order, {}, everything), device, in_fp32)
+        super().__init__(model, path, shared_parameters(model, path.order, {}, everything), device, slow is not None)
         self.notes = [f"not pruned: {reason}" for reason in path.passed_over.values()] + self.shared.notes
         self.notes += [arithmetic.note(slow)] if slow else []
         prefixes = tuple(f"{name}." for name in self.names)
         others = [(name, x) for name, x in model.named_parameters() if not name.startswith(prefixes)]
         for name, parameter in others:
             check_finite(name, parameter)
-        copied = [x.to("meta") for _, x in others if is_copied(x, self.device, in_fp32)]
-        self.outside_bytes = sum(computed(x, in_fp32).nbytes for x in copied)
+        copied = [x.to("meta") for _, x in others if is_copied(x, self.device, self.in_fp32)]
+        self.outside_bytes = sum(computed(x, self.in_fp32).nbytes for x in copied)
 
     def _slots(self, i: int | None) -> list[Slot]:
         slots = super()._slots(i)
