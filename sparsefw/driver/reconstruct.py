@@ -12,7 +12,7 @@ state.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ from sparsefw.memory import give_back
 from sparsefw.model import HiddenStates
 from sparsefw.model.activations import split_batches
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
-from sparsefw.model.head import divergence, predicts, tokens_and_passes, tokens_of_pass
+from sparsefw.model.head import divergence, predicts, tokens_and_steps, tokens_of_pass
 from sparsefw.model.layers import layer_of
 from sparsefw.model.recording import without_padding
 from sparsefw.model.stand_ins import ForwardFailed, explained
@@ -38,6 +38,9 @@ T = TypeVar("T")
 
 # The first rate, see `kept_weights`.
 RATE = 0.16
+
+# Its share where few steps fit predictions, behind a round that fits hidden states: higher ones undo what that gains.
+BEHIND_HIDDEN = 0.25
 
 # Another round follows one that has lowered the loss by this share, up to so many rounds.
 WORTH, MOST_ROUNDS = 0.05, 4
@@ -72,21 +75,23 @@ def reconstruct(
         return None
     with _predicted(run, i, states, ids) as tokens:
         learned, held_out = split_batches(len(states))
-        every, times = tokens_and_passes(run.of(i), run.shape, tokens[0].shape[1]) if tokens else (1, 1)
-        fit = Fit(run, i, states, dense, learned, held_out, tokens, every)
+        fit = Fit(run, i, states, dense, learned, held_out, tokens)
         # Ranks have about as many micro-batches; those with fewer begin again.
-        steps = run.config.reconstruct * times * max(run.ranks.gather(len(fit.steps[0])))
-        losses = _rounds(fit, results, steps)
+        of_rounds = [run.config.reconstruct * max(run.ranks.gather(len(fit.steps[0])))]
+        if tokens:
+            every, of_rounds = tokens_and_steps(run.of(i), run.shape, tokens[0].shape[1], of_rounds[0])
+            fit = replace(fit, every=every, hidden_first=len(of_rounds) > 1)
+        losses = _rounds(fit, results, of_rounds)
         # Experts of one rank's windows may have an operation that no other rank has seen.
         varies = dict.fromkeys(name for names in run.ranks.gather(fit.varies) for name in names)
     rounds = len(losses) - 1
-    if rounds > 1 and not losses[-1] < losses[-2]:
-        # The last round was put back, those before it were not.
+    while len(losses) > 2 and not losses[-1] < min(losses[:-1]):
+        # The last round was put back.
         losses.pop()
     return Reconstruction(
         before=losses[0],
         after=losses[-1],
-        steps=rounds * steps,
+        steps=sum(of_rounds) + (rounds - len(of_rounds)) * of_rounds[-1],
         put_back=not losses[-1] < losses[0],
         loss=PREDICTIONS if tokens else HIDDEN,
         varies=", ".join(varies),
@@ -102,7 +107,7 @@ def _predicted(run: Run, i: int, states: HiddenStates, ids: Tensor | None) -> It
     """
     if ids is not None and run.of(i).predicts:
         with run.model.outside():
-            every, _ = tokens_and_passes(run.of(i), run.shape, ids.shape[1])
+            every, _ = tokens_and_steps(run.of(i), run.shape, ids.shape[1], 1)
             if all(run.ranks.gather(predicts(states, ids, every))):
                 # On the device: to copy some of them there, the host would wait for all that was launched.
                 yield list(ids.to(run.model.device).split(states.windows))
@@ -110,8 +115,8 @@ def _predicted(run: Run, i: int, states: HiddenStates, ids: Tensor | None) -> It
     yield None
 
 
-def _rounds(fit: "Fit", results: Sequence[LayerResult], steps: int) -> list[float]:
-    """Make as many rounds as pay. The losses before the first one and behind all of them."""
+def _rounds(fit: "Fit", results: Sequence[LayerResult], of_rounds: Sequence[int]) -> list[float]:
+    """Make as many rounds as pay, see `tokens_and_steps`. The losses before the first one and behind all of them."""
     model, number = fit.run.model, fit.number
     block, prefix = model.blocks[number], f"{model.names[number]}."
     views: dict[str, list[Tensor]] = {}
@@ -119,11 +124,13 @@ def _rounds(fit: "Fit", results: Sequence[LayerResult], steps: int) -> list[floa
         layer = layer_of(block, result.name.removeprefix(prefix), "", result.shape, result.transposed)
         views.setdefault(without_index(layer.name), []).append(layer.weight)
     losses = [fit.loss()]
-    while len(losses) == 1 or (len(losses) <= MOST_ROUNDS and losses[-1] < (1 - WORTH) * losses[-2]):
+    while len(losses) <= len(of_rounds) or (len(losses) <= MOST_ROUNDS and losses[-1] < (1 - WORTH) * min(losses[:-1])):
         matrices = [(block.get_parameter(name), listed) for name, listed in views.items()]
-        weights = KeptWeights(matrices, steps, RATE, fit.run.config.backend)
+        steps, by_hidden = of_rounds[min(len(losses), len(of_rounds)) - 1], len(losses) < len(of_rounds)
+        rate = RATE * (BEHIND_HIDDEN if fit.hidden_first and not by_hidden else 1)
+        weights = KeptWeights(matrices, steps, rate, fit.run.config.backend)
         try:
-            losses.append(fit.round(weights, steps, losses[-1]))
+            losses.append(fit.round(weights, steps, min(losses), by_hidden))
         finally:
             weights.close()
         # The state of the next round would lie beside the holes that this one leaves.
@@ -153,6 +160,7 @@ class Fit:
         learned, held_out: numbers of the micro-batches to learn from, and of the others.
         tokens: the tokens of each micro-batch, where predictions are compared; None: hidden states are.
         every: a step compares the predictions of one token in so many.
+        hidden_first: whether the first round compares hidden states. Then every loss is that of some tokens.
         reached: numbers of the steps in a pass whose loss had gradients so far.
         varies: the operation whose result may be another in another run, if this rank has seen one in the block.
     """
@@ -165,6 +173,7 @@ class Fit:
     held_out: list[int]
     tokens: list[Tensor] | None = None
     every: int = 1
+    hidden_first: bool = False
     reached: set[int] = field(default_factory=set)
     varies: list[str] = field(default_factory=list)
 
@@ -178,20 +187,24 @@ class Fit:
     @torch.no_grad()
     def loss(self) -> float:
         """The mean loss of a token, over what is held out on all ranks. The algorithms are those of the steps."""
-        losses = self._with_same_bits(lambda: [*map(self.loss_of, self.held_out)])
+        some = 0 if self.hidden_first else None
+        losses = self._with_same_bits(lambda: [self.loss_of(j, some) for j in self.held_out])
         gathered = self.run.ranks.gather((sum(x.item() for x, *_ in losses), sum(tokens for _, tokens, _ in losses)))
         return sum(loss for loss, _ in gathered) / sum(tokens for _, tokens in gathered)
 
-    def round(self, weights: KeptWeights, steps: int, before: float) -> float:
+    def round(self, weights: KeptWeights, steps: int, before: float, by_hidden: bool = False) -> float:
         """Make all steps of a round; returns the loss then. If it is not less than before, the weights are put back.
+
+        With `by_hidden` the steps compare hidden states, whatever the loss compares.
 
         Raises:
             InputError: on all ranks; no micro-batch of any of them has gradients.
         """
+        fitted = replace(self, tokens=None) if by_hidden else self
         for step in range(steps):
             # Windows were drawn at random: no other order is needed.
-            of_pass, n = divmod(step, len(self.steps[0]))
-            self.add_gradients(n, of_pass, weights.parameters)
+            of_pass, n = divmod(step, len(fitted.steps[0]))
+            fitted.add_gradients(n, of_pass, weights.parameters)
             for handle in [self.run.ranks.all_reduce(gradient) for gradient in weights.gradients()]:
                 handle.wait()
             weights.step()
@@ -203,14 +216,14 @@ class Fit:
             weights.put_back()
         return after
 
-    def loss_of(self, j: int, of_pass: int | None = None) -> tuple[Tensor, int, int]:
+    def loss_of(self, j: int, of_pass: int | None = None, learned: bool = False) -> tuple[Tensor, int, int]:
         """The loss of micro-batch j, summed over its tokens; their number without padding; the width of hidden states.
 
         Args:
-            j: number of the micro-batch; with `of_pass` among those of `steps`.
+            j: number of the micro-batch; with `learned` among those of `steps`.
             of_pass: compare the predictions of the tokens of this pass alone, see `tokens_of_pass`.
         """
-        states, dense, tokens = (self.states, self.dense, self.tokens) if of_pass is None else self.steps
+        states, dense, tokens = self.steps if learned else (self.states, self.dense, self.tokens)
         # Read once: from the host it is a copy, and the next micro-batch is read ahead.
         out, target = states.next_input(self.number, j), dense.hidden[j]
         if not tokens:
@@ -257,7 +270,7 @@ class Fit:
         slices = SliceGradients(parameters)
         with torch.enable_grad():
             with slices:
-                loss, tokens, width = self.loss_of(j, of_pass)
+                loss, tokens, width = self.loss_of(j, of_pass, True)
                 # By entry: in half precision, gradients of the mean over all entries would be too small. Those of a sum
                 # over tokens are too large for fp16. Adam makes the same steps of both.
                 loss = loss * (width / (tokens if parameters[0].dtype == torch.float16 else 1))

@@ -20,7 +20,7 @@ from sparsefw.driver.job import Job, Prepared, windows_of_texts
 from sparsefw.driver.loop import Outcome, prune_model
 from sparsefw.errors import InputError, counted, fitted, flag_of, option
 from sparsefw.estimate.memory import MemoryNeeds, Workload, disk_space, process_bytes, pruned_shape
-from sparsefw.estimate.placement import memory_limits, place
+from sparsefw.estimate.placement import memory_limits, place, reconstruction_line, reconstruction_steps
 from sparsefw.model import ModelShape, Placement, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import content, html, log
@@ -176,6 +176,8 @@ def carry_out(
         writer.check_space(needed - written)
         for line in fitted(log.placement_line(placement, needs, limits, isinstance(calibration, Batches))):
             say(line)
+        if config.reconstruct:
+            say(reconstruction_line(reconstruction_steps(shape, workload, placement)))
         say(log.layer_header())
         run = Run(model, shape, config, placement, say, ranks)
         outcome, placement = _prune(run, prepared, writer, limits.get("gpu"), progress)

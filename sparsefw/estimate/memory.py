@@ -19,7 +19,7 @@ from sparsefw.inputs import Inputs
 from sparsefw.kernels.cpu import MIRRORED
 from sparsefw.memory import pinned_bytes
 from sparsefw.model import Placement
-from sparsefw.model.head import PIECE, tokens_and_passes, tokens_of_pass
+from sparsefw.model.head import PIECE, tokens_and_steps, tokens_of_pass
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
@@ -402,6 +402,6 @@ def _reconstruction(block: BlockShape, shape: ModelShape, workload: Workload, to
         )
 
     # A step looks at some tokens. To measure the loss takes all, and no gradients.
-    (every, _), seqlen = tokens_and_passes(block, shape, workload.seqlen), workload.seqlen
+    (every, _), seqlen = tokens_and_steps(block, shape, workload.seqlen, 1), workload.seqlen
     of_step, measured = logits(len(range(seqlen)[tokens_of_pass(0, every)])), logits(seqlen)
     return shape.outside + state + written + max(backward + of_step, measured, loss)

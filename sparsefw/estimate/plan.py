@@ -16,7 +16,7 @@ from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, check_
 from sparsefw.data.windows import evaluation_windows, load_tokenizer, window_length
 from sparsefw.errors import InputError, counted, fitted, option
 from sparsefw.estimate.memory import GIB, Workload, disk_space, process_bytes, pruned_shape
-from sparsefw.estimate.placement import memory_limits, place
+from sparsefw.estimate.placement import memory_limits, place, reconstruction_line, reconstruction_steps
 from sparsefw.inputs import CARDS, DEFAULT, DEFAULT_MODEL, Inputs, Output
 from sparsefw.model.shape_of import shape_of_text, without_weights
 from sparsefw.model.shapes import ModelShape
@@ -153,6 +153,7 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
         "memory": {phase: {"gpu": gpu, "host": host} for phase, (gpu, host) in needs.phases.items()},
         "placement": asdict(placement) | {"folder": str(placement.folder)},
         "disk": disk_space(shape, workload, placement),
+        "reconstruction": reconstruction_steps(shape, workload, placement),
         "notes": notes,
     }
 
@@ -205,4 +206,6 @@ def lines(content: dict[str, Any]) -> Iterator[str]:
         f"disk: {disk['output'] / 1e9:.2f} GB of output; until the end also {disk['kept'] / 1e9:.2f} GB of compared "
         f"methods, {disk['activations'] / 1e9:.2f} GB of activations"
     )
+    if content["reconstruction"]:
+        yield reconstruction_line(content["reconstruction"])
     yield from (f"note: {note}" for note in content["notes"])

@@ -8,7 +8,8 @@ Its gradient by q's logits is q - p. It is taken back to the hidden states while
 one window at a time are in memory, and distributions in fp32 of a piece of it.
 
 The head of a small model costs more than its last block, up to thirty times with a large vocabulary. So a step of a
-reconstruction looks at some tokens of a window only, and there are more steps.
+reconstruction looks at some tokens of a window only, and there are more steps; with a large vocabulary hidden states
+are fitted first, and few steps look at predictions.
 """
 
 import math
@@ -32,10 +33,11 @@ from sparsefw.ranks import ALONE, Ranks
 # cache, and their memory is used again.
 PIECE = {"cpu": 2**18, "cuda": 2**24}
 
-# A step looks at one token in EVERY where a window has EVERY * LEAST or more. A head of more than SMALL weights that
-# still costs over twice what the block does looks at fewer, so that it costs as much, down to FEWEST of a window.
-# There are TIMES the passes where a step does not look at every token.
-EVERY, LEAST, SMALL, FEWEST, TIMES = 8, 64, 2**24, 8, 2
+# A step looks at one token in EVERY where a window has EVERY * LEAST or more, in TIMES the passes. Where a head of more
+# than SMALL weights still costs over twice what the block does, a round that fits hidden states comes first. Those
+# behind it look at LEAST tokens a step: to read the head's weights costs as much as so many. They take SHARE times what
+# the first one does.
+EVERY, LEAST, SMALL, TIMES, SHARE = 8, 64, 2**24, 2, 1.5
 
 # The last tokens by which logits of a part of a window are compared with those of the whole.
 COMPARED = 4
@@ -133,18 +135,29 @@ def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Ten
         return getattr(run_behind_blocks(model, token_batch(ids), hidden, others or {}), "logits", None)
 
 
-def tokens_and_passes(block: BlockShape, shape: ModelShape, seqlen: int) -> tuple[int, int]:
-    """A step of the last block's reconstruction looks at one token in so many, in so many times the usual passes.
+def head_ratio(block: BlockShape, shape: ModelShape) -> float:
+    """Products of the head for a token beside those of a block."""
+    weights = sum(layer.rows * layer.d * layer.parts for layer in block.all_layers)
+    return shape.vocabulary * shape.hidden / max(1, weights)
+
+
+def tokens_and_steps(block: BlockShape, shape: ModelShape, seqlen: int, steps: int) -> tuple[int, list[int]]:
+    """How predictions are fitted in the last block's reconstruction.
 
     Args:
         block, shape: the last block, and the model.
         seqlen: tokens in a window.
+        steps: steps of a round that fits hidden states.
+
+    Returns:
+        A step looks at one token in so many; and the steps of each round, where further rounds are like the last one.
+        Those before the last one fit hidden states.
     """
-    every, head = EVERY if seqlen >= EVERY * LEAST else 1, shape.vocabulary * shape.hidden
-    ratio = head / max(1, sum(layer.rows * layer.d * layer.parts for layer in block.all_layers))
-    if head > SMALL and ratio > 2 * every:
-        every = max(every, min(round(ratio), seqlen // FEWEST))
-    return every, TIMES if every > 1 else 1
+    every, ratio = EVERY if seqlen >= EVERY * LEAST else 1, head_ratio(block, shape)
+    if shape.vocabulary * shape.hidden > SMALL and ratio > 2 * every:
+        every = max(1, seqlen // LEAST)
+        return every, [steps, max(1, round(steps * SHARE / (1 + ratio / every)))]
+    return every, [steps * TIMES if every > 1 else steps]
 
 
 def tokens_of_pass(n: int, every: int) -> slice:

@@ -118,7 +118,7 @@ def test_rounds_follow_each_other_as_long_as_they_pay(found, steps, after, put_b
     losses = iter(found)
     monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 4)
     monkeypatch.setattr(Fit, "loss", lambda self: 1.0)
-    monkeypatch.setattr(Fit, "round", lambda self, weights, steps, before: next(losses))
+    monkeypatch.setattr(Fit, "round", lambda self, weights, steps, before, by_hidden: next(losses))
     report, _ = run(llama, tmp_path / "out", *FIRST_BLOCK)
     record = report.blocks[0].reconstruction
     assert next(losses, None) is None

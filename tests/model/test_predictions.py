@@ -86,20 +86,23 @@ def test_pieces_change_nothing(tokens, opened, monkeypatch):
 
 # By the sizes of the head and of the block's layers: small models; large vocabularies; a model of 70B.
 @pytest.mark.parametrize(
-    ("head_size", "layer", "seqlen", "every", "times"),
+    ("head_size", "layer", "seqlen", "every", "rounds"),
     [
-        *(((1024, 64), 49_152, *seen) for seen in ((1, 1, 1), (511, 1, 1), (512, 8, 2), (2050, 8, 2))),
-        *(((49_152, 576), 3_540_000, *seen) for seen in ((128, 8, 2), (512, 8, 2))),
-        *(((262_144, 640), 5_600_000, *seen) for seen in ((4, 1, 1), (64, 8, 2), (256, 30, 2), (2048, 30, 2))),
-        ((128_256, 8192), 856_000_000, 256, 1, 1),
+        *(((1024, 64), 49_152, *seen) for seen in ((1, 1, [100]), (511, 1, [100]), (512, 8, [200]), (2050, 8, [200]))),
+        *(((49_152, 576), 3_540_000, *seen) for seen in ((128, 2, [100, 30]), (512, 8, [200]))),
+        *(
+            ((262_144, 640), 5_600_000, *seen)
+            for seen in ((4, 1, [100, 5]), (256, 4, [100, 18]), (2048, 32, [100, 77]))
+        ),
+        ((128_256, 8192), 856_000_000, 256, 1, [100]),
     ],
 )
-def test_passes_look_at_all_tokens_in_turn(head_size, layer, seqlen, every, times):
+def test_passes_look_at_all_tokens_in_turn(head_size, layer, seqlen, every, rounds):
     """A step looks at some tokens of a window where the head costs more than the block."""
     vocabulary, hidden = head_size
     block = BlockShape(0, (), (LayerShape("linear", layer, 1, "linear"),))
     shape = ModelShape((block,), 0, hidden, vocabulary, 0, 2, 2, 0, (), ())
-    assert head.tokens_and_passes(block, shape, seqlen) == (every, times)
+    assert head.tokens_and_steps(block, shape, seqlen, 100) == (every, rounds)
     passes = [[*range(seqlen)[tokens_of_pass(n, every)]] for n in range(2 * every)]
     assert min(map(len, passes)) >= min(seqlen, 8)
     assert sorted(n for tokens in passes[:every] for n in tokens) == [*range(seqlen)]
