@@ -14,7 +14,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparsefw.checkpoint.packed import FORMAT, MASK, form_of, kernels_for, starts_of, unpack
+from sparsefw.checkpoint.packed import FORMAT, MASK, check, form_of, kernels_for, starts_of, unpack
 from sparsefw.checkpoint.quantization import GUARD
 from sparsefw.errors import InputError
 from sparsefw.solver import patterns
@@ -132,14 +132,15 @@ class PackedQuantizer(HfQuantizer):
             raise InputError("the checkpoint is packed, and the model has none of its packed matrices")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        if self.quantization_config.dequantize:
-            return self._dequantize(model)
-        for module in model.modules():
+        for path, module in model.named_modules():
             for name, (values, mask) in _packed_in(module).items():
+                # What is on the disk still is read by the hooks of accelerate.
+                if not mask.is_meta:
+                    check(f"{path}.{name}", values, mask)
                 if not isinstance(module, PackedLinear):
                     # What a module has of its own comes before its parameters.
                     module.__dict__[name] = PackedStack(values, mask)
-        return model
+        return self._dequantize(model) if self.quantization_config.dequantize else model
 
     def _dequantize(self, model: nn.Module, dtype: object = None) -> nn.Module:
         for module in model.modules():

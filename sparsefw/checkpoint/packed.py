@@ -39,6 +39,20 @@ def starts_of(mask: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(mask.device)
 
 
+def check(name: str, values: Tensor, mask: Tensor) -> None:
+    """Refuse a mask that keeps other numbers of weights than there are values: others would be read behind the values.
+
+    Raises:
+        InputError: it does; `name` is the matrix's.
+    """
+    starts = starts_of(mask.reshape(-1, mask.shape[-1]))
+    rows = torch.arange(len(starts), device=starts.device) * values.shape[-1]
+    if not (torch.equal(starts, rows) if values.dim() == mask.dim() else int(starts[-1]) == len(values)):
+        raise InputError(
+            f"{name}{MASK}: keeps other numbers of weights than there are values; pack or download it again"
+        )
+
+
 def pack(name: str, W: Tensor, kept: int, whole: bool) -> tuple[Tensor, Tensor]:
     """The values and the mask of a matrix.
 

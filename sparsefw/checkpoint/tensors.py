@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsefw.arithmetic import check_finite
-from sparsefw.checkpoint.packed import unpack
+from sparsefw.checkpoint.packed import check, unpack
 from sparsefw.errors import InputError
 
 # Values of a 4-bit float with one mantissa bit (E2M1), by its bits.
@@ -133,7 +133,7 @@ def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str,
         The tensors by name, on the host, in the dtype of the file; quantized ones in the form that they are stored in.
 
     Raises:
-        InputError: a file was changed since then, or a scale is NaN or Inf.
+        InputError: a file was changed since then, a scale is NaN or Inf, or a mask does not fit its values.
         OSError: a file was removed, or cannot be read.
     """
     stored = {part: info for name, tensor in tensors.items() for part, info in tensor.stored(name).items()}
@@ -153,7 +153,9 @@ def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str,
     for name, info in tensors.items():
         if isinstance(info, QuantizedInfo):
             values, scales = (read[part] for part in info.parts)
-            if info.method != "sparsefw":
+            if info.method == "sparsefw":
+                check(name, values, scales)
+            else:
                 floats = (scales.view(EXPONENT) if scales.dtype == torch.uint8 else scales).float()
                 check_finite(list(info.parts)[1], floats)
             loadable[name] = QuantizedTensor(info, values, scales)

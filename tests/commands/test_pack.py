@@ -166,6 +166,18 @@ def test_what_cannot_be_packed_is_refused(pruned, copied, tmp_path, capsys):
     assert f"{DOWN}: a row has 48 weights that are not zero, and may keep 20" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [WANDA, (*WANDA, "--sparsity", "layer:0.6")])
+def test_a_mask_that_does_not_fit_its_values_is_refused(pruned, tmp_path, capsys, flags):
+    """Else weights would be read from behind the values."""
+    _, output = pruned(*flags)
+    folder = packed_of(output, tmp_path)
+    change_tensor(folder, f"{DOWN}_mask", put((0, 0), 255))
+    with pytest.raises(InputError, match=r"down_proj\.weight_mask: keeps other numbers of weights"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert unpack.main([str(folder), str(tmp_path / "x")]) == 2
+    assert "down_proj.weight_mask: keeps other numbers of weights" in capsys.readouterr().err
+
+
 def test_a_changed_bit_is_found(pruned, tmp_path, capsys):
     _, output = pruned(*WANDA)
     folder = packed_of(output, tmp_path)
