@@ -32,19 +32,19 @@ def test_shares_by_name():
 
 @pytest.mark.parametrize("share", ["0", "-1", "nan", "inf", "-0.0", "1e999"])
 def test_shares_are_above_zero(share):
-    with refused(f"--dataset a.txt={share}: expected a share above 0 behind the last ="):
+    with refused(f"dataset='a.txt={share}': expected a share above 0 behind the last ="):
         Inputs(dataset=["b.txt", f"a.txt={share}"])
 
 
 def test_texts_are_given_once():
-    with refused("--dataset a.txt: given twice; give it once, with a share: "):
+    with refused("dataset='a.txt': given twice; give it once, with a share: "):
         Inputs(dataset=["a.txt", "b.txt", "a.txt=3"])
-    with refused("--dataset: no text is named"):
+    with refused("dataset: no text is named"):
         Inputs(dataset=[])
 
 
 def test_windows_of_no_text():
-    with refused("--eval-windows: needs --eval"):
+    with refused("eval_windows: needs evaluate"):
         Inputs(model="m", eval_windows=4)
 
 
