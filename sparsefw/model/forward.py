@@ -150,8 +150,10 @@ def _find_padding(model: BlockModel, recording: Recording) -> None:
 
 def _difference(model: BlockModel, batch: Batch, states: HiddenStates, recording: Recording) -> str:
     """Why a batch cannot be run like the first one, in a line."""
-    for i, call in recording.calls.items():
-        first, now = (_arguments(model, i, x) for x in (states.calls[0][i], call))
+    # None is known where the batch differs from what the model was given when it was opened.
+    known = states.calls[0] if states.calls else {}
+    for i in sorted(known.keys() & recording.calls.keys()):
+        first, now = (_arguments(model, i, calls[i]) for calls in (known, recording.calls))
         for name in first | now if batch.name else ():
             if (first.get(name) is None) != (now.get(name) is None):
                 either = (

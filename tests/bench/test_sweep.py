@@ -39,6 +39,14 @@ def test_class_works(model_type, tmp_path):
     assert row["perplexity"]["plain"] == pytest.approx(row["perplexity"]["dense"], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_class_that_is_refused(tmp_path):
+    """Its blocks are given other arguments for a longer window."""
+    row = examine.examine(CASES["reformer"], tmp_path)
+    assert row["outcome"] == REFUSED
+    assert row["reason"] == "unsupported model: a block runs differently from one micro-batch to the next"
+
+
 def test_class_that_transformers_does_not_run(tmp_path):
     # Its decoder attends to an image, and there is none.
     row = examine.examine(CASES["pix2struct"], tmp_path)
