@@ -15,7 +15,7 @@ LIMITS = {
     "kernels: code lines": 2_500,
     "bench: code lines": 3_100,
     "tests: code lines": 14_100,
-    "documents: words": 15_200,
+    "documents: words": 15_300,
 }
 # Tables of facts, which are not counted.
 TABLES = {"models.md", "flags.md"}
