@@ -61,6 +61,23 @@ def _library_for(values: Tensor, cols: int) -> ctypes.CDLL | None:
     return _library() if suits else None
 
 
+def _check(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -> None:
+    """Refuse other shapes and dtypes, and gaps: memory would be read beyond its end.
+
+    Raises:
+        ValueError: the tensors are no packed matrix.
+    """
+    rows, k = len(mask), values.shape[-1]
+    expected = [
+        (mask, (rows, -(-cols // 8)), torch.uint8),
+        (values, (rows, k) if starts is None else (k,), values.dtype),
+    ]
+    expected += [] if starts is None else [(starts, (rows + 1,), torch.int64)]
+    for tensor, shape, dtype in expected:
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(f"expected contiguous {shape} in {dtype}, got {tuple(tensor.shape)} in {tensor.dtype}")
+
+
 def _matrix(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -> list[int | None]:
     """The arguments of packed.cpp that describe W."""
     k = values.shape[1] if starts is None else 0
@@ -85,8 +102,14 @@ def unpack(
         starts: (rows + 1,) int64, where each row begins in the values, and where the last one ends.
         cols: columns of the matrix.
         first, last: the rows that are wanted; all without `last`.
+
+    Raises:
+        ValueError: for arguments that do not fit this description.
     """
+    _check(values, mask, starts, cols)
     last = len(mask) if last is None else last
+    if not 0 <= first <= last <= len(mask):
+        raise ValueError(f"first, last: expected rows of {len(mask)}, got {first} to {last}")
     if library := _library_for(values, cols):
         out = values.new_empty(last - first, cols)
         arguments = [*_matrix(values, mask, starts, cols), first, last, out.data_ptr()]
@@ -100,11 +123,16 @@ def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | Non
     """x W^T, (batch, rows) in the dtype of x; sums are made in fp32.
 
     Args:
-        x: (batch, cols) floating, contiguous.
+        x: (batch, cols) floating.
         values, mask, starts: the packed matrix, as `unpack` takes it.
+
+    Raises:
+        ValueError: for arguments that do not fit this description.
     """
     batch, cols = x.shape
-    if batch <= MOST and x.dtype in _DTYPES and (library := _library_for(values, cols)):
+    _check(values, mask, starts, cols)
+    takes_x = 0 < batch <= MOST and x.dtype in _DTYPES and x.device == values.device and x.is_contiguous()
+    if takes_x and (library := _library_for(values, cols)):
         y = x.new_empty(batch, len(mask))
         half = int(x.dtype == torch.bfloat16)
         arguments = [half, x.data_ptr(), batch, *_matrix(values, mask, starts, cols), y.data_ptr()]

@@ -75,7 +75,7 @@ class PackedLinear(nn.Linear):
         """x W^T + bias."""
         if torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, unpack(self.weight, self.weight_mask).to(x.dtype), self.bias)
-        if self.weight.dim() == 1 and self.starts is None:
+        if self.weight.dim() == 1 and (self.starts is None or self.starts.device != self.weight.device):
             self.starts = starts_of(self.weight_mask)
         packed_product = kernels_for(x, self.weight).packed_product
         y = packed_product(x.reshape(-1, x.shape[-1]).contiguous(), self.weight, self.weight_mask, self.starts)

@@ -117,3 +117,21 @@ def test_nothing_is_read_behind_the_values(level, dtype):
     for batch in (1, 16):
         x = normal(batch, 64, seed=3).to(dtype)
         assert torch.equal(level.packed_product(x, moved, mask), level.packed_product(x, values, mask))
+
+
+def test_tensors_that_do_not_fit_are_refused(level):
+    """Their memory would be read beyond its end."""
+    _, (values, mask, _) = packed_matrix(8, 64, torch.float32)
+    x = normal(2, 64)
+    for arguments in (
+        (normal(2, 96), values, mask),
+        (x, values, mask[:, :4]),
+        (x, values[:4], mask),
+        (x, values, mask.short()),
+        (x, values, mask, torch.zeros(3, dtype=torch.int64)),
+    ):
+        with pytest.raises((ValueError, TypeError), match="expected"):
+            level.packed_product(*arguments)
+    with pytest.raises(ValueError, match="expected rows of 8, got 4 to 9"):
+        level.unpack(values, mask, cols=64, first=4, last=9)
+    assert level.packed_product(x[:0], values, mask).shape == (0, 8)
