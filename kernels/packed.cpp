@@ -81,14 +81,14 @@ template <class V> struct Packed {
 };
 
 namespace portable {
-constexpr int GROUP = 8, ROWS = 2, COLUMNS = 2;
+constexpr int ROWS = 2, COLUMNS = 2;
 typedef float lanes __attribute__((vector_size(32), aligned(4)));
 typedef lanes group;
+typedef uint8_t bits;
 typedef float number;
-template <int AHEAD, class V> INLINE group expand(const V *&values, const uint8_t *&mask) {
+template <class V> INLINE group spread(const V *values, bits kept) {
     group out;
-    for (int c = 0; c < GROUP; c++) out[c] = *mask >> c & 1 ? widen(*values++) : 0.0f;
-    mask++;
+    for (int c = 0; c < 8; c++) out[c] = kept >> c & 1 ? widen(*values++) : 0.0f;
     return out;
 }
 INLINE lanes add(lanes sums, group w, const float *x) { return sums + w * *(const lanes *)x; }
@@ -115,25 +115,19 @@ const Tables TABLES;
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,popcnt")
 namespace avx2 {
-constexpr int GROUP = 8, ROWS = 4, COLUMNS = 2;
+constexpr int ROWS = 4, COLUMNS = 2;
 typedef float lanes __attribute__((vector_size(32), aligned(4)));
 typedef lanes group;
+typedef uint8_t bits;
 typedef float number;
-INLINE __m256i spread(const bf16 *values, uint8_t kept) {
+INLINE group spread(const bf16 *values, bits kept) {
     __m256i next = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)values));
-    return _mm256_shuffle_epi8(next, *(const __m256i *)TABLES.halves[kept]);
+    return (group)_mm256_shuffle_epi8(next, *(const __m256i *)TABLES.halves[kept]);
 }
-INLINE __m256i spread(const float *values, uint8_t kept) {
+INLINE group spread(const float *values, bits kept) {
     __m256i lane = *(const __m256i *)TABLES.whole[kept];
     __m256i next = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i *)values), lane);
-    return _mm256_andnot_si256(_mm256_srai_epi32(lane, 31), next);
-}
-template <int AHEAD, class V> INLINE group expand(const V *&values, const uint8_t *&mask) {
-    _mm_prefetch((const char *)values + AHEAD, _MM_HINT_T0);
-    uint32_t kept = *mask++;
-    __m256i out = spread(values, kept);
-    values += __builtin_popcount(kept);
-    return (group)out;
+    return (group)_mm256_andnot_si256(_mm256_srai_epi32(lane, 31), next);
 }
 INLINE lanes add(lanes sums, group w, const float *x) { return sums + w * *(const lanes *)x; }
 #include "packed_loops.h"
@@ -143,25 +137,17 @@ INLINE lanes add(lanes sums, group w, const float *x) { return sums + w * *(cons
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx2,fma,popcnt")
 namespace avx512 {
-constexpr int GROUP = 16, ROWS = 4, COLUMNS = 4;
+constexpr int ROWS = 4, COLUMNS = 4;
 typedef float lanes __attribute__((vector_size(64), aligned(4)));
 typedef lanes group;
+typedef uint16_t bits;
 typedef float number;
-INLINE __m512i spread(const bf16 *values, __mmask16 kept) {
-    __m256i next = _mm256_loadu_si256((const __m256i *)values);
-    return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_expand_epi16(kept, next)), 16);
+INLINE group spread(const bf16 *values, bits kept) {
+    __m256i next = _mm256_maskz_expand_epi16(kept, _mm256_loadu_si256((const __m256i *)values));
+    return (group)_mm512_slli_epi32(_mm512_cvtepu16_epi32(next), 16);
 }
-INLINE __m512i spread(const float *values, __mmask16 kept) {
-    return _mm512_maskz_expand_epi32(kept, _mm512_loadu_si512(values));
-}
-template <int AHEAD, class V> INLINE group expand(const V *&values, const uint8_t *&mask) {
-    _mm_prefetch((const char *)values + AHEAD, _MM_HINT_T0);
-    uint16_t kept;
-    std::memcpy(&kept, mask, 2);
-    __m512i out = spread(values, kept);
-    mask += 2;
-    values += __builtin_popcount(kept);
-    return (group)out;
+INLINE group spread(const float *values, bits kept) {
+    return (group)_mm512_maskz_expand_epi32(kept, _mm512_loadu_si512(values));
 }
 INLINE lanes add(lanes sums, group w, const float *x) { return sums + w * *(const lanes *)x; }
 #include "packed_loops.h"
@@ -172,18 +158,13 @@ INLINE lanes add(lanes sums, group w, const float *x) { return sums + w * *(cons
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,amx-tile,amx-bf16,popcnt")
 namespace pairs {
-constexpr int GROUP = 32, ROWS = 4, COLUMNS = 4;
+constexpr int ROWS = 4, COLUMNS = 4;
 typedef float lanes __attribute__((vector_size(64), aligned(4)));
 typedef __m512i group;
+typedef uint32_t bits;
 typedef bf16 number;
-template <int AHEAD> INLINE group expand(const bf16 *&values, const uint8_t *&mask) {
-    _mm_prefetch((const char *)values + AHEAD, _MM_HINT_T0);
-    uint32_t kept;
-    std::memcpy(&kept, mask, 4);
-    __m512i out = _mm512_maskz_expand_epi16(kept, _mm512_loadu_si512(values));
-    mask += 4;
-    values += __builtin_popcount(kept);
-    return out;
+INLINE group spread(const bf16 *values, bits kept) {
+    return _mm512_maskz_expand_epi16(kept, _mm512_loadu_si512(values));
 }
 INLINE lanes add(lanes sums, group w, const bf16 *x) {
     return (lanes)_mm512_dpbf16_ps((__m512)sums, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
@@ -198,7 +179,7 @@ template <class Y> void amx(const Packed<bf16> &W, const bf16 *x, int64_t batch,
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16};
     } shapes;
     _tile_loadconfig(&shapes);
-    // So narrow that the next columns are expanded while these are multiplied.
+    // Narrow: the next columns are expanded while these are multiplied.
     constexpr int64_t WIDTH = 128;
     std::vector<bf16> copies[16];
     alignas(64) bf16 tile[16][WIDTH] = {};

@@ -1,8 +1,23 @@
 // The loops of packed.cpp for one level of instructions, included in a namespace that has
 //
-// LANES, lanes      a vector of fp32 sums                     group, expand   the next LANES weights, and what gives them
-// number            the dtype in which x is multiplied        add             sums + weights * x
-// ROWS, COLUMNS     the rows of a tile of W, and those of x, whose sums lie in registers at once
+// lanes           a vector of fp32 sums
+// group, bits     some weights, and as many bits of the mask
+// spread          the next weights, with zeros where a bit is not set
+// number, add     the dtype in which x is multiplied; sums + weights * x
+// ROWS, COLUMNS   the rows of a tile of W, and those of x, whose sums lie in registers at once
+
+constexpr int GROUP = 8 * sizeof(bits);
+
+// The next GROUP weights. `values` and `mask` move behind what was taken.
+template <int AHEAD, class V> INLINE group expand(const V *&values, const uint8_t *&mask) {
+    __builtin_prefetch((const char *)values + AHEAD);
+    bits kept;
+    std::memcpy(&kept, mask, sizeof kept);
+    group out = spread(values, kept);
+    mask += sizeof kept;
+    values += __builtin_popcount(kept);
+    return out;
+}
 
 // Sums of B rows of x (B, cols) with one row of W.
 template <int B, class V> void dot(const V *values, const uint8_t *mask, const number *x, int64_t cols, float *out) {
