@@ -39,7 +39,7 @@ Dataset = str | Path | Mapping[Any, Any] | Iterable[Any] | Tensor
 # Names of calibration data given as documents, and as token ids.
 TEXTS, TOKENS = "texts", "token ids"
 
-# What calibration data may be.
+# Kinds of calibration data, for messages.
 EXPECTED = "a name or path, a mapping of these to shares, texts, tokens, or records of text, messages or input_ids"
 
 
@@ -98,7 +98,6 @@ def prune(
     evaluate: str | Path | Sequence[str | Path] | Iterable[Any] | None = None,
     eval_windows: int | None = None,
     tokenizer: Any = None,
-    processing_class: Any = None,
     gpu_memory: float | None = None,
     host_memory: float | None = None,
     overwrite: bool = False,
@@ -132,7 +131,6 @@ def prune(
         eval_windows: most windows of each evaluation text; None: all.
         tokenizer: the model's tokenizer; None: the one beside the checkpoint. With `calibration` it is written beside
             the model, and may be a processor, too: of images, sound, or several.
-        processing_class: the same, by the name that a Trainer gives it.
         gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
         overwrite: whether an older checkpoint in `output` may be replaced.
         restart: whether to discard what an interrupted run has finished.
@@ -162,7 +160,6 @@ def prune(
     numbers = dict(nsamples=nsamples, seqlen=seqlen, seed=seed or None, eval_windows=eval_windows)
     text = numbers | dict(dataset=dataset)
     of_text = [name for name, value in text.items() if value is not None]
-    tokenizer = processing_class if tokenizer is None else tokenizer
     if calibration is not None and of_text:
         raise TypeError(f"prune() got calibration and {of_text[0]!r}, which belongs to a text")
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):
@@ -296,7 +293,7 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
     from sparsefw.data.windows import windows_of_records
 
     kind = type(dataset).__name__
-    # Of a data frame these are the names of its columns.
+    # A data frame yields the names of its columns.
     if not isinstance(dataset, Iterable) or kind in ("DataFrame", "bytes"):
         raise TypeError(f"dataset: got {kind}, expected {EXPECTED}")
     # Columns, as tokenizers and slices of datasets return them, are a batch of records.

@@ -1,4 +1,4 @@
-"""What a caller from Python has set in the process, or wrapped around a model, and what it is shown.
+"""Settings of the process and wrappers of a model, which a caller from Python has made; and what it is shown.
 
 Settings are as they were at the end. Meanwhile none of them changes results.
 """

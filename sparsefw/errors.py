@@ -8,7 +8,7 @@ from pathlib import Path
 # Flags that have another name than their field.
 SHORT = {"evaluate": "--eval", "texts": "--eval", "folder": "--output"}
 
-# What the user has made: a call from Python or, see `by_command`, a command. Options are named in messages as in it.
+# The user has made a call from Python or, see `by_command`, a command. Messages name options as they stand in it.
 _invocation = "call"
 
 # Columns of a terminal that a line of a run takes.
@@ -38,7 +38,7 @@ def by_command() -> Iterator[None]:
 
 
 def invocation() -> str:
-    """What the user has made, for messages: "call" or "command"."""
+    """The user's way, for messages: "call" or "command"."""
     return _invocation
 
 

@@ -45,6 +45,7 @@ def flag(
 ELSEWHERE = {
     "block_size": "", "blocksize": "", "dampening_frac": "damp", "percdamp": "damp", "targets": "include",
     "max_seq_length": "seqlen", "num_calibration_samples": "nsamples", "output_dir": "output", "verbose": "progress",
+    "processing_class": "tokenizer", "processor": "tokenizer",
     "prune_method": "method", "mask_structure": "sparsity", "prunem": "sparsity", "prunen": "sparsity",
     "sparsity_profile": "sparsity", "sparsity_ratio": "sparsity", "sparsity_type": "sparsity",
 }  # fmt: skip

@@ -49,7 +49,7 @@ class PackedConfig(QuantizationConfigMixin):
         self.format, self.dequantize = format, dequantize
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What the argument of `from_pretrained` decides, and not the checkpoint."""
+        """The part that the argument of `from_pretrained` decides, and not the checkpoint."""
         return {"dequantize": self.dequantize}
 
     def has(self, name: str) -> bool:
@@ -134,11 +134,11 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for path, module in model.named_modules():
             for name, (values, mask) in _packed_in(module).items():
-                # What is on the disk still is read by the hooks of accelerate.
+                # The hooks of accelerate read what is on the disk still.
                 if not mask.is_meta:
                     check(f"{path}.{name}", values, mask)
                 if not isinstance(module, PackedLinear):
-                    # What a module has of its own comes before its parameters.
+                    # A module's own entries come before its parameters.
                     module.__dict__[name] = PackedStack(values, mask)
         return self._dequantize(model) if self.quantization_config.dequantize else model
 

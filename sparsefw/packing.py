@@ -32,7 +32,7 @@ from sparsefw.solver.patterns import Pattern, without_index
 
 REPORTS = ("report.json", "report.html")
 
-# What transformers says where sparsefw is not imported: its loader knows no other way to ask for a package.
+# transformers says this where sparsefw is not imported: its loader knows no other way to ask for a package.
 ADVICE = "packed by sparsefw: pip install sparsefw, and import sparsefw before from_pretrained"
 
 

@@ -91,7 +91,7 @@ class TestOutput:
             (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
             (tmp_path / "in" / name).write_text('{"auto_map": {}, "a": 1}')
         model = type(model).from_pretrained(tmp_path / "in")
-        prune(model, tmp_path / "out", calibration=batches, processing_class=_Tokenizer() if given else None, **WANDA)
+        prune(model, tmp_path / "out", calibration=batches, tokenizer=_Tokenizer() if given else None, **WANDA)
         read = {p.relative_to(tmp_path / "out").as_posix(): p for p in (tmp_path / "out").rglob("*") if p.is_file()}
         written = {"SHA256SUMS", "config.json", "model.safetensors", "report.html", "report.json"}
         tokenizer = {"tokenizer_config.json"} if given else {"tokenizer.json", "tokenizer_config.json", "vocab.txt"}

@@ -23,7 +23,7 @@ from sparsefw.kernels import packed_cpu
 # Version of the layout.
 FORMAT = 1
 
-# What follows the name of a packed matrix in the name of its mask.
+# The end of a mask's name, behind the name of its matrix.
 MASK = "_mask"
 
 # Entries that are looked at together.
@@ -34,7 +34,7 @@ BITS = {2: torch.int16, 4: torch.int32}
 
 
 def starts_of(mask: Tensor) -> Tensor:
-    """Where each row of a packed matrix begins in its values, and where the last one ends, (rows + 1,) int64."""
+    """The beginnings of the rows of a packed matrix in its values, and the end of the last one, (rows + 1,) int64."""
     counts = torch.from_numpy(np.bitwise_count(mask.cpu().numpy())).sum(-1, dtype=torch.int64)
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(mask.device)
 

@@ -63,6 +63,12 @@ class Quantization:
     block: tuple[int, int] | None = None
     kept: float = 0.0
 
+    @property
+    def words(self) -> tuple[str, str]:
+        """What its tensors are, and what is done to them, for messages."""
+        packed = self.method == "sparsefw"
+        return ("packed", "unpacked") if packed else (f"quantized ({self.method})", "dequantized")
+
     def share(self, dtype: torch.dtype) -> float:
         """Bytes of a quantized tensor as it is stored, for each byte of it in another dtype."""
         if self.method == "mxfp4":
@@ -168,9 +174,10 @@ def note(used: Iterable[TensorInfo], quantization: Quantization | None) -> str:
         return ""
     written, read = sum(info.nbytes for info in infos), sum(info.stored_nbytes for info in infos)
     dtype = str(quantized[0].dtype).removeprefix("torch.")
+    stored, done = quantization.words
     return (
-        f"the source is quantized ({quantization.method}): {len(quantized)} tensors are dequantized and written as "
-        f"{dtype}, all tensors take {written / 1e9:.3g} GB instead of {read / 1e9:.3g} GB"
+        f"the source is {stored}: {len(quantized)} tensors are {done} and written as {dtype}, all tensors take "
+        f"{written / 1e9:.3g} GB instead of {read / 1e9:.3g} GB"
     )
 
 

@@ -59,7 +59,7 @@ COPIED = (
     *("config.json", "generation_config.json"),
     *(*PROCESSORS, *TOKENIZERS),
     *("chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja"),
-    # What sentence-transformers does to tokens and to hidden states: pooling, or a dense layer with its weights.
+    # sentence-transformers' steps before and behind the model: pooling, or a dense layer with its weights.
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     *("[0-9]_*/*.json", "[0-9]_*/model.safetensors"),
     # Terms of use, and the model card.

@@ -213,7 +213,7 @@ def _workload(
     mine = memory.resident(), memory.held_on_gpu(device)
     has, held = (max(sizes) for sizes in zip(*ranks.gather(mine), strict=True))
     if job.folder is not None and job.dataset is None:
-        # What the plan expects of a process, which has less now.
+        # The plan's figure for a process, which has less now.
         has = max(has, process_bytes(job.inputs, windows[1:], seqlen, 0))
     return Workload(
         windows=-(-windows[0] // ranks.count),

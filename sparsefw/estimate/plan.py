@@ -72,9 +72,9 @@ def describe(model: str, device: torch.device = CPU) -> DescribedModel:
     if dtype is None:
         dtype = DTYPES[0]
         notes.append(f"{path}: names no dtype of weights that can be pruned: taken for {dtype}")
-    if quantization:
-        written = str(dtype).removeprefix("torch.")
-        notes.append(f"{path}: quantized by {quantization.method}: tensors are dequantized and written as {written}")
+    if quantization and not checkpoint:
+        stored, done = quantization.words
+        notes.append(f"{path}: {stored}: tensors are {done} and written as {str(dtype).removeprefix('torch.')}")
     with without_weights(checkpoint or Checkpoint(folder, {}, {}, dtype), computes_in_fp32(dtype, device)) as built:
         shape = shape_of_text(built)
     if not checkpoint:

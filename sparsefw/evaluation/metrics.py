@@ -303,20 +303,25 @@ def _averaged(records: Sequence[TaskRecord], children: Mapping[str, Sequence[str
     return {n for task, n in main.items() if task not in inside}
 
 
-# Columns of the table of an evaluation.
-_LAYOUT = "{:28} {:18} {:>7} {:>5} {:>20} {:>20} {:>7}  {}"
+# Columns of the table of an evaluation, and their sides.
+COLUMNS = dict(task="<", metric="<", n=">", shots=">", value=">", difference=">") | {"z-score": ">", "model": "<"}
 
 
 def lines(evaluation: Evaluation) -> Iterator[str]:
     """The table of an evaluation: all texts, all metrics of tasks, and the average over tasks."""
-    yield _LAYOUT.format("task", "metric", "n", "shots", "value", "difference", "z-score", "model")
+    rows = list[list[str]]()
     for text in evaluation.texts:
-        yield from _rows([text.source, "perplexity", text.windows, ""], text.results)
+        rows += _rows([text.source, "perplexity", text.windows, 0], text.results)
     for task in evaluation.tasks:
         metric = task.metric if task.filter == "none" else f"{task.metric} ({task.filter})"
-        yield from _rows([task.task, metric, task.documents, task.shots], task.results)
+        rows += _rows([task.task, metric, task.documents, task.shots], task.results)
     averaged = [task for task in evaluation.tasks if task.averaged]
-    yield from _rows(["average", "acc_norm or acc", len(averaged), ""], evaluation.average)
+    rows += _rows(["average", "acc_norm or acc", len(averaged), 0], evaluation.average)
+    # A column without an entry is left out.
+    columns = [column for column in zip(COLUMNS, *rows, strict=True) if any(column[1:])]
+    forms = [f"{COLUMNS[column[0]]}{max(map(len, column))}" for column in columns]
+    for row in zip(*columns, strict=True):
+        yield "  ".join(f"{cell:{form}}" for cell, form in zip(row, forms, strict=True)).rstrip()
     yield ""
     yield "n: documents of a task, windows of a text, tasks of the average; ±: standard error"
     if evaluation.against is not None:
@@ -328,12 +333,15 @@ def lines(evaluation: Evaluation) -> Iterator[str]:
         yield f"perplexity: {amount(text.source, text.windows, text.seqlen)} of {printable(text.source)}"
 
 
-def _rows(cells: list[object], results: Mapping[str, Measurement]) -> Iterator[str]:
-    for n, (name, measured) in enumerate(results.items()):
+def _rows(cells: list[object], results: Mapping[str, Measurement]) -> list[list[str]]:
+    """The rows of a metric, one for each model; zeros are left out, and what all models share stands in the first."""
+    rows, shared = [], [printable(str(cell or "")) for cell in cells]
+    for name, measured in results.items():
         difference = measured.difference
         z = f"{difference.value / difference.stderr:+.1f}" if difference and difference.stderr else ""
-        numbers = [_number(measured), "" if difference is None else _number(difference), z]
-        yield _LAYOUT.format(*(printable(str(x)) if n == 0 else "" for x in cells), *numbers, printable(name))
+        rows.append([*shared, _number(measured), _number(difference) if difference else "", z, printable(name)])
+        shared = [""] * len(cells)
+    return rows
 
 
 def _number(measured: Measurement | Difference) -> str:

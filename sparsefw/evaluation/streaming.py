@@ -219,7 +219,7 @@ def _pass(
                 return False
             bar.update()
             if progress is None and bar.disable:
-                # Where a bar is no use.
+                # A bar is no use there.
                 say(block_row(model.names[i], i + 1, count, (count / (i + 1) - 1) * (time.perf_counter() - started)))
     return True
 

@@ -130,7 +130,7 @@ def embed_batches(
 
 
 def _arguments(model: BlockModel, i: int, call: Call) -> dict[str, Any]:
-    """What block i is given beside its hidden states, by the names of its parameters."""
+    """The arguments of block i beside its hidden states, by the names of its parameters."""
     names = [*inspect.signature(model.blocks[i].forward).parameters][1:]
     return dict(zip(names, call.args, strict=False)) | call.kwargs
 

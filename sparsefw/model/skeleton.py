@@ -218,11 +218,7 @@ def class_of(
     kind = _generating_class(config, as_named)
     if kind is None:
         named = shown(", ".join(map(str, config.architectures or [])) or config.model_type)
-        why = (
-            "has a decoder that reads what an encoder puts out"
-            if config.is_encoder_decoder
-            else f"is none that generates text, and transformers has none for {shown(config.model_type)}"
-        )
+        why = "has a decoder that reads what an encoder puts out" if config.is_encoder_decoder else "generates no text"
         raise InputError(
             f"{place}: transformers cannot load this model: unsupported architecture: {named} {why}; give a model that "
             f"generates text from text, or prune this one {_on_batches(config.architectures, place)}"
@@ -237,7 +233,8 @@ def _generating_class(config: PretrainedConfig, as_named: bool) -> type[PreTrain
 
     Otherwise the class that the lists have for this type of config; None if they have none. The config of an encoder
     and a decoder has to name its class, and the class has to be in the first list: there are decoders in it that run
-    alone. Another one's decoder would be pruned without what it reads of the encoder.
+    alone. Another one's decoder would be pruned without what it reads of the encoder. An encoder that fills in masked
+    tokens has to name a class that generates text, too: with another one it sees the tokens that it would predict.
     """
     lists = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING") for task in _GENERATING]
     lists = lists[:1] if config.is_encoder_decoder else lists
@@ -249,7 +246,8 @@ def _generating_class(config: PretrainedConfig, as_named: bool) -> type[PreTrain
         kind = getattr(transformers, name, None) if isinstance(name, str) and (as_named or name in known) else None
         if kind is not None and getattr(kind, "config_class", None) in taken:
             return kind
-    for classes in [] if config.is_encoder_decoder else lists:
+    encodes = bool(config.architectures) and type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
+    for classes in [] if config.is_encoder_decoder or encodes else lists:
         if found := classes.get(type(config), None):
             return found[0] if isinstance(found, tuple | list) else found
     return None

@@ -167,7 +167,7 @@ def summary(report: Report) -> Iterator[str]:
     if line := reconstruction_line(report):
         yield line
     yield f"peak memory: {_peaks(report)}"
-    yield "time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report.seconds.items())
+    yield f"seconds: {_seconds(report.seconds)}"
     yield from (f"rank {n}: {rank_line(rank)}" for n, rank in enumerate(report.ranks))
 
 
@@ -186,11 +186,15 @@ def reconstruction_line(report: Report) -> str:
 
 def rank_line(rank: RankRecord) -> str:
     """The work, the waits and the memory of one of several processes."""
-    seconds = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in rank.seconds.items())
     return (
         f"{counted(rank.windows, 'window')}; {rank.waited:.1f} s waited for others; "
-        f"{rank.peak_memory['host_bytes'] / 2**30:.2f} GiB (host); {seconds}; {rank.device} of {rank.machine}"
+        f"{rank.peak_memory['host_bytes'] / 2**30:.2f} GiB (host); seconds: {_seconds(rank.seconds)}; "
+        f"{rank.device} of {rank.machine}"
     )
+
+
+def _seconds(by_phase: dict[str, float]) -> str:
+    return ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in by_phase.items())
 
 
 def _peaks(report: Report) -> str:

@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     Gemma3Config,
     LlamaConfig,
@@ -100,18 +101,28 @@ class TestClass:
     def test_no_class_that_generates_text(self, tmp_path):
         config = AutoConfig.for_model("vit")
         config.architectures = ["ViTModel"]
-        message = "unsupported architecture: ViTModel is none that generates text, and transformers has none for vit; "
+        message = "unsupported architecture: ViTModel generates no text; "
         with pytest.raises(InputError, match=message) as refused:
             class_of(config, tmp_path)
         assert f"model = ViTModel.from_pretrained('{tmp_path}'); prune(model, " in str(refused.value)
         assert "calibration=[{'pixel_values': ...}, ...])" in str(refused.value)
 
-    def test_an_encoder_without_the_head_of_a_class_that_does(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("family", "auto", "message"),
+        [
+            ("bert", AutoModel, "unsupported architecture: BertModel generates no text; .* on batches, from Python"),
+            (
+                "bert",
+                AutoModelForMaskedLM,
+                "unsupported architecture: BertForMaskedLM generates no text; .* on batches",
+            ),
+            ("llama", AutoModel, "missing from .*: LlamaModel generates no text; prune it on batches, from"),
+        ],
+    )
+    def test_a_class_without_the_head_of_one_that_does(self, family, auto, message, tmp_path):
         sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-        folder = save(tmp_path / "bert", AutoConfig.for_model("bert", **sizes), AutoModel.from_config)
-        with pytest.raises(
-            InputError, match=r"missing from .*: BertModel generates no text; prune it on batches, from"
-        ):
+        folder = save(tmp_path / family, AutoConfig.for_model(family, **sizes), auto.from_config)
+        with pytest.raises(InputError, match=message):
             streamed(folder)
 
 

@@ -68,7 +68,7 @@ def test_summary():
         [],
     ]
     assert lines[5] == "perplexity: 4 windows of 128 tokens of evaluation text"
-    assert lines[-2:] == ["peak memory: 3.00 of 4.00 GiB (host)", "time: calibrate 9.0 s, solve 18.0 s"]
+    assert lines[-2:] == ["peak memory: 3.00 of 4.00 GiB (host)", "seconds: calibrate 9.0, solve 18.0"]
     # Reserved memory stands beside the limit, since it counts against it.
     report.memory.limits.update(gpu=8 << 30)
     report.peak_memory.update(gpu_bytes=5 << 30, gpu_reserved_bytes=6 << 30)
