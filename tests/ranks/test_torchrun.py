@@ -1,6 +1,7 @@
 """The command, started as torchrun does on two ranks, which are forked: they need not import torch again."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +23,8 @@ TORCHRUN = LaunchConfig(
 
 def be_rank(folder: Path, fails: bool) -> None:
     """The process of a rank. An error of rank 1's own GPU may end it in the second block."""
+    # A forked process has torchrun's handler, which raises; one that torchrun starts has none.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(os.open(folder / "stdout", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     sys.stdout = os.fdopen(1, "w")
     torch.set_num_threads(1)
