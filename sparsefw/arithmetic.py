@@ -2,21 +2,27 @@
 
 The dtype is the model's own, or fp32 on a processor that is slow in half precision: without instructions for bf16 or
 fp16 products in it take many times as long. The model is read and written in its own dtype all the same.
+
+Products of fp32 in the steps of a reconstruction round their operands where that is faster: gradients need no more.
 """
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor, aminmax
 from torch.nn.functional import linear
 
-from sparsefw.errors import InputError
+from sparsefw.errors import InputError, option
 
 HALF = (torch.bfloat16, torch.float16)
 
 # A dtype is slow if its products take more than this many times as long as those in fp32.
 SLOW = 1.5
+# Products are rounded if that makes them so many times as fast, in models of this width or more: small ones gain less.
+FAST, WIDE = 1.5, 256
 
 
 def computes_in_fp32(dtype: torch.dtype, device: torch.device) -> bool:
@@ -35,16 +41,69 @@ def slowdown(dtype: torch.dtype) -> float:
 
     64 vectors are multiplied with a matrix of 512 x 512, forward and backward, as in a step of a reconstruction.
     """
-    best = {dtype: float("inf"), torch.float32: float("inf")}
+
+    def step(one: torch.dtype) -> None:
+        x, weight = torch.ones(64, 512, dtype=one), torch.ones(512, 512, dtype=one, requires_grad=True)
+        out = linear(x, weight)
+        out.backward(out.detach())
+
     with torch.inference_mode(False), torch.enable_grad():
-        for _ in range(5):
-            for one in best:
-                x, weight = torch.ones(64, 512, dtype=one), torch.ones(512, 512, dtype=one, requires_grad=True)
-                begin = time.perf_counter()
-                out = linear(x, weight)
-                out.backward(out.detach())
-                best[one] = min(best[one], time.perf_counter() - begin)
-    return best[dtype] / best[torch.float32]
+        own, fp32 = _seconds(lambda: step(dtype), lambda: step(torch.float32))
+    return own / fp32
+
+
+def rounds_products(dtype: torch.dtype, device: torch.device, width: int) -> bool:
+    """Whether steps of a reconstruction round what they multiply, in a model that computes in a dtype on a device.
+
+    Args:
+        dtype, device: these.
+        width: of its hidden states.
+    """
+    return dtype == torch.float32 and width >= WIDE and (device.type == "cuda" or speedup_of_rounding() >= FAST)
+
+
+@cache
+def speedup_of_rounding() -> float:
+    """How many times as fast products of fp32 are on this CPU with operands rounded to bf16; measured once a process.
+
+    About 4 with AMX. Without, oneDNN does not round, and it is 1.
+    """
+    x = torch.ones(512, 512)
+
+    def rounded() -> None:
+        with rounded_products():
+            x @ x
+
+    exact, fast = _seconds(lambda: x @ x, rounded)
+    return exact / fast
+
+
+def _seconds(*works: Callable[[], object]) -> list[float]:
+    """The least seconds of each of these, which run in turn."""
+    best = [float("inf")] * len(works)
+    for _ in range(5):
+        for n, work in enumerate(works):
+            begin = time.perf_counter()
+            work()
+            best[n] = min(best[n], time.perf_counter() - begin)
+    return best
+
+
+@contextmanager
+def rounded_products() -> Iterator[None]:
+    """Inside the `with` block products of fp32 round their operands: to bf16 on a CPU, to tf32 on a GPU.
+
+    Outside of it they are exact, see `caller`.
+    """
+    # The module of oneDNN is replaced by an object when it is imported, which types do not tell.
+    products = {torch.backends.mkldnn.matmul: "bf16", torch.backends.cuda.matmul: "tf32"}  # type: ignore[attr-defined]
+    try:
+        for of_library, precision in products.items():
+            of_library.fp32_precision = precision
+        yield
+    finally:
+        for of_library in products:
+            of_library.fp32_precision = "ieee"
 
 
 def note(dtype: torch.dtype) -> str:
@@ -52,6 +111,12 @@ def note(dtype: torch.dtype) -> str:
     own = str(dtype).removeprefix("torch.")
     times = f"{slowdown(dtype):.2g} times as long"
     return f"read and written in {own}, computed in fp32: products in {own} take {times} on this processor"
+
+
+def note_of_rounding(device: torch.device) -> str:
+    """The line of the log for steps whose products are rounded."""
+    to = "tf32" if device.type == "cuda" else f"bf16, {speedup_of_rounding():.2g} times as fast on this processor"
+    return f"steps of a reconstruction round what they multiply to {to}; {option('precision', 'ieee')} keeps it exact"
 
 
 class OnItsWay:

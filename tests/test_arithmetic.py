@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from sparsefw import arithmetic, prune
 from sparsefw.arithmetic import check_finite
 from sparsefw.data.batches import BATCHES
+from sparsefw.driver.reconstruct import Fit
 
 BF16, FP16 = torch.bfloat16, torch.float16
 OPTIONS = dict(kernel="torch", steps=3, refit=2, rounds=0, sparsity="0.5", dataset=TOKENS)
@@ -30,7 +31,6 @@ def weights(folder):
 
 def test_only_half_precision_on_a_slow_cpu(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert arithmetic.slowdown(torch.float32) == 1
     monkeypatch.setattr(arithmetic, "slowdown", lambda dtype: {BF16: 20.0, FP16: 0.9}[dtype])
     cases = [(BF16, cpu), (FP16, cpu), (torch.float32, cpu), (BF16, gpu)]
     assert [arithmetic.computes_in_fp32(*case) for case in cases] == [True, False, False, False]
@@ -79,6 +79,49 @@ def test_a_run_that_goes_on_computes_as_it_began(began, now, tmp_path, monkeypat
     assert any(block.reconstruction for block in whole.report.blocks)
     again = weights(tmp_path / "out")
     assert all(torch.equal(x, again[name]) for name, x in weights(whole.output).items())
+
+
+def test_steps_round_their_products_and_losses_do_not(tmp_path, monkeypatch):
+    """A run that goes on does as it began, whatever the timing says; exact products can be asked for."""
+    folder, found = save_model(tmp_path / "model", "llama", num_hidden_layers=2), set()
+    loss_of = Fit.loss_of
+
+    def note(fit, j, of_pass=None, learned=False):
+        found.add((learned, torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
+        return loss_of(fit, j, of_pass, learned)
+
+    def stop(line):
+        if line.startswith("layers.1"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Fit, "loss_of", note)
+    exact, steps = (False, "ieee", "ieee"), (True, "bf16", "tf32")
+    prune(folder, tmp_path / "small", **WANDA)
+    assert found == {exact, (True, "ieee", "ieee")}
+    for name, rounds in (("out", True), ("out", False)):
+        monkeypatch.setattr(arithmetic, "rounds_products", lambda *of, rounds=rounds: rounds)
+        found.clear()
+        if rounds:
+            with pytest.raises(KeyboardInterrupt):
+                prune(folder, tmp_path / name, log=stop, **WANDA)
+        else:
+            result = prune(folder, tmp_path / name, **WANDA)
+        assert found == {exact, steps}
+    assert any("round what they multiply to bf16" in note for note in result.report.notes)
+    monkeypatch.setattr(arithmetic, "rounds_products", lambda *of: True)
+    found.clear()
+    prune(folder, tmp_path / "exact", precision="ieee", **WANDA)
+    assert found == {exact, (True, "ieee", "ieee")}
+
+
+def test_rounded_where_it_is_fast(monkeypatch):
+    monkeypatch.setattr(arithmetic, "speedup_of_rounding", lambda: 3.0)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    cases = [(torch.float32, cpu, 256), (torch.float32, cpu, 255), (BF16, cpu, 256)]
+    assert [arithmetic.rounds_products(*case) for case in cases] == [True, False, False]
+    monkeypatch.setattr(arithmetic, "speedup_of_rounding", lambda: 1.0)
+    cases = [(torch.float32, cpu, 256), (torch.float32, gpu, 256)]
+    assert [arithmetic.rounds_products(*case) for case in cases] == [False, True]
 
 
 @pytest.mark.slow

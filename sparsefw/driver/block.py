@@ -39,6 +39,7 @@ class Run:
         placement: what is held at once, and where.
         say: called with every line of the log.
         ranks: the processes of the run, each with its share of the windows.
+        rounded: whether steps of a reconstruction round the operands of their products.
         confirmed: what is known of running blocks in parts, see `stages.survey`.
     """
 
@@ -48,6 +49,7 @@ class Run:
     placement: Placement
     say: Callable[[str], None]
     ranks: Ranks = ALONE
+    rounded: bool = False
     confirmed: Confirmed = field(default_factory=dict)
 
     def of(self, i: int) -> BlockShape:

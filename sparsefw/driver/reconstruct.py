@@ -11,7 +11,7 @@ state.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from sparsefw.arithmetic import rounded_products
 from sparsefw.driver.block import Run
 from sparsefw.errors import InputError, first_line, option, shown
 from sparsefw.memory import give_back
@@ -268,7 +269,7 @@ class Fit:
         model = self.run.model
         name, kind = model.names[self.number], type(model.model).__name__
         slices = SliceGradients(parameters)
-        with torch.enable_grad():
+        with torch.enable_grad(), rounded_products() if self.run.rounded else nullcontext():
             with slices:
                 loss, tokens, width = self.loss_of(j, of_pass, True)
                 # By entry: in half precision, gradients of the mean over all entries would be too small. Those of a sum

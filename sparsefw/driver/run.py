@@ -33,8 +33,9 @@ Shown = bool | Callable[[log.Progress], None] | None
 # Inputs that are compared by their content, not by name, when a run goes on with what another has finished.
 BY_CONTENT = {"model", "dataset", "evaluate"}
 
-# The name of the run's arithmetic among these.
+# The names of the run's arithmetic among these.
 IN_FP32 = "whether it computes in fp32"
+ROUNDED = "whether steps of a reconstruction round the operands of their products"
 
 
 def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks = ALONE) -> content.Report:
@@ -101,12 +102,26 @@ def _limits(job: Job, device: torch.device, ranks: Ranks) -> dict[str, int]:
 def computes_in_fp32(job: Job, say: Callable[[str], None], dtype: torch.dtype, device: torch.device) -> bool:
     """As of `arithmetic`; but a run that goes on with an unfinished one computes as that does, and says so."""
     found = arithmetic.computes_in_fp32(dtype, device)
-    begun = Writer(job.output.folder, 0, restart=job.output.restart).begun().get("identity", {}).get(IN_FP32, found)
+    begun = _begun(job, IN_FP32, found)
     if begun == found or dtype not in arithmetic.HALF:
         return found
     own = str(dtype).removeprefix("torch.")
     say(f"computed in {'fp32' if begun else own}, as in the unfinished run that this one goes on with")
     return begun
+
+
+def _rounds_products(job: Job, prepared: Prepared) -> bool:
+    """As of `arithmetic`, unless exact products are asked for; a run that goes on with another one does as that."""
+    if not job.config.reconstruct or job.config.given.get("precision") in ("ieee", "tf32x3"):
+        return False
+    model = prepared.model
+    dtype = torch.float32 if model.in_fp32 else prepared.dtype
+    return _begun(job, ROUNDED, arithmetic.rounds_products(dtype, model.device, prepared.shape.hidden))
+
+
+def _begun(job: Job, name: str, found: bool) -> bool:
+    """What an unfinished run has settled under this name, or what was found if there is none."""
+    return Writer(job.output.folder, 0, restart=job.output.restart).begun().get("identity", {}).get(name, found)
 
 
 def kernel_line(config: PruneConfig) -> str:
@@ -139,6 +154,9 @@ def carry_out(
         InputError, FloatingPointError: as `run_job`.
     """
     model, calibration = prepared.model, prepared.calibration
+    rounded = ranks.on_first(lambda: _rounds_products(job, prepared))
+    if rounded:
+        prepared = replace(prepared, notes=[*prepared.notes, arithmetic.note_of_rounding(model.device)])
     _say_what_is_pruned(prepared, say)
     shape = pruned_shape(prepared.shape, job.config)
     say(log.sparsity_line(job.config, shape, prepared.shape))
@@ -153,7 +171,7 @@ def carry_out(
     windows = [samples.n for samples in (calibration, *prepared.evaluation)]
     workload = _workload(job, config, windows, prepared.seqlen, model.device, ranks)
     job = replace(job, config=config)
-    identity = _identity(job, prepared, ranks)
+    identity = _identity(job, prepared, ranks) | {ROUNDED: rounded}
     ranks.agree(identity | {"--output": str(job.output.folder.resolve())})
     find_place = partial(place, shape, workload, limits, job.output.folder.resolve().parent)
     placement, _ = find_place(fixed=prepared.fixed)
@@ -179,7 +197,7 @@ def carry_out(
         if config.reconstruct:
             say(reconstruction_line(reconstruction_steps(shape, workload, placement)))
         say(log.layer_header())
-        run = Run(model, shape, config, placement, say, ranks)
+        run = Run(model, shape, config, placement, say, ranks, rounded)
         outcome, placement = _prune(run, prepared, writer, limits.get("gpu"), progress)
         # Times differ; all ranks return those of rank 0.
         report = ranks.broadcast_object(_report(job, prepared, outcome, limits, placement, needs, ranks))
