@@ -115,8 +115,8 @@ def note(dtype: torch.dtype) -> str:
 
 def note_of_rounding(device: torch.device) -> str:
     """The line of the log for steps whose products are rounded."""
-    to = "tf32" if device.type == "cuda" else f"bf16, {speedup_of_rounding():.2g} times as fast on this processor"
-    return f"steps of a reconstruction round what they multiply to {to}; {option('precision', 'ieee')} keeps it exact"
+    to = "tf32" if device.type == "cuda" else f"bf16 ({speedup_of_rounding():.2g} times as fast here)"
+    return f"steps of a reconstruction multiply in {to}; {option('precision', 'ieee')} keeps them exact"
 
 
 class OnItsWay:

@@ -159,7 +159,8 @@ def carry_out(
         prepared = replace(prepared, notes=[*prepared.notes, arithmetic.note_of_rounding(model.device)])
     _say_what_is_pruned(prepared, say)
     shape = pruned_shape(prepared.shape, job.config)
-    say(log.sparsity_line(job.config, shape, prepared.shape))
+    for line in fitted(log.sparsity_line(job.config, shape, prepared.shape)):
+        say(line)
     limits = _limits(job, model.device, ranks)
     if calibration.n < ranks.count:
         raise InputError(f"{option('nsamples', calibration.n)}: {ranks.count} ranks, and each needs a window")
