@@ -1,4 +1,4 @@
-.PHONY: lint format test test-all test-gpu versions bench bench-once
+.PHONY: lint format test test-all test-gpu test-llmcompressor versions bench bench-once
 
 # Workers of pytest: one a core, and one thread each (conftest.py).
 WORKERS ?= auto
@@ -25,6 +25,12 @@ test-all:
 # The whole of the kernel and solver tests on the GPU, and those that only make sense there. One process: one GPU.
 test-gpu:
 	pytest -m "gpu or not gpu"
+
+# The modifier of llm-compressor, which takes an older transformers: in an environment of its own.
+test-llmcompressor:
+	python3 -m venv --clear build/llmcompressor
+	build/llmcompressor/bin/pip install --quiet --editable '.[llmcompressor]' pytest
+	build/llmcompressor/bin/python -m pytest -q -p no:cacheprovider tests/test_llmcompressor.py
 
 # The fast tests with the oldest and the newest versions that setup.py allows: downloads gigabytes.
 versions:

@@ -13,6 +13,10 @@ EVAL = [
     # The first whose TaskManager.load takes tasks and groups that are loaded already.
     "lm_eval>=0.4.12",
 ]
+LLMCOMPRESSOR = [
+    # The first tested one, whose transformers is 5.15 to 5.17.
+    "llmcompressor>=0.14",
+]
 # The harness's own model, which tests compare with, takes accelerate.
 TEST = [*EVAL, "accelerate", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "matplotlib"]
 # A text of tests is made of docstrings, mypy's among them.
@@ -50,7 +54,7 @@ setup(
         # The interpreter of 3.5 takes a tensor descriptor's strides for bytes and refuses half of the good ones.
         "triton>=3.6; platform_system == 'Linux'",
         # Private names of it are used (see sparsefw/model), which a new major version may move.
-        "transformers>=5.22,<6",
+        "transformers>=5.17,<6",
         "numpy>=2.0",
         "psutil>=5.9",
         "datasets>=4.0",
@@ -62,6 +66,6 @@ setup(
         "msgspec>=0.19",
         "filelock>=3.13",
     ],
-    extras_require={"eval": EVAL, "test": TEST, "dev": [*TEST, "ruff", "pre-commit"]},
+    extras_require={"eval": EVAL, "llmcompressor": LLMCOMPRESSOR, "test": TEST, "dev": [*TEST, "ruff", "pre-commit"]},
     entry_points={"console_scripts": ["sparsefw=sparsefw.cli:main"]},
 )

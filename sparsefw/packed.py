@@ -2,7 +2,7 @@
 
 Linear layers hold the packed tensors and multiply with them, experts are unpacked one at a time when they are used.
 `quantization_config=PackedConfig(dequantize=True)` gives the dense model. transformers calls this a quantizer, and its
-interface is that of 5.22 to 5.24.
+interface is that of 5.17 to 5.24.
 """
 
 from typing import Any
@@ -111,6 +111,9 @@ class PackedQuantizer(HfQuantizer):
         config.__dict__.pop(GUARD, None)
         config._experts_implementation = "eager"
         return config
+
+    # Which is called here before 5.22.
+    update_tp_plan = update_attn_implementation
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config, found = self.quantization_config, 0

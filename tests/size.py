@@ -10,12 +10,12 @@ REPO = Path(__file__).resolve().parents[1]
 
 # Lines of code are without docstrings, comments and blank lines. Words are those of README.md and docs/.
 LIMITS = {
-    "sparsefw: files": 91,
+    "sparsefw: files": 94,
     "sparsefw: code lines": 10_600,
     "kernels: code lines": 2_500,
     "bench: code lines": 3_100,
     "tests: code lines": 14_100,
-    "documents: words": 15_300,
+    "documents: words": 15_650,
 }
 # Tables of facts, which are not counted.
 TABLES = {"models.md", "flags.md"}

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sparsefw"
 LEVELS = [
     ["unpack"],
     ["run", "plan", "verify", "evaluate", "lm_eval", "pack"],
-    ["cli", "api"],
+    ["cli", "api", "llmcompressor"],
     ["driver", "verification", "packing"],
     ["evaluation"],
     ["report"],

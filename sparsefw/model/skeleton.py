@@ -6,7 +6,7 @@ time, and renamed or stacked on the way as transformers does it for the whole mo
 are stacked at a time.
 
 Nearly every private or undocumented name of transformers that the models need stands here; the others in `settings`
-and `streamed`. transformers may change these in any version. They were tested with 5.22 to 5.24; when a later version
+and `streamed`. transformers may change these in any version. They were tested with 5.17 to 5.24; when a later version
 breaks one, this file is the place to mend it.
 """
 

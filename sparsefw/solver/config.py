@@ -16,6 +16,8 @@ from sparsefw.solver import patterns
 from sparsefw.solver.patterns import Pattern
 
 if TYPE_CHECKING:
+    import torch
+
     from sparsefw.kernels.backend import Backend
 
 
@@ -224,6 +226,12 @@ class PruneConfig:
     def replace(self, **changes: Any) -> "PruneConfig":
         """The same config with other values of some fields; defaults that depend on them are found anew."""
         return type(self)(**(self.given | changes))
+
+    def on(self, device: "torch.device") -> "PruneConfig":
+        """The config for tensors on a device: on a CPU the kernel is torch, unless one is given."""
+        if device.type != "cpu" or "kernel" in self.given:
+            return self
+        return self.replace(**dict(kernel="torch", precision="ieee") | self.given)
 
     def for_calibration(self, windows: int, seqlen: int, ranks: int = 1) -> "PruneConfig":
         """The config of a run with this calibration: passes of a reconstruction and damping, if they are not given.

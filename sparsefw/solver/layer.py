@@ -82,7 +82,8 @@ def solve_layer(
         W: (rows, d) weight, fp32 / bf16 / fp16; left as it is.
         G: (d, d) fp32 Gram matrix (Hessian) X X^T of its inputs X (d, tokens).
         config: how to prune; None is the default. Its fields about a whole model (compare, target,
-            include, ignore) play no part, and no reconstruction follows.
+            include, ignore) play no part, and no reconstruction follows. Where it names no kernel and no precision,
+            they are those of the device of W.
         name: the layer's name, for messages.
         B: (rows, d) fp32 cross matrix D X^T, where D (rows, tokens) is the wanted output minus W X. With it the layer's
             target is pruned in place of W, see `refit`.
@@ -103,7 +104,7 @@ def solve_layer(
     if config is not None and not isinstance(config, PruneConfig):
         raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
     # No reconstruction makes up for fewer steps here.
-    config = (config or PruneConfig()).replace(reconstruct=0)
+    config = (config or PruneConfig()).replace(reconstruct=0).on(W.device)
     pruned = W.detach().clone()
     masks: list[Tensor] = []
     # Threads that solve chunks of rows would record gradients.

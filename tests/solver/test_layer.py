@@ -246,6 +246,13 @@ class TestSolveLayer:
             assert torch.equal(Z, same)
         assert (result.pattern, result.method, result.steps) == ("0.6", "sparsefw", 24)
 
+    def test_on_a_cpu_beside_a_gpu_it_is_the_same(self, monkeypatch):
+        W, G = make_layers((5,), dtype=torch.float32)[0][1], make_gram()
+        _, expected, _ = solve_layer(W, G)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert (PruneConfig().kernel, PruneConfig(kernel="triton").on(W.device).kernel) == ("triton", "triton")
+        assert torch.equal(solve_layer(W, G)[1], expected)
+
     @pytest.mark.parametrize(
         ("change", "error", "match"),
         [
