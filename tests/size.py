@@ -13,9 +13,9 @@ LIMITS = {
     "sparsefw: files": 94,
     "sparsefw: code lines": 10_600,
     "kernels: code lines": 2_500,
-    "bench: code lines": 3_100,
+    "bench: code lines": 3_250,
     "tests: code lines": 14_100,
-    "documents: words": 15_650,
+    "documents: words": 15_800,
 }
 # Tables of facts, which are not counted.
 TABLES = {"models.md", "flags.md"}

@@ -1,19 +1,14 @@
-"""Tasks for lm-evaluation-harness, of text that ships with Python: `python bench/evaluation/make_tasks.py FOLDER`.
+"""Tasks for lm-evaluation-harness, made of prose.
 
-FOLDER gets a YAML and a JSONL file for each of five tasks, which the harness finds with `--include_path FOLDER`. Their
-tag is `prose`:
-
-- next_sentence: a passage goes on with its own next sentence, or with one of three from elsewhere in the package.
+- next_sentence: a sentence goes on with its own next sentence, or with one of three from elsewhere in the text.
 - word_choice: a word of a sentence is the original, or one of three that are about as frequent and as long. What is
   scored is the word and the rest of the sentence.
 - true_sentence: a sentence, or the same with two of its words exchanged. There is no context.
-- word_cloze: the last word of a passage.
-- docs_rolling: perplexity of documents, the longest of which have more than 2,048 tokens.
+- word_cloze: the last word of two sentences.
 
-The tasks are the same on every machine with the same versions of the packages, which `sources.json` names.
+Items are short, so that many of them can be answered in a minute.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -21,16 +16,19 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, islice, pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
-from prose import FUNCTION_WORDS, Passage, passages, versions, words_of
+from prose import FUNCTION_WORDS, Passage, words_of
 
-TAG, CHOICES = "prose", 4
+CHOICES = 4
 
-# Words of what goes on after a passage, and of a sentence that is judged alone.
-CONTINUATION = range(6, 31)
-ALONE = range(8, 26)
+# Accuracy of a model that knows nothing.
+CHANCE = {"next_sentence": 0.25, "word_choice": 0.25, "true_sentence": 0.5, "word_cloze": 0.0}
+
+# Words of what goes on after a sentence, and of a sentence that is judged alone.
+CONTINUATION = range(6, 21)
+ALONE = range(8, 21)
 
 # Words before the blank, at least, so that it can be known.
 BEFORE_BLANK = 15
@@ -40,10 +38,6 @@ LETTERS = 5
 
 # How often it is used, at least, in all text: rarer ones are names.
 USES = 20
-
-# Words of a document of docs_rolling: at least, and at most. The harness's own model computes the logits of a batch of
-# documents at once, 200 KB of memory for each token.
-DOCUMENT = range(300, 1801)
 
 MULTIPLE_CHOICE = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{label}}"}
 ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
@@ -62,24 +56,20 @@ SETTINGS: dict[str, dict] = {
         output_type="loglikelihood", doc_to_text="{{context}}", doc_to_target="{{' ' + word}}",
         metric_list=[*_metrics("acc"), dict(metric="perplexity", aggregation="perplexity", higher_is_better=False)],
     ),
-    "docs_rolling": dict(
-        output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}",
-        metric_list=[dict(metric=name) for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
-    ),
 }  # fmt: skip
 
 
 def next_sentence(prose: Sequence[Passage]) -> Iterator[dict]:
     """One item of each passage of two sentences or more."""
-    # Sentences that go on after others: the first one of a docstring is told from them by its style.
+    # Sentences that go on after others: the first one of a passage may be told by its style.
     later: dict[str, list[tuple[Passage, str]]] = {}
     for passage in prose:
         found = [(passage, s) for s in passage.sentences[1:] if len(words_of(s)) in CONTINUATION]
-        later.setdefault(passage.package, []).extend(found)
+        later.setdefault(passage.text, []).extend(found)
     for passage in _shuffled(prose):
-        *context, last = passage.sentences
+        *context, last = passage.sentences[-2:]
         length = len(words_of(last))
-        others = [s for p, s in later[passage.package] if p is not passage and abs(len(words_of(s)) - length) <= 2]
+        others = [s for p, s in later[passage.text] if p is not passage and abs(len(words_of(s)) - length) <= 2]
         if context and length in CONTINUATION and len(others) >= CHOICES - 1:
             yield {"context": " ".join(context)} | _choices(last, random.Random(last).sample(others, CHOICES - 1))
 
@@ -123,33 +113,14 @@ def word_cloze(prose: Sequence[Passage]) -> Iterator[dict]:
     """One item of each passage of two sentences or more that ends with a word that is in use elsewhere."""
     uses = _uses(prose)
     for passage in _shuffled(prose):
-        *context, word = " ".join(passage.sentences).split(" ")
+        *context, word = " ".join(passage.sentences[-2:]).split(" ")
         word = word[:-1]
         if len(passage.sentences) > 1 and len(context) >= BEFORE_BLANK and uses[word] >= USES:
             yield {"context": " ".join(context), "word": word}
 
 
-def docs_rolling(prose: Sequence[Passage]) -> Iterator[dict]:
-    """The beginnings of two documents of each package: of the longest, and of one of any length."""
-    documents: dict[str, dict[str, list[str]]] = {}
-    for passage in prose:
-        documents.setdefault(passage.package, {}).setdefault(passage.module, []).extend(passage.sentences)
-    for of_package in documents.values():
-        lengths = {module: sum(map(len, map(words_of, of_package[module]))) for module in of_package}
-        enough = [module for module in lengths if lengths[module] >= DOCUMENT.start]
-        longest = sorted(enough, key=lambda module: (-lengths[module], module))
-        for module in longest[:1] + sorted(longest[1:], key=_hash)[:1]:
-            yield {"text": _beginning(of_package[module])}
-
-
-def _beginning(sentences: Sequence[str]) -> str:
-    """As many sentences as a document takes, one on each line."""
-    words = accumulate(len(words_of(sentence)) for sentence in sentences)
-    return "\n".join(s for s, n in zip(sentences, words, strict=True) if n < DOCUMENT.stop)
-
-
 # Each makes the items of a task one by one, so that no more are made than are asked for.
-TASKS = (next_sentence, word_choice, true_sentence, word_cloze, docs_rolling)
+TASKS = (next_sentence, word_choice, true_sentence, word_cloze)
 
 
 def make_items(prose: Sequence[Passage], most: int) -> dict[str, list[dict]]:
@@ -201,33 +172,13 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_tasks(folder: Path, items: dict[str, list[dict]], sources: dict[str, str]) -> None:
-    """Write the tasks, and what they are made of."""
+def write_tasks(folder: Path, tag: str, items: dict[str, list[dict]]) -> None:
+    """Write a YAML and a JSONL file for each task, whose name is the tag and that of its items."""
     folder.mkdir(parents=True, exist_ok=True)
-    hashes = {}
     for name, of_task in items.items():
-        lines = "".join(json.dumps(item) + "\n" for item in of_task)
-        data = folder.resolve() / f"{name}.jsonl"
-        data.write_text(lines, encoding="utf-8")
-        hashes[name] = _hash(lines)
-        config = {"task": name, "tag": [TAG], "dataset_path": "json", "test_split": "test", "num_fewshot": 0}
+        data = folder.resolve() / f"{tag}_{name}.jsonl"
+        data.write_text("".join(json.dumps(item) + "\n" for item in of_task), encoding="utf-8")
+        config = {"task": data.stem, "tag": [tag], "dataset_path": "json", "test_split": "test", "num_fewshot": 0}
         config |= {"dataset_kwargs": {"data_files": {"test": str(data)}}, "metadata": {"version": 1.0}}
         # JSON is YAML, too.
-        (folder / f"{name}.yaml").write_text(json.dumps(config | SETTINGS[name], indent=1) + "\n", encoding="utf-8")
-    told = {"versions": sources, "items": {name: len(of_task) for name, of_task in items.items()}, "sha256": hashes}
-    (folder / "sources.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Make the tasks, and print how many they are."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder for the tasks")
-    parser.add_argument("--items", type=int, default=300, metavar="N", help="items of each task at most (default: 300)")
-    arguments = parser.parse_args(argv)
-    items = make_items(passages(), arguments.items)
-    write_tasks(arguments.folder, items, versions())
-    print(", ".join(f"{len(of_task)} items of {name}" for name, of_task in items.items()))
-
-
-if __name__ == "__main__":
-    main()
+        data.with_suffix(".yaml").write_text(json.dumps(config | SETTINGS[name], indent=1) + "\n", encoding="utf-8")

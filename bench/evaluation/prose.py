@@ -1,26 +1,8 @@
-"""English prose that ships with CPython and Python packages: the sentences of their docstrings.
+"""English prose in texts of any kind: their whole sentences, without names of code, numbers and formulas."""
 
-Files are parsed and never imported. What comes out depends on the versions of the packages, and on nothing else.
-"""
-
-import ast
-import importlib.metadata
-import importlib.util
-import platform
 import re
-import sysconfig
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-
-CPYTHON = "cpython"
-
-# All of them come with `pip install -e '.[dev]'`.
-PACKAGES = (CPYTHON, "numpy", "pandas", "matplotlib", "sympy", "networkx", "torch", "mypy", "hypothesis", "jinja2")
-
-# Folders of code that is no part of a package's own, or not there in every installation.
-PASSED_OVER = set("test tests site-packages dist-packages idlelib lib2to3 turtledemo ensurepip _vendor".split())  # noqa: SIM905
 
 # A word may have a hyphen or an apostrophe; capitals within a word, digits and underscores are names of code.
 _WORD = r"[A-Za-z][a-z]*(?:['-][A-Za-z]?[a-z]+)*"
@@ -40,51 +22,15 @@ LEAST_WORDS = 5
 
 @dataclass(frozen=True)
 class Passage:
-    """Sentences that follow each other in one docstring.
+    """Sentences that follow each other.
 
     Attributes:
-        package: the package that it is from.
-        module: path of the file in the package.
+        text: name of the text that they are from.
         sentences: the sentences, at least one.
     """
 
-    package: str
-    module: str
+    text: str
     sentences: tuple[str, ...]
-
-
-def passages(packages: Sequence[str] = PACKAGES) -> list[Passage]:
-    """The prose of these packages, in the order of the packages and of the names of their files; no sentence twice."""
-    seen: set[str] = set()
-    return [
-        Passage(package, file.relative_to(root).as_posix(), run)
-        for package in packages
-        for root in (_folder(package),)
-        for file in sorted(root.rglob("*.py"))
-        if PASSED_OVER.isdisjoint(file.relative_to(root).parts)
-        for text in docstrings(file.read_bytes())
-        for run in runs_of_sentences(text, seen)
-    ]
-
-
-def versions() -> dict[str, str]:
-    """The installed version of each package."""
-    return {CPYTHON: platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES[1:]}
-
-
-def docstrings(source: bytes) -> Iterator[str]:
-    """The docstrings of a file, outer ones first."""
-    with warnings.catch_warnings():
-        # Backslashes in docstrings cause warnings.
-        warnings.simplefilter("ignore")
-        try:
-            tree = ast.parse(source)
-        except SyntaxError:
-            # Written for a later Python than this one, and imported there only.
-            return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield ast.get_docstring(node) or ""
 
 
 def runs_of_sentences(text: str, seen: set[str]) -> Iterator[tuple[str, ...]]:
@@ -114,12 +60,3 @@ def is_prose(sentence: str) -> bool:
 def words_of(sentence: str) -> list[str]:
     """The words of a sentence, without punctuation."""
     return [word.strip(".,;:?!()") for word in sentence.split()]
-
-
-def _folder(package: str) -> Path:
-    if package == CPYTHON:
-        return Path(sysconfig.get_path("stdlib"))
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
-        raise SystemExit(f"{package}: the tasks take text from this package, which is not installed")
-    return Path(found.origin).parent

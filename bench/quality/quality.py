@@ -17,8 +17,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-# The package of this checkout, whatever is installed.
+# The package of this checkout, whatever is installed; and texts.py.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "evaluation"))
 
 import baselines
 import texts

@@ -1,32 +1,32 @@
-"""Tasks made of prose that ships with packages: what counts as prose, and that every item is what its task says."""
+"""The suite: its texts share no run of words, its tasks are what they say, and a model is measured once."""
 
 import json
+import math
+import zipfile
 from collections import Counter
+from pydoc_data.topics import topics
 
 import make_tasks
 import prose
 import pytest
-
-# A small package that is always installed, with the prose of which items of every task can be made.
-PACKAGE = "jinja2"
+import suite
+import suite_texts
+from helpers.families import save_model
 
 
 @pytest.fixture(scope="module")
 def passages():
-    return prose.passages([PACKAGE])
+    """The prose of CPython's language reference."""
+    seen: set[str] = set()
+    return [prose.Passage("", found) for text in topics.values() for found in prose.runs_of_sentences(text, seen)]
 
 
 @pytest.fixture(scope="module")
-def few_uses():
-    # It uses no word as often as all packages together do.
+def items(passages):
+    # It uses no word as often as the suite's texts do.
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(make_tasks, "USES", 2)
-        yield
-
-
-@pytest.fixture(scope="module")
-def items(passages, few_uses):
-    return make_tasks.make_items(passages, 20)
+        return make_tasks.make_items(passages, 20)
 
 
 def sentences_of(passages):
@@ -56,7 +56,7 @@ def test_whole_sentences(sentence, is_prose):
 
 class TestItems:
     def test_next_sentence(self, items, passages):
-        following = {" ".join(p.sentences[:-1]): p for p in passages if len(p.sentences) > 1}
+        following = {p.sentences[-2]: p for p in passages if len(p.sentences) > 1}
         assert len(items["next_sentence"]) == 20
         for item in items["next_sentence"]:
             right, wrong = chosen(item)
@@ -91,14 +91,50 @@ class TestItems:
         assert {item["label"] for item in items["true_sentence"]} == set(range(2))
 
 
-def test_files(items, tmp_path):
-    make_tasks.write_tasks(tmp_path / "tasks", items, {"jinja2": "3"})
-    for name, of_task in items.items():
-        config = json.loads((tmp_path / "tasks" / f"{name}.yaml").read_text())
-        assert (config["task"], config["tag"]) == (name, ["prose"])
-        data = config["dataset_kwargs"]["data_files"]["test"]
-        with open(data) as file:
-            assert [json.loads(line) for line in file] == of_task
-    sources = json.loads((tmp_path / "tasks" / "sources.json").read_text())
-    assert sources["versions"] == {"jinja2": "3"}
-    assert sources["items"]["next_sentence"] == 20
+def test_texts_share_no_run_of_words(tmp_path, monkeypatch):
+    """Neither with each other nor with a calibration text; what is reported goes before."""
+    folder = tmp_path / "packages" / "a==1"
+    folder.mkdir(parents=True)
+    words = [" ".join(f"w{'abcdefghij'[n]}{'abcdefghij'[m]}" for m in range(10) for _ in "xx") for n in range(4)]
+    with zipfile.ZipFile(folder / "a-1.whl", "w") as wheel:
+        wheel.writestr("a/choose.txt", "\n\n".join(words))
+        wheel.writestr("a/report.txt", "\n\n".join(words[1:3]))
+    sources = [
+        suite_texts.Source(f"{half}_prose", "a==1", rf"a/{half}\.txt", suite_texts._whole, "ours")
+        for half in suite_texts.HALVES
+    ]
+    monkeypatch.setattr(suite_texts, "SOURCES", sources)
+    (tmp_path / "calibration").write_text(words[2])
+    suite_texts.write_texts(tmp_path, [tmp_path / "calibration"])
+    assert (tmp_path / "report_prose.txt").read_text() == words[1] + "\n"
+    assert (tmp_path / "choose_prose.txt").read_text() == f"{words[0]}\n\n{words[3]}\n"
+
+
+def test_measure(items, tmp_path, capsys, monkeypatch):
+    """The same weights are measured once, and others differ from them."""
+    monkeypatch.setattr(suite, "SEQLEN", 32)
+    (tmp_path / "choose_prose.txt").write_text("".join(f"{n} is a number, and so is {n * n}.\n" for n in range(100)))
+    make_tasks.write_tasks(tmp_path, "choose", {name: of_task[:3] for name, of_task in items.items()})
+    models = [str(save_model(tmp_path / f"model{n}", "llama", num_hidden_layers=n)) for n in (1, 2)]
+    command = ["measure", str(tmp_path), *models, "--dense", models[0], "--half", "choose", "--windows", "2"]
+    suite.main(command)
+    found = json.loads((tmp_path / "suite.json").read_text())["choose"]
+    dense, other = (found[model] for model in models)
+    assert dense["ratio"] == [1, 0]
+    assert math.isclose(other["ratio"][0], other["perplexity"]["choose_prose"] / dense["perplexity"]["choose_prose"])
+    assert set(other["accuracy"]) == {f"choose_{name}" for name in items}
+    assert f"| {models[1]} | " in capsys.readouterr().out
+    monkeypatch.setattr(suite, "scores_of", None)
+    suite.main(command)
+
+
+def test_both_means():
+    """Of ratios of perplexities over texts, and of what tasks lose of what is above chance."""
+    dense = {"txt": {"a": [-1.0, -3.0], "b": [-2.0, -2.0]}, "jsonl": {"h_true_sentence": [1.0, 1.0, 1.0, 0.0]}}
+    pruned = {"txt": {"a": [-2.0, -3.0], "b": [-2.5, -2.5]}, "jsonl": {"h_true_sentence": [1.0, 0.0, 1.0, 0.0]}}
+    found = suite.compared(pruned, dense)
+    assert found["perplexity"] == {"a": math.exp(2.5), "b": math.exp(2.5)}
+    # The windows of b lose alike. Those of a lose 1 and 0: a standard error of 1/2, for two texts 1/4.
+    assert found["ratio"] == pytest.approx([math.exp(0.5), math.exp(0.5) / 4])
+    # Of four items one is lost: 1/4 of the accuracy, of which 3/4 - 1/2 are above chance.
+    assert found["lost"] == pytest.approx((1.0, 1.0))
