@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+from transformers.models.auto import AutoTokenizer
 
 from sparsefw.data.batches import Batch, token_batch
 from sparsefw.data.text import errors_in_one_line, read_text

@@ -20,7 +20,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -31,7 +31,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.models.auto import modeling_auto
+from transformers.models.auto import AutoConfig, modeling_auto
 from transformers.utils import logging
 
 from sparsefw.checkpoint.quantization import GUARD, KEY, ORIGINAL
