@@ -3,9 +3,25 @@
 Fixtures import what they take: the process that hands tests to workers waits for no import of torch.
 """
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_runs():
+    """Blocks are reconstructed in one round, also where others would pay: tests of rounds set how many there are.
+
+    Nothing waits for the disk: no test ends the machine.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        # Where no test has imported it, none prunes a model.
+        if "transformers" in sys.modules:
+            patch.setattr("sparsefw.driver.reconstruct.MOST_ROUNDS", 1)
+        yield
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparsefw import InputError, PruneConfig, prune, verify
 from sparsefw.caller import to_logger
 from sparsefw.data.windows import calibration_windows
+from sparsefw.driver import run as driver_run
 from sparsefw.report.content import read_report
 
 SMALL = dict(nsamples=6, seqlen=32)
@@ -48,17 +49,6 @@ def test_the_same_bytes_as_the_command_line(source, text, tmp_path):
     assert set(result.perplexity[str(text)]) == {"dense", "sparsefw"}
 
 
-def test_documents_and_tokens(source, text, tmp_path):
-    """The same windows give the same bytes, whether from documents or tokens."""
-    prune(source, tmp_path / "name", CONFIG, dataset=text, **SMALL)
-    prune(source, tmp_path / "texts", CONFIG, dataset=[TEXT], **SMALL)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    windows = calibration_windows(tokenizer, str(text), **SMALL, seed=0)
-    result = prune(source, tmp_path / "tokens", CONFIG, dataset=windows.ids)
-    assert shards(tmp_path / "name") == shards(tmp_path / "texts") == shards(tmp_path / "tokens")
-    assert (result.report.data.windows, result.report.data.seqlen) == (6, 32)
-
-
 PARTS = [TEXT[at : at + 400] for at in range(0, len(TEXT), 400)]
 RECORDS = Dataset.from_list([{"text": part, "number": n} for n, part in enumerate(PARTS)])
 MESSAGES = [{"messages": [{"role": "user", "content": part}]} for part in PARTS]
@@ -71,14 +61,31 @@ ROWS = [list(range(n, n + 16)) for n in range(2, 8)]
 PADDED = {"input_ids": [[2, 3, 4, 0], [5, 6, 7, 8]], "attention_mask": [[1, 1, 1, 0], [1, 1, 1, 1]]}
 
 
-@pytest.mark.parametrize("kind", TEXTS)
-def test_kinds_of_texts(kind, source, tmp_path):
+@pytest.fixture
+def windows(source, tmp_path, monkeypatch):
+    """What `prune` calibrates on: the run ends when its windows are there. Their name, digest and shape."""
+    monkeypatch.setattr(driver_run, "carry_out", lambda job, prepared, *others: prepared.calibration)
+
+    def windows_of(**given):
+        found = prune(source, tmp_path / "out", CONFIG, **given).report
+        return found.source, found.hash, found.ids.shape
+
+    return windows_of
+
+
+def test_documents_and_tokens(source, text, windows):
+    """They make the same windows."""
+    ids = calibration_windows(AutoTokenizer.from_pretrained(source), str(text), **SMALL, seed=0).ids
+    assert windows(dataset=ids)[1:] == windows(dataset=text, **SMALL)[1:] == windows(dataset=[TEXT], **SMALL)[1:]
+
+
+def test_kinds_of_texts(source, windows):
     """The same texts in whatever holds them are the same windows."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.chat_template = "{{ messages[0].content }}"
-    magnitude = partial(prune, source, kernel="torch", method="magnitude", tokenizer=tokenizer, **SMALL)
-    plain, found = magnitude(tmp_path / "plain", dataset=PARTS), magnitude(tmp_path / kind, dataset=TEXTS[kind])
-    assert found.report.data == plain.report.data
+    plain = windows(dataset=PARTS, tokenizer=tokenizer, **SMALL)
+    for kind, texts in TEXTS.items():
+        assert windows(dataset=texts, tokenizer=tokenizer, **SMALL) == plain, kind
 
 
 @pytest.mark.parametrize(
@@ -93,12 +100,9 @@ def test_kinds_of_texts(kind, source, tmp_path):
         ([[2, 3, 4], [5, 6]], dict(nsamples=1, seqlen=5), [[2, 3, 4, 5, 6]]),
     ],
 )
-def test_kinds_of_tokens(dataset, shape, expected, source, tmp_path):
-    config = PruneConfig(kernel="torch", method="magnitude")
-    found = prune(source, tmp_path / "kind", config, dataset=dataset, **shape).report.data
-    assert found == prune(source, tmp_path / "windows", config, dataset=torch.tensor(expected)).report.data
-    some = prune(source, tmp_path / "some", config, dataset=iter(ROWS), nsamples=2).report.data
-    assert (some.windows, some.seqlen) == (2, 16)
+def test_kinds_of_tokens(dataset, shape, expected, windows):
+    assert windows(dataset=dataset, **shape) == windows(dataset=torch.tensor(expected))
+    assert windows(dataset=iter(ROWS), nsamples=2)[2] == (2, 16)
 
 
 def test_a_mixture_of_texts(source, text, tmp_path):

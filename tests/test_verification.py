@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers.families import first_is_fast, save_model
-from helpers.stacks import STACKS, drawn
+from helpers.stacks import drawn
 from helpers.verifying import (
     DOWN,
     NORM,
@@ -307,7 +307,7 @@ def test_bad_input(pruned, tmp_path, capsys):
     refused(capsys, r".*report\.json: it has no layers pruned by wanda", copy)
 
 
-@pytest.fixture(scope="module", params=first_is_fast(STACKS))
+@pytest.fixture(scope="module", params=first_is_fast(["bert", "whisper", "mixtral", "diffusion"]))
 def stack(request, tmp_path_factory):
     """Source and output of a model in memory that was pruned on batches."""
     folder, (model, batches) = tmp_path_factory.mktemp(request.param), drawn(request.param, 2)

@@ -21,7 +21,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from sparsefw import memory, run
 from sparsefw import prune as prune_in_memory
 from sparsefw.arithmetic import OnItsWay, all_finite
-from sparsefw.driver import reconstruct
 from sparsefw.driver import run as driver_run
 from sparsefw.estimate import placement
 from sparsefw.kernels import cpu, triton_ops
@@ -147,7 +146,7 @@ def prune(source, output, *flags, stand_ins=False):
 def test_whole_run(tmp_path, capsys):
     # A small model, since Triton's interpreter is slow.
     source = save_model(tmp_path / "model", "llama", torch.bfloat16, num_hidden_layers=1)
-    little = ["--nsamples", "2", "--seqlen", "16", "--steps", "1", "--refit", "1", "--rounds", "1"]
+    little = ["--nsamples", "2", "--seqlen", "16", "--steps", "1", "--refit", "1", "--rounds", "0"]
     gpu, report = prune(source, tmp_path / "out", *little, "--reconstruct", "0")
     assert "kernel: triton (CUDA is available), precision " in capsys.readouterr().out
     assert report["device"] == NAME
@@ -244,9 +243,8 @@ def test_the_thread_that_writes_a_block_waits_for_its_copies(tmp_path, monkeypat
     assert [path.read_bytes() for path in plain] == [path.read_bytes() for path in late]
 
 
-def test_the_host_does_not_wait_in_a_step_of_a_reconstruction(tmp_path, monkeypatch):
+def test_the_host_does_not_wait_in_a_step_of_a_reconstruction(tmp_path):
     """Twice the steps, and no more waits, also where predictions are compared."""
-    monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 1)
     source, waits = save_model(tmp_path / "model", "llama", torch.bfloat16), []
     for passes in ("1", "2"):
         flags = ["--nsamples", "4", "--seqlen", "16", "--method", "wanda", "--reconstruct", passes]
@@ -258,7 +256,6 @@ def test_the_host_does_not_wait_in_a_step_of_a_reconstruction(tmp_path, monkeypa
 
 def test_all_phases_but_steps_take_several_windows(tmp_path, monkeypatch):
     """Of 17 micro-batches of four windows, the last one of three, one is held out. Steps take two windows, or one."""
-    monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 1)
     monkeypatch.setattr(placement, "LEAST_STEPS", 33)
     source = save_model(tmp_path / "model", "llama", torch.bfloat16, num_hidden_layers=2)
     forward, calls = LlamaMLP.forward, Counter()

@@ -1,5 +1,7 @@
 """Tiny random models of every family that must work, as checkpoints on disk."""
 
+import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -90,12 +92,26 @@ HANDING_ON = {
 }  # fmt: skip
 
 
+# Checkpoints by what they were made of, each with the state of torch's generator behind it.
+_MADE: dict[str, tuple[tempfile.TemporaryDirectory, torch.Tensor]] = {}
+
+
 def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Path:
-    """A random checkpoint of a family with a byte-level tokenizer; `changes` go into its config, None takes out."""
-    torch.manual_seed(seed)
-    options = COMMON | {"model_type": family} | (FAMILIES | OTHERS | HANDING_ON)[family] | changes
-    config = AutoConfig.for_model(**{name: value for name, value in options.items() if value is not None})
-    return write_random(AutoModelForCausalLM.from_config(config, dtype=dtype), folder)
+    """A random checkpoint of a family with a byte-level tokenizer; `changes` go into its config, None takes out.
+
+    It is made once, and then copied.
+    """
+    key = repr((family, dtype, seed, changes))
+    if key not in _MADE:
+        torch.manual_seed(seed)
+        options = COMMON | {"model_type": family} | (FAMILIES | OTHERS | HANDING_ON)[family] | changes
+        config = AutoConfig.for_model(**{name: value for name, value in options.items() if value is not None})
+        made = tempfile.TemporaryDirectory()
+        write_random(AutoModelForCausalLM.from_config(config, dtype=dtype), Path(made.name))
+        _MADE[key] = made, torch.get_rng_state()
+    made, state = _MADE[key]
+    torch.set_rng_state(state)
+    return shutil.copytree(made.name, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
 
 def experts_like(family: str, tokens: int = 7, **changes) -> tuple[torch.nn.Module, list[torch.Tensor]]:

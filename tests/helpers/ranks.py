@@ -9,11 +9,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 
-from sparsefw.driver import reconstruct
 from sparsefw.driver.job import Job
 from sparsefw.driver.run import run_job
 from sparsefw.inputs import Inputs, Output
@@ -59,16 +57,14 @@ def prune(
     eval_windows: int = 7,
     **places: Any,
 ) -> tuple[Report, list[str]]:
-    """Prune a checkpoint, with one round of a reconstruction; returns the report, and the lines of the log."""
+    """Prune a checkpoint; returns the report, and the lines of the log."""
     inputs = Inputs(
         model=str(source), dataset=text, nsamples=windows, seqlen=SEQLEN, evaluate=(text,), eval_windows=eval_windows
     )
     config = PruneConfig(**dict(kernel="torch", precision="ieee") | config)
     lines: list[str] = []
     job = Job(inputs, config, Output(output, **places), folder=source)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reconstruct, "MOST_ROUNDS", 1)
-        return run_job(job, lines.append, False, ranks), lines
+    return run_job(job, lines.append, False, ranks), lines
 
 
 def _be(folder: Path, number: int, count: int, do: Callable[..., Any], args: tuple[Any, ...]) -> None:

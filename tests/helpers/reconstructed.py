@@ -33,10 +33,9 @@ RATE = 0.02
 
 
 def set_constants(patch: pytest.MonkeyPatch) -> None:
-    """A low rate, one round, and one window a micro-batch, so that runs without a reconstruction give the same bits."""
+    """A low rate, and one window a micro-batch, so that runs without a reconstruction give the same bits."""
     patch.setitem(BATCH_TOKENS, "cpu", SEQLEN)
     patch.setattr(reconstruct, "RATE", RATE)
-    patch.setattr(reconstruct, "MOST_ROUNDS", 1)
 
 
 def make_place(folder: Path, family: str, dtype: torch.dtype = torch.float32, **changes) -> Path:

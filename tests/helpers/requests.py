@@ -20,7 +20,7 @@ def some_requests(seed=0, longest=60):
         return [draw.randrange(2, VOCABULARY) for _ in range(draw.randint(least, most))]
 
     requests = []
-    for _ in range(6):
+    for _ in range(3):
         context = tokens(9, 30)
         requests += [request_of(context, tokens(1, 9), longest) for _ in range(4)]
     requests.append(request_of([*requests[0].read, 5, 6], [7], longest))
