@@ -43,10 +43,10 @@ def row_backend(request, monkeypatch) -> ModuleType:
 
     if request.param == "chunks":
         for module in (bound, candidates, removed, rounding, rows):
-            monkeypatch.setattr(module, "row_tile", lambda rows, d: dict(BLOCK_R=32, BLOCK_D=64))
+            monkeypatch.setattr(module, "row_tile", lambda rows, d: dict(BLOCK_R=64, BLOCK_D=128))
         for module, tile in (
             (lmo, dict(BLOCK_R=256, BLOCK_D=64, SEARCH_D=128)),
-            (step, dict(BLOCK_R=128, BLOCK_D=64, SEARCH_D=128)),
+            (step, dict(BLOCK_R=128, BLOCK_D=128, SEARCH_D=256)),
             (conjugate, dict(BLOCK_R=64, BLOCK_D=64)),
             (swaps, dict(BLOCK_R=64, BLOCK_D=64)),
         ):

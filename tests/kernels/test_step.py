@@ -82,8 +82,10 @@ def check_step(backend, state, **numbers):
     assert torch.equal(state.E, (gap + start.W.masked_fill(state.V, 0)).to(state.E.dtype))
 
 
-@pytest.mark.parametrize(("theta", "next_theta"), first_is_fast([(0.4, 0.6), (0.0, 0.0), (1.0, 1.0)]))
-@pytest.mark.parametrize("eta", [None, 0.25])
+@pytest.mark.parametrize(
+    ("eta", "theta", "next_theta"),
+    first_is_fast([(None, 0.4, 0.6), (0.25, 0.4, 0.6), (None, 0.0, 0.0), (None, 1.0, 1.0)]),
+)
 def test_rows(row_backend, eta, theta, next_theta):
     check_step(row_backend, solver_state(37, 262, 100), eta=eta, theta=theta, next_theta=next_theta)
 
