@@ -18,23 +18,43 @@ COMMITTED = BENCH / "results" / "compiled.json"
 INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 
+# All rows; some as if the table were of other kernels; and tiles that the interpreter never sees: it has its own.
+RUNS = f"""
+import sys
+sys.path[:0] = [{str(BENCH)!r}, {str(BENCH.parent)!r}]
+import compiled
+compiled.main(["--json", "all.json"])
+compiled.main(["--json", "again.json", "--known", "known.json", "--only", "mirror 4096"])
+from sparsefw.kernels import mirror
+mirror.configuration = lambda: dict(BLOCK=48)
+compiled.main(["--only", "mirror_lower"])
+"""
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> list[dict]:
-    """Every row of compiled.py. Launches that are the same as in the committed table need not be compiled."""
-    return compile_rows(tmp_path_factory.mktemp("triton"))
+def runs(tmp_path_factory) -> tuple[list[dict], list[dict], str]:
+    """All rows, rows that are compiled again, and the end of a run that does not compile.
 
-
-def compile_rows(folder: Path, *flags: str) -> list[dict]:
-    """Rows of the table."""
-    run = in_process([str(BENCH / "compiled.py"), "--json", str(folder / "compiled.json"), *flags], folder)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads((folder / "compiled.json").read_text())["rows"]
-
-
-def in_process(arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
-    """Run Python in a process of its own: in this one the interpreter may be on."""
+    Made in one process of their own, since in this one the interpreter may be on. Launches that are the same as in the
+    committed table need not be compiled.
+    """
+    folder = tmp_path_factory.mktemp("triton")
+    known = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    for row in known["rows"]:
+        row |= {"fingerprint": "0", "registers": 0}
+    (folder / "known.json").write_text(json.dumps(known))
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", RUNS]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert (folder / "again.json").exists(), run.stderr[-4000:]
+    assert run.returncode == 1
+    return *(json.loads((folder / f"{name}.json").read_text())["rows"] for name in ("all", "again")), run.stderr
+
+
+@pytest.fixture(scope="module")
+def compiled(runs) -> list[dict]:
+    """Every row of compiled.py."""
+    return runs[0]
 
 
 def label(case: dict) -> str:
@@ -63,15 +83,9 @@ def test_the_committed_table_is_true(compiled):
     assert compiled == rows, "python bench/compiled.py --json bench/results/compiled.json makes it anew"
 
 
-def test_what_is_not_the_same_is_compiled_again(tmp_path):
-    """As if the table were of another kernel, and its numbers wrong."""
-    content = json.loads(COMMITTED.read_text(encoding="utf-8"))
-    for row in content["rows"]:
-        row |= {"fingerprint": "0", "registers": 0}
-    (tmp_path / "known.json").write_text(json.dumps(content))
-    rows = compile_rows(tmp_path, "--known", str(tmp_path / "known.json"), "--only", "mirror 4096")
-    assert len(rows) == len(INSTRUCTION)
-    assert all(row["registers"] for row in rows)
+def test_what_is_not_the_same_is_compiled_again(runs):
+    assert len(runs[1]) == len(INSTRUCTION)
+    assert all(row["registers"] for row in runs[1])
 
 
 def test_nothing_spills_and_shared_memory_fits(compiled):
@@ -82,21 +96,8 @@ def test_nothing_spills_and_shared_memory_fits(compiled):
     assert line == f"{small['name']} on sm_80 ({small['config']}): 102400 shared, limit 101376"
 
 
-# Tiles that the interpreter never sees: it has its own.
-INVALID = f"""
-import sys
-sys.path[:0] = [{str(BENCH)!r}, {str(BENCH.parent)!r}]
-import compiled
-from sparsefw.kernels import mirror
-mirror.configuration = lambda: dict(BLOCK=48)
-compiled.main(["--only", "mirror_lower"])
-"""
-
-
-def test_a_launch_that_does_not_compile_is_named(tmp_path):
-    run = in_process(["-c", INVALID], tmp_path)
-    assert run.returncode == 1
-    last = run.stderr.splitlines()[-1]
+def test_a_launch_that_does_not_compile_is_named(runs):
+    last = runs[2].splitlines()[-1]
     assert last.startswith("mirror 4096 on sm_80 does not compile with ")
     assert "'BLOCK': 48" in last
 

@@ -2,10 +2,12 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu_lines
 import gpu_products
@@ -107,8 +109,19 @@ def test_steps_of_a_reconstruction_are_timed_and_give_the_same_bits(lines):
     assert [row["differs"] for row in rows if "differs" in row] == [0] * 3
 
 
+def forked(command, **options):
+    """`python -m sparsefw.run` as a copy of this process, which need not import anything."""
+    process = multiprocessing.get_context("fork").Process(target=sparsefw.run.main, args=(command[3:],))
+    process.start()
+    wait = lambda: (process.join(), process.exitcode)[1]  # noqa: E731
+    return SimpleNamespace(poll=lambda: process.exitcode, kill=process.kill, wait=wait)
+
+
 @pytest.mark.parametrize(("step", "same"), [("2", []), ("5", [True] * 4)])
-def test_runs(step, same, lines, monkeypatch):
+def test_runs(step, same, lines, set_threads, monkeypatch):
+    # A pool of threads does not survive the fork.
+    set_threads(1)
+    monkeypatch.setattr(gpu_runs, "subprocess", SimpleNamespace(Popen=forked, DEVNULL=subprocess.DEVNULL))
     monkeypatch.setattr(gpu_runs, "launch", lambda arguments, environment: (sparsefw.run.main(arguments), ""))
     names = [name for name in gpu_steps.STEPS[step] if name != "reconstruction"]
     rows = [row for name in names for row in lines(name)]

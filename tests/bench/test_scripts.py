@@ -1,8 +1,9 @@
 """Scripts of bench/ run the package of their own checkout, and say which names there are."""
 
+import importlib
 import importlib.util
-import os
-import subprocess
+import multiprocessing
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,17 +16,21 @@ REPO = Path(kill_runs.__file__).resolve().parents[2]
 OTHERS = {"gpu_steps.py", "kill_runs.py"}
 SCRIPTS = [p for p in (REPO / "bench").rglob("*.py") if "__main__" in p.read_text() and p.name not in OTHERS]
 
-# As `python SCRIPT` does it: the script's folder comes first, then PYTHONPATH.
-IMPORTED = """
-import importlib, os, runpy, sys
-path = sys.path[1:]
-for script in sys.argv[1:]:
-    sys.path[:] = [os.path.dirname(script), *path]
-    for name in [name for name in sys.modules if name.partition(".")[0] == "sparsefw"]:
-        del sys.modules[name]
-    runpy.run_path(script)
-    print(importlib.import_module("sparsefw").__file__, script)
-"""
+
+def find_packages(installed, found):
+    """Write down where each script finds the package, as `python SCRIPT` does: its folder first, then PYTHONPATH.
+
+    In a copy of this process, which has what they import but the package and the modules beside them.
+    """
+    path = [folder for folder in sys.path if not Path(folder).resolve().is_relative_to(REPO)]
+    for script in SCRIPTS:
+        sys.path[:] = [str(script.parent), str(installed), *path]
+        for name, module in [*sys.modules.items()]:
+            if name == "sparsefw" or str(getattr(module, "__file__", None)).startswith(f"{REPO}/bench"):
+                del sys.modules[name]
+        runpy.run_path(str(script))
+        with found.open("a") as file:
+            print(importlib.import_module("sparsefw").__file__, script, file=file)
 
 
 @pytest.mark.slow
@@ -34,11 +39,13 @@ def test_the_package_is_the_checkouts_own(tmp_path, monkeypatch):
     installed = tmp_path / "site-packages"
     (installed / "sparsefw").mkdir(parents=True)
     (installed / "sparsefw/__init__.py").write_text("raise ImportError('the installed one')")
-    environment = os.environ | {"PYTHONPATH": str(installed)}
-    command = [sys.executable, "-c", IMPORTED, *map(str, SCRIPTS)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == [f"{REPO}/sparsefw/__init__.py {script}" for script in SCRIPTS]
+    monkeypatch.chdir(tmp_path)
+    found = tmp_path / "found.txt"
+    process = multiprocessing.get_context("fork").Process(target=find_packages, args=(installed, found))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert found.read_text().splitlines() == [f"{REPO}/sparsefw/__init__.py {script}" for script in SCRIPTS]
     # Its runs are processes of their own.
     started: dict = {}
     monkeypatch.setattr(kill_runs.subprocess, "Popen", lambda command, **options: started.update(options))

@@ -5,7 +5,6 @@ import logging
 import sys
 import warnings
 
-import pytest
 import transformers
 from helpers.commands import run
 from helpers.families import save_model
@@ -13,7 +12,6 @@ from helpers.families import save_model
 from sparsefw import plan, verify
 from sparsefw.cli import load_libraries
 
-LONG = "x/" * 2500
 # It clears the screen, breaks the line, and turns the direction of what follows.
 HOSTILE = "a\x1b[2J\nb\u202ec"
 SHOWN = r"a\x1b[2J\nb\u202ec"
@@ -37,25 +35,6 @@ def test_the_log_of_hostile_names(tmp_path, text, capsys):
         f"model: {tmp_path}/{SHOWN}, Lla",
     ):
         assert line in said
-
-
-@pytest.mark.parametrize(
-    ("command", "flags"),
-    [
-        (run, ["--model", LONG]),
-        (run, ["--dataset", HOSTILE]),
-        (verify.main, [HOSTILE]),
-    ],
-)
-def test_bad_names_are_bad_input_and_one_line(command, flags, tmp_path, text, capsys):
-    source = save_model(tmp_path / "model", "llama")
-    capsys.readouterr()
-    status = run(source, text, tmp_path / "out", *flags) if command is run else verify.main(flags)
-    error = capsys.readouterr().err
-    assert status == 2
-    assert error.count("\n") == 1
-    assert error.startswith("sparsefw: ")
-    assert error[:-1].isprintable()
 
 
 def test_libraries_do_not_warn_beside_the_one_line(tmp_path, text, capsys):

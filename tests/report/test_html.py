@@ -11,7 +11,7 @@ from helpers.pages import TYPES, layer, parsed, report_of_run
 
 from sparsefw.report import html as charts
 from sparsefw.report import log
-from sparsefw.report.content import PREDICTIONS, BlockRecord, Reconstruction, Report
+from sparsefw.report.content import PREDICTIONS, Reconstruction, Report
 from sparsefw.report.html import MOST_ROWS, page
 
 VOID = {"meta", "br"}
@@ -122,14 +122,6 @@ def test_experts_are_one_type():
     titles = [e["text"] for e in document.all("title")]
     assert "block 1: sparsefw 0.3750 (mean of 2, 0.2500 to 0.5000), mask only 0.9000" in titles
     assert len(document.all("path", **{"class": "band m0"})) == 2
-
-
-def test_time_is_stacked():
-    blocks = [BlockRecord(n, "", "", seconds, 0, 0) for n, seconds in ((7, {"solve": 3.0, "read": 1.0}), (8, {}))]
-    chart = charts.time_chart(blocks, ["solve", "read"])
-    assert [mark["path"] for mark in chart["marks"]] == ["M50 1000V285.7H450V1000z", "M50 285.7V47.62H450V285.7z"]
-    assert chart["x"] == [("250", "7"), ("750", "8")]
-    assert chart["hits"][0][2] == "block 7: 4.00 s (solve 3.00, read 1.00)"
 
 
 @pytest.mark.parametrize(("limits", "drawn"), [({"host": 4 << 30}, True), ({"host": 400 << 30}, False), ({}, False)])

@@ -94,12 +94,6 @@ def test_rows_fit_a_terminal(block, name, shown):
     assert rows[1].split()[:3] == [shown, "151936x16384", "magnitude"]
 
 
-def test_block_row():
-    row = log.block_row("model.layers.2", 3, 80, 3723.4, Reconstruction(0.5, 0.25, 18, False))
-    assert row == "block 3/80, 1:02:03 left: model.layers.2: reconstructed in 18 steps, loss 0.50000 -> 0.25000"
-    assert log.block_row("model.layers.79", 80, 80) == "block 80/80: model.layers.79"
-
-
 def test_long_lines_are_broken_and_paths_are_not():
     lines = fitted(f"note: /{120 * 'x'}: {'a rose is ' * 30}\x1b")
     assert [len(line) > 100 for line in lines] == [False, True, False, False, False, False]
