@@ -219,7 +219,7 @@ def test_steps_on_pieces_are_those_on_micro_batches_of_their_own(i, llama):
                 dense.advance(i)
                 block.mlp.down_proj.weight[:, ::2] = 0
             weight = block.mlp.down_proj.weight.requires_grad_()
-            run = SimpleNamespace(model=model, ranks=ALONE)
+            run = SimpleNamespace(model=model, ranks=ALONE, rounded=False)
             fit = Fit(run, i, states, dense, learned, held_out, [*ids.split(size)] if i else None, every=2)
             assert (len(fit.steps[0]), len(fit.steps[1])) == (4, 4)
             assert torch.equal(torch.cat([*fit.steps[0].hidden]), torch.cat([states.hidden[j] for j in learned]))
