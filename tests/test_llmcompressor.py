@@ -1,5 +1,7 @@
 """SparseFWModifier in recipes of llm-compressor, on the built-in model."""
 
+import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,14 @@ def test_zeros_are_preserved():
         model.get_parameter(name).data.mul_(mask)
     weights = pruned(dict(sparsity=0.5, preserve_sparsity_mask=True), model)
     assert not any(weights[name][~mask].any() for name, mask in kept.items())
+
+
+def test_the_example_prunes_and_quantises(tmp_path, capsys):
+    main = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples/llmcompressor_recipe.py"))["main"]
+    main(str(MODEL), str(tmp_path), Dataset.from_dict({"input_ids": WINDOWS.tolist()}), max_seq_length=64)
+    fractions = re.findall(r"proj.weight: ([\d.]+)% zeros", capsys.readouterr().out)
+    assert len(fractions) == 7
+    assert all(float(fraction) >= 50 for fraction in fractions)
 
 
 @pytest.mark.parametrize(

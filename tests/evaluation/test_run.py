@@ -1,7 +1,9 @@
 """Whole evaluations."""
 
 import json
+import runpy
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +46,14 @@ def test_output(place, tmp_path):
     assert evaluated(place, output=output, overwrite=True, eval_windows=2) != result
     assert (output / RESULT).read_text() != result.to_json()
     assert {path.name for path in output.iterdir()} == {RESULT, "notes.txt"}
+
+
+def test_the_example_compares_methods(tasks, tmp_path, capsys):
+    main = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples/compare_methods.py"))["main"]
+    few = dict(nsamples=4, seqlen=32, eval_windows=2, kernel="torch", include=["layers.3"], reconstruct=0, compare=())
+    main("default", "tiny_choices", tmp_path, 4, tasks, **few)
+    printed = capsys.readouterr().out
+    assert all(f"{tmp_path}/{method}" in printed for method in ("wanda", "sparsegpt", "sparsefw"))
 
 
 @pytest.mark.slow

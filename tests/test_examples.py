@@ -1,0 +1,47 @@
+"""The scripts of examples/, on the built-in model and few windows.
+
+tests/evaluation/test_run.py runs the one with tasks, tests/test_llmcompressor.py the one of llm-compressor.
+"""
+
+import ast
+import runpy
+from pathlib import Path
+
+import torch
+
+from sparsefw.default.text import training_text
+from sparsefw.inputs import DEFAULT_MODEL
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+FEW = dict(nsamples=4, seqlen=32, eval_windows=2, kernel="torch", progress=False)
+
+
+def main_of(name):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
+
+
+def test_prune_hub_model(tmp_path, capsys):
+    main_of("prune_hub_model")("default", str(tmp_path / "out"), method="wanda", **FEW)
+    printed = capsys.readouterr().out
+    assert "\nwanda " in printed
+    assert "The history of" in printed
+
+
+def test_prune_encoder(tmp_path, capsys):
+    sentences = training_text()[:10_000].split(". ")[:48]
+    main_of("prune_encoder")(DEFAULT_MODEL, tmp_path / "out", sentences, method="wanda", progress=False)
+    assert 0.3 < float(capsys.readouterr().out.split()[-1]) < 1
+    assert (tmp_path / "out/tokenizer.json").exists()
+
+
+def test_time_kernel(capsys):
+    main_of("time_kernel")("48", "64", torch.float32)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["sparsefw", "torch"]
+
+
+def test_llmcompressor_recipe():
+    """What it imports of this package is there."""
+    written = ast.parse((EXAMPLES / "llmcompressor_recipe.py").read_text())
+    (imported,) = [node for node in written.body if getattr(node, "module", "") == "sparsefw.llmcompressor"]
+    module = ast.parse((EXAMPLES.parent / "sparsefw/llmcompressor.py").read_text())
+    assert {x.name for x in imported.names} <= {node.name for node in module.body if isinstance(node, ast.ClassDef)}
