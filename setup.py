@@ -45,7 +45,11 @@ setup(
     python_requires=">=3.11",
     # kernels/ has no __init__.py (why: tests/test_packaging.py), so find_packages passes over it.
     packages=[*find_packages(include=["sparsefw", "sparsefw.*"]), "sparsefw.kernels"],
-    package_data={"sparsefw": ["py.typed"], "sparsefw.report": ["page.html"], "sparsefw.default": ["model/*"]},
+    package_data={
+        "sparsefw": ["py.typed"],
+        "sparsefw.report": ["page.html", "card.md"],
+        "sparsefw.default": ["model/*"],
+    },
     # `make versions` reads the lower bounds from here and tests with exactly these.
     ext_modules=[PACKED],
     install_requires=[

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from sparsefw.caller import bars_wanted, on_cpu_by_default, settings_kept, to_logger, unwrapped
+from sparsefw.data.text import TEXTS, TOKENS
 from sparsefw.errors import InputError, option, shown
 from sparsefw.fields import check_names, checked_path
 from sparsefw.inputs import DEFAULT, Inputs, Output, locate
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 
 # Calibration data, see `prune`.
 Dataset = str | Path | Mapping[Any, Any] | Iterable[Any] | Tensor
-
-# Names of calibration data given as documents, and as token ids.
-TEXTS, TOKENS = "texts", "token ids"
 
 # Kinds of calibration data, for messages.
 EXPECTED = "a name or path, a mapping of these to shares, texts, tokens, or records of text, messages or input_ids"

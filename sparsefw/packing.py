@@ -25,6 +25,7 @@ from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import BATCHES
 from sparsefw.errors import InputError
 from sparsefw.model.skeleton import Skeleton, build
+from sparsefw.report.card import write_card
 from sparsefw.report.content import Report, read_report
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS
@@ -143,6 +144,7 @@ def _rewrite(
     folder = checkpoint.folder
     if output.resolve() == folder.resolve():
         raise InputError(f"{output}: the checkpoint itself; give another folder for the output")
+    report = read_report(folder / REPORTS[0]) if (folder / REPORTS[0]).is_file() else None
     files = defaultdict(list)
     for name, info in checkpoint.tensors.items():
         files[info.file].append(name)
@@ -162,6 +164,6 @@ def _rewrite(
         for name in REPORTS:
             if (folder / name).is_file():
                 durably(writer.folder / name, partial(shutil.copyfile, folder / name))
-        writer.finish()
+        writer.finish(None, partial(write_card, output, report, folder) if report else None)
         before = sum(info.stored_nbytes for info in checkpoint.tensors.values())
         return before, writer.written

@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsefw.arithmetic import check_finite
-from sparsefw.checkpoint.files import DIGEST, SUMS, file_digest, read_sums
-from sparsefw.checkpoint.source import CONFIG, check_file, inspect, read_json, tensors_in
+from sparsefw.checkpoint.files import CARD, DIGEST, SUMS, file_digest, read_sums
+from sparsefw.checkpoint.source import CONFIG, check_file, inspect, matches, read_json, tensors_in
 from sparsefw.checkpoint.tensors import dequantized, read_tensors
 from sparsefw.data.batches import BATCHES
 from sparsefw.errors import InputError, option
@@ -32,6 +32,9 @@ from sparsefw.solver.patterns import Pattern, without_index
 
 # Integers as wide as the values. Read as integers, a NaN equals itself, and -0.0 differs from 0.0.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# What a user edits, and what the Hub and its library add to a folder.
+FREE = (CARD, ".gitattributes", ".cache/huggingface/*")
 
 # Failures of one check that are listed; the others are counted.
 LISTED = 10
@@ -149,8 +152,10 @@ def _check_sums(check: Check, output: Path, digest: str | None) -> str:
     # Links to folders are files of this walk, and not followed.
     files = (path for path in output.rglob("*") if path.is_symlink() or not path.is_dir())
     for name in sorted({path.relative_to(output).as_posix() for path in files} - sums.keys() - {SUMS}):
-        check.failures.append(f"{name}: not in {SUMS}")
-    for name in tqdm(sums, unit="file", disable=None):
+        if not matches(name, FREE):
+            check.failures.append(f"{name}: not in {SUMS}")
+    # Older versions had the card in it.
+    for name in tqdm(sums.keys() - {CARD}, unit="file", disable=None):
         try:
             check_file(output / name, output)
             check.add(name, "" if file_digest(output / name) == sums[name] else "not what the run wrote")

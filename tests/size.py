@@ -11,11 +11,11 @@ REPO = Path(__file__).resolve().parents[1]
 # Lines of code are without docstrings, comments and blank lines. Words are those of README.md and docs/.
 LIMITS = {
     "sparsefw: files": 94,
-    "sparsefw: code lines": 10_600,
+    "sparsefw: code lines": 10_750,
     "kernels: code lines": 2_500,
     "bench: code lines": 3_250,
-    "tests: code lines": 14_100,
-    "documents: words": 15_800,
+    "tests: code lines": 14_260,
+    "documents: words": 15_950,
 }
 # Tables of facts, which are not counted.
 TABLES = {"models.md", "flags.md"}

@@ -7,8 +7,10 @@ import re
 import pytest
 import torch
 import transformers
+from helpers.checkpoints import make_hub_cache
 from helpers.families import first_is_fast
 from helpers.stacks import STACKS, drawn, perplexity_of_whole, random_ids
+from huggingface_hub import ModelCard
 from safetensors.torch import load_model
 from torch import nn
 
@@ -77,27 +79,37 @@ class TestOutput:
         for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
             assert torch.equal(a, b)
         assert result.output == tmp_path / "out"
-        assert {"SHA256SUMS", "config.json", "model.safetensors", "report.html", "report.json"} == {
+        assert {"README.md", "SHA256SUMS", "config.json", "model.safetensors", "report.html", "report.json"} == {
             path.name for path in result.output.iterdir()
         }
 
-    @pytest.mark.parametrize("given", [False, True])
-    def test_what_makes_inputs_comes_along(self, tmp_path, given):
+    @pytest.mark.parametrize("origin", ["folder", "given", "the Hub"])
+    def test_what_makes_inputs_comes_along(self, tmp_path, hub, monkeypatch, origin):
         """From beside the checkpoint that the model was loaded from, but a tokenizer that is given."""
+        given = origin == "given"
         model, batches = drawn("bert")
         model.save_pretrained(tmp_path / "in")
         pooling = {"modules.json", "1_Pooling/config.json", "sentence_bert_config.json"}
         for name in (*pooling, "tokenizer.json", "tokenizer_config.json", "vocab.txt", "modeling.py"):
             (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
             (tmp_path / "in" / name).write_text('{"auto_map": {}, "a": 1}')
+        (tmp_path / "in/README.md").write_text("---\nlicense: mit\n---\n# The source's\n")
         model = type(model).from_pretrained(tmp_path / "in")
+        if origin == "the Hub":
+            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+            make_hub_cache(tmp_path / "in", hub)
+            model.name_or_path = "org/name"
         prune(model, tmp_path / "out", calibration=batches, tokenizer=_Tokenizer() if given else None, **WANDA)
         read = {p.relative_to(tmp_path / "out").as_posix(): p for p in (tmp_path / "out").rglob("*") if p.is_file()}
-        written = {"SHA256SUMS", "config.json", "model.safetensors", "report.html", "report.json"}
+        written = {"README.md", "SHA256SUMS", "config.json", "model.safetensors", "report.html", "report.json"}
         tokenizer = {"tokenizer_config.json"} if given else {"tokenizer.json", "tokenizer_config.json", "vocab.txt"}
         assert read.keys() == written | pooling | tokenizer
         assert json.loads(read["tokenizer_config.json"].read_text()) == {"a": 2 if given else 1}
         assert json.loads(read["config.json"].read_text())["architectures"] == ["BertForMaskedLM"]
+        card = ModelCard.load(read["README.md"])
+        assert (card.data.license, card.data.get("base_model", "")) == ("mit", "org/name" * (origin == "the Hub"))
+        assert 'SentenceTransformer("out")' in card.text
+        assert 'prune(model, "out", calibration=batches, sparsity="0.5", method="wanda")' in card.text
 
     def test_nothing_that_makes_inputs(self, tmp_path):
         model, batches = drawn("bert")

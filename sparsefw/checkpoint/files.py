@@ -23,8 +23,11 @@ MARKS = (CONFIG, "report.json")
 # Real configs have less than 100 KB, tokenizer configs 2 MB, the indices of models with 10^12 weights 20 MB.
 MAX_JSON_BYTES = 32 * 2**20
 
-# The digest of every file of an output, in the form that `sha256sum --check` reads.
+# The digest of every file of an output but its model card, in the form that `sha256sum --check` reads.
 SUMS = "SHA256SUMS"
+
+# The model card, which users edit.
+CARD = "README.md"
 DIGEST = re.compile("[0-9a-f]{64}")
 
 

@@ -62,12 +62,11 @@ COPIED = (
     # sentence-transformers' steps before and behind the model: pooling, or a dense layer with its weights.
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     *("[0-9]_*/*.json", "[0-9]_*/model.safetensors"),
-    # Terms of use, and the model card.
+    # Terms of use.
     *("licen[cs]e", "licen[cs]e*.md", "licen[cs]e*.txt", "notice", "notice.md", "notice.txt", "use_policy.md"),
-    "readme.md",
 )
 # Endings of what a run writes itself, or writes anew.
-WRITTEN = (".safetensors", ".safetensors.index.json", "sha256sums", "report.json", "report.html")
+WRITTEN = (".safetensors", ".safetensors.index.json", "sha256sums", "report.json", "report.html", "readme.md")
 
 # Files that are downloaded from the Hub, whose patterns tell capitals. Other folders, but that of templates, and
 # consolidated.safetensors hold the same weights in other formats.

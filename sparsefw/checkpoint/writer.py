@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsefw.checkpoint.files import (
+    CARD,
     CONFIG,
     SUMS,
     check_free,
@@ -261,11 +262,14 @@ class Writer:
         # It is still in the system's memory.
         return file_digest(path)
 
-    def finish(self, save: Callable[[Path], None] | None = None) -> None:
+    def finish(
+        self, save: Callable[[Path], None] | None = None, describe: Callable[[Path], None] | None = None
+    ) -> None:
         """Complete the output, write SHA256SUMS, and move all of it to `output`.
 
         Args:
             save: writes a model in memory into a folder.
+            describe: writes the model card, which SHA256SUMS leaves out, into the folder of a complete model.
 
         Raises:
             InputError: something else came to lie at `output` meanwhile.
@@ -276,13 +280,16 @@ class Writer:
                 save(self.folder)
             if self._source is not None:
                 self._complete(self._source)
+            if describe:
+                describe(self.folder)
             written = {self._partial / name: d for r in self.records.values() for name, d in r.digests.items()}
             lines = []
             for name in sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file()):
                 path = self.folder / name
                 # safetensors makes files that only the owner can read.
                 path.chmod(self.folder.stat().st_mode & 0o666)
-                lines.append(f"{written.get(path) or file_digest(path)}  {name}\n")
+                if name != CARD:
+                    lines.append(f"{written.get(path) or file_digest(path)}  {name}\n")
             durably(self.folder / SUMS, "".join(lines))
             check_free(self.output, self._overwrite)
             if self.output.exists():

@@ -31,8 +31,8 @@ SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "v
 
 FILES = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 
-# Source of a list of documents.
-TEXTS = "texts"
+# Names of calibration data given as documents, and as token ids.
+TEXTS, TOKENS = "texts", "token ids"
 
 # Characters of a file, and rows of a parquet file, that are read at once.
 CHARACTERS, ROWS = 2**16, 64

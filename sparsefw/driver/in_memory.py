@@ -75,6 +75,7 @@ def run_in_memory(
     with on_gpu(device), torch.no_grad(), resident(model, batch, device, partial(computes_in_fp32, job, say)) as opened:
         opened.notes += notes
         job, prepared = _prepared(job, opened, batches, saves, say, ranks)
+        prepared = replace(prepared, source=source)
 
         def write(folder: Path) -> None:
             save(model, folder)
@@ -85,11 +86,11 @@ def run_in_memory(
                 own = (folder / TOKENIZER_CONFIG).exists()
                 copy_companions(source, folder, TOKENIZERS if own else ())
 
-        def finish(writer: Writer) -> None:
+        def finish(writer: Writer, describe: Callable[[Path], None]) -> None:
             for n, i in enumerate(opened.unique_blocks):
                 opened.change(i, read_shard(writer.path(n)))
             opened.set_back()
-            writer.finish(write if saves else None)
+            writer.finish(*((write, describe) if saves else ()))
 
         return carry_out(job, prepared, finish, say, progress, ranks)
 

@@ -61,6 +61,7 @@ class Prepared:
             tensors the fingerprint is.
         fixed: values of `Placement` that are settled, by field.
         tokens: calibration tokens without padding; 0: all positions count.
+        source: folder of the model's small files, whose card names its license; None: there is none.
         saved: bytes that the end of the run writes while the finished blocks are still on the disk.
     """
 
@@ -75,6 +76,7 @@ class Prepared:
     fingerprint: str
     files: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, int] = field(default_factory=dict)
+    source: Path | None = None
     saved: int = 0
     tokens: int = 0
 

@@ -23,7 +23,7 @@ from sparsefw.estimate.memory import MemoryNeeds, Workload, disk_space, process_
 from sparsefw.estimate.placement import memory_limits, place, reconstruction_line, reconstruction_steps
 from sparsefw.model import ModelShape, Placement, StreamedModel, shape_of
 from sparsefw.ranks import ALONE, Ranks
-from sparsefw.report import content, html, log
+from sparsefw.report import card, content, html, log
 from sparsefw.solver.config import PruneConfig
 from sparsefw.timeline import of_rank
 
@@ -73,8 +73,9 @@ def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks 
             notes=model.notes + note_of_others(source.folder),
             fingerprint=fingerprint(source),
             files=stamps(source) if ranks.first else {},
+            source=job.folder,
         )
-        return carry_out(job, prepared, Writer.finish, say, progress, ranks)
+        return carry_out(job, prepared, lambda writer, card: writer.finish(None, card), say, progress, ranks)
 
 
 def _check_memory(job: Job, shape: ModelShape, model: StreamedModel, ranks: Ranks) -> None:
@@ -137,7 +138,7 @@ def kernel_line(config: PruneConfig) -> str:
 def carry_out(
     job: Job,
     prepared: Prepared,
-    finish: Callable[[Writer], None],
+    finish: Callable[[Writer, Callable[[Path], None]], None],
     say: Callable[[str], None],
     progress: Shown,
     ranks: Ranks,
@@ -147,7 +148,8 @@ def carry_out(
     Args:
         job: the run.
         prepared: the model.
-        finish: ends the writing: called when all blocks and the report are written.
+        finish: ends the writing: called when all blocks and the report are written, with the writer and with what
+            writes the model card into a folder.
         say, progress, ranks: as for `run_job`.
 
     Raises:
@@ -206,7 +208,7 @@ def carry_out(
             texts = {"report.json": report.to_json(), "report.html": html.page(report)}
             for name, text in texts.items():
                 durably(writer.folder / name, text)
-        finish(writer)
+        finish(writer, partial(card.write_card, writer.output, report, prepared.source, say=say))
     return report
 
 

@@ -23,7 +23,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from sparsefw.errors import flag_of, printable
 from sparsefw.memory import gib
 from sparsefw.report import log
-from sparsefw.report.content import HIDDEN, BlockRecord, Report, amount
+from sparsefw.report.content import HIDDEN, Argument, BlockRecord, Report, amount
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import Span
@@ -71,9 +71,9 @@ def page(report: Report) -> str:
     return _template().render(
         report=report,
         log=log,
-        summary=_summary(report),
+        summary=log.kept_line(report),
         facts=_facts(report),
-        command=_command(report),
+        command=command_of(used_arguments(report)),
         # Classes of the style sheet.
         method_colours={m: f"m{i}" for i, m in enumerate(reversed(report.methods))},
         phase_colours={phase: f"p{[*PHASES, phase].index(phase)}" for phase in phases},
@@ -101,16 +101,6 @@ def _template() -> Template:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _summary(report: Report) -> str:
-    layers = report.layers_of(report.method)
-    kept, size = sum(layer.kept for layer in layers), sum(math.prod(layer.shape) for layer in layers)
-    dense = f"; {len(report.kept_dense):,} matrices kept dense" if report.kept_dense else ""
-    return (
-        f"{kept:,} of {size:,} weights kept ({kept / size:.1%}), in {len(layers):,} layers of {len(report.blocks)} "
-        f"blocks{dense}"
-    )
-
-
 def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
     """Lists of facts, (name, value), by heading."""
     memory = report.memory
@@ -134,16 +124,19 @@ def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
     return {heading: found for heading, found in facts.items() if found}
 
 
-def _command(report: Report) -> list[str]:
-    """The command line of the run, flag by flag, with all defaults spelled out."""
-    # The command line refuses flags that no method of the run uses.
+def used_arguments(report: Report) -> dict[str, Argument]:
+    """The arguments of a run without those that no method of it uses, which the command line refuses."""
     unused = {f.name for f in fields(PruneConfig) if f.metadata.get("frank_wolfe") and "sparsefw" not in report.methods}
+    return {name: value for name, value in report.arguments.items() if name not in unused}
+
+
+def command_of(arguments: Mapping[str, Argument]) -> list[str]:
+    """The command line of a run with these arguments, flag by flag."""
     parts = ["python -m sparsefw.run"]
-    for name, value in report.arguments.items():
-        if name in unused or value is None or value is False:
-            continue
+    for name, value in arguments.items():
         for item in value if isinstance(value, tuple) else (value,):
-            parts.append(flag_of(name) if item is True else f"{flag_of(name)} {shlex.quote(str(item))}")
+            if item is not None and item is not False:
+                parts.append(flag_of(name) if item is True else f"{flag_of(name)} {shlex.quote(str(item))}")
     return parts
 
 

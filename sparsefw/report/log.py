@@ -3,6 +3,7 @@
 Layers are of a type by their name inside their block, the same for all blocks and all experts.
 """
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -143,6 +144,22 @@ def reconstruction_row(block: str, found: Reconstruction) -> str:
     return f"{block}: reconstructed in {steps}, {loss} {found.before:.5f} -> {found.after:.5f}{notes}"
 
 
+def result_columns(report: Report) -> list[str]:
+    """The names of the columns of `result_rows`."""
+    several = len(report.evaluation) > 1
+    texts = [f"perplexity {n}" if several else "perplexity" for n, _ in enumerate(report.evaluation, 1)]
+    return [*texts, "mask only, %", "error, %"]
+
+
+def result_notes(report: Report) -> Iterator[str]:
+    """What the columns are, a line each."""
+    for name, text in zip(result_columns(report), report.evaluation, strict=False):
+        yield f"{name}: {amount(text.source, text.windows, text.seqlen)} of {text.source}"
+    yield "error: relative to that of the warm start's mask, mean of layers; mask only: before weight updates"
+    if line := reconstruction_line(report):
+        yield line
+
+
 def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
     """The dense model and every method: perplexity on each text, mean errors in % of the mask and in the end."""
     for name in ([DENSE] if report.evaluation else []) + report.methods:
@@ -155,17 +172,11 @@ def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
 
 def summary(report: Report) -> Iterator[str]:
     """The table at the end of a run: perplexity, and mean relative errors by method; peak memory, seconds."""
-    evaluation = report.evaluation
-    texts = [f"perplexity {n}" if len(evaluation) > 1 else "perplexity" for n, _ in enumerate(evaluation, 1)]
-    yield "".join(f"{name:>14}" for name in ("", *texts, "mask only, %", "error, %"))
+    yield "".join(f"{name:>14}" for name in ("", *result_columns(report)))
     for name, cells in result_rows(report):
         yield f"{name:14}{''.join(f'{cell:>14}' for cell in cells)}".rstrip()
     yield ""
-    for name, text in zip(texts, evaluation, strict=True):
-        yield f"{name}: {amount(text.source, text.windows, text.seqlen)} of {text.source}"
-    yield "error: relative to that of the warm start's mask, mean of layers; mask only: before weight updates"
-    if line := reconstruction_line(report):
-        yield line
+    yield from result_notes(report)
     yield f"peak memory: {_peaks(report)}"
     yield f"seconds: {_seconds(report.seconds)}"
     yield from (f"rank {n}: {rank_line(rank)}" for n, rank in enumerate(report.ranks))
@@ -213,6 +224,17 @@ def kept_dense_line(report: Report) -> str:
         for kind, count, blocks in kept_dense(report)
     ]
     return f"kept dense: {', '.join(kinds)}" if kinds else ""
+
+
+def kept_line(report: Report) -> str:
+    """The number of kept weights, of layers, and of matrices kept dense."""
+    layers = report.layers_of(report.method)
+    kept, size = sum(layer.kept for layer in layers), sum(math.prod(layer.shape) for layer in layers)
+    dense = f"; {len(report.kept_dense):,} matrices kept dense" if report.kept_dense else ""
+    return (
+        f"{kept:,} of {size:,} weights kept ({kept / size:.1%}), in {len(layers):,} layers of {len(report.blocks)} "
+        f"blocks{dense}"
+    )
 
 
 def placement_line(placement: Placement, needs: "MemoryNeeds", limits: dict[str, int], of_batches: bool = False) -> str:

@@ -46,11 +46,11 @@ def run(place, output, *more):
 
 
 def content(place, output):
-    """All files but the report, which holds times, and its digest; and the report's results."""
+    """All files but the report, which holds times, its digest, and the card, which has its name; and the results."""
     folder = place / output
     assert {name: file_digest(folder / name) for name in read_sums(folder / SUMS)} == read_sums(folder / SUMS)
-    timed = ("report.json", "report.html", SUMS)
-    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in timed}
+    others = ("report.json", "report.html", SUMS, "README.md")
+    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in others}
     report = json.loads((folder / "report.json").read_text())
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in report["layers"]]
     return files, rows, report["kept_dense"], report["evaluation"], [block["name"] for block in report["blocks"]]

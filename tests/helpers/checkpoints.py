@@ -1,6 +1,7 @@
 """Small checkpoints on disk for the tests of reading and writing them."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def make_hub_cache(folder: Path, root: Path) -> Path:
-    """A copy of `folder` as the Hub's cache holds it: links to blobs."""
+    """A copy of `folder` as the Hub's cache holds it: links to blobs. It is the branch main of org/name."""
     snapshot = root / "models--org--name" / "snapshots" / "abc"
     blobs = snapshot.parent.parent / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
-    for path in folder.iterdir():
-        (blobs / f"sha-{path.name}").write_bytes(path.read_bytes())
-        (snapshot / path.name).symlink_to(f"../../blobs/sha-{path.name}")
+    for number, path in enumerate(path for path in folder.rglob("*") if path.is_file()):
+        link, blob = snapshot / path.relative_to(folder), blobs / f"sha-{number}"
+        blob.write_bytes(path.read_bytes())
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text("abc")
     return snapshot

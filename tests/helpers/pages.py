@@ -36,7 +36,7 @@ def layer(name: str, method: str, mask: float, error: float, shape: tuple[int, i
 def parsed(arguments: list[str]) -> dict:
     """The arguments of a report, from a command line."""
     inputs, config, output = settings_of(run_parser(None).parse_args(arguments))
-    found = asdict(inputs) | asdict(config) | asdict(output)
+    found = asdict(inputs) | asdict(config.for_calibration(8, 128)) | asdict(output)
     return found | {"output": str(found.pop("folder"))}
 
 
