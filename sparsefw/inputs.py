@@ -54,9 +54,9 @@ class Inputs:
 
     model: str = flag("checkpoint folder or Hub id (default: the built-in model)", DEFAULT, metavar="ID|PATH")
     dataset: tuple[str, ...] = flag(
-        "calibration text: c4, wikitext, a .txt, .jsonl or .parquet file, or a datasets id; may be repeated: each has "
-        "as many of the windows, or its share of them where =N follows (default: c4; the built-in text for the "
-        "built-in model)", metavar="NAME|PATH[=N]", several=True,
+        "calibration text: c4, wikitext, a .txt, .jsonl or .parquet file, or a datasets id; self: the model writes it; "
+        "may be repeated: each has as many of the windows, or its share of them where =N follows (default: c4; the "
+        "built-in text for the built-in model)", metavar="NAME|PATH[=N]", several=True,
     )  # fmt: skip
     nsamples: int = flag(
         "calibration sequences, here called windows (default: 256; built-in model: 64)",
@@ -70,7 +70,7 @@ class Inputs:
         least=2,
         most=10**9,
     )
-    seed: int = flag("seed of the drawing of calibration windows", 0, metavar="N", least=0, most=2**63 - 1)
+    seed: int = flag("seed of calibration windows, drawn or written", 0, metavar="N", least=0, most=2**63 - 1)
     evaluate: tuple[str, ...] = flag(
         "held-out text for perplexity, named like a dataset; may be repeated (default: none; built-in model: its own)",
         metavar="wikitext|PATH", several=True,

@@ -10,12 +10,12 @@ REPO = Path(__file__).resolve().parents[1]
 
 # Lines of code are without docstrings, comments and blank lines. Words are those of README.md and docs/.
 LIMITS = {
-    "sparsefw: files": 94,
-    "sparsefw: code lines": 10_750,
+    "sparsefw: files": 95,
+    "sparsefw: code lines": 10_950,
     "kernels: code lines": 2_500,
     "bench: code lines": 3_250,
-    "tests: code lines": 14_260,
-    "documents: words": 15_950,
+    "tests: code lines": 14_370,
+    "documents: words": 16_170,
 }
 # Tables of facts, which are not counted.
 TABLES = {"models.md", "flags.md"}

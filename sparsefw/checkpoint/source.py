@@ -66,7 +66,10 @@ COPIED = (
     *("licen[cs]e", "licen[cs]e*.md", "licen[cs]e*.txt", "notice", "notice.md", "notice.txt", "use_policy.md"),
 )
 # Endings of what a run writes itself, or writes anew.
-WRITTEN = (".safetensors", ".safetensors.index.json", "sha256sums", "report.json", "report.html", "readme.md")
+WRITTEN = (
+    *(".safetensors", ".safetensors.index.json", "sha256sums"),
+    *("report.json", "report.html", "readme.md", "calibration.jsonl"),
+)
 
 # Files that are downloaded from the Hub, whose patterns tell capitals. Other folders, but that of templates, and
 # consolidated.safetensors hold the same weights in other formats.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsefw.errors import InputError, first_line, shown
+from sparsefw.errors import InputError, first_line, option, shown
 
 # Which half of a dataset: what models are calibrated on, or what they are evaluated on.
 Split = Literal["train", "test"]
@@ -28,6 +28,9 @@ NAMED: dict[tuple[str, Split], tuple[str, str, str]] = {
 }
 # Splits of other datasets, the first that there is.
 SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "train")}
+
+# The name of the text that the dense model writes itself, to be calibrated on; it is made where the model is.
+SELF = "self"
 
 FILES = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 
@@ -84,7 +87,7 @@ def read_text(dataset: str | Iterable[Any], split: Split, chat: Callable[[Any], 
 
 def takes_library(dataset: str) -> bool:
     """Whether a library that takes much memory reads a text: one of the Hub, or a parquet file."""
-    return dataset != "default" and not dataset.lower().endswith(tuple(x for x in FILES if x != ".parquet"))
+    return dataset not in ("default", SELF) and not dataset.lower().endswith(tuple(x for x in FILES if x != ".parquet"))
 
 
 @contextmanager
@@ -188,9 +191,10 @@ def _from_hub(dataset: str, split: Split, chat: Callable[[Any], Any] | None) -> 
     else:
         # A configuration is small enough to be kept in the cache of `datasets`, where it is found without a network.
         options = {"name": detail} if detail else {"streaming": True}
+    own = f"; {option('dataset', SELF)} needs no network" if split == "train" else ""
     with errors_in_one_line(
         f"{dataset}: cannot be read from the Hub (check the name, log in with `hf auth login` if it is gated, or give "
-        "a local file)"
+        f"a local file{own})"
     ):
         records = datasets.load_dataset(name, split=part, **options)
     if part is None:

@@ -14,7 +14,7 @@ import itertools
 import math
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.auto import AutoTokenizer
 
 from sparsefw.data.batches import Batch, token_batch
-from sparsefw.data.text import errors_in_one_line, read_text
+from sparsefw.data.text import SELF, errors_in_one_line, read_text
 from sparsefw.errors import InputError, option
 
 Tokenizer = PreTrainedTokenizerBase
@@ -60,11 +60,13 @@ class Windows:
         ids: (n, seqlen) int64.
         source: name of the text.
         hash: SHA-256 of the bytes of all `ids`, in hex.
+        own: those that the model has written itself, as a file holds them.
     """
 
     ids: Tensor
     source: str
     hash: str
+    own: str = ""
 
     @property
     def n(self) -> int:
@@ -83,6 +85,10 @@ class Windows:
     def split(self, size: int) -> Iterator[Batch]:
         """Micro-batches of this many windows; the last one may have fewer."""
         return map(token_batch, self.ids.split(size)) if self.n else iter(())
+
+
+# Has a model write calibration windows, with its tokenizer, of a length, and of this number.
+Write = Callable[[Tokenizer, int, int], Windows] | None
 
 
 def window_length(model: object, seqlen: int, longest: int | None) -> int:
@@ -249,32 +255,39 @@ def evaluation_windows(
 
 
 def mixed_windows(
-    tokenizer: Tokenizer, shares: Mapping[str, float], *, nsamples: int, seqlen: int, seed: int
+    tokenizer: Tokenizer, shares: Mapping[str, float], write: Write = None, *, nsamples: int, seqlen: int, seed: int
 ) -> Windows:
     """Draw windows of several texts, in an order at random. Those of one text are as `calibration_windows` draws them.
 
     Args:
         tokenizer: the model's tokenizer.
         shares: how many of the windows each text has, against the others; texts by name, see `read_text`.
+        write: has the model write the text SELF; None: there is no such text.
         nsamples, seqlen, seed: as for `calibration_windows`; `nsamples` windows in all.
 
     Raises:
         InputError: as `calibration_windows`; or the share of a text is no window.
     """
+
+    def drawn(name: str, n: int) -> Windows:
+        if write and name == SELF:
+            return write(tokenizer, seqlen, n)
+        return calibration_windows(tokenizer, name, nsamples=n, seqlen=seqlen, seed=seed)
+
     if len(shares) == 1:
-        return calibration_windows(tokenizer, next(iter(shares)), nsamples=nsamples, seqlen=seqlen, seed=seed)
+        return drawn(next(iter(shares)), nsamples)
     ids = torch.empty(nsamples, seqlen, dtype=torch.int64)
     # Some of the windows are held out, and all are learned from in turn: each part has some of every text.
     order = torch.randperm(nsamples, generator=torch.Generator().manual_seed(seed)).argsort()
-    sources, numbers = [], counts(nsamples, list(shares.values()))
+    sources, own, numbers = [], "", counts(nsamples, list(shares.values()))
     for (name, share), n, rows in zip(shares.items(), numbers, order.split(numbers), strict=True):
         if not n:
             share_of = f"{option('dataset', name)}: its share, {share:g}"
             raise InputError(f"{share_of}, is none of {nsamples} windows; give more")
-        windows = calibration_windows(tokenizer, name, nsamples=n, seqlen=seqlen, seed=seed)
-        ids[rows] = windows.ids
+        windows = drawn(name, n)
+        ids[rows], own = windows.ids, own or windows.own
         sources.append(f"{windows.source} ({n})")
-    return _windows(ids, " + ".join(sources))
+    return replace(_windows(ids, " + ".join(sources)), own=own)
 
 
 def counts(n: int, shares: Sequence[float]) -> list[int]:

@@ -24,7 +24,7 @@ from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer, copy_companions
 from sparsefw.data.batches import Batch, Batches
 from sparsefw.driver.job import Job, Prepared, Samples, windows_of_texts
-from sparsefw.driver.run import Shown, carry_out, computes_in_fp32, kernel_line
+from sparsefw.driver.run import Shown, carry_out, computes_in_fp32, kernel_line, own_text
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.memory import on_gpu, this_device
 from sparsefw.model import resident
@@ -106,12 +106,13 @@ def _prepared(
     """The model before its first block, and the job, which batches tell the length of a window."""
     calibration: Samples
     evaluation: Sequence[Samples]
-    tokens = 0
+    tokens = written = 0
     if batches is None:
         if job.inputs.evaluate and not opened.logits_itemsize:
             raise InputError(f"evaluate: {type(opened.model).__name__} returns no logits, of which perplexity is made")
-        calibration, evaluation, seqlen = windows_of_texts(job, opened.max_seqlen, say, ranks)
         shape = shape_of_text(opened)
+        write, written = own_text(job, opened, shape, say, ranks)
+        calibration, evaluation, seqlen = windows_of_texts(job, opened.max_seqlen, write, say, ranks)
     else:
         calibration, evaluated = batches
         evaluation = [evaluated] if evaluated else []
@@ -141,6 +142,7 @@ def _prepared(
         fixed={"batch": 1} if batches else {},
         saved=sum(tensor.nbytes for tensor in tensors.values()) if saves else 0,
         tokens=tokens,
+        written=written,
     )
 
 

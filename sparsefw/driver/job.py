@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsefw.data import windows
 from sparsefw.data.batches import Batches
-from sparsefw.data.windows import Windows
+from sparsefw.data.windows import Windows, Write
 from sparsefw.errors import InputError
 from sparsefw.inputs import Inputs, Output
 from sparsefw.model import ModelShape
@@ -62,6 +62,7 @@ class Prepared:
         fixed: values of `Placement` that are settled, by field.
         tokens: calibration tokens without padding; 0: all positions count.
         source: folder of the model's small files, whose card names its license; None: there is none.
+        written: windows of its own calibration text that the model has written at once; 0: it is another's.
         saved: bytes that the end of the run writes while the finished blocks are still on the disk.
     """
 
@@ -79,16 +80,18 @@ class Prepared:
     source: Path | None = None
     saved: int = 0
     tokens: int = 0
+    written: int = 0
 
 
 def windows_of_texts(
-    job: Job, longest: int | None, say: Callable[[str], None], ranks: Ranks
+    job: Job, longest: int | None, write: Write, say: Callable[[str], None], ranks: Ranks
 ) -> tuple[Windows, list[Windows], int]:
     """Read and tokenize the texts of a run. One rank reads them, and all have the same tokens.
 
     Args:
         job, say, ranks: as for `run_job`.
         longest: tokens in the longest window that the model takes; None: not known.
+        write: has the model write its own text; None: no text is.
 
     Returns:
         The calibration windows, the windows of each evaluation text, and the tokens in a window.
@@ -100,10 +103,10 @@ def windows_of_texts(
     seqlen = windows.window_length(inputs.model, inputs.seqlen, longest)
     if seqlen < inputs.seqlen:
         say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
-    return *ranks.on_first(lambda: _read(job, seqlen)), seqlen
+    return *ranks.on_first(lambda: _read(job, seqlen, write)), seqlen
 
 
-def _read(job: Job, seqlen: int) -> tuple[Windows, list[Windows]]:
+def _read(job: Job, seqlen: int, write: Write) -> tuple[Windows, list[Windows]]:
     inputs, dataset = job.inputs, job.dataset
     if isinstance(dataset, Tensor):
         calibration = windows.windows_of(dataset, inputs.dataset[0])
@@ -120,7 +123,7 @@ def _read(job: Job, seqlen: int) -> tuple[Windows, list[Windows]]:
         tokenizer = windows.load_tokenizer(job.folder)
     drawn = dict(nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)
     if dataset is None:
-        calibration = windows.mixed_windows(tokenizer, inputs.shares, **drawn)
+        calibration = windows.mixed_windows(tokenizer, inputs.shares, write, **drawn)
     elif not isinstance(dataset, Tensor):
         calibration = windows.calibration_windows(tokenizer, dataset, **drawn)
     return calibration, [

@@ -14,14 +14,17 @@ from sparsefw.checkpoint.files import check_output, durably
 from sparsefw.checkpoint.source import fingerprint, inspect, note_of_others, stamps
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import Batches
-from sparsefw.data.windows import Windows, window_length
+from sparsefw.data.text import SELF
+from sparsefw.data.windows import Tokenizer, Windows, Write, window_length, windows_of
+from sparsefw.driver import generation
 from sparsefw.driver.block import Run
 from sparsefw.driver.job import Job, Prepared, windows_of_texts
 from sparsefw.driver.loop import Outcome, prune_model
 from sparsefw.errors import InputError, counted, fitted, flag_of, option
-from sparsefw.estimate.memory import MemoryNeeds, Workload, disk_space, process_bytes, pruned_shape
-from sparsefw.estimate.placement import memory_limits, place, reconstruction_line, reconstruction_steps
+from sparsefw.estimate.memory import MemoryNeeds, Workload, disk_space, memory_needs, process_bytes, pruned_shape
+from sparsefw.estimate.placement import memory_limits, place, reconstruction_line, reconstruction_steps, written_at_once
 from sparsefw.model import ModelShape, Placement, StreamedModel, shape_of
+from sparsefw.model.block_model import BlockModel
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import card, content, html, log
 from sparsefw.solver.config import PruneConfig
@@ -61,7 +64,8 @@ def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks 
     with StreamedModel(source, device, in_fp32=in_fp32) as model:
         shape = shape_of(source, in_fp32)
         _check_memory(job, shape, model, ranks)
-        calibration, evaluation, seqlen = windows_of_texts(job, model.max_seqlen, say, ranks)
+        write, written = own_text(job, model, shape, say, ranks)
+        calibration, evaluation, seqlen = windows_of_texts(job, model.max_seqlen, write, say, ranks)
         prepared = Prepared(
             model,
             name=job.inputs.model,
@@ -74,6 +78,7 @@ def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks 
             fingerprint=fingerprint(source),
             files=stamps(source) if ranks.first else {},
             source=job.folder,
+            written=written,
         )
         return carry_out(job, prepared, lambda writer, card: writer.finish(None, card), say, progress, ranks)
 
@@ -93,6 +98,38 @@ def _check_memory(job: Job, shape: ModelShape, model: StreamedModel, ranks: Rank
         windows = [inputs.nsamples, *texts * [inputs.eval_windows or 0]]
         workload = _workload(job, config, windows, seqlen, model.device, ranks)
         place(pruned_shape(shape, config), workload, _limits(job, model.device, ranks))
+
+
+def own_text(
+    job: Job, model: BlockModel, shape: ModelShape, say: Callable[[str], None], ranks: Ranks
+) -> tuple[Write, int]:
+    """What has the dense model write its calibration text, and the number of windows that it writes at once.
+
+    A run that goes on with an unfinished one takes the text from there. None: no text of the run is the model's own.
+
+    Raises:
+        InputError: it does not fit into memory.
+    """
+    inputs, output = job.inputs, job.output
+    if job.dataset is not None or SELF not in inputs.shares:
+        return None, 0
+    seqlen = window_length(inputs.model, inputs.seqlen, model.max_seqlen)
+    limits = _limits(job, model.device, ranks)
+    config = job.config.for_calibration(inputs.nsamples, seqlen, ranks.count)
+    workload = _workload(job, config, [inputs.nsamples], seqlen, model.device, ranks)
+    batch = written_at_once(shape, workload, limits, inputs)
+
+    def write(tokenizer: Tokenizer, seqlen: int, n: int) -> Windows:
+        begun = Writer(output.folder, 0, restart=output.restart)
+        path, source = begun.folder / generation.OWN_TEXT, generation.own_source(inputs.seed)
+        ids = generation.tokens_in(path) if begun.begun() and path.exists() else None
+        if ids is None or ids.shape != (n, seqlen):
+            with memory.gpu_limited(limits.get("gpu")):
+                ids = generation.write_tokens(model, tokenizer, n, seqlen, inputs.seed, batch, say)
+            memory.give_back()
+        return replace(windows_of(ids, source), own=generation.records_of(tokenizer, ids))
+
+    return write, batch
 
 
 def _limits(job: Job, device: torch.device, ranks: Ranks) -> dict[str, int]:
@@ -190,7 +227,11 @@ def carry_out(
     ) as writer:
         if writer.finished:
             say(f"going on with an unfinished run: {len(writer.finished)} of {writer.shards} shards are finished")
-        placement, needs = find_place(fixed=prepared.fixed | writer.chosen)
+        if ranks.first and isinstance(calibration, Windows) and calibration.own:
+            # For a run that goes on with this one, too.
+            durably(writer.folder / generation.OWN_TEXT, calibration.own)
+        placement, _ = find_place(fixed=prepared.fixed | writer.chosen)
+        needs = memory_needs(shape, replace(workload, written=prepared.written), placement)
         # The disk has a finished block as each method pruned it.
         written = len(config.methods) * writer.written
         needed = sum(disk_space(shape, workload, placement).values()) + prepared.saved

@@ -40,6 +40,8 @@ LIBRARIES, CODE_OF_EXPERTS = 2**26, 2**29
 # Memory of a solve for each entry of a layer that is solved as a whole, by Frank-Wolfe and by SparseGPT; and before a
 # solve, to choose budgets, or for saliencies: of the whole matrix, and of rows that ranks may share.
 BYTES_OF_WHOLE, BYTES_OF_SWEEP, BYTES_OF_BUDGETS = 48, 20, 23
+# To sample a token: logits, likelihoods in order and their sums, for each entry of the vocabulary.
+BYTES_OF_SAMPLING = 40
 BYTES_OF_SALIENCY = {False: 12, True: 4}
 
 
@@ -95,6 +97,7 @@ class Workload:
         held: bytes of the GPU that the process has taken before the run begins: a model in memory may be there.
         ranks: processes that share the work; process and held are those of one of them.
         ranks_here: those of them that share the memory of a machine.
+        written: windows that the dense model writes at once, where it writes its own calibration text; else 0.
     """
 
     windows: int
@@ -106,6 +109,7 @@ class Workload:
     held: int = 0
     ranks: int = 1
     ranks_here: int = 1
+    written: int = 0
 
 
 def stages(layers: Iterable[LayerShape]) -> list[list[LayerShape]]:
@@ -191,6 +195,12 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     texts = reading_bytes(read[0], read[1:], workload.seqlen)
     needs = {"texts": (0, workload.process + texts)}
     margin = 1 + (GPU_MARGIN if workload.gpu else CPU_MARGIN)
+    if workload.written:
+        # Before anything lies between blocks. Two of them are on their way to a GPU.
+        state = workload.seqlen * shape.cache + BYTES_OF_SAMPLING * shape.vocabulary
+        device = int(margin * (shape.whole + loading + workload.written * state))
+        host = workload.process + (passing + 2 * block if workload.gpu else device)
+        needs["generate"] = (device + workload.held if workload.gpu else 0, host)
     for phase, (on_device, on_host) in phases.items():
         device, host = int(margin * (on_device + near)), int(margin * (on_host + far)) + process
         needs[phase] = (device + workload.held, host) if workload.gpu else (0, device + host)

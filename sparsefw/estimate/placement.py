@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from sparsefw import memory
+from sparsefw.data.text import SELF
 from sparsefw.errors import InputError, counted, option
 from sparsefw.estimate.memory import GIB, MemoryNeeds, Workload, keepable_widths, memory_needs, solver_bytes
+from sparsefw.inputs import Inputs
 from sparsefw.model import Placement
 from sparsefw.model.activations import BATCH_TOKENS, HELD_OUT, LEAST_STEPS, PLACES, SOLVER, split_batches
 from sparsefw.model.head import head_ratio, tokens_and_steps
@@ -18,6 +21,9 @@ from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 
 # Tokens in a micro-batch of which a GPU holds no fewer as long as there is something else to give up.
 FEW = 4096
+
+# Windows of its own text that a model writes at once, at most.
+WRITTEN = 64
 
 
 def memory_limits(
@@ -86,6 +92,28 @@ def place(
             )
         tried = [needs for needs in tried if getattr(needs, what) <= limit]
     raise AssertionError("a placement fits each limit, and none fits both")
+
+
+def written_at_once(shape: ModelShape, workload: Workload, limits: dict[str, int], inputs: Inputs) -> int:
+    """The windows of its own calibration text that the dense model writes at once; 0: the run calibrates on others.
+
+    Raises:
+        InputError: not one fits, since the whole model has to be in memory; the message names what needs less.
+    """
+    if SELF not in inputs.shares:
+        return 0
+    batch = min(WRITTEN, 1 << (inputs.nsamples - 1).bit_length())
+    while batch:
+        gpu, host = memory_needs(shape, replace(workload, written=batch), Placement(1)).phases["generate"]
+        if gpu <= limits.get("gpu", 0) and host <= limits["host"]:
+            return batch
+        batch //= 2
+    what, least = ("gpu", gpu) if gpu > limits.get("gpu", 0) else ("host", host)
+    limit = option(f"{what}_memory", round(limits.get(what, 0) / GIB, 2))
+    raise InputError(
+        f"{limit}: to write its own text ({option('dataset', SELF)}) the whole model is held in memory, at least "
+        f"{least / GIB + 0.01:.2f} GiB; give more, or a file or a dataset of the Hub, as {option('dataset', 'c4')}"
+    )
 
 
 def reconstruction_steps(shape: ModelShape, workload: Workload, placement: Placement) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from sparsefw.checkpoint.quantization import DTYPES, dtype_in, quantization_of
 from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, check_config, from_hub, inspect, read_json
 from sparsefw.data.windows import evaluation_windows, load_tokenizer, window_length
 from sparsefw.errors import InputError, counted, fitted, option
-from sparsefw.estimate.memory import GIB, Workload, disk_space, process_bytes, pruned_shape
-from sparsefw.estimate.placement import memory_limits, place, reconstruction_line, reconstruction_steps
+from sparsefw.estimate.memory import GIB, Workload, disk_space, memory_needs, process_bytes, pruned_shape
+from sparsefw.estimate.placement import memory_limits, place, reconstruction_line, reconstruction_steps, written_at_once
 from sparsefw.inputs import CARDS, DEFAULT, DEFAULT_MODEL, Inputs, Output
 from sparsefw.model.shape_of import shape_of_text, without_weights
 from sparsefw.model.shapes import ModelShape
@@ -127,7 +127,9 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
         process=process_bytes(inputs, evaluation, seqlen, 0 if card else memory.resident()),
     )
     config = workload.config
-    placement, needs = place(shape, workload, limits, output.folder.resolve().parent)
+    placement, _ = place(shape, workload, limits, output.folder.resolve().parent)
+    written = written_at_once(shape, workload, limits, inputs)
+    needs = memory_needs(shape, replace(workload, written=written), placement)
     notes = list(described.notes)
     if seqlen < inputs.seqlen:
         notes.append(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")

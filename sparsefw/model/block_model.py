@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -200,6 +200,22 @@ class BlockModel:
         finally:
             if not inner:
                 self.close(None)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside the `with` block, all weights that the forward needs are on the device, unchecked."""
+        with ExitStack() as opened:
+            if not self.is_whole:
+                opened.enter_context(self.outside(checked=False))
+                for i in self.unique_blocks:
+                    opened.callback(self.close, i)
+                    self.open_alone(i)
+            yield
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all weights are on the device anyway, in the dtype that they compute in."""
+        return not any(is_copied(x, self.device, self.in_fp32) for x in self.model.parameters())
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
         """Block i's tensors by the names that they are written under, on the host; none of a repeat.

@@ -84,7 +84,22 @@ def shape_of_text(model: BlockModel) -> ModelShape:
     # The weights of a model in memory are checked already, and others are zero.
     with model.outside(checked=False):
         walks = [_Walk(embed(model, ids, 1)) for ids in windows]
-    return _shape_of(model, walks, vocabulary, by_window)
+    shape = _shape_of(model, walks, vocabulary, by_window)
+    whole = 0 if model.is_whole else shape.outside + sum(block.nbytes for block in shape.blocks)
+    return replace(shape, whole=whole, cache=len(shape.blocks) * shape.itemsize * _cached_entries(model.model))
+
+
+def _cached_entries(model: Any) -> int:
+    """Entries of a token's keys and values in a block, at most, by the names that configs have for their sizes."""
+
+    def size(name: str) -> int:
+        # Some configs have a value for each block.
+        return int(np.max(getattr(model.config.get_text_config(), name, None) or 0))
+
+    heads = size("num_attention_heads")
+    if size("qk_nope_head_dim"):
+        return heads * sum(map(size, ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")))
+    return 2 * (size("num_key_value_heads") or heads) * (size("head_dim") or size("hidden_size") // max(1, heads))
 
 
 def shape_of_resident(model: ResidentModel, batch: Batch) -> tuple[ModelShape, int]:

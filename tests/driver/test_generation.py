@@ -1,0 +1,140 @@
+"""Calibration text that the dense model writes itself: the same bytes again, as documents and as conversations."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from helpers.commands import interrupted_at, tensors_of
+from transformers import AutoModelForCausalLM
+
+import sparsefw.plan
+from sparsefw import prune
+from sparsefw.checkpoint.source import inspect
+from sparsefw.data.windows import load_tokenizer, windows_of
+from sparsefw.driver import generation
+from sparsefw.driver.generation import OWN_TEXT, write_tokens
+from sparsefw.inputs import DEFAULT_MODEL
+from sparsefw.model import StreamedModel
+from sparsefw.run import main
+
+FLAGS = ["--nsamples", "4", "--seqlen", "24", "--eval-windows", "2", "--method", "wanda"]
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def run(output, *more, dataset=("self",)):
+    return main([*FLAGS, *(x for name in dataset for x in ("--dataset", name)), "--output", str(output), *more])
+
+
+def own(output):
+    """The bytes of the text, and its windows."""
+    content = (output / OWN_TEXT).read_bytes()
+    return content, torch.tensor([json.loads(line)["input_ids"] for line in content.splitlines()])
+
+
+def data(output):
+    return json.loads((output / "report.json").read_text())["data"]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The output of a run on one thread."""
+    threads, folder = torch.get_num_threads(), tmp_path_factory.mktemp("own") / "out"
+    torch.set_num_threads(1)
+    assert run(folder) == 0
+    yield folder
+    torch.set_num_threads(threads)
+
+
+def test_the_same_seed_writes_the_same_bytes(written, tmp_path):
+    content, ids = own(written)
+    # A model in memory writes the same, and stays as it is.
+    model = AutoModelForCausalLM.from_pretrained(DEFAULT_MODEL)
+    config = model.generation_config
+    options = dict(nsamples=4, seqlen=24, method="wanda", progress=False)
+    report = prune(model, tmp_path / "again", dataset="self", **options).report
+    assert own(tmp_path / "again")[0] == content
+    assert model.generation_config is config
+    # Documents begin with the token that the model knows as the end of one.
+    assert ids[:, 0].tolist() == 4 * [0]
+    assert ids.shape == (4, 24)
+    assert report.data.source == data(written)["source"] == generation.own_source(0)
+    assert windows_of(ids, "").hash == report.data.hash == data(written)["hash"]
+
+
+def test_a_share_of_a_mixture_by_another_seed(written, tmp_path, capsys):
+    assert run(tmp_path / "out", "--seed", "1", dataset=("self=3", "default")) == 0
+    # The line is wrapped.
+    said = " ".join(capsys.readouterr().out.split())
+    assert "windows of 24 tokens of self (T=" in said
+    assert "seed 1) (3) + default, training text (1)" in said
+    ids, other = own(written)[1], own(tmp_path / "out")[1]
+    assert len(other) == 3
+    assert not any((row == ids).all(1).any() for row in other)
+
+
+def test_a_killed_run_goes_on_with_its_text(written, tmp_path, monkeypatch, capsys):
+    child = os.fork()
+    if not child:
+        interrupted_at(monkeypatch, 14, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        run(tmp_path / "out")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    # It is read.
+    monkeypatch.setattr(generation, "write_tokens", None)
+    capsys.readouterr()
+    assert run(tmp_path / "out") == 0
+    assert "going on with an unfinished run" in capsys.readouterr().out
+    first, second = tensors_of(written), tensors_of(tmp_path / "out")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert own(tmp_path / "out")[0] == own(written)[0]
+
+
+def test_half_are_conversations_by_the_template():
+    tokenizer, lines = load_tokenizer(DEFAULT_MODEL), []
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    with StreamedModel(inspect(DEFAULT_MODEL), torch.device("cpu")) as model:
+        texts = tokenizer.batch_decode(write_tokens(model, tokenizer, 6, 40, 0, 4, lines.append))
+    assert sum(text.startswith("<|user|>") for text in texts) == 3
+    assert [tokenizer.decode(part) for part in generation._conversation(tokenizer, lines.append)] == [
+        "<|user|>", "<|end|><|assistant|>", "<|end|>",
+    ]  # fmt: skip
+    assert not any("note: " in line for line in lines)
+    tokenizer.chat_template = TEMPLATE.replace("<|end|>", "plain")
+    assert generation._conversation(tokenizer, lines.append) is None
+    assert "no conversations" in lines[-1]
+
+
+def test_the_template_follows_each_turn():
+    row, sampled = generation._chat([1, 2], [7, 3], [8, 4]), [0, 10, 11, 7, 0, 12, 8, 0, 0, 0, 13]
+    assert [next(row), *map(row.send, sampled)] == [1, 2, 10, 11, 7, 3, 12, 8, 4, 1, 2, 13]
+
+
+def test_tokens_are_drawn_from_the_nucleus(monkeypatch):
+    monkeypatch.setattr(generation, "TEMPERATURE", 0.5)
+    monkeypatch.setattr(generation, "TOP_P", 0.9)
+    draws = torch.rand(2000, 2, generation.DRAWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sampler = generation._Sampler([generation._document(0) for _ in draws], draws)
+    for row in sampler._rows:
+        next(row)
+    # Their squares are in the ratio 1/4 : 8 : 4 : 1, so that the first two are 0.91 of all.
+    scores = torch.tensor([0.5, 8**0.5, 2.0, 1.0]).log().expand(2000, -1)
+    chosen = sampler(torch.zeros(2000, 1), scores).argmax(1).bincount(minlength=4)
+    assert chosen[[0, 3]].sum() == 0
+    assert chosen[1] / chosen[2] == pytest.approx(2, rel=0.1)
+
+
+def test_a_model_that_does_not_fit_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sparsefw.estimate.memory.BYTES_OF_SAMPLING", 2**32)
+    assert sparsefw.plan.main([*FLAGS, "--dataset", "self", "--host-memory", "2"]) == 2
+    assert run(tmp_path / "out", "--host-memory", "2") == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith(
+            "sparsefw: --host-memory 2.0: to write its own text (--dataset self) the whole model is "
+        )
+        assert line.endswith("; give more, or a file or a dataset of the Hub, as --dataset c4")
