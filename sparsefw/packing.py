@@ -164,6 +164,6 @@ def _rewrite(
         for name in REPORTS:
             if (folder / name).is_file():
                 durably(writer.folder / name, partial(shutil.copyfile, folder / name))
-        writer.finish(None, partial(write_card, output, report, folder) if report else None)
+        writer.finish(None, partial(write_card, writer.output, report, folder) if report else None)
         before = sum(info.stored_nbytes for info in checkpoint.tensors.values())
         return before, writer.written
