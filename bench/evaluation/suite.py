@@ -94,7 +94,9 @@ def _of_task(source: Checkpoint, path: Path) -> list[float]:
 
 
 def _mean(differences: dict[str, np.ndarray]) -> tuple[float, float]:
-    """The mean over texts or tasks of the mean of each, and its standard error."""
+    """The mean over texts or tasks of the mean of each, and its standard error; NaN where there are none."""
+    if not differences:
+        return math.nan, math.nan
     errors = [x.std(ddof=1) / math.sqrt(len(x)) for x in differences.values()]
     return float(np.mean([x.mean() for x in differences.values()])), math.hypot(*errors) / len(errors)
 

