@@ -61,7 +61,7 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def values_of(folder: Path, half: str, name: str, windows: int) -> Values:
+def values_of(folder: Path, half: str, name: str, windows: int, items: int) -> Values:
     """What a model says to a half; kept in the folder text by text, and not computed twice for the same bytes."""
     source = inspect(locate(name))
     digest = hashlib.sha256()
@@ -70,12 +70,12 @@ def values_of(folder: Path, half: str, name: str, windows: int) -> Values:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     values: Values = {"txt": {}, "jsonl": {}}
     for path in sorted(x for kind in values for x in folder.glob(f"{half}_*.{kind}")):
-        settings = repr((path.name, SEQLEN, windows if path.suffix == ".txt" else 0)).encode()
+        settings = repr((path.name, SEQLEN, windows if path.suffix == ".txt" else items)).encode()
         of_file = hashlib.sha256(digest.digest() + path.read_bytes() + settings).hexdigest()
         kept = folder / "measured" / f"{of_file[:32]}.json"
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
-            found = _of_text(source, path, windows) if path.suffix == ".txt" else _of_task(source, path)
+            found = _of_text(source, path, windows) if path.suffix == ".txt" else _of_task(source, path, items)
             kept.write_text(json.dumps(found) + "\n", encoding="utf-8")
         values[path.suffix[1:]][path.stem] = json.loads(kept.read_text(encoding="utf-8"))
     return values
@@ -87,9 +87,9 @@ def _of_text(source: Checkpoint, path: Path, windows: int) -> list[float]:
     return [score.loglikelihood / (SEQLEN - 1) for score in scores_of(source, requests, progress=None)]
 
 
-def _of_task(source: Checkpoint, path: Path) -> list[float]:
+def _of_task(source: Checkpoint, path: Path, items: int) -> list[float]:
     tasks = Tasks([path.stem], path.parent, include_defaults=False)
-    found = tasks.results(StreamedLM(source.folder), None, None)["samples"][path.stem]
+    found = tasks.results(StreamedLM(source.folder), items, None)["samples"][path.stem]
     return [float(sample["acc"]) for sample in sorted(found, key=lambda sample: sample["doc_id"])]
 
 
@@ -129,13 +129,13 @@ def _table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def measure(folder: Path, halves: Sequence[str], models: Sequence[str], dense: str, windows: int) -> None:
+def measure(folder: Path, halves: Sequence[str], models: Sequence[str], dense: str, windows: int, items: int) -> None:
     """Measure models that were not yet, print tables of all, and write suite.json."""
     results: dict[str, dict] = {"sha256": _hashes(folder)}
     for half in halves:
-        of_dense = values_of(folder, half, dense, windows)
-        results[half] = {m: compared(values_of(folder, half, m, windows), of_dense) for m in [dense, *models]}
-        print(f"{half}, {windows} windows of {SEQLEN} tokens of each text\n\n{_table(results[half])}\n", flush=True)
+        values = {name: values_of(folder, half, name, windows, items) for name in (dense, *models)}
+        results[half] = {name: compared(found, values[dense]) for name, found in values.items()}
+        print(f"{half}, {windows} windows of {SEQLEN} tokens, {items} items\n\n{_table(results[half])}\n", flush=True)
     (folder / "suite.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
@@ -152,12 +152,14 @@ def main(argv: list[str] | None = None) -> None:
             add("models", nargs="*", metavar="CHECKPOINT", help="checkpoints, dense or pruned")
             add("--dense", required=True, metavar="MODEL", help="checkpoint that they are compared with")
             add("--half", choices=HALVES, help="the half that is measured (default: both)")
-            add("--windows", type=int, default=12, metavar="N", help="windows of each text (default: 12)")
+            add("--windows", type=int, default=8, metavar="N", help="windows of each text (default: 8)")
+            add("--items", type=int, default=300, metavar="N", help=f"items of each task, of {ITEMS} (default: 300)")
     given = parser.parse_args(argv)
     if given.command == "make":
         make(given.folder, given.texts)
-    else:
-        measure(given.folder, [given.half] if given.half else HALVES, given.models, given.dense, given.windows)
+        return
+    halves = [given.half] if given.half else HALVES
+    measure(given.folder, halves, given.models, given.dense, given.windows, given.items)
 
 
 if __name__ == "__main__":
