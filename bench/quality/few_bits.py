@@ -11,13 +11,14 @@ checkpoint's dtype. Zeros stay zeros.
                             al., arXiv 2210.17323), also for what moves a zero, which is then rounded to 0
     bf16                    rounded to bf16
 
-A group is GROUP kept weights of a row that follow each other. It has a bf16 scale, of either sign.
+A group is 64 kept weights of a row that follow each other (gptq2x32: 32). It has a bf16 scale, of either sign.
 """
 
 import json
 import math
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # The package of this checkout, whatever is installed.
@@ -32,7 +33,7 @@ from sparsefw.solver.config import METHODS, Method
 from sparsefw.solver.methods import CHOOSE, Rows, choose_weights
 
 # 128 does not divide the rows of SmolLM2, which llm-compressor refuses.
-GROUP, SCALE_BITS = 64, 16
+GROUP, SMALLER_GROUP, SCALE_BITS = 64, 32, 16
 # Scales that are tried, as fractions of the largest weight of a group.
 FRACTIONS = [sign * (1 - 0.05 * n) for n in range(11) for sign in (1, -1)]
 # Addition to the diagonal of the Gram matrix, as a fraction of its mean; columns between two products.
@@ -45,10 +46,10 @@ def to_grid(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (x / scale.where(scale != 0, torch.inf)).round().clamp(-half, half - 1) * scale
 
 
-def group_scales(w: Tensor, bits: int) -> Tensor:
+def group_scales(w: Tensor, bits: int, size: int) -> Tensor:
     """The scale of every weight: that of its group, (rows, k) fp32, which leaves the least squared error."""
     rows, k = w.shape
-    groups = torch.nn.functional.pad(w, (0, -k % GROUP)).view(rows, -1, GROUP)
+    groups = torch.nn.functional.pad(w, (0, -k % size)).view(rows, -1, size)
     largest = groups.abs().amax(2, keepdim=True) / (2 ** (bits - 1) - 0.5)
     tried = torch.stack([(fraction * largest).bfloat16().float() for fraction in FRACTIONS])
     errors = torch.stack([(groups - to_grid(groups, scale, bits)).square().sum(2, keepdim=True) for scale in tried])
@@ -86,12 +87,12 @@ def gptq(W: Tensor, G: Tensor, scale: Tensor, bits: int) -> Tensor:
     return Q.mT
 
 
-def rounded(rows: Rows, bits: int, compensate: bool) -> tuple[Tensor, Tensor]:
+def rounded(rows: Rows, bits: int, size: int, compensate: bool) -> tuple[Tensor, Tensor]:
     """The mask of nonzero weights, and the rounded weights, (rows, d) each."""
     W, kept = rows.start, rows.start != 0
     # The kept weights of each row in the order of their columns, before zeros where rows keep different numbers.
     columns = kept.byte().topk(max(int(kept.sum(1).max()), 1), dim=1).indices.sort(1).values
-    scale = torch.zeros_like(W).scatter(1, columns, group_scales(W.gather(1, columns), bits)) * kept
+    scale = torch.zeros_like(W).scatter(1, columns, group_scales(W.gather(1, columns), bits, size)) * kept
     if not compensate:
         return kept, to_grid(W, scale, bits)
     # Columns with the largest inputs are rounded first, so they come last.
@@ -105,13 +106,14 @@ def rounded(rows: Rows, bits: int, compensate: bool) -> tuple[Tensor, Tensor]:
 def register() -> None:
     """Add the methods to those of this process."""
 
-    def add(name: str, prune) -> None:
+    def add(name: str, prune: Callable) -> None:
         METHODS[name], CHOOSE[name] = Method(saliency="magnitude"), choose_weights(prune)
 
     for bits in (2, 3, 4, 8):
-        for name, compensate in ((f"nearest{bits}", False), (f"gptq{bits}", True)):
-            add(name, lambda rows, config, b=bits, c=compensate: rounded(rows, b, c))
-    add("bf16", lambda rows, config: (rows.start != 0, rows.start.bfloat16()))
+        for suffix, size in (("", GROUP), (f"x{SMALLER_GROUP}", SMALLER_GROUP)):
+            for name, compensate in (("nearest", False), ("gptq", True)):
+                add(f"{name}{bits}{suffix}", lambda rows, _, how=(bits, size, compensate): rounded(rows, *how))
+    add("bf16", lambda rows, _: (rows.start != 0, rows.start.bfloat16()))
 
 
 def bits_of(folder: Path) -> str:
@@ -122,14 +124,14 @@ def bits_of(folder: Path) -> str:
     """
     report = json.loads((folder / "report.json").read_text("utf-8"))
     arguments, names = report["arguments"], {layer["name"] for layer in report["layers"]}
-    bits = int("".join(filter(str.isdigit, arguments["method"])))
+    bits, size = (int(n or GROUP) for n in re.findall(r"(\d+)x?(\d*)$", arguments["method"])[0])
     source, output = (matrices(Path(path), names) for path in (arguments["model"], folder))
     stored, zeros, weights = 0, 0, 0
     for (name, before), (_, after) in zip(source, output, strict=True):
         if after[before == 0].any():
             raise SystemExit(f"{folder}: {name}: lost zeros")
         kept, masked = int(before.count_nonzero(1).max()), bool((before == 0).float().mean() > 0.1)
-        scales = math.ceil(kept / GROUP) * SCALE_BITS if bits < 16 else 0
+        scales = math.ceil(kept / size) * SCALE_BITS if bits < 16 else 0
         stored += len(before) * (before.shape[1] * masked + kept * bits + scales)
         zeros, weights = zeros + int((after == 0).sum()), weights + before.numel()
     return f"{folder}: zeros {zeros / weights:.3f}, {stored / weights:.2f} bits a weight, {stored / 8e6:.1f} MB"
