@@ -206,3 +206,9 @@ def test_examples_run(example, tmp_path, monkeypatch):
 def test_a_kernel_runs_on_a_users_tensors(example):
     exec(compile(example, "kernels.md", "exec"), names := {})
     assert torch.allclose(names["G"].double(), names["X"].double().T @ names["X"].double(), atol=1e-3)
+
+
+@pytest.mark.parametrize("example", code_blocks(REPO / "docs/llmcompressor.md", "python"))
+def test_recipes_parse(example):
+    """They run with llm-compressor only, which the tests do not install."""
+    compile(example, "llmcompressor.md", "exec")
