@@ -13,9 +13,9 @@ LIMITS = {
     "sparsefw: files": 95,
     "sparsefw: code lines": 10_950,
     "kernels: code lines": 2_500,
-    "bench: code lines": 3_250,
+    "bench: code lines": 3_350,
     "tests: code lines": 14_370,
-    "documents: words": 16_170,
+    "documents: words": 16_670,
 }
 # Tables of facts, which are not counted.
 TABLES = {"models.md", "flags.md"}
