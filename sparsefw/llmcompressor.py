@@ -7,6 +7,10 @@ windows, order of the layers and files are llm-compressor's.
 from dataclasses import dataclass
 from typing import Any
 
+try:
+    from llmcompressor.core import Event, LifecycleCallbacks, State
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}; pip install -e '.[llmcompressor]' brings it", name=error.name) from error
 from compressed_tensors.utils import (
     align_module_device,
     get_execution_device,
@@ -14,7 +18,6 @@ from compressed_tensors.utils import (
     patch_attr,
     update_offload_parameter,
 )
-from llmcompressor.core import Event, LifecycleCallbacks, State
 from llmcompressor.modifiers.factory import ModifierFactory
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from llmcompressor.utils.metric_logging import CompressionLogger
