@@ -71,6 +71,7 @@ def write_tokens(
         for i in torch.randperm(n, generator=generator)[: n // 2].tolist():
             begins[i] = partial(_chat, *conversation)
     ids = list[Tensor]()
+    say(f"calibration text: the model writes {n} windows of {seqlen} tokens, {min(n, batch)} at a time")
     with model.whole(), errors_in_one_line(f"{option('dataset', SELF)}: {type(writer).__name__} cannot write text"):
         own = writer.generation_config
         try:
