@@ -137,7 +137,7 @@ def test_a_run_writes_a_packed_copy(tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     assert run(source, tmp_path / "text.txt", tmp_path / "out", *WANDA, "--packed", str(tmp_path / "packed")) == 0
     assert contents(packed_of(tmp_path / "out", tmp_path / "by hand")) == contents(tmp_path / "packed")
-    # What is there is found before the run.
+    # Before the run, not behind it, a folder that is there is refused.
     assert run(source, tmp_path / "text.txt", tmp_path / "x", *WANDA, "--packed", str(tmp_path / "packed")) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
