@@ -15,7 +15,7 @@ LIMITS = {
     "kernels: code lines": 2_500,
     "bench: code lines": 3_350,
     "tests: code lines": 14_370,
-    "documents: words": 16_670,
+    "documents: words": 16_800,
 }
 # Tables of facts, which are not counted.
 TABLES = {"models.md", "flags.md"}
