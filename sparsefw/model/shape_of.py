@@ -91,10 +91,13 @@ def shape_of_text(model: BlockModel) -> ModelShape:
 
 def _cached_entries(model: Any) -> int:
     """Entries of a token's keys and values in a block, at most, by the names that configs have for their sizes."""
+    config = model.config.get_text_config()
+    # Where blocks differ, each may have a config of its own, and the model's refuses to be asked.
+    configs = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
 
     def size(name: str) -> int:
         # Some configs have a value for each block.
-        return int(np.max(getattr(model.config.get_text_config(), name, None) or 0))
+        return int(max(np.max(getattr(one, name, None) or 0) for one in configs))
 
     heads = size("num_attention_heads")
     if size("qk_nope_head_dim"):
