@@ -80,31 +80,40 @@ def on_cpu_by_default() -> Iterator[None]:
 
 
 @contextmanager
+def products_of_fp32(on_cpu: str, on_gpu: str) -> Iterator[None]:
+    """Inside the `with` block products of fp32 take operands of these precisions: "ieee", "bf16" or "tf32"."""
+    # The module of oneDNN is replaced by an object when it is imported, which types do not tell.
+    libraries = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = [library.fp32_precision for library in libraries]
+    try:
+        for library, precision in zip(libraries, (on_cpu, on_gpu), strict=True):
+            library.fp32_precision = precision
+        yield
+    finally:
+        for library, precision in zip(libraries, before, strict=True):
+            library.fp32_precision = precision
+
+
+@contextmanager
 def _exact_products() -> Iterator[None]:
     """Products of fp32 are products of fp32, whatever torch has been told.
 
     It can be told by `torch.set_float32_matmul_precision` for all libraries, and for each of them by `fp32_precision`.
     The two must not contradict each other, or whoever asks for the former gets an error.
     """
-    # The module of oneDNN is replaced by an object when it is imported, which types do not tell.
-    products = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = [of_library.fp32_precision for of_library in products]
     try:
         of_all = torch.get_float32_matmul_precision()
     except RuntimeError:
         # The libraries' own contradict it.
         of_all = None
-    try:
-        if of_all:
-            torch.set_float32_matmul_precision("highest")
-        for of_library in products:
-            of_library.fp32_precision = "ieee"
-        yield
-    finally:
-        if of_all:
-            torch.set_float32_matmul_precision(of_all)
-        for of_library, precision in zip(products, before, strict=True):
-            of_library.fp32_precision = precision
+    with products_of_fp32("ieee", "ieee"):
+        try:
+            if of_all:
+                torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            if of_all:
+                torch.set_float32_matmul_precision(of_all)
 
 
 @contextmanager

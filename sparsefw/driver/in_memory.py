@@ -23,6 +23,7 @@ from sparsefw.checkpoint.source import PROCESSORS, SMALL, TOKENIZER_CONFIG, TOKE
 from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer, copy_companions
 from sparsefw.data.batches import Batch, Batches
+from sparsefw.data.text import SELF
 from sparsefw.driver.job import Job, Prepared, Samples, windows_of_texts
 from sparsefw.driver.run import Shown, carry_out, computes_in_fp32, kernel_line, own_text
 from sparsefw.errors import InputError, first_line, shown
@@ -110,7 +111,7 @@ def _prepared(
     if batches is None:
         if job.inputs.evaluate and not opened.logits_itemsize:
             raise InputError(f"evaluate: {type(opened.model).__name__} returns no logits, of which perplexity is made")
-        shape = shape_of_text(opened)
+        shape = shape_of_text(opened, SELF in job.inputs.shares)
         write, written = own_text(job, opened, shape, say, ranks)
         calibration, evaluation, seqlen = windows_of_texts(job, opened.max_seqlen, write, say, ranks)
     else:

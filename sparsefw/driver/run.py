@@ -62,7 +62,7 @@ def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks 
     source = inspect(job.folder)
     in_fp32 = ranks.on_first(lambda: computes_in_fp32(job, say, source.dtype, device))
     with StreamedModel(source, device, in_fp32=in_fp32) as model:
-        shape = shape_of(source, in_fp32)
+        shape = shape_of(source, in_fp32, SELF in job.inputs.shares)
         _check_memory(job, shape, model, ranks)
         write, written = own_text(job, model, shape, say, ranks)
         calibration, evaluation, seqlen = windows_of_texts(job, model.max_seqlen, write, say, ranks)
@@ -196,18 +196,10 @@ def carry_out(
     rounded = ranks.on_first(lambda: _rounds_products(job, prepared))
     if rounded:
         prepared = replace(prepared, notes=[*prepared.notes, arithmetic.note_of_rounding(model.device)])
-    _say_what_is_pruned(prepared, say)
     shape = pruned_shape(prepared.shape, job.config)
-    for line in fitted(log.sparsity_line(job.config, shape, prepared.shape)):
-        say(line)
+    _say_what_is_pruned(job, prepared, shape, say)
     limits = _limits(job, model.device, ranks)
-    if calibration.n < ranks.count:
-        raise InputError(f"{option('nsamples', calibration.n)}: {ranks.count} ranks, and each needs a window")
-    # In the mean over batches, since they may have different sizes.
-    length = prepared.tokens // calibration.n or prepared.seqlen
-    config = job.config.for_calibration(calibration.n, length, ranks.count)
-    if job.config.reconstruct and not config.reconstruct:
-        say("note: no block is reconstructed: that takes two calibration windows on every rank, one to hold out")
+    config = _config_of(job, prepared, say, ranks)
     windows = [samples.n for samples in (calibration, *prepared.evaluation)]
     workload = _workload(job, config, windows, prepared.seqlen, model.device, ranks)
     job = replace(job, config=config)
@@ -253,7 +245,19 @@ def carry_out(
     return report
 
 
-def _say_what_is_pruned(prepared: Prepared, say: Callable[[str], None]) -> None:
+def _config_of(job: Job, prepared: Prepared, say: Callable[[str], None], ranks: Ranks) -> PruneConfig:
+    """The config of a run, with the defaults that depend on its calibration."""
+    n = prepared.calibration.n
+    if n < ranks.count:
+        raise InputError(f"{option('nsamples', n)}: {ranks.count} ranks, and each needs a window")
+    # In the mean over batches, since they may have different sizes.
+    config = job.config.for_calibration(n, prepared.tokens // n or prepared.seqlen, ranks.count)
+    if job.config.reconstruct and not config.reconstruct:
+        say("note: no block is reconstructed: that takes two calibration windows on every rank, one to hold out")
+    return config
+
+
+def _say_what_is_pruned(job: Job, prepared: Prepared, shape: ModelShape, say: Callable[[str], None]) -> None:
     for note in prepared.notes:
         say(f"note: {note}")
     say(f"model: {prepared.name}, {counted(len(prepared.model.unique_blocks), 'block')}, {prepared.dtype}")
@@ -261,6 +265,8 @@ def _say_what_is_pruned(prepared: Prepared, say: Callable[[str], None]) -> None:
     if isinstance(calibration, Windows):
         length, text = calibration.seqlen, f" of {calibration.source}"
     say(f"calibration: {content.amount(calibration.source, calibration.n, length)}{text}")
+    for line in fitted(log.sparsity_line(job.config, shape, prepared.shape)):
+        say(line)
 
 
 def _workload(

@@ -40,10 +40,10 @@ LIBRARIES, CODE_OF_EXPERTS = 2**26, 2**29
 # Memory of a solve for each entry of a layer that is solved as a whole, by Frank-Wolfe and by SparseGPT; and before a
 # solve, to choose budgets, or for saliencies: of the whole matrix, and of rows that ranks may share.
 BYTES_OF_WHOLE, BYTES_OF_SWEEP, BYTES_OF_BUDGETS = 48, 20, 23
-# To sample a token: logits, likelihoods in order and their sums, for each entry of the vocabulary.
-BYTES_OF_SAMPLING = 40
 BYTES_OF_SALIENCY = {False: 12, True: 4}
 
+# To sample a token: logits, likelihoods in order and their sums, for each entry of the vocabulary.
+BYTES_OF_SAMPLING = 40
 
 # Bytes of a Python process with torch and transformers loaded and a text tokenized, as measured; those of a plan that
 # are not there yet; and those of the libraries that read a text of the Hub or of parquet.

@@ -126,8 +126,8 @@ class ModelShape:
             experts. Both are in memory until it is made.
         written: bytes that are written for each byte of a block's parameters in memory.
         modules: names of all modules.
-        cache: bytes that a token takes in a cache of keys and values, in all blocks; of text models alone.
-        whole: bytes of the weights that are loaded to run all blocks at once; 0: they are there.
+        cache: bytes that a token takes in a cache of keys and values, in all blocks, where the model writes text.
+        whole: bytes of the weights that are loaded for that, to run all blocks at once; 0: they are there.
     """
 
     blocks: tuple[BlockShape, ...]
