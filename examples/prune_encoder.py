@@ -18,7 +18,7 @@ def main(name="sentence-transformers/all-MiniLM-L6-v2", output="encoder-pruned/"
     model, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     sentences = sentences or load_dataset("sentence-transformers/stsb", split="train")["sentence1"][:1024]
-    # Of a tower for images: processor(images=some, return_tensors="pt").
+    # A tower for images takes processor(images=some, return_tensors="pt").
     held_out, *batches = (
         tokenizer(sentences[i : i + 32], padding=True, truncation=True, return_tensors="pt")
         for i in range(0, len(sentences), 32)

@@ -120,7 +120,7 @@ class SparseFWModifier(SparsityModifierBase):
         """Watch the layers that are to be pruned."""
         super().on_calibration_start(state, event, **kwargs)
         for module, name in list(self._module_names.items()):
-            # Where targets are layers themselves, the base class puts a dot behind a name, and compares that to ignore.
+            # The base class puts a dot behind the name of a layer that is a target itself, and compares that to ignore.
             self._module_names[module] = name.rstrip(".")
             dense = self._module_sparsities[module] == 0 and not self._prune_n
             if dense or match_targets(name.rstrip("."), module, self.ignore):

@@ -33,7 +33,7 @@ from sparsefw.solver.patterns import Pattern, without_index
 # Integers as wide as the values. Read as integers, a NaN equals itself, and -0.0 differs from 0.0.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# What a user edits, and what the Hub and its library add to a folder.
+# Files that a user edits, or that the Hub and its library add to a folder.
 FREE = (CARD, ".gitattributes", ".cache/huggingface/*")
 
 # Failures of one check that are listed; the others are counted.

@@ -18,7 +18,7 @@ def quick_runs():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
-        # Where no test has imported it, none prunes a model.
+        # A test that prunes a model has imported it.
         if "transformers" in sys.modules:
             patch.setattr("sparsefw.driver.reconstruct.MOST_ROUNDS", 1)
         yield

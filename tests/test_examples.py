@@ -40,7 +40,7 @@ def test_time_kernel(capsys):
 
 
 def test_llmcompressor_recipe():
-    """What it imports of this package is there."""
+    """This package has all that it imports from it."""
     written = ast.parse((EXAMPLES / "llmcompressor_recipe.py").read_text())
     (imported,) = [node for node in written.body if getattr(node, "module", "") == "sparsefw.llmcompressor"]
     module = ast.parse((EXAMPLES.parent / "sparsefw/llmcompressor.py").read_text())

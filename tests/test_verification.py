@@ -95,7 +95,7 @@ class TestPasses:
 
 class TestSums:
     def test_any_changed_byte(self, copied, capsys):
-        """Of every file but the card, which is for users to edit, the first, a middle and the last byte."""
+        """The first, a middle and the last byte of every file but the card, which is for users to edit."""
         _, output = copied(*WANDA)
         contents = {path: path.read_bytes() for path in output.iterdir() if path.name not in (SUMS, "README.md")}
         report = {path: content for path, content in contents.items() if path.name == "report.json"}

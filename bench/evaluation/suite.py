@@ -37,8 +37,8 @@ from sparsefw.inputs import locate
 # Tokens of a window, and items of a task.
 SEQLEN, ITEMS = 512, 600
 
-# What a model says to the texts and the tasks of a half: log-likelihoods per token of the windows of a text, and which
-# items of a task are right.
+# Answers of a model to a half: log-likelihoods per token of the windows of each text, and for each item of a task 1 if
+# it is right, else 0.
 Values = dict[str, dict[str, list[float]]]
 
 
@@ -62,7 +62,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def values_of(folder: Path, half: str, name: str, windows: int, items: int) -> Values:
-    """What a model says to a half; kept in the folder text by text, and not computed twice for the same bytes."""
+    """Answers of a model to a half; kept in the folder text by text, and not computed twice for the same bytes."""
     source = inspect(locate(name))
     digest = hashlib.sha256()
     for path in sorted(source.folder.glob("*.safetensors")):

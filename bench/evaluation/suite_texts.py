@@ -30,7 +30,7 @@ TEXT, DOCUMENTS = 240_000, 6_000_000
 
 @dataclass(frozen=True)
 class Source:
-    """Where a text comes from.
+    """The origin of a text.
 
     Attributes:
         name: its half and its kind.
@@ -73,7 +73,7 @@ def _debates(raw: bytes) -> list[str]:
 
 
 def _reference(raw: bytes) -> Iterator[str]:
-    """What a service says of its operations."""
+    """The descriptions that a service has of its operations."""
     for name, operation in json.loads(gzip.decompress(raw))["operations"].items():
         text = html.unescape(re.sub(r"<[^>]+>", " ", re.sub(r"</(p|li)>", "\n\n", operation.get("documentation", ""))))
         yield name + "\n\n" + re.sub(r"[ \t]+", " ", text)
@@ -165,7 +165,7 @@ def write_texts(folder: Path, calibration: Iterable[Path]) -> dict[str, list[str
         calibration: texts of which no run of words is in a text of the suite.
     """
     seen = {run for path in calibration for run in runs(path.read_text("utf-8"))}
-    # What is reported first: no run of words of it is in the other half.
+    # The reported half comes first: the other one has no run of its words.
     found = {source.name: documents(source, folder / "packages", seen) for source in reversed(SOURCES)}
     for name, of_text in found.items():
         text = "\n\n".join(of_text)

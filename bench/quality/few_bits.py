@@ -117,7 +117,7 @@ def register() -> None:
 
 
 def bits_of(folder: Path) -> str:
-    """What a run's output takes: bits a weight of its matrices, with a mask where its source has zeros, and MB.
+    """The size of a run's output: bits a weight of its matrices, with a mask where its source has zeros, and MB.
 
     Raises:
         SystemExit: a zero of the source is none here.

@@ -65,7 +65,7 @@ class Quantization:
 
     @property
     def words(self) -> tuple[str, str]:
-        """What its tensors are, and what is done to them, for messages."""
+        """Two words for messages: its tensors are the first, and a run makes them the second."""
         packed = self.method == "sparsefw"
         return ("packed", "unpacked") if packed else (f"quantized ({self.method})", "dequantized")
 

@@ -103,7 +103,7 @@ def _check_memory(job: Job, shape: ModelShape, model: StreamedModel, ranks: Rank
 def own_text(
     job: Job, model: BlockModel, shape: ModelShape, say: Callable[[str], None], ranks: Ranks
 ) -> tuple[Write, int]:
-    """What has the dense model write its calibration text, and the number of windows that it writes at once.
+    """A function that has the dense model write its calibration text, and the number of windows that it writes at once.
 
     A run that goes on with an unfinished one takes the text from there. None: no text of the run is the model's own.
 
@@ -158,7 +158,7 @@ def _rounds_products(job: Job, prepared: Prepared) -> bool:
 
 
 def _begun(job: Job, name: str, found: bool) -> bool:
-    """What an unfinished run has settled under this name, or what was found if there is none."""
+    """The value that an unfinished run has settled under this name; without one, the value that was found."""
     return Writer(job.output.folder, 0, restart=job.output.restart).begun().get("identity", {}).get(name, found)
 
 

@@ -96,7 +96,7 @@ def shape_of_text(model: BlockModel, writes: bool = False) -> ModelShape:
 def _cached_entries(model: Any) -> int:
     """Entries of a token's keys and values in a block, at most, by the names that configs have for their sizes."""
     config = model.config.get_text_config()
-    # Where blocks differ, each may have a config of its own, and the model's refuses to be asked.
+    # Blocks that differ may have a config each, and then the model's refuses to be asked.
     configs = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
 
     def size(name: str) -> int:

@@ -37,7 +37,7 @@ TEMPLATE = Path(__file__).with_name("card.md")
 # Behind it comes the digest.
 MARK = b"<!-- written by sparsefw, sha256 "
 
-# What the front matter has from the card of the source.
+# Entries of the front matter that come from the card of the source.
 KEPT = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "base_model")
 
 # A folder in the Hub's cache.
@@ -99,7 +99,7 @@ def card_of(folder: Path, name: str, report: Report, source: Path | None) -> str
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
-    """What a card says by KEPT; nothing if it is missing or cannot be read."""
+    """The entries of a card that are KEPT; nothing if it is missing or cannot be read."""
     # Nobody has checked what stands there, and the library that reads it raises anything.
     with suppress(Exception):
         check_file(card)

@@ -152,7 +152,7 @@ def result_columns(report: Report) -> list[str]:
 
 
 def result_notes(report: Report) -> Iterator[str]:
-    """What the columns are, a line each."""
+    """The meaning of the columns, a line each."""
     for name, text in zip(result_columns(report), report.evaluation, strict=False):
         yield f"{name}: {amount(text.source, text.windows, text.seqlen)} of {text.source}"
     yield "error: relative to that of the warm start's mask, mean of layers; mask only: before weight updates"

@@ -132,12 +132,12 @@ def test_measure(items, tmp_path, capsys, monkeypatch):
 
 
 def test_both_means():
-    """Of ratios of perplexities over texts, and of what tasks lose of what is above chance."""
+    """The mean of the ratios of perplexities, and that of the shares that tasks lose of what is above chance."""
     dense = {"txt": {"a": [-1.0, -3.0], "b": [-2.0, -2.0]}, "jsonl": {"h_true_sentence": [1.0, 1.0, 1.0, 0.0]}}
     pruned = {"txt": {"a": [-2.0, -3.0], "b": [-2.5, -2.5]}, "jsonl": {"h_true_sentence": [1.0, 0.0, 1.0, 0.0]}}
     found = suite.compared(pruned, dense)
     assert found["perplexity"] == {"a": math.exp(2.5), "b": math.exp(2.5)}
     # The windows of b lose alike. Those of a lose 1 and 0: a standard error of 1/2, for two texts 1/4.
     assert found["ratio"] == pytest.approx([math.exp(0.5), math.exp(0.5) / 4])
-    # Of four items one is lost: 1/4 of the accuracy, of which 3/4 - 1/2 are above chance.
+    # One item of four is lost: 1/4 of the accuracy, of which 3/4 - 1/2 are above chance.
     assert found["lost"] == pytest.approx((1.0, 1.0))
