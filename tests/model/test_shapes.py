@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from helpers.families import TOKENS, first_is_fast, is_layer, save_model
+from transformers import AutoModelForCausalLM
 
 from sparsefw.checkpoint.source import inspect
 from sparsefw.model import StreamedModel, embed, shape_of
@@ -37,6 +38,18 @@ def test_layers_are_those_that_calibration_finds(family, tmp_path):
             assert {layer.name: ways(layer.role) for layer in found.blocks[i].layers} == roles
             states.advance(i)
     assert sorted(found.layer_names) == sorted(seen)
+
+
+@pytest.mark.parametrize("family", first_is_fast(["gemma4_text", "llama", "glm_moe_dsa"]))
+def test_a_cache_has_room_for_keys_and_values(family, tmp_path):
+    """Of every block, whatever config it has. Only a model that writes text has one."""
+    folder = save_model(tmp_path, family)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    layers = model(TOKENS[:1], use_cache=True).past_key_values.layers
+    taken = sum(x.nbytes for layer in layers for x in (layer.keys, layer.values) if x is not None)
+    per_token = shape_of(inspect(folder), writes=True).cache
+    assert taken / TOKENS.shape[1] <= per_token <= 4 * taken / TOKENS.shape[1]
+    assert shape(folder).cache == 0
 
 
 @pytest.mark.parametrize(("family", "itemsize"), [("llama", 2), ("mamba", 4)])
