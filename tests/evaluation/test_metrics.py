@@ -179,6 +179,9 @@ def test_the_table(found):
     numbers = f"{value.value:.4f} ± 0.0000 +{difference.value:.4f} ± {difference.stderr:.4f} {z:+.1f}"
     assert lines[2] == f"{numbers} pruned"
     assert any(line.startswith("average acc_norm or acc 3 ") for line in lines)
+    # Columns without an entry are left out.
+    alone = next(metrics.lines(Evaluation(["dense"], None, [], [text_record(windows, {"dense": [-7.0] * 4}, None)])))
+    assert alone.split() == ["task", "metric", "n", "value", "model"]
     content = json.loads(evaluation.to_json())
     assert [*content] == ["models", "against", "tasks", "texts"]
     assert content["tasks"][0]["results"]["dense"]["difference"] is None

@@ -136,6 +136,8 @@ def test_tensors_that_do_not_fit_are_refused(level):
     ):
         with pytest.raises((ValueError, TypeError), match="expected"):
             level.packed_product(*arguments)
+    with pytest.raises((ValueError, TypeError), match="expected"):
+        level.unpack(values[:4], mask, cols=64)
     with pytest.raises(ValueError, match="expected rows of 8, got 4 to 9"):
         level.unpack(values, mask, cols=64, first=4, last=9)
     assert level.packed_product(x[:0], values, mask).shape == (0, 8)

@@ -9,6 +9,7 @@ from helpers.verifying import WANDA
 from huggingface_hub import ModelCard
 
 from sparsefw import pack, verify
+from sparsefw.checkpoint.files import SUMS, read_sums
 from sparsefw.report.card import card_of, write_card
 
 SOURCE = """---
@@ -51,6 +52,11 @@ def test_a_run_and_its_packed_copy(pruned, tmp_path, capsys):
     assert pack.main([str(folder), str(tmp_path / "packed")]) == 0
     assert run(source, text, folder, *WANDA, "--overwrite") == 0
     assert "README.md was edited, and stays" in capsys.readouterr().out
+    # SHA256SUMS leaves it out, and `verify` what the Hub adds.
+    assert "README.md" not in read_sums(folder / SUMS)
+    for name in (".gitattributes", ".cache/huggingface/download/config.json.metadata"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
     assert written(folder, capsys).content == edited
     card = written(tmp_path / "packed", capsys)
     assert card.data.to_dict() == {"library_name": "transformers", "license": "mit", "tags": tags}
