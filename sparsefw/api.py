@@ -374,7 +374,7 @@ def _tokenizer_of(model: Any) -> "PreTrainedTokenizerBase":
         InputError: there is none.
     """
     from sparsefw.checkpoint.source import SMALL, locate
-    from sparsefw.data.windows import load_tokenizer
+    from sparsefw.data.tokens import load_tokenizer
 
     try:
         if model.name_or_path:

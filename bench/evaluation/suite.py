@@ -28,7 +28,8 @@ from prose import Passage, runs_of_sentences
 from suite_texts import HALVES, write_texts
 
 from sparsefw.checkpoint.source import Checkpoint, inspect
-from sparsefw.data.windows import evaluation_windows, load_tokenizer
+from sparsefw.data.tokens import load_tokenizer
+from sparsefw.data.windows import evaluation_windows
 from sparsefw.evaluation.harness import StreamedLM, Tasks
 from sparsefw.evaluation.rows import request_of
 from sparsefw.evaluation.streaming import scores_of

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from sparsefw.data.text import SELF, errors_in_one_line
-from sparsefw.data.windows import Tokenizer, start_tokens, tokenize
+from sparsefw.data.tokens import Tokenizer, start_tokens, tokenize
 from sparsefw.errors import option
 from sparsefw.model.block_model import BlockModel
 

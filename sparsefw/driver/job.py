@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsefw.data import windows
 from sparsefw.data.batches import Batches
+from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import Windows, Write
 from sparsefw.errors import InputError
 from sparsefw.inputs import Inputs, Output
@@ -120,7 +121,7 @@ def _read(job: Job, seqlen: int, write: Write) -> tuple[Windows, list[Windows]]:
     tokenizer = job.tokenizer
     if tokenizer is None:
         assert job.folder is not None
-        tokenizer = windows.load_tokenizer(job.folder)
+        tokenizer = load_tokenizer(job.folder)
     drawn = dict(nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)
     if dataset is None:
         calibration = windows.mixed_windows(tokenizer, inputs.shares, write, **drawn)

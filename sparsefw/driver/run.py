@@ -15,7 +15,8 @@ from sparsefw.checkpoint.source import fingerprint, inspect, note_of_others, sta
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import Batches
 from sparsefw.data.text import SELF
-from sparsefw.data.windows import Tokenizer, Windows, Write, window_length, windows_of
+from sparsefw.data.tokens import Tokenizer
+from sparsefw.data.windows import Windows, Write, window_length, windows_of
 from sparsefw.driver import generation
 from sparsefw.driver.block import Run
 from sparsefw.driver.job import Job, Prepared, windows_of_texts

@@ -14,7 +14,8 @@ from sparsefw.arithmetic import computes_in_fp32
 from sparsefw.checkpoint.quantization import DTYPES, dtype_in, quantization_of
 from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, check_config, from_hub, inspect, read_json
 from sparsefw.data.text import SELF
-from sparsefw.data.windows import evaluation_windows, load_tokenizer, window_length
+from sparsefw.data.tokens import load_tokenizer
+from sparsefw.data.windows import evaluation_windows, window_length
 from sparsefw.errors import InputError, counted, fitted, option
 from sparsefw.estimate.memory import GIB, Workload, disk_space, memory_needs, process_bytes, pruned_shape
 from sparsefw.estimate.placement import memory_limits, place, reconstruction_line, reconstruction_steps, written_at_once

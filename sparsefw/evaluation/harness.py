@@ -19,7 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from sparsefw.caller import on_cpu_by_default, settings_kept
 from sparsefw.checkpoint.source import inspect
-from sparsefw.data.windows import load_tokenizer, tokenize
+from sparsefw.data.tokens import load_tokenizer, tokenize
 from sparsefw.errors import InputError, first_line, option, shown
 from sparsefw.evaluation.rows import Request, request_of
 from sparsefw.evaluation.streaming import Score, scores_of

@@ -10,7 +10,8 @@ from typing import Any
 from sparsefw.caller import bars_wanted, on_cpu_by_default, settings_kept, to_logger
 from sparsefw.checkpoint.files import durably
 from sparsefw.checkpoint.source import Checkpoint, inspect
-from sparsefw.data.windows import Windows, evaluation_windows, load_tokenizer, window_length
+from sparsefw.data.tokens import load_tokenizer
+from sparsefw.data.windows import Windows, evaluation_windows, window_length
 from sparsefw.errors import InputError, naming, option
 from sparsefw.evaluation.metrics import Evaluation, task_records, text_record
 from sparsefw.evaluation.rows import request_of

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from sparsefw.checkpoint import files
 from sparsefw.checkpoint.source import INDEX, SINGLE, companions, inspect, locate, note_of_others
 from sparsefw.checkpoint.tensors import read_shard, read_tensors
-from sparsefw.data.windows import load_tokenizer
+from sparsefw.data.tokens import load_tokenizer
 from sparsefw.errors import InputError
 
 

@@ -10,7 +10,8 @@ from helpers.families import config_of, save_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import sparsefw.run
-from sparsefw.data.windows import evaluation_windows, load_tokenizer
+from sparsefw.data.tokens import load_tokenizer
+from sparsefw.data.windows import evaluation_windows
 from sparsefw.inputs import DEFAULT_MODEL
 from sparsefw.plan import main
 

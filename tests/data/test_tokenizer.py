@@ -9,8 +9,8 @@ from helpers.texts import make_tokenizer, refused
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sparsefw.data import windows
-from sparsefw.data.windows import load_tokenizer, tokenize, tokens_of
+from sparsefw.data import tokens
+from sparsefw.data.tokens import load_tokenizer, tokenize, tokens_of
 from sparsefw.default.text import evaluation_text
 from sparsefw.inputs import DEFAULT_MODEL
 
@@ -99,7 +99,7 @@ KINDS = {
 def small(monkeypatch):
     """Pieces of 1000 characters, in place of 65536."""
     for name, value in {"PIECE": 1000, "CONTEXT": 100, "SEARCHED": 300}.items():
-        monkeypatch.setattr(windows, name, value)
+        monkeypatch.setattr(tokens, name, value)
 
 
 def all_tokens(of: PreTrainedTokenizerFast, strings: list[str]) -> list[int]:
@@ -110,19 +110,19 @@ def all_tokens(of: PreTrainedTokenizerFast, strings: list[str]) -> list[int]:
 def test_tokens_of_pieces_are_those_of_the_whole_text(kind, small, monkeypatch):
     made = PreTrainedTokenizerFast(tokenizer_object=KINDS[kind]())
     (expected,) = tokenize(made, [TEXT])
-    assert len(list(windows._pieces(made, [TEXT]))) > 10
+    assert len(list(tokens._pieces(made, [TEXT]))) > 10
     assert all_tokens(made, [TEXT]) == expected
     # However it is read.
     assert all_tokens(made, [TEXT[n : n + 77] for n in range(0, len(TEXT), 77)]) == expected
     # The places that are refused are places where tokens change.
-    monkeypatch.setattr(windows, "_find_cut", lambda *_: 900)
+    monkeypatch.setattr(tokens, "_find_cut", lambda *_: 900)
     assert all_tokens(made, [TEXT]) != expected
 
 
 @pytest.mark.parametrize("text", ["", "a", " ", "a" * 1001, "a" * 5000, "\n" * 5000, "日本" * 2500, "a b\n\n" * 1200])
 def test_nothing_is_lost(small, text):
     plain = make_tokenizer(bos=False)
-    pieces = [piece for _, piece in windows._pieces(plain, [text])]
+    pieces = [piece for _, piece in tokens._pieces(plain, [text])]
     assert "".join(pieces) == text
     assert all(len(piece) <= 1000 for piece in pieces)
     assert plain.decode(all_tokens(plain, [text])) == text

@@ -9,7 +9,7 @@ import torch
 from helpers.texts import BOS, make_tokenizer, records, refused, replace_hub
 from transformers import PreTrainedTokenizerFast
 
-from sparsefw.data import windows as module
+from sparsefw.data import tokens
 from sparsefw.data.windows import (
     TOKENS_READ,
     calibration_windows,
@@ -68,12 +68,12 @@ def test_only_as_much_is_read_as_needed(plain, monkeypatch):
             read.append(n)
             yield {"text": f"{n:06d}"}
 
-    monkeypatch.setattr(module, "PIECE", 2048)
+    monkeypatch.setattr(tokens, "PIECE", 2048)
     replace_hub(monkeypatch, rows)
     first = calibration_windows(plain, "c4", nsamples=4, seqlen=64, seed=0)
     # 8 tokens a document, the separator among them, and whole batches.
     assert len(read) <= (4 * 64 * TOKENS_READ + 2048) / 8
-    monkeypatch.setattr(module, "PIECE", 1000)
+    monkeypatch.setattr(tokens, "PIECE", 1000)
     assert calibration_windows(plain, "c4", nsamples=4, seqlen=64, seed=0).hash == first.hash
     read.clear()
     assert evaluation_windows(plain, "c4", seqlen=64, limit=3).n == 3

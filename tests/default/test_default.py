@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparsefw.data.windows import evaluation_windows, load_tokenizer
+from sparsefw.data.tokens import load_tokenizer
+from sparsefw.data.windows import evaluation_windows
 from sparsefw.default import text
 from sparsefw.inputs import DEFAULT_MODEL
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 import sparsefw.plan
 from sparsefw import prune
 from sparsefw.checkpoint.source import inspect
-from sparsefw.data.windows import load_tokenizer, windows_of
+from sparsefw.data.tokens import load_tokenizer
+from sparsefw.data.windows import windows_of
 from sparsefw.driver import generation
 from sparsefw.driver.generation import OWN_TEXT, write_tokens
 from sparsefw.inputs import DEFAULT_MODEL
