@@ -117,7 +117,7 @@ def prune(
         dataset: calibration text: a name or path as for `--dataset`, or a mapping of several with the share of the
             windows that each has; "self": the model writes it; a list, a generator, a datasets.Dataset or a DataLoader
             of texts, of records with `text` or `messages`, or of tokenized ones with `input_ids`; or token ids
-            (windows, seqlen). None: c4, or the built-in text for the built-in model.
+            (windows, seqlen). None: c4, "self" if HF_HUB_OFFLINE is set, or the built-in text for the built-in model.
         calibration: in place of a text: for each batch the arguments of the model's forward, as a mapping, a tuple or
             a single tensor. Pixels, masked tokens, features of sound: whatever a stack of blocks is made for.
         nsamples, seqlen: number of calibration windows, and tokens in each. None: the shape of the token ids, else 256

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
+from sparsefw.data.text import SELF
 from sparsefw.errors import InputError, option, shown
 from sparsefw.fields import DEPENDS, check_fields, check_needs, flag, set_field
 
@@ -33,7 +36,7 @@ CARDS = {
     "v100-32gb": 32,
 }
 
-# Defaults with the built-in model, and with other models.
+# Defaults with the built-in model, and with other models: without a network the model writes its own text.
 BUILT_IN = dict(dataset=(DEFAULT,), nsamples=64, seqlen=128, evaluate=(DEFAULT,))
 OTHERS = dict(dataset=("c4",), nsamples=256, seqlen=2048, evaluate=())
 
@@ -55,8 +58,8 @@ class Inputs:
     model: str = flag("checkpoint folder or Hub id (default: the built-in model)", DEFAULT, metavar="ID|PATH")
     dataset: tuple[str, ...] = flag(
         "calibration text: c4, wikitext, a .txt, .jsonl or .parquet file, or a datasets id; self: the model writes it; "
-        "may be repeated: each has as many of the windows, or its share of them where =N follows (default: c4; the "
-        "built-in text for the built-in model)", metavar="NAME|PATH[=N]", several=True,
+        "may be repeated: each has as many of the windows, or its share of them where =N follows (default: c4; self "
+        "with HF_HUB_OFFLINE=1; the built-in text for the built-in model)", metavar="NAME|PATH[=N]", several=True,
     )  # fmt: skip
     nsamples: int = flag(
         "calibration sequences, here called windows (default: 256; built-in model: 64)",
@@ -81,7 +84,8 @@ class Inputs:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name, default in (BUILT_IN if self.built_in else OTHERS).items():
+        others = OTHERS | dict(dataset=(SELF,)) if constants.HF_HUB_OFFLINE else OTHERS
+        for name, default in (BUILT_IN if self.built_in else others).items():
             if getattr(self, name) is DEPENDS:
                 set_field(self, name, default)
         _check_datasets(self.dataset)

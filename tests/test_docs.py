@@ -133,10 +133,12 @@ def default_of(flag: str, condition: str, monkeypatch: pytest.MonkeyPatch) -> ob
             "with fewer than 9 windows on a rank".
     """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: condition == "on a GPU")
+    offline = "with `HF_HUB_OFFLINE=1`"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", condition == offline)
     inputs = Inputs() if condition == "for the built-in model" else Inputs(model="another")
     given = dict(re.findall(r"--(\S+) ([^\s`]+)", condition.replace("any other `--method`", "`--method wanda`")))
     few = re.fullmatch(r"with fewer than (\d+) windows on a rank", condition)
-    assert given or few or condition in ("", "for the built-in model", "on a GPU"), condition
+    assert given or few or condition in ("", "for the built-in model", "on a GPU", offline), condition
     options = {name: int(value) if value.isdigit() else value for name, value in given.items()}
     if flag == "--model":
         inputs = Inputs()
@@ -163,7 +165,10 @@ def test_defaults_in_the_flag_table(flag, monkeypatch):
         assert value == (f"{default:g}" if isinstance(default, float) else str(default)), clause
 
 
-CONDITIONS = ("with `--refit 0`", "with `--preset fast`", "with `--preset paper`", "on a GPU", "for the built-in model")
+CONDITIONS = (
+    "with `--refit 0`", "with `--preset fast`", "with `--preset paper`", "on a GPU", "with `HF_HUB_OFFLINE=1`",
+    "for the built-in model",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)

@@ -52,3 +52,11 @@ def test_numbers_of_numpy_are_numbers():
     inputs = Inputs(model="m", nsamples=np.int64(6), seqlen=np.int32(32))
     assert [type(x) for x in (inputs.nsamples, inputs.seqlen)] == [int, int]
     assert type(Output(host_memory=np.float32(4)).host_memory) is float
+
+
+def test_default_text(monkeypatch):
+    """Of the Hub, or the model's own where there is no network; the built-in model has one."""
+    assert Inputs(model="m").dataset == ("c4",)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert [Inputs(model=name).dataset for name in ("m", "default")] == [("self",), ("default",)]
+    assert Inputs(model="m", dataset=("c4",)).dataset == ("c4",)
