@@ -288,6 +288,7 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
         TypeError: they are something else.
         InputError: there are none, they are names, or their tokens make no windows.
     """
+    from sparsefw.data.text import COLUMNS
     from sparsefw.data.windows import windows_of_records
 
     kind = type(dataset).__name__
@@ -302,7 +303,7 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
     records, columns = chain([item], records), [*item] if isinstance(item, Mapping) else []
     while isinstance(inner, list | tuple) and inner:
         inner = inner[0]
-    texts = isinstance(inner, str) or bool({"text", "messages"} & {*columns})
+    texts = isinstance(inner, str) or bool({*COLUMNS} & {*columns})
     rows = hasattr(item, "ndim") or (inner is not item and isinstance(inner, Integral))
     if "input_ids" in columns or (rows and not texts):
         return windows_of_records(records, TOKENS, nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from sparsefw.data.text import SELF
+from sparsefw.data.text import GENERAL, MIXTURE, SELF
 from sparsefw.errors import InputError, option, shown
 from sparsefw.fields import DEPENDS, check_fields, check_needs, flag, set_field
 
@@ -57,9 +57,10 @@ class Inputs:
 
     model: str = flag("checkpoint folder or Hub id (default: the built-in model)", DEFAULT, metavar="ID|PATH")
     dataset: tuple[str, ...] = flag(
-        "calibration text: c4, wikitext, a .txt, .jsonl or .parquet file, or a datasets id; self: the model writes it; "
-        "may be repeated: each has as many of the windows, or its share of them where =N follows (default: c4; self "
-        "with HF_HUB_OFFLINE=1; the built-in text for the built-in model)", metavar="NAME|PATH[=N]", several=True,
+        "calibration text: c4, wikitext, a .txt, .jsonl or .parquet file, or a datasets id; general: a mixture of the "
+        "Hub; self: the model writes it; may be repeated: each has as many of the windows, or its share of them where "
+        "=N follows (default: c4; self with HF_HUB_OFFLINE=1; the built-in text for the built-in model)",
+        metavar="NAME|PATH[=N]", several=True,
     )  # fmt: skip
     nsamples: int = flag(
         "calibration sequences, here called windows (default: 256; built-in model: 64)",
@@ -88,6 +89,7 @@ class Inputs:
         for name, default in (BUILT_IN if self.built_in else others).items():
             if getattr(self, name) is DEPENDS:
                 set_field(self, name, default)
+        set_field(self, "dataset", tuple(text for dataset in self.dataset for text in _texts_of(dataset)))
         _check_datasets(self.dataset)
         check_needs("evaluate", bool(self.evaluate), eval_windows=self.eval_windows)
 
@@ -212,6 +214,14 @@ def name_and_share(dataset: str) -> tuple[str, float]:
         return (name, float(number)) if name else (dataset, 1.0)
     except ValueError:
         return dataset, 1.0
+
+
+def _texts_of(dataset: str) -> list[str]:
+    """The texts of a mixture with their shares of its own; else the dataset itself."""
+    name, share = name_and_share(dataset)
+    if name != GENERAL or not 0 < share < math.inf:
+        return [dataset]
+    return [f"{text}={share / len(MIXTURE):g}" for text in MIXTURE]
 
 
 def _check_datasets(datasets: Sequence[str]) -> None:

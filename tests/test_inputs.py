@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers.texts import refused
 
+from sparsefw.data.text import MIXTURE
 from sparsefw.inputs import Inputs, Output, name_and_share
 
 
@@ -34,6 +35,12 @@ def test_shares_by_name():
 def test_shares_are_above_zero(share):
     with refused(f"dataset='a.txt={share}': expected a share above 0 behind the last ="):
         Inputs(dataset=["b.txt", f"a.txt={share}"])
+
+
+def test_general_is_a_mixture():
+    shares = Inputs(model="m", dataset=("a.txt", "general=6")).shares
+    assert list(shares.values()) == [1, 2, 2, 2]
+    assert list(shares) == ["a.txt", *MIXTURE]
 
 
 def test_texts_are_given_once():

@@ -29,6 +29,13 @@ NAMED: dict[tuple[str, Split], tuple[str, str, str]] = {
 # Splits of other datasets, the first that there is.
 SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "train")}
 
+# A mixture with a short name: web text, instructions with answers, and code, none of which needs a log-in.
+GENERAL = "general"
+MIXTURE = ("c4", "neuralmagic/LLM_compression_calibration", "codeparrot/codeparrot-clean-valid")
+
+# Where records have their text, in the order in which it is looked for; of messages the tokenizer's template makes one.
+COLUMNS = ("text", "content", "messages")
+
 # The name of the text that the dense model writes itself, to be calibrated on; it is made where the model is.
 SELF = "self"
 
@@ -60,7 +67,7 @@ def read_text(dataset: str | Iterable[Any], split: Split, chat: Callable[[Any], 
 
     Args:
         dataset: "default", "c4", "wikitext", the path of a .txt (one document), .jsonl, .json (also .gz) or
-            .parquet file (one document per record, in `text` or `messages`), or a Hub id ORG/NAME of a dataset with
+            .parquet file (one document per record, in one of COLUMNS), or a Hub id ORG/NAME of a dataset with
             such records; or the documents or records themselves.
         split: the split of a named dataset. A file is read from its start for both.
         chat: makes a text of the messages of a record, by the tokenizer's chat template.
@@ -79,9 +86,8 @@ def read_text(dataset: str | Iterable[Any], split: Split, chat: Callable[[Any], 
         raise InputError(f"{dataset}: no such file; check the path")
     # A bare word never reaches `datasets`, which would take "text" or "json" for all such files of this folder.
     if (dataset, split) not in NAMED and not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
-        raise InputError(
-            f"{shown(repr(dataset), 60)}: unknown dataset; give default, c4, wikitext, a file or a Hub id ORG/NAME"
-        )
+        names = "default, c4, wikitext, general, a file or a Hub id ORG/NAME"
+        raise InputError(f"{shown(repr(dataset), 60)}: unknown dataset; give {names}")
     return _from_hub(dataset, split, chat)
 
 
@@ -113,21 +119,25 @@ def _read(items: Iterable[Any], source: str) -> Iterator[Any]:
 
 
 def _documents(records: Iterable[Any], source: str, chat: Callable[[Any], Any] | None) -> Iterator[list[str]]:
-    """The texts of records: strings, or objects with a `text`, or with `messages`; several of a record that is a batch.
+    """The texts of records: strings, or objects with one of COLUMNS; several of a record that is a batch.
 
     Raises:
         InputError: a record has none, or the tokenizer has no template for messages.
     """
     for number, record in enumerate(records, 1):
-        if isinstance(record, Mapping) and not {"text", "messages"} & record.keys():
-            columns = shown(", ".join(map(str, record)))
-            raise InputError(f"{source}: no column `text` or `messages`, only {columns}; rename the one with the text")
         texts = record
         if isinstance(record, Mapping):
-            texts = record.get("text")
-            if texts is None and chat:
+            found = [name for name in COLUMNS if name in record]
+            if not found:
+                others = shown(", ".join(map(str, record)))
+                raise InputError(
+                    f"{source}: no column {', '.join(COLUMNS)}, only {others}; rename the one with the text"
+                )
+            column = next((name for name in found if record[name] is not None), found[0])
+            texts = record[column]
+            if column == "messages" and chat:
                 with errors_in_one_line(f"{source}: record {number}: no text can be made of its messages"):
-                    texts = chat(record["messages"])
+                    texts = chat(texts)
         for text in texts if isinstance(texts, list | tuple) else (texts,):
             if not isinstance(text, str):
                 raise InputError(f"{source}: record {number} is {type(text).__name__}, expected a text")
@@ -172,12 +182,12 @@ def _values(path: Path) -> Iterator[Any]:
 
 
 def _rows(path: Path) -> Iterator[Any]:
-    """The rows of a parquet file, with the column `text` alone if there is one."""
+    """The rows of a parquet file, with the first of COLUMNS alone if there is one."""
     from pyarrow.parquet import ParquetFile
 
     # With a buffer, a column is not read whole.
     with ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
-        columns = ["text"] if "text" in file.schema_arrow.names else None
+        columns = next(([name] for name in COLUMNS if name in file.schema_arrow.names), None)
         for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
             yield from batch.to_pylist()
 

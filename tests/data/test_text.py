@@ -79,14 +79,14 @@ def test_what_is_no_file_of_text_is_not_opened(tmp_path, name):
 @pytest.mark.parametrize("name", ["c5", "text", "json", "", "a/b/c", "org/na me", "a whole text " * 100])
 def test_unknown_dataset_is_not_looked_up(name, monkeypatch):
     replace_hub(monkeypatch, lambda *_, **__: pytest.fail("looked up"))
-    with refused("unknown dataset; give default, c4, wikitext, a file or a Hub id ORG/NAME"):
+    with refused("unknown dataset; give default, c4, wikitext, general, a file or a Hub id ORG/NAME"):
         read_text(name, "train")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", b'{"content": "a", "id": 1}', "no column `text` or `messages`, only content, id; rename"),
+        ("x.jsonl", b'{"code": "a", "id": 1}', "no column text, content, messages, only code, id; rename"),
         ("x.jsonl", b'{"text": "a"}\n{"text": 3}', "record 2 is int, expected a text"),
         ("x.json", b"[[1]]", "record 1 is int"),
         ("x.jsonl", b'{"text": "a"}\n{"text":\n', "cannot be read beyond record 1: Expecting value"),
