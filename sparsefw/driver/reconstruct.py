@@ -1,8 +1,10 @@
 """Fit the kept weights of a pruned block together, so that it puts out what the dense model's block does.
 
-The loss of a token is the squared distance between the input of the next block in the pruned and in the dense model,
-relative to the square of the latter: a few tokens have hidden states a thousand times larger than others. Behind the
-last block of a language model it is the divergence of what both models predict, see `model.head`.
+The loss of a token is e, the squared distance between the input of the next block in the pruned and in the dense model,
+relative to the square of the latter: a few tokens have hidden states a thousand times larger than others. Where the
+pruned model alone makes a token's so large, e is in the hundreds, and a sum would be about such tokens alone. So above
+1 the loss is 1 + log(e). Behind the last block of a language model it is the divergence of what both models predict,
+see `model.head`.
 
 A step takes the gradients of one micro-batch on every rank, or of a piece of it. Some micro-batches are held out.
 Weights that do no better on these are put back. As long as a round of passes lowers the loss there by much, another
@@ -140,7 +142,9 @@ def _rounds(fit: "Fit", results: Sequence[LayerResult], of_rounds: Sequence[int]
 
 
 def relative_loss(out: Tensor, target: Tensor) -> Tensor:
-    """Sum over all tokens of ||out - target||^2 / ||target||^2, in fp32. A token without a target does not count.
+    """Sum over all tokens of e = ||out - target||^2 / ||target||^2, or 1 + log(e) above 1, in fp32.
+
+    A token without a target does not count.
 
     Args:
         out, target: (..., d) hidden states.
@@ -148,7 +152,8 @@ def relative_loss(out: Tensor, target: Tensor) -> Tensor:
     target = target.float()
     size = target.square().sum(-1)
     scale = torch.where(size > 0, 1 / size, 0.0)
-    return ((out.float() - target).square().sum(-1) * scale).sum()
+    e = (out.float() - target).square().sum(-1) * scale
+    return torch.where(e > 1, 1 + e.clamp(min=1).log(), e).sum()
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ class Reconstruction:
         steps: number of steps.
         put_back: whether the weights were put back, as the loss had not become less.
         loss: HIDDEN: the squared distance of hidden states behind the block to those of the dense model, relative to
-            the square of the latter. PREDICTIONS: the divergence of predicted tokens, see `model.head`.
+            the square of the latter, or 1 + its log above 1. PREDICTIONS: the divergence of predicted tokens, see
+            `model.head`.
         varies: the operation of torch for which the weights may be other bits in another run, or several, if it is not
             the same on all ranks; empty: there is none.
     """
