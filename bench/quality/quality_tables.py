@@ -24,17 +24,6 @@ def relative_error(run: dict) -> str:
     return f"{run['relative_error']:.3f}"
 
 
-def total(what: str, digits: int, *phases: str) -> Number:
-    """Seconds or Tflop of these phases; without any, of all but the evaluation. Tflop are those of older plans."""
-
-    def number(run: dict) -> str:
-        by_phase = run["seconds"] if what == "seconds" else (run.get("plan") or {}).get("tflop", {})
-        names = phases or [name for name in by_phase if name not in ("evaluate", "all")]
-        return f"{sum(by_phase.get(name, 0) for name in names):.{digits}f}" if by_phase else ""
-
-    return number
-
-
 def percent(pattern: str) -> str:
     """The head of a column: 60 % for 0.6."""
     return pattern if ":" in pattern else f"{100 * float(pattern):.0f} %"
@@ -60,15 +49,6 @@ TABLES: dict[str, tuple[Sequence[str], Mapping[str, tuple[str, dict, Number]]]] 
     "reference": ((DENSE, *study.METHODS), by_pattern(perplexity("language reference"))),
     "calibrated-on-reference": ((DENSE, *study.ROWS_ON_REFERENCE), by_text(calibrated_on=study.REFERENCE)),
     "windows": (study.ROWS_OF_WINDOWS, by_text(nsamples=study.MORE_WINDOWS)),
-    "cost": (
-        list(study.METHODS),
-        {
-            "Tflop": ("0.6", {}, total("tflop", 1)),
-            "Tflop, solves": ("0.6", {}, total("tflop", 1, "solve")),
-            "seconds": ("0.6", {}, total("seconds", 0)),
-            "seconds, solves": ("0.6", {}, total("seconds", 0, "solve")),
-        },
-    ),
     "errors": (
         (study.ONE_SWAPS, study.PAPER_SHORT, study.PAPER, study.MASKS, study.SPARSEGPT, study.ADMM, study.LAYERWISE),
         by_pattern(relative_error, (*study.PATTERNS, study.OF_LAYER)),
