@@ -34,7 +34,7 @@ GENERAL = "general"
 MIXTURE = ("c4", "neuralmagic/LLM_compression_calibration", "codeparrot/codeparrot-clean-valid")
 
 # Where records have their text, in the order in which it is looked for; of messages the tokenizer's template makes one.
-COLUMNS = ("text", "content", "messages")
+COLUMNS = ("text", "messages", "content")
 
 # The name of the text that the dense model writes itself, to be calibrated on; it is made where the model is.
 SELF = "self"

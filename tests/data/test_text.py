@@ -86,7 +86,7 @@ def test_unknown_dataset_is_not_looked_up(name, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", b'{"code": "a", "id": 1}', "no column text, content, messages, only code, id; rename"),
+        ("x.jsonl", b'{"code": "a", "id": 1}', "no column text, messages, content, only code, id; rename"),
         ("x.jsonl", b'{"text": "a"}\n{"text": 3}', "record 2 is int, expected a text"),
         ("x.json", b"[[1]]", "record 1 is int"),
         ("x.jsonl", b'{"text": "a"}\n{"text":\n', "cannot be read beyond record 1: Expecting value"),
@@ -102,6 +102,14 @@ def test_damaged_file(tmp_path, name, content, message):
     with refused(f"^{tmp_path / name}: {message}") as caught:
         documents(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_the_text_of_code_is_its_content(tmp_path):
+    rows = [{"path": "a.py", "content": "pass\n"}, {"path": "b.py", "content": "x = 1\n"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    for name in ("x.jsonl", "x.parquet"):
+        assert documents(tmp_path / name) == ["pass\n", "x = 1\n"]
 
 
 # The Hub, replaced
