@@ -36,7 +36,7 @@ def place(tmp_path_factory):
 def arguments(place, output, *more):
     text = str(place / "text.txt")
     flags = ["--nsamples", "4", "--seqlen", "32", "--steps", "2", "--reconstruct", "0", "--kernel", "torch"]
-    flags += ["--sparsity", "0.5"]
+    flags += ["--sparsity", "0.5", "--refit", "1", "--rounds", "0"]
     flags += ["--compare", "sparsegpt", "--eval", text, "--eval-windows", "2"]
     return ["--model", str(place / "model"), "--dataset", text, "--output", str(place / output), *flags, *more]
 
