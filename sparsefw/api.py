@@ -116,8 +116,8 @@ def prune(
         config: how to prune; None makes a config of `options`.
         dataset: calibration text: a name or path as for `--dataset`, or a mapping of several with the share of the
             windows that each has; "self": the model writes it; a list, a generator, a datasets.Dataset or a DataLoader
-            of texts, of records with `text` or `messages`, or of tokenized ones with `input_ids`; or token ids
-            (windows, seqlen). None: c4, "self" if HF_HUB_OFFLINE is set, or the built-in text for the built-in model.
+            of texts, of records with `text`, `messages` or `content`, or of tokenized ones with `input_ids`; or token
+            ids (windows, seqlen). None: c4, "self" if HF_HUB_OFFLINE is set; for the built-in model its own text.
         calibration: in place of a text: for each batch the arguments of the model's forward, as a mapping, a tuple or
             a single tensor. Pixels, masked tokens, features of sound: whatever a stack of blocks is made for.
         nsamples, seqlen: number of calibration windows, and tokens in each. None: the shape of the token ids, else 256
@@ -288,7 +288,7 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
         TypeError: they are something else.
         InputError: there are none, they are names, or their tokens make no windows.
     """
-    from sparsefw.data.text import COLUMNS
+    from sparsefw.data.text import COLUMNS, NAMES
     from sparsefw.data.windows import windows_of_records
 
     kind = type(dataset).__name__
@@ -307,7 +307,7 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
     rows = hasattr(item, "ndim") or (inner is not item and isinstance(inner, Integral))
     if "input_ids" in columns or (rows and not texts):
         return windows_of_records(records, TOKENS, nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)
-    if isinstance(item, str) and (item in ("c4", "wikitext") or os.path.isfile(item)):
+    if isinstance(item, str) and (item in NAMES or os.path.isfile(item)):
         raise InputError(f"dataset: {shown(item)} is a text's name; give it alone, or a mapping of names to shares")
     if texts:
         return records

@@ -184,6 +184,7 @@ class TestRefused:
             (dict(dataset=torch.zeros(4, 8, dtype=torch.int64), nsamples=3), "nsamples=3: the tokens have 4"),
             (dict(dataset=[{"input_ids": [0.5]}]), "token ids: record 1: expected tokens"),
             (dict(dataset=["c4", "wikitext"]), "dataset: c4 is a text's name; give it alone, or a mapping"),
+            (dict(dataset=["general"]), "dataset: general is a text's name; give it alone, or a mapping"),
             (dict(dataset=[]), "dataset: the list has no record"),
             (dict(dataset=[{"messages": []}]), "record 1: no text can be made of its messages: .*chat_template"),
             (dict(dataset="a rose is a rose. " * 300), "unknown dataset"),

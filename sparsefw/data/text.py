@@ -39,6 +39,9 @@ COLUMNS = ("text", "messages", "content")
 # The name of the text that the dense model writes itself, to be calibrated on; it is made where the model is.
 SELF = "self"
 
+# Short names of calibration texts. The last two are none of evaluation texts.
+NAMES = ("default", "c4", "wikitext", GENERAL, SELF)
+
 FILES = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 
 # Names of calibration data given as documents, and as token ids.
@@ -86,8 +89,8 @@ def read_text(dataset: str | Iterable[Any], split: Split, chat: Callable[[Any], 
         raise InputError(f"{dataset}: no such file; check the path")
     # A bare word never reaches `datasets`, which would take "text" or "json" for all such files of this folder.
     if (dataset, split) not in NAMED and not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
-        names = "default, c4, wikitext, general, a file or a Hub id ORG/NAME"
-        raise InputError(f"{shown(repr(dataset), 60)}: unknown dataset; give {names}")
+        names = ", ".join(NAMES if split == "train" else NAMES[:-2])
+        raise InputError(f"{shown(repr(dataset), 60)}: unknown dataset; give {names}, a file or a Hub id ORG/NAME")
     return _from_hub(dataset, split, chat)
 
 

@@ -146,6 +146,9 @@ def _given(report: Report) -> dict[str, Argument]:
     known = used_arguments(report)
     inputs = Inputs(model=report.argument("model", str))
     defaults = asdict(inputs) | {"model": DEFAULT}
+    if not inputs.built_in:
+        # It depends on whether there is a network, which readers may have.
+        defaults["dataset"] = None
     given = {name: known[name] for name, default in defaults.items() if known[name] != default}
     options = {f.name: known[f.name] for f in fields(PruneConfig) if f.name in known}
 

@@ -76,11 +76,12 @@ def test_what_is_no_file_of_text_is_not_opened(tmp_path, name):
         read_text(str(tmp_path / name), "train")
 
 
-@pytest.mark.parametrize("name", ["c5", "text", "json", "", "a/b/c", "org/na me", "a whole text " * 100])
+@pytest.mark.parametrize("name", ["c5", "general", "text", "json", "", "a/b/c", "org/na me", "a whole text " * 100])
 def test_unknown_dataset_is_not_looked_up(name, monkeypatch):
     replace_hub(monkeypatch, lambda *_, **__: pytest.fail("looked up"))
-    with refused("unknown dataset; give default, c4, wikitext, general, a file or a Hub id ORG/NAME"):
-        read_text(name, "train")
+    for split, names in {"train": "default, c4, wikitext, general, self", "test": "default, c4, wikitext"}.items():
+        with refused(f"unknown dataset; give {names}, a file or a Hub id ORG/NAME"):
+            read_text(name, split)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,15 @@ def test_what_it_has_of_the_source(tmp_path, cached):
     )
 
 
+@pytest.mark.parametrize("offline", [False, True])
+def test_the_command_names_its_text(offline, tmp_path, monkeypatch):
+    """Whatever the default is where the card is read."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    report = report_of_run(arguments=("--model", "org/name", "--sparsity", "2:4"))
+    text = card_of(tmp_path, "out", report, None)
+    assert f"--model org/name --dataset {'self' if offline else 'c4'} --sparsity 2:4" in text
+
+
 @pytest.mark.parametrize(
     "front", ["", "---\na: [\n---\n", "---\n- a\n---\n", "---\n1: 2\n---\n", "---\nlicense: no\n---\n"]
 )
@@ -103,7 +112,7 @@ def test_a_source_whose_card_says_nothing(tmp_path, front):
     "flags",
     [
         "",
-        "--model another --compare wanda --seed 3",
+        "--model another --dataset c4 --compare wanda --seed 3",
         "--refit 0 --steps 7",
         "--preset paper --refit 3 --rounds 2",
         "--preset fast --damp 0.25",
@@ -112,7 +121,7 @@ def test_a_source_whose_card_says_nothing(tmp_path, front):
     ],
 )
 def test_the_command_is_that_of_the_run(tmp_path, flags):
-    """It has what was given, and no default."""
+    """It has what was given, and no default but the text's."""
     report = report_of_run(arguments=tuple(shlex.split(flags)))
     command = card_of(tmp_path, "out", report, None).split("```sh\n")[1].split("\n```")[0]
     given = shlex.split(command.removeprefix("python -m sparsefw.run"))
