@@ -36,21 +36,27 @@ def text(tmp_path: Path) -> str:
 # calibration_windows
 
 
-@pytest.mark.parametrize(("nsamples", "seqlen"), [(10, 20), (50, 20), (49, 20), (1, 1000), (1, 999), (1, 1), (250, 4)])
+@pytest.mark.parametrize(
+    ("nsamples", "seqlen", "piece"),
+    [(10, 20, 20), (49, 20, 20), (250, 4, 4), (1, 1, 1), (1, 997, 997), (1, 1000, 125), (3, 320, 64), (2, 129, 129)],
+)
 @pytest.mark.parametrize("seed", range(3))
-def test_windows_are_disjoint_pieces_of_the_text(plain, text, nsamples, seqlen, seed):
+def test_windows_are_disjoint_pieces_of_the_text(plain, text, nsamples, seqlen, piece, seed):
     windows = calibration_windows(plain, text, nsamples=nsamples, seqlen=seqlen, seed=seed)
     assert (windows.n, windows.seqlen, windows.source) == (nsamples, seqlen, text)
     assert (windows.ids.shape, windows.ids.dtype) == ((nsamples, seqlen), torch.int64)
     content = Path(text).read_text()[: TOKENS_READ * nsamples * seqlen]
-    starts = sorted(content.index(row) for row in plain.batch_decode(windows.ids)) if seqlen > 3 else [0]
-    assert all(later - earlier >= seqlen for earlier, later in itertools.pairwise(starts))
+    starts = [content.index(row) for row in plain.batch_decode(windows.ids.view(-1, piece))] if piece > 3 else [0]
+    assert all(later - earlier >= piece for earlier, later in itertools.pairwise(sorted(starts)))
+    # The pieces of a window are of different places.
+    in_order = [starts[0] + n * piece for n in range(seqlen // piece)]
+    assert piece == seqlen or starts[: seqlen // piece] != in_order
 
 
 def test_draws_are_those_of_the_seed_and_stay_what_they_are(plain, text):
     """Digests of a run's windows, by which another version may go on with it."""
     drawn = [calibration_windows(plain, text, nsamples=8, seqlen=16, seed=seed) for seed in range(20)]
-    assert drawn[3].hash == "918920b4c3d9074bbacbeff1136a6850b04f8c472b1ea1df6eb04d51f36cdffe"
+    assert drawn[3].hash == "9f452202d8ec3cf1104911c3cf2a36575dfa8198dd6d5d2e5127f16ed726d263"
     assert drawn[3].hash == hashlib.sha256(drawn[3].ids.numpy().tobytes()).hexdigest()
     assert len({windows.hash for windows in drawn}) == 20
     # Not only the order differs: so do the offsets.
