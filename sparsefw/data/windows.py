@@ -30,7 +30,8 @@ LEAST = 2
 # Calibration windows are drawn from the first `nsamples * seqlen` times this many tokens of a text.
 TOKENS_READ = 16
 
-# A calibration window has up to this many pieces of a text, each from another place, of at least so many tokens.
+# A calibration window has up to this many pieces of a text, each from another place, of at least so many tokens. Text
+# of one place is much alike: as many tokens of more places tell more of what a layer is given.
 PIECES, LEAST_PIECE = 8, 128
 
 # Bytes of a token: int32 as it is read, and int64 in a window. Bytes that reading takes beside them, as measured.
@@ -137,8 +138,8 @@ def calibration_windows(
     """Draw disjoint windows at random.
 
     Documents are tokenized one by one and concatenated until there are `TOKENS_READ` times the tokens that the windows
-    take, or no more. From a random offset on, the tokens are cut into pieces, and of as many as are needed, in an order
-    at random, windows are made: see `piece_of`.
+    take, or no more. From a random offset on, the tokens are cut into pieces, see `PIECES`. As many of these as are
+    needed, in an order at random, make the windows.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -157,7 +158,7 @@ def calibration_windows(
 
 def _drawn(ids: "array[int]", source: str, nsamples: int, seqlen: int, seed: int) -> Tensor:
     """Windows cut from tokens and drawn, see `calibration_windows`: (nsamples, seqlen) int64."""
-    needed, piece = nsamples * seqlen, piece_of(seqlen)
+    needed, piece = nsamples * seqlen, seqlen // max(1, min(PIECES, seqlen // LEAST_PIECE))
     if len(ids) < needed:
         raise InputError(
             f"{source}: {len(ids)} tokens, but {nsamples} windows of {seqlen} need {needed}; use a longer text, "
@@ -166,16 +167,10 @@ def _drawn(ids: "array[int]", source: str, nsamples: int, seqlen: int, seed: int
     generator = torch.Generator().manual_seed(seed)
     offset = int(torch.randint(min(piece - 1, len(ids) - needed) + 1, (1,), generator=generator))
     pieces = _cut(ids, piece, offset)
-    return pieces[torch.randperm(len(pieces), generator=generator)[: needed // piece]].long().view(nsamples, seqlen)
-
-
-def piece_of(seqlen: int) -> int:
-    """Tokens in a piece of a calibration window.
-
-    Text of one place is much alike: as many tokens of more places tell more of what a layer is given.
-    """
-    most = min(PIECES, seqlen // LEAST_PIECE)
-    return seqlen // max(n for n in range(1, max(most, 1) + 1) if seqlen % n == 0)
+    # Where no whole number of pieces makes a window, windows go on within a piece, and may need the rest of the text.
+    some = pieces[torch.randperm(len(pieces), generator=generator)[: math.ceil(needed / piece)]]
+    rest = torch.frombuffer(ids, dtype=torch.int32)[offset + pieces.numel() :]
+    return torch.cat([some.flatten(), rest])[:needed].long().view(nsamples, seqlen)
 
 
 def windows_of_records(records: Iterable[Any], source: str, *, nsamples: int, seqlen: int | None, seed: int) -> Tensor:

@@ -17,6 +17,7 @@ from sparsefw.data.windows import (
     evaluation_windows,
     mixed_windows,
     windows_of,
+    windows_of_records,
 )
 
 
@@ -38,7 +39,7 @@ def text(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize(
     ("nsamples", "seqlen", "piece"),
-    [(10, 20, 20), (49, 20, 20), (250, 4, 4), (1, 1, 1), (1, 997, 997), (1, 1000, 200), (1, 768, 128), (2, 384, 128)],
+    [(10, 20, 20), (49, 20, 20), (250, 4, 4), (1, 1, 1), (4, 250, 250), (1, 768, 128), (2, 384, 128)],
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_windows_are_disjoint_pieces_of_the_text(plain, text, nsamples, seqlen, piece, seed):
@@ -51,6 +52,21 @@ def test_windows_are_disjoint_pieces_of_the_text(plain, text, nsamples, seqlen, 
     # The pieces of a window are of different places.
     in_order = [starts[0] + n * piece for n in range(seqlen // piece)]
     assert piece == seqlen or starts[: seqlen // piece] != in_order
+
+
+@pytest.mark.parametrize(
+    ("nsamples", "seqlen", "pieces"), [(3, 255, 1), (3, 257, 2), (2, 1000, 7), (1, 1021, 7), (5, 1021, 7), (2, 4099, 8)]
+)
+@pytest.mark.parametrize("spare", [0, 1, 300, 9000])
+def test_windows_of_any_length_are_of_several_places(nsamples, seqlen, pieces, spare):
+    """Tokens that are their own places: none is taken twice, and a window has a piece or two more than others."""
+    records = [range(2), range(2, nsamples * seqlen + spare)]
+    ids = windows_of_records(records, "x", nsamples=nsamples, seqlen=seqlen, seed=0)
+    assert (ids.shape, ids.unique().numel()) == ((nsamples, seqlen), nsamples * seqlen)
+    breaks = (ids.diff(dim=1) != 1).sum(1)
+    assert breaks.max() <= (pieces + 1 if pieces > 1 else 0)
+    # Two pieces may follow each other in the text, too.
+    assert pieces == 1 or breaks.sum() >= nsamples * (pieces - 1) / 2
 
 
 def test_draws_are_those_of_the_seed_and_stay_what_they_are(plain, text):
