@@ -23,7 +23,7 @@ from sparsefw.fields import DEPENDS
 from sparsefw.inputs import Inputs, Output
 from sparsefw.solver.config import PruneConfig
 
-COMMANDS = ("run", "plan", "verify", "evaluate", "pack", "unpack")
+COMMANDS = ("run", "plan", "verify", "evaluate", "recover", "pack", "unpack")
 
 # A command: takes its arguments, None for those of the process, and returns the exit status.
 Command = Callable[[list[str] | None], int]
@@ -154,9 +154,11 @@ def run_parser(description: str | None, command: str = "run") -> Parser:
     return parser
 
 
-def add_flag(parser: Parser, f: Field) -> None:
-    """Add the flag of a dataclass's field."""
+def add_flag(parser: Parser, f: Field, default: str = "") -> None:
+    """Add the flag of a dataclass's field; `default` says what stands for the field's own."""
     text, several = f.metadata["help"], f.metadata["several"]
+    if default:
+        text = f"{text.partition(' (default:')[0]} (default: {default})"
     if f.type in (bool, "bool"):
         parser.add_argument(flag_of(f.name), dest=f.name, action="store_true", help=text, default=None)
         return
@@ -186,7 +188,7 @@ def settings_of(arguments: argparse.Namespace) -> tuple[Inputs, PruneConfig, Out
 
 def given(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
     """The values of a dataclass's fields that were given as flags."""
-    values = {f.name: getattr(arguments, f.name) for f in fields(settings)}
+    values = {f.name: getattr(arguments, f.name, None) for f in fields(settings)}
     return {name: value for name, value in values.items() if value is not None}
 
 

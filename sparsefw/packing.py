@@ -8,8 +8,9 @@ import json
 import math
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from sparsefw.data.batches import BATCHES
 from sparsefw.errors import InputError
 from sparsefw.model.skeleton import Skeleton, build
 from sparsefw.report.card import write_card
-from sparsefw.report.content import Report, read_report
+from sparsefw.report.content import Report, read_report, report_of
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS
 from sparsefw.solver.patterns import Pattern, without_index
@@ -53,9 +54,7 @@ def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart:
         InputError: there is no report of a run, the checkpoint is packed already, its weights are not those of its
             report, or no matrix would become smaller.
     """
-    if not (pruned / "report.json").is_file():
-        raise InputError(f"{pruned}: no report.json in it; give a folder that sparsefw run wrote")
-    report, checkpoint = read_report(pruned / "report.json"), inspect(pruned)
+    report, checkpoint = report_of(pruned), inspect(pruned)
     if checkpoint.quantization:
         raise InputError(f"{pruned}: packed already; sparsefw unpack makes it dense again")
     pattern = patterns.parse(report.argument("sparsity", str))
@@ -80,7 +79,7 @@ def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart:
             return {name: tensor}
         return dict(zip((name, name + MASK), pack(name, tensor, kept[name], whole), strict=True))
 
-    return _rewrite(checkpoint, packed, config, packed_form, overwrite=overwrite, restart=restart)
+    return rewrite(checkpoint, packed, config, packed_form, overwrite=overwrite, restart=restart)
 
 
 def unpack_folder(packed: Path, output: Path, *, overwrite: bool = False, restart: bool = False) -> tuple[int, int]:
@@ -93,7 +92,7 @@ def unpack_folder(packed: Path, output: Path, *, overwrite: bool = False, restar
     if checkpoint.quantization is None or checkpoint.quantization.method != "sparsefw":
         raise InputError(f"{packed}: not packed; give a folder that sparsefw pack wrote")
     config = without_quantization(checkpoint.config)
-    return _rewrite(
+    return rewrite(
         checkpoint, output, config, lambda name, tensor: {name: tensor}, overwrite=overwrite, restart=restart
     )
 
@@ -131,7 +130,7 @@ def generalized(chosen: Iterable[str], parameters: Iterable[str]) -> list[str]:
     return sorted(x for form, names in forms.items() for x in ({form} if names <= chosen else names & chosen))
 
 
-def _rewrite(
+def rewrite(
     checkpoint: Checkpoint,
     output: Path,
     config: dict[str, Any],
@@ -139,19 +138,27 @@ def _rewrite(
     *,
     overwrite: bool,
     restart: bool,
+    texts: Mapping[str, str] = {},
 ) -> tuple[int, int]:
-    """Write a checkpoint whose tensors have another form; returns the bytes of all tensors before and after."""
+    """Write a checkpoint whose tensors have another form; returns the bytes of all tensors before and after.
+
+    Args:
+        checkpoint: it.
+        output: folder for the result.
+        config: the content of its config.json.
+        form: by the name of a tensor and itself, what is written.
+        overwrite, restart: as for `pack_folder`.
+        texts: contents of other files by name, in place of the checkpoint's report.
+    """
     folder = checkpoint.folder
     if output.resolve() == folder.resolve():
         raise InputError(f"{output}: the checkpoint itself; give another folder for the output")
-    report = read_report(folder / REPORTS[0]) if (folder / REPORTS[0]).is_file() else None
     files = defaultdict(list)
     for name, info in checkpoint.tensors.items():
         files[info.file].append(name)
     identity = {"source": str(folder.resolve()), "files": stamps(checkpoint), "config": file_digest(folder / CONFIG)}
-    with Writer(
-        output, len(files), {**identity, "form": config}, source=folder, overwrite=overwrite, restart=restart
-    ) as writer:
+    identity |= {"form": config, "texts": sha256("".join(texts.values()).encode()).hexdigest()}
+    with Writer(output, len(files), identity, source=folder, overwrite=overwrite, restart=restart) as writer:
         for n, file in enumerate(tqdm(sorted(files), unit="shard", disable=None)):
             if n in writer.records:
                 continue
@@ -164,6 +171,10 @@ def _rewrite(
         for name in REPORTS:
             if (folder / name).is_file():
                 durably(writer.folder / name, partial(shutil.copyfile, folder / name))
+        for name, text in texts.items():
+            durably(writer.folder / name, text)
+        written = writer.folder / REPORTS[0]
+        report = read_report(written) if written.is_file() else None
         writer.finish(None, partial(write_card, writer.output, report, folder) if report else None)
         before = sum(info.stored_nbytes for info in checkpoint.tensors.values())
         return before, writer.written

@@ -24,7 +24,7 @@ from sparsefw.inputs import DEFAULT, locate
 from sparsefw.model.layers import slices_of
 from sparsefw.model.skeleton import build, has_class
 from sparsefw.model.slots import block_of
-from sparsefw.report.content import Report, read_report
+from sparsefw.report.content import Report, report_of
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS
 from sparsefw.solver.layer import LayerResult
@@ -109,9 +109,7 @@ def verify(output: Path, against: str | None = None, digest: str | None = None) 
     """
     if digest is not None and not DIGEST.fullmatch(digest):
         raise InputError(f"{option('digest', digest)}: expected 64 digits, 0 to 9 and a to f, as printed by the run")
-    if not (output / "report.json").is_file():
-        raise InputError(f"{output}: no report.json in it; give a folder that sparsefw.run wrote")
-    claims = _claims(output / "report.json")
+    claims = _claims(output)
     verdict = Verdict({
         "sums": Check(f"all files are in {SUMS}, and as the run wrote them"),
         "model": Check("it loads, no tensor is missing, none has NaN or Inf"),
@@ -119,7 +117,7 @@ def verify(output: Path, against: str | None = None, digest: str | None = None) 
         "pattern": Check(f"no more weights than {claims.pattern.text} keeps"),
     })  # fmt: skip
     verdict.digest = _check_sums(verdict.checks["sums"], output, digest)
-    folder, verdict.not_compared = _find_source(claims.report, output, against)
+    folder, verdict.not_compared = find_source(claims.report, output, against)
     try:
         written = _Model(output, claims.report)
     except InputError as error:
@@ -164,7 +162,7 @@ def _check_sums(check: Check, output: Path, digest: str | None) -> str:
     return actual
 
 
-def _find_source(report: Report, output: Path, against: str | None) -> tuple[Path | None, str]:
+def find_source(report: Report, output: Path, against: str | None) -> tuple[Path | None, str]:
     """The source's folder, or why there is none. Only a source that `against` names has to be there."""
     model = report.argument("model", str)
     if against is None and report.in_memory:
@@ -195,16 +193,18 @@ class _Claims:
     layers: dict[str, LayerResult]
 
 
-def _claims(path: Path) -> _Claims:
-    """The claims of the report in a file."""
-    report = read_report(path)
+def _claims(output: Path) -> _Claims:
+    """The claims of the report in a folder."""
+    report = report_of(output)
     method, pattern = report.method, patterns.parse(report.argument("sparsity", str))
     layers = {layer.name: layer for layer in report.layers_of(method)}
     if method not in METHODS or not layers:
-        raise InputError(f"{path}: it has no layers pruned by {method}, the method that its arguments name")
+        raise InputError(
+            f"{output / 'report.json'}: it has no layers pruned by {method}, the method that its arguments name"
+        )
     refits = method == "sparsegpt" or (method == "sparsefw" and report.argument("refit", int) > 0)
     reconstructed = report.arguments.get("reconstruct", 0) != 0
-    return _Claims(report, pattern, refits or reconstructed, layers)
+    return _Claims(report, pattern, refits or reconstructed or report.recovery is not None, layers)
 
 
 class _Model:

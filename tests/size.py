@@ -10,12 +10,12 @@ REPO = Path(__file__).resolve().parents[1]
 
 # Lines of code are without docstrings, comments and blank lines. Words are those of README.md and docs/.
 LIMITS = {
-    "sparsefw: files": 95,
-    "sparsefw: code lines": 10_950,
+    "sparsefw: files": 96,
+    "sparsefw: code lines": 11_100,
     "kernels: code lines": 2_500,
     "bench: code lines": 3_350,
-    "tests: code lines": 14_370,
-    "documents: words": 16_800,
+    "tests: code lines": 14_500,
+    "documents: words": 17_650,
 }
 # Tables of facts, which are not counted.
 TABLES = {"models.md", "flags.md"}

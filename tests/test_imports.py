@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sparsefw"
 # level.
 LEVELS = [
     ["unpack"],
-    ["run", "plan", "verify", "evaluate", "lm_eval", "pack"],
-    ["cli", "api", "llmcompressor"],
+    ["run", "plan", "verify", "evaluate", "lm_eval", "pack", "recover"],
+    ["cli", "api", "llmcompressor", "recovery"],
     ["driver", "verification", "packing"],
     ["evaluation"],
     ["report"],

@@ -73,7 +73,7 @@ def test_a_mistake_is_a_traceback(command):
 
 
 # plan offers the cards that it knows, for which it takes torch.
-HELPED = ("run", "verify", "evaluate", "pack", "unpack")
+HELPED = ("run", "verify", "evaluate", "recover", "pack", "unpack")
 HELP = f"""
 import sys
 from contextlib import suppress
@@ -92,7 +92,7 @@ assert main() == 2
 def test_help_does_not_wait_for_torch():
     done = subprocess.run([sys.executable, "-c", HELP], check=True, capture_output=True, text=True)
     assert [f"usage: sparsefw {command} " in done.stdout for command in HELPED] == [True] * len(HELPED)
-    assert done.stderr.startswith("usage: sparsefw {run,plan,verify,evaluate,pack,unpack} ")
+    assert done.stderr.startswith("usage: sparsefw {run,plan,verify,evaluate,recover,pack,unpack} ")
 
 
 @pytest.mark.parametrize(

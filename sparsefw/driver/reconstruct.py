@@ -12,7 +12,7 @@ one follows: a few blocks need far more steps than others, such as the one that 
 state.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,6 +27,7 @@ from sparsefw.errors import InputError, first_line, option, shown
 from sparsefw.memory import give_back
 from sparsefw.model import HiddenStates
 from sparsefw.model.activations import split_batches
+from sparsefw.model.block_model import BlockModel
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
 from sparsefw.model.head import divergence, predicts, tokens_and_steps, tokens_of_pass
 from sparsefw.model.layers import layer_of
@@ -120,15 +121,8 @@ def _predicted(run: Run, i: int, states: HiddenStates, ids: Tensor | None) -> It
 
 def _rounds(fit: "Fit", results: Sequence[LayerResult], of_rounds: Sequence[int]) -> list[float]:
     """Make as many rounds as pay, see `tokens_and_steps`. The losses before the first one and behind all of them."""
-    model, number = fit.run.model, fit.number
-    block, prefix = model.blocks[number], f"{model.names[number]}."
-    views: dict[str, list[Tensor]] = {}
-    for result in results:
-        layer = layer_of(block, result.name.removeprefix(prefix), "", result.shape, result.transposed)
-        views.setdefault(without_index(layer.name), []).append(layer.weight)
-    losses = [fit.loss()]
+    matrices, losses = pruned_matrices(fit.run.model, fit.number, results), [fit.loss()]
     while len(losses) <= len(of_rounds) or (len(losses) <= MOST_ROUNDS and losses[-1] < (1 - WORTH) * min(losses[:-1])):
-        matrices = [(block.get_parameter(name), listed) for name, listed in views.items()]
         steps, by_hidden = of_rounds[min(len(losses), len(of_rounds)) - 1], len(losses) < len(of_rounds)
         rate = RATE * (BEHIND_HIDDEN if fit.hidden_first and not by_hidden else 1)
         weights = KeptWeights(matrices, steps, rate, fit.run.config.backend)
@@ -139,6 +133,18 @@ def _rounds(fit: "Fit", results: Sequence[LayerResult], of_rounds: Sequence[int]
         # The state of the next round would lie beside the holes that this one leaves.
         give_back()
     return losses
+
+
+def pruned_matrices(
+    model: BlockModel, i: int, results: Iterable[LayerResult]
+) -> list[tuple[nn.Parameter, list[Tensor]]]:
+    """The parameters of block i, which is open, that have pruned layers, and the matrices of these in them."""
+    block, views = model.blocks[i], dict[str, list[Tensor]]()
+    for result in results:
+        name = result.name.removeprefix(f"{model.names[i]}.")
+        weight = layer_of(block, name, "", result.shape, result.transposed).weight
+        views.setdefault(without_index(name), []).append(weight)
+    return [(block.get_parameter(name), listed) for name, listed in views.items()]
 
 
 def relative_loss(out: Tensor, target: Tensor) -> Tensor:

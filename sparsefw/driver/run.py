@@ -97,8 +97,8 @@ def _check_memory(job: Job, shape: ModelShape, model: StreamedModel, ranks: Rank
         seqlen = window_length(inputs.model, inputs.seqlen, model.max_seqlen)
         config = job.config.for_calibration(inputs.nsamples, seqlen)
         windows = [inputs.nsamples, *texts * [inputs.eval_windows or 0]]
-        workload = _workload(job, config, windows, seqlen, model.device, ranks)
-        place(pruned_shape(shape, config), workload, _limits(job, model.device, ranks))
+        workload = workload_of(job, config, windows, seqlen, model.device, ranks)
+        place(pruned_shape(shape, config), workload, limits_of(job, model.device, ranks))
 
 
 def own_text(
@@ -115,9 +115,9 @@ def own_text(
     if job.dataset is not None or SELF not in inputs.shares:
         return None, 0
     seqlen = window_length(inputs.model, inputs.seqlen, model.max_seqlen)
-    limits = _limits(job, model.device, ranks)
+    limits = limits_of(job, model.device, ranks)
     config = job.config.for_calibration(inputs.nsamples, seqlen, ranks.count)
-    workload = _workload(job, config, [inputs.nsamples], seqlen, model.device, ranks)
+    workload = workload_of(job, config, [inputs.nsamples], seqlen, model.device, ranks)
     batch = written_at_once(shape, workload, limits, inputs)
 
     def write(tokenizer: Tokenizer, seqlen: int, n: int) -> Windows:
@@ -133,7 +133,7 @@ def own_text(
     return write, batch
 
 
-def _limits(job: Job, device: torch.device, ranks: Ranks) -> dict[str, int]:
+def limits_of(job: Job, device: torch.device, ranks: Ranks) -> dict[str, int]:
     free = memory.free_memory(device, ranks.here)
     return memory_limits(job.output.gpu_memory, job.output.host_memory, free, ranks)
 
@@ -199,10 +199,10 @@ def carry_out(
         prepared = replace(prepared, notes=[*prepared.notes, arithmetic.note_of_rounding(model.device)])
     shape = pruned_shape(prepared.shape, job.config)
     _say_what_is_pruned(job, prepared, shape, say)
-    limits = _limits(job, model.device, ranks)
+    limits = limits_of(job, model.device, ranks)
     config = _config_of(job, prepared, say, ranks)
     windows = [samples.n for samples in (calibration, *prepared.evaluation)]
-    workload = _workload(job, config, windows, prepared.seqlen, model.device, ranks)
+    workload = workload_of(job, config, windows, prepared.seqlen, model.device, ranks)
     job = replace(job, config=config)
     identity = _identity(job, prepared, ranks) | {ROUNDED: rounded}
     ranks.agree(identity | {"--output": str(job.output.folder.resolve())})
@@ -270,7 +270,7 @@ def _say_what_is_pruned(job: Job, prepared: Prepared, shape: ModelShape, say: Ca
         say(line)
 
 
-def _workload(
+def workload_of(
     job: Job, config: PruneConfig, windows: Sequence[int], seqlen: int, device: torch.device, ranks: Ranks
 ) -> Workload:
     """The work of a run with this config on so many windows of each text, the first of which calibrates.

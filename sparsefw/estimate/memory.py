@@ -181,7 +181,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
         of_step = min(placement.step or placement.batch, most) * workload.seqlen
         # The loss of a micro-batch that is held out: its hidden states and those of the dense model four times in fp32.
         loss = max(forward, 16 * tokens * shape.hidden) + 2 * tokens * shape.hidden * shape.itemsize
-        fitted = max(b.nbytes + _reconstruction(b, shape, workload, of_step, loss) for b in blocks)
+        fitted = max(b.nbytes + reconstruction_bytes(b, shape, workload, of_step, loss) for b in blocks)
         phases["reconstruct"] = fitted, others + passing
     phases["write"] = weights, others
     phases["end"] = end, max(passing, piece) if workload.gpu else max(0, piece - end)
@@ -389,7 +389,7 @@ def solver_bytes(shape: ModelShape, workload: Workload, memory: int) -> int:
     return min(memory, max(sizes, default=memory))
 
 
-def _reconstruction(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int, loss: int) -> int:
+def reconstruction_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int, loss: int) -> int:
     """The state of kept weights; what the tokens of a step leave inside a block for its gradients, or a loss takes."""
     experts = {layer.name: max(1, layer.experts) for layer in block.all_layers}
     state, written = 0, 0

@@ -223,13 +223,11 @@ class _Divergence(torch.autograd.Function):
             p_logits = logits(model, ids[window], dense[window])
             with torch.set_grad_enabled(asked):
                 q_logits = logits(model, ids[window], x)
-            tokens = max(1, PIECE[hidden.device.type] // q_logits.shape[-1])
-            for p, q in zip(p_logits.split(tokens, 1), q_logits.detach().split(tokens, 1), strict=True):
-                total += _compare_piece(p, q, asked)
+            add_divergence(total, p_logits, q_logits.detach(), asked)
             if asked:
                 gradients += torch.autograd.grad(q_logits, x, p_logits)
             # The next window's come in their place.
-            del p_logits, q_logits, p, q
+            del p_logits, q_logits
         if asked:
             ctx.save_for_backward(torch.cat(gradients))
         return total
@@ -238,6 +236,16 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return outer[0] * gradient, None, None, None
+
+
+def add_divergence(total: Tensor, p_logits: Tensor, q_logits: Tensor, replace: bool) -> None:
+    """Add the divergence of logits (windows, tokens, vocabulary) to `total`, () fp32.
+
+    With `replace`, its gradient by q_logits takes the place of p_logits.
+    """
+    tokens = max(1, PIECE[total.device.type] // p_logits.shape[-1])
+    for p, q in zip(p_logits.split(tokens, 1), q_logits.split(tokens, 1), strict=True):
+        total += _compare_piece(p, q, replace)
 
 
 def _compare_piece(p_logits: Tensor, q_logits: Tensor, replace: bool) -> Tensor:

@@ -175,6 +175,24 @@ class RankRecord:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """How all kept weights of the pruned model were fitted together, see `sparsefw.recovery`.
+
+    Attributes:
+        dataset: the texts, as flags name them.
+        data: the windows.
+        before, after: divergence of predicted tokens on held-out windows, mean over tokens.
+        steps: number of steps.
+    """
+
+    dataset: tuple[str, ...]
+    data: CalibrationText
+    before: float
+    after: float
+    steps: int
+
+
+@dataclass(frozen=True)
 class Report:
     """All that a run reports.
 
@@ -194,6 +212,7 @@ class Report:
         notes: what the user should know of the source, one line each.
         ranks: the processes that have shared the run, if there were several.
         in_memory: whether the model was in memory, and was not read from a checkpoint that `model` names.
+        recovery: what `sparsefw recover` has made of the weights; None: they are the run's.
     """
 
     arguments: dict[str, Argument]
@@ -211,6 +230,7 @@ class Report:
     notes: list[str]
     ranks: list[RankRecord] = field(default_factory=list)
     in_memory: bool = False
+    recovery: Recovery | None = None
 
     def argument(self, name: str, kind: type[T]) -> T:
         """The value of a flag.
@@ -256,6 +276,17 @@ def read_report(path: Path) -> Report:
         InputError: it is missing, too large, not JSON, or not what `sparsefw.run` writes; the line names the place.
     """
     return parse(Report, read_bounded(path, MAX_REPORT_BYTES), path)
+
+
+def report_of(folder: Path) -> Report:
+    """The report in a folder that a run wrote.
+
+    Raises:
+        InputError: there is none, or as `read_report`.
+    """
+    if not (folder / "report.json").is_file():
+        raise InputError(f"{folder}: no report.json in it; give a folder that sparsefw run wrote")
+    return read_report(folder / "report.json")
 
 
 def versions() -> dict[str, str]:

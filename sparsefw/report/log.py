@@ -158,6 +158,8 @@ def result_notes(report: Report) -> Iterator[str]:
     yield "error: relative to that of the warm start's mask, mean of layers; mask only: before weight updates"
     if line := reconstruction_line(report):
         yield line
+    if line := recovery_line(report):
+        yield line
 
 
 def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
@@ -192,6 +194,16 @@ def reconstruction_line(report: Report) -> str:
     return (
         f"reconstruction: {counted(len(found), 'block')}, loss on held-out windows x {fmean(ratios):.3f} in the mean; "
         f"{back} put back. Errors of layers are those before it"
+    )
+
+
+def recovery_line(report: Report) -> str:
+    """What a recovery has gained; empty without one."""
+    if not (one := report.recovery):
+        return ""
+    return (
+        f"recovered on {amount(one.data.source, one.data.windows, one.data.seqlen)} of {one.data.source}: divergence "
+        f"of predictions on held-out windows {one.before:.4g} to {one.after:.4g}. Errors of layers are those before it"
     )
 
 

@@ -1,0 +1,46 @@
+"""Recover what pruning has cost: `sparsefw recover PRUNED OUTPUT`.
+
+All kept weights are fitted together, so that the pruned model predicts what the dense model does. Zeros stay zeros.
+Both models, with gradients, have to fit into memory. More windows gain more.
+"""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from sparsefw.cli import Parser, add_flag, given, launch, load_libraries, say
+from sparsefw.inputs import Inputs, Output
+
+# The fields of Inputs that are flags.
+INPUTS = ("model", "dataset", "nsamples", "seqlen", "seed")
+
+
+def command(argv: list[str] | None) -> int:
+    """Recover a checkpoint, and print what is gained."""
+    parser = Parser("recover", __doc__)
+    parser.add_argument("pruned", type=Path, metavar="PRUNED", help="folder that sparsefw run wrote")
+    parser.add_argument("folder", type=Path, metavar="OUTPUT", help="folder for the result")
+    for f in fields(Inputs):
+        if f.name in INPUTS:
+            add_flag(parser, f, "the run's, plus 1" if f.name == "seed" else "the run's")
+    for f in fields(Output):
+        if f.name in ("overwrite", "restart", "gpu_memory", "host_memory"):
+            add_flag(parser, f)
+    arguments = parser.parse_args(argv)
+    inputs, output = given(arguments, Inputs), Output(**given(arguments, Output))
+    load_libraries()
+    from sparsefw import memory
+    from sparsefw.recovery import recover
+
+    memory.share_freed()
+    recover(arguments.pruned, output, inputs, say)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Recover from the command line; returns the exit status, see `launch`."""
+    return launch(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

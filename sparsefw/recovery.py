@@ -1,0 +1,210 @@
+"""Fit all kept weights of a pruned model together, so that it predicts what the dense model does.
+
+A step takes one window. Its loss is the divergence of the predictions, see `model.head`, and its gradients go through
+the whole model, to weights that move as in a reconstruction, see `solver.kept_weights`. Some windows are held out. What
+does no better on these is not written.
+
+Both models are in memory. A step takes 8 flops a weight and token, 2 of them in the dense model.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsefw import arithmetic, memory
+from sparsefw.checkpoint.files import check_output
+from sparsefw.checkpoint.source import Checkpoint, inspect
+from sparsefw.data.windows import window_length
+from sparsefw.driver.generation import OWN_TEXT
+from sparsefw.driver.job import Job, windows_of_texts
+from sparsefw.driver.reconstruct import pruned_matrices
+from sparsefw.driver.run import limits_of, own_text, workload_of
+from sparsefw.errors import InputError, option
+from sparsefw.estimate.memory import GIB, pruned_shape, reconstruction_bytes
+from sparsefw.inputs import Inputs, Output
+from sparsefw.model import ModelShape, StreamedModel, shape_of
+from sparsefw.model.activations import split_batches
+from sparsefw.model.gradients import SliceGradients, deterministic
+from sparsefw.model.head import add_divergence
+from sparsefw.packing import rewrite
+from sparsefw.ranks import ALONE
+from sparsefw.report import html
+from sparsefw.report.card import VARIABLES
+from sparsefw.report.content import CalibrationText, Recovery, Report, report_of
+from sparsefw.solver.config import PruneConfig
+from sparsefw.solver.kept_weights import KeptWeights
+from sparsefw.verification import find_source
+
+# The first rate, see `solver.kept_weights`: less than that of a block, as all blocks move.
+RATE = 0.03
+
+# Lines of the log.
+LINES = 10
+
+
+def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[str], None]) -> Recovery:
+    """Fit all kept weights of a pruned checkpoint together, and write it with its report.
+
+    Args:
+        pruned: its folder, which `sparsefw run` wrote.
+        output: where to write, and the memory to take.
+        given: fields of Inputs; others are those of the run, with the next seed. "model" is what was pruned.
+        say: called with every line of the log.
+
+    Raises:
+        InputError: there is no report of a run, the checkpoints do not belong together, memory is too little, or
+            nothing is gained on held-out windows.
+    """
+    report, source, job = _job(pruned, output, given)
+    assert job.folder is not None
+    dense, device = inspect(job.folder), memory.this_device()
+    in_fp32 = arithmetic.computes_in_fp32(dense.dtype, device)
+    shape = pruned_shape(shape_of(dense, in_fp32, writes=True), job.config)
+    with (
+        StreamedModel(dense, device, in_fp32=in_fp32) as teacher,
+        StreamedModel(source, device, in_fp32=in_fp32) as student,
+    ):
+        _check_models(job.folder, teacher, student)
+        longest = window_length(job.inputs.model, job.inputs.seqlen, teacher.max_seqlen)
+        limits = _check_memory(job, shape, longest, device)
+        write, _ = own_text(job, teacher, shape, say, ALONE)
+        windows, _, seqlen = windows_of_texts(job, teacher.max_seqlen, write, say, ALONE)
+        rounded = arithmetic.rounds_products(torch.float32 if in_fp32 else dense.dtype, device, shape.hidden)
+        with (
+            memory.gpu_limited(limits.get("gpu")),
+            teacher.whole(),
+            student.whole(),
+            deterministic(refuse=False),
+            arithmetic.rounded_products() if rounded else nullcontext(),
+        ):
+            before, after, steps = _fit(teacher, student, report, job.config, windows.ids, say)
+            if not after < before:
+                raise InputError(
+                    f"{pruned}: nothing is gained: the divergence on held-out windows goes from {before:.4g} to "
+                    f"{after:.4g}; give more windows ({option('nsamples')})"
+                )
+            tensors = {name: x for i in student.unique_blocks for name, x in student.block_tensors(i).items()}
+            text = CalibrationText(windows.source, windows.hash, windows.n, seqlen, job.inputs.seed)
+            recovery = Recovery(job.inputs.dataset, text, before, after, steps)
+            # Perplexities were those of the weights before.
+            report = replace(report, recovery=recovery, evaluation=[])
+            texts = {"report.json": report.to_json(), "report.html": html.page(report)}
+            rewrite(
+                source,
+                output.folder,
+                source.config,
+                lambda name, tensor: {name: tensors.get(name, tensor)},
+                overwrite=output.overwrite,
+                restart=output.restart,
+                texts=texts | ({OWN_TEXT: windows.own} if windows.own else {}),
+            )
+    say(f"divergence on held-out windows: {before:.4g} to {after:.4g}")
+    say(f"checkpoint: {output.folder}")
+    return recovery
+
+
+def _job(pruned: Path, output: Output, given: dict[str, Any]) -> tuple[Report, Checkpoint, Job]:
+    """The report of the run that has pruned a checkpoint, the checkpoint, and what is asked for."""
+    report, source = report_of(pruned), inspect(pruned)
+    if source.quantization:
+        raise InputError(f"{pruned}: packed; sparsefw unpack makes it dense again")
+    folder, missing = find_source(report, pruned, given.get("model"))
+    if folder is None:
+        raise InputError(missing.replace(option("against"), option("model")))
+    of_run: dict[str, Any] = {name: report.arguments[name] for name in ("model", "dataset", "nsamples", "seqlen")}
+    # The run has fitted the weights to its own windows, where little is left to gain.
+    inputs = Inputs(**of_run | {"seed": report.argument("seed", int) + 1} | given)
+    if any(text in VARIABLES for text in inputs.shares):
+        raise InputError(f"{pruned}: calibrated on data without a name; name a text with {option('dataset')}")
+    check_output(output.folder, pruned, output.overwrite, [Path(text).expanduser() for text in inputs.shares])
+    chosen: dict[str, Any] = {name: report.arguments[name] for name in ("sparsity", "include", "ignore")}
+    return report, source, Job(inputs, PruneConfig(**chosen), output, folder=folder)
+
+
+def _check_memory(job: Job, shape: ModelShape, seqlen: int, device: torch.device) -> dict[str, int]:
+    """Refuse memory limits that are too low for both models and a step of all blocks at once. Returns the limits."""
+    limits, workload = limits_of(job, device, ALONE), workload_of(job, job.config, [1], seqlen, device, ALONE)
+    needed = 2 * shape.whole + sum(reconstruction_bytes(b, shape, workload, seqlen, 0) for b in shape.blocks)
+    place, free = ("gpu", limits["gpu"]) if workload.gpu else ("host", limits["host"] - workload.process)
+    if needed > free:
+        raise InputError(
+            f"{option(f'{place}_memory', round(limits[place] / GIB, 2))}: both models with gradients take "
+            f"{(needed + limits[place] - free) / GIB:.2f} GiB, all at once; give more, or shorter windows "
+            f"({option('seqlen', seqlen)})"
+        )
+    return limits
+
+
+def _check_models(folder: Path, teacher: StreamedModel, student: StreamedModel) -> None:
+    """Refuse models that do not belong together, or predict no tokens."""
+    shapes = [{name: x.shape for name, x in model.model.named_parameters()} for model in (teacher, student)]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"{folder}: another model than what was pruned; name that with {option('model')}")
+    if teacher.runs is not teacher.model or not teacher.logits_itemsize:
+        raise InputError(f"{folder}: unsupported model: {type(teacher.model).__name__} predicts no tokens of a text")
+
+
+def _fit(
+    teacher: StreamedModel,
+    student: StreamedModel,
+    report: Report,
+    config: PruneConfig,
+    ids: Tensor,
+    say: Callable[[str], None],
+) -> tuple[float, float, int]:
+    """Make a step of each window that is not held out. The losses before and after, and the number of steps.
+
+    Args:
+        teacher, student: the dense and the pruned model, both in memory.
+        report: of the run that has pruned it.
+        config: names the backend.
+        ids: (windows, seqlen) tokens.
+        say: called with the loss of some of the steps.
+    """
+    layers = report.layers_of(report.method)
+    matrices = []
+    for i in student.unique_blocks:
+        matrices += pruned_matrices(student, i, (x for x in layers if x.name.startswith(f"{student.names[i]}.")))
+    learned, held_out = split_batches(len(ids))
+    if not held_out:
+        raise InputError(f"{option('nsamples', len(ids))}: give two windows or more, one of which is held out")
+    windows = ids.to(student.device).split(1)
+
+    def loss(numbers: Sequence[int]) -> float:
+        with torch.no_grad():
+            losses = [_divergence(teacher, student, windows[j]) for j in numbers]
+        return torch.stack(losses).mean().item()
+
+    before, said = loss(held_out), list[Tensor]()
+    say(f"recovery: {len(learned)} steps; divergence on {len(held_out)} held-out windows: {before:.4g}")
+    weights = KeptWeights(matrices, len(learned), RATE, config.backend)
+    for n, j in enumerate(learned, 1):
+        said.append(_divergence(teacher, student, windows[j], weights))
+        weights.step()
+        if n % -(-len(learned) // LINES) == 0:
+            say(f"step {n} of {len(learned)}: divergence {torch.stack(said).mean().item():.4g}")
+            said.clear()
+    weights.close()
+    for i in student.unique_blocks:
+        student.round(i)
+    return before, loss(held_out), len(learned)
+
+
+def _divergence(
+    teacher: StreamedModel, student: StreamedModel, ids: Tensor, weights: KeptWeights | None = None
+) -> Tensor:
+    """The divergence of a window's predictions, mean over tokens, () fp32; its gradients are added to the weights'."""
+    total, forward = torch.zeros((), device=ids.device), dict(input_ids=ids, use_cache=False)
+    with torch.no_grad():
+        p: Tensor = teacher.model(**forward).logits
+    with SliceGradients(weights.parameters if weights else ()) as slices:
+        q: Tensor = student.model(**forward).logits
+    add_divergence(total, p, q.detach(), replace=weights is not None)
+    if weights:
+        torch.autograd.backward(q, p, inputs=slices.leaves)
+    return total / ids.numel()

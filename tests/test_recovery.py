@@ -1,0 +1,143 @@
+"""The recovery of a pruned checkpoint: what it measures and gains, what it leaves as it was, and what it refuses."""
+
+import math
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from helpers.checkpoints import contents
+from helpers.commands import tensors_of
+from helpers.families import first_is_fast, save_model
+from helpers.pretended_gpu import pretended_gpu
+from helpers.verifying import DOWN, WANDA
+from transformers import AutoModelForCausalLM
+
+from sparsefw import arithmetic, pack, recover, recovery, verify
+from sparsefw.data.tokens import load_tokenizer
+from sparsefw.data.windows import calibration_windows
+from sparsefw.recovery import RATE
+from sparsefw.report.content import read_report
+from sparsefw.solver.config import PruneConfig
+
+
+def recovered(output, folder, *flags):
+    assert recover.main([str(output), str(folder), *map(str, flags)]) == 0
+    return folder, read_report(folder / "report.json")
+
+
+def model_of(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+
+def divergence(dense, pruned, ids):
+    """Kullback and Leibler's, mean over tokens."""
+    log_p, log_q = (model(ids).logits.log_softmax(-1) for model in (dense, pruned))
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    first_is_fast(
+        [
+            ("llama", torch.bfloat16),
+            ("llama", torch.float32),
+            ("gpt2", torch.float32),
+            ("mixtral", torch.float32),
+            ("qwen3", torch.float16),
+        ]
+    ),
+)
+def test_kept_weights_alone_change_and_predictions_come_closer(pruned, tmp_path, capsys, family, dtype):
+    _, output = pruned(*WANDA, "--eval", "default", "--eval-windows", "2", family=family, dtype=dtype)
+    folder, report = recovered(output, tmp_path / "recovered", "--nsamples", 20)
+    before, after = tensors_of(output), tensors_of(folder)
+    layers = {layer.name for layer in report.layers}
+    assert after.keys() == before.keys()
+    for name, tensor in after.items():
+        assert tensor.dtype == before[name].dtype
+        assert bool((tensor[before[name] == 0] == 0).all())
+        pruned_here = any(layer.partition("[")[0] == name or name in layer for layer in layers)
+        assert torch.equal(tensor, before[name]) != pruned_here or family == "mixtral"
+    assert report.recovery.after < report.recovery.before
+    assert (report.recovery.steps, report.recovery.data.windows, report.recovery.data.seed) == (19, 20, 1)
+    capsys.readouterr()
+    assert verify.main([str(folder)]) == 0
+    assert "all checks passed" in capsys.readouterr().out
+    # Perplexities are of the weights before.
+    assert read_report(output / "report.json").evaluation
+    assert report.evaluation == []
+    card, page = (folder / "README.md").read_text(), (folder / "report.html").read_text()
+    assert all("recovered on 20 windows of 32 tokens of " in x and "text.txt: divergence" in x for x in (card, page))
+    flags = "--dataset text.txt --nsamples 20 --seqlen 32 --seed 1"
+    assert f"--output pruned\npython -m sparsefw.recover pruned recovered {flags}\n" in card
+    again, _ = recovered(output, tmp_path / "again", "--nsamples", 20)
+    assert {**contents(again), "README.md": b""} == {**contents(folder), "README.md": b""}
+    if family == "llama":
+        assert pack.main([str(folder), str(tmp_path / "packed")]) == 0
+
+
+def test_a_gpu_gives_the_same(pruned, tmp_path, monkeypatch):
+    _, output = pruned(*WANDA)
+    monkeypatch.setattr(recovery, "PruneConfig", partial(PruneConfig, kernel="torch"))
+    folder, _ = recovered(output, tmp_path / "cpu", "--nsamples", 20)
+    with pretended_gpu():
+        on_gpu, _ = recovered(output, tmp_path / "gpu", "--nsamples", 20)
+    assert tensors_of(on_gpu).keys() == tensors_of(folder).keys()
+    assert all(torch.equal(tensor, tensors_of(folder)[name]) for name, tensor in tensors_of(on_gpu).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_and_steps_are_those_of_the_definition(pruned, tmp_path, monkeypatch, dtype):
+    """In half precision, that of a processor which computes in fp32: the loss is of the rounded weights."""
+    monkeypatch.setattr(arithmetic, "computes_in_fp32", lambda dtype, device: True)
+    source, output = pruned(*WANDA, dtype=dtype)
+    folder, report = recovered(output, tmp_path / "recovered", "--nsamples", 2)
+    text = output.parent / "text.txt"
+    ids = calibration_windows(load_tokenizer(source), str(text), nsamples=2, seqlen=32, seed=1).ids
+    dense, pruned_model, after = map(model_of, (source, output, folder))
+    for model, loss in ((pruned_model, report.recovery.before), (after, report.recovery.after)):
+        assert divergence(dense, model, ids[1:]).item() == pytest.approx(loss, rel=1e-4)
+    if dtype == torch.bfloat16:
+        return
+    divergence(dense, pruned_model, ids[:1]).backward()
+    before, moved = (model.get_parameter(DOWN) for model in (pruned_model, after))
+    kept, gradient = before != 0, before.grad
+    # Adam's first step is the rate, against the sign of the gradient.
+    rate = RATE * before[kept].square().mean().sqrt() / math.sqrt(before.shape[1])
+    clear = kept & (gradient.abs() > 0.01 * gradient.abs().max())
+    assert clear.sum() > 0.8 * kept.sum()
+    steps = (moved - before)[clear]
+    assert torch.allclose(steps, -rate * gradient[clear].sign(), rtol=1e-2)
+
+
+def test_what_cannot_be_recovered_is_refused(pruned, tmp_path, capsys):
+    source, output = pruned(*WANDA)
+    shutil.copytree(output, tmp_path / "same")
+    other = save_model(tmp_path / "other", "llama", num_hidden_layers=3)
+    assert pack.main([str(output), str(tmp_path / "packed")]) == 0
+    for pruned_folder, flags, message in (
+        (source, (), "no report.json in it"),
+        (tmp_path / "packed", (), "sparsefw unpack makes it dense again"),
+        (output, ("--model", other), "another model than what was pruned; name that with --model"),
+        (output, ("--model", output), "the output itself"),
+        (output, ("--nsamples", 1), "--nsamples 1: give two windows or more"),
+        (output, ("--host-memory", 0.1), "--host-memory 0.1: both models with gradients take 0."),
+        (
+            output,
+            ("--model", tmp_path / "same"),
+            "nothing is gained: the divergence on held-out windows goes from 0",
+        ),
+        (output, ("--dataset", tmp_path / "none.txt"), "none.txt"),
+    ):
+        capsys.readouterr()
+        assert recover.main([str(pruned_folder), str(tmp_path / "x"), *map(str, flags)]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
+
+
+def test_the_model_writes_the_text(pruned, tmp_path):
+    _, output = pruned(*WANDA)
+    folder, report = recovered(output, tmp_path / "recovered", "--dataset", "self", "--seed", 7)
+    assert report.recovery.data.source.startswith("self (T=")
+    assert len((folder / "calibration.jsonl").read_text().splitlines()) == 6
