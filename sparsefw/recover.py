@@ -4,11 +4,13 @@ All kept weights are fitted together, so that the pruned model predicts what the
 Both models, with gradients, have to fit into memory. More windows gain more.
 """
 
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 from sparsefw.cli import Parser, add_flag, given, launch, load_libraries, say
+from sparsefw.errors import InputError
 from sparsefw.inputs import Inputs, Output
 
 # The fields of Inputs that are flags.
@@ -27,6 +29,8 @@ def command(argv: list[str] | None) -> int:
         if f.name in ("overwrite", "restart", "gpu_memory", "host_memory"):
             add_flag(parser, f)
     arguments = parser.parse_args(argv)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("recover is one process: start it without torchrun")
     inputs, output = given(arguments, Inputs), Output(**given(arguments, Output))
     load_libraries()
     from sparsefw import memory

@@ -136,6 +136,12 @@ def test_what_cannot_be_recovered_is_refused(pruned, tmp_path, capsys):
         assert not (tmp_path / "x").exists()
 
 
+def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert recover.main([str(tmp_path), str(tmp_path / "x")]) == 2
+    assert "start it without torchrun" in capsys.readouterr().err
+
+
 def test_the_model_writes_the_text(pruned, tmp_path):
     _, output = pruned(*WANDA)
     folder, report = recovered(output, tmp_path / "recovered", "--dataset", "self", "--seed", 7)
