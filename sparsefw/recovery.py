@@ -29,8 +29,10 @@ from sparsefw.estimate.memory import GIB, pruned_shape, reconstruction_bytes
 from sparsefw.inputs import Inputs, Output
 from sparsefw.model import ModelShape, StreamedModel, shape_of
 from sparsefw.model.activations import split_batches
+from sparsefw.model.forward import check_token
 from sparsefw.model.gradients import SliceGradients, deterministic
 from sparsefw.model.head import add_divergence
+from sparsefw.model.stand_ins import explained
 from sparsefw.packing import rewrite
 from sparsefw.ranks import ALONE
 from sparsefw.report import html
@@ -45,6 +47,10 @@ RATE = 0.03
 
 # Lines of the log.
 LINES = 10
+
+# Arguments of the run: what it has read, and the weights that it has kept.
+OF_RUN: dict[str, Any] = dict(model=str, dataset=tuple, nsamples=int, seqlen=int)
+CHOSEN: dict[str, Any] = dict(sparsity=str, include=tuple, ignore=tuple)
 
 
 def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[str], None]) -> Recovery:
@@ -89,20 +95,15 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
                     f"{after:.4g}; give more windows ({option('nsamples')})"
                 )
             tensors = {name: x for i in student.unique_blocks for name, x in student.block_tensors(i).items()}
+            assert tensors.keys() <= source.tensors.keys()
             text = CalibrationText(windows.source, windows.hash, windows.n, seqlen, job.inputs.seed)
             recovery = Recovery(job.inputs.dataset, text, before, after, steps)
             # Perplexities were those of the weights before.
-            report = replace(report, recovery=recovery, evaluation=[])
+            report = replace(report, recoveries=[*report.recoveries, recovery], evaluation=[])
             texts = {"report.json": report.to_json(), "report.html": html.page(report)}
-            rewrite(
-                source,
-                output.folder,
-                source.config,
-                lambda name, tensor: {name: tensors.get(name, tensor)},
-                overwrite=output.overwrite,
-                restart=output.restart,
-                texts=texts | ({OWN_TEXT: windows.own} if windows.own else {}),
-            )
+            texts |= {OWN_TEXT: windows.own} if windows.own else {}
+            options: dict[str, Any] = dict(overwrite=output.overwrite, restart=output.restart, texts=texts)
+            rewrite(source, output.folder, source.config, lambda name, x: {name: tensors.get(name, x)}, **options)
     say(f"divergence on held-out windows: {before:.4g} to {after:.4g}")
     say(f"checkpoint: {output.folder}")
     return recovery
@@ -116,13 +117,14 @@ def _job(pruned: Path, output: Output, given: dict[str, Any]) -> tuple[Report, C
     folder, missing = find_source(report, pruned, given.get("model"))
     if folder is None:
         raise InputError(missing.replace(option("against"), option("model")))
-    of_run: dict[str, Any] = {name: report.arguments[name] for name in ("model", "dataset", "nsamples", "seqlen")}
-    # The run has fitted the weights to its own windows, where little is left to gain.
-    inputs = Inputs(**of_run | {"seed": report.argument("seed", int) + 1} | given)
+    of_run: dict[str, Any] = {name: report.argument(name, kind) for name, kind in OF_RUN.items()}
+    # The weights are fitted to the windows before, where little is left to gain.
+    seed = (report.recoveries[-1].data.seed if report.recoveries else report.argument("seed", int)) + 1
+    inputs = Inputs(**of_run | {"seed": seed} | given)
     if any(text in VARIABLES for text in inputs.shares):
         raise InputError(f"{pruned}: calibrated on data without a name; name a text with {option('dataset')}")
     check_output(output.folder, pruned, output.overwrite, [Path(text).expanduser() for text in inputs.shares])
-    chosen: dict[str, Any] = {name: report.arguments[name] for name in ("sparsity", "include", "ignore")}
+    chosen: dict[str, Any] = {name: report.argument(name, kind) for name, kind in CHOSEN.items()}
     return report, source, Job(inputs, PruneConfig(**chosen), output, folder=folder)
 
 
@@ -142,8 +144,8 @@ def _check_memory(job: Job, shape: ModelShape, seqlen: int, device: torch.device
 
 def _check_models(folder: Path, teacher: StreamedModel, student: StreamedModel) -> None:
     """Refuse models that do not belong together, or predict no tokens."""
-    shapes = [{name: x.shape for name, x in model.model.named_parameters()} for model in (teacher, student)]
-    if shapes[0] != shapes[1]:
+    forms = [{name: (x.shape, x.dtype) for name, x in model.model.named_parameters()} for model in (teacher, student)]
+    if forms[0] != forms[1]:
         raise InputError(f"{folder}: another model than what was pruned; name that with {option('model')}")
     if teacher.runs is not teacher.model or not teacher.logits_itemsize:
         raise InputError(f"{folder}: unsupported model: {type(teacher.model).__name__} predicts no tokens of a text")
@@ -180,6 +182,7 @@ def _fit(
             losses = [_divergence(teacher, student, windows[j]) for j in numbers]
         return torch.stack(losses).mean().item()
 
+    check_token(int(ids.max()), teacher.vocabulary)
     before, said = loss(held_out), list[Tensor]()
     say(f"recovery: {len(learned)} steps; divergence on {len(held_out)} held-out windows: {before:.4g}")
     weights = KeptWeights(matrices, len(learned), RATE, config.backend)
@@ -200,11 +203,12 @@ def _divergence(
 ) -> Tensor:
     """The divergence of a window's predictions, mean over tokens, () fp32; its gradients are added to the weights'."""
     total, forward = torch.zeros((), device=ids.device), dict(input_ids=ids, use_cache=False)
-    with torch.no_grad():
-        p: Tensor = teacher.model(**forward).logits
-    with SliceGradients(weights.parameters if weights else ()) as slices:
-        q: Tensor = student.model(**forward).logits
-    add_divergence(total, p, q.detach(), replace=weights is not None)
-    if weights:
-        torch.autograd.backward(q, p, inputs=slices.leaves)
+    with explained(type(student.model).__name__, "a step of all blocks together"):
+        with torch.no_grad():
+            p: Tensor = teacher.model(**forward).logits
+        with SliceGradients(weights.parameters if weights else ()) as slices:
+            q: Tensor = student.model(**forward).logits
+        add_divergence(total, p, q.detach(), replace=weights is not None)
+        if weights:
+            torch.autograd.backward(q, p, inputs=slices.leaves)
     return total / ids.numel()

@@ -204,7 +204,7 @@ def _claims(output: Path) -> _Claims:
         )
     refits = method == "sparsegpt" or (method == "sparsefw" and report.argument("refit", int) > 0)
     reconstructed = report.arguments.get("reconstruct", 0) != 0
-    return _Claims(report, pattern, refits or reconstructed or report.recovery is not None, layers)
+    return _Claims(report, pattern, refits or reconstructed or bool(report.recoveries), layers)
 
 
 class _Model:

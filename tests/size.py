@@ -14,8 +14,8 @@ LIMITS = {
     "sparsefw: code lines": 11_100,
     "kernels: code lines": 2_500,
     "bench: code lines": 3_350,
-    "tests: code lines": 14_500,
-    "documents: words": 17_650,
+    "tests: code lines": 14_520,
+    "documents: words": 17_700,
 }
 # Tables of facts, which are not counted.
 TABLES = {"models.md", "flags.md"}

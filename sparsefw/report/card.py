@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -93,14 +94,15 @@ def card_of(folder: Path, name: str, report: Report, source: Path | None) -> str
     facts: dict[str, Any] = dict(report=report, log=log, amount=amount, name=name, files=files)
     facts |= dict(kind=of_transformers, packed=KEY in config, python=of_python)
     facts["origin"] = origin or ("The built-in model of sparsefw" if model == DEFAULT else model)
-    of_run = "pruned" if report.recovery else name
-    command = " ".join(command_of(_given(report) | {"output": of_run}))
-    facts["made_by"] = _call(report, of_run) if of_python else command
-    if one := report.recovery:
+    count = len(report.recoveries)
+    folders = [*["pruned", *(f"recovered-{n}" for n in range(1, count))][:count], name]
+    command = " ".join(command_of(_given(report) | {"output": folders[0]}))
+    facts["made_by"] = _call(report, folders[0]) if of_python else command
+    for before, after, one in zip(folders, folders[1:], report.recoveries, strict=False):
         given: dict[str, Argument] = {"dataset": one.dataset, "nsamples": one.data.windows}
         given |= {"seqlen": one.data.seqlen, "seed": one.data.seed}
-        words = ["python -m sparsefw.recover", of_run, name, *command_of(given)[1:]]
-        facts["made_by"] += ("\n\n# Then, in a shell:\n# " if of_python else "\n") + " ".join(words)
+        words = ["python -m sparsefw.recover", before, shlex.quote(after), *command_of(given)[1:]]
+        facts["made_by"] += ("\n# " if of_python else "\n") + " ".join(words)
     return str(ModelCard.from_template(data, str(TEMPLATE), **facts))
 
 
@@ -123,7 +125,7 @@ def _hub_id(folder: Path | None) -> str:
 def _published(report: Report) -> Report:
     """The report without paths of the machine: files and folders there have their last name alone."""
     named = [name_and_share(text)[0] for field in ("dataset", "evaluate") for text in report.argument(field, tuple)]
-    named += [name_and_share(text)[0] for text in report.recovery.dataset] if report.recovery else []
+    named += [name_and_share(text)[0] for recovery in report.recoveries for text in recovery.dataset]
     paths = {name: Path(os.path.abspath(os.path.expanduser(name))) for name in [report.argument("model", str), *named]}
     local = [name for name, path in paths.items() if path.exists() or name.startswith(("/", ".", "~"))]
 
@@ -138,10 +140,11 @@ def _published(report: Report) -> Report:
     arguments |= {field: tuple(map(public, report.argument(field, tuple))) for field in ("dataset", "evaluate")}
     evaluation = [replace(text, source=public(text.source)) for text in report.evaluation]
     data = replace(report.data, source=public(report.data.source))
-    if recovery := report.recovery:
-        texts = tuple(map(public, recovery.dataset))
-        recovery = replace(recovery, dataset=texts, data=replace(recovery.data, source=public(recovery.data.source)))
-    return replace(report, arguments=arguments, data=data, evaluation=evaluation, recovery=recovery)
+    recoveries = [
+        replace(x, dataset=tuple(map(public, x.dataset)), data=replace(x.data, source=public(x.data.source)))
+        for x in report.recoveries
+    ]
+    return replace(report, arguments=arguments, data=data, evaluation=evaluation, recoveries=recoveries)
 
 
 def _datasets(report: Report) -> list[str]:

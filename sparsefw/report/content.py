@@ -212,7 +212,7 @@ class Report:
         notes: what the user should know of the source, one line each.
         ranks: the processes that have shared the run, if there were several.
         in_memory: whether the model was in memory, and was not read from a checkpoint that `model` names.
-        recovery: what `sparsefw recover` has made of the weights; None: they are the run's.
+        recoveries: what `sparsefw recover` has made of the run's weights, one after another.
     """
 
     arguments: dict[str, Argument]
@@ -230,7 +230,7 @@ class Report:
     notes: list[str]
     ranks: list[RankRecord] = field(default_factory=list)
     in_memory: bool = False
-    recovery: Recovery | None = None
+    recoveries: list[Recovery] = field(default_factory=list)
 
     def argument(self, name: str, kind: type[T]) -> T:
         """The value of a flag.

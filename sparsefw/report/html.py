@@ -71,7 +71,7 @@ def page(report: Report) -> str:
     return _template().render(
         report=report,
         log=log,
-        summary="; ".join(filter(None, [log.kept_line(report), log.recovery_line(report)])),
+        summary="; ".join([log.kept_line(report), *log.recovery_lines(report)]),
         facts=_facts(report),
         command=command_of(used_arguments(report)),
         # Classes of the style sheet.

@@ -158,8 +158,7 @@ def result_notes(report: Report) -> Iterator[str]:
     yield "error: relative to that of the warm start's mask, mean of layers; mask only: before weight updates"
     if line := reconstruction_line(report):
         yield line
-    if line := recovery_line(report):
-        yield line
+    yield from recovery_lines(report)
 
 
 def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
@@ -197,14 +196,14 @@ def reconstruction_line(report: Report) -> str:
     )
 
 
-def recovery_line(report: Report) -> str:
-    """What a recovery has gained; empty without one."""
-    if not (one := report.recovery):
-        return ""
-    return (
-        f"recovered on {amount(one.data.source, one.data.windows, one.data.seqlen)} of {one.data.source}: divergence "
-        f"of predictions on held-out windows {one.before:.4g} to {one.after:.4g}. Errors of layers are those before it"
-    )
+def recovery_lines(report: Report) -> Iterator[str]:
+    """What each recovery has gained."""
+    for one in report.recoveries:
+        yield (
+            f"recovered on {amount(one.data.source, one.data.windows, one.data.seqlen)} of {one.data.source}: "
+            f"divergence of predictions on held-out windows {one.before:.4g} to {one.after:.4g}. Errors of layers are "
+            "those before it"
+        )
 
 
 def rank_line(rank: RankRecord) -> str:
