@@ -188,6 +188,8 @@ def _fit(
     weights = KeptWeights(matrices, len(learned), RATE, config.backend)
     for n, j in enumerate(learned, 1):
         said.append(_divergence(teacher, student, windows[j], weights))
+        # Zeros where there are none.
+        weights.gradients()
         weights.step()
         if n % -(-len(learned) // LINES) == 0:
             say(f"step {n} of {len(learned)}: divergence {torch.stack(said).mean().item():.4g}")

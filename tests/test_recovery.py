@@ -13,6 +13,7 @@ from helpers.families import first_is_fast, save_model
 from helpers.pretended_gpu import pretended_gpu
 from helpers.verifying import DOWN, WANDA
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparsefw import arithmetic, pack, recover, recovery, verify
 from sparsefw.data.tokens import load_tokenizer
@@ -123,6 +124,16 @@ def test_each_recovery_has_other_windows(pruned, tmp_path):
     flags = [f"--dataset text.txt --nsamples {n} --seqlen 32 --seed {seed}" for n, seed in ((20, 1), (40, 2))]
     assert lines[-2] == f"python -m sparsefw.recover pruned recovered-1 {flags[0]}"
     assert lines[-1] == f"python -m sparsefw.recover recovered-1 second {flags[1]}"
+
+
+def test_weights_without_gradients_stay(pruned, tmp_path, monkeypatch):
+    """Such as those that choose what a sparse attention looks at."""
+    _, output = pruned(*WANDA)
+    monkeypatch.setattr(LlamaMLP, "forward", lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * m.up_proj(x).detach()))
+    folder, _ = recovered(output, tmp_path / "recovered", "--nsamples", 20)
+    before, after = tensors_of(output), tensors_of(folder)
+    assert torch.equal(*(x["model.layers.1.mlp.up_proj.weight"] for x in (before, after)))
+    assert not torch.equal(before[DOWN], after[DOWN])
 
 
 def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
