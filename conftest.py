@@ -12,6 +12,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Defaults depend on it. Tests that want it set it.
+os.environ.pop("HF_HUB_OFFLINE", None)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Prepare a process that runs tests; the one that hands them to workers waits for no import of torch."""
